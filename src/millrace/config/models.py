@@ -1,0 +1,187 @@
+"""Every setting, as pydantic models. An unknown key is an error; a setting is honoured or refused, never ignored."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Model(BaseModel):
+    """The base of all settings: frozen, and strict about keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class TinyModelConfig(Model):
+    """A small Qwen3 over a word-level vocabulary, from random weights made by the run's seed. For demos and tests."""
+
+    kind: Literal["tiny"]
+    layers: PositiveInt = 2
+    hidden_size: PositiveInt = 128
+    heads: PositiveInt = 4
+    context_length: PositiveInt = 256
+
+
+class PretrainedModelConfig(Model):
+    """A folder in Hugging Face's format, with its tokenizer, or a name on the Hub."""
+
+    kind: Literal["pretrained"]
+    path: str
+
+
+ModelConfig = Annotated[TinyModelConfig | PretrainedModelConfig, Field(discriminator="kind")]
+
+
+class GeneratedDataConfig(Model):
+    """Word problems in GSM8K's format from the seeded generator (`millrace.rollout.problems`)."""
+
+    kind: Literal["generated"]
+    seed: int
+    problems: PositiveInt
+
+
+class FileDataConfig(Model):
+    """A JSONL file in GSM8K's format: `question`, and `answer` that ends in `#### n`."""
+
+    kind: Literal["file"]
+    path: Path
+
+
+class HubDataConfig(Model):
+    """A data set on the Hugging Face Hub in GSM8K's format. Needs the extra `millrace[hub]`."""
+
+    kind: Literal["hub"]
+    path: str
+    name: str | None = None
+    split: str
+
+
+DataConfig = Annotated[GeneratedDataConfig | FileDataConfig | HubDataConfig, Field(discriminator="kind")]
+
+
+class EmbeddedEngineConfig(Model):
+    """Millrace's own engine: any causal model of transformers, on the CPU or one GPU."""
+
+    kind: Literal["embedded"]
+    replicas: PositiveInt = 1
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_running_requests: PositiveInt = 64
+    cached_prefixes: Annotated[int, Field(ge=0)] = 64
+    threads: PositiveInt | None = None  # of torch, on the CPU; None leaves it to torch
+    host: str = "127.0.0.1"
+    ports: tuple[PositiveInt, ...] | None = None  # one for each replica; None takes what the kernel gives
+    start_timeout: PositiveFloat = 60.0
+
+    @model_validator(mode="after")
+    def _a_port_each(self) -> "EmbeddedEngineConfig":
+        if self.ports is not None and len(self.ports) != self.replicas:
+            raise ValueError(f"ports names {len(self.ports)} ports for {self.replicas} replicas; give one each or leave it out")
+        return self
+
+
+class RolloutConfig(Model):
+    """How samples are made."""
+
+    groups_per_step: PositiveInt
+    samples_per_group: Annotated[int, Field(ge=2)]
+    max_turns: PositiveInt = 4
+    max_turn_tokens: PositiveInt
+    max_sample_tokens: PositiveInt  # prompt, turns and tool answers together
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: int = -1
+    min_p: Probability = 0.0
+    tools: tuple[str, ...] = ("calculator",)
+    sample_timeout: PositiveFloat = 300.0
+    sample_retries: Annotated[int, Field(ge=0)] = 2  # when an engine dies under a sample
+    max_staleness: Annotated[int, Field(ge=0)] = 1  # in versions; mode hybrid is always on-policy: 0
+
+
+class OptimizerConfig(Model):
+    """AdamW, with a linear warm-up to `lr` and then the named schedule."""
+
+    lr: PositiveFloat
+    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_lr_ratio: Probability = 0.0
+
+
+class LossConfig(Model):
+    """GRPO's loss (DeepSeekMath, arXiv:2402.03300), with the later options that the field uses."""
+
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: PositiveFloat = 0.28  # above clip_low: DAPO's clip-higher, arXiv:2503.14476
+    kl_coefficient: NonNegativeFloat = 0.0  # above 0 a frozen copy of the first weights is the reference
+    average: Literal["token", "sequence"] = "token"
+    normalize_advantages: bool = True  # divide by the group's standard deviation; False is Dr. GRPO, arXiv:2503.20783
+    importance_cap: PositiveFloat | None = 2.0  # truncated importance sampling against the engine's logprobs; None is off
+
+
+class WarmupConfig(Model):
+    """Supervised steps before the reinforcement, for a model from random weights: they teach the format only."""
+
+    steps: Annotated[int, Field(ge=0)] = 0
+    batch_size: PositiveInt = 32
+    optimizer: OptimizerConfig
+    data: GeneratedDataConfig
+
+
+class TrainConfig(Model):
+    steps: PositiveInt
+    optimizer: OptimizerConfig
+    loss: LossConfig = LossConfig()
+    minibatches: PositiveInt = 1  # optimizer steps taken on one step's samples
+    tokens_per_microbatch: PositiveInt = 8192
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; the master weights are float32
+    device: str = "cpu"
+    gradient_checkpointing: bool = False
+
+
+class EvaluationConfig(Model):
+    """Greedy answers to held-out problems."""
+
+    data: DataConfig
+    every: PositiveInt = 5  # steps; the first and the last step are always evaluated
+    problems: PositiveInt = 128
+
+
+class CheckpointConfig(Model):
+    every: PositiveInt = 10  # steps; the last step is always saved
+    keep: PositiveInt = 2
+
+
+class PublishConfig(Model):
+    bucket_bytes: PositiveInt = 256 * 1024 * 1024
+    timeout: PositiveFloat = 120.0  # for the whole transaction on one engine
+
+
+class RunConfig(Model):
+    """One training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    output_dir: Path = Path("runs")
+    seed: int = 0
+    mode: Literal["hybrid", "standalone"] = "hybrid"
+    model: ModelConfig
+    engine: EmbeddedEngineConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    warmup: WarmupConfig | None = None
+    train: TrainConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    publish: PublishConfig = PublishConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "RunConfig":
+        if self.rollout.max_turn_tokens > self.rollout.max_sample_tokens:
+            raise ValueError("rollout.max_turn_tokens is above rollout.max_sample_tokens; no turn could be that long")
+        return self

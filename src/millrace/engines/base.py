@@ -1,0 +1,96 @@
+"""The port to an engine: what Millrace asks of any server, in the words of the field.
+
+An adapter turns these calls into one engine's own HTTP API. It keeps no state that the server does not have, and it
+refuses (EngineRefused) what would crash or silently corrupt its server instead of passing it on.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping
+
+from millrace.types import (
+    ALL_MEMORY,
+    Bucket,
+    EngineInfo,
+    EngineLoad,
+    GenerateRequest,
+    Generation,
+    Health,
+    MemoryTag,
+    PauseMode,
+)
+
+
+class Engine(ABC):
+    """One engine behind HTTP. Every call has a deadline and raises EngineTimeout when it passes, EngineUnreachable when
+    there is no connection, EngineRefused when the server says no and EngineFailed when it breaks."""
+
+    name: str
+    url: str
+
+    @abstractmethod
+    async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
+        """Generates for at most `deadline` seconds. When that passes, or the caller is cancelled, the request is aborted on the
+        server before this returns control: nothing goes on generating for nobody."""
+
+    @abstractmethod
+    def stream(self, request: GenerateRequest, *, deadline: float) -> AsyncIterator[Generation]:
+        """As `generate`, but yields what has been generated so far each time there is more; the last one is complete."""
+
+    @abstractmethod
+    async def abort(self, request_id: str | None = None) -> None:
+        """Ends one request, or all of them; each comes back to its caller with its tokens and FinishReason.ABORT."""
+
+    @abstractmethod
+    async def pause(self, mode: PauseMode) -> None:
+        """Stops generating. New requests wait until `resume`. Pausing a paused engine changes nothing."""
+
+    @abstractmethod
+    async def resume(self) -> None:
+        """Goes on after `pause`. Resuming a running engine changes nothing."""
+
+    @abstractmethod
+    async def flush_cache(self, *, deadline: float = 30.0) -> None:
+        """Forgets every cached prefix. Waits for running requests up to the deadline, then raises EngineTimeout."""
+
+    @abstractmethod
+    async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
+        """Releases memory. Requests that run are drained first; what sleeps already stays asleep.
+        The content of sleeping weights is lost: publish after waking them."""
+
+    @abstractmethod
+    async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
+        """Takes memory back. What is awake already stays as it is."""
+
+    @abstractmethod
+    async def begin_update(self, version: int) -> None:
+        """Opens the transaction that brings the weights of `version`. One at a time."""
+
+    @abstractmethod
+    async def load(self, bucket: Bucket, *, deadline: float) -> None:
+        """Reads one bucket. When this returns, the engine needs the bucket's memory no more."""
+
+    @abstractmethod
+    async def commit(self) -> None:
+        """Ends the transaction: from here on the engine serves, and reports, the new version."""
+
+    @abstractmethod
+    async def rollback(self) -> None:
+        """Drops the transaction. Raises EngineRefused where the engine can't get its old weights back."""
+
+    @abstractmethod
+    async def checksums(self) -> Mapping[str, str]:
+        """Tensor name to checksum (`millrace.weights.checksum`) of what the engine holds."""
+
+    @abstractmethod
+    async def health(self, *, deadline: float = 5.0) -> Health:
+        """Never raises: an engine that does not answer is Health.DEAD."""
+
+    @abstractmethod
+    async def loads(self) -> EngineLoad: ...
+
+    @abstractmethod
+    async def info(self) -> EngineInfo: ...
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Gives the connections back. The server goes on."""

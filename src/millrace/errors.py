@@ -1,0 +1,61 @@
+"""What can go wrong, as one small tree. A message says what failed, on which engine, and what to do."""
+
+
+class MillraceError(Exception):
+    """The root: whoever catches this catches all that Millrace raises on purpose."""
+
+
+class ConfigError(MillraceError):
+    """A setting is unknown, of the wrong type, or contradicts another. The message names file, line and setting."""
+
+
+class DataError(MillraceError):
+    """A data file, a model folder or a tokenizer is missing or is not what it should be."""
+
+
+class CheckpointError(MillraceError):
+    """A checkpoint could not be written or read. The one before it is whole."""
+
+
+class LaunchError(MillraceError):
+    """A server did not come up. The message ends with the last lines of its own log."""
+
+
+class EngineError(MillraceError):
+    """Something about one engine. `engine` is its name."""
+
+    def __init__(self, engine: str, message: str) -> None:
+        super().__init__(f"engine {engine}: {message}")
+        self.engine = engine
+
+
+class EngineUnreachable(EngineError):
+    """No connection, or it broke before an answer came. `sent` tells whether the server may have seen the request."""
+
+    def __init__(self, engine: str, message: str, *, sent: bool) -> None:
+        super().__init__(engine, message)
+        self.sent = sent
+
+
+class EngineTimeout(EngineError):
+    """The deadline of the call passed."""
+
+
+class EngineRefused(EngineError):
+    """The server answered that it will not (HTTP 4xx), or Millrace refused for it what would have crashed it."""
+
+
+class EngineFailed(EngineError):
+    """The server answered that it broke (HTTP 5xx), or answered what makes no sense."""
+
+
+class PublishError(MillraceError):
+    """No engine took the weights, or the tensors are not those of the model. The old version goes on serving."""
+
+
+class NoEngineError(MillraceError):
+    """No engine of the fleet can serve the request. The message says how each of them stands."""
+
+
+class RolloutError(MillraceError):
+    """A rollout can't go on: every sample of a step failed, with the reasons."""

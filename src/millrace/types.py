@@ -1,0 +1,179 @@
+"""The words of Millrace as values. No I/O, no torch: everything here can be made, compared and printed anywhere."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32Array = NDArray[np.float32]
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended."""
+
+    STOP = "stop"  # the end-of-sequence token or one of `stop_token_ids`
+    LENGTH = "length"  # `max_new_tokens`, or the context is full
+    ABORT = "abort"  # somebody asked for it; the tokens so far are valid
+
+
+class PauseMode(StrEnum):
+    """What a pause does to the requests that run."""
+
+    ABORT = "abort"  # they end now and come back with the tokens they have
+    RETRACT = "retract"  # they lose their KV cache and wait; after resume it is computed again, by the weights of then
+    KEEP = "keep"  # they stay where they are, with the KV cache they have
+
+
+class MemoryTag(StrEnum):
+    """A part of an engine's memory that can be released and taken back."""
+
+    WEIGHTS = "weights"
+    KV_CACHE = "kv_cache"
+
+
+ALL_MEMORY = frozenset(MemoryTag)
+
+
+class Health(StrEnum):
+    """What an engine answers about itself. Only DEAD means that it does not answer."""
+
+    READY = "ready"
+    BUSY = "busy"  # alive, but its queue has not moved within the probe's deadline
+    PAUSED = "paused"
+    ASLEEP = "asleep"
+    DEAD = "dead"
+
+
+class Capability(StrEnum):
+    """What a running server can do, read off the server itself. Code asks the capability, never the version number."""
+
+    VERSION_SPANS = "version_spans"  # the answer says which version made which tokens
+    UPDATE_SESSION = "update_session"  # weight updates happen between begin and end
+    ROLLBACK = "rollback"  # an update that was begun can be dropped, the old weights go on serving
+    STAGED_UPDATE = "staged_update"  # loading does not disturb generation; only the commit does
+    SLEEP = "sleep"
+    UPDATE_FROM_DISK = "update_from_disk"
+    UPDATE_FROM_PROCESS_GROUP = "update_from_process_group"
+    UPDATE_FROM_SHARED_MEMORY = "update_from_shared_memory"
+    CHECKSUMS = "checksums"  # per tensor, under the trainer's own names
+    PAUSE_ABORT = "pause_abort"
+    PAUSE_RETRACT = "pause_retract"
+    PAUSE_KEEP = "pause_keep"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. The logprobs that come back are those of the temperature-scaled distribution.
+
+    temperature 0 is greedy; top_k -1 and top_p 1.0 and min_p 0.0 switch each filter off.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """Token ids in. `request_id` is the caller's and unique among the requests in flight; `extra` goes to the engine
+    unchanged, for what one engine can do and others can't."""
+
+    request_id: str
+    input_ids: tuple[int, ...]
+    sampling: SamplingParams
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The tokens `start:end` of a generation (of a sample, where positions count from its first token) were made by the
+    weights of `version`. None: by weights that no Millrace trainer published."""
+
+    version: int | None
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Token ids out, all from one call.
+
+    output_ids: [T] token ids. logprobs: [T] float32, natural logarithm. segments cover 0:T in order, without a gap.
+    """
+
+    request_id: str
+    output_ids: tuple[int, ...]
+    logprobs: Float32Array
+    finish_reason: FinishReason
+    segments: tuple[Segment, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How much an engine has to do. Tokens count prompt and output."""
+
+    running_requests: int
+    waiting_requests: int
+    used_tokens: int
+    max_tokens: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a running server says of itself."""
+
+    kind: str
+    engine_version: str
+    model_path: str
+    weight_version: int | None
+    vocab_size: int
+    context_length: int  # prompt and output together, in tokens
+    capabilities: frozenset[Capability]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One named tensor and where it lies in its bucket. dtype is torch's name without the module, as in `bfloat16`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the bucket
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemoryBucket:
+    """Tensors side by side in a memory file that the engine's host can open under `path`."""
+
+    path: str
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessGroupBucket:
+    """Tensors that the sender broadcasts, in this order, from rank 0 of the group that the engine has joined."""
+
+    group_name: str
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskBucket:
+    """A folder of safetensors files on a path that the engine's host can read."""
+
+    path: str
+
+
+Bucket = SharedMemoryBucket | ProcessGroupBucket | DiskBucket
