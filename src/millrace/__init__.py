@@ -1,3 +1,40 @@
 """Millrace: rollouts for reinforcement-learning trainers, served by stock inference engines over HTTP."""
 
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from millrace.config.models import EmbeddedEngineConfig
+    from millrace.fleet.fleet import Fleet
+    from millrace.fleet.local import open_fleet
+    from millrace.types import GenerateRequest, Generation, SamplingParams, Segment
+
 __version__ = "0.1.0"
+
+# Loaded on first use, so that `import millrace` takes a few milliseconds.
+_HOMES = {
+    "EmbeddedEngineConfig": "millrace.config.models",
+    "Fleet": "millrace.fleet.fleet",
+    "GenerateRequest": "millrace.types",
+    "Generation": "millrace.types",
+    "SamplingParams": "millrace.types",
+    "Segment": "millrace.types",
+    "open_fleet": "millrace.fleet.local",
+}
+
+__all__ = [
+    "EmbeddedEngineConfig",
+    "Fleet",
+    "GenerateRequest",
+    "Generation",
+    "SamplingParams",
+    "Segment",
+    "__version__",
+    "open_fleet",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'millrace' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -37,10 +37,10 @@ ALL_MEMORY = frozenset(MemoryTag)
 
 
 class Health(StrEnum):
-    """What an engine answers about itself. Only DEAD means that it does not answer."""
+    """What an engine answers about itself. Only DEAD means that nothing takes a connection at its port."""
 
     READY = "ready"
-    BUSY = "busy"  # alive, but its queue has not moved within the probe's deadline
+    BUSY = "busy"  # it takes connections, but did not answer within the probe's deadline
     PAUSED = "paused"
     ASLEEP = "asleep"
     DEAD = "dead"

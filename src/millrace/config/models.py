@@ -68,18 +68,20 @@ class EmbeddedEngineConfig(Model):
     kind: Literal["embedded"]
     replicas: PositiveInt = 1
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_running_requests: PositiveInt = 64
     cached_prefixes: Annotated[int, Field(ge=0)] = 64
     threads: PositiveInt | None = None  # of torch, on the CPU; None leaves it to torch
     host: str = "127.0.0.1"
     ports: tuple[PositiveInt, ...] | None = None  # one for each replica; None takes what the kernel gives
     start_timeout: PositiveFloat = 60.0
+    faults: bool = False  # for tests: the engine crashes, hangs or refuses when it is told to
 
     @model_validator(mode="after")
     def _a_port_each(self) -> "EmbeddedEngineConfig":
         if self.ports is not None and len(self.ports) != self.replicas:
-            raise ValueError(f"ports names {len(self.ports)} ports for {self.replicas} replicas; give one each or leave it out")
+            raise ValueError(
+                f"ports names {len(self.ports)} ports for {self.replicas} replicas; give one each or leave it out"
+            )
         return self
 
 
@@ -122,7 +124,9 @@ class LossConfig(Model):
     kl_coefficient: NonNegativeFloat = 0.0  # above 0 a frozen copy of the first weights is the reference
     average: Literal["token", "sequence"] = "token"
     normalize_advantages: bool = True  # divide by the group's standard deviation; False is Dr. GRPO, arXiv:2503.20783
-    importance_cap: PositiveFloat | None = 2.0  # truncated importance sampling against the engine's logprobs; None is off
+    importance_cap: PositiveFloat | None = (
+        2.0  # truncated importance sampling against the engine's logprobs; None is off
+    )
 
 
 class WarmupConfig(Model):

@@ -5,7 +5,7 @@ refuses (EngineRefused) what would crash or silently corrupt its server instead 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 
 from millrace.types import (
     ALL_MEMORY,
@@ -29,12 +29,13 @@ class Engine(ABC):
 
     @abstractmethod
     async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
-        """Generates for at most `deadline` seconds. When that passes, or the caller is cancelled, the request is aborted on the
-        server before this returns control: nothing goes on generating for nobody."""
+        """Generates for at most `deadline` seconds. When that passes, or the caller is cancelled, the request is
+        aborted on the server before this returns control: nothing goes on generating for nobody."""
 
     @abstractmethod
-    def stream(self, request: GenerateRequest, *, deadline: float) -> AsyncIterator[Generation]:
-        """As `generate`, but yields what has been generated so far each time there is more; the last one is complete."""
+    def stream(self, request: GenerateRequest, *, deadline: float) -> AsyncGenerator[Generation, None]:
+        """As `generate`, but yields what has been generated so far each time there is more; the last one is complete.
+        Closing it early aborts the request."""
 
     @abstractmethod
     async def abort(self, request_id: str | None = None) -> None:

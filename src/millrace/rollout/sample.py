@@ -37,7 +37,8 @@ class EpisodeEnd(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """A whole conversation in token ids: prompt, the model's turns and the tools' answers, in order, never re-tokenized.
+    """A whole conversation in token ids: prompt, the model's turns and the tools' answers, in order, never
+    re-tokenized.
 
     token_ids: [T]. loss_mask: [T] bool, True where the model made the token. logprobs: [T] float32, the engine's at the
     time of sampling, 0 where loss_mask is False. segments: positions in token_ids; they cover exactly the True places.

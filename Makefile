@@ -1,0 +1,39 @@
+# `make demo` trains, `make test` checks; both make what they need in .venv. PYTHON names another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The exact versions that this was tested with, and the CPU's torch. `make CONSTRAINTS=... ` names another set.
+CONSTRAINTS ?= constraints/cpu.txt
+
+.PHONY: demo test lint types unit clean
+
+demo: $(VENV)/train.stamp
+	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
+
+test: lint types unit
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+unit: $(VENV)/dev.stamp
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Millrace needs Python 3.11 or newer; name one with make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train.stamp: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@ $(VENV)/train.stamp

@@ -1,0 +1,6 @@
+"""Settings: what they are (`models`) and how they are read (`loading`)."""
+
+from millrace.config.loading import dump_config, load_config
+from millrace.config.models import EmbeddedEngineConfig, RunConfig
+
+__all__ = ["EmbeddedEngineConfig", "RunConfig", "dump_config", "load_config"]

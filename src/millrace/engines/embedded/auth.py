@@ -1,0 +1,32 @@
+"""Who may call what. Pure."""
+
+import hmac
+from dataclasses import dataclass
+
+OPEN_PATHS = frozenset({"/health"})
+READ_PATHS = frozenset({"/generate", "/health_generate", "/model_info", "/server_info", "/v1/loads"})
+
+
+@dataclass(frozen=True, slots=True, repr=False)  # no repr: a key must not get into a log by accident
+class Keys:
+    """None: that key is not asked for."""
+
+    api: str | None
+    admin: str | None
+
+
+def allowed(path: str, authorization: str | None, keys: Keys) -> bool:
+    """Whether a call may pass. Every path that is neither open nor for reading is a control route: it answers to the
+    admin key alone where there is one. The reading routes answer to either key, and to everybody where there is no API
+    key."""
+    if path in OPEN_PATHS:
+        return True
+    accepted = [keys.admin] if keys.admin is not None and path not in READ_PATHS else [keys.api, keys.admin]
+    if path in READ_PATHS and keys.api is None:
+        return True
+    known = [key for key in accepted if key is not None]
+    if not known:
+        return True
+    scheme, _, given = (authorization or "").partition(" ")
+    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in known]  # all of them: no early answer
+    return scheme.lower() == "bearer" and any(matches)

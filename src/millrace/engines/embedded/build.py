@@ -1,0 +1,48 @@
+"""Puts an engine together from its settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from millrace.engines.embedded.cache import SlotCache
+from millrace.engines.embedded.core import Core
+from millrace.engines.embedded.runner import Runner, load_model
+from millrace.engines.embedded.weights import WeightStore
+from millrace.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the command line says about the engine. None leaves the choice to the model or to torch."""
+
+    model: Path
+    device: str
+    dtype: str
+    max_running: int
+    cached_prefixes: int
+    context_length: int | None
+    threads: int | None
+    version: str
+
+
+def build(settings: Settings) -> Core:
+    """Loads the model and takes the KV cache's memory. Raises DataError or ConfigError with what to change."""
+    device = torch.device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here")
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    model, info, layers = load_model(settings.model, device=device, dtype=dtype, context_length=settings.context_length)
+    cache = SlotCache(
+        layers,
+        running=settings.max_running,
+        stored=settings.cached_prefixes,
+        context_length=info.context_length,
+        dtype=dtype,
+        device=device,
+    )
+    runner = Runner(model, cache, device=device, dtype=dtype)
+    weights = WeightStore(model)
+    return Core(info, runner, cache, weights, max_running=settings.max_running, version=settings.version)

@@ -1,0 +1,59 @@
+"""Faults on demand, for tests of what lies around an engine. Nothing here happens unless the server runs with --faults."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+
+
+def crash() -> None:
+    """Ends this process as an out-of-memory killer would: at once, without a goodbye."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(slots=True)
+class StepFaults:
+    """What goes wrong in the model thread."""
+
+    seconds_per_step: float = 0.0
+    crash_after_tokens: int | None = None
+    hang: bool = False
+
+    def before_step(self) -> None:
+        if self.hang:
+            threading.Event().wait()
+        if self.seconds_per_step > 0:
+            time.sleep(self.seconds_per_step)
+
+    def after_tokens(self, count: int) -> None:
+        if self.crash_after_tokens is not None:
+            self.crash_after_tokens -= count
+            if self.crash_after_tokens <= 0:
+                crash()
+
+
+@dataclass(slots=True)
+class HttpFaults:
+    """What goes wrong between the engine and its callers. refuse_load: the number, from 1, of the load that fails."""
+
+    drop_answers: int = 0
+    refuse_load: int | None = None
+    loads: int = field(default=0)
+
+    def drops_answer(self) -> bool:
+        if self.drop_answers == 0:
+            return False
+        self.drop_answers -= 1
+        return True
+
+    def begin_session(self) -> None:
+        self.loads = 0
+
+    def refuses_load(self) -> bool:
+        """Counts a load of this session; once, when it is the one to be refused, says so."""
+        self.loads += 1
+        if self.loads != self.refuse_load:
+            return False
+        self.refuse_load = None
+        return True

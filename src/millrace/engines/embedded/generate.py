@@ -1,0 +1,110 @@
+"""The generate route: one call in, its requests through the model thread, one answer or a stream out."""
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator
+
+import orjson
+from aiohttp import web
+
+from millrace.engines.embedded.core import Refused
+from millrace.engines.embedded.faults import HttpFaults
+from millrace.engines.embedded.protocol import BadRequest, GenerateBody, SamplingBody, answer, parse, to_requests
+from millrace.engines.embedded.replies import reply
+from millrace.engines.embedded.runner import ModelInfo
+from millrace.engines.embedded.scheduler import Output, Request
+from millrace.engines.embedded.thread import ModelThread
+
+Sink = asyncio.Queue[tuple[str, Output] | None]
+"""Where the outputs of one call arrive; None: the model thread has ended and nothing will come any more."""
+
+
+class Generate:
+    """The calls in flight. Lives in the event loop."""
+
+    def __init__(self, thread: ModelThread, faults: HttpFaults, *, seed: int) -> None:
+        self._thread, self._faults = thread, faults
+        self._seeds = random.Random(seed)  # noqa: S311  # sampling, not cryptography
+        self._sinks: dict[str, Sink] = {}
+
+    def deliver(self, outputs: list[tuple[str, Output]]) -> None:
+        for request_id, output in outputs:
+            sink = self._sinks.get(request_id)
+            if sink is not None:
+                sink.put_nowait((request_id, output))
+
+    def fail(self) -> None:
+        """Tells every call in flight that the model thread is no more."""
+        for sink in self._sinks.values():
+            sink.put_nowait(None)
+
+    async def handle(self, http: web.Request, info: ModelInfo) -> web.StreamResponse:
+        begun = time.monotonic()
+        body = parse(GenerateBody, await http.read())
+        requests = to_requests(body, info, self._seeds.getrandbits(63))
+        if body.stream:
+            return await self._stream(http, requests, body.return_logprob, begun)
+        ends = {request_id: output async for request_id, output in self._outputs(requests)}
+        if self._faults.drops_answer() and http.transport is not None:
+            http.transport.abort()
+        seconds = time.monotonic() - begun
+        answers = [answer(r.id, ends[r.id], logprobs=body.return_logprob, seconds=seconds) for r in requests]
+        return reply(answers[0] if body.sampling_params.n == 1 else answers)
+
+    async def probe(self, info: ModelInfo, deadline: float) -> None:
+        """Makes one token. Raises Refused where that takes longer than the deadline."""
+        body = GenerateBody(
+            input_ids=[0], sampling_params=SamplingBody(max_new_tokens=1), rid=f"probe-{secrets.token_hex(8)}"
+        )
+        try:
+            async with asyncio.timeout(deadline):
+                async for _ in self._outputs(to_requests(body, info, 0)):
+                    pass
+        except TimeoutError:
+            raise Refused(f"no token was made within {deadline:.0f} s", status=503) from None
+
+    async def _outputs(self, requests: list[Request]) -> AsyncIterator[tuple[str, Output]]:
+        """Submits the requests and yields what comes of them, the last output of each included. Whoever leaves early, a
+        caller who has gone away among them, leaves nothing running."""
+        taken = [request.id for request in requests if request.id in self._sinks]
+        if taken:
+            raise BadRequest(f"rid: {taken[0]} is in flight already")
+        sink: Sink = asyncio.Queue()
+        going = {request.id for request in requests}
+        self._sinks.update(dict.fromkeys(going, sink))
+        try:
+            await self._thread.call(lambda core: core.submit(requests))
+            while going:
+                item = await sink.get()
+                if item is None:
+                    raise Refused("the model thread has ended; the reason is in the server's log", status=500)
+                if item[1].finish is not None:
+                    going.discard(item[0])
+                    del self._sinks[item[0]]
+                yield item
+        finally:
+            for request_id in going:
+                del self._sinks[request_id]
+            if going:
+                self._thread.post(lambda core: core.abort(lambda request: request.id in going, "the caller has gone"))
+
+    async def _stream(
+        self, http: web.Request, requests: list[Request], logprobs: bool, begun: float
+    ) -> web.StreamResponse:
+        """Server-sent events, each with everything so far. Several calls' worth of tokens in one event are no loss."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        index = {request.id: number for number, request in enumerate(requests)}
+        async for request_id, output in self._outputs(requests):
+            if not response.prepared:
+                await response.prepare(http)
+            event = answer(request_id, output, logprobs=logprobs, seconds=time.monotonic() - begun)
+            if len(requests) > 1:
+                event["index"] = index[request_id]
+            if self._faults.drops_answer() and http.transport is not None:
+                http.transport.abort()
+            await response.write(b"data: " + orjson.dumps(event) + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response

@@ -1,0 +1,58 @@
+"""Starts an embedded engine's server."""
+
+import secrets
+import sys
+from pathlib import Path
+
+from millrace.config.models import EmbeddedEngineConfig
+from millrace.engines.embedded.adapter import EmbeddedEngine
+from millrace.launch.ports import free_port, require_free
+from millrace.launch.process import ServerProcess
+from millrace.types import EngineInfo, Health
+
+
+async def launch(
+    config: EmbeddedEngineConfig, model_path: Path, *, replica: int, log_dir: Path, version: int, seed: int
+) -> tuple[EmbeddedEngine, EngineInfo, ServerProcess]:
+    """Starts replica number `replica` and waits until it is healthy. The keys are made here and known to nobody else.
+
+    Raises LaunchError, with the end of the server's log, when it does not come up; nothing is left running then.
+    """
+    name = f"embedded-{replica}"
+    if config.ports is None:
+        port = free_port(config.host)
+    else:
+        port = config.ports[replica]
+        require_free(config.host, port)
+    api_key, admin_key = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+    options = {
+        "--model": model_path,
+        "--host": config.host,
+        "--port": port,
+        "--device": config.device,
+        "--max-running-requests": config.max_running_requests,
+        "--cached-prefixes": config.cached_prefixes,
+        "--weight-version": version,
+        "--seed": seed + replica,
+    }
+    if config.threads is not None:
+        options["--threads"] = config.threads
+    command = [sys.executable, "-m", "millrace.engines.embedded"]
+    command += [str(part) for option in options.items() for part in option]
+    if config.faults:
+        command.append("--faults")
+    process = await ServerProcess.start(
+        name, command, log_dir / f"{name}.log", env={"MILLRACE_API_KEY": api_key, "MILLRACE_ADMIN_API_KEY": admin_key}
+    )
+    engine = EmbeddedEngine(name, f"http://{config.host}:{port}", api_key=api_key, admin_key=admin_key)
+
+    async def healthy() -> bool:
+        return await engine.health() is Health.READY
+
+    try:
+        await process.until_healthy(healthy, deadline=config.start_timeout)
+        return engine, await engine.info(), process
+    except BaseException:
+        await engine.close()
+        await process.end()
+        raise

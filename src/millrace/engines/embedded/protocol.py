@@ -1,0 +1,231 @@
+"""The wire: bodies of requests as pydantic models, and answers in SGLang's shapes. Pure."""
+
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
+
+from millrace.engines.embedded.runner import ModelInfo
+from millrace.engines.embedded.sampling import stream_key
+from millrace.engines.embedded.scheduler import Finish, Output, Request
+from millrace.types import FinishReason, MemoryTag, SamplingParams, TensorSpec
+
+COLDEST = 1e-4  # the lowest temperature above 0: below it, logits over temperature overflow float32
+
+
+class BadRequest(ValueError):
+    """The body is not one that this server can honour. The message says what is wrong with it."""
+
+
+class Body(BaseModel):
+    """An unknown field is an error: what would be ignored is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class SamplingBody(Body):
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    temperature: Annotated[FiniteFloat, Field(ge=0)] = 1.0
+    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    n: Annotated[int, Field(ge=1, le=4096)] = 1
+    sampling_seed: int | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _warm_enough(cls, value: float) -> float:
+        if 0 < value < COLDEST:
+            raise ValueError(f"must be 0 or at least {COLDEST}")
+        return value
+
+    @field_validator("top_k")
+    @classmethod
+    def _all_or_some(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("must be -1 (all) or at least 1")
+        return value
+
+
+class GenerateBody(Body):
+    input_ids: list[int]
+    sampling_params: SamplingBody = SamplingBody()
+    return_logprob: bool = False
+    rid: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    stream: bool = False
+
+
+class AbortBody(Body):
+    rid: str = ""
+    abort_all: bool = False
+
+
+class PauseBody(Body):
+    mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class EmptyBody(Body):
+    pass
+
+
+class TagsBody(Body):
+    tags: list[Literal["weights", "kv_cache"]] | None = None
+
+    def memory(self) -> frozenset[MemoryTag]:
+        return frozenset(MemoryTag) if self.tags is None else frozenset(MemoryTag(tag) for tag in self.tags)
+
+
+class TensorBody(Body):
+    name: str
+    dtype: str
+    shape: list[int]
+    offset: int
+    nbytes: int
+
+
+class SharedMemoryBody(Body):
+    path: str
+    tensors: list[TensorBody]
+
+    def specs(self) -> list[TensorSpec]:
+        return [TensorSpec(t.name, t.dtype, tuple(t.shape), t.offset, t.nbytes) for t in self.tensors]
+
+
+class GroupBody(Body):
+    """timeout, in seconds, is this server's own: it bounds the joining and every broadcast."""
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str = "weight_update_group"
+    backend: Literal["gloo", "nccl"] = "nccl"
+    timeout: Annotated[FiniteFloat, Field(gt=0)] = 120.0
+
+
+class GroupNameBody(Body):
+    group_name: str = "weight_update_group"
+
+
+class DistributedBody(Body):
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group_name: str = "weight_update_group"
+
+    def specs(self) -> list[TensorSpec]:
+        if not len(self.names) == len(self.dtypes) == len(self.shapes):
+            raise BadRequest("names, dtypes and shapes must be of one length")
+        rows = zip(self.names, self.dtypes, self.shapes, strict=True)
+        return [TensorSpec(name, dtype.removeprefix("torch."), tuple(shape), 0, 0) for name, dtype, shape in rows]
+
+
+class DiskBody(Body):
+    model_path: str
+    weight_version: str | None = None
+
+
+class VersionBody(Body):
+    weight_version: str
+
+
+class RenameBody(Body):
+    new_version: str
+    abort_all_requests: bool = True
+
+
+class CheckBody(Body):
+    action: Literal["checksum"] = "checksum"
+
+
+class FaultBody(Body):
+    kind: Literal["crash", "hang", "slow", "drop_connection", "refuse_update"]
+    after_tokens: Annotated[int, Field(ge=1)] | None = None  # crash; None: at once
+    where: Literal["model", "http"] = "model"  # hang
+    seconds: Annotated[FiniteFloat, Field(ge=0)] = 0.0  # slow, a step; 0 ends it
+    count: Annotated[int, Field(ge=0)] = 1  # drop_connection: how many answers; refuse_update: which load
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(model: type[B], raw: bytes) -> B:
+    """Reads a body. No body counts as an empty one. Raises BadRequest, which names the field."""
+    try:
+        return model.model_validate(orjson.loads(raw) if raw else {})
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors()[:3]]
+        raise BadRequest("; ".join(faults)) from error
+
+
+def to_requests(body: GenerateBody, info: ModelInfo, fallback_seed: int) -> list[Request]:
+    """The n requests of one call, whose ids are the call's rid, numbered where n is above 1. Raises BadRequest."""
+    prompt = _prompt(body.input_ids, info)
+    params = body.sampling_params
+    stop = frozenset(params.stop_token_ids or ())
+    sampling = SamplingParams(
+        max_new_tokens=params.max_new_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        seed=params.sampling_seed,
+        stop_token_ids=tuple(stop),
+        ignore_eos=params.ignore_eos,
+    )
+    seed = fallback_seed if sampling.seed is None else sampling.seed
+    rid = body.rid or secrets.token_hex(16)
+    return [
+        Request(
+            id=rid if params.n == 1 else f"{rid}-{index}",
+            prompt=prompt,
+            sampling=sampling,
+            stream_key=stream_key(seed, index),
+            stop=stop if sampling.ignore_eos else stop | info.eos_token_ids,
+            limit=min(sampling.max_new_tokens, info.context_length - len(prompt)),
+            streams=body.stream,
+        )
+        for index in range(params.n)
+    ]
+
+
+def _prompt(input_ids: list[int], info: ModelInfo) -> NDArray[np.int64]:
+    if not input_ids:
+        raise BadRequest("input_ids: the prompt is empty")
+    lowest, highest = min(input_ids), max(input_ids)
+    if lowest < 0 or highest >= info.vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise BadRequest(f"input_ids: token {wrong} is outside the vocabulary of {info.vocab_size}")
+    if len(input_ids) >= info.context_length:
+        raise BadRequest(f"input_ids: {len(input_ids)} tokens leave no room in a context of {info.context_length}")
+    return np.asarray(input_ids, np.int64)
+
+
+def answer(request_id: str, output: Output, *, logprobs: bool, seconds: float) -> dict[str, Any]:
+    """An output, whole or so far, as SGLang writes it. seconds: since the call came in."""
+    meta: dict[str, Any] = {
+        "id": request_id,
+        "finish_reason": None if output.finish is None else _finish(output.finish),
+        "prompt_tokens": output.prompt_tokens,
+        "completion_tokens": len(output.output_ids),
+        "cached_tokens": output.cached_tokens,
+        "weight_version": output.spans[-1].version if output.spans else output.version,
+        "weight_versions": [{"version": s.version, "start": s.start, "end": s.end} for s in output.spans],
+        "num_retractions": output.retractions,
+        "e2e_latency": seconds,
+    }
+    if logprobs:
+        meta["output_token_logprobs"] = [[p, t, None] for p, t in zip(output.logprobs, output.output_ids, strict=True)]
+    return {"output_ids": output.output_ids, "text": "", "meta_info": meta}
+
+
+def _finish(finish: Finish) -> dict[str, Any]:
+    detail = {FinishReason.STOP: "matched", FinishReason.LENGTH: "length", FinishReason.ABORT: "message"}
+    return {"type": finish.reason.value, detail[finish.reason]: finish.detail}

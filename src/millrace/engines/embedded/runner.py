@@ -1,0 +1,129 @@
+"""The model: loading it, and one forward pass over slots of the KV cache."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from millrace.engines.embedded.cache import LayerShape, SlotCache
+from millrace.errors import ConfigError, DataError
+
+# Kernels prefer round sizes, and the allocator sees fewer of them; what is beyond a row's own length is masked anyway.
+CONTEXT_STEP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a loaded model is."""
+
+    path: str
+    model_type: str
+    architectures: tuple[str, ...]
+    vocab_size: int
+    context_length: int
+    eos_token_ids: frozenset[int]
+
+
+def load_model(
+    path: Path, *, device: torch.device, dtype: torch.dtype, context_length: int | None
+) -> tuple[Any, ModelInfo, list[LayerShape]]:
+    """Loads any causal model of transformers from a local folder and finds out what its layers cache.
+
+    Raises DataError where the folder has no model, ConfigError where it can't be served with these settings.
+    """
+    if not (path / "config.json").is_file():
+        raise DataError(f"{path} has no config.json; --model takes a folder in Hugging Face's format")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device)
+    model.requires_grad_(False).eval()
+    config = model.config.get_text_config()
+    limit = int(config.max_position_embeddings)
+    if context_length is not None and context_length > limit:
+        raise ConfigError(f"--context-length {context_length} is above the model's own {limit}")
+    info = ModelInfo(
+        path=str(path),
+        model_type=model.config.model_type,
+        architectures=tuple(model.config.architectures or (type(model).__name__,)),
+        vocab_size=int(model.get_input_embeddings().num_embeddings),
+        context_length=context_length or limit,
+        eos_token_ids=_token_ids(
+            model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
+        ),
+    )
+    return model, info, _layer_shapes(model, info.context_length, device)
+
+
+@torch.inference_mode()
+def _layer_shapes(model: Any, context_length: int, device: torch.device) -> list[LayerShape]:
+    """Asks the model itself, by one token's pass: configs name these sizes in too many ways."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+    shapes = []
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer) or layer.keys is None:
+            raise ConfigError(
+                f"the model caches more than keys and values ({type(layer).__name__}); it can't be served here"
+            )
+        if layer.is_sliding and layer.sliding_window < context_length:
+            raise ConfigError(
+                f"the model attends over a sliding window; set --context-length to at most {layer.sliding_window}"
+            )
+        shapes.append(
+            LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[1], layer.values.shape[3])
+        )
+    return shapes
+
+
+def _token_ids(ids: int | list[int] | None) -> frozenset[int]:
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+class Runner:
+    """Runs the model over consecutive slots. Belongs to the model thread."""
+
+    def __init__(self, model: Any, cache: SlotCache, *, device: torch.device, dtype: torch.dtype) -> None:
+        self._model, self._cache, self._device = model, cache, device
+        self._columns = torch.arange(cache.context_length, device=device)
+        self._open = torch.zeros((), dtype=dtype, device=device)
+        self._closed = torch.full((), float("-inf"), dtype=dtype, device=device)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens_BQ: NDArray[np.int64],
+        positions_BQ: NDArray[np.int64],
+        first_slot: int,
+        real_BQ: NDArray[np.bool_] | None = None,
+    ) -> torch.Tensor:
+        """Runs B rows of Q tokens through slots `first_slot` and up, and returns the last column's logits [B, V], float32.
+
+        Rows shorter than Q are padded on the left; `real_BQ` is False there and None when nothing is padded. Padding sees
+        position 0, so that its softmax has something to sum, and its keys and values are not kept.
+        """
+        rows = len(tokens_BQ)
+        length = self._cache.context_length
+        context = min(length, -(-(int(positions_BQ[:, -1].max()) + 1) // CONTEXT_STEP) * CONTEXT_STEP)
+        positions = torch.from_numpy(positions_BQ).to(self._device)
+        bias = torch.where(self._columns[:context] <= positions[..., None], self._open, self._closed)
+        places = (np.arange(first_slot, first_slot + rows)[:, None] * length + positions_BQ).reshape(-1)
+        sources = None
+        if real_BQ is not None:
+            kept = np.flatnonzero(real_BQ)
+            places, sources = places[kept], torch.from_numpy(kept).to(self._device)
+        self._cache.aim(first_slot, rows, context, torch.from_numpy(places).to(self._device), sources)
+        output = self._model(
+            input_ids=torch.from_numpy(tokens_BQ).to(self._device),
+            attention_mask=bias[:, None],
+            position_ids=positions,
+            past_key_values=self._cache.model_cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits_BV: torch.Tensor = output.logits[:, -1].float()
+        return logits_BV

@@ -1,0 +1,120 @@
+"""The model thread: the one owner of a Core. The event loop hands it commands and gets values back."""
+
+import asyncio
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from millrace.engines.embedded.core import Core, Refused, Status
+from millrace.engines.embedded.runner import ModelInfo
+from millrace.engines.embedded.scheduler import Output
+from millrace.engines.embedded.weights import WeightStore
+
+T = TypeVar("T")
+CALL_DEADLINE = (
+    30.0  # seconds; a command waits for one step, which takes seconds where the model is large and the CPU slow
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The parts of a Core that others may use: what never changes, and the store, which has rules of its own."""
+
+    info: ModelInfo
+    weights: WeightStore
+
+
+class ModelThread:
+    """Steps the core while it has work and runs commands between two steps.
+
+    deliver: called in the event loop with the outputs of a step. ended: called in the event loop when the thread is no
+    more, for whatever reason; the reason itself is on stderr by then.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Core],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        deliver: Callable[[list[tuple[str, Output]]], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self.ready: asyncio.Future[Loaded] = loop.create_future()
+        self._status: Status | None = None  # replaced, never changed, by the model thread
+        self._build, self._loop, self._deliver, self._ended = build, loop, deliver, ended
+        self._commands: queue.SimpleQueue[Callable[[Core], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="model", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    async def call(self, command: Callable[[Core], T], *, deadline: float = CALL_DEADLINE) -> T:
+        """Runs a command between two steps and returns what it returns, or raises what it raises.
+
+        A command that has not begun by the deadline never does, and this raises Refused with status 503."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run(core: Core) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = command(core)
+            except Exception as error:  # it belongs to the caller, who gets it
+                self._publish(core)
+                future.set_exception(error)
+            else:
+                self._publish(core)
+                future.set_result(result)
+
+        self._commands.put(run)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), deadline)
+        except TimeoutError:
+            raise Refused(f"the model thread has not answered within {deadline:.0f} s", status=503) from None
+
+    def post(self, command: Callable[[Core], Any]) -> None:
+        """Runs a command between two steps, for nobody who waits. It must not raise: that would end the thread."""
+        self._commands.put(lambda core: command(core) and None)
+
+    def current(self) -> Status:
+        """How the engine stood after its last step or command. Once `ready` has a result, there is always one."""
+        assert self._status is not None
+        return self._status
+
+    def _main(self) -> None:
+        try:
+            core = self._build()
+        except (
+            Exception
+        ) as error:  # loading fails in as many ways as there are models; who awaits `ready` gets the reason
+            self._loop.call_soon_threadsafe(self.ready.set_exception, error)
+            return
+        try:
+            self._publish(core)
+            self._loop.call_soon_threadsafe(self.ready.set_result, Loaded(core.info, core.weights))
+            self._serve(core)
+        finally:  # what was raised goes on to the thread's own hook, which prints it
+            self._loop.call_soon_threadsafe(self._ended)
+
+    def _serve(self, core: Core) -> None:
+        while True:
+            if not core.has_work:
+                self._commands.get()(core)
+            while not self._commands.empty():
+                self._commands.get()(core)
+            if core.has_work:
+                core.step()
+            self._publish(core)
+
+    def _publish(self, core: Core) -> None:
+        self._status = core.status()
+        if core.outbox:
+            outbox, core.outbox = core.outbox, []
+            self._loop.call_soon_threadsafe(self._deliver, outbox)

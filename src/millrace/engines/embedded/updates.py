@@ -1,0 +1,206 @@
+"""The routes around weights and memory. They come one at a time, whatever the callers do."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from aiohttp import web
+
+from millrace.engines.embedded.core import Refused
+from millrace.engines.embedded.faults import HttpFaults
+from millrace.engines.embedded.groups import UpdateGroup
+from millrace.engines.embedded.protocol import (
+    BadRequest,
+    CheckBody,
+    DiskBody,
+    DistributedBody,
+    EmptyBody,
+    GroupBody,
+    GroupNameBody,
+    RenameBody,
+    SharedMemoryBody,
+    TagsBody,
+    VersionBody,
+    parse,
+)
+from millrace.engines.embedded.replies import done, reply
+from millrace.engines.embedded.thread import ModelThread
+from millrace.engines.embedded.weights import UpdateRefused, WeightStore
+from millrace.types import TensorSpec
+from millrace.weights.checksum import checksum
+
+T = TypeVar("T")
+TURN_DEADLINE = 120.0  # seconds that one operation waits for the one before it, a load of many gigabytes at worst
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Updates:
+    """Loads run in the loader's thread, so that neither generation nor the event loop waits for them; what changes the
+    served weights or takes memory away runs in the model thread between two steps."""
+
+    def __init__(self, thread: ModelThread, faults: HttpFaults) -> None:
+        self._thread, self._faults = thread, faults
+        self._turn = asyncio.Lock()
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._group: UpdateGroup | None = None
+
+    def routes(self) -> dict[str, Handler]:
+        return {
+            "/begin_weight_update": self._begin,
+            "/update_weights_from_shared_memory": self._load_shared_memory,
+            "/update_weights_from_distributed": self._load_broadcast,
+            "/update_weights_from_disk": self._load_disk,
+            "/end_weight_update": self._end,
+            "/abort_weight_update": self._abort,
+            "/init_weights_update_group": self._join,
+            "/destroy_weights_update_group": self._leave,
+            "/update_weight_version": self._rename,
+            "/weights_checker": self._check,
+            "/release_memory_occupation": self._release,
+            "/resume_memory_occupation": self._resume,
+        }
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[WeightStore]:
+        try:
+            await asyncio.wait_for(self._turn.acquire(), TURN_DEADLINE)
+        except TimeoutError:
+            raise Refused(f"another weight operation has not ended within {TURN_DEADLINE:.0f} s", status=503) from None
+        try:
+            yield self._thread.ready.result().weights
+        finally:
+            self._turn.release()
+
+    async def _in_loader(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._loader, work)
+
+    async def _begin(self, http: web.Request) -> web.Response:
+        parse(EmptyBody, await http.read())
+        async with self._alone() as weights:
+            await self._in_loader(weights.begin)
+            self._faults.begin_session()
+        return done("the update is open")
+
+    async def _load_shared_memory(self, http: web.Request) -> web.Response:
+        body = parse(SharedMemoryBody, await http.read())
+        async with self._alone() as weights:
+            await self._load(body.specs(), lambda specs: weights.load_shared_memory(body.path, specs))
+        return done(f"{len(body.tensors)} tensors are staged")
+
+    async def _load_broadcast(self, http: web.Request) -> web.Response:
+        body = parse(DistributedBody, await http.read())
+        async with self._alone() as weights:
+            group = self._group
+            if group is None or group.name != body.group_name:
+                raise UpdateRefused(f"no group {body.group_name} has been joined; initialise it first")
+            await self._load(body.specs(), lambda specs: weights.load_broadcast(specs, group.receive))
+        return done(f"{len(body.names)} tensors are staged")
+
+    async def _load(self, specs: list[TensorSpec], load: Callable[[list[TensorSpec]], None]) -> None:
+        fails = self._faults.refuses_load()
+        await self._in_loader(lambda: load(specs[: len(specs) // 2] if fails else specs))
+        if fails:
+            raise Refused("this load was told to fail half-way", status=500)
+
+    async def _load_disk(self, http: web.Request) -> web.Response:
+        """Alone, a whole update: begin, load, commit, all or nothing. In an open update, one load of it, without a version."""
+        body = parse(DiskBody, await http.read())
+        async with self._alone() as weights:
+            folder = Path(body.model_path)
+            if weights.in_session:
+                if body.weight_version is not None:
+                    raise UpdateRefused("an update is open: its end names the version, not this call")
+                await self._in_loader(lambda: weights.load_folder(folder))
+                return done(f"{folder} is staged")
+            version = body.weight_version or self._thread.current().version
+            committed = False
+            try:
+                await self._in_loader(weights.begin)
+                await self._in_loader(lambda: weights.load_folder(folder))
+                await self._in_loader(weights.check_complete)
+                await self._thread.call(lambda core: core.commit(version))
+                committed = True
+            finally:
+                if not committed:
+                    self._loader.submit(weights.abort)
+        return done(f"{folder} is served as version {version}")
+
+    async def _end(self, http: web.Request) -> web.Response:
+        body = parse(VersionBody, await http.read())
+        async with self._alone() as weights:
+            await self._in_loader(weights.check_complete)
+            await self._thread.call(lambda core: core.commit(body.weight_version))
+        return done(f"version {body.weight_version} is served")
+
+    async def _abort(self, http: web.Request) -> web.Response:
+        parse(EmptyBody, await http.read())
+        async with self._alone() as weights:
+            await self._in_loader(weights.abort)
+        return done("no update is open; the served weights are as they were")
+
+    async def _join(self, http: web.Request) -> web.Response:
+        body = parse(GroupBody, await http.read())
+        async with self._alone():
+            if self._group is not None:
+                raise UpdateRefused(f"group {self._group.name} is joined already; destroy it first")
+            self._group = await self._in_loader(
+                lambda: UpdateGroup(
+                    body.master_address,
+                    body.master_port,
+                    rank=body.rank_offset,
+                    world_size=body.world_size,
+                    name=body.group_name,
+                    backend=body.backend,
+                    timeout=body.timeout,
+                )
+            )
+        return done(f"group {body.group_name} is joined")
+
+    async def _leave(self, http: web.Request) -> web.Response:
+        body = parse(GroupNameBody, await http.read())
+        async with self._alone():
+            if self._group is None or self._group.name != body.group_name:
+                raise UpdateRefused(f"no group {body.group_name} has been joined")
+            group, self._group = self._group, None
+            await self._in_loader(group.close)
+        return done(f"group {body.group_name} is left")
+
+    async def _rename(self, http: web.Request) -> web.Response:
+        body = parse(RenameBody, await http.read())
+        async with self._alone():
+            if body.abort_all_requests:
+                await self._thread.call(lambda core: core.abort(lambda _: True, "the weight version was renamed"))
+            await self._thread.call(lambda core: core.rename(body.new_version))
+        return reply({"success": True, "message": "the weight version is renamed", "new_version": body.new_version})
+
+    async def _check(self, http: web.Request) -> web.Response:
+        parse(CheckBody, await http.read())
+        async with self._alone() as weights:
+            sums = await self._in_loader(weights.checksums)
+        one_rank = {
+            "checksums": sums,
+            "per_gpu_checksum": checksum(memoryview("".join(sums[name] for name in sorted(sums)).encode())),
+            "parallelism_info": [
+                {
+                    "role": "target",
+                    **dict.fromkeys(("tp_rank", "dp_rank", "pp_rank", "rank"), 0),
+                    **dict.fromkeys(("tp_size", "dp_size", "pp_size", "size"), 1),
+                }
+            ],
+        }
+        return reply({"success": True, "message": f"{len(sums)} tensors", "ranks": [one_rank]})
+
+    async def _release(self, http: web.Request) -> web.Response:
+        tags = parse(TagsBody, await http.read()).memory()
+        async with self._alone():
+            await self._thread.call(lambda core: core.sleep(tags))
+        return done("released: " + ", ".join(sorted(tags)))
+
+    async def _resume(self, http: web.Request) -> web.Response:
+        tags = parse(TagsBody, await http.read()).memory()
+        async with self._alone():
+            await self._thread.call(lambda core: core.wake(tags))
+        return done("resumed: " + ", ".join(sorted(tags)))

@@ -1,0 +1,221 @@
+"""The model's weights and the transaction that replaces them.
+
+An update is staged: it is written into a second set of tensors while the first one serves, and the commit exchanges the
+two between two steps, by pointer. The old set stays as the staging set of the next update, whose memory is then there
+already, until the weights sleep.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import safe_open
+
+from millrace.errors import MillraceError
+from millrace.types import TensorSpec
+from millrace.weights.checksum import checksum
+
+CHUNK_BYTES = 1 << 20  # read and hashed in turns, so that the hash finds the bytes in the processor's cache
+
+
+class UpdateRefused(MillraceError):
+    """The update does not fit the model or the state it is in. The served weights are untouched."""
+
+
+@dataclass(slots=True)
+class Session:
+    """An open update. staged: the tensors that are there whole, with their checksums where they are known already.
+    tied: for a tensor with several names, the checksum that came under each of them."""
+
+    staged: dict[str, str | None] = field(default_factory=dict)
+    tied: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor, row by row."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+class WeightStore:
+    """Parameters and persistent buffers under the names of the model's state dict; a tied one under its first name.
+
+    Everything but `swap`, `release` and `resume` runs in the loader's thread, one call at a time; these three run in the
+    model thread while no other call does.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._live: dict[str, torch.Tensor] = {}
+        self._first_names: dict[str, str] = {}
+        names: dict[int, str] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            first = names.setdefault(id(tensor), name)
+            self._first_names[name] = first
+            self._live.setdefault(first, tensor)
+        self._tied = {first for name, first in self._first_names.items() if name != first}
+        self._shapes = {name: tensor.shape for name, tensor in self._live.items()}
+        self._staging: dict[str, torch.Tensor] | None = None
+        self._session: Session | None = None
+        self._asleep = False
+
+    @property
+    def in_session(self) -> bool:
+        return self._session is not None
+
+    def begin(self) -> None:
+        if self._session is not None:
+            raise UpdateRefused("an update is open already; end or abort it first")
+        if self._asleep:
+            raise UpdateRefused("the weights are released; resume them before an update")
+        if self._staging is None:
+            self._staging = self._allocate()
+        self._session = Session()
+
+    def abort(self) -> None:
+        """Drops what was staged. There need be no open update: a rollback may come twice."""
+        self._session = None
+
+    def load_shared_memory(self, path: str, specs: Sequence[TensorSpec]) -> None:
+        """Reads tensors out of a memory file. Read, not mapped: a file that its owner cuts short must not kill this process."""
+        session, tensors = self._open(specs)
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            for spec, (name, tensor) in zip(specs, tensors, strict=True):
+                if spec.nbytes != tensor.nbytes or spec.offset < 0 or spec.offset + spec.nbytes > size:
+                    raise UpdateRefused(
+                        f"{spec.name}: {spec.nbytes} bytes at {spec.offset} of a file of {size} bytes; the tensor has {tensor.nbytes}"
+                    )
+                self._book(session, spec.name, name, _read(file.fileno(), spec.offset, tensor))
+
+    def load_broadcast(self, specs: Sequence[TensorSpec], receive: Callable[[torch.Tensor], None]) -> None:
+        """Receives tensors one by one, in the order of `specs`."""
+        session, tensors = self._open(specs)
+        for spec, (name, tensor) in zip(specs, tensors, strict=True):
+            receive(tensor)
+            self._book(session, spec.name, name, None)
+
+    def load_folder(self, path: Path) -> None:
+        """Reads a folder of safetensors files whose tensors have the state dict's names."""
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise UpdateRefused(f"{path} has no safetensors files")
+        for file in files:
+            with safe_open(file, framework="pt") as content:
+                for name in content.keys():  # noqa: SIM118  # it is no mapping
+                    tensor = content.get_tensor(name)
+                    spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
+                    session, [(first, staged)] = self._open([spec])
+                    staged.copy_(tensor)
+                    self._book(session, name, first, None)
+
+    def check_complete(self) -> None:
+        """Raises UpdateRefused unless every tensor of the model is staged whole. The update stays open."""
+        if self._session is None:
+            raise UpdateRefused("no update is open; begin one first")
+        missing = [name for name in self._live if name not in self._session.staged]
+        if missing:
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise UpdateRefused(f"the update lacks {len(missing)} of {len(self._live)} tensors: {shown}")
+
+    def checksums(self) -> dict[str, str]:
+        """Of what is staged so far while an update is open, otherwise of what is served."""
+        if self._session is not None and self._staging is not None:
+            for name, digest in self._session.staged.items():
+                self._session.staged[name] = digest or checksum(byte_view(self._staging[name].cpu()))
+            return {name: digest for name, digest in self._session.staged.items() if digest is not None}
+        if self._asleep:
+            raise UpdateRefused("the weights are released; there is nothing to sum")
+        return {name: checksum(byte_view(tensor.data.cpu())) for name, tensor in self._live.items() if tensor.numel()}
+
+    def swap(self) -> None:
+        """Exchanges served and staged tensors and closes the update."""
+        self.check_complete()
+        assert self._staging is not None
+        for name, tensor in self._live.items():
+            served = tensor.data
+            tensor.data = self._staging[name]
+            self._staging[name] = served
+        if any(self._staging[name].shape != shape for name, shape in self._shapes.items()):
+            self._staging = None  # the old set was empty: the weights had slept
+        self._session = None
+
+    def release(self) -> None:
+        """Drops both sets."""
+        if self._session is not None:
+            raise UpdateRefused("an update is open; end or abort it before the weights are released")
+        for tensor in self._live.values():
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        self._staging = None
+        self._asleep = True
+        if any(tensor.is_cuda for tensor in self._live.values()):
+            torch.cuda.empty_cache()
+
+    def resume(self) -> None:
+        """Takes the memory for one set: that of the update which has to come now."""
+        self._asleep = False
+        self._staging = self._allocate()
+
+    def _allocate(self) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.empty(self._shapes[name], dtype=tensor.dtype, device=tensor.device)
+            for name, tensor in self._live.items()
+        }
+
+    def _open(self, specs: Iterable[TensorSpec]) -> tuple[Session, list[tuple[str, torch.Tensor]]]:
+        """The staging tensors for these specs, all of them checked first. From here on they count as not staged."""
+        if self._session is None or self._staging is None:
+            raise UpdateRefused("no update is open; begin one first")
+        tensors = []
+        for spec in specs:
+            name = self._first_names.get(spec.name)
+            if name is None:
+                raise UpdateRefused(f"the model has no tensor {spec.name}")
+            tensor = self._staging[name]
+            if tuple(tensor.shape) != tuple(spec.shape) or dtype_name(tensor.dtype) != spec.dtype:
+                raise UpdateRefused(
+                    f"{spec.name} is {dtype_name(tensor.dtype)}{list(tensor.shape)} in the model, "
+                    f"{spec.dtype}{list(spec.shape)} in the update"
+                )
+            tensors.append((name, tensor))
+        for name, _ in tensors:
+            self._session.staged.pop(name, None)
+        return self._session, tensors
+
+    def _book(self, session: Session, given_name: str, name: str, digest: str | None) -> None:
+        """Counts a tensor as staged. One that came under two of its names must have come twice the same."""
+        assert self._staging is not None
+        if name in self._tied:
+            digest = digest or checksum(byte_view(self._staging[name].cpu()))
+            digests = session.tied.setdefault(name, {})
+            digests[given_name] = digest
+            if len(set(digests.values())) > 1:
+                raise UpdateRefused(f"{' and '.join(digests)} are one tensor in the model and differ in the update")
+        session.staged[name] = digest
+
+
+def _read(descriptor: int, offset: int, tensor: torch.Tensor) -> str | None:
+    """Fills the tensor from a file. Returns the checksum of a CPU tensor; None: it is on a device, ask it there."""
+    on_cpu = tensor.device.type == "cpu"
+    target = tensor if on_cpu else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    view = byte_view(target)
+    digest = xxhash.xxh3_64()  # as millrace.weights.checksum, piece by piece
+    position = 0
+    while position < len(view):
+        chunk = view[position : position + CHUNK_BYTES]
+        count = os.preadv(descriptor, [chunk], offset + position)
+        if count == 0:
+            raise UpdateRefused(f"the memory file ends at {offset + position}; its owner has cut it short")
+        if on_cpu:
+            digest.update(chunk[:count])
+        position += count
+    if on_cpu:
+        return digest.hexdigest()
+    tensor.copy_(target)
+    return None

@@ -1,0 +1,220 @@
+"""The replicas of one model as one: it routes requests, publishes versions, sleeps and wakes, and knows who has
+died."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from millrace.engines.base import Engine
+from millrace.errors import EngineError, EngineFailed, EngineUnreachable, NoEngineError, PublishError
+from millrace.fleet.membership import Attested, Died, Distrusted, Event, Member, Slept, Snapshot, Woke, after
+from millrace.fleet.routing import least_loaded
+from millrace.launch.process import ServerProcess
+from millrace.types import ALL_MEMORY, EngineInfo, GenerateRequest, Generation, Health, MemoryTag
+from millrace.weights.publisher import PublishReport, PublishTarget, publish
+from millrace.weights.transports.base import Transport
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """An engine of the fleet; `process` is None where somebody else started the server."""
+
+    engine: Engine
+    info: EngineInfo
+    process: ServerProcess | None
+
+
+class Fleet:
+    """Made by `Fleet.open`, which also ends what it started.
+
+    All methods belong to one event loop. `snapshot` is the truth about the members; requests in flight are counted
+    here.
+    """
+
+    def __init__(self, replicas: Sequence[Replica], transport: Transport) -> None:
+        self._replicas = {replica.engine.name: replica for replica in replicas}
+        self._transport = transport
+        self._outstanding: dict[str, int] = dict.fromkeys(self._replicas, 0)
+        self._changed = asyncio.Condition()
+        self._publishing = False
+        self._published: int | None = None
+        self.snapshot = Snapshot(0, tuple(Member(r.engine.name, r.engine.url) for r in replicas))
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, replicas: Sequence[Replica], transport: Transport) -> "AsyncIterator[Fleet]":
+        """Watches the replicas' processes as long as the block runs, and in the end closes the engines' connections,
+        the transport and the processes."""
+        fleet = cls(replicas, transport)
+        watchers = [asyncio.create_task(fleet._watch(replica)) for replica in replicas if replica.process]
+        try:
+            yield fleet
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
+            await asyncio.gather(*(replica.engine.close() for replica in replicas))
+            await asyncio.gather(*(replica.process.end() for replica in replicas if replica.process))
+            transport.close()
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and output together that every engine takes."""
+        return min(replica.info.context_length for replica in self._replicas.values())
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        return {name: replica.engine for name, replica in self._replicas.items()}
+
+    async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
+        """Sends the request to the least loaded engine, and waits for one where all sleep or are being updated.
+
+        Raises NoEngineError when none is routable by the deadline or none is left, and the engine's own EngineError
+        otherwise; a request that failed on an engine is not sent again by this method.
+        """
+        end = time.monotonic() + deadline
+        name = await self._route(deadline)
+        tokens = len(request.input_ids) + request.sampling.max_new_tokens
+        self._outstanding[name] += tokens
+        try:
+            return await self._replicas[name].engine.generate(request, deadline=end - time.monotonic())
+        except (EngineUnreachable, EngineFailed) as error:
+            await self._suspect(name, error)
+            raise
+        finally:
+            self._outstanding[name] -= tokens
+
+    async def publish(
+        self,
+        tensors: "Iterable[tuple[str, torch.Tensor]]",
+        version: int,
+        *,
+        bucket_bytes: int = 256 * 2**20,
+        deadline: float = 120.0,
+    ) -> PublishReport:
+        """Brings a version into every usable engine; one that does not take it is quarantined and named in the report.
+
+        `tensors` is consumed lazily and in a thread. Raises PublishError when no engine takes it, when another publish
+        is under way, or when `version` is not above the last one; whatever is raised, the old version goes on serving
+        where it was.
+        """
+        if self._publishing:
+            raise PublishError(f"version {version} can't be published while another version is on its way")
+        if self._published is not None and version <= self._published:
+            raise PublishError(
+                f"version {version} is not newer than version {self._published}, which was published before"
+            )
+        members = [m for m in self.snapshot.members if m.usable]
+        if asleep := [m.name for m in members if MemoryTag.WEIGHTS in m.asleep]:
+            raise PublishError(f"the weights of {', '.join(asleep)} are asleep; wake them before publishing")
+        if not members:
+            raise NoEngineError(f"no engine is left to publish to: {self.snapshot.describe()}")
+        targets = [
+            PublishTarget(self._replicas[m.name].engine, self._replicas[m.name].info.capabilities) for m in members
+        ]
+        self._publishing = True
+        try:
+            report = await publish(
+                targets, tensors, version, self._transport, bucket_bytes=bucket_bytes, deadline=deadline
+            )
+        finally:
+            self._publishing = False
+        self._published = version
+        for engine in report.engines:
+            if engine.error is None:
+                await self._apply(engine.engine, Attested(version))
+            else:
+                logger.error("version %d: %s is out of rotation: %s", version, engine.engine, engine.error)
+                await self._apply(engine.engine, Distrusted(str(engine.error)))
+        return report
+
+    async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
+        """Puts every usable engine to sleep, after what runs there has ended. One that can't is quarantined."""
+        # Out of rotation first: a request that came between the drain and the release would fail.
+        for member in self.snapshot.members:
+            await self._apply(member.name, Slept(what))
+        await self._each(lambda engine: engine.sleep(what))
+
+    async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
+        """Wakes every usable engine. One whose weights slept serves again after the next publish."""
+        await self._each(lambda engine: engine.wake(what))
+        for member in self.snapshot.members:
+            await self._apply(member.name, Woke(what))
+
+    async def attest(self, checksums: Mapping[str, str], version: int) -> None:
+        """Takes the engines into rotation that hold these tensors: for weights that they loaded by themselves. A
+        tensor that the engine makes while loading (fused, tied) has no counterpart and is not compared; the log names
+        it."""
+
+        async def compare(engine: Engine) -> None:
+            held = await engine.checksums()
+            known = held.keys() & checksums.keys()
+            if wrong := sorted(name for name in known if held[name] != checksums[name]):
+                raise EngineFailed(
+                    engine.name, f"it holds other weights than the model's folder: {', '.join(wrong[:3])}"
+                )
+            if unknown := sorted(held.keys() - known):
+                logger.warning("%s: not compared, the folder has no %s", engine.name, ", ".join(unknown[:3]))
+            await self._apply(engine.name, Attested(version))
+
+        await self._each(compare)
+        self._published = version
+
+    async def _each(self, step: Callable[[Engine], Awaitable[None]]) -> None:
+        """Takes one step on every usable engine at once. One that fails it is quarantined, with the reason."""
+
+        async def guarded(name: str) -> None:
+            try:
+                await step(self._replicas[name].engine)
+            except EngineError as error:
+                logger.error("out of rotation: %s", error)
+                await self._apply(name, Distrusted(str(error)))
+
+        async with asyncio.TaskGroup() as group:
+            for member in self.snapshot.members:
+                if member.usable:
+                    group.create_task(guarded(member.name))
+        if not self.snapshot.usable:
+            raise NoEngineError(f"no engine is left: {self.snapshot.describe()}")
+
+    async def _route(self, deadline: float) -> str:
+        name = least_loaded(self.snapshot, self._outstanding)
+        if name is not None:
+            return name
+        try:
+            async with asyncio.timeout(deadline), self._changed:
+                while (name := least_loaded(self.snapshot, self._outstanding)) is None:
+                    if not self.snapshot.usable:
+                        raise NoEngineError(f"no engine is left: {self.snapshot.describe()}")
+                    await self._changed.wait()
+                return name
+        except TimeoutError:
+            raise NoEngineError(f"no engine could serve within {deadline:.0f} s: {self.snapshot.describe()}") from None
+
+    async def _suspect(self, name: str, error: EngineError) -> None:
+        """After a failed call: dead if its process or its port says so, otherwise the benefit of the doubt."""
+        replica = self._replicas[name]
+        ended = replica.process is not None and not replica.process.running
+        if ended or await replica.engine.health() is Health.DEAD:
+            await self._apply(name, Died(str(error)))
+
+    async def _watch(self, replica: Replica) -> None:
+        assert replica.process is not None
+        await replica.process.wait()
+        reason = replica.process.describe_end()
+        logger.error("%s\n%s", reason, replica.process.log_tail())
+        await self._apply(replica.engine.name, Died(reason))
+
+    async def _apply(self, name: str, event: Event) -> None:
+        async with self._changed:
+            self.snapshot = self.snapshot.with_member(after(self.snapshot.get(name), event))
+            self._changed.notify_all()

@@ -1,0 +1,123 @@
+"""Who is in the fleet and in which state: a pure state machine, and the snapshots that everybody routes from.
+
+An engine may serve only while it is READY, awake, and holds a committed version that was attested. What is DEAD or
+QUARANTINED stays so: only a new start, which is a new member, serves again.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from millrace.types import ALL_MEMORY, MemoryTag
+
+
+class Phase(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    QUARANTINED = "quarantined"  # alive, but it may hold other weights than it should
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One engine as the fleet sees it. `version` is what was attested last; None: nothing it may serve."""
+
+    name: str
+    url: str
+    phase: Phase = Phase.STARTING
+    version: int | None = None
+    asleep: frozenset[MemoryTag] = frozenset()
+    reason: str | None = None  # why it is quarantined or dead
+
+    @property
+    def routable(self) -> bool:
+        return self.phase is Phase.READY and not self.asleep and self.version is not None
+
+    @property
+    def usable(self) -> bool:
+        """Whether it serves now or may serve again without a new start."""
+        return self.phase in (Phase.STARTING, Phase.READY)
+
+    def describe(self) -> str:
+        details = [self.phase.value]
+        if self.asleep:
+            details.append(f"asleep: {', '.join(sorted(self.asleep))}")
+        details.append("no attested version" if self.version is None else f"version {self.version}")
+        if self.reason:
+            details.append(self.reason)
+        return f"{self.name} ({'; '.join(details)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Attested:
+    """The engine holds this version, committed, and its checksums are those of what was sent."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slept:
+    what: frozenset[MemoryTag] = ALL_MEMORY
+
+
+@dataclass(frozen=True, slots=True)
+class Woke:
+    what: frozenset[MemoryTag] = ALL_MEMORY
+
+
+@dataclass(frozen=True, slots=True)
+class Distrusted:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    reason: str
+
+
+Event = Attested | Slept | Woke | Distrusted | Died
+
+
+def after(member: Member, event: Event) -> Member:
+    """The member after the event. Events about what has ended change nothing: they crossed its end on the way."""
+    if not member.usable:
+        return replace(member, phase=Phase.DEAD) if isinstance(event, Died) else member
+    match event:
+        case Attested(version):
+            return replace(member, phase=Phase.READY, version=version)
+        case Slept(what):
+            kept = None if MemoryTag.WEIGHTS in what else member.version
+            return replace(member, asleep=member.asleep | what, version=kept)
+        case Woke(what):
+            return replace(member, asleep=member.asleep - what)
+        case Distrusted(reason):
+            return replace(member, phase=Phase.QUARANTINED, version=None, reason=reason)
+        case Died(reason):
+            return replace(member, phase=Phase.DEAD, version=None, reason=reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole fleet at one moment; `number` counts the changes."""
+
+    number: int
+    members: tuple[Member, ...]
+
+    def with_member(self, member: Member) -> "Snapshot":
+        others = {m.name: m for m in self.members}
+        others[member.name] = member
+        return Snapshot(self.number + 1, tuple(others.values()))
+
+    def get(self, name: str) -> Member:
+        return next(m for m in self.members if m.name == name)
+
+    @property
+    def usable(self) -> bool:
+        return any(m.usable for m in self.members)
+
+    def describe(self) -> str:
+        return describe(self.members)
+
+
+def describe(members: Iterable[Member]) -> str:
+    return "; ".join(member.describe() for member in members) or "the fleet has no engines"

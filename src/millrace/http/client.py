@@ -1,0 +1,150 @@
+"""One server's HTTP API: pooled connections, a deadline on every call, and errors that name the engine.
+
+Data calls (generate) and control calls (all others) have connections of their own, so that a pause never queues behind
+a thousand generates. A call is repeated only when the caller says that repeating it is safe.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import aiohttp
+import orjson
+from yarl import URL
+
+from millrace.errors import EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable
+
+# uvicorn, which serves the stock engines, closes an idle connection after 5 s. A client that keeps one for longer will
+# sooner or later send a request into a connection that is being closed, and can't know whether it arrived.
+KEEPALIVE_SECONDS = 4.0
+RETRY_PAUSES = (0.05, 0.2, 0.8)
+ERROR_TEXT_LIMIT = 500
+
+Method = Literal["GET", "POST"]
+
+
+class HttpClient:
+    """Calls to the server at `url`, which errors call `name`.
+
+    api_key opens the data calls, admin_key the control calls (it defaults to api_key). Sessions are made on first use,
+    in the event loop that uses them; `close` gives them back.
+    """
+
+    def __init__(self, name: str, url: str, *, api_key: str | None = None, admin_key: str | None = None) -> None:
+        self.name = name
+        self._url = URL(url)
+        self._paths: dict[str, URL] = {}
+        self._keys = {"data": api_key, "control": admin_key or api_key}
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+        self._closed = False
+
+    async def generate(self, path: str, body: object, *, deadline: float) -> Any:
+        """POSTs a data call and returns the JSON that comes back. Never repeated: the server may have begun.
+
+        Raises EngineTimeout, EngineUnreachable, EngineRefused (4xx) or EngineFailed (5xx, or no JSON).
+        """
+        return await self._call("data", "POST", path, body, deadline)
+
+    async def control(
+        self, method: Method, path: str, body: object = None, *, deadline: float, repeatable: bool = False
+    ) -> Any:
+        """A control call. JSON comes back as its value, other text as a string, nothing as None. With `repeatable` a
+        broken connection is tried again while the deadline allows. Raises what `generate` raises."""
+        end = time.monotonic() + deadline
+        for pause in RETRY_PAUSES if repeatable else ():
+            try:
+                return await self._call("control", method, path, body, end - time.monotonic())
+            except EngineUnreachable:
+                if time.monotonic() + pause >= end:
+                    raise
+                await asyncio.sleep(pause)
+        return await self._call("control", method, path, body, end - time.monotonic())
+
+    async def events(self, path: str, body: object, *, deadline: float) -> AsyncIterator[Any]:
+        """POSTs a data call that answers with server-sent events; yields the JSON of each until `[DONE]`."""
+        try:
+            async with self._post("data", "POST", path, body, deadline) as response:
+                if response.status != 200:
+                    self._parse(path, response.status, await response.read())
+                async for line in response.content:
+                    if not line.startswith(b"data:"):
+                        continue
+                    data = line[5:].strip()
+                    if data == b"[DONE]":
+                        return
+                    yield self._decode(path, data)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._translate(path, error, deadline) from error
+        raise EngineUnreachable(self.name, f"the stream of {path} broke off before its end", sent=True)
+
+    async def close(self) -> None:
+        """Gives the connections back; calls after this raise EngineUnreachable."""
+        self._closed = True
+        sessions = list(self._sessions.values())
+        self._sessions.clear()
+        for session in sessions:
+            await session.close()
+
+    async def _call(self, channel: str, method: Method, path: str, body: object, deadline: float) -> Any:
+        try:
+            async with self._post(channel, method, path, body, deadline) as response:
+                data = await response.read()
+                if response.status == 200 and not response.headers.get("Content-Type", "").startswith(
+                    "application/json"
+                ):
+                    return data.decode(errors="replace") or None
+                return self._parse(path, response.status, data)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._translate(path, error, deadline) from error
+
+    def _post(
+        self, channel: str, method: Method, path: str, body: object, deadline: float
+    ) -> "aiohttp.client._RequestContextManager":
+        url = self._paths.get(path)
+        if url is None:
+            url = self._paths[path] = self._url.join(URL(path))
+        return self._session(channel).request(
+            method,
+            url,
+            data=None if body is None else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY),
+            timeout=aiohttp.ClientTimeout(total=max(deadline, 0.001)),
+        )
+
+    def _session(self, channel: str) -> aiohttp.ClientSession:
+        if self._closed:
+            raise EngineUnreachable(self.name, "its client was closed", sent=False)
+        session = self._sessions.get(channel)
+        if session is None:
+            headers = {"Content-Type": "application/json"}
+            if key := self._keys[channel]:
+                headers["Authorization"] = f"Bearer {key}"
+            session = self._sessions[channel] = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+                headers=headers,
+                skip_auto_headers=("User-Agent", "Accept-Encoding"),
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return session
+
+    def _parse(self, path: str, status: int, data: bytes) -> Any:
+        if status == 200:
+            return self._decode(path, data)
+        text = data.decode(errors="replace").strip()[:ERROR_TEXT_LIMIT]
+        if 400 <= status < 500:
+            raise EngineRefused(self.name, f"{path} was refused with HTTP {status}: {text}")
+        raise EngineFailed(self.name, f"{path} failed with HTTP {status}: {text}")
+
+    def _decode(self, path: str, data: bytes) -> Any:
+        try:
+            return orjson.loads(data)
+        except orjson.JSONDecodeError:
+            text = data.decode(errors="replace")[:ERROR_TEXT_LIMIT]
+            raise EngineFailed(self.name, f"{path} answered what is not JSON: {text}") from None
+
+    def _translate(self, path: str, error: Exception, deadline: float) -> Exception:
+        if isinstance(error, TimeoutError):
+            return EngineTimeout(self.name, f"{path} did not answer within {deadline:.1f} s")
+        sent = not isinstance(error, aiohttp.ClientConnectorError)
+        what = "broke off" if sent else "could not be made"
+        return EngineUnreachable(self.name, f"the connection for {path} {what}: {error!r}", sent=sent)

@@ -1,0 +1,110 @@
+"""Stands between the one who launches and a server, so that the server's whole process tree ends with either of them.
+
+    python guard.py GRACE_SECONDS COMMAND [ARGUMENT ...]
+
+The launcher holds the other end of this program's standard input. When that closes (the launcher died, even by SIGKILL)
+or SIGTERM comes, every process that descends from COMMAND gets SIGTERM, and after the grace SIGKILL. As a subreaper
+(prctl(2)) the guard inherits the orphans of its tree, so none can slip away. It runs on the standard library alone, and
+exits as COMMAND did: its status, or 128 and the signal's number.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+POLL_SECONDS = 0.5  # how soon the loss of the parent is seen where another process still holds the pipe
+
+
+def prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+
+
+def descendants() -> list[int]:
+    """All living processes below this one; zombies are reaped on the way."""
+    while True:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                break
+        except ChildProcessError:
+            break
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as file:
+                    fields = file.read().rpartition(")")[2].split()
+            except OSError:
+                continue  # it ended while we looked
+            if fields[0] != "Z":
+                children.setdefault(int(fields[1]), []).append(int(entry))
+    found, queue = [], [os.getpid()]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def send(pids: list[int], signum: int) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signum)
+        except ProcessLookupError:
+            continue  # it ended by itself
+
+
+def end_tree(grace: float) -> None:
+    """Ends all descendants: SIGTERM, then after the grace SIGKILL until none is left."""
+    send(descendants(), signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    while alive := descendants():
+        if time.monotonic() >= deadline:
+            send(alive, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def wait(child: int, lifeline: int, wakeup: int, parent: int) -> int | None:
+    """The child's wait status; None when the guard is to end it."""
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid == child:
+            return status
+        ready, _, _ = select.select([lifeline, wakeup], [], [], POLL_SECONDS)
+        if wakeup in ready and signal.SIGTERM in os.read(wakeup, 64):
+            return None
+        if os.getppid() != parent or (lifeline in ready and os.read(lifeline, 64) == b""):
+            return None
+
+
+def main() -> int:
+    grace, command = float(sys.argv[1]), sys.argv[2:]
+    parent = os.getppid()
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    wakeup, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    for signum in (signal.SIGTERM, signal.SIGCHLD, signal.SIGINT):
+        signal.signal(signum, lambda *_: None)  # the wake-up pipe tells wait()
+    try:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        )
+    except OSError as error:
+        print(f"{command[0]} could not be started: {error}", file=sys.stderr)
+        return 127
+    status = wait(child.pid, 0, wakeup, parent)
+    end_tree(grace)
+    if status is None:
+        return 0
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""A server's process: started with its log in a file, watched, and ended with its whole tree."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+
+from millrace.errors import LaunchError
+from millrace.launch import guard
+
+LOG_TAIL_LINES = 20
+LOG_TAIL_BYTES = 16_384
+GRACE_SECONDS = 2.0  # between SIGTERM and SIGKILL
+END_DEADLINE = GRACE_SECONDS + 8.0  # by then the guard has killed what ignored SIGTERM
+
+
+class ServerProcess:
+    """One server below its guard (`millrace.launch.guard`). Made by `start`; whoever starts it calls `end`."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log_path: Path) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._process = process
+
+    @classmethod
+    async def start(
+        cls, name: str, command: Sequence[str], log_path: Path, *, env: Mapping[str, str] | None = None
+    ) -> "ServerProcess":
+        """Starts `command` with `env` added to this process's environment; what it prints goes to `log_path`."""
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-S", guard.__file__, str(GRACE_SECONDS), *command,
+                stdin=asyncio.subprocess.PIPE,  # the lifeline: it closes when this process dies
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,  # Ctrl-C in the terminal is for the launcher, which ends its servers in order
+            )  # fmt: skip
+        return cls(name, process, log_path)
+
+    @property
+    def running(self) -> bool:
+        return self._process.returncode is None
+
+    async def until_healthy(self, healthy: Callable[[], Awaitable[bool]], *, deadline: float) -> None:
+        """Asks `healthy` until it says yes. Raises LaunchError when the process ends first or the deadline passes."""
+        try:
+            async with asyncio.timeout(deadline):
+                while not await healthy():
+                    if not self.running:
+                        raise LaunchError(f"{self.describe_end()}\n{self.log_tail()}")
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise LaunchError(f"{self.name} was not healthy within {deadline:.0f} s\n{self.log_tail()}") from None
+
+    async def wait(self) -> None:
+        """Returns when the server has ended, by itself or by `end`."""
+        await self._process.wait()
+
+    async def end(self) -> None:
+        """Ends the server and every process below it. Ending what has ended changes nothing."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            async with asyncio.timeout(END_DEADLINE):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+            raise LaunchError(
+                f"{self.name} (process {self._process.pid}) did not end within {END_DEADLINE:.0f} s"
+            ) from None
+
+    def describe_end(self) -> str:
+        """How the process ended, in words."""
+        code = self._process.returncode
+        if code is None:
+            return f"{self.name} runs"
+        if code > 128:
+            return f"{self.name} was killed by {signal.Signals(code - 128).name}"
+        return f"{self.name} ended with status {code}"
+
+    def log_tail(self) -> str:
+        """The last lines of the server's log, headed by its path."""
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([f"last lines of {self.log_path}:", *(f"  {line}" for line in lines)])

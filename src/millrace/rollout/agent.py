@@ -1,0 +1,132 @@
+"""One episode: the model's turns and the tools' answers, until the model answers without a call or a limit is met."""
+
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from millrace.errors import DataError, MillraceError
+from millrace.rollout.chat import ChatFormat
+from millrace.rollout.sample import Episode, EpisodeEnd
+from millrace.rollout.tools import Tool, ToolAnswer, answer_tool_call, parse_tool_calls
+from millrace.types import FinishReason, Float32Array, GenerateRequest, Generation, SamplingParams, Segment
+
+Generate = Callable[[GenerateRequest], Awaitable[Generation]]
+
+
+class AbortedGeneration(MillraceError):
+    """The engine gave a turn up half-way. The episode can't be used; the scheduler decides whether it begins again."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"the engine aborted request {request_id}")
+        self.request_id = request_id
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeLimits:
+    """All in tokens but `max_turns`, and `tool_timeout` in seconds for each call."""
+
+    max_turns: int
+    max_turn_tokens: int
+    max_sample_tokens: int
+    context_length: int
+    tool_timeout: float = 30.0
+
+    @property
+    def total(self) -> int:
+        return min(self.max_sample_tokens, self.context_length)
+
+    def end_when_full(self) -> EpisodeEnd:
+        """Which of the two limits on the whole conversation comes first."""
+        return EpisodeEnd.CONTEXT_FULL if self.context_length < self.max_sample_tokens else EpisodeEnd.TOKEN_LIMIT
+
+
+async def run_episode(
+    sample_id: str,
+    prompt_ids: tuple[int, ...],
+    *,
+    generate: Generate,
+    chat: ChatFormat,
+    tools: Mapping[str, Tool],
+    limits: EpisodeLimits,
+    sampling: SamplingParams,
+    on_tool_answer: Callable[[ToolAnswer], None],
+) -> Episode:
+    """Plays one conversation. The requests are called `<sample_id>/<turn>`, turns counting from 0.
+
+    `sampling.max_new_tokens` and its stop tokens are set anew for each turn; a seed gives each turn its own.
+    Raises DataError for a prompt that leaves the model no room, AbortedGeneration where the engine ended a turn by
+    abort, and whatever `generate` raises. `on_tool_answer` is told of every call of a tool.
+    """
+    if len(prompt_ids) >= limits.total:
+        raise DataError(
+            f"sample {sample_id}: its prompt has {len(prompt_ids)} tokens and leaves no room to answer in "
+            f"{limits.total} (the smaller of max_sample_tokens and the engine's context)"
+        )
+    draft = _Draft(list(prompt_ids))
+    for turn in range(limits.max_turns):
+        room = min(limits.max_turn_tokens, limits.total - len(draft.token_ids))
+        request_id = f"{sample_id}/{turn}"
+        turn_sampling = _turn_sampling(sampling, turn, room, chat.end_of_turn)
+        generation = await generate(GenerateRequest(request_id, tuple(draft.token_ids), turn_sampling))
+        if generation.finish_reason is FinishReason.ABORT:
+            raise AbortedGeneration(request_id)
+        draft.append_turn(generation)
+        if generation.finish_reason is FinishReason.LENGTH:
+            full = len(draft.token_ids) >= limits.total
+            return draft.finish(limits.end_when_full() if full else EpisodeEnd.TOKEN_LIMIT)
+        calls = parse_tool_calls(chat.decode(generation.output_ids))
+        if not calls:
+            return draft.finish(EpisodeEnd.ANSWERED)
+        if draft.turns == limits.max_turns:
+            break
+        answers = [await answer_tool_call(call, tools, deadline=limits.tool_timeout) for call in calls]
+        for answer in answers:
+            on_tool_answer(answer)
+        turn_ended = generation.output_ids[-1:] == (chat.end_of_turn,)
+        continuation = chat.continuation([answer.text for answer in answers], turn_ended=turn_ended)
+        if len(draft.token_ids) + len(continuation) >= limits.total:
+            return draft.finish(limits.end_when_full())
+        draft.token_ids.extend(continuation)
+    return draft.finish(EpisodeEnd.TURN_LIMIT)
+
+
+def last_turn(episode: Episode) -> tuple[int, ...]:
+    """The token ids of the model's last turn: those behind the last token that the model did not make."""
+    not_model = np.flatnonzero(~episode.loss_mask)
+    return episode.token_ids[int(not_model[-1]) + 1 :] if not_model.size else episode.token_ids
+
+
+@dataclass(slots=True)
+class _Draft:
+    """An episode while it grows. What is in `token_ids` and in no `turn_logprobs` was not made by the model."""
+
+    token_ids: list[int]
+    turn_logprobs: list[tuple[int, Float32Array]] = field(default_factory=list)  # (position of the first, [T])
+    segments: list[Segment] = field(default_factory=list)
+    turns: int = 0
+
+    def append_turn(self, generation: Generation) -> None:
+        start = len(self.token_ids)
+        self.token_ids.extend(generation.output_ids)
+        self.turn_logprobs.append((start, generation.logprobs))
+        self.segments.extend(Segment(s.version, s.start + start, s.end + start) for s in generation.segments)
+        self.turns += 1
+
+    def finish(self, end: EpisodeEnd) -> Episode:
+        loss_mask = np.zeros(len(self.token_ids), np.bool_)
+        logprobs = np.zeros(len(self.token_ids), np.float32)
+        for start, turn_logprobs in self.turn_logprobs:
+            loss_mask[start : start + len(turn_logprobs)] = True
+            logprobs[start : start + len(turn_logprobs)] = turn_logprobs
+        return Episode(
+            tuple(self.token_ids), loss_mask, logprobs, tuple(self.segments), turns=self.turns, end=end
+        )
+
+
+def _turn_sampling(sampling: SamplingParams, turn: int, room: int, end_of_turn: int) -> SamplingParams:
+    # One seed for all turns would draw the same random numbers again in each of them.
+    seed = None if sampling.seed is None else zlib.crc32(f"{sampling.seed}/{turn}".encode())
+    stops = tuple(sorted({*sampling.stop_token_ids, end_of_turn}))
+    return replace(sampling, max_new_tokens=room, stop_token_ids=stops, seed=seed)

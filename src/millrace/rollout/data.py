@@ -1,0 +1,96 @@
+"""Where problems come from: a JSONL file or a Hugging Face data set in GSM8K's format, or the generator."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+from millrace.config.models import DataConfig, FileDataConfig, GeneratedDataConfig, HubDataConfig
+from millrace.errors import DataError
+from millrace.rollout.problems import generate_problems
+from millrace.rollout.sample import Problem
+
+_ANSWER = re.compile(r"####\s*(-?)\$?((?:\d[\d,]*)?(?:\.\d+)?)\s*\Z")
+
+
+def load_problems(config: DataConfig, *, held_out: bool = False) -> tuple[Problem, ...]:
+    """All problems of a data set. `held_out` picks the generator's other side, which shares nothing with training;
+    a file or a Hub data set is taken as it is.
+
+    Raises DataError where it is missing, empty, or a line of it is not in GSM8K's format.
+    """
+    match config:
+        case GeneratedDataConfig():
+            problems = tuple(generate_problems(config.seed, config.problems, held_out=held_out))
+        case FileDataConfig():
+            problems = tuple(_read_file(config.path))
+        case HubDataConfig():
+            problems = tuple(_read_hub(config))
+    if not problems:
+        raise DataError(f"the data set {config!r} has no problems")
+    return problems
+
+
+def problems_at(problems: Sequence[Problem], seed: int, position: int, count: int) -> tuple[Problem, ...]:
+    """The `count` problems from `position` on of an endless order: every epoch has each problem once, in a new order.
+    The order depends on the seed and the position alone, so a run that resumes goes on where it stopped."""
+    size = len(problems)
+    epochs = range(position // size, (position + count - 1) // size + 1)
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in epochs}
+    return tuple(problems[orders[place // size][place % size]] for place in range(position, position + count))
+
+
+def parse_answer(text: str) -> str:
+    """The number behind `####` at the end of a GSM8K answer, without thousands separators. Raises ValueError."""
+    found = _ANSWER.search(text)
+    if found is None or not found.group(2):
+        raise ValueError("its answer does not end in `#### ` and a number")
+    sign, digits = found.groups()
+    return str(Decimal(f"{sign}{digits.replace(',', '')}"))
+
+
+def _read_file(path: Path) -> Iterator[Problem]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"the data file {path} can't be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield _problem(f"{path.stem}-{number}", orjson.loads(line))
+        except ValueError as error:  # orjson's error is one too
+            raise DataError(f"{path}, line {number}: {error}") from error
+
+
+def _read_hub(config: HubDataConfig) -> Iterator[Problem]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("a data set from the Hub needs the extra: pip install 'millrace[hub]'") from error
+    try:
+        rows = datasets.load_dataset(config.path, config.name, split=config.split)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the data set {config.path!r} (split {config.split!r}) can't be loaded: {error}") from error
+    for number, row in enumerate(rows):
+        try:
+            yield _problem(f"{config.path}-{config.split}-{number}", row)
+        except ValueError as error:
+            raise DataError(f"the data set {config.path!r} (split {config.split!r}), row {number}: {error}") from error
+
+
+def _problem(problem_id: str, row: object) -> Problem:
+    """Raises ValueError, whose message says what the row lacks."""
+    match row:
+        case Mapping():
+            question, answer = row.get("question"), row.get("answer")
+        case _:
+            raise ValueError('it is not a JSON object with "question" and "answer"')
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError('it has no "question" text')
+    if not isinstance(answer, str):
+        raise ValueError('it has no "answer" text')
+    return Problem(problem_id, question, parse_answer(answer))

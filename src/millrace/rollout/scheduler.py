@@ -1,0 +1,106 @@
+"""Every sample is a task of its own; groups come out as they complete, in whichever order. There is no barrier."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from millrace.rollout.runner import SampleRunner
+from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
+
+
+@dataclass(slots=True)
+class _Running:
+    """A group on its way."""
+
+    group_id: str
+    problem: Problem
+    version: int  # the trainer's, when it was started: none of its tokens is older
+    tasks: list[asyncio.Task[Sample]]
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Every sample that was asked for, and how it ended."""
+
+    asked: int = 0
+    ended: Counter[SampleStatus] = field(default_factory=Counter)
+
+
+class RolloutScheduler:
+    """Starts groups and hands out the complete ones. Use it as an async context manager: at its end, what still runs is
+    cancelled, and with it aborted on the engines."""
+
+    def __init__(self, runner: SampleRunner, samples_per_group: int) -> None:
+        self.ledger = Ledger()
+        self._runner = runner
+        self._samples_per_group = samples_per_group
+        self._running: dict[str, _Running] = {}
+        self._collectors: set[asyncio.Task[None]] = set()
+        self._complete: asyncio.Queue[Group | BaseException] = asyncio.Queue()
+
+    async def __aenter__(self) -> "RolloutScheduler":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        collectors = list(self._collectors)
+        for running in self._running.values():
+            _cancel(running)
+        await asyncio.gather(*collectors, return_exceptions=True)
+
+    @property
+    def in_flight(self) -> int:
+        """Groups that were started and not handed out yet."""
+        return len(self._running) + self._complete.qsize()
+
+    def start(self, groups: Iterable[tuple[str, Problem]], version: int) -> None:
+        """Starts the samples of each (group id, problem); `version` is the trainer's."""
+        for group_id, problem in groups:
+            tasks = [
+                asyncio.create_task(self._runner.run(f"{group_id}-{i}", group_id, problem))
+                for i in range(self._samples_per_group)
+            ]
+            self.ledger.asked += len(tasks)
+            running = self._running[group_id] = _Running(group_id, problem, version, tasks)
+            collector = asyncio.create_task(self._collect(running))
+            self._collectors.add(collector)
+            collector.add_done_callback(self._collectors.discard)
+
+    async def next_group(self) -> Group:
+        """The next group that is complete, as soon as there is one. Raises what ended a sample without an end of its
+        own, such as NoEngineError."""
+        group = await self._complete.get()
+        if isinstance(group, BaseException):
+            raise group
+        return group
+
+    def cancel_older_than(self, version: int) -> int:
+        """Gives up the groups that were started before the trainer stood at `version`, and tells how many. They come
+        out with their unfinished samples ABORTED."""
+        old = [running for running in self._running.values() if running.version < version]
+        for running in old:
+            _cancel(running)
+        return len(old)
+
+    async def _collect(self, running: _Running) -> None:
+        results = await asyncio.gather(*running.tasks, return_exceptions=True)
+        samples = []
+        for index, result in enumerate(results):
+            if isinstance(result, asyncio.CancelledError):
+                sample_id = f"{running.group_id}-{index}"
+                result = Sample(
+                    sample_id, running.group_id, running.problem, SampleStatus.ABORTED, None, 0.0, "given up: too old"
+                )
+            elif isinstance(result, BaseException):
+                _cancel(running)
+                self._complete.put_nowait(result)
+                return
+            self.ledger.ended[result.status] += 1
+            samples.append(result)
+        del self._running[running.group_id]
+        self._complete.put_nowait(Group(running.group_id, running.problem, tuple(samples)))
+
+
+def _cancel(running: _Running) -> None:
+    for task in running.tasks:
+        task.cancel()

@@ -1,0 +1,215 @@
+"""Tools that the model may call between two of its turns: the port, the calculator, and Qwen's `<tool_call>` format.
+
+Whatever goes wrong with a call (bad JSON, no such tool, a tool that raises or takes too long) is told to the model as
+the tool's answer. It may try again, and the sample goes on.
+"""
+
+import ast
+import asyncio
+import math
+import operator
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import orjson
+
+from millrace.errors import MillraceError
+
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
+_THOUSANDS_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_LONGEST_EXPRESSION = 500  # characters
+_LARGEST_EXPONENT = 1000
+_LARGEST_RESULT_BITS = 4096
+
+Number = int | float
+
+
+class ToolError(MillraceError):
+    """A tool can't do what it was asked. The message is written for the model."""
+
+
+class Tool(ABC):
+    """Something the model can call. One object serves all samples, so `call` keeps nothing between calls."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def schema(self) -> Mapping[str, object]:
+        """The JSON schema of a function, in the form that chat templates take as `tools`."""
+
+    @abstractmethod
+    async def call(self, arguments: Mapping[str, object]) -> str:
+        """The answer as text. Raises ToolError for what the model did wrong. The caller sets the deadline."""
+
+
+class Calculator(Tool):
+    """Evaluates one arithmetic expression over numbers with + - * / // % ** and parentheses."""
+
+    name = "calculator"
+
+    @property
+    def schema(self) -> Mapping[str, object]:
+        expression = {"type": "string", "description": "numbers, + - * / // % ** and parentheses"}
+        return {
+            "type": "function",
+            "function": {
+                "name": self.name,
+                "description": "Evaluates an arithmetic expression.",
+                "parameters": {"type": "object", "properties": {"expression": expression}, "required": ["expression"]},
+            },
+        }
+
+    async def call(self, arguments: Mapping[str, object]) -> str:
+        match arguments.get("expression"):
+            case str(expression):
+                return format_number(evaluate(expression))
+            case _:
+                raise ToolError('the calculator takes one argument: "expression", a string')
+
+
+def make_tools(names: tuple[str, ...]) -> dict[str, Tool]:
+    """The tools of the config's `rollout.tools`, by name. Raises ToolError for a name that is none."""
+    known: dict[str, Tool] = {tool.name: tool for tool in (Calculator(),)}
+    for name in names:
+        if name not in known:
+            raise ToolError(f"no tool is called {name!r}; there are: {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call as the model wrote it."""
+
+    name: str
+    arguments: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class BadToolCall:
+    """A call that can't be read, and why, in words for the model."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolAnswer:
+    """What the model is told. `tool` is None where the call could not be read."""
+
+    tool: str | None
+    text: str
+    failed: bool
+
+
+def parse_tool_calls(text: str) -> tuple[ToolCall | BadToolCall, ...]:
+    """The calls in one turn's text, in order; none where it has no `<tool_call>`."""
+    return tuple(_parse_tool_call(body, closing) for body, closing in _TOOL_CALL.findall(text))
+
+
+async def answer_tool_call(call: ToolCall | BadToolCall, tools: Mapping[str, Tool], *, deadline: float) -> ToolAnswer:
+    """Runs one call for at most `deadline` seconds. Raises nothing: every failure becomes an answer for the model."""
+    if isinstance(call, BadToolCall):
+        return ToolAnswer(None, f"Error: {call.reason}", failed=True)
+    tool = tools.get(call.name)
+    if tool is None:
+        names = ", ".join(tools) or "none"
+        return ToolAnswer(call.name, f"Error: no tool is called {call.name!r}; there are: {names}", failed=True)
+    timeout = asyncio.timeout(deadline)
+    try:
+        async with timeout:
+            return ToolAnswer(call.name, await tool.call(call.arguments), failed=False)
+    # A tool is the user's own code and may raise anything; one bad call must not end the other samples of the batch.
+    except Exception as error:
+        reason = f"no answer after {deadline:g} s" if timeout.expired() else f"{error}" or type(error).__name__
+        return ToolAnswer(call.name, f"Error: {reason}", failed=True)
+
+
+def evaluate(expression: str) -> Number:
+    """The value of an arithmetic expression. Raises ToolError for anything else, and for a value too large to print.
+
+    The expression is parsed, never run: only numbers and operators are looked at.
+    """
+    if len(expression) > _LONGEST_EXPRESSION:
+        raise ToolError(f"the expression has {len(expression)} characters; at most {_LONGEST_EXPRESSION} are read")
+    try:
+        tree = ast.parse(_THOUSANDS_SEPARATOR.sub("", expression).strip(), mode="eval")
+        value = _evaluate(tree.body)
+    except SyntaxError as error:
+        raise ToolError(f"not an arithmetic expression: {expression}") from error
+    except ZeroDivisionError as error:
+        raise ToolError(f"division by zero: {expression}") from error
+    except (OverflowError, RecursionError, MemoryError, ValueError) as error:
+        raise ToolError(f"can't be evaluated: {expression}") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ToolError(f"the result is too large: {expression}")
+    return value
+
+
+def format_number(value: Number) -> str:
+    """Whole numbers plainly; others with up to ten significant digits."""
+    if isinstance(value, int):
+        return str(value)
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.10g}"
+
+
+def _parse_tool_call(body: str, closing: str) -> ToolCall | BadToolCall:
+    if not closing:
+        return BadToolCall("the tool call has no </tool_call>")
+    try:
+        call = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        return BadToolCall(f"the tool call is not JSON: {error}")
+    match call:
+        case {"name": str(name), "arguments": dict(arguments)}:
+            return ToolCall(name, arguments)
+        case _:
+            return BadToolCall('a tool call is {"name": a string, "arguments": an object}')
+
+
+def _evaluate(node: ast.expr) -> Number:
+    match node:
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand)
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _evaluate(operand)
+        case ast.BinOp(left=left, op=op, right=right):
+            return _bounded(_operator(op)(_evaluate(left), _evaluate(right)))
+        case _:
+            raise ToolError("only numbers, + - * / // % ** and parentheses can be used")
+
+
+def _operator(op: ast.operator) -> Callable[[Number, Number], Number]:
+    known: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
+        ast.Add: operator.add,
+        ast.Sub: operator.sub,
+        ast.Mult: operator.mul,
+        ast.Div: operator.truediv,
+        ast.FloorDiv: operator.floordiv,
+        ast.Mod: operator.mod,
+        ast.Pow: _power,
+    }
+    if type(op) not in known:
+        raise ToolError("only + - * / // % ** are known")
+    return known[type(op)]
+
+
+def _power(base: Number, exponent: Number) -> Number:
+    """`base ** exponent`, refused before it is computed where the result would be huge."""
+    if abs(exponent) > _LARGEST_EXPONENT:
+        raise ToolError(f"the exponent {exponent} is too large")
+    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > _LARGEST_RESULT_BITS:
+        raise ToolError("the result is too large")
+    result = base**exponent
+    if isinstance(result, complex):
+        raise ToolError("the result is not a real number")
+    return float(result) if isinstance(result, float) else int(result)
+
+
+def _bounded(value: Number) -> Number:
+    if isinstance(value, int) and value.bit_length() > _LARGEST_RESULT_BITS:
+        raise ToolError("the result is too large")
+    return value

@@ -1,0 +1,127 @@
+"""From samples to padded tensors: which samples go together, decided by pure functions over their lengths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from millrace.types import Float32Array
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """What is trained on: one conversation and how good it was.
+
+    token_ids: [T] integers. loss_mask: [T] bool, True where the token is trained on; never at position 0, which nothing
+    predicts. logprobs: [T] float32, the engine's, at the temperature it sampled at; read only where loss_mask is True.
+    Raises ValueError where these do not fit together.
+    """
+
+    token_ids: NDArray[np.integer]
+    loss_mask: NDArray[np.bool_]
+    logprobs: Float32Array
+    advantage: float
+
+    def __post_init__(self) -> None:
+        shapes = {self.token_ids.shape, self.loss_mask.shape, self.logprobs.shape}
+        if len(shapes) != 1 or self.token_ids.ndim != 1 or self.token_ids.size == 0:
+            raise ValueError(
+                f"a sample's token_ids {self.token_ids.shape}, loss_mask {self.loss_mask.shape} and logprobs "
+                f"{self.logprobs.shape} must be vectors of one length, of one token at least"
+            )
+        if self.loss_mask.dtype != np.bool_:
+            raise ValueError(f"loss_mask must be bool, not {self.loss_mask.dtype}")
+        if self.loss_mask[0]:
+            raise ValueError("the first token of a sample has no prediction; its loss_mask must be False")
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+def supervised_sample(token_ids: Sequence[int], loss_mask: Sequence[bool]) -> TrainSample:
+    """A sample to imitate. No engine made it, so its logprobs are zeros that nobody reads."""
+    ids = np.asarray(token_ids, dtype=np.int64)
+    return TrainSample(ids, np.asarray(loss_mask, dtype=np.bool_), np.zeros(ids.shape, dtype=np.float32), 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Samples padded on the right to the longest of them: what one forward and one backward pass take.
+
+    token_ids_BT: int64. engine_logprobs_BT: float32. mask_BT: bool. advantages_B: float32. All on one device. There
+    is no attention mask: in a causal model no token sees the padding after it, and mask_BT keeps the padding out of
+    the loss.
+    """
+
+    token_ids_BT: Tensor
+    engine_logprobs_BT: Tensor
+    mask_BT: Tensor
+    advantages_B: Tensor
+
+    def to(self, device: torch.device) -> "Microbatch":
+        return Microbatch(
+            self.token_ids_BT.to(device),
+            self.engine_logprobs_BT.to(device),
+            self.mask_BT.to(device),
+            self.advantages_B.to(device),
+        )
+
+
+def plan_minibatches(samples: int, minibatches: int) -> list[list[int]]:
+    """Sample indices for each optimizer step, dealt out like cards: the samples of a group lie side by side, and so
+    each minibatch gets some of every group. Always `minibatches` lists, some of them empty when there are fewer
+    samples."""
+    return [list(range(first, samples, minibatches)) for first in range(minibatches)]
+
+
+def plan_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
+    """Indices of `lengths` for each micro-batch, so that its padded size (samples times the longest) keeps to the
+    limit.
+
+    The longest go first, so that neighbours in length share a micro-batch (little padding), and what does not fit into
+    the GPU fails on the first one. A sample above the limit gets a micro-batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for index in order:
+        current = batches[-1] if batches else None
+        if current is not None and (len(current) + 1) * lengths[current[0]] <= tokens_per_microbatch:
+            current.append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def collate(samples: Sequence[TrainSample]) -> Microbatch:
+    """Pads to tensors on the CPU. Padding is token 0, outside of the mask."""
+    shape = (len(samples), max(sample.token_ids.size for sample in samples))
+    token_ids = np.zeros(shape, dtype=np.int64)
+    logprobs = np.zeros(shape, dtype=np.float32)
+    mask = np.zeros(shape, dtype=np.bool_)
+    for row, sample in enumerate(samples):
+        length = sample.token_ids.size
+        token_ids[row, :length] = sample.token_ids
+        logprobs[row, :length] = np.where(sample.loss_mask, sample.logprobs, 0.0)
+        mask[row, :length] = sample.loss_mask
+    advantages = np.array([sample.advantage for sample in samples], dtype=np.float32)
+    return Microbatch(
+        torch.from_numpy(token_ids),
+        torch.from_numpy(logprobs),
+        torch.from_numpy(mask),
+        torch.from_numpy(advantages),
+    )
+
+
+def empty_microbatch() -> Microbatch:
+    """Two tokens that train nothing: what a rank runs while the others still have samples, because every rank must join
+    every gather of weights and every reduction of gradients."""
+    return collate([supervised_sample([0, 0], [False, False])])
+
+
+def make_microbatches(samples: Sequence[TrainSample], tokens_per_microbatch: int) -> list[Microbatch]:
+    plan = plan_microbatches([sample.token_ids.size for sample in samples], tokens_per_microbatch)
+    return [collate([samples[i] for i in indices]) for indices in plan]

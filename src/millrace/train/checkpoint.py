@@ -1,0 +1,240 @@
+"""Checkpoints: the whole state of a trainer, on disk completely or not at all.
+
+`RUN/checkpoints/step-00000010/` has the shards of torch.distributed.checkpoint, and `state.json` with what is not a
+tensor. It is written under a name that starts with a dot, synced, and renamed last. With several ranks on several
+hosts, RUN is a folder that all of them see.
+"""
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+from transformers import PreTrainedTokenizerBase
+
+from millrace.errors import CheckpointError
+from millrace.train.optimizer import optimizer_state
+from millrace.train.policy import Policy
+from millrace.train.trainer import Trainer
+from millrace.train.world import World
+
+FORMAT = 1
+STATE_FILE = "state.json"
+
+
+def save(run_dir: Path, trainer: Trainer, extra: Mapping[str, object], *, keep: int) -> Path:
+    """Saves weights, optimizer, reference, step and `extra` (anything JSON can hold), then deletes all but the last
+    `keep` checkpoints. Returns the checkpoint's folder. Collective; `extra` is rank 0's.
+
+    Raises CheckpointError where it can't be written: nothing of it is left then, and the ones before it are untouched.
+    """
+    world = trainer.world
+    world.make_current()
+    folder = run_dir / "checkpoints" / f"step-{trainer.step:08d}"
+    partial = _hidden(folder, "partial")
+    state = json.dumps({"format": FORMAT, "step": trainer.step, "extra": dict(extra)}, indent=1)
+
+    def finish() -> None:
+        _write_synced(partial / STATE_FILE, state)
+        _publish(partial, folder)
+        for old in _checkpoints(run_dir)[:-keep]:
+            _delete(old)
+
+    with _whole_or_absent(world, partial, needed=_bytes(trainer)):
+        _on_rank_0(world, lambda: _clear(folder.parent))
+        with _no_process_group_is_fine():
+            dcp.save(_tensors(trainer), storage_writer=_Writer(partial), no_dist=world.size == 1)
+        _on_rank_0(world, finish)
+    return folder
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The last whole checkpoint of a run; None where there is none."""
+    found = _checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def load(folder: Path, trainer: Trainer) -> dict[str, object]:
+    """Reads a checkpoint into a trainer that was made from the same model; the number of ranks may differ. Returns the
+    `extra` that was saved. Collective.
+
+    The optimizer's settings stay those of the trainer's config. Raises CheckpointError where the checkpoint is missing,
+    damaged, or of another model; the trainer is then half-read and of no use.
+    """
+    world = trainer.world
+    world.make_current()
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        if state["format"] != FORMAT:
+            raise CheckpointError(f"checkpoint {folder} has format {state['format']}; this Millrace reads {FORMAT}")
+        step, extra = int(state["step"]), dict(state["extra"])
+        with _no_process_group_is_fine():
+            dcp.load(_tensors(trainer), checkpoint_id=folder, no_dist=world.size == 1)
+    except (OSError, ValueError, KeyError, TypeError, CheckpointException) as error:
+        raise CheckpointError(
+            f"checkpoint {folder} can't be read: {_reason(error)}. It must be whole, and the model and train.loss."
+            "kl_coefficient those that it was saved with"
+        ) from error
+    trainer.step = step
+    return extra
+
+
+def export(policy: Policy, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Writes the policy as a folder in Hugging Face's format (safetensors, float32), and its tokenizer beside it, so
+    that an engine can be started from it. What was at `folder` is replaced. Collective; needs the memory of all the
+    weights on rank 0. Raises CheckpointError where it can't be written."""
+    world = policy.world
+    partial = _hidden(folder, "partial")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in policy.named_tensors():
+        if world.rank == 0:
+            tensors[name] = tensor.cpu()
+
+    def write() -> None:
+        _delete(partial)
+        policy.model.save_pretrained(partial, state_dict=tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        _publish(partial, folder)
+
+    with _whole_or_absent(world, partial, needed=sum(t.nbytes for t in tensors.values())):
+        _on_rank_0(world, write)
+
+
+class _Writer(dcp.FileSystemWriter):  # type: ignore[misc]
+    """When the disk fails, torch's archive writer raises an error of its own ("unexpected pos"), and what the disk
+    said is only its context, which the exchange between ranks drops. This one raises what the disk said."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            raise _disk_error(error) or error from None
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    if error is None or isinstance(error, OSError):
+        return error
+    return _disk_error(error.__context__)
+
+
+def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    """The trainer's own tensors, not copies: dcp reads a checkpoint into them in place."""
+    trainer.ensure_reference()
+    tensors = {
+        "model": trainer.policy.state(),
+        "optimizer": optimizer_state(trainer.optimizer, trainer.policy.parameters()),
+    }
+    reference = trainer.policy.reference_state()
+    return {**tensors, "reference": reference} if reference else tensors
+
+
+def _bytes(trainer: Trainer) -> int:
+    return sum(tensor.nbytes for part in _tensors(trainer).values() for tensor in part.values())
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """The whole checkpoints, oldest first."""
+    folder = run_dir / "checkpoints"
+    names = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)] if folder.is_dir() else []
+    return sorted(names, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _hidden(folder: Path, why: str) -> Path:
+    return folder.with_name(f".{folder.name}.{why}")
+
+
+def _clear(parent: Path) -> None:
+    """Makes the folder, and removes what a process that was killed left in it."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for path in parent.glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def _delete(folder: Path) -> None:
+    """Hides it first, so that a process killed half-way leaves nothing that looks like a checkpoint."""
+    if folder.exists():
+        hidden = _hidden(folder, "deleted")
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    for path in [*partial.iterdir(), partial]:
+        _sync(path)
+    _delete(folder)
+    partial.rename(folder)
+    _sync(folder.parent)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _on_rank_0(world: World, action: Callable[[], None]) -> None:
+    """Where the action fails on rank 0, every rank raises: none is left waiting in the next collective."""
+    failure: OSError | SafetensorError | None = None
+    if world.rank == 0:
+        try:
+            action()
+        except (OSError, SafetensorError) as error:
+            failure = error
+    if world.any(failure is not None):
+        raise failure if failure is not None else OSError("rank 0 failed, and says why")
+
+
+@contextmanager
+def _whole_or_absent(world: World, partial: Path, *, needed: int) -> Iterator[None]:
+    """Turns what goes wrong inside into CheckpointError, and leaves no partial folder behind, whatever it was."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if isinstance(error, CheckpointException) and _interrupted(error):
+            raise KeyboardInterrupt from error
+        raise CheckpointError(
+            f"{partial.parent} did not take the {needed / 1e6:.1f} MB of this checkpoint: {_reason(error)}. "
+            "Nothing of it was kept; the checkpoints before it are whole"
+        ) from error
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _interrupted(error: CheckpointException) -> bool:
+    """Whether it was Ctrl-C: dcp wraps that like any failure."""
+    return any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values())
+
+
+def _reason(error: BaseException) -> str:
+    """The failure itself, in one line, without the tracebacks that dcp puts around it."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(sorted({_reason(failure) for failure, _ in error.failures.values()}))
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@contextmanager
+def _no_process_group_is_fine() -> Iterator[None]:
+    """dcp warns when there is one process only, also when told so by `no_dist`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield

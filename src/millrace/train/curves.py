@@ -1,0 +1,59 @@
+"""The run's curves as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from millrace.train.record import StepMetrics
+
+
+def draw_curves(metrics: Sequence[StepMetrics], title: str, path: Path) -> None:
+    """Writes a PNG with reward and accuracy, the seconds of each phase, KL with clip fraction, and staleness with the
+    gap of the logprobs."""
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    (learning, seconds), (policy, gap) = figure.subplots(2, 2)
+    figure.suptitle(title)
+    steps = [m for m in metrics if m.reward is not None]
+    x = [m.step for m in steps]
+    evaluated = [m for m in metrics if m.accuracy is not None]
+
+    learning.plot(x, [m.reward for m in steps], label="reward (training samples)", color="tab:blue")
+    learning.plot(
+        [m.step for m in evaluated],
+        [m.accuracy for m in evaluated],
+        label="accuracy (held out, greedy)",
+        color="tab:orange",
+        marker="o",
+    )
+    learning.set(xlabel="step", ylim=(0, 1.02), title="learning")
+    learning.legend(loc="lower right")
+
+    phases = {
+        "rollout": [m.rollout_seconds for m in steps],
+        "train": [m.train_seconds for m in steps],
+        "publish": [m.publish_seconds for m in steps],
+        "sleep and wake": [m.sleep_seconds for m in steps],
+    }
+    seconds.stackplot(x, list(phases.values()), labels=list(phases))
+    seconds.set(xlabel="step", ylabel="seconds", title="where a step's time goes")
+    seconds.legend(loc="upper right")
+
+    policy.plot(x, [m.kl for m in steps], label="KL (sampling policy to trained policy)", color="tab:green")
+    policy.plot(x, [m.clip_fraction for m in steps], label="clip fraction", color="tab:red")
+    policy.plot(x, [m.entropy for m in steps], label="entropy (nats)", color="tab:purple")
+    policy.set(xlabel="step", title="policy")
+    policy.legend(loc="upper right")
+
+    gap.plot(x, [m.logprob_gap for m in steps], label="|engine's - trainer's logprob| (nats)", color="tab:brown")
+    gap.set(xlabel="step", title="engine and trainer")
+    staleness = gap.twinx()
+    staleness.plot(x, [m.staleness for m in steps], label="staleness (versions)", color="tab:gray", linestyle="--")
+    staleness.set_ylim(bottom=0)
+    gap.legend(loc="upper left")
+    staleness.legend(loc="upper right")
+    for axes in (learning, seconds, policy, gap):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

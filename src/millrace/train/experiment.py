@@ -1,0 +1,189 @@
+"""From settings to a finished run: what is made, in which order, and who ends it."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from millrace.config.models import PretrainedModelConfig, RunConfig, TinyModelConfig, TrainConfig, WarmupConfig
+from millrace.errors import CheckpointError, ConfigError, DataError
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.local import open_fleet
+from millrace.rollout.agent import EpisodeLimits
+from millrace.rollout.chat import ChatFormat, load_chat_format
+from millrace.rollout.data import load_problems
+from millrace.rollout.runner import SampleRunner, sampling_params
+from millrace.rollout.sample import Problem
+from millrace.rollout.tools import Tool, make_tools
+from millrace.train import checkpoint
+from millrace.train.batch import supervised_sample
+from millrace.train.curves import draw_curves
+from millrace.train.display import Display
+from millrace.train.loop import Progress, TrainingLoop
+from millrace.train.policy import load_policy
+from millrace.train.record import RunFolder
+from millrace.train.summary import Summary, summarize
+from millrace.train.tiny import make_tiny_model
+from millrace.train.trainer import Trainer
+from millrace.train.warmup_data import warmup_conversations
+from millrace.train.world import World, join_world
+from millrace.types import MemoryTag
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What the rollouts are made of."""
+
+    chat: ChatFormat
+    tools: dict[str, Tool]
+    problems: Sequence[Problem]
+    held_out: Sequence[Problem]
+
+
+async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary:
+    """Runs a whole training run and leaves its folder behind. Raises MillraceError with what went wrong; whatever was
+    started is ended then."""
+    started = time.monotonic()
+    with join_world(config.train.device) as world, ThreadPoolExecutor(1, "trainer") as thread:
+        if world.size > 1:
+            raise ConfigError("millrace train runs one trainer process; start it without torchrun")
+        torch.manual_seed(config.seed)
+        folder = RunFolder(config, resume=resume)
+        model_path = _model_folder(config, folder)
+        content = load_content(config, model_path)
+        display.phase("starting the engines")
+        async with open_fleet(config.engine, model_path, log_dir=folder.logs, version=0, seed=config.seed) as fleet:
+            limits = _limits(config, fleet)
+            _require_room(content, config, limits)
+            loop = _assemble(config, model_path, world, thread, fleet, content, limits, folder, display)
+            set_up = time.monotonic() - started
+            # The engines have nothing to do yet, and the trainer can use their memory.
+            await fleet.sleep()
+            warmup_started = time.monotonic()
+            await _bring_to_start(loop, config, content, resume)
+            warmup_seconds = time.monotonic() - warmup_started
+            await fleet.wake(frozenset({MemoryTag.WEIGHTS}))
+            await loop.publish()
+            await fleet.wake(frozenset({MemoryTag.KV_CACHE}))
+            await loop.run()
+            display.phase("ending the engines")
+    metrics = folder.read_metrics()
+    draw_curves(metrics, config.name, folder.path / "curves.png")
+    return summarize(metrics, folder.path, time.monotonic() - started, warmup_seconds, set_up)
+
+
+def load_content(config: RunConfig, model_path: Path) -> Content:
+    """Tokenizer, tools and problems. Raises DataError for what is missing."""
+    held_out = load_problems(config.evaluation.data, held_out=True)[: config.evaluation.problems]
+    return Content(
+        chat=load_chat_format(str(model_path)),
+        tools=make_tools(config.rollout.tools),
+        problems=load_problems(config.data),
+        held_out=held_out,
+    )
+
+
+def _model_folder(config: RunConfig, folder: RunFolder) -> Path:
+    """The folder that the engines start from."""
+    match config.model:
+        case PretrainedModelConfig(path=path):
+            if not (Path(path) / "config.json").is_file():
+                raise DataError(f"model.path: {path} is no model's folder, it has no config.json")
+            return Path(path)
+        case TinyModelConfig() as tiny:
+            made = folder.path / "model"
+            if not made.exists():
+                make_tiny_model(tiny, config.seed, made)
+            return made
+
+
+def _limits(config: RunConfig, fleet: Fleet) -> EpisodeLimits:
+    rollout = config.rollout
+    return EpisodeLimits(rollout.max_turns, rollout.max_turn_tokens, rollout.max_sample_tokens, fleet.context_length)
+
+
+def _require_room(content: Content, config: RunConfig, limits: EpisodeLimits) -> None:
+    """Every prompt must leave room for an answer: better said before the first step than in the middle of a night."""
+    schemas = [tool.schema for tool in content.tools.values()]
+    for problem in (*content.problems, *content.held_out):
+        length = len(content.chat.prompt(problem.question, schemas))
+        if length >= limits.total:
+            raise DataError(
+                f"the prompt of problem {problem.problem_id} has {length} tokens and leaves no room for an answer in "
+                f"{limits.total}, the smaller of rollout.max_sample_tokens ({config.rollout.max_sample_tokens}) and the "
+                f"engine's context ({limits.context_length}); drop the problem or raise the limit"
+            )
+
+
+def _assemble(
+    config: RunConfig,
+    model_path: Path,
+    world: World,
+    thread: ThreadPoolExecutor,
+    fleet: Fleet,
+    content: Content,
+    limits: EpisodeLimits,
+    folder: RunFolder,
+    display: Display,
+) -> TrainingLoop:
+    runner = SampleRunner(
+        fleet=fleet,
+        chat=content.chat,
+        tools=content.tools,
+        limits=limits,
+        sampling=sampling_params(config.rollout),
+        timeout=config.rollout.sample_timeout,
+        retries=config.rollout.sample_retries,
+    )
+    trainer = Trainer(load_policy(model_path, config.train, world), config.train)
+    return TrainingLoop(
+        config,
+        trainer=trainer,
+        trainer_thread=thread,
+        fleet=fleet,
+        runner=runner,
+        problems=content.problems,
+        held_out=content.held_out,
+        folder=folder,
+        display=display,
+        progress=Progress(),
+        engine_dtype=AutoConfig.from_pretrained(model_path).dtype or torch.float32,
+    )
+
+
+async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Content, resume: bool) -> None:
+    """The trainer's state before the first step of this process: from the last checkpoint, or after the warm-up."""
+    if resume:
+        last = checkpoint.latest(loop.folder.path)
+        if last is None:
+            raise CheckpointError(
+                f"{loop.folder.path} has no checkpoint to resume from; start anew under another name=..."
+            )
+        state = await loop.in_trainer(checkpoint.load, last, loop.trainer)
+        loop.progress.step = loop.trainer.step
+        loop.progress.version, loop.progress.position = int(str(state["version"])) - 1, int(str(state["position"]))
+        loop.folder.forget_after(loop.trainer.step)
+        loop.display.say(f"resumed after step {loop.trainer.step} from {last}")
+    elif config.warmup is not None:
+        await _warm_up(loop, config.warmup, config, content)
+
+
+async def _warm_up(loop: TrainingLoop, warmup: WarmupConfig, config: RunConfig, content: Content) -> None:
+    """Supervised steps by the same trainer code, with an optimizer and a schedule of their own."""
+    settings: TrainConfig = config.train.model_copy(update={"optimizer": warmup.optimizer, "steps": warmup.steps})
+    supervised = Trainer(loop.trainer.policy, settings)
+    schemas = [tool.schema for tool in content.tools.values()]
+
+    def step(index: int) -> float:
+        batch = warmup_conversations(
+            content.chat, schemas, warmup.data.seed, index * warmup.batch_size, warmup.batch_size
+        )
+        return supervised.supervised_step([supervised_sample(c.token_ids, c.loss_mask.tolist()) for c in batch]).loss
+
+    for index in range(warmup.steps):
+        loss = await loop.in_trainer(step, index)
+        loop.display.progress("warm-up", index + 1, warmup.steps, f"loss {loss:.3f}")

@@ -1,0 +1,203 @@
+"""The policy: a causal language model that gives logprobs and gives its weights away."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from millrace.config.models import TrainConfig
+from millrace.errors import DataError
+from millrace.train.world import World
+
+CHUNK_BYTES = 256 * 1024 * 1024  # of float32 logits at a time; a vocabulary of 152,000 gives 440 tokens a chunk
+
+
+class TokenLogprobs(NamedTuple):
+    """logprobs_BT: [B, T] float32, of each token given those before it. entropy_BT: [B, T] float32, of the distribution
+    that each token was drawn from, without gradient. Column 0, which nothing predicts, is 0."""
+
+    logprobs_BT: Tensor
+    entropy_BT: Tensor
+
+
+class _GatherLogprobs(torch.autograd.Function):
+    """log_softmax(logits / temperature) at the targets, and the entropy, in float32, chunk by chunk.
+
+    torch's own log_softmax would hold float32 copies of all the logits, which are the largest tensors of a training
+    step.
+    This one keeps the logits as the model made them and computes the softmax again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NV: Tensor,
+        targets_N: Tensor,
+        temperature: float,
+        rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, normalizers, entropies = [], [], []
+        for logits_CV, targets_C in zip(torch.split(logits_NV, rows), torch.split(targets_N, rows), strict=True):
+            scaled_CV = logits_CV.float() / temperature
+            normalizer_C = scaled_CV.logsumexp(dim=-1)
+            logprobs.append(scaled_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1) - normalizer_C)
+            entropies.append(torch.special.entr(torch.exp(scaled_CV - normalizer_C.unsqueeze(-1))).sum(dim=-1))
+            normalizers.append(normalizer_C)
+        entropy_N = torch.cat(entropies)
+        ctx.save_for_backward(logits_NV, targets_N, torch.cat(normalizers))
+        ctx.temperature, ctx.rows = temperature, rows
+        ctx.mark_non_differentiable(entropy_N)
+        return torch.cat(logprobs), entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_NV, targets_N, normalizers_N = ctx.saved_tensors
+        grad_NV = torch.empty_like(logits_NV)
+        scaled_grad_N = grads[0] / ctx.temperature
+        for start in range(0, logits_NV.shape[0], ctx.rows):
+            chunk = slice(start, start + ctx.rows)
+            grad_C1 = scaled_grad_N[chunk].unsqueeze(-1)
+            probs_CV = torch.exp(logits_NV[chunk].float() / ctx.temperature - normalizers_N[chunk].unsqueeze(-1))
+            grad_CV = probs_CV.mul_(-grad_C1).scatter_add_(-1, targets_N[chunk].unsqueeze(-1), grad_C1)
+            grad_NV[chunk] = grad_CV
+        return grad_NV, None, None, None
+
+
+def gather_logprobs(
+    logits_BTV: Tensor, token_ids_BT: Tensor, temperature: float, *, chunk_bytes: int = CHUNK_BYTES
+) -> TokenLogprobs:
+    """The logprobs of `token_ids_BT` under `logits_BTV` (any float type), softened by `temperature` above 0."""
+    batch, length, vocab = logits_BTV.shape
+    rows = max(1, chunk_bytes // (4 * vocab))
+    # Rolled rather than cut: `logits[:, :-1]` would have to be copied to be seen as rows. What wraps around is dropped.
+    targets_N = token_ids_BT.roll(-1, dims=1).reshape(-1)
+    logprobs_N, entropy_N = _GatherLogprobs.apply(  # type: ignore[no-untyped-call]
+        logits_BTV.reshape(-1, vocab), targets_N, temperature, rows
+    )
+    return TokenLogprobs(
+        nn.functional.pad(logprobs_N.view(batch, length)[:, :-1], (1, 0)),
+        nn.functional.pad(entropy_N.view(batch, length)[:, :-1], (1, 0)),
+    )
+
+
+class Policy:
+    """A causal model with float32 master weights, sharded over the world's ranks where there are several.
+
+    Dropout is off: the logprobs of a step must be those of the policy that sampled, which has none. Every method is
+    collective: all ranks call it, in the same order.
+    """
+
+    def __init__(self, model: PreTrainedModel, world: World, config: TrainConfig) -> None:
+        self.world = world
+        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self.vocab_size: int = model.get_input_embeddings().num_embeddings
+        self.model = _place(model, world, self.dtype)
+        self.reference: PreTrainedModel | None = None
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = (
+                        True  # of the layer alone, which checkpoints only then; the dropout in it stays off
+                    )
+
+    def parameters(self) -> dict[str, Parameter]:
+        """By transformers' names, tied ones once."""
+        return dict(self.model.named_parameters())
+
+    def token_logprobs(self, token_ids_BT: Tensor, temperature: float) -> TokenLogprobs:
+        """The policy's logprobs, with gradient unless the caller has switched it off."""
+        return self._forward(self.model, token_ids_BT, temperature)
+
+    @torch.no_grad()
+    def reference_logprobs(self, token_ids_BT: Tensor, temperature: float) -> Tensor:
+        """The frozen reference's logprobs: [B, T] float32, without gradient."""
+        if self.reference is None:
+            raise ValueError("the policy has no reference; call take_reference first")
+        return self._forward(self.reference, token_ids_BT, temperature).logprobs_BT
+
+    def _forward(self, model: PreTrainedModel, token_ids_BT: Tensor, temperature: float) -> TokenLogprobs:
+        self.world.make_current()
+        with self._precision():
+            logits_BTV = model(input_ids=token_ids_BT, use_cache=False).logits
+        return gather_logprobs(logits_BTV, token_ids_BT, temperature)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self.dtype == torch.float32 or self.world.size > 1:  # the shards bring their own mixed precision
+            return nullcontext()
+        return torch.autocast(self.world.device.type, self.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights themselves (not copies, no gradient) by transformers' names, tied ones once: sharded where the
+        policy is. Writing to them changes the policy."""
+        return _state(self.model)
+
+    def named_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The weights one at a time, whole, on the world's device, as `dtype` (float32 where None). Where the policy is
+        sharded each is gathered when it is asked for, so every rank must go through all of them."""
+        for name, tensor in self.state().items():
+            # Cast first: half of the bytes to gather.
+            cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            yield name, cast.full_tensor() if isinstance(cast, DTensor) else cast
+
+    def take_reference(self) -> None:
+        """Makes a frozen copy of the present weights the reference, for the KL term."""
+        if self.reference is None:
+            model = AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float32)
+            self.reference = _place(model, self.world, self.dtype).requires_grad_(False)
+        with torch.no_grad():
+            present = self.state()
+            for name, tensor in _state(self.reference).items():
+                tensor.copy_(present[name])
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """As `state`, of the reference; empty where there is none."""
+        return _state(self.reference) if self.reference is not None else {}
+
+
+def load_policy(path: str | Path, config: TrainConfig, world: World) -> Policy:
+    """The policy from a folder in Hugging Face's format (or a name on the Hub), set up as the config says.
+
+    Raises DataError where there is no causal model in it."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise DataError(f"no causal language model in {str(path)!r}: {error}") from error
+    return Policy(model, world, config)
+
+
+def _place(model: PreTrainedModel, world: World, dtype: torch.dtype) -> PreTrainedModel:
+    """On the world's device and, over several ranks, sharded by FSDP2: each decoder layer is one unit, what is left
+    (embedding, last norm, head) another. Every unit is sharded again after its forward pass, so that outside of a pass
+    the parameters are always the shards. Dropout is off."""
+    world.make_current()
+    model.eval()
+    if world.size == 1:
+        return model.to(world.device)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    precision = (
+        MixedPrecisionPolicy()
+        if dtype == torch.float32
+        else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    )
+    layer_names = set(model._no_split_modules or ())
+    for module in [m for m in model.modules() if type(m).__name__ in layer_names]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+    return model
+
+
+def _state(model: PreTrainedModel) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
+    persistent = model.state_dict().keys()
+    tensors.update((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+    return tensors

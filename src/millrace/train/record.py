@@ -1,0 +1,122 @@
+"""What a run leaves behind: its folder, a line of figures for every step, and every conversation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from millrace.config import RunConfig, dump_config
+from millrace.errors import ConfigError, DataError
+from millrace.rollout.chat import ChatFormat
+from millrace.rollout.sample import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One line of metrics.jsonl. Step 0 is before the reinforcement: an evaluation only, the rest is None."""
+
+    step: int
+    weight_version: int  # that the step ended with
+    accuracy: float | None  # of greedy answers to held-out problems; None where the step was not evaluated
+    reward: float | None = None  # mean over the step's samples
+    staleness: float | None = None  # mean over the step's samples, in versions
+    rollout_seconds: float = 0.0  # that the trainer waited for samples
+    publish_seconds: float = 0.0
+    train_seconds: float = 0.0
+    sleep_seconds: float = 0.0  # engines going to sleep and waking
+    evaluation_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+    step_seconds: float = 0.0
+    tokens: int = 0  # that the model made
+    tokens_per_second: float = 0.0  # over rollout_seconds
+    kl: float | None = None
+    clip_fraction: float | None = None
+    logprob_gap: float | None = None  # mean |engine's logprob - trainer's|, in nats
+    entropy: float | None = None
+    loss: float | None = None
+    grad_norm: float | None = None
+    lr: float | None = None
+    samples_finished: int = 0
+    samples_failed: int = 0
+    samples_aborted: int = 0
+    tool_calls: int = 0
+    tool_errors: int = 0
+
+
+class RunFolder:
+    """`output_dir/name`. Raises ConfigError for a new run where one is already, and for resuming where none is."""
+
+    def __init__(self, config: RunConfig, *, resume: bool) -> None:
+        self.path = config.output_dir / config.name
+        if self.metrics_path.exists() and not resume:
+            raise ConfigError(f"{self.path} holds a run already; give --resume to go on with it, or another name=...")
+        if resume and not self.metrics_path.exists():
+            raise ConfigError(f"{self.path} holds no run to resume; leave --resume out to start one")
+        with _explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.yaml").write_text(dump_config(config))
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def add_metrics(self, metrics: StepMetrics) -> None:
+        self._append("metrics.jsonl", [asdict(metrics)])
+
+    def add_samples(self, step: int, samples: list[Sample], chat: ChatFormat) -> None:
+        """Appends whole conversations, as text and as tokens."""
+        self._append("samples.jsonl", [_as_record(step, sample, chat) for sample in samples])
+
+    def read_metrics(self) -> list[StepMetrics]:
+        return [StepMetrics(**orjson.loads(line)) for line in self.metrics_path.read_bytes().splitlines()]
+
+    def forget_after(self, step: int) -> None:
+        """Drops what was recorded behind a checkpoint that a run goes on from."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            if path.exists():
+                with _explained(path):
+                    kept = [line for line in path.read_bytes().splitlines(True) if orjson.loads(line)["step"] <= step]
+                    path.write_bytes(b"".join(kept))
+
+    def _append(self, name: str, records: list[dict[str, Any]]) -> None:
+        path = self.path / name
+        with _explained(path), path.open("ab") as file:
+            file.write(b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records))
+
+
+def _as_record(step: int, sample: Sample, chat: ChatFormat) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "step": step,
+        "sample": sample.sample_id,
+        "problem": sample.problem.problem_id,
+        "answer": sample.problem.answer,
+        "status": sample.status,
+        "reason": sample.reason,
+        "reward": sample.reward,
+    }
+    if episode := sample.episode:
+        record |= {
+            "end": episode.end,
+            "turns": episode.turns,
+            "text": chat.decode(episode.token_ids),
+            "token_ids": episode.token_ids,
+            "loss_mask": episode.loss_mask.astype(int).tolist(),
+            "segments": [[s.version, s.start, s.end] for s in episode.segments],
+        }
+    return record
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path} can't be written: {error.strerror}") from error

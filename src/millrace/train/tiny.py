@@ -1,0 +1,100 @@
+"""A small Qwen3 from random weights, with a tokenizer and a chat template, as a folder in Hugging Face's format.
+
+The tokenizer is built like Qwen's (byte-level BPE, one token a digit, `<|im_start|>` and `<tool_call>` as added tokens)
+but knows only the words of the problem generator: a prompt is some fifty tokens long, and any other text still has an
+encoding, byte by byte.
+"""
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from millrace.config.models import TinyModelConfig
+from millrace.rollout.problems import make_story
+
+# How a text is split into words before BPE. Letters take the space before them, each digit stands alone (as in Qwen),
+# and what lies between a digit or a letter and the next is one word, its spaces included. So a number that is to be
+# copied always follows a word that tells its place, which small models learn in half the steps that Qwen's own split
+# takes.
+_WORDS = r" ?\p{L}+|\p{N}|[^\r\n\p{L}\p{N}]+?(?= \p{L})|[^\r\n\p{L}\p{N}]+|[\r\n]+"
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+
+CALL_TEXT = '<tool_call>\n{{"name": "calculator", "arguments": {{"expression": "{expression}"}}}}\n</tool_call>'
+ANSWER_TEXT = "#### {answer}"
+
+# Qwen's layout. The tools are given by name only: their full schemas would be longer than the problems.
+CHAT_TEMPLATE = """
+{%- set ns = namespace(system='') %}
+{%- if messages[0].role == 'system' %}{% set ns.system = messages[0].content %}{% endif %}
+{%- if tools %}{% set ns.system = ns.system + 'Tools: ' + tools | map(attribute='function.name') | join(', ') %}{%
+endif %} {%- if ns.system %}{{ '<|im_start|>system\\n' + ns.system + '<|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{%- if loop.previtem is not defined or loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
+{{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+{%- if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\\n' }}{% endif %}
+{%- elif message.role != 'system' %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+""".strip()
+
+
+def make_tiny_model(config: TinyModelConfig, seed: int, folder: Path) -> None:
+    """Writes config, weights, tokenizer and chat template into `folder`, which is made. The same seed, the same
+    bytes."""
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(_model_config(config, tokenizer))
+    model.save_pretrained(folder)
+
+
+def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer with its chat template, the same every time."""
+    bpe = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000,  # more than there is to merge: every word of the corpus becomes one token
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_corpus(), trainer)
+    bpe.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
+    bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in _MARKUP])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")  # noqa: S106
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _corpus() -> list[str]:
+    """Texts with every word that a demo's conversation has."""
+    scaffold = "<|im_start|>system\nTools: calculator<|im_end|>\nuser\nassistant\n tool Error"
+    call = CALL_TEXT.format(expression="1 + 1 - 1 * 1 / 1")
+    return [scaffold, call, ANSWER_TEXT.format(answer="1")] + [make_story(0, i).question for i in range(3000)]
+
+
+def _model_config(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        head_dim=config.hidden_size // config.heads,
+        max_position_embeddings=config.context_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -1,0 +1,213 @@
+"""A weight version's way into the engines, as a transaction on each: begin, load, attest, commit.
+
+The engines go on independently. One that fails is rolled back where it can be and named in the report; it must not
+serve until it holds a whole version. Nothing of a bucket is overwritten before every engine has loaded it.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from millrace.engines.base import Engine
+from millrace.errors import EngineError, EngineFailed, PublishError
+from millrace.types import Capability, PauseMode
+from millrace.weights.plan import buckets
+from millrace.weights.transports.base import StagedBucket, Transport
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PublishTarget:
+    """An engine to publish to, with what it can do."""
+
+    engine: Engine
+    capabilities: frozenset[Capability]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """How one engine fared. Seconds of each leg; `pause_seconds` is how long it generated nothing because of the
+    update."""
+
+    engine: str
+    error: EngineError | None
+    load_seconds: float
+    attest_seconds: float
+    commit_seconds: float
+    pause_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """What a publish did. `stage_seconds`: copying into buckets, most of it hidden behind the engines' loading."""
+
+    version: int
+    nbytes: int
+    seconds: float
+    stage_seconds: float
+    engines: tuple[EngineReport, ...]
+
+    @property
+    def failed(self) -> dict[str, EngineError]:
+        return {report.engine: report.error for report in self.engines if report.error is not None}
+
+
+@dataclass(slots=True)
+class _Update:
+    """One engine's transaction while it is under way."""
+
+    target: PublishTarget
+    error: EngineError | None = None
+    begun: bool = False
+    paused_at: float | None = None
+    legs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> Engine:
+        return self.target.engine
+
+
+Step = Callable[[_Update], Awaitable[None]]
+
+
+async def publish(
+    targets: Sequence[PublishTarget],
+    tensors: Iterable[tuple[str, "torch.Tensor"]],
+    version: int,
+    transport: Transport,
+    *,
+    bucket_bytes: int,
+    deadline: float,
+) -> PublishReport:
+    """Brings `tensors` as `version` into every target, and proves it by checksums before it is committed.
+
+    Raises PublishError when no engine took it, or when `deadline` seconds have passed (the engines are rolled back).
+    """
+    started = time.monotonic()
+    updates = [_Update(target) for target in targets]
+    try:
+        async with asyncio.timeout(deadline):
+            await _each(updates, "begin", lambda u: _begin(u, version))
+            checksums, nbytes, stage_seconds = await _load(updates, tensors, transport, bucket_bytes, deadline)
+            await _each(updates, "attest", lambda u: _attest(u, checksums))
+            await _each(updates, "commit", _commit)
+    except TimeoutError:
+        raise PublishError(f"version {version} was not published within {deadline:.0f} s") from None
+    finally:
+        # Also when the source of tensors raised or the caller was cancelled: no transaction is left open.
+        await asyncio.shield(asyncio.gather(*(_abandon(u) for u in updates)))
+    reports = tuple(
+        EngineReport(
+            engine=u.engine.name,
+            error=u.error,
+            load_seconds=u.legs.get("load", 0.0),
+            attest_seconds=u.legs.get("attest", 0.0),
+            commit_seconds=u.legs.get("commit", 0.0),
+            pause_seconds=u.legs.get("pause", 0.0),
+        )
+        for u in updates
+    )
+    if all(report.error for report in reports):
+        reasons = "; ".join(str(report.error) for report in reports)
+        raise PublishError(f"no engine took version {version}: {reasons}")
+    return PublishReport(version, nbytes, time.monotonic() - started, stage_seconds, reports)
+
+
+async def _load(
+    updates: Sequence[_Update],
+    tensors: Iterable[tuple[str, "torch.Tensor"]],
+    transport: Transport,
+    bucket_bytes: int,
+    deadline: float,
+) -> tuple[dict[str, str], int, float]:
+    """Streams the buckets: one is staged in a thread while the engines load the other."""
+    checksums: dict[str, str] = {}
+    nbytes, stage_seconds = 0, 0.0
+    source = buckets(tensors, bucket_bytes)
+    slots = itertools.cycle((0, 1))
+
+    def stage_next() -> tuple[StagedBucket | None, float]:
+        begun = time.monotonic()
+        group = next(source, None)
+        return (transport.stage(group, next(slots)) if group else None), time.monotonic() - begun
+
+    staged, seconds = await asyncio.to_thread(stage_next)
+    while staged is not None:
+        stage_seconds += seconds
+        nbytes += staged.nbytes
+        if twice := checksums.keys() & staged.checksums.keys():
+            raise PublishError(f"the trainer named a tensor twice: {sorted(twice)[0]}")
+        checksums.update(staged.checksums)
+        load = _loading(staged, deadline)
+        following = asyncio.create_task(asyncio.to_thread(stage_next))
+        try:
+            await asyncio.gather(
+                _each(updates, "load", load),
+                transport.send(staged),
+            )
+        finally:
+            # Awaited whatever happens: the thread writes into a slot, and nothing may free that under it.
+            staged, seconds = await asyncio.shield(following)
+    return checksums, nbytes, stage_seconds
+
+
+def _loading(staged: StagedBucket, deadline: float) -> Step:
+    return lambda update: update.engine.load(staged.bucket, deadline=deadline)
+
+
+async def _begin(update: _Update, version: int) -> None:
+    if Capability.STAGED_UPDATE not in update.target.capabilities:
+        await update.engine.pause(PauseMode.KEEP)
+        update.paused_at = time.monotonic()
+    await update.engine.begin_update(version)
+    update.begun = True
+
+
+async def _attest(update: _Update, expected: Mapping[str, str]) -> None:
+    held = await update.engine.checksums()
+    if missing := expected.keys() ^ held.keys():
+        raise EngineFailed(update.engine.name, f"tensors that only one side has: {', '.join(sorted(missing)[:3])}")
+    if wrong := [name for name, value in expected.items() if held[name] != value]:
+        raise EngineFailed(
+            update.engine.name, f"{len(wrong)} of {len(expected)} tensors are not what was sent, {wrong[0]} among them"
+        )
+
+
+async def _commit(update: _Update) -> None:
+    await update.engine.commit()
+    update.begun = False
+
+
+async def _abandon(update: _Update) -> None:
+    """Closes what is open: rolls back a transaction that was not committed, ends the pause."""
+    try:
+        if update.begun:
+            update.begun = False
+            await update.engine.rollback()
+        if update.paused_at is not None and update.error is None:
+            await update.engine.resume()
+            update.legs["pause"] = time.monotonic() - update.paused_at
+    except EngineError as error:
+        update.error = update.error or error
+
+
+async def _each(updates: Sequence[_Update], leg: str, step: Step) -> None:
+    """Takes one step on every engine that has not failed; an engine's error ends its own transaction only."""
+
+    async def guarded(update: _Update) -> None:
+        begun = time.monotonic()
+        try:
+            await step(update)
+        except EngineError as error:
+            update.error = error
+        update.legs[leg] = update.legs.get(leg, 0.0) + time.monotonic() - begun
+
+    async with asyncio.TaskGroup() as group:
+        for update in updates:
+            if update.error is None:
+                group.create_task(guarded(update))

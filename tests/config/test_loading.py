@@ -1,0 +1,93 @@
+"""Mistakes in a config, as people make them: each ends in one message with the place, the reason and what to write."""
+
+from pathlib import Path
+
+import pytest
+
+from millrace.config import dump_config, load_config
+from millrace.errors import ConfigError
+
+VALID = """\
+name: test
+model: {kind: tiny}
+engine:
+  kind: embedded
+  replicas: 2
+data: {kind: generated, seed: 1, problems: 10}
+rollout:
+  groups_per_step: 4
+  samples_per_group: 4
+  max_turn_tokens: 40
+  max_sample_tokens: 200
+train:
+  steps: 3
+  lr: 1e-3
+evaluation:
+  data: {kind: generated, seed: 1, problems: 10}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(VALID)
+    return path
+
+
+def test_a_config_reads_and_prints_back_to_itself(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["train.lr=1e-5", "mode=standalone", "rollout.max_staleness=2"])
+    assert config.train.lr == 1e-5
+    assert config.mode == "standalone"
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("  replicas: 2", "  replica: 2", r"run.yaml:5: unknown setting engine.replica; did you mean 'replicas'\?"),
+        ("  steps: 3", "  stepz: 3", "run.yaml:13: unknown setting train.stepz; did you mean 'steps'"),
+        ("  steps: 3", "  steps: three", "run.yaml:13: train.steps: .*integer.*'three'"),
+        ("  steps: 3", "  steps: -1", "run.yaml:13: train.steps: .*greater than 0"),
+        ("  steps: 3\n", "", "run.yaml:12: the setting train.steps is missing"),
+        ("kind: embedded", "kind: vlm", "run.yaml:.*engine.*vlm"),
+        ("kind: tiny", "kind: huge", "run.yaml:2: model.*'huge'.*'tiny', 'pretrained'"),
+        ("max_turn_tokens: 40", "max_turn_tokens: 400", "max_turn_tokens is above"),
+        ("  replicas: 2", "  replicas: 2\n  ports: [80]", "ports names 1 ports for 2 replicas"),
+        ("name: test", "name: ../x", "run.yaml:1: name"),
+        ("name: test", "name: [", "is not YAML"),
+    ],
+)
+def test_a_mistake_names_its_line_its_reason_and_what_to_write(path: Path, old: str, new: str, says: str) -> None:
+    assert old in VALID
+    path.write_text(VALID.replace(old, new))
+    with pytest.raises(ConfigError, match=says):
+        load_config(path)
+
+
+def test_all_mistakes_are_told_at_once(path: Path) -> None:
+    path.write_text(VALID.replace("steps", "stepz").replace("groups_per_step", "groups"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert len(str(caught.value).splitlines()) >= 2
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.learning=1", "override 'train.learning=1': unknown setting train.learning"),
+        ("train.lr=fast", "override 'train.lr=fast': train.lr: .*number"),
+        ("train.lr", "not of the form section.key=value"),
+        ("name.x=1", "goes into name, which is a single value"),
+        ("train.lr=[", "is not YAML"),
+    ],
+)
+def test_a_wrong_override_is_named(path: Path, override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config(path, [override])
+
+
+def test_a_missing_file_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none.yaml can't be read: No such file"):
+        load_config(tmp_path / "none.yaml")

@@ -1,0 +1,80 @@
+"""Who may serve: the state machine under any sequence of events, and the policy over any snapshot."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.fleet.membership import Attested, Died, Distrusted, Event, Member, Phase, Slept, Snapshot, Woke, after
+from millrace.fleet.routing import least_loaded
+from millrace.types import ALL_MEMORY, MemoryTag
+
+tags = st.frozensets(st.sampled_from(MemoryTag))
+events: st.SearchStrategy[Event] = st.one_of(
+    st.builds(Attested, st.integers(0, 9)),
+    st.builds(Slept, tags),
+    st.builds(Woke, tags),
+    st.builds(Distrusted, st.just("other bytes")),
+    st.builds(Died, st.just("killed by SIGKILL")),
+)
+
+
+@given(st.lists(events))
+def test_what_serves_was_attested_after_its_weights_last_slept_and_never_distrusted(history: list[Event]) -> None:
+    member = Member("e", "http://e")
+    attested: int | None = None
+    asleep: frozenset[MemoryTag] = frozenset()
+    ended = False
+    for event in history:
+        member = after(member, event)
+        if ended:
+            assert not member.routable
+            assert member.phase in (Phase.DEAD, Phase.QUARANTINED)
+            continue
+        match event:
+            case Attested(version):
+                attested = version
+            case Slept(what):
+                asleep |= what
+                attested = None if MemoryTag.WEIGHTS in what else attested
+            case Woke(what):
+                asleep -= what
+            case Distrusted() | Died():
+                ended = True
+        assert member.routable == (not ended and attested is not None and not asleep)
+        if member.routable:
+            assert member.version == attested
+
+
+@given(st.lists(events))
+def test_the_dead_never_come_back(history: list[Event]) -> None:
+    member = after(Member("e", "http://e"), Died("killed by SIGKILL"))
+    for event in history:
+        member = after(member, event)
+        assert member.phase is Phase.DEAD
+        assert member.reason == "killed by SIGKILL"
+
+
+@given(st.lists(st.tuples(st.lists(events, max_size=4), st.integers(0, 3)), max_size=5))
+def test_the_least_loaded_routable_engine_is_chosen_and_the_same_one_each_time(
+    fleet: list[tuple[list[Event], int]],
+) -> None:
+    members = []
+    for i, (history, _) in enumerate(fleet):
+        member = Member(f"e{i}", f"http://e{i}")
+        for event in [Attested(1), *history]:
+            member = after(member, event)
+        members.append(member)
+    loads = {f"e{i}": load for i, (_, load) in enumerate(fleet)}
+    snapshot = Snapshot(0, tuple(members))
+    chosen = least_loaded(snapshot, loads)
+    routable = [m.name for m in members if m.routable]
+    assert (chosen is None) == (not routable)
+    if chosen is not None:
+        assert chosen in routable
+        assert loads[chosen] == min(loads[name] for name in routable)
+    assert least_loaded(Snapshot(1, tuple(reversed(members))), loads) == chosen
+
+
+def test_a_description_says_all_that_matters() -> None:
+    member = after(after(Member("e0", "u"), Attested(3)), Slept(ALL_MEMORY))
+    assert member.describe() == "e0 (ready; asleep: kv_cache, weights; no attested version)"
+    assert "killed" in after(member, Died("killed by SIGKILL")).describe()

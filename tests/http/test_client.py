@@ -1,0 +1,158 @@
+"""The HTTP client against a real server that misbehaves on request."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from aiohttp import web
+
+from millrace.errors import EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable
+from millrace.http import HttpClient
+
+
+class Server:
+    """Answers each path in its own way, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, str | None]] = []
+        self.connections: set[tuple[str, int]] = set()
+        self.release = asyncio.Event()
+        self.drops = 0
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append((request.path, request.headers.get("Authorization")))
+        assert request.transport is not None
+        self.connections.add(request.transport.get_extra_info("peername"))
+        match request.path:
+            case "/echo":
+                return web.json_response(await request.json())
+            case "/text":
+                return web.Response(text="flushed")
+            case "/refuse":
+                return web.json_response({"error": "no such thing"}, status=400)
+            case "/fail":
+                return web.Response(status=500, text="boom")
+            case "/not-json":
+                return web.Response(text="<html>", content_type="application/json")
+            case "/hang":
+                await self.release.wait()
+                return web.json_response({})
+            case "/drop":
+                self.drops -= 1
+                if self.drops >= 0:
+                    request.transport.close()
+                return web.json_response({"dropped": False})
+            case "/events" | "/broken-events":
+                response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+                await response.prepare(request)
+                await response.write(b'data: {"n": 1}\n\ndata: {"n": 2}\n\n')
+                if request.path == "/events":
+                    await response.write(b"data: [DONE]\n\n")
+                return response
+        raise AssertionError(request.path)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[tuple[Server, str]]:
+    state = Server()
+    app = web.Application()
+    app.router.add_route("*", "/{path}", state.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    yield state, f"http://127.0.0.1:{runner.addresses[0][1]}"
+    state.release.set()
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def client(server: tuple[Server, str]) -> AsyncIterator[HttpClient]:
+    client = HttpClient("stub", server[1], api_key="data-key", admin_key="control-key")
+    yield client
+    await client.close()
+
+
+async def test_data_and_control_calls_carry_their_own_keys(server: tuple[Server, str], client: HttpClient) -> None:
+    assert await client.generate("/echo", {"a": [1, 2]}, deadline=5) == {"a": [1, 2]}
+    assert await client.control("POST", "/echo", {}, deadline=5) == {}
+    assert await client.control("GET", "/text", deadline=5) == "flushed"
+    assert [key for _, key in server[0].requests] == ["Bearer data-key", "Bearer control-key", "Bearer control-key"]
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "says"),
+    [
+        ("/refuse", EngineRefused, "stub.*HTTP 400.*no such thing"),
+        ("/fail", EngineFailed, "stub.*HTTP 500.*boom"),
+        ("/not-json", EngineFailed, "not JSON.*<html>"),
+    ],
+)
+async def test_answers_that_are_errors_name_the_engine_and_the_reason(
+    client: HttpClient, path: str, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        await client.generate(path, {}, deadline=5)
+
+
+async def test_every_call_has_a_deadline(client: HttpClient) -> None:
+    for call in (client.generate("/hang", {}, deadline=0.2), client.control("POST", "/hang", {}, deadline=0.2)):
+        started = time.monotonic()
+        with pytest.raises(EngineTimeout, match="did not answer within 0.2 s"):
+            await call
+        assert time.monotonic() - started < 2
+
+
+async def test_a_control_call_does_not_queue_behind_generates(server: tuple[Server, str], client: HttpClient) -> None:
+    generates = [asyncio.create_task(client.generate("/hang", {}, deadline=10)) for _ in range(300)]
+    async with asyncio.timeout(10):
+        while len(server[0].requests) < 300:
+            await asyncio.sleep(0.01)
+    assert await client.control("POST", "/echo", {"now": True}, deadline=2) == {"now": True}
+    server[0].release.set()
+    await asyncio.gather(*generates)
+
+
+async def test_connections_are_reused(server: tuple[Server, str], client: HttpClient) -> None:
+    for _ in range(20):
+        await client.generate("/echo", {}, deadline=5)
+    assert len(server[0].connections) == 1
+
+
+async def test_only_what_is_safe_to_repeat_is_repeated(server: tuple[Server, str], client: HttpClient) -> None:
+    server[0].drops = 2
+    answer = await client.control("POST", "/drop", {}, deadline=5, repeatable=True)
+    assert answer == {"dropped": False}
+    assert len(server[0].requests) == 3
+
+    for call in (client.control("POST", "/drop", {}, deadline=5), client.generate("/drop", {}, deadline=5)):
+        server[0].requests.clear()
+        server[0].drops = 1
+        with pytest.raises(EngineUnreachable) as caught:
+            await call
+        assert caught.value.sent
+        assert len(server[0].requests) == 1
+
+
+async def test_a_refusal_is_not_repeated(server: tuple[Server, str], client: HttpClient) -> None:
+    with pytest.raises(EngineRefused):
+        await client.control("POST", "/refuse", {}, deadline=5, repeatable=True)
+    assert len(server[0].requests) == 1
+
+
+async def test_nobody_listening_is_known_not_to_have_been_sent() -> None:
+    client = HttpClient("gone", "http://127.0.0.1:1")
+    with pytest.raises(EngineUnreachable, match="gone.*could not be made") as caught:
+        await client.generate("/generate", {}, deadline=5)
+    assert not caught.value.sent
+    await client.close()
+
+
+async def test_events_come_one_by_one_and_a_broken_stream_is_an_error(client: HttpClient) -> None:
+    assert [e async for e in client.events("/events", {}, deadline=5)] == [{"n": 1}, {"n": 2}]
+    got = []
+    with pytest.raises(EngineUnreachable, match="broke off"):
+        async for event in client.events("/broken-events", {}, deadline=5):
+            got.append(event)
+    assert got == [{"n": 1}, {"n": 2}]

@@ -1,0 +1,138 @@
+"""Servers as processes: how they fail to start, and that nothing of them is left, whichever way their launcher ends."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from millrace.errors import LaunchError
+from millrace.launch.ports import free_port, require_free
+from millrace.launch.process import ServerProcess
+
+# A server with a child and a grandchild that ignore SIGTERM and left its session; it writes their ids to a file.
+STUBBORN_TREE = textwrap.dedent("""
+    import os, signal, subprocess, sys, time
+    depth, path = int(sys.argv[1]), sys.argv[2]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if depth:
+        subprocess.Popen([sys.executable, __file__, str(depth - 1), path], start_new_session=True)
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    time.sleep(600)
+""")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: object, deadline: float = 15) -> None:
+    end = time.monotonic() + deadline
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def read_pids(path: Path) -> list[int]:
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> tuple[list[str], Path]:
+    script, pids = tmp_path / "tree.py", tmp_path / "pids"
+    script.write_text(STUBBORN_TREE)
+    return [sys.executable, str(script), "2", str(pids)], pids
+
+
+async def test_ending_a_server_ends_its_whole_tree(tree: tuple[list[str], Path], tmp_path: Path) -> None:
+    command, pids = tree
+    process = await ServerProcess.start("tree", command, tmp_path / "log")
+    await asyncio.to_thread(wait_until, lambda: len(read_pids(pids)) == 3)
+    assert all(alive(pid) for pid in read_pids(pids))
+    await process.end()
+    assert not process.running
+    assert not any(alive(pid) for pid in read_pids(pids))
+
+
+@pytest.mark.parametrize("victim", ["launcher", "server"])
+def test_the_tree_ends_when_the_launcher_or_the_server_is_killed(
+    tree: tuple[list[str], Path], tmp_path: Path, victim: str
+) -> None:
+    command, pids = tree
+    launcher = textwrap.dedent(f"""
+        import asyncio
+        from pathlib import Path
+        from millrace.launch.process import ServerProcess
+
+        async def main():
+            await ServerProcess.start("tree", {command!r}, Path({str(tmp_path / "log")!r}))
+            await asyncio.sleep(600)
+
+        asyncio.run(main())
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", launcher])
+    try:
+        wait_until(lambda: len(read_pids(pids)) == 3)
+        os.kill(parent.pid if victim == "launcher" else read_pids(pids)[0], signal.SIGKILL)
+        wait_until(lambda: not any(alive(pid) for pid in read_pids(pids)))
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+async def test_a_server_that_dies_at_start_is_reported_with_its_own_words(tmp_path: Path) -> None:
+    code = "import sys; print('the model is not there', file=sys.stderr); sys.exit(3)"
+    process = await ServerProcess.start("mute", [sys.executable, "-c", code], tmp_path / "log")
+
+    async def never() -> bool:
+        return False
+
+    with pytest.raises(LaunchError, match=r"(?s)mute ended with status 3.*the model is not there"):
+        await process.until_healthy(never, deadline=20)
+    await process.end()
+
+
+async def test_a_server_that_never_gets_healthy_is_reported_at_the_deadline(tmp_path: Path) -> None:
+    code = "import time; print('still loading', flush=True); time.sleep(600)"
+    process = await ServerProcess.start("slow", [sys.executable, "-c", code], tmp_path / "log")
+
+    async def never() -> bool:
+        return False
+
+    with pytest.raises(LaunchError, match="(?s)slow was not healthy within 1 s"):
+        await process.until_healthy(never, deadline=1)
+    await process.end()
+    assert not process.running
+
+
+async def test_a_killed_server_is_described_by_its_signal(tmp_path: Path) -> None:
+    code = "import os; os.kill(os.getpid(), 9)"
+    process = await ServerProcess.start("victim", [sys.executable, "-c", code], tmp_path / "log")
+    await process.wait()
+    assert process.describe_end() == "victim was killed by SIGKILL"
+
+
+async def test_a_program_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
+    process = await ServerProcess.start("ghost", ["/no/such/program"], tmp_path / "log")
+    await process.wait()
+    assert "could not be started" in process.log_tail()
+
+
+def test_ports_are_the_kernels_and_a_taken_one_is_refused() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"port {port} of 127.0.0.1 can't be used"):
+            require_free("127.0.0.1", port)
+        assert free_port("127.0.0.1") != port
+    require_free("127.0.0.1", port)

@@ -1,0 +1,29 @@
+"""The core stays light."""
+
+import subprocess
+import sys
+
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "sglang", "vllm")
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_millrace_loads_neither_torch_nor_an_engine() -> None:
+    # The fleet and the client as well: what a trainer of one's own imports.
+    loaded = run("import sys, millrace, millrace.fleet.local, millrace.sync; print(' '.join(sys.modules))").split()
+    assert not set(HEAVY) & set(loaded)
+
+
+def test_importing_millrace_takes_under_300_ms() -> None:
+    # The best of three: what is measured is Millrace, not the machine's other work.
+    code = "import time; t = time.perf_counter(); import millrace; print(time.perf_counter() - t)"
+    assert min(float(run(code)) for _ in range(3)) < 0.3
+
+
+def test_every_public_name_is_there() -> None:
+    import millrace
+
+    for name in millrace.__all__:
+        assert getattr(millrace, name) is not None
