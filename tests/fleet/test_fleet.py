@@ -1,12 +1,13 @@
 """A fleet of real embedded engines: routing, publishing, sleeping, and what happens when engines go wrong."""
 
 import asyncio
-import os
-import signal
-from collections.abc import AsyncIterator, Callable
+import copy
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,13 +19,36 @@ from millrace.fleet.local import open_fleet
 from millrace.fleet.membership import Phase
 from millrace.launch.ports import free_port
 from millrace.types import FinishReason, GenerateRequest, Generation, MemoryTag, SamplingParams, Segment
+from millrace.weights.transports.base import NamedTensors, StagedBucket
+from millrace.weights.transports.shared_memory import SharedMemoryTransport
 
 PROMPT = (5, 17, 300, 42, 8)
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, faults=True)
 
 
-@pytest.fixture
-async def fleet(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Fleet]:
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
+    async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path_factory.mktemp("logs")) as fleet:
+        yield fleet
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def fleet(shared_fleet: Fleet, model: PreTrainedModel) -> AsyncIterator[Fleet]:
+    """The module's fleet, healthy and with the folder's weights. For tests after which it is so again."""
+    yield shared_fleet
+    for engine in embedded(shared_fleet):
+        await engine.inject_fault("slow", seconds=0.0)
+        await engine.abort()
+    await shared_fleet.publish(tensors(model), following(shared_fleet))
+    assert all(member.routable for member in shared_fleet.snapshot.members)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def doomed_fleet(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Fleet]:
+    """A fleet of one's own, for tests that lose an engine."""
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path) as fleet:
         yield fleet
 
@@ -51,6 +75,44 @@ def expected(model: PreTrainedModel, tokens: int = 12) -> tuple[int, ...]:
     return tuple(ids[len(PROMPT) :])
 
 
+def embedded(fleet: Fleet) -> list[EmbeddedEngine]:
+    return [engine for engine in fleet.engines.values() if isinstance(engine, EmbeddedEngine)]
+
+
+def served(fleet: Fleet) -> int:
+    [version] = {member.version for member in fleet.snapshot.members}
+    assert version is not None
+    return version
+
+
+def following(fleet: Fleet) -> int:
+    return served(fleet) + 1
+
+
+async def running(fleet: Fleet) -> list[int]:
+    """How many requests run on each engine that serves."""
+    serving = [fleet.engines[member.name] for member in fleet.snapshot.members if member.routable]
+    return [(await engine.loads()).running_requests for engine in serving]
+
+
+async def busy(fleet: Fleet) -> None:
+    """Returns when some engine runs a request."""
+    async with asyncio.timeout(10):
+        while not any(await running(fleet)):
+            await asyncio.sleep(0.01)
+
+
+async def idle(fleet: Fleet) -> None:
+    async with asyncio.timeout(10):
+        while any(await running(fleet)):
+            await asyncio.sleep(0.01)
+
+
+async def slow_down(fleet: Fleet, seconds: float) -> None:
+    for engine in embedded(fleet):
+        await engine.inject_fault("slow", seconds=seconds)
+
+
 async def ask_each(fleet: Fleet, tokens: int = 12) -> dict[str, Generation]:
     return {name: await engine.generate(greedy("each", tokens), deadline=20) for name, engine in fleet.engines.items()}
 
@@ -61,24 +123,17 @@ async def until(condition: Callable[[], bool], deadline: float = 15) -> None:
             await asyncio.sleep(0.01)
 
 
-async def running(engine: EmbeddedEngine) -> int:
-    return (await engine.loads()).running_requests
-
-
-async def test_a_new_fleet_serves_its_folder_and_shares_the_work(fleet: Fleet, model: PreTrainedModel) -> None:
-    assert {m.version for m in fleet.snapshot.members} == {0}
+async def test_a_fleet_serves_its_folder_and_shares_the_work(fleet: Fleet, model: PreTrainedModel) -> None:
     answers = await asyncio.gather(*(fleet.generate(greedy(f"r{i}"), deadline=20) for i in range(8)))
     assert {a.output_ids for a in answers} == {expected(model)}
-    assert all(a.segments == (Segment(0, 0, 12),) and len(a.logprobs) == 12 for a in answers)
+    assert all(a.segments == (Segment(served(fleet), 0, 12),) and len(a.logprobs) == 12 for a in answers)
 
 
 async def test_requests_go_to_the_engine_with_the_least_to_do(fleet: Fleet) -> None:
+    await slow_down(fleet, 0.05)
     long = [asyncio.create_task(fleet.generate(greedy(f"long{i}", 200), deadline=30)) for i in range(6)]
-    engines = [engine for engine in fleet.engines.values() if isinstance(engine, EmbeddedEngine)]
-    for engine in engines:
-        await engine.inject_fault("slow", seconds=0.05)
     async with asyncio.timeout(15):
-        while [await running(engine) for engine in engines] != [3, 3]:
+        while await running(fleet) != [3, 3]:
             await asyncio.sleep(0.01)
     for task in long:
         task.cancel()
@@ -86,58 +141,59 @@ async def test_requests_go_to_the_engine_with_the_least_to_do(fleet: Fleet) -> N
 
 
 async def test_a_published_version_is_what_every_engine_serves(fleet: Fleet, model: PreTrainedModel) -> None:
-    report = await fleet.publish(tensors(model, 1.5), 1, bucket_bytes=64 * 1024)
+    version = following(fleet)
+    report = await fleet.publish(tensors(model, 1.5), version, bucket_bytes=64 * 1024)
     assert not report.failed
-    assert {m.version for m in fleet.snapshot.members} == {1}
+    assert served(fleet) == version
+    scaled = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in scaled.parameters():
             parameter.mul_(1.5)
     for generation in (await ask_each(fleet)).values():
-        assert generation.output_ids == expected(model)
-        assert generation.segments == (Segment(1, 0, 12),)
+        assert generation.output_ids == expected(scaled)
+        assert generation.segments == (Segment(version, 0, 12),)
         assert generation.cached_tokens == 0
 
 
 async def test_a_generation_across_a_publish_says_which_version_made_which_tokens(
     fleet: Fleet, model: PreTrainedModel
 ) -> None:
-    for engine in fleet.engines.values():
-        assert isinstance(engine, EmbeddedEngine)
-        await engine.inject_fault("slow", seconds=0.02)
+    before = served(fleet)
+    await slow_down(fleet, 0.02)
     generating = asyncio.create_task(fleet.generate(greedy("across", 60), deadline=30))
-    async with asyncio.timeout(10):
-        while not any([await running(e) for e in fleet.engines.values() if isinstance(e, EmbeddedEngine)]):
-            await asyncio.sleep(0.01)
-    await fleet.publish(tensors(model, 1.2), 1)
+    await busy(fleet)
+    await fleet.publish(tensors(model, 1.2), before + 1)
     first, second = (await generating).segments
-    assert (first.version, second.version) == (0, 1)
+    assert (first.version, second.version) == (before, before + 1)
     assert (first.start, first.end, second.end) == (0, second.start, 60)
 
 
 async def test_an_engine_that_refuses_half_way_leaves_the_rotation_and_the_others_go_on(
-    fleet: Fleet, model: PreTrainedModel
+    doomed_fleet: Fleet, model: PreTrainedModel
 ) -> None:
-    bad = fleet.engines["embedded-0"]
-    assert isinstance(bad, EmbeddedEngine)
+    fleet = doomed_fleet
+    bad = embedded(fleet)[0]
     await bad.inject_fault("refuse_update", count=2)
     report = await fleet.publish(tensors(model), 1, bucket_bytes=64 * 1024)
     assert list(report.failed) == ["embedded-0"]
     member = fleet.snapshot.get("embedded-0")
     assert member.phase is Phase.QUARANTINED
-    assert member.reason
-    assert "embedded-0" in member.reason
+    assert "embedded-0" in (member.reason or "")
     answers = await asyncio.gather(*(fleet.generate(greedy(f"r{i}"), deadline=20) for i in range(4)))
     assert {a.segments for a in answers} == {(Segment(1, 0, 12),)}
     assert (await bad.info()).weight_version == 0  # rolled back, and not routable all the same
 
 
+EMBEDDING = "model.embed_tokens.weight"
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda t: t[1:], "embedded-0"),
+        (lambda t: t[1:], EMBEDDING),
         (lambda t: [*t, ("model.extra", torch.zeros(2))], "model.extra"),
-        (lambda t: [(t[0][0], t[0][1].T.contiguous()), *t[1:]], "model.embed_tokens.weight"),
-        (lambda t: [(t[0][0], t[0][1].double()), *t[1:]], "model.embed_tokens.weight"),
+        (lambda t: [(t[0][0], t[0][1].T.contiguous()), *t[1:]], EMBEDDING),
+        (lambda t: [(t[0][0], t[0][1].double()), *t[1:]], EMBEDDING),
         (lambda t: [*t, t[0]], "named a tensor twice"),
     ],
     ids=["missing", "unknown", "shape", "dtype", "twice"],
@@ -145,74 +201,91 @@ async def test_an_engine_that_refuses_half_way_leaves_the_rotation_and_the_other
 async def test_tensors_that_are_not_the_models_change_nothing(
     fleet: Fleet, model: PreTrainedModel, spoil: Callable[[object], list[tuple[str, torch.Tensor]]], says: str
 ) -> None:
+    version = served(fleet)
     with pytest.raises(PublishError, match=says):
-        await fleet.publish(spoil(tensors(model, 2.0)), 1, bucket_bytes=64 * 1024)
-    assert {m.version for m in fleet.snapshot.members} == {0}
+        await fleet.publish(spoil(tensors(model, 2.0)), version + 1, bucket_bytes=64 * 1024)
+    assert served(fleet) == version
     assert {g.output_ids for g in (await ask_each(fleet)).values()} == {expected(model)}
-    assert not (await fleet.publish(tensors(model), 1)).failed
+    assert not (await fleet.publish(tensors(model), version + 1)).failed
+
+
+async def test_bytes_that_changed_on_the_way_are_never_committed(fleet: Fleet, model: PreTrainedModel) -> None:
+    version = served(fleet)
+    transport = fleet._transport
+    fleet._transport = FlippingTransport()
+    try:
+        with pytest.raises(PublishError, match="tensors are not what was sent"):
+            await fleet.publish(tensors(model, 2.0), version + 1)
+    finally:
+        fleet._transport.close()
+        fleet._transport = transport
+    assert {g.output_ids for g in (await ask_each(fleet)).values()} == {expected(model)}
+    assert {(await engine.info()).weight_version for engine in embedded(fleet)} == {version}
+
+
+class FlippingTransport(SharedMemoryTransport):
+    """Shared memory in which one bit flips after the checksum was taken."""
+
+    def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
+        staged = super().stage(tensors, slot)
+        self._slots[slot].bytes[100] ^= 1
+        return staged
 
 
 async def test_a_source_that_raises_leaves_the_old_version_serving(fleet: Fleet, model: PreTrainedModel) -> None:
-    def source() -> object:
+    def source() -> Iterator[tuple[str, torch.Tensor]]:
         yield from tensors(model, 2.0)[:3]
         raise ValueError("the trainer lost a tensor")
 
     with pytest.raises(ValueError, match="lost a tensor"):
-        await fleet.publish(source(), 1, bucket_bytes=16 * 1024)  # type: ignore[arg-type]
+        await fleet.publish(source(), following(fleet), bucket_bytes=16 * 1024)
     assert {g.output_ids for g in (await ask_each(fleet)).values()} == {expected(model)}
-    assert not (await fleet.publish(tensors(model), 1)).failed
 
 
 async def test_versions_only_grow_and_publishes_come_one_at_a_time(fleet: Fleet, model: PreTrainedModel) -> None:
-    first = asyncio.create_task(fleet.publish(tensors(model), 3))
+    version = served(fleet)
+    first = asyncio.create_task(fleet.publish(tensors(model), version + 2))
     await asyncio.sleep(0)
     with pytest.raises(PublishError, match="another version is on its way"):
-        await fleet.publish(tensors(model), 4)
+        await fleet.publish(tensors(model), version + 3)
     await first
-    with pytest.raises(PublishError, match="version 2 is not newer than version 3"):
-        await fleet.publish(tensors(model), 2)
+    with pytest.raises(PublishError, match=f"version {version + 1} is not newer than version {version + 2}"):
+        await fleet.publish(tensors(model), version + 1)
 
 
 async def test_asleep_requests_wait_and_awake_they_are_answered_by_the_new_version(
     fleet: Fleet, model: PreTrainedModel
 ) -> None:
+    version = following(fleet)
     await fleet.sleep()
     await fleet.sleep()  # again: nothing happens
     waiting = asyncio.create_task(fleet.generate(greedy("w"), deadline=20))
     with pytest.raises(PublishError, match="asleep; wake them"):
-        await fleet.publish(tensors(model), 1)
+        await fleet.publish(tensors(model), version)
     await fleet.wake(frozenset({MemoryTag.WEIGHTS}))
-    await fleet.publish(tensors(model), 1)
+    await fleet.publish(tensors(model), version)
     assert not waiting.done()
     await fleet.wake(frozenset({MemoryTag.KV_CACHE}))
-    assert (await waiting).segments == (Segment(1, 0, 12),)
+    assert (await waiting).segments == (Segment(version, 0, 12),)
 
 
 async def test_what_nobody_waits_for_is_aborted_on_the_engine(fleet: Fleet) -> None:
-    engines = [engine for engine in fleet.engines.values() if isinstance(engine, EmbeddedEngine)]
-    for engine in engines:
-        await engine.inject_fault("slow", seconds=0.05)
+    await slow_down(fleet, 0.05)
     with pytest.raises(EngineTimeout):
         await fleet.generate(greedy("late", 200), deadline=0.5)
+    await idle(fleet)
     cancelled = asyncio.create_task(fleet.generate(greedy("cancelled", 200), deadline=30))
-    async with asyncio.timeout(10):
-        while not sum([await running(engine) for engine in engines]):
-            await asyncio.sleep(0.01)
+    await busy(fleet)
     cancelled.cancel()
     await asyncio.gather(cancelled, return_exceptions=True)
-    async with asyncio.timeout(10):
-        while sum([await running(engine) for engine in engines]):
-            await asyncio.sleep(0.01)
+    await idle(fleet)
 
 
 async def test_an_aborted_request_comes_back_with_its_tokens(fleet: Fleet) -> None:
+    await slow_down(fleet, 0.02)
     engine = fleet.engines["embedded-0"]
-    assert isinstance(engine, EmbeddedEngine)
-    await engine.inject_fault("slow", seconds=0.02)
     generating = asyncio.create_task(engine.generate(greedy("a", 200), deadline=30))
-    async with asyncio.timeout(10):
-        while not await running(engine):
-            await asyncio.sleep(0.01)
+    await busy(fleet)
     await engine.abort("a")
     generation = await generating
     assert generation.finish_reason is FinishReason.ABORT
@@ -223,14 +296,13 @@ async def test_the_stream_grows_to_the_whole_answer(fleet: Fleet, model: PreTrai
     chunks = [chunk async for chunk in fleet.engines["embedded-0"].stream(greedy("s"), deadline=20)]
     assert len(chunks) > 1
     assert chunks[-1].output_ids == expected(model)
-    for before, after in zip(chunks, chunks[1:], strict=False):
+    for before, after in itertools.pairwise(chunks):
         assert after.output_ids[: len(before.output_ids)] == before.output_ids
 
 
-async def test_a_killed_engine_is_out_at_once_and_the_rest_serve(fleet: Fleet) -> None:
-    victim = fleet.engines["embedded-0"]
-    assert isinstance(victim, EmbeddedEngine)
-    await victim.inject_fault("crash", after_tokens=50)
+async def test_a_killed_engine_is_out_at_once_and_the_rest_serve_until_none_is_left(doomed_fleet: Fleet) -> None:
+    fleet = doomed_fleet
+    await embedded(fleet)[0].inject_fault("crash", after_tokens=50)
     outcomes = await asyncio.gather(
         *(fleet.generate(greedy(f"r{i}", 40), deadline=30) for i in range(8)), return_exceptions=True
     )
@@ -238,13 +310,12 @@ async def test_a_killed_engine_is_out_at_once_and_the_rest_serve(fleet: Fleet) -
     await until(lambda: fleet.snapshot.get("embedded-0").phase is Phase.DEAD)
     answers = await asyncio.gather(*(fleet.generate(greedy(f"again{i}"), deadline=20) for i in range(6)))
     assert len(answers) == 6
-
-
-async def test_when_none_is_left_the_error_says_how_each_ended(fleet: Fleet) -> None:
-    for name in ("embedded-0", "embedded-1"):
-        replica = fleet._replicas[name]
-        assert replica.process is not None
-        os.kill(replica.process._process.pid, signal.SIGTERM)
+    waiting = asyncio.create_task(fleet.generate(greedy("in flight", 200), deadline=30))
+    await busy(fleet)
+    with pytest.raises(EngineUnreachable):
+        await embedded(fleet)[1].inject_fault("crash")
+    with pytest.raises(EngineUnreachable):
+        await waiting
     await until(lambda: not fleet.snapshot.usable)
     with pytest.raises(NoEngineError, match=r"embedded-0 \(dead.*embedded-1 \(dead"):
         await fleet.generate(greedy("x"), deadline=5)

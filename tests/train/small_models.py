@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from millrace.config.models import LossConfig, OptimizerConfig, TrainConfig
+from millrace.config.models import LossConfig, TrainConfig
 from millrace.train.batch import TrainSample
 from millrace.train.policy import Policy, load_policy
 from millrace.train.trainer import Trainer
@@ -51,10 +51,14 @@ def make_samples(count: int, *, seed: int = 0) -> list[TrainSample]:
     return samples
 
 
+# A constant rate without weight decay, for tests of what the gradients alone do.
+PLAIN = {"weight_decay": 0.0, "lr_schedule": "constant", "lr_warmup_steps": 0}
+
+
 def make_config(**changes: object) -> TrainConfig:
     base = TrainConfig(
         steps=10,
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1, schedule="cosine", warmup_steps=1),
+        lr=1e-3, weight_decay=0.1, lr_schedule="cosine", lr_warmup_steps=1,
         loss=LossConfig(importance_cap=1.5),
         tokens_per_microbatch=40,
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import make_samples
+from tests.train.small_models import make_samples
 
 from millrace.train.batch import (
     TrainSample,

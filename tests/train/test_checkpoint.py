@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import make_config, make_model, make_policy, make_samples, make_trainer, same, weights
+from tests.train.small_models import make_config, make_model, make_policy, make_samples, make_trainer, same, weights
 from transformers import AutoModelForCausalLM
 
-from millrace.config.models import LossConfig, OptimizerConfig
+from millrace.config.models import LossConfig
 from millrace.errors import CheckpointError
 from millrace.train.checkpoint import export, latest, load, save
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_before_the_first_step_is_whole_too(folder: Path, tmp_path:
 def test_settings_are_the_configs_not_the_checkpoints(folder: Path, tmp_path: Path) -> None:
     first = make_trainer(folder, make_config())
     first.train_step(SAMPLES, 1.0)
-    changed = make_config(optimizer=OptimizerConfig(lr=5e-3, betas=(0.5, 0.6), eps=1e-5, weight_decay=0.0))
+    changed = make_config(lr=5e-3, betas=(0.5, 0.6), eps=1e-5, weight_decay=0.0)
     second = make_trainer(folder, changed)
     load(save(tmp_path, first, {}, keep=1), second)
     group = second.optimizer.param_groups[0]
@@ -140,7 +140,7 @@ def test_ctrl_c_while_saving_is_ctrl_c_and_leaves_nothing(
 FULL_DISK = """
 import sys
 from pathlib import Path
-from small_models import make_config, make_trainer
+from tests.train.small_models import make_config, make_trainer
 from millrace.errors import CheckpointError
 from millrace.train.checkpoint import export, latest, load, save
 
@@ -176,7 +176,7 @@ def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[2],
     )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()

@@ -166,7 +166,8 @@ def test_what_the_mask_hides_cannot_harm() -> None:
     def gradient(fill: float) -> torch.Tensor:
         filled = [torch.where(mask, x, fill) for x in (logprobs, old, engine, reference)]
         filled[0].requires_grad_()
-        loss = policy_loss(*filled, mask, advantages, config=config, normalizer=5.0).loss  # type: ignore[misc, arg-type]
+        new, past, sampled, frozen = filled
+        loss = policy_loss(new, past, sampled, frozen, mask, advantages, config=config, normalizer=5.0).loss
         return torch.autograd.grad(loss, filled[0])[0]
 
     torch.testing.assert_close(gradient(0.0), gradient(-math.inf))

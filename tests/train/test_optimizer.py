@@ -11,8 +11,8 @@ from millrace.train.optimizer import apply_gradients, global_grad_norm, learning
 configs = st.builds(
     OptimizerConfig,
     lr=st.floats(1e-6, 1.0),
-    schedule=st.sampled_from(["constant", "cosine", "linear"]),
-    warmup_steps=st.integers(0, 20),
+    lr_schedule=st.sampled_from(["constant", "cosine", "linear"]),
+    lr_warmup_steps=st.integers(0, 20),
     min_lr_ratio=st.floats(0, 1),
 )
 
@@ -20,7 +20,7 @@ configs = st.builds(
 @given(configs, st.integers(1, 200))
 def test_the_rate_rises_to_lr_then_never_rises_again(config: OptimizerConfig, total: int) -> None:
     rates = [learning_rate(config, step, total) for step in range(total + 10)]
-    peak = config.warmup_steps
+    peak = config.lr_warmup_steps
     assert all(0 < rate <= config.lr * (1 + 1e-9) for rate in rates[: peak + 1])
     assert all(a < b for a, b in pairwise(rates[: peak + 1]))
     assert all(a >= b for a, b in pairwise(rates[peak:]))
@@ -31,7 +31,7 @@ def test_the_rate_rises_to_lr_then_never_rises_again(config: OptimizerConfig, to
 
 @pytest.mark.parametrize(("schedule", "half"), [("constant", 1.0), ("linear", 0.6), ("cosine", 0.6)])
 def test_the_schedules_by_hand(schedule: str, half: float) -> None:
-    config = OptimizerConfig(lr=1.0, schedule=schedule, warmup_steps=3, min_lr_ratio=0.2)  # type: ignore[arg-type]
+    config = OptimizerConfig(lr=1.0, lr_schedule=schedule, lr_warmup_steps=3, min_lr_ratio=0.2)  # type: ignore[arg-type]
     assert [learning_rate(config, step, 13) for step in (0, 1, 2, 3)] == [0.25, 0.5, 0.75, 1.0]
     assert learning_rate(config, 8, 13) == pytest.approx(half)
     assert learning_rate(config, 13, 13) == pytest.approx(1.0 if schedule == "constant" else 0.2)
@@ -39,7 +39,7 @@ def test_the_schedules_by_hand(schedule: str, half: float) -> None:
 
 
 def test_cosine_starts_slower_than_linear() -> None:
-    cosine, linear = (OptimizerConfig(lr=1.0, schedule=s) for s in ("cosine", "linear"))
+    cosine, linear = (OptimizerConfig(lr=1.0, lr_schedule=s) for s in ("cosine", "linear"))
     assert learning_rate(cosine, 2, 10) > learning_rate(linear, 2, 10)
     assert learning_rate(cosine, 8, 10) < learning_rate(linear, 8, 10)
 

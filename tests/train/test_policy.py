@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import CPU, VOCABULARY, make_config, make_model, make_policy, make_samples, plain_logprobs, weights
+from tests.train.small_models import CPU, VOCABULARY, make_config, make_model, make_policy, make_samples, plain_logprobs, weights
 from transformers import AutoModelForCausalLM
 
 from millrace.errors import DataError
@@ -128,3 +128,7 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty"):
         load_policy(tmp_path / "empty", make_config(), CPU)
+    damaged = make_model(tmp_path / "damaged") / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    with pytest.raises(DataError, match="damaged"):
+        load_policy(damaged.parent, make_config(), CPU)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import largest_difference, make_config, make_model, make_trainer, same, weights
+from tests.train.small_models import largest_difference, make_config, make_model, make_trainer, same, weights
 from transformers import AutoModelForCausalLM
-from two_ranks import CONFIG, STEPS, SUPERVISED
+from tests.train.two_ranks import CONFIG, STEPS, SUPERVISED
 
 from millrace.train.checkpoint import latest, load
 
@@ -25,11 +25,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "two_ranks.py"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/train/two_ranks.py"]
     result = subprocess.run(
         [sys.executable, *command, str(folder), str(out), "cpu"],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=180,

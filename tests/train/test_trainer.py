@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import (
+from tests.train.small_models import (
+    PLAIN,
     VOCABULARY,
     largest_difference,
     make_config,
@@ -19,7 +20,7 @@ from small_models import (
 )
 from transformers import AutoModelForCausalLM
 
-from millrace.config.models import LossConfig, OptimizerConfig, TrainConfig
+from millrace.config.models import LossConfig, TrainConfig
 from millrace.train.batch import TrainSample, plan_minibatches, supervised_sample
 from millrace.train.optimizer import learning_rate
 from millrace.train.trainer import Trainer, TrainingError
@@ -38,7 +39,7 @@ def plain_training(
     reference = AutoModelForCausalLM.from_pretrained(folder)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
-    options = config.optimizer
+    options = config
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     lr = learning_rate(options, 0, config.steps)
     adamw = torch.optim.AdamW(groups, lr=lr, betas=options.betas, eps=options.eps, foreach=False)
@@ -108,7 +109,7 @@ def test_microbatches_do_not_change_the_step(folder: Path, limit: int) -> None:
 
 def test_a_rewarded_token_becomes_likelier(folder: Path) -> None:
     """Samples of one token after one prompt, drawn by the policy itself: reward 1 for an even token."""
-    config = make_config(optimizer=OptimizerConfig(lr=5e-3), loss=LossConfig())
+    config = make_config(**PLAIN, lr=5e-3, loss=LossConfig())
     trainer = make_trainer(folder, config)
     generator = torch.Generator().manual_seed(0)
     prompt = [3, 1, 4]
@@ -135,7 +136,7 @@ def test_a_rewarded_token_becomes_likelier(folder: Path) -> None:
 
 
 def test_without_advantage_nothing_moves(folder: Path) -> None:
-    trainer = make_trainer(folder, make_config(optimizer=OptimizerConfig(lr=1e-2)))
+    trainer = make_trainer(folder, make_config(**PLAIN, lr=1e-2))
     before = weights(trainer.policy)
     stats = trainer.train_step([replace(sample, advantage=0.0) for sample in make_samples(6)], 1.0)
     assert stats.grad_norm == 0
@@ -143,7 +144,7 @@ def test_without_advantage_nothing_moves(folder: Path) -> None:
 
 
 def test_the_kl_term_pulls_back_to_the_reference(folder: Path) -> None:
-    config = make_config(optimizer=OptimizerConfig(lr=1e-3), loss=LossConfig(kl_coefficient=1.0))
+    config = make_config(**PLAIN, lr=1e-3, loss=LossConfig(kl_coefficient=1.0))
     trainer = make_trainer(folder, config)
     samples = make_samples(10)
     away = [trainer.train_step(samples, 1.0).kl_reference for _ in range(5)]
@@ -158,7 +159,7 @@ def test_a_supervised_warm_up_and_then_reinforcement_on_one_policy(folder: Path)
     config = make_config(loss=LossConfig(kl_coefficient=0.1))
     policy = make_policy(folder, config)
     trainer = Trainer(policy, config)
-    warm_up = Trainer(policy, config.model_copy(update={"optimizer": OptimizerConfig(lr=1e-2), "steps": 30}))
+    warm_up = Trainer(policy, config.model_copy(update={**PLAIN, "lr": 1e-2, "steps": 30}))
     samples = [supervised_sample([1, 2, 3, 4, 5], [False, True, True, True, True])]
     losses = [warm_up.supervised_step(samples).loss for _ in range(30)]
     assert losses[0] == pytest.approx(math.log(VOCABULARY), rel=0.5)

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from small_models import make_config, make_samples, make_trainer, same, weights
+from tests.train.small_models import make_config, make_samples, make_trainer, same, weights
 from torch.distributed.tensor import DTensor
 
 from millrace.config.models import LossConfig

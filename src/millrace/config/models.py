@@ -111,8 +111,8 @@ class OptimizerConfig(Model):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     min_lr_ratio: Probability = 0.0
 
 
@@ -129,18 +129,18 @@ class LossConfig(Model):
     )
 
 
-class WarmupConfig(Model):
+class WarmupConfig(OptimizerConfig):
     """Supervised steps before the reinforcement, for a model from random weights: they teach the format only."""
 
     steps: Annotated[int, Field(ge=0)] = 0
     batch_size: PositiveInt = 32
-    optimizer: OptimizerConfig
     data: GeneratedDataConfig
 
 
-class TrainConfig(Model):
+class TrainConfig(OptimizerConfig):
+    """The reinforcement, with its optimizer's settings beside the others, as in `train.lr`."""
+
     steps: PositiveInt
-    optimizer: OptimizerConfig
     loss: LossConfig = LossConfig()
     minibatches: PositiveInt = 1  # optimizer steps taken on one step's samples
     tokens_per_microbatch: PositiveInt = 8192

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from millrace.config.models import PretrainedModelConfig, RunConfig, TinyModelConfig, TrainConfig, WarmupConfig
+from millrace.config.models import OptimizerConfig, PretrainedModelConfig, RunConfig, TinyModelConfig, TrainConfig, WarmupConfig
 from millrace.errors import CheckpointError, ConfigError, DataError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
@@ -174,7 +174,9 @@ async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Conten
 
 async def _warm_up(loop: TrainingLoop, warmup: WarmupConfig, config: RunConfig, content: Content) -> None:
     """Supervised steps by the same trainer code, with an optimizer and a schedule of their own."""
-    settings: TrainConfig = config.train.model_copy(update={"optimizer": warmup.optimizer, "steps": warmup.steps})
+    settings: TrainConfig = config.train.model_copy(
+        update=warmup.model_dump(include={"steps", *OptimizerConfig.model_fields})
+    )
     supervised = Trainer(loop.trainer.policy, settings)
     schemas = [tool.schema for tool in content.tools.values()]
 

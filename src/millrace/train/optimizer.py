@@ -14,13 +14,13 @@ from millrace.config.models import OptimizerConfig
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """The learning rate of `step`, counted from 0.
 
-    Rises linearly to `lr`, which the step `warmup_steps` is the first to have, then follows the schedule towards
+    Rises linearly to `lr`, which the step `lr_warmup_steps` is the first to have, then follows the schedule towards
     `lr * min_lr_ratio`, which it would reach at `total_steps` and keeps from there on.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-    match config.schedule:
+    if step < config.lr_warmup_steps:
+        return config.lr * (step + 1) / (config.lr_warmup_steps + 1)
+    progress = min(1.0, (step - config.lr_warmup_steps) / max(1, total_steps - config.lr_warmup_steps))
+    match config.lr_schedule:
         case "constant":
             return config.lr
         case "linear":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -104,11 +105,10 @@ class Policy:
         self.reference: PreTrainedModel | None = None
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Layers checkpoint in training mode only. It is set on the layer alone: the dropout in it stays off.
             for module in model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
-                    module.training = (
-                        True  # of the layer alone, which checkpoints only then; the dropout in it stays off
-                    )
+                    module.training = True
 
     def parameters(self) -> dict[str, Parameter]:
         """By transformers' names, tied ones once."""
@@ -143,7 +143,8 @@ class Policy:
 
     def named_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The weights one at a time, whole, on the world's device, as `dtype` (float32 where None). Where the policy is
-        sharded each is gathered when it is asked for, so every rank must go through all of them."""
+        sharded each is gathered when it is asked for, so every rank must go through all of them. Where it is neither
+        sharded nor cast, what comes is the weight itself: read it before the next step."""
         for name, tensor in self.state().items():
             # Cast first: half of the bytes to gather.
             cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
@@ -167,11 +168,11 @@ class Policy:
 def load_policy(path: str | Path, config: TrainConfig, world: World) -> Policy:
     """The policy from a folder in Hugging Face's format (or a name on the Hub), set up as the config says.
 
-    Raises DataError where there is no causal model in it."""
+    Raises DataError where there is no causal model in it, or a damaged one."""
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise DataError(f"no causal language model in {str(path)!r}: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"no causal language model can be loaded from {str(path)!r}: {error}") from error
     return Policy(model, world, config)
 
 

@@ -65,5 +65,6 @@ def print_summary(summary: Summary, console: Console) -> None:
         f"{summary.total_seconds:.0f} s in all: {parts}; "
         f"neither generating nor training {100 * summary.overhead:.1f} %",
         highlight=False,
+        soft_wrap=True,
     )
-    console.print(f"curves, samples, metrics and checkpoints are in {summary.folder}", highlight=False)
+    console.print(f"curves, samples, metrics and checkpoints are in {summary.folder}", highlight=False, soft_wrap=True)

@@ -110,7 +110,7 @@ class Trainer:
         self.policy = policy
         self.config = config
         self.world = policy.world
-        self.optimizer = make_optimizer(policy.parameters().values(), config.optimizer)
+        self.optimizer = make_optimizer(policy.parameters().values(), config)
         self.step = 0
 
     def ensure_reference(self) -> None:
@@ -127,7 +127,7 @@ class Trainer:
         self.ensure_reference()
         minibatches = self._minibatches(samples, self.config.minibatches, self.config.loss.average)
         old = self._old_logprobs(minibatches, temperature)
-        lr = learning_rate(self.config.optimizer, self.step, self.config.steps)
+        lr = learning_rate(self.config, self.step, self.config.steps)
         tally = _Tally(self.world.device)
         for minibatch, old_logprobs in zip(minibatches, old, strict=True):
             if minibatch.normalizer == 0:
@@ -146,7 +146,7 @@ class Trainer:
         """One step of imitation, in one update: raises the probability of the trained tokens at temperature 1.
         Otherwise as `train_step`; see `supervised_sample`."""
         [minibatch] = self._minibatches(samples, 1, "token")
-        lr = learning_rate(self.config.optimizer, self.step, self.config.steps)
+        lr = learning_rate(self.config, self.step, self.config.steps)
         global_loss, grad_norm = 0.0, 0.0
         if minibatch.normalizer > 0:
             loss = torch.zeros((), device=self.world.device)
@@ -225,7 +225,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
                 f"step {self.step + 1}: loss {figures[0]} and gradient norm {figures[1]} must be finite; the update "
-                "was not made. Look for extreme rewards or logprobs in its samples, or lower train.optimizer.lr"
+                "was not made. Look for extreme rewards or logprobs in its samples, or lower train.lr"
             )
-        apply_gradients(self.optimizer, grad_norm=grad_norm, max_grad_norm=self.config.optimizer.max_grad_norm, lr=lr)
+        apply_gradients(self.optimizer, grad_norm=grad_norm, max_grad_norm=self.config.max_grad_norm, lr=lr)
         return figures

@@ -1,6 +1,7 @@
 """The ranks of one trainer. A single process is a world of one and needs no process group."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,20 +48,22 @@ class World:
 def join_world(device: str, *, timeout: float = 1800.0) -> Iterator[World]:
     """The world that torchrun's environment variables describe, or a world of one without them.
 
-    Joins the process group at entry and leaves it at exit. `device` is `cpu` (gloo) or `cuda` (nccl, one GPU a rank).
+    Joins the process group at entry and leaves it at exit. `device` is `cpu` (gloo) or `cuda` (nccl, one GPU a
+    rank; in a world of one the first, or that of the index).
     `timeout`, in seconds, is the deadline of every collective: a rank that waits longer for another one fails.
     Raises ConfigError where the device is not there.
     """
-    asked = torch.device(device)
-    kind = asked.type
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"train.device is {device!r}; the trainer runs on `cpu` or `cuda`")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise ConfigError(f"train.device is {device!r}; the trainer runs on `cpu`, `cuda` or, say, `cuda:1`")
+    kind, _, index = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"train.device is {device!r}, but torch sees no GPU; set train.device to `cpu`")
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if kind == "cuda":  # always with its index, which torch asks for when a device is made current
-        asked = torch.device(kind, asked.index or 0 if size == 1 else int(os.environ["LOCAL_RANK"]))
-    world = World(asked, int(os.environ.get("RANK", "0")), size)
+    if size > 1:
+        index = os.environ["LOCAL_RANK"]
+    # A GPU always with its index, which torch wants when a device is made current.
+    local = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
+    world = World(local, int(os.environ.get("RANK", "0")), size)
     world.make_current()
     if size == 1:
         yield world

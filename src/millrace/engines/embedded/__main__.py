@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("millrace.embedded")
 
@@ -17,8 +18,8 @@ BACKLOG = 4096  # connections that may wait to be accepted: a trainer opens thou
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="millrace.engines.embedded",
-        description="Serves a causal model of transformers by SGLang's native protocol. Keys come from the environment: "
-        "MILLRACE_API_KEY for generating and reading, MILLRACE_ADMIN_API_KEY for control.",
+        description="Serves a causal model of transformers by SGLang's native protocol. Keys come from the "
+        "environment: MILLRACE_API_KEY for generating and reading, MILLRACE_ADMIN_API_KEY for control.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -72,8 +73,9 @@ async def _serve(args: argparse.Namespace, sock: socket.socket) -> int:
         lambda: build(settings), keys=keys, faults=args.faults, max_running=settings.max_running, seed=args.seed
     )
     runner = await server.start(sock)
-    ending = asyncio.create_task(told_to_end.wait())
-    await asyncio.wait({ending, server.ready}, return_when=asyncio.FIRST_COMPLETED)
+    ending = asyncio.ensure_future(told_to_end.wait())
+    waited_for: set[asyncio.Future[Any]] = {ending, server.ready}
+    await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
     if server.ready.done():
         error = server.ready.exception()
         if error is not None:

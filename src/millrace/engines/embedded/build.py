@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from millrace.engines.embedded.cache import SlotCache
 from millrace.engines.embedded.core import Core
@@ -34,6 +35,7 @@ def build(settings: Settings) -> Core:
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    transformers_logging.disable_progress_bar()  # stderr is a log
     model, info, layers = load_model(settings.model, device=device, dtype=dtype, context_length=settings.context_length)
     cache = SlotCache(
         layers,

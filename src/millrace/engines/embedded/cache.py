@@ -1,7 +1,7 @@
 """The KV cache: one slot of `context_length` tokens for every running request, and slots for finished prefixes.
 
-Running requests fill the slots 0 to B-1 without a hole, so that a step reads a plain view and gathers nothing. The slots
-above `running` keep the prefixes of finished requests, the least recently used leaves first.
+Running requests fill the slots 0 to B-1 without a hole, so that a step reads a plain view and gathers nothing. The
+slots above `running` keep the prefixes of finished requests, the least recently used leaves first.
 
 Whose weights computed a slot is told by its epoch, a number that every change of the weights raises. A prefix is reused
 under its own epoch only; a slot that two epochs had a hand in is MIXED and never reused.
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from millrace.engines.embedded.scheduler import common_prefixes
 
 MIXED = -1
 
@@ -33,18 +35,6 @@ class Prefix:
 
     slot: int
     length: int
-
-
-def common_prefixes(
-    table_RN: NDArray[np.int64], lengths_R: NDArray[np.int64], tokens: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """How many leading tokens each row of the table, of which `lengths_R` are valid, shares with `tokens`: [R]."""
-    width = min(table_RN.shape[1], len(tokens))
-    if width == 0:
-        return np.zeros(len(table_RN), np.int64)
-    same_RN = table_RN[:, :width] == tokens[:width]
-    lengths = np.where(same_RN.all(axis=1), width, same_RN.argmin(axis=1))
-    return np.minimum(lengths, lengths_R)
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes without types
@@ -69,7 +59,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes wi
         self._places, self._sources = places, sources
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """key_states, value_states: [rows, heads, query, dim]. Returns both as [rows, heads, context, dim]."""
         for states, flat in ((key_states, self.keys_flat), (value_states, self.values_flat)):
@@ -83,7 +73,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes wi
     def get_seq_length(self) -> int:
         return self._keys.shape[2] - 1
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002  # transformers passes it by name
         return self._keys.shape[2], 0
 
     def get_max_length(self) -> int:
@@ -154,7 +144,7 @@ class SlotCache:
             layer.aim(first, rows, context, places, sources)
 
     def find(self, tokens: NDArray[np.int64], epoch: int, running: int) -> Prefix:
-        """The longest prefix of `tokens` in a stored slot or one of the first `running` slots; length 0: there is none."""
+        """The longest prefix of `tokens` in a stored slot or one of the first `running` slots; length 0: none."""
         lengths = common_prefixes(self.tokens, self.lengths, tokens)
         lengths[self.epochs != epoch] = 0
         lengths[running : self.running] = 0
@@ -162,7 +152,7 @@ class SlotCache:
         return Prefix(slot, int(lengths[slot]))
 
     def copy(self, prefix: Prefix, to: int, start: int = 0) -> None:
-        """Copies a prefix into slot `to`, which then holds it and nothing else. Its first `start` tokens are there already."""
+        """Copies a prefix into slot `to`, which then holds it and nothing else; its first `start` tokens are there."""
         slot, end = prefix.slot, prefix.length
         if slot != to and start < end:
             for buffer in self._buffers:

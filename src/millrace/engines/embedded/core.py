@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from millrace.engines.embedded.cache import Prefix, SlotCache, common_prefixes
+from millrace.engines.embedded.cache import Prefix, SlotCache
 from millrace.engines.embedded.faults import StepFaults
 from millrace.engines.embedded.runner import ModelInfo, Runner
 from millrace.engines.embedded.sampling import LANE, sample
@@ -47,7 +47,7 @@ class Status:
 
 
 class Core:
-    """Owned by one thread. What it has to say to its requests collects in `outbox`, as pairs of request id and output."""
+    """Owned by one thread. What it has to tell its requests collects in `outbox`, as pairs of request id and output."""
 
     def __init__(
         self, info: ModelInfo, runner: Runner, cache: SlotCache, weights: WeightStore, *, max_running: int, version: str
@@ -188,14 +188,8 @@ class Core:
                 # The last token is always computed anew: its logits are what the first draw needs.
                 prefix = self.cache.find(prefill.tokens[:-1], self._epoch, len(self._scheduler.running))
                 found.append(replace(prefill, source=prefix.slot, reused=prefix.length))
-            width = max(len(p.tokens) for p in found)
-            table = np.full((len(found), width), -1, np.int64)
-            for i, prefill in enumerate(found):
-                table[i, : len(prefill.tokens)] = prefill.tokens
-            lengths = np.array([len(p.tokens) - 1 for p in found])
-            wave, later = cut_wave(found, lambda i: common_prefixes(table, lengths, found[i].tokens), PREFILL_TOKENS)
-            self._run_wave([found[i] for i in wave])
-            pending = [found[i] for i in later]
+            wave, pending = cut_wave(found, PREFILL_TOKENS)
+            self._run_wave(wave)
 
     def _run_wave(self, wave: list[Prefill]) -> None:
         first = len(self._scheduler.running)
@@ -272,7 +266,7 @@ class Core:
         self._end(ended)
 
     def _end(self, ended: list[tuple[int, Finish]]) -> None:
-        """Lets requests go. From the last slot down, so that the hole of each is filled by one that stays or is empty."""
+        """Lets requests go. From the last slot down, so that whoever fills the hole of one is not itself to go."""
         running = self._scheduler.running
         for slot, finish in reversed(ended):
             request = running[slot]

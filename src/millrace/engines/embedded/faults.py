@@ -1,4 +1,4 @@
-"""Faults on demand, for tests of what lies around an engine. Nothing here happens unless the server runs with --faults."""
+"""Faults on demand, for tests of what lies around an engine. Nothing of it happens without --faults."""
 
 import os
 import signal

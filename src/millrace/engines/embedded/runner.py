@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from millrace.engines.embedded import attention
 from millrace.engines.embedded.cache import LayerShape, SlotCache
 from millrace.errors import ConfigError, DataError
 
@@ -31,15 +32,17 @@ class ModelInfo:
 
 def load_model(
     path: Path, *, device: torch.device, dtype: torch.dtype, context_length: int | None
-) -> tuple[Any, ModelInfo, list[LayerShape]]:
+) -> tuple[torch.nn.Module, ModelInfo, list[LayerShape]]:
     """Loads any causal model of transformers from a local folder and finds out what its layers cache.
 
     Raises DataError where the folder has no model, ConfigError where it can't be served with these settings.
     """
     if not (path / "config.json").is_file():
         raise DataError(f"{path} has no config.json; --model takes a folder in Hugging Face's format")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device)
     model.requires_grad_(False).eval()
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(attention.register())
     config = model.config.get_text_config()
     limit = int(config.max_position_embeddings)
     if context_length is not None and context_length > limit:
@@ -54,13 +57,15 @@ def load_model(
             model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
         ),
     )
-    return model, info, _layer_shapes(model, info.context_length, device)
+    return model, info, _layer_shapes(model, model.config, info.context_length, device)
 
 
 @torch.inference_mode()
-def _layer_shapes(model: Any, context_length: int, device: torch.device) -> list[LayerShape]:
+def _layer_shapes(
+    model: torch.nn.Module, config: object, context_length: int, device: torch.device
+) -> list[LayerShape]:
     """Asks the model itself, by one token's pass: configs name these sizes in too many ways."""
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=config)
     model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
     shapes = []
     for layer in cache.layers:
@@ -87,7 +92,7 @@ def _token_ids(ids: int | list[int] | None) -> frozenset[int]:
 class Runner:
     """Runs the model over consecutive slots. Belongs to the model thread."""
 
-    def __init__(self, model: Any, cache: SlotCache, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: torch.nn.Module, cache: SlotCache, *, device: torch.device, dtype: torch.dtype) -> None:
         self._model, self._cache, self._device = model, cache, device
         self._columns = torch.arange(cache.context_length, device=device)
         self._open = torch.zeros((), dtype=dtype, device=device)
@@ -101,10 +106,10 @@ class Runner:
         first_slot: int,
         real_BQ: NDArray[np.bool_] | None = None,
     ) -> torch.Tensor:
-        """Runs B rows of Q tokens through slots `first_slot` and up, and returns the last column's logits [B, V], float32.
+        """Runs B rows of Q tokens through slots `first_slot` and up. Returns the last column's logits [B, V], float32.
 
-        Rows shorter than Q are padded on the left; `real_BQ` is False there and None when nothing is padded. Padding sees
-        position 0, so that its softmax has something to sum, and its keys and values are not kept.
+        Rows shorter than Q are padded on the left; `real_BQ` is False there and None when nothing is padded. Padding
+        sees position 0, so that its softmax has something to sum, and its keys and values are not kept.
         """
         rows = len(tokens_BQ)
         length = self._cache.context_length

@@ -35,23 +35,24 @@ def stream_key(seed: int, index: int) -> int:
 
 
 def uniforms(streams_B: NDArray[np.uint64], drawn_B: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """One uniform number in [0, 1) a row, by counter: splitmix64 (Steele, Lea and Flood, OOPSLA 2014), its upper 52 bits.
+    """One uniform number in [0, 1) a row, by counter: splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
 
-    52 bits and not 53, so that a number times a total always rounds below that total.
+    Its upper 52 bits and not 53, so that a number times a total always rounds below that total.
     """
     z = streams_B + (drawn_B + np.uint64(1)) * np.uint64(_GOLDEN)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(12)).astype(np.float64) * 2.0**-52
+    uniforms_B: NDArray[np.float64] = (z >> np.uint64(12)).astype(np.float64) * 2.0**-52
+    return uniforms_B
 
 
 @torch.inference_mode()
 def sample(logits_BV: torch.Tensor, lanes: Lanes) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Draws a token for each row. Temperature 0 takes the most likely one.
 
-    logits_BV: float32. Returns tokens [B] and their logprobs [B], which are those of the temperature-scaled distribution
-    over the whole vocabulary, before top-k, top-p and min-p (temperature 0 counts as 1 there).
+    logits_BV: float32. Returns tokens [B] and their logprobs [B], which are those of the temperature-scaled
+    distribution over the whole vocabulary, before top-k, top-p and min-p (temperature 0 counts as 1 there).
     """
     temperatures = lanes["temperature"]
     greedy = temperatures == 0
@@ -68,7 +69,7 @@ def sample(logits_BV: torch.Tensor, lanes: Lanes) -> tuple[NDArray[np.int64], ND
 
 
 def _draw(logprobs_BV: torch.Tensor, greedy: NDArray[np.bool_], lanes: Lanes) -> torch.Tensor:
-    """The tokens [B]: greedy rows by argmax, plain rows by inverting the distribution, filtered rows after their filters."""
+    """The tokens [B]: greedy rows by argmax, the others by inverting their distribution, where asked after filters."""
     if greedy.all():
         return logprobs_BV.argmax(dim=-1)
     uniforms_B = _to(uniforms(lanes["stream"], lanes["drawn"]), logprobs_BV)

@@ -137,9 +137,21 @@ class Scheduler:
         self.running.clear()
 
 
+def common_prefixes(
+    table_RN: NDArray[np.int64], lengths_R: NDArray[np.int64], tokens: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """How many leading tokens each row of the table, of which `lengths_R` are valid, shares with `tokens`: [R]."""
+    width = min(table_RN.shape[1], len(tokens))
+    if width == 0:
+        return np.zeros(len(table_RN), np.int64)
+    same_RN = table_RN[:, :width] == tokens[:width]
+    lengths: NDArray[np.int64] = np.where(same_RN.all(axis=1), width, same_RN.argmin(axis=1))
+    return np.minimum(lengths, lengths_R, out=lengths)
+
+
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Requests with the same known tokens: one forward pass serves them all. `reused` tokens are copied from slot `source`."""
+    """Requests with the same known tokens: one pass serves them all. `reused` tokens are copied from slot `source`."""
 
     requests: list[Request]
     tokens: NDArray[np.int64]
@@ -156,26 +168,29 @@ def group(requests: list[Request]) -> list[Prefill]:
     return list(groups.values())
 
 
-def cut_wave(
-    prefills: list[Prefill], shared: Callable[[int], NDArray[np.int64]], token_limit: int
-) -> tuple[list[int], list[int]]:
+def cut_wave(prefills: list[Prefill], token_limit: int) -> tuple[list[Prefill], list[Prefill]]:
     """Chooses which prefills go into the next forward pass and which wait for a later one.
 
-    shared(i): for every prefill, how many leading tokens it shares with prefill i. One that shares much with a member of
-    this wave waits, to copy it from there. Rows are padded to the longest, and rows times that stay within `token_limit`
-    (but for a single row, which is cut by the runner). Returns the indices of both; the wave is never empty.
+    One that shares much with a member of this wave waits, to copy it from there. The rows of a pass are padded to its
+    longest; rows times that stay within `token_limit`, but for a single row, which is run in pieces. Returns both in
+    their order; the wave is not empty.
     """
-    best = np.zeros(len(prefills), np.int64)
-    wave: list[int] = []
-    later: list[int] = []
+    table = np.full((len(prefills), max(len(p.tokens) for p in prefills)), -1, np.int64)
+    for row, prefill in enumerate(prefills):
+        table[row, : len(prefill.tokens)] = prefill.tokens
+    # The last token of each is computed anew in any case: its logits are what the first draw needs.
+    lengths = np.array([len(p.tokens) - 1 for p in prefills])
+    shared = np.zeros(len(prefills), np.int64)
+    wave: list[Prefill] = []
+    later: list[Prefill] = []
     longest = 0
     for i, prefill in enumerate(prefills):
         fresh = len(prefill.tokens) - prefill.reused
         fits = max(longest, fresh) * (len(wave) + 1) <= token_limit
-        if wave and (not fits or best[i] - prefill.reused >= WORTH_WAITING_FOR):
-            later.append(i)
+        if wave and (not fits or shared[i] - prefill.reused >= WORTH_WAITING_FOR):
+            later.append(prefill)
             continue
-        wave.append(i)
+        wave.append(prefill)
         longest = max(longest, fresh)
-        best = np.maximum(best, shared(i))
+        shared = np.maximum(shared, common_prefixes(table, lengths, prefill.tokens))
     return wave, later

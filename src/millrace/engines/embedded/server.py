@@ -48,12 +48,7 @@ class Server:
 
     async def start(self, sock: socket.socket) -> web.AppRunner:
         """Serves on a bound socket. Until the model is there, every route answers 503."""
-
-        @web.middleware
-        async def guard(http: web.Request, handler: Handler) -> web.StreamResponse:
-            return await self._guard(http, handler)
-
-        app = web.Application(client_max_size=BODY_LIMIT, middlewares=[guard])
+        app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._guard])
         app.add_routes(self._routes())
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_GRACE)
         await runner.setup()
@@ -89,16 +84,17 @@ class Server:
             web.get(path, handler) for path, handler in get.items()
         ]
 
-    async def _guard(self, http: web.Request, handler: Handler) -> web.StreamResponse:
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Keys first, then the model's presence; what handlers refuse becomes an answer."""
-        if not allowed(http.path, http.headers.get("Authorization"), self._keys):
+        if not allowed(request.path, request.headers.get("Authorization"), self._keys):
             return refusal("this route needs its key, as in: Authorization: Bearer KEY", 401)
         if not self.ready.done():
             return refusal("the model is being loaded", 503)
         if self.ready.exception() is not None or not self._thread.alive:
             return refusal("the model thread has ended; the reason is in the server's log", 503)
         try:
-            return await handler(http)
+            return await handler(request)
         except (BadRequest, UpdateRefused) as error:
             return refusal(str(error), 400)
         except Refused as error:

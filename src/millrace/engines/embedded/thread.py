@@ -45,6 +45,7 @@ class ModelThread:
         self.ready: asyncio.Future[Loaded] = loop.create_future()
         self._status: Status | None = None  # replaced, never changed, by the model thread
         self._build, self._loop, self._deliver, self._ended = build, loop, deliver, ended
+        self._pending: set[asyncio.Future[Any]] = set()
         self._commands: queue.SimpleQueue[Callable[[Core], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="model", daemon=True)
 
@@ -73,15 +74,23 @@ class ModelThread:
                 self._publish(core)
                 future.set_result(result)
 
+        answer = asyncio.wrap_future(future)
+        self._pending.add(answer)
         self._commands.put(run)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), deadline)
+            return await asyncio.wait_for(answer, deadline)
         except TimeoutError:
             raise Refused(f"the model thread has not answered within {deadline:.0f} s", status=503) from None
+        finally:
+            self._pending.discard(answer)
 
     def post(self, command: Callable[[Core], Any]) -> None:
         """Runs a command between two steps, for nobody who waits. It must not raise: that would end the thread."""
-        self._commands.put(lambda core: command(core) and None)
+
+        def run(core: Core) -> None:
+            command(core)
+
+        self._commands.put(run)
 
     def current(self) -> Status:
         """How the engine stood after its last step or command. Once `ready` has a result, there is always one."""
@@ -91,9 +100,7 @@ class ModelThread:
     def _main(self) -> None:
         try:
             core = self._build()
-        except (
-            Exception
-        ) as error:  # loading fails in as many ways as there are models; who awaits `ready` gets the reason
+        except Exception as error:  # loading fails in as many ways as there are models; `ready` tells why
             self._loop.call_soon_threadsafe(self.ready.set_exception, error)
             return
         try:
@@ -101,7 +108,7 @@ class ModelThread:
             self._loop.call_soon_threadsafe(self.ready.set_result, Loaded(core.info, core.weights))
             self._serve(core)
         finally:  # what was raised goes on to the thread's own hook, which prints it
-            self._loop.call_soon_threadsafe(self._ended)
+            self._loop.call_soon_threadsafe(self._end)
 
     def _serve(self, core: Core) -> None:
         while True:
@@ -118,3 +125,9 @@ class ModelThread:
         if core.outbox:
             outbox, core.outbox = core.outbox, []
             self._loop.call_soon_threadsafe(self._deliver, outbox)
+
+    def _end(self) -> None:
+        for answer in self._pending:
+            if not answer.done():
+                answer.set_exception(Refused("the model thread has ended; the reason is in the log", status=500))
+        self._ended()

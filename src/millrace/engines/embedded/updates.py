@@ -13,7 +13,6 @@ from millrace.engines.embedded.core import Refused
 from millrace.engines.embedded.faults import HttpFaults
 from millrace.engines.embedded.groups import UpdateGroup
 from millrace.engines.embedded.protocol import (
-    BadRequest,
     CheckBody,
     DiskBody,
     DistributedBody,
@@ -106,7 +105,7 @@ class Updates:
             raise Refused("this load was told to fail half-way", status=500)
 
     async def _load_disk(self, http: web.Request) -> web.Response:
-        """Alone, a whole update: begin, load, commit, all or nothing. In an open update, one load of it, without a version."""
+        """Alone, a whole update: begin, load, commit, all or nothing. In an open update, one load of it."""
         body = parse(DiskBody, await http.read())
         async with self._alone() as weights:
             folder = Path(body.model_path)

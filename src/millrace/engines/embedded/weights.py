@@ -36,7 +36,7 @@ class Session:
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a CPU tensor, row by row."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -47,8 +47,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 class WeightStore:
     """Parameters and persistent buffers under the names of the model's state dict; a tied one under its first name.
 
-    Everything but `swap`, `release` and `resume` runs in the loader's thread, one call at a time; these three run in the
-    model thread while no other call does.
+    Everything but `swap`, `release` and `resume` runs in the loader's thread, one call at a time; these three run in
+    the model thread while no other call does.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -83,14 +83,16 @@ class WeightStore:
         self._session = None
 
     def load_shared_memory(self, path: str, specs: Sequence[TensorSpec]) -> None:
-        """Reads tensors out of a memory file. Read, not mapped: a file that its owner cuts short must not kill this process."""
+        """Reads tensors out of a memory file. It is read and not mapped: that is faster for one pass, and a file that
+        its owner cuts short does not kill this process."""
         session, tensors = self._open(specs)
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             for spec, (name, tensor) in zip(specs, tensors, strict=True):
                 if spec.nbytes != tensor.nbytes or spec.offset < 0 or spec.offset + spec.nbytes > size:
                     raise UpdateRefused(
-                        f"{spec.name}: {spec.nbytes} bytes at {spec.offset} of a file of {size} bytes; the tensor has {tensor.nbytes}"
+                        f"{spec.name}: {spec.nbytes} bytes at {spec.offset} in a file of {size}; "
+                        f"the tensor has {tensor.nbytes} bytes"
                     )
                 self._book(session, spec.name, name, _read(file.fileno(), spec.offset, tensor))
 
