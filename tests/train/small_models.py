@@ -58,7 +58,10 @@ PLAIN = {"weight_decay": 0.0, "lr_schedule": "constant", "lr_warmup_steps": 0}
 def make_config(**changes: object) -> TrainConfig:
     base = TrainConfig(
         steps=10,
-        lr=1e-3, weight_decay=0.1, lr_schedule="cosine", lr_warmup_steps=1,
+        lr=1e-3,
+        weight_decay=0.1,
+        lr_schedule="cosine",
+        lr_warmup_steps=1,
         loss=LossConfig(importance_cap=1.5),
         tokens_per_microbatch=40,
     )

@@ -2,7 +2,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.train.small_models import CPU, VOCABULARY, make_config, make_model, make_policy, make_samples, plain_logprobs, weights
+from tests.train.small_models import (
+    CPU,
+    VOCABULARY,
+    make_config,
+    make_model,
+    make_policy,
+    make_samples,
+    plain_logprobs,
+    weights,
+)
 from transformers import AutoModelForCausalLM
 
 from millrace.errors import DataError

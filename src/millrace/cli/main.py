@@ -44,10 +44,13 @@ def train(
         print(dump_config(settings), end="")
         return
     # Not before: these import torch.
+    from transformers.utils import logging as transformers_logging
+
     from millrace.train.display import Display
     from millrace.train.experiment import train as run_training
     from millrace.train.summary import print_summary
 
+    transformers_logging.disable_progress_bar()
     console = Console()
     try:
         with Display(console).show() as display:

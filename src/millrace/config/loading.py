@@ -92,7 +92,7 @@ def _explain(error: Any, sources: Mapping[Location, str], path: str) -> str:
     name = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
         valid = list(model.model_fields) if model else []
-        nearest = difflib.get_close_matches(str(location[-1]), valid, n=1)
+        nearest = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid here: {', '.join(valid)}"
         return f"{source}: unknown setting {name}; {hint}"
     message = error["msg"].removeprefix("Value error, ")

@@ -21,6 +21,8 @@ from millrace.weights.transports.base import Transport
 if TYPE_CHECKING:
     import torch
 
+PROCESS_END_DEADLINE = 3.0  # from a closed port to the end of the process, which tells more of the reason
+
 logger = logging.getLogger(__name__)
 
 
@@ -203,9 +205,16 @@ class Fleet:
     async def _suspect(self, name: str, error: EngineError) -> None:
         """After a failed call: dead if its process or its port says so, otherwise the benefit of the doubt."""
         replica = self._replicas[name]
-        ended = replica.process is not None and not replica.process.running
-        if ended or await replica.engine.health() is Health.DEAD:
-            await self._apply(name, Died(str(error)))
+        if await replica.engine.health() is not Health.DEAD:
+            return
+        if replica.process is not None:
+            try:
+                async with asyncio.timeout(PROCESS_END_DEADLINE):
+                    await replica.process.wait()
+                return  # its watcher says how it ended
+            except TimeoutError:
+                pass  # it lives, but nothing listens at its port
+        await self._apply(name, Died(str(error)))
 
     async def _watch(self, replica: Replica) -> None:
         assert replica.process is not None

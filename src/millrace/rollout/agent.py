@@ -120,9 +120,7 @@ class _Draft:
         for start, turn_logprobs in self.turn_logprobs:
             loss_mask[start : start + len(turn_logprobs)] = True
             logprobs[start : start + len(turn_logprobs)] = turn_logprobs
-        return Episode(
-            tuple(self.token_ids), loss_mask, logprobs, tuple(self.segments), turns=self.turns, end=end
-        )
+        return Episode(tuple(self.token_ids), loss_mask, logprobs, tuple(self.segments), turns=self.turns, end=end)
 
 
 def _turn_sampling(sampling: SamplingParams, turn: int, room: int, end_of_turn: int) -> SamplingParams:

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from millrace.config.models import OptimizerConfig, PretrainedModelConfig, RunConfig, TinyModelConfig, TrainConfig, WarmupConfig
+from millrace.config.models import (
+    OptimizerConfig,
+    PretrainedModelConfig,
+    RunConfig,
+    TinyModelConfig,
+    TrainConfig,
+    WarmupConfig,
+)
 from millrace.errors import CheckpointError, ConfigError, DataError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet

@@ -89,11 +89,12 @@ class TrainingLoop:
         self.engine_dtype = engine_dtype
         self._thread = trainer_thread
         self._started_groups = 0
-        self._first_version = progress.version
+        self._first_version = progress.version  # when the first group is started
         self._max_staleness = config.rollout.max_staleness if config.mode == "standalone" else 0
 
     async def run(self) -> None:
         """Trains until `train.steps`. Evaluates before the first step, so that there is something to compare with."""
+        self._first_version = self.progress.version
         if self.progress.step == 0:
             accuracy = await self.evaluate()
             self._record(StepMetrics(step=0, weight_version=self.progress.version, accuracy=accuracy))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from millrace.errors import MillraceError
 from millrace.types import TensorSpec
@@ -86,15 +86,18 @@ class WeightStore:
         """Reads tensors out of a memory file. It is read and not mapped: that is faster for one pass, and a file that
         its owner cuts short does not kill this process."""
         session, tensors = self._open(specs)
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            for spec, (name, tensor) in zip(specs, tensors, strict=True):
-                if spec.nbytes != tensor.nbytes or spec.offset < 0 or spec.offset + spec.nbytes > size:
-                    raise UpdateRefused(
-                        f"{spec.name}: {spec.nbytes} bytes at {spec.offset} in a file of {size}; "
-                        f"the tensor has {tensor.nbytes} bytes"
-                    )
-                self._book(session, spec.name, name, _read(file.fileno(), spec.offset, tensor))
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                for spec, (name, tensor) in zip(specs, tensors, strict=True):
+                    if spec.nbytes != tensor.nbytes or spec.offset < 0 or spec.offset + spec.nbytes > size:
+                        raise UpdateRefused(
+                            f"{spec.name}: {spec.nbytes} bytes at {spec.offset} in a file of {size}; "
+                            f"the tensor has {tensor.nbytes} bytes"
+                        )
+                    self._book(session, spec.name, name, _read(file.fileno(), spec.offset, tensor))
+        except OSError as error:
+            raise UpdateRefused(f"could not read {path}: {error.strerror}") from error
 
     def load_broadcast(self, specs: Sequence[TensorSpec], receive: Callable[[torch.Tensor], None]) -> None:
         """Receives tensors one by one, in the order of `specs`."""
@@ -109,13 +112,19 @@ class WeightStore:
         if not files:
             raise UpdateRefused(f"{path} has no safetensors files")
         for file in files:
-            with safe_open(file, framework="pt") as content:
-                for name in content.keys():  # noqa: SIM118  # it is no mapping
-                    tensor = content.get_tensor(name)
-                    spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
-                    session, [(first, staged)] = self._open([spec])
-                    staged.copy_(tensor)
-                    self._book(session, name, first, None)
+            try:
+                self._load_file(file)
+            except (SafetensorError, OSError) as error:
+                raise UpdateRefused(f"could not read {file}: {error}") from error
+
+    def _load_file(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118  # it is no mapping
+                tensor = content.get_tensor(name)
+                spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
+                session, [(first, staged)] = self._open([spec])
+                staged.copy_(tensor)
+                self._book(session, name, first, None)
 
     def check_complete(self) -> None:
         """Raises UpdateRefused unless every tensor of the model is staged whole. The update stays open."""
