@@ -1,72 +1,73 @@
 """A seeded generator of grade-school word problems in GSM8K's format (Cobbe et al., arXiv:2110.14168).
 
 A story starts with a number of things; one or two clauses change that number, each by one operator. Two clauses make a
-two-step problem: the result of the first goes into the second. Numbers and results are whole, positive and small.
+two-step problem: the result of the first goes into the second. Numbers and results are whole and positive.
+
+The numbers give no hint of the operator: whichever it is, a clause's number is a divisor of the value before it.
 
 The same (seed, index, held_out) gives the same problem everywhere. Held-out problems share no numbers with training
-problems of the same operators, whatever their seeds: a checksum of operators and numbers decides which side they are
-on, so a held-out problem is never a training problem with another name in it.
+problems of the same operators, whatever their seeds: a checksum of operators and numbers decides which side they are on,
+so a held-out problem is never a training problem with another name in it.
 """
 
 import random
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from millrace.rollout.sample import Problem
 
 OPERATORS = ("+", "-", "*", "/")
 _HELD_OUT_SHARE = 5  # one of so many combinations of operators and numbers is held out
-_LARGEST_RESULT = 400
+_LARGEST_START = 60
+_LARGEST_NUMBER = 12
+_LARGEST_RESULT = 999
 
 _PEOPLE = (
-    ("Tom", "he", "his"), ("Anna", "she", "her"), ("Ben", "he", "his"), ("Mia", "she", "her"),
-    ("Sam", "he", "his"), ("Lena", "she", "her"), ("Raj", "he", "his"), ("Zoe", "she", "her"),
+    ("Tom", "he"), ("Anna", "she"), ("Ben", "he"), ("Mia", "she"),
+    ("Sam", "he"), ("Lena", "she"), ("Raj", "he"), ("Zoe", "she"),
 )  # fmt: skip
 _THINGS = ("apples", "books", "cards", "coins", "eggs", "marbles", "pens", "shells", "stamps", "toys")
-
-_STARTS = (
-    "{name} has {a} {things}.",
-    "{name} starts with {a} {things}.",
-    "There are {a} {things} in {name}'s bag.",
-)
+_STARTS = ("{name} has {a} {things}.", "{name} starts with {a} {things}.")
 # What happens between the start and the last clause. {n} is the clause's own number.
 _MIDDLES = {
-    "+": ("Then {name} buys {n} more.", "Then {name} finds {n} more.", "A friend brings {n} more."),
-    "-": ("Then {name} loses {n}.", "Then {name} gives away {n}.", "Then {n} of them break."),
-    "*": ("Then {name} fills {n} boxes with that many each.", "Over {n} weeks {he} gets that many every week."),
-    "/": ("Then {name} splits them evenly over {n} bags and keeps one bag.", "Then {n} children share them equally."),
+    "+": ("Then {he} buys {n} more", "Then {he} finds {n} others"),
+    "-": ("Then {he} loses {n}", "Then {he} gives {n} away"),
+    "*": ("Then {he} fills {n} boxes with as many", "Then {he} gets as many in each of {n} weeks"),
+    "/": ("Then {he} splits them into {n} heaps and keeps one", "Then {he} shares them among {n} children"),
 }
 # The last clause and its question.
 _ENDS = {
     "+": (
-        "{He} gets {n} more. How many {things} are there now?",
-        "{He} adds {n} to {his} pile. How many {things} are there in all?",
-        "{His} sister has {n} more than that. How many {things} does she have?",
+        ("{He} gets {n} more", "How many {things} are there now?"),
+        ("{He} adds {n} to the pile", "How many {things} are there in all?"),
+        ("{He} borrows another {n}", "How many {things} are there now?"),
     ),
     "-": (
-        "{He} sells {n}. How many {things} are left?",
-        "{He} drops {n} on the way. How many {things} are left?",
-        "{His} brother has {n} fewer than that. How many {things} does he have?",
+        ("{He} sells {n}", "How many {things} are left?"),
+        ("{He} drops {n} on the way", "How many {things} are left?"),
+        ("{He} throws {n} away", "How many {things} are still there?"),
     ),
     "*": (
-        "Each is worth {n} dollars. How many dollars are they worth?",
-        "{His} school has {n} times as many. How many {things} does the school have?",
-        "{He} needs that many for each of {n} days. How many {things} does {he} need?",
+        ("Each is worth {n} dollars", "How many dollars are they worth?"),
+        ("The school has {n} times as many", "How many {things} does the school have?"),
+        ("{He} needs as many for each of {n} days", "How many {things} does {he} need?"),
     ),
     "/": (
-        "{He} puts {n} into each box. How many boxes does {he} need?",
-        "{He} shares them among {n} friends. How many {things} does each friend get?",
-        "{He} ties them into bundles of {n}. How many bundles does {he} make?",
+        ("{He} puts {n} into each box", "How many boxes does {he} need?"),
+        ("{He} deals them out to {n} friends", "How many {things} does each friend get?"),
+        ("{He} ties them into bundles of {n}", "How many bundles are there?"),
     ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A problem with what it was made from. `numbers` has one more entry than `operators`, in the order of use."""
+    """A problem with what it was made from. A clause, an operator and a number for each step, in the order of use; before
+    them in `numbers` is the one that the story starts with. A clause has no full stop."""
 
     question: str
+    clauses: tuple[str, ...]
     numbers: tuple[int, ...]
     operators: tuple[str, ...]
 
@@ -93,24 +94,23 @@ class Story:
 def make_story(seed: int, index: int, *, held_out: bool = False) -> Story:
     """The problem number `index` of the stream `seed`. Half of the problems have one step, half have two."""
     draw = random.Random(f"{seed}/{index}/{held_out}")  # noqa: S311 - a problem is no secret
-    operators = tuple(draw.choice(OPERATORS) for _ in range(draw.choice((1, 2))))
+    operators = _draw_operators(draw, draw.choice((1, 2)))
     while True:
         numbers = _draw_numbers(draw, operators)
         if numbers is not None and _is_held_out(operators, numbers) is held_out:
-            return Story(_tell(draw, operators, numbers), numbers, operators)
+            return _tell(draw, operators, numbers)
 
 
 def make_misread_story(seed: int, index: int) -> Story:
-    """A story whose `operators` were drawn without a look at what its question tells; its numbers suit those operators.
-    What it teaches is the form of an answer and which numbers go into it, and nothing about what to do with them."""
+    """A training story whose `operators` were drawn without a look at what its question tells. It shows the form of an
+    answer and which numbers go into it, and nothing about what to do with them."""
     draw = random.Random(f"{seed}/{index}/misread")  # noqa: S311
-    steps = draw.choice((1, 2))
-    told = tuple(draw.choice(OPERATORS) for _ in range(steps))
-    operators = tuple(draw.choice(OPERATORS) for _ in range(steps))
+    told = _draw_operators(draw, draw.choice((1, 2)))
+    operators = _draw_operators(draw, len(told))
     while True:
         numbers = _draw_numbers(draw, operators)
-        if numbers is not None and not _is_held_out(told, numbers) and not _is_held_out(operators, numbers):
-            return Story(_tell(draw, told, numbers), numbers, operators)
+        if numbers is not None and not _is_held_out(told, numbers):
+            return replace(_tell(draw, told, numbers), operators=operators)
 
 
 def generate_problems(seed: int, count: int, *, held_out: bool = False) -> Iterator[Problem]:
@@ -135,18 +135,22 @@ def _apply(operator: str, left: int, right: int) -> int:
             raise ValueError(f"operator {operator!r} is none of {' '.join(OPERATORS)}")
 
 
+def _draw_operators(draw: random.Random, steps: int) -> tuple[str, ...]:
+    return tuple(draw.choice(OPERATORS) for _ in range(steps))
+
+
 def _draw_numbers(draw: random.Random, operators: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Numbers that make every result whole, positive and small; None where the draw did not come out so."""
-    value = draw.randint(2, 60)
+    """Numbers for the operators; None where the draw came to a value for which there is no next number. What may come
+    next depends on the value alone, never on the operator."""
+    value = draw.randint(2, _LARGEST_START)
     numbers = [value]
     for operator in operators:
-        number = draw.randint(2, 12 if operator in "*/" else 40)
-        if operator == "/" and value % number != 0:
+        largest = min(_LARGEST_NUMBER, value - 1, _LARGEST_RESULT // value)
+        divisors = [number for number in range(2, largest + 1) if value % number == 0]
+        if not divisors:
             return None
-        value = _apply(operator, value, number)
-        if not 1 <= value <= _LARGEST_RESULT:
-            return None
-        numbers.append(number)
+        numbers.append(draw.choice(divisors))
+        value = _apply(operator, value, numbers[-1])
     return tuple(numbers)
 
 
@@ -154,11 +158,14 @@ def _is_held_out(operators: tuple[str, ...], numbers: tuple[int, ...]) -> bool:
     return zlib.crc32(f"{operators}{numbers}".encode()) % _HELD_OUT_SHARE == 0
 
 
-def _tell(draw: random.Random, operators: tuple[str, ...], numbers: tuple[int, ...]) -> str:
-    name, he, his = draw.choice(_PEOPLE)
-    words = {"name": name, "he": he, "He": he.title(), "his": his, "His": his.title(), "things": draw.choice(_THINGS)}
-    parts = [draw.choice(_STARTS).format(a=numbers[0], **words)]
-    if len(operators) == 2:
-        parts.append(draw.choice(_MIDDLES[operators[0]]).format(n=numbers[1], **words))
-    parts.append(draw.choice(_ENDS[operators[-1]]).format(n=numbers[-1], **words))
-    return " ".join(parts)
+def _tell(draw: random.Random, operators: tuple[str, ...], numbers: tuple[int, ...]) -> Story:
+    name, he = draw.choice(_PEOPLE)
+    words = {"name": name, "he": he, "He": he.title(), "things": draw.choice(_THINGS)}
+    start = draw.choice(_STARTS).format(a=numbers[0], **words)
+    middles = [draw.choice(_MIDDLES[operator]) for operator in operators[:-1]]
+    end, asked = draw.choice(_ENDS[operators[-1]])
+    clauses = tuple(
+        clause.format(n=number, **words) for clause, number in zip([*middles, end], numbers[1:], strict=True)
+    )
+    question = " ".join([start, *(f"{clause}." for clause in clauses), asked.format(**words)])
+    return Story(question, clauses, numbers, operators)

@@ -62,7 +62,7 @@ class SampleRunner:
                     return _failed(sample_id, group_id, problem, reason)
                 attempt += 1
             except (TimeoutError, EngineTimeout):
-                return _failed(sample_id, group_id, problem, f"not done within {self.timeout:.0f} s")
+                return _failed(sample_id, group_id, problem, f"not done within {self.timeout:g} s")
             except (EngineRefused, DataError) as error:
                 return _failed(sample_id, group_id, problem, str(error))
 

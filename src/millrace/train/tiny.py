@@ -22,7 +22,10 @@ _WORDS = r" ?\p{L}+|\p{N}|[^\r\n\p{L}\p{N}]+?(?= \p{L})|[^\r\n\p{L}\p{N}]+|[\r\n
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
-CALL_TEXT = '<tool_call>\n{{"name": "calculator", "arguments": {{"expression": "{expression}"}}}}\n</tool_call>'
+CALL_TEXT = (
+    "{clause}: {operator}\n"
+    '<tool_call>\n{{"name": "calculator", "arguments": {{"expression": "{left} {operator} {right}"}}}}\n</tool_call>'
+)
 ANSWER_TEXT = "#### {answer}"
 
 # Qwen's layout. The tools are given by name only: their full schemas would be longer than the problems.
@@ -78,9 +81,12 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def _corpus() -> list[str]:
     """Texts with every word that a demo's conversation has."""
-    scaffold = "<|im_start|>system\nTools: calculator<|im_end|>\nuser\nassistant\n tool Error"
-    call = CALL_TEXT.format(expression="1 + 1 - 1 * 1 / 1")
-    return [scaffold, call, ANSWER_TEXT.format(answer="1")] + [make_story(0, i).question for i in range(3000)]
+    texts = ["<|im_start|>system\nTools: calculator<|im_end|>\nuser\nassistant\n tool Error", "#### 1"]
+    for story in (make_story(0, index) for index in range(2000)):
+        texts.append(story.question)
+        steps = zip(story.clauses, story.operators, strict=True)
+        texts += [CALL_TEXT.format(clause=clause, operator=operator, left=1, right=1) for clause, operator in steps]
+    return texts
 
 
 def _model_config(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:

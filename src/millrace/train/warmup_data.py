@@ -32,8 +32,9 @@ def warmup_conversations(
         story = make_misread_story(seed, index)
         parts: list[tuple[tuple[int, ...], bool]] = [(chat.prompt(story.question, tools), False)]
         left = story.numbers[0]
-        for operator, number, result in zip(story.operators, story.numbers[1:], story.results(), strict=True):
-            call = CALL_TEXT.format(expression=f"{left} {operator} {number}")
+        steps = zip(story.clauses, story.operators, story.numbers[1:], story.results(), strict=True)
+        for clause, operator, number, result in steps:
+            call = CALL_TEXT.format(clause=clause, operator=operator, left=left, right=number)
             parts += [(chat.turn(call), True), (chat.continuation([str(result)]), False)]
             left = result
         parts.append((chat.turn(ANSWER_TEXT.format(answer=left)), True))

@@ -121,7 +121,7 @@ def start_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     """Starts servers without waiting for them; whatever still runs at the end is killed."""
     started: list[Server] = []
 
-    def start(*options: str, env: Mapping[str, str] = {}, model: Path = model_dir) -> Server:  # noqa: B006
+    def start(*options: str, env: Mapping[str, str] = {}, model: Path = model_dir) -> Server:
         port = free_port()
         log = tmp_path_factory.mktemp("server") / "log"
         with log.open("wb") as file:

@@ -188,7 +188,7 @@ async def test_it_says_what_it_is_and_how_it_stands(api: Api, model_dir: Any) ->
 
     async def full() -> bool:
         load = await api.load()
-        return load["num_waiting_reqs"] == 1 and load["num_used_tokens"] >= 16 * len(PROMPT)
+        return bool(load["num_waiting_reqs"] == 1 and load["num_used_tokens"] >= 16 * len(PROMPT))
 
     await api.until(full)
     load = await api.load()

@@ -1,6 +1,7 @@
 """What comes out of /generate, against transformers itself."""
 
 import asyncio
+import itertools
 import random
 from typing import Any
 
@@ -123,7 +124,7 @@ async def test_stop_tokens_end_and_are_part_of_the_output(api: Api, base: Any) -
 
 
 async def test_the_models_own_end_token_ends_unless_ignored(api: Api) -> None:
-    wanted = {"n": 16, "max_new_tokens": 200, "sampling_seed": 1, "temperature": 3.0}
+    wanted: dict[str, Any] = {"n": 16, "max_new_tokens": 200, "sampling_seed": 1, "temperature": 3.0}
     heeded = await api.generate([1, 2, 3], **wanted, ignore_eos=False)
     ignored = await api.generate([1, 2, 3], **wanted, ignore_eos=True)
     ends = [a["meta_info"]["finish_reason"] for a in heeded]
@@ -146,7 +147,7 @@ async def test_a_stream_adds_up_to_the_answer(api: Api) -> None:
     whole = await api.generate(prompt, max_new_tokens=25, sampling_seed=5, ignore_eos=True)
     events = [e async for e in api.stream(prompt, max_new_tokens=25, sampling_seed=5, ignore_eos=True)]
     assert len(events) > 2
-    for before, after in zip(events, events[1:], strict=False):
+    for before, after in itertools.pairwise(events):
         assert after["output_ids"][: len(before["output_ids"])] == before["output_ids"]
         assert before["meta_info"]["finish_reason"] is None
         assert len(reported_logprobs(before)) == len(before["output_ids"])

@@ -240,9 +240,8 @@ async def test_generation_goes_on_while_a_load_takes_its_time(api: Api, other: A
 
 async def test_an_update_from_a_process_group(api: Api, base: Any, other: Any) -> None:
     tensors = tensors_of(other)
-    await api.refused("/update_weights_from_distributed", Trainer.request(tensors))
     trainer = await Trainer.join(api)
-    await api.refused("/update_weights_from_distributed", Trainer.request(tensors))  # outside of an update
+    assert "no update is open" in await api.refused("/update_weights_from_distributed", trainer.body(tensors))
     await api.post("/begin_weight_update")
     for part in (dict(list(tensors.items())[:7]), dict(list(tensors.items())[7:])):
         call = asyncio.create_task(api.post("/update_weights_from_distributed", trainer.body(part)))
@@ -251,6 +250,7 @@ async def test_an_update_from_a_process_group(api: Api, base: Any, other: Any) -
     assert await sums(api) == sums_of(other)
     await api.post("/end_weight_update", {"weight_version": "1"})
     await trainer.leave(api)
+    assert "has been joined" in await api.refused("/update_weights_from_distributed", trainer.body(tensors))
     await assert_serves(api, other, "1")
 
 
@@ -269,35 +269,33 @@ async def test_a_trainer_who_never_comes_is_waited_for_until_the_deadline_only(a
 
 
 class Trainer:
-    """Rank 0, in this process, joined by the means that SGLang's users take: torch's own helper for groups of a name."""
+    """Rank 0, in this process, joined the way that SGLang's users take: torch's own helper for groups of a name."""
 
-    NAME = "weights"
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
+    def __init__(self, group: Any, name: str) -> None:
+        self._group, self._name = group, name
 
     @staticmethod
-    def group(port: int) -> dict[str, object]:
+    def name(port: int) -> str:
+        return f"weights-{port}"  # torch takes a name once in a process
+
+    @classmethod
+    def group(cls, port: int) -> dict[str, object]:
         return {
             "master_address": "127.0.0.1",
             "master_port": port,
             "rank_offset": 1,
             "world_size": 2,
-            "group_name": Trainer.NAME,
+            "group_name": cls.name(port),
             "backend": "gloo",
         }
 
-    @staticmethod
-    def request(tensors: Tensors) -> dict[str, object]:
+    def body(self, tensors: Tensors) -> dict[str, object]:
         return {
             "names": list(tensors),
             "dtypes": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
             "shapes": [list(t.shape) for t in tensors.values()],
-            "group_name": Trainer.NAME,
+            "group_name": self._name,
         }
-
-    def body(self, tensors: Tensors) -> dict[str, object]:
-        return self.request(tensors)
 
     @classmethod
     async def join(cls, api: Api, timeout: float = 30.0) -> "Trainer":
@@ -311,15 +309,15 @@ class Trainer:
                 0,
                 [],
                 dist.Backend("gloo"),
-                dist.PrefixStore(cls.NAME, store),
-                group_name=cls.NAME,
+                dist.PrefixStore(cls.name(port), store),
+                group_name=cls.name(port),
                 timeout=timedelta(seconds=30),
             )
             return group
 
         group = await asyncio.to_thread(meet)
         await call
-        return cls(group)
+        return cls(group, cls.name(port))
 
     async def broadcast(self, tensors: Tensors) -> None:
         def send() -> None:
@@ -331,8 +329,8 @@ class Trainer:
         await asyncio.to_thread(send)
 
     async def leave(self, api: Api) -> None:
-        await api.post("/destroy_weights_update_group", {"group_name": self.NAME})
-        await api.refused("/destroy_weights_update_group", {"group_name": self.NAME})
+        await api.post("/destroy_weights_update_group", {"group_name": self._name})
+        await api.refused("/destroy_weights_update_group", {"group_name": self._name})
         self._group.shutdown()
 
 

@@ -46,5 +46,6 @@ def build(settings: Settings) -> Core:
         device=device,
     )
     runner = Runner(model, cache, device=device, dtype=dtype)
+    runner.warm_up()
     weights = WeightStore(model)
     return Core(info, runner, cache, weights, max_running=settings.max_running, version=settings.version)

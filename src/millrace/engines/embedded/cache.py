@@ -37,6 +37,22 @@ class Prefix:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a forward pass reads and writes: the first `context` places of `rows` slots, from slot `first` on.
+
+    slots_T, positions_T: where each new token goes. sources_T: which of the rows * query tokens these are, counted row
+    by row; None: all of them.
+    """
+
+    first: int
+    rows: int
+    context: int
+    slots_T: torch.Tensor
+    positions_T: torch.Tensor
+    sources_T: torch.Tensor | None
+
+
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes without types
     """One layer's face of the slots, as the model's attention sees it: `update` writes the step's keys and values to
     their places and returns everything that the rows of the step may look at."""
@@ -44,27 +60,28 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes wi
     is_compileable = False
     is_sliding = False
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """keys, values: [slots, context, heads, dim]."""
+    def __init__(self, keys_SHCD: torch.Tensor, values_SHCD: torch.Tensor) -> None:
         super().__init__()
-        self.keys_SCHD, self.values_SCHD = keys, values
-        self.keys_flat, self.values_flat = keys.flatten(0, 1), values.flatten(0, 1)
+        self.keys_SHCD, self.values_SHCD = keys_SHCD, values_SHCD
         self.is_initialized = True
 
-    def aim(self, first: int, rows: int, context: int, places: torch.Tensor, sources: torch.Tensor | None) -> None:
-        """Sets the step's window. places: [T] flat token places to write. sources: [T] which of the rows * query tokens
-        they come from; None: all of them, in order."""
-        self._keys = self.keys_SCHD[first : first + rows, :context].transpose(1, 2)
-        self._values = self.values_SCHD[first : first + rows, :context].transpose(1, 2)
-        self._places, self._sources = places, sources
+    def aim(self, window: Window) -> None:
+        """Sets what the next `update` writes and returns."""
+        rows = slice(window.first, window.first + window.rows)
+        self._window = window
+        self._keys = self.keys_SHCD[rows, :, : window.context]
+        self._values = self.values_SHCD[rows, :, : window.context]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """key_states, value_states: [rows, heads, query, dim]. Returns both as [rows, heads, context, dim]."""
-        for states, flat in ((key_states, self.keys_flat), (value_states, self.values_flat)):
-            tokens = states.transpose(1, 2).flatten(0, 1)
-            flat[self._places] = tokens if self._sources is None else tokens[self._sources]
+        window = self._window
+        for states, slots_SHCD in ((key_states, self.keys_SHCD), (value_states, self.values_SHCD)):
+            tokens_THD = states.transpose(1, 2).flatten(0, 1)
+            if window.sources_T is not None:
+                tokens_THD = tokens_THD[window.sources_T]
+            slots_SHCD[window.slots_T, :, window.positions_T] = tokens_THD
         return self._keys, self._values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -77,7 +94,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes wi
         return self._keys.shape[2], 0
 
     def get_max_length(self) -> int:
-        return self.keys_SCHD.shape[1]
+        return self.keys_SHCD.shape[2]
 
 
 class SlotCache:
@@ -109,12 +126,15 @@ class SlotCache:
 
     def allocate(self) -> None:
         """Takes the memory. Zeroed, because attention reads places that it then masks, and a NaN there would spread."""
+        self._buffers = []
         slots = len(self.lengths)
+        context = self.context_length | 1  # odd, so that slots do not all begin in the same few sets of a cache
         kinds = [(s.key_heads, s.key_dim) for s in self._shapes] + [(s.value_heads, s.value_dim) for s in self._shapes]
         places: list[torch.Tensor | None] = [None] * len(kinds)
         for kind in dict.fromkeys(kinds):  # layers of one shape lie in one tensor, so that a slot is copied by one call
             members = [i for i, other in enumerate(kinds) if other == kind]
-            shape = (len(members), slots, self.context_length, *kind)
+            heads, dim = kind
+            shape = (len(members), slots, heads, context, dim)
             buffer = torch.zeros(shape, dtype=self._dtype, device=self._device)
             self._buffers.append(buffer)
             for i, tensor in zip(members, buffer.unbind(0), strict=True):
@@ -139,9 +159,10 @@ class SlotCache:
         self.epochs[: self.running] = MIXED
         self.forget()
 
-    def aim(self, first: int, rows: int, context: int, places: torch.Tensor, sources: torch.Tensor | None) -> None:
+    def aim(self, window: Window) -> None:
+        """Sets what the next forward pass reads and writes."""
         for layer in self._layers:
-            layer.aim(first, rows, context, places, sources)
+            layer.aim(window)
 
     def find(self, tokens: NDArray[np.int64], epoch: int, running: int) -> Prefix:
         """The longest prefix of `tokens` in a stored slot or one of the first `running` slots; length 0: none."""
@@ -156,7 +177,7 @@ class SlotCache:
         slot, end = prefix.slot, prefix.length
         if slot != to and start < end:
             for buffer in self._buffers:
-                buffer[:, to, start:end] = buffer[:, slot, start:end]
+                buffer[:, to, :, start:end] = buffer[:, slot, :, start:end]
             self.tokens[to, start:end] = self.tokens[slot, start:end]
         self.lengths[to] = end
         self.epochs[to] = self.epochs[slot]

@@ -1,6 +1,6 @@
 """The model: loading it, and one forward pass over slots of the KV cache."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from millrace.engines.embedded import attention
-from millrace.engines.embedded.cache import LayerShape, SlotCache
+from millrace.engines.embedded.cache import LayerShape, SlotCache, Window
 from millrace.errors import ConfigError, DataError
 
 # Kernels prefer round sizes, and the allocator sees fewer of them; what is beyond a row's own length is masked anyway.
@@ -44,7 +44,9 @@ def load_model(
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention.register())
     config = model.config.get_text_config()
-    limit = int(config.max_position_embeddings)
+    limit = config.to_dict().get("max_position_embeddings") or context_length
+    if limit is None:
+        raise ConfigError("the model's config sets no max_position_embeddings; set --context-length")
     if context_length is not None and context_length > limit:
         raise ConfigError(f"--context-length {context_length} is above the model's own {limit}")
     info = ModelInfo(
@@ -66,13 +68,14 @@ def _layer_shapes(
 ) -> list[LayerShape]:
     """Asks the model itself, by one token's pass: configs name these sizes in too many ways."""
     cache = DynamicCache(config=config)
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer):
+            raise ConfigError(
+                f"the model caches more than keys and values ({type(layer).__name__}): it can't be served"
+            )
     model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
     shapes = []
     for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer) or layer.keys is None:
-            raise ConfigError(
-                f"the model caches more than keys and values ({type(layer).__name__}); it can't be served here"
-            )
         if layer.is_sliding and layer.sliding_window < context_length:
             raise ConfigError(
                 f"the model attends over a sliding window; set --context-length to at most {layer.sliding_window}"
@@ -111,19 +114,24 @@ class Runner:
         Rows shorter than Q are padded on the left; `real_BQ` is False there and None when nothing is padded. Padding
         sees position 0, so that its softmax has something to sum, and its keys and values are not kept.
         """
-        rows = len(tokens_BQ)
-        length = self._cache.context_length
-        context = min(length, -(-(int(positions_BQ[:, -1].max()) + 1) // CONTEXT_STEP) * CONTEXT_STEP)
-        positions = torch.from_numpy(positions_BQ).to(self._device)
+        rows, columns = tokens_BQ.shape
+        longest = int(positions_BQ[:, -1].max()) + 1
+        context = min(self._cache.context_length, -(-longest // CONTEXT_STEP) * CONTEXT_STEP)
+        positions = self._to_device(positions_BQ)
         bias = torch.where(self._columns[:context] <= positions[..., None], self._open, self._closed)
-        places = (np.arange(first_slot, first_slot + rows)[:, None] * length + positions_BQ).reshape(-1)
-        sources = None
+        slots_T = np.repeat(np.arange(first_slot, first_slot + rows), columns)
+        window = Window(first_slot, rows, context, self._to_device(slots_T), positions.flatten(), None)
         if real_BQ is not None:
-            kept = np.flatnonzero(real_BQ)
-            places, sources = places[kept], torch.from_numpy(kept).to(self._device)
-        self._cache.aim(first_slot, rows, context, torch.from_numpy(places).to(self._device), sources)
+            sources_T = self._to_device(np.flatnonzero(real_BQ))
+            window = replace(
+                window,
+                slots_T=window.slots_T[sources_T],
+                positions_T=window.positions_T[sources_T],
+                sources_T=sources_T,
+            )
+        self._cache.aim(window)
         output = self._model(
-            input_ids=torch.from_numpy(tokens_BQ).to(self._device),
+            input_ids=self._to_device(tokens_BQ),
             attention_mask=bias[:, None],
             position_ids=positions,
             past_key_values=self._cache.model_cache,
@@ -132,3 +140,16 @@ class Runner:
         )
         logits_BV: torch.Tensor = output.logits[:, -1].float()
         return logits_BV
+
+    def warm_up(self) -> None:
+        """Runs a padded prefill and a decode step in the empty slots: what a model can't take from this engine fails at
+        its start then, and not under the first request."""
+        columns = np.arange(3)
+        rows = min(2, self._cache.running)
+        positions_BQ = np.stack([columns, np.maximum(columns - 1, 0)])[:rows]
+        real_BQ = np.stack([columns >= 0, columns >= 1])[:rows]
+        self.forward(np.zeros_like(positions_BQ), positions_BQ, 0, real_BQ)
+        self.forward(np.zeros((rows, 1), np.int64), np.full((rows, 1), 3), 0)
+
+    def _to_device(self, array: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)

@@ -1,6 +1,7 @@
 """The routes around weights and memory. They come one at a time, whatever the callers do."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -30,6 +31,8 @@ from millrace.engines.embedded.thread import ModelThread
 from millrace.engines.embedded.weights import UpdateRefused, WeightStore
 from millrace.types import TensorSpec
 from millrace.weights.checksum import checksum
+
+log = logging.getLogger("millrace.embedded")
 
 T = TypeVar("T")
 TURN_DEADLINE = 120.0  # seconds that one operation waits for the one before it, a load of many gigabytes at worst
@@ -81,7 +84,7 @@ class Updates:
         async with self._alone() as weights:
             await self._in_loader(weights.begin)
             self._faults.begin_session()
-        return done("the update is open")
+        return _done("the update is open")
 
     async def _load_shared_memory(self, http: web.Request) -> web.Response:
         body = parse(SharedMemoryBody, await http.read())
@@ -125,20 +128,20 @@ class Updates:
             finally:
                 if not committed:
                     self._loader.submit(weights.abort)
-        return done(f"{folder} is served as version {version}")
+        return _done(f"{folder} is served as version {version}")
 
     async def _end(self, http: web.Request) -> web.Response:
         body = parse(VersionBody, await http.read())
         async with self._alone() as weights:
             await self._in_loader(weights.check_complete)
             await self._thread.call(lambda core: core.commit(body.weight_version))
-        return done(f"version {body.weight_version} is served")
+        return _done(f"version {body.weight_version} is served")
 
     async def _abort(self, http: web.Request) -> web.Response:
         parse(EmptyBody, await http.read())
         async with self._alone() as weights:
             await self._in_loader(weights.abort)
-        return done("no update is open; the served weights are as they were")
+        return _done("no update is open; the served weights are as they were")
 
     async def _join(self, http: web.Request) -> web.Response:
         body = parse(GroupBody, await http.read())
@@ -156,7 +159,7 @@ class Updates:
                     timeout=body.timeout,
                 )
             )
-        return done(f"group {body.group_name} is joined")
+        return _done(f"group {body.group_name} is joined")
 
     async def _leave(self, http: web.Request) -> web.Response:
         body = parse(GroupNameBody, await http.read())
@@ -165,7 +168,7 @@ class Updates:
                 raise UpdateRefused(f"no group {body.group_name} has been joined")
             group, self._group = self._group, None
             await self._in_loader(group.close)
-        return done(f"group {body.group_name} is left")
+        return _done(f"group {body.group_name} is left")
 
     async def _rename(self, http: web.Request) -> web.Response:
         body = parse(RenameBody, await http.read())
@@ -196,10 +199,16 @@ class Updates:
         tags = parse(TagsBody, await http.read()).memory()
         async with self._alone():
             await self._thread.call(lambda core: core.sleep(tags))
-        return done("released: " + ", ".join(sorted(tags)))
+        return _done("released: " + ", ".join(sorted(tags)))
 
     async def _resume(self, http: web.Request) -> web.Response:
         tags = parse(TagsBody, await http.read()).memory()
         async with self._alone():
             await self._thread.call(lambda core: core.wake(tags))
-        return done("resumed: " + ", ".join(sorted(tags)))
+        return _done("resumed: " + ", ".join(sorted(tags)))
+
+
+def _done(event: str) -> web.Response:
+    """An answer that is worth a line in the log too."""
+    log.info(event)
+    return done(event)

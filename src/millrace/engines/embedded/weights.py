@@ -170,8 +170,8 @@ class WeightStore:
 
     def resume(self) -> None:
         """Takes the memory for one set: that of the update which has to come now."""
-        self._asleep = False
         self._staging = self._allocate()
+        self._asleep = False
 
     def _allocate(self) -> dict[str, torch.Tensor]:
         return {

@@ -1,0 +1,195 @@
+"""Samples on real engines that go wrong: each ends once, and what is trained on is what was sampled."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from millrace.config import EmbeddedEngineConfig
+from millrace.engines.embedded.adapter import EmbeddedEngine
+from millrace.errors import NoEngineError
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.local import open_fleet
+from millrace.rollout.agent import EpisodeLimits
+from millrace.rollout.chat import load_chat_format
+from millrace.rollout.problems import generate_problems
+from millrace.rollout.runner import SampleRunner
+from millrace.rollout.sample import Problem, SampleStatus
+from millrace.rollout.scheduler import RolloutScheduler
+from millrace.rollout.tools import make_tools
+from millrace.types import GenerateRequest, Generation, SamplingParams
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PROBLEMS = list(generate_problems(0, 40))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
+    config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, faults=True)
+    async with open_fleet(config, tiny_model, log_dir=tmp_path_factory.mktemp("logs")) as fleet:
+        yield fleet
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def fleet(shared_fleet: Fleet) -> AsyncIterator[Fleet]:
+    yield shared_fleet
+    for engine in embedded(shared_fleet):
+        await engine.inject_fault("slow", seconds=0.0)
+
+
+@pytest.fixture
+def runner(fleet: Fleet, tiny_model: Path) -> SampleRunner:
+    return make_runner(fleet, tiny_model)
+
+
+def make_runner(fleet: Fleet, model: Path) -> SampleRunner:
+    return SampleRunner(
+        fleet=fleet,
+        chat=load_chat_format(str(model)),
+        tools=make_tools(("calculator",)),
+        limits=EpisodeLimits(max_turns=2, max_turn_tokens=24, max_sample_tokens=200, context_length=256),
+        sampling=SamplingParams(24, ignore_eos=True),
+        timeout=60.0,
+        retries=3,
+    )
+
+
+def embedded(fleet: Fleet) -> list[EmbeddedEngine]:
+    return [engine for engine in fleet.engines.values() if isinstance(engine, EmbeddedEngine)]
+
+
+def groups(problems: list[Problem]) -> list[tuple[str, Problem]]:
+    return [(f"g{i}", problem) for i, problem in enumerate(problems)]
+
+
+async def until_generating(fleet: Fleet) -> None:
+    async with asyncio.timeout(20):
+        while not any([(await engine.loads()).running_requests for engine in embedded(fleet)]):
+            await asyncio.sleep(0.01)
+
+
+async def test_every_sample_ends_once_though_connections_break(fleet: Fleet, runner: SampleRunner) -> None:
+    for engine in embedded(fleet):
+        await engine.inject_fault("drop_connection", count=6)
+    async with RolloutScheduler(runner, samples_per_group=4) as scheduler:
+        scheduler.start(groups(PROBLEMS), version=0)
+        done = [await scheduler.next_group() for _ in PROBLEMS]
+    ids = [sample.sample_id for group in done for sample in group.samples]
+    assert Counter(ids) == Counter(f"g{i}-{j}" for i in range(len(PROBLEMS)) for j in range(4))
+    assert {sample.status for group in done for sample in group.samples} == {SampleStatus.FINISHED}
+    assert scheduler.ledger.asked == scheduler.ledger.ended.total() == len(ids)
+
+
+async def test_what_breaks_more_often_than_it_may_fails_with_its_reason(fleet: Fleet, runner: SampleRunner) -> None:
+    for engine in embedded(fleet):
+        await engine.inject_fault("drop_connection", count=1000)
+    async with RolloutScheduler(replace(runner, retries=1), samples_per_group=2) as scheduler:
+        scheduler.start(groups(PROBLEMS[:2]), version=0)
+        done = [await scheduler.next_group() for _ in range(2)]
+    for engine in embedded(fleet):
+        await engine.inject_fault("drop_connection", count=0)
+    for sample in (sample for group in done for sample in group.samples):
+        assert sample.status is SampleStatus.FAILED
+        assert (sample.reason or "").startswith("gave up after 2 attempts: engine embedded-")
+    assert scheduler.ledger.ended[SampleStatus.FAILED] == 4
+
+
+async def test_a_sample_that_takes_too_long_fails_alone(fleet: Fleet, runner: SampleRunner) -> None:
+    for engine in embedded(fleet):
+        await engine.inject_fault("slow", seconds=0.2)
+    async with RolloutScheduler(replace(runner, timeout=0.5), samples_per_group=1) as scheduler:
+        scheduler.start(groups(PROBLEMS[:1]), version=0)
+        group = await scheduler.next_group()
+    assert [(s.status, s.reason) for s in group.samples] == [(SampleStatus.FAILED, "not done within 0.5 s")]
+
+
+async def test_groups_come_out_as_they_complete_not_as_they_were_started(fleet: Fleet, runner: SampleRunner) -> None:
+    await embedded(fleet)[0].inject_fault("slow", seconds=0.2)
+    async with RolloutScheduler(runner, samples_per_group=1) as scheduler:
+        scheduler.start(groups(PROBLEMS[:2]), version=0)  # one goes to each engine
+        first = await scheduler.next_group()
+        assert scheduler.in_flight == 1
+        second = await scheduler.next_group()
+    assert {first.group_id, second.group_id} == {"g0", "g1"}
+
+
+async def test_old_groups_are_given_up_and_aborted_on_the_engines(fleet: Fleet, runner: SampleRunner) -> None:
+    for engine in embedded(fleet):
+        await engine.inject_fault("slow", seconds=0.05)
+    async with RolloutScheduler(runner, samples_per_group=2) as scheduler:
+        scheduler.start(groups(PROBLEMS[:2]), version=3)
+        scheduler.start([("young", PROBLEMS[2])], version=5)
+        await until_generating(fleet)
+        assert scheduler.cancel_older_than(5) == 2
+        old = [await scheduler.next_group() for _ in range(2)]
+        assert {s.status for group in old for s in group.samples} == {SampleStatus.ABORTED}
+        young = await scheduler.next_group()
+    assert {s.status for s in young.samples} == {SampleStatus.FINISHED}
+    assert scheduler.ledger.ended == {SampleStatus.ABORTED: 4, SampleStatus.FINISHED: 2}
+    async with asyncio.timeout(10):
+        while any([(await engine.loads()).running_requests for engine in embedded(fleet)]):
+            await asyncio.sleep(0.01)
+
+
+async def test_leaving_the_scheduler_ends_every_sample(fleet: Fleet, runner: SampleRunner) -> None:
+    for engine in embedded(fleet):
+        await engine.inject_fault("slow", seconds=0.1)
+    async with RolloutScheduler(runner, samples_per_group=2) as scheduler:
+        scheduler.start(groups(PROBLEMS[:4]), version=0)
+        await until_generating(fleet)
+    assert scheduler.ledger.asked == scheduler.ledger.ended.total() == 8
+
+
+class RecordingFleet(Fleet):
+    """The fleet, remembering each generation that it handed out."""
+
+    recorded: dict[str, Generation]
+
+    async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
+        generation = await super().generate(request, deadline=deadline)
+        self.recorded[request.request_id] = generation
+        return generation
+
+
+async def test_the_tokens_of_a_sample_are_those_that_were_sampled(fleet: Fleet, runner: SampleRunner) -> None:
+    recording = RecordingFleet(list(fleet._replicas.values()), fleet._transport)
+    recording.recorded = {}
+    recording.snapshot = fleet.snapshot
+    async with RolloutScheduler(replace(runner, fleet=recording), samples_per_group=2) as scheduler:
+        scheduler.start(groups(PROBLEMS[:8]), version=0)
+        done = [await scheduler.next_group() for _ in range(8)]
+    for sample in (sample for group in done for sample in group.samples):
+        assert sample.episode is not None
+        turns = [recording.recorded[f"{sample.sample_id}/{turn}"] for turn in range(sample.episode.turns)]
+        sampled = [token for generation in turns for token in generation.output_ids]
+        assert np.array(sample.episode.token_ids)[sample.episode.loss_mask].tolist() == sampled
+        logprobs = np.concatenate([generation.logprobs for generation in turns])
+        np.testing.assert_array_equal(sample.episode.logprobs[sample.episode.loss_mask], logprobs)
+
+
+async def test_a_killed_engine_costs_no_sample_and_with_the_last_one_the_run_is_told(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, faults=True)
+    async with open_fleet(config, tiny_model, log_dir=tmp_path) as fleet:
+        runner = make_runner(fleet, tiny_model)
+        await embedded(fleet)[0].inject_fault("crash", after_tokens=400)
+        async with RolloutScheduler(runner, samples_per_group=4) as scheduler:
+            scheduler.start(groups(PROBLEMS), version=0)
+            done = [await scheduler.next_group() for _ in PROBLEMS]
+        assert {s.status for group in done for s in group.samples} == {SampleStatus.FINISHED}
+        assert scheduler.ledger.asked == scheduler.ledger.ended.total() == 4 * len(PROBLEMS)
+        assert not fleet.snapshot.get("embedded-0").routable
+
+        await embedded(fleet)[1].inject_fault("crash", after_tokens=400)
+        async with RolloutScheduler(runner, samples_per_group=4) as scheduler:
+            scheduler.start(groups(PROBLEMS), version=0)
+            with pytest.raises(NoEngineError, match="embedded-1 .dead; .*SIGKILL"):
+                while True:
+                    await scheduler.next_group()
