@@ -4,7 +4,7 @@
 
 The floor is `generate` in this process: one padded batch, no HTTP, no scheduling, no logprobs returned. The engine runs
 in a process of its own and answers separate calls that arrive together. Both sample at temperature 1 with as many
-threads. They take turns, and the best of the rounds counts for each, so that other work on the machine hurts both alike.
+threads. They take turns and the best round of each counts, so that other work on the machine hurts both alike.
 """
 
 import argparse

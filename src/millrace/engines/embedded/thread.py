@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from millrace.engines.embedded.scheduler import Output
 from millrace.engines.embedded.weights import WeightStore
 
 T = TypeVar("T")
+GATHERING = 0.002  # seconds that an idle engine leaves a group of requests to arrive, so that one pass prefills them
 CALL_DEADLINE = (
     30.0  # seconds; a command waits for one step, which takes seconds where the model is large and the CPU slow
 )
@@ -114,6 +116,8 @@ class ModelThread:
         while True:
             if not core.has_work:
                 self._commands.get()(core)
+                if core.has_work:
+                    time.sleep(GATHERING)
             while not self._commands.empty():
                 self._commands.get()(core)
             if core.has_work:
