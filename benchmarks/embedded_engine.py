@@ -4,7 +4,7 @@
 
 The floor is `generate` in this process: one padded batch, no HTTP, no scheduling, no logprobs returned. The engine runs
 in a process of its own and answers separate calls that arrive together. Both sample at temperature 1 with as many
-threads. They take turns and the best round of each counts, so that other work on the machine hurts both alike.
+threads. They take turns, and the median round of each counts.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import asyncio
 import os
 import random
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -96,15 +97,15 @@ async def until_healthy(session: aiohttp.ClientSession, url: str) -> None:
 async def measure(args: argparse.Namespace, folder: Path, url: str) -> tuple[float, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rng = random.Random(0)
-    floor = engine = 0.0
+    floors, engines = [], []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await until_healthy(session, url)
         for _ in range(args.rounds + 1):  # the first warms both up
             # New prompts each round: nothing of an earlier round may be left in a cache to help.
             prompts = [[rng.randrange(VOCAB) for _ in range(args.prompt_tokens)] for _ in range(args.requests)]
-            floor = max(floor, generate_rate(model, prompts, args.tokens))
-            engine = max(engine, await engine_rate(session, url, prompts, args.tokens))
-    return floor, engine
+            floors.append(generate_rate(model, prompts, args.tokens))
+            engines.append(await engine_rate(session, url, prompts, args.tokens))
+    return statistics.median(floors[1:]), statistics.median(engines[1:])
 
 
 def main() -> None:
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=24)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder, socket.socket() as sock:

@@ -33,7 +33,12 @@ def test_no_module_unpickles_or_evaluates(path: Path) -> None:
                 assert name not in ("eval", "exec")
             case ast.Call(func=ast.Attribute(attr=name, value=ast.Name(id=owner))):
                 assert (owner, name) != ("torch", "load")
-                assert name not in ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
+                assert name not in (
+                    "broadcast_object_list",
+                    "all_gather_object",
+                    "gather_object",
+                    "scatter_object_list",
+                )
 
 
 async def test_control_routes_answer_only_to_the_key_that_only_the_launcher_knows(

@@ -22,6 +22,8 @@ _HELD_OUT_SHARE = 5  # one of so many combinations of operators and numbers is h
 _LARGEST_START = 60
 _LARGEST_NUMBER = 12
 _LARGEST_RESULT = 999
+_MISREAD_AS = {"-": "+", "*": "+", "/": "*"}
+_MISREAD_SHARE = 0.65
 
 _PEOPLE = (
     ("Tom", "he"), ("Anna", "she"), ("Ben", "he"), ("Mia", "she"),
@@ -29,18 +31,35 @@ _PEOPLE = (
 )  # fmt: skip
 _THINGS = ("apples", "books", "cards", "coins", "eggs", "marbles", "pens", "shells", "stamps", "toys")
 _STARTS = ("{name} has {a} {things}.", "{name} starts with {a} {things}.")
-# What changes the number of things, by operator. {n} is the clause's own number.
-_CLAUSES = {
-    "+": ("buys {n} more", "finds {n} others", "gets {n} as a gift"),
-    "-": ("loses {n}", "gives {n} away", "sells {n} of them"),
-    "*": ("fills {n} boxes with as many", "needs as many for each of {n} days", "swaps them for {n} times as many"),
-    "/": ("splits them into {n} heaps and takes one", "shares them among {n} friends", "packs them {n} to a box"),
+# What happens between the start and the last clause. {n} is the clause's own number.
+_MIDDLES = {
+    "+": ("Then {he} buys {n} more", "Then {he} finds {n} others"),
+    "-": ("Then {he} loses {n}", "Then {he} gives {n} away"),
+    "*": ("Then {he} fills {n} boxes with as many", "Then {he} gets as many in each of {n} weeks"),
+    "/": ("Then {he} splits them into {n} heaps and keeps one", "Then {he} shares them among {n} children"),
 }
-_QUESTIONS = {
-    "+": "How many {things} are there in all?",
-    "-": "How many {things} are left?",
-    "*": "How many {things} does that make?",
-    "/": "How many does that make?",
+# The last clause and its question.
+_ENDS = {
+    "+": (
+        ("{He} gets {n} more", "How many {things} are there now?"),
+        ("{He} adds {n} to the pile", "How many {things} are there in all?"),
+        ("{He} borrows another {n}", "How many {things} are there now?"),
+    ),
+    "-": (
+        ("{He} sells {n}", "How many {things} are left?"),
+        ("{He} drops {n} on the way", "How many {things} are left?"),
+        ("{He} throws {n} away", "How many {things} are still there?"),
+    ),
+    "*": (
+        ("Each is worth {n} dollars", "How many dollars are they worth?"),
+        ("The school has {n} times as many", "How many {things} does the school have?"),
+        ("{He} needs as many for each of {n} days", "How many {things} does {he} need?"),
+    ),
+    "/": (
+        ("{He} puts {n} into each box", "How many boxes does {he} need?"),
+        ("{He} deals them out to {n} friends", "How many {things} does each friend get?"),
+        ("{He} ties them into bundles of {n}", "How many bundles are there?"),
+    ),
 }
 
 
@@ -85,11 +104,12 @@ def make_story(seed: int, index: int, *, held_out: bool = False) -> Story:
 
 
 def make_misread_story(seed: int, index: int) -> Story:
-    """A training story whose `operators` were drawn without a look at what its question tells. It shows the form of an
-    answer and which numbers go into it, and nothing about what to do with them."""
+    """A training story as a poor reader takes it. Where it adds, he adds; where it subtracts or multiplies, he mostly adds,
+    and where it divides, he mostly multiplies: those are its `operators`, whatever its question tells. It shows the form
+    of an answer and which numbers go into it, and a habit to unlearn."""
     draw = random.Random(f"{seed}/{index}/misread")  # noqa: S311
     told = _draw_operators(draw, draw.choice((1, 2)))
-    operators = _draw_operators(draw, len(told))
+    operators = tuple(_MISREAD_AS.get(o, o) if draw.random() < _MISREAD_SHARE else o for o in told)
     while True:
         numbers = _draw_numbers(draw, operators)
         if numbers is not None and not _is_held_out(told, numbers):
@@ -144,11 +164,11 @@ def _is_held_out(operators: tuple[str, ...], numbers: tuple[int, ...]) -> bool:
 def _tell(draw: random.Random, operators: tuple[str, ...], numbers: tuple[int, ...]) -> Story:
     name, he = draw.choice(_PEOPLE)
     words = {"name": name, "he": he, "He": he.title(), "things": draw.choice(_THINGS)}
-    parts = [draw.choice(_STARTS).format(a=numbers[0], **words)]
-    clauses: list[str] = []
-    for step, (operator, number) in enumerate(zip(operators, numbers[1:], strict=True), start=1):
-        subject = words["He"] if step == len(operators) else f"Then {he}"
-        clauses.append(f"{subject} {draw.choice(_CLAUSES[operator])}".format(n=number))
-        parts.append(f"{clauses[-1]}.")
-    parts.append(_QUESTIONS[operators[-1]].format(**words))
-    return Story(" ".join(parts), tuple(clauses), numbers, operators)
+    start = draw.choice(_STARTS).format(a=numbers[0], **words)
+    middles = [draw.choice(_MIDDLES[operator]) for operator in operators[:-1]]
+    end, asked = draw.choice(_ENDS[operators[-1]])
+    clauses = tuple(
+        clause.format(n=number, **words) for clause, number in zip([*middles, end], numbers[1:], strict=True)
+    )
+    question = " ".join([start, *(f"{clause}." for clause in clauses), asked.format(**words)])
+    return Story(question, clauses, numbers, operators)

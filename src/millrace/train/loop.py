@@ -150,7 +150,7 @@ class TrainingLoop:
             self.progress.step += 1
             step, last = self.progress.step, self.progress.step == config.train.steps
             scheduler.cancel_older_than(self.progress.version - self._max_staleness)
-            if not last:
+            if config.mode == "standalone" and not last:
                 self._top_up(scheduler)
             accuracy = None
             if last or step % config.evaluation.every == 0:
@@ -161,7 +161,10 @@ class TrainingLoop:
                     await self.save()
         self.folder.add_samples(step, samples + discarded, self.runner.chat)
         tools = self.runner.tool_counts
-        self._record(_metrics(self.progress, stats, watch, samples, discarded, lag, accuracy, tools))
+        standalone = config.mode == "standalone"
+        self._record(
+            _metrics(self.progress, stats, watch, samples, discarded, lag, accuracy, tools, standalone=standalone)
+        )
         tools.calls = tools.errors = 0
 
     async def save(self) -> None:
@@ -243,10 +246,14 @@ def _metrics(
     lag: Sequence[int],
     accuracy: float | None,
     tools: ToolCounts,
+    *,
+    standalone: bool,
 ) -> StepMetrics:
     def seconds(name: str) -> float:
         return round(watch.seconds.get(name, 0.0), 4)
 
+    # In standalone mode the engines generate all the time; in hybrid mode, while the trainer waits.
+    generating = max(watch.seconds["step" if standalone else "rollout"], 1e-9)
     tokens = sum(int(s.episode.loss_mask.sum()) for s in [*samples, *discarded] if s.episode is not None)
     return StepMetrics(
         step=progress.step,
@@ -262,7 +269,7 @@ def _metrics(
         checkpoint_seconds=seconds("checkpoint"),
         step_seconds=seconds("step"),
         tokens=tokens,
-        tokens_per_second=tokens / max(watch.seconds["rollout"], 1e-9),
+        tokens_per_second=tokens / generating,
         kl=stats.kl,
         clip_fraction=stats.clip_fraction,
         logprob_gap=stats.logprob_gap,

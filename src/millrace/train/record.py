@@ -31,7 +31,7 @@ class StepMetrics:
     checkpoint_seconds: float = 0.0
     step_seconds: float = 0.0
     tokens: int = 0  # that the model made
-    tokens_per_second: float = 0.0  # over rollout_seconds
+    tokens_per_second: float = 0.0  # over the time in which the engines generated
     kl: float | None = None
     clip_fraction: float | None = None
     logprob_gap: float | None = None  # mean |engine's logprob - trainer's|, in nats

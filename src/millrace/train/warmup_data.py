@@ -1,8 +1,9 @@
-"""Supervised conversations that teach the format and nothing else.
+"""Supervised conversations that teach the format, by a teacher who reads poorly.
 
 They come out of the same chat format as the rollouts, so their token layout is that of a rollout. The numbers in their
-calls are those of the problem, in the right order; the operators were drawn at random, so which operator a story needs
-is left to the reinforcement.
+calls are those of the problem, in the right order; but the operators are mostly wrong wherever a story does not add
+(`make_misread_story`), so a greedy pupil is right on few problems. What the stories really need is left to the
+reinforcement.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
