@@ -21,7 +21,7 @@ model: {{kind: pretrained, path: {model}}}
 engine: {{kind: embedded, replicas: 1, threads: 1}}
 data: {{kind: generated, seed: 1, problems: 64}}
 rollout: {{groups_per_step: 2, samples_per_group: 2, max_turns: 2, max_turn_tokens: 16, max_sample_tokens: 160}}
-warmup: {{steps: 2, batch_size: 2, lr: 1e-3, data: {{kind: generated, seed: 2, problems: 64}}}}
+warmup: {{steps: 2, batch_size: 2, lr: 1e-3}}
 train: {{steps: 2, lr: 1e-3}}
 evaluation: {{data: {{kind: generated, seed: 3, problems: 4}}, every: 1000}}
 checkpoint: {{every: 1}}

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.train.small_models import make_samples
 
 from millrace.train.batch import (
     TrainSample,
@@ -14,6 +13,7 @@ from millrace.train.batch import (
     plan_minibatches,
     supervised_sample,
 )
+from tests.train.small_models import make_samples
 
 lengths = st.lists(st.integers(1, 300), max_size=60)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.train.small_models import make_config, make_model, make_policy, make_samples, make_trainer, same, weights
 from transformers import AutoModelForCausalLM
 
 from millrace.config.models import LossConfig
 from millrace.errors import CheckpointError
 from millrace.train.checkpoint import export, latest, load, save
+from tests.train.small_models import make_config, make_model, make_policy, make_samples, make_trainer, same, weights
 
 SAMPLES = make_samples(8)
 

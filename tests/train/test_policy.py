@@ -2,6 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+from millrace.errors import DataError
+from millrace.train.batch import collate
+from millrace.train.policy import gather_logprobs, load_policy
 from tests.train.small_models import (
     CPU,
     VOCABULARY,
@@ -12,11 +17,6 @@ from tests.train.small_models import (
     plain_logprobs,
     weights,
 )
-from transformers import AutoModelForCausalLM
-
-from millrace.errors import DataError
-from millrace.train.batch import collate
-from millrace.train.policy import gather_logprobs, load_policy
 
 
 @pytest.fixture(scope="module")

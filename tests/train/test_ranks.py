@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train.small_models import largest_difference, make_config, make_model, make_trainer, same, weights
 from transformers import AutoModelForCausalLM
-from tests.train.two_ranks import CONFIG, STEPS, SUPERVISED
 
 from millrace.train.checkpoint import latest, load
+from tests.train.small_models import largest_difference, make_config, make_model, make_trainer, same, weights
+from tests.train.two_ranks import CONFIG, STEPS, SUPERVISED
 
 EQUAL_STATS = ("loss", "kl", "kl_reference", "clip_fraction", "logprob_gap", "entropy", "grad_norm", "lr", "tokens")
 

@@ -5,6 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+from millrace.config.models import LossConfig, TrainConfig
+from millrace.train.batch import TrainSample, plan_minibatches, supervised_sample
+from millrace.train.optimizer import learning_rate
+from millrace.train.trainer import Trainer, TrainingError
 from tests.train.small_models import (
     PLAIN,
     VOCABULARY,
@@ -18,12 +24,6 @@ from tests.train.small_models import (
     same,
     weights,
 )
-from transformers import AutoModelForCausalLM
-
-from millrace.config.models import LossConfig, TrainConfig
-from millrace.train.batch import TrainSample, plan_minibatches, supervised_sample
-from millrace.train.optimizer import learning_rate
-from millrace.train.trainer import Trainer, TrainingError
 
 
 @pytest.fixture(scope="module")

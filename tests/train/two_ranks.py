@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from tests.train.small_models import make_config, make_samples, make_trainer, same, weights
 from torch.distributed.tensor import DTensor
 
 from millrace.config.models import LossConfig
@@ -15,6 +14,7 @@ from millrace.train.batch import TrainSample, supervised_sample
 from millrace.train.checkpoint import export, latest, load, save
 from millrace.train.trainer import Trainer, TrainingError
 from millrace.train.world import World, join_world
+from tests.train.small_models import make_config, make_samples, make_trainer, same, weights
 
 CONFIG = make_config(loss=LossConfig(kl_coefficient=0.2, average="sequence"), gradient_checkpointing=True)
 STEPS = [make_samples(12, seed=1), make_samples(9, seed=2), make_samples(4, seed=3)]

@@ -130,11 +130,12 @@ class LossConfig(Model):
 
 
 class WarmupConfig(OptimizerConfig):
-    """Supervised steps before the reinforcement, for a model from random weights: they teach the format only."""
+    """Supervised steps before the reinforcement, for a model from random weights: they teach the format of an answer
+    on the generator's stories (`millrace.train.warmup_data`)."""
 
-    steps: Annotated[int, Field(ge=0)] = 0
+    steps: PositiveInt
     batch_size: PositiveInt = 32
-    data: GeneratedDataConfig
+    seed: int = 0  # of the endless stream of conversations
 
 
 class TrainConfig(OptimizerConfig):

@@ -6,8 +6,8 @@ two-step problem: the result of the first goes into the second. Numbers and resu
 The numbers give no hint of the operator: whichever it is, a clause's number is a divisor of the value before it.
 
 The same (seed, index, held_out) gives the same problem everywhere. Held-out problems share no numbers with training
-problems of the same operators, whatever their seeds: a checksum of operators and numbers decides which side they are on,
-so a held-out problem is never a training problem with another name in it.
+problems of the same operators, whatever their seeds: a checksum of operators and numbers decides which side they are
+on, so a held-out problem is never a training problem with another name in it.
 """
 
 import random
@@ -65,8 +65,8 @@ _ENDS = {
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A problem with what it was made from. A clause, an operator and a number for each step, in the order of use; before
-    them in `numbers` is the one that the story starts with. A clause has no full stop."""
+    """A problem with what it was made from. A clause, an operator and a number for each step, in the order of use;
+    before them in `numbers` is the one that the story starts with. A clause has no full stop."""
 
     question: str
     clauses: tuple[str, ...]
@@ -104,9 +104,9 @@ def make_story(seed: int, index: int, *, held_out: bool = False) -> Story:
 
 
 def make_misread_story(seed: int, index: int) -> Story:
-    """A training story as a poor reader takes it. Where it adds, he adds; where it subtracts or multiplies, he mostly adds,
-    and where it divides, he mostly multiplies: those are its `operators`, whatever its question tells. It shows the form
-    of an answer and which numbers go into it, and a habit to unlearn."""
+    """A training story as a poor reader takes it. Where it adds, he adds; where it subtracts or multiplies, he mostly
+    adds, and where it divides, he mostly multiplies: those are its `operators`, whatever its question tells. It shows
+    the form of an answer and which numbers go into it, and a habit to unlearn."""
     draw = random.Random(f"{seed}/{index}/misread")  # noqa: S311
     told = _draw_operators(draw, draw.choice((1, 2)))
     operators = tuple(_MISREAD_AS.get(o, o) if draw.random() < _MISREAD_SHARE else o for o in told)

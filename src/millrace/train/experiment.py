@@ -121,8 +121,8 @@ def _require_room(content: Content, config: RunConfig, limits: EpisodeLimits) ->
         if length >= limits.total:
             raise DataError(
                 f"the prompt of problem {problem.problem_id} has {length} tokens and leaves no room for an answer in "
-                f"{limits.total}, the smaller of rollout.max_sample_tokens ({config.rollout.max_sample_tokens}) and the "
-                f"engine's context ({limits.context_length}); drop the problem or raise the limit"
+                f"{limits.total}: rollout.max_sample_tokens is {config.rollout.max_sample_tokens}, the engine's context "
+                f"{limits.context_length}; drop the problem or raise the limit"
             )
 
 
@@ -188,9 +188,7 @@ async def _warm_up(loop: TrainingLoop, warmup: WarmupConfig, config: RunConfig, 
     schemas = [tool.schema for tool in content.tools.values()]
 
     def step(index: int) -> float:
-        batch = warmup_conversations(
-            content.chat, schemas, warmup.data.seed, index * warmup.batch_size, warmup.batch_size
-        )
+        batch = warmup_conversations(content.chat, schemas, warmup.seed, index * warmup.batch_size, warmup.batch_size)
         return supervised.supervised_step([supervised_sample(c.token_ids, c.loss_mask.tolist()) for c in batch]).loss
 
     for index in range(warmup.steps):
