@@ -9,6 +9,7 @@ import asyncio
 import math
 import operator
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -134,7 +135,9 @@ def evaluate(expression: str) -> Number:
     if len(expression) > _LONGEST_EXPRESSION:
         raise ToolError(f"the expression has {len(expression)} characters; at most {_LONGEST_EXPRESSION} are read")
     try:
-        tree = ast.parse(_THOUSANDS_SEPARATOR.sub("", expression).strip(), mode="eval")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # models write `12x`; the error below says enough
+            tree = ast.parse(_THOUSANDS_SEPARATOR.sub("", expression).strip(), mode="eval")
         value = _evaluate(tree.body)
     except SyntaxError as error:
         raise ToolError(f"not an arithmetic expression: {expression}") from error

@@ -133,6 +133,7 @@ class Core:
         if MemoryTag.KV_CACHE in tags:
             self.cache.release()
         self._asleep |= tags
+        self._runner.trim()
 
     def wake(self, tags: frozenset[MemoryTag]) -> None:
         """Takes memory back. Woken weights have no content until an update brings it."""

@@ -151,5 +151,10 @@ class Runner:
         self.forward(np.zeros_like(positions_BQ), positions_BQ, 0, real_BQ)
         self.forward(np.zeros((rows, 1), np.int64), np.full((rows, 1), 3), 0)
 
+    def trim(self) -> None:
+        """Gives memory that is free back to the device: torch keeps it for itself otherwise."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _to_device(self, array: NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

@@ -16,9 +16,7 @@ from millrace.engines.embedded.weights import WeightStore
 
 T = TypeVar("T")
 GATHERING = 0.002  # seconds that an idle engine leaves a group of requests to arrive, so that one pass prefills them
-CALL_DEADLINE = (
-    30.0  # seconds; a command waits for one step, which takes seconds where the model is large and the CPU slow
-)
+CALL_DEADLINE = 30.0  # seconds; a command waits for one step, which takes seconds on a large model and a slow CPU
 
 
 @dataclass(frozen=True, slots=True)

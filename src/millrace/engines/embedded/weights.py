@@ -165,8 +165,6 @@ class WeightStore:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         self._staging = None
         self._asleep = True
-        if any(tensor.is_cuda for tensor in self._live.values()):
-            torch.cuda.empty_cache()
 
     def resume(self) -> None:
         """Takes the memory for one set: that of the update which has to come now."""
