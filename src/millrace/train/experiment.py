@@ -120,9 +120,9 @@ def _require_room(content: Content, config: RunConfig, limits: EpisodeLimits) ->
         length = len(content.chat.prompt(problem.question, schemas))
         if length >= limits.total:
             raise DataError(
-                f"the prompt of problem {problem.problem_id} has {length} tokens and leaves no room for an answer: a sample "
-                f"may have {limits.total} (rollout.max_sample_tokens is {config.rollout.max_sample_tokens}, the engine's "
-                f"context {limits.context_length}); drop the problem or raise the limit"
+                f"the prompt of problem {problem.problem_id} has {length} tokens and leaves no room for an answer: a "
+                f"sample has {limits.total} (rollout.max_sample_tokens {config.rollout.max_sample_tokens}, the "
+                f"engine's context {limits.context_length}); drop the problem or raise the limit"
             )
 
 
