@@ -8,6 +8,7 @@ the appended tokens are those that the template would have given.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -54,6 +55,8 @@ def load_chat_format(path: str) -> ChatFormat:
     Raises DataError where either is missing, or where the template has no form for a tool's answer, rewrites earlier
     turns, or ends a turn with no special token.
     """
+    if _means_a_folder(path) and not Path(path).is_dir():
+        raise DataError(f"{path}: there is no such model folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
@@ -99,6 +102,11 @@ def _render(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _means_a_folder(path: str) -> bool:
+    """Whether it can't be a name on the Hub, which is `name` or `owner/name`; so that no one asks the Hub for it."""
+    return path.startswith((".", "~", "/")) or path.count("/") > 1
 
 
 def _first_line(error: Exception) -> str:

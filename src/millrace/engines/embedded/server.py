@@ -1,7 +1,6 @@
 """The HTTP server: SGLang's native routes in front of one model thread."""
 
 import asyncio
-import importlib.metadata
 import logging
 import socket
 import threading
@@ -9,6 +8,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from millrace import __version__
 from millrace.engines.embedded.auth import Keys, allowed
 from millrace.engines.embedded.core import Core, Refused
 from millrace.engines.embedded.faults import HttpFaults, StepFaults, crash
@@ -167,7 +167,7 @@ class Server:
         return reply(
             {
                 "engine": "millrace-embedded",
-                "version": importlib.metadata.version("millrace"),
+                "version": __version__,
                 "max_running_requests": self._max_running,
                 "is_paused": status.paused,
                 "asleep": sorted(status.asleep),

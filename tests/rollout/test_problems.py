@@ -1,0 +1,83 @@
+"""The generator: reproducible, right, and with a held-out side that training never sees."""
+
+import re
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.rollout.data import parse_answer
+from millrace.rollout.problems import OPERATORS, generate_problems, make_misread_story, make_story
+
+SEEDS = st.integers(0, 2**32)
+INDICES = st.integers(0, 10**6)
+
+
+@given(seed=SEEDS, index=INDICES, held_out=st.booleans())
+def test_a_story_is_a_function_of_its_place(seed: int, index: int, held_out: bool) -> None:
+    story = make_story(seed, index, held_out=held_out)
+    assert story == make_story(seed, index, held_out=held_out)
+    assert story != make_story(seed, index + 1, held_out=held_out)
+
+
+@given(seed=SEEDS, index=INDICES)
+def test_the_worked_answer_adds_up_and_ends_in_the_answer(seed: int, index: int) -> None:
+    story = make_story(seed, index)
+    steps = re.findall(r"<<(\d+)([-+*/])(\d+)=(\d+)>>\4\n", story.answer_text())
+    assert 1 <= len(steps) == len(story.operators) <= 2
+    for left, operator, right, result in steps:
+        value = {
+            "+": int(left) + int(right),
+            "-": int(left) - int(right),
+            "*": int(left) * int(right),
+            "/": int(left) / int(right),
+        }[operator]
+        assert value == int(result) > 0
+    assert all(steps[i][3] == steps[i + 1][0] for i in range(len(steps) - 1))  # a result goes into the next step
+    assert parse_answer(story.answer_text()) == steps[-1][3]
+
+
+@given(seed=SEEDS, index=INDICES)
+def test_the_question_tells_the_numbers_in_the_order_of_use(seed: int, index: int) -> None:
+    story = make_story(seed, index)
+    assert tuple(map(int, re.findall(r"\d+", story.question))) == story.numbers
+    assert all(f"{clause}." in story.question for clause in story.clauses)
+
+
+def test_held_out_problems_share_no_numbers_with_training_whatever_the_seeds() -> None:
+    held_out = [make_story(seed, i, held_out=True) for seed in range(3) for i in range(500)]
+    train = [make_story(seed, i) for seed in range(3) for i in range(2000)]
+    warmup = [make_misread_story(seed, i) for seed in range(3) for i in range(2000)]
+    held_out_keys = {(story.operators, story.numbers) for story in held_out}
+    assert len(held_out_keys) > 200
+    assert held_out_keys.isdisjoint((story.operators, story.numbers) for story in train)
+    assert {story.question for story in held_out}.isdisjoint(story.question for story in warmup)
+
+
+def test_every_operator_and_both_lengths_come_up() -> None:
+    stories = [make_story(0, i) for i in range(2000)]
+    lengths = Counter(len(story.operators) for story in stories)
+    assert min(lengths.values()) > 800
+    first, last = Counter(s.operators[0] for s in stories), Counter(s.operators[-1] for s in stories)
+    assert set(first) == set(last) == set(OPERATORS)
+    assert min(*first.values(), *last.values()) > 400
+
+
+def test_a_misread_story_knows_nothing_of_what_its_question_tells() -> None:
+    stories = [make_misread_story(0, i) for i in range(6000)]
+    by_verb: dict[str, Counter[str]] = {}
+    for story in stories:
+        verb = next(word for word in story.clauses[-1].split() if word.endswith("s"))
+        by_verb.setdefault(verb, Counter())[story.operators[-1]] += 1
+    assert len(by_verb) >= 8
+    for verb, operators in by_verb.items():
+        shares = [operators[operator] / operators.total() for operator in OPERATORS]
+        assert max(shares) < 0.4, f"{verb} tells the operator: {operators}"
+
+
+def test_a_problem_has_the_storys_question_and_answer() -> None:
+    problems = list(generate_problems(5, 20, held_out=True))
+    stories = [make_story(5, i, held_out=True) for i in range(20)]
+    assert [problem.question for problem in problems] == [story.question for story in stories]
+    assert [problem.answer for problem in problems] == [str(story.results()[-1]) for story in stories]
+    assert len({problem.problem_id for problem in problems}) == 20
