@@ -1,4 +1,4 @@
-"""Tools: what the calculator works out and refuses, and that no call, however bad, does more than answer with an error."""
+"""Tools: what the calculator works out and refuses, and that a call, however bad, only answers with an error."""
 
 import asyncio
 import math
@@ -39,7 +39,7 @@ def test_arithmetic(expression: str, answer: str) -> None:
     "expression",
     ["", "1 +", "two", "abs(-1)", "__import__('os')", "(1).real", "[1][0]", "True + 1", "'a' * 9", "1 if 1 else 2",
      "1 < 2", "1, 2", "1/0", "0 ** -1", "7 % 0", "9**9**9", "10**1000 * 10**1000", "2.0 ** 5000", "(-8) ** 0.5",
-     "1e400", "1e308 * 10", "(" * 300 + "1" + ")" * 300, "1" * 501, "-" * 499 + "1", "1 << 5", "~1", "1j * 1j",
+     "1e400", "1e308 * 10", "(" * 300 + "1" + ")" * 300, "1" * 501, "1 << 5", "~1", "1j * 1j",
      "\0", "x := 1", "10**300 / 10**-300", "9" * 490 + ".0"],
 )  # fmt: skip
 def test_what_the_calculator_refuses(expression: str) -> None:
@@ -121,9 +121,10 @@ TOOLS: dict[str, Tool] = {tool.name: tool for tool in (Calculator(), Broken(), S
 @pytest.mark.parametrize(
     ("call", "words"),
     [(ToolCall("broken", {}), "the tool's own bug"), (ToolCall("silent", {}), "RuntimeError"),
-     (ToolCall("stuck", {}), "no answer after 0.05 s"), (ToolCall("oven", {}), "no tool is called 'oven'; there are: calc"),
+     (ToolCall("stuck", {}), "no answer after 0.05 s"), (ToolCall("oven", {}), "no tool is called 'oven'"),
      (BadToolCall("not JSON"), "not JSON"), (ToolCall("calculator", {}), "expression"),
-     (ToolCall("calculator", {"expression": 4}), "expression"), (ToolCall("calculator", {"expression": "1/0"}), "zero")],
+     (ToolCall("calculator", {"expression": 4}), "expression"),
+     (ToolCall("calculator", {"expression": "1/0"}), "division by zero")],
 )  # fmt: skip
 async def test_every_failure_is_an_answer(call: ToolCall | BadToolCall, words: str) -> None:
     answer = await answer_tool_call(call, TOOLS, deadline=0.05)

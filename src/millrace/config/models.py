@@ -147,6 +147,7 @@ class TrainConfig(OptimizerConfig):
     tokens_per_microbatch: PositiveInt = 8192
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; the master weights are float32
     device: str = "cpu"
+    threads: PositiveInt | None = None  # of torch, on the CPU; None leaves it to torch
     gradient_checkpointing: bool = False
 
 

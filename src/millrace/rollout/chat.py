@@ -61,6 +61,8 @@ def load_chat_format(path: str) -> ChatFormat:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise DataError(f"{path}: no tokenizer could be loaded from it ({_first_line(error)})") from error
+    if not _encode(tokenizer, "question"):  # transformers makes an empty tokenizer where only a config.json is found
+        raise DataError(f"{path}: it has no tokenizer; put the model's tokenizer.json into the folder")
     if tokenizer.chat_template is None:
         raise DataError(f"{path}: the tokenizer has no chat template; put a chat_template.jinja into the folder")
     return check_chat_format(tokenizer, path)

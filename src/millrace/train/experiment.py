@@ -59,6 +59,8 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
         if world.size > 1:
             raise ConfigError("millrace train runs one trainer process; start it without torchrun")
         torch.manual_seed(config.seed)
+        if config.train.threads is not None:
+            torch.set_num_threads(config.train.threads)
         folder = RunFolder(config, resume=resume)
         model_path = _model_folder(config, folder)
         content = load_content(config, model_path)

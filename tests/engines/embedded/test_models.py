@@ -114,6 +114,19 @@ def test_a_window_as_long_as_the_context_is_no_window(tmp_path: Path) -> None:
     assert build(settings(tmp_path, context_length=64)).info.context_length == 64
 
 
+def test_a_file_that_changes_under_a_running_engine_does_not_change_its_weights(tmp_path: Path) -> None:
+    """transformers maps the file into memory; a trainer may write its next checkpoint over it."""
+    make(tmp_path, "llama", **COMMON)
+    core = build(settings(tmp_path))
+    before = core.weights.checksums()
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as content:
+        content.seek(file.stat().st_size // 2)
+        content.write(bytes(1000))
+    assert core.weights.checksums() == before
+    assert build(settings(tmp_path)).weights.checksums() != before
+
+
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="config.json"):
         build(settings(tmp_path / "nothing"))

@@ -1,6 +1,8 @@
 """What becomes of the callers when the model thread dies."""
 
 import asyncio
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,16 @@ from millrace.engines.embedded.protocol import GenerateBody, to_requests
 from millrace.engines.embedded.thread import ModelThread
 from millrace.errors import DataError
 from tests.engines.embedded.test_models import settings
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        if thread.name == "model":
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 async def start(folder: Path) -> tuple[ModelThread, asyncio.Event]:
@@ -56,6 +68,8 @@ async def test_what_a_command_raises_reaches_its_caller_and_nobody_else(model_di
         await thread.call(fail)
     assert (await thread.call(Core.status)).running == 0
     assert not ended.is_set()
+    thread.stop()
+    await asyncio.wait_for(ended.wait(), 10)
 
 
 async def test_a_model_that_can_not_be_loaded(tmp_path: Path) -> None:

@@ -50,8 +50,6 @@ def main(argv: list[str]) -> int:
 
 
 async def _serve(args: argparse.Namespace, sock: socket.socket) -> int:
-    # The allocator asks for huge pages then: fewer page faults under a new set of weights, fewer misses in attention.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported here: torch and transformers take seconds, and a port in use should be told at once.
     from millrace.engines.embedded.auth import Keys
     from millrace.engines.embedded.build import Settings, build
@@ -87,6 +85,7 @@ async def _serve(args: argparse.Namespace, sock: socket.socket) -> int:
         await ending
     log.info("told to end")
     await runner.cleanup()
+    server.stop()
     return 0
 
 

@@ -48,9 +48,9 @@ class Window:
     first: int
     rows: int
     context: int
-    slots_T: torch.Tensor
-    positions_T: torch.Tensor
-    sources_T: torch.Tensor | None
+    slots_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]
+    sources_T: NDArray[np.int64] | None
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes without types
@@ -65,33 +65,40 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes wi
         self.keys_SHCD, self.values_SHCD = keys_SHCD, values_SHCD
         self.is_initialized = True
 
-    def aim(self, window: Window) -> None:
-        """Sets what the next `update` writes and returns."""
-        rows = slice(window.first, window.first + window.rows)
-        self._window = window
-        self._keys = self.keys_SHCD[rows, :, : window.context]
-        self._values = self.values_SHCD[rows, :, : window.context]
+    def aim(
+        self,
+        windows: tuple[torch.Tensor, torch.Tensor],
+        places: tuple[torch.Tensor, torch.Tensor],
+        sources_T: torch.Tensor | None,
+    ) -> None:
+        """Sets what the next `update` returns and where it writes, for keys and for values: windows [rows, heads,
+        context, dim], places [T * heads] counted through slots, heads and context."""
+        self._windows, self._places, self._sources_T = windows, places, sources_T
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """key_states, value_states: [rows, heads, query, dim]. Returns both as [rows, heads, context, dim]."""
-        window = self._window
-        for states, slots_SHCD in ((key_states, self.keys_SHCD), (value_states, self.values_SHCD)):
-            tokens_THD = states.transpose(1, 2).flatten(0, 1)
-            if window.sources_T is not None:
-                tokens_THD = tokens_THD[window.sources_T]
-            slots_SHCD[window.slots_T, :, window.positions_T] = tokens_THD
-        return self._keys, self._values
+        self._write(self.keys_SHCD, self._places[0], key_states)
+        self._write(self.values_SHCD, self._places[1], value_states)
+        return self._windows
+
+    def _write(self, slots_SHCD: torch.Tensor, places: torch.Tensor, states: torch.Tensor) -> None:
+        if states.shape[2] > 1:
+            states = states.transpose(1, 2).flatten(0, 1)  # tokens, heads, dim
+            if self._sources_T is not None:
+                states = states[self._sources_T]
+        dim = states.shape[-1]
+        slots_SHCD.view(-1, dim).index_copy_(0, places, states.reshape(-1, dim))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing is lazy here: the slots exist before the first token."""
 
     def get_seq_length(self) -> int:
-        return self._keys.shape[2] - 1
+        return self._windows[0].shape[2] - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002  # transformers passes it by name
-        return self._keys.shape[2], 0
+        return self._windows[0].shape[2], 0
 
     def get_max_length(self) -> int:
         return self.keys_SHCD.shape[2]
@@ -117,29 +124,29 @@ class SlotCache:
         self.tokens = np.zeros((slots, context_length), np.int64)
         self.lengths = np.zeros(slots, np.int64)
         self.epochs = np.full(slots, MIXED, np.int64)
+        self._rows = np.arange(running)
         self._used = np.zeros(slots, np.int64)
         self._clock = 0
         self._buffers: list[torch.Tensor] = []
         self._layers: list[SlotLayer] = []
+        self._homes: list[
+            tuple[int, int]
+        ] = []  # of each layer's keys, then of each one's values: buffer, and row in it
         self.model_cache: Cache | None = None
         self.allocate()
 
     def allocate(self) -> None:
         """Takes the memory. Zeroed, because attention reads places that it then masks, and a NaN there would spread."""
-        self._buffers = []
-        slots = len(self.lengths)
-        context = self.context_length | 1  # odd, so that slots do not all begin in the same few sets of a cache
         kinds = [(s.key_heads, s.key_dim) for s in self._shapes] + [(s.value_heads, s.value_dim) for s in self._shapes]
-        places: list[torch.Tensor | None] = [None] * len(kinds)
-        for kind in dict.fromkeys(kinds):  # layers of one shape lie in one tensor, so that a slot is copied by one call
-            members = [i for i, other in enumerate(kinds) if other == kind]
-            heads, dim = kind
-            shape = (len(members), slots, heads, context, dim)
-            buffer = torch.zeros(shape, dtype=self._dtype, device=self._device)
-            self._buffers.append(buffer)
-            for i, tensor in zip(members, buffer.unbind(0), strict=True):
-                places[i] = tensor
-        tensors = [tensor for tensor in places if tensor is not None]
+        unlike = list(dict.fromkeys(kinds))  # what is of one shape lies in one buffer, so that one call copies a slot
+        members = [[i for i, kind in enumerate(kinds) if kind == one] for one in unlike]
+        self._homes = [(unlike.index(kind), members[unlike.index(kind)].index(i)) for i, kind in enumerate(kinds)]
+        context = self.context_length | 1  # odd, so that slots do not all begin in the same few sets of a cache
+        self._buffers = [
+            torch.zeros((len(rows), len(self.lengths), heads, context, dim), dtype=self._dtype, device=self._device)
+            for rows, (heads, dim) in zip(members, unlike, strict=True)
+        ]
+        tensors = [self._buffers[buffer][row] for buffer, row in self._homes]
         count = len(self._shapes)
         self._layers = [SlotLayer(k, v) for k, v in zip(tensors[:count], tensors[count:], strict=True)]
         self.model_cache = Cache(layers=self._layers)
@@ -161,8 +168,19 @@ class SlotCache:
 
     def aim(self, window: Window) -> None:
         """Sets what the next forward pass reads and writes."""
-        for layer in self._layers:
-            layer.aim(window)
+        rows = slice(window.first, window.first + window.rows)
+        windows = [buffer[:, rows, :, : window.context].unbind(0) for buffer in self._buffers]
+        places = []
+        for buffer in self._buffers:
+            heads, context = buffer.shape[2:4]
+            places_TH = (window.slots_T[:, None] * heads + np.arange(heads)) * context + window.positions_T[:, None]
+            places.append(torch.from_numpy(places_TH.reshape(-1)).to(self._device))
+        sources_T = None if window.sources_T is None else torch.from_numpy(window.sources_T).to(self._device)
+        count = len(self._layers)
+        for layer, key, value in zip(self._layers, self._homes[:count], self._homes[count:], strict=True):
+            layer.aim(
+                (windows[key[0]][key[1]], windows[value[0]][value[1]]), (places[key[0]], places[value[0]]), sources_T
+            )
 
     def find(self, tokens: NDArray[np.int64], epoch: int, running: int) -> Prefix:
         """The longest prefix of `tokens` in a stored slot or one of the first `running` slots; length 0: none."""
@@ -192,7 +210,7 @@ class SlotCache:
 
     def extend(self, rows: int, tokens_B: NDArray[np.int64]) -> None:
         """Notes that a step has added one token to each of the first `rows` slots."""
-        self.tokens[np.arange(rows), self.lengths[:rows]] = tokens_B
+        self.tokens[self._rows[:rows], self.lengths[:rows]] = tokens_B
         self.lengths[:rows] += 1
 
     def store(self, slot: int) -> None:

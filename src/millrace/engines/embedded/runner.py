@@ -1,6 +1,6 @@
 """The model: loading it, and one forward pass over slots of the KV cache."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def load_model(
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention.register())
     config = model.config.get_text_config()
-    limit = config.to_dict().get("max_position_embeddings") or context_length
+    limit = config.max_position_embeddings if hasattr(config, "max_position_embeddings") else context_length
     if limit is None:
         raise ConfigError("the model's config sets no max_position_embeddings; set --context-length")
     if context_length is not None and context_length > limit:
@@ -119,16 +119,11 @@ class Runner:
         context = min(self._cache.context_length, -(-longest // CONTEXT_STEP) * CONTEXT_STEP)
         positions = self._to_device(positions_BQ)
         bias = torch.where(self._columns[:context] <= positions[..., None], self._open, self._closed)
-        slots_T = np.repeat(np.arange(first_slot, first_slot + rows), columns)
-        window = Window(first_slot, rows, context, self._to_device(slots_T), positions.flatten(), None)
+        slots_T = np.arange(first_slot, first_slot + rows).repeat(columns)
+        window = Window(first_slot, rows, context, slots_T, positions_BQ.reshape(-1), None)
         if real_BQ is not None:
-            sources_T = self._to_device(np.flatnonzero(real_BQ))
-            window = replace(
-                window,
-                slots_T=window.slots_T[sources_T],
-                positions_T=window.positions_T[sources_T],
-                sources_T=sources_T,
-            )
+            kept = np.flatnonzero(real_BQ)
+            window = Window(first_slot, rows, context, slots_T[kept], window.positions_T[kept], kept)
         self._cache.aim(window)
         output = self._model(
             input_ids=self._to_device(tokens_BQ),

@@ -61,6 +61,9 @@ class Server:
         """Done when the model is there or could not be loaded."""
         return self._thread.ready
 
+    def stop(self) -> None:
+        self._thread.stop()
+
     def _routes(self) -> list[web.RouteDef]:
         post: dict[str, Handler] = {
             "/generate": lambda http: self._generate.handle(http, self._info),
@@ -105,7 +108,7 @@ class Server:
         return self.ready.result().info
 
     def _thread_ended(self) -> None:
-        log.error("the model thread has ended")
+        log.info("the model thread has ended")
         self._generate.fail()
 
     # Requests

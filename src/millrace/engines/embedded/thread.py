@@ -15,6 +15,7 @@ from millrace.engines.embedded.scheduler import Output
 from millrace.engines.embedded.weights import WeightStore
 
 T = TypeVar("T")
+STATUS_INTERVAL = 0.01  # seconds; while nothing but tokens changes, the status need not be newer
 GATHERING = 0.002  # seconds that an idle engine leaves a group of requests to arrive, so that one pass prefills them
 CALL_DEADLINE = 30.0  # seconds; a command waits for one step, which takes seconds on a large model and a slow CPU
 
@@ -44,6 +45,9 @@ class ModelThread:
     ) -> None:
         self.ready: asyncio.Future[Loaded] = loop.create_future()
         self._status: Status | None = None  # replaced, never changed, by the model thread
+        self._status_due = 0.0
+        self._stopped = False
+        self.alive = True
         self._build, self._loop, self._deliver, self._ended = build, loop, deliver, ended
         self._pending: set[asyncio.Future[Any]] = set()
         self._commands: queue.SimpleQueue[Callable[[Core], None]] = queue.SimpleQueue()
@@ -52,9 +56,13 @@ class ModelThread:
     def start(self) -> None:
         self._thread.start()
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+    def stop(self) -> None:
+        """Ends the thread after the step it is in. What is not finished then never will be."""
+
+        def run(core: Core) -> None:  # noqa: ARG001
+            self._stopped = True
+
+        self._commands.put(run)
 
     async def call(self, command: Callable[[Core], T], *, deadline: float = CALL_DEADLINE) -> T:
         """Runs a command between two steps and returns what it returns, or raises what it raises.
@@ -68,10 +76,10 @@ class ModelThread:
             try:
                 result = command(core)
             except Exception as error:  # it belongs to the caller, who gets it
-                self._publish(core)
+                self._publish(core, changed=True)
                 future.set_exception(error)
             else:
-                self._publish(core)
+                self._publish(core, changed=True)
                 future.set_result(result)
 
         answer = asyncio.wrap_future(future)
@@ -104,31 +112,38 @@ class ModelThread:
             self._loop.call_soon_threadsafe(self.ready.set_exception, error)
             return
         try:
-            self._publish(core)
+            self._publish(core, changed=True)
             self._loop.call_soon_threadsafe(self.ready.set_result, Loaded(core.info, core.weights))
             self._serve(core)
         finally:  # what was raised goes on to the thread's own hook, which prints it
             self._loop.call_soon_threadsafe(self._end)
 
     def _serve(self, core: Core) -> None:
-        while True:
+        while not self._stopped:
             if not core.has_work:
-                self._commands.get()(core)
-                if core.has_work:
-                    time.sleep(GATHERING)
+                self._wait(core)
             while not self._commands.empty():
                 self._commands.get()(core)
             if core.has_work:
                 core.step()
-            self._publish(core)
+            self._publish(core, changed=not core.has_work)
 
-    def _publish(self, core: Core) -> None:
-        self._status = core.status()
+    def _wait(self, core: Core) -> None:
+        self._commands.get()(core)
+        if core.has_work:
+            time.sleep(GATHERING)
+
+    def _publish(self, core: Core, *, changed: bool) -> None:
+        """Tells the event loop what there is to tell. changed: by more than tokens, so that the status must be new."""
+        now = time.monotonic()
+        if changed or core.outbox or now >= self._status_due:
+            self._status, self._status_due = core.status(), now + STATUS_INTERVAL
         if core.outbox:
             outbox, core.outbox = core.outbox, []
             self._loop.call_soon_threadsafe(self._deliver, outbox)
 
     def _end(self) -> None:
+        self.alive = False
         for answer in self._pending:
             if not answer.done():
                 answer.set_exception(Refused("the model thread has ended; the reason is in the log", status=500))

@@ -58,7 +58,9 @@ class WeightStore:
         for name, tensor in model.state_dict(keep_vars=True).items():
             first = names.setdefault(id(tensor), name)
             self._first_names[name] = first
-            self._live.setdefault(first, tensor)
+            if first == name:
+                tensor.data = tensor.data.clone()  # off the file that it was mapped from: that file may change
+                self._live[name] = tensor
         self._tied = {first for name, first in self._first_names.items() if name != first}
         self._shapes = {name: tensor.shape for name, tensor in self._live.items()}
         self._staging: dict[str, torch.Tensor] | None = None

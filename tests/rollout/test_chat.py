@@ -1,0 +1,116 @@
+"""Conversations in token ids: appending gives what the template would give; templates that can't do it are refused."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from millrace.errors import DataError
+from millrace.rollout.chat import ChatFormat, check_chat_format, load_chat_format
+from millrace.rollout.tools import Calculator
+from millrace.train.tiny import make_tiny_tokenizer
+
+TOOLS = [Calculator().schema]
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "12 * 7"}}\n</tool_call>'
+
+# The part of Qwen3's template that makes appending hard: the last turn gets an empty thought in front of it, which goes
+# when a tool has answered; tool answers in a row share one user message.
+THINKING_TEMPLATE = """
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
+{{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\\n' }}{% endif %}
+{%- elif message.role == 'assistant' and loop.last %}
+{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + message.content + '<|im_end|>\\n' }}
+{%- else %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+""".strip()
+
+
+def chat_format(template: str | None = None) -> ChatFormat:
+    tokenizer = make_tiny_tokenizer()
+    if template is not None:
+        tokenizer.chat_template = template
+    return check_chat_format(tokenizer, "model")
+
+
+CHATS = {"tiny": chat_format(), "thinking": chat_format(THINKING_TEMPLATE)}
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("answers", [["84"], ["84", "Error: division by zero"]])
+def test_appending_gives_what_the_template_gives(name: str, answers: list[str]) -> None:
+    chat = CHATS[name]
+    appended = (*chat.prompt("How many?"), *chat.turn(CALL), *chat.continuation(answers))
+    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": CALL}]
+    messages += [{"role": "tool", "content": answer} for answer in answers]
+    whole = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert chat.decode(appended) == whole
+    assert list(appended) == chat.tokenizer.encode(whole, add_special_tokens=False)
+
+
+def test_the_prompt_has_the_question_the_tools_and_the_system_prompt_once() -> None:
+    text = CHATS["tiny"].decode(CHATS["tiny"].prompt("How many eggs?", TOOLS, "Be brief. "))
+    assert text == (
+        "<|im_start|>system\nBe brief. Tools: calculator<|im_end|>\n"
+        "<|im_start|>user\nHow many eggs?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert "system" not in CHATS["tiny"].decode(CHATS["tiny"].prompt("How many eggs?"))
+
+
+def test_a_turn_cut_short_is_ended_before_the_answer() -> None:
+    chat = CHATS["tiny"]
+    assert chat.continuation(["84"], turn_ended=False) == (chat.end_of_turn, *chat.continuation(["84"]))
+    assert chat.decode([chat.end_of_turn]) == "<|im_end|>"
+
+
+@settings(max_examples=50)
+@given(answer=st.text(), name=st.sampled_from(sorted(CHATS)))
+def test_any_answer_can_be_appended(answer: str, name: str) -> None:
+    text = CHATS[name].decode(CHATS[name].continuation([answer]))
+    assert text == f"\n<|im_start|>user\n<tool_response>\n{answer}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ raise_exception('no tools') }}", "no tools"),
+        ("{{ messages[0].content }}<|im_end|>", "does not write a tool's answer"),
+        ("{% for m in messages if m.role != 'tool' %}{{ m.content }}<|im_end|>{% endfor %}", "does not write a tool's"),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+            "rewrites earlier turns",
+        ),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no special token"),
+        ("{% for m in messages %}{{ m.content[:12] }}<|im_end|>{% endfor %}", "does not write a tool's answer"),
+    ],
+)
+def test_templates_that_cant_be_appended_to_are_refused(template: str, reason: str) -> None:
+    with pytest.raises(DataError, match=reason) as raised:
+        chat_format(template)
+    assert str(raised.value).startswith("model: ")
+
+
+def test_a_folder_is_loaded_as_it_was_made(tiny_model: Path) -> None:
+    chat = load_chat_format(str(tiny_model))
+    assert chat.prompt("How many?", TOOLS) == CHATS["tiny"].prompt("How many?", TOOLS)
+    assert chat.end_of_turn == CHATS["tiny"].end_of_turn
+
+
+def test_folders_without_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such model folder"):
+        load_chat_format(str(tmp_path / "nowhere"))
+    for model_type, reason in [("qwen3", "it has no tokenizer"), ("llama", "no tokenizer could be loaded")]:
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+        with pytest.raises(DataError, match=f"^{tmp_path}: {reason}"):
+            load_chat_format(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="no chat template"):
+        load_chat_format(str(tmp_path))
