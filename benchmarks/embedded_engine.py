@@ -141,9 +141,7 @@ def main() -> None:
             *(str(x) for pair in options.items() for x in pair),
         ]
         server = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
-        print(
-            f"{args.requests} requests of {args.tokens} tokens, {args.threads} thread(s), median of {args.rounds} rounds"
-        )
+        print(f"{args.requests} requests of {args.tokens} tokens, {args.threads} thread(s), {args.rounds} rounds")
         try:
             for kind, shortest in (("of mixed lengths", 1), ("of equal length", args.prompt_tokens)):
                 floor, engine = asyncio.run(measure(args, Path(folder), f"http://127.0.0.1:{port}", shortest))

@@ -23,7 +23,7 @@ from millrace.fleet.local import open_fleet
 
 def make_model(folder: Path) -> Qwen3ForCausalLM:
     config = Qwen3Config(
-        vocab_size=16_384, hidden_size=1024, intermediate_size=3072, num_hidden_layers=15, num_attention_heads=16,
+        vocab_size=16_384, hidden_size=1024, intermediate_size=3072, num_hidden_layers=19, num_attention_heads=16,
         num_key_value_heads=8, head_dim=64, max_position_embeddings=128, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)

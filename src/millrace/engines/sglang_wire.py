@@ -40,7 +40,7 @@ def decode_generate(request_id: str, body: Mapping[str, Any]) -> Generation:
     meta = body["meta_info"]
     output_ids = tuple(body["output_ids"])
     entries = meta.get("output_token_logprobs") or ()
-    logprobs = np.fromiter((entry[0] for entry in entries), dtype=np.float32, count=len(entries))
+    logprobs = np.array([entry[0] for entry in entries], dtype=np.float32)
     if len(logprobs) != len(output_ids):
         raise ValueError(f"{len(output_ids)} tokens came with {len(logprobs)} logprobs")
     finish = meta["finish_reason"]

@@ -39,7 +39,8 @@ def draw_curves(metrics: Sequence[StepMetrics], title: str, path: Path) -> None:
     }
     seconds.stackplot(x, list(phases.values()), labels=list(phases))
     seconds.set(xlabel="step", ylabel="seconds", title="where a step's time goes")
-    seconds.legend(loc="upper right")
+    seconds.legend(loc="upper center", ncols=4, fontsize="small")
+    seconds.set_ylim(top=1.2 * seconds.get_ylim()[1])  # room for the legend
 
     policy.plot(x, [m.kl for m in steps], label="KL (sampling policy to trained policy)", color="tab:green")
     policy.plot(x, [m.clip_fraction for m in steps], label="clip fraction", color="tab:red")
@@ -51,9 +52,8 @@ def draw_curves(metrics: Sequence[StepMetrics], title: str, path: Path) -> None:
     gap.set(xlabel="step", title="engine and trainer")
     staleness = gap.twinx()
     staleness.plot(x, [m.staleness for m in steps], label="staleness (versions)", color="tab:gray", linestyle="--")
-    staleness.set_ylim(bottom=0)
-    gap.legend(loc="upper left")
-    staleness.legend(loc="upper right")
+    staleness.set_ylim(0, max([1.0, *((m.staleness or 0.0) * 1.2 for m in steps)]))
+    gap.legend(handles=[*gap.lines, *staleness.lines], loc="lower left")
     for axes in (learning, seconds, policy, gap):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

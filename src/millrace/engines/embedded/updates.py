@@ -112,7 +112,7 @@ class Updates:
         body = parse(DiskBody, await http.read())
         async with self._alone() as weights:
             folder = Path(body.model_path)
-            if weights.in_session:
+            if await self._in_loader(lambda: weights.in_session):
                 if body.weight_version is not None:
                     raise UpdateRefused("an update is open: its end names the version, not this call")
                 await self._in_loader(lambda: weights.load_folder(folder))
@@ -126,8 +126,8 @@ class Updates:
                 await self._thread.call(lambda core: core.commit(version))
                 committed = True
             finally:
-                if not committed:
-                    self._loader.submit(weights.abort)
+                if not committed:  # and nobody gets a turn before it is dropped, also when this caller has gone
+                    await asyncio.shield(self._in_loader(weights.abort))
         return _done(f"{folder} is served as version {version}")
 
     async def _end(self, http: web.Request) -> web.Response:
