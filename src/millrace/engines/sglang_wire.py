@@ -23,13 +23,19 @@ def encode_generate(request: GenerateRequest, *, stream: bool = False) -> dict[s
     if sampling.seed is not None:
         params["sampling_seed"] = sampling.seed
     return {
-        "rid": request.request_id,
+        "rid": wire_id(request.request_id),
         "input_ids": request.input_ids,
         "sampling_params": params,
         "return_logprob": True,
         "stream": stream,
         **request.extra,
     }
+
+
+def wire_id(request_id: str) -> str:
+    """What the server calls a request. It aborts every request whose name begins like the given one; with an end mark
+    `r1` is no beginning of `r10`."""
+    return f"{request_id}#"
 
 
 def decode_generate(request_id: str, body: Mapping[str, Any]) -> Generation:

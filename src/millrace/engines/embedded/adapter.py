@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from millrace.engines.base import Engine
-from millrace.engines.sglang_wire import decode_generate, decode_version, encode_generate
+from millrace.engines.sglang_wire import decode_generate, decode_version, encode_generate, wire_id
 from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout
 from millrace.http import HttpClient
 from millrace.types import (
@@ -61,7 +61,7 @@ class EmbeddedEngine(Engine):
                 await self._abandon(request.request_id)
 
     async def abort(self, request_id: str | None = None) -> None:
-        body = {"abort_all": True} if request_id is None else {"rid": request_id}
+        body = {"abort_all": True} if request_id is None else {"rid": wire_id(request_id)}
         await self._control("/abort_request", body, repeatable=True)
 
     async def pause(self, mode: PauseMode) -> None:
@@ -178,7 +178,7 @@ class EmbeddedEngine(Engine):
         """Aborts on the server what nobody waits for any more. Where that fails the server sees the closed
         connection."""
         try:
-            await self._http.control("POST", "/abort_request", {"rid": request_id}, deadline=ABORT_DEADLINE)
+            await self._http.control("POST", "/abort_request", {"rid": wire_id(request_id)}, deadline=ABORT_DEADLINE)
         except EngineError:
             return
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 
 from millrace.errors import MillraceError
 from millrace.types import TensorSpec
-from millrace.weights.checksum import checksum
+from millrace.weights.checksum import Checksum, checksum
 
 CHUNK_BYTES = 1 << 20  # read and hashed in turns, so that the hash finds the bytes in the processor's cache
 
@@ -216,7 +215,7 @@ def _read(descriptor: int, offset: int, tensor: torch.Tensor) -> str | None:
     on_cpu = tensor.device.type == "cpu"
     target = tensor if on_cpu else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     view = byte_view(target)
-    digest = xxhash.xxh3_64()  # as millrace.weights.checksum, piece by piece
+    digest = Checksum()
     position = 0
     while position < len(view):
         chunk = view[position : position + CHUNK_BYTES]

@@ -7,13 +7,16 @@ nothing is left behind whichever way the trainer ends: the kernel frees the memo
 import mmap
 import os
 
+import numpy as np
 import torch
 
 from millrace.errors import PublishError
 from millrace.types import SharedMemoryBucket
-from millrace.weights.checksum import checksum
+from millrace.weights.checksum import Checksum, checksum
 from millrace.weights.plan import layout, padded
 from millrace.weights.transports.base import NamedTensors, StagedBucket, Transport
+
+PIECE_BYTES = 256 * 1024
 
 
 class SharedMemoryTransport(Transport):
@@ -29,8 +32,7 @@ class SharedMemoryTransport(Transport):
         checksums = {}
         for spec, (_, tensor) in zip(specs, tensors, strict=True):
             target = memory.bytes[spec.offset : spec.offset + spec.nbytes]
-            target.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-            checksums[spec.name] = checksum(memory.view[spec.offset : spec.offset + spec.nbytes])
+            checksums[spec.name] = _copy(tensor.detach(), target)
         return StagedBucket(SharedMemoryBucket(memory.path, specs), checksums, size)
 
     async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the engines read by themselves)
@@ -48,6 +50,21 @@ class SharedMemoryTransport(Transport):
                 slot.close()
             slot = self._slots[index] = _Slot(size)
         return slot
+
+
+def _copy(tensor: torch.Tensor, target: torch.Tensor) -> str:
+    """Copies the tensor's bytes into `target`, [nbytes] uint8, and returns their checksum."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return checksum(target.numpy().data)
+    # Piece by piece, so that the bytes are hashed while they are in the cache; by numpy, whose copy takes one thread:
+    # torch's would take the cores away from the engine that loads the bucket before this one.
+    source, copy, digest = tensor.reshape(-1).view(torch.uint8).numpy(), target.numpy(), Checksum()
+    for start in range(0, len(copy), PIECE_BYTES):
+        piece = copy[start : start + PIECE_BYTES]
+        np.copyto(piece, source[start : start + PIECE_BYTES])
+        digest.update(piece.data)
+    return digest.hexdigest()
 
 
 class _Slot:
