@@ -32,7 +32,7 @@ PAUSE_MODES = {PauseMode.ABORT: "abort", PauseMode.RETRACT: "retract", PauseMode
 
 
 class EmbeddedEngine(Engine):
-    """The embedded engine at `url`. `vocab_size` is read by `info` before the first generate and guards token ids."""
+    """The embedded engine at `url`. What would harm the server, the server itself refuses."""
 
     def __init__(self, name: str, url: str, *, api_key: str | None = None, admin_key: str | None = None) -> None:
         self.name = name
