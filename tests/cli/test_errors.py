@@ -44,7 +44,7 @@ def start(folder: Path, *arguments: str, file_bytes: int | None = None) -> subpr
     return subprocess.Popen(
         [sys.executable, "-m", "millrace", "train", "run.yaml", f"output_dir={folder}", *arguments],
         cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=limit,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
 
 
@@ -150,10 +150,11 @@ def test_standalone_mode_runs_by_one_word_and_keeps_its_bound(folder: Path) -> N
         (("rollout.group=3",), "unknown setting rollout.group; did you mean"),
         (("data={kind: file, path: none.jsonl}",), "none.jsonl"),
         (("model.path=nowhere",), "nowhere is no model's folder"),
+        (("model.path=no-such-owner/model",), "no-such-owner/model is no folder here and can't be had from the Hub"),
         (("rollout.tools=[abacus]",), "no tool is called 'abacus'"),
         (("--resume",), "holds no run to resume"),
     ],
-    ids=["config", "data", "model", "tool", "resume"],
+    ids=["config", "data", "model", "hub", "tool", "resume"],
 )
 def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
     folder: Path, arguments: Sequence[str], says: str

@@ -123,20 +123,27 @@ class Fleet:
         targets = [
             PublishTarget(self._replicas[m.name].engine, self._replicas[m.name].info.capabilities) for m in members
         ]
+
+        async def committed(name: str) -> None:
+            self._published = version
+            await self._apply(name, Attested(version))
+
         self._publishing = True
         try:
             report = await publish(
-                targets, tensors, version, self._transport, bucket_bytes=bucket_bytes, deadline=deadline
+                targets,
+                tensors,
+                version,
+                self._transport,
+                bucket_bytes=bucket_bytes,
+                deadline=deadline,
+                committed=committed,
             )
         finally:
             self._publishing = False
-        self._published = version
-        for engine in report.engines:
-            if engine.error is None:
-                await self._apply(engine.engine, Attested(version))
-            else:
-                logger.error("version %d: %s is out of rotation: %s", version, engine.engine, engine.error)
-                await self._apply(engine.engine, Distrusted(str(engine.error)))
+        for name, error in report.failed.items():
+            logger.error("version %d: %s is out of rotation: %s", version, name, error)
+            await self._apply(name, Distrusted(str(error)))
         return report
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:

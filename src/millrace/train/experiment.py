@@ -1,5 +1,6 @@
 """From settings to a finished run: what is made, in which order, and who ends it."""
 
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
 from millrace.config.models import (
@@ -39,6 +41,8 @@ from millrace.train.trainer import Trainer
 from millrace.train.warmup_data import warmup_conversations
 from millrace.train.world import World, join_world
 from millrace.types import MemoryTag
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +104,26 @@ def _model_folder(config: RunConfig, folder: RunFolder) -> Path:
     """The folder that the engines start from."""
     match config.model:
         case PretrainedModelConfig(path=path):
-            if not (Path(path) / "config.json").is_file():
+            folder_or_download = Path(path)
+            if not folder_or_download.exists() and HUB_NAME.fullmatch(path):
+                folder_or_download = _download(path)
+            if not (folder_or_download / "config.json").is_file():
                 raise DataError(f"model.path: {path} is no model's folder, it has no config.json")
-            return Path(path)
+            return folder_or_download
         case TinyModelConfig() as tiny:
             made = folder.path / "model"
             if not made.exists():
                 make_tiny_model(tiny, config.seed, made)
             return made
+
+
+def _download(name: str) -> Path:
+    """A model of the Hugging Face Hub, from the local cache where it is there already."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except (OSError, ValueError) as error:  # the Hub's own errors are kinds of these
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"model.path: {name} is no folder here and can't be had from the Hub: {reason}") from error
 
 
 def _limits(config: RunConfig, fleet: Fleet) -> EpisodeLimits:

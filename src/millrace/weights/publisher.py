@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
-from millrace.errors import EngineError, EngineFailed, PublishError
+from millrace.errors import EngineError, EngineFailed, EngineTimeout, PublishError
 from millrace.types import Capability, PauseMode
 from millrace.weights.plan import buckets
 from millrace.weights.transports.base import StagedBucket, Transport
@@ -64,6 +64,7 @@ class _Update:
     target: PublishTarget
     error: EngineError | None = None
     begun: bool = False
+    committed: bool = False
     paused_at: float | None = None
     legs: dict[str, float] = field(default_factory=dict)
 
@@ -83,10 +84,13 @@ async def publish(
     *,
     bucket_bytes: int,
     deadline: float,
+    committed: Callable[[str], Awaitable[None]],
 ) -> PublishReport:
     """Brings `tensors` as `version` into every target, and proves it by checksums before it is committed.
 
-    Raises PublishError when no engine took it, or when `deadline` seconds have passed (the engines are rolled back).
+    `committed` is called with an engine's name as soon as that engine has committed: what it was called for is true also
+    when this raises later on. An engine that is not done after `deadline` seconds has failed. Raises PublishError when no
+    engine took the version.
     """
     started = time.monotonic()
     updates = [_Update(target) for target in targets]
@@ -95,9 +99,12 @@ async def publish(
             await _each(updates, "begin", lambda u: _begin(u, version))
             checksums, nbytes, stage_seconds = await _load(updates, tensors, transport, bucket_bytes, deadline)
             await _each(updates, "attest", lambda u: _attest(u, checksums))
-            await _each(updates, "commit", _commit)
+            await _each(updates, "commit", lambda u: _commit(u, committed))
     except TimeoutError:
-        raise PublishError(f"version {version} was not published within {deadline:.0f} s") from None
+        for update in updates:
+            if not update.committed:
+                late = EngineTimeout(update.engine.name, f"it did not take version {version} within {deadline:g} s")
+                update.error = update.error or late
     finally:
         # Also when the source of tensors raised or the caller was cancelled: no transaction is left open.
         await asyncio.shield(asyncio.gather(*(_abandon(u) for u in updates)))
@@ -178,9 +185,10 @@ async def _attest(update: _Update, expected: Mapping[str, str]) -> None:
         )
 
 
-async def _commit(update: _Update) -> None:
+async def _commit(update: _Update, committed: Callable[[str], Awaitable[None]]) -> None:
     await update.engine.commit()
-    update.begun = False
+    update.begun, update.committed = False, True
+    await committed(update.engine.name)
 
 
 async def _abandon(update: _Update) -> None:
