@@ -88,9 +88,9 @@ async def publish(
 ) -> PublishReport:
     """Brings `tensors` as `version` into every target, and proves it by checksums before it is committed.
 
-    `committed` is called with an engine's name as soon as that engine has committed: what it was called for is true also
-    when this raises later on. An engine that is not done after `deadline` seconds has failed. Raises PublishError when no
-    engine took the version.
+    `committed` is called with an engine's name as soon as that engine has committed; it is true also when this raises
+    later on. An engine that is not done after `deadline` seconds has failed. Raises PublishError when no engine took
+    the version.
     """
     started = time.monotonic()
     updates = [_Update(target) for target in targets]
