@@ -40,6 +40,7 @@ from millrace.types import (
     Health,
     MemoryTag,
     PauseMode,
+    ProcessGroup,
 )
 from millrace.weights.publisher import PublishReport
 

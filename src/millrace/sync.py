@@ -24,6 +24,7 @@ from millrace.types import (
     Health,
     MemoryTag,
     PauseMode,
+    ProcessGroup,
 )
 from millrace.weights.publisher import PublishReport
 
@@ -112,6 +113,13 @@ class Engine:
     def rollback(self) -> None:
         """Drops the transaction. Raises EngineRefused where the engine can't get its old weights back."""
         self._portal.call(self._wrapped.rollback())
+
+    def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
+        """Joins a sender's process group, which ProcessGroupBuckets name. The sender must join at the same time."""
+        self._portal.call(self._wrapped.join_group(group, deadline=deadline))
+
+    def leave_group(self, name: str) -> None:
+        self._portal.call(self._wrapped.leave_group(name))
 
     def checksums(self) -> Mapping[str, str]:
         """Tensor name to checksum (`millrace.weights.checksum`) of what the engine holds."""

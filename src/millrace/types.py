@@ -162,6 +162,19 @@ class SharedMemoryBucket:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessGroup:
+    """A group of torch.distributed in which a sender, rank 0, broadcasts weights. The engine's own ranks start at
+    `rank_offset`."""
+
+    name: str
+    backend: str  # gloo or nccl
+    address: str
+    port: int
+    rank_offset: int
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessGroupBucket:
     """Tensors that the sender broadcasts, in this order, from rank 0 of the group that the engine has joined."""
 

@@ -17,6 +17,7 @@ from millrace.types import (
     Health,
     MemoryTag,
     PauseMode,
+    ProcessGroup,
 )
 
 
@@ -77,6 +78,13 @@ class Engine(ABC):
     @abstractmethod
     async def rollback(self) -> None:
         """Drops the transaction. Raises EngineRefused where the engine can't get its old weights back."""
+
+    @abstractmethod
+    async def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
+        """Joins a sender's process group, which ProcessGroupBuckets name. The sender must join at the same time."""
+
+    @abstractmethod
+    async def leave_group(self, name: str) -> None: ...
 
     @abstractmethod
     async def checksums(self) -> Mapping[str, str]:

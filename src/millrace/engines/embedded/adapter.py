@@ -22,6 +22,7 @@ from millrace.types import (
     Health,
     MemoryTag,
     PauseMode,
+    ProcessGroup,
     ProcessGroupBucket,
     SharedMemoryBucket,
 )
@@ -107,6 +108,21 @@ class EmbeddedEngine(Engine):
     async def rollback(self) -> None:
         self._update = None
         await self._control("/abort_weight_update", {})
+
+    async def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
+        body = {
+            "master_address": group.address,
+            "master_port": group.port,
+            "rank_offset": group.rank_offset,
+            "world_size": group.world_size,
+            "group_name": group.name,
+            "backend": group.backend,
+            "timeout": deadline,
+        }
+        await self._control("/init_weights_update_group", body, deadline=deadline)
+
+    async def leave_group(self, name: str) -> None:
+        await self._control("/destroy_weights_update_group", {"group_name": name})
 
     async def checksums(self) -> Mapping[str, str]:
         body = await self._control("/weights_checker", {"action": "checksum"}, repeatable=True)
