@@ -49,7 +49,7 @@ def start(folder: Path, *arguments: str, file_bytes: int | None = None) -> subpr
 
 
 def finish(process: subprocess.Popen[str], folder: Path) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert not leftovers(folder)
     return process.returncode, out, err
 
@@ -82,7 +82,7 @@ def engines(folder: Path) -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], object], deadline: float = 60) -> None:
+def wait_until(condition: Callable[[], object], deadline: float = 180) -> None:
     end = time.monotonic() + deadline
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
