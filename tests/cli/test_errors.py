@@ -37,19 +37,23 @@ def folder(tmp_path: Path, tiny_model: Path) -> Path:
 def start(folder: Path, *arguments: str, file_bytes: int | None = None) -> subprocess.Popen[str]:
     """`millrace train run.yaml ...` in the folder; `file_bytes` limits the size of what it may write."""
 
-    def limit() -> None:
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and so their children, ignore it
         if file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
     return subprocess.Popen(
         [sys.executable, "-m", "millrace", "train", "run.yaml", f"output_dir={folder}", *arguments],
-        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=limit,
+        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str], folder: Path) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()  # nothing, where it has ended
     assert not leftovers(folder)
     return process.returncode, out, err
 
