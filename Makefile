@@ -31,9 +31,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/train.stamp: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
+	@echo "installing torch, transformers and the rest into $(VENV): a minute or two"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
+	@echo "installing torch, transformers and the development tools into $(VENV): a minute or two"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@ $(VENV)/train.stamp

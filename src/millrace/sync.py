@@ -122,7 +122,7 @@ class Engine:
         self._portal.call(self._wrapped.leave_group(name))
 
     def checksums(self) -> Mapping[str, str]:
-        """Tensor name to checksum (`millrace.weights.checksum`) of what the engine holds."""
+        """Tensor name to checksum (`millrace.checksum`) of what the engine holds."""
         return self._portal.call(self._wrapped.checksums())
 
     def health(self, *, deadline: float = 5.0) -> Health:

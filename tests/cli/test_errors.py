@@ -239,6 +239,10 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_one_whole(folder: Path) -> 
 def test_ctrl_c_ends_all_and_the_last_checkpoint_resumes(folder: Path) -> None:
     process = start(folder, "train.steps=1000")
     wait_until(lambda: len(steps(folder)) > 2)
+    second = start(folder, "train.steps=1000", "--resume")
+    _, told = second.communicate(timeout=300)
+    assert second.returncode == 1
+    assert "is in use by another run" in told
     process.send_signal(signal.SIGINT)
     status, _, err = finish(process, folder)
     assert status == 130

@@ -76,5 +76,5 @@ def test_the_least_loaded_routable_engine_is_chosen_and_the_same_one_each_time(
 
 def test_a_description_says_all_that_matters() -> None:
     member = after(after(Member("e0", "u"), Attested(3)), Slept(ALL_MEMORY))
-    assert member.describe() == "e0 (ready; asleep: kv_cache, weights; no attested version)"
+    assert member.describe() == "e0 (ready; asleep: kv_cache, weights; without weights until the next publish)"
     assert "killed" in after(member, Died("killed by SIGKILL")).describe()

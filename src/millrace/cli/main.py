@@ -36,7 +36,9 @@ def train(
         list[str] | None, typer.Argument(help="Settings that win over the file, as train.lr=1e-5.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved settings and stop; data and model are not looked at.")
+    ] = False,
 ) -> None:
     """Train by GRPO, with rollouts from the engines that the config names."""
     settings = load_config(config, overrides or ())

@@ -39,7 +39,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, sources, str(path)) for e in error.errors())) from None
+        # An unknown key first: what is missing is often the same key, spelt rightly.
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise ConfigError("\n".join(_explain(e, sources, str(path)) for e in errors)) from None
 
 
 def dump_config(config: RunConfig) -> str:

@@ -88,7 +88,7 @@ class Engine(ABC):
 
     @abstractmethod
     async def checksums(self) -> Mapping[str, str]:
-        """Tensor name to checksum (`millrace.weights.checksum`) of what the engine holds."""
+        """Tensor name to checksum (`millrace.checksum`) of what the engine holds."""
 
     @abstractmethod
     async def health(self, *, deadline: float = 5.0) -> Health:

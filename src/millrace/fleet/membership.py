@@ -42,7 +42,10 @@ class Member:
         details = [self.phase.value]
         if self.asleep:
             details.append(f"asleep: {', '.join(sorted(self.asleep))}")
-        details.append("no attested version" if self.version is None else f"version {self.version}")
+        if self.version is not None:
+            details.append(f"version {self.version}")
+        elif self.usable:
+            details.append("without weights until the next publish")
         if self.reason:
             details.append(self.reason)
         return f"{self.name} ({'; '.join(details)})"

@@ -83,9 +83,9 @@ def one_line(m: StepMetrics) -> str:
     )
 
 
-def step_table(rows: list[StepMetrics], title: str | None = None) -> Table:
+def step_table(rows: list[StepMetrics]) -> Table:
     """Steps as rows: what was learned, what is served, where the seconds went."""
-    table = Table(title=title)
+    table = Table()
     columns = "step reward accuracy version staleness tokens/s rollout train publish sleep logprob-gap"
     for name in columns.split():
         table.add_column(name, justify="right")

@@ -35,7 +35,7 @@ from millrace.train.display import Display
 from millrace.train.loop import Progress, TrainingLoop
 from millrace.train.policy import load_policy
 from millrace.train.record import RunFolder
-from millrace.train.summary import Summary, summarize
+from millrace.train.summary import Summary
 from millrace.train.tiny import make_tiny_model
 from millrace.train.trainer import Trainer
 from millrace.train.warmup_data import warmup_conversations
@@ -59,45 +59,36 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
     """Runs a whole training run and leaves its folder behind. Raises MillraceError with what went wrong; whatever was
     started is ended then."""
     started = time.monotonic()
-    with join_world(config.train.device) as world, ThreadPoolExecutor(1, "trainer") as thread:
+    folder = RunFolder(config, resume=resume)
+    tools = make_tools(config.rollout.tools)
+    problems = load_problems(config.data)
+    held_out = load_problems(config.evaluation.data, held_out=True)[: config.evaluation.problems]
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    torch.manual_seed(config.seed)
+    with folder.create(), join_world(config.train.device) as world, ThreadPoolExecutor(1, "trainer") as thread:
         if world.size > 1:
             raise ConfigError("millrace train runs one trainer process; start it without torchrun")
-        torch.manual_seed(config.seed)
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
-        folder = RunFolder(config, resume=resume)
         model_path = _model_folder(config, folder)
-        content = load_content(config, model_path)
-        display.phase("starting the engines")
+        content = Content(load_chat_format(str(model_path)), tools, problems, held_out)
+        display.say(f"starting {config.engine.replicas} engine(s), whose logs are in {folder.logs}")
         async with open_fleet(config.engine, model_path, log_dir=folder.logs, version=0, seed=config.seed) as fleet:
             limits = _limits(config, fleet)
             _require_room(content, config, limits)
             loop = _assemble(config, model_path, world, thread, fleet, content, limits, folder, display)
-            set_up = time.monotonic() - started
+            loop.watch.seconds["set-up"] = time.monotonic() - started
             # The engines have nothing to do yet, and the trainer can use their memory.
             await fleet.sleep()
-            warmup_started = time.monotonic()
             await _bring_to_start(loop, config, content, resume)
-            warmup_seconds = time.monotonic() - warmup_started
             await fleet.wake(frozenset({MemoryTag.WEIGHTS}))
-            await loop.publish()
+            with loop.watch("publish"):
+                await loop.publish()
             await fleet.wake(frozenset({MemoryTag.KV_CACHE}))
             await loop.run()
             display.phase("ending the engines")
-    metrics = folder.read_metrics()
-    draw_curves(metrics, config.name, folder.path / "curves.png")
-    return summarize(metrics, folder.path, time.monotonic() - started, warmup_seconds, set_up)
-
-
-def load_content(config: RunConfig, model_path: Path) -> Content:
-    """Tokenizer, tools and problems. Raises DataError for what is missing."""
-    held_out = load_problems(config.evaluation.data, held_out=True)[: config.evaluation.problems]
-    return Content(
-        chat=load_chat_format(str(model_path)),
-        tools=make_tools(config.rollout.tools),
-        problems=load_problems(config.data),
-        held_out=held_out,
-    )
+        metrics = folder.read_metrics()
+        draw_curves(metrics, config.name, folder.path / "curves.png")
+        return Summary(metrics, folder.path, loop.watch.seconds, time.monotonic() - started, loop.ledger)
 
 
 def _model_folder(config: RunConfig, folder: RunFolder) -> Path:
@@ -210,5 +201,6 @@ async def _warm_up(loop: TrainingLoop, warmup: WarmupConfig, config: RunConfig, 
         return supervised.supervised_step([supervised_sample(c.token_ids, c.loss_mask.tolist()) for c in batch]).loss
 
     for index in range(warmup.steps):
-        loss = await loop.in_trainer(step, index)
+        with loop.watch("warm-up"):
+            loss = await loop.in_trainer(step, index)
         loop.display.progress("warm-up", index + 1, warmup.steps, f"loss {loss:.3f}")

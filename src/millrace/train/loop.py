@@ -21,7 +21,7 @@ from millrace.fleet.fleet import Fleet
 from millrace.rollout.data import problems_at
 from millrace.rollout.runner import SampleRunner, ToolCounts, greedy
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
-from millrace.rollout.scheduler import RolloutScheduler
+from millrace.rollout.scheduler import Ledger, RolloutScheduler
 from millrace.rollout.staleness import admissible_groups, staleness
 from millrace.train import checkpoint
 from millrace.train.batch import TrainSample
@@ -58,6 +58,10 @@ class Stopwatch:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
+    def add(self, other: "Stopwatch") -> None:
+        for name, seconds in other.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
 
 class TrainingLoop:
     """One run, from a policy and a fleet that stand to the last step."""
@@ -87,6 +91,8 @@ class TrainingLoop:
         self.display = display
         self.progress = progress
         self.engine_dtype = engine_dtype
+        self.watch = Stopwatch()  # of the whole run, by this process
+        self.ledger = Ledger()
         self._thread = trainer_thread
         self._started_groups = 0
         self._first_version = progress.version  # when the first group is started
@@ -96,9 +102,11 @@ class TrainingLoop:
         """Trains until `train.steps`. Evaluates before the first step, so that there is something to compare with."""
         self._first_version = self.progress.version
         if self.progress.step == 0:
-            accuracy = await self.evaluate()
+            with self.watch("evaluation"):
+                accuracy = await self.evaluate()
             self._record(StepMetrics(step=0, weight_version=self.progress.version, accuracy=accuracy))
         async with RolloutScheduler(self.runner, self.config.rollout.samples_per_group) as scheduler:
+            self.ledger = scheduler.ledger
             while self.progress.step < self.config.train.steps:
                 await self._step(scheduler)
 
@@ -161,6 +169,7 @@ class TrainingLoop:
                     await self.save()
         self.folder.add_samples(step, samples + discarded, self.runner.chat)
         tools = self.runner.tool_counts
+        self.watch.add(watch)
         standalone = config.mode == "standalone"
         self._record(
             _metrics(self.progress, stats, watch, samples, discarded, lag, accuracy, tools, standalone=standalone)

@@ -1,5 +1,6 @@
 """What a run leaves behind: its folder, a line of figures for every step, and every conversation."""
 
+import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -47,17 +48,33 @@ class StepMetrics:
 
 
 class RunFolder:
-    """`output_dir/name`. Raises ConfigError for a new run where one is already, and for resuming where none is."""
+    """`output_dir/name`. Raises ConfigError for a new run where one is already, and for resuming where none is.
+    Nothing is written before `create`."""
 
     def __init__(self, config: RunConfig, *, resume: bool) -> None:
         self.path = config.output_dir / config.name
+        self._config = config
         if self.metrics_path.exists() and not resume:
             raise ConfigError(f"{self.path} holds a run already; give --resume to go on with it, or another name=...")
         if resume and not self.metrics_path.exists():
             raise ConfigError(f"{self.path} holds no run to resume; leave --resume out to start one")
+
+    @contextmanager
+    def create(self) -> Iterator[None]:
+        """Makes the folder and holds it: another process that wants it meanwhile gets a ConfigError."""
         with _explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(dump_config(config))
+            lock = (self.path / ".lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{self.path} is in use by another run; wait for its end or give another name=..."
+                ) from None
+            with _explained(self.path):
+                (self.path / "config.yaml").write_text(dump_config(self._config))
+            yield
 
     @property
     def metrics_path(self) -> Path:

@@ -1,70 +1,65 @@
 """The end of a run: its first and its last figures, and where its time went."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from millrace.rollout.sample import SampleStatus
+from millrace.rollout.scheduler import Ledger
 from millrace.train.record import StepMetrics
+
+# The stopwatch's names, in the order in which they are told. What is busy generates or trains.
+PHASES = {
+    "set-up": "set-up",
+    "warm-up": "warm-up",
+    "rollout": "rollouts",
+    "train": "training",
+    "evaluation": "evaluations",
+    "publish": "publishing",
+    "sleep": "sleep and wake",
+    "checkpoint": "checkpoints",
+}
+BUSY = ("warm-up", "rollout", "train", "evaluation")
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run came to. `seconds` are of this process: a resumed run counts its own steps only."""
+    """What a run came to. `metrics` are of the whole run; seconds and samples are of this process: those of a run that
+    was resumed begin with the resumption."""
 
-    first: StepMetrics
-    last: StepMetrics
-    first_step: StepMetrics
+    metrics: Sequence[StepMetrics]
     folder: Path
-    seconds: dict[str, float]
+    seconds: Mapping[str, float]
     total_seconds: float
+    ledger: Ledger
 
     @property
     def overhead(self) -> float:
         """The share of wall time in which neither engines generated nor the trainer trained."""
-        busy = sum(self.seconds[name] for name in ("warm-up", "rollouts", "training", "evaluations"))
-        return 1 - busy / self.total_seconds
-
-
-def summarize(
-    metrics: Sequence[StepMetrics], folder: Path, total_seconds: float, warmup_seconds: float, set_up_seconds: float
-) -> Summary:
-    evaluated = [m for m in metrics if m.accuracy is not None]
-    steps = [m for m in metrics if m.reward is not None]
-    seconds = {
-        "set-up": set_up_seconds,
-        "warm-up": warmup_seconds,
-        "rollouts": sum(m.rollout_seconds for m in steps),
-        "training": sum(m.train_seconds for m in steps),
-        "evaluations": sum(m.evaluation_seconds for m in steps),
-        "publishing": sum(m.publish_seconds for m in steps),
-        "sleep and wake": sum(m.sleep_seconds for m in steps),
-        "checkpoints": sum(m.checkpoint_seconds for m in steps),
-    }
-    return Summary(evaluated[0], evaluated[-1], steps[0], folder, seconds, total_seconds)
+        return 1 - sum(self.seconds.get(name, 0.0) for name in BUSY) / self.total_seconds
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    table = Table(title=f"{summary.folder.name}: first and last")
+    evaluated = [m for m in summary.metrics if m.accuracy is not None]
+    steps = [m for m in summary.metrics if m.reward is not None]
+    table = Table(title=f"{summary.folder.name}: first and last", title_justify="left")
     for name in ("", "first", "last"):
         table.add_column(name, justify="left" if not name else "right")
-    table.add_row("step", str(summary.first.step), str(summary.last.step))
-    table.add_row("accuracy (held out, greedy)", f"{summary.first.accuracy:.3f}", f"{summary.last.accuracy:.3f}")
-    table.add_row("reward (training samples)", f"{summary.first_step.reward:.3f}", f"{summary.last.reward:.3f}")
-    table.add_row("weight version", str(summary.first.weight_version), str(summary.last.weight_version))
-    table.add_row(
-        "tokens/s of the rollouts",
-        f"{summary.first_step.tokens_per_second:,.0f}",
-        f"{summary.last.tokens_per_second:,.0f}",
-    )
+    table.add_row("step", str(evaluated[0].step), str(evaluated[-1].step))
+    table.add_row("accuracy (held out, greedy)", f"{evaluated[0].accuracy:.3f}", f"{evaluated[-1].accuracy:.3f}")
+    table.add_row("reward (training samples)", f"{steps[0].reward:.3f}", f"{steps[-1].reward:.3f}")
+    table.add_row("weight version", str(evaluated[0].weight_version), str(evaluated[-1].weight_version))
+    table.add_row("tokens/s", f"{steps[0].tokens_per_second:,.0f}", f"{steps[-1].tokens_per_second:,.0f}")
     console.print(table)
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in summary.seconds.items())
-    console.print(
-        f"{summary.total_seconds:.0f} s in all: {parts}; "
+    parts = [f"{told} {summary.seconds[name]:.1f}" for name, told in PHASES.items() if name in summary.seconds]
+    ended = [f"{summary.ledger.ended[status]} {status}" for status in SampleStatus]
+    for line in (
+        f"{summary.total_seconds:.0f} s in all: {', '.join(parts)}; "
         f"neither generating nor training {100 * summary.overhead:.1f} %",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(f"curves, samples, metrics and checkpoints are in {summary.folder}", highlight=False, soft_wrap=True)
+        f"{summary.ledger.asked} samples asked for: {', '.join(ended)}",
+        f"curves, samples, metrics and checkpoints are in {summary.folder}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)

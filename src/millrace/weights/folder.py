@@ -5,8 +5,8 @@ from pathlib import Path
 
 import orjson
 
+from millrace.checksum import checksum
 from millrace.errors import DataError
-from millrace.weights.checksum import checksum
 
 HEADER_LENGTH_BYTES = 8
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from millrace.weights.checksum import checksum
+from millrace.checksum import checksum
 from tests.engines.embedded.conftest import Api, free_port, greedy_of, logprobs_of, reported_logprobs
 from tests.engines.embedded.test_control import LONG, PROMPT, begin
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
+from millrace.checksum import checksum
 from millrace.engines.embedded.core import Refused
 from millrace.engines.embedded.faults import HttpFaults
 from millrace.engines.embedded.groups import UpdateGroup
@@ -30,7 +31,6 @@ from millrace.engines.embedded.replies import done, reply
 from millrace.engines.embedded.thread import ModelThread
 from millrace.engines.embedded.weights import UpdateRefused, WeightStore
 from millrace.types import TensorSpec
-from millrace.weights.checksum import checksum
 
 log = logging.getLogger("millrace.embedded")
 

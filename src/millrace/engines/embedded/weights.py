@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from millrace.checksum import Checksum, checksum
 from millrace.errors import MillraceError
 from millrace.types import TensorSpec
-from millrace.weights.checksum import Checksum, checksum
 
 CHUNK_BYTES = 1 << 20  # read and hashed in turns, so that the hash finds the bytes in the processor's cache
 

@@ -10,9 +10,9 @@ import os
 import numpy as np
 import torch
 
+from millrace.checksum import Checksum, checksum
 from millrace.errors import PublishError
 from millrace.types import SharedMemoryBucket
-from millrace.weights.checksum import Checksum, checksum
 from millrace.weights.plan import layout, padded
 from millrace.weights.transports.base import NamedTensors, StagedBucket, Transport
 
