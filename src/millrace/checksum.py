@@ -6,8 +6,8 @@ import xxhash
 class Checksum:
     """XXH3-64 of a tensor's bytes in row-major order, fed in pieces.
 
-    About 30 GB/s on one core: cheap enough to be always on. It tells a damaged or a wrong tensor from the right one; it
-    is no defence against somebody who forges one.
+    It runs at about the memory's bandwidth: cheap enough to be always on. It tells a damaged or a wrong tensor from the
+    right one; it is no defence against somebody who forges one.
     """
 
     def __init__(self) -> None:

@@ -59,8 +59,8 @@ class Engine:
         return self._portal.call(self._wrapped.generate(request, deadline=deadline))
 
     def stream(self, request: GenerateRequest, *, deadline: float) -> Iterator[Generation]:
-        """As `generate`, but yields what has been generated so far each time there is more; the last one is complete.
-        Closing it early aborts the request."""
+        """As `generate`, but yields what has been generated so far each time there is more; the last one is complete,
+        those before it have no reason to have ended and say ABORT. Closing it early aborts the request."""
 
         stream = self._wrapped.stream(request, deadline=deadline)
 

@@ -35,8 +35,8 @@ class Engine(ABC):
 
     @abstractmethod
     def stream(self, request: GenerateRequest, *, deadline: float) -> AsyncGenerator[Generation, None]:
-        """As `generate`, but yields what has been generated so far each time there is more; the last one is complete.
-        Closing it early aborts the request."""
+        """As `generate`, but yields what has been generated so far each time there is more; the last one is complete,
+        those before it have no reason to have ended and say ABORT. Closing it early aborts the request."""
 
     @abstractmethod
     async def abort(self, request_id: str | None = None) -> None:

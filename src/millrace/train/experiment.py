@@ -73,9 +73,9 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
         content = Content(load_chat_format(str(model_path)), tools, problems, held_out)
         display.say(f"starting {config.engine.replicas} engine(s), whose logs are in {folder.logs}")
         async with open_fleet(config.engine, model_path, log_dir=folder.logs, version=0, seed=config.seed) as fleet:
-            limits = _limits(config, fleet)
-            _require_room(content, config, limits)
-            loop = _assemble(config, model_path, world, thread, fleet, content, limits, folder, display)
+            runner = _runner(config, fleet, content)
+            _require_room(runner, [*problems, *held_out], config)
+            loop = _assemble(config, model_path, world, thread, runner, content, folder, display)
             loop.watch.seconds["set-up"] = time.monotonic() - started
             # The engines have nothing to do yet, and the trainer can use their memory.
             await fleet.sleep()
@@ -117,16 +117,26 @@ def _download(name: str) -> Path:
         raise DataError(f"model.path: {name} is no folder here and can't be had from the Hub: {reason}") from error
 
 
-def _limits(config: RunConfig, fleet: Fleet) -> EpisodeLimits:
+def _runner(config: RunConfig, fleet: Fleet, content: Content) -> SampleRunner:
     rollout = config.rollout
-    return EpisodeLimits(rollout.max_turns, rollout.max_turn_tokens, rollout.max_sample_tokens, fleet.context_length)
+    return SampleRunner(
+        fleet=fleet,
+        chat=content.chat,
+        tools=content.tools,
+        limits=EpisodeLimits(
+            rollout.max_turns, rollout.max_turn_tokens, rollout.max_sample_tokens, fleet.context_length
+        ),
+        sampling=sampling_params(rollout),
+        timeout=rollout.sample_timeout,
+        retries=rollout.sample_retries,
+    )
 
 
-def _require_room(content: Content, config: RunConfig, limits: EpisodeLimits) -> None:
+def _require_room(runner: SampleRunner, problems: Sequence[Problem], config: RunConfig) -> None:
     """Every prompt must leave room for an answer: better said before the first step than in the middle of a night."""
-    schemas = [tool.schema for tool in content.tools.values()]
-    for problem in (*content.problems, *content.held_out):
-        length = len(content.chat.prompt(problem.question, schemas))
+    limits = runner.limits
+    for problem in problems:
+        length = len(runner.prompt(problem))
         if length >= limits.total:
             raise DataError(
                 f"the prompt of problem {problem.problem_id} has {length} tokens and leaves no room for an answer: a "
@@ -140,27 +150,16 @@ def _assemble(
     model_path: Path,
     world: World,
     thread: ThreadPoolExecutor,
-    fleet: Fleet,
+    runner: SampleRunner,
     content: Content,
-    limits: EpisodeLimits,
     folder: RunFolder,
     display: Display,
 ) -> TrainingLoop:
-    runner = SampleRunner(
-        fleet=fleet,
-        chat=content.chat,
-        tools=content.tools,
-        limits=limits,
-        sampling=sampling_params(config.rollout),
-        timeout=config.rollout.sample_timeout,
-        retries=config.rollout.sample_retries,
-    )
     trainer = Trainer(load_policy(model_path, config.train, world), config.train)
     return TrainingLoop(
         config,
         trainer=trainer,
         trainer_thread=thread,
-        fleet=fleet,
         runner=runner,
         problems=content.problems,
         held_out=content.held_out,

@@ -17,7 +17,6 @@ import torch
 
 from millrace.config.models import RunConfig
 from millrace.errors import RolloutError
-from millrace.fleet.fleet import Fleet
 from millrace.rollout.data import problems_at
 from millrace.rollout.runner import SampleRunner, ToolCounts, greedy
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
@@ -72,7 +71,6 @@ class TrainingLoop:
         *,
         trainer: Trainer,
         trainer_thread: ThreadPoolExecutor,
-        fleet: Fleet,
         runner: SampleRunner,
         problems: Sequence[Problem],
         held_out: Sequence[Problem],
@@ -83,7 +81,7 @@ class TrainingLoop:
     ) -> None:
         self.config = config
         self.trainer = trainer
-        self.fleet = fleet
+        self.fleet = runner.fleet
         self.runner = runner
         self.problems = problems
         self.held_out = held_out
@@ -95,7 +93,7 @@ class TrainingLoop:
         self.ledger = Ledger()
         self._thread = trainer_thread
         self._started_groups = 0
-        self._first_version = progress.version  # when the first group is started
+        self._first_version = 0  # the version at which the first group is started; `run` knows it
         self._max_staleness = config.rollout.max_staleness if config.mode == "standalone" else 0
 
     async def run(self) -> None:
