@@ -1,10 +1,13 @@
 """What many tests need: a small model on disk."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from millrace.config.models import TinyModelConfig
+from millrace.engines import environments
 from millrace.train.tiny import make_tiny_model
 
 
@@ -14,3 +17,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64), 0, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> Callable[[str], Path]:
+    """The interpreter of real SGLang on the CPU, by its version. Its environment is made where it is missing, which
+    takes two minutes, and kept in the cache for the next run."""
+
+    def python(version: str) -> Path:
+        return environments.install(
+            "sglang", version, "cpu", python=sys.executable, progress=lambda *_: None
+        ).python
+
+    return python

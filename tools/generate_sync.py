@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millrace.config.models import EmbeddedEngineConfig
+from millrace.config.models import EngineConfig
 from millrace.engines import base
 from millrace.fleet import fleet, local
 from millrace.fleet.membership import Snapshot
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_fleet(
-    config: EmbeddedEngineConfig, model_path: Path, *, log_dir: Path, version: int = 0, seed: int = 0
+    config: EngineConfig, model_path: Path, *, log_dir: Path, version: int = 0, seed: int = 0
 ) -> "Iterator[Fleet]":
     """As `millrace.fleet.local.open_fleet`, blocking."""
     with Portal() as portal:

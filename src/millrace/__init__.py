@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from millrace.config.models import EmbeddedEngineConfig
+    from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig
     from millrace.fleet.fleet import Fleet
     from millrace.fleet.local import open_fleet
     from millrace.types import GenerateRequest, Generation, SamplingParams, Segment
@@ -17,6 +17,7 @@ _HOMES = {
     "Fleet": "millrace.fleet.fleet",
     "GenerateRequest": "millrace.types",
     "Generation": "millrace.types",
+    "SGLangEngineConfig": "millrace.config.models",
     "SamplingParams": "millrace.types",
     "Segment": "millrace.types",
     "open_fleet": "millrace.fleet.local",
@@ -27,6 +28,7 @@ __all__ = [
     "Fleet",
     "GenerateRequest",
     "Generation",
+    "SGLangEngineConfig",
     "SamplingParams",
     "Segment",
     "__version__",

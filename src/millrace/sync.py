@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millrace.config.models import EmbeddedEngineConfig
+from millrace.config.models import EngineConfig
 from millrace.engines import base
 from millrace.fleet import fleet, local
 from millrace.fleet.membership import Snapshot
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_fleet(
-    config: EmbeddedEngineConfig, model_path: Path, *, log_dir: Path, version: int = 0, seed: int = 0
+    config: EngineConfig, model_path: Path, *, log_dir: Path, version: int = 0, seed: int = 0
 ) -> "Iterator[Fleet]":
     """As `millrace.fleet.local.open_fleet`, blocking."""
     with Portal() as portal:
@@ -99,7 +99,10 @@ class Engine:
         self._portal.call(self._wrapped.wake(what))
 
     def begin_update(self, version: int) -> None:
-        """Opens the transaction that brings the weights of `version`. One at a time."""
+        """Opens the transaction that brings the weights of `version`. One at a time.
+
+        An engine without Capability.STAGED_UPDATE generates nothing from here until `commit` or `rollback`: what runs
+        is interrupted and goes on afterwards, from the tokens it has; its segments say so."""
         self._portal.call(self._wrapped.begin_update(version))
 
     def load(self, bucket: Bucket, *, deadline: float) -> None:
@@ -111,7 +114,8 @@ class Engine:
         self._portal.call(self._wrapped.commit())
 
     def rollback(self) -> None:
-        """Drops the transaction. Raises EngineRefused where the engine can't get its old weights back."""
+        """Drops the transaction. Raises EngineRefused where the engine can't get its old weights back; it then refuses
+        to generate until a whole version was committed."""
         self._portal.call(self._wrapped.rollback())
 
     def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
@@ -122,8 +126,16 @@ class Engine:
         self._portal.call(self._wrapped.leave_group(name))
 
     def checksums(self) -> Mapping[str, str]:
-        """Tensor name to checksum (`millrace.checksum`) of what the engine holds."""
+        """Tensor name to checksum of what the engine holds: by `millrace.checksum` under the trainer's names with
+        Capability.CHECKSUMS, in the engine's own way with OWN_CHECKSUMS."""
         return self._portal.call(self._wrapped.checksums())
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Loads a LoRA adapter from a folder that the engine's host can read; `extra={"lora_path": name}` uses it."""
+        self._portal.call(self._wrapped.load_adapter(name, path))
+
+    def unload_adapter(self, name: str) -> None:
+        self._portal.call(self._wrapped.unload_adapter(name))
 
     def health(self, *, deadline: float = 5.0) -> Health:
         """Never raises: an engine that does not answer is Health.DEAD."""

@@ -49,15 +49,20 @@ class Health(StrEnum):
 class Capability(StrEnum):
     """What a running server can do, read off the server itself. Code asks the capability, never the version number."""
 
-    VERSION_SPANS = "version_spans"  # the answer says which version made which tokens
+    VERSION_SPANS = "version_spans"  # a generation that goes on across an update says which version made which tokens
     UPDATE_SESSION = "update_session"  # weight updates happen between begin and end
     ROLLBACK = "rollback"  # an update that was begun can be dropped, the old weights go on serving
-    STAGED_UPDATE = "staged_update"  # loading does not disturb generation; only the commit does
+    STAGED_UPDATE = "staged_update"  # loading does not disturb generation; without it, it stops from begin to commit
     SLEEP = "sleep"
     UPDATE_FROM_DISK = "update_from_disk"
     UPDATE_FROM_PROCESS_GROUP = "update_from_process_group"
     UPDATE_FROM_SHARED_MEMORY = "update_from_shared_memory"
+    UPDATE_FROM_TORCH_STORAGE = "update_from_torch_storage"  # CPU memory shared by torch, on the engine's host
+    UPDATE_FROM_CUDA_IPC = "update_from_cuda_ipc"
     CHECKSUMS = "checksums"  # per tensor, under the trainer's own names
+    OWN_CHECKSUMS = "own_checksums"  # per tensor as the engine keeps it (fused, sharded), to compare engines alike
+    LORA = "lora"
+    IMAGES = "images"
     PAUSE_ABORT = "pause_abort"
     PAUSE_RETRACT = "pause_retract"
     PAUSE_KEEP = "pause_keep"
@@ -140,6 +145,7 @@ class EngineInfo:
     vocab_size: int
     context_length: int  # prompt and output together, in tokens
     capabilities: frozenset[Capability]
+    ranks: int = 1  # processes that hold weights (TP x PP x DP); each opens a share of its own of what is handed over
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +164,40 @@ class SharedMemoryBucket:
     """Tensors side by side in a memory file that the engine's host can open under `path`."""
 
     path: str
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TorchStorageBucket:
+    """Tensors side by side in CPU memory that torch shares by name (its sharing strategy `file_system`): what
+    `UntypedStorage._share_filename_cpu_` returns."""
+
+    handle: bytes
+    nbytes: int
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CudaIpcShare:
+    """One opening of a GPU's memory by another process: what `UntypedStorage._share_cuda_` returns. Torch counts the
+    openings, so each share is for one process and for one use."""
+
+    device: str  # the GPU's UUID: an index means another GPU where CUDA_VISIBLE_DEVICES differs
+    handle: bytes
+    storage_bytes: int
+    storage_offset: int  # bytes from the start of the allocation
+    ref_counter_handle: bytes
+    ref_counter_offset: int
+    event_handle: bytes
+    event_sync_required: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CudaIpcBucket:
+    """Tensors side by side in a GPU's memory; one share for each of the engine's ranks."""
+
+    shares: tuple[CudaIpcShare, ...]
+    nbytes: int
     tensors: tuple[TensorSpec, ...]
 
 
@@ -189,4 +229,4 @@ class DiskBucket:
     path: str
 
 
-Bucket = SharedMemoryBucket | ProcessGroupBucket | DiskBucket
+Bucket = SharedMemoryBucket | TorchStorageBucket | CudaIpcBucket | ProcessGroupBucket | DiskBucket

@@ -1,7 +1,7 @@
 """Every setting, as pydantic models. An unknown key is an error; a setting is honoured or refused, never ignored."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -62,27 +62,79 @@ class HubDataConfig(Model):
 DataConfig = Annotated[GeneratedDataConfig | FileDataConfig | HubDataConfig, Field(discriminator="kind")]
 
 
-class EmbeddedEngineConfig(Model):
-    """Millrace's own engine: any causal model of transformers, on the CPU or one GPU."""
+class ReplicatedConfig(Model):
+    """What every kind of engine is told that Millrace launches."""
 
-    kind: Literal["embedded"]
     replicas: PositiveInt = 1
-    device: str = "cpu"
     max_running_requests: PositiveInt = 64
-    cached_prefixes: Annotated[int, Field(ge=0)] = 64
     threads: PositiveInt | None = None  # of torch, on the CPU; None leaves it to torch
     host: str = "127.0.0.1"
     ports: tuple[PositiveInt, ...] | None = None  # one for each replica; None takes what the kernel gives
     start_timeout: PositiveFloat = 60.0
-    faults: bool = False  # for tests: the engine crashes, hangs or refuses when it is told to
 
     @model_validator(mode="after")
-    def _a_port_each(self) -> "EmbeddedEngineConfig":
+    def _a_port_each(self) -> Self:
         if self.ports is not None and len(self.ports) != self.replicas:
             raise ValueError(
                 f"ports names {len(self.ports)} ports for {self.replicas} replicas; give one each or leave it out"
             )
         return self
+
+
+class EmbeddedEngineConfig(ReplicatedConfig):
+    """Millrace's own engine: any causal model of transformers, on the CPU or one GPU."""
+
+    kind: Literal["embedded"]
+    device: str = "cpu"
+    cached_prefixes: Annotated[int, Field(ge=0)] = 64
+    faults: bool = False  # for tests: the engine crashes, hangs or refuses when it is told to
+
+
+class SGLangEngineConfig(ReplicatedConfig):
+    """Stock SGLang. Three ways to it: the environment that `millrace engines install sglang` made, an interpreter that
+    has SGLang (`python`), or servers that somebody else started (`urls`; their keys are read from the environment:
+    MILLRACE_ENGINE_API_KEY and MILLRACE_ENGINE_ADMIN_API_KEY)."""
+
+    kind: Literal["sglang"]
+    version: str = "0.5.23"
+    device: Literal["cuda", "cpu"] = "cuda"
+    python: Path | None = None
+    urls: tuple[str, ...] | None = None
+    tp_size: PositiveInt = 1
+    pp_size: PositiveInt = 1
+    dp_size: PositiveInt = 1
+    ep_size: PositiveInt = 1
+    nnodes: PositiveInt = 1
+    node_rank: Annotated[int, Field(ge=0)] | None = None  # the node that is this host; None: all nodes are
+    dist_init_addr: str | None = None  # host:port of node 0; None, where all nodes are this host: what the kernel gives
+    base_gpu_id: Annotated[int, Field(ge=0)] = 0  # replica r starts at base_gpu_id + r x its GPUs
+    cuda_visible_devices: str | None = None
+    max_total_tokens: PositiveInt | None = None  # of KV cache; on the CPU, where SGLang's default is 20 GB, 65536
+    mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
+    memory_saver: bool = True  # what makes sleep release memory; on the CPU there is none
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    start_timeout: PositiveFloat = 600.0  # a large model over a slow disk; the CPU form needs 20 to 60 s
+    env: dict[str, str] = {}  # added to the server's environment
+    engine_args: dict[str, str | int | float | bool | list[str | int] | None] = {}  # SGLang's own, by their own names
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.urls is not None and self.python is not None:
+            raise ValueError("urls attaches to running servers and python launches new ones; give one of them")
+        if self.urls is not None and len(self.urls) != self.replicas:
+            raise ValueError(f"urls names {len(self.urls)} servers for {self.replicas} replicas; set replicas to it")
+        if self.node_rank is not None and self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank {self.node_rank} is not below nnodes {self.nnodes}")
+        if self.node_rank is not None and self.nnodes > 1 and self.dist_init_addr is None:
+            raise ValueError("nodes on several hosts meet at dist_init_addr (host:port of node 0); it is missing")
+        if self.nnodes > 1 and self.replicas > 1:
+            raise ValueError("an engine over several nodes is launched alone; set replicas to 1")
+        if self.tp_size * self.pp_size % self.nnodes:
+            raise ValueError(f"tp_size {self.tp_size} x pp_size {self.pp_size} can't be split over {self.nnodes} nodes")
+        return self
+
+
+EngineConfig = Annotated[EmbeddedEngineConfig | SGLangEngineConfig, Field(discriminator="kind")]
 
 
 class RolloutConfig(Model):
@@ -177,7 +229,7 @@ class RunConfig(Model):
     seed: int = 0
     mode: Literal["hybrid", "standalone"] = "hybrid"
     model: ModelConfig
-    engine: EmbeddedEngineConfig
+    engine: EngineConfig
     data: DataConfig
     rollout: RolloutConfig
     warmup: WarmupConfig | None = None

@@ -7,6 +7,7 @@ refuses (EngineRefused) what would crash or silently corrupt its server instead 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 
+from millrace.errors import EngineRefused
 from millrace.types import (
     ALL_MEMORY,
     Bucket,
@@ -65,7 +66,10 @@ class Engine(ABC):
 
     @abstractmethod
     async def begin_update(self, version: int) -> None:
-        """Opens the transaction that brings the weights of `version`. One at a time."""
+        """Opens the transaction that brings the weights of `version`. One at a time.
+
+        An engine without Capability.STAGED_UPDATE generates nothing from here until `commit` or `rollback`: what runs
+        is interrupted and goes on afterwards, from the tokens it has; its segments say so."""
 
     @abstractmethod
     async def load(self, bucket: Bucket, *, deadline: float) -> None:
@@ -77,7 +81,8 @@ class Engine(ABC):
 
     @abstractmethod
     async def rollback(self) -> None:
-        """Drops the transaction. Raises EngineRefused where the engine can't get its old weights back."""
+        """Drops the transaction. Raises EngineRefused where the engine can't get its old weights back; it then refuses
+        to generate until a whole version was committed."""
 
     @abstractmethod
     async def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
@@ -88,7 +93,15 @@ class Engine(ABC):
 
     @abstractmethod
     async def checksums(self) -> Mapping[str, str]:
-        """Tensor name to checksum (`millrace.checksum`) of what the engine holds."""
+        """Tensor name to checksum of what the engine holds: by `millrace.checksum` under the trainer's names with
+        Capability.CHECKSUMS, in the engine's own way with OWN_CHECKSUMS."""
+
+    async def load_adapter(self, name: str, path: str) -> None:  # noqa: ARG002
+        """Loads a LoRA adapter from a folder that the engine's host can read; `extra={"lora_path": name}` uses it."""
+        raise EngineRefused(self.name, f"it takes no LoRA adapters ({name})")
+
+    async def unload_adapter(self, name: str) -> None:
+        raise EngineRefused(self.name, f"it takes no LoRA adapters ({name})")
 
     @abstractmethod
     async def health(self, *, deadline: float = 5.0) -> Health:

@@ -7,6 +7,17 @@ import numpy as np
 
 from millrace.types import FinishReason, GenerateRequest, Generation, Segment
 
+# What of an answer has a place of its own; the rest (routed experts, hidden states, ...) is passed through.
+DECODED = frozenset({
+    "id",
+    "finish_reason",
+    "prompt_tokens",
+    "cached_tokens",
+    "output_token_logprobs",
+    "weight_version",
+    "weight_versions",
+})  # fmt: skip
+
 
 def encode_generate(request: GenerateRequest, *, stream: bool = False) -> dict[str, object]:
     """The body of POST /generate."""
@@ -22,13 +33,14 @@ def encode_generate(request: GenerateRequest, *, stream: bool = False) -> dict[s
     }
     if sampling.seed is not None:
         params["sampling_seed"] = sampling.seed
+    further: Any = request.extra.get("sampling_params", {})
     return {
+        **request.extra,
         "rid": wire_id(request.request_id),
         "input_ids": request.input_ids,
-        "sampling_params": params,
+        "sampling_params": {**further, **params},
         "return_logprob": True,
         "stream": stream,
-        **request.extra,
     }
 
 
@@ -38,8 +50,9 @@ def wire_id(request_id: str) -> str:
     return f"{request_id}#"
 
 
-def decode_generate(request_id: str, body: Mapping[str, Any]) -> Generation:
-    """The answer to POST /generate, or one cumulative chunk of its stream.
+def decode_generate(request: GenerateRequest, body: Mapping[str, Any]) -> Generation:
+    """The answer to POST /generate, or one cumulative chunk of its stream. A request that was aborted in the waiting
+    queue comes back without its counts.
 
     Raises KeyError, TypeError or ValueError where the answer has not the shape that SGLang documents.
     """
@@ -51,25 +64,29 @@ def decode_generate(request_id: str, body: Mapping[str, Any]) -> Generation:
         raise ValueError(f"{len(output_ids)} tokens came with {len(logprobs)} logprobs")
     finish = meta["finish_reason"]
     return Generation(
-        request_id=request_id,
+        request_id=request.request_id,
         output_ids=output_ids,
         logprobs=logprobs,
         finish_reason=FinishReason(finish["type"]) if finish else FinishReason.ABORT,
         segments=decode_segments(meta, len(output_ids)),
-        prompt_tokens=meta["prompt_tokens"],
-        cached_tokens=meta["cached_tokens"],
+        prompt_tokens=meta.get("prompt_tokens", len(request.input_ids)),
+        cached_tokens=meta.get("cached_tokens", 0),
+        extra={key: value for key, value in meta.items() if key not in DECODED},
     )
 
 
 def decode_segments(meta: Mapping[str, Any], length: int) -> tuple[Segment, ...]:
-    """Which version made which tokens, from `weight_versions`; they must cover the output without a gap."""
-    segments = tuple(
-        Segment(decode_version(span["version"]), span["start"], span["end"]) for span in meta["weight_versions"]
-    )
+    """Which version made which tokens. `weight_versions` must cover the output without a gap; a server that has it not
+    names one version, that of the end: true of the whole as long as no call spans an update."""
+    if not length:
+        return ()
+    if (spans := meta.get("weight_versions")) is None:
+        return (Segment(decode_version(meta["weight_version"]), 0, length),)
+    segments = tuple(Segment(decode_version(span["version"]), span["start"], span["end"]) for span in spans)
     end = 0
     for segment in segments:
         if segment.start != end or segment.end <= segment.start:
-            raise ValueError(f"the version spans {meta['weight_versions']} have a gap or an empty span")
+            raise ValueError(f"the version spans {spans} have a gap or an empty span")
         end = segment.end
     if end != length:
         raise ValueError(f"the version spans end at {end}, the output at {length}")

@@ -6,15 +6,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
+from millrace.engines.start import Started
 from millrace.errors import EngineError, EngineFailed, EngineUnreachable, NoEngineError, PublishError
 from millrace.fleet.membership import Attested, Died, Distrusted, Event, Member, Slept, Snapshot, Woke, after
 from millrace.fleet.routing import least_loaded
-from millrace.launch.process import ServerProcess
-from millrace.types import ALL_MEMORY, EngineInfo, GenerateRequest, Generation, Health, MemoryTag
+from millrace.types import ALL_MEMORY, Capability, GenerateRequest, Generation, Health, MemoryTag
 from millrace.weights.publisher import PublishReport, PublishTarget, publish
 from millrace.weights.transports.base import Transport
 
@@ -26,15 +26,6 @@ PROCESS_END_DEADLINE = 3.0  # from a closed port to the end of the process, whic
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """An engine of the fleet; `process` is None where somebody else started the server."""
-
-    engine: Engine
-    info: EngineInfo
-    process: ServerProcess | None
-
-
 class Fleet:
     """Made by `Fleet.open`, which also ends what it started.
 
@@ -42,7 +33,7 @@ class Fleet:
     here.
     """
 
-    def __init__(self, replicas: Sequence[Replica], transport: Transport) -> None:
+    def __init__(self, replicas: Sequence[Started], transport: Transport) -> None:
         self._replicas = {replica.engine.name: replica for replica in replicas}
         self._transport = transport
         self._outstanding: dict[str, int] = dict.fromkeys(self._replicas, 0)
@@ -53,7 +44,7 @@ class Fleet:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, replicas: Sequence[Replica], transport: Transport) -> "AsyncIterator[Fleet]":
+    async def open(cls, replicas: Sequence[Started], transport: Transport) -> "AsyncIterator[Fleet]":
         """Watches the replicas' processes as long as the block runs, and in the end closes the engines' connections,
         the transport and the processes."""
         fleet = cls(replicas, transport)
@@ -120,9 +111,7 @@ class Fleet:
             raise PublishError(f"the weights of {', '.join(asleep)} are asleep; wake them before publishing")
         if not members:
             raise NoEngineError(f"no engine is left to publish to: {self.snapshot.describe()}")
-        targets = [
-            PublishTarget(self._replicas[m.name].engine, self._replicas[m.name].info.capabilities) for m in members
-        ]
+        targets = [PublishTarget(self._replicas[m.name].engine, self._replicas[m.name].info) for m in members]
 
         async def committed(name: str) -> None:
             self._published = version
@@ -159,12 +148,18 @@ class Fleet:
         for member in self.snapshot.members:
             await self._apply(member.name, Woke(what))
 
-    async def attest(self, checksums: Mapping[str, str], version: int) -> None:
-        """Takes the engines into rotation that hold these tensors: for weights that they loaded by themselves. A
-        tensor that the engine makes while loading (fused, tied) has no counterpart and is not compared; the log names
-        it."""
+    async def attest(self, checksums: Mapping[str, str], version: int, folder: Path) -> None:
+        """Takes the engines into rotation that hold these tensors: for weights that they loaded by themselves from
+        `folder`. A tensor that the engine makes while loading (fused, tied) has no counterpart and is not compared; the
+        log names it. An engine that has no checksums to compare is taken at its word, if it was started here and names
+        this folder."""
 
         async def compare(engine: Engine) -> None:
+            replica = self._replicas[engine.name]
+            if Capability.CHECKSUMS not in replica.info.capabilities:
+                if replica.process is not None and Path(replica.info.model_path) == folder:
+                    await self._apply(engine.name, Attested(version))
+                return
             held = await engine.checksums()
             known = held.keys() & checksums.keys()
             if wrong := sorted(name for name in known if held[name] != checksums[name]):
@@ -223,7 +218,7 @@ class Fleet:
                 pass  # it lives, but nothing listens at its port
         await self._apply(name, Died(str(error)))
 
-    async def _watch(self, replica: Replica) -> None:
+    async def _watch(self, replica: Started) -> None:
         assert replica.process is not None
         await replica.process.wait()
         reason = replica.process.describe_end()

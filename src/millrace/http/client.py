@@ -27,15 +27,15 @@ Method = Literal["GET", "POST"]
 class HttpClient:
     """Calls to the server at `url`, which errors call `name`.
 
-    api_key opens the data calls, admin_key the control calls (it defaults to api_key). Sessions are made on first use,
-    in the event loop that uses them; `close` gives them back.
+    api_key opens the data calls and the questions (GET), admin_key the control calls (it defaults to api_key). Sessions
+    are made on first use, in the event loop that uses them; `close` gives them back.
     """
 
     def __init__(self, name: str, url: str, *, api_key: str | None = None, admin_key: str | None = None) -> None:
         self.name = name
         self._url = URL(url)
         self._paths: dict[str, URL] = {}
-        self._keys = {"data": api_key, "control": admin_key or api_key}
+        self._keys = {"data": api_key, "query": api_key, "control": admin_key or api_key}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._closed = False
 
@@ -52,14 +52,15 @@ class HttpClient:
         """A control call. JSON comes back as its value, other text as a string, nothing as None. With `repeatable` a
         broken connection is tried again while the deadline allows. Raises what `generate` raises."""
         end = time.monotonic() + deadline
+        channel = "query" if method == "GET" else "control"
         for pause in RETRY_PAUSES if repeatable else ():
             try:
-                return await self._call("control", method, path, body, end - time.monotonic())
+                return await self._call(channel, method, path, body, end - time.monotonic())
             except EngineUnreachable:
                 if time.monotonic() + pause >= end:
                     raise
                 await asyncio.sleep(pause)
-        return await self._call("control", method, path, body, end - time.monotonic())
+        return await self._call(channel, method, path, body, end - time.monotonic())
 
     async def events(self, path: str, body: object, *, deadline: float) -> AsyncIterator[Any]:
         """POSTs a data call that answers with server-sent events; yields the JSON of each until `[DONE]`."""

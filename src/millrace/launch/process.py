@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 from millrace.errors import LaunchError
 from millrace.launch import guard
@@ -14,6 +15,41 @@ LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 16_384
 GRACE_SECONDS = 2.0  # between SIGTERM and SIGKILL
 END_DEADLINE = GRACE_SECONDS + 8.0  # by then the guard has killed what ignored SIGTERM
+
+
+def open_private(path: Path) -> BinaryIO:
+    """Opens a log to append to. What users asked may be in it, so nobody else may read it."""
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600))
+
+
+class Server(Protocol):
+    """A server that Millrace started: one process (`ServerProcess`) or several (`millrace.launch.nodes.Nodes`)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def running(self) -> bool: ...
+
+    async def wait(self) -> None: ...
+
+    async def end(self) -> None: ...
+
+    def describe_end(self) -> str: ...
+
+    def log_tail(self) -> str: ...
+
+
+async def until_healthy(server: Server, healthy: Callable[[], Awaitable[bool]], *, deadline: float) -> None:
+    """Asks `healthy` until it says yes. Raises LaunchError when the server ends first or the deadline passes."""
+    try:
+        async with asyncio.timeout(deadline):
+            while not await healthy():
+                if not server.running:
+                    raise LaunchError(f"{server.describe_end()}\n{server.log_tail()}")
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise LaunchError(f"{server.name} was not healthy within {deadline:.0f} s\n{server.log_tail()}") from None
 
 
 class ServerProcess:
@@ -30,7 +66,7 @@ class ServerProcess:
     ) -> "ServerProcess":
         """Starts `command` with `env` added to this process's environment; what it prints goes to `log_path`."""
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("ab") as log:
+        with open_private(log_path) as log:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", guard.__file__, str(GRACE_SECONDS), *command,
                 stdin=asyncio.subprocess.PIPE,  # the lifeline: it closes when this process dies
@@ -47,14 +83,7 @@ class ServerProcess:
 
     async def until_healthy(self, healthy: Callable[[], Awaitable[bool]], *, deadline: float) -> None:
         """Asks `healthy` until it says yes. Raises LaunchError when the process ends first or the deadline passes."""
-        try:
-            async with asyncio.timeout(deadline):
-                while not await healthy():
-                    if not self.running:
-                        raise LaunchError(f"{self.describe_end()}\n{self.log_tail()}")
-                    await asyncio.sleep(0.05)
-        except TimeoutError:
-            raise LaunchError(f"{self.name} was not healthy within {deadline:.0f} s\n{self.log_tail()}") from None
+        await until_healthy(self, healthy, deadline=deadline)
 
     async def wait(self) -> None:
         """Returns when the server has ended, by itself or by `end`."""

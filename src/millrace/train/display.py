@@ -80,6 +80,7 @@ def one_line(m: StepMetrics) -> str:
         f"step {m.step}: reward {m.reward:.3f}{accuracy}, version {m.weight_version}, "
         f"{m.tokens_per_second:,.0f} tokens/s, "
         f"rollout {m.rollout_seconds:.2f} s, train {m.train_seconds:.2f} s, publish {m.publish_seconds:.2f} s"
+        + (f", asleep {m.freed_gib:.2f} GiB less" if m.freed_gib else "")
     )
 
 

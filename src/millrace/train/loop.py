@@ -139,9 +139,12 @@ class TrainingLoop:
                 groups, discarded = await self._take_groups(scheduler)
             samples = [sample for group in groups for sample in group.samples]
             lag = [self.progress.version - s.oldest_version for s in samples if s.oldest_version is not None]
+            freed = 0.0
             if config.mode == "hybrid":
+                awake = self._used_gib()
                 with watch("sleep"):
                     await self.fleet.sleep()
+                freed = awake - self._used_gib()
             with watch("train"):
                 self.display.phase(f"training on {len(samples)} samples")
                 stats = await self.in_trainer(self._train, groups)
@@ -170,7 +173,9 @@ class TrainingLoop:
         self.watch.add(watch)
         standalone = config.mode == "standalone"
         self._record(
-            _metrics(self.progress, stats, watch, samples, discarded, lag, accuracy, tools, standalone=standalone)
+            _metrics(
+                self.progress, stats, watch, samples, discarded, lag, accuracy, tools, freed, standalone=standalone
+            )
         )
         tools.calls = tools.errors = 0
 
@@ -226,6 +231,13 @@ class TrainingLoop:
                 samples.append(TrainSample(ids, episode.loss_mask, episode.logprobs, float(advantage)))
         return self.trainer.train_step(samples, self.config.rollout.temperature)
 
+    def _used_gib(self) -> float:
+        """What everybody together holds of the trainer's GPU."""
+        if self.trainer.policy.world.device.type != "cuda":
+            return 0.0
+        free, total = torch.cuda.mem_get_info(self.trainer.policy.world.device)
+        return (total - free) / 2**30
+
     async def in_trainer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs in the trainer's own thread, so that the event loop goes on serving the rollouts."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*args, **kwargs))
@@ -253,6 +265,7 @@ def _metrics(
     lag: Sequence[int],
     accuracy: float | None,
     tools: ToolCounts,
+    freed_gib: float,
     *,
     standalone: bool,
 ) -> StepMetrics:
@@ -272,6 +285,7 @@ def _metrics(
         publish_seconds=seconds("publish"),
         train_seconds=seconds("train"),
         sleep_seconds=seconds("sleep"),
+        freed_gib=round(freed_gib, 3),
         evaluation_seconds=seconds("evaluation"),
         checkpoint_seconds=seconds("checkpoint"),
         step_seconds=seconds("step"),

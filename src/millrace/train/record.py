@@ -28,6 +28,7 @@ class StepMetrics:
     publish_seconds: float = 0.0
     train_seconds: float = 0.0
     sleep_seconds: float = 0.0  # engines going to sleep and waking
+    freed_gib: float = 0.0  # of the trainer's GPU by the engines that sleep; 0 on the CPU
     evaluation_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
     step_seconds: float = 0.0

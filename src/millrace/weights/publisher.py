@@ -7,13 +7,14 @@ serve until it holds a whole version. Nothing of a bucket is overwritten before 
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.errors import EngineError, EngineFailed, EngineTimeout, PublishError
-from millrace.types import Capability, PauseMode
+from millrace.types import Capability, EngineInfo
 from millrace.weights.plan import buckets
 from millrace.weights.transports.base import StagedBucket, Transport
 
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PublishTarget:
-    """An engine to publish to, with what it can do."""
+    """An engine to publish to, with what it said of itself."""
 
     engine: Engine
-    capabilities: frozenset[Capability]
+    info: EngineInfo
+
+    def can(self, capability: Capability) -> bool:
+        return capability in self.info.capabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,8 @@ async def publish(
     deadline: float,
     committed: Callable[[str], Awaitable[None]],
 ) -> PublishReport:
-    """Brings `tensors` as `version` into every target, and proves it by checksums before it is committed.
+    """Brings `tensors` as `version` into every target, and proves it by checksums before it is committed: those of
+    what was sent where an engine can name them, otherwise engines alike must hold the same.
 
     `committed` is called with an engine's name as soon as that engine has committed; it is true also when this raises
     later on. An engine that is not done after `deadline` seconds has failed. Raises PublishError when no engine took
@@ -96,9 +101,8 @@ async def publish(
     updates = [_Update(target) for target in targets]
     try:
         async with asyncio.timeout(deadline):
-            await _each(updates, "begin", lambda u: _begin(u, version))
-            checksums, nbytes, stage_seconds = await _load(updates, tensors, transport, bucket_bytes, deadline)
-            await _each(updates, "attest", lambda u: _attest(u, checksums))
+            checksums, nbytes, stage_seconds = await _load(updates, tensors, version, transport, bucket_bytes, deadline)
+            await _attest(updates, checksums)
             await _each(updates, "commit", lambda u: _commit(u, committed))
     except TimeoutError:
         for update in updates:
@@ -128,11 +132,14 @@ async def publish(
 async def _load(
     updates: Sequence[_Update],
     tensors: Iterable[tuple[str, "torch.Tensor"]],
+    version: int,
     transport: Transport,
     bucket_bytes: int,
     deadline: float,
 ) -> tuple[dict[str, str], int, float]:
-    """Streams the buckets: one is staged in a thread while the engines load the other."""
+    """Streams the buckets: one is staged in a thread while the engines load the other. The transactions begin when the
+    first is staged, since there are engines that generate nothing from then on. Returns the checksum of each tensor
+    (empty where the transport has not read the bytes), bytes and seconds of staging."""
     checksums: dict[str, str] = {}
     nbytes, stage_seconds = 0, 0.0
     source = buckets(tensors, bucket_bytes)
@@ -144,12 +151,13 @@ async def _load(
         return (transport.stage(group, next(slots)) if group else None), time.monotonic() - begun
 
     staged, seconds = await asyncio.to_thread(stage_next)
+    await _each(updates, "begin", lambda u: _begin(u, version))
     while staged is not None:
         stage_seconds += seconds
         nbytes += staged.nbytes
-        if twice := checksums.keys() & staged.checksums.keys():
+        if twice := checksums.keys() & set(staged.names):
             raise PublishError(f"the trainer named a tensor twice: {sorted(twice)[0]}")
-        checksums.update(staged.checksums)
+        checksums |= {name: staged.checksums.get(name, "") for name in staged.names}
         load = _loading(staged, deadline)
         following = asyncio.create_task(asyncio.to_thread(stage_next))
         try:
@@ -164,42 +172,65 @@ async def _load(
 
 
 def _loading(staged: StagedBucket, deadline: float) -> Step:
-    return lambda update: update.engine.load(staged.bucket, deadline=deadline)
+    return lambda update: update.engine.load(staged.bucket_for(update.target.info.ranks), deadline=deadline)
 
 
 async def _begin(update: _Update, version: int) -> None:
-    if Capability.STAGED_UPDATE not in update.target.capabilities:
-        await update.engine.pause(PauseMode.KEEP)
+    if not update.target.can(Capability.STAGED_UPDATE):
         update.paused_at = time.monotonic()
     await update.engine.begin_update(version)
     update.begun = True
 
 
-async def _attest(update: _Update, expected: Mapping[str, str]) -> None:
-    held = await update.engine.checksums()
-    if missing := expected.keys() ^ held.keys():
-        raise EngineFailed(update.engine.name, f"tensors that only one side has: {', '.join(sorted(missing)[:3])}")
-    if wrong := [name for name, value in expected.items() if held[name] != value]:
-        raise EngineFailed(
-            update.engine.name, f"{len(wrong)} of {len(expected)} tensors are not what was sent, {wrong[0]} among them"
-        )
+async def _attest(updates: Sequence[_Update], sent: Mapping[str, str]) -> None:
+    """Compares what the engines hold with what was sent, or with what engines alike hold."""
+    held: dict[str, Mapping[str, str]] = {}
+    alike = Counter(_likeness(u) for u in updates if u.error is None)
+
+    async def ask(update: _Update) -> None:
+        if update.target.can(Capability.CHECKSUMS):
+            _require_sent(update.engine.name, await update.engine.checksums(), sent)
+        elif update.target.can(Capability.OWN_CHECKSUMS) and alike[_likeness(update)] > 1:
+            held[update.engine.name] = await update.engine.checksums()
+
+    await _each(updates, "attest", ask)
+    first: dict[object, _Update] = {}
+    for update in updates:
+        if update.error is None and update.engine.name in held:
+            other = first.setdefault(_likeness(update), update)
+            if held[update.engine.name] != held[other.engine.name]:
+                # Nobody can tell which of the two is wrong.
+                for one, two in ((update, other), (other, update)):
+                    one.error = EngineFailed(one.engine.name, f"it holds other weights than {two.engine.name}")
+
+
+def _likeness(update: _Update) -> tuple[str, str, int]:
+    """Engines of which this is the same lay out their tensors in the same way."""
+    info = update.target.info
+    return info.kind, info.engine_version, info.ranks
+
+
+def _require_sent(engine: str, held: Mapping[str, str], sent: Mapping[str, str]) -> None:
+    if missing := sent.keys() ^ held.keys():
+        raise EngineFailed(engine, f"tensors that only one side has: {', '.join(sorted(missing)[:3])}")
+    if wrong := [name for name, value in sent.items() if held[name] != value]:
+        raise EngineFailed(engine, f"{len(wrong)} of {len(sent)} tensors are not what was sent, {wrong[0]} among them")
 
 
 async def _commit(update: _Update, committed: Callable[[str], Awaitable[None]]) -> None:
     await update.engine.commit()
     update.begun, update.committed = False, True
+    if update.paused_at is not None:
+        update.legs["pause"] = time.monotonic() - update.paused_at
     await committed(update.engine.name)
 
 
 async def _abandon(update: _Update) -> None:
-    """Closes what is open: rolls back a transaction that was not committed, ends the pause."""
+    """Rolls back a transaction that was not committed."""
     try:
         if update.begun:
             update.begun = False
             await update.engine.rollback()
-        if update.paused_at is not None and update.error is None:
-            await update.engine.resume()
-            update.legs["pause"] = time.monotonic() - update.paused_at
     except EngineError as error:
         update.error = update.error or error
 

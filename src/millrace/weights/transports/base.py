@@ -1,7 +1,7 @@
 """The port to a transport: how a bucket's bytes get from the trainer to the engines."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,12 @@ NamedTensors = Sequence[tuple[str, "torch.Tensor"]]
 
 @dataclass(frozen=True, slots=True)
 class StagedBucket:
-    """A bucket that engines can load now, and the checksum of each tensor in it."""
+    """A bucket that engines can load now. `bucket_for` makes what one engine of that many ranks is handed; checksums
+    are those of each tensor (`millrace.checksum`), empty where the transport does not read the bytes."""
 
-    bucket: Bucket
+    bucket_for: Callable[[int], Bucket]
     checksums: Mapping[str, str]
+    names: tuple[str, ...]
     nbytes: int
 
 

@@ -1,0 +1,1 @@
+"""Run by hand; README.md has the commands and what they printed."""

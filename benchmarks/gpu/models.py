@@ -1,0 +1,51 @@
+"""Models of usual sizes with random weights: their config on disk, their tensors in memory. Nothing is downloaded."""
+
+import json
+from pathlib import Path
+
+import torch
+
+# The shapes of Qwen2.5 (arXiv:2412.15115), and a small one to try the scripts with.
+QWEN2 = {
+    "0.5b": {"hidden_size": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate_size": 4864},
+    "1.5b": {"hidden_size": 1536, "layers": 28, "heads": 12, "kv_heads": 2, "intermediate_size": 8960},
+    "tiny": {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 128},
+}
+
+
+def write_config(size: str, folder: Path) -> Path:
+    """A folder that SGLang starts from with `load_format: dummy`; it has no weights and no tokenizer."""
+    shape = QWEN2[size]
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": shape["hidden_size"],
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["kv_heads"],
+        "intermediate_size": shape["intermediate_size"],
+        "vocab_size": 1024 if size == "tiny" else 151936,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def random_tensors(folder: Path, device: torch.device) -> list[tuple[str, torch.Tensor]]:
+    """Every tensor of the model in `folder`, bfloat16, under the names that transformers gives them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return [
+        (name, (torch.randn(parameter.shape, device=device) * 0.02).to(torch.bfloat16))
+        for name, parameter in model.named_parameters()
+    ]

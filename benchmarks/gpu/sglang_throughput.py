@@ -1,0 +1,174 @@
+"""What Millrace costs on real SGLang: tokens per second through it, by a bare aiohttp client to the same server, and by
+SGLang in-process with all the data gathered on one caller.
+
+    python -m benchmarks.gpu.sglang_throughput [--size 0.5b] [--requests 1024] [--tokens 512] [--repeats 3]
+        [--engine '{"python": "...", "engine_args": {...}}']
+
+Millrace and the bare client take turns on one server. The in-process engine then has the GPU for itself.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import aiohttp
+import orjson
+
+from benchmarks.gpu.models import write_config
+from millrace.config.models import SGLangEngineConfig
+from millrace.engines import environments
+from millrace.engines.sglang.adapter import SGLangEngine
+from millrace.engines.sglang.launch import Launched, launch
+from millrace.engines.sglang_wire import encode_generate
+from millrace.types import GenerateRequest, SamplingParams
+
+PROMPT_TOKENS = 128
+DEADLINE = 600.0
+IN_PROCESS = Path(__file__).with_name("sglang_in_process.py")
+
+Call = Callable[[GenerateRequest], Awaitable[int]]
+
+
+def engine_config(settings: str) -> SGLangEngineConfig:
+    given = json.loads(settings)
+    engine_args = {"load_format": "dummy", "skip_tokenizer_init": True, **given.pop("engine_args", {})}
+    return SGLangEngineConfig(kind="sglang", max_running_requests=1024, engine_args=engine_args, **given)
+
+
+def python_of(config: SGLangEngineConfig) -> Path:
+    return config.python or environments.find("sglang", config.version, config.device).python
+
+
+def requests(count: int, tokens: int, vocab_size: int, label: str) -> list[GenerateRequest]:
+    """Prompts that share no prefix."""
+    draw = random.Random(label)
+    sampling = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+    return [
+        GenerateRequest(f"{label}-{i}", tuple(draw.randrange(2, vocab_size) for _ in range(PROMPT_TOKENS)), sampling)
+        for i in range(count)
+    ]
+
+
+async def rate(call: Call, work: list[GenerateRequest], width: int) -> float:
+    """Tokens per second, `width` requests at a time."""
+    queue = iter(work)
+    tokens = 0
+
+    async def worker() -> None:
+        nonlocal tokens
+        for request in queue:
+            tokens += await call(request)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(worker() for _ in range(width)))
+    return tokens / (time.perf_counter() - started)
+
+
+async def measure(launched: Launched, folder: Path, arguments: argparse.Namespace) -> None:
+    assert launched.url is not None
+    url = f"{launched.url}/generate"
+    engine = SGLangEngine(
+        "sglang", launched.url, api_key=launched.api_key, admin_key=launched.admin_key, model_path=folder
+    )
+    await engine.settle()
+    vocab_size = (await engine.info()).vocab_size
+    headers = {"Authorization": f"Bearer {launched.api_key}", "Content-Type": "application/json"}
+    timeout = aiohttp.ClientTimeout(total=DEADLINE)
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers, timeout=timeout) as bare:
+
+        async def by_millrace(request: GenerateRequest) -> int:
+            return len((await engine.generate(request, deadline=DEADLINE)).output_ids)
+
+        async def by_aiohttp(request: GenerateRequest) -> int:
+            async with bare.post(url, data=orjson.dumps(encode_generate(request))) as response:
+                return len(orjson.loads(await response.read())["output_ids"])
+
+        ways: dict[str, Call] = {"bare": by_aiohttp, "millrace": by_millrace}
+        for width in arguments.in_flight:
+            rates: dict[str, list[float]] = {name: [] for name in ways}
+            for repeat in range(arguments.repeats + 1):
+                # In turns, and not always the same one first.
+                for name in sorted(ways, reverse=bool(repeat % 2)):
+                    work = requests(arguments.requests, arguments.tokens, vocab_size, f"{name}-{width}-{repeat}")
+                    speed = await rate(ways[name], work, width)
+                    if repeat:  # the first warms up
+                        rates[name].append(speed)
+                        print(f"{width} in flight, {name}: {speed:,.0f} tok/s", flush=True)
+            bare_rate, ours = statistics.median(rates["bare"]), statistics.median(rates["millrace"])
+            print(
+                f"{width} in flight, medians of {arguments.repeats}: bare {bare_rate:,.0f} tok/s, millrace {ours:,.0f} "
+                f"tok/s, ratio {ours / bare_rate:.3f} (aim: at least 0.98)",
+                flush=True,
+            )
+    await engine.close()
+
+
+async def in_process(config: SGLangEngineConfig, folder: Path, arguments: argparse.Namespace) -> None:
+    """The same work by sglang.Engine, in a process of the engine's own interpreter."""
+    settings = {
+        "model_path": str(folder),
+        "device": config.device,
+        "max_running_requests": config.max_running_requests,
+        **config.engine_args,
+    }
+    work = {
+        "requests": arguments.requests,
+        "tokens": arguments.tokens,
+        "prompt_tokens": PROMPT_TOKENS,
+        "in_flight": arguments.in_flight,
+        "repeats": arguments.repeats,
+    }
+    process = await asyncio.create_subprocess_exec(
+        str(python_of(config)),
+        str(IN_PROCESS),
+        json.dumps(settings),
+        json.dumps(work),
+        env={**os.environ, **config.env},
+    )
+    try:
+        async with asyncio.timeout(DEADLINE):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        raise
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    config = engine_config(arguments.engine)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_config(arguments.size, Path(scratch, "model"))
+        started = time.perf_counter()
+        launched = await launch(
+            config, folder, python=python_of(config), replica=0, log_dir=Path(scratch), version=0, seed=0
+        )
+        print(f"{arguments.size}: server up after {time.perf_counter() - started:.0f} s", flush=True)
+        try:
+            await measure(launched, folder, arguments)
+        finally:
+            await launched.process.end()
+        if not arguments.skip_in_process:
+            await in_process(config, folder, arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", default="0.5b")
+    parser.add_argument("--requests", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--skip-in-process", action="store_true")
+    parser.add_argument("--engine", default="{}")
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

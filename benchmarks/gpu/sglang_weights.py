@@ -1,0 +1,163 @@
+"""Weights and memory on real SGLang, trainer and server on one GPU: a publish by CUDA IPC beside its floor, sleep and
+wake.
+
+    python -m benchmarks.gpu.sglang_weights [--size 1.5b] [--repeats 7] [--bucket-mb 512 2048 4096]
+        [--engine '{"python": "...", "engine_args": {...}}']
+
+The floor of a publish is two device-to-device copies of the model (into the bucket, out of it) at the bandwidth
+measured in the same run. On the CPU (--engine '{"device": "cpu"}') the tensors travel by shared memory.
+"""
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.models import random_tensors, write_config
+from benchmarks.gpu.sglang_throughput import engine_config, python_of
+from millrace.engines.sglang.adapter import SGLangEngine
+from millrace.engines.sglang.launch import launch
+from millrace.engines.start import Started
+from millrace.fleet.local import transport_for
+from millrace.types import GenerateRequest, MemoryTag, SamplingParams
+from millrace.weights.publisher import PublishReport, PublishTarget, publish
+
+MIB, GIB = 2**20, 2**30
+
+
+def copy_bandwidth(device: torch.device, nbytes: int) -> float:
+    """Bytes copied per second from one place of the device's memory to another (each is read once and written once)."""
+    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(20):
+        synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return nbytes / statistics.median(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def used_gib(device: torch.device) -> float:
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) / GIB
+
+
+async def measure_publish(
+    target: PublishTarget, tensors: list[tuple[str, torch.Tensor]], arguments: argparse.Namespace, device: torch.device
+) -> None:
+    nbytes = sum(tensor.nbytes for _, tensor in tensors)
+    bandwidth = copy_bandwidth(device, min(nbytes, 2 * GIB))
+    floor = 2 * nbytes / bandwidth
+    print(
+        f"{nbytes / 1e9:.2f} GB in {len(tensors)} tensors; a copy runs at {bandwidth / 1e9:,.0f} GB/s; floor (two "
+        f"copies) {floor * 1e3:.2f} ms",
+        flush=True,
+    )
+
+    async def committed(_: str) -> None:
+        return
+
+    version = 0
+    for mebibytes in arguments.bucket_mb:
+        transport = transport_for([Started(target.engine, target.info, None)])
+        reports: list[PublishReport] = []
+        for _ in range(arguments.repeats + 2):
+            version += 1
+            report = await publish(
+                [target], tensors, version, transport, bucket_bytes=mebibytes * MIB, deadline=120, committed=committed
+            )
+            assert not report.failed, report.failed
+            reports.append(report)
+        transport.close()
+        seconds, pause, load, stage = (
+            statistics.median(values)
+            for values in zip(
+                *(
+                    (r.seconds, r.engines[0].pause_seconds, r.engines[0].load_seconds, r.stage_seconds)
+                    for r in reports[2:]  # the first ones take the memory
+                ),
+                strict=True,
+            )
+        )
+        print(
+            f"buckets of {mebibytes} MiB, medians of {arguments.repeats}: publish {seconds * 1e3:.1f} ms, pause "
+            f"{pause * 1e3:.1f} ms (load {load * 1e3:.1f} ms, staging {stage * 1e3:.1f} ms); pause over floor "
+            f"{pause / floor:.1f}",
+            flush=True,
+        )
+
+
+async def measure_sleep(engine: SGLangEngine, repeats: int, device: torch.device) -> None:
+    kinds = [frozenset({MemoryTag.KV_CACHE}), frozenset({MemoryTag.WEIGHTS})]
+    legs: dict[str, list[float]] = {}
+    freed: list[float] = []
+    for _ in range(repeats):
+        awake = used_gib(device)
+        for what in kinds:
+            await timed(legs, f"sleep {min(what)}", engine.sleep(what))
+        freed.append(awake - used_gib(device))
+        for what in reversed(kinds):
+            await timed(legs, f"wake {min(what)}", engine.wake(what))
+    lines = ", ".join(f"{name} {statistics.median(values) * 1e3:.1f} ms" for name, values in legs.items())
+    print(f"medians of {repeats}: {lines}; freed {statistics.median(freed):.2f} GiB", flush=True)
+
+
+async def timed(legs: dict[str, list[float]], name: str, call: object) -> None:
+    started = time.perf_counter()
+    await call  # type: ignore[misc]
+    legs.setdefault(name, []).append(time.perf_counter() - started)
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    config = engine_config(arguments.engine)
+    device = torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_config(arguments.size, Path(scratch, "model"))
+        launched = await launch(
+            config, folder, python=python_of(config), replica=0, log_dir=Path(scratch), version=0, seed=0
+        )
+        assert launched.url is not None
+        engine = SGLangEngine(
+            "sglang", launched.url, api_key=launched.api_key, admin_key=launched.admin_key, model_path=folder
+        )
+        try:
+            await engine.settle()
+            info = await engine.info()
+            tensors = random_tensors(folder, device)
+            await measure_publish(PublishTarget(engine, info), tensors, arguments, device)
+            await measure_sleep(engine, arguments.repeats, device)
+            request = GenerateRequest("after", (5, 6, 7), SamplingParams(8, ignore_eos=True))
+            generation = await engine.generate(request, deadline=60)
+            print(f"afterwards it generates, as version {generation.segments[-1].version}", flush=True)
+        except BaseException:
+            print(launched.process.log_tail(), flush=True)
+            raise
+        finally:
+            await engine.close()
+            await launched.process.end()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", default="1.5b")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--bucket-mb", type=int, nargs="+", default=[512, 2048, 4096])
+    parser.add_argument("--engine", default="{}")
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""`millrace engines ...`: the virtual environments that engines run in."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from millrace.engines import environments
+from millrace.errors import ConfigError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+engines_app = typer.Typer(
+    no_args_is_help=True, help="Install, list and remove the virtual environments that engines run in."
+)
+
+EngineArgument = Annotated[str, typer.Argument(help="The engine, as sglang.", show_default=False)]
+VersionOption = Annotated[
+    str | None, typer.Option("--version", help="Its version; the default is the newest one tested.", show_default=False)
+]
+CpuOption = Annotated[bool, typer.Option("--cpu", help="The form that runs without a GPU.")]
+
+
+@engines_app.command()
+def install(
+    engine: EngineArgument,
+    version: VersionOption = None,
+    cpu: CpuOption = False,
+    python: Annotated[str, typer.Option(help="The interpreter that the environment is made with.")] = sys.executable,
+) -> None:
+    """Make an engine's environment, unless it is there. After an interruption, run it again."""
+    begun = time.monotonic()
+    try:
+        with _progress() as show:
+            made = environments.install(
+                engine, version or _default_version(engine), _device(cpu), python=python, progress=show
+            )
+    except KeyboardInterrupt:
+        print("interrupted: what was started has been ended; the same command begins anew", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    print(f"{made} is ready in {made.path} ({time.monotonic() - begun:.1f} s)")
+
+
+@engines_app.command(name="list")
+def list_environments() -> None:
+    """List the environments, with what is unfinished or made from another list of packages."""
+    found = environments.installed()
+    if not found:
+        print(f"no environment in {environments.environments_home()}; make one: millrace engines install sglang")
+        return
+    table = Table("engine", "version", "device", "size", "state", "path")
+    for one in found:
+        env = one.environment
+        gigabytes = environments.size(env) / 1e9
+        state = "whole" if one.whole else "unfinished"
+        table.add_row(env.engine, env.version, env.device, f"{gigabytes:.1f} GB", state, str(env.path))
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width to fold the paths into
+        console.width = 80 + max(len(str(one.environment.path)) for one in found)
+    console.print(table)
+
+
+@engines_app.command()
+def remove(engine: EngineArgument, version: VersionOption = None, cpu: CpuOption = False) -> None:
+    """Delete an engine's environment, finished or not."""
+    version = version or _default_version(engine)
+    environments.remove(engine, version, _device(cpu))
+    print(f"removed {engine} {version} ({_device(cpu)})")
+
+
+def _device(cpu: bool) -> str:
+    return "cpu" if cpu else "cuda"
+
+
+def _default_version(engine: str) -> str:
+    if engine not in environments.DEFAULT_VERSIONS:
+        raise ConfigError(f"there is no engine {engine}; there are: {', '.join(environments.DEFAULT_VERSIONS)}")
+    return environments.DEFAULT_VERSIONS[engine]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal; elsewhere a line for each thing that is done, and for each tenth of it."""
+    console = Console()
+    if not console.is_terminal:
+        yield _Lines().show
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(SpinnerColumn(), *columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield show
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._last: str | int = ""
+
+    def show(self, what: str, done: int, total: int) -> None:
+        this = 10 * done // total if total else what
+        if this != self._last:
+            print(f"{what} ({done} of {total})" if total else what, flush=True)
+        self._last = this

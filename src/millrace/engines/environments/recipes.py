@@ -1,0 +1,87 @@
+"""What is installed for an engine: a complete list of pins where we have tested one, else the engine as it comes."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from millrace.errors import ConfigError
+
+LOCKS = Path(__file__).parent  # the lists of pins lie beside this file
+VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!]*")  # without a hyphen, which parts a folder's name
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How an engine is installed for one device.
+
+    locks: version to a file that pins every package, installed as it stands (`--no-deps`). None: any version, together
+    with the dependencies that it asks for itself. check: Python code that must run in the finished environment; hint:
+    what the user can do where it does not.
+    """
+
+    locks: Mapping[str, Path] | None
+    check: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Requirements:
+    """The text of a pip requirements file. complete: it names every package, so pip looks for no dependencies."""
+
+    text: str
+    complete: bool
+
+    @property
+    def lines(self) -> list[str]:
+        """Those that name packages."""
+        return [line for line in self.text.splitlines() if line.strip() and not line.startswith("#")]
+
+    @property
+    def sha256(self) -> str:
+        """Of the packages: another comment is no reason to install anew."""
+        return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
+
+    @property
+    def packages(self) -> int | None:
+        """How many packages will be installed; None where only pip will know."""
+        return len(self.lines) if self.complete else None
+
+
+Recipes = Mapping[tuple[str, str], Recipe]  # by engine and device
+
+RECIPES: Recipes = {
+    ("sglang", "cpu"): Recipe(
+        locks={version: LOCKS / f"sglang-{version}-cpu.txt" for version in ("0.5.15", "0.5.23")},
+        check="import torch",
+        hint="torch does not load. The torch of PyPI is the CUDA build, which needs packages that the CPU form lacks; "
+        "name the index of torch's CPU builds to pip in PIP_EXTRA_INDEX_URL, and install again",
+    ),
+    # Several GB, and never installed by our own tests: they run without a GPU.
+    ("sglang", "cuda"): Recipe(locks=None),
+}
+DEFAULT_VERSIONS: Mapping[str, str] = {"sglang": "0.5.23"}
+
+
+def recipe_for(engine: str, device: str, recipes: Recipes) -> Recipe:
+    """Raises ConfigError, which names the engines and devices there are."""
+    if (engine, device) not in recipes:
+        known = ", ".join(f"{engine} ({device})" for engine, device in sorted(recipes))
+        raise ConfigError(f"there is no environment for {engine} ({device}); there are: {known}")
+    return recipes[engine, device]
+
+
+def requirements(engine: str, version: str, device: str, recipes: Recipes) -> Requirements:
+    """What pip is to install. Raises ConfigError for an unknown engine, device or version."""
+    locks = recipe_for(engine, device, recipes).locks
+    if not VERSION.fullmatch(version):
+        raise ConfigError(f"{version!r} is no version of a package, such as {DEFAULT_VERSIONS.get(engine, '1.2.3')}")
+    if locks is None:
+        return Requirements(f"{engine}=={version}\n", complete=False)
+    if version not in locks:
+        raise ConfigError(
+            f"{engine} {version} has no tested list of packages for the {device}; these versions have one: "
+            f"{', '.join(locks)}. For another, make an environment yourself and name its interpreter in engine.python"
+        )
+    return Requirements(locks[version].read_text(), complete=True)

@@ -1,0 +1,241 @@
+"""What one SGLang process is started with: its arguments and environment, worked out from the settings. No I/O.
+
+Millrace sets what it has a setting for; everything else reaches SGLang through `engine.engine_args` as it is given.
+Whoever says one thing in both places gets an error that names both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from millrace.config.models import SGLangEngineConfig
+from millrace.errors import ConfigError
+
+Value = str | int | float | bool | None | list[str | int]
+
+CPU_TOTAL_TOKENS = 65536
+# Only what engine_args leaves open. torch_native, pytorch and none are the backends that need no kernel package; the
+# warm-up and busy waiting cost a CPU more than they give.
+CPU_DEFAULTS: dict[str, Value] = {
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "skip_server_warmup": True,
+    "sleep_on_idle": True,
+}
+
+# Every option string of SGLang 0.5.15 and 0.5.23 for what Millrace sets, and the setting that it belongs to.
+SETTINGS = {
+    "--tp-size": "tp_size",
+    "--tensor-parallel-size": "tp_size",
+    "--pp-size": "pp_size",
+    "--pipeline-parallel-size": "pp_size",
+    "--dp-size": "dp_size",
+    "--data-parallel-size": "dp_size",
+    "--ep-size": "ep_size",
+    "--ep": "ep_size",
+    "--expert-parallel-size": "ep_size",
+    "--nnodes": "nnodes",
+    "--node-rank": "node_rank",
+    "--dist-init-addr": "dist_init_addr",
+    "--nccl-init-addr": "dist_init_addr",
+    "--base-gpu-id": "base_gpu_id",
+    "--device": "device",
+    "--host": "host",
+    "--port": "ports",
+    "--log-level": "log_level",
+    "--max-running-requests": "max_running_requests",
+    "--max-total-tokens": "max_total_tokens",
+    "--mem-fraction-static": "mem_fraction_static",
+    "--enable-memory-saver": "memory_saver",
+}
+# The same for what has its place elsewhere, or nowhere.
+OTHERS = {
+    "--model-path": ("model", "set only model"),
+    "--model": ("model", "set only model"),
+    "--random-seed": ("seed", "set only seed"),
+    "--weight-version": ("the version that Millrace publishes", "leave it out"),
+    "--api-key": ("the key that Millrace makes for each launch", "leave it out"),
+    "--admin-api-key": ("the key that Millrace makes for each launch", "leave it out"),
+    "--nccl-port": ("the port that the kernel gives", "leave it out"),
+    "--config": ("engine.engine_args, the one place for SGLang's own arguments", "move the file's settings there"),
+}
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": ("engine.cuda_visible_devices", "set only engine.cuda_visible_devices"),
+    "OMP_NUM_THREADS": ("engine.threads", "set only engine.threads"),
+    "SGLANG_USE_CPU_ENGINE": ("engine.device", "set only engine.device"),
+    "MILLRACE_API_KEY": ("the key that Millrace makes for each launch", "leave it out"),
+    "MILLRACE_ADMIN_API_KEY": ("the key that Millrace makes for each launch", "leave it out"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The ports of one launch. `http` has one for each node that is started on this host.
+
+    The ranks meet at `rendezvous` (host:port), or where that is None at `nccl` of this host. `nccl` is None where
+    SGLang has to choose one for each data-parallel rank.
+    """
+
+    http: tuple[int, ...]
+    nccl: int | None
+    rendezvous: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """How to start one node's process. Its environment has secrets and so is not shown."""
+
+    rank: int
+    url: str  # of its HTTP port: on node 0 the engine's, on the others that of SGLang's answer to health probes
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str] = field(repr=False)
+
+
+def nodes(
+    config: SGLangEngineConfig,
+    model_path: Path,
+    *,
+    replica: int,
+    version: int,
+    seed: int,
+    ports: Ports,
+    api_key: str,
+    admin_key: str,
+) -> tuple[Node, ...]:
+    """The nodes that are started on this host, in the order of their ranks.
+
+    Raises ConfigError where engine_args or env contradict what Millrace sets.
+    """
+    require_no_contradiction(config)
+    keys = {"MILLRACE_API_KEY": api_key, "MILLRACE_ADMIN_API_KEY": admin_key}
+    base = config.base_gpu_id + replica * gpus(config)
+    ranks = local_ranks(config)
+    return tuple(
+        Node(
+            rank,
+            f"http://{config.host}:{port}",
+            (
+                *options(cpu_defaults(config)),
+                *options(
+                    settings(config, model_path, version)
+                    | {
+                        "node_rank": rank,
+                        "port": port,
+                        "nccl_port": ports.nccl,
+                        "dist_init_addr": ports.rendezvous,
+                        "random_seed": seed + replica,
+                        "base_gpu_id": base + ranks.index(rank) * gpus(config) // config.nnodes,
+                    }
+                ),
+                *options(config.engine_args),
+            ),
+            environment(config) | keys,
+        )
+        for rank, port in zip(ranks, ports.http, strict=True)
+    )
+
+
+def local_ranks(config: SGLangEngineConfig) -> tuple[int, ...]:
+    """The ranks of the nodes that are this host."""
+    return tuple(range(config.nnodes)) if config.node_rank is None else (config.node_rank,)
+
+
+def settings(config: SGLangEngineConfig, model_path: Path, version: int) -> dict[str, Value]:
+    """What all nodes of an engine are told alike."""
+    max_total_tokens = config.max_total_tokens
+    if max_total_tokens is None and config.device == "cpu":
+        max_total_tokens = CPU_TOTAL_TOKENS
+    return {
+        "model_path": str(model_path),
+        "weight_version": str(version),
+        "device": config.device,
+        "host": config.host,
+        "tp_size": config.tp_size,
+        "pp_size": config.pp_size,
+        "dp_size": config.dp_size,
+        "ep_size": config.ep_size,
+        "nnodes": config.nnodes,
+        "max_running_requests": config.max_running_requests,
+        "max_total_tokens": max_total_tokens,
+        "mem_fraction_static": config.mem_fraction_static,
+        "enable_memory_saver": config.memory_saver and config.device == "cuda",
+        "log_level": config.log_level,
+    }
+
+
+def cpu_defaults(config: SGLangEngineConfig) -> dict[str, Value]:
+    """What SGLang is told on the CPU unless engine_args says otherwise."""
+    if config.device != "cpu":
+        return {}
+    given = {option(name) for name in config.engine_args}
+    return {name: value for name, value in CPU_DEFAULTS.items() if option(name) not in given}
+
+
+def environment(config: SGLangEngineConfig) -> dict[str, str]:
+    """What is added to the environment of every node, without the keys."""
+    variables = dict(config.env)
+    if config.cuda_visible_devices is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
+    if config.threads is not None:
+        variables["OMP_NUM_THREADS"] = str(config.threads)
+    if config.device == "cpu":
+        # Several processes that each take all cores stand in each other's way: 5x slower under load.
+        variables |= {"OMP_NUM_THREADS": str(config.threads or 1), "SGLANG_USE_CPU_ENGINE": "1"}
+        variables.setdefault("CUDA_VISIBLE_DEVICES", "")
+    return variables
+
+
+def attention_dp(config: SGLangEngineConfig) -> bool:
+    """Whether the data-parallel ranks share the tensor-parallel group (DP attention), and so take no GPUs of their
+    own. 0.5.15 has the flag, 0.5.23 the flag and a size."""
+    given = {option(name): value for name, value in config.engine_args.items()}
+    sizes = (given.get("--attn-dp-size"), given.get("--attention-data-parallel-size"))
+    return given.get("--enable-dp-attention") is True or any(size not in (None, 1) for size in sizes)
+
+
+def gpus(config: SGLangEngineConfig) -> int:
+    """How many consecutive GPU ids one engine takes, over all its nodes."""
+    step = {option(name): value for name, value in config.engine_args.items()}.get("--gpu-id-step", 1)
+    copies = 1 if attention_dp(config) else config.dp_size
+    return config.tp_size * config.pp_size * copies * (step if isinstance(step, int) else 1)
+
+
+def option(name: str) -> str:
+    """`attention_backend`, `attention-backend` and `--attention-backend` are one option."""
+    return "--" + name.removeprefix("--").replace("_", "-")
+
+
+def options(values: Mapping[str, Value]) -> list[str]:
+    """The command line for `values`. True is a bare flag; False and None leave SGLang's own default (for one of its
+    few switches that are on by default, write `no_...: true`); a list becomes several values."""
+    line: list[str] = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        if value is True:
+            line.append(option(name))
+        elif isinstance(value, list):
+            line += [option(name), *map(str, value)]
+        else:
+            line.append(f"{option(name)}={value}")  # one word, so that a value may begin with a dash
+    return line
+
+
+def require_no_contradiction(config: SGLangEngineConfig) -> None:
+    """Raises ConfigError for an engine argument or a variable that repeats what Millrace sets."""
+    owners = {name: (f"engine.{setting}", f"set only engine.{setting}") for name, setting in SETTINGS.items()} | OTHERS
+    seen: dict[str, str] = {}
+    for name in config.engine_args:
+        given = option(name)
+        if given in seen:
+            raise ConfigError(f"engine.engine_args.{name} and engine.engine_args.{seen[given]} are the same argument")
+        seen[given] = name
+        # SGLang's parser takes any beginning of an option's name for the whole, so --tp and --tens are --tp-size too.
+        for known, (owner, advice) in owners.items():
+            if given == known or (known.startswith(given) and given not in owners):
+                raise ConfigError(f"engine.engine_args.{name} contradicts {owner}; {advice}")
+    for name in config.env:
+        if name in ENVIRONMENT:
+            owner, advice = ENVIRONMENT[name]
+            raise ConfigError(f"engine.env.{name} contradicts {owner}; {advice}")

@@ -1,0 +1,141 @@
+"""The payload of SGLang's /update_weights_from_tensor: a pickle, written without pickling anything.
+
+SGLang takes tensors as a base64 pickle of {"flattened_tensor", "metadata"} with load_format `flattened_bucket`.
+Millrace neither imports SGLang, whose class the metadata is of, nor unpickles; it writes the few opcodes that the
+server's allow-list takes (the format is that of `pickletools`, protocol 3).
+"""
+
+import base64
+import struct
+from dataclasses import dataclass
+
+from millrace.types import CudaIpcBucket, CudaIpcShare, TensorSpec, TorchStorageBucket
+
+REDUCTIONS = "torch.multiprocessing.reductions"
+BUCKET_MODULE = "sglang.srt.weight_sync.tensor_bucket"
+# SGLang's own form of torch's rebuild function: it finds the GPU by its UUID.
+REBUILD_CUDA = ("sglang.srt.utils.patch_torch", "_rebuild_cuda_tensor_modified")
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """Something that the reader imports."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the reader gets by calling `function` with `arguments`."""
+
+    function: Name
+    arguments: tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """An object of a class whose constructor is not called; it gets these attributes."""
+
+    cls: Name
+    attributes: dict[str, object]
+
+
+def payloads(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[str]:
+    """What each of the engine's ranks is to open, in base64."""
+    metadata = [_metadata(spec) for spec in bucket.tensors]
+    match bucket:
+        case CudaIpcBucket(shares=shares, nbytes=nbytes):
+            if len(shares) != ranks:
+                raise ValueError(f"{len(shares)} shares for {ranks} ranks")
+            tensors = [_cuda_tensor(share, nbytes) for share in shares]
+        case TorchStorageBucket():
+            tensors = [_cpu_tensor(bucket)] * ranks
+    # One write for all: only the tensor differs, and a rank may hold thousands of names.
+    return [base64.b64encode(dump({"flattened_tensor": t, "metadata": metadata})).decode() for t in tensors]
+
+
+def _metadata(spec: TensorSpec) -> Instance:
+    return Instance(
+        Name(BUCKET_MODULE, "FlattenedTensorMetadata"),
+        {
+            "name": spec.name,
+            "shape": Call(Name("torch", "Size"), (spec.shape,)),
+            "dtype": Name("torch", spec.dtype),
+            "start_idx": spec.offset,
+            "end_idx": spec.offset + spec.nbytes,
+            "numel": spec.nbytes,
+        },
+    )
+
+
+def _cuda_tensor(share: CudaIpcShare, nbytes: int) -> Call:
+    """The arguments are those of torch's rebuild_cuda_tensor: a flat tensor of bytes over a storage of its own."""
+    return Call(
+        Name(*REBUILD_CUDA),
+        (
+            Name("torch", "Tensor"),
+            Call(Name("torch", "Size"), ((nbytes,),)),
+            (1,),
+            0,
+            Name("torch.storage", "UntypedStorage"),
+            Name("torch", "uint8"),
+            share.device,
+            share.handle,
+            share.storage_bytes,
+            share.storage_offset,
+            False,
+            share.ref_counter_handle,
+            share.ref_counter_offset,
+            share.event_handle,
+            share.event_sync_required,
+        ),
+    )
+
+
+def _cpu_tensor(bucket: TorchStorageBucket) -> Call:
+    storage = Call(
+        Name(REDUCTIONS, "rebuild_storage_filename"),
+        # The reader's torch names a helper process of its own, which ends with it: with the trainer's it would be the
+        # server that keeps the trainer's helper alive.
+        (Name("torch.storage", "UntypedStorage"), b"", bucket.handle, bucket.nbytes),
+    )
+    typed = Call(Name(REDUCTIONS, "rebuild_typed_storage"), (storage, Name("torch", "uint8")))
+    # What rebuild_tensor reads: offset, size, stride, requires_grad.
+    layout = (0, Call(Name("torch", "Size"), ((bucket.nbytes,),)), (1,), False)
+    return Call(Name(REDUCTIONS, "rebuild_tensor"), (Name("torch", "Tensor"), typed, layout))
+
+
+def dump(value: object) -> bytes:
+    """`value` as a pickle. Raises TypeError for what is neither of the kinds above, nor a number, text, bytes or a
+    container."""
+    return b"\x80\x03" + _encode(value) + b"."
+
+
+def _encode(value: object) -> bytes:
+    match value:
+        case None:
+            return b"N"
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int():
+            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            return b"\x8a" + bytes([len(data)]) + data
+        case str():
+            data = value.encode()
+            return b"X" + struct.pack("<I", len(data)) + data
+        case bytes():
+            return b"B" + struct.pack("<I", len(value)) + value
+        case Name(module, name):
+            return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
+        case Call(function, arguments):
+            return _encode(function) + _encode(arguments) + b"R"
+        case Instance(cls, attributes):
+            return _encode(cls) + b")\x81" + _encode(attributes) + b"b"
+        case tuple():
+            return b"(" + b"".join(map(_encode, value)) + b"t"
+        case list():
+            return b"](" + b"".join(map(_encode, value)) + b"e"
+        case dict():
+            return b"}(" + b"".join(_encode(k) + _encode(v) for k, v in value.items()) + b"u"
+    raise TypeError(f"{type(value).__name__} has no place in a payload")

@@ -1,0 +1,83 @@
+"""What an SGLang server may be asked in which state: a pure state machine.
+
+SGLang itself does not ask: memory released under a running request, taken back twice, or weights loaded under one kill
+the server or corrupt what it generates. The adapter keeps this state, sends nothing that it forbids, and is the only
+one that controls the server.
+"""
+
+from dataclasses import dataclass, replace
+
+from millrace.types import MemoryTag, PauseMode
+
+TORN = "an update was given up half-way and the weights are of no version; publish a whole version"
+
+
+class ForbiddenError(Exception):
+    """The call would crash or corrupt the server in this state. The message says what to do first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """paused: by the caller. asleep: what is released. updating: the version that is on its way. loaded: whether any of
+    it has reached the server. torn: an update was given up after that, so the weights are of no version."""
+
+    paused: PauseMode | None = None
+    asleep: frozenset[MemoryTag] = frozenset()
+    updating: int | None = None
+    loaded: bool = False
+    torn: bool = False
+
+    @property
+    def held(self) -> bool:
+        """Whether the adapter keeps new requests back: the server must not see one."""
+        return bool(self.asleep) or self.updating is not None
+
+    @property
+    def generating(self) -> bool:
+        """Whether the server itself must go on, as opposed to paused."""
+        return self.paused is None and not self.held and not self.torn
+
+    def describe(self) -> str:
+        """In words, why a request has to wait."""
+        if self.updating is not None:
+            return f"version {self.updating} is being loaded"
+        return f"asleep: {', '.join(sorted(self.asleep))}" if self.asleep else "ready"
+
+    def pausing(self, mode: PauseMode) -> "ServerState":
+        return replace(self, paused=mode)
+
+    def resuming(self) -> "ServerState":
+        if self.torn:
+            raise ForbiddenError(TORN)
+        return replace(self, paused=None)
+
+    def sleeping(self, what: frozenset[MemoryTag]) -> "ServerState":
+        if self.updating is not None:
+            raise ForbiddenError("a weight update is under way; commit it or roll it back before the engine sleeps")
+        return replace(self, asleep=self.asleep | what)
+
+    def waking(self, what: frozenset[MemoryTag]) -> "ServerState":
+        return replace(self, asleep=self.asleep - what)
+
+    def beginning(self, version: int) -> "ServerState":
+        if self.updating is not None:
+            raise ForbiddenError(f"the update to version {self.updating} is still under way")
+        if MemoryTag.WEIGHTS in self.asleep:
+            raise ForbiddenError("the weights are asleep; wake them before an update")
+        return replace(self, updating=version, loaded=False)
+
+    def loading(self) -> "ServerState":
+        """From here on the old weights are gone."""
+        if self.updating is None:
+            raise ForbiddenError("load without begin_update")
+        return replace(self, loaded=True)
+
+    def committing(self) -> "ServerState":
+        if self.updating is None:
+            raise ForbiddenError("commit without begin_update")
+        if not self.loaded:
+            raise ForbiddenError(f"nothing was loaded of version {self.updating}")
+        return replace(self, updating=None, loaded=False, torn=False)
+
+    def rolling_back(self) -> "ServerState":
+        return replace(self, updating=None, loaded=False, torn=self.torn or self.loaded)

@@ -1,0 +1,91 @@
+"""What the transports through memory share: two slots, each grown to the largest bucket seen and kept."""
+
+from abc import abstractmethod
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from millrace.checksum import Checksum, checksum
+from millrace.types import Bucket, TensorSpec
+from millrace.weights.plan import layout, padded
+from millrace.weights.transports.base import NamedTensors, StagedBucket, Transport
+
+PIECE_BYTES = 256 * 1024
+
+
+class Slot(Protocol):
+    """Memory that an engine can open. `bytes` is [nbytes] uint8."""
+
+    bytes: torch.Tensor
+
+    def close(self) -> None: ...
+
+
+S = TypeVar("S", bound=Slot)
+
+
+class MemoryTransport(Transport, Generic[S]):
+    """Two slots, kept so that their memory is taken once."""
+
+    def __init__(self) -> None:
+        self._slots: dict[int, S] = {}
+
+    @abstractmethod
+    def _new_slot(self, size: int) -> S:
+        """Raises PublishError where there is no room."""
+
+    @abstractmethod
+    def _copy(self, tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:
+        """Copies into `target` and returns the checksums, if it has read the bytes anyway."""
+
+    @abstractmethod
+    def _bucket(self, slot: S, specs: tuple[TensorSpec, ...], nbytes: int, ranks: int) -> Bucket: ...
+
+    def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
+        specs = layout([(n, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for n, t in tensors])
+        nbytes = specs[-1].offset + padded(specs[-1].nbytes)
+        memory = self._slot(slot, nbytes)
+        checksums = self._copy(tensors, specs, memory.bytes)
+        return StagedBucket(
+            lambda ranks: self._bucket(memory, specs, nbytes, ranks), checksums, tuple(s.name for s in specs), nbytes
+        )
+
+    async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the engines read by themselves)
+        return
+
+    def close(self) -> None:
+        for slot in self._slots.values():
+            slot.close()
+        self._slots.clear()
+
+    def _slot(self, index: int, size: int) -> S:
+        slot = self._slots.get(index)
+        if slot is None or slot.bytes.nbytes < size:
+            if slot is not None:
+                slot.close()
+            slot = self._slots[index] = self._new_slot(size)
+        return slot
+
+
+def copy_to_host(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:
+    """Copies the tensors into `target`, [nbytes] uint8 on the CPU, and returns their checksums."""
+    return {
+        spec.name: _copy(tensor.detach(), target[spec.offset : spec.offset + spec.nbytes])
+        for spec, (_, tensor) in zip(specs, tensors, strict=True)
+    }
+
+
+def _copy(tensor: torch.Tensor, target: torch.Tensor) -> str:
+    """Copies the tensor's bytes into `target`, [nbytes] uint8, and returns their checksum."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return checksum(target.numpy().data)
+    # Piece by piece, so that the bytes are hashed while they are in the cache; by numpy, whose copy takes one thread:
+    # torch's would take the cores away from the engine that loads the bucket before this one.
+    source, copy, digest = tensor.reshape(-1).view(torch.uint8).numpy(), target.numpy(), Checksum()
+    for start in range(0, len(copy), PIECE_BYTES):
+        piece = copy[start : start + PIECE_BYTES]
+        np.copyto(piece, source[start : start + PIECE_BYTES])
+        digest.update(piece.data)
+    return digest.hexdigest()

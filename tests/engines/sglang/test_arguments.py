@@ -1,0 +1,209 @@
+"""What SGLang is started with: the settings, each once, and engine_args as they were given."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.config.models import SGLangEngineConfig
+from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, Node, Ports, nodes, option, options
+from millrace.errors import ConfigError
+
+# Names of SGLang's options that Millrace has no setting for, and never shorter than what tells them apart.
+FREE = st.from_regex(r"x[a-z]{2,8}(_[a-z]{1,8}){0,3}", fullmatch=True)
+TEXTS = st.text("abc-=/. {}\"'", min_size=1).filter(lambda text: text != "--")  # which argparse takes for itself
+SCALARS = st.one_of(st.integers(), st.floats(allow_nan=False), TEXTS, st.booleans())
+LISTS = st.lists(st.one_of(st.integers(0, 99), st.from_regex(r"[a-z=/.]{1,9}", fullmatch=True)), min_size=1, max_size=4)
+
+
+def plan(replica: int = 0, ports: Ports | None = None, **settings: Any) -> tuple[Node, ...]:
+    config = SGLangEngineConfig(kind="sglang", **settings)
+    count = config.nnodes if config.node_rank is None else 1
+    return nodes(
+        config,
+        Path("/models/m"),
+        replica=replica,
+        version=7,
+        seed=100,
+        ports=ports or Ports(tuple(range(4000, 4000 + count)), 5000, None),
+        api_key="the-key",
+        admin_key="the-admin-key",
+    )
+
+
+def said(node: Node, name: str) -> str | None:
+    """What SGLang's parser would take for the option: the last value on the line."""
+    values = [argument.removeprefix(f"--{name}=") for argument in node.arguments if argument.startswith(f"--{name}=")]
+    return values[-1] if values else None
+
+
+def test_every_setting_reaches_the_server() -> None:
+    (node,) = plan(
+        replica=2,
+        replicas=3,
+        tp_size=4,
+        pp_size=2,
+        ep_size=2,
+        base_gpu_id=1,
+        max_total_tokens=9000,
+        mem_fraction_static=0.5,
+        max_running_requests=12,
+        log_level="warning",
+        host="10.0.0.1",
+        cuda_visible_devices="3,4",
+        threads=5,
+        env={"NCCL_DEBUG": "INFO"},
+    )
+    assert set(node.arguments) == {
+        "--model-path=/models/m",
+        "--weight-version=7",
+        "--random-seed=102",
+        "--device=cuda",
+        "--host=10.0.0.1",
+        "--port=4000",
+        "--nccl-port=5000",
+        "--tp-size=4",
+        "--pp-size=2",
+        "--dp-size=1",
+        "--ep-size=2",
+        "--nnodes=1",
+        "--node-rank=0",
+        "--base-gpu-id=17",  # after the eight GPUs of each of two replicas
+        "--max-running-requests=12",
+        "--max-total-tokens=9000",
+        "--mem-fraction-static=0.5",
+        "--enable-memory-saver",
+        "--log-level=warning",
+    }
+    assert node.url == "http://10.0.0.1:4000"
+    assert node.environment == {
+        "NCCL_DEBUG": "INFO",
+        "CUDA_VISIBLE_DEVICES": "3,4",
+        "OMP_NUM_THREADS": "5",
+        "MILLRACE_API_KEY": "the-key",
+        "MILLRACE_ADMIN_API_KEY": "the-admin-key",
+    }
+
+
+def test_keys_are_in_no_argument_and_not_shown() -> None:
+    (node,) = plan(device="cpu")
+    assert "the-key" not in " ".join(node.arguments)
+    assert "the-key" not in repr(node)
+    assert "the-admin-key" not in repr(node)
+
+
+def test_the_cpu_gets_what_it_needs() -> None:
+    (node,) = plan(device="cpu")
+    assert said(node, "max-total-tokens") == "65536"
+    assert {f"--{name.replace('_', '-')}" for name in CPU_DEFAULTS} <= {a.partition("=")[0] for a in node.arguments}
+    assert "--enable-memory-saver" not in node.arguments
+    assert node.environment["OMP_NUM_THREADS"] == "1"
+    assert node.environment["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert node.environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize("spelling", ["attention_backend", "attention-backend", "--attention-backend"])
+def test_engine_args_win_over_the_defaults_of_the_cpu(spelling: str) -> None:
+    (node,) = plan(device="cpu", engine_args={spelling: "intel_amx", "sleep_on_idle": False})
+    assert [a for a in node.arguments if a.startswith("--attention-backend")] == ["--attention-backend=intel_amx"]
+    assert "--sleep-on-idle" not in node.arguments
+
+
+@given(st.dictionaries(FREE, st.one_of(SCALARS, LISTS), max_size=6))
+def test_engine_args_come_out_of_a_parser_as_they_went_in(values: dict[str, Any]) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name, value in values.items():
+        if isinstance(value, bool):
+            parser.add_argument(option(name), action="store_true")
+        elif isinstance(value, list):
+            parser.add_argument(option(name), nargs="+")
+        else:
+            parser.add_argument(option(name), type=type(value))
+    (node,) = plan(engine_args=values)
+    line = node.arguments[len(plan()[0].arguments) :]
+    parsed = vars(parser.parse_args(line))
+    expected = {name: [str(v) for v in value] if isinstance(value, list) else value for name, value in values.items()}
+    assert parsed == expected
+
+
+def test_none_and_false_leave_the_engines_own_default() -> None:
+    assert options({"a": None, "b": False, "c": True, "no_d": True, "e": 0}) == ["--c", "--no-d", "--e=0"]
+
+
+@pytest.mark.parametrize("known", sorted(SETTINGS))
+def test_a_setting_said_twice_is_refused_with_both_names(known: str) -> None:
+    name = known.removeprefix("--").replace("-", "_")
+    setting = f"engine.{SETTINGS[known]}"
+    with pytest.raises(ConfigError) as error:
+        plan(engine_args={name: 2})
+    assert str(error.value) == f"engine.engine_args.{name} contradicts {setting}; set only {setting}"
+
+
+@pytest.mark.parametrize("known", sorted(OTHERS))
+def test_what_millrace_alone_sets_is_refused(known: str) -> None:
+    with pytest.raises(ConfigError, match=f"engine.engine_args.{known} contradicts "):
+        plan(engine_args={known: "x"})
+
+
+@pytest.mark.parametrize(
+    ("abbreviation", "setting"), [("tp", "tp_size"), ("dp", "dp_size"), ("tens", "tp_size"), ("log-l", "log_level")]
+)
+def test_so_is_a_beginning_that_sglangs_parser_takes_for_the_whole(abbreviation: str, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"engine_args.{abbreviation} contradicts engine.{setting}"):
+        plan(engine_args={abbreviation: 2})
+
+
+@pytest.mark.parametrize("name", ["skip_tokenizer_init", "log_level_http", "tokenizer_path", "device_x", "max_total"])
+def test_other_arguments_pass(name: str) -> None:
+    if name == "max_total":  # the beginning of a setting's option is that option
+        with pytest.raises(ConfigError):
+            plan(engine_args={name: True})
+    else:
+        assert option(name) in plan(engine_args={name: True})[0].arguments
+
+
+def test_one_argument_in_two_spellings_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"engine_args.lora-paths and engine.engine_args.lora_paths are the same"):
+        plan(engine_args={"lora_paths": "a=/x", "lora-paths": "b=/y"})
+
+
+@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SGLANG_USE_CPU_ENGINE"])
+def test_a_variable_that_repeats_a_setting_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"engine.env.{name} contradicts engine."):
+        plan(env={name: "1"})
+
+
+def test_each_node_on_this_host_gets_its_share_of_the_gpus() -> None:
+    planned = plan(nnodes=2, tp_size=8, base_gpu_id=2, ports=Ports((4000, 4001), 5000, "127.0.0.1:6000"))
+    assert [said(node, "node-rank") for node in planned] == ["0", "1"]
+    assert [said(node, "base-gpu-id") for node in planned] == ["2", "6"]
+    assert [said(node, "port") for node in planned] == ["4000", "4001"]
+    assert {said(node, "dist-init-addr") for node in planned} == {"127.0.0.1:6000"}
+    assert {said(node, "random-seed") for node in planned} == {"100"}
+
+
+def test_on_several_hosts_each_starts_its_own_node() -> None:
+    ports = Ports((4000,), 5000, "10.0.0.1:6000")
+    (node,) = plan(nnodes=2, tp_size=8, node_rank=1, dist_init_addr="10.0.0.1:6000", ports=ports)
+    assert node.rank == 1
+    assert said(node, "node-rank") == "1"
+    assert said(node, "base-gpu-id") == "0"
+    assert said(node, "dist-init-addr") == "10.0.0.1:6000"
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus"),
+    [
+        ({"tp_size": 2, "dp_size": 2}, 4),
+        ({"tp_size": 2, "dp_size": 2, "engine_args": {"enable_dp_attention": True}}, 2),
+        ({"tp_size": 2, "dp_size": 2, "engine_args": {"attn-dp-size": 2}}, 2),
+        ({"tp_size": 2, "pp_size": 3}, 6),
+        ({"tp_size": 2, "engine_args": {"gpu_id_step": 2}}, 4),
+    ],
+)
+def test_the_second_replica_starts_after_the_gpus_of_the_first(settings: dict[str, Any], gpus: int) -> None:
+    (node,) = plan(replica=1, replicas=2, **settings)
+    assert said(node, "base-gpu-id") == str(gpus)

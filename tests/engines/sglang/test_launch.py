@@ -1,0 +1,240 @@
+"""Real SGLang servers, launched: what they are told, what they keep to themselves, and that nothing of them is left."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from millrace.config.models import SGLangEngineConfig
+from millrace.engines.sglang.launch import choose_ports, free_block, launch
+from millrace.errors import LaunchError
+from millrace.launch.nodes import Nodes
+
+START_TIMEOUT = 240.0  # 20 s on a quiet machine
+
+SGLangPython = Callable[[str], Path]
+
+
+def cpu_config(**settings: Any) -> SGLangEngineConfig:
+    return SGLangEngineConfig(kind="sglang", device="cpu", threads=1, start_timeout=START_TIMEOUT, **settings)
+
+
+def processes() -> dict[int, int]:
+    """The parent of every living process."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it ended meanwhile
+            if fields[0] != "Z":
+                parents[int(entry.name)] = int(fields[1])
+    return parents
+
+
+def below(ancestor: int) -> set[int]:
+    parents = processes()
+    found = {ancestor}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {ancestor}
+
+
+def until_ended(pids: set[int], deadline: float) -> None:
+    end = time.monotonic() + deadline
+    while alive := pids & processes().keys():
+        assert time.monotonic() < end, f"{alive} live on"
+        time.sleep(0.05)
+
+
+def command_lines(pids: set[int]) -> str:
+    return "".join(Path(f"/proc/{pid}/cmdline").read_text(errors="replace") for pid in pids)
+
+
+def logs(folder: Path) -> dict[str, str]:
+    """Every log by its name; each must be closed to others."""
+    found = {}
+    for path in folder.glob("*.log"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        found[path.name] = path.read_text()
+    return found
+
+
+async def generate(url: str, key: str | None) -> tuple[int, Any]:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    body = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
+    async with (
+        aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(60)) as session,
+        session.post(f"{url}/generate", json=body) as response,
+    ):
+        return response.status, await response.json(content_type=None)
+
+
+LAUNCHER = textwrap.dedent("""
+    import asyncio, json, sys
+    from pathlib import Path
+    from millrace.config.models import SGLangEngineConfig
+    from millrace.engines.sglang.launch import launch
+
+    async def main():
+        config, model, python, log_dir = sys.argv[1:]
+        launched = await launch(
+            SGLangEngineConfig.model_validate_json(config), Path(model), python=Path(python), replica=0,
+            log_dir=Path(log_dir), version=7, seed=5,
+        )
+        print(json.dumps([launched.url, launched.api_key, launched.admin_key, repr(launched)]), flush=True)
+        await asyncio.sleep(600)
+
+    asyncio.run(main())
+""")
+
+
+@pytest.fixture
+def launcher(tiny_model: Path, sglang_python: SGLangPython, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own that launches an engine and prints what it got."""
+    config = cpu_config(version="0.5.23", engine_args={"enable_metrics": True})
+    python = sglang_python("0.5.23")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, config.model_dump_json(), str(tiny_model), str(python), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+async def test_a_launched_server_keeps_its_keys_and_dies_with_its_launcher(
+    launcher: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    assert launcher.stdout is not None
+    url, api_key, admin_key, shown = json.loads(await asyncio.to_thread(launcher.stdout.readline))
+    tree = below(launcher.pid)
+
+    assert (await generate(url, None))[0] == 401
+    assert (await generate(url, "wrong"))[0] == 401
+    status, answer = await generate(url, api_key)
+    assert status == 200
+    assert len(answer["output_ids"]) == 4
+    assert answer["meta_info"]["weight_version"] == "7"
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as session:
+        async with session.post(
+            f"{url}/flush_cache", headers={"Authorization": f"Bearer {api_key}"}
+        ) as response:  # a control route
+            assert response.status == 401
+        async with session.post(f"{url}/flush_cache", headers={"Authorization": f"Bearer {admin_key}"}) as response:
+            assert response.status == 200
+        async with session.get(f"{url}/server_info", headers={"Authorization": f"Bearer {api_key}"}) as response:
+            info = await response.json()
+        async with session.get(f"{url}/metrics") as response:  # of engine_args
+            assert "sglang" in await response.text()
+    assert info["random_seed"] == 5
+    assert info["max_total_tokens"] == 65536
+    assert api_key not in info["launch_command"]
+
+    readable = logs(tmp_path)["sglang-0.log"] + command_lines(tree) + shown
+    assert "'api_key': '***'" in readable
+    assert "serve.py" in readable
+    assert api_key not in readable
+    assert admin_key not in readable
+
+    assert len(tree) >= 4  # the guard, the server, its scheduler and its detokenizer
+    os.kill(launcher.pid, signal.SIGKILL)
+    await asyncio.to_thread(until_ended, tree, 15)
+
+
+async def test_an_argument_that_sglang_does_not_know_ends_in_its_own_words(
+    tiny_model: Path, sglang_python: SGLangPython, tmp_path: Path
+) -> None:
+    before = below(os.getpid())
+    config = cpu_config(engine_args={"no_such_argument": 3})
+    with pytest.raises(LaunchError, match=r"(?s)sglang-0 ended with status 2.*unrecognized.*--no-such-argument=3"):
+        await launch(config, tiny_model, python=sglang_python("0.5.23"), replica=0, log_dir=tmp_path, version=0, seed=0)
+    assert below(os.getpid()) <= before
+
+
+async def test_an_engine_over_two_nodes_serves_and_ends_as_one(
+    tiny_model: Path, sglang_python: SGLangPython, tmp_path: Path
+) -> None:
+    before = below(os.getpid())
+    config = cpu_config(version="0.5.15", nnodes=2, tp_size=2, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
+    launched = await launch(
+        config, tiny_model, python=sglang_python("0.5.15"), replica=0, log_dir=tmp_path, version=7, seed=0
+    )
+    try:
+        assert isinstance(launched.process, Nodes)
+        assert launched.url is not None
+        status, answer = await generate(launched.url, launched.api_key)
+        assert status == 200
+        assert len(answer["output_ids"]) == 4
+        tree = below(os.getpid()) - before
+        (node1,) = (pid for pid in tree if "--node-rank=1" in command_lines({pid}) and is_serve(pid))
+        os.kill(node1, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            await launched.process.wait()
+        assert launched.process.describe_end() == "sglang-0-node1 was killed by SIGKILL"
+        assert str(tmp_path / "sglang-0-node1.log") in launched.process.log_tail()
+    finally:
+        await launched.process.end()
+    assert not tree & processes().keys()
+    written = logs(tmp_path)
+    assert set(written) == {"sglang-0-node0.log", "sglang-0-node1.log"}
+    for log in written.values():
+        assert "api_key='***'" in log
+        assert launched.api_key not in log
+        assert launched.admin_key not in log
+
+
+def is_serve(pid: int) -> bool:
+    """Whether it is a node's server itself, not its guard or one of its children."""
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1].endswith("serve.py")
+
+
+async def test_an_interpreter_that_is_not_there_is_a_clear_error(tiny_model: Path, tmp_path: Path) -> None:
+    before = below(os.getpid())
+    with pytest.raises(LaunchError, match=r"(?s)/no/such/python could not be started"):
+        await launch(
+            cpu_config(), tiny_model, python=Path("/no/such/python"), replica=0, log_dir=tmp_path, version=0, seed=0
+        )
+    assert below(os.getpid()) <= before
+
+
+def test_the_engines_program_stays_out_of_this_process() -> None:
+    assert "millrace.engines.sglang.serve" not in sys.modules
+    assert logging.getLogRecordFactory() is logging.LogRecord
+
+
+def test_ranks_that_share_a_group_meet_where_the_ports_after_it_are_free() -> None:
+    config = cpu_config(tp_size=2, dp_size=2, engine_args={"enable_dp_attention": True})
+    ports = choose_ports(config, 0)
+    assert ports.rendezvous is not None
+    assert ports.nccl is not None
+    assert len({*ports.http, ports.nccl, int(ports.rendezvous.rpartition(":")[2])}) == 3
+
+
+def test_ranks_that_share_nothing_get_no_common_port() -> None:
+    ports = choose_ports(cpu_config(dp_size=2), 0)
+    assert ports.nccl is None
+    assert ports.rendezvous is None
+
+
+def test_the_configs_port_is_taken_and_refused_when_it_is_not_free() -> None:
+    port = free_block("127.0.0.1", 2)
+    assert choose_ports(cpu_config(replicas=2, ports=(port, port + 1)), 1).http == (port + 1,)
+    import socket
+
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(LaunchError, match=f"port {port} of 127.0.0.1"):
+        choose_ports(cpu_config(ports=(port,)), 0)
