@@ -18,6 +18,7 @@ LAYERS = [
     "engines",
     "weights",
     "fleet",
+    "conformance",
     "rollout",
     "train",
     "cli",

@@ -1,12 +1,14 @@
 """Servers as processes: how they fail to start, and that nothing of them is left, whichever way their launcher ends."""
 
 import asyncio
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,29 @@ async def test_a_killed_server_is_described_by_its_signal(tmp_path: Path) -> Non
     assert process.describe_end() == "victim was killed by SIGKILL"
 
 
+ORPHAN = textwrap.dedent("""
+    import os, signal, subprocess, sys, time
+    if sys.argv[1:]:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("ready", flush=True)
+        while os.getppid() == int(sys.argv[1]):
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGQUIT)
+        time.sleep(600)
+    child = subprocess.Popen([sys.executable, __file__, str(os.getpid())], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    sys.exit(4)
+""")
+
+
+async def test_an_orphan_that_reports_its_failure_by_sigquit_does_not_end_the_guard(tmp_path: Path) -> None:
+    script = tmp_path / "orphan.py"
+    await asyncio.to_thread(script.write_text, ORPHAN)
+    process = await ServerProcess.start("parent", [sys.executable, str(script)], tmp_path / "log")
+    await process.wait()
+    assert process.describe_end() == "parent ended with status 4"
+
+
 async def test_a_program_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
     process = await ServerProcess.start("ghost", ["/no/such/program"], tmp_path / "log")
     await process.wait()
@@ -136,3 +161,55 @@ def test_ports_are_the_kernels_and_a_taken_one_is_refused() -> None:
             require_free("127.0.0.1", port)
         assert free_port("127.0.0.1") != port
     require_free("127.0.0.1", port)
+
+
+LITTERING = textwrap.dedent("""
+    import mmap, os, sys, tempfile, time
+    path = sys.argv[1]
+    shared = open("/dev/shm/" + sys.argv[2], "wb+")
+    shared.truncate(4096)
+    mapped = mmap.mmap(shared.fileno(), 4096)
+    scratch = tempfile.NamedTemporaryFile(delete=False).name
+    with open(path, "w") as file:
+        file.write(scratch)
+    time.sleep(600)
+""")
+
+
+@pytest.fixture
+def shared_by_others() -> Iterator[Path]:
+    """A file of shared memory that this process has mapped."""
+    path = Path(f"/dev/shm/millrace_test_{os.getpid()}_others")
+    with path.open("wb+") as file:
+        file.truncate(4096)
+        with mmap.mmap(file.fileno(), 4096):
+            yield path
+    path.unlink()
+
+
+def test_what_a_killed_server_left_is_removed_and_what_others_use_is_not(
+    tmp_path: Path, shared_by_others: Path
+) -> None:
+    script, note = tmp_path / "littering.py", tmp_path / "scratch"
+    script.write_text(LITTERING)
+    own = Path(f"/dev/shm/millrace_test_{os.getpid()}_own")
+    command = [sys.executable, str(script), str(note), own.name]
+
+    def littered() -> bool:
+        return note.exists() and note.read_text() != "" and time.time() - own.stat().st_ctime > 1.1
+
+    async def start_and_end() -> None:
+        process = await ServerProcess.start(
+            "litter", command, tmp_path / "log", leftovers=[f"millrace_test_{os.getpid()}_*"]
+        )
+        try:
+            await asyncio.to_thread(wait_until, littered)
+            assert await asyncio.to_thread(Path(note.read_text()).exists)
+        finally:
+            await process.end()
+
+    asyncio.run(start_and_end())
+    scratch = Path(note.read_text())
+    assert not own.exists()
+    assert not scratch.parent.exists()
+    assert shared_by_others.exists()

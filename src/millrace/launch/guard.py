@@ -1,11 +1,13 @@
 """Stands between the one who launches and a server, so that the server's whole process tree ends with either of them.
 
-    python guard.py GRACE_SECONDS COMMAND [ARGUMENT ...]
+    python guard.py GRACE_SECONDS LEFTOVERS COMMAND [ARGUMENT ...]
 
 The launcher holds the other end of this program's standard input. When that closes (the launcher died, even by SIGKILL)
 or SIGTERM comes, every process that descends from COMMAND gets SIGTERM, and after the grace SIGKILL. As a subreaper
-(prctl(2)) the guard inherits the orphans of its tree, so none can slip away. It runs on the standard library alone, and
-exits as COMMAND did: its status, or 128 and the signal's number.
+(prctl(2)) the guard inherits the orphans of its tree, so none can slip away. COMMAND's temporary files go to a folder
+that is removed in the end; so is shared memory (in /dev/shm) whose name matches one of LEFTOVERS, patterns with commas
+between them. The guard runs on the standard library alone, and exits as COMMAND did: its status, or 128 and the
+signal's number.
 """
 
 import ctypes
@@ -14,7 +16,9 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 POLL_SECONDS = 0.5  # how soon the loss of the parent is seen where another process still holds the pipe
@@ -69,6 +73,29 @@ def end_tree(grace: float) -> None:
         time.sleep(0.02)
 
 
+def sweep(patterns: list[str], since: float) -> None:
+    """Removes the shared memory that a killed tree left: of our user, from after `since`, mapped by no process.
+
+    Whatever is younger than a second may be another server's that is about to map it, and stays.
+    """
+    found = {path for pattern in patterns for path in Path("/dev/shm").glob(pattern)}  # noqa: S108 # no temporary file
+    if not found:
+        return
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            mapped += maps.read_text(errors="replace")
+        except OSError:
+            continue  # it ended, or is another user's, and so are its files
+    for path in found:
+        try:
+            status = path.stat()
+            if status.st_uid == os.getuid() and since <= status.st_ctime < time.time() - 1 and str(path) not in mapped:
+                path.unlink()
+        except FileNotFoundError:
+            continue  # another guard was faster
+
+
 def wait(child: int, lifeline: int, wakeup: int, parent: int) -> int | None:
     """The child's wait status; None when the guard is to end it."""
     while True:
@@ -83,23 +110,32 @@ def wait(child: int, lifeline: int, wakeup: int, parent: int) -> int | None:
 
 
 def main() -> int:
-    grace, command = float(sys.argv[1]), sys.argv[2:]
-    parent = os.getppid()
+    with tempfile.TemporaryDirectory(prefix="millrace-", ignore_cleanup_errors=True) as folder:
+        return guard(float(sys.argv[1]), [name for name in sys.argv[2].split(",") if name], sys.argv[3:], folder)
+
+
+def guard(grace: float, leftovers: list[str], command: list[str], folder: str) -> int:
+    parent, began = os.getppid(), time.time()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     wakeup, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    for signum in (signal.SIGTERM, signal.SIGCHLD, signal.SIGINT):
+    # SIGQUIT too: SGLang's processes send it to their parent when they fail, and the parent of an orphan is the guard.
+    for signum in (signal.SIGTERM, signal.SIGCHLD, signal.SIGINT, signal.SIGQUIT):
         signal.signal(signum, lambda *_: None)  # the wake-up pipe tells wait()
     try:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            command,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": folder},
+            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
         )
     except OSError as error:
         print(f"{command[0]} could not be started: {error}", file=sys.stderr)
         return 127
     status = wait(child.pid, 0, wakeup, parent)
     end_tree(grace)
+    sweep(leftovers, began)
     if status is None:
         return 0
     code = os.waitstatus_to_exitcode(status)

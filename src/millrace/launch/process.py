@@ -62,13 +62,22 @@ class ServerProcess:
 
     @classmethod
     async def start(
-        cls, name: str, command: Sequence[str], log_path: Path, *, env: Mapping[str, str] | None = None
+        cls,
+        name: str,
+        command: Sequence[str],
+        log_path: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        leftovers: Sequence[str] = (),
     ) -> "ServerProcess":
-        """Starts `command` with `env` added to this process's environment; what it prints goes to `log_path`."""
+        """Starts `command` with `env` added to this process's environment; what it prints goes to `log_path`.
+
+        `leftovers` are patterns of names in /dev/shm that the server is known to leave there, for removal in the end.
+        """
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with open_private(log_path) as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", guard.__file__, str(GRACE_SECONDS), *command,
+                sys.executable, "-I", "-S", guard.__file__, str(GRACE_SECONDS), ",".join(leftovers), *command,
                 stdin=asyncio.subprocess.PIPE,  # the lifeline: it closes when this process dies
                 stdout=log,
                 stderr=log,

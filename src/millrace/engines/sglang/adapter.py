@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from millrace.engines.sglang.guards import Limits, check_request
 from millrace.engines.sglang.payload import payloads
@@ -145,7 +144,7 @@ class SGLangEngine(SGLangProtocol):
             before, after = self.state, self.state.sleeping(what)
             if not (fresh := sorted(what - before.asleep)):
                 return
-            if Capability.SLEEP not in (await self.info()).capabilities:
+            if Capability.SLEEP not in (await self._facts()).capabilities:
                 raise EngineRefused(self.name, "it was started without --enable-memory-saver and can release nothing")
             self.state = after  # new requests are held from here on
             if not before.held:
@@ -169,7 +168,7 @@ class SGLangEngine(SGLangProtocol):
             try:
                 if not before.asleep:
                     await self._interrupt()
-                if Capability.UPDATE_SESSION in (await self.info()).capabilities:
+                if Capability.UPDATE_SESSION in (await self._facts()).capabilities:
                     await self._control("/begin_weight_update", {})
                     self._session = True
             except BaseException:
@@ -182,7 +181,7 @@ class SGLangEngine(SGLangProtocol):
             quietly = {"flush_cache": False, "abort_all_requests": False}
             match bucket:
                 case CudaIpcBucket() | TorchStorageBucket():
-                    ranks = (await self.info()).ranks
+                    ranks = (await self._facts()).ranks
                     body = {
                         "serialized_named_tensors": payloads(bucket, ranks),
                         "load_format": "flattened_bucket",
@@ -244,15 +243,18 @@ class SGLangEngine(SGLangProtocol):
         return Health.READY if self.state.generating else Health.PAUSED
 
     async def info(self) -> EngineInfo:
+        facts = await self._facts()
         model = await self._ask("/model_info")
-        if self._info is None:
-            self._info = await self._read_info(model)
-        return replace(
-            self._info, model_path=model["model_path"], weight_version=decode_version(model["weight_version"])
-        )
+        return replace(facts, model_path=model["model_path"], weight_version=decode_version(model["weight_version"]))
 
-    async def _read_info(self, model: Mapping[str, Any]) -> EngineInfo:
-        """What does not change while the server runs."""
+    async def _facts(self) -> EngineInfo:
+        """What does not change while the server runs: read once."""
+        if self._info is None:
+            self._info = await self._read_info()
+        return self._info
+
+    async def _read_info(self) -> EngineInfo:
+        model = await self._ask("/model_info")
         server = await self._ask("/server_info")
         paths = (await self._ask("/openapi.json"))["paths"]
         models = await self._ask("/v1/models")
@@ -298,7 +300,7 @@ class SGLangEngine(SGLangProtocol):
     @asynccontextmanager
     async def _calling(self, request: GenerateRequest) -> AsyncIterator[_Call]:
         """Registers a generation, and aborts it on the server where it is given up."""
-        info = self._info or await self.info()
+        info = await self._facts()
         try:
             check_request(request, Limits(info.vocab_size, info.context_length))
         except ForbiddenError as error:

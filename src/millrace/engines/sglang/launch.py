@@ -1,8 +1,10 @@
 """Starts an SGLang server: one process, or one for each of its nodes."""
 
+import getpass
 import os
 import secrets
 import socket
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,8 @@ from millrace.launch.ports import free_port, require_free
 from millrace.launch.process import ServerProcess
 
 SERVE = Path(__file__).with_name("serve.py")  # not imported: it is the engine's
+# In shared memory, where SGLang never removes the first, and a killed server none: 25 MB with several ranks.
+LEFTOVERS = ("sglang_loads_*", "sgl_shm_mq_*", "sem.mp-*")
 PROBE_DEADLINE = 10.0  # of one GET /health, which generates a token: a second on a quiet CPU
 # With DP attention SGLang takes the ports after the one where its ranks meet, up to this distance.
 DERIVED_PORTS = 13
@@ -55,6 +59,8 @@ async def launch(
         admin_key=admin_key,
     )
     interpreter, path = programs_of(python)
+    # What torch has compiled stays from one start to the next, though the server's own temporary folder does not.
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
     processes: list[ServerProcess] = []
     clients: list[HttpClient] = []
     try:
@@ -65,7 +71,8 @@ async def launch(
                     label,
                     [str(interpreter), str(SERVE), *node.arguments],
                     log_dir / f"{label}.log",
-                    env={"PATH": path, **node.environment},
+                    env={"PATH": path, "TORCHINDUCTOR_CACHE_DIR": compiled, **node.environment},
+                    leftovers=LEFTOVERS,
                 )
             )
             clients.append(HttpClient(label, node.url))

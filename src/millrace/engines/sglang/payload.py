@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from millrace.types import CudaIpcBucket, CudaIpcShare, TensorSpec, TorchStorageBucket
 
 REDUCTIONS = "torch.multiprocessing.reductions"
-BUCKET_MODULE = "sglang.srt.weight_sync.tensor_bucket"
+BUCKET_MODULE = b"sglang.srt.weight_sync.tensor_bucket"
 # SGLang's own form of torch's rebuild function: it finds the GPU by its UUID.
 REBUILD_CUDA = ("sglang.srt.utils.patch_torch", "_rebuild_cuda_tensor_modified")
 
@@ -33,17 +33,9 @@ class Call:
     arguments: tuple[object, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Instance:
-    """An object of a class whose constructor is not called; it gets these attributes."""
-
-    cls: Name
-    attributes: dict[str, object]
-
-
 def payloads(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[str]:
     """What each of the engine's ranks is to open, in base64."""
-    metadata = [_metadata(spec) for spec in bucket.tensors]
+    metadata = b"](" + b"".join(map(_metadata, bucket.tensors)) + b"e"
     match bucket:
         case CudaIpcBucket(shares=shares, nbytes=nbytes):
             if len(shares) != ranks:
@@ -51,21 +43,36 @@ def payloads(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[str
             tensors = [_cuda_tensor(share, nbytes) for share in shares]
         case TorchStorageBucket():
             tensors = [_cpu_tensor(bucket)] * ranks
-    # One write for all: only the tensor differs, and a rank may hold thousands of names.
-    return [base64.b64encode(dump({"flattened_tensor": t, "metadata": metadata})).decode() for t in tensors]
+    return [
+        base64.b64encode(
+            b"\x80\x03}(" + encode("flattened_tensor") + encode(tensor) + encode("metadata") + metadata + b"u."
+        ).decode()
+        for tensor in tensors
+    ]
 
 
-def _metadata(spec: TensorSpec) -> Instance:
-    return Instance(
-        Name(BUCKET_MODULE, "FlattenedTensorMetadata"),
-        {
-            "name": spec.name,
-            "shape": Call(Name("torch", "Size"), (spec.shape,)),
-            "dtype": Name("torch", spec.dtype),
-            "start_idx": spec.offset,
-            "end_idx": spec.offset + spec.nbytes,
-            "numel": spec.nbytes,
-        },
+def _metadata(spec: TensorSpec) -> bytes:
+    """SGLang's FlattenedTensorMetadata, made without calling its constructor. Written out rather than nested, because a
+    model has hundreds of them and the server stands still meanwhile."""
+    return b"".join(
+        (
+            b"c" + BUCKET_MODULE + b"\nFlattenedTensorMetadata\n)\x81}(",
+            encode("name"),
+            encode(spec.name),
+            encode("shape"),
+            b"ctorch\nSize\n(",
+            encode(spec.shape),
+            b"tR",
+            encode("dtype"),
+            b"ctorch\n" + spec.dtype.encode() + b"\n",
+            encode("start_idx"),
+            encode(spec.offset),
+            encode("end_idx"),
+            encode(spec.offset + spec.nbytes),
+            encode("numel"),
+            encode(spec.nbytes),
+            b"ub",
+        )
     )
 
 
@@ -106,36 +113,23 @@ def _cpu_tensor(bucket: TorchStorageBucket) -> Call:
     return Call(Name(REDUCTIONS, "rebuild_tensor"), (Name("torch", "Tensor"), typed, layout))
 
 
-def dump(value: object) -> bytes:
-    """`value` as a pickle. Raises TypeError for what is neither of the kinds above, nor a number, text, bytes or a
-    container."""
-    return b"\x80\x03" + _encode(value) + b"."
-
-
-def _encode(value: object) -> bytes:
+def encode(value: object) -> bytes:
+    """The opcodes that leave `value` on the reader's stack. Raises TypeError for what has no place in a payload."""
     match value:
-        case None:
-            return b"N"
+        case str():
+            data = value.encode()
+            return b"X" + struct.pack("<I", len(data)) + data
         case bool():
             return b"\x88" if value else b"\x89"
         case int():
             data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
             return b"\x8a" + bytes([len(data)]) + data
-        case str():
-            data = value.encode()
-            return b"X" + struct.pack("<I", len(data)) + data
         case bytes():
             return b"B" + struct.pack("<I", len(value)) + value
+        case tuple():
+            return b"(" + b"".join(map(encode, value)) + b"t"
         case Name(module, name):
             return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
         case Call(function, arguments):
-            return _encode(function) + _encode(arguments) + b"R"
-        case Instance(cls, attributes):
-            return _encode(cls) + b")\x81" + _encode(attributes) + b"b"
-        case tuple():
-            return b"(" + b"".join(map(_encode, value)) + b"t"
-        case list():
-            return b"](" + b"".join(map(_encode, value)) + b"e"
-        case dict():
-            return b"}(" + b"".join(_encode(k) + _encode(v) for k, v in value.items()) + b"u"
+            return encode(function) + encode(arguments) + b"R"
     raise TypeError(f"{type(value).__name__} has no place in a payload")

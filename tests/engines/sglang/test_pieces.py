@@ -1,0 +1,45 @@
+"""One generation from the calls that updates cut it into."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.engines.sglang.pieces import is_full, joined, rest_of
+from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, Segment
+
+PIECES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=6)
+
+
+def piece(length: int, version: int, reason: FinishReason = FinishReason.ABORT) -> Generation:
+    segments = (Segment(version, 0, length),) if length else ()
+    logprobs = np.full(length, -float(version), np.float32)
+    return Generation("r", tuple(range(length)), logprobs, reason, segments, prompt_tokens=3 + version, cached_tokens=0)
+
+
+@given(PIECES)
+def test_nothing_is_lost_or_doubled_and_the_segments_say_which_version_made_what(sizes: list[tuple[int, int]]) -> None:
+    pieces = [piece(length, version) for length, version in sizes]
+    whole = joined(pieces)
+    assert whole.output_ids == tuple(token for p in pieces for token in p.output_ids)
+    assert len(whole.logprobs) == len(whole.output_ids)
+    assert whole.prompt_tokens == pieces[0].prompt_tokens  # not those of a continuation
+    versions = [version for length, version in sizes for _ in range(length)]
+    assert [s.version for s in whole.segments for _ in range(s.start, s.end)] == versions
+    assert [s.start for s in whole.segments] == [0, *(s.end for s in whole.segments)][: len(whole.segments)]
+    assert all(a.version != b.version for a, b in zip(whole.segments, whole.segments[1:], strict=False))
+
+
+@given(PIECES)
+def test_a_continuation_asks_for_exactly_what_is_missing(sizes: list[tuple[int, int]]) -> None:
+    request = GenerateRequest("r", (7, 8, 9), SamplingParams(max_new_tokens=100))
+    pieces = [piece(length, version) for length, version in sizes]
+    rest = rest_of(request, pieces)
+    made = joined(pieces).output_ids
+    assert rest.input_ids == (7, 8, 9, *made)
+    assert rest.sampling.max_new_tokens == 100 - len(made)
+    assert not is_full(request, pieces)
+
+
+def test_what_was_cut_off_after_its_last_token_is_full() -> None:
+    request = GenerateRequest("r", (7,), SamplingParams(max_new_tokens=4))
+    assert is_full(request, [piece(3, 0), piece(1, 1)])
