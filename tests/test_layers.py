@@ -12,6 +12,7 @@ LAYERS = [
     "types",
     "checksum",
     "errors",
+    "model_folder",
     "config",
     "http",
     "launch",

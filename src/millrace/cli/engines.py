@@ -1,9 +1,11 @@
 """`millrace engines ...`: the virtual environments that engines run in."""
 
+import asyncio
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from millrace.config import load_config
+from millrace.config.models import SGLangEngineConfig
 from millrace.engines import environments
+from millrace.engines.sglang.join import join as run_node
 from millrace.errors import ConfigError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -72,6 +77,30 @@ def remove(engine: EngineArgument, version: VersionOption = None, cpu: CpuOption
     version = version or _default_version(engine)
     environments.remove(engine, version, _device(cpu))
     print(f"removed {engine} {version} ({_device(cpu)})")
+
+
+@engines_app.command()
+def join(
+    config: Annotated[Path, typer.Argument(help="The run's settings, the same on all hosts.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="At least engine.node_rank=1 (or 2, ...).", show_default=False)
+    ] = None,
+    model: Annotated[
+        Path, typer.Option(help="The model's folder on this host.", exists=True, file_okay=False, show_default=False)
+    ] = ...,  # type: ignore[assignment] # required
+) -> None:
+    """Start this host's node of an engine over several hosts, and stay with it until the engine ends."""
+    settings = load_config(config, overrides or ()).engine
+    if not isinstance(settings, SGLangEngineConfig):
+        raise ConfigError(f"engine.kind {settings.kind} does not run over several hosts")
+    python = settings.python or environments.find("sglang", settings.version, settings.device).python
+    try:
+        asyncio.run(
+            run_node(settings, model, python=python, log_dir=Path("logs"), ready=lambda: print("joined", flush=True))
+        )
+    except KeyboardInterrupt:
+        print("interrupted: what was started has been ended", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _device(cpu: bool) -> str:

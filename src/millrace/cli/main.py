@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from millrace import __version__
+from millrace.cli.doctor import doctor
 from millrace.cli.engines import engines_app
 from millrace.config import dump_config, load_config
 from millrace.errors import MillraceError
@@ -18,6 +19,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(engines_app, name="engines")
+app.command()(doctor)
 
 
 @app.callback()

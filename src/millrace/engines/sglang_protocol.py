@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from millrace.engines.base import Engine
+from millrace.engines.sglang.guards import OWN_FIELDS, OWN_SAMPLING
 from millrace.engines.sglang_wire import decode_generate, encode_generate, wire_id
 from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout
 from millrace.http import HttpClient
@@ -27,7 +28,7 @@ class SGLangProtocol(Engine):
 
     async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
         try:
-            body = await self._http.generate("/generate", encode_generate(request), deadline=deadline)
+            body = await self._http.generate("/generate", self._encode(request), deadline=deadline)
         except (asyncio.CancelledError, EngineTimeout):
             await self._abandon(request.request_id)
             raise
@@ -36,7 +37,7 @@ class SGLangProtocol(Engine):
     async def stream(self, request: GenerateRequest, *, deadline: float) -> AsyncGenerator[Generation, None]:
         finished = False
         try:
-            async for body in self._http.events("/generate", encode_generate(request, stream=True), deadline=deadline):
+            async for body in self._http.events("/generate", self._encode(request, stream=True), deadline=deadline):
                 if "error" in body:
                     raise EngineRefused(self.name, f"/generate was refused: {body['error'].get('message')}")
                 finished = body.get("meta_info", {}).get("finish_reason") is not None
@@ -115,6 +116,16 @@ class SGLangProtocol(Engine):
             await self._http.control("POST", "/abort_request", {"rid": wire_id(request_id)}, deadline=ABORT_DEADLINE)
         except EngineError:
             return
+
+    def _encode(self, request: GenerateRequest, *, stream: bool = False) -> Mapping[str, object]:
+        """What `extra` says against the request would be dropped without a word: refused."""
+        sampling = request.extra.get("sampling_params", {})
+        if not isinstance(sampling, Mapping):
+            raise EngineRefused(self.name, f"request {request.request_id}: extra.sampling_params must be a mapping")
+        for taken in (OWN_FIELDS & request.extra.keys(), OWN_SAMPLING & sampling.keys()):
+            if taken:
+                raise EngineRefused(self.name, f"request {request.request_id}: {min(taken)} in extra is Millrace's own")
+        return encode_generate(request, stream=stream)
 
     def _decode(self, request: GenerateRequest, body: Any) -> Generation:
         try:

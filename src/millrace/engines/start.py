@@ -55,8 +55,8 @@ async def _launch_sglang(
     try:
         if launched.url is None:
             raise LaunchError(
-                f"node {config.node_rank} answers no HTTP; here it is `millrace engines serve` that starts it, and the "
-                "trainer runs where node_rank is 0"
+                f"node {config.node_rank} answers no HTTP; start it by `millrace engines join`, and the trainer on the "
+                "host whose engine.node_rank is 0"
             )
         engine = SGLangEngine(
             launched.name, launched.url, api_key=launched.api_key, admin_key=launched.admin_key, model_path=model_path

@@ -207,3 +207,8 @@ def test_on_several_hosts_each_starts_its_own_node() -> None:
 def test_the_second_replica_starts_after_the_gpus_of_the_first(settings: dict[str, Any], gpus: int) -> None:
     (node,) = plan(replica=1, replicas=2, **settings)
     assert said(node, "base-gpu-id") == str(gpus)
+
+
+def test_on_the_cpu_every_replica_has_the_same_numa_nodes() -> None:
+    (node,) = plan(replica=1, replicas=2, device="cpu")
+    assert said(node, "base-gpu-id") == "0"

@@ -1,17 +1,19 @@
 """The adapter of stock SGLang."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from millrace.engines.sglang.guards import Limits, check_request
+from millrace.engines.sglang.calls import Call, Calls
+from millrace.engines.sglang.facts import Facts, read_facts
+from millrace.engines.sglang.guards import check_request, check_shapes, check_tensors, check_whole
+from millrace.engines.sglang.model import read_model, shapes_of
 from millrace.engines.sglang.payload import payloads
-from millrace.engines.sglang.pieces import cut_off, is_full, joined, rest_of
-from millrace.engines.sglang.state import TORN, ForbiddenError, ServerState
+from millrace.engines.sglang.pieces import joined
+from millrace.engines.sglang.state import ForbiddenError, ServerState
 from millrace.engines.sglang_protocol import (
     ABORT_DEADLINE,
     CONTROL_DEADLINE,
@@ -21,7 +23,7 @@ from millrace.engines.sglang_protocol import (
     distributed_body,
 )
 from millrace.engines.sglang_wire import decode_version, encode_generate
-from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout
+from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout
 from millrace.types import (
     ALL_MEMORY,
     Bucket,
@@ -29,38 +31,19 @@ from millrace.types import (
     CudaIpcBucket,
     DiskBucket,
     EngineInfo,
-    FinishReason,
     GenerateRequest,
     Generation,
     Health,
     MemoryTag,
     PauseMode,
+    ProcessGroup,
     ProcessGroupBucket,
     SharedMemoryBucket,
     TorchStorageBucket,
 )
 
-# By the server's own description of its API, so that a fork or a later version tells by itself what it can do.
-CAPABILITY_PATHS = {
-    Capability.UPDATE_SESSION: "/begin_weight_update",
-    Capability.UPDATE_FROM_DISK: "/update_weights_from_disk",
-    Capability.UPDATE_FROM_PROCESS_GROUP: "/update_weights_from_distributed",
-    Capability.OWN_CHECKSUMS: "/weights_checker",
-}
 PAUSE_DEADLINE = 60.0  # seconds; it waits for requests of others to end
 DRAIN_DEADLINE = 30.0
-PAUSE_CAPABILITIES = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capability.PAUSE_KEEP}
-
-
-@dataclass(slots=True)
-class _Call:
-    """A generation under way; `pieces` are what its earlier calls came back with."""
-
-    request: GenerateRequest
-    pieces: list[Generation] = field(default_factory=list)
-    sent: bool = False  # the server has it now
-    interrupted: bool = False  # by an update, after which it goes on
-    aborted: bool = False  # by somebody who wants it to end
 
 
 class SGLangEngine(SGLangProtocol):
@@ -80,14 +63,18 @@ class SGLangEngine(SGLangProtocol):
         model_path: Path | None = None,
     ) -> None:
         super().__init__(name, url, api_key=api_key, admin_key=admin_key)
-        self.state = ServerState()
         self._model_path = model_path
-        self._info: EngineInfo | None = None
-        self._calls: dict[str, _Call] = {}
+        self._facts_read: Facts | None = None
+        self._calls = Calls(name)
         self._controls = asyncio.Lock()  # one control call at a time; abort and the questions pass
-        self._released = asyncio.Condition()  # tells held requests that the state has changed
         self._stopped = False  # whether the server itself was told to pause
         self._session = False  # whether it has an update session open
+        self._loaded: set[str] = set()  # the tensors of the update that is under way
+
+    @property
+    def state(self) -> ServerState:
+        """What this adapter has brought the server into."""
+        return self._calls.state
 
     async def settle(self) -> None:
         """Once, at the beginning: a server that somebody left paused goes on, and what it made while starting is taken
@@ -98,18 +85,18 @@ class SGLangEngine(SGLangProtocol):
     async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
         end = time.monotonic() + deadline
         async with self._calling(request) as call:
-            while await self._next_call(call, end):
+            while await self._calls.go_on(call, end):
                 body = await self._http.generate(
-                    "/generate", encode_generate(rest_of(request, call.pieces)), deadline=end - time.monotonic()
+                    "/generate", encode_generate(call.rest), deadline=end - time.monotonic()
                 )
                 call.pieces.append(self._decode(request, body))
-            return self._finished(call)
+            return call.finished
 
     async def stream(self, request: GenerateRequest, *, deadline: float) -> AsyncGenerator[Generation, None]:
         end = time.monotonic() + deadline
         async with self._calling(request) as call:
-            while await self._next_call(call, end):
-                body = encode_generate(rest_of(request, call.pieces), stream=True)
+            while await self._calls.go_on(call, end):
+                body = encode_generate(call.rest, stream=True)
                 piece = None
                 async for event in self._http.events("/generate", body, deadline=end - time.monotonic()):
                     if "error" in event:
@@ -120,20 +107,19 @@ class SGLangEngine(SGLangProtocol):
                 if piece is None:
                     raise EngineFailed(self.name, "/generate answered with an empty stream")
                 call.pieces.append(piece)
-            yield self._finished(call)
+            yield call.finished
 
     async def abort(self, request_id: str | None = None) -> None:
-        for name, call in self._calls.items():
-            call.aborted = call.aborted or request_id in (None, name)
+        await self._calls.abort(request_id)
         await super().abort(request_id)
-        await self._wake_waiting()
 
     async def pause(self, mode: PauseMode) -> None:
         async with self._controlling():
             if self.state.paused is None:
-                if self.state.generating:
+                before = self.state
+                await self._calls.enter(before.pausing(mode))  # new requests wait here from now on
+                if before.generating:
                     await self._stop(mode)
-                self.state = self.state.pausing(mode)
 
     async def resume(self) -> None:
         async with self._controlling():
@@ -144,10 +130,10 @@ class SGLangEngine(SGLangProtocol):
             before, after = self.state, self.state.sleeping(what)
             if not (fresh := sorted(what - before.asleep)):
                 return
-            if Capability.SLEEP not in (await self._facts()).capabilities:
+            if Capability.SLEEP not in (await self._facts()).info.capabilities:
                 raise EngineRefused(self.name, "it was started without --enable-memory-saver and can release nothing")
-            self.state = after  # new requests are held from here on
-            if not before.held:
+            await self._calls.enter(after)
+            if not before.asleep:
                 try:
                     await self._drain()
                 except BaseException:
@@ -164,42 +150,57 @@ class SGLangEngine(SGLangProtocol):
 
     async def begin_update(self, version: int) -> None:
         async with self._controlling():
-            before, self.state = self.state, self.state.beginning(version)
+            before = self.state
+            await self._calls.enter(before.beginning(version))
             try:
                 if not before.asleep:
                     await self._interrupt()
-                if Capability.UPDATE_SESSION in (await self._facts()).capabilities:
+                if Capability.UPDATE_SESSION in (await self._facts()).info.capabilities:
                     await self._control("/begin_weight_update", {})
                     self._session = True
             except BaseException:
                 await self._back_to(before)
                 raise
+            self._loaded.clear()
 
     async def load(self, bucket: Bucket, *, deadline: float) -> None:
         async with self._controlling():
-            self.state = self.state.loading()
+            after = self.state.loading()
+            facts = await self._facts()
+            path, body, names = self._loading(bucket, facts)
+            await self._calls.enter(after)  # whatever comes back, the server may have changed
             quietly = {"flush_cache": False, "abort_all_requests": False}
-            match bucket:
-                case CudaIpcBucket() | TorchStorageBucket():
-                    ranks = (await self._facts()).ranks
-                    body = {
-                        "serialized_named_tensors": payloads(bucket, ranks),
-                        "load_format": "flattened_bucket",
-                        **quietly,
-                    }
-                    await self._control("/update_weights_from_tensor", body, deadline=deadline)
-                case ProcessGroupBucket():
-                    body = {**distributed_body(bucket), **quietly}
-                    await self._control("/update_weights_from_distributed", body, deadline=deadline)
-                case DiskBucket(path):
-                    body = {"model_path": path, **quietly}
-                    await self._control("/update_weights_from_disk", body, deadline=deadline)
-                case SharedMemoryBucket():
-                    raise EngineRefused(self.name, "it can't open a memory file; send the tensors by torch's storage")
+            await self._control(path, {**body, **quietly}, deadline=deadline)
+            self._loaded |= names
+
+    def _loading(self, bucket: Bucket, facts: Facts) -> tuple[str, Mapping[str, object], set[str]]:
+        """The route, the body and the tensors' names. Raises ForbiddenError for what would kill the server."""
+        match bucket:
+            case CudaIpcBucket(tensors=tensors) | TorchStorageBucket(tensors=tensors):
+                path = "/update_weights_from_tensor"
+                check_tensors(tensors, facts.model.shapes)
+                body: Mapping[str, object] = {
+                    "serialized_named_tensors": payloads(bucket, facts.info.ranks),
+                    "load_format": "flattened_bucket",
+                }
+                return path, body, {tensor.name for tensor in tensors}
+            case ProcessGroupBucket(tensors=tensors):
+                check_tensors(tensors, facts.model.shapes)
+                return "/update_weights_from_distributed", distributed_body(bucket), {tensor.name for tensor in tensors}
+            case DiskBucket(path=folder):
+                names = set(facts.model.shapes or ())
+                if Path(folder).is_dir():  # else it is on another host, and a missing one is refused there
+                    shapes = shapes_of(Path(folder))
+                    check_shapes(shapes.items(), facts.model.shapes)
+                    names = set(shapes)
+                return "/update_weights_from_disk", {"model_path": folder}, names
+            case SharedMemoryBucket():
+                raise ForbiddenError("it can't open a memory file; send the tensors by torch's storage")
 
     async def commit(self) -> None:
         async with self._controlling():
             after, version = self.state.committing(), self.state.updating
+            check_whole(self._loaded, (await self._facts()).model.shapes)
             await self._end_session()
             body = {"new_version": str(version), "abort_all_requests": False}
             await self._control("/update_weight_version", body)
@@ -224,6 +225,21 @@ class SGLangEngine(SGLangProtocol):
             for name, value in held["checksums"].items()
         }
 
+    async def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
+        """Waits for the sender first: a server that can't reach it hangs as a whole."""
+        end = time.monotonic() + deadline
+        ranks = (await self._facts()).info.ranks
+        if group.rank_offset + ranks > group.world_size:
+            raise EngineRefused(
+                self.name,
+                f"its {ranks} ranks from {group.rank_offset} on have no place in a group of {group.world_size}",
+            )
+        while not await listens(group.address, group.port):
+            if time.monotonic() + IDLE_POLL_SECONDS >= end:
+                raise EngineTimeout(self.name, f"nobody listens at {group.address}:{group.port} for {group.name}")
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+        await super().join_group(group, deadline=end - time.monotonic())
+
     async def load_adapter(self, name: str, path: str) -> None:
         await self._control("/load_lora_adapter", {"lora_name": name, "lora_path": path})
 
@@ -245,106 +261,39 @@ class SGLangEngine(SGLangProtocol):
     async def info(self) -> EngineInfo:
         facts = await self._facts()
         model = await self._ask("/model_info")
-        return replace(facts, model_path=model["model_path"], weight_version=decode_version(model["weight_version"]))
-
-    async def _facts(self) -> EngineInfo:
-        """What does not change while the server runs: read once."""
-        if self._info is None:
-            self._info = await self._read_info()
-        return self._info
-
-    async def _read_info(self) -> EngineInfo:
-        model = await self._ask("/model_info")
-        server = await self._ask("/server_info")
-        paths = (await self._ask("/openapi.json"))["paths"]
-        models = await self._ask("/v1/models")
-        capabilities = {capability for capability, path in CAPABILITY_PATHS.items() if path in paths}
-        capabilities |= {Capability.VERSION_SPANS, *PAUSE_CAPABILITIES}
-        on_cpu = server["device"] == "cpu"
-        single = server["dp_size"] == 1 or server["enable_dp_attention"]
-        if "/update_weights_from_tensor" in paths and single:
-            capabilities.add(Capability.UPDATE_FROM_TORCH_STORAGE if on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
-        if on_cpu or server["enable_memory_saver"]:
-            capabilities.add(Capability.SLEEP)
-        if server["enable_lora"]:
-            capabilities.add(Capability.LORA)
-        if model["has_image_understanding"]:
-            capabilities.add(Capability.IMAGES)
-        return EngineInfo(
-            kind="sglang",
-            engine_version=server["version"],
-            model_path=model["model_path"],
-            weight_version=None,
-            vocab_size=self._vocab_size(model["model_path"]),
-            context_length=models["data"][0]["max_model_len"],
-            capabilities=frozenset(capabilities),
-            ranks=server["tp_size"] * server["pp_size"],
+        return replace(
+            facts.info, model_path=model["model_path"], weight_version=decode_version(model["weight_version"])
         )
 
-    def _vocab_size(self, served: str) -> int:
-        """The server does not tell, and dies of a token beyond it."""
-        path = (self._model_path or Path(served)) / "config.json"
+    async def _facts(self) -> Facts:
+        """What does not change while the server runs: read once."""
+        if self._facts_read is None:
+            self._facts_read = await self._read_facts()
+        return self._facts_read
+
+    async def _read_facts(self) -> Facts:
+        served, server = await self._ask("/model_info"), await self._ask("/server_info")
+        paths = (await self._ask("/openapi.json"))["paths"]
         try:
-            config = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise EngineRefused(
-                self.name,
-                f"the size of its vocabulary stands in {path}, which can't be read here ({error}); give the model's "
-                "folder as model_path",
-            ) from error
-        size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-        if not isinstance(size, int):
-            raise EngineRefused(self.name, f"{path} names no vocab_size")
-        return size
+            model = await asyncio.to_thread(read_model, self._model_path or Path(served["model_path"]))
+        except DataError as error:
+            raise EngineRefused(self.name, f"{error}; give the model's folder as model_path") from error
+        return read_facts(paths, served, server, model)
 
     @asynccontextmanager
-    async def _calling(self, request: GenerateRequest) -> AsyncIterator[_Call]:
+    async def _calling(self, request: GenerateRequest) -> AsyncIterator[Call]:
         """Registers a generation, and aborts it on the server where it is given up."""
-        info = await self._facts()
         try:
-            check_request(request, Limits(info.vocab_size, info.context_length))
+            check_request(request, (await self._facts()).limits)
         except ForbiddenError as error:
             raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
-        if request.request_id in self._calls:
-            raise EngineRefused(self.name, f"request {request.request_id} is in flight already")
-        call = self._calls[request.request_id] = _Call(request)
-        try:
-            yield call
-        except BaseException:
-            if call.sent:
-                await self._abandon(request.request_id)
-            raise
-        finally:
-            del self._calls[request.request_id]
-
-    async def _next_call(self, call: _Call, end: float) -> bool:
-        """Whether there is (more) to ask of the server. Waits as long as it must not see a request."""
-        call.sent = False
-        if call.pieces:
-            if call.pieces[-1].finish_reason is not FinishReason.ABORT or not call.interrupted:
-                return False
-            if is_full(call.request, call.pieces):
-                call.pieces[-1] = replace(call.pieces[-1], finish_reason=FinishReason.LENGTH)
-                return False
-            call.interrupted = False
-        if self.state.held:
-            await self._until_released(call, end)
-        if self.state.torn:
-            raise EngineRefused(self.name, f"request {call.request.request_id}: {TORN}")
-        call.sent = not call.aborted
-        return call.sent
-
-    async def _until_released(self, call: _Call, end: float) -> None:
-        try:
-            async with asyncio.timeout(end - time.monotonic()), self._released:
-                await self._released.wait_for(lambda: call.aborted or not self.state.held)
-        except TimeoutError:
-            raise EngineTimeout(
-                self.name, f"request {call.request.request_id} waited until its deadline: {self.state.describe()}"
-            ) from None
-
-    def _finished(self, call: _Call) -> Generation:
-        return joined(call.pieces) if call.pieces else cut_off(call.request)
+        with self._calls.register(request) as call:
+            try:
+                yield call
+            except BaseException:
+                if call.sent:
+                    await self._abandon(request.request_id)
+                raise
 
     @asynccontextmanager
     async def _controlling(self) -> AsyncIterator[None]:
@@ -356,7 +305,7 @@ class SGLangEngine(SGLangProtocol):
             raise EngineTimeout(self.name, "another control call was still under way") from None
         try:
             yield
-        except ForbiddenError as error:
+        except (ForbiddenError, DataError) as error:
             raise EngineRefused(self.name, str(error)) from error
         finally:
             self._controls.release()
@@ -366,18 +315,13 @@ class SGLangEngine(SGLangProtocol):
         if state.generating and self._stopped:
             await self._control("/continue_generation", {}, repeatable=True)
             self._stopped = False
-        self.state = state
-        await self._wake_waiting()
+        await self._calls.enter(state)
 
     async def _back_to(self, state: ServerState) -> None:
         """After a failure that is being raised: what can be undone is."""
-        self.state = state
+        await self._calls.enter(state)
         with suppress(EngineError):
             await self._become(state)
-
-    async def _wake_waiting(self) -> None:
-        async with self._released:
-            self._released.notify_all()
 
     async def _stop(self, mode: PauseMode) -> None:
         """Pauses the server itself. Its own way of aborting looks once a second whether all have ended, so they are
@@ -389,7 +333,7 @@ class SGLangEngine(SGLangProtocol):
 
     async def _end_running(self) -> None:
         end = time.monotonic() + ABORT_DEADLINE
-        while any(call.sent for call in self._calls.values()) and time.monotonic() < end:
+        while self._calls.any_sent and time.monotonic() < end:
             # Again and again: a request that is on its way to the scheduler is not hit by an abort.
             await self._control("/abort_request", {"abort_all": True}, repeatable=True)
             await asyncio.sleep(IDLE_POLL_SECONDS)
@@ -398,14 +342,13 @@ class SGLangEngine(SGLangProtocol):
         """Empties the server before an update. What ran goes on afterwards, from the tokens that it has."""
         if self._stopped:
             await self._control("/continue_generation", {}, repeatable=True)  # a paused server does not abort
-        for call in self._calls.values():
-            call.interrupted = call.sent
+        self._calls.interrupt()
         await self._stop(PauseMode.ABORT)
         await self.flush_cache()
 
     async def _drain(self) -> None:
         """Waits until nothing runs, and pauses the server so that nothing else begins."""
-        if self.state.paused is not None and any(call.sent for call in self._calls.values()):
+        if self.state.paused is not None and self._calls.any_sent:
             raise ForbiddenError("requests are paused in the middle; resume or abort them before the engine sleeps")
         end = time.monotonic() + DRAIN_DEADLINE
         while True:
@@ -423,3 +366,13 @@ class SGLangEngine(SGLangProtocol):
         if self._session:
             await self._control("/end_weight_update", {})
             self._session = False
+
+
+async def listens(host: str, port: int) -> bool:
+    try:
+        async with asyncio.timeout(1.0):
+            _, writer = await asyncio.open_connection(host, port)
+    except OSError:  # TimeoutError is one
+        return False
+    writer.close()
+    return True

@@ -109,7 +109,8 @@ def nodes(
     """
     require_no_contradiction(config)
     keys = {"MILLRACE_API_KEY": api_key, "MILLRACE_ADMIN_API_KEY": admin_key}
-    base = config.base_gpu_id + replica * gpus(config)
+    # On the CPU the number means a NUMA node, of which there may be only one.
+    base = config.base_gpu_id + (replica * gpus(config) if config.device == "cuda" else 0)
     ranks = local_ranks(config)
     return tuple(
         Node(

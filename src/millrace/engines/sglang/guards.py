@@ -1,39 +1,142 @@
-"""What is refused before it is sent, because a server would die of it. Pure; docs/engines.md has the list."""
+"""What is refused before it is sent, because a server would die of it, hang, or do something else without a word. Pure.
 
-from collections.abc import Sequence
+Every line was seen on SGLang 0.5.15 or 0.5.23; `millrace.conformance.poison` sends each to a real server.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 from millrace.engines.sglang.state import ForbiddenError
-from millrace.types import GenerateRequest
+from millrace.types import GenerateRequest, TensorSpec
 
+INT32 = 2**31
 # What Millrace itself sends; `extra` may not say otherwise.
-OWN_FIELDS = frozenset({"rid", "input_ids", "text", "input_embeds", "return_logprob", "stream", "extra_key"})
+OWN_FIELDS = frozenset({"rid", "input_ids", "return_logprob", "stream"})
+# They kill the server whatever is in them, or take the place of the prompt.
+LETHAL_FIELDS = frozenset({"text", "input_embeds", "positional_embed_overrides", "lora_id", "http_worker_ipc"})
+# Kills 0.5.15 as soon as a request without it is in the same batch.
+LETHAL_FIELDS |= {"token_ids_logprob"}
+OWN_SAMPLING = frozenset({
+    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos", "sampling_seed",
+    "n",  # one request is one sample
+    "is_normalized",  # kills
+})  # fmt: skip
+BIAS_LIMIT = 1e6  # beyond float32's range the probabilities are no numbers
+PENALTY_RANGE = (0.01, 100.0)  # likewise
+HEALTH_CHECK = "HEALTH_CHECK"  # requests of such names are the server's own, and are never answered
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a model takes."""
+    """What a server takes. `seeds`: whether it honours them (`--enable-deterministic-inference`)."""
 
     vocab_size: int
     context_length: int
+    seeds: bool
 
 
 def check_request(request: GenerateRequest, limits: Limits) -> None:
-    """Raises ForbiddenError for a request that would kill the server or come back as something else than asked."""
-    _check_ids("input_ids", request.input_ids, limits)
-    room = limits.context_length - len(request.input_ids)
-    if request.sampling.max_new_tokens > room:
+    """Raises ForbiddenError for a request that would harm the server or come back as something else than asked."""
+    sampling = request.sampling
+    _check_ids(request.input_ids, limits.vocab_size)
+    _require(type(sampling.max_new_tokens) is int and sampling.max_new_tokens > 0, "max_new_tokens must be 1 or more")
+    _require(
+        len(request.input_ids) + sampling.max_new_tokens <= limits.context_length,
+        f"{len(request.input_ids)} tokens and max_new_tokens {sampling.max_new_tokens} do not fit into the "
+        f"{limits.context_length} that the server takes",
+    )
+    _require(type(sampling.top_k) is int and sampling.top_k < INT32, "top_k must be an integer below 2**31")
+    _require(
+        sampling.seed is None or limits.seeds,
+        "the server would ignore the seed; start it with engine_args: {enable_deterministic_inference: true}",
+    )
+    _require(
+        not (sampling.ignore_eos and sampling.stop_token_ids),
+        "with ignore_eos the server would ignore stop_token_ids too; give one of them",
+    )
+    _require(not request.request_id.startswith(HEALTH_CHECK), f"names that begin with {HEALTH_CHECK} are SGLang's own")
+    if request.extra:
+        _check_extra(request.extra, limits)
+
+
+def _check_ids(ids: tuple[int, ...], vocab_size: int) -> None:
+    _require(bool(ids), "input_ids is empty")
+    _require(set(map(type, ids)) == {int}, "input_ids must be integers")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise ForbiddenError(f"input_ids has token {wrong}, the vocabulary ends at {vocab_size - 1}")
+
+
+def _check_extra(extra: Mapping[str, object], limits: Limits) -> None:
+    for name in sorted(OWN_FIELDS & extra.keys()):
+        raise ForbiddenError(f"extra.{name} is Millrace's own to set")
+    for name in sorted(LETHAL_FIELDS & extra.keys()):
+        raise ForbiddenError(f"extra.{name} can kill the server, or replace the prompt")
+    top = extra.get("top_logprobs_num", 0)
+    _require(type(top) is int and 0 <= top <= limits.vocab_size, "extra.top_logprobs_num must be in the vocabulary")
+    start = extra.get("logprob_start_len", -1)
+    _require(type(start) is int and start >= -1, "extra.logprob_start_len must be an integer, -1 or more")
+    _require(isinstance(extra.get("extra_key", ""), str), "extra.extra_key must be text")
+    further = extra.get("sampling_params", {})
+    _require(isinstance(further, dict), "extra.sampling_params must be a mapping")
+    assert isinstance(further, dict)
+    for name in sorted(OWN_SAMPLING & further.keys()):
+        raise ForbiddenError(f"extra.sampling_params.{name} is set by the request's own sampling")
+    _check_further(further)
+
+
+def _check_further(sampling: Mapping[str, object]) -> None:
+    """The sampling parameters that Millrace has no name for."""
+    bias = sampling.get("logit_bias") or {}
+    _require(
+        isinstance(bias, dict) and all(_within(value, -BIAS_LIMIT, BIAS_LIMIT) for value in bias.values()),
+        f"extra.sampling_params.logit_bias must map tokens to numbers of at most {BIAS_LIMIT:g}",
+    )
+    low, high = PENALTY_RANGE
+    _require(
+        _within(sampling.get("repetition_penalty", 1.0), low, high),
+        f"extra.sampling_params.repetition_penalty must be {low:g} to {high:g}",
+    )
+    _require(
+        isinstance(sampling.get("skip_special_tokens", True), bool),
+        "extra.sampling_params.skip_special_tokens must be true or false",
+    )
+
+
+def _within(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and isfinite(value) and low <= value <= high
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_tensors(tensors: Iterable[TensorSpec], shapes: Shapes | None) -> None:
+    """Raises ForbiddenError for tensors that are not the model's."""
+    check_shapes(((tensor.name, tensor.shape) for tensor in tensors), shapes)
+
+
+def check_shapes(tensors: Iterable[tuple[str, tuple[int, ...]]], shapes: Shapes | None) -> None:
+    """Raises ForbiddenError for tensors that are not the model's: the server drops an unknown name without a word, and
+    dies of most wrong shapes. `shapes` are the model's; None, where nobody knows them, checks nothing."""
+    if shapes is None:
+        return
+    for name, shape in tensors:
+        if name not in shapes:
+            raise ForbiddenError(f"the model has no tensor {name}")
+        if shape != shapes[name]:
+            raise ForbiddenError(f"{name} has shape {shape}, in the model it is {shapes[name]}")
+
+
+def check_whole(loaded: Iterable[str], shapes: Shapes | None) -> None:
+    """Raises ForbiddenError when tensors of the model are missing: the server would mix versions."""
+    if shapes is not None and (missing := sorted(shapes.keys() - set(loaded))):
         raise ForbiddenError(
-            f"{len(request.input_ids)} tokens and max_new_tokens {request.sampling.max_new_tokens} do not fit into the "
-            f"context of {limits.context_length}"
+            f"{len(missing)} of {len(shapes)} tensors were not loaded, {missing[0]} among them; "
+            "where the trainer's model has fewer than its folder (a speculative head), start from a folder without them"
         )
-    if taken := OWN_FIELDS & request.extra.keys():
-        raise ForbiddenError(f"extra.{sorted(taken)[0]} is Millrace's own to set")
 
 
-def _check_ids(name: str, ids: Sequence[int], limits: Limits) -> None:
-    if not ids:
-        raise ForbiddenError(f"{name} is empty")
-    if min(ids) < 0 or max(ids) >= limits.vocab_size:
-        wrong = next(i for i in ids if not 0 <= i < limits.vocab_size)
-        raise ForbiddenError(f"{name} has token {wrong}, the vocabulary ends at {limits.vocab_size - 1}")
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ForbiddenError(message)

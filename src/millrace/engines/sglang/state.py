@@ -29,19 +29,22 @@ class ServerState:
 
     @property
     def held(self) -> bool:
-        """Whether the adapter keeps new requests back: the server must not see one."""
-        return bool(self.asleep) or self.updating is not None
+        """Whether the adapter keeps new requests back: the server must not see one. While it is paused it would take
+        them, but could not be told to forget one."""
+        return self.paused is not None or bool(self.asleep) or self.updating is not None
 
     @property
     def generating(self) -> bool:
         """Whether the server itself must go on, as opposed to paused."""
-        return self.paused is None and not self.held and not self.torn
+        return not self.held and not self.torn
 
     def describe(self) -> str:
         """In words, why a request has to wait."""
         if self.updating is not None:
             return f"version {self.updating} is being loaded"
-        return f"asleep: {', '.join(sorted(self.asleep))}" if self.asleep else "ready"
+        if self.asleep:
+            return f"asleep: {', '.join(sorted(self.asleep))}"
+        return "ready" if self.paused is None else f"paused ({self.paused})"
 
     def pausing(self, mode: PauseMode) -> "ServerState":
         return replace(self, paused=mode)

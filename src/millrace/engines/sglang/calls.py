@@ -1,0 +1,100 @@
+"""The generations that an adapter has under way: held back while the server must not see them, interrupted by updates
+and continued, ended by aborts."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from millrace.engines.sglang.pieces import cut_off, is_full, joined, rest_of
+from millrace.engines.sglang.state import TORN, ServerState
+from millrace.errors import EngineRefused, EngineTimeout
+from millrace.types import FinishReason, GenerateRequest, Generation
+
+
+@dataclass(slots=True)
+class Call:
+    """A generation under way; `pieces` are what its earlier requests to the server came back with."""
+
+    request: GenerateRequest
+    pieces: list[Generation] = field(default_factory=list)
+    sent: bool = False  # the server has it now
+    interrupted: bool = False  # by an update, after which it goes on
+    aborted: bool = False  # by somebody who wants it to end
+
+    @property
+    def rest(self) -> GenerateRequest:
+        return rest_of(self.request, self.pieces)
+
+    @property
+    def finished(self) -> Generation:
+        return joined(self.pieces) if self.pieces else cut_off(self.request)
+
+
+class Calls:
+    """All of one adapter's. `state` is what the adapter has brought its server into."""
+
+    def __init__(self, engine: str) -> None:
+        self.state = ServerState()
+        self._engine = engine
+        self._calls: dict[str, Call] = {}
+        self._changed = asyncio.Condition()
+
+    @contextmanager
+    def register(self, request: GenerateRequest) -> Iterator[Call]:
+        """Raises EngineRefused where a request of that name is under way: an abort could not tell them apart."""
+        if request.request_id in self._calls:
+            raise EngineRefused(self._engine, f"request {request.request_id} is in flight already")
+        call = self._calls[request.request_id] = Call(request)
+        try:
+            yield call
+        finally:
+            del self._calls[request.request_id]
+
+    @property
+    def any_sent(self) -> bool:
+        return any(call.sent for call in self._calls.values())
+
+    async def go_on(self, call: Call, end: float) -> bool:
+        """Whether there is (more) to ask of the server. Waits until `end` (time.monotonic) as long as the server must
+        not see a request; raises EngineTimeout then, and EngineRefused where its weights are of no version."""
+        call.sent = False
+        if call.pieces:
+            if call.pieces[-1].finish_reason is not FinishReason.ABORT or not call.interrupted:
+                return False
+            if is_full(call.request, call.pieces):
+                call.pieces[-1] = replace(call.pieces[-1], finish_reason=FinishReason.LENGTH)
+                return False
+            call.interrupted = False
+        if self.state.held:
+            await self._until_released(call, end)
+        if self.state.torn:
+            raise EngineRefused(self._engine, f"request {call.request.request_id}: {TORN}")
+        call.sent = not call.aborted
+        return call.sent
+
+    async def _until_released(self, call: Call, end: float) -> None:
+        try:
+            async with asyncio.timeout(end - time.monotonic()), self._changed:
+                await self._changed.wait_for(lambda: call.aborted or not self.state.held)
+        except TimeoutError:
+            raise EngineTimeout(
+                self._engine, f"request {call.request.request_id} waited until its deadline: {self.state.describe()}"
+            ) from None
+
+    async def enter(self, state: ServerState) -> None:
+        self.state = state
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def abort(self, request_id: str | None) -> None:
+        """Ends what waits here; what the server has, the server must end."""
+        for name, call in self._calls.items():
+            call.aborted = call.aborted or request_id in (None, name)
+        await self.enter(self.state)
+
+    def interrupt(self) -> None:
+        """What the server has is about to come back in part, and is to go on later."""
+        for call in self._calls.values():
+            call.interrupted = call.sent

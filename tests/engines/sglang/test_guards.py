@@ -1,0 +1,111 @@
+"""What is refused before SGLang sees it. That a real server would die of it is for tests/conformance to show."""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.engines.sglang.guards import (
+    LETHAL_FIELDS,
+    OWN_FIELDS,
+    OWN_SAMPLING,
+    Limits,
+    check_request,
+    check_shapes,
+    check_whole,
+)
+from millrace.engines.sglang.state import ForbiddenError
+from millrace.types import GenerateRequest, SamplingParams
+
+LIMITS = Limits(vocab_size=100, context_length=50, seeds=False)
+SOUND = GenerateRequest("r", (1, 2, 3), SamplingParams(8))
+
+
+def extra(**fields: object) -> GenerateRequest:
+    return replace(SOUND, extra=fields)
+
+
+def further(**fields: object) -> GenerateRequest:
+    return extra(sampling_params=fields)
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=40), st.integers(1, 60))
+def test_a_request_passes_exactly_when_it_fits(ids: list[int], room: int) -> None:
+    request = GenerateRequest("r", tuple(ids), SamplingParams(room))
+    if len(ids) + room <= LIMITS.context_length:
+        check_request(request, LIMITS)
+    else:
+        with pytest.raises(ForbiddenError, match="do not fit into the 50"):
+            check_request(request, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        ((), "empty"),
+        ((1, 100), "token 100, the vocabulary ends at 99"),
+        ((1, -1), "token -1"),
+        ((1, 2**63), "token 9223372036854775808"),
+        ((1, True), "must be integers"),
+        ((1, 2.0), "must be integers"),
+    ],
+)
+def test_a_prompt_that_the_server_would_die_of(ids: tuple[Any, ...], says: str) -> None:
+    with pytest.raises(ForbiddenError, match=says):
+        check_request(replace(SOUND, input_ids=ids), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        *(extra(**{name: 1}) for name in sorted(OWN_FIELDS | LETHAL_FIELDS)),
+        *(further(**{name: 1}) for name in sorted(OWN_SAMPLING)),
+        extra(top_logprobs_num=101),
+        extra(top_logprobs_num=[1]),
+        extra(logprob_start_len=-2),
+        extra(extra_key=["v"]),
+        extra(sampling_params=[]),
+        further(logit_bias={"3": 1e308}),
+        further(logit_bias={"3": "x"}),
+        further(logit_bias=[1]),
+        further(repetition_penalty=1e-46),
+        further(skip_special_tokens="x"),
+        replace(SOUND, request_id="HEALTH_CHECK_1"),
+        replace(SOUND, sampling=SamplingParams(8, top_k=2**31)),
+        replace(SOUND, sampling=SamplingParams(8, seed=1)),
+        replace(SOUND, sampling=SamplingParams(cast(int, 8.0))),
+        replace(SOUND, sampling=SamplingParams(0)),
+    ],
+    ids=lambda r: f"{r.request_id} {r.sampling} {dict(r.extra)}"[:80],
+)
+def test_what_else_the_server_would_die_of_or_ignore(request_: GenerateRequest) -> None:
+    with pytest.raises(ForbiddenError):
+        check_request(request_, LIMITS)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        SOUND,
+        extra(top_logprobs_num=5, logprob_start_len=-1, extra_key="v1", return_routed_experts=True, routed_dp_rank=1),
+        further(logit_bias={"3": -100.0}, repetition_penalty=1.05, frequency_penalty=0.1, skip_special_tokens=False),
+    ],
+)
+def test_what_the_server_takes_passes(request_: GenerateRequest) -> None:
+    check_request(request_, LIMITS)
+    check_request(replace(request_, sampling=SamplingParams(8, seed=3)), replace(LIMITS, seeds=True))
+
+
+def test_tensors_must_be_the_models_and_all_of_them() -> None:
+    shapes = {"a": (2, 3), "b": (4,)}
+    check_shapes([("a", (2, 3))], shapes)
+    check_shapes([("anything", (1,))], None)
+    with pytest.raises(ForbiddenError, match="no tensor c"):
+        check_shapes([("c", (1,))], shapes)
+    with pytest.raises(ForbiddenError, match=r"a has shape \(3, 2\), in the model it is \(2, 3\)"):
+        check_shapes([("a", (3, 2))], shapes)
+    check_whole({"a", "b"}, shapes)
+    with pytest.raises(ForbiddenError, match="1 of 2 tensors were not loaded, b among them"):
+        check_whole({"a"}, shapes)
