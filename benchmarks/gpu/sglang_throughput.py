@@ -4,7 +4,8 @@ SGLang in-process with all the data gathered on one caller.
     python -m benchmarks.gpu.sglang_throughput [--size 0.5b] [--requests 1024] [--tokens 512] [--repeats 3]
         [--engine '{"python": "...", "engine_args": {...}}']
 
-Millrace and the bare client take turns on one server. The in-process engine then has the GPU for itself.
+Millrace and the bare client take turns on one server. The in-process engine then has the GPU for itself; on a CPU, to
+try the script, leave it out (--skip-in-process).
 """
 
 import argparse
@@ -64,7 +65,8 @@ async def rate(call: Call, work: list[GenerateRequest], width: int) -> float:
     async def worker() -> None:
         nonlocal tokens
         for request in queue:
-            tokens += await call(request)
+            made = await call(request)  # `tokens += await` would lose what others add meanwhile
+            tokens += made
 
     started = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(width)))

@@ -25,6 +25,14 @@ BODY_LIMIT = 256 * 1024 * 1024  # bytes; a prompt of a million tokens takes abou
 PROBE_DEADLINE = 20.0  # seconds that /health_generate gives its token, as SGLang does
 SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the server is told to end
 PAUSE_MODES = {"abort": PauseMode.ABORT, "retract": PauseMode.RETRACT, "in_place": PauseMode.KEEP}
+# All but what only other engines have.
+CAPABILITIES = frozenset(Capability) - {
+    Capability.UPDATE_FROM_TORCH_STORAGE,
+    Capability.UPDATE_FROM_CUDA_IPC,
+    Capability.OWN_CHECKSUMS,
+    Capability.LORA,
+    Capability.IMAGES,
+}
 
 log = logging.getLogger("millrace.embedded")
 
@@ -176,7 +184,7 @@ class Server:
                 "asleep": sorted(status.asleep),
                 "weights_ready": status.weights_ready,
                 "weight_version": status.version,
-                "capabilities": [capability.value for capability in Capability],
+                "capabilities": sorted(CAPABILITIES),
             }
         )
 
