@@ -5,10 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from millrace.config.models import TinyModelConfig
 from millrace.engines import environments
 from millrace.train.tiny import make_tiny_model
+
+# An example that is slow because the machine is busy is not a failure.
+settings.register_profile("millrace", deadline=None)
+settings.load_profile("millrace")
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +30,6 @@ def sglang_python() -> Callable[[str], Path]:
     takes two minutes, and kept in the cache for the next run."""
 
     def python(version: str) -> Path:
-        return environments.install(
-            "sglang", version, "cpu", python=sys.executable, progress=lambda *_: None
-        ).python
+        return environments.install("sglang", version, "cpu", python=sys.executable, progress=lambda *_: None).python
 
     return python

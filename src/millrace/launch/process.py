@@ -52,6 +52,11 @@ async def until_healthy(server: Server, healthy: Callable[[], Awaitable[bool]], 
         raise LaunchError(f"{server.name} was not healthy within {deadline:.0f} s\n{server.log_tail()}") from None
 
 
+def guarded(command: Sequence[str], *, grace: float, leftovers: Sequence[str] = ()) -> list[str]:
+    """The command that runs `command` below a guard (`millrace.launch.guard`)."""
+    return [sys.executable, "-I", "-S", guard.__file__, str(grace), ",".join(leftovers), *command]
+
+
 class ServerProcess:
     """One server below its guard (`millrace.launch.guard`). Made by `start`; whoever starts it calls `end`."""
 
@@ -77,7 +82,7 @@ class ServerProcess:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with open_private(log_path) as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", guard.__file__, str(GRACE_SECONDS), ",".join(leftovers), *command,
+                *guarded(command, grace=GRACE_SECONDS, leftovers=leftovers),
                 stdin=asyncio.subprocess.PIPE,  # the lifeline: it closes when this process dies
                 stdout=log,
                 stderr=log,

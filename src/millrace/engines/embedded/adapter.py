@@ -29,6 +29,10 @@ class EmbeddedEngine(SGLangProtocol):
         self._update: int | None = None
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
+        if (await self._ask("/server_info"))["is_paused"] and (await self.loads()).running_requests:
+            raise EngineRefused(
+                self.name, "requests are paused in the middle; resume or abort them before the engine sleeps"
+            )
         await self._when_idle("/release_memory_occupation", {"tags": sorted(what)}, CONTROL_DEADLINE)
 
     async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
@@ -39,6 +43,8 @@ class EmbeddedEngine(SGLangProtocol):
         self._update = version
 
     async def load(self, bucket: Bucket, *, deadline: float) -> None:
+        if self._update is None:
+            raise EngineRefused(self.name, "load without begin_update")
         match bucket:
             case SharedMemoryBucket():
                 await self._control("/update_weights_from_shared_memory", asdict(bucket), deadline=deadline)

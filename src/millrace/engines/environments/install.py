@@ -21,7 +21,7 @@ from typing import BinaryIO
 from millrace.engines.environments.recipes import RECIPES, Recipes, Requirements, recipe_for, requirements
 from millrace.engines.environments.store import Environment, clear, environment, is_whole, locked
 from millrace.errors import LaunchError
-from millrace.launch import guard
+from millrace.launch.process import guarded
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many packages are done, how many there are (or 0)
 
@@ -153,7 +153,7 @@ class _Steps:
             on_line(text)
 
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, str(GRACE_SECONDS), *command],
+            guarded(command, grace=GRACE_SECONDS),
             stdin=subprocess.PIPE,  # the lifeline
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

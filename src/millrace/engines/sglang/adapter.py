@@ -110,8 +110,12 @@ class SGLangEngine(SGLangProtocol):
             yield call.finished
 
     async def abort(self, request_id: str | None = None) -> None:
-        await self._calls.abort(request_id)
-        await super().abort(request_id)
+        served = await self._calls.abort(request_id)
+        if request_id is None:
+            await super().abort()  # those of others too
+            return
+        for name in served:
+            await super().abort(name)
 
     async def pause(self, mode: PauseMode) -> None:
         async with self._controlling():
@@ -292,7 +296,7 @@ class SGLangEngine(SGLangProtocol):
                 yield call
             except BaseException:
                 if call.sent:
-                    await self._abandon(request.request_id)
+                    await self._abandon(call.served_as)
                 raise
 
     @asynccontextmanager

@@ -2,8 +2,9 @@
 and continued, ended by aborts."""
 
 import asyncio
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -19,13 +20,20 @@ class Call:
 
     request: GenerateRequest
     pieces: list[Generation] = field(default_factory=list)
+    turn: int = 0  # makes the name of each request to the server a new one
     sent: bool = False  # the server has it now
     interrupted: bool = False  # by an update, after which it goes on
     aborted: bool = False  # by somebody who wants it to end
 
     @property
+    def served_as(self) -> str:
+        """What the server calls it now. Never twice the same: two seconds after a stream has ended, the server aborts
+        its name, whoever has it then."""
+        return f"{self.request.request_id}#{self.turn}"
+
+    @property
     def rest(self) -> GenerateRequest:
-        return rest_of(self.request, self.pieces)
+        return replace(rest_of(self.request, self.pieces), request_id=self.served_as)
 
     @property
     def finished(self) -> Generation:
@@ -39,6 +47,7 @@ class Calls:
         self.state = ServerState()
         self._engine = engine
         self._calls: dict[str, Call] = {}
+        self._turns = itertools.count()
         self._changed = asyncio.Condition()
 
     @contextmanager
@@ -71,6 +80,7 @@ class Calls:
             await self._until_released(call, end)
         if self.state.torn:
             raise EngineRefused(self._engine, f"request {call.request.request_id}: {TORN}")
+        call.turn = next(self._turns)
         call.sent = not call.aborted
         return call.sent
 
@@ -88,11 +98,13 @@ class Calls:
         async with self._changed:
             self._changed.notify_all()
 
-    async def abort(self, request_id: str | None) -> None:
-        """Ends what waits here; what the server has, the server must end."""
-        for name, call in self._calls.items():
-            call.aborted = call.aborted or request_id in (None, name)
+    async def abort(self, request_id: str | None) -> Sequence[str]:
+        """Ends what waits here. Returns what the server has, by the server's names: that the server must end."""
+        chosen = [call for name, call in self._calls.items() if request_id in (None, name)]
+        for call in chosen:
+            call.aborted = True
         await self.enter(self.state)
+        return [call.served_as for call in chosen if call.sent]
 
     def interrupt(self) -> None:
         """What the server has is about to come back in part, and is to go on later."""
