@@ -58,6 +58,7 @@ def used_gib(device: torch.device) -> float:
 async def measure_publish(
     target: PublishTarget, tensors: list[tuple[str, torch.Tensor]], arguments: argparse.Namespace, device: torch.device
 ) -> None:
+    """One line for each size of bucket. The version grows by one with each publish, from 1 on."""
     nbytes = sum(tensor.nbytes for _, tensor in tensors)
     bandwidth = copy_bandwidth(device, min(nbytes, 2 * GIB))
     floor = 2 * nbytes / bandwidth
@@ -137,8 +138,8 @@ async def run(arguments: argparse.Namespace) -> None:
             await engine.settle()
             info = await engine.info()
             tensors = random_tensors(folder, device)
+            await measure_sleep(engine, arguments.repeats, device)  # first: afterwards there are no weights
             await measure_publish(PublishTarget(engine, info), tensors, arguments, device)
-            await measure_sleep(engine, arguments.repeats, device)
             request = GenerateRequest("after", (5, 6, 7), SamplingParams(8, ignore_eos=True))
             generation = await engine.generate(request, deadline=60)
             print(f"afterwards it generates, as version {generation.segments[-1].version}", flush=True)

@@ -34,6 +34,7 @@ class Server:
         for tag in after.asleep - before.asleep:
             self.dead |= tag in self.released
             self.released.add(tag)
+            self.whole &= tag is not MemoryTag.WEIGHTS
         for tag in before.asleep - after.asleep:
             self.dead |= tag not in self.released
             self.released.discard(tag)
@@ -72,6 +73,6 @@ def test_every_state_has_a_way_back_to_serving(steps: list[tuple[object, ...]]) 
         except ForbiddenError:
             continue
     state = state.rolling_back().waking(ALL_MEMORY)
-    if state.torn:
+    if state.torn or state.empty:
         state = state.beginning(1).loading().committing()
     assert state.resuming().generating

@@ -18,11 +18,13 @@ class ForbiddenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """paused: by the caller. asleep: what is released. updating: the version that is on its way. loaded: whether any of
-    it has reached the server. torn: an update was given up after that, so the weights are of no version."""
+    """paused: by the caller. asleep: what is released. empty: the weights were released and have no content yet.
+    updating: the version that is on its way. loaded: whether any of it has reached the server. torn: an update was given
+    up after that, so the weights are of no version."""
 
     paused: PauseMode | None = None
     asleep: frozenset[MemoryTag] = frozenset()
+    empty: bool = False
     updating: int | None = None
     loaded: bool = False
     torn: bool = False
@@ -31,7 +33,7 @@ class ServerState:
     def held(self) -> bool:
         """Whether the adapter keeps new requests back: the server must not see one. While it is paused it would take
         them, but could not be told to forget one."""
-        return self.paused is not None or bool(self.asleep) or self.updating is not None
+        return self.paused is not None or bool(self.asleep) or self.empty or self.updating is not None
 
     @property
     def generating(self) -> bool:
@@ -44,6 +46,8 @@ class ServerState:
             return f"version {self.updating} is being loaded"
         if self.asleep:
             return f"asleep: {', '.join(sorted(self.asleep))}"
+        if self.empty:
+            return "its weights were released, and have no content before the next publish"
         return "ready" if self.paused is None else f"paused ({self.paused})"
 
     def pausing(self, mode: PauseMode) -> "ServerState":
@@ -57,7 +61,7 @@ class ServerState:
     def sleeping(self, what: frozenset[MemoryTag]) -> "ServerState":
         if self.updating is not None:
             raise ForbiddenError("a weight update is under way; commit it or roll it back before the engine sleeps")
-        return replace(self, asleep=self.asleep | what)
+        return replace(self, asleep=self.asleep | what, empty=self.empty or MemoryTag.WEIGHTS in what)
 
     def waking(self, what: frozenset[MemoryTag]) -> "ServerState":
         return replace(self, asleep=self.asleep - what)
@@ -80,7 +84,7 @@ class ServerState:
             raise ForbiddenError("commit without begin_update")
         if not self.loaded:
             raise ForbiddenError(f"nothing was loaded of version {self.updating}")
-        return replace(self, updating=None, loaded=False, torn=False)
+        return replace(self, updating=None, loaded=False, torn=False, empty=False)
 
     def rolling_back(self) -> "ServerState":
         return replace(self, updating=None, loaded=False, torn=self.torn or self.loaded)

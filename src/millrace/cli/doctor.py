@@ -1,0 +1,100 @@
+"""`millrace doctor URL`: the checks that every engine of Millrace's passes, made on a server that runs."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from millrace.conformance import Check, Outcome, Result, Runner, select
+from millrace.conformance.attach import attach
+from millrace.conformance.report import Report, report, to_json
+from millrace.conformance.runner import CHECK_DEADLINE
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+COLORS = {Outcome.PASSED: "green", Outcome.FAILED: "red", Outcome.LACKING: "yellow"}
+
+
+class Kind(StrEnum):
+    SGLANG = "sglang"
+    EMBEDDED = "embedded"
+
+
+def doctor(
+    url: Annotated[str, typer.Argument(help="The server, as http://127.0.0.1:30000.", show_default=False)],
+    kind: Annotated[Kind, typer.Option(help="What runs there.")] = Kind.SGLANG,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            show_default=False,
+            help="The model's folder, whose weights it serves; the default is the one that the server names.",
+        ),
+    ] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, show_default=False, help="A folder with other weights of the same shapes."
+        ),
+    ] = None,
+    only: Annotated[str, typer.Option(help="Names of checks, as 'pause.*'.")] = "*",
+    deadline: Annotated[float, typer.Option(help="Seconds that one check may take.", min=1)] = CHECK_DEADLINE,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+) -> None:
+    """Check a running server against Millrace's contract.
+
+    It must be idle, and nobody else may use it meanwhile: it is paused, put to sleep, and its weights are replaced and
+    brought back. Keys are read from MILLRACE_ENGINE_API_KEY and MILLRACE_ENGINE_ADMIN_API_KEY.
+    The status is 1 where a check failed.
+    """
+    checks = select(only)
+    console = Console(quiet=json, highlight=False)
+    try:
+        outcome = asyncio.run(_examine(url, kind, model, other, checks, deadline, console))
+    except KeyboardInterrupt:
+        print("interrupted: the server may be left paused, asleep or within an update", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    if json:
+        sys.stdout.write(to_json(outcome).decode())
+    if outcome.count(Outcome.FAILED):
+        raise typer.Exit(1)
+
+
+async def _examine(
+    url: str,
+    kind: Kind,
+    model: Path | None,
+    other: Path | None,
+    checks: Sequence[Check],
+    deadline: float,
+    console: Console,
+) -> Report:
+    subject = await attach(kind.value, url, folder=model, other=other)
+    try:
+        info = subject.info
+        console.print(f"{info.kind} {info.engine_version} serves {escape(info.model_path)}")
+        console.print(f"capabilities: {', '.join(sorted(info.capabilities))}\n")
+        runner = Runner(subject, deadline=deadline)
+        results = []
+        async for result in runner.run(checks):
+            results.append(result)
+            console.print(_line(result), soft_wrap=True)
+        made = report(info, results, runner.lost)
+    finally:
+        await subject.engine.close()
+    counts = ", ".join(f"{made.count(outcome)} {outcome}" for outcome in Outcome)
+    console.print(f"\n{counts}, in {made.seconds:.1f} s")
+    if made.lost:
+        console.print(f"[red]{escape(made.lost)}[/red]")
+    return made
+
+
+def _line(result: Result) -> str:
+    reason = f"\n        {escape(result.reason)}" if result.reason else ""
+    return f"[{COLORS[result.outcome]}]{result.outcome:7}[/] {result.check} ({result.seconds:.1f} s){reason}"

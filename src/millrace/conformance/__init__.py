@@ -1,0 +1,7 @@
+"""One set of checks against any engine: what the contract in `millrace.engines.base` says, tried on a real server."""
+
+from millrace.conformance.check import Check, Outcome, Result, Subject
+from millrace.conformance.runner import Runner
+from millrace.conformance.suite import CHECKS, select
+
+__all__ = ["CHECKS", "Check", "Outcome", "Result", "Runner", "Subject", "select"]

@@ -1,0 +1,70 @@
+"""Requests that must not harm the server."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from millrace.conformance.check import Check, Subject, check, refused
+from millrace.conformance.poison import REFUSED, SURVIVED, Maker
+from millrace.conformance.requests import (
+    GENERATE_DEADLINE,
+    ask,
+    ask_long,
+    generate,
+    in_flight,
+    require_sound,
+    require_whole,
+)
+from millrace.errors import EngineRefused
+
+NEIGHBOUR_TOKENS = 40
+
+
+def _refuses(name: str, make: Maker) -> Check:
+    async def examine(subject: Subject) -> None:
+        async with refused(name):
+            await subject.engine.generate(make(subject.info, ask(subject, "poison")), deadline=GENERATE_DEADLINE)
+        streamed = make(subject.info, ask(subject, "poison"))
+        async with refused(f"{name}, streamed,"):
+            async for _ in subject.engine.stream(streamed, deadline=GENERATE_DEADLINE):
+                pass
+        await generate(subject, ask(subject, "after poison"))
+
+    return Check(f"refuse.{_short(name)}", f"it refuses {name}, and serves on", frozenset(), examine)
+
+
+def _survives(name: str, make: Maker) -> Check:
+    async def examine(subject: Subject) -> None:
+        request = make(subject.info, ask(subject, "poison"))
+        # Beside it a request of which nothing is strange: they share a batch.
+        async with in_flight(subject, [ask(subject, "neighbour", tokens=NEIGHBOUR_TOKENS)]) as flights:
+            try:
+                made = await subject.engine.generate(request, deadline=GENERATE_DEADLINE)
+                require_sound(request, made)
+            except EngineRefused:
+                pass
+            finished = await flights[0].task
+        require_whole(flights[0].request, finished)
+
+    return Check(f"survive.{_short(name)}", f"it refuses or answers {name}, and serves on", frozenset(), examine)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("a ").removeprefix("an ").replace(" ", "_").replace("'", "")
+
+
+@check("refuse.name_in_flight", "a second request of a name in flight is refused, and the first goes on")
+async def name_in_flight(subject: Subject) -> None:
+    request = ask_long(subject, "twice")
+    async with in_flight(subject, [request]) as flights:
+        if not flights[0].task.done():
+            second = replace(ask(subject, "second"), request_id=request.request_id)
+            async with refused("a second request of the same name"):
+                await subject.engine.generate(second, deadline=GENERATE_DEADLINE)
+        require_whole(request, await flights[0].task)
+
+
+CHECKS: Sequence[Check] = (
+    *(_refuses(name, make) for name, make in REFUSED.items()),
+    *(_survives(name, make) for name, make in SURVIVED.items()),
+    name_in_flight,
+)

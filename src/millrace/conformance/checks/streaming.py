@@ -1,0 +1,66 @@
+"""Generations as they grow."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from millrace.conformance.check import Check, Subject, check, expect
+from millrace.conformance.requests import (
+    GENERATE_DEADLINE,
+    alike,
+    ask,
+    ask_long,
+    generate,
+    in_flight,
+    require_sound,
+    require_whole,
+    until_idle,
+)
+from millrace.types import Capability, FinishReason, PauseMode
+
+AFTERMATH = 2.5  # seconds; SGLang aborts the name of a stream 2 s after its end, in case the caller had gone
+
+
+@check("stream.cumulative", "each piece begins with the one before it; the last is whole and what generate makes")
+async def cumulative(subject: Subject) -> None:
+    request = ask(subject, "stream", tokens=24)
+    pieces = [piece async for piece in subject.engine.stream(request, deadline=GENERATE_DEADLINE)]
+    expect(len(pieces) > 1, "it came in one piece")
+    require_whole(request, pieces[-1])
+    before: tuple[int, ...] = ()
+    for piece in pieces:
+        require_sound(request, piece)
+        expect(piece.output_ids[: len(before)] == before, "a piece does not begin with the one before it")
+        before = piece.output_ids
+    expect(
+        all(piece.finish_reason is FinishReason.ABORT for piece in pieces[:-1]), "a piece before the last has an end"
+    )
+    expect(alike(pieces[-1], await generate(subject, ask(subject, "stream", tokens=24))), "generate makes another")
+
+
+@check("stream.closed_early", "closing a stream ends the request on the server")
+async def closed_early(subject: Subject) -> None:
+    stream = subject.engine.stream(ask_long(subject, "closed"), deadline=GENERATE_DEADLINE)
+    await anext(stream)
+    await stream.aclose()
+    await until_idle(subject)
+
+
+@check(
+    "stream.name_again",
+    "a name that a stream had is free once it has ended: nothing of the old request ends the new one",
+    Capability.PAUSE_KEEP,
+)
+async def name_again(subject: Subject) -> None:
+    first = ask(subject, "first", tokens=4)
+    async for _ in subject.engine.stream(first, deadline=GENERATE_DEADLINE):
+        pass
+    second = replace(ask_long(subject, "second"), request_id=first.request_id)
+    async with in_flight(subject, [second]) as (flight,):
+        await subject.engine.pause(PauseMode.KEEP)
+        await asyncio.sleep(AFTERMATH)
+        await subject.engine.resume()
+        require_whole(second, await flight.task)
+
+
+CHECKS: Sequence[Check] = (cumulative, closed_early, name_again)

@@ -1,0 +1,211 @@
+"""Weight updates as transactions."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from millrace.conformance.check import Check, CheckFailed, Lacking, Subject, check, expect, refused
+from millrace.conformance.requests import GENERATE_DEADLINE, alike, ask, fingerprint, generate
+from millrace.conformance.weights import (
+    Way,
+    by_disk,
+    by_group,
+    by_memory,
+    folder,
+    folders,
+    load_disk,
+    next_version,
+    one_way,
+    restore,
+    update,
+    ways,
+)
+from millrace.errors import EngineError, EngineRefused
+from millrace.types import Capability
+from millrace.weights.folder import folder_checksums
+
+DISK = Capability.UPDATE_FROM_DISK
+
+
+@check("update.commit", "the version changes at the commit and never before", DISK)
+async def commit(subject: Subject) -> None:
+    source, version = folder(subject), await next_version(subject)
+    before = (await subject.engine.info()).weight_version
+    async with update(subject, version):
+        expect((await subject.engine.info()).weight_version == before, "it changed at the beginning")
+        await load_disk(subject, source)
+        expect((await subject.engine.info()).weight_version == before, "it changed with the load")
+        await subject.engine.commit()
+    served = (await subject.engine.info()).weight_version
+    expect(served == version, f"version {version} was committed, it names {served}")
+    made = await generate(subject, ask(subject, "commit"))
+    expect([s.version for s in made.segments] == [version], f"its tokens are of {made.segments}")
+
+
+def _way(name: str, capability: Capability, way: Way) -> Check:
+    async def examine(subject: Subject) -> None:
+        source, other = folders(subject)
+        before = await fingerprint(subject)
+        await way(subject, other, await next_version(subject))
+        expect(not alike(await fingerprint(subject), before), "with other weights it makes the same tokens")
+        await way(subject, source, await next_version(subject))
+        expect(alike(await fingerprint(subject), before), "with the first weights back it makes other tokens")
+
+    claim = f"other weights come by {name}, and the first ones come back"
+    return Check(f"update.{name.lower().replace(' ', '_')}", claim, frozenset({capability}), examine)
+
+
+def _memory(name: str, kind: Capability) -> Check:
+    return _way(name, kind, partial(by_memory, kind))
+
+
+WAYS = (
+    _way("disk", DISK, by_disk),
+    _memory("shared memory", Capability.UPDATE_FROM_SHARED_MEMORY),
+    _memory("torch storage", Capability.UPDATE_FROM_TORCH_STORAGE),
+    _memory("CUDA IPC", Capability.UPDATE_FROM_CUDA_IPC),
+    _way("process group", Capability.UPDATE_FROM_PROCESS_GROUP, by_group),
+)
+
+
+@check("update.ways_agree", "the same weights make the same tokens, whichever way they came")
+async def ways_agree(subject: Subject) -> None:
+    _, other = folders(subject)
+    there = ways(subject)
+    if len(there) < 2:
+        raise Lacking(f"there is only one way: {', '.join(there) or 'none'}")
+    made = {}
+    for name, way in there.items():
+        await way(subject, other, await next_version(subject))
+        made[name] = await fingerprint(subject)
+    first = next(iter(made))
+    for name, brought in made.items():
+        expect(alike(brought, made[first]), f"{name} brought other weights than {first}")
+    await restore(subject)
+
+
+@check(
+    "update.own_checksums",
+    "its checksums tell weights apart, and are the same for the same weights",
+    Capability.OWN_CHECKSUMS,
+)
+async def own_checksums(subject: Subject) -> None:
+    _, other = folders(subject)
+    before = await subject.engine.checksums()
+    expect(bool(before), "there are none")
+    held = []
+    for way in ways(subject).values():
+        await way(subject, other, await next_version(subject))
+        held.append(await subject.engine.checksums())
+    await restore(subject)
+    expect(all(one == held[0] for one in held), "the same weights by two ways have different checksums")
+    expect(held[0] != before, "other weights have the same checksums")
+    expect(await subject.engine.checksums() == before, "with the first weights back the checksums are others")
+
+
+@check("update.checksums", "its checksums are those of the tensors in the folder", Capability.CHECKSUMS)
+async def checksums(subject: Subject) -> None:
+    source, other = folders(subject)
+    for brought in (other, source):
+        await one_way(subject)(subject, brought, await next_version(subject))
+        held, sent = await subject.engine.checksums(), folder_checksums(brought)
+        if missing := sorted(sent.keys() - held.keys()):
+            raise CheckFailed(f"it names no checksum of {missing[0]}")
+        if wrong := sorted(name for name, value in sent.items() if held[name] != value):
+            raise CheckFailed(f"{len(wrong)} of {len(sent)} are wrong, that of {wrong[0]} among them")
+
+
+@check("update.order", "load and commit without begin are refused, and so is a second begin", DISK)
+async def order(subject: Subject) -> None:
+    source, version = folder(subject), await next_version(subject)
+    async with refused("load without begin"):
+        await load_disk(subject, source)
+    async with refused("commit without begin"):
+        await subject.engine.commit()
+    async with update(subject, version):
+        async with refused("a second begin"):
+            await subject.engine.begin_update(version + 1)
+        await load_disk(subject, source)
+        await subject.engine.commit()
+    async with refused("a second commit"):
+        await subject.engine.commit()
+    served = (await subject.engine.info()).weight_version
+    expect(served == version, f"version {version} was committed, it names {served}")
+
+
+@check("update.empty", "an update that brought nothing can be rolled back and changes nothing; it can't be committed")
+async def empty(subject: Subject) -> None:
+    before, version = await fingerprint(subject), await next_version(subject)
+    served = (await subject.engine.info()).weight_version
+    await subject.engine.begin_update(version)
+    async with refused("the commit of an update that brought nothing"):
+        await subject.engine.commit()
+    await subject.engine.rollback()
+    await subject.engine.rollback()
+    expect((await subject.engine.info()).weight_version == served, "the version changed")
+    expect(alike(await fingerprint(subject), before), "it makes other tokens")
+
+
+@check("update.rollback", "a rollback after a load restores what was served", Capability.ROLLBACK, DISK)
+async def rollback(subject: Subject) -> None:
+    _, other = folders(subject)
+    before, served = await fingerprint(subject), (await subject.engine.info()).weight_version
+    await subject.engine.begin_update(await next_version(subject))
+    await load_disk(subject, other)
+    await subject.engine.rollback()
+    expect((await subject.engine.info()).weight_version == served, "the version changed")
+    expect(alike(await fingerprint(subject), before), "it makes other tokens")
+
+
+@check(
+    "update.torn",
+    "after a load that can't be undone it refuses to generate until a whole version was committed",
+    DISK,
+)
+async def torn(subject: Subject) -> None:
+    if Capability.ROLLBACK in subject.info.capabilities:
+        raise Lacking("every load can be undone")
+    _, other = folders(subject)
+    before, served = await fingerprint(subject), (await subject.engine.info()).weight_version
+    await subject.engine.begin_update(await next_version(subject))
+    await load_disk(subject, other)
+    async with refused("a rollback of overwritten weights"):
+        await subject.engine.rollback()
+    expect((await subject.engine.info()).weight_version == served, "the version changed")
+    async with refused("a generation by weights of no version"):
+        await subject.engine.generate(ask(subject, "torn"), deadline=GENERATE_DEADLINE)
+    await restore(subject)
+    expect(alike(await fingerprint(subject), before), "with the first weights back it makes other tokens")
+
+
+@check("update.failed_load", "a load that fails says so, and a whole version can be brought afterwards", DISK)
+async def failed_load(subject: Subject) -> None:
+    source, served = folder(subject), (await subject.engine.info()).weight_version
+    before = await fingerprint(subject)
+    await subject.engine.begin_update(await next_version(subject))
+    try:
+        await load_disk(subject, source / "no-such-folder")
+    except EngineError:
+        pass
+    else:
+        raise CheckFailed("it loaded a folder that does not exist")
+    try:
+        await subject.engine.rollback()
+    except EngineRefused:
+        expect(Capability.ROLLBACK not in subject.info.capabilities, "it refused a rollback that it is capable of")
+    expect((await subject.engine.info()).weight_version == served, "the version changed")
+    await restore(subject)
+    expect(alike(await fingerprint(subject), before), "it makes other tokens")
+
+
+CHECKS: Sequence[Check] = (
+    commit,
+    *WAYS,
+    ways_agree,
+    own_checksums,
+    checksums,
+    order,
+    empty,
+    rollback,
+    torn,
+    failed_load,
+)

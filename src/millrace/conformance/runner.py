@@ -1,0 +1,79 @@
+"""Makes the checks, one after another, and brings the engine back after one that went wrong."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+
+from millrace.conformance.check import Check, CheckFailed, Lacking, Outcome, Result, Subject, expect
+from millrace.conformance.requests import GENERATE_DEADLINE, ask, generate, until_idle
+from millrace.conformance.weights import restore
+from millrace.errors import EngineError, MillraceError
+from millrace.types import Health
+
+CHECK_DEADLINE = 60.0  # seconds for one check; the slowest take ten on a loaded CPU
+RECOVERY_DEADLINE = 60.0
+
+
+class Runner:
+    """Examines one engine. `lost` says in which check it stopped serving; after that no check is made."""
+
+    def __init__(self, subject: Subject, *, deadline: float = CHECK_DEADLINE) -> None:
+        self.subject = subject
+        self.lost: str | None = None
+        self._deadline = deadline
+
+    async def run(self, checks: Sequence[Check]) -> AsyncIterator[Result]:
+        for check in checks:
+            yield await self.examine(check)
+
+    async def examine(self, check: Check) -> Result:
+        """Makes one check. Never raises what is the engine's fault: that is in the result."""
+        begun = time.monotonic()
+
+        def result(outcome: Outcome, reason: str = "") -> Result:
+            return Result(check.name, outcome, reason, time.monotonic() - begun)
+
+        if self.lost is not None:
+            return result(Outcome.FAILED, f"not made: {self.lost}")
+        if lacking := sorted(check.needs - self.subject.info.capabilities):
+            return result(Outcome.LACKING, f"without {', '.join(lacking)}")
+        try:
+            async with asyncio.timeout(self._deadline):
+                await check.examine(self.subject)
+                await self._require_serving()
+            return result(Outcome.PASSED)
+        except Lacking as error:
+            outcome, reason = Outcome.LACKING, str(error)
+        except (CheckFailed, MillraceError) as error:
+            outcome, reason = Outcome.FAILED, str(error)
+        except TimeoutError:
+            outcome, reason = Outcome.FAILED, f"it was not done within {self._deadline:g} s"
+        ended = result(outcome, reason)
+        await self._bring_back(check)
+        return ended
+
+    async def _require_serving(self) -> None:
+        """A check that passed has left the engine as it was."""
+        state = await self.subject.engine.health()
+        expect(state is Health.READY, f"the check left it {state}")
+        await generate(self.subject, ask(self.subject, "serving", tokens=1))
+
+    async def _bring_back(self, check: Check) -> None:
+        """Undoes what the check may have left; notes where that fails that the engine is lost."""
+        engine = self.subject.engine
+        try:
+            async with asyncio.timeout(RECOVERY_DEADLINE):
+                with suppress(EngineError):
+                    await engine.rollback()
+                await engine.wake()
+                with suppress(Lacking):  # then the check could not change the weights
+                    await restore(self.subject)
+                await engine.resume()
+                await engine.abort()
+                await until_idle(self.subject)
+                await engine.generate(ask(self.subject, "back", tokens=1), deadline=GENERATE_DEADLINE)
+        except (CheckFailed, MillraceError, TimeoutError) as error:
+            died = await engine.health() is Health.DEAD
+            how = "the server died" if died else f"the server no longer served after it ({error!r})"
+            self.lost = f"{how}, in check {check.name}"

@@ -1,0 +1,42 @@
+"""All checks, in the order in which they are made: what the others rest on comes first."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from millrace.conformance.check import Check
+from millrace.conformance.checks import (
+    aborting,
+    caching,
+    crowding,
+    generating,
+    identity,
+    pausing,
+    refusing,
+    sleeping,
+    streaming,
+    updating,
+    versions,
+)
+from millrace.errors import ConfigError
+
+CHECKS: Sequence[Check] = (
+    *identity.CHECKS,
+    *generating.CHECKS,
+    *streaming.CHECKS,
+    *refusing.CHECKS,
+    *aborting.CHECKS,
+    *pausing.CHECKS,
+    *caching.CHECKS,
+    *sleeping.CHECKS,
+    *updating.CHECKS,
+    *versions.CHECKS,
+    *crowding.CHECKS,
+)
+
+
+def select(pattern: str) -> list[Check]:
+    """The checks whose names match, as `pause.*`. Raises ConfigError where none does."""
+    if chosen := [check for check in CHECKS if fnmatchcase(check.name, pattern)]:
+        return chosen
+    groups = sorted({check.name.partition(".")[0] for check in CHECKS})
+    raise ConfigError(f"no check is named like {pattern}; there are {', '.join(f'{group}.*' for group in groups)}")

@@ -1,0 +1,189 @@
+"""The ways by which the checks bring weights into an engine. Torch is imported where tensors are sent, not before."""
+
+import asyncio
+import secrets
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from millrace.conformance.check import Lacking, Subject
+from millrace.engines.start import Started
+from millrace.errors import EngineError
+from millrace.fleet.local import transport_for
+from millrace.types import Capability, DiskBucket, ProcessGroup, ProcessGroupBucket
+from millrace.weights.publisher import PublishTarget, publish
+
+if TYPE_CHECKING:
+    import torch
+
+LOAD_DEADLINE = 120.0  # seconds; for weights of gigabytes
+LARGEST_BUCKET = 256 * 1024 * 1024
+JOIN_DEADLINE = 20.0
+
+# The first of them that an engine has is the one that is used where any will do.
+MEMORY = (
+    Capability.UPDATE_FROM_SHARED_MEMORY,
+    Capability.UPDATE_FROM_CUDA_IPC,
+    Capability.UPDATE_FROM_TORCH_STORAGE,
+)
+
+Way = Callable[[Subject, Path, int], Awaitable[None]]
+
+
+def folders(subject: Subject) -> tuple[Path, Path]:
+    """The model's folder and the one with other weights."""
+    if subject.other is None:
+        raise Lacking("no folder with other weights of the same shapes was given")
+    return folder(subject), subject.other
+
+
+def folder(subject: Subject) -> Path:
+    if subject.folder is None or not subject.folder.is_dir():
+        raise Lacking(f"the model's folder ({subject.folder or subject.info.model_path}) can't be read here")
+    return subject.folder
+
+
+async def next_version(subject: Subject) -> int:
+    version = (await subject.engine.info()).weight_version
+    return 1 if version is None else version + 1
+
+
+def ways(subject: Subject) -> dict[str, Way]:
+    """Those that this engine has."""
+    can = subject.info.capabilities
+    there: dict[str, Way] = {}
+    if Capability.UPDATE_FROM_DISK in can:
+        there["disk"] = by_disk
+    for capability in MEMORY:
+        if capability in can and "memory" not in there:
+            there["memory"] = partial(by_memory, capability)
+    if Capability.UPDATE_FROM_PROCESS_GROUP in can:
+        there["process group"] = by_group
+    return there
+
+
+def one_way(subject: Subject) -> Way:
+    """From disk where it can, which needs no torch here."""
+    for way in ways(subject).values():
+        return way
+    raise Lacking("it takes weights neither from disk, nor from memory, nor from a process group")
+
+
+@asynccontextmanager
+async def update(subject: Subject, version: int) -> AsyncIterator[None]:
+    """An open transaction. What goes wrong in it is rolled back where that is possible, and raised."""
+    await subject.engine.begin_update(version)
+    try:
+        yield
+    except BaseException:
+        with suppress(EngineError):
+            await subject.engine.rollback()
+        raise
+
+
+async def load_disk(subject: Subject, source: Path) -> None:
+    await subject.engine.load(DiskBucket(str(source)), deadline=LOAD_DEADLINE)
+
+
+async def by_disk(subject: Subject, source: Path, version: int) -> None:
+    async with update(subject, version):
+        await load_disk(subject, source)
+        await subject.engine.commit()
+
+
+async def by_memory(kind: Capability, subject: Subject, source: Path, version: int) -> None:
+    """By the publisher, as a trainer on the engine's host does it, through memory of this kind, in several buckets."""
+    tensors = await read_tensors(source)
+    info = replace(subject.info, capabilities=frozenset({kind}))
+    if kind is Capability.UPDATE_FROM_CUDA_IPC:
+        require_gpu()
+    transport = transport_for([Started(subject.engine, info, None)])
+    size = sum(tensor.nbytes for tensor in tensors.values())
+
+    async def committed(_engine: str) -> None:
+        return
+
+    try:
+        await publish(
+            [PublishTarget(subject.engine, subject.info)],
+            tensors.items(),
+            version,
+            transport,
+            bucket_bytes=min(size // 3 + 1, LARGEST_BUCKET),
+            deadline=LOAD_DEADLINE,
+            committed=committed,
+        )
+    finally:
+        transport.close()
+
+
+def require_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Lacking("there is no GPU here whose memory could be shared with it")
+
+
+async def by_group(subject: Subject, source: Path, version: int) -> None:
+    """Broadcast by gloo, which CPUs and GPUs have."""
+    tensors = await read_tensors(source)
+    from millrace.conformance.sender import Sender  # imports torch
+    from millrace.weights.plan import layout
+
+    address = own_address(subject.engine.url)
+    specs = layout([(n, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for n, t in tensors.items()])
+    name = f"conformance-{secrets.token_hex(4)}"
+    sender = Sender(name, address, receivers=subject.info.ranks, deadline=JOIN_DEADLINE)
+    group = ProcessGroup(name, "gloo", address, sender.port, rank_offset=1, world_size=1 + subject.info.ranks)
+    try:
+        await together(asyncio.to_thread(sender.join), subject.engine.join_group(group, deadline=JOIN_DEADLINE))
+        try:
+            async with update(subject, version):
+                loading = subject.engine.load(ProcessGroupBucket(name, specs), deadline=LOAD_DEADLINE)
+                await together(asyncio.to_thread(sender.broadcast, list(tensors.values())), loading)
+                await subject.engine.commit()
+        finally:
+            await subject.engine.leave_group(name)
+    finally:
+        await asyncio.to_thread(sender.close)
+
+
+async def together(one: Awaitable[None], two: Awaitable[None]) -> None:
+    """Both, also when one has failed: each ends by its own deadline, and a thread can't be cancelled."""
+    for result in await asyncio.gather(one, two, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+
+
+def own_address(url: str) -> str:
+    """This host's address as the engine's host sees it. Connecting a UDP socket sends nothing."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
+        name: str = probe.getsockname()[0]
+        return name
+
+
+async def read_tensors(source: Path) -> "dict[str, torch.Tensor]":
+    """The tensors of a folder's safetensors files, on the CPU."""
+    try:
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise Lacking(f"{error.name} is not installed here; pip install 'millrace[train]'") from error
+
+    def read() -> "dict[str, torch.Tensor]":
+        return {
+            name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()
+        }
+
+    return await asyncio.to_thread(read)
+
+
+async def restore(subject: Subject) -> None:
+    """Brings the folder's weights back, under a new version."""
+    await one_way(subject)(subject, folder(subject), await next_version(subject))

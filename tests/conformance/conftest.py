@@ -1,0 +1,64 @@
+"""A second model of the same shapes, and servers to examine."""
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from millrace.config.models import EngineConfig, TinyModelConfig
+from millrace.conformance import Subject
+from millrace.engines.embedded.adapter import EmbeddedEngine
+from millrace.engines.start import start
+from millrace.launch.ports import free_port
+from millrace.launch.process import ServerProcess
+from millrace.train.tiny import make_tiny_model
+from millrace.types import Health
+
+API_KEY, ADMIN_KEY = "the-data-key", "the-control-key"
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with other weights of the shapes of `tiny_model`."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64), 1, folder)
+    return folder
+
+
+@asynccontextmanager
+async def examined(config: EngineConfig, model: Path, other: Path, logs: Path) -> AsyncIterator[Subject]:
+    """A server of `model`, as the subject of checks; it ends with the context."""
+    started = await start(config, model, replica=0, log_dir=logs, version=0, seed=0)
+    assert started.process is not None
+    try:
+        yield Subject(started.engine, started.info, model, other)
+    finally:
+        await started.engine.close()
+        await started.process.end()
+
+
+@asynccontextmanager
+async def embedded_server(model: Path, logs: Path, *options: str) -> AsyncIterator[str]:
+    """The URL of an embedded engine that somebody else started, with keys that are known."""
+    port = free_port("127.0.0.1")
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "millrace.engines.embedded", "--model", str(model), "--port", str(port)]
+    process = await ServerProcess.start(
+        "embedded",
+        [*command, "--threads", "1", *options],
+        logs / "embedded.log",
+        env={"MILLRACE_API_KEY": API_KEY, "MILLRACE_ADMIN_API_KEY": ADMIN_KEY},
+    )
+    engine = EmbeddedEngine("embedded", url, api_key=API_KEY, admin_key=ADMIN_KEY)
+
+    async def healthy() -> bool:
+        return await engine.health() is Health.READY
+
+    try:
+        await process.until_healthy(healthy, deadline=60)
+        yield url
+    finally:
+        await engine.close()
+        await process.end()

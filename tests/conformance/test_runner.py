@@ -1,0 +1,113 @@
+"""The runner itself: what it does after a check that went wrong, on a real server."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from millrace.conformance import CHECKS, Check, Outcome, Runner, Subject, select
+from millrace.conformance.check import CheckFailed, Examine, Lacking
+from millrace.conformance.requests import alike, fingerprint
+from millrace.conformance.weights import by_disk, next_version
+from millrace.engines.embedded.adapter import EmbeddedEngine
+from millrace.errors import ConfigError, EngineError
+from millrace.types import Capability, DiskBucket, EngineInfo, Health, PauseMode
+from tests.conformance.conftest import ADMIN_KEY, API_KEY, embedded_server
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def subject(
+    tiny_model: Path, other_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Subject]:
+    async with embedded_server(tiny_model, tmp_path_factory.mktemp("logs"), "--faults") as url:
+        engine = EmbeddedEngine("embedded", url, api_key=API_KEY, admin_key=ADMIN_KEY)
+        yield Subject(engine, await engine.info(), tiny_model, other_model)
+        await engine.close()
+
+
+def made(examine: Examine, *needs: Capability) -> Check:
+    return Check("made.up", "as the test has it", frozenset(needs), examine)
+
+
+async def test_names_are_unique_and_claims_are_written() -> None:
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+    assert all(check.claim and check.name.count(".") == 1 for check in CHECKS)
+
+
+async def test_checks_are_chosen_by_name() -> None:
+    assert {check.name.partition(".")[0] for check in select("pause.*")} == {"pause"}
+    with pytest.raises(ConfigError, match=r"no check is named like pausing; there are .*pause\.\*"):
+        select("pausing")
+
+
+async def test_an_engine_is_brought_back_from_whatever_a_check_left(subject: Subject) -> None:
+    async def mess(subject: Subject) -> None:
+        await by_disk(subject, subject.other or Path(), await next_version(subject))
+        await subject.engine.sleep()
+        await subject.engine.wake()
+        await subject.engine.begin_update(await next_version(subject) + 1)
+        await subject.engine.load(DiskBucket(str(subject.other)), deadline=10)
+        await subject.engine.pause(PauseMode.KEEP)
+        raise CheckFailed("seen on purpose")
+
+    before = await fingerprint(subject)
+    runner = Runner(subject)
+    result = await runner.examine(made(mess))
+    assert (result.outcome, result.reason, runner.lost) == (Outcome.FAILED, "seen on purpose", None)
+    assert await subject.engine.health() is Health.READY
+    assert alike(await fingerprint(subject), before)
+
+
+async def test_a_check_that_leaves_the_engine_paused_has_failed(subject: Subject) -> None:
+    result = await Runner(subject).examine(made(lambda subject: subject.engine.pause(PauseMode.KEEP)))
+    assert (result.outcome, result.reason) == (Outcome.FAILED, "the check left it paused")
+    assert await subject.engine.health() is Health.READY
+
+
+async def test_a_check_has_a_deadline(subject: Subject) -> None:
+    async def forever(_subject: Subject) -> None:
+        await asyncio.Event().wait()
+
+    result = await Runner(subject, deadline=0.1).examine(made(forever))
+    assert (result.outcome, result.reason) == (Outcome.FAILED, "it was not done within 0.1 s")
+
+
+async def test_what_is_lacking_is_named(subject: Subject) -> None:
+    async def never(_subject: Subject) -> None:
+        raise AssertionError("it was made without what it needs")
+
+    async def unable(_subject: Subject) -> None:
+        raise Lacking("the moon is not full")
+
+    able = Subject(subject.engine, subject.info, subject.folder, subject.other)
+    poor = Subject(subject.engine, _without(subject, Capability.SLEEP), subject.folder, subject.other)
+    result = await Runner(poor).examine(made(never, Capability.SLEEP, Capability.PAUSE_KEEP))
+    assert (result.outcome, result.reason) == (Outcome.LACKING, "without sleep")
+    result = await Runner(able).examine(made(unable))
+    assert (result.outcome, result.reason) == (Outcome.LACKING, "the moon is not full")
+    bare = Runner(Subject(subject.engine, subject.info))
+    reasons = {(await bare.examine(check)).reason for check in select("update.disk")}
+    assert reasons == {"no folder with other weights of the same shapes was given"}
+
+
+async def test_after_the_servers_death_nothing_more_is_tried(subject: Subject) -> None:
+    async def kill(subject: Subject) -> None:
+        assert isinstance(subject.engine, EmbeddedEngine)
+        with pytest.raises(EngineError):
+            await subject.engine.inject_fault("crash")
+        raise CheckFailed("it was killed")
+
+    runner = Runner(subject)
+    results = [result async for result in runner.run([made(kill), *select("identity.*")])]
+    assert runner.lost == "the server died, in check made.up"
+    assert results[0].reason == "it was killed"
+    assert {(r.outcome, r.reason) for r in results[1:]} == {(Outcome.FAILED, f"not made: {runner.lost}")}
+
+
+def _without(subject: Subject, capability: Capability) -> EngineInfo:
+    return replace(subject.info, capabilities=subject.info.capabilities - {capability})

@@ -1,0 +1,72 @@
+"""Writes the tables of docs/conformance.md, from the suite itself.
+
+python tools/conformance_tables.py [REPORT.json ...]
+
+It launches the engines that CI runs (embedded, SGLang 0.5.23 and 0.5.15 on the CPU, whose environments are made where
+they are missing), makes all checks on each, and replaces what stands between the page's markers. A REPORT is what
+`millrace doctor --json` printed elsewhere, on a GPU for one; each adds a column.
+"""
+
+import asyncio
+import sys
+import tempfile
+from pathlib import Path
+
+from millrace.config.models import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, TinyModelConfig
+from millrace.conformance import CHECKS, Runner, Subject
+from millrace.conformance.report import Report, capability_table, check_table, from_json, report
+from millrace.engines import environments
+from millrace.engines.start import start
+from millrace.train.tiny import make_tiny_model
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/conformance.md"
+SGLANG_VERSIONS = ("0.5.23", "0.5.15")
+START_TIMEOUT = 240.0
+
+
+def sglang(version: str) -> EngineConfig:
+    environment = environments.install(
+        "sglang", version, "cpu", python=sys.executable, progress=lambda what, *_: print(what, flush=True)
+    )
+    return SGLangEngineConfig(
+        kind="sglang", version=version, device="cpu", python=environment.python, threads=1, start_timeout=START_TIMEOUT
+    )
+
+
+async def examine(config: EngineConfig, model: Path, other: Path, logs: Path) -> Report:
+    started = await start(config, model, replica=0, log_dir=logs, version=0, seed=0)
+    assert started.process is not None
+    try:
+        runner = Runner(Subject(started.engine, started.info, model, other))
+        results = [result async for result in runner.run(CHECKS)]
+        return report(started.info, results, runner.lost)
+    finally:
+        await started.engine.close()
+        await started.process.end()
+
+
+def replace_between(page: str, name: str, table: str) -> str:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    if not after:
+        raise SystemExit(f"{PAGE} has no {begin} ... {end}")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def main() -> None:
+    reports = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, other = Path(folder) / "model", Path(folder) / "other"
+        for seed, path in enumerate((model, other)):
+            make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64), seed, path)
+        for config in (EmbeddedEngineConfig(kind="embedded", threads=1), *map(sglang, SGLANG_VERSIONS)):
+            reports.append(asyncio.run(examine(config, model, other, Path(folder) / "logs")))
+            print(f"{reports[-1].title}: {len(reports[-1].results)} checks in {reports[-1].seconds:.1f} s", flush=True)
+    reports += [from_json(Path(path)) for path in sys.argv[1:]]
+    page = replace_between(PAGE.read_text(), "capabilities", capability_table(reports))
+    PAGE.write_text(replace_between(page, "checks", check_table(CHECKS, reports)))
+
+
+if __name__ == "__main__":
+    main()
