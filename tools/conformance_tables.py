@@ -1,20 +1,28 @@
 """Writes the tables of docs/conformance.md, from the suite itself.
 
 python tools/conformance_tables.py [REPORT.json ...]
+python tools/conformance_tables.py --examine SETTINGS REPORT.json
 
-It launches the engines that CI runs (embedded, SGLang 0.5.23 and 0.5.15 on the CPU, whose environments are made where
-they are missing), makes all checks on each, and replaces what stands between the page's markers. A REPORT is what
+The first launches the engines that CI runs (embedded, SGLang 0.5.23 and 0.5.15 on the CPU, whose environments are made
+where they are missing), makes all checks on each, and replaces what stands between the page's markers. A REPORT is what
 `millrace doctor --json` printed elsewhere, on a GPU for one; each adds a column.
+
+The second launches one engine, SETTINGS being those of `engine` as JSON, with a tiny model whose heads GPU kernels
+take, and writes such a REPORT.
 """
 
 import asyncio
+import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from millrace.config.models import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, TinyModelConfig
-from millrace.conformance import CHECKS, Runner, Subject
-from millrace.conformance.report import Report, capability_table, check_table, from_json, report
+from millrace.conformance import CHECKS, Outcome, Runner, Subject
+from millrace.conformance.report import Report, capability_table, check_table, from_json, report, to_json
 from millrace.engines import environments
 from millrace.engines.start import start
 from millrace.train.tiny import make_tiny_model
@@ -54,15 +62,32 @@ def replace_between(page: str, name: str, table: str) -> str:
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
-def main() -> None:
+def examine_all(configs: Sequence[EngineConfig], hidden_size: int) -> list[Report]:
     reports = []
     with tempfile.TemporaryDirectory() as folder:
         model, other = Path(folder) / "model", Path(folder) / "other"
         for seed, path in enumerate((model, other)):
-            make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64), seed, path)
-        for config in (EmbeddedEngineConfig(kind="embedded", threads=1), *map(sglang, SGLANG_VERSIONS)):
-            reports.append(asyncio.run(examine(config, model, other, Path(folder) / "logs")))
-            print(f"{reports[-1].title}: {len(reports[-1].results)} checks in {reports[-1].seconds:.1f} s", flush=True)
+            make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=hidden_size), seed, path)
+        for config in configs:
+            one = asyncio.run(examine(config, model, other, Path(folder) / "logs"))
+            counts = ", ".join(f"{one.count(outcome)} {outcome}" for outcome in Outcome)
+            print(f"{one.title}: {counts}, in {one.seconds:.1f} s", flush=True)
+            for result in one.results:
+                if result.outcome is not Outcome.PASSED:
+                    print(f"  {result.check} {result.outcome}: {result.reason}", flush=True)
+            reports.append(one)
+    return reports
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--examine"]:
+        config: EngineConfig = TypeAdapter(EngineConfig).validate_python(json.loads(sys.argv[2]))
+        (one,) = examine_all([config], hidden_size=256)
+        Path(sys.argv[3]).write_bytes(to_json(one))
+        return
+    reports = examine_all(
+        (EmbeddedEngineConfig(kind="embedded", threads=1), *map(sglang, SGLANG_VERSIONS)), hidden_size=64
+    )
     reports += [from_json(Path(path)) for path in sys.argv[1:]]
     page = replace_between(PAGE.read_text(), "capabilities", capability_table(reports))
     PAGE.write_text(replace_between(page, "checks", check_table(CHECKS, reports)))

@@ -19,8 +19,8 @@ class ForbiddenError(Exception):
 @dataclass(frozen=True, slots=True)
 class ServerState:
     """paused: by the caller. asleep: what is released. empty: the weights were released and have no content yet.
-    updating: the version that is on its way. loaded: whether any of it has reached the server. torn: an update was given
-    up after that, so the weights are of no version."""
+    updating: the version that is on its way. loaded: whether any of it has reached the server. torn: an update was
+    given up after that, so the weights are of no version."""
 
     paused: PauseMode | None = None
     asleep: frozenset[MemoryTag] = frozenset()
