@@ -74,6 +74,7 @@ async def measure_publish(
     version = 0
     for mebibytes in arguments.bucket_mb:
         transport = transport_for([Started(target.engine, target.info, None)])
+        assert transport is not None
         reports: list[PublishReport] = []
         for _ in range(arguments.repeats + 2):
             version += 1

@@ -103,6 +103,7 @@ async def by_memory(kind: Capability, subject: Subject, source: Path, version: i
     if kind is Capability.UPDATE_FROM_CUDA_IPC:
         require_gpu()
     transport = transport_for([Started(subject.engine, info, None)])
+    assert transport is not None
     size = sum(tensor.nbytes for tensor in tensors.values())
 
     async def committed(_engine: str) -> None:

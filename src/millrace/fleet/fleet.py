@@ -33,7 +33,7 @@ class Fleet:
     here.
     """
 
-    def __init__(self, replicas: Sequence[Started], transport: Transport) -> None:
+    def __init__(self, replicas: Sequence[Started], transport: Transport | None) -> None:
         self._replicas = {replica.engine.name: replica for replica in replicas}
         self._transport = transport
         self._outstanding: dict[str, int] = dict.fromkeys(self._replicas, 0)
@@ -44,7 +44,7 @@ class Fleet:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, replicas: Sequence[Started], transport: Transport) -> "AsyncIterator[Fleet]":
+    async def open(cls, replicas: Sequence[Started], transport: Transport | None) -> "AsyncIterator[Fleet]":
         """Watches the replicas' processes as long as the block runs, and in the end closes the engines' connections,
         the transport and the processes."""
         fleet = cls(replicas, transport)
@@ -57,7 +57,8 @@ class Fleet:
             await asyncio.gather(*watchers, return_exceptions=True)
             await asyncio.gather(*(replica.engine.close() for replica in replicas))
             await asyncio.gather(*(replica.process.end() for replica in replicas if replica.process))
-            transport.close()
+            if transport is not None:
+                transport.close()
 
     @property
     def context_length(self) -> int:
@@ -100,6 +101,11 @@ class Fleet:
         is under way, or when `version` is not above the last one; whatever is raised, the old version goes on serving
         where it was.
         """
+        if self._transport is None:
+            raise PublishError(
+                "there is no way to hand tensors from this process to all of the engines; SGLang with dp_size above 1 "
+                "takes weights from disk only"
+            )
         if self._publishing:
             raise PublishError(f"version {version} can't be published while another version is on its way")
         if self._published is not None and version <= self._published:

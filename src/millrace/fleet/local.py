@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from millrace.config.models import EngineConfig
 from millrace.engines.start import Started, start
-from millrace.errors import LaunchError
 from millrace.fleet.fleet import Fleet
 from millrace.types import Capability
 from millrace.weights.folder import folder_checksums
@@ -42,18 +41,13 @@ async def open_fleet(
             if not isinstance(result, BaseException):
                 await _end(result)
         raise
-    try:
-        transport = transport_for(started)
-    except BaseException:
-        await asyncio.gather(*(_end(one) for one in started))
-        raise
-    async with Fleet.open(started, transport) as fleet:
+    async with Fleet.open(started, transport_for(started)) as fleet:
         await fleet.attest(checksums, version, model_path)
         yield fleet
 
 
-def transport_for(engines: list[Started]) -> "Transport":
-    """How this process hands tensors to these engines."""
+def transport_for(engines: list[Started]) -> "Transport | None":
+    """How this process hands tensors to these engines; None where there is no way that all of them have."""
     # Not before it is needed: these import torch.
     common = frozenset.intersection(*(one.info.capabilities for one in engines))
     if Capability.UPDATE_FROM_SHARED_MEMORY in common:
@@ -70,8 +64,7 @@ def transport_for(engines: list[Started]) -> "Transport":
         from millrace.weights.transports.torch_storage import TorchStorageTransport
 
         return TorchStorageTransport()
-    names = ", ".join(one.engine.name for one in engines)
-    raise LaunchError(f"no way to hand tensors from this process to {names}: they have no transport in common")
+    return None
 
 
 async def _end(started: Started) -> None:
