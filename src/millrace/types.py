@@ -172,6 +172,7 @@ class TorchStorageBucket:
     """Tensors side by side in CPU memory that torch shares by name (its sharing strategy `file_system`): what
     `UntypedStorage._share_filename_cpu_` returns."""
 
+    manager: bytes
     handle: bytes
     nbytes: int
     tensors: tuple[TensorSpec, ...]

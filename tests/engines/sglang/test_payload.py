@@ -53,7 +53,7 @@ def test_a_bucket_on_the_gpu_is_one_opening_for_each_rank() -> None:
 
 
 def test_the_metadata_says_where_each_tensor_lies() -> None:
-    metadata = read(payloads(TorchStorageBucket(b"/name", 300000, SPECS), ranks=1)[0])["metadata"]
+    metadata = read(payloads(TorchStorageBucket(b"/manager", b"/name", 300000, SPECS), ranks=1)[0])["metadata"]
     assert [(m.name, m.shape, m.dtype) for m in metadata] == [
         ("a.weight", torch.Size([2, 3]), torch.bfloat16),
         ("b", torch.Size([]), torch.float32),

@@ -278,8 +278,11 @@ class SGLangEngine(SGLangProtocol):
     async def _read_facts(self) -> Facts:
         served, server = await self._ask("/model_info"), await self._ask("/server_info")
         paths = (await self._ask("/openapi.json"))["paths"]
+        own = Path(served["model_path"])
         try:
-            model = await asyncio.to_thread(read_model, self._model_path or Path(served["model_path"]))
+            model = await asyncio.to_thread(read_model, self._model_path or own)
+            if (own / "config.json").is_file() and (await asyncio.to_thread(read_model, own)).shapes != model.shapes:
+                raise EngineRefused(self.name, f"it serves {own}, a model of other tensors than {self._model_path}")
         except DataError as error:
             raise EngineRefused(self.name, f"{error}; give the model's folder as model_path") from error
         return read_facts(paths, served, server, model)

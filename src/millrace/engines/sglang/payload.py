@@ -103,9 +103,9 @@ def _cuda_tensor(share: CudaIpcShare, nbytes: int) -> Call:
 def _cpu_tensor(bucket: TorchStorageBucket) -> Call:
     storage = Call(
         Name(REDUCTIONS, "rebuild_storage_filename"),
-        # The reader's torch names a helper process of its own, which ends with it: with the trainer's it would be the
-        # server that keeps the trainer's helper alive.
-        (Name("torch.storage", "UntypedStorage"), b"", bucket.handle, bucket.nbytes),
+        # The trainer's helper process counts the users: a helper of the server's own would remove the memory under the
+        # trainer when the server dies.
+        (Name("torch.storage", "UntypedStorage"), bucket.manager, bucket.handle, bucket.nbytes),
     )
     typed = Call(Name(REDUCTIONS, "rebuild_typed_storage"), (storage, Name("torch", "uint8")))
     # What rebuild_tensor reads: offset, size, stride, requires_grad.

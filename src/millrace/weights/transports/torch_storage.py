@@ -23,7 +23,7 @@ class SharedStorage:
             raise PublishError(
                 f"no {size / 2**20:.0f} MiB of shared memory for a bucket ({error}); lower publish.bucket_bytes"
             ) from error
-        _, self.handle, _ = self._storage._share_filename_cpu_()
+        self.manager, self.handle, _ = self._storage._share_filename_cpu_()
         self.bytes = torch.empty(0, dtype=torch.uint8).set_(self._storage)
 
     def promise(self, openings: int) -> None:
@@ -54,4 +54,4 @@ class TorchStorageTransport(MemoryTransport[SharedStorage]):
         ranks: int,
     ) -> TorchStorageBucket:
         slot.promise(openings=ranks)
-        return TorchStorageBucket(slot.handle, slot.bytes.nbytes, specs)
+        return TorchStorageBucket(slot.manager, slot.handle, slot.bytes.nbytes, specs)
