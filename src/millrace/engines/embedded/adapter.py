@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from millrace.engines.sglang_protocol import CONTROL_DEADLINE, SGLangProtocol, distributed_body
 from millrace.engines.sglang_wire import decode_version
-from millrace.errors import EngineError, EngineRefused, EngineTimeout
+from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout
 from millrace.types import (
     ALL_MEMORY,
     Bucket,
@@ -83,15 +83,18 @@ class EmbeddedEngine(SGLangProtocol):
 
     async def info(self) -> EngineInfo:
         model, server = await self._ask("/model_info"), await self._ask("/server_info")
-        return EngineInfo(
-            kind="embedded",
-            engine_version=server["version"],
-            model_path=model["model_path"],
-            weight_version=decode_version(model["weight_version"]),
-            vocab_size=model["vocab_size"],
-            context_length=model["context_length"],
-            capabilities=frozenset(Capability(c) for c in server["capabilities"]),
-        )
+        try:
+            return EngineInfo(
+                kind="embedded",
+                engine_version=server["version"],
+                model_path=model["model_path"],
+                weight_version=decode_version(model["weight_version"]),
+                vocab_size=model["vocab_size"],
+                context_length=model["context_length"],
+                capabilities=frozenset(Capability(c) for c in server["capabilities"]),
+            )
+        except KeyError as error:
+            raise EngineFailed(self.name, f"{self.url} is no embedded engine: it does not tell its {error}") from error
 
     async def inject_fault(self, kind: str, **details: object) -> None:
         """Makes the engine go wrong, for tests. Refused unless it was started with `faults`."""
