@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from millrace.cli.status import INTERRUPTED
 from millrace.conformance import Check, Outcome, Result, Runner, select
 from millrace.conformance.attach import attach
 from millrace.conformance.report import Report, report, to_json
 from millrace.conformance.runner import CHECK_DEADLINE
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 COLORS = {Outcome.PASSED: "green", Outcome.FAILED: "red", Outcome.LACKING: "yellow"}
 
 

@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from millrace.cli.status import INTERRUPTED
 from millrace.config import load_config
 from millrace.config.models import SGLangEngineConfig
 from millrace.engines import environments
 from millrace.engines.sglang.join import join as run_node
 from millrace.errors import ConfigError
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 engines_app = typer.Typer(
     no_args_is_help=True, help="Install, list and remove the virtual environments that engines run in."

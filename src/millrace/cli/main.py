@@ -12,10 +12,9 @@ from rich.console import Console
 from millrace import __version__
 from millrace.cli.doctor import doctor
 from millrace.cli.engines import engines_app
+from millrace.cli.status import INTERRUPTED
 from millrace.config import dump_config, load_config
 from millrace.errors import MillraceError
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(engines_app, name="engines")

@@ -24,6 +24,7 @@ from millrace.engines.sglang_protocol import (
 )
 from millrace.engines.sglang_wire import decode_version, encode_generate
 from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout
+from millrace.launch.ports import listens
 from millrace.types import (
     ALL_MEMORY,
     Bucket,
@@ -373,13 +374,3 @@ class SGLangEngine(SGLangProtocol):
         if self._session:
             await self._control("/end_weight_update", {})
             self._session = False
-
-
-async def listens(host: str, port: int) -> bool:
-    try:
-        async with asyncio.timeout(1.0):
-            _, writer = await asyncio.open_connection(host, port)
-    except OSError:  # TimeoutError is one
-        return False
-    writer.close()
-    return True

@@ -7,6 +7,7 @@ from pathlib import Path
 from millrace.config.models import SGLangEngineConfig
 from millrace.engines.sglang.launch import launch
 from millrace.errors import ConfigError, LaunchError
+from millrace.launch.ports import listens
 from millrace.launch.process import Server
 
 WATCH_SECONDS = 1.0
@@ -52,11 +53,5 @@ async def until_gone(address: str) -> None:
     host, _, port = address.rpartition(":")
     strikes = 0
     while strikes < STRIKES:
-        try:
-            async with asyncio.timeout(WATCH_SECONDS):
-                _, writer = await asyncio.open_connection(host, int(port))
-            writer.close()
-            strikes = 0
-        except OSError:  # TimeoutError is one
-            strikes += 1
+        strikes = 0 if await listens(host, int(port)) else strikes + 1
         await asyncio.sleep(WATCH_SECONDS)

@@ -1,0 +1,3 @@
+"""Exit statuses that the commands share."""
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
