@@ -1,14 +1,14 @@
 """Writes the tables of docs/conformance.md, from the suite itself.
 
-python tools/conformance_tables.py [REPORT.json ...]
+python tools/conformance_tables.py
 python tools/conformance_tables.py --examine SETTINGS REPORT.json
 
-The first launches the engines that CI runs (embedded, SGLang 0.5.23 and 0.5.15 on the CPU, whose environments are made
-where they are missing), makes all checks on each, and replaces what stands between the page's markers. A REPORT is what
-`millrace doctor --json` printed elsewhere, on a GPU for one; each adds a column.
+The first launches the engines that CI runs (on the CPU; their environments are made where they are missing), makes all
+checks on each, writes the reports to docs/reports/CPU, and replaces what stands between the page's markers. Every report
+under docs/reports/DEVICE is a column.
 
 The second launches one engine, SETTINGS being those of `engine` as JSON, with a tiny model whose heads GPU kernels
-take, and writes such a REPORT.
+take, and writes its report: what `millrace doctor --json` prints.
 """
 
 import asyncio
@@ -27,7 +27,9 @@ from millrace.engines import environments
 from millrace.engines.start import start
 from millrace.train.tiny import make_tiny_model
 
-PAGE = Path(__file__).resolve().parent.parent / "docs/conformance.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "conformance.md"
+REPORTS = DOCS / "reports"
 SGLANG_VERSIONS = ("0.5.23", "0.5.15")
 START_TIMEOUT = 240.0
 
@@ -85,10 +87,16 @@ def main() -> None:
         (one,) = examine_all([config], hidden_size=256)
         Path(sys.argv[3]).write_bytes(to_json(one))
         return
-    reports = examine_all(
+    (REPORTS / "CPU").mkdir(parents=True, exist_ok=True)
+    for one in examine_all(
         (EmbeddedEngineConfig(kind="embedded", threads=1), *map(sglang, SGLANG_VERSIONS)), hidden_size=64
-    )
-    reports += [from_json(Path(path)) for path in sys.argv[1:]]
+    ):
+        (REPORTS / "CPU" / f"{one.kind}-{one.engine_version}.json").write_bytes(to_json(one))
+    reports = {
+        f"{one.title}, {path.parent.name}": one
+        for path in sorted(REPORTS.glob("*/*.json"))
+        for one in (from_json(path),)
+    }
     page = replace_between(PAGE.read_text(), "capabilities", capability_table(reports))
     PAGE.write_text(replace_between(page, "checks", check_table(CHECKS, reports)))
 

@@ -63,8 +63,8 @@ async def test_json_is_a_report(url: str, tiny_model: Path, other_model: Path, t
     report = from_json(path)
     assert [(r.check, r.outcome) for r in report.results] == [("update.disk", Outcome.PASSED)]
     assert Capability.CHECKSUMS in report.capabilities
-    assert "| `checksums` | yes |" in capability_table([report])
-    assert "| passed |" in check_table(select("update.disk"), [report])
+    assert "| `checksums` | yes |" in capability_table({report.title: report})
+    assert "| passed |" in check_table(select("update.disk"), {report.title: report})
     assert orjson.loads(to_json(report)) == orjson.loads(out)
 
 
@@ -91,7 +91,7 @@ async def test_tables_number_their_reasons(tmp_path: Path) -> None:
         Report("a", "1", frozenset(), (Result(check.name, outcome, reason, 1.0),), None)
         for outcome, reason in ((Outcome.PASSED, ""), (Outcome.FAILED, "no"), (Outcome.LACKING, "no"))
     ]
-    table = check_table([check], reports)
+    table = check_table([check], {one.title: one for one in reports})
     assert "| passed | failed (1) | lacking (1) |" in table
     assert table.endswith("\n1. no")
     broken = tmp_path / "broken.json"

@@ -59,14 +59,14 @@ def from_json(path: Path) -> Report:
         raise DataError(f"{path} is no report of `millrace doctor --json`: {error!r}") from error
 
 
-def capability_table(reports: Sequence[Report]) -> str:
-    """Capabilities by engine and version, in Markdown."""
-    rows = [(f"`{c}`", ["yes" if c in one.capabilities else "" for one in reports]) for c in Capability]
-    return _table("capability", reports, rows)
+def capability_table(reports: Mapping[str, Report]) -> str:
+    """Capabilities, in Markdown; one column for each report, under its title."""
+    rows = [(f"`{c}`", ["yes" if c in one.capabilities else "" for one in reports.values()]) for c in Capability]
+    return _table("capability", tuple(reports), rows)
 
 
-def check_table(checks: Sequence[Check], reports: Sequence[Report]) -> str:
-    """Outcomes by engine and version, in Markdown. Reasons stand below, numbered."""
+def check_table(checks: Sequence[Check], reports: Mapping[str, Report]) -> str:
+    """Outcomes, in Markdown; one column for each report, under its title. Reasons stand below, numbered."""
     notes: list[str] = []
 
     def cell(one: Report, name: str) -> str:
@@ -79,16 +79,16 @@ def check_table(checks: Sequence[Check], reports: Sequence[Report]) -> str:
             notes.append(result.reason)
         return f"{result.outcome} ({notes.index(result.reason) + 1})"
 
-    rows = [(f"`{c.name}`: {c.claim}", [cell(one, c.name) for one in reports]) for c in checks]
-    rows.append(("seconds in all", [f"{one.seconds:.0f}" for one in reports]))
-    lines = [_table("check", reports, rows)]
+    rows = [(f"`{c.name}`: {c.claim}", [cell(one, c.name) for one in reports.values()]) for c in checks]
+    rows.append(("seconds in all", [f"{one.seconds:.0f}" for one in reports.values()]))
+    lines = [_table("check", tuple(reports), rows)]
     if notes:
         lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
     return "\n".join(lines)
 
 
-def _table(head: str, reports: Sequence[Report], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    lines = [_row(head, [one.title for one in reports]), _row("---", ["---"] * len(reports))]
+def _table(head: str, titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    lines = [_row(head, titles), _row("---", ["---"] * len(titles))]
     return "\n".join(lines + [_row(name, cells) for name, cells in rows])
 
 
