@@ -18,9 +18,10 @@ settings.load_profile("millrace")
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small Qwen3 from random weights, its tokenizer and chat template."""
+    """A folder with a small Qwen3 from random weights, its tokenizer and chat template. Its heads have 32 elements:
+    vLLM's attention on the CPU has no kernel for 16."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64), 0, folder)
+    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 0, folder)
     return folder
 
 
@@ -33,3 +34,9 @@ def sglang_python() -> Callable[[str], Path]:
         return environments.install("sglang", version, "cpu", python=sys.executable, progress=lambda *_: None).python
 
     return python
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The interpreter of real vLLM on the CPU. Its environment is made where it is missing, as SGLang's is."""
+    return environments.install("vllm", "0.32.0", "cpu", python=sys.executable, progress=lambda *_: None).python

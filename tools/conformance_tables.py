@@ -4,8 +4,8 @@ python tools/conformance_tables.py
 python tools/conformance_tables.py --examine SETTINGS REPORT.json
 
 The first launches the engines that CI runs (on the CPU; their environments are made where they are missing), makes all
-checks on each, writes the reports to docs/reports/CPU, and replaces what stands between the page's markers. Every report
-under docs/reports/DEVICE is a column.
+checks on each, writes the reports to docs/reports/CPU, and replaces what stands between the page's markers. Every
+report under docs/reports/DEVICE is a column.
 
 The second launches one engine, SETTINGS being those of `engine` as JSON, with a tiny model whose heads GPU kernels
 take, and writes its report: what `millrace doctor --json` prints.
@@ -69,7 +69,7 @@ def examine_all(configs: Sequence[EngineConfig], hidden_size: int) -> list[Repor
     with tempfile.TemporaryDirectory() as folder:
         model, other = Path(folder) / "model", Path(folder) / "other"
         for seed, path in enumerate((model, other)):
-            make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=hidden_size), seed, path)
+            make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=hidden_size, heads=hidden_size // 32), seed, path)
         for config in configs:
             one = asyncio.run(examine(config, model, other, Path(folder) / "logs"))
             counts = ", ".join(f"{one.count(outcome)} {outcome}" for outcome in Outcome)

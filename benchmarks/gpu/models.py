@@ -4,17 +4,21 @@ import json
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 # The shapes of Qwen2.5 (arXiv:2412.15115), and a small one to try the scripts with.
 QWEN2 = {
     "0.5b": {"hidden_size": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate_size": 4864},
     "1.5b": {"hidden_size": 1536, "layers": 28, "heads": 12, "kv_heads": 2, "intermediate_size": 8960},
-    "tiny": {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 128},
+    "tiny": {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 128},
 }
 
 
 def write_config(size: str, folder: Path) -> Path:
-    """A folder that SGLang starts from with `load_format: dummy`; it has no weights and no tokenizer."""
+    """A folder that an engine starts from with `load_format: dummy`; it has no weights and no tokenizer."""
     shape = QWEN2[size]
     config = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -37,6 +41,14 @@ def write_config(size: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of the model's vocabulary, a word a token."""
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(size)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder)
 
 
 def random_tensors(folder: Path, device: torch.device) -> list[tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Run by the engine's interpreter (sglang_throughput.py starts it): the same work by sglang.Engine, in-process, with
+"""Run by the engine's interpreter (throughput.py starts it): the same work by sglang.Engine, in-process, with
 all the answers gathered on one caller."""
 
 import asyncio

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig
+    from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
     from millrace.fleet.fleet import Fleet
     from millrace.fleet.local import open_fleet
     from millrace.types import GenerateRequest, Generation, SamplingParams, Segment
@@ -20,6 +20,7 @@ _HOMES = {
     "SGLangEngineConfig": "millrace.config.models",
     "SamplingParams": "millrace.types",
     "Segment": "millrace.types",
+    "VLLMEngineConfig": "millrace.config.models",
     "open_fleet": "millrace.fleet.local",
 }
 
@@ -31,6 +32,7 @@ __all__ = [
     "SGLangEngineConfig",
     "SamplingParams",
     "Segment",
+    "VLLMEngineConfig",
     "__version__",
     "open_fleet",
 ]

@@ -61,6 +61,7 @@ class Capability(StrEnum):
     UPDATE_FROM_CUDA_IPC = "update_from_cuda_ipc"
     CHECKSUMS = "checksums"  # per tensor, under the trainer's own names
     OWN_CHECKSUMS = "own_checksums"  # per tensor as the engine keeps it (fused, sharded), to compare engines alike
+    FILTERED_LOGPROBS = "filtered_logprobs"  # logprobs are those after top_k, top_p and min_p
     LORA = "lora"
     IMAGES = "images"
     PAUSE_ABORT = "pause_abort"
@@ -70,7 +71,8 @@ class Capability(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn. The logprobs that come back are those of the temperature-scaled distribution.
+    """How tokens are drawn. The logprobs that come back are those of the temperature-scaled distribution, or with
+    Capability.FILTERED_LOGPROBS of what the filters leave of it.
 
     temperature 0 is greedy; top_k -1 and top_p 1.0 and min_p 0.0 switch each filter off.
     """

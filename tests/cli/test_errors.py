@@ -12,7 +12,10 @@ from pathlib import Path
 
 import orjson
 import pytest
+from typer.testing import CliRunner
 
+from millrace import __version__
+from millrace.cli import app
 from millrace.config import load_config
 
 CONFIG = """\
@@ -157,8 +160,16 @@ def test_standalone_mode_runs_by_one_word_and_keeps_its_bound(folder: Path) -> N
         (("model.path=no-such-owner/model",), "no-such-owner/model is no folder here and can't be had from the Hub"),
         (("rollout.tools=[abacus]",), "no tool is called 'abacus'"),
         (("--resume",), "holds no run to resume"),
+        (
+            ("engine={kind: sglang, urls: [127.0.0.1:9]}",),
+            "urls: [127.0.0.1:9]}': engine.urls: '127.0.0.1:9' is no server's URL; write http://127.0.0.1:9",
+        ),
+        (
+            ("engine={kind: sglang, engine_args: {tp: 2}}",),
+            "tp: 2}}': engine.engine_args.tp contradicts engine.tp_size; set only engine.tp_size",
+        ),
     ],
-    ids=["config", "data", "model", "hub", "tool", "resume"],
+    ids=["config", "data", "model", "hub", "tool", "resume", "engine's URL", "engine's argument"],
 )
 def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
     folder: Path, arguments: Sequence[str], says: str
@@ -167,6 +178,12 @@ def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
     assert status == 1
     assert says in err
     assert "Traceback" not in err
+
+
+def test_the_version_is_told_by_word_and_by_option() -> None:
+    for words in (["version"], ["--version"]):
+        result = CliRunner().invoke(app, words)
+        assert (result.exit_code, result.output) == (0, f"{__version__}\n")
 
 
 def test_dry_run_prints_the_resolved_settings(folder: Path) -> None:
@@ -246,7 +263,7 @@ def test_ctrl_c_ends_all_and_the_last_checkpoint_resumes(folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     status, _, err = finish(process, folder)
     assert status == 130
-    assert "interrupted" in err
+    assert "interrupted: what was started has been ended; --resume goes on from " in err
     assert "Traceback" not in err
     [*_, last] = checkpoints(folder)
     status, out, err = finish(start(folder, "--resume", f"train.steps={int(last.removeprefix('step-')) + 1}"), folder)

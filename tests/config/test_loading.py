@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from millrace.config import dump_config, load_config
+from millrace.config import RunConfig, dump_config, load_config
+from millrace.config.models import SGLangEngineConfig
 from millrace.errors import ConfigError
 
 VALID = """\
@@ -51,8 +52,10 @@ def test_a_config_reads_and_prints_back_to_itself(path: Path, tmp_path: Path) ->
         ("  steps: 3", "  steps: three", "run.yaml:13: train.steps: .*integer.*'three'"),
         ("  steps: 3", "  steps: -1", "run.yaml:13: train.steps: .*greater than 0"),
         ("  steps: 3\n", "", "run.yaml:12: the setting train.steps is missing"),
-        ("kind: embedded", "kind: vlm", "run.yaml:.*engine.*vlm"),
-        ("kind: tiny", "kind: huge", "run.yaml:2: model.*'huge'.*'tiny', 'pretrained'"),
+        ("kind: embedded", "kind: embeded", r"run.yaml:4: engine.kind: .*'embeded'.*did you mean 'embedded'\?"),
+        ("  kind: embedded\n", "", "run.yaml:3: the setting engine.kind is missing; there are: embedded, "),
+        ("kind: tiny", "kind: huge", "run.yaml:2: model.kind: .*'huge'.*there are: tiny, pretrained"),
+        ("name: test", "name: 9.9", r"run.yaml:1: name: .*string \(it is 9.9\); put it in quotes"),
         ("max_turn_tokens: 40", "max_turn_tokens: 400", "max_turn_tokens is above"),
         ("  replicas: 2", "  replicas: 2\n  ports: [80]", "ports names 1 ports for 2 replicas"),
         ("name: test", "name: ../x", "run.yaml:1: name"),
@@ -81,11 +84,37 @@ def test_all_mistakes_are_told_at_once(path: Path) -> None:
         ("train.lr", "not of the form section.key=value"),
         ("name.x=1", "goes into name, which is a single value"),
         ("train.lr=[", "is not YAML"),
+        ("engine.kind=sglagn", r"override 'engine.kind=sglagn': engine.kind: .*there are: .*; did you mean 'sglang'\?"),
+        ("name=[a]", r"override 'name=\[a\]': name: .*string \(it is \['a'\]\)$"),
+        ("name=", "override 'name=': name: .*string"),
     ],
 )
 def test_a_wrong_override_is_named(path: Path, override: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_config(path, [override])
+
+
+@pytest.mark.parametrize("text", ["9.9", "0.10", "1e3", "on", "007", "2026-01-01", "'9.9'"])
+def test_an_override_of_a_text_is_taken_as_it_stands(path: Path, text: str) -> None:
+    assert load_config(path, [f"name={text}"]).name == text.strip("'")
+
+
+def test_overrides_of_texts_reach_every_place_that_has_one(path: Path) -> None:
+    path.write_text(VALID.replace("kind: embedded", "kind: sglang"))
+    config = load_config(path, ["engine.version=9.10", "engine.env.OMP=1", "engine.python=3", "engine.engine_args.x=1"])
+    assert isinstance(config.engine, SGLangEngineConfig)
+    assert (config.engine.version, config.engine.env, config.engine.python) == ("9.10", {"OMP": "1"}, Path("3"))
+    assert config.engine.engine_args == {"x": 1}  # which takes numbers too
+
+
+def test_what_a_further_check_refuses_is_told_with_its_place(path: Path) -> None:
+    def check(config: RunConfig) -> None:
+        raise ConfigError(f"train.lr is {config.train.lr}, and nobody likes it")
+
+    with pytest.raises(ConfigError, match=r"run.yaml:14: train.lr is 0.001, and nobody likes it"):
+        load_config(path, check=check)
+    with pytest.raises(ConfigError, match=r"override 'train.lr=2': train.lr is 2.0, and nobody likes it"):
+        load_config(path, ["train.lr=2"], check=check)
 
 
 def test_a_missing_file_is_one_message(tmp_path: Path) -> None:

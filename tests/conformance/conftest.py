@@ -23,7 +23,7 @@ API_KEY, ADMIN_KEY = "the-data-key", "the-control-key"
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with other weights of the shapes of `tiny_model`."""
     folder = tmp_path_factory.mktemp("other") / "model"
-    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64), 1, folder)
+    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 1, folder)
     return folder
 
 

@@ -1,18 +1,27 @@
 """`millrace doctor` as a user runs it, and the tables that come of its reports."""
 
 import asyncio
+import shutil
+import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import orjson
 import pytest
 import pytest_asyncio
 
-from millrace.conformance import CHECKS, Outcome, Result, select
+from millrace.config.models import TinyModelConfig
+from millrace.conformance import CHECKS, Check, Outcome, Result, Runner, Subject, select
+from millrace.conformance.attach import require_folders
 from millrace.conformance.report import Report, capability_table, check_table, from_json, to_json
+from millrace.conformance.requests import alike, fingerprint
+from millrace.conformance.weights import by_disk
+from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import DataError
-from millrace.types import Capability
+from millrace.train.tiny import make_tiny_model
+from millrace.types import Capability, Health, PauseMode
 from tests.conformance.conftest import ADMIN_KEY, API_KEY, embedded_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -26,18 +35,44 @@ async def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Asy
         yield url
 
 
-async def doctor(*arguments: str, **environment: str) -> tuple[int | None, str, str]:
-    """Status, output and errors of the command, without the keys of this process's own environment."""
+@pytest_asyncio.fixture(loop_scope="module")
+async def engine(url: str) -> AsyncIterator[EmbeddedEngine]:
+    engine = EmbeddedEngine("embedded", url, api_key=API_KEY, admin_key=ADMIN_KEY)
+    yield engine
+    await engine.close()
+
+
+@asynccontextmanager
+async def started(*arguments: str, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The command as it runs, without the keys of this process's own environment."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "millrace", "doctor", *arguments),
         env={"PATH": "", "HOME": "", "COLUMNS": "200", **environment},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )
-    async with asyncio.timeout(60):
+    try:
+        async with asyncio.timeout(60):
+            yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def doctor(*arguments: str, **environment: str) -> tuple[int | None, str, str]:
+    """Status, output and errors of the command."""
+    async with started(*arguments, **environment) as process:
         out, err = await process.communicate()
-    return process.returncode, out.decode(), err.decode()
+        return process.returncode, out.decode(), err.decode()
+
+
+async def read_until(stream: asyncio.StreamReader | None, words: str) -> None:
+    assert stream is not None
+    while words not in (line := (await stream.readline()).decode()):
+        assert line, f"the output ended without {words}"
 
 
 async def test_every_check_is_a_line(url: str) -> None:
@@ -71,11 +106,13 @@ async def test_json_is_a_report(url: str, tiny_model: Path, other_model: Path, t
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (("{url}", "--kind", "embedded"), {}, "keys are read from MILLRACE_ENGINE_API_KEY"),
+        (("{url}", "--kind", "embedded"), {}, "where it asks for keys, they are read from MILLRACE_ENGINE_API_KEY"),
         (("{url}", "--kind", "embedded", "--only", "nothing"), KEYS, "no check is named like nothing"),
-        (("http://127.0.0.1:1", "--kind", "sglang"), KEYS, "no sglang engine answers at http://127.0.0.1:1"),
+        (("http://127.0.0.1:1",), KEYS, "error: engine sglang: nobody listens at http://127.0.0.1:1"),
+        (("127.0.0.1:1",), KEYS, "error: '127.0.0.1:1' is no server's URL; write http://127.0.0.1:1"),
+        (("http://127.0.0.1:1", "--other", "/"), KEYS, "error: --other: / has no *.safetensors file"),
     ],
-    ids=["no keys", "no such check", "no server"],
+    ids=["no keys", "no such check", "no server", "no URL", "no folder"],
 )
 async def test_what_can_not_begin_says_why(
     url: str, arguments: tuple[str, ...], environment: dict[str, str], message: str
@@ -83,6 +120,95 @@ async def test_what_can_not_begin_says_why(
     status, _, err = await doctor(*(argument.format(url=url) for argument in arguments), **environment)
     assert status == 1
     assert message in " ".join(err.split())
+    assert ("_KEY" in err) == (not environment)
+    assert "Traceback" not in err
+
+
+async def test_a_folder_that_can_not_serve_is_told_as_such(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
+    require_folders(None, None)
+    require_folders(None, other_model)
+    require_folders(tiny_model, other_model)
+    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=128), 0, tmp_path / "wide")
+    make_tiny_model(TinyModelConfig(kind="tiny", layers=3), 0, tmp_path / "deep")
+    shutil.copytree(tiny_model, tmp_path / "copy")
+    for folder, other, says in (
+        (tmp_path, None, "--model: .* is no model's folder, it has no config.json"),
+        (tiny_model, tmp_path, r"--other: .* has no \*.safetensors file"),
+        (
+            tiny_model,
+            tmp_path / "wide",
+            r"--other: .*/wide is of another model than .* has the shape \(.*\), there \(",
+        ),
+        (
+            tiny_model,
+            tmp_path / "deep",
+            "--other: .*/deep is of another model than .*: .*layers.2.* is not there; give",
+        ),
+        (tmp_path / "deep", tiny_model, "--other: .* is of another model than .*/deep: it has no .*layers.2"),
+        (tiny_model, tiny_model, "--other: .* has the same weights as "),
+        (tiny_model, tmp_path / "copy", "--other: .*/copy has the same weights as "),
+    ):
+        with pytest.raises(DataError, match=says):
+            require_folders(folder, other)
+
+
+async def test_interrupted_it_leaves_the_server_as_it_was(url: str, engine: EmbeddedEngine, tiny_model: Path) -> None:
+    before = await fingerprint(Subject(engine, await engine.info(), tiny_model))
+    async with started(url, "--kind", "embedded", "--only", "sleep.*", **KEYS) as process:
+        await read_until(process.stdout, "capabilities")
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+    assert process.returncode == 130
+    assert "the server serves as before" in err.decode()
+    assert err.decode().endswith("\ninterrupted\n")
+    assert await engine.health() is Health.READY
+    assert alike(await fingerprint(Subject(engine, await engine.info(), tiny_model)), before)
+
+
+async def test_a_check_that_does_not_end_is_cancelled_and_undone(
+    engine: EmbeddedEngine, tiny_model: Path, other_model: Path
+) -> None:
+    messed = asyncio.Event()
+
+    async def mess(subject: Subject) -> None:
+        await by_disk(subject, other_model, 7)
+        await subject.engine.sleep()
+        await subject.engine.pause(PauseMode.KEEP)
+        messed.set()
+        await asyncio.Event().wait()
+
+    subject = Subject(engine, await engine.info(), tiny_model, other_model)
+    before = await fingerprint(subject)
+    runner = Runner(subject)
+
+    async def examine() -> None:
+        async for _ in runner.run([Check("made.up", "as the test has it", frozenset(), mess)]):
+            raise AssertionError("it came to an end")
+
+    run = asyncio.create_task(examine())
+    await messed.wait()
+    run.cancel()
+    await asyncio.wait([run])
+    await runner.leave(ending=0.01)
+    assert (run.cancelled(), runner.lost) == (True, None)
+    assert await engine.health() is Health.READY
+    assert alike(await fingerprint(subject), before)
+
+
+async def test_a_second_interruption_says_what_to_send(tiny_model: Path, tmp_path: Path) -> None:
+    async with embedded_server(tiny_model, tmp_path, "--faults") as url:
+        engine = EmbeddedEngine("embedded", url, api_key=API_KEY, admin_key=ADMIN_KEY)
+        await engine.inject_fault("hang")
+        await engine.close()
+        async with started(url, "--kind", "embedded", "--only", "generate.count", **KEYS) as process:
+            await read_until(process.stdout, "capabilities")
+            process.send_signal(signal.SIGINT)
+            await read_until(process.stderr, "Ctrl-C again leaves it as it is")
+            process.send_signal(signal.SIGINT)
+            _, err = await process.communicate()
+    assert process.returncode == 130
+    assert "start it again, or POST to it /resume_memory_occupation" in err.decode()
+    assert "Traceback" not in err.decode()
 
 
 async def test_tables_number_their_reasons(tmp_path: Path) -> None:
@@ -91,7 +217,7 @@ async def test_tables_number_their_reasons(tmp_path: Path) -> None:
         Report("a", "1", frozenset(), (Result(check.name, outcome, reason, 1.0),), None)
         for outcome, reason in ((Outcome.PASSED, ""), (Outcome.FAILED, "no"), (Outcome.LACKING, "no"))
     ]
-    table = check_table([check], {one.title: one for one in reports})
+    table = check_table([check], dict(zip(("one", "two", "three"), reports, strict=True)))
     assert "| passed | failed (1) | lacking (1) |" in table
     assert table.endswith("\n1. no")
     broken = tmp_path / "broken.json"

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
-from millrace.errors import EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable
+from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable
 from millrace.http import HttpClient
 
 
@@ -144,11 +144,33 @@ async def test_a_refusal_is_not_repeated(server: tuple[Server, str], client: Htt
 
 
 async def test_nobody_listening_is_known_not_to_have_been_sent() -> None:
-    client = HttpClient("gone", "http://127.0.0.1:1")
-    with pytest.raises(EngineUnreachable, match="gone.*could not be made") as caught:
-        await client.generate("/generate", {}, deadline=5)
-    assert not caught.value.sent
-    await client.close()
+    for url, says in (
+        ("http://127.0.0.1:1/x", "nobody listens at http://127.0.0.1:1$"),
+        ("http://no-such-host.invalid", "the host of http://no-such-host.invalid is not known: "),
+        ("https://255.255.255.255", "no connection to https://255.255.255.255: "),
+    ):
+        client = HttpClient("gone", url)
+        with pytest.raises(EngineUnreachable, match=f"engine gone: {says}") as caught:
+            await client.generate("/generate", {}, deadline=20)
+        assert not caught.value.sent
+        await client.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "right"),
+    [
+        ("127.0.0.1:9", "http://127.0.0.1:9"),
+        ("localhost:30000", "http://localhost:30000"),
+        ("ftp://node:30000", "http://node:30000"),
+        ("http:/127.0.0.1:9", "http://127.0.0.1:9"),
+        ("http://127.0.0.1:99999", "http://HOST:PORT"),
+        ("http://127.0.0.1:port", "http://HOST:PORT"),
+        ("", "http://HOST:PORT"),
+    ],
+)
+def test_what_is_no_url_is_told_with_the_right_form(url: str, right: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{url}' is no server's URL; write {right}$"):
+        HttpClient("mistyped", url)
 
 
 async def test_events_come_one_by_one_and_a_broken_stream_is_an_error(client: HttpClient) -> None:

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from millrace.cli.status import INTERRUPTED
+from millrace.cli.status import interruptible
 from millrace.conformance import Check, Outcome, Result, Runner, select
-from millrace.conformance.attach import attach
+from millrace.conformance.attach import BY_HAND, attach
 from millrace.conformance.report import Report, report, to_json
 from millrace.conformance.runner import CHECK_DEADLINE
 
@@ -22,6 +22,7 @@ COLORS = {Outcome.PASSED: "green", Outcome.FAILED: "red", Outcome.LACKING: "yell
 
 class Kind(StrEnum):
     SGLANG = "sglang"
+    VLLM = "vllm"
     EMBEDDED = "embedded"
 
 
@@ -55,11 +56,8 @@ def doctor(
     """
     checks = select(only)
     console = Console(quiet=json, highlight=False)
-    try:
+    with interruptible():
         outcome = asyncio.run(_examine(url, kind, model, other, checks, deadline, console))
-    except KeyboardInterrupt:
-        print("interrupted: the server may be left paused, asleep or within an update", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
     if json:
         sys.stdout.write(to_json(outcome).decode())
     if outcome.count(Outcome.FAILED):
@@ -82,9 +80,13 @@ async def _examine(
         console.print(f"capabilities: {', '.join(sorted(info.capabilities))}\n")
         runner = Runner(subject, deadline=deadline)
         results = []
-        async for result in runner.run(checks):
-            results.append(result)
-            console.print(_line(result), soft_wrap=True)
+        try:
+            async for result in runner.run(checks):
+                results.append(result)
+                console.print(_line(result), soft_wrap=True)
+        except asyncio.CancelledError:
+            await _leave(runner, kind)
+            raise
         made = report(info, results, runner.lost)
     finally:
         await subject.engine.close()
@@ -93,6 +95,17 @@ async def _examine(
     if made.lost:
         console.print(f"[red]{escape(made.lost)}[/red]")
     return made
+
+
+async def _leave(runner: Runner, kind: Kind) -> None:
+    """After Ctrl-C. What is done here takes a while, and a second Ctrl-C ends it."""
+    said = f"it may be paused, asleep or hold other weights: start it again, or POST to it {BY_HAND[kind.value]}"
+    try:
+        print("bringing the server back as it was; Ctrl-C again leaves it as it is", file=sys.stderr, flush=True)
+        await runner.leave()
+        said = f"{runner.lost}; {said}" if runner.lost else "the server serves as before, with the model's weights"
+    finally:
+        print(said, file=sys.stderr)
 
 
 def _line(result: Result) -> str:

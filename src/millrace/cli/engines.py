@@ -13,18 +13,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from millrace.cli.status import INTERRUPTED
-from millrace.config import load_config
-from millrace.config.models import SGLangEngineConfig
+from millrace.cli.settings import load_settings
+from millrace.cli.status import interruptible
+from millrace.config.models import EmbeddedEngineConfig
 from millrace.engines import environments
-from millrace.engines.sglang.join import join as run_node
+from millrace.engines.join import join as run_node
 from millrace.errors import ConfigError
 
 engines_app = typer.Typer(
     no_args_is_help=True, help="Install, list and remove the virtual environments that engines run in."
 )
 
-EngineArgument = Annotated[str, typer.Argument(help="The engine, as sglang.", show_default=False)]
+EngineArgument = Annotated[str, typer.Argument(help="The engine: sglang or vllm.", show_default=False)]
 VersionOption = Annotated[
     str | None, typer.Option("--version", help="Its version; the default is the newest one tested.", show_default=False)
 ]
@@ -40,14 +40,10 @@ def install(
 ) -> None:
     """Make an engine's environment, unless it is there. After an interruption, run it again."""
     begun = time.monotonic()
-    try:
-        with _progress() as show:
-            made = environments.install(
-                engine, version or _default_version(engine), _device(cpu), python=python, progress=show
-            )
-    except KeyboardInterrupt:
-        print("interrupted: what was started has been ended; the same command begins anew", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+    with interruptible(lambda: "what was started has been ended; the same command begins anew"), _progress() as show:
+        made = environments.install(
+            engine, version or _default_version(engine), _device(cpu), python=python, progress=show
+        )
     print(f"{made} is ready in {made.path} ({time.monotonic() - begun:.1f} s)")
 
 
@@ -89,17 +85,20 @@ def join(
     ] = ...,  # type: ignore[assignment] # required
 ) -> None:
     """Start this host's node of an engine over several hosts, and stay with it until the engine ends."""
-    settings = load_config(config, overrides or ()).engine
-    if not isinstance(settings, SGLangEngineConfig):
+    run = load_settings(config, overrides or ())
+    settings = run.engine
+    if isinstance(settings, EmbeddedEngineConfig):
         raise ConfigError(f"engine.kind {settings.kind} does not run over several hosts")
-    python = settings.python or environments.find("sglang", settings.version, settings.device).python
-    try:
+    with interruptible(lambda: "what was started has been ended"):
         asyncio.run(
-            run_node(settings, model, python=python, log_dir=Path("logs"), ready=lambda: print("joined", flush=True))
+            run_node(
+                settings,
+                model,
+                log_dir=Path("logs"),
+                seed=run.seed,
+                ready=lambda: print("joined", flush=True),
+            )
         )
-    except KeyboardInterrupt:
-        print("interrupted: what was started has been ended", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _device(cpu: bool) -> str:

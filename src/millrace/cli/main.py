@@ -12,8 +12,9 @@ from rich.console import Console
 from millrace import __version__
 from millrace.cli.doctor import doctor
 from millrace.cli.engines import engines_app
-from millrace.cli.status import INTERRUPTED
-from millrace.config import dump_config, load_config
+from millrace.cli.settings import load_settings
+from millrace.cli.status import interruptible
+from millrace.config import dump_config
 from millrace.errors import MillraceError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -21,15 +22,25 @@ app.add_typer(engines_app, name="engines")
 app.command()(doctor)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def millrace() -> None:
+def millrace(
+    version: Annotated[  # its callback does all that there is to do
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
     """Rollouts for reinforcement-learning trainers, served by stock inference engines over HTTP."""
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
-    print(__version__)
+    _print_version(True)
 
 
 @app.command()
@@ -44,27 +55,25 @@ def train(
     ] = False,
 ) -> None:
     """Train by GRPO, with rollouts from the engines that the config names."""
-    settings = load_config(config, overrides or ())
+    settings = load_settings(config, overrides or ())
     if dry_run:
         print(dump_config(settings), end="")
         return
-    # Not before: these import torch.
-    from transformers.utils import logging as transformers_logging
+    with interruptible(lambda: "nothing had been started"):
+        # Not before: these import torch.
+        from transformers.utils import logging as transformers_logging
 
-    from millrace.train.display import Display
-    from millrace.train.experiment import train as run_training
-    from millrace.train.summary import print_summary
-
+        from millrace.train.display import Display
+        from millrace.train.experiment import how_to_go_on
+        from millrace.train.experiment import train as run_training
+        from millrace.train.summary import print_summary
     transformers_logging.disable_progress_bar()
     console = Console()
-    try:
-        with Display(console).show() as display:
-            summary = asyncio.run(run_training(settings, resume=resume, display=display))
-    except KeyboardInterrupt:
-        print(
-            "interrupted: what was started has been ended; --resume goes on from the last checkpoint", file=sys.stderr
-        )
-        raise typer.Exit(INTERRUPTED) from None
+    with (
+        interruptible(lambda: f"what was started has been ended; {how_to_go_on(settings)}"),
+        Display(console).show() as display,
+    ):
+        summary = asyncio.run(run_training(settings, resume=resume, display=display))
     print_summary(summary, console)
 
 

@@ -3,7 +3,7 @@ nearest valid name."""
 
 import difflib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -16,8 +16,11 @@ from millrace.errors import ConfigError
 Location = tuple[str | int, ...]
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a run's settings. `overrides` are `section.key=value`, the value in YAML; they win over the file.
+def load_config(
+    path: Path, overrides: Sequence[str] = (), *, check: Callable[[RunConfig], None] = lambda _: None
+) -> RunConfig:
+    """Reads a run's settings. `overrides` are `section.key=value`, the value in YAML; they win over the file. `check`
+    looks at the settings further, and raises ConfigError with a message that begins with the name of one.
 
     Raises ConfigError for a file that can't be read, an unknown key, a wrong type or settings that contradict each
     other.
@@ -34,14 +37,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must be a mapping of settings, with `name:` at its top")
     sources: dict[Location, str] = {location: f"{path}:{line}" for location, line in lines.items()}
-    for override in overrides:
-        _apply(data, override, sources)
+    texts = dict(_apply(data, override, sources) for override in overrides)
     try:
-        return RunConfig.model_validate(data)
+        config = _validate(data, texts)
     except ValidationError as error:
         # An unknown key first: what is missing is often the same key, spelt rightly.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise ConfigError("\n".join(_explain(e, sources, str(path)) for e in errors)) from None
+    try:
+        check(config)
+    except ConfigError as error:
+        name = str(error).split(maxsplit=1)[0].rstrip(":")
+        raise ConfigError(f"{_source(tuple(name.split('.')), sources, str(path))}: {error}") from error
+    return config
 
 
 def dump_config(config: RunConfig) -> str:
@@ -65,7 +73,8 @@ def _lines(node: yaml.Node | None, at: Location = ()) -> dict[Location, int]:
     return found
 
 
-def _apply(data: dict[str, Any], override: str, sources: dict[Location, str]) -> None:
+def _apply(data: dict[str, Any], override: str, sources: dict[Location, str]) -> tuple[Location, str]:
+    """Writes an override into the data. Returns where, and its value as it was written."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"the override {override!r} is not of the form section.key=value")
@@ -85,24 +94,76 @@ def _apply(data: dict[str, Any], override: str, sources: dict[Location, str]) ->
     for depth in range(1, len(keys) + 1):
         sources.setdefault(tuple(keys[:depth]), f"override {override!r}")
     sources[tuple(keys)] = f"override {override!r}"
+    return tuple(keys), text
+
+
+def _validate(data: dict[str, Any], texts: Mapping[Location, str]) -> RunConfig:
+    """Where a setting is text, an override is taken as it was written (`texts`): YAML sees a number in the version 9.9,
+    and who writes on a command line does not think of YAML's quotes."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        read_as_other = [e for e in error.errors() if _is_unquoted(e)]
+        locations = [location for e in read_as_other if (location := _resolve(e["loc"])[0]) in texts]
+        if not locations:
+            raise
+    for location in locations:
+        section: Any = data
+        for key in location[:-1]:
+            section = section[key]
+        section[location[-1]] = texts[location]
+    return RunConfig.model_validate(data)
+
+
+def _is_unquoted(error: Any) -> bool:
+    """Whether a text is wanted, and YAML saw a number, a date or a yes in it."""
+    return error["type"] in ("string_type", "path_type") and not isinstance(error["input"], list | dict | None)
+
+
+def _source(location: Location, sources: Mapping[Location, str], path: str) -> str:
+    """Where a setting, or the section that it is in, was written."""
+    return next((sources[location[:n]] for n in range(len(location), 0, -1) if location[:n] in sources), path)
 
 
 def _explain(error: Any, sources: Mapping[Location, str], path: str) -> str:
     """One of pydantic's errors in one line: where, which setting, what is wrong, what to write."""
     location, model = _resolve(error["loc"])
-    source = next((sources[location[:n]] for n in range(len(location), 0, -1) if location[:n] in sources), path)
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _explain_kind(error, location, model, sources, path)
+    source = _source(location, sources, path)
     name = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
         valid = list(model.model_fields) if model else []
-        nearest = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid here: {', '.join(valid)}"
+        hint = _nearest(str(location[-1]), valid) or f"valid here: {', '.join(valid)}"
         return f"{source}: unknown setting {name}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{source}: the setting {name} is missing"
     if name:
-        return f"{source}: {name}: {message} (it is {error['input']!r})"
+        quote = "; put it in quotes" if _is_unquoted(error) else ""
+        return f"{source}: {name}: {message} (it is {error['input']!r}){quote}"
     return f"{source}: {message}"
+
+
+def _explain_kind(
+    error: Any, location: Location, model: type[BaseModel] | None, sources: Mapping[Location, str], path: str
+) -> str:
+    """A section whose `kind`, by which its settings are known, is wrong or missing."""
+    field = model.model_fields.get(str(location[-1])) if model else None
+    kinds = [str(kind) for m in _models(field.annotation) for kind in _kinds(m)] if field else []
+    location = (*location, "kind")
+    source, name = _source(location, sources, path), ".".join(str(part) for part in location)
+    there = f"there are: {', '.join(kinds)}"
+    if error["type"] == "union_tag_not_found":
+        return f"{source}: the setting {name} is missing; {there}"
+    given = str(error["ctx"]["tag"])
+    hint = _nearest(given, kinds)
+    return f"{source}: {name}: there is no kind {given!r}; {there}{f'; {hint}' if hint else ''}"
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _resolve(loc: Location) -> tuple[Location, type[BaseModel] | None]:
@@ -112,7 +173,7 @@ def _resolve(loc: Location) -> tuple[Location, type[BaseModel] | None]:
     pending: list[type[BaseModel]] = []
     for part in loc:
         if pending:
-            model = next((m for m in pending if part in get_args(m.model_fields["kind"].annotation)), None)
+            model = next((m for m in pending if part in _kinds(m)), None)
             pending = []
             if model is not None:
                 continue
@@ -126,6 +187,10 @@ def _resolve(loc: Location) -> tuple[Location, type[BaseModel] | None]:
         elif choices:
             model = choices[0]
     return tuple(cleaned), model
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(model.model_fields["kind"].annotation)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -1,12 +1,14 @@
 """Every setting, as pydantic models. An unknown key is an error; a setting is honoured or refused, never ignored."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+# An argument of an engine. A dictionary becomes JSON.
+EngineArgument = str | int | float | bool | list[str | int] | dict[str, Any] | None
 
 
 class Model(BaseModel):
@@ -90,13 +92,12 @@ class EmbeddedEngineConfig(ReplicatedConfig):
     faults: bool = False  # for tests: the engine crashes, hangs or refuses when it is told to
 
 
-class SGLangEngineConfig(ReplicatedConfig):
-    """Stock SGLang. Three ways to it: the environment that `millrace engines install sglang` made, an interpreter that
-    has SGLang (`python`), or servers that somebody else started (`urls`; their keys are read from the environment:
-    MILLRACE_ENGINE_API_KEY and MILLRACE_ENGINE_ADMIN_API_KEY)."""
+class StockEngineConfig(ReplicatedConfig):
+    """What the stock engines are told alike. Three ways to one: the environment that `millrace engines install` made,
+    an interpreter that has the engine (`python`), or servers that somebody else started (`urls`; their keys are read
+    from the environment: MILLRACE_ENGINE_API_KEY and MILLRACE_ENGINE_ADMIN_API_KEY)."""
 
-    kind: Literal["sglang"]
-    version: str = "0.5.23"
+    version: str
     device: Literal["cuda", "cpu"] = "cuda"
     python: Path | None = None
     urls: tuple[str, ...] | None = None
@@ -106,16 +107,14 @@ class SGLangEngineConfig(ReplicatedConfig):
     ep_size: PositiveInt = 1
     nnodes: PositiveInt = 1
     node_rank: Annotated[int, Field(ge=0)] | None = None  # the node that is this host; None: all nodes are
-    dist_init_addr: str | None = None  # host:port of node 0; None, where all nodes are this host: what the kernel gives
+    # host:port of node 0; None, where all nodes are this host: what the kernel gives
+    dist_init_addr: Annotated[str, Field(pattern=r"^.+:\d+$")] | None = None
     base_gpu_id: Annotated[int, Field(ge=0)] = 0  # replica r starts at base_gpu_id + r x its GPUs
     cuda_visible_devices: str | None = None
-    max_total_tokens: PositiveInt | None = None  # of KV cache; on the CPU, where SGLang's default is 20 GB, 65536
-    mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
-    memory_saver: bool = True  # what makes sleep release memory; on the CPU there is none
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     start_timeout: PositiveFloat = 600.0  # a large model over a slow disk; the CPU form needs 20 to 60 s
     env: dict[str, str] = {}  # added to the server's environment
-    engine_args: dict[str, str | int | float | bool | list[str | int] | None] = {}  # SGLang's own, by their own names
+    engine_args: dict[str, EngineArgument] = {}  # the engine's own, by their own names
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -129,12 +128,58 @@ class SGLangEngineConfig(ReplicatedConfig):
             raise ValueError("nodes on several hosts meet at dist_init_addr (host:port of node 0); it is missing")
         if self.nnodes > 1 and self.replicas > 1:
             raise ValueError("an engine over several nodes is launched alone; set replicas to 1")
+        return self
+
+
+class SGLangEngineConfig(StockEngineConfig):
+    """Stock SGLang."""
+
+    kind: Literal["sglang"]
+    version: str = "0.5.23"
+    max_total_tokens: PositiveInt | None = None  # of KV cache; on the CPU, where SGLang's default is 20 GB, 65536
+    mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
+    memory_saver: bool = True  # what makes sleep release memory; on the CPU there is none
+
+    @model_validator(mode="after")
+    def _splits(self) -> Self:
         if self.tp_size * self.pp_size % self.nnodes:
             raise ValueError(f"tp_size {self.tp_size} x pp_size {self.pp_size} can't be split over {self.nnodes} nodes")
         return self
 
 
-EngineConfig = Annotated[EmbeddedEngineConfig | SGLangEngineConfig, Field(discriminator="kind")]
+class VLLMEngineConfig(StockEngineConfig):
+    """Stock vLLM."""
+
+    kind: Literal["vllm"]
+    version: str = "0.32.0"
+    api_servers: PositiveInt = 1  # processes that answer HTTP, at one port
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    kv_cache_memory_bytes: PositiveInt | None = None  # on the CPU, where vLLM's own default fails, 256 MB
+    sleep_mode: bool = True  # what makes sleep release memory; on the CPU there is none
+    # Where data-parallel ranks of other hosts reach node 0, besides dist_init_addr
+    data_parallel_rpc_port: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _vllm_can(self) -> Self:
+        world = self.tp_size * self.dp_size
+        if self.ep_size not in (1, world):
+            raise ValueError(
+                f"vLLM spreads experts over all of tp_size x dp_size = {world} ranks or over none; ep_size "
+                f"{self.ep_size} is neither {world} nor 1"
+            )
+        if world * self.pp_size % self.nnodes:
+            raise ValueError(
+                f"tp_size {self.tp_size} x pp_size {self.pp_size} x dp_size {self.dp_size} can't be split over "
+                f"{self.nnodes} nodes"
+            )
+        if self.nnodes > 1 and self.node_rank is not None and self.dp_size > 1 and self.data_parallel_rpc_port is None:
+            raise ValueError(
+                "data-parallel ranks on several hosts need data_parallel_rpc_port too, a free port of node 0's host"
+            )
+        return self
+
+
+EngineConfig = Annotated[EmbeddedEngineConfig | SGLangEngineConfig | VLLMEngineConfig, Field(discriminator="kind")]
 
 
 class RolloutConfig(Model):

@@ -1,45 +1,102 @@
-"""The engine behind a URL."""
+"""The engine behind a URL, and the folders that `millrace doctor` was given for it."""
 
+import asyncio
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from millrace.conformance.check import Subject
 from millrace.engines.base import Engine
 from millrace.engines.embedded.adapter import EmbeddedEngine
-from millrace.engines.sglang.adapter import SGLangEngine
-from millrace.engines.start import ADMIN_KEY, API_KEY
-from millrace.errors import EngineError, LaunchError
+from millrace.engines.start import ADMIN_KEY, API_KEY, ENGINES
+from millrace.engines.stock.engine import StockEngine
+from millrace.errors import DataError, EngineError, EngineRefused, EngineUnreachable, LaunchError
+from millrace.model_folder import StoredTensor, stored_tensors
 
-Kind = Literal["sglang", "embedded"]
+Kind = Literal["sglang", "vllm", "embedded"]
+
+_SGLANG_ROUTES = (
+    "/resume_memory_occupation where it sleeps, /update_weights_from_disk with the model's folder as model_path, and "
+    "/continue_generation"
+)
+# What brings a server back by hand, whose checks were broken off: POSTs, with its control key.
+BY_HAND: Mapping[Kind, str] = {
+    "sglang": _SGLANG_ROUTES,
+    "vllm": '/wake_up, /collective_rpc {"method": "reload_weights"}, /reset_prefix_cache and /resume',
+    "embedded": _SGLANG_ROUTES,
+}
 
 
 async def attach(kind: Kind, url: str, *, folder: Path | None, other: Path | None) -> Subject:
     """The server at `url`, as somebody else started it; its keys come from the environment. Without `folder`, the one
     that the server names is taken, if it can be read here. The caller closes the engine.
 
-    Raises LaunchError when it does not answer as an engine of this kind.
+    Raises DataError for folders that are not what they should be, before the server is asked anything where both are
+    given, and LaunchError when it does not answer as an engine of this kind.
     """
+    await asyncio.to_thread(require_folders, folder, other)
     engine = _engine(kind, url, folder)
     try:
-        if isinstance(engine, SGLangEngine):
+        if isinstance(engine, StockEngine):
             await engine.settle()
         info = await engine.info()
-        return Subject(engine, info, folder or _readable(info.model_path), other)
+        if folder is None and (folder := _readable(info.model_path)) is not None:
+            await asyncio.to_thread(require_folders, folder, other)
+        return Subject(engine, info, folder, other)
     except BaseException as error:
         await engine.close()
         if not isinstance(error, EngineError):
             raise
-        raise LaunchError(
-            f"no {kind} engine answers at {url}: {error}; its keys are read from {API_KEY} and {ADMIN_KEY}"
-        ) from error
+        raise LaunchError(_why_not(kind, url, error)) from error
+
+
+def require_folders(folder: Path | None, other: Path | None) -> None:
+    """Raises DataError unless `folder` is a model's, and `other` has other weights of the same names and shapes. Where
+    one of them is None, or the model's weights are in another format than safetensors, less is asked."""
+    if folder is not None and not (folder / "config.json").is_file():
+        raise DataError(f"--model: {folder} is no model's folder, it has no config.json")
+    if other is None:
+        return
+    try:
+        theirs = stored_tensors(other)
+    except DataError as error:
+        raise DataError(f"--other: {error}") from error
+    if folder is None or not any(folder.glob("*.safetensors")):
+        return
+    ours = stored_tensors(folder)
+    wanted = "give other weights of the same model, as those of a fine-tune"
+    if odd := sorted(ours.keys() ^ theirs.keys()):
+        how = f"it has no {odd[0]}" if odd[0] in ours else f"{odd[0]} is not there"
+        raise DataError(f"--other: {other} is of another model than {folder}: {how}; {wanted}")
+    for name, tensor in ours.items():
+        if theirs[name].shape != tensor.shape:
+            how = f"{name} has the shape {theirs[name].shape}, there {tensor.shape}"
+            raise DataError(f"--other: {other} is of another model than {folder}: {how}; {wanted}")
+    if all(_content(tensor) == _content(theirs[name]) for name, tensor in ours.items()):
+        raise DataError(f"--other: {other} has the same weights as {folder}; {wanted}")
+
+
+def _content(tensor: StoredTensor) -> bytes:
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.begin)
+        return file.read(tensor.end - tensor.begin)
+
+
+def _why_not(kind: Kind, url: str, error: EngineError) -> str:
+    if isinstance(error, EngineUnreachable) and not error.sent:
+        return str(error)
+    if isinstance(error.__cause__, DataError):  # the adapter needs the model's folder, and knows no command line
+        return f"the model that {url} serves is not known here: {error.__cause__}; give its folder by --model"
+    keys = f"; where it asks for keys, they are read from {API_KEY} and {ADMIN_KEY}"
+    return f"no {kind} engine answers at {url}: {error}{keys if isinstance(error, EngineRefused) else ''}"
 
 
 def _engine(kind: Kind, url: str, folder: Path | None) -> Engine:
     keys = {"api_key": os.environ.get(API_KEY), "admin_key": os.environ.get(ADMIN_KEY)}
-    if kind == "sglang":
-        return SGLangEngine(kind, url, model_path=folder, **keys)
-    return EmbeddedEngine(kind, url, **keys)
+    if kind == "embedded":
+        return EmbeddedEngine(kind, url, **keys)
+    return ENGINES[kind](kind, url, model_path=folder, **keys)
 
 
 def _readable(path: str) -> Path | None:

@@ -13,6 +13,9 @@ from millrace.types import Health
 
 CHECK_DEADLINE = 60.0  # seconds for one check; the slowest take ten on a loaded CPU
 RECOVERY_DEADLINE = 60.0
+# After Ctrl-C, while somebody waits: for the check to end by itself, and to bring the engine back where it does not.
+ENDING_SECONDS = 5.0
+LEAVING_DEADLINE = 30.0
 
 
 class Runner:
@@ -22,10 +25,26 @@ class Runner:
         self.subject = subject
         self.lost: str | None = None
         self._deadline = deadline
+        self._examining: asyncio.Task[Result] | None = None
 
     async def run(self, checks: Sequence[Check]) -> AsyncIterator[Result]:
+        """Whoever cancels this calls `leave`: until then the check that was being made goes on."""
         for check in checks:
-            yield await self.examine(check)
+            self._examining = asyncio.create_task(self.examine(check), name=check.name)
+            yield await asyncio.shield(self._examining)
+
+    async def leave(self, *, ending: float = ENDING_SECONDS) -> None:
+        """After `run` was cancelled: the engine is as it was before the checks, or `lost` says why not.
+
+        A check is cancelled only where it does not end by itself within `ending` seconds: nobody knows what became of a
+        control call that was cancelled, and SGLang dies of memory that is taken back twice."""
+        if self._examining is None or self.lost is not None:
+            return
+        await asyncio.wait([self._examining], timeout=ending)
+        if not self._examining.done():
+            self._examining.cancel()
+            await asyncio.wait([self._examining], timeout=ending)
+            await self._bring_back(self._examining.get_name(), LEAVING_DEADLINE)
 
     async def examine(self, check: Check) -> Result:
         """Makes one check. Never raises what is the engine's fault: that is in the result."""
@@ -50,7 +69,7 @@ class Runner:
         except TimeoutError:
             outcome, reason = Outcome.FAILED, f"it was not done within {self._deadline:g} s"
         ended = result(outcome, reason)
-        await self._bring_back(check)
+        await self._bring_back(check.name, RECOVERY_DEADLINE)
         return ended
 
     async def _require_serving(self) -> None:
@@ -59,11 +78,11 @@ class Runner:
         expect(state is Health.READY, f"the check left it {state}")
         await generate(self.subject, ask(self.subject, "serving", tokens=1))
 
-    async def _bring_back(self, check: Check) -> None:
+    async def _bring_back(self, check: str, deadline: float) -> None:
         """Undoes what the check may have left; notes where that fails that the engine is lost."""
         engine = self.subject.engine
         try:
-            async with asyncio.timeout(RECOVERY_DEADLINE):
+            async with asyncio.timeout(deadline):
                 with suppress(EngineError):
                     await engine.rollback()
                 await engine.wake()
@@ -76,4 +95,4 @@ class Runner:
         except (CheckFailed, MillraceError, TimeoutError) as error:
             died = await engine.health() is Health.DEAD
             how = "the server died" if died else f"the server no longer served after it ({error!r})"
-            self.lost = f"{how}, in check {check.name}"
+            self.lost = f"{how}, in check {check}"

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -59,12 +59,16 @@ def ways(subject: Subject) -> dict[str, Way]:
     there: dict[str, Way] = {}
     if Capability.UPDATE_FROM_DISK in can:
         there["disk"] = by_disk
-    for capability in MEMORY:
-        if capability in can and "memory" not in there:
-            there["memory"] = partial(by_memory, capability)
+    if kinds := memory_kinds(subject):
+        there["memory"] = partial(by_memory, kinds[0])
     if Capability.UPDATE_FROM_PROCESS_GROUP in can:
         there["process group"] = by_group
     return there
+
+
+def memory_kinds(subject: Subject) -> list[Capability]:
+    """By which memory of a process on its host it takes tensors."""
+    return [capability for capability in MEMORY if capability in subject.info.capabilities]
 
 
 def one_way(subject: Subject) -> Way:
@@ -98,7 +102,12 @@ async def by_disk(subject: Subject, source: Path, version: int) -> None:
 
 async def by_memory(kind: Capability, subject: Subject, source: Path, version: int) -> None:
     """By the publisher, as a trainer on the engine's host does it, through memory of this kind, in several buckets."""
-    tensors = await read_tensors(source)
+    await send_by_memory(kind, subject, await read_tensors(source), version)
+
+
+async def send_by_memory(
+    kind: Capability, subject: Subject, tensors: "Mapping[str, torch.Tensor]", version: int
+) -> None:
     info = replace(subject.info, capabilities=frozenset({kind}))
     if kind is Capability.UPDATE_FROM_CUDA_IPC:
         require_gpu()

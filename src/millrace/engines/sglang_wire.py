@@ -1,11 +1,23 @@
-"""SGLang's native wire format for generate, as values of Millrace. Pure: what goes out, and what the answer means."""
+"""SGLang's native wire format, which the embedded engine speaks too, as values of Millrace. Pure: what goes out, and
+what the answer means."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from millrace.types import FinishReason, GenerateRequest, Generation, Segment
+from millrace.types import (
+    EngineLoad,
+    FinishReason,
+    GenerateRequest,
+    Generation,
+    PauseMode,
+    ProcessGroup,
+    ProcessGroupBucket,
+    Segment,
+)
+
+PAUSE_MODES = {PauseMode.ABORT: "abort", PauseMode.RETRACT: "retract", PauseMode.KEEP: "in_place"}
 
 # What of an answer has a place of its own; the rest (routed experts, hidden states, ...) is passed through.
 DECODED = frozenset({
@@ -96,3 +108,38 @@ def decode_segments(meta: Mapping[str, Any], length: int) -> tuple[Segment, ...]
 def decode_version(text: str) -> int | None:
     """A version that Millrace published is a number; a server's own label (`default`, `unknown`) is none."""
     return int(text) if text.isascii() and text.isdigit() else None
+
+
+def group_body(group: ProcessGroup, timeout: float) -> Mapping[str, object]:
+    """The body of POST /init_weights_update_group."""
+    return {
+        "master_address": group.address,
+        "master_port": group.port,
+        "rank_offset": group.rank_offset,
+        "world_size": group.world_size,
+        "group_name": group.name,
+        "backend": group.backend,
+        "timeout": timeout,  # for the embedded engine; SGLang waits as long as torch does
+    }
+
+
+def distributed_body(bucket: ProcessGroupBucket) -> Mapping[str, object]:
+    """The body of POST /update_weights_from_distributed."""
+    return {
+        "names": [t.name for t in bucket.tensors],
+        "dtypes": [t.dtype for t in bucket.tensors],
+        "shapes": [t.shape for t in bucket.tensors],
+        "group_name": bucket.group_name,
+    }
+
+
+def decode_loads(body: Mapping[str, Any]) -> EngineLoad:
+    """The answer to GET /v1/loads, over all data-parallel ranks."""
+    ranks = body["loads"]
+    return EngineLoad(
+        running_requests=sum(r["num_running_reqs"] for r in ranks),
+        waiting_requests=sum(r["num_waiting_reqs"] for r in ranks),
+        used_tokens=sum(r["num_used_tokens"] for r in ranks),
+        max_tokens=sum(r["max_total_num_tokens"] for r in ranks),
+        tokens_per_second=sum(r["gen_throughput"] for r in ranks),
+    )

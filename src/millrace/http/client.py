@@ -5,6 +5,8 @@ a thousand generates. A call is repeated only when the caller says that repeatin
 """
 
 import asyncio
+import errno
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any, Literal
@@ -13,13 +15,14 @@ import aiohttp
 import orjson
 from yarl import URL
 
-from millrace.errors import EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable
+from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable
 
 # uvicorn, which serves the stock engines, closes an idle connection after 5 s. A client that keeps one for longer will
 # sooner or later send a request into a connection that is being closed, and can't know whether it arrived.
 KEEPALIVE_SECONDS = 4.0
 RETRY_PAUSES = (0.05, 0.2, 0.8)
 ERROR_TEXT_LIMIT = 500
+LARGEST_PORT = 65535
 
 Method = Literal["GET", "POST"]
 
@@ -28,12 +31,13 @@ class HttpClient:
     """Calls to the server at `url`, which errors call `name`.
 
     api_key opens the data calls and the questions (GET), admin_key the control calls (it defaults to api_key). Sessions
-    are made on first use, in the event loop that uses them; `close` gives them back.
+    are made on first use, in the event loop that uses them; `close` gives them back. Raises ConfigError where `url` is
+    not a server's.
     """
 
     def __init__(self, name: str, url: str, *, api_key: str | None = None, admin_key: str | None = None) -> None:
         self.name = name
-        self._url = URL(url)
+        self._url = server_url(url)
         self._paths: dict[str, URL] = {}
         self._keys = {"data": api_key, "query": api_key, "control": admin_key or api_key}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
@@ -91,6 +95,8 @@ class HttpClient:
         try:
             async with self._post(channel, method, path, body, deadline) as response:
                 data = await response.read()
+                if response.status >= 500:
+                    response.close()  # vLLM closes such a connection without a word, under the next request
                 if response.status == 200 and not response.headers.get("Content-Type", "").startswith(
                     "application/json"
                 ):
@@ -146,6 +152,31 @@ class HttpClient:
     def _translate(self, path: str, error: Exception, deadline: float) -> Exception:
         if isinstance(error, TimeoutError):
             return EngineTimeout(self.name, f"{path} did not answer within {deadline:.1f} s")
-        sent = not isinstance(error, aiohttp.ClientConnectorError)
-        what = "broke off" if sent else "could not be made"
-        return EngineUnreachable(self.name, f"the connection for {path} {what}: {error!r}", sent=sent)
+        if not isinstance(error, aiohttp.ClientConnectorError):
+            return EngineUnreachable(self.name, f"the connection for {path} broke off: {error!r}", sent=True)
+        return EngineUnreachable(self.name, self._no_connection(error), sent=False)
+
+    def _no_connection(self, error: aiohttp.ClientConnectorError) -> str:
+        at = self._url.origin()
+        if isinstance(error, aiohttp.ClientConnectorDNSError):
+            return f"the host of {at} is not known: {error.os_error.strerror}"
+        if error.os_error.errno == errno.ECONNREFUSED:
+            return f"nobody listens at {at}"
+        return f"no connection to {at}: {error.os_error}"
+
+
+def server_url(url: str) -> URL:
+    """Raises ConfigError where it is not the URL of a server, and says what to write."""
+    if (parsed := _parsed(url)) is not None:
+        return parsed
+    meant = "http://" + re.sub(r"^[a-z]*:?/+", "", url)
+    raise ConfigError(f"{url!r} is no server's URL; write {meant if _parsed(meant) else 'http://HOST:PORT'}")
+
+
+def _parsed(url: str) -> URL | None:
+    try:
+        parsed = URL(url)
+    except ValueError:  # such as a port that is no number
+        return None
+    sound = parsed.scheme in ("http", "https") and parsed.host and (parsed.port or 0) <= LARGEST_PORT
+    return parsed if sound else None

@@ -1,6 +1,7 @@
 """From settings to a finished run: what is made, in which order, and who ends it."""
 
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,7 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
     """Runs a whole training run and leaves its folder behind. Raises MillraceError with what went wrong; whatever was
     started is ended then."""
     started = time.monotonic()
+    last = _last_checkpoint(config)
     folder = RunFolder(config, resume=resume)
     tools = make_tools(config.rollout.tools)
     problems = load_problems(config.data)
@@ -69,7 +71,7 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
     with folder.create(), join_world(config.train.device) as world, ThreadPoolExecutor(1, "trainer") as thread:
         if world.size > 1:
             raise ConfigError("millrace train runs one trainer process; start it without torchrun")
-        model_path = _model_folder(config, folder)
+        model_path = starting_model(config, folder.path, anew=not resume)
         content = Content(load_chat_format(str(model_path)), tools, problems, held_out)
         display.say(f"starting {config.engine.replicas} engine(s), whose logs are in {folder.logs}")
         async with open_fleet(config.engine, model_path, log_dir=folder.logs, version=0, seed=config.seed) as fleet:
@@ -79,7 +81,7 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
             loop.watch.seconds["set-up"] = time.monotonic() - started
             # The engines have nothing to do yet, and the trainer can use their memory.
             await fleet.sleep()
-            await _bring_to_start(loop, config, content, resume)
+            await _bring_to_start(loop, config, content, last if resume else None)
             await fleet.wake(frozenset({MemoryTag.WEIGHTS}))
             with loop.watch("publish"):
                 await loop.publish()
@@ -91,8 +93,28 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
         return Summary(metrics, folder.path, loop.watch.seconds, time.monotonic() - started, loop.ledger)
 
 
-def _model_folder(config: RunConfig, folder: RunFolder) -> Path:
-    """The folder that the engines start from."""
+def _last_checkpoint(config: RunConfig) -> Path | None:
+    """Where the run can be resumed; None where it has not begun. Raises CheckpointError where it has begun and can't be
+    resumed, which is better said before any engine is started."""
+    run = config.output_dir / config.name
+    last = checkpoint.latest(run)
+    if last is None and (run / "metrics.jsonl").exists():
+        raise CheckpointError(f"{run} holds a run that has no checkpoint to resume from; give another name=...")
+    return last
+
+
+def how_to_go_on(config: RunConfig) -> str:
+    """After an interruption, in words."""
+    try:
+        last = _last_checkpoint(config)
+    except CheckpointError as error:
+        return str(error)
+    return f"--resume goes on from {last}" if last else "the run had not begun, and the same command starts it anew"
+
+
+def starting_model(config: RunConfig, run: Path, *, anew: bool) -> Path:
+    """The folder that the engines start from. A model that the run makes is made `anew` where the run begins: a start
+    that failed may have left half of one, or one by other settings."""
     match config.model:
         case PretrainedModelConfig(path=path):
             folder_or_download = Path(path)
@@ -102,7 +124,9 @@ def _model_folder(config: RunConfig, folder: RunFolder) -> Path:
                 raise DataError(f"model.path: {path} is no model's folder, it has no config.json")
             return folder_or_download
         case TinyModelConfig() as tiny:
-            made = folder.path / "model"
+            made = run / "model"
+            if anew and made.exists():
+                shutil.rmtree(made)
             if not made.exists():
                 make_tiny_model(tiny, config.seed, made)
             return made
@@ -170,14 +194,9 @@ def _assemble(
     )
 
 
-async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Content, resume: bool) -> None:
+async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> None:
     """The trainer's state before the first step of this process: from the last checkpoint, or after the warm-up."""
-    if resume:
-        last = checkpoint.latest(loop.folder.path)
-        if last is None:
-            raise CheckpointError(
-                f"{loop.folder.path} has no checkpoint to resume from; start anew under another name=..."
-            )
+    if last is not None:
         state = await loop.in_trainer(checkpoint.load, last, loop.trainer)
         loop.progress.step = loop.trainer.step
         loop.progress.version, loop.progress.position = int(str(state["version"])) - 1, int(str(state["position"]))

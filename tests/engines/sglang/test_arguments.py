@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.config.models import SGLangEngineConfig
-from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, Node, Ports, nodes, option, options
+from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, Ports, nodes
+from millrace.engines.stock.arguments import Node, option, options
 from millrace.errors import ConfigError
 
 # Names of SGLang's options that Millrace has no setting for, and never shorter than what tells them apart.

@@ -13,13 +13,16 @@ from millrace.conformance.weights import (
     folder,
     folders,
     load_disk,
+    memory_kinds,
     next_version,
     one_way,
+    read_tensors,
     restore,
+    send_by_memory,
     update,
     ways,
 )
-from millrace.errors import EngineError, EngineRefused
+from millrace.errors import EngineError, EngineRefused, PublishError
 from millrace.types import Capability
 from millrace.weights.folder import folder_checksums
 
@@ -177,6 +180,29 @@ async def torn(subject: Subject) -> None:
     expect(alike(await fingerprint(subject), before), "with the first weights back it makes other tokens")
 
 
+@check("update.part", "a version is refused of which a tensor is missing, or has another name or shape")
+async def part(subject: Subject) -> None:
+    """The missing one is a part of what engines fuse: where it is taken, it generates nonsense without a word."""
+    source, before = folder(subject), await fingerprint(subject)
+    if not (kinds := memory_kinds(subject)):
+        raise Lacking("it takes no tensors from memory")
+    whole = await read_tensors(source)
+    name = next((name for name in whole if "q_proj.weight" in name), next(iter(whole)))
+    others = {other: tensor for other, tensor in whole.items() if other != name}
+    for what, tensors in (
+        (f"a version without {name}", others),
+        (f"a version with {name}.other in the place of {name}", {**others, f"{name}.other": whole[name]}),
+        (f"a version with {name} in another shape", {**whole, name: whole[name].reshape(1, -1)}),
+    ):
+        try:
+            await send_by_memory(kinds[0], subject, tensors, await next_version(subject))
+        except PublishError:
+            continue
+        raise CheckFailed(f"{what} was taken")
+    await restore(subject)
+    expect(alike(await fingerprint(subject), before), "with the first weights back it makes other tokens")
+
+
 @check("update.failed_load", "a load that fails says so, and a whole version can be brought afterwards", DISK)
 async def failed_load(subject: Subject) -> None:
     source, served = folder(subject), (await subject.engine.info()).weight_version
@@ -207,5 +233,6 @@ CHECKS: Sequence[Check] = (
     empty,
     rollback,
     torn,
+    part,
     failed_load,
 )

@@ -1,10 +1,23 @@
 """The adapter of the embedded engine: what it does in its own way, beside SGLang's protocol."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 
-from millrace.engines.sglang_protocol import CONTROL_DEADLINE, SGLangProtocol, distributed_body
-from millrace.engines.sglang_wire import decode_version
+from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, HttpEngine
+from millrace.engines.sglang.guards import OWN_FIELDS, OWN_SAMPLING
+from millrace.engines.sglang_wire import (
+    PAUSE_MODES,
+    decode_generate,
+    decode_loads,
+    decode_version,
+    distributed_body,
+    encode_generate,
+    group_body,
+    wire_id,
+)
 from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout
 from millrace.types import (
     ALL_MEMORY,
@@ -13,20 +26,57 @@ from millrace.types import (
     CudaIpcBucket,
     DiskBucket,
     EngineInfo,
+    EngineLoad,
+    GenerateRequest,
+    Generation,
     Health,
     MemoryTag,
+    PauseMode,
+    ProcessGroup,
     ProcessGroupBucket,
     SharedMemoryBucket,
     TorchStorageBucket,
 )
 
 
-class EmbeddedEngine(SGLangProtocol):
+class EmbeddedEngine(HttpEngine):
     """The embedded engine at `url`. What would harm the server, the server itself refuses."""
 
     def __init__(self, name: str, url: str, *, api_key: str | None = None, admin_key: str | None = None) -> None:
         super().__init__(name, url, api_key=api_key, admin_key=admin_key)
         self._update: int | None = None
+
+    async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
+        try:
+            body = await self._http.generate("/generate", self._encode(request), deadline=deadline)
+        except (asyncio.CancelledError, EngineTimeout):
+            await self._abandon(request.request_id)
+            raise
+        return self._understood("/generate", lambda: decode_generate(request, body))
+
+    async def stream(self, request: GenerateRequest, *, deadline: float) -> AsyncGenerator[Generation, None]:
+        finished = False
+        try:
+            async for body in self._events("/generate", self._encode(request, stream=True), deadline):
+                made = self._understood("/generate", partial(decode_generate, request, body))
+                finished = body["meta_info"]["finish_reason"] is not None
+                yield made
+        finally:
+            if not finished:
+                await self._abandon(request.request_id)
+
+    async def abort(self, request_id: str | None = None) -> None:
+        body = {"abort_all": True} if request_id is None else {"rid": wire_id(request_id)}
+        await self._control("/abort_request", body, repeatable=True)
+
+    async def pause(self, mode: PauseMode) -> None:
+        await self._control("/pause_generation", {"mode": PAUSE_MODES[mode]}, repeatable=True)
+
+    async def resume(self) -> None:
+        await self._control("/continue_generation", {}, repeatable=True)
+
+    async def flush_cache(self, *, deadline: float = 30.0) -> None:
+        await self._when_idle("/flush_cache", {}, deadline)
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         if (await self._ask("/server_info"))["is_paused"] and (await self.loads()).running_requests:
@@ -96,6 +146,31 @@ class EmbeddedEngine(SGLangProtocol):
         except KeyError as error:
             raise EngineFailed(self.name, f"{self.url} is no embedded engine: it does not tell its {error}") from error
 
+    async def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
+        await self._control("/init_weights_update_group", group_body(group, deadline), deadline=deadline)
+
+    async def leave_group(self, name: str) -> None:
+        await self._control("/destroy_weights_update_group", {"group_name": name})
+
+    async def loads(self) -> EngineLoad:
+        return decode_loads(await self._ask("/v1/loads"))
+
     async def inject_fault(self, kind: str, **details: object) -> None:
         """Makes the engine go wrong, for tests. Refused unless it was started with `faults`."""
         await self._control("/inject_fault", {"kind": kind, **details})
+
+    async def _abandon(self, request_id: str) -> None:
+        """Aborts on the server what nobody waits for any more. Where that fails the server sees the closed
+        connection."""
+        with suppress(EngineError):
+            await self._control("/abort_request", {"rid": wire_id(request_id)}, deadline=ABORT_DEADLINE)
+
+    def _encode(self, request: GenerateRequest, *, stream: bool = False) -> Mapping[str, object]:
+        """What `extra` says against the request would be dropped without a word: refused."""
+        sampling = request.extra.get("sampling_params", {})
+        if not isinstance(sampling, Mapping):
+            raise EngineRefused(self.name, f"request {request.request_id}: extra.sampling_params must be a mapping")
+        for taken in (OWN_FIELDS & request.extra.keys(), OWN_SAMPLING & sampling.keys()):
+            if taken:
+                raise EngineRefused(self.name, f"request {request.request_id}: {min(taken)} in extra is Millrace's own")
+        return encode_generate(request, stream=stream)

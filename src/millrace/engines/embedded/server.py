@@ -27,6 +27,7 @@ SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the serve
 PAUSE_MODES = {"abort": PauseMode.ABORT, "retract": PauseMode.RETRACT, "in_place": PauseMode.KEEP}
 # All but what only other engines have.
 CAPABILITIES = frozenset(Capability) - {
+    Capability.FILTERED_LOGPROBS,
     Capability.UPDATE_FROM_TORCH_STORAGE,
     Capability.UPDATE_FROM_CUDA_IPC,
     Capability.OWN_CHECKSUMS,

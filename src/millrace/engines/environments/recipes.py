@@ -51,17 +51,23 @@ class Requirements:
 
 Recipes = Mapping[tuple[str, str], Recipe]  # by engine and device
 
+CPU_CHECK = "import torch"
+CPU_HINT = (
+    "torch does not load. The torch of PyPI is the CUDA build, which needs packages that the CPU form lacks; "
+    "name the index of torch's CPU builds to pip in PIP_EXTRA_INDEX_URL, and install again"
+)
 RECIPES: Recipes = {
     ("sglang", "cpu"): Recipe(
         locks={version: LOCKS / f"sglang-{version}-cpu.txt" for version in ("0.5.15", "0.5.23")},
-        check="import torch",
-        hint="torch does not load. The torch of PyPI is the CUDA build, which needs packages that the CPU form lacks; "
-        "name the index of torch's CPU builds to pip in PIP_EXTRA_INDEX_URL, and install again",
+        check=CPU_CHECK,
+        hint=CPU_HINT,
     ),
+    ("vllm", "cpu"): Recipe(locks={"0.32.0": LOCKS / "vllm-0.32.0-cpu.txt"}, check=CPU_CHECK, hint=CPU_HINT),
     # Several GB, and never installed by our own tests: they run without a GPU.
     ("sglang", "cuda"): Recipe(locks=None),
+    ("vllm", "cuda"): Recipe(locks=None),
 }
-DEFAULT_VERSIONS: Mapping[str, str] = {"sglang": "0.5.23"}
+DEFAULT_VERSIONS: Mapping[str, str] = {"sglang": "0.5.23", "vllm": "0.32.0"}
 
 
 def recipe_for(engine: str, device: str, recipes: Recipes) -> Recipe:

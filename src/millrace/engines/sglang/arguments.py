@@ -1,22 +1,25 @@
-"""What one SGLang process is started with: its arguments and environment, worked out from the settings. No I/O.
+"""What one SGLang process is started with: its arguments and environment, worked out from the settings. No I/O."""
 
-Millrace sets what it has a setting for; everything else reaches SGLang through `engine.engine_args` as it is given.
-Whoever says one thing in both places gets an error that names both.
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from millrace.config.models import SGLangEngineConfig
-from millrace.errors import ConfigError
-
-Value = str | int | float | bool | None | list[str | int]
+from millrace.config.models import EngineArgument, SGLangEngineConfig
+from millrace.engines.stock.arguments import (
+    ADMIN_KEY,
+    API_KEY,
+    KEYS,
+    Node,
+    given,
+    local_ranks,
+    option,
+    options,
+    require_said_once,
+)
 
 CPU_TOTAL_TOKENS = 65536
 # Only what engine_args leaves open. torch_native, pytorch and none are the backends that need no kernel package; the
 # warm-up and busy waiting cost a CPU more than they give.
-CPU_DEFAULTS: dict[str, Value] = {
+CPU_DEFAULTS: dict[str, EngineArgument] = {
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
@@ -55,8 +58,8 @@ OTHERS = {
     "--model": ("model", "set only model"),
     "--random-seed": ("seed", "set only seed"),
     "--weight-version": ("the version that Millrace publishes", "leave it out"),
-    "--api-key": ("the key that Millrace makes for each launch", "leave it out"),
-    "--admin-api-key": ("the key that Millrace makes for each launch", "leave it out"),
+    "--api-key": KEYS,
+    "--admin-api-key": KEYS,
     "--nccl-port": ("the port that the kernel gives", "leave it out"),
     "--config": ("engine.engine_args, the one place for SGLang's own arguments", "move the file's settings there"),
 }
@@ -64,8 +67,8 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": ("engine.cuda_visible_devices", "set only engine.cuda_visible_devices"),
     "OMP_NUM_THREADS": ("engine.threads", "set only engine.threads"),
     "SGLANG_USE_CPU_ENGINE": ("engine.device", "set only engine.device"),
-    "MILLRACE_API_KEY": ("the key that Millrace makes for each launch", "leave it out"),
-    "MILLRACE_ADMIN_API_KEY": ("the key that Millrace makes for each launch", "leave it out"),
+    API_KEY: KEYS,
+    ADMIN_KEY: KEYS,
 }
 
 
@@ -80,16 +83,6 @@ class Ports:
     http: tuple[int, ...]
     nccl: int | None
     rendezvous: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """How to start one node's process. Its environment has secrets and so is not shown."""
-
-    rank: int
-    url: str  # of its HTTP port: on node 0 the engine's, on the others that of SGLang's answer to health probes
-    arguments: tuple[str, ...]
-    environment: Mapping[str, str] = field(repr=False)
 
 
 def nodes(
@@ -108,7 +101,7 @@ def nodes(
     Raises ConfigError where engine_args or env contradict what Millrace sets.
     """
     require_no_contradiction(config)
-    keys = {"MILLRACE_API_KEY": api_key, "MILLRACE_ADMIN_API_KEY": admin_key}
+    keys = {API_KEY: api_key, ADMIN_KEY: admin_key}
     # On the CPU the number means a NUMA node, of which there may be only one.
     base = config.base_gpu_id + (replica * gpus(config) if config.device == "cuda" else 0)
     ranks = local_ranks(config)
@@ -137,12 +130,12 @@ def nodes(
     )
 
 
-def local_ranks(config: SGLangEngineConfig) -> tuple[int, ...]:
-    """The ranks of the nodes that are this host."""
-    return tuple(range(config.nnodes)) if config.node_rank is None else (config.node_rank,)
+def require_no_contradiction(config: SGLangEngineConfig) -> None:
+    """Raises ConfigError for an engine argument or a variable that repeats what Millrace sets."""
+    require_said_once(config, settings=SETTINGS, others=OTHERS, environment=ENVIRONMENT)
 
 
-def settings(config: SGLangEngineConfig, model_path: Path, version: int) -> dict[str, Value]:
+def settings(config: SGLangEngineConfig, model_path: Path, version: int) -> dict[str, EngineArgument]:
     """What all nodes of an engine are told alike."""
     max_total_tokens = config.max_total_tokens
     if max_total_tokens is None and config.device == "cpu":
@@ -165,12 +158,11 @@ def settings(config: SGLangEngineConfig, model_path: Path, version: int) -> dict
     }
 
 
-def cpu_defaults(config: SGLangEngineConfig) -> dict[str, Value]:
+def cpu_defaults(config: SGLangEngineConfig) -> dict[str, EngineArgument]:
     """What SGLang is told on the CPU unless engine_args says otherwise."""
     if config.device != "cpu":
         return {}
-    given = {option(name) for name in config.engine_args}
-    return {name: value for name, value in CPU_DEFAULTS.items() if option(name) not in given}
+    return {name: value for name, value in CPU_DEFAULTS.items() if option(name) not in given(config)}
 
 
 def environment(config: SGLangEngineConfig) -> dict[str, str]:
@@ -190,53 +182,13 @@ def environment(config: SGLangEngineConfig) -> dict[str, str]:
 def attention_dp(config: SGLangEngineConfig) -> bool:
     """Whether the data-parallel ranks share the tensor-parallel group (DP attention), and so take no GPUs of their
     own. 0.5.15 has the flag, 0.5.23 the flag and a size."""
-    given = {option(name): value for name, value in config.engine_args.items()}
-    sizes = (given.get("--attn-dp-size"), given.get("--attention-data-parallel-size"))
-    return given.get("--enable-dp-attention") is True or any(size not in (None, 1) for size in sizes)
+    said = given(config)
+    sizes = (said.get("--attn-dp-size"), said.get("--attention-data-parallel-size"))
+    return said.get("--enable-dp-attention") is True or any(size not in (None, 1) for size in sizes)
 
 
 def gpus(config: SGLangEngineConfig) -> int:
     """How many consecutive GPU ids one engine takes, over all its nodes."""
-    step = {option(name): value for name, value in config.engine_args.items()}.get("--gpu-id-step", 1)
+    step = given(config).get("--gpu-id-step", 1)
     copies = 1 if attention_dp(config) else config.dp_size
     return config.tp_size * config.pp_size * copies * (step if isinstance(step, int) else 1)
-
-
-def option(name: str) -> str:
-    """`attention_backend`, `attention-backend` and `--attention-backend` are one option."""
-    return "--" + name.removeprefix("--").replace("_", "-")
-
-
-def options(values: Mapping[str, Value]) -> list[str]:
-    """The command line for `values`. True is a bare flag; False and None leave SGLang's own default (for one of its
-    few switches that are on by default, write `no_...: true`); a list becomes several values."""
-    line: list[str] = []
-    for name, value in values.items():
-        if value is None or value is False:
-            continue
-        if value is True:
-            line.append(option(name))
-        elif isinstance(value, list):
-            line += [option(name), *map(str, value)]
-        else:
-            line.append(f"{option(name)}={value}")  # one word, so that a value may begin with a dash
-    return line
-
-
-def require_no_contradiction(config: SGLangEngineConfig) -> None:
-    """Raises ConfigError for an engine argument or a variable that repeats what Millrace sets."""
-    owners = {name: (f"engine.{setting}", f"set only engine.{setting}") for name, setting in SETTINGS.items()} | OTHERS
-    seen: dict[str, str] = {}
-    for name in config.engine_args:
-        given = option(name)
-        if given in seen:
-            raise ConfigError(f"engine.engine_args.{name} and engine.engine_args.{seen[given]} are the same argument")
-        seen[given] = name
-        # SGLang's parser takes any beginning of an option's name for the whole, so --tp and --tens are --tp-size too.
-        for known, (owner, advice) in owners.items():
-            if given == known or (known.startswith(given) and given not in owners):
-                raise ConfigError(f"engine.engine_args.{name} contradicts {owner}; {advice}")
-    for name in config.env:
-        if name in ENVIRONMENT:
-            owner, advice = ENVIRONMENT[name]
-            raise ConfigError(f"engine.env.{name} contradicts {owner}; {advice}")

@@ -1,11 +1,10 @@
 """What does not change while a server runs, worked out from what the server says of itself. Pure."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from millrace.engines.sglang.guards import Limits
-from millrace.engines.sglang.model import Model
+from millrace.engines.stock.facts import Facts, Limits
+from millrace.engines.stock.model import Model
 from millrace.types import Capability, EngineInfo
 
 # By the server's own description of its API, so that a fork or a later version tells by itself what it can do.
@@ -16,15 +15,6 @@ CAPABILITY_PATHS = {
     Capability.OWN_CHECKSUMS: "/weights_checker",
 }
 PAUSE_CAPABILITIES = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capability.PAUSE_KEEP}
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """`info` is without the weight version, which changes."""
-
-    info: EngineInfo
-    model: Model
-    limits: Limits
 
 
 def read_facts(

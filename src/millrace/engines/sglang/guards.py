@@ -3,12 +3,13 @@
 Every line was seen on SGLang 0.5.15 or 0.5.23; `millrace.conformance.poison` sends each to a real server.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import isfinite
 
-from millrace.engines.sglang.state import ForbiddenError
-from millrace.types import GenerateRequest, TensorSpec
+from millrace.engines.stock.facts import Limits
+from millrace.engines.stock.state import ForbiddenError, require
+from millrace.engines.stock.tokens import check_ids, check_length
+from millrace.types import GenerateRequest
 
 INT32 = 2**31
 # What Millrace itself sends; `extra` may not say otherwise.
@@ -27,45 +28,23 @@ PENALTY_RANGE = (0.01, 100.0)  # likewise
 HEALTH_CHECK = "HEALTH_CHECK"  # requests of such names are the server's own, and are never answered
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a server takes. `seeds`: whether it honours them (`--enable-deterministic-inference`)."""
-
-    vocab_size: int
-    context_length: int
-    seeds: bool
-
-
 def check_request(request: GenerateRequest, limits: Limits) -> None:
     """Raises ForbiddenError for a request that would harm the server or come back as something else than asked."""
     sampling = request.sampling
-    _check_ids(request.input_ids, limits.vocab_size)
-    _require(type(sampling.max_new_tokens) is int and sampling.max_new_tokens > 0, "max_new_tokens must be 1 or more")
-    _require(
-        len(request.input_ids) + sampling.max_new_tokens <= limits.context_length,
-        f"{len(request.input_ids)} tokens and max_new_tokens {sampling.max_new_tokens} do not fit into the "
-        f"{limits.context_length} that the server takes",
-    )
-    _require(type(sampling.top_k) is int and sampling.top_k < INT32, "top_k must be an integer below 2**31")
-    _require(
+    check_ids(request.input_ids, limits)
+    check_length(request, limits)
+    require(type(sampling.top_k) is int and sampling.top_k < INT32, "top_k must be an integer below 2**31")
+    require(
         sampling.seed is None or limits.seeds,
         "the server would ignore the seed; start it with engine_args: {enable_deterministic_inference: true}",
     )
-    _require(
+    require(
         not (sampling.ignore_eos and sampling.stop_token_ids),
         "with ignore_eos the server would ignore stop_token_ids too; give one of them",
     )
-    _require(not request.request_id.startswith(HEALTH_CHECK), f"names that begin with {HEALTH_CHECK} are SGLang's own")
+    require(not request.request_id.startswith(HEALTH_CHECK), f"names that begin with {HEALTH_CHECK} are SGLang's own")
     if request.extra:
         _check_extra(request.extra, limits)
-
-
-def _check_ids(ids: tuple[int, ...], vocab_size: int) -> None:
-    _require(bool(ids), "input_ids is empty")
-    _require(set(map(type, ids)) == {int}, "input_ids must be integers")
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        wrong = next(i for i in ids if not 0 <= i < vocab_size)
-        raise ForbiddenError(f"input_ids has token {wrong}, the vocabulary ends at {vocab_size - 1}")
 
 
 def _check_extra(extra: Mapping[str, object], limits: Limits) -> None:
@@ -74,12 +53,12 @@ def _check_extra(extra: Mapping[str, object], limits: Limits) -> None:
     for name in sorted(LETHAL_FIELDS & extra.keys()):
         raise ForbiddenError(f"extra.{name} can kill the server, or replace the prompt")
     top = extra.get("top_logprobs_num", 0)
-    _require(type(top) is int and 0 <= top <= limits.vocab_size, "extra.top_logprobs_num must be in the vocabulary")
+    require(type(top) is int and 0 <= top <= limits.vocab_size, "extra.top_logprobs_num must be in the vocabulary")
     start = extra.get("logprob_start_len", -1)
-    _require(type(start) is int and start >= -1, "extra.logprob_start_len must be an integer, -1 or more")
-    _require(isinstance(extra.get("extra_key", ""), str), "extra.extra_key must be text")
+    require(type(start) is int and start >= -1, "extra.logprob_start_len must be an integer, -1 or more")
+    require(isinstance(extra.get("extra_key", ""), str), "extra.extra_key must be text")
     further = extra.get("sampling_params", {})
-    _require(isinstance(further, dict), "extra.sampling_params must be a mapping")
+    require(isinstance(further, dict), "extra.sampling_params must be a mapping")
     assert isinstance(further, dict)
     for name in sorted(OWN_SAMPLING & further.keys()):
         raise ForbiddenError(f"extra.sampling_params.{name} is set by the request's own sampling")
@@ -89,16 +68,16 @@ def _check_extra(extra: Mapping[str, object], limits: Limits) -> None:
 def _check_further(sampling: Mapping[str, object]) -> None:
     """The sampling parameters that Millrace has no name for."""
     bias = sampling.get("logit_bias") or {}
-    _require(
+    require(
         isinstance(bias, dict) and all(_within(value, -BIAS_LIMIT, BIAS_LIMIT) for value in bias.values()),
         f"extra.sampling_params.logit_bias must map tokens to numbers of at most {BIAS_LIMIT:g}",
     )
     low, high = PENALTY_RANGE
-    _require(
+    require(
         _within(sampling.get("repetition_penalty", 1.0), low, high),
         f"extra.sampling_params.repetition_penalty must be {low:g} to {high:g}",
     )
-    _require(
+    require(
         isinstance(sampling.get("skip_special_tokens", True), bool),
         "extra.sampling_params.skip_special_tokens must be true or false",
     )
@@ -106,37 +85,3 @@ def _check_further(sampling: Mapping[str, object]) -> None:
 
 def _within(value: object, low: float, high: float) -> bool:
     return isinstance(value, int | float) and isfinite(value) and low <= value <= high
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def check_tensors(tensors: Iterable[TensorSpec], shapes: Shapes | None) -> None:
-    """Raises ForbiddenError for tensors that are not the model's."""
-    check_shapes(((tensor.name, tensor.shape) for tensor in tensors), shapes)
-
-
-def check_shapes(tensors: Iterable[tuple[str, tuple[int, ...]]], shapes: Shapes | None) -> None:
-    """Raises ForbiddenError for tensors that are not the model's: the server drops an unknown name without a word, and
-    dies of most wrong shapes. `shapes` are the model's; None, where nobody knows them, checks nothing."""
-    if shapes is None:
-        return
-    for name, shape in tensors:
-        if name not in shapes:
-            raise ForbiddenError(f"the model has no tensor {name}")
-        if shape != shapes[name]:
-            raise ForbiddenError(f"{name} has shape {shape}, in the model it is {shapes[name]}")
-
-
-def check_whole(loaded: Iterable[str], shapes: Shapes | None) -> None:
-    """Raises ForbiddenError when tensors of the model are missing: the server would mix versions."""
-    if shapes is not None and (missing := sorted(shapes.keys() - set(loaded))):
-        raise ForbiddenError(
-            f"{len(missing)} of {len(shapes)} tensors were not loaded, {missing[0]} among them; "
-            "where the trainer's model has fewer than its folder (a speculative head), start from a folder without them"
-        )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ForbiddenError(message)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.engines.sglang.pieces import is_full, joined, rest_of
+from millrace.engines.stock.pieces import is_full, joined, rest_of
 from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, Segment
 
 PIECES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=6)

@@ -1,11 +1,11 @@
-"""What Millrace costs on real SGLang: tokens per second through it, by a bare aiohttp client to the same server, and by
-SGLang in-process with all the data gathered on one caller.
+"""What Millrace costs on a real server: tokens per second through it, by a bare aiohttp client to the same server, and
+by SGLang in-process with all the data gathered on one caller.
 
-    python -m benchmarks.gpu.sglang_throughput [--size 0.5b] [--requests 1024] [--tokens 512] [--repeats 3]
-        [--engine '{"python": "...", "engine_args": {...}}']
+    python -m benchmarks.gpu.throughput [--size 0.5b] [--requests 1024] [--tokens 512] [--repeats 3] [--forms]
+        [--engine '{"kind": "vllm", "python": "...", "engine_args": {...}}']
 
-Millrace and the bare client take turns on one server. The in-process engine then has the GPU for itself; on a CPU, to
-try the script, leave it out (--skip-in-process).
+Millrace and the bare client take turns on one server. --forms adds the other ways of asking a vLLM server. SGLang
+in-process then has the GPU for itself; on a CPU, to try the script, leave it out (--skip-in-process).
 """
 
 import argparse
@@ -16,18 +16,18 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import aiohttp
 import orjson
 
-from benchmarks.gpu.models import write_config
+from benchmarks.gpu.engines import Form, engine_config, forms, python_of, serve
+from benchmarks.gpu.models import write_config, write_tokenizer
 from millrace.config.models import SGLangEngineConfig
-from millrace.engines import environments
-from millrace.engines.sglang.adapter import SGLangEngine
-from millrace.engines.sglang.launch import Launched, launch
-from millrace.engines.sglang_wire import encode_generate
+from millrace.engines.launch import StockConfig
+from millrace.engines.stock.engine import StockEngine
+from millrace.engines.stock.launching import Launched
 from millrace.types import GenerateRequest, SamplingParams
 
 PROMPT_TOKENS = 128
@@ -35,16 +35,6 @@ DEADLINE = 600.0
 IN_PROCESS = Path(__file__).with_name("sglang_in_process.py")
 
 Call = Callable[[GenerateRequest], Awaitable[int]]
-
-
-def engine_config(settings: str) -> SGLangEngineConfig:
-    given = json.loads(settings)
-    engine_args = {"load_format": "dummy", "skip_tokenizer_init": True, **given.pop("engine_args", {})}
-    return SGLangEngineConfig(kind="sglang", max_running_requests=1024, engine_args=engine_args, **given)
-
-
-def python_of(config: SGLangEngineConfig) -> Path:
-    return config.python or environments.find("sglang", config.version, config.device).python
 
 
 def requests(count: int, tokens: int, vocab_size: int, label: str) -> list[GenerateRequest]:
@@ -73,13 +63,9 @@ async def rate(call: Call, work: list[GenerateRequest], width: int) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-async def measure(launched: Launched, folder: Path, arguments: argparse.Namespace) -> None:
-    assert launched.url is not None
-    url = f"{launched.url}/generate"
-    engine = SGLangEngine(
-        "sglang", launched.url, api_key=launched.api_key, admin_key=launched.admin_key, model_path=folder
-    )
-    await engine.settle()
+async def measure(
+    launched: Launched, engine: StockEngine, asked: Mapping[str, Form], arguments: argparse.Namespace
+) -> None:
     vocab_size = (await engine.info()).vocab_size
     headers = {"Authorization": f"Bearer {launched.api_key}", "Content-Type": "application/json"}
     timeout = aiohttp.ClientTimeout(total=DEADLINE)
@@ -89,11 +75,16 @@ async def measure(launched: Launched, folder: Path, arguments: argparse.Namespac
         async def by_millrace(request: GenerateRequest) -> int:
             return len((await engine.generate(request, deadline=DEADLINE)).output_ids)
 
-        async def by_aiohttp(request: GenerateRequest) -> int:
-            async with bare.post(url, data=orjson.dumps(encode_generate(request))) as response:
-                return len(orjson.loads(await response.read())["output_ids"])
+        def by_aiohttp(form: Form) -> Call:
+            async def call(request: GenerateRequest) -> int:
+                async with bare.post(f"{launched.url}{form.path}", data=orjson.dumps(form.body(request))) as response:
+                    response.raise_for_status()
+                    answer = orjson.loads(await response.read())
+                return len(answer["output_ids"] if "output_ids" in answer else answer["choices"][0]["token_ids"])
 
-        ways: dict[str, Call] = {"bare": by_aiohttp, "millrace": by_millrace}
+            return call
+
+        ways: dict[str, Call] = {name: by_aiohttp(form) for name, form in asked.items()} | {"millrace": by_millrace}
         for width in arguments.in_flight:
             rates: dict[str, list[float]] = {name: [] for name in ways}
             for repeat in range(arguments.repeats + 1):
@@ -104,16 +95,16 @@ async def measure(launched: Launched, folder: Path, arguments: argparse.Namespac
                     if repeat:  # the first warms up
                         rates[name].append(speed)
                         print(f"{width} in flight, {name}: {speed:,.0f} tok/s", flush=True)
-            bare_rate, ours = statistics.median(rates["bare"]), statistics.median(rates["millrace"])
+            medians = {name: statistics.median(values) for name, values in rates.items()}
             print(
-                f"{width} in flight, medians of {arguments.repeats}: bare {bare_rate:,.0f} tok/s, millrace {ours:,.0f} "
-                f"tok/s, ratio {ours / bare_rate:.3f} (aim: at least 0.98)",
+                f"{width} in flight, medians of {arguments.repeats}: "
+                + ", ".join(f"{name} {value:,.0f} tok/s" for name, value in medians.items())
+                + f"; millrace over bare {medians['millrace'] / medians['bare']:.3f} (aim: at least 0.98)",
                 flush=True,
             )
-    await engine.close()
 
 
-async def in_process(config: SGLangEngineConfig, folder: Path, arguments: argparse.Namespace) -> None:
+async def in_process(config: StockConfig, folder: Path, arguments: argparse.Namespace) -> None:
     """The same work by sglang.Engine, in a process of the engine's own interpreter."""
     settings = {
         "model_path": str(folder),
@@ -144,19 +135,24 @@ async def in_process(config: SGLangEngineConfig, folder: Path, arguments: argpar
 
 
 async def run(arguments: argparse.Namespace) -> None:
-    config = engine_config(arguments.engine)
+    config = engine_config(arguments.engine, tokenizer=arguments.forms)
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_config(arguments.size, Path(scratch, "model"))
+        if arguments.forms:
+            write_tokenizer(folder)  # /v1/completions makes text
         started = time.perf_counter()
-        launched = await launch(
-            config, folder, python=python_of(config), replica=0, log_dir=Path(scratch), version=0, seed=0
-        )
+        launched, engine = await serve(config, folder, Path(scratch))
         print(f"{arguments.size}: server up after {time.perf_counter() - started:.0f} s", flush=True)
+        asked = forms(config.kind) if arguments.forms else {"bare": forms(config.kind)["bare"]}
         try:
-            await measure(launched, folder, arguments)
+            await measure(launched, engine, asked, arguments)
+        except BaseException:
+            print(launched.process.log_tail(), flush=True)
+            raise
         finally:
+            await engine.close()
             await launched.process.end()
-        if not arguments.skip_in_process:
+        if isinstance(config, SGLangEngineConfig) and not arguments.skip_in_process:
             await in_process(config, folder, arguments)
 
 
@@ -167,6 +163,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--in-flight", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--forms", action="store_true")
     parser.add_argument("--skip-in-process", action="store_true")
     parser.add_argument("--engine", default="{}")
     asyncio.run(run(parser.parse_args()))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.engines.sglang.state import ForbiddenError, ServerState
+from millrace.engines.stock.state import ForbiddenError, ServerState
 from millrace.types import ALL_MEMORY, MemoryTag, PauseMode
 
 TAGS = st.sets(st.sampled_from(sorted(ALL_MEMORY)), min_size=1).map(frozenset)

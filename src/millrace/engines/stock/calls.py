@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from millrace.engines.sglang.pieces import cut_off, is_full, joined, rest_of
-from millrace.engines.sglang.state import TORN, ServerState
+from millrace.engines.stock.pieces import cut_off, is_full, joined, rest_of
+from millrace.engines.stock.state import TORN, ServerState
 from millrace.errors import EngineRefused, EngineTimeout
 from millrace.types import FinishReason, GenerateRequest, Generation
 
@@ -60,6 +60,11 @@ class Calls:
             yield call
         finally:
             del self._calls[request.request_id]
+
+    @property
+    def sent(self) -> Sequence[str]:
+        """What the server has, by the server's names."""
+        return [call.served_as for call in self._calls.values() if call.sent]
 
     @property
     def any_sent(self) -> bool:

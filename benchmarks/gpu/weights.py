@@ -1,8 +1,8 @@
-"""Weights and memory on real SGLang, trainer and server on one GPU: a publish by CUDA IPC beside its floor, sleep and
+"""Weights and memory on a real server, trainer and server on one GPU: a publish by CUDA IPC beside its floor, sleep and
 wake.
 
-    python -m benchmarks.gpu.sglang_weights [--size 1.5b] [--repeats 7] [--bucket-mb 512 2048 4096]
-        [--engine '{"python": "...", "engine_args": {...}}']
+    python -m benchmarks.gpu.weights [--size 1.5b] [--repeats 7] [--bucket-mb 512 2048 4096]
+        [--engine '{"kind": "vllm", "python": "...", "engine_args": {...}}']
 
 The floor of a publish is two device-to-device copies of the model (into the bucket, out of it) at the bandwidth
 measured in the same run. On the CPU (--engine '{"device": "cpu"}') the tensors travel by shared memory.
@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.engines import engine_config, serve
 from benchmarks.gpu.models import random_tensors, write_config
-from benchmarks.gpu.sglang_throughput import engine_config, python_of
-from millrace.engines.sglang.adapter import SGLangEngine
-from millrace.engines.sglang.launch import launch
+from millrace.engines.base import Engine
 from millrace.engines.start import Started
 from millrace.fleet.local import transport_for
 from millrace.types import GenerateRequest, MemoryTag, SamplingParams
@@ -102,7 +101,7 @@ async def measure_publish(
         )
 
 
-async def measure_sleep(engine: SGLangEngine, repeats: int, device: torch.device) -> None:
+async def measure_sleep(engine: Engine, repeats: int, device: torch.device) -> None:
     kinds = [frozenset({MemoryTag.KV_CACHE}), frozenset({MemoryTag.WEIGHTS})]
     legs: dict[str, list[float]] = {}
     freed: list[float] = []
@@ -128,15 +127,8 @@ async def run(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_config(arguments.size, Path(scratch, "model"))
-        launched = await launch(
-            config, folder, python=python_of(config), replica=0, log_dir=Path(scratch), version=0, seed=0
-        )
-        assert launched.url is not None
-        engine = SGLangEngine(
-            "sglang", launched.url, api_key=launched.api_key, admin_key=launched.admin_key, model_path=folder
-        )
+        launched, engine = await serve(config, folder, Path(scratch))
         try:
-            await engine.settle()
             info = await engine.info()
             tensors = random_tensors(folder, device)
             await measure_sleep(engine, arguments.repeats, device)  # first: afterwards there are no weights

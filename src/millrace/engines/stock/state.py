@@ -1,8 +1,8 @@
-"""What an SGLang server may be asked in which state: a pure state machine.
+"""What a stock server may be asked in which state: a pure state machine.
 
-SGLang itself does not ask: memory released under a running request, taken back twice, or weights loaded under one kill
-the server or corrupt what it generates. The adapter keeps this state, sends nothing that it forbids, and is the only
-one that controls the server.
+The servers themselves do not ask: memory released under a running request, taken back twice, or weights loaded under
+one kill them or corrupt what they generate. The adapter keeps this state, sends nothing that it forbids, and is the
+only one that controls the server.
 """
 
 from dataclasses import dataclass, replace
@@ -14,6 +14,11 @@ TORN = "an update was given up half-way and the weights are of no version; publi
 
 class ForbiddenError(Exception):
     """The call would crash or corrupt the server in this state. The message says what to do first."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ForbiddenError(message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,71 @@
+"""A server for a benchmark, of the kind that its settings name, and how a bare client asks it."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from millrace.config.models import EngineConfig
+from millrace.engines import environments
+from millrace.engines.launch import StockConfig, launch
+from millrace.engines.sglang_wire import encode_generate
+from millrace.engines.start import ENGINES
+from millrace.engines.stock.engine import StockEngine
+from millrace.engines.stock.launching import Launched
+from millrace.engines.vllm.wire import COMPLETIONS, GENERATE, encode
+from millrace.types import GenerateRequest
+
+Body = Callable[[GenerateRequest], Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A way of asking for tokens: where, and by what body."""
+
+    path: str
+    body: Body
+
+
+def engine_config(settings: str, *, tokenizer: bool = False) -> StockConfig:
+    """From JSON: what stands under `engine` in a config, with random weights unless it says otherwise."""
+    given = {"kind": "sglang", "max_running_requests": 1024, **json.loads(settings)}
+    random = {"load_format": "dummy", "skip_tokenizer_init": not tokenizer}
+    given["engine_args"] = {**random, **given.get("engine_args", {})}
+    config: EngineConfig = TypeAdapter(EngineConfig).validate_python(given)
+    assert isinstance(config, StockConfig)
+    return config
+
+
+def python_of(config: StockConfig) -> Path:
+    return config.python or environments.find(config.kind, config.version, config.device).python
+
+
+async def serve(config: StockConfig, folder: Path, logs: Path) -> tuple[Launched, StockEngine]:
+    """A server that serves the model in `folder`, and its adapter; both are the caller's to end."""
+    launched = await launch(config, folder, replica=0, log_dir=logs, version=0, seed=0)
+    assert launched.url is not None
+    engine = ENGINES[config.kind](
+        launched.name, launched.url, api_key=launched.api_key, admin_key=launched.admin_key, model_path=folder
+    )
+    await engine.settle(0)
+    return launched, engine
+
+
+def forms(kind: str) -> Mapping[str, Form]:
+    """How a bare client can ask; `bare` is what Millrace itself sends."""
+    if kind == "sglang":
+        return {"bare": Form("/generate", encode_generate)}
+    return {
+        "bare": Form(GENERATE, lambda request: encode(GENERATE, request)),
+        "bare, completions": Form(COMPLETIONS, lambda request: encode(COMPLETIONS, request)),
+        "bare, without logprobs": Form(GENERATE, _without_logprobs),
+    }
+
+
+def _without_logprobs(request: GenerateRequest) -> Mapping[str, object]:
+    body = encode(GENERATE, request)
+    sampling = body["sampling_params"]
+    assert isinstance(sampling, dict)
+    return {**body, "sampling_params": {**sampling, "logprobs": None}}

@@ -1,0 +1,29 @@
+"""A run's settings, as the commands read them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from millrace.config import RunConfig, load_config
+from millrace.config.models import SGLangEngineConfig, StockEngineConfig, VLLMEngineConfig
+from millrace.engines.sglang import arguments as sglang
+from millrace.engines.vllm import arguments as vllm
+from millrace.errors import ConfigError
+from millrace.http.client import server_url
+
+
+def load_settings(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """As `load_config`, and what only the engine's adapter knows to be wrong is told with its line too."""
+    return load_config(path, overrides, check=_check_engine)
+
+
+def _check_engine(config: RunConfig) -> None:
+    if isinstance(config.engine, StockEngineConfig):
+        for url in config.engine.urls or ():
+            try:
+                server_url(url)
+            except ConfigError as error:
+                raise ConfigError(f"engine.urls: {error}") from error
+    if isinstance(config.engine, SGLangEngineConfig):
+        sglang.require_no_contradiction(config.engine)
+    if isinstance(config.engine, VLLMEngineConfig):
+        vllm.require_no_contradiction(config.engine)

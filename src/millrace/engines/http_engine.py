@@ -1,0 +1,64 @@
+"""What every adapter does over HTTP in the same way."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from millrace.engines.base import Engine
+from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
+from millrace.http import HttpClient
+
+CONTROL_DEADLINE = 30.0  # seconds; a control call waits for one forward pass at most, which is seconds on a slow CPU
+ABORT_DEADLINE = 5.0
+IDLE_POLL_SECONDS = 0.02
+
+T = TypeVar("T")
+
+
+class HttpEngine(Engine):
+    """An engine at `url`, with the keys that open its data calls and its control calls."""
+
+    def __init__(self, name: str, url: str, *, api_key: str | None = None, admin_key: str | None = None) -> None:
+        self.name = name
+        self.url = url
+        self._http = HttpClient(name, url, api_key=api_key, admin_key=admin_key)
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def _ask(self, path: str, *, deadline: float = CONTROL_DEADLINE) -> Any:
+        return await self._http.control("GET", path, deadline=deadline, repeatable=True)
+
+    async def _control(
+        self, path: str, body: object, *, deadline: float = CONTROL_DEADLINE, repeatable: bool = False
+    ) -> Any:
+        return await self._http.control("POST", path, body, deadline=deadline, repeatable=repeatable)
+
+    async def _when_idle(self, path: str, body: object, deadline: float) -> None:
+        """A call that the server refuses while requests run: asked again until they are done or the deadline passes."""
+        end = time.monotonic() + deadline
+        while True:
+            try:
+                await self._control(path, body, deadline=end - time.monotonic())
+                return
+            except EngineRefused as error:
+                if time.monotonic() + IDLE_POLL_SECONDS >= end:
+                    raise EngineTimeout(
+                        self.name, f"{path}: requests still ran after {deadline:.0f} s: {error}"
+                    ) from error
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+
+    async def _events(self, path: str, body: object, deadline: float) -> AsyncIterator[Any]:
+        """The events of a stream. An error in the middle of one is raised."""
+        async for event in self._http.events(path, body, deadline=deadline):
+            if "error" in event:
+                raise EngineRefused(self.name, f"{path} was refused: {event['error'].get('message')}")
+            yield event
+
+    def _understood(self, path: str, decode: Callable[[], T]) -> T:
+        """What `decode` makes of an answer. Raises EngineFailed where the answer has not the shape that it expects."""
+        try:
+            return decode()
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise EngineFailed(self.name, f"{path} answered what makes no sense: {error!r}") from error

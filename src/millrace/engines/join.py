@@ -1,0 +1,63 @@
+"""This host's node of an engine over several hosts, for as long as the engine lives."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from millrace.engines.launch import StockConfig, launch
+from millrace.errors import ConfigError, LaunchError
+from millrace.launch.ports import listens
+from millrace.launch.process import Server
+
+WATCH_SECONDS = 1.0
+STRIKES = 5  # that many seconds without node 0 are its end, and not a lost packet
+
+
+async def join(
+    config: StockConfig,
+    model_path: Path,
+    *,
+    log_dir: Path,
+    seed: int,
+    ready: Callable[[], None],
+) -> None:
+    """Starts node `config.node_rank` and stays until the engine ends; calls `ready` when it has found the others.
+
+    Node 0, which answers HTTP, is started by `open_fleet` on its own host, with the same seed: ranks of vLLM that share
+    a request draw its tokens each for itself. Raises ConfigError for settings that are not those of such a node, and
+    LaunchError when the engine ends, with what ended it.
+    """
+    if not config.node_rank or config.dist_init_addr is None:
+        raise ConfigError(
+            "set engine.nnodes, engine.node_rank (1 or more) and engine.dist_init_addr for a node to join"
+        )
+    host, _, port = config.dist_init_addr.rpartition(":")
+    launched = await launch(config, model_path, replica=0, log_dir=log_dir, version=0, seed=seed)
+    try:
+        # A node of SGLang's was healthy when all ranks had met. One of vLLM's has no HTTP, and tells nothing.
+        await launched.process.until_healthy(lambda: listens(host, int(port)), deadline=config.start_timeout)
+        ready()
+        ended = asyncio.create_task(launched.process.wait())
+        lost = asyncio.create_task(_until_gone(host, int(port)))
+        try:
+            await asyncio.wait((ended, lost), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            lost.cancel()
+        raise LaunchError(_describe(launched.process, config.dist_init_addr))
+    finally:
+        await launched.process.end()
+
+
+def _describe(process: Server, rendezvous: str) -> str:
+    if process.running:
+        return f"node 0 is gone: nothing answers at {rendezvous}"
+    return f"{process.describe_end()}\n{process.log_tail()}"
+
+
+async def _until_gone(host: str, port: int) -> None:
+    """Returns when nothing has listened there for a while. The ranks' meeting point is open as long as node 0 lives."""
+    strikes = 0
+    while strikes < STRIKES:
+        strikes = 0 if await listens(host, port) else strikes + 1
+        await asyncio.sleep(WATCH_SECONDS)

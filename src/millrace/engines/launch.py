@@ -1,0 +1,35 @@
+"""Launches a stock engine, of whichever kind."""
+
+from pathlib import Path
+
+from millrace.config.models import SGLangEngineConfig, VLLMEngineConfig
+from millrace.engines import environments
+from millrace.engines.sglang.launch import launch as launch_sglang
+from millrace.engines.stock.launching import Launched
+from millrace.engines.vllm.launch import launch as launch_vllm
+from millrace.launch.interpreter import require_module
+
+StockConfig = SGLangEngineConfig | VLLMEngineConfig
+
+
+async def launch(
+    config: StockConfig, model_path: Path, *, replica: int, log_dir: Path, version: int, seed: int
+) -> Launched:
+    """Starts replica number `replica`, by the config's interpreter or that of the installed environment, and waits
+    until it is healthy.
+
+    Raises ConfigError when engine_args or env contradict the settings, and LaunchError when there is no such engine or,
+    with the end of the server's log, when it does not come up; nothing is left running then.
+    """
+    if config.python is None:
+        python = environments.find(config.kind, config.version, config.device).python
+    else:
+        python = config.python
+        await require_module(python, config.kind, setting="engine.python", env=config.env)
+    match config:
+        case SGLangEngineConfig():
+            return await launch_sglang(
+                config, model_path, python=python, replica=replica, log_dir=log_dir, version=version, seed=seed
+            )
+        case VLLMEngineConfig():
+            return await launch_vllm(config, model_path, python=python, replica=replica, log_dir=log_dir, seed=seed)

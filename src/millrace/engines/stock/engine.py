@@ -1,0 +1,391 @@
+"""What adapters of stock engines do alike: an engine that keeps no state of its own gets one here, and is sent nothing
+that would harm it in that state. A subclass says how its server is asked."""
+
+import asyncio
+import time
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS, HttpEngine
+from millrace.engines.stock.calls import Call, Calls
+from millrace.engines.stock.facts import Facts
+from millrace.engines.stock.model import Model, read_model, shapes_of
+from millrace.engines.stock.pieces import joined
+from millrace.engines.stock.state import ForbiddenError, ServerState
+from millrace.engines.stock.tensors import check_shapes, check_tensors, check_whole
+from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout
+from millrace.launch.ports import listens
+from millrace.types import (
+    ALL_MEMORY,
+    Bucket,
+    Capability,
+    CudaIpcBucket,
+    DiskBucket,
+    GenerateRequest,
+    Generation,
+    Health,
+    MemoryTag,
+    PauseMode,
+    ProcessGroup,
+    ProcessGroupBucket,
+    SharedMemoryBucket,
+    TorchStorageBucket,
+)
+
+DRAIN_DEADLINE = 30.0
+
+
+class StockEngine(HttpEngine):
+    """The server at `url`, which no other controls; others may generate.
+
+    model_path: the model's folder, for the size of its vocabulary; None: the one that the server names, which must be
+    readable here.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        *,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        model_path: Path | None = None,
+    ) -> None:
+        super().__init__(name, url, api_key=api_key, admin_key=admin_key)
+        self._model_path = model_path
+        self._facts_read: Facts | None = None
+        self._calls = Calls(name)
+        self._controls = asyncio.Lock()  # one control call at a time; abort and the questions pass
+        self._stopped = False  # whether the server itself was told to pause
+        self._sent: set[str] = set()  # the tensors of the update that is under way
+        self._loaded: set[str] = set()  # those of them that the server has
+
+    @property
+    def state(self) -> ServerState:
+        """What this adapter has brought the server into."""
+        return self._calls.state
+
+    async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
+        end = time.monotonic() + deadline
+        async with self._calling(request) as call:
+            while await self._calls.go_on(call, end):
+                made = await self._generate(call.rest, end - time.monotonic())
+                call.pieces.append(replace(made, request_id=request.request_id))
+            return call.finished
+
+    async def stream(self, request: GenerateRequest, *, deadline: float) -> AsyncGenerator[Generation, None]:
+        end = time.monotonic() + deadline
+        async with self._calling(request) as call:
+            while await self._calls.go_on(call, end):
+                piece = None
+                async for made, finished in self._follow(call.rest, end - time.monotonic()):
+                    piece = replace(made, request_id=request.request_id)
+                    if not finished:
+                        yield joined([*call.pieces, piece])
+                if piece is None:
+                    raise EngineFailed(self.name, "generate answered with an empty stream")
+                call.pieces.append(piece)
+            yield call.finished
+
+    async def abort(self, request_id: str | None = None) -> None:
+        """Again and again until they have come back: a request that is on its way to the scheduler is not hit."""
+        served = await self._calls.abort(request_id)
+        if request_id is None:
+            await self._abort_all()  # those of others too
+        await self._end(served)
+
+    async def pause(self, mode: PauseMode) -> None:
+        async with self._controlling():
+            if self.state.paused is None:
+                before = self.state
+                await self._calls.enter(before.pausing(mode))  # new requests wait here from now on
+                if before.generating:
+                    await self._stop(mode)
+
+    async def resume(self) -> None:
+        async with self._controlling():
+            await self._become(self.state.resuming())
+
+    async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
+        async with self._controlling():
+            before, after = self.state, self.state.sleeping(what)
+            if after.asleep == before.asleep:
+                return
+            if Capability.SLEEP not in (await self._facts()).info.capabilities:
+                raise EngineRefused(self.name, self._why_no_sleep())
+            await self._calls.enter(after)
+            if not before.asleep:
+                try:
+                    await self._drain()
+                except BaseException:
+                    await self._back_to(before)
+                    raise
+            await self._release(before, after)
+
+    async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
+        async with self._controlling():
+            if stale := what & self.state.asleep:
+                await self._take_back(stale)
+                await self._become(self.state.waking(what))
+
+    async def begin_update(self, version: int) -> None:
+        async with self._controlling():
+            before = self.state
+            await self._calls.enter(before.beginning(version))
+            try:
+                if not before.asleep:
+                    await self._interrupt()
+                await self._open_update()
+            except BaseException:
+                await self._back_to(before)
+                raise
+            self._sent.clear()
+            self._loaded.clear()
+
+    async def load(self, bucket: Bucket, *, deadline: float) -> None:
+        async with self._controlling():
+            after = self.state.loading()
+            facts = await self._facts()
+            names = _names(bucket, facts.model)
+            if twice := self._sent & names:
+                raise ForbiddenError(f"{min(twice)} was sent in this update already; roll it back and begin again")
+            send = self._loader(bucket, facts)
+            self._sent |= names
+            await self._calls.enter(after)  # whatever comes back, the server may have changed
+            await send(deadline)
+            self._loaded |= names
+
+    async def commit(self) -> None:
+        async with self._controlling():
+            after, version = self.state.committing(), self.state.updating
+            assert version is not None
+            check_whole(self._loaded, (await self._facts()).model.shapes)
+            await self._commit(version)
+            await self._become(after)
+
+    async def rollback(self) -> None:
+        async with self._controlling():
+            if self.state.updating is None:
+                return
+            await self._give_up()
+            await self._become(self.state.rolling_back())
+            if self.state.torn:
+                raise EngineRefused(self.name, "its old weights are overwritten; it serves again after a whole version")
+
+    async def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
+        """Waits for the sender first: a server that can't reach it hangs as a whole."""
+        end = time.monotonic() + deadline
+        ranks = (await self._facts()).info.ranks
+        if group.rank_offset + ranks > group.world_size:
+            raise EngineRefused(
+                self.name,
+                f"its {ranks} ranks from {group.rank_offset} on have no place in a group of {group.world_size}",
+            )
+        while not await listens(group.address, group.port):
+            if time.monotonic() + IDLE_POLL_SECONDS >= end:
+                raise EngineTimeout(self.name, f"nobody listens at {group.address}:{group.port} for {group.name}")
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+        await self._join(group, end - time.monotonic())
+
+    async def health(self, *, deadline: float = 5.0) -> Health:
+        try:
+            await self._probe(deadline)
+        except EngineTimeout:
+            return Health.BUSY
+        except EngineError:
+            return Health.DEAD
+        if self.state.asleep:
+            return Health.ASLEEP
+        return Health.READY if self.state.generating else Health.PAUSED
+
+    @abstractmethod
+    async def settle(self, version: int | None = None) -> None:
+        """Once, before all else: a server that somebody left paused goes on. version: of the weights that it was
+        started from; None, where somebody else started it."""
+
+    # How one engine's server is asked. None of these looks at the state, but what is said of it holds.
+
+    @abstractmethod
+    async def _generate(self, request: GenerateRequest, deadline: float) -> Generation:
+        """One request to the server, under the name that it has here."""
+
+    @abstractmethod
+    def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
+        """The same as a stream: what there is so far, and whether that is all."""
+
+    @abstractmethod
+    async def _abort(self, names: Sequence[str]) -> None: ...
+
+    @abstractmethod
+    async def _abort_all(self) -> None: ...
+
+    @abstractmethod
+    async def _halt(self, mode: PauseMode) -> None:
+        """Pauses the server, which runs."""
+
+    @abstractmethod
+    async def _go_on(self) -> None:
+        """Ends the pause."""
+
+    @abstractmethod
+    async def _release(self, before: ServerState, after: ServerState) -> None:
+        """Releases memory of the server, which is paused and idle, or asleep in part."""
+
+    @abstractmethod
+    async def _take_back(self, what: frozenset[MemoryTag]) -> None:
+        """Takes back what is released."""
+
+    @abstractmethod
+    async def _open_update(self) -> None:
+        """The server is paused and empty, or asleep."""
+
+    @abstractmethod
+    def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
+        """What sends the bucket, within so many seconds. Raises ForbiddenError for what the server can't take."""
+
+    @abstractmethod
+    async def _commit(self, version: int) -> None: ...
+
+    @abstractmethod
+    async def _give_up(self) -> None:
+        """Ends the server's side of an update that is not committed."""
+
+    @abstractmethod
+    async def _join(self, group: ProcessGroup, deadline: float) -> None: ...
+
+    @abstractmethod
+    async def _probe(self, deadline: float) -> None:
+        """Asks what the server answers in every state, without generating."""
+
+    @abstractmethod
+    async def _read_facts(self) -> Facts: ...
+
+    @abstractmethod
+    def _check(self, request: GenerateRequest, facts: Facts) -> None:
+        """Raises ForbiddenError for a request that would harm the server or come back as something else than asked."""
+
+    @abstractmethod
+    def _why_no_sleep(self) -> str:
+        """Why it can release nothing."""
+
+    async def _facts(self) -> Facts:
+        """What does not change while the server runs: read once."""
+        if self._facts_read is None:
+            self._facts_read = await self._read_facts()
+        return self._facts_read
+
+    async def _read_model(self, served: Path) -> Model:
+        """The model in the folder `served`, which the server names. Raises EngineRefused where it can't be read here,
+        or is not the one in `model_path`."""
+        try:
+            model = await asyncio.to_thread(read_model, self._model_path or served)
+            if (served / "config.json").is_file():
+                own = await asyncio.to_thread(read_model, served)
+                if own.shapes != model.shapes:
+                    raise EngineRefused(
+                        self.name, f"it serves {served}, a model of other tensors than {self._model_path}"
+                    )
+        except DataError as error:
+            raise EngineRefused(self.name, f"{error}; give the model's folder as model_path") from error
+        return model
+
+    @asynccontextmanager
+    async def _calling(self, request: GenerateRequest) -> AsyncIterator[Call]:
+        """Registers a generation, and aborts it on the server where it is given up."""
+        try:
+            self._check(request, await self._facts())
+        except ForbiddenError as error:
+            raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
+        with self._calls.register(request) as call:
+            try:
+                yield call
+            except BaseException:
+                if call.sent:
+                    # Nobody waits for it any more. Where this fails the server sees the closed connection.
+                    with suppress(EngineError):
+                        await self._abort([call.served_as])
+                raise
+
+    @asynccontextmanager
+    async def _controlling(self) -> AsyncIterator[None]:
+        """One control call at a time, refused where the state forbids it."""
+        try:
+            async with asyncio.timeout(CONTROL_DEADLINE):
+                await self._controls.acquire()
+        except TimeoutError:
+            raise EngineTimeout(self.name, "another control call was still under way") from None
+        try:
+            yield
+        except (ForbiddenError, DataError) as error:
+            raise EngineRefused(self.name, str(error)) from error
+        finally:
+            self._controls.release()
+
+    async def _end(self, served: Sequence[str]) -> None:
+        end = time.monotonic() + ABORT_DEADLINE
+        while (left := [name for name in self._calls.sent if name in served]) and time.monotonic() < end:
+            await self._abort(left)
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+
+    async def _become(self, state: ServerState) -> None:
+        """Enters `state`, and lets the server go on where it may."""
+        if state.generating and self._stopped:
+            await self._go_on()
+            self._stopped = False
+        await self._calls.enter(state)
+
+    async def _back_to(self, state: ServerState) -> None:
+        """After a failure that is being raised: what can be undone is."""
+        await self._calls.enter(state)
+        with suppress(EngineError):
+            await self._become(state)
+
+    async def _stop(self, mode: PauseMode) -> None:
+        self._stopped = True
+        await self._halt(mode)
+
+    async def _interrupt(self) -> None:
+        """Empties the server before an update. What ran goes on afterwards, from the tokens that it has."""
+        if self._stopped:
+            await self._go_on()  # a paused server does not abort
+        self._calls.interrupt()
+        await self._stop(PauseMode.ABORT)
+        await self.flush_cache()
+
+    async def _drain(self) -> None:
+        """Waits until nothing runs, and pauses the server so that nothing else begins."""
+        if self.state.paused is not None and self._calls.any_sent:
+            raise ForbiddenError("requests are paused in the middle; resume or abort them before the engine sleeps")
+        end = time.monotonic() + DRAIN_DEADLINE
+        while True:
+            await self.flush_cache(deadline=end - time.monotonic())
+            if self._stopped:
+                return
+            await self._stop(PauseMode.KEEP)
+            with suppress(EngineTimeout):  # a request of somebody else slipped in between
+                await self.flush_cache(deadline=ABORT_DEADLINE)
+                return
+            await self._go_on()
+            self._stopped = False
+
+
+def _names(bucket: Bucket, model: Model) -> set[str]:
+    """The tensors that a bucket brings. Raises ForbiddenError where they are not the model's."""
+    match bucket:
+        case DiskBucket(path=folder):
+            if not Path(folder).is_dir():  # it is on another host, and a missing one is refused there
+                return set(model.shapes or ())
+            shapes = shapes_of(Path(folder))
+            check_shapes(shapes.items(), model.shapes)
+            return set(shapes)
+        case (
+            CudaIpcBucket(tensors=tensors)
+            | TorchStorageBucket(tensors=tensors)
+            | SharedMemoryBucket(tensors=tensors)
+            | ProcessGroupBucket(tensors=tensors)
+        ):
+            check_tensors(tensors, model.shapes)
+            return {tensor.name for tensor in tensors}

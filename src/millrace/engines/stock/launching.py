@@ -1,0 +1,105 @@
+"""Starts the server of a stock engine: one process, or one for each of its nodes."""
+
+import getpass
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from millrace.engines.stock.arguments import Node
+from millrace.errors import EngineError
+from millrace.http import HttpClient
+from millrace.launch.nodes import Nodes
+from millrace.launch.process import ServerProcess
+
+PROBE_DEADLINE = 10.0  # of one GET /health; SGLang's generates a token: a second on a quiet CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A server that was started here and is healthy. `url` is None where another host is node 0, which answers HTTP."""
+
+    name: str
+    url: str | None
+    api_key: str = field(repr=False)
+    admin_key: str = field(repr=False)
+    process: ServerProcess | Nodes
+
+
+def new_keys() -> tuple[str, str]:
+    """One for generating and one for control, known to nobody else."""
+    return secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+
+
+async def start_nodes(
+    name: str,
+    planned: Sequence[Node],
+    *,
+    python: Path,
+    serve: Path,
+    log_dir: Path,
+    leftovers: Sequence[str],
+    deadline: float,
+) -> ServerProcess | Nodes:
+    """Runs the program `serve` with the interpreter `python` for each node and waits until all that answer HTTP are
+    healthy. The logs are `NAME.log`, or `NAME-nodeN.log` for each node.
+
+    Raises LaunchError, with the end of the server's log, when it does not come up; nothing is left running then.
+    """
+    interpreter, path = programs_of(python)
+    # What torch has compiled stays from one start to the next, though the server's own temporary folder does not.
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+    processes: list[ServerProcess] = []
+    clients: list[HttpClient] = []
+    try:
+        for node in planned:
+            label = name if len(planned) == 1 else f"{name}-node{node.rank}"
+            processes.append(
+                await ServerProcess.start(
+                    label,
+                    [str(interpreter), str(serve), *node.arguments],
+                    log_dir / f"{label}.log",
+                    env={"PATH": path, "TORCHINDUCTOR_CACHE_DIR": compiled, **node.environment},
+                    leftovers=leftovers,
+                )
+            )
+            if node.url is not None:
+                clients.append(HttpClient(label, node.url))
+        server = processes[0] if len(processes) == 1 else Nodes(name, processes)
+
+        async def healthy() -> bool:  # a port may have been taken by another server, which answers for a dead one
+            return await all_healthy(clients) and server.running
+
+        await server.until_healthy(healthy, deadline=deadline)
+        return server
+    except BaseException:
+        await Nodes(name, processes).end()
+        raise
+    finally:
+        for client in clients:
+            await client.close()
+
+
+def programs_of(python: Path) -> tuple[Path, str]:
+    """The interpreter's path, and a PATH on which its own programs come first: kernels are compiled with its ninja."""
+    interpreter = python.absolute()  # a link stays one: what it leads to knows nothing of the virtual environment
+    return interpreter, f"{interpreter.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+async def all_healthy(clients: Sequence[HttpClient]) -> bool:
+    for client in clients:
+        try:
+            await client.control("GET", "/health", deadline=PROBE_DEADLINE)
+        except EngineError:
+            return False  # it is starting; when it can't, its process ends or the caller's deadline passes
+    return True
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """Different ports that were free a moment ago."""
+    with ExitStack() as held:
+        return [held.enter_context(socket.create_server((host, 0))).getsockname()[1] for _ in range(count)]

@@ -1,0 +1,246 @@
+"""The adapter of stock vLLM."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
+from millrace.engines.sglang_wire import decode_version
+from millrace.engines.stock.engine import StockEngine
+from millrace.engines.stock.facts import Facts
+from millrace.engines.stock.state import ForbiddenError, ServerState
+from millrace.engines.vllm.facts import Server, read_facts, read_server
+from millrace.engines.vllm.guards import check_request
+from millrace.engines.vllm.metrics import read_metrics
+from millrace.engines.vllm.payload import description
+from millrace.engines.vllm.wire import Answer, encode, wire_id
+from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
+from millrace.types import (
+    ALL_MEMORY,
+    Bucket,
+    Capability,
+    DiskBucket,
+    EngineInfo,
+    EngineLoad,
+    GenerateRequest,
+    Generation,
+    MemoryTag,
+    PauseMode,
+    ProcessGroup,
+)
+
+PAUSES = {
+    PauseMode.ABORT: "/pause?mode=abort",
+    PauseMode.RETRACT: "/pause?mode=keep",
+    PauseMode.KEEP: "/pause?mode=keep&clear_cache=false",
+}
+
+
+class VLLMEngine(StockEngine):
+    """A vLLM server in its development mode, whose control routes are open. Weights reach it by the extension that
+    Millrace loads into its workers; one without it is updated from disk alone."""
+
+    _server: Server | None = None
+    _version: int | None = None  # of the weights, for servers that do not keep its name
+    _counted: tuple[float, float] = (0.0, 0.0)  # when the made tokens were last read, and how many there were
+
+    async def settle(self, version: int | None = None) -> None:
+        await self._go_on()
+        if version is not None:
+            await self._name_version(version)
+        else:
+            self._version = await self._served_version()
+
+    async def flush_cache(self, *, deadline: float = 30.0) -> None:
+        """The server resets its cache under requests that are paused, too: those are waited for here."""
+        end = time.monotonic() + deadline
+        while self._calls.any_sent or not (await self._control("/reset_prefix_cache", None))["success"]:
+            if time.monotonic() + IDLE_POLL_SECONDS >= end:
+                raise EngineTimeout(self.name, f"/reset_prefix_cache: requests still ran after {deadline:.0f} s")
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+
+    async def leave_group(self, name: str) -> None:
+        await self._rpc("millrace_leave", name)
+
+    async def checksums(self) -> Mapping[str, str]:
+        """Of the tensors as the workers keep them, fused, sharded and packed; names begin with the rank."""
+        if Capability.OWN_CHECKSUMS not in (await self._facts()).info.capabilities:
+            raise EngineRefused(self.name, "its workers have not Millrace's extension, which makes the checksums")
+        return {
+            f"rank{rank}:{name}": value
+            for rank, held in enumerate(await self._rpc("millrace_checksums"))
+            for name, value in held["checksums"].items()
+        }
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        await self._control("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+
+    async def unload_adapter(self, name: str) -> None:
+        await self._control("/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def loads(self) -> EngineLoad:
+        _, server = await self._facts(), self._known
+        text = await self._ask("/metrics")
+        metrics = self._understood("/metrics", lambda: read_metrics(text))
+        (then, before), now, made = self._counted, time.monotonic(), metrics["generation_tokens_total"]
+        self._counted = now, made
+        return EngineLoad(
+            running_requests=int(metrics["num_requests_running"]),
+            waiting_requests=int(metrics["num_requests_waiting"]),
+            used_tokens=int(metrics["kv_cache_usage_perc"] * server.total_tokens),
+            max_tokens=server.total_tokens,
+            tokens_per_second=(made - before) / (now - then) if then else 0.0,
+        )
+
+    async def info(self) -> EngineInfo:
+        facts = await self._facts()
+        return replace(facts.info, weight_version=await self._served_version())
+
+    async def _generate(self, request: GenerateRequest, deadline: float) -> Generation:
+        path = self._known.path
+        body = await self._http.generate(path, encode(path, request), deadline=deadline)
+        answer = Answer()
+        self._understood(path, lambda: answer.take(path, body))
+        return self._understood(path, lambda: answer.generation(request, self._version))
+
+    async def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
+        path = self._known.path
+        answer = Answer()
+
+        def with_more(event: Mapping[str, Any]) -> Generation:
+            answer.take(path, event)
+            return answer.generation(request, self._version)
+
+        made = answer.generation(request, self._version)
+        async for event in self._events(path, encode(path, request, stream=True), deadline):
+            made = self._understood(path, partial(with_more, event))
+            if answer.finish_reason is None:
+                yield made, False
+        yield made, True
+
+    async def _abort(self, names: Sequence[str]) -> None:
+        """Where the server has no such call, it is the closed connection that ends a request."""
+        if self._known.aborts:
+            body = {"request_ids": [wire_id(self._known.path, name) for name in names]}
+            await self._control("/abort_requests", body, deadline=ABORT_DEADLINE, repeatable=True)
+
+    async def _abort_all(self) -> None:
+        if not self._known.aborts:
+            raise EngineRefused(self.name, "it can't end a request by its name; start it with --tokens-only")
+        await self._control("/abort_requests", {"request_ids": []}, repeatable=True)
+
+    async def _halt(self, mode: PauseMode) -> None:
+        """Its mode keep drops what is in the KV cache, which is what retract means, unless it is told not to."""
+        await self._control(PAUSES[mode], None, repeatable=True)
+        if mode is PauseMode.ABORT:
+            await self._end(self._calls.sent)  # what came too late for that waits in the server
+
+    async def _go_on(self) -> None:
+        await self._control("/resume", None, repeatable=True)
+
+    async def _release(self, before: ServerState, after: ServerState) -> None:
+        """vLLM releases all, and takes back by tag. At level 1 it keeps a copy of the weights in the host's memory."""
+        if before.asleep:
+            await self._take_back(before.asleep)
+        level = 2 if MemoryTag.WEIGHTS in after.asleep else 1
+        await self._control(f"/sleep?level={level}", None)
+        if awake := ALL_MEMORY - after.asleep:
+            await self._take_back(awake)
+
+    async def _take_back(self, what: frozenset[MemoryTag]) -> None:
+        for tag in sorted(what, reverse=True):  # the weights first
+            await self._control(f"/wake_up?tags={tag}", None)
+
+    async def _open_update(self) -> None:
+        await self._facts()
+        if self._known.extension:
+            await self._rpc("millrace_begin")
+
+    def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
+        if self._known.extension:
+            text = orjson.dumps(description(bucket, facts.info.ranks)).decode()
+
+            async def send(deadline: float) -> None:
+                await self._rpc("millrace_load", text, deadline=deadline)
+
+            return send
+        if not isinstance(bucket, DiskBucket):
+            raise ForbiddenError("its workers have not Millrace's extension; it takes weights from disk alone")
+        body = {"method": "reload_weights", "kwargs": {"weights_path": bucket.path}}
+
+        async def reload(deadline: float) -> None:
+            await self._control("/collective_rpc", body, deadline=deadline)
+
+        return reload
+
+    async def _commit(self, version: int) -> None:
+        if self._known.extension:
+            await self._rpc("millrace_commit", str(version))
+        await self._name_version(version)
+
+    async def _give_up(self) -> None:
+        if self._known.extension:
+            await self._rpc("millrace_abandon")
+
+    async def _join(self, group: ProcessGroup, deadline: float) -> None:
+        text = orjson.dumps({**asdict(group), "timeout": deadline}).decode()
+        await self._rpc("millrace_join", text, deadline=deadline)
+
+    async def _probe(self, deadline: float) -> None:
+        await self._http.control("GET", "/health", deadline=deadline)
+
+    async def _read_facts(self) -> Facts:
+        api = await self._ask("/openapi.json")
+        if "/server_info" not in api["paths"]:
+            raise EngineRefused(
+                self.name,
+                "its control routes are closed, or it is no vLLM; start it with VLLM_SERVER_DEV_MODE=1, where nobody "
+                "else can reach it",
+            )
+        config = (await self._ask("/server_info?config_format=json"))["vllm_config"]
+        served = (await self._ask("/v1/models"))["data"][0]
+        version = (await self._ask("/version"))["version"]
+        model = await self._read_model(Path(served["root"]))
+        self._server = self._understood("/server_info", lambda: read_server(api, config))
+        return self._understood("/server_info", lambda: read_facts(version, served, config, api, model))
+
+    def _check(self, request: GenerateRequest, facts: Facts) -> None:
+        check_request(request, facts.limits, self._known)
+
+    def _why_no_sleep(self) -> str:
+        return "it was started without --enable-sleep-mode and can release nothing"
+
+    @property
+    def _known(self) -> Server:
+        """Read with the facts, before anything else is asked."""
+        assert self._server is not None
+        return self._server
+
+    async def _name_version(self, version: int) -> None:
+        await self._facts()
+        if self._known.versions:
+            await self._control("/update_weight_version", {"new_version": str(version)})
+        self._version = version
+
+    async def _served_version(self) -> int | None:
+        await self._facts()
+        if self._known.versions:
+            return decode_version((await self._ask("/weight_info"))["weight_version"])
+        if self._version is None and self._known.extension:
+            return decode_version((await self._rpc("millrace_state"))[0]["version"] or "")
+        return self._version
+
+    async def _rpc(self, method: str, *arguments: str, deadline: float = CONTROL_DEADLINE) -> Any:
+        """A method of the extension on every rank; what each of them answers. Raises EngineFailed where one can't."""
+        body = {"method": method, "args": arguments}
+        results = (await self._control("/collective_rpc", body, deadline=deadline))["results"]
+        for rank, result in enumerate(results):
+            if error := result.get("error"):
+                raise EngineFailed(self.name, f"rank {rank}: {error}")
+        return results

@@ -1,0 +1,99 @@
+"""What does not change while a vLLM server runs, worked out from what the server says of itself. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from millrace.engines.stock.facts import Facts, Limits
+from millrace.engines.stock.model import Model
+from millrace.engines.vllm.wire import COMPLETIONS, GENERATE
+from millrace.types import Capability, EngineInfo
+
+EXTENSION = "millrace_vllm.Extension"
+SCHEMAS = {GENERATE: "GenerateRequest", COMPLETIONS: "CompletionRequest"}
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What else its adapter asks before it asks the server.
+
+    path: that generates. extension: whether its workers have Millrace's, and all of them can be heard. versions:
+    whether it keeps a version's name itself. aborts: whether it can be told to forget a request. logprobs_mode: vLLM's
+    own setting. total_tokens: of KV cache. fields, sampling: what a request may have, by the server's own description;
+    what else there is it drops without a word.
+    """
+
+    path: str
+    extension: bool
+    versions: bool
+    aborts: bool
+    logprobs_mode: str
+    total_tokens: int
+    fields: frozenset[str]
+    sampling: frozenset[str]
+
+
+def read_server(api: Mapping[str, Any], config: Mapping[str, Any]) -> Server:
+    """From /openapi.json and the `vllm_config` of /server_info. Raises KeyError where they are not vLLM's."""
+    paths, cache = api["paths"], config["cache_config"]
+    path = GENERATE if GENERATE in paths else COMPLETIONS
+    fields = api["components"]["schemas"][SCHEMAS[path]]["properties"]
+    sampling = fields["sampling_params"]["properties"] if path == GENERATE else fields
+    parallel = config["parallel_config"]
+    return Server(
+        path=path,
+        # Of several data-parallel ranks, vLLM hands on what one of them says: an error of another would be lost.
+        extension=parallel["worker_extension_cls"] == EXTENSION and parallel["data_parallel_size"] == 1,
+        versions="/update_weight_version" in paths,
+        aborts="/abort_requests" in paths,
+        logprobs_mode=config["model_config"]["logprobs_mode"],
+        total_tokens=(cache["num_gpu_blocks"] or 0) * cache["block_size"],
+        fields=frozenset(fields),
+        sampling=frozenset(sampling),
+    )
+
+
+def read_facts(
+    version: str,
+    served: Mapping[str, Any],
+    config: Mapping[str, Any],
+    api: Mapping[str, Any],
+    model: Model,
+) -> Facts:
+    """From /version, the first of /v1/models, /server_info, /openapi.json and the model's folder."""
+    parallel = config["parallel_config"]
+    info = EngineInfo(
+        kind="vllm",
+        engine_version=version,
+        model_path=served["root"],
+        weight_version=None,
+        vocab_size=model.vocab_size,
+        context_length=served["max_model_len"],
+        capabilities=capabilities_of(config, read_server(api, config), api["paths"]),
+        ranks=parallel["world_size"] * parallel["data_parallel_size"],
+    )
+    return Facts(info, model, Limits(info.vocab_size, info.context_length, seeds=True))
+
+
+def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[str, object]) -> frozenset[Capability]:
+    """From the server's settings."""
+    on_cpu = config["device_config"]["device"] == "cpu"
+    found = {
+        Capability.VERSION_SPANS,
+        Capability.PAUSE_ABORT,
+        Capability.PAUSE_RETRACT,
+        Capability.PAUSE_KEEP,
+        Capability.UPDATE_FROM_DISK,
+    }
+    if server.extension:
+        found |= {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.OWN_CHECKSUMS}
+        found.add(Capability.UPDATE_FROM_SHARED_MEMORY if on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
+    if server.logprobs_mode == "processed_logprobs":
+        found.add(Capability.FILTERED_LOGPROBS)
+    if on_cpu or config["model_config"]["enable_sleep_mode"]:
+        found.add(Capability.SLEEP)
+    if config["lora_config"] is not None and "/v1/load_lora_adapter" in paths:
+        found.add(Capability.LORA)
+    if config["model_config"]["multimodal_config"] is not None:
+        found.add(Capability.IMAGES)
+    return frozenset(found)

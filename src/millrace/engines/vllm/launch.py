@@ -1,0 +1,73 @@
+"""Starts a vLLM server: one process, or one for each of its nodes."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from millrace.config.models import VLLMEngineConfig
+from millrace.engines.stock.arguments import Node, local_ranks
+from millrace.engines.stock.launching import Launched, free_ports, new_keys, start_nodes
+from millrace.engines.vllm.arguments import Ports, nodes
+from millrace.launch.ports import free_port, require_free
+
+# Not imported: these are the engine's.
+SERVE = Path(__file__).with_name("serve.py")
+EXTENSION = Path(__file__).with_name("extension")
+# In shared memory, from a killed server of several ranks: the first carry their collectives, the others their messages.
+LEFTOVERS = ("vllm_dist_*", "psm_*", "sem.mp-*")
+
+
+async def launch(
+    config: VLLMEngineConfig, model_path: Path, *, python: Path, replica: int, log_dir: Path, seed: int
+) -> Launched:
+    """Starts replica number `replica` with the interpreter `python`, which has vLLM, and waits until it is healthy.
+
+    Its logs are `vllm-R.log`, or `vllm-R-nodeN.log` for each node. The keys are made here and known to nobody else.
+    Raises ConfigError when engine_args or env contradict the settings, and LaunchError, with the end of the server's
+    log, when it does not come up; nothing is left running then.
+    """
+    name = f"vllm-{replica}"
+    api_key, admin_key = new_keys()
+    planned = nodes(
+        config,
+        model_path,
+        replica=replica,
+        seed=seed,
+        ports=choose_ports(config, replica),
+        api_key=api_key,
+        admin_key=admin_key,
+        visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )
+    server = await start_nodes(
+        name,
+        [with_extension(node) for node in planned],
+        python=python,
+        serve=SERVE,
+        log_dir=log_dir,
+        leftovers=LEFTOVERS,
+        deadline=config.start_timeout,
+    )
+    return Launched(name, planned[0].url, api_key, admin_key, server)
+
+
+def with_extension(node: Node) -> Node:
+    """Its modules are found before any of their names."""
+    path = node.environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
+    path = f"{EXTENSION}{os.pathsep}{path}" if path else str(EXTENSION)
+    return replace(node, environment={**node.environment, "PYTHONPATH": path})
+
+
+def choose_ports(config: VLLMEngineConfig, replica: int) -> Ports:
+    """The config's ports and, for what it leaves open, the kernel's. Raises LaunchError when the config's are taken."""
+    http = None
+    if 0 in local_ranks(config):
+        http = free_port(config.host) if config.ports is None else config.ports[replica]
+        require_free(config.host, http)
+    if config.nnodes == 1:
+        return Ports(http, None, None)
+    master, data_parallel = free_ports("127.0.0.1", 2)
+    return Ports(
+        http,
+        config.dist_init_addr or f"127.0.0.1:{master}",
+        (config.data_parallel_rpc_port or data_parallel) if config.dp_size > 1 else None,
+    )

@@ -1,0 +1,120 @@
+"""vLLM's wire formats for generate, as values of Millrace. Pure.
+
+`/inference/v1/generate` takes tokens and gives tokens. Servers that have it not (`--enable-scale-out`, before 0.24
+`--tokens-only`) are asked by OpenAI's `/v1/completions`, with token ids in and out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from millrace.engines.sglang_wire import decode_version
+from millrace.types import FinishReason, GenerateRequest, Generation, Segment
+
+GENERATE = "/inference/v1/generate"
+COMPLETIONS = "/v1/completions"
+IMPOSSIBLE = -9999.0  # what vLLM writes for a logprob that is no number
+# What of an answer has a place of its own, or says nothing of the request.
+DECODED = frozenset({
+    "index",
+    "finish_reason",
+    "token_ids",
+    "logprobs",
+    "weight_versions",
+    "text",
+    "prompt_token_ids",
+})  # fmt: skip
+
+
+def encode(path: str, request: GenerateRequest, *, stream: bool = False) -> dict[str, object]:
+    """The body of a POST to `path`."""
+    sampling = request.sampling
+    params: dict[str, object] = {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "seed": sampling.seed,
+        "stop_token_ids": sampling.stop_token_ids,
+        "ignore_eos": sampling.ignore_eos,
+        "logprobs": 0,  # of the drawn token alone
+    }
+    rest = {name: value for name, value in request.extra.items() if name not in ("sampling_params", "lora_path")}
+    if (adapter := request.extra.get("lora_path")) is not None:
+        rest["model"] = adapter  # an adapter is a model of its own to vLLM
+    further: Any = request.extra.get("sampling_params", {})
+    body: dict[str, object] = {**rest, "request_id": request.request_id, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    if path == COMPLETIONS:
+        return {**body, "prompt": request.input_ids, "return_token_ids": True, **further, **params}
+    return {
+        **body,
+        "token_ids": request.input_ids,
+        "sampling_params": {**further, **params, "detokenize": False},
+    }
+
+
+def wire_id(path: str, request_id: str) -> str:
+    """What the server itself calls a request, by which it can be aborted."""
+    return f"cmpl-{request_id}-0" if path == COMPLETIONS else f"generate-tokens-{request_id}"
+
+
+@dataclass(slots=True)
+class Answer:
+    """What has come of a request; a stream brings it piece by piece."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    spans: list[Mapping[str, Any]] | None = None
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
+
+    def take(self, path: str, body: Mapping[str, Any]) -> None:
+        """One answer, or one event of a stream. Raises KeyError, IndexError, TypeError or ValueError where it has not
+        the shape that vLLM documents."""
+        self.usage = body.get("usage") or self.usage
+        if not body["choices"]:
+            return
+        choice = body["choices"][0]
+        self.token_ids += choice["token_ids"] or ()
+        logprobs = choice["logprobs"] or {}
+        if path == COMPLETIONS:
+            self.logprobs += logprobs.get("token_logprobs") or ()
+        else:
+            self.logprobs += [entry["logprob"] for entry in logprobs.get("content") or ()]
+        self.finish_reason = choice["finish_reason"] or self.finish_reason
+        self.spans = choice.get("weight_versions") or self.spans
+        self.extra |= {name: value for name, value in choice.items() if name not in DECODED and value is not None}
+
+    def generation(self, request: GenerateRequest, version: int | None) -> Generation:
+        """`version`: of the weights that the server had meanwhile, for a server that does not tell. Without a reason to
+        have ended it has not ended, or was aborted before it had a token. Raises ValueError where the parts do not
+        fit."""
+        if len(self.logprobs) != len(self.token_ids):
+            raise ValueError(f"{len(self.token_ids)} tokens came with {len(self.logprobs)} logprobs")
+        if any(logprob <= IMPOSSIBLE for logprob in self.logprobs):
+            raise ValueError("a token came that the request's own sampling made impossible")
+        details = self.usage.get("prompt_tokens_details") or {}
+        return Generation(
+            request_id=request.request_id,
+            output_ids=tuple(self.token_ids),
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            finish_reason=FinishReason(self.finish_reason or "abort"),
+            segments=self._segments(version),
+            prompt_tokens=self.usage.get("prompt_tokens", len(request.input_ids)),
+            cached_tokens=details.get("cached_tokens") or 0,
+            extra=self.extra,
+        )
+
+    def _segments(self, version: int | None) -> tuple[Segment, ...]:
+        length = len(self.token_ids)
+        if not length:
+            return ()
+        if not self.spans or self.spans[-1]["end"] != length:  # a stream tells them with its end
+            return (Segment(version, 0, length),)
+        return tuple(Segment(decode_version(span["version"]), span["start"], span["end"]) for span in self.spans)

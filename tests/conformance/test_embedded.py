@@ -1,0 +1,30 @@
+"""The embedded engine does what the contract says."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from millrace.config.models import EmbeddedEngineConfig
+from millrace.conformance import Check, Runner
+from tests.conformance.conftest import examined
+from tests.conformance.hold import every_check, hold
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+LACKING = frozenset({"update.cuda_ipc", "update.own_checksums", "update.torch_storage", "update.torn"})
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def runner(
+    tiny_model: Path, other_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Runner]:
+    config = EmbeddedEngineConfig(kind="embedded", threads=1)
+    async with examined(config, tiny_model, other_model, tmp_path_factory.mktemp("logs")) as subject:
+        yield Runner(subject)
+
+
+@every_check
+async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
+    await hold(runner, check, LACKING)

@@ -1,0 +1,49 @@
+"""Stock SGLang, in the versions that Millrace is tested on, does what the contract says."""
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from millrace.config.models import SGLangEngineConfig
+from millrace.conformance import Check, Runner
+from tests.conformance.conftest import examined
+from tests.conformance.hold import START_TIMEOUT, every_check, hold
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+LACKING = frozenset({
+    "generate.seed",
+    "generate.stop_ignoring_eos",
+    "update.checksums",
+    "update.cuda_ipc",  # on the CPU
+    "update.rollback",
+    "update.shared_memory",
+})  # fmt: skip
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["0.5.23", "0.5.15"])
+async def runner(
+    request: pytest.FixtureRequest,
+    tiny_model: Path,
+    other_model: Path,
+    sglang_python: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Runner]:
+    version: str = request.param
+    config = SGLangEngineConfig(
+        kind="sglang",
+        device="cpu",
+        version=version,
+        python=sglang_python(version),
+        threads=1,
+        start_timeout=START_TIMEOUT,
+    )
+    async with examined(config, tiny_model, other_model, tmp_path_factory.mktemp("logs")) as subject:
+        yield Runner(subject)
+
+
+@every_check
+async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
+    await hold(runner, check, LACKING)

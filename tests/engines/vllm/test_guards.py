@@ -1,0 +1,63 @@
+"""What is refused before vLLM sees it. That it would ignore, or die of it, is for tests/conformance to show."""
+
+from dataclasses import replace
+
+import pytest
+
+from millrace.engines.stock.facts import Limits
+from millrace.engines.stock.state import ForbiddenError
+from millrace.engines.vllm.facts import Server
+from millrace.engines.vllm.guards import OWN_FIELDS, OWN_SAMPLING, check_request
+from millrace.engines.vllm.wire import GENERATE
+from millrace.types import GenerateRequest, SamplingParams
+
+LIMITS = Limits(vocab_size=100, context_length=50, seeds=True)
+SERVER = Server(
+    path=GENERATE,
+    extension=True,
+    versions=True,
+    aborts=True,
+    logprobs_mode="processed_logprobs",
+    total_tokens=1000,
+    fields=OWN_FIELDS | {"sampling_params", "priority", "cache_salt"},
+    sampling=OWN_SAMPLING | {"min_tokens", "logit_bias"},
+)
+SOUND = GenerateRequest("r", (1, 2, 3), SamplingParams(8))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        SOUND,
+        replace(SOUND, extra={"cache_salt": "s", "lora_path": "a", "sampling_params": {"min_tokens": 2}}),
+        replace(SOUND, sampling=SamplingParams(8, temperature=0.3, top_k=5, seed=1, stop_token_ids=(4,))),
+    ],
+)
+def test_what_the_server_takes_passes(request_: GenerateRequest) -> None:
+    check_request(request_, LIMITS, SERVER)
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (replace(SOUND, input_ids=(1, 100)), "token 100, the vocabulary ends at 99"),
+        (replace(SOUND, sampling=SamplingParams(48)), "do not fit into the 50"),
+        (replace(SOUND, sampling=SamplingParams(8, top_k=0)), "top_k"),
+        (replace(SOUND, extra={"stream": True}), "extra.stream is Millrace's own"),
+        (replace(SOUND, extra={"cache_slat": "s"}), "would ignore extra.cache_slat.*did you mean cache_salt"),
+        (replace(SOUND, extra={"sampling_params": {"n": 2}}), "extra.sampling_params.n is Millrace's own"),
+        (replace(SOUND, extra={"sampling_params": {"logit_bais": {}}}), "did you mean logit_bias"),
+        (replace(SOUND, extra={"sampling_params": 3}), "must be a mapping"),
+    ],
+)
+def test_what_it_would_ignore_or_die_of_is_refused(request_: GenerateRequest, says: str) -> None:
+    with pytest.raises(ForbiddenError, match=says):
+        check_request(request_, LIMITS, SERVER)
+
+
+def test_logprobs_of_another_temperature_are_refused() -> None:
+    raw = replace(SERVER, logprobs_mode="raw_logprobs")
+    for temperature in (0.0, 1.0):
+        check_request(replace(SOUND, sampling=SamplingParams(8, temperature=temperature)), LIMITS, raw)
+    with pytest.raises(ForbiddenError, match="processed_logprobs"):
+        check_request(replace(SOUND, sampling=SamplingParams(8, temperature=0.7)), LIMITS, raw)

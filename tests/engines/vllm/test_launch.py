@@ -1,0 +1,214 @@
+"""Real vLLM servers, launched: what they are told, what they keep to themselves, and that nothing of them is left."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from millrace.config.models import VLLMEngineConfig
+from millrace.engines.join import join
+from millrace.engines.stock.launching import free_ports
+from millrace.engines.vllm.extension.millrace_vllm_keys import DATA, OPEN
+from millrace.engines.vllm.launch import choose_ports, launch
+from millrace.errors import LaunchError
+from tests.engines.processes import below, command_lines, logs, until_ended
+
+START_TIMEOUT = 300.0  # 20 s on a quiet machine
+
+
+def cpu_config(**settings: Any) -> VLLMEngineConfig:
+    return VLLMEngineConfig(kind="vllm", device="cpu", threads=1, start_timeout=START_TIMEOUT, **settings)
+
+
+@asynccontextmanager
+async def client(url: str, key: str | None) -> AsyncIterator[aiohttp.ClientSession]:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with aiohttp.ClientSession(url, headers=headers, timeout=aiohttp.ClientTimeout(60)) as session:
+        yield session
+
+
+async def generate(url: str, key: str | None) -> tuple[int, Any]:
+    body = {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 4, "ignore_eos": True, "temperature": 0.5}}
+    body["sampling_params"] |= {"logprobs": 0}  # type: ignore[operator]
+    async with client(url, key) as session, session.post("/inference/v1/generate", json=body) as response:
+        return response.status, await response.json()
+
+
+async def statuses(url: str, key: str | None, routes: list[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    found = {}
+    async with client(url, key) as session:
+        for method, path in routes:
+            async with session.request(method, path, json={}) as response:
+                found[method, path] = response.status
+    return found
+
+
+LAUNCHER = textwrap.dedent("""
+    import asyncio, json, sys
+    from pathlib import Path
+    from millrace.config.models import VLLMEngineConfig
+    from millrace.engines.vllm.launch import launch
+
+    async def main():
+        config, model, python, log_dir = sys.argv[1:]
+        launched = await launch(
+            VLLMEngineConfig.model_validate_json(config), Path(model), python=Path(python), replica=0,
+            log_dir=Path(log_dir), seed=5,
+        )
+        print(json.dumps([launched.url, launched.api_key, launched.admin_key, repr(launched)]), flush=True)
+        await asyncio.sleep(600)
+
+    asyncio.run(main())
+""")
+
+
+@pytest.fixture
+def launcher(tiny_model: Path, vllm_python: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own that launches an engine and prints what it got."""
+    config = cpu_config(engine_args={"served_model_name": "tuned", "enable_prefix_caching": False})
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, config.model_dump_json(), str(tiny_model), str(vllm_python), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+async def test_a_launched_server_keeps_its_keys_and_dies_with_its_launcher(
+    launcher: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    assert launcher.stdout is not None
+    url, api_key, admin_key, shown = json.loads(await asyncio.to_thread(launcher.stdout.readline))
+    tree = below(launcher.pid)
+
+    status, answer = await generate(url, api_key)
+    assert status == 200
+    assert len(answer["choices"][0]["token_ids"]) == 4
+    assert answer["model"] == "tuned"  # of engine_args
+
+    async with client(url, api_key) as session:
+        async with session.get("/openapi.json") as response:
+            described = await response.json()
+        async with session.get("/server_info") as response:
+            settings = (await response.json())["vllm_config"]
+        async with session.post("/v1/completions", json={"prompt": [1, 2], "max_tokens": 2}) as response:
+            assert response.status == 200
+    assert "seed=5" in settings
+    assert "enable_prefix_caching=False" in settings
+
+    routes = [(method.upper(), path) for path, methods in described["paths"].items() for method in methods]
+    control = [(method, path) for method, path in routes if method != "GET" and path not in DATA]
+    assert {"/pause", "/sleep", "/collective_rpc", "/update_weights", "/abort_requests"} <= {
+        path for _, path in control
+    }
+    guarded = [(method, path) for method, path in routes if path not in OPEN]
+    assert set((await statuses(url, None, guarded)).values()) == {401}
+    assert set((await statuses(url, "wrong", guarded)).values()) == {401}
+    assert set((await statuses(url, api_key, control)).values()) == {401}
+    harmless = [("POST", "/reset_prefix_cache"), ("POST", "/pause"), ("POST", "/resume"), ("GET", "/health")]
+    assert set((await statuses(url, admin_key, harmless)).values()) == {200}
+    assert (await statuses(url, None, [("GET", path) for path in OPEN])) == {("GET", path): 200 for path in OPEN}
+
+    readable = logs(tmp_path)["vllm-0.log"] + command_lines(tree) + shown + str(described) + settings
+    assert "serve.py" in readable
+    assert api_key not in readable
+    assert admin_key not in readable
+
+    assert len(tree) >= 3  # the guard, the server and its engine
+    os.kill(launcher.pid, signal.SIGKILL)
+    await asyncio.to_thread(until_ended, tree, 15)
+
+
+async def test_an_argument_that_vllm_does_not_know_ends_in_its_own_words(
+    tiny_model: Path, vllm_python: Path, tmp_path: Path
+) -> None:
+    before = below(os.getpid())
+    config = cpu_config(engine_args={"no_such_argument": 3})
+    with pytest.raises(LaunchError, match=r"(?s)vllm-0 ended with status 2.*unrecognized.*--no-such-argument=3"):
+        await launch(config, tiny_model, python=vllm_python, replica=0, log_dir=tmp_path, seed=0)
+    assert below(os.getpid()) <= before
+
+
+async def test_a_node_joins_serves_with_the_first_and_ends_with_it(
+    tiny_model: Path, vllm_python: Path, tmp_path: Path
+) -> None:
+    before, shared_before = below(os.getpid()), shared_memory()
+    (port,) = free_ports("127.0.0.1", 1)
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_HOST_IP": "127.0.0.1"}
+    settings = {"nnodes": 2, "tp_size": 2, "dist_init_addr": f"127.0.0.1:{port}", "env": env}
+    joined = asyncio.Event()
+    second = asyncio.create_task(
+        join(
+            cpu_config(node_rank=1, python=vllm_python, **settings),
+            tiny_model,
+            log_dir=tmp_path / "1",
+            seed=0,
+            ready=joined.set,
+        )
+    )
+    try:
+        first = await launch(
+            cpu_config(node_rank=0, **settings),
+            tiny_model,
+            python=vllm_python,
+            replica=0,
+            log_dir=tmp_path / "0",
+            seed=0,
+        )
+        try:
+            assert joined.is_set()
+            assert first.url is not None
+            status, answer = await generate(first.url, first.api_key)
+            assert status == 200
+            assert len(answer["choices"][0]["token_ids"]) == 4
+            async with (
+                client(first.url, first.api_key) as session,
+                session.get("/get_world_size") as response,
+            ):
+                assert await response.json() == {"world_size": 2}
+        finally:
+            await first.process.end()
+        with pytest.raises(LaunchError, match=f"node 0 is gone: nothing answers at 127.0.0.1:{port}|vllm-0 "):
+            await asyncio.wait_for(second, 30)
+    finally:
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+    assert below(os.getpid()) <= before
+    assert not {name for name in shared_memory() - shared_before if name.startswith("vllm_dist_")}
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def test_only_node_0_gets_a_port_for_http_and_no_port_twice() -> None:
+    alone = choose_ports(cpu_config(), 0)
+    assert alone.http is not None
+    assert (alone.rendezvous, alone.data_parallel) == (None, None)
+    both = choose_ports(cpu_config(nnodes=2, dp_size=2), 0)
+    assert both.rendezvous is not None
+    assert len({both.http, both.data_parallel, int(both.rendezvous.rpartition(":")[2])}) == 3
+    second = cpu_config(nnodes=2, dp_size=2, node_rank=1, dist_init_addr="10.0.0.1:6000", data_parallel_rpc_port=6001)
+    assert choose_ports(second, 0).http is None
+    assert choose_ports(second, 0).rendezvous == "10.0.0.1:6000"
+    assert choose_ports(second, 0).data_parallel == 6001
+
+
+def test_the_configs_port_is_taken_and_refused_when_it_is_not_free() -> None:
+    first, second = free_ports("127.0.0.1", 2)
+    assert choose_ports(cpu_config(replicas=2, ports=(first, second)), 1).http == second
+    with socket.create_server(("127.0.0.1", first)), pytest.raises(LaunchError, match=f"port {first} of 127.0.0.1"):
+        choose_ports(cpu_config(ports=(first,)), 0)

@@ -1,0 +1,105 @@
+"""What goes to vLLM and what its answers mean. That real servers speak so is for tests/conformance to show."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.engines.vllm.metrics import read_metrics
+from millrace.engines.vllm.wire import COMPLETIONS, GENERATE, Answer, encode, wire_id
+from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, Segment
+
+REQUEST = GenerateRequest("r", (1, 2, 3), SamplingParams(8, temperature=0.5, seed=7))
+
+
+def choice(path: str, ids: list[int], finish: str | None = None, **more: object) -> dict[str, Any]:
+    logprobs: object = {"content": [{"token_id": i, "logprob": -i / 8} for i in ids]}
+    if path == COMPLETIONS:
+        logprobs = {"token_logprobs": [-i / 8 for i in ids]}
+    return {"choices": [{"token_ids": ids, "finish_reason": finish, "logprobs": logprobs, **more}]}
+
+
+def answered(path: str, *bodies: dict[str, Any]) -> Generation:
+    answer = Answer()
+    for body in bodies:
+        answer.take(path, body)
+    return answer.generation(REQUEST, 4)
+
+
+def test_both_forms_ask_the_same() -> None:
+    tokens, completions = encode(GENERATE, REQUEST), encode(COMPLETIONS, REQUEST)
+    assert (tokens["token_ids"], completions["prompt"]) == (REQUEST.input_ids, REQUEST.input_ids)
+    sampling = tokens["sampling_params"]
+    assert isinstance(sampling, dict)
+    assert {name: completions[name] for name in sampling if name != "detokenize"} == {
+        name: value for name, value in sampling.items() if name != "detokenize"
+    }
+    assert (sampling["max_tokens"], sampling["temperature"], sampling["seed"], sampling["top_k"]) == (8, 0.5, 7, -1)
+
+
+def test_a_lora_adapter_is_a_model_and_extra_passes() -> None:
+    request = GenerateRequest(
+        "r", (1,), SamplingParams(1), {"lora_path": "a", "priority": 3, "sampling_params": {"min_tokens": 1}}
+    )
+    body = encode(GENERATE, request)
+    sampling = body["sampling_params"]
+    assert isinstance(sampling, dict)
+    assert (body["model"], body["priority"], sampling["min_tokens"]) == ("a", 3, 1)
+    assert "lora_path" not in body
+
+
+@pytest.mark.parametrize("path", [GENERATE, COMPLETIONS])
+@given(st.lists(st.integers(0, 500), max_size=12), st.data())
+def test_a_stream_comes_to_what_one_answer_would_be(path: str, ids: list[int], data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=4)))
+    pieces = [ids[begin:end] for begin, end in pairwise([0, *cuts, len(ids)])]
+    usage = {"choices": [], "usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}}
+    streamed = answered(path, *(choice(path, piece) for piece in pieces), choice(path, [], "length"), usage)
+    whole = answered(path, {**choice(path, ids, "length"), "usage": usage["usage"]})
+    assert streamed.output_ids == whole.output_ids == tuple(ids)
+    assert streamed.logprobs.tolist() == whole.logprobs.tolist() == [-i / 8 for i in ids]
+    assert (streamed.finish_reason, streamed.cached_tokens) == (FinishReason.LENGTH, 2)
+    assert streamed.segments == whole.segments == ((Segment(4, 0, len(ids)),) if ids else ())
+
+
+def test_a_server_that_tells_its_versions_is_believed() -> None:
+    spans = [{"version": "6", "start": 0, "end": 1}, {"version": "default", "start": 1, "end": 3}]
+    made = answered(GENERATE, choice(GENERATE, [5, 6, 7], "stop", weight_versions=spans))
+    assert made.segments == (Segment(6, 0, 1), Segment(None, 1, 3))
+
+
+def test_a_stream_without_an_end_was_aborted() -> None:
+    assert answered(GENERATE, choice(GENERATE, [5])).finish_reason is FinishReason.ABORT
+
+
+def test_what_has_no_place_of_its_own_is_passed_on() -> None:
+    made = answered(GENERATE, choice(GENERATE, [5], "stop", routed_experts="...", sampling_mask=None, stop_reason=5))
+    assert made.extra == {"routed_experts": "...", "stop_reason": 5}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"choices": [{"token_ids": [1], "finish_reason": "stop", "logprobs": None}]},
+        {"choices": [{"token_ids": [1], "finish_reason": "bored", "logprobs": {"content": [{"logprob": 0.0}]}}]},
+        {"choices": [{"token_ids": [1]}]},
+        {"object": "error"},
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_an_error(body: dict[str, Any]) -> None:
+    with pytest.raises((KeyError, ValueError)):
+        answered(GENERATE, body)
+
+
+def test_what_the_server_calls_a_request() -> None:
+    assert wire_id(GENERATE, "r#1") == "generate-tokens-r#1"
+    assert wire_id(COMPLETIONS, "r#1") == "cmpl-r#1-0"
+
+
+def test_metrics_are_summed_over_their_labels() -> None:
+    text = (
+        '# HELP x\nvllm:running{engine="0",why="a b"} 2.0\nvllm:running{engine="1"} 3.0\nprocess_fds 7\nvllm:e 1e-1\n'
+    )
+    assert read_metrics(text) == {"running": 5.0, "e": 0.1}
