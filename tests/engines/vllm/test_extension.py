@@ -1,0 +1,528 @@
+"""The extension that vLLM's workers load, on a real server: what it loads is what a server started from the same weights
+has, and what it can't load it refuses, whatever is sent.
+
+The model has all that makes loading hard: fused and sharded modules with biases, experts, tied embeddings, a vocabulary
+that vLLM pads, and weights in another dtype than the server's.
+"""
+
+import asyncio
+import json
+import mmap
+import os
+import random
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from millrace.conformance.sender import Sender
+from millrace.engines.vllm.launch import EXTENSION
+from millrace.launch.ports import free_port
+from millrace.launch.process import ServerProcess
+from millrace.train.tiny import make_tiny_tokenizer
+from millrace.weights.plan import layout, padded
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+START_DEADLINE = 300.0  # 20 s on a quiet machine
+PROMPTS = ([5, 9, 200, 17, 44, 3], [301, 8, 8, 120], [77])
+Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+Weights = dict[str, torch.Tensor]
+
+
+class SharedBucket:
+    """Tensors in a memory file, as a trainer lends them."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], name: str = "bucket") -> None:
+        self.specs = layout(
+            [(n, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for n, t in weights.items()]
+        )
+        size = sum(padded(spec.nbytes) for spec in self.specs)
+        self._fd = os.memfd_create(name)
+        os.ftruncate(self._fd, size)
+        self._bytes = torch.frombuffer(mmap.mmap(self._fd, size), dtype=torch.uint8)
+        for spec, tensor in zip(self.specs, weights.values(), strict=True):
+            self._bytes[spec.offset : spec.offset + spec.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
+
+    def described(self) -> dict[str, Any]:
+        tensors = [{key: getattr(s, key) for key in ("name", "dtype", "shape", "offset", "nbytes")} for s in self.specs]
+        return {"kind": "shared_memory", "path": f"/proc/{os.getpid()}/fd/{self._fd}", "tensors": tensors}
+
+    def take_back(self) -> None:
+        """The memory has other content from here on: whoever still reads it gets that."""
+        self._bytes.fill_(0x5A)
+        os.close(self._fd)
+
+
+class Server:
+    """A vLLM server with the extension, asked by plain HTTP."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def post(self, path: str, body: Any = None) -> Any:
+        async with self._session.post(path, json=body or {}) as response:
+            assert response.status == 200, await response.text()
+            return await response.json(content_type=None) if response.content_length else None
+
+    async def healthy(self) -> bool:
+        try:
+            async with self._session.get("/health") as response:
+                return response.status == 200
+        except aiohttp.ClientConnectionError:
+            return False
+
+    async def call(self, method: str, *args: str) -> Any:
+        answer = await self.post("/collective_rpc", {"method": f"millrace_{method}", "args": args})
+        [result] = answer["results"]
+        return result
+
+    async def done(self, method: str, *args: str) -> Any:
+        result = await self.call(method, *args)
+        assert "error" not in result, result
+        return result
+
+    async def refusal(self, method: str, *args: str) -> str:
+        result = await self.call(method, *args)
+        assert set(result) == {"error"}, result
+        return str(result["error"])
+
+    async def load(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
+        """One bucket, whose memory changes as soon as it is loaded."""
+        bucket = SharedBucket(weights)
+        result = await self.done("load", json.dumps(bucket.described()))
+        bucket.take_back()
+        ignored: list[str] = result["ignored"]
+        return ignored
+
+    async def refused_load(self, weights: Mapping[str, torch.Tensor]) -> str:
+        bucket = SharedBucket(weights)
+        error = await self.refusal("load", json.dumps(bucket.described()))
+        bucket.take_back()
+        return error
+
+    async def checksums(self) -> dict[str, str]:
+        sums: dict[str, str] = (await self.done("checksums"))["checksums"]
+        return sums
+
+    async def outputs(self) -> list[tuple[list[int], list[float]]]:
+        """Greedy tokens and their logprobs."""
+        made = []
+        for prompt in PROMPTS:
+            sampling = {"max_tokens": 12, "temperature": 0.0, "logprobs": 1, "ignore_eos": True}
+            answer = await self.post("/inference/v1/generate", {"token_ids": prompt, "sampling_params": sampling})
+            [choice] = answer["choices"]
+            made.append((choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]]))
+        return made
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        await self.post("/pause?mode=abort")
+        await self.post("/reset_prefix_cache")
+        yield
+        await self.post("/resume")
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What a server does and holds that was started from a folder of weights."""
+
+    folder: Path
+    weights: Weights
+    outputs: list[tuple[list[int], list[float]]]
+    checksums: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    server: Server
+    first: Truth
+    second: Truth
+
+
+def make_model(seed: int, folder: Path) -> None:
+    tokenizer = make_tiny_tokenizer()
+    config = Qwen2MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,  # vLLM's attention on the CPU has no kernel for heads of 16
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        mlp_only_layers=[0],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        qkv_bias=True,
+        tie_word_embeddings=True,
+        initializer_range=0.3,  # else experts and biases change no token
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2MoeForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases and norms are all 0 and 1
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@asynccontextmanager
+async def serving(folder: Path, python: Path, logs: Path) -> AsyncIterator[Server]:
+    port = free_port("127.0.0.1")
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--enforce-eager", "--kv-cache-memory-bytes", str(2**26), "--enable-scale-out"]
+    command += ["--distributed-executor-backend", "uni", "--worker-extension-cls", "millrace_vllm.Extension"]
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(EXTENSION)}
+    process = await ServerProcess.start("vllm", command, logs / f"vllm-{port}.log", env=environment)
+    try:
+        timeout = aiohttp.ClientTimeout(60)
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout) as session:
+            server = Server(session)
+            await process.until_healthy(server.healthy, deadline=START_DEADLINE)
+            yield server
+    finally:
+        await process.end()
+
+
+async def truth(server: Server, folder: Path) -> Truth:
+    weights = load_file(folder / "model.safetensors")
+    return Truth(folder, weights, await server.outputs(), await server.checksums())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def servers(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Subject]:
+    """A server of the first model, and what a server of the second did."""
+    folder = tmp_path_factory.mktemp("extension")
+    for seed in (0, 1):
+        make_model(seed, folder / str(seed))
+
+    async def second_alone() -> Truth:
+        async with serving(folder / "1", vllm_python, folder) as server:
+            return await truth(server, folder / "1")
+
+    second = asyncio.create_task(second_alone())
+    try:
+        async with serving(folder / "0", vllm_python, folder) as server:
+            yield Subject(server, await truth(server, folder / "0"), await second)
+    finally:
+        second.cancel()
+        await asyncio.wait([second])
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def subject(servers: Subject) -> AsyncIterator[Subject]:
+    """The server, paused, without an open update, with the weights of the first model."""
+    async with servers.server.paused():
+        await servers.server.call("abandon")
+        await servers.server.done("begin")
+        await servers.server.done("load", disk(servers.first.folder))
+        await servers.server.done("commit", "0")
+        yield servers
+        await servers.server.call("abandon")
+
+
+def disk(folder: Path) -> str:
+    return json.dumps({"kind": "disk", "path": str(folder)})
+
+
+async def must_be(server: Server, expected: Truth) -> None:
+    """The server does and holds what one does that was started from these weights."""
+    assert await server.checksums() == expected.checksums
+    await server.post("/resume")
+    assert await server.outputs() == expected.outputs
+    await server.post("/pause?mode=abort")
+    await server.post("/reset_prefix_cache")
+
+
+async def update(server: Server, version: str, buckets: list[Weights]) -> None:
+    await server.done("begin")
+    for bucket in buckets:
+        assert await server.load(bucket) == []
+    assert await server.done("commit", version) == {"version": version}
+
+
+async def test_the_two_models_differ(servers: Subject) -> None:
+    assert servers.first.outputs != servers.second.outputs
+    assert all(
+        value != servers.second.checksums[name]
+        for name, value in servers.first.checksums.items()
+        if ".attn." not in name
+    )
+
+
+async def test_buckets_in_any_order_that_part_fused_modules_anywhere(subject: Subject) -> None:
+    weights = list(subject.second.weights.items())
+    random.Random(5).shuffle(weights)
+    await update(subject.server, "7", [dict([weight]) for weight in weights])
+    await must_be(subject.server, subject.second)
+    state = await subject.server.done("state")
+    assert state == {"version": "7", "updating": False, "rank": 0, "world_size": 1, "protocol": 1}
+
+
+async def test_one_update_follows_another(subject: Subject) -> None:
+    for version, wanted in (("1", subject.second), ("2", subject.first), ("3", subject.second)):
+        await update(subject.server, version, [wanted.weights])
+        await must_be(subject.server, wanted)
+
+
+async def test_weights_from_a_folder(subject: Subject) -> None:
+    await subject.server.done("begin")
+    await subject.server.done("load", disk(subject.second.folder))
+    await subject.server.done("commit", "1")
+    await must_be(subject.server, subject.second)
+
+
+async def test_weights_in_the_servers_own_dtype_are_the_same(subject: Subject) -> None:
+    weights = {name: tensor.bfloat16() for name, tensor in subject.second.weights.items()}
+    await update(subject.server, "1", [weights])
+    await must_be(subject.server, subject.second)
+
+
+async def test_weights_from_a_process_group(subject: Subject) -> None:
+    server, weights = subject.server, subject.second.weights
+    sender = Sender("weights", "127.0.0.1", receivers=1, deadline=30)
+    group = {"name": "weights", "backend": "gloo", "address": "127.0.0.1", "port": sender.port, "rank_offset": 1}
+    group |= {"world_size": 2, "timeout": 30}
+    bucket = {"kind": "process_group", "group": "weights", "tensors": SharedBucket(weights).described()["tensors"]}
+    try:
+        await asyncio.gather(server.done("join", json.dumps(group)), asyncio.to_thread(sender.join))
+        assert "joined already" in await server.refusal("join", json.dumps(group))
+        await server.done("begin")
+        tensors = list(weights.values())
+        await asyncio.gather(server.done("load", json.dumps(bucket)), asyncio.to_thread(sender.broadcast, tensors))
+        await server.done("commit", "1")
+        await must_be(server, subject.second)
+        await server.done("leave", "weights")
+    finally:
+        await asyncio.to_thread(sender.close)
+    assert "no group weights" in await server.refusal("leave", "weights")
+    await server.done("begin")
+    assert "no group weights" in await server.refusal("load", json.dumps(bucket))
+
+
+async def test_waiting_for_a_sender_ends(subject: Subject) -> None:
+    server = subject.server
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        group = {"name": "alone", "backend": "gloo", "address": "127.0.0.1", "port": silent.getsockname()[1]}
+        group |= {"rank_offset": 1, "world_size": 2, "timeout": 0.5}
+        assert "could not join group alone" in await server.refusal("join", json.dumps(group))
+    sender = Sender("late", "127.0.0.1", receivers=1, deadline=30)
+    group = {"name": "late", "backend": "gloo", "address": "127.0.0.1", "port": sender.port, "rank_offset": 1}
+    group |= {"world_size": 2, "timeout": 1}
+    bucket = {"kind": "process_group", "group": "late"}
+    bucket |= {"tensors": SharedBucket(subject.second.weights).described()["tensors"]}
+    try:
+        await asyncio.gather(server.done("join", json.dumps(group)), asyncio.to_thread(sender.join))
+        await server.done("begin")
+        assert "the broadcast did not come" in await server.refusal("load", json.dumps(bucket))
+        assert await server.done("abandon") == {"torn": False}
+        await server.done("leave", "late")
+    finally:
+        await asyncio.to_thread(sender.close)
+    await must_be(server, subject.first)
+
+
+async def test_a_buckets_memory_is_let_go(subject: Subject) -> None:
+    def mapped(name: str) -> bool:
+        for maps in Path("/proc").glob("[0-9]*/maps"):
+            try:
+                if maps.parent.name != str(os.getpid()) and name in maps.read_text():
+                    return True
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+        return False
+
+    name = f"millrace-test-{os.getpid()}"
+    await subject.server.done("begin")
+    for weights in ({Q: subject.second.weights[Q]}, {NORM: subject.second.weights[NORM]}, {NORM: torch.zeros(3)}):
+        bucket = SharedBucket(weights, name)
+        await subject.server.call("load", json.dumps(bucket.described()))
+        assert not mapped(name)
+        bucket.take_back()
+
+
+async def test_a_changed_element_is_seen(subject: Subject) -> None:
+    for name in (Q, EXPERT, NORM, EMBEDDING):
+        changed = subject.first.weights[name].clone()
+        changed.view(-1)[7] += 0.5
+        await update(subject.server, "1", [{**subject.first.weights, name: changed}])
+        sums = await subject.server.checksums()
+        differing = {key for key, value in sums.items() if value != subject.first.checksums[key]}
+        assert len(differing) == (2 if name == EMBEDDING else 1), (name, differing)
+
+
+async def test_moved_elements_are_seen(subject: Subject) -> None:
+    swapped = subject.first.weights[Q].roll(4, dims=1)
+    await update(subject.server, "1", [{**subject.first.weights, Q: swapped}])
+    sums = await subject.server.checksums()
+    assert [key for key, value in sums.items() if value != subject.first.checksums[key]] == [
+        "model.layers.0.self_attn.qkv_proj.weight"
+    ]
+
+
+@pytest.mark.parametrize("sent", [(Q,), (Q, K), (EXPERT,), ("model.layers.0.mlp.gate_proj.weight", NORM)])
+async def test_a_module_in_part_is_no_update(subject: Subject, sent: tuple[str, ...]) -> None:
+    server = subject.server
+    await server.done("begin")
+    await server.load({name: subject.second.weights[name] for name in sent})
+    error = await server.refusal("commit", "1")
+    module = {Q: "self_attn.qkv_proj", EXPERT: "mlp.experts"}.get(sent[0], "mlp.gate_up_proj")
+    assert "only parts of" in error
+    assert module in error
+    torn = (await server.done("abandon"))["torn"]
+    assert torn == (NORM in sent)  # nothing else was written
+    if not torn:
+        await must_be(server, subject.first)
+
+
+async def test_the_rest_of_a_module_completes_it(subject: Subject) -> None:
+    server, weights = subject.server, dict(subject.second.weights)
+    await server.done("begin")
+    await server.load({Q: weights.pop(Q)})
+    assert "only parts" in await server.refusal("commit", "1")
+    await server.load(weights)
+    await server.done("commit", "1")
+    await must_be(server, subject.second)
+
+
+async def test_what_an_abandoned_update_has_changed_must_come_again(subject: Subject) -> None:
+    server, second = subject.server, subject.second.weights
+    lower = {name: tensor for name, tensor in second.items() if ".layers.0." in name}
+    await server.done("begin")
+    await server.load(lower)
+    assert await server.done("abandon") == {"torn": True}
+    assert (await server.done("state"))["version"] is None
+    await server.post("/resume")
+    await server.outputs()  # garbage, and yet answered: every module has its memory
+    await server.post("/pause?mode=abort")
+    await server.done("begin")
+    await server.load({name: tensor for name, tensor in second.items() if name not in lower})
+    assert "given up" in await server.refusal("commit", "2")
+    await server.load(lower)
+    await server.done("commit", "2")
+    await must_be(server, subject.second)
+    assert await server.done("abandon") == {"torn": False}
+
+
+async def test_tied_embeddings_may_come_under_both_names(subject: Subject) -> None:
+    server, weights = subject.server, subject.second.weights
+    await update(server, "1", [{HEAD: weights[EMBEDDING]}, weights])
+    await must_be(server, subject.second)
+    await server.done("begin")
+    await server.load({HEAD: weights[EMBEDDING]})
+    assert EMBEDDING in await server.refusal("commit", "2")
+    await server.load({**weights, EMBEDDING: weights[EMBEDDING] + 1})
+    assert "differ" in await server.refusal("commit", "2")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.layers.0.self_attn.z_proj.weight", lambda _: torch.zeros(4)),
+        ("anything", lambda _: torch.zeros(4)),
+        (Q, lambda tensor: torch.cat([tensor, tensor])),
+        (Q, lambda tensor: tensor[:-1]),
+        (Q, lambda tensor: tensor.reshape(-1)),
+        (Q, lambda tensor: tensor.to(torch.int32)),
+        (EXPERT, lambda tensor: torch.cat([tensor, tensor], 1)),
+        (EMBEDDING, lambda tensor: tensor[:-1]),
+        (NORM, lambda tensor: tensor[:1]),
+    ],
+)
+async def test_a_tensor_that_does_not_fit_changes_nothing(subject: Subject, name: str, change: Any) -> None:
+    server = subject.server
+    await server.done("begin")
+    bad = change(subject.second.weights.get(name))
+    assert name in await server.refused_load({NORM: subject.second.weights[NORM], name: bad})
+    assert await server.checksums() == subject.first.checksums
+    assert await server.done("abandon") == {"torn": False}
+
+
+async def test_a_name_without_a_place_is_told(subject: Subject) -> None:
+    await subject.server.done("begin")
+    unused = "model.layers.0.self_attn.o_proj.bias"
+    assert await subject.server.load({unused: torch.zeros(64), NORM: subject.second.weights[NORM]}) == [unused]
+
+
+async def test_a_tensor_comes_once(subject: Subject) -> None:
+    await subject.server.done("begin")
+    await subject.server.load({Q: subject.second.weights[Q]})
+    assert "twice" in await subject.server.refused_load({Q: subject.second.weights[Q]})
+
+
+async def test_calls_out_of_order_are_refused(subject: Subject) -> None:
+    server = subject.server
+    assert "no update is open" in await server.refused_load({NORM: subject.second.weights[NORM]})
+    assert "no update is open" in await server.refusal("commit", "1")
+    assert await server.done("abandon") == {"torn": False}
+    await server.done("begin")
+    assert "open already" in await server.refusal("begin")
+    assert "nothing was loaded" in await server.refusal("commit", "1")
+    assert (await server.done("state"))["updating"] is True
+
+
+def tensor(**changes: Any) -> dict[str, Any]:
+    return {"name": NORM, "dtype": "float32", "shape": [64], "offset": 0, "nbytes": 256, **changes}
+
+
+SHARE = {"device": "GPU-0", "handle": "", "storage_bytes": 256, "storage_offset": 0, "ref_counter_handle": ""}
+SHARE |= {"ref_counter_offset": 0, "event_handle": "", "event_sync_required": False}
+
+
+@pytest.mark.parametrize(
+    "bucket",
+    [
+        "no json",
+        "[]",
+        "{}",
+        '{"kind": "pickle"}',
+        '{"kind": "disk", "path": "/nowhere"}',
+        '{"kind": "disk"}',
+        '{"kind": "shared_memory", "path": "/proc/1/fd/12345", "tensors": []}',
+        '{"kind": "shared_memory", "path": "/dev/null", "tensors": []}',
+        '{"kind": "shared_memory", "path": "/proc", "tensors": []}',
+        '{"kind": "shared_memory", "path": ["/proc"], "tensors": []}',
+        *(
+            json.dumps({"kind": "shared_memory", "path": __file__, "tensors": [described]})
+            for described in (
+                "tensor",
+                tensor(dtype="quaternion"),
+                tensor(dtype=None),
+                tensor(shape=[65]),
+                tensor(shape=[-64, -1]),
+                tensor(shape="64"),
+                tensor(offset=-256),
+                tensor(offset=2),
+                tensor(offset=1 << 40),
+                tensor(offset=True),
+                tensor(nbytes=255),
+            )
+        ),
+        json.dumps({"kind": "cuda_ipc", "shares": [], "nbytes": 256, "tensors": [tensor()]}),
+        json.dumps({"kind": "cuda_ipc", "shares": [SHARE], "nbytes": 256, "tensors": [tensor()]}),
+    ],
+)
+async def test_a_bad_bucket_is_an_error(subject: Subject, bucket: str) -> None:
+    await subject.server.done("begin")
+    assert len(await subject.server.refusal("load", bucket)) < 400
+    assert await subject.server.done("abandon") == {"torn": False}
+    assert await subject.server.checksums() == subject.first.checksums
