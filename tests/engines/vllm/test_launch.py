@@ -212,3 +212,9 @@ def test_the_configs_port_is_taken_and_refused_when_it_is_not_free() -> None:
     assert choose_ports(cpu_config(replicas=2, ports=(first, second)), 1).http == second
     with socket.create_server(("127.0.0.1", first)), pytest.raises(LaunchError, match=f"port {first} of 127.0.0.1"):
         choose_ports(cpu_config(ports=(first,)), 0)
+
+
+async def test_a_model_that_would_kill_it_is_refused_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_attention_heads": 4}')
+    with pytest.raises(LaunchError, match="no attention over heads of 16 elements, only of 32, 64"):
+        await launch(cpu_config(), tmp_path, python=tmp_path, replica=0, log_dir=tmp_path, seed=0)

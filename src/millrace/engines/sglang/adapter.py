@@ -106,8 +106,7 @@ class SGLangEngine(StockEngine):
     async def _halt(self, mode: PauseMode) -> None:
         """SGLang's own way of aborting looks once a second whether all have ended, so they are ended before."""
         if mode is PauseMode.ABORT:
-            await self._abort_all()
-            await self._end(self._calls.sent)
+            await self._until_ended(self._calls.sent, lambda _: self._abort_all())
         await self._control("/pause_generation", {"mode": PAUSE_MODES[mode]}, deadline=PAUSE_DEADLINE, repeatable=True)
 
     async def _go_on(self) -> None:

@@ -91,11 +91,12 @@ class StockEngine(HttpEngine):
             yield call.finished
 
     async def abort(self, request_id: str | None = None) -> None:
-        """Again and again until they have come back: a request that is on its way to the scheduler is not hit."""
         served = await self._calls.abort(request_id)
-        if request_id is None:
-            await self._abort_all()  # those of others too
-        await self._end(served)
+        if request_id is not None:
+            await self._until_ended(served, self._abort)
+            return
+        await self._abort_all()  # those of others too
+        await self._until_ended(served, lambda _: self._abort_all())
 
     async def pause(self, mode: PauseMode) -> None:
         async with self._controlling():
@@ -324,10 +325,12 @@ class StockEngine(HttpEngine):
         finally:
             self._controls.release()
 
-    async def _end(self, served: Sequence[str]) -> None:
-        end = time.monotonic() + ABORT_DEADLINE
-        while (left := [name for name in self._calls.sent if name in served]) and time.monotonic() < end:
-            await self._abort(left)
+    async def _until_ended(self, served: Sequence[str], abort: Callable[[Sequence[str]], Awaitable[None]]) -> None:
+        """Aborts again and again until they have come back, since one that is on its way to the scheduler is not hit;
+        up to a deadline, since a stream comes back only as fast as it is read."""
+        end, awaited = time.monotonic() + ABORT_DEADLINE, set(served)
+        while (left := [name for name in self._calls.sent if name in awaited]) and time.monotonic() < end:
+            await abort(left)
             await asyncio.sleep(IDLE_POLL_SECONDS)
 
     async def _become(self, state: ServerState) -> None:

@@ -58,9 +58,8 @@ class VLLMEngine(StockEngine):
             self._version = await self._served_version()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
-        """The server resets its cache under requests that are paused, too: those are waited for here."""
         end = time.monotonic() + deadline
-        while self._calls.any_sent or not (await self._control("/reset_prefix_cache", None))["success"]:
+        while not (await self._control("/reset_prefix_cache", None))["success"]:
             if time.monotonic() + IDLE_POLL_SECONDS >= end:
                 raise EngineTimeout(self.name, f"/reset_prefix_cache: requests still ran after {deadline:.0f} s")
             await asyncio.sleep(IDLE_POLL_SECONDS)
@@ -103,21 +102,21 @@ class VLLMEngine(StockEngine):
         return replace(facts.info, weight_version=await self._served_version())
 
     async def _generate(self, request: GenerateRequest, deadline: float) -> Generation:
-        path = self._known.path
+        path, version = self._known.path, self._version
         body = await self._http.generate(path, encode(path, request), deadline=deadline)
         answer = Answer()
         self._understood(path, lambda: answer.take(path, body))
-        return self._understood(path, lambda: answer.generation(request, self._version))
+        return self._understood(path, lambda: answer.generation(request, version))
 
     async def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
-        path = self._known.path
+        path, version = self._known.path, self._version
         answer = Answer()
 
         def with_more(event: Mapping[str, Any]) -> Generation:
             answer.take(path, event)
-            return answer.generation(request, self._version)
+            return answer.generation(request, version)
 
-        made = answer.generation(request, self._version)
+        made = answer.generation(request, version)
         async for event in self._events(path, encode(path, request, stream=True), deadline):
             made = self._understood(path, partial(with_more, event))
             if answer.finish_reason is None:
@@ -139,7 +138,7 @@ class VLLMEngine(StockEngine):
         """Its mode keep drops what is in the KV cache, which is what retract means, unless it is told not to."""
         await self._control(PAUSES[mode], None, repeatable=True)
         if mode is PauseMode.ABORT:
-            await self._end(self._calls.sent)  # what came too late for that waits in the server
+            await self._until_ended(self._calls.sent, self._abort)  # what came too late for that waits in the server
 
     async def _go_on(self) -> None:
         await self._control("/resume", None, repeatable=True)

@@ -245,6 +245,8 @@ def environment(config: VLLMEngineConfig) -> dict[str, str]:
     if config.device == "cpu":
         variables["OMP_NUM_THREADS"] = str(config.threads or 1)
         variables.setdefault("CUDA_VISIBLE_DEVICES", "")
+        # Or the first request waits for a C++ compiler, half a minute on a busy machine, for two small functions.
+        variables.setdefault("TORCHDYNAMO_DISABLE", "1")
         if alone_on_cpu(config):
             variables.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # or vLLM overrules the executor
     return variables

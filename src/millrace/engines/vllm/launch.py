@@ -1,5 +1,6 @@
 """Starts a vLLM server: one process, or one for each of its nodes."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,14 @@ from millrace.config.models import VLLMEngineConfig
 from millrace.engines.stock.arguments import Node, local_ranks
 from millrace.engines.stock.launching import Launched, free_ports, new_keys, start_nodes
 from millrace.engines.vllm.arguments import Ports, nodes
+from millrace.errors import LaunchError
 from millrace.launch.ports import free_port, require_free
 
 # Not imported: these are the engine's.
 SERVE = Path(__file__).with_name("serve.py")
 EXTENSION = Path(__file__).with_name("extension")
 # In shared memory, from a killed server of several ranks: the first carry their collectives, the others their messages.
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 LEFTOVERS = ("vllm_dist_*", "psm_*", "sem.mp-*")
 
 
@@ -26,6 +29,8 @@ async def launch(
     Raises ConfigError when engine_args or env contradict the settings, and LaunchError, with the end of the server's
     log, when it does not come up; nothing is left running then.
     """
+    if config.device == "cpu":
+        require_heads(model_path)
     name = f"vllm-{replica}"
     api_key, admin_key = new_keys()
     planned = nodes(
@@ -48,6 +53,18 @@ async def launch(
         deadline=config.start_timeout,
     )
     return Launched(name, planned[0].url, api_key, admin_key, server)
+
+
+def require_heads(model_path: Path) -> None:
+    """Raises LaunchError for a model whose first request would kill vLLM on the CPU."""
+    try:
+        model = json.loads((model_path / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise LaunchError(f"{model_path / 'config.json'} can't be read: {error}") from error
+    size = model.get("head_dim") or model.get("hidden_size", 0) // model.get("num_attention_heads", 1)
+    if size and size not in CPU_HEADS:
+        known = ", ".join(map(str, CPU_HEADS))
+        raise LaunchError(f"vLLM on the CPU computes no attention over heads of {size} elements, only of {known}")
 
 
 def with_extension(node: Node) -> Node:
