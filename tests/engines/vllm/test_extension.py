@@ -1,5 +1,5 @@
-"""The extension that vLLM's workers load, on a real server: what it loads is what a server started from the same weights
-has, and what it can't load it refuses, whatever is sent.
+"""The extension that vLLM's workers load, on a real server: what it loads is what a server started from the same
+weights has, and what it can't load it refuses, whatever is sent.
 
 The model has all that makes loading hard: fused and sharded modules with biases, experts, tied embeddings, a vocabulary
 that vLLM pads, and weights in another dtype than the server's.
@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 import random
-import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -321,15 +320,13 @@ async def test_weights_from_a_process_group(subject: Subject) -> None:
 
 async def test_waiting_for_a_sender_ends(subject: Subject) -> None:
     server = subject.server
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        group = {"name": "alone", "backend": "gloo", "address": "127.0.0.1", "port": silent.getsockname()[1]}
-        group |= {"rank_offset": 1, "world_size": 2, "timeout": 0.5}
-        assert "could not join group alone" in await server.refusal("join", json.dumps(group))
+    group: dict[str, Any] = {"name": "alone", "backend": "gloo", "address": "127.0.0.1", "rank_offset": 1}
+    group |= {"port": free_port("127.0.0.1"), "world_size": 2, "timeout": 0.5}
+    assert "could not join group alone" in await server.refusal("join", json.dumps(group))
     sender = Sender("late", "127.0.0.1", receivers=1, deadline=30)
-    group = {"name": "late", "backend": "gloo", "address": "127.0.0.1", "port": sender.port, "rank_offset": 1}
-    group |= {"world_size": 2, "timeout": 1}
-    bucket = {"kind": "process_group", "group": "late"}
-    bucket |= {"tensors": SharedBucket(subject.second.weights).described()["tensors"]}
+    group |= {"name": "late", "port": sender.port, "timeout": 1}
+    tensors = SharedBucket(subject.second.weights).described()["tensors"]
+    bucket = {"kind": "process_group", "group": "late", "tensors": tensors}
     try:
         await asyncio.gather(server.done("join", json.dumps(group)), asyncio.to_thread(sender.join))
         await server.done("begin")

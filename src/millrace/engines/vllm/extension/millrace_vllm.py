@@ -98,7 +98,7 @@ def tell_of_replica(result: dict[str, Any], rank: int, parallel: Any) -> None:
     the others the last rank throws, whichever has failed: the answers of those before it have been read by then."""
     if parallel.data_parallel_index == 0:
         return
-    failed = torch.tensor(int("error" in result))
+    failed = torch.tensor(int("error" in result), device="cpu")
     for group in (get_tp_group(), get_pp_group()):
         if group.world_size > 1:
             dist.all_reduce(failed, dist.ReduceOp.MAX, group=group.cpu_group)
@@ -278,13 +278,12 @@ class Weights:
         self._model, self._config, self._device = model, config, device
         parallel = config.parallel_config
         self._plan = Plan(model, config.model_config.dtype, parallel.tensor_parallel_size * parallel.data_parallel_size)
-        self._finished_last = [
-            # What vLLM finishes after all others, since it takes from them (MLA): attention.
-            path for path, module in self._plan.modules.items() if hasattr(module, "process_weights_after_loading")
-        ]  # fmt: skip
+        # Attention: vLLM finishes it after all others, since it takes from them (MLA).
+        modules = self._plan.modules.items()
+        self._finished_last = [path for path, module in modules if hasattr(module, "process_weights_after_loading")]
         self._kept = [
             (path, name)
-            for path, module in self._plan.modules.items()
+            for path, module in modules
             for name, tensor in {**module._parameters, **module._buffers}.items()
             if tensor is not None and name not in module._non_persistent_buffers_set
         ]
