@@ -20,7 +20,13 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from millrace.config.models import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, TinyModelConfig
+from millrace.config.models import (
+    EmbeddedEngineConfig,
+    EngineConfig,
+    SGLangEngineConfig,
+    TinyModelConfig,
+    VLLMEngineConfig,
+)
 from millrace.conformance import CHECKS, Outcome, Runner, Subject
 from millrace.conformance.report import Report, capability_table, check_table, from_json, report, to_json
 from millrace.engines import environments
@@ -31,6 +37,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "conformance.md"
 REPORTS = DOCS / "reports"
 SGLANG_VERSIONS = ("0.5.23", "0.5.15")
+VLLM_VERSION = "0.32.0"
 START_TIMEOUT = 240.0
 
 
@@ -40,6 +47,20 @@ def sglang(version: str) -> EngineConfig:
     )
     return SGLangEngineConfig(
         kind="sglang", version=version, device="cpu", python=environment.python, threads=1, start_timeout=START_TIMEOUT
+    )
+
+
+def vllm() -> EngineConfig:
+    environment = environments.install(
+        "vllm", VLLM_VERSION, "cpu", python=sys.executable, progress=lambda what, *_: print(what, flush=True)
+    )
+    return VLLMEngineConfig(
+        kind="vllm",
+        version=VLLM_VERSION,
+        device="cpu",
+        python=environment.python,
+        threads=1,
+        start_timeout=START_TIMEOUT,
     )
 
 
@@ -89,7 +110,7 @@ def main() -> None:
         return
     (REPORTS / "CPU").mkdir(parents=True, exist_ok=True)
     for one in examine_all(
-        (EmbeddedEngineConfig(kind="embedded", threads=1), *map(sglang, SGLANG_VERSIONS)), hidden_size=64
+        (EmbeddedEngineConfig(kind="embedded", threads=1), *map(sglang, SGLANG_VERSIONS), vllm()), hidden_size=64
     ):
         (REPORTS / "CPU" / f"{one.kind}-{one.engine_version}.json").write_bytes(to_json(one))
     reports = {

@@ -67,7 +67,7 @@ async def measure_publish(
         flush=True,
     )
 
-    async def committed(_: str) -> None:
+    async def ignore(*_: object) -> None:
         return
 
     version = 0
@@ -78,7 +78,14 @@ async def measure_publish(
         for _ in range(arguments.repeats + 2):
             version += 1
             report = await publish(
-                [target], tensors, version, transport, bucket_bytes=mebibytes * MIB, deadline=120, committed=committed
+                [target],
+                tensors,
+                version,
+                transport,
+                bucket_bytes=mebibytes * MIB,
+                deadline=120,
+                committed=ignore,
+                unrestored=ignore,
             )
             assert not report.failed, report.failed
             reports.append(report)

@@ -36,7 +36,7 @@ async def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other") / "model"
-    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64), 1, folder)
+    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 1, folder)
     return folder
 
 

@@ -3,13 +3,26 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.fleet.membership import Attested, Died, Distrusted, Event, Member, Phase, Slept, Snapshot, Woke, after
+from millrace.fleet.membership import (
+    Attested,
+    Died,
+    Distrusted,
+    Emptied,
+    Event,
+    Member,
+    Phase,
+    Slept,
+    Snapshot,
+    Woke,
+    after,
+)
 from millrace.fleet.routing import least_loaded
 from millrace.types import ALL_MEMORY, MemoryTag
 
 tags = st.frozensets(st.sampled_from(MemoryTag))
 events: st.SearchStrategy[Event] = st.one_of(
     st.builds(Attested, st.integers(0, 9)),
+    st.builds(Emptied),
     st.builds(Slept, tags),
     st.builds(Woke, tags),
     st.builds(Distrusted, st.just("other bytes")),
@@ -32,6 +45,8 @@ def test_what_serves_was_attested_after_its_weights_last_slept_and_never_distrus
         match event:
             case Attested(version):
                 attested = version
+            case Emptied():
+                attested = None
             case Slept(what):
                 asleep |= what
                 attested = None if MemoryTag.WEIGHTS in what else attested

@@ -1,6 +1,7 @@
 """`millrace doctor URL`: the checks that every engine of Millrace's passes, made on a server that runs."""
 
 import asyncio
+import signal
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -100,10 +101,17 @@ async def _examine(
 async def _leave(runner: Runner, kind: Kind) -> None:
     """After Ctrl-C. What is done here takes a while, and a second Ctrl-C ends it."""
     said = f"it may be paused, asleep or hold other weights: start it again, or POST to it {BY_HAND[kind.value]}"
+    task = asyncio.current_task()
+    assert task is not None
+    # A KeyboardInterrupt, which would come by itself, ends in whatever task it hits.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
     try:
         print("bringing the server back as it was; Ctrl-C again leaves it as it is", file=sys.stderr, flush=True)
         await runner.leave()
         said = f"{runner.lost}; {said}" if runner.lost else "the server serves as before, with the model's weights"
+    except asyncio.CancelledError:
+        task.uncancel()  # the first one is asyncio.run's to count
+        raise
     finally:
         print(said, file=sys.stderr)
 

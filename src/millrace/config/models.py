@@ -164,8 +164,8 @@ class VLLMEngineConfig(StockEngineConfig):
         world = self.tp_size * self.dp_size
         if self.ep_size not in (1, world):
             raise ValueError(
-                f"vLLM spreads experts over all of tp_size x dp_size = {world} ranks or over none; ep_size "
-                f"{self.ep_size} is neither {world} nor 1"
+                f"vLLM spreads experts over all of tp_size x dp_size = {world} ranks or over none (1); ep_size is "
+                f"{self.ep_size}"
             )
         if world * self.pp_size % self.nnodes:
             raise ValueError(

@@ -115,7 +115,7 @@ async def send_by_memory(
     assert transport is not None
     size = sum(tensor.nbytes for tensor in tensors.values())
 
-    async def committed(_engine: str) -> None:
+    async def ignore(*_: object) -> None:
         return
 
     try:
@@ -126,7 +126,8 @@ async def send_by_memory(
             transport,
             bucket_bytes=min(size // 3 + 1, LARGEST_BUCKET),
             deadline=LOAD_DEADLINE,
-            committed=committed,
+            committed=ignore,
+            unrestored=ignore,
         )
     finally:
         transport.close()

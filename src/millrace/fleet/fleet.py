@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.engines.start import Started
-from millrace.errors import EngineError, EngineFailed, EngineUnreachable, NoEngineError, PublishError
-from millrace.fleet.membership import Attested, Died, Distrusted, Event, Member, Slept, Snapshot, Woke, after
+from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineUnreachable, NoEngineError, PublishError
+from millrace.fleet.membership import Attested, Died, Distrusted, Emptied, Event, Member, Slept, Snapshot, Woke, after
 from millrace.fleet.routing import least_loaded
 from millrace.types import ALL_MEMORY, Capability, GenerateRequest, Generation, Health, MemoryTag
 from millrace.weights.publisher import PublishReport, PublishTarget, publish
@@ -99,12 +99,13 @@ class Fleet:
 
         `tensors` is consumed lazily and in a thread. Raises PublishError when no engine takes it, when another publish
         is under way, or when `version` is not above the last one; whatever is raised, the old version goes on serving
-        where it was.
+        where it was, unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves
+        again after the next publish.
         """
         if self._transport is None:
             raise PublishError(
-                "there is no way to hand tensors from this process to all of the engines; SGLang with dp_size above 1 "
-                "takes weights from disk only"
+                "there is no way to hand tensors from this process to all of the engines; with dp_size above 1, and a "
+                "vLLM that was started without Millrace's extension, they take weights from disk only"
             )
         if self._publishing:
             raise PublishError(f"version {version} can't be published while another version is on its way")
@@ -123,6 +124,15 @@ class Fleet:
             self._published = version
             await self._apply(name, Attested(version))
 
+        emptied: set[str] = set()
+
+        async def unrestored(name: str, error: EngineError) -> None:
+            if isinstance(error, EngineRefused):
+                emptied.add(name)
+                await self._apply(name, Emptied())
+            else:
+                await self._apply(name, Distrusted(str(error)))
+
         self._publishing = True
         try:
             report = await publish(
@@ -133,12 +143,14 @@ class Fleet:
                 bucket_bytes=bucket_bytes,
                 deadline=deadline,
                 committed=committed,
+                unrestored=unrestored,
             )
         finally:
             self._publishing = False
         for name, error in report.failed.items():
             logger.error("version %d: %s is out of rotation: %s", version, name, error)
-            await self._apply(name, Distrusted(str(error)))
+            if not (isinstance(error, EngineRefused) and name in emptied):
+                await self._apply(name, Distrusted(str(error)))
         return report
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:

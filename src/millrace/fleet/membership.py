@@ -69,6 +69,11 @@ class Woke:
 
 
 @dataclass(frozen=True, slots=True)
+class Emptied:
+    """The engine is sound, but an update was given up half-way: it has no version before the next publish."""
+
+
+@dataclass(frozen=True, slots=True)
 class Distrusted:
     reason: str
 
@@ -78,7 +83,7 @@ class Died:
     reason: str
 
 
-Event = Attested | Slept | Woke | Distrusted | Died
+Event = Attested | Emptied | Slept | Woke | Distrusted | Died
 
 
 def after(member: Member, event: Event) -> Member:
@@ -88,6 +93,8 @@ def after(member: Member, event: Event) -> Member:
     match event:
         case Attested(version):
             return replace(member, phase=Phase.READY, version=version)
+        case Emptied():
+            return replace(member, version=None)
         case Slept(what):
             kept = None if MemoryTag.WEIGHTS in what else member.version
             return replace(member, asleep=member.asleep | what, version=kept)

@@ -20,6 +20,7 @@ from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTime
 # uvicorn, which serves the stock engines, closes an idle connection after 5 s. A client that keeps one for longer will
 # sooner or later send a request into a connection that is being closed, and can't know whether it arrived.
 KEEPALIVE_SECONDS = 4.0
+JSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 RETRY_PAUSES = (0.05, 0.2, 0.8)
 ERROR_TEXT_LIMIT = 500
 LARGEST_PORT = 65535
@@ -114,7 +115,7 @@ class HttpClient:
         return self._session(channel).request(
             method,
             url,
-            data=None if body is None else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY),
+            data=None if body is None else orjson.dumps(body, option=JSON),
             timeout=aiohttp.ClientTimeout(total=max(deadline, 0.001)),
         )
 

@@ -81,16 +81,19 @@ def sweep(patterns: list[str], since: float) -> None:
     found = {path for pattern in patterns for path in Path("/dev/shm").glob(pattern)}  # noqa: S108 # no temporary file
     if not found:
         return
-    mapped = ""
+    mapped = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
-            mapped += maps.read_text(errors="replace")
+            lines = maps.read_text(errors="replace").splitlines()
         except OSError:
             continue  # it ended, or is another user's, and so are its files
+        # By inode: whoever has just made a semaphore has it under the name that it had before it was given this one.
+        mapped |= {int(line.split()[4]) for line in lines if "/dev/shm/" in line}  # noqa: S108 # no temporary file
     for path in found:
         try:
             status = path.stat()
-            if status.st_uid == os.getuid() and since <= status.st_ctime < time.time() - 1 and str(path) not in mapped:
+            ours = status.st_uid == os.getuid() and since <= status.st_ctime < time.time() - 1
+            if ours and status.st_ino not in mapped:
                 path.unlink()
         except FileNotFoundError:
             continue  # another guard was faster

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 
+STEP_SHARE = 0.5  # of what is left of the whole transaction's time
+ROLLBACK_DEADLINE = 10.0
+
+
 @dataclass(frozen=True, slots=True)
 class PublishTarget:
     """An engine to publish to, with what it said of itself."""
@@ -89,21 +93,24 @@ async def publish(
     bucket_bytes: int,
     deadline: float,
     committed: Callable[[str], Awaitable[None]],
+    unrestored: Callable[[str, EngineError], Awaitable[None]],
 ) -> PublishReport:
     """Brings `tensors` as `version` into every target, and proves it by checksums before it is committed: those of
     what was sent where an engine can name them, otherwise engines alike must hold the same.
 
-    `committed` is called with an engine's name as soon as that engine has committed; it is true also when this raises
-    later on. An engine that is not done after `deadline` seconds has failed. Raises PublishError when no engine took
-    the version.
+    `committed` is called with an engine's name as soon as that engine has committed, `unrestored` when one could not be
+    brought back to what it served before; both are true also when this raises later on. An engine that is not done
+    after `deadline` seconds has failed, and so has one that takes half of what is left of them for one step: the others
+    need the rest. Raises PublishError when no engine took the version.
     """
     started = time.monotonic()
+    ends = started + deadline
     updates = [_Update(target) for target in targets]
     try:
         async with asyncio.timeout(deadline):
-            checksums, nbytes, stage_seconds = await _load(updates, tensors, version, transport, bucket_bytes, deadline)
-            await _attest(updates, checksums)
-            await _each(updates, "commit", lambda u: _commit(u, committed))
+            checksums, nbytes, stage_seconds = await _load(updates, tensors, version, transport, bucket_bytes, ends)
+            await _attest(updates, checksums, ends)
+            await _each(updates, "commit", lambda u: _commit(u, committed), ends)
     except TimeoutError:
         for update in updates:
             if not update.committed:
@@ -111,7 +118,7 @@ async def publish(
                 update.error = update.error or late
     finally:
         # Also when the source of tensors raised or the caller was cancelled: no transaction is left open.
-        await asyncio.shield(asyncio.gather(*(_abandon(u) for u in updates)))
+        await asyncio.shield(asyncio.gather(*(_abandon(u, unrestored) for u in updates)))
     reports = tuple(
         EngineReport(
             engine=u.engine.name,
@@ -135,7 +142,7 @@ async def _load(
     version: int,
     transport: Transport,
     bucket_bytes: int,
-    deadline: float,
+    ends: float,
 ) -> tuple[dict[str, str], int, float]:
     """Streams the buckets: one is staged in a thread while the engines load the other. The transactions begin when the
     first is staged, since there are engines that generate nothing from then on. Returns the checksum of each tensor
@@ -151,18 +158,18 @@ async def _load(
         return (transport.stage(group, next(slots)) if group else None), time.monotonic() - begun
 
     staged, seconds = await asyncio.to_thread(stage_next)
-    await _each(updates, "begin", lambda u: _begin(u, version))
+    await _each(updates, "begin", lambda u: _begin(u, version), ends)
     while staged is not None:
         stage_seconds += seconds
         nbytes += staged.nbytes
         if twice := checksums.keys() & set(staged.names):
             raise PublishError(f"the trainer named a tensor twice: {sorted(twice)[0]}")
         checksums |= {name: staged.checksums.get(name, "") for name in staged.names}
-        load = _loading(staged, deadline)
+        load = _loading(staged, ends)
         following = asyncio.create_task(asyncio.to_thread(stage_next))
         try:
             await asyncio.gather(
-                _each(updates, "load", load),
+                _each(updates, "load", load, ends),
                 transport.send(staged),
             )
         finally:
@@ -171,8 +178,13 @@ async def _load(
     return checksums, nbytes, stage_seconds
 
 
-def _loading(staged: StagedBucket, deadline: float) -> Step:
-    return lambda update: update.engine.load(staged.bucket_for(update.target.info.ranks), deadline=deadline)
+def _loading(staged: StagedBucket, ends: float) -> Step:
+    return lambda update: update.engine.load(staged.bucket_for(update.target.info.ranks), deadline=_share(ends))
+
+
+def _share(ends: float) -> float:
+    """Seconds that one step on one engine may take."""
+    return max(ends - time.monotonic(), 0.0) * STEP_SHARE
 
 
 async def _begin(update: _Update, version: int) -> None:
@@ -182,7 +194,7 @@ async def _begin(update: _Update, version: int) -> None:
     update.begun = True
 
 
-async def _attest(updates: Sequence[_Update], sent: Mapping[str, str]) -> None:
+async def _attest(updates: Sequence[_Update], sent: Mapping[str, str], ends: float) -> None:
     """Compares what the engines hold with what was sent, or with what engines alike hold."""
     held: dict[str, Mapping[str, str]] = {}
     alike = Counter(_likeness(u) for u in updates if u.error is None)
@@ -193,7 +205,7 @@ async def _attest(updates: Sequence[_Update], sent: Mapping[str, str]) -> None:
         elif update.target.can(Capability.OWN_CHECKSUMS) and alike[_likeness(update)] > 1:
             held[update.engine.name] = await update.engine.checksums()
 
-    await _each(updates, "attest", ask)
+    await _each(updates, "attest", ask, ends)
     first: dict[object, _Update] = {}
     for update in updates:
         if update.error is None and update.engine.name in held:
@@ -225,25 +237,35 @@ async def _commit(update: _Update, committed: Callable[[str], Awaitable[None]]) 
     await committed(update.engine.name)
 
 
-async def _abandon(update: _Update) -> None:
+async def _abandon(update: _Update, unrestored: Callable[[str, EngineError], Awaitable[None]]) -> None:
     """Rolls back a transaction that was not committed."""
+    if not update.begun:
+        return
+    update.begun = False
     try:
-        if update.begun:
-            update.begun = False
+        async with asyncio.timeout(ROLLBACK_DEADLINE):
             await update.engine.rollback()
-    except EngineError as error:
-        update.error = update.error or error
+    except (EngineError, TimeoutError) as error:
+        name = update.engine.name
+        failed = error if isinstance(error, EngineError) else EngineTimeout(name, "it did not roll the update back")
+        update.error = update.error or failed
+        await unrestored(name, failed)
 
 
-async def _each(updates: Sequence[_Update], leg: str, step: Step) -> None:
+async def _each(updates: Sequence[_Update], leg: str, step: Step, ends: float) -> None:
     """Takes one step on every engine that has not failed; an engine's error ends its own transaction only."""
 
     async def guarded(update: _Update) -> None:
-        begun = time.monotonic()
+        begun, share = time.monotonic(), _share(ends)
         try:
-            await step(update)
+            async with asyncio.timeout(share):
+                await step(update)
         except EngineError as error:
             update.error = error
+        except TimeoutError:
+            update.error = EngineTimeout(
+                update.engine.name, f"it was not done with {leg} after {share:.1f} s, half of what was left"
+            )
         update.legs[leg] = update.legs.get(leg, 0.0) + time.monotonic() - begun
 
     async with asyncio.TaskGroup() as group:

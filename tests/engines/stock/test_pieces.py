@@ -43,3 +43,15 @@ def test_a_continuation_asks_for_exactly_what_is_missing(sizes: list[tuple[int, 
 def test_what_was_cut_off_after_its_last_token_is_full() -> None:
     request = GenerateRequest("r", (7,), SamplingParams(max_new_tokens=4))
     assert is_full(request, [piece(3, 0), piece(1, 1)])
+
+
+def test_a_continuation_counts_what_was_made_for_the_least_tokens_and_the_seed() -> None:
+    extra = {"priority": 1, "sampling_params": {"min_tokens": 9, "min_new_tokens": 3, "logit_bias": {"1": 2}}}
+    request = GenerateRequest("r", (7,), SamplingParams(max_new_tokens=100, seed=2**63 - 2), extra)
+    rest = rest_of(request, [piece(4, 1)])
+    assert rest.sampling.seed == 2
+    assert rest.extra == {
+        "priority": 1,
+        "sampling_params": {"min_tokens": 5, "min_new_tokens": 0, "logit_bias": {"1": 2}},
+    }
+    assert rest_of(GenerateRequest("r", (7,), SamplingParams(100)), [piece(4, 1)]).sampling.seed is None

@@ -60,6 +60,7 @@ class StockEngine(HttpEngine):
         self._calls = Calls(name)
         self._controls = asyncio.Lock()  # one control call at a time; abort and the questions pass
         self._stopped = False  # whether the server itself was told to pause
+        self._dangling = False  # whether the server may still have an update open that was given up here
         self._sent: set[str] = set()  # the tensors of the update that is under way
         self._loaded: set[str] = set()  # those of them that the server has
 
@@ -139,6 +140,9 @@ class StockEngine(HttpEngine):
             try:
                 if not before.asleep:
                     await self._interrupt()
+                if self._dangling:
+                    await self._give_up()
+                    self._dangling = False
                 await self._open_update()
             except BaseException:
                 await self._back_to(before)
@@ -171,9 +175,15 @@ class StockEngine(HttpEngine):
         async with self._controlling():
             if self.state.updating is None:
                 return
-            await self._give_up()
-            await self._become(self.state.rolling_back())
-            if self.state.torn:
+            after = self.state.rolling_back()
+            try:
+                await self._give_up()
+            except BaseException:
+                self._dangling = True
+                await self._calls.enter(after)
+                raise
+            await self._become(after)
+            if after.torn:
                 raise EngineRefused(self.name, "its old weights are overwritten; it serves again after a whole version")
 
     async def join_group(self, group: ProcessGroup, *, deadline: float) -> None:

@@ -1,25 +1,39 @@
 """One generation from several calls. A weight update interrupts what runs; each interrupted request goes on afterwards
 from the tokens it has, so that every call is the work of one version and the segments are exact. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from millrace.types import FinishReason, GenerateRequest, Generation, Segment
 
+LEAST_TOKENS = ("min_tokens", "min_new_tokens")  # vLLM's and SGLang's name, in extra
+SEEDS = 2**63
+
 
 def rest_of(request: GenerateRequest, pieces: Sequence[Generation]) -> GenerateRequest:
-    """The request for what is still missing: the tokens so far become a part of the prompt."""
+    """The request for what is still missing: the tokens so far become a part of the prompt. A seed is moved on, or the
+    server would draw by the same random numbers again."""
     if not pieces:
         return request
     made = tuple(token for piece in pieces for token in piece.output_ids)
-    room = request.sampling.max_new_tokens - len(made)
+    sampling = request.sampling
+    seed = None if sampling.seed is None else (sampling.seed + len(made)) % SEEDS
     return replace(
         request,
         input_ids=request.input_ids + made,
-        sampling=replace(request.sampling, max_new_tokens=room),
+        sampling=replace(sampling, max_new_tokens=sampling.max_new_tokens - len(made), seed=seed),
+        extra=_fewer(request.extra, len(made)),
     )
+
+
+def _fewer(extra: Mapping[str, object], made: int) -> Mapping[str, object]:
+    """`extra` for what is missing: the least number of tokens counts those that were made."""
+    further = extra.get("sampling_params")
+    if not isinstance(further, Mapping) or not (least := further.keys() & set(LEAST_TOKENS)):
+        return extra
+    return {**extra, "sampling_params": {**further, **{name: max(further[name] - made, 0) for name in least}}}
 
 
 def joined(pieces: Sequence[Generation]) -> Generation:

@@ -28,6 +28,7 @@ OWN_SAMPLING = frozenset({
     "n",  # one request is one sample
     "logprob_token_ids",  # in the place of the drawn token's logprob
     "trace_decode_token_ids",
+    "prompt_logprobs", "prompt_logprob_token_ids",  # a Generation has no place for them
 })  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def _check_further(sampling: Mapping[str, object], limits: Limits) -> None:
 
 def _check_names(where: str, given: Mapping[str, object], own: frozenset[str], known: frozenset[str]) -> None:
     for name in given:
-        require(name not in own, f"{where}.{name} is Millrace's own to set")
+        require(name not in own, f"{where}.{name} is Millrace's own to set, or has no place in a Generation")
         if name not in known:
             near = get_close_matches(name, known - own, n=1)
             raise ForbiddenError(

@@ -98,7 +98,7 @@ class Answer:
         if len(self.logprobs) != len(self.token_ids):
             raise ValueError(f"{len(self.token_ids)} tokens came with {len(self.logprobs)} logprobs")
         if any(logprob <= IMPOSSIBLE for logprob in self.logprobs):
-            raise ValueError("a token came that the request's own sampling made impossible")
+            raise ValueError("a token came whose logprob is no number: the weights, or the KV cache, have NaNs")
         details = self.usage.get("prompt_tokens_details") or {}
         return Generation(
             request_id=request.request_id,
