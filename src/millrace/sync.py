@@ -184,7 +184,8 @@ class Fleet:
 
         `tensors` is consumed lazily and in a thread. Raises PublishError when no engine takes it, when another publish
         is under way, or when `version` is not above the last one; whatever is raised, the old version goes on serving
-        where it was.
+        where it was, unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves
+        again after the next publish.
         """
         return self._portal.call(self._wrapped.publish(tensors, version, bucket_bytes=bucket_bytes, deadline=deadline))
 
