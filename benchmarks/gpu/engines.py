@@ -1,14 +1,14 @@
 """A server for a benchmark, of the kind that its settings name, and how a bare client asks it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from millrace.config.models import EngineConfig
-from millrace.engines import environments
 from millrace.engines.launch import StockConfig, launch
 from millrace.engines.sglang_wire import encode_generate
 from millrace.engines.start import ENGINES
@@ -38,19 +38,24 @@ def engine_config(settings: str, *, tokenizer: bool = False) -> StockConfig:
     return config
 
 
-def python_of(config: StockConfig) -> Path:
-    return config.python or environments.find(config.kind, config.version, config.device).python
-
-
-async def serve(config: StockConfig, folder: Path, logs: Path) -> tuple[Launched, StockEngine]:
-    """A server that serves the model in `folder`, and its adapter; both are the caller's to end."""
+@asynccontextmanager
+async def served(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator[tuple[Launched, StockEngine]]:
+    """A server that serves the model in `folder`, and its adapter, until the context ends. Where that is by an error,
+    the end of the server's log is printed."""
     launched = await launch(config, folder, replica=0, log_dir=logs, version=0, seed=0)
     assert launched.url is not None
     engine = ENGINES[config.kind](
         launched.name, launched.url, api_key=launched.api_key, admin_key=launched.admin_key, model_path=folder
     )
-    await engine.settle(0)
-    return launched, engine
+    try:
+        await engine.settle(0)
+        yield launched, engine
+    except BaseException:
+        print(launched.process.log_tail(), flush=True)
+        raise
+    finally:
+        await engine.close()
+        await launched.process.end()
 
 
 def forms(kind: str) -> Mapping[str, Form]:

@@ -22,10 +22,10 @@ from pathlib import Path
 import aiohttp
 import orjson
 
-from benchmarks.gpu.engines import Form, engine_config, forms, python_of, serve
+from benchmarks.gpu.engines import Form, engine_config, forms, served
 from benchmarks.gpu.models import write_config, write_tokenizer
 from millrace.config.models import SGLangEngineConfig
-from millrace.engines.launch import StockConfig
+from millrace.engines.launch import StockConfig, interpreter
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.launching import Launched
 from millrace.types import GenerateRequest, SamplingParams
@@ -120,7 +120,7 @@ async def in_process(config: StockConfig, folder: Path, arguments: argparse.Name
         "repeats": arguments.repeats,
     }
     process = await asyncio.create_subprocess_exec(
-        str(python_of(config)),
+        str(interpreter(config)),
         str(IN_PROCESS),
         json.dumps(settings),
         json.dumps(work),
@@ -141,17 +141,10 @@ async def run(arguments: argparse.Namespace) -> None:
         if arguments.forms:
             write_tokenizer(folder)  # /v1/completions makes text
         started = time.perf_counter()
-        launched, engine = await serve(config, folder, Path(scratch))
-        print(f"{arguments.size}: server up after {time.perf_counter() - started:.0f} s", flush=True)
         asked = forms(config.kind) if arguments.forms else {"bare": forms(config.kind)["bare"]}
-        try:
+        async with served(config, folder, Path(scratch)) as (launched, engine):
+            print(f"{arguments.size}: server up after {time.perf_counter() - started:.0f} s", flush=True)
             await measure(launched, engine, asked, arguments)
-        except BaseException:
-            print(launched.process.log_tail(), flush=True)
-            raise
-        finally:
-            await engine.close()
-            await launched.process.end()
         if isinstance(config, SGLangEngineConfig) and not arguments.skip_in_process:
             await in_process(config, folder, arguments)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.engines import engine_config, serve
+from benchmarks.gpu.engines import engine_config, served
 from benchmarks.gpu.models import random_tensors, write_config
 from millrace.engines.base import Engine
 from millrace.engines.start import Started
@@ -134,8 +134,7 @@ async def run(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_config(arguments.size, Path(scratch, "model"))
-        launched, engine = await serve(config, folder, Path(scratch))
-        try:
+        async with served(config, folder, Path(scratch)) as (_, engine):
             info = await engine.info()
             tensors = random_tensors(folder, device)
             await measure_sleep(engine, arguments.repeats, device)  # first: afterwards there are no weights
@@ -143,12 +142,6 @@ async def run(arguments: argparse.Namespace) -> None:
             request = GenerateRequest("after", (5, 6, 7), SamplingParams(8, ignore_eos=True))
             generation = await engine.generate(request, deadline=60)
             print(f"afterwards it generates, as version {generation.segments[-1].version}", flush=True)
-        except BaseException:
-            print(launched.process.log_tail(), flush=True)
-            raise
-        finally:
-            await engine.close()
-            await launched.process.end()
 
 
 def main() -> None:

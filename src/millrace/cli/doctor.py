@@ -4,7 +4,6 @@ import asyncio
 import signal
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,17 +13,11 @@ from rich.markup import escape
 
 from millrace.cli.status import interruptible
 from millrace.conformance import Check, Outcome, Result, Runner, select
-from millrace.conformance.attach import BY_HAND, attach
+from millrace.conformance.attach import BY_HAND, Kind, attach
 from millrace.conformance.report import Report, report, to_json
 from millrace.conformance.runner import CHECK_DEADLINE
 
 COLORS = {Outcome.PASSED: "green", Outcome.FAILED: "red", Outcome.LACKING: "yellow"}
-
-
-class Kind(StrEnum):
-    SGLANG = "sglang"
-    VLLM = "vllm"
-    EMBEDDED = "embedded"
 
 
 def doctor(
@@ -74,7 +67,7 @@ async def _examine(
     deadline: float,
     console: Console,
 ) -> Report:
-    subject = await attach(kind.value, url, folder=model, other=other)
+    subject = await attach(kind, url, folder=model, other=other)
     try:
         info = subject.info
         console.print(f"{info.kind} {info.engine_version} serves {escape(info.model_path)}")
@@ -100,7 +93,7 @@ async def _examine(
 
 async def _leave(runner: Runner, kind: Kind) -> None:
     """After Ctrl-C. What is done here takes a while, and a second Ctrl-C ends it."""
-    said = f"it may be paused, asleep or hold other weights: start it again, or POST to it {BY_HAND[kind.value]}"
+    said = f"it may be paused, asleep or hold other weights: start it again, or POST to it {BY_HAND[kind]}"
     task = asyncio.current_task()
     assert task is not None
     # A KeyboardInterrupt, which would come by itself, ends in whatever task it hits.

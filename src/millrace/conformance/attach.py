@@ -3,8 +3,8 @@
 import asyncio
 import os
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
 
 from millrace.conformance.check import Subject
 from millrace.engines.base import Engine
@@ -14,7 +14,14 @@ from millrace.engines.stock.engine import StockEngine
 from millrace.errors import DataError, EngineError, EngineRefused, EngineUnreachable, LaunchError
 from millrace.model_folder import StoredTensor, stored_tensors
 
-Kind = Literal["sglang", "vllm", "embedded"]
+
+class Kind(StrEnum):
+    """What runs at a URL."""
+
+    SGLANG = "sglang"
+    VLLM = "vllm"
+    EMBEDDED = "embedded"
+
 
 _SGLANG_ROUTES = (
     "/resume_memory_occupation where it sleeps, /update_weights_from_disk with the model's folder as model_path, and "
@@ -22,9 +29,9 @@ _SGLANG_ROUTES = (
 )
 # What brings a server back by hand, whose checks were broken off: POSTs, with its control key.
 BY_HAND: Mapping[Kind, str] = {
-    "sglang": _SGLANG_ROUTES,
-    "vllm": '/wake_up, /collective_rpc {"method": "reload_weights"}, /reset_prefix_cache and /resume',
-    "embedded": _SGLANG_ROUTES,
+    Kind.SGLANG: _SGLANG_ROUTES,
+    Kind.VLLM: '/wake_up, /collective_rpc {"method": "reload_weights"}, /reset_prefix_cache and /resume',
+    Kind.EMBEDDED: _SGLANG_ROUTES,
 }
 
 
@@ -94,7 +101,7 @@ def _why_not(kind: Kind, url: str, error: EngineError) -> str:
 
 def _engine(kind: Kind, url: str, folder: Path | None) -> Engine:
     keys = {"api_key": os.environ.get(API_KEY), "admin_key": os.environ.get(ADMIN_KEY)}
-    if kind == "embedded":
+    if kind is Kind.EMBEDDED:
         return EmbeddedEngine(kind, url, **keys)
     return ENGINES[kind](kind, url, model_path=folder, **keys)
 

@@ -12,6 +12,11 @@ from millrace.launch.interpreter import require_module
 StockConfig = SGLangEngineConfig | VLLMEngineConfig
 
 
+def interpreter(config: StockConfig) -> Path:
+    """The one that the config names, or that of the installed environment. Raises what `environments.find` raises."""
+    return config.python or environments.find(config.kind, config.version, config.device).python
+
+
 async def launch(
     config: StockConfig, model_path: Path, *, replica: int, log_dir: Path, version: int, seed: int
 ) -> Launched:
@@ -21,10 +26,8 @@ async def launch(
     Raises ConfigError when engine_args or env contradict the settings, and LaunchError when there is no such engine or,
     with the end of the server's log, when it does not come up; nothing is left running then.
     """
-    if config.python is None:
-        python = environments.find(config.kind, config.version, config.device).python
-    else:
-        python = config.python
+    python = interpreter(config)
+    if config.python is not None:
         await require_module(python, config.kind, setting="engine.python", env=config.env)
     match config:
         case SGLangEngineConfig():

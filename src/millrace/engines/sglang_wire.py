@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from millrace.engines.versions import decode_spans, decode_version
 from millrace.types import (
     EngineLoad,
     FinishReason,
@@ -94,20 +95,7 @@ def decode_segments(meta: Mapping[str, Any], length: int) -> tuple[Segment, ...]
         return ()
     if (spans := meta.get("weight_versions")) is None:
         return (Segment(decode_version(meta["weight_version"]), 0, length),)
-    segments = tuple(Segment(decode_version(span["version"]), span["start"], span["end"]) for span in spans)
-    end = 0
-    for segment in segments:
-        if segment.start != end or segment.end <= segment.start:
-            raise ValueError(f"the version spans {spans} have a gap or an empty span")
-        end = segment.end
-    if end != length:
-        raise ValueError(f"the version spans end at {end}, the output at {length}")
-    return segments
-
-
-def decode_version(text: str) -> int | None:
-    """A version that Millrace published is a number; a server's own label (`default`, `unknown`) is none."""
-    return int(text) if text.isascii() and text.isdigit() else None
+    return decode_spans(spans, length)
 
 
 def group_body(group: ProcessGroup, timeout: float) -> Mapping[str, object]:

@@ -12,12 +12,12 @@ from millrace.engines.sglang_wire import (
     PAUSE_MODES,
     decode_generate,
     decode_loads,
-    decode_version,
     distributed_body,
     encode_generate,
     group_body,
     wire_id,
 )
+from millrace.engines.versions import decode_version
 from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout
 from millrace.types import (
     ALL_MEMORY,

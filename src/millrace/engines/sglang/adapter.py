@@ -13,7 +13,6 @@ from millrace.engines.sglang_wire import (
     PAUSE_MODES,
     decode_generate,
     decode_loads,
-    decode_version,
     distributed_body,
     encode_generate,
     group_body,
@@ -22,6 +21,8 @@ from millrace.engines.sglang_wire import (
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.facts import Facts
 from millrace.engines.stock.state import ForbiddenError, ServerState
+from millrace.engines.stock.tensors import checksums_by_rank
+from millrace.engines.versions import decode_version
 from millrace.types import (
     Bucket,
     Capability,
@@ -64,11 +65,7 @@ class SGLangEngine(StockEngine):
         """Of the tensors as the engine keeps them, fused and sharded, by a digest of its own; names begin with the
         rank."""
         body = await self._control("/weights_checker", {"action": "checksum"}, repeatable=True)
-        return {
-            f"rank{rank}:{name}": value
-            for rank, held in enumerate(body["ranks"])
-            for name, value in held["checksums"].items()
-        }
+        return checksums_by_rank(body["ranks"])
 
     async def load_adapter(self, name: str, path: str) -> None:
         await self._control("/load_lora_adapter", {"lora_name": name, "lora_path": path})

@@ -66,10 +66,6 @@ class Calls:
         """What the server has, by the server's names."""
         return [call.served_as for call in self._calls.values() if call.sent]
 
-    @property
-    def any_sent(self) -> bool:
-        return any(call.sent for call in self._calls.values())
-
     async def go_on(self, call: Call, end: float) -> bool:
         """Whether there is (more) to ask of the server. Waits until `end` (time.monotonic) as long as the server must
         not see a request; raises EngineTimeout then, and EngineRefused where its weights are of no version."""

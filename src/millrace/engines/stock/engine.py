@@ -370,7 +370,7 @@ class StockEngine(HttpEngine):
 
     async def _drain(self) -> None:
         """Waits until nothing runs, and pauses the server so that nothing else begins."""
-        if self.state.paused is not None and self._calls.any_sent:
+        if self.state.paused is not None and self._calls.sent:
             raise ForbiddenError("requests are paused in the middle; resume or abort them before the engine sleeps")
         end = time.monotonic() + DRAIN_DEADLINE
         while True:

@@ -26,6 +26,11 @@ def check_shapes(tensors: Iterable[tuple[str, tuple[int, ...]]], shapes: Shapes 
             raise ForbiddenError(f"{name} has shape {shape}, in the model it is {shapes[name]}")
 
 
+def checksums_by_rank(ranks: Iterable[Mapping[str, Mapping[str, str]]]) -> Mapping[str, str]:
+    """One name for each tensor of each rank, from what the ranks answer: each a mapping with `checksums`."""
+    return {f"rank{rank}:{name}": value for rank, held in enumerate(ranks) for name, value in held["checksums"].items()}
+
+
 def check_whole(loaded: Iterable[str], shapes: Shapes | None) -> None:
     """Raises ForbiddenError when tensors of the model are missing."""
     if shapes is not None and (missing := sorted(shapes.keys() - set(loaded))):

@@ -11,10 +11,11 @@ from typing import Any
 import orjson
 
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
-from millrace.engines.sglang_wire import decode_version
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.facts import Facts
 from millrace.engines.stock.state import ForbiddenError, ServerState
+from millrace.engines.stock.tensors import checksums_by_rank
+from millrace.engines.versions import decode_version
 from millrace.engines.vllm.facts import Server, read_facts, read_server
 from millrace.engines.vllm.guards import check_request
 from millrace.engines.vllm.metrics import read_metrics
@@ -71,11 +72,7 @@ class VLLMEngine(StockEngine):
         """Of the tensors as the workers keep them, fused, sharded and packed; names begin with the rank."""
         if Capability.OWN_CHECKSUMS not in (await self._facts()).info.capabilities:
             raise EngineRefused(self.name, "its workers have not Millrace's extension, which makes the checksums")
-        return {
-            f"rank{rank}:{name}": value
-            for rank, held in enumerate(await self._rpc("millrace_checksums"))
-            for name, value in held["checksums"].items()
-        }
+        return checksums_by_rank(await self._rpc("millrace_checksums"))
 
     async def load_adapter(self, name: str, path: str) -> None:
         await self._control("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
@@ -84,7 +81,7 @@ class VLLMEngine(StockEngine):
         await self._control("/v1/unload_lora_adapter", {"lora_name": name})
 
     async def loads(self) -> EngineLoad:
-        _, server = await self._facts(), self._known
+        await self._facts()
         text = await self._ask("/metrics")
         metrics = self._understood("/metrics", lambda: read_metrics(text))
         (then, before), now, made = self._counted, time.monotonic(), metrics["generation_tokens_total"]
@@ -92,8 +89,8 @@ class VLLMEngine(StockEngine):
         return EngineLoad(
             running_requests=int(metrics["num_requests_running"]),
             waiting_requests=int(metrics["num_requests_waiting"]),
-            used_tokens=int(metrics["kv_cache_usage_perc"] * server.total_tokens),
-            max_tokens=server.total_tokens,
+            used_tokens=int(metrics["kv_cache_usage_perc"] * self._known.total_tokens),
+            max_tokens=self._known.total_tokens,
             tokens_per_second=(made - before) / (now - then) if then else 0.0,
         )
 
@@ -206,8 +203,10 @@ class VLLMEngine(StockEngine):
         served = (await self._ask("/v1/models"))["data"][0]
         version = (await self._ask("/version"))["version"]
         model = await self._read_model(Path(served["root"]))
-        self._server = self._understood("/server_info", lambda: read_server(api, config))
-        return self._understood("/server_info", lambda: read_facts(version, served, config, api, model))
+        server = self._server = self._understood("/server_info", lambda: read_server(api, config))
+        return self._understood(
+            "/server_info", lambda: read_facts(version, served, config, api["paths"], server, model)
+        )
 
     def _check(self, request: GenerateRequest, facts: Facts) -> None:
         check_request(request, facts.limits, self._known)

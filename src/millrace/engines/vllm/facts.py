@@ -6,10 +6,10 @@ from typing import Any
 
 from millrace.engines.stock.facts import Facts, Limits
 from millrace.engines.stock.model import Model
+from millrace.engines.vllm.arguments import EXTENSION
 from millrace.engines.vllm.wire import COMPLETIONS, GENERATE
 from millrace.types import Capability, EngineInfo
 
-EXTENSION = "millrace_vllm.Extension"
 SCHEMAS = {GENERATE: "GenerateRequest", COMPLETIONS: "CompletionRequest"}
 
 
@@ -57,10 +57,11 @@ def read_facts(
     version: str,
     served: Mapping[str, Any],
     config: Mapping[str, Any],
-    api: Mapping[str, Any],
+    paths: Mapping[str, object],
+    server: Server,
     model: Model,
 ) -> Facts:
-    """From /version, the first of /v1/models, /server_info, /openapi.json and the model's folder."""
+    """From /version, the first of /v1/models, /server_info, the paths of /openapi.json and the model's folder."""
     parallel = config["parallel_config"]
     info = EngineInfo(
         kind="vllm",
@@ -69,7 +70,7 @@ def read_facts(
         weight_version=None,
         vocab_size=model.vocab_size,
         context_length=served["max_model_len"],
-        capabilities=capabilities_of(config, read_server(api, config), api["paths"]),
+        capabilities=capabilities_of(config, server, paths),
         ranks=parallel["world_size"] * parallel["data_parallel_size"],
     )
     return Facts(info, model, Limits(info.vocab_size, info.context_length, seeds=True))

@@ -15,8 +15,8 @@ from millrace.launch.ports import free_port, require_free
 # Not imported: these are the engine's.
 SERVE = Path(__file__).with_name("serve.py")
 EXTENSION = Path(__file__).with_name("extension")
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # elements for which its attention has a kernel
 # In shared memory, from a killed server of several ranks: the first carry their collectives, the others their messages.
-CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 LEFTOVERS = ("vllm_dist_*", "psm_*", "sem.mp-*")
 
 

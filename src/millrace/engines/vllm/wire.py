@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from millrace.engines.sglang_wire import decode_version
+from millrace.engines.versions import decode_spans
 from millrace.types import FinishReason, GenerateRequest, Generation, Segment
 
 GENERATE = "/inference/v1/generate"
@@ -84,9 +84,12 @@ class Answer:
         self.token_ids += choice["token_ids"] or ()
         logprobs = choice["logprobs"] or {}
         if path == COMPLETIONS:
-            self.logprobs += logprobs.get("token_logprobs") or ()
+            fresh = logprobs.get("token_logprobs") or []
         else:
-            self.logprobs += [entry["logprob"] for entry in logprobs.get("content") or ()]
+            fresh = [entry["logprob"] for entry in logprobs.get("content") or ()]
+        if any(logprob <= IMPOSSIBLE for logprob in fresh):
+            raise ValueError("a token came whose logprob is no number: the weights, or the KV cache, have NaNs")
+        self.logprobs += fresh
         self.finish_reason = choice["finish_reason"] or self.finish_reason
         self.spans = choice.get("weight_versions") or self.spans
         self.extra |= {name: value for name, value in choice.items() if name not in DECODED and value is not None}
@@ -97,8 +100,6 @@ class Answer:
         fit."""
         if len(self.logprobs) != len(self.token_ids):
             raise ValueError(f"{len(self.token_ids)} tokens came with {len(self.logprobs)} logprobs")
-        if any(logprob <= IMPOSSIBLE for logprob in self.logprobs):
-            raise ValueError("a token came whose logprob is no number: the weights, or the KV cache, have NaNs")
         details = self.usage.get("prompt_tokens_details") or {}
         return Generation(
             request_id=request.request_id,
@@ -117,4 +118,4 @@ class Answer:
             return ()
         if not self.spans or self.spans[-1]["end"] != length:  # a stream tells them with its end
             return (Segment(version, 0, length),)
-        return tuple(Segment(decode_version(span["version"]), span["start"], span["end"]) for span in self.spans)
+        return decode_spans(self.spans, length)

@@ -1,0 +1,25 @@
+"""Weight versions as servers tell them. Pure."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from millrace.types import Segment
+
+
+def decode_version(text: str) -> int | None:
+    """A version that Millrace published is a number; a server's own label (`default`, `unknown`) is none."""
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def decode_spans(spans: Iterable[Mapping[str, Any]], length: int) -> tuple[Segment, ...]:
+    """Which version made which of `length` tokens, from [{version, start, end}]. Raises ValueError where they do not
+    cover the output without a gap."""
+    segments = tuple(Segment(decode_version(span["version"]), span["start"], span["end"]) for span in spans)
+    end = 0
+    for segment in segments:
+        if segment.start != end or segment.end <= segment.start:
+            raise ValueError(f"the version spans {spans} have a gap or an empty span")
+        end = segment.end
+    if end != length:
+        raise ValueError(f"the version spans end at {end}, the output at {length}")
+    return segments
