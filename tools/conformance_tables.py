@@ -69,7 +69,10 @@ async def examine(config: EngineConfig, model: Path, other: Path, logs: Path) ->
     assert started.process is not None
     try:
         runner = Runner(Subject(started.engine, started.info, model, other))
-        results = [result async for result in runner.run(CHECKS)]
+        results = []
+        async for result in runner.run(CHECKS):
+            print(f"{config.kind}: {result.check} {result.outcome} {result.reason}", flush=True)
+            results.append(result)
         return report(started.info, results, runner.lost)
     finally:
         await started.engine.close()

@@ -23,7 +23,7 @@ async def warm(subject: Subject, label: str) -> None:
     request = ask(subject, label, length=PREFIX)
     await generate(subject, request)
     if not (await generate(subject, request)).cached_tokens:
-        raise Lacking(f"it caches no prefix of {PREFIX} tokens")
+        raise Lacking(f"it caches no prefix of {PREFIX} tokens, or does not tell")
 
 
 @check("cache.flush_waits", "a flush waits for what runs, which is not disturbed")

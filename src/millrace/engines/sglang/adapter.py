@@ -97,13 +97,13 @@ class SGLangEngine(StockEngine):
         for name in names:
             await self._control("/abort_request", {"rid": wire_id(name)}, deadline=ABORT_DEADLINE, repeatable=True)
 
-    async def _abort_all(self) -> None:
+    async def _abort_all(self, names: Sequence[str]) -> None:  # noqa: ARG002
         await self._control("/abort_request", {"abort_all": True}, repeatable=True)
 
     async def _halt(self, mode: PauseMode) -> None:
         """SGLang's own way of aborting looks once a second whether all have ended, so they are ended before."""
         if mode is PauseMode.ABORT:
-            await self._until_ended(self._calls.sent, lambda _: self._abort_all())
+            await self._until_ended(self._calls.sent, self._abort_all)
         await self._control("/pause_generation", {"mode": PAUSE_MODES[mode]}, deadline=PAUSE_DEADLINE, repeatable=True)
 
     async def _go_on(self) -> None:

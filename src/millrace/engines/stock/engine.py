@@ -96,8 +96,8 @@ class StockEngine(HttpEngine):
         if request_id is not None:
             await self._until_ended(served, self._abort)
             return
-        await self._abort_all()  # those of others too
-        await self._until_ended(served, lambda _: self._abort_all())
+        await self._abort_all(served)
+        await self._until_ended(served, self._abort_all)
 
     async def pause(self, mode: PauseMode) -> None:
         async with self._controlling():
@@ -231,7 +231,8 @@ class StockEngine(HttpEngine):
     async def _abort(self, names: Sequence[str]) -> None: ...
 
     @abstractmethod
-    async def _abort_all(self) -> None: ...
+    async def _abort_all(self, names: Sequence[str]) -> None:
+        """Those of others too; `names` are ours."""
 
     @abstractmethod
     async def _halt(self, mode: PauseMode) -> None:

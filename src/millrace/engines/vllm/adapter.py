@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -60,10 +60,21 @@ class VLLMEngine(StockEngine):
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
         end = time.monotonic() + deadline
-        while not (await self._control("/reset_prefix_cache", None))["success"]:
+        while not await self._flushed():
             if time.monotonic() + IDLE_POLL_SECONDS >= end:
                 raise EngineTimeout(self.name, f"/reset_prefix_cache: requests still ran after {deadline:.0f} s")
             await asyncio.sleep(IDLE_POLL_SECONDS)
+
+    async def _flushed(self) -> bool:
+        """vLLM forgets nothing while a request runs, and says so; 0.23 does not say. That one can be told to compute
+        what runs anew, and fails where the cache is not empty then."""
+        answer = await self._control("/reset_prefix_cache", None)
+        if answer is not None:
+            return bool(answer["success"])
+        if self._calls.sent:
+            return False
+        await self._control("/reset_prefix_cache?reset_running_requests=true", None)
+        return True
 
     async def leave_group(self, name: str) -> None:
         await self._rpc("millrace_leave", name)
@@ -126,10 +137,13 @@ class VLLMEngine(StockEngine):
             body = {"request_ids": [wire_id(self._known.path, name) for name in names]}
             await self._control("/abort_requests", body, deadline=ABORT_DEADLINE, repeatable=True)
 
-    async def _abort_all(self) -> None:
+    async def _abort_all(self, names: Sequence[str]) -> None:
+        """To 0.23 no name means nobody, so those of others go on there."""
         if not self._known.aborts:
             raise EngineRefused(self.name, "it can't end a request by its name; start it with --tokens-only")
         await self._control("/abort_requests", {"request_ids": []}, repeatable=True)
+        if names:
+            await self._abort(names)
 
     async def _halt(self, mode: PauseMode) -> None:
         """Its mode keep drops what is in the KV cache, which is what retract means, unless it is told not to."""
@@ -141,16 +155,28 @@ class VLLMEngine(StockEngine):
         await self._control("/resume", None, repeatable=True)
 
     async def _release(self, before: ServerState, after: ServerState) -> None:
-        """vLLM releases all, and takes back by tag. At level 1 it keeps a copy of the weights in the host's memory."""
-        if before.asleep:
-            await self._take_back(before.asleep)
-        level = 2 if MemoryTag.WEIGHTS in after.asleep else 1
-        await self._control(f"/sleep?level={level}", None)
-        if awake := ALL_MEMORY - after.asleep:
-            await self._take_back(awake)
+        """vLLM releases all, and takes back by tag. At level 1 it keeps a copy of the weights in the host's memory.
+
+        While the weights sleep, so does the KV cache, whatever was asked: without them it is of no use, and taken back
+        before them it has vLLM write into memory that is not there, and die.
+        """
+        if MemoryTag.WEIGHTS in before.asleep:
+            return
+        await self._wake_up(before.asleep)
+        if MemoryTag.WEIGHTS in after.asleep:
+            await self._control("/sleep?level=2", None)
+        else:
+            await self._control("/sleep?level=1", None)
+            await self._wake_up({MemoryTag.WEIGHTS})
 
     async def _take_back(self, what: frozenset[MemoryTag]) -> None:
-        for tag in sorted(what, reverse=True):  # the weights first
+        before, after = self.state.asleep, self.state.asleep - what
+        if MemoryTag.WEIGHTS not in after:
+            released = ALL_MEMORY if MemoryTag.WEIGHTS in before else before
+            await self._wake_up(released - after)
+
+    async def _wake_up(self, tags: Set[MemoryTag]) -> None:
+        for tag in sorted(tags, reverse=True):  # the weights first
             await self._control(f"/wake_up?tags={tag}", None)
 
     async def _open_update(self) -> None:
