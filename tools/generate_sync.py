@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millrace.config.models import EngineConfig
+from millrace.config.models import EngineConfig, TransportName
 from millrace.engines import base
 from millrace.fleet import fleet, local
 from millrace.fleet.membership import Snapshot
@@ -50,11 +50,19 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_fleet(
-    config: EngineConfig, model_path: Path, *, log_dir: Path, version: int = 0, seed: int = 0
+    config: EngineConfig,
+    model_path: Path,
+    *,
+    log_dir: Path,
+    version: int = 0,
+    seed: int = 0,
+    transport: TransportName = "auto",
 ) -> "Iterator[Fleet]":
     """As `millrace.fleet.local.open_fleet`, blocking."""
     with Portal() as portal:
-        manager = local.open_fleet(config, model_path, log_dir=log_dir, version=version, seed=seed)
+        manager = local.open_fleet(
+            config, model_path, log_dir=log_dir, version=version, seed=seed, transport=transport
+        )
         opened = portal.call(manager.__aenter__())
         try:
             yield Fleet(portal, opened)

@@ -23,7 +23,8 @@ from millrace.engines.base import Engine
 from millrace.engines.start import Started
 from millrace.fleet.local import transport_for
 from millrace.types import GenerateRequest, MemoryTag, SamplingParams
-from millrace.weights.publisher import PublishReport, PublishTarget, publish
+from millrace.weights.publisher import PublishReport, publish
+from millrace.weights.transports.base import PublishTarget
 
 MIB, GIB = 2**20, 2**30
 
@@ -72,7 +73,7 @@ async def measure_publish(
 
     version = 0
     for mebibytes in arguments.bucket_mb:
-        transport = transport_for([Started(target.engine, target.info, None)])
+        transport = transport_for("auto", [Started(target.engine, target.info, None)])
         assert transport is not None
         reports: list[PublishReport] = []
         for _ in range(arguments.repeats + 2):
@@ -89,7 +90,7 @@ async def measure_publish(
             )
             assert not report.failed, report.failed
             reports.append(report)
-        transport.close()
+        await transport.close()
         seconds, pause, load, stage = (
             statistics.median(values)
             for values in zip(

@@ -232,7 +232,7 @@ async def test_bytes_that_changed_on_the_way_are_never_committed(fleet: Fleet, m
         with pytest.raises(PublishError, match="tensors are not what was sent"):
             await fleet.publish(tensors(model, 2.0), version + 1)
     finally:
-        fleet._transport.close()
+        await fleet._transport.close()
         fleet._transport = transport
     assert {g.output_ids for g in (await ask_each(fleet)).values()} == {expected(model)}
     assert {(await engine.info()).weight_version for engine in embedded(fleet)} == {version}

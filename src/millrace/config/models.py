@@ -261,7 +261,11 @@ class CheckpointConfig(Model):
     keep: PositiveInt = 2
 
 
+TransportName = Literal["auto", "shm", "cuda_ipc", "gloo", "nccl"]
+
+
 class PublishConfig(Model):
+    transport: TransportName = "auto"
     bucket_bytes: PositiveInt = 256 * 1024 * 1024
     timeout: PositiveFloat = 120.0  # for the whole transaction on one engine
 

@@ -1,29 +1,25 @@
 """The ways by which the checks bring weights into an engine. Torch is imported where tensors are sent, not before."""
 
 import asyncio
-import secrets
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from millrace.conformance.check import Lacking, Subject
-from millrace.engines.start import Started
 from millrace.errors import EngineError
-from millrace.fleet.local import transport_for
-from millrace.types import Capability, DiskBucket, ProcessGroup, ProcessGroupBucket
-from millrace.weights.publisher import PublishTarget, publish
+from millrace.launch.ports import is_here
+from millrace.types import Capability, DiskBucket
+from millrace.weights.publisher import publish
+from millrace.weights.transports.base import PublishTarget
+from millrace.weights.transports.choice import NEEDS, Sight, make
 
 if TYPE_CHECKING:
     import torch
 
 LOAD_DEADLINE = 120.0  # seconds; for weights of gigabytes
 LARGEST_BUCKET = 256 * 1024 * 1024
-JOIN_DEADLINE = 20.0
 
 # The first of them that an engine has is the one that is used where any will do.
 MEMORY = (
@@ -102,17 +98,21 @@ async def by_disk(subject: Subject, source: Path, version: int) -> None:
 
 async def by_memory(kind: Capability, subject: Subject, source: Path, version: int) -> None:
     """By the publisher, as a trainer on the engine's host does it, through memory of this kind, in several buckets."""
-    await send_by_memory(kind, subject, await read_tensors(source), version)
-
-
-async def send_by_memory(
-    kind: Capability, subject: Subject, tensors: "Mapping[str, torch.Tensor]", version: int
-) -> None:
-    info = replace(subject.info, capabilities=frozenset({kind}))
     if kind is Capability.UPDATE_FROM_CUDA_IPC:
         require_gpu()
-    transport = transport_for([Started(subject.engine, info, None)])
-    assert transport is not None
+    await send(kind, subject, await read_tensors(source), version)
+
+
+async def by_group(subject: Subject, source: Path, version: int) -> None:
+    """By the publisher, broadcast by gloo, which CPUs and GPUs have."""
+    await send(Capability.UPDATE_FROM_PROCESS_GROUP, subject, await read_tensors(source), version)
+
+
+async def send(kind: Capability, subject: Subject, tensors: "Mapping[str, torch.Tensor]", version: int) -> None:
+    """By the publisher, in several buckets, by the transport that needs this capability."""
+    sight = Sight(subject.engine.name, is_here(subject.engine.url), frozenset({kind}))
+    wanted = next(name for name, needs in NEEDS.items() if kind in needs)
+    transport = make(wanted, [sight])
     size = sum(tensor.nbytes for tensor in tensors.values())
 
     async def ignore(*_: object) -> None:
@@ -130,7 +130,7 @@ async def send_by_memory(
             unrestored=ignore,
         )
     finally:
-        transport.close()
+        await transport.close()
 
 
 def require_gpu() -> None:
@@ -138,46 +138,6 @@ def require_gpu() -> None:
 
     if not torch.cuda.is_available():
         raise Lacking("there is no GPU here whose memory could be shared with it")
-
-
-async def by_group(subject: Subject, source: Path, version: int) -> None:
-    """Broadcast by gloo, which CPUs and GPUs have."""
-    tensors = await read_tensors(source)
-    from millrace.conformance.sender import Sender  # imports torch
-    from millrace.weights.plan import layout
-
-    address = own_address(subject.engine.url)
-    specs = layout([(n, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for n, t in tensors.items()])
-    name = f"conformance-{secrets.token_hex(4)}"
-    sender = Sender(name, address, receivers=subject.info.ranks, deadline=JOIN_DEADLINE)
-    group = ProcessGroup(name, "gloo", address, sender.port, rank_offset=1, world_size=1 + subject.info.ranks)
-    try:
-        await together(asyncio.to_thread(sender.join), subject.engine.join_group(group, deadline=JOIN_DEADLINE))
-        try:
-            async with update(subject, version):
-                loading = subject.engine.load(ProcessGroupBucket(name, specs), deadline=LOAD_DEADLINE)
-                await together(asyncio.to_thread(sender.broadcast, list(tensors.values())), loading)
-                await subject.engine.commit()
-        finally:
-            await subject.engine.leave_group(name)
-    finally:
-        await asyncio.to_thread(sender.close)
-
-
-async def together(one: Awaitable[None], two: Awaitable[None]) -> None:
-    """Both, also when one has failed: each ends by its own deadline, and a thread can't be cancelled."""
-    for result in await asyncio.gather(one, two, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
-
-
-def own_address(url: str) -> str:
-    """This host's address as the engine's host sees it. Connecting a UDP socket sends nothing."""
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
-        name: str = probe.getsockname()[0]
-        return name
 
 
 async def read_tensors(source: Path) -> "dict[str, torch.Tensor]":

@@ -15,8 +15,8 @@ from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineUnre
 from millrace.fleet.membership import Attested, Died, Distrusted, Emptied, Event, Member, Slept, Snapshot, Woke, after
 from millrace.fleet.routing import least_loaded
 from millrace.types import ALL_MEMORY, Capability, GenerateRequest, Generation, Health, MemoryTag
-from millrace.weights.publisher import PublishReport, PublishTarget, publish
-from millrace.weights.transports.base import Transport
+from millrace.weights.publisher import PublishReport, publish
+from millrace.weights.transports.base import PublishTarget, Transport
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,8 @@ class Fleet:
     @classmethod
     @asynccontextmanager
     async def open(cls, replicas: Sequence[Started], transport: Transport | None) -> "AsyncIterator[Fleet]":
-        """Watches the replicas' processes as long as the block runs, and in the end closes the engines' connections,
-        the transport and the processes."""
+        """Watches the replicas' processes as long as the block runs, and in the end closes the transport, the
+        engines' connections and the processes."""
         fleet = cls(replicas, transport)
         watchers = [asyncio.create_task(fleet._watch(replica)) for replica in replicas if replica.process]
         try:
@@ -55,10 +55,10 @@ class Fleet:
             for watcher in watchers:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
+            if transport is not None:
+                await transport.close()
             await asyncio.gather(*(replica.engine.close() for replica in replicas))
             await asyncio.gather(*(replica.process.end() for replica in replicas if replica.process))
-            if transport is not None:
-                transport.close()
 
     @property
     def context_length(self) -> int:

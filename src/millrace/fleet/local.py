@@ -1,31 +1,42 @@
 """A fleet on this host: starts its engines, proves what they hold, and ends them."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millrace.config.models import EngineConfig
+from millrace.config.models import EngineConfig, TransportName
 from millrace.engines.start import Started, start
 from millrace.fleet.fleet import Fleet
-from millrace.types import Capability
+from millrace.launch.ports import is_here
 from millrace.weights.folder import folder_checksums
+from millrace.weights.transports.choice import Sight, choose, make
 
 if TYPE_CHECKING:
     from millrace.weights.transports.base import Transport
 
+logger = logging.getLogger(__name__)
+
 
 @asynccontextmanager
 async def open_fleet(
-    config: EngineConfig, model_path: Path, *, log_dir: Path, version: int = 0, seed: int = 0
+    config: EngineConfig,
+    model_path: Path,
+    *,
+    log_dir: Path,
+    version: int = 0,
+    seed: int = 0,
+    transport: TransportName = "auto",
 ) -> AsyncIterator[Fleet]:
     """Launches `config.replicas` engines that serve the model in `model_path` as weight version `version`, or attaches
     to those that the config names.
 
     In rotation are those whose weights have the folder's checksums or, where an engine can't tell, that were started
-    from this folder; another serves after its first publish. Logs go to `log_dir`. Raises LaunchError when an engine
-    does not come up (the others are ended) and DataError when the folder is not a model's.
+    from this folder; another serves after its first publish. Logs go to `log_dir`. `transport` is how weights are
+    published (docs/weights.md). Raises LaunchError when an engine does not come up (the others are ended), DataError
+    when the folder is not a model's, and PublishError when the engines can't take weights by that transport.
     """
     checksums = await asyncio.to_thread(folder_checksums, model_path)
     starts = [
@@ -41,30 +52,20 @@ async def open_fleet(
             if not isinstance(result, BaseException):
                 await _end(result)
         raise
-    async with Fleet.open(started, transport_for(started)) as fleet:
+    async with Fleet.open(started, transport_for(transport, started)) as fleet:
         await fleet.attest(checksums, version, model_path)
         yield fleet
 
 
-def transport_for(engines: list[Started]) -> "Transport | None":
-    """How this process hands tensors to these engines; None where there is no way that all of them have."""
-    # Not before it is needed: these import torch.
-    common = frozenset.intersection(*(one.info.capabilities for one in engines))
-    if Capability.UPDATE_FROM_SHARED_MEMORY in common:
-        from millrace.weights.transports.shared_memory import SharedMemoryTransport
+def transport_for(wanted: TransportName, engines: Sequence[Started]) -> "Transport | None":
+    """How this process hands tensors to these engines, which it logs; None where there is no way that all of them have.
+    Raises PublishError where the one that is wanted is not possible."""
+    import torch
 
-        return SharedMemoryTransport()
-    if Capability.UPDATE_FROM_CUDA_IPC in common:
-        import torch
-
-        from millrace.weights.transports.cuda_ipc import CudaIpcTransport
-
-        return CudaIpcTransport(torch.device("cuda", torch.cuda.current_device()))
-    if Capability.UPDATE_FROM_TORCH_STORAGE in common:
-        from millrace.weights.transports.torch_storage import TorchStorageTransport
-
-        return TorchStorageTransport()
-    return None
+    sights = [Sight(one.engine.name, is_here(one.engine.url), one.info.capabilities) for one in engines]
+    choice = choose(wanted, sights, trainer_has_gpu=torch.cuda.is_available())
+    logger.info("weights go by %s: %s", choice.name, choice.why)
+    return make(choice.name, sights) if choice.name is not None else None
 
 
 async def _end(started: Started) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from urllib.parse import urlsplit
 
 from millrace.errors import LaunchError
 
@@ -35,3 +36,22 @@ async def listens(host: str, port: int) -> bool:
         return False
     writer.close()
     return True
+
+
+def own_address(url: str) -> str:
+    """This host's address as the host of `url` sees it."""
+    return _ends(url)[0]
+
+
+def is_here(url: str) -> bool:
+    """Whether `url` is on this host. A tunnel hides that it is not."""
+    here, there = _ends(url)
+    return here == there
+
+
+def _ends(url: str) -> tuple[str, str]:
+    """Both ends of a way to `url`. Connecting a UDP socket sends nothing."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
+        return probe.getsockname()[0], probe.getpeername()[0]

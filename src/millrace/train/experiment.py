@@ -74,7 +74,14 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
         model_path = starting_model(config, folder.path, anew=not resume)
         content = Content(load_chat_format(str(model_path)), tools, problems, held_out)
         display.say(f"starting {config.engine.replicas} engine(s), whose logs are in {folder.logs}")
-        async with open_fleet(config.engine, model_path, log_dir=folder.logs, version=0, seed=config.seed) as fleet:
+        async with open_fleet(
+            config.engine,
+            model_path,
+            log_dir=folder.logs,
+            version=0,
+            seed=config.seed,
+            transport=config.publish.transport,
+        ) as fleet:
             runner = _runner(config, fleet, content)
             _require_room(runner, [*problems, *held_out], config)
             loop = _assemble(config, model_path, world, thread, runner, content, folder, display)

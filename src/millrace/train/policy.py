@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,14 +142,11 @@ class Policy:
         policy is. Writing to them changes the policy."""
         return _state(self.model)
 
-    def named_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def named_tensors(self, dtype: torch.dtype | None = None) -> "NamedTensors":
         """The weights one at a time, whole, on the world's device, as `dtype` (float32 where None). Where the policy is
         sharded each is gathered when it is asked for, so every rank must go through all of them. Where it is neither
         sharded nor cast, what comes is the weight itself: read it before the next step."""
-        for name, tensor in self.state().items():
-            # Cast first: half of the bytes to gather.
-            cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-            yield name, cast.full_tensor() if isinstance(cast, DTensor) else cast
+        return NamedTensors(self, dtype)
 
     def take_reference(self) -> None:
         """Makes a frozen copy of the present weights the reference, for the KL term."""
@@ -163,6 +161,20 @@ class Policy:
     def reference_state(self) -> dict[str, Tensor]:
         """As `state`, of the reference; empty where there is none."""
         return _state(self.reference) if self.reference is not None else {}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTensors:
+    """What `Policy.named_tensors` gives; it can be gone through again."""
+
+    policy: Policy
+    dtype: torch.dtype | None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.policy.state().items():
+            # Cast first: half of the bytes to gather.
+            cast = tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+            yield name, cast.full_tensor() if isinstance(cast, DTensor) else cast
 
 
 def load_policy(path: str | Path, config: TrainConfig, world: World) -> Policy:

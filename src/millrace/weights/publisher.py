@@ -8,15 +8,15 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.errors import EngineError, EngineFailed, EngineTimeout, PublishError
-from millrace.types import Capability, EngineInfo
+from millrace.types import Capability
 from millrace.weights.plan import buckets
-from millrace.weights.transports.base import StagedBucket, Transport
+from millrace.weights.transports.base import PublishTarget, StagedBucket, Transport
 
 if TYPE_CHECKING:
     import torch
@@ -24,17 +24,6 @@ if TYPE_CHECKING:
 
 STEP_SHARE = 0.5  # of what is left of the whole transaction's time
 ROLLBACK_DEADLINE = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class PublishTarget:
-    """An engine to publish to, with what it said of itself."""
-
-    engine: Engine
-    info: EngineInfo
-
-    def can(self, capability: Capability) -> bool:
-        return capability in self.info.capabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +62,7 @@ class _Update:
     error: EngineError | None = None
     begun: bool = False
     committed: bool = False
+    failed_at: float = 0.0
     paused_at: float | None = None
     legs: dict[str, float] = field(default_factory=dict)
 
@@ -101,16 +91,27 @@ async def publish(
     `committed` is called with an engine's name as soon as that engine has committed, `unrestored` when one could not be
     brought back to what it served before; both are true also when this raises later on. An engine that is not done
     after `deadline` seconds has failed, and so has one that takes half of what is left of them for one step: the others
-    need the rest. Raises PublishError when no engine took the version.
+    need the rest. Where all get the weights by one broadcast, and one engine breaks it off, the others get them again
+    without it, if `tensors` can be iterated again (an iterator can't). Raises PublishError when no engine took the
+    version.
     """
     started = time.monotonic()
     ends = started + deadline
     updates = [_Update(target) for target in targets]
     try:
         async with asyncio.timeout(deadline):
-            checksums, nbytes, stage_seconds = await _load(updates, tensors, version, transport, bucket_bytes, ends)
-            await _attest(updates, checksums, ends)
-            await _each(updates, "commit", lambda u: _commit(u, committed), ends)
+            left: Sequence[_Update] = updates
+            while left:
+                unreached = await transport.open([u.target for u in left], deadline=_share(ends))
+                for update in left:
+                    update.error = unreached.get(update.engine.name)
+                checksums, nbytes, stage_seconds = await _load(left, tensors, version, transport, bucket_bytes, ends)
+                await _attest(left, checksums, ends)
+                await _each(left, "commit", lambda u: _commit(u, committed), ends)
+                left = [] if isinstance(tensors, Iterator) else await _bystanders(left, transport)
+                await asyncio.gather(*(_abandon(u, unrestored) for u in left))
+                for update in left:
+                    update.error = None
     except TimeoutError:
         for update in updates:
             if not update.committed:
@@ -158,14 +159,14 @@ async def _load(
         return (transport.stage(group, next(slots)) if group else None), time.monotonic() - begun
 
     staged, seconds = await asyncio.to_thread(stage_next)
-    await _each(updates, "begin", lambda u: _begin(u, version), ends)
-    while staged is not None:
+    await _each(updates, "begin", _breaking(transport, lambda u: _begin(u, version)), ends)
+    while staged is not None and any(update.error is None for update in updates):
         stage_seconds += seconds
         nbytes += staged.nbytes
         if twice := checksums.keys() & set(staged.names):
             raise PublishError(f"the trainer named a tensor twice: {sorted(twice)[0]}")
         checksums |= {name: staged.checksums.get(name, "") for name in staged.names}
-        load = _loading(staged, ends)
+        load = _loading(staged, transport, ends)
         following = asyncio.create_task(asyncio.to_thread(stage_next))
         try:
             await asyncio.gather(
@@ -178,8 +179,33 @@ async def _load(
     return checksums, nbytes, stage_seconds
 
 
-def _loading(staged: StagedBucket, ends: float) -> Step:
-    return lambda update: update.engine.load(staged.bucket_for(update.target.info.ranks), deadline=_share(ends))
+def _loading(staged: StagedBucket, transport: Transport, ends: float) -> Step:
+    async def load(update: _Update) -> None:
+        if reason := transport.broken(update.engine):
+            raise EngineFailed(update.engine.name, reason)
+        await update.engine.load(staged.bucket_for(update.target), deadline=_share(ends))
+
+    return _breaking(transport, load)
+
+
+def _breaking(transport: Transport, step: Step) -> Step:
+    """Lets nobody wait for a broadcast that an engine will not take part in."""
+
+    async def run(update: _Update) -> None:
+        try:
+            await step(update)
+        except BaseException:
+            transport.interrupt(update.engine)
+            raise
+
+    return run
+
+
+async def _bystanders(updates: Sequence[_Update], transport: Transport) -> list[_Update]:
+    """Those that failed because others broke the broadcast off."""
+    failed = sorted((u for u in updates if u.error is not None and u.failed_at), key=lambda u: u.failed_at)
+    blameless = await transport.blameless([update.engine for update in failed])
+    return [update for update in failed if update.engine.name in blameless]
 
 
 def _share(ends: float) -> float:
@@ -189,7 +215,7 @@ def _share(ends: float) -> float:
 
 async def _begin(update: _Update, version: int) -> None:
     if not update.target.can(Capability.STAGED_UPDATE):
-        update.paused_at = time.monotonic()
+        update.paused_at = update.paused_at or time.monotonic()
     await update.engine.begin_update(version)
     update.begun = True
 
@@ -261,11 +287,10 @@ async def _each(updates: Sequence[_Update], leg: str, step: Step, ends: float) -
             async with asyncio.timeout(share):
                 await step(update)
         except EngineError as error:
-            update.error = error
+            update.error, update.failed_at = error, time.monotonic()
         except TimeoutError:
-            update.error = EngineTimeout(
-                update.engine.name, f"it was not done with {leg} after {share:.1f} s, half of what was left"
-            )
+            late = f"it was not done with {leg} after {share:.1f} s, half of what was left"
+            update.error, update.failed_at = EngineTimeout(update.engine.name, late), time.monotonic()
         update.legs[leg] = update.legs.get(leg, 0.0) + time.monotonic() - begun
 
     async with asyncio.TaskGroup() as group:

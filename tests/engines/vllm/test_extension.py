@@ -23,12 +23,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from millrace.conformance.sender import Sender
 from millrace.engines.vllm.launch import EXTENSION
 from millrace.launch.ports import free_port
 from millrace.launch.process import ServerProcess
 from millrace.train.tiny import make_tiny_tokenizer
 from millrace.weights.plan import layout, padded
+from millrace.weights.transports.process_group import SendingGroup
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -298,7 +298,7 @@ async def test_weights_in_the_servers_own_dtype_are_the_same(subject: Subject) -
 
 async def test_weights_from_a_process_group(subject: Subject) -> None:
     server, weights = subject.server, subject.second.weights
-    sender = Sender("weights", "127.0.0.1", receivers=1, deadline=30)
+    sender = SendingGroup("weights", "gloo", "127.0.0.1", receivers=1, deadline=30)
     group = {"name": "weights", "backend": "gloo", "address": "127.0.0.1", "port": sender.port, "rank_offset": 1}
     group |= {"world_size": 2, "timeout": 30}
     bucket = {"kind": "process_group", "group": "weights", "tensors": SharedBucket(weights).described()["tensors"]}
@@ -307,7 +307,7 @@ async def test_weights_from_a_process_group(subject: Subject) -> None:
         assert "joined already" in await server.refusal("join", json.dumps(group))
         await server.done("begin")
         tensors = list(weights.values())
-        await asyncio.gather(server.done("load", json.dumps(bucket)), asyncio.to_thread(sender.broadcast, tensors))
+        await asyncio.gather(server.done("load", json.dumps(bucket)), sender.broadcast(tensors))
         await server.done("commit", "1")
         await must_be(server, subject.second)
         await server.done("leave", "weights")
@@ -323,7 +323,7 @@ async def test_waiting_for_a_sender_ends(subject: Subject) -> None:
     group: dict[str, Any] = {"name": "alone", "backend": "gloo", "address": "127.0.0.1", "rank_offset": 1}
     group |= {"port": free_port("127.0.0.1"), "world_size": 2, "timeout": 0.5}
     assert "could not join group alone" in await server.refusal("join", json.dumps(group))
-    sender = Sender("late", "127.0.0.1", receivers=1, deadline=30)
+    sender = SendingGroup("late", "gloo", "127.0.0.1", receivers=1, deadline=30)
     group |= {"name": "late", "port": sender.port, "timeout": 1}
     tensors = SharedBucket(subject.second.weights).described()["tensors"]
     bucket = {"kind": "process_group", "group": "late", "tensors": tensors}

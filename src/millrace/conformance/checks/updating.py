@@ -18,7 +18,7 @@ from millrace.conformance.weights import (
     one_way,
     read_tensors,
     restore,
-    send_by_memory,
+    send,
     update,
     ways,
 )
@@ -195,7 +195,7 @@ async def part(subject: Subject) -> None:
         (f"a version with {name} in another shape", {**whole, name: whole[name].reshape(1, -1)}),
     ):
         try:
-            await send_by_memory(kinds[0], subject, tensors, await next_version(subject))
+            await send(kinds[0], subject, tensors, await next_version(subject))
         except PublishError:
             continue
         raise CheckFailed(f"{what} was taken")

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from millrace.types import Bucket
+from millrace.engines.base import Engine
+from millrace.errors import EngineError
+from millrace.types import Bucket, Capability, EngineInfo
 
 if TYPE_CHECKING:
     import torch
@@ -14,11 +16,22 @@ NamedTensors = Sequence[tuple[str, "torch.Tensor"]]
 
 
 @dataclass(frozen=True, slots=True)
+class PublishTarget:
+    """An engine to publish to, with what it said of itself."""
+
+    engine: Engine
+    info: EngineInfo
+
+    def can(self, capability: Capability) -> bool:
+        return capability in self.info.capabilities
+
+
+@dataclass(frozen=True, slots=True)
 class StagedBucket:
-    """A bucket that engines can load now. `bucket_for` makes what one engine of that many ranks is handed; checksums
+    """A bucket that engines can load now. `bucket_for` makes what one engine is handed; checksums
     are those of each tensor (`millrace.checksum`), empty where the transport does not read the bytes."""
 
-    bucket_for: Callable[[int], Bucket]
+    bucket_for: Callable[[PublishTarget], Bucket]
     checksums: Mapping[str, str]
     names: tuple[str, ...]
     nbytes: int
@@ -26,6 +39,10 @@ class StagedBucket:
 
 class Transport(ABC):
     """Carries buckets. There are two slots: one is packed while the engines load the other, never more."""
+
+    async def open(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:  # noqa: ARG002
+        """Before the first bucket of a publish. Returns why which engines can't be reached."""
+        return {}
 
     @abstractmethod
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
@@ -37,6 +54,17 @@ class Transport(ABC):
         """The sender's own part while the engines load: the broadcast, for a process group. Memory that the engines
         read by themselves needs none."""
 
+    def interrupt(self, engine: Engine) -> None:  # noqa: B027 (memory needs none)
+        """The engine could not load the bucket: what others can only get with it, they need not wait for."""
+
+    def broken(self, engine: Engine) -> str | None:  # noqa: ARG002
+        """Why nothing more can be sent to the engine, until the transport is opened again."""
+        return None
+
+    async def blameless(self, failed: Sequence[Engine]) -> set[str]:  # noqa: ARG002
+        """Of engines that failed, in this order: those that only lost what they shared with others."""
+        return set()
+
     @abstractmethod
-    def close(self) -> None:
-        """Frees all. Only called when no engine reads any more."""
+    async def close(self) -> None:
+        """Frees all. Only called when no engine reads any more, and while the engines can still be asked."""

@@ -53,6 +53,6 @@ class CudaIpcTransport(MemoryTransport[DeviceSlot]):
     def _bucket(self, slot: DeviceSlot, specs: tuple[TensorSpec, ...], nbytes: int, ranks: int) -> CudaIpcBucket:
         return CudaIpcBucket(tuple(slot.share() for _ in range(ranks)), nbytes, specs)
 
-    def close(self) -> None:
-        super().close()
+    async def close(self) -> None:
+        await super().close()
         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]

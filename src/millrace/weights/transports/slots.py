@@ -9,7 +9,7 @@ import torch
 from millrace.checksum import Checksum, checksum
 from millrace.types import Bucket, TensorSpec
 from millrace.weights.plan import layout, padded
-from millrace.weights.transports.base import NamedTensors, StagedBucket, Transport
+from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
 
 PIECE_BYTES = 256 * 1024
 
@@ -47,14 +47,17 @@ class MemoryTransport(Transport, Generic[S]):
         nbytes = specs[-1].offset + padded(specs[-1].nbytes)
         memory = self._slot(slot, nbytes)
         checksums = self._copy(tensors, specs, memory.bytes)
-        return StagedBucket(
-            lambda ranks: self._bucket(memory, specs, nbytes, ranks), checksums, tuple(s.name for s in specs), nbytes
-        )
+        names = tuple(spec.name for spec in specs)
+
+        def bucket_for(target: PublishTarget) -> Bucket:
+            return self._bucket(memory, specs, nbytes, target.info.ranks)
+
+        return StagedBucket(bucket_for, checksums, names, nbytes)
 
     async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the engines read by themselves)
         return
 
-    def close(self) -> None:
+    async def close(self) -> None:
         for slot in self._slots.values():
             slot.close()
         self._slots.clear()

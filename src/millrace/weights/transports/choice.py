@@ -1,0 +1,85 @@
+"""Which transport a fleet gets, from what trainer and engines can see of each other. Pure but for `make`, which imports
+the one that was chosen, and torch with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from millrace.config.models import TransportName
+from millrace.errors import PublishError
+from millrace.types import Capability
+
+if TYPE_CHECKING:
+    from millrace.weights.transports.base import Transport
+
+# Any of its capabilities will do, if all of the engines have it.
+NEEDS: dict[TransportName, tuple[Capability, ...]] = {
+    "shm": (Capability.UPDATE_FROM_SHARED_MEMORY, Capability.UPDATE_FROM_TORCH_STORAGE),
+    "cuda_ipc": (Capability.UPDATE_FROM_CUDA_IPC,),
+    "gloo": (Capability.UPDATE_FROM_PROCESS_GROUP,),
+    "nccl": (Capability.UPDATE_FROM_PROCESS_GROUP,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What the trainer sees of an engine. `here`: on the trainer's own host."""
+
+    name: str
+    here: bool
+    capabilities: frozenset[Capability]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A transport's name and why it is this one; None, and why there is none."""
+
+    name: TransportName | None
+    why: str
+
+
+def choose(wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: bool) -> Choice:
+    """Memory where all share a host, otherwise a broadcast. Raises PublishError where what is wanted is not possible;
+    a wanted transport is taken at its word about hosts and GPUs, which a container or a tunnel may hide."""
+    if wanted != "auto":
+        if lacking := [engine.name for engine in engines if not engine.capabilities & set(NEEDS[wanted])]:
+            raise PublishError(f"publish.transport is {wanted}, and {', '.join(lacking)} can't take weights by it")
+        return Choice(wanted, "the config says so")
+    common = frozenset[Capability].intersection(*(engine.capabilities for engine in engines))
+    away = [engine.name for engine in engines if not engine.here]
+    if not away:
+        if common & set(NEEDS["shm"]):
+            return Choice("shm", "trainer and engines are on this host, and the engines on its CPU")
+        if common & set(NEEDS["cuda_ipc"]):
+            return Choice("cuda_ipc", "trainer and engines are on this host, and the engines on a GPU")
+    where = f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} on another host" if away else "no memory is shared"
+    if Capability.UPDATE_FROM_PROCESS_GROUP not in common:
+        return Choice(None, f"{where}, and not every engine can join a process group")
+    if trainer_has_gpu and Capability.UPDATE_FROM_CUDA_IPC in common:
+        return Choice("nccl", f"{where}, and all have GPUs")
+    return Choice("gloo", where)
+
+
+def make(name: TransportName, engines: Sequence[Sight]) -> "Transport":
+    """The transport that was chosen. Its device is torch's current one."""
+    import torch
+
+    if name == "gloo":
+        from millrace.weights.transports.process_group import ProcessGroupTransport
+
+        return ProcessGroupTransport(name, torch.device("cpu"), together=False)
+    if name == "nccl":
+        from millrace.weights.transports.process_group import ProcessGroupTransport
+
+        return ProcessGroupTransport(name, torch.device("cuda", torch.cuda.current_device()), together=True)
+    if name == "cuda_ipc":
+        from millrace.weights.transports.cuda_ipc import CudaIpcTransport
+
+        return CudaIpcTransport(torch.device("cuda", torch.cuda.current_device()))
+    if all(Capability.UPDATE_FROM_SHARED_MEMORY in engine.capabilities for engine in engines):
+        from millrace.weights.transports.shared_memory import SharedMemoryTransport
+
+        return SharedMemoryTransport()
+    from millrace.weights.transports.torch_storage import TorchStorageTransport
+
+    return TorchStorageTransport()

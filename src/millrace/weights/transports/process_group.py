@@ -1,0 +1,263 @@
+"""Trainer and engines on any hosts: buckets are broadcast in a process group of torch.distributed, by gloo (TCP) or by
+NCCL (from one GPU to others).
+
+The trainer is rank 0. Engines join before the first update begins, while they generate. A group is kept, and made anew
+when a broadcast in it has broken off, or the engines are others: it is of no more use when one of its ranks is gone.
+"""
+
+import asyncio
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from millrace.checksum import checksum
+from millrace.engines.base import Engine
+from millrace.errors import EngineError, PublishError
+from millrace.launch.ports import own_address
+from millrace.types import Health, ProcessGroup, ProcessGroupBucket
+from millrace.weights.plan import layout
+from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
+
+POLL_SECONDS = 0.0005
+JOIN_DEADLINE = 30.0
+HEALTH_DEADLINE = LEAVE_DEADLINE = 2.0
+UNWELL = (Health.BUSY, Health.DEAD)
+
+
+class SendingGroup:
+    """This process as rank 0 of the group `name`, with `receivers` ranks of engines, which meet at `address`, at
+    `port`. They must join, and load, at the same time. Every wait ends after `deadline` seconds, by torch's own error
+    (a RuntimeError)."""
+
+    def __init__(self, name: str, backend: str, address: str, *, receivers: int, deadline: float) -> None:
+        self.name, self._backend, self._world = name, backend, 1 + receivers
+        self.broken: str | None = None  # why nothing more can be sent
+        self._seconds, self._deadline = deadline, timedelta(seconds=deadline)
+        self._address = address
+        self._group: Any = None
+        # Torch's own would listen on all of the host's addresses.
+        listener = socket.create_server((address, 0))
+        self.port: int = listener.getsockname()[1]
+        self._store: Any = dist.TCPStore(
+            address,
+            self.port,
+            self._world,
+            is_master=True,
+            timeout=self._deadline,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    def join(self) -> None:
+        """Blocks until all are there. The keys in the store are those that torch makes for a group of this name."""
+        store = self._store
+        for prefix in (self.name, f"{self.name}/", "cpu/" if self._backend == "gloo" else "cuda/"):
+            store = dist.PrefixStore(prefix, store)
+        if self._backend == "gloo":
+            options: Any = dist.ProcessGroupGloo._Options()
+            options._timeout = self._deadline
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
+            self._group = dist.ProcessGroupGloo(store, 0, self._world, options)
+        else:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = 2 * self._deadline + timedelta(minutes=1)  # when it passes, torch ends this process
+            self._group = dist.ProcessGroupNCCL(store, 0, self._world, options)
+
+    async def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Returns when they are sent; each is contiguous, on the CPU for gloo and on a GPU for NCCL. Raises
+        RuntimeError where they are not within the group's seconds, or it was broken off."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        works = [self._group.broadcast([tensor], options) for tensor in tensors]
+        ends = time.monotonic() + self._seconds
+        # Not their own wait: NCCL's ends with the queueing, and gloo's can't be broken off.
+        while not all(work.is_completed() for work in works):
+            if self.broken is not None or time.monotonic() > ends:
+                self.abort(f"the broadcast was not done within {self._seconds:.0f} s")
+                raise RuntimeError(self.broken)
+            await asyncio.sleep(POLL_SECONDS)
+        for work in works:
+            work.wait()
+
+    def abort(self, reason: str) -> None:
+        """Breaks off what is being broadcast; the group is of no more use."""
+        if self.broken is None:
+            self.broken = reason
+            if self._group is not None:
+                self._group.abort()
+
+    def close(self) -> None:
+        group, self._group, self._store = self._group, None, None
+        if group is not None and self.broken is not None:
+            # Gloo's own end waits for what was broken off.
+            threading.Thread(target=group.shutdown, daemon=True).start()
+        elif group is not None:
+            group.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class BroadcastBucket(StagedBucket):
+    """With the tensors that are broadcast; they are the trainer's own wherever those can be sent as they are."""
+
+    tensors: tuple[torch.Tensor, ...]
+
+
+@dataclass(slots=True)
+class _Joined:
+    """A group, and the engines in it."""
+
+    group: SendingGroup
+    engines: list[Engine]
+
+
+class ProcessGroupTransport(Transport):
+    """For engines with Capability.UPDATE_FROM_PROCESS_GROUP. `backend` is gloo or nccl; `device` is where the tensors
+    are sent from. `together`: all engines are in one group, which takes the least bandwidth; otherwise each is in a
+    group of its own, so that none has to wait for another."""
+
+    def __init__(self, backend: str, device: torch.device, *, together: bool) -> None:
+        self._backend, self._device, self._together = backend, device, together
+        self._joined: list[_Joined] = []
+
+    async def open(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
+        """Joins those that are in no group that can be used. One that can't join is left out."""
+        wanted = [list(targets)] if self._together else [[target] for target in targets]
+        kept = [one for one in self._joined if one.group.broken is None]
+        kept = [one for one in kept if one.engines in [[t.engine for t in some] for some in wanted]]
+        await self._leave([one for one in self._joined if one not in kept])
+        self._joined = kept
+        there = [one.engines for one in kept]
+        failed: dict[str, EngineError] = {}
+        seconds = min(JOIN_DEADLINE, deadline / 2)
+        for errors in await asyncio.gather(
+            *(self._form(some, seconds) for some in wanted if [t.engine for t in some] not in there)
+        ):
+            failed |= errors
+        return failed
+
+    def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:  # noqa: ARG002 (nothing is copied into one)
+        specs = layout([(n, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for n, t in tensors])
+        sent = tuple(tensor.detach().to(self._device).contiguous() for _, tensor in tensors)
+        names = tuple(spec.name for spec in specs)
+        checksums = {}
+        if self._device.type == "cpu":
+            checksums = dict(zip(names, (_checksum(tensor) for tensor in sent), strict=True))
+        else:
+            torch.cuda.current_stream(self._device).synchronize()
+
+        def bucket_for(target: PublishTarget) -> ProcessGroupBucket:
+            return ProcessGroupBucket(self._group_of(target.engine).name, specs)
+
+        return BroadcastBucket(bucket_for, checksums, names, sum(tensor.nbytes for tensor in sent), sent)
+
+    async def send(self, staged: StagedBucket) -> None:
+        """Where it fails, the engines' own loading tells."""
+        assert isinstance(staged, BroadcastBucket)
+
+        async def broadcast(group: SendingGroup) -> None:
+            try:
+                await group.broadcast(staged.tensors)
+            except RuntimeError as error:
+                group.abort(f"the broadcast broke off: {_first_line(error)}")
+            except asyncio.CancelledError:
+                group.abort("the publish was cancelled")
+                raise
+
+        await asyncio.gather(*(broadcast(one.group) for one in self._joined if one.group.broken is None))
+
+    def broken(self, engine: Engine) -> str | None:
+        return self._group_of(engine).broken
+
+    def interrupt(self, engine: Engine) -> None:
+        self._group_of(engine).abort(f"{engine.name} has failed, and others got the weights by the same broadcast")
+
+    async def blameless(self, failed: Sequence[Engine]) -> set[str]:
+        found = set()
+        for one in self._joined:
+            lost = [engine for engine in failed if engine in one.engines]
+            if len(lost) > 1 and one.group.broken is not None:
+                found |= {engine.name for engine in lost} - await _at_fault(lost)
+        return found
+
+    async def close(self) -> None:
+        await self._leave(self._joined)
+        self._joined = []
+
+    def _group_of(self, engine: Engine) -> SendingGroup:
+        return next(one.group for one in self._joined if engine in one.engines)
+
+    async def _form(self, targets: Sequence[PublishTarget], seconds: float) -> dict[str, EngineError]:
+        """A group of as many as can join. Returns why the others can't."""
+        failed: dict[str, EngineError] = {}
+        while left := [target for target in targets if target.engine.name not in failed]:
+            errors = await self._join(left, seconds)
+            if not errors:
+                break
+            failed |= errors
+        return failed
+
+    async def _join(self, targets: Sequence[PublishTarget], seconds: float) -> dict[str, EngineError]:
+        """Who is to blame that it came to nothing, and why. Empty where all are in."""
+        ranks = [target.info.ranks for target in targets]
+        addresses = [own_address(target.engine.url) for target in targets]
+        address = next((one for one in addresses if not one.startswith("127.")), addresses[0])
+        name = f"millrace-{secrets.token_hex(4)}"
+        own = SendingGroup(name, self._backend, address, receivers=sum(ranks), deadline=seconds)
+        failed: dict[str, EngineError] = {}
+
+        async def join(engine: Engine, offset: int) -> None:
+            group = ProcessGroup(name, self._backend, address, own.port, offset, 1 + sum(ranks))
+            try:
+                await engine.join_group(group, deadline=seconds)
+            except EngineError as error:
+                failed[engine.name] = error
+
+        joins = (join(target.engine, 1 + sum(ranks[:index])) for index, target in enumerate(targets))
+        (error, *_) = await asyncio.gather(asyncio.to_thread(own.join), *joins, return_exceptions=True)
+        joined = _Joined(own, [target.engine for target in targets])
+        if not failed and error is None:
+            self._joined.append(joined)
+            return {}
+        await self._leave([joined])
+        if not failed:
+            assert error is not None
+            raise PublishError(f"the group of trainer and engines at {address} did not form: {_first_line(error)}")
+        guilty = await _at_fault([next(t.engine for t in targets if t.engine.name == name) for name in failed])
+        return {name: failed[name] for name in guilty}
+
+    async def _leave(self, joined: Sequence[_Joined]) -> None:
+        """As far as that goes: who can't leave has lost the group anyway."""
+
+        async def leave(engine: Engine, group: str) -> None:
+            with suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(LEAVE_DEADLINE):
+                    await engine.leave_group(group)
+
+        await asyncio.gather(*(leave(engine, one.group.name) for one in joined for engine in one.engines))
+        for one in joined:
+            one.group.close()
+
+
+async def _at_fault(engines: Sequence[Engine]) -> set[str]:
+    """Of engines that failed together, in this order: those that are dead or do not answer, or else the first."""
+    states = await asyncio.gather(*(engine.health(deadline=HEALTH_DEADLINE) for engine in engines))
+    unwell = {engine.name for engine, state in zip(engines, states, strict=True) if state in UNWELL}
+    return unwell or {engines[0].name}
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    """Of a contiguous tensor on the CPU."""
+    return checksum(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

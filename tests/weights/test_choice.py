@@ -1,0 +1,70 @@
+"""Which transport is chosen, from what the trainer sees."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.config.models import TransportName
+from millrace.errors import PublishError
+from millrace.types import Capability
+from millrace.weights.transports.choice import NEEDS, Sight, choose
+
+MEMORY_FILE = Capability.UPDATE_FROM_SHARED_MEMORY
+TORCH = Capability.UPDATE_FROM_TORCH_STORAGE
+IPC = Capability.UPDATE_FROM_CUDA_IPC
+GROUP = Capability.UPDATE_FROM_PROCESS_GROUP
+
+sights = st.lists(
+    st.builds(
+        Sight,
+        st.sampled_from(["a", "b", "c"]),
+        st.booleans(),
+        st.frozensets(st.sampled_from([MEMORY_FILE, TORCH, IPC, GROUP])),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def see(*capabilities: Capability, here: bool = True) -> Sight:
+    return Sight("here" if here else "away", here, frozenset(capabilities))
+
+
+@pytest.mark.parametrize(
+    ("engines", "gpu", "name", "why"),
+    [
+        ([see(MEMORY_FILE, GROUP)] * 2, False, "shm", "on this host"),
+        ([see(TORCH, GROUP)], False, "shm", "on this host"),
+        ([see(IPC, GROUP)], True, "cuda_ipc", "on this host"),
+        ([see(MEMORY_FILE, GROUP), see(MEMORY_FILE, GROUP, here=False)], False, "gloo", "away is on another host"),
+        ([see(IPC, GROUP, here=False)] * 2, True, "nccl", "away, away are on another host"),
+        ([see(IPC, GROUP, here=False)], False, "gloo", "away is on another host"),
+        ([see(MEMORY_FILE, here=False)], False, None, "not every engine can join a process group"),
+        ([see(MEMORY_FILE), see(IPC)], True, None, "no memory is shared"),
+    ],
+)
+def test_memory_where_all_share_it_and_a_broadcast_otherwise(
+    engines: list[Sight], gpu: bool, name: TransportName | None, why: str
+) -> None:
+    choice = choose("auto", engines, trainer_has_gpu=gpu)
+    assert choice.name == name
+    assert why in choice.why
+
+
+@given(sights, st.booleans())
+def test_what_is_chosen_every_engine_can_do(engines: list[Sight], gpu: bool) -> None:
+    choice = choose("auto", engines, trainer_has_gpu=gpu)
+    if choice.name is not None:
+        assert all(engine.capabilities & set(NEEDS[choice.name]) for engine in engines)
+        assert choice.name in ("gloo", "nccl") or all(engine.here for engine in engines)
+    else:
+        assert not all(engine.here and GROUP in engine.capabilities for engine in engines)
+
+
+@given(sights, st.sampled_from(sorted(NEEDS)))
+def test_what_the_config_says_is_done_or_refused(engines: list[Sight], wanted: TransportName) -> None:
+    if all(engine.capabilities & set(NEEDS[wanted]) for engine in engines):
+        assert choose(wanted, engines, trainer_has_gpu=False).name == wanted
+    else:
+        with pytest.raises(PublishError, match=f"publish.transport is {wanted}"):
+            choose(wanted, engines, trainer_has_gpu=False)
