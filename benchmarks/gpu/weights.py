@@ -20,11 +20,10 @@ import torch
 from benchmarks.gpu.engines import engine_config, served
 from benchmarks.gpu.models import random_tensors, write_config
 from millrace.engines.base import Engine
-from millrace.engines.start import Started
-from millrace.fleet.local import transport_for
 from millrace.types import GenerateRequest, MemoryTag, SamplingParams
 from millrace.weights.publisher import PublishReport, publish
 from millrace.weights.transports.base import PublishTarget
+from millrace.weights.transports.choice import Sight, make
 
 MIB, GIB = 2**20, 2**30
 
@@ -73,8 +72,8 @@ async def measure_publish(
 
     version = 0
     for mebibytes in arguments.bucket_mb:
-        transport = transport_for("auto", [Started(target.engine, target.info, None)])
-        assert transport is not None
+        sight = Sight(target.engine.name, True, target.info.capabilities)
+        transport = make("cuda_ipc" if device.type == "cuda" else "shm", [sight])
         reports: list[PublishReport] = []
         for _ in range(arguments.repeats + 2):
             version += 1

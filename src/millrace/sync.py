@@ -41,10 +41,19 @@ def open_fleet(
     version: int = 0,
     seed: int = 0,
     transport: TransportName = "auto",
+    folder: Path | None = None,
 ) -> "Iterator[Fleet]":
     """As `millrace.fleet.local.open_fleet`, blocking."""
     with Portal() as portal:
-        manager = local.open_fleet(config, model_path, log_dir=log_dir, version=version, seed=seed, transport=transport)
+        manager = local.open_fleet(
+            config,
+            model_path,
+            log_dir=log_dir,
+            version=version,
+            seed=seed,
+            transport=transport,
+            folder=folder,
+        )
         opened = portal.call(manager.__aenter__())
         try:
             yield Fleet(portal, opened)

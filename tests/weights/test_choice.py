@@ -46,14 +46,22 @@ def see(*capabilities: Capability, here: bool = True) -> Sight:
 def test_memory_where_all_share_it_and_a_broadcast_otherwise(
     engines: list[Sight], gpu: bool, name: TransportName | None, why: str
 ) -> None:
-    choice = choose("auto", engines, trainer_has_gpu=gpu)
+    choice = choose("auto", engines, trainer_has_gpu=gpu, folder=False)
     assert choice.name == name
     assert why in choice.why
 
 
+def test_the_disk_is_for_those_who_have_nothing_else() -> None:
+    attached = see(Capability.UPDATE_FROM_DISK, here=False)
+    assert choose("auto", [attached], trainer_has_gpu=True, folder=True).name == "disk"
+    assert choose("auto", [attached], trainer_has_gpu=True, folder=False).name is None
+    both = see(MEMORY_FILE, GROUP, Capability.UPDATE_FROM_DISK)
+    assert choose("auto", [both], trainer_has_gpu=True, folder=True).name == "shm"
+
+
 @given(sights, st.booleans())
 def test_what_is_chosen_every_engine_can_do(engines: list[Sight], gpu: bool) -> None:
-    choice = choose("auto", engines, trainer_has_gpu=gpu)
+    choice = choose("auto", engines, trainer_has_gpu=gpu, folder=False)
     if choice.name is not None:
         assert all(engine.capabilities & set(NEEDS[choice.name]) for engine in engines)
         assert choice.name in ("gloo", "nccl") or all(engine.here for engine in engines)
@@ -64,7 +72,7 @@ def test_what_is_chosen_every_engine_can_do(engines: list[Sight], gpu: bool) -> 
 @given(sights, st.sampled_from(sorted(NEEDS)))
 def test_what_the_config_says_is_done_or_refused(engines: list[Sight], wanted: TransportName) -> None:
     if all(engine.capabilities & set(NEEDS[wanted]) for engine in engines):
-        assert choose(wanted, engines, trainer_has_gpu=False).name == wanted
+        assert choose(wanted, engines, trainer_has_gpu=False, folder=True).name == wanted
     else:
         with pytest.raises(PublishError, match=f"publish.transport is {wanted}"):
-            choose(wanted, engines, trainer_has_gpu=False)
+            choose(wanted, engines, trainer_has_gpu=False, folder=True)

@@ -261,13 +261,20 @@ class CheckpointConfig(Model):
     keep: PositiveInt = 2
 
 
-TransportName = Literal["auto", "shm", "cuda_ipc", "gloo", "nccl"]
+TransportName = Literal["auto", "shm", "cuda_ipc", "gloo", "nccl", "disk"]
 
 
 class PublishConfig(Model):
     transport: TransportName = "auto"
+    folder: Path | None = None  # that trainer and engines know by the same path; for the transport disk
     bucket_bytes: PositiveInt = 256 * 1024 * 1024
     timeout: PositiveFloat = 120.0  # for the whole transaction on one engine
+
+    @model_validator(mode="after")
+    def _possible(self) -> "PublishConfig":
+        if self.transport == "disk" and self.folder is None:
+            raise ValueError("publish.transport is disk, and publish.folder does not say where")
+        return self
 
 
 class RunConfig(Model):

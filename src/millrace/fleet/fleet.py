@@ -105,7 +105,8 @@ class Fleet:
         if self._transport is None:
             raise PublishError(
                 "there is no way to hand tensors from this process to all of the engines; with dp_size above 1, and a "
-                "vLLM that was started without Millrace's extension, they take weights from disk only"
+                "vLLM that was started without Millrace's extension, they take weights from disk only: set "
+                "publish.folder to a path that they and the trainer share"
             )
         if self._publishing:
             raise PublishError(f"version {version} can't be published while another version is on its way")

@@ -29,14 +29,16 @@ async def open_fleet(
     version: int = 0,
     seed: int = 0,
     transport: TransportName = "auto",
+    folder: Path | None = None,
 ) -> AsyncIterator[Fleet]:
     """Launches `config.replicas` engines that serve the model in `model_path` as weight version `version`, or attaches
     to those that the config names.
 
     In rotation are those whose weights have the folder's checksums or, where an engine can't tell, that were started
     from this folder; another serves after its first publish. Logs go to `log_dir`. `transport` is how weights are
-    published (docs/weights.md). Raises LaunchError when an engine does not come up (the others are ended), DataError
-    when the folder is not a model's, and PublishError when the engines can't take weights by that transport.
+    published, `folder` where to for the transport `disk` (docs/weights.md). Raises LaunchError when an engine does not
+    come up (the others are ended), DataError when the folder is not a model's, and PublishError when the engines can't
+    take weights by that transport.
     """
     checksums = await asyncio.to_thread(folder_checksums, model_path)
     starts = [
@@ -52,20 +54,24 @@ async def open_fleet(
             if not isinstance(result, BaseException):
                 await _end(result)
         raise
-    async with Fleet.open(started, transport_for(transport, started)) as fleet:
+    async with Fleet.open(started, transport_for(transport, started, folder, model_path)) as fleet:
         await fleet.attest(checksums, version, model_path)
         yield fleet
 
 
-def transport_for(wanted: TransportName, engines: Sequence[Started]) -> "Transport | None":
+def transport_for(
+    wanted: TransportName, engines: Sequence[Started], folder: Path | None, model_path: Path
+) -> "Transport | None":
     """How this process hands tensors to these engines, which it logs; None where there is no way that all of them have.
     Raises PublishError where the one that is wanted is not possible."""
     import torch
 
     sights = [Sight(one.engine.name, is_here(one.engine.url), one.info.capabilities) for one in engines]
-    choice = choose(wanted, sights, trainer_has_gpu=torch.cuda.is_available())
+    choice = choose(wanted, sights, trainer_has_gpu=torch.cuda.is_available(), folder=folder is not None)
     logger.info("weights go by %s: %s", choice.name, choice.why)
-    return make(choice.name, sights) if choice.name is not None else None
+    if choice.name is None:
+        return None
+    return make(choice.name, sights, folder=folder, model_path=model_path)
 
 
 async def _end(started: Started) -> None:

@@ -81,6 +81,7 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
             version=0,
             seed=config.seed,
             transport=config.publish.transport,
+            folder=config.publish.folder,
         ) as fleet:
             runner = _runner(config, fleet, content)
             _require_room(runner, [*problems, *held_out], config)

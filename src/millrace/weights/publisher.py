@@ -5,7 +5,6 @@ serve until it holds a whole version. Nothing of a bucket is overwritten before 
 """
 
 import asyncio
-import itertools
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -102,7 +101,7 @@ async def publish(
         async with asyncio.timeout(deadline):
             left: Sequence[_Update] = updates
             while left:
-                unreached = await transport.open([u.target for u in left], deadline=_share(ends))
+                unreached = await transport.open([u.target for u in left], version, deadline=_share(ends))
                 for update in left:
                     update.error = unreached.get(update.engine.name)
                 checksums, nbytes, stage_seconds = await _load(left, tensors, version, transport, bucket_bytes, ends)
@@ -150,21 +149,20 @@ async def _load(
     (empty where the transport has not read the bytes), bytes and seconds of staging."""
     checksums: dict[str, str] = {}
     nbytes, stage_seconds = 0, 0.0
-    source = buckets(tensors, bucket_bytes)
-    slots = itertools.cycle((0, 1))
+    source = transport.staged(buckets(tensors, bucket_bytes))
 
     def stage_next() -> tuple[StagedBucket | None, float]:
         begun = time.monotonic()
-        group = next(source, None)
-        return (transport.stage(group, next(slots)) if group else None), time.monotonic() - begun
+        return next(source, None), time.monotonic() - begun
 
     staged, seconds = await asyncio.to_thread(stage_next)
     await _each(updates, "begin", _breaking(transport, lambda u: _begin(u, version)), ends)
     while staged is not None and any(update.error is None for update in updates):
         stage_seconds += seconds
         nbytes += staged.nbytes
-        if twice := checksums.keys() & set(staged.names):
-            raise PublishError(f"the trainer named a tensor twice: {sorted(twice)[0]}")
+        again = {name for name, count in Counter(staged.names).items() if count > 1}
+        if twice := sorted(again | (checksums.keys() & set(staged.names))):
+            raise PublishError(f"the trainer named a tensor twice: {twice[0]}")
         checksums |= {name: staged.checksums.get(name, "") for name in staged.names}
         load = _loading(staged, transport, ends)
         following = asyncio.create_task(asyncio.to_thread(stage_next))

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from millrace.engines.stock.facts import Limits
+from millrace.engines.stock.model import Model
 from millrace.engines.stock.state import ForbiddenError
 from millrace.engines.vllm.facts import Server
-from millrace.engines.vllm.guards import OWN_FIELDS, OWN_SAMPLING, check_request
+from millrace.engines.vllm.guards import OWN_FIELDS, OWN_SAMPLING, check_reload, check_request
 from millrace.engines.vllm.wire import GENERATE
 from millrace.types import GenerateRequest, SamplingParams
 
@@ -21,6 +22,7 @@ SERVER = Server(
     total_tokens=1000,
     fields=OWN_FIELDS | {"sampling_params", "priority", "cache_salt"},
     sampling=OWN_SAMPLING | {"min_tokens", "logit_bias"},
+    on_cpu=True,
 )
 SOUND = GenerateRequest("r", (1, 2, 3), SamplingParams(8))
 
@@ -61,3 +63,21 @@ def test_logprobs_of_another_temperature_are_refused() -> None:
         check_request(replace(SOUND, sampling=SamplingParams(8, temperature=temperature)), LIMITS, raw)
     with pytest.raises(ForbiddenError, match="processed_logprobs"):
         check_request(replace(SOUND, sampling=SamplingParams(8, temperature=0.7)), LIMITS, raw)
+
+
+@pytest.mark.parametrize(
+    ("names", "on_cpu", "fine"),
+    [
+        (["model.embed_tokens.weight", "lm_head.weight"], True, True),
+        (["model.embed_tokens.weight"], True, False),
+        (["model.embed_tokens.weight"], False, True),
+        (["lm_head.weight", "model.layers.0.mlp.experts.0.up_proj.weight"], True, False),
+    ],
+)
+def test_a_reload_that_would_be_wrong_is_refused(names: list[str], on_cpu: bool, fine: bool) -> None:
+    model, server = Model(100, dict.fromkeys(names, (2, 2))), replace(SERVER, on_cpu=on_cpu)
+    if fine:
+        check_reload(model, server)
+    else:
+        with pytest.raises(ForbiddenError, match="own reload"):
+            check_reload(model, server)

@@ -17,7 +17,7 @@ from millrace.engines.stock.state import ForbiddenError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
 from millrace.engines.vllm.facts import Server, read_facts, read_server
-from millrace.engines.vllm.guards import check_request
+from millrace.engines.vllm.guards import check_reload, check_request
 from millrace.engines.vllm.metrics import read_metrics
 from millrace.engines.vllm.payload import description
 from millrace.engines.vllm.wire import Answer, encode, wire_id
@@ -194,6 +194,7 @@ class VLLMEngine(StockEngine):
             return send
         if not isinstance(bucket, DiskBucket):
             raise ForbiddenError("its workers have not Millrace's extension; it takes weights from disk alone")
+        check_reload(facts.model, self._known)
         body = {"method": "reload_weights", "kwargs": {"weights_path": bucket.path}}
 
         async def reload(deadline: float) -> None:

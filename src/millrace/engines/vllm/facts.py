@@ -31,6 +31,7 @@ class Server:
     total_tokens: int
     fields: frozenset[str]
     sampling: frozenset[str]
+    on_cpu: bool
 
 
 def read_server(api: Mapping[str, Any], config: Mapping[str, Any]) -> Server:
@@ -50,6 +51,7 @@ def read_server(api: Mapping[str, Any], config: Mapping[str, Any]) -> Server:
         total_tokens=(cache["num_gpu_blocks"] or 0) * cache["block_size"],
         fields=frozenset(fields),
         sampling=frozenset(sampling),
+        on_cpu=config["device_config"]["device"] == "cpu",
     )
 
 
@@ -78,7 +80,6 @@ def read_facts(
 
 def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[str, object]) -> frozenset[Capability]:
     """From the server's settings."""
-    on_cpu = config["device_config"]["device"] == "cpu"
     found = {
         Capability.VERSION_SPANS,
         Capability.PAUSE_ABORT,
@@ -88,10 +89,10 @@ def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[st
     }
     if server.extension:
         found |= {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.OWN_CHECKSUMS}
-        found.add(Capability.UPDATE_FROM_SHARED_MEMORY if on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
+        found.add(Capability.UPDATE_FROM_SHARED_MEMORY if server.on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
     if server.logprobs_mode == "processed_logprobs":
         found.add(Capability.FILTERED_LOGPROBS)
-    if on_cpu or config["model_config"]["enable_sleep_mode"]:
+    if server.on_cpu or config["model_config"]["enable_sleep_mode"]:
         found.add(Capability.SLEEP)
     if config["lora_config"] is not None and "/v1/load_lora_adapter" in paths:
         found.add(Capability.LORA)

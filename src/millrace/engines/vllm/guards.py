@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 
 from millrace.engines.stock.facts import Limits
+from millrace.engines.stock.model import Model
 from millrace.engines.stock.state import ForbiddenError, require
 from millrace.engines.stock.tokens import check_ids, check_length
 from millrace.engines.vllm.facts import Server
@@ -30,6 +31,17 @@ OWN_SAMPLING = frozenset({
     "trace_decode_token_ids",
     "prompt_logprobs", "prompt_logprob_token_ids",  # a Generation has no place for them
 })  # fmt: skip
+
+
+def check_reload(model: Model, server: Server) -> None:
+    """Raises ForbiddenError where vLLM's own reload leaves other weights than it read, without a word."""
+    shapes = model.shapes or {}
+    tied = bool(shapes) and "lm_head.weight" not in shapes
+    require(
+        not server.on_cpu or not (tied or any(".experts." in name for name in shapes)),
+        "on the CPU, vLLM's own reload is wrong where the embedding is tied or there are experts; start the server "
+        "with Millrace's extension, and one data-parallel rank",
+    )
 
 
 def check_request(request: GenerateRequest, limits: Limits, server: Server) -> None:

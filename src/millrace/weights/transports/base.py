@@ -1,7 +1,8 @@
 """The port to a transport: how a bucket's bytes get from the trainer to the engines."""
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,16 +39,22 @@ class StagedBucket:
 
 
 class Transport(ABC):
-    """Carries buckets. There are two slots: one is packed while the engines load the other, never more."""
+    """Carries buckets."""
 
-    async def open(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:  # noqa: ARG002
+    async def open(
+        self,
+        targets: Sequence[PublishTarget],  # noqa: ARG002
+        version: int,  # noqa: ARG002
+        *,
+        deadline: float,  # noqa: ARG002
+    ) -> Mapping[str, EngineError]:
         """Before the first bucket of a publish. Returns why which engines can't be reached."""
         return {}
 
     @abstractmethod
-    def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
-        """Copies the tensors to where engines can reach them, overwriting what the slot (0 or 1) held. Blocks; the
-        publisher calls it in a thread. Raises PublishError where there is no room."""
+    def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
+        """Brings the tensors to where engines can reach them. Blocks; the publisher goes on with it in a thread, while
+        the engines load what came before, and no further. Raises PublishError where there is no room."""
 
     @abstractmethod
     async def send(self, staged: StagedBucket) -> None:
@@ -68,3 +75,15 @@ class Transport(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Frees all. Only called when no engine reads any more, and while the engines can still be asked."""
+
+
+class BucketTransport(Transport):
+    """One that brings bucket by bucket. There are two slots: one is filled while the engines load the other."""
+
+    def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
+        for slot, tensors in zip(itertools.cycle((0, 1)), buckets):
+            yield self.stage(tensors, slot)
+
+    @abstractmethod
+    def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
+        """Copies the tensors to where engines can reach them, overwriting what the slot (0 or 1) held."""

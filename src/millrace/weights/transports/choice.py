@@ -3,6 +3,7 @@ the one that was chosen, and torch with it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.config.models import TransportName
@@ -18,6 +19,7 @@ NEEDS: dict[TransportName, tuple[Capability, ...]] = {
     "cuda_ipc": (Capability.UPDATE_FROM_CUDA_IPC,),
     "gloo": (Capability.UPDATE_FROM_PROCESS_GROUP,),
     "nccl": (Capability.UPDATE_FROM_PROCESS_GROUP,),
+    "disk": (Capability.UPDATE_FROM_DISK,),
 }
 
 
@@ -38,9 +40,10 @@ class Choice:
     why: str
 
 
-def choose(wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: bool) -> Choice:
-    """Memory where all share a host, otherwise a broadcast. Raises PublishError where what is wanted is not possible;
-    a wanted transport is taken at its word about hosts and GPUs, which a container or a tunnel may hide."""
+def choose(wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: bool, folder: bool) -> Choice:
+    """Memory where all share a host, otherwise a broadcast, otherwise the disk if there is a folder for it. Raises
+    PublishError where what is wanted is not possible; it is taken at its word about hosts and GPUs, which a container
+    or a tunnel may hide."""
     if wanted != "auto":
         if lacking := [engine.name for engine in engines if not engine.capabilities & set(NEEDS[wanted])]:
             raise PublishError(f"publish.transport is {wanted}, and {', '.join(lacking)} can't take weights by it")
@@ -54,16 +57,25 @@ def choose(wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: 
             return Choice("cuda_ipc", "trainer and engines are on this host, and the engines on a GPU")
     where = f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} on another host" if away else "no memory is shared"
     if Capability.UPDATE_FROM_PROCESS_GROUP not in common:
-        return Choice(None, f"{where}, and not every engine can join a process group")
+        where = f"{where}, and not every engine can join a process group"
+        return Choice("disk" if folder and common & set(NEEDS["disk"]) else None, where)
     if trainer_has_gpu and Capability.UPDATE_FROM_CUDA_IPC in common:
         return Choice("nccl", f"{where}, and all have GPUs")
     return Choice("gloo", where)
 
 
-def make(name: TransportName, engines: Sequence[Sight]) -> "Transport":
-    """The transport that was chosen. Its device is torch's current one."""
+def make(
+    name: TransportName, engines: Sequence[Sight], *, folder: Path | None = None, model_path: Path | None = None
+) -> "Transport":
+    """The transport that was chosen. Its device is torch's current one. `folder` and `model_path` are for the disk."""
     import torch
 
+    if name == "disk":
+        from millrace.weights.transports.disk import DiskTransport
+
+        assert folder is not None
+        assert model_path is not None
+        return DiskTransport(folder, model_path)
     if name == "gloo":
         from millrace.weights.transports.process_group import ProcessGroupTransport
 

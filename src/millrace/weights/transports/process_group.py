@@ -25,7 +25,7 @@ from millrace.errors import EngineError, PublishError
 from millrace.launch.ports import own_address
 from millrace.types import Health, ProcessGroup, ProcessGroupBucket
 from millrace.weights.plan import layout
-from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
+from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket
 
 POLL_SECONDS = 0.0005
 JOIN_DEADLINE = 30.0
@@ -119,7 +119,7 @@ class _Joined:
     engines: list[Engine]
 
 
-class ProcessGroupTransport(Transport):
+class ProcessGroupTransport(BucketTransport):
     """For engines with Capability.UPDATE_FROM_PROCESS_GROUP. `backend` is gloo or nccl; `device` is where the tensors
     are sent from. `together`: all engines are in one group, which takes the least bandwidth; otherwise each is in a
     group of its own, so that none has to wait for another."""
@@ -128,7 +128,13 @@ class ProcessGroupTransport(Transport):
         self._backend, self._device, self._together = backend, device, together
         self._joined: list[_Joined] = []
 
-    async def open(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
+    async def open(
+        self,
+        targets: Sequence[PublishTarget],
+        version: int,  # noqa: ARG002
+        *,
+        deadline: float,
+    ) -> Mapping[str, EngineError]:
         """Joins those that are in no group that can be used. One that can't join is left out."""
         wanted = [list(targets)] if self._together else [[target] for target in targets]
         kept = [one for one in self._joined if one.group.broken is None]

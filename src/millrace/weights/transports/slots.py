@@ -9,7 +9,7 @@ import torch
 from millrace.checksum import Checksum, checksum
 from millrace.types import Bucket, TensorSpec
 from millrace.weights.plan import layout, padded
-from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
+from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket
 
 PIECE_BYTES = 256 * 1024
 
@@ -25,7 +25,7 @@ class Slot(Protocol):
 S = TypeVar("S", bound=Slot)
 
 
-class MemoryTransport(Transport, Generic[S]):
+class MemoryTransport(BucketTransport, Generic[S]):
     """Two slots, kept so that their memory is taken once."""
 
     def __init__(self) -> None:

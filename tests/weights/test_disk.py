@@ -1,0 +1,70 @@
+"""Publishing through a folder, to real embedded engines."""
+
+import resource
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from millrace.config import EmbeddedEngineConfig
+from millrace.errors import PublishError
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.local import open_fleet
+from millrace.types import GenerateRequest, SamplingParams
+
+Tensors = list[tuple[str, torch.Tensor]]
+
+
+@pytest.fixture
+async def fleet(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Fleet]:
+    config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1)
+    async with open_fleet(
+        config, tiny_model, log_dir=tmp_path, transport="disk", folder=tmp_path / "versions"
+    ) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def tensors(tiny_model: Path) -> Tensors:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    return [(name, parameter.detach().clone()) for name, parameter in model.named_parameters()]
+
+
+def expected(model: torch.nn.Module, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return tuple(ids[len(prompt) :])
+
+
+async def test_versions_are_folders_that_engines_and_anybody_can_read(
+    fleet: Fleet, tensors: Tensors, tmp_path: Path
+) -> None:
+    prompt = (5, 17, 300)
+    for version in (1, 2, 3):
+        scaled = [(name, tensor * (1 + version / 10)) for name, tensor in tensors]
+        assert not (await fleet.publish(scaled, version, bucket_bytes=64 * 1024)).failed
+    folders = sorted(path.name for path in (tmp_path / "versions").iterdir())
+    assert folders == ["version-00000002", "version-00000003"]
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "versions" / folders[-1])
+    for engine in fleet.engines.values():
+        request = GenerateRequest("one", prompt, SamplingParams(8, temperature=0.0, ignore_eos=True))
+        generation = await engine.generate(request, deadline=20)
+        assert generation.output_ids == expected(last, prompt)
+        assert {segment.version for segment in generation.segments} == {3}
+
+    with pytest.raises(PublishError, match="named a tensor twice"):
+        await fleet.publish([*tensors, tensors[0]], 4)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(PublishError, match="version 4 can't be written"):
+            await fleet.publish(tensors, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {member.version for member in fleet.snapshot.members if member.routable} == {3}
+    assert not (await fleet.publish(tensors, 4)).failed
