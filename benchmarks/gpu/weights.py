@@ -1,11 +1,11 @@
-"""Weights and memory on a real server, trainer and server on one GPU: a publish by CUDA IPC beside its floor, sleep and
-wake.
+"""Weights and memory on a real server: a publish beside its floor, sleep and wake.
 
-    python -m benchmarks.gpu.weights [--size 1.5b] [--repeats 7] [--bucket-mb 512 2048 4096]
-        [--engine '{"kind": "vllm", "python": "...", "engine_args": {...}}']
+    python -m benchmarks.gpu.weights [--size 1.5b] [--repeats 7] [--bucket-mb 512 2048 4096] [--transport nccl]
+        [--trainer-gpu 1] [--engine '{"kind": "vllm", "python": "...", "engine_args": {...}}']
 
-The floor of a publish is two device-to-device copies of the model (into the bucket, out of it) at the bandwidth
-measured in the same run. On the CPU (--engine '{"device": "cpu"}') the tensors travel by shared memory.
+Trainer and server are on one GPU, and the tensors travel by CUDA IPC; on the CPU (--engine '{"device": "cpu"}') by
+shared memory. NCCL takes two GPUs. The floor of a publish is two device-to-device copies of the model (into the
+bucket, out of it) at the bandwidth measured in the same run.
 """
 
 import argparse
@@ -73,7 +73,7 @@ async def measure_publish(
     version = 0
     for mebibytes in arguments.bucket_mb:
         sight = Sight(target.engine.name, True, target.info.capabilities)
-        transport = make("cuda_ipc" if device.type == "cuda" else "shm", [sight])
+        transport = make(arguments.transport or ("cuda_ipc" if device.type == "cuda" else "shm"), [sight])
         reports: list[PublishReport] = []
         for _ in range(arguments.repeats + 2):
             version += 1
@@ -131,7 +131,10 @@ async def timed(legs: dict[str, list[float]], name: str, call: object) -> None:
 
 async def run(arguments: argparse.Namespace) -> None:
     config = engine_config(arguments.engine)
-    device = torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
+    device = torch.device("cpu")
+    if config.device == "cuda":
+        device = torch.device("cuda", arguments.trainer_gpu)
+        torch.cuda.set_device(device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_config(arguments.size, Path(scratch, "model"))
         async with served(config, folder, Path(scratch)) as (_, engine):
@@ -149,6 +152,8 @@ def main() -> None:
     parser.add_argument("--size", default="1.5b")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--bucket-mb", type=int, nargs="+", default=[512, 2048, 4096])
+    parser.add_argument("--transport", choices=["shm", "cuda_ipc", "gloo", "nccl"])
+    parser.add_argument("--trainer-gpu", type=int, default=0)
     parser.add_argument("--engine", default="{}")
     asyncio.run(run(parser.parse_args()))
 

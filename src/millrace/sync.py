@@ -194,15 +194,21 @@ class Fleet:
         *,
         bucket_bytes: int = 256 * 2**20,
         deadline: float = 120.0,
+        require_finite: bool = False,
     ) -> PublishReport:
         """Brings a version into every usable engine; one that does not take it is quarantined and named in the report.
 
-        `tensors` is consumed lazily and in a thread. Raises PublishError when no engine takes it, when another publish
-        is under way, or when `version` is not above the last one; whatever is raised, the old version goes on serving
-        where it was, unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves
-        again after the next publish.
+        `tensors` is consumed lazily and in a thread; with `require_finite` also once before, and a NaN or an infinite
+        value raises PublishError. So it does when no engine takes the version, when another publish is under way, or
+        when `version` is not above the last one; whatever is raised, the old version goes on serving where it was,
+        unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves again after the
+        next publish.
         """
-        return self._portal.call(self._wrapped.publish(tensors, version, bucket_bytes=bucket_bytes, deadline=deadline))
+        return self._portal.call(
+            self._wrapped.publish(
+                tensors, version, bucket_bytes=bucket_bytes, deadline=deadline, require_finite=require_finite
+            )
+        )
 
     def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Puts every usable engine to sleep, after what runs there has ended. One that can't is quarantined."""

@@ -224,6 +224,21 @@ async def test_tensors_that_are_not_the_models_change_nothing(
     assert not (await fleet.publish(tensors(model), version + 1)).failed
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+async def test_what_is_no_number_is_refused_where_the_config_forbids_it(
+    fleet: Fleet, model: PreTrainedModel, bad: float
+) -> None:
+    version = served(fleet)
+    spoilt = [(name, tensor.clone()) for name, tensor in tensors(model)]
+    spoilt[-1][1].view(-1)[3] = bad
+    with pytest.raises(PublishError, match=f"{spoilt[-1][0]} has NaN or infinite values"):
+        await fleet.publish(spoilt, version + 1, require_finite=True)
+    with pytest.raises(PublishError, match="has NaN or infinite values"):
+        await fleet.publish(iter(spoilt), version + 1, bucket_bytes=64 * 1024, require_finite=True)
+    assert {g.segments for g in (await ask_each(fleet)).values()} == {(Segment(version, 0, 12),)}
+    assert not (await fleet.publish(tensors(model), version + 1, require_finite=True)).failed
+
+
 async def test_bytes_that_changed_on_the_way_are_never_committed(fleet: Fleet, model: PreTrainedModel) -> None:
     version = served(fleet)
     transport = fleet._transport

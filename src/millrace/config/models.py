@@ -269,6 +269,7 @@ class PublishConfig(Model):
     folder: Path | None = None  # that trainer and engines know by the same path; for the transport disk
     bucket_bytes: PositiveInt = 256 * 1024 * 1024
     timeout: PositiveFloat = 120.0  # for the whole transaction on one engine
+    require_finite: bool = False
 
     @model_validator(mode="after")
     def _possible(self) -> "PublishConfig":

@@ -94,14 +94,57 @@ class Fleet:
         *,
         bucket_bytes: int = 256 * 2**20,
         deadline: float = 120.0,
+        require_finite: bool = False,
     ) -> PublishReport:
         """Brings a version into every usable engine; one that does not take it is quarantined and named in the report.
 
-        `tensors` is consumed lazily and in a thread. Raises PublishError when no engine takes it, when another publish
-        is under way, or when `version` is not above the last one; whatever is raised, the old version goes on serving
-        where it was, unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves
-        again after the next publish.
+        `tensors` is consumed lazily and in a thread; with `require_finite` also once before, and a NaN or an infinite
+        value raises PublishError. So it does when no engine takes the version, when another publish is under way, or
+        when `version` is not above the last one; whatever is raised, the old version goes on serving where it was,
+        unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves again after the
+        next publish.
         """
+        transport, targets = self._ready_for(version)
+
+        async def committed(name: str) -> None:
+            self._published = version
+            await self._apply(name, Attested(version))
+
+        emptied: set[str] = set()
+
+        async def unrestored(name: str, error: EngineError) -> None:
+            if isinstance(error, EngineRefused):
+                emptied.add(name)
+                await self._apply(name, Emptied())
+            else:
+                await self._apply(name, Distrusted(str(error)))
+
+        self._publishing = True
+        try:
+            if require_finite:
+                from millrace.weights.finite import only_finite  # imports torch
+
+                tensors = await asyncio.to_thread(only_finite, tensors)
+            report = await publish(
+                targets,
+                tensors,
+                version,
+                transport,
+                bucket_bytes=bucket_bytes,
+                deadline=deadline,
+                committed=committed,
+                unrestored=unrestored,
+            )
+        finally:
+            self._publishing = False
+        for name, error in report.failed.items():
+            logger.error("version %d: %s is out of rotation: %s", version, name, error)
+            if not (isinstance(error, EngineRefused) and name in emptied):
+                await self._apply(name, Distrusted(str(error)))
+        return report
+
+    def _ready_for(self, version: int) -> tuple[Transport, list[PublishTarget]]:
+        """What brings the version, and whom to. Raises PublishError and NoEngineError where it can't be published."""
         if self._transport is None:
             raise PublishError(
                 "there is no way to hand tensors from this process to all of the engines; with dp_size above 1, and a "
@@ -119,40 +162,9 @@ class Fleet:
             raise PublishError(f"the weights of {', '.join(asleep)} are asleep; wake them before publishing")
         if not members:
             raise NoEngineError(f"no engine is left to publish to: {self.snapshot.describe()}")
-        targets = [PublishTarget(self._replicas[m.name].engine, self._replicas[m.name].info) for m in members]
-
-        async def committed(name: str) -> None:
-            self._published = version
-            await self._apply(name, Attested(version))
-
-        emptied: set[str] = set()
-
-        async def unrestored(name: str, error: EngineError) -> None:
-            if isinstance(error, EngineRefused):
-                emptied.add(name)
-                await self._apply(name, Emptied())
-            else:
-                await self._apply(name, Distrusted(str(error)))
-
-        self._publishing = True
-        try:
-            report = await publish(
-                targets,
-                tensors,
-                version,
-                self._transport,
-                bucket_bytes=bucket_bytes,
-                deadline=deadline,
-                committed=committed,
-                unrestored=unrestored,
-            )
-        finally:
-            self._publishing = False
-        for name, error in report.failed.items():
-            logger.error("version %d: %s is out of rotation: %s", version, name, error)
-            if not (isinstance(error, EngineRefused) and name in emptied):
-                await self._apply(name, Distrusted(str(error)))
-        return report
+        return self._transport, [
+            PublishTarget(self._replicas[m.name].engine, self._replicas[m.name].info) for m in members
+        ]
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Puts every usable engine to sleep, after what runs there has ended. One that can't is quarantined."""

@@ -117,6 +117,7 @@ class TrainingLoop:
             version,
             bucket_bytes=self.config.publish.bucket_bytes,
             deadline=self.config.publish.timeout,
+            require_finite=self.config.publish.require_finite,
         )
         self.progress.version = version
 

@@ -224,7 +224,7 @@ async def _attest(updates: Sequence[_Update], sent: Mapping[str, str], ends: flo
     alike = Counter(_likeness(u) for u in updates if u.error is None)
 
     async def ask(update: _Update) -> None:
-        if update.target.can(Capability.CHECKSUMS):
+        if update.target.can(Capability.CHECKSUMS) and all(sent.values()):
             _require_sent(update.engine.name, await update.engine.checksums(), sent)
         elif update.target.can(Capability.OWN_CHECKSUMS) and alike[_likeness(update)] > 1:
             held[update.engine.name] = await update.engine.checksums()

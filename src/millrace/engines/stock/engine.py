@@ -367,6 +367,10 @@ class StockEngine(HttpEngine):
             await self._go_on()  # a paused server does not abort
         self._calls.interrupt()
         await self._stop(PauseMode.ABORT)
+        await self._forget()
+
+    async def _forget(self) -> None:
+        """Drops every cached prefix. The server has just been paused with ABORT."""
         await self.flush_cache()
 
     async def _drain(self) -> None:

@@ -151,6 +151,9 @@ class VLLMEngine(StockEngine):
         if mode is PauseMode.ABORT:
             await self._until_ended(self._calls.sent, self._abort)  # what came too late for that waits in the server
 
+    async def _forget(self) -> None:
+        """The pause has done it already, when all had ended, and fails where it can't."""
+
     async def _go_on(self) -> None:
         await self._control("/resume", None, repeatable=True)
 

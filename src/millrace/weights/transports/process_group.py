@@ -9,7 +9,6 @@ import asyncio
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,20 +27,19 @@ from millrace.weights.plan import layout
 from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket
 
 POLL_SECONDS = 0.0005
-JOIN_DEADLINE = 30.0
 HEALTH_DEADLINE = LEAVE_DEADLINE = 2.0
 UNWELL = (Health.BUSY, Health.DEAD)
 
 
 class SendingGroup:
     """This process as rank 0 of the group `name`, with `receivers` ranks of engines, which meet at `address`, at
-    `port`. They must join, and load, at the same time. Every wait ends after `deadline` seconds, by torch's own error
-    (a RuntimeError)."""
+    `port`. They must join, and load, at the same time. Joining ends after `deadline` seconds, and with gloo the sending
+    of a tensor does, by torch's own error (a RuntimeError)."""
 
     def __init__(self, name: str, backend: str, address: str, *, receivers: int, deadline: float) -> None:
         self.name, self._backend, self._world = name, backend, 1 + receivers
         self.broken: str | None = None  # why nothing more can be sent
-        self._seconds, self._deadline = deadline, timedelta(seconds=deadline)
+        self._deadline = timedelta(seconds=deadline)
         self._address = address
         self._group: Any = None
         # Torch's own would listen on all of the host's addresses.
@@ -74,18 +72,15 @@ class SendingGroup:
 
     async def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Returns when they are sent; each is contiguous, on the CPU for gloo and on a GPU for NCCL. Raises
-        RuntimeError where they are not within the group's seconds, or it was broken off."""
+        RuntimeError where that fails, or is broken off: the caller has the deadline."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        works = [self._group.broadcast([tensor], options) for tensor in tensors]
-        ends = time.monotonic() + self._seconds
-        # Not their own wait: NCCL's ends with the queueing, and gloo's can't be broken off.
-        while not all(work.is_completed() for work in works):
-            if self.broken is not None or time.monotonic() > ends:
-                self.abort(f"the broadcast was not done within {self._seconds:.0f} s")
-                raise RuntimeError(self.broken)
-            await asyncio.sleep(POLL_SECONDS)
-        for work in works:
+        # Not their own wait alone: NCCL's ends with the queueing, and gloo's can't be broken off.
+        for work in [self._group.broadcast([tensor], options) for tensor in tensors]:
+            while not work.is_completed():
+                if self.broken is not None:
+                    raise RuntimeError(self.broken)
+                await asyncio.sleep(POLL_SECONDS)
             work.wait()
 
     def abort(self, reason: str) -> None:
@@ -143,9 +138,8 @@ class ProcessGroupTransport(BucketTransport):
         self._joined = kept
         there = [one.engines for one in kept]
         failed: dict[str, EngineError] = {}
-        seconds = min(JOIN_DEADLINE, deadline / 2)
         for errors in await asyncio.gather(
-            *(self._form(some, seconds) for some in wanted if [t.engine for t in some] not in there)
+            *(self._form(some, deadline / 2) for some in wanted if [t.engine for t in some] not in there)
         ):
             failed |= errors
         return failed
