@@ -1,6 +1,11 @@
 """The checksum by which an engine's weights are compared with what was sent."""
 
+from typing import TYPE_CHECKING
+
 import xxhash
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Checksum:
@@ -26,3 +31,10 @@ def checksum(data: memoryview) -> str:
     digest = Checksum()
     digest.update(data)
     return digest.hexdigest()
+
+
+def tensor_checksum(tensor: "torch.Tensor") -> str:
+    """The checksum of a contiguous tensor on the CPU."""
+    import torch
+
+    return checksum(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,6 +1,7 @@
 """A model's folder in Hugging Face's format, read without torch: what its tensors are called and where their bytes
 lie."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,3 +57,12 @@ def _read(path: Path) -> dict[str, StoredTensor]:
         return tensors
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def to_disk(path: Path) -> None:
+    """Returns when a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

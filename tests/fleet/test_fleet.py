@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import itertools
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -272,6 +273,21 @@ async def test_a_source_that_raises_leaves_the_old_version_serving(fleet: Fleet,
     assert {g.output_ids for g in (await ask_each(fleet)).values()} == {expected(model)}
 
 
+async def test_a_source_that_is_too_slow_has_ended_when_its_publish_has(fleet: Fleet, model: PreTrainedModel) -> None:
+    """Its thread can't be stopped, and must not write into a bucket of the next publish."""
+    ended = threading.Event()
+
+    def source() -> Iterator[tuple[str, torch.Tensor]]:
+        ended.wait(1.0)  # longer than the publish may take
+        yield from tensors(model, 2.0)[:1]
+        ended.set()
+
+    with pytest.raises(PublishError, match=r"within 0\.5 s"):
+        await fleet.publish(source(), following(fleet), bucket_bytes=2**30, deadline=0.5)
+    assert ended.is_set()
+    assert {g.output_ids for g in (await ask_each(fleet)).values()} == {expected(model)}
+
+
 async def test_versions_only_grow_and_publishes_come_one_at_a_time(fleet: Fleet, model: PreTrainedModel) -> None:
     version = served(fleet)
     first = asyncio.create_task(fleet.publish(tensors(model), version + 2))
@@ -362,3 +378,15 @@ async def test_a_port_in_use_ends_the_start_with_one_message_and_no_process(tiny
                 raise AssertionError("it must not start")
     with socket.create_server(("127.0.0.1", ports[0])):
         pass  # the engine that did start is gone, and its port is free
+
+
+async def test_a_transport_that_is_not_possible_ends_what_was_started(tiny_model: Path, tmp_path: Path) -> None:
+    import socket
+
+    port = free_port("127.0.0.1")
+    config = CONFIG.model_copy(update={"replicas": 1, "ports": (port,)})
+    with pytest.raises(PublishError, match=r"embedded-0 can't take weights by it"):
+        async with open_fleet(config, tiny_model, log_dir=tmp_path, transport="cuda_ipc"):
+            raise AssertionError("it must not start")
+    with socket.create_server(("127.0.0.1", port)):
+        pass

@@ -37,7 +37,8 @@ def see(*capabilities: Capability, here: bool = True) -> Sight:
         ([see(TORCH, GROUP)], False, "shm", "on this host"),
         ([see(IPC, GROUP)], True, "cuda_ipc", "on this host"),
         ([see(MEMORY_FILE, GROUP), see(MEMORY_FILE, GROUP, here=False)], False, "gloo", "away is on another host"),
-        ([see(IPC, GROUP, here=False)] * 2, True, "nccl", "away, away are on another host"),
+        ([see(IPC, GROUP, here=False)] * 2, True, "gloo", "away, away are on another host"),
+        ([see(IPC, GROUP)], False, "gloo", "no memory is shared"),
         ([see(IPC, GROUP, here=False)], False, "gloo", "away is on another host"),
         ([see(MEMORY_FILE, here=False)], False, None, "not every engine can join a process group"),
         ([see(MEMORY_FILE), see(IPC)], True, None, "no memory is shared"),
@@ -64,6 +65,7 @@ def test_what_is_chosen_every_engine_can_do(engines: list[Sight], gpu: bool) -> 
     choice = choose("auto", engines, trainer_has_gpu=gpu, folder=False)
     if choice.name is not None:
         assert all(engine.capabilities & set(NEEDS[choice.name]) for engine in engines)
+        assert gpu or choice.name not in ("cuda_ipc", "nccl")
         assert choice.name in ("gloo", "nccl") or all(engine.here for engine in engines)
     else:
         assert not all(engine.here and GROUP in engine.capabilities for engine in engines)

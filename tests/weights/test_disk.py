@@ -44,12 +44,16 @@ async def test_versions_are_folders_that_engines_and_anybody_can_read(
     fleet: Fleet, tensors: Tensors, tmp_path: Path
 ) -> None:
     prompt = (5, 17, 300)
+    elsewhere = tmp_path / "versions" / "version-00000099"  # of another run
+    elsewhere.mkdir(parents=True)
     for version in (1, 2, 3):
         scaled = [(name, tensor * (1 + version / 10)) for name, tensor in tensors]
         assert not (await fleet.publish(scaled, version, bucket_bytes=64 * 1024)).failed
     folders = sorted(path.name for path in (tmp_path / "versions").iterdir())
-    assert folders == ["version-00000002", "version-00000003"]
-    last = AutoModelForCausalLM.from_pretrained(tmp_path / "versions" / folders[-1])
+    assert folders == ["version-00000002", "version-00000003", elsewhere.name]
+    written = tmp_path / "versions" / "version-00000003"
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in written.iterdir())  # for engines of another user
+    last = AutoModelForCausalLM.from_pretrained(written)
     for engine in fleet.engines.values():
         request = GenerateRequest("one", prompt, SamplingParams(8, temperature=0.0, ignore_eos=True))
         generation = await engine.generate(request, deadline=20)
@@ -67,4 +71,5 @@ async def test_versions_are_folders_that_engines_and_anybody_can_read(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {member.version for member in fleet.snapshot.members if member.routable} == {3}
+    assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == folders
     assert not (await fleet.publish(tensors, 4)).failed

@@ -137,10 +137,14 @@ class Fleet:
             )
         finally:
             self._publishing = False
-        for name, error in report.failed.items():
-            logger.error("version %d: %s is out of rotation: %s", version, name, error)
-            if not (isinstance(error, EngineRefused) and name in emptied):
-                await self._apply(name, Distrusted(str(error)))
+        for engine in report.engines:
+            if (error := engine.error) is None:
+                continue
+            logger.error("version %d: %s is out of rotation: %s", version, engine.engine, error)
+            if engine.blameless:
+                await self._apply(engine.engine, Emptied())
+            elif not (isinstance(error, EngineRefused) and engine.engine in emptied):
+                await self._apply(engine.engine, Distrusted(str(error)))
         return report
 
     def _ready_for(self, version: int) -> tuple[Transport, list[PublishTarget]]:

@@ -54,7 +54,12 @@ async def open_fleet(
             if not isinstance(result, BaseException):
                 await _end(result)
         raise
-    async with Fleet.open(started, transport_for(transport, started, folder, model_path)) as fleet:
+    try:
+        chosen = transport_for(transport, started, folder, model_path)
+    except BaseException:
+        await asyncio.gather(*(_end(one) for one in started))
+        raise
+    async with Fleet.open(started, chosen) as fleet:
         await fleet.attest(checksums, version, model_path)
         yield fleet
 

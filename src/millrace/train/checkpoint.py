@@ -6,7 +6,6 @@ hosts, RUN is a folder that all of them see.
 """
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -24,6 +23,7 @@ from torch.futures import Future
 from transformers import PreTrainedTokenizerBase
 
 from millrace.errors import CheckpointError
+from millrace.model_folder import to_disk
 from millrace.train.optimizer import optimizer_state
 from millrace.train.policy import Policy
 from millrace.train.trainer import Trainer
@@ -172,23 +172,15 @@ def _delete(folder: Path) -> None:
 
 def _publish(partial: Path, folder: Path) -> None:
     for path in [*partial.iterdir(), partial]:
-        _sync(path)
+        to_disk(path)
     _delete(folder)
     partial.rename(folder)
-    _sync(folder.parent)
+    to_disk(folder.parent)
 
 
 def _write_synced(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    to_disk(path)
 
 
 def _on_rank_0(world: World, action: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
-from millrace.errors import EngineError, EngineFailed, EngineTimeout, PublishError
+from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout, PublishError
 from millrace.types import Capability
 from millrace.weights.plan import buckets
 from millrace.weights.transports.base import PublishTarget, StagedBucket, Transport
@@ -27,11 +27,12 @@ ROLLBACK_DEADLINE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """How one engine fared. Seconds of each leg; `pause_seconds` is how long it generated nothing because of the
-    update."""
+    """How one engine fared. `blameless`: another broke off the broadcast that both were in. Seconds of each leg;
+    `pause_seconds` is how long it generated nothing because of the update."""
 
     engine: str
     error: EngineError | None
+    blameless: bool
     load_seconds: float
     attest_seconds: float
     commit_seconds: float
@@ -62,6 +63,7 @@ class _Update:
     begun: bool = False
     committed: bool = False
     failed_at: float = 0.0
+    blameless: bool = False  # it only lost what it shared with another
     paused_at: float | None = None
     legs: dict[str, float] = field(default_factory=dict)
 
@@ -107,8 +109,13 @@ async def publish(
                 checksums, nbytes, stage_seconds = await _load(left, tensors, version, transport, bucket_bytes, ends)
                 await _attest(left, checksums, ends)
                 await _each(left, "commit", lambda u: _commit(u, committed), ends)
-                left = [] if isinstance(tensors, Iterator) else await _bystanders(left, transport)
-                await asyncio.gather(*(_abandon(u, unrestored) for u in left))
+                left = await _bystanders(left, transport)
+                restored = await asyncio.gather(*(_abandon(u, unrestored) for u in left))
+                left = [update for update, sound in zip(left, restored, strict=True) if sound]
+                for update in left:
+                    update.blameless = True
+                if isinstance(tensors, Iterator):
+                    break
                 for update in left:
                     update.error = None
     except TimeoutError:
@@ -123,6 +130,7 @@ async def publish(
         EngineReport(
             engine=u.engine.name,
             error=u.error,
+            blameless=u.blameless,
             load_seconds=u.legs.get("load", 0.0),
             attest_seconds=u.legs.get("attest", 0.0),
             commit_seconds=u.legs.get("commit", 0.0),
@@ -155,7 +163,12 @@ async def _load(
         begun = time.monotonic()
         return next(source, None), time.monotonic() - begun
 
-    staged, seconds = await asyncio.to_thread(stage_next)
+    staging = asyncio.create_task(asyncio.to_thread(stage_next))
+    try:
+        staged, seconds = await asyncio.shield(staging)
+    except asyncio.CancelledError:
+        await asyncio.wait([staging])  # the thread writes into a slot, and the next publish must not find it there
+        raise
     await _each(updates, "begin", _breaking(transport, lambda u: _begin(u, version)), ends)
     while staged is not None and any(update.error is None for update in updates):
         stage_seconds += seconds
@@ -214,8 +227,12 @@ def _share(ends: float) -> float:
 async def _begin(update: _Update, version: int) -> None:
     if not update.target.can(Capability.STAGED_UPDATE):
         update.paused_at = update.paused_at or time.monotonic()
-    await update.engine.begin_update(version)
-    update.begun = True
+    update.begun = True  # also where its answer is lost
+    try:
+        await update.engine.begin_update(version)
+    except EngineRefused:
+        update.begun = False
+        raise
 
 
 async def _attest(updates: Sequence[_Update], sent: Mapping[str, str], ends: float) -> None:
@@ -261,10 +278,11 @@ async def _commit(update: _Update, committed: Callable[[str], Awaitable[None]]) 
     await committed(update.engine.name)
 
 
-async def _abandon(update: _Update, unrestored: Callable[[str, EngineError], Awaitable[None]]) -> None:
-    """Rolls back a transaction that was not committed."""
+async def _abandon(update: _Update, unrestored: Callable[[str, EngineError], Awaitable[None]]) -> bool:
+    """Rolls back a transaction that was not committed. Returns whether the engine is sound: one that only has no way
+    back is."""
     if not update.begun:
-        return
+        return True
     update.begun = False
     try:
         async with asyncio.timeout(ROLLBACK_DEADLINE):
@@ -274,6 +292,8 @@ async def _abandon(update: _Update, unrestored: Callable[[str, EngineError], Awa
         failed = error if isinstance(error, EngineError) else EngineTimeout(name, "it did not roll the update back")
         update.error = update.error or failed
         await unrestored(name, failed)
+        return isinstance(failed, EngineRefused)
+    return True
 
 
 async def _each(updates: Sequence[_Update], leg: str, step: Step, ends: float) -> None:

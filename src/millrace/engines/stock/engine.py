@@ -12,27 +12,22 @@ from pathlib import Path
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS, HttpEngine
 from millrace.engines.stock.calls import Call, Calls
 from millrace.engines.stock.facts import Facts
-from millrace.engines.stock.model import Model, read_model, shapes_of
+from millrace.engines.stock.model import Model, names_in, read_model
 from millrace.engines.stock.pieces import joined
 from millrace.engines.stock.state import ForbiddenError, ServerState
-from millrace.engines.stock.tensors import check_shapes, check_tensors, check_whole
+from millrace.engines.stock.tensors import check_whole
 from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout
 from millrace.launch.ports import listens
 from millrace.types import (
     ALL_MEMORY,
     Bucket,
     Capability,
-    CudaIpcBucket,
-    DiskBucket,
     GenerateRequest,
     Generation,
     Health,
     MemoryTag,
     PauseMode,
     ProcessGroup,
-    ProcessGroupBucket,
-    SharedMemoryBucket,
-    TorchStorageBucket,
 )
 
 DRAIN_DEADLINE = 30.0
@@ -143,7 +138,9 @@ class StockEngine(HttpEngine):
                 if self._dangling:
                     await self._give_up()
                     self._dangling = False
+                self._dangling = True
                 await self._open_update()
+                self._dangling = False
             except BaseException:
                 await self._back_to(before)
                 raise
@@ -154,7 +151,7 @@ class StockEngine(HttpEngine):
         async with self._controlling():
             after = self.state.loading()
             facts = await self._facts()
-            names = _names(bucket, facts.model)
+            names = names_in(bucket, facts.model)
             if twice := self._sent & names:
                 raise ForbiddenError(f"{min(twice)} was sent in this update already; roll it back and begin again")
             send = self._loader(bucket, facts)
@@ -388,22 +385,3 @@ class StockEngine(HttpEngine):
                 return
             await self._go_on()
             self._stopped = False
-
-
-def _names(bucket: Bucket, model: Model) -> set[str]:
-    """The tensors that a bucket brings. Raises ForbiddenError where they are not the model's."""
-    match bucket:
-        case DiskBucket(path=folder):
-            if not Path(folder).is_dir():  # it is on another host, and a missing one is refused there
-                return set(model.shapes or ())
-            shapes = shapes_of(Path(folder))
-            check_shapes(shapes.items(), model.shapes)
-            return set(shapes)
-        case (
-            CudaIpcBucket(tensors=tensors)
-            | TorchStorageBucket(tensors=tensors)
-            | SharedMemoryBucket(tensors=tensors)
-            | ProcessGroupBucket(tensors=tensors)
-        ):
-            check_tensors(tensors, model.shapes)
-            return {tensor.name for tensor in tensors}

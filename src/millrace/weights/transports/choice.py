@@ -53,14 +53,12 @@ def choose(wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: 
     if not away:
         if common & set(NEEDS["shm"]):
             return Choice("shm", "trainer and engines are on this host, and the engines on its CPU")
-        if common & set(NEEDS["cuda_ipc"]):
+        if trainer_has_gpu and common & set(NEEDS["cuda_ipc"]):
             return Choice("cuda_ipc", "trainer and engines are on this host, and the engines on a GPU")
     where = f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} on another host" if away else "no memory is shared"
     if Capability.UPDATE_FROM_PROCESS_GROUP not in common:
         where = f"{where}, and not every engine can join a process group"
         return Choice("disk" if folder and common & set(NEEDS["disk"]) else None, where)
-    if trainer_has_gpu and Capability.UPDATE_FROM_CUDA_IPC in common:
-        return Choice("nccl", f"{where}, and all have GPUs")
     return Choice("gloo", where)
 
 
@@ -73,8 +71,8 @@ def make(
     if name == "disk":
         from millrace.weights.transports.disk import DiskTransport
 
-        assert folder is not None
-        assert model_path is not None
+        if folder is None or model_path is None:
+            raise PublishError("publish.transport is disk, and publish.folder does not say where")
         return DiskTransport(folder, model_path)
     if name == "gloo":
         from millrace.weights.transports.process_group import ProcessGroupTransport

@@ -1,22 +1,21 @@
 """Trainer and engines that share a path and nothing else: a version is a folder in Hugging Face's format, which the
 engines read by themselves.
 
-A folder appears when all of it is on the disk, under the version's name; the last two stay, so one can be read while
-the next is written.
+A folder appears when all of it is on the disk, under the version's name. Of those that a run has written the last two
+stay, so one can be read while the next is written; what others have left there stays too.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from millrace.checksum import checksum
+from millrace.checksum import tensor_checksum
 from millrace.errors import EngineError, PublishError
+from millrace.model_folder import to_disk
 from millrace.types import DiskBucket
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
 
@@ -31,6 +30,7 @@ class DiskTransport(Transport):
     def __init__(self, folder: Path, model_path: Path) -> None:
         self._folder, self._model_path = folder.absolute(), model_path
         self._version = 0
+        self._written: list[Path] = []
 
     async def open(
         self,
@@ -58,18 +58,23 @@ class DiskTransport(Transport):
                     raise PublishError("the trainer named a tensor twice")
                 file = f"model-{number:05d}.safetensors"
                 save_file(copies, partial / file, metadata={"format": "pt"})
-                _to_disk(partial / file)
-                checksums |= {name: _checksum(tensor) for name, tensor in copies.items()}
+                (partial / file).chmod(0o644)  # safetensors keeps it to this user, and the engines' may be another
+                to_disk(partial / file)
+                checksums |= {name: tensor_checksum(tensor) for name, tensor in copies.items()}
                 files |= dict.fromkeys(copies, file)
                 nbytes += sum(tensor.nbytes for tensor in copies.values())
             self._complete(partial, files, nbytes)
             shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)
-            _to_disk(self._folder)
+            to_disk(self._folder)
         except (OSError, SafetensorError) as error:
             raise PublishError(f"version {self._version} can't be written to {place}: {error}") from error
-        for old in sorted(self._folder.glob("version-*"))[:-KEPT]:
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._written = [*(path for path in self._written if path != place), place]
+        for old in self._written[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
+        del self._written[:-KEPT]
         yield StagedBucket(lambda _: DiskBucket(str(place)), checksums, tuple(files), nbytes)
 
     async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the engines read by themselves)
@@ -86,18 +91,5 @@ class DiskTransport(Transport):
             if path.is_file() and not path.name.endswith(WEIGHTS):
                 shutil.copyfile(path, partial / path.name)
         for path in partial.iterdir():
-            _to_disk(path)
-        _to_disk(partial)
-
-
-def _checksum(tensor: torch.Tensor) -> str:
-    return checksum(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _to_disk(path: Path) -> None:
-    """Returns when the file, or the folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            to_disk(path)
+        to_disk(partial)

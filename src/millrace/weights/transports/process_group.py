@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from millrace.checksum import checksum
+from millrace.checksum import tensor_checksum
 from millrace.engines.base import Engine
-from millrace.errors import EngineError, PublishError
+from millrace.errors import EngineError, EngineFailed
 from millrace.launch.ports import own_address
 from millrace.types import Health, ProcessGroup, ProcessGroupBucket
 from millrace.weights.plan import layout
@@ -39,7 +39,7 @@ class SendingGroup:
     def __init__(self, name: str, backend: str, address: str, *, receivers: int, deadline: float) -> None:
         self.name, self._backend, self._world = name, backend, 1 + receivers
         self.broken: str | None = None  # why nothing more can be sent
-        self._deadline = timedelta(seconds=deadline)
+        self.seconds, self._deadline = deadline, timedelta(seconds=deadline)
         self._address = address
         self._group: Any = None
         # Torch's own would listen on all of the host's addresses.
@@ -56,7 +56,8 @@ class SendingGroup:
         )
 
     def join(self) -> None:
-        """Blocks until all are there. The keys in the store are those that torch makes for a group of this name."""
+        """Blocks until all are there; NCCL's ranks meet at the first broadcast. The keys in the store are those that
+        torch makes for a group of this name."""
         store = self._store
         for prefix in (self.name, f"{self.name}/", "cpu/" if self._backend == "gloo" else "cuda/"):
             store = dist.PrefixStore(prefix, store)
@@ -76,7 +77,8 @@ class SendingGroup:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         # Not their own wait alone: NCCL's ends with the queueing, and gloo's can't be broken off.
-        for work in [self._group.broadcast([tensor], options) for tensor in tensors]:
+        # In a thread: NCCL's first waits until the engines are there, and they come by calls of this event loop.
+        for work in await asyncio.to_thread(lambda: [self._group.broadcast([one], options) for one in tensors]):
             while not work.is_completed():
                 if self.broken is not None:
                     raise RuntimeError(self.broken)
@@ -88,7 +90,7 @@ class SendingGroup:
         if self.broken is None:
             self.broken = reason
             if self._group is not None:
-                self._group.abort()
+                threading.Thread(target=self._group.abort, daemon=True).start()  # NCCL's takes its time
 
     def close(self) -> None:
         group, self._group, self._store = self._group, None, None
@@ -132,7 +134,8 @@ class ProcessGroupTransport(BucketTransport):
     ) -> Mapping[str, EngineError]:
         """Joins those that are in no group that can be used. One that can't join is left out."""
         wanted = [list(targets)] if self._together else [[target] for target in targets]
-        kept = [one for one in self._joined if one.group.broken is None]
+        # A group keeps the time that it was made with; a publish that has much more makes another.
+        kept = [one for one in self._joined if one.group.broken is None and one.group.seconds > deadline / 4]
         kept = [one for one in kept if one.engines in [[t.engine for t in some] for some in wanted]]
         await self._leave([one for one in self._joined if one not in kept])
         self._joined = kept
@@ -150,7 +153,7 @@ class ProcessGroupTransport(BucketTransport):
         names = tuple(spec.name for spec in specs)
         checksums = {}
         if self._device.type == "cpu":
-            checksums = dict(zip(names, (_checksum(tensor) for tensor in sent), strict=True))
+            checksums = dict(zip(names, (tensor_checksum(tensor) for tensor in sent), strict=True))
         else:
             torch.cuda.current_stream(self._device).synchronize()
 
@@ -208,11 +211,16 @@ class ProcessGroupTransport(BucketTransport):
     async def _join(self, targets: Sequence[PublishTarget], seconds: float) -> dict[str, EngineError]:
         """Who is to blame that it came to nothing, and why. Empty where all are in."""
         ranks = [target.info.ranks for target in targets]
-        addresses = [own_address(target.engine.url) for target in targets]
-        address = next((one for one in addresses if not one.startswith("127.")), addresses[0])
+        engines = {target.engine.name: target.engine for target in targets}
         name = f"millrace-{secrets.token_hex(4)}"
-        own = SendingGroup(name, self._backend, address, receivers=sum(ranks), deadline=seconds)
         failed: dict[str, EngineError] = {}
+        try:
+            addresses = [own_address(target.engine.url) for target in targets]
+            address = next((one for one in addresses if not one.startswith("127.")), addresses[0])
+            own = SendingGroup(name, self._backend, address, receivers=sum(ranks), deadline=seconds)
+        except (OSError, RuntimeError) as error:
+            return {one: EngineFailed(one, f"no group could be made for it: {_first_line(error)}") for one in engines}
+        joined = _Joined(own, list(engines.values()))
 
         async def join(engine: Engine, offset: int) -> None:
             group = ProcessGroup(name, self._backend, address, own.port, offset, 1 + sum(ranks))
@@ -221,18 +229,27 @@ class ProcessGroupTransport(BucketTransport):
             except EngineError as error:
                 failed[engine.name] = error
 
+        async def join_too() -> str | None:
+            try:
+                await asyncio.to_thread(own.join)
+            except RuntimeError as error:
+                return _first_line(error)
+            return None
+
         joins = (join(target.engine, 1 + sum(ranks[:index])) for index, target in enumerate(targets))
-        (error, *_) = await asyncio.gather(asyncio.to_thread(own.join), *joins, return_exceptions=True)
-        joined = _Joined(own, [target.engine for target in targets])
-        if not failed and error is None:
+        try:
+            (alone, *_) = await asyncio.gather(join_too(), *joins)
+        except BaseException:
+            await asyncio.shield(self._leave([joined]))
+            raise
+        if not failed and alone is None:
             self._joined.append(joined)
             return {}
         await self._leave([joined])
         if not failed:
-            assert error is not None
-            raise PublishError(f"the group of trainer and engines at {address} did not form: {_first_line(error)}")
-        guilty = await _at_fault([next(t.engine for t in targets if t.engine.name == name) for name in failed])
-        return {name: failed[name] for name in guilty}
+            return {one: EngineFailed(one, f"the group at {address} did not form: {alone}") for one in engines}
+        guilty = await _at_fault([engines[one] for one in failed])
+        return {one: failed[one] for one in guilty}
 
     async def _leave(self, joined: Sequence[_Joined]) -> None:
         """As far as that goes: who can't leave has lost the group anyway."""
@@ -252,11 +269,6 @@ async def _at_fault(engines: Sequence[Engine]) -> set[str]:
     states = await asyncio.gather(*(engine.health(deadline=HEALTH_DEADLINE) for engine in engines))
     unwell = {engine.name for engine, state in zip(engines, states, strict=True) if state in UNWELL}
     return unwell or {engines[0].name}
-
-
-def _checksum(tensor: torch.Tensor) -> str:
-    """Of a contiguous tensor on the CPU."""
-    return checksum(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,34 @@
+"""What counts as a number."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from millrace.errors import PublishError
+from millrace.weights.finite import only_finite
+
+SOUND = [("a", torch.ones(3)), ("large", torch.full((4,), 2e38)), ("wide", torch.tensor([1e39], dtype=torch.float64))]
+BAD = [
+    ("nan", torch.tensor([1.0, float("nan")], dtype=torch.bfloat16)),
+    ("infinite", torch.tensor([float("inf"), float("-inf")])),
+    ("imaginary", torch.tensor([complex(0, float("nan"))])),
+]
+
+
+def test_what_is_finite_passes_though_its_sum_is_not() -> None:
+    assert only_finite(SOUND) is SOUND
+    assert [name for name, _ in only_finite(iter(SOUND))] == [name for name, _ in SOUND]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=[name for name, _ in BAD])
+def test_what_is_not_is_named(bad: tuple[str, torch.Tensor]) -> None:
+    with pytest.raises(PublishError, match=f"^{bad[0]} has NaN"):
+        only_finite([*SOUND, bad])
+
+    def as_they_come() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from [*SOUND, bad]
+
+    seen = iter(only_finite(as_they_come()))
+    with pytest.raises(PublishError, match=f"^{bad[0]} has NaN"):
+        list(seen)
