@@ -23,7 +23,7 @@ from millrace.engines.base import Engine
 from millrace.types import GenerateRequest, MemoryTag, SamplingParams
 from millrace.weights.publisher import PublishReport, publish
 from millrace.weights.transports.base import PublishTarget
-from millrace.weights.transports.choice import Sight, make
+from millrace.weights.transports.choice import make
 
 MIB, GIB = 2**20, 2**30
 
@@ -72,8 +72,9 @@ async def measure_publish(
 
     version = 0
     for mebibytes in arguments.bucket_mb:
-        sight = Sight(target.engine.name, True, target.info.capabilities)
-        transport = make(arguments.transport or ("cuda_ipc" if device.type == "cuda" else "shm"), [sight])
+        transport = make(
+            arguments.transport or ("cuda_ipc" if device.type == "cuda" else "shm"), target.info.capabilities
+        )
         reports: list[PublishReport] = []
         for _ in range(arguments.repeats + 2):
             version += 1

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from millrace.conformance.check import Lacking, Subject
 from millrace.errors import EngineError
-from millrace.launch.ports import is_here
 from millrace.types import Capability, DiskBucket
 from millrace.weights.publisher import publish
 from millrace.weights.transports.base import PublishTarget
-from millrace.weights.transports.choice import NEEDS, Sight, make
+from millrace.weights.transports.choice import NEEDS, make
 
 if TYPE_CHECKING:
     import torch
@@ -110,9 +109,7 @@ async def by_group(subject: Subject, source: Path, version: int) -> None:
 
 async def send(kind: Capability, subject: Subject, tensors: "Mapping[str, torch.Tensor]", version: int) -> None:
     """By the publisher, in several buckets, by the transport that needs this capability."""
-    sight = Sight(subject.engine.name, is_here(subject.engine.url), frozenset({kind}))
-    wanted = next(name for name, needs in NEEDS.items() if kind in needs)
-    transport = make(wanted, [sight])
+    transport = make(next(name for name, needs in NEEDS.items() if kind in needs), frozenset({kind}))
     size = sum(tensor.nbytes for tensor in tensors.values())
 
     async def ignore(*_: object) -> None:

@@ -12,7 +12,7 @@ from millrace.engines.start import Started, start
 from millrace.fleet.fleet import Fleet
 from millrace.launch.ports import is_here
 from millrace.weights.folder import folder_checksums
-from millrace.weights.transports.choice import Sight, choose, make
+from millrace.weights.transports.choice import Sight, choose, in_common, make
 
 if TYPE_CHECKING:
     from millrace.weights.transports.base import Transport
@@ -76,7 +76,7 @@ def transport_for(
     logger.info("weights go by %s: %s", choice.name, choice.why)
     if choice.name is None:
         return None
-    return make(choice.name, sights, folder=folder, model_path=model_path)
+    return make(choice.name, in_common(sights), folder=folder, model_path=model_path)
 
 
 async def _end(started: Started) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.errors import EngineError
-from millrace.types import Bucket, Capability, EngineInfo
+from millrace.types import Bucket, Capability, EngineInfo, TensorSpec
+from millrace.weights.plan import layout
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,8 @@ class PublishTarget:
 
 @dataclass(frozen=True, slots=True)
 class StagedBucket:
-    """A bucket that engines can load now. `bucket_for` makes what one engine is handed; checksums
-    are those of each tensor (`millrace.checksum`), empty where the transport does not read the bytes."""
+    """A bucket that engines can load now. `bucket_for` makes what one engine is handed; checksums are those of each
+    tensor (`millrace.checksum`), empty where the transport does not read the bytes."""
 
     bucket_for: Callable[[PublishTarget], Bucket]
     checksums: Mapping[str, str]
@@ -87,3 +88,8 @@ class BucketTransport(Transport):
     @abstractmethod
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
         """Copies the tensors to where engines can reach them, overwriting what the slot (0 or 1) held."""
+
+
+def specs_of(tensors: NamedTensors) -> tuple[TensorSpec, ...]:
+    """Where each lies in a bucket of these."""
+    return layout([(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for name, t in tensors])

@@ -48,7 +48,7 @@ def choose(wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: 
         if lacking := [engine.name for engine in engines if not engine.capabilities & set(NEEDS[wanted])]:
             raise PublishError(f"publish.transport is {wanted}, and {', '.join(lacking)} can't take weights by it")
         return Choice(wanted, "the config says so")
-    common = frozenset[Capability].intersection(*(engine.capabilities for engine in engines))
+    common = in_common(engines)
     away = [engine.name for engine in engines if not engine.here]
     if not away:
         if common & set(NEEDS["shm"]):
@@ -62,10 +62,15 @@ def choose(wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: 
     return Choice("gloo", where)
 
 
+def in_common(engines: Sequence[Sight]) -> frozenset[Capability]:
+    return frozenset[Capability].intersection(*(engine.capabilities for engine in engines))
+
+
 def make(
-    name: TransportName, engines: Sequence[Sight], *, folder: Path | None = None, model_path: Path | None = None
+    name: TransportName, common: frozenset[Capability], *, folder: Path | None = None, model_path: Path | None = None
 ) -> "Transport":
-    """The transport that was chosen. Its device is torch's current one. `folder` and `model_path` are for the disk."""
+    """The transport that was chosen, for engines that have these capabilities in common. Its device is torch's current
+    one. `folder` and `model_path` are for the disk."""
     import torch
 
     if name == "disk":
@@ -86,7 +91,7 @@ def make(
         from millrace.weights.transports.cuda_ipc import CudaIpcTransport
 
         return CudaIpcTransport(torch.device("cuda", torch.cuda.current_device()))
-    if all(Capability.UPDATE_FROM_SHARED_MEMORY in engine.capabilities for engine in engines):
+    if Capability.UPDATE_FROM_SHARED_MEMORY in common:
         from millrace.weights.transports.shared_memory import SharedMemoryTransport
 
         return SharedMemoryTransport()

@@ -23,8 +23,7 @@ from millrace.engines.base import Engine
 from millrace.errors import EngineError, EngineFailed
 from millrace.launch.ports import own_address
 from millrace.types import Health, ProcessGroup, ProcessGroupBucket
-from millrace.weights.plan import layout
-from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket
+from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket, specs_of
 
 POLL_SECONDS = 0.0005
 HEALTH_DEADLINE = LEAVE_DEADLINE = 2.0
@@ -148,7 +147,7 @@ class ProcessGroupTransport(BucketTransport):
         return failed
 
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:  # noqa: ARG002 (nothing is copied into one)
-        specs = layout([(n, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for n, t in tensors])
+        specs = specs_of(tensors)
         sent = tuple(tensor.detach().to(self._device).contiguous() for _, tensor in tensors)
         names = tuple(spec.name for spec in specs)
         checksums = {}

@@ -8,8 +8,8 @@ import torch
 
 from millrace.checksum import Checksum, checksum
 from millrace.types import Bucket, TensorSpec
-from millrace.weights.plan import layout, padded
-from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket
+from millrace.weights.plan import padded
+from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket, specs_of
 
 PIECE_BYTES = 256 * 1024
 
@@ -43,7 +43,7 @@ class MemoryTransport(BucketTransport, Generic[S]):
     def _bucket(self, slot: S, specs: tuple[TensorSpec, ...], nbytes: int, ranks: int) -> Bucket: ...
 
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
-        specs = layout([(n, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for n, t in tensors])
+        specs = specs_of(tensors)
         nbytes = specs[-1].offset + padded(specs[-1].nbytes)
         memory = self._slot(slot, nbytes)
         checksums = self._copy(tensors, specs, memory.bytes)
