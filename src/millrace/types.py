@@ -56,6 +56,7 @@ class Capability(StrEnum):
     SLEEP = "sleep"
     UPDATE_FROM_DISK = "update_from_disk"
     UPDATE_FROM_PROCESS_GROUP = "update_from_process_group"
+    UPDATE_FROM_BARE_NCCL = "update_from_bare_nccl"  # a group of NCCL without one of torch.distributed around it
     UPDATE_FROM_SHARED_MEMORY = "update_from_shared_memory"
     UPDATE_FROM_TORCH_STORAGE = "update_from_torch_storage"  # CPU memory shared by torch, on the engine's host
     UPDATE_FROM_CUDA_IPC = "update_from_cuda_ipc"

@@ -17,7 +17,7 @@ from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.launch.process import ServerProcess
 from millrace.types import GenerateRequest, SamplingParams
-from millrace.weights.transports.process_group import ProcessGroupTransport
+from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup
 
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=3, threads=1, faults=True)
 BUCKET = 64 * 1024
@@ -31,7 +31,7 @@ Tensors = list[tuple[str, torch.Tensor]]
 async def fleet(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> AsyncIterator[Fleet]:
     """Each engine in a group of its own, as gloo's are, or all in one, as NCCL's are."""
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
-        fleet._transport = ProcessGroupTransport("gloo", torch.device("cpu"), together=request.param)
+        fleet._transport = ProcessGroupTransport(SendingGroup, "gloo", torch.device("cpu"), together=request.param)
         yield fleet
 
 

@@ -1,6 +1,7 @@
 """The ways by which the checks bring weights into an engine. Torch is imported where tensors are sent, not before."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -58,6 +59,8 @@ def ways(subject: Subject) -> dict[str, Way]:
         there["memory"] = partial(by_memory, kinds[0])
     if Capability.UPDATE_FROM_PROCESS_GROUP in can:
         there["process group"] = by_group
+    if Capability.UPDATE_FROM_BARE_NCCL in can:
+        there["bare NCCL"] = by_bare_nccl
     return there
 
 
@@ -105,6 +108,16 @@ async def by_memory(kind: Capability, subject: Subject, source: Path, version: i
 async def by_group(subject: Subject, source: Path, version: int) -> None:
     """By the publisher, broadcast by gloo, which CPUs and GPUs have."""
     await send(Capability.UPDATE_FROM_PROCESS_GROUP, subject, await read_tensors(source), version)
+
+
+async def by_bare_nccl(subject: Subject, source: Path, version: int) -> None:
+    """By the publisher, from a GPU here to the engine's. NCCL takes one GPU for two only if it is led to believe that
+    they are on different hosts."""
+    import torch
+
+    if torch.cuda.device_count() < 2 and "NCCL_HOSTID" not in os.environ:
+        raise Lacking("there is no second GPU here; with NCCL_HOSTID set, another one for the engine, one will do")
+    await send(Capability.UPDATE_FROM_BARE_NCCL, subject, await read_tensors(source), version)
 
 
 async def send(kind: Capability, subject: Subject, tensors: "Mapping[str, torch.Tensor]", version: int) -> None:

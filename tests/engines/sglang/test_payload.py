@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.engines.sglang.payload import encode, payloads
+from millrace.engines.opcodes import encode
+from millrace.engines.sglang.payload import payloads
 from millrace.types import CudaIpcBucket, CudaIpcShare, TorchStorageBucket
 from millrace.weights.plan import layout
 

@@ -16,6 +16,7 @@ LIMITS = Limits(vocab_size=100, context_length=50, seeds=True)
 SERVER = Server(
     path=GENERATE,
     extension=True,
+    transfer=False,
     versions=True,
     aborts=True,
     logprobs_mode="processed_logprobs",

@@ -7,6 +7,7 @@ from millrace.conformance.check import Check, CheckFailed, Lacking, Subject, che
 from millrace.conformance.requests import GENERATE_DEADLINE, alike, ask, fingerprint, generate
 from millrace.conformance.weights import (
     Way,
+    by_bare_nccl,
     by_disk,
     by_group,
     by_memory,
@@ -67,6 +68,7 @@ WAYS = (
     _memory("torch storage", Capability.UPDATE_FROM_TORCH_STORAGE),
     _memory("CUDA IPC", Capability.UPDATE_FROM_CUDA_IPC),
     _way("process group", Capability.UPDATE_FROM_PROCESS_GROUP, by_group),
+    _way("bare NCCL", Capability.UPDATE_FROM_BARE_NCCL, by_bare_nccl),
 )
 
 

@@ -2,35 +2,18 @@
 
 SGLang takes tensors as a base64 pickle of {"flattened_tensor", "metadata"} with load_format `flattened_bucket`.
 Millrace neither imports SGLang, whose class the metadata is of, nor unpickles; it writes the few opcodes that the
-server's allow-list takes (the format is that of `pickletools`, protocol 3).
+server's allow-list takes.
 """
 
 import base64
-import struct
-from dataclasses import dataclass
 
+from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
 from millrace.types import CudaIpcBucket, CudaIpcShare, TensorSpec, TorchStorageBucket
 
 REDUCTIONS = "torch.multiprocessing.reductions"
 BUCKET_MODULE = b"sglang.srt.weight_sync.tensor_bucket"
 # SGLang's own form of torch's rebuild function: it finds the GPU by its UUID.
 REBUILD_CUDA = ("sglang.srt.utils.patch_torch", "_rebuild_cuda_tensor_modified")
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """Something that the reader imports."""
-
-    module: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What the reader gets by calling `function` with `arguments`."""
-
-    function: Name
-    arguments: tuple[object, ...]
 
 
 def payloads(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[str]:
@@ -45,7 +28,7 @@ def payloads(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[str
             tensors = [_cpu_tensor(bucket)] * ranks
     return [
         base64.b64encode(
-            b"\x80\x03}(" + encode("flattened_tensor") + encode(tensor) + encode("metadata") + metadata + b"u."
+            PROTOCOL + b"}(" + encode("flattened_tensor") + encode(tensor) + encode("metadata") + metadata + b"u" + STOP
         ).decode()
         for tensor in tensors
     ]
@@ -111,25 +94,3 @@ def _cpu_tensor(bucket: TorchStorageBucket) -> Call:
     # What rebuild_tensor reads: offset, size, stride, requires_grad.
     layout = (0, Call(Name("torch", "Size"), ((bucket.nbytes,),)), (1,), False)
     return Call(Name(REDUCTIONS, "rebuild_tensor"), (Name("torch", "Tensor"), typed, layout))
-
-
-def encode(value: object) -> bytes:
-    """The opcodes that leave `value` on the reader's stack. Raises TypeError for what has no place in a payload."""
-    match value:
-        case str():
-            data = value.encode()
-            return b"X" + struct.pack("<I", len(data)) + data
-        case bool():
-            return b"\x88" if value else b"\x89"
-        case int():
-            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-            return b"\x8a" + bytes([len(data)]) + data
-        case bytes():
-            return b"B" + struct.pack("<I", len(value)) + value
-        case tuple():
-            return b"(" + b"".join(map(encode, value)) + b"t"
-        case Name(module, name):
-            return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
-        case Call(function, arguments):
-            return encode(function) + encode(arguments) + b"R"
-    raise TypeError(f"{type(value).__name__} has no place in a payload")

@@ -19,7 +19,7 @@ from millrace.engines.versions import decode_version
 from millrace.engines.vllm.facts import Server, read_facts, read_server
 from millrace.engines.vllm.guards import check_reload, check_request
 from millrace.engines.vllm.metrics import read_metrics
-from millrace.engines.vllm.payload import description
+from millrace.engines.vllm.payload import description, transfer
 from millrace.engines.vllm.wire import Answer, encode, wire_id
 from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
 from millrace.types import (
@@ -34,6 +34,7 @@ from millrace.types import (
     MemoryTag,
     PauseMode,
     ProcessGroup,
+    ProcessGroupBucket,
 )
 
 PAUSES = {
@@ -45,10 +46,12 @@ PAUSES = {
 
 class VLLMEngine(StockEngine):
     """A vLLM server in its development mode, whose control routes are open. Weights reach it by the extension that
-    Millrace loads into its workers; one without it is updated from disk alone."""
+    Millrace loads into its workers; one without it is updated from disk, or by NCCL where it was started with
+    --weight-transfer-config."""
 
     _server: Server | None = None
     _version: int | None = None  # of the weights, for servers that do not keep its name
+    _receiving = False  # whether a session of vLLM's own transfer engine is open
     _counted: tuple[float, float] = (0.0, 0.0)  # when the made tokens were last read, and how many there were
 
     async def settle(self, version: int | None = None) -> None:
@@ -77,7 +80,9 @@ class VLLMEngine(StockEngine):
         return True
 
     async def leave_group(self, name: str) -> None:
-        await self._rpc("millrace_leave", name)
+        """vLLM's own transfer engine leaves one when it joins the next."""
+        if self._known.extension:
+            await self._rpc("millrace_leave", name)
 
     async def checksums(self) -> Mapping[str, str]:
         """Of the tensors as the workers keep them, fused, sharded and packed; names begin with the rank."""
@@ -195,8 +200,15 @@ class VLLMEngine(StockEngine):
                 await self._rpc("millrace_load", text, deadline=deadline)
 
             return send
+        if self._known.transfer and isinstance(bucket, ProcessGroupBucket):
+            return partial(self._receive, transfer(bucket))
         if not isinstance(bucket, DiskBucket):
-            raise ForbiddenError("its workers have not Millrace's extension; it takes weights from disk alone")
+            raise ForbiddenError(
+                "its workers have not Millrace's extension; it takes weights from disk, and by NCCL if it was started "
+                'with --weight-transfer-config \'{"backend": "nccl"}\''
+            )
+        if self._receiving:
+            raise ForbiddenError("this update comes by NCCL; the disk is for another one")
         check_reload(facts.model, self._known)
         body = {"method": "reload_weights", "kwargs": {"weights_path": bucket.path}}
 
@@ -205,16 +217,38 @@ class VLLMEngine(StockEngine):
 
         return reload
 
+    async def _receive(self, tensors: Mapping[str, object], deadline: float) -> None:
+        if not self._receiving:
+            await self._control("/start_weight_update", {})
+            self._receiving = True
+        try:
+            await self._control("/update_weights", {"update_info": tensors}, deadline=deadline)
+        except (EngineFailed, EngineRefused):
+            self._receiving = False  # vLLM has ended the session
+            raise
+
     async def _commit(self, version: int) -> None:
         if self._known.extension:
             await self._rpc("millrace_commit", str(version))
+        await self._end_receiving()
         await self._name_version(version)
 
     async def _give_up(self) -> None:
         if self._known.extension:
             await self._rpc("millrace_abandon")
+        await self._end_receiving()
+
+    async def _end_receiving(self) -> None:
+        if self._receiving:
+            await self._control("/finish_weight_update", None)
+            self._receiving = False
 
     async def _join(self, group: ProcessGroup, deadline: float) -> None:
+        if self._known.transfer:
+            place = {"master_address": group.address, "master_port": group.port}
+            ranks = {"rank_offset": group.rank_offset, "world_size": group.world_size}
+            await self._control("/init_weight_transfer_engine", {"init_info": place | ranks}, deadline=deadline)
+            return
         text = orjson.dumps({**asdict(group), "timeout": deadline}).decode()
         await self._rpc("millrace_join", text, deadline=deadline)
 

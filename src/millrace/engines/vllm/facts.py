@@ -17,14 +17,16 @@ SCHEMAS = {GENERATE: "GenerateRequest", COMPLETIONS: "CompletionRequest"}
 class Server:
     """What else its adapter asks before it asks the server.
 
-    path: that generates. extension: whether its workers have Millrace's, and all of them can be heard. versions:
-    whether it keeps a version's name itself. aborts: whether it can be told to forget a request. logprobs_mode: vLLM's
-    own setting. total_tokens: of KV cache. fields, sampling: what a request may have, by the server's own description;
-    what else there is it drops without a word.
+    path: that generates. extension: whether its workers have Millrace's, and all of them can be heard. transfer: whether
+    they have none, and vLLM's own way to join a group of NCCL. versions: whether it keeps a version's name itself.
+    aborts: whether it can be told to forget a request. logprobs_mode: vLLM's own setting. total_tokens: of KV cache.
+    fields, sampling: what a request may have, by the server's own description; what else there is it drops without a
+    word.
     """
 
     path: str
     extension: bool
+    transfer: bool
     versions: bool
     aborts: bool
     logprobs_mode: str
@@ -41,17 +43,21 @@ def read_server(api: Mapping[str, Any], config: Mapping[str, Any]) -> Server:
     fields = api["components"]["schemas"][SCHEMAS[path]]["properties"]
     sampling = fields["sampling_params"]["properties"] if path == GENERATE else fields
     parallel = config["parallel_config"]
+    # Of several data-parallel ranks, vLLM hands on what one of them says: an error of another would be lost.
+    extension = parallel["worker_extension_cls"] == EXTENSION and parallel["data_parallel_size"] == 1
+    on_cpu = config["device_config"]["device"] == "cpu"
+    transfer = (config["weight_transfer_config"] or {}).get("backend") == "nccl"
     return Server(
         path=path,
-        # Of several data-parallel ranks, vLLM hands on what one of them says: an error of another would be lost.
-        extension=parallel["worker_extension_cls"] == EXTENSION and parallel["data_parallel_size"] == 1,
+        extension=extension,
+        transfer=transfer and not extension and not on_cpu,
         versions="/update_weight_version" in paths,
         aborts="/abort_requests" in paths,
         logprobs_mode=config["model_config"]["logprobs_mode"],
         total_tokens=(cache["num_gpu_blocks"] or 0) * cache["block_size"],
         fields=frozenset(fields),
         sampling=frozenset(sampling),
-        on_cpu=config["device_config"]["device"] == "cpu",
+        on_cpu=on_cpu,
     )
 
 
@@ -90,6 +96,8 @@ def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[st
     if server.extension:
         found |= {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.OWN_CHECKSUMS}
         found.add(Capability.UPDATE_FROM_SHARED_MEMORY if server.on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
+    if server.transfer:
+        found.add(Capability.UPDATE_FROM_BARE_NCCL)
     if server.logprobs_mode == "processed_logprobs":
         found.add(Capability.FILTERED_LOGPROBS)
     if server.on_cpu or config["model_config"]["enable_sleep_mode"]:

@@ -1,9 +1,11 @@
-"""A bucket as the extension in vLLM's workers is told of it: as JSON, nothing to unpickle. Pure."""
+"""What vLLM's workers are told of weights that come: Millrace's extension as JSON, with nothing to unpickle, vLLM's own
+transfer engine in its own form. Pure."""
 
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
 from millrace.engines.stock.state import ForbiddenError
 from millrace.types import (
     Bucket,
@@ -14,6 +16,8 @@ from millrace.types import (
     SharedMemoryBucket,
     TorchStorageBucket,
 )
+
+UNIQUE_ID_KEY = "broadcast_from/0/0"
 
 
 def description(bucket: Bucket, ranks: int) -> Mapping[str, object]:
@@ -38,6 +42,22 @@ def description(bucket: Bucket, ranks: int) -> Mapping[str, object]:
             return {"kind": "disk", "path": path}
         case TorchStorageBucket():
             raise ForbiddenError("it opens no torch storage; send the tensors by shared memory")
+
+
+def transfer(bucket: ProcessGroupBucket) -> Mapping[str, object]:
+    """What /update_weights takes, where the backend of vLLM's transfer engine is nccl."""
+    return {
+        "names": [tensor.name for tensor in bucket.tensors],
+        "dtype_names": [tensor.dtype for tensor in bucket.tensors],
+        "shapes": [tensor.shape for tensor in bucket.tensors],
+    }
+
+
+def unique_id(value: bytes) -> bytes:
+    """What vLLM's transfer engine looks for in the sender's store, under UNIQUE_ID_KEY: NCCL's id of the group as an
+    object of vLLM's own class. 0.32 can be told it as JSON too, 0.23 can't."""
+    kind = Name("vllm.distributed.device_communicators.pynccl_wrapper", "ncclUniqueId")
+    return PROTOCOL + encode(Call(Name("_ctypes", "_unpickle"), (kind, ({}, value)))) + STOP
 
 
 def _share(share: CudaIpcShare) -> Mapping[str, object]:

@@ -18,7 +18,7 @@ NEEDS: dict[TransportName, tuple[Capability, ...]] = {
     "shm": (Capability.UPDATE_FROM_SHARED_MEMORY, Capability.UPDATE_FROM_TORCH_STORAGE),
     "cuda_ipc": (Capability.UPDATE_FROM_CUDA_IPC,),
     "gloo": (Capability.UPDATE_FROM_PROCESS_GROUP,),
-    "nccl": (Capability.UPDATE_FROM_PROCESS_GROUP,),
+    "nccl": (Capability.UPDATE_FROM_PROCESS_GROUP, Capability.UPDATE_FROM_BARE_NCCL),
     "disk": (Capability.UPDATE_FROM_DISK,),
 }
 
@@ -79,14 +79,17 @@ def make(
         if folder is None or model_path is None:
             raise PublishError("publish.transport is disk, and publish.folder does not say where")
         return DiskTransport(folder, model_path)
-    if name == "gloo":
-        from millrace.weights.transports.process_group import ProcessGroupTransport
+    if name in ("gloo", "nccl"):
+        from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup
 
-        return ProcessGroupTransport(name, torch.device("cpu"), together=False)
-    if name == "nccl":
-        from millrace.weights.transports.process_group import ProcessGroupTransport
+        if name == "gloo":
+            return ProcessGroupTransport(SendingGroup, name, torch.device("cpu"), together=False)
+        device = torch.device("cuda", torch.cuda.current_device())
+        if Capability.UPDATE_FROM_PROCESS_GROUP in common:
+            return ProcessGroupTransport(SendingGroup, name, device, together=True)
+        from millrace.weights.transports.bare_nccl import BareNcclGroup
 
-        return ProcessGroupTransport(name, torch.device("cuda", torch.cuda.current_device()), together=True)
+        return ProcessGroupTransport(BareNcclGroup, name, device, together=False)
     if name == "cuda_ipc":
         from millrace.weights.transports.cuda_ipc import CudaIpcTransport
 

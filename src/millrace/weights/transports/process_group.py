@@ -6,11 +6,12 @@ when a broadcast in it has broken off, or the engines are others: it is of no mo
 """
 
 import asyncio
+import os
 import secrets
 import socket
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,6 +29,8 @@ from millrace.weights.transports.base import BucketTransport, NamedTensors, Publ
 POLL_SECONDS = 0.0005
 HEALTH_DEADLINE = LEAVE_DEADLINE = 2.0
 UNWELL = (Health.BUSY, Health.DEAD)
+# Torch's watchdog would end this process when an engine dies, or is slow.
+NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 
 class SendingGroup:
@@ -66,9 +69,14 @@ class SendingGroup:
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
             self._group = dist.ProcessGroupGloo(store, 0, self._world, options)
         else:
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = 2 * self._deadline + timedelta(minutes=1)  # when it passes, torch ends this process
-            self._group = dist.ProcessGroupNCCL(store, 0, self._world, options)
+            self._group = self._nccl(store)
+
+    def _nccl(self, store: Any) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = 2 * self._deadline + timedelta(minutes=1)
+        options.config.blocking = 0  # otherwise it waits for a rank that never comes, whatever is aborted
+        with _settings(NCCL_SETTINGS):
+            return dist.ProcessGroupNCCL(store, 0, self._world, options)
 
     async def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Returns when they are sent; each is contiguous, on the CPU for gloo and on a GPU for NCCL. Raises
@@ -116,12 +124,12 @@ class _Joined:
 
 
 class ProcessGroupTransport(BucketTransport):
-    """For engines with Capability.UPDATE_FROM_PROCESS_GROUP. `backend` is gloo or nccl; `device` is where the tensors
-    are sent from. `together`: all engines are in one group, which takes the least bandwidth; otherwise each is in a
-    group of its own, so that none has to wait for another."""
+    """For engines with Capability.UPDATE_FROM_PROCESS_GROUP, or another where `kind` is made for that. `backend` is
+    gloo or nccl; `device` is where the tensors are sent from. `together`: all engines are in one group, which takes the
+    least bandwidth; otherwise each is in a group of its own, so that none has to wait for another."""
 
-    def __init__(self, backend: str, device: torch.device, *, together: bool) -> None:
-        self._backend, self._device, self._together = backend, device, together
+    def __init__(self, kind: type[SendingGroup], backend: str, device: torch.device, *, together: bool) -> None:
+        self._kind, self._backend, self._device, self._together = kind, backend, device, together
         self._joined: list[_Joined] = []
 
     async def open(
@@ -216,7 +224,7 @@ class ProcessGroupTransport(BucketTransport):
         try:
             addresses = [own_address(target.engine.url) for target in targets]
             address = next((one for one in addresses if not one.startswith("127.")), addresses[0])
-            own = SendingGroup(name, self._backend, address, receivers=sum(ranks), deadline=seconds)
+            own = self._kind(name, self._backend, address, receivers=sum(ranks), deadline=seconds)
         except (OSError, RuntimeError) as error:
             return {one: EngineFailed(one, f"no group could be made for it: {_first_line(error)}") for one in engines}
         joined = _Joined(own, list(engines.values()))
@@ -227,6 +235,7 @@ class ProcessGroupTransport(BucketTransport):
                 await engine.join_group(group, deadline=seconds)
             except EngineError as error:
                 failed[engine.name] = error
+                own.abort(f"{engine.name} did not join")
 
         async def join_too() -> str | None:
             try:
@@ -261,6 +270,21 @@ class ProcessGroupTransport(BucketTransport):
         await asyncio.gather(*(leave(engine, one.group.name) for one in joined for engine in one.engines))
         for one in joined:
             one.group.close()
+
+
+@contextmanager
+def _settings(wanted: Mapping[str, str]) -> Iterator[None]:
+    """These variables of the environment, as long as the block runs."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 async def _at_fault(engines: Sequence[Engine]) -> set[str]:
