@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 QWEN2 = {
     "0.5b": {"hidden_size": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate_size": 4864},
     "1.5b": {"hidden_size": 1536, "layers": 28, "heads": 12, "kv_heads": 2, "intermediate_size": 8960},
+    "7b": {"hidden_size": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "intermediate_size": 18944},
     "tiny": {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 128},
 }
 
@@ -33,7 +34,7 @@ def write_config(size: str, folder: Path) -> Path:
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
         "hidden_act": "silu",
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": size != "7b",
         "torch_dtype": "bfloat16",
         "bos_token_id": 0,
         "eos_token_id": 1,

@@ -31,7 +31,7 @@ Tensors = list[tuple[str, torch.Tensor]]
 async def fleet(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> AsyncIterator[Fleet]:
     """Each engine in a group of its own, as gloo's are, or all in one, as NCCL's are."""
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
-        fleet._transport = ProcessGroupTransport(SendingGroup, "gloo", torch.device("cpu"), together=request.param)
+        fleet._transport = ProcessGroupTransport(SendingGroup, torch.device("cpu"), together=request.param)
         yield fleet
 
 

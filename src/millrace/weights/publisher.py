@@ -33,6 +33,7 @@ class EngineReport:
     engine: str
     error: EngineError | None
     blameless: bool
+    begin_seconds: float
     load_seconds: float
     attest_seconds: float
     commit_seconds: float
@@ -131,6 +132,7 @@ async def publish(
             engine=u.engine.name,
             error=u.error,
             blameless=u.blameless,
+            begin_seconds=u.legs.get("begin", 0.0),
             load_seconds=u.legs.get("load", 0.0),
             attest_seconds=u.legs.get("attest", 0.0),
             commit_seconds=u.legs.get("commit", 0.0),

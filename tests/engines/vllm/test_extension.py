@@ -298,12 +298,12 @@ async def test_weights_in_the_servers_own_dtype_are_the_same(subject: Subject) -
 
 async def test_weights_from_a_process_group(subject: Subject) -> None:
     server, weights = subject.server, subject.second.weights
-    sender = SendingGroup("weights", "gloo", "127.0.0.1", receivers=1, deadline=30)
+    sender = SendingGroup("weights", torch.device("cpu"), "127.0.0.1", receivers=1, deadline=30)
     group = {"name": "weights", "backend": "gloo", "address": "127.0.0.1", "port": sender.port, "rank_offset": 1}
     group |= {"world_size": 2, "timeout": 30}
     bucket = {"kind": "process_group", "group": "weights", "tensors": SharedBucket(weights).described()["tensors"]}
     try:
-        await asyncio.gather(server.done("join", json.dumps(group)), asyncio.to_thread(sender.join))
+        await asyncio.gather(server.done("join", json.dumps(group)), sender.join())
         assert "joined already" in await server.refusal("join", json.dumps(group))
         await server.done("begin")
         tensors = list(weights.values())
@@ -323,12 +323,12 @@ async def test_waiting_for_a_sender_ends(subject: Subject) -> None:
     group: dict[str, Any] = {"name": "alone", "backend": "gloo", "address": "127.0.0.1", "rank_offset": 1}
     group |= {"port": free_port("127.0.0.1"), "world_size": 2, "timeout": 0.5}
     assert "could not join group alone" in await server.refusal("join", json.dumps(group))
-    sender = SendingGroup("late", "gloo", "127.0.0.1", receivers=1, deadline=30)
+    sender = SendingGroup("late", torch.device("cpu"), "127.0.0.1", receivers=1, deadline=30)
     group |= {"name": "late", "port": sender.port, "timeout": 1}
     tensors = SharedBucket(subject.second.weights).described()["tensors"]
     bucket = {"kind": "process_group", "group": "late", "tensors": tensors}
     try:
-        await asyncio.gather(server.done("join", json.dumps(group)), asyncio.to_thread(sender.join))
+        await asyncio.gather(server.done("join", json.dumps(group)), sender.join())
         await server.done("begin")
         assert "the broadcast did not come" in await server.refusal("load", json.dumps(bucket))
         assert await server.done("abandon") == {"torn": False}

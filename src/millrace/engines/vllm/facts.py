@@ -17,11 +17,11 @@ SCHEMAS = {GENERATE: "GenerateRequest", COMPLETIONS: "CompletionRequest"}
 class Server:
     """What else its adapter asks before it asks the server.
 
-    path: that generates. extension: whether its workers have Millrace's, and all of them can be heard. transfer: whether
-    they have none, and vLLM's own way to join a group of NCCL. versions: whether it keeps a version's name itself.
-    aborts: whether it can be told to forget a request. logprobs_mode: vLLM's own setting. total_tokens: of KV cache.
-    fields, sampling: what a request may have, by the server's own description; what else there is it drops without a
-    word.
+    path: that generates. extension: whether its workers have Millrace's, and all of them can be heard. transfer:
+    whether they have none, and vLLM's own way to join a group of NCCL. versions: whether it keeps a version's name
+    itself. aborts: whether it can be told to forget a request. logprobs_mode: vLLM's own setting. total_tokens: of KV
+    cache. fields, sampling: what a request may have, by the server's own description; what else there is it drops
+    without a word.
     """
 
     path: str

@@ -83,13 +83,13 @@ def make(
         from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup
 
         if name == "gloo":
-            return ProcessGroupTransport(SendingGroup, name, torch.device("cpu"), together=False)
+            return ProcessGroupTransport(SendingGroup, torch.device("cpu"), together=False)
         device = torch.device("cuda", torch.cuda.current_device())
         if Capability.UPDATE_FROM_PROCESS_GROUP in common:
-            return ProcessGroupTransport(SendingGroup, name, device, together=True)
+            return ProcessGroupTransport(SendingGroup, device, together=True)
         from millrace.weights.transports.bare_nccl import BareNcclGroup
 
-        return ProcessGroupTransport(BareNcclGroup, name, device, together=False)
+        return ProcessGroupTransport(BareNcclGroup, device, together=False)
     if name == "cuda_ipc":
         from millrace.weights.transports.cuda_ipc import CudaIpcTransport
 

@@ -10,11 +10,12 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,14 +33,18 @@ UNWELL = (Health.BUSY, Health.DEAD)
 # Torch's watchdog would end this process when an engine dies, or is slow.
 NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
+T = TypeVar("T")
+
 
 class SendingGroup:
     """This process as rank 0 of the group `name`, with `receivers` ranks of engines, which meet at `address`, at
-    `port`. They must join, and load, at the same time. Joining ends after `deadline` seconds, and with gloo the sending
-    of a tensor does, by torch's own error (a RuntimeError)."""
+    `port`. They must join, and load, at the same time. What is sent lies on `device`: a GPU for NCCL, the CPU for gloo.
+    Joining ends after `deadline` seconds, and with gloo the sending of a tensor does, by torch's own error (a
+    RuntimeError)."""
 
-    def __init__(self, name: str, backend: str, address: str, *, receivers: int, deadline: float) -> None:
-        self.name, self._backend, self._world = name, backend, 1 + receivers
+    def __init__(self, name: str, device: torch.device, address: str, *, receivers: int, deadline: float) -> None:
+        self.name, self.backend, self._world = name, backend_of(device), 1 + receivers
+        self._device = device
         self.broken: str | None = None  # why nothing more can be sent
         self.seconds, self._deadline = deadline, timedelta(seconds=deadline)
         self._address = address
@@ -57,40 +62,59 @@ class SendingGroup:
             master_listen_fd=listener.detach(),
         )
 
-    def join(self) -> None:
-        """Blocks until all are there; NCCL's ranks meet at the first broadcast. The keys in the store are those that
-        torch makes for a group of this name."""
+    async def join(self) -> None:
+        """Waits until all are there; NCCL's ranks meet at the first broadcast. Raises RuntimeError where they do not
+        come, or that is broken off."""
+        self._group = await self._in_thread(self._join)
+
+    def _join(self) -> Any:
+        """The keys in the store are those that torch makes for a group of this name."""
         store = self._store
-        for prefix in (self.name, f"{self.name}/", "cpu/" if self._backend == "gloo" else "cuda/"):
+        for prefix in (self.name, f"{self.name}/", f"{self._device.type}/"):
             store = dist.PrefixStore(prefix, store)
-        if self._backend == "gloo":
+        if self.backend == "gloo":
             options: Any = dist.ProcessGroupGloo._Options()
             options._timeout = self._deadline
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
-            self._group = dist.ProcessGroupGloo(store, 0, self._world, options)
-        else:
-            self._group = self._nccl(store)
+            return dist.ProcessGroupGloo(store, 0, self._world, options)
+        return self._nccl(store)
 
     def _nccl(self, store: Any) -> Any:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = 2 * self._deadline + timedelta(minutes=1)
-        options.config.blocking = 0  # otherwise it waits for a rank that never comes, whatever is aborted
         with _settings(NCCL_SETTINGS):
             return dist.ProcessGroupNCCL(store, 0, self._world, options)
 
     async def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Returns when they are sent; each is contiguous, on the CPU for gloo and on a GPU for NCCL. Raises
-        RuntimeError where that fails, or is broken off: the caller has the deadline."""
+        """Returns when they are sent; each is contiguous, and on the group's device. Raises RuntimeError
+        where that fails, or is broken off: the caller has the deadline."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        # Not their own wait alone: NCCL's ends with the queueing, and gloo's can't be broken off.
         # In a thread: NCCL's first waits until the engines are there, and they come by calls of this event loop.
-        for work in await asyncio.to_thread(lambda: [self._group.broadcast([one], options) for one in tensors]):
-            while not work.is_completed():
-                if self.broken is not None:
-                    raise RuntimeError(self.broken)
-                await asyncio.sleep(POLL_SECONDS)
+        for work in await self._in_thread(lambda: [self._group.broadcast([one], options) for one in tensors]):
+            await self._until(work.is_completed)  # NCCL's own wait ends with the queueing, gloo's can't be broken off
             work.wait()
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """What `work` returns, or raises. Where the group breaks off before, its thread is left behind: NCCL waits for
+        a rank that never comes, and can't be told not to."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        await self._until(done.done)
+        return done.result()
+
+    async def _until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            if self.broken is not None:
+                raise RuntimeError(self.broken)
+            await asyncio.sleep(POLL_SECONDS)
 
     def abort(self, reason: str) -> None:
         """Breaks off what is being broadcast; the group is of no more use."""
@@ -124,12 +148,12 @@ class _Joined:
 
 
 class ProcessGroupTransport(BucketTransport):
-    """For engines with Capability.UPDATE_FROM_PROCESS_GROUP, or another where `kind` is made for that. `backend` is
-    gloo or nccl; `device` is where the tensors are sent from. `together`: all engines are in one group, which takes the
-    least bandwidth; otherwise each is in a group of its own, so that none has to wait for another."""
+    """For engines with Capability.UPDATE_FROM_PROCESS_GROUP, or another where `kind` is made for that. Tensors are sent
+    from `device`: by NCCL where it is a GPU, by gloo where it is the CPU. `together`: all engines are in one group,
+    which takes the least bandwidth; otherwise each is in a group of its own, so that none has to wait for another."""
 
-    def __init__(self, kind: type[SendingGroup], backend: str, device: torch.device, *, together: bool) -> None:
-        self._kind, self._backend, self._device, self._together = kind, backend, device, together
+    def __init__(self, kind: type[SendingGroup], device: torch.device, *, together: bool) -> None:
+        self._kind, self._device, self._together = kind, device, together
         self._joined: list[_Joined] = []
 
     async def open(
@@ -224,13 +248,13 @@ class ProcessGroupTransport(BucketTransport):
         try:
             addresses = [own_address(target.engine.url) for target in targets]
             address = next((one for one in addresses if not one.startswith("127.")), addresses[0])
-            own = self._kind(name, self._backend, address, receivers=sum(ranks), deadline=seconds)
+            own = self._kind(name, self._device, address, receivers=sum(ranks), deadline=seconds)
         except (OSError, RuntimeError) as error:
             return {one: EngineFailed(one, f"no group could be made for it: {_first_line(error)}") for one in engines}
         joined = _Joined(own, list(engines.values()))
 
         async def join(engine: Engine, offset: int) -> None:
-            group = ProcessGroup(name, self._backend, address, own.port, offset, 1 + sum(ranks))
+            group = ProcessGroup(name, own.backend, address, own.port, offset, 1 + sum(ranks))
             try:
                 await engine.join_group(group, deadline=seconds)
             except EngineError as error:
@@ -239,7 +263,7 @@ class ProcessGroupTransport(BucketTransport):
 
         async def join_too() -> str | None:
             try:
-                await asyncio.to_thread(own.join)
+                await own.join()
             except RuntimeError as error:
                 return _first_line(error)
             return None
@@ -270,6 +294,10 @@ class ProcessGroupTransport(BucketTransport):
         await asyncio.gather(*(leave(engine, one.group.name) for one in joined for engine in one.engines))
         for one in joined:
             one.group.close()
+
+
+def backend_of(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 @contextmanager

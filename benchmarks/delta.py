@@ -1,0 +1,156 @@
+"""What one optimizer step changes of a model's bfloat16 weights: the share of the elements, the bytes of a delta, and
+the seconds to write and to apply it.
+
+    python -m benchmarks.delta [--size 0.5b] [--part 4] [--lr 1e-6 3e-6 1e-5] [--repeats 5] [--device cuda]
+
+A model of Qwen2.5's shape, of which `--part 4` keeps a quarter of the layers and of the vocabulary, with a float32
+master. Each step is a real one, of the trainer's own optimizer on the gradient of its own policy loss; the steps before
+the first measured one fill AdamW's moments. But the weights are random, at the scale that training starts from, and so
+are the tokens and their rewards: a trained model has other weights, and its gradients point somewhere, so another share
+of it changes.
+
+A delta is written to a file and read from it, checksums of both sides included, on one thread. The floor of writing is
+to read both versions once, comparing them; that of applying is to copy the old version into new memory.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks.gpu.models import QWEN2
+from millrace.config.models import LossConfig, OptimizerConfig
+from millrace.train.loss import group_advantages, policy_loss
+from millrace.train.optimizer import apply_gradients, global_grad_norm, make_optimizer
+from millrace.weights.delta import read_delta, write_delta
+
+WARMUP_STEPS = 4
+SAMPLES, TOKENS = 8, 32  # of a group, of a sample
+COMPARED = 1 << 20  # elements at a time, as the delta's chunks
+
+Weights = dict[str, Tensor]
+
+
+def make_model(size: str, part: int, device: str) -> Qwen2ForCausalLM:
+    shape = QWEN2[size]
+    config = Qwen2Config(
+        vocab_size=(1024 if size == "tiny" else 151_936) // part,
+        hidden_size=shape["hidden_size"],
+        num_hidden_layers=max(1, shape["layers"] // part),
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        intermediate_size=shape["intermediate_size"],
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(config).float().to(device)
+
+
+def step(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, lr: float, rng: np.random.Generator) -> None:
+    """One update on a group of random samples with random rewards."""
+    tokens_BT = torch.from_numpy(rng.integers(0, model.config.vocab_size, (SAMPLES, TOKENS))).to(model.device)
+    logits_BTV = model(input_ids=tokens_BT).logits[:, :-1].float()
+    logprobs_BT = logits_BTV.log_softmax(dim=-1).gather(-1, tokens_BT[:, 1:, None]).squeeze(-1)
+    sampled_BT = logprobs_BT.detach()
+    advantages_B = torch.from_numpy(group_advantages(rng.random(SAMPLES).tolist(), normalize=True)).to(model.device)
+    mask_BT = torch.ones_like(sampled_BT, dtype=torch.bool)
+    result = policy_loss(
+        logprobs_BT, sampled_BT, sampled_BT, None, mask_BT, advantages_B, config=LossConfig(), normalizer=mask_BT.sum()
+    )
+    result.loss.backward()
+    norm = global_grad_norm(model.parameters())
+    apply_gradients(optimizer, grad_norm=norm, max_grad_norm=1.0, lr=lr)
+
+
+def cast(model: Qwen2ForCausalLM) -> Weights:
+    """What would be published."""
+    return {name: parameter.detach().bfloat16().cpu() for name, parameter in model.named_parameters()}
+
+
+def compare(old: Weights, new: Weights) -> None:
+    different = np.empty(COMPARED, np.bool_)
+    for name, tensor in new.items():
+        one, two = (weights.reshape(-1).view(torch.int16).numpy() for weights in (old[name], tensor))
+        for begin in range(0, one.size, COMPARED):
+            part = slice(begin, begin + COMPARED)
+            np.not_equal(one[part], two[part], out=different[: one[part].size])
+
+
+def copy(old: Weights) -> None:
+    for tensor in old.values():
+        tensor.clone()
+
+
+def apply(path: Path, old: Weights) -> None:
+    delta = read_delta(path)
+    for name, tensor in old.items():
+        delta.apply(name, tensor)
+
+
+def in_turns(repeats: int, *works: Callable[[], object]) -> list[float]:
+    """The median seconds of each."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(repeats):
+        for work, spent in zip(works, seconds, strict=True):
+            started = time.perf_counter()
+            work()
+            spent.append(time.perf_counter() - started)
+    return [statistics.median(spent) for spent in seconds]
+
+
+def measure(old: Weights, new: Weights, lr: float, repeats: int, path: Path) -> None:
+    report = write_delta(path, 1, 2, ((name, old[name], new[name]) for name in new))
+    delta = read_delta(path)
+    for name, tensor in new.items():
+        assert torch.equal(delta.apply(name, old[name]).view(torch.int16), tensor.view(torch.int16))
+    compared, written, copied, applied = in_turns(
+        repeats,
+        lambda: compare(old, new),
+        lambda: write_delta(path, 1, 2, ((name, old[name], new[name]) for name in new)),
+        lambda: copy(old),
+        lambda: apply(path, old),
+    )
+    gigabytes = report.nbytes / 1e9
+    print(
+        f"lr {lr:.0e}: {report.changed / report.elements:.2%} of the elements changed; {report.nbytes / 1e6:.1f} MB, "
+        f"delta {report.wire_nbytes / 1e6:.2f} MB, 1/{report.nbytes / report.wire_nbytes:.1f} "
+        f"({report.wire_nbytes * 8 / report.changed:.2f} bits for each that changed)\n"
+        f"  write {written:.3f} s ({gigabytes / written:.2f} GB/s), compare {compared:.3f} s "
+        f"({gigabytes / compared:.2f}), ratio {written / compared:.2f}\n"
+        f"  apply {applied:.3f} s ({gigabytes / applied:.2f} GB/s), copy {copied:.3f} s "
+        f"({gigabytes / copied:.2f}), ratio {applied / copied:.2f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", choices=sorted(QWEN2), default="0.5b")
+    parser.add_argument("--part", type=int, default=4)
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-6, 3e-6, 1e-5])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)  # of the copy too
+    model = make_model(arguments.size, arguments.part, arguments.device)
+    optimizer = make_optimizer(model.parameters(), OptimizerConfig(lr=arguments.lr[0]))
+    rng = np.random.default_rng(0)
+    for _ in range(WARMUP_STEPS):
+        step(model, optimizer, arguments.lr[0], rng)
+    with tempfile.TemporaryDirectory() as made:
+        for lr in arguments.lr:
+            old = cast(model)
+            step(model, optimizer, lr, rng)
+            measure(old, cast(model), lr, arguments.repeats, Path(made) / "delta.safetensors")
+
+
+if __name__ == "__main__":
+    main()
