@@ -12,6 +12,7 @@ from millrace.weights.transports.choice import NEEDS, Sight, choose
 MEMORY_FILE = Capability.UPDATE_FROM_SHARED_MEMORY
 TORCH = Capability.UPDATE_FROM_TORCH_STORAGE
 IPC = Capability.UPDATE_FROM_CUDA_IPC
+BARE = Capability.UPDATE_FROM_BARE_NCCL
 GROUP = Capability.UPDATE_FROM_PROCESS_GROUP
 
 sights = st.lists(
@@ -19,7 +20,7 @@ sights = st.lists(
         Sight,
         st.sampled_from(["a", "b", "c"]),
         st.booleans(),
-        st.frozensets(st.sampled_from([MEMORY_FILE, TORCH, IPC, GROUP])),
+        st.frozensets(st.sampled_from([MEMORY_FILE, TORCH, IPC, BARE, GROUP])),
     ),
     min_size=1,
     max_size=3,
@@ -37,7 +38,11 @@ def see(*capabilities: Capability, here: bool = True) -> Sight:
         ([see(TORCH, GROUP)], False, "shm", "on this host"),
         ([see(IPC, GROUP)], True, "cuda_ipc", "on this host"),
         ([see(MEMORY_FILE, GROUP), see(MEMORY_FILE, GROUP, here=False)], False, "gloo", "away is on another host"),
-        ([see(IPC, GROUP, here=False)] * 2, True, "gloo", "away, away are on another host"),
+        ([see(IPC, GROUP, here=False)] * 2, True, "nccl", "away, away are on another host"),
+        ([see(BARE, here=False)], True, "nccl", "away is on another host"),
+        ([see(IPC, GROUP, here=False), see(GROUP, here=False)], True, "gloo", "away, away are on another host"),
+        ([see(IPC, GROUP, here=False), see(IPC, GROUP)], True, "gloo", "away is on another host"),
+        ([see(BARE)], True, None, "no memory is shared"),
         ([see(IPC, GROUP)], False, "gloo", "no memory is shared"),
         ([see(IPC, GROUP, here=False)], False, "gloo", "away is on another host"),
         ([see(MEMORY_FILE, here=False)], False, None, "not every engine can join a process group"),

@@ -41,9 +41,9 @@ class Choice:
 
 
 def choose(wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: bool, folder: bool) -> Choice:
-    """Memory where all share a host, otherwise a broadcast, otherwise the disk if there is a folder for it. Raises
-    PublishError where what is wanted is not possible; it is taken at its word about hosts and GPUs, which a container
-    or a tunnel may hide."""
+    """Memory where all share a host, otherwise a broadcast from GPU to GPUs or from CPU to CPUs, otherwise the disk if
+    there is a folder for it. Raises PublishError where what is wanted is not possible; it is taken at its word about
+    hosts and GPUs, which a container or a tunnel may hide."""
     if wanted != "auto":
         if lacking := [engine.name for engine in engines if not engine.capabilities & set(NEEDS[wanted])]:
             raise PublishError(f"publish.transport is {wanted}, and {', '.join(lacking)} can't take weights by it")
@@ -56,6 +56,10 @@ def choose(wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: 
         if trainer_has_gpu and common & set(NEEDS["cuda_ipc"]):
             return Choice("cuda_ipc", "trainer and engines are on this host, and the engines on a GPU")
     where = f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} on another host" if away else "no memory is shared"
+    # On this host an engine may be on the trainer's own GPU, which NCCL does not take twice.
+    on_gpus = common & {Capability.UPDATE_FROM_CUDA_IPC, Capability.UPDATE_FROM_BARE_NCCL}
+    if trainer_has_gpu and on_gpus and len(away) == len(engines) and common & set(NEEDS["nccl"]):
+        return Choice("nccl", f"{where}, and all have a GPU")
     if Capability.UPDATE_FROM_PROCESS_GROUP not in common:
         where = f"{where}, and not every engine can join a process group"
         return Choice("disk" if folder and common & set(NEEDS["disk"]) else None, where)
