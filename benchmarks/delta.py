@@ -10,7 +10,8 @@ are the tokens and their rewards: a trained model has other weights, and its gra
 of it changes.
 
 A delta is written to a file and read from it, checksums of both sides included, on one thread. The floor of writing is
-to read both versions once, comparing them; that of applying is to copy the old version into new memory.
+to read both versions once, comparing them; that of applying is to copy the old version into memory that was touched
+before. What `apply` returns is new memory, whose pages are faulted in.
 """
 
 import argparse
@@ -61,10 +62,11 @@ def step(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, lr: float, rng: 
     sampled_BT = logprobs_BT.detach()
     advantages_B = torch.from_numpy(group_advantages(rng.random(SAMPLES).tolist(), normalize=True)).to(model.device)
     mask_BT = torch.ones_like(sampled_BT, dtype=torch.bool)
+    tokens = mask_BT.numel()
     result = policy_loss(
-        logprobs_BT, sampled_BT, sampled_BT, None, mask_BT, advantages_B, config=LossConfig(), normalizer=mask_BT.sum()
+        logprobs_BT, sampled_BT, sampled_BT, None, mask_BT, advantages_B, config=LossConfig(), normalizer=tokens
     )
-    result.loss.backward()
+    result.loss.backward()  # type: ignore[no-untyped-call]
     norm = global_grad_norm(model.parameters())
     apply_gradients(optimizer, grad_norm=norm, max_grad_norm=1.0, lr=lr)
 
@@ -83,9 +85,9 @@ def compare(old: Weights, new: Weights) -> None:
             np.not_equal(one[part], two[part], out=different[: one[part].size])
 
 
-def copy(old: Weights) -> None:
-    for tensor in old.values():
-        tensor.clone()
+def copy(old: Weights, copies: Weights) -> None:
+    for name, tensor in old.items():
+        copies[name].copy_(tensor)
 
 
 def apply(path: Path, old: Weights) -> None:
@@ -107,14 +109,14 @@ def in_turns(repeats: int, *works: Callable[[], object]) -> list[float]:
 
 def measure(old: Weights, new: Weights, lr: float, repeats: int, path: Path) -> None:
     report = write_delta(path, 1, 2, ((name, old[name], new[name]) for name in new))
-    delta = read_delta(path)
+    delta, copies = read_delta(path), {name: tensor.clone() for name, tensor in old.items()}
     for name, tensor in new.items():
         assert torch.equal(delta.apply(name, old[name]).view(torch.int16), tensor.view(torch.int16))
     compared, written, copied, applied = in_turns(
         repeats,
         lambda: compare(old, new),
         lambda: write_delta(path, 1, 2, ((name, old[name], new[name]) for name in new)),
-        lambda: copy(old),
+        lambda: copy(old, copies),
         lambda: apply(path, old),
     )
     gigabytes = report.nbytes / 1e9

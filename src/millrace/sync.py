@@ -203,12 +203,22 @@ class Fleet:
         when `version` is not above the last one; whatever is raised, the old version goes on serving where it was,
         unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves again after the
         next publish.
+
+        Where versions are kept, `tensors` is gone through once more when the engines serve, and can't be an iterator.
+        The version becomes safe in the background; the next publish waits for that.
         """
         return self._portal.call(
             self._wrapped.publish(
                 tensors, version, bucket_bytes=bucket_bytes, deadline=deadline, require_finite=require_finite
             )
         )
+
+    def restart(self, name: str, *, bucket_bytes: int = 256 * 2**20, deadline: float = 120.0) -> None:
+        """Ends this engine, starts it anew, and brings it from the store what the others serve, within `deadline`
+        seconds, before its first request. Without a store it serves after the next publish. Raises LaunchError where it
+        does not come up, PublishError where it does not take the version, and NoEngineError where the fleet does not
+        start its engines."""
+        self._portal.call(self._wrapped.restart(name, bucket_bytes=bucket_bytes, deadline=deadline))
 
     def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Puts every usable engine to sleep, after what runs there has ended. One that can't is quarantined."""

@@ -13,6 +13,7 @@ from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.types import GenerateRequest, SamplingParams
+from tests.fleet.strike import strike
 
 Tensors = list[tuple[str, torch.Tensor]]
 
@@ -49,8 +50,10 @@ async def test_versions_are_folders_that_engines_and_anybody_can_read(
     for version in (1, 2, 3):
         scaled = [(name, tensor * (1 + version / 10)) for name, tensor in tensors]
         assert not (await fleet.publish(scaled, version, bucket_bytes=64 * 1024)).failed
+    with pytest.raises(PublishError, match="named a tensor twice"):  # which waits until version 3 is safe
+        await fleet.publish([*tensors, tensors[0]], 4)
     folders = sorted(path.name for path in (tmp_path / "versions").iterdir())
-    assert folders == ["version-00000002", "version-00000003", elsewhere.name]
+    assert folders == ["index.json", "version-00000002", "version-00000003", elsewhere.name]
     written = tmp_path / "versions" / "version-00000003"
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in written.iterdir())  # for engines of another user
     last = AutoModelForCausalLM.from_pretrained(written)
@@ -60,13 +63,15 @@ async def test_versions_are_folders_that_engines_and_anybody_can_read(
         assert generation.output_ids == expected(last, prompt)
         assert {segment.version for segment in generation.segments} == {3}
 
-    with pytest.raises(PublishError, match="named a tensor twice"):
-        await fleet.publish([*tensors, tensors[0]], 4)
+    one, _ = fleet.engines
+    strike(fleet, one)
+    await fleet.restart(one)
+    assert fleet.snapshot.get(one).version == 3
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as on a full disk
     try:
-        with pytest.raises(PublishError, match="version 4 can't be written"):
+        with pytest.raises(PublishError, match="version-00000004 can't be written"):
             await fleet.publish(tensors, 4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,7 +1,6 @@
 """Publishing by broadcast to a fleet of real embedded engines: what one of them does must not cost the others the
 version."""
 
-import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -15,9 +14,9 @@ from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.launch.process import ServerProcess
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup
+from tests.fleet.strike import strike
 
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=3, threads=1, faults=True)
 BUCKET = 64 * 1024
@@ -58,15 +57,6 @@ async def made(fleet: Fleet) -> dict[str, tuple[int | None, tuple[int, ...]]]:
             generation = await fleet.engines[member.name].generate(request, deadline=20)
             answers[member.name] = (generation.segments[-1].version, generation.output_ids)
     return answers
-
-
-def strike(fleet: Fleet, name: str, number: signal.Signals) -> None:
-    """A signal to the engine's own process, which is its guard's only child."""
-    process = fleet._replicas[name].process
-    assert isinstance(process, ServerProcess)
-    guard = process._process.pid
-    [engine] = Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
-    os.kill(int(engine), number)
 
 
 class Weights:

@@ -266,7 +266,8 @@ TransportName = Literal["auto", "shm", "cuda_ipc", "gloo", "nccl", "disk"]
 
 class PublishConfig(Model):
     transport: TransportName = "auto"
-    folder: Path | None = None  # that trainer and engines know by the same path; for the transport disk
+    folder: str | None = None  # where versions are kept: a path, or a URL of fsspec's; for disk, one that engines know
+    keep: PositiveInt = 2  # versions
     bucket_bytes: PositiveInt = 256 * 1024 * 1024
     timeout: PositiveFloat = 120.0  # for the whole transaction on one engine
     require_finite: bool = False

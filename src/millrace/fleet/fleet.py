@@ -4,8 +4,9 @@ died."""
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,27 @@ from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineUnre
 from millrace.fleet.membership import Attested, Died, Distrusted, Emptied, Event, Member, Slept, Snapshot, Woke, after
 from millrace.fleet.routing import least_loaded
 from millrace.types import ALL_MEMORY, Capability, GenerateRequest, Generation, Health, MemoryTag
+from millrace.weights.plan import buckets
 from millrace.weights.publisher import PublishReport, publish
 from millrace.weights.transports.base import PublishTarget, Transport
 
 if TYPE_CHECKING:
     import torch
 
+    from millrace.weights.store import VersionStore
+
 PROCESS_END_DEADLINE = 3.0  # from a closed port to the end of the process, which tells more of the reason
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What the engines are started with: the checksums of the tensors in `folder`."""
+
+    checksums: Mapping[str, str]
+    version: int
+    folder: Path
 
 
 class Fleet:
@@ -33,9 +46,19 @@ class Fleet:
     here.
     """
 
-    def __init__(self, replicas: Sequence[Started], transport: Transport | None) -> None:
+    def __init__(
+        self,
+        replicas: Sequence[Started],
+        transport: Transport | None,
+        store: "VersionStore | None" = None,
+        start: Callable[[int], Awaitable[Started]] | None = None,
+    ) -> None:
         self._replicas = {replica.engine.name: replica for replica in replicas}
-        self._transport = transport
+        self._transport, self._store, self._start = transport, store, start
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._sending = asyncio.Lock()  # the transport brings one version at a time
+        self._securing: asyncio.Task[None] | None = None  # makes the last version safe in the store
+        self._origin: _Origin | None = None
         self._outstanding: dict[str, int] = dict.fromkeys(self._replicas, 0)
         self._changed = asyncio.Condition()
         self._publishing = False
@@ -44,21 +67,30 @@ class Fleet:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, replicas: Sequence[Started], transport: Transport | None) -> "AsyncIterator[Fleet]":
-        """Watches the replicas' processes as long as the block runs, and in the end closes the transport, the
-        engines' connections and the processes."""
-        fleet = cls(replicas, transport)
-        watchers = [asyncio.create_task(fleet._watch(replica)) for replica in replicas if replica.process]
+    async def open(
+        cls,
+        replicas: Sequence[Started],
+        transport: Transport | None,
+        store: "VersionStore | None" = None,
+        start: Callable[[int], Awaitable[Started]] | None = None,
+    ) -> "AsyncIterator[Fleet]":
+        """Watches the replicas' processes as long as the block runs, and in the end closes the transport, the store,
+        the engines' connections and the processes. `store` keeps what is published; `start` starts the replica of that
+        number anew."""
+        fleet = cls(replicas, transport, store, start)
+        for replica in replicas:
+            fleet._begin_to_watch(replica)
         try:
             yield fleet
         finally:
-            for watcher in watchers:
-                watcher.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
+            await asyncio.gather(*(fleet._end_watching(name) for name in fleet._replicas))
+            if reason := await fleet._secured():
+                logger.error("%s", reason)
             if transport is not None:
                 await transport.close()
-            await asyncio.gather(*(replica.engine.close() for replica in replicas))
-            await asyncio.gather(*(replica.process.end() for replica in replicas if replica.process))
+            if store is not None:
+                store.close()
+            await asyncio.gather(*(_end(replica) for replica in fleet._replicas.values()))
 
     @property
     def context_length(self) -> int:
@@ -103,14 +135,78 @@ class Fleet:
         when `version` is not above the last one; whatever is raised, the old version goes on serving where it was,
         unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves again after the
         next publish.
+
+        Where versions are kept, `tensors` is gone through once more when the engines serve, and can't be an iterator.
+        The version becomes safe in the background; the next publish waits for that.
         """
         transport, targets = self._ready_for(version)
+        if self._store is not None and isinstance(tensors, Iterator):
+            raise PublishError("each version is kept (publish.folder), and an iterator can't be gone through twice")
+
+        self._publishing = True
+        try:
+            async with self._sending:
+                unstored = await self._secured()
+                if require_finite:
+                    from millrace.weights.finite import only_finite  # imports torch
+
+                    tensors = await asyncio.to_thread(only_finite, tensors)
+                report = await self._bring(transport, targets, tensors, version, bucket_bytes, deadline)
+                unstored = await self._keep(version, tensors, bucket_bytes) or unstored
+        finally:
+            self._publishing = False
+        return replace(report, unstored=unstored)
+
+    async def restart(self, name: str, *, bucket_bytes: int = 256 * 2**20, deadline: float = 120.0) -> None:
+        """Ends this engine, starts it anew, and brings it from the store what the others serve, within `deadline`
+        seconds, before its first request. Without a store it serves after the next publish. Raises LaunchError where it
+        does not come up, PublishError where it does not take the version, and NoEngineError where the fleet does not
+        start its engines."""
+        if self._start is None:
+            raise NoEngineError(f"{name} was not started by this fleet, which can't start it anew")
+        old = self._replicas[name]
+        await self._end_watching(name)
+        await self._apply(name, Died("it is being started anew"))
+        await _end(old)
+        started = await self._start(list(self._replicas).index(name))
+        self._replicas[name] = started
+        self._begin_to_watch(started)
+        async with self._changed:
+            self.snapshot = self.snapshot.with_member(Member(name, started.engine.url))
+        await self._catch_up(started, bucket_bytes, deadline)
+
+    async def _catch_up(self, started: Started, bucket_bytes: int, deadline: float) -> None:
+        async with self._sending:
+            await self._secured()
+            name, version = started.engine.name, self._published
+            if self._origin is not None and version == self._origin.version:
+                try:
+                    await self._compare(started, self._origin)
+                except EngineError as error:
+                    await self._apply(name, Distrusted(str(error)))
+                    raise
+            elif self._transport is not None and self._store is not None and version in self._store.versions:
+                target = PublishTarget(started.engine, started.info)
+                tensors = self._store.tensors(version)
+                await self._bring(self._transport, [target], tensors, version, bucket_bytes, deadline)
+            else:
+                logger.warning("%s serves after the next publish: no store has version %s", name, version)
+
+    async def _bring(
+        self,
+        transport: Transport,
+        targets: Sequence[PublishTarget],
+        tensors: "Iterable[tuple[str, torch.Tensor]]",
+        version: int,
+        bucket_bytes: int,
+        deadline: float,
+    ) -> PublishReport:
+        """Publishes to these engines. Those that take the version are routable then, the others out of rotation."""
+        emptied: set[str] = set()
 
         async def committed(name: str) -> None:
             self._published = version
             await self._apply(name, Attested(version))
-
-        emptied: set[str] = set()
 
         async def unrestored(name: str, error: EngineError) -> None:
             if isinstance(error, EngineRefused):
@@ -119,24 +215,16 @@ class Fleet:
             else:
                 await self._apply(name, Distrusted(str(error)))
 
-        self._publishing = True
-        try:
-            if require_finite:
-                from millrace.weights.finite import only_finite  # imports torch
-
-                tensors = await asyncio.to_thread(only_finite, tensors)
-            report = await publish(
-                targets,
-                tensors,
-                version,
-                transport,
-                bucket_bytes=bucket_bytes,
-                deadline=deadline,
-                committed=committed,
-                unrestored=unrestored,
-            )
-        finally:
-            self._publishing = False
+        report = await publish(
+            targets,
+            tensors,
+            version,
+            transport,
+            bucket_bytes=bucket_bytes,
+            deadline=deadline,
+            committed=committed,
+            unrestored=unrestored,
+        )
         for engine in report.engines:
             if (error := engine.error) is None:
                 continue
@@ -146,6 +234,30 @@ class Fleet:
             elif not (isinstance(error, EngineRefused) and engine.engine in emptied):
                 await self._apply(engine.engine, Distrusted(str(error)))
         return report
+
+    async def _keep(self, version: int, tensors: "Iterable[tuple[str, torch.Tensor]]", bucket_bytes: int) -> str | None:
+        """Writes the version, and makes it safe in the background. Returns why it can't."""
+        if self._store is None:
+            return None
+        try:
+            await asyncio.to_thread(self._store.write, version, buckets(tensors, bucket_bytes))
+        except PublishError as error:
+            logger.error("version %d is not kept: %s", version, error)
+            return str(error)
+        self._securing = asyncio.create_task(asyncio.to_thread(self._store.secure, version))
+        return None
+
+    async def _secured(self) -> str | None:
+        """Waits until the last version is safe. Returns why it is not."""
+        securing, self._securing = self._securing, None
+        if securing is None:
+            return None
+        try:
+            await asyncio.shield(securing)
+        except PublishError as error:
+            logger.error("%s", error)
+            return str(error)
+        return None
 
     def _ready_for(self, version: int) -> tuple[Transport, list[PublishTarget]]:
         """What brings the version, and whom to. Raises PublishError and NoEngineError where it can't be published."""
@@ -189,24 +301,23 @@ class Fleet:
         log names it. An engine that has no checksums to compare is taken at its word, if it was started here and names
         this folder."""
 
-        async def compare(engine: Engine) -> None:
-            replica = self._replicas[engine.name]
-            if Capability.CHECKSUMS not in replica.info.capabilities:
-                if replica.process is not None and Path(replica.info.model_path) == folder:
-                    await self._apply(engine.name, Attested(version))
-                return
-            held = await engine.checksums()
-            known = held.keys() & checksums.keys()
-            if wrong := sorted(name for name in known if held[name] != checksums[name]):
-                raise EngineFailed(
-                    engine.name, f"it holds other weights than the model's folder: {', '.join(wrong[:3])}"
-                )
-            if unknown := sorted(held.keys() - known):
-                logger.warning("%s: not compared, the folder has no %s", engine.name, ", ".join(unknown[:3]))
-            await self._apply(engine.name, Attested(version))
-
-        await self._each(compare)
+        origin = self._origin = _Origin(checksums, version, folder)
+        await self._each(lambda engine: self._compare(self._replicas[engine.name], origin))
         self._published = version
+
+    async def _compare(self, replica: Started, origin: "_Origin") -> None:
+        engine = replica.engine
+        if Capability.CHECKSUMS not in replica.info.capabilities:
+            if replica.process is not None and Path(replica.info.model_path) == origin.folder:
+                await self._apply(engine.name, Attested(origin.version))
+            return
+        held = await engine.checksums()
+        known = held.keys() & origin.checksums.keys()
+        if wrong := sorted(name for name in known if held[name] != origin.checksums[name]):
+            raise EngineFailed(engine.name, f"it holds other weights than the model's folder: {', '.join(wrong[:3])}")
+        if unknown := sorted(held.keys() - known):
+            logger.warning("%s: not compared, the folder has no %s", engine.name, ", ".join(unknown[:3]))
+        await self._apply(engine.name, Attested(origin.version))
 
     async def _each(self, step: Callable[[Engine], Awaitable[None]]) -> None:
         """Takes one step on every usable engine at once. One that fails it is quarantined, with the reason."""
@@ -253,6 +364,15 @@ class Fleet:
                 pass  # it lives, but nothing listens at its port
         await self._apply(name, Died(str(error)))
 
+    def _begin_to_watch(self, replica: Started) -> None:
+        if replica.process is not None:
+            self._watchers[replica.engine.name] = asyncio.create_task(self._watch(replica))
+
+    async def _end_watching(self, name: str) -> None:
+        if (watcher := self._watchers.pop(name, None)) is not None:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
     async def _watch(self, replica: Started) -> None:
         assert replica.process is not None
         await replica.process.wait()
@@ -264,3 +384,9 @@ class Fleet:
         async with self._changed:
             self.snapshot = self.snapshot.with_member(after(self.snapshot.get(name), event))
             self._changed.notify_all()
+
+
+async def _end(replica: Started) -> None:
+    await replica.engine.close()
+    if replica.process is not None:
+        await replica.process.end()

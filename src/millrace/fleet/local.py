@@ -15,6 +15,7 @@ from millrace.weights.folder import folder_checksums
 from millrace.weights.transports.choice import Sight, choose, in_common, make
 
 if TYPE_CHECKING:
+    from millrace.weights.store import VersionStore
     from millrace.weights.transports.base import Transport
 
 logger = logging.getLogger(__name__)
@@ -29,22 +30,29 @@ async def open_fleet(
     version: int = 0,
     seed: int = 0,
     transport: TransportName = "auto",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
+    keep: int = 2,
 ) -> AsyncIterator[Fleet]:
     """Launches `config.replicas` engines that serve the model in `model_path` as weight version `version`, or attaches
     to those that the config names.
 
     In rotation are those whose weights have the folder's checksums or, where an engine can't tell, that were started
     from this folder; another serves after its first publish. Logs go to `log_dir`. `transport` is how weights are
-    published, `folder` where to for the transport `disk` (docs/weights.md). Raises LaunchError when an engine does not
-    come up (the others are ended), DataError when the folder is not a model's, and PublishError when the engines can't
-    take weights by that transport.
+    published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay (docs/weights.md). Raises
+    LaunchError when an engine does not come up (the others are ended), DataError when the folder is not a model's or
+    `folder` not a store, and PublishError when the engines can't take weights by that transport.
     """
     checksums = await asyncio.to_thread(folder_checksums, model_path)
-    starts = [
-        asyncio.create_task(start(config, model_path, replica=i, log_dir=log_dir, version=version, seed=seed))
-        for i in range(config.replicas)
-    ]
+    store = None
+    if folder is not None:
+        from millrace.weights.store import VersionStore  # imports torch
+
+        store = VersionStore(str(folder), model_path, keep=keep)
+
+    async def start_one(replica: int) -> Started:
+        return await start(config, model_path, replica=replica, log_dir=log_dir, version=version, seed=seed)
+
+    starts = [asyncio.create_task(start_one(i)) for i in range(config.replicas)]
     try:
         started = await asyncio.gather(*starts)
     except BaseException:
@@ -55,28 +63,30 @@ async def open_fleet(
                 await _end(result)
         raise
     try:
-        chosen = transport_for(transport, started, folder, model_path)
+        chosen = transport_for(transport, started, store)
     except BaseException:
         await asyncio.gather(*(_end(one) for one in started))
         raise
-    async with Fleet.open(started, chosen) as fleet:
+    async with Fleet.open(started, chosen, store, start_one) as fleet:
         await fleet.attest(checksums, version, model_path)
         yield fleet
 
 
 def transport_for(
-    wanted: TransportName, engines: Sequence[Started], folder: Path | None, model_path: Path
+    wanted: TransportName, engines: Sequence[Started], store: "VersionStore | None"
 ) -> "Transport | None":
     """How this process hands tensors to these engines, which it logs; None where there is no way that all of them have.
     Raises PublishError where the one that is wanted is not possible."""
     import torch
 
     sights = [Sight(one.engine.name, is_here(one.engine.url), one.info.capabilities) for one in engines]
-    choice = choose(wanted, sights, trainer_has_gpu=torch.cuda.is_available(), folder=folder is not None)
+    choice = choose(
+        wanted, sights, trainer_has_gpu=torch.cuda.is_available(), folder=store is not None and store.shared
+    )
     logger.info("weights go by %s: %s", choice.name, choice.why)
     if choice.name is None:
         return None
-    return make(choice.name, in_common(sights), folder=folder, model_path=model_path)
+    return make(choice.name, in_common(sights), store=store)
 
 
 async def _end(started: Started) -> None:

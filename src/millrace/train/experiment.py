@@ -82,6 +82,7 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
             seed=config.seed,
             transport=config.publish.transport,
             folder=config.publish.folder,
+            keep=config.publish.keep,
         ) as fleet:
             runner = _runner(config, fleet, content)
             _require_room(runner, [*problems, *held_out], config)

@@ -33,6 +33,7 @@ from millrace.errors import DataError, PublishError
 from millrace.model_folder import HEADER_LENGTH_BYTES, to_disk
 
 CHUNK = 1 << 20  # elements: what is made of them stays near the processor's cache
+IN_MEMORY = 1 << 28  # bytes of payloads; what is above goes to a file that has no name
 GAP_BYTES = 4
 LARGEST = 1 << 48  # elements: above any tensor, below what strides overflow at
 DTYPES = {
@@ -142,7 +143,10 @@ def write_delta(path: Path, base_version: int, version: int, pairs: Iterable[Pai
     partial = path.with_name(f".{path.name}.partial")
     try:
         # The header, which comes first, is known last.
-        with tempfile.TemporaryFile(dir=path.parent) as payloads, partial.open("wb") as file:
+        with (
+            tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(path.parent)) as payloads,
+            partial.open("wb") as file,
+        ):
             for name, old, new in pairs:
                 if name in tensors:
                     raise PublishError(f"the trainer named a tensor twice: {name}")
@@ -205,17 +209,16 @@ class Delta:
         elif old is None or old.dtype != entry.torch_dtype or tuple(old.shape) != entry.shape:
             held = "nothing" if old is None else f"{old.dtype} {list(old.shape)}"
             raise DataError(f"{self._path} changes {name} of {entry.dtype} {list(entry.shape)}, and here is {held}")
-        payload = memoryview(self._file.get_tensor(name) if entry.payload_nbytes else b"")
         tensor = torch.empty(entry.shape, dtype=entry.torch_dtype)
         new_bits, old_bits = _bits(tensor), None if old is None else _bits(old)
         base, result = Checksum(), Checksum()
-        begin_frame = 0
+        payload = self._file.get_slice(name) if entry.payload_nbytes else ()
+        offset = 0
         try:
             for chunk, (begin, end) in zip(entry.chunks, _spans(entry.elements), strict=True):
-                frames = []
-                for size in chunk.gaps + chunk.bits:
-                    frames.append(payload[begin_frame : begin_frame + size])
-                    begin_frame += size
+                ends = list(itertools.accumulate((*chunk.gaps, *chunk.bits), initial=offset))
+                frames = [bytes(payload[one:two]) for one, two in itertools.pairwise(ends)]
+                offset = ends[-1]
                 new_part, old_part = new_bits[begin:end], None if old_bits is None else old_bits[begin:end]
                 _decode(chunk, frames, old_part, new_part)
                 result.update(new_part.data)
@@ -281,7 +284,7 @@ def _whole(new: Bits, changed: int, compressor: zstandard.ZstdCompressor) -> Enc
     return Chunk(form="whole", changed=changed, bits=tuple(map(len, planes))), planes
 
 
-def _decode(chunk: Chunk, frames: list[memoryview], old: Bits | None, new: Bits) -> None:
+def _decode(chunk: Chunk, frames: list[bytes], old: Bits | None, new: Bits) -> None:
     """Fills `new`. Raises ValueError and ZstdError for frames that are not the chunk's."""
     if chunk.form == "whole" or old is None:
         new[:] = _joined(frames, new.size, new.dtype)
@@ -302,7 +305,7 @@ def _planes(values: Bits, compressor: zstandard.ZstdCompressor) -> list[bytes]:
     return [compressor.compress(np.ascontiguousarray(by_byte[:, number]).data) for number in range(used)]
 
 
-def _joined(frames: list[memoryview], count: int, dtype: np.dtype[np.unsignedinteger]) -> Bits:
+def _joined(frames: list[bytes], count: int, dtype: np.dtype[np.unsignedinteger]) -> Bits:
     """What `_planes` has split. A frame must say that it holds `count` bytes before any is made room for."""
     by_byte = np.zeros((count, dtype.itemsize), np.uint8)
     for number, frame in enumerate(frames):

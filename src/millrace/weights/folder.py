@@ -1,15 +1,36 @@
-"""The weights in a model's folder: their checksums, read without torch."""
+"""A version's weights as a folder in Hugging Face's format."""
 
 import itertools
+import json
 import mmap
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from millrace.checksum import checksum
+from millrace.checksum import checksum, tensor_checksum
+from millrace.errors import PublishError
 from millrace.model_folder import stored_tensors
+
+if TYPE_CHECKING:
+    from millrace.weights.transports.base import NamedTensors
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFolder:
+    """What was written to `path`: the checksum of each tensor (`millrace.checksum`), and the bytes of all."""
+
+    path: Path
+    checksums: Mapping[str, str]
+    nbytes: int
 
 
 def folder_checksums(folder: Path) -> dict[str, str]:
-    """The checksum of every tensor in the folder's safetensors files. Raises DataError as `stored_tensors` does."""
+    """The checksum of every tensor in the folder's safetensors files, read without torch. Raises DataError as
+    `stored_tensors` does."""
     checksums: dict[str, str] = {}
     for path, tensors in itertools.groupby(stored_tensors(folder).items(), lambda item: item[1].file):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -19,3 +40,41 @@ def folder_checksums(folder: Path) -> dict[str, str]:
                     checksums[name] = checksum(data)
             view.release()
     return checksums
+
+
+def write_folder(place: Path, buckets: "Iterator[NamedTensors]", model_path: Path) -> WrittenFolder:
+    """Writes the tensors, a file for each bucket, and what else the folder in `model_path` has: config and tokenizer.
+    `place` appears when all is written, in place of what was there; not all of it is on the disk by then. Raises
+    PublishError where it can't be written, or a name comes twice."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = place.with_name(f".{place.name}.partial")
+    checksums: dict[str, str] = {}
+    files: dict[str, str] = {}
+    nbytes = 0
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for number, tensors in enumerate(buckets):
+            copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}
+            if len(copies) < len(tensors) or checksums.keys() & copies.keys():
+                raise PublishError("the trainer named a tensor twice")
+            file = f"model-{number:05d}.safetensors"
+            save_file(copies, partial / file, metadata={"format": "pt"})
+            (partial / file).chmod(0o644)  # safetensors keeps it to this user, and the engines' may be another
+            checksums |= {name: tensor_checksum(tensor) for name, tensor in copies.items()}
+            files |= dict.fromkeys(copies, file)
+            nbytes += sum(tensor.nbytes for tensor in copies.values())
+        index = {"metadata": {"total_size": nbytes}, "weight_map": files}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index))
+        for path in model_path.iterdir():
+            if path.is_file() and not path.name.endswith(WEIGHTS):
+                shutil.copyfile(path, partial / path.name)
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+    except (OSError, SafetensorError) as error:
+        raise PublishError(f"{place} can't be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return WrittenFolder(place, checksums, nbytes)

@@ -42,13 +42,15 @@ class EngineReport:
 
 @dataclass(frozen=True, slots=True)
 class PublishReport:
-    """What a publish did. `stage_seconds`: copying into buckets, most of it hidden behind the engines' loading."""
+    """What a publish did. `stage_seconds`: copying into buckets, most of it hidden behind the engines' loading.
+    `unstored`: why this version, or the one before, is not kept."""
 
     version: int
     nbytes: int
     seconds: float
     stage_seconds: float
     engines: tuple[EngineReport, ...]
+    unstored: str | None = None
 
     @property
     def failed(self) -> dict[str, EngineError]:

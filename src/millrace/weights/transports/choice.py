@@ -3,7 +3,6 @@ the one that was chosen, and torch with it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.config.models import TransportName
@@ -11,6 +10,7 @@ from millrace.errors import PublishError
 from millrace.types import Capability
 
 if TYPE_CHECKING:
+    from millrace.weights.store import VersionStore
     from millrace.weights.transports.base import Transport
 
 # Any of its capabilities will do, if all of the engines have it.
@@ -70,19 +70,17 @@ def in_common(engines: Sequence[Sight]) -> frozenset[Capability]:
     return frozenset[Capability].intersection(*(engine.capabilities for engine in engines))
 
 
-def make(
-    name: TransportName, common: frozenset[Capability], *, folder: Path | None = None, model_path: Path | None = None
-) -> "Transport":
+def make(name: TransportName, common: frozenset[Capability], *, store: "VersionStore | None" = None) -> "Transport":
     """The transport that was chosen, for engines that have these capabilities in common. Its device is torch's current
-    one. `folder` and `model_path` are for the disk."""
+    one. `store` is for the disk."""
     import torch
 
     if name == "disk":
         from millrace.weights.transports.disk import DiskTransport
 
-        if folder is None or model_path is None:
-            raise PublishError("publish.transport is disk, and publish.folder does not say where")
-        return DiskTransport(folder, model_path)
+        if store is None or not store.shared:
+            raise PublishError("publish.transport is disk, and publish.folder names no path that engines can read")
+        return DiskTransport(store)
     if name in ("gloo", "nccl"):
         from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup
 
