@@ -62,6 +62,7 @@ class Capability(StrEnum):
     UPDATE_FROM_CUDA_IPC = "update_from_cuda_ipc"
     CHECKSUMS = "checksums"  # per tensor, under the trainer's own names
     OWN_CHECKSUMS = "own_checksums"  # per tensor as the engine keeps it (fused, sharded), to compare engines alike
+    SAMPLED_CHECKSUMS = "sampled_checksums"  # of an update's tensors, under the trainer's own names, before its commit
     FILTERED_LOGPROBS = "filtered_logprobs"  # logprobs are those after top_k, top_p and min_p
     LORA = "lora"
     IMAGES = "images"

@@ -96,6 +96,12 @@ class Engine(ABC):
         """Tensor name to checksum of what the engine holds: by `millrace.checksum` under the trainer's names with
         Capability.CHECKSUMS, in the engine's own way with OWN_CHECKSUMS."""
 
+    async def sampled_checksums(self) -> Mapping[str, str]:
+        """With Capability.SAMPLED_CHECKSUMS, between the last load of an update and its commit: of each tensor that it
+        brought, under the sender's name, `millrace.checksum.sampled_checksums` of what the engine holds, or of what
+        arrived where it holds that in another form (packed, sharded, cast)."""
+        raise EngineRefused(self.name, "it makes no sampled checksums")
+
     async def load_adapter(self, name: str, path: str) -> None:  # noqa: ARG002
         """Loads a LoRA adapter from a folder that the engine's host can read; `extra={"lora_path": name}` uses it."""
         raise EngineRefused(self.name, f"it takes no LoRA adapters ({name})")

@@ -11,11 +11,12 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from millrace.checksum import sampled_checksums
 from millrace.engines.base import Engine
 from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout, PublishError
 from millrace.types import Capability
 from millrace.weights.plan import buckets
-from millrace.weights.transports.base import PublishTarget, StagedBucket, Transport
+from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ async def publish(
     unrestored: Callable[[str, EngineError], Awaitable[None]],
 ) -> PublishReport:
     """Brings `tensors` as `version` into every target, and proves it by checksums before it is committed: those of
-    what was sent where an engine can name them, otherwise engines alike must hold the same.
+    what was sent where an engine can name them, all or sampled; and engines alike must hold the same.
 
     `committed` is called with an engine's name as soon as that engine has committed, `unrestored` when one could not be
     brought back to what it served before; both are true also when this raises later on. An engine that is not done
@@ -109,8 +110,12 @@ async def publish(
                 unreached = await transport.open([u.target for u in left], version, deadline=_share(ends))
                 for update in left:
                     update.error = unreached.get(update.engine.name)
-                checksums, nbytes, stage_seconds = await _load(left, tensors, version, transport, bucket_bytes, ends)
-                await _attest(left, checksums, ends)
+                samples = dict[str, str]()
+                source: Iterator[NamedTensors] = buckets(tensors, bucket_bytes)
+                if any(update.target.can(Capability.SAMPLED_CHECKSUMS) for update in left):
+                    source = _sampled(source, samples)
+                checksums, nbytes, stage_seconds = await _load(left, source, version, transport, ends)
+                await _attest(left, checksums, samples, ends)
                 await _each(left, "commit", lambda u: _commit(u, committed), ends)
                 left = await _bystanders(left, transport)
                 restored = await asyncio.gather(*(_abandon(u, unrestored) for u in left))
@@ -149,19 +154,14 @@ async def publish(
 
 
 async def _load(
-    updates: Sequence[_Update],
-    tensors: Iterable[tuple[str, "torch.Tensor"]],
-    version: int,
-    transport: Transport,
-    bucket_bytes: int,
-    ends: float,
+    updates: Sequence[_Update], tensors: Iterator[NamedTensors], version: int, transport: Transport, ends: float
 ) -> tuple[dict[str, str], int, float]:
     """Streams the buckets: one is staged in a thread while the engines load the other. The transactions begin when the
     first is staged, since there are engines that generate nothing from then on. Returns the checksum of each tensor
     (empty where the transport has not read the bytes), bytes and seconds of staging."""
     checksums: dict[str, str] = {}
     nbytes, stage_seconds = 0, 0.0
-    source = transport.staged(buckets(tensors, bucket_bytes))
+    source = transport.staged(tensors)
 
     def stage_next() -> tuple[StagedBucket | None, float]:
         begun = time.monotonic()
@@ -192,6 +192,14 @@ async def _load(
             # Awaited whatever happens: the thread writes into a slot, and nothing may free that under it.
             staged, seconds = await asyncio.shield(following)
     return checksums, nbytes, stage_seconds
+
+
+def _sampled(source: Iterator[NamedTensors], samples: dict[str, str]) -> Iterator[NamedTensors]:
+    """The same buckets; `samples` gets the sampled checksums of each that has been taken."""
+    for tensors in source:
+        sums = sampled_checksums([tensor.detach().contiguous() for _, tensor in tensors])
+        samples |= zip((name for name, _ in tensors), sums, strict=True)
+        yield tensors
 
 
 def _loading(staged: StagedBucket, transport: Transport, ends: float) -> Step:
@@ -239,15 +247,18 @@ async def _begin(update: _Update, version: int) -> None:
         raise
 
 
-async def _attest(updates: Sequence[_Update], sent: Mapping[str, str], ends: float) -> None:
-    """Compares what the engines hold with what was sent, or with what engines alike hold."""
+async def _attest(updates: Sequence[_Update], sent: Mapping[str, str], samples: Mapping[str, str], ends: float) -> None:
+    """Compares what the engines hold with what was sent, and with what engines alike hold."""
     held: dict[str, Mapping[str, str]] = {}
     alike = Counter(_likeness(u) for u in updates if u.error is None)
 
     async def ask(update: _Update) -> None:
         if update.target.can(Capability.CHECKSUMS) and all(sent.values()):
             _require_sent(update.engine.name, await update.engine.checksums(), sent)
-        elif update.target.can(Capability.OWN_CHECKSUMS) and alike[_likeness(update)] > 1:
+            return
+        if update.target.can(Capability.SAMPLED_CHECKSUMS):
+            _require_sent(update.engine.name, await update.engine.sampled_checksums(), samples)
+        if update.target.can(Capability.OWN_CHECKSUMS) and alike[_likeness(update)] > 1:
             held[update.engine.name] = await update.engine.checksums()
 
     await _each(updates, "attest", ask, ends)

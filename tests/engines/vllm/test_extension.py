@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from millrace.checksum import sampled_checksums
 from millrace.engines.vllm.launch import EXTENSION
 from millrace.launch.ports import free_port
 from millrace.launch.process import ServerProcess
@@ -288,6 +289,18 @@ async def test_weights_from_a_folder(subject: Subject) -> None:
     await subject.server.done("load", disk(subject.second.folder))
     await subject.server.done("commit", "1")
     await must_be(subject.server, subject.second)
+
+
+async def test_samples_tell_what_came_before_it_is_committed(subject: Subject) -> None:
+    server, weights = subject.server, subject.second.weights
+    assert "no update is open" in await server.refusal("samples")
+    await server.done("begin")
+    for name, tensor in weights.items():
+        assert await server.load({name: tensor}) == []
+    samples = (await server.done("samples"))["samples"]
+    assert samples == dict(zip(weights, sampled_checksums(list(weights.values())), strict=True))
+    await server.done("commit", "1")
+    await must_be(server, subject.second)
 
 
 async def test_weights_in_the_servers_own_dtype_are_the_same(subject: Subject) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+from millrace.checksum import sampled_checksums
 from millrace.conformance.check import Check, CheckFailed, Lacking, Subject, check, expect, refused
 from millrace.conformance.requests import GENERATE_DEADLINE, alike, ask, fingerprint, generate
 from millrace.conformance.weights import (
@@ -117,6 +118,24 @@ async def checksums(subject: Subject) -> None:
             raise CheckFailed(f"it names no checksum of {missing[0]}")
         if wrong := sorted(name for name, value in sent.items() if held[name] != value):
             raise CheckFailed(f"{len(wrong)} of {len(sent)} are wrong, that of {wrong[0]} among them")
+
+
+@check(
+    "update.sampled_checksums",
+    "before the commit, its sampled checksums are those of the tensors that came",
+    Capability.SAMPLED_CHECKSUMS,
+)
+async def sampled_sums(subject: Subject) -> None:
+    source, other = folders(subject)
+    async with refused("sampled checksums without an update"):
+        await subject.engine.sampled_checksums()
+    for brought in (other, source):
+        tensors = await read_tensors(brought)
+        async with update(subject, await next_version(subject)):
+            await load_disk(subject, brought)
+            held = await subject.engine.sampled_checksums()
+            await subject.engine.commit()
+        expect(held == dict(zip(tensors, sampled_checksums(list(tensors.values())), strict=True)), "they are others")
 
 
 @check("update.order", "load and commit without begin are refused, and so is a second begin", DISK)

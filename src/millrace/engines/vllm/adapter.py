@@ -90,6 +90,16 @@ class VLLMEngine(StockEngine):
             raise EngineRefused(self.name, "its workers have not Millrace's extension, which makes the checksums")
         return checksums_by_rank(await self._rpc("millrace_checksums"))
 
+    async def sampled_checksums(self) -> Mapping[str, str]:
+        if Capability.SAMPLED_CHECKSUMS not in (await self._facts()).info.capabilities:
+            raise EngineRefused(self.name, "its workers have not Millrace's extension, which makes the checksums")
+        found: dict[str, str] = {}
+        for result in await self._rpc("millrace_samples"):
+            for name, value in result["samples"].items():
+                if found.setdefault(name, value) != value:
+                    raise EngineFailed(self.name, f"its ranks have not got the same {name}")
+        return found
+
     async def load_adapter(self, name: str, path: str) -> None:
         await self._control("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
 

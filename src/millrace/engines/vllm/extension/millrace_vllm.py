@@ -60,6 +60,11 @@ DTYPES = {
 }
 SUM_LANES = 1 << 22  # lanes of 8 bytes that are summed at a time: 32 MiB
 PROBE_ROWS = 256
+SAMPLE_BLOCKS, SAMPLE_WIDTH = 128, 64
+SAMPLE = SAMPLE_BLOCKS * SAMPLE_WIDTH  # elements of a tensor
+SAMPLED_TOGETHER = 256  # tensors
+# Torch's watchdog would end this process when the trainer dies.
+NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 log = logging.getLogger("vllm.millrace")
 
@@ -165,6 +170,11 @@ class Extension:
         """Of this rank's tensors as they stand in memory: see `Weights.checksums`."""
         return {"checksums": self._millrace().weights.checksums()}
 
+    @answered
+    def millrace_samples(self) -> dict[str, Any]:
+        """Of the tensors of the open update, under the names by which they were sent: see `Weights.samples`."""
+        return {"samples": self._millrace().weights.samples()}
+
     def _millrace(self) -> "Rank":
         if "_millrace_rank" not in vars(self):  # vLLM never calls a constructor of ours
             self._millrace_rank = Rank(self.model_runner.get_model(), self.vllm_config, self.device, self.rank)
@@ -257,9 +267,12 @@ class Target:
 @dataclass(slots=True)
 class Update:
     """What has come since `begin`. filled: the elements, by module and region. held: parts of modules that wait for the
-    others. shared: for a parameter that may come under several names, the digest that came under each."""
+    others. shared: for a parameter that may come under several names, the digest that came under each. samples: of
+    tensors as they came, which do not stand in the model as they are."""
 
     sent: set[str] = field(default_factory=set)
+    standing: dict[str, torch.Tensor] = field(default_factory=dict)  # in the model, as they were sent
+    samples: dict[str, str] = field(default_factory=dict)
     filled: dict[str, dict[Region, int]] = field(default_factory=dict)
     held: dict[str, list[Part]] = field(default_factory=dict)
     overwritten: set[str] = field(default_factory=set)
@@ -318,6 +331,7 @@ class Weights:
                 parts.append((spec.name, tensor, target.dtype))
                 if direct:
                     update.overwritten.add(target.module)
+        self._note(update, specs, targets, tensors)
         whole = {module for module in waiting if self._is_whole(module) and module not in self._finished_last}
         for module in waiting.keys() - whole:
             copies = ((name, tensor.to(dtype, copy=True), dtype) for name, tensor, dtype in waiting[module])
@@ -366,6 +380,33 @@ class Weights:
         return {
             name: "".join(f"{n & (2**64 - 1):016x}" for n in pair) for name, pair in zip(digests, sums, strict=True)
         }
+
+    def samples(self) -> dict[str, str]:
+        """A checksum of a part of each tensor that came: as it stands in the model, where it stands there as it was
+        sent, otherwise as it came."""
+        update = self._opened()
+        return update.samples | dict(zip(update.standing, sampled(list(update.standing.values())), strict=True))
+
+    def _note(self, update: Update, specs: list[Spec], targets: list[Target], tensors: list[torch.Tensor]) -> None:
+        """What `samples` will read."""
+        standing = [self._standing(spec, target) for spec, target in zip(specs, targets, strict=True)]
+        update.standing |= {s.name: tensor for s, tensor in zip(specs, standing, strict=True) if tensor is not None}
+        others = [index for index, tensor in enumerate(standing) if tensor is None]
+        sums = sampled([tensors[index].contiguous() for index in others])
+        update.samples |= {specs[index].name: value for index, value in zip(others, sums, strict=True)}
+
+    def _standing(self, spec: Spec, target: Target) -> torch.Tensor | None:
+        """The tensor in the model that has what was sent, as it was sent."""
+        regions = [region for region in target.regions if region[2] == spec.shape]
+        if target.module is None or not self._is_direct(target.module) or len(regions) != 1:
+            return None
+        [(name, offset, sizes, strides)] = regions
+        module = self._plan.modules[target.module]
+        tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is None or tensor.dtype is not spec.dtype:
+            return None
+        held = tensor.detach().as_strided(sizes, strides, tensor.storage_offset() + offset)
+        return held if held.is_contiguous() else None
 
     def _opened(self) -> Update:
         if self.update is None:
@@ -606,10 +647,9 @@ class Group:
                 self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, deadline)
             else:
                 options = dist.ProcessGroupNCCL.Options()
-                options._timeout = 2 * deadline + timedelta(
-                    minutes=1
-                )  # when it passes, torch ends the process: too late
-                self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
+                options._timeout = 2 * deadline + timedelta(minutes=1)
+                with settings(NCCL_SETTINGS):
+                    self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
         except RuntimeError as error:  # torch's own DistError among them
             raise Refused(f"could not join group {self._name} at {address}:{port}: {first_line(error)}") from error
 
@@ -750,6 +790,42 @@ def unpacked(module: Any) -> torch.Tensor:
         rows = identity[start : start + PROBE_ROWS]
         weight[:, start : start + PROBE_ROWS] = module.cpu_linear(rows, module.weight, None).T
     return weight
+
+
+@contextmanager
+def settings(wanted: dict[str, str]) -> Iterator[None]:
+    """These variables of the environment, as long as the block runs."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def sampled(tensors: list[torch.Tensor]) -> list[str]:
+    """Of each (contiguous), two sums over up to 8,192 of its elements, taken as integers: all of them, or blocks that
+    are spread evenly. The sender makes the same of what it sends (`millrace.checksum.sampled_checksums`)."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def sample(tensor: torch.Tensor) -> torch.Tensor:
+        elements = tensor.detach().as_strided((tensor.numel(),), (1,)).view(kinds[tensor.itemsize])
+        if len(elements) <= SAMPLE:
+            return torch.nn.functional.pad(elements.to(torch.int64), (0, SAMPLE - len(elements)))
+        step = (len(elements) - SAMPLE_WIDTH) // (SAMPLE_BLOCKS - 1)
+        blocks = elements[: (SAMPLE_BLOCKS - 1) * step + SAMPLE_WIDTH].unfold(0, SAMPLE_WIDTH, step)
+        return blocks.to(torch.int64).reshape(-1)
+
+    sums: list[list[int]] = []
+    for start in range(0, len(tensors), SAMPLED_TOGETHER):
+        samples = torch.stack([sample(tensor) for tensor in tensors[start : start + SAMPLED_TOGETHER]])
+        places = torch.arange(1, SAMPLE + 1, device=samples.device)
+        sums += torch.stack((samples.sum(1), (samples * places).sum(1)), 1).tolist()
+    return ["".join(f"{number & (2**64 - 1):016x}" for number in pair) for pair in sums]
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:
