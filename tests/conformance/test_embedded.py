@@ -13,7 +13,14 @@ from tests.conformance.hold import every_check, hold
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LACKING = frozenset({"update.cuda_ipc", "update.own_checksums", "update.torch_storage", "update.torn"})
+LACKING = frozenset({
+    "update.bare_nccl",
+    "update.cuda_ipc",
+    "update.own_checksums",
+    "update.sampled_checksums",
+    "update.torch_storage",
+    "update.torn",
+})  # fmt: skip
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

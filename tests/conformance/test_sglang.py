@@ -16,9 +16,11 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 LACKING = frozenset({
     "generate.seed",
     "generate.stop_ignoring_eos",
+    "update.bare_nccl",  # on the CPU
     "update.checksums",
     "update.cuda_ipc",  # on the CPU
     "update.rollback",
+    "update.sampled_checksums",
     "update.shared_memory",
 })  # fmt: skip
 

@@ -14,6 +14,7 @@ from tests.conformance.hold import START_TIMEOUT, every_check, hold
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LACKING = frozenset({
+    "update.bare_nccl",  # on the CPU
     "update.checksums",
     "update.cuda_ipc",  # on the CPU
     "update.rollback",

@@ -59,7 +59,7 @@ def ways(subject: Subject) -> dict[str, Way]:
         there["memory"] = partial(by_memory, kinds[0])
     if Capability.UPDATE_FROM_PROCESS_GROUP in can:
         there["process group"] = by_group
-    if Capability.UPDATE_FROM_BARE_NCCL in can:
+    if Capability.UPDATE_FROM_BARE_NCCL in can and "NCCL_HOSTID" in os.environ:
         there["bare NCCL"] = by_bare_nccl
     return there
 
@@ -111,12 +111,10 @@ async def by_group(subject: Subject, source: Path, version: int) -> None:
 
 
 async def by_bare_nccl(subject: Subject, source: Path, version: int) -> None:
-    """By the publisher, from a GPU here to the engine's. NCCL takes one GPU for two only if it is led to believe that
-    they are on different hosts."""
-    import torch
-
-    if torch.cuda.device_count() < 2 and "NCCL_HOSTID" not in os.environ:
-        raise Lacking("there is no second GPU here; with NCCL_HOSTID set, another one for the engine, one will do")
+    """By the publisher, from a GPU here. It may be the engine's own, which NCCL takes for two only if it is led to
+    believe that they are on different hosts."""
+    if "NCCL_HOSTID" not in os.environ:
+        raise Lacking("NCCL does not take one GPU for two; set NCCL_HOSTID here, and to something else for the engine")
     await send(Capability.UPDATE_FROM_BARE_NCCL, subject, await read_tensors(source), version)
 
 

@@ -30,7 +30,9 @@ CAPABILITIES = frozenset(Capability) - {
     Capability.FILTERED_LOGPROBS,
     Capability.UPDATE_FROM_TORCH_STORAGE,
     Capability.UPDATE_FROM_CUDA_IPC,
+    Capability.UPDATE_FROM_BARE_NCCL,
     Capability.OWN_CHECKSUMS,
+    Capability.SAMPLED_CHECKSUMS,
     Capability.LORA,
     Capability.IMAGES,
 }
