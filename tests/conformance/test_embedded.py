@@ -18,6 +18,7 @@ LACKING = frozenset({
     "update.cuda_ipc",
     "update.own_checksums",
     "update.sampled_checksums",
+    "update.told_before",
     "update.torch_storage",
     "update.torn",
 })  # fmt: skip

@@ -64,6 +64,10 @@ class Engine(ABC):
     async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Takes memory back. What is awake already stays as it is."""
 
+    async def check_tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> None:  # noqa: B027
+        """Raises EngineRefused where these are not the names and shapes of all of the model's tensors, as far as that
+        can be told before an update begins. One that can be rolled back need not tell."""
+
     @abstractmethod
     async def begin_update(self, version: int) -> None:
         """Opens the transaction that brings the weights of `version`. One at a time.

@@ -170,6 +170,10 @@ class NamedTensors:
     policy: Policy
     dtype: torch.dtype | None
 
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Of the whole tensors, by name; gathers nothing."""
+        return [(name, tuple(tensor.shape)) for name, tensor in self.policy.state().items()]
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.policy.state().items():
             # Cast first: half of the bytes to gather.

@@ -7,9 +7,9 @@ serve until it holds a whole version. Nothing of a bucket is overwritten before 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from millrace.checksum import sampled_checksums
 from millrace.engines.base import Engine
@@ -76,6 +76,13 @@ class _Update:
         return self.target.engine
 
 
+@runtime_checkable
+class Announcing(Protocol):
+    """Tensors whose names and shapes are known before any of them is made, or gathered."""
+
+    def shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]: ...
+
+
 Step = Callable[[_Update], Awaitable[None]]
 
 
@@ -106,10 +113,7 @@ async def publish(
     try:
         async with asyncio.timeout(deadline):
             left: Sequence[_Update] = updates
-            while left:
-                unreached = await transport.open([u.target for u in left], version, deadline=_share(ends))
-                for update in left:
-                    update.error = unreached.get(update.engine.name)
+            while left and await _reach(left, tensors, version, transport, ends):
                 samples = dict[str, str]()
                 source: Iterator[NamedTensors] = buckets(tensors, bucket_bytes)
                 if any(update.target.can(Capability.SAMPLED_CHECKSUMS) for update in left):
@@ -153,6 +157,25 @@ async def publish(
     return PublishReport(version, nbytes, time.monotonic() - started, stage_seconds, reports)
 
 
+async def _reach(
+    updates: Sequence[_Update],
+    tensors: Iterable[tuple[str, "torch.Tensor"]],
+    version: int,
+    transport: Transport,
+    ends: float,
+) -> bool:
+    """Finds out, before anything begins, which engines can't take these tensors or can't be reached. Returns whether
+    any is left."""
+    shapes = _announced(tensors)
+    if shapes is not None:
+        await _each(updates, "check", lambda u: u.engine.check_tensors(shapes), ends)
+    targets = [update.target for update in updates if update.error is None]
+    unreached = await transport.open(targets, version, deadline=_share(ends)) if targets else {}
+    for update in updates:
+        update.error = update.error or unreached.get(update.engine.name)
+    return any(update.error is None for update in updates)
+
+
 async def _load(
     updates: Sequence[_Update], tensors: Iterator[NamedTensors], version: int, transport: Transport, ends: float
 ) -> tuple[dict[str, str], int, float]:
@@ -173,6 +196,11 @@ async def _load(
     except asyncio.CancelledError:
         await asyncio.wait([staging])  # the thread writes into a slot, and the next publish must not find it there
         raise
+    if staged is not None:
+        sound = [update.target for update in updates if update.error is None]
+        unreached = await transport.deliver(sound, deadline=_share(ends))
+        for update in updates:
+            update.error = update.error or unreached.get(update.engine.name)
     await _each(updates, "begin", _breaking(transport, lambda u: _begin(u, version)), ends)
     while staged is not None and any(update.error is None for update in updates):
         stage_seconds += seconds
@@ -200,6 +228,20 @@ def _sampled(source: Iterator[NamedTensors], samples: dict[str, str]) -> Iterato
         sums = sampled_checksums([tensor.detach().contiguous() for _, tensor in tensors])
         samples |= zip((name for name, _ in tensors), sums, strict=True)
         yield tensors
+
+
+def _announced(tensors: Iterable[tuple[str, "torch.Tensor"]]) -> dict[str, tuple[int, ...]] | None:
+    """The shape of each, by its name, if that can be told without making them. Raises PublishError for a name that
+    comes twice."""
+    if isinstance(tensors, Announcing):
+        named = list(tensors.shapes())
+    elif isinstance(tensors, Collection):
+        named = [(name, tuple(tensor.shape)) for name, tensor in tensors]
+    else:
+        return None
+    if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
+        raise PublishError(f"the trainer named a tensor twice: {twice[0]}")
+    return dict(named)
 
 
 def _loading(staged: StagedBucket, transport: Transport, ends: float) -> Step:

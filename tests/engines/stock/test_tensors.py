@@ -15,5 +15,5 @@ def test_tensors_must_be_the_models_and_all_of_them() -> None:
     with pytest.raises(ForbiddenError, match=r"a has shape \(3, 2\), in the model it is \(2, 3\)"):
         check_shapes([("a", (3, 2))], shapes)
     check_whole({"a", "b"}, shapes)
-    with pytest.raises(ForbiddenError, match="1 of 2 tensors were not loaded, b among them"):
+    with pytest.raises(ForbiddenError, match="1 of 2 tensors are missing, b among them"):
         check_whole({"a"}, shapes)

@@ -25,6 +25,7 @@ from millrace.conformance.weights import (
     ways,
 )
 from millrace.errors import EngineError, EngineRefused, PublishError
+from millrace.model_folder import stored_tensors
 from millrace.types import Capability
 from millrace.weights.folder import folder_checksums
 
@@ -154,6 +155,21 @@ async def order(subject: Subject) -> None:
         await subject.engine.commit()
     served = (await subject.engine.info()).weight_version
     expect(served == version, f"version {version} was committed, it names {served}")
+
+
+@check("update.told_before", "tensors that are not the model's are told before an update begins")
+async def told_before(subject: Subject) -> None:
+    if Capability.ROLLBACK in subject.info.capabilities:
+        raise Lacking("it can go back, and need not know before")
+    shapes = {name: tensor.shape for name, tensor in stored_tensors(folder(subject)).items()}
+    await subject.engine.check_tensors(shapes)
+    name = next(iter(shapes))
+    async with refused("a tensor missing"):
+        await subject.engine.check_tensors({other: shape for other, shape in shapes.items() if other != name})
+    async with refused("a tensor that the model has not"):
+        await subject.engine.check_tensors({**shapes, "model.of.another": (1,)})
+    async with refused("a tensor of another shape"):
+        await subject.engine.check_tensors({**shapes, name: (*shapes[name], 2)})
 
 
 @check("update.empty", "an update that brought nothing can be rolled back and changes nothing; it can't be committed")

@@ -4,7 +4,7 @@ that would harm it in that state. A subclass says how its server is asked."""
 import asyncio
 import time
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from millrace.engines.stock.facts import Facts
 from millrace.engines.stock.model import Model, names_in, read_model
 from millrace.engines.stock.pieces import joined
 from millrace.engines.stock.state import ForbiddenError, ServerState
-from millrace.engines.stock.tensors import check_whole
+from millrace.engines.stock.tensors import check_shapes, check_whole
 from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout
 from millrace.launch.ports import listens
 from millrace.types import (
@@ -127,6 +127,14 @@ class StockEngine(HttpEngine):
             if stale := what & self.state.asleep:
                 await self._take_back(stale)
                 await self._become(self.state.waking(what))
+
+    async def check_tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        known = (await self._facts()).model.shapes
+        try:
+            check_shapes(shapes.items(), known)
+            check_whole(shapes, known)
+        except ForbiddenError as error:
+            raise EngineRefused(self.name, str(error)) from error
 
     async def begin_update(self, version: int) -> None:
         async with self._controlling():

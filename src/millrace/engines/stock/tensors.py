@@ -35,6 +35,6 @@ def check_whole(loaded: Iterable[str], shapes: Shapes | None) -> None:
     """Raises ForbiddenError when tensors of the model are missing."""
     if shapes is not None and (missing := sorted(shapes.keys() - set(loaded))):
         raise ForbiddenError(
-            f"{len(missing)} of {len(shapes)} tensors were not loaded, {missing[0]} among them; "
+            f"{len(missing)} of {len(shapes)} tensors are missing, {missing[0]} among them; "
             "where the trainer's model has fewer than its folder (a speculative head), start from a folder without them"
         )

@@ -57,6 +57,16 @@ class Transport(ABC):
         """Brings the tensors to where engines can reach them. Blocks; the publisher goes on with it in a thread, while
         the engines load what came before, and no further. Raises PublishError where there is no room."""
 
+    async def deliver(
+        self,
+        targets: Sequence[PublishTarget],  # noqa: ARG002
+        *,
+        deadline: float,  # noqa: ARG002
+    ) -> Mapping[str, EngineError]:
+        """When the first bucket is staged, and before any update begins: what else it takes until the engines can reach
+        it, which generate meanwhile. Returns why which of them can't."""
+        return {}
+
     @abstractmethod
     async def send(self, staged: StagedBucket) -> None:
         """The sender's own part while the engines load: the broadcast, for a process group. Memory that the engines
