@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Without compiling, which takes longer than the rest: Python compiles what it imports.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
 # The exact versions that this was tested with, and the CPU's torch. `make CONSTRAINTS=... ` names another set.
 CONSTRAINTS ?= constraints/cpu.txt
 
@@ -32,10 +34,10 @@ $(VENV)/bin/python:
 
 $(VENV)/train.stamp: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 	@echo "installing torch, transformers and the rest into $(VENV): a minute or two"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train]'
+	$(PIP) -e '.[train]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 	@echo "installing torch, transformers and the development tools into $(VENV): a minute or two"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/train.stamp

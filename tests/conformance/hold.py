@@ -3,9 +3,34 @@
 import pytest
 
 from millrace.conformance import CHECKS, Check, Outcome, Runner
+from millrace.engines.stock.engine import StockEngine
+from millrace.types import DiskBucket, GenerateRequest, SamplingParams
 
 START_TIMEOUT = 240.0  # seconds; a stock engine takes 20 on a quiet machine
 every_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+
+
+async def hold_after_a_trainer_died(runner: Runner) -> None:
+    """Who attaches to a server that another left in the middle of an update can update it."""
+    subject = runner.subject
+    first = subject.engine
+    assert isinstance(first, StockEngine)
+    assert subject.folder is not None
+    assert subject.other is not None
+    await first.begin_update(100)
+    await first.load(DiskBucket(str(subject.other)), deadline=60)
+    keys = first._http._keys
+    second = type(first)("second", first.url, api_key=keys["data"], admin_key=keys["control"])
+    try:
+        await second.settle()
+        await second.begin_update(101)
+        await second.load(DiskBucket(str(subject.folder)), deadline=60)
+        await second.commit()
+        assert (await second.info()).weight_version == 101
+        request = GenerateRequest("after", (5, 6, 7), SamplingParams(4, temperature=0.0, ignore_eos=True))
+        assert len((await second.generate(request, deadline=60)).output_ids) == 4
+    finally:
+        await second.close()
 
 
 async def hold(runner: Runner, check: Check, lacking: frozenset[str]) -> None:

@@ -9,7 +9,7 @@ import pytest_asyncio
 from millrace.config.models import VLLMEngineConfig
 from millrace.conformance import Check, Runner
 from tests.conformance.conftest import examined
-from tests.conformance.hold import START_TIMEOUT, every_check, hold
+from tests.conformance.hold import START_TIMEOUT, every_check, hold, hold_after_a_trainer_died
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -34,3 +34,7 @@ async def runner(
 @every_check
 async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
     await hold(runner, check, LACKING)
+
+
+async def test_an_update_that_a_dead_trainer_left_open_bars_nobody(runner: Runner) -> None:
+    await hold_after_a_trainer_died(runner)

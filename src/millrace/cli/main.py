@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from millrace import __version__
+from millrace.cli.courier import courier
 from millrace.cli.doctor import doctor
 from millrace.cli.engines import engines_app
 from millrace.cli.settings import load_settings
@@ -19,6 +20,7 @@ from millrace.errors import MillraceError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(engines_app, name="engines")
+app.command()(courier)
 app.command()(doctor)
 
 

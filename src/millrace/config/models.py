@@ -261,21 +261,24 @@ class CheckpointConfig(Model):
     keep: PositiveInt = 2
 
 
-TransportName = Literal["auto", "shm", "cuda_ipc", "gloo", "nccl", "disk"]
+TransportName = Literal["auto", "shm", "cuda_ipc", "gloo", "nccl", "disk", "delta"]
 
 
 class PublishConfig(Model):
     transport: TransportName = "auto"
     folder: str | None = None  # where versions are kept: a path, or a URL of fsspec's; for disk, one that engines know
     keep: PositiveInt = 2  # versions
+    couriers: tuple[str, ...] = ()  # for delta: the URL of `millrace courier` on each host of engines
     bucket_bytes: PositiveInt = 256 * 1024 * 1024
     timeout: PositiveFloat = 120.0  # for the whole transaction on one engine
     require_finite: bool = False
 
     @model_validator(mode="after")
     def _possible(self) -> "PublishConfig":
-        if self.transport == "disk" and self.folder is None:
-            raise ValueError("publish.transport is disk, and publish.folder does not say where")
+        if self.transport in ("disk", "delta") and self.folder is None:
+            raise ValueError(f"publish.transport is {self.transport}, and publish.folder does not say where")
+        if self.couriers and self.transport != "delta":
+            raise ValueError(f"publish.couriers are for publish.transport delta, and it is {self.transport}")
         return self
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from millrace.config.models import EngineConfig, TransportName
 from millrace.engines.start import Started, start
+from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.launch.ports import is_here
 from millrace.weights.folder import folder_checksums
@@ -32,22 +34,25 @@ async def open_fleet(
     transport: TransportName = "auto",
     folder: str | Path | None = None,
     keep: int = 2,
+    couriers: Sequence[str] = (),
 ) -> AsyncIterator[Fleet]:
     """Launches `config.replicas` engines that serve the model in `model_path` as weight version `version`, or attaches
     to those that the config names.
 
     In rotation are those whose weights have the folder's checksums or, where an engine can't tell, that were started
     from this folder; another serves after its first publish. Logs go to `log_dir`. `transport` is how weights are
-    published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay (docs/weights.md). Raises
-    LaunchError when an engine does not come up (the others are ended), DataError when the folder is not a model's or
-    `folder` not a store, and PublishError when the engines can't take weights by that transport.
+    published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay; `couriers` are for `delta`, and
+    their key is read from MILLRACE_COURIER_KEY (docs/weights.md). Raises LaunchError when an engine does not come up
+    (the others are ended), DataError when the folder is not a model's or `folder` not a store, and PublishError when
+    the engines can't take weights by that transport.
     """
     checksums = await asyncio.to_thread(folder_checksums, model_path)
     store = None
     if folder is not None:
-        from millrace.weights.store import VersionStore  # imports torch
+        from millrace.weights.store import ANCHOR_EVERY, VersionStore  # imports torch
 
-        store = VersionStore(str(folder), model_path, keep=keep)
+        anchor_every = ANCHOR_EVERY if transport == "delta" else 1
+        store = VersionStore(str(folder), model_path, keep=keep, anchor_every=anchor_every)
 
     async def start_one(replica: int) -> Started:
         return await start(config, model_path, replica=replica, log_dir=log_dir, version=version, seed=seed)
@@ -63,7 +68,7 @@ async def open_fleet(
                 await _end(result)
         raise
     try:
-        chosen = transport_for(transport, started, store)
+        chosen = transport_for(transport, started, store, couriers)
     except BaseException:
         await asyncio.gather(*(_end(one) for one in started))
         raise
@@ -73,7 +78,7 @@ async def open_fleet(
 
 
 def transport_for(
-    wanted: TransportName, engines: Sequence[Started], store: "VersionStore | None"
+    wanted: TransportName, engines: Sequence[Started], store: "VersionStore | None", couriers: Sequence[str] = ()
 ) -> "Transport | None":
     """How this process hands tensors to these engines, which it logs; None where there is no way that all of them have.
     Raises PublishError where the one that is wanted is not possible."""
@@ -86,7 +91,16 @@ def transport_for(
     logger.info("weights go by %s: %s", choice.name, choice.why)
     if choice.name is None:
         return None
-    return make(choice.name, in_common(sights), store=store)
+    if choice.name != "delta":
+        if couriers:
+            raise PublishError(f"couriers bring weights by delta, and they go by {choice.name}")
+        return make(choice.name, in_common(sights), store=store)
+    from millrace.weights.courier import COURIER_KEY
+    from millrace.weights.transports.delta import assign
+
+    assigned = assign({one.engine.name: one.engine.url for one in engines}, couriers)
+    key = os.environ.get(COURIER_KEY)
+    return make(choice.name, in_common(sights), store=store, couriers=assigned, courier_key=key)
 
 
 async def _end(started: Started) -> None:

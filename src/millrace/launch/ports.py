@@ -49,6 +49,13 @@ def is_here(url: str) -> bool:
     return here == there
 
 
+def host_of(url: str) -> str:
+    """An address of the host of `url`, the same for all of its URLs where they name this host, or that one by one name
+    or address. Raises OSError where the host is not known."""
+    here, there = _ends(url)
+    return "127.0.0.1" if here == there else there
+
+
 def _ends(url: str) -> tuple[str, str]:
     """Both ends of a way to `url`. Connecting a UDP socket sends nothing."""
     parts = urlsplit(url)

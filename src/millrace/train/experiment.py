@@ -83,6 +83,7 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
             transport=config.publish.transport,
             folder=config.publish.folder,
             keep=config.publish.keep,
+            couriers=config.publish.couriers,
         ) as fleet:
             runner = _runner(config, fleet, content)
             _require_room(runner, [*problems, *held_out], config)

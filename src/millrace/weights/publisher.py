@@ -28,8 +28,9 @@ ROLLBACK_DEADLINE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """How one engine fared. `blameless`: another broke off the broadcast that both were in. Seconds of each leg;
-    `pause_seconds` is how long it generated nothing because of the update."""
+    """How one engine fared. `blameless`: it was not the engine that failed, but another in the same broadcast, or who
+    brings its host the weights. Seconds of each leg; `pause_seconds` is how long it generated nothing because of the
+    update."""
 
     engine: str
     error: EngineError | None
@@ -67,7 +68,7 @@ class _Update:
     begun: bool = False
     committed: bool = False
     failed_at: float = 0.0
-    blameless: bool = False  # it only lost what it shared with another
+    blameless: bool = False
     paused_at: float | None = None
     legs: dict[str, float] = field(default_factory=dict)
 
@@ -200,7 +201,8 @@ async def _load(
         sound = [update.target for update in updates if update.error is None]
         unreached = await transport.deliver(sound, deadline=_share(ends))
         for update in updates:
-            update.error = update.error or unreached.get(update.engine.name)
+            if (error := unreached.get(update.engine.name)) is not None:
+                update.error, update.blameless = error, True
     await _each(updates, "begin", _breaking(transport, lambda u: _begin(u, version)), ends)
     while staged is not None and any(update.error is None for update in updates):
         stage_seconds += seconds

@@ -23,6 +23,7 @@ from millrace.engines.stock.facts import Facts
 from millrace.engines.stock.state import ForbiddenError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
+from millrace.errors import EngineRefused
 from millrace.types import (
     Bucket,
     Capability,
@@ -47,13 +48,14 @@ QUIETLY = {"flush_cache": False, "abort_all_requests": False}  # both were seen 
 class SGLangEngine(StockEngine):
     """An SGLang server."""
 
-    _session = False  # whether the server has an update session open
+    _session: bool | None = None  # whether the server has an update session open; None: nobody knows
 
-    async def settle(self, version: int | None = None) -> None:  # noqa: ARG002 (it was started with --weight-version)
+    async def settle(self, version: int | None = None) -> None:
         """What the server made while starting is taken out of its garbage collector's sight, which every flush of the
         cache runs on the CPU (half a second)."""
         await self._go_on()
         await self._control("/freeze_gc", {}, repeatable=True)
+        self._dangling = version is None
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
         await self._when_idle("/flush_cache", {}, deadline)
@@ -118,6 +120,7 @@ class SGLangEngine(StockEngine):
 
     async def _open_update(self) -> None:
         if Capability.UPDATE_SESSION in (await self._facts()).info.capabilities:
+            self._session = None  # as long as its answer may be lost
             await self._control("/begin_weight_update", {})
             self._session = True
 
@@ -146,9 +149,14 @@ class SGLangEngine(StockEngine):
         await self._control("/update_weight_version", body)
 
     async def _give_up(self) -> None:
-        if self._session:
+        if self._session is False:
+            return
+        try:
             await self._control("/end_weight_update", {})
-            self._session = False
+        except EngineRefused:
+            if self._session is not None:
+                raise  # otherwise there was none
+        self._session = False
 
     async def _join(self, group: ProcessGroup, deadline: float) -> None:
         await self._control("/init_weights_update_group", group_body(group, deadline), deadline=deadline)

@@ -220,7 +220,7 @@ class StockEngine(HttpEngine):
     @abstractmethod
     async def settle(self, version: int | None = None) -> None:
         """Once, before all else: a server that somebody left paused goes on. version: of the weights that it was
-        started from; None, where somebody else started it."""
+        started from; None, where somebody else started it, who may have left an update open."""
 
     # How one engine's server is asked. None of these looks at the state, but what is said of it holds.
 

@@ -1,7 +1,7 @@
 """Which transport a fleet gets, from what trainer and engines can see of each other. Pure but for `make`, which imports
 the one that was chosen, and torch with it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ NEEDS: dict[TransportName, tuple[Capability, ...]] = {
     "gloo": (Capability.UPDATE_FROM_PROCESS_GROUP,),
     "nccl": (Capability.UPDATE_FROM_PROCESS_GROUP, Capability.UPDATE_FROM_BARE_NCCL),
     "disk": (Capability.UPDATE_FROM_DISK,),
+    "delta": (Capability.UPDATE_FROM_DISK,),
 }
 
 
@@ -70,11 +71,24 @@ def in_common(engines: Sequence[Sight]) -> frozenset[Capability]:
     return frozenset[Capability].intersection(*(engine.capabilities for engine in engines))
 
 
-def make(name: TransportName, common: frozenset[Capability], *, store: "VersionStore | None" = None) -> "Transport":
+def make(
+    name: TransportName,
+    common: frozenset[Capability],
+    *,
+    store: "VersionStore | None" = None,
+    couriers: Mapping[str, str | None] | None = None,
+    courier_key: str | None = None,
+) -> "Transport":
     """The transport that was chosen, for engines that have these capabilities in common. Its device is torch's current
-    one. `store` is for the disk."""
+    one. `store` is for the disk and for delta, `couriers` for delta: each engine's, as `delta.assign` says."""
     import torch
 
+    if name == "delta":
+        from millrace.weights.transports.delta import DeltaTransport
+
+        if store is None or couriers is None:
+            raise PublishError("publish.transport is delta, and publish.folder names no store")
+        return DeltaTransport(store, couriers, key=courier_key)
     if name == "disk":
         from millrace.weights.transports.disk import DiskTransport
 

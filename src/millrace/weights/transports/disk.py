@@ -29,6 +29,8 @@ class DiskTransport(Transport):
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
         """One, when all is written. Raises PublishError where it can't be."""
         written = self._store.write(self._version, buckets)
+        for _ in buckets:  # of a version that was written before: the publisher samples what goes by
+            pass
         bucket = DiskBucket(str(written.path))
         yield StagedBucket(lambda _: bucket, written.checksums, tuple(written.checksums), written.nbytes)
 

@@ -1,0 +1,206 @@
+"""Trainer and engines at different sites, with a store between them: a version goes there once, mostly as what changed,
+and a courier on each engine's host makes the whole of it, which its engines read from their own disk."""
+
+import asyncio
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from millrace.errors import DataError, EngineError, EngineFailed, EngineTimeout, PublishError
+from millrace.http.client import HttpClient
+from millrace.launch.ports import host_of
+from millrace.types import DiskBucket
+from millrace.weights.chain import digest_of
+from millrace.weights.replica import Replica
+from millrace.weights.store import VersionStore
+from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
+
+T = TypeVar("T")
+
+
+class Courier(ABC):
+    """Who brings versions to one host. Errors name it."""
+
+    name: str
+
+    @abstractmethod
+    async def bring(self, version: int, *, deadline: float) -> tuple[str, str]:
+        """The version's folder there, and its digest. Raises EngineError."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+
+class RemoteCourier(Courier):
+    """`millrace courier` at `url`."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self.name = f"courier {url}"
+        self._http = HttpClient(self.name, url, api_key=key)
+
+    async def bring(self, version: int, *, deadline: float) -> tuple[str, str]:
+        body = {"version": version}
+        match await self._http.control("POST", "/bring", body, deadline=deadline, repeatable=True):
+            case {"path": str(path), "digest": str(digest)}:
+                return path, digest
+            case answer:
+                raise EngineFailed(self.name, f"it answered {answer!r}")
+
+    async def close(self) -> None:
+        await self._http.close()
+
+
+class LocalCourier(Courier):
+    """For engines of the trainer's own host that have no courier: good for trying the others' way."""
+
+    name = "this host's own courier"
+
+    def __init__(self, store_url: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="millrace-replica-")
+        self._replica = Replica(store_url, Path(self._folder.name))
+        self._bringing = _Thread()
+
+    async def bring(self, version: int, *, deadline: float) -> tuple[str, str]:
+        try:
+            async with asyncio.timeout(deadline):
+                path, digest = await self._bringing.run(lambda: self._replica.bring(version))
+        except TimeoutError:
+            raise EngineTimeout(self.name, f"it did not bring version {version} within {deadline:.1f} s") from None
+        except (PublishError, DataError) as error:
+            raise EngineFailed(self.name, str(error)) from error
+        return str(path), digest
+
+    async def close(self) -> None:
+        await self._bringing.ended()
+        self._replica.close()
+        self._folder.cleanup()
+
+
+class DeltaTransport(Transport):
+    """For engines with Capability.UPDATE_FROM_DISK. `couriers`: each engine's, by its name; None for those that this
+    process sees to."""
+
+    def __init__(self, store: VersionStore, couriers: Mapping[str, str | None], *, key: str | None) -> None:
+        self._store = store
+        self._couriers: dict[str | None, Courier] = {
+            url: LocalCourier(store.url) if url is None else RemoteCourier(url, key) for url in set(couriers.values())
+        }
+        self._courier_of = {engine: self._couriers[url] for engine, url in couriers.items()}
+        self._securing = _Thread()
+        self._version, self._digest = 0, ""
+        self._folders: dict[Courier, str] = {}
+
+    async def open(
+        self,
+        targets: Sequence[PublishTarget],  # noqa: ARG002 (asked when there is something to bring)
+        version: int,
+        *,
+        deadline: float,
+    ) -> Mapping[str, EngineError]:
+        """Raises PublishError where the store is still taking what it was given before."""
+        try:
+            async with asyncio.timeout(deadline):
+                await self._securing.ended()
+        except TimeoutError:
+            raise PublishError(f"the store did not take the version before {version} to its end") from None
+        self._version, self._folders = version, {}
+        return {}
+
+    def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
+        """One, when all is written on this host. Raises PublishError where it can't be."""
+        written = self._store.write(self._version, buckets)
+        for _ in buckets:  # of a version that was written before: the publisher samples what goes by
+            pass
+        self._digest = digest_of(written.checksums)
+        yield StagedBucket(self._bucket_for, written.checksums, tuple(written.checksums), written.nbytes)
+
+    async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
+        """To the store, and from there by all couriers at once. Raises PublishError where the store does not take it;
+        what a courier can't do fails the engines of its host."""
+        version, ends = self._version, asyncio.get_running_loop().time() + deadline
+        try:
+            async with asyncio.timeout(deadline):
+                await self._securing.run(lambda: self._store.secure(version))
+        except TimeoutError:
+            raise PublishError(f"the store did not take version {version} within {deadline:.1f} s") from None
+        failed: dict[Courier, str] = {}
+
+        async def bring(courier: Courier) -> None:
+            try:
+                left = ends - asyncio.get_running_loop().time()
+                folder, digest = await courier.bring(version, deadline=left)
+            except EngineError as error:
+                failed[courier] = str(error).removeprefix(f"engine {error.engine}: ")
+                return
+            if digest != self._digest:
+                failed[courier] = f"its store has another version {version}"
+            self._folders[courier] = folder
+
+        async with asyncio.TaskGroup() as group:
+            for courier in {self._courier_of[target.engine.name] for target in targets}:
+                group.create_task(bring(courier))
+        unreached: dict[str, EngineError] = {}
+        for target in targets:
+            name = target.engine.name
+            if (reason := failed.get(courier := self._courier_of[name])) is not None:
+                unreached[name] = EngineFailed(name, f"{courier.name} did not bring version {version}: {reason}")
+        return unreached
+
+    def _bucket_for(self, target: PublishTarget) -> DiskBucket:
+        return DiskBucket(self._folders[self._courier_of[target.engine.name]])
+
+    async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the engines read by themselves)
+        return
+
+    async def close(self) -> None:
+        """The versions stay in the store and with the couriers."""
+        await self._securing.ended()
+        await asyncio.gather(*(courier.close() for courier in self._couriers.values()))
+
+
+class _Thread:
+    """A thread's work that may outlast whoever waits for it."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[Any] | None = None
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """What `work` returns. One that was given up goes to its end first."""
+        await self.ended()
+        task = self._task = asyncio.create_task(asyncio.to_thread(work))
+        return await asyncio.shield(task)
+
+    async def ended(self) -> None:
+        """Returns when it has, whatever came of it."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+
+def assign(engines: Mapping[str, str], couriers: Sequence[str]) -> dict[str, str | None]:
+    """Each engine's courier: the one on its host, and None on this host where there is none. `engines` are URLs by
+    name. Raises PublishError where that leaves an engine or a courier alone."""
+    here = host_of("http://127.0.0.1")
+    at: dict[str, str] = {}
+    for url in couriers:
+        host = _host_of(url)
+        if host in at:
+            raise PublishError(f"publish.couriers: {at[host]} and {url} are on one host, which needs only one")
+        at[host] = url
+    hosts = {name: _host_of(url) for name, url in engines.items()}
+    if lacking := [name for name, host in hosts.items() if host not in at and host != here]:
+        raise PublishError(
+            f"publish.couriers names none on the host of {', '.join(lacking)}; start `millrace courier` there, and add "
+            "its URL"
+        )
+    if idle := [url for host, url in at.items() if host not in hosts.values()]:
+        raise PublishError(f"publish.couriers: there is no engine on the host of {', '.join(idle)}")
+    return {name: at.get(host) for name, host in hosts.items()}
+
+
+def _host_of(url: str) -> str:
+    try:
+        return host_of(url)
+    except OSError as error:
+        raise PublishError(f"the host of {url} is not known: {error}") from error
