@@ -78,3 +78,13 @@ async def test_versions_are_folders_that_engines_and_anybody_can_read(
     assert {member.version for member in fleet.snapshot.members if member.routable} == {3}
     assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == folders
     assert not (await fleet.publish(tensors, 4)).failed
+
+    # What a publish that failed has written is not what the next one of its number brings.
+    with pytest.raises(PublishError, match="no engine took version 5"):
+        await fleet.publish(tensors[:-1], 5)
+    assert not (await fleet.publish([(name, tensor * 2) for name, tensor in tensors], 5)).failed
+    doubled = AutoModelForCausalLM.from_pretrained(tmp_path / "versions" / "version-00000005")
+    assert torch.equal(dict(doubled.named_parameters())[tensors[0][0]], tensors[0][1] * 2)
+    request = GenerateRequest("five", prompt, SamplingParams(8, temperature=0.0, ignore_eos=True))
+    for engine in fleet.engines.values():
+        assert (await engine.generate(request, deadline=20)).output_ids == expected(doubled, prompt)

@@ -147,6 +147,8 @@ class Fleet:
         try:
             async with self._sending:
                 unstored = await self._secured()
+                if self._store is not None:
+                    await asyncio.to_thread(self._store.discard)  # of a publish that failed
                 if require_finite:
                     from millrace.weights.finite import only_finite  # imports torch
 

@@ -85,13 +85,13 @@ class VersionStore:
         return tuple(entry.version for entry in self._safe)
 
     def write(self, version: int, tensors: "Iterator[NamedTensors]") -> WrittenFolder:
-        """Writes `version` to a folder of this host, where this process has not done so before, and takes away what
-        was written and never made safe. Raises PublishError where there is no room, or a tensor comes twice.
+        """Writes `version` to a folder of this host, where this process has not done so before, and discards what was
+        never made safe. Raises PublishError where there is no room, or a tensor comes twice.
 
         The folder of a version that is not shared goes when the next one is safe, or with the store."""
         if version not in self._written:
             self._forget_from(version)
-            self._discard_pending()
+            self.discard()
             written = write_folder(self._here / folder_name(version), tensors, self._model_path)
             try:
                 (written.path / CHECKSUMS).write_bytes(orjson.dumps(dict(written.checksums)))
@@ -102,6 +102,13 @@ class VersionStore:
             self._written[version] = written
             self._pending = Entry(version=version, base=base, digest=digest_of(written.checksums))
         return self._written[version]
+
+    def discard(self) -> None:
+        """Takes away what was written and never made safe: another version may get its number."""
+        if self._pending is not None:
+            shutil.rmtree(self._written.pop(self._pending.version).path, ignore_errors=True)
+            self._delta_path(self._pending.version).unlink(missing_ok=True)
+            self._pending = None
 
     def secure(self, version: int) -> None:
         """Returns when `version`, which was written, is safe and in the index, and what is too many is gone. Raises
@@ -204,12 +211,6 @@ class VersionStore:
 
     def _delta_path(self, version: int) -> Path:
         return self._here / f"{folder_name(version)}.delta"
-
-    def _discard_pending(self) -> None:
-        if self._pending is not None:
-            shutil.rmtree(self._written.pop(self._pending.version).path, ignore_errors=True)
-            self._delta_path(self._pending.version).unlink(missing_ok=True)
-            self._pending = None
 
     def _forget_base(self) -> None:
         if self._base is not None:
