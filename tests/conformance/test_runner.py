@@ -1,6 +1,8 @@
 """The runner itself: what it does after a check that went wrong, on a real server."""
 
 import asyncio
+import importlib
+import pkgutil
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from millrace.conformance import CHECKS, Check, Outcome, Runner, Subject, select
+from millrace.conformance import CHECKS, Check, Outcome, Runner, Subject, checks, select
 from millrace.conformance.check import CheckFailed, Examine, Lacking
 from millrace.conformance.requests import alike, fingerprint
 from millrace.conformance.weights import by_disk, next_version
@@ -111,3 +113,16 @@ async def test_after_the_servers_death_nothing_more_is_tried(subject: Subject) -
 
 def _without(subject: Subject, capability: Capability) -> EngineInfo:
     return replace(subject.info, capabilities=subject.info.capabilities - {capability})
+
+
+async def test_no_check_is_left_out() -> None:
+    """A check that is written and not listed would be made nowhere."""
+    written = {
+        one.name
+        for module in pkgutil.iter_modules(checks.__path__, f"{checks.__name__}.")
+        for value in vars(importlib.import_module(module.name)).values()
+        for one in (value if isinstance(value, tuple) else (value,))
+        if isinstance(one, Check)
+    }
+    assert written == {check.name for check in CHECKS}
+    assert len(CHECKS) == len(written)

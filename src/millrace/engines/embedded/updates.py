@@ -115,6 +115,8 @@ class Updates:
             if await self._in_loader(lambda: weights.in_session):
                 if body.weight_version is not None:
                     raise UpdateRefused("an update is open: its end names the version, not this call")
+                if self._faults.refuses_load():
+                    raise Refused("this load was told to fail", status=500)
                 await self._in_loader(lambda: weights.load_folder(folder))
                 return done(f"{folder} is staged")
             version = body.weight_version or self._thread.current().version

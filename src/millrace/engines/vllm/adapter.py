@@ -94,6 +94,8 @@ class VLLMEngine(StockEngine):
     async def sampled_checksums(self) -> Mapping[str, str]:
         if Capability.SAMPLED_CHECKSUMS not in (await self._facts()).info.capabilities:
             raise EngineRefused(self.name, "its workers have not Millrace's extension, which makes the checksums")
+        if self.state.updating is None:
+            raise EngineRefused(self.name, "no update is open, whose tensors could be sampled")
         found: dict[str, str] = {}
         for result in await self._rpc("millrace_samples"):
             for name, value in result["samples"].items():

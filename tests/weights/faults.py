@@ -1,0 +1,149 @@
+"""What may happen to a fleet that publishes, in any order: the steps, and the sequences of them."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hypothesis import strategies as st
+
+from millrace.config.models import TransportName
+from tests.weights.variants import NamedTensor
+
+Fault = Literal[
+    "older", "again", "iterator", "infinite", "missing", "renamed", "reshaped", "twice", "raises", "cancelled"
+]
+FAULTS: tuple[Fault, ...] = (
+    "older",
+    "again",
+    "iterator",
+    "infinite",
+    "missing",
+    "renamed",
+    "reshaped",
+    "twice",
+    "raises",
+    "cancelled",
+)
+KINDS = 4  # of steps, at least, in a sequence: a start is too dear for less
+HARMLESS: tuple[Fault, ...] = ("older", "iterator", "infinite")  # refused before an update begins
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Other weights than the last time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A publish that can't succeed. `again`: another one is tried in the middle of a good one."""
+
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """`midway`: in the middle of a publish, while the tensors are iterated."""
+
+    engine: int
+    midway: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Hang:
+    """Stopped in the middle of a publish. `resumes`: it goes on when the others have the version."""
+
+    engine: int
+    resumes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupt:
+    """In a publish, bytes change after they were checksummed: those that one engine reads, or (None) that all do."""
+
+    engine: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The embedded engine's own fault: in a publish, it fails half-way through a load."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spoil:
+    """Bytes change in the folder of the version that is kept, and an engine is to catch up from there."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
+class Travel:
+    """From now on, weights go by this transport."""
+
+    transport: TransportName
+
+
+Step = Publish | Bad | Kill | Hang | Corrupt | Refuse | Spoil | Restart | Travel
+
+
+def sequences(engines: int, *, least: int, most: int) -> st.SearchStrategy[list[Step]]:
+    engine = st.integers(0, engines - 1)
+    step = st.one_of(
+        st.builds(Publish),
+        st.builds(Bad, st.sampled_from(FAULTS)),
+        st.builds(Kill, engine, st.booleans()),
+        st.builds(Hang, engine, st.booleans()),
+        st.builds(Corrupt, st.none() | engine),
+        st.builds(Refuse, engine),
+        st.builds(Spoil, engine),
+        st.builds(Restart, engine),
+        st.builds(Travel, st.sampled_from(["auto", "gloo", "disk"])),
+    )
+    return st.lists(step, min_size=least, max_size=most).filter(lambda steps: len({*map(type, steps)}) >= KINDS)
+
+
+class Source:
+    """Tensors that can be iterated again. In the first round something happens after half of them."""
+
+    def __init__(self, tensors: Sequence[NamedTensor], happens: Callable[[], object] = lambda: None) -> None:
+        self._tensors, self._happens = tensors, happens
+        self._rounds = itertools.count()
+
+    def __iter__(self) -> Iterator[NamedTensor]:
+        first = next(self._rounds) == 0
+        for index, entry in enumerate(self._tensors):
+            if first and index == len(self._tensors) // 2:
+                self._happens()
+            yield entry
+
+
+class TrainerError(Exception):
+    """The trainer's own, in the middle of its tensors."""
+
+
+def damaged(tensors: Sequence[NamedTensor], fault: Fault) -> list[NamedTensor]:
+    """The tensors with this fault, in the middle of them; where the fault is not theirs, as they are."""
+    middle = len(tensors) // 2
+    (name, tensor), before, behind = tensors[middle], list(tensors[:middle]), list(tensors[middle + 1 :])
+    match fault:
+        case "infinite":
+            worse = tensor.clone()
+            worse.reshape(-1)[-1] = float("nan")
+            return [*before, (name, worse), *behind]
+        case "missing":
+            return before + behind
+        case "renamed":
+            return [*before, (f"{name}.other", tensor), *behind]
+        case "reshaped":
+            return [*before, (name, tensor[:-1].contiguous()), *behind]
+        case "twice":
+            return [*before, (name, tensor), (name, tensor), *behind]
+        case _:
+            return list(tensors)

@@ -1,0 +1,87 @@
+"""Two stock SGLang servers, to which everything happens once.
+
+With MILLRACE_FAULT_EXAMPLES, also, to which anything happens in any order, in so many sequences of some minutes each.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig
+from tests.conformance.hold import START_TIMEOUT
+from tests.weights.faults import Bad, Corrupt, Hang, Kill, Publish, Restart, Step, Travel, sequences
+from tests.weights.machine import run
+from tests.weights.variants import Tokens, Variant, ask_servers, make_variants
+
+VERSION = "0.5.23"
+EXAMPLES = os.environ.get("MILLRACE_FAULT_EXAMPLES")
+ENGINES = 2
+DEADLINE = 10.0  # seconds of a publish in which an engine hangs
+
+ALL: list[Step] = [
+    Publish(),
+    Bad("older"),
+    Bad("missing"),
+    Publish(),
+    Corrupt(0),
+    Travel("gloo"),
+    Hang(1, resumes=True),
+    Travel("disk"),
+    Bad("cancelled"),
+    Publish(),
+    Restart(1),
+    Kill(0, midway=True),
+]
+
+
+@pytest.fixture(scope="session")
+def config(sglang_python: Callable[[str], Path]) -> SGLangEngineConfig:
+    return SGLangEngineConfig(
+        kind="sglang",
+        device="cpu",
+        replicas=ENGINES,
+        python=sglang_python(VERSION),
+        threads=1,
+        start_timeout=START_TIMEOUT,
+        version=VERSION,
+        engine_args={"dtype": "float32"},  # or half precision, where tokens depend on what else is in a batch
+    )
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> list[Variant]:
+    return make_variants(tmp_path_factory.mktemp("variants"), 2)
+
+
+@pytest.fixture(scope="session")
+def references(
+    config: SGLangEngineConfig, variants: list[Variant], tmp_path_factory: pytest.TempPathFactory
+) -> list[Tokens]:
+    return asyncio.run(ask_servers(config, variants, tmp_path_factory.mktemp("references")))
+
+
+def test_everything_happens_once(
+    config: SGLangEngineConfig, variants: list[Variant], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """By references of embedded engines, which start sooner: that they are this engine's too, of the folder that it
+    starts from, is checked before the first step."""
+    place = tmp_path_factory.mktemp("fleet")
+    quick = EmbeddedEngineConfig(kind="embedded", threads=1)
+    asyncio.run(run(ALL, config, variants, asyncio.run(ask_servers(quick, variants, place)), place, deadline=DEADLINE))
+
+
+@pytest.mark.skipif(EXAMPLES is None, reason="MILLRACE_FAULT_EXAMPLES says how many sequences to draw")
+@settings(max_examples=int(EXAMPLES or 1), phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+@given(sequences(ENGINES, least=12, most=24))
+def test_anything_happens(
+    config: SGLangEngineConfig,
+    variants: list[Variant],
+    references: list[Tokens],
+    tmp_path_factory: pytest.TempPathFactory,
+    steps: list[Step],
+) -> None:
+    asyncio.run(run(steps, config, variants, references, tmp_path_factory.mktemp("fleet"), deadline=DEADLINE))
