@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Without compiling, which takes longer than the rest: Python compiles what it imports.
+# Compiling by itself, on all cores: pip takes one. What can't be compiled (templates) is not imported either.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
+COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # The exact versions that this was tested with, and the CPU's torch. `make CONSTRAINTS=... ` names another set.
 CONSTRAINTS ?= constraints/cpu.txt
 
@@ -35,9 +36,11 @@ $(VENV)/bin/python:
 $(VENV)/train.stamp: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 	@echo "installing torch, transformers and the rest into $(VENV): a minute or two"
 	$(PIP) -e '.[train]'
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 	@echo "installing torch, transformers and the development tools into $(VENV): a minute or two"
 	$(PIP) -e '.[dev]'
+	$(COMPILE)
 	@touch $@ $(VENV)/train.stamp

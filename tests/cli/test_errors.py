@@ -110,6 +110,7 @@ def test_a_run_leaves_its_folder_and_resumes_from_it(folder: Path) -> None:
     assert status == 0, err
     assert steps(folder) == [0, 1, 2]
     assert "first and last" in out
+    assert "weights go by shm: trainer and engines are on this host" in err
     run = folder / "run"
     assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "logs"} <= set(
         os.listdir(run)

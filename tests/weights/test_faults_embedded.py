@@ -1,6 +1,6 @@
 """Embedded engines, to which anything happens in any order.
 
-MILLRACE_FAULT_EXAMPLES says how many sequences are drawn, instead of a few.
+MILLRACE_FAULT_EXAMPLES says how many sequences are drawn besides, at random.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from tests.weights.faults import (
 from tests.weights.machine import run
 from tests.weights.variants import Tokens, Variant, ask_servers, make_variants
 
-EXAMPLES = int(os.environ.get("MILLRACE_FAULT_EXAMPLES", "1"))
+EXAMPLES = int(os.environ.get("MILLRACE_FAULT_EXAMPLES", "0"))
 ENGINES = 2
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=ENGINES, threads=1, faults=True)
 DEADLINE = 3.0  # seconds of a publish in which an engine hangs
@@ -62,7 +62,9 @@ def references(variants: list[Variant], tmp_path_factory: pytest.TempPathFactory
     return asyncio.run(ask_servers(CONFIG, variants, tmp_path_factory.mktemp("references")))
 
 
-@settings(max_examples=EXAMPLES, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(
+    max_examples=EXAMPLES or 1, phases=[Phase.explicit, Phase.reuse, Phase.generate] if EXAMPLES else [Phase.explicit]
+)
 @example(ALL)
 @given(sequences(ENGINES, least=6, most=12))
 def test_every_routable_engine_serves_the_published_version(

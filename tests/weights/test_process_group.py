@@ -17,6 +17,7 @@ from millrace.fleet.local import open_fleet
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup
 from tests.fleet.strike import strike
+from tests.weights.variants import louder
 
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=3, threads=1, faults=True)
 BUCKET = 64 * 1024
@@ -38,10 +39,6 @@ async def fleet(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path
 def tensors(tiny_model: Path) -> Tensors:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     return [(name, parameter.detach().clone()) for name, parameter in model.named_parameters()]
-
-
-def doubled(tensors: Tensors) -> Tensors:
-    return [(name, tensor * 2) for name, tensor in tensors]
 
 
 async def served(fleet: Fleet) -> dict[str, int | None]:
@@ -80,7 +77,8 @@ async def test_who_fails_does_not_take_the_others_along(fleet: Fleet, tensors: T
     transport = fleet._transport
     assert isinstance(transport, ProcessGroupTransport)
 
-    assert not (await fleet.publish(doubled(tensors), 1, bucket_bytes=BUCKET, deadline=DEADLINE)).failed
+    assert not (await fleet.publish(louder(tensors), 1, bucket_bytes=BUCKET, deadline=DEADLINE)).failed
+    assert not {tokens for _, tokens in (await made(fleet)).values()} & {tokens for _, tokens in before.values()}
     groups = [one.group for one in transport._joined]
     assert len(groups) == (1 if transport._together else 3)
     assert not (await fleet.publish(tensors, 2, bucket_bytes=BUCKET, deadline=DEADLINE)).failed
@@ -90,7 +88,7 @@ async def test_who_fails_does_not_take_the_others_along(fleet: Fleet, tensors: T
     refusing = fleet.engines[FIRST]
     assert isinstance(refusing, EmbeddedEngine)
     await refusing.inject_fault("refuse_update", count=2)
-    report = await fleet.publish(doubled(tensors), 3, bucket_bytes=BUCKET, deadline=DEADLINE)
+    report = await fleet.publish(louder(tensors), 3, bucket_bytes=BUCKET, deadline=DEADLINE)
     assert set(report.failed) == {FIRST}
     assert await served(fleet) == {MIDDLE: 3, LAST: 3}
 
@@ -109,7 +107,7 @@ async def test_who_fails_does_not_take_the_others_along(fleet: Fleet, tensors: T
 
 @pytest.mark.parametrize("fleet", [True], ids=["together"], indirect=True)
 async def test_who_hangs_in_a_common_broadcast_is_left_out_of_the_next(fleet: Fleet, tensors: Tensors) -> None:
-    source = Weights(doubled(tensors), lambda: strike(fleet, MIDDLE, signal.SIGSTOP))
+    source = Weights(louder(tensors), lambda: strike(fleet, MIDDLE, signal.SIGSTOP))
     report = await fleet.publish(source, 1, bucket_bytes=BUCKET, deadline=DEADLINE)
     assert source.rounds == 2
     assert set(report.failed) == {MIDDLE}

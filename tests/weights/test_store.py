@@ -17,6 +17,7 @@ from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.plan import buckets
 from millrace.weights.store import VersionStore
 from tests.fleet.strike import strike
+from tests.weights.variants import louder
 
 Tensors = list[tuple[str, torch.Tensor]]
 SMALL = 64 * 1024
@@ -109,13 +110,16 @@ async def test_an_engine_that_died_catches_up(tensors: Tensors, tiny_model: Path
         strike(fleet, one)
         await fleet.restart(one)  # nothing was published yet
         assert await greedy(fleet, one) == await greedy(fleet, two)
-        for version in (1, 2):
-            assert (await fleet.publish(times(tensors, 1 + version), version, bucket_bytes=SMALL)).unstored is None
+        first = await greedy(fleet, two)
+        for version, weights in enumerate((times(tensors, 2), louder(tensors)), 1):
+            assert (await fleet.publish(weights, version, bucket_bytes=SMALL)).unstored is None
         strike(fleet, one)
         await fleet.restart(one, bucket_bytes=SMALL)
         assert fleet.snapshot.get(one).routable
         assert await greedy(fleet, one) == await greedy(fleet, two)
-        assert (await greedy(fleet, one))[0] == 2
+        served, made = await greedy(fleet, one)
+        assert served == 2
+        assert made != first[1]
         assert not (await fleet.publish(tensors, 3, bucket_bytes=SMALL)).failed
 
 

@@ -1,7 +1,7 @@
 """Weights to publish, each also a folder, and what a server makes that was started from that folder."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,13 +47,15 @@ def make_variants(place: Path, count: int) -> list[Variant]:
     for seed in range(count):
         folder = place / f"variant-{seed}"
         make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), seed, folder)
-        tensors = {
-            name: tensor * LOUDER if ".layers." in name and tensor.ndim == 2 else tensor
-            for name, tensor in load_file(folder / "model.safetensors").items()
-        }
+        tensors = dict(louder(load_file(folder / "model.safetensors").items()))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         variants.append(Variant(folder, tuple(tensors.items())))
     return variants
+
+
+def louder(tensors: Iterable[NamedTensor]) -> list[NamedTensor]:
+    """Weights that make other tokens than the first ones of a small model, which repeat the prompt's last."""
+    return [(name, tensor * LOUDER if ".layers." in name and tensor.ndim == 2 else tensor) for name, tensor in tensors]
 
 
 async def greedy(engine: Engine, prompt: Prompt, name: str, tokens: int, *, deadline: float = 30.0) -> Generation:

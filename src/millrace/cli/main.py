@@ -82,6 +82,7 @@ def train(
 def main() -> None:
     """The entry point of the command `millrace`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("millrace.fleet.local").setLevel(logging.INFO)  # it tells how weights will go
     try:
         app()
     except MillraceError as error:
