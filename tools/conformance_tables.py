@@ -75,8 +75,7 @@ async def examine(config: EngineConfig, model: Path, other: Path, logs: Path) ->
             results.append(result)
         return report(started.info, results, runner.lost)
     finally:
-        await started.engine.close()
-        await started.process.end()
+        await started.end()
 
 
 def replace_between(page: str, name: str, table: str) -> str:

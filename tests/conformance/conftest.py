@@ -35,8 +35,7 @@ async def examined(config: EngineConfig, model: Path, other: Path, logs: Path) -
     try:
         yield Subject(started.engine, started.info, model, other)
     finally:
-        await started.engine.close()
-        await started.process.end()
+        await started.end()
 
 
 @asynccontextmanager

@@ -1,10 +1,13 @@
 """What may happen to a fleet that publishes, in any order: the steps, and the sequences of them."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from millrace.config.models import TransportName
@@ -25,6 +28,7 @@ FAULTS: tuple[Fault, ...] = (
     "raises",
     "cancelled",
 )
+EXAMPLES = os.environ.get("MILLRACE_FAULT_EXAMPLES")
 KINDS = 4  # of steps, at least, in a sequence: a start is too dear for less
 HARMLESS: tuple[Fault, ...] = ("older", "iterator", "infinite")  # refused before an update begins
 
@@ -107,6 +111,21 @@ def sequences(engines: int, *, least: int, most: int) -> st.SearchStrategy[list[
         st.builds(Travel, st.sampled_from(["auto", "gloo", "disk"])),
     )
     return st.lists(step, min_size=least, max_size=most).filter(lambda steps: len({*map(type, steps)}) >= KINDS)
+
+
+def at_random(engines: int, *, least: int, most: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A test of `steps`, of which as many sequences are drawn as a variable asks for: they take minutes each."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        drawn = given(steps=sequences(engines, least=least, most=most))(test)
+        counted = settings(
+            max_examples=int(EXAMPLES or 1), phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow]
+        )(drawn)
+        reason = "MILLRACE_FAULT_EXAMPLES says how many sequences to draw"
+        test_when_asked: Callable[..., None] = pytest.mark.skipif(EXAMPLES is None, reason=reason)(counted)
+        return test_when_asked
+
+    return decorate
 
 
 class Source:

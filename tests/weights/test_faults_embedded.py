@@ -1,15 +1,11 @@
-"""Embedded engines, to which anything happens in any order.
+"""Two embedded engines, to which everything happens once.
 
-MILLRACE_FAULT_EXAMPLES says how many sequences are drawn besides, at random.
+With MILLRACE_FAULT_EXAMPLES, also, to which anything happens in any order, in so many sequences.
 """
 
 import asyncio
-import os
-from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
-from hypothesis import Phase, example, given, settings
 
 from millrace.config import EmbeddedEngineConfig
 from tests.weights.faults import (
@@ -23,14 +19,12 @@ from tests.weights.faults import (
     Spoil,
     Step,
     Travel,
-    sequences,
+    at_random,
 )
 from tests.weights.machine import run
-from tests.weights.variants import Tokens, Variant, ask_servers, make_variants
+from tests.weights.variants import Tokens, Variant
 
-EXAMPLES = int(os.environ.get("MILLRACE_FAULT_EXAMPLES", "0"))
 ENGINES = 2
-CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=ENGINES, threads=1, faults=True)
 DEADLINE = 3.0  # seconds of a publish in which an engine hangs
 
 ALL: list[Step] = [
@@ -52,26 +46,26 @@ ALL: list[Step] = [
 ]
 
 
-@pytest.fixture(scope="session")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> list[Variant]:
-    return make_variants(tmp_path_factory.mktemp("variants"), 3)
+@pytest.fixture(scope="module")
+def config() -> EmbeddedEngineConfig:
+    return EmbeddedEngineConfig(kind="embedded", replicas=ENGINES, threads=1, faults=True)
 
 
-@pytest.fixture(scope="session")
-def references(variants: list[Variant], tmp_path_factory: pytest.TempPathFactory) -> list[Tokens]:
-    return asyncio.run(ask_servers(CONFIG, variants, tmp_path_factory.mktemp("references")))
-
-
-@settings(
-    max_examples=EXAMPLES or 1, phases=[Phase.explicit, Phase.reuse, Phase.generate] if EXAMPLES else [Phase.explicit]
-)
-@example(ALL)
-@given(sequences(ENGINES, least=6, most=12))
-def test_every_routable_engine_serves_the_published_version(
+def test_everything_happens_once(
+    config: EmbeddedEngineConfig,
+    variants: list[Variant],
+    references: list[Tokens],
     tmp_path_factory: pytest.TempPathFactory,
-    variants: Sequence[Variant],
-    references: Sequence[Tokens],
+) -> None:
+    asyncio.run(run(ALL, config, variants, references, tmp_path_factory.mktemp("fleet"), deadline=DEADLINE))
+
+
+@at_random(ENGINES, least=6, most=12)
+def test_anything_happens(
+    config: EmbeddedEngineConfig,
+    variants: list[Variant],
+    references: list[Tokens],
+    tmp_path_factory: pytest.TempPathFactory,
     steps: list[Step],
 ) -> None:
-    place: Path = tmp_path_factory.mktemp("fleet")
-    asyncio.run(run(steps, CONFIG, variants, references, place, deadline=DEADLINE))
+    asyncio.run(run(steps, config, variants, references, tmp_path_factory.mktemp("fleet"), deadline=DEADLINE))

@@ -4,19 +4,16 @@ With MILLRACE_FAULT_EXAMPLES, also, to which anything happens in any order, in s
 """
 
 import asyncio
-import os
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
 
 from millrace.config.models import EmbeddedEngineConfig, VLLMEngineConfig
 from tests.conformance.hold import START_TIMEOUT
-from tests.weights.faults import Bad, Corrupt, Hang, Kill, Publish, Restart, Step, Travel, sequences
+from tests.weights.faults import Bad, Corrupt, Hang, Kill, Publish, Restart, Step, Travel, at_random
 from tests.weights.machine import run
-from tests.weights.variants import Tokens, Variant, ask_servers, make_variants
+from tests.weights.variants import Tokens, Variant, ask_servers
 
-EXAMPLES = os.environ.get("MILLRACE_FAULT_EXAMPLES")
 ENGINES = 2
 DEADLINE = 10.0  # seconds of a publish in which an engine hangs
 
@@ -48,18 +45,6 @@ def config(vllm_python: Path) -> VLLMEngineConfig:
     )
 
 
-@pytest.fixture(scope="session")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> list[Variant]:
-    return make_variants(tmp_path_factory.mktemp("variants"), 2)
-
-
-@pytest.fixture(scope="session")
-def references(
-    config: VLLMEngineConfig, variants: list[Variant], tmp_path_factory: pytest.TempPathFactory
-) -> list[Tokens]:
-    return asyncio.run(ask_servers(config, variants, tmp_path_factory.mktemp("references")))
-
-
 def test_everything_happens_once(
     config: VLLMEngineConfig, variants: list[Variant], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -70,9 +55,7 @@ def test_everything_happens_once(
     asyncio.run(run(ALL, config, variants, asyncio.run(ask_servers(quick, variants, place)), place, deadline=DEADLINE))
 
 
-@pytest.mark.skipif(EXAMPLES is None, reason="MILLRACE_FAULT_EXAMPLES says how many sequences to draw")
-@settings(max_examples=int(EXAMPLES or 1), phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
-@given(sequences(ENGINES, least=12, most=24))
+@at_random(ENGINES, least=12, most=24)
 def test_anything_happens(
     config: VLLMEngineConfig,
     variants: list[Variant],

@@ -76,9 +76,7 @@ async def ask_server(config: EngineConfig, variant: Variant, logs: Path) -> Toke
     try:
         return await ask(started.engine)
     finally:
-        await started.engine.close()
-        if started.process is not None:
-            await started.process.end()
+        await started.end()
 
 
 async def ask_servers(config: EngineConfig, variants: Sequence[Variant], logs: Path) -> list[Tokens]:

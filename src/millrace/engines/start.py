@@ -29,6 +29,12 @@ class Started:
     info: EngineInfo
     process: Server | None
 
+    async def end(self) -> None:
+        """Gives the connections back, and ends the process that was started here."""
+        await self.engine.close()
+        if self.process is not None:
+            await self.process.end()
+
 
 async def start(
     config: EngineConfig, model_path: Path, *, replica: int, log_dir: Path, version: int, seed: int

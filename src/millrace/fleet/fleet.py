@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from millrace.weights.store import VersionStore
 
+STORE_DEADLINE = 120.0  # seconds
 PROCESS_END_DEADLINE = 3.0  # from a closed port to the end of the process, which tells more of the reason
 
 logger = logging.getLogger(__name__)
@@ -84,13 +85,15 @@ class Fleet:
             yield fleet
         finally:
             await asyncio.gather(*(fleet._end_watching(name) for name in fleet._replicas))
-            if reason := await fleet._secured():
-                logger.error("%s", reason)
+            try:
+                await fleet._secured()  # which logs what went wrong
+            except PublishError as error:
+                logger.error("%s", error)
             if transport is not None:
                 await transport.close()
             if store is not None:
                 store.close()
-            await asyncio.gather(*(_end(replica) for replica in fleet._replicas.values()))
+            await asyncio.gather(*(replica.end() for replica in fleet._replicas.values()))
 
     @property
     def context_length(self) -> int:
@@ -146,7 +149,7 @@ class Fleet:
         self._publishing = True
         try:
             async with self._sending:
-                unstored = await self._secured()
+                unstored = await self._secured(deadline)
                 if self._store is not None:
                     await asyncio.to_thread(self._store.discard)  # of a publish that failed
                 if require_finite:
@@ -169,7 +172,7 @@ class Fleet:
         old = self._replicas[name]
         await self._end_watching(name)
         await self._apply(name, Died("it is being started anew"))
-        await _end(old)
+        await old.end()
         started = await self._start(list(self._replicas).index(name))
         self._replicas[name] = started
         self._begin_to_watch(started)
@@ -179,7 +182,7 @@ class Fleet:
 
     async def _catch_up(self, started: Started, bucket_bytes: int, deadline: float) -> None:
         async with self._sending:
-            await self._secured()
+            await self._secured(deadline)
             name, version = started.engine.name, self._published
             if self._origin is not None and version == self._origin.version:
                 try:
@@ -249,16 +252,21 @@ class Fleet:
         self._securing = asyncio.create_task(asyncio.to_thread(self._store.secure, version))
         return None
 
-    async def _secured(self) -> str | None:
-        """Waits until the last version is safe. Returns why it is not."""
-        securing, self._securing = self._securing, None
-        if securing is None:
+    async def _secured(self, deadline: float = STORE_DEADLINE) -> str | None:
+        """Waits until the last version is safe. Returns why it is not. Raises PublishError where that takes longer, and
+        the store can't be used yet."""
+        if self._securing is None:
             return None
         try:
-            await asyncio.shield(securing)
+            async with asyncio.timeout(deadline):
+                await asyncio.shield(self._securing)
+        except TimeoutError:
+            raise PublishError(f"the store did not take the last version within {deadline:.0f} s more") from None
         except PublishError as error:
             logger.error("%s", error)
+            self._securing = None
             return str(error)
+        self._securing = None  # and not before: who waits for it may be cancelled
         return None
 
     def _ready_for(self, version: int) -> tuple[Transport, list[PublishTarget]]:
@@ -386,9 +394,3 @@ class Fleet:
         async with self._changed:
             self.snapshot = self.snapshot.with_member(after(self.snapshot.get(name), event))
             self._changed.notify_all()
-
-
-async def _end(replica: Started) -> None:
-    await replica.engine.close()
-    if replica.process is not None:
-        await replica.process.end()

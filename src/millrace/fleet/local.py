@@ -65,12 +65,12 @@ async def open_fleet(
             task.cancel()
         for result in await asyncio.gather(*starts, return_exceptions=True):
             if not isinstance(result, BaseException):
-                await _end(result)
+                await result.end()
         raise
     try:
         chosen = transport_for(transport, started, store, couriers)
     except BaseException:
-        await asyncio.gather(*(_end(one) for one in started))
+        await asyncio.gather(*(one.end() for one in started))
         raise
     async with Fleet.open(started, chosen, store, start_one) as fleet:
         await fleet.attest(checksums, version, model_path)
@@ -101,9 +101,3 @@ def transport_for(
     assigned = assign({one.engine.name: one.engine.url for one in engines}, couriers)
     key = os.environ.get(COURIER_KEY)
     return make(choice.name, in_common(sights), store=store, couriers=assigned, courier_key=key)
-
-
-async def _end(started: Started) -> None:
-    await started.engine.close()
-    if started.process is not None:
-        await started.process.end()

@@ -265,7 +265,8 @@ class ProcessGroupTransport(BucketTransport):
             try:
                 await own.join()
             except RuntimeError as error:
-                return _first_line(error)
+                own.abort(reason := _first_line(error))  # nothing of it goes on waiting
+                return reason
             return None
 
         joins = (join(target.engine, 1 + sum(ranks[:index])) for index, target in enumerate(targets))
