@@ -242,14 +242,14 @@ async def test_what_is_no_number_is_refused_where_the_config_forbids_it(
 
 async def test_bytes_that_changed_on_the_way_are_never_committed(fleet: Fleet, model: PreTrainedModel) -> None:
     version = served(fleet)
-    transport = fleet._transport
-    fleet._transport = FlippingTransport()
+    transport = fleet._versions.transport
+    fleet._versions.transport = FlippingTransport()
     try:
         with pytest.raises(PublishError, match="tensors are not what was sent"):
             await fleet.publish(tensors(model, 2.0), version + 1)
     finally:
-        await fleet._transport.close()
-        fleet._transport = transport
+        await fleet._versions.transport.close()
+        fleet._versions.transport = transport
     assert {g.output_ids for g in (await ask_each(fleet)).values()} == {expected(model)}
     assert {(await engine.info()).weight_version for engine in embedded(fleet)} == {version}
 

@@ -158,7 +158,7 @@ class RecordingFleet(Fleet):
 
 
 async def test_the_tokens_of_a_sample_are_those_that_were_sampled(fleet: Fleet, runner: SampleRunner) -> None:
-    recording = RecordingFleet(list(fleet._replicas.values()), fleet._transport)
+    recording = RecordingFleet(list(fleet._replicas.values()), fleet._versions.transport)
     recording.recorded = {}
     recording.snapshot = fleet.snapshot
     async with RolloutScheduler(replace(runner, fleet=recording), samples_per_group=2) as scheduler:

@@ -89,7 +89,7 @@ class Machine:
         self._transport = self._meddling("auto")
 
     async def begin(self) -> None:
-        self._fleet._transport = self._transport
+        self._fleet._versions.transport = self._transport
         for name in self._fleet.engines:
             await self._slow_down(name)
         await self._truth.check()
@@ -270,7 +270,7 @@ class Machine:
     async def _spoil(self, name: str) -> Fates:
         if not self._truth.published or self._truth.spoiled:
             return self._truth.unchanged()
-        assert await self._fleet._secured() is None
+        assert await self._fleet._versions.secured() is None
         spoil_folder(
             self._place / "versions" / f"version-{self._truth.published:08d}", Damage(None, not self._truth.steps_back)
         )
@@ -288,14 +288,14 @@ class Machine:
 
     async def _travel(self, name: TransportName) -> Fates:
         before, self._transport = self._transport, self._meddling(name)
-        self._fleet._transport = self._transport
+        self._fleet._versions.transport = self._transport
         await before.close()
         return self._truth.unchanged()
 
     # Means
 
     def _meddling(self, name: TransportName) -> MeddlingTransport:
-        inner = transport_for(name, list(self._fleet._replicas.values()), self._fleet._store)
+        inner = transport_for(name, list(self._fleet._replicas.values()), self._fleet._versions.store)
         assert inner is not None
         return MeddlingTransport(inner, self._place)
 

@@ -183,8 +183,8 @@ async def test_a_store_that_hangs_holds_nobody_up(tensors: Tensors, tiny_model: 
         assert time.monotonic() - begun < 8.0
         assert (await greedy(fleet, one))[0] == 1
         both = os.open(pipe, os.O_RDWR)
-        assert isinstance(fleet._transport, DeltaTransport)
-        await fleet._transport._securing.ended()
+        assert isinstance(fleet._versions.transport, DeltaTransport)
+        await fleet._versions.transport._securing.ended()
         os.close(both)
         pipe.unlink()
         assert not (await fleet.publish(stepped(tensors, 4), 4)).failed

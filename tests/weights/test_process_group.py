@@ -31,7 +31,7 @@ Tensors = list[tuple[str, torch.Tensor]]
 async def fleet(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> AsyncIterator[Fleet]:
     """Each engine in a group of its own, as gloo's are, or all in one, as NCCL's are."""
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
-        fleet._transport = ProcessGroupTransport(SendingGroup, torch.device("cpu"), together=request.param)
+        fleet._versions.transport = ProcessGroupTransport(SendingGroup, torch.device("cpu"), together=request.param)
         yield fleet
 
 
@@ -74,7 +74,7 @@ class Weights:
 
 async def test_who_fails_does_not_take_the_others_along(fleet: Fleet, tensors: Tensors) -> None:
     before = await made(fleet)
-    transport = fleet._transport
+    transport = fleet._versions.transport
     assert isinstance(transport, ProcessGroupTransport)
 
     assert not (await fleet.publish(louder(tensors), 1, bucket_bytes=BUCKET, deadline=DEADLINE)).failed

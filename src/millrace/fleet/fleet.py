@@ -4,20 +4,19 @@ died."""
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.engines.start import Started
-from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineUnreachable, NoEngineError, PublishError
-from millrace.fleet.membership import Attested, Died, Distrusted, Emptied, Event, Member, Slept, Snapshot, Woke, after
+from millrace.errors import EngineError, EngineFailed, EngineUnreachable, NoEngineError, PublishError
+from millrace.fleet.membership import Died, Distrusted, Event, Member, Slept, Snapshot, Woke, after
 from millrace.fleet.routing import least_loaded
-from millrace.types import ALL_MEMORY, Capability, GenerateRequest, Generation, Health, MemoryTag
-from millrace.weights.plan import buckets
-from millrace.weights.publisher import PublishReport, publish
+from millrace.fleet.versions import Origin, Versions
+from millrace.types import ALL_MEMORY, GenerateRequest, Generation, Health, MemoryTag
+from millrace.weights.publisher import PublishReport
 from millrace.weights.transports.base import PublishTarget, Transport
 
 if TYPE_CHECKING:
@@ -25,19 +24,9 @@ if TYPE_CHECKING:
 
     from millrace.weights.store import VersionStore
 
-STORE_DEADLINE = 120.0  # seconds
 PROCESS_END_DEADLINE = 3.0  # from a closed port to the end of the process, which tells more of the reason
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """What the engines are started with: the checksums of the tensors in `folder`."""
-
-    checksums: Mapping[str, str]
-    version: int
-    folder: Path
 
 
 class Fleet:
@@ -55,15 +44,11 @@ class Fleet:
         start: Callable[[int], Awaitable[Started]] | None = None,
     ) -> None:
         self._replicas = {replica.engine.name: replica for replica in replicas}
-        self._transport, self._store, self._start = transport, store, start
+        self._versions = Versions(transport, store, self._apply)
+        self._start = start
         self._watchers: dict[str, asyncio.Task[None]] = {}
-        self._sending = asyncio.Lock()  # the transport brings one version at a time
-        self._securing: asyncio.Task[None] | None = None  # makes the last version safe in the store
-        self._origin: _Origin | None = None
         self._outstanding: dict[str, int] = dict.fromkeys(self._replicas, 0)
         self._changed = asyncio.Condition()
-        self._publishing = False
-        self._published: int | None = None
         self.snapshot = Snapshot(0, tuple(Member(r.engine.name, r.engine.url) for r in replicas))
 
     @classmethod
@@ -85,14 +70,7 @@ class Fleet:
             yield fleet
         finally:
             await asyncio.gather(*(fleet._end_watching(name) for name in fleet._replicas))
-            try:
-                await fleet._secured()  # which logs what went wrong
-            except PublishError as error:
-                logger.error("%s", error)
-            if transport is not None:
-                await transport.close()
-            if store is not None:
-                store.close()
+            await fleet._versions.close()
             await asyncio.gather(*(replica.end() for replica in fleet._replicas.values()))
 
     @property
@@ -142,25 +120,23 @@ class Fleet:
         Where versions are kept, `tensors` is gone through once more when the engines serve, and can't be an iterator.
         The version becomes safe in the background; the next publish waits for that.
         """
-        transport, targets = self._ready_for(version)
-        if self._store is not None and isinstance(tensors, Iterator):
-            raise PublishError("each version is kept (publish.folder), and an iterator can't be gone through twice")
+        return await self._versions.publish(
+            tensors,
+            version,
+            self._targets,
+            bucket_bytes=bucket_bytes,
+            deadline=deadline,
+            require_finite=require_finite,
+        )
 
-        self._publishing = True
-        try:
-            async with self._sending:
-                unstored = await self._secured(deadline)
-                if self._store is not None:
-                    await asyncio.to_thread(self._store.discard)  # of a publish that failed
-                if require_finite:
-                    from millrace.weights.finite import only_finite  # imports torch
-
-                    tensors = await asyncio.to_thread(only_finite, tensors)
-                report = await self._bring(transport, targets, tensors, version, bucket_bytes, deadline)
-                unstored = await self._keep(version, tensors, bucket_bytes) or unstored
-        finally:
-            self._publishing = False
-        return replace(report, unstored=unstored)
+    def _targets(self) -> list[PublishTarget]:
+        """Whom to publish to. Raises PublishError and NoEngineError where nobody can take a version."""
+        members = [m for m in self.snapshot.members if m.usable]
+        if asleep := [m.name for m in members if MemoryTag.WEIGHTS in m.asleep]:
+            raise PublishError(f"the weights of {', '.join(asleep)} are asleep; wake them before publishing")
+        if not members:
+            raise NoEngineError(f"no engine is left to publish to: {self.snapshot.describe()}")
+        return [PublishTarget(self._replicas[m.name].engine, self._replicas[m.name].info) for m in members]
 
     async def restart(self, name: str, *, bucket_bytes: int = 256 * 2**20, deadline: float = 120.0) -> None:
         """Ends this engine, starts it anew, and brings it from the store what the others serve, within `deadline`
@@ -178,119 +154,7 @@ class Fleet:
         self._begin_to_watch(started)
         async with self._changed:
             self.snapshot = self.snapshot.with_member(Member(name, started.engine.url))
-        await self._catch_up(started, bucket_bytes, deadline)
-
-    async def _catch_up(self, started: Started, bucket_bytes: int, deadline: float) -> None:
-        async with self._sending:
-            await self._secured(deadline)
-            name, version = started.engine.name, self._published
-            if self._origin is not None and version == self._origin.version:
-                try:
-                    await self._compare(started, self._origin)
-                except EngineError as error:
-                    await self._apply(name, Distrusted(str(error)))
-                    raise
-            elif self._transport is not None and self._store is not None and version in self._store.versions:
-                target = PublishTarget(started.engine, started.info)
-                tensors = self._store.tensors(version)
-                await self._bring(self._transport, [target], tensors, version, bucket_bytes, deadline)
-            else:
-                logger.warning("%s serves after the next publish: no store has version %s", name, version)
-
-    async def _bring(
-        self,
-        transport: Transport,
-        targets: Sequence[PublishTarget],
-        tensors: "Iterable[tuple[str, torch.Tensor]]",
-        version: int,
-        bucket_bytes: int,
-        deadline: float,
-    ) -> PublishReport:
-        """Publishes to these engines. Those that take the version are routable then, the others out of rotation."""
-        emptied: set[str] = set()
-
-        async def committed(name: str) -> None:
-            self._published = version
-            await self._apply(name, Attested(version))
-
-        async def unrestored(name: str, error: EngineError) -> None:
-            if isinstance(error, EngineRefused):
-                emptied.add(name)
-                await self._apply(name, Emptied())
-            else:
-                await self._apply(name, Distrusted(str(error)))
-
-        report = await publish(
-            targets,
-            tensors,
-            version,
-            transport,
-            bucket_bytes=bucket_bytes,
-            deadline=deadline,
-            committed=committed,
-            unrestored=unrestored,
-        )
-        for engine in report.engines:
-            if (error := engine.error) is None:
-                continue
-            logger.error("version %d: %s is out of rotation: %s", version, engine.engine, error)
-            if engine.blameless:
-                await self._apply(engine.engine, Emptied())
-            elif not (isinstance(error, EngineRefused) and engine.engine in emptied):
-                await self._apply(engine.engine, Distrusted(str(error)))
-        return report
-
-    async def _keep(self, version: int, tensors: "Iterable[tuple[str, torch.Tensor]]", bucket_bytes: int) -> str | None:
-        """Writes the version, and makes it safe in the background. Returns why it can't."""
-        if self._store is None:
-            return None
-        try:
-            await asyncio.to_thread(self._store.write, version, buckets(tensors, bucket_bytes))
-        except PublishError as error:
-            logger.error("version %d is not kept: %s", version, error)
-            return str(error)
-        self._securing = asyncio.create_task(asyncio.to_thread(self._store.secure, version))
-        return None
-
-    async def _secured(self, deadline: float = STORE_DEADLINE) -> str | None:
-        """Waits until the last version is safe. Returns why it is not. Raises PublishError where that takes longer, and
-        the store can't be used yet."""
-        if self._securing is None:
-            return None
-        try:
-            async with asyncio.timeout(deadline):
-                await asyncio.shield(self._securing)
-        except TimeoutError:
-            raise PublishError(f"the store did not take the last version within {deadline:.0f} s more") from None
-        except PublishError as error:
-            logger.error("%s", error)
-            self._securing = None
-            return str(error)
-        self._securing = None  # and not before: who waits for it may be cancelled
-        return None
-
-    def _ready_for(self, version: int) -> tuple[Transport, list[PublishTarget]]:
-        """What brings the version, and whom to. Raises PublishError and NoEngineError where it can't be published."""
-        if self._transport is None:
-            raise PublishError(
-                "there is no way to hand tensors from this process to all of the engines; with dp_size above 1, and a "
-                "vLLM that was started without Millrace's extension, they take weights from disk only: set "
-                "publish.folder to a path that they and the trainer share"
-            )
-        if self._publishing:
-            raise PublishError(f"version {version} can't be published while another version is on its way")
-        if self._published is not None and version <= self._published:
-            raise PublishError(
-                f"version {version} is not newer than version {self._published}, which was published before"
-            )
-        members = [m for m in self.snapshot.members if m.usable]
-        if asleep := [m.name for m in members if MemoryTag.WEIGHTS in m.asleep]:
-            raise PublishError(f"the weights of {', '.join(asleep)} are asleep; wake them before publishing")
-        if not members:
-            raise NoEngineError(f"no engine is left to publish to: {self.snapshot.describe()}")
-        return self._transport, [
-            PublishTarget(self._replicas[m.name].engine, self._replicas[m.name].info) for m in members
-        ]
+        await self._versions.catch_up(started, bucket_bytes, deadline)
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Puts every usable engine to sleep, after what runs there has ended. One that can't is quarantined."""
@@ -311,23 +175,9 @@ class Fleet:
         log names it. An engine that has no checksums to compare is taken at its word, if it was started here and names
         this folder."""
 
-        origin = self._origin = _Origin(checksums, version, folder)
-        await self._each(lambda engine: self._compare(self._replicas[engine.name], origin))
-        self._published = version
-
-    async def _compare(self, replica: Started, origin: "_Origin") -> None:
-        engine = replica.engine
-        if Capability.CHECKSUMS not in replica.info.capabilities:
-            if replica.process is not None and Path(replica.info.model_path) == origin.folder:
-                await self._apply(engine.name, Attested(origin.version))
-            return
-        held = await engine.checksums()
-        known = held.keys() & origin.checksums.keys()
-        if wrong := sorted(name for name in known if held[name] != origin.checksums[name]):
-            raise EngineFailed(engine.name, f"it holds other weights than the model's folder: {', '.join(wrong[:3])}")
-        if unknown := sorted(held.keys() - known):
-            logger.warning("%s: not compared, the folder has no %s", engine.name, ", ".join(unknown[:3]))
-        await self._apply(engine.name, Attested(origin.version))
+        origin = Origin(checksums, version, folder)
+        await self._each(lambda engine: self._versions.compare(self._replicas[engine.name], origin))
+        self._versions.begin_with(origin)
 
     async def _each(self, step: Callable[[Engine], Awaitable[None]]) -> None:
         """Takes one step on every usable engine at once. One that fails it is quarantined, with the reason."""
