@@ -1,8 +1,5 @@
 """Two ranks under torchrun, sharded over gloo, against one process on the same samples."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from millrace.train.checkpoint import latest, load
+from tests.torchrun import run_two_ranks
 from tests.train.small_models import largest_difference, make_config, make_model, make_trainer, same, weights
 from tests.train.two_ranks import CONFIG, STEPS, SUPERVISED
 
@@ -25,16 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/train/two_ranks.py"]
-    result = subprocess.run(
-        [sys.executable, *command, str(folder), str(out), "cpu"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_two_ranks("train/two_ranks.py", str(folder), str(out), "cpu")
     return out
 
 

@@ -1,8 +1,6 @@
 """The policy: a causal language model that gives logprobs and gives its weights away."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +9,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -19,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from millrace.config.models import TrainConfig
 from millrace.errors import DataError
 from millrace.train.world import World
+from millrace.weights.sharded import ShardedTensors
 
 CHUNK_BYTES = 256 * 1024 * 1024  # of float32 logits at a time; a vocabulary of 152,000 gives 440 tokens a chunk
 
@@ -142,11 +140,11 @@ class Policy:
         policy is. Writing to them changes the policy."""
         return _state(self.model)
 
-    def named_tensors(self, dtype: torch.dtype | None = None) -> "NamedTensors":
+    def named_tensors(self, dtype: torch.dtype | None = None) -> ShardedTensors:
         """The weights one at a time, whole, on the world's device, as `dtype` (float32 where None). Where the policy is
         sharded each is gathered when it is asked for, so every rank must go through all of them. Where it is neither
         sharded nor cast, what comes is the weight itself: read it before the next step."""
-        return NamedTensors(self, dtype)
+        return ShardedTensors(self.state(), dtype)
 
     def take_reference(self) -> None:
         """Makes a frozen copy of the present weights the reference, for the KL term."""
@@ -161,24 +159,6 @@ class Policy:
     def reference_state(self) -> dict[str, Tensor]:
         """As `state`, of the reference; empty where there is none."""
         return _state(self.reference) if self.reference is not None else {}
-
-
-@dataclass(frozen=True, slots=True)
-class NamedTensors:
-    """What `Policy.named_tensors` gives; it can be gone through again."""
-
-    policy: Policy
-    dtype: torch.dtype | None
-
-    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Of the whole tensors, by name; gathers nothing."""
-        return [(name, tuple(tensor.shape)) for name, tensor in self.policy.state().items()]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.policy.state().items():
-            # Cast first: half of the bytes to gather.
-            cast = tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
-            yield name, cast.full_tensor() if isinstance(cast, DTensor) else cast
 
 
 def load_policy(path: str | Path, config: TrainConfig, world: World) -> Policy:

@@ -1,0 +1,73 @@
+"""What each rank does in test_sharded.py: `torchrun two_shards.py MODEL OUT`. Rank 0 publishes what both hold."""
+
+import asyncio
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from millrace.checksum import tensor_checksum
+from millrace.config import EmbeddedEngineConfig
+from millrace.errors import PublishError
+from millrace.fleet.local import open_fleet
+from millrace.weights.sharded import LedTensors, ShardedTensors, follow, leading
+
+
+def split(tensors: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
+    """In turns by rows, by columns, replicated, and not a DTensor at all."""
+    shards: dict[str, Tensor] = {}
+    for number, (name, tensor) in enumerate(sorted(tensors.items())):
+        placements = [Shard(0), Shard(tensor.ndim - 1), Replicate(), None]
+        placement = placements[number % len(placements)]
+        shards[name] = tensor if placement is None else distribute_tensor(tensor, mesh, [placement])
+    return shards
+
+
+async def publish(led: LedTensors, model: Path, logs: Path) -> dict[str, object]:
+    config = EmbeddedEngineConfig(kind="embedded", threads=1)
+    async with open_fleet(config, model, log_dir=logs) as fleet:
+        (engine,) = fleet.engines.values()
+        await fleet.publish(led, 1, require_finite=True)  # which goes through them twice
+        first = await engine.checksums()
+        refused = ""
+        try:
+            await fleet.publish(itertools.islice(led, 3), 2)
+        except PublishError as error:
+            refused = str(error)
+        await fleet.publish(led, 3)
+        return {
+            "shapes": {name: list(shape) for name, shape in led.shapes()},
+            "first": dict(first),
+            "refused": refused,
+            "third": dict(await engine.checksums()),
+            "version": (await engine.info()).weight_version,
+        }
+
+
+def main() -> None:
+    model, out = map(Path, sys.argv[1:])
+    dist.init_process_group("gloo")
+    whole = {name: tensor * 1.5 for name, tensor in load_file(model / "model.safetensors").items()}
+    shards = split(whole, init_device_mesh("cpu", (2,)))
+    held = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in shards.values())
+    sharded = ShardedTensors(shards, torch.float32)
+    if dist.get_rank() == 0:
+        with leading(sharded) as led:
+            found = asyncio.run(publish(led, model, out))
+        sent = {name: tensor_checksum(tensor) for name, tensor in whole.items()}
+        share = held / sum(tensor.numel() for tensor in whole.values())
+        (out / "found.json").write_text(json.dumps(found | {"sent": sent, "share": share}))
+    else:
+        follow(sharded)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
