@@ -16,6 +16,17 @@ settings.register_profile("millrace", deadline=None)
 settings.load_profile("millrace")
 
 
+STOCK_ENGINES = {"sglang_python", "vllm_python"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start stock engines come first: each takes minutes, and at the end the others would wait for one."""
+    files = {
+        item.path for item in items if isinstance(item, pytest.Function) and STOCK_ENGINES & set(item.fixturenames)
+    }
+    items.sort(key=lambda item: item.path not in files)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small Qwen3 from random weights, its tokenizer and chat template. Its heads have 32 elements:

@@ -34,6 +34,18 @@ def test_no_two_tensors_of_a_bucket_overlap_and_each_is_aligned(sizes: list[int]
         end = spec.offset + spec.nbytes
 
 
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=6), st.integers(1, 2000))
+def test_what_engines_fuse_with_scales_of_its_own_comes_in_one_bucket(sizes: list[int], limit: int) -> None:
+    kinds = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+    tensors = [(f"layers.{i}.attn.{kind}", Sized(size)) for i, size in enumerate(sizes) for kind in kinds]
+    made = list(buckets(tensors, limit))
+    assert [name for bucket in made for name, _ in bucket] == [name for name, _ in tensors]
+    for layer in range(len(sizes)):
+        holding = [b for b in made if any(name.startswith(f"layers.{layer}.attn.q") for name, _ in b)]
+        assert len(holding) == 1
+        assert {f"layers.{layer}.attn.{kind}" for kind in kinds[:4]} <= {name for name, _ in holding[0]}
+
+
 def test_the_source_is_asked_for_one_bucket_at_a_time() -> None:
     asked = []
 

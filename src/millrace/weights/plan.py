@@ -1,5 +1,7 @@
 """Which tensors travel together. Pure."""
 
+import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
@@ -16,24 +18,40 @@ class HasSize(Protocol):
 
 T = TypeVar("T", bound=HasSize)
 
+# SGLang's fp8 loader puts the scales of q, k and v, which it fuses, to the right places only where all three come in
+# one load.
+FUSED = re.compile(r"(.*\.)[qkv]_proj\.")
+
 
 def buckets(tensors: Iterable[tuple[str, T]], bucket_bytes: int) -> Iterator[list[tuple[str, T]]]:
     """Groups named tensors, in their order, into buckets of at most `bucket_bytes`; a larger tensor gets one of its
-    own.
+    own. The q, k and v of one attention, where they follow each other, count as one tensor.
 
     Takes the next tensor only when it is about to be placed, so a source that gathers them one by one stays lazy.
     """
     bucket: list[tuple[str, T]] = []
     size = 0
-    for name, tensor in tensors:
-        needed = padded(tensor.nbytes)
+    for together in _inseparable(tensors):
+        needed = sum(padded(tensor.nbytes) for _, tensor in together)
         if bucket and size + needed > bucket_bytes:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, tensor))
+        bucket += together
         size += needed
     if bucket:
         yield bucket
+
+
+def _inseparable(tensors: Iterable[tuple[str, T]]) -> Iterator[list[tuple[str, T]]]:
+    def attention(entry: tuple[str, T]) -> str | None:
+        found = FUSED.match(entry[0])
+        return found and found[1]
+
+    for prefix, entries in itertools.groupby(tensors, attention):
+        if prefix is None:
+            yield from ([entry] for entry in entries)
+        else:
+            yield list(entries)
 
 
 def layout(tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> tuple[TensorSpec, ...]:

@@ -1,0 +1,137 @@
+"""Whether an engine that quantises what it is sent serves the version that was published: bfloat16 goes out, and its
+greedy answers are compared with those of servers that were started from the version's own folder.
+
+    python -m benchmarks.gpu.quantised --engine '{"kind": "vllm", "python": "...", "engine_args": {"quantization":
+        "fp8"}}' [--size 0.5b] [--transport cuda_ipc disk] [--unquantised]
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.gpu.engines import engine_config, served
+from benchmarks.gpu.models import random_tensors, write_config
+from millrace.engines.base import Engine
+from millrace.errors import EngineError, PublishError
+from millrace.types import GenerateRequest, SamplingParams
+from millrace.weights.publisher import publish
+from millrace.weights.store import VersionStore
+from millrace.weights.transports.base import PublishTarget
+from millrace.weights.transports.choice import make
+
+PROMPTS, LENGTH = 256, 24
+BUCKET_BYTES = 64 * 2**20  # small, so that what an engine fuses comes in different ones
+LOUDER = 4.0
+Answers = list[tuple[int, float]]
+Tensors = list[tuple[str, torch.Tensor]]
+
+
+def make_version(folder: Path, size: str, seed: int, device: torch.device) -> Tensors:
+    """A folder with weights of its own, and the same on the device."""
+    torch.manual_seed(seed)
+    write_config(size, folder)
+    tensors = [(name, _telling(name, tensor)) for name, tensor in random_tensors(folder, device)]
+    save_file({name: tensor.cpu() for name, tensor in tensors}, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def _telling(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Layers that outweigh the token itself, which a tied embedding would bring back whatever they are."""
+    if "norm" in name:
+        return torch.ones_like(tensor)
+    return tensor * LOUDER if ".layers." in name and tensor.ndim == 2 else tensor
+
+
+async def ask(engine: Engine, label: str) -> Answers:
+    """The first greedy token after each prompt, and its logprob."""
+    drawn = torch.Generator().manual_seed(0)
+
+    async def first(number: int) -> tuple[int, float]:
+        prompt = tuple(torch.randint(2, 1000, (LENGTH,), generator=drawn).tolist())
+        request = GenerateRequest(f"{label}-{number}", prompt, SamplingParams(1, temperature=0.0, ignore_eos=True))
+        made = await engine.generate(request, deadline=120)
+        return made.output_ids[0], float(made.logprobs[0])
+
+    return list(await asyncio.gather(*(first(number) for number in range(PROMPTS))))
+
+
+def compare(name: str, one: Answers, other: Answers) -> None:
+    same = [(a, b) for (token, a), (second, b) in zip(one, other, strict=True) if token == second]
+    gap = sum(abs(a - b) for a, b in same) / max(len(same), 1)
+    print(f"{name}: {len(same)} of {PROMPTS} tokens are the same, their logprobs {gap:.4f} apart", flush=True)
+
+
+async def ignore(*_: object) -> None:
+    return
+
+
+async def started_from(settings: str, folder: Path, scratch: Path, label: str) -> Answers:
+    async with served(engine_config(settings), folder, scratch) as (_, engine):
+        return await ask(engine, label)
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    given = json.loads(arguments.engine)
+    settings = json.dumps({**given, "engine_args": {"load_format": "auto", **given.get("engine_args", {})}})
+    args = {k: v for k, v in given.get("engine_args", {}).items() if k not in ("quantization", "load_format")}
+    plain = json.dumps({**given, "engine_args": {"load_format": "auto", **args}})
+    device = torch.device("cuda" if given.get("device", "cuda") == "cuda" else "cpu")
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        first = make_version(scratch / "first", arguments.size, 1, device)
+        second = make_version(scratch / "second", arguments.size, 2, device)
+        own = await started_from(settings, scratch / "second", scratch, "own")
+        if arguments.unquantised:
+            unquantised = await started_from(plain, scratch / "second", scratch, "plain")
+            compare("quantised and not, both started from the folder", own, unquantised)
+        async with served(engine_config(settings), scratch / "first", scratch) as (_, engine):
+            target = PublishTarget(engine, await engine.info())
+            print("can:", ", ".join(sorted(target.info.capabilities)), flush=True)
+            before = await ask(engine, "before")
+            compare("of another version", before, own)
+            version = 0
+            for transport_name in arguments.transport:
+                store = VersionStore(str(scratch / "store"), scratch / "first", keep=2, anchor_every=1)
+                transport = make(transport_name, target.info.capabilities, store=store)
+                for label, tensors, expected in (("second", second, own), ("first", first, before)):
+                    version += 1
+                    try:
+                        report = await publish(
+                            [target],
+                            tensors,
+                            version,
+                            transport,
+                            bucket_bytes=BUCKET_BYTES,
+                            deadline=120,
+                            committed=ignore,
+                            unrestored=ignore,
+                        )
+                    except (PublishError, EngineError) as error:
+                        print(f"{transport_name}: {label} failed: {str(error)[:600]}", flush=True)
+                        break
+                    compare(
+                        f"{transport_name}: {label}, published in {report.seconds:.3f} s (pause "
+                        f"{report.engines[0].pause_seconds:.3f} s), and started from its folder",
+                        await ask(engine, f"{version}"),
+                        expected,
+                    )
+                await transport.close()
+                store.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", default="0.5b")
+    parser.add_argument("--transport", nargs="+", default=["cuda_ipc"], choices=["cuda_ipc", "disk", "shm"])
+    parser.add_argument("--unquantised", action="store_true", help="compare with an engine that does not quantise too")
+    parser.add_argument("--engine", required=True)
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
