@@ -1,7 +1,7 @@
 """Publishing a 1 GB model, beside its floor: one memcpy of it for shared memory, one trip through a TCP connection of
-this host for gloo.
+this host for gloo, one bare READ of NIXL from another process for UCX.
 
-    python benchmarks/publish.py [--transport shm] [--replicas 1] [--repeats 9]
+    python -m benchmarks.publish [--transport shm] [--replicas 1] [--repeats 9]
 
 Includes all that a publish is: copying into buckets or sending, loading, checksums on both sides, commit. The floor
 moves the same bytes in the same run. The first publish pays the page faults of new memory and is shown apart.
@@ -10,20 +10,27 @@ moves the same bytes in the same run. The first publish pays the page faults of 
 import argparse
 import asyncio
 import multiprocessing
+import os
 import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.courier import courier
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.models import TransportName
 from millrace.fleet.local import open_fleet
+from millrace.weights.environment import settings
+from millrace.weights.ucx import TCP_SETTINGS, load
 
 
 def make_model(folder: Path) -> Qwen3ForCausalLM:
@@ -81,7 +88,52 @@ def receive(port: int, size: int) -> None:
             connection.sendall(b"1")
 
 
-FLOORS: dict[str, type[Memcpy] | type[Tcp]] = {"shm": Memcpy, "gloo": Tcp}
+class Read:
+    """The floor: the tensors' bytes, READ by another process of this host from where they are."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._agent = agent("floor")
+        self._agent.register_memory(tensors)
+        there = [(tensor.data_ptr(), tensor.nbytes, 0) for tensor in tensors]
+        spawn = multiprocessing.get_context("spawn")  # a fork would have UCX's state without its threads
+        self._pipe, end = spawn.Pipe()
+        spawn.Process(target=read, args=(end, self._agent.get_agent_metadata(), there), daemon=True).start()
+
+    def seconds(self) -> float:
+        self._pipe.send_bytes(b"read")
+        return float(self._pipe.recv_bytes())
+
+
+def read(pipe: Connection, metadata: bytes, there: list[tuple[int, int, int]]) -> None:
+    own = agent("reader")
+    place = torch.zeros(sum(nbytes for _, nbytes, _ in there), dtype=torch.uint8)
+    own.register_memory(place)
+    starts = np.cumsum([0, *(nbytes for _, nbytes, _ in there)])
+    here = [(place.data_ptr() + int(start), nbytes, 0) for start, (_, nbytes, _) in zip(starts, there, strict=False)]
+    peer = own.add_remote_agent(metadata)
+    with suppress(EOFError):  # its parent has ended
+        while pipe.recv_bytes():
+            started = time.perf_counter()
+            descriptors = own.get_xfer_descs(here, "DRAM"), own.get_xfer_descs(there, "DRAM")
+            transfer = own.initialize_xfer("READ", *descriptors, peer)
+            state = own.transfer(transfer)
+            while state == "PROC":
+                time.sleep(0.0005)
+                state = own.check_xfer_state(transfer)
+            seconds = time.perf_counter() - started
+            assert state == "DONE"
+            transfer.release()
+            pipe.send_bytes(repr(seconds).encode())
+
+
+def agent(name: str) -> Any:
+    """NIXL's, told the same of TCP as Millrace's own."""
+    nixl = load()
+    with settings({name: value for name, value in TCP_SETTINGS.items() if name not in os.environ}):
+        return nixl.nixl_agent(name, nixl.nixl_agent_config(backends=["UCX"]))
+
+
+FLOORS: dict[str, type[Memcpy] | type[Tcp] | type[Read]] = {"shm": Memcpy, "gloo": Tcp, "ucx": Read}
 
 
 async def measure(transport: TransportName, replicas: int, repeats: int) -> None:
@@ -94,7 +146,11 @@ async def measure(transport: TransportName, replicas: int, repeats: int) -> None
         name = type(bare).__name__.lower()
         print(f"{nbytes / 1e9:.2f} GB to {replicas} engine(s) by {transport}")
         config = EmbeddedEngineConfig(kind="embedded", replicas=replicas, max_running_requests=2, cached_prefixes=0)
-        async with open_fleet(config, folder, log_dir=folder / "logs", transport=transport) as fleet:
+        async with AsyncExitStack() as stack:
+            couriers = [stack.enter_context(courier("cpu"))] if transport == "ucx" else []
+            fleet = await stack.enter_async_context(
+                open_fleet(config, folder, log_dir=folder / "logs", transport=transport, couriers=couriers)
+            )
             floors, publishes = [], []
             for version in range(1, repeats + 3):
                 floor = bare.seconds()

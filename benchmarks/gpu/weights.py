@@ -4,8 +4,9 @@
         [--trainer-gpu 1] [--engine '{"kind": "vllm", "python": "...", "engine_args": {...}}']
 
 Trainer and server are on one GPU, and the tensors travel by CUDA IPC; on the CPU (--engine '{"device": "cpu"}') by
-shared memory. NCCL takes two GPUs. The floor of a publish is two device-to-device copies of the model (into the
-bucket, out of it) at the bandwidth measured in the same run.
+shared memory. NCCL takes two GPUs. With ucx a courier is started, whose memory is where the server's is: one more copy
+within the GPU, or over NVLink with --trainer-gpu. The floor of a publish is two device-to-device copies of the model
+(into the bucket, out of it) at the bandwidth measured in the same run.
 """
 
 import argparse
@@ -13,10 +14,13 @@ import asyncio
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+from benchmarks.courier import courier
 from benchmarks.gpu.engines import engine_config, served
 from benchmarks.gpu.models import random_tensors, write_config
 from millrace.engines.base import Engine
@@ -55,7 +59,11 @@ def used_gib(device: torch.device) -> float:
 
 
 async def measure_publish(
-    target: PublishTarget, tensors: list[tuple[str, torch.Tensor]], arguments: argparse.Namespace, device: torch.device
+    target: PublishTarget,
+    tensors: list[tuple[str, torch.Tensor]],
+    arguments: argparse.Namespace,
+    device: torch.device,
+    couriers: Mapping[str, str],
 ) -> None:
     """One line for each size of bucket. The version grows by one with each publish, from 1 on."""
     nbytes = sum(tensor.nbytes for _, tensor in tensors)
@@ -73,7 +81,9 @@ async def measure_publish(
     version = 0
     for mebibytes in arguments.bucket_mb:
         transport = make(
-            arguments.transport or ("cuda_ipc" if device.type == "cuda" else "shm"), target.info.capabilities
+            arguments.transport or ("cuda_ipc" if device.type == "cuda" else "shm"),
+            target.info.capabilities,
+            couriers=couriers,
         )
         reports: list[PublishReport] = []
         for _ in range(arguments.repeats + 2):
@@ -151,7 +161,8 @@ async def run(arguments: argparse.Namespace) -> None:
             info = await engine.info()
             tensors = random_tensors(folder, device)
             await measure_sleep(engine, arguments.repeats, device)  # first: afterwards there are no weights
-            await measure_publish(PublishTarget(engine, info), tensors, arguments, device)
+            with courier(config.device) if arguments.transport == "ucx" else nullcontext("") as url:
+                await measure_publish(PublishTarget(engine, info), tensors, arguments, device, {engine.name: url})
             request = GenerateRequest("after", (5, 6, 7), SamplingParams(8, ignore_eos=True))
             generation = await engine.generate(request, deadline=60)
             print(f"afterwards it generates, as version {generation.segments[-1].version}", flush=True)
@@ -162,7 +173,7 @@ def main() -> None:
     parser.add_argument("--size", default="1.5b")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--bucket-mb", type=int, nargs="+", default=[512, 2048, 4096])
-    parser.add_argument("--transport", choices=["shm", "cuda_ipc", "gloo", "nccl"])
+    parser.add_argument("--transport", choices=["shm", "cuda_ipc", "gloo", "nccl", "ucx"])
     parser.add_argument("--trainer-gpu", type=int, default=0)
     parser.add_argument("--engine", default="{}")
     asyncio.run(run(parser.parse_args()))

@@ -65,6 +65,15 @@ def test_the_disk_is_for_those_who_have_nothing_else() -> None:
     assert choose("auto", [both], trainer_has_gpu=True, folder=True).name == "shm"
 
 
+def test_couriers_are_there_to_be_used() -> None:
+    engines = [see(MEMORY_FILE, GROUP), see(TORCH, GROUP, here=False), see(IPC, GROUP, here=False)]
+    choice = choose("auto", engines, trainer_has_gpu=True, folder=False, couriers=True)
+    assert choice.name == "ucx"
+    assert "there are couriers" in choice.why
+    with pytest.raises(PublishError, match="away can't take weights by it"):
+        choose("auto", [see(MEMORY_FILE), see(GROUP, here=False)], trainer_has_gpu=True, folder=False, couriers=True)
+
+
 @given(sights, st.booleans())
 def test_what_is_chosen_every_engine_can_do(engines: list[Sight], gpu: bool) -> None:
     choice = choose("auto", engines, trainer_has_gpu=gpu, folder=False)

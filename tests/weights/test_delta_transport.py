@@ -24,11 +24,12 @@ from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet, transport_for
 from millrace.model_folder import stored_tensors
 from millrace.types import GenerateRequest, SamplingParams
-from millrace.weights.courier import COURIER_KEY
+from millrace.weights.courier.server import COURIER_KEY
 from millrace.weights.folder import folder_checksums
 from millrace.weights.replica import Replica
 from millrace.weights.store import VersionStore
-from millrace.weights.transports.delta import DeltaTransport, assign
+from millrace.weights.transports.couriers import assign
+from millrace.weights.transports.delta import DeltaTransport
 
 Tensors = list[tuple[str, torch.Tensor]]
 HOSTS = ("127.0.0.1", "127.0.0.2")
@@ -286,10 +287,10 @@ def test_each_engine_has_its_hosts_courier() -> None:
             assign(engines, couriers)
 
 
-def test_couriers_are_for_delta_and_delta_needs_a_store() -> None:
+def test_couriers_are_for_some_and_delta_needs_a_store() -> None:
     couriers = ("http://127.0.0.2:9",)
     PublishConfig(transport="delta", folder="s3://bucket/run", couriers=couriers)
-    with pytest.raises(ValueError, match=r"publish\.couriers are for publish\.transport delta, and it is auto"):
-        PublishConfig(folder="versions", couriers=couriers)
+    with pytest.raises(ValueError, match=r"publish\.couriers are for publish\.transport delta or ucx, and it is disk"):
+        PublishConfig(transport="disk", folder="versions", couriers=couriers)
     with pytest.raises(ValueError, match=r"publish\.transport is delta, and publish\.folder does not say where"):
         PublishConfig(transport="delta", couriers=couriers)

@@ -261,14 +261,14 @@ class CheckpointConfig(Model):
     keep: PositiveInt = 2
 
 
-TransportName = Literal["auto", "shm", "cuda_ipc", "gloo", "nccl", "disk", "delta"]
+TransportName = Literal["auto", "shm", "cuda_ipc", "gloo", "nccl", "disk", "delta", "ucx"]
 
 
 class PublishConfig(Model):
     transport: TransportName = "auto"
     folder: str | None = None  # where versions are kept: a path, or a URL of fsspec's; for disk, one that engines know
     keep: PositiveInt = 2  # versions
-    couriers: tuple[str, ...] = ()  # for delta: the URL of `millrace courier` on each host of engines
+    couriers: tuple[str, ...] = ()  # for delta and ucx: the URL of `millrace courier` on each host of engines
     bucket_bytes: PositiveInt = 256 * 1024 * 1024
     timeout: PositiveFloat = 120.0  # for the whole transaction on one engine
     require_finite: bool = False
@@ -277,8 +277,15 @@ class PublishConfig(Model):
     def _possible(self) -> "PublishConfig":
         if self.transport in ("disk", "delta") and self.folder is None:
             raise ValueError(f"publish.transport is {self.transport}, and publish.folder does not say where")
-        if self.couriers and self.transport != "delta":
-            raise ValueError(f"publish.couriers are for publish.transport delta, and it is {self.transport}")
+        if self.couriers and self.transport not in ("auto", "delta", "ucx"):
+            raise ValueError(f"publish.couriers are for publish.transport delta or ucx, and it is {self.transport}")
+        if self.couriers and self.transport == "auto" and self.folder is not None:
+            raise ValueError(
+                "publish.couriers can bring versions of publish.folder (publish.transport: delta), or read "
+                "buckets from the trainer's memory (ucx); say which as publish.transport"
+            )
+        if self.transport == "ucx" and not self.couriers:
+            raise ValueError("publish.transport is ucx, and publish.couriers names no `millrace courier`")
         return self
 
 

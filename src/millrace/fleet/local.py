@@ -41,10 +41,10 @@ async def open_fleet(
 
     In rotation are those whose weights have the folder's checksums or, where an engine can't tell, that were started
     from this folder; another serves after its first publish. Logs go to `log_dir`. `transport` is how weights are
-    published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay; `couriers` are for `delta`, and
-    their key is read from MILLRACE_COURIER_KEY (docs/weights.md). Raises LaunchError when an engine does not come up
-    (the others are ended), DataError when the folder is not a model's or `folder` not a store, and PublishError when
-    the engines can't take weights by that transport.
+    published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay; `couriers` are for `delta` and
+    `ucx`, and their key is read from MILLRACE_COURIER_KEY (docs/weights.md). Raises LaunchError when an engine does not
+    come up (the others are ended), DataError when the folder is not a model's or `folder` not a store, PublishError
+    when the engines can't take weights by that transport, and ConfigError when what it needs is not installed.
     """
     checksums = await asyncio.to_thread(folder_checksums, model_path)
     store = None
@@ -85,18 +85,24 @@ def transport_for(
     import torch
 
     sights = [Sight(one.engine.name, is_here(one.engine.url), one.info.capabilities) for one in engines]
+    if wanted == "auto" and couriers and store is not None:
+        raise PublishError("couriers can bring weights by delta, from the store, and by ucx; say which it is to be")
     choice = choose(
-        wanted, sights, trainer_has_gpu=torch.cuda.is_available(), folder=store is not None and store.shared
+        wanted,
+        sights,
+        trainer_has_gpu=torch.cuda.is_available(),
+        folder=store is not None and store.shared,
+        couriers=bool(couriers),
     )
     logger.info("weights go by %s: %s", choice.name, choice.why)
     if choice.name is None:
         return None
-    if choice.name != "delta":
+    if choice.name not in ("delta", "ucx"):
         if couriers:
-            raise PublishError(f"couriers bring weights by delta, and they go by {choice.name}")
+            raise PublishError(f"couriers bring weights by delta or ucx, and they go by {choice.name}")
         return make(choice.name, in_common(sights), store=store)
-    from millrace.weights.courier import COURIER_KEY
-    from millrace.weights.transports.delta import assign
+    from millrace.weights.courier.server import COURIER_KEY
+    from millrace.weights.transports.couriers import assign
 
     assigned = assign({one.engine.name: one.engine.url for one in engines}, couriers)
     key = os.environ.get(COURIER_KEY)

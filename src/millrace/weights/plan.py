@@ -1,11 +1,16 @@
-"""Which tensors travel together. Pure."""
+"""Which tensors come, as far as that is known before, and which travel together. Pure."""
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
+from millrace.errors import PublishError
 from millrace.types import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 # Every tensor starts on a cache line, which also satisfies every dtype.
 ALIGNMENT = 64
@@ -14,6 +19,13 @@ ALIGNMENT = 64
 class HasSize(Protocol):
     @property
     def nbytes(self) -> int: ...
+
+
+@runtime_checkable
+class Announcing(Protocol):
+    """Tensors whose names and shapes are known before any of them is made, or gathered."""
+
+    def shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]: ...
 
 
 T = TypeVar("T", bound=HasSize)
@@ -66,3 +78,17 @@ def layout(tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> tuple[Te
 
 def padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def announced(tensors: Iterable[tuple[str, "torch.Tensor"]]) -> dict[str, tuple[int, ...]] | None:
+    """The shape of each, by its name, if that can be told without making them. Raises PublishError for a name that
+    comes twice."""
+    if isinstance(tensors, Announcing):
+        named = list(tensors.shapes())
+    elif isinstance(tensors, Collection):
+        named = [(name, tuple(tensor.shape)) for name, tensor in tensors]
+    else:
+        return None
+    if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
+        raise PublishError(f"the trainer named a tensor twice: {twice[0]}")
+    return dict(named)

@@ -7,15 +7,15 @@ serve until it holds a whole version. Nothing of a bucket is overwritten before 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from millrace.checksum import sampled_checksums
 from millrace.engines.base import Engine
 from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout, PublishError
 from millrace.types import Capability
-from millrace.weights.plan import buckets
+from millrace.weights.plan import announced, buckets
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class EngineReport:
 
 @dataclass(frozen=True, slots=True)
 class PublishReport:
-    """What a publish did. `stage_seconds`: copying into buckets, most of it hidden behind the engines' loading.
+    """What a publish did. `stage_seconds`: copying into buckets and bringing these to the engines' hosts, most of it
+    hidden behind the engines' loading.
     `unstored`: why this version, or the one before, is not kept."""
 
     version: int
@@ -77,11 +78,13 @@ class _Update:
         return self.target.engine
 
 
-@runtime_checkable
-class Announcing(Protocol):
-    """Tensors whose names and shapes are known before any of them is made, or gathered."""
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A bucket that was staged, and why which engines can't get it. `seconds` that this took."""
 
-    def shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]: ...
+    staged: StagedBucket
+    seconds: float
+    unreached: Mapping[str, EngineError]
 
 
 Step = Callable[[_Update], Awaitable[None]]
@@ -104,13 +107,14 @@ async def publish(
     `committed` is called with an engine's name as soon as that engine has committed, `unrestored` when one could not be
     brought back to what it served before; both are true also when this raises later on. An engine that is not done
     after `deadline` seconds has failed, and so has one that takes half of what is left of them for one step: the others
-    need the rest. Where all get the weights by one broadcast, and one engine breaks it off, the others get them again
-    without it, if `tensors` can be iterated again (an iterator can't). Raises PublishError when no engine took the
-    version.
+    need the rest. Those that failed because of another (where all get the weights by one broadcast, and one engine
+    breaks it off) get them again, if `tensors` can be iterated again (an iterator can't). Raises PublishError when no
+    engine took the version.
     """
     started = time.monotonic()
     ends = started + deadline
     updates = [_Update(target) for target in targets]
+    nbytes, stage_seconds = 0, 0.0
     try:
         async with asyncio.timeout(deadline):
             left: Sequence[_Update] = updates
@@ -119,7 +123,8 @@ async def publish(
                 source: Iterator[NamedTensors] = buckets(tensors, bucket_bytes)
                 if any(update.target.can(Capability.SAMPLED_CHECKSUMS) for update in left):
                     source = _sampled(source, samples)
-                checksums, nbytes, stage_seconds = await _load(left, source, version, transport, ends)
+                checksums, loaded, seconds = await _load(left, source, version, transport, ends)
+                nbytes, stage_seconds = max(nbytes, loaded), stage_seconds + seconds
                 await _attest(left, checksums, samples, ends)
                 await _each(left, "commit", lambda u: _commit(u, committed), ends)
                 left = await _bystanders(left, transport)
@@ -130,7 +135,7 @@ async def publish(
                 if isinstance(tensors, Iterator):
                     break
                 for update in left:
-                    update.error = None
+                    update.error, update.failed_at = None, 0.0
     except TimeoutError:
         for update in updates:
             if not update.committed:
@@ -167,7 +172,7 @@ async def _reach(
 ) -> bool:
     """Finds out, before anything begins, which engines can't take these tensors or can't be reached. Returns whether
     any is left."""
-    shapes = _announced(tensors)
+    shapes = announced(tensors)
     if shapes is not None:
         await _each(updates, "check", lambda u: u.engine.check_tensors(shapes), ends)
     targets = [update.target for update in updates if update.error is None]
@@ -180,48 +185,65 @@ async def _reach(
 async def _load(
     updates: Sequence[_Update], tensors: Iterator[NamedTensors], version: int, transport: Transport, ends: float
 ) -> tuple[dict[str, str], int, float]:
-    """Streams the buckets: one is staged in a thread while the engines load the other. The transactions begin when the
-    first is staged, since there are engines that generate nothing from then on. Returns the checksum of each tensor
+    """Streams the buckets: one is staged, and delivered, while the engines load the other. The transactions begin when
+    the first is there, since there are engines that generate nothing from then on. Returns the checksum of each tensor
     (empty where the transport has not read the bytes), bytes and seconds of staging."""
     checksums: dict[str, str] = {}
     nbytes, stage_seconds = 0, 0.0
     source = transport.staged(tensors)
 
-    def stage_next() -> tuple[StagedBucket | None, float]:
-        begun = time.monotonic()
-        return next(source, None), time.monotonic() - begun
-
-    staging = asyncio.create_task(asyncio.to_thread(stage_next))
-    try:
-        staged, seconds = await asyncio.shield(staging)
-    except asyncio.CancelledError:
-        await asyncio.wait([staging])  # the thread writes into a slot, and the next publish must not find it there
-        raise
-    if staged is not None:
+    async def next_bucket() -> _Arrival | None:
+        started = time.monotonic()
+        if (staged := await _next_of(source)) is None:
+            return None
         sound = [update.target for update in updates if update.error is None]
         unreached = await transport.deliver(sound, deadline=_share(ends))
-        for update in updates:
-            if (error := unreached.get(update.engine.name)) is not None:
-                update.error, update.blameless = error, True
+        return _Arrival(staged, time.monotonic() - started, unreached)
+
+    arrival = await next_bucket()
+    _leave_out(updates, arrival)
     await _each(updates, "begin", _breaking(transport, lambda u: _begin(u, version)), ends)
-    while staged is not None and any(update.error is None for update in updates):
-        stage_seconds += seconds
+    while arrival is not None and any(update.error is None for update in updates):
+        staged = arrival.staged
+        stage_seconds += arrival.seconds
         nbytes += staged.nbytes
         again = {name for name, count in Counter(staged.names).items() if count > 1}
         if twice := sorted(again | (checksums.keys() & set(staged.names))):
             raise PublishError(f"the trainer named a tensor twice: {twice[0]}")
         checksums |= {name: staged.checksums.get(name, "") for name in staged.names}
         load = _loading(staged, transport, ends)
-        following = asyncio.create_task(asyncio.to_thread(stage_next))
+        following = asyncio.create_task(next_bucket())
         try:
             await asyncio.gather(
                 _each(updates, "load", load, ends),
                 transport.send(staged),
             )
-        finally:
-            # Awaited whatever happens: the thread writes into a slot, and nothing may free that under it.
-            staged, seconds = await asyncio.shield(following)
+        except BaseException:
+            following.cancel()
+            # Its thread writes into a slot, and nothing may free that under it.
+            await asyncio.gather(following, return_exceptions=True)
+            raise
+        arrival = await following
+        _leave_out(updates, arrival)
     return checksums, nbytes, stage_seconds
+
+
+async def _next_of(source: Iterator[StagedBucket]) -> StagedBucket | None:
+    """The next bucket, staged in a thread."""
+    staging = asyncio.create_task(asyncio.to_thread(next, source, None))
+    try:
+        return await asyncio.shield(staging)
+    except asyncio.CancelledError:
+        await asyncio.wait([staging])  # the thread writes into a slot, and the next publish must not find it there
+        raise
+
+
+def _leave_out(updates: Sequence[_Update], arrival: _Arrival | None) -> None:
+    """Those whose host the bucket did not reach."""
+    unreached = arrival.unreached if arrival is not None else {}
+    for update in updates:
+        if update.error is None and (error := unreached.get(update.engine.name)) is not None:
+            update.error, update.blameless = error, True
 
 
 def _sampled(source: Iterator[NamedTensors], samples: dict[str, str]) -> Iterator[NamedTensors]:
@@ -230,20 +252,6 @@ def _sampled(source: Iterator[NamedTensors], samples: dict[str, str]) -> Iterato
         sums = sampled_checksums([tensor.detach().contiguous() for _, tensor in tensors])
         samples |= zip((name for name, _ in tensors), sums, strict=True)
         yield tensors
-
-
-def _announced(tensors: Iterable[tuple[str, "torch.Tensor"]]) -> dict[str, tuple[int, ...]] | None:
-    """The shape of each, by its name, if that can be told without making them. Raises PublishError for a name that
-    comes twice."""
-    if isinstance(tensors, Announcing):
-        named = list(tensors.shapes())
-    elif isinstance(tensors, Collection):
-        named = [(name, tuple(tensor.shape)) for name, tensor in tensors]
-    else:
-        return None
-    if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
-        raise PublishError(f"the trainer named a tensor twice: {twice[0]}")
-    return dict(named)
 
 
 def _loading(staged: StagedBucket, transport: Transport, ends: float) -> Step:

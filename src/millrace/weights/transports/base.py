@@ -63,8 +63,8 @@ class Transport(ABC):
         *,
         deadline: float,  # noqa: ARG002
     ) -> Mapping[str, EngineError]:
-        """When the first bucket is staged, and before any update begins: what else it takes until the engines can reach
-        it, which generate meanwhile. Returns why which of them can't."""
+        """When a bucket is staged, while the engines load the one before, or generate if it is the first: what else it
+        takes until these engines can reach it. Returns why which of them can't."""
         return {}
 
     @abstractmethod
@@ -80,7 +80,8 @@ class Transport(ABC):
         return None
 
     async def blameless(self, failed: Sequence[Engine]) -> set[str]:  # noqa: ARG002
-        """Of engines that failed, in this order: those that only lost what they shared with others."""
+        """Of engines that failed, in this order: those that only lost what others had for them. They get the weights
+        again, if somebody can."""
         return set()
 
     @abstractmethod

@@ -21,6 +21,11 @@ NEEDS: dict[TransportName, tuple[Capability, ...]] = {
     "nccl": (Capability.UPDATE_FROM_PROCESS_GROUP, Capability.UPDATE_FROM_BARE_NCCL),
     "disk": (Capability.UPDATE_FROM_DISK,),
     "delta": (Capability.UPDATE_FROM_DISK,),
+    "ucx": (
+        Capability.UPDATE_FROM_SHARED_MEMORY,
+        Capability.UPDATE_FROM_TORCH_STORAGE,
+        Capability.UPDATE_FROM_CUDA_IPC,
+    ),
 }
 
 
@@ -41,14 +46,19 @@ class Choice:
     why: str
 
 
-def choose(wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: bool, folder: bool) -> Choice:
-    """Memory where all share a host, otherwise a broadcast from GPU to GPUs or from CPU to CPUs, otherwise the disk if
-    there is a folder for it. Raises PublishError where what is wanted is not possible; it is taken at its word about
-    hosts and GPUs, which a container or a tunnel may hide."""
+def choose(
+    wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: bool, folder: bool, couriers: bool = False
+) -> Choice:
+    """UCX where there are couriers. Otherwise memory where all share a host, otherwise a broadcast from GPU to GPUs or
+    from CPU to CPUs, otherwise the disk if there is a folder for it. Raises PublishError where what is wanted is not
+    possible; it is taken at its word about hosts and GPUs, which a container or a tunnel may hide."""
+    why = "the config says so"
+    if wanted == "auto" and couriers:
+        wanted, why = "ucx", "there are couriers, and no store from which they could bring versions"
     if wanted != "auto":
         if lacking := [engine.name for engine in engines if not engine.capabilities & set(NEEDS[wanted])]:
             raise PublishError(f"publish.transport is {wanted}, and {', '.join(lacking)} can't take weights by it")
-        return Choice(wanted, "the config says so")
+        return Choice(wanted, why)
     common = in_common(engines)
     away = [engine.name for engine in engines if not engine.here]
     if not away:
@@ -80,7 +90,8 @@ def make(
     courier_key: str | None = None,
 ) -> "Transport":
     """The transport that was chosen, for engines that have these capabilities in common. Its device is torch's current
-    one. `store` is for the disk and for delta, `couriers` for delta: each engine's, as `delta.assign` says."""
+    one. `store` is for the disk and for delta, `couriers` for delta and for UCX: each engine's, as `couriers.assign`
+    says."""
     import torch
 
     if name == "delta":
@@ -89,6 +100,17 @@ def make(
         if store is None or couriers is None:
             raise PublishError("publish.transport is delta, and publish.folder names no store")
         return DeltaTransport(store, couriers, key=courier_key)
+    if name == "ucx":
+        from millrace.weights.transports.ucx import UcxTransport
+
+        urls = {engine: url for engine, url in (couriers or {}).items() if url is not None}
+        if couriers is None or len(urls) < len(couriers):
+            lacking = ", ".join(sorted((couriers or {}).keys() - urls.keys()))
+            raise PublishError(f"publish.couriers names none on the host of {lacking or 'any engine'}, which ucx takes")
+        # Checksums of all bytes are made on the CPU, so the bytes must be there for engines that are compared by them.
+        on_gpu = torch.cuda.is_available() and Capability.CHECKSUMS not in common
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        return UcxTransport(urls, device, key=courier_key)
     if name == "disk":
         from millrace.weights.transports.disk import DiskTransport
 

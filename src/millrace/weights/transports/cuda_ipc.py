@@ -44,10 +44,7 @@ class CudaIpcTransport(MemoryTransport[DeviceSlot]):
         return DeviceSlot(size, self._device)
 
     def _copy(self, tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:
-        for spec, (_, tensor) in zip(specs, tensors, strict=True):
-            place = target[spec.offset : spec.offset + spec.nbytes]
-            place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
-        torch.cuda.current_stream(self._device).synchronize()  # an engine must not open what is still being written
+        copy_on_gpu(tensors, specs, target)
         return {}
 
     def _bucket(self, slot: DeviceSlot, specs: tuple[TensorSpec, ...], nbytes: int, ranks: int) -> CudaIpcBucket:
@@ -56,3 +53,11 @@ class CudaIpcTransport(MemoryTransport[DeviceSlot]):
     async def close(self) -> None:
         await super().close()
         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+
+
+def copy_on_gpu(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> None:
+    """Copies the tensors into `target`, [nbytes] uint8 on a GPU, and waits for that."""
+    for spec, (_, tensor) in zip(specs, tensors, strict=True):
+        place = target[spec.offset : spec.offset + spec.nbytes]
+        place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+    torch.cuda.current_stream(target.device).synchronize()  # nobody must read what is still being written

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from millrace.errors import DataError, EngineError, EngineFailed, EngineTimeout, PublishError
 from millrace.http.client import HttpClient
-from millrace.launch.ports import host_of
 from millrace.types import DiskBucket
 from millrace.weights.chain import digest_of
 from millrace.weights.replica import Replica
 from millrace.weights.store import VersionStore
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
+from millrace.weights.transports.couriers import reason_of
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ class DeltaTransport(Transport):
                 left = ends - asyncio.get_running_loop().time()
                 folder, digest = await courier.bring(version, deadline=left)
             except EngineError as error:
-                failed[courier] = str(error).removeprefix(f"engine {error.engine}: ")
+                failed[courier] = reason_of(error)
                 return
             if digest != self._digest:
                 failed[courier] = f"its store has another version {version}"
@@ -176,31 +176,3 @@ class _Thread:
         """Returns when it has, whatever came of it."""
         if self._task is not None:
             await asyncio.wait([self._task])
-
-
-def assign(engines: Mapping[str, str], couriers: Sequence[str]) -> dict[str, str | None]:
-    """Each engine's courier: the one on its host, and None on this host where there is none. `engines` are URLs by
-    name. Raises PublishError where that leaves an engine or a courier alone."""
-    here = host_of("http://127.0.0.1")
-    at: dict[str, str] = {}
-    for url in couriers:
-        host = _host_of(url)
-        if host in at:
-            raise PublishError(f"publish.couriers: {at[host]} and {url} are on one host, which needs only one")
-        at[host] = url
-    hosts = {name: _host_of(url) for name, url in engines.items()}
-    if lacking := [name for name, host in hosts.items() if host not in at and host != here]:
-        raise PublishError(
-            f"publish.couriers names none on the host of {', '.join(lacking)}; start `millrace courier` there, and add "
-            "its URL"
-        )
-    if idle := [url for host, url in at.items() if host not in hosts.values()]:
-        raise PublishError(f"publish.couriers: there is no engine on the host of {', '.join(idle)}")
-    return {name: at.get(host) for name, host in hosts.items()}
-
-
-def _host_of(url: str) -> str:
-    try:
-        return host_of(url)
-    except OSError as error:
-        raise PublishError(f"the host of {url} is not known: {error}") from error

@@ -6,13 +6,12 @@ when a broadcast in it has broken off, or the engines are others: it is of no mo
 """
 
 import asyncio
-import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from millrace.engines.base import Engine
 from millrace.errors import EngineError, EngineFailed
 from millrace.launch.ports import own_address
 from millrace.types import Health, ProcessGroup, ProcessGroupBucket
+from millrace.weights.environment import settings
 from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket, specs_of
 
 POLL_SECONDS = 0.0005
@@ -82,7 +82,7 @@ class SendingGroup:
     def _nccl(self, store: Any) -> Any:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = 2 * self._deadline + timedelta(minutes=1)
-        with _settings(NCCL_SETTINGS):
+        with settings(NCCL_SETTINGS):
             return dist.ProcessGroupNCCL(store, 0, self._world, options)
 
     async def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -299,21 +299,6 @@ class ProcessGroupTransport(BucketTransport):
 
 def backend_of(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
-
-
-@contextmanager
-def _settings(wanted: Mapping[str, str]) -> Iterator[None]:
-    """These variables of the environment, as long as the block runs."""
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 async def _at_fault(engines: Sequence[Engine]) -> set[str]:

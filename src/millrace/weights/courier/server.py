@@ -1,48 +1,44 @@
-"""A small server on an engine's host, which brings versions there when it is told to. Stock engines can't apply by
-themselves what has changed; they read the whole version from the folder that it answers with."""
+"""What every courier is: an HTTP server whose routes answer to a key. What it does is its job's."""
 
-import asyncio
 import ipaddress
-import logging
 import socket
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from millrace.engines.embedded.auth import Keys, allowed
 from millrace.engines.embedded.replies import reply
-from millrace.errors import ConfigError, MillraceError
-
-if TYPE_CHECKING:
-    from millrace.weights.replica import Replica
+from millrace.errors import ConfigError
 
 COURIER_KEY = "MILLRACE_COURIER_KEY"  # an environment variable, where courier and trainer find it
 SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the server is told to end
 
-logger = logging.getLogger(__name__)
+B = TypeVar("B", bound=BaseModel)
 
 
-class BringBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+class Job(ABC):
+    """What a courier does when it is asked to. `does` says it, after the courier's URL."""
 
-    version: NonNegativeInt
+    does: str
+
+    @abstractmethod
+    def routes(self) -> Sequence[web.RouteDef]: ...
 
 
 class CourierServer:
-    """Answers for `replica`. One version is brought at a time, also for those who have hung up since."""
+    """Answers for `job`, to those who know `key`, if there is one."""
 
-    def __init__(self, replica: "Replica", *, key: str | None) -> None:
-        self._replica = replica
+    def __init__(self, job: Job, *, key: str | None) -> None:
+        self._job = job
         self._keys = Keys(None, key)
-        self._thread = ThreadPoolExecutor(1, "courier")
 
     async def start(self, sock: socket.socket) -> web.AppRunner:
         """Serves on a bound socket."""
         app = web.Application(middlewares=[self._guard])
-        app.add_routes([web.get("/health", self._health), web.post("/bring", self._bring)])
+        app.add_routes([web.get("/health", self._health), *self._job.routes()])
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE)
         await runner.setup()
         await web.SockSite(runner, sock).start()
@@ -59,18 +55,13 @@ class CourierServer:
     async def _health(self, http: web.Request) -> web.Response:  # noqa: ARG002
         return reply({"status": "ok"})
 
-    async def _bring(self, http: web.Request) -> web.Response:
-        try:
-            version = BringBody.model_validate_json(await http.read()).version
-        except ValidationError as error:
-            return web.Response(text=str(error), status=400)
-        try:
-            path, digest = await asyncio.get_running_loop().run_in_executor(self._thread, self._replica.bring, version)
-        except MillraceError as error:
-            logger.error("version %d: %s", version, error)
-            return web.Response(text=str(error), status=500)
-        logger.info("version %d is in %s", version, path)
-        return reply({"path": str(path), "digest": digest})
+
+async def body_of(http: web.Request, model: type[B]) -> B:
+    """Raises HTTPBadRequest where the body is not one."""
+    try:
+        return model.model_validate_json(await http.read())
+    except ValidationError as error:
+        raise web.HTTPBadRequest(text=str(error)) from error
 
 
 def bind(host: str, port: int, *, key: str | None) -> socket.socket:

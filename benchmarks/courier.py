@@ -1,0 +1,18 @@
+"""A courier on this host, for what is measured with one."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def courier(device: str) -> Iterator[str]:
+    """Its URL, for publish.transport ucx."""
+    command = [sys.executable, "-m", "millrace", "courier", "--device", device]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().split()[0]
+        finally:
+            process.kill()

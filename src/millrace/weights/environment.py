@@ -1,0 +1,20 @@
+"""Libraries that are told what to do by the environment alone."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+
+@contextmanager
+def settings(wanted: Mapping[str, str]) -> Iterator[None]:
+    """These variables of the environment, as long as the block runs."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,367 @@
+"""Publishing over UCX, to real engines, by couriers: two addresses of this machine stand for two hosts."""
+
+import asyncio
+import base64
+import itertools
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import orjson
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from millrace.checksum import tensor_checksum
+from millrace.cli.courier import courier as command
+from millrace.config import EmbeddedEngineConfig
+from millrace.config.models import PublishConfig
+from millrace.engines.start import Started, start
+from millrace.errors import ConfigError, EngineError, EngineRefused, PublishError
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.local import transport_for
+from millrace.types import Capability
+from millrace.weights.courier.messages import Form, Handle, MemoryFileHandle, PullBody, Pulled, TorchStorageHandle
+from millrace.weights.courier.pulling import Pulling
+from millrace.weights.courier.server import COURIER_KEY
+from millrace.weights.folder import folder_checksums
+from millrace.weights.transports.base import PublishTarget
+from millrace.weights.transports.choice import make
+from millrace.weights.transports.shared_memory import MemoryFile
+from millrace.weights.transports.ucx import UcxCourier, UcxTransport
+from millrace.weights.ucx import Endpoint
+
+Tensors = list[tuple[str, torch.Tensor]]
+HOSTS = ("127.0.0.1", "127.0.0.2")
+KEY = "the key"
+CPU = torch.device("cpu")
+SMALL = 64 * 1024  # of a bucket: several to a version, and tensors that are larger
+
+
+@pytest.fixture(scope="module")
+def tensors(tiny_model: Path) -> Tensors:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    return [(name, parameter.detach().clone()) for name, parameter in model.named_parameters()]
+
+
+def stepped(tensors: Tensors, version: int) -> Tensors:
+    noise = torch.Generator().manual_seed(version)
+    return [(name, torch.randn(tensor.shape, generator=noise) * 0.1) for name, tensor in tensors]
+
+
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COURIER_KEY, KEY)
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def courier() -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start_one(*arguments: str, key: str = KEY) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "millrace", "courier", *arguments]
+        environment = {**os.environ, COURIER_KEY: key}
+        out = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdout=out, stderr=out, text=True, env=environment))
+        return started[-1]
+
+    yield start_one
+    for one in started:
+        one.kill()
+        one.wait(timeout=10)  # not for the end of its output: torch's helper has that too, and stays for us
+        for stream in (one.stdout, one.stderr):
+            assert stream is not None
+            stream.close()
+
+
+def url_of(courier: subprocess.Popen[str]) -> str:
+    assert courier.stdout is not None
+    line = courier.stdout.readline()
+    assert "reads weights over UCX, to the CPU here" in line, line
+    return line.split()[0]
+
+
+class Fateful(UcxTransport):
+    """`fate` comes when the next bucket has arrived with the couriers, before an engine opens it."""
+
+    fate: Callable[[], object] | None = None
+
+    async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
+        unreached = await super().deliver(targets, deadline=deadline)
+        if self.fate is not None:
+            self.fate()
+            self.fate = None
+        return unreached
+
+
+@asynccontextmanager
+async def on_two_hosts(model: Path, logs: Path, couriers: list[str]) -> AsyncIterator[tuple[Fleet, Fateful]]:
+    """As `open_fleet`, with an engine on each host."""
+
+    async def start_one(replica: int) -> Started:
+        config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, host=HOSTS[replica])
+        return await start(config, model, replica=replica, log_dir=logs, version=0, seed=0)
+
+    started = await asyncio.gather(*(start_one(replica) for replica in range(2)))
+    chosen = transport_for("auto", started, None, couriers)
+    assert isinstance(chosen, UcxTransport)
+    await chosen.close()
+    urls = {one.engine.name: url for one, url in zip(started, couriers, strict=True)}
+    async with Fleet.open(started, transport := Fateful(urls, CPU, key=KEY), None, start_one) as fleet:
+        await fleet.attest(folder_checksums(model), 0, model)
+        yield fleet, transport
+
+
+class Meddled:
+    """Tensors that can be gone through again; before the one in the middle is taken, `act` is called, once."""
+
+    def __init__(self, tensors: Tensors, act: Callable[[], object]) -> None:
+        self._tensors, self._acts = tensors, [act]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, named in enumerate(self._tensors):
+            if number == len(self._tensors) // 2 and self._acts:
+                self._acts.pop()()
+            yield named
+
+
+def serving(fleet: Fleet) -> dict[str, int | None]:
+    """The version that each engine serves."""
+    return {member.name: member.version if member.routable else None for member in fleet.snapshot.members}
+
+
+async def test_two_hosts_and_couriers_that_die(
+    tensors: Tensors, tiny_model: Path, tmp_path: Path, courier: Start, key: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert any(tensor.nbytes > SMALL for _, tensor in tensors)
+    started = [courier("--host", host) for host in HOSTS]
+    urls = [url_of(one) for one in started]
+
+    def kill() -> None:
+        started[1].kill()
+        started[1].wait(timeout=10)
+
+    with caplog.at_level("INFO", "millrace"):
+        async with on_two_hosts(tiny_model, tmp_path, urls) as (fleet, transport):
+            assert "weights go by ucx: there are couriers" in caplog.text
+            one, two = fleet.engines
+            version = 0
+
+            async def publish(
+                act: Callable[[], object] = lambda: None, *, fails: str | None = None, deadline: float = 20.0
+            ) -> str:
+                nonlocal version
+                version += 1
+                sent = stepped(tensors, version)
+                report = await fleet.publish(Meddled(sent, act), version, bucket_bytes=SMALL, deadline=deadline)
+                assert list(report.failed) == ([fails] if fails else [])
+                assert all(engine.blameless == (engine.engine == fails) for engine in report.engines)
+                assert serving(fleet) == {name: None if name == fails else version for name in (one, two)}
+                for name in {one, two} - {fails}:
+                    assert await fleet.engines[name].checksums() == {n: tensor_checksum(t) for n, t in sent}
+                assert fleet.snapshot.get(two).usable  # it is its courier that failed
+                return str(report.failed.get(two, ""))
+
+            await publish()
+            await publish()
+            begun = time.monotonic()
+            hangs = await publish(lambda: started[1].send_signal(signal.SIGSTOP), fails=two, deadline=4.0)
+            assert "did not answer within" in hangs
+            assert time.monotonic() - begun < 4.0
+            started[1].send_signal(signal.SIGCONT)
+            await publish()
+            transport.fate = kill  # what it has read is gone with it, and its engine can't open it
+            assert f"courier {urls[1]} did not bring a bucket: nobody listens at" in await publish(fails=two)
+            assert f"courier {urls[1]} did not bring a bucket: nobody listens at" in await publish(fails=two)
+            started[1] = courier("--host", HOSTS[1], "--port", urls[1].rpartition(":")[2])
+            assert url_of(started[1]) == urls[1]
+            await publish()
+            for process in started:
+                process.kill()
+            with pytest.raises(PublishError, match="no engine took version 8"):
+                await publish()
+
+
+class Trainer:
+    """What a trainer's side is to a courier. Its slots are filled with one number each."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self._session, self._url = session, url
+        self.endpoint = Endpoint(MemoryFile, CPU)
+
+    def fill(self, value: int, nbytes: int, slot: int = 0) -> dict[str, object]:
+        """The body of a pull."""
+        self.endpoint.slot(slot, nbytes, unread=True).bytes.fill_(value)
+        body = PullBody(
+            session=self.endpoint.name, agent=self.endpoint.metadata(), slot=slot,
+            address=self.endpoint.region(slot).address, nbytes=nbytes, gpu=None, form=Form.MEMORY_FILE, shares=1,
+            seconds=20.0,
+        )  # fmt: skip
+        return body.model_dump(mode="json")
+
+    async def ask(self, body: object, path: str = "/pull", key: str = KEY) -> tuple[int, str]:
+        headers = {"Authorization": f"Bearer {key}"}
+        async with self._session.post(self._url + path, json=body, headers=headers) as response:
+            return response.status, await response.text()
+
+    async def pull(self, body: object) -> Handle:
+        status, text = await self.ask(body)
+        assert status == 200, text
+        return Pulled.model_validate_json(text).handle
+
+
+@asynccontextmanager
+async def trainer(url: str) -> AsyncIterator[Trainer]:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
+        trainer = Trainer(session, url)
+        yield trainer
+        trainer.endpoint.close()
+
+
+def slots_of(process: subprocess.Popen[str]) -> int:
+    """How many memory files it has open."""
+    folder = Path("/proc", str(process.pid), "fd")
+    return len({path.stat().st_ino for path in folder.iterdir() if "millrace-bucket" in os.readlink(path)})
+
+
+def content(path: str, nbytes: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(nbytes)
+
+
+def mapped(path: str, nbytes: int) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ)
+
+
+async def test_what_a_courier_holds(courier: Start) -> None:
+    process = courier()
+    async with trainer(url := url_of(process)) as one, trainer(url) as two:
+        body = one.fill(1, 4096)
+        stranger = UcxCourier(url, "another key")
+        with pytest.raises(EngineRefused, match=f"needs the key in {COURIER_KEY}"):
+            await stranger.pull(PullBody.model_validate_json(orjson.dumps(body)), deadline=5.0)
+        await stranger.close(None)
+        assert (await one.ask(body, key="wrong"))[0] == 401
+        assert (await one.ask({"session": one.endpoint.name}, "/end", key="wrong"))[0] == 401
+        wrong: list[dict[str, object]] = [{"slot": 2}, {"nbytes": 0}, {"address": "1"}, {"gpu": -1}, {"file": "/"}]
+        for change in wrong:
+            assert (await one.ask({**body, **change}))[0] == 400
+        status, text = await one.ask({**body, "form": "cuda_ipc"})
+        assert status == 400
+        assert "its memory is on the cpu, and the engines here open cuda_ipc: start it with --device cuda" in text
+        unreadable: list[dict[str, object]] = [
+            {"agent": base64.b64encode(b"rubbish").decode()},
+            {"address": 4096},
+            {"seconds": 1e-9},
+        ]
+        for change in unreadable:
+            status, text = await one.ask({**body, **change})
+            assert status == 500
+            assert "the bucket was not read: " in text
+
+        for slot, value, nbytes in [(0, 1, 4096), (1, 2, 8192), (0, 3, 65536), (1, 4, 4096)]:  # one grows
+            handle = await one.pull(one.fill(value, nbytes, slot))
+            assert isinstance(handle, MemoryFileHandle)
+            assert content(handle.path, nbytes) == bytes([value]) * nbytes
+            assert slots_of(process) == 1 + min(value - 1, 1)
+        storage = await one.pull({**one.fill(5, 4096), "form": "torch_storage"})
+        assert isinstance(storage, TorchStorageHandle)
+        opened = torch.UntypedStorage._new_shared_filename_cpu(storage.manager, storage.handle, storage.storage_bytes)
+        assert bytes(opened)[:4096] == bytes([5]) * 4096
+        assert slots_of(process) == 0
+
+        await two.pull(two.fill(6, 4096))  # its trainer has begun anew, and the one before is gone
+        assert slots_of(process) == 1
+        assert await one.ask({"session": one.endpoint.name}, "/end") == (200, '{"success":true}')
+        assert slots_of(process) == 1
+        assert (await two.ask({"session": two.endpoint.name}, "/end"))[0] == 200
+        assert slots_of(process) == 0
+
+
+async def test_memory_outlives_its_reader(courier: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over TCP a thread of the library's copies from the slot. Freed under it, it would kill this process."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    nbytes = 128 * 2**20
+    process = courier()
+    async with trainer(url_of(process)) as one:
+        handle = await one.pull(one.fill(1, nbytes))
+        assert isinstance(handle, MemoryFileHandle)
+        theirs, values = mapped(handle.path, nbytes), itertools.count(2)
+
+        async def stopped_halfway() -> tuple[int, asyncio.Task[tuple[int, str]]]:
+            """The value that is being read, and the pull."""
+            for value in itertools.islice(values, 10):
+                pulling = asyncio.create_task(one.ask(one.fill(value, nbytes)))
+                while theirs[0] != value:
+                    await asyncio.sleep(0)
+                process.send_signal(signal.SIGSTOP)
+                if theirs[nbytes - 1] != value:
+                    return value, pulling
+                process.send_signal(signal.SIGCONT)  # it was done before it could be stopped
+                await pulling
+            pytest.fail("it was never stopped in the middle")
+
+        value, pulling = await stopped_halfway()
+        one.endpoint.slot(0, 2 * nbytes, unread=False).bytes.fill_(0)
+        process.send_signal(signal.SIGCONT)
+        assert (await pulling)[0] == 200
+        assert theirs[:] == bytes([value]) * nbytes
+
+        value, pulling = await stopped_halfway()
+        one.endpoint.close()
+        process.send_signal(signal.SIGCONT)
+        status, text = await pulling
+        assert status == 500
+        assert "the bucket was not read: NIXL_ERR_REMOTE_DISCONNECT" in text
+        assert theirs[nbytes - 1] != value
+        theirs.close()
+        one.endpoint = Endpoint(MemoryFile, CPU)
+        await one.pull(one.fill(99, nbytes))
+
+
+def test_without_nixl_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nixl_cu12", None)
+    for build in (lambda: UcxTransport({"one": "http://127.0.0.2:9"}, CPU, key=None), lambda: Pulling(CPU)):
+        with pytest.raises(ConfigError, match=r"pip install 'millrace\[ucx\]'"):
+            build()
+
+
+def test_the_command_does_one_of_two_things() -> None:
+    for arguments, words in [
+        ({"store": "versions"}, "--store and --folder are for versions of a store and belong together"),
+        ({"folder": Path("here")}, "--store and --folder are for versions of a store and belong together"),
+        ({"store": "versions", "folder": Path("here"), "device": "cpu"}, "--device is for ucx"),
+        ({"device": "tpu"}, "--device tpu: "),
+        ({"device": "meta"}, "--device meta: write cpu, cuda or cuda:N"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            command(**arguments)  # type: ignore[arg-type] # each has its own type
+
+
+def test_couriers_are_for_ucx_or_for_a_store() -> None:
+    couriers = ("http://127.0.0.2:9",)
+    PublishConfig(transport="ucx", couriers=couriers)
+    PublishConfig(transport="ucx", couriers=couriers, folder="versions")
+    PublishConfig(couriers=couriers)
+    with pytest.raises(ValueError, match=r"say which as publish\.transport"):
+        PublishConfig(couriers=couriers, folder="versions")
+    with pytest.raises(ValueError, match=r"publish\.transport is ucx, and publish\.couriers names no"):
+        PublishConfig(transport="ucx")
+
+
+def test_each_engine_needs_a_courier() -> None:
+    common = frozenset({Capability.UPDATE_FROM_SHARED_MEMORY})
+    couriers = {"one": "http://127.0.0.2:9", "two": None}
+    with pytest.raises(PublishError, match=r"publish\.couriers names none on the host of two, which ucx takes"):
+        make("ucx", common, couriers=couriers)
