@@ -32,6 +32,7 @@ from millrace.fleet.membership import Snapshot
 from millrace.http.portal import Portal
 from millrace.types import (
     ALL_MEMORY,
+    AdapterConfig,
     Bucket,
     EngineInfo,
     EngineLoad,

@@ -2,7 +2,7 @@
 greedy answers are compared with those of servers that were started from the version's own folder.
 
     python -m benchmarks.gpu.quantised --engine '{"kind": "vllm", "python": "...", "engine_args": {"quantization":
-        "fp8"}}' [--size 0.5b] [--transport cuda_ipc disk] [--unquantised]
+        "fp8"}}' [--size 0.5b] [--transport cuda_ipc disk] [--again]
 """
 
 import argparse
@@ -78,17 +78,16 @@ async def started_from(settings: str, folder: Path, scratch: Path, label: str) -
 async def run(arguments: argparse.Namespace) -> None:
     given = json.loads(arguments.engine)
     settings = json.dumps({**given, "engine_args": {"load_format": "auto", **given.get("engine_args", {})}})
-    args = {k: v for k, v in given.get("engine_args", {}).items() if k not in ("quantization", "load_format")}
-    plain = json.dumps({**given, "engine_args": {"load_format": "auto", **args}})
     device = torch.device("cuda" if given.get("device", "cuda") == "cuda" else "cpu")
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         first = make_version(scratch / "first", arguments.size, 1, device)
         second = make_version(scratch / "second", arguments.size, 2, device)
         own = await started_from(settings, scratch / "second", scratch, "own")
-        if arguments.unquantised:
-            unquantised = await started_from(plain, scratch / "second", scratch, "plain")
-            compare("quantised and not, both started from the folder", own, unquantised)
+        if arguments.again:
+            compare(
+                "started from its folder twice", own, await started_from(settings, scratch / "second", scratch, "again")
+            )
         async with served(engine_config(settings), scratch / "first", scratch) as (_, engine):
             target = PublishTarget(engine, await engine.info())
             print("can:", ", ".join(sorted(target.info.capabilities)), flush=True)
@@ -128,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", default="0.5b")
     parser.add_argument("--transport", nargs="+", default=["cuda_ipc"], choices=["cuda_ipc", "disk", "shm"])
-    parser.add_argument("--unquantised", action="store_true", help="compare with an engine that does not quantise too")
+    parser.add_argument("--again", action="store_true", help="start the reference twice: what does a start change?")
     parser.add_argument("--engine", required=True)
     asyncio.run(run(parser.parse_args()))
 

@@ -7,12 +7,13 @@ if TYPE_CHECKING:
     from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
     from millrace.fleet.fleet import Fleet
     from millrace.fleet.local import open_fleet
-    from millrace.types import GenerateRequest, Generation, SamplingParams, Segment
+    from millrace.types import AdapterConfig, GenerateRequest, Generation, SamplingParams, Segment
 
 __version__ = "0.1.0"
 
 # Loaded on first use, so that `import millrace` takes a few milliseconds.
 _HOMES = {
+    "AdapterConfig": "millrace.types",
     "EmbeddedEngineConfig": "millrace.config.models",
     "Fleet": "millrace.fleet.fleet",
     "GenerateRequest": "millrace.types",
@@ -25,6 +26,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterConfig",
     "EmbeddedEngineConfig",
     "Fleet",
     "GenerateRequest",

@@ -16,6 +16,7 @@ from millrace.fleet.membership import Snapshot
 from millrace.http.portal import Portal
 from millrace.types import (
     ALL_MEMORY,
+    AdapterConfig,
     Bucket,
     EngineInfo,
     EngineLoad,
@@ -132,7 +133,7 @@ class Engine:
         self._portal.call(self._wrapped.load(bucket, deadline=deadline))
 
     def commit(self) -> None:
-        """Ends the transaction: from here on the engine serves, and reports, the new version."""
+        """Ends the transaction: from here on the engine serves, and reports, the new version, without an adapter."""
         self._portal.call(self._wrapped.commit())
 
     def rollback(self) -> None:
@@ -158,12 +159,22 @@ class Engine:
         arrived where it holds that in another form (packed, sharded, cast)."""
         return self._portal.call(self._wrapped.sampled_checksums())
 
-    def load_adapter(self, name: str, path: str) -> None:
-        """Loads a LoRA adapter from a folder that the engine's host can read; `extra={"lora_path": name}` uses it."""
-        self._portal.call(self._wrapped.load_adapter(name, path))
+    def load_adapter(self, name: str, path: str, *, deadline: float = 30.0) -> None:
+        """Loads a LoRA adapter from a folder in PEFT's format that the engine's host can read, while it generates;
+        requests with `extra={"lora_path": name}` use it. Raises EngineRefused where one of that name is loaded.
 
-    def unload_adapter(self, name: str) -> None:
-        self._portal.call(self._wrapped.unload_adapter(name))
+        It belongs to the weights that are served: the next `commit` takes it off. What runs with it then, and what
+        names it later, is made by the new weights alone, and its segments say so. `unload_adapter` frees its memory."""
+        self._portal.call(self._wrapped.load_adapter(name, path, deadline=deadline))
+
+    def unload_adapter(self, name: str, *, deadline: float = 30.0) -> None:
+        """What runs with it goes on to its end, for which the engine may wait, or read its folder again; what names it
+        later is refused, or made without it where a commit took it off."""
+        self._portal.call(self._wrapped.unload_adapter(name, deadline=deadline))
+
+    def adapter_checksums(self, name: str) -> Mapping[str, str]:
+        """With Capability.CHECKSUMS: of each tensor of an adapter, by `millrace.checksum` under the trainer's names."""
+        return self._portal.call(self._wrapped.adapter_checksums(name))
 
     def health(self, *, deadline: float = 5.0) -> Health:
         """Never raises: an engine that does not answer is Health.DEAD."""
@@ -223,6 +234,33 @@ class Fleet:
         return self._portal.call(
             self._wrapped.publish(
                 tensors, version, bucket_bytes=bucket_bytes, deadline=deadline, require_finite=require_finite
+            )
+        )
+
+    def publish_adapter(
+        self,
+        tensors: "Iterable[tuple[str, torch.Tensor]]",
+        version: int,
+        *,
+        config: AdapterConfig,
+        deadline: float = 60.0,
+        require_finite: bool = False,
+    ) -> PublishReport:
+        """Brings a LoRA adapter over the last whole version into every usable engine, while these go on generating.
+
+        `tensors` are named as PEFT does, `base_model.model.MODULE.lora_A.weight` and `lora_B`. Requests that begin when
+        an engine has it are made with it, and their segments say `version`; those that run end with what they began
+        with. Two adapters at most are loaded in an engine: where requests still run with the one before the last, it is
+        waited for them for half of `deadline`, and then they are aborted.
+
+        An engine that does not take the adapter is out of rotation and named in the report; where it only said no, it
+        serves again after the next one. PublishError is raised, and what served before goes on serving, when the
+        tensors are not those of such an adapter of the model, when no engine takes it or none can read it, and as
+        `publish` says. A version that is published whole takes the adapter off.
+        """
+        return self._portal.call(
+            self._wrapped.publish_adapter(
+                tensors, version, config=config, deadline=deadline, require_finite=require_finite
             )
         )
 

@@ -207,6 +207,16 @@ class CudaIpcBucket:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """What a LoRA adapter adds to a linear layer W of `target_modules` (names, or their ends, as PEFT means it):
+    (alpha / rank) B A, where A is [rank, in] and B is [out, rank]."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessGroup:
     """A group of torch.distributed in which a sender, rank 0, broadcasts weights. The engine's own ranks start at
     `rank_offset`."""

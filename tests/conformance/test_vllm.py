@@ -9,11 +9,12 @@ import pytest_asyncio
 from millrace.config.models import VLLMEngineConfig
 from millrace.conformance import Check, Runner
 from tests.conformance.conftest import examined
-from tests.conformance.hold import START_TIMEOUT, every_check, hold, hold_after_a_trainer_died
+from tests.conformance.hold import START_TIMEOUT, WITHOUT_ADAPTERS, every_check, hold, hold_after_a_trainer_died
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LACKING = frozenset({
+    *WITHOUT_ADAPTERS,  # see test_adapters.py
     "update.bare_nccl",  # on the CPU
     "update.checksums",
     "update.cuda_ipc",  # on the CPU

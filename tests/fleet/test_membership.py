@@ -1,10 +1,12 @@
 """Who may serve: the state machine under any sequence of events, and the policy over any snapshot."""
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.fleet.membership import (
     Attested,
+    Based,
     Died,
     Distrusted,
     Emptied,
@@ -16,12 +18,13 @@ from millrace.fleet.membership import (
     Woke,
     after,
 )
-from millrace.fleet.routing import least_loaded
-from millrace.types import ALL_MEMORY, MemoryTag
+from millrace.fleet.routing import least_loaded, with_adapter
+from millrace.types import ALL_MEMORY, FinishReason, Generation, MemoryTag, Segment
 
 tags = st.frozensets(st.sampled_from(MemoryTag))
 events: st.SearchStrategy[Event] = st.one_of(
-    st.builds(Attested, st.integers(0, 9)),
+    st.builds(Attested, st.integers(0, 9), st.none() | st.just("an adapter")),
+    st.builds(Based, st.integers(0, 9)),
     st.builds(Emptied),
     st.builds(Slept, tags),
     st.builds(Woke, tags),
@@ -34,6 +37,7 @@ events: st.SearchStrategy[Event] = st.one_of(
 def test_what_serves_was_attested_after_its_weights_last_slept_and_never_distrusted(history: list[Event]) -> None:
     member = Member("e", "http://e")
     attested: int | None = None
+    based = False
     asleep: frozenset[MemoryTag] = frozenset()
     ended = False
     for event in history:
@@ -43,13 +47,17 @@ def test_what_serves_was_attested_after_its_weights_last_slept_and_never_distrus
             assert member.phase in (Phase.DEAD, Phase.QUARANTINED)
             continue
         match event:
-            case Attested(version):
-                attested = version
+            case Attested(version, adapter):
+                based = based or adapter is None
+                attested = version if based else None
+            case Based():
+                attested, based = None, True
             case Emptied():
-                attested = None
+                attested, based = None, False
             case Slept(what):
                 asleep |= what
-                attested = None if MemoryTag.WEIGHTS in what else attested
+                if MemoryTag.WEIGHTS in what:
+                    attested, based = None, False
             case Woke(what):
                 asleep -= what
             case Distrusted() | Died():
@@ -93,3 +101,24 @@ def test_a_description_says_all_that_matters() -> None:
     member = after(after(Member("e0", "u"), Attested(3)), Slept(ALL_MEMORY))
     assert member.describe() == "e0 (ready; asleep: kv_cache, weights; without weights until the next publish)"
     assert "killed" in after(member, Died("killed by SIGKILL")).describe()
+
+
+def test_an_adapter_lies_over_the_whole_version_below_it() -> None:
+    member = after(Member("e", "http://e"), Attested(3))
+    over = after(member, Attested(5, "millrace-5"))
+    assert (over.version, over.base, over.adapter) == (5, 3, "millrace-5")
+    assert "version 5, an adapter over version 3" in over.describe()
+    whole = after(over, Attested(6))
+    assert (whole.version, whole.base, whole.adapter) == (6, 6, None)
+
+
+VERSIONS = st.none() | st.integers(0, 20)
+
+
+@given(st.lists(VERSIONS, max_size=4), st.integers(0, 20))
+def test_what_is_older_than_the_adapter_was_made_with_it(said: list[int | None], version: int) -> None:
+    segments = tuple(Segment(maker, i, i + 1) for i, maker in enumerate(said))
+    tokens = np.zeros(len(said), np.float32)
+    made = Generation("r", (0,) * len(said), tokens, FinishReason.STOP, segments, 1, 0)
+    told = [segment.version for segment in with_adapter(made, version).segments]
+    assert told == [version if maker is None else max(maker, version) for maker in said]

@@ -127,10 +127,17 @@ async def _take_off(subject: Subject, request: GenerateRequest) -> Flight:
     return flight
 
 
-async def catch(subject: Subject, label: str, look: Callable[[Flight], Awaitable[bool]]) -> None:
-    """Lets `look` at a long generation in flight, and at another where it says that the one had ended too soon."""
+async def catch(
+    subject: Subject,
+    label: str,
+    look: Callable[[Flight], Awaitable[bool]],
+    request: Callable[[str], GenerateRequest] | None = None,
+) -> None:
+    """Lets `look` at a long generation in flight, and at another where it says that the one had ended too soon.
+    `request` makes one of a label; None: any."""
+    make = request or (lambda name: ask_long(subject, name))
     for attempt in range(ATTEMPTS):
-        async with in_flight(subject, [ask_long(subject, f"{label}-{attempt}")]) as flights:
+        async with in_flight(subject, [make(f"{label}-{attempt}")]) as flights:
             if await look(flights[0]):
                 return
     raise Lacking(f"a generation over the context of {subject.info.context_length} ends too soon to be caught")

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from millrace.conformance.check import Check
 from millrace.conformance.checks import (
     aborting,
+    adapters,
     caching,
     crowding,
     generating,
@@ -30,6 +31,7 @@ CHECKS: Sequence[Check] = (
     *sleeping.CHECKS,
     *updating.CHECKS,
     *versions.CHECKS,
+    *adapters.CHECKS,
     *crowding.CHECKS,
 )
 

@@ -21,6 +21,8 @@ from millrace.types import (
     ProcessGroup,
 )
 
+PUBLISHED_ADAPTER = "millrace-"  # how the names of adapters begin that a fleet publishes
+
 
 class Engine(ABC):
     """One engine behind HTTP. Every call has a deadline and raises EngineTimeout when it passes, EngineUnreachable when
@@ -81,7 +83,7 @@ class Engine(ABC):
 
     @abstractmethod
     async def commit(self) -> None:
-        """Ends the transaction: from here on the engine serves, and reports, the new version."""
+        """Ends the transaction: from here on the engine serves, and reports, the new version, without an adapter."""
 
     @abstractmethod
     async def rollback(self) -> None:
@@ -106,12 +108,22 @@ class Engine(ABC):
         arrived where it holds that in another form (packed, sharded, cast)."""
         raise EngineRefused(self.name, "it makes no sampled checksums")
 
-    async def load_adapter(self, name: str, path: str) -> None:  # noqa: ARG002
-        """Loads a LoRA adapter from a folder that the engine's host can read; `extra={"lora_path": name}` uses it."""
+    async def load_adapter(self, name: str, path: str, *, deadline: float = 30.0) -> None:  # noqa: ARG002
+        """Loads a LoRA adapter from a folder in PEFT's format that the engine's host can read, while it generates;
+        requests with `extra={"lora_path": name}` use it. Raises EngineRefused where one of that name is loaded.
+
+        It belongs to the weights that are served: the next `commit` takes it off. What runs with it then, and what
+        names it later, is made by the new weights alone, and its segments say so. `unload_adapter` frees its memory."""
         raise EngineRefused(self.name, f"it takes no LoRA adapters ({name})")
 
-    async def unload_adapter(self, name: str) -> None:
+    async def unload_adapter(self, name: str, *, deadline: float = 30.0) -> None:  # noqa: ARG002
+        """What runs with it goes on to its end, for which the engine may wait, or read its folder again; what names it
+        later is refused, or made without it where a commit took it off."""
         raise EngineRefused(self.name, f"it takes no LoRA adapters ({name})")
+
+    async def adapter_checksums(self, name: str) -> Mapping[str, str]:
+        """With Capability.CHECKSUMS: of each tensor of an adapter, by `millrace.checksum` under the trainer's names."""
+        raise EngineRefused(self.name, f"it makes no checksums of adapters ({name})")
 
     @abstractmethod
     async def health(self, *, deadline: float = 5.0) -> Health:

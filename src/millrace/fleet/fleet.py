@@ -6,16 +6,17 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.engines.start import Started
 from millrace.errors import EngineError, EngineFailed, EngineUnreachable, NoEngineError, PublishError
-from millrace.fleet.membership import Died, Distrusted, Event, Member, Slept, Snapshot, Woke, after
-from millrace.fleet.routing import least_loaded
+from millrace.fleet.membership import Attested, Died, Distrusted, Event, Member, Slept, Snapshot, Woke, after
+from millrace.fleet.routing import least_loaded, with_adapter
 from millrace.fleet.versions import Origin, Versions
-from millrace.types import ALL_MEMORY, GenerateRequest, Generation, Health, MemoryTag
+from millrace.types import ALL_MEMORY, AdapterConfig, GenerateRequest, Generation, Health, MemoryTag
 from millrace.weights.publisher import PublishReport
 from millrace.weights.transports.base import PublishTarget, Transport
 
@@ -90,10 +91,16 @@ class Fleet:
         """
         end = time.monotonic() + deadline
         name = await self._route(deadline)
+        member, own = self.snapshot.get(name), "lora_path" in request.extra
+        adapter = None if own else member.adapter
+        if adapter is not None:
+            request = replace(request, extra={**request.extra, "lora_path": adapter})
         tokens = len(request.input_ids) + request.sampling.max_new_tokens
         self._outstanding[name] += tokens
         try:
-            return await self._replicas[name].engine.generate(request, deadline=end - time.monotonic())
+            with self._versions.adapters.using(name, adapter, request.request_id):
+                made = await self._replicas[name].engine.generate(request, deadline=end - time.monotonic())
+            return made if adapter is None else with_adapter(made, member.version)
         except (EngineUnreachable, EngineFailed) as error:
             await self._suspect(name, error)
             raise
@@ -129,6 +136,37 @@ class Fleet:
             require_finite=require_finite,
         )
 
+    async def publish_adapter(
+        self,
+        tensors: "Iterable[tuple[str, torch.Tensor]]",
+        version: int,
+        *,
+        config: AdapterConfig,
+        deadline: float = 60.0,
+        require_finite: bool = False,
+    ) -> PublishReport:
+        """Brings a LoRA adapter over the last whole version into every usable engine, while these go on generating.
+
+        `tensors` are named as PEFT does, `base_model.model.MODULE.lora_A.weight` and `lora_B`. Requests that begin when
+        an engine has it are made with it, and their segments say `version`; those that run end with what they began
+        with. Two adapters at most are loaded in an engine: where requests still run with the one before the last, it is
+        waited for them for half of `deadline`, and then they are aborted.
+
+        An engine that does not take the adapter is out of rotation and named in the report; where it only said no, it
+        serves again after the next one. PublishError is raised, and what served before goes on serving, when the
+        tensors are not those of such an adapter of the model, when no engine takes it or none can read it, and as
+        `publish` says. A version that is published whole takes the adapter off.
+        """
+        return await self._versions.publish_adapter(
+            tensors,
+            version,
+            self._targets,
+            lambda: {member.name: member.base for member in self.snapshot.members},
+            config=config,
+            deadline=deadline,
+            require_finite=require_finite,
+        )
+
     def _targets(self) -> list[PublishTarget]:
         """Whom to publish to. Raises PublishError and NoEngineError where nobody can take a version."""
         members = [m for m in self.snapshot.members if m.usable]
@@ -149,6 +187,7 @@ class Fleet:
         await self._end_watching(name)
         await self._apply(name, Died("it is being started anew"))
         await old.end()
+        self._versions.adapters.forget(name)
         started = await self._start(list(self._replicas).index(name))
         self._replicas[name] = started
         self._begin_to_watch(started)
@@ -176,7 +215,7 @@ class Fleet:
         this folder."""
 
         origin = Origin(checksums, version, folder)
-        await self._each(lambda engine: self._versions.compare(self._replicas[engine.name], origin))
+        await self._each(lambda engine: self._versions.compare(self._replicas[engine.name], origin, Attested(version)))
         self._versions.begin_with(origin)
 
     async def _each(self, step: Callable[[Engine], Awaitable[None]]) -> None:

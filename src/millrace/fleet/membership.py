@@ -20,12 +20,15 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One engine as the fleet sees it. `version` is what was attested last; None: nothing it may serve."""
+    """One engine as the fleet sees it. `version` is what was attested last; None: nothing it may serve. `base`: the
+    last whole version that it holds. `adapter`: what requests have to name, where the version is one over the base."""
 
     name: str
     url: str
     phase: Phase = Phase.STARTING
     version: int | None = None
+    base: int | None = None
+    adapter: str | None = None
     asleep: frozenset[MemoryTag] = frozenset()
     reason: str | None = None  # why it is quarantined or dead
 
@@ -43,7 +46,8 @@ class Member:
         if self.asleep:
             details.append(f"asleep: {', '.join(sorted(self.asleep))}")
         if self.version is not None:
-            details.append(f"version {self.version}")
+            over = f", an adapter over version {self.base}" if self.adapter is not None else ""
+            details.append(f"version {self.version}{over}")
         elif self.usable:
             details.append("without weights until the next publish")
         if self.reason:
@@ -53,7 +57,16 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Attested:
-    """The engine holds this version, committed, and its checksums are those of what was sent."""
+    """The engine holds this version, committed, and its checksums are those of what was sent. It is a whole one, or by
+    the name `adapter` one over the whole version that the engine has."""
+
+    version: int
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Based:
+    """The engine holds this whole version, and must not serve by it alone: the others have an adapter over it."""
 
     version: int
 
@@ -83,7 +96,7 @@ class Died:
     reason: str
 
 
-Event = Attested | Emptied | Slept | Woke | Distrusted | Died
+Event = Attested | Based | Emptied | Slept | Woke | Distrusted | Died
 
 
 def after(member: Member, event: Event) -> Member:
@@ -91,19 +104,29 @@ def after(member: Member, event: Event) -> Member:
     if not member.usable:
         return replace(member, phase=Phase.DEAD) if isinstance(event, Died) else member
     match event:
-        case Attested(version):
-            return replace(member, phase=Phase.READY, version=version)
+        case Attested(version, None):
+            return replace(member, phase=Phase.READY, version=version, base=version, adapter=None)
+        case Attested(version, adapter):
+            if member.base is None:  # what it lay over has gone meanwhile
+                return member
+            return replace(member, phase=Phase.READY, version=version, adapter=adapter)
+        case Based(version):
+            return replace(member, version=None, base=version, adapter=None)
         case Emptied():
-            return replace(member, version=None)
+            return without_weights(member)
         case Slept(what):
-            kept = None if MemoryTag.WEIGHTS in what else member.version
-            return replace(member, asleep=member.asleep | what, version=kept)
+            left = without_weights(member) if MemoryTag.WEIGHTS in what else member
+            return replace(left, asleep=member.asleep | what)
         case Woke(what):
             return replace(member, asleep=member.asleep - what)
         case Distrusted(reason):
-            return replace(member, phase=Phase.QUARANTINED, version=None, reason=reason)
+            return replace(without_weights(member), phase=Phase.QUARANTINED, reason=reason)
         case Died(reason):
-            return replace(member, phase=Phase.DEAD, version=None, reason=reason)
+            return replace(without_weights(member), phase=Phase.DEAD, reason=reason)
+
+
+def without_weights(member: Member) -> Member:
+    return replace(member, version=None, base=None, adapter=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@ and brought to an engine that comes later."""
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING
 
 from millrace.engines.start import Started
 from millrace.errors import EngineError, EngineFailed, EngineRefused, PublishError
-from millrace.fleet.membership import Attested, Distrusted, Emptied, Event
-from millrace.types import Capability
+from millrace.fleet.adapters import Adapters
+from millrace.fleet.membership import Attested, Based, Distrusted, Emptied, Event
+from millrace.model_folder import stored_tensors
+from millrace.types import AdapterConfig, Capability
+from millrace.weights.adapter import WrittenAdapter, check_adapter, check_values
 from millrace.weights.plan import buckets
-from millrace.weights.publisher import PublishReport, publish
+from millrace.weights.publisher import EngineReport, PublishReport, publish
 from millrace.weights.transports.base import PublishTarget, Transport
 
 if TYPE_CHECKING:
@@ -49,7 +53,9 @@ class Versions:
         self._securing: asyncio.Task[None] | None = None  # makes the last version safe in the store
         self._publishing = False
         self._origin: Origin | None = None
-        self._last: int | None = None
+        self._last: int | None = None  # a whole one, or an adapter
+        self._base: int | None = None  # the last whole one
+        self.adapters = Adapters(store.folder if store is not None else None)
 
     async def close(self) -> None:
         """Ends what goes on in the background, and closes transport and store."""
@@ -57,6 +63,7 @@ class Versions:
             await self.secured()  # which logs what went wrong
         except PublishError as error:
             logger.error("%s", error)
+        await self.adapters.close()
         if self.transport is not None:
             await self.transport.close()
         if self.store is not None:
@@ -64,7 +71,7 @@ class Versions:
 
     def begin_with(self, origin: Origin) -> None:
         """What the engines are started with."""
-        self._origin, self._last = origin, origin.version
+        self._origin, self._last, self._base = origin, origin.version, origin.version
 
     async def publish(
         self,
@@ -77,7 +84,8 @@ class Versions:
         require_finite: bool,
     ) -> PublishReport:
         """As `Fleet.publish` says. `targets` raises where there are none."""
-        transport = self._ready_for(version)
+        self._require_next(version)
+        transport = self._require_transport()
         if self.store is not None and isinstance(tensors, Iterator):
             raise PublishError("each version is kept (publish.folder), and an iterator can't be gone through twice")
         engines = targets()
@@ -92,37 +100,70 @@ class Versions:
                     from millrace.weights.finite import only_finite  # imports torch
 
                     tensors = await asyncio.to_thread(only_finite, tensors)
-                report = await self._bring(transport, engines, tensors, version, bucket_bytes, deadline)
+                report = await self._bring(transport, engines, tensors, Attested(version), bucket_bytes, deadline)
                 unstored = await self._keep(version, tensors, bucket_bytes) or unstored
         finally:
             self._publishing = False
         return replace(report, unstored=unstored)
 
+    async def publish_adapter(
+        self,
+        tensors: "Iterable[tuple[str, torch.Tensor]]",
+        version: int,
+        targets: Callable[[], Sequence[PublishTarget]],
+        bases: Callable[[], Mapping[str, int | None]],
+        *,
+        config: AdapterConfig,
+        deadline: float,
+        require_finite: bool,
+    ) -> PublishReport:
+        """As `Fleet.publish_adapter` says. `bases`: which whole version each engine holds."""
+        self._require_next(version)
+        engines, started = targets(), time.monotonic()
+        self._publishing = True
+        try:
+            async with self._sending:
+                named = await asyncio.to_thread(self._checked, tensors, config, engines, require_finite)
+                async with self.adapters.written(engines, version, named, config) as adapter:
+                    staged = time.monotonic() - started
+                    reports = await self._lay_over(engines, adapter, bases(), started + deadline)
+        finally:
+            self._publishing = False
+        return PublishReport(version, adapter.nbytes, time.monotonic() - started, staged, tuple(reports))
+
     async def catch_up(self, started: Started, bucket_bytes: int, deadline: float) -> None:
-        """Brings the engine what the others serve."""
+        """Brings the engine what the others serve: the last whole version, and the adapter over it."""
         async with self._sending:
+            ends = time.monotonic() + deadline
             await self.secured(deadline)
-            name, version = started.engine.name, self._last
-            if self._origin is not None and version == self._origin.version:
+            name, base, adapter = started.engine.name, self._base, self.adapters.current
+            assert base is not None or adapter is None
+            if base is None:
+                return
+            brought = Attested(base) if adapter is None else Based(base)
+            target = PublishTarget(started.engine, started.info)
+            if self._origin is not None and base == self._origin.version:
                 try:
-                    await self.compare(started, self._origin)
+                    await self.compare(started, self._origin, brought)
                 except EngineError as error:
                     await self._apply(name, Distrusted(str(error)))
                     raise
-            elif self.transport is not None and self.store is not None and version in self.store.versions:
-                target = PublishTarget(started.engine, started.info)
-                tensors = self.store.tensors(version)
-                await self._bring(self.transport, [target], tensors, version, bucket_bytes, deadline)
+            elif self.transport is not None and self.store is not None and base in self.store.versions:
+                tensors = self.store.tensors(base)
+                await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline)
             else:
-                logger.warning("%s serves after the next publish: no store has version %s", name, version)
+                logger.warning("%s serves after the next publish: no store has version %s", name, base)
+                return
+            if adapter is not None:
+                await self._lay_over([target], adapter, {name: base}, ends)
 
-    async def compare(self, replica: Started, origin: Origin) -> None:
+    async def compare(self, replica: Started, origin: Origin, then: Event) -> None:
         """Takes an engine into rotation that holds these tensors: for weights that it loaded by itself. Raises
         EngineFailed for one that holds others."""
         engine = replica.engine
         if Capability.CHECKSUMS not in replica.info.capabilities:
             if replica.process is not None and Path(replica.info.model_path) == origin.folder:
-                await self._apply(engine.name, Attested(origin.version))
+                await self._apply(engine.name, then)
             return
         held = await engine.checksums()
         known = held.keys() & origin.checksums.keys()
@@ -130,23 +171,27 @@ class Versions:
             raise EngineFailed(engine.name, f"it holds other weights than the model's folder: {', '.join(wrong[:3])}")
         if unknown := sorted(held.keys() - known):
             logger.warning("%s: not compared, the folder has no %s", engine.name, ", ".join(unknown[:3]))
-        await self._apply(engine.name, Attested(origin.version))
+        await self._apply(engine.name, then)
 
     async def _bring(
         self,
         transport: Transport,
         targets: Sequence[PublishTarget],
         tensors: "Iterable[tuple[str, torch.Tensor]]",
-        version: int,
+        brought: Attested | Based,
         bucket_bytes: int,
         deadline: float,
     ) -> PublishReport:
-        """Publishes to these engines. Those that take the version are routable then, the others out of rotation."""
+        """Publishes to these engines. Those that take the version are `brought` then, the others out of rotation."""
         emptied: set[str] = set()
+        version = brought.version
 
         async def committed(name: str) -> None:
-            self._last = version
-            await self._apply(name, Attested(version))
+            if isinstance(brought, Attested):
+                self._last = self._base = version
+                self.adapters.current = None
+            self.adapters.retire(name, keep=None, at_once=True)
+            await self._apply(name, brought)
 
         async def unrestored(name: str, error: EngineError) -> None:
             if isinstance(error, EngineRefused):
@@ -204,16 +249,90 @@ class Versions:
         self._securing = None  # and not before: who waits for it may be cancelled
         return None
 
-    def _ready_for(self, version: int) -> Transport:
-        """What brings the version. Raises PublishError where it can't be published."""
+    def _checked(
+        self,
+        given: "Iterable[tuple[str, torch.Tensor]]",
+        config: AdapterConfig,
+        engines: Sequence[PublishTarget],
+        require_finite: bool,
+    ) -> "dict[str, torch.Tensor]":
+        """The adapter's tensors. Raises PublishError where they can't be laid over the engines' weights."""
+        if lacking := [target.engine.name for target in engines if not target.can(Capability.LORA)]:
+            raise PublishError(
+                f"{', '.join(lacking)} can't take adapters; SGLang and vLLM need engine_args: {{enable_lora: true}}"
+            )
+        named = list(given)
+        tensors = dict(named)
+        if len(tensors) < len(named):
+            raise PublishError("the trainer named a tensor twice")
+        folder = self._origin.folder if self._origin is not None else Path(engines[0].info.model_path)
+        known = stored_tensors(folder) if any(folder.glob("*.safetensors")) else None
+        base = {name: tensor.shape for name, tensor in known.items()} if known is not None else None
+        check_adapter({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, base)
+        check_values(tensors)
+        if require_finite:
+            from millrace.weights.finite import only_finite  # imports torch
+
+            only_finite(tensors.items())
+        return tensors
+
+    async def _lay_over(
+        self,
+        targets: Sequence[PublishTarget],
+        adapter: WrittenAdapter,
+        bases: Mapping[str, int | None],
+        ends: float,
+    ) -> list[EngineReport]:
+        """Loads the adapter into these engines, over the whole versions that they hold. Those that have it are routable
+        then; those that have not are out of rotation, unless it is all of them: then PublishError is raised, and they
+        are as they were."""
+        reports: dict[str, EngineReport] = {}
+
+        async def one(target: PublishTarget) -> None:
+            name = target.engine.name
+            try:
+                if bases[name] is None or bases[name] != self._base:
+                    raise EngineRefused(name, "it holds no whole version that the adapter is for; publish one first")
+                legs = await self.adapters.load(target, adapter, ends)
+            except EngineError as error:
+                reports[name] = EngineReport(name, error, False, 0.0, 0.0, 0.0, 0.0, 0.0)
+                return
+            reports[name] = EngineReport(name, None, False, legs.room, legs.load, legs.attest, 0.0, 0.0)
+            self._last, self.adapters.current = adapter.version, adapter
+            await self._apply(name, Attested(adapter.version, adapter.name))
+            self.adapters.retire(name, keep=adapter.name)
+
+        async with asyncio.TaskGroup() as group:
+            for target in targets:
+                group.create_task(one(target))
+        failed = {name: report.error for name, report in reports.items() if report.error is not None}
+        if len(failed) == len(targets):
+            reasons = "; ".join(map(str, failed.values()))
+            raise PublishError(f"no engine took the adapter of version {adapter.version}: {reasons}")
+        for name, error in failed.items():
+            logger.error("version %d: %s is out of rotation: %s", adapter.version, name, error)
+            base = bases[name]
+            if not isinstance(error, EngineRefused):
+                await self._apply(name, Distrusted(str(error)))
+            elif base is not None:
+                await self._apply(name, Based(base))
+                self.adapters.retire(name, keep=None)
+        return [reports[target.engine.name] for target in targets]
+
+    def _require_transport(self) -> Transport:
+        """What brings whole versions. Raises PublishError where nothing does."""
         if self.transport is None:
             raise PublishError(
                 "there is no way to hand tensors from this process to all of the engines; with dp_size above 1, and a "
                 "vLLM that was started without Millrace's extension, they take weights from disk only: set "
-                "publish.folder to a path that they and the trainer share"
+                "publish.folder to a path that they and the trainer share; an SGLang that quantises takes them only "
+                "with load_format flash_rl"
             )
+        return self.transport
+
+    def _require_next(self, version: int) -> None:
+        """Raises PublishError where the version can't be published now."""
         if self._publishing:
             raise PublishError(f"version {version} can't be published while another version is on its way")
         if self._last is not None and version <= self._last:
             raise PublishError(f"version {version} is not newer than version {self._last}, which was published before")
-        return self.transport

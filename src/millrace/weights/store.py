@@ -75,6 +75,11 @@ class VersionStore:
         return not self._apart
 
     @property
+    def folder(self) -> Path | None:
+        """Where others can read what lies there by its path."""
+        return self._here if self.shared else None
+
+    @property
     def url(self) -> str:
         """Where others find it."""
         return str(self._source.files.unstrip_protocol(self._source.root))

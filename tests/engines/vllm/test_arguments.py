@@ -117,6 +117,18 @@ def test_adapters_can_be_loaded_where_the_server_takes_them(settings: dict[str, 
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in both[0].environment
 
 
+@pytest.mark.parametrize(
+    ("arguments", "places"),
+    [({}, None), ({"enable_lora": True}, "3"), ({"enable_lora": True, "max-loras": 5}, "5")],
+    ids=["without", "open", "said"],
+)
+def test_there_is_a_place_for_the_adapter_before_and_one_that_stays_empty(
+    arguments: dict[str, Any], places: str | None
+) -> None:
+    (node,) = plan(device="cpu", engine_args=arguments)
+    assert [a.partition("=")[2] for a in node.arguments if a.startswith("--max-loras")] == ([places] if places else [])
+
+
 def test_without_sleep_mode_the_server_is_started_without_it() -> None:
     assert "--enable-sleep-mode" not in plan(sleep_mode=False)[0].arguments
 

@@ -119,6 +119,16 @@ class EmbeddedEngine(HttpEngine):
         body = await self._control("/weights_checker", {"action": "checksum"}, repeatable=True)
         return {name: value for rank in body["ranks"] for name, value in rank["checksums"].items()}
 
+    async def load_adapter(self, name: str, path: str, *, deadline: float = CONTROL_DEADLINE) -> None:
+        await self._control("/load_lora_adapter", {"lora_name": name, "lora_path": path}, deadline=deadline)
+
+    async def unload_adapter(self, name: str, *, deadline: float = CONTROL_DEADLINE) -> None:
+        await self._control("/unload_lora_adapter", {"lora_name": name}, deadline=deadline)
+
+    async def adapter_checksums(self, name: str) -> Mapping[str, str]:
+        body = await self._control("/weights_checker", {"action": "checksum", "lora_name": name}, repeatable=True)
+        return dict(body["ranks"][0]["checksums"])
+
     async def health(self, *, deadline: float = 5.0) -> Health:
         try:
             await self._http.control("GET", "/health", deadline=deadline)

@@ -8,6 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 from millrace.engines.embedded.cache import SlotCache
 from millrace.engines.embedded.core import Core
+from millrace.engines.embedded.lora import Hooks, Linears
 from millrace.engines.embedded.runner import Runner, load_model
 from millrace.engines.embedded.weights import WeightStore
 from millrace.errors import ConfigError
@@ -45,7 +46,8 @@ def build(settings: Settings) -> Core:
         dtype=dtype,
         device=device,
     )
-    runner = Runner(model, cache, device=device, dtype=dtype)
+    hooks = Hooks(Linears.of(model, dtype=dtype, device=device))
+    runner = Runner(model, cache, hooks, device=device, dtype=dtype)
     runner.warm_up()
     weights = WeightStore(model)
     return Core(info, runner, cache, weights, max_running=settings.max_running, version=settings.version)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from millrace.engines.embedded.cache import Prefix, SlotCache
 from millrace.engines.embedded.faults import StepFaults
+from millrace.engines.embedded.lora import Adapter, Linears, LoadedAdapter
 from millrace.engines.embedded.runner import ModelInfo, Runner
 from millrace.engines.embedded.sampling import LANE, sample
 from millrace.engines.embedded.scheduler import Finish, Output, Prefill, Request, Scheduler, cut_wave, group
@@ -58,11 +59,18 @@ class Core:
         self._runner = runner
         self._scheduler = Scheduler(max_running)
         self._lanes = np.zeros(max_running, LANE)
-        self._version, self._epoch = version, 0
+        self._version = version
+        self._epoch = self._last_epoch = 0
+        self._adapters: dict[str, LoadedAdapter] = {}
+        self._taken_off: frozenset[str] = frozenset()  # the adapters of the base before this one
         self._asleep: frozenset[MemoryTag] = frozenset()
         self._weights_ready = True
         self._prompt_tokens = self._cached_tokens = 0
         self._rate, self._drawn, self._rate_since = 0.0, 0, time.monotonic()
+
+    @property
+    def linears(self) -> Linears:
+        return self._runner.hooks.linears
 
     @property
     def has_work(self) -> bool:
@@ -90,6 +98,9 @@ class Core:
         """Queues requests. Refuses them (503) while the weights are awake again but nobody has brought them."""
         if not self._weights_ready and MemoryTag.WEIGHTS not in self._asleep:
             raise Refused("the weights were released and have no content yet; update them, then generate", status=503)
+        for request in requests:
+            if request.lora_path is not None and request.lora_path not in self._taken_off:
+                request.adapter = self._adapter(request.lora_path)
         self._scheduler.waiting.extend(requests)
 
     def abort(self, matches: Callable[[Request], bool], reason: str) -> int:
@@ -147,10 +158,16 @@ class Core:
     # Weights
 
     def commit(self, version: str) -> None:
-        """Makes the staged weights the served ones, under the name `version`. Requests that run keep their KV cache."""
+        """Makes the staged weights the served ones, under the name `version`. Requests that run keep their KV cache,
+        and lose their adapter, which was made for the weights before."""
         self.weights.swap()
         self._weights_ready = True
         self._changed(version)
+        for request in self._scheduler.live():
+            request.adapter = None
+        self._taken_off = frozenset(self._adapters)
+        self._adapters.clear()
+        self._runner.hooks.clear()
 
     def rename(self, version: str) -> None:
         """Gives the weights another name. No prefix made under the old name is used under the new one."""
@@ -162,8 +179,48 @@ class Core:
         for request in self._scheduler.live():
             request.close_span(self._version)
         self._version = version
-        self._epoch += 1
+        self._epoch = self._next_epoch()
         self.cache.taint()
+
+    def _next_epoch(self) -> int:
+        self._last_epoch += 1
+        return self._last_epoch
+
+    # Adapters
+
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        if name in self._adapters:
+            raise Refused(f"an adapter {name} is loaded already")
+        if not self._weights_ready:
+            raise Refused("the weights have no content; bring them first, and then an adapter")
+        self._adapters[name] = LoadedAdapter(adapter, self._next_epoch())
+        self._taken_off -= {name}
+        self._runner.hooks.add(adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        if name in self._taken_off:
+            return
+        self._adapter(name)
+        del self._adapters[name]
+        if not self._adapters and not any(request.adapter for request in self._scheduler.live()):
+            self._runner.hooks.clear()
+
+    def adapter_checksums(self, name: str) -> dict[str, str]:
+        return dict(self._adapter(name).adapter.checksums)
+
+    def _adapter(self, name: str) -> LoadedAdapter:
+        if name not in self._adapters:
+            raise Refused(f"no adapter {name} is loaded")
+        return self._adapters[name]
+
+    def _epoch_of(self, request: Request) -> int:
+        return self._epoch if request.adapter is None else request.adapter.epoch
+
+    def _adapters_of(self, requests: list[Request]) -> list[Adapter | None]:
+        """Of each row of a pass; empty where none has one."""
+        if not any(request.adapter for request in requests):
+            return []
+        return [None if request.adapter is None else request.adapter.adapter for request in requests]
 
     # One step
 
@@ -176,7 +233,12 @@ class Core:
         running = len(self._scheduler.running)
         if running:
             tokens_B = self._lanes["token"][:running].copy()
-            logits_BV = self._runner.forward(tokens_B[:, None], self.cache.lengths[:running, None].copy(), 0)
+            logits_BV = self._runner.forward(
+                tokens_B[:, None],
+                self.cache.lengths[:running, None].copy(),
+                0,
+                adapters_B=self._adapters_of(self._scheduler.running),
+            )
             self.cache.extend(running, tokens_B)
             self._accept(0, *sample(logits_BV, self._lanes[:running]))
         self._measure()
@@ -187,7 +249,8 @@ class Core:
             found = []
             for prefill in pending:
                 # The last token is always computed anew: its logits are what the first draw needs.
-                prefix = self.cache.find(prefill.tokens[:-1], self._epoch, len(self._scheduler.running))
+                epoch = self._epoch_of(prefill.requests[0])
+                prefix = self.cache.find(prefill.tokens[:-1], epoch, len(self._scheduler.running))
                 found.append(replace(prefill, source=prefix.slot, reused=prefix.length))
             wave, pending = cut_wave(found, PREFILL_TOKENS)
             self._run_wave(wave)
@@ -200,7 +263,7 @@ class Core:
         logits = self._forward_new(wave, first)
         owners: list[int] = []
         for i, prefill in enumerate(wave):
-            self.cache.write(first + i, prefill.tokens, self._epoch)
+            self.cache.write(first + i, prefill.tokens, self._epoch_of(prefill.requests[0]))
             owners.append(i)
             self._start(prefill.requests[0], prefill.reused)
         for i, prefill in enumerate(wave):
@@ -232,11 +295,12 @@ class Core:
 
     def _forward_new(self, wave: list[Prefill], first: int) -> torch.Tensor:
         """The logits [B, V] after each prefill's last token."""
+        adapters = self._adapters_of([prefill.requests[0] for prefill in wave])
         if len(wave) == 1:
             tokens = wave[0].tokens
             for start in range(wave[0].reused, len(tokens), PREFILL_TOKENS):
                 positions = np.arange(start, min(start + PREFILL_TOKENS, len(tokens)))
-                logits_1V = self._runner.forward(tokens[None, positions], positions[None], first)
+                logits_1V = self._runner.forward(tokens[None, positions], positions[None], first, adapters_B=adapters)
             return logits_1V
         width = max(len(p.tokens) - p.reused for p in wave)
         tokens_BQ = np.zeros((len(wave), width), np.int64)
@@ -247,7 +311,7 @@ class Core:
             tokens_BQ[row, own] = prefill.tokens[prefill.reused :]
             positions_BQ[row, own] = np.arange(prefill.reused, len(prefill.tokens))
             real_BQ[row, own] = True
-        return self._runner.forward(tokens_BQ, positions_BQ, first, None if real_BQ.all() else real_BQ)
+        return self._runner.forward(tokens_BQ, positions_BQ, first, None if real_BQ.all() else real_BQ, adapters)
 
     def _accept(self, first: int, tokens_B: NDArray[np.int64], logprobs_B: NDArray[np.float32]) -> None:
         """Gives the drawn tokens to the requests in the slots from `first` on, and ends those that are done."""

@@ -58,6 +58,7 @@ class GenerateBody(Body):
     return_logprob: bool = False
     rid: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     stream: bool = False
+    lora_path: Annotated[str, Field(min_length=1)] | None = None  # an adapter's name, which SGLang calls so
 
 
 class AbortBody(Body):
@@ -140,7 +141,19 @@ class RenameBody(Body):
 
 
 class CheckBody(Body):
+    """lora_name, of this server's own: the sums of an adapter's tensors instead."""
+
     action: Literal["checksum"] = "checksum"
+    lora_name: str | None = None
+
+
+class LoadAdapterBody(Body):
+    lora_name: Annotated[str, Field(min_length=1)]
+    lora_path: str
+
+
+class UnloadAdapterBody(Body):
+    lora_name: str
 
 
 class FaultBody(Body):
@@ -191,6 +204,7 @@ def to_requests(body: GenerateBody, info: ModelInfo, fallback_seed: int) -> list
             stop=stop if sampling.ignore_eos else stop | info.eos_token_ids,
             limit=min(sampling.max_new_tokens, info.context_length - len(prompt)),
             streams=body.stream,
+            lora_path=body.lora_path,
         )
         for index in range(params.n)
     ]

@@ -1,5 +1,6 @@
 """The model: loading it, and one forward pass over slots of the KV cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from millrace.engines.embedded import attention
 from millrace.engines.embedded.cache import LayerShape, SlotCache, Window
+from millrace.engines.embedded.lora import Adapter, Hooks
 from millrace.errors import ConfigError, DataError
 
 # Kernels prefer round sizes, and the allocator sees fewer of them; what is beyond a row's own length is masked anyway.
@@ -95,8 +97,11 @@ def _token_ids(ids: int | list[int] | None) -> frozenset[int]:
 class Runner:
     """Runs the model over consecutive slots. Belongs to the model thread."""
 
-    def __init__(self, model: torch.nn.Module, cache: SlotCache, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: torch.nn.Module, cache: SlotCache, hooks: Hooks, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self._model, self._cache, self._device = model, cache, device
+        self.hooks = hooks
         self._columns = torch.arange(cache.context_length, device=device)
         self._open = torch.zeros((), dtype=dtype, device=device)
         self._closed = torch.full((), float("-inf"), dtype=dtype, device=device)
@@ -108,11 +113,13 @@ class Runner:
         positions_BQ: NDArray[np.int64],
         first_slot: int,
         real_BQ: NDArray[np.bool_] | None = None,
+        adapters_B: Sequence[Adapter | None] = (),
     ) -> torch.Tensor:
         """Runs B rows of Q tokens through slots `first_slot` and up. Returns the last column's logits [B, V], float32.
 
         Rows shorter than Q are padded on the left; `real_BQ` is False there and None when nothing is padded. Padding
-        sees position 0, so that its softmax has something to sum, and its keys and values are not kept.
+        sees position 0, so that its softmax has something to sum, and its keys and values are not kept. `adapters_B`
+        is empty where no row has one.
         """
         rows, columns = tokens_BQ.shape
         longest = int(positions_BQ[:, -1].max()) + 1
@@ -125,6 +132,7 @@ class Runner:
             kept = np.flatnonzero(real_BQ)
             window = Window(first_slot, rows, context, slots_T[kept], window.positions_T[kept], kept)
         self._cache.aim(window)
+        self.hooks.rows = adapters_B
         output = self._model(
             input_ids=self._to_device(tokens_BQ),
             attention_mask=bias[:, None],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from millrace.engines.embedded.lora import LoadedAdapter
 from millrace.types import FinishReason, SamplingParams
 
 # A request waits for another's prefill when that saves it at least this many tokens of its own: about what a second,
@@ -47,7 +48,8 @@ class Output:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sample in the making. stop: the token ids that end it. limit: the number of tokens that ends it."""
+    """One sample in the making. stop: the token ids that end it. limit: the number of tokens that ends it.
+    lora_path: the adapter that was asked for; adapter: what makes its tokens beside the weights."""
 
     id: str
     prompt: NDArray[np.int64]
@@ -56,6 +58,8 @@ class Request:
     stop: frozenset[int]
     limit: int
     streams: bool
+    lora_path: str | None = None
+    adapter: LoadedAdapter | None = None
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
@@ -151,7 +155,8 @@ def common_prefixes(
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Requests with the same known tokens: one pass serves them all. `reused` tokens are copied from slot `source`."""
+    """Requests with the same known tokens and adapter: one pass serves them all. `reused` tokens are copied from slot
+    `source`."""
 
     requests: list[Request]
     tokens: NDArray[np.int64]
@@ -160,11 +165,11 @@ class Prefill:
 
 
 def group(requests: list[Request]) -> list[Prefill]:
-    """Puts requests with the same tokens together, in the order of their first."""
-    groups: dict[bytes, Prefill] = {}
+    """Puts requests with the same tokens and adapter together, in the order of their first."""
+    groups: dict[tuple[LoadedAdapter | None, bytes], Prefill] = {}
     for request in requests:
         tokens = request.known()
-        groups.setdefault(tokens.tobytes(), Prefill([], tokens)).requests.append(request)
+        groups.setdefault((request.adapter, tokens.tobytes()), Prefill([], tokens)).requests.append(request)
     return list(groups.values())
 
 

@@ -33,7 +33,6 @@ CAPABILITIES = frozenset(Capability) - {
     Capability.UPDATE_FROM_BARE_NCCL,
     Capability.OWN_CHECKSUMS,
     Capability.SAMPLED_CHECKSUMS,
-    Capability.LORA,
     Capability.IMAGES,
 }
 

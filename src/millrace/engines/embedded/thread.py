@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from millrace.engines.embedded.core import Core, Refused, Status
+from millrace.engines.embedded.lora import Linears
 from millrace.engines.embedded.runner import ModelInfo
 from millrace.engines.embedded.scheduler import Output
 from millrace.engines.embedded.weights import WeightStore
@@ -26,6 +27,7 @@ class Loaded:
 
     info: ModelInfo
     weights: WeightStore
+    linears: Linears
 
 
 class ModelThread:
@@ -113,7 +115,7 @@ class ModelThread:
             return
         try:
             self._publish(core, changed=True)
-            self._loop.call_soon_threadsafe(self.ready.set_result, Loaded(core.info, core.weights))
+            self._loop.call_soon_threadsafe(self.ready.set_result, Loaded(core.info, core.weights, core.linears))
             self._serve(core)
         finally:  # what was raised goes on to the thread's own hook, which prints it
             self._loop.call_soon_threadsafe(self._end)

@@ -23,7 +23,7 @@ from millrace.engines.stock.facts import Facts
 from millrace.engines.stock.state import ForbiddenError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
-from millrace.errors import EngineRefused
+from millrace.errors import EngineFailed, EngineRefused
 from millrace.types import (
     Bucket,
     Capability,
@@ -56,6 +56,8 @@ class SGLangEngine(StockEngine):
         await self._go_on()
         await self._control("/freeze_gc", {}, repeatable=True)
         self._dangling = version is None
+        if version is None:
+            await self._clear_up()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
         await self._when_idle("/flush_cache", {}, deadline)
@@ -68,12 +70,6 @@ class SGLangEngine(StockEngine):
         rank."""
         body = await self._control("/weights_checker", {"action": "checksum"}, repeatable=True)
         return checksums_by_rank(body["ranks"])
-
-    async def load_adapter(self, name: str, path: str) -> None:
-        await self._control("/load_lora_adapter", {"lora_name": name, "lora_path": path})
-
-    async def unload_adapter(self, name: str) -> None:
-        await self._control("/unload_lora_adapter", {"lora_name": name})
 
     async def loads(self) -> EngineLoad:
         body = await self._ask("/v1/loads")
@@ -157,6 +153,15 @@ class SGLangEngine(StockEngine):
             if self._session is not None:
                 raise  # otherwise there was none
         self._session = False
+
+    async def _load_adapter(self, name: str, path: str, deadline: float) -> None:
+        body = await self._control("/load_lora_adapter", {"lora_name": name, "lora_path": path}, deadline=deadline)
+        if (body["loaded_adapters"] or {}).get(name) != path:
+            raise EngineFailed(self.name, f"it has not got the adapter {name} of {path}: {body['loaded_adapters']}")
+
+    async def _unload_adapter(self, name: str, worker_id: int | None, deadline: float) -> None:  # noqa: ARG002
+        """SGLang waits until no request uses it."""
+        await self._control("/unload_lora_adapter", {"lora_name": name}, deadline=deadline)
 
     async def _join(self, group: ProcessGroup, deadline: float) -> None:
         await self._control("/init_weights_update_group", group_body(group, deadline), deadline=deadline)

@@ -25,6 +25,7 @@ CPU_DEFAULTS: dict[str, EngineArgument] = {
     "grammar_backend": "none",
     "skip_server_warmup": True,
     "sleep_on_idle": True,
+    "lora_backend": "torch_native",
 }
 
 # Every option string of SGLang 0.5.15 and 0.5.23 for what Millrace sets, and the setting that it belongs to.

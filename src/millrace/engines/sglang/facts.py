@@ -14,6 +14,15 @@ CAPABILITY_PATHS = {
     Capability.UPDATE_FROM_PROCESS_GROUP: "/update_weights_from_distributed",
     Capability.OWN_CHECKSUMS: "/weights_checker",
 }
+# An SGLang that quantises its weights has them in another form than they come in, and dies of an update. With this load
+# format it quantises what comes again; it dies of updates from disk all the same.
+QUANTISES_AGAIN = "flash_rl"
+BREAKING = {Capability.UPDATE_FROM_DISK}
+UPDATES = BREAKING | {
+    Capability.UPDATE_FROM_PROCESS_GROUP,
+    Capability.UPDATE_FROM_TORCH_STORAGE,
+    Capability.UPDATE_FROM_CUDA_IPC,
+}
 PAUSE_CAPABILITIES = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capability.PAUSE_KEEP}
 
 
@@ -49,9 +58,11 @@ def capabilities_of(
         found.add(Capability.UPDATE_FROM_TORCH_STORAGE if on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
     if not single:
         found.discard(Capability.UPDATE_FROM_PROCESS_GROUP)
+    if server["quantization"] is not None:
+        found -= BREAKING if server["load_format"] == QUANTISES_AGAIN else UPDATES
     if on_cpu or server["enable_memory_saver"]:
         found.add(Capability.SLEEP)
-    if server["enable_lora"]:
+    if server["enable_lora"] and server["dp_size"] == 1:  # SGLang loads none at runtime otherwise
         found.add(Capability.LORA)
     if served["has_image_understanding"]:
         found.add(Capability.IMAGES)

@@ -9,12 +9,14 @@ again: what a child needs too is done there, and done on the second time as on t
 On the CPU (SGLANG_USE_CPU_ENGINE=1) it stands in for what the packages from PyPI lack there. Nothing else is changed.
 """
 
+import functools
 import importlib.machinery
 import importlib.util
 import logging
 import os
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 KEYS = [key for name in ("MILLRACE_API_KEY", "MILLRACE_ADMIN_API_KEY") if (key := os.environ.get(name))]
@@ -56,11 +58,27 @@ def prepare_cpu() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     if not torch.cuda.is_available():
         torch.cuda.synchronize = lambda *_: None  # the route /weights_checker calls it on every device
+        if "--enable-lora" in sys.argv:
+            unpin(torch)
     if importlib.util.find_spec("sgl_kernel") is None:
         kernels = MissingKernels("sgl_kernel")
         kernels.__path__ = []
         kernels.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)
         sys.modules["sgl_kernel"] = kernels
+
+
+def unpin(torch: Any) -> None:
+    """SGLang's LoRA pins memory on every device, which fails where there is no GPU."""
+
+    def unpinned(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            return make(*args, **{**kwargs, "pin_memory": False})
+
+        return functools.wraps(make)(made)
+
+    for name in ("tensor", "empty", "zeros"):
+        setattr(torch, name, unpinned(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
 
 
 def main() -> None:

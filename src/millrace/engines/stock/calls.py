@@ -4,7 +4,7 @@ and continued, ended by aborts."""
 import asyncio
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -106,6 +106,11 @@ class Calls:
             call.aborted = True
         await self.enter(self.state)
         return [call.served_as for call in chosen if call.sent]
+
+    def rewrite(self, rule: Callable[[GenerateRequest], GenerateRequest]) -> None:
+        """Changes what has not come back yet, from its next request to the server on."""
+        for call in self._calls.values():
+            call.request = rule(call.request)
 
     def interrupt(self) -> None:
         """What the server has is about to come back in part, and is to go on later."""

@@ -3,17 +3,19 @@ that would harm it in that state. A subclass says how its server is asked."""
 
 import asyncio
 import time
-from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS, HttpEngine
+from millrace.engines.base import PUBLISHED_ADAPTER
+from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
+from millrace.engines.stock.adapters import Adapters
 from millrace.engines.stock.calls import Call, Calls
-from millrace.engines.stock.facts import Facts
+from millrace.engines.stock.facts import Facts, check_takes
 from millrace.engines.stock.model import Model, names_in, read_model
 from millrace.engines.stock.pieces import joined
+from millrace.engines.stock.server import StockServer
 from millrace.engines.stock.state import ForbiddenError, ServerState
 from millrace.engines.stock.tensors import check_shapes, check_whole
 from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout
@@ -33,7 +35,7 @@ from millrace.types import (
 DRAIN_DEADLINE = 30.0
 
 
-class StockEngine(HttpEngine):
+class StockEngine(StockServer):
     """The server at `url`, which no other controls; others may generate.
 
     model_path: the model's folder, for the size of its vocabulary; None: the one that the server names, which must be
@@ -53,6 +55,7 @@ class StockEngine(HttpEngine):
         self._model_path = model_path
         self._facts_read: Facts | None = None
         self._calls = Calls(name)
+        self._adapters = Adapters()
         self._controls = asyncio.Lock()  # one control call at a time; abort and the questions pass
         self._stopped = False  # whether the server itself was told to pause
         self._dangling = False  # whether the server may still have an update open that was given up here
@@ -159,6 +162,7 @@ class StockEngine(HttpEngine):
         async with self._controlling():
             after = self.state.loading()
             facts = await self._facts()
+            check_takes(bucket, facts.info)
             names = names_in(bucket, facts.model)
             if twice := self._sent & names:
                 raise ForbiddenError(f"{min(twice)} was sent in this update already; roll it back and begin again")
@@ -174,6 +178,8 @@ class StockEngine(HttpEngine):
             assert version is not None
             check_whole(self._loaded, (await self._facts()).model.shapes)
             await self._commit(version)
+            self._adapters.take_off()
+            self._calls.rewrite(self._adapters.served)
             await self._become(after)
 
     async def rollback(self) -> None:
@@ -190,6 +196,24 @@ class StockEngine(HttpEngine):
             await self._become(after)
             if after.torn:
                 raise EngineRefused(self.name, "its old weights are overwritten; it serves again after a whole version")
+
+    async def load_adapter(self, name: str, path: str, *, deadline: float = CONTROL_DEADLINE) -> None:
+        async with self._controlling():
+            if Capability.LORA not in (await self._facts()).info.capabilities:
+                raise EngineRefused(self.name, "it takes no adapters; start it with engine_args: {enable_lora: true}")
+            self.state.adapting()
+            self._adapters.book(name, await self._load_adapter(name, path, deadline))
+
+    async def unload_adapter(self, name: str, *, deadline: float = CONTROL_DEADLINE) -> None:
+        async with self._controlling():
+            await self._unload_adapter(name, self._adapters.unbook(name), deadline)
+
+    async def _clear_up(self) -> None:
+        """Of a server that somebody else started: the adapters that a trainer left who died."""
+        if Capability.LORA in (await self._facts()).info.capabilities:
+            for model in (await self._ask("/v1/models"))["data"]:
+                if model["id"].startswith(PUBLISHED_ADAPTER):
+                    await self._unload_adapter(model["id"], None, CONTROL_DEADLINE)
 
     async def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
         """Waits for the sender first: a server that can't reach it hangs as a whole."""
@@ -217,77 +241,6 @@ class StockEngine(HttpEngine):
             return Health.ASLEEP
         return Health.READY if self.state.generating else Health.PAUSED
 
-    @abstractmethod
-    async def settle(self, version: int | None = None) -> None:
-        """Once, before all else: a server that somebody left paused goes on. version: of the weights that it was
-        started from; None, where somebody else started it, who may have left an update open."""
-
-    # How one engine's server is asked. None of these looks at the state, but what is said of it holds.
-
-    @abstractmethod
-    async def _generate(self, request: GenerateRequest, deadline: float) -> Generation:
-        """One request to the server, under the name that it has here."""
-
-    @abstractmethod
-    def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
-        """The same as a stream: what there is so far, and whether that is all."""
-
-    @abstractmethod
-    async def _abort(self, names: Sequence[str]) -> None: ...
-
-    @abstractmethod
-    async def _abort_all(self, names: Sequence[str]) -> None:
-        """Those of others too; `names` are ours."""
-
-    @abstractmethod
-    async def _halt(self, mode: PauseMode) -> None:
-        """Pauses the server, which runs."""
-
-    @abstractmethod
-    async def _go_on(self) -> None:
-        """Ends the pause."""
-
-    @abstractmethod
-    async def _release(self, before: ServerState, after: ServerState) -> None:
-        """Releases memory of the server, which is paused and idle, or asleep in part."""
-
-    @abstractmethod
-    async def _take_back(self, what: frozenset[MemoryTag]) -> None:
-        """Takes back what is released."""
-
-    @abstractmethod
-    async def _open_update(self) -> None:
-        """The server is paused and empty, or asleep."""
-
-    @abstractmethod
-    def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
-        """What sends the bucket, within so many seconds. Raises ForbiddenError for what the server can't take."""
-
-    @abstractmethod
-    async def _commit(self, version: int) -> None: ...
-
-    @abstractmethod
-    async def _give_up(self) -> None:
-        """Ends the server's side of an update that is not committed."""
-
-    @abstractmethod
-    async def _join(self, group: ProcessGroup, deadline: float) -> None: ...
-
-    @abstractmethod
-    async def _probe(self, deadline: float) -> None:
-        """Asks what the server answers in every state, without generating."""
-
-    @abstractmethod
-    async def _read_facts(self) -> Facts: ...
-
-    @abstractmethod
-    def _check(self, request: GenerateRequest, facts: Facts) -> None:
-        """Raises ForbiddenError for a request that would harm the server or come back as something else than asked."""
-
-    @abstractmethod
-    def _why_no_sleep(self) -> str:
-        """Why it can release nothing."""
-
     async def _facts(self) -> Facts:
         """What does not change while the server runs: read once."""
         if self._facts_read is None:
@@ -314,6 +267,7 @@ class StockEngine(HttpEngine):
         """Registers a generation, and aborts it on the server where it is given up."""
         try:
             self._check(request, await self._facts())
+            request = self._adapters.served(request)
         except ForbiddenError as error:
             raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
         with self._calls.register(request) as call:

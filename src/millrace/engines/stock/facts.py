@@ -1,9 +1,28 @@
 """What does not change while a server runs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from millrace.engines.stock.model import Model
-from millrace.types import EngineInfo
+from millrace.engines.stock.state import ForbiddenError
+from millrace.types import (
+    Bucket,
+    Capability,
+    CudaIpcBucket,
+    DiskBucket,
+    EngineInfo,
+    ProcessGroupBucket,
+    SharedMemoryBucket,
+    TorchStorageBucket,
+)
+
+TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
+    CudaIpcBucket: frozenset({Capability.UPDATE_FROM_CUDA_IPC}),
+    TorchStorageBucket: frozenset({Capability.UPDATE_FROM_TORCH_STORAGE}),
+    SharedMemoryBucket: frozenset({Capability.UPDATE_FROM_SHARED_MEMORY}),
+    ProcessGroupBucket: frozenset({Capability.UPDATE_FROM_PROCESS_GROUP, Capability.UPDATE_FROM_BARE_NCCL}),
+    DiskBucket: frozenset({Capability.UPDATE_FROM_DISK}),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +41,10 @@ class Facts:
     info: EngineInfo
     model: Model
     limits: Limits
+
+
+def check_takes(bucket: Bucket, info: EngineInfo) -> None:
+    """Raises ForbiddenError for a bucket of a kind that the server has no capability for."""
+    if not info.capabilities & TAKES[type(bucket)]:
+        can = sorted(c.value for c in info.capabilities if c.startswith("update_from_"))
+        raise ForbiddenError(f"it can't be updated by a {type(bucket).__name__}; it has {', '.join(can) or 'no way'}")

@@ -78,6 +78,12 @@ class ServerState:
             raise ForbiddenError("the weights are asleep; wake them before an update")
         return replace(self, updating=version, loaded=False)
 
+    def adapting(self) -> None:
+        """An adapter belongs to weights that are there, and stay."""
+        if self.updating is not None or self.torn or self.empty:
+            why = TORN if self.torn else self.describe()
+            raise ForbiddenError(f"an adapter needs weights that it can be laid over: {why}")
+
     def loading(self) -> "ServerState":
         """From here on the old weights are gone."""
         if self.updating is None:

@@ -61,6 +61,7 @@ class VLLMEngine(StockEngine):
         else:
             self._version = await self._served_version()
             self._dangling = True
+            await self._clear_up()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
         end = time.monotonic() + deadline
@@ -102,12 +103,6 @@ class VLLMEngine(StockEngine):
                 if found.setdefault(name, value) != value:
                     raise EngineFailed(self.name, f"its ranks have not got the same {name}")
         return found
-
-    async def load_adapter(self, name: str, path: str) -> None:
-        await self._control("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-
-    async def unload_adapter(self, name: str) -> None:
-        await self._control("/v1/unload_lora_adapter", {"lora_name": name})
 
     async def loads(self) -> EngineLoad:
         await self._facts()
@@ -255,6 +250,28 @@ class VLLMEngine(StockEngine):
         if self._receiving:
             await self._control("/finish_weight_update", None)
             self._receiving = False
+
+    async def _load_adapter(self, name: str, path: str, deadline: float) -> int | None:
+        """On the CPU, vLLM computes requests without an adapter by that in its last place, which stays empty."""
+        before: list[int | None] = []
+        if self._known.extension:
+            before = (await self._rpc("millrace_slots"))[0]["slots"]
+        if self._known.on_cpu and None not in before[:-1]:
+            raise EngineRefused(
+                self.name,
+                f"it has {len(before)} places for adapters, and on the CPU one has to stay empty; unload another, or "
+                "start it with a higher max_loras, and Millrace's extension",
+            )
+        await self._control("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, deadline=deadline)
+        if not self._known.extension:
+            return None
+        after = (await self._rpc("millrace_slots"))[0]["slots"]
+        return next((number for number in after if number not in before), None)
+
+    async def _unload_adapter(self, name: str, worker_id: int | None, deadline: float) -> None:
+        await self._control("/v1/unload_lora_adapter", {"lora_name": name}, deadline=deadline)
+        if worker_id is not None:
+            await self._rpc("millrace_forget", str(worker_id), deadline=deadline)
 
     async def _join(self, group: ProcessGroup, deadline: float) -> None:
         if self._known.transfer:

@@ -175,6 +175,17 @@ class Extension:
         """Of the tensors of the open update, under the names by which they were sent: see `Weights.samples`."""
         return {"samples": self._millrace().weights.samples()}
 
+    @answered
+    def millrace_slots(self) -> dict[str, Any]:
+        """Which LoRA adapter, by vLLM's number for it, is in each of the places for them."""
+        return {"slots": list(self.model_runner.lora_manager._adapter_manager.lora_index_to_id)}
+
+    @answered
+    def millrace_forget(self, adapter: str) -> dict[str, Any]:
+        """vLLM's own unloading takes away the name alone."""
+        self.model_runner.lora_manager.remove_adapter(int(adapter))
+        return {}
+
     def _millrace(self) -> "Rank":
         if "_millrace_rank" not in vars(self):  # vLLM never calls a constructor of ours
             self._millrace_rank = Rank(self.model_runner.get_model(), self.vllm_config, self.device, self.rank)
@@ -811,21 +822,30 @@ def sampled(tensors: list[torch.Tensor]) -> list[str]:
     """Of each (contiguous), two sums over up to 8,192 of its elements, taken as integers: all of them, or blocks that
     are spread evenly. The sender makes the same of what it sends (`millrace.checksum.sampled_checksums`)."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    alike: dict[tuple[torch.dtype, bool], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        alike.setdefault((kinds[tensor.itemsize], tensor.numel() > SAMPLE), []).append(index)
 
-    def sample(tensor: torch.Tensor) -> torch.Tensor:
-        elements = tensor.detach().as_strided((tensor.numel(),), (1,)).view(kinds[tensor.itemsize])
-        if len(elements) <= SAMPLE:
-            return torch.nn.functional.pad(elements.to(torch.int64), (0, SAMPLE - len(elements)))
-        step = (len(elements) - SAMPLE_WIDTH) // (SAMPLE_BLOCKS - 1)
-        blocks = elements[: (SAMPLE_BLOCKS - 1) * step + SAMPLE_WIDTH].unfold(0, SAMPLE_WIDTH, step)
-        return blocks.to(torch.int64).reshape(-1)
+    def blocks(tensor: torch.Tensor) -> torch.Tensor:
+        step = (tensor.numel() - SAMPLE_WIDTH) // (SAMPLE_BLOCKS - 1)
+        return tensor.as_strided((SAMPLE_BLOCKS, SAMPLE_WIDTH), (step, 1))
 
-    sums: list[list[int]] = []
-    for start in range(0, len(tensors), SAMPLED_TOGETHER):
-        samples = torch.stack([sample(tensor) for tensor in tensors[start : start + SAMPLED_TOGETHER]])
-        places = torch.arange(1, SAMPLE + 1, device=samples.device)
-        sums += torch.stack((samples.sum(1), (samples * places).sum(1)), 1).tolist()
-    return ["".join(f"{number & (2**64 - 1):016x}" for number in pair) for pair in sums]
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.as_strided((tensor.numel(),), (1,))
+
+    # Few calls of torch for each tensor, since there are hundreds and an engine stands still meanwhile.
+    sums: dict[int, list[int]] = {}
+    with torch.no_grad():
+        for (kind, large), indices in alike.items():
+            for start in range(0, len(indices), SAMPLED_TOGETHER):
+                some = indices[start : start + SAMPLED_TOGETHER]
+                views = [(blocks if large else whole)(tensors[index]).view(kind) for index in some]
+                stacked = torch.stack(views) if large else torch.nn.utils.rnn.pad_sequence(views, batch_first=True)
+                samples_NE = stacked.flatten(1).to(torch.int64)
+                places_E = torch.arange(1, samples_NE.shape[1] + 1, device=samples_NE.device)
+                made = torch.stack((samples_NE.sum(1), (samples_NE * places_E).sum(1)), 1).tolist()
+                sums.update(zip(some, made, strict=True))
+    return ["".join(f"{number & (2**64 - 1):016x}" for number in sums[index]) for index in range(len(tensors))]
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:

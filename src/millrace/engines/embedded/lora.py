@@ -1,0 +1,127 @@
+"""LoRA adapters: low-rank additions to the model's linear layers, chosen request by request.
+
+A layer that has any gets a hook, which adds (alpha / r) B A x to the rows of the pass whose requests named the adapter.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.utils.hooks import RemovableHandle
+
+from millrace.checksum import checksum
+from millrace.engines.embedded.weights import UpdateRefused, byte_view
+
+PREFIX = "base_model.model."
+HALVES = (".lora_A.weight", ".lora_B.weight")
+# What changes the meaning of an adapter, and has to be off.
+FEATURES = (
+    "use_dora", "use_rslora", "use_qalora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "layer_replication", "fan_in_fan_out", "trainable_token_indices", "alora_invocation_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One layer's part: A is [r, in], B is [out, r]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """pairs: by the layer's name. checksums: of each tensor as it came, under the name that it had in the file."""
+
+    scaling: float
+    pairs: Mapping[str, Pair]
+    checksums: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedAdapter:
+    """epoch: of the prefixes that it computes. No two adapters, and no two loads of one, have the same."""
+
+    adapter: Adapter
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """The model's linear layers by their names."""
+
+    modules: Mapping[str, torch.nn.Linear]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, *, dtype: torch.dtype, device: torch.device) -> "Linears":
+        found = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        return cls(found, dtype, device)
+
+    def read(self, folder: Path) -> Adapter:
+        """An adapter in PEFT's format. Raises UpdateRefused where it can't be read, or does not fit the model."""
+        try:
+            config: dict[str, Any] = orjson.loads((folder / "adapter_config.json").read_bytes())
+            tensors = load_file(folder / "adapter_model.safetensors")
+            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UpdateRefused(f"{folder} has no adapter that can be read: {error!r}") from error
+        on = [name for name in FEATURES if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
+        if on:
+            raise UpdateRefused(f"this engine's LoRA has no {', '.join(on)}, which {folder} needs")
+        modules = {name.removesuffix(end) for name in tensors for end in HALVES if name.endswith(end)}
+        if wrong := tensors.keys() ^ {module + end for module in modules for end in HALVES}:
+            raise UpdateRefused(f"{min(wrong)} is no half of a pair, or the only one, in {folder}")
+        pairs = {module.removeprefix(PREFIX): self._pair(module, tensors, rank) for module in modules}
+        sums = {name: checksum(byte_view(tensor)) for name, tensor in tensors.items()}
+        return Adapter(alpha / rank, pairs, sums)
+
+    def _pair(self, name: str, tensors: Mapping[str, torch.Tensor], rank: int) -> Pair:
+        module = self.modules.get(name.removeprefix(PREFIX))
+        if module is None or not name.startswith(PREFIX):
+            raise UpdateRefused(f"the model has no linear layer {name}")
+        a, b = (tensors[name + end] for end in HALVES)
+        shapes = (rank, module.in_features), (module.out_features, rank)
+        if (tuple(a.shape), tuple(b.shape)) != shapes:
+            raise UpdateRefused(f"{name}: A is {list(a.shape)} and B {list(b.shape)}, they must be {shapes}")
+        return Pair(a.to(self.device, self.dtype), b.to(self.device, self.dtype))
+
+
+@dataclass(slots=True)
+class Hooks:
+    """Adds to the model's layers what the rows of the next pass want. Belongs to the model thread."""
+
+    linears: Linears
+    rows: Sequence[Adapter | None] = ()
+    _hooked: dict[str, RemovableHandle] = field(default_factory=dict)
+
+    def add(self, adapter: Adapter) -> None:
+        for name in adapter.pairs.keys() - self._hooked.keys():
+            self._hooked[name] = self.linears.modules[name].register_forward_hook(self._hook(name))
+
+    def clear(self) -> None:
+        """When there is no adapter any more, the model is as fast as it was."""
+        for handle in self._hooked.values():
+            handle.remove()
+        self._hooked.clear()
+
+    def _hook(self, name: str) -> Any:
+        def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            wanted = {adapter: adapter.pairs[name] for adapter in self.rows if adapter and name in adapter.pairs}
+            for adapter, pair in wanted.items():
+                count = len(self.rows)
+                x, y = inputs[0].reshape(count, -1, pair.a.shape[1]), output.view(count, -1, pair.b.shape[0])
+                if all(row is adapter for row in self.rows):
+                    y += (x @ pair.a.T @ pair.b.T) * adapter.scaling
+                else:
+                    own = torch.tensor([i for i, row in enumerate(self.rows) if row is adapter], device=x.device)
+                    y.index_add_(0, own, (x[own] @ pair.a.T @ pair.b.T) * adapter.scaling)
+            return output
+
+        return hook

@@ -1,0 +1,37 @@
+"""What an SGLang server can do, by what it says of itself."""
+
+from typing import Any
+
+import pytest
+
+from millrace.engines.sglang.facts import CAPABILITY_PATHS, capabilities_of
+from millrace.engines.stock.facts import TAKES
+from millrace.types import Capability
+
+PATHS = dict.fromkeys([*CAPABILITY_PATHS.values(), "/update_weights_from_tensor"])
+SERVED = {"has_image_understanding": False}
+SERVER: dict[str, Any] = {
+    "device": "cuda",
+    "dp_size": 1,
+    "enable_dp_attention": False,
+    "enable_lora": False,
+    "enable_memory_saver": True,
+    "load_format": "auto",
+    "quantization": None,
+}
+UPDATES = frozenset[Capability]().union(*TAKES.values())
+GROUP = Capability.UPDATE_FROM_PROCESS_GROUP
+
+
+@pytest.mark.parametrize(
+    ("settings", "updates"),
+    [
+        ({}, {GROUP, Capability.UPDATE_FROM_CUDA_IPC, Capability.UPDATE_FROM_DISK}),
+        ({"device": "cpu"}, {GROUP, Capability.UPDATE_FROM_TORCH_STORAGE, Capability.UPDATE_FROM_DISK}),
+        ({"dp_size": 2}, {Capability.UPDATE_FROM_DISK}),
+        ({"quantization": "fp8"}, set()),
+        ({"quantization": "fp8", "load_format": "flash_rl"}, {GROUP, Capability.UPDATE_FROM_CUDA_IPC}),
+    ],
+)
+def test_weights_come_only_by_ways_that_the_server_survives(settings: dict[str, Any], updates: set[Capability]) -> None:
+    assert capabilities_of(PATHS, SERVED, SERVER | settings) & UPDATES == updates
