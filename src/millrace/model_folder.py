@@ -12,6 +12,11 @@ from millrace.errors import DataError
 
 HEADER_LENGTH_BYTES = 8
 
+# An adapter's folder in PEFT's format: its files, and what the names of its tensors begin and end with.
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_PREFIX = "base_model.model."
+ADAPTER_HALVES = (".lora_A.weight", ".lora_B.weight")
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:

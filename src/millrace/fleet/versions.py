@@ -4,7 +4,8 @@ and brought to an engine that comes later."""
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,20 +91,16 @@ class Versions:
             raise PublishError("each version is kept (publish.folder), and an iterator can't be gone through twice")
         engines = targets()
 
-        self._publishing = True
-        try:
-            async with self._sending:
-                unstored = await self.secured(deadline)
-                if self.store is not None:
-                    await asyncio.to_thread(self.store.discard)  # of a publish that failed
-                if require_finite:
-                    from millrace.weights.finite import only_finite  # imports torch
+        async with self._alone():
+            unstored = await self.secured(deadline)
+            if self.store is not None:
+                await asyncio.to_thread(self.store.discard)  # of a publish that failed
+            if require_finite:
+                from millrace.weights.finite import only_finite  # imports torch
 
-                    tensors = await asyncio.to_thread(only_finite, tensors)
-                report = await self._bring(transport, engines, tensors, Attested(version), bucket_bytes, deadline)
-                unstored = await self._keep(version, tensors, bucket_bytes) or unstored
-        finally:
-            self._publishing = False
+                tensors = await asyncio.to_thread(only_finite, tensors)
+            report = await self._bring(transport, engines, tensors, Attested(version), bucket_bytes, deadline)
+            unstored = await self._keep(version, tensors, bucket_bytes) or unstored
         return replace(report, unstored=unstored)
 
     async def publish_adapter(
@@ -120,16 +117,22 @@ class Versions:
         """As `Fleet.publish_adapter` says. `bases`: which whole version each engine holds."""
         self._require_next(version)
         engines, started = targets(), time.monotonic()
+        async with self._alone():
+            named = await asyncio.to_thread(self._checked, tensors, config, engines, require_finite)
+            async with self.adapters.written(engines, version, named, config) as adapter:
+                staged = time.monotonic() - started
+                reports = await self._lay_over(engines, adapter, bases(), started + deadline)
+        return PublishReport(version, adapter.nbytes, time.monotonic() - started, staged, tuple(reports))
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """No other version is published meanwhile, and no engine catches up."""
         self._publishing = True
         try:
             async with self._sending:
-                named = await asyncio.to_thread(self._checked, tensors, config, engines, require_finite)
-                async with self.adapters.written(engines, version, named, config) as adapter:
-                    staged = time.monotonic() - started
-                    reports = await self._lay_over(engines, adapter, bases(), started + deadline)
+                yield
         finally:
             self._publishing = False
-        return PublishReport(version, adapter.nbytes, time.monotonic() - started, staged, tuple(reports))
 
     async def catch_up(self, started: Started, bucket_bytes: int, deadline: float) -> None:
         """Brings the engine what the others serve: the last whole version, and the adapter over it."""

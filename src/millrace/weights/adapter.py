@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 from millrace.checksum import tensor_checksum
 from millrace.errors import PublishError
-from millrace.model_folder import to_disk
+from millrace.model_folder import ADAPTER_CONFIG, ADAPTER_HALVES, ADAPTER_PREFIX, ADAPTER_TENSORS, to_disk
 from millrace.types import AdapterConfig
 
 if TYPE_CHECKING:
     import torch
 
-PREFIX = "base_model.model."
-HALVES = (".lora_A.weight", ".lora_B.weight")
 DTYPES = ("float32", "bfloat16", "float16")
 
 Shape = tuple[int, ...]
@@ -45,15 +43,17 @@ def check_adapter(shapes: Mapping[str, Shape], config: AdapterConfig, base: Mapp
         raise PublishError("the adapter has no tensors")
     modules = set()
     for name in shapes:
-        end = next((end for end in HALVES if name.endswith(end)), None)
-        if end is None or not name.startswith(PREFIX):
-            raise PublishError(f"{name} is no name of PEFT's: {PREFIX}MODULE{HALVES[0]}, or {HALVES[1]}")
+        end = next((end for end in ADAPTER_HALVES if name.endswith(end)), None)
+        if end is None or not name.startswith(ADAPTER_PREFIX):
+            raise PublishError(
+                f"{name} is no name of PEFT's: {ADAPTER_PREFIX}MODULE{ADAPTER_HALVES[0]}, or {ADAPTER_HALVES[1]}"
+            )
         modules.add(name.removesuffix(end))
     for module in sorted(modules):
-        if missing := [module + end for end in HALVES if module + end not in shapes]:
+        if missing := [module + end for end in ADAPTER_HALVES if module + end not in shapes]:
             raise PublishError(f"{missing[0]} is missing; every module has a lora_A and a lora_B")
-        a, b = (shapes[module + end] for end in HALVES)
-        _check_pair(module.removeprefix(PREFIX), a, b, config, base)
+        a, b = (shapes[module + end] for end in ADAPTER_HALVES)
+        _check_pair(module.removeprefix(ADAPTER_PREFIX), a, b, config, base)
     for target in config.target_modules:
         if not any(_is(module, target) for module in modules):
             raise PublishError(f"target_modules names {target}, and no tensor is of it")
@@ -105,8 +105,8 @@ def write_adapter(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / "adapter_config.json").write_text(json.dumps(peft_config(config)))
-        save_file(copies, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        (partial / ADAPTER_CONFIG).write_text(json.dumps(peft_config(config)))
+        save_file(copies, partial / ADAPTER_TENSORS, metadata={"format": "pt"})
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors keeps it to this user, and the engines' may be another
             to_disk(file)

@@ -16,9 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from millrace.checksum import checksum
 from millrace.engines.embedded.weights import UpdateRefused, byte_view
+from millrace.model_folder import ADAPTER_CONFIG, ADAPTER_HALVES, ADAPTER_PREFIX, ADAPTER_TENSORS
 
-PREFIX = "base_model.model."
-HALVES = (".lora_A.weight", ".lora_B.weight")
 # What changes the meaning of an adapter, and has to be off.
 FEATURES = (
     "use_dora", "use_rslora", "use_qalora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
@@ -67,26 +66,26 @@ class Linears:
     def read(self, folder: Path) -> Adapter:
         """An adapter in PEFT's format. Raises UpdateRefused where it can't be read, or does not fit the model."""
         try:
-            config: dict[str, Any] = orjson.loads((folder / "adapter_config.json").read_bytes())
-            tensors = load_file(folder / "adapter_model.safetensors")
+            config: dict[str, Any] = orjson.loads((folder / ADAPTER_CONFIG).read_bytes())
+            tensors = load_file(folder / ADAPTER_TENSORS)
             rank, alpha = int(config["r"]), float(config["lora_alpha"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UpdateRefused(f"{folder} has no adapter that can be read: {error!r}") from error
         on = [name for name in FEATURES if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
         if on:
             raise UpdateRefused(f"this engine's LoRA has no {', '.join(on)}, which {folder} needs")
-        modules = {name.removesuffix(end) for name in tensors for end in HALVES if name.endswith(end)}
-        if wrong := tensors.keys() ^ {module + end for module in modules for end in HALVES}:
+        modules = {name.removesuffix(end) for name in tensors for end in ADAPTER_HALVES if name.endswith(end)}
+        if wrong := tensors.keys() ^ {module + end for module in modules for end in ADAPTER_HALVES}:
             raise UpdateRefused(f"{min(wrong)} is no half of a pair, or the only one, in {folder}")
-        pairs = {module.removeprefix(PREFIX): self._pair(module, tensors, rank) for module in modules}
+        pairs = {module.removeprefix(ADAPTER_PREFIX): self._pair(module, tensors, rank) for module in modules}
         sums = {name: checksum(byte_view(tensor)) for name, tensor in tensors.items()}
         return Adapter(alpha / rank, pairs, sums)
 
     def _pair(self, name: str, tensors: Mapping[str, torch.Tensor], rank: int) -> Pair:
-        module = self.modules.get(name.removeprefix(PREFIX))
-        if module is None or not name.startswith(PREFIX):
+        module = self.modules.get(name.removeprefix(ADAPTER_PREFIX))
+        if module is None or not name.startswith(ADAPTER_PREFIX):
             raise UpdateRefused(f"the model has no linear layer {name}")
-        a, b = (tensors[name + end] for end in HALVES)
+        a, b = (tensors[name + end] for end in ADAPTER_HALVES)
         shapes = (rank, module.in_features), (module.out_features, rank)
         if (tuple(a.shape), tuple(b.shape)) != shapes:
             raise UpdateRefused(f"{name}: A is {list(a.shape)} and B {list(b.shape)}, they must be {shapes}")
