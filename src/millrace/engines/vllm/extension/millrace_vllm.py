@@ -38,6 +38,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import set_current_vllm_config
 from vllm.distributed import get_pp_group, get_tp_group
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -438,7 +439,8 @@ class Weights:
                 try:
                     if parts:
                         weights = ((name, tensor.to(dtype)) for name, tensor, dtype in parts)
-                        self._model.load_weights(weights)  # type: ignore[operator]
+                        with without_adapters(self._model):
+                            self._model.load_weights(weights)  # type: ignore[operator]
                 except BaseException:
                     for info in map(get_layerwise_info, modules):  # they get their old memory, with what is in it
                         info.load_numel = 0
@@ -539,7 +541,7 @@ class Plan:
         return {holder for group in groups for holder, _ in group if holder != path}
 
     def _learn(self, specs: list[Spec]) -> None:
-        with self._twin() as owners, Recorder(owners) as recorder:
+        with self._twin() as owners, without_adapters(self._model), Recorder(owners) as recorder:
             try:
                 self._model.load_weights(recorder.announce(specs, self._dtype))  # type: ignore[operator]
             except (ValueError, KeyError, IndexError, AttributeError, AssertionError, TypeError, RuntimeError) as error:
@@ -578,11 +580,13 @@ class Plan:
                         if tensor is not None:
                             kept[name] = twin = twin_of(tensor, module)
                             owners[storage_id(twin)] = (path, name, twin)
+                # What is not recorded, as a scale is, vLLM has made of the weights.
+                made = module._parameters.keys() - recorded[0].keys() if recorded[0] else set()
                 self.needed[path] = {
                     # vLLM's own word for elements that no checkpoint has
                     name: vars(parameter).get("weight_loader_numel", parameter.numel())
                     for name, parameter in module._parameters.items()
-                    if parameter is not None and self._must_come(path, name)
+                    if parameter is not None and name not in made and self._must_come(path, name)
                 }
             yield owners
         finally:
@@ -801,6 +805,25 @@ def unpacked(module: Any) -> torch.Tensor:
         rows = identity[start : start + PROBE_ROWS]
         weight[:, start : start + PROBE_ROWS] = module.cpu_linear(rows, module.weight, None).T
     return weight
+
+
+@contextmanager
+def without_adapters(model: torch.nn.Module) -> Iterator[None]:
+    """The model without vLLM's wrappers for adapters, whose parameters have names that the loaders of vLLM before 0.32
+    do not know."""
+    wrapped = [
+        (parent._modules, name, child)
+        for parent in list(model.modules())
+        for name, child in parent._modules.items()
+        if isinstance(child, BaseLayerWithLoRA)
+    ]
+    for children, name, child in wrapped:
+        children[name] = child.base_layer
+    try:
+        yield
+    finally:
+        for children, name, child in wrapped:
+            children[name] = child
 
 
 @contextmanager
