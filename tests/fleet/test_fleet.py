@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytest_asyncio
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from millrace.config import EmbeddedEngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
-from millrace.errors import EngineTimeout, EngineUnreachable, LaunchError, NoEngineError, PublishError
+from millrace.errors import ConfigError, EngineTimeout, EngineUnreachable, LaunchError, NoEngineError, PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.fleet.membership import Phase
@@ -367,6 +368,28 @@ async def test_a_killed_engine_is_out_at_once_and_the_rest_serve_until_none_is_l
         await fleet.generate(greedy("x"), deadline=5)
 
 
+async def test_nothing_is_left_of_a_version_with_nans(fleet: Fleet, model: PreTrainedModel) -> None:
+    version = served(fleet)
+    spoilt = [(name, tensor.clone()) for name, tensor in tensors(model)]
+    spoilt[0][1].view(-1)[:] = float("nan")
+    assert not (await fleet.publish(spoilt, version + 1)).failed
+    spoiled = await asyncio.gather(*(fleet.generate(greedy(f"nan{i}", 40 + i), deadline=30) for i in range(8)))
+    assert all(np.isnan(made.logprobs).all() for made in spoiled)
+    assert not (await fleet.publish(tensors(model), version + 2)).failed
+    made = await asyncio.gather(*(fleet.generate(greedy(f"sound{i}"), deadline=30) for i in range(8)))
+    assert {one.output_ids for one in made} == {expected(model)}
+
+
+async def test_what_is_no_list_of_tensors_is_told(fleet: Fleet, model: PreTrainedModel) -> None:
+    for wrong, hint in ((model.state_dict(), r"\.items\(\)"), (model, r"named_parameters")):
+        with pytest.raises(PublishError, match=hint):
+            await fleet.publish(wrong, following(fleet))
+    with pytest.raises(PublishError, match="'7' is not"):
+        await fleet.publish(tensors(model), "7")  # type: ignore[arg-type]
+    with pytest.raises(NoEngineError, match="no engine is called embedded-9"):
+        await fleet.restart("embedded-9")
+
+
 async def test_a_port_in_use_ends_the_start_with_one_message_and_no_process(tiny_model: Path, tmp_path: Path) -> None:
     import socket
 
@@ -387,6 +410,9 @@ async def test_a_transport_that_is_not_possible_ends_what_was_started(tiny_model
     config = CONFIG.model_copy(update={"replicas": 1, "ports": (port,)})
     with pytest.raises(PublishError, match=r"embedded-0 can't take weights by it"):
         async with open_fleet(config, tiny_model, log_dir=tmp_path, transport="cuda_ipc"):
+            raise AssertionError("it must not start")
+    with pytest.raises(ConfigError, match=r"publish.folder nosuch://x can't be used"):
+        async with open_fleet(config, tiny_model, log_dir=tmp_path, folder="nosuch://x"):
             raise AssertionError("it must not start")
     with socket.create_server(("127.0.0.1", port)):
         pass

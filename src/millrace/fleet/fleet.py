@@ -127,7 +127,8 @@ class Fleet:
         Where versions are kept, `tensors` is gone through once more when the engines serve, and can't be an iterator.
         The version becomes safe in the background; the next publish waits for that.
         """
-        return await self._versions.publish(
+        left_out = self._left_out()
+        report = await self._versions.publish(
             tensors,
             version,
             self._targets,
@@ -135,6 +136,7 @@ class Fleet:
             deadline=deadline,
             require_finite=require_finite,
         )
+        return replace(report, left_out=left_out)
 
     async def publish_adapter(
         self,
@@ -157,7 +159,8 @@ class Fleet:
         tensors are not those of such an adapter of the model, when no engine takes it or none can read it, and as
         `publish` says. A version that is published whole takes the adapter off.
         """
-        return await self._versions.publish_adapter(
+        left_out = self._left_out()
+        report = await self._versions.publish_adapter(
             tensors,
             version,
             self._targets,
@@ -166,6 +169,10 @@ class Fleet:
             deadline=deadline,
             require_finite=require_finite,
         )
+        return replace(report, left_out=left_out)
+
+    def _left_out(self) -> tuple[str, ...]:
+        return tuple(member.describe() for member in self.snapshot.members if not member.usable)
 
     def _targets(self) -> list[PublishTarget]:
         """Whom to publish to. Raises PublishError and NoEngineError where nobody can take a version."""
@@ -183,6 +190,8 @@ class Fleet:
         start its engines."""
         if self._start is None:
             raise NoEngineError(f"{name} was not started by this fleet, which can't start it anew")
+        if name not in self._replicas:
+            raise NoEngineError(f"no engine is called {name}: {self.snapshot.describe()}")
         old = self._replicas[name]
         await self._end_watching(name)
         await self._apply(name, Died("it is being started anew"))

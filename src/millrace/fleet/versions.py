@@ -86,9 +86,13 @@ class Versions:
     ) -> PublishReport:
         """As `Fleet.publish` says. `targets` raises where there are none."""
         self._require_next(version)
+        require_pairs(tensors)
         transport = self._require_transport()
         if self.store is not None and isinstance(tensors, Iterator):
-            raise PublishError("each version is kept (publish.folder), and an iterator can't be gone through twice")
+            raise PublishError(
+                "each version is kept (publish.folder), and an iterator can't be gone through twice; publish "
+                "list(model.named_parameters())"
+            )
         engines = targets()
 
         async with self._alone():
@@ -116,6 +120,7 @@ class Versions:
     ) -> PublishReport:
         """As `Fleet.publish_adapter` says. `bases`: which whole version each engine holds."""
         self._require_next(version)
+        require_pairs(tensors)
         engines, started = targets(), time.monotonic()
         async with self._alone():
             named = await asyncio.to_thread(self._checked, tensors, config, engines, require_finite)
@@ -335,7 +340,18 @@ class Versions:
 
     def _require_next(self, version: int) -> None:
         """Raises PublishError where the version can't be published now."""
+        if not isinstance(version, int):
+            raise PublishError(f"a version is a number, and {version!r} is not")
         if self._publishing:
             raise PublishError(f"version {version} can't be published while another version is on its way")
         if self._last is not None and version <= self._last:
             raise PublishError(f"version {version} is not newer than version {self._last}, which was published before")
+
+
+def require_pairs(tensors: object) -> None:
+    """Raises PublishError for what is no iterable of names and tensors, such as a model or a dict of them."""
+    if isinstance(tensors, Mapping) or not isinstance(tensors, Iterable):
+        hint = "its .items()" if isinstance(tensors, Mapping) else "list(model.named_parameters())"
+        raise PublishError(
+            f"what is published are pairs of name and tensor, not a {type(tensors).__name__}; give {hint}"
+        )

@@ -46,7 +46,8 @@ class EngineReport:
 class PublishReport:
     """What a publish did. `stage_seconds`: copying into buckets and bringing these to the engines' hosts, most of it
     hidden behind the engines' loading.
-    `unstored`: why this version, or the one before, is not kept."""
+    `unstored`: why this version, or the one before, is not kept. `left_out`: the engines that nothing was sent to,
+    since they were out of rotation for good, and why."""
 
     version: int
     nbytes: int
@@ -54,6 +55,7 @@ class PublishReport:
     stage_seconds: float
     engines: tuple[EngineReport, ...]
     unstored: str | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def failed(self) -> dict[str, EngineError]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from millrace.errors import DataError, PublishError
+from millrace.errors import ConfigError, DataError, PublishError
 from millrace.model_folder import to_disk
 from millrace.weights.chain import (
     CHECKSUMS,
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 class VersionStore:
     """At `url`, for the model in `model_path`, whose config and tokenizer each version gets. The last `keep` versions
     stay, and what they are made from. One call at a time; all of them block. Raises DataError where there is an index
-    that can't be read.
+    that can't be read, and ConfigError where fsspec does not know the URL.
 
     Every `anchor_every`-th version is whole, and so is the first that this process writes; the others are deltas where
     these are smaller. For that, the last version stays whole in a folder of this host (below TMPDIR), and the next one
@@ -54,7 +54,10 @@ class VersionStore:
     """
 
     def __init__(self, url: str, model_path: Path, *, keep: int, anchor_every: int = 1) -> None:
-        self._source = Source(url)
+        try:
+            self._source = Source(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"publish.folder {url} can't be used: {error}") from error
         self._model_path, self._keep, self._anchor_every = model_path, keep, anchor_every
         # Apart: written to a folder of this host, and brought to the store from there.
         self._apart = not self._source.local or anchor_every > 1

@@ -124,6 +124,7 @@ class SlotCache:
         self.tokens = np.zeros((slots, context_length), np.int64)
         self.lengths = np.zeros(slots, np.int64)
         self.epochs = np.full(slots, MIXED, np.int64)
+        self.spoiled = np.zeros(slots, np.bool_)  # it may hold NaNs, of weights that had some
         self._rows = np.arange(running)
         self._used = np.zeros(slots, np.int64)
         self._clock = 0
@@ -136,7 +137,8 @@ class SlotCache:
         self.allocate()
 
     def allocate(self) -> None:
-        """Takes the memory. Zeroed, because attention reads places that it then masks, and a NaN there would spread."""
+        """Takes the memory, zeroed: see `clean`."""
+        self.spoiled[:] = False
         kinds = [(s.key_heads, s.key_dim) for s in self._shapes] + [(s.value_heads, s.value_dim) for s in self._shapes]
         unlike = list(dict.fromkeys(kinds))  # what is of one shape lies in one buffer, so that one call copies a slot
         members = [[i for i, kind in enumerate(kinds) if kind == one] for one in unlike]
@@ -193,14 +195,24 @@ class SlotCache:
     def copy(self, prefix: Prefix, to: int, start: int = 0) -> None:
         """Copies a prefix into slot `to`, which then holds it and nothing else; its first `start` tokens are there."""
         slot, end = prefix.slot, prefix.length
+        if slot != to and start == 0:
+            self.clean(to)
         if slot != to and start < end:
             for buffer in self._buffers:
                 buffer[:, to, :, start:end] = buffer[:, slot, :, start:end]
             self.tokens[to, start:end] = self.tokens[slot, start:end]
         self.lengths[to] = end
         self.epochs[to] = self.epochs[slot]
+        self.spoiled[to] |= self.spoiled[slot]
         self._touch(slot)
         self._touch(to)
+
+    def clean(self, slot: int) -> None:
+        """Makes a slot fit for other tokens: attention reads places that it then masks, where a NaN would spread."""
+        if self.spoiled[slot]:
+            for buffer in self._buffers:
+                buffer[:, slot].zero_()
+            self.spoiled[slot] = False
 
     def write(self, slot: int, tokens: NDArray[np.int64], epoch: int) -> None:
         """Notes that the model has computed the slot up to the end of `tokens`, its first ones included."""

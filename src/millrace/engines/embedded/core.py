@@ -260,6 +260,8 @@ class Core:
         for slot, prefill in enumerate(wave, first):
             if prefill.reused:
                 self.cache.copy(Prefix(prefill.source, prefill.reused), slot)
+            else:
+                self.cache.clean(slot)
         logits = self._forward_new(wave, first)
         owners: list[int] = []
         for i, prefill in enumerate(wave):
@@ -318,6 +320,7 @@ class Core:
         lanes = self._lanes[first : first + len(tokens_B)]
         lanes["token"] = tokens_B
         lanes["drawn"] += np.uint64(1)
+        self.cache.spoiled[first : first + len(tokens_B)] |= ~np.isfinite(logprobs_B)
         ended = []
         for slot, (token, logprob) in enumerate(zip(tokens_B.tolist(), logprobs_B.tolist(), strict=True), first):
             request = self._scheduler.running[slot]

@@ -122,6 +122,8 @@ def make(
 
         if name == "gloo":
             return ProcessGroupTransport(SendingGroup, torch.device("cpu"), together=False)
+        if not torch.cuda.is_available():
+            raise PublishError("publish.transport is nccl, and the trainer's torch sees no GPU")
         device = torch.device("cuda", torch.cuda.current_device())
         if Capability.UPDATE_FROM_PROCESS_GROUP in common:
             return ProcessGroupTransport(SendingGroup, device, together=True)
