@@ -21,6 +21,7 @@ LAYERS = [
     "fleet",
     "conformance",
     "rollout",
+    "serve",
     "train",
     "cli",
 ]

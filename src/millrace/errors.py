@@ -59,3 +59,7 @@ class NoEngineError(MillraceError):
 
 class RolloutError(MillraceError):
     """A rollout can't go on: every sample of a step failed, with the reasons."""
+
+
+class MonitorError(MillraceError):
+    """A fleet's metrics server (`metrics.port`) does not answer, or something else answers there."""

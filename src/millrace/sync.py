@@ -203,8 +203,14 @@ class Fleet:
         """Tokens of prompt and output together that every engine takes."""
         return self._wrapped.context_length
 
+    @property
+    def outstanding(self) -> Mapping[str, int]:
+        """Of each engine: tokens of the requests that it has, prompts and room for output."""
+        return self._wrapped.outstanding
+
     def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
-        """Sends the request to the least loaded engine, and waits for one where all sleep or are being updated.
+        """Sends the request to the least loaded engine, and waits for one where all sleep, are being updated or are
+        started anew.
 
         Raises NoEngineError when none is routable by the deadline or none is left, and the engine's own EngineError
         otherwise; a request that failed on an engine is not sent again by this method.
@@ -270,6 +276,16 @@ class Fleet:
         does not come up, PublishError where it does not take the version, and NoEngineError where the fleet does not
         start its engines."""
         self._portal.call(self._wrapped.restart(name, bucket_bytes=bucket_bytes, deadline=deadline))
+
+    def add(self, *, bucket_bytes: int = 256 * 2**20, deadline: float = 120.0) -> str:
+        """Starts one more engine like the others, and brings it what these serve before its first request, as `restart`
+        does. Returns its name."""
+        return self._portal.call(self._wrapped.add(bucket_bytes=bucket_bytes, deadline=deadline))
+
+    def remove(self, name: str, *, deadline: float = 60.0) -> None:
+        """Takes an engine out: it gets no more requests, ends those that it has, for which it gets `deadline` seconds
+        before they are aborted, and its process is ended."""
+        self._portal.call(self._wrapped.remove(name, deadline=deadline))
 
     def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Puts every usable engine to sleep, after what runs there has ended. One that can't is quarantined."""

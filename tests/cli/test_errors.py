@@ -2,20 +2,23 @@
 
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 from typer.testing import CliRunner
 
 from millrace import __version__
-from millrace.cli import app
+from millrace.cli import app, main
 from millrace.config import load_config
 
 CONFIG = """\
@@ -31,10 +34,60 @@ checkpoint: {{every: 1}}
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A run that has ended well, in its folder, and what it printed. It took two steps."""
+
+    folder: Path
+    out: str
+    err: str
+
+
 @pytest.fixture
 def folder(tmp_path: Path, tiny_model: Path) -> Path:
+    """A folder with a run's settings."""
     (tmp_path / "run.yaml").write_text(CONFIG.format(model=tiny_model))
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Ended:
+    folder = tmp_path_factory.mktemp("ended")
+    (folder / "run.yaml").write_text(CONFIG.format(model=tiny_model))
+    status, out, err = finish(start(folder), folder)
+    assert status == 0, err
+    return Ended(folder, out, err)
+
+
+@pytest.fixture
+def copied(ended: Ended, tmp_path: Path) -> Path:
+    """The folder of a run that can be resumed after its second step."""
+    shutil.copytree(ended.folder, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """`millrace train run.yaml ...` in this process, which has imported torch already: for what goes wrong at the
+    start, and needs no process of its own for it."""
+
+    monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str]
+
+    def fails(self, folder: Path, *arguments: str) -> str:
+        """What it says."""
+        self.monkeypatch.chdir(folder)
+        self.monkeypatch.setattr(sys, "argv", ["millrace", "train", "run.yaml", f"output_dir={folder}", *arguments])
+        with pytest.raises(SystemExit) as raised:
+            main()
+        assert raised.value.code == 1
+        return self.capsys.readouterr().err
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return Here(monkeypatch, capsys)
 
 
 def start(folder: Path, *arguments: str, file_bytes: int | None = None) -> subprocess.Popen[str]:
@@ -96,27 +149,32 @@ def wait_until(condition: Callable[[], object], deadline: float = 180) -> None:
         time.sleep(0.02)
 
 
-def steps(folder: Path) -> list[int]:
+def records(folder: Path) -> list[dict[str, Any]]:
     path = folder / "run" / "metrics.jsonl"
-    return [orjson.loads(line)["step"] for line in path.read_bytes().splitlines()] if path.exists() else []
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def steps(folder: Path) -> list[int]:
+    return [record["step"] for record in records(folder)]
 
 
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
 
 
-def test_a_run_leaves_its_folder_and_resumes_from_it(folder: Path) -> None:
-    status, out, err = finish(start(folder), folder)
-    assert status == 0, err
-    assert steps(folder) == [0, 1, 2]
-    assert "first and last" in out
-    assert "weights go by shm: trainer and engines are on this host" in err
-    run = folder / "run"
-    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "logs"} <= set(
-        os.listdir(run)
-    )
+def contents(checkpoint: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(checkpoint)): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+
+
+def test_a_run_leaves_its_folder(ended: Ended, here: Here) -> None:
+    assert steps(ended.folder) == [0, 1, 2]
+    assert "first and last" in ended.out
+    assert "weights go by shm: trainer and engines are on this host" in ended.err
+    run = ended.folder / "run"
+    left = {"config.yaml", "metrics.jsonl", "events.jsonl", "samples.jsonl", "curves.png", "checkpoints", "logs"}
+    assert left <= set(os.listdir(run))
     assert load_config(run / "config.yaml").train.steps == 2
-    metrics = [orjson.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+    metrics = records(ended.folder)
     assert [m["weight_version"] for m in metrics] == [1, 2, 3]
     wanted = "step reward accuracy weight_version staleness rollout_seconds publish_seconds train_seconds tokens kl"
     assert {*wanted.split(), "clip_fraction", "logprob_gap"} <= metrics[-1].keys()
@@ -125,42 +183,23 @@ def test_a_run_leaves_its_folder_and_resumes_from_it(folder: Path) -> None:
     assert all(s["status"] == "finished" and "<|im_start|>assistant" in s["text"] for s in samples)
     assert all(m["logprob_gap"] < 1e-4 for m in metrics[1:])
     assert all(m["staleness"] == 0 for m in metrics[1:])
-
-    status, _, err = finish(start(folder), folder)
-    assert status == 1
-    assert "holds a run already; give --resume" in err
-
-    status, out, err = finish(start(folder, "train.steps=4", "--resume"), folder)
-    assert status == 0, err
-    assert "resumed after step 2" in out
-    assert steps(folder) == [0, 1, 2, 3, 4]
-    assert [orjson.loads(x)["weight_version"] for x in (run / "metrics.jsonl").read_bytes().splitlines()] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-    ]
+    assert "holds a run already; give --resume" in here.fails(ended.folder)
 
 
 def test_standalone_mode_runs_by_one_word_and_keeps_its_bound(folder: Path) -> None:
     status, _, err = finish(start(folder, "mode=standalone", "train.steps=4", "rollout.max_staleness=1"), folder)
     assert status == 0, err
-    records = [orjson.loads(line) for line in (folder / "run" / "metrics.jsonl").read_bytes().splitlines()]
-    assert [r["step"] for r in records] == [0, 1, 2, 3, 4]
-    assert all(0 <= r["staleness"] <= 1 for r in records[1:])
-    assert max(r["staleness"] for r in records[1:]) > 0  # it did generate while it trained
+    metrics = records(folder)
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
+    assert all(0 <= m["staleness"] <= 1 for m in metrics[1:])
+    assert max(m["staleness"] for m in metrics[1:]) > 0  # it did generate while it trained
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("rollout.group=3",), "unknown setting rollout.group; did you mean"),
-        (("data={kind: file, path: none.jsonl}",), "none.jsonl"),
         (("model.path=nowhere",), "nowhere is no model's folder"),
-        (("model.path=no-such-owner/model",), "no-such-owner/model is no folder here and can't be had from the Hub"),
-        (("rollout.tools=[abacus]",), "no tool is called 'abacus'"),
-        (("--resume",), "holds no run to resume"),
         (
             ("engine={kind: sglang, urls: [127.0.0.1:9]}",),
             "urls: [127.0.0.1:9]}': engine.urls: '127.0.0.1:9' is no server's URL; write http://127.0.0.1:9",
@@ -170,7 +209,7 @@ def test_standalone_mode_runs_by_one_word_and_keeps_its_bound(folder: Path) -> N
             "tp: 2}}': engine.engine_args.tp contradicts engine.tp_size; set only engine.tp_size",
         ),
     ],
-    ids=["config", "data", "model", "hub", "tool", "resume", "engine's URL", "engine's argument"],
+    ids=["config", "model", "engine's URL", "engine's argument"],
 )
 def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
     folder: Path, arguments: Sequence[str], says: str
@@ -179,6 +218,24 @@ def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
     assert status == 1
     assert says in err
     assert "Traceback" not in err
+    assert not (folder / "run" / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("data={kind: file, path: none.jsonl}", "none.jsonl"),
+        ("model.path=no-such-owner/model", "no-such-owner/model is no folder here and can't be had from the Hub"),
+        ("rollout.tools=[abacus]", "no tool is called 'abacus'"),
+        ("--resume", "holds no run to resume"),
+    ],
+    ids=["data", "hub", "tool", "resume"],
+)
+def test_so_is_what_only_a_closer_look_finds(folder: Path, here: Here, argument: str, says: str) -> None:
+    err = here.fails(folder, argument)
+    assert err.startswith("error: ")
+    assert says in err
+    assert not (folder / "run" / "logs").exists()
 
 
 def test_the_version_is_told_by_word_and_by_option() -> None:
@@ -195,81 +252,81 @@ def test_dry_run_prints_the_resolved_settings(folder: Path) -> None:
     assert not (folder / "run").exists()
 
 
-def test_a_port_in_use_is_one_message(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("engine.ports=[{port}]", "error: port {port} of 127.0.0.1 can't be used"),
+        ("metrics.port={port}", "error: metrics can't be served at 127.0.0.1:{port} (Address already in use"),
+    ],
+)
+def test_a_port_in_use_is_one_message(folder: Path, here: Here, setting: str, says: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        status, _, err = finish(start(folder, f"engine.ports=[{port}]"), folder)
-    assert status == 1
-    assert f"port {port} of 127.0.0.1 can't be used" in err
-    assert "Traceback" not in err
+        err = here.fails(folder, setting.format(port=port))
+    assert says.format(port=port) in err
+    assert not leftovers(folder)
 
 
-def test_an_engine_that_dies_at_start_is_quoted(folder: Path) -> None:
-    status, _, err = finish(start(folder, "engine.device=cuda:7"), folder)
-    assert status == 1
+def test_an_engine_that_dies_at_start_is_quoted(folder: Path, here: Here) -> None:
+    err = here.fails(folder, "engine.device=cuda:7")
     assert "error: embedded-" in err
     assert "last lines of" in err
+    assert not leftovers(folder)
 
 
-def test_a_prompt_without_room_to_answer_is_told_before_the_first_step(folder: Path) -> None:
+def test_a_prompt_without_room_to_answer_is_told_before_the_first_step(folder: Path, here: Here) -> None:
     lines = [{"question": "word " * 200, "answer": "#### 1"}, {"question": "How many?", "answer": "#### 1"}]
     (folder / "long.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
-    status, _, err = finish(start(folder, "data={kind: file, path: long.jsonl}"), folder)
-    assert status == 1
+    err = here.fails(folder, "data={kind: file, path: long.jsonl}")
     assert "the prompt of problem long-1 has" in err
     assert "leaves no room for an answer" in err
+    assert not steps(folder)
+    assert not leftovers(folder)
 
 
-def test_engines_that_die_in_mid_run_end_it_with_their_reason(folder: Path) -> None:
-    process = start(folder, "train.steps=1000")
-    wait_until(lambda: len(steps(folder)) > 2)
-    for pid in engines(folder):
-        os.kill(pid, signal.SIGKILL)
-    status, _, err = finish(process, folder)
+def test_a_full_disk_at_a_checkpoint_leaves_the_last_one_whole(ended: Ended, copied: Path) -> None:
+    status, out, err = finish(start(copied, "train.steps=3", "--resume", file_bytes=600_000), copied)
     assert status == 1
+    assert "resumed after step 2" in out
+    assert "File too large. Nothing of it was kept" in err
+    assert "Traceback" not in err
+    assert checkpoints(copied) == checkpoints(ended.folder)
+    last = Path("run", "checkpoints", "step-00000002")
+    assert contents(copied / last) == contents(ended.folder / last)
+
+
+def test_one_engine_less_is_survived_ctrl_c_ends_all_and_what_resumes_ends_with_its_last_engine(
+    copied: Path, here: Here
+) -> None:
+    process = start(copied, "train.steps=1000", "engine.replicas=2", "--resume")
+    wait_until(lambda: len(steps(copied)) > 4)
+    os.kill(engines(copied)[0], signal.SIGKILL)
+    before = len(steps(copied))
+    wait_until(lambda: len(steps(copied)) > before + 3)
+    assert "is in use by another run" in here.fails(copied, "train.steps=1000", "--resume")
+    process.send_signal(signal.SIGINT)
+    status, out, err = finish(process, copied)
+    assert status == 130
+    assert "resumed after step 2" in out
+    assert "interrupted: what was started has been ended; --resume goes on from " in err
+    assert "Traceback" not in err
+
+    last = int(checkpoints(copied)[-1].removeprefix("step-"))
+    assert last > before
+    process = start(copied, "train.steps=1000", "--resume", "restarts=0")
+    wait_until(lambda: steps(copied)[-1] > last + 2)
+    for pid in engines(copied):
+        os.kill(pid, signal.SIGKILL)
+    status, out, err = finish(process, copied)
+    assert status == 1
+    assert f"resumed after step {last}" in out
     assert "error: " in err
     assert "no engine is left" in err
     assert "SIGKILL" in err
     assert "Traceback" not in err
-
-
-def test_one_engine_less_is_survived(folder: Path) -> None:
-    process = start(folder, "train.steps=40", "engine.replicas=2")
-    wait_until(lambda: len(steps(folder)) > 2)
-    os.kill(engines(folder)[0], signal.SIGKILL)
-    status, _, err = finish(process, folder)
-    assert status == 0, err
-    assert steps(folder) == list(range(41))
-
-
-def test_a_full_disk_at_a_checkpoint_leaves_the_last_one_whole(folder: Path) -> None:
-    status, _, err = finish(start(folder, "train.steps=1"), folder)
-    assert status == 0, err
-    status, _, err = finish(start(folder, "train.steps=2", "--resume", file_bytes=600_000), folder)
-    assert status == 1
-    assert "File too large. Nothing of it was kept" in err
-    assert "Traceback" not in err
-    assert checkpoints(folder) == ["step-00000001"]
-    status, _, err = finish(start(folder, "train.steps=2", "--resume"), folder)
-    assert status == 0, err
-
-
-def test_ctrl_c_ends_all_and_the_last_checkpoint_resumes(folder: Path) -> None:
-    process = start(folder, "train.steps=1000")
-    wait_until(lambda: len(steps(folder)) > 2)
-    second = start(folder, "train.steps=1000", "--resume")
-    _, told = second.communicate(timeout=300)
-    assert second.returncode == 1
-    assert "is in use by another run" in told
-    process.send_signal(signal.SIGINT)
-    status, _, err = finish(process, folder)
-    assert status == 130
-    assert "interrupted: what was started has been ended; --resume goes on from " in err
-    assert "Traceback" not in err
-    [*_, last] = checkpoints(folder)
-    status, out, err = finish(start(folder, "--resume", f"train.steps={int(last.removeprefix('step-')) + 1}"), folder)
-    assert status == 0, err
-    assert "resumed after step" in out
+    count = len(steps(copied))
+    assert steps(copied) == list(range(count))
+    assert [record["weight_version"] for record in records(copied)] == list(range(1, count + 1))
 
 
 def test_after_sigkill_of_the_trainer_nothing_is_left(folder: Path) -> None:

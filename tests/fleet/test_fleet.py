@@ -183,6 +183,8 @@ async def test_an_engine_that_refuses_half_way_leaves_the_rotation_and_the_other
     assert "embedded-0" in (member.reason or "")
     answers = await asyncio.gather(*(fleet.generate(greedy(f"r{i}"), deadline=20) for i in range(4)))
     assert {a.segments for a in answers} == {(Segment(1, 0, 12),)}
+    [left_out] = (await fleet.publish(tensors(model), 2)).left_out
+    assert left_out.startswith("embedded-0 (quarantined")
     assert (await bad.info()).weight_version == 0  # rolled back, and not routable all the same
 
 

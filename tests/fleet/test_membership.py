@@ -5,16 +5,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.fleet.membership import (
+    STRIKES,
+    Answered,
     Attested,
     Based,
+    CatchingUp,
     Died,
     Distrusted,
     Emptied,
     Event,
+    Leaving,
     Member,
     Phase,
     Slept,
     Snapshot,
+    Struck,
     Woke,
     after,
 )
@@ -28,6 +33,10 @@ events: st.SearchStrategy[Event] = st.one_of(
     st.builds(Emptied),
     st.builds(Slept, tags),
     st.builds(Woke, tags),
+    st.builds(CatchingUp),
+    st.builds(Struck, st.just("it broke off")),
+    st.builds(Answered),
+    st.builds(Leaving),
     st.builds(Distrusted, st.just("other bytes")),
     st.builds(Died, st.just("killed by SIGKILL")),
 )
@@ -40,16 +49,19 @@ def test_what_serves_was_attested_after_its_weights_last_slept_and_never_distrus
     based = False
     asleep: frozenset[MemoryTag] = frozenset()
     ended = False
+    strikes = 0
     for event in history:
+        serves, suspect = member.phase is Phase.READY and not asleep, member.phase is Phase.SUSPECT
         member = after(member, event)
         if ended:
             assert not member.routable
-            assert member.phase in (Phase.DEAD, Phase.QUARANTINED)
+            assert member.phase in (Phase.DEAD, Phase.QUARANTINED, Phase.DRAINING)
             continue
         match event:
             case Attested(version, adapter):
                 based = based or adapter is None
                 attested = version if based else None
+                strikes = strikes if not based else STRIKES - 1 if suspect else 0
             case Based():
                 attested, based = None, True
             case Emptied():
@@ -60,9 +72,14 @@ def test_what_serves_was_attested_after_its_weights_last_slept_and_never_distrus
                     attested, based = None, False
             case Woke(what):
                 asleep -= what
-            case Distrusted() | Died():
+            case Struck():
+                strikes += serves
+            case Answered():
+                strikes = STRIKES - 1 if suspect else 0
+            case Distrusted() | Died() | Leaving():
                 ended = True
-        assert member.routable == (not ended and attested is not None and not asleep)
+        trusted = not ended and strikes < STRIKES
+        assert member.routable == (trusted and attested is not None and not asleep)
         if member.routable:
             assert member.version == attested
 
@@ -95,6 +112,37 @@ def test_the_least_loaded_routable_engine_is_chosen_and_the_same_one_each_time(
         assert chosen in routable
         assert loads[chosen] == min(loads[name] for name in routable)
     assert least_loaded(Snapshot(1, tuple(reversed(members))), loads) == chosen
+
+
+def test_three_failures_in_a_row_make_a_suspect_and_an_answer_clears_it() -> None:
+    member = after(Member("e", "http://e"), Attested(1))
+    for _ in range(STRIKES - 1):
+        member = after(member, Struck("it broke off"))
+        assert member.routable
+    assert after(member, Answered()).strikes == 0
+    suspect = after(member, Struck("it broke off"))
+    assert suspect.phase is Phase.SUSPECT
+    assert suspect.usable
+    assert suspect.describe() == "e (suspect; version 1; it broke off)"
+    cleared = after(suspect, Answered())
+    assert (cleared.routable, cleared.reason) == (True, None)
+    assert after(cleared, Struck("again")).phase is Phase.SUSPECT
+    assert after(after(cleared, Answered()), Struck("again")).routable
+
+
+@given(st.sets(st.sampled_from(MemoryTag), min_size=1))
+def test_who_sleeps_is_never_suspect(what: set[MemoryTag]) -> None:
+    member = after(after(Member("e", "http://e"), Attested(1)), Slept(frozenset(what)))
+    for _ in range(2 * STRIKES):
+        member = after(member, Struck("it broke off"))
+    assert member.phase is Phase.READY
+
+
+def test_who_drains_serves_no_more_whatever_comes_and_dies_at_last() -> None:
+    member = after(after(Member("e", "http://e"), Attested(1)), Leaving())
+    for event in (Attested(2), Answered(), Woke(), CatchingUp()):
+        assert after(member, event) == member
+    assert after(member, Died("taken out")).phase is Phase.DEAD
 
 
 def test_a_description_says_all_that_matters() -> None:

@@ -15,6 +15,7 @@ from millrace.cli.doctor import doctor
 from millrace.cli.engines import engines_app
 from millrace.cli.settings import load_settings
 from millrace.cli.status import interruptible
+from millrace.cli.watch import status
 from millrace.config import dump_config
 from millrace.errors import MillraceError
 
@@ -22,6 +23,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(engines_app, name="engines")
 app.command()(courier)
 app.command()(doctor)
+app.command()(status)
 
 
 def _print_version(wanted: bool) -> None:

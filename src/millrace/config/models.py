@@ -197,6 +197,7 @@ class RolloutConfig(Model):
     tools: tuple[str, ...] = ("calculator",)
     sample_timeout: PositiveFloat = 300.0
     sample_retries: Annotated[int, Field(ge=0)] = 2  # when an engine dies under a sample
+    partial_rollouts: bool = True  # what it had of the sample then stays; otherwise the sample begins again
     max_staleness: Annotated[int, Field(ge=0)] = 1  # in versions; mode hybrid is always on-policy: 0
 
 
@@ -289,6 +290,14 @@ class PublishConfig(Model):
         return self
 
 
+class MetricsConfig(Model):
+    """Where a run shows how its engines stand, to Prometheus and to `millrace status`. It asks for no key: who reaches
+    the port may read, and change nothing."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)]  # 0 takes what the kernel gives
+
+
 class RunConfig(Model):
     """One training run."""
 
@@ -305,6 +314,8 @@ class RunConfig(Model):
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     publish: PublishConfig = PublishConfig()
+    restarts: Annotated[int, Field(ge=0)] = 3  # of one engine in a row, where it dies or hangs
+    metrics: MetricsConfig | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> "RunConfig":

@@ -5,7 +5,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,25 @@ from typing import TYPE_CHECKING
 from millrace.engines.base import Engine
 from millrace.engines.start import Started
 from millrace.errors import EngineError, EngineFailed, EngineUnreachable, NoEngineError, PublishError
-from millrace.fleet.membership import Attested, Died, Distrusted, Event, Member, Slept, Snapshot, Woke, after
+from millrace.fleet.journal import Journal
+from millrace.fleet.membership import (
+    Answered,
+    Attested,
+    CatchingUp,
+    Died,
+    Distrusted,
+    Emptied,
+    Event,
+    Leaving,
+    Member,
+    Phase,
+    Slept,
+    Snapshot,
+    Struck,
+    Woke,
+    after,
+)
+from millrace.fleet.recovery import Recovery
 from millrace.fleet.routing import least_loaded, with_adapter
 from millrace.fleet.versions import Origin, Versions
 from millrace.types import ALL_MEMORY, AdapterConfig, GenerateRequest, Generation, Health, MemoryTag
@@ -43,14 +61,31 @@ class Fleet:
         transport: Transport | None,
         store: "VersionStore | None" = None,
         start: Callable[[int], Awaitable[Started]] | None = None,
+        restarts: int = 0,
+        journal: Journal | None = None,
     ) -> None:
+        self.journal = journal if journal is not None else Journal()
         self._replicas = {replica.engine.name: replica for replica in replicas}
+        self._numbers = {replica.engine.name: number for number, replica in enumerate(replicas)}
         self._versions = Versions(transport, store, self._apply)
         self._start = start
+        self._asleep: frozenset[MemoryTag] = frozenset()
+        self._renewed: set[str] = set()  # whose end is wanted: they are started anew, or leave
+        self._recovery = Recovery(
+            limit=restarts if start is not None else 0,
+            engines=lambda: self.engines,
+            snapshot=lambda: self.snapshot,
+            apply=self._apply,
+            restart=self._restart,
+            awake=self._awake,
+            gave_up=self._tell,
+        )
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._outstanding: dict[str, int] = dict.fromkeys(self._replicas, 0)
         self._changed = asyncio.Condition()
         self.snapshot = Snapshot(0, tuple(Member(r.engine.name, r.engine.url) for r in replicas))
+        for member in self.snapshot.members:
+            self.journal.changed(None, member)
 
     @classmethod
     @asynccontextmanager
@@ -60,16 +95,20 @@ class Fleet:
         transport: Transport | None,
         store: "VersionStore | None" = None,
         start: Callable[[int], Awaitable[Started]] | None = None,
+        restarts: int = 0,
+        journal: Journal | None = None,
     ) -> "AsyncIterator[Fleet]":
         """Watches the replicas' processes as long as the block runs, and in the end closes the transport, the store,
         the engines' connections and the processes. `store` keeps what is published; `start` starts the replica of that
-        number anew."""
-        fleet = cls(replicas, transport, store, start)
+        number anew, which happens by itself so many times in a row (`restarts`)."""
+        fleet = cls(replicas, transport, store, start, restarts, journal)
         for replica in replicas:
             fleet._begin_to_watch(replica)
+        fleet._recovery.begin()
         try:
             yield fleet
         finally:
+            await fleet._recovery.close()
             await asyncio.gather(*(fleet._end_watching(name) for name in fleet._replicas))
             await fleet._versions.close()
             await asyncio.gather(*(replica.end() for replica in fleet._replicas.values()))
@@ -83,14 +122,21 @@ class Fleet:
     def engines(self) -> Mapping[str, Engine]:
         return {name: replica.engine for name, replica in self._replicas.items()}
 
+    @property
+    def outstanding(self) -> Mapping[str, int]:
+        """Of each engine: tokens of the requests that it has, prompts and room for output."""
+        return dict(self._outstanding)
+
     async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
-        """Sends the request to the least loaded engine, and waits for one where all sleep or are being updated.
+        """Sends the request to the least loaded engine, and waits for one where all sleep, are being updated or are
+        started anew.
 
         Raises NoEngineError when none is routable by the deadline or none is left, and the engine's own EngineError
         otherwise; a request that failed on an engine is not sent again by this method.
         """
         end = time.monotonic() + deadline
-        name = await self._route(deadline)
+        with self.journal.waiting():
+            name = await self._route(deadline)
         member, own = self.snapshot.get(name), "lora_path" in request.extra
         adapter = None if own else member.adapter
         if adapter is not None:
@@ -98,14 +144,21 @@ class Fleet:
         tokens = len(request.input_ids) + request.sampling.max_new_tokens
         self._outstanding[name] += tokens
         try:
-            with self._versions.adapters.using(name, adapter, request.request_id):
-                made = await self._replicas[name].engine.generate(request, deadline=end - time.monotonic())
+            with (
+                self.journal.request(name) as asked,
+                self._versions.adapters.using(name, adapter, request.request_id),
+            ):
+                made = asked.made = await self._replicas[name].engine.generate(request, deadline=end - time.monotonic())
+            if self.snapshot.has(name) and self.snapshot.get(name).strikes:
+                await self._apply(name, Answered())
             return made if adapter is None else with_adapter(made, member.version)
         except (EngineUnreachable, EngineFailed) as error:
             await self._suspect(name, error)
             raise
         finally:
             self._outstanding[name] -= tokens
+            if not self._outstanding[name] and name in self._renewed:
+                await self._tell()
 
     async def publish(
         self,
@@ -127,15 +180,17 @@ class Fleet:
         Where versions are kept, `tensors` is gone through once more when the engines serve, and can't be an iterator.
         The version becomes safe in the background; the next publish waits for that.
         """
+        await self._until(lambda: self.snapshot.usable, deadline)
         left_out = self._left_out()
-        report = await self._versions.publish(
-            tensors,
-            version,
-            self._targets,
-            bucket_bytes=bucket_bytes,
-            deadline=deadline,
-            require_finite=require_finite,
-        )
+        with self.journal.publishing(version) as publishing:
+            report = publishing.report = await self._versions.publish(
+                tensors,
+                version,
+                self._targets,
+                bucket_bytes=bucket_bytes,
+                deadline=deadline,
+                require_finite=require_finite,
+            )
         return replace(report, left_out=left_out)
 
     async def publish_adapter(
@@ -160,15 +215,16 @@ class Fleet:
         `publish` says. A version that is published whole takes the adapter off.
         """
         left_out = self._left_out()
-        report = await self._versions.publish_adapter(
-            tensors,
-            version,
-            self._targets,
-            lambda: {member.name: member.base for member in self.snapshot.members},
-            config=config,
-            deadline=deadline,
-            require_finite=require_finite,
-        )
+        with self.journal.publishing(version, adapter=True) as publishing:
+            report = publishing.report = await self._versions.publish_adapter(
+                tensors,
+                version,
+                self._targets,
+                lambda: {member.name: member.base for member in self.snapshot.members},
+                config=config,
+                deadline=deadline,
+                require_finite=require_finite,
+            )
         return replace(report, left_out=left_out)
 
     def _left_out(self) -> tuple[str, ...]:
@@ -192,20 +248,81 @@ class Fleet:
             raise NoEngineError(f"{name} was not started by this fleet, which can't start it anew")
         if name not in self._replicas:
             raise NoEngineError(f"no engine is called {name}: {self.snapshot.describe()}")
-        old = self._replicas[name]
+        await self._recovery.forget(name)
+        await self._restart(name, bucket_bytes, deadline)
+
+    async def _restart(self, name: str, bucket_bytes: int = 256 * 2**20, deadline: float = 120.0) -> None:
+        assert self._start is not None
+        if name in self._renewed:
+            raise NoEngineError(f"{name} is being started anew, or leaves")
+        self._renewed.add(name)
+        try:
+            with self.journal.restarting(name):
+                await self._end(name, "it is being started anew")
+                await self._begin(await self._start(self._numbers[name]), bucket_bytes, deadline)
+        finally:
+            self._renewed.discard(name)
+
+    async def add(self, *, bucket_bytes: int = 256 * 2**20, deadline: float = 120.0) -> str:
+        """Starts one more engine like the others, and brings it what these serve before its first request, as `restart`
+        does. Returns its name."""
+        if self._start is None:
+            raise NoEngineError("this fleet does not start its engines, and can't start one more")
+        number = max(self._numbers.values(), default=-1) + 1
+        started = await self._start(number)
+        self._numbers[started.engine.name] = number
+        await self._begin(started, bucket_bytes, deadline)
+        return started.engine.name
+
+    async def remove(self, name: str, *, deadline: float = 60.0) -> None:
+        """Takes an engine out: it gets no more requests, ends those that it has, for which it gets `deadline` seconds
+        before they are aborted, and its process is ended."""
+        if not self.snapshot.has(name):
+            raise NoEngineError(f"no engine is called {name}: {self.snapshot.describe()}")
+        await self._recovery.forget(name)
+        self._renewed.add(name)
+        try:
+            await self._apply(name, Leaving())
+            try:
+                async with asyncio.timeout(deadline), self._changed:
+                    await self._changed.wait_for(lambda: not self._outstanding[name])
+            except TimeoutError:
+                logger.warning("%s leaves, and what it still generates is aborted", name)
+                with suppress(EngineError):
+                    await self._replicas[name].engine.abort()
+            await self._end(name, "it has left")
+            async with self._changed:
+                self.snapshot = self.snapshot.without(name)
+                self.journal.removed(name)
+                self._changed.notify_all()
+            for known in (self._replicas, self._numbers):
+                known.pop(name)
+        finally:
+            self._renewed.discard(name)
+
+    async def _end(self, name: str, reason: str) -> None:
         await self._end_watching(name)
-        await self._apply(name, Died("it is being started anew"))
-        await old.end()
+        await self._apply(name, Died(reason))
+        await self._replicas[name].end()
         self._versions.adapters.forget(name)
-        started = await self._start(list(self._replicas).index(name))
+
+    async def _begin(self, started: Started, bucket_bytes: int, deadline: float) -> None:
+        """Takes a new engine in, and brings it what the others serve."""
+        name = started.engine.name
         self._replicas[name] = started
+        self._outstanding.setdefault(name, 0)
         self._begin_to_watch(started)
         async with self._changed:
-            self.snapshot = self.snapshot.with_member(Member(name, started.engine.url))
+            self.snapshot = self.snapshot.with_member(member := Member(name, started.engine.url))
+            self.journal.changed(None, member)
+        await self._apply(name, CatchingUp())
         await self._versions.catch_up(started, bucket_bytes, deadline)
+        if self.snapshot.get(name).phase is Phase.CATCHING_UP:  # nobody has what the others serve
+            await self._apply(name, Emptied())
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Puts every usable engine to sleep, after what runs there has ended. One that can't is quarantined."""
+        self._asleep |= what
         # Out of rotation first: a request that came between the drain and the release would fail.
         for member in self.snapshot.members:
             await self._apply(member.name, Slept(what))
@@ -214,6 +331,9 @@ class Fleet:
     async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Wakes every usable engine. One whose weights slept serves again after the next publish."""
         await self._each(lambda engine: engine.wake(what))
+        async with self._changed:
+            self._asleep -= what
+            self._changed.notify_all()
         for member in self.snapshot.members:
             await self._apply(member.name, Woke(what))
 
@@ -241,27 +361,44 @@ class Fleet:
             for member in self.snapshot.members:
                 if member.usable:
                     group.create_task(guarded(member.name))
-        if not self.snapshot.usable:
+        if not self.snapshot.usable and not self._recovery.hopeful:
             raise NoEngineError(f"no engine is left: {self.snapshot.describe()}")
 
     async def _route(self, deadline: float) -> str:
+        await self._until(lambda: least_loaded(self.snapshot, self._outstanding) is not None, deadline)
         name = least_loaded(self.snapshot, self._outstanding)
-        if name is not None:
-            return name
+        assert name is not None
+        return name
+
+    async def _until(self, condition: Callable[[], bool], deadline: float) -> None:
+        """Waits for something that only an engine can bring about. Raises NoEngineError when there is none left, or the
+        deadline passes."""
+        if condition():
+            return
         try:
             async with asyncio.timeout(deadline), self._changed:
-                while (name := least_loaded(self.snapshot, self._outstanding)) is None:
-                    if not self.snapshot.usable:
+                while not condition():
+                    if not self.snapshot.usable and not self._recovery.hopeful:
                         raise NoEngineError(f"no engine is left: {self.snapshot.describe()}")
                     await self._changed.wait()
-                return name
         except TimeoutError:
             raise NoEngineError(f"no engine could serve within {deadline:.0f} s: {self.snapshot.describe()}") from None
 
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _awake(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: MemoryTag.WEIGHTS not in self._asleep)
+
     async def _suspect(self, name: str, error: EngineError) -> None:
-        """After a failed call: dead if its process or its port says so, otherwise the benefit of the doubt."""
-        replica = self._replicas[name]
+        """After a failed call: dead if its process or its port says so, otherwise suspect after some of them."""
+        replica = self._replicas.get(name)
+        if replica is None:  # it has left
+            return
         if await replica.engine.health() is not Health.DEAD:
+            await self._apply(name, Struck(str(error)))
             return
         if replica.process is not None:
             try:
@@ -289,6 +426,15 @@ class Fleet:
         await self._apply(replica.engine.name, Died(reason))
 
     async def _apply(self, name: str, event: Event) -> None:
+        if not self.snapshot.has(name):
+            return  # it has left
+        before = self.snapshot.get(name)
+        member = after(before, event)
+        if member == before:
+            return
+        if member.phase in (Phase.DEAD, Phase.QUARANTINED) and name not in self._renewed:
+            self._recovery.lost(name)
         async with self._changed:
-            self.snapshot = self.snapshot.with_member(after(self.snapshot.get(name), event))
+            self.snapshot = self.snapshot.with_member(member)
+            self.journal.changed(before, member)
             self._changed.notify_all()

@@ -12,6 +12,7 @@ from millrace.config.models import EngineConfig, TransportName
 from millrace.engines.start import Started, start
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
+from millrace.fleet.journal import Journal
 from millrace.launch.ports import is_here
 from millrace.weights.folder import folder_checksums
 from millrace.weights.transports.choice import Sight, choose, in_common, make
@@ -35,6 +36,8 @@ async def open_fleet(
     folder: str | Path | None = None,
     keep: int = 2,
     couriers: Sequence[str] = (),
+    restarts: int = 0,
+    journal: Journal | None = None,
 ) -> AsyncIterator[Fleet]:
     """Launches `config.replicas` engines that serve the model in `model_path` as weight version `version`, or attaches
     to those that the config names.
@@ -42,9 +45,13 @@ async def open_fleet(
     In rotation are those whose weights have the folder's checksums or, where an engine can't tell, that were started
     from this folder; another serves after its first publish. Logs go to `log_dir`. `transport` is how weights are
     published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay; `couriers` are for `delta` and
-    `ucx`, and their key is read from MILLRACE_COURIER_KEY (docs/weights.md). Raises LaunchError when an engine does not
-    come up (the others are ended), DataError when the folder is not a model's or `folder` not a store, PublishError
-    when the engines can't take weights by that transport, and ConfigError when what it needs is not installed.
+    `ucx`, and their key is read from MILLRACE_COURIER_KEY (docs/weights.md). An engine that dies, hangs or holds other
+    weights than it should is started anew up to `restarts` times in a row (docs/faults.md).
+    What happens is told to `journal` (docs/monitoring.md), which the caller closes.
+
+    Raises LaunchError when an engine does not come up (the others are ended), DataError when the folder is not a
+    model's or `folder` not a store, PublishError when the engines can't take weights by that transport, and ConfigError
+    when what it needs is not installed.
     """
     checksums = await asyncio.to_thread(folder_checksums, model_path)
     store = None
@@ -72,7 +79,7 @@ async def open_fleet(
     except BaseException:
         await asyncio.gather(*(one.end() for one in started))
         raise
-    async with Fleet.open(started, chosen, store, start_one) as fleet:
+    async with Fleet.open(started, chosen, store, start_one, restarts, journal) as fleet:
         await fleet.attest(checksums, version, model_path)
         yield fleet
 

@@ -1,7 +1,8 @@
 """Who is in the fleet and in which state: a pure state machine, and the snapshots that everybody routes from.
 
 An engine may serve only while it is READY, awake, and holds a committed version that was attested. What is DEAD or
-QUARANTINED stays so: only a new start, which is a new member, serves again.
+QUARANTINED stays so: only a new start, which is a new member, serves again. One that fails STRIKES calls in a row is
+SUSPECT, and serves again when it answers; one that is paused, asleep or busy has not failed.
 """
 
 from collections.abc import Iterable
@@ -10,10 +11,15 @@ from enum import StrEnum
 
 from millrace.types import ALL_MEMORY, MemoryTag
 
+STRIKES = 3
+
 
 class Phase(StrEnum):
     STARTING = "starting"
+    CATCHING_UP = "catching_up"  # it gets what the others serve
     READY = "ready"
+    SUSPECT = "suspect"  # it gets no requests until it answers
+    DRAINING = "draining"  # it ends what it has, and leaves the fleet
     QUARANTINED = "quarantined"  # alive, but it may hold other weights than it should
     DEAD = "dead"
 
@@ -30,7 +36,8 @@ class Member:
     base: int | None = None
     adapter: str | None = None
     asleep: frozenset[MemoryTag] = frozenset()
-    reason: str | None = None  # why it is quarantined or dead
+    reason: str | None = None  # why it is suspect, quarantined or dead
+    strikes: int = 0  # calls that failed since it answered last
 
     @property
     def routable(self) -> bool:
@@ -39,7 +46,7 @@ class Member:
     @property
     def usable(self) -> bool:
         """Whether it serves now or may serve again without a new start."""
-        return self.phase in (Phase.STARTING, Phase.READY)
+        return self.phase in (Phase.STARTING, Phase.CATCHING_UP, Phase.READY, Phase.SUSPECT)
 
     def describe(self) -> str:
         details = [self.phase.value]
@@ -48,6 +55,8 @@ class Member:
         if self.version is not None:
             over = f", an adapter over version {self.base}" if self.adapter is not None else ""
             details.append(f"version {self.version}{over}")
+        elif self.phase is Phase.CATCHING_UP:
+            details.append("it gets what the others serve")
         elif self.usable:
             details.append("without weights until the next publish")
         if self.reason:
@@ -87,6 +96,29 @@ class Emptied:
 
 
 @dataclass(frozen=True, slots=True)
+class CatchingUp:
+    """What the others serve is on its way to the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """A call failed in a way that is the engine's own fault; or so many did."""
+
+    reason: str
+    strikes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The engine says that it is ready, or does what it was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """It gets no more requests, and is taken out when it has ended those that it has."""
+
+
+@dataclass(frozen=True, slots=True)
 class Distrusted:
     reason: str
 
@@ -96,33 +128,60 @@ class Died:
     reason: str
 
 
-Event = Attested | Based | Emptied | Slept | Woke | Distrusted | Died
+Event = Attested | Based | Emptied | Slept | Woke | CatchingUp | Struck | Answered | Leaving | Distrusted | Died
 
 
 def after(member: Member, event: Event) -> Member:
     """The member after the event. Events about what has ended change nothing: they crossed its end on the way."""
     if not member.usable:
-        return replace(member, phase=Phase.DEAD) if isinstance(event, Died) else member
+        if not isinstance(event, Died):
+            return member
+        return replace(without_weights(member), phase=Phase.DEAD, reason=member.reason or event.reason)
     match event:
         case Attested(version, None):
-            return replace(member, phase=Phase.READY, version=version, base=version, adapter=None)
+            return replace(answering(member), phase=Phase.READY, version=version, base=version, adapter=None)
         case Attested(version, adapter):
             if member.base is None:  # what it lay over has gone meanwhile
                 return member
-            return replace(member, phase=Phase.READY, version=version, adapter=adapter)
+            return replace(answering(member), phase=Phase.READY, version=version, adapter=adapter)
         case Based(version):
             return replace(member, version=None, base=version, adapter=None)
         case Emptied():
-            return without_weights(member)
+            empty = without_weights(member)
+            return replace(empty, phase=Phase.STARTING) if member.phase is Phase.CATCHING_UP else empty
         case Slept(what):
             left = without_weights(member) if MemoryTag.WEIGHTS in what else member
             return replace(left, asleep=member.asleep | what)
         case Woke(what):
             return replace(member, asleep=member.asleep - what)
+        case CatchingUp():
+            return replace(member, phase=Phase.CATCHING_UP) if member.phase is Phase.STARTING else member
+        case Struck(reason, count):
+            if member.asleep or member.phase is not Phase.READY:  # who does not serve is not asked
+                return member
+            strikes = member.strikes + count
+            suspect = strikes >= STRIKES
+            return replace(
+                member,
+                strikes=strikes,
+                phase=Phase.SUSPECT if suspect else Phase.READY,
+                reason=reason if suspect else None,
+            )
+        case Answered():
+            return answering(member)
+        case Leaving():
+            return replace(member, phase=Phase.DRAINING)
         case Distrusted(reason):
             return replace(without_weights(member), phase=Phase.QUARANTINED, reason=reason)
         case Died(reason):
             return replace(without_weights(member), phase=Phase.DEAD, reason=reason)
+
+
+def answering(member: Member) -> Member:
+    """The member, trusted again where it was only suspect; but its next failure makes it suspect again."""
+    if member.phase is Phase.SUSPECT:
+        return replace(member, phase=Phase.READY, strikes=STRIKES - 1, reason=None)
+    return replace(member, strikes=0)
 
 
 def without_weights(member: Member) -> Member:
@@ -140,6 +199,12 @@ class Snapshot:
         others = {m.name: m for m in self.members}
         others[member.name] = member
         return Snapshot(self.number + 1, tuple(others.values()))
+
+    def without(self, name: str) -> "Snapshot":
+        return Snapshot(self.number + 1, tuple(m for m in self.members if m.name != name))
+
+    def has(self, name: str) -> bool:
+        return any(m.name == name for m in self.members)
 
     def get(self, name: str) -> Member:
         return next(m for m in self.members if m.name == name)

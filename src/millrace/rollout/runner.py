@@ -10,6 +10,7 @@ from millrace.errors import DataError, EngineFailed, EngineRefused, EngineTimeou
 from millrace.fleet.fleet import Fleet
 from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, last_turn, run_episode
 from millrace.rollout.chat import ChatFormat
+from millrace.rollout.continuation import Attempts, generate_whole
 from millrace.rollout.reward import rule_reward
 from millrace.rollout.sample import Problem, Sample, SampleStatus
 from millrace.rollout.tools import Tool, ToolAnswer
@@ -39,6 +40,7 @@ class SampleRunner:
     sampling: SamplingParams
     timeout: float
     retries: int
+    partial: bool = True  # what an engine had made when it died or gave up stays, and another makes the rest
     tool_counts: ToolCounts = field(default_factory=ToolCounts)
 
     def prompt(self, problem: Problem) -> tuple[int, ...]:
@@ -47,28 +49,32 @@ class SampleRunner:
     async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
         """The sample, ended. A failure of its own (an engine that died under it more often than `retries`, its
         deadline, an engine that refuses it) is its status; NoEngineError, which would fail every sample, is raised."""
-        end = time.monotonic() + self.timeout
-        attempt = 0
+        ends = time.monotonic() + self.timeout
+        attempts = Attempts(self.retries, self.fleet.journal)
         while True:
             try:
-                async with asyncio.timeout(end - time.monotonic()):
-                    # An id of its own for each attempt: the engine may still hold the one before.
-                    return await self._play(
-                        f"{sample_id}.{attempt}" if attempt else sample_id, sample_id, group_id, problem
-                    )
+                async with asyncio.timeout(ends - time.monotonic()):
+                    return await self._play(sample_id, group_id, problem, attempts, ends)
             except (EngineUnreachable, EngineFailed, AbortedGeneration) as error:
-                if attempt == self.retries:
-                    reason = f"gave up after {attempt + 1} attempts: {error}"
+                try:
+                    attempts.spend(error, continued=False)
+                except (EngineUnreachable, EngineFailed, AbortedGeneration):
+                    reason = f"gave up after {attempts.used + 1} attempts: {error}"
                     return _failed(sample_id, group_id, problem, reason)
-                attempt += 1
             except (TimeoutError, EngineTimeout):
                 return _failed(sample_id, group_id, problem, f"not done within {self.timeout:g} s")
             except (EngineRefused, DataError) as error:
                 return _failed(sample_id, group_id, problem, str(error))
 
-    async def _play(self, attempt_id: str, sample_id: str, group_id: str, problem: Problem) -> Sample:
+    async def _play(self, sample_id: str, group_id: str, problem: Problem, attempts: Attempts, ends: float) -> Sample:
+        # An id of its own for each attempt: the engine may still hold the one before.
+        attempt_id = f"{sample_id}.{attempts.used}" if attempts.used else sample_id
+
+        async def send(request: GenerateRequest) -> Generation:
+            return await self.fleet.generate(request, deadline=max(ends - time.monotonic(), 0.0))
+
         async def generate(request: GenerateRequest) -> Generation:
-            return await self.fleet.generate(request, deadline=self.timeout)
+            return await generate_whole(request, send, attempts, ends=ends) if self.partial else await send(request)
 
         episode = await run_episode(
             attempt_id,

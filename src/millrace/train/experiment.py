@@ -3,8 +3,9 @@
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
 from millrace.config.models import (
+    MetricsConfig,
     OptimizerConfig,
     PretrainedModelConfig,
     RunConfig,
@@ -22,6 +24,7 @@ from millrace.config.models import (
 )
 from millrace.errors import CheckpointError, ConfigError, DataError
 from millrace.fleet.fleet import Fleet
+from millrace.fleet.journal import Journal
 from millrace.fleet.local import open_fleet
 from millrace.rollout.agent import EpisodeLimits
 from millrace.rollout.chat import ChatFormat, load_chat_format
@@ -29,6 +32,8 @@ from millrace.rollout.data import load_problems
 from millrace.rollout.runner import SampleRunner, sampling_params
 from millrace.rollout.sample import Problem
 from millrace.rollout.tools import Tool, make_tools
+from millrace.serve.server import serve
+from millrace.serve.view import Observer
 from millrace.train import checkpoint
 from millrace.train.batch import supervised_sample
 from millrace.train.curves import draw_curves
@@ -68,23 +73,34 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)
-    with folder.create(), join_world(config.train.device) as world, ThreadPoolExecutor(1, "trainer") as thread:
+    with (
+        folder.create(),
+        Journal(folder.events_path) as journal,
+        join_world(config.train.device) as world,
+        ThreadPoolExecutor(1, "trainer") as thread,
+    ):
         if world.size > 1:
             raise ConfigError("millrace train runs one trainer process; start it without torchrun")
         model_path = starting_model(config, folder.path, anew=not resume)
         content = Content(load_chat_format(str(model_path)), tools, problems, held_out)
         display.say(f"starting {config.engine.replicas} engine(s), whose logs are in {folder.logs}")
-        async with open_fleet(
-            config.engine,
-            model_path,
-            log_dir=folder.logs,
-            version=0,
-            seed=config.seed,
-            transport=config.publish.transport,
-            folder=config.publish.folder,
-            keep=config.publish.keep,
-            couriers=config.publish.couriers,
-        ) as fleet:
+        async with (
+            shown(config.metrics, journal, display) as observer,
+            open_fleet(
+                config.engine,
+                model_path,
+                log_dir=folder.logs,
+                version=0,
+                seed=config.seed,
+                transport=config.publish.transport,
+                folder=config.publish.folder,
+                keep=config.publish.keep,
+                couriers=config.publish.couriers,
+                restarts=config.restarts,
+                journal=journal,
+            ) as fleet,
+        ):
+            observer.fleet = fleet
             runner = _runner(config, fleet, content)
             _require_room(runner, [*problems, *held_out], config)
             loop = _assemble(config, model_path, world, thread, runner, content, folder, display)
@@ -101,6 +117,18 @@ async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary
         metrics = folder.read_metrics()
         draw_curves(metrics, config.name, folder.path / "curves.png")
         return Summary(metrics, folder.path, loop.watch.seconds, time.monotonic() - started, loop.ledger)
+
+
+@asynccontextmanager
+async def shown(metrics: MetricsConfig | None, journal: Journal, display: Display) -> AsyncIterator[Observer]:
+    """Who looks at the engines for everybody that asks, at a port if the config names one."""
+    observer = Observer(journal)
+    if metrics is None:
+        yield observer
+        return
+    async with serve(observer, metrics.host, metrics.port) as url:
+        display.say(f"millrace status {url} shows the engines; metrics are at {url}/metrics")
+        yield observer
 
 
 def _last_checkpoint(config: RunConfig) -> Path | None:
@@ -163,6 +191,7 @@ def _runner(config: RunConfig, fleet: Fleet, content: Content) -> SampleRunner:
         sampling=sampling_params(rollout),
         timeout=rollout.sample_timeout,
         retries=rollout.sample_retries,
+        partial=rollout.partial_rollouts,
     )
 
 

@@ -82,6 +82,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -1,0 +1,60 @@
+"""`millrace status`: a running fleet, in the terminal."""
+
+import asyncio
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from millrace.cli.status import interruptible
+from millrace.errors import MonitorError
+from millrace.serve.remote import Remote
+from millrace.serve.table import fleet_table
+from millrace.serve.view import FleetView
+
+PIPE_WIDTH = 200  # a pipe has none, and what reads it wants whole lines
+DEADLINE = 5.0  # seconds; the server waits 2 for an engine that does not answer
+
+
+def status(
+    url: Annotated[str, typer.Argument(help="The run's metrics, as http://127.0.0.1:9400.", show_default=False)],
+    once: Annotated[bool, typer.Option("--once", help="Print it once and stop.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds from one look to the next.", min=0.1)] = 1.0,
+    events: Annotated[int, typer.Option(help="How many of the last events are shown.", min=0, max=50)] = 12,
+) -> None:
+    """Show the engines of a run that has metrics.port set, and what happened last, until Ctrl-C."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    with interruptible():
+        asyncio.run(_watch(Remote(url), console, once=once, interval=interval, events=events))
+
+
+async def _watch(remote: Remote, console: Console, *, once: bool, interval: float, events: int) -> None:
+    try:
+        view = await remote.fetch(deadline=DEADLINE)
+        if once:
+            console.print(fleet_table(view, events=events))
+            return
+        if not console.is_terminal:  # nothing can be drawn over there
+            while True:
+                console.print(fleet_table(view, events=events))
+                await asyncio.sleep(interval)
+                view = await remote.fetch(deadline=DEADLINE)
+        with Live(fleet_table(view, events=events), console=console, auto_refresh=False) as live:
+            while True:
+                await asyncio.sleep(interval)
+                view, trouble = await _next(remote, view)
+                live.update(fleet_table(view, events=events, trouble=trouble), refresh=True)
+    finally:
+        await remote.close()
+
+
+async def _next(remote: Remote, last: FleetView) -> tuple[FleetView, str | None]:
+    """What is there now, or what was there last and why: the run may answer again."""
+    try:
+        return await remote.fetch(deadline=DEADLINE), None
+    except MonitorError as error:
+        return last, f"as of {time.time() - last.at:.0f} s ago: {error}"

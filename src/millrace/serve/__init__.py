@@ -1,0 +1,1 @@
+"""What faces people and other programs: metrics, and the fleet as a table."""

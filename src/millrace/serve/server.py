@@ -1,0 +1,52 @@
+"""One port for a whole fleet: `/metrics` for Prometheus, `/fleet` for people and programs."""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import orjson
+from aiohttp import web
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from millrace.errors import ConfigError
+from millrace.serve.metrics import exposition
+from millrace.serve.view import Observer
+
+SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the run ends
+
+
+@asynccontextmanager
+async def serve(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
+    """Answers as long as the block runs, which gets the URL; port 0 is one that the kernel gives. Who reaches the port
+    may read, and change nothing. Raises ConfigError where the port can't be had."""
+
+    async def metrics(http: web.Request) -> web.Response:  # noqa: ARG001
+        text = exposition(await observer.look(), observer.journal.totals)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    async def fleet(http: web.Request) -> web.Response:  # noqa: ARG001
+        return web.Response(body=orjson.dumps(await observer.look()), content_type="application/json")
+
+    app = web.Application()
+    app.add_routes([web.get("/metrics", metrics), web.get("/fleet", fleet)])
+    with bind(host, port) as sock:
+        address, bound = sock.getsockname()[:2]
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE)
+        try:
+            await runner.setup()
+            await web.SockSite(runner, sock).start()
+            yield f"http://{f'[{address}]' if ':' in address else address}:{bound}"
+        finally:
+            await runner.cleanup()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Raises ConfigError where that is not possible."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"metrics can't be served at {host}:{port} ({error.strerror}); name another metrics.port, or 0, and the "
+            "kernel gives a free one"
+        ) from error

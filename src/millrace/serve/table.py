@@ -1,0 +1,82 @@
+"""A fleet's view as a table for a terminal. Pure."""
+
+import time
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from millrace.fleet.journal import Entry, Value
+from millrace.fleet.membership import Phase
+from millrace.serve.view import EngineView, FleetView
+
+NUMBERS = ("version", "lag", "run", "wait", "tok/s", "KV", "cached", "restarts")  # with them it fits 80 columns
+STYLES = {Phase.READY: "green", Phase.SUSPECT: "yellow", Phase.QUARANTINED: "red", Phase.DEAD: "red"}
+BAD_EVENTS = ("_failed", "retry")  # how their kinds end
+
+
+def fleet_table(view: FleetView, *, events: int, trouble: str | None = None) -> RenderableType:
+    """A row an engine, and below the last `events`. `trouble`: why nothing newer is known."""
+    if not view.engines:
+        parts: list[RenderableType] = [Text("the engines are being started")]
+    else:
+        parts = [_engines(view.engines), *(_remark(e) for e in view.engines if e.reason or e.silence)]
+    if shown := view.events[-events:] if events else ():
+        parts += [Text(), *(_event(entry) for entry in shown)]
+    if trouble is not None:
+        parts.append(Text(trouble, style="bold red"))
+    return Group(*parts)
+
+
+def _engines(engines: Sequence[EngineView]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("engine", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for name in NUMBERS:
+        table.add_column(name, justify="right")
+    for one in engines:
+        state = f"{one.state}, asleep" if one.asleep else one.state.value
+        table.add_row(Text(one.name), Text(state, style=STYLES.get(one.state, "cyan")), *_numbers(one))
+    return table
+
+
+def _numbers(one: EngineView) -> list[str]:
+    """What is not known stays empty: it is not 0."""
+    load = one.load
+    work = ["", "", "", ""]
+    if load is not None:
+        # Some engines keep their last figure when they have nothing to do.
+        speed = load.tokens_per_second if load.running_requests else 0.0
+        full = f"{load.used_tokens / load.max_tokens:.0%}" if load.max_tokens else ""
+        work = [str(load.running_requests), str(load.waiting_requests), f"{speed:,.0f}", full]
+    share = "" if one.cache_hit_share is None else f"{one.cache_hit_share:.0%}"
+    return [_known(one.version), _known(one.lag), *work, share, str(one.restarts)]
+
+
+def _known(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+def _remark(one: EngineView) -> Text:
+    why = one.reason or f"it does not say what it does: {one.silence}"
+    return Text(f"{one.name}: {why}", style=STYLES.get(one.state, "cyan") if one.reason else "yellow")
+
+
+def _event(entry: Entry) -> Text:
+    at = time.strftime("%H:%M:%S", time.localtime(entry.at))
+    text = Text.assemble((at, "dim"), " ", entry.engine or "fleet", " ", entry.kind)
+    for name, value in entry.fields.items():
+        if value is not None:
+            text.append(f" {name}=", style="dim").append(_short(value))
+    if entry.kind.endswith(BAD_EVENTS) or entry.fields.get("state") in (Phase.DEAD, Phase.QUARANTINED):
+        text.stylize("red")
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
+
+
+def _short(value: Value) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value).partition("\n")[0]

@@ -1,0 +1,112 @@
+"""A fleet as people see it, at one moment: how its members stand, what each of them says that it does, and what
+happened last."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from millrace.engines.base import Engine
+from millrace.errors import EngineError
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.journal import Entry, Journal
+from millrace.fleet.membership import Member, Phase
+from millrace.types import EngineLoad, MemoryTag
+
+ASK_DEADLINE = 2.0  # seconds; a scrape has 10 by default, and an engine that is alive takes milliseconds
+FRESH_SECONDS = 0.5  # how long an answer is good for all who ask: rates over a shorter time are noise
+SHOWN_EVENTS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """One member. `lag`: versions behind the newest; `load` is what the engine says, or `silence` why it says nothing.
+    `cache_hit_share`: of all prompts' tokens so far."""
+
+    name: str
+    url: str
+    state: Phase
+    routable: bool
+    version: int | None
+    lag: int | None
+    asleep: tuple[MemoryTag, ...]
+    reason: str | None
+    outstanding_tokens: int
+    load: EngineLoad | None
+    silence: str | None
+    cache_hit_share: float | None
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """`at` is Unix time in seconds. No engines: they are being started. `events`: the newest come last."""
+
+    at: float
+    newest_version: int | None
+    engines: tuple[EngineView, ...]
+    events: tuple[Entry, ...]
+
+
+class Observer:
+    """Looks at a fleet for everybody who asks. `fleet` is None until the engines are there."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.fleet: Fleet | None = None
+        self._asking = asyncio.Lock()
+        self._answers: Mapping[str, EngineLoad | str] = {}
+        self._answered_at = 0.0
+
+    async def look(self) -> FleetView:
+        """Asks all engines at once, for at most ASK_DEADLINE, and none that has ended."""
+        answers: Mapping[str, EngineLoad | str] = {} if self.fleet is None else await self._ask(self.fleet)
+        newest = self.journal.totals.newest
+        # After the answers: the state of now, with no wait between its parts.
+        engines = [] if self.fleet is None else [_view(m, self.fleet, self.journal, answers) for m in self._members]
+        return FleetView(time.time(), newest, tuple(engines), tuple(self.journal.newest)[-SHOWN_EVENTS:])
+
+    @property
+    def _members(self) -> tuple[Member, ...]:
+        return self.fleet.snapshot.members if self.fleet is not None else ()
+
+    async def _ask(self, fleet: Fleet) -> Mapping[str, EngineLoad | str]:
+        async with self._asking:
+            if time.monotonic() - self._answered_at > FRESH_SECONDS:
+                living = [m.name for m in self._members if m.phase is not Phase.DEAD]
+                asked = [(name, fleet.engines[name]) for name in living if name in fleet.engines]
+                answers = await asyncio.gather(*(load_of(engine) for _, engine in asked))
+                self._answers = {name: answer for (name, _), answer in zip(asked, answers, strict=True)}
+                self._answered_at = time.monotonic()
+            return self._answers
+
+
+async def load_of(engine: Engine) -> EngineLoad | str:
+    """What the engine has to do, or why it does not say."""
+    try:
+        async with asyncio.timeout(ASK_DEADLINE):
+            return await engine.loads()
+    except TimeoutError:
+        return f"no answer within {ASK_DEADLINE:g} s"
+    except EngineError as error:
+        return str(error).removeprefix(f"engine {error.engine}: ")
+
+
+def _view(member: Member, fleet: Fleet, journal: Journal, answers: Mapping[str, EngineLoad | str]) -> EngineView:
+    answer = answers.get(member.name) if member.phase is not Phase.DEAD else None
+    totals = journal.totals
+    return EngineView(
+        name=member.name,
+        url=member.url,
+        state=member.phase,
+        routable=member.routable,
+        version=member.version,
+        lag=totals.newest - member.version if totals.newest is not None and member.version is not None else None,
+        asleep=tuple(sorted(member.asleep)) if member.phase is not Phase.DEAD else (),
+        reason=member.reason,
+        outstanding_tokens=fleet.outstanding.get(member.name, 0),
+        load=answer if isinstance(answer, EngineLoad) else None,
+        silence=answer if isinstance(answer, str) else None,
+        cache_hit_share=totals.cache_hit_share(member.name),
+        restarts=totals.restarts[member.name, True],
+    )
