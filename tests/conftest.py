@@ -1,10 +1,12 @@
 """What many tests need: a small model on disk."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from millrace.config.models import TinyModelConfig
@@ -17,6 +19,13 @@ settings.load_profile("millrace")
 
 
 STOCK_ENGINES = {"sglang_python", "vllm_python"}
+
+
+def pytest_configure() -> None:
+    """One thread for torch, here and in what is started: the tests share the cores, and threads that wait for each
+    other would spin on them, for several times the work."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +52,18 @@ def sglang_python() -> Callable[[str], Path]:
 
     def python(version: str) -> Path:
         return environments.install("sglang", version, "cpu", python=sys.executable, progress=lambda *_: None).python
+
+    return python
+
+
+@pytest.fixture(scope="session")
+def router_python() -> Callable[[str], Path]:
+    """The interpreter that has the real router of that kind. Its environment is made where it is missing."""
+
+    def python(kind: str) -> Path:
+        name = f"{kind}-router"
+        version = environments.DEFAULT_VERSIONS[name]
+        return environments.install(name, version, "cpu", python=sys.executable, progress=lambda *_: None).python
 
     return python
 

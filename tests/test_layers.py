@@ -17,6 +17,7 @@ LAYERS = [
     "http",
     "launch",
     "engines",
+    "routers",
     "weights",
     "fleet",
     "conformance",

@@ -39,7 +39,7 @@ def test_a_trainer_without_an_event_loop(tiny_model: Path, tmp_path: Path) -> No
 
 def test_an_engine_that_somebody_else_started(tiny_model: Path, tmp_path: Path) -> None:
     with sync.open_fleet(EmbeddedEngineConfig(kind="embedded", threads=1), tiny_model, log_dir=tmp_path) as fleet:
-        [replica] = fleet._wrapped._replicas.values()
+        [replica] = fleet._wrapped._roster.replicas.values()
         assert isinstance(replica.engine, EmbeddedEngine)
         keys = replica.engine._http._keys
         with Portal() as portal:

@@ -10,9 +10,13 @@ ROOT = Path(__file__).parents[1]
 
 def run_two_ranks(script: str, *arguments: str) -> None:
     """Runs `tests/<script>` under torchrun. Fails with what it said, where it fails."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"tests/{script}"]
+    torchrun(f"tests/{script}", *arguments)
+
+
+def torchrun(*command: str) -> str:
+    """Two ranks of the command; what they printed."""
     result = subprocess.run(
-        [sys.executable, *command, *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -20,3 +24,4 @@ def run_two_ranks(script: str, *arguments: str) -> None:
         timeout=180,
     )
     assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout

@@ -11,7 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "src/millrace/sync.py"
-SOURCES = {"Engine": "src/millrace/engines/base.py", "Fleet": "src/millrace/fleet/fleet.py"}
+SOURCES = {  # of each class, and of what it inherits
+    "Engine": [("Engine", "src/millrace/engines/base.py")],
+    "Fleet": [("FleetClient", "src/millrace/fleet/client.py"), ("Fleet", "src/millrace/fleet/fleet.py")],
+}
 LEFT_OUT = {"open", "attest", "engines"}  # what `open_fleet` does, and what hands out async objects
 
 HEADER = '''"""Millrace for code without an event loop: the same calls, blocking.
@@ -29,9 +32,11 @@ from millrace.config.models import EngineConfig, TransportName
 from millrace.engines import base
 from millrace.fleet import fleet, local
 from millrace.fleet.membership import Snapshot
+from millrace.fleet.turnover import BUCKET_BYTES, CATCH_UP_DEADLINE
 from millrace.http.portal import Portal
 from millrace.types import (
     ALL_MEMORY,
+    ANYWHERE,
     AdapterConfig,
     Bucket,
     EngineInfo,
@@ -41,6 +46,7 @@ from millrace.types import (
     Health,
     MemoryTag,
     PauseMode,
+    Placement,
     ProcessGroup,
 )
 from millrace.weights.publisher import PublishReport
@@ -58,8 +64,12 @@ def open_fleet(
     version: int = 0,
     seed: int = 0,
     transport: TransportName = "auto",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
+    keep: int = 2,
     couriers: Sequence[str] = (),
+    restarts: int = 0,
+    frozen: bool = False,
+    prefix: str | None = None,
 ) -> "Iterator[Fleet]":
     """As `millrace.fleet.local.open_fleet`, blocking."""
     with Portal() as portal:
@@ -71,7 +81,11 @@ def open_fleet(
             seed=seed,
             transport=transport,
             folder=folder,
+            keep=keep,
             couriers=couriers,
+            restarts=restarts,
+            frozen=frozen,
+            prefix=prefix,
         )
         opened = portal.call(manager.__aenter__())
         try:
@@ -106,24 +120,15 @@ STREAM_BODY = """
 
 def generate() -> str:
     parts = [HEADER]
-    for name, path in SOURCES.items():
-        tree = ast.parse((ROOT / path).read_text())
-        [definition] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
-        parts.append(CLASS.format(name=name, module=Path(path).stem))
-        parts += map(method, public_methods(definition))
-        if name == "Fleet":
-            parts.append(SNAPSHOT)
+    for name, sources in SOURCES.items():
+        parts.append(CLASS.format(name=name, module=Path(sources[-1][1]).stem))
+        for source_name, path in sources:
+            tree = ast.parse((ROOT / path).read_text())
+            [definition] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == source_name]
+            parts += map(method, public_methods(definition))
     source = "".join(parts)
     ruff = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(TARGET), "-"]
     return subprocess.run(ruff, input=source, text=True, capture_output=True, check=True).stdout
-
-
-SNAPSHOT = '''
-    @property
-    def snapshot(self) -> Snapshot:
-        """The fleet's members and their states, as of now."""
-        return self._wrapped.snapshot
-'''
 
 
 def public_methods(definition: ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
     from millrace.fleet.fleet import Fleet
     from millrace.fleet.local import open_fleet
-    from millrace.types import AdapterConfig, GenerateRequest, Generation, SamplingParams, Segment
+    from millrace.types import AdapterConfig, GenerateRequest, Generation, Placement, SamplingParams, Segment
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ _HOMES = {
     "Fleet": "millrace.fleet.fleet",
     "GenerateRequest": "millrace.types",
     "Generation": "millrace.types",
+    "Placement": "millrace.types",
     "SGLangEngineConfig": "millrace.config.models",
     "SamplingParams": "millrace.types",
     "Segment": "millrace.types",
@@ -31,6 +32,7 @@ __all__ = [
     "Fleet",
     "GenerateRequest",
     "Generation",
+    "Placement",
     "SGLangEngineConfig",
     "SamplingParams",
     "Segment",

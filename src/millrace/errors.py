@@ -61,5 +61,9 @@ class RolloutError(MillraceError):
     """A rollout can't go on: every sample of a step failed, with the reasons."""
 
 
+class JudgeError(MillraceError):
+    """A judge did not grade a sample. The message says why."""
+
+
 class MonitorError(MillraceError):
     """A fleet's metrics server (`metrics.port`) does not answer, or something else answers there."""

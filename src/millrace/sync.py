@@ -13,9 +13,11 @@ from millrace.config.models import EngineConfig, TransportName
 from millrace.engines import base
 from millrace.fleet import fleet, local
 from millrace.fleet.membership import Snapshot
+from millrace.fleet.turnover import BUCKET_BYTES, CATCH_UP_DEADLINE
 from millrace.http.portal import Portal
 from millrace.types import (
     ALL_MEMORY,
+    ANYWHERE,
     AdapterConfig,
     Bucket,
     EngineInfo,
@@ -25,6 +27,7 @@ from millrace.types import (
     Health,
     MemoryTag,
     PauseMode,
+    Placement,
     ProcessGroup,
 )
 from millrace.weights.publisher import PublishReport
@@ -42,8 +45,12 @@ def open_fleet(
     version: int = 0,
     seed: int = 0,
     transport: TransportName = "auto",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
+    keep: int = 2,
     couriers: Sequence[str] = (),
+    restarts: int = 0,
+    frozen: bool = False,
+    prefix: str | None = None,
 ) -> "Iterator[Fleet]":
     """As `millrace.fleet.local.open_fleet`, blocking."""
     with Portal() as portal:
@@ -55,7 +62,11 @@ def open_fleet(
             seed=seed,
             transport=transport,
             folder=folder,
+            keep=keep,
             couriers=couriers,
+            restarts=restarts,
+            frozen=frozen,
+            prefix=prefix,
         )
         opened = portal.call(manager.__aenter__())
         try:
@@ -199,30 +210,48 @@ class Fleet:
         self._wrapped = wrapped
 
     @property
+    def snapshot(self) -> Snapshot:
+        """How the engines stand now."""
+        return self._wrapped.snapshot
+
+    @property
     def context_length(self) -> int:
         """Tokens of prompt and output together that every engine takes."""
         return self._wrapped.context_length
 
     @property
     def outstanding(self) -> Mapping[str, int]:
-        """Of each engine: tokens of the requests that it has, prompts and room for output."""
+        """Of each engine: tokens of the requests that it has from here, prompts and room for output."""
         return self._wrapped.outstanding
 
-    def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
-        """Sends the request to the least loaded engine, and waits for one where all sleep, are being updated or are
-        started anew.
+    @property
+    def asleep(self) -> bool:
+        """Whether some of the engines' memory is released, so that they generate nothing."""
+        return self._wrapped.asleep
 
-        Raises NoEngineError when none is routable by the deadline or none is left, and the engine's own EngineError
+    def awake(self) -> None:
+        """Waits until the fleet is woken, for as long as that takes."""
+        self._portal.call(self._wrapped.awake())
+
+    def serving(self, *, deadline: float) -> None:
+        """Waits until some engine takes requests. Raises NoEngineError as `generate` does."""
+        self._portal.call(self._wrapped.serving(deadline=deadline))
+
+    def generate(self, request: GenerateRequest, *, deadline: float, placement: Placement = ANYWHERE) -> Generation:
+        """Sends the request to the engine that suits it best (docs/routing.md), and waits for one where all sleep, are
+        being updated or started anew, or have none of the versions that `placement` admits.
+
+        Raises NoEngineError when none may serve it by the deadline or none is left, and the engine's own EngineError
         otherwise; a request that failed on an engine is not sent again by this method.
         """
-        return self._portal.call(self._wrapped.generate(request, deadline=deadline))
+        return self._portal.call(self._wrapped.generate(request, deadline=deadline, placement=placement))
 
     def publish(
         self,
         tensors: "Iterable[tuple[str, torch.Tensor]]",
         version: int,
         *,
-        bucket_bytes: int = 256 * 2**20,
+        bucket_bytes: int = BUCKET_BYTES,
         deadline: float = 120.0,
         require_finite: bool = False,
     ) -> PublishReport:
@@ -270,14 +299,14 @@ class Fleet:
             )
         )
 
-    def restart(self, name: str, *, bucket_bytes: int = 256 * 2**20, deadline: float = 120.0) -> None:
+    def restart(self, name: str, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> None:
         """Ends this engine, starts it anew, and brings it from the store what the others serve, within `deadline`
         seconds, before its first request. Without a store it serves after the next publish. Raises LaunchError where it
         does not come up, PublishError where it does not take the version, and NoEngineError where the fleet does not
         start its engines."""
         self._portal.call(self._wrapped.restart(name, bucket_bytes=bucket_bytes, deadline=deadline))
 
-    def add(self, *, bucket_bytes: int = 256 * 2**20, deadline: float = 120.0) -> str:
+    def add(self, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> str:
         """Starts one more engine like the others, and brings it what these serve before its first request, as `restart`
         does. Returns its name."""
         return self._portal.call(self._wrapped.add(bucket_bytes=bucket_bytes, deadline=deadline))
@@ -287,15 +316,25 @@ class Fleet:
         before they are aborted, and its process is ended."""
         self._portal.call(self._wrapped.remove(name, deadline=deadline))
 
-    def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
-        """Puts every usable engine to sleep, after what runs there has ended. One that can't is quarantined."""
-        self._portal.call(self._wrapped.sleep(what))
+    def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY, *, interrupt: bool = False) -> None:
+        """Puts every usable engine to sleep, after what runs there has ended, or with `interrupt` has been aborted. One
+        that can't is quarantined.
+
+        The weights of a frozen fleet sleep only where all of its engines can read them anew (`restore`); otherwise
+        PublishError is raised."""
+        self._portal.call(self._wrapped.sleep(what, interrupt=interrupt))
 
     def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Wakes every usable engine. One whose weights slept serves again after the next publish."""
         self._portal.call(self._wrapped.wake(what))
 
     @property
-    def snapshot(self) -> Snapshot:
-        """The fleet's members and their states, as of now."""
-        return self._wrapped.snapshot
+    def frozen(self) -> bool:
+        """Whether the engines hold for ever what they were started with."""
+        return self._wrapped.frozen
+
+    def restore(self, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> None:
+        """Wakes a frozen fleet. Weights that slept have lost their content: the engines read them anew from the model's
+        folder, each of them is attested as after a publish, and then they get their KV cache back. One that does not
+        take them within `deadline` seconds is started anew."""
+        self._portal.call(self._wrapped.restore(bucket_bytes=bucket_bytes, deadline=deadline))

@@ -101,6 +101,34 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Placement:
+    """What a fleet should know to choose an engine. The requests of one `session` (the turns of one episode) share what
+    came before, those of one `group` their prompt. The engine serves `min_version` or a later one; with
+    `exact_version`, that one."""
+
+    session: str | None = None
+    group: str | None = None
+    min_version: int | None = None
+    exact_version: int | None = None
+
+    def admits(self, version: int | None) -> bool:
+        if version is None:
+            return False
+        if self.exact_version is not None and version != self.exact_version:
+            return False
+        return self.min_version is None or version >= self.min_version
+
+    def describe(self) -> str:
+        """Which versions may answer, as the end of a sentence about engines; nothing where any may."""
+        if self.exact_version is not None:
+            return f" at version {self.exact_version}"
+        return f" at version {self.min_version} or later" if self.min_version is not None else ""
+
+
+ANYWHERE = Placement()
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """The tokens `start:end` of a generation (of a sample, where positions count from its first token) were made by the
     weights of `version`. None: by weights that no Millrace trainer published."""

@@ -7,101 +7,43 @@ pytest's `-s` shows what they came to.
 import asyncio
 import os
 import random
-import signal
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from millrace.config import EmbeddedEngineConfig
-from millrace.errors import EngineError, PublishError
-from millrace.fleet.fleet import Fleet
+from millrace.errors import EngineError
 from millrace.fleet.local import open_fleet
 from millrace.rollout.problems import generate_problems
 from millrace.rollout.sample import Sample, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler
-from tests.engines.processes import below, command_lines
-from tests.rollout.test_scheduler import embedded, make_runner
+from tests.chaos.faults import (
+    WAIT,
+    Run,
+    check,
+    cut_connections,
+    give_everything_up,
+    kill,
+    publish,
+    refuse_the_next_update,
+    slow_down,
+    stop_and_go_on,
+    until_all_serve,
+)
+from tests.engines.processes import below
+from tests.rollout.test_scheduler import make_runner
 
 SEEDS = int(os.environ.get("MILLRACE_CHAOS_SEEDS", "3"))
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=3, threads=1, faults=True)
 GROUPS, SAMPLES = 24, 4
 PROBLEMS = list(generate_problems(7, GROUPS))
 FAULTS = 4
-WAIT = 120.0  # seconds for any single thing to happen
-
-
-@dataclass(slots=True)
-class Run:
-    """One seed's run: the truth about what was published, and what was done."""
-
-    fleet: Fleet
-    draw: random.Random
-    tensors: list[tuple[str, torch.Tensor]]
-    committed: set[int] = field(default_factory=lambda: {0})
-    happened: list[str] = field(default_factory=list)
-    stopped: list[int] = field(default_factory=list)
-
-    def victim(self) -> str | None:
-        """Some engine that serves, as long as another is left."""
-        serving = [member.name for member in self.fleet.snapshot.members if member.routable]
-        return self.draw.choice(serving) if len(serving) > 1 else None
-
-    def process(self, name: str) -> int:
-        port = self.fleet.engines[name].url.rpartition(":")[2]
-        lines = {pid: command_lines({pid}) for pid in below(os.getpid())}
-        return next(
-            pid for pid, line in lines.items() if f"--port {port}" in line.replace("\0", " ") and "guard.py" not in line
-        )
-
-
-async def kill(run: Run, name: str) -> None:
-    os.kill(run.process(name), signal.SIGKILL)
-
-
-async def stop_and_go_on(run: Run, name: str) -> None:
-    pid = run.process(name)
-    os.kill(pid, signal.SIGSTOP)
-    run.stopped.append(pid)
-    await asyncio.sleep(run.draw.uniform(0.1, 1.0))  # how long it hangs is what is drawn
-    os.kill(pid, signal.SIGCONT)
-
-
-async def cut_connections(run: Run, name: str) -> None:
-    [engine] = [one for one in embedded(run.fleet) if one.name == name]
-    await engine.inject_fault("drop_connection", count=run.draw.randint(1, 5))
-
-
-async def slow_down(run: Run, name: str) -> None:
-    [engine] = [one for one in embedded(run.fleet) if one.name == name]
-    await engine.inject_fault("slow", seconds=run.draw.uniform(0.0, 0.05))
-
-
-async def refuse_the_next_update(run: Run, name: str) -> None:
-    [engine] = [one for one in embedded(run.fleet) if one.name == name]
-    await engine.inject_fault("refuse_update", count=2)
-
-
-async def give_everything_up(run: Run, name: str) -> None:
-    await run.fleet.engines[name].abort()
-
-
 WHAT: list[Callable[[Run, str], Awaitable[None]]] = [
     kill, stop_and_go_on, cut_connections, slow_down, refuse_the_next_update, give_everything_up
 ]  # fmt: skip
-
-
-async def publish(run: Run, version: int) -> None:
-    try:
-        await run.fleet.publish(run.tensors, version, deadline=20)
-    except PublishError:
-        run.happened.append(f"version {version} reached nobody")
-    run.committed.add(version)  # also where the publish failed: an engine may have got it before
 
 
 async def trouble(run: Run, ended: Callable[[], int]) -> None:
@@ -133,26 +75,11 @@ async def play(seed: int, model_path: Path, place: Path) -> tuple[Counter[Sample
             for _ in PROBLEMS:
                 samples += (await scheduler.next_group()).samples
             await troubles
-        check(samples, run)
+        check(run, samples, (f"g{i}-{j}" for i in range(GROUPS) for j in range(SAMPLES)))
         assert scheduler.ledger.asked == scheduler.ledger.ended.total() == len(samples)
-        began = time.monotonic()
         await publish(run, FAULTS + 1)
-        while not all(member.routable for member in fleet.snapshot.members):
-            assert time.monotonic() < began + WAIT, fleet.snapshot.describe()
-            await asyncio.sleep(0.05)
-        assert {member.version for member in fleet.snapshot.members} == {FAULTS + 1}
+        await until_all_serve(run, FAULTS + 1)
     return scheduler.ledger.ended, run.happened
-
-
-def check(samples: list[Sample], run: Run) -> None:
-    ids = Counter(sample.sample_id for sample in samples)
-    assert ids == Counter(f"g{i}-{j}" for i in range(GROUPS) for j in range(SAMPLES)), run.happened
-    for sample in samples:
-        assert sample.status is SampleStatus.FINISHED, (sample.reason, run.happened)
-        assert sample.episode is not None
-        made = sum(segment.end - segment.start for segment in sample.episode.segments)
-        assert made == int(sample.episode.loss_mask.sum())
-        assert {segment.version for segment in sample.episode.segments} <= run.committed, run.happened
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

@@ -1,15 +1,24 @@
 """The one set of checks, held against one engine. A file for each engine, so that they run beside each other."""
 
+from pathlib import Path
+
 import pytest
 
-from millrace.conformance import CHECKS, Check, Outcome, Runner
+from millrace.conformance import CHECKS, Check, Outcome, Runner, Subject
 from millrace.engines.stock.engine import StockEngine
+from millrace.fleet.fleet import Fleet
 from millrace.types import Capability, DiskBucket, GenerateRequest, SamplingParams
 
 START_TIMEOUT = 240.0  # seconds; a stock engine takes 20 on a quiet machine
-# A server has to be started for them, and updates of one that is take other ways.
+# A server has to be started for them.
 WITHOUT_ADAPTERS = frozenset(check.name for check in CHECKS if Capability.LORA in check.needs)
 every_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+
+
+async def runner_on(fleet: Fleet, model: Path, other: Path) -> Runner:
+    """Checks for the only engine of a fleet, which nobody else uses meanwhile."""
+    [engine] = fleet.engines.values()
+    return Runner(Subject(engine, await engine.info(), model, other))
 
 
 async def hold_after_a_trainer_died(runner: Runner) -> None:

@@ -1,4 +1,5 @@
-"""Stock SGLang, in the versions that Millrace is tested on, does what the contract says."""
+"""Stock SGLang, in the versions that Millrace is tested on, does what the contract says, one started for
+adapters."""
 
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -7,14 +8,33 @@ import pytest
 import pytest_asyncio
 
 from millrace.config.models import SGLangEngineConfig
+from millrace.config.routers import SGLangRouterConfig
 from millrace.conformance import Check, Runner
-from tests.conformance.conftest import examined
-from tests.conformance.hold import START_TIMEOUT, WITHOUT_ADAPTERS, every_check, hold, hold_after_a_trainer_died
+from millrace.engines.stock.engine import StockEngine
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.local import open_fleet
+from millrace.types import Capability
+from tests.conformance.adapters import (
+    MODULES,
+    WITH_ADAPTERS,
+    hold_publishes_over_whole_versions,
+    hold_what_a_dead_trainer_left_is_taken_away,
+)
+from tests.conformance.frozen import hold_a_judge_comes_back_from_its_folder
+from tests.conformance.hold import (
+    START_TIMEOUT,
+    WITHOUT_ADAPTERS,
+    every_check,
+    hold,
+    hold_after_a_trainer_died,
+    runner_on,
+)
+from tests.engines.processes import logs
+from tests.routers.hold import hold_a_router_before_it
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LACKING = frozenset({
-    *WITHOUT_ADAPTERS,  # see test_adapters.py
     "generate.seed",
     "generate.stop_ignoring_eos",
     "update.bare_nccl",  # on the CPU
@@ -26,14 +46,19 @@ LACKING = frozenset({
 })  # fmt: skip
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["0.5.23", "0.5.15"])
-async def runner(
-    request: pytest.FixtureRequest,
-    tiny_model: Path,
-    other_model: Path,
-    sglang_python: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> AsyncIterator[Runner]:
+VERSIONS = {"0.5.23": {**WITH_ADAPTERS, "lora_target_modules": MODULES}, "0.5.15": {}}  # each with its engine_args
+started_for_adapters = pytest.mark.parametrize("fleet", ["0.5.23"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=VERSIONS)
+async def fleet(
+    request: pytest.FixtureRequest, tiny_model: Path, sglang_python: Callable[[str], Path], log_dir: Path
+) -> AsyncIterator[Fleet]:
     version: str = request.param
     config = SGLangEngineConfig(
         kind="sglang",
@@ -42,14 +67,53 @@ async def runner(
         python=sglang_python(version),
         threads=1,
         start_timeout=START_TIMEOUT,
+        engine_args=VERSIONS[version],
     )
-    async with examined(config, tiny_model, other_model, tmp_path_factory.mktemp("logs")) as subject:
-        yield Runner(subject)
+    async with open_fleet(config, tiny_model, log_dir=log_dir / version) as fleet:
+        yield fleet
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def runner(fleet: Fleet, tiny_model: Path, other_model: Path) -> Runner:
+    return await runner_on(fleet, tiny_model, other_model)
 
 
 @every_check
 async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
-    await hold(runner, check, LACKING)
+    adapters = Capability.LORA in runner.subject.info.capabilities
+    await hold(runner, check, LACKING if adapters else LACKING | WITHOUT_ADAPTERS)
+
+
+async def test_its_log_tells_no_key(fleet: Fleet, log_dir: Path) -> None:
+    [engine] = fleet.engines.values()
+    assert isinstance(engine, StockEngine)
+    [version] = [version for version in VERSIONS if version == (await engine.info()).engine_version]
+    log = logs(log_dir / version)["sglang-0.log"]
+    assert "api_key='***'" in log or "'api_key': '***'" in log
+    assert {"data", "control"} <= engine._http._keys.keys()
+    assert not [key for key in engine._http._keys.values() if key is None or key in log]
+
+
+@started_for_adapters
+async def test_a_trainer_publishes_adapters_over_whole_versions(fleet: Fleet, tiny_model: Path) -> None:
+    await hold_publishes_over_whole_versions(fleet, tiny_model)
+
+
+@started_for_adapters
+async def test_who_attaches_takes_away_the_adapters_that_a_dead_trainer_left(fleet: Fleet) -> None:
+    await hold_what_a_dead_trainer_left_is_taken_away(fleet)
+
+
+@started_for_adapters
+async def test_a_router_stands_before_it(
+    fleet: Fleet, tiny_model: Path, router_python: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = SGLangRouterConfig(kind="sglang", python=router_python("sglang"))
+    await hold_a_router_before_it(fleet, tiny_model, config, tmp_path, 2500)
+
+
+async def test_a_judge_comes_back_from_its_folder(fleet: Fleet, tiny_model: Path) -> None:
+    await hold_a_judge_comes_back_from_its_folder(fleet, tiny_model)
 
 
 async def test_an_update_that_a_dead_trainer_left_open_bars_nobody(runner: Runner) -> None:

@@ -283,8 +283,10 @@ async def test_where_all_refuse_the_old_adapter_goes_on_serving(fleet: Fleet, mo
 
 async def test_an_engine_that_hangs_is_out_and_the_other_serves(doomed_fleet: Fleet, model: PreTrainedModel) -> None:
     fleet = doomed_fleet
-    await embedded(fleet)[0].inject_fault("hang")
-    stuck = asyncio.create_task(embedded(fleet)[0].generate(greedy("stuck"), deadline=60))
+    await embedded(fleet)[0].inject_fault("slow", seconds=0.02)
+    stuck = asyncio.create_task(embedded(fleet)[0].generate(greedy("stuck", 200), deadline=60))
+    await busy(fleet)
+    await embedded(fleet)[0].inject_fault("hang")  # in its next step
     report = await fleet.publish_adapter(adapter(model, 1), 1, config=CONFIG, deadline=2)
     assert list(report.failed) == ["embedded-0"]
     assert fleet.snapshot.get("embedded-0").phase is Phase.QUARANTINED
@@ -305,8 +307,8 @@ async def test_an_engine_that_was_started_anew_gets_the_base_and_the_adapter_bef
         while True:
             member = fleet.snapshot.get("embedded-0")
             seen += [member.version] if member.routable and member.version is not None else []
-            async with fleet._changed:
-                await fleet._changed.wait()
+            async with fleet._roster.changed:
+                await fleet._roster.changed.wait()
 
     watching = asyncio.create_task(watch())
     await publish(fleet, adapter(model, 1), 1)  # over what they were started with

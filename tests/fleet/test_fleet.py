@@ -19,8 +19,9 @@ from millrace.errors import ConfigError, EngineTimeout, EngineUnreachable, Launc
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.fleet.membership import Phase
+from millrace.fleet.routing import Why
 from millrace.launch.ports import free_port
-from millrace.types import FinishReason, GenerateRequest, Generation, MemoryTag, SamplingParams, Segment
+from millrace.types import FinishReason, GenerateRequest, Generation, MemoryTag, Placement, SamplingParams, Segment
 from millrace.weights.transports.base import NamedTensors, StagedBucket
 from millrace.weights.transports.shared_memory import SharedMemoryTransport
 
@@ -418,3 +419,25 @@ async def test_a_transport_that_is_not_possible_ends_what_was_started(tiny_model
             raise AssertionError("it must not start")
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+async def test_a_request_waits_for_the_version_that_it_asks_for(fleet: Fleet, model: PreTrainedModel) -> None:
+    new = following(fleet)
+    later = Placement(min_version=new)
+    with pytest.raises(NoEngineError, match=rf"no engine at version {new} or later could serve within .*version"):
+        await fleet.generate(greedy("too-soon"), deadline=0.1, placement=later)
+    waiting = asyncio.create_task(fleet.generate(greedy("waits"), deadline=20, placement=later))
+    exact = Placement(exact_version=new - 1)
+    old = await fleet.generate(greedy("old"), deadline=20, placement=exact)
+    assert not waiting.done()
+    await fleet.publish(tensors(model, 1.5), new)
+    assert [(await waiting).segments, old.segments] == [(Segment(new, 0, 12),), (Segment(new - 1, 0, 12),)]
+    with pytest.raises(NoEngineError, match=f"no engine at version {new - 1} could serve"):
+        await fleet.generate(greedy("too-late"), deadline=0.1, placement=exact)
+
+
+async def test_a_session_stays_with_its_engine(fleet: Fleet) -> None:
+    first = await fleet.generate(greedy("s/0"), deadline=20, placement=Placement(session="s"))
+    again = GenerateRequest("s/1", PROMPT + first.output_ids, SamplingParams(4, temperature=0.0))
+    assert (await fleet.generate(again, deadline=20, placement=Placement(session="s"))).cached_tokens > len(PROMPT)
+    assert fleet.journal.totals.routed[Why.SESSION] > 0

@@ -18,12 +18,11 @@ from millrace.fleet.membership import (
     Member,
     Phase,
     Slept,
-    Snapshot,
     Struck,
     Woke,
     after,
 )
-from millrace.fleet.routing import least_loaded, with_adapter
+from millrace.fleet.routing import with_adapter
 from millrace.types import ALL_MEMORY, FinishReason, Generation, MemoryTag, Segment
 
 tags = st.frozensets(st.sampled_from(MemoryTag))
@@ -91,27 +90,6 @@ def test_the_dead_never_come_back(history: list[Event]) -> None:
         member = after(member, event)
         assert member.phase is Phase.DEAD
         assert member.reason == "killed by SIGKILL"
-
-
-@given(st.lists(st.tuples(st.lists(events, max_size=4), st.integers(0, 3)), max_size=5))
-def test_the_least_loaded_routable_engine_is_chosen_and_the_same_one_each_time(
-    fleet: list[tuple[list[Event], int]],
-) -> None:
-    members = []
-    for i, (history, _) in enumerate(fleet):
-        member = Member(f"e{i}", f"http://e{i}")
-        for event in [Attested(1), *history]:
-            member = after(member, event)
-        members.append(member)
-    loads = {f"e{i}": load for i, (_, load) in enumerate(fleet)}
-    snapshot = Snapshot(0, tuple(members))
-    chosen = least_loaded(snapshot, loads)
-    routable = [m.name for m in members if m.routable]
-    assert (chosen is None) == (not routable)
-    if chosen is not None:
-        assert chosen in routable
-        assert loads[chosen] == min(loads[name] for name in routable)
-    assert least_loaded(Snapshot(1, tuple(reversed(members))), loads) == chosen
 
 
 def test_three_failures_in_a_row_make_a_suspect_and_an_answer_clears_it() -> None:

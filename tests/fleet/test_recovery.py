@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from millrace.errors import EngineUnreachable, NoEngineError
+from millrace.errors import EngineUnreachable, LaunchError, NoEngineError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.fleet.membership import Phase
 from millrace.fleet.recovery import FIRST_DELAY, LONGEST_DELAY, delay_before
+from millrace.launch.ports import free_port
 from millrace.types import FinishReason, Segment
 from tests.engines.processes import below, command_lines
 from tests.fleet.test_fleet import CONFIG, busy, embedded, expected, greedy, tensors
@@ -120,3 +121,11 @@ async def test_one_that_stands_still_under_the_fleets_end_leaves_nothing(tiny_mo
         pid = next(pid for pid, line in tree.items() if "embedded" in line and "guard.py" not in line)
         os.kill(pid, signal.SIGSTOP)
     assert below(os.getpid()) <= before
+
+
+async def test_an_engine_without_a_place_in_the_config_is_not_added(tiny_model: Path, tmp_path: Path) -> None:
+    config = ONE.model_copy(update={"ports": (free_port("127.0.0.1"),)})
+    async with open_fleet(config, tiny_model, log_dir=tmp_path) as fleet:
+        with pytest.raises(LaunchError, match="engine.ports names 1 engines; one more has no place there"):
+            await fleet.add()
+        assert [member.routable for member in fleet.snapshot.members] == [True]

@@ -1,7 +1,6 @@
 """What is made in pieces is what would have been made at once, whoever makes the pieces."""
 
 import asyncio
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def test_all_tokens_come_once_and_in_order_or_the_last_error(
     request = GenerateRequest("r", PROMPT, SamplingParams(wanted, seed=seed))
     attempts = Attempts(retries, Journal())
     try:
-        made = asyncio.run(generate_whole(request, send, attempts, ends=time.monotonic() + END))
+        made = asyncio.run(generate_whole(request, send, attempts))
     except (EngineUnreachable, AbortedGeneration):
         assert len(asked) == retries + 1 <= len(losses)
         return
@@ -76,12 +75,22 @@ def test_all_tokens_come_once_and_in_order_or_the_last_error(
         assert all((a.sampling.seed == b.sampling.seed) == (a.input_ids == b.input_ids) for a, b in pairwise(asked))
 
 
-def test_nothing_is_sent_when_the_time_is_over() -> None:
-    async def send(_: GenerateRequest) -> Generation:
-        raise AssertionError("it is too late")
+@given(st.lists(st.integers(0, 5), max_size=20))
+def test_an_abort_that_was_wanted_costs_no_attempt(counts: list[int]) -> None:
+    left, asked = list(counts), list[str]()
 
-    with pytest.raises(TimeoutError):
-        asyncio.run(generate_whole(greedy("late"), send, Attempts(3, Journal()), ends=time.monotonic()))
+    async def send(request: GenerateRequest) -> Generation:
+        asked.append(request.request_id)
+        room = request.sampling.max_new_tokens
+        if not left:
+            return piece(request, room, 2, FinishReason.STOP)
+        return piece(request, min(left.pop(0), room), 1, FinishReason.ABORT)
+
+    attempts = Attempts(0, Journal())
+    request = GenerateRequest("r", PROMPT, SamplingParams(1000))
+    made = asyncio.run(generate_whole(request, send, attempts, interrupted=lambda: True))
+    assert (made.output_ids, attempts.used) == (tuple(range(100, 1100)), 0)
+    assert len(set(asked)) == len(asked) == len(counts) + 1
 
 
 async def whole(fleet: Fleet, request: GenerateRequest) -> tuple[Generation, int]:
@@ -90,7 +99,7 @@ async def whole(fleet: Fleet, request: GenerateRequest) -> tuple[Generation, int
     async def send(rest: GenerateRequest) -> Generation:
         return await fleet.generate(rest, deadline=END)
 
-    return await generate_whole(request, send, attempts, ends=time.monotonic() + END), attempts.used
+    return await generate_whole(request, send, attempts), attempts.used
 
 
 async def test_real_engines_go_on_where_another_was_aborted_or_killed(tiny_model: Path, tmp_path: Path) -> None:

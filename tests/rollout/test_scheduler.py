@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
+from transformers import AutoModelForCausalLM
 
 from millrace.config import EmbeddedEngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
@@ -22,7 +23,7 @@ from millrace.rollout.runner import SampleRunner
 from millrace.rollout.sample import Problem, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler
 from millrace.rollout.tools import make_tools
-from millrace.types import GenerateRequest, Generation, SamplingParams
+from millrace.types import ANYWHERE, GenerateRequest, Generation, MemoryTag, Placement, SamplingParams
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -151,16 +152,19 @@ class RecordingFleet(Fleet):
 
     recorded: dict[str, Generation]
 
-    async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
-        generation = await super().generate(request, deadline=deadline)
+    async def generate(
+        self, request: GenerateRequest, *, deadline: float, placement: Placement = ANYWHERE
+    ) -> Generation:
+        assert placement == Placement(session=request.request_id.partition("/")[0], group=placement.group)
+        generation = await super().generate(request, deadline=deadline, placement=placement)
         self.recorded[request.request_id] = generation
         return generation
 
 
 async def test_the_tokens_of_a_sample_are_those_that_were_sampled(fleet: Fleet, runner: SampleRunner) -> None:
-    recording = RecordingFleet(list(fleet._replicas.values()), fleet._versions.transport)
+    recording = RecordingFleet(list(fleet._roster.replicas.values()), fleet._versions.transport)
     recording.recorded = {}
-    recording.snapshot = fleet.snapshot
+    recording._roster.snapshot = fleet.snapshot
     async with RolloutScheduler(replace(runner, fleet=recording), samples_per_group=2) as scheduler:
         scheduler.start(groups(PROBLEMS[:8]), version=0)
         done = [await scheduler.next_group() for _ in range(8)]
@@ -193,3 +197,31 @@ async def test_a_killed_engine_costs_no_sample_and_with_the_last_one_the_run_is_
             with pytest.raises(NoEngineError, match="embedded-1 .dead; .*SIGKILL"):
                 while True:
                     await scheduler.next_group()
+
+
+async def test_what_sleep_interrupts_goes_on_by_the_next_weights_with_its_time_standing_still(
+    fleet: Fleet, runner: SampleRunner, tiny_model: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    [old] = {member.version for member in fleet.snapshot.members}
+    assert old is not None
+    for engine in embedded(fleet):
+        await engine.inject_fault("slow", seconds=0.03)
+    patient = replace(runner, timeout=4.0, retries=0)
+    async with RolloutScheduler(patient, samples_per_group=2) as scheduler:
+        scheduler.start(groups(PROBLEMS[:4]), version=old)
+        await until_generating(fleet)
+        await fleet.sleep(interrupt=True)
+        assert scheduler.in_flight == 4
+        await asyncio.sleep(patient.timeout)  # what the samples must not notice
+        await fleet.wake(frozenset({MemoryTag.WEIGHTS}))
+        await fleet.publish([(name, p.detach() * 1.1) for name, p in model.named_parameters()], old + 1)
+        await fleet.wake(frozenset({MemoryTag.KV_CACHE}))
+        for engine in embedded(fleet):
+            await engine.inject_fault("slow", seconds=0.0)
+        done = [await scheduler.next_group() for _ in range(4)]
+    samples = [sample for group in done for sample in group.samples]
+    assert {(sample.status, sample.reason) for sample in samples} == {(SampleStatus.FINISHED, None)}
+    versions = {tuple(dict.fromkeys(s.version for s in one.episode.segments)) for one in samples if one.episode}
+    assert (old, old + 1) in versions
+    assert {sample.oldest_version for sample in samples} <= {old, old + 1}

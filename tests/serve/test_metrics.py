@@ -60,7 +60,7 @@ async def show(model: Path, folder: Path) -> AsyncIterator[Shown]:
             serve(observer, "127.0.0.1", 0) as url,
             open_fleet(CONFIG, model, log_dir=folder, journal=journal) as fleet,
         ):
-            observer.fleet = fleet
+            observer.fleets = (fleet,)
             yield Shown(fleet, journal, url, events)
 
 

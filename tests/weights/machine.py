@@ -295,7 +295,7 @@ class Machine:
     # Means
 
     def _meddling(self, name: TransportName) -> MeddlingTransport:
-        inner = transport_for(name, list(self._fleet._replicas.values()), self._fleet._versions.store)
+        inner = transport_for(name, list(self._fleet._roster.replicas.values()), self._fleet._versions.store)
         assert inner is not None
         return MeddlingTransport(inner, self._place)
 

@@ -52,7 +52,7 @@ class Truth:
         self.published, self.variant, self.spoiled = 0, 0, False
         self._weights = {0: 0}  # the variant of each version that was committed
         self._numbers = itertools.count()
-        infos = [replica.info for replica in fleet._replicas.values()]
+        infos = [replica.info for replica in fleet._roster.replicas.values()]
         self.steps_back = all(Capability.ROLLBACK in info.capabilities for info in infos)
         sums = {Capability.CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
         self.attests = all(sums & info.capabilities for info in infos)

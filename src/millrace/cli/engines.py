@@ -24,7 +24,7 @@ engines_app = typer.Typer(
     no_args_is_help=True, help="Install, list and remove the virtual environments that engines run in."
 )
 
-EngineArgument = Annotated[str, typer.Argument(help="The engine: sglang or vllm.", show_default=False)]
+EngineArgument = Annotated[str, typer.Argument(help="sglang, vllm, sglang-router or vllm-router.", show_default=False)]
 VersionOption = Annotated[
     str | None, typer.Option("--version", help="Its version; the default is the newest one tested.", show_default=False)
 ]
@@ -42,7 +42,7 @@ def install(
     begun = time.monotonic()
     with interruptible(lambda: "what was started has been ended; the same command begins anew"), _progress() as show:
         made = environments.install(
-            engine, version or _default_version(engine), _device(cpu), python=python, progress=show
+            engine, version or _default_version(engine), _device(engine, cpu), python=python, progress=show
         )
     print(f"{made} is ready in {made.path} ({time.monotonic() - begun:.1f} s)")
 
@@ -70,8 +70,8 @@ def list_environments() -> None:
 def remove(engine: EngineArgument, version: VersionOption = None, cpu: CpuOption = False) -> None:
     """Delete an engine's environment, finished or not."""
     version = version or _default_version(engine)
-    environments.remove(engine, version, _device(cpu))
-    print(f"removed {engine} {version} ({_device(cpu)})")
+    environments.remove(engine, version, _device(engine, cpu))
+    print(f"removed {engine} {version} ({_device(engine, cpu)})")
 
 
 @engines_app.command()
@@ -101,8 +101,9 @@ def join(
         )
 
 
-def _device(cpu: bool) -> str:
-    return "cpu" if cpu else "cuda"
+def _device(engine: str, cpu: bool) -> str:
+    """Routers have no other form than that for the CPU."""
+    return "cpu" if cpu or engine.endswith("-router") else "cuda"
 
 
 def _default_version(engine: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -72,13 +73,18 @@ def train(
         from millrace.train.experiment import train as run_training
         from millrace.train.summary import print_summary
     transformers_logging.disable_progress_bar()
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun rank 0 speaks for all
     with (
         interruptible(lambda: f"what was started has been ended; {how_to_go_on(settings)}"),
         Display(console).show() as display,
     ):
-        summary = asyncio.run(run_training(settings, resume=resume, display=display))
-    print_summary(summary, console)
+        summary = asyncio.run(
+            run_training(
+                settings, resume=resume, display=display, reload=lambda: load_settings(config, overrides or ())
+            )
+        )
+    if summary is not None:
+        print_summary(summary, console)
 
 
 def main() -> None:

@@ -1,20 +1,17 @@
 """Every setting, as pydantic models. An unknown key is an error; a setting is honoured or refused, never ignored."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from millrace.config.base import ForeignArgument, Model
+from millrace.config.judging import TEMPLATE, VERDICT, check_template, check_verdict
+from millrace.config.routers import RouterConfig, check_router
+
+EngineArgument = ForeignArgument
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-# An argument of an engine. A dictionary becomes JSON.
-EngineArgument = str | int | float | bool | list[str | int] | dict[str, Any] | None
-
-
-class Model(BaseModel):
-    """The base of all settings: frozen, and strict about keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class TinyModelConfig(Model):
@@ -113,8 +110,8 @@ class StockEngineConfig(ReplicatedConfig):
     cuda_visible_devices: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     start_timeout: PositiveFloat = 600.0  # a large model over a slow disk; the CPU form needs 20 to 60 s
-    env: dict[str, str] = {}  # added to the server's environment
-    engine_args: dict[str, EngineArgument] = {}  # the engine's own, by their own names
+    env: dict[str, str] = Field(default_factory=dict)  # added to the server's environment
+    engine_args: dict[str, EngineArgument] = Field(default_factory=dict)  # the engine's own, by their own names
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -198,7 +195,29 @@ class RolloutConfig(Model):
     sample_timeout: PositiveFloat = 300.0
     sample_retries: Annotated[int, Field(ge=0)] = 2  # when an engine dies under a sample
     partial_rollouts: bool = True  # what it had of the sample then stays; otherwise the sample begins again
-    max_staleness: Annotated[int, Field(ge=0)] = 1  # in versions; mode hybrid is always on-policy: 0
+    # In versions. Mode hybrid is on-policy, 0 whatever stands here, unless it recycles.
+    max_staleness: Annotated[int, Field(ge=0)] = 1
+    over_sampling: Annotated[int, Field(ge=0)] = 0  # groups started beyond groups_per_step; the first complete count
+    recycle: bool = False  # in mode hybrid, what a step leaves unfinished goes on in the next; else it is given up
+    # Groups that a step may drop for others since their rewards are all alike (DAPO, arXiv:2503.14476)
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+
+
+class JudgeConfig(Model):
+    """Engines of a frozen model that is asked for a part of the reward (docs/judges.md)."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    mode: Literal["colocated", "standalone"] = "standalone"  # in turns with the policy's engines; or on its own
+    seed: int = 0  # of a tiny model's weights
+    # What it is asked, with {question}, {answer} (the model's last turn) and {reference}
+    template: Annotated[str, AfterValidator(check_template)] = TEMPLATE
+    # Its group is the grade, a number; the last match in what the judge says counts
+    verdict: Annotated[str, AfterValidator(check_verdict)] = VERDICT
+    best: PositiveFloat = 10.0  # the grade that makes 1; 0 makes 0, and what is not between them is no grade
+    max_new_tokens: PositiveInt = 512
+    weight: Annotated[float, Field(gt=0, le=1)] = 1.0  # reward = weight x grade + (1 - weight) x rule reward
+    restarts: Annotated[int, Field(ge=0)] = 3  # of one engine in a row, where it dies or hangs
 
 
 class OptimizerConfig(Model):
@@ -315,10 +334,34 @@ class RunConfig(Model):
     checkpoint: CheckpointConfig = CheckpointConfig()
     publish: PublishConfig = PublishConfig()
     restarts: Annotated[int, Field(ge=0)] = 3  # of one engine in a row, where it dies or hangs
+    router: RouterConfig | None = None
+    judges: JudgeConfig | None = None
     metrics: MetricsConfig | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> "RunConfig":
-        if self.rollout.max_turn_tokens > self.rollout.max_sample_tokens:
+        rollout = self.rollout
+        if rollout.max_turn_tokens > rollout.max_sample_tokens:
             raise ValueError("rollout.max_turn_tokens is above rollout.max_sample_tokens; no turn could be that long")
+        if self.router is not None:
+            check_router(self.router, self.engine.kind)
+        if rollout.recycle:
+            if self.mode != "hybrid":
+                raise ValueError("rollout.recycle is for mode hybrid; in standalone everything goes on while it trains")
+            if not (rollout.over_sampling and rollout.partial_rollouts and rollout.max_staleness):
+                raise ValueError(
+                    "rollout.recycle keeps what over-sampling leaves unfinished; it needs rollout.over_sampling, "
+                    "rollout.partial_rollouts and a rollout.max_staleness of at least 1"
+                )
+        if self.judges is not None and self.judges.mode == "colocated":
+            if self.mode != "hybrid":
+                raise ValueError(
+                    "judges.mode colocated takes turns with engines that sleep between the steps, which they do in "
+                    "mode hybrid; in standalone they generate all the time: give the judges devices of their own"
+                )
+            if rollout.dynamic_sampling:
+                raise ValueError(
+                    "rollout.dynamic_sampling chooses groups by their rewards while they are generated, which judges "
+                    "of mode colocated give afterwards; take judges.mode standalone"
+                )
         return self

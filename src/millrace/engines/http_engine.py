@@ -2,12 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 from millrace.engines.base import Engine
 from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
 from millrace.http import HttpClient
+from millrace.types import GenerateRequest, Generation
 
 CONTROL_DEADLINE = 30.0  # seconds; a control call waits for one forward pass at most, which is seconds on a slow CPU
 ABORT_DEADLINE = 5.0
@@ -22,10 +24,23 @@ class HttpEngine(Engine):
     def __init__(self, name: str, url: str, *, api_key: str | None = None, admin_key: str | None = None) -> None:
         self.name = name
         self.url = url
+        self.api_key, self.admin_key = api_key, admin_key
         self._http = HttpClient(name, url, api_key=api_key, admin_key=admin_key)
 
     async def close(self) -> None:
         await self._http.close()
+
+    @abstractmethod
+    async def generate_by(
+        self, router: HttpClient, request: GenerateRequest, *, headers: Mapping[str, str], deadline: float
+    ) -> Generation:
+        """As `generate`, by a router that sends the request to this server or to one like it. What this server would
+        refuse is refused; the rest is the caller's: an update ends the request early, and `abort_by_router` ends it
+        when nobody waits for it any more."""
+
+    @abstractmethod
+    async def abort_by_router(self, request_id: str) -> None:
+        """Ends a request that may have come to this server by a router. One that has not changes nothing."""
 
     async def _ask(self, path: str, *, deadline: float = CONTROL_DEADLINE) -> Any:
         return await self._http.control("GET", path, deadline=deadline, repeatable=True)

@@ -18,21 +18,46 @@ def interpreter(config: StockConfig) -> Path:
 
 
 async def launch(
-    config: StockConfig, model_path: Path, *, replica: int, log_dir: Path, version: int, seed: int
+    config: StockConfig,
+    model_path: Path,
+    *,
+    replica: int,
+    log_dir: Path,
+    version: int,
+    seed: int,
+    prefix: str | None = None,
+    api_key: str | None = None,
 ) -> Launched:
     """Starts replica number `replica`, by the config's interpreter or that of the installed environment, and waits
-    until it is healthy.
+    until it is healthy. It is called `PREFIX-REPLICA`, by default after its kind.
 
     Raises ConfigError when engine_args or env contradict the settings, and LaunchError when there is no such engine or,
     with the end of the server's log, when it does not come up; nothing is left running then.
     """
-    python = interpreter(config)
+    python, prefix = interpreter(config), prefix or config.kind
     if config.python is not None:
         await require_module(python, config.kind, setting="engine.python", env=config.env)
     match config:
         case SGLangEngineConfig():
             return await launch_sglang(
-                config, model_path, python=python, replica=replica, log_dir=log_dir, version=version, seed=seed
+                config,
+                model_path,
+                python=python,
+                replica=replica,
+                log_dir=log_dir,
+                version=version,
+                seed=seed,
+                prefix=prefix,
+                api_key=api_key,
             )
         case VLLMEngineConfig():
-            return await launch_vllm(config, model_path, python=python, replica=replica, log_dir=log_dir, seed=seed)
+            return await launch_vllm(
+                config,
+                model_path,
+                python=python,
+                replica=replica,
+                log_dir=log_dir,
+                seed=seed,
+                prefix=prefix,
+                api_key=api_key,
+            )

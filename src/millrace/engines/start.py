@@ -37,27 +37,56 @@ class Started:
 
 
 async def start(
-    config: EngineConfig, model_path: Path, *, replica: int, log_dir: Path, version: int, seed: int
+    config: EngineConfig,
+    model_path: Path,
+    *,
+    replica: int,
+    log_dir: Path,
+    version: int,
+    seed: int,
+    prefix: str | None = None,
+    api_key: str | None = None,
 ) -> Started:
-    """Brings up replica number `replica`, which serves the model in `model_path` as weight version `version`.
+    """Brings up replica number `replica`, which serves the model in `model_path` as weight version `version`. It is
+    called `PREFIX-REPLICA`, by default after its kind. `api_key` opens the data calls of a stock engine that is
+    launched (None: a new key).
 
     Raises LaunchError, with the end of the server's log, when it does not come up; nothing is left running then.
     """
+    prefix = prefix or config.kind
     match config:
         case EmbeddedEngineConfig():
             return Started(
-                *await launch_embedded(config, model_path, replica=replica, log_dir=log_dir, version=version, seed=seed)
+                *await launch_embedded(
+                    config, model_path, replica=replica, log_dir=log_dir, version=version, seed=seed, prefix=prefix
+                )
             )
         case SGLangEngineConfig() | VLLMEngineConfig():
             if config.urls is not None:
-                return await _attach(config, config.urls[replica], model_path, replica)
-            return await _launch(config, model_path, replica, log_dir, version, seed)
+                return await _attach(config, config.urls[replica], model_path, f"{prefix}-{replica}")
+            return await _launch(config, model_path, replica, log_dir, version, seed, prefix, api_key)
 
 
 async def _launch(
-    config: StockConfig, model_path: Path, replica: int, log_dir: Path, version: int, seed: int
+    config: StockConfig,
+    model_path: Path,
+    replica: int,
+    log_dir: Path,
+    version: int,
+    seed: int,
+    prefix: str,
+    api_key: str | None,
 ) -> Started:
-    launched = await launch(config, model_path, replica=replica, log_dir=log_dir, version=version, seed=seed)
+    launched = await launch(
+        config,
+        model_path,
+        replica=replica,
+        log_dir=log_dir,
+        version=version,
+        seed=seed,
+        prefix=prefix,
+        api_key=api_key,
+    )
     try:
         if launched.url is None:
             raise LaunchError(
@@ -73,9 +102,9 @@ async def _launch(
         raise
 
 
-async def _attach(config: StockConfig, url: str, model_path: Path, replica: int) -> Started:
+async def _attach(config: StockConfig, url: str, model_path: Path, name: str) -> Started:
     engine = ENGINES[config.kind](
-        f"{config.kind}-{replica}",
+        name,
         url,
         api_key=os.environ.get(API_KEY),
         admin_key=os.environ.get(ADMIN_KEY),

@@ -1,40 +1,31 @@
-"""The replicas of one model as one: it routes requests, publishes versions, sleeps and wakes, and knows who has
-died."""
+"""The replicas of one model as one: it routes requests, publishes versions, sleeps and wakes."""
 
 import asyncio
-import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millrace.engines.base import Engine
 from millrace.engines.start import Started
-from millrace.errors import EngineError, EngineFailed, EngineUnreachable, NoEngineError, PublishError
+from millrace.errors import NoEngineError, PublishError
+from millrace.fleet.client import FleetClient
 from millrace.fleet.journal import Journal
-from millrace.fleet.membership import (
-    Answered,
-    Attested,
-    CatchingUp,
-    Died,
-    Distrusted,
-    Emptied,
-    Event,
-    Leaving,
-    Member,
-    Phase,
-    Slept,
-    Snapshot,
-    Struck,
-    Woke,
-    after,
-)
-from millrace.fleet.recovery import Recovery
-from millrace.fleet.routing import least_loaded, with_adapter
+from millrace.fleet.members import Members
+from millrace.fleet.membership import Attested, Member, Slept, Woke
+from millrace.fleet.proxy import Proxy
+from millrace.fleet.roster import Roster
+from millrace.fleet.turnover import BUCKET_BYTES, CATCH_UP_DEADLINE, Turnover
 from millrace.fleet.versions import Origin, Versions
-from millrace.types import ALL_MEMORY, AdapterConfig, GenerateRequest, Generation, Health, MemoryTag
+from millrace.types import (
+    ALL_MEMORY,
+    AdapterConfig,
+    Capability,
+    GenerateRequest,
+    Generation,
+    MemoryTag,
+    Placement,
+)
 from millrace.weights.publisher import PublishReport
 from millrace.weights.transports.base import PublishTarget, Transport
 
@@ -43,17 +34,9 @@ if TYPE_CHECKING:
 
     from millrace.weights.store import VersionStore
 
-PROCESS_END_DEADLINE = 3.0  # from a closed port to the end of the process, which tells more of the reason
 
-logger = logging.getLogger(__name__)
-
-
-class Fleet:
-    """Made by `Fleet.open`, which also ends what it started.
-
-    All methods belong to one event loop. `snapshot` is the truth about the members; requests in flight are counted
-    here.
-    """
+class Fleet(FleetClient):
+    """Made by `Fleet.open`, which also ends what it started. `snapshot` is the truth about the members."""
 
     def __init__(
         self,
@@ -63,29 +46,23 @@ class Fleet:
         start: Callable[[int], Awaitable[Started]] | None = None,
         restarts: int = 0,
         journal: Journal | None = None,
+        seed: int = 0,
+        *,
+        frozen: bool = False,
     ) -> None:
-        self.journal = journal if journal is not None else Journal()
-        self._replicas = {replica.engine.name: replica for replica in replicas}
-        self._numbers = {replica.engine.name: number for number, replica in enumerate(replicas)}
-        self._versions = Versions(transport, store, self._apply)
-        self._start = start
-        self._asleep: frozenset[MemoryTag] = frozenset()
-        self._renewed: set[str] = set()  # whose end is wanted: they are started anew, or leave
-        self._recovery = Recovery(
-            limit=restarts if start is not None else 0,
-            engines=lambda: self.engines,
-            snapshot=lambda: self.snapshot,
-            apply=self._apply,
-            restart=self._restart,
-            awake=self._awake,
-            gave_up=self._tell,
+        journal = journal if journal is not None else Journal()
+        self._roster = Roster(replicas, journal, self._moved)
+        super().__init__(self._roster, journal, seed)
+        self._versions = Versions(transport, store, self._roster.apply, frozen=frozen)
+        self.proxy: Proxy | None = None
+        self._turnover = Turnover(
+            self._roster,
+            self._versions,
+            start,
+            restarts,
+            awake=self._weights_awake,
+            idle=lambda name: not (self._outstanding[name] or (self.proxy is not None and self.proxy.uses(name))),
         )
-        self._watchers: dict[str, asyncio.Task[None]] = {}
-        self._outstanding: dict[str, int] = dict.fromkeys(self._replicas, 0)
-        self._changed = asyncio.Condition()
-        self.snapshot = Snapshot(0, tuple(Member(r.engine.name, r.engine.url) for r in replicas))
-        for member in self.snapshot.members:
-            self.journal.changed(None, member)
 
     @classmethod
     @asynccontextmanager
@@ -97,75 +74,35 @@ class Fleet:
         start: Callable[[int], Awaitable[Started]] | None = None,
         restarts: int = 0,
         journal: Journal | None = None,
+        seed: int = 0,
+        *,
+        frozen: bool = False,
+        router: "Callable[[Members, Journal], AbstractAsyncContextManager[Proxy]] | None" = None,
     ) -> "AsyncIterator[Fleet]":
         """Watches the replicas' processes as long as the block runs, and in the end closes the transport, the store,
         the engines' connections and the processes. `store` keeps what is published; `start` starts the replica of that
-        number anew, which happens by itself so many times in a row (`restarts`)."""
-        fleet = cls(replicas, transport, store, start, restarts, journal)
-        for replica in replicas:
-            fleet._begin_to_watch(replica)
-        fleet._recovery.begin()
+        number anew, which happens by itself so many times in a row (`restarts`); `seed` draws the order in which equal
+        engines are chosen. A `frozen` fleet is never published to. `router` opens one of others' that stands before the
+        engines."""
+        fleet = cls(replicas, transport, store, start, restarts, journal, seed, frozen=frozen)
+        fleet._turnover.begin()
         try:
-            yield fleet
+            if router is None:
+                yield fleet
+                return
+            async with router(fleet._roster, fleet.journal) as fleet.proxy:
+                yield fleet
         finally:
-            await fleet._recovery.close()
-            await asyncio.gather(*(fleet._end_watching(name) for name in fleet._replicas))
+            await fleet._turnover.close()
             await fleet._versions.close()
-            await asyncio.gather(*(replica.end() for replica in fleet._replicas.values()))
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of prompt and output together that every engine takes."""
-        return min(replica.info.context_length for replica in self._replicas.values())
-
-    @property
-    def engines(self) -> Mapping[str, Engine]:
-        return {name: replica.engine for name, replica in self._replicas.items()}
-
-    @property
-    def outstanding(self) -> Mapping[str, int]:
-        """Of each engine: tokens of the requests that it has, prompts and room for output."""
-        return dict(self._outstanding)
-
-    async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
-        """Sends the request to the least loaded engine, and waits for one where all sleep, are being updated or are
-        started anew.
-
-        Raises NoEngineError when none is routable by the deadline or none is left, and the engine's own EngineError
-        otherwise; a request that failed on an engine is not sent again by this method.
-        """
-        end = time.monotonic() + deadline
-        with self.journal.waiting():
-            name = await self._route(deadline)
-        member, own = self.snapshot.get(name), "lora_path" in request.extra
-        adapter = None if own else member.adapter
-        if adapter is not None:
-            request = replace(request, extra={**request.extra, "lora_path": adapter})
-        tokens = len(request.input_ids) + request.sampling.max_new_tokens
-        self._outstanding[name] += tokens
-        try:
-            with (
-                self.journal.request(name) as asked,
-                self._versions.adapters.using(name, adapter, request.request_id),
-            ):
-                made = asked.made = await self._replicas[name].engine.generate(request, deadline=end - time.monotonic())
-            if self.snapshot.has(name) and self.snapshot.get(name).strikes:
-                await self._apply(name, Answered())
-            return made if adapter is None else with_adapter(made, member.version)
-        except (EngineUnreachable, EngineFailed) as error:
-            await self._suspect(name, error)
-            raise
-        finally:
-            self._outstanding[name] -= tokens
-            if not self._outstanding[name] and name in self._renewed:
-                await self._tell()
+            await asyncio.gather(*(replica.end() for replica in fleet._roster.replicas.values()))
 
     async def publish(
         self,
         tensors: "Iterable[tuple[str, torch.Tensor]]",
         version: int,
         *,
-        bucket_bytes: int = 256 * 2**20,
+        bucket_bytes: int = BUCKET_BYTES,
         deadline: float = 120.0,
         require_finite: bool = False,
     ) -> PublishReport:
@@ -180,9 +117,9 @@ class Fleet:
         Where versions are kept, `tensors` is gone through once more when the engines serve, and can't be an iterator.
         The version becomes safe in the background; the next publish waits for that.
         """
-        await self._until(lambda: self.snapshot.usable, deadline)
+        await self._roster.until(lambda: self.snapshot.usable, deadline)
         left_out = self._left_out()
-        with self.journal.publishing(version) as publishing:
+        with self._interrupting(), self.journal.publishing(version) as publishing:
             report = publishing.report = await self._versions.publish(
                 tensors,
                 version,
@@ -237,105 +174,78 @@ class Fleet:
             raise PublishError(f"the weights of {', '.join(asleep)} are asleep; wake them before publishing")
         if not members:
             raise NoEngineError(f"no engine is left to publish to: {self.snapshot.describe()}")
-        return [PublishTarget(self._replicas[m.name].engine, self._replicas[m.name].info) for m in members]
+        replicas = [self._roster.replicas[member.name] for member in members]
+        return [PublishTarget(replica.engine, replica.info) for replica in replicas]
 
-    async def restart(self, name: str, *, bucket_bytes: int = 256 * 2**20, deadline: float = 120.0) -> None:
+    async def restart(
+        self, name: str, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE
+    ) -> None:
         """Ends this engine, starts it anew, and brings it from the store what the others serve, within `deadline`
         seconds, before its first request. Without a store it serves after the next publish. Raises LaunchError where it
         does not come up, PublishError where it does not take the version, and NoEngineError where the fleet does not
         start its engines."""
-        if self._start is None:
-            raise NoEngineError(f"{name} was not started by this fleet, which can't start it anew")
-        if name not in self._replicas:
-            raise NoEngineError(f"no engine is called {name}: {self.snapshot.describe()}")
-        await self._recovery.forget(name)
-        await self._restart(name, bucket_bytes, deadline)
+        await self._turnover.restart(name, bucket_bytes, deadline)
 
-    async def _restart(self, name: str, bucket_bytes: int = 256 * 2**20, deadline: float = 120.0) -> None:
-        assert self._start is not None
-        if name in self._renewed:
-            raise NoEngineError(f"{name} is being started anew, or leaves")
-        self._renewed.add(name)
-        try:
-            with self.journal.restarting(name):
-                await self._end(name, "it is being started anew")
-                await self._begin(await self._start(self._numbers[name]), bucket_bytes, deadline)
-        finally:
-            self._renewed.discard(name)
-
-    async def add(self, *, bucket_bytes: int = 256 * 2**20, deadline: float = 120.0) -> str:
+    async def add(self, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> str:
         """Starts one more engine like the others, and brings it what these serve before its first request, as `restart`
         does. Returns its name."""
-        if self._start is None:
-            raise NoEngineError("this fleet does not start its engines, and can't start one more")
-        number = max(self._numbers.values(), default=-1) + 1
-        started = await self._start(number)
-        self._numbers[started.engine.name] = number
-        await self._begin(started, bucket_bytes, deadline)
-        return started.engine.name
+        return await self._turnover.add(bucket_bytes, deadline)
 
     async def remove(self, name: str, *, deadline: float = 60.0) -> None:
         """Takes an engine out: it gets no more requests, ends those that it has, for which it gets `deadline` seconds
         before they are aborted, and its process is ended."""
-        if not self.snapshot.has(name):
-            raise NoEngineError(f"no engine is called {name}: {self.snapshot.describe()}")
-        await self._recovery.forget(name)
-        self._renewed.add(name)
-        try:
-            await self._apply(name, Leaving())
-            try:
-                async with asyncio.timeout(deadline), self._changed:
-                    await self._changed.wait_for(lambda: not self._outstanding[name])
-            except TimeoutError:
-                logger.warning("%s leaves, and what it still generates is aborted", name)
-                with suppress(EngineError):
-                    await self._replicas[name].engine.abort()
-            await self._end(name, "it has left")
-            async with self._changed:
-                self.snapshot = self.snapshot.without(name)
-                self.journal.removed(name)
-                self._changed.notify_all()
-            for known in (self._replicas, self._numbers):
-                known.pop(name)
-        finally:
-            self._renewed.discard(name)
+        await self._turnover.remove(name, deadline)
 
-    async def _end(self, name: str, reason: str) -> None:
-        await self._end_watching(name)
-        await self._apply(name, Died(reason))
-        await self._replicas[name].end()
-        self._versions.adapters.forget(name)
+    async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY, *, interrupt: bool = False) -> None:
+        """Puts every usable engine to sleep, after what runs there has ended, or with `interrupt` has been aborted. One
+        that can't is quarantined.
 
-    async def _begin(self, started: Started, bucket_bytes: int, deadline: float) -> None:
-        """Takes a new engine in, and brings it what the others serve."""
-        name = started.engine.name
-        self._replicas[name] = started
-        self._outstanding.setdefault(name, 0)
-        self._begin_to_watch(started)
-        async with self._changed:
-            self.snapshot = self.snapshot.with_member(member := Member(name, started.engine.url))
-            self.journal.changed(None, member)
-        await self._apply(name, CatchingUp())
-        await self._versions.catch_up(started, bucket_bytes, deadline)
-        if self.snapshot.get(name).phase is Phase.CATCHING_UP:  # nobody has what the others serve
-            await self._apply(name, Emptied())
-
-    async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
-        """Puts every usable engine to sleep, after what runs there has ended. One that can't is quarantined."""
-        self._asleep |= what
+        The weights of a frozen fleet sleep only where all of its engines can read them anew (`restore`); otherwise
+        PublishError is raised."""
+        if self.frozen and MemoryTag.WEIGHTS in what:
+            self._require_own_folder()
+        self._roster.asleep |= what
         # Out of rotation first: a request that came between the drain and the release would fail.
         for member in self.snapshot.members:
-            await self._apply(member.name, Slept(what))
-        await self._each(lambda engine: engine.sleep(what))
+            await self._roster.apply(member.name, Slept(what))
+        if interrupt:
+            await self._roster.each(lambda replica: replica.engine.abort())
+        await self._roster.each(lambda replica: replica.engine.sleep(what))
 
     async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Wakes every usable engine. One whose weights slept serves again after the next publish."""
-        await self._each(lambda engine: engine.wake(what))
-        async with self._changed:
-            self._asleep -= what
-            self._changed.notify_all()
+        await self._roster.each(lambda replica: replica.engine.wake(what))
+        self._roster.asleep -= what
+        await self._roster.tell()
         for member in self.snapshot.members:
-            await self._apply(member.name, Woke(what))
+            await self._roster.apply(member.name, Woke(what))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the engines hold for ever what they were started with."""
+        return self._versions.frozen
+
+    async def restore(self, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> None:
+        """Wakes a frozen fleet. Weights that slept have lost their content: the engines read them anew from the model's
+        folder, each of them is attested as after a publish, and then they get their KV cache back. One that does not
+        take them within `deadline` seconds is started anew."""
+        if not self.frozen:
+            raise PublishError("only a frozen fleet is restored; wake this one, and publish what it is to serve")
+        await self.wake(frozenset({MemoryTag.WEIGHTS}))
+        empty = [m.name for m in self.snapshot.members if m.usable and m.version is None]
+        if empty:
+            replicas = [self._roster.replicas[name] for name in empty]
+            targets = [PublishTarget(replica.engine, replica.info) for replica in replicas]
+            await self._versions.restore(targets, bucket_bytes, deadline)
+        await self.wake(frozenset({MemoryTag.KV_CACHE}))
+
+    def _require_own_folder(self) -> None:
+        replicas = self._roster.replicas.values()
+        if lacking := [r.engine.name for r in replicas if Capability.UPDATE_FROM_DISK not in r.info.capabilities]:
+            raise PublishError(
+                f"{', '.join(lacking)} can't read weights anew from a folder (a quantising SGLang can't), so that they "
+                "would be lost in sleep; give it devices of its own"
+            )
 
     async def attest(self, checksums: Mapping[str, str], version: int, folder: Path) -> None:
         """Takes the engines into rotation that hold these tensors: for weights that they loaded by themselves from
@@ -344,97 +254,25 @@ class Fleet:
         this folder."""
 
         origin = Origin(checksums, version, folder)
-        await self._each(lambda engine: self._versions.compare(self._replicas[engine.name], origin, Attested(version)))
+        await self._roster.each(lambda replica: self._versions.compare(replica, origin, Attested(version)))
         self._versions.begin_with(origin)
 
-    async def _each(self, step: Callable[[Engine], Awaitable[None]]) -> None:
-        """Takes one step on every usable engine at once. One that fails it is quarantined, with the reason."""
+    def _moved(self, before: Member, member: Member) -> None:
+        if not member.routable or member.version != before.version:
+            self._router.forget(member.name)
+        self._turnover.moved(member)
 
-        async def guarded(name: str) -> None:
-            try:
-                await step(self._replicas[name].engine)
-            except EngineError as error:
-                logger.error("out of rotation: %s", error)
-                await self._apply(name, Distrusted(str(error)))
+    async def _generate(self, request: GenerateRequest, placement: Placement, deadline: float) -> Generation:
+        if self.proxy is None:
+            return await self._straight(request, placement, deadline)
+        return await self.proxy.generate(request, placement, deadline=deadline, direct=self._straight)
 
-        async with asyncio.TaskGroup() as group:
-            for member in self.snapshot.members:
-                if member.usable:
-                    group.create_task(guarded(member.name))
-        if not self.snapshot.usable and not self._recovery.hopeful:
-            raise NoEngineError(f"no engine is left: {self.snapshot.describe()}")
+    def _interrupting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.proxy is None else self.proxy.publishing()
 
-    async def _route(self, deadline: float) -> str:
-        await self._until(lambda: least_loaded(self.snapshot, self._outstanding) is not None, deadline)
-        name = least_loaded(self.snapshot, self._outstanding)
-        assert name is not None
-        return name
+    def _using(self, engine: str, adapter: str | None, request_id: str) -> AbstractContextManager[None]:
+        return self._versions.adapters.using(engine, adapter, request_id)
 
-    async def _until(self, condition: Callable[[], bool], deadline: float) -> None:
-        """Waits for something that only an engine can bring about. Raises NoEngineError when there is none left, or the
-        deadline passes."""
-        if condition():
-            return
-        try:
-            async with asyncio.timeout(deadline), self._changed:
-                while not condition():
-                    if not self.snapshot.usable and not self._recovery.hopeful:
-                        raise NoEngineError(f"no engine is left: {self.snapshot.describe()}")
-                    await self._changed.wait()
-        except TimeoutError:
-            raise NoEngineError(f"no engine could serve within {deadline:.0f} s: {self.snapshot.describe()}") from None
-
-    async def _tell(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
-
-    async def _awake(self) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: MemoryTag.WEIGHTS not in self._asleep)
-
-    async def _suspect(self, name: str, error: EngineError) -> None:
-        """After a failed call: dead if its process or its port says so, otherwise suspect after some of them."""
-        replica = self._replicas.get(name)
-        if replica is None:  # it has left
-            return
-        if await replica.engine.health() is not Health.DEAD:
-            await self._apply(name, Struck(str(error)))
-            return
-        if replica.process is not None:
-            try:
-                async with asyncio.timeout(PROCESS_END_DEADLINE):
-                    await replica.process.wait()
-                return  # its watcher says how it ended
-            except TimeoutError:
-                pass  # it lives, but nothing listens at its port
-        await self._apply(name, Died(str(error)))
-
-    def _begin_to_watch(self, replica: Started) -> None:
-        if replica.process is not None:
-            self._watchers[replica.engine.name] = asyncio.create_task(self._watch(replica))
-
-    async def _end_watching(self, name: str) -> None:
-        if (watcher := self._watchers.pop(name, None)) is not None:
-            watcher.cancel()
-            await asyncio.gather(watcher, return_exceptions=True)
-
-    async def _watch(self, replica: Started) -> None:
-        assert replica.process is not None
-        await replica.process.wait()
-        reason = replica.process.describe_end()
-        logger.error("%s\n%s", reason, replica.process.log_tail())
-        await self._apply(replica.engine.name, Died(reason))
-
-    async def _apply(self, name: str, event: Event) -> None:
-        if not self.snapshot.has(name):
-            return  # it has left
-        before = self.snapshot.get(name)
-        member = after(before, event)
-        if member == before:
-            return
-        if member.phase in (Phase.DEAD, Phase.QUARANTINED) and name not in self._renewed:
-            self._recovery.lost(name)
-        async with self._changed:
-            self.snapshot = self.snapshot.with_member(member)
-            self.journal.changed(before, member)
-            self._changed.notify_all()
+    async def _weights_awake(self) -> None:
+        async with self._roster.changed:
+            await self._roster.changed.wait_for(lambda: MemoryTag.WEIGHTS not in self._roster.asleep)

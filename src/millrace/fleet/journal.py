@@ -20,6 +20,7 @@ import orjson
 
 from millrace.errors import DataError, EngineRefused, EngineTimeout, NoEngineError
 from millrace.fleet.membership import Member, Phase
+from millrace.fleet.routing import Why
 from millrace.types import FinishReason, Generation
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Totals:
     publishes: Counter[tuple[str, bool]] = field(default_factory=Counter)  # and whether the engine took it
     published_bytes: int = 0  # each version once, to however many engines
     legs: dict[tuple[str, str], Spans] = field(default_factory=dict)
+    routed: Counter[Why] = field(default_factory=Counter)  # requests, by what decided
     retries: Counter[bool] = field(default_factory=Counter)  # of samples; whether their tokens were kept
     unwritten: int = 0  # events that did not get into the file
     newest: int | None = None  # weight version
@@ -235,6 +237,10 @@ class Journal:
             self._restarted(engine, started, reason_of(error))
             raise
         self._restarted(engine, started, None)
+
+    def routed(self, why: Why) -> None:
+        """An engine was chosen."""
+        self.totals.routed[why] += 1
 
     def retried(self, engine: str | None, *, attempt: int, continued: bool) -> None:
         """A sample goes on elsewhere after `engine` failed under it: from the tokens that it has, or anew."""

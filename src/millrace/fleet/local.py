@@ -3,17 +3,23 @@
 import asyncio
 import logging
 import os
+import secrets
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millrace.config.models import EngineConfig, TransportName
-from millrace.engines.start import Started, start
-from millrace.errors import PublishError
+from millrace.config.models import EmbeddedEngineConfig, EngineConfig, TransportName
+from millrace.config.routers import RouterConfig, SGLangRouterConfig, VLLMRouterConfig, check_router
+from millrace.engines.start import API_KEY, Started, start
+from millrace.errors import ConfigError, LaunchError, PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.journal import Journal
+from millrace.fleet.members import Members
+from millrace.fleet.proxy import Proxy
 from millrace.launch.ports import is_here
+from millrace.routers.start import start_router
 from millrace.weights.folder import folder_checksums
 from millrace.weights.transports.choice import Sight, choose, in_common, make
 
@@ -38,6 +44,9 @@ async def open_fleet(
     couriers: Sequence[str] = (),
     restarts: int = 0,
     journal: Journal | None = None,
+    frozen: bool = False,
+    prefix: str | None = None,
+    router: RouterConfig | None = None,
 ) -> AsyncIterator[Fleet]:
     """Launches `config.replicas` engines that serve the model in `model_path` as weight version `version`, or attaches
     to those that the config names.
@@ -47,12 +56,19 @@ async def open_fleet(
     published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay; `couriers` are for `delta` and
     `ucx`, and their key is read from MILLRACE_COURIER_KEY (docs/weights.md). An engine that dies, hangs or holds other
     weights than it should is started anew up to `restarts` times in a row (docs/faults.md).
-    What happens is told to `journal` (docs/monitoring.md), which the caller closes.
+    What happens is told to `journal` (docs/monitoring.md), which the caller closes. A `frozen` fleet is never published
+    to (docs/judges.md). Engines are called `PREFIX-0` and so on, by default after their kind. `router` stands before
+    them (docs/routers.md).
 
     Raises LaunchError when an engine does not come up (the others are ended), DataError when the folder is not a
     model's or `folder` not a store, PublishError when the engines can't take weights by that transport, and ConfigError
     when what it needs is not installed.
     """
+    if router is not None:
+        try:
+            check_router(router, config.kind)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     checksums = await asyncio.to_thread(folder_checksums, model_path)
     store = None
     if folder is not None:
@@ -61,8 +77,20 @@ async def open_fleet(
         anchor_every = ANCHOR_EVERY if transport == "delta" else 1
         store = VersionStore(str(folder), model_path, keep=keep, anchor_every=anchor_every)
 
+    key = _shared_key(config, router)
+
     async def start_one(replica: int) -> Started:
-        return await start(config, model_path, replica=replica, log_dir=log_dir, version=version, seed=seed)
+        require_place(config, replica)
+        return await start(
+            config,
+            model_path,
+            replica=replica,
+            log_dir=log_dir,
+            version=version,
+            seed=seed,
+            prefix=prefix,
+            api_key=key,
+        )
 
     starts = [asyncio.create_task(start_one(i)) for i in range(config.replicas)]
     try:
@@ -75,13 +103,51 @@ async def open_fleet(
                 await result.end()
         raise
     try:
-        chosen = transport_for(transport, started, store, couriers)
+        chosen = None if frozen else transport_for(transport, started, store, couriers)
     except BaseException:
         await asyncio.gather(*(one.end() for one in started))
         raise
-    async with Fleet.open(started, chosen, store, start_one, restarts, journal) as fleet:
+    before = None if router is None else partial(_before, router, key, log_dir)
+    async with Fleet.open(
+        started, chosen, store, start_one, restarts, journal, seed, frozen=frozen, router=before
+    ) as fleet:
         await fleet.attest(checksums, version, model_path)
+        if frozen:  # who was started by somebody else may hold anything, and no publish will change that
+            await fleet.restore(deadline=config.start_timeout)
         yield fleet
+
+
+def require_place(config: EngineConfig, replica: int) -> None:
+    """Raises LaunchError where the config says where each engine is to be, and nothing of this one."""
+    named = {"urls": None if isinstance(config, EmbeddedEngineConfig) else config.urls, "ports": config.ports}
+    for setting, places in named.items():
+        if places is not None and replica >= len(places):
+            raise LaunchError(f"engine.{setting} names {len(places)} engines; one more has no place there")
+
+
+def _before(
+    config: SGLangRouterConfig | VLLMRouterConfig,
+    engine_key: str | None,
+    log_dir: Path,
+    members: Members,
+    journal: Journal,
+) -> AbstractAsyncContextManager[Proxy]:
+    """The router before these engines."""
+    return Proxy.open(
+        members,
+        journal,
+        partial(start_router, config, log_dir=log_dir, engine_key=engine_key),
+        fallback=config.fallback == "direct",
+        restarts=config.restarts,
+    )
+
+
+def _shared_key(config: EngineConfig, router: SGLangRouterConfig | VLLMRouterConfig | None) -> str | None:
+    """What opens every engine, where the router knows no key of each."""
+    if not isinstance(router, VLLMRouterConfig):
+        return None
+    attached = not isinstance(config, EmbeddedEngineConfig) and config.urls is not None
+    return os.environ.get(API_KEY) if attached else secrets.token_urlsafe(24)
 
 
 def transport_for(

@@ -5,9 +5,10 @@ QUARANTINED stays so: only a new start, which is a new member, serves again. One
 SUSPECT, and serves again when it answers; one that is paused, asleep or busy has not failed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 
 from millrace.types import ALL_MEMORY, MemoryTag
 
@@ -188,12 +189,17 @@ def without_weights(member: Member) -> Member:
     return replace(member, version=None, base=None, adapter=None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
     """The whole fleet at one moment; `number` counts the changes."""
 
     number: int
     members: tuple[Member, ...]
+
+    @cached_property
+    def routable(self) -> Mapping[str, Member]:
+        """Those that serve now, by name."""
+        return {member.name: member for member in self.members if member.routable}
 
     def with_member(self, member: Member) -> "Snapshot":
         others = {m.name: m for m in self.members}

@@ -3,11 +3,11 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 
-from millrace.engines.base import Engine
 from millrace.errors import MillraceError
-from millrace.fleet.membership import STRIKES, Answered, Died, Event, Phase, Snapshot, Struck
+from millrace.fleet.membership import STRIKES, Answered, Died, Phase, Struck
+from millrace.fleet.roster import Roster
 from millrace.types import Health
 
 PROBE_SECONDS = 2.0
@@ -26,23 +26,18 @@ def delay_before(attempt: int) -> float:
 class Recovery:
     """Watches over a fleet's engines. `limit`: restarts of one engine in a row; 0: none is started anew.
 
-    `restart` starts an engine anew and returns when it holds what the others serve; `awake` returns when the fleet's
-    weights do not sleep, since the memory is the trainer's meanwhile; `gave_up` is called when an engine stays out.
+    `restart` starts an engine anew and returns when it holds what the others serve; `awake` returns when the engines
+    may take memory.
     """
 
     def __init__(
         self,
-        *,
+        roster: Roster,
         limit: int,
-        engines: Callable[[], Mapping[str, Engine]],
-        snapshot: Callable[[], Snapshot],
-        apply: Callable[[str, Event], Awaitable[None]],
         restart: Callable[[str], Awaitable[None]],
         awake: Callable[[], Awaitable[None]],
-        gave_up: Callable[[], Awaitable[None]],
     ) -> None:
-        self._limit, self._engines, self._snapshot, self._apply = limit, engines, snapshot, apply
-        self._restart, self._awake, self._gave_up = restart, awake, gave_up
+        self._roster, self._limit, self._restart, self._awake = roster, limit, restart, awake
         self._attempts: dict[str, int] = {}
         self._served_since: dict[str, float] = {}
         self._silent_since: dict[str, float] = {}
@@ -60,11 +55,6 @@ class Recovery:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    @property
-    def hopeful(self) -> bool:
-        """Whether somebody is coming back."""
-        return bool(self._restarts)
-
     def lost(self, name: str) -> None:
         """The engine is dead or not to be trusted: it is started anew, if it has not been too often."""
         if name in self._restarts:
@@ -72,6 +62,7 @@ class Recovery:
         if time.monotonic() - self._served_since.pop(name, time.monotonic()) > SETTLED_SECONDS:
             self._attempts.pop(name, None)
         if self._attempts.get(name, 0) < self._limit:
+            self._roster.coming.add(name)
             self._restarts[name] = asyncio.create_task(self._bring_back(name))
 
     async def forget(self, name: str) -> None:
@@ -79,6 +70,7 @@ class Recovery:
         if (task := self._restarts.pop(name, None)) is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            self._roster.coming.discard(name)  # a task that had not begun has not done it
         for known in (self._attempts, self._served_since, self._silent_since):
             known.pop(name, None)
 
@@ -93,36 +85,38 @@ class Recovery:
                 except MillraceError as error:
                     logger.error("%s did not come back (%d of %d): %s", name, attempt + 1, self._limit, error)
                     continue
-                if not self._snapshot().get(name).usable:
+                if not self._roster.snapshot.get(name).usable:
                     continue
                 self._served_since[name] = time.monotonic()
                 logger.warning("%s was started anew (%d of %d)", name, attempt + 1, self._limit)
                 return
         finally:
             self._restarts.pop(name, None)
+            self._roster.coming.discard(name)
         logger.error("%s stays out: it was started anew %d times", name, self._limit)
-        await self._gave_up()
+        await self._roster.tell()
 
     async def _probe(self) -> None:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
-            asked = [m for m in self._snapshot().members if m.phase in (Phase.READY, Phase.SUSPECT) and not m.asleep]
+            members = self._roster.snapshot.members
+            asked = [m for m in members if m.phase in (Phase.READY, Phase.SUSPECT) and not m.asleep]
             await asyncio.gather(*(self._look_at(member.name) for member in asked))
 
     async def _look_at(self, name: str) -> None:
-        health = await self._engines()[name].health()
-        member = next((m for m in self._snapshot().members if m.name == name), None)
+        health = await self._roster.replicas[name].engine.health()
+        member = next((m for m in self._roster.snapshot.members if m.name == name), None)
         if member is None or member.asleep:
             return
         if health is not Health.BUSY:
             self._silent_since.pop(name, None)
         if health is Health.DEAD:
-            await self._apply(name, Struck("nothing takes connections at its port"))
+            await self._roster.apply(name, Struck("nothing takes connections at its port"))
         elif health is Health.BUSY:
             silent = time.monotonic() - self._silent_since.setdefault(name, time.monotonic())
             if silent >= HANG_SECONDS:
                 reason = f"it has not answered for {silent:.0f} s"
                 logger.error("%s: %s", name, reason)
-                await self._apply(name, Died(reason) if self._limit else Struck(reason, STRIKES))
+                await self._roster.apply(name, Died(reason) if self._limit else Struck(reason, STRIKES))
         elif member.phase is Phase.SUSPECT:
-            await self._apply(name, Answered())
+            await self._roster.apply(name, Answered())

@@ -1,17 +1,147 @@
-"""Which engine gets a request, and what its answer is of: pure policies over a snapshot of the fleet."""
+"""Which engine gets a request, and what its answer is of: pure policies over a snapshot of the fleet.
 
-from collections.abc import Mapping
-from dataclasses import replace
+In this order: who may serve it (health, sleep, weight version); where its session was, or else its group; who has
+computed the longest part of its prompt; who has the fewest tokens outstanding. Who is overloaded is passed over.
+"""
 
-from millrace.fleet.membership import Snapshot
-from millrace.types import Generation
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from millrace.fleet.membership import Member, Snapshot
+from millrace.types import ANYWHERE, GenerateRequest, Generation, Placement
+
+SPILL = 2.0  # times what the least loaded would have with the request: who would have more is overloaded
+BLOCK_TOKENS = 64  # what prompts are compared by
+PREFIX_SHARE = 0.5  # of a prompt; a known system prompt alone would draw everything to the first engine
+MOST_HOMES = 65_536  # sessions and groups that are remembered
+MOST_BLOCKS = 65_536
 
 
-def least_loaded(snapshot: Snapshot, outstanding_tokens: Mapping[str, int]) -> str | None:
-    """The routable engine with the fewest tokens outstanding (prompt and the most it may still generate), the first by
-    name among equals; None when no engine is routable."""
-    names = [member.name for member in snapshot.members if member.routable]
-    return min(names, key=lambda name: (outstanding_tokens.get(name, 0), name), default=None)
+class Why(StrEnum):
+    """What decided."""
+
+    SESSION = "session"
+    GROUP = "group"
+    PREFIX = "prefix"
+    LEAST_LOADED = "least_loaded"
+    SPILL = "spill"  # the least loaded, since better places are overloaded
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    engine: str
+    why: Why
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """An engine, and which of its lives: what it had computed before `Router.forget` counts no more."""
+
+    engine: str
+    life: int
+
+
+class Router:
+    """Chooses, and remembers what it chose: the same seed and the same calls give the same choices. Among equals the
+    order is drawn from the seed, so that many ranks do not all begin with the same engine."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._homes: OrderedDict[tuple[Why, str], _Place] = OrderedDict()
+        self._blocks: OrderedDict[int, dict[str, int]] = OrderedDict()  # of engines that know it, in which life
+        self._lives: dict[str, int] = {}
+        self._ranks: dict[str, int] = {}
+
+    def choose(
+        self,
+        snapshot: Snapshot,
+        outstanding: Mapping[str, int],
+        request: GenerateRequest,
+        placement: Placement = ANYWHERE,
+    ) -> Choice | None:
+        """None where nobody may serve it. `outstanding`: of every engine, tokens of the requests that it has (prompts
+        and room for output)."""
+        engines = admissible(snapshot, placement)
+        if not engines:
+            return None
+        need = len(request.input_ids) + request.sampling.max_new_tokens
+        least = min(map(outstanding.__getitem__, engines))
+        blocks: list[int] = []
+        why = Why.LEAST_LOADED
+        for affinity, engine in self._affine(request, placement, engines, outstanding, blocks):
+            if outstanding[engine] + need <= SPILL * (least + need):
+                return self._noted(Choice(engine, affinity), placement, blocks)
+            why = Why.SPILL
+        idlest = [engine for engine in engines if outstanding[engine] == least]
+        return self._noted(Choice(min(idlest, key=self._rank), why), placement, blocks)
+
+    def forget(self, engine: str) -> None:
+        """The engine has lost what it had computed: by other weights, by sleep or by its end."""
+        self._lives[engine] = self._lives.get(engine, 0) + 1
+
+    def _affine(
+        self,
+        request: GenerateRequest,
+        placement: Placement,
+        engines: Mapping[str, Member],
+        outstanding: Mapping[str, int],
+        blocks: list[int],
+    ) -> Iterator[tuple[Why, str]]:
+        """Where it should go, the best first. Fills `blocks` if it comes to them: hashing costs most of all."""
+        for key in _keys(placement):
+            home = self._homes.get(key)
+            if home is not None and home.engine in engines and home.life == self._lives.get(home.engine, 0):
+                yield key[0], home.engine
+        blocks.extend(prompt_blocks(request.input_ids))
+        for index in range(len(blocks) - 1, -1, -1):
+            if (index + 1) * BLOCK_TOKENS < PREFIX_SHARE * len(request.input_ids):
+                return
+            known = self._blocks.get(blocks[index], {})
+            if there := [one for one, life in known.items() if one in engines and life == self._lives.get(one, 0)]:
+                yield Why.PREFIX, min(there, key=lambda one: (outstanding[one], self._rank(one)))
+                return
+
+    def _noted(self, choice: Choice, placement: Placement, blocks: Sequence[int]) -> Choice:
+        place = _Place(choice.engine, self._lives.get(choice.engine, 0))
+        for key in _keys(placement):
+            if choice.why is Why.SESSION and key[0] is Why.GROUP:  # the group's others may be elsewhere
+                continue
+            self._homes[key] = place
+            self._homes.move_to_end(key)
+        for block in blocks:
+            self._blocks.setdefault(block, {})[place.engine] = place.life
+            self._blocks.move_to_end(block)
+        while len(self._homes) > MOST_HOMES:
+            self._homes.popitem(last=False)
+        while len(self._blocks) > MOST_BLOCKS:
+            self._blocks.popitem(last=False)
+        return choice
+
+    def _rank(self, engine: str) -> int:
+        rank = self._ranks.get(engine)
+        if rank is None:
+            rank = self._ranks[engine] = zlib.crc32(f"{self._seed}/{engine}".encode())
+        return rank
+
+
+def admissible(snapshot: Snapshot, placement: Placement) -> Mapping[str, Member]:
+    """The engines that may serve it: ready, awake, and at a version that it admits."""
+    if placement.min_version is None and placement.exact_version is None:
+        return snapshot.routable
+    return {name: member for name, member in snapshot.routable.items() if placement.admits(member.version)}
+
+
+def prompt_blocks(input_ids: tuple[int, ...]) -> list[int]:
+    """A hash of the prompt up to the end of each whole block."""
+    hashes: list[int] = []
+    before = 0
+    for end in range(BLOCK_TOKENS, len(input_ids) + 1, BLOCK_TOKENS):
+        before = hash((before, input_ids[end - BLOCK_TOKENS : end]))
+        hashes.append(before)
+    return hashes
 
 
 def with_adapter(made: Generation, version: int | None) -> Generation:
@@ -22,3 +152,8 @@ def with_adapter(made: Generation, version: int | None) -> Generation:
         return version if said is None or version is None or said < version else said
 
     return replace(made, segments=tuple(replace(one, version=maker(one.version)) for one in made.segments))
+
+
+def _keys(placement: Placement) -> list[tuple[Why, str]]:
+    named = ((Why.SESSION, placement.session), (Why.GROUP, placement.group))
+    return [(why, name) for why, name in named if name is not None]

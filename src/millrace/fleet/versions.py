@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from millrace.engines.base import Engine
 from millrace.engines.start import Started
 from millrace.errors import EngineError, EngineFailed, EngineRefused, PublishError
 from millrace.fleet.adapters import Adapters
@@ -17,9 +18,11 @@ from millrace.fleet.membership import Attested, Based, Distrusted, Emptied, Even
 from millrace.model_folder import stored_tensors
 from millrace.types import AdapterConfig, Capability
 from millrace.weights.adapter import WrittenAdapter, check_adapter, check_values
+from millrace.weights.folder import FolderTensors
 from millrace.weights.plan import buckets
 from millrace.weights.publisher import EngineReport, PublishReport, publish
 from millrace.weights.transports.base import PublishTarget, Transport
+from millrace.weights.transports.folder import FolderTransport
 
 if TYPE_CHECKING:
     import torch
@@ -41,18 +44,22 @@ class Origin:
 
 
 class Versions:
-    """The versions of one fleet. `apply` is told what each engine holds from now on."""
+    """The versions of one fleet. `apply` is told what each engine holds from now on. `frozen`: it is for ever the one
+    that the engines are started with."""
 
     def __init__(
         self,
         transport: Transport | None,
         store: "VersionStore | None",
         apply: Callable[[str, Event], Awaitable[None]],
+        *,
+        frozen: bool = False,
     ) -> None:
-        self.transport, self.store, self._apply = transport, store, apply
+        self.transport, self.store, self._apply, self.frozen = transport, store, apply, frozen
         self._sending = asyncio.Lock()  # the transport brings one version at a time
         self._securing: asyncio.Task[None] | None = None  # makes the last version safe in the store
         self._publishing = False
+        self._first_held: dict[str, Mapping[str, str]] = {}  # by engines of a frozen fleet, in their own layouts
         self._origin: Origin | None = None
         self._last: int | None = None  # a whole one, or an adapter
         self._base: int | None = None  # the last whole one
@@ -165,12 +172,44 @@ class Versions:
             if adapter is not None:
                 await self._lay_over([target], adapter, {name: base}, ends)
 
+    async def restore(self, targets: Sequence[PublishTarget], bucket_bytes: int, deadline: float) -> None:
+        """Has these engines, whose weights slept, read anew what they were started with. Who does not is out of
+        rotation, until it has been started anew."""
+        origin = self._origin
+        assert origin is not None
+        own = FolderTransport(origin.folder, origin.checksums)
+        async with self._alone():
+            try:
+                tensors = FolderTensors(origin.folder)
+                report = await self._bring(own, targets, tensors, Based(origin.version), bucket_bytes, deadline)
+            except PublishError as error:
+                logger.error("%s", error)
+                for target in targets:
+                    await self._apply(target.engine.name, Distrusted(str(error)))
+                return
+            sound = [target.engine for target in targets if target.engine.name not in report.failed]
+            await asyncio.gather(*(self._confirm(engine, Attested(origin.version)) for engine in sound))
+
+    async def _confirm(self, engine: Engine, then: Event) -> None:
+        """Takes an engine into rotation that has read its folder again. One that names its tensors in its own layout
+        alone must hold what it held after its start."""
+        try:
+            first = self._first_held.get(engine.name)
+            if first is not None and await engine.checksums() != first:
+                raise EngineFailed(engine.name, "it holds other weights than after its start")
+        except EngineError as error:
+            logger.error("out of rotation: %s", error)
+            then = Distrusted(str(error))
+        await self._apply(engine.name, then)
+
     async def compare(self, replica: Started, origin: Origin, then: Event) -> None:
         """Takes an engine into rotation that holds these tensors: for weights that it loaded by itself. Raises
         EngineFailed for one that holds others."""
         engine = replica.engine
         if Capability.CHECKSUMS not in replica.info.capabilities:
             if replica.process is not None and Path(replica.info.model_path) == origin.folder:
+                if self.frozen and Capability.OWN_CHECKSUMS in replica.info.capabilities:
+                    self._first_held[engine.name] = await engine.checksums()
                 await self._apply(engine.name, then)
             return
         held = await engine.checksums()
@@ -340,6 +379,8 @@ class Versions:
 
     def _require_next(self, version: int) -> None:
         """Raises PublishError where the version can't be published now."""
+        if self.frozen:
+            raise PublishError("this fleet's model is frozen, as a judge's is: nothing is published to it")
         if not isinstance(version, int):
             raise PublishError(f"a version is a number, and {version!r} is not")
         if self._publishing:

@@ -8,7 +8,7 @@ import asyncio
 import errno
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal
 
 import aiohttp
@@ -25,7 +25,7 @@ RETRY_PAUSES = (0.05, 0.2, 0.8)
 ERROR_TEXT_LIMIT = 500
 LARGEST_PORT = 65535
 
-Method = Literal["GET", "POST"]
+Method = Literal["GET", "POST", "DELETE"]
 
 
 class HttpClient:
@@ -44,12 +44,14 @@ class HttpClient:
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._closed = False
 
-    async def generate(self, path: str, body: object, *, deadline: float) -> Any:
+    async def generate(
+        self, path: str, body: object, *, deadline: float, headers: Mapping[str, str] | None = None
+    ) -> Any:
         """POSTs a data call and returns the JSON that comes back. Never repeated: the server may have begun.
 
         Raises EngineTimeout, EngineUnreachable, EngineRefused (4xx) or EngineFailed (5xx, or no JSON).
         """
-        return await self._call("data", "POST", path, body, deadline)
+        return await self._call("data", "POST", path, body, deadline, headers)
 
     async def control(
         self, method: Method, path: str, body: object = None, *, deadline: float, repeatable: bool = False
@@ -92,9 +94,17 @@ class HttpClient:
         for session in sessions:
             await session.close()
 
-    async def _call(self, channel: str, method: Method, path: str, body: object, deadline: float) -> Any:
+    async def _call(
+        self,
+        channel: str,
+        method: Method,
+        path: str,
+        body: object,
+        deadline: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
         try:
-            async with self._post(channel, method, path, body, deadline) as response:
+            async with self._post(channel, method, path, body, deadline, headers) as response:
                 data = await response.read()
                 if response.status >= 500:
                     response.close()  # vLLM closes such a connection without a word, under the next request
@@ -107,7 +117,13 @@ class HttpClient:
             raise self._translate(path, error, deadline) from error
 
     def _post(
-        self, channel: str, method: Method, path: str, body: object, deadline: float
+        self,
+        channel: str,
+        method: Method,
+        path: str,
+        body: object,
+        deadline: float,
+        headers: Mapping[str, str] | None = None,
     ) -> "aiohttp.client._RequestContextManager":
         url = self._paths.get(path)
         if url is None:
@@ -116,6 +132,7 @@ class HttpClient:
             method,
             url,
             data=None if body is None else orjson.dumps(body, option=JSON),
+            headers=headers,
             timeout=aiohttp.ClientTimeout(total=max(deadline, 0.001)),
         )
 
@@ -136,7 +153,7 @@ class HttpClient:
         return session
 
     def _parse(self, path: str, status: int, data: bytes) -> Any:
-        if status == 200:
+        if status in (200, 202):
             return self._decode(path, data)
         text = data.decode(errors="replace").strip()[:ERROR_TEXT_LIMIT]
         if 400 <= status < 500:

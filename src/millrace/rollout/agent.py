@@ -98,6 +98,12 @@ def last_turn(episode: Episode) -> tuple[int, ...]:
     return episode.token_ids[int(not_model[-1]) + 1 :] if not_model.size else episode.token_ids
 
 
+def last_answer(episode: Episode, chat: ChatFormat) -> str:
+    """The text of the model's last turn, without the token that ends it."""
+    turn = last_turn(episode)
+    return chat.decode(turn[:-1] if turn[-1:] == (chat.end_of_turn,) else turn)
+
+
 @dataclass(slots=True)
 class _Draft:
     """An episode while it grows. What is in `token_ids` and in no `turn_logprobs` was not made by the model."""

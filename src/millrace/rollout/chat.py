@@ -55,6 +55,21 @@ def load_chat_format(path: str) -> ChatFormat:
     Raises DataError where either is missing, or where the template has no form for a tool's answer, rewrites earlier
     turns, or ends a turn with no special token.
     """
+    return check_chat_format(_load_tokenizer(path), path)
+
+
+def load_prompt_format(path: str) -> ChatFormat:
+    """The same for a model that makes one turn and is told nothing of tools: its template needs no form for them.
+
+    Raises DataError where tokenizer or template is missing, or no token ends a turn.
+    """
+    tokenizer = _load_tokenizer(path)
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise DataError(f"{path}: the tokenizer names no end-of-sequence token, which ends a turn")
+    return ChatFormat(tokenizer, tokenizer.eos_token_id)
+
+
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if _means_a_folder(path) and not Path(path).is_dir():
         raise DataError(f"{path}: there is no such model folder")
     try:
@@ -65,7 +80,7 @@ def load_chat_format(path: str) -> ChatFormat:
         raise DataError(f"{path}: it has no tokenizer; put the model's tokenizer.json into the folder")
     if tokenizer.chat_template is None:
         raise DataError(f"{path}: the tokenizer has no chat template; put a chat_template.jinja into the folder")
-    return check_chat_format(tokenizer, path)
+    return tokenizer
 
 
 def check_chat_format(tokenizer: PreTrainedTokenizerBase, name: str) -> ChatFormat:

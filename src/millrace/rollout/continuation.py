@@ -1,8 +1,7 @@
 """A generation that outlives its engine: what was made stays, and another engine makes the rest."""
 
-import time
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from millrace.fleet.journal import Journal
 from millrace.rollout.agent import AbortedGeneration
 from millrace.types import FinishReason, GenerateRequest, Generation, Segment
 
-Send = Callable[[GenerateRequest], Awaitable[Generation]]
+Send = Callable[[GenerateRequest], Coroutine[object, object, Generation]]
 
 
 @dataclass(slots=True)
@@ -33,17 +32,19 @@ class Attempts:
         self.journal.retried(engine, attempt=self.used, continued=continued)
 
 
-async def generate_whole(request: GenerateRequest, send: Send, attempts: Attempts, *, ends: float) -> Generation:
+async def generate_whole(
+    request: GenerateRequest, send: Send, attempts: Attempts, *, interrupted: Callable[[], bool] = lambda: False
+) -> Generation:
     """Sends the request, and what is left of it again where an engine dies or aborts it, each time under an id of its
-    own: the engine may still hold the one before. Raises what ended it when no attempt is left, and TimeoutError after
-    `ends` (time.monotonic)."""
+    own: the engine may still hold the one before. Raises what ended it when no attempt is left. An abort while
+    `interrupted` is wanted, and costs none."""
     pieces: list[Generation] = []
+    sent = 0
     while True:
-        if time.monotonic() >= ends:
-            raise TimeoutError
         rest = remaining(request, pieces)
-        if attempts.used:
-            rest = replace(rest, request_id=f"{request.request_id}~{attempts.used}")
+        if sent:
+            rest = replace(rest, request_id=f"{request.request_id}~{sent}")
+        sent += 1
         try:
             piece = await send(rest)
         except (EngineUnreachable, EngineFailed) as error:
@@ -53,7 +54,8 @@ async def generate_whole(request: GenerateRequest, send: Send, attempts: Attempt
         whole = joined(request, pieces)
         if whole.finish_reason is not FinishReason.ABORT:
             return whole
-        attempts.spend(AbortedGeneration(request.request_id), continued=True)
+        if not interrupted():
+            attempts.spend(AbortedGeneration(request.request_id), continued=True)
 
 
 def remaining(request: GenerateRequest, pieces: Sequence[Generation]) -> GenerateRequest:

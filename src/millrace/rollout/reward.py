@@ -1,9 +1,24 @@
-"""The rule reward: is the number behind the last `####` the answer?"""
+"""What a finished sample is worth. The rule reward: is the number behind the last `####` the answer?"""
 
 import re
 from decimal import Decimal
+from typing import Protocol
+
+from millrace.rollout.sample import Problem
 
 _FINAL_NUMBER = re.compile(r"\s*\$?\s*(-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))")
+
+
+class Reward(Protocol):
+    """The reward of the text of a model's last turn. Raises JudgeError where there is none within `deadline` seconds,
+    and the sample fails."""
+
+    async def __call__(self, problem: Problem, text: str, *, deadline: float) -> float: ...
+
+
+async def by_rule(problem: Problem, text: str, *, deadline: float) -> float:  # noqa: ARG001 (it takes no time)
+    """The rule reward alone."""
+    return rule_reward(text, problem.answer)
 
 
 def final_number(text: str) -> Decimal | None:

@@ -1,20 +1,21 @@
 """One sample, from its problem to its reward: every end it can have, exactly one of them."""
 
 import asyncio
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from millrace.config.models import RolloutConfig
-from millrace.errors import DataError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable
-from millrace.fleet.fleet import Fleet
-from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, last_turn, run_episode
+from millrace.errors import DataError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable, JudgeError
+from millrace.fleet.client import FleetClient
+from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, last_answer, run_episode
 from millrace.rollout.chat import ChatFormat
-from millrace.rollout.continuation import Attempts, generate_whole
-from millrace.rollout.reward import rule_reward
+from millrace.rollout.continuation import Attempts, Send, generate_whole
+from millrace.rollout.reward import Reward, by_rule
 from millrace.rollout.sample import Problem, Sample, SampleStatus
 from millrace.rollout.tools import Tool, ToolAnswer
-from millrace.types import GenerateRequest, Generation, SamplingParams
+from millrace.types import GenerateRequest, Generation, Placement, SamplingParams
+
+PROVEN_SECONDS = 1.0  # after which a request is unlikely to kill its engine: a poisonous prompt does when it is read
 
 
 @dataclass(slots=True)
@@ -33,7 +34,7 @@ class ToolCounts:
 class SampleRunner:
     """Plays samples on a fleet, with what they all share."""
 
-    fleet: Fleet
+    fleet: FleetClient
     chat: ChatFormat
     tools: Mapping[str, Tool]
     limits: EpisodeLimits
@@ -41,7 +42,9 @@ class SampleRunner:
     timeout: float
     retries: int
     partial: bool = True  # what an engine had made when it died or gave up stays, and another makes the rest
+    reward: Reward = by_rule
     tool_counts: ToolCounts = field(default_factory=ToolCounts)
+    last_chance: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def prompt(self, problem: Problem) -> tuple[int, ...]:
         return self.chat.prompt(problem.question, [tool.schema for tool in self.tools.values()])
@@ -49,32 +52,45 @@ class SampleRunner:
     async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
         """The sample, ended. A failure of its own (an engine that died under it more often than `retries`, its
         deadline, an engine that refuses it) is its status; NoEngineError, which would fail every sample, is raised."""
-        ends = time.monotonic() + self.timeout
+        try:
+            async with asyncio.timeout(self.timeout) as timer:
+                return await self._try(sample_id, group_id, problem, timer)
+        except (TimeoutError, EngineTimeout):
+            return _failed(sample_id, group_id, problem, f"not done within {self.timeout:g} s")
+        except (EngineRefused, DataError, JudgeError) as error:
+            return _failed(sample_id, group_id, problem, str(error))
+
+    async def _try(self, sample_id: str, group_id: str, problem: Problem, timer: asyncio.Timeout) -> Sample:
         attempts = Attempts(self.retries, self.fleet.journal)
         while True:
             try:
-                async with asyncio.timeout(ends - time.monotonic()):
-                    return await self._play(sample_id, group_id, problem, attempts, ends)
+                return await self._play(sample_id, group_id, problem, attempts, timer)
             except (EngineUnreachable, EngineFailed, AbortedGeneration) as error:
                 try:
                     attempts.spend(error, continued=False)
                 except (EngineUnreachable, EngineFailed, AbortedGeneration):
                     reason = f"gave up after {attempts.used + 1} attempts: {error}"
                     return _failed(sample_id, group_id, problem, reason)
-            except (TimeoutError, EngineTimeout):
-                return _failed(sample_id, group_id, problem, f"not done within {self.timeout:g} s")
-            except (EngineRefused, DataError) as error:
-                return _failed(sample_id, group_id, problem, str(error))
 
-    async def _play(self, sample_id: str, group_id: str, problem: Problem, attempts: Attempts, ends: float) -> Sample:
+    async def _play(
+        self, sample_id: str, group_id: str, problem: Problem, attempts: Attempts, timer: asyncio.Timeout
+    ) -> Sample:
         # An id of its own for each attempt: the engine may still hold the one before.
         attempt_id = f"{sample_id}.{attempts.used}" if attempts.used else sample_id
+        placement = Placement(session=sample_id, group=group_id)
 
         async def send(request: GenerateRequest) -> Generation:
-            return await self.fleet.generate(request, deadline=max(ends - time.monotonic(), 0.0))
+            left = await self._time_left(timer)
+            return await self.fleet.generate(request, deadline=left, placement=placement)
+
+        async def send_with_care(request: GenerateRequest) -> Generation:
+            last = attempts.used > 0 and not attempts.left
+            return await self._in_turn(send, request, timer) if last else await send(request)
 
         async def generate(request: GenerateRequest) -> Generation:
-            return await generate_whole(request, send, attempts, ends=ends) if self.partial else await send(request)
+            if not self.partial:
+                return await send_with_care(request)
+            return await generate_whole(request, send_with_care, attempts, interrupted=lambda: self.fleet.asleep)
 
         episode = await run_episode(
             attempt_id,
@@ -86,8 +102,39 @@ class SampleRunner:
             sampling=self.sampling,
             on_tool_answer=self.tool_counts.count,
         )
-        reward = rule_reward(self.chat.decode(last_turn(episode)), problem.answer)
+        ends = timer.when()
+        assert ends is not None
+        left = max(ends - asyncio.get_running_loop().time(), 0.0)
+        timer.reschedule(None)  # the reward is late by its own clock, and says what it waited for
+        reward = await self.reward(problem, last_answer(episode, self.chat), deadline=left)
         return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, reward)
+
+    async def _in_turn(self, send: Send, request: GenerateRequest, timer: asyncio.Timeout) -> Generation:
+        """Sends what may lose no engine more, one at a time, each until it has lived for PROVEN_SECONDS: a request that
+        kills engines has taken others with it so far, and now it takes none."""
+        task: asyncio.Task[Generation] | None = None
+        try:
+            async with self.last_chance:
+                await self.fleet.serving(deadline=await self._time_left(timer))
+                task = asyncio.ensure_future(send(request))
+                await asyncio.wait({task}, timeout=PROVEN_SECONDS)
+            return await task
+        finally:
+            if task is not None and not task.done():  # this was cancelled, and so is what runs on the engine
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def _time_left(self, timer: asyncio.Timeout) -> float:
+        """Seconds. While the fleet sleeps the sample's time stands still: what a step left unfinished goes on after the
+        training."""
+        now, ends = asyncio.get_running_loop().time, timer.when()
+        assert ends is not None
+        if self.fleet.asleep:
+            left = ends - now()
+            timer.reschedule(None)
+            await self.fleet.awake()  # or until the scheduler gives the sample up
+            timer.reschedule(ends := now() + left)
+        return max(ends - now(), 0.0)
 
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:

@@ -4,9 +4,15 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from millrace.rollout.runner import SampleRunner
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
+
+
+class Runner(Protocol):
+    """Who plays samples: `millrace.rollout.runner.SampleRunner`."""
+
+    async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample: ...
 
 
 @dataclass(slots=True)
@@ -31,7 +37,7 @@ class RolloutScheduler:
     """Starts groups and hands out the complete ones. Use it as an async context manager: at its end, what still runs is
     cancelled, and with it aborted on the engines."""
 
-    def __init__(self, runner: SampleRunner, samples_per_group: int) -> None:
+    def __init__(self, runner: Runner, samples_per_group: int) -> None:
         self.ledger = Ledger()
         self._runner = runner
         self._samples_per_group = samples_per_group

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from millrace.fleet.journal import REQUEST_BOUNDS, Totals
 from millrace.fleet.membership import Phase
+from millrace.fleet.routing import Why
 from millrace.serve.view import EngineView, FleetView
 from millrace.types import EngineLoad
 
@@ -80,6 +81,12 @@ def _requests(totals: Totals) -> Iterator[Metric]:
         "Calls to engines that ended; engine is empty where none could take the request.",
         ["engine", "outcome"],
         (([engine, outcome], count) for (engine, outcome), count in totals.requests.items()),
+    )
+    yield _counter(
+        "millrace_routed_total",
+        "Requests by what chose their engine (docs/routing.md).",
+        ["why"],
+        (([why], totals.routed[why]) for why in Why),
     )
     seconds = HistogramMetricFamily("millrace_request_seconds", "Of calls that finished.", labels=["engine"])
     for engine, spans in totals.request_spans.items():

@@ -49,32 +49,33 @@ class FleetView:
 
 
 class Observer:
-    """Looks at a fleet for everybody who asks. `fleet` is None until the engines are there."""
+    """Looks at the fleets of a run, the policy's and a judge's, for everybody who asks. They are added to `fleets` when
+    their engines are there."""
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
-        self.fleet: Fleet | None = None
+        self.fleets: tuple[Fleet, ...] = ()
         self._asking = asyncio.Lock()
         self._answers: Mapping[str, EngineLoad | str] = {}
         self._answered_at = 0.0
 
     async def look(self) -> FleetView:
         """Asks all engines at once, for at most ASK_DEADLINE, and none that has ended."""
-        answers: Mapping[str, EngineLoad | str] = {} if self.fleet is None else await self._ask(self.fleet)
+        answers = await self._ask()
         newest = self.journal.totals.newest
         # After the answers: the state of now, with no wait between its parts.
-        engines = [] if self.fleet is None else [_view(m, self.fleet, self.journal, answers) for m in self._members]
+        engines = [_view(m, fleet, self.journal, answers) for fleet, m in self._members]
         return FleetView(time.time(), newest, tuple(engines), tuple(self.journal.newest)[-SHOWN_EVENTS:])
 
     @property
-    def _members(self) -> tuple[Member, ...]:
-        return self.fleet.snapshot.members if self.fleet is not None else ()
+    def _members(self) -> list[tuple[Fleet, Member]]:
+        return [(fleet, member) for fleet in self.fleets for member in fleet.snapshot.members]
 
-    async def _ask(self, fleet: Fleet) -> Mapping[str, EngineLoad | str]:
+    async def _ask(self) -> Mapping[str, EngineLoad | str]:
         async with self._asking:
             if time.monotonic() - self._answered_at > FRESH_SECONDS:
-                living = [m.name for m in self._members if m.phase is not Phase.DEAD]
-                asked = [(name, fleet.engines[name]) for name in living if name in fleet.engines]
+                living = [(fleet, m.name) for fleet, m in self._members if m.phase is not Phase.DEAD]
+                asked = [(name, fleet.engines[name]) for fleet, name in living if name in fleet.engines]
                 answers = await asyncio.gather(*(load_of(engine) for _, engine in asked))
                 self._answers = {name: answer for (name, _), answer in zip(asked, answers, strict=True)}
                 self._answered_at = time.monotonic()
@@ -95,13 +96,14 @@ async def load_of(engine: Engine) -> EngineLoad | str:
 def _view(member: Member, fleet: Fleet, journal: Journal, answers: Mapping[str, EngineLoad | str]) -> EngineView:
     answer = answers.get(member.name) if member.phase is not Phase.DEAD else None
     totals = journal.totals
+    newest = None if fleet.frozen else totals.newest  # what is never published to does not lag
     return EngineView(
         name=member.name,
         url=member.url,
         state=member.phase,
         routable=member.routable,
         version=member.version,
-        lag=totals.newest - member.version if totals.newest is not None and member.version is not None else None,
+        lag=newest - member.version if newest is not None and member.version is not None else None,
         asleep=tuple(sorted(member.asleep)) if member.phase is not Phase.DEAD else (),
         reason=member.reason,
         outstanding_tokens=fleet.outstanding.get(member.name, 0),

@@ -79,7 +79,9 @@ def one_line(m: StepMetrics) -> str:
     return (
         f"step {m.step}: reward {m.reward:.3f}{accuracy}, version {m.weight_version}, "
         f"{m.tokens_per_second:,.0f} tokens/s, "
-        f"rollout {m.rollout_seconds:.2f} s, train {m.train_seconds:.2f} s, publish {m.publish_seconds:.2f} s"
+        f"rollout {m.rollout_seconds:.2f} s, "
+        + (f"judge {m.judge_seconds:.2f} s, " if m.judge_seconds else "")
+        + f"train {m.train_seconds:.2f} s, publish {m.publish_seconds:.2f} s"
         + (f", asleep {m.freed_gib:.2f} GiB less" if m.freed_gib else "")
     )
 

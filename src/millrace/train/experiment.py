@@ -1,34 +1,33 @@
 """From settings to a finished run: what is made, in which order, and who ends it."""
 
-import re
-import shutil
+import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
 from millrace.config.models import (
     MetricsConfig,
     OptimizerConfig,
-    PretrainedModelConfig,
     RunConfig,
-    TinyModelConfig,
     TrainConfig,
     WarmupConfig,
 )
 from millrace.errors import CheckpointError, ConfigError, DataError
+from millrace.fleet.client import FleetClient
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.journal import Journal
 from millrace.fleet.local import open_fleet
 from millrace.rollout.agent import EpisodeLimits
 from millrace.rollout.chat import ChatFormat, load_chat_format
 from millrace.rollout.data import load_problems
+from millrace.rollout.judge import Judge
+from millrace.rollout.reward import by_rule
 from millrace.rollout.runner import SampleRunner, sampling_params
 from millrace.rollout.sample import Problem
 from millrace.rollout.tools import Tool, make_tools
@@ -38,17 +37,18 @@ from millrace.train import checkpoint
 from millrace.train.batch import supervised_sample
 from millrace.train.curves import draw_curves
 from millrace.train.display import Display
+from millrace.train.judging import JudgeModel, judge_model, open_judge
 from millrace.train.loop import Progress, TrainingLoop
 from millrace.train.policy import load_policy
+from millrace.train.ranks import Ranks, TrainerThread, shared
 from millrace.train.record import RunFolder
+from millrace.train.resizing import resizable
+from millrace.train.start import model_folder
 from millrace.train.summary import Summary
-from millrace.train.tiny import make_tiny_model
 from millrace.train.trainer import Trainer
 from millrace.train.warmup_data import warmup_conversations
 from millrace.train.world import World, join_world
 from millrace.types import MemoryTag
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,62 +61,121 @@ class Content:
     held_out: Sequence[Problem]
 
 
-async def train(config: RunConfig, *, resume: bool, display: Display) -> Summary:
+async def train(
+    config: RunConfig, *, resume: bool, display: Display, reload: Callable[[], RunConfig] | None = None
+) -> Summary | None:
     """Runs a whole training run and leaves its folder behind. Raises MillraceError with what went wrong; whatever was
-    started is ended then."""
+    started is ended then. Under torchrun every rank calls it, and only rank 0 gets the summary. With `reload`, SIGHUP
+    brings the fleet to the `engine.replicas` of the settings that it returns; that is for the main thread."""
     started = time.monotonic()
     last = _last_checkpoint(config)
-    folder = RunFolder(config, resume=resume)
     tools = make_tools(config.rollout.tools)
     problems = load_problems(config.data)
     held_out = load_problems(config.evaluation.data, held_out=True)[: config.evaluation.problems]
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)
-    with (
-        folder.create(),
-        Journal(folder.events_path) as journal,
-        join_world(config.train.device) as world,
-        ThreadPoolExecutor(1, "trainer") as thread,
-    ):
-        if world.size > 1:
-            raise ConfigError("millrace train runs one trainer process; start it without torchrun")
-        model_path = starting_model(config, folder.path, anew=not resume)
-        content = Content(load_chat_format(str(model_path)), tools, problems, held_out)
-        display.say(f"starting {config.engine.replicas} engine(s), whose logs are in {folder.logs}")
-        async with (
-            shown(config.metrics, journal, display) as observer,
-            open_fleet(
-                config.engine,
-                model_path,
-                log_dir=folder.logs,
-                version=0,
-                seed=config.seed,
-                transport=config.publish.transport,
-                folder=config.publish.folder,
-                keep=config.publish.keep,
-                couriers=config.publish.couriers,
-                restarts=config.restarts,
-                journal=journal,
-            ) as fleet,
-        ):
-            observer.fleet = fleet
-            runner = _runner(config, fleet, content)
-            _require_room(runner, [*problems, *held_out], config)
-            loop = _assemble(config, model_path, world, thread, runner, content, folder, display)
-            loop.watch.seconds["set-up"] = time.monotonic() - started
-            # The engines have nothing to do yet, and the trainer can use their memory.
-            await fleet.sleep()
-            await _bring_to_start(loop, config, content, last if resume else None)
-            await fleet.wake(frozenset({MemoryTag.WEIGHTS}))
-            with loop.watch("publish"):
-                await loop.publish()
-            await fleet.wake(frozenset({MemoryTag.KV_CACHE}))
-            await loop.run()
-            display.phase("ending the engines")
+    with join_world(config.train.device) as world, ThreadPoolExecutor(1, "trainer") as pool:
+        if world.size > 1 and config.judges is not None:
+            raise ConfigError("judges are asked by a single trainer process: leave torchrun out, or the judges")
+        if world.size > 1 and config.router is not None:
+            raise ConfigError("under torchrun every rank asks the engines by itself: leave torchrun out, or router")
+        thread, folder = TrainerThread(pool), RunFolder(config, resume=resume, rank=world.rank)
+        with folder.create():
+            model_path = await _starting_model(config, folder, world, thread, anew=not resume)
+            share = slice(world.rank, None, world.size)
+            content = Content(load_chat_format(str(model_path)), tools, problems[share], held_out[share])
+            judge_of = judge_model(config.judges, folder.path, anew=not resume)
+            with Journal(folder.events_path) as journal:
+                async with _engines(config, model_path, judge_of, content, world, thread, folder, journal, display) as (
+                    fleet,
+                    judge,
+                ):
+                    runner = _runner(config, fleet, content, judge)
+                    _require_room(runner, [*content.problems, *content.held_out], config)
+                    ranks = Ranks(world, thread, fleet)
+                    loop = _assemble(config, model_path, ranks, runner, judge, content, folder, display)
+                    loop.watch.seconds["set-up"] = time.monotonic() - started
+                    async with (
+                        resizable(fleet, config, reload)
+                        if reload is not None and isinstance(fleet, Fleet)
+                        else nullcontext()
+                    ):
+                        await _run(loop, config, content, last if resume else None)
+                    ledger = await ranks.ledger(loop.ledger)
+                    display.phase("ending the engines")
+        if world.rank > 0:
+            return None
         metrics = folder.read_metrics()
         draw_curves(metrics, config.name, folder.path / "curves.png")
-        return Summary(metrics, folder.path, loop.watch.seconds, time.monotonic() - started, loop.ledger)
+        return Summary(metrics, folder.path, loop.watch.seconds, time.monotonic() - started, ledger)
+
+
+@asynccontextmanager
+async def _engines(
+    config: RunConfig,
+    model_path: Path,
+    judge_of: JudgeModel | None,
+    content: Content,
+    world: World,
+    thread: TrainerThread,
+    folder: RunFolder,
+    journal: Journal,
+    display: Display,
+) -> AsyncIterator[tuple[FleetClient, Judge | None]]:
+    """The engines of the policy, which rank 0 starts for all, and those of the judge."""
+
+    def start() -> AbstractAsyncContextManager[Fleet]:
+        return open_fleet(
+            config.engine,
+            model_path,
+            log_dir=folder.logs,
+            version=0,
+            seed=config.seed,
+            transport=config.publish.transport,
+            folder=config.publish.folder,
+            keep=config.publish.keep,
+            couriers=config.publish.couriers,
+            restarts=config.restarts,
+            journal=journal,
+            router=config.router,
+        )
+
+    engines = config.engine.replicas + (config.judges.engine.replicas if config.judges is not None else 0)
+    display.say(f"starting {engines} engine(s), whose logs are in {folder.logs}")
+    async with (
+        shown(config.metrics if world.rank == 0 else None, journal, display) as observer,
+        shared(world, thread, start, journal=journal, seed=config.seed) as fleet,
+    ):
+        if not isinstance(fleet, Fleet):
+            yield fleet, None
+            return
+        observer.fleets = (fleet,)
+        problems = content.problems
+        async with open_judge(judge_of, fleet, config.rollout, problems, log_dir=folder.logs, journal=journal) as judge:
+            if judge is not None:
+                observer.fleets += (judge.fleet,)
+            yield fleet, judge
+
+
+async def _starting_model(
+    config: RunConfig, folder: RunFolder, world: World, thread: TrainerThread, *, anew: bool
+) -> Path:
+    """What rank 0 makes, and the others find made."""
+    path = starting_model(config, folder.path, anew=anew) if world.rank == 0 else None
+    await thread.run(world.any, False)
+    return path if path is not None else starting_model(config, folder.path, anew=False)
+
+
+async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> None:
+    # The engines have nothing to do yet, and the trainer can use their memory.
+    await loop.ranks.sleep()
+    await _bring_to_start(loop, config, content, last)
+    await loop.ranks.wake(frozenset({MemoryTag.WEIGHTS}))
+    with loop.watch("publish"):
+        await loop.publish()
+    await loop.wake_cache()
+    await loop.run()
 
 
 @asynccontextmanager
@@ -151,36 +210,13 @@ def how_to_go_on(config: RunConfig) -> str:
 
 
 def starting_model(config: RunConfig, run: Path, *, anew: bool) -> Path:
-    """The folder that the engines start from. A model that the run makes is made `anew` where the run begins: a start
-    that failed may have left half of one, or one by other settings."""
-    match config.model:
-        case PretrainedModelConfig(path=path):
-            folder_or_download = Path(path)
-            if not folder_or_download.exists() and HUB_NAME.fullmatch(path):
-                folder_or_download = _download(path)
-            if not (folder_or_download / "config.json").is_file():
-                raise DataError(f"model.path: {path} is no model's folder, it has no config.json")
-            return folder_or_download
-        case TinyModelConfig() as tiny:
-            made = run / "model"
-            if anew and made.exists():
-                shutil.rmtree(made)
-            if not made.exists():
-                make_tiny_model(tiny, config.seed, made)
-            return made
+    """The folder that the engines start from, as `model_folder` says."""
+    return model_folder(config.model, run / "model", seed=config.seed, anew=anew, setting="model.path")
 
 
-def _download(name: str) -> Path:
-    """A model of the Hugging Face Hub, from the local cache where it is there already."""
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
-    except (OSError, ValueError) as error:  # the Hub's own errors are kinds of these
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"model.path: {name} is no folder here and can't be had from the Hub: {reason}") from error
-
-
-def _runner(config: RunConfig, fleet: Fleet, content: Content) -> SampleRunner:
+def _runner(config: RunConfig, fleet: FleetClient, content: Content, judge: Judge | None) -> SampleRunner:
     rollout = config.rollout
+    at_once = judge is not None and judge.config.mode == "standalone"  # otherwise when all samples are there
     return SampleRunner(
         fleet=fleet,
         chat=content.chat,
@@ -192,6 +228,7 @@ def _runner(config: RunConfig, fleet: Fleet, content: Content) -> SampleRunner:
         timeout=rollout.sample_timeout,
         retries=rollout.sample_retries,
         partial=rollout.partial_rollouts,
+        reward=judge if judge is not None and at_once else by_rule,
     )
 
 
@@ -211,19 +248,20 @@ def _require_room(runner: SampleRunner, problems: Sequence[Problem], config: Run
 def _assemble(
     config: RunConfig,
     model_path: Path,
-    world: World,
-    thread: ThreadPoolExecutor,
+    ranks: Ranks,
     runner: SampleRunner,
+    judge: Judge | None,
     content: Content,
     folder: RunFolder,
     display: Display,
 ) -> TrainingLoop:
-    trainer = Trainer(load_policy(model_path, config.train, world), config.train)
+    trainer = Trainer(load_policy(model_path, config.train, ranks.world), config.train)
     return TrainingLoop(
         config,
         trainer=trainer,
-        trainer_thread=thread,
+        ranks=ranks,
         runner=runner,
+        judge=judge,
         problems=content.problems,
         held_out=content.held_out,
         folder=folder,
@@ -238,7 +276,8 @@ async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Conten
     if last is not None:
         state = await loop.in_trainer(checkpoint.load, last, loop.trainer)
         loop.progress.step = loop.trainer.step
-        loop.progress.version, loop.progress.position = int(str(state["version"])) - 1, int(str(state["position"]))
+        loop.progress.version = int(str(state["version"])) - 1
+        loop.progress.position = int(str(state["position"])) // loop.ranks.world.size
         loop.folder.forget_after(loop.trainer.step)
         loop.display.say(f"resumed after step {loop.trainer.step} from {last}")
     elif config.warmup is not None:
@@ -255,7 +294,8 @@ async def _warm_up(loop: TrainingLoop, warmup: WarmupConfig, config: RunConfig, 
 
     def step(index: int) -> float:
         batch = warmup_conversations(content.chat, schemas, warmup.seed, index * warmup.batch_size, warmup.batch_size)
-        return supervised.supervised_step([supervised_sample(c.token_ids, c.loss_mask.tolist()) for c in batch]).loss
+        share = itertools.islice(batch, loop.ranks.world.rank, None, loop.ranks.world.size)
+        return supervised.supervised_step([supervised_sample(c.token_ids, c.loss_mask.tolist()) for c in share]).loss
 
     for index in range(warmup.steps):
         with loop.watch("warm-up"):

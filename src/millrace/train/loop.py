@@ -4,10 +4,9 @@ Both modes are this one loop. `hybrid` lets no sample be stale, so the engines h
 trains, and sleep. `standalone` lets them generate on, as far ahead as `max_staleness` allows.
 """
 
-import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
@@ -16,16 +15,18 @@ import numpy as np
 import torch
 
 from millrace.config.models import RunConfig
-from millrace.errors import RolloutError
-from millrace.rollout.data import problems_at
+from millrace.errors import ConfigError
+from millrace.rollout.judge import Judge, JudgeCounts, grade_in_turn
+from millrace.rollout.reward import by_rule
 from millrace.rollout.runner import SampleRunner, ToolCounts, greedy
-from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
+from millrace.rollout.sample import Group, Problem, SampleStatus
 from millrace.rollout.scheduler import Ledger, RolloutScheduler
-from millrace.rollout.staleness import admissible_groups, staleness
+from millrace.rollout.supply import Pace, Supply, Taken, require_some
 from millrace.train import checkpoint
 from millrace.train.batch import TrainSample
 from millrace.train.display import Display
 from millrace.train.loss import group_advantages
+from millrace.train.ranks import Ranks
 from millrace.train.record import RunFolder, StepMetrics
 from millrace.train.trainer import StepStats, Trainer
 from millrace.types import MemoryTag
@@ -70,8 +71,9 @@ class TrainingLoop:
         config: RunConfig,
         *,
         trainer: Trainer,
-        trainer_thread: ThreadPoolExecutor,
+        ranks: Ranks,
         runner: SampleRunner,
+        judge: Judge | None,
         problems: Sequence[Problem],
         held_out: Sequence[Problem],
         folder: RunFolder,
@@ -81,8 +83,9 @@ class TrainingLoop:
     ) -> None:
         self.config = config
         self.trainer = trainer
-        self.fleet = runner.fleet
+        self.ranks = ranks
         self.runner = runner
+        self.judge = judge
         self.problems = problems
         self.held_out = held_out
         self.folder = folder
@@ -91,134 +94,120 @@ class TrainingLoop:
         self.engine_dtype = engine_dtype
         self.watch = Stopwatch()  # of the whole run, by this process
         self.ledger = Ledger()
-        self._thread = trainer_thread
-        self._started_groups = 0
-        self._first_version = 0  # the version at which the first group is started; `run` knows it
-        self._max_staleness = config.rollout.max_staleness if config.mode == "standalone" else 0
+        self._pace = pace_of(config, ranks.world.size)
 
     async def run(self) -> None:
         """Trains until `train.steps`. Evaluates before the first step, so that there is something to compare with."""
-        self._first_version = self.progress.version
         if self.progress.step == 0:
             with self.watch("evaluation"):
                 accuracy = await self.evaluate()
             self._record(StepMetrics(step=0, weight_version=self.progress.version, accuracy=accuracy))
         async with RolloutScheduler(self.runner, self.config.rollout.samples_per_group) as scheduler:
             self.ledger = scheduler.ledger
+            supply = Supply(
+                scheduler,
+                self.problems,
+                self._pace,
+                seed=self.config.seed,
+                position=self.progress.position,
+                version=self.progress.version,
+                prefix=self.ranks.prefix,
+            )
             while self.progress.step < self.config.train.steps:
-                await self._step(scheduler)
+                await self._step(supply)
 
     async def publish(self) -> None:
         """Brings the trainer's weights to the engines as the next version."""
         version = self.progress.version + 1
         self.display.phase(f"publishing version {version}")
-        await self.fleet.publish(
-            self.trainer.policy.named_tensors(self.engine_dtype),
-            version,
-            bucket_bytes=self.config.publish.bucket_bytes,
-            deadline=self.config.publish.timeout,
-            require_finite=self.config.publish.require_finite,
-        )
+        await self.ranks.publish(self.trainer.policy.named_tensors(self.engine_dtype), version, self.config.publish)
         self.progress.version = version
 
+    async def wake_cache(self) -> None:
+        """The engines generate again, by the version that was published last."""
+        await self.ranks.wake(frozenset({MemoryTag.KV_CACHE}))
+        await self.ranks.reached(self.progress.version, deadline=self.config.publish.timeout)
+
     async def evaluate(self) -> float:
-        """The share of held-out problems that greedy samples get right; a sample that failed is not right."""
+        """The share of held-out problems that greedy samples get right, by the rule and whatever a judge thinks of
+        them; a sample that failed is not right."""
         self.display.phase(f"evaluating on {len(self.held_out)} held-out problems")
-        runner = replace(self.runner, sampling=greedy(self.runner.sampling), tool_counts=ToolCounts())
+        sampling = greedy(self.runner.sampling)
+        runner = replace(self.runner, sampling=sampling, tool_counts=ToolCounts(), reward=by_rule)
         async with RolloutScheduler(runner, samples_per_group=1) as scheduler:
             version = self.progress.version
-            scheduler.start(((f"eval-{version}-{i}", problem) for i, problem in enumerate(self.held_out)), version)
+            names = f"{self.ranks.prefix}eval-{version}"
+            scheduler.start(((f"{names}-{i}", problem) for i, problem in enumerate(self.held_out)), version)
             groups = [await scheduler.next_group() for _ in self.held_out]
         samples = [sample for group in groups for sample in group.samples]
-        _require_some(samples, "the evaluation")
-        return float(np.mean([sample.reward for sample in samples]))
+        require_some(samples, "the evaluation")
+        right, asked = await self.ranks.sums(sum(sample.reward for sample in samples), len(samples))
+        return right / asked
 
-    async def _step(self, scheduler: RolloutScheduler) -> None:
+    async def _step(self, supply: Supply) -> None:
         config, watch = self.config, Stopwatch()
         with watch("step"):
             with watch("rollout"):
-                groups, discarded = await self._take_groups(scheduler)
-            samples = [sample for group in groups for sample in group.samples]
-            lag = [self.progress.version - s.oldest_version for s in samples if s.oldest_version is not None]
+                taken = await supply.take(self.progress.version, self._show_generating)
+            lag = [self.progress.version - s.oldest_version for s in taken.samples if s.oldest_version is not None]
+            supply.give_up_old(self.progress.version + 1)  # which the next step begins with
             freed = 0.0
             if config.mode == "hybrid":
                 awake = self._used_gib()
                 with watch("sleep"):
-                    await self.fleet.sleep()
+                    await self.ranks.sleep(interrupt=config.rollout.recycle)
                 freed = awake - self._used_gib()
+            if self.judge is not None and self.judge.config.mode == "colocated":
+                with watch("judge"):
+                    await self._grade(self.judge, taken)
             with watch("train"):
-                self.display.phase(f"training on {len(samples)} samples")
-                stats = await self.in_trainer(self._train, groups)
+                self.display.phase(f"training on {len(taken.samples)} samples")
+                stats = await self.in_trainer(self._train, taken.groups)
             if config.mode == "hybrid":
                 with watch("sleep"):
-                    await self.fleet.wake(frozenset({MemoryTag.WEIGHTS}))
+                    await self.ranks.wake(frozenset({MemoryTag.WEIGHTS}))
             with watch("publish"):
                 await self.publish()
             if config.mode == "hybrid":
                 with watch("sleep"):
-                    await self.fleet.wake(frozenset({MemoryTag.KV_CACHE}))
+                    await self.wake_cache()
             self.progress.step += 1
             step, last = self.progress.step, self.progress.step == config.train.steps
-            scheduler.cancel_older_than(self.progress.version - self._max_staleness)
             if config.mode == "standalone" and not last:
-                self._top_up(scheduler)
+                supply.top_up(self.progress.version)
             accuracy = None
             if last or step % config.evaluation.every == 0:
                 with watch("evaluation"):
                     accuracy = await self.evaluate()
             if last or step % config.checkpoint.every == 0:
                 with watch("checkpoint"):
-                    await self.save()
-        self.folder.add_samples(step, samples + discarded, self.runner.chat)
-        tools = self.runner.tool_counts
+                    await self.save(supply.position)
+        self.folder.add_samples(step, taken.all_samples, self.runner.chat)
+        tools, grades = self.runner.tool_counts, self.judge.counts if self.judge is not None else JudgeCounts()
         self.watch.add(watch)
         standalone = config.mode == "standalone"
-        self._record(
-            _metrics(
-                self.progress, stats, watch, samples, discarded, lag, accuracy, tools, freed, standalone=standalone
-            )
+        metrics = _metrics(
+            self.progress, stats, watch, taken, lag, accuracy, tools, grades, freed, standalone=standalone
         )
+        self._record(await self.ranks.over_all(metrics))
         tools.calls = tools.errors = 0
+        grades.clear()
 
-    async def save(self) -> None:
+    async def _grade(self, judge: Judge, taken: Taken) -> None:
+        """The judge's turn, while the engines sleep. Samples that it does not grade have failed after all."""
+        self.display.phase(f"grading {len(taken.samples)} samples")
+        chat, deadline = self.runner.chat, self.config.rollout.sample_timeout
+        taken.groups, failed = await grade_in_turn(judge, taken.groups, chat, deadline=deadline)
+        taken.discarded += failed
+        self.ledger.ended[SampleStatus.FINISHED] -= len(failed)
+        self.ledger.ended[SampleStatus.FAILED] += len(failed)
+        require_some([*taken.samples, *failed], "this step")
+
+    async def save(self, position: int) -> None:
         self.display.phase("saving a checkpoint")
-        consumed = (self.progress.version - self._first_version) * self.config.rollout.groups_per_step
-        on_their_way = self._started_groups - consumed  # a run that resumes starts these problems again
-        state = {"version": self.progress.version, "position": self.progress.position - on_their_way}
+        [over_all] = await self.ranks.sums(position)
+        state = {"version": self.progress.version, "position": int(over_all)}
         await self.in_trainer(checkpoint.save, self.folder.path, self.trainer, state, keep=self.config.checkpoint.keep)
-
-    async def _take_groups(self, scheduler: RolloutScheduler) -> tuple[list[Group], list[Sample]]:
-        """The next groups to complete that are fresh enough, and the samples of those that were not or that failed."""
-        wanted = self.config.rollout.groups_per_step
-        groups: list[Group] = []
-        discarded: list[Sample] = []
-        while len(groups) < wanted:
-            self._top_up(scheduler)
-            self.display.phase(f"generating: {len(groups)} of {wanted} groups are complete")
-            group = await scheduler.next_group()
-            finished = tuple(s for s in group.samples if s.status is SampleStatus.FINISHED)
-            if finished and staleness(group, self.progress.version) <= self._max_staleness:
-                groups.append(replace(group, samples=finished))
-                discarded += [s for s in group.samples if s.status is not SampleStatus.FINISHED]
-            else:
-                self._started_groups -= 1  # another problem may be started in its place
-                discarded += group.samples
-                _require_some(discarded, "this step", at_most=wanted * self.config.rollout.samples_per_group)
-        return groups, discarded
-
-    def _top_up(self, scheduler: RolloutScheduler) -> None:
-        """Starts as many groups as the staleness bound allows."""
-        allowed = admissible_groups(
-            self.progress.version, self._first_version, self.config.rollout.groups_per_step, self._max_staleness
-        )
-        count = allowed - self._started_groups
-        if count <= 0:
-            return
-        position = self.progress.position
-        problems = problems_at(self.problems, self.config.seed, position, count)
-        scheduler.start(((f"{position + i}", problem) for i, problem in enumerate(problems)), self.progress.version)
-        self.progress.position += count
-        self._started_groups += count
 
     def _train(self, groups: Sequence[Group]) -> StepStats:
         samples = []
@@ -232,6 +221,9 @@ class TrainingLoop:
                 samples.append(TrainSample(ids, episode.loss_mask, episode.logprobs, float(advantage)))
         return self.trainer.train_step(samples, self.config.rollout.temperature)
 
+    def _show_generating(self, complete: int) -> None:
+        self.display.phase(f"generating: {complete} of {self._pace.groups_per_step} groups are complete")
+
     def _used_gib(self) -> float:
         """What everybody together holds of the trainer's GPU."""
         if self.trainer.policy.world.device.type != "cuda":
@@ -241,31 +233,40 @@ class TrainingLoop:
 
     async def in_trainer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs in the trainer's own thread, so that the event loop goes on serving the rollouts."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*args, **kwargs))
+        return await self.ranks.thread.run(function, *args, **kwargs)
 
     def _record(self, metrics: StepMetrics) -> None:
-        self.folder.add_metrics(metrics)
+        if self.ranks.owned is not None:
+            self.folder.add_metrics(metrics)
         self.display.step(metrics)
         self.display.progress("steps", self.progress.step, self.config.train.steps)
 
 
-def _require_some(samples: Sequence[Sample], where: str, at_most: int = 0) -> None:
-    """Raises RolloutError when at least `at_most` samples have ended and every one of them failed."""
-    failed = [sample for sample in samples if sample.status is SampleStatus.FAILED]
-    if len(failed) == len(samples) >= max(1, at_most):
-        reasons = sorted({sample.reason or "" for sample in failed})
-        raise RolloutError(f"all {len(failed)} samples of {where} failed: {'; '.join(reasons[:3])}")
+def pace_of(config: RunConfig, ranks: int) -> Pace:
+    """One rank's share. Raises ConfigError where the groups of a step can't be shared."""
+    rollout = config.rollout
+    if rollout.groups_per_step % ranks:
+        raise ConfigError(f"{ranks} ranks can't share rollout.groups_per_step {rollout.groups_per_step} evenly")
+    ahead = rollout.max_staleness if config.mode == "standalone" else 0
+    return Pace(
+        groups_per_step=rollout.groups_per_step // ranks,
+        samples_per_group=rollout.samples_per_group,
+        max_staleness=rollout.max_staleness if config.mode == "standalone" or rollout.recycle else 0,
+        ahead=ahead,
+        extra=math.ceil(rollout.over_sampling / ranks),
+        most_dropped=math.ceil(rollout.dynamic_sampling / ranks),
+    )
 
 
 def _metrics(
     progress: Progress,
     stats: StepStats,
     watch: Stopwatch,
-    samples: Sequence[Sample],
-    discarded: Sequence[Sample],
+    taken: Taken,
     lag: Sequence[int],
     accuracy: float | None,
     tools: ToolCounts,
+    grades: JudgeCounts,
     freed_gib: float,
     *,
     standalone: bool,
@@ -275,15 +276,16 @@ def _metrics(
 
     # In standalone mode the engines generate all the time; in hybrid mode, while the trainer waits.
     generating = max(watch.seconds["step" if standalone else "rollout"], 1e-9)
-    tokens = sum(int(s.episode.loss_mask.sum()) for s in [*samples, *discarded] if s.episode is not None)
+    tokens = sum(int(s.episode.loss_mask.sum()) for s in taken.all_samples if s.episode is not None)
     return StepMetrics(
         step=progress.step,
         weight_version=progress.version,
         accuracy=accuracy,
-        reward=float(np.mean([sample.reward for sample in samples])),
+        reward=float(np.mean([sample.reward for sample in taken.samples])),
         staleness=float(np.mean(lag)) if lag else 0.0,
         rollout_seconds=seconds("rollout"),
         publish_seconds=seconds("publish"),
+        judge_seconds=seconds("judge"),
         train_seconds=seconds("train"),
         sleep_seconds=seconds("sleep"),
         freed_gib=round(freed_gib, 3),
@@ -299,9 +301,13 @@ def _metrics(
         loss=stats.loss,
         grad_norm=stats.grad_norm,
         lr=stats.lr,
-        samples_finished=len(samples),
-        samples_failed=sum(s.status is SampleStatus.FAILED for s in discarded),
-        samples_aborted=sum(s.status is not SampleStatus.FAILED for s in discarded),
+        samples_finished=len(taken.samples),
+        samples_failed=sum(s.status is SampleStatus.FAILED for s in taken.discarded),
+        samples_aborted=sum(s.status is not SampleStatus.FAILED for s in taken.discarded),
+        groups_dropped=len(taken.dropped),
         tool_calls=tools.calls,
         tool_errors=tools.errors,
+        grade=grades.mean,
+        grades=grades.graded,
+        grades_unread=grades.unread,
     )

@@ -25,6 +25,7 @@ class StepMetrics:
     reward: float | None = None  # mean over the step's samples
     staleness: float | None = None  # mean over the step's samples, in versions
     rollout_seconds: float = 0.0  # that the trainer waited for samples
+    judge_seconds: float = 0.0  # of a colocated judge's turn
     publish_seconds: float = 0.0
     train_seconds: float = 0.0
     sleep_seconds: float = 0.0  # engines going to sleep and waking
@@ -44,17 +45,22 @@ class StepMetrics:
     samples_finished: int = 0
     samples_failed: int = 0
     samples_aborted: int = 0
+    groups_dropped: int = 0  # their rewards were all alike, and dynamic sampling took others
     tool_calls: int = 0
     tool_errors: int = 0
+    grade: float | None = None  # mean of the judge's, since the step before
+    grades: int = 0  # that it gave
+    grades_unread: int = 0  # of these, its answers without a grade in them, which count as 0
 
 
 class RunFolder:
     """`output_dir/name`. Raises ConfigError for a new run where one is already, and for resuming where none is.
     Nothing is written before `create`."""
 
-    def __init__(self, config: RunConfig, *, resume: bool) -> None:
+    def __init__(self, config: RunConfig, *, resume: bool, rank: int = 0) -> None:
         self.path = config.output_dir / config.name
         self._config = config
+        self._of_rank = f"-{rank}" if rank else ""  # in the names of what every rank writes for itself
         if self.metrics_path.exists() and not resume:
             raise ConfigError(f"{self.path} holds a run already; give --resume to go on with it, or another name=...")
         if resume and not self.metrics_path.exists():
@@ -62,7 +68,10 @@ class RunFolder:
 
     @contextmanager
     def create(self) -> Iterator[None]:
-        """Makes the folder and holds it: another process that wants it meanwhile gets a ConfigError."""
+        """Makes the folder and holds it, for all ranks: another run that wants it meanwhile gets a ConfigError."""
+        if self._of_rank:
+            yield
+            return
         with _explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
@@ -83,7 +92,7 @@ class RunFolder:
 
     @property
     def events_path(self) -> Path:
-        return self.path / "events.jsonl"
+        return self.path / f"events{self._of_rank}.jsonl"
 
     @property
     def logs(self) -> Path:
@@ -94,16 +103,18 @@ class RunFolder:
 
     def add_samples(self, step: int, samples: list[Sample], chat: ChatFormat) -> None:
         """Appends whole conversations, as text and as tokens."""
-        self._append("samples.jsonl", [_as_record(step, sample, chat) for sample in samples])
+        self._append(f"samples{self._of_rank}.jsonl", [_as_record(step, sample, chat) for sample in samples])
 
     def read_metrics(self) -> list[StepMetrics]:
         return [StepMetrics(**orjson.loads(line)) for line in self.metrics_path.read_bytes().splitlines()]
 
     def forget_after(self, step: int) -> None:
-        """Drops what was recorded behind a checkpoint that a run goes on from."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.path / name
-            if path.exists():
+        """Drops what was recorded behind a checkpoint that a run goes on from: by rank 0, for all ranks, of which there
+        may have been more before. The others write nothing until the publish that comes next, which they all do."""
+        if self._of_rank:
+            return
+        for name in ("metrics.jsonl", "samples*.jsonl"):
+            for path in self.path.glob(name):
                 with _explained(path):
                     kept = [line for line in path.read_bytes().splitlines(True) if orjson.loads(line)["step"] <= step]
                     path.write_bytes(b"".join(kept))

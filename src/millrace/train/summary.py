@@ -16,13 +16,14 @@ PHASES = {
     "set-up": "set-up",
     "warm-up": "warm-up",
     "rollout": "rollouts",
+    "judge": "judging",
     "train": "training",
     "evaluation": "evaluations",
     "publish": "publishing",
     "sleep": "sleep and wake",
     "checkpoint": "checkpoints",
 }
-BUSY = ("warm-up", "rollout", "train", "evaluation")
+BUSY = ("warm-up", "rollout", "judge", "train", "evaluation")
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,16 @@ class World:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
+    def broadcast(self, data: bytes) -> bytes:
+        """Rank 0's, on every rank. Collective."""
+        if self.size == 1:
+            return data
+        length = torch.tensor(len(data))
+        dist.broadcast(length, src=0)
+        sent = torch.frombuffer(bytearray(data.ljust(int(length), b"\0")), dtype=torch.uint8)
+        dist.broadcast(sent, src=0)
+        return bytes(sent.tolist())
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so. Collective, and so also a barrier."""
         return bool(self.max(torch.tensor(float(flag), device=self.device)).item())

@@ -14,6 +14,8 @@ from millrace.errors import PublishError
 from millrace.model_folder import stored_tensors
 
 if TYPE_CHECKING:
+    import torch
+
     from millrace.weights.transports.base import NamedTensors
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -40,6 +42,25 @@ def folder_checksums(folder: Path) -> dict[str, str]:
                     checksums[name] = checksum(data)
             view.release()
     return checksums
+
+
+@dataclass(frozen=True, slots=True)
+class FolderTensors:
+    """The tensors of a model's folder, each mapped from its file when its turn comes; as often as one likes. Raises
+    DataError as `stored_tensors` does."""
+
+    folder: Path
+
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        return [(name, tensor.shape) for name, tensor in stored_tensors(self.folder).items()]
+
+    def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        from safetensors import safe_open
+
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                    yield name, file.get_tensor(name)
 
 
 def write_folder(place: Path, buckets: "Iterator[NamedTensors]", model_path: Path) -> WrittenFolder:

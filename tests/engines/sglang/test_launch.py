@@ -18,7 +18,6 @@ import pytest
 from millrace.config.models import SGLangEngineConfig
 from millrace.engines.sglang.launch import choose_ports, free_block, launch
 from millrace.errors import LaunchError
-from millrace.launch.nodes import Nodes
 from tests.engines.processes import below, command_lines, logs, processes, until_ended
 
 START_TIMEOUT = 240.0  # 20 s on a quiet machine
@@ -53,6 +52,9 @@ LAUNCHER = textwrap.dedent("""
             log_dir=Path(log_dir), version=7, seed=5,
         )
         print(json.dumps([launched.url, launched.api_key, launched.admin_key, repr(launched)]), flush=True)
+        while launched.process.running:
+            await asyncio.sleep(0.02)
+        print(json.dumps([launched.process.describe_end(), launched.process.log_tail()]), flush=True)
         await asyncio.sleep(600)
 
     asyncio.run(main())
@@ -61,9 +63,15 @@ LAUNCHER = textwrap.dedent("""
 
 @pytest.fixture
 def launcher(tiny_model: Path, sglang_python: SGLangPython, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own that launches an engine and prints what it got."""
-    config = cpu_config(version="0.5.23", engine_args={"enable_metrics": True})
-    python = sglang_python("0.5.23")
+    """A process of its own that launches an engine over two nodes and prints what it got, and how it ended."""
+    config = cpu_config(
+        version="0.5.15",
+        nnodes=2,
+        tp_size=2,
+        env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+        engine_args={"enable_metrics": True},
+    )
+    python = sglang_python("0.5.15")
     process = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, config.model_dump_json(), str(tiny_model), str(python), str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -74,11 +82,18 @@ def launcher(tiny_model: Path, sglang_python: SGLangPython, tmp_path: Path) -> I
     process.communicate()
 
 
-async def test_a_launched_server_keeps_its_keys_and_dies_with_its_launcher(
+async def told(launcher: subprocess.Popen[str]) -> list[str]:
+    """The next line that it prints."""
+    assert launcher.stdout is not None
+    words: list[str] = json.loads(await asyncio.to_thread(launcher.stdout.readline))
+    return words
+
+
+async def test_an_engine_over_two_nodes_keeps_its_keys_and_dies_with_its_launcher(
     launcher: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    assert launcher.stdout is not None
-    url, api_key, admin_key, shown = json.loads(await asyncio.to_thread(launcher.stdout.readline))
+    """Its first node is a whole server: what is told and kept here is so of an engine of one node."""
+    url, api_key, admin_key, shown = await told(launcher)
     tree = below(launcher.pid)
 
     assert (await generate(url, None))[0] == 401
@@ -100,15 +115,24 @@ async def test_a_launched_server_keeps_its_keys_and_dies_with_its_launcher(
             assert "sglang" in await response.text()
     assert info["random_seed"] == 5
     assert info["max_total_tokens"] == 65536
-    assert api_key not in info["launch_command"]
 
-    readable = logs(tmp_path)["sglang-0.log"] + command_lines(tree) + shown
-    assert "'api_key': '***'" in readable
+    written = logs(tmp_path)
+    assert set(written) == {"sglang-0-node0.log", "sglang-0-node1.log"}
+    for log in written.values():
+        assert "api_key='***'" in log
+    readable = "".join(written.values()) + command_lines(tree) + shown + json.dumps(info.get("launch_command"))
     assert "serve.py" in readable
     assert api_key not in readable
     assert admin_key not in readable
 
-    assert len(tree) >= 4  # the guard, the server, its scheduler and its detokenizer
+    (node1,) = (pid for pid in tree if "--node-rank=1" in command_lines({pid}) and is_serve(pid))
+    os.kill(node1, signal.SIGKILL)
+    end, log_tail = await told(launcher)
+    assert end == "sglang-0-node1 was killed by SIGKILL"
+    assert str(tmp_path / "sglang-0-node1.log") in log_tail
+    # What ends the others where one has ended is tests/launch/test_nodes.py's. Here, that node's guard has ended its
+    # own, and the other's outlives the launcher just long enough to end the rest.
+    assert len(tree & processes().keys()) >= 4  # a guard, the server, its scheduler and its detokenizer
     os.kill(launcher.pid, signal.SIGKILL)
     await asyncio.to_thread(until_ended, tree, 15)
 
@@ -121,38 +145,6 @@ async def test_an_argument_that_sglang_does_not_know_ends_in_its_own_words(
     with pytest.raises(LaunchError, match=r"(?s)sglang-0 ended with status 2.*unrecognized.*--no-such-argument=3"):
         await launch(config, tiny_model, python=sglang_python("0.5.23"), replica=0, log_dir=tmp_path, version=0, seed=0)
     assert below(os.getpid()) <= before
-
-
-async def test_an_engine_over_two_nodes_serves_and_ends_as_one(
-    tiny_model: Path, sglang_python: SGLangPython, tmp_path: Path
-) -> None:
-    before = below(os.getpid())
-    config = cpu_config(version="0.5.15", nnodes=2, tp_size=2, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
-    launched = await launch(
-        config, tiny_model, python=sglang_python("0.5.15"), replica=0, log_dir=tmp_path, version=7, seed=0
-    )
-    try:
-        assert isinstance(launched.process, Nodes)
-        assert launched.url is not None
-        status, answer = await generate(launched.url, launched.api_key)
-        assert status == 200
-        assert len(answer["output_ids"]) == 4
-        tree = below(os.getpid()) - before
-        (node1,) = (pid for pid in tree if "--node-rank=1" in command_lines({pid}) and is_serve(pid))
-        os.kill(node1, signal.SIGKILL)
-        async with asyncio.timeout(20):
-            await launched.process.wait()
-        assert launched.process.describe_end() == "sglang-0-node1 was killed by SIGKILL"
-        assert str(tmp_path / "sglang-0-node1.log") in launched.process.log_tail()
-    finally:
-        await launched.process.end()
-    assert not tree & processes().keys()
-    written = logs(tmp_path)
-    assert set(written) == {"sglang-0-node0.log", "sglang-0-node1.log"}
-    for log in written.values():
-        assert "api_key='***'" in log
-        assert launched.api_key not in log
-        assert launched.admin_key not in log
 
 
 def is_serve(pid: int) -> bool:

@@ -74,26 +74,72 @@ LAUNCHER = textwrap.dedent("""
 
 
 @pytest.fixture
-def launcher(tiny_model: Path, vllm_python: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own that launches an engine and prints what it got."""
-    config = cpu_config(engine_args={"served_model_name": "tuned", "enable_prefix_caching": False})
-    process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, config.model_dump_json(), str(tiny_model), str(vllm_python), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def nodes() -> tuple[VLLMEngineConfig, VLLMEngineConfig]:
+    """An engine over two nodes, as each of them is told."""
+    (port,) = free_ports("127.0.0.1", 1)
+    common = {
+        "nnodes": 2,
+        "tp_size": 2,
+        "dist_init_addr": f"127.0.0.1:{port}",
+        "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_HOST_IP": "127.0.0.1"},
+        "engine_args": {"served_model_name": "tuned", "enable_prefix_caching": False},
+    }
+    return cpu_config(node_rank=0, **common), cpu_config(node_rank=1, **common)
+
+
+@pytest.fixture
+def launcher(
+    nodes: tuple[VLLMEngineConfig, VLLMEngineConfig], tiny_model: Path, vllm_python: Path, tmp_path: Path
+) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own that launches the first node and prints what it got."""
+    arguments = [nodes[0].model_dump_json(), str(tiny_model), str(vllm_python), str(tmp_path / "0")]
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, *arguments], stdout=subprocess.PIPE, text=True)
     yield process
     process.kill()
     process.communicate()
 
 
-async def test_a_launched_server_keeps_its_keys_and_dies_with_its_launcher(
-    launcher: subprocess.Popen[str], tmp_path: Path
+async def test_a_node_joins_and_all_keep_the_keys_and_die_with_the_firsts_launcher(
+    nodes: tuple[VLLMEngineConfig, VLLMEngineConfig],
+    launcher: subprocess.Popen[str],
+    tiny_model: Path,
+    vllm_python: Path,
+    tmp_path: Path,
 ) -> None:
-    assert launcher.stdout is not None
-    url, api_key, admin_key, shown = json.loads(await asyncio.to_thread(launcher.stdout.readline))
-    tree = below(launcher.pid)
+    """The first node is a whole server: what is told and kept here is so of an engine of one node."""
+    shared_before = shared_memory()
+    joined = asyncio.Event()
+    config = nodes[1].model_copy(update={"python": vllm_python})
+    second = asyncio.create_task(join(config, tiny_model, log_dir=tmp_path / "1", seed=5, ready=joined.set))
+    try:
+        assert launcher.stdout is not None
+        line = await asyncio.to_thread(launcher.stdout.readline)
+        assert joined.is_set()
+        url, api_key, admin_key, shown = json.loads(line)
+        tree = below(os.getpid())
 
+        settings = await require_guarded(url, api_key, admin_key)
+        readable = logs(tmp_path / "0")["vllm-0.log"] + logs(tmp_path / "1")["vllm-0.log"]
+        readable += command_lines(tree) + shown + settings
+        assert "serve.py" in readable
+        assert api_key not in readable
+        assert admin_key not in readable
+
+        own = below(launcher.pid)
+        assert len(own) >= 3  # the guard, the server and its engine
+        os.kill(launcher.pid, signal.SIGKILL)
+        await asyncio.to_thread(until_ended, own, 15)
+        with pytest.raises(LaunchError, match=f"node 0 is gone: nothing answers at {nodes[0].dist_init_addr}|vllm-0 "):
+            await asyncio.wait_for(second, 30)
+    finally:
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+    await asyncio.to_thread(until_ended, tree - {launcher.pid}, 15)
+    assert not {name for name in shared_memory() - shared_before if name.startswith("vllm_dist_")}
+
+
+async def require_guarded(url: str, api_key: str, admin_key: str) -> str:
+    """It is told what the config says, and no route answers to the wrong key. Returns what it tells of itself."""
     status, answer = await generate(url, api_key)
     assert status == 200
     assert len(answer["choices"][0]["token_ids"]) == 4
@@ -103,7 +149,9 @@ async def test_a_launched_server_keeps_its_keys_and_dies_with_its_launcher(
         async with session.get("/openapi.json") as response:
             described = await response.json()
         async with session.get("/server_info") as response:
-            settings = (await response.json())["vllm_config"]
+            settings: str = (await response.json())["vllm_config"]
+        async with session.get("/get_world_size") as response:
+            assert await response.json() == {"world_size": 2}
         async with session.post("/v1/completions", json={"prompt": [1, 2], "max_tokens": 2}) as response:
             assert response.status == 200
     assert "seed=5" in settings
@@ -121,15 +169,7 @@ async def test_a_launched_server_keeps_its_keys_and_dies_with_its_launcher(
     harmless = [("POST", "/reset_prefix_cache"), ("POST", "/pause"), ("POST", "/resume"), ("GET", "/health")]
     assert set((await statuses(url, admin_key, harmless)).values()) == {200}
     assert (await statuses(url, None, [("GET", path) for path in OPEN])) == {("GET", path): 200 for path in OPEN}
-
-    readable = logs(tmp_path)["vllm-0.log"] + command_lines(tree) + shown + str(described) + settings
-    assert "serve.py" in readable
-    assert api_key not in readable
-    assert admin_key not in readable
-
-    assert len(tree) >= 3  # the guard, the server and its engine
-    os.kill(launcher.pid, signal.SIGKILL)
-    await asyncio.to_thread(until_ended, tree, 15)
+    return str(described) + settings
 
 
 async def test_an_argument_that_vllm_does_not_know_ends_in_its_own_words(
@@ -140,54 +180,6 @@ async def test_an_argument_that_vllm_does_not_know_ends_in_its_own_words(
     with pytest.raises(LaunchError, match=r"(?s)vllm-0 ended with status 2.*unrecognized.*--no-such-argument=3"):
         await launch(config, tiny_model, python=vllm_python, replica=0, log_dir=tmp_path, seed=0)
     assert below(os.getpid()) <= before
-
-
-async def test_a_node_joins_serves_with_the_first_and_ends_with_it(
-    tiny_model: Path, vllm_python: Path, tmp_path: Path
-) -> None:
-    before, shared_before = below(os.getpid()), shared_memory()
-    (port,) = free_ports("127.0.0.1", 1)
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_HOST_IP": "127.0.0.1"}
-    settings = {"nnodes": 2, "tp_size": 2, "dist_init_addr": f"127.0.0.1:{port}", "env": env}
-    joined = asyncio.Event()
-    second = asyncio.create_task(
-        join(
-            cpu_config(node_rank=1, python=vllm_python, **settings),
-            tiny_model,
-            log_dir=tmp_path / "1",
-            seed=0,
-            ready=joined.set,
-        )
-    )
-    try:
-        first = await launch(
-            cpu_config(node_rank=0, **settings),
-            tiny_model,
-            python=vllm_python,
-            replica=0,
-            log_dir=tmp_path / "0",
-            seed=0,
-        )
-        try:
-            assert joined.is_set()
-            assert first.url is not None
-            status, answer = await generate(first.url, first.api_key)
-            assert status == 200
-            assert len(answer["choices"][0]["token_ids"]) == 4
-            async with (
-                client(first.url, first.api_key) as session,
-                session.get("/get_world_size") as response,
-            ):
-                assert await response.json() == {"world_size": 2}
-        finally:
-            await first.process.end()
-        with pytest.raises(LaunchError, match=f"node 0 is gone: nothing answers at 127.0.0.1:{port}|vllm-0 "):
-            await asyncio.wait_for(second, 30)
-    finally:
-        second.cancel()
-        await asyncio.gather(second, return_exceptions=True)
-    assert below(os.getpid()) <= before
-    assert not {name for name in shared_memory() - shared_before if name.startswith("vllm_dist_")}
 
 
 def shared_memory() -> set[str]:

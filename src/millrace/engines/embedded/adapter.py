@@ -19,6 +19,7 @@ from millrace.engines.sglang_wire import (
 )
 from millrace.engines.versions import decode_version
 from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout
+from millrace.http import HttpClient
 from millrace.types import (
     ALL_MEMORY,
     Bucket,
@@ -53,6 +54,15 @@ class EmbeddedEngine(HttpEngine):
             await self._abandon(request.request_id)
             raise
         return self._understood("/generate", lambda: decode_generate(request, body))
+
+    async def generate_by(
+        self, router: HttpClient, request: GenerateRequest, *, headers: Mapping[str, str], deadline: float
+    ) -> Generation:
+        body = await router.generate("/generate", self._encode(request), deadline=deadline, headers=headers)
+        return self._understood("/generate", lambda: decode_generate(request, body))
+
+    async def abort_by_router(self, request_id: str) -> None:
+        await self._control("/abort_request", {"rid": wire_id(request_id)}, deadline=ABORT_DEADLINE, repeatable=True)
 
     async def stream(self, request: GenerateRequest, *, deadline: float) -> AsyncGenerator[Generation, None]:
         finished = False

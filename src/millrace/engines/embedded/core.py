@@ -244,6 +244,8 @@ class Core:
         self._measure()
 
     def _prefill(self, fresh: list[Request]) -> None:
+        for request in fresh:
+            self.faults.at_prompt(request.prompt)
         pending = group(fresh)
         while pending:
             found = []

@@ -6,6 +6,9 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 def crash() -> None:
     """Ends this process as an out-of-memory killer would: at once, without a goodbye."""
@@ -18,6 +21,7 @@ class StepFaults:
 
     seconds_per_step: float = 0.0
     crash_after_tokens: int | None = None
+    poison: list[int] = field(default_factory=list)  # tokens that, in a row in a prompt, are its engine's end
     hang: bool = False
 
     def before_step(self) -> None:
@@ -25,6 +29,12 @@ class StepFaults:
             threading.Event().wait()
         if self.seconds_per_step > 0:
             time.sleep(self.seconds_per_step)
+
+    def at_prompt(self, tokens: NDArray[np.int64]) -> None:
+        if self.poison and len(self.poison) <= len(tokens):
+            rows = np.lib.stride_tricks.sliding_window_view(tokens, len(self.poison))
+            if (rows == self.poison).all(axis=1).any():
+                crash()
 
     def after_tokens(self, count: int) -> None:
         if self.crash_after_tokens is not None:

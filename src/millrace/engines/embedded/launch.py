@@ -12,13 +12,21 @@ from millrace.types import EngineInfo, Health
 
 
 async def launch(
-    config: EmbeddedEngineConfig, model_path: Path, *, replica: int, log_dir: Path, version: int, seed: int
+    config: EmbeddedEngineConfig,
+    model_path: Path,
+    *,
+    replica: int,
+    log_dir: Path,
+    version: int,
+    seed: int,
+    prefix: str = "embedded",
 ) -> tuple[EmbeddedEngine, EngineInfo, ServerProcess]:
-    """Starts replica number `replica` and waits until it is healthy. The keys are made here and known to nobody else.
+    """Starts replica number `replica`, called `PREFIX-REPLICA`, and waits until it is healthy. The keys are made here
+    and known to nobody else.
 
     Raises LaunchError, with the end of the server's log, when it does not come up; nothing is left running then.
     """
-    name = f"embedded-{replica}"
+    name = f"{prefix}-{replica}"
     if config.ports is None:
         port = free_port(config.host)
     else:

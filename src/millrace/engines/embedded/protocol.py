@@ -59,6 +59,15 @@ class GenerateBody(Body):
     rid: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     stream: bool = False
     lora_path: Annotated[str, Field(min_length=1)] | None = None  # an adapter's name, which SGLang calls so
+    # What sglang-router adds to every request. Nothing is changed by these values, and no others are taken.
+    model: None = None
+    return_text_in_logprobs: Literal[False] = False
+    log_metrics: Literal[True] = True
+    return_hidden_states: Literal[False] = False
+    background: Literal[False] = False
+    no_logs: Literal[False] = False
+    return_bytes: Literal[False] = False
+    return_entropy: Literal[False] = False
 
 
 class AbortBody(Body):
@@ -157,8 +166,9 @@ class UnloadAdapterBody(Body):
 
 
 class FaultBody(Body):
-    kind: Literal["crash", "hang", "slow", "drop_connection", "refuse_update"]
+    kind: Literal["crash", "poison", "hang", "slow", "drop_connection", "refuse_update"]
     after_tokens: Annotated[int, Field(ge=1)] | None = None  # crash; None: at once
+    tokens: list[int] = []  # poison: crashes at a prompt that has these in a row; none end it
     where: Literal["model", "http"] = "model"  # hang
     seconds: Annotated[FiniteFloat, Field(ge=0)] = 0.0  # slow, a step; 0 ends it
     count: Annotated[int, Field(ge=0)] = 1  # drop_connection: how many answers; refuse_update: which load

@@ -227,6 +227,8 @@ def _inject(faults: StepFaults, body: FaultBody) -> None:
     match body.kind:
         case "crash":
             faults.crash_after_tokens = body.after_tokens
+        case "poison":
+            faults.poison = body.tokens
         case "slow":
             faults.seconds_per_step = body.seconds
         case "hang":

@@ -63,11 +63,23 @@ RECIPES: Recipes = {
         hint=CPU_HINT,
     ),
     ("vllm", "cpu"): Recipe(locks={"0.32.0": LOCKS / "vllm-0.32.0-cpu.txt"}, check=CPU_CHECK, hint=CPU_HINT),
+    # Routers need no GPU, whatever the engines have that they stand before.
+    ("sglang-router", "cpu"): Recipe(
+        locks={"0.3.2": LOCKS / "sglang-router-0.3.2-cpu.txt"}, check="from sglang_router.router import Router"
+    ),
+    ("vllm-router", "cpu"): Recipe(
+        locks={"0.1.17": LOCKS / "vllm-router-0.1.17-cpu.txt"}, check="from vllm_router.router import Router"
+    ),
     # Several GB, and never installed by our own tests: they run without a GPU.
     ("sglang", "cuda"): Recipe(locks=None),
     ("vllm", "cuda"): Recipe(locks=None),
 }
-DEFAULT_VERSIONS: Mapping[str, str] = {"sglang": "0.5.23", "vllm": "0.32.0"}
+DEFAULT_VERSIONS: Mapping[str, str] = {
+    "sglang": "0.5.23",
+    "vllm": "0.32.0",
+    "sglang-router": "0.3.2",
+    "vllm-router": "0.1.17",
+}
 
 
 def recipe_for(engine: str, device: str, recipes: Recipes) -> Recipe:

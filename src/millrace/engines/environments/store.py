@@ -97,8 +97,8 @@ def installed(*, recipes: Recipes = RECIPES) -> list[Installed]:
     home, found = environments_home(), []
     for path in sorted(home.iterdir()) if home.is_dir() else ():
         rest, _, device = path.name.rpartition("-")
-        engine, _, version = rest.partition("-")
-        if path.is_dir() and version and device in ("cpu", "cuda"):
+        engine, _, version = rest.rpartition("-")
+        if path.is_dir() and engine and device in ("cpu", "cuda"):
             one = Environment(engine, version, device, path)
             try:
                 sha256 = requirements(engine, version, device, recipes).sha256

@@ -24,6 +24,7 @@ from millrace.engines.stock.state import ForbiddenError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
 from millrace.errors import EngineFailed, EngineRefused
+from millrace.http import HttpClient
 from millrace.types import (
     Bucket,
     Capability,
@@ -82,8 +83,10 @@ class SGLangEngine(StockEngine):
             facts.info, model_path=model["model_path"], weight_version=decode_version(model["weight_version"])
         )
 
-    async def _generate(self, request: GenerateRequest, deadline: float) -> Generation:
-        body = await self._http.generate("/generate", encode_generate(request), deadline=deadline)
+    async def _generate(
+        self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
+    ) -> Generation:
+        body = await by.generate("/generate", encode_generate(request), deadline=deadline, headers=headers)
         return self._understood("/generate", lambda: decode_generate(request, body))
 
     async def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:

@@ -20,16 +20,25 @@ BLOCK_ATTEMPTS = 50
 
 
 async def launch(
-    config: SGLangEngineConfig, model_path: Path, *, python: Path, replica: int, log_dir: Path, version: int, seed: int
+    config: SGLangEngineConfig,
+    model_path: Path,
+    *,
+    python: Path,
+    replica: int,
+    log_dir: Path,
+    version: int,
+    seed: int,
+    prefix: str = "sglang",
+    api_key: str | None = None,
 ) -> Launched:
     """Starts replica number `replica` with the interpreter `python`, which has SGLang, and waits until it is healthy.
 
-    Its logs are `sglang-R.log`, or `sglang-R-nodeN.log` for each node. The keys are made here and known to nobody else.
+    Its logs are `PREFIX-R.log`, or `PREFIX-R-nodeN.log` for each node. The keys are made here and known to nobody else.
     Raises ConfigError when engine_args or env contradict the settings, and LaunchError, with the end of the server's
     log, when it does not come up; nothing is left running then.
     """
-    name = f"sglang-{replica}"
-    api_key, admin_key = new_keys()
+    name = f"{prefix}-{replica}"
+    api_key, admin_key = new_keys(api_key)
     planned = nodes(
         config,
         model_path,

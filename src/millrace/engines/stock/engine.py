@@ -19,6 +19,7 @@ from millrace.engines.stock.server import StockServer
 from millrace.engines.stock.state import ForbiddenError, ServerState
 from millrace.engines.stock.tensors import check_shapes, check_whole
 from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout
+from millrace.http import HttpClient
 from millrace.launch.ports import listens
 from millrace.types import (
     ALL_MEMORY,
@@ -71,9 +72,21 @@ class StockEngine(StockServer):
         end = time.monotonic() + deadline
         async with self._calling(request) as call:
             while await self._calls.go_on(call, end):
-                made = await self._generate(call.rest, end - time.monotonic())
+                made = await self._generate(self._http, call.rest, end - time.monotonic())
                 call.pieces.append(replace(made, request_id=request.request_id))
             return call.finished
+
+    async def generate_by(
+        self, router: HttpClient, request: GenerateRequest, *, headers: Mapping[str, str], deadline: float
+    ) -> Generation:
+        try:
+            self._check(request, await self._facts())
+        except ForbiddenError as error:
+            raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
+        return await self._generate(router, request, deadline, headers)
+
+    async def abort_by_router(self, request_id: str) -> None:
+        await self._abort([request_id])
 
     async def stream(self, request: GenerateRequest, *, deadline: float) -> AsyncGenerator[Generation, None]:
         end = time.monotonic() + deadline

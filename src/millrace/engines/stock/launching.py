@@ -30,9 +30,10 @@ class Launched:
     process: ServerProcess | Nodes
 
 
-def new_keys() -> tuple[str, str]:
-    """One for generating and one for control, known to nobody else."""
-    return secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+def new_keys(api_key: str | None = None) -> tuple[str, str]:
+    """One for generating and one for control, known to nobody else. A router that knows no key of each engine wants the
+    same `api_key` for all."""
+    return api_key or secrets.token_urlsafe(24), secrets.token_urlsafe(24)
 
 
 async def start_nodes(

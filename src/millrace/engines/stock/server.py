@@ -2,11 +2,12 @@
 holds."""
 
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
 from millrace.engines.http_engine import HttpEngine
 from millrace.engines.stock.facts import Facts
 from millrace.engines.stock.state import ServerState
+from millrace.http import HttpClient
 from millrace.types import Bucket, GenerateRequest, Generation, MemoryTag, PauseMode, ProcessGroup
 
 
@@ -19,8 +20,10 @@ class StockServer(HttpEngine):
         started from; None, where somebody else started it, who may have left an update open."""
 
     @abstractmethod
-    async def _generate(self, request: GenerateRequest, deadline: float) -> Generation:
-        """One request to the server, under the name that it has here."""
+    async def _generate(
+        self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
+    ) -> Generation:
+        """One request to the server, or `by` a router before it, under the name that it has here."""
 
     @abstractmethod
     def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:

@@ -22,6 +22,7 @@ from millrace.engines.vllm.metrics import read_metrics
 from millrace.engines.vllm.payload import description, transfer
 from millrace.engines.vllm.wire import Answer, encode, wire_id
 from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
+from millrace.http import HttpClient
 from millrace.types import (
     ALL_MEMORY,
     Bucket,
@@ -122,9 +123,15 @@ class VLLMEngine(StockEngine):
         facts = await self._facts()
         return replace(facts.info, weight_version=await self._served_version())
 
-    async def _generate(self, request: GenerateRequest, deadline: float) -> Generation:
+    async def _generate(
+        self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
+    ) -> Generation:
         path, version = self._known.path, self._version
-        body = await self._http.generate(path, encode(path, request), deadline=deadline)
+        if by is not self._http and not self._known.versions:
+            raise EngineRefused(
+                self.name, "it does not say which weights made its answer, and of a router's answer nobody else can"
+            )
+        body = await by.generate(path, encode(path, request), deadline=deadline, headers=headers)
         answer = Answer()
         self._understood(path, lambda: answer.take(path, body))
         return self._understood(path, lambda: answer.generation(request, version))

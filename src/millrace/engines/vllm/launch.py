@@ -21,18 +21,26 @@ LEFTOVERS = ("vllm_dist_*", "psm_*", "sem.mp-*")
 
 
 async def launch(
-    config: VLLMEngineConfig, model_path: Path, *, python: Path, replica: int, log_dir: Path, seed: int
+    config: VLLMEngineConfig,
+    model_path: Path,
+    *,
+    python: Path,
+    replica: int,
+    log_dir: Path,
+    seed: int,
+    prefix: str = "vllm",
+    api_key: str | None = None,
 ) -> Launched:
     """Starts replica number `replica` with the interpreter `python`, which has vLLM, and waits until it is healthy.
 
-    Its logs are `vllm-R.log`, or `vllm-R-nodeN.log` for each node. The keys are made here and known to nobody else.
+    Its logs are `PREFIX-R.log`, or `PREFIX-R-nodeN.log` for each node. The keys are made here and known to nobody else.
     Raises ConfigError when engine_args or env contradict the settings, and LaunchError, with the end of the server's
     log, when it does not come up; nothing is left running then.
     """
     if config.device == "cpu":
         require_heads(model_path)
-    name = f"vllm-{replica}"
-    api_key, admin_key = new_keys()
+    name = f"{prefix}-{replica}"
+    api_key, admin_key = new_keys(api_key)
     planned = nodes(
         config,
         model_path,

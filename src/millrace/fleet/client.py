@@ -1,0 +1,110 @@
+"""Requests to the engines of a fleet: the same from the process that owns it and from those that follow it."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+from millrace.engines.base import Engine
+from millrace.errors import EngineFailed, EngineUnreachable
+from millrace.fleet.journal import Journal
+from millrace.fleet.members import Members
+from millrace.fleet.membership import Snapshot
+from millrace.fleet.routing import Router, admissible, with_adapter
+from millrace.types import ANYWHERE, GenerateRequest, Generation, Placement
+
+
+class FleetClient:
+    """All methods belong to one event loop. Requests in flight are counted here: those of this process."""
+
+    def __init__(self, members: Members, journal: Journal, seed: int) -> None:
+        self.journal = journal
+        self.members = members
+        self._router = Router(seed)
+        self._outstanding: Counter[str] = Counter()
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """How the engines stand now."""
+        return self.members.snapshot
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and output together that every engine takes."""
+        return min(replica.info.context_length for replica in self.members.replicas.values())
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        return {name: replica.engine for name, replica in self.members.replicas.items()}
+
+    @property
+    def outstanding(self) -> Mapping[str, int]:
+        """Of each engine: tokens of the requests that it has from here, prompts and room for output."""
+        return {name: self._outstanding[name] for name in self.members.replicas}
+
+    @property
+    def asleep(self) -> bool:
+        """Whether some of the engines' memory is released, so that they generate nothing."""
+        return bool(self.members.asleep)
+
+    async def awake(self) -> None:
+        """Waits until the fleet is woken, for as long as that takes."""
+        async with self.members.changed:
+            await self.members.changed.wait_for(lambda: not self.members.asleep)
+
+    async def serving(self, *, deadline: float) -> None:
+        """Waits until some engine takes requests. Raises NoEngineError as `generate` does."""
+        await self.members.until(lambda: bool(self.snapshot.routable), deadline)
+
+    async def generate(
+        self, request: GenerateRequest, *, deadline: float, placement: Placement = ANYWHERE
+    ) -> Generation:
+        """Sends the request to the engine that suits it best (docs/routing.md), and waits for one where all sleep, are
+        being updated or started anew, or have none of the versions that `placement` admits.
+
+        Raises NoEngineError when none may serve it by the deadline or none is left, and the engine's own EngineError
+        otherwise; a request that failed on an engine is not sent again by this method.
+        """
+        return await self._generate(request, placement, deadline)
+
+    async def _generate(self, request: GenerateRequest, placement: Placement, deadline: float) -> Generation:
+        """By whichever way; this is the one that there always is."""
+        return await self._straight(request, placement, deadline)
+
+    async def _straight(self, request: GenerateRequest, placement: Placement, deadline: float) -> Generation:
+        """To the engine that is chosen here."""
+        end = time.monotonic() + deadline
+        with self.journal.waiting():
+            name = await self._route(request, placement, deadline)
+        member, own = self.snapshot.get(name), "lora_path" in request.extra
+        adapter = None if own else member.adapter
+        if adapter is not None:
+            request = replace(request, extra={**request.extra, "lora_path": adapter})
+        tokens = len(request.input_ids) + request.sampling.max_new_tokens
+        self._outstanding[name] += tokens
+        try:
+            with self.journal.request(name) as asked, self._using(name, adapter, request.request_id):
+                left = end - time.monotonic()
+                made = asked.made = await self.members.replicas[name].engine.generate(request, deadline=left)
+            await self.members.answered(name)
+            return made if adapter is None else with_adapter(made, member.version)
+        except (EngineUnreachable, EngineFailed) as error:
+            await self.members.suspect(name, error)
+            raise
+        finally:
+            self._outstanding[name] -= tokens
+            if not self._outstanding[name]:
+                await self.members.tell()
+
+    async def _route(self, request: GenerateRequest, placement: Placement, deadline: float) -> str:
+        wanted = placement.describe()
+        await self.members.until(lambda: bool(admissible(self.snapshot, placement)), deadline, wanted)
+        choice = self._router.choose(self.snapshot, self._outstanding, request, placement)
+        assert choice is not None
+        self.journal.routed(choice.why)
+        return choice.engine
+
+    def _using(self, engine: str, adapter: str | None, request_id: str) -> AbstractContextManager[None]:  # noqa: ARG002
+        """What has to be kept for the request as long as it runs."""
+        return nullcontext()

@@ -1,0 +1,110 @@
+"""The engines of a fleet in the process that owns it: what happens to them becomes the snapshot that all read."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from millrace.engines.start import Started
+from millrace.errors import EngineError
+from millrace.fleet.journal import Journal
+from millrace.fleet.members import Members
+from millrace.fleet.membership import Answered, Died, Distrusted, Event, Member, Snapshot, Struck, after
+from millrace.types import Health
+
+PROCESS_END_DEADLINE = 3.0  # from a closed port to the end of the process, which tells more of the reason
+
+logger = logging.getLogger(__name__)
+
+
+class Roster(Members):
+    """`moved` is called with what a member was and is; it must not wait."""
+
+    def __init__(self, replicas: Sequence[Started], journal: Journal, moved: Callable[[Member, Member], None]) -> None:
+        snapshot = Snapshot(0, tuple(Member(r.engine.name, r.engine.url) for r in replicas))
+        super().__init__(snapshot, {replica.engine.name: replica for replica in replicas})
+        self.journal = journal
+        self._moved = moved
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        for member in self.snapshot.members:
+            journal.changed(None, member)
+
+    def begin_to_watch(self, name: str) -> None:
+        """From now on the end of the engine's process, if that is ours, is known at once."""
+        if self.replicas[name].process is not None:
+            self._watchers[name] = asyncio.create_task(self._watch(self.replicas[name]))
+
+    async def end_watching(self, name: str) -> None:
+        if (watcher := self._watchers.pop(name, None)) is not None:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
+    async def take_in(self, started: Started) -> None:
+        """A new engine, or a new life of one."""
+        name = started.engine.name
+        self.replicas[name] = started
+        self.begin_to_watch(name)
+        member = Member(name, started.engine.url)
+        self.journal.changed(None, member)
+        await self.show(self.snapshot.with_member(member))
+
+    async def strike_off(self, name: str) -> None:
+        """It has left, and is known no more."""
+        self.journal.removed(name)
+        await self.show(self.snapshot.without(name))
+        self.replicas.pop(name)
+
+    async def apply(self, name: str, event: Event) -> None:
+        """What happened to an engine. Who has left is not changed by it."""
+        if not self.snapshot.has(name):
+            return
+        before = self.snapshot.get(name)
+        member = after(before, event)
+        if member == before:
+            return
+        self._moved(before, member)
+        self.journal.changed(before, member)
+        await self.show(self.snapshot.with_member(member))
+
+    async def each(self, step: Callable[[Started], Awaitable[None]]) -> None:
+        """Takes one step on every usable engine at once. One that fails it is quarantined, with the reason."""
+
+        async def guarded(name: str) -> None:
+            try:
+                await step(self.replicas[name])
+            except EngineError as error:
+                logger.error("out of rotation: %s", error)
+                await self.apply(name, Distrusted(str(error)))
+
+        async with asyncio.TaskGroup() as group:
+            for member in self.snapshot.members:
+                if member.usable:
+                    group.create_task(guarded(member.name))
+        self.require_hope()
+
+    async def answered(self, name: str) -> None:
+        if self.snapshot.has(name) and self.snapshot.get(name).strikes:
+            await self.apply(name, Answered())
+
+    async def suspect(self, name: str, error: EngineError) -> None:
+        """After a failed call: dead if its process or its port says so, otherwise suspect after some of them."""
+        replica = self.replicas.get(name)
+        if replica is None:  # it has left
+            return
+        if await replica.engine.health() is not Health.DEAD:
+            await self.apply(name, Struck(str(error)))
+            return
+        if replica.process is not None:
+            try:
+                async with asyncio.timeout(PROCESS_END_DEADLINE):
+                    await replica.process.wait()
+                return  # its watcher says how it ended
+            except TimeoutError:
+                pass  # it lives, but nothing listens at its port
+        await self.apply(name, Died(str(error)))
+
+    async def _watch(self, replica: Started) -> None:
+        assert replica.process is not None
+        await replica.process.wait()
+        reason = replica.process.describe_end()
+        logger.error("%s\n%s", reason, replica.process.log_tail())
+        await self.apply(replica.engine.name, Died(reason))

@@ -1,0 +1,74 @@
+"""The adapter of sglang-router."""
+
+import asyncio
+import time
+from collections.abc import Mapping, Set
+from contextlib import suppress
+
+from millrace.engines.http_engine import IDLE_POLL_SECONDS, HttpEngine
+from millrace.errors import EngineError, EngineRefused, EngineTimeout
+from millrace.routers.base import ASK_DEADLINE, Router, sampling_of
+from millrace.types import GenerateRequest
+
+# What 0.3.2 passes on of /generate, each seen at a worker; it reads a request into a structure of its own, and what it
+# does not know there is gone without a word.
+KEPT = frozenset({
+    "audio_data", "bootstrap_host", "bootstrap_pair_key", "bootstrap_port", "bootstrap_room", "custom_labels",
+    "custom_logit_processor", "data_parallel_rank", "extra_key", "image_data", "log_metrics", "logprob_start_len",
+    "lora_path", "modalities", "no_logs", "priority", "return_bytes", "return_entropy", "return_hidden_states",
+    "return_text_in_logprobs", "sampling_params", "session_params", "top_logprobs_num", "video_data",
+})  # fmt: skip
+KEPT_SAMPLING = frozenset({
+    "ebnf", "frequency_penalty", "json_schema", "min_new_tokens", "no_stop_trim", "presence_penalty", "regex",
+    "repetition_penalty", "skip_special_tokens", "stop",
+})  # fmt: skip
+
+
+class SGLangRouter(Router):
+    """sglang-router. It tells workers apart by ids of its own, and works off its list behind its answers."""
+
+    kind = "sglang"
+    affinity_header = "X-SMG-Routing-Key"
+
+    async def register(self, engine: HttpEngine, *, deadline: float) -> None:
+        end = time.monotonic() + deadline
+        body = {"url": engine.url, "api_key": engine.api_key}
+        accepted = await self._http.control("POST", "/workers", body, deadline=deadline, repeatable=True)
+        try:
+            while not await self._takes(accepted["worker_id"]):
+                if time.monotonic() >= end:
+                    raise EngineTimeout(self.name, f"it has not taken {engine.name} in within {deadline:.0f} s")
+                await asyncio.sleep(IDLE_POLL_SECONDS)
+        except BaseException:
+            await self._http.control("DELETE", f"/workers/{accepted['worker_id']}", deadline=ASK_DEADLINE)
+            raise
+
+    async def deregister(self, url: str) -> None:
+        end = time.monotonic() + ASK_DEADLINE
+        while (worker_id := (await self._ids()).get(url)) is not None:
+            with suppress(EngineRefused):  # it was on its way out
+                await self._http.control("DELETE", f"/workers/{worker_id}", deadline=ASK_DEADLINE)
+            if time.monotonic() >= end:
+                raise EngineTimeout(self.name, f"{url} still stands in its list after {ASK_DEADLINE:.0f} s")
+            await asyncio.sleep(IDLE_POLL_SECONDS / 4)
+
+    async def workers(self) -> Mapping[str, bool]:
+        listed = await self._http.control("GET", "/workers", deadline=ASK_DEADLINE, repeatable=True)
+        return {worker["url"]: worker["is_healthy"] for worker in listed["workers"]}
+
+    def dropped(self, request: GenerateRequest) -> Set[str]:
+        lost = request.extra.keys() - KEPT
+        return lost | {f"sampling_params.{name}" for name in sampling_of(request).keys() - KEPT_SAMPLING}
+
+    async def _ids(self) -> Mapping[str, str]:
+        listed = await self._http.control("GET", "/workers", deadline=ASK_DEADLINE, repeatable=True)
+        return {worker["url"]: worker["id"] for worker in listed["workers"]}
+
+    async def _takes(self, worker_id: str) -> bool:
+        try:
+            worker = await self._http.control("GET", f"/workers/{worker_id}", deadline=ASK_DEADLINE)
+        except EngineRefused:  # it has not begun with it
+            return False
+        if (worker.get("job_status") or {}).get("status") == "failed":
+            raise EngineError(self.name, f"it does not take {worker['url']}: {worker['job_status']['message']}")
+        return bool(worker["is_healthy"])

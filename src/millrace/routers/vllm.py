@@ -1,0 +1,39 @@
+"""The adapter of vllm-router."""
+
+from collections.abc import Mapping, Set
+from urllib.parse import quote
+
+from millrace.engines.http_engine import HttpEngine
+from millrace.errors import EngineRefused
+from millrace.routers.base import ASK_DEADLINE, Router
+from millrace.types import GenerateRequest
+
+
+class VLLMRouter(Router):
+    """vllm-router. It passes on whatever it does not know, to one worker: a control call that came to it would reach
+    one engine of many. It knows one key for all engines, that of the caller."""
+
+    kind = "vllm"
+    affinity_header = "X-Session-ID"
+
+    async def register(self, engine: HttpEngine, *, deadline: float) -> None:
+        """It answers when the engine is healthy, and where it is not, never."""
+        try:
+            await self._http.control("POST", "/workers", {"url": engine.url}, deadline=deadline)
+        except EngineRefused:
+            if engine.url not in await self.workers():
+                raise
+        except BaseException:
+            await self.deregister(engine.url)
+            raise
+
+    async def deregister(self, url: str) -> None:
+        await self._http.control("POST", f"/remove_worker?url={quote(url, safe='')}", deadline=ASK_DEADLINE)
+
+    async def workers(self) -> Mapping[str, bool]:
+        listed = await self._http.control("GET", "/workers", deadline=ASK_DEADLINE, repeatable=True)
+        return {worker["url"]: worker["is_healthy"] for worker in listed["workers"]}
+
+    def dropped(self, request: GenerateRequest) -> Set[str]:  # noqa: ARG002
+        """Nothing of vLLM's own routes."""
+        return frozenset()

@@ -1,0 +1,109 @@
+"""What happens to fleets in the middle of rollouts and publishes, and what must hold of the samples afterwards."""
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from millrace.errors import PublishError
+from millrace.fleet.fleet import Fleet
+from millrace.launch.process import ServerProcess
+from millrace.rollout.sample import Sample, SampleStatus
+from tests.rollout.test_scheduler import embedded
+from tests.weights.faults import Source
+
+WAIT = 120.0  # seconds for any single thing to happen
+
+
+@dataclass(slots=True)
+class Run:
+    """The truth about what was published, and what was done."""
+
+    fleet: Fleet
+    draw: random.Random
+    tensors: Sequence[tuple[str, torch.Tensor]]
+    committed: set[int] = field(default_factory=lambda: {0})
+    happened: list[str] = field(default_factory=list)
+
+    def victim(self) -> str | None:
+        """Some engine that serves, as long as another is left."""
+        serving = [member.name for member in self.fleet.snapshot.members if member.routable]
+        return self.draw.choice(serving) if len(serving) > 1 else None
+
+
+def hit(run: Run, name: str, number: signal.Signals) -> int | None:
+    """Sends the signal to the engine's own process, and tells which that is. None: it has ended, be it that nobody has
+    found out yet."""
+    process = run.fleet._roster.replicas[name].process
+    assert isinstance(process, ServerProcess)
+    guard = process._process.pid
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for engine in Path(f"/proc/{guard}/task/{guard}/children").read_text().split():
+            os.kill(int(engine), number)
+            return int(engine)
+    return None
+
+
+async def kill(run: Run, name: str) -> None:
+    hit(run, name, signal.SIGKILL)
+
+
+async def stop_and_go_on(run: Run, name: str) -> None:
+    if (engine := hit(run, name, signal.SIGSTOP)) is not None:
+        await asyncio.sleep(run.draw.uniform(0.1, 1.0))  # how long it hangs is what is drawn
+        with suppress(ProcessLookupError):  # the fleet may have started it anew
+            os.kill(engine, signal.SIGCONT)
+
+
+async def cut_connections(run: Run, name: str) -> None:
+    [engine] = [one for one in embedded(run.fleet) if one.name == name]
+    await engine.inject_fault("drop_connection", count=run.draw.randint(1, 5))
+
+
+async def slow_down(run: Run, name: str) -> None:
+    [engine] = [one for one in embedded(run.fleet) if one.name == name]
+    await engine.inject_fault("slow", seconds=run.draw.uniform(0.0, 0.05))
+
+
+async def refuse_the_next_update(run: Run, name: str) -> None:
+    [engine] = [one for one in embedded(run.fleet) if one.name == name]
+    await engine.inject_fault("refuse_update", count=2)
+
+
+async def give_everything_up(run: Run, name: str) -> None:
+    await run.fleet.engines[name].abort()
+
+
+async def publish(run: Run, version: int, happens: Callable[[], object] = lambda: None) -> None:
+    """`happens` does, when half of the tensors are on their way."""
+    try:
+        await run.fleet.publish(Source(run.tensors, happens), version, deadline=20)
+    except PublishError:
+        run.happened.append(f"version {version} reached nobody")
+    run.committed.add(version)  # also where the publish failed: an engine may have got it before
+
+
+def check(run: Run, samples: Sequence[Sample], asked: Iterable[str]) -> None:
+    """Each sample that was asked for is there once, finished, and made by versions that were published."""
+    assert Counter(sample.sample_id for sample in samples) == Counter(asked), run.happened
+    for sample in samples:
+        assert sample.status is SampleStatus.FINISHED, (sample.reason, run.happened)
+        assert sample.episode is not None
+        made = sum(segment.end - segment.start for segment in sample.episode.segments)
+        assert made == int(sample.episode.loss_mask.sum())
+        assert {segment.version for segment in sample.episode.segments} <= run.committed, run.happened
+
+
+async def until_all_serve(run: Run, version: int) -> None:
+    began = time.monotonic()
+    while not all(member.routable and member.version == version for member in run.fleet.snapshot.members):
+        assert time.monotonic() < began + 2 * WAIT, (run.fleet.snapshot.describe(), run.happened)
+        await asyncio.sleep(0.05)

@@ -1,0 +1,112 @@
+"""A short list of faults on real SGLang and vLLM servers, each in the middle of rollouts."""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from millrace.config.models import SGLangEngineConfig, VLLMEngineConfig
+from millrace.fleet.journal import Outcome
+from millrace.fleet.local import open_fleet
+from millrace.rollout.problems import generate_problems
+from millrace.rollout.scheduler import RolloutScheduler
+from millrace.types import SamplingParams
+from tests.chaos.faults import WAIT, Run, check, give_everything_up, hit, kill, publish, stop_and_go_on, until_all_serve
+from tests.conformance.hold import START_TIMEOUT
+from tests.engines.processes import below, command_lines
+from tests.rollout.test_scheduler import make_runner
+
+GROUPS, SAMPLES = 12, 4  # in each round
+AT_A_TIME = 8  # requests that an engine runs; the others wait in it
+PROBLEMS = list(generate_problems(7, GROUPS))
+
+
+async def test_sglang_comes_back_and_nothing_is_lost(
+    sglang_python: Callable[[str], Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    version = "0.5.23"
+    await play(
+        SGLangEngineConfig(
+            kind="sglang",
+            device="cpu",
+            replicas=2,
+            threads=1,
+            version=version,
+            python=sglang_python(version),
+            max_running_requests=AT_A_TIME,
+            start_timeout=START_TIMEOUT,
+        ),
+        tiny_model,
+        tmp_path,
+    )
+
+
+async def test_vllm_comes_back_and_nothing_is_lost(vllm_python: Path, tiny_model: Path, tmp_path: Path) -> None:
+    await play(
+        VLLMEngineConfig(
+            kind="vllm",
+            device="cpu",
+            replicas=2,
+            threads=1,
+            python=vllm_python,
+            max_running_requests=AT_A_TIME,
+            start_timeout=START_TIMEOUT,
+        ),
+        tiny_model,
+        tmp_path,
+    )
+
+
+async def play(config: SGLangEngineConfig | VLLMEngineConfig, model_path: Path, place: Path) -> None:
+    before = below(os.getpid())
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+    async with open_fleet(config, model_path, log_dir=place, folder=place / "versions", restarts=5) as fleet:
+        run = Run(fleet, random.Random(0), tensors)
+        one, two = fleet.engines
+        # SGLang refuses ignore_eos beside the stop tokens of a chat.
+        runner = replace(make_runner(fleet, model_path), sampling=SamplingParams(24), timeout=2 * WAIT)
+        async with RolloutScheduler(runner, SAMPLES) as scheduler:
+            await in_the_middle(run, scheduler, two, partial(stop_and_go_on, run, two), partial(publish, run, 1))
+            await in_the_middle(
+                run, scheduler, one, *(partial(give_everything_up, run, name) for name in fleet.engines)
+            )
+            await in_the_middle(run, scheduler, two, partial(publish, run, 2, lambda: hit(run, two, signal.SIGKILL)))
+            assert fleet.snapshot.get(one).version == 2
+            await in_the_middle(run, scheduler, one, partial(kill, run, one))  # two is still on its way back
+            await until_all_serve(run, 2)
+        totals = fleet.journal.totals
+        assert {name: totals.restarts[name, True] for name in fleet.engines} == {one: 1, two: 1}
+        assert totals.retries[True] > 0, "nothing hit any sample"
+        print(f"{scheduler.ledger}; {totals.retries.total()} retries")
+    left = {pid: command_lines({pid}) for pid in below(os.getpid()) - before}
+    assert all("torch_shm_manager" in line for line in left.values()), left  # torch's own, as long as this process is
+
+
+async def in_the_middle(
+    run: Run, scheduler: RolloutScheduler, name: str, *happens: Callable[[], Coroutine[object, object, None]]
+) -> None:
+    """One round of rollouts. All of this happens at once when the engine `name` has ended the first of its requests,
+    and has others."""
+    asked = scheduler.ledger.asked
+    scheduler.start(((f"{asked}+{i}", problem) for i, problem in enumerate(PROBLEMS)), version=0)
+    totals = run.fleet.journal.totals
+    ended = totals.requests[name, Outcome.FINISHED]
+    async with asyncio.timeout(2 * WAIT):
+        while (
+            totals.requests[name, Outcome.FINISHED] == ended and scheduler.ledger.ended.total() < scheduler.ledger.asked
+        ):
+            await asyncio.sleep(0.01)
+        busy = run.fleet.outstanding[name] > 0
+        await asyncio.gather(*(happen() for happen in happens))
+        groups = [await scheduler.next_group() for _ in PROBLEMS]
+    samples = [sample for group in groups for sample in group.samples]
+    check(run, samples, (f"{asked}+{i}-{j}" for i in range(GROUPS) for j in range(SAMPLES)))
+    assert scheduler.ledger.ended.total() == scheduler.ledger.asked
+    assert busy

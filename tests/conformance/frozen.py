@@ -1,0 +1,34 @@
+"""A frozen fleet, as a judge's is, on a stock engine that somebody else started and that holds whatever it holds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from millrace.fleet.fleet import Fleet
+from millrace.types import Segment
+from millrace.weights.folder import folder_checksums
+from tests.conformance.adapters import greedy
+from tests.fleet.test_fleet import expected
+
+
+async def hold_a_judge_comes_back_from_its_folder(fleet: Fleet, folder: Path) -> None:
+    [started] = fleet._roster.replicas.values()
+    name, tokens = started.engine.name, expected(AutoModelForCausalLM.from_pretrained(folder))
+    judge = Fleet([replace(started, process=None)], None, frozen=True)
+    await judge.attest(folder_checksums(folder), 0, folder)
+    assert not judge.snapshot.routable
+    for turn in range(2):
+        await judge.restore(deadline=60)
+        made = await judge.generate(greedy(f"turn {turn}"), deadline=60)
+        assert (made.output_ids, made.segments) == (tokens, (Segment(0, 0, len(tokens)),))
+        await judge.sleep()
+        assert judge.snapshot.get(name).version is None
+    await judge.restore(deadline=60)
+
+    # The same as one that was started here: what it holds after its start is what it must hold for ever.
+    ours = Fleet([started], None, frozen=True)
+    await ours.attest(folder_checksums(folder), 0, folder)
+    await ours.sleep()
+    await ours.restore(deadline=60)
+    assert ours.snapshot.get(name).routable

@@ -1,0 +1,125 @@
+"""Processes that follow a fleet: each sends its own requests, and its owner alone decides how the engines stand."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from millrace.errors import EngineRefused, EngineUnreachable, NoEngineError
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.follower import Follower
+from millrace.fleet.local import open_fleet
+from millrace.fleet.membership import Phase
+from millrace.serve.owner import own
+from millrace.types import FinishReason, MemoryTag, Placement, Segment
+from tests.fleet.test_fleet import CONFIG, busy, embedded, expected, greedy, tensors
+
+KEY = "the fleet's key"
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+
+@asynccontextmanager
+async def owned(fleet: Fleet) -> AsyncIterator[str]:
+    """Where its owner answers."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        async with own(fleet.members, sock, KEY):
+            yield f"http://127.0.0.1:{port}"
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_follower_knows_what_its_owner_knows(tiny_model: Path, tmp_path: Path, model: PreTrainedModel) -> None:
+    async with (
+        open_fleet(CONFIG, tiny_model, log_dir=tmp_path, folder=tmp_path / "versions", restarts=2) as fleet,
+        owned(fleet) as url,
+    ):
+        with pytest.raises(EngineRefused, match="401.*needs the fleet's key"):
+            async with Follower.open(url, "another"):
+                pass
+        async with Follower.open(url, KEY, seed=1) as follower:
+            assert follower.snapshot.members == fleet.snapshot.members
+            assert follower.context_length == fleet.context_length
+            made = await follower.generate(greedy("mine"), deadline=20)
+            assert (made.output_ids, made.segments) == (expected(model), (Segment(0, 0, 12),))
+            assert fleet.outstanding == {"embedded-0": 0, "embedded-1": 0}
+
+            # A version is asked for before its snapshot is here.
+            waiting = asyncio.create_task(
+                follower.generate(greedy("later"), deadline=20, placement=Placement(min_version=1))
+            )
+            await fleet.publish(tensors(model, 1.5), 1)
+            assert (await waiting).segments == (Segment(1, 0, 12),)
+            await follower.reached(1, deadline=20)
+
+            # What runs when the owner puts the fleet to sleep comes back aborted, and the follower knows why.
+            for engine in embedded(fleet):
+                await engine.inject_fault("slow", seconds=0.05)
+            running = asyncio.create_task(follower.generate(greedy("cut", 200), deadline=60))
+            await busy(fleet)
+            await fleet.sleep(interrupt=True)
+            assert ((await running).finish_reason, follower.asleep) == (FinishReason.ABORT, True)
+            with pytest.raises(NoEngineError, match="asleep"):
+                await follower.generate(greedy("asleep"), deadline=0.1)
+            await fleet.wake(frozenset({MemoryTag.WEIGHTS}))
+            await fleet.publish(tensors(model), 2)
+            await fleet.wake(frozenset({MemoryTag.KV_CACHE}))
+            async with asyncio.timeout(20):
+                await follower.awake()
+            for engine in embedded(fleet):
+                await engine.inject_fault("slow", seconds=0.0)
+            made = await follower.generate(greedy("awake"), deadline=20)
+            assert (made.output_ids, made.segments) == (expected(model), (Segment(2, 0, 12),))
+
+
+async def test_an_engine_that_dies_under_a_follower_comes_back_to_it(tiny_model: Path, tmp_path: Path) -> None:
+    async with (
+        open_fleet(CONFIG, tiny_model, log_dir=tmp_path, restarts=2) as fleet,
+        owned(fleet) as url,
+        Follower.open(url, KEY) as follower,
+    ):
+        before = fleet.engines["embedded-0"].url
+        with pytest.raises(EngineUnreachable):
+            await embedded(fleet)[0].inject_fault("crash")
+        await until(lambda: follower.snapshot.get("embedded-0").phase is Phase.DEAD)
+        made = await follower.generate(greedy("elsewhere"), deadline=20)
+        assert len(made.output_ids) == 12
+        await until(lambda: len(follower.snapshot.routable) == 2)
+        assert follower.engines["embedded-0"].url == fleet.engines["embedded-0"].url != before
+        session = Placement(session="back")
+        for turn in range(4):
+            await follower.generate(greedy(f"back/{turn}"), deadline=20, placement=session)
+
+
+async def test_a_follower_goes_on_while_its_owner_is_silent(tiny_model: Path, tmp_path: Path) -> None:
+    async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path) as fleet:
+        async with owned(fleet) as url:
+            following = Follower.open(url, KEY)
+            follower = await following.__aenter__()
+        try:
+            session = Placement(session="one")
+            made = await follower.generate(greedy("alone"), deadline=20, placement=session)
+            assert len(made.output_ids) == 12
+            # The engine that dies gets nothing more, though nobody says so.
+            [home] = [name for name in follower.engines if follower.journal.totals.output_tokens[name]]
+            [victim] = [engine for engine in embedded(fleet) if engine.name == home]
+            with pytest.raises(EngineUnreachable):
+                await victim.inject_fault("crash")
+            with pytest.raises(EngineUnreachable):
+                await follower.generate(greedy("dies"), deadline=20, placement=session)
+            assert follower.snapshot.get(home).phase is Phase.SUSPECT
+            assert len((await follower.generate(greedy("again"), deadline=20, placement=session)).output_ids) == 12
+        finally:
+            await following.__aexit__(None, None, None)

@@ -1,0 +1,170 @@
+"""Who gets a request: a pure policy over a snapshot, told apart from the engines."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.fleet import routing
+from millrace.fleet.membership import Attested, Died, Event, Leaving, Member, Slept, Snapshot, Struck, after
+from millrace.fleet.routing import BLOCK_TOKENS, SPILL, Choice, Router, Why, prompt_blocks
+from millrace.types import ANYWHERE, GenerateRequest, Placement, SamplingParams
+
+events: st.SearchStrategy[Event] = st.one_of(
+    st.builds(Attested, st.integers(0, 5)),
+    st.builds(Slept),
+    st.builds(Struck, st.just("it broke off"), st.just(3)),
+    st.builds(Leaving),
+    st.builds(Died, st.just("killed by SIGKILL")),
+)
+placements = st.builds(
+    Placement,
+    session=st.none() | st.sampled_from("xyz"),
+    group=st.none() | st.sampled_from("gh"),
+    min_version=st.none() | st.integers(0, 5),
+    exact_version=st.none() | st.integers(0, 5),
+)
+prompts = st.builds(lambda start, length: tuple(range(start, start + length)), st.integers(0, 2), st.integers(1, 300))
+
+
+def members(count: int, version: int = 1) -> Snapshot:
+    new = (Member(f"e{i}", f"http://e{i}") for i in range(count))
+    return Snapshot(0, tuple(after(member, Attested(version)) for member in new))
+
+
+def asked(prompt: tuple[int, ...] = (1, 2, 3), *, room: int = 100) -> GenerateRequest:
+    return GenerateRequest("r", prompt, SamplingParams(max_new_tokens=room))
+
+
+def long(first: int, blocks: int) -> tuple[int, ...]:
+    return tuple(range(first, first + blocks * BLOCK_TOKENS))
+
+
+@given(
+    st.lists(st.tuples(st.lists(events, max_size=3), st.integers(0, 500)), max_size=5),
+    st.lists(st.tuples(placements, prompts), min_size=1, max_size=8),
+    st.integers(0, 3),
+)
+def test_only_who_may_serve_is_chosen_and_the_same_one_each_time(
+    fleet: list[tuple[list[Event], int]], requests: list[tuple[Placement, tuple[int, ...]]], seed: int
+) -> None:
+    known = []
+    for i, (history, _) in enumerate(fleet):
+        member = Member(f"e{i}", f"http://e{i}")
+        for event in [Attested(1), *history]:
+            member = after(member, event)
+        known.append(member)
+    outstanding = {f"e{i}": load for i, (_, load) in enumerate(fleet)}
+    one, same = Router(seed), Router(seed)
+    for placement, prompt in requests:
+        request = asked(prompt)
+        choice = one.choose(Snapshot(0, tuple(known)), outstanding, request, placement)
+        assert choice == same.choose(Snapshot(9, tuple(reversed(known))), outstanding, request, placement)
+        able = [member for member in known if member.routable and placement.admits(member.version)]
+        assert (choice is None) == (not able)
+        if choice is None:
+            continue
+        [chosen] = [member for member in able if member.name == choice.engine]
+        least = min(outstanding[member.name] for member in able)
+        need = len(prompt) + request.sampling.max_new_tokens
+        assert outstanding[chosen.name] + need <= SPILL * (least + need)
+        if choice.why in (Why.LEAST_LOADED, Why.SPILL):
+            assert outstanding[chosen.name] == least
+
+
+@given(st.integers(2, 8), st.integers(1, 30), st.integers(0, 5))
+def test_without_affinity_the_load_is_even(engines: int, requests: int, seed: int) -> None:
+    router, snapshot, outstanding = Router(seed), members(engines), Counter[str]()
+    for _ in range(requests):
+        choice = router.choose(snapshot, outstanding, asked())
+        assert choice is not None
+        outstanding[choice.engine] += 103
+    loads = [outstanding[member.name] for member in snapshot.members]
+    assert max(loads) - min(loads) <= 103
+
+
+def test_ranks_with_other_seeds_begin_with_other_engines() -> None:
+    snapshot = members(8)
+    first = {Router(seed).choose(snapshot, Counter(), asked()) for seed in range(20)}
+    assert len(first) > 3
+
+
+def test_a_session_stays_where_it_was_and_goes_when_that_is_overloaded() -> None:
+    router, snapshot, session = Router(), members(3), Placement(session="s")
+    first = router.choose(snapshot, Counter(), asked(), session)
+    assert first is not None
+    assert first.why is Why.LEAST_LOADED
+    home = first.engine
+    loads = dict.fromkeys(snapshot.routable, 90) | {home: 200}
+    assert router.choose(snapshot, loads, asked(), session) == Choice(home, Why.SESSION)
+    loads[home] = 500
+    other = router.choose(snapshot, loads, asked(), session)
+    assert other is not None
+    assert (other.why, other.engine != home) == (Why.SPILL, True)
+    assert router.choose(snapshot, {**loads, home: 90}, asked(), session) == Choice(other.engine, Why.SESSION)
+
+
+def test_the_samples_of_a_group_go_together_and_their_turns_apart() -> None:
+    router, snapshot = Router(), members(2)
+    first = router.choose(snapshot, Counter(), asked(), Placement("s0", "g"))
+    assert first is not None
+    [other] = snapshot.routable.keys() - {first.engine}
+    assert router.choose(snapshot, Counter(), asked(), Placement("s1", "g")) == Choice(first.engine, Why.GROUP)
+    spilt = router.choose(snapshot, {first.engine: 1000, other: 0}, asked(), Placement("s2", "g"))
+    assert spilt == Choice(other, Why.SPILL)
+    # The next turn of the first sample does not take the group back with it.
+    assert router.choose(snapshot, Counter(), asked(), Placement("s0", "g")) == Choice(first.engine, Why.SESSION)
+    assert router.choose(snapshot, Counter(), asked(), Placement("s3", "g")) == Choice(other, Why.GROUP)
+
+
+def test_the_longest_known_prefix_wins_if_it_is_most_of_the_prompt() -> None:
+    router, snapshot = Router(), members(3)
+    loads = Counter(dict.fromkeys(snapshot.routable, 0))
+    short = router.choose(snapshot, loads, asked(long(0, 2)))
+    assert short is not None
+    loads[short.engine] = 10  # so that the next goes elsewhere
+    longer = router.choose(snapshot, loads, asked((*long(0, 1), *long(5000, 5))))
+    assert longer is not None
+    assert longer.engine != short.engine
+    loads[longer.engine] = 20
+    assert router.choose(snapshot, loads, asked((*long(0, 1), *long(5000, 6)))) == Choice(longer.engine, Why.PREFIX)
+    assert router.choose(snapshot, loads, asked(long(0, 3))) == Choice(short.engine, Why.PREFIX)
+    rest = router.choose(snapshot, loads, asked(long(0, 40)))
+    assert rest is not None
+    assert rest.why is Why.LEAST_LOADED
+
+
+@pytest.mark.parametrize("placement", [Placement(session="s"), Placement(group="g"), ANYWHERE])
+def test_what_an_engine_has_lost_draws_nobody(placement: Placement) -> None:
+    router, snapshot = Router(), members(2)
+    first = router.choose(snapshot, Counter(), asked(long(0, 2)), placement)
+    assert first is not None
+    again = router.choose(snapshot, Counter({first.engine: 50}), asked(long(0, 2)), placement)
+    assert again is not None
+    assert again.engine == first.engine
+    router.forget(first.engine)
+    after_that = router.choose(snapshot, Counter({first.engine: 50}), asked(long(0, 2)), placement)
+    assert after_that is not None
+    assert after_that.engine != first.engine
+
+
+@given(st.lists(st.integers(0, 3), max_size=400), st.integers(0, 400))
+def test_prompts_share_as_many_blocks_as_they_share_tokens(tokens: list[int], cut: int) -> None:
+    whole = prompt_blocks(tuple(tokens))
+    assert len(whole) == len(tokens) // BLOCK_TOKENS
+    part = prompt_blocks((*tokens[:cut], *([9] * max(0, len(tokens) - cut))))
+    common = min(cut, len(tokens)) // BLOCK_TOKENS
+    assert part[:common] == whole[:common]
+    assert not set(part[common:]) & set(whole[common:])
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "MOST_HOMES", 4)
+    monkeypatch.setattr(routing, "MOST_BLOCKS", 6)
+    router, snapshot = Router(), members(2)
+    for number in range(20):
+        router.choose(snapshot, Counter(), asked(long(1000 * number, 2)), Placement(str(number), str(number // 2)))
+    assert len(router._homes) == 4
+    assert len(router._blocks) == 6
+    assert router.choose(snapshot, Counter({"e0": 9}), asked(), Placement("19")) is not None

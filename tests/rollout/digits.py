@@ -1,0 +1,23 @@
+"""A judge that says numbers, which depend on what it is asked."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from millrace.config.models import TinyModelConfig
+from millrace.rollout.chat import load_prompt_format
+from millrace.train.tiny import make_tiny_model
+
+
+def make_judge_model(folder: Path) -> None:
+    """From random weights: digits are likely, and what was read before outweighs the last token."""
+    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 7, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    digits = load_prompt_format(str(folder)).tokenizer.convert_tokens_to_ids(list("0123456789"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[digits] *= 3
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 100
+            layer.mlp.down_proj.weight *= 100
+    model.save_pretrained(folder)

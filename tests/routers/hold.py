@@ -1,0 +1,56 @@
+"""A router before a stock engine, on the server that other tests have started."""
+
+import asyncio
+from functools import partial
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from millrace.config.routers import SGLangRouterConfig, VLLMRouterConfig
+from millrace.engines.stock.engine import StockEngine
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.journal import Outcome
+from millrace.fleet.proxy import Proxy
+from millrace.routers.start import start_router
+from millrace.types import FinishReason, Placement
+from tests.conformance.adapters import greedy
+from tests.fleet.test_fleet import expected
+
+
+async def hold_a_router_before_it(
+    fleet: Fleet, tiny_model: Path, config: SGLangRouterConfig | VLLMRouterConfig, log_dir: Path, version: int
+) -> None:
+    """Answers are those of the engine itself, a publish ends none, and what nobody waits for is aborted."""
+    [engine] = fleet.engines.values()
+    assert isinstance(engine, StockEngine)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+    await fleet.publish(tensors, version)
+    start = partial(start_router, config, log_dir=log_dir, engine_key=engine.api_key if config.kind == "vllm" else None)
+    by_router = (f"{config.kind}-router", Outcome.FINISHED)
+    async with Proxy.open(fleet.members, fleet.journal, start, fallback=False, restarts=0) as fleet.proxy:
+        try:
+            for number in range(2):
+                made = await fleet.generate(greedy(f"by{number}"), deadline=60, placement=Placement(session="one"))
+                assert made.output_ids == expected(model)
+                assert [segment.version for segment in made.segments] == [version]
+            assert fleet.journal.totals.requests[by_router] == 2
+            across = asyncio.create_task(fleet.generate(greedy("across", 200), deadline=120))
+            while not (await engine.loads()).running_requests:
+                await asyncio.sleep(0)
+            waits = asyncio.create_task(fleet.publish(tensors, version + 1))
+            made = await across
+            await waits
+            assert made.finish_reason is FinishReason.LENGTH
+            assert made.request_id == "across"
+            assert (len(made.output_ids), len(made.logprobs)) == (200, 200)
+            assert [segment.version for segment in made.segments] == [version, version + 1]
+            given_up = asyncio.create_task(fleet.generate(greedy("given-up", 200), deadline=120))
+            while not (await engine.loads()).running_requests:
+                await asyncio.sleep(0)
+            given_up.cancel()
+            await asyncio.gather(given_up, return_exceptions=True)
+            await engine.flush_cache(deadline=1.0)  # refused while anything runs
+            assert not (await engine.loads()).running_requests
+        finally:
+            fleet.proxy = None

@@ -1,0 +1,290 @@
+"""The real sglang-router before real embedded engines."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from millrace.config.routers import SGLangRouterConfig, VLLMRouterConfig
+from millrace.engines.embedded.adapter import EmbeddedEngine
+from millrace.errors import ConfigError, EngineRefused, EngineUnreachable, LaunchError, NoEngineError
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.journal import Journal, Outcome
+from millrace.fleet.local import open_fleet
+from millrace.fleet.membership import Attested
+from millrace.fleet.proxy import Proxy
+from millrace.fleet.roster import Roster
+from millrace.launch.ports import free_port
+from millrace.routers.base import Router
+from millrace.routers.start import ROUTER_KEY, StartedRouter, start_router
+from millrace.types import ANYWHERE, FinishReason, GenerateRequest, Generation, MemoryTag, Placement, SamplingParams
+from tests.engines.processes import below, command_lines
+from tests.fleet.test_fleet import (
+    CONFIG,
+    busy,
+    embedded,
+    expected,
+    following,
+    greedy,
+    idle,
+    running,
+    slow_down,
+    tensors,
+)
+
+ROUTER = SGLangRouterConfig(kind="sglang")
+BY_ROUTER = ("sglang-router", Outcome.FINISHED)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed(router_python: Callable[[str], Path]) -> None:
+    router_python("sglang")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
+    logs = tmp_path_factory.mktemp("logs")
+    async with open_fleet(
+        CONFIG, tiny_model, log_dir=logs, folder=logs / "versions", router=ROUTER, restarts=3
+    ) as fleet:
+        yield fleet
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def fleet(shared_fleet: Fleet) -> AsyncIterator[Fleet]:
+    await until_listed(shared_fleet, 2)
+    yield shared_fleet
+    await slow_down(shared_fleet, 0.0)
+    await shared_fleet.members.until(lambda: len(shared_fleet.snapshot.routable) == 2, 30)
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+
+def router_of(fleet: Fleet) -> Router:
+    assert fleet.proxy is not None
+    return fleet.proxy.router
+
+
+async def until_listed(fleet: Fleet, count: int) -> None:
+    """Returns when the router sends requests to so many engines, and the fleet knows it."""
+    assert fleet.proxy is not None
+    async with asyncio.timeout(30):
+        while not (fleet.proxy.serving and len(fleet.proxy.engines) == count):
+            await asyncio.sleep(0.02)
+
+
+async def test_a_request_goes_by_the_router_and_its_tokens_are_the_models(fleet: Fleet, model: PreTrainedModel) -> None:
+    before = fleet.journal.totals.requests[BY_ROUTER]
+    made = await fleet.generate(greedy("one"), deadline=20)
+    assert made.request_id == "one"
+    assert made.output_ids == expected(model)
+    assert len(made.logprobs) == 12
+    assert [segment.version for segment in made.segments] == [0]
+    assert fleet.journal.totals.requests[BY_ROUTER] == before + 1
+
+
+async def test_sessions_stay_where_they_are_and_are_spread(fleet: Fleet) -> None:
+    await slow_down(fleet, 0.05)
+
+    async def ask(placement: Placement, count: int, name: str) -> list[asyncio.Task[object]]:
+        tasks: list[asyncio.Task[object]] = []
+        for i in range(count):
+            tasks.append(
+                asyncio.create_task(fleet.generate(greedy(f"{name}{i}", 200), deadline=60, placement=placement))
+            )
+            async with asyncio.timeout(10):
+                while sum(await running(fleet)) < len(tasks):
+                    await asyncio.sleep(0.01)
+        return tasks
+
+    tasks = await ask(Placement(session="s"), 4, "same")
+    assert sorted(await running(fleet)) == [0, 4]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await idle(fleet)
+    tasks = [
+        asyncio.create_task(fleet.generate(greedy(f"other{i}", 200), deadline=60, placement=Placement(group=str(i))))
+        for i in range(6)
+    ]
+    async with asyncio.timeout(10):
+        while sum(await running(fleet)) < 6:
+            await asyncio.sleep(0.01)
+    assert min(await running(fleet)) >= 2
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_what_nobody_waits_for_is_aborted_on_the_engine(fleet: Fleet) -> None:
+    await slow_down(fleet, 0.05)
+    asked = asyncio.create_task(fleet.generate(greedy("given-up", 200), deadline=60))
+    await busy(fleet)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    await idle(fleet)
+
+
+async def test_who_sleeps_stands_in_no_list(fleet: Fleet, model: PreTrainedModel) -> None:
+    version = following(fleet)
+    await fleet.sleep()
+    async with asyncio.timeout(10):
+        while await router_of(fleet).workers():
+            await asyncio.sleep(0.01)
+    asked = asyncio.create_task(fleet.generate(greedy("waits"), deadline=30))
+    await fleet.wake(frozenset({MemoryTag.WEIGHTS}))
+    await fleet.publish(tensors(model), version)
+    await fleet.wake(frozenset({MemoryTag.KV_CACHE}))
+    assert [segment.version for segment in (await asked).segments] == [version]
+    await until_listed(fleet, 2)
+
+
+async def test_a_publish_does_not_end_what_runs_by_the_router(fleet: Fleet, model: PreTrainedModel) -> None:
+    version = following(fleet)
+    await slow_down(fleet, 0.05)
+    asked = asyncio.create_task(fleet.generate(greedy("across", 40), deadline=60))
+    await busy(fleet)
+    await fleet.publish(tensors(model), version)
+    made = await asked
+    assert made.finish_reason is FinishReason.LENGTH
+    assert [segment.version for segment in made.segments] == [version - 1, version]
+
+
+async def test_what_not_every_engine_may_serve_goes_straight(fleet: Fleet) -> None:
+    served, first = following(fleet) - 1, embedded(fleet)[0].name
+    roster = fleet.members
+    assert isinstance(roster, Roster)
+    await roster.apply(first, Attested(served + 1))
+    try:
+        for placement, straight in (
+            (Placement(exact_version=served + 1), True),
+            (Placement(min_version=served), False),
+        ):
+            before = fleet.journal.totals.requests[first, Outcome.FINISHED]
+            await fleet.generate(greedy("exact"), deadline=20, placement=placement)
+            assert (fleet.journal.totals.requests[first, Outcome.FINISHED] > before) is straight
+    finally:
+        await roster.apply(first, Attested(served))
+
+
+@pytest.mark.parametrize(
+    ("extra", "field"),
+    [({"return_routed_experts": True}, "return_routed_experts"),
+     ({"sampling_params": {"logit_bias": {"1": 1.0}}}, "sampling_params.logit_bias")],
+)  # fmt: skip
+async def test_what_the_router_would_drop_is_refused(fleet: Fleet, extra: dict[str, object], field: str) -> None:
+    request = GenerateRequest("lost", (5, 6), SamplingParams(2), extra)
+    with pytest.raises(EngineRefused, match=f"would drop extra.{field} without a word"):
+        await fleet.generate(request, deadline=20)
+
+
+async def test_an_engine_that_dies_is_taken_off_and_comes_back(fleet: Fleet) -> None:
+    first = embedded(fleet)[0]
+    with pytest.raises(EngineUnreachable):
+        await first.inject_fault("crash")
+    async with asyncio.timeout(10):
+        while first.url in await router_of(fleet).workers():
+            await asyncio.sleep(0.01)
+    assert (await fleet.generate(greedy("after"), deadline=20)).finish_reason is FinishReason.LENGTH
+    await fleet.members.until(lambda: len(fleet.snapshot.routable) == 2, 60)
+    await until_listed(fleet, 2)
+    assert first.url not in await router_of(fleet).workers()
+
+
+async def test_requests_go_straight_while_the_router_is_dead(fleet: Fleet, model: PreTrainedModel) -> None:
+    await slow_down(fleet, 0.05)
+    url = router_of(fleet).url
+    asked = asyncio.create_task(fleet.generate(greedy("cut-off", 200), deadline=60))
+    await busy(fleet)
+    [pid] = [pid for pid in below(os.getpid()) if "sglang::router" in command_lines({pid})]  # what it calls itself
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineUnreachable, match="sglang-router"):
+        await asked
+    await idle(fleet)
+    await slow_down(fleet, 0.0)
+    before = fleet.journal.totals.requests[BY_ROUTER]
+    assert (await fleet.generate(greedy("straight"), deadline=20)).output_ids == expected(model)
+    assert fleet.journal.totals.requests[BY_ROUTER] == before
+    await until_listed(fleet, 2)
+    assert router_of(fleet).url != url
+    assert (await fleet.generate(greedy("again"), deadline=20)).output_ids == expected(model)
+    assert fleet.journal.totals.requests[BY_ROUTER] == before + 1
+    kinds = [entry.kind for entry in fleet.journal.newest if entry.engine == "sglang-router"]
+    assert kinds[kinds.index("router_down") :].count("router_up") == 1
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def other_router(tmp_path: Path) -> AsyncIterator[StartedRouter]:
+    started = await start_router(ROUTER, log_dir=tmp_path)
+    yield started
+    await started.end()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def stranger() -> AsyncIterator[str]:
+    """The URL of a worker that is none of the fleet's engines."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response({})
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    port = free_port("127.0.0.1")
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    yield f"http://127.0.0.1:{port}"
+    await runner.cleanup()
+
+
+async def test_one_that_somebody_else_started(
+    other_router: StartedRouter, stranger: str, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = other_router.router
+    assert other_router.process is not None
+    monkeypatch.setenv(ROUTER_KEY, router.key or "")
+    await router.register(EmbeddedEngine("stranger", stranger), deadline=20)
+    config = SGLangRouterConfig(kind="sglang", url=router.url, fallback="none")
+    attach = partial(start_router, config, log_dir=tmp_path)
+
+    async def straight(request: GenerateRequest, placement: Placement, deadline: float) -> Generation:
+        raise AssertionError(f"{request.request_id} went straight, {placement}, {deadline}")
+
+    with Journal() as journal:
+        async with Proxy.open(fleet.members, journal, attach, fallback=False, restarts=0) as proxy:
+            await proxy.generate(greedy("alone"), ANYWHERE, deadline=20, direct=straight)
+            assert journal.totals.requests[BY_ROUTER] == 1
+            async with asyncio.timeout(10):
+                while len(listed := await router.workers()) < 2:
+                    await asyncio.sleep(0.02)
+            assert listed.keys() == {engine.url for engine in embedded(fleet)}
+        assert not await router.workers()
+        async with Proxy.open(fleet.members, journal, attach, fallback=False, restarts=0) as proxy:
+            await other_router.process.end()
+            with pytest.raises(NoEngineError, match="sglang-router can't be used: .*router.fallback: direct"):
+                await proxy.generate(greedy("nobody"), ANYWHERE, deadline=1, direct=straight)
+
+
+async def test_a_router_that_can_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="unrecognized arguments: --no-such-thing"):
+        await start_router(SGLangRouterConfig(kind="sglang", args={"no_such_thing": True}), log_dir=tmp_path)
+    with pytest.raises(LaunchError, match="no sglang-router answers at http://127.0.0.1:9"):
+        await start_router(SGLangRouterConfig(kind="sglang", url="http://127.0.0.1:9"), log_dir=tmp_path)
+
+
+async def test_engines_that_it_would_not_serve_whole(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="router vllm drops a part of what embedded engines are asked; take sglang"):
+        async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path, router=VLLMRouterConfig(kind="vllm")):
+            pass

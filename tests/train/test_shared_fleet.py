@@ -1,0 +1,59 @@
+"""`millrace train` under torchrun: two ranks, one fleet, and each rank's requests its own."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tests.torchrun import torchrun
+
+CONFIG = """\
+name: run
+model: {{kind: pretrained, path: {model}}}
+engine: {{kind: embedded, replicas: 2, threads: 1}}
+data: {{kind: generated, seed: 1, problems: 64}}
+rollout: {{groups_per_step: 4, samples_per_group: 2, max_turns: 2, max_turn_tokens: 16, max_sample_tokens: 160}}
+train: {{steps: 2, lr: 1e-3, threads: 1}}
+evaluation: {{data: {{kind: generated, seed: 3, problems: 6}}, every: 1000}}
+checkpoint: {{every: 1}}
+"""
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def check(run: Path, steps: int) -> None:
+    """Each step trained on two groups of each rank, fresh enough, and no sample came twice."""
+    metrics = lines(run / "metrics.jsonl")
+    assert [step["samples_finished"] for step in metrics] == [0] + [8] * steps
+    assert [step["weight_version"] for step in metrics] == list(range(1, steps + 2))
+    seen: Counter[str] = Counter()
+    for rank, name in ((0, "samples.jsonl"), (1, "samples-1.jsonl")):
+        samples = lines(run / name)
+        assert Counter(sample["step"] for sample in samples) == dict.fromkeys(range(1, steps + 1), 4)
+        assert {sample["status"] for sample in samples} == {"finished"}
+        assert all(sample["sample"].startswith(f"rank{rank}-") for sample in samples)
+        seen.update(sample["sample"] for sample in samples)
+        for sample in samples[:8]:  # of mode hybrid: all by what was published before the step
+            assert {version for version, _, _ in sample["segments"]} == {sample["step"]}
+    assert set(seen.values()) == {1}
+    problems = [{sample["problem"] for sample in lines(run / name)} for name in ("samples.jsonl", "samples-1.jsonl")]
+    assert not problems[0] & problems[1]
+
+
+def test_two_ranks_send_their_own_requests_and_go_on_from_their_checkpoint(tmp_path: Path, tiny_model: Path) -> None:
+    (config := tmp_path / "run.yaml").write_text(CONFIG.format(model=tiny_model))
+    said = torchrun("-m", "millrace", "train", str(config), f"output_dir={tmp_path}")
+    run = tmp_path / "run"
+    check(run, 2)
+    assert "16 samples asked for: 16 finished" in said
+    # What rank 1 asked the engines it asked itself: rank 0 knows nothing of it.
+    for name, asked in (("events.jsonl", 14), ("events-1.jsonl", 14)):
+        requests = [event for event in lines(run / name) if event["kind"] == "request"]
+        assert len(requests) >= asked
+        assert {event["outcome"] for event in requests} == {"finished"}
+    more = ("train.steps=3", "mode=standalone", "--resume")
+    torchrun("-m", "millrace", "train", str(config), f"output_dir={tmp_path}", *more)
+    check(run, 3)
