@@ -1,0 +1,162 @@
+"""What a step costs that waits for nobody: wall time of the same number of steps, on a load with a long tail.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.pace [--engines 2] [--steps 8] [--repeats 3]
+
+Each step takes 8 groups of 4 samples; the lengths of samples are drawn, few of them long. A training step is stood in
+for by a wait, as it leaves the engines' hardware alone, and is followed by a publish. In turns:
+
+- barrier: a step starts its groups, waits for all of them, trains, and publishes (on-policy);
+- over-sampling: it starts half as many groups more, takes the first complete, and gives up the rest (on-policy);
+- pace: engines generate on while the trainer trains, at most one version ahead (`max_staleness` 1).
+
+The floor is the engines' work alone: all samples of all steps at once, without a trainer.
+"""
+
+import argparse
+import asyncio
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoModelForCausalLM
+
+from benchmarks.routing import VOCAB, make_model
+from millrace.config import EmbeddedEngineConfig
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.local import open_fleet
+from millrace.rollout.sample import Episode, EpisodeEnd, Problem, Sample, SampleStatus
+from millrace.rollout.scheduler import RolloutScheduler
+from millrace.rollout.supply import Pace, Supply
+from millrace.types import GenerateRequest, Placement, SamplingParams
+
+GROUPS, SAMPLES = 8, 4
+PROMPT = 64  # tokens
+TRAINING = 2.0  # seconds
+PROBLEMS = [Problem(str(i), str(i), str(i)) for i in range(1024)]
+PACES = {
+    "barrier": Pace(GROUPS, SAMPLES),
+    "over-sampling": Pace(GROUPS, SAMPLES, extra=GROUPS // 2),
+    "pace": Pace(GROUPS, SAMPLES, max_staleness=1, ahead=1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LongTail:
+    """A runner whose samples are one turn each, of a drawn length."""
+
+    fleet: Fleet
+
+    async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
+        draw = random.Random(sample_id)
+        prompt = tuple(random.Random(group_id).randrange(VOCAB) for _ in range(PROMPT))
+        length = min(1024, max(16, int(draw.lognormvariate(4.2, 0.9))))
+        request = GenerateRequest(sample_id, prompt, SamplingParams(length, ignore_eos=True))
+        made = await self.fleet.generate(request, deadline=600.0, placement=Placement(sample_id, group_id))
+        tokens = prompt + made.output_ids
+        episode = Episode(
+            tokens,
+            np.arange(len(tokens)) >= PROMPT,
+            np.concatenate([np.zeros(PROMPT, np.float32), made.logprobs]),
+            made.segments,
+            turns=1,
+            end=EpisodeEnd.ANSWERED,
+        )
+        return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, float(draw.random() < 0.5))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`tokens`: that were trained on. `waited`: seconds in which the trainer had nothing to do."""
+
+    seconds: float
+    tokens: int
+    waited: float
+    staleness: float
+
+
+class Publisher:
+    """Publishes the model's own weights again, as the next version."""
+
+    def __init__(self, fleet: Fleet, model: Path) -> None:
+        self.fleet, self.version = fleet, 0
+        loaded = AutoModelForCausalLM.from_pretrained(model)
+        self.tensors = [(name, parameter.detach()) for name, parameter in loaded.named_parameters()]
+
+    async def publish(self) -> None:
+        self.version += 1
+        await self.fleet.publish(self.tensors, self.version)
+
+
+async def run(publisher: Publisher, pace: Pace, steps: int) -> Result:
+    runner, tokens, waited, lags = LongTail(publisher.fleet), 0, 0.0, list[int]()
+    started = time.monotonic()
+    async with RolloutScheduler(runner, SAMPLES) as scheduler:
+        supply = Supply(scheduler, PROBLEMS, pace, seed=0, position=0, version=publisher.version)
+        for _ in range(steps):
+            asked = time.monotonic()
+            taken = await supply.take(publisher.version, lambda _: None)
+            waited += time.monotonic() - asked
+            supply.give_up_old(publisher.version + 1)
+            for sample in taken.samples:
+                assert sample.episode is not None
+                assert sample.oldest_version is not None
+                tokens += int(sample.episode.loss_mask.sum())
+                lags.append(publisher.version - sample.oldest_version)
+            await asyncio.sleep(TRAINING)  # the trainer's hardware works
+            await publisher.publish()
+            if pace.ahead:
+                supply.top_up(publisher.version)
+        seconds = time.monotonic() - started
+    return Result(seconds, tokens, waited, statistics.mean(lags))
+
+
+async def floor(publisher: Publisher, steps: int) -> float:
+    started = time.monotonic()
+    async with RolloutScheduler(LongTail(publisher.fleet), SAMPLES) as scheduler:
+        scheduler.start(((str(i), problem) for i, problem in enumerate(PROBLEMS[: GROUPS * steps])), version=0)
+        for _ in range(GROUPS * steps):
+            await scheduler.next_group()
+    return time.monotonic() - started
+
+
+async def compare(engines: int, steps: int, repeats: int) -> None:
+    results: dict[str, list[Result]] = {name: [] for name in PACES}
+    floors = []
+    with tempfile.TemporaryDirectory() as place:
+        make_model(model := Path(place) / "model")
+        config = EmbeddedEngineConfig(kind="embedded", replicas=engines, threads=1)
+        async with open_fleet(config, model, log_dir=Path(place)) as fleet:
+            publisher = Publisher(fleet, model)
+            for _ in range(repeats):
+                floors.append(await floor(publisher, steps))
+                for name, pace in PACES.items():
+                    results[name].append(await run(publisher, pace, steps))
+    print(f"{steps} steps of {GROUPS} groups of {SAMPLES}, {engines} embedded engines, medians of {repeats}")
+    print(f"floor: the engines' work alone {statistics.median(floors):.1f} s; training {steps * TRAINING:.1f} s")
+    best = statistics.median(result.seconds for result in results["pace"])
+    for name, rounds in results.items():
+        seconds = statistics.median(one.seconds for one in rounds)
+        rate = statistics.median(one.tokens / one.seconds for one in rounds)
+        waited = statistics.median(one.waited for one in rounds)
+        lag = statistics.mean(one.staleness for one in rounds)
+        print(
+            f"{name:<14} {seconds:6.1f} s ({seconds / best:.2f} of pace), the trainer waited {waited:5.1f} s, "
+            f"{rate:6.0f} trained tokens/s, staleness {lag:.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    asyncio.run(compare(given.engines, given.steps, given.repeats))
+
+
+if __name__ == "__main__":
+    main()
