@@ -13,7 +13,7 @@ from millrace.errors import CheckpointError
 from millrace.train.batch import TrainSample, supervised_sample
 from millrace.train.checkpoint import export, latest, load, save
 from millrace.train.trainer import Trainer, TrainingError
-from millrace.train.world import World, join_world
+from millrace.train.world import World, end_rank, join_world
 from tests.train.small_models import make_config, make_samples, make_trainer, same, weights
 
 CONFIG = make_config(loss=LossConfig(kl_coefficient=0.2, average="sequence"), gradient_checkpointing=True)
@@ -87,6 +87,7 @@ def main() -> None:
         export(trainer.policy, out / "export")
         results |= fail(world, trainer, out)
         torch.save(results, out / f"rank-{world.rank}.pt")
+    end_rank()
 
 
 if __name__ == "__main__":

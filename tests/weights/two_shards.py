@@ -17,6 +17,7 @@ from millrace.checksum import tensor_checksum
 from millrace.config import EmbeddedEngineConfig
 from millrace.errors import PublishError
 from millrace.fleet.local import open_fleet
+from millrace.train.world import end_rank
 from millrace.weights.sharded import LedTensors, ShardedTensors, follow, leading
 
 
@@ -67,6 +68,7 @@ def main() -> None:
     else:
         follow(sharded)
     dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

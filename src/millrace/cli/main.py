@@ -72,6 +72,7 @@ def train(
         from millrace.train.experiment import how_to_go_on
         from millrace.train.experiment import train as run_training
         from millrace.train.summary import print_summary
+        from millrace.train.world import end_rank
     transformers_logging.disable_progress_bar()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun rank 0 speaks for all
     with (
@@ -85,6 +86,7 @@ def train(
         )
     if summary is not None:
         print_summary(summary, console)
+    end_rank()
 
 
 def main() -> None:
