@@ -8,15 +8,25 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from millrace.config.models import EngineArgument
+from millrace.engines.base import Engine
 from millrace.engines.stock.engine import StockEngine
 from millrace.fleet.fleet import Fleet
-from millrace.types import GenerateRequest, SamplingParams, Segment
+from millrace.types import GenerateRequest, Generation, SamplingParams, Segment
 from tests.adapters import CONFIG, adapter, merged
 from tests.fleet.test_fleet import expected
 
 # Of the command line that starts a server for adapters. SGLang also asks for the modules.
 WITH_ADAPTERS: Mapping[str, EngineArgument] = {"enable_lora": True, "max_lora_rank": 8}
 MODULES: EngineArgument = list(CONFIG.target_modules)
+
+
+LONG = 800  # tokens; a generation that a publish meets in the middle
+
+
+async def until_running(engine: Engine, task: "asyncio.Task[Generation]") -> None:
+    """Waits until the engine is seen at work on the generation. Fails where it ended before."""
+    while not (await engine.loads()).running_requests:
+        assert not task.done(), "it ended before it was seen"
 
 
 def greedy(name: str, tokens: int = 12) -> GenerateRequest:
@@ -30,24 +40,22 @@ async def hold_publishes_over_whole_versions(fleet: Fleet, tiny_model: Path) -> 
     first, second = adapter(model, 1), adapter(model, 2)
     version = 1000
     await fleet.publish([(name, parameter.detach()) for name, parameter in model.named_parameters()], version)
-    base = asyncio.create_task(fleet.generate(greedy("base", 150), deadline=120))
-    while not (await engine.loads()).running_requests:
-        await asyncio.sleep(0)
+    base = asyncio.create_task(fleet.generate(greedy("base", LONG), deadline=120))
+    await until_running(engine, base)
     report = await fleet.publish_adapter(first, version + 1, config=CONFIG)
     assert not report.failed
-    running = asyncio.create_task(fleet.generate(greedy("running", 150), deadline=120))
-    while (await engine.loads()).running_requests + base.done() < 2:
+    running = asyncio.create_task(fleet.generate(greedy("running", LONG), deadline=120))
+    while (await engine.loads()).running_requests + base.done() + running.done() < 2:
         await asyncio.sleep(0)
     await fleet.publish_adapter(second, version + 2, config=CONFIG)
     after = await fleet.generate(greedy("after"), deadline=120)
     assert (after.output_ids, after.segments) == (expected(merged(model, second)), (Segment(version + 2, 0, 12),))
-    assert (await base).segments == (Segment(version, 0, 150),)
+    assert (await base).segments == (Segment(version, 0, LONG),)
     assert (await base).output_ids[:12] == expected(model)
-    assert (await running).segments == (Segment(version + 1, 0, 150),)
+    assert (await running).segments == (Segment(version + 1, 0, LONG),)
     assert (await running).output_ids[:12] == expected(merged(model, first))
-    across = asyncio.create_task(fleet.generate(greedy("across", 200), deadline=120))
-    while not (await engine.loads()).running_requests:
-        await asyncio.sleep(0)
+    across = asyncio.create_task(fleet.generate(greedy("across", LONG), deadline=120))
+    await until_running(engine, across)
     await fleet.publish(whole, version + 3)
     segments = (await across).segments
     assert [segment.version for segment in segments] == [version + 2, version + 3]

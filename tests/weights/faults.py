@@ -122,7 +122,8 @@ def at_random(engines: int, *, least: int, most: int) -> Callable[[Callable[...,
             max_examples=int(EXAMPLES or 1), phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow]
         )(drawn)
         reason = "MILLRACE_FAULT_EXAMPLES says how many sequences to draw"
-        test_when_asked: Callable[..., None] = pytest.mark.skipif(EXAMPLES is None, reason=reason)(counted)
+        skipped = pytest.mark.skipif(EXAMPLES is None, reason=reason)(counted)
+        test_when_asked: Callable[..., None] = pytest.mark.timeout(0)(skipped)
         return test_when_asked
 
     return decorate

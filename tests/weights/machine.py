@@ -220,6 +220,7 @@ class Machine:
             return self._truth.unchanged() | {name: {Fate.OUT}}
         failed = await self._publish(lambda: strike(self._fleet, name))
         assert failed == ({name} if self._truth.others(name) else None)
+        await until(lambda: not self._fleet.snapshot.get(name).usable)  # a publish that nobody took distrusts nobody
         return self._truth.served({name})
 
     async def _hang(self, name: str, resumes: bool) -> Fates:
