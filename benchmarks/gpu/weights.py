@@ -4,9 +4,10 @@
         [--trainer-gpu 1] [--engine '{"kind": "vllm", "python": "...", "engine_args": {...}}']
 
 Trainer and server are on one GPU, and the tensors travel by CUDA IPC; on the CPU (--engine '{"device": "cpu"}') by
-shared memory. NCCL takes two GPUs. With ucx a courier is started, whose memory is where the server's is: one more copy
-within the GPU, or over NVLink with --trainer-gpu. The floor of a publish is two device-to-device copies of the model
-(into the bucket, out of it) at the bandwidth measured in the same run.
+shared memory. NCCL takes two GPUs: --trainer-gpu 1, the server has the first. With ucx a courier is started, whose
+memory is where the server's is: one more copy within the GPU, or over NVLink with --trainer-gpu. The floor of a
+publish is two device-to-device copies of the model (into the bucket, out of it) at the bandwidth measured in the same
+run; with two GPUs it is one copy from one to the other.
 """
 
 import argparse
@@ -32,10 +33,11 @@ from millrace.weights.transports.choice import make
 MIB, GIB = 2**20, 2**30
 
 
-def copy_bandwidth(device: torch.device, nbytes: int) -> float:
-    """Bytes copied per second from one place of the device's memory to another (each is read once and written once)."""
+def copy_bandwidth(device: torch.device, to: torch.device, nbytes: int) -> float:
+    """Bytes copied per second from the device's memory to another's, or to another place of its own (each is read once
+    and written once)."""
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    target = torch.empty_like(source, device=to)
     seconds = []
     for _ in range(20):
         synchronize(device)
@@ -67,11 +69,12 @@ async def measure_publish(
 ) -> None:
     """One line for each size of bucket. The version grows by one with each publish, from 1 on."""
     nbytes = sum(tensor.nbytes for _, tensor in tensors)
-    bandwidth = copy_bandwidth(device, min(nbytes, 2 * GIB))
-    floor = 2 * nbytes / bandwidth
+    across = device.index == arguments.trainer_gpu != 0
+    bandwidth = copy_bandwidth(device, torch.device("cuda", 0) if across else device, min(nbytes, 2 * GIB))
+    floor = (1 if across else 2) * nbytes / bandwidth
     print(
-        f"{nbytes / 1e9:.2f} GB in {len(tensors)} tensors; a copy runs at {bandwidth / 1e9:,.0f} GB/s; floor (two "
-        f"copies) {floor * 1e3:.2f} ms",
+        f"{nbytes / 1e9:.2f} GB in {len(tensors)} tensors; a copy {'to the other GPU ' if across else ''}runs at "
+        f"{bandwidth / 1e9:,.0f} GB/s; floor ({'one copy' if across else 'two copies'}) {floor * 1e3:.2f} ms",
         flush=True,
     )
 

@@ -42,11 +42,12 @@ class Tokens:
         return self.made[prompt]
 
 
-def make_variants(place: Path, count: int) -> list[Variant]:
+def make_variants(place: Path, count: int, *, context_length: int = 256) -> list[Variant]:
+    config = TinyModelConfig(kind="tiny", hidden_size=64, heads=2, context_length=context_length)
     variants = []
     for seed in range(count):
         folder = place / f"variant-{seed}"
-        make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), seed, folder)
+        make_tiny_model(config, seed, folder)
         tensors = dict(louder(load_file(folder / "model.safetensors").items()))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         variants.append(Variant(folder, tuple(tensors.items())))
