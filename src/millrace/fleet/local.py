@@ -4,13 +4,13 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millrace.config.models import EmbeddedEngineConfig, EngineConfig, TransportName
+from millrace.config.models import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, TransportName
 from millrace.config.routers import RouterConfig, SGLangRouterConfig, VLLMRouterConfig, check_router
 from millrace.engines.start import API_KEY, Started, start
 from millrace.errors import ConfigError, LaunchError, PublishError
@@ -26,6 +26,8 @@ from millrace.weights.transports.choice import Sight, choose, in_common, make
 if TYPE_CHECKING:
     from millrace.weights.store import VersionStore
     from millrace.weights.transports.base import Transport
+
+CUMEM = "NCCL_CUMEM_ENABLE"
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,8 @@ async def open_fleet(
         store = VersionStore(str(folder), model_path, keep=keep, anchor_every=anchor_every)
 
     key = _shared_key(config, router)
+    if transport == "nccl" and isinstance(config, SGLangEngineConfig):
+        config = config.model_copy(update={"env": {**agreeing_on_memory(os.environ), **config.env}})
 
     async def start_one(replica: int) -> Started:
         require_place(config, replica)
@@ -115,6 +119,12 @@ async def open_fleet(
         if frozen:  # who was started by somebody else may hold anything, and no publish will change that
             await fleet.restore(deadline=config.start_timeout)
         yield fleet
+
+
+def agreeing_on_memory(environment: Mapping[str, str]) -> Mapping[str, str]:
+    """What an SGLang is told so that it opens what this process, which has this environment, gives it by NCCL on the
+    same host. It goes without NCCL's cuMem allocator unless it is told, and NCCL here goes by its own default, -2."""
+    return {} if CUMEM in environment else {CUMEM: "-2"}
 
 
 def require_place(config: EngineConfig, replica: int) -> None:
@@ -173,7 +183,7 @@ def transport_for(
     if choice.name not in ("delta", "ucx"):
         if couriers:
             raise PublishError(f"couriers bring weights by delta or ucx, and they go by {choice.name}")
-        return make(choice.name, in_common(sights), store=store)
+        return make(choice.name, in_common(sights), store=store, here=all(sight.here for sight in sights))
     from millrace.weights.courier.server import COURIER_KEY
     from millrace.weights.transports.couriers import assign
 

@@ -88,10 +88,11 @@ def make(
     store: "VersionStore | None" = None,
     couriers: Mapping[str, str | None] | None = None,
     courier_key: str | None = None,
+    here: bool = False,
 ) -> "Transport":
     """The transport that was chosen, for engines that have these capabilities in common. Its device is torch's current
     one. `store` is for the disk and for delta, `couriers` for delta and for UCX: each engine's, as `couriers.assign`
-    says."""
+    says. `here`: all engines are on this host."""
     import torch
 
     if name == "delta":
@@ -126,7 +127,8 @@ def make(
             raise PublishError("publish.transport is nccl, and the trainer's torch sees no GPU")
         device = torch.device("cuda", torch.cuda.current_device())
         if Capability.UPDATE_FROM_PROCESS_GROUP in common:
-            return ProcessGroupTransport(SendingGroup, device, together=True)
+            # Between GPUs of one host NCCL does not notice that a rank has died, and an SGLang waits for it for ever.
+            return ProcessGroupTransport(SendingGroup, device, together=not here)
         from millrace.weights.transports.bare_nccl import BareNcclGroup
 
         return ProcessGroupTransport(BareNcclGroup, device, together=False)
