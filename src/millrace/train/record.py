@@ -117,7 +117,10 @@ class RunFolder:
             for path in self.path.glob(name):
                 with _explained(path):
                     kept = [line for line in path.read_bytes().splitlines(True) if orjson.loads(line)["step"] <= step]
-                    path.write_bytes(b"".join(kept))
+                    # Put in place whole: whoever dies here, or reads meanwhile, must not find less than that.
+                    beside = path.with_suffix(".partial")
+                    beside.write_bytes(b"".join(kept))
+                    beside.rename(path)
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         path = self.path / name
