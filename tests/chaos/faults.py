@@ -103,7 +103,8 @@ def check(run: Run, samples: Sequence[Sample], asked: Iterable[str]) -> None:
 
 
 async def until_all_serve(run: Run, version: int) -> None:
-    began = time.monotonic()
-    while not all(member.routable and member.version == version for member in run.fleet.snapshot.members):
-        assert time.monotonic() < began + 2 * WAIT, (run.fleet.snapshot.describe(), run.happened)
+    """Also until their new starts are over, which end, and are counted, a little after they serve."""
+    began, fleet = time.monotonic(), run.fleet
+    while fleet.members.coming or not all(m.routable and m.version == version for m in fleet.snapshot.members):
+        assert time.monotonic() < began + 2 * WAIT, (fleet.snapshot.describe(), run.happened)
         await asyncio.sleep(0.05)
