@@ -26,6 +26,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.routers import SGLangRouterConfig
+from millrace.engines.stock.kv_events import Stored
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.fleet.membership import Attested, Member, Snapshot, after
@@ -62,14 +63,25 @@ def decisions(engines: int = 64, sessions: int = 10_000, count: int = 50_000) ->
     draw = random.Random(0)
     snapshot = snapshot_of([f"engine-{i}" for i in range(engines)])
     outstanding = Counter({name: draw.randrange(50_000, 60_000) for name in snapshot.routable})
-    router = Router()
+    router, told = Router(), Router()
     sampling = SamplingParams(max_new_tokens=512)
     prompts = [tuple(draw.randrange(VOCAB) for _ in range(1024)) for _ in range(256)]
     placed = [Placement(f"s{i}", f"g{i // 8}") for i in range(sessions)]
     for i, placement in enumerate(placed):
         router.choose(snapshot, outstanding, GenerateRequest("r", prompts[i // 8 % 256], sampling), placement)
 
-    def of(kind: str, placement: Callable[[int], Placement]) -> None:
+    spans = []
+    for engine in snapshot.routable:
+        told.follow(engine)
+    for i, prompt in enumerate(prompts):  # each is in the caches of four engines, in blocks of 16 tokens
+        blocks = tuple((hash(prompt[: end + 16]), prompt[end : end + 16]) for end in range(0, 1024, 16))
+        for number in range(i, i + 4):
+            started = time.perf_counter_ns()
+            told.learn(f"engine-{number % engines}", Stored(None, blocks))
+            spans.append((time.perf_counter_ns() - started) / 1000 / len(blocks))
+    print(f"an event, for each block of 16 tokens that it says is stored: median {statistics.median(spans):.2f} us")
+
+    def of(kind: str, placement: Callable[[int], Placement], router: Router = router) -> None:
         work = [
             (GenerateRequest("r", prompts[draw.randrange(256)], sampling), placement(draw.randrange(sessions)))
             for _ in range(count)
@@ -93,6 +105,7 @@ def decisions(engines: int = 64, sessions: int = 10_000, count: int = 50_000) ->
     of("a session's next turn", lambda i: placed[i])
     of("a new session of a known group", lambda i: Placement(f"new-{i}", placed[i].group))
     of("a prompt alone, known", lambda _: ANYWHERE)
+    of("a prompt alone, known by events", lambda _: ANYWHERE, told)
 
 
 def make_model(folder: Path) -> None:

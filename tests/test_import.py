@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = ("torch", "transformers", "datasets", "matplotlib", "sglang", "vllm")
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "sglang", "vllm", "zmq", "msgpack")
 
 
 def run(code: str) -> str:

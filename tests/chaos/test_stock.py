@@ -41,6 +41,7 @@ async def test_sglang_comes_back_and_nothing_is_lost(
             python=sglang_python(version),
             max_running_requests=AT_A_TIME,
             start_timeout=START_TIMEOUT,
+            kv_events=True,
         ),
         tiny_model,
         tmp_path,
@@ -57,6 +58,7 @@ async def test_vllm_comes_back_and_nothing_is_lost(vllm_python: Path, tiny_model
             python=vllm_python,
             max_running_requests=AT_A_TIME,
             start_timeout=START_TIMEOUT,
+            kv_events=True,
         ),
         tiny_model,
         tmp_path,
@@ -81,10 +83,14 @@ async def play(config: SGLangEngineConfig | VLLMEngineConfig, model_path: Path, 
             assert fleet.snapshot.get(one).version == 2
             await in_the_middle(run, scheduler, one, partial(kill, run, one))  # two is still on its way back
             await until_all_serve(run, 2)
+        assert all(name in fleet._router._cached for name in fleet.engines)  # the new ones tell too
+        sockets = {(replica.kv_events or "").rpartition("/")[2] for replica in fleet._roster.replicas.values()}
         totals = fleet.journal.totals
         assert {name: totals.restarts[name, True] for name in fleet.engines} == {one: 1, two: 1}
         assert totals.retries[True] > 0, "nothing hit any sample"
         print(f"{scheduler.ledger}; {totals.retries.total()} retries")
+    assert len(sockets) == 2
+    assert not sockets & {*os.listdir("/dev/shm")}
     left = {pid: command_lines({pid}) for pid in below(os.getpid()) - before}
     assert all("torch_shm_manager" in line for line in left.values()), left  # torch's own, as long as this process is
 

@@ -29,6 +29,7 @@ from tests.conformance.hold import (
     hold_after_a_trainer_died,
     runner_on,
 )
+from tests.conformance.kv_events import hold_its_events_draw_requests
 from tests.engines.processes import logs
 from tests.routers.hold import hold_a_router_before_it
 
@@ -67,6 +68,7 @@ async def fleet(
         python=sglang_python(version),
         threads=1,
         start_timeout=START_TIMEOUT,
+        kv_events=True,
         engine_args=VERSIONS[version],
     )
     async with open_fleet(config, tiny_model, log_dir=log_dir / version) as fleet:
@@ -110,6 +112,10 @@ async def test_a_router_stands_before_it(
 ) -> None:
     config = SGLangRouterConfig(kind="sglang", python=router_python("sglang"))
     await hold_a_router_before_it(fleet, tiny_model, config, tmp_path, 2500)
+
+
+async def test_its_events_draw_requests(fleet: Fleet, tiny_model: Path) -> None:
+    await hold_its_events_draw_requests(fleet, tiny_model, 2600)
 
 
 async def test_a_judge_comes_back_from_its_folder(fleet: Fleet, tiny_model: Path) -> None:

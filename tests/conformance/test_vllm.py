@@ -18,6 +18,7 @@ from tests.conformance.adapters import (
 )
 from tests.conformance.frozen import hold_a_judge_comes_back_from_its_folder
 from tests.conformance.hold import START_TIMEOUT, every_check, hold, hold_after_a_trainer_died, runner_on
+from tests.conformance.kv_events import hold_its_events_draw_requests
 from tests.routers.hold import hold_a_router_before_it
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -39,6 +40,7 @@ async def fleet(tiny_model: Path, vllm_python: Path, tmp_path_factory: pytest.Te
         python=vllm_python,
         threads=1,
         start_timeout=START_TIMEOUT,
+        kv_events=True,
         engine_args={**WITH_ADAPTERS},
     )
     async with open_fleet(config, tiny_model, log_dir=tmp_path_factory.mktemp("logs")) as fleet:
@@ -68,6 +70,10 @@ async def test_a_router_stands_before_it(
 ) -> None:
     config = VLLMRouterConfig(kind="vllm", python=router_python("vllm"))
     await hold_a_router_before_it(fleet, tiny_model, config, tmp_path, 2500)
+
+
+async def test_its_events_draw_requests(fleet: Fleet, tiny_model: Path) -> None:
+    await hold_its_events_draw_requests(fleet, tiny_model, 2600)
 
 
 async def test_a_judge_comes_back_from_its_folder(fleet: Fleet, tiny_model: Path) -> None:

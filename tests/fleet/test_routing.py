@@ -1,14 +1,18 @@
 """Who gets a request: a pure policy over a snapshot, told apart from the engines."""
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from millrace.engines.stock.kv_events import Cleared, Removed, Stored
 from millrace.fleet import routing
 from millrace.fleet.membership import Attested, Died, Event, Leaving, Member, Slept, Snapshot, Struck, after
-from millrace.fleet.routing import BLOCK_TOKENS, SPILL, Choice, Router, Why, prompt_blocks
+from millrace.fleet.prefixes import BLOCK_TOKENS, prompt_blocks
+from millrace.fleet.routing import SPILL, Choice, Router, Why
 from millrace.types import ANYWHERE, GenerateRequest, Placement, SamplingParams
 
 events: st.SearchStrategy[Event] = st.one_of(
@@ -147,6 +151,70 @@ def test_what_an_engine_has_lost_draws_nobody(placement: Placement) -> None:
     after_that = router.choose(snapshot, Counter({first.engine: 50}), asked(long(0, 2)), placement)
     assert after_that is not None
     assert after_that.engine != first.engine
+
+
+def stored(prompt: tuple[int, ...], size: int = 16) -> Stored:
+    """What an engine says that has computed the prompt, whose blocks have this size."""
+    ends = range(size, len(prompt) + 1, size)
+    return Stored(None, tuple((hash(prompt[:end]), prompt[end - size : end]) for end in ends))
+
+
+def told(router: Router, prompt: tuple[int, ...], snapshot: Snapshot, extra: dict[str, object] | None = None) -> bool:
+    """Whether the prompt draws its request to e0 although e1 has less to do."""
+    request = replace(asked(prompt), extra=extra or {})
+    return router.choose(snapshot, Counter(e0=10, e1=0), request) == Choice("e0", Why.PREFIX)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        lambda router: router.learn("e0", Cleared()),
+        lambda router: router.learn("e0", Removed((hash(long(0, 2)), hash(long(0, 1))))),
+        lambda router: router.forget("e0"),
+        lambda router: router.missed("e0"),
+        lambda router: router.unfollow("e0"),
+        lambda router: router.follow("e0"),
+    ],
+    ids=["cleared", "removed", "forgotten", "missed", "unfollowed", "followed anew"],
+)
+def test_an_engine_that_tells_counts_as_knowing_what_it_said(lost: Callable[[Router], None]) -> None:
+    router, snapshot = Router(), members(2)
+    for engine in snapshot.routable:
+        router.follow(engine)
+    for _ in range(2):  # what is sent to an engine that tells says nothing
+        sent = router.choose(snapshot, Counter(e0=0, e1=10), asked(long(0, 2)))
+        assert sent == Choice("e0", Why.LEAST_LOADED)
+    router.learn("e0", stored(long(0, 2)))
+    assert told(router, long(0, 2), snapshot)
+    assert told(router, long(0, 4), snapshot)
+    assert not told(router, long(0, 5), snapshot)  # less than half of it
+    lost(router)
+    assert not told(router, long(0, 2), snapshot)
+
+
+def test_an_engine_that_tells_and_one_that_does_not_stand_beside_each_other() -> None:
+    router, snapshot = Router(), members(2)
+    router.follow("e0")
+    sent = router.choose(snapshot, Counter(e0=10, e1=0), asked(long(0, 2)))
+    assert sent == Choice("e1", Why.LEAST_LOADED)
+    assert router.choose(snapshot, Counter(e0=0, e1=10), asked(long(0, 2))) == Choice("e1", Why.PREFIX)
+    router.learn("e0", stored(long(0, 2)))
+    assert router.choose(snapshot, Counter(e0=0, e1=10), asked(long(0, 2))) == Choice("e0", Why.PREFIX)
+    router.unfollow("e0")
+    assert router.choose(snapshot, Counter(e0=0, e1=10), asked(long(0, 2))) == Choice("e1", Why.PREFIX)
+
+
+def test_what_the_base_model_computed_draws_no_request_with_an_adapter() -> None:
+    router, snapshot = Router(), members(2)
+    for engine in snapshot.routable:
+        router.follow(engine)
+    router.learn("e0", stored(long(0, 2)))
+    assert not told(router, long(0, 2), snapshot, {"lora_path": "tuned"})
+    assert told(router, long(0, 2), snapshot)
+    adapted = Snapshot(1, tuple(after(member, Attested(2, "tuned")) for member in snapshot.members))
+    assert not told(router, long(0, 2), adapted)
+    # With an adapter that the fleet published, what was sent counts.
+    assert router.choose(adapted, Counter(e0=0, e1=10), asked(long(0, 2))) == Choice("e1", Why.PREFIX)
 
 
 @given(st.lists(st.integers(0, 3), max_size=400), st.integers(0, 400))

@@ -109,6 +109,7 @@ class StockEngineConfig(ReplicatedConfig):
     base_gpu_id: Annotated[int, Field(ge=0)] = 0  # replica r starts at base_gpu_id + r x its GPUs
     cuda_visible_devices: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    kv_events: bool = False  # routing learns from the engine's own events which prefixes it has
     start_timeout: PositiveFloat = 600.0  # a large model over a slow disk; the CPU form needs 20 to 60 s
     env: dict[str, str] = Field(default_factory=dict)  # added to the server's environment
     engine_args: dict[str, EngineArgument] = Field(default_factory=dict)  # the engine's own, by their own names
@@ -125,6 +126,13 @@ class StockEngineConfig(ReplicatedConfig):
             raise ValueError("nodes on several hosts meet at dist_init_addr (host:port of node 0); it is missing")
         if self.nnodes > 1 and self.replicas > 1:
             raise ValueError("an engine over several nodes is launched alone; set replicas to 1")
+        if self.kv_events and self.urls is not None:
+            raise ValueError("kv_events is for engines that are launched; where one at urls publishes, nobody says")
+        if self.kv_events and self.dp_size > 1:
+            raise ValueError(
+                f"kv_events is for engines of one KV cache, and with dp_size {self.dp_size} each rank has its own; set "
+                "replicas instead, or leave kv_events out"
+            )
         return self
 
 

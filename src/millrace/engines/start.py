@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from millrace.config.models import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, VLLMEngineConfig
@@ -11,6 +11,7 @@ from millrace.engines.embedded.launch import launch as launch_embedded
 from millrace.engines.launch import StockConfig, launch
 from millrace.engines.sglang.adapter import SGLangEngine
 from millrace.engines.stock.engine import StockEngine
+from millrace.engines.stock.kv_events import require_packages
 from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.errors import EngineError, EngineRefused, LaunchError
 from millrace.launch.process import Server
@@ -23,11 +24,13 @@ ENGINES: Mapping[str, type[StockEngine]] = {"sglang": SGLangEngine, "vllm": VLLM
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """An engine that answers; `process` is None where somebody else started the server."""
+    """An engine that answers; `process` is None where somebody else started the server. `kv_events`: where it publishes
+    what its KV cache has, if it was told to."""
 
     engine: Engine
     info: EngineInfo
     process: Server | None
+    kv_events: str | None = None
 
     async def end(self) -> None:
         """Gives the connections back, and ends the process that was started here."""
@@ -77,6 +80,8 @@ async def _launch(
     prefix: str,
     api_key: str | None,
 ) -> Started:
+    if config.kv_events:
+        require_packages()
     launched = await launch(
         config,
         model_path,
@@ -96,7 +101,7 @@ async def _launch(
         engine = ENGINES[config.kind](
             launched.name, launched.url, api_key=launched.api_key, admin_key=launched.admin_key, model_path=model_path
         )
-        return await _settled(engine, version, launched.process)
+        return replace(await _settled(engine, version, launched.process), kv_events=launched.kv_events)
     except BaseException:
         await launched.process.end()
         raise

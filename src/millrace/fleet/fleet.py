@@ -11,6 +11,7 @@ from millrace.engines.start import Started
 from millrace.errors import NoEngineError, PublishError
 from millrace.fleet.client import FleetClient
 from millrace.fleet.journal import Journal
+from millrace.fleet.kv_feed import Feeds
 from millrace.fleet.members import Members
 from millrace.fleet.membership import Attested, Member, Slept, Woke
 from millrace.fleet.proxy import Proxy
@@ -51,8 +52,9 @@ class Fleet(FleetClient):
         frozen: bool = False,
     ) -> None:
         journal = journal if journal is not None else Journal()
-        self._roster = Roster(replicas, journal, self._moved)
+        self._roster = Roster(replicas, journal, self._moved, self._listening)
         super().__init__(self._roster, journal, seed)
+        self._feeds = Feeds(self._router)
         self._versions = Versions(transport, store, self._roster.apply, frozen=frozen)
         self.proxy: Proxy | None = None
         self._turnover = Turnover(
@@ -94,6 +96,7 @@ class Fleet(FleetClient):
                 yield fleet
         finally:
             await fleet._turnover.close()
+            fleet._feeds.close()
             await fleet._versions.close()
             await asyncio.gather(*(replica.end() for replica in fleet._roster.replicas.values()))
 
@@ -261,6 +264,9 @@ class Fleet(FleetClient):
         if not member.routable or member.version != before.version:
             self._router.forget(member.name)
         self._turnover.moved(member)
+
+    def _listening(self, started: Started) -> AbstractAsyncContextManager[None]:
+        return self._feeds.listening(started.engine.name, started.kv_events)
 
     async def _generate(self, request: GenerateRequest, placement: Placement, deadline: float) -> Generation:
         if self.proxy is None:

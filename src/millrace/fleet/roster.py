@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 
 from millrace.engines.start import Started
 from millrace.errors import EngineError
@@ -17,13 +18,21 @@ logger = logging.getLogger(__name__)
 
 
 class Roster(Members):
-    """`moved` is called with what a member was and is; it must not wait."""
+    """`moved` is called with what a member was and is; it must not wait. `listening` is open as long as an engine's
+    process is watched and lives."""
 
-    def __init__(self, replicas: Sequence[Started], journal: Journal, moved: Callable[[Member, Member], None]) -> None:
+    def __init__(
+        self,
+        replicas: Sequence[Started],
+        journal: Journal,
+        moved: Callable[[Member, Member], None],
+        listening: Callable[[Started], AbstractAsyncContextManager[None]],
+    ) -> None:
         snapshot = Snapshot(0, tuple(Member(r.engine.name, r.engine.url) for r in replicas))
         super().__init__(snapshot, {replica.engine.name: replica for replica in replicas})
         self.journal = journal
         self._moved = moved
+        self._listening = listening
         self._watchers: dict[str, asyncio.Task[None]] = {}
         for member in self.snapshot.members:
             journal.changed(None, member)
@@ -104,7 +113,8 @@ class Roster(Members):
 
     async def _watch(self, replica: Started) -> None:
         assert replica.process is not None
-        await replica.process.wait()
+        async with self._listening(replica):
+            await replica.process.wait()
         reason = replica.process.describe_end()
         logger.error("%s\n%s", reason, replica.process.log_tail())
         await self.apply(replica.engine.name, Died(reason))

@@ -2,6 +2,7 @@
 
 In this order: who may serve it (health, sleep, weight version); where its session was, or else its group; who has
 computed the longest part of its prompt; who has the fewest tokens outstanding. Who is overloaded is passed over.
+What an engine has computed is what its own KV cache events say, or else what was sent to it.
 """
 
 import zlib
@@ -10,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from millrace.engines.stock.kv_events import KVEvent
 from millrace.fleet.membership import Member, Snapshot
+from millrace.fleet.prefixes import BLOCK_TOKENS, CachedPrefixes, prompt_blocks
 from millrace.types import ANYWHERE, GenerateRequest, Generation, Placement
 
 SPILL = 2.0  # times what the least loaded would have with the request: who would have more is overloaded
-BLOCK_TOKENS = 64  # what prompts are compared by
 PREFIX_SHARE = 0.5  # of a prompt; a known system prompt alone would draw everything to the first engine
 MOST_HOMES = 65_536  # sessions and groups that are remembered
 MOST_BLOCKS = 65_536
@@ -45,13 +47,14 @@ class _Place:
 
 
 class Router:
-    """Chooses, and remembers what it chose: the same seed and the same calls give the same choices. Among equals the
-    order is drawn from the seed, so that many ranks do not all begin with the same engine."""
+    """Chooses, and remembers what it chose and was told: the same seed and the same calls give the same choices. Among
+    equals the order is drawn from the seed, so that many ranks do not all begin with the same engine."""
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
         self._homes: OrderedDict[tuple[Why, str], _Place] = OrderedDict()
-        self._blocks: OrderedDict[int, dict[str, int]] = OrderedDict()  # of engines that know it, in which life
+        self._blocks: OrderedDict[int, dict[str, int]] = OrderedDict()  # of engines it was sent to, in which life
+        self._cached = CachedPrefixes()  # of engines that tell
         self._lives: dict[str, int] = {}
         self._ranks: dict[str, int] = {}
 
@@ -73,14 +76,32 @@ class Router:
         why = Why.LEAST_LOADED
         for affinity, engine in self._affine(request, placement, engines, outstanding, blocks):
             if outstanding[engine] + need <= SPILL * (least + need):
-                return self._noted(Choice(engine, affinity), placement, blocks)
+                return self._noted(Choice(engine, affinity), placement, self._unsaid(engines[engine], blocks))
             why = Why.SPILL
-        idlest = [engine for engine in engines if outstanding[engine] == least]
-        return self._noted(Choice(min(idlest, key=self._rank), why), placement, blocks)
+        idlest = min((engine for engine in engines if outstanding[engine] == least), key=self._rank)
+        return self._noted(Choice(idlest, why), placement, self._unsaid(engines[idlest], blocks))
 
     def forget(self, engine: str) -> None:
         """The engine has lost what it had computed: by other weights, by sleep or by its end."""
         self._lives[engine] = self._lives.get(engine, 0) + 1
+        self._cached.forget(engine)
+
+    def follow(self, engine: str) -> None:
+        """From now on the engine tells what it has computed (`learn`), and nothing else counts."""
+        self.forget(engine)
+        self._cached.begin(engine)
+
+    def learn(self, engine: str, event: KVEvent) -> None:
+        """What an engine that is followed has said."""
+        self._cached.learn(engine, event)
+
+    def missed(self, engine: str) -> None:
+        """Something that the engine has said is lost, so that what it said before may hold no more."""
+        self._cached.forget(engine)
+
+    def unfollow(self, engine: str) -> None:
+        """From now on what is sent to the engine counts."""
+        self._cached.end(engine)
 
     def _affine(
         self,
@@ -96,13 +117,23 @@ class Router:
             if home is not None and home.engine in engines and home.life == self._lives.get(home.engine, 0):
                 yield key[0], home.engine
         blocks.extend(prompt_blocks(request.input_ids))
+        own_adapter = "lora_path" in request.extra
         for index in range(len(blocks) - 1, -1, -1):
             if (index + 1) * BLOCK_TOKENS < PREFIX_SHARE * len(request.input_ids):
                 return
             known = self._blocks.get(blocks[index], {})
-            if there := [one for one, life in known.items() if one in engines and life == self._lives.get(one, 0)]:
+            there = [one for one, life in known.items() if one in engines and life == self._lives.get(one, 0)]
+            if not own_adapter:
+                told = self._cached.holders(blocks[index])
+                there += [one for one in told if one in engines and engines[one].adapter is None]
+            if there:
                 yield Why.PREFIX, min(there, key=lambda one: (outstanding[one], self._rank(one)))
                 return
+
+    def _unsaid(self, member: Member, blocks: list[int]) -> list[int]:
+        """What is to be noted of a prompt that goes there. Engines that tell need none of it, but for requests with a
+        published adapter: what they say is of the model without one."""
+        return [] if member.adapter is None and member.name in self._cached else blocks
 
     def _noted(self, choice: Choice, placement: Placement, blocks: Sequence[int]) -> Choice:
         place = _Place(choice.engine, self._lives.get(choice.engine, 0))
@@ -132,16 +163,6 @@ def admissible(snapshot: Snapshot, placement: Placement) -> Mapping[str, Member]
     if placement.min_version is None and placement.exact_version is None:
         return snapshot.routable
     return {name: member for name, member in snapshot.routable.items() if placement.admits(member.version)}
-
-
-def prompt_blocks(input_ids: tuple[int, ...]) -> list[int]:
-    """A hash of the prompt up to the end of each whole block."""
-    hashes: list[int] = []
-    before = 0
-    for end in range(BLOCK_TOKENS, len(input_ids) + 1, BLOCK_TOKENS):
-        before = hash((before, input_ids[end - BLOCK_TOKENS : end]))
-        hashes.append(before)
-    return hashes
 
 
 def with_adapter(made: Generation, version: int | None) -> Generation:

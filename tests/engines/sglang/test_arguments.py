@@ -1,12 +1,14 @@
 """What SGLang is started with: the settings, each once, and engine_args as they were given."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from millrace.config.models import SGLangEngineConfig
 from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, Ports, nodes
@@ -132,6 +134,40 @@ def test_engine_args_come_out_of_a_parser_as_they_went_in(values: dict[str, Any]
 
 def test_none_and_false_leave_the_engines_own_default() -> None:
     assert options({"a": None, "b": False, "c": True, "no_d": True, "e": 0}) == ["--c", "--no-d", "--e=0"]
+
+
+def test_node_0_publishes_what_its_cache_has() -> None:
+    ports = Ports((4000, 4001), 5000, "127.0.0.1:6000", "ipc:///dev/shm/x")
+    first, second = plan(ports=ports, kv_events=True, nnodes=2, tp_size=2)
+    assert json.loads(said(first, "kv-events-config") or "") == {"publisher": "zmq", "endpoint": "ipc:///dev/shm/x"}
+    assert said(second, "kv-events-config") is None
+    assert said(first, "page-size") == said(second, "page-size") == "64"
+    assert said(plan(kv_events=True, engine_args={"page-size": 32})[0], "page-size") == "32"
+    assert said(plan(kv_events=True, device="cpu")[0], "page-size") is None  # 0.5.15 dies of it
+    assert said(plan()[0], "page-size") is None
+
+
+def test_events_that_are_said_twice_are_refused() -> None:
+    mine = {"publisher": "zmq", "endpoint": "tcp://*:5557"}
+    with pytest.raises(ConfigError, match=r"engine_args.kv_events_config contradicts engine.kv_events; keep one"):
+        plan(kv_events=True, engine_args={"kv_events_config": mine})
+    assert json.loads(said(plan(engine_args={"kv_events_config": mine})[0], "kv-events-config") or "") == mine
+
+
+def test_events_that_tell_no_adapters_blocks_from_the_models_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"SGLang 0.5.15 says .*; leave out engine.kv_events, or .* --enable-lora"):
+        plan(kv_events=True, version="0.5.15", engine_args={"enable_lora": True})
+    assert plan(kv_events=True, version="0.5.15")
+    assert plan(kv_events=True, version="0.5.23", engine_args={"enable_lora": True})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"urls": ("http://a:1",)}, "where one at urls publishes, nobody says"), ({"dp_size": 2}, "set replicas instead")],
+)
+def test_events_that_nobody_could_read_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SGLangEngineConfig(kind="sglang", kv_events=True, **settings)
 
 
 @pytest.mark.parametrize("known", sorted(SETTINGS))

@@ -174,6 +174,13 @@ def test_ranks_that_share_a_group_meet_where_the_ports_after_it_are_free() -> No
     assert len({*ports.http, ports.nccl, int(ports.rendezvous.rpartition(":")[2])}) == 3
 
 
+def test_every_launch_publishes_at_a_place_of_its_own() -> None:
+    one, two = (choose_ports(cpu_config(kv_events=True), 0).kv_events for _ in range(2))
+    assert one is not None
+    assert two not in (None, one)
+    assert choose_ports(cpu_config(), 0).kv_events is None
+
+
 def test_ranks_that_share_nothing_get_no_common_port() -> None:
     ports = choose_ports(cpu_config(dp_size=2), 0)
     assert ports.nccl is None

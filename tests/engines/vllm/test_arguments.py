@@ -1,5 +1,6 @@
 """What vLLM is started with: the settings, each once, and engine_args as they were given."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,21 @@ def test_without_sleep_mode_the_server_is_started_without_it() -> None:
 def test_engine_args_win_over_the_defaults(spelling: str) -> None:
     (node,) = plan(device="cpu", engine_args={spelling: spelling.startswith("no")})
     assert [a for a in node.arguments if "enforce-eager" in a] == ["--no-enforce-eager"]
+
+
+def test_node_0_publishes_what_its_cache_has() -> None:
+    ports = Ports(4000, "127.0.0.1:6000", None, "ipc:///dev/shm/x")
+    first, second = plan(ports=ports, kv_events=True, nnodes=2, tp_size=2)
+    config = {"publisher": "zmq", "endpoint": "ipc:///dev/shm/x", "enable_kv_cache_events": True}
+    assert json.loads(said(first, "kv-events-config") or "") == config
+    assert said(second, "kv-events-config") is None
+
+
+@pytest.mark.parametrize("name", ["kv_events_config", "kv-events", "kv-events-config.topic"])
+def test_events_that_are_said_twice_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"contradicts engine.kv_events; keep one of them"):
+        plan(kv_events=True, engine_args={name: "x"})
+    assert said(plan(engine_args={name: "x"})[0], name.replace("_", "-")) == "x"
 
 
 def test_false_switches_off_and_a_dictionary_is_json() -> None:

@@ -10,11 +10,13 @@ from millrace.engines.stock.arguments import (
     KEYS,
     Node,
     given,
+    kv_events_config,
     local_ranks,
     option,
     options,
     require_said_once,
 )
+from millrace.errors import ConfigError
 
 CPU_TOTAL_TOKENS = 65536
 # Only what engine_args leaves open. torch_native, pytorch and none are the backends that need no kernel package; the
@@ -27,6 +29,10 @@ CPU_DEFAULTS: dict[str, EngineArgument] = {
     "sleep_on_idle": True,
     "lora_backend": "torch_native",
 }
+# SGLang's own are pages of one token: a hash, and an event's entry, for each. On the CPU it stays so: 0.5.15 dies of
+# larger ones there.
+KV_EVENTS_DEFAULTS: dict[str, EngineArgument] = {"page_size": 64}
+TELLS_NO_ADAPTER = frozenset({"0.5.15"})  # its events are alike with and without one
 
 # Every option string of SGLang 0.5.15 and 0.5.23 for what Millrace sets, and the setting that it belongs to.
 SETTINGS = {
@@ -78,12 +84,13 @@ class Ports:
     """The ports of one launch. `http` has one for each node that is started on this host.
 
     The ranks meet at `rendezvous` (host:port), or where that is None at `nccl` of this host. `nccl` is None where
-    SGLang has to choose one for each data-parallel rank.
+    SGLang has to choose one for each data-parallel rank. `kv_events`: where node 0 publishes what its KV cache has.
     """
 
     http: tuple[int, ...]
     nccl: int | None
     rendezvous: str | None
+    kv_events: str | None = None
 
 
 def nodes(
@@ -111,7 +118,7 @@ def nodes(
             rank,
             f"http://{config.host}:{port}",
             (
-                *options(cpu_defaults(config)),
+                *options(defaults(config)),
                 *options(
                     settings(config, model_path, version)
                     | {
@@ -120,6 +127,7 @@ def nodes(
                         "nccl_port": ports.nccl,
                         "dist_init_addr": ports.rendezvous,
                         "random_seed": seed + replica,
+                        "kv_events_config": kv_events_config(ports.kv_events) if rank == 0 else None,
                         "base_gpu_id": base + ranks.index(rank) * gpus(config) // config.nnodes,
                     }
                 ),
@@ -132,8 +140,15 @@ def nodes(
 
 
 def require_no_contradiction(config: SGLangEngineConfig) -> None:
-    """Raises ConfigError for an engine argument or a variable that repeats what Millrace sets."""
+    """Raises ConfigError for an engine argument or a variable that repeats what Millrace sets, and for events that say
+    too little."""
     require_said_once(config, settings=SETTINGS, others=OTHERS, environment=ENVIRONMENT)
+    adapters = given(config).keys() & {"--enable-lora", "--lora-paths"}
+    if config.kv_events and adapters and config.version in TELLS_NO_ADAPTER:
+        raise ConfigError(
+            f"SGLang {config.version} says of a block in its cache neither whether it is an adapter's nor whose; leave "
+            f"out engine.kv_events, or engine.engine_args {', '.join(sorted(adapters))}, or take 0.5.23"
+        )
 
 
 def settings(config: SGLangEngineConfig, model_path: Path, version: int) -> dict[str, EngineArgument]:
@@ -159,11 +174,11 @@ def settings(config: SGLangEngineConfig, model_path: Path, version: int) -> dict
     }
 
 
-def cpu_defaults(config: SGLangEngineConfig) -> dict[str, EngineArgument]:
-    """What SGLang is told on the CPU unless engine_args says otherwise."""
-    if config.device != "cpu":
-        return {}
-    return {name: value for name, value in CPU_DEFAULTS.items() if option(name) not in given(config)}
+def defaults(config: SGLangEngineConfig) -> dict[str, EngineArgument]:
+    """What SGLang is told unless engine_args says otherwise."""
+    by_device = {"cpu": CPU_DEFAULTS, "cuda": KV_EVENTS_DEFAULTS if config.kv_events else {}}
+    left_open = by_device[config.device]
+    return {name: value for name, value in left_open.items() if option(name) not in given(config)}
 
 
 def environment(config: SGLangEngineConfig) -> dict[str, str]:

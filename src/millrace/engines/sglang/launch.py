@@ -7,6 +7,7 @@ from pathlib import Path
 from millrace.config.models import SGLangEngineConfig
 from millrace.engines.sglang.arguments import Ports, attention_dp, nodes
 from millrace.engines.stock.arguments import local_ranks
+from millrace.engines.stock.kv_events import leftovers, new_endpoint
 from millrace.engines.stock.launching import Launched, free_ports, new_keys, start_nodes
 from millrace.errors import LaunchError
 from millrace.launch.ports import free_port, require_free
@@ -39,13 +40,14 @@ async def launch(
     """
     name = f"{prefix}-{replica}"
     api_key, admin_key = new_keys(api_key)
+    ports = choose_ports(config, replica)
     planned = nodes(
         config,
         model_path,
         replica=replica,
         version=version,
         seed=seed,
-        ports=choose_ports(config, replica),
+        ports=ports,
         api_key=api_key,
         admin_key=admin_key,
     )
@@ -55,10 +57,10 @@ async def launch(
         python=python,
         serve=SERVE,
         log_dir=log_dir,
-        leftovers=LEFTOVERS,
+        leftovers=(*LEFTOVERS, *leftovers(ports.kv_events)),
         deadline=config.start_timeout,
     )
-    return Launched(name, planned[0].url if planned[0].rank == 0 else None, api_key, admin_key, server)
+    return Launched(name, planned[0].url if planned[0].rank == 0 else None, api_key, admin_key, server, ports.kv_events)
 
 
 def choose_ports(config: SGLangEngineConfig, replica: int) -> Ports:
@@ -73,7 +75,8 @@ def choose_ports(config: SGLangEngineConfig, replica: int) -> Ports:
         rendezvous = f"127.0.0.1:{free_block('127.0.0.1', DERIVED_PORTS + 1)}"
     # Data-parallel ranks that share nothing each meet at a port of their own, which SGLang has the kernel choose.
     nccl = None if config.dp_size > 1 and not shares_ranks else free_port(config.host)
-    return Ports(tuple(http), nccl, rendezvous)
+    kv_events = new_endpoint() if config.kv_events and 0 in local_ranks(config) else None
+    return Ports(tuple(http), nccl, rendezvous, kv_events)
 
 
 def free_block(host: str, count: int) -> int:

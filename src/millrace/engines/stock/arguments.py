@@ -13,6 +13,7 @@ from millrace.errors import ConfigError
 
 # Who sets something, and what to do about saying it again.
 Owner = tuple[str, str]
+KV_EVENTS: Owner = ("engine.kv_events", "keep one of them: what Millrace reads, nobody else does")
 KEYS: Owner = ("the key that Millrace makes for each launch", "leave it out")
 # The keys stand in the server's environment, where no list of processes shows them.
 API_KEY, ADMIN_KEY = "MILLRACE_API_KEY", "MILLRACE_ADMIN_API_KEY"
@@ -63,6 +64,11 @@ def options(values: Mapping[str, EngineArgument], *, off: bool = False) -> list[
     return line
 
 
+def kv_events_config(endpoint: str | None, **further: bool) -> EngineArgument:
+    """The value of both engines' `--kv-events-config`."""
+    return None if endpoint is None else {"publisher": "zmq", "endpoint": endpoint, **further}
+
+
 def require_said_once(
     config: StockEngineConfig,
     *,
@@ -77,6 +83,8 @@ def require_said_once(
     """
     owners = {name: (f"engine.{setting}", f"set only engine.{setting}") for name, setting in settings.items()}
     owners |= others
+    if config.kv_events:
+        owners |= {"--kv-events-config": KV_EVENTS}
     seen: dict[str, str] = {}
     for name in config.engine_args:
         whole = option(name)

@@ -21,13 +21,15 @@ PROBE_DEADLINE = 10.0  # of one GET /health; SGLang's generates a token: a secon
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A server that was started here and is healthy. `url` is None where another host is node 0, which answers HTTP."""
+    """A server that was started here and is healthy. `url` is None where another host is node 0, which answers HTTP;
+    `kv_events` is where it publishes what its KV cache has."""
 
     name: str
     url: str | None
     api_key: str = field(repr=False)
     admin_key: str = field(repr=False)
     process: ServerProcess | Nodes
+    kv_events: str | None = None
 
 
 def new_keys(api_key: str | None = None) -> tuple[str, str]:

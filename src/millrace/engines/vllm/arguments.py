@@ -13,6 +13,7 @@ from millrace.engines.stock.arguments import (
     Node,
     Owner,
     given,
+    kv_events_config,
     local_ranks,
     option,
     options,
@@ -103,12 +104,13 @@ class Ports:
     """The ports of one launch. `http` is None where another host is node 0, which alone answers HTTP.
 
     Where there are several nodes, they meet at `rendezvous` (host:port); and where they hold data-parallel ranks, those
-    reach node 0 at `data_parallel` of the same host.
+    reach node 0 at `data_parallel` of the same host. `kv_events`: where node 0 publishes what its KV cache has.
     """
 
     http: int | None
     rendezvous: str | None
     data_parallel: int | None
+    kv_events: str | None = None
 
 
 def nodes(
@@ -198,6 +200,7 @@ def rendezvous(config: VLLMEngineConfig, rank: int, ports: Ports) -> dict[str, E
             "port": ports.http,
             "api_server_count": config.api_servers,
             "middleware": KEYS_MIDDLEWARE,
+            "kv_events_config": kv_events_config(ports.kv_events, enable_kv_cache_events=True),
         }
     else:
         said["headless"] = True

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from millrace.config.models import VLLMEngineConfig
 from millrace.engines.stock.arguments import Node, local_ranks
+from millrace.engines.stock.kv_events import leftovers, new_endpoint
 from millrace.engines.stock.launching import Launched, free_ports, new_keys, start_nodes
 from millrace.engines.vllm.arguments import Ports, nodes
 from millrace.errors import LaunchError
@@ -41,12 +42,13 @@ async def launch(
         require_heads(model_path)
     name = f"{prefix}-{replica}"
     api_key, admin_key = new_keys(api_key)
+    ports = choose_ports(config, replica)
     planned = nodes(
         config,
         model_path,
         replica=replica,
         seed=seed,
-        ports=choose_ports(config, replica),
+        ports=ports,
         api_key=api_key,
         admin_key=admin_key,
         visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
@@ -57,10 +59,10 @@ async def launch(
         python=python,
         serve=SERVE,
         log_dir=log_dir,
-        leftovers=LEFTOVERS,
+        leftovers=(*LEFTOVERS, *leftovers(ports.kv_events)),
         deadline=config.start_timeout,
     )
-    return Launched(name, planned[0].url, api_key, admin_key, server)
+    return Launched(name, planned[0].url, api_key, admin_key, server, ports.kv_events)
 
 
 def require_heads(model_path: Path) -> None:
@@ -88,11 +90,13 @@ def choose_ports(config: VLLMEngineConfig, replica: int) -> Ports:
     if 0 in local_ranks(config):
         http = free_port(config.host) if config.ports is None else config.ports[replica]
         require_free(config.host, http)
+    kv_events = new_endpoint() if config.kv_events and 0 in local_ranks(config) else None
     if config.nnodes == 1:
-        return Ports(http, None, None)
+        return Ports(http, None, None, kv_events)
     master, data_parallel = free_ports("127.0.0.1", 2)
     return Ports(
         http,
         config.dist_init_addr or f"127.0.0.1:{master}",
         (config.data_parallel_rpc_port or data_parallel) if config.dp_size > 1 else None,
+        kv_events,
     )

@@ -1,0 +1,58 @@
+"""Routing by what a stock engine says of its cache, on the server that other tests have started."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.membership import Attested, Member, Snapshot, after
+from millrace.fleet.routing import Choice, Why
+from millrace.types import GenerateRequest, SamplingParams
+
+DEADLINE = 60.0
+PROMPT = tuple(7 + i % 90 for i in range(200))
+
+
+def asking(name: str, prompt: tuple[int, ...] = PROMPT) -> GenerateRequest:
+    return GenerateRequest(name, prompt, SamplingParams(4, temperature=0.0, ignore_eos=True))
+
+
+async def hold_its_events_draw_requests(fleet: Fleet, tiny_model: Path, version: int) -> None:
+    """What somebody else had it compute draws requests to it, as long as it has that."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    await fleet.publish([(name, parameter.detach()) for name, parameter in model.named_parameters()], version)
+    [(name, engine)] = fleet.engines.items()
+    # Another that serves the same, has less to do and tells that it has nothing.
+    other = after(Member("other", "http://other"), Attested(version))
+    router, snapshot = fleet._router, Snapshot(0, (*fleet.snapshot.members, other))
+    router.follow("other")
+
+    def drawn() -> bool:
+        choice = router.choose(snapshot, Counter({name: 10, "other": 0}), asking("asked"))
+        return choice == Choice(name, Why.PREFIX)
+
+    async def until(there: bool) -> None:
+        async with asyncio.timeout(DEADLINE):
+            while drawn() is not there:
+                await asyncio.sleep(0.01)
+
+    async def decided(by: Why) -> None:
+        before = fleet.journal.totals.routed[by]
+        await fleet.generate(asking("by the fleet"), deadline=DEADLINE)
+        assert fleet.journal.totals.routed[by] == before + 1
+
+    try:
+        assert not drawn()
+        made = await engine.generate(asking("from somebody else"), deadline=DEADLINE)
+        assert made.cached_tokens == 0
+        await until(True)
+        await decided(Why.PREFIX)
+        await engine.flush_cache(deadline=DEADLINE)
+        await engine.generate(asking("the next", (5,) * 20), deadline=DEADLINE)  # with which vLLM tells of the flush
+        await until(False)
+        await decided(Why.LEAST_LOADED)
+        await until(True)  # the fleet's own request is told as any other
+    finally:
+        router.unfollow("other")

@@ -1,0 +1,162 @@
+"""What an engine publishes reaches the router, over a real socket."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgpack
+import pytest
+import pytest_asyncio
+import zmq.asyncio
+
+from millrace.engines.stock.kv_events import new_endpoint
+from millrace.fleet.kv_feed import Feeds
+from millrace.fleet.membership import Snapshot
+from millrace.fleet.routing import Choice, Router, Why
+from tests.fleet.test_routing import asked, long, members
+
+DEADLINE = 20.0
+PROMPT = long(0, 3)
+
+
+class Publisher:
+    """What an engine is to its readers."""
+
+    def __init__(self) -> None:
+        self.endpoint = new_endpoint()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.XPUB)  # as PUB, and tells who comes
+        self._socket.bind(self.endpoint)
+
+    async def until_heard(self) -> None:
+        async with asyncio.timeout(DEADLINE):
+            assert await self._socket.recv() == b"\x01"
+
+    async def say(self, number: int, *events: object) -> None:
+        await self.send(b"", number.to_bytes(8, "big"), msgpack.packb([1.0, list(events), 0]))
+
+    async def send(self, *frames: bytes) -> None:
+        await self._socket.send_multipart(frames)
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+        Path(self.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
+def stored(prompt: tuple[int, ...], size: int = 16) -> object:
+    ends = range(size, len(prompt) + 1, size)
+    hashes = [hash(prompt[:end]) for end in ends]
+    return {"type": "BlockStored", "block_hashes": hashes, "token_ids": list(prompt), "block_size": size}
+
+
+@pytest.fixture
+def router() -> Router:
+    router = Router()
+    router.follow("e1")  # so that what is tried notes nothing
+    return router
+
+
+@pytest.fixture
+def snapshot() -> Snapshot:
+    return members(2)
+
+
+@pytest_asyncio.fixture
+async def publisher(router: Router) -> AsyncIterator[Publisher]:
+    """Of the engine e0."""
+    publisher, feeds = Publisher(), Feeds(router)
+    try:
+        async with asyncio.timeout(2 * DEADLINE), feeds.listening("e0", publisher.endpoint):
+            await publisher.until_heard()
+            yield publisher
+            ended = asyncio.get_running_loop().time()
+        assert asyncio.get_running_loop().time() - ended < 1.0
+    finally:
+        feeds.close()
+        publisher.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def drawn(router: Router, snapshot: Snapshot, prompt: tuple[int, ...] = PROMPT) -> bool:
+    """Whether the prompt goes to e0 although e1 has less to do."""
+    choice = router.choose(snapshot, Counter(e0=10, e1=0), asked(prompt))
+    return choice == Choice("e0", Why.PREFIX)
+
+
+async def test_an_engine_draws_what_it_says_it_has(router: Router, snapshot: Snapshot, publisher: Publisher) -> None:
+    assert not drawn(router, snapshot)
+    await publisher.say(0, stored(PROMPT))
+    await until(lambda: drawn(router, snapshot))
+    await publisher.say(1, {"type": "AllBlocksCleared"}, stored(long(5000, 3)))
+    await until(lambda: drawn(router, snapshot, long(5000, 3)))
+    assert not drawn(router, snapshot)
+
+
+async def test_what_came_before_a_gap_is_forgotten(router: Router, snapshot: Snapshot, publisher: Publisher) -> None:
+    await publisher.say(7, stored(PROMPT))  # the first that is heard; nothing is known that it could miss
+    await until(lambda: drawn(router, snapshot))
+    await publisher.say(9, stored(long(5000, 3)))
+    await until(lambda: drawn(router, snapshot, long(5000, 3)))
+    assert not drawn(router, snapshot)
+
+
+@pytest.mark.parametrize("frames", [(b"", b"\0" * 8, b"\xc1"), (b"alone",)])
+async def test_an_engine_that_cannot_be_understood_counts_by_what_it_gets(
+    frames: tuple[bytes, ...],
+    router: Router,
+    snapshot: Snapshot,
+    publisher: Publisher,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    await publisher.send(*frames)
+    await until(lambda: bool(caplog.messages))
+    [message] = caplog.messages
+    assert "requests go to e0 by what was sent there, since its KV cache events fail" in message
+    await publisher.say(1, stored(PROMPT))
+    sent = router.choose(snapshot, Counter(e0=0, e1=10), asked(PROMPT))
+    assert sent == Choice("e0", Why.LEAST_LOADED)
+    assert drawn(router, snapshot)
+
+
+async def test_others_work_while_a_long_prompt_is_taken_in(
+    router: Router, snapshot: Snapshot, publisher: Publisher
+) -> None:
+    prompt = long(0, 512)
+    turns = 0
+
+    async def work() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += bool(router._cached._blocks["e0"])  # once it has begun
+
+    working = asyncio.create_task(work())
+    await publisher.say(0, stored(prompt, size=1))
+    async with asyncio.timeout(DEADLINE):
+        while len(router._cached._blocks["e0"]) < len(prompt):
+            await asyncio.sleep(0)
+    working.cancel()
+    assert turns >= len(prompt) // 256 - 1
+    assert drawn(router, snapshot, prompt)
+
+
+async def test_an_engine_that_has_gone_tells_no_more(router: Router, snapshot: Snapshot) -> None:
+    publisher, feeds = Publisher(), Feeds(router)
+    try:
+        async with feeds.listening("e0", publisher.endpoint):
+            await publisher.until_heard()
+            await publisher.say(0, stored(PROMPT))
+            await until(lambda: drawn(router, snapshot))
+        assert not drawn(router, snapshot)
+        assert "e0" not in router._cached
+        async with feeds.listening("e0", None):
+            assert "e0" not in router._cached
+    finally:
+        feeds.close()
+        publisher.close()
