@@ -1,22 +1,16 @@
-"""Weights on GPUs, to a stock engine that a variable names: by CUDA IPC on one, by NCCL from one to the others.
-
-    MILLRACE_GPU_ENGINE='{"kind": "sglang", "python": "...", "version": "0.5.15"}' pytest -n0 -s tests/gpu
-
-With `"device": "cpu"` in it the same goes by shared memory and by gloo, which tries these tests where no GPU is.
-"""
+"""Weights on GPUs: by CUDA IPC on one, by NCCL from one to the others. Where no GPU is, the same goes by shared memory
+and by gloo."""
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM
 
-from millrace.config.models import EngineConfig, TransportName
+from millrace.config.models import TransportName
 from millrace.engines.launch import StockConfig
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
@@ -26,22 +20,12 @@ from tests.fleet.strike import strike
 from tests.weights.faults import Source, damaged
 from tests.weights.variants import Prompt, Variant, greedy, greedy_request, make_variants
 
-ENGINE = os.environ.get("MILLRACE_GPU_ENGINE")
 PROMPTS: tuple[Prompt, ...] = tuple(tuple((7 * i * i + 31 * start) % 400 for i in range(24)) for start in range(64))
 # In half precision a few first tokens differ from those of a forward pass in float32; another version's nearly all do.
 ALIKE, OTHERWISE = 0.75, 0.25
 BUCKET = 160 * 1024  # a model takes four
 DEADLINE = 240.0  # seconds, also of a publish in which an engine dies
 First = Mapping[Prompt, int]
-
-pytestmark = pytest.mark.skipif(ENGINE is None, reason="MILLRACE_GPU_ENGINE names no engine that has GPUs")
-
-
-@pytest.fixture(scope="module")
-def config() -> StockConfig:
-    config: EngineConfig = TypeAdapter(EngineConfig).validate_json(ENGINE or "")
-    assert isinstance(config, StockConfig)
-    return config
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,17 @@
+"""What an engine on a GPU says of its cache draws requests, as on the CPU."""
+
+import asyncio
+from pathlib import Path
+
+from millrace.engines.launch import StockConfig
+from millrace.fleet.local import open_fleet
+from tests.conformance.kv_events import hold_its_events_draw_requests
+
+
+def test_its_events_draw_requests(config: StockConfig, tiny_model: Path, tmp_path: Path) -> None:
+    async def hold() -> None:
+        telling = config.model_copy(update={"kv_events": True})
+        async with open_fleet(telling, tiny_model, log_dir=tmp_path) as fleet:
+            await hold_its_events_draw_requests(fleet, tiny_model, 1)
+
+    asyncio.run(hold())
