@@ -13,6 +13,10 @@ from millrace.config.models import TinyModelConfig
 from millrace.engines import environments
 from millrace.train.tiny import make_tiny_model
 
+# Helpers' assertions say as much as the tests' own.
+for package in Path(__file__).parent.glob("*/__init__.py"):
+    pytest.register_assert_rewrite(f"tests.{package.parent.name}")
+
 # An example that is slow because the machine is busy is not a failure.
 settings.register_profile("millrace", deadline=None)
 settings.load_profile("millrace")

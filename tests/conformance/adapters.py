@@ -1,18 +1,17 @@
 """Adapters on a stock engine, besides what the contract says of them: a trainer's publishes, on the server that the
 checks were held against. One that is started for adapters does everything else as any other."""
 
-import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
 from millrace.config.models import EngineArgument
-from millrace.engines.base import Engine
 from millrace.engines.stock.engine import StockEngine
 from millrace.fleet.fleet import Fleet
-from millrace.types import GenerateRequest, Generation, SamplingParams, Segment
+from millrace.types import Segment
 from tests.adapters import CONFIG, adapter, merged
+from tests.conformance.middle import LONG, across, begun, greedy
 from tests.fleet.test_fleet import expected
 
 # Of the command line that starts a server for adapters. SGLang also asks for the modules.
@@ -20,33 +19,16 @@ WITH_ADAPTERS: Mapping[str, EngineArgument] = {"enable_lora": True, "max_lora_ra
 MODULES: EngineArgument = list(CONFIG.target_modules)
 
 
-LONG = 800  # tokens; a generation that a publish meets in the middle
-
-
-async def until_running(engine: Engine, task: "asyncio.Task[Generation]") -> None:
-    """Waits until the engine is seen at work on the generation. Fails where it ended before."""
-    while not (await engine.loads()).running_requests:
-        assert not task.done(), "it ended before it was seen"
-
-
-def greedy(name: str, tokens: int = 12) -> GenerateRequest:
-    return GenerateRequest(name, (5, 17, 300, 42, 8), SamplingParams(tokens, temperature=0.0, ignore_eos=True))
-
-
 async def hold_publishes_over_whole_versions(fleet: Fleet, tiny_model: Path) -> None:
-    [engine] = fleet.engines.values()
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     whole = [(name, parameter.detach() * 1.5) for name, parameter in model.named_parameters()]
     first, second = adapter(model, 1), adapter(model, 2)
     version = 1000
     await fleet.publish([(name, parameter.detach()) for name, parameter in model.named_parameters()], version)
-    base = asyncio.create_task(fleet.generate(greedy("base", LONG), deadline=120))
-    await until_running(engine, base)
+    base = await begun(fleet, "base")
     report = await fleet.publish_adapter(first, version + 1, config=CONFIG)
     assert not report.failed
-    running = asyncio.create_task(fleet.generate(greedy("running", LONG), deadline=120))
-    while (await engine.loads()).running_requests + base.done() + running.done() < 2:
-        await asyncio.sleep(0)
+    running = await begun(fleet, "running", beside=base)
     await fleet.publish_adapter(second, version + 2, config=CONFIG)
     after = await fleet.generate(greedy("after"), deadline=120)
     assert (after.output_ids, after.segments) == (expected(merged(model, second)), (Segment(version + 2, 0, 12),))
@@ -54,11 +36,13 @@ async def hold_publishes_over_whole_versions(fleet: Fleet, tiny_model: Path) -> 
     assert (await base).output_ids[:12] == expected(model)
     assert (await running).segments == (Segment(version + 1, 0, LONG),)
     assert (await running).output_ids[:12] == expected(merged(model, first))
-    across = asyncio.create_task(fleet.generate(greedy("across", LONG), deadline=120))
-    await until_running(engine, across)
-    await fleet.publish(whole, version + 3)
-    segments = (await across).segments
-    assert [segment.version for segment in segments] == [version + 2, version + 3]
+    number, made = await across(
+        fleet,
+        version + 3,
+        lambda number: fleet.publish_adapter(second, number, config=CONFIG),
+        lambda number: fleet.publish(whole, number),
+    )
+    assert [segment.version for segment in made.segments] == [number, number + 1]
     scaled = AutoModelForCausalLM.from_pretrained(tiny_model)
     scaled.load_state_dict(dict(whole), strict=False)
     assert (await fleet.generate(greedy("whole"), deadline=120)).output_ids == expected(scaled)

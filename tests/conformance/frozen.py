@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from millrace.fleet.fleet import Fleet
 from millrace.types import Segment
 from millrace.weights.folder import folder_checksums
-from tests.conformance.adapters import greedy
+from tests.conformance.middle import greedy
 from tests.fleet.test_fleet import expected
 
 

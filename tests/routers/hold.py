@@ -13,7 +13,7 @@ from millrace.fleet.journal import Outcome
 from millrace.fleet.proxy import Proxy
 from millrace.routers.start import start_router
 from millrace.types import FinishReason, Placement
-from tests.conformance.adapters import LONG, greedy, until_running
+from tests.conformance.middle import LONG, across, begun, greedy
 from tests.fleet.test_fleet import expected
 
 
@@ -35,17 +35,17 @@ async def hold_a_router_before_it(
                 assert made.output_ids == expected(model)
                 assert [segment.version for segment in made.segments] == [version]
             assert fleet.journal.totals.requests[by_router] == 2
-            across = asyncio.create_task(fleet.generate(greedy("across", LONG), deadline=120))
-            await until_running(engine, across)
-            waits = asyncio.create_task(fleet.publish(tensors, version + 1))
-            made = await across
-            await waits
+            number, made = await across(
+                fleet,
+                version + 1,
+                lambda number: fleet.publish(tensors, number),
+                lambda number: fleet.publish(tensors, number),
+            )
             assert made.finish_reason is FinishReason.LENGTH
-            assert made.request_id == "across"
+            assert made.request_id.startswith("across")
             assert (len(made.output_ids), len(made.logprobs)) == (LONG, LONG)
-            assert [segment.version for segment in made.segments] == [version, version + 1]
-            given_up = asyncio.create_task(fleet.generate(greedy("given-up", LONG), deadline=120))
-            await until_running(engine, given_up)
+            assert [segment.version for segment in made.segments] == [number, number + 1]
+            given_up = await begun(fleet, "given-up")
             given_up.cancel()
             await asyncio.gather(given_up, return_exceptions=True)
             await engine.flush_cache(deadline=1.0)  # refused while anything runs

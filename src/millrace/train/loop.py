@@ -179,9 +179,6 @@ class TrainingLoop:
             if last or step % config.evaluation.every == 0:
                 with watch("evaluation"):
                     accuracy = await self.evaluate()
-            if last or step % config.checkpoint.every == 0:
-                with watch("checkpoint"):
-                    await self.save(supply.position)
         self.folder.add_samples(step, taken.all_samples, self.runner.chat)
         tools, grades = self.runner.tool_counts, self.judge.counts if self.judge is not None else JudgeCounts()
         self.watch.add(watch)
@@ -192,6 +189,10 @@ class TrainingLoop:
         self._record(await self.ranks.over_all(metrics))
         tools.calls = tools.errors = 0
         grades.clear()
+        # Behind the record: a run that goes on from it drops what was recorded later, and makes up for nothing.
+        if last or step % config.checkpoint.every == 0:
+            with self.watch("checkpoint"):
+                await self.save(supply.position)
 
     async def _grade(self, judge: Judge, taken: Taken) -> None:
         """The judge's turn, while the engines sleep. Samples that it does not grade have failed after all."""
@@ -290,7 +291,6 @@ def _metrics(
         sleep_seconds=seconds("sleep"),
         freed_gib=round(freed_gib, 3),
         evaluation_seconds=seconds("evaluation"),
-        checkpoint_seconds=seconds("checkpoint"),
         step_seconds=seconds("step"),
         tokens=tokens,
         tokens_per_second=tokens / generating,

@@ -31,7 +31,6 @@ class StepMetrics:
     sleep_seconds: float = 0.0  # engines going to sleep and waking
     freed_gib: float = 0.0  # of the trainer's GPU by the engines that sleep; 0 on the CPU
     evaluation_seconds: float = 0.0
-    checkpoint_seconds: float = 0.0
     step_seconds: float = 0.0
     tokens: int = 0  # that the model made
     tokens_per_second: float = 0.0  # over the time in which the engines generated
