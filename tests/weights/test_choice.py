@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from millrace.config.models import TransportName
 from millrace.errors import PublishError
+from millrace.fleet.local import agreeing_on_memory
 from millrace.types import Capability
 from millrace.weights.transports.choice import NEEDS, Sight, choose
 
@@ -92,3 +93,9 @@ def test_what_the_config_says_is_done_or_refused(engines: list[Sight], wanted: T
     else:
         with pytest.raises(PublishError, match=f"publish.transport is {wanted}"):
             choose(wanted, engines, trainer_has_gpu=False, folder=True)
+
+
+@pytest.mark.parametrize("inherited", ["0", "1"])
+def test_an_sglang_is_told_of_nccls_memory_unless_it_inherits_that(inherited: str) -> None:
+    assert agreeing_on_memory({"PATH": "/bin"}) == {"NCCL_CUMEM_ENABLE": "-2"}
+    assert agreeing_on_memory({"NCCL_CUMEM_ENABLE": inherited}) == {}
