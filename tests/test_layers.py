@@ -13,6 +13,7 @@ LAYERS = [
     "checksum",
     "errors",
     "model_folder",
+    "imports",
     "config",
     "http",
     "launch",

@@ -19,6 +19,7 @@ from millrace.cli.status import interruptible
 from millrace.cli.watch import status
 from millrace.config import dump_config
 from millrace.errors import MillraceError
+from millrace.imports import without_collecting
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(engines_app, name="engines")
@@ -64,7 +65,7 @@ def train(
     if dry_run:
         print(dump_config(settings), end="")
         return
-    with interruptible(lambda: "nothing had been started"):
+    with interruptible(lambda: "nothing had been started"), without_collecting():
         # Not before: these import torch.
         from transformers.utils import logging as transformers_logging
 

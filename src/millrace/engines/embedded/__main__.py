@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from millrace.imports import without_collecting
+
 log = logging.getLogger("millrace.embedded")
 
 BACKLOG = 4096  # connections that may wait to be accepted: a trainer opens thousands in one go
@@ -50,10 +52,10 @@ def main(argv: list[str]) -> int:
 
 
 async def _serve(args: argparse.Namespace, sock: socket.socket) -> int:
-    # Imported here: torch and transformers take seconds, and a port in use should be told at once.
-    from millrace.engines.embedded.auth import Keys
-    from millrace.engines.embedded.build import Settings, build
-    from millrace.engines.embedded.server import Server
+    with without_collecting():  # here: torch and transformers take seconds, and a port in use should be told at once
+        from millrace.engines.embedded.auth import Keys
+        from millrace.engines.embedded.build import Settings, build
+        from millrace.engines.embedded.server import Server
 
     settings = Settings(
         model=args.model,
