@@ -16,14 +16,24 @@ from millrace.launch.process import ServerProcess
 from millrace.train.tiny import make_tiny_model
 from millrace.types import Health
 
+# A context over which a generation is caught in the middle, also where the engine is quick and the test is not.
+TINY = TinyModelConfig(kind="tiny", hidden_size=64, heads=2, context_length=512)
 API_KEY, ADMIN_KEY = "the-data-key", "the-control-key"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model, with that context."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    make_tiny_model(TINY, 0, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with other weights of the shapes of `tiny_model`."""
     folder = tmp_path_factory.mktemp("other") / "model"
-    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 1, folder)
+    make_tiny_model(TINY, 1, folder)
     return folder
 
 

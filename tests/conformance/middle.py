@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from millrace.fleet.fleet import Fleet
 from millrace.types import GenerateRequest, Generation, SamplingParams
 
-LONG = 200  # tokens
+LONG = 400  # tokens
 ATTEMPTS = 20
 DEADLINE = 120.0
 
