@@ -417,6 +417,9 @@ async def test_a_transport_that_is_not_possible_ends_what_was_started(tiny_model
     with pytest.raises(ConfigError, match=r"publish.folder nosuch://x can't be used"):
         async with open_fleet(config, tiny_model, log_dir=tmp_path, folder="nosuch://x"):
             raise AssertionError("it must not start")
+    with pytest.raises(ConfigError, match=r"transport 'carrier' is not known; valid here: auto, shm"):
+        async with open_fleet(config, tiny_model, log_dir=tmp_path, transport="carrier"):  # type: ignore[arg-type]
+            raise AssertionError("it must not start")
     with socket.create_server(("127.0.0.1", port)):
         pass
 

@@ -17,6 +17,7 @@ from millrace.fleet.recovery import FIRST_DELAY, LONGEST_DELAY, delay_before
 from millrace.launch.ports import free_port
 from millrace.types import FinishReason, Segment
 from tests.engines.processes import below, command_lines
+from tests.fleet.strike import strike
 from tests.fleet.test_fleet import CONFIG, busy, embedded, expected, greedy, tensors
 
 ONE = CONFIG.model_copy(update={"replicas": 1})
@@ -45,6 +46,26 @@ def test_each_restart_waits_longer_up_to_a_cap() -> None:
     delays = [delay_before(attempt) for attempt in range(20)]
     assert delays[:3] == [FIRST_DELAY, 2 * FIRST_DELAY, 4 * FIRST_DELAY]
     assert max(delays) == delays[-1] == LONGEST_DELAY
+
+
+async def test_requests_go_past_an_engine_that_answers_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("millrace.fleet.recovery.SUSPECT_SECONDS", 1.0)
+    async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path, restarts=1) as fleet:
+
+        async def until(phase: Phase) -> None:
+            async with asyncio.timeout(60):
+                while fleet.snapshot.get("embedded-0").phase is not phase:
+                    await asyncio.sleep(0.02)
+
+        strike(fleet, "embedded-0", signal.SIGSTOP)
+        await until(Phase.SUSPECT)
+        assert "it has not answered for" in fleet.snapshot.describe()
+        for number in range(4):
+            await fleet.generate(greedy(f"past-{number}"), deadline=20)
+        strike(fleet, "embedded-0", signal.SIGCONT)
+        await until(Phase.READY)
 
 
 async def test_an_engine_that_is_killed_comes_back_with_what_the_others_serve(

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import orjson
+import pytest
 
 from millrace.config import load_config
+from millrace.errors import ConfigError
 from millrace.train.record import RunFolder
 from tests.config.test_loading import VALID
 
@@ -26,3 +28,17 @@ def test_what_lies_behind_the_checkpoint_is_dropped_by_one_rank_alone(tmp_path: 
     assert steps() == [[1, 2, 3]] * 3
     RunFolder(config, resume=True).forget_after(2)
     assert steps() == [[1, 2]] * 3
+
+
+def test_a_run_that_is_resumed_keeps_its_model(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(VALID)
+    same = [f"output_dir={tmp_path}", "name=run"]
+    config = load_config(tmp_path / "run.yaml", same)
+    with RunFolder(config, resume=False).create():
+        (tmp_path / "run" / "metrics.jsonl").touch()
+    with RunFolder(config, resume=True).create():
+        pass
+    other = load_config(tmp_path / "run.yaml", [*same, "model.layers=7"])
+    with pytest.raises(ConfigError, match="can't have another .*'layers': 7"), RunFolder(other, resume=True).create():
+        pass
+    assert "layers: 7" not in (tmp_path / "run" / "config.yaml").read_text()

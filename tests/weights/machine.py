@@ -14,6 +14,7 @@ from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import EngineError, NoEngineError, PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet, transport_for
+from millrace.fleet.membership import Phase
 from millrace.types import Generation
 from millrace.weights.publisher import ROLLBACK_DEADLINE
 from tests.fleet.strike import strike
@@ -239,6 +240,7 @@ class Machine:
         if not others:
             strike(self._fleet, name, signal.SIGCONT)
             assert failed is None
+            await until(lambda: self._fleet.snapshot.get(name).phase is not Phase.SUSPECT)
             return self._truth.unchanged() | {name: {Fate.OUT, self._truth.fates[name]}}
         assert failed == {name}
         return self._truth.served({name})

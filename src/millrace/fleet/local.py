@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from millrace.config.models import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, TransportName
 from millrace.config.routers import RouterConfig, SGLangRouterConfig, VLLMRouterConfig, check_router
@@ -66,6 +66,8 @@ async def open_fleet(
     model's or `folder` not a store, PublishError when the engines can't take weights by that transport, and ConfigError
     when what it needs is not installed.
     """
+    if transport not in get_args(TransportName):
+        raise ConfigError(f"transport {transport!r} is not known; valid here: {', '.join(get_args(TransportName))}")
     if router is not None:
         try:
             check_router(router, config.kind)

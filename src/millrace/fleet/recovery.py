@@ -11,6 +11,7 @@ from millrace.fleet.roster import Roster
 from millrace.types import Health
 
 PROBE_SECONDS = 2.0
+SUSPECT_SECONDS = 10.0  # of silence, after which requests go elsewhere
 HANG_SECONDS = 60.0  # of silence; longer than any step of an engine that is only busy
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds before a restart; each one that fails doubles the next
 SETTLED_SECONDS = 300.0  # of service, after which earlier restarts count no more
@@ -118,5 +119,7 @@ class Recovery:
                 reason = f"it has not answered for {silent:.0f} s"
                 logger.error("%s: %s", name, reason)
                 await self._roster.apply(name, Died(reason) if self._limit else Struck(reason, STRIKES))
+            elif silent >= SUSPECT_SECONDS:
+                await self._roster.apply(name, Struck(f"it has not answered for {silent:.0f} s", STRIKES))
         elif member.phase is Phase.SUSPECT:
             await self._roster.apply(name, Answered())

@@ -82,7 +82,8 @@ class Judge:
                 raise DataError(
                     f"the judge's prompt for problem {problem.problem_id} has {length} tokens before any answer, and "
                     f"with judges.max_new_tokens ({self.config.max_new_tokens}) fills its context of "
-                    f"{self.fleet.context_length}; shorten judges.template or drop the problem"
+                    f"{self.fleet.context_length}; lower judges.max_new_tokens, take a judge with a longer context, "
+                    "shorten judges.template, or drop the problem"
                 )
 
     def _lacks_room(self, length: int) -> bool:

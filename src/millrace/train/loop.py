@@ -4,6 +4,7 @@ Both modes are this one loop. `hybrid` lets no sample be stale, so the engines h
 trains, and sleep. `standalone` lets them generate on, as far ahead as `max_staleness` allows.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ from millrace.train.ranks import Ranks
 from millrace.train.record import RunFolder, StepMetrics
 from millrace.train.trainer import StepStats, Trainer
 from millrace.types import MemoryTag
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -187,6 +190,7 @@ class TrainingLoop:
             self.progress, stats, watch, taken, lag, accuracy, tools, grades, freed, standalone=standalone
         )
         self._record(await self.ranks.over_all(metrics))
+        _tell_of_unread(grades)
         tools.calls = tools.errors = 0
         grades.clear()
         # Behind the record: a run that goes on from it drops what was recorded later, and makes up for nothing.
@@ -241,6 +245,16 @@ class TrainingLoop:
             self.folder.add_metrics(metrics)
         self.display.step(metrics)
         self.display.progress("steps", self.progress.step, self.config.train.steps)
+
+
+def _tell_of_unread(grades: JudgeCounts) -> None:
+    """Where a judge says nothing that can be read, no reward of the step means anything."""
+    if grades.unread and grades.unread == grades.graded:
+        logger.warning(
+            "no grade was found in any of the judge's %d answers, and all count as 0; look at judges.verdict and "
+            "judges.max_new_tokens",
+            grades.graded,
+        )
 
 
 def pace_of(config: RunConfig, ranks: int) -> Pace:

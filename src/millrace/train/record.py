@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import yaml
 
 from millrace.config import RunConfig, dump_config
 from millrace.errors import ConfigError, DataError
@@ -81,9 +82,21 @@ class RunFolder:
                 raise ConfigError(
                     f"{self.path} is in use by another run; wait for its end or give another name=..."
                 ) from None
+            settings = self.path / "config.yaml"
             with _explained(self.path):
-                (self.path / "config.yaml").write_text(dump_config(self._config))
+                if self.metrics_path.exists() and settings.exists():
+                    self._require_same_model(settings)
+                settings.write_text(dump_config(self._config))
             yield
+
+    def _require_same_model(self, settings: Path) -> None:
+        """Of a run that is resumed. Its checkpoints are of that model."""
+        before, now = (yaml.safe_load(text)["model"] for text in (settings.read_text(), dump_config(self._config)))
+        if before != now:
+            raise ConfigError(
+                f"{self.path} was begun with model {before}, and a run that is resumed can't have another ({now}); "
+                "leave model as it was, or give another name=..."
+            )
 
     @property
     def metrics_path(self) -> Path:

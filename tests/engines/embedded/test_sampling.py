@@ -22,6 +22,13 @@ def lanes_of(count: int, *, temperature: float = 1.0, top_k: int = -1, top_p: fl
     return lanes
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0.0}])
+def test_what_a_broken_model_says_is_a_token_all_the_same(filters: dict[str, Any]) -> None:
+    tokens, logprobs = sample(torch.full((2, 8), torch.nan), lanes_of(2, **filters))
+    assert all(0 <= token < 8 for token in tokens)
+    assert np.isnan(logprobs).all()
+
+
 def exact(temperature: float, top_k: int, top_p: float, min_p: float) -> NDArray[np.float64]:
     """Each filter judges the full distribution; what all of them keep is scaled up to 1."""
     logits = np.array(LOGITS) / temperature

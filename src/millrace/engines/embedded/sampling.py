@@ -101,9 +101,11 @@ def _draw_filtered(probs_FV: torch.Tensor, uniforms_F: torch.Tensor, lanes: Lane
 
 
 def _invert(weights_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
-    """The index [B] where each row's running sum passes its uniform number. An index of weight 0 is never drawn."""
+    """The index [B] where each row's running sum passes its uniform number. An index of weight 0 is never drawn; of
+    weights that are no numbers, as those of a broken model, the last is."""
     sums_BV = weights_BV.cumsum(dim=-1, dtype=torch.float64)
-    return torch.searchsorted(sums_BV, uniforms_B[:, None] * sums_BV[:, -1:], right=True)[:, 0]
+    passed_B = torch.searchsorted(sums_BV, uniforms_B[:, None] * sums_BV[:, -1:], right=True)[:, 0]
+    return passed_B.clamp(max=weights_BV.shape[1] - 1)
 
 
 def _to(array: NDArray[Any], like: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,6 @@ def requirements(engine: str, version: str, device: str, recipes: Recipes) -> Re
     if version not in locks:
         raise ConfigError(
             f"{engine} {version} has no tested list of packages for the {device}; these versions have one: "
-            f"{', '.join(locks)}. For another, make an environment yourself and name its interpreter in engine.python"
+            f"{', '.join(locks)}. For another, make an environment yourself and name its interpreter as `python`"
         )
     return Requirements(locks[version].read_text(), complete=True)
