@@ -127,7 +127,7 @@ def make(
             raise PublishError("publish.transport is nccl, and the trainer's torch sees no GPU")
         device = torch.device("cuda", torch.cuda.current_device())
         if Capability.UPDATE_FROM_PROCESS_GROUP in common:
-            # Between GPUs of one host NCCL does not notice that a rank has died, and an SGLang waits for it for ever.
+            # Between GPUs of one host NCCL does not notice that a rank has died, and an SGLang goes on waiting.
             return ProcessGroupTransport(SendingGroup, device, together=not here)
         from millrace.weights.transports.bare_nccl import BareNcclGroup
 
