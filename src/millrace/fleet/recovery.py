@@ -115,11 +115,11 @@ class Recovery:
             await self._roster.apply(name, Struck("nothing takes connections at its port"))
         elif health is Health.BUSY:
             silent = time.monotonic() - self._silent_since.setdefault(name, time.monotonic())
+            reason = f"it has not answered for {silent:.0f} s"
             if silent >= HANG_SECONDS:
-                reason = f"it has not answered for {silent:.0f} s"
                 logger.error("%s: %s", name, reason)
                 await self._roster.apply(name, Died(reason) if self._limit else Struck(reason, STRIKES))
             elif silent >= SUSPECT_SECONDS:
-                await self._roster.apply(name, Struck(f"it has not answered for {silent:.0f} s", STRIKES))
+                await self._roster.apply(name, Struck(reason, STRIKES))
         elif member.phase is Phase.SUSPECT:
             await self._roster.apply(name, Answered())
