@@ -9,6 +9,7 @@ ForeignArgument = str | int | float | bool | list[str | int] | dict[str, Any] | 
 
 
 class Model(BaseModel):
-    """The base of all settings: frozen, and strict about keys."""
+    """The base of all settings: frozen, and strict about keys. The docstring below a field is its description, which
+    `millrace config` prints."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)

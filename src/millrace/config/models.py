@@ -1,4 +1,5 @@
-"""Every setting, as pydantic models. An unknown key is an error; a setting is honoured or refused, never ignored."""
+"""Every setting, as pydantic models. An unknown key is an error; a setting is honoured or refused, never ignored. The
+docstring below a setting is its description, which `millrace config` prints."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -18,17 +19,24 @@ class TinyModelConfig(Model):
     """A small Qwen3 over a word-level vocabulary, from random weights made by the run's seed. For demos and tests."""
 
     kind: Literal["tiny"]
+    """A model from random weights."""
     layers: PositiveInt = 2
+    """Transformer layers."""
     hidden_size: PositiveInt = 128
+    """Width of the hidden states."""
     heads: PositiveInt = 4
+    """Attention heads."""
     context_length: PositiveInt = 256
+    """Longest sequence, in tokens."""
 
 
 class PretrainedModelConfig(Model):
     """A folder in Hugging Face's format, with its tokenizer, or a name on the Hub."""
 
     kind: Literal["pretrained"]
+    """A model that exists."""
     path: str
+    """The model's folder, or its name on the Hugging Face Hub."""
 
 
 ModelConfig = Annotated[TinyModelConfig | PretrainedModelConfig, Field(discriminator="kind")]
@@ -38,24 +46,33 @@ class GeneratedDataConfig(Model):
     """Word problems in GSM8K's format from the seeded generator (`millrace.rollout.problems`)."""
 
     kind: Literal["generated"]
+    """Generated problems."""
     seed: int
+    """Seed of the generator. The same seed gives the same problems."""
     problems: PositiveInt
+    """Number of problems."""
 
 
 class FileDataConfig(Model):
     """A JSONL file in GSM8K's format: `question`, and `answer` that ends in `#### n`."""
 
     kind: Literal["file"]
+    """A JSONL file."""
     path: Path
+    """The file."""
 
 
 class HubDataConfig(Model):
     """A data set on the Hugging Face Hub in GSM8K's format. Needs the extra `millrace[hub]`."""
 
     kind: Literal["hub"]
+    """A data set on the Hub."""
     path: str
+    """Name of the data set, such as `openai/gsm8k`."""
     name: str | None = None
+    """Configuration of the data set, such as `main`."""
     split: str
+    """Split of the data set, such as `train`."""
 
 
 DataConfig = Annotated[GeneratedDataConfig | FileDataConfig | HubDataConfig, Field(discriminator="kind")]
@@ -65,11 +82,17 @@ class ReplicatedConfig(Model):
     """What every kind of engine is told that Millrace launches."""
 
     replicas: PositiveInt = 1
+    """Number of servers, each with the whole model."""
     max_running_requests: PositiveInt = 64
-    threads: PositiveInt | None = None  # of torch, on the CPU; None leaves it to torch
+    """Requests that one server runs at the same time. Others wait in its queue."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch. None keeps torch's default."""
     host: str = "127.0.0.1"
-    ports: tuple[PositiveInt, ...] | None = None  # one for each replica; None takes what the kernel gives
+    """Address that the servers listen on."""
+    ports: tuple[PositiveInt, ...] | None = None
+    """One port for each replica. None takes free ports."""
     start_timeout: PositiveFloat = 60.0
+    """Seconds until a server must be healthy."""
 
     @model_validator(mode="after")
     def _a_port_each(self) -> Self:
@@ -84,9 +107,13 @@ class EmbeddedEngineConfig(ReplicatedConfig):
     """Millrace's own engine: any causal model of transformers, on the CPU or one GPU."""
 
     kind: Literal["embedded"]
+    """Millrace's own engine."""
     device: str = "cpu"
+    """Device of torch: `cpu`, `cuda` or `cuda:N`."""
     cached_prefixes: Annotated[int, Field(ge=0)] = 64
-    faults: bool = False  # for tests: the engine crashes, hangs or refuses when it is told to
+    """Prompt prefixes that the KV cache keeps. 0 turns the prefix cache off."""
+    faults: bool = False
+    """For tests: the engine crashes, hangs or refuses on request."""
 
 
 class StockEngineConfig(ReplicatedConfig):
@@ -95,24 +122,44 @@ class StockEngineConfig(ReplicatedConfig):
     from the environment: MILLRACE_ENGINE_API_KEY and MILLRACE_ENGINE_ADMIN_API_KEY)."""
 
     version: str
+    """Version of the engine whose environment is used."""
     device: Literal["cuda", "cpu"] = "cuda"
+    """What the engine runs on."""
     python: Path | None = None
+    """An interpreter that has the engine. None uses the environment that `millrace engines install` made."""
     urls: tuple[str, ...] | None = None
+    """Running servers to attach to, one for each replica. Their keys come from MILLRACE_ENGINE_API_KEY and
+    MILLRACE_ENGINE_ADMIN_API_KEY."""
     tp_size: PositiveInt = 1
+    """Tensor-parallel ranks."""
     pp_size: PositiveInt = 1
+    """Pipeline-parallel stages."""
     dp_size: PositiveInt = 1
+    """Data-parallel ranks."""
     ep_size: PositiveInt = 1
+    """Expert-parallel ranks."""
     nnodes: PositiveInt = 1
-    node_rank: Annotated[int, Field(ge=0)] | None = None  # the node that is this host; None: all nodes are
-    # host:port of node 0; None, where all nodes are this host: what the kernel gives
+    """Nodes that one engine runs on."""
+    node_rank: Annotated[int, Field(ge=0)] | None = None
+    """The node that this host is. None: this host is all nodes."""
     dist_init_addr: Annotated[str, Field(pattern=r"^.+:\d+$")] | None = None
-    base_gpu_id: Annotated[int, Field(ge=0)] = 0  # replica r starts at base_gpu_id + r x its GPUs
+    """host:port of node 0. None takes a free port where this host is all nodes."""
+    base_gpu_id: Annotated[int, Field(ge=0)] = 0
+    """First GPU. Replica r starts at base_gpu_id + r x the GPUs of one replica."""
     cuda_visible_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES of the servers. None keeps this process's."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    kv_events: bool = False  # routing learns from the engine's own events which prefixes it has
-    start_timeout: PositiveFloat = 600.0  # a large model over a slow disk; the CPU form needs 20 to 60 s
-    env: dict[str, str] = Field(default_factory=dict)  # added to the server's environment
-    engine_args: dict[str, EngineArgument] = Field(default_factory=dict)  # the engine's own, by their own names
+    """Level of the servers' logs."""
+    kv_events: bool = False
+    """The engine reports which prefixes its KV cache holds, and routing uses that. Needs the extra
+    `millrace[kv-events]`."""
+    start_timeout: PositiveFloat = 600.0
+    """Seconds until a server must be healthy. A large model on a slow disk takes minutes, a small one on the CPU 20 to
+    60 s."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Variables that are added to the servers' environment."""
+    engine_args: dict[str, EngineArgument] = Field(default_factory=dict)
+    """The engine's own arguments, by their own names. A dictionary becomes JSON."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -140,10 +187,15 @@ class SGLangEngineConfig(StockEngineConfig):
     """Stock SGLang."""
 
     kind: Literal["sglang"]
+    """Stock SGLang."""
     version: str = "0.5.23"
-    max_total_tokens: PositiveInt | None = None  # of KV cache; on the CPU, where SGLang's default is 20 GB, 65536
+    """Version of SGLang."""
+    max_total_tokens: PositiveInt | None = None
+    """Tokens that the KV cache holds. None keeps SGLang's default on a GPU, and is 65536 on the CPU."""
     mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
-    memory_saver: bool = True  # what makes sleep release memory; on the CPU there is none
+    """Share of the GPU's memory for weights and KV cache. None keeps SGLang's default."""
+    memory_saver: bool = True
+    """Sleep releases GPU memory. It has no effect on the CPU."""
 
     @model_validator(mode="after")
     def _splits(self) -> Self:
@@ -156,13 +208,19 @@ class VLLMEngineConfig(StockEngineConfig):
     """Stock vLLM."""
 
     kind: Literal["vllm"]
+    """Stock vLLM."""
     version: str = "0.32.0"
-    api_servers: PositiveInt = 1  # processes that answer HTTP, at one port
+    """Version of vLLM."""
+    api_servers: PositiveInt = 1
+    """Processes that answer HTTP at the same port."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
-    kv_cache_memory_bytes: PositiveInt | None = None  # on the CPU, where vLLM's own default fails, 256 MB
-    sleep_mode: bool = True  # what makes sleep release memory; on the CPU there is none
-    # Where data-parallel ranks of other hosts reach node 0, besides dist_init_addr
+    """Share of the GPU's memory that vLLM takes. None keeps vLLM's default."""
+    kv_cache_memory_bytes: PositiveInt | None = None
+    """Bytes of KV cache. None keeps vLLM's default on a GPU, and is 256 MB on the CPU."""
+    sleep_mode: bool = True
+    """Sleep releases GPU memory. It has no effect on the CPU."""
     data_parallel_rpc_port: PositiveInt | None = None
+    """Port of node 0 for data-parallel ranks of other hosts, in addition to dist_init_addr."""
 
     @model_validator(mode="after")
     def _vllm_can(self) -> Self:
@@ -191,67 +249,103 @@ class RolloutConfig(Model):
     """How samples are made."""
 
     groups_per_step: PositiveInt
+    """Groups (problems) that one step trains on."""
     samples_per_group: Annotated[int, Field(ge=2)]
+    """Samples of each problem."""
     max_turns: PositiveInt = 4
+    """Most turns of one sample."""
     max_turn_tokens: PositiveInt
-    max_sample_tokens: PositiveInt  # prompt, turns and tool answers together
+    """Most tokens of one turn."""
+    max_sample_tokens: PositiveInt
+    """Most tokens of one sample: prompt, turns and tool answers together."""
     temperature: PositiveFloat = 1.0
+    """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling. 1 is off."""
     top_k: int = -1
+    """The k most likely tokens are sampled from. -1 is off."""
     min_p: Probability = 0.0
+    """Tokens below this share of the most likely one are left out. 0 is off."""
     tools: tuple[str, ...] = ("calculator",)
+    """Names of the tools that the model may call."""
     sample_timeout: PositiveFloat = 300.0
-    sample_retries: Annotated[int, Field(ge=0)] = 2  # when an engine dies under a sample
-    partial_rollouts: bool = True  # what it had of the sample then stays; otherwise the sample begins again
-    # In versions. Mode hybrid is on-policy, 0 whatever stands here, unless it recycles.
+    """Seconds for one sample, all turns and retries together."""
+    sample_retries: Annotated[int, Field(ge=0)] = 2
+    """Retries of a sample whose engine died."""
+    partial_rollouts: bool = True
+    """A retried sample keeps the tokens that it has. Otherwise it starts from the prompt."""
     max_staleness: Annotated[int, Field(ge=0)] = 1
-    over_sampling: Annotated[int, Field(ge=0)] = 0  # groups started beyond groups_per_step; the first complete count
-    recycle: bool = False  # in mode hybrid, what a step leaves unfinished goes on in the next; else it is given up
-    # Groups that a step may drop for others since their rewards are all alike (DAPO, arXiv:2503.14476)
+    """Versions that a sample may be older than the weights it trains. Mode hybrid is on-policy (0), unless it
+    recycles."""
+    over_sampling: Annotated[int, Field(ge=0)] = 0
+    """Groups started beyond groups_per_step. The first complete ones count."""
+    recycle: bool = False
+    """Mode hybrid: samples that a step leaves unfinished continue in the next step. Otherwise they are aborted."""
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """Groups whose rewards are all alike that a step may replace by others (DAPO, arXiv:2503.14476)."""
 
 
 class JudgeConfig(Model):
     """Engines of a frozen model that is asked for a part of the reward (docs/judges.md)."""
 
     model: ModelConfig
+    """The judge's model."""
     engine: EngineConfig
-    mode: Literal["colocated", "standalone"] = "standalone"  # in turns with the policy's engines; or on its own
-    seed: int = 0  # of a tiny model's weights
-    # What it is asked, with {question}, {answer} (the model's last turn) and {reference}
+    """The judge's engines."""
+    mode: Literal["colocated", "standalone"] = "standalone"
+    """`colocated` takes turns with the policy's engines, `standalone` has devices of its own."""
+    seed: int = 0
+    """Seed of a tiny model's weights."""
     template: Annotated[str, AfterValidator(check_template)] = TEMPLATE
-    # Its group is the grade, a number; the last match in what the judge says counts
+    """The judge's prompt, with {question}, {answer} (the model's last turn) and {reference}."""
     verdict: Annotated[str, AfterValidator(check_verdict)] = VERDICT
-    best: PositiveFloat = 10.0  # the grade that makes 1; 0 makes 0, and what is not between them is no grade
+    """Regular expression whose one group is the grade. The last match in the judge's answer counts."""
+    best: PositiveFloat = 10.0
+    """The grade that becomes reward 1. Grade 0 becomes 0, and a number outside of 0 to `best` is no grade."""
     max_new_tokens: PositiveInt = 512
-    weight: Annotated[float, Field(gt=0, le=1)] = 1.0  # reward = weight x grade + (1 - weight) x rule reward
-    restarts: Annotated[int, Field(ge=0)] = 3  # of one engine in a row, where it dies or hangs
+    """Most tokens of the judge's answer."""
+    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the grade: reward = weight x grade + (1 - weight) x rule reward."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Restarts in a row of one engine that died or hangs."""
 
 
 class OptimizerConfig(Model):
     """AdamW, with a linear warm-up to `lr` and then the named schedule."""
 
     lr: PositiveFloat
+    """Learning rate after the warm-up."""
     betas: tuple[Probability, Probability] = (0.9, 0.95)
+    """AdamW's betas."""
     eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's weight decay."""
     max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Schedule of the learning rate after the warm-up."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of the linear warm-up."""
     min_lr_ratio: Probability = 0.0
+    """Share of `lr` at which the schedule ends."""
 
 
 class LossConfig(Model):
     """GRPO's loss (DeepSeekMath, arXiv:2402.03300), with the later options that the field uses."""
 
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: PositiveFloat = 0.28  # above clip_low: DAPO's clip-higher, arXiv:2503.14476
-    kl_coefficient: NonNegativeFloat = 0.0  # above 0 a frozen copy of the first weights is the reference
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: PositiveFloat = 0.28
+    """The ratio is clipped above 1 + clip_high. Above clip_low it is DAPO's clip-higher (arXiv:2503.14476)."""
+    kl_coefficient: NonNegativeFloat = 0.0
+    """Weight of the KL term. Above 0 a frozen copy of the first weights is kept as the reference."""
     average: Literal["token", "sequence"] = "token"
-    normalize_advantages: bool = True  # divide by the group's standard deviation; False is Dr. GRPO, arXiv:2503.20783
-    importance_cap: PositiveFloat | None = (
-        2.0  # truncated importance sampling against the engine's logprobs; None is off
-    )
+    """What the loss is averaged over."""
+    normalize_advantages: bool = True
+    """Divide advantages by the group's standard deviation. False is Dr. GRPO (arXiv:2503.20783)."""
+    importance_cap: PositiveFloat | None = 2.0
+    """Cap of the truncated importance weight against the engine's logprobs. None is off."""
 
 
 class WarmupConfig(OptimizerConfig):
@@ -259,47 +353,74 @@ class WarmupConfig(OptimizerConfig):
     on the generator's stories (`millrace.train.warmup_data`)."""
 
     steps: PositiveInt
+    """Supervised steps."""
     batch_size: PositiveInt = 32
-    seed: int = 0  # of the endless stream of conversations
+    """Conversations in one step."""
+    seed: int = 0
+    """Seed of the endless stream of conversations."""
 
 
 class TrainConfig(OptimizerConfig):
     """The reinforcement, with its optimizer's settings beside the others, as in `train.lr`."""
 
     steps: PositiveInt
+    """Steps of the run."""
     loss: LossConfig = LossConfig()
-    minibatches: PositiveInt = 1  # optimizer steps taken on one step's samples
+    """GRPO's loss."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps on one step's samples."""
     tokens_per_microbatch: PositiveInt = 8192
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; the master weights are float32
+    """Most tokens of one forward pass."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the forward pass. The master weights are float32."""
     device: str = "cpu"
-    threads: PositiveInt | None = None  # of torch, on the CPU; None leaves it to torch
+    """Device of torch: `cpu`, `cuda` or `cuda:N`."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch. None keeps torch's default."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, which saves memory."""
 
 
 class EvaluationConfig(Model):
     """Greedy answers to held-out problems."""
 
     data: DataConfig
-    every: PositiveInt = 5  # steps; the first and the last step are always evaluated
+    """The held-out problems."""
+    every: PositiveInt = 5
+    """Steps between two evaluations. The first and the last step are always evaluated."""
     problems: PositiveInt = 128
+    """Number of problems that are evaluated."""
 
 
 class CheckpointConfig(Model):
-    every: PositiveInt = 10  # steps; the last step is always saved
+    """When the trainer's state is saved."""
+
+    every: PositiveInt = 10
+    """Steps between two checkpoints. The last step is always saved."""
     keep: PositiveInt = 2
+    """Checkpoints that are kept."""
 
 
 TransportName = Literal["auto", "shm", "cuda_ipc", "gloo", "nccl", "disk", "delta", "ucx"]
 
 
 class PublishConfig(Model):
+    """How new weights reach the engines."""
+
     transport: TransportName = "auto"
-    folder: str | None = None  # where versions are kept: a path, or a URL of fsspec's; for disk, one that engines know
-    keep: PositiveInt = 2  # versions
-    couriers: tuple[str, ...] = ()  # for delta and ucx: the URL of `millrace courier` on each host of engines
+    """The way of the weights to the engines. `auto` chooses by what engines and trainer share."""
+    folder: str | None = None
+    """Where versions are kept: a path, or a URL of fsspec. With transport disk the engines read it too."""
+    keep: PositiveInt = 2
+    """Versions that are kept."""
+    couriers: tuple[str, ...] = ()
+    """For delta and ucx: the URL of `millrace courier` on each host of engines."""
     bucket_bytes: PositiveInt = 256 * 1024 * 1024
-    timeout: PositiveFloat = 120.0  # for the whole transaction on one engine
+    """Bytes of one bucket of tensors."""
+    timeout: PositiveFloat = 120.0
+    """Seconds for the whole transaction on one engine."""
     require_finite: bool = False
+    """Refuse to publish weights that are NaN or infinite."""
 
     @model_validator(mode="after")
     def _possible(self) -> "PublishConfig":
@@ -322,29 +443,49 @@ class MetricsConfig(Model):
     the port may read, and change nothing."""
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)]  # 0 takes what the kernel gives
+    """Address that the metrics server listens on."""
+    port: Annotated[int, Field(ge=0, le=65535)]
+    """Its port. 0 takes a free one."""
 
 
 class RunConfig(Model):
     """One training run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run, and of its folder below output_dir."""
     output_dir: Path = Path("runs")
+    """Folder of all runs."""
     seed: int = 0
+    """Seed of everything random in the run."""
     mode: Literal["hybrid", "standalone"] = "hybrid"
+    """`hybrid`: engines and trainer share their devices and take turns. `standalone`: both work at the same time."""
     model: ModelConfig
+    """The model that is trained."""
     engine: EngineConfig
+    """The engines that generate."""
     data: DataConfig
+    """The training problems."""
     rollout: RolloutConfig
+    """How samples are made."""
     warmup: WarmupConfig | None = None
+    """Supervised steps before the reinforcement. None is off."""
     train: TrainConfig
+    """The reinforcement."""
     evaluation: EvaluationConfig
+    """Greedy answers to held-out problems."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are saved."""
     publish: PublishConfig = PublishConfig()
-    restarts: Annotated[int, Field(ge=0)] = 3  # of one engine in a row, where it dies or hangs
+    """How weights reach the engines."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Restarts in a row of one engine that died or hangs."""
     router: RouterConfig | None = None
+    """A router of another project between requests and engines. Its name alone is enough. None sends requests straight
+    to the engines."""
     judges: JudgeConfig | None = None
+    """Engines that grade answers. None leaves the reward to the rule."""
     metrics: MetricsConfig | None = None
+    """Metrics for Prometheus and `millrace status`. None is off."""
 
     @model_validator(mode="after")
     def _possible(self) -> "RunConfig":

@@ -37,12 +37,17 @@ class ForeignRouterConfig(Model):
     that somebody else started (`url`; its key is read from MILLRACE_ROUTER_API_KEY)."""
 
     python: Path | None = None
+    """An interpreter that has the router. None uses the environment that `millrace engines install` made."""
     url: str | None = None
-    # What becomes of requests while the router does not answer: straight to the engines, or an error
+    """A running router to attach to. Its key comes from MILLRACE_ROUTER_API_KEY."""
     fallback: Literal["direct", "none"] = "direct"
-    restarts: Annotated[int, Field(ge=0)] = 3  # in a row, where it ends by itself
+    """Where requests go while the router does not answer: straight to the engines, or into an error."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Restarts in a row of a router that ended by itself."""
     start_timeout: PositiveFloat = 30.0
-    args: dict[str, ForeignArgument] = Field(default_factory=dict)  # the router's own, by their own names
+    """Seconds until the router must be healthy."""
+    args: dict[str, ForeignArgument] = Field(default_factory=dict)
+    """The router's own arguments, by their own names. A dictionary becomes JSON."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -62,18 +67,24 @@ class SGLangRouterConfig(ForeignRouterConfig):
     """sglang-router. Its cache_aware does not look at token ids; what sticks is `manual`."""
 
     kind: Literal["sglang"]
+    """sglang-router."""
     version: str = "0.3.2"
+    """Version of the router."""
     policy: Literal["manual", "cache_aware", "power_of_two", "random", "round_robin"] = "manual"
+    """The router's policy. `manual` is sticky; `cache_aware` does not look at token ids."""
 
 
 class VLLMRouterConfig(ForeignRouterConfig):
     """vllm-router."""
 
     kind: Literal["vllm"]
+    """vllm-router."""
     version: str = "0.1.17"
+    """Version of the router."""
     policy: Literal[
         "consistent_hash", "cache_aware", "kv_aware", "power_of_two", "random", "round_robin", "sticky_least_loaded"
     ] = "consistent_hash"
+    """The router's policy."""
 
 
 def by_name(value: Any) -> Any:
