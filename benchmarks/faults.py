@@ -40,7 +40,7 @@ from millrace.rollout.problems import generate_problems
 from millrace.rollout.runner import SampleRunner
 from millrace.rollout.sample import SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler
-from millrace.rollout.tools import make_tools
+from millrace.rollout.tools import Calculator
 from millrace.train.tiny import make_tiny_model
 from millrace.types import SamplingParams
 
@@ -137,8 +137,8 @@ def print_recovery(kinds: Sequence[str], repeats: int) -> None:
 def runner_on(fleet: Fleet, model_path: Path) -> SampleRunner:
     return SampleRunner(
         fleet=fleet,
-        chat=load_chat_format(str(model_path)),
-        tools=make_tools(("calculator",)),
+        chat=load_chat_format(str(model_path), [Calculator().schema]),
+        tools={"calculator": Calculator()},
         limits=EpisodeLimits(max_turns=2, max_turn_tokens=TOKENS, max_sample_tokens=200, context_length=256),
         sampling=SamplingParams(TOKENS, ignore_eos=True),
         timeout=120.0,

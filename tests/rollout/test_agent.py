@@ -17,9 +17,9 @@ from millrace.rollout.tools import Calculator, ToolAnswer
 from millrace.train.tiny import ANSWER_TEXT, CALL_TEXT, make_tiny_tokenizer
 from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, Segment
 
-CHAT = check_chat_format(make_tiny_tokenizer(), "tiny")
 TOOLS = {"calculator": Calculator()}
-PROMPT = CHAT.prompt("Tom has 12 cards. He needs as many for each of 7 days. How many is that?", [Calculator().schema])
+CHAT = check_chat_format(make_tiny_tokenizer(), "tiny", [Calculator().schema])
+PROMPT = CHAT.prompt("Tom has 12 cards. He needs as many for each of 7 days. How many is that?")
 LIMITS = EpisodeLimits(max_turns=4, max_turn_tokens=64, max_sample_tokens=400, context_length=512)
 SAMPLING = SamplingParams(max_new_tokens=64, temperature=0.7, seed=11)
 CALL = CALL_TEXT.format(clause="He needs as many for each of 7 days", operator="*", left=12, right=7)

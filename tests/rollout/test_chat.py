@@ -1,5 +1,6 @@
 """Conversations in token ids: appending gives what the template would give; templates that can't do it are refused."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,16 @@ THINKING_TEMPLATE = """
 """.strip()
 
 
-def chat_format(template: str | None = None) -> ChatFormat:
+def chat_format(
+    template: str | dict[str, str] | None = None, tools: Sequence[Mapping[str, object]] = (), **kwargs: object
+) -> ChatFormat:
     tokenizer = make_tiny_tokenizer()
     if template is not None:
         tokenizer.chat_template = template
-    return check_chat_format(tokenizer, "model")
+    return check_chat_format(tokenizer, "model", tools, kwargs)
 
 
-CHATS = {"tiny": chat_format(), "thinking": chat_format(THINKING_TEMPLATE)}
+CHATS = {"tiny": chat_format(), "tools": chat_format(tools=TOOLS), "thinking": chat_format(THINKING_TEMPLATE)}
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -48,13 +51,14 @@ def test_appending_gives_what_the_template_gives(name: str, answers: list[str]) 
     appended = (*chat.prompt("How many?"), *chat.turn(CALL), *chat.continuation(answers))
     messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": CALL}]
     messages += [{"role": "tool", "content": answer} for answer in answers]
-    whole = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    tools = [dict(tool) for tool in chat.template.tools] or None
+    whole = chat.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
     assert chat.decode(appended) == whole
     assert list(appended) == chat.tokenizer.encode(whole, add_special_tokens=False)
 
 
 def test_the_prompt_has_the_question_the_tools_and_the_system_prompt_once() -> None:
-    text = CHATS["tiny"].decode(CHATS["tiny"].prompt("How many eggs?", TOOLS, "Be brief. "))
+    text = CHATS["tools"].decode(CHATS["tools"].prompt("How many eggs?", "Be brief. "))
     assert text == (
         "<|im_start|>system\nBe brief. Tools: calculator<|im_end|>\n"
         "<|im_start|>user\nHow many eggs?<|im_end|>\n<|im_start|>assistant\n"
@@ -96,8 +100,8 @@ def test_templates_that_cant_be_appended_to_are_refused(template: str, reason: s
 
 
 def test_a_folder_is_loaded_as_it_was_made(tiny_model: Path) -> None:
-    chat = load_chat_format(str(tiny_model))
-    assert chat.prompt("How many?", TOOLS) == CHATS["tiny"].prompt("How many?", TOOLS)
+    chat = load_chat_format(str(tiny_model), TOOLS)
+    assert chat.prompt("How many?") == CHATS["tools"].prompt("How many?")
     assert chat.end_of_turn == CHATS["tiny"].end_of_turn
 
 

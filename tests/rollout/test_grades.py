@@ -1,11 +1,11 @@
-"""How a judge's grade is read, and what it is asked is kept clean. Pure."""
+"""How a judge's grade is read. Pure."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.config.models import JudgeConfig
-from millrace.rollout.judge import read_grade, without
+from millrace.rollout.judge import read_grade
 
 
 @given(
@@ -26,11 +26,3 @@ def test_a_group_that_holds_no_number_is_no_grade() -> None:
     assert read_grade("Verdict: good", r"Verdict: (\w+)", 10) is None
     assert read_grade("Verdict: nan", r"Verdict: (\w+)", 10) is None
     assert read_grade("Verdict: inf", r"Verdict: (\w+)", 10) is None
-
-
-@given(st.lists(st.sampled_from(["<a>", "<b>", "<", "a", ">", "b", "text"])))
-def test_no_mark_is_left_and_nothing_else_is_lost(parts: list[str]) -> None:
-    left = without("".join(parts), {"<a>", "<b>"})
-    assert "<a>" not in left
-    assert "<b>" not in left
-    assert left.count("text") == parts.count("text")

@@ -22,7 +22,7 @@ from millrace.rollout.problems import generate_problems
 from millrace.rollout.runner import SampleRunner
 from millrace.rollout.sample import Problem, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler
-from millrace.rollout.tools import make_tools
+from millrace.rollout.tools import Calculator
 from millrace.types import ANYWHERE, GenerateRequest, Generation, MemoryTag, Placement, SamplingParams
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -52,8 +52,8 @@ def runner(fleet: Fleet, tiny_model: Path) -> SampleRunner:
 def make_runner(fleet: Fleet, model: Path) -> SampleRunner:
     return SampleRunner(
         fleet=fleet,
-        chat=load_chat_format(str(model)),
-        tools=make_tools(("calculator",)),
+        chat=load_chat_format(str(model), [Calculator().schema]),
+        tools={"calculator": Calculator()},
         limits=EpisodeLimits(max_turns=2, max_turn_tokens=24, max_sample_tokens=200, context_length=256),
         sampling=SamplingParams(24, ignore_eos=True),
         timeout=60.0,

@@ -76,8 +76,9 @@ def repeat(conversation: SupervisedConversation) -> Generate:
 
 async def test_a_warmup_conversation_is_token_for_token_a_rollout(tiny_model: Path) -> None:
     """Plays each conversation again: a model that says its turns gets the same tokens back."""
-    chat, tool = load_chat_format(str(tiny_model)), Calculator()
-    for conversation in warmup_conversations(chat, [tool.schema], seed=3, start=10, count=20):
+    tool = Calculator()
+    chat = load_chat_format(str(tiny_model), [tool.schema])
+    for conversation in warmup_conversations(chat, seed=3, start=10, count=20):
         ids, mask = conversation.token_ids, conversation.loss_mask
         prompt = ids[: int(np.argmax(mask))]
         limits = EpisodeLimits(max_turns=4, max_turn_tokens=48, max_sample_tokens=256, context_length=256)
@@ -92,14 +93,14 @@ async def test_a_warmup_conversation_is_token_for_token_a_rollout(tiny_model: Pa
 
 def test_the_warmup_stream_can_be_taken_in_parts(tiny_model: Path) -> None:
     chat = load_chat_format(str(tiny_model))
-    whole = list(warmup_conversations(chat, [], 1, 0, 6))
-    parts = [c for start in (0, 2, 4) for c in warmup_conversations(chat, [], 1, start, 2)]
+    whole = list(warmup_conversations(chat, 1, 0, 6))
+    parts = [c for start in (0, 2, 4) for c in warmup_conversations(chat, 1, start, 2)]
     assert [c.token_ids for c in whole] == [c.token_ids for c in parts]
 
 
 def test_the_warmup_copies_its_numbers_and_results(tiny_model: Path) -> None:
     chat = load_chat_format(str(tiny_model))
-    conversations = list(warmup_conversations(chat, [], 1, 0, 200))
+    conversations = list(warmup_conversations(chat, 1, 0, 200))
     for index, conversation in enumerate(conversations):
         story, text = make_misread_story(1, index), chat.decode(conversation.token_ids)
         left = story.numbers[0]

@@ -2,7 +2,7 @@
 docstring below a setting is its description, which `millrace config` prints."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -268,6 +268,9 @@ class RolloutConfig(Model):
     """Tokens below this share of the most likely one are left out. 0 is off."""
     tools: tuple[str, ...] = ("calculator",)
     """Names of the tools that the model may call."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the model's chat template, as in `{enable_thinking: false}`. Every prompt and every turn gets
+    them."""
     sample_timeout: PositiveFloat = 300.0
     """Seconds for one sample, all turns and retries together."""
     sample_retries: Annotated[int, Field(ge=0)] = 2

@@ -55,6 +55,7 @@ async def run_episode(
 ) -> Episode:
     """Plays one conversation. The requests are called `<sample_id>/<turn>`, turns counting from 0.
 
+    `tools` are those that `chat` tells the model of; without any, the first turn is the answer.
     `sampling.max_new_tokens` and its stop tokens are set anew for each turn; a seed gives each turn its own.
     Raises DataError for a prompt that leaves the model no room, AbortedGeneration where the engine ended a turn by
     abort, and whatever `generate` raises. `on_tool_answer` is told of every call of a tool.
@@ -76,7 +77,7 @@ async def run_episode(
         if generation.finish_reason is FinishReason.LENGTH:
             full = len(draft.token_ids) >= limits.total
             return draft.finish(limits.end_when_full() if full else EpisodeEnd.TOKEN_LIMIT)
-        calls = parse_tool_calls(chat.decode(generation.output_ids))
+        calls = parse_tool_calls(chat.answer(generation.output_ids)) if tools else ()
         if not calls:
             return draft.finish(EpisodeEnd.ANSWERED)
         if draft.turns == limits.max_turns:
@@ -99,9 +100,9 @@ def last_turn(episode: Episode) -> tuple[int, ...]:
 
 
 def last_answer(episode: Episode, chat: ChatFormat) -> str:
-    """The text of the model's last turn, without the token that ends it."""
-    turn = last_turn(episode)
-    return chat.decode(turn[:-1] if turn[-1:] == (chat.end_of_turn,) else turn)
+    """The text of the model's last turn, without its reasoning and the token that ends it. Empty where the reasoning
+    has no end."""
+    return chat.answer(last_turn(episode))
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from millrace.config.models import JudgeConfig
@@ -55,7 +55,7 @@ class Judge:
         return weight * grade + (1 - weight) * rule_reward(text, problem.answer)
 
     async def grade(self, problem: Problem, text: str, *, deadline: float) -> float:
-        """From 0 to 1, of the text of a model's last turn. Raises JudgeError where no engine of the judge's answers
+        """From 0 to 1, of the answer in a model's last turn. Raises JudgeError where no engine of the judge's answers
         within `deadline` seconds, or it loses more than `retries` of them, or the text is too long for it."""
         try:
             async with asyncio.timeout(deadline):
@@ -69,11 +69,10 @@ class Judge:
         return grade or 0.0
 
     def prompt(self, problem: Problem, text: str) -> tuple[int, ...]:
-        """What it is asked, as token ids."""
-        control = {token.content for token in self.chat.tokenizer.added_tokens_decoder.values() if token.special}
+        """What it is asked, as token ids. Control tokens in the texts stay text: a model can't end its turn in the
+        judge's prompt and grade itself."""
         texts = {"question": problem.question, "answer": text, "reference": problem.answer}
-        plain = {name: without(value, control) for name, value in texts.items()}
-        return self.chat.prompt(self.config.template.format(**plain))
+        return self.chat.prompt(self.config.template.format(**texts))
 
     def require_room(self, problems: Sequence[Problem]) -> None:
         """Raises DataError where a question leaves no room for any answer."""
@@ -105,7 +104,7 @@ class Judge:
             return await self.fleet.generate(request, deadline=ends - now(), placement=placement)
 
         made = await generate_whole(request, send, Attempts(self.retries, self.fleet.journal))
-        return self.chat.decode(made.output_ids)
+        return self.chat.answer(made.output_ids)
 
 
 async def grade_in_turn(
@@ -145,12 +144,3 @@ def read_grade(said: str, verdict: str, best: float) -> float | None:
     except ValueError:
         return None
     return number / best if 0 <= number <= best else None
-
-
-def without(text: str, marks: Collection[str]) -> str:
-    """The text without these marks: a model must not end its turn in the judge's prompt and grade itself. Again, until
-    what is left makes up none."""
-    while any(mark in text for mark in marks):
-        for mark in marks:
-            text = text.replace(mark, "")
-    return text

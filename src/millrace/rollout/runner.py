@@ -47,7 +47,7 @@ class SampleRunner:
     last_chance: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def prompt(self, problem: Problem) -> tuple[int, ...]:
-        return self.chat.prompt(problem.question, [tool.schema for tool in self.tools.values()])
+        return self.chat.prompt(problem.question)
 
     async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
         """The sample, ended. A failure of its own (an engine that died under it more often than `retries`, its

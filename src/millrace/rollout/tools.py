@@ -1,4 +1,4 @@
-"""Tools that the model may call between two of its turns: the port, the calculator, and Qwen's `<tool_call>` format.
+"""Tools that the model may call between two of its turns: the port, the calculator, and Qwen's `<tool_call>` formats.
 
 Whatever goes wrong with a call (bad JSON, no such tool, a tool that raises or takes too long) is told to the model as
 the tool's answer. It may try again, and the sample goes on.
@@ -19,6 +19,8 @@ import orjson
 from millrace.errors import MillraceError
 
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"\s*<function=([^<>\s]+)>(.*)</function>\s*", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^<>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _THOUSANDS_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _LONGEST_EXPRESSION = 500  # characters
 _LARGEST_EXPONENT = 1000
@@ -82,10 +84,12 @@ def make_tools(names: tuple[str, ...]) -> dict[str, Tool]:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call as the model wrote it."""
+    """A call as the model wrote it. typed: False where all arguments are text, and the tool's schema gives their
+    types."""
 
     name: str
     arguments: Mapping[str, object]
+    typed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,10 @@ class ToolAnswer:
 
 
 def parse_tool_calls(text: str) -> tuple[ToolCall | BadToolCall, ...]:
-    """The calls in one turn's text, in order; none where it has no `<tool_call>`."""
+    """The calls in one turn's text, in order; none where it has no `<tool_call>`. The text comes without its reasoning.
+
+    Two forms are read: JSON (Qwen2.5 and 3) and `<function=NAME><parameter=NAME>` (Qwen3-Coder, Qwen3.5, Nemotron 3).
+    """
     return tuple(_parse_tool_call(body, closing) for body, closing in _TOOL_CALL.findall(text))
 
 
@@ -120,7 +127,8 @@ async def answer_tool_call(call: ToolCall | BadToolCall, tools: Mapping[str, Too
     timeout = asyncio.timeout(deadline)
     try:
         async with timeout:
-            return ToolAnswer(call.name, await tool.call(call.arguments), failed=False)
+            arguments = call.arguments if call.typed else _typed(call.arguments, tool.schema)
+            return ToolAnswer(call.name, await tool.call(arguments), failed=False)
     # A tool is the user's own code and may raise anything; one bad call must not end the other samples of the batch.
     except Exception as error:
         reason = f"no answer after {deadline:g} s" if timeout.expired() else f"{error}" or type(error).__name__
@@ -160,6 +168,10 @@ def format_number(value: Number) -> str:
 def _parse_tool_call(body: str, closing: str) -> ToolCall | BadToolCall:
     if not closing:
         return BadToolCall("the tool call has no </tool_call>")
+    if body.lstrip().startswith("<function="):
+        if (function := _FUNCTION.fullmatch(body)) is None:
+            return BadToolCall("a tool call is <function=NAME> with <parameter=NAME>value</parameter> and </function>")
+        return ToolCall(function[1], dict(_PARAMETER.findall(function[2])), typed=False)
     try:
         call = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -169,6 +181,26 @@ def _parse_tool_call(body: str, closing: str) -> ToolCall | BadToolCall:
             return ToolCall(name, arguments)
         case _:
             return BadToolCall('a tool call is {"name": a string, "arguments": an object}')
+
+
+def _typed(arguments: Mapping[str, object], schema: Mapping[str, object]) -> dict[str, object]:
+    """Arguments that the model wrote as text, as the schema types them. Text that is no JSON stays text."""
+    match schema:
+        case {"function": {"parameters": {"properties": dict(properties)}}}:
+            return {name: _value(str(text), properties.get(name)) for name, text in arguments.items()}
+        case _:
+            return dict(arguments)
+
+
+def _value(text: str, schema: object) -> object:
+    match schema:
+        case {"type": "string"} | {"type": ["string", *_]} | None:
+            return text
+        case _:
+            try:
+                return orjson.loads(text)
+            except orjson.JSONDecodeError:
+                return text
 
 
 def _evaluate(node: ast.expr) -> Number:

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from millrace.fleet.fleet import Fleet
 from millrace.fleet.journal import Journal
 from millrace.fleet.local import open_fleet
 from millrace.rollout.agent import EpisodeLimits
-from millrace.rollout.chat import ChatFormat, load_chat_format
+from millrace.rollout.chat import ChatFormat, load_chat_format, load_prompt_format
 from millrace.rollout.data import load_problems
 from millrace.rollout.judge import Judge
 from millrace.rollout.reward import by_rule
@@ -84,7 +84,8 @@ async def train(
         with folder.create():
             model_path = await _starting_model(config, folder, world, thread, anew=not resume)
             share = slice(world.rank, None, world.size)
-            content = Content(load_chat_format(str(model_path)), tools, problems[share], held_out[share])
+            chat = _chat_format(config, model_path, tools)
+            content = Content(chat, tools, problems[share], held_out[share])
             judge_of = judge_model(config.judges, folder.path, anew=not resume)
             with Journal(folder.events_path) as journal:
                 async with _engines(config, model_path, judge_of, content, world, thread, folder, journal, display) as (
@@ -165,6 +166,14 @@ async def _starting_model(
     path = starting_model(config, folder.path, anew=anew) if world.rank == 0 else None
     await thread.run(world.any, False)
     return path if path is not None else starting_model(config, folder.path, anew=False)
+
+
+def _chat_format(config: RunConfig, model: Path, tools: Mapping[str, Tool]) -> ChatFormat:
+    """Without tools a conversation has one turn; the warm-up's stories have calls all the same."""
+    kwargs = config.rollout.chat_template_kwargs
+    if not tools and config.warmup is None:
+        return load_prompt_format(str(model), kwargs)
+    return load_chat_format(str(model), [tool.schema for tool in tools.values()], kwargs)
 
 
 async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> None:
@@ -290,10 +299,9 @@ async def _warm_up(loop: TrainingLoop, warmup: WarmupConfig, config: RunConfig, 
         update=warmup.model_dump(include={"steps", *OptimizerConfig.model_fields})
     )
     supervised = Trainer(loop.trainer.policy, settings)
-    schemas = [tool.schema for tool in content.tools.values()]
 
     def step(index: int) -> float:
-        batch = warmup_conversations(content.chat, schemas, warmup.seed, index * warmup.batch_size, warmup.batch_size)
+        batch = warmup_conversations(content.chat, warmup.seed, index * warmup.batch_size, warmup.batch_size)
         share = itertools.islice(batch, loop.ranks.world.rank, None, loop.ranks.world.size)
         return supervised.supervised_step([supervised_sample(c.token_ids, c.loss_mask.tolist()) for c in share]).loss
 

@@ -6,7 +6,7 @@ calls are those of the problem, in the right order; but the operators are mostly
 reinforcement.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,13 +25,11 @@ class SupervisedConversation:
     loss_mask: NDArray[np.bool_]
 
 
-def warmup_conversations(
-    chat: ChatFormat, tools: Sequence[Mapping[str, object]], seed: int, start: int, count: int
-) -> Iterator[SupervisedConversation]:
-    """The conversations `start` to `start + count` of the endless stream `seed`. `tools` are the rollouts' schemas."""
+def warmup_conversations(chat: ChatFormat, seed: int, start: int, count: int) -> Iterator[SupervisedConversation]:
+    """The conversations `start` to `start + count` of the endless stream `seed`, in the format of the rollouts."""
     for index in range(start, start + count):
         story = make_misread_story(seed, index)
-        parts: list[tuple[tuple[int, ...], bool]] = [(chat.prompt(story.question, tools), False)]
+        parts: list[tuple[tuple[int, ...], bool]] = [(chat.prompt(story.question), False)]
         left = story.numbers[0]
         steps = zip(story.clauses, story.operators, story.numbers[1:], story.results(), strict=True)
         for clause, operator, number, result in steps:
