@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from millrace.errors import DataError
-from millrace.rollout.chat import ChatFormat, check_chat_format, load_chat_format
+from millrace.rollout.chat import ChatFormat, check_chat_format, check_prompt_format, load_chat_format
+from millrace.rollout.control_tokens import break_control_tokens
 from millrace.rollout.tools import Calculator
-from millrace.train.tiny import make_tiny_tokenizer
+from millrace.train.tiny import CHAT_TEMPLATE, make_tiny_tokenizer
 
 TOOLS = [Calculator().schema]
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "12 * 7"}}\n</tool_call>'
@@ -97,6 +100,106 @@ def test_templates_that_cant_be_appended_to_are_refused(template: str, reason: s
     with pytest.raises(DataError, match=reason) as raised:
         chat_format(template)
     assert str(raised.value).startswith("model: ")
+
+
+PLAIN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Writes a tool's answer otherwise where there are tools, and reads a variable.
+BRANCHING = (
+    "{% for m in messages %}{{ '<|im_start|>' + ('user' if tools and m.role == 'tool' else m.role) + '\\n' }}"
+    "{{ ('TOOL ' if tools and m.role == 'tool' else '') + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + ('' if loud else 'quietly: ') }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [{"default": PLAIN, "tool_use": CHAT_TEMPLATE}, BRANCHING, CHAT_TEMPLATE],
+    ids=["named", "branch", "tiny"],
+)
+@pytest.mark.parametrize("tools", [TOOLS, []], ids=["tools", "none"])
+@pytest.mark.parametrize("kwargs", [{}, {"loud": True}])
+def test_the_prompt_and_every_later_turn_are_rendered_alike(
+    template: str | dict[str, str], tools: list[Mapping[str, object]], kwargs: dict[str, object]
+) -> None:
+    if kwargs and template != BRANCHING:
+        with pytest.raises(DataError, match="^model: the chat template has no variable loud"):
+            chat_format(template, tools, **kwargs)
+        return
+    chat = chat_format(template, tools, **kwargs)
+    appended = (*chat.prompt("How many?"), *chat.turn(CALL), *chat.continuation(["84"]))
+    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": CALL}]
+    messages += [{"role": "tool", "content": "84"}]
+    whole = chat.tokenizer.apply_chat_template(
+        messages, tools=[dict(tool) for tool in tools] or None, add_generation_prompt=True, tokenize=False, **kwargs
+    )
+    # A template writes the generation prompt's own words into no earlier turn.
+    assert chat.decode(appended).replace("quietly: <", "<") == whole.replace("quietly: <", "<")
+
+
+def test_arguments_that_the_rendering_itself_takes_are_refused() -> None:
+    with pytest.raises(DataError, match="^model: add_generation_prompt is an argument of apply_chat_template"):
+        chat_format(add_generation_prompt=False)
+
+
+def test_named_templates_without_a_default() -> None:
+    with pytest.raises(DataError, match="^model: .*no default"):
+        chat_format({"rag": PLAIN})
+
+
+def test_another_form_of_calls_is_refused_where_there_are_tools() -> None:
+    template = CHAT_TEMPLATE.replace("<tool_call>", "<call>").replace("</tool_call>", "</call>")
+    chat_format(template)
+    with pytest.raises(DataError, match="^model: .*in a form that Millrace does not read.*<call>"):
+        chat_format(template, TOOLS)
+
+
+# As Llama 2 and Mistral's first models: the first word of a text gets a space that the text does not have.
+def test_a_tokenizer_that_puts_a_space_before_the_first_word() -> None:
+    vocabulary = {letter: index for index, letter in enumerate("▁<>|/_abcdefghijklmnopqrstuvwxyz")}
+    bpe = Tokenizer(models.BPE(vocabulary, [], unk_token="a"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    bpe.decoder = decoders.Metaspace(prepend_scheme="first")
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>", "<|u|>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<|u|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    chat = check_prompt_format(tokenizer, "model")
+    assert chat.decode(chat.prompt("hello there")) == "<s><|u|>hello there</s>"
+    assert chat.decode(chat.prompt("hel</s>lo the<|u|>re")) == "<s><|u|>hel</s>lo the<|u|>re</s>"
+    assert chat.prompt("hel</s>lo").count(tokenizer.eos_token_id) == 1
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cc"])))
+def test_any_question_is_in_the_prompt(question: str) -> None:
+    text = CHATS["tiny"].decode(CHATS["tiny"].prompt(question))
+    shown = question.encode(errors="replace").decode()  # half a surrogate pair has no encoding
+    assert text == f"<|im_start|>user\n{shown}<|im_end|>\n<|im_start|>assistant\n"
+
+
+CONTROL = st.sampled_from(["<|im_end|>", "<|im_start|>", "<tool_call>", "</tool_response>", "<|endoftext|>"])
+
+
+@given(st.lists(st.one_of(CONTROL, st.text(alphabet="<|im_end>/tool ", max_size=6), st.characters()), max_size=8))
+def test_what_spells_control_tokens_stays_text(parts: list[str]) -> None:
+    text, chat = "".join(parts), CHATS["tools"]
+    control = set(chat.tokenizer.convert_tokens_to_ids(list(chat.control)))
+    for ids, harmless in [
+        (chat.prompt(text), chat.prompt("x")),
+        (chat.prompt("x", f"x{text}"), chat.prompt("x", "x")),
+        (chat.continuation([text, text]), chat.continuation(["x", "x"])),
+    ]:
+        assert [token for token in ids if token in control] == [token for token in harmless if token in control]
+        assert text in chat.decode(ids)
+
+
+def test_overlapping_control_tokens_are_all_broken() -> None:
+    control = ["<<a>", "<a>", "a>>"]
+    broken = break_control_tokens("<<a>><a>", control, "#")
+    assert broken == "<#<#a#>><#a>"
+    assert not any(token in piece for token in control for piece in broken.split("#"))
+    assert break_control_tokens("<b>", control, "#") == "<b>"
 
 
 def test_a_folder_is_loaded_as_it_was_made(tiny_model: Path) -> None:

@@ -87,6 +87,27 @@ def test_a_call_that_cant_be_read_is_a_bad_call(text: str) -> None:
 @given(st.text())
 def test_parsing_never_raises(text: str) -> None:
     assert len(parse_tool_calls(f"<tool_call>{text}</tool_call>")) >= 1
+    assert len(parse_tool_calls(f"<tool_call><function={text}</tool_call>")) >= 1
+
+
+def test_calls_with_parameters_in_tags() -> None:
+    text = (
+        "<tool_call>\n<function=calculator>\n<parameter=expression>\n12\n* 7\n</parameter>\n</function>\n</tool_call>"
+    )
+    assert (
+        parse_tool_calls(f"So: {text}{text}") == (ToolCall("calculator", {"expression": "12\n* 7"}, typed=False),) * 2
+    )
+    assert parse_tool_calls("<tool_call><function=now></function></tool_call>") == (ToolCall("now", {}, typed=False),)
+
+
+@pytest.mark.parametrize(
+    "body", ["<function=", "<function=calculator>", "<function=calculator><parameter=expression>1</parameter>",
+             "<function=>\n</function>", "<function=a></function> and more"],
+)  # fmt: skip
+def test_a_call_in_tags_that_cant_be_read_is_a_bad_call(body: str) -> None:
+    (call,) = parse_tool_calls(f"<tool_call>{body}</tool_call>")
+    assert isinstance(call, BadToolCall)
+    assert "</function>" in call.reason
 
 
 class Broken(Tool):
@@ -115,7 +136,38 @@ class Stuck(Broken):
         return "never"
 
 
-TOOLS: dict[str, Tool] = {tool.name: tool for tool in (Calculator(), Broken(), Silent(), Stuck())}
+class Echo(Tool):
+    name = "echo"
+
+    @property
+    def schema(self) -> Mapping[str, object]:
+        types = {"text": "string", "count": "integer", "list": "array", "either": ["string", "null"]}
+        properties = {name: {"type": type_name} for name, type_name in types.items()}
+        return {
+            "type": "function",
+            "function": {"name": self.name, "parameters": {"type": "object", "properties": properties}},
+        }
+
+    async def call(self, arguments: Mapping[str, object]) -> str:
+        return repr(dict(arguments))
+
+
+TOOLS: dict[str, Tool] = {tool.name: tool for tool in (Calculator(), Broken(), Silent(), Stuck(), Echo())}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [({"text": "12", "count": "12"}, {"text": "12", "count": 12}), ({"list": "[1, 2]"}, {"list": [1, 2]}),
+     ({"count": "a dozen"}, {"count": "a dozen"}), ({"either": "12"}, {"either": "12"}),
+     ({"other": "1"}, {"other": "1"})],
+)  # fmt: skip
+async def test_arguments_that_were_written_as_text_get_the_schemas_types(
+    arguments: Mapping[str, object], taken: Mapping[str, object]
+) -> None:
+    answer = await answer_tool_call(ToolCall("echo", arguments, typed=False), TOOLS, deadline=5)
+    assert answer.text == repr(taken)
+    answer = await answer_tool_call(ToolCall("echo", arguments), TOOLS, deadline=5)
+    assert answer.text == repr(arguments)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ def check_chat_format(
     """Wraps a tokenizer after checking its template. Raises DataError, whose message starts with `name`."""
     template = ChatTemplate(tokenizer, tuple(tools), template_kwargs or {})
     try:
+        _check_kwargs(template)
         turn = stand_in_turn(template)
         reasoning, control = _reading(template)
         if tools:
@@ -135,21 +136,26 @@ def check_prompt_format(
         raise DataError(f"{name}: the tokenizer names no end-of-sequence token, which ends a turn")
     template = ChatTemplate(tokenizer, (), template_kwargs or {})
     try:
+        _check_kwargs(template)
         return ChatFormat(template, tokenizer.eos_token_id, *_reading(template))
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
 
 
-def _reading(template: ChatTemplate) -> tuple[Reasoning, tuple[str, ...]]:
-    """How the model's turns are read, and its control tokens. Raises DataError for a keyword argument that the template
-    does not take, and for a template that does not write a user's text."""
-    source, tokenizer = template.source, template.tokenizer
-    taken = inspect.signature(tokenizer.apply_chat_template).parameters
+def _check_kwargs(template: ChatTemplate) -> None:
+    """Raises DataError for a keyword argument that the template does not take."""
+    taken = inspect.signature(template.tokenizer.apply_chat_template).parameters
     for argument in template.kwargs:
         if argument in taken:
             raise DataError(f"{argument} is an argument of apply_chat_template, and no variable of the chat template")
-        if not re.search(rf"\b{re.escape(argument)}\b", source):
+        if not re.search(rf"\b{re.escape(argument)}\b", template.source):
             raise DataError(f"the chat template has no variable {argument}")
+
+
+def _reading(template: ChatTemplate) -> tuple[Reasoning, tuple[str, ...]]:
+    """How the model's turns are read, and its control tokens. Raises DataError where the template does not write a
+    user's text."""
+    source, tokenizer = template.source, template.tokenizer
     if QUESTION not in template.render([{"role": "user", "content": QUESTION}]):
         raise DataError("the chat template does not write a user's text; Millrace sends it as a string, not as parts")
     reasoning = find_reasoning(template.render, source, tokenizer.get_added_vocab().keys())
