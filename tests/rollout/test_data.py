@@ -38,13 +38,14 @@ def test_reads_gsm8ks_own_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "number"),
     [("#### 7", "7"), ("####7\n", "7"), ("#### 1,234,567", "1234567"), ("#### -5", "-5"), ("#### 2.50", "2.50"),
-     ("#### $18", "18"), ("#### -$3", "-3"), ("#### .5", "0.5"), ("#### 3 is wrong\n#### 4", "4")],
+     ("#### $18", "18"), ("#### -$3", "-3"), ("#### .5", "0.5"), ("#### 3 is wrong\n#### 4", "4"),
+     ("#### \u22125", "-5"), ("#### 3/4", "3/4"), ("#### 50%", "50"), ("#### \\boxed{1{,}234}", "1234")],
 )  # fmt: skip
 def test_answers(text: str, number: str) -> None:
     assert parse_answer(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "72", "#### ", "#### x", "#### 5 apples", "# 5", "#### -"])
+@pytest.mark.parametrize("text", ["", "72", "#### ", "#### x", "#### 5 apples", "# 5", "#### -", "#### 1,5"])
 def test_what_is_no_answer(text: str) -> None:
     with pytest.raises(ValueError, match="####"):
         parse_answer(text)

@@ -26,3 +26,17 @@ def test_a_group_that_holds_no_number_is_no_grade() -> None:
     assert read_grade("Verdict: good", r"Verdict: (\w+)", 10) is None
     assert read_grade("Verdict: nan", r"Verdict: (\w+)", 10) is None
     assert read_grade("Verdict: inf", r"Verdict: (\w+)", 10) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "grade"),
+    [("Grade: 7/10", 0.7), ("**Grade: 7**", 0.7), ("Grade: **7**/10.", 0.7), ("Grade: 7 / 10", 0.7),
+     ("Grade: 7, since", 0.7), ("Grade: \\boxed{7}", 0.7), ("Grade: .5", 0.05), ("Grade: 7\u2009", 0.7),
+     ("Grade: 1e1", 1.0), ("Grade: 1/2", None),
+     ("Grade: -5", None), ("Grade: \u22125", None), ("Grade: 1,5", None), ("Grade: 1,000", None), ("Grade: 7-8", None),
+     ("Grade: 7 or 8", None), ("Grade: 7 to 8", None), ("Grade: 8.5.2", None), ("Grade: 7/8/10", None),
+     ("Grade: 5\nGrade: 1.5e3", None), ("Grade: 9/5", None), ("Grade: 10x", None)],
+)  # fmt: skip
+def test_no_part_of_a_grade_is_the_grade(said: str, grade: float | None) -> None:
+    found = read_grade(said, JudgeConfig.model_fields["verdict"].default, 10)
+    assert found == (None if grade is None else pytest.approx(grade))

@@ -1,11 +1,12 @@
 """The rule reward compares numbers, not texts."""
 
-from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from millrace.errors import DataError
 from millrace.rollout.reward import final_number, rule_reward
 
 
@@ -28,6 +29,11 @@ def test_wrong(text: str, answer: str) -> None:
     assert rule_reward(text, answer) == 0.0
 
 
+def test_an_answer_that_is_no_number_says_so() -> None:
+    with pytest.raises(DataError, match="the answer 'blue' is not a number"):
+        rule_reward("#### 7", "blue")
+
+
 @given(st.integers(-(10**9), 10**9))
 def test_thousands_separators_and_decimals_change_nothing(number: int) -> None:
     assert rule_reward(f"#### {number:,}", str(number)) == 1.0
@@ -38,4 +44,4 @@ def test_thousands_separators_and_decimals_change_nothing(number: int) -> None:
 @given(st.text())
 def test_any_text_has_a_number_or_none(text: str) -> None:
     number = final_number(f"####{text}")
-    assert number is None or isinstance(number, Decimal)
+    assert number is None or isinstance(number, Fraction)

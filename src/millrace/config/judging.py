@@ -16,7 +16,8 @@ Answer to be graded:
 How good is this answer? Say in a few sentences what is right and what is wrong about it, and end with a line \
 "Grade: N", where N is a number from 0 (worthless) to 10 (nothing to improve).
 """
-VERDICT = r"(?i)grade\W*(\d+(?:\.\d+)?)"
+# The group takes all that belongs to the number (`7/10`, `7 or 8`, `1,5`), so that no part of it is read as the grade.
+VERDICT = r"(?i)grade[\s:=*_`\"'(]*+((?:\S*\d\S*)(?:\s+(?:or|to|and a)\s+\S*\d\S*)?)"
 
 
 def check_template(template: str) -> str:

@@ -1,8 +1,7 @@
 """Where problems come from: a JSONL file or a Hugging Face data set in GSM8K's format, or the generator."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,9 @@ import orjson
 
 from millrace.config.models import DataConfig, FileDataConfig, GeneratedDataConfig, HubDataConfig
 from millrace.errors import DataError
+from millrace.rollout.numbers import parse_number
 from millrace.rollout.problems import generate_problems
 from millrace.rollout.sample import Problem
-
-_ANSWER = re.compile(r"####\s*(-?)\$?((?:\d[\d,]*)?(?:\.\d+)?)\s*\Z")
 
 
 def load_problems(config: DataConfig, *, held_out: bool = False) -> tuple[Problem, ...]:
@@ -44,12 +42,16 @@ def problems_at(problems: Sequence[Problem], seed: int, position: int, count: in
 
 
 def parse_answer(text: str) -> str:
-    """The number behind `####` at the end of a GSM8K answer, without thousands separators. Raises ValueError."""
-    found = _ANSWER.search(text)
-    if found is None or not found.group(2):
+    """The number behind `####` at the end of a GSM8K answer, in plain writing: a decimal as it stands without thousands
+    separators, or a fraction. Raises ValueError."""
+    _, mark, tail = text.rpartition("####")
+    number = parse_number(tail) if mark else None
+    if number is None:
         raise ValueError("its answer does not end in `#### ` and a number")
-    sign, digits = found.groups()
-    return str(Decimal(f"{sign}{digits.replace(',', '')}"))
+    try:
+        return str(Decimal(tail.strip().replace(",", "").replace("$", "")))
+    except InvalidOperation:  # it is written in another way
+        return str(number)
 
 
 def _read_file(path: Path) -> Iterator[Problem]:

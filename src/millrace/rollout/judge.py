@@ -12,9 +12,12 @@ from millrace.fleet.fleet import Fleet
 from millrace.rollout.agent import AbortedGeneration, last_answer
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.continuation import Attempts, generate_whole
+from millrace.rollout.numbers import parse_number
 from millrace.rollout.reward import rule_reward
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
 from millrace.types import GenerateRequest, Generation, Placement, SamplingParams
+
+AFTER_GRADE = ".,;:!?)*_`\"'"  # what may stand right behind a grade and is no part of it
 
 
 @dataclass(slots=True)
@@ -137,10 +140,11 @@ async def grade_in_turn(
 
 
 def read_grade(said: str, verdict: str, best: float) -> float | None:
-    """From 0 to 1; None where the judge gave none from 0 to `best`. What it says last counts: it reasons first."""
+    """From 0 to 1; None where the judge gave none from 0 to `best`. What it says last counts: it reasons first. The
+    group of `verdict` must be one whole number, with or without `/BEST` behind it."""
     found = re.findall(verdict, said)
-    try:
-        number = float(found[-1]) if found else -1.0
-    except ValueError:
+    grade, slash, out_of = found[-1].rstrip(AFTER_GRADE).partition("/") if found else ("", "", "")
+    number = parse_number(grade.rstrip(AFTER_GRADE))
+    if number is None or not 0 <= number <= best or (slash and parse_number(out_of) != best):
         return None
-    return number / best if 0 <= number <= best else None
+    return float(number) / best
