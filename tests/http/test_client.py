@@ -11,6 +11,9 @@ from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTime
 from millrace.http import HttpClient
 
 
+LENGTHS = (1, 2**16 - 20, 2**16, 2**19 + 1, 2**24)  # around what aiohttp's own limits are, and far beyond
+
+
 class Server:
     """Answers each path in its own way, and remembers what it was asked."""
 
@@ -43,6 +46,13 @@ class Server:
                 if self.drops >= 0:
                     request.transport.close()
                 return web.json_response({"dropped": False})
+            case "/long-events":
+                response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+                await response.prepare(request)
+                for length in LENGTHS:
+                    await response.write(b'data: {"text": "' + b"x" * length + b'"}\r\n\r\n')
+                await response.write(b"data: [DONE]\n\n")
+                return response
             case "/events" | "/broken-events":
                 response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
                 await response.prepare(request)
@@ -180,3 +190,9 @@ async def test_events_come_one_by_one_and_a_broken_stream_is_an_error(client: Ht
         async for event in client.events("/broken-events", {}, deadline=5):
             got.append(event)
     assert got == [{"n": 1}, {"n": 2}]
+
+
+async def test_an_event_may_be_of_any_length(client: HttpClient) -> None:
+    async with asyncio.timeout(30):
+        lengths = [len(event["text"]) async for event in client.events("/long-events", {}, deadline=30)]
+    assert tuple(lengths) == LENGTHS

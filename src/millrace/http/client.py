@@ -75,7 +75,7 @@ class HttpClient:
             async with self._post("data", "POST", path, body, deadline) as response:
                 if response.status != 200:
                     self._parse(path, response.status, await response.read())
-                async for line in response.content:
+                async for line in _lines(response.content):
                     if not line.startswith(b"data:"):
                         continue
                     data = line[5:].strip()
@@ -181,6 +181,20 @@ class HttpClient:
         if error.os_error.errno == errno.ECONNREFUSED:
             return f"nobody listens at {at}"
         return f"no connection to {at}: {error.os_error}"
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The lines of a stream, of any length; aiohttp's own have a limit, and one event has a whole answer in it. Each
+    byte is searched and copied once."""
+    parts: list[bytes] = []
+    async for chunk in content.iter_any():
+        *ended, rest = chunk.split(b"\n")
+        for line in ended:
+            parts.append(line)
+            yield b"".join(parts)
+            parts.clear()
+        parts.append(rest)
+    yield b"".join(parts)
 
 
 def server_url(url: str) -> URL:

@@ -17,8 +17,32 @@ from millrace.engines.embedded.runner import ModelInfo
 from millrace.engines.embedded.scheduler import Output, Request
 from millrace.engines.embedded.thread import ModelThread
 
-Sink = asyncio.Queue[tuple[str, Output] | None]
-"""Where the outputs of one call arrive; None: the model thread has ended and nothing will come any more."""
+
+class Sink:
+    """Where the outputs of one call arrive. An output has everything so far, so only the newest of each request is kept:
+    a slow reader of a stream costs no memory."""
+
+    def __init__(self) -> None:
+        self._newest: dict[str, Output] = {}
+        self._changed = asyncio.Event()
+        self._ended = False
+
+    def put(self, request_id: str, output: Output) -> None:
+        self._newest[request_id] = output
+        self._changed.set()
+
+    def end(self) -> None:
+        """The model thread has ended, and nothing will come any more."""
+        self._ended = True
+        self._changed.set()
+
+    async def get(self) -> dict[str, Output]:
+        """What has come since the last call; waits for it. Empty: nothing will come any more."""
+        while not self._newest and not self._ended:
+            self._changed.clear()
+            await self._changed.wait()
+        newest, self._newest = self._newest, {}
+        return newest
 
 
 class Generate:
@@ -33,12 +57,12 @@ class Generate:
         for request_id, output in outputs:
             sink = self._sinks.get(request_id)
             if sink is not None:
-                sink.put_nowait((request_id, output))
+                sink.put(request_id, output)
 
     def fail(self) -> None:
         """Tells every call in flight that the model thread is no more."""
         for sink in self._sinks.values():
-            sink.put_nowait(None)
+            sink.end()
 
     async def handle(self, http: web.Request, info: ModelInfo) -> web.StreamResponse:
         begun = time.monotonic()
@@ -71,19 +95,20 @@ class Generate:
         taken = [request.id for request in requests if request.id in self._sinks]
         if taken:
             raise BadRequest(f"rid: {taken[0]} is in flight already")
-        sink: Sink = asyncio.Queue()
+        sink = Sink()
         going = {request.id for request in requests}
         self._sinks.update(dict.fromkeys(going, sink))
         try:
             await self._thread.call(lambda core: core.submit(requests))
             while going:
-                item = await sink.get()
-                if item is None:
+                newest = await sink.get()
+                if not newest:
                     raise Refused("the model thread has ended; the reason is in the server's log", status=500)
-                if item[1].finish is not None:
-                    going.discard(item[0])
-                    del self._sinks[item[0]]
-                yield item
+                for request_id, output in newest.items():
+                    if output.finish is not None:
+                        going.discard(request_id)
+                        del self._sinks[request_id]
+                    yield request_id, output
         finally:
             for request_id in going:
                 del self._sinks[request_id]
