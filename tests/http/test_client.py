@@ -10,7 +10,6 @@ from aiohttp import web
 from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable
 from millrace.http import HttpClient
 
-
 LENGTHS = (1, 2**16 - 20, 2**16, 2**19 + 1, 2**24)  # around what aiohttp's own limits are, and far beyond
 
 

@@ -19,7 +19,7 @@ from millrace.engines.embedded.thread import ModelThread
 
 
 class Sink:
-    """Where the outputs of one call arrive. An output has everything so far, so only the newest of each request is kept:
+    """Where the outputs of one call arrive. An output has everything so far, so only the newest of a request is kept:
     a slow reader of a stream costs no memory."""
 
     def __init__(self) -> None:
