@@ -53,6 +53,14 @@ class PublishError(MillraceError):
     """No engine took the weights, or the tensors are not those of the model. The old version goes on serving."""
 
 
+class EnginesLost(PublishError):
+    """Every engine that was published to broke off. The version can be published again when an engine is back."""
+
+
+class WeightsChanged(PublishError):
+    """The trainer's tensors are no longer those of the version that they were published as."""
+
+
 class NoEngineError(MillraceError):
     """No engine of the fleet can serve the request. The message says how each of them stands."""
 

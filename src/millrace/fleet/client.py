@@ -53,6 +53,16 @@ class FleetClient:
         async with self.members.changed:
             await self.members.changed.wait_for(lambda: not self.members.asleep)
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether no engine generates for a while: all sleep, or the last one is being started again."""
+        return self.asleep or (bool(self.members.coming) and not self.snapshot.routable)
+
+    async def resumed(self) -> None:
+        """Waits until the fleet is no longer interrupted, for as long as that takes."""
+        async with self.members.changed:
+            await self.members.changed.wait_for(lambda: not self.interrupted)
+
     async def serving(self, *, deadline: float) -> None:
         """Waits until some engine takes requests. Raises NoEngineError as `generate` does."""
         await self.members.until(lambda: bool(self.snapshot.routable), deadline)

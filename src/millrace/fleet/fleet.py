@@ -1,19 +1,21 @@
 """The replicas of one model as one: it routes requests, publishes versions, sleeps and wakes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.engines.start import Started
-from millrace.errors import NoEngineError, PublishError
+from millrace.errors import EnginesLost, NoEngineError, PublishError
 from millrace.fleet.client import FleetClient
+from millrace.fleet.held import Tensors
 from millrace.fleet.journal import Journal
 from millrace.fleet.kv_feed import Feeds
 from millrace.fleet.members import Members
-from millrace.fleet.membership import Attested, Member, Slept, Woke
+from millrace.fleet.membership import Attested, Member, Phase, Slept, Woke
 from millrace.fleet.proxy import Proxy
 from millrace.fleet.roster import Roster
 from millrace.fleet.turnover import BUCKET_BYTES, CATCH_UP_DEADLINE, Turnover
@@ -29,6 +31,8 @@ from millrace.types import (
 )
 from millrace.weights.publisher import PublishReport
 from millrace.weights.transports.base import PublishTarget, Transport
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +106,7 @@ class Fleet(FleetClient):
 
     async def publish(
         self,
-        tensors: "Iterable[tuple[str, torch.Tensor]]",
+        tensors: "Tensors | Callable[[], Tensors]",
         version: int,
         *,
         bucket_bytes: int = BUCKET_BYTES,
@@ -119,19 +123,36 @@ class Fleet(FleetClient):
 
         Where versions are kept, `tensors` is gone through once more when the engines serve, and can't be an iterator.
         The version becomes safe in the background; the next publish waits for that.
+
+        `tensors` may be a function that returns them, such as `lambda: list(model.named_parameters())`. The fleet then
+        calls it again, in any thread, when an engine needs this version and no store has it: an engine that was started
+        again, or added. It does so until the next publish, or until the weights sleep. What comes is compared with
+        what was published, by sampled checksums; where the trainer has changed it meanwhile, or the function raises
+        WeightsChanged, the engine serves after the next publish.
+
+        While every engine is being started again, the publish waits for that, however long the start takes. Where all
+        of them die during the publish, it begins again when one is back (unless `tensors` is an iterator). `deadline`,
+        in seconds, is for the engines to take the version.
         """
-        await self._roster.until(lambda: self.snapshot.usable, deadline)
-        left_out = self._left_out()
-        with self._interrupting(), self.journal.publishing(version) as publishing:
-            report = publishing.report = await self._versions.publish(
-                tensors,
-                version,
-                self._targets,
-                bucket_bytes=bucket_bytes,
-                deadline=deadline,
-                require_finite=require_finite,
-            )
-        return replace(report, left_out=left_out)
+        while True:
+            await self._roster.recovered()
+            await self._roster.until(lambda: self.snapshot.usable, deadline)
+            left_out = self._left_out()
+            try:
+                with self._interrupting(), self.journal.publishing(version) as publishing:
+                    report = publishing.report = await self._versions.publish(
+                        tensors,
+                        version,
+                        self._targets,
+                        bucket_bytes=bucket_bytes,
+                        deadline=deadline,
+                        require_finite=require_finite,
+                    )
+                return replace(report, left_out=left_out)
+            except EnginesLost as error:
+                if isinstance(tensors, Iterator) or not self.members.coming:
+                    raise
+                logger.warning("%s; it is published again when an engine is back", error)
 
     async def publish_adapter(
         self,
@@ -183,8 +204,9 @@ class Fleet(FleetClient):
     async def restart(
         self, name: str, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE
     ) -> None:
-        """Ends this engine, starts it anew, and brings it from the store what the others serve, within `deadline`
-        seconds, before its first request. Without a store it serves after the next publish. Raises LaunchError where it
+        """Ends this engine, starts it anew, and brings it what the others serve, within `deadline` seconds, before its
+        first request: from the store, or from the trainer where `publish` was given a function. Otherwise it serves
+        after the next publish. Raises LaunchError where it
         does not come up, PublishError where it does not take the version, and NoEngineError where the fleet does not
         start its engines."""
         await self._turnover.restart(name, bucket_bytes, deadline)
@@ -208,17 +230,21 @@ class Fleet(FleetClient):
         if self.frozen and MemoryTag.WEIGHTS in what:
             self._require_own_folder()
         self._roster.asleep |= what
+        if MemoryTag.WEIGHTS in what:
+            self._versions.let_go()
         # Out of rotation first: a request that came between the drain and the release would fail.
         for member in self.snapshot.members:
             await self._roster.apply(member.name, Slept(what))
-        if interrupt:
-            await self._roster.each(lambda replica: replica.engine.abort())
-        await self._roster.each(lambda replica: replica.engine.sleep(what))
+        async with self._versions.changing:
+            if interrupt:
+                await self._roster.each(lambda replica: replica.engine.abort())
+            await self._roster.each(lambda replica: replica.engine.sleep(what))
 
     async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Wakes every usable engine. One whose weights slept serves again after the next publish."""
-        await self._roster.each(lambda replica: replica.engine.wake(what))
-        self._roster.asleep -= what
+        async with self._versions.changing:
+            await self._roster.each(lambda replica: replica.engine.wake(what))
+            self._roster.asleep -= what
         await self._roster.tell()
         for member in self.snapshot.members:
             await self._roster.apply(member.name, Woke(what))
@@ -269,9 +295,19 @@ class Fleet(FleetClient):
         return self._feeds.listening(started.engine.name, started.kv_events)
 
     async def _generate(self, request: GenerateRequest, placement: Placement, deadline: float) -> Generation:
+        self._require_published()
         if self.proxy is None:
             return await self._straight(request, placement, deadline)
         return await self.proxy.generate(request, placement, deadline=deadline, direct=self._straight)
+
+    def _require_published(self) -> None:
+        """Raises NoEngineError where every engine is up and awake, and none serves before the first publish."""
+        waits = self.members.coming or self.asleep or self._versions.published or self._versions.publishing
+        if not waits and all(m.version is None and m.phase is Phase.STARTING for m in self.snapshot.members):
+            raise NoEngineError(
+                "no engine serves before the first publish, since their weights were not compared with the model's "
+                f"folder: publish a version, or open the fleet with frozen=True; {self.snapshot.describe()}"
+            )
 
     def _interrupting(self) -> AbstractContextManager[None]:
         return nullcontext() if self.proxy is None else self.proxy.publishing()

@@ -61,6 +61,11 @@ class Members(ABC):
             async with asyncio.timeout(deadline), self.changed:
                 await self.changed.wait_for(lambda: self.snapshot.number > number)
 
+    async def recovered(self) -> None:
+        """Waits while no engine is usable and some are being started again, which their own deadlines end."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.snapshot.usable or not self.coming)
+
     def require_hope(self) -> None:
         """Raises NoEngineError where no engine is left and none is coming back."""
         if not self.snapshot.usable and not self.coming:

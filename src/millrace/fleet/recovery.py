@@ -91,11 +91,11 @@ class Recovery:
                 self._served_since[name] = time.monotonic()
                 logger.warning("%s was started anew (%d of %d)", name, attempt + 1, self._limit)
                 return
+            logger.error("%s stays out: it was started anew %d times", name, self._limit)
         finally:
             self._restarts.pop(name, None)
             self._roster.coming.discard(name)
-        logger.error("%s stays out: it was started anew %d times", name, self._limit)
-        await self._roster.tell()
+            await self._roster.tell()
 
     async def _probe(self) -> None:
         while True:

@@ -102,13 +102,10 @@ class Roster(Members):
         if await replica.engine.health() is not Health.DEAD:
             await self.apply(name, Struck(str(error)))
             return
-        if replica.process is not None:
-            try:
-                async with asyncio.timeout(PROCESS_END_DEADLINE):
-                    await replica.process.wait()
-                return  # its watcher says how it ended
-            except TimeoutError:
-                pass  # it lives, but nothing listens at its port
+        if (watcher := self._watchers.get(name)) is not None:
+            ended, _ = await asyncio.wait([watcher], timeout=PROCESS_END_DEADLINE)
+            if ended:
+                return  # the watcher has said how it ended
         await self.apply(name, Died(str(error)))
 
     async def _watch(self, replica: Started) -> None:

@@ -117,13 +117,15 @@ class Turnover:
         """Takes a new engine in, and brings it what the others serve."""
         name = started.engine.name
         await self._roster.take_in(started)
-        await self._roster.apply(name, CatchingUp())
-        await self._versions.catch_up(started, bucket_bytes, deadline)
-        if self._roster.snapshot.get(name).phase is Phase.CATCHING_UP:  # nobody has what the others serve
-            await self._roster.apply(name, Emptied())
-        if (asleep := self._roster.asleep) and self._roster.snapshot.get(name).usable:  # they fell asleep meanwhile
-            await self._roster.apply(name, Slept(asleep))
-            await started.engine.sleep(asleep)
+        async with self._versions.changing:
+            if self._roster.snapshot.get(name).phase is Phase.STARTING:  # no publish has come first
+                await self._roster.apply(name, CatchingUp())
+                await self._versions.catch_up(started, bucket_bytes, deadline)
+            if self._roster.snapshot.get(name).phase is Phase.CATCHING_UP:  # nobody has what the others serve
+                await self._roster.apply(name, Emptied())
+            if (asleep := self._roster.asleep) and self._roster.snapshot.get(name).usable:  # they fell asleep meanwhile
+                await self._roster.apply(name, Slept(asleep))
+                await started.engine.sleep(asleep)
 
     def _require(self, name: str) -> None:
         if not self._roster.snapshot.has(name):

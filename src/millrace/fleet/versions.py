@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.engines.start import Started
-from millrace.errors import EngineError, EngineFailed, EngineRefused, PublishError
+from millrace.errors import EngineError, EngineFailed, EngineRefused, PublishError, WeightsChanged
 from millrace.fleet.adapters import Adapters
+from millrace.fleet.held import Held, Tensors, held_by, require_pairs
 from millrace.fleet.membership import Attested, Based, Distrusted, Emptied, Event
 from millrace.model_folder import stored_tensors
 from millrace.types import AdapterConfig, Capability
 from millrace.weights.adapter import WrittenAdapter, check_adapter, check_values
 from millrace.weights.folder import FolderTensors
 from millrace.weights.plan import buckets
-from millrace.weights.publisher import EngineReport, PublishReport, publish
+from millrace.weights.publisher import EngineReport, Fingerprint, PublishReport, publish
 from millrace.weights.transports.base import PublishTarget, Transport
 from millrace.weights.transports.folder import FolderTransport
 
@@ -56,13 +57,14 @@ class Versions:
         frozen: bool = False,
     ) -> None:
         self.transport, self.store, self._apply, self.frozen = transport, store, apply, frozen
-        self._sending = asyncio.Lock()  # the transport brings one version at a time
+        self.changing = asyncio.Lock()  # held while weights or memory of engines change: one change at a time
         self._securing: asyncio.Task[None] | None = None  # makes the last version safe in the store
         self._publishing = False
         self._first_held: dict[str, Mapping[str, str]] = {}  # by engines of a frozen fleet, in their own layouts
         self._origin: Origin | None = None
         self._last: int | None = None  # a whole one, or an adapter
         self._base: int | None = None  # the last whole one
+        self._held: Held | None = None  # by the trainer, as far as is known
         self.adapters = Adapters(store.folder if store is not None else None)
 
     async def close(self) -> None:
@@ -77,13 +79,23 @@ class Versions:
         if self.store is not None:
             self.store.close()
 
+    @property
+    def published(self) -> bool:
+        """Whether a whole version was published, beside what the engines were started with."""
+        return self._base is not None and (self._origin is None or self._base != self._origin.version)
+
+    @property
+    def publishing(self) -> bool:
+        """Whether a version is on its way."""
+        return self._publishing
+
     def begin_with(self, origin: Origin) -> None:
         """What the engines are started with."""
         self._origin, self._last, self._base = origin, origin.version, origin.version
 
     async def publish(
         self,
-        tensors: "Iterable[tuple[str, torch.Tensor]]",
+        given: "Tensors | Callable[[], Tensors]",
         version: int,
         targets: Callable[[], Sequence[PublishTarget]],
         *,
@@ -93,7 +105,8 @@ class Versions:
     ) -> PublishReport:
         """As `Fleet.publish` says. `targets` raises where there are none."""
         self._require_next(version)
-        require_pairs(tensors)
+        held = held_by(given, version)
+        tensors = held.tensors() if held is not None else require_pairs(given)
         transport = self._require_transport()
         if self.store is not None and isinstance(tensors, Iterator):
             raise PublishError(
@@ -110,7 +123,11 @@ class Versions:
                 from millrace.weights.finite import only_finite  # imports torch
 
                 tensors = await asyncio.to_thread(only_finite, tensors)
-            report = await self._bring(transport, engines, tensors, Attested(version), bucket_bytes, deadline)
+            fingerprint = held.fingerprint if held is not None else None
+            report = await self._bring(
+                transport, engines, tensors, Attested(version), bucket_bytes, deadline, fingerprint
+            )
+            self._held = held
             unstored = await self._keep(version, tensors, bucket_bytes) or unstored
         return replace(report, unstored=unstored)
 
@@ -141,36 +158,61 @@ class Versions:
         """No other version is published meanwhile, and no engine catches up."""
         self._publishing = True
         try:
-            async with self._sending:
+            async with self.changing:
                 yield
         finally:
             self._publishing = False
 
     async def catch_up(self, started: Started, bucket_bytes: int, deadline: float) -> None:
-        """Brings the engine what the others serve: the last whole version, and the adapter over it."""
-        async with self._sending:
-            ends = time.monotonic() + deadline
-            await self.secured(deadline)
-            name, base, adapter = started.engine.name, self._base, self.adapters.current
-            assert base is not None or adapter is None
-            if base is None:
-                return
-            brought = Attested(base) if adapter is None else Based(base)
-            target = PublishTarget(started.engine, started.info)
-            if self._origin is not None and base == self._origin.version:
-                try:
-                    await self.compare(started, self._origin, brought)
-                except EngineError as error:
-                    await self._apply(name, Distrusted(str(error)))
-                    raise
-            elif self.transport is not None and self.store is not None and base in self.store.versions:
-                tensors = self.store.tensors(base)
-                await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline)
-            else:
-                logger.warning("%s serves after the next publish: no store has version %s", name, base)
-                return
-            if adapter is not None:
-                await self._lay_over([target], adapter, {name: base}, ends)
+        """Brings the engine what the others serve: the last whole version, and the adapter over it. The caller holds
+        `changing`."""
+        ends = time.monotonic() + deadline
+        await self.secured(deadline)
+        name, base, adapter = started.engine.name, self._base, self.adapters.current
+        assert base is not None or adapter is None
+        if base is None:
+            return
+        brought = Attested(base) if adapter is None else Based(base)
+        target = PublishTarget(started.engine, started.info)
+        if self._origin is not None and base == self._origin.version:
+            try:
+                await self.compare(started, self._origin, brought)
+            except EngineError as error:
+                await self._apply(name, Distrusted(str(error)))
+                raise
+        elif self.transport is not None and self.store is not None and base in self.store.versions:
+            tensors = self.store.tensors(base)
+            await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline)
+        elif not await self._publish_again(target, brought, bucket_bytes, deadline):
+            return
+        if adapter is not None:
+            await self._lay_over([target], adapter, {name: base}, ends)
+
+    async def _publish_again(
+        self, target: PublishTarget, brought: Attested | Based, bucket_bytes: int, deadline: float
+    ) -> bool:
+        """Brings the engine the last whole version from the trainer. False where the trainer does not hold it."""
+        held, name, version = self._held, target.engine.name, brought.version
+        if self.transport is None or held is None or held.version != version:
+            logger.warning(
+                "%s serves after the next publish: version %d is in no store (publish.folder), and the trainer was "
+                "given no function to publish it again",
+                name,
+                version,
+            )
+            return False
+        try:
+            tensors = held.tensors()
+            await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline, held.fingerprint)
+        except WeightsChanged as error:
+            logger.warning("%s serves after the next publish: version %d is gone: %s", name, version, error)
+            return False
+        logger.warning("version %d was published again, to %s", version, name)
+        return True
+
+    def let_go(self) -> None:
+        """The trainer changes its weights from now on: they are not asked for again before the next publish."""
+        self._held = None
 
     async def restore(self, targets: Sequence[PublishTarget], bucket_bytes: int, deadline: float) -> None:
         """Has these engines, whose weights slept, read anew what they were started with. Who does not is out of
@@ -228,6 +270,7 @@ class Versions:
         brought: Attested | Based,
         bucket_bytes: int,
         deadline: float,
+        fingerprint: Fingerprint | None = None,
     ) -> PublishReport:
         """Publishes to these engines. Those that take the version are `brought` then, the others out of rotation."""
         emptied: set[str] = set()
@@ -256,6 +299,7 @@ class Versions:
             deadline=deadline,
             committed=committed,
             unrestored=unrestored,
+            fingerprint=fingerprint,
         )
         for engine in report.engines:
             if (error := engine.error) is None:
@@ -387,12 +431,3 @@ class Versions:
             raise PublishError(f"version {version} can't be published while another version is on its way")
         if self._last is not None and version <= self._last:
             raise PublishError(f"version {version} is not newer than version {self._last}, which was published before")
-
-
-def require_pairs(tensors: object) -> None:
-    """Raises PublishError for what is no iterable of names and tensors, such as a model or a dict of them."""
-    if isinstance(tensors, Mapping) or not isinstance(tensors, Iterable):
-        hint = "its .items()" if isinstance(tensors, Mapping) else "list(model.named_parameters())"
-        raise PublishError(
-            f"what is published are pairs of name and tensor, not a {type(tensors).__name__}; give {hint}"
-        )

@@ -125,14 +125,14 @@ class SampleRunner:
                 await asyncio.gather(task, return_exceptions=True)
 
     async def _time_left(self, timer: asyncio.Timeout) -> float:
-        """Seconds. While the fleet sleeps the sample's time stands still: what a step left unfinished goes on after the
-        training."""
+        """Seconds. The sample's time stands still while the fleet sleeps, since what a step left unfinished goes on
+        after the training, and while the last engine is being started again."""
         now, ends = asyncio.get_running_loop().time, timer.when()
         assert ends is not None
-        if self.fleet.asleep:
+        if self.fleet.interrupted:
             left = ends - now()
             timer.reschedule(None)
-            await self.fleet.awake()  # or until the scheduler gives the sample up
+            await self.fleet.resumed()  # or until the scheduler gives the sample up
             timer.reschedule(ends := now() + left)
         return max(ends - now(), 0.0)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from millrace.config.models import RunConfig
-from millrace.errors import ConfigError
+from millrace.errors import ConfigError, WeightsChanged
 from millrace.rollout.judge import Judge, JudgeCounts, grade_in_turn
 from millrace.rollout.reward import by_rule
 from millrace.rollout.runner import SampleRunner, ToolCounts, greedy
@@ -31,6 +31,7 @@ from millrace.train.ranks import Ranks
 from millrace.train.record import RunFolder, StepMetrics
 from millrace.train.trainer import StepStats, Trainer
 from millrace.types import MemoryTag
+from millrace.weights.sharded import ShardedTensors
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class TrainingLoop:
         self.watch = Stopwatch()  # of the whole run, by this process
         self.ledger = Ledger()
         self._pace = pace_of(config, ranks.world.size)
+        self._training = False
 
     async def run(self) -> None:
         """Trains until `train.steps`. Evaluates before the first step, so that there is something to compare with."""
@@ -123,8 +125,14 @@ class TrainingLoop:
         """Brings the trainer's weights to the engines as the next version."""
         version = self.progress.version + 1
         self.display.phase(f"publishing version {version}")
-        await self.ranks.publish(self.trainer.policy.named_tensors(self.engine_dtype), version, self.config.publish)
+        await self.ranks.publish(self._weights, version, self.config.publish)
         self.progress.version = version
+
+    def _weights(self) -> ShardedTensors:
+        """What is published, and published again to engines that lose it. Raises WeightsChanged during a step."""
+        if self._training:
+            raise WeightsChanged("the trainer is in the middle of a step")
+        return self.trainer.policy.named_tensors(self.engine_dtype)
 
     async def wake_cache(self) -> None:
         """The engines generate again, by the version that was published last."""
@@ -165,7 +173,9 @@ class TrainingLoop:
                     await self._grade(self.judge, taken)
             with watch("train"):
                 self.display.phase(f"training on {len(taken.samples)} samples")
+                self._training = True
                 stats = await self.in_trainer(self._train, taken.groups)
+                self._training = False
             if config.mode == "hybrid":
                 with watch("sleep"):
                     await self.ranks.wake(frozenset({MemoryTag.WEIGHTS}))

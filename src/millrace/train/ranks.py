@@ -116,13 +116,14 @@ class Ranks:
         if self.owned is not None:
             await self.owned.wake(what)
 
-    async def publish(self, tensors: ShardedTensors, version: int, config: PublishConfig) -> None:
+    async def publish(self, weights: Callable[[], ShardedTensors], version: int, config: PublishConfig) -> None:
         """Brings a version to the engines, each tensor made whole by all ranks when its turn comes. Returns on the
-        ranks that follow when they know of it, for which engines must be awake or be woken."""
+        ranks that follow when they know of it, for which engines must be awake or be woken. A single process is asked
+        for its weights again when an engine needs them; several ranks are not, since all of them would have to join."""
         if self.owned is None:
-            await self.thread.run(follow, tensors)
+            await self.thread.run(follow, weights())
             return
-        with leading(tensors) if self.world.size > 1 else nullcontext(tensors) as whole:
+        with leading(weights()) if self.world.size > 1 else nullcontext(weights) as whole:
             await self.owned.publish(
                 whole,
                 version,

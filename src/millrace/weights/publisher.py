@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 from millrace.checksum import sampled_checksums
 from millrace.engines.base import Engine
-from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout, PublishError
+from millrace.errors import (
+    EngineError,
+    EngineFailed,
+    EngineRefused,
+    EnginesLost,
+    EngineTimeout,
+    EngineUnreachable,
+    PublishError,
+    WeightsChanged,
+)
 from millrace.types import Capability
 from millrace.weights.plan import announced, buckets
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
@@ -63,6 +72,30 @@ class PublishReport:
 
 
 @dataclass(slots=True)
+class Fingerprint:
+    """The sampled checksums of a version's tensors. The first pass over the tensors sets them."""
+
+    samples: Mapping[str, str] | None = None
+
+    def require(self, samples: Mapping[str, str]) -> None:
+        """Raises WeightsChanged where another pass gave other tensors than the first."""
+        if self.samples is None:
+            self.samples = samples
+        elif samples != self.samples:
+            changed = sorted(
+                name for name in samples.keys() | self.samples.keys() if _differ(name, samples, self.samples)
+            )
+            raise WeightsChanged(
+                f"{len(changed)} of {len(self.samples)} tensors have changed since they were published, {changed[0]} "
+                "among them"
+            )
+
+
+def _differ(name: str, one: Mapping[str, str], two: Mapping[str, str]) -> bool:
+    return one.get(name) != two.get(name)
+
+
+@dataclass(slots=True)
 class _Update:
     """One engine's transaction while it is under way."""
 
@@ -102,6 +135,7 @@ async def publish(
     deadline: float,
     committed: Callable[[str], Awaitable[None]],
     unrestored: Callable[[str, EngineError], Awaitable[None]],
+    fingerprint: Fingerprint | None = None,
 ) -> PublishReport:
     """Brings `tensors` as `version` into every target, and proves it by checksums before it is committed: those of
     what was sent where an engine can name them, all or sampled; and engines alike must hold the same.
@@ -110,8 +144,9 @@ async def publish(
     brought back to what it served before; both are true also when this raises later on. An engine that is not done
     after `deadline` seconds has failed, and so has one that takes half of what is left of them for one step: the others
     need the rest. Those that failed because of another (where all get the weights by one broadcast, and one engine
-    breaks it off) get them again, if `tensors` can be iterated again (an iterator can't). Raises PublishError when no
-    engine took the version.
+    breaks it off) get them again, if `tensors` can be iterated again (an iterator can't). With `fingerprint`, an engine
+    commits only the tensors that it was made of; the first pass makes it, and WeightsChanged is raised for others.
+    Raises PublishError when no engine took the version, and EnginesLost where all of them broke off.
     """
     started = time.monotonic()
     ends = started + deadline
@@ -123,10 +158,12 @@ async def publish(
             while left and await _reach(left, tensors, version, transport, ends):
                 samples = dict[str, str]()
                 source: Iterator[NamedTensors] = buckets(tensors, bucket_bytes)
-                if any(update.target.can(Capability.SAMPLED_CHECKSUMS) for update in left):
+                if fingerprint is not None or any(u.target.can(Capability.SAMPLED_CHECKSUMS) for u in left):
                     source = _sampled(source, samples)
                 checksums, loaded, seconds = await _load(left, source, version, transport, ends)
                 nbytes, stage_seconds = max(nbytes, loaded), stage_seconds + seconds
+                if fingerprint is not None and any(update.error is None for update in left):
+                    fingerprint.require(samples)
                 await _attest(left, checksums, samples, ends)
                 await _each(left, "commit", lambda u: _commit(u, committed), ends)
                 left = await _bystanders(left, transport)
@@ -161,7 +198,8 @@ async def publish(
     )
     if all(report.error for report in reports):
         reasons = "; ".join(str(report.error) for report in reports)
-        raise PublishError(f"no engine took version {version}: {reasons}")
+        lost = all(isinstance(report.error, EngineUnreachable) for report in reports)
+        raise (EnginesLost if lost else PublishError)(f"no engine took version {version}: {reasons}")
     return PublishReport(version, nbytes, time.monotonic() - started, stage_seconds, reports)
 
 
