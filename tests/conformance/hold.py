@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from millrace.conformance import CHECKS, Check, Outcome, Runner, Subject
+from millrace.conformance.attach import find_kind
+from millrace.engines.start import API_KEY
 from millrace.engines.stock.engine import StockEngine
 from millrace.fleet.fleet import Fleet
 from millrace.types import Capability, DiskBucket, GenerateRequest, SamplingParams
@@ -19,6 +21,13 @@ async def runner_on(fleet: Fleet, model: Path, other: Path) -> Runner:
     """Checks for the only engine of a fleet, which nobody else uses meanwhile."""
     [engine] = fleet.engines.values()
     return Runner(Subject(engine, await engine.info(), model, other))
+
+
+async def hold_its_routes_say_what_it_is(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    [engine] = fleet.engines.values()
+    assert isinstance(engine, StockEngine)
+    monkeypatch.setenv(API_KEY, str(engine.api_key))
+    assert await find_kind(engine.url) == (await engine.info()).kind
 
 
 async def hold_after_a_trainer_died(runner: Runner) -> None:

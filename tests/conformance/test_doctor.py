@@ -11,6 +11,8 @@ from pathlib import Path
 import orjson
 import pytest
 import pytest_asyncio
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from millrace.config.models import TinyModelConfig
 from millrace.conformance import CHECKS, Check, Outcome, Result, Runner, Subject, select
@@ -76,14 +78,14 @@ async def read_until(stream: asyncio.StreamReader | None, words: str) -> None:
 
 
 async def test_every_check_is_a_line(url: str) -> None:
-    status, out, _ = await doctor(url, "--kind", "embedded", "--only", "*.info", **KEYS)
+    status, out, _ = await doctor(url, "--only", "*.info", **KEYS)
     assert status == 0
     assert "passed  identity.info" in out
     assert "1 passed, 0 failed, 0 lacking" in out
 
 
 async def test_what_is_missing_is_said(url: str) -> None:
-    status, out, _ = await doctor(url, "--kind", "embedded", "--only", "update.disk", **KEYS)
+    status, out, _ = await doctor(url, "--only", "update.disk", **KEYS)
     assert status == 0
     assert "lacking update.disk" in out
     assert "no folder with other weights" in out
@@ -91,7 +93,7 @@ async def test_what_is_missing_is_said(url: str) -> None:
 
 async def test_json_is_a_report(url: str, tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
     folders = ("--model", str(tiny_model), "--other", str(other_model))
-    status, out, err = await doctor(url, "--kind", "embedded", "--only", "update.disk", "--json", *folders, **KEYS)
+    status, out, err = await doctor(url, "--only", "update.disk", "--json", *folders, **KEYS)
     assert (status, err) == (0, "")
     path = tmp_path / "report.json"
     path.write_text(out)
@@ -106,9 +108,9 @@ async def test_json_is_a_report(url: str, tiny_model: Path, other_model: Path, t
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (("{url}", "--kind", "embedded"), {}, "where it asks for keys, they are read from MILLRACE_ENGINE_API_KEY"),
-        (("{url}", "--kind", "embedded", "--only", "nothing"), KEYS, "no check is named like nothing"),
-        (("http://127.0.0.1:1",), KEYS, "error: engine sglang: nobody listens at http://127.0.0.1:1"),
+        (("{url}",), {}, "its keys are read from MILLRACE_ENGINE_API_KEY"),
+        (("{url}", "--only", "nothing"), KEYS, "no check is named like nothing"),
+        (("http://127.0.0.1:1",), KEYS, "nobody listens at http://127.0.0.1:1"),
         (("127.0.0.1:1",), KEYS, "error: '127.0.0.1:1' is no server's URL; write http://127.0.0.1:1"),
         (("http://127.0.0.1:1", "--other", "/"), KEYS, "error: --other: / has no *.safetensors file"),
     ],
@@ -121,6 +123,35 @@ async def test_what_can_not_begin_says_why(
     assert status == 1
     assert message in " ".join(err.split())
     assert ("_KEY" in err) == (not environment)
+    assert "Traceback" not in err
+
+
+def routes(*paths: str) -> web.Application:
+    """A server that answers what FastAPI answers of its routes, and has none of them."""
+    app = web.Application()
+
+    async def describe(_: web.Request) -> web.Response:
+        return web.json_response({"paths": {path: {} for path in paths}})
+
+    app.add_routes([web.get("/openapi.json", describe)])
+    return app
+
+
+@pytest.mark.parametrize(
+    ("app", "message"),
+    [
+        (routes("/version", "/v1/completions", "/health"), "set VLLM_SERVER_DEV_MODE=1 in the server's environment"),
+        (routes("/items"), "no engine answers at"),
+        (web.Application(), "no engine answers at"),
+    ],
+    ids=["vLLM without control routes", "another program", "no routes"],
+)
+async def test_a_server_that_can_not_be_examined_says_what_is_missing(app: web.Application, message: str) -> None:
+    async with TestServer(app) as server:
+        status, out, err = await doctor(str(server.make_url("/")))
+    assert (status, out) == (1, "")
+    assert message in " ".join(err.split())
+    assert "_KEY" not in err
     assert "Traceback" not in err
 
 
@@ -154,7 +185,7 @@ async def test_a_folder_that_can_not_serve_is_told_as_such(tiny_model: Path, oth
 
 async def test_interrupted_it_leaves_the_server_as_it_was(url: str, engine: EmbeddedEngine, tiny_model: Path) -> None:
     before = await fingerprint(Subject(engine, await engine.info(), tiny_model))
-    async with started(url, "--kind", "embedded", "--only", "sleep.*", **KEYS) as process:
+    async with started(url, "--only", "sleep.*", **KEYS) as process:
         await read_until(process.stdout, "capabilities")
         process.send_signal(signal.SIGINT)
         _, err = await process.communicate()
@@ -200,7 +231,7 @@ async def test_a_second_interruption_says_what_to_send(tiny_model: Path, tmp_pat
         engine = EmbeddedEngine("embedded", url, api_key=API_KEY, admin_key=ADMIN_KEY)
         await engine.inject_fault("hang")
         await engine.close()
-        async with started(url, "--kind", "embedded", "--only", "generate.count", **KEYS) as process:
+        async with started(url, "--only", "generate.count", **KEYS) as process:
             await read_until(process.stdout, "capabilities")
             process.send_signal(signal.SIGINT)
             await read_until(process.stderr, "Ctrl-C again leaves it as it is")

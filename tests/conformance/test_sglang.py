@@ -27,6 +27,7 @@ from tests.conformance.hold import (
     every_check,
     hold,
     hold_after_a_trainer_died,
+    hold_its_routes_say_what_it_is,
     runner_on,
 )
 from tests.conformance.kv_events import hold_its_events_draw_requests
@@ -124,3 +125,7 @@ async def test_a_judge_comes_back_from_its_folder(fleet: Fleet, tiny_model: Path
 
 async def test_an_update_that_a_dead_trainer_left_open_bars_nobody(runner: Runner) -> None:
     await hold_after_a_trainer_died(runner)
+
+
+async def test_its_routes_say_what_it_is(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    await hold_its_routes_say_what_it_is(fleet, monkeypatch)

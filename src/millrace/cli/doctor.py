@@ -22,7 +22,9 @@ COLORS = {Outcome.PASSED: "green", Outcome.FAILED: "red", Outcome.LACKING: "yell
 
 def doctor(
     url: Annotated[str, typer.Argument(help="The server, as http://127.0.0.1:30000.", show_default=False)],
-    kind: Annotated[Kind, typer.Option(help="What runs there.")] = Kind.SGLANG,
+    kind: Annotated[
+        Kind | None, typer.Option(show_default=False, help="What runs there; the default is what its routes say.")
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -46,7 +48,7 @@ def doctor(
 
     It must be idle, and nobody else may use it meanwhile: it is paused, put to sleep, and its weights are replaced and
     brought back. Keys are read from MILLRACE_ENGINE_API_KEY and MILLRACE_ENGINE_ADMIN_API_KEY.
-    The status is 1 where a check failed.
+    The status is 1 where a check failed, or where the server did not come back after one.
     """
     checks = select(only)
     console = Console(quiet=json, highlight=False)
@@ -54,20 +56,20 @@ def doctor(
         outcome = asyncio.run(_examine(url, kind, model, other, checks, deadline, console))
     if json:
         sys.stdout.write(to_json(outcome).decode())
-    if outcome.count(Outcome.FAILED):
+    if outcome.count(Outcome.FAILED) or outcome.lost:
         raise typer.Exit(1)
 
 
 async def _examine(
     url: str,
-    kind: Kind,
+    kind: Kind | None,
     model: Path | None,
     other: Path | None,
     checks: Sequence[Check],
     deadline: float,
     console: Console,
 ) -> Report:
-    subject = await attach(kind, url, folder=model, other=other)
+    subject = await attach(url, kind=kind, folder=model, other=other)
     try:
         info = subject.info
         console.print(f"{info.kind} {info.engine_version} serves {escape(info.model_path)}")
@@ -79,7 +81,7 @@ async def _examine(
                 results.append(result)
                 console.print(_line(result), soft_wrap=True)
         except asyncio.CancelledError:
-            await _leave(runner, kind)
+            await _leave(runner, Kind(info.kind))
             raise
         made = report(info, results, runner.lost)
     finally:

@@ -93,7 +93,8 @@ def train(
 def main() -> None:
     """The entry point of the command `millrace`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("millrace.fleet.local").setLevel(logging.INFO)  # it tells how weights will go
+    for name in ("local", "starting"):  # how weights will go, and which engines are not up yet
+        logging.getLogger(f"millrace.fleet.{name}").setLevel(logging.INFO)
     try:
         app()
     except MillraceError as error:

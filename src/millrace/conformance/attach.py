@@ -5,13 +5,15 @@ import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from millrace.conformance.check import Subject
 from millrace.engines.base import Engine
 from millrace.engines.embedded.adapter import EmbeddedEngine
-from millrace.engines.start import ADMIN_KEY, API_KEY, ENGINES
+from millrace.engines.start import ADMIN_KEY, API_KEY, ENGINES, about_keys
 from millrace.engines.stock.engine import StockEngine
 from millrace.errors import DataError, EngineError, EngineRefused, EngineUnreachable, LaunchError
+from millrace.http import HttpClient
 from millrace.model_folder import StoredTensor, stored_tensors
 
 
@@ -23,6 +25,9 @@ class Kind(StrEnum):
     EMBEDDED = "embedded"
 
 
+ASK_DEADLINE = 10.0  # seconds
+# A route of each stock engine that the other has not.
+ROUTES: Mapping[Kind, str] = {Kind.SGLANG: "/flush_cache", Kind.VLLM: "/version"}
 _SGLANG_ROUTES = (
     "/resume_memory_occupation where it sleeps, /update_weights_from_disk with the model's folder as model_path, and "
     "/continue_generation"
@@ -35,14 +40,44 @@ BY_HAND: Mapping[Kind, str] = {
 }
 
 
-async def attach(kind: Kind, url: str, *, folder: Path | None, other: Path | None) -> Subject:
-    """The server at `url`, as somebody else started it; its keys come from the environment. Without `folder`, the one
-    that the server names is taken, if it can be read here. The caller closes the engine.
+async def find_kind(url: str) -> Kind:
+    """What runs at `url`, by the routes that the server has. Raises LaunchError where no engine answers there."""
+    server = HttpClient(urlsplit(url).netloc or url, url, api_key=os.environ.get(API_KEY))
+    try:
+        try:
+            api = await server.control("GET", "/openapi.json", deadline=ASK_DEADLINE, repeatable=True)
+            paths = set(api["paths"])
+        except EngineRefused as error:
+            if about_keys(error):
+                raise
+            paths = set()  # the embedded engine has none
+        for kind, route in ROUTES.items():
+            if route in paths:
+                return kind
+        said = await server.control("GET", "/server_info", deadline=ASK_DEADLINE, repeatable=True)
+        if "capabilities" in said:
+            return Kind.EMBEDDED
+        raise LaunchError(f"what answers at {url} is no SGLang, no vLLM and no embedded engine, by its routes")
+    except (TypeError, KeyError) as error:
+        raise LaunchError(f"what answers at {url} is no engine that Millrace knows") from error
+    except EngineError as error:
+        raise LaunchError(f"no engine answers at {url}: {error}{about_keys(error)}") from error
+    finally:
+        await server.close()
+
+
+async def attach(
+    url: str, *, kind: Kind | None = None, folder: Path | None = None, other: Path | None = None
+) -> Subject:
+    """The server at `url`, as somebody else started it, of whatever kind it is (None: `find_kind`); its keys come from
+    the environment. Without `folder`, the one that the server names is taken, if it can be read here. The caller closes
+    the engine.
 
     Raises DataError for folders that are not what they should be, before the server is asked anything where both are
-    given, and LaunchError when it does not answer as an engine of this kind.
+    given, and LaunchError when it does not answer as an engine.
     """
     await asyncio.to_thread(require_folders, folder, other)
+    kind = kind or await find_kind(url)
     engine = _engine(kind, url, folder)
     try:
         if isinstance(engine, StockEngine):
@@ -95,8 +130,7 @@ def _why_not(kind: Kind, url: str, error: EngineError) -> str:
         return str(error)
     if isinstance(error.__cause__, DataError):  # the adapter needs the model's folder, and knows no command line
         return f"the model that {url} serves is not known here: {error.__cause__}; give its folder by --model"
-    keys = f"; where it asks for keys, they are read from {API_KEY} and {ADMIN_KEY}"
-    return f"no {kind} engine answers at {url}: {error}{keys if isinstance(error, EngineRefused) else ''}"
+    return f"the {kind} engine at {url} can't be examined: {error}{about_keys(error)}"
 
 
 def _engine(kind: Kind, url: str, folder: Path | None) -> Engine:

@@ -15,9 +15,10 @@ GENERATE_DEADLINE = 30.0  # seconds; what is asked takes less than two on a load
 NOTHING_SECONDS = 0.2  # for so long a request that has to wait is watched
 IDLE_DEADLINE = 10.0
 POLL_SECONDS = 0.02
-LONG_TOKENS = 1000  # at most; long enough to be caught in the middle on a GPU
+LONG_TOKENS = 1000  # of the first attempt; long enough to be caught in the middle on a GPU
 MARGIN = 24  # tokens of the context that a long generation leaves free
-ATTEMPTS = 5
+ATTEMPTS = 8
+DOUBLINGS = 4  # of the tokens, at most, from one attempt to the next
 CLOSE = 0.02  # how far apart, in nats, the logprobs of the same weights may lie
 
 
@@ -36,9 +37,11 @@ def ask(
     return GenerateRequest(f"{label}-{secrets.token_hex(4)}", prompt(subject, label, length), sampling or greedy)
 
 
-def ask_long(subject: Subject, label: str) -> GenerateRequest:
+def ask_long(subject: Subject, label: str, attempt: int = 0) -> GenerateRequest:
+    """A request for many tokens: twice as many with each attempt, as long as the context has room."""
     length = 8
-    return ask(subject, label, length=length, tokens=min(LONG_TOKENS, subject.info.context_length - length - MARGIN))
+    room = subject.info.context_length - length - MARGIN
+    return ask(subject, label, length=length, tokens=min(LONG_TOKENS << min(attempt, DOUBLINGS), room))
 
 
 async def generate(subject: Subject, request: GenerateRequest) -> Generation:
@@ -102,9 +105,10 @@ async def until_grown(flight: Flight) -> None:
 
 @asynccontextmanager
 async def in_flight(subject: Subject, requests: list[GenerateRequest]) -> AsyncIterator[list[Flight]]:
-    """Generations, each of which has its first token. Those that run at the end are given up."""
-    flights = [await _take_off(subject, request) for request in requests]
+    """Generations that begin together, each of which has its first token. Those that run at the end are given up."""
+    flights = [_take_off(subject, request) for request in requests]
     try:
+        await asyncio.gather(*map(until_grown, flights))
         yield flights
     finally:
         for flight in flights:
@@ -112,7 +116,7 @@ async def in_flight(subject: Subject, requests: list[GenerateRequest]) -> AsyncI
         await asyncio.gather(*(flight.task for flight in flights), return_exceptions=True)
 
 
-async def _take_off(subject: Subject, request: GenerateRequest) -> Flight:
+def _take_off(subject: Subject, request: GenerateRequest) -> Flight:
     async def follow() -> Generation:
         async for made in subject.engine.stream(request, deadline=GENERATE_DEADLINE):
             flight.first = flight.first or made
@@ -123,7 +127,6 @@ async def _take_off(subject: Subject, request: GenerateRequest) -> Flight:
         return flight.so_far
 
     flight = Flight(request, asyncio.create_task(follow()))
-    await until_grown(flight)
     return flight
 
 
@@ -131,16 +134,33 @@ async def catch(
     subject: Subject,
     label: str,
     look: Callable[[Flight], Awaitable[bool]],
-    request: Callable[[str], GenerateRequest] | None = None,
+    change: Callable[[GenerateRequest], GenerateRequest] = lambda request: request,
 ) -> None:
-    """Lets `look` at a long generation in flight, and at another where it says that the one had ended too soon.
-    `request` makes one of a label; None: any."""
-    make = request or (lambda name: ask_long(subject, name))
+    """Lets `look` at a long generation in flight, as `catch_together` does. `change` is made to its request."""
+
+    def make(attempt: int) -> list[GenerateRequest]:
+        return [change(ask_long(subject, f"{label}-{attempt}", attempt))]
+
+    await catch_together(subject, make, lambda flights: look(flights[0]))
+
+
+async def catch_together(
+    subject: Subject,
+    make: Callable[[int], list[GenerateRequest]],
+    look: Callable[[list[Flight]], Awaitable[bool]],
+) -> None:
+    """Lets `look` at generations in flight, and where it says that they had ended too soon, at others. `make` makes
+    their requests by the number of the attempt, longer ones each time (`ask_long`)."""
     for attempt in range(ATTEMPTS):
-        async with in_flight(subject, [make(f"{label}-{attempt}")]) as flights:
-            if await look(flights[0]):
+        requests = make(attempt)
+        async with in_flight(subject, requests) as flights:
+            if await look(flights):
                 return
-    raise Lacking(f"a generation over the context of {subject.info.context_length} ends too soon to be caught")
+    longest = max(request.sampling.max_new_tokens for request in requests)
+    raise Lacking(
+        f"generations of {longest} tokens end too soon to be caught in the middle; the context has room for "
+        f"{subject.info.context_length}"
+    )
 
 
 async def require_waiting(task: asyncio.Task[Generation]) -> None:

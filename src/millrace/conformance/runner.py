@@ -8,7 +8,7 @@ from contextlib import suppress
 from millrace.conformance.check import Check, CheckFailed, Lacking, Outcome, Result, Subject, expect
 from millrace.conformance.requests import GENERATE_DEADLINE, ask, generate, until_idle
 from millrace.conformance.weights import restore
-from millrace.errors import EngineError, MillraceError
+from millrace.errors import EngineError, EngineTimeout, EngineUnreachable, MillraceError
 from millrace.types import Health
 
 CHECK_DEADLINE = 60.0  # seconds for one check; the slowest take ten on a loaded CPU
@@ -19,11 +19,12 @@ LEAVING_DEADLINE = 30.0
 
 
 class Runner:
-    """Examines one engine. `lost` says in which check it stopped serving; after that no check is made."""
+    """Examines one engine. `lost` says in which check it stopped serving, and why; after that no check is made."""
 
     def __init__(self, subject: Subject, *, deadline: float = CHECK_DEADLINE) -> None:
         self.subject = subject
         self.lost: str | None = None
+        self._lost_in = ""  # the check
         self._deadline = deadline
         self._examining: asyncio.Task[Result] | None = None
 
@@ -54,7 +55,7 @@ class Runner:
             return Result(check.name, outcome, reason, time.monotonic() - begun)
 
         if self.lost is not None:
-            return result(Outcome.FAILED, f"not made: {self.lost}")
+            return result(Outcome.LACKING, f"not made: the server did not serve after {self._lost_in}")
         if lacking := sorted(check.needs - self.subject.info.capabilities):
             return result(Outcome.LACKING, f"without {', '.join(lacking)}")
         try:
@@ -92,7 +93,23 @@ class Runner:
                 await engine.abort()
                 await until_idle(self.subject)
                 await engine.generate(ask(self.subject, "back", tokens=1), deadline=GENERATE_DEADLINE)
-        except (CheckFailed, MillraceError, TimeoutError) as error:
-            died = await engine.health() is Health.DEAD
-            how = "the server died" if died else f"the server no longer served after it ({error!r})"
-            self.lost = f"{how}, in check {check}"
+        except (CheckFailed, MillraceError) as error:
+            reason = str(error)
+        except TimeoutError:
+            reason = f"it did not come back within {deadline:g} s"
+        else:
+            return
+        self._lost_in = check
+        self.lost = f"after check {check} {await self._state()}, and no more checks were made: {reason}"
+
+    async def _state(self) -> str:
+        """What became of a server that does not serve."""
+        try:
+            await self.subject.engine.info()
+        except EngineUnreachable:
+            return "the server was dead"
+        except EngineTimeout:
+            return "the server answered nothing"
+        except EngineError:
+            pass  # which is an answer
+        return "the server answered, and did not serve"

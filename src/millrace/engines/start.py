@@ -118,8 +118,13 @@ async def _attach(config: StockConfig, url: str, model_path: Path, name: str) ->
     try:
         return await _settled(engine, None, None)
     except EngineError as error:
-        keys = f"; its keys are read from {API_KEY} and {ADMIN_KEY}" if isinstance(error, EngineRefused) else ""
-        raise LaunchError(f"can't attach to {url}: {error}{keys}") from error
+        raise LaunchError(f"can't attach to {url}: {error}{about_keys(error)}") from error
+
+
+def about_keys(error: EngineError) -> str:
+    """Where a server's keys are read from, if it was for its keys that it refused."""
+    wanted = isinstance(error, EngineRefused) and any(f"HTTP {status}" in str(error) for status in (401, 403))
+    return f"; its keys are read from {API_KEY} and {ADMIN_KEY}" if wanted else ""
 
 
 async def _settled(engine: StockEngine, version: int | None, process: Server | None) -> Started:

@@ -18,6 +18,7 @@ from millrace.fleet.fleet import Fleet
 from millrace.fleet.journal import Journal
 from millrace.fleet.members import Members
 from millrace.fleet.proxy import Proxy
+from millrace.fleet.starting import start_all
 from millrace.launch.ports import is_here
 from millrace.routers.start import start_router
 from millrace.weights.folder import folder_checksums
@@ -98,16 +99,8 @@ async def open_fleet(
             api_key=key,
         )
 
-    starts = [asyncio.create_task(start_one(i)) for i in range(config.replicas)]
-    try:
-        started = await asyncio.gather(*starts)
-    except BaseException:
-        for task in starts:
-            task.cancel()
-        for result in await asyncio.gather(*starts, return_exceptions=True):
-            if not isinstance(result, BaseException):
-                await result.end()
-        raise
+    starts = {f"{prefix or config.kind}-{replica}": start_one(replica) for replica in range(config.replicas)}
+    started = await start_all(starts, log_dir)
     try:
         chosen = None if frozen else transport_for(transport, started, store, couriers)
     except BaseException:

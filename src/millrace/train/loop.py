@@ -22,7 +22,7 @@ from millrace.rollout.reward import by_rule
 from millrace.rollout.runner import SampleRunner, ToolCounts, greedy
 from millrace.rollout.sample import Group, Problem, SampleStatus
 from millrace.rollout.scheduler import Ledger, RolloutScheduler
-from millrace.rollout.supply import Pace, Supply, Taken, require_some
+from millrace.rollout.supply import Pace, Supply, Taken, has_signal, require_some
 from millrace.train import checkpoint
 from millrace.train.batch import TrainSample
 from millrace.train.display import Display
@@ -100,6 +100,7 @@ class TrainingLoop:
         self.ledger = Ledger()
         self._pace = pace_of(config, ranks.world.size)
         self._training = False
+        self._told_of_no_signal = False
 
     async def run(self) -> None:
         """Trains until `train.steps`. Evaluates before the first step, so that there is something to compare with."""
@@ -199,8 +200,10 @@ class TrainingLoop:
         metrics = _metrics(
             self.progress, stats, watch, taken, lag, accuracy, tools, grades, freed, standalone=standalone
         )
-        self._record(await self.ranks.over_all(metrics))
+        metrics = await self.ranks.over_all(metrics)
+        self._record(metrics)
         _tell_of_unread(grades)
+        self._tell_of_no_signal(metrics)
         tools.calls = tools.errors = 0
         grades.clear()
         # Behind the record: a run that goes on from it drops what was recorded later, and makes up for nothing.
@@ -249,6 +252,19 @@ class TrainingLoop:
     async def in_trainer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs in the trainer's own thread, so that the event loop goes on serving the rollouts."""
         return await self.ranks.thread.run(function, *args, **kwargs)
+
+    def _tell_of_no_signal(self, metrics: StepMetrics) -> None:
+        """Once, by the rank that records: such a step teaches nothing."""
+        if metrics.groups_with_signal == 0 and self.ranks.owned is not None and not self._told_of_no_signal:
+            self._told_of_no_signal = True
+            logger.warning(
+                "step %d taught nothing: the rewards of each group are all alike (their mean is %.3g), so that every "
+                "advantage is 0. Read the answers in samples.jsonl: are they cut off, or in another form than the "
+                "reward expects? Are the problems too easy or too hard? rollout.samples_per_group is %d",
+                metrics.step,
+                metrics.reward,
+                self.config.rollout.samples_per_group,
+            )
 
     def _record(self, metrics: StepMetrics) -> None:
         if self.ranks.owned is not None:
@@ -329,6 +345,7 @@ def _metrics(
         samples_failed=sum(s.status is SampleStatus.FAILED for s in taken.discarded),
         samples_aborted=sum(s.status is not SampleStatus.FAILED for s in taken.discarded),
         groups_dropped=len(taken.dropped),
+        groups_with_signal=sum(has_signal(group.samples) for group in taken.groups),
         tool_calls=tools.calls,
         tool_errors=tools.errors,
         grade=grades.mean,

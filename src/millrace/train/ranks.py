@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 SUMS = (
     "tokens_per_second", "tokens", "samples_finished", "samples_failed", "samples_aborted", "groups_dropped",
-    "tool_calls", "tool_errors", "grades", "grades_unread",
+    "groups_with_signal", "tool_calls", "tool_errors", "grades", "grades_unread",
 )  # fmt: skip
 MEANS = {"reward": "samples_finished", "staleness": "samples_finished", "grade": "grades"}  # and what they are over
 

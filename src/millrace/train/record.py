@@ -45,6 +45,7 @@ class StepMetrics:
     samples_finished: int = 0
     samples_failed: int = 0
     samples_aborted: int = 0
+    groups_with_signal: int | None = None  # whose rewards differed; the advantages of the others are 0
     groups_dropped: int = 0  # their rewards were all alike, and dynamic sampling took others
     tool_calls: int = 0
     tool_errors: int = 0

@@ -55,6 +55,14 @@ def print_summary(summary: Summary, console: Console) -> None:
     table.add_row("weight version", str(evaluated[0].weight_version), str(evaluated[-1].weight_version))
     table.add_row("tokens/s", f"{steps[0].tokens_per_second:,.0f}", f"{steps[-1].tokens_per_second:,.0f}")
     console.print(table)
+    if empty := sum(m.groups_with_signal == 0 for m in steps):
+        told = "No step" if empty == len(steps) else f"{len(steps) - empty} of {len(steps)} steps"
+        console.print(
+            f"{told} had a group whose rewards differed: without that every advantage is 0, and nothing is learned.",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
     parts = [f"{told} {summary.seconds[name]:.1f}" for name, told in PHASES.items() if name in summary.seconds]
     ended = [f"{summary.ledger.ended[status]} {status}" for status in SampleStatus]
     for line in (

@@ -11,46 +11,55 @@ from millrace.conformance.requests import (
     ask,
     ask_long,
     catch,
+    catch_together,
     generate,
-    in_flight,
     require_cut_off,
     require_whole,
     until_idle,
 )
 from millrace.errors import EngineTimeout
-from millrace.types import Capability, FinishReason, PauseMode
+from millrace.types import Capability, FinishReason, GenerateRequest, Generation, PauseMode
 
 HEAD_START = 0.05  # seconds for a request to reach the server
 
 
 @check("abort.one", "an aborted request comes back with its tokens; another whose name begins alike goes on")
 async def one(subject: Subject) -> None:
-    for attempt in range(ATTEMPTS):
-        short = ask_long(subject, f"one-{attempt}")
-        longer = replace(ask_long(subject, f"ten-{attempt}"), request_id=short.request_id + "0")
-        async with in_flight(subject, [longer, short]) as (kept, ended):
-            await subject.engine.abort(short.request_id)
-            made = await ended.task
-            require_whole(longer, await kept.task)
-            if made.finish_reason is FinishReason.ABORT:
-                require_cut_off(ended, made)
-                await until_idle(subject)
-                return
-    raise Lacking("generations end too soon to be aborted")
+    def make(attempt: int) -> list[GenerateRequest]:
+        short = ask_long(subject, f"one-{attempt}", attempt)
+        longer = replace(ask_long(subject, f"ten-{attempt}", attempt), request_id=short.request_id + "0")
+        return [longer, short]
+
+    async def look(flights: list[Flight]) -> bool:
+        kept, ended = flights
+        await subject.engine.abort(ended.request.request_id)
+        made = await ended.task
+        require_whole(kept.request, await kept.task)
+        return await _was_cut_off(subject, [(ended, made)])
+
+    await catch_together(subject, make, look)
 
 
 @check("abort.all", "every request in flight comes back with its tokens")
 async def everything(subject: Subject) -> None:
-    for attempt in range(ATTEMPTS):
-        async with in_flight(subject, [ask_long(subject, f"all-{attempt}-{i}") for i in range(3)]) as flights:
-            await subject.engine.abort()
-            made = [await flight.task for flight in flights]
-            if all(generation.finish_reason is FinishReason.ABORT for generation in made):
-                for flight, generation in zip(flights, made, strict=True):
-                    require_cut_off(flight, generation)
-                await until_idle(subject)
-                return
-    raise Lacking("generations end too soon to be aborted")
+    def make(attempt: int) -> list[GenerateRequest]:
+        return [ask_long(subject, f"all-{attempt}-{number}", attempt) for number in range(3)]
+
+    async def look(flights: list[Flight]) -> bool:
+        await subject.engine.abort()
+        return await _was_cut_off(subject, [(flight, await flight.task) for flight in flights])
+
+    await catch_together(subject, make, look)
+
+
+async def _was_cut_off(subject: Subject, ended: Sequence[tuple[Flight, Generation]]) -> bool:
+    """Whether the abort met all of them in their middle. Then they have what they must have."""
+    if any(made.finish_reason is not FinishReason.ABORT for _, made in ended):
+        return False
+    for flight, made in ended:
+        require_cut_off(flight, made)
+    await until_idle(subject)
+    return True
 
 
 @check("abort.unknown", "aborting what is not there changes nothing")
@@ -85,7 +94,7 @@ async def paused(subject: Subject) -> None:
 @check("abort.cancelled", "a caller that is cancelled leaves nothing running on the server")
 async def cancelled(subject: Subject) -> None:
     for attempt in range(ATTEMPTS):
-        task = asyncio.create_task(generate(subject, ask_long(subject, f"cancelled-{attempt}")))
+        task = asyncio.create_task(generate(subject, ask_long(subject, f"cancelled-{attempt}", attempt)))
         await asyncio.wait([task], timeout=HEAD_START)
         caught = task.cancel()
         await asyncio.wait([task])

@@ -6,11 +6,12 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from millrace.conformance.check import Check, Lacking, Subject, check, expect, refused
 from millrace.conformance.checks.caching import PREFIX
-from millrace.conformance.requests import Flight, alike, ask, ask_long, catch, fingerprint, generate, require_whole
+from millrace.conformance.requests import Flight, alike, ask, catch, fingerprint, generate, require_whole
 from millrace.conformance.weights import folder, folders, next_version, one_way, restore
 from millrace.errors import EngineError
 from millrace.launch.ports import is_here
@@ -131,7 +132,7 @@ async def switch(subject: Subject) -> None:
             expect(made.output_ids[:count] == alone.output_ids[:count], "it went on with another adapter")
             return caught
 
-        await catch(subject, "switch", look, lambda label: using("old", ask_long(subject, label)))
+        await catch(subject, "switch", look, partial(using, "old"))
         await subject.engine.unload_adapter("old")
 
 
@@ -174,7 +175,7 @@ async def taken_off(subject: Subject) -> None:
             return versions == [old, new]
 
         await subject.engine.load_adapter("off", str(path))
-        await catch(subject, "taken-off", look, lambda label: using("off", ask_long(subject, label)))
+        await catch(subject, "taken-off", look, partial(using, "off"))
 
 
 async def _require_followed(subject: Subject, request: GenerateRequest, made: tuple[int, ...], start: int) -> None:

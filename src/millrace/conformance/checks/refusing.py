@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from millrace.conformance.check import Check, Subject, check, refused
+from millrace.conformance.check import Check, Subject, check, expect, refused
 from millrace.conformance.poison import REFUSED, SURVIVED, Maker
 from millrace.conformance.requests import (
     GENERATE_DEADLINE,
+    Flight,
     ask,
-    ask_long,
+    catch,
     generate,
     in_flight,
     require_sound,
@@ -54,13 +55,18 @@ def _short(name: str) -> str:
 
 @check("refuse.name_in_flight", "a second request of a name in flight is refused, and the first goes on")
 async def name_in_flight(subject: Subject) -> None:
-    request = ask_long(subject, "twice")
-    async with in_flight(subject, [request]) as flights:
-        if not flights[0].task.done():
-            second = replace(ask(subject, "second"), request_id=request.request_id)
-            async with refused("a second request of the same name"):
-                await subject.engine.generate(second, deadline=GENERATE_DEADLINE)
-        require_whole(request, await flights[0].task)
+    async def look(flight: Flight) -> bool:
+        second = replace(ask(subject, "second"), request_id=flight.request.request_id)
+        try:
+            await subject.engine.generate(second, deadline=GENERATE_DEADLINE)
+            caught = False
+            expect(flight.task.done(), "a second request of the same name was not refused")
+        except EngineRefused:
+            caught = True
+        require_whole(flight.request, await flight.task)
+        return caught
+
+    await catch(subject, "twice", look)
 
 
 CHECKS: Sequence[Check] = (

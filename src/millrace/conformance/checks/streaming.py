@@ -7,11 +7,12 @@ from dataclasses import replace
 from millrace.conformance.check import Check, Subject, check, expect
 from millrace.conformance.requests import (
     GENERATE_DEADLINE,
+    Flight,
     alike,
     ask,
     ask_long,
+    catch,
     generate,
-    in_flight,
     require_sound,
     require_whole,
     until_idle,
@@ -55,12 +56,17 @@ async def name_again(subject: Subject) -> None:
     first = ask(subject, "first", tokens=4)
     async for _ in subject.engine.stream(first, deadline=GENERATE_DEADLINE):
         pass
-    second = replace(ask_long(subject, "second"), request_id=first.request_id)
-    async with in_flight(subject, [second]) as (flight,):
+
+    async def look(flight: Flight) -> bool:
         await subject.engine.pause(PauseMode.KEEP)
-        await asyncio.sleep(AFTERMATH)
+        caught = not flight.task.done()
+        if caught:
+            await asyncio.sleep(AFTERMATH)
         await subject.engine.resume()
-        require_whole(second, await flight.task)
+        require_whole(flight.request, await flight.task)
+        return caught
+
+    await catch(subject, "second", look, lambda request: replace(request, request_id=first.request_id))
 
 
 CHECKS: Sequence[Check] = (cumulative, closed_early, name_again)

@@ -56,6 +56,7 @@ class VLLMEngine(StockEngine):
     _counted: tuple[float, float] = (0.0, 0.0)  # when the made tokens were last read, and how many there were
 
     async def settle(self, version: int | None = None) -> None:
+        await self._facts()  # which says what is wrong with a server whose control routes are closed
         await self._go_on()
         if version is not None:
             await self._name_version(version)
@@ -297,8 +298,8 @@ class VLLMEngine(StockEngine):
         if "/server_info" not in api["paths"]:
             raise EngineRefused(
                 self.name,
-                "its control routes are closed, or it is no vLLM; start it with VLLM_SERVER_DEV_MODE=1, where nobody "
-                "else can reach it",
+                "its control routes are closed, or it is no vLLM; set VLLM_SERVER_DEV_MODE=1 in the server's "
+                "environment, and let nobody else reach it",
             )
         config = (await self._ask("/server_info?config_format=json"))["vllm_config"]
         served = (await self._ask("/v1/models"))["data"][0]
