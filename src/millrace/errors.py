@@ -1,5 +1,7 @@
 """What can go wrong, as one small tree. A message says what failed, on which engine, and what to do."""
 
+from collections.abc import Sequence
+
 
 class MillraceError(Exception):
     """The root: whoever catches this catches all that Millrace raises on purpose."""
@@ -54,7 +56,12 @@ class PublishError(MillraceError):
 
 
 class EnginesLost(PublishError):
-    """Every engine that was published to broke off. The version can be published again when an engine is back."""
+    """Every engine that was published to broke off, as `errors` say. The version can be published again when an engine
+    is back."""
+
+    def __init__(self, message: str, errors: Sequence[EngineUnreachable]) -> None:
+        super().__init__(message)
+        self.errors = errors
 
 
 class WeightsChanged(PublishError):

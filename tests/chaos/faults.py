@@ -83,9 +83,11 @@ async def give_everything_up(run: Run, name: str) -> None:
 
 
 async def publish(run: Run, version: int, happens: Callable[[], object] = lambda: None) -> None:
-    """`happens` does, when half of the tensors are on their way."""
+    """`happens` does, when half of the tensors are on their way. Where there is no store, engines that come back get
+    them from the same source."""
+    source = Source(run.tensors, happens)
     try:
-        await run.fleet.publish(Source(run.tensors, happens), version, deadline=20)
+        await run.fleet.publish(lambda: source, version, deadline=20)
     except PublishError:
         run.happened.append(f"version {version} reached nobody")
     run.committed.add(version)  # also where the publish failed: an engine may have got it before

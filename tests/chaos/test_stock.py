@@ -45,10 +45,13 @@ async def test_sglang_comes_back_and_nothing_is_lost(
         ),
         tiny_model,
         tmp_path,
+        folder=tmp_path / "versions",
     )
 
 
-async def test_vllm_comes_back_and_nothing_is_lost(vllm_python: Path, tiny_model: Path, tmp_path: Path) -> None:
+async def test_vllm_comes_back_without_a_store_and_nothing_is_lost(
+    vllm_python: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     await play(
         VLLMEngineConfig(
             kind="vllm",
@@ -65,11 +68,14 @@ async def test_vllm_comes_back_and_nothing_is_lost(vllm_python: Path, tiny_model
     )
 
 
-async def play(config: SGLangEngineConfig | VLLMEngineConfig, model_path: Path, place: Path) -> None:
+async def play(
+    config: SGLangEngineConfig | VLLMEngineConfig, model_path: Path, place: Path, folder: Path | None = None
+) -> None:
+    """`folder` keeps the versions; without it, an engine that comes back gets them from the trainer."""
     before = below(os.getpid())
     model = AutoModelForCausalLM.from_pretrained(model_path)
     tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
-    async with open_fleet(config, model_path, log_dir=place, folder=place / "versions", restarts=5) as fleet:
+    async with open_fleet(config, model_path, log_dir=place, folder=folder, restarts=5) as fleet:
         run = Run(fleet, random.Random(0), tensors)
         one, two = fleet.engines
         # SGLang refuses ignore_eos beside the stop tokens of a chat.

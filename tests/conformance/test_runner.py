@@ -97,6 +97,23 @@ async def test_what_is_lacking_is_named(subject: Subject) -> None:
     assert reasons == {"no folder with other weights of the same shapes was given"}
 
 
+async def test_a_server_that_still_answers_is_not_called_dead(subject: Subject) -> None:
+    async def spoil(subject: Subject) -> None:
+        assert isinstance(subject.engine, EmbeddedEngine)
+        await subject.engine.inject_fault("refuse_update", count=1)  # so that the weights can't be brought back
+        raise CheckFailed("seen on purpose")
+
+    assert isinstance(subject.engine, EmbeddedEngine)
+    runner = Runner(subject)
+    results = [result async for result in runner.run([made(spoil), *select("identity.*")])]
+    await subject.engine.inject_fault("refuse_update", count=0)
+    assert runner.lost is not None
+    assert runner.lost.startswith("after check made.up the server answered, and did not serve, and no more checks")
+    assert [result.reason for result in results].count("seen on purpose") == 1
+    assert {result.outcome for result in results[1:]} == {Outcome.LACKING}
+    assert await subject.engine.health() is Health.READY
+
+
 async def test_after_the_servers_death_nothing_more_is_tried(subject: Subject) -> None:
     async def kill(subject: Subject) -> None:
         assert isinstance(subject.engine, EmbeddedEngine)

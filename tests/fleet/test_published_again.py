@@ -117,12 +117,13 @@ async def test_weights_that_have_moved_on_are_not_served_as_the_old_version(
     await require_serving(fleet, trainer, version + 1)
 
 
-async def test_a_trainer_may_say_that_it_can_not_be_asked_now(fleet: Fleet, trainer: Trainer) -> None:
+@pytest.mark.parametrize("error", [WeightsChanged("in the middle of a step"), ZeroDivisionError()], ids=["busy", "bug"])
+async def test_a_trainer_may_not_be_able_to_give_it_now(fleet: Fleet, trainer: Trainer, error: Exception) -> None:
     busy = False
 
     def ask() -> list[tuple[str, torch.Tensor]]:
         if busy:
-            raise WeightsChanged("in the middle of a step")
+            raise error
         return tensors(trainer.model)
 
     version = following(fleet)

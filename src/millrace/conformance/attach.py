@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -44,26 +44,27 @@ async def find_kind(url: str) -> Kind:
     """What runs at `url`, by the routes that the server has. Raises LaunchError where no engine answers there."""
     server = HttpClient(urlsplit(url).netloc or url, url, api_key=os.environ.get(API_KEY))
     try:
-        try:
-            api = await server.control("GET", "/openapi.json", deadline=ASK_DEADLINE, repeatable=True)
-            paths = set(api["paths"])
-        except EngineRefused as error:
-            if about_keys(error):
-                raise
-            paths = set()  # the embedded engine has none
+        paths = await _routes(server)
         for kind, route in ROUTES.items():
             if route in paths:
                 return kind
         said = await server.control("GET", "/server_info", deadline=ASK_DEADLINE, repeatable=True)
-        if "capabilities" in said:
-            return Kind.EMBEDDED
-        raise LaunchError(f"what answers at {url} is no SGLang, no vLLM and no embedded engine, by its routes")
-    except (TypeError, KeyError) as error:
-        raise LaunchError(f"what answers at {url} is no engine that Millrace knows") from error
     except EngineError as error:
         raise LaunchError(f"no engine answers at {url}: {error}{about_keys(error)}") from error
     finally:
         await server.close()
+    if not (isinstance(said, Mapping) and "capabilities" in said):
+        raise LaunchError(f"what answers at {url} is neither SGLang, nor vLLM, nor the embedded engine")
+    return Kind.EMBEDDED
+
+
+async def _routes(server: HttpClient) -> Set[str]:
+    """As the server describes them; the embedded engine does not."""
+    try:
+        api = await server.control("GET", "/openapi.json", deadline=ASK_DEADLINE, repeatable=True)
+    except EngineRefused:
+        return frozenset()
+    return api["paths"].keys() if isinstance(api, Mapping) and isinstance(api.get("paths"), Mapping) else frozenset()
 
 
 async def attach(

@@ -150,6 +150,8 @@ class Fleet(FleetClient):
                     )
                 return replace(report, left_out=left_out)
             except EnginesLost as error:
+                for lost in error.errors:  # until this is known, none of them is being started again
+                    await self._roster.suspect(lost.engine, lost)
                 if isinstance(tensors, Iterator) or not self.members.coming:
                     raise
                 logger.warning("%s; it is published again when an engine is back", error)

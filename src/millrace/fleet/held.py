@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from millrace.errors import PublishError
-from millrace.weights.publisher import Fingerprint
+from millrace.weights.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
     import torch

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.engines.start import Started
-from millrace.errors import EngineError, EngineFailed, EngineRefused, PublishError, WeightsChanged
+from millrace.errors import EngineError, EngineFailed, EngineRefused, MillraceError, PublishError, WeightsChanged
 from millrace.fleet.adapters import Adapters
 from millrace.fleet.held import Held, Tensors, held_by, require_pairs
 from millrace.fleet.membership import Attested, Based, Distrusted, Emptied, Event
 from millrace.model_folder import stored_tensors
 from millrace.types import AdapterConfig, Capability
 from millrace.weights.adapter import WrittenAdapter, check_adapter, check_values
+from millrace.weights.fingerprint import Fingerprint
 from millrace.weights.folder import FolderTensors
 from millrace.weights.plan import buckets
-from millrace.weights.publisher import EngineReport, Fingerprint, PublishReport, publish
+from millrace.weights.publisher import EngineReport, PublishReport, publish
 from millrace.weights.transports.base import PublishTarget, Transport
 from millrace.weights.transports.folder import FolderTransport
 
@@ -206,6 +207,11 @@ class Versions:
             await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline, held.fingerprint)
         except WeightsChanged as error:
             logger.warning("%s serves after the next publish: version %d is gone: %s", name, version, error)
+            return False
+        except MillraceError:
+            raise
+        except Exception:  # the trainer's own function may raise anything, which nobody else is told
+            logger.exception("%s serves after the next publish: the trainer did not give version %d", name, version)
             return False
         logger.warning("version %d was published again, to %s", version, name)
         return True

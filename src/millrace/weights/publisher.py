@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from millrace.checksum import sampled_checksums
 from millrace.engines.base import Engine
 from millrace.errors import (
     EngineError,
@@ -21,9 +20,9 @@ from millrace.errors import (
     EngineTimeout,
     EngineUnreachable,
     PublishError,
-    WeightsChanged,
 )
 from millrace.types import Capability
+from millrace.weights.fingerprint import Fingerprint, sampled
 from millrace.weights.plan import announced, buckets
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
 
@@ -69,30 +68,6 @@ class PublishReport:
     @property
     def failed(self) -> dict[str, EngineError]:
         return {report.engine: report.error for report in self.engines if report.error is not None}
-
-
-@dataclass(slots=True)
-class Fingerprint:
-    """The sampled checksums of a version's tensors. The first pass over the tensors sets them."""
-
-    samples: Mapping[str, str] | None = None
-
-    def require(self, samples: Mapping[str, str]) -> None:
-        """Raises WeightsChanged where another pass gave other tensors than the first."""
-        if self.samples is None:
-            self.samples = samples
-        elif samples != self.samples:
-            changed = sorted(
-                name for name in samples.keys() | self.samples.keys() if _differ(name, samples, self.samples)
-            )
-            raise WeightsChanged(
-                f"{len(changed)} of {len(self.samples)} tensors have changed since they were published, {changed[0]} "
-                "among them"
-            )
-
-
-def _differ(name: str, one: Mapping[str, str], two: Mapping[str, str]) -> bool:
-    return one.get(name) != two.get(name)
 
 
 @dataclass(slots=True)
@@ -159,7 +134,7 @@ async def publish(
                 samples = dict[str, str]()
                 source: Iterator[NamedTensors] = buckets(tensors, bucket_bytes)
                 if fingerprint is not None or any(u.target.can(Capability.SAMPLED_CHECKSUMS) for u in left):
-                    source = _sampled(source, samples)
+                    source = sampled(source, samples)
                 checksums, loaded, seconds = await _load(left, source, version, transport, ends)
                 nbytes, stage_seconds = max(nbytes, loaded), stage_seconds + seconds
                 if fingerprint is not None and any(update.error is None for update in left):
@@ -198,8 +173,9 @@ async def publish(
     )
     if all(report.error for report in reports):
         reasons = "; ".join(str(report.error) for report in reports)
-        lost = all(isinstance(report.error, EngineUnreachable) for report in reports)
-        raise (EnginesLost if lost else PublishError)(f"no engine took version {version}: {reasons}")
+        message = f"no engine took version {version}: {reasons}"
+        lost = [report.error for report in reports if isinstance(report.error, EngineUnreachable)]
+        raise EnginesLost(message, lost) if len(lost) == len(reports) else PublishError(message)
     return PublishReport(version, nbytes, time.monotonic() - started, stage_seconds, reports)
 
 
@@ -284,14 +260,6 @@ def _leave_out(updates: Sequence[_Update], arrival: _Arrival | None) -> None:
     for update in updates:
         if update.error is None and (error := unreached.get(update.engine.name)) is not None:
             update.error, update.blameless = error, True
-
-
-def _sampled(source: Iterator[NamedTensors], samples: dict[str, str]) -> Iterator[NamedTensors]:
-    """The same buckets; `samples` gets the sampled checksums of each that has been taken."""
-    for tensors in source:
-        sums = sampled_checksums([tensor.detach().contiguous() for _, tensor in tensors])
-        samples |= zip((name for name, _ in tensors), sums, strict=True)
-        yield tensors
 
 
 def _loading(staged: StagedBucket, transport: Transport, ends: float) -> Step:
