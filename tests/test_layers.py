@@ -13,6 +13,7 @@ LAYERS = [
     "checksum",
     "errors",
     "model_folder",
+    "model_config",
     "imports",
     "config",
     "http",

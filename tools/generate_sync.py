@@ -50,6 +50,7 @@ from millrace.types import (
     Placement,
     ProcessGroup,
 )
+from millrace.weights.cast import Dtypes
 from millrace.weights.publisher import PublishReport
 
 if TYPE_CHECKING:

@@ -11,6 +11,8 @@ import orjson
 from millrace.errors import DataError
 
 HEADER_LENGTH_BYTES = 8
+# safetensors' names of the floats that can be cast to each other, and torch's.
+FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # An adapter's folder in PEFT's format: its files, and what the names of its tensors begin and end with.
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,6 +29,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def float_dtype(self) -> str | None:
+        """torch's name of the dtype, if it is a float that can be cast to another without a scale."""
+        return FLOATS.get(self.dtype)
 
 
 def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:

@@ -31,6 +31,7 @@ from millrace.types import (
     Placement,
     ProcessGroup,
 )
+from millrace.weights.cast import Dtypes
 from millrace.weights.publisher import PublishReport
 
 if TYPE_CHECKING:
@@ -348,6 +349,12 @@ class Fleet:
     def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Wakes every usable engine. One whose weights slept serves again after the next publish."""
         self._portal.call(self._wrapped.wake(what))
+
+    @property
+    def dtypes(self) -> Dtypes | None:
+        """The dtypes that the engines have their weights in, to which what is published is cast; None before `attest`.
+        `leading` (`millrace.weights.sharded`) takes them, to gather fewer bytes."""
+        return self._wrapped.dtypes
 
     @property
     def frozen(self) -> bool:

@@ -178,6 +178,9 @@ class EngineInfo:
     context_length: int  # prompt and output together, in tokens
     capabilities: frozenset[Capability]
     ranks: int = 1  # processes that hold weights (TP x PP x DP); each opens a share of its own of what is handed over
+    dtype: str | None = None  # that it computes in, as in `bfloat16`; None where it does not say
+    # Of the weights that it holds in another dtype than that; None where it does not say
+    unusual_dtypes: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,13 +111,6 @@ def test_named_tensors_are_the_files_tensors_tied_ones_once(tmp_path: Path, tied
         assert not tensor.requires_grad
 
 
-def test_named_tensors_in_the_engines_dtype(folder: Path) -> None:
-    policy = make_policy(folder, make_config())
-    exact = weights(policy)
-    for name, tensor in policy.named_tensors(torch.bfloat16):
-        assert torch.equal(tensor, exact[name].bfloat16())
-
-
 def test_the_reference_stays_when_the_policy_moves(folder: Path) -> None:
     policy = make_policy(folder, make_config())
     token_ids = collate(make_samples(3)).token_ids_BT

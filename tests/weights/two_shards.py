@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
@@ -58,7 +57,7 @@ def main() -> None:
     whole = {name: tensor * 1.5 for name, tensor in load_file(model / "model.safetensors").items()}
     shards = split(whole, init_device_mesh("cpu", (2,)))
     held = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in shards.values())
-    sharded = ShardedTensors(shards, torch.float32)
+    sharded = ShardedTensors(shards)
     if dist.get_rank() == 0:
         with leading(sharded) as led:
             found = asyncio.run(publish(led, model, out))

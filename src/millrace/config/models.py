@@ -83,6 +83,8 @@ class ReplicatedConfig(Model):
 
     replicas: PositiveInt = 1
     """Number of servers, each with the whole model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the engine computes in, and its weights are held in. `auto` is the dtype of the model's folder."""
     max_running_requests: PositiveInt = 64
     """Requests that one server runs at the same time. Others wait in its queue."""
     threads: PositiveInt | None = None
@@ -112,6 +114,8 @@ class EmbeddedEngineConfig(ReplicatedConfig):
     """Device of torch: `cpu`, `cuda` or `cuda:N`."""
     cached_prefixes: Annotated[int, Field(ge=0)] = 64
     """Prompt prefixes that the KV cache keeps. 0 turns the prefix cache off."""
+    context_length: PositiveInt | None = None
+    """Longest sequence, in tokens of prompt and output. None takes the model's own."""
     faults: bool = False
     """For tests: the engine crashes, hangs or refuses on request."""
 

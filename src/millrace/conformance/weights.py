@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from millrace.conformance.check import Lacking, Subject
 from millrace.errors import EngineError
 from millrace.types import Capability, DiskBucket
+from millrace.weights.cast import cast, dtypes_of
 from millrace.weights.publisher import publish
 from millrace.weights.transports.base import PublishTarget
 from millrace.weights.transports.choice import NEEDS, make
@@ -129,7 +130,7 @@ async def send(kind: Capability, subject: Subject, tensors: "Mapping[str, torch.
     try:
         await publish(
             [PublishTarget(subject.engine, subject.info)],
-            tensors.items(),
+            cast(tensors.items(), await asyncio.to_thread(dtypes_of, subject.info, folder(subject))),
             version,
             transport,
             bucket_bytes=min(size // 3 + 1, LARGEST_BUCKET),

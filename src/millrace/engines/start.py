@@ -13,7 +13,7 @@ from millrace.engines.sglang.adapter import SGLangEngine
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.kv_events import require_packages
 from millrace.engines.vllm.adapter import VLLMEngine
-from millrace.errors import EngineError, EngineRefused, LaunchError
+from millrace.errors import ConfigError, EngineError, EngineRefused, LaunchError
 from millrace.launch.process import Server
 from millrace.types import EngineInfo
 
@@ -116,9 +116,17 @@ async def _attach(config: StockConfig, url: str, model_path: Path, name: str) ->
         model_path=model_path,
     )
     try:
-        return await _settled(engine, None, None)
+        started = await _settled(engine, None, None)
     except EngineError as error:
         raise LaunchError(f"can't attach to {url}: {error}{about_keys(error)}") from error
+    if config.dtype not in ("auto", started.info.dtype):
+        await started.end()
+        has = started.info.dtype or "what it made of `--dtype auto`, which it does not tell"
+        raise ConfigError(
+            f"engine.dtype is {config.dtype}, and the server at {url} computes in {has}; leave engine.dtype out, or "
+            f"start the server with --dtype {config.dtype}"
+        )
+    return started
 
 
 def about_keys(error: EngineError) -> str:

@@ -29,6 +29,7 @@ from millrace.types import (
     MemoryTag,
     Placement,
 )
+from millrace.weights.cast import Dtypes, dtypes_of, folder_checksums_as
 from millrace.weights.publisher import PublishReport
 from millrace.weights.transports.base import PublishTarget, Transport
 
@@ -252,6 +253,12 @@ class Fleet(FleetClient):
             await self._roster.apply(member.name, Woke(what))
 
     @property
+    def dtypes(self) -> Dtypes | None:
+        """The dtypes that the engines have their weights in, to which what is published is cast; None before `attest`.
+        `leading` (`millrace.weights.sharded`) takes them, to gather fewer bytes."""
+        return self._versions.dtypes
+
+    @property
     def frozen(self) -> bool:
         """Whether the engines hold for ever what they were started with."""
         return self._versions.frozen
@@ -282,9 +289,12 @@ class Fleet(FleetClient):
         """Takes the engines into rotation that hold these tensors: for weights that they loaded by themselves from
         `folder`. A tensor that the engine makes while loading (fused, tied) has no counterpart and is not compared; the
         log names it. An engine that has no checksums to compare is taken at its word, if it was started here and names
-        this folder."""
-
-        origin = Origin(checksums, version, folder)
+        this folder. `checksums` are the folder's; they are compared as they are in the engines' dtype."""
+        infos = [replica.info for replica in self._roster.replicas.values()]
+        dtypes = await asyncio.to_thread(dtypes_of, infos[0], folder)
+        if any(Capability.CHECKSUMS in info.capabilities for info in infos):
+            checksums = await asyncio.to_thread(folder_checksums_as, dtypes, folder, checksums)
+        origin = Origin(checksums, version, folder, dtypes)
         await self._roster.each(lambda replica: self._versions.compare(replica, origin, Attested(version)))
         self._versions.begin_with(origin)
 

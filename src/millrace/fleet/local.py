@@ -21,6 +21,7 @@ from millrace.fleet.proxy import Proxy
 from millrace.fleet.starting import start_all
 from millrace.launch.ports import is_here
 from millrace.routers.start import start_router
+from millrace.weights.cast import require_one_dtype
 from millrace.weights.folder import folder_checksums
 from millrace.weights.transports.choice import Sight, choose, in_common, make
 
@@ -64,8 +65,8 @@ async def open_fleet(
     them (docs/routers.md).
 
     Raises LaunchError when an engine does not come up (the others are ended), DataError when the folder is not a
-    model's or `folder` not a store, PublishError when the engines can't take weights by that transport, and ConfigError
-    when what it needs is not installed.
+    model's or `folder` not a store, PublishError when the engines can't take weights by that transport or compute in
+    different dtypes, and ConfigError when what it needs is not installed.
     """
     if transport not in get_args(TransportName):
         raise ConfigError(f"transport {transport!r} is not known; valid here: {', '.join(get_args(TransportName))}")
@@ -102,6 +103,8 @@ async def open_fleet(
     starts = {f"{prefix or config.kind}-{replica}": start_one(replica) for replica in range(config.replicas)}
     started = await start_all(starts, log_dir)
     try:
+        if not frozen:
+            require_one_dtype(started)
         chosen = None if frozen else transport_for(transport, started, store, couriers)
     except BaseException:
         await asyncio.gather(*(one.end() for one in started))

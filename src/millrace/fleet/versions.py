@@ -19,6 +19,7 @@ from millrace.fleet.membership import Attested, Based, Distrusted, Emptied, Even
 from millrace.model_folder import stored_tensors
 from millrace.types import AdapterConfig, Capability
 from millrace.weights.adapter import WrittenAdapter, check_adapter, check_values
+from millrace.weights.cast import Dtypes, cast, dtypes_of
 from millrace.weights.fingerprint import Fingerprint
 from millrace.weights.folder import FolderTensors
 from millrace.weights.plan import buckets
@@ -38,11 +39,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the engines are started with: the checksums of the tensors in `folder`."""
+    """What the engines are started with: the tensors in `folder`, and their checksums in the engines' `dtypes`."""
 
     checksums: Mapping[str, str]
     version: int
     folder: Path
+    dtypes: Dtypes
 
 
 class Versions:
@@ -90,6 +92,10 @@ class Versions:
         """Whether a version is on its way."""
         return self._publishing
 
+    @property
+    def dtypes(self) -> Dtypes | None:
+        return self._origin.dtypes if self._origin is not None else None
+
     def begin_with(self, origin: Origin) -> None:
         """What the engines are started with."""
         self._origin, self._last, self._base = origin, origin.version, origin.version
@@ -120,6 +126,7 @@ class Versions:
             unstored = await self.secured(deadline)
             if self.store is not None:
                 await asyncio.to_thread(self.store.discard)  # of a publish that failed
+            tensors = await self._as_held(tensors, engines[0])
             if require_finite:
                 from millrace.weights.finite import only_finite  # imports torch
 
@@ -203,7 +210,7 @@ class Versions:
             )
             return False
         try:
-            tensors = held.tensors()
+            tensors = await self._as_held(held.tensors(), target)
             await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline, held.fingerprint)
         except WeightsChanged as error:
             logger.warning("%s serves after the next publish: version %d is gone: %s", name, version, error)
@@ -415,6 +422,12 @@ class Versions:
                 await self._apply(name, Based(base))
                 self.adapters.retire(name, keep=None)
         return [reports[target.engine.name] for target in targets]
+
+    async def _as_held(self, tensors: Tensors, target: PublishTarget) -> Tensors:
+        """The trainer's tensors, in the dtypes in which the engines hold them. All engines hold the same."""
+        if self._origin is not None:
+            return cast(tensors, self._origin.dtypes)
+        return cast(tensors, await asyncio.to_thread(dtypes_of, target.info, Path(target.info.model_path)))
 
     def _require_transport(self) -> Transport:
         """What brings whole versions. Raises PublishError where nothing does."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from millrace.config.models import (
     MetricsConfig,
@@ -276,7 +275,6 @@ def _assemble(
         folder=folder,
         display=display,
         progress=Progress(),
-        engine_dtype=AutoConfig.from_pretrained(model_path).dtype or torch.float32,
     )
 
 

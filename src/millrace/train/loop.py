@@ -83,7 +83,6 @@ class TrainingLoop:
         folder: RunFolder,
         display: Display,
         progress: Progress,
-        engine_dtype: torch.dtype,
     ) -> None:
         self.config = config
         self.trainer = trainer
@@ -95,7 +94,6 @@ class TrainingLoop:
         self.folder = folder
         self.display = display
         self.progress = progress
-        self.engine_dtype = engine_dtype
         self.watch = Stopwatch()  # of the whole run, by this process
         self.ledger = Ledger()
         self._pace = pace_of(config, ranks.world.size)
@@ -133,7 +131,7 @@ class TrainingLoop:
         """What is published, and published again to engines that lose it. Raises WeightsChanged during a step."""
         if self._training:
             raise WeightsChanged("the trainer is in the middle of a step")
-        return self.trainer.policy.named_tensors(self.engine_dtype)
+        return self.trainer.policy.named_tensors()
 
     async def wake_cache(self) -> None:
         """The engines generate again, by the version that was published last."""

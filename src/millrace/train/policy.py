@@ -140,11 +140,11 @@ class Policy:
         policy is. Writing to them changes the policy."""
         return _state(self.model)
 
-    def named_tensors(self, dtype: torch.dtype | None = None) -> ShardedTensors:
-        """The weights one at a time, whole, on the world's device, as `dtype` (float32 where None). Where the policy is
-        sharded each is gathered when it is asked for, so every rank must go through all of them. Where it is neither
-        sharded nor cast, what comes is the weight itself: read it before the next step."""
-        return ShardedTensors(self.state(), dtype)
+    def named_tensors(self) -> ShardedTensors:
+        """The weights one at a time, whole, in float32, on the world's device. Where the policy is sharded each is
+        gathered when it is asked for, so every rank must go through all of them. Where it is not, what comes is the
+        weight itself: read it before the next step."""
+        return ShardedTensors(self.state())
 
     def take_reference(self) -> None:
         """Makes a frozen copy of the present weights the reference, for the KL term."""

@@ -123,7 +123,7 @@ class Ranks:
         if self.owned is None:
             await self.thread.run(follow, weights())
             return
-        with leading(weights()) if self.world.size > 1 else nullcontext(weights) as whole:
+        with leading(weights(), self.owned.dtypes) if self.world.size > 1 else nullcontext(weights) as whole:
             await self.owned.publish(
                 whole,
                 version,

@@ -4,7 +4,7 @@ import itertools
 import json
 import mmap
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,13 +46,14 @@ def folder_checksums(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class FolderTensors:
-    """The tensors of a model's folder, each mapped from its file when its turn comes; as often as one likes. Raises
-    DataError as `stored_tensors` does."""
+    """The tensors of a model's folder, or those of the names in `only`, each mapped from its file when its turn comes;
+    as often as one likes. Raises DataError as `stored_tensors` does."""
 
     folder: Path
+    only: Collection[str] | None = None
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        return [(name, tensor.shape) for name, tensor in stored_tensors(self.folder).items()]
+        return [(name, tensor.shape) for name, tensor in stored_tensors(self.folder).items() if self._has(name)]
 
     def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
         from safetensors import safe_open
@@ -60,7 +61,11 @@ class FolderTensors:
         for path in sorted(self.folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # it is no mapping
-                    yield name, file.get_tensor(name)
+                    if self._has(name):
+                        yield name, file.get_tensor(name)
+
+    def _has(self, name: str) -> bool:
+        return self.only is None or name in self.only
 
 
 def write_folder(place: Path, buckets: "Iterator[NamedTensors]", model_path: Path) -> WrittenFolder:

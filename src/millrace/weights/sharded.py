@@ -10,13 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from millrace.weights.cast import Dtypes
+
 END = -1  # in the place of a tensor's number
+EARLY = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a tensor can be cast to first
 
 
 @dataclass(frozen=True, slots=True)
 class ShardedTensors:
     """A model's tensors by name, in an order that is the same on all ranks: DTensors in any placement (FSDP2, tensor
-    parallel, both) or plain tensors that every rank has whole. What comes out is of `dtype`, where one is given.
+    parallel, both) or plain tensors that every rank has whole.
 
     A shard that no DTensor describes becomes one by `DTensor.from_local(shard, mesh, [Shard(dim)])`.
 
@@ -24,7 +27,6 @@ class ShardedTensors:
     """
 
     tensors: Mapping[str, Tensor]
-    dtype: torch.dtype | None = None
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Of the whole tensors, by name; gathers nothing."""
@@ -34,34 +36,40 @@ class ShardedTensors:
         for name in self.tensors:
             yield name, self.whole(name)
 
-    def whole(self, name: str) -> Tensor:
-        """Collective. On the device of its shards; the weight itself where it is neither sharded nor cast."""
+    def whole(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Collective; all ranks name the same. On the device of its shards, cast to `dtype` where one is given. The
+        weight itself where it is neither sharded nor cast."""
         tensor = self.tensors[name].detach()
-        if self.dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(self.dtype)  # first: fewer bytes to gather
+        if dtype is not None:
+            tensor = tensor.to(dtype)  # first: fewer bytes to gather
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True, slots=True)
 class LedTensors:
-    """What rank 0 publishes while the others `follow`: it may go through it as often and as far as it likes."""
+    """What rank 0 publishes while the others `follow`: it may go through it as often and as far as it likes. With
+    `dtypes`, matrices are cast before they are gathered; what is smaller is left to the publish."""
 
     sharded: ShardedTensors
+    dtypes: Dtypes | None = None
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         return self.sharded.shapes()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for number, name in enumerate(self.sharded.tensors):
-            _tell(self.sharded, number)
-            yield name, self.sharded.whole(name)
+        for number, (name, tensor) in enumerate(self.sharded.tensors.items()):
+            early = isinstance(tensor, DTensor) and tensor.ndim > 1
+            dtype = self.dtypes.cast_to(name, tensor.dtype) if early and self.dtypes is not None else None
+            _tell(self.sharded, number, dtype)
+            yield name, self.sharded.whole(name, dtype)
 
 
 @contextmanager
-def leading(sharded: ShardedTensors) -> Iterator[LedTensors]:
-    """On rank 0 of the default process group, while every other rank is in `follow`; at its end, they are let go."""
+def leading(sharded: ShardedTensors, dtypes: Dtypes | None = None) -> Iterator[LedTensors]:
+    """On rank 0 of the default process group, while every other rank is in `follow`; at its end, they are let go.
+    `dtypes` are the engines' (`Fleet.dtypes`)."""
     try:
-        yield LedTensors(sharded)
+        yield LedTensors(sharded, dtypes)
     finally:
         _tell(sharded, END)
 
@@ -70,15 +78,17 @@ def follow(sharded: ShardedTensors) -> None:
     """On every rank but 0: takes part in making whole what rank 0 asks for, until that is done with it. A rank that
     waits longer than the process group's timeout is raised out of it, as out of every collective."""
     names = list(sharded.tensors)
-    while (number := _tell(sharded, END)) != END:
-        sharded.whole(names[number])
+    while (told := _tell(sharded, END))[0] != END:
+        number, dtype = told
+        sharded.whole(names[number], dtype)
 
 
-def _tell(sharded: ShardedTensors, number: int) -> int:
-    """Rank 0's number, on every rank."""
-    told = torch.tensor(number, device=_on_device(sharded))
+def _tell(sharded: ShardedTensors, number: int, dtype: torch.dtype | None = None) -> tuple[int, torch.dtype | None]:
+    """What rank 0 says, on every rank."""
+    told = torch.tensor((number, EARLY.index(dtype)), device=_on_device(sharded))
     dist.broadcast(told, src=0)
-    return int(told.item())
+    number, index = told.tolist()
+    return number, EARLY[index]
 
 
 def _on_device(sharded: ShardedTensors) -> torch.device:

@@ -55,12 +55,14 @@ def test_every_setting_reaches_the_server() -> None:
         mem_fraction_static=0.5,
         max_running_requests=12,
         log_level="warning",
+        dtype="float16",
         host="10.0.0.1",
         cuda_visible_devices="3,4",
         threads=5,
         env={"NCCL_DEBUG": "INFO"},
     )
     assert set(node.arguments) == {
+        "--dtype=float16",
         "--model-path=/models/m",
         "--weight-version=7",
         "--random-seed=102",

@@ -46,11 +46,13 @@ def test_every_setting_reaches_the_server() -> None:
         kv_cache_memory_bytes=9000,
         max_running_requests=12,
         log_level="warning",
+        dtype="float16",
         host="10.0.0.1",
         threads=5,
         env={"NCCL_DEBUG": "INFO"},
     )
     assert set(node.arguments) == {
+        "--dtype=float16",
         "--model=/models/m",
         "--seed=102",
         "--host=10.0.0.1",

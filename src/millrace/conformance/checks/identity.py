@@ -1,11 +1,13 @@
 """What an engine says of itself."""
 
-import json
+import asyncio
 from collections.abc import Sequence
 
 from millrace.conformance.check import Check, Lacking, Subject, check, expect
 from millrace.conformance.requests import until_idle
 from millrace.conformance.weights import folder
+from millrace.errors import DataError
+from millrace.model_config import vocab_size
 from millrace.types import Capability, Health
 
 
@@ -21,11 +23,10 @@ async def info(subject: Subject) -> None:
 
 @check("identity.vocabulary", "its vocabulary is that of the model's folder")
 async def vocabulary(subject: Subject) -> None:
-    path = folder(subject) / "config.json"
-    if not path.is_file():
-        raise Lacking(f"there is no {path}")
-    config = json.loads(path.read_text())
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    try:
+        size = await asyncio.to_thread(vocab_size, folder(subject))
+    except DataError as error:
+        raise Lacking(str(error)) from error
     expect(size == subject.info.vocab_size, f"the folder says {size}, the engine {subject.info.vocab_size}")
 
 

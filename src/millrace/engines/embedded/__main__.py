@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.imports import without_collecting
+from millrace.model_config import COMPUTE_DTYPES
 
 log = logging.getLogger("millrace.embedded")
 
@@ -29,7 +30,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--host", default="127.0.0.1")
     add("--port", type=_port, required=True)
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--dtype", choices=("auto", *COMPUTE_DTYPES), default="auto", help="auto is what the folder's config names")
     add("--max-running-requests", type=_positive, default=64, help="requests that generate at the same time")
     add("--cached-prefixes", type=_not_negative, default=64, help="finished requests whose KV cache is kept for reuse")
     add("--context-length", type=_positive, help="tokens of prompt and output; the model's own by default")

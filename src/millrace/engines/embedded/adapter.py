@@ -161,6 +161,8 @@ class EmbeddedEngine(HttpEngine):
                 weight_version=decode_version(model["weight_version"]),
                 vocab_size=model["vocab_size"],
                 context_length=model["context_length"],
+                dtype=model["dtype"],
+                unusual_dtypes=model["unusual_dtypes"],
                 capabilities=frozenset(Capability(c) for c in server["capabilities"]),
             )
         except KeyError as error:

@@ -1,6 +1,6 @@
 """Puts an engine together from its settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,8 @@ from millrace.engines.embedded.core import Core
 from millrace.engines.embedded.lora import Hooks, Linears
 from millrace.engines.embedded.runner import Runner, load_model
 from millrace.engines.embedded.weights import WeightStore
-from millrace.errors import ConfigError
+from millrace.errors import ConfigError, DataError
+from millrace.model_config import compute_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,12 @@ def build(settings: Settings) -> Core:
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here")
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if not (settings.model / "config.json").is_file():
+        raise DataError(f"{settings.model} has no config.json; --model takes a folder in Hugging Face's format")
+    named = compute_dtype(settings.dtype, settings.model)
+    dtype: torch.dtype = getattr(torch, "float32" if named == "auto" else named)
     transformers_logging.disable_progress_bar()  # stderr is a log
     model, info, layers = load_model(settings.model, device=device, dtype=dtype, context_length=settings.context_length)
     cache = SlotCache(
@@ -50,4 +54,5 @@ def build(settings: Settings) -> Core:
     runner = Runner(model, cache, hooks, device=device, dtype=dtype)
     runner.warm_up()
     weights = WeightStore(model)
+    info = replace(info, unusual_dtypes=weights.unlike(dtype))
     return Core(info, runner, cache, weights, max_running=settings.max_running, version=settings.version)

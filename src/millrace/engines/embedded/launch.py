@@ -38,11 +38,14 @@ async def launch(
         "--host": config.host,
         "--port": port,
         "--device": config.device,
+        "--dtype": config.dtype,
         "--max-running-requests": config.max_running_requests,
         "--cached-prefixes": config.cached_prefixes,
         "--weight-version": version,
         "--seed": seed + replica,
     }
+    if config.context_length is not None:
+        options["--context-length"] = config.context_length
     if config.threads is not None:
         options["--threads"] = config.threads
     command = [sys.executable, "-m", "millrace.engines.embedded"]

@@ -1,7 +1,7 @@
 """The model: loading it, and one forward pass over slots of the KV cache."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from millrace.engines.embedded import attention
 from millrace.engines.embedded.cache import LayerShape, SlotCache, Window
 from millrace.engines.embedded.lora import Adapter, Hooks
-from millrace.errors import ConfigError, DataError
+from millrace.errors import ConfigError
 
 # Kernels prefer round sizes, and the allocator sees fewer of them; what is beyond a row's own length is masked anyway.
 CONTEXT_STEP = 16
@@ -30,6 +30,8 @@ class ModelInfo:
     vocab_size: int
     context_length: int
     eos_token_ids: frozenset[int]
+    dtype: str  # torch's name
+    unusual_dtypes: Mapping[str, str] = field(default_factory=dict)  # of the weights that have another
 
 
 def load_model(
@@ -37,18 +39,18 @@ def load_model(
 ) -> tuple[torch.nn.Module, ModelInfo, list[LayerShape]]:
     """Loads any causal model of transformers from a local folder and finds out what its layers cache.
 
-    Raises DataError where the folder has no model, ConfigError where it can't be served with these settings.
+    Raises ConfigError where it can't be served with these settings.
     """
-    if not (path / "config.json").is_file():
-        raise DataError(f"{path} has no config.json; --model takes a folder in Hugging Face's format")
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device)
     model.requires_grad_(False).eval()
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention.register())
     config = model.config.get_text_config()
-    limit = config.max_position_embeddings if hasattr(config, "max_position_embeddings") else context_length
+    limit = getattr(config, "max_position_embeddings", None) or context_length
     if limit is None:
-        raise ConfigError("the model's config sets no max_position_embeddings; set --context-length")
+        raise ConfigError(
+            "the model's config sets no max_position_embeddings; set engine.context_length (--context-length)"
+        )
     if context_length is not None and context_length > limit:
         raise ConfigError(f"--context-length {context_length} is above the model's own {limit}")
     info = ModelInfo(
@@ -58,8 +60,9 @@ def load_model(
         vocab_size=int(model.get_input_embeddings().num_embeddings),
         context_length=context_length or limit,
         eos_token_ids=_token_ids(
-            model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
+            model.generation_config.eos_token_id if model.generation_config else getattr(config, "eos_token_id", None)
         ),
+        dtype=str(dtype).removeprefix("torch."),
     )
     return model, info, _layer_shapes(model, model.config, info.context_length, device)
 

@@ -168,6 +168,8 @@ class Server:
                 "weight_version": self._thread.current().version,
                 "vocab_size": info.vocab_size,
                 "context_length": info.context_length,
+                "dtype": info.dtype,
+                "unusual_dtypes": info.unusual_dtypes,
                 "model_type": info.model_type,
                 "architectures": info.architectures,
                 "eos_token_ids": sorted(info.eos_token_ids),

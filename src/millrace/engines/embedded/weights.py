@@ -20,6 +20,9 @@ from millrace.types import TensorSpec
 CHUNK_BYTES = 1 << 20  # read and hashed in turns, so that the hash finds the bytes in the processor's cache
 
 
+CASTABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # to each other, without a scale
+
+
 class UpdateRefused(MillraceError):
     """The update does not fit the model or the state it is in. The served weights are untouched."""
 
@@ -70,6 +73,11 @@ class WeightStore:
     def in_session(self) -> bool:
         return self._session is not None
 
+    def unlike(self, dtype: torch.dtype) -> dict[str, str]:
+        """The dtypes (torch's names) of the weights that have another than this, by all of their names."""
+        held = {name: self._live[first].dtype for name, first in self._first_names.items()}
+        return {name: dtype_name(own) for name, own in held.items() if own is not dtype}
+
     def begin(self) -> None:
         if self._session is not None:
             raise UpdateRefused("an update is open already; end or abort it first")
@@ -108,7 +116,8 @@ class WeightStore:
             self._book(session, spec.name, name, None)
 
     def load_folder(self, path: Path) -> None:
-        """Reads a folder of safetensors files whose tensors have the state dict's names."""
+        """Reads a folder of safetensors files whose tensors have the state dict's names. Floats of another dtype than
+        the model's are cast, as when the engine started from such a folder."""
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise UpdateRefused(f"{path} has no safetensors files")
@@ -122,6 +131,9 @@ class WeightStore:
         with safe_open(file, framework="pt") as content:
             for name in content.keys():  # noqa: SIM118  # it is no mapping
                 tensor = content.get_tensor(name)
+                first = self._first_names.get(name)
+                if first is not None and {tensor.dtype, self._live[first].dtype} <= CASTABLE:
+                    tensor = tensor.to(self._live[first].dtype)
                 spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
                 session, [(first, staged)] = self._open([spec])
                 staged.copy_(tensor)

@@ -5,6 +5,7 @@ from typing import Any
 
 from millrace.engines.stock.facts import Facts, Limits
 from millrace.engines.stock.model import Model
+from millrace.model_config import COMPUTE_DTYPES
 from millrace.types import Capability, EngineInfo
 
 # By the server's own description of its API, so that a fork or a later version tells by itself what it can do.
@@ -23,6 +24,8 @@ UPDATES = BREAKING | {
     Capability.UPDATE_FROM_TORCH_STORAGE,
     Capability.UPDATE_FROM_CUDA_IPC,
 }
+# By what SGLang calls them; which one `auto` has become, it does not say.
+DTYPES = {name: name for name in COMPUTE_DTYPES} | {"half": "float16", "float": "float32"}
 PAUSE_CAPABILITIES = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capability.PAUSE_KEEP}
 
 
@@ -41,6 +44,7 @@ def read_facts(
         context_length=server["max_req_input_len"],
         capabilities=capabilities_of(paths, served, server),
         ranks=server["tp_size"] * server["pp_size"],
+        dtype=DTYPES.get(server["dtype"]),
     )
     seeds = bool(server["enable_deterministic_inference"])
     return Facts(info, model, Limits(info.vocab_size, info.context_length, seeds))

@@ -8,7 +8,7 @@ from millrace.config.models import SGLangEngineConfig
 from millrace.engines.sglang.arguments import Ports, attention_dp, nodes
 from millrace.engines.stock.arguments import local_ranks
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
-from millrace.engines.stock.launching import Launched, free_ports, new_keys, start_nodes
+from millrace.engines.stock.launching import Launched, free_ports, new_keys, start_nodes, with_dtype
 from millrace.errors import LaunchError
 from millrace.launch.ports import free_port, require_free
 
@@ -39,6 +39,7 @@ async def launch(
     log, when it does not come up; nothing is left running then.
     """
     name = f"{prefix}-{replica}"
+    config = await with_dtype(config, model_path)
     api_key, admin_key = new_keys(api_key)
     ports = choose_ports(config, replica)
     planned = nodes(

@@ -1,5 +1,6 @@
 """Starts the server of a stock engine: one process, or one for each of its nodes."""
 
+import asyncio
 import getpass
 import os
 import secrets
@@ -9,12 +10,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+from millrace.config.models import StockEngineConfig
 from millrace.engines.stock.arguments import Node
-from millrace.errors import EngineError
+from millrace.errors import DataError, EngineError, LaunchError
 from millrace.http import HttpClient
 from millrace.launch.nodes import Nodes
 from millrace.launch.process import ServerProcess
+from millrace.model_config import compute_dtype
+
+StockConfig = TypeVar("StockConfig", bound=StockEngineConfig)
 
 PROBE_DEADLINE = 10.0  # of one GET /health; SGLang's generates a token: a second on a quiet CPU
 
@@ -36,6 +42,16 @@ def new_keys(api_key: str | None = None) -> tuple[str, str]:
     """One for generating and one for control, known to nobody else. A router that knows no key of each engine wants the
     same `api_key` for all."""
     return api_key or secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+
+
+async def with_dtype(config: StockConfig, model_path: Path) -> StockConfig:
+    """The settings with `auto` replaced by the folder's dtype. The engines' own `auto` is another: of a float32 folder,
+    SGLang makes float16 and vLLM bfloat16. Raises LaunchError where the folder has no config that can be read."""
+    try:
+        dtype = await asyncio.to_thread(compute_dtype, config.dtype, model_path)
+    except DataError as error:
+        raise LaunchError(str(error)) from error
+    return config.model_copy(update={"dtype": dtype})
 
 
 async def start_nodes(

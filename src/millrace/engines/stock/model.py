@@ -1,12 +1,11 @@
 """What a model's folder says of the model that a server holds: the server does not tell, and dies where it is wrong."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from millrace.engines.stock.tensors import check_shapes, check_tensors
-from millrace.errors import DataError
+from millrace.model_config import vocab_size
 from millrace.model_folder import stored_tensors
 from millrace.types import (
     Bucket,
@@ -28,15 +27,7 @@ class Model:
 
 def read_model(folder: Path) -> Model:
     """Raises DataError when the folder can't be read here, or is not a model's."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"the size of the vocabulary stands in {path}, which can't be read here: {error}") from error
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    if not isinstance(size, int):
-        raise DataError(f"{path} names no vocab_size")
-    return Model(size, shapes_of(folder) if any(folder.glob("*.safetensors")) else None)
+    return Model(vocab_size(folder), shapes_of(folder) if any(folder.glob("*.safetensors")) else None)
 
 
 def shapes_of(folder: Path) -> Mapping[str, tuple[int, ...]]:

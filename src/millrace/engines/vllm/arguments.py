@@ -29,7 +29,6 @@ DEFAULTS: dict[str, EngineArgument] = {"disable_uvicorn_access_log": True}  # a 
 CPU_DEFAULTS: dict[str, EngineArgument] = {
     "enforce_eager": True,  # compiling takes a minute and gains little
     "block_size": 32,  # vLLM's 128 caches no shorter prefix
-    "dtype": "float32",  # vLLM would make bfloat16 of it, which a CPU computes no faster
     "enable_chunked_prefill": False,  # vLLM dies of a seeded prompt that is computed in two parts
 }
 # Of modules in `extension/`, the folder that the launcher puts on the server's path.
@@ -55,6 +54,7 @@ SETTINGS = {
     "--data-parallel-address": "dist_init_addr",
     "--data-parallel-rpc-port": "data_parallel_rpc_port",
     "--device-ids": "cuda_visible_devices",
+    "--dtype": "dtype",
     "--host": "host",
     "--port": "ports",
     "--log-level": "log_level",
@@ -172,6 +172,7 @@ def settings(config: VLLMEngineConfig, model_path: Path) -> dict[str, EngineArgu
         kv_cache = CPU_KV_CACHE_BYTES
     return {
         "model": str(model_path),
+        "dtype": config.dtype,
         "tensor_parallel_size": config.tp_size,
         "pipeline_parallel_size": config.pp_size,
         "data_parallel_size": config.dp_size,

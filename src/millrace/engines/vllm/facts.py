@@ -80,6 +80,7 @@ def read_facts(
         context_length=served["max_model_len"],
         capabilities=capabilities_of(config, server, paths),
         ranks=parallel["world_size"] * parallel["data_parallel_size"],
+        dtype=str(config["model_config"]["dtype"]).removeprefix("torch."),
     )
     return Facts(info, model, Limits(info.vocab_size, info.context_length, seeds=True))
 

@@ -1,6 +1,6 @@
 """Starts a vLLM server: one process, or one for each of its nodes."""
 
-import json
+import asyncio
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +8,11 @@ from pathlib import Path
 from millrace.config.models import VLLMEngineConfig
 from millrace.engines.stock.arguments import Node, local_ranks
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
-from millrace.engines.stock.launching import Launched, free_ports, new_keys, start_nodes
+from millrace.engines.stock.launching import Launched, free_ports, new_keys, start_nodes, with_dtype
 from millrace.engines.vllm.arguments import Ports, nodes
-from millrace.errors import LaunchError
+from millrace.errors import DataError, LaunchError
 from millrace.launch.ports import free_port, require_free
+from millrace.model_config import head_dim
 
 # Not imported: these are the engine's.
 SERVE = Path(__file__).with_name("serve.py")
@@ -39,8 +40,9 @@ async def launch(
     log, when it does not come up; nothing is left running then.
     """
     if config.device == "cpu":
-        require_heads(model_path)
+        await asyncio.to_thread(require_heads, model_path)
     name = f"{prefix}-{replica}"
+    config = await with_dtype(config, model_path)
     api_key, admin_key = new_keys(api_key)
     ports = choose_ports(config, replica)
     planned = nodes(
@@ -68,10 +70,9 @@ async def launch(
 def require_heads(model_path: Path) -> None:
     """Raises LaunchError for a model whose first request would kill vLLM on the CPU."""
     try:
-        model = json.loads((model_path / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise LaunchError(f"{model_path / 'config.json'} can't be read: {error}") from error
-    size = model.get("head_dim") or model.get("hidden_size", 0) // model.get("num_attention_heads", 1)
+        size = head_dim(model_path)
+    except DataError as error:
+        raise LaunchError(str(error)) from error
     if size and size not in CPU_HEADS:
         known = ", ".join(map(str, CPU_HEADS))
         raise LaunchError(f"vLLM on the CPU computes no attention over heads of {size} elements, only of {known}")
