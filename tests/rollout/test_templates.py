@@ -152,7 +152,7 @@ def test_appending_gives_the_tokens_of_the_whole_conversation(
     name: str, question: str, thought: str, answers: list[str]
 ) -> None:
     chat = chat_of(name)
-    user = {"role": "user", "content": question}
+    user: Mapping[str, object] = {"role": "user", "content": question}
     assert list(chat.prompt(question)) == chat.tokenizer.encode(rendered(name, [user]), add_special_tokens=False)
 
     messages = [user, turn_with_calls(name, thought, len(answers))]

@@ -273,8 +273,8 @@ class RolloutConfig(Model):
     tools: tuple[str, ...] = ("calculator",)
     """Names of the tools that the model may call."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the model's chat template, as in `{enable_thinking: false}`. Every prompt and every turn gets
-    them."""
+    """Keyword arguments of the model's chat template, as in `{enable_thinking: false}`. Every prompt and every turn
+    gets them."""
     sample_timeout: PositiveFloat = 300.0
     """Seconds for one sample, all turns and retries together."""
     sample_retries: Annotated[int, Field(ge=0)] = 2
