@@ -1,11 +1,20 @@
-"""How a judge's grade is read. Pure."""
+"""How a judge's grade is read."""
 
+from typing import cast
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.config.models import JudgeConfig
-from millrace.rollout.judge import read_grade
+from millrace.config.models import EmbeddedEngineConfig, JudgeConfig, TinyModelConfig
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.journal import Journal
+from millrace.rollout.chat import check_chat_format
+from millrace.rollout.judge import Judge, read_grade
+from millrace.rollout.sample import Problem
+from millrace.train.tiny import make_tiny_tokenizer
+from millrace.types import FinishReason, GenerateRequest, Generation, Placement, Segment
 
 
 @given(
@@ -20,6 +29,37 @@ def test_the_last_grade_counts_if_it_can_be_one(parts: list[str], best: float) -
         assert grade is None
     else:
         assert grade == pytest.approx(given_grades[-1] / best)
+
+
+class SaysOnly:
+    """In place of a judge's fleet: every engine says this."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens, self.journal, self.context_length = tokens, Journal(), 1000
+
+    async def generate(self, request: GenerateRequest, *, deadline: float, placement: Placement) -> Generation:
+        logprobs, segments = np.zeros(len(self.tokens), np.float32), (Segment(0, 0, len(self.tokens)),)
+        made = len(request.input_ids)
+        return Generation(request.request_id, self.tokens, logprobs, FinishReason.STOP, segments, made, 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "grade", "unread"),
+    [
+        ("<think>Grade: 2? No.</think>Grade: 8", 0.8, 0),
+        ("<think>Grade: 2</think>It is good.", 0.0, 1),
+        ("<think>Grade: 2, or", 0.0, 1),
+        ("Grade: 8", 0.8, 0),
+    ],
+)
+async def test_a_grade_inside_the_judges_reasoning_does_not_count(said: str, grade: float, unread: int) -> None:
+    chat = check_chat_format(make_tiny_tokenizer(), "judge")
+    config = JudgeConfig(
+        model=TinyModelConfig(kind="tiny"), engine=EmbeddedEngineConfig(kind="embedded"), max_new_tokens=64
+    )
+    judge = Judge(cast(Fleet, SaysOnly(*chat.turn(said))), chat, config, retries=0)
+    assert await judge.grade(Problem("p", "How many?", "12"), "#### 12", deadline=60) == grade
+    assert judge.counts.unread == unread
 
 
 def test_a_group_that_holds_no_number_is_no_grade() -> None:
