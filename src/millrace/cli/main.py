@@ -1,6 +1,7 @@
 """`millrace ...`. Every error of Millrace's own ends in one message and status 1, Ctrl-C in status 130."""
 
 import asyncio
+import io
 import logging
 import os
 import sys
@@ -18,10 +19,16 @@ from millrace.cli.settings import load_settings
 from millrace.cli.status import interruptible
 from millrace.cli.watch import status
 from millrace.config import dump_config
+from millrace.config.describe import describe
 from millrace.errors import MillraceError
 from millrace.imports import without_collecting
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of all commands
+)
 app.add_typer(engines_app, name="engines")
 app.command()(courier)
 app.command()(doctor)
@@ -47,6 +54,16 @@ def millrace(
 def version() -> None:
     """Print the version."""
     _print_version(True)
+
+
+@app.command()
+def config(
+    name: Annotated[
+        str, typer.Argument(help="A section or a setting, as rollout, engine.sglang or train.lr.", show_default=False)
+    ] = "",
+) -> None:
+    """Print every setting with its type, default and meaning."""
+    print(describe(name))
 
 
 @app.command()
@@ -92,6 +109,9 @@ def train(
 
 def main() -> None:
     """The entry point of the command `millrace`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack a character of a path or a name
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("local", "starting"):  # how weights will go, and which engines are not up yet
         logging.getLogger(f"millrace.fleet.{name}").setLevel(logging.INFO)

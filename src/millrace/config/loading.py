@@ -11,9 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from millrace.config.models import RunConfig
+from millrace.config.reading import Location, parse_yaml, read_yaml
 from millrace.errors import ConfigError
-
-Location = tuple[str | int, ...]
 
 
 def load_config(
@@ -25,17 +24,10 @@ def load_config(
     Raises ConfigError for a file that can't be read, an unknown key, a wrong type or settings that contradict each
     other.
     """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
-    try:
-        data = yaml.safe_load(text)
-        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    data, lines = read_yaml(path)
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must be a mapping of settings, with `name:` at its top")
+        what = "it is empty, and" if data is None else "it"
+        raise ConfigError(f"{path}:1: {what} must be a mapping of settings, with `name:` at its top")
     sources: dict[Location, str] = {location: f"{path}:{line}" for location, line in lines.items()}
     texts = dict(_apply(data, override, sources) for override in overrides)
     try:
@@ -54,23 +46,7 @@ def load_config(
 
 def dump_config(config: RunConfig) -> str:
     """The config as YAML that `load_config` reads back to the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _lines(node: yaml.Node | None, at: Location = ()) -> dict[Location, int]:
-    """The line of every key, counted from 1."""
-    found: dict[Location, int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            location = (*at, key.value)
-            found[location] = key.start_mark.line + 1
-            found |= _lines(value, location)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            location = (*at, index)
-            found[location] = value.start_mark.line + 1
-            found |= _lines(value, location)
-    return found
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def _apply(data: dict[str, Any], override: str, sources: dict[Location, str]) -> tuple[Location, str]:
@@ -78,10 +54,7 @@ def _apply(data: dict[str, Any], override: str, sources: dict[Location, str]) ->
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"the override {override!r} is not of the form section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of the override {override!r} is not YAML: {error}") from error
+    value, _ = parse_yaml(text, f"override {override!r}")
     keys = path.split(".")
     section = data
     for depth, key in enumerate(keys[:-1]):

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_va
 
 from millrace.config.base import ForeignArgument, Model
 from millrace.config.judging import TEMPLATE, VERDICT, check_template, check_verdict
+from millrace.config.paths import LocalPath, PathOrName
 from millrace.config.routers import RouterConfig, check_router
 
 EngineArgument = ForeignArgument
@@ -35,7 +36,7 @@ class PretrainedModelConfig(Model):
 
     kind: Literal["pretrained"]
     """A model that exists."""
-    path: str
+    path: PathOrName
     """The model's folder, or its name on the Hugging Face Hub."""
 
 
@@ -58,7 +59,7 @@ class FileDataConfig(Model):
 
     kind: Literal["file"]
     """A JSONL file."""
-    path: Path
+    path: LocalPath
     """The file."""
 
 
@@ -67,8 +68,8 @@ class HubDataConfig(Model):
 
     kind: Literal["hub"]
     """A data set on the Hub."""
-    path: str
-    """Name of the data set, such as `openai/gsm8k`."""
+    path: PathOrName
+    """Name of the data set, such as `openai/gsm8k`, or a folder that `datasets` reads."""
     name: str | None = None
     """Configuration of the data set, such as `main`."""
     split: str
@@ -129,7 +130,7 @@ class StockEngineConfig(ReplicatedConfig):
     """Version of the engine whose environment is used."""
     device: Literal["cuda", "cpu"] = "cuda"
     """What the engine runs on."""
-    python: Path | None = None
+    python: LocalPath | None = None
     """An interpreter that has the engine. None uses the environment that `millrace engines install` made."""
     urls: tuple[str, ...] | None = None
     """Running servers to attach to, one for each replica. Their keys come from MILLRACE_ENGINE_API_KEY and
@@ -416,7 +417,7 @@ class PublishConfig(Model):
 
     transport: TransportName = "auto"
     """The way of the weights to the engines. `auto` chooses by what engines and trainer share."""
-    folder: str | None = None
+    folder: PathOrName | None = None
     """Where versions are kept: a path, or a URL of fsspec. With transport disk the engines read it too."""
     keep: PositiveInt = 2
     """Versions that are kept."""
@@ -460,7 +461,7 @@ class RunConfig(Model):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run, and of its folder below output_dir."""
-    output_dir: Path = Path("runs")
+    output_dir: LocalPath = Path("runs")
     """Folder of all runs."""
     seed: int = 0
     """Seed of everything random in the run."""

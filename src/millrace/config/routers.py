@@ -1,12 +1,12 @@
 """The settings of a router of others' that stands between the requests and the engines (docs/routers.md)."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
 from millrace.config.base import ForeignArgument, Model
+from millrace.config.paths import LocalPath
 
 # Which engines each can stand before without losing a part of what they are asked.
 SERVES: Mapping[str, frozenset[str]] = {
@@ -36,7 +36,7 @@ class ForeignRouterConfig(Model):
     """Started from the environment of `millrace engines install`, or by an interpreter that has it (`python`); or one
     that somebody else started (`url`; its key is read from MILLRACE_ROUTER_API_KEY)."""
 
-    python: Path | None = None
+    python: LocalPath | None = None
     """An interpreter that has the router. None uses the environment that `millrace engines install` made."""
     url: str | None = None
     """A running router to attach to. Its key comes from MILLRACE_ROUTER_API_KEY."""

@@ -1,0 +1,99 @@
+"""Every setting with its type, default and meaning, as text. All of it comes from the models' JSON schema."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import orjson
+
+from millrace.config.models import RunConfig
+from millrace.errors import ConfigError
+
+WIDTH = 100
+BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+Schema = Mapping[str, Any]
+
+
+def describe(name: str = "") -> str:
+    """All settings; or one section (`rollout`, `engine.sglang`) or one setting (`train.lr`).
+
+    Raises ConfigError for a name that is neither.
+    """
+    schema = RunConfig.model_json_schema()
+    entries = list(_entries(schema, schema["$defs"]))
+    found = [text for at, text in entries if not name or at == name or at.startswith(f"{name}.")]
+    if not found:
+        sections = sorted({at.rpartition(".")[0] for at, _ in entries} - {""})
+        raise ConfigError(f"there is no section or setting {name}; there are the sections {', '.join(sections)}")
+    return "\n".join(found)
+
+
+def _entries(section: Schema, definitions: Schema, at: str = "") -> Iterator[tuple[str, str]]:
+    """The name and the text of every section and setting, a section before what is in it."""
+    required = section.get("required", ())
+    for key, field in section["properties"].items():
+        place = f"{at}.{key}" if at else key
+        choices = _sections(field)
+        if not choices:
+            yield place, _entry(place, field, key in required)
+            continue
+        default = "required" if key in required else "may be left out"
+        yield place, _paragraph(f"{place}: a section, {default}", field.get("description", ""))
+        for reference in choices:
+            inner = definitions[reference.rpartition("/")[2]]
+            kind = inner["properties"].get("kind", {}).get("const")
+            named = f"{place}.{kind}" if kind else place
+            if kind:
+                yield named, _paragraph(f"{named}: {place} with kind: {kind}", inner.get("description", ""))
+            yield from _entries(inner, definitions, named)
+
+
+def _sections(field: Schema) -> list[str]:
+    """The references to the models that a field may be."""
+    parts = [field, *field.get("anyOf", ()), *field.get("oneOf", ())]
+    parts += [inner for part in parts[1:] for inner in part.get("oneOf", ())]
+    return [part["$ref"] for part in parts if "$ref" in part]
+
+
+def _entry(place: str, field: Schema, required: bool) -> str:
+    default = "required" if required else f"default {_default(field)}"
+    return _paragraph(f"{place}: {_type(field)}, {default}", field.get("description", ""))
+
+
+def _default(field: Schema) -> str:
+    if "default" not in field:
+        return "empty"
+    return orjson.dumps(field["default"]).decode()
+
+
+def _type(field: Schema) -> str:
+    if "const" in field:
+        return str(field["const"])
+    if "enum" in field:
+        return " or ".join(map(str, field["enum"]))
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(_type(choice) for choice in field["anyOf"]))
+    bounds = "".join(f" {words} {field[bound]:g}" for bound, words in BOUNDS.items() if bound in field)
+    match field.get("type"):
+        case "integer":
+            return f"whole number{bounds}"
+        case "number":
+            return f"number{bounds}"
+        case "boolean":
+            return "true or false"
+        case "string":
+            return "path" if field.get("format") == "path" else "text"
+        case "array" if "prefixItems" in field:
+            return f"list of {len(field['prefixItems'])}: {_type(field['prefixItems'][0])}"
+        case "array":
+            return f"list of {_type(field['items'])}"
+        case "object":
+            return "mapping"
+        case kind:
+            return str(kind)
+
+
+def _paragraph(head: str, description: str) -> str:
+    text = " ".join(description.split())
+    return "\n".join([head, *textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")])
