@@ -15,6 +15,7 @@ LAYERS = [
     "model_folder",
     "model_config",
     "imports",
+    "jsonl",
     "config",
     "http",
     "launch",

@@ -338,3 +338,22 @@ def test_after_sigkill_of_the_trainer_nothing_is_left(folder: Path) -> None:
     process.communicate(timeout=30)
     wait_until(lambda: not leftovers(folder), deadline=15)
     assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_run_whose_files_are_all_torn_goes_on_and_says_what_it_dropped(copied: Path) -> None:
+    run = copied / "run"
+    for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl"):
+        with (run / name).open("ab") as file:
+            file.write(b'{"step": 3, "weig' + bytes(512))
+    settings = (run / "config.yaml").read_bytes()
+    (run / "config.yaml").write_bytes(settings[: len(settings) // 2] + bytes(99))
+    newest = run / "checkpoints" / checkpoints(copied)[-1]
+    (newest / "state.json").write_bytes((newest / "state.json").read_bytes()[:20])
+    status, _, err = finish(start(copied, "train.steps=3", "--resume"), copied)
+    assert status == 0, err
+    assert steps(copied) == [0, 1, 2, 3]
+    for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl"):
+        assert f"{name}: the end of the file was torn; dropped 529 bytes" in err
+        assert all(orjson.loads(line) for line in (run / name).read_bytes().splitlines())
+    assert "step-00000002 can't be read" in err
+    assert "resuming from" in err

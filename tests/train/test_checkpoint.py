@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from millrace.config.models import LossConfig
 from millrace.errors import CheckpointError
-from millrace.train.checkpoint import export, latest, load, save
+from millrace.train.checkpoint import export, latest, load, load_latest, save
 from tests.train.small_models import make_config, make_model, make_policy, make_samples, make_trainer, same, weights
 
 SAMPLES = make_samples(8)
@@ -231,3 +231,46 @@ def test_an_export_that_fails_leaves_the_one_before(folder: Path, tmp_path: Path
         export(policy, tmp_path / "export")
     assert names(tmp_path) == ["export"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()} == before
+
+
+def test_a_torn_checkpoint_gives_way_to_the_one_before(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(folder, make_config())
+    trainer.train_step(SAMPLES, 1.0)
+    before = save(tmp_path, trainer, {"version": 1}, keep=5)
+    expected = weights(trainer.policy)
+    trainer.train_step(SAMPLES, 1.0)
+    newest = save(tmp_path, trainer, {"version": 2}, keep=5)
+    aside = newest.with_name(f"{newest.name}.damaged")
+    files = {path.relative_to(newest): path.read_bytes() for path in newest.rglob("*") if path.is_file()}
+    assert len(files) >= 3
+    for name, content in files.items():
+        middle = len(content) // 2
+        torn = [content[:cut] for cut in (0, 1, middle, len(content) - 1)]
+        torn += [content[:middle] + bytes(len(content) - middle), bytes(len(content))]  # what a power cut leaves
+        for left in torn:
+            caplog.clear()
+            (newest / name).write_bytes(left)
+            found, extra = load_latest(tmp_path, trainer)
+            assert (found, extra) == (before, {"version": 1}), f"{name} with {len(left)} of {len(content)} bytes"
+            assert same(weights(trainer.policy), expected)
+            assert f"checkpoint {newest} can't be read" in caplog.text
+            assert latest(tmp_path) == before
+            aside.rename(newest)
+            (newest / name).write_bytes(content)
+    assert load_latest(tmp_path, trainer)[1] == {"version": 2}
+
+
+def test_where_no_checkpoint_can_be_read_the_newest_one_s_fault_is_told_and_none_is_moved(
+    folder: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(folder, make_config())
+    saved = []
+    for _ in range(2):
+        trainer.train_step(SAMPLES, 1.0)
+        saved.append(save(tmp_path, trainer, {}, keep=2))
+        (saved[-1] / "state.json").write_bytes(b'{"format"')
+    with pytest.raises(CheckpointError, match=f"checkpoint {saved[1]} can't be read"):
+        load_latest(tmp_path, trainer)
+    assert all(path.is_dir() for path in saved)

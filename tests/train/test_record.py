@@ -4,10 +4,14 @@ from pathlib import Path
 
 import orjson
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from millrace.config import load_config
-from millrace.errors import ConfigError
-from millrace.train.record import RunFolder
+from millrace.config import dump_config, load_config
+from millrace.errors import ConfigError, DataError
+from millrace.fleet.journal import Journal
+from millrace.jsonl import drop_torn_tail, read_objects
+from millrace.train.record import RunFolder, model_of
 from tests.config.test_loading import VALID
 
 
@@ -42,3 +46,72 @@ def test_a_run_that_is_resumed_keeps_its_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="can't have another .*'layers': 7"), RunFolder(other, resume=True).create():
         pass
     assert "layers: 7" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
+RECORDS = b"".join(orjson.dumps({"step": step, "text": "ü" * 5}) + b"\n" for step in (1, 2, 3))
+
+
+@given(cut=st.integers(0, len(RECORDS)), nuls=st.integers(0, 5000))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_torn_tail_is_dropped_and_nothing_before_it(cut: int, nuls: int, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(RECORDS[:cut] + b"\0" * nuls)
+    drop_torn_tail(path)
+    kept = path.read_bytes()
+    assert RECORDS.startswith(kept)
+    assert len(kept) >= RECORDS.rfind(b"\n", 0, cut) + 1
+    assert [record["step"] for _, record in read_objects(path, "step")] == [1, 2, 3][: kept.count(b"\n")]
+    before = path.stat().st_mtime_ns
+    drop_torn_tail(path)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_run_goes_on_with_torn_files_and_says_what_it_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run.yaml").write_text(VALID)
+    config = load_config(tmp_path / "run.yaml", [f"output_dir={tmp_path}", "name=run"])
+    (tmp_path / "run").mkdir()
+    names = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
+    for name in names:
+        (tmp_path / "run" / name).write_bytes(RECORDS + b'{"step": 3, "w' + b"\0" * 9)
+    with RunFolder(config, resume=True).create(), Journal(tmp_path / "run" / "events.jsonl"):
+        RunFolder(config, resume=True).forget_after(3)
+    for name in names:
+        assert (tmp_path / "run" / name).read_bytes() == RECORDS
+        assert any(f"{name}: the end of the file was torn; dropped 23 bytes" in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "te', b"\0\0\0", b"[1]", b'{"no": 1}'])
+def test_a_damaged_middle_is_an_error_with_its_place(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(VALID)
+    config = load_config(tmp_path / "run.yaml", [f"output_dir={tmp_path}", "name=run"])
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    with pytest.raises(DataError, match=rf"{path}:2: the line is damaged"):
+        RunFolder(config, resume=True).forget_after(3)
+    assert path.read_bytes() == b'{"step": 1}\n' + damage + b'\n{"step": 3}\n'
+
+
+def test_settings_cut_anywhere_give_the_right_model_or_none(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(VALID)
+    content = dump_config(load_config(tmp_path / "run.yaml")).encode()
+    model = model_of(content)
+    assert isinstance(model, dict)
+    assert model["kind"] == "tiny"
+    found = [model_of(content[:cut] + nuls) for cut in range(len(content)) for nuls in (b"", b"\0" * 7)]
+    assert all(one is None or one == model for one in found)
+    assert found[0] is None
+    assert found[-1] == model
+
+
+def test_a_run_goes_on_without_its_torn_copy_of_the_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run.yaml").write_text(VALID)
+    config = load_config(tmp_path / "run.yaml", [f"output_dir={tmp_path}", "name=run"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    (tmp_path / "run" / "config.yaml").write_bytes(b"name: run\nmodel:\n  kind: ti")
+    with RunFolder(config, resume=True).create():
+        assert load_config(tmp_path / "run" / "config.yaml") == config
+    assert "config.yaml is torn" in caplog.text

@@ -150,3 +150,22 @@ async def test_what_can_not_be_kept_is_told(tensors: Tensors, tiny_model: Path, 
         folder.unlink()
         assert (await fleet.publish(tensors, 2)).unstored is None
     assert VersionStore(str(folder), tiny_model, keep=2).versions == (2,)
+
+
+@pytest.mark.parametrize("nuls", [0, 9])
+def test_an_index_cut_anywhere_starts_a_store_anew_and_another_s_file_is_refused(
+    nuls: int, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = tmp_path / "index.json"
+    whole = b'{"versions":[{"version":1,"digest":"d"}]}'
+    for cut in range(len(whole)):
+        caplog.clear()
+        index.write_bytes(whole[:cut] + b"\0" * nuls)
+        assert VersionStore(str(tmp_path), tiny_model, keep=2).versions == ()
+        assert "index.json is torn" in caplog.text
+    index.write_bytes(whole + b"\0" * nuls)
+    assert VersionStore(str(tmp_path), tiny_model, keep=2).versions == (1,)
+    for other in (b'{"pages": [', b'{"versions":[3]}'):
+        index.write_bytes(other)
+        with pytest.raises(DataError, match="not a store's index"):
+            VersionStore(str(tmp_path), tiny_model, keep=2)

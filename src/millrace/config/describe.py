@@ -34,14 +34,15 @@ def _entries(section: Schema, definitions: Schema, at: str = "") -> Iterator[tup
     required = section.get("required", ())
     for key, field in section["properties"].items():
         place = f"{at}.{key}" if at else key
-        choices = _sections(field)
+        choices = [definitions[reference.rpartition("/")[2]] for reference in _references(field)]
         if not choices:
             yield place, _entry(place, field, key in required)
             continue
         default = "required" if key in required else "may be left out"
-        yield place, _paragraph(f"{place}: a section, {default}", field.get("description", ""))
-        for reference in choices:
-            inner = definitions[reference.rpartition("/")[2]]
+        # The schema leaves out a description that is the same as the model's own.
+        meaning = field.get("description", choices[0].get("description", ""))
+        yield place, _paragraph(f"{place}: a section, {default}", meaning)
+        for inner in choices:
             kind = inner["properties"].get("kind", {}).get("const")
             named = f"{place}.{kind}" if kind else place
             if kind:
@@ -49,7 +50,7 @@ def _entries(section: Schema, definitions: Schema, at: str = "") -> Iterator[tup
             yield from _entries(inner, definitions, named)
 
 
-def _sections(field: Schema) -> list[str]:
+def _references(field: Schema) -> list[str]:
     """The references to the models that a field may be."""
     parts = [field, *field.get("anyOf", ()), *field.get("oneOf", ())]
     parts += [inner for part in parts[1:] for inner in part.get("oneOf", ())]

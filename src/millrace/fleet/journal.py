@@ -21,6 +21,7 @@ import orjson
 from millrace.errors import DataError, EngineRefused, EngineTimeout, NoEngineError
 from millrace.fleet.membership import Member, Phase
 from millrace.fleet.routing import Why
+from millrace.jsonl import drop_torn_tail
 from millrace.types import FinishReason, Generation
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Journal:
         self._file: int | None = None
         if path is not None:
             try:
+                drop_torn_tail(path)
                 # Reasons quote what servers answered, so nobody else may read it, as with the engines' logs.
                 self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError as error:

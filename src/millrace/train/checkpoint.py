@@ -6,6 +6,7 @@ hosts, RUN is a folder that all of them see.
 """
 
 import json
+import logging
 import re
 import shutil
 import warnings
@@ -28,6 +29,8 @@ from millrace.train.optimizer import optimizer_state
 from millrace.train.policy import Policy
 from millrace.train.trainer import Trainer
 from millrace.train.world import World
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 STATE_FILE = "state.json"
@@ -65,6 +68,28 @@ def latest(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def load_latest(run_dir: Path, trainer: Trainer) -> tuple[Path, dict[str, object]]:
+    """Reads the newest checkpoint that can be read, as `load` does. Returns its folder and its `extra`. Damaged newer
+    ones are renamed to `step-N.damaged`, and the log says so. Collective.
+
+    Raises the newest one's CheckpointError where none can be read.
+    """
+    first: CheckpointError | None = None
+    damaged: list[Path] = []
+    for folder in reversed(_checkpoints(run_dir)):
+        try:
+            extra = load(folder, trainer)
+        except CheckpointError as error:
+            first = first or error
+            damaged.append(folder)
+            continue
+        _on_rank_0(trainer.world, lambda: _set_aside(damaged))
+        if first is not None and trainer.world.rank == 0:
+            logger.warning("%s; resuming from %s, the one before", first, folder)
+        return folder, extra
+    raise first or CheckpointError(f"{run_dir} has no checkpoint")
+
+
 def load(folder: Path, trainer: Trainer) -> dict[str, object]:
     """Reads a checkpoint into a trainer that was made from the same model; the number of ranks may differ. Returns the
     `extra` that was saved. Collective.
@@ -75,7 +100,7 @@ def load(folder: Path, trainer: Trainer) -> dict[str, object]:
     world = trainer.world
     world.make_current()
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
+        state = json.loads((folder / STATE_FILE).read_bytes())
         if state["format"] != FORMAT:
             raise CheckpointError(f"checkpoint {folder} has format {state['format']}; this Millrace reads {FORMAT}")
         step, extra = int(state["step"]), dict(state["extra"])
@@ -168,6 +193,14 @@ def _delete(folder: Path) -> None:
         hidden = _hidden(folder, "deleted")
         folder.rename(hidden)
         shutil.rmtree(hidden)
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    """Under other names: they must not count among the checkpoints that are kept."""
+    for folder in damaged:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
 
 
 def _publish(partial: Path, folder: Path) -> None:

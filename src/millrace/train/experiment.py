@@ -281,7 +281,7 @@ def _assemble(
 async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> None:
     """The trainer's state before the first step of this process: from the last checkpoint, or after the warm-up."""
     if last is not None:
-        state = await loop.in_trainer(checkpoint.load, last, loop.trainer)
+        last, state = await loop.in_trainer(checkpoint.load_latest, loop.folder.path, loop.trainer)
         loop.progress.step = loop.trainer.step
         loop.progress.version = int(str(state["version"])) - 1
         loop.progress.position = int(str(state["position"])) // loop.ranks.world.size

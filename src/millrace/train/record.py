@@ -1,6 +1,7 @@
 """What a run leaves behind: its folder, a line of figures for every step, and every conversation."""
 
 import fcntl
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -8,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import yaml
 
 from millrace.config import RunConfig, dump_config
+from millrace.config.reading import parse_yaml
 from millrace.errors import ConfigError, DataError
+from millrace.jsonl import drop_torn_tail, read_objects
+from millrace.model_folder import to_disk
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.sample import Sample
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +92,15 @@ class RunFolder:
             with _explained(self.path):
                 if self.metrics_path.exists() and settings.exists():
                     self._require_same_model(settings)
-                settings.write_text(dump_config(self._config))
+                _replace(settings, dump_config(self._config).encode())
             yield
 
     def _require_same_model(self, settings: Path) -> None:
         """Of a run that is resumed. Its checkpoints are of that model."""
-        before, now = (yaml.safe_load(text)["model"] for text in (settings.read_text(), dump_config(self._config)))
-        if before != now:
+        before, now = model_of(settings.read_bytes()), model_of(dump_config(self._config).encode())
+        if before is None:
+            logger.warning("%s is torn; it is written again, and its model was not compared", settings)
+        elif before != now:
             raise ConfigError(
                 f"{self.path} was begun with model {before}, and a run that is resumed can't have another ({now}); "
                 "leave model as it was, or give another name=..."
@@ -119,7 +126,7 @@ class RunFolder:
         self._append(f"samples{self._of_rank}.jsonl", [_as_record(step, sample, chat) for sample in samples])
 
     def read_metrics(self) -> list[StepMetrics]:
-        return [StepMetrics(**orjson.loads(line)) for line in self.metrics_path.read_bytes().splitlines()]
+        return [StepMetrics(**record) for _, record in read_objects(self.metrics_path, "step")]
 
     def forget_after(self, step: int) -> None:
         """Drops what was recorded behind a checkpoint that a run goes on from: by rank 0, for all ranks, of which there
@@ -129,11 +136,10 @@ class RunFolder:
         for name in ("metrics.jsonl", "samples*.jsonl"):
             for path in self.path.glob(name):
                 with _explained(path):
-                    kept = [line for line in path.read_bytes().splitlines(True) if orjson.loads(line)["step"] <= step]
-                    # Put in place whole: whoever dies here, or reads meanwhile, must not find less than that.
-                    beside = path.with_suffix(".partial")
-                    beside.write_bytes(b"".join(kept))
-                    beside.rename(path)
+                    drop_torn_tail(path)
+                    kept = [line for line, record in read_objects(path, "step") if record["step"] <= step]
+                    # In place whole: a process that dies here, or reads meanwhile, must not find less than that.
+                    _replace(path, b"".join(kept))
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         path = self.path / name
@@ -161,6 +167,28 @@ def _as_record(step: int, sample: Sample, chat: ChatFormat) -> dict[str, Any]:
             "segments": [[s.version, s.start, s.end] for s in episode.segments],
         }
     return record
+
+
+def model_of(settings: bytes) -> object:
+    """The model that a run's `config.yaml` names; None where the file is torn before the end of that section."""
+    whole = settings.rstrip(b"\0")
+    whole = whole[: whole.rfind(b"\n") + 1]
+    try:
+        data, _ = parse_yaml(whole.decode(), "config.yaml")
+    except (ConfigError, UnicodeDecodeError):
+        return None
+    if not isinstance(data, dict) or next(reversed(data), "model") == "model":
+        return None
+    return data.get("model")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """At once or not at all, also where the power fails."""
+    beside = path.with_suffix(".partial")
+    beside.write_bytes(content)
+    to_disk(beside)
+    beside.replace(path)
+    to_disk(path.parent)
 
 
 @contextmanager

@@ -46,15 +46,16 @@ class Summary:
 def print_summary(summary: Summary, console: Console) -> None:
     evaluated = [m for m in summary.metrics if m.accuracy is not None]
     steps = [m for m in summary.metrics if m.reward is not None]
-    table = Table(title=f"{summary.folder.name}: first and last", title_justify="left")
-    for name in ("", "first", "last"):
-        table.add_column(name, justify="left" if not name else "right")
-    table.add_row("step", str(evaluated[0].step), str(evaluated[-1].step))
-    table.add_row("accuracy (held out, greedy)", f"{evaluated[0].accuracy:.3f}", f"{evaluated[-1].accuracy:.3f}")
-    table.add_row("reward (training samples)", f"{steps[0].reward:.3f}", f"{steps[-1].reward:.3f}")
-    table.add_row("weight version", str(evaluated[0].weight_version), str(evaluated[-1].weight_version))
-    table.add_row("tokens/s", f"{steps[0].tokens_per_second:,.0f}", f"{steps[-1].tokens_per_second:,.0f}")
-    console.print(table)
+    if evaluated and steps:  # a run that is resumed at its end may have lost its records
+        table = Table(title=f"{summary.folder.name}: first and last", title_justify="left")
+        for name in ("", "first", "last"):
+            table.add_column(name, justify="left" if not name else "right")
+        table.add_row("step", str(evaluated[0].step), str(evaluated[-1].step))
+        table.add_row("accuracy (held out, greedy)", f"{evaluated[0].accuracy:.3f}", f"{evaluated[-1].accuracy:.3f}")
+        table.add_row("reward (training samples)", f"{steps[0].reward:.3f}", f"{steps[-1].reward:.3f}")
+        table.add_row("weight version", str(evaluated[0].weight_version), str(evaluated[-1].weight_version))
+        table.add_row("tokens/s", f"{steps[0].tokens_per_second:,.0f}", f"{steps[-1].tokens_per_second:,.0f}")
+        console.print(table)
     if empty := sum(m.groups_with_signal == 0 for m in steps):
         told = "No step" if empty == len(steps) else f"{len(steps) - empty} of {len(steps)} steps"
         console.print(

@@ -3,6 +3,7 @@
 `index.json` names the versions that are whole and safe, and is written when their bytes are.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,6 +20,8 @@ from millrace.weights.delta import Delta, read_delta
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
 CHECKSUMS = "checksums.json"  # of every tensor in a folder
@@ -60,6 +63,18 @@ class Index(BaseModel):
         return self
 
 
+def _is_torn(content: bytes) -> bool:
+    """Whether it is the beginning of an index, or nothing: what a disk that was full or lost its power keeps of one."""
+    begun, begins = content.rstrip(b"\0"), b'{"versions":['
+    if not begun.startswith(begins[: len(begun)]):
+        return False
+    try:
+        orjson.loads(begun)
+    except orjson.JSONDecodeError:
+        return True
+    return False
+
+
 class Source:
     """What lies at `url`, a path or a URL of fsspec's. Raises ImportError or ValueError where fsspec does not know the
     kind."""
@@ -68,14 +83,20 @@ class Source:
         self.files, self.root = fsspec.url_to_fs(url)
         self.local = isinstance(self.files, LocalFileSystem)
 
-    def index(self) -> tuple[Entry, ...]:
-        """Nothing where there is no index. Raises DataError where there is one that can't be read, and OSError."""
+    def index(self, *, torn: bool = False) -> tuple[Entry, ...]:
+        """Nothing where there is no index; nor, with `torn`, in the beginning of one. Raises DataError where
+        there is one that can't be read, and OSError."""
         path = f"{self.root}/{INDEX}"
+        content = b""
         try:
-            return Index.model_validate_json(self.files.cat_file(path)).versions
+            content = self.files.cat_file(path)
+            return Index.model_validate_json(content.rstrip(b"\0")).versions
         except FileNotFoundError:
             return ()
         except (IsADirectoryError, ValidationError) as error:
+            if torn and isinstance(error, ValidationError) and _is_torn(content):
+                logger.warning("%s is torn: its versions are lost, and the next one is written whole", path)
+                return ()
             raise DataError(f"{path} is not a store's index: {error}") from error
 
     def fetch(self, entry: Entry, place: Path) -> None:

@@ -67,7 +67,7 @@ class VersionStore:
         self._pending: Entry | None = None  # written and not safe
         self._base: int | None = None  # safe, and whole in `_here` though that is not the store
         try:
-            self._safe = list(self._source.index())
+            self._safe = list(self._source.index(torn=True))
         except (DataError, OSError) as error:
             self.close()
             raise DataError(f"{error}; give another publish.folder") from error
