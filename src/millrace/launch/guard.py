@@ -5,9 +5,9 @@
 The launcher holds the other end of this program's standard input. When that closes (the launcher died, even by SIGKILL)
 or SIGTERM comes, every process that descends from COMMAND gets SIGTERM, and after the grace SIGKILL. As a subreaper
 (prctl(2)) the guard inherits the orphans of its tree, so none can slip away. COMMAND's temporary files go to a folder
-that is removed in the end; so is shared memory (in /dev/shm) whose name matches one of LEFTOVERS, patterns with commas
-between them. The guard runs on the standard library alone, and exits as COMMAND did: its status, or 128 and the
-signal's number.
+with a short path, which is removed in the end; so is shared memory (in /dev/shm) whose name matches one of LEFTOVERS,
+patterns with commas between them. The guard runs on the standard library alone, and exits as COMMAND did: its status,
+or 128 and the signal's number.
 """
 
 import ctypes
@@ -21,6 +21,9 @@ import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+# A socket's path has at most 107 bytes: of these 18 are the folder's own name, and engines add up to 45.
+LONGEST_PLACE = 44
+SHORT_PLACES = ("/tmp", "/dev/shm", "/var/tmp")  # noqa: S108 # a folder with a random name is made there
 POLL_SECONDS = 0.5  # how soon the loss of the parent is seen where another process still holds the pipe
 
 
@@ -112,8 +115,17 @@ def wait(child: int, lifeline: int, wakeup: int, parent: int) -> int | None:
             return None
 
 
+def short_place() -> str:
+    """Where COMMAND's temporary folder is: below TMPDIR, or in a place of the system's where the paths of sockets there
+    would be longer than a Unix socket's may be."""
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) <= LONGEST_PLACE:
+        return place
+    return next((short for short in SHORT_PLACES if os.access(short, os.W_OK | os.X_OK)), place)
+
+
 def main() -> int:
-    with tempfile.TemporaryDirectory(prefix="millrace-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="millrace-", dir=short_place(), ignore_cleanup_errors=True) as folder:
         return guard(float(sys.argv[1]), [name for name in sys.argv[2].split(",") if name], sys.argv[3:], folder)
 
 

@@ -10,9 +10,12 @@ from typing import BinaryIO, Protocol
 
 from millrace.errors import LaunchError
 from millrace.launch import guard
+from millrace.launch.account import account_environment
 
 LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 16_384
+# Servers write to logs, whatever the terminal of this process can show, and read the UTF-8 of a model's folder.
+LOG_ENCODING = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
 GRACE_SECONDS = 2.0  # between SIGTERM and SIGKILL
 END_DEADLINE = GRACE_SECONDS + 8.0  # by then the guard has killed what ignored SIGTERM
 
@@ -86,7 +89,7 @@ class ServerProcess:
                 stdin=asyncio.subprocess.PIPE,  # the lifeline: it closes when this process dies
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **(env or {})},
+                env={**os.environ, **account_environment(), **LOG_ENCODING, **(env or {})},
                 start_new_session=True,  # Ctrl-C in the terminal is for the launcher, which ends its servers in order
             )  # fmt: skip
         return cls(name, process, log_path)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from millrace.config.paths import expand
 from millrace.engines.environments.recipes import RECIPES, Recipes, requirements
 from millrace.errors import ConfigError, LaunchError
 
@@ -61,10 +62,14 @@ class Installed:
 
 
 def environments_home() -> Path:
-    """$MILLRACE_HOME/engines, else $XDG_CACHE_HOME/millrace/engines, else ~/.cache/millrace/engines."""
-    if home := os.environ.get("MILLRACE_HOME"):
-        return Path(home).expanduser().absolute() / "engines"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """$MILLRACE_HOME/engines, else $XDG_CACHE_HOME/millrace/engines, else ~/.cache/millrace/engines. Raises ConfigError
+    where none of these is known."""
+    try:
+        if home := os.environ.get("MILLRACE_HOME"):
+            return Path(expand(home)).absolute() / "engines"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or expand("~/.cache"))
+    except ValueError as error:
+        raise ConfigError(f"MILLRACE_HOME: {error}") from error
     return cache.absolute() / "millrace" / "engines"
 
 

@@ -1,7 +1,6 @@
 """Starts the server of a stock engine: one process, or one for each of its nodes."""
 
 import asyncio
-import getpass
 import os
 import secrets
 import socket
@@ -16,6 +15,7 @@ from millrace.config.models import StockEngineConfig
 from millrace.engines.stock.arguments import Node
 from millrace.errors import DataError, EngineError, LaunchError
 from millrace.http import HttpClient
+from millrace.launch.account import account_name
 from millrace.launch.nodes import Nodes
 from millrace.launch.process import ServerProcess
 from millrace.model_config import compute_dtype
@@ -71,7 +71,7 @@ async def start_nodes(
     """
     interpreter, path = programs_of(python)
     # What torch has compiled stays from one start to the next, though the server's own temporary folder does not.
-    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{account_name()}")
     processes: list[ServerProcess] = []
     clients: list[HttpClient] = []
     try:

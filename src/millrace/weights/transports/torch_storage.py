@@ -5,12 +5,47 @@ torch's removes with its last user, also when both are killed. Its other strateg
 socket, kills SGLang 0.5.15.
 """
 
+import functools
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from millrace.errors import PublishError
+from millrace.launch.guard import short_place
 from millrace.types import TensorSpec, TorchStorageBucket
+from millrace.weights.environment import settings
 from millrace.weights.transports.base import NamedTensors
 from millrace.weights.transports.slots import MemoryTransport, copy_to_host
+
+
+@contextmanager
+def _own_stderr() -> Iterator[None]:
+    """Standard error is a file in memory as long as the block runs; what was written to it follows afterwards."""
+    before, aside = os.dup(2), os.memfd_create("millrace-stderr")
+    try:
+        os.dup2(aside, 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+        os.lseek(aside, 0, os.SEEK_SET)
+        while written := os.read(aside, 65_536):
+            os.write(2, written)
+    finally:
+        os.close(before)
+        os.close(aside)
+
+
+@functools.cache
+def start_helper() -> None:
+    """Starts torch's helper process, once. It outlives this process while an engine uses its memory, and must not hold
+    our standard error until then: a pipe at the other end would stay open. Its socket's path has to be short."""
+    place = short_place()
+    with _own_stderr(), settings({"TMPDIR": place} if place != tempfile.gettempdir() else {}):
+        torch.UntypedStorage._new_using_filename_cpu(1)
 
 
 class SharedStorage:
@@ -18,6 +53,7 @@ class SharedStorage:
 
     def __init__(self, size: int) -> None:
         try:
+            start_helper()
             self._storage = torch.UntypedStorage._new_using_filename_cpu(size)
         except RuntimeError as error:
             raise PublishError(
