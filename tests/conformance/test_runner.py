@@ -97,21 +97,30 @@ async def test_what_is_lacking_is_named(subject: Subject) -> None:
     assert reasons == {"no folder with other weights of the same shapes was given"}
 
 
-async def test_a_server_that_still_answers_is_not_called_dead(subject: Subject) -> None:
+@pytest.mark.parametrize("changed", [False, True])
+async def test_weights_that_can_not_be_brought_back_matter_where_they_were_changed(
+    subject: Subject, changed: bool
+) -> None:
     async def spoil(subject: Subject) -> None:
         assert isinstance(subject.engine, EmbeddedEngine)
-        await subject.engine.inject_fault("refuse_update", count=1)  # so that the weights can't be brought back
+        if changed:
+            await by_disk(subject, subject.other or Path(), await next_version(subject))
+        await subject.engine.inject_fault("refuse_update", count=1)
         raise CheckFailed("seen on purpose")
 
     assert isinstance(subject.engine, EmbeddedEngine)
     runner = Runner(subject)
-    results = [result async for result in runner.run([made(spoil), *select("identity.*")])]
+    first, *rest = [result async for result in runner.run([made(spoil), *select("identity.*")])]
     await subject.engine.inject_fault("refuse_update", count=0)
-    assert runner.lost is not None
+    assert (first.outcome, first.reason) == (Outcome.FAILED, "seen on purpose")
+    if not changed:
+        assert runner.lost is None
+        assert {result.outcome for result in rest} == {Outcome.PASSED}
+        return
+    assert runner.lost is not None  # but not called dead
     assert runner.lost.startswith("after check made.up the server answered, and did not serve, and no more checks")
-    assert [result.reason for result in results].count("seen on purpose") == 1
-    assert {result.outcome for result in results[1:]} == {Outcome.LACKING}
-    assert await subject.engine.health() is Health.READY
+    assert {(result.outcome, result.skipped) for result in rest} == {(Outcome.LACKING, True)}
+    await by_disk(subject, subject.folder or Path(), await next_version(subject))
 
 
 async def test_after_the_servers_death_nothing_more_is_tried(subject: Subject) -> None:

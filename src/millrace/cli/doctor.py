@@ -22,9 +22,6 @@ COLORS = {Outcome.PASSED: "green", Outcome.FAILED: "red", Outcome.LACKING: "yell
 
 def doctor(
     url: Annotated[str, typer.Argument(help="The server, as http://127.0.0.1:30000.", show_default=False)],
-    kind: Annotated[
-        Kind | None, typer.Option(show_default=False, help="What runs there; the default is what its routes say.")
-    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -53,7 +50,7 @@ def doctor(
     checks = select(only)
     console = Console(quiet=json, highlight=False)
     with interruptible():
-        outcome = asyncio.run(_examine(url, kind, model, other, checks, deadline, console))
+        outcome = asyncio.run(_examine(url, model, other, checks, deadline, console))
     if json:
         sys.stdout.write(to_json(outcome).decode())
     if outcome.count(Outcome.FAILED) or outcome.lost:
@@ -62,14 +59,13 @@ def doctor(
 
 async def _examine(
     url: str,
-    kind: Kind | None,
     model: Path | None,
     other: Path | None,
     checks: Sequence[Check],
     deadline: float,
     console: Console,
 ) -> Report:
-    subject = await attach(url, kind=kind, folder=model, other=other)
+    subject = await attach(url, folder=model, other=other)
     try:
         info = subject.info
         console.print(f"{info.kind} {info.engine_version} serves {escape(info.model_path)}")
@@ -79,7 +75,8 @@ async def _examine(
         try:
             async for result in runner.run(checks):
                 results.append(result)
-                console.print(_line(result), soft_wrap=True)
+                if not result.skipped:
+                    console.print(_line(result), soft_wrap=True)
         except asyncio.CancelledError:
             await _leave(runner, Kind(info.kind))
             raise
@@ -89,7 +86,9 @@ async def _examine(
     counts = ", ".join(f"{made.count(outcome)} {outcome}" for outcome in Outcome)
     console.print(f"\n{counts}, in {made.seconds:.1f} s")
     if made.lost:
-        console.print(f"[red]{escape(made.lost)}[/red]")
+        console.print(f"[red]{escape(made.lost)}[/red]", soft_wrap=True)
+        if skipped := [result.check for result in made.results if result.skipped]:
+            console.print(f"not made: {', '.join(skipped)}")
     return made
 
 

@@ -67,18 +67,15 @@ async def _routes(server: HttpClient) -> Set[str]:
     return api["paths"].keys() if isinstance(api, Mapping) and isinstance(api.get("paths"), Mapping) else frozenset()
 
 
-async def attach(
-    url: str, *, kind: Kind | None = None, folder: Path | None = None, other: Path | None = None
-) -> Subject:
-    """The server at `url`, as somebody else started it, of whatever kind it is (None: `find_kind`); its keys come from
-    the environment. Without `folder`, the one that the server names is taken, if it can be read here. The caller closes
-    the engine.
+async def attach(url: str, *, folder: Path | None, other: Path | None) -> Subject:
+    """The server at `url`, as somebody else started it; its keys come from the environment. Without `folder`, the one
+    that the server names is taken, if it can be read here. The caller closes the engine.
 
     Raises DataError for folders that are not what they should be, before the server is asked anything where both are
     given, and LaunchError when it does not answer as an engine.
     """
     await asyncio.to_thread(require_folders, folder, other)
-    kind = kind or await find_kind(url)
+    kind = await find_kind(url)
     engine = _engine(kind, url, folder)
     try:
         if isinstance(engine, StockEngine):

@@ -41,12 +41,14 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How one check came out; `reason` is empty where it passed."""
+    """How one check came out; `reason` is empty where it passed. `skipped`: it was not made, since the server was lost
+    before it."""
 
     check: str
     outcome: Outcome
     reason: str
     seconds: float
+    skipped: bool = False
 
 
 Examine = Callable[[Subject], Awaitable[None]]

@@ -51,7 +51,8 @@ def from_json(path: Path) -> Report:
             engine_version=body["engine_version"],
             capabilities=frozenset(map(Capability, body["capabilities"])),
             results=tuple(
-                Result(r["check"], Outcome(r["outcome"]), r["reason"], r["seconds"]) for r in body["results"]
+                Result(r["check"], Outcome(r["outcome"]), r["reason"], r["seconds"], r.get("skipped", False))
+                for r in body["results"]
             ),
             lost=body["lost"],
         )

@@ -25,6 +25,7 @@ class Runner:
         self.subject = subject
         self.lost: str | None = None
         self._lost_in = ""  # the check
+        self._version = subject.info.weight_version  # before the check that is being made
         self._deadline = deadline
         self._examining: asyncio.Task[Result] | None = None
 
@@ -55,11 +56,13 @@ class Runner:
             return Result(check.name, outcome, reason, time.monotonic() - begun)
 
         if self.lost is not None:
-            return result(Outcome.LACKING, f"not made: the server did not serve after {self._lost_in}")
+            reason = f"not made: the server did not serve after {self._lost_in}"
+            return Result(check.name, Outcome.LACKING, reason, 0.0, skipped=True)
         if lacking := sorted(check.needs - self.subject.info.capabilities):
             return result(Outcome.LACKING, f"without {', '.join(lacking)}")
         try:
             async with asyncio.timeout(self._deadline):
+                self._version = (await self.subject.engine.info()).weight_version
                 await check.examine(self.subject)
                 await self._require_serving()
             return result(Outcome.PASSED)
@@ -87,8 +90,7 @@ class Runner:
                 with suppress(EngineError):
                     await engine.rollback()
                 await engine.wake()
-                with suppress(Lacking):  # then the check could not change the weights
-                    await restore(self.subject)
+                await self._restore()
                 await engine.resume()
                 await engine.abort()
                 await until_idle(self.subject)
@@ -101,6 +103,17 @@ class Runner:
             return
         self._lost_in = check
         self.lost = f"after check {check} {await self._state()}, and no more checks were made: {reason}"
+
+    async def _restore(self) -> None:
+        """Brings the folder's weights back. Where that is not possible, the check could not change them either, or the
+        version tells."""
+        try:
+            await restore(self.subject)
+        except Lacking:
+            pass
+        except EngineError:
+            if (await self.subject.engine.info()).weight_version != self._version:
+                raise
 
     async def _state(self) -> str:
         """What became of a server that does not serve."""
