@@ -9,9 +9,10 @@ import millrace
 
 PACKAGE = Path(millrace.__file__).parent
 LAYERS = [
+    "errors",
+    "arguments",
     "types",
     "checksum",
-    "errors",
     "model_folder",
     "model_config",
     "imports",

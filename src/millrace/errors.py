@@ -11,6 +11,10 @@ class ConfigError(MillraceError):
     """A setting is unknown, of the wrong type, or contradicts another. The message names file, line and setting."""
 
 
+class ArgumentError(MillraceError, ValueError):
+    """An argument of a call is of the wrong type or can't be meant. The message names it and says what to pass."""
+
+
 class DataError(MillraceError):
     """A data file, a model folder or a tokenizer is missing or is not what it should be."""
 
@@ -49,6 +53,11 @@ class EngineRefused(EngineError):
 
 class EngineFailed(EngineError):
     """The server answered that it broke (HTTP 5xx), or answered what makes no sense."""
+
+
+class NonFiniteLogprobs(EngineError):
+    """The engine generated tokens whose logprobs are NaN or infinite. Its weights are the reason, and they are the
+    trainer's: the engine is sound, and another with the same version answers the same."""
 
 
 class PublishError(MillraceError):

@@ -1,4 +1,8 @@
-"""The words of Millrace as values. No I/O, no torch: everything here can be made, compared and printed anywhere."""
+"""The words of Millrace as values. No I/O, no torch: everything here can be made, compared and printed anywhere.
+
+What a caller makes (requests, sampling, placements, adapters' configs) takes the usual forms of its arguments, such as
+arrays and NumPy's numbers, and raises ArgumentError for what is of another type.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,6 +10,9 @@ from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
+
+from millrace import arguments
+from millrace.errors import ArgumentError
 
 Float32Array = NDArray[np.float32]
 
@@ -88,16 +95,41 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k"):
+            _become(self, name, arguments.whole(name, getattr(self, name)))
+        for name in ("temperature", "top_p", "min_p"):
+            _become(self, name, arguments.real(name, getattr(self, name)))
+        if self.seed is not None:
+            _become(self, "seed", arguments.whole("seed", self.seed))
+        _become(self, "stop_token_ids", arguments.token_ids("stop_token_ids", self.stop_token_ids))
+        _become(self, "ignore_eos", arguments.flag("ignore_eos", self.ignore_eos))
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """Token ids in. `request_id` is the caller's and unique among the requests in flight; `extra` goes to the engine
-    unchanged, for what one engine can do and others can't."""
+    unchanged, for what one engine can do and others can't.
+
+    input_ids: [T] token ids, in a list, a tuple, an array or tensor of integers (also [1, T], also on a device), or a
+    mapping with `input_ids` such as a BatchEncoding; kept as a tuple. Raises ArgumentError for anything else. The
+    engine raises EngineRefused for ids that are not in its vocabulary.
+    """
 
     request_id: str
     input_ids: tuple[int, ...]
     sampling: SamplingParams
     extra: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _become(self, "request_id", arguments.text("request_id", self.request_id))
+        _become(self, "input_ids", arguments.token_ids("input_ids", self.input_ids))
+        if not isinstance(self.sampling, SamplingParams):
+            raise ArgumentError(
+                f"sampling must be SamplingParams, and is {arguments.shown(self.sampling)}; write "
+                "SamplingParams(max_new_tokens=...)"
+            )
+        _become(self, "extra", arguments.mapping("extra", self.extra))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +142,14 @@ class Placement:
     group: str | None = None
     min_version: int | None = None
     exact_version: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("session", "group"):
+            if (key := getattr(self, name)) is not None:
+                _become(self, name, arguments.text(name, key))
+        for name in ("min_version", "exact_version"):
+            if (version := getattr(self, name)) is not None:
+                _become(self, name, arguments.whole(name, version))
 
     def admits(self, version: int | None) -> bool:
         if version is None:
@@ -246,6 +286,11 @@ class AdapterConfig:
     alpha: float
     target_modules: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        _become(self, "rank", arguments.whole("rank", self.rank))
+        _become(self, "alpha", arguments.real("alpha", self.alpha))
+        _become(self, "target_modules", arguments.texts("target_modules", self.target_modules))
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
@@ -276,3 +321,8 @@ class DiskBucket:
 
 
 Bucket = SharedMemoryBucket | TorchStorageBucket | CudaIpcBucket | ProcessGroupBucket | DiskBucket
+
+
+def _become(value: object, name: str, plain: object) -> None:
+    """Sets a field of a frozen value while it is made."""
+    object.__setattr__(value, name, plain)

@@ -31,6 +31,7 @@ from tests.conformance.hold import (
     runner_on,
 )
 from tests.conformance.kv_events import hold_its_events_draw_requests
+from tests.conformance.nan import hold_nan_is_the_weights_fault
 from tests.engines.processes import logs
 from tests.routers.hold import hold_a_router_before_it
 
@@ -117,6 +118,10 @@ async def test_a_router_stands_before_it(
 
 async def test_its_events_draw_requests(fleet: Fleet, tiny_model: Path) -> None:
     await hold_its_events_draw_requests(fleet, tiny_model, 2600)
+
+
+async def test_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path) -> None:
+    await hold_nan_is_the_weights_fault(fleet, tiny_model, 2700)
 
 
 async def test_a_judge_comes_back_from_its_folder(fleet: Fleet, tiny_model: Path) -> None:

@@ -225,3 +225,16 @@ async def test_what_sleep_interrupts_goes_on_by_the_next_weights_with_its_time_s
     versions = {tuple(dict.fromkeys(s.version for s in one.episode.segments)) for one in samples if one.episode}
     assert (old, old + 1) in versions
     assert {sample.oldest_version for sample in samples} <= {old, old + 1}
+
+
+async def test_a_sample_of_weights_with_nan_fails_at_once_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
+    """Another engine would answer the same, so it is not tried again."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tensors = [(name, parameter.detach() * float("nan")) for name, parameter in model.named_parameters()]
+    config = EmbeddedEngineConfig(kind="embedded", threads=1)
+    async with open_fleet(config, tiny_model, log_dir=tmp_path) as fleet:
+        await fleet.publish(tensors, 1)
+        sample = await make_runner(fleet, tiny_model).run("s", "g", PROBLEMS[0])
+        assert (sample.status, fleet.journal.totals.retries.total()) == (SampleStatus.FAILED, 0)
+        assert "the weights of version 1 gave token 0 of request s/0 the logprob nan" in (sample.reason or "")
+        assert all(member.routable for member in fleet.snapshot.members)

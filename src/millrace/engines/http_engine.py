@@ -6,8 +6,10 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from millrace.engines.base import Engine
-from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
+from millrace.errors import EngineFailed, EngineRefused, EngineTimeout, NonFiniteLogprobs
 from millrace.http import HttpClient
 from millrace.types import GenerateRequest, Generation
 
@@ -70,6 +72,23 @@ class HttpEngine(Engine):
             if "error" in event:
                 raise EngineRefused(self.name, f"{path} was refused: {event['error'].get('message')}")
             yield event
+
+    def _made(self, path: str, decode: Callable[[], Generation]) -> Generation:
+        """The generation that `decode` makes of an answer. Raises NonFiniteLogprobs where one of its logprobs is no
+        number, and EngineFailed where the answer has not the shape that `decode` expects."""
+        made = self._understood(path, decode)
+        finite = np.isfinite(made.logprobs)
+        if finite.all():
+            return made
+        place = int(np.argmin(finite))
+        version = next((s.version for s in made.segments if s.start <= place < s.end), None)
+        weights = "the weights that it was started with" if version is None else f"the weights of version {version}"
+        raise NonFiniteLogprobs(
+            self.name,
+            f"{weights} gave token {place} of request {made.request_id} the logprob {made.logprobs[place]}. The engine "
+            "is sound: look for NaN or infinite values in what the trainer published. publish.require_finite refuses "
+            "such a version before any engine has it",
+        )
 
     def _understood(self, path: str, decode: Callable[[], T]) -> T:
         """What `decode` makes of an answer. Raises EngineFailed where the answer has not the shape that it expects."""

@@ -72,7 +72,7 @@ def decode_generate(request: GenerateRequest, body: Mapping[str, Any]) -> Genera
     meta = body["meta_info"]
     output_ids = tuple(body["output_ids"])
     entries = meta.get("output_token_logprobs") or ()
-    logprobs = np.array([entry[0] for entry in entries], dtype=np.float32)
+    logprobs = np.array([entry[0] for entry in entries], dtype=np.float32)  # what is no number comes as null: NaN
     if len(logprobs) != len(output_ids):
         raise ValueError(f"{len(output_ids)} tokens came with {len(logprobs)} logprobs")
     finish = meta["finish_reason"]

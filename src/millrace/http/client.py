@@ -131,10 +131,16 @@ class HttpClient:
         return self._session(channel).request(
             method,
             url,
-            data=None if body is None else orjson.dumps(body, option=JSON),
+            data=None if body is None else self._encode(path, body),
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=max(deadline, 0.001)),
         )
+
+    def _encode(self, path: str, body: object) -> bytes:
+        try:
+            return orjson.dumps(body, option=JSON)
+        except orjson.JSONEncodeError as error:
+            raise EngineRefused(self.name, f"the body for {path} can't be written as JSON: {error}") from error
 
     def _session(self, channel: str) -> aiohttp.ClientSession:
         if self._closed:

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from millrace.config.models import RolloutConfig
-from millrace.errors import DataError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable, JudgeError
+from millrace.errors import (
+    DataError,
+    EngineFailed,
+    EngineRefused,
+    EngineTimeout,
+    EngineUnreachable,
+    JudgeError,
+    NonFiniteLogprobs,
+)
 from millrace.fleet.client import FleetClient
 from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, last_answer, run_episode
 from millrace.rollout.chat import ChatFormat
@@ -51,13 +59,14 @@ class SampleRunner:
 
     async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
         """The sample, ended. A failure of its own (an engine that died under it more often than `retries`, its
-        deadline, an engine that refuses it) is its status; NoEngineError, which would fail every sample, is raised."""
+        deadline, an engine that refuses it, weights that give NaN) is its status; NoEngineError, which would fail every
+        sample, is raised."""
         try:
             async with asyncio.timeout(self.timeout) as timer:
                 return await self._try(sample_id, group_id, problem, timer)
         except (TimeoutError, EngineTimeout):
             return _failed(sample_id, group_id, problem, f"not done within {self.timeout:g} s")
-        except (EngineRefused, DataError, JudgeError) as error:
+        except (EngineRefused, NonFiniteLogprobs, DataError, JudgeError) as error:
             return _failed(sample_id, group_id, problem, str(error))
 
     async def _try(self, sample_id: str, group_id: str, problem: Problem, timer: asyncio.Timeout) -> Sample:

@@ -1,7 +1,7 @@
 """What is refused before SGLang sees it. That a real server would die of it is for tests/conformance to show."""
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -46,8 +46,6 @@ def test_a_request_passes_exactly_when_it_fits(ids: list[int], room: int) -> Non
         ((1, 100), "token 100, the vocabulary ends at 99"),
         ((1, -1), "token -1"),
         ((1, 2**63), "token 9223372036854775808"),
-        ((1, True), "must be integers"),
-        ((1, 2.0), "must be integers"),
     ],
 )
 def test_a_prompt_that_the_server_would_die_of(ids: tuple[Any, ...], says: str) -> None:
@@ -73,7 +71,7 @@ def test_a_prompt_that_the_server_would_die_of(ids: tuple[Any, ...], says: str) 
         replace(SOUND, request_id="HEALTH_CHECK_1"),
         replace(SOUND, sampling=SamplingParams(8, top_k=2**31)),
         replace(SOUND, sampling=SamplingParams(8, seed=1)),
-        replace(SOUND, sampling=SamplingParams(cast(int, 8.0))),
+        replace(SOUND, sampling=SamplingParams(8, stop_token_ids=(100,))),
         replace(SOUND, sampling=SamplingParams(0)),
     ],
     ids=lambda r: f"{r.request_id} {r.sampling} {dict(r.extra)}"[:80],

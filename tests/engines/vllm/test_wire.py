@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,3 +104,15 @@ def test_metrics_are_summed_over_their_labels() -> None:
         '# HELP x\nvllm:running{engine="0",why="a b"} 2.0\nvllm:running{engine="1"} 3.0\nprocess_fds 7\nvllm:e 1e-1\n'
     )
     assert read_metrics(text) == {"running": 5.0, "e": 0.1}
+
+
+@pytest.mark.parametrize("path", [GENERATE, COMPLETIONS])
+@pytest.mark.parametrize("logprob", [-9999.0, None, float("nan")])
+def test_a_logprob_that_is_no_number_is_nan(path: str, logprob: float | None) -> None:
+    body = choice(path, [5, 6], "stop")
+    logprobs = body["choices"][0]["logprobs"]
+    if path == COMPLETIONS:
+        logprobs["token_logprobs"][1] = logprob
+    else:
+        logprobs["content"][1]["logprob"] = logprob
+    assert np.isnan(answered(path, body).logprobs).tolist() == [False, True]

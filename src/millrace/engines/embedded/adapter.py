@@ -17,6 +17,8 @@ from millrace.engines.sglang_wire import (
     group_body,
     wire_id,
 )
+from millrace.engines.stock.state import ForbiddenError
+from millrace.engines.stock.tokens import check_values
 from millrace.engines.versions import decode_version
 from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout
 from millrace.http import HttpClient
@@ -53,13 +55,13 @@ class EmbeddedEngine(HttpEngine):
         except (asyncio.CancelledError, EngineTimeout):
             await self._abandon(request.request_id)
             raise
-        return self._understood("/generate", lambda: decode_generate(request, body))
+        return self._made("/generate", lambda: decode_generate(request, body))
 
     async def generate_by(
         self, router: HttpClient, request: GenerateRequest, *, headers: Mapping[str, str], deadline: float
     ) -> Generation:
         body = await router.generate("/generate", self._encode(request), deadline=deadline, headers=headers)
-        return self._understood("/generate", lambda: decode_generate(request, body))
+        return self._made("/generate", lambda: decode_generate(request, body))
 
     async def abort_by_router(self, request_id: str) -> None:
         await self._control("/abort_request", {"rid": wire_id(request_id)}, deadline=ABORT_DEADLINE, repeatable=True)
@@ -68,7 +70,7 @@ class EmbeddedEngine(HttpEngine):
         finished = False
         try:
             async for body in self._events("/generate", self._encode(request, stream=True), deadline):
-                made = self._understood("/generate", partial(decode_generate, request, body))
+                made = self._made("/generate", partial(decode_generate, request, body))
                 finished = body["meta_info"]["finish_reason"] is not None
                 yield made
         finally:
@@ -189,6 +191,10 @@ class EmbeddedEngine(HttpEngine):
 
     def _encode(self, request: GenerateRequest, *, stream: bool = False) -> Mapping[str, object]:
         """What `extra` says against the request would be dropped without a word: refused."""
+        try:
+            check_values(request)
+        except ForbiddenError as error:
+            raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
         sampling = request.extra.get("sampling_params", {})
         if not isinstance(sampling, Mapping):
             raise EngineRefused(self.name, f"request {request.request_id}: extra.sampling_params must be a mapping")

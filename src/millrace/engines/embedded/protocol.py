@@ -1,6 +1,7 @@
 """The wire: bodies of requests as pydantic models, and answers in SGLang's shapes. Pure."""
 
 import secrets
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -193,6 +194,7 @@ def to_requests(body: GenerateBody, info: ModelInfo, fallback_seed: int) -> list
     prompt = _prompt(body.input_ids, info)
     params = body.sampling_params
     stop = frozenset(params.stop_token_ids or ())
+    _require_known("stop_token_ids", stop, info)
     sampling = SamplingParams(
         max_new_tokens=params.max_new_tokens,
         temperature=params.temperature,
@@ -223,13 +225,16 @@ def to_requests(body: GenerateBody, info: ModelInfo, fallback_seed: int) -> list
 def _prompt(input_ids: list[int], info: ModelInfo) -> NDArray[np.int64]:
     if not input_ids:
         raise BadRequest("input_ids: the prompt is empty")
-    lowest, highest = min(input_ids), max(input_ids)
-    if lowest < 0 or highest >= info.vocab_size:
-        wrong = lowest if lowest < 0 else highest
-        raise BadRequest(f"input_ids: token {wrong} is outside the vocabulary of {info.vocab_size}")
+    _require_known("input_ids", input_ids, info)
     if len(input_ids) >= info.context_length:
         raise BadRequest(f"input_ids: {len(input_ids)} tokens leave no room in a context of {info.context_length}")
     return np.asarray(input_ids, np.int64)
+
+
+def _require_known(field: str, tokens: Collection[int], info: ModelInfo) -> None:
+    if tokens and not 0 <= min(tokens) <= max(tokens) < info.vocab_size:
+        wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+        raise BadRequest(f"{field}: token {wrong} is outside the vocabulary of {info.vocab_size}")
 
 
 def answer(request_id: str, output: Output, *, logprobs: bool, seconds: float) -> dict[str, Any]:

@@ -87,11 +87,11 @@ class SGLangEngine(StockEngine):
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:
         body = await by.generate("/generate", encode_generate(request), deadline=deadline, headers=headers)
-        return self._understood("/generate", lambda: decode_generate(request, body))
+        return self._made("/generate", lambda: decode_generate(request, body))
 
     async def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         async for event in self._events("/generate", encode_generate(request, stream=True), deadline):
-            made = self._understood("/generate", partial(decode_generate, request, event))
+            made = self._made("/generate", partial(decode_generate, request, event))
             yield made, event["meta_info"]["finish_reason"] is not None
 
     async def _abort(self, names: Sequence[str]) -> None:

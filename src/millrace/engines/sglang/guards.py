@@ -8,10 +8,9 @@ from math import isfinite
 
 from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.state import ForbiddenError, require
-from millrace.engines.stock.tokens import check_ids, check_length
+from millrace.engines.stock.tokens import check_ids, check_length, check_values
 from millrace.types import GenerateRequest
 
-INT32 = 2**31
 # What Millrace itself sends; `extra` may not say otherwise.
 OWN_FIELDS = frozenset({"rid", "input_ids", "return_logprob", "stream"})
 # They kill the server whatever is in them, or take the place of the prompt.
@@ -31,9 +30,9 @@ HEALTH_CHECK = "HEALTH_CHECK"  # requests of such names are the server's own, an
 def check_request(request: GenerateRequest, limits: Limits) -> None:
     """Raises ForbiddenError for a request that would harm the server or come back as something else than asked."""
     sampling = request.sampling
-    check_ids(request.input_ids, limits)
+    check_values(request)
+    check_ids(request, limits)
     check_length(request, limits)
-    require(type(sampling.top_k) is int and sampling.top_k < INT32, "top_k must be an integer below 2**31")
     require(
         sampling.seed is None or limits.seeds,
         "the server would ignore the seed; start it with engine_args: {enable_deterministic_inference: true}",

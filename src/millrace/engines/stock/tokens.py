@@ -1,23 +1,47 @@
-"""What no server takes well: token ids that are none of the model's, and more of them than fit. Pure."""
+"""What no server takes well: token ids that are none of the model's, more of them than fit, and sampling that means
+nothing. Pure."""
+
+from math import isfinite
 
 from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.state import ForbiddenError, require
 from millrace.types import GenerateRequest
 
+INT32, INT64 = 2**31, 2**63  # no vocabulary has a token, and no server takes a seed, from there on
+LONGEST_ID = 480  # characters of a request's name
 
-def check_ids(ids: tuple[int, ...], limits: Limits) -> None:
+
+def check_values(request: GenerateRequest) -> None:
+    """Raises ForbiddenError for what no engine can do, whatever its model is. Each would answer in its own way."""
+    sampling = request.sampling
+    require(0 < len(request.request_id) <= LONGEST_ID, f"a request's name has 1 to {LONGEST_ID} characters")
+    require(bool(request.input_ids), "input_ids is empty")
+    _check_range("input_ids", request.input_ids, INT32)
+    _check_range("stop_token_ids", sampling.stop_token_ids, INT32)
+    require(sampling.max_new_tokens > 0, "max_new_tokens must be 1 or more")
+    require(sampling.temperature >= 0 and isfinite(sampling.temperature), "temperature must be 0 or more, and finite")
+    require(0 < sampling.top_p <= 1, "top_p must be above 0, and 1 at most")
+    require(sampling.top_k == -1 or 0 < sampling.top_k < INT32, "top_k must be 1 or more, or -1 for none")
+    require(0 <= sampling.min_p <= 1, "min_p must be from 0 to 1")
+    require(sampling.seed is None or 0 <= sampling.seed < INT64, "seed must be from 0 to 2**63 - 1")
+
+
+def check_ids(request: GenerateRequest, limits: Limits) -> None:
     """Raises ForbiddenError for token ids that the model has not."""
-    require(bool(ids), "input_ids is empty")
-    require(set(map(type, ids)) == {int}, "input_ids must be integers")
-    if min(ids) < 0 or max(ids) >= limits.vocab_size:
-        wrong = next(i for i in ids if not 0 <= i < limits.vocab_size)
-        raise ForbiddenError(f"input_ids has token {wrong}, the vocabulary ends at {limits.vocab_size - 1}")
+    _check_range("input_ids", request.input_ids, limits.vocab_size)
+    _check_range("stop_token_ids", request.sampling.stop_token_ids, limits.vocab_size)
+
+
+def _check_range(name: str, ids: tuple[int, ...], end: int) -> None:
+    if ids and (min(ids) < 0 or max(ids) >= end):
+        wrong = next(i for i in ids if not 0 <= i < end)
+        known = f"the vocabulary ends at {end - 1}" if end < INT32 else "no vocabulary has it"
+        raise ForbiddenError(f"{name} has token {wrong}, {known}")
 
 
 def check_length(request: GenerateRequest, limits: Limits) -> None:
     """Raises ForbiddenError for a request that can't have all its tokens."""
     room = request.sampling.max_new_tokens
-    require(type(room) is int and room > 0, "max_new_tokens must be 1 or more")
     require(
         len(request.input_ids) + room <= limits.context_length,
         f"{len(request.input_ids)} tokens and max_new_tokens {room} do not fit into the "

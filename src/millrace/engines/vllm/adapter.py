@@ -135,7 +135,7 @@ class VLLMEngine(StockEngine):
         body = await by.generate(path, encode(path, request), deadline=deadline, headers=headers)
         answer = Answer()
         self._understood(path, lambda: answer.take(path, body))
-        return self._understood(path, lambda: answer.generation(request, version))
+        return self._made(path, lambda: answer.generation(request, version))
 
     async def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         path, version = self._known.path, self._version
@@ -147,7 +147,7 @@ class VLLMEngine(StockEngine):
 
         made = answer.generation(request, version)
         async for event in self._events(path, encode(path, request, stream=True), deadline):
-            made = self._understood(path, partial(with_more, event))
+            made = self._made(path, partial(with_more, event))
             if answer.finish_reason is None:
                 yield made, False
         yield made, True

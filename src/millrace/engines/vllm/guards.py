@@ -9,11 +9,10 @@ from difflib import get_close_matches
 from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.model import Model
 from millrace.engines.stock.state import ForbiddenError, require
-from millrace.engines.stock.tokens import check_ids, check_length
+from millrace.engines.stock.tokens import check_ids, check_length, check_values
 from millrace.engines.vllm.facts import Server
 from millrace.types import GenerateRequest
 
-INT32, INT64 = 2**31, 2**63
 COLDEST, HOTTEST = 0.01, 2.0
 PENALTY_RANGE = (0.01, 100.0)
 BIAS_LIMIT = 100.0
@@ -47,17 +46,13 @@ def check_reload(model: Model, server: Server) -> None:
 def check_request(request: GenerateRequest, limits: Limits, server: Server) -> None:
     """Raises ForbiddenError for a request that would harm the server or come back as something else than asked."""
     sampling = request.sampling
-    check_ids(request.input_ids, limits)
+    check_values(request)
+    check_ids(request, limits)
     check_length(request, limits)
-    require(sampling.top_k == -1 or 0 < sampling.top_k < INT32, "top_k must be 1 or more, or -1 for none")
     require(
         sampling.temperature == 0 or COLDEST <= sampling.temperature <= HOTTEST,
         f"temperature must be 0, or {COLDEST:g} to {HOTTEST:g}: vLLM raises what is below and refuses what is above",
     )
-    require(0 < sampling.top_p <= 1 and 0 <= sampling.min_p <= 1, "top_p must be in (0, 1] and min_p in [0, 1]")
-    require(sampling.seed is None or 0 <= sampling.seed < INT64, "vLLM draws by seeds from 0 to 2**63 - 1 alone")
-    for token in sampling.stop_token_ids:
-        require(0 <= token < limits.vocab_size, f"stop_token_ids has {token}, which is no token of the model")
     require(
         server.logprobs_mode == "processed_logprobs" or sampling.temperature in (0.0, 1.0),
         f"the server gives logprobs of temperature 1 ({server.logprobs_mode}); start it with --logprobs-mode "

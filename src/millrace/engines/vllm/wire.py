@@ -6,6 +6,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -87,9 +88,7 @@ class Answer:
             fresh = logprobs.get("token_logprobs") or []
         else:
             fresh = [entry["logprob"] for entry in logprobs.get("content") or ()]
-        if any(logprob <= IMPOSSIBLE for logprob in fresh):
-            raise ValueError("a token came whose logprob is no number: the weights, or the KV cache, have NaNs")
-        self.logprobs += fresh
+        self.logprobs += [nan if logprob is None or logprob <= IMPOSSIBLE else logprob for logprob in fresh]
         self.finish_reason = choice["finish_reason"] or self.finish_reason
         self.spans = choice.get("weight_versions") or self.spans
         self.extra |= {name: value for name, value in choice.items() if name not in DECODED and value is not None}

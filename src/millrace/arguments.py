@@ -1,0 +1,115 @@
+"""What callers pass, as the plain values that requests are made of. Pure, without torch and without an engine.
+
+Callers have lists, arrays, tensors and NumPy's numbers. Each becomes the one form that every engine takes, or an
+ArgumentError that names the argument.
+"""
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from millrace.errors import ArgumentError
+
+TEXT_SHOWN = 60  # characters of a wrong value
+
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """The token ids in a list, a tuple, an array or tensor of integers (also on a device, also [1, T]), or a mapping
+    with `input_ids` such as a BatchEncoding. Raises ArgumentError for anything else."""
+    if type(value) is tuple and set(map(type, value)) <= {int}:
+        return value
+    if isinstance(value, Mapping):
+        if "input_ids" not in value:
+            raise ArgumentError(f"{name} is a mapping without input_ids; pass the token ids")
+        return token_ids(name, value["input_ids"])
+    if isinstance(value, str | bytes):
+        raise ArgumentError(f"{name} is text, {shown(value)}; pass its token ids, as the model's tokenizer makes them")
+    rows = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(rows, Sequence):
+        raise ArgumentError(
+            f"{name} must be a list, tuple, array or tensor of integers, and is {shown(value)} ({type(value).__name__})"
+        )
+    if rows and _is_row(rows[0]):
+        if len(rows) > 1:
+            raise ArgumentError(
+                f"{name} holds {len(rows)} prompts; a request has one, so make a request for each of them"
+            )
+        return token_ids(name, rows[0])
+    return tuple(_token(name, place, token) for place, token in enumerate(rows))
+
+
+def whole(name: str, value: Any) -> int:
+    """An integer of Python or NumPy."""
+    found = _index(value)
+    if found is None:
+        raise ArgumentError(f"{name} must be an integer, and is {shown(value)} ({type(value).__name__})")
+    return found
+
+
+def real(name: str, value: Any) -> float:
+    """A number of Python or NumPy. NaN is refused, infinity is not."""
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        raise ArgumentError(f"{name} must be a number, and is {shown(value)} ({type(value).__name__})")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, of Python or NumPy."""
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):  # NumPy's, by either name
+        raise ArgumentError(f"{name} must be True or False, and is {shown(value)} ({type(value).__name__})")
+    return bool(value)
+
+
+def text(name: str, value: Any) -> str:
+    """Text that JSON can carry."""
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name} must be text, and is {shown(value)} ({type(value).__name__})")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ArgumentError(f"{name} has half a character (a surrogate) in it, which no engine takes: {value!a:.80}")
+    return value
+
+
+def mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """A mapping with text as keys."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ArgumentError(f"{name} must be a mapping with names as keys, and is {shown(value)}")
+    return value
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """Several texts. One text alone would be taken for its letters, so it is refused."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise ArgumentError(f"{name} must be a list of texts, and is {shown(value)}; write [{shown(value)}]")
+    return tuple(text(f"{name}[{place}]", one) for place, one in enumerate(value))
+
+
+def shown(value: object) -> str:
+    """The beginning of how Python writes it, on one line."""
+    written = " ".join(ascii(value).split())
+    return written if len(written) <= TEXT_SHOWN else f"{written[:TEXT_SHOWN]}..."
+
+
+def _is_row(value: Any) -> bool:
+    dimensions = getattr(value, "ndim", None)
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) if dimensions is None else dimensions > 0
+
+
+def _token(name: str, place: int, value: Any) -> int:
+    found = _index(value)
+    if found is None:
+        raise ArgumentError(f"{name}[{place}] is {shown(value)} ({type(value).__name__}); token ids are integers")
+    return found
+
+
+def _index(value: Any) -> int | None:
+    """The integer that it is; a truth value is none, also where a library lets it be used as one."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

@@ -1,0 +1,44 @@
+"""Weights with NaN: every engine reports them in the same way, and no engine is blamed for them."""
+
+import itertools
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from millrace.errors import NonFiniteLogprobs
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.membership import STRIKES
+from millrace.types import GenerateRequest, SamplingParams
+
+PROMPT = (5, 17, 300, 42, 8)
+SAYS = r"the weights of version {} gave token 0 of request nan-\d+\S* the logprob nan.*publish.require_finite refuses"
+
+
+async def hold_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path, version: int) -> None:
+    """Publishes weights with a NaN as `version`, and sound ones as the next."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    sound = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    broken = {**sound, "model.norm.weight": torch.full_like(sound["model.norm.weight"], float("nan"))}
+    names = (f"nan-{number}" for number in itertools.count())
+    engine = next(iter(fleet.engines.values()))
+
+    def request(temperature: float) -> GenerateRequest:
+        return GenerateRequest(next(names), PROMPT, SamplingParams(4, temperature, ignore_eos=True))
+
+    await fleet.publish(list(broken.items()), version)
+    for temperature in [0.0, 1.0] * STRIKES:
+        with pytest.raises(NonFiniteLogprobs, match=SAYS.format(version)):
+            await fleet.generate(request(temperature), deadline=60)
+    with pytest.raises(NonFiniteLogprobs, match=SAYS.format(version)):
+        async for _ in engine.stream(request(1.0), deadline=60):
+            pass
+    assert all(member.routable and not member.strikes for member in fleet.snapshot.members)
+
+    await fleet.publish(list(sound.items()), version + 1)
+    for _ in range(4):  # vLLM on the CPU may first read NaN that the version before left in its cache
+        with suppress(NonFiniteLogprobs):
+            await fleet.generate(request(0.0), deadline=60)
+    assert len((await fleet.generate(request(0.0), deadline=60)).output_ids) == 4
