@@ -17,6 +17,7 @@ LAYERS = [
     "model_config",
     "imports",
     "jsonl",
+    "checkpoint_names",
     "config",
     "http",
     "launch",

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from millrace.errors import DataError
-from millrace.model_folder import stored_tensors
+from millrace.model_folder import has_weights, stored_tensors
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -102,7 +102,7 @@ def _prevalent(folder: Path) -> str | None:
 
 def _stored_floats(folder: Path) -> dict[str, tuple[str, int]]:
     """Of each floating tensor: torch's name of its dtype, and how many elements it has."""
-    if not any(folder.glob("*.safetensors")):
+    if not has_weights(folder):
         return {}
     stored = stored_tensors(folder).items()
     return {name: (tensor.float_dtype, prod(tensor.shape)) for name, tensor in stored if tensor.float_dtype is not None}

@@ -13,6 +13,7 @@ from millrace.errors import DataError
 HEADER_LENGTH_BYTES = 8
 # safetensors' names of the floats that can be cast to each other, and torch's.
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # An adapter's folder in PEFT's format: its files, and what the names of its tensors begin and end with.
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -36,16 +37,47 @@ class StoredTensor:
         return FLOATS.get(self.dtype)
 
 
-def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:
-    """Every tensor in the folder's safetensors files, by name.
+def has_weights(folder: Path) -> bool:
+    """Whether the folder has any safetensors file."""
+    return any(folder.glob("*.safetensors"))
 
-    The format (a little-endian length, a JSON header, the bytes) is that of https://github.com/huggingface/safetensors.
-    Raises DataError when the folder has no such file or one is damaged.
+
+def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:
+    """Every tensor of the model in the folder, by name, those of one file together.
+
+    As engines read it: the index decides where there is one, otherwise `model.safetensors`, otherwise every safetensors
+    file. What else lies in the folder (a second set of files in another format, an older single file) is no part of the
+    model. The format (a little-endian length, a JSON header, the bytes) is that of
+    https://github.com/huggingface/safetensors. Raises DataError where the folder has no weights, or lacks some, or one
+    of its files is damaged.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    if (folder / INDEX).is_file():
+        return _indexed(folder)
+    single = folder / SINGLE
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise DataError(f"{folder} has no *.safetensors file; give a model's folder in Hugging Face's format")
     return {name: tensor for path in files for name, tensor in _read(path).items()}
+
+
+def _indexed(folder: Path) -> Mapping[str, StoredTensor]:
+    path = folder / INDEX
+    try:
+        files = orjson.loads(path.read_bytes())["weight_map"]
+        wanted: dict[Path, list[str]] = {}
+        for name, file in sorted(files.items(), key=lambda item: (item[1], item[0])):
+            wanted.setdefault(folder / file, []).append(name)
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not an index of safetensors files: {error!r}") from error
+    tensors: dict[str, StoredTensor] = {}
+    for file, names in wanted.items():
+        if not file.is_file():
+            raise DataError(f"{file} is missing; {path.name} names it")
+        held = _read(file)
+        if lacking := [name for name in names if name not in held]:
+            raise DataError(f"{file} has no {lacking[0]}; {path.name} says that it has")
+        tensors |= {name: held[name] for name in names}
+    return tensors
 
 
 def _read(path: Path) -> dict[str, StoredTensor]:

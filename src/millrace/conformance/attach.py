@@ -14,7 +14,7 @@ from millrace.engines.start import ADMIN_KEY, API_KEY, ENGINES, about_keys
 from millrace.engines.stock.engine import StockEngine
 from millrace.errors import DataError, EngineError, EngineRefused, EngineUnreachable, LaunchError
 from millrace.http import HttpClient
-from millrace.model_folder import StoredTensor, stored_tensors
+from millrace.model_folder import StoredTensor, has_weights, stored_tensors
 
 
 class Kind(StrEnum):
@@ -102,7 +102,7 @@ def require_folders(folder: Path | None, other: Path | None) -> None:
         theirs = stored_tensors(other)
     except DataError as error:
         raise DataError(f"--other: {error}") from error
-    if folder is None or not any(folder.glob("*.safetensors")):
+    if folder is None or not has_weights(folder):
         return
     ours = stored_tensors(folder)
     wanted = "give other weights of the same model, as those of a fine-tune"

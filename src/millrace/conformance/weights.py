@@ -12,6 +12,7 @@ from millrace.conformance.check import Lacking, Subject
 from millrace.errors import EngineError
 from millrace.types import Capability, DiskBucket
 from millrace.weights.cast import cast, dtypes_of
+from millrace.weights.folder import FolderTensors
 from millrace.weights.publisher import publish
 from millrace.weights.transports.base import PublishTarget
 from millrace.weights.transports.choice import NEEDS, make
@@ -150,18 +151,11 @@ def require_gpu() -> None:
 
 
 async def read_tensors(source: Path) -> "dict[str, torch.Tensor]":
-    """The tensors of a folder's safetensors files, on the CPU."""
+    """The tensors of a model's folder, on the CPU."""
     try:
-        from safetensors.torch import load_file
+        return await asyncio.to_thread(lambda: dict(FolderTensors(source)))
     except ModuleNotFoundError as error:
         raise Lacking(f"{error.name} is not installed here; pip install 'millrace[train]'") from error
-
-    def read() -> "dict[str, torch.Tensor]":
-        return {
-            name: tensor for file in sorted(source.glob("*.safetensors")) for name, tensor in load_file(file).items()
-        }
-
-    return await asyncio.to_thread(read)
 
 
 async def restore(subject: Subject) -> None:

@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.engines.start import Started
-from millrace.errors import EngineError, EngineFailed, EngineRefused, MillraceError, PublishError, WeightsChanged
+from millrace.errors import (
+    DataError,
+    EngineError,
+    EngineFailed,
+    EngineRefused,
+    MillraceError,
+    PublishError,
+    WeightsChanged,
+)
 from millrace.fleet.adapters import Adapters
 from millrace.fleet.held import Held, Tensors, held_by, require_pairs
 from millrace.fleet.membership import Attested, Based, Distrusted, Emptied, Event
-from millrace.model_folder import stored_tensors
+from millrace.model_folder import has_weights, stored_tensors
 from millrace.types import AdapterConfig, Capability
 from millrace.weights.adapter import WrittenAdapter, check_adapter, check_values
 from millrace.weights.cast import Dtypes, cast, dtypes_of
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from millrace.weights.store import VersionStore
+    from millrace.weights.trained import Trained
 
 STORE_DEADLINE = 120.0  # seconds
 
@@ -65,6 +74,7 @@ class Versions:
         self._publishing = False
         self._first_held: dict[str, Mapping[str, str]] = {}  # by engines of a frozen fleet, in their own layouts
         self._origin: Origin | None = None
+        self._trained: Trained | None = None  # read when the first version is published
         self._last: int | None = None  # a whole one, or an adapter
         self._base: int | None = None  # the last whole one
         self._held: Held | None = None  # by the trainer, as far as is known
@@ -126,7 +136,7 @@ class Versions:
             unstored = await self.secured(deadline)
             if self.store is not None:
                 await asyncio.to_thread(self.store.discard)  # of a publish that failed
-            tensors = await self._as_held(tensors, engines[0])
+            tensors = await asyncio.to_thread(self._as_checkpoint, tensors, engines)
             if require_finite:
                 from millrace.weights.finite import only_finite  # imports torch
 
@@ -210,7 +220,7 @@ class Versions:
             )
             return False
         try:
-            tensors = await self._as_held(held.tensors(), target)
+            tensors = await asyncio.to_thread(self._as_checkpoint, held.tensors(), [target])
             await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline, held.fingerprint)
         except WeightsChanged as error:
             logger.warning("%s serves after the next publish: version %d is gone: %s", name, version, error)
@@ -353,6 +363,24 @@ class Versions:
         self._securing = None  # and not before: who waits for it may be cancelled
         return None
 
+    def _as_checkpoint(self, given: Tensors, engines: Sequence[PublishTarget]) -> Tensors:
+        """The tensors by the checkpoint's names and in the engines' dtypes. Raises PublishError where the trainer's are
+        not the model's."""
+        from millrace.weights.trained import read_trained  # imports torch
+
+        folder = self._model_folder(engines)
+        try:
+            if self._trained is None:
+                self._trained = read_trained(folder)
+            dtypes = self._origin.dtypes if self._origin is not None else dtypes_of(engines[0].info, folder)
+            return cast(self._trained.tensors(given), dtypes)
+        except DataError as error:
+            raise PublishError(str(error)) from error
+
+    def _model_folder(self, engines: Sequence[PublishTarget]) -> Path:
+        """It need not be on this host."""
+        return self._origin.folder if self._origin is not None else Path(engines[0].info.model_path)
+
     def _checked(
         self,
         given: "Iterable[tuple[str, torch.Tensor]]",
@@ -369,8 +397,8 @@ class Versions:
         tensors = dict(named)
         if len(tensors) < len(named):
             raise PublishError("the trainer named a tensor twice")
-        folder = self._origin.folder if self._origin is not None else Path(engines[0].info.model_path)
-        known = stored_tensors(folder) if any(folder.glob("*.safetensors")) else None
+        folder = self._model_folder(engines)
+        known = stored_tensors(folder) if has_weights(folder) else None
         base = {name: tensor.shape for name, tensor in known.items()} if known is not None else None
         check_adapter({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, base)
         check_values(tensors)
@@ -422,12 +450,6 @@ class Versions:
                 await self._apply(name, Based(base))
                 self.adapters.retire(name, keep=None)
         return [reports[target.engine.name] for target in targets]
-
-    async def _as_held(self, tensors: Tensors, target: PublishTarget) -> Tensors:
-        """The trainer's tensors, in the dtypes in which the engines hold them. All engines hold the same."""
-        if self._origin is not None:
-            return cast(tensors, self._origin.dtypes)
-        return cast(tensors, await asyncio.to_thread(dtypes_of, target.info, Path(target.info.model_path)))
 
     def _require_transport(self) -> Transport:
         """What brings whole versions. Raises PublishError where nothing does."""

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from millrace.checkpoint_names import load_config
 from millrace.config.models import TrainConfig
 from millrace.errors import DataError
 from millrace.train.world import World
@@ -166,7 +167,7 @@ def load_policy(path: str | Path, config: TrainConfig, world: World) -> Policy:
 
     Raises DataError where there is no causal model in it, or a damaged one."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path), dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"no causal language model can be loaded from {str(path)!r}: {error}") from error
     return Policy(model, world, config)

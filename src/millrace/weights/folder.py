@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from millrace.checksum import checksum, tensor_checksum
 from millrace.errors import PublishError
-from millrace.model_folder import stored_tensors
+from millrace.model_folder import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,15 @@ def folder_checksums(folder: Path) -> dict[str, str]:
     return checksums
 
 
+def read_tensor(stored: StoredTensor, name: str) -> "torch.Tensor":
+    """One tensor of a folder, on the CPU, mapped from its file."""
+    from safetensors import safe_open
+
+    with safe_open(stored.file, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
+
+
 @dataclass(frozen=True, slots=True)
 class FolderTensors:
     """The tensors of a model's folder, or those of the names in `only`, each mapped from its file when its turn comes;
@@ -58,9 +67,9 @@ class FolderTensors:
     def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
         from safetensors import safe_open
 
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path, tensors in itertools.groupby(stored_tensors(self.folder).items(), lambda item: item[1].file):
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                for name, _ in tensors:
                     if self._has(name):
                         yield name, file.get_tensor(name)
 

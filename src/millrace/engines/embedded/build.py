@@ -13,6 +13,7 @@ from millrace.engines.embedded.runner import Runner, load_model
 from millrace.engines.embedded.weights import WeightStore
 from millrace.errors import ConfigError, DataError
 from millrace.model_config import compute_dtype
+from millrace.model_folder import has_weights, stored_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ def build(settings: Settings) -> Core:
     hooks = Hooks(Linears.of(model, dtype=dtype, device=device))
     runner = Runner(model, cache, hooks, device=device, dtype=dtype)
     runner.warm_up()
-    weights = WeightStore(model)
+    stored = stored_tensors(settings.model).keys() if has_weights(settings.model) else None
+    weights = WeightStore(model, stored)
     info = replace(info, unusual_dtypes=weights.unlike(dtype))
     return Core(info, runner, cache, weights, max_running=settings.max_running, version=settings.version)

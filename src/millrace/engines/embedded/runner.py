@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from millrace.checkpoint_names import load_config
 from millrace.engines.embedded import attention
 from millrace.engines.embedded.cache import LayerShape, SlotCache, Window
 from millrace.engines.embedded.lora import Adapter, Hooks
@@ -36,12 +37,14 @@ class ModelInfo:
 
 def load_model(
     path: Path, *, device: torch.device, dtype: torch.dtype, context_length: int | None
-) -> tuple[torch.nn.Module, ModelInfo, list[LayerShape]]:
+) -> tuple[PreTrainedModel, ModelInfo, list[LayerShape]]:
     """Loads any causal model of transformers from a local folder and finds out what its layers cache.
 
     Raises ConfigError where it can't be served with these settings.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, config=load_config(path), dtype=dtype, local_files_only=True
+    ).to(device)
     model.requires_grad_(False).eval()
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention.register())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from millrace.engines.stock.tensors import check_shapes, check_tensors
 from millrace.model_config import vocab_size
-from millrace.model_folder import stored_tensors
+from millrace.model_folder import has_weights, stored_tensors
 from millrace.types import (
     Bucket,
     CudaIpcBucket,
@@ -27,7 +27,7 @@ class Model:
 
 def read_model(folder: Path) -> Model:
     """Raises DataError when the folder can't be read here, or is not a model's."""
-    return Model(vocab_size(folder), shapes_of(folder) if any(folder.glob("*.safetensors")) else None)
+    return Model(vocab_size(folder), shapes_of(folder) if has_weights(folder) else None)
 
 
 def shapes_of(folder: Path) -> Mapping[str, tuple[int, ...]]:

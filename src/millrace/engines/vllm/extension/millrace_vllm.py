@@ -235,15 +235,22 @@ class Rank:
         return self.weights.load(specs, lambda: self._groups[name].receive(specs, self._device))
 
     def _load_folder(self, folder: Path) -> list[str]:
+        """What the index names, where there is one: other files are no part of the model."""
         tensors: dict[str, torch.Tensor] = {}
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         try:
-            for file in sorted(folder.glob("*.safetensors")):
+            places = json.loads(index.read_text())["weight_map"] if index.is_file() else None
+            names = set(places.values()) if places else [single.name] if single.is_file() else None
+            files = sorted(folder.glob("*.safetensors")) if names is None else [folder / name for name in sorted(names)]
+            for file in files:
                 with safe_open(file, framework="pt") as content:
                     for name in content.keys():  # noqa: SIM118  # it is no mapping
+                        if places is not None and places.get(name) != file.name:
+                            continue
                         if name in tensors:
                             raise Refused(f"{name} is in two files of {folder}")
                         tensors[name] = content.get_tensor(name)  # mapped, not read
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise Refused(f"could not read {folder}: {first_line(error)}") from error
         if not tensors:
             raise Refused(f"{folder} has no safetensors files on this host")

@@ -1,0 +1,240 @@
+"""What a model's tensors are called in its checkpoint.
+
+In memory transformers renames and fuses: the experts of a layer are one tensor, `mlp.experts.gate_up_proj`, where the
+checkpoint has `mlp.experts.0.gate_proj.weight` and so on. transformers' own tables say what becomes of what, as they do
+for `from_pretrained` and `save_pretrained`. Stock engines know the checkpoint's names only.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from millrace.errors import DataError
+from millrace.model_folder import INDEX
+
+Shape = tuple[int, ...]
+
+# Buffers that older checkpoints store and newer models compute; `from_pretrained` passes over them as well.
+COMPUTED = r"(^|\.)(rotary_emb\.inv_freq|position_ids)$"
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A checkpoint's tensor as a part of a contiguous tensor of the model. `offset` and `stride` count elements."""
+
+    shape: Shape
+    stride: Shape
+    offset: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This part of `tensor`, which is contiguous, without a copy."""
+        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors of the model, with their shapes, that make certain tensors of the checkpoint. `views` are these by name,
+    or None where they are computed. `renamed`: it is one tensor, which only has another name or the same."""
+
+    sources: Mapping[str, Shape]
+    shapes: Mapping[str, Shape]
+    views: Mapping[str, View] | None
+    renamed: bool
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.shapes.keys()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointNames:
+    """A model, and for each of its tensors (by the names of its `state_dict()`) the group that it is in. `tied`: which
+    of them are another one, by name. `buffers`: which of them no optimizer trains."""
+
+    model: PreTrainedModel
+    groups: Mapping[str, Group]
+    tied: Mapping[str, str]
+    buffers: frozenset[str]
+
+    def passes_over(self, name: str) -> bool:
+        """Whether the model's class reads past a tensor of that name in a checkpoint: a buffer that it computes, or a
+        part that it has not (a speculative head)."""
+        declared = self.model._keys_to_ignore_on_load_unexpected or ()
+        return any(re.search(pattern, name) for pattern in (*declared, COMPUTED))
+
+    def views(self, name: str) -> Mapping[str, View]:
+        """The tensors of the checkpoint that a tensor of the model has in it. Where they are computed: itself."""
+        group = self.groups[name]
+        return group.views if group.views is not None else {name: _whole(group.sources[name])}
+
+    def convert(self, group: Group, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors, from those of `group.sources` in their order."""
+        if group.views is not None:
+            whole = tensors[0].detach().contiguous()
+            return {name: view.of(whole) for name, view in group.views.items()}
+        return _reverted(self.model, dict(zip(group.sources, (t.detach() for t in tensors), strict=True)))
+
+
+def read_names(folder: Path, stored: Collection[str] | None) -> CheckpointNames:
+    """Those of the model whose config is in `folder`; its weights are neither read nor made. `stored` are the names of
+    the tensors in the folder, None where it has none. Raises DataError where transformers does not know the model."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config) if kind is None else kind._from_config(config)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise DataError(f"transformers can't make the model in {folder}: {error}") from error
+    return names_of(model, stored)
+
+
+def names_of(model: PreTrainedModel, stored: Collection[str] | None) -> CheckpointNames:
+    """Those of `model`, as `read_names` says; its tensors may be on the meta device."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    metas = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
+    placed: dict[str, str] = {}
+    if stored is None:  # as `save_pretrained` does it for a model that was not loaded
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [one for one in conversions if not isinstance(one, PrefixChange)]
+    else:
+        placed = _note_conversions(model, stored, state)
+    renamed, together = _grouped(model, list(state))
+    groups = {
+        old: _group({old: metas[old]}, {placed.get(old, new): metas[old]}, by_views=True, renamed=True)
+        for old, new in renamed.items()
+    }
+    for group in _converted(model, metas, together):
+        spelled = group if stored is None else _spelled(group, stored, f"{model.base_model_prefix}.")
+        groups |= dict.fromkeys(group.sources, spelled)
+    tied = {
+        target: source
+        for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items()
+        if target in renamed and source in renamed
+    }
+    buffers = frozenset(state.keys() & {name for name, _ in model.named_buffers()})
+    return CheckpointNames(model, {name: groups[name] for name in state}, tied, buffers)
+
+
+def load_config(folder: str | Path) -> Any:
+    """The model's config. `from_pretrained(folder, config=...)` then reads what the index names, as stock engines do;
+    by itself it prefers a `model.safetensors` that lies beside."""
+    config = AutoConfig.from_pretrained(folder)
+    if (Path(folder) / INDEX).is_file():
+        config.transformers_weights = INDEX
+    return config
+
+
+def _note_conversions(
+    model: PreTrainedModel, stored: Collection[str], state: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """Leaves in the model which conversions loading these names would take, as `from_pretrained` does: what was not
+    converted in this folder (experts that were stored fused) is not converted on its way back. Returns what becomes of
+    each stored tensor that is only renamed: the stored name, by the model's."""
+    conversions = get_model_conversion_mapping(model)
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    renamings = [one for one in conversions if not isinstance(one, WeightConverter)]
+    placed: dict[str, str] = {}
+    for name in sorted(stored):
+        new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if new not in state and name in state:
+            new, pattern = name, None
+        if new in state and pattern is None:
+            placed[new] = name
+    model._weight_conversions = [one for one in conversions if one.was_used()]
+    return placed
+
+
+def _grouped(model: PreTrainedModel, names: Sequence[str]) -> tuple[dict[str, str], list[list[str]]]:
+    """The checkpoint's names of the tensors that are only renamed, and which of the others are converted together."""
+    backward = [conversion.reverse_transform() for conversion in model._weight_conversions[::-1]]
+    converters = [one for one in backward if isinstance(one, WeightConverter)]
+    renamings = [one for one in backward if not isinstance(one, WeightConverter)]
+    renamed: dict[str, str] = {}
+    together: dict[str, list[str]] = {}
+    for name in names:
+        key = next((new for new, pattern in (one.rename_source_key(name) for one in converters) if pattern), None)
+        if key is not None:
+            together.setdefault(key, []).append(name)
+            continue
+        new = name
+        for renaming in renamings:
+            new, _ = renaming.rename_source_key(new)
+        renamed[name] = new
+    return renamed, list(together.values())
+
+
+def _converted(
+    model: PreTrainedModel, metas: Mapping[str, torch.Tensor], together: Sequence[Sequence[str]]
+) -> Iterator[Group]:
+    """Asks transformers what it makes of tensors of these shapes: at once for all, and again group by group where it
+    makes more of them than parts of a single tensor."""
+    owners = {_storage(metas[name]): name for names in together for name in names}
+    parts: dict[str | None, dict[str, torch.Tensor]] = {}
+    for name, tensor in _reverted(model, {name: metas[name] for name in owners.values()}).items():
+        parts.setdefault(owners.get(_storage(tensor)), {})[name] = tensor
+    for names in together:
+        sources = {name: metas[name] for name in names}
+        by_views = len(names) == 1 and None not in parts
+        made = parts[names[0]] if by_views else _reverted(model, sources)
+        yield _group(sources, made, by_views=by_views, renamed=False)
+
+
+def _group(
+    sources: Mapping[str, torch.Tensor], made: Mapping[str, torch.Tensor], *, by_views: bool, renamed: bool
+) -> Group:
+    views = {
+        name: View(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+        for name, tensor in made.items()
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
+    return Group(
+        {name: tuple(tensor.shape) for name, tensor in sources.items()}, shapes, views if by_views else None, renamed
+    )
+
+
+def _whole(shape: Shape) -> View:
+    return View(shape, tuple(torch.empty(shape, device="meta").stride()), 0)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _spelled(group: Group, stored: Collection[str], prefix: str) -> Group:
+    """The group with the names that the folder has, which may lack the base model's prefix, or have it."""
+
+    def spelled(name: str) -> str:
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        return other if name not in stored and other in stored else name
+
+    shapes = {spelled(name): shape for name, shape in group.shapes.items()}
+    views = None if group.views is None else {spelled(name): view for name, view in group.views.items()}
+    return Group(group.sources, shapes, views, renamed=False)
+
+
+class _InPlace(TorchFunctionMode):
+    """transformers makes the parts of a tensor contiguous, by copies; here they stay where they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
+
+
+def _reverted(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` would write of these tensors."""
+    with _InPlace():
+        made: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(tensors))
+    return made
