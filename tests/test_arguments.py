@@ -1,6 +1,7 @@
 """What a caller may pass for token ids and sampling: one outcome for every form, whatever the engine."""
 
 from collections import UserDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from millrace.engines.stock.state import ForbiddenError
 from millrace.engines.stock.tokens import check_values
 from millrace.errors import ArgumentError, MillraceError
 
-FORMS = {
+FORMS: dict[str, Callable[[list[int]], Any]] = {
     "list": list,
     "tuple": tuple,
     "array": np.array,

@@ -59,10 +59,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_fleet(
-    config: EngineConfig,
-    model_path: Path,
+    config: EngineConfig | Mapping[str, object],
+    model_path: str | Path,
     *,
-    log_dir: Path,
+    log_dir: str | Path,
     version: int = 0,
     seed: int = 0,
     transport: TransportName = "auto",

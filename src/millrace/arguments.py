@@ -8,6 +8,8 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from millrace.errors import ArgumentError
@@ -83,6 +85,13 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise ArgumentError(f"{name} must be a list of texts, and is {shown(value)}; write [{shown(value)}]")
     return tuple(text(f"{name}[{place}]", one) for place, one in enumerate(value))
+
+
+def path(name: str, value: Any) -> Path:
+    """A path, as text or as any kind of path. `~` is the home folder."""
+    if not isinstance(value, str | PathLike) or not str(value):
+        raise ArgumentError(f"{name} must be a path, and is {shown(value)} ({type(value).__name__})")
+    return Path(value).expanduser()
 
 
 def shown(value: object) -> str:

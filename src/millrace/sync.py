@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_fleet(
-    config: EngineConfig,
-    model_path: Path,
+    config: EngineConfig | Mapping[str, object],
+    model_path: str | Path,
     *,
-    log_dir: Path,
+    log_dir: str | Path,
     version: int = 0,
     seed: int = 0,
     transport: TransportName = "auto",
@@ -253,7 +253,8 @@ class Fleet:
         being updated or started anew, or have none of the versions that `placement` admits.
 
         Raises NoEngineError when none may serve it by the deadline or none is left, and the engine's own EngineError
-        otherwise; a request that failed on an engine is not sent again by this method.
+        otherwise; a request that failed on an engine is not sent again by this method. `deadline` is in seconds; 0
+        or less has passed. Raises ArgumentError for arguments of the wrong type.
         """
         return self._portal.call(self._wrapped.generate(request, deadline=deadline, placement=placement))
 

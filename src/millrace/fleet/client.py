@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
+from millrace import arguments
 from millrace.engines.base import Engine
-from millrace.errors import EngineFailed, EngineUnreachable
+from millrace.errors import ArgumentError, EngineFailed, EngineUnreachable, NoEngineError
 from millrace.fleet.journal import Journal
 from millrace.fleet.members import Members
 from millrace.fleet.membership import Snapshot
@@ -50,6 +51,7 @@ class FleetClient:
 
     async def awake(self) -> None:
         """Waits until the fleet is woken, for as long as that takes."""
+        self._require_open()
         async with self.members.changed:
             await self.members.changed.wait_for(lambda: not self.members.asleep)
 
@@ -65,6 +67,7 @@ class FleetClient:
 
     async def serving(self, *, deadline: float) -> None:
         """Waits until some engine takes requests. Raises NoEngineError as `generate` does."""
+        self._require_open(deadline)
         await self.members.until(lambda: bool(self.snapshot.routable), deadline)
 
     async def generate(
@@ -74,9 +77,20 @@ class FleetClient:
         being updated or started anew, or have none of the versions that `placement` admits.
 
         Raises NoEngineError when none may serve it by the deadline or none is left, and the engine's own EngineError
-        otherwise; a request that failed on an engine is not sent again by this method.
+        otherwise; a request that failed on an engine is not sent again by this method. `deadline` is in seconds; 0
+        or less has passed. Raises ArgumentError for arguments of the wrong type.
         """
+        self._require_open(deadline)
+        for name, value, kind in (("request", request, GenerateRequest), ("placement", placement, Placement)):
+            if not isinstance(value, kind):
+                raise ArgumentError(f"{name} must be a {kind.__name__}, and is {arguments.shown(value)}")
         return await self._generate(request, placement, deadline)
+
+    def _require_open(self, deadline: float = 0.0) -> None:
+        """Raises NoEngineError where the fleet is closed, and ArgumentError for a deadline that is not a number."""
+        if self.members.closed:
+            raise NoEngineError("the fleet is closed: its block has ended, and so have the engines that it started")
+        arguments.real("deadline", deadline)
 
     async def _generate(self, request: GenerateRequest, placement: Placement, deadline: float) -> Generation:
         """By whichever way; this is the one that there always is."""

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from millrace import arguments
 from millrace.engines.start import Started
-from millrace.errors import EnginesLost, NoEngineError, PublishError
+from millrace.errors import ArgumentError, EnginesLost, NoEngineError, PublishError
 from millrace.fleet.client import FleetClient
 from millrace.fleet.held import Tensors
 from millrace.fleet.journal import Journal
@@ -100,6 +101,7 @@ class Fleet(FleetClient):
             async with router(fleet._roster, fleet.journal) as fleet.proxy:
                 yield fleet
         finally:
+            fleet._roster.closed = True
             await fleet._turnover.close()
             fleet._feeds.close()
             await fleet._versions.close()
@@ -135,6 +137,8 @@ class Fleet(FleetClient):
         of them die during the publish, it begins again when one is back (unless `tensors` is an iterator). `deadline`,
         in seconds, is for the engines to take the version.
         """
+        self._require_open(deadline)
+        version = _version(version)
         while True:
             await self._roster.recovered()
             await self._roster.until(lambda: self.snapshot.usable, deadline)
@@ -178,6 +182,10 @@ class Fleet(FleetClient):
         tensors are not those of such an adapter of the model, when no engine takes it or none can read it, and as
         `publish` says. A version that is published whole takes the adapter off.
         """
+        self._require_open(deadline)
+        version = _version(version)
+        if not isinstance(config, AdapterConfig):
+            raise ArgumentError(f"config must be an AdapterConfig, and is {arguments.shown(config)}")
         left_out = self._left_out()
         with self.journal.publishing(version, adapter=True) as publishing:
             report = publishing.report = await self._versions.publish_adapter(
@@ -212,16 +220,19 @@ class Fleet(FleetClient):
         after the next publish. Raises LaunchError where it
         does not come up, PublishError where it does not take the version, and NoEngineError where the fleet does not
         start its engines."""
+        self._require_open(deadline)
         await self._turnover.restart(name, bucket_bytes, deadline)
 
     async def add(self, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> str:
         """Starts one more engine like the others, and brings it what these serve before its first request, as `restart`
         does. Returns its name."""
+        self._require_open(deadline)
         return await self._turnover.add(bucket_bytes, deadline)
 
     async def remove(self, name: str, *, deadline: float = 60.0) -> None:
         """Takes an engine out: it gets no more requests, ends those that it has, for which it gets `deadline` seconds
         before they are aborted, and its process is ended."""
+        self._require_open(deadline)
         await self._turnover.remove(name, deadline)
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY, *, interrupt: bool = False) -> None:
@@ -230,6 +241,7 @@ class Fleet(FleetClient):
 
         The weights of a frozen fleet sleep only where all of its engines can read them anew (`restore`); otherwise
         PublishError is raised."""
+        self._require_open()
         if self.frozen and MemoryTag.WEIGHTS in what:
             self._require_own_folder()
         self._roster.asleep |= what
@@ -245,6 +257,7 @@ class Fleet(FleetClient):
 
     async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Wakes every usable engine. One whose weights slept serves again after the next publish."""
+        self._require_open()
         async with self._versions.changing:
             await self._roster.each(lambda replica: replica.engine.wake(what))
             self._roster.asleep -= what
@@ -267,6 +280,7 @@ class Fleet(FleetClient):
         """Wakes a frozen fleet. Weights that slept have lost their content: the engines read them anew from the model's
         folder, each of them is attested as after a publish, and then they get their KV cache back. One that does not
         take them within `deadline` seconds is started anew."""
+        self._require_open(deadline)
         if not self.frozen:
             raise PublishError("only a frozen fleet is restored; wake this one, and publish what it is to serve")
         await self.wake(frozenset({MemoryTag.WEIGHTS}))
@@ -330,3 +344,11 @@ class Fleet(FleetClient):
     async def _weights_awake(self) -> None:
         async with self._roster.changed:
             await self._roster.changed.wait_for(lambda: MemoryTag.WEIGHTS not in self._roster.asleep)
+
+
+def _version(version: object) -> int:
+    """A version as Python's integer. Raises PublishError for what is none."""
+    try:
+        return arguments.whole("version", version)
+    except ArgumentError:
+        raise PublishError(f"a version is a number, and {version!r} is not") from None

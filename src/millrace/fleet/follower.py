@@ -134,6 +134,7 @@ class Follower(FleetClient):
             following = asyncio.create_task(followed.follow())
             yield cls(followed, journal if journal is not None else Journal(), seed)
         finally:
+            followed.closed = True
             if following is not None:
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)

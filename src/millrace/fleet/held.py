@@ -50,7 +50,7 @@ def held_by(source: object, version: int) -> Held | None:
 def require_pairs(tensors: object) -> Tensors:
     """The tensors. Raises PublishError for what is no iterable of names and tensors, such as a model or a dict of
     them."""
-    if isinstance(tensors, Mapping) or not isinstance(tensors, Iterable):
+    if isinstance(tensors, Mapping | str) or not isinstance(tensors, Iterable):
         hint = "its .items()" if isinstance(tensors, Mapping) else "list(model.named_parameters())"
         raise PublishError(
             f"what is published are pairs of name and tensor, not a {type(tensors).__name__}; give {hint}"

@@ -8,9 +8,18 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from millrace.config.models import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, TransportName
+from pydantic import TypeAdapter, ValidationError
+
+from millrace import arguments
+from millrace.config.models import (
+    EmbeddedEngineConfig,
+    EngineConfig,
+    SGLangEngineConfig,
+    TransportName,
+    VLLMEngineConfig,
+)
 from millrace.config.routers import RouterConfig, SGLangRouterConfig, VLLMRouterConfig, check_router
 from millrace.engines.start import API_KEY, Started, start
 from millrace.errors import ConfigError, LaunchError, PublishError
@@ -36,10 +45,10 @@ logger = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def open_fleet(
-    config: EngineConfig,
-    model_path: Path,
+    config: EngineConfig | Mapping[str, object],
+    model_path: str | Path,
     *,
-    log_dir: Path,
+    log_dir: str | Path,
     version: int = 0,
     seed: int = 0,
     transport: TransportName = "auto",
@@ -66,42 +75,48 @@ async def open_fleet(
 
     Raises LaunchError when an engine does not come up (the others are ended), DataError when the folder is not a
     model's or `folder` not a store, PublishError when the engines can't take weights by that transport or compute in
-    different dtypes, and ConfigError when what it needs is not installed.
+    different dtypes, ConfigError when what it needs is not installed or `config`, which may be a mapping, is not an
+    engine's, and ArgumentError for another argument of the wrong type.
     """
+    engine, router = engine_config(config), router_config(router)
+    model, logs = arguments.path("model_path", model_path), arguments.path("log_dir", log_dir)
+    version, seed = arguments.whole("version", version), arguments.whole("seed", seed)
+    keep, restarts = arguments.whole("keep", keep), arguments.whole("restarts", restarts)
+    couriers = arguments.texts("couriers", couriers)
     if transport not in get_args(TransportName):
         raise ConfigError(f"transport {transport!r} is not known; valid here: {', '.join(get_args(TransportName))}")
     if router is not None:
         try:
-            check_router(router, config.kind)
+            check_router(router, engine.kind)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    checksums = await asyncio.to_thread(folder_checksums, model_path)
+    checksums = await asyncio.to_thread(folder_checksums, model)
     store = None
     if folder is not None:
         from millrace.weights.store import ANCHOR_EVERY, VersionStore  # imports torch
 
         anchor_every = ANCHOR_EVERY if transport == "delta" else 1
-        store = VersionStore(str(folder), model_path, keep=keep, anchor_every=anchor_every)
+        store = VersionStore(str(folder), model, keep=keep, anchor_every=anchor_every)
 
-    key = _shared_key(config, router)
-    if transport == "nccl" and isinstance(config, SGLangEngineConfig):
-        config = config.model_copy(update={"env": {**agreeing_on_memory(os.environ), **config.env}})
+    key = _shared_key(engine, router)
+    if transport == "nccl" and isinstance(engine, SGLangEngineConfig):
+        engine = engine.model_copy(update={"env": {**agreeing_on_memory(os.environ), **engine.env}})
 
     async def start_one(replica: int) -> Started:
-        require_place(config, replica)
+        require_place(engine, replica)
         return await start(
-            config,
-            model_path,
+            engine,
+            model,
             replica=replica,
-            log_dir=log_dir,
+            log_dir=logs,
             version=version,
             seed=seed,
             prefix=prefix,
             api_key=key,
         )
 
-    starts = {f"{prefix or config.kind}-{replica}": start_one(replica) for replica in range(config.replicas)}
-    started = await start_all(starts, log_dir)
+    starts = {f"{prefix or engine.kind}-{replica}": start_one(replica) for replica in range(engine.replicas)}
+    started = await start_all(starts, logs)
     try:
         if not frozen:
             require_one_dtype(started)
@@ -109,14 +124,43 @@ async def open_fleet(
     except BaseException:
         await asyncio.gather(*(one.end() for one in started))
         raise
-    before = None if router is None else partial(_before, router, key, log_dir)
+    before = None if router is None else partial(_before, router, key, logs)
     async with Fleet.open(
         started, chosen, store, start_one, restarts, journal, seed, frozen=frozen, router=before
     ) as fleet:
-        await fleet.attest(checksums, version, model_path)
+        await fleet.attest(checksums, version, model)
         if frozen:  # who was started by somebody else may hold anything, and no publish will change that
-            await fleet.restore(deadline=config.start_timeout)
+            await fleet.restore(deadline=engine.start_timeout)
         yield fleet
+
+
+def engine_config(config: object) -> EngineConfig:
+    """The config, made of a mapping where it is one. Raises ConfigError where it is no engine's."""
+    if isinstance(config, EmbeddedEngineConfig | SGLangEngineConfig | VLLMEngineConfig):
+        return config
+    engine: EngineConfig = _validated(
+        "config", TypeAdapter(EngineConfig), config, "EmbeddedEngineConfig(kind='embedded')"
+    )
+    return engine
+
+
+def router_config(router: object) -> RouterConfig | None:
+    """The same for a router's, which may be its name."""
+    if router is None or isinstance(router, SGLangRouterConfig | VLLMRouterConfig):
+        return router
+    found: RouterConfig = _validated("router", TypeAdapter(RouterConfig), router, "'sglang' or 'vllm'")
+    return found
+
+
+def _validated(name: str, adapter: "TypeAdapter[Any]", value: object, example: str) -> Any:
+    if not isinstance(value, str | Mapping):
+        raise ConfigError(f"{name} must be a config such as {example}, and is {arguments.shown(value)}")
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (name, *first["loc"])))
+        raise ConfigError(f"{where}: {first['msg']}; {name} is such as {example}") from None
 
 
 def agreeing_on_memory(environment: Mapping[str, str]) -> Mapping[str, str]:

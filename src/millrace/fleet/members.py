@@ -21,6 +21,7 @@ class Members(ABC):
         self.changed = asyncio.Condition()
         self.coming: set[str] = set()
         self.asleep: frozenset[MemoryTag] = frozenset()
+        self.closed = False  # its block has ended
 
     @abstractmethod
     async def suspect(self, name: str, error: EngineError) -> None:

@@ -466,8 +466,6 @@ class Versions:
         """Raises PublishError where the version can't be published now."""
         if self.frozen:
             raise PublishError("this fleet's model is frozen, as a judge's is: nothing is published to it")
-        if not isinstance(version, int):
-            raise PublishError(f"a version is a number, and {version!r} is not")
         if self._publishing:
             raise PublishError(f"version {version} can't be published while another version is on its way")
         if self._last is not None and version <= self._last:

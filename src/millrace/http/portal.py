@@ -5,11 +5,15 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from millrace.errors import NoEngineError
+
 T = TypeVar("T")
 
 
 class Portal:
     """Runs coroutines for other threads. A context manager: the loop's thread ends with the block."""
+
+    _closed = False
 
     def __enter__(self) -> "Portal":
         self._loop = asyncio.new_event_loop()
@@ -18,12 +22,17 @@ class Portal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """The coroutine's result. An interrupt while waiting (Ctrl-C) cancels the coroutine."""
+        """The coroutine's result. An interrupt while waiting (Ctrl-C) cancels the coroutine. Raises NoEngineError after
+        the block has ended."""
+        if self._closed:
+            coroutine.close()
+            raise NoEngineError("the fleet is closed: its block has ended, and so have the engines that it started")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
