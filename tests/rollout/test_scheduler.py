@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from millrace.config import EmbeddedEngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import NoEngineError
+from millrace.fleet.client import FleetClient
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.rollout.agent import EpisodeLimits
@@ -49,7 +50,7 @@ def runner(fleet: Fleet, tiny_model: Path) -> SampleRunner:
     return make_runner(fleet, tiny_model)
 
 
-def make_runner(fleet: Fleet, model: Path) -> SampleRunner:
+def make_runner(fleet: FleetClient, model: Path) -> SampleRunner:
     return SampleRunner(
         fleet=fleet,
         chat=load_chat_format(str(model), [Calculator().schema]),

@@ -1,0 +1,35 @@
+"""A sample's deadline stands still while no engine can generate."""
+
+import asyncio
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from millrace.fleet.client import FleetClient
+from millrace.fleet.journal import Journal
+from millrace.fleet.roster import Roster
+from millrace.types import ALL_MEMORY
+from tests.rollout.test_scheduler import make_runner
+
+LEFT = 0.2  # seconds that the sample has
+STANDSTILL = 0.5
+
+
+@pytest.mark.parametrize("why", ["asleep", "started again"])
+async def test_time_stands_still(why: str, tiny_model: Path) -> None:
+    roster = Roster([], Journal(), lambda *_: None, lambda _: nullcontext())
+    if why == "asleep":
+        roster.asleep = ALL_MEMORY
+    else:
+        roster.coming.add("engine-0")
+    runner = make_runner(FleetClient(roster, roster.journal, 0), tiny_model)
+    async with asyncio.timeout(LEFT) as timer:
+        asking = asyncio.create_task(runner._time_left(timer))
+        await asyncio.wait([asking], timeout=STANDSTILL)
+        assert not asking.done()
+        roster.asleep = frozenset()
+        roster.coming.clear()
+        await roster.tell()
+        assert 0 < await asking <= LEFT
+        assert timer.when() is not None
