@@ -93,7 +93,7 @@ def read_names(folder: Path, stored: Collection[str] | None) -> CheckpointNames:
     """Those of the model whose config is in `folder`; its weights are neither read nor made. `stored` are the names of
     the tensors in the folder, None where it has none. Raises DataError where transformers does not know the model."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config) if kind is None else kind._from_config(config)

@@ -22,8 +22,8 @@ from tests.architectures import make_model
 Named = tuple[str, torch.Tensor]
 
 
-def saved(folder: Path, architecture: str, **changes: object) -> PreTrainedModel:
-    model = make_model(architecture, **changes)
+def saved(folder: Path, architecture: str) -> PreTrainedModel:
+    model = make_model(architecture)
     model.save_pretrained(folder)
     return model
 

@@ -168,7 +168,7 @@ class _Kind(Protocol[T]):
 
     def shape(self, value: T) -> Shape: ...
 
-    def stored(self, name: str) -> T: ...
+    def stored(self, name: str, beside: T | None) -> T: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class _Shapes:
     def shape(self, value: Shape) -> Shape:
         return value
 
-    def stored(self, name: str) -> Shape:
+    def stored(self, name: str, beside: Shape | None) -> Shape:  # noqa: ARG002
         return self.trained.stored[name].shape
 
 
@@ -202,8 +202,10 @@ class _Tensors:
     def shape(self, value: torch.Tensor) -> Shape:
         return tuple(value.shape)
 
-    def stored(self, name: str) -> torch.Tensor:
-        return read_tensor(self.trained.stored[name], name)
+    def stored(self, name: str, beside: torch.Tensor | None) -> torch.Tensor:
+        """On the device of the tensor `beside`, since the tensors of a bucket are on one."""
+        tensor = read_tensor(self.trained.stored[name], name)
+        return tensor if beside is None else tensor.to(beside.device)
 
 
 class _Walk(Generic[T]):
@@ -220,13 +222,14 @@ class _Walk(Generic[T]):
         self.added: list[str] = []
 
     def all(self, given: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+        value = None
         for name, value in given:
             for made in self._take(name, value):
                 self._made.add(made[0])
                 yield made
         for name in sorted(self._trained.kept - self._made):
             self.added.append(name)
-            yield name, self._kind.stored(name)
+            yield name, self._kind.stored(name, value)
 
     def _take(self, name: str, value: T) -> Iterable[tuple[str, T]]:
         if (resolved := self._trained.resolve(name)) is None:

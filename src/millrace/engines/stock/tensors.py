@@ -36,5 +36,5 @@ def check_whole(loaded: Iterable[str], shapes: Shapes | None) -> None:
     if shapes is not None and (missing := sorted(shapes.keys() - set(loaded))):
         raise ForbiddenError(
             f"{len(missing)} of {len(shapes)} tensors are missing, {missing[0]} among them; "
-            "where the trainer's model has fewer than its folder (a speculative head), start from a folder without them"
+            "where the trainer's model has fewer than its folder, start from a folder without them"
         )
