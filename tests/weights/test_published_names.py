@@ -1,10 +1,10 @@
 """Real engines take whatever a trainer holds, and then generate what the trainer's model does."""
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import orjson
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -123,6 +123,6 @@ def index(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         file = f"model-{number + 1:05d}-of-00002.safetensors"
         save_file(some, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(some, file)
-    (folder / "model.safetensors.index.json").write_text(orjson.dumps({"weight_map": files}).decode())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     old = {name: tensor + 1 for name, tensor in tensors.items()}
     save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
