@@ -227,9 +227,10 @@ def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
         ("data={kind: file, path: none.jsonl}", "none.jsonl"),
         ("model.path=no-such-owner/model", "no-such-owner/model is no folder here and can't be had from the Hub"),
         ("rollout.tools=[abacus]", "no tool is called 'abacus'"),
+        ("rollout.chat_template_kwargs={loud: true}", "no variable loud (rollout.chat_template_kwargs)"),
         ("--resume", "holds no run to resume"),
     ],
-    ids=["data", "hub", "tool", "resume"],
+    ids=["data", "hub", "tool", "template", "resume"],
 )
 def test_so_is_what_only_a_closer_look_finds(folder: Path, here: Here, argument: str, says: str) -> None:
     err = here.fails(folder, argument)

@@ -149,7 +149,7 @@ def _check_kwargs(template: ChatTemplate) -> None:
         if argument in taken:
             raise DataError(f"{argument} is an argument of apply_chat_template, and no variable of the chat template")
         if not re.search(rf"\b{re.escape(argument)}\b", template.source):
-            raise DataError(f"the chat template has no variable {argument}")
+            raise DataError(f"the chat template has no variable {argument} (rollout.chat_template_kwargs)")
 
 
 def _reading(template: ChatTemplate) -> tuple[Reasoning, tuple[str, ...]]:
@@ -159,7 +159,7 @@ def _reading(template: ChatTemplate) -> tuple[Reasoning, tuple[str, ...]]:
     if QUESTION not in template.render([{"role": "user", "content": QUESTION}]):
         raise DataError("the chat template does not write a user's text; Millrace sends it as a string, not as parts")
     reasoning = find_reasoning(template.render, source, tokenizer.get_added_vocab().keys())
-    return reasoning, control_tokens(tokenizer, source)
+    return reasoning, control_tokens(tokenizer, f"{source}\n{reasoning.opening}\n{reasoning.closing}")
 
 
 def _check_calls(turn: StandInTurn, reasoning: Reasoning, name: str) -> None:

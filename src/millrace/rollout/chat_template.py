@@ -68,8 +68,8 @@ class StandInTurn:
     end: str
 
     def around(self, tool_answers: Sequence[str], calls: int = 0) -> tuple[str, str]:
-        """A rendered conversation, cut before the token that ends the model's turn. The second part is empty where the
-        turn is not ended before the first answer. `calls`: how many the turn has; 0 makes one for each answer."""
+        """A rendered conversation, cut before the token that ends the model's turn. The second part is empty where no
+        such token follows the turn. `calls`: how many the turn has; 0 makes one for each answer."""
         calls = calls or len(tool_answers)
         text = self.template.render([*_conversation(self.arguments, calls), *_answers(tool_answers)])
         before, stand_in, behind = text.partition(_STAND_IN)

@@ -14,11 +14,11 @@ _PLAIN = re.compile(r"\s+|</?[a-z][a-z0-9]*>")  # what some vocabularies add to 
 _PRIVATE_USE = range(0xF0000, 0x110000)  # code points that mean nothing in Unicode
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
-    """The tokens that data must not become: special ones, those that the chat template's source writes, and all other
+def control_tokens(tokenizer: PreTrainedTokenizerBase, markup: str) -> tuple[str, ...]:
+    """The tokens that data must not become: special ones, those in `markup` (the chat template's source), and all other
     added tokens but white space and HTML. A token of a single character can't be broken and is left out."""
     added = [(token.content, token.special) for token in tokenizer.added_tokens_decoder.values()]
-    control = [text for text, special in added if special or text in template or not _PLAIN.fullmatch(text)]
+    control = [text for text, special in added if special or text in markup or not _PLAIN.fullmatch(text)]
     return tuple(text for text in control if len(text) > 1)
 
 
