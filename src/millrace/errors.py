@@ -51,6 +51,17 @@ class EngineRefused(EngineError):
     """The server answered that it will not (HTTP 4xx), or Millrace refused for it what would have crashed it."""
 
 
+class LocalError(EngineError):
+    """This process lacked something that the call needed: a file descriptor, memory, disk space, a port, an answer of
+    the name service. It says nothing about the engine, which is neither suspected nor restarted. `sent` tells whether
+    the server may have seen the request."""
+
+    def __init__(self, engine: str, message: str, *, sent: bool = False) -> None:
+        super().__init__(engine, f"the call failed on this side: {message}")
+        self.reason = message
+        self.sent = sent
+
+
 class EngineFailed(EngineError):
     """The server answered that it broke (HTTP 5xx), or answered what makes no sense."""
 

@@ -51,6 +51,7 @@ class Health(StrEnum):
     PAUSED = "paused"
     ASLEEP = "asleep"
     DEAD = "dead"
+    UNKNOWN = "unknown"  # this process could not ask, for want of a file descriptor or a resolved name
 
 
 class Capability(StrEnum):

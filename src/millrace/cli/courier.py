@@ -13,6 +13,8 @@ import typer
 
 from millrace.cli.status import INTERRUPTED
 from millrace.errors import ConfigError
+from millrace.http.local import raise_file_limit
+from millrace.launch.ports import url_of
 from millrace.weights.courier.server import COURIER_KEY, CourierServer, Job, bind
 
 
@@ -53,6 +55,7 @@ def courier(
         )
     if store is not None and device is not None:
         raise ConfigError("--device is for ucx; a courier of a store (--store) has its versions on disk")
+    raise_file_limit()
     with bind(host, port, key=key) as sock:
         job = _bringing(store, folder) if store is not None and folder is not None else _pulling(device or "cpu")
         logging.getLogger("millrace").setLevel(logging.INFO)
@@ -91,7 +94,7 @@ async def _serve(job: Job, sock: socket.socket, key: str | None) -> None:
         asyncio.get_running_loop().add_signal_handler(number, told_to_end.put_nowait, status)
     runner = await CourierServer(job, key=key).start(sock)
     address, port = sock.getsockname()[:2]
-    print(f"http://{f'[{address}]' if ':' in address else address}:{port} {job.does}", flush=True)
+    print(f"{url_of(address, port)} {job.does}", flush=True)
     status = await told_to_end.get()
     await runner.cleanup()
     sys.stderr.flush()

@@ -26,7 +26,8 @@ PUBLISHED_ADAPTER = "millrace-"  # how the names of adapters begin that a fleet 
 
 class Engine(ABC):
     """One engine behind HTTP. Every call has a deadline and raises EngineTimeout when it passes, EngineUnreachable when
-    there is no connection, EngineRefused when the server says no and EngineFailed when it breaks."""
+    there is no connection, EngineRefused when the server says no, EngineFailed when it breaks, and LocalError when this
+    process could not make the call."""
 
     name: str
     url: str
@@ -127,7 +128,8 @@ class Engine(ABC):
 
     @abstractmethod
     async def health(self, *, deadline: float = 5.0) -> Health:
-        """Never raises: an engine that does not answer is Health.DEAD."""
+        """Never raises: an engine that takes no connection is Health.DEAD, and one that this process could not ask is
+        Health.UNKNOWN."""
 
     @abstractmethod
     async def loads(self) -> EngineLoad: ...

@@ -1,13 +1,16 @@
 """This host's node of an engine over several hosts, for as long as the engine lives."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from millrace.engines.launch import StockConfig, launch
 from millrace.errors import ConfigError, LaunchError
-from millrace.launch.ports import listens
+from millrace.launch.ports import listens, parted
 from millrace.launch.process import Server
+
+logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 1.0
 STRIKES = 5  # that many seconds without node 0 are its end, and not a lost packet
@@ -31,14 +34,14 @@ async def join(
         raise ConfigError(
             "set engine.nnodes, engine.node_rank (1 or more) and engine.dist_init_addr for a node to join"
         )
-    host, _, port = config.dist_init_addr.rpartition(":")
+    host, port = parted(config.dist_init_addr)
     launched = await launch(config, model_path, replica=0, log_dir=log_dir, version=0, seed=seed)
     try:
         # A node of SGLang's was healthy when all ranks had met. One of vLLM's has no HTTP, and tells nothing.
-        await launched.process.until_healthy(lambda: listens(host, int(port)), deadline=config.start_timeout)
+        await launched.process.until_healthy(lambda: listens(host, port), deadline=config.start_timeout)
         ready()
         ended = asyncio.create_task(launched.process.wait())
-        lost = asyncio.create_task(_until_gone(host, int(port)))
+        lost = asyncio.create_task(_until_gone(host, port))
         try:
             await asyncio.wait((ended, lost), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -59,5 +62,8 @@ async def _until_gone(host: str, port: int) -> None:
     """Returns when nothing has listened there for a while. The ranks' meeting point is open as long as node 0 lives."""
     strikes = 0
     while strikes < STRIKES:
-        strikes = 0 if await listens(host, port) else strikes + 1
+        try:
+            strikes = 0 if await listens(host, port) else strikes + 1
+        except LaunchError as error:  # this host's own trouble says nothing about node 0
+            logger.warning("%s", error)
         await asyncio.sleep(WATCH_SECONDS)

@@ -15,6 +15,7 @@ from millrace.fleet.journal import Journal
 from millrace.fleet.members import Members
 from millrace.fleet.membership import STRIKES, Member, Snapshot, Struck, after
 from millrace.http.client import HttpClient
+from millrace.http.local import raise_file_limit
 from millrace.types import ANYWHERE, FinishReason, GenerateRequest, Generation, MemoryTag, Placement
 
 POLL_SECONDS = 20.0  # that the owner keeps a question when nothing changes
@@ -127,6 +128,7 @@ class Follower(FleetClient):
     ) -> "AsyncIterator[Follower]":
         """Follows the fleet whose owner answers at `url` to those who know `key` (`millrace.serve.owner`). Raises
         EngineError where it does not."""
+        raise_file_limit()
         followed = Followed(url, key)
         following: asyncio.Task[None] | None = None
         try:

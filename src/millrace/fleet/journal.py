@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from millrace.errors import DataError, EngineRefused, EngineTimeout, NoEngineError
+from millrace.errors import DataError, EngineRefused, EngineTimeout, LocalError, NoEngineError
 from millrace.fleet.membership import Member, Phase
 from millrace.fleet.routing import Why
 from millrace.jsonl import drop_torn_tail
@@ -44,6 +44,7 @@ class Outcome(StrEnum):
     REFUSED = "refused"
     TIMEOUT = "timeout"
     FAILED = "failed"
+    LOCAL = "local"  # this process could not make the call
     UNSERVED = "unserved"  # no engine could take it by its deadline
 
 
@@ -58,6 +59,8 @@ def outcome_of(error: BaseException) -> Outcome:
             return Outcome.TIMEOUT
         case NoEngineError():
             return Outcome.UNSERVED
+        case LocalError():
+            return Outcome.LOCAL
         case asyncio.CancelledError():
             return Outcome.ABORTED
     return Outcome.FAILED

@@ -28,6 +28,7 @@ from millrace.fleet.journal import Journal
 from millrace.fleet.members import Members
 from millrace.fleet.proxy import Proxy
 from millrace.fleet.starting import start_all
+from millrace.http.local import raise_file_limit
 from millrace.launch.ports import is_here
 from millrace.routers.start import start_router
 from millrace.weights.cast import require_one_dtype
@@ -71,7 +72,7 @@ async def open_fleet(
     weights than it should is started anew up to `restarts` times in a row (docs/faults.md).
     What happens is told to `journal` (docs/monitoring.md), which the caller closes. A `frozen` fleet is never published
     to (docs/judges.md). Engines are called `PREFIX-0` and so on, by default after their kind. `router` stands before
-    them (docs/routers.md).
+    them (docs/routers.md). The soft limit of open files of this process is raised to the hard one (docs/faults.md).
 
     Raises LaunchError when an engine does not come up (the others are ended), DataError when the folder is not a
     model's or `folder` not a store, PublishError when the engines can't take weights by that transport or compute in
@@ -90,6 +91,7 @@ async def open_fleet(
             check_router(router, engine.kind)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+    raise_file_limit()
     checksums = await asyncio.to_thread(folder_checksums, model)
     store = None
     if folder is not None:

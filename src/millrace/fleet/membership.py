@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 
+from millrace.errors import EngineError, LocalError
 from millrace.types import ALL_MEMORY, MemoryTag
 
 STRIKES = 3
@@ -176,6 +177,12 @@ def after(member: Member, event: Event) -> Member:
             return replace(without_weights(member), phase=Phase.QUARANTINED, reason=reason)
         case Died(reason):
             return replace(without_weights(member), phase=Phase.DEAD, reason=reason)
+
+
+def verdict(error: EngineError) -> Event:
+    """What a step of an update that failed means for its engine. After a failure on this side the engine is sound, and
+    it may lack the version that others have."""
+    return Emptied() if isinstance(error, LocalError) else Distrusted(str(error))
 
 
 def answering(member: Member) -> Member:

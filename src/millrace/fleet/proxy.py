@@ -25,6 +25,7 @@ from millrace.errors import (
     EngineTimeout,
     EngineUnreachable,
     LaunchError,
+    LocalError,
     NoEngineError,
 )
 from millrace.fleet.journal import Journal
@@ -281,6 +282,8 @@ class Proxy:
                 attempts, since = attempts + 1, await self._anew(attempts)
             try:
                 await self._true_up()
+            except LocalError as error:
+                logger.warning("the list of %s could not be compared: %s", self.router.name, error)
             except EngineError as error:
                 self._fell(str(error))
             await self._tell()

@@ -121,5 +121,5 @@ class Recovery:
                 await self._roster.apply(name, Died(reason) if self._limit else Struck(reason, STRIKES))
             elif silent >= SUSPECT_SECONDS:
                 await self._roster.apply(name, Struck(reason, STRIKES))
-        elif member.phase is Phase.SUSPECT:
+        elif health is not Health.UNKNOWN and member.phase is Phase.SUSPECT:
             await self._roster.apply(name, Answered())

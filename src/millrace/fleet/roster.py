@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from millrace.engines.start import Started
-from millrace.errors import EngineError
+from millrace.errors import EngineError, LocalError
 from millrace.fleet.journal import Journal
 from millrace.fleet.members import Members
 from millrace.fleet.membership import Answered, Died, Distrusted, Event, Member, Snapshot, Struck, after
@@ -75,11 +75,15 @@ class Roster(Members):
         await self.show(self.snapshot.with_member(member))
 
     async def each(self, step: Callable[[Started], Awaitable[None]]) -> None:
-        """Takes one step on every usable engine at once. One that fails it is quarantined, with the reason."""
+        """Takes one step on every usable engine at once. One that fails it is quarantined, with the reason. Raises
+        LocalError, after all have ended, where this process could not ask one."""
+        unasked: list[LocalError] = []
 
         async def guarded(name: str) -> None:
             try:
                 await step(self.replicas[name])
+            except LocalError as error:
+                unasked.append(error)
             except EngineError as error:
                 logger.error("out of rotation: %s", error)
                 await self.apply(name, Distrusted(str(error)))
@@ -88,6 +92,8 @@ class Roster(Members):
             for member in self.snapshot.members:
                 if member.usable:
                     group.create_task(guarded(member.name))
+        if unasked:
+            raise unasked[0]
         self.require_hope()
 
     async def answered(self, name: str) -> None:

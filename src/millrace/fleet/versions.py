@@ -17,13 +17,14 @@ from millrace.errors import (
     EngineError,
     EngineFailed,
     EngineRefused,
+    LocalError,
     MillraceError,
     PublishError,
     WeightsChanged,
 )
 from millrace.fleet.adapters import Adapters
 from millrace.fleet.held import Held, Tensors, held_by, require_pairs
-from millrace.fleet.membership import Attested, Based, Distrusted, Emptied, Event
+from millrace.fleet.membership import Attested, Based, Distrusted, Emptied, Event, verdict
 from millrace.model_folder import has_weights, stored_tensors
 from millrace.types import AdapterConfig, Capability
 from millrace.weights.adapter import WrittenAdapter, check_adapter, check_values
@@ -196,7 +197,7 @@ class Versions:
             try:
                 await self.compare(started, self._origin, brought)
             except EngineError as error:
-                await self._apply(name, Distrusted(str(error)))
+                await self._apply(name, verdict(error))
                 raise
         elif self.transport is not None and self.store is not None and base in self.store.versions:
             tensors = self.store.tensors(base)
@@ -264,7 +265,7 @@ class Versions:
                 raise EngineFailed(engine.name, "it holds other weights than after its start")
         except EngineError as error:
             logger.error("out of rotation: %s", error)
-            then = Distrusted(str(error))
+            then = verdict(error)
         await self._apply(engine.name, then)
 
     async def compare(self, replica: Started, origin: Origin, then: Event) -> None:
@@ -311,7 +312,7 @@ class Versions:
                 emptied.add(name)
                 await self._apply(name, Emptied())
             else:
-                await self._apply(name, Distrusted(str(error)))
+                await self._apply(name, verdict(error))
 
         report = await publish(
             targets,
@@ -331,7 +332,7 @@ class Versions:
             if engine.blameless:
                 await self._apply(engine.engine, Emptied())
             elif not (isinstance(error, EngineRefused) and engine.engine in emptied):
-                await self._apply(engine.engine, Distrusted(str(error)))
+                await self._apply(engine.engine, verdict(error))
         return report
 
     async def _keep(self, version: int, tensors: "Iterable[tuple[str, torch.Tensor]]", bucket_bytes: int) -> str | None:
@@ -444,7 +445,7 @@ class Versions:
         for name, error in failed.items():
             logger.error("version %d: %s is out of rotation: %s", adapter.version, name, error)
             base = bases[name]
-            if not isinstance(error, EngineRefused):
+            if not isinstance(error, EngineRefused | LocalError):
                 await self._apply(name, Distrusted(str(error)))
             elif base is not None:
                 await self._apply(name, Based(base))

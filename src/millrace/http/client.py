@@ -1,21 +1,29 @@
 """One server's HTTP API: pooled connections, a deadline on every call, and errors that name the engine.
 
 Data calls (generate) and control calls (all others) have connections of their own, so that a pause never queues behind
-a thousand generates. A call is repeated only when the caller says that repeating it is safe.
+a thousand generates. A call is repeated only when the caller says that repeating it is safe, or when this process could
+not open a connection for it: nothing was sent then. Proxies of the environment are not used.
 """
 
 import asyncio
 import errno
+import logging
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 import aiohttp
 import orjson
+from aiohttp import AddrInfoType
+from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable
+from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable, LocalError
+from millrace.http.line import Line
+from millrace.http.local import data_socket, lacking
 
 # uvicorn, which serves the stock engines, closes an idle connection after 5 s. A client that keeps one for longer will
 # sooner or later send a request into a connection that is being closed, and can't know whether it arrived.
@@ -24,8 +32,17 @@ JSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 RETRY_PAUSES = (0.05, 0.2, 0.8)
 ERROR_TEXT_LIMIT = 500
 LARGEST_PORT = 65535
+# A name service that is slower than this is the reason why a call fails; without a limit of its own, the call would
+# reach its deadline, and the engine would seem to be silent.
+RESOLVE_SECONDS = 3.0
+RESOLVE_PATIENCE = 10.0  # seconds that a data call waits for a host name to be known
+# Connections for control calls: when a step is given up, thousands of aborts come at once.
+MOST_CONTROLS = 64
+WAIT_MARGIN = 0.05  # seconds before its deadline when a waiting call gives up, so that its caller learns the reason
+WARN_SECONDS = 60.0  # between two warnings that calls wait
 
 Method = Literal["GET", "POST", "DELETE"]
+logger = logging.getLogger(__name__)
 
 
 class HttpClient:
@@ -42,14 +59,20 @@ class HttpClient:
         self._paths: dict[str, URL] = {}
         self._keys = {"data": api_key, "query": api_key, "control": admin_key or api_key}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
+        self._line = Line()  # data calls that wait for a connection
+        self._trying = 0  # data calls that have a connection, or try to get one
+        self._lacking: LocalError | None = None  # why the last connection could not be opened
+        self._warned_at = -WARN_SECONDS
         self._closed = False
 
     async def generate(
         self, path: str, body: object, *, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Any:
-        """POSTs a data call and returns the JSON that comes back. Never repeated: the server may have begun.
+        """POSTs a data call and returns the JSON that comes back. Never repeated: the server may have begun. Waits while
+        this process may open no further connection.
 
-        Raises EngineTimeout, EngineUnreachable, EngineRefused (4xx) or EngineFailed (5xx, or no JSON).
+        Raises EngineTimeout, EngineUnreachable, EngineRefused (4xx), EngineFailed (5xx, or no JSON), or LocalError where
+        this process could not send it by the deadline.
         """
         return await self._call("data", "POST", path, body, deadline, headers)
 
@@ -71,24 +94,22 @@ class HttpClient:
 
     async def events(self, path: str, body: object, *, deadline: float) -> AsyncIterator[Any]:
         """POSTs a data call that answers with server-sent events; yields the JSON of each until `[DONE]`."""
-        try:
-            async with self._post("data", "POST", path, body, deadline) as response:
-                if response.status != 200:
-                    self._parse(path, response.status, await response.read())
-                async for line in _lines(response.content):
-                    if not line.startswith(b"data:"):
-                        continue
-                    data = line[5:].strip()
-                    if data == b"[DONE]":
-                        return
-                    yield self._decode(path, data)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._translate(path, error, deadline) from error
+        async with self._answer("data", "POST", path, body, deadline) as response:
+            if response.status != 200:
+                self._parse(path, response.status, await response.read())
+            async for line in _lines(response.content):
+                if not line.startswith(b"data:"):
+                    continue
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    return
+                yield self._decode(path, data)
         raise EngineUnreachable(self.name, f"the stream of {path} broke off before its end", sent=True)
 
     async def close(self) -> None:
-        """Gives the connections back; calls after this raise EngineUnreachable."""
+        """Gives the connections back; calls after this raise LocalError."""
         self._closed = True
+        self._line.close()
         sessions = list(self._sessions.values())
         self._sessions.clear()
         for session in sessions:
@@ -103,20 +124,16 @@ class HttpClient:
         deadline: float,
         headers: Mapping[str, str] | None = None,
     ) -> Any:
-        try:
-            async with self._post(channel, method, path, body, deadline, headers) as response:
-                data = await response.read()
-                if response.status >= 500:
-                    response.close()  # vLLM closes such a connection without a word, under the next request
-                if response.status == 200 and not response.headers.get("Content-Type", "").startswith(
-                    "application/json"
-                ):
-                    return data.decode(errors="replace") or None
-                return self._parse(path, response.status, data)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._translate(path, error, deadline) from error
+        async with self._answer(channel, method, path, body, deadline, headers) as response:
+            data = await response.read()
+            if response.status >= 500:
+                response.close()  # vLLM closes such a connection without a word, under the next request
+            if response.status == 200 and not response.headers.get("Content-Type", "").startswith("application/json"):
+                return data.decode(errors="replace") or None
+            return self._parse(path, response.status, data)
 
-    def _post(
+    @asynccontextmanager
+    async def _answer(
         self,
         channel: str,
         method: Method,
@@ -124,17 +141,94 @@ class HttpClient:
         body: object,
         deadline: float,
         headers: Mapping[str, str] | None = None,
-    ) -> "aiohttp.client._RequestContextManager":
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The response, once its head is there. Reading it in the block raises errors of Millrace's, too."""
+        response = await self._send(channel, method, path, body, deadline, headers)
+        try:
+            async with response:
+                yield response
+        except (aiohttp.ClientError, TimeoutError, MemoryError) as error:
+            raise self._translate(path, error, deadline) from error
+        finally:
+            self._leave(channel, free=True)
+
+    async def _send(
+        self,
+        channel: str,
+        method: Method,
+        path: str,
+        body: object,
+        deadline: float,
+        headers: Mapping[str, str] | None,
+    ) -> aiohttp.ClientResponse:
+        """Tries again where this process lacks something for a connection, since nothing was sent: a data call when one
+        of its kind has ended, until the deadline; a control call a few times."""
+        begun = time.monotonic()
+        end, patience = begun + max(deadline, 0.001), deadline
+        data = None if body is None else self._encode(path, body)
+        pauses = iter(RETRY_PAUSES)
+        if channel == "data" and self._line:
+            await self._wait(end, again=False)
+        while True:
+            try:
+                return await self._attempt(channel, method, path, data, end - time.monotonic(), headers)
+            except LocalError as error:
+                if error.sent or self._closed:
+                    raise
+                if isinstance(error.__cause__, aiohttp.ClientConnectorDNSError):
+                    patience = RESOLVE_PATIENCE
+                if channel == "data":
+                    self._lacking = error
+                    await self._wait(min(end, begun + patience), again=True)
+                elif (pause := next(pauses, None)) is None or time.monotonic() + pause >= end:
+                    raise
+                else:
+                    await asyncio.sleep(pause)
+
+    async def _attempt(
+        self,
+        channel: str,
+        method: Method,
+        path: str,
+        data: bytes | None,
+        seconds: float,
+        headers: Mapping[str, str] | None,
+    ) -> aiohttp.ClientResponse:
         url = self._paths.get(path)
         if url is None:
             url = self._paths[path] = self._url.join(URL(path))
-        return self._session(channel).request(
-            method,
-            url,
-            data=None if body is None else self._encode(path, body),
-            headers=headers,
-            timeout=aiohttp.ClientTimeout(total=max(deadline, 0.001)),
-        )
+        self._trying += channel == "data"
+        try:
+            timeout = aiohttp.ClientTimeout(total=max(seconds, 0.001))
+            return await self._session(channel).request(method, url, data=data, headers=headers, timeout=timeout)
+        except (aiohttp.ClientError, TimeoutError, MemoryError) as error:
+            failure = self._translate(path, error, seconds)
+            # A call that found no connection leaves none to the next.
+            self._leave(channel, free=not isinstance(failure, LocalError))
+            raise failure from error
+        except BaseException:
+            self._leave(channel, free=True)
+            raise
+
+    def _leave(self, channel: str, *, free: bool) -> None:
+        """A call has ended. `free`: the next in line can have its connection."""
+        if channel == "data":
+            self._trying -= 1
+            if free:
+                self._line.admit()
+
+    async def _wait(self, end: float, *, again: bool) -> None:
+        """In line, for another try. Raises LocalError at `end` (time.monotonic)."""
+        error = self._lacking
+        assert error is not None
+        now = time.monotonic()
+        if now - self._warned_at >= WARN_SECONDS:
+            self._warned_at = now
+            logger.warning("requests wait: %s", error)
+        try:
+            await self._line.wait(end - WAIT_MARGIN - now, again=again)
+        except TimeoutError:
+            raise LocalError(self.name, error.reason) from error
 
     def _encode(self, path: str, body: object) -> bytes:
         try:
@@ -144,14 +238,19 @@ class HttpClient:
 
     def _session(self, channel: str) -> aiohttp.ClientSession:
         if self._closed:
-            raise EngineUnreachable(self.name, "its client was closed", sent=False)
+            raise LocalError(self.name, "its client was closed")
         session = self._sessions.get(channel)
         if session is None:
             headers = {"Content-Type": "application/json"}
             if key := self._keys[channel]:
                 headers["Authorization"] = f"Bearer {key}"
             session = self._sessions[channel] = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+                connector=aiohttp.TCPConnector(
+                    limit=0 if channel == "data" else MOST_CONTROLS,
+                    keepalive_timeout=KEEPALIVE_SECONDS,
+                    resolver=_Resolver(),
+                    socket_factory=self._data_socket if channel == "data" else None,
+                ),
                 headers=headers,
                 skip_auto_headers=("User-Agent", "Accept-Encoding"),
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -173,20 +272,51 @@ class HttpClient:
             text = data.decode(errors="replace")[:ERROR_TEXT_LIMIT]
             raise EngineFailed(self.name, f"{path} answered what is not JSON: {text}") from None
 
-    def _translate(self, path: str, error: Exception, deadline: float) -> Exception:
-        if isinstance(error, TimeoutError):
-            return EngineTimeout(self.name, f"{path} did not answer within {deadline:.1f} s")
-        if not isinstance(error, aiohttp.ClientConnectorError):
-            return EngineUnreachable(self.name, f"the connection for {path} broke off: {error!r}", sent=True)
-        return EngineUnreachable(self.name, self._no_connection(error), sent=False)
+    def _data_socket(self, address: AddrInfoType) -> socket.socket:
+        """One call at a time may have what is reserved for others, so that there is always one that goes on."""
+        make = data_socket if self._trying > 1 else socket.socket
+        return make(*address[:3])
 
-    def _no_connection(self, error: aiohttp.ClientConnectorError) -> str:
-        at = self._url.origin()
+    def _translate(self, path: str, error: Exception, seconds: float) -> Exception:
+        refused = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else None
+        sent = refused is None
+        if self._closed:
+            return LocalError(self.name, "its client was closed", sent=sent)
         if isinstance(error, aiohttp.ClientConnectorDNSError):
-            return f"the host of {at} is not known: {error.os_error.strerror}"
-        if error.os_error.errno == errno.ECONNREFUSED:
-            return f"nobody listens at {at}"
-        return f"no connection to {at}: {error.os_error}"
+            reason = f"the host of {self._url.origin()} can't be resolved: {error.os_error.strerror or error.os_error}"
+            return LocalError(self.name, reason)
+        if (lack := lacking(refused or error)) is not None:
+            return LocalError(self.name, f"no connection to {self._url.origin()}: {lack}", sent=sent)
+        if isinstance(error, TimeoutError):
+            return EngineTimeout(self.name, f"{path} did not answer within {seconds:.1f} s")
+        if refused is None:
+            return EngineUnreachable(self.name, f"the connection for {path} broke off: {error!r}", sent=True)
+        return EngineUnreachable(self.name, self._no_connection(refused), sent=False)
+
+    def _no_connection(self, error: OSError) -> str:
+        at = self._url.origin()
+        return f"nobody listens at {at}" if error.errno == errno.ECONNREFUSED else f"no connection to {at}: {error}"
+
+
+class _Resolver(AbstractResolver):
+    """The host's own, within RESOLVE_SECONDS."""
+
+    def __init__(self) -> None:
+        self._resolver = aiohttp.ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        try:
+            async with asyncio.timeout(RESOLVE_SECONDS):
+                return await self._resolver.resolve(host, port, family)
+        except TimeoutError:
+            raise socket.gaierror(
+                socket.EAI_AGAIN, f"the name service did not answer within {RESOLVE_SECONDS:g} s"
+            ) from None
+
+    async def close(self) -> None:
+        await self._resolver.close()
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:

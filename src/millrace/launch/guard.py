@@ -12,6 +12,7 @@ or 128 and the signal's number.
 
 import ctypes
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -24,6 +25,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 # A socket's path has at most 107 bytes: of these 18 are the folder's own name, and engines add up to 45.
 LONGEST_PLACE = 44
 SHORT_PLACES = ("/tmp", "/dev/shm", "/var/tmp")  # noqa: S108 # a folder with a random name is made there
+MOST_FILES = 2**20
 POLL_SECONDS = 0.5  # how soon the loss of the parent is seen where another process still holds the pipe
 
 
@@ -129,8 +131,18 @@ def main() -> int:
         return guard(float(sys.argv[1]), [name for name in sys.argv[2].split(",") if name], sys.argv[3:], folder)
 
 
+def raise_file_limit() -> None:
+    """Of this process, and so of the server below it: each request is an open connection. As
+    `millrace.http.local.raise_file_limit`, which can't be imported here."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def guard(grace: float, leftovers: list[str], command: list[str], folder: str) -> int:
     parent, began = os.getppid(), time.time()
+    raise_file_limit()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     wakeup, write_end = os.pipe()
     os.set_blocking(write_end, False)

@@ -1,38 +1,83 @@
 """TCP ports: the kernel's or the config's, never base + rank."""
 
 import asyncio
+import errno
 import socket
 from urllib.parse import urlsplit
 
 from millrace.errors import LaunchError
+from millrace.http.local import lacking
 
 CONNECT_SECONDS = 1.0
 
 
 def free_port(host: str) -> int:
-    """A port that was free a moment ago. The kernel goes through its range before it hands one out again."""
-    with socket.create_server((host, 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    """A port that was free a moment ago. The kernel goes through its range before it hands one out again.
+    Raises LaunchError where `host` is no address of this host."""
+    try:
+        with bound(host, 0) as server:
+            port: int = server.getsockname()[1]
+            return port
+    except OSError as error:
+        raise LaunchError(f"{host} gives no port: {why_not_bound(host, error)}") from error
 
 
 def require_free(host: str, port: int) -> None:
     """Raises LaunchError when something listens on the port already."""
     try:
-        socket.create_server((host, port)).close()
+        bound(host, port).close()
     except OSError as error:
         raise LaunchError(
-            f"port {port} of {host} can't be used ({error.strerror}); name another in engine.ports, or leave it out "
+            f"port {port} of {host} can't be used ({why_not_bound(host, error)}); name another in engine.ports, or leave it out "
             "and the kernel gives a free one"
         ) from error
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A server's socket at an address or a name of this host, IPv4 or IPv6. Raises OSError."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(address[:2], family=family)
+
+
+def why_not_bound(host: str, error: OSError) -> str:
+    """Why `bound` failed, in words."""
+    if isinstance(error, socket.gaierror):
+        return f"the host {host} can't be resolved: {error.strerror}"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{host} is no address of this host"
+    return lacking(error) or error.strerror or str(error)
+
+
+def url_of(host: str, port: int | str) -> str:
+    """The URL of a server that listens at `host`. A wildcard address is reached by loopback."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bare := unbracketed(host), bare)  # noqa: S104
+    return f"http://{joined(reached, port)}"
+
+
+def joined(host: str, port: int | str) -> str:
+    """host:port, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parted(address: str) -> tuple[str, int]:
+    """Host and port of host:port; an IPv6 address loses its brackets."""
+    host, _, port = address.rpartition(":")
+    return unbracketed(host), int(port)
+
+
+def unbracketed(host: str) -> str:
+    return host.removeprefix("[").removesuffix("]")
+
+
 async def listens(host: str, port: int) -> bool:
-    """Whether something takes connections at the port, within a second."""
+    """Whether something takes connections at the port, within a second. Raises LaunchError where this process could
+    not ask."""
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             _, writer = await asyncio.open_connection(host, port)
-    except OSError:  # TimeoutError is one
+    except OSError as error:  # TimeoutError is one
+        if (lack := lacking(error)) is not None:
+            raise LaunchError(f"{host}:{port} could not be asked: {lack}") from error
         return False
     writer.close()
     return True
@@ -59,6 +104,9 @@ def host_of(url: str) -> str:
 def _ends(url: str) -> tuple[str, str]:
     """Both ends of a way to `url`. Connecting a UDP socket sends nothing."""
     parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
+    found = socket.getaddrinfo(parts.hostname or "127.0.0.1", parts.port or 80, type=socket.SOCK_DGRAM)
+    found.sort(key=lambda one: one[0] != socket.AF_INET)  # IPv4 where a name has both
+    family, _, _, _, address = found[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
         return probe.getsockname()[0], probe.getpeername()[0]

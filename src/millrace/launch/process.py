@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from millrace.errors import LaunchError
+from millrace.http.local import lacking
+from millrace.http.proxies import reaching_loopback
 from millrace.launch import guard
 from millrace.launch.account import account_environment
 
@@ -78,20 +80,25 @@ class ServerProcess:
         env: Mapping[str, str] | None = None,
         leftovers: Sequence[str] = (),
     ) -> "ServerProcess":
-        """Starts `command` with `env` added to this process's environment; what it prints goes to `log_path`.
+        """Starts `command` with `env` added to this process's environment; what it prints goes to `log_path`. Its own
+        host is never asked by a proxy (`millrace.http.proxies`). Raises LaunchError where this process can't start it.
 
         `leftovers` are patterns of names in /dev/shm that the server is known to leave there, for removal in the end.
         """
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with open_private(log_path) as log:
-            process = await asyncio.create_subprocess_exec(
-                *guarded(command, grace=GRACE_SECONDS, leftovers=leftovers),
-                stdin=asyncio.subprocess.PIPE,  # the lifeline: it closes when this process dies
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **account_environment(), **LOG_ENCODING, **(env or {})},
-                start_new_session=True,  # Ctrl-C in the terminal is for the launcher, which ends its servers in order
-            )  # fmt: skip
+        environment = {**os.environ, **account_environment(), **LOG_ENCODING, **(env or {})}
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            with open_private(log_path) as log:
+                process = await asyncio.create_subprocess_exec(
+                    *guarded(command, grace=GRACE_SECONDS, leftovers=leftovers),
+                    stdin=asyncio.subprocess.PIPE,  # the lifeline: it closes when this process dies
+                    stdout=log,
+                    stderr=log,
+                    env=reaching_loopback(environment),
+                    start_new_session=True,  # Ctrl-C is for the launcher, which ends its servers in order
+                )
+        except OSError as error:
+            raise LaunchError(f"{name} could not be started: {lacking(error) or error}") from error
         return cls(name, process, log_path)
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from millrace.errors import EngineError, EngineFailed, EngineUnreachable
+from millrace.errors import EngineFailed, EngineUnreachable, LocalError
 from millrace.fleet.journal import Journal
 from millrace.rollout.agent import AbortedGeneration
 from millrace.types import FinishReason, GenerateRequest, Generation, Segment
@@ -28,7 +28,7 @@ class Attempts:
             raise error
         self.left -= 1
         self.used += 1
-        engine = error.engine if isinstance(error, EngineError) else None
+        engine = error.engine if isinstance(error, EngineUnreachable | EngineFailed) else None
         self.journal.retried(engine, attempt=self.used, continued=continued)
 
 
@@ -47,7 +47,7 @@ async def generate_whole(
         sent += 1
         try:
             piece = await send(rest)
-        except (EngineUnreachable, EngineFailed) as error:
+        except (EngineUnreachable, EngineFailed, LocalError) as error:
             attempts.spend(error, continued=True)
             continue
         pieces.append(piece)

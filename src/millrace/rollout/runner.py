@@ -12,6 +12,7 @@ from millrace.errors import (
     EngineTimeout,
     EngineUnreachable,
     JudgeError,
+    LocalError,
     NonFiniteLogprobs,
 )
 from millrace.fleet.client import FleetClient
@@ -74,10 +75,10 @@ class SampleRunner:
         while True:
             try:
                 return await self._play(sample_id, group_id, problem, attempts, timer)
-            except (EngineUnreachable, EngineFailed, AbortedGeneration) as error:
+            except (EngineUnreachable, EngineFailed, LocalError, AbortedGeneration) as error:
                 try:
                     attempts.spend(error, continued=False)
-                except (EngineUnreachable, EngineFailed, AbortedGeneration):
+                except (EngineUnreachable, EngineFailed, LocalError, AbortedGeneration):
                     reason = f"gave up after {attempts.used + 1} attempts: {error}"
                     return _failed(sample_id, group_id, problem, reason)
 

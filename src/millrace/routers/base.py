@@ -9,7 +9,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from millrace.engines.http_engine import HttpEngine
-from millrace.errors import EngineError
+from millrace.errors import EngineError, LocalError
 from millrace.http import HttpClient
 from millrace.types import ANYWHERE, GenerateRequest, Generation, Placement
 
@@ -28,8 +28,11 @@ class Router(ABC):
         self._http = HttpClient(name, url, api_key=key)
 
     async def up(self) -> bool:
+        """Whether it answers. Raises LocalError where this process could not ask."""
         try:
             await self._http.control("GET", "/liveness", deadline=ASK_DEADLINE)
+        except LocalError:
+            raise
         except EngineError:
             return False
         return True

@@ -9,6 +9,7 @@ from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from millrace.errors import ConfigError
+from millrace.launch.ports import bound, unbracketed, url_of, why_not_bound
 from millrace.serve.metrics import exposition
 from millrace.serve.view import Observer
 
@@ -30,12 +31,12 @@ async def serve(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
     app = web.Application()
     app.add_routes([web.get("/metrics", metrics), web.get("/fleet", fleet)])
     with bind(host, port) as sock:
-        address, bound = sock.getsockname()[:2]
+        address, port = sock.getsockname()[:2]
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE)
         try:
             await runner.setup()
             await web.SockSite(runner, sock).start()
-            yield f"http://{f'[{address}]' if ':' in address else address}:{bound}"
+            yield url_of(address, port)
         finally:
             await runner.cleanup()
 
@@ -43,10 +44,9 @@ async def serve(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
 def bind(host: str, port: int) -> socket.socket:
     """Raises ConfigError where that is not possible."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        return bound(unbracketed(host), port)
     except OSError as error:
         raise ConfigError(
-            f"metrics can't be served at {host}:{port} ({error.strerror}); name another metrics.port, or 0, and the "
+            f"metrics can't be served at {host}:{port} ({why_not_bound(host, error)}); name another metrics.port, or 0, and the "
             "kernel gives a free one"
         ) from error

@@ -4,7 +4,6 @@ happen once is done by rank 0, and what has to happen together is a collective i
 import asyncio
 import os
 import secrets
-import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -18,6 +17,7 @@ from millrace.fleet.client import FleetClient
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.follower import Follower
 from millrace.fleet.journal import Journal
+from millrace.launch.ports import bound, url_of
 from millrace.rollout.sample import SampleStatus
 from millrace.rollout.scheduler import Ledger
 from millrace.serve.owner import own
@@ -68,10 +68,10 @@ async def shared(
             yield fleet
             return
         key = secrets.token_urlsafe(24)
-        with socket.create_server((own_address(), 0)) as sock:
-            host, port = sock.getsockname()
+        with bound(own_address(), 0) as sock:
+            host, port = sock.getsockname()[:2]
             async with own(fleet.members, sock, key):
-                await thread.run(world.broadcast, f"http://{host}:{port} {key}".encode())
+                await thread.run(world.broadcast, f"{url_of(host, port)} {key}".encode())
                 yield fleet
                 await thread.run(world.any, False)
 
@@ -79,7 +79,7 @@ async def shared(
 def own_address() -> str:
     """Where rank 0 answers the others: on loopback, unless they are on several hosts."""
     one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return "127.0.0.1" if one_host else socket.gethostbyname(os.environ["MASTER_ADDR"])
+    return "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
 
 
 @dataclass(frozen=True, slots=True)

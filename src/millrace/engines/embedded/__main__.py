@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from millrace.http.local import raise_file_limit
 from millrace.imports import without_collecting
+from millrace.launch.ports import bound, url_of, why_not_bound
 from millrace.model_config import COMPUTE_DTYPES
 
 log = logging.getLogger("millrace.embedded")
@@ -44,10 +46,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = arguments(argv)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    raise_file_limit()
     try:
         sock = _bind(args.host, args.port)
     except OSError as error:
-        print(f"can't listen on {args.host}:{args.port}: {error.strerror}; choose another --port", file=sys.stderr)
+        print(
+            f"can't listen on {args.host}:{args.port}: {why_not_bound(args.host, error)}; choose another --port",
+            file=sys.stderr,
+        )
         return 1
     return asyncio.run(_serve(args, sock))
 
@@ -84,7 +90,7 @@ async def _serve(args: argparse.Namespace, sock: socket.socket) -> int:
         if error is not None:
             print(f"can't serve {settings.model}: {type(error).__name__}: {error}", file=sys.stderr)
             return 1
-        log.info("serving %s on http://%s:%d", settings.model, args.host, args.port)
+        log.info("serving %s on %s", settings.model, url_of(args.host, args.port))
         await ending
     log.info("told to end")
     await runner.cleanup()
@@ -93,10 +99,7 @@ async def _serve(args: argparse.Namespace, sock: socket.socket) -> int:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((host, port))
+    sock = bound(host, port)
     sock.listen(BACKLOG)
     return sock
 

@@ -20,7 +20,7 @@ from millrace.engines.sglang_wire import (
 from millrace.engines.stock.state import ForbiddenError
 from millrace.engines.stock.tokens import check_values
 from millrace.engines.versions import decode_version
-from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout
+from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout, LocalError
 from millrace.http import HttpClient
 from millrace.types import (
     ALL_MEMORY,
@@ -147,6 +147,8 @@ class EmbeddedEngine(HttpEngine):
             state = await self._http.control("GET", "/server_info", deadline=deadline)
         except EngineTimeout:
             return Health.BUSY
+        except LocalError:
+            return Health.UNKNOWN
         except EngineError:
             return Health.DEAD
         if state["asleep"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from millrace.config.models import EmbeddedEngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
-from millrace.launch.ports import free_port, require_free
+from millrace.launch.ports import free_port, require_free, unbracketed, url_of
 from millrace.launch.process import ServerProcess
 from millrace.types import EngineInfo, Health
 
@@ -35,7 +35,7 @@ async def launch(
     api_key, admin_key = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
     options = {
         "--model": model_path,
-        "--host": config.host,
+        "--host": unbracketed(config.host),
         "--port": port,
         "--device": config.device,
         "--dtype": config.dtype,
@@ -55,7 +55,7 @@ async def launch(
     process = await ServerProcess.start(
         name, command, log_dir / f"{name}.log", env={"MILLRACE_API_KEY": api_key, "MILLRACE_ADMIN_API_KEY": admin_key}
     )
-    engine = EmbeddedEngine(name, f"http://{config.host}:{port}", api_key=api_key, admin_key=admin_key)
+    engine = EmbeddedEngine(name, url_of(config.host, port), api_key=api_key, admin_key=admin_key)
 
     async def healthy() -> bool:
         return await engine.health() is Health.READY

@@ -17,6 +17,7 @@ from millrace.engines.stock.arguments import (
     require_said_once,
 )
 from millrace.errors import ConfigError
+from millrace.launch.ports import unbracketed, url_of
 
 CPU_TOTAL_TOKENS = 65536
 # Only what engine_args leaves open. torch_native, pytorch and none are the backends that need no kernel package; the
@@ -117,7 +118,7 @@ def nodes(
     return tuple(
         Node(
             rank,
-            f"http://{config.host}:{port}",
+            url_of(config.host, port),
             (
                 *options(defaults(config)),
                 *options(
@@ -162,7 +163,7 @@ def settings(config: SGLangEngineConfig, model_path: Path, version: int) -> dict
         "weight_version": str(version),
         "device": config.device,
         "dtype": config.dtype,
-        "host": config.host,
+        "host": unbracketed(config.host),
         "tp_size": config.tp_size,
         "pp_size": config.pp_size,
         "dp_size": config.dp_size,

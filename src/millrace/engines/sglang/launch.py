@@ -1,6 +1,5 @@
 """Starts an SGLang server: one process, or one for each of its nodes."""
 
-import socket
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from millrace.engines.stock.arguments import local_ranks
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
 from millrace.engines.stock.launching import Launched, free_ports, new_keys, start_nodes, with_dtype
 from millrace.errors import LaunchError
-from millrace.launch.ports import free_port, require_free
+from millrace.launch.ports import bound, free_port, require_free
 
 SERVE = Path(__file__).with_name("serve.py")  # not imported: it is the engine's
 # In shared memory, where SGLang never removes the first, and a killed server none: 25 MB with several ranks.
@@ -87,7 +86,7 @@ def free_block(host: str, count: int) -> int:
         with ExitStack() as held:
             try:
                 for port in range(first, first + count):
-                    held.enter_context(socket.create_server((host, port)))
+                    held.enter_context(bound(host, port))
             except (OSError, OverflowError):
                 continue  # one is taken, or there is no such port
             return first

@@ -18,7 +18,7 @@ from millrace.engines.stock.pieces import joined
 from millrace.engines.stock.server import StockServer
 from millrace.engines.stock.state import ForbiddenError, ServerState
 from millrace.engines.stock.tensors import check_shapes, check_whole
-from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout
+from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout, LocalError
 from millrace.http import HttpClient
 from millrace.launch.ports import listens
 from millrace.types import (
@@ -248,6 +248,8 @@ class StockEngine(StockServer):
             await self._probe(deadline)
         except EngineTimeout:
             return Health.BUSY
+        except LocalError:
+            return Health.UNKNOWN
         except EngineError:
             return Health.DEAD
         if self.state.asleep:

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import secrets
-import socket
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,10 +12,11 @@ from typing import TypeVar
 
 from millrace.config.models import StockEngineConfig
 from millrace.engines.stock.arguments import Node
-from millrace.errors import DataError, EngineError, LaunchError
+from millrace.errors import DataError, EngineError, LaunchError, LocalError
 from millrace.http import HttpClient
 from millrace.launch.account import account_name
 from millrace.launch.nodes import Nodes
+from millrace.launch.ports import bound
 from millrace.launch.process import ServerProcess
 from millrace.model_config import compute_dtype
 
@@ -113,6 +113,8 @@ async def all_healthy(clients: Sequence[HttpClient]) -> bool:
     for client in clients:
         try:
             await client.control("GET", "/health", deadline=PROBE_DEADLINE)
+        except LocalError:
+            raise
         except EngineError:
             return False  # it is starting; when it can't, its process ends or the caller's deadline passes
     return True
@@ -121,4 +123,4 @@ async def all_healthy(clients: Sequence[HttpClient]) -> bool:
 def free_ports(host: str, count: int) -> list[int]:
     """Different ports that were free a moment ago."""
     with ExitStack() as held:
-        return [held.enter_context(socket.create_server((host, 0))).getsockname()[1] for _ in range(count)]
+        return [held.enter_context(bound(host, 0)).getsockname()[1] for _ in range(count)]

@@ -20,6 +20,7 @@ from millrace.engines.stock.arguments import (
     require_said_once,
 )
 from millrace.errors import ConfigError
+from millrace.launch.ports import parted, unbracketed, url_of
 
 Value = TypeVar("Value")
 
@@ -140,7 +141,7 @@ def nodes(
         planned.append(
             Node(
                 rank,
-                f"http://{config.host}:{ports.http}" if rank == 0 else None,
+                url_of(config.host, ports.http or 0) if rank == 0 else None,
                 (
                     *options(defaults(config), off=True),
                     *options(
@@ -197,7 +198,7 @@ def rendezvous(config: VLLMEngineConfig, rank: int, ports: Ports) -> dict[str, E
     said: dict[str, EngineArgument] = {}
     if rank == 0:
         said |= {
-            "host": config.host,
+            "host": unbracketed(config.host),
             "port": ports.http,
             "api_server_count": config.api_servers,
             "middleware": KEYS_MIDDLEWARE,
@@ -206,7 +207,7 @@ def rendezvous(config: VLLMEngineConfig, rank: int, ports: Ports) -> dict[str, E
     else:
         said["headless"] = True
     if ports.rendezvous is not None:
-        host, _, port = ports.rendezvous.rpartition(":")
+        host, port = parted(ports.rendezvous)
         said |= {"nnodes": config.nnodes, "node_rank": rank, "master_addr": host, "master_port": port}
         said["data_parallel_rpc_port"] = ports.data_parallel
     return said

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from millrace.engines.embedded.auth import Keys, allowed
 from millrace.engines.embedded.replies import reply
 from millrace.errors import ConfigError
+from millrace.launch.ports import unbracketed, why_not_bound
 
 COURIER_KEY = "MILLRACE_COURIER_KEY"  # an environment variable, where courier and trainer find it
 SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the server is told to end
@@ -67,9 +68,11 @@ async def body_of(http: web.Request, model: type[B]) -> B:
 def bind(host: str, port: int, *, key: str | None) -> socket.socket:
     """Raises ConfigError where that is not possible: beyond this host, only with a key."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(unbracketed(host), port, type=socket.SOCK_STREAM)[0]
         if key is None and not ipaddress.ip_address(address[0]).is_loopback:
             raise ConfigError(f"others reach {host}: set {COURIER_KEY}, here and for the trainer, or use 127.0.0.1")
         return socket.create_server(address[:2], family=family)
     except OSError as error:
-        raise ConfigError(f"can't listen on {host}:{port} ({error}); choose another --host or --port") from error
+        raise ConfigError(
+            f"can't listen on {host}:{port} ({why_not_bound(host, error)}); choose another --host or --port"
+        ) from error

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from millrace.checksum import tensor_checksum
 from millrace.engines.base import Engine
-from millrace.errors import EngineError, EngineFailed
+from millrace.errors import EngineError, EngineFailed, LocalError
 from millrace.launch.ports import own_address
 from millrace.types import Health, ProcessGroup, ProcessGroupBucket
 from millrace.weights.environment import settings
@@ -250,7 +250,7 @@ class ProcessGroupTransport(BucketTransport):
             address = next((one for one in addresses if not one.startswith("127.")), addresses[0])
             own = self._kind(name, self._device, address, receivers=sum(ranks), deadline=seconds)
         except (OSError, RuntimeError) as error:
-            return {one: EngineFailed(one, f"no group could be made for it: {_first_line(error)}") for one in engines}
+            return {one: LocalError(one, f"no group could be made for it: {_first_line(error)}") for one in engines}
         joined = _Joined(own, list(engines.values()))
 
         async def join(engine: Engine, offset: int) -> None:
