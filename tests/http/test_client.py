@@ -1,13 +1,15 @@
 """The HTTP client against a real server that misbehaves on request."""
 
 import asyncio
+import os
+import resource
 import time
 from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import web
 
-from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable
+from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable, LocalError
 from millrace.http import HttpClient
 
 LENGTHS = (1, 2**16 - 20, 2**16, 2**19 + 1, 2**24)  # around what aiohttp's own limits are, and far beyond
@@ -155,7 +157,6 @@ async def test_a_refusal_is_not_repeated(server: tuple[Server, str], client: Htt
 async def test_nobody_listening_is_known_not_to_have_been_sent() -> None:
     for url, says in (
         ("http://127.0.0.1:1/x", "nobody listens at http://127.0.0.1:1$"),
-        ("http://no-such-host.invalid", "the host of http://no-such-host.invalid is not known: "),
         ("https://255.255.255.255", "no connection to https://255.255.255.255: "),
     ):
         client = HttpClient("gone", url)
@@ -180,6 +181,31 @@ async def test_nobody_listening_is_known_not_to_have_been_sent() -> None:
 def test_what_is_no_url_is_told_with_the_right_form(url: str, right: str) -> None:
     with pytest.raises(ConfigError, match=f"'{url}' is no server's URL; write {right}$"):
         HttpClient("mistyped", url)
+
+
+async def test_a_host_that_is_not_known_is_no_fault_of_the_engine() -> None:
+    client = HttpClient("lost", "http://no-such-host.invalid")
+    with pytest.raises(LocalError, match="the host of http://no-such-host.invalid can't be resolved: "):
+        await client.control("GET", "/health", deadline=20)
+    await client.close()
+    with pytest.raises(LocalError, match="its client was closed"):
+        await client.generate("/generate", {}, deadline=5)
+
+
+async def test_requests_wait_for_a_connection_where_files_are_short(
+    server: tuple[Server, str], client: HttpClient
+) -> None:
+    """Both ends are in this process, so each connection takes two files of the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 200, hard))
+    try:
+        answers = await asyncio.gather(*(client.generate("/echo", {"n": n}, deadline=60) for n in range(500)))
+        assert await client.control("POST", "/echo", {}, deadline=5) == {}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [answer["n"] for answer in answers] == list(range(500))
+    assert len(server[0].connections) < 200
 
 
 async def test_events_come_one_by_one_and_a_broken_stream_is_an_error(client: HttpClient) -> None:

@@ -68,11 +68,11 @@ class HttpClient:
     async def generate(
         self, path: str, body: object, *, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Any:
-        """POSTs a data call and returns the JSON that comes back. Never repeated: the server may have begun. Waits while
-        this process may open no further connection.
+        """POSTs a data call and returns the JSON that comes back. Never repeated: the server may have begun. Waits
+        while this process may open no further connection.
 
-        Raises EngineTimeout, EngineUnreachable, EngineRefused (4xx), EngineFailed (5xx, or no JSON), or LocalError where
-        this process could not send it by the deadline.
+        Raises EngineTimeout, EngineUnreachable, EngineRefused (4xx), EngineFailed (5xx, or no JSON), or LocalError
+        where this process could not send it by the deadline.
         """
         return await self._call("data", "POST", path, body, deadline, headers)
 

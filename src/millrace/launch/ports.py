@@ -27,8 +27,9 @@ def require_free(host: str, port: int) -> None:
     try:
         bound(host, port).close()
     except OSError as error:
+        reason = why_not_bound(host, error)
         raise LaunchError(
-            f"port {port} of {host} can't be used ({why_not_bound(host, error)}); name another in engine.ports, or leave it out "
+            f"port {port} of {host} can't be used ({reason}); name another in engine.ports, or leave it out "
             "and the kernel gives a free one"
         ) from error
 

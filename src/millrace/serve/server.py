@@ -46,7 +46,8 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         return bound(unbracketed(host), port)
     except OSError as error:
+        reason = why_not_bound(host, error)
         raise ConfigError(
-            f"metrics can't be served at {host}:{port} ({why_not_bound(host, error)}); name another metrics.port, or 0, and the "
+            f"metrics can't be served at {host}:{port} ({reason}); name another metrics.port, or 0, and the "
             "kernel gives a free one"
         ) from error

@@ -50,8 +50,9 @@ def main(argv: list[str]) -> int:
     try:
         sock = _bind(args.host, args.port)
     except OSError as error:
+        reason = why_not_bound(args.host, error)
         print(
-            f"can't listen on {args.host}:{args.port}: {why_not_bound(args.host, error)}; choose another --port",
+            f"can't listen on {args.host}:{args.port}: {reason}; choose another --port",
             file=sys.stderr,
         )
         return 1

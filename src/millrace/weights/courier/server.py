@@ -73,6 +73,5 @@ def bind(host: str, port: int, *, key: str | None) -> socket.socket:
             raise ConfigError(f"others reach {host}: set {COURIER_KEY}, here and for the trainer, or use 127.0.0.1")
         return socket.create_server(address[:2], family=family)
     except OSError as error:
-        raise ConfigError(
-            f"can't listen on {host}:{port} ({why_not_bound(host, error)}); choose another --host or --port"
-        ) from error
+        reason = why_not_bound(host, error)
+        raise ConfigError(f"can't listen on {host}:{port} ({reason}); choose another --host or --port") from error

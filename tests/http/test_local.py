@@ -1,0 +1,44 @@
+"""Which errors come from this process or its host, and what its environment says of proxies."""
+
+import errno
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.errors import EngineFailed, EngineTimeout, EngineUnreachable, LocalError
+from millrace.fleet.membership import Distrusted, Emptied, verdict
+from millrace.http.local import lacking
+from millrace.http.proxies import LOOPBACK, reaching_loopback
+
+LOCAL = ("EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EADDRNOTAVAIL", "ENETDOWN", "ENOSPC", "EDQUOT")
+NAMES = st.text("abcxyz019.-", min_size=1)
+
+
+@pytest.mark.parametrize("name", sorted(errno.errorcode.values()))
+def test_only_what_is_lacking_here_is_a_local_error(name: str) -> None:
+    number = getattr(errno, name)
+    local = {getattr(errno, one) for one in LOCAL}
+    assert (lacking(OSError(number, name)) is not None) == (number in local)
+
+
+def test_memory_and_names_are_local() -> None:
+    assert lacking(MemoryError()) == "no memory is left"
+    assert "can't be resolved" in (lacking(socket.gaierror(socket.EAI_NONAME, "unknown")) or "")
+    assert lacking(ValueError("other")) is None
+
+
+def test_no_engine_is_distrusted_for_a_local_error() -> None:
+    assert verdict(LocalError("e0", "no memory is left")) == Emptied()
+    for error in (EngineFailed("e0", "x"), EngineTimeout("e0", "x"), EngineUnreachable("e0", "x", sent=True)):
+        assert isinstance(verdict(error), Distrusted)
+
+
+@given(lower=st.lists(NAMES), upper=st.lists(NAMES))
+def test_loopback_is_added_to_what_the_user_excludes_from_proxies(lower: list[str], upper: list[str]) -> None:
+    before = {"http_proxy": "http://proxy:3128", "no_proxy": ",".join(lower), "NO_PROXY": ", ".join(upper)}
+    after = reaching_loopback(before)
+    assert after["no_proxy"] == after["NO_PROXY"]
+    assert {*lower, *upper, *LOOPBACK} == set(after["no_proxy"].split(","))
+    assert after["http_proxy"] == "http://proxy:3128"
