@@ -188,10 +188,13 @@ def test_a_template_that_drops_the_question_is_refused(name: str) -> None:
         check_prompt_format(tokenizer_of(name), name)
 
 
+SPELLED = ["<|im_end|>", "<|im_start|>", "<|eot_id|>", "</tool_call>", "</tool_response>", "<think>", "</think>"]
+PIECES = st.sampled_from([*SPELLED, "<", "|", "<|im_", "end|>", "a", "\n", "assistant"])
+
+
 @pytest.mark.parametrize("name", APPENDED)
 @settings(max_examples=25)
-@given(st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "</tool_call>", "<think>", "</think>", "<|eot_id|>",
-                                 "a", "<", "|", "<|im_", "end|>", "</tool_response>", "\n", "assistant"]), max_size=12))  # fmt: skip
+@given(st.lists(PIECES, max_size=12))
 def test_control_tokens_in_data_stay_text(name: str, parts: list[str]) -> None:
     chat, text = chat_of(name), "".join(parts)
     control = {chat.tokenizer.convert_tokens_to_ids(token) for token in chat.control}
