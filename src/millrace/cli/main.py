@@ -21,7 +21,7 @@ from millrace.cli.watch import status
 from millrace.config import dump_config
 from millrace.config.describe import describe
 from millrace.errors import MillraceError
-from millrace.imports import without_collecting
+from millrace.imports import missing_extra, without_collecting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -117,6 +117,12 @@ def main() -> None:
         logging.getLogger(f"millrace.fleet.{name}").setLevel(logging.INFO)
     try:
         app()
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is None:
+            raise
+        print(f"error: this command needs more than the core: {missing}", file=sys.stderr)
+        sys.exit(1)
     except MillraceError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

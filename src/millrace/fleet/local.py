@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -29,6 +30,7 @@ from millrace.fleet.members import Members
 from millrace.fleet.proxy import Proxy
 from millrace.fleet.starting import start_all
 from millrace.http.local import raise_file_limit
+from millrace.imports import needs_extra
 from millrace.launch.ports import is_here
 from millrace.routers.start import start_router
 from millrace.weights.cast import require_one_dtype
@@ -95,7 +97,8 @@ async def open_fleet(
     checksums = await asyncio.to_thread(folder_checksums, model)
     store = None
     if folder is not None:
-        from millrace.weights.store import ANCHOR_EVERY, VersionStore  # imports torch
+        with needs_extra(f"a store of versions ({folder})"):
+            from millrace.weights.store import ANCHOR_EVERY, VersionStore  # imports torch
 
         anchor_every = ANCHOR_EVERY if transport == "delta" else 1
         store = VersionStore(str(folder), model, keep=keep, anchor_every=anchor_every)
@@ -209,7 +212,11 @@ def transport_for(
 ) -> "Transport | None":
     """How this process hands tensors to these engines, which it logs; None where there is no way that all of them have.
     Raises PublishError where the one that is wanted is not possible."""
-    import torch
+    if wanted == "auto" and store is None and not couriers and find_spec("torch") is None:
+        logger.info("weights can't be published from here: torch is not installed (pip install 'millrace[train]')")
+        return None
+    with needs_extra("publishing weights"):
+        import torch
 
     sights = [Sight(one.engine.name, is_here(one.engine.url), one.info.capabilities) for one in engines]
     if wanted == "auto" and couriers and store is not None:

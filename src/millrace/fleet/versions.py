@@ -25,6 +25,7 @@ from millrace.errors import (
 from millrace.fleet.adapters import Adapters
 from millrace.fleet.held import Held, Tensors, held_by, require_pairs
 from millrace.fleet.membership import Attested, Based, Distrusted, Emptied, Event, verdict
+from millrace.imports import needs_extra
 from millrace.model_folder import has_weights, stored_tensors
 from millrace.types import AdapterConfig, Capability
 from millrace.weights.adapter import WrittenAdapter, check_adapter, check_values
@@ -453,8 +454,10 @@ class Versions:
         return [reports[target.engine.name] for target in targets]
 
     def _require_transport(self) -> Transport:
-        """What brings whole versions. Raises PublishError where nothing does."""
+        """What brings whole versions. Raises PublishError where nothing does, and ConfigError without torch."""
         if self.transport is None:
+            with needs_extra("publishing weights"):
+                import torch  # noqa: F401
             raise PublishError(
                 "there is no way to hand tensors from this process to all of the engines; with dp_size above 1, and a "
                 "vLLM that was started without Millrace's extension, they take weights from disk only: set "

@@ -1,5 +1,6 @@
 """Where problems come from: a JSONL file or a Hugging Face data set in GSM8K's format, or the generator."""
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -56,7 +57,7 @@ def parse_answer(text: str) -> str:
 
 def _read_file(path: Path) -> Iterator[Problem]:
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(BOM_UTF8).splitlines()
     except OSError as error:
         raise DataError(f"the data file {path} can't be read: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):
@@ -65,7 +66,15 @@ def _read_file(path: Path) -> Iterator[Problem]:
         try:
             yield _problem(f"{path.stem}-{number}", orjson.loads(line))
         except ValueError as error:  # orjson's error is one too
-            raise DataError(f"{path}, line {number}: {error}") from error
+            raise DataError(f"{path}, line {number}: {_reason(line, error)}") from error
+
+
+def _reason(line: bytes, error: ValueError) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError as undecoded:
+        return f"byte 0x{line[undecoded.start]:02x} is not UTF-8; save the file in this encoding"
+    return str(error)
 
 
 def _read_hub(config: HubDataConfig) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from millrace.config.models import EmbeddedEngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
+from millrace.imports import require_modules
 from millrace.launch.ports import free_port, require_free, unbracketed, url_of
 from millrace.launch.process import ServerProcess
 from millrace.types import EngineInfo, Health
@@ -24,8 +25,10 @@ async def launch(
     """Starts replica number `replica`, called `PREFIX-REPLICA`, and waits until it is healthy. The keys are made here
     and known to nobody else.
 
-    Raises LaunchError, with the end of the server's log, when it does not come up; nothing is left running then.
+    Raises ConfigError where torch or transformers is not installed, and LaunchError, with the end of the server's log,
+    when it does not come up; nothing is left running then.
     """
+    require_modules("the embedded engine", "torch", "transformers", "safetensors")
     name = f"{prefix}-{replica}"
     if config.ports is None:
         port = free_port(config.host)
