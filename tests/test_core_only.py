@@ -1,5 +1,6 @@
 """What works without the extras, and what the rest says: the core alone drives engines with frozen weights."""
 
+import os
 import re
 import subprocess
 import sys
@@ -25,7 +26,13 @@ sys.meta_path.insert(0, Missing())
 
 def without_extras(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", HIDE + code], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", HIDE + code],
+        cwd=folder,
+        env={**os.environ, "MILLRACE_HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
