@@ -19,7 +19,7 @@ def free_port(host: str) -> int:
             port: int = server.getsockname()[1]
             return port
     except OSError as error:
-        raise LaunchError(f"{host} gives no port: {why_not_bound(host, error)}") from error
+        raise LaunchError(f"no port of {host} (engine.host) can be had: {why_not_bound(host, error)}") from error
 
 
 def require_free(host: str, port: int) -> None:
