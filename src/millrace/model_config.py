@@ -123,7 +123,9 @@ def _by_transformers(folder: Path, name: str) -> object:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return getattr(config.get_text_config(), name, None)
-    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (  # RuntimeError: what layers have each for themselves, the whole config does not tell
+        ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StrictDataclassError,
+    ) as error:  # fmt: skip
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"{path} says no {name}, and transformers can't read it ({reason}); write {name} into the file"

@@ -1,4 +1,5 @@
-"""A short list of faults on real SGLang and vLLM servers, each in the middle of rollouts."""
+"""A short list of faults on real SGLang and vLLM servers, each in the middle of rollouts. The model's folder is in
+bfloat16, but for a norm, and the trainer in float32."""
 
 import asyncio
 import os
@@ -9,19 +10,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from millrace.config.models import SGLangEngineConfig, VLLMEngineConfig
 from millrace.fleet.journal import Outcome
 from millrace.fleet.local import open_fleet
+from millrace.model_folder import stored_tensors
 from millrace.rollout.problems import generate_problems
 from millrace.rollout.scheduler import RolloutScheduler
 from millrace.types import SamplingParams
+from millrace.weights.chain import folder_name
 from tests.chaos.faults import WAIT, Run, check, give_everything_up, hit, kill, publish, stop_and_go_on, until_all_serve
 from tests.conformance.hold import START_TIMEOUT
+from tests.dtypes import save_as
 from tests.engines.processes import below, command_lines
 from tests.rollout.test_scheduler import make_runner
 
+NORM = "model.norm.weight"
 GROUPS, SAMPLES = 12, 4  # in each round
 AT_A_TIME = 8  # requests that an engine runs; the others wait in it
 PROBLEMS = list(generate_problems(7, GROUPS))
@@ -73,9 +79,12 @@ async def play(
 ) -> None:
     """`folder` keeps the versions; without it, an engine that comes back gets them from the trainer."""
     before = below(os.getpid())
-    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model_path = save_as(model_path, place / "model", torch.bfloat16, unusual={NORM: torch.float32})
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
     async with open_fleet(config, model_path, log_dir=place, folder=folder, restarts=5) as fleet:
+        infos = [await engine.info() for engine in fleet.engines.values()]
+        assert {info.dtype for info in infos} == {"bfloat16"}
         run = Run(fleet, random.Random(0), tensors)
         one, two = fleet.engines
         # SGLang refuses ignore_eos beside the stop tokens of a chat.
@@ -89,6 +98,9 @@ async def play(
             assert fleet.snapshot.get(one).version == 2
             await in_the_middle(run, scheduler, one, partial(kill, run, one))  # two is still on its way back
             await until_all_serve(run, 2)
+        stored = stored_tensors(place / "versions" / folder_name(2))
+        assert {tensor.float_dtype for name, tensor in stored.items() if name != NORM} == {"bfloat16"}
+        assert stored[NORM].float_dtype == "float32"
         assert all(name in fleet._router._cached for name in fleet.engines)  # the new ones tell too
         sockets = {(replica.kv_events or "").rpartition("/")[2] for replica in fleet._roster.replicas.values()}
         totals = fleet.journal.totals

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from millrace.config.models import SGLangEngineConfig, VLLMEngineConfig
 from millrace.conformance import CHECKS, Check, Outcome, Runner, Subject
 from millrace.conformance.attach import find_kind
-from millrace.engines.start import API_KEY
+from millrace.engines.start import ADMIN_KEY, API_KEY, start
 from millrace.engines.stock.engine import StockEngine
+from millrace.errors import ConfigError
 from millrace.fleet.fleet import Fleet
 from millrace.types import Capability, DiskBucket, GenerateRequest, SamplingParams
 
@@ -28,6 +30,24 @@ async def hold_its_routes_say_what_it_is(fleet: Fleet, monkeypatch: pytest.Monke
     assert isinstance(engine, StockEngine)
     monkeypatch.setenv(API_KEY, str(engine.api_key))
     assert await find_kind(engine.url) == (await engine.info()).kind
+
+
+async def hold_its_dtype_is_read(fleet: Fleet, config: SGLangEngineConfig | VLLMEngineConfig, model: Path) -> None:
+    """A server that somebody else started says what it computes in. A setting that says otherwise is refused."""
+    [engine] = fleet.engines.values()
+    assert (await engine.info()).dtype == "float32"  # the folder's, where the engine's own `auto` is another
+    assert isinstance(engine, StockEngine)
+    keys = engine._http._keys
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, key in ((API_KEY, keys["data"]), (ADMIN_KEY, keys["control"])):
+            patch.setenv(variable, str(key))
+        there = config.model_copy(update={"urls": (engine.url,), "python": None, "kv_events": False})
+        started = await start(there, model, replica=0, log_dir=model, version=0, seed=0)
+        assert started.info.dtype == "float32"
+        await started.end()
+        with pytest.raises(ConfigError, match=r"engine\.dtype is float16, and the server at .* computes in float32"):
+            other = there.model_copy(update={"dtype": "float16"})
+            await start(other, model, replica=0, log_dir=model, version=0, seed=0)
 
 
 async def hold_after_a_trainer_died(runner: Runner) -> None:

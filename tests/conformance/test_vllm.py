@@ -22,6 +22,7 @@ from tests.conformance.hold import (
     every_check,
     hold,
     hold_after_a_trainer_died,
+    hold_its_dtype_is_read,
     hold_its_routes_say_what_it_is,
     runner_on,
 )
@@ -98,3 +99,7 @@ async def test_an_update_that_a_dead_trainer_left_open_bars_nobody(runner: Runne
 
 async def test_its_routes_say_what_it_is(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     await hold_its_routes_say_what_it_is(fleet, monkeypatch)
+
+
+async def test_its_dtype_is_read_and_not_contradicted(fleet: Fleet, tiny_model: Path) -> None:
+    await hold_its_dtype_is_read(fleet, VLLMEngineConfig(kind="vllm", device="cpu"), tiny_model)

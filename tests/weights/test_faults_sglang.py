@@ -45,7 +45,6 @@ def config(sglang_python: Callable[[str], Path]) -> SGLangEngineConfig:
         threads=1,
         start_timeout=START_TIMEOUT,
         version=VERSION,
-        engine_args={"dtype": "float32"},  # or half precision, where tokens depend on what else is in a batch
     )
 
 

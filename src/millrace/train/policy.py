@@ -104,7 +104,10 @@ class Policy:
         self.model = _place(model, world, self.dtype)
         self.reference: PreTrainedModel | None = None
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers 5.24 has renamed it.
+            name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+            enable = getattr(model, f"{name}_checkpointing_enable")
+            enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
             # Layers checkpoint in training mode only. It is set on the layer alone: the dropout in it stays off.
             for module in model.modules():
                 if isinstance(module, GradientCheckpointingLayer):

@@ -103,6 +103,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes wi
     def get_max_length(self) -> int:
         return self.keys_SHCD.shape[2]
 
+    def get_max_cache_shape(self) -> int:  # its name up to transformers 5.11, where it is abstract
+        return self.get_max_length()
+
 
 class SlotCache:
     """All layers' slots and, beside them, which tokens each slot holds. Belongs to the model thread."""

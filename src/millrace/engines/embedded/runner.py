@@ -1,5 +1,6 @@
 """The model: loading it, and one forward pass over slots of the KV cache."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,8 @@ def _layer_shapes(
             raise ConfigError(
                 f"the model caches more than keys and values ({type(layer).__name__}): it can't be served"
             )
-    model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+    tokens = torch.zeros((1, 1), dtype=torch.long, device=device)
+    model(input_ids=tokens, use_cache=True, **{cache_argument(model): cache})
     shapes = []
     for layer in cache.layers:
         if layer.is_sliding and layer.sliding_window < context_length:
@@ -92,6 +94,11 @@ def _layer_shapes(
             LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[1], layer.values.shape[3])
         )
     return shapes
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """What the model's forward pass calls the KV cache: transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _token_ids(ids: int | list[int] | None) -> frozenset[int]:
@@ -107,6 +114,7 @@ class Runner:
         self, model: torch.nn.Module, cache: SlotCache, hooks: Hooks, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         self._model, self._cache, self._device = model, cache, device
+        self._cache_argument = cache_argument(model)
         self.hooks = hooks
         self._columns = torch.arange(cache.context_length, device=device)
         self._open = torch.zeros((), dtype=dtype, device=device)
@@ -143,9 +151,9 @@ class Runner:
             input_ids=self._to_device(tokens_BQ),
             attention_mask=bias[:, None],
             position_ids=positions,
-            past_key_values=self._cache.model_cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self._cache.model_cache},
         )
         logits_BV: torch.Tensor = output.logits[:, -1].float()
         return logits_BV
