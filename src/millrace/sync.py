@@ -190,7 +190,8 @@ class Engine:
         return self._portal.call(self._wrapped.adapter_checksums(name))
 
     def health(self, *, deadline: float = 5.0) -> Health:
-        """Never raises: an engine that does not answer is Health.DEAD."""
+        """Never raises: an engine that takes no connection is Health.DEAD, and one that this process could not ask is
+        Health.UNKNOWN."""
         return self._portal.call(self._wrapped.health(deadline=deadline))
 
     def loads(self) -> EngineLoad:
