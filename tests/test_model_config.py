@@ -41,13 +41,13 @@ def test_every_kind_of_language_model_has_its_vocabulary(tmp_path: Path, full: b
         assert vocab_size(tmp_path) == size, kind
         try:
             dim = getattr(text, "head_dim", None)
-            heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+            width, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
         except RuntimeError:  # its layers differ
             continue
         if isinstance(dim, int):
             assert head_dim(tmp_path) == dim, kind
-        elif all(isinstance(value, int) for value in heads):
-            assert head_dim(tmp_path) == heads[0] // heads[1], kind
+        elif isinstance(width, int) and isinstance(heads, int):
+            assert head_dim(tmp_path) == width // heads, kind
         seen += 1
     assert seen > 100
 

@@ -46,7 +46,7 @@ def python() -> Path:
             inner = sysconfig.get_path("purelib", "venv", {"base": str(partial), "platbase": str(partial)})
             # Not a bare path: what is installed editable there stands in files of the same kind.
             (Path(inner) / "outer.pth").write_text(f"import site; site.addsitedir({outer!r})\n")
-            pip = [sys.executable, "-m", "pip", "--quiet", "--python", partial / "bin" / "python", "install"]
+            pip = [sys.executable, "-m", "pip", "--quiet", "--python", str(partial / "bin" / "python"), "install"]
             subprocess.run([*pip, f"transformers=={lowest()}"], check=True, timeout=INSTALL_DEADLINE)
             partial.rename(place)
         finally:
