@@ -39,15 +39,17 @@ def test_every_kind_of_language_model_has_its_vocabulary(tmp_path: Path, full: b
             continue
         (tmp_path / "config.json").write_text(config.to_json_string(use_diff=not full))
         assert vocab_size(tmp_path) == size, kind
+        if full and kind == "dbrx":
+            continue  # transformers can't read what it has written
         try:
             dim = getattr(text, "head_dim", None)
-            width, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+            hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
         except RuntimeError:  # its layers differ
             continue
         if isinstance(dim, int):
             assert head_dim(tmp_path) == dim, kind
-        elif isinstance(width, int) and isinstance(heads, int):
-            assert head_dim(tmp_path) == width // heads, kind
+        elif isinstance(hidden, int) and isinstance(heads, int):
+            assert head_dim(tmp_path) == hidden // heads, kind
         seen += 1
     assert seen > 100
 
