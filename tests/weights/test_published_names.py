@@ -48,7 +48,7 @@ async def serves(fleet: Fleet, model: PreTrainedModel, version: int) -> None:
     made = await fleet.generate(GenerateRequest(f"version-{version}", PROMPT, params), deadline=120)
     ids, logprobs = greedy(model)
     assert (made.segments[-1].version, list(made.output_ids)) == (version, ids)
-    assert made.logprobs == pytest.approx(logprobs, abs=1e-3)
+    assert made.logprobs == pytest.approx(logprobs, abs=5e-3)
 
 
 async def takes_a_mixture_of_experts(config: Engine, tmp_path: Path) -> None:
