@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from millrace.config.models import TransportName
 from millrace.engines.launch import StockConfig
@@ -111,9 +111,13 @@ async def serves(fleet: Fleet, version: int, variant: Variant, own: First, other
 
 def first_tokens(variant: Variant) -> First:
     """The greedy ones, by transformers' own forward pass."""
-    model = AutoModelForCausalLM.from_pretrained(variant.folder, dtype=torch.float32)
-    with torch.no_grad():
-        return {prompt: int(model(torch.tensor([prompt])).logits[0, -1].argmax()) for prompt in PROMPTS}
+    return first_tokens_of(AutoModelForCausalLM.from_pretrained(variant.folder, dtype=torch.float32))
+
+
+@torch.no_grad()
+def first_tokens_of(model: PreTrainedModel) -> First:
+    """The same of a model on the CPU."""
+    return {prompt: int(model(torch.tensor([prompt])).logits[0, -1].argmax()) for prompt in PROMPTS}
 
 
 def alike(expected: First, prompts: tuple[Prompt, ...], made: list[int]) -> float:
