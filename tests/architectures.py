@@ -58,16 +58,16 @@ def make_model(architecture: str, seed: int = 0, **changes: object) -> PreTraine
     return model
 
 
-def make_moe_folder(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def make_moe_folder(folder: Path, *, dtype: torch.dtype = torch.float32, head_dim: int = 32) -> PreTrainedModel:
     """A Qwen3-MoE that can be served and trained: with the tiny tokenizer and its chat template. Its heads have 32
-    elements, and its experts 32: vLLM's kernels for the CPU know no fewer."""
+    elements, and its experts 32: vLLM's kernels for the CPU know no fewer. SGLang's for the GPU want heads of 64."""
     tokenizer = make_tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 128,
-        "head_dim": 32,
+        "head_dim": head_dim,
         "num_key_value_heads": 1,
         "moe_intermediate_size": 32,
         "max_position_embeddings": 512,

@@ -16,7 +16,7 @@ from tests.weights.variants import greedy
 
 def test_a_mixture_of_experts_in_bfloat16(config: StockConfig, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    before = make_moe_folder(folder, dtype=torch.bfloat16)
+    before = make_moe_folder(folder, dtype=torch.bfloat16, head_dim=64)
     asyncio.run(hold(config, folder, before.float(), tmp_path))
 
 

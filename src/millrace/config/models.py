@@ -85,7 +85,8 @@ class ReplicatedConfig(Model):
     replicas: PositiveInt = 1
     """Number of servers, each with the whole model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the engine computes in, and its weights are held in. `auto` is the dtype of the model's folder."""
+    """What the engine computes in, and its weights are held in. `auto` is the dtype of the model's folder; SGLang and
+    vLLM on a GPU serve a float32 folder in bfloat16."""
     max_running_requests: PositiveInt = 64
     """Requests that one server runs at the same time. Others wait in its queue."""
     threads: PositiveInt | None = None

@@ -45,12 +45,15 @@ def new_keys(api_key: str | None = None) -> tuple[str, str]:
 
 
 async def with_dtype(config: StockConfig, model_path: Path) -> StockConfig:
-    """The settings with `auto` replaced by the folder's dtype. The engines' own `auto` is another: of a float32 folder,
-    SGLang makes float16 and vLLM bfloat16. Raises LaunchError where the folder has no config that can be read."""
+    """The settings with `auto` replaced by the folder's dtype, or on a GPU by bfloat16 where the folder is in float32:
+    SGLang's kernels have no float32. The engines' own `auto` is another: of a float32 folder, SGLang makes float16 and
+    vLLM bfloat16. Raises LaunchError where the folder has no config that can be read."""
     try:
         dtype = await asyncio.to_thread(compute_dtype, config.dtype, model_path)
     except DataError as error:
         raise LaunchError(str(error)) from error
+    if config.dtype == "auto" and config.device == "cuda" and dtype == "float32":
+        dtype = "bfloat16"
     return config.model_copy(update={"dtype": dtype})
 
 
