@@ -101,6 +101,8 @@ def write_folder(place: Path, buckets: "Iterator[NamedTensors]", model_path: Pat
             checksums |= {name: tensor_checksum(tensor) for name, tensor in copies.items()}
             files |= dict.fromkeys(copies, file)
             nbytes += sum(tensor.nbytes for tensor in copies.values())
+        if not files:
+            raise PublishError("the trainer gave no tensors")
         index = {"metadata": {"total_size": nbytes}, "weight_map": files}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index))
         for path in model_path.iterdir():

@@ -57,7 +57,7 @@ class LedTensors:
         return self.sharded.shapes()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        # Names are the trainer's here, so where tensors of the checkpoint have a dtype of their own, none is cast early.
+        # Names are the trainer's here: where tensors of the checkpoint have a dtype of their own, none is cast early.
         dtypes = self.dtypes if self.dtypes is not None and not self.dtypes.unusual else None
         for number, (name, tensor) in enumerate(self.sharded.tensors.items()):
             early = isinstance(tensor, DTensor) and tensor.ndim > 1

@@ -57,14 +57,15 @@ class Trained:
         both by name."""
         shapes = announced(given)
         if shapes is None:
-            return _Walk(self, _Tensors(self), None).all(given)
+            tensors = CheckpointTensors(self, given, None)
+            return iter(tensors) if isinstance(given, Iterator) else tensors
         walk = _Walk(self, _Shapes(self), None)
         made = dict(walk.all(shapes.items()))
         if isinstance(given, Collection):
             self._require_sound(given)
         if walk.added:
             logger.info("not given by the trainer, and as in the model's folder: %s", shown(walk.added))
-        return TrainedTensors(self, given, made, frozenset(walk.given))
+        return AnnouncedTensors(self, given, frozenset(walk.given), made)
 
     def resolve(self, name: str) -> str | None:
         """The model's or the checkpoint's name of what the trainer calls `name`; None for what neither needs. Raises
@@ -118,19 +119,26 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainedTensors:
-    """`made`: names and shapes of what comes of `given`, whose tensors are called `expected` in the model."""
+class CheckpointTensors:
+    """The checkpoint's tensors of what a trainer gives. `expected`: the model's names of all that it gives; None where
+    these are not known before."""
 
     trained: Trained
     given: Iterable[NamedTensor]
-    made: Mapping[str, Shape]
-    expected: frozenset[str]
-
-    def shapes(self) -> list[tuple[str, Shape]]:
-        return list(self.made.items())
+    expected: frozenset[str] | None
 
     def __iter__(self) -> Iterator[NamedTensor]:
         return _Walk(self.trained, _Tensors(self.trained), self.expected).all(self.given)
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncedTensors(CheckpointTensors):
+    """The same, with names and shapes that are known before: `made`."""
+
+    made: Mapping[str, Shape]
+
+    def shapes(self) -> list[tuple[str, Shape]]:
+        return list(self.made.items())
 
 
 def read_trained(folder: Path) -> Trained:
