@@ -192,6 +192,21 @@ async def test_a_host_that_is_not_known_is_no_fault_of_the_engine() -> None:
         await client.generate("/generate", {}, deadline=5)
 
 
+async def test_calls_behind_one_with_an_unknown_host_wait_no_longer_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("millrace.http.client.RESOLVE_PATIENCE", 1.0)
+    client = HttpClient("lost", "http://no-such-host.invalid")
+    first = asyncio.create_task(client.generate("/generate", {}, deadline=600))
+    async with asyncio.timeout(60):
+        while not client._line:
+            await asyncio.sleep(0.01)
+    begun = time.monotonic()
+    calls = (client.generate("/generate", {}, deadline=600) for _ in range(300))
+    answers = await asyncio.gather(first, *calls, return_exceptions=True)
+    assert time.monotonic() - begun < 15  # one after the other would take 30
+    assert {type(answer) for answer in answers} == {LocalError}
+    await client.close()
+
+
 async def test_requests_wait_for_a_connection_where_files_are_short(
     server: tuple[Server, str], client: HttpClient
 ) -> None:

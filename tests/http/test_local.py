@@ -1,6 +1,7 @@
 """Which errors come from this process or its host, and what its environment says of proxies."""
 
 import errno
+import os
 import socket
 
 import pytest
@@ -21,6 +22,18 @@ def test_only_what_is_lacking_here_is_a_local_error(name: str) -> None:
     number = getattr(errno, name)
     local = {getattr(errno, one) for one in LOCAL}
     assert (lacking(OSError(number, name)) is not None) == (number in local)
+
+
+@pytest.mark.parametrize(
+    ("second", "local"),
+    [("EMFILE", True), ("ENOBUFS", True), ("EADDRNOTAVAIL", False), ("ENETDOWN", False), ("EHOSTUNREACH", False)],
+)
+def test_a_shortage_at_one_of_several_addresses_is_local(second: str, local: bool) -> None:
+    number = getattr(errno, second)
+    error = OSError(
+        f"Multiple exceptions: [Errno {errno.ECONNREFUSED}] refused, [Errno {number}] {os.strerror(number)}"
+    )
+    assert (lacking(error) is not None) is local
 
 
 def test_memory_and_names_are_local() -> None:

@@ -164,22 +164,20 @@ class HttpClient:
         """Tries again where this process lacks something for a connection, since nothing was sent: a data call when one
         of its kind has ended, until the deadline; a control call a few times."""
         begun = time.monotonic()
-        end, patience = begun + max(deadline, 0.001), deadline
+        end = begun + max(deadline, 0.001)
         data = None if body is None else self._encode(path, body)
         pauses = iter(RETRY_PAUSES)
         if channel == "data" and self._line:
-            await self._wait(end, again=False)
+            await self._wait(begun, end, again=False)
         while True:
             try:
                 return await self._attempt(channel, method, path, data, end - time.monotonic(), headers)
             except LocalError as error:
                 if error.sent or self._closed:
                     raise
-                if isinstance(error.__cause__, aiohttp.ClientConnectorDNSError):
-                    patience = RESOLVE_PATIENCE
                 if channel == "data":
                     self._lacking = error
-                    await self._wait(min(end, begun + patience), again=True)
+                    await self._wait(begun, end, again=True)
                 elif (pause := next(pauses, None)) is None or time.monotonic() + pause >= end:
                     raise
                 else:
@@ -217,10 +215,12 @@ class HttpClient:
             if free:
                 self._line.admit()
 
-    async def _wait(self, end: float, *, again: bool) -> None:
-        """In line, for another try. Raises LocalError at `end` (time.monotonic)."""
+    async def _wait(self, begun: float, end: float, *, again: bool) -> None:
+        """In line, for another try. Raises LocalError at `end` (time.monotonic), and sooner where a name is unknown."""
         error = self._lacking
         assert error is not None
+        if isinstance(error.__cause__, aiohttp.ClientConnectorDNSError):
+            end = min(end, begun + RESOLVE_PATIENCE)
         now = time.monotonic()
         if now - self._warned_at >= WARN_SECONDS:
             self._warned_at = now

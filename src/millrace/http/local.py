@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import socket
 
@@ -20,6 +21,10 @@ _LACKING = {
     errno.ENOSPC: "no space is left on the disk",
     errno.EDQUOT: "the disk quota is used up",
 }
+# A name with several addresses gives one error for all: "Multiple exceptions: [Errno 111] ..., [Errno 24] ...". One
+# address that this host can't reach, such as ::1 without IPv6, does not make the error a local one; a shortage does.
+_NUMBER = re.compile(r"\[Errno (\d+)\]")
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
 def lacking(error: BaseException) -> str | None:
@@ -30,9 +35,16 @@ def lacking(error: BaseException) -> str | None:
         return None
     if isinstance(error, socket.gaierror):
         return f"the host name can't be resolved: {error.strerror}"
-    if error.errno == errno.EMFILE:
+    if error.errno is None:
+        numbers = _SHORTAGES.intersection(map(int, _NUMBER.findall(str(error))))
+        return _words(min(numbers)) if numbers else None
+    return _words(error.errno)
+
+
+def _words(number: int) -> str | None:
+    if number == errno.EMFILE:
         return f"this process has as many files open as it may ({file_limit()}); raise `ulimit -n`, or ask for less"
-    return _LACKING.get(error.errno) if error.errno is not None else None
+    return _LACKING.get(number)
 
 
 def file_limit() -> int:

@@ -1,0 +1,33 @@
+"""A client that may open few files: python -m tests.fleet.few_files MODEL LOGS HOST FILES REQUESTS
+
+It is a process, since it lowers its own limits. It starts an engine, sends all requests at once, and prints what became
+of them as JSON.
+"""
+
+import asyncio
+import json
+import resource
+import sys
+from pathlib import Path
+
+from millrace.config import EmbeddedEngineConfig
+from millrace.fleet.local import open_fleet
+from millrace.types import GenerateRequest, Generation, SamplingParams
+
+
+async def main(model: str, logs: str, host: str, files: int, requests: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    config = EmbeddedEngineConfig(kind="embedded", threads=1, host=host)
+    async with open_fleet(config, Path(model), log_dir=Path(logs)) as fleet:
+        sampling = SamplingParams(4, ignore_eos=True)
+        asked = (fleet.generate(GenerateRequest(f"r{n}", (5, 17, 42), sampling), deadline=120) for n in range(requests))
+        made = await asyncio.gather(*asked, return_exceptions=True)
+        result = {
+            "lengths": [len(one.output_ids) if isinstance(one, Generation) else repr(one) for one in made],
+            "members": [[member.url, member.phase, member.strikes] for member in fleet.snapshot.members],
+        }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:4], *map(int, sys.argv[4:])))
