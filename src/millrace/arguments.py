@@ -6,6 +6,8 @@ ArgumentError that names the argument.
 
 import math
 import operator
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from os import PathLike
@@ -15,6 +17,7 @@ from typing import Any
 from millrace.errors import ArgumentError
 
 TEXT_SHOWN = 60  # characters of a wrong value
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
 
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
@@ -88,10 +91,38 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def path(name: str, value: Any) -> Path:
-    """A path, as text or as any kind of path. `~` is the home folder."""
+    """A path, as text or as any kind of path, expanded."""
+    return Path(location(name, value))
+
+
+def location(name: str, value: Any) -> str:
+    """The same, or a URL, as text."""
     if not isinstance(value, str | PathLike) or not str(value):
         raise ArgumentError(f"{name} must be a path, and is {shown(value)} ({type(value).__name__})")
-    return Path(value).expanduser()
+    try:
+        return expand(str(value))
+    except ValueError as error:
+        raise ArgumentError(f"{name}: {error}") from error
+
+
+def expand(path: str) -> str:
+    """The path with a `~` at its start and every `$NAME` and `${NAME}` replaced. A URL keeps all else as it is.
+
+    Raises ValueError for a variable that is not set, and for a user whose home folder is not known.
+    """
+
+    def value_of(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if name not in os.environ:
+            raise ValueError(f"the environment variable {name} in {path} is not set")
+        return os.environ[name]
+
+    replaced = _VARIABLE.sub(value_of, path)
+    expanded = os.path.expanduser(replaced)
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise ValueError(f"the home folder {user} in {path} is not known; set HOME, or write ./{user} for a folder")
+    return expanded
 
 
 def shown(value: object) -> str:

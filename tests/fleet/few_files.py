@@ -30,4 +30,5 @@ async def main(model: str, logs: str, host: str, files: int, requests: int) -> N
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:4], *map(int, sys.argv[4:])))
+    model, logs, host, files, requests = sys.argv[1:]
+    asyncio.run(main(model, logs, host, int(files), int(requests)))

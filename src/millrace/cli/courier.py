@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from millrace.cli.paths import expanded, path
 from millrace.cli.status import INTERRUPTED
 from millrace.errors import ConfigError
 from millrace.http.local import raise_file_limit
@@ -21,12 +22,18 @@ from millrace.weights.courier.server import COURIER_KEY, CourierServer, Job, bin
 def courier(
     store: Annotated[
         str | None,
-        typer.Option(help="For delta: the trainer's publish.folder, as this host reaches it.", show_default=False),
+        typer.Option(
+            parser=expanded,
+            metavar="TEXT",
+            help="For delta: the trainer's publish.folder, as this host reaches it.",
+            show_default=False,
+        ),
     ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(
-            file_okay=False,
+            parser=path,
+            metavar="FOLDER",
             show_default=False,
             help="For delta: where the engines here read versions; room for two of them.",
         ),

@@ -11,11 +11,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from millrace.cli.paths import existing_folder
 from millrace.cli.status import interruptible
 from millrace.conformance import Check, Outcome, Result, Runner, select
 from millrace.conformance.attach import BY_HAND, Kind, attach
 from millrace.conformance.report import Report, report, to_json
 from millrace.conformance.runner import CHECK_DEADLINE
+from millrace.http.hosts import require_known
 
 COLORS = {Outcome.PASSED: "green", Outcome.FAILED: "red", Outcome.LACKING: "yellow"}
 
@@ -25,8 +27,8 @@ def doctor(
     model: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            file_okay=False,
+            parser=existing_folder,
+            metavar="FOLDER",
             show_default=False,
             help="The model's folder, whose weights it serves; the default is the one that the server names.",
         ),
@@ -34,7 +36,10 @@ def doctor(
     other: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, show_default=False, help="A folder with other weights of the same shapes."
+            parser=existing_folder,
+            metavar="FOLDER",
+            show_default=False,
+            help="A folder with other weights of the same shapes.",
         ),
     ] = None,
     only: Annotated[str, typer.Option(help="Names of checks, as 'pause.*'.")] = "*",
@@ -65,6 +70,7 @@ async def _examine(
     deadline: float,
     console: Console,
 ) -> Report:
+    await require_known("URL", [url])
     subject = await attach(url, folder=model, other=other)
     try:
         info = subject.info

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from millrace.cli.paths import existing_folder, expanded, path
 from millrace.cli.settings import load_settings
 from millrace.cli.status import interruptible
 from millrace.config.models import EmbeddedEngineConfig
@@ -36,7 +37,10 @@ def install(
     engine: EngineArgument,
     version: VersionOption = None,
     cpu: CpuOption = False,
-    python: Annotated[str, typer.Option(help="The interpreter that the environment is made with.")] = sys.executable,
+    python: Annotated[
+        str,
+        typer.Option(parser=expanded, metavar="TEXT", help="The interpreter that the environment is made with."),
+    ] = sys.executable,
 ) -> None:
     """Make an engine's environment, unless it is there. After an interruption, run it again."""
     begun = time.monotonic()
@@ -76,12 +80,18 @@ def remove(engine: EngineArgument, version: VersionOption = None, cpu: CpuOption
 
 @engines_app.command()
 def join(
-    config: Annotated[Path, typer.Argument(help="The run's settings, the same on all hosts.", show_default=False)],
+    config: Annotated[
+        Path,
+        typer.Argument(parser=path, help="The run's settings, the same on all hosts.", show_default=False),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="At least engine.node_rank=1 (or 2, ...).", show_default=False)
     ] = None,
     model: Annotated[
-        Path, typer.Option(help="The model's folder on this host.", exists=True, file_okay=False, show_default=False)
+        Path,
+        typer.Option(
+            parser=existing_folder, metavar="FOLDER", help="The model's folder on this host.", show_default=False
+        ),
     ] = ...,  # type: ignore[assignment] # required
 ) -> None:
     """Start this host's node of an engine over several hosts, and stay with it until the engine ends."""

@@ -15,6 +15,7 @@ from millrace import __version__
 from millrace.cli.courier import courier
 from millrace.cli.doctor import doctor
 from millrace.cli.engines import engines_app
+from millrace.cli.paths import path
 from millrace.cli.settings import load_settings
 from millrace.cli.status import interruptible
 from millrace.cli.watch import status
@@ -68,7 +69,7 @@ def config(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's settings, in YAML.", show_default=False)],
+    config: Annotated[Path, typer.Argument(parser=path, help="The run's settings, in YAML.", show_default=False)],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings that win over the file, as train.lr=1e-5.", show_default=False)
     ] = None,

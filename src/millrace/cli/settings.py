@@ -17,12 +17,16 @@ def load_settings(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def _check_engine(config: RunConfig) -> None:
+    named = [("publish.couriers", url) for url in config.publish.couriers]
     if isinstance(config.engine, StockEngineConfig):
-        for url in config.engine.urls or ():
-            try:
-                server_url(url)
-            except ConfigError as error:
-                raise ConfigError(f"engine.urls: {error}") from error
+        named += [("engine.urls", url) for url in config.engine.urls or ()]
+    if config.router is not None and config.router.url is not None:
+        named.append(("router.url", config.router.url))
+    for setting, url in named:
+        try:
+            server_url(url)
+        except ConfigError as error:
+            raise ConfigError(f"{setting}: {error}") from error
     if isinstance(config.engine, SGLangEngineConfig):
         sglang.require_no_contradiction(config.engine)
     if isinstance(config.engine, VLLMEngineConfig):

@@ -10,6 +10,7 @@ from rich.live import Live
 
 from millrace.cli.status import interruptible
 from millrace.errors import MonitorError
+from millrace.http.hosts import require_known
 from millrace.serve.remote import Remote
 from millrace.serve.table import fleet_table
 from millrace.serve.view import FleetView
@@ -34,6 +35,7 @@ def status(
 
 async def _watch(remote: Remote, console: Console, *, once: bool, interval: float, events: int) -> None:
     try:
+        await require_known("URL", [remote.url])
         view = await remote.fetch(deadline=DEADLINE)
         if once:
             console.print(fleet_table(view, events=events))

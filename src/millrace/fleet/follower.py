@@ -15,6 +15,7 @@ from millrace.fleet.journal import Journal
 from millrace.fleet.members import Members
 from millrace.fleet.membership import STRIKES, Member, Snapshot, Struck, after
 from millrace.http.client import HttpClient
+from millrace.http.hosts import require_known
 from millrace.http.local import raise_file_limit
 from millrace.types import ANYWHERE, FinishReason, GenerateRequest, Generation, MemoryTag, Placement
 
@@ -127,7 +128,8 @@ class Follower(FleetClient):
         cls, url: str, key: str, *, journal: Journal | None = None, seed: int = 0
     ) -> "AsyncIterator[Follower]":
         """Follows the fleet whose owner answers at `url` to those who know `key` (`millrace.serve.owner`). Raises
-        EngineError where it does not."""
+        EngineError where it does not, and ConfigError where the host of `url` is not known."""
+        await require_known("url", [url])
         raise_file_limit()
         followed = Followed(url, key)
         following: asyncio.Task[None] | None = None

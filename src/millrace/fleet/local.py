@@ -29,6 +29,7 @@ from millrace.fleet.journal import Journal
 from millrace.fleet.members import Members
 from millrace.fleet.proxy import Proxy
 from millrace.fleet.starting import start_all
+from millrace.http.hosts import require_known
 from millrace.http.local import raise_file_limit
 from millrace.imports import needs_extra
 from millrace.launch.ports import is_here
@@ -86,6 +87,7 @@ async def open_fleet(
     version, seed = arguments.whole("version", version), arguments.whole("seed", seed)
     keep, restarts = arguments.whole("keep", keep), arguments.whole("restarts", restarts)
     couriers = arguments.texts("couriers", couriers)
+    place = None if folder is None else arguments.location("folder", folder)
     if transport not in get_args(TransportName):
         raise ConfigError(f"transport {transport!r} is not known; valid here: {', '.join(get_args(TransportName))}")
     if router is not None:
@@ -93,15 +95,20 @@ async def open_fleet(
             check_router(router, engine.kind)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+    if not isinstance(engine, EmbeddedEngineConfig):
+        await require_known("engine.urls", engine.urls or ())
+    if router is not None and router.url is not None:
+        await require_known("router.url", [router.url])
+    await require_known("publish.couriers", couriers)
     raise_file_limit()
     checksums = await asyncio.to_thread(folder_checksums, model)
     store = None
-    if folder is not None:
-        with needs_extra(f"a store of versions ({folder})"):
+    if place is not None:
+        with needs_extra(f"a store of versions ({place})"):
             from millrace.weights.store import ANCHOR_EVERY, VersionStore  # imports torch
 
         anchor_every = ANCHOR_EVERY if transport == "delta" else 1
-        store = VersionStore(str(folder), model, keep=keep, anchor_every=anchor_every)
+        store = VersionStore(place, model, keep=keep, anchor_every=anchor_every)
 
     key = _shared_key(engine, router)
     if transport == "nccl" and isinstance(engine, SGLangEngineConfig):

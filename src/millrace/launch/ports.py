@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import socket
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 from millrace.errors import LaunchError
@@ -11,15 +12,21 @@ from millrace.http.local import lacking
 CONNECT_SECONDS = 1.0
 
 
-def free_port(host: str) -> int:
+def free_port(host: str, setting: str = "") -> int:
     """A port that was free a moment ago. The kernel goes through its range before it hands one out again.
-    Raises LaunchError where `host` is no address of this host."""
+    Raises what `free_ports` raises."""
+    return free_ports(host, 1, setting)[0]
+
+
+def free_ports(host: str, count: int, setting: str = "") -> list[int]:
+    """Different ports that were free a moment ago. Raises LaunchError where `host` is no address of this host, and
+    names the setting that it comes from."""
     try:
-        with bound(host, 0) as server:
-            port: int = server.getsockname()[1]
-            return port
+        with ExitStack() as held:
+            return [held.enter_context(bound(host, 0)).getsockname()[1] for _ in range(count)]
     except OSError as error:
-        raise LaunchError(f"no port of {host} (engine.host) can be had: {why_not_bound(host, error)}") from error
+        where = f"{setting} {host}" if setting else host
+        raise LaunchError(f"no port of {where} can be had: {why_not_bound(host, error)}") from error
 
 
 def require_free(host: str, port: int) -> None:

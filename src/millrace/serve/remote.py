@@ -2,7 +2,7 @@
 
 from pydantic import TypeAdapter, ValidationError
 
-from millrace.errors import EngineError, EngineTimeout, EngineUnreachable, MonitorError
+from millrace.errors import EngineError, EngineTimeout, EngineUnreachable, LocalError, MonitorError
 from millrace.http.client import HttpClient, server_url
 from millrace.serve.view import FleetView
 
@@ -16,12 +16,15 @@ class Remote:
         self._view = TypeAdapter(FleetView)
 
     async def fetch(self, *, deadline: float) -> FleetView:
-        """Raises MonitorError where nobody answers, or who is no fleet's metrics server."""
+        """Raises MonitorError where nobody answers, where what answers is no fleet's metrics server, and where
+        this process could not ask."""
         try:
             return self._view.validate_python(await self._client.control("GET", "/fleet", deadline=deadline))
         except (EngineUnreachable, EngineTimeout) as error:
             reason = str(error).removeprefix(f"engine {error.engine}: ")
             raise MonitorError(f"{reason}; a run answers at its metrics.port while it goes on") from error
+        except LocalError as error:
+            raise MonitorError(error.reason) from error
         except EngineError as error:
             reason = str(error).removeprefix(f"engine {error.engine}: ")
             raise MonitorError(f"{self.url} is not the metrics server of a run: {reason}") from error

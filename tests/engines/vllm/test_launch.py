@@ -18,10 +18,10 @@ import pytest
 
 from millrace.config.models import VLLMEngineConfig
 from millrace.engines.join import join
-from millrace.engines.stock.launching import free_ports
 from millrace.engines.vllm.extension.millrace_vllm_keys import DATA, OPEN
 from millrace.engines.vllm.launch import choose_ports, launch
 from millrace.errors import LaunchError
+from millrace.launch.ports import free_ports
 from tests.engines.processes import below, command_lines, logs, until_ended
 
 START_TIMEOUT = 300.0  # 20 s on a quiet machine

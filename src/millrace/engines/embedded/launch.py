@@ -31,7 +31,7 @@ async def launch(
     require_modules("the embedded engine", "torch", "transformers", "safetensors")
     name = f"{prefix}-{replica}"
     if config.ports is None:
-        port = free_port(config.host)
+        port = free_port(config.host, "engine.host")
     else:
         port = config.ports[replica]
         require_free(config.host, port)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from millrace.config.paths import expand
+from millrace.arguments import expand
 from millrace.engines.environments.recipes import RECIPES, Recipes, requirements
 from millrace.errors import ConfigError, LaunchError
 

@@ -7,9 +7,9 @@ from millrace.config.models import SGLangEngineConfig
 from millrace.engines.sglang.arguments import Ports, attention_dp, nodes
 from millrace.engines.stock.arguments import local_ranks
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
-from millrace.engines.stock.launching import Launched, free_ports, new_keys, start_nodes, with_dtype
+from millrace.engines.stock.launching import Launched, new_keys, start_nodes, with_dtype
 from millrace.errors import LaunchError
-from millrace.launch.ports import bound, free_port, require_free
+from millrace.launch.ports import bound, free_port, free_ports, require_free
 
 SERVE = Path(__file__).with_name("serve.py")  # not imported: it is the engine's
 # In shared memory, where SGLang never removes the first, and a killed server none: 25 MB with several ranks.
@@ -65,7 +65,7 @@ async def launch(
 
 def choose_ports(config: SGLangEngineConfig, replica: int) -> Ports:
     """The config's ports and, for what it leaves open, the kernel's. Raises LaunchError when the config's are taken."""
-    http = free_ports(config.host, len(local_ranks(config)))
+    http = free_ports(config.host, len(local_ranks(config)), "engine.host")
     if config.ports is not None:
         require_free(config.host, config.ports[replica])
         http[0] = config.ports[replica]
@@ -74,7 +74,7 @@ def choose_ports(config: SGLangEngineConfig, replica: int) -> Ports:
     if rendezvous is None and (config.nnodes > 1 or shares_ranks):
         rendezvous = f"127.0.0.1:{free_block('127.0.0.1', DERIVED_PORTS + 1)}"
     # Data-parallel ranks that share nothing each meet at a port of their own, which SGLang has the kernel choose.
-    nccl = None if config.dp_size > 1 and not shares_ranks else free_port(config.host)
+    nccl = None if config.dp_size > 1 and not shares_ranks else free_port(config.host, "engine.host")
     kv_events = new_endpoint() if config.kv_events and 0 in local_ranks(config) else None
     return Ports(tuple(http), nccl, rendezvous, kv_events)
 

@@ -5,7 +5,6 @@ import os
 import secrets
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +15,6 @@ from millrace.errors import DataError, EngineError, LaunchError, LocalError
 from millrace.http import HttpClient
 from millrace.launch.account import account_name
 from millrace.launch.nodes import Nodes
-from millrace.launch.ports import bound
 from millrace.launch.process import ServerProcess
 from millrace.model_config import compute_dtype
 
@@ -121,9 +119,3 @@ async def all_healthy(clients: Sequence[HttpClient]) -> bool:
         except EngineError:
             return False  # it is starting; when it can't, its process ends or the caller's deadline passes
     return True
-
-
-def free_ports(host: str, count: int) -> list[int]:
-    """Different ports that were free a moment ago."""
-    with ExitStack() as held:
-        return [held.enter_context(bound(host, 0)).getsockname()[1] for _ in range(count)]

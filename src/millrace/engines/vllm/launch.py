@@ -8,10 +8,10 @@ from pathlib import Path
 from millrace.config.models import VLLMEngineConfig
 from millrace.engines.stock.arguments import Node, local_ranks
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
-from millrace.engines.stock.launching import Launched, free_ports, new_keys, start_nodes, with_dtype
+from millrace.engines.stock.launching import Launched, new_keys, start_nodes, with_dtype
 from millrace.engines.vllm.arguments import Ports, nodes
 from millrace.errors import DataError, LaunchError
-from millrace.launch.ports import free_port, require_free
+from millrace.launch.ports import free_port, free_ports, require_free
 from millrace.model_config import head_dim
 
 # Not imported: these are the engine's.
@@ -89,7 +89,7 @@ def choose_ports(config: VLLMEngineConfig, replica: int) -> Ports:
     """The config's ports and, for what it leaves open, the kernel's. Raises LaunchError when the config's are taken."""
     http = None
     if 0 in local_ranks(config):
-        http = free_port(config.host) if config.ports is None else config.ports[replica]
+        http = free_port(config.host, "engine.host") if config.ports is None else config.ports[replica]
         require_free(config.host, http)
     kv_events = new_endpoint() if config.kv_events and 0 in local_ranks(config) else None
     if config.nnodes == 1:
