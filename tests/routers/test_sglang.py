@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -50,8 +50,22 @@ def installed(router_python: Callable[[str], Path]) -> None:
     router_python("sglang")
 
 
+@pytest.fixture(scope="module")
+def dead_proxy() -> Iterator[None]:
+    """The environment names a proxy at which nothing listens, as on hosts whose way out is closed from inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            for spelling in (name, name.upper()):
+                patch.setenv(spelling, "http://127.0.0.1:9")
+        for spelling in ("no_proxy", "NO_PROXY"):
+            patch.delenv(spelling, raising=False)
+        yield
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
+async def shared_fleet(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, dead_proxy: None
+) -> AsyncIterator[Fleet]:
     logs = tmp_path_factory.mktemp("logs")
     async with open_fleet(
         CONFIG, tiny_model, log_dir=logs, folder=logs / "versions", router=ROUTER, restarts=3
@@ -93,6 +107,15 @@ async def test_a_request_goes_by_the_router_and_its_tokens_are_the_models(fleet:
     assert len(made.logprobs) == 12
     assert [segment.version for segment in made.segments] == [0]
     assert fleet.journal.totals.requests[BY_ROUTER] == before + 1
+
+
+async def test_a_dead_proxy_of_the_environment_is_asked_by_nobody(fleet: Fleet) -> None:
+    assert "no_proxy" not in os.environ
+    assert os.environ["http_proxy"] == "http://127.0.0.1:9"
+    assert len(await router_of(fleet).workers()) == 2
+    before = fleet.journal.totals.requests[BY_ROUTER]
+    await asyncio.gather(*(fleet.generate(greedy(f"proxy{number}"), deadline=20) for number in range(4)))
+    assert fleet.journal.totals.requests[BY_ROUTER] == before + 4
 
 
 async def test_sessions_stay_where_they_are_and_are_spread(fleet: Fleet) -> None:

@@ -67,9 +67,12 @@ def environments_home() -> Path:
     try:
         if home := os.environ.get("MILLRACE_HOME"):
             return Path(expand(home)).absolute() / "engines"
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or expand("~/.cache"))
     except ValueError as error:
         raise ConfigError(f"MILLRACE_HOME: {error}") from error
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or expand("~/.cache"))
+    except ValueError as error:
+        raise ConfigError("this user has no home folder for engines' environments; set MILLRACE_HOME") from error
     return cache.absolute() / "millrace" / "engines"
 
 
