@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tests.architectures import make_moe_folder
 
 STEPS = 3
-ENGINES = {"embedded": None, "sglang": "0.5.23", "sglang-older": "0.5.15", "vllm": "0.32.0"}
+VERSIONS = {"embedded": None, "sglang": "0.5.23", "vllm": "0.32.0"}
 CONFIG = f"""
 name: run
 model: {{kind: pretrained, path: model}}
@@ -38,11 +38,11 @@ def test_it_is_stored_as_stock_engines_expect(folder: Path) -> None:
     assert expert.dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("kind", VERSIONS)
 def test_three_steps(
-    name: str, folder: Path, tmp_path: Path, sglang_python: Callable[[str], Path], vllm_python: Path
+    kind: str, folder: Path, tmp_path: Path, sglang_python: Callable[[str], Path], vllm_python: Path
 ) -> None:
-    kind, version = name.partition("-")[0], ENGINES[name]
+    version = VERSIONS[kind]
     engine: dict[str, object] = {"kind": kind, "device": "cpu", "threads": 1}
     if version is not None:
         python = vllm_python if kind == "vllm" else sglang_python(version)
