@@ -121,6 +121,7 @@ async def test_its_events_draw_requests(fleet: Fleet, tiny_model: Path) -> None:
     await hold_its_events_draw_requests(fleet, tiny_model, 2600)
 
 
+@pytest.mark.parametrize("fleet", ["0.5.23"], indirect=True)  # 0.5.15 dies of NaN logits
 async def test_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path) -> None:
     await hold_nan_is_the_weights_fault(fleet, tiny_model, 2700)
 
