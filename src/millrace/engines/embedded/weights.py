@@ -223,6 +223,8 @@ class WeightStore:
         if self._session is None or self._staging is None:
             raise UpdateRefused("no update is open; begin one first")
         tensors = []
+        coming = {spec.name for spec in specs}
+        filled = {self._parts[name] for name in self._session.staged if name in self._parts and name not in coming}
         for spec in specs:
             if spec.name in self._passed:
                 tensors.append(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)))
@@ -235,7 +237,11 @@ class WeightStore:
                     f"{spec.name} is {dtype_name(tensor.dtype)}{list(tensor.shape)} in the model, "
                     f"{spec.dtype}{list(spec.shape)} in the update"
                 )
-            tensors.append(tensor)
+            # A second copy of a tied tensor is compared with the first, and must not write over it.
+            part = self._parts[spec.name]
+            copy = len(self._alike[part]) > 1 and part in filled
+            tensors.append(torch.empty_like(tensor) if copy else tensor)
+            filled.add(part)
         for spec in specs:
             self._session.staged.pop(spec.name, None)
         return self._session, tensors
@@ -249,7 +255,8 @@ class WeightStore:
         session.staged[name] = digest
         came = [one for one in alike if one in session.staged]
         if len({session.staged[one] for one in came}) > 1:
-            del session.staged[name]
+            for one in came:
+                del session.staged[one]
             raise UpdateRefused(f"{' and '.join(came)} are one tensor in the model and differ in the update")
 
 
