@@ -36,7 +36,7 @@ async def owned(fleet: Fleet) -> AsyncIterator[str]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):  # an engine starts again meanwhile, also on a busy machine
         while not condition():
             await asyncio.sleep(0.01)
 
