@@ -80,8 +80,9 @@ async def test_a_fleet_takes_what_is_meant_and_says_what_is_not(tiny_model: Path
         assert all(member.routable for member in fleet.snapshot.members)
 
     calls: dict[str, tuple[Any, ...]] = {
-        "generate": (REQUEST,), "serving": (), "awake": (), "publish": (tensors, 3), "publish_adapter": (tensors, 3),
-        "restart": ("embedded-0",), "add": (), "remove": ("embedded-0",), "sleep": (), "wake": (), "restore": (),
+        "generate": (REQUEST,), "serving": (), "awake": (), "resumed": (), "publish": (tensors, 3),
+        "publish_adapter": (tensors, 3), "restart": ("embedded-0",), "add": (), "remove": ("embedded-0",),
+        "sleep": (), "wake": (), "restore": (),
     }  # fmt: skip
     public = {name for name, _ in inspect.getmembers(type(fleet), inspect.iscoroutinefunction) if name[0] != "_"}
     assert public == calls.keys() | {"attest"}

@@ -62,6 +62,7 @@ class FleetClient:
 
     async def resumed(self) -> None:
         """Waits until the fleet is no longer interrupted, for as long as that takes."""
+        self._require_open()
         async with self.members.changed:
             await self.members.changed.wait_for(lambda: not self.interrupted)
 
