@@ -46,6 +46,7 @@ class Killer(Display):
     def __init__(self) -> None:
         super().__init__(Console(quiet=True))
         self.left = dict(KILLS)
+        self._others = below(os.getpid())  # engines of other tests
         self._seen: Counter[str] = Counter()
 
     def phase(self, text: str) -> None:
@@ -53,13 +54,12 @@ class Killer(Display):
             delay = self.left.pop((name, self._seen[name]), None)
             self._seen[name] += 1
             if delay is not None:
-                asyncio.get_running_loop().call_later(delay, kill_the_engine)
+                asyncio.get_running_loop().call_later(delay, self._kill_the_engine)
         super().phase(text)
 
-
-def kill_the_engine() -> None:
-    [engine] = [pid for pid in below(os.getpid()) if is_engine(command_lines({pid}))]
-    os.kill(engine, signal.SIGKILL)
+    def _kill_the_engine(self) -> None:
+        [engine] = [pid for pid in below(os.getpid()) - self._others if is_engine(command_lines({pid}))]
+        os.kill(engine, signal.SIGKILL)
 
 
 def is_engine(command: str) -> bool:
