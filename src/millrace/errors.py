@@ -91,6 +91,11 @@ class WeightsChanged(PublishError):
 class NoEngineError(MillraceError):
     """No engine of the fleet can serve the request. The message says how each of them stands."""
 
+    @classmethod
+    def closed(cls) -> "NoEngineError":
+        """For a fleet whose block has ended."""
+        return cls("the fleet is closed: its block has ended, and so have the engines that it started")
+
 
 class RolloutError(MillraceError):
     """A rollout can't go on: every sample of a step failed, with the reasons."""

@@ -13,6 +13,7 @@ from millrace.errors import DataError
 HEADER_LENGTH_BYTES = 8
 # safetensors' names of the floats that can be cast to each other, and torch's.
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+CASTABLE = frozenset(FLOATS.values())
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # An adapter's folder in PEFT's format: its files, and what the names of its tensors begin and end with.

@@ -90,7 +90,7 @@ class FleetClient:
     def _require_open(self, deadline: float = 0.0) -> None:
         """Raises NoEngineError where the fleet is closed, and ArgumentError for a deadline that is not a number."""
         if self.members.closed:
-            raise NoEngineError("the fleet is closed: its block has ended, and so have the engines that it started")
+            raise NoEngineError.closed()
         arguments.real("deadline", deadline)
 
     async def _generate(self, request: GenerateRequest, placement: Placement, deadline: float) -> Generation:

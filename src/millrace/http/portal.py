@@ -32,7 +32,7 @@ class Portal:
         the block has ended."""
         if self._closed:
             coroutine.close()
-            raise NoEngineError("the fleet is closed: its block has ended, and so have the engines that it started")
+            raise NoEngineError.closed()
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()

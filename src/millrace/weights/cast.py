@@ -9,7 +9,7 @@ from millrace.checksum import tensor_checksum
 from millrace.engines.start import Started
 from millrace.errors import PublishError
 from millrace.model_config import folder_dtype, unusual_dtypes
-from millrace.model_folder import FLOATS, StoredTensor, stored_tensors
+from millrace.model_folder import CASTABLE, StoredTensor, stored_tensors
 from millrace.types import EngineInfo
 from millrace.weights.folder import FolderTensors
 from millrace.weights.plan import announced
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     NamedTensor = tuple[str, torch.Tensor]
-
-CASTABLE = frozenset(FLOATS.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from millrace.model_folder import FLOATS
 from millrace.weights.cast import Dtypes
 
 END = -1  # in the place of a tensor's number
-EARLY = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a tensor can be cast to first
+EARLY: tuple[torch.dtype | None, ...] = (None, *(getattr(torch, name) for name in FLOATS.values()))  # casts by number
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,10 +51,7 @@ def main(argv: list[str]) -> int:
         sock = _bind(args.host, args.port)
     except OSError as error:
         reason = why_not_bound(args.host, error)
-        print(
-            f"can't listen on {args.host}:{args.port}: {reason}; choose another --port",
-            file=sys.stderr,
-        )
+        print(f"can't listen on {args.host}:{args.port}: {reason}; choose another --port", file=sys.stderr)
         return 1
     return asyncio.run(_serve(args, sock))
 

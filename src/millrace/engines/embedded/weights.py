@@ -17,13 +17,10 @@ from transformers import PreTrainedModel
 from millrace.checkpoint_names import View, names_of
 from millrace.checksum import Checksum, checksum
 from millrace.errors import DataError, MillraceError
-from millrace.model_folder import StoredTensor, stored_tensors
+from millrace.model_folder import CASTABLE, StoredTensor, stored_tensors
 from millrace.types import TensorSpec
 
 CHUNK_BYTES = 1 << 20  # read and hashed in turns, so that the hash finds the bytes in the processor's cache
-
-
-CASTABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # to each other, without a scale
 
 
 class UpdateRefused(MillraceError):
@@ -151,8 +148,10 @@ class WeightStore:
         with safe_open(stored.file, framework="pt") as content:
             tensor = content.get_tensor(name)
         part = self._parts.get(name)
-        if part is not None and {tensor.dtype, self._live[part.live].dtype} <= CASTABLE:
-            tensor = tensor.to(self._live[part.live].dtype)
+        if part is not None:
+            dtype = self._live[part.live].dtype
+            if {dtype_name(tensor.dtype), dtype_name(dtype)} <= CASTABLE:
+                tensor = tensor.to(dtype)
         spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
         session, [staged] = self._open([spec])
         staged.copy_(tensor)
