@@ -96,7 +96,7 @@ def path(name: str, value: Any) -> Path:
 
 
 def location(name: str, value: Any) -> str:
-    """The same, or a URL, as text."""
+    """A path, expanded, or a URL, as text."""
     if not isinstance(value, str | PathLike) or not str(value):
         raise ArgumentError(f"{name} must be a path, and is {shown(value)} ({type(value).__name__})")
     try:
@@ -126,7 +126,7 @@ def expand(path: str) -> str:
 
 
 def shown(value: object) -> str:
-    """The beginning of how Python writes it, on one line."""
+    """The value as Python writes it, on one line and cut to TEXT_SHOWN characters."""
     written = " ".join(ascii(value).split())
     return written if len(written) <= TEXT_SHOWN else f"{written[:TEXT_SHOWN]}..."
 
@@ -144,7 +144,7 @@ def _token(name: str, place: int, value: Any) -> int:
 
 
 def _index(value: Any) -> int | None:
-    """The integer that it is; a truth value is none, also where a library lets it be used as one."""
+    """The integer, or None for anything else. A truth value of Python, NumPy or torch is not an integer here."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):

@@ -47,8 +47,11 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tensors of the model, with their shapes, that make certain tensors of the checkpoint. `views` are these by name,
-    or None where they are computed. `renamed`: it is one tensor, which only has another name or the same."""
+    """Tensors of the model and the tensors of the checkpoint that are made of them.
+
+    sources, shapes: the shapes of the former and of the latter, by name. views: the checkpoint's tensors as parts of
+    the one source; None where they are computed. renamed: the one source is a whole tensor of the checkpoint, under the
+    same name or another."""
 
     sources: Mapping[str, Shape]
     shapes: Mapping[str, Shape]
@@ -62,8 +65,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointNames:
-    """A model, and for each of its tensors (by the names of its `state_dict()`) the group that it is in. `tied`: which
-    of them are another one, by name. `buffers`: which of them no optimizer trains."""
+    """A model's tensors, by the names of its `state_dict()`, and what they are in its checkpoint.
+
+    groups: the group of each tensor. tied: for each tied tensor, the name of the tensor that it shares. buffers: the
+    tensors that no optimizer trains."""
 
     model: PreTrainedModel
     groups: Mapping[str, Group]
@@ -71,13 +76,14 @@ class CheckpointNames:
     buffers: frozenset[str]
 
     def passes_over(self, name: str) -> bool:
-        """Whether the model's class reads past a tensor of that name in a checkpoint: a buffer that it computes, or a
-        part that it has not (a speculative head)."""
+        """Whether the model's class ignores a tensor of that name in a checkpoint: a buffer that it computes, or a part
+        that it does not have (a speculative head)."""
         declared = self.model._keys_to_ignore_on_load_unexpected or ()
         return any(re.search(pattern, name) for pattern in (*declared, COMPUTED))
 
     def views(self, name: str) -> Mapping[str, View]:
-        """The tensors of the checkpoint that a tensor of the model has in it. Where they are computed: itself."""
+        """The checkpoint's tensors that are parts of the model's tensor `name`. Only the tensor itself where they are
+        computed."""
         group = self.groups[name]
         return group.views if group.views is not None else {name: _whole(group.sources[name])}
 
@@ -90,8 +96,9 @@ class CheckpointNames:
 
 
 def read_names(folder: Path, stored: Collection[str] | None) -> CheckpointNames:
-    """Those of the model whose config is in `folder`; its weights are neither read nor made. `stored` are the names of
-    the tensors in the folder, None where it has none. Raises DataError where transformers does not know the model."""
+    """The names of the model whose config is in `folder`; its weights are neither read nor made. `stored` are the names
+    of the tensors in the folder, None where it has none. Raises DataError where transformers does not know the model.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
@@ -103,7 +110,7 @@ def read_names(folder: Path, stored: Collection[str] | None) -> CheckpointNames:
 
 
 def names_of(model: PreTrainedModel, stored: Collection[str] | None) -> CheckpointNames:
-    """Those of `model`, as `read_names` says; its tensors may be on the meta device."""
+    """The names of `model`, as in `read_names`; its tensors may be on the meta device."""
     state: dict[str, torch.Tensor] = model.state_dict()
     metas = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
     placed: dict[str, str] = {}
@@ -130,8 +137,8 @@ def names_of(model: PreTrainedModel, stored: Collection[str] | None) -> Checkpoi
 
 
 def load_config(folder: str | Path) -> Any:
-    """The model's config. `from_pretrained(folder, config=...)` then reads what the index names, as stock engines do;
-    by itself it prefers a `model.safetensors` that lies beside."""
+    """The model's config. With it, `from_pretrained(folder, config=...)` reads the files that the index names, as stock
+    engines do. Without it, transformers prefers a `model.safetensors` in the same folder."""
     config = AutoConfig.from_pretrained(folder)
     if (Path(folder) / INDEX).is_file():
         config.transformers_weights = INDEX
@@ -141,9 +148,9 @@ def load_config(folder: str | Path) -> Any:
 def _note_conversions(
     model: PreTrainedModel, stored: Collection[str], state: Mapping[str, torch.Tensor]
 ) -> dict[str, str]:
-    """Leaves in the model which conversions loading these names would take, as `from_pretrained` does: what was not
-    converted in this folder (experts that were stored fused) is not converted on its way back. Returns what becomes of
-    each stored tensor that is only renamed: the stored name, by the model's."""
+    """Sets on the model the conversions that loading these names would use, as `from_pretrained` does: experts that the
+    folder stores fused are not split when they are written. Returns the stored name of each tensor that is only
+    renamed, by the model's name."""
     conversions = get_model_conversion_mapping(model)
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
     renamings = [one for one in conversions if not isinstance(one, WeightConverter)]
@@ -180,8 +187,8 @@ def _grouped(model: PreTrainedModel, names: Sequence[str]) -> tuple[dict[str, st
 def _converted(
     model: PreTrainedModel, metas: Mapping[str, torch.Tensor], together: Sequence[Sequence[str]]
 ) -> Iterator[Group]:
-    """Asks transformers what it makes of tensors of these shapes: at once for all, and again group by group where it
-    makes more of them than parts of a single tensor."""
+    """Asks transformers what it makes of tensors of these shapes: once for all of them, and again group by group if it
+    makes tensors that are not parts of a single one."""
     owners = {_storage(metas[name]): name for names in together for name in names}
     parts: dict[str | None, dict[str, torch.Tensor]] = {}
     for name, tensor in _reverted(model, {name: metas[name] for name in owners.values()}).items():

@@ -12,7 +12,7 @@ class ConfigError(MillraceError):
 
 
 class ArgumentError(MillraceError, ValueError):
-    """An argument of a call is of the wrong type or can't be meant. The message names it and says what to pass."""
+    """An argument of a call has the wrong type or makes no sense. The message names it and says what to pass."""
 
 
 class DataError(MillraceError):
@@ -53,8 +53,8 @@ class EngineRefused(EngineError):
 
 class LocalError(EngineError):
     """This process lacked something that the call needed: a file descriptor, memory, disk space, a port, an answer of
-    the name service. It says nothing about the engine, which is neither suspected nor restarted. `sent` tells whether
-    the server may have seen the request."""
+    the name service. The error says nothing about the engine, which is neither suspected nor restarted. `sent` is
+    whether the server may have seen the request."""
 
     def __init__(self, engine: str, message: str, *, sent: bool = False) -> None:
         super().__init__(engine, f"the call failed on this side: {message}")
@@ -67,8 +67,8 @@ class EngineFailed(EngineError):
 
 
 class NonFiniteLogprobs(EngineError):
-    """The engine generated tokens whose logprobs are NaN or infinite. Its weights are the reason, and they are the
-    trainer's: the engine is sound, and another with the same version answers the same."""
+    """The engine generated tokens whose logprobs are NaN or infinite. The reason is in the weights that the trainer
+    published. The engine is sound, and another engine with the same version answers the same."""
 
 
 class PublishError(MillraceError):

@@ -1,7 +1,7 @@
 """What a model's config.json says, read as transformers reads it.
 
-transformers leaves out what equals a class's default, and wraps the config of a language model into that of a larger
-model (`text_config`). What the file says plainly is taken from it, without transformers; for what it leaves out
+transformers leaves out values that equal a class's default, and puts the config of a language model into that of a
+larger model (`text_config`). Values that the file has are read without transformers. For values that it leaves out,
 transformers is imported, if it is installed.
 """
 
@@ -89,7 +89,7 @@ def unusual_dtypes(folder: Path) -> dict[str, str]:
 
 
 def compute_dtype(setting: str, folder: Path) -> str:
-    """The dtype that an engine is told: the setting, or for `auto` the folder's. `auto` again where that is unknown."""
+    """The dtype to start an engine with: the setting, or for `auto` the folder's. `auto` where that is unknown."""
     return setting if setting != "auto" else folder_dtype(folder) or "auto"
 
 

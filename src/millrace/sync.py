@@ -325,9 +325,8 @@ class Fleet:
     def restart(self, name: str, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> None:
         """Ends this engine, starts it anew, and brings it what the others serve, within `deadline` seconds, before its
         first request: from the store, or from the trainer where `publish` was given a function. Otherwise it serves
-        after the next publish. Raises LaunchError where it
-        does not come up, PublishError where it does not take the version, and NoEngineError where the fleet does not
-        start its engines."""
+        after the next publish. Raises LaunchError where it does not come up, PublishError where it does not take the
+        version, and NoEngineError where the fleet does not start its engines."""
         self._portal.call(self._wrapped.restart(name, bucket_bytes=bucket_bytes, deadline=deadline))
 
     def add(self, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> str:
@@ -354,8 +353,8 @@ class Fleet:
 
     @property
     def dtypes(self) -> Dtypes | None:
-        """The dtypes that the engines have their weights in, to which what is published is cast; None before `attest`.
-        `leading` (`millrace.weights.sharded`) takes them, to gather fewer bytes."""
+        """The dtypes of the engines' weights. Published tensors are cast to them. None before `attest`. `leading`
+        (`millrace.weights.sharded`) takes them, to gather fewer bytes."""
         return self._wrapped.dtypes
 
     @property

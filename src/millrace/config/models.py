@@ -85,8 +85,8 @@ class ReplicatedConfig(Model):
     replicas: PositiveInt = 1
     """Number of servers, each with the whole model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the engine computes in, and its weights are held in. `auto` is the dtype of the model's folder; SGLang and
-    vLLM on a GPU serve a float32 folder in bfloat16."""
+    """Dtype of the engine's weights and computation. `auto` is the dtype of the model's folder; SGLang and vLLM on a
+    GPU serve a float32 folder in bfloat16."""
     max_running_requests: PositiveInt = 64
     """Requests that one server runs at the same time. Others wait in its queue."""
     threads: PositiveInt | None = None
@@ -291,7 +291,7 @@ class RolloutConfig(Model):
     recycle: bool = False
     """Mode hybrid: samples that a step leaves unfinished continue in the next step. Otherwise they are aborted."""
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
-    """Groups whose rewards are all alike that a step may replace by others (DAPO, arXiv:2503.14476)."""
+    """Groups that a step may replace because all their rewards are the same (DAPO, arXiv:2503.14476)."""
 
 
 class JudgeConfig(Model):
@@ -417,7 +417,7 @@ class PublishConfig(Model):
     """How new weights reach the engines."""
 
     transport: TransportName = "auto"
-    """The way of the weights to the engines. `auto` chooses by what engines and trainer share."""
+    """How weights travel to the engines. `auto` chooses by what engines and trainer share."""
     folder: PathOrName | None = None
     """Where versions are kept: a path, or a URL of fsspec. With transport disk the engines read it too."""
     keep: PositiveInt = 2

@@ -1,4 +1,4 @@
-"""Reads YAML, with the line of every key. What is not clear ends in one message with the file and the line."""
+"""Reads YAML, with the line of every key. What is ambiguous or wrong is one error with the file and the line."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,8 @@ def read_yaml(path: Path) -> tuple[Any, dict[Location, int]]:
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, dict[Location, int]]:
-    """The same of a text, which messages call `source`. No two values of the result are the same object."""
+    """The value of a text, and the line of every key and item. Messages call the text `source`. No two values of the
+    result are the same object. Raises ConfigError."""
     loader = _Loader(source, text)
     try:
         node = loader.get_single_node()
@@ -73,7 +74,7 @@ class _Loader(yaml.SafeLoader):
 
 def _lines(root: yaml.Node) -> Iterator[tuple[Location, int]]:
     """The line of every key and item. Raises MarkedYAMLError for a key that a mapping has twice, for a value that
-    contains itself, and for aliases that stand for too much."""
+    contains itself, and for aliases that expand to too many values."""
     count = 0
 
     def walk(node: yaml.Node, at: Location, inside: tuple[yaml.Node, ...]) -> Iterator[tuple[Location, int]]:

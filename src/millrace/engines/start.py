@@ -121,7 +121,7 @@ async def _attach(config: StockConfig, url: str, model_path: Path, name: str) ->
         raise LaunchError(f"can't attach to {url}: {error}{about_keys(error)}") from error
     if config.dtype not in ("auto", started.info.dtype):
         await started.end()
-        has = started.info.dtype or "what it made of `--dtype auto`, which it does not tell"
+        has = started.info.dtype or "a dtype that it does not name (it was started with `--dtype auto`)"
         raise ConfigError(
             f"engine.dtype is {config.dtype}, and the server at {url} computes in {has}; leave engine.dtype out, or "
             f"start the server with --dtype {config.dtype}"

@@ -217,9 +217,8 @@ class Fleet(FleetClient):
     ) -> None:
         """Ends this engine, starts it anew, and brings it what the others serve, within `deadline` seconds, before its
         first request: from the store, or from the trainer where `publish` was given a function. Otherwise it serves
-        after the next publish. Raises LaunchError where it
-        does not come up, PublishError where it does not take the version, and NoEngineError where the fleet does not
-        start its engines."""
+        after the next publish. Raises LaunchError where it does not come up, PublishError where it does not take the
+        version, and NoEngineError where the fleet does not start its engines."""
         self._require_open(deadline)
         await self._turnover.restart(name, bucket_bytes, deadline)
 
@@ -267,8 +266,8 @@ class Fleet(FleetClient):
 
     @property
     def dtypes(self) -> Dtypes | None:
-        """The dtypes that the engines have their weights in, to which what is published is cast; None before `attest`.
-        `leading` (`millrace.weights.sharded`) takes them, to gather fewer bytes."""
+        """The dtypes of the engines' weights. Published tensors are cast to them. None before `attest`. `leading`
+        (`millrace.weights.sharded`) takes them, to gather fewer bytes."""
         return self._versions.dtypes
 
     @property
@@ -327,7 +326,7 @@ class Fleet(FleetClient):
         return await self.proxy.generate(request, placement, deadline=deadline, direct=self._straight)
 
     def _require_published(self) -> None:
-        """Raises NoEngineError where every engine is up and awake, and none serves before the first publish."""
+        """Raises NoEngineError where all engines are up and awake, and wait for the first publish."""
         waits = self.members.coming or self.asleep or self._versions.published or self._versions.publishing
         if not waits and all(m.version is None and m.phase is Phase.STARTING for m in self.snapshot.members):
             raise NoEngineError(

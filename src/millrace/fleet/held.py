@@ -1,4 +1,4 @@
-"""What the trainer holds between two publishes, for engines that need the last version once more."""
+"""The version that the trainer still holds between two publishes, for engines that need it again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Held:
     fingerprint: Fingerprint = field(default_factory=Fingerprint)
 
     def tensors(self) -> Tensors:
-        """Raises PublishError for what are no pairs of name and tensor, and whatever `ask` raises."""
+        """Asks for the tensors. Raises PublishError if they are not pairs of name and tensor, and what `ask` raises."""
         tensors = require_pairs(self.ask())
         return _Asked(self.ask, tensors) if isinstance(tensors, Iterator) else tensors
 
@@ -40,7 +40,7 @@ class _Asked:
 
 
 def held_by(source: object, version: int) -> Held | None:
-    """What the trainer holds, where `source` can be asked for it again; None for tensors, and for a model, which is
+    """The version, where `source` is a function that returns its tensors. None for tensors, and for a model, which is
     callable too."""
     if callable(source) and not isinstance(source, Iterable) and not hasattr(source, "named_parameters"):
         return Held(source, version)

@@ -229,14 +229,14 @@ class Versions:
             return False
         except MillraceError:
             raise
-        except Exception:  # the trainer's own function may raise anything, which nobody else is told
+        except Exception:  # the trainer's function may raise anything, and has no caller who would see it
             logger.exception("%s serves after the next publish: the trainer did not give version %d", name, version)
             return False
         logger.warning("version %d was published again, to %s", version, name)
         return True
 
     def let_go(self) -> None:
-        """The trainer changes its weights from now on: they are not asked for again before the next publish."""
+        """Forgets the trainer's function: from now on the trainer changes its weights."""
         self._held = None
 
     async def restore(self, targets: Sequence[PublishTarget], bucket_bytes: int, deadline: float) -> None:

@@ -80,8 +80,8 @@ class ServerProcess:
         env: Mapping[str, str] | None = None,
         leftovers: Sequence[str] = (),
     ) -> "ServerProcess":
-        """Starts `command` with `env` added to this process's environment; what it prints goes to `log_path`. Its own
-        host is never asked by a proxy (`millrace.http.proxies`). Raises LaunchError where this process can't start it.
+        """Starts `command` with `env` added to this process's environment; what it prints goes to `log_path`. Calls
+        to its own host use no proxy (`millrace.http.proxies`). Raises LaunchError where this process can't start it.
 
         `leftovers` are patterns of names in /dev/shm that the server is known to leave there, for removal in the end.
         """

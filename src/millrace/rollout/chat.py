@@ -73,7 +73,7 @@ class ChatFormat:
         return self.reasoning.answer(self.decode(turn[:-1] if turn[-1:] == (self.end_of_turn,) else turn))
 
     def _as_text(self, texts: Sequence[str]) -> tuple[list[str], str]:
-        """The texts with a mark in each control token that they spell; and the mark."""
+        """The texts, with a mark in each control token that they spell, and that mark."""
         mark = unused_mark(texts)
         return [break_control_tokens(text, self.control, mark) for text in texts], mark
 

@@ -141,7 +141,7 @@ async def grade_in_turn(
 
 def read_grade(said: str, verdict: str, best: float) -> float | None:
     """From 0 to 1; None where the judge gave none from 0 to `best`. What it says last counts: it reasons first. The
-    group of `verdict` must be one whole number, with or without `/BEST` behind it."""
+    group of `verdict` must be one number and nothing else, with or without `/BEST` behind it."""
     found = re.findall(verdict, said)
     grade, slash, out_of = found[-1].rstrip(AFTER_GRADE).partition("/") if found else ("", "", "")
     number = parse_number(grade.rstrip(AFTER_GRADE))

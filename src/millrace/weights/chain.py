@@ -64,7 +64,7 @@ class Index(BaseModel):
 
 
 def _is_torn(content: bytes) -> bool:
-    """Whether it is the beginning of an index, or nothing: what a disk that was full or lost its power keeps of one."""
+    """Whether it is only the beginning of an index, or empty, as a full disk or a power cut leaves it."""
     begun, begins = content.rstrip(b"\0"), b'{"versions":['
     if not begun.startswith(begins[: len(begun)]):
         return False
@@ -84,8 +84,8 @@ class Source:
         self.local = isinstance(self.files, LocalFileSystem)
 
     def index(self, *, torn: bool = False) -> tuple[Entry, ...]:
-        """Nothing where there is no index; nor, with `torn`, in the beginning of one. Raises DataError where
-        there is one that can't be read, and OSError."""
+        """The entries of the index; none where there is no index or, with `torn`, only the beginning of one. Raises
+        DataError where the index can't be read, and OSError."""
         path = f"{self.root}/{INDEX}"
         content = b""
         try:

@@ -119,8 +119,8 @@ async def publish(
     brought back to what it served before; both are true also when this raises later on. An engine that is not done
     after `deadline` seconds has failed, and so has one that takes half of what is left of them for one step: the others
     need the rest. Those that failed because of another (where all get the weights by one broadcast, and one engine
-    breaks it off) get them again, if `tensors` can be iterated again (an iterator can't). With `fingerprint`, an engine
-    commits only the tensors that it was made of; the first pass makes it, and WeightsChanged is raised for others.
+    breaks it off) get them again, if `tensors` can be iterated again (an iterator can't). The first
+    pass sets `fingerprint`; if a later pass gives other tensors, no engine commits and WeightsChanged is raised.
     Raises PublishError when no engine took the version, and EnginesLost where all of them broke off.
     """
     started = time.monotonic()

@@ -39,9 +39,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A model that is trained. `stored` are the tensors of its folder, empty where that has none; `names` how they are
-    made of the model's, None where transformers does not know the model; `kept` those of them that stay as they are in
-    the folder where the trainer does not give them: buffers, and what is no part of the model's class."""
+    """A model that is trained.
+
+    stored: the tensors of its folder, empty where that has none. names: how they are made of the model's tensors, None
+    where transformers does not know the model. kept: the tensors that are sent as they are in the folder if the trainer
+    does not give them: buffers, and what the model's class ignores."""
 
     stored: Mapping[str, StoredTensor]
     names: "CheckpointNames | None"
@@ -68,8 +70,8 @@ class Trained:
         return AnnouncedTensors(self, given, frozenset(walk.given), made)
 
     def resolve(self, name: str) -> str | None:
-        """The model's or the checkpoint's name of what the trainer calls `name`; None for what neither needs. Raises
-        PublishError for a tensor of an adapter."""
+        """The model's or the checkpoint's name of what the trainer calls `name`; None for a tensor that is left out.
+        Raises PublishError for a tensor of an adapter."""
         if self._knows(name):
             return name
         if ADAPTER.search(name):
@@ -85,7 +87,7 @@ class Trained:
         return name in self.stored or (self.names is not None and name in self.names.groups)
 
     def tied_to(self, name: str) -> str:
-        """Itself where it is tied to nothing."""
+        """The name of the tensor that it shares; `name` itself where it is not tied."""
         return self.names.tied.get(name, name) if self.names is not None else name
 
     def alike(self, name: str) -> set[str]:
@@ -95,15 +97,15 @@ class Trained:
         return {first, *(target for target, source in tied.items() if source == first)}
 
     def outputs(self, name: str) -> list[str]:
-        """The checkpoint's names of a tensor of the model that is only renamed: for a tied one all that the folder
-        has."""
+        """The checkpoint's names of a tensor of the model that is only renamed. A tied tensor has all the names that
+        the folder has for it."""
         assert self.names is not None
         groups = self.names.groups
         names = [output for one in sorted(self.alike(name)) for output in groups[one].names]
         return [one for one in names if one in self.stored] or list(groups[self.tied_to(name)].names)
 
     def _require_sound(self, given: Iterable[NamedTensor]) -> None:
-        """What can be told of tensors that are there, before anything is sent."""
+        """Checks tensors that exist already, before anything is sent: none is sharded, and tied ones are the same."""
         alike: dict[str, list[NamedTensor]] = {}
         for name, tensor in given:
             if hasattr(tensor, "full_tensor"):
@@ -120,8 +122,8 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensors:
-    """The checkpoint's tensors of what a trainer gives. `expected`: the model's names of all that it gives; None where
-    these are not known before."""
+    """The checkpoint's tensors, made of a trainer's. `expected`: the model's names of all that the trainer gives, None
+    where these are not known before."""
 
     trained: Trained
     given: Iterable[NamedTensor]

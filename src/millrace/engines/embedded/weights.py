@@ -47,7 +47,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one tensor of the checkpoint is: a part of the model's tensor `live`, or all of it."""
+    """Where a tensor of the checkpoint is in the model: a part of the tensor `live`, or all of it."""
 
     live: str
     view: View
@@ -88,8 +88,7 @@ class WeightStore:
         return self._session is not None
 
     def unlike(self, dtype: torch.dtype) -> dict[str, str]:
-        """The dtypes (torch's names) of the weights that have another than this, by all of their names in
-        checkpoints."""
+        """The dtypes (torch's names) of the weights whose dtype is not this one, by all their names in checkpoints."""
         held = {name: self._live[part.live].dtype for name, part in self._parts.items()}
         return {name: dtype_name(own) for name, own in held.items() if own is not dtype}
 
