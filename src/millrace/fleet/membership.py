@@ -180,8 +180,8 @@ def after(member: Member, event: Event) -> Member:
 
 
 def verdict(error: EngineError) -> Event:
-    """What a step of an update that failed means for its engine. After a failure on this side the engine is sound, and
-    it may lack the version that others have."""
+    """What a failed step of an update means for its engine. After a failure of this process the engine is sound, but it
+    may lack the version that the others have."""
     return Emptied() if isinstance(error, LocalError) else Distrusted(str(error))
 
 

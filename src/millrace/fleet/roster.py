@@ -76,7 +76,7 @@ class Roster(Members):
 
     async def each(self, step: Callable[[Started], Awaitable[None]]) -> None:
         """Takes one step on every usable engine at once. One that fails it is quarantined, with the reason. Raises
-        LocalError, after all have ended, where this process could not ask one."""
+        LocalError, after all steps have ended, if this process could not make one of the calls."""
         unasked: list[LocalError] = []
 
         async def guarded(name: str) -> None:

@@ -41,6 +41,6 @@ async def _tell(tasks: Mapping[str, "asyncio.Task[Started]"], log_dir: Path) -> 
 
 
 def _logs(log_dir: Path, name: str) -> str:
-    """Where its logs are; nothing where it was started elsewhere."""
+    """Where the engine's logs are; empty for an engine that somebody else started."""
     logs = [*log_dir.glob(f"{name}.log"), *log_dir.glob(f"{name}-node*.log")]
     return f"; see {', '.join(map(str, logs))}" if logs else ""

@@ -209,14 +209,14 @@ class HttpClient:
             raise
 
     def _leave(self, channel: str, *, free: bool) -> None:
-        """A call has ended. `free`: the next in line can have its connection."""
+        """Counts a call that has ended. `free`: it leaves a connection, so the next call in line may try."""
         if channel == "data":
             self._trying -= 1
             if free:
                 self._line.admit()
 
     async def _wait(self, begun: float, end: float, *, again: bool) -> None:
-        """In line, for another try. Raises LocalError at `end` (time.monotonic), and sooner where a name is unknown."""
+        """Waits in line for another try. Raises LocalError at `end` (time.monotonic), or sooner for an unknown host."""
         error = self._lacking
         assert error is not None
         if isinstance(error.__cause__, aiohttp.ClientConnectorDNSError):
@@ -273,7 +273,7 @@ class HttpClient:
             raise EngineFailed(self.name, f"{path} answered what is not JSON: {text}") from None
 
     def _data_socket(self, address: AddrInfoType) -> socket.socket:
-        """One call at a time may have what is reserved for others, so that there is always one that goes on."""
+        """A lone data call may use the reserved descriptors, so that there is always one call that makes progress."""
         make = data_socket if self._trying > 1 else socket.socket
         return make(*address[:3])
 

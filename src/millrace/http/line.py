@@ -7,8 +7,8 @@ POLL_SECONDS = 0.1  # between two looks whether something else has given back wh
 
 
 class Line:
-    """First come, first served. A call that ends lets the next one try, since its connection is free; a timer lets some
-    try by themselves, twice as many each time that none is turned back."""
+    """First come, first served. When a call ends, its connection is free and the next call in line tries. A timer lets
+    further calls try, twice as many each time, until one of them is turned back."""
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()

@@ -55,7 +55,7 @@ async def run_episode(
 ) -> Episode:
     """Plays one conversation. The requests are called `<sample_id>/<turn>`, turns counting from 0.
 
-    `tools` are those that `chat` tells the model of; without any, the first turn is the answer.
+    `tools` are those that the prompts of `chat` describe; without any, the first turn is the answer.
     `sampling.max_new_tokens` and its stop tokens are set anew for each turn; a seed gives each turn its own.
     Raises DataError for a prompt that leaves the model no room, AbortedGeneration where the engine ended a turn by
     abort, and whatever `generate` raises. `on_tool_answer` is told of every call of a tool.

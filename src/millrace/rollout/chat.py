@@ -25,7 +25,7 @@ log = logging.getLogger("millrace.rollout")
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """One model's way to write a conversation, with the tools that it is told of.
+    """One model's way to write a conversation, with the tools that its prompts describe.
 
     end_of_turn: the token that ends each of the model's turns. control: the texts of the control tokens, which a
     question or a tool's answer can only spell. turn_before_answers: None for a model without tools.
@@ -88,7 +88,7 @@ def load_chat_format(
 ) -> ChatFormat:
     """Reads the tokenizer and the chat template of a model folder (or Hub name) and checks that turns can be appended.
 
-    tools: the JSON schemas that the model is told of. template_kwargs: keyword arguments of the template.
+    tools: the JSON schemas that the prompts describe. template_kwargs: keyword arguments of the template.
     Raises DataError where tokenizer or template is missing, and where the template has no variable of that name, has
     no form for a tool's answer, rewrites earlier turns, ends a turn with no special token, or, with tools, writes calls
     in a form that `parse_tool_calls` does not read.

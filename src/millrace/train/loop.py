@@ -128,7 +128,8 @@ class TrainingLoop:
         self.progress.version = version
 
     def _weights(self) -> ShardedTensors:
-        """What is published, and published again to engines that lose it. Raises WeightsChanged during a step."""
+        """The tensors to publish; the fleet asks for them again for engines that lose them. Raises WeightsChanged while
+        the trainer trains."""
         if self._training:
             raise WeightsChanged("the trainer is in the middle of a step")
         return self.trainer.policy.named_tensors()

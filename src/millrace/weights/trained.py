@@ -219,8 +219,8 @@ class _Tensors:
 
 
 class _Walk(Generic[T]):
-    """Goes through a trainer's tensors once. `expected`: the model's names of all that come, None where nobody knows.
-    `given`: the trainer's names, by the model's. `added`: what was not given, and is as in the folder."""
+    """Goes through a trainer's tensors once. `expected`: the model's names of all that come, None where these are not
+    known before. `given`: the trainer's names, by the model's. `added`: what was not given, and is as in the folder."""
 
     def __init__(self, trained: Trained, kind: _Kind[T], expected: frozenset[str] | None) -> None:
         self._trained, self._kind, self._expected = trained, kind, expected

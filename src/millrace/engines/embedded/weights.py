@@ -216,8 +216,8 @@ class WeightStore:
         return part.view.of(self._staging[part.live])
 
     def _open(self, specs: Sequence[TensorSpec]) -> tuple[Session, list[torch.Tensor]]:
-        """The staging tensors for these specs, all of them checked first. From here on they count as not staged. What
-        the model's class leaves out of its own folder gets a place that is dropped."""
+        """The staging tensors for these specs, all of them checked first. From here on they count as not staged. A
+        tensor that the model's class ignores gets a place that is dropped."""
         if self._session is None or self._staging is None:
             raise UpdateRefused("no update is open; begin one first")
         tensors = []

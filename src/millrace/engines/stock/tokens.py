@@ -1,5 +1,5 @@
-"""What no server takes well: token ids that are none of the model's, more of them than fit, and sampling that means
-nothing. Pure."""
+"""Checks of requests that no server takes well: token ids that the model does not have, more tokens than fit, and
+sampling numbers out of range. Pure."""
 
 from math import isfinite
 
@@ -12,7 +12,7 @@ LONGEST_ID = 480  # characters of a request's name
 
 
 def check_values(request: GenerateRequest) -> None:
-    """Raises ForbiddenError for what no engine can do, whatever its model is. Each would answer in its own way."""
+    """Raises ForbiddenError for values that no engine can use, whatever its model is."""
     sampling = request.sampling
     require(0 < len(request.request_id) <= LONGEST_ID, f"a request's name has 1 to {LONGEST_ID} characters")
     require(bool(request.input_ids), "input_ids is empty")
