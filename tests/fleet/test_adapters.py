@@ -234,7 +234,7 @@ async def test_what_is_no_adapter_of_the_model_is_told_before_anything_is_sent(
     if served(fleet) == version - 1:
         await publish(fleet, good, version)
     with pytest.raises(PublishError, match=says):
-        await fleet.publish_adapter(spoil(good), version + 1, config=CONFIG, require_finite=True)
+        await fleet.publish_adapter(spoil(good), version + 1, config=CONFIG)
     assert served(fleet) == version
     assert {g.output_ids for g in await ask_both(fleet)} == {expected(merged(model, good))}
 

@@ -51,12 +51,12 @@ async def test_a_half_precision_folder_is_served_published_to_and_kept(
     loud = [(name, torch.full_like(tensor, 1e6) if name == NORM else tensor) for name, tensor in tensors]
     async with open_fleet(config(), folder, log_dir=tmp_path, folder=tmp_path / "store") as fleet:
         await require_holds(fleet, own, dtype, 0)
-        report = await fleet.publish(tensors, 1, require_finite=True)
+        report = await fleet.publish(tensors, 1)
         assert report.nbytes == sum(tensor.numel() * 2 for _, tensor in tensors)
         await require_holds(fleet, tensors, dtype, 1)
         if dtype is torch.float16:  # which can't hold it
             with pytest.raises(PublishError, match=NORM):
-                await fleet.publish(loud, 2, require_finite=True)
+                await fleet.publish(loud, 2)
         await fleet.sleep(ALL_MEMORY)
         await fleet.wake(ALL_MEMORY)
         await fleet.publish(tensors, 2)

@@ -238,18 +238,16 @@ async def test_tensors_that_are_not_the_models_change_nothing(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-async def test_what_is_no_number_is_refused_where_the_config_forbids_it(
-    fleet: Fleet, model: PreTrainedModel, bad: float
-) -> None:
+async def test_weights_that_are_not_finite_are_refused(fleet: Fleet, model: PreTrainedModel, bad: float) -> None:
     version = served(fleet)
     spoilt = [(name, tensor.clone()) for name, tensor in tensors(model)]
     spoilt[-1][1].view(-1)[3] = bad
     with pytest.raises(PublishError, match=f"{spoilt[-1][0]} has NaN or infinite values"):
-        await fleet.publish(spoilt, version + 1, require_finite=True)
+        await fleet.publish(spoilt, version + 1)
     with pytest.raises(PublishError, match="has NaN or infinite values"):
-        await fleet.publish(iter(spoilt), version + 1, bucket_bytes=64 * 1024, require_finite=True)
+        await fleet.publish(iter(spoilt), version + 1, bucket_bytes=64 * 1024)
     assert {g.segments for g in (await ask_each(fleet)).values()} == {(Segment(version, 0, 12),)}
-    assert not (await fleet.publish(tensors(model), version + 1, require_finite=True)).failed
+    assert not (await fleet.publish(tensors(model), version + 1)).failed
 
 
 async def test_bytes_that_changed_on_the_way_are_never_committed(fleet: Fleet, model: PreTrainedModel) -> None:
@@ -383,7 +381,7 @@ async def test_nothing_is_left_of_a_version_with_nans(fleet: Fleet, model: PreTr
     version = served(fleet)
     spoilt = [(name, tensor.clone()) for name, tensor in tensors(model)]
     spoilt[0][1].view(-1)[:] = float("nan")
-    assert not (await fleet.publish(spoilt, version + 1)).failed
+    assert not (await fleet.publish(spoilt, version + 1, require_finite=False)).failed
     requests = (fleet.generate(greedy(f"nan{i}", 40 + i), deadline=30) for i in range(8))
     spoiled = await asyncio.gather(*requests, return_exceptions=True)
     assert all(isinstance(error, NonFiniteLogprobs) for error in spoiled)

@@ -205,7 +205,6 @@ class Machine:
                 iter(source) if fault == "iterator" else source,
                 version,
                 bucket_bytes=BUCKET,
-                require_finite=fault == "infinite",
             )
         )
         raised = {"raises": TrainerError, "cancelled": asyncio.CancelledError}.get(fault, PublishError)

@@ -16,3 +16,4 @@ def test_rank_0_publishes_what_all_hold_and_the_others_follow_it(tiny_model: Pat
     assert "no engine took version 2" in found["refused"]
     assert found["third"] == found["sent"]
     assert found["version"] == 3
+    assert found["not finite"].startswith(f"{found['spoilt']} has NaN")

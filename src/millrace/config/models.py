@@ -428,8 +428,8 @@ class PublishConfig(Model):
     """Bytes of one bucket of tensors."""
     timeout: PositiveFloat = 120.0
     """Seconds for the whole transaction on one engine."""
-    require_finite: bool = False
-    """Refuse to publish weights that are NaN or infinite."""
+    require_finite: bool = True
+    """Refuse to publish weights that contain NaN or infinite values."""
 
     @model_validator(mode="after")
     def _possible(self) -> "PublishConfig":

@@ -86,8 +86,8 @@ class HttpEngine(Engine):
         raise NonFiniteLogprobs(
             self.name,
             f"{weights} gave token {place} of request {made.request_id} the logprob {made.logprobs[place]}. The engine "
-            "is sound: look for NaN or infinite values in what the trainer published. publish.require_finite refuses "
-            "such a version before any engine has it",
+            "is healthy: check the weights. They contain NaN or infinite values, or activations overflow in the "
+            "engine's dtype",
         )
 
     def _understood(self, path: str, decode: Callable[[], T]) -> T:

@@ -114,15 +114,17 @@ class Fleet(FleetClient):
         *,
         bucket_bytes: int = BUCKET_BYTES,
         deadline: float = 120.0,
-        require_finite: bool = False,
+        require_finite: bool = True,
     ) -> PublishReport:
         """Brings a version into every usable engine; one that does not take it is quarantined and named in the report.
 
-        `tensors` is consumed lazily and in a thread; with `require_finite` also once before, and a NaN or an infinite
-        value raises PublishError. So it does when no engine takes the version, when another publish is under way, or
-        when `version` is not above the last one; whatever is raised, the old version goes on serving where it was,
-        unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves again after the
-        next publish.
+        `tensors` is consumed lazily and in a thread. Its values are checked before, unless it is an iterator, which is
+        checked on the way. With `require_finite=False` they are not checked.
+
+        Raises PublishError when a value is NaN or infinite, when no engine takes the version, when another publish is
+        under way, or when `version` is not above the last one. Whatever is raised, the old version goes on serving
+        where it was, unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves
+        again after the next publish.
 
         Where versions are kept, `tensors` is gone through once more when the engines serve, and can't be an iterator.
         The version becomes safe in the background; the next publish waits for that.
@@ -168,7 +170,7 @@ class Fleet(FleetClient):
         *,
         config: AdapterConfig,
         deadline: float = 60.0,
-        require_finite: bool = False,
+        require_finite: bool = True,
     ) -> PublishReport:
         """Brings a LoRA adapter over the last whole version into every usable engine, while these go on generating.
 

@@ -138,11 +138,7 @@ class Versions:
             unstored = await self.secured(deadline)
             if self.store is not None:
                 await asyncio.to_thread(self.store.discard)  # of a publish that failed
-            tensors = await asyncio.to_thread(self._as_checkpoint, tensors, engines)
-            if require_finite:
-                from millrace.weights.finite import only_finite  # imports torch
-
-                tensors = await asyncio.to_thread(only_finite, tensors)
+            tensors = await asyncio.to_thread(self._as_checkpoint, tensors, engines, require_finite)
             fingerprint = held.fingerprint if held is not None else None
             report = await self._bring(
                 transport, engines, tensors, Attested(version), bucket_bytes, deadline, fingerprint
@@ -222,7 +218,7 @@ class Versions:
             )
             return False
         try:
-            tensors = await asyncio.to_thread(self._as_checkpoint, held.tensors(), [target])
+            tensors = await asyncio.to_thread(self._as_checkpoint, held.tensors(), [target], require_finite=False)
             await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline, held.fingerprint)
         except WeightsChanged as error:
             logger.warning("%s serves after the next publish: version %d is gone: %s", name, version, error)
@@ -365,19 +361,25 @@ class Versions:
         self._securing = None  # and not before: who waits for it may be cancelled
         return None
 
-    def _as_checkpoint(self, given: Tensors, engines: Sequence[PublishTarget]) -> Tensors:
+    def _as_checkpoint(self, given: Tensors, engines: Sequence[PublishTarget], require_finite: bool) -> Tensors:
         """The tensors by the checkpoint's names and in the engines' dtypes. Raises PublishError where the trainer's are
-        not the model's."""
-        from millrace.weights.trained import read_trained  # imports torch
+        not the model's, or not finite."""
+        from millrace.weights.finite import only_finite  # imports torch
+        from millrace.weights.trained import read_trained
 
-        folder = self._model_folder(engines)
         try:
             if self._trained is None:
-                self._trained = read_trained(folder)
-            dtypes = self._origin.dtypes if self._origin is not None else dtypes_of(engines[0].info, folder)
-            return cast(self._trained.tensors(given), dtypes)
+                self._trained = read_trained(self._model_folder(engines))
+            dtypes = self._dtypes_of(engines)
+            tensors = self._trained.tensors(given)
+            return cast(only_finite(given, tensors, dtypes) if require_finite else tensors, dtypes)
         except DataError as error:
             raise PublishError(str(error)) from error
+
+    def _dtypes_of(self, engines: Sequence[PublishTarget]) -> Dtypes:
+        if self._origin is not None:
+            return self._origin.dtypes
+        return dtypes_of(engines[0].info, self._model_folder(engines))
 
     def _model_folder(self, engines: Sequence[PublishTarget]) -> Path:
         """It need not be on this host."""
@@ -407,7 +409,7 @@ class Versions:
         if require_finite:
             from millrace.weights.finite import only_finite  # imports torch
 
-            only_finite(tensors.items())
+            only_finite(tensors, tensors.items(), self._dtypes_of(engines))
         return tensors
 
     async def _lay_over(

@@ -19,7 +19,7 @@ LOG_TAIL_BYTES = 16_384
 # Servers write to logs, whatever the terminal of this process can show, and read the UTF-8 of a model's folder.
 LOG_ENCODING = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
 GRACE_SECONDS = 2.0  # between SIGTERM and SIGKILL
-END_DEADLINE = GRACE_SECONDS + 8.0  # by then the guard has killed what ignored SIGTERM
+END_DEADLINE = GRACE_SECONDS + 28.0  # the guard kills what ignores SIGTERM, which takes a busy machine a while
 
 
 def open_private(path: Path) -> BinaryIO:

@@ -1,44 +1,86 @@
-"""Whether weights are numbers: an engine takes what is not without a word, and generates nonsense or fails."""
+"""Refuse weights with NaN or infinite values: engines accept them, and then generate nonsense or die."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from millrace.errors import PublishError
+from millrace.weights.cast import Dtypes
 
 NamedTensor = tuple[str, torch.Tensor]
 
 
-def only_finite(tensors: Iterable[NamedTensor]) -> Iterable[NamedTensor]:
-    """The tensors, none of which has a NaN or an infinite value. Raises PublishError otherwise: at once, or of an
-    iterator, which can be gone through only once, when the tensor comes. Blocks."""
+@runtime_checkable
+class ChecksItself(Protocol):
+    """Tensors that find their own bad values, because iterating over them is expensive (`LedTensors`)."""
+
+    def not_finite(self, dtypes: Dtypes) -> list[str]:
+        """Return the names of the tensors that have a NaN or an infinite value after the cast to `dtypes`. Blocks."""
+        ...
+
+
+def only_finite(given: object, tensors: Iterable[NamedTensor], dtypes: Dtypes) -> Iterable[NamedTensor]:
+    """Return `tensors`, which were made of the trainer's `given`, after checking that each is finite, also after its
+    cast to the engines' `dtypes`. Blocks.
+
+    An iterator can be consumed only once, so its tensors are checked as they are taken from what is returned.
+
+    Raises:
+        PublishError: a tensor has a NaN or an infinite value.
+    """
     if isinstance(tensors, Iterator):
-        return _as_they_come(tensors)
-    # Sums first, which are cheap: all are begun before the first is waited for, since a GPU's are late. One that is not
-    # finite may only have grown too large.
-    sums = [(name, _sum(tensor)) for name, tensor in tensors]
-    if suspects := {name for name, total in sums if not math.isfinite(total)}:
-        _require([name for name, tensor in tensors if name in suspects and not _finite(tensor)])
+        return _checked_one_by_one(tensors, dtypes)
+    _require(given.not_finite(dtypes) if isinstance(given, ChecksItself) else not_finite(tensors, dtypes), dtypes)
     return tensors
 
 
-def _as_they_come(tensors: Iterator[NamedTensor]) -> Iterator[NamedTensor]:
+def not_finite(tensors: Iterable[NamedTensor], dtypes: Dtypes) -> list[str]:
+    """Return the names of the tensors that have a NaN or an infinite value. Iterates a second time only if it suspects
+    one. All sums are queued before the first is read, so that a GPU computes them without a pause."""
+    sums: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
     for name, tensor in tensors:
-        _require([] if math.isfinite(_sum(tensor)) or _finite(tensor) else [name])
-        yield name, tensor
+        sums.setdefault(tensor.device, []).append((name, _sum(_as_sent(name, tensor, dtypes))))
+    suspects = {name for of_device in sums.values() for name in _infinite(of_device)}
+    if not suspects:
+        return []
+    return [name for name, tensor in tensors if name in suspects and not _is_finite(_as_sent(name, tensor, dtypes))]
+
+
+def _infinite(sums: Sequence[NamedTensor]) -> Iterator[str]:
+    """Yield the names of the scalars that are not finite. They are on one device, which is waited for once."""
+    totals = torch.stack([total for _, total in sums]).tolist()
+    return (name for (name, _), total in zip(sums, totals, strict=True) if not math.isfinite(total))
+
+
+def _as_sent(name: str, tensor: torch.Tensor, dtypes: Dtypes) -> torch.Tensor:
+    """Return the tensor, cast only if its dtype in the engines is float16, which has the smallest range."""
+    dtype = dtypes.cast_to(name, tensor.dtype)
+    return tensor.detach().to(dtype) if dtype == torch.float16 else tensor.detach()
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Not finite if anything in it is not."""
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().sum(dtype=torch.float32)
+    """Return a float32 scalar that is not finite if any value is not. Large finite values may overflow it too."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).sum(dtype=torch.float32)
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor.detach()).all())
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
-def _require(bad: list[str]) -> None:
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise PublishError(f"{bad[0]}{more} has NaN or infinite values, which publish.require_finite forbids")
+def _checked_one_by_one(tensors: Iterator[NamedTensor], dtypes: Dtypes) -> Iterator[NamedTensor]:
+    for name, tensor in tensors:
+        _require(not_finite([(name, tensor)], dtypes), dtypes)
+        yield name, tensor
+
+
+def _require(bad: list[str], dtypes: Dtypes) -> None:
+    if not bad:
+        return
+    more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+    in_dtype = " in float16" if dtypes.usual == "float16" else ""
+    raise PublishError(
+        f"{bad[0]}{more} has NaN or infinite values{in_dtype}, so the version was not published "
+        "(require_finite=False publishes it anyway)"
+    )

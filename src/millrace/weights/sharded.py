@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from millrace.model_folder import FLOATS
 from millrace.weights.cast import Dtypes
+from millrace.weights.finite import not_finite
 
-END = -1  # in the place of a tensor's number
+END, CHECK = -1, -2  # in the place of a tensor's number
 EARLY: tuple[torch.dtype | None, ...] = (None, *(getattr(torch, name) for name in FLOATS.values()))  # casts by number
 
 
@@ -45,6 +46,16 @@ class ShardedTensors:
             tensor = tensor.to(dtype)  # first: fewer bytes to gather
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
+    def not_finite(self, dtypes: Dtypes) -> list[str]:
+        """Return the names of the tensors that have a NaN or an infinite value after the cast to `dtypes`.
+
+        Collective. Each rank checks its own shards, and nothing is gathered."""
+        shards = [(name, t.to_local() if isinstance(t, DTensor) else t) for name, t in self.tensors.items()]
+        bad = frozenset(not_finite(shards, dtypes))
+        found = torch.tensor([name in bad for name in self.tensors], dtype=torch.uint8, device=_on_device(self))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [name for name, one in zip(self.tensors, found.tolist(), strict=True) if one]
+
 
 @dataclass(frozen=True, slots=True)
 class LedTensors:
@@ -56,6 +67,11 @@ class LedTensors:
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         return self.sharded.shapes()
+
+    def not_finite(self, dtypes: Dtypes) -> list[str]:
+        """Return the names of the tensors that have a NaN or an infinite value. All ranks check their own shards."""
+        _tell(self.sharded, CHECK, torch.float16 if dtypes.usual == "float16" else None)
+        return self.sharded.not_finite(Dtypes(dtypes.usual, {}))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         # Names are the trainer's here: where tensors of the checkpoint have a dtype of their own, none is cast early.
@@ -83,7 +99,10 @@ def follow(sharded: ShardedTensors) -> None:
     names = list(sharded.tensors)
     while (told := _tell(sharded, END))[0] != END:
         number, dtype = told
-        sharded.whole(names[number], dtype)
+        if number == CHECK:
+            sharded.not_finite(Dtypes(None if dtype is None else str(dtype).removeprefix("torch."), {}))
+        else:
+            sharded.whole(names[number], dtype)
 
 
 def _tell(sharded: ShardedTensors, number: int, dtype: torch.dtype | None = None) -> tuple[int, torch.dtype | None]:
