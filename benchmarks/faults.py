@@ -29,10 +29,10 @@ from transformers import AutoModelForCausalLM
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.models import EngineConfig, SGLangEngineConfig, TinyModelConfig, VLLMEngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
+from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.journal import Journal
 from millrace.fleet.local import open_fleet
-from millrace.fleet.membership import Phase
+from millrace.fleet.replica_state import Phase
 from millrace.launch.process import ServerProcess
 from millrace.rollout.agent import EpisodeLimits
 from millrace.rollout.chat import load_chat_format
@@ -83,7 +83,7 @@ def a_place() -> Iterator[tuple[Path, Path]]:
 
 def kill(fleet: Fleet, name: str) -> None:
     """SIGKILL to the engine's own process, which is the only child of its guard."""
-    process = fleet._roster.replicas[name].process
+    process = fleet._replicas.replicas[name].process
     assert isinstance(process, ServerProcess)
     guard = process._process.pid
     [engine] = Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
@@ -91,20 +91,22 @@ def kill(fleet: Fleet, name: str) -> None:
 
 
 async def recover(config: EngineConfig) -> Recovered:
-    with a_place() as (model_path, place), Journal() as journal:
+    with a_place() as (model_path, place), EventLog() as event_log:
         model = AutoModelForCausalLM.from_pretrained(model_path)
         tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
         folder = place / "versions"
-        async with open_fleet(config, model_path, log_dir=place, folder=folder, restarts=1, journal=journal) as fleet:
+        async with open_fleet(
+            config, model_path, log_dir=place, folder=folder, restarts=1, event_log=event_log
+        ) as fleet:
             await fleet.publish(tensors, 1)
             assert await fleet._versions.secured() is None
             [name] = fleet.engines
             killed = time.time()
             kill(fleet, name)
-            await fleet._roster.until(lambda: not fleet.snapshot.get(name).routable, WAIT)
-            await fleet._roster.until(lambda: fleet.snapshot.get(name).routable, WAIT)
+            await fleet._replicas.until(lambda: not fleet.snapshot.get(name).routable, WAIT)
+            await fleet._replicas.until(lambda: fleet.snapshot.get(name).routable, WAIT)
             assert fleet.snapshot.get(name).version == 1
-        came = {str(entry.fields["state"]): entry.at for entry in journal.newest if entry.kind == "member"}
+        came = {str(entry.fields["state"]): entry.at for entry in event_log.newest if entry.kind == "member"}
     dead, up, ready = (came[phase.value] for phase in (Phase.DEAD, Phase.CATCHING_UP, Phase.READY))
     return Recovered(dead - killed, up - dead, ready - up)
 
@@ -171,9 +173,9 @@ async def load(minutes: float, *, kills: bool) -> Rate:
         kind="embedded", replicas=ENGINES, threads=1, faults=True, max_running_requests=AT_A_TIME
     )
     problems = itertools.cycle(generate_problems(0, 256))
-    with a_place() as (model_path, place), Journal() as journal:
+    with a_place() as (model_path, place), EventLog() as event_log:
         async with open_fleet(
-            config, model_path, log_dir=place, folder=place / "versions", restarts=NEVER, journal=journal
+            config, model_path, log_dir=place, folder=place / "versions", restarts=NEVER, event_log=event_log
         ) as fleet, RolloutScheduler(runner_on(fleet, model_path), SAMPLES) as scheduler:  # fmt: skip
             model = AutoModelForCausalLM.from_pretrained(model_path)
             await fleet.publish([(name, parameter.detach()) for name, parameter in model.named_parameters()], 1)
@@ -187,9 +189,9 @@ async def load(minutes: float, *, kills: bool) -> Rate:
                     break
                 tokens += sum(int(s.episode.loss_mask.sum()) for s in group.samples if s.episode is not None)
                 scheduler.start([(f"g{number}", next(problems))], version=1)
-            ended = {status.value: scheduler.ledger.ended[status] for status in SampleStatus}
+            ended = {status.value: scheduler.counts.ended[status] for status in SampleStatus}
             slow.cancel()
-            return Rate(tokens / minutes / 60.0, ended, journal.totals.retries.total(), await killing)
+            return Rate(tokens / minutes / 60.0, ended, event_log.metrics.retries.total(), await killing)
 
 
 def print_throughput(minutes: float) -> None:

@@ -28,19 +28,19 @@ from benchmarks.routing import VOCAB, make_model
 from millrace.config import EmbeddedEngineConfig
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
+from millrace.rollout.buffer import RolloutBuffer, StalenessPolicy
 from millrace.rollout.sample import Episode, EpisodeEnd, Problem, Sample, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler
-from millrace.rollout.supply import Pace, Supply
-from millrace.types import GenerateRequest, Placement, SamplingParams
+from millrace.types import GenerateRequest, RoutingContext, SamplingParams
 
 GROUPS, SAMPLES = 8, 4
 PROMPT = 64  # tokens
 TRAINING = 2.0  # seconds
 PROBLEMS = [Problem(str(i), str(i), str(i)) for i in range(1024)]
-PACES = {
-    "barrier": Pace(GROUPS, SAMPLES),
-    "over-sampling": Pace(GROUPS, SAMPLES, extra=GROUPS // 2),
-    "pace": Pace(GROUPS, SAMPLES, max_staleness=1, ahead=1),
+POLICIES = {
+    "barrier": StalenessPolicy(GROUPS, SAMPLES),
+    "over-sampling": StalenessPolicy(GROUPS, SAMPLES, extra=GROUPS // 2),
+    "pace": StalenessPolicy(GROUPS, SAMPLES, max_staleness=1, ahead=1),
 }
 
 
@@ -55,13 +55,13 @@ class LongTail:
         prompt = tuple(random.Random(group_id).randrange(VOCAB) for _ in range(PROMPT))
         length = min(1024, max(16, int(draw.lognormvariate(4.2, 0.9))))
         request = GenerateRequest(sample_id, prompt, SamplingParams(length, ignore_eos=True))
-        made = await self.fleet.generate(request, deadline=600.0, placement=Placement(sample_id, group_id))
+        made = await self.fleet.generate(request, deadline=600.0, routing=RoutingContext(sample_id, group_id))
         tokens = prompt + made.output_ids
         episode = Episode(
             tokens,
             np.arange(len(tokens)) >= PROMPT,
             np.concatenate([np.zeros(PROMPT, np.float32), made.logprobs]),
-            made.segments,
+            made.version_spans,
             turns=1,
             end=EpisodeEnd.ANSWERED,
         )
@@ -91,16 +91,16 @@ class Publisher:
         await self.fleet.publish(self.tensors, self.version)
 
 
-async def run(publisher: Publisher, pace: Pace, steps: int) -> Result:
+async def run(publisher: Publisher, policy: StalenessPolicy, steps: int) -> Result:
     runner, tokens, waited, lags = LongTail(publisher.fleet), 0, 0.0, list[int]()
     started = time.monotonic()
     async with RolloutScheduler(runner, SAMPLES) as scheduler:
-        supply = Supply(scheduler, PROBLEMS, pace, seed=0, position=0, version=publisher.version)
+        buffer = RolloutBuffer(scheduler, PROBLEMS, policy, seed=0, position=0, version=publisher.version)
         for _ in range(steps):
             asked = time.monotonic()
-            taken = await supply.take(publisher.version, lambda _: None)
+            taken = await buffer.take(publisher.version, lambda _: None)
             waited += time.monotonic() - asked
-            supply.give_up_old(publisher.version + 1)
+            buffer.give_up_old(publisher.version + 1)
             for sample in taken.samples:
                 assert sample.episode is not None
                 assert sample.oldest_version is not None
@@ -108,8 +108,8 @@ async def run(publisher: Publisher, pace: Pace, steps: int) -> Result:
                 lags.append(publisher.version - sample.oldest_version)
             await asyncio.sleep(TRAINING)  # the trainer's hardware works
             await publisher.publish()
-            if pace.ahead:
-                supply.top_up(publisher.version)
+            if policy.ahead:
+                buffer.top_up(publisher.version)
         seconds = time.monotonic() - started
     return Result(seconds, tokens, waited, statistics.mean(lags))
 
@@ -124,7 +124,7 @@ async def floor(publisher: Publisher, steps: int) -> float:
 
 
 async def compare(engines: int, steps: int, repeats: int) -> None:
-    results: dict[str, list[Result]] = {name: [] for name in PACES}
+    results: dict[str, list[Result]] = {name: [] for name in POLICIES}
     floors = []
     with tempfile.TemporaryDirectory() as place:
         make_model(model := Path(place) / "model")
@@ -133,8 +133,8 @@ async def compare(engines: int, steps: int, repeats: int) -> None:
             publisher = Publisher(fleet, model)
             for _ in range(repeats):
                 floors.append(await floor(publisher, steps))
-                for name, pace in PACES.items():
-                    results[name].append(await run(publisher, pace, steps))
+                for name, policy in POLICIES.items():
+                    results[name].append(await run(publisher, policy, steps))
     print(f"{steps} steps of {GROUPS} groups of {SAMPLES}, {engines} embedded engines, medians of {repeats}")
     print(f"floor: the engines' work alone {statistics.median(floors):.1f} s; training {steps * TRAINING:.1f} s")
     best = statistics.median(result.seconds for result in results["pace"])

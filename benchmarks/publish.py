@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.courier import courier
+from benchmarks.sidecar import sidecar
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.models import TransportName
 from millrace.fleet.local import open_fleet
@@ -147,9 +147,9 @@ async def measure(transport: TransportName, replicas: int, repeats: int) -> None
         print(f"{nbytes / 1e9:.2f} GB to {replicas} engine(s) by {transport}")
         config = EmbeddedEngineConfig(kind="embedded", replicas=replicas, max_running_requests=2, cached_prefixes=0)
         async with AsyncExitStack() as stack:
-            couriers = [stack.enter_context(courier("cpu"))] if transport == "ucx" else []
+            sidecars = [stack.enter_context(sidecar("cpu"))] if transport == "ucx" else []
             fleet = await stack.enter_async_context(
-                open_fleet(config, folder, log_dir=folder / "logs", transport=transport, couriers=couriers)
+                open_fleet(config, folder, log_dir=folder / "logs", transport=transport, sidecars=sidecars)
             )
             floors, publishes = [], []
             for version in range(1, repeats + 3):

@@ -29,15 +29,15 @@ from millrace.config.routers import SGLangRouterConfig
 from millrace.engines.stock.kv_events import Stored
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.fleet.membership import Attested, Member, Snapshot, after
-from millrace.fleet.routing import Router, Why
-from millrace.types import ANYWHERE, GenerateRequest, Placement, SamplingParams
+from millrace.fleet.replica_state import Attested, ReplicaState, Snapshot, after
+from millrace.fleet.routing import RoutingPolicy, Why
+from millrace.types import ANYWHERE, GenerateRequest, RoutingContext, SamplingParams
 
 VOCAB = 300
 PROMPT, ANSWER = 256, 48  # tokens: of the first prompt, and of what comes between two turns
 DEADLINE = 600.0
 
-Choose = Callable[[Snapshot, Mapping[str, int], GenerateRequest, Placement], str]
+Choose = Callable[[Snapshot, Mapping[str, int], GenerateRequest, RoutingContext], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Result:
 
 
 def snapshot_of(names: list[str]) -> Snapshot:
-    return Snapshot(0, tuple(after(Member(name, f"http://{name}"), Attested(1)) for name in names))
+    return Snapshot(0, tuple(after(ReplicaState(name, f"http://{name}"), Attested(1)) for name in names))
 
 
 def decisions(engines: int = 64, sessions: int = 10_000, count: int = 50_000) -> None:
@@ -63,12 +63,12 @@ def decisions(engines: int = 64, sessions: int = 10_000, count: int = 50_000) ->
     draw = random.Random(0)
     snapshot = snapshot_of([f"engine-{i}" for i in range(engines)])
     outstanding = Counter({name: draw.randrange(50_000, 60_000) for name in snapshot.routable})
-    router, told = Router(), Router()
+    router, told = RoutingPolicy(), RoutingPolicy()
     sampling = SamplingParams(max_new_tokens=512)
     prompts = [tuple(draw.randrange(VOCAB) for _ in range(1024)) for _ in range(256)]
-    placed = [Placement(f"s{i}", f"g{i // 8}") for i in range(sessions)]
-    for i, placement in enumerate(placed):
-        router.choose(snapshot, outstanding, GenerateRequest("r", prompts[i // 8 % 256], sampling), placement)
+    placed = [RoutingContext(f"s{i}", f"g{i // 8}") for i in range(sessions)]
+    for i, routing in enumerate(placed):
+        router.choose(snapshot, outstanding, GenerateRequest("r", prompts[i // 8 % 256], sampling), routing)
 
     spans = []
     for engine in snapshot.routable:
@@ -81,9 +81,9 @@ def decisions(engines: int = 64, sessions: int = 10_000, count: int = 50_000) ->
             spans.append((time.perf_counter_ns() - started) / 1000 / len(blocks))
     print(f"an event, for each block of 16 tokens that it says is stored: median {statistics.median(spans):.2f} us")
 
-    def of(kind: str, placement: Callable[[int], Placement], router: Router = router) -> None:
+    def of(kind: str, routing: Callable[[int], RoutingContext], router: RoutingPolicy = router) -> None:
         work = [
-            (GenerateRequest("r", prompts[draw.randrange(256)], sampling), placement(draw.randrange(sessions)))
+            (GenerateRequest("r", prompts[draw.randrange(256)], sampling), routing(draw.randrange(sessions)))
             for _ in range(count)
         ]
         decided: Counter[Why] = Counter()
@@ -103,7 +103,7 @@ def decisions(engines: int = 64, sessions: int = 10_000, count: int = 50_000) ->
 
     print(f"one decision, {engines} engines, {sessions} live sessions, prompts of 1,024 tokens")
     of("a session's next turn", lambda i: placed[i])
-    of("a new session of a known group", lambda i: Placement(f"new-{i}", placed[i].group))
+    of("a new session of a known group", lambda i: RoutingContext(f"new-{i}", placed[i].group))
     of("a prompt alone, known", lambda _: ANYWHERE)
     of("a prompt alone, known by events", lambda _: ANYWHERE, told)
 
@@ -139,7 +139,7 @@ def load(seed: int, sessions: int) -> list[Session]:
 
 
 def policies(seed: int) -> dict[str, Choose]:
-    router, turn = Router(seed), iter(range(10**9))
+    router, turn = RoutingPolicy(seed), iter(range(10**9))
 
     def round_robin(snapshot: Snapshot, *_: object) -> str:
         return list(snapshot.routable)[next(turn) % len(snapshot.routable)]
@@ -147,8 +147,10 @@ def policies(seed: int) -> dict[str, Choose]:
     def least_loaded(snapshot: Snapshot, outstanding: Mapping[str, int], *_: object) -> str:
         return min(snapshot.routable, key=lambda name: outstanding[name])
 
-    def ours(snapshot: Snapshot, outstanding: Mapping[str, int], request: GenerateRequest, placement: Placement) -> str:
-        choice = router.choose(snapshot, outstanding, request, placement)
+    def ours(
+        snapshot: Snapshot, outstanding: Mapping[str, int], request: GenerateRequest, routing: RoutingContext
+    ) -> str:
+        choice = router.choose(snapshot, outstanding, request, routing)
         assert choice is not None
         return choice.engine
 
@@ -168,11 +170,11 @@ async def play(fleet: Fleet, sessions: list[Session], choose: Choose | None) -> 
         for turn, length in enumerate(session.turns):
             sampling = SamplingParams(max_new_tokens=length, ignore_eos=True)
             request = GenerateRequest(f"{session.name}/{turn}", tokens, sampling)
-            placement = Placement(session.name, session.group)
+            routing = RoutingContext(session.name, session.group)
             if choose is None:
-                made = await fleet.generate(request, deadline=DEADLINE, placement=placement)
+                made = await fleet.generate(request, deadline=DEADLINE, routing=routing)
             else:
-                name = choose(snapshot, outstanding, request, placement)
+                name = choose(snapshot, outstanding, request, routing)
                 need = len(tokens) + length
                 outstanding[name] += need
                 made = await engines[name].generate(request, deadline=DEADLINE)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from millrace import AdapterConfig, EmbeddedEngineConfig, GenerateRequest, Placement, SamplingParams, open_fleet, sync
+from millrace import EmbeddedEngineConfig, GenerateRequest, LoraConfig, RoutingContext, SamplingParams, open_fleet, sync
 from millrace.errors import ArgumentError, ConfigError, MillraceError, NoEngineError, PublishError
 
 REQUEST = GenerateRequest("r", (5, 17, 42), SamplingParams(4, ignore_eos=True))
-ADAPTER = AdapterConfig(8, 16.0, ("q_proj",))
+ADAPTER = LoraConfig(8, 16.0, ("q_proj",))
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ ADAPTER = AdapterConfig(8, 16.0, ("q_proj",))
         ({"version": "0"}, ArgumentError, "version must be an integer"),
         ({"seed": 0.5}, ArgumentError, "seed must be an integer"),
         ({"restarts": None}, ArgumentError, "restarts must be an integer"),
-        ({"couriers": "http://host:1"}, ArgumentError, "couriers must be a list"),
+        ({"sidecars": "http://host:1"}, ArgumentError, "sidecars must be a list"),
         ({"router": "nginx"}, ConfigError, "router.*nginx"),
         ({"router": 3}, ConfigError, "router must be a config"),
         ({"transport": "pigeon"}, ConfigError, "pigeon"),
@@ -53,7 +53,7 @@ async def test_a_fleet_takes_what_is_meant_and_says_what_is_not(tiny_model: Path
     one: Any = np.int64(1)
     async with open_fleet(config, str(tiny_model), log_dir=str(tmp_path), version=zero) as fleet:
         await fleet.publish(tensors, one)
-        assert {segment.version for segment in (await fleet.generate(REQUEST, deadline=30)).segments} == {1}
+        assert {span.version for span in (await fleet.generate(REQUEST, deadline=30)).version_spans} == {1}
         for wrong, says in (("hello", "request must be a GenerateRequest, and is 'hello'"), (None, "request must be")):
             with pytest.raises(ArgumentError, match=says):
                 await fleet.generate(wrong, deadline=30)
@@ -65,16 +65,16 @@ async def test_a_fleet_takes_what_is_meant_and_says_what_is_not(tiny_model: Path
         for passed in (0, -1, np.float64(-5.0)):
             with pytest.raises(MillraceError, match="within"):
                 await fleet.generate(REQUEST, deadline=passed)
-        with pytest.raises(ArgumentError, match="placement must be a Placement"):
-            await fleet.generate(REQUEST, deadline=30, placement="session")  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="routing must be a RoutingContext"):
+            await fleet.generate(REQUEST, deadline=30, routing="session")  # type: ignore[arg-type]
         for wrong in (1.5, "2", None, True):
             with pytest.raises(PublishError, match="a version is a number"):
                 await fleet.publish(tensors, wrong)
         for wrong in (model, dict(tensors), None, "weights"):
             with pytest.raises(PublishError):
                 await fleet.publish(wrong, 2)
-        with pytest.raises(ArgumentError, match="config must be an AdapterConfig"):
-            await fleet.publish_adapter(tensors, 2, config={"rank": 8})  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="config must be a LoraConfig"):
+            await fleet.publish_lora(tensors, 2, config={"rank": 8})  # type: ignore[arg-type]
         with pytest.raises(MillraceError, match="JSON"):
             await fleet.generate(GenerateRequest("j", (5,), SamplingParams(1), {"x": object()}), deadline=30)
         assert all(member.routable for member in fleet.snapshot.members)
@@ -95,7 +95,7 @@ async def test_a_fleet_takes_what_is_meant_and_says_what_is_not(tiny_model: Path
 
 def test_a_closed_blocking_fleet_says_so(tiny_model: Path, tmp_path: Path) -> None:
     with sync.open_fleet({"kind": "embedded", "threads": 1}, str(tiny_model), log_dir=str(tmp_path)) as fleet:
-        assert fleet.generate(REQUEST, deadline=30, placement=Placement(session="s")).output_ids
+        assert fleet.generate(REQUEST, deadline=30, routing=RoutingContext(session="s")).output_ids
     for call in (lambda: fleet.generate(REQUEST, deadline=30), lambda: fleet.publish([], 1), fleet.sleep):
         with pytest.raises(NoEngineError, match="the fleet is closed"):
             call()

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
-from millrace import AdapterConfig, GenerateRequest, Placement, SamplingParams
-from millrace.engines.stock.state import ForbiddenError
+from millrace import GenerateRequest, LoraConfig, RoutingContext, SamplingParams
+from millrace.engines.stock.state import InvalidStateError
 from millrace.engines.stock.tokens import check_values
 from millrace.errors import ArgumentError, MillraceError
 
@@ -146,7 +146,7 @@ def test_what_is_no_sampling_names_its_field(fields: Any) -> None:
 )
 def test_what_no_engine_can_do_is_refused_before_it_is_sent(ids: tuple[int, ...], fields: Any) -> None:
     request = GenerateRequest("r", ids, SamplingParams(**{"max_new_tokens": 8, **fields}))
-    with pytest.raises(ForbiddenError, match=next(iter(fields), "input_ids")):
+    with pytest.raises(InvalidStateError, match=next(iter(fields), "input_ids")):
         check_values(request)
 
 
@@ -157,10 +157,10 @@ def test_what_no_engine_can_do_is_refused_before_it_is_sent(ids: tuple[int, ...]
         (lambda: GenerateRequest("\ud800", (1,), SamplingParams(4)), "half a character"),
         (lambda: GenerateRequest("r", (1,), {"max_new_tokens": 4}), r"write SamplingParams\(max_new_tokens=...\)"),  # type: ignore[arg-type]
         (lambda: GenerateRequest("r", (1,), SamplingParams(4), extra=[1]), "extra must be a mapping"),  # type: ignore[arg-type]
-        (lambda: Placement(session=3), "session must be text"),  # type: ignore[arg-type]
-        (lambda: Placement(min_version="1"), "min_version must be an integer"),  # type: ignore[arg-type]
-        (lambda: AdapterConfig(8, 16.0, "q_proj"), r"target_modules must be a list.*write \['q_proj'\]"),  # type: ignore[arg-type]
-        (lambda: AdapterConfig(8.0, 16.0, ("q_proj",)), "rank must be an integer"),  # type: ignore[arg-type]
+        (lambda: RoutingContext(session=3), "session must be text"),  # type: ignore[arg-type]
+        (lambda: RoutingContext(min_version="1"), "min_version must be an integer"),  # type: ignore[arg-type]
+        (lambda: LoraConfig(8, 16.0, "q_proj"), r"target_modules must be a list.*write \['q_proj'\]"),  # type: ignore[arg-type]
+        (lambda: LoraConfig(8.0, 16.0, ("q_proj",)), "rank must be an integer"),  # type: ignore[arg-type]
     ],
 )
 def test_what_else_is_not_meant(make: Any, says: str) -> None:
@@ -171,5 +171,5 @@ def test_what_else_is_not_meant(make: Any, says: str) -> None:
 def test_a_name_may_have_any_letters_and_has_an_end() -> None:
     check_values(GenerateRequest("r-é-\u2028/7", (1,), SamplingParams(4)))
     for name in ("", "x" * 5000):
-        with pytest.raises(ForbiddenError, match="name"):
+        with pytest.raises(InvalidStateError, match="name"):
             check_values(GenerateRequest(name, (1,), SamplingParams(4)))

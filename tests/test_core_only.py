@@ -51,8 +51,8 @@ evaluation: {data: {kind: generated, seed: 1, problems: 4}}
     ("arguments", "says"),
     [
         (("train", "run.yaml"), "pip install 'millrace[train]'"),
-        (("courier",), "pip install 'millrace[train]'"),
-        (("courier", "--store", "s", "--folder", "f"), "pip install 'millrace[train]'"),
+        (("sidecar",), "pip install 'millrace[train]'"),
+        (("sidecar", "--store", "s", "--folder", "f"), "pip install 'millrace[train]'"),
         (("train", "run.yaml", "--dry-run"), None),
         (("config",), None),
         (("engines", "list"), None),

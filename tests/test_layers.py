@@ -12,6 +12,7 @@ LAYERS = [
     "errors",
     "arguments",
     "types",
+    "continuation",
     "checksum",
     "model_folder",
     "model_config",

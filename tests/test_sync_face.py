@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from millrace import EmbeddedEngineConfig, GenerateRequest, SamplingParams, Segment, sync
+from millrace import EmbeddedEngineConfig, GenerateRequest, SamplingParams, VersionSpan, sync
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import PublishError
 from millrace.http.portal import Portal
@@ -28,9 +28,9 @@ def test_a_trainer_without_an_event_loop(tiny_model: Path, tmp_path: Path) -> No
     request = GenerateRequest("sample-0", (5, 17, 42), SamplingParams(8, ignore_eos=True))
     config = EmbeddedEngineConfig(kind="embedded", threads=1)
     with sync.open_fleet(config, tiny_model, log_dir=tmp_path) as fleet:
-        assert fleet.generate(request, deadline=20).segments == (Segment(0, 0, 8),)
+        assert fleet.generate(request, deadline=20).version_spans == (VersionSpan(0, 0, 8),)
         assert not fleet.publish(tensors, 1).failed
-        assert fleet.generate(request, deadline=20).segments == (Segment(1, 0, 8),)
+        assert fleet.generate(request, deadline=20).version_spans == (VersionSpan(1, 0, 8),)
         with pytest.raises(PublishError, match="not newer"):
             fleet.publish(tensors, 1)
         [member] = fleet.snapshot.members
@@ -39,7 +39,7 @@ def test_a_trainer_without_an_event_loop(tiny_model: Path, tmp_path: Path) -> No
 
 def test_an_engine_that_somebody_else_started(tiny_model: Path, tmp_path: Path) -> None:
     with sync.open_fleet(EmbeddedEngineConfig(kind="embedded", threads=1), tiny_model, log_dir=tmp_path) as fleet:
-        [replica] = fleet._wrapped._roster.replicas.values()
+        [replica] = fleet._wrapped._replicas.replicas.values()
         assert isinstance(replica.engine, EmbeddedEngine)
         keys = replica.engine._http._keys
         with Portal() as portal:

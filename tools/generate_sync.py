@@ -31,24 +31,24 @@ from typing import TYPE_CHECKING
 from millrace.config.models import EngineConfig, TransportName
 from millrace.engines import base
 from millrace.fleet import fleet, local
-from millrace.fleet.held import Tensors
-from millrace.fleet.membership import Snapshot
-from millrace.fleet.turnover import BUCKET_BYTES, CATCH_UP_DEADLINE
+from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE
+from millrace.fleet.replica_state import Snapshot
+from millrace.fleet.republish import Tensors
 from millrace.http.portal import Portal
 from millrace.types import (
     ALL_MEMORY,
     ANYWHERE,
-    AdapterConfig,
     Bucket,
     EngineInfo,
     EngineLoad,
     GenerateRequest,
     Generation,
     Health,
+    LoraConfig,
     MemoryTag,
     PauseMode,
-    Placement,
     ProcessGroup,
+    RoutingContext,
 )
 from millrace.weights.cast import Dtypes
 from millrace.weights.publisher import PublishReport
@@ -68,7 +68,7 @@ def open_fleet(
     transport: TransportName = "auto",
     folder: str | Path | None = None,
     keep: int = 2,
-    couriers: Sequence[str] = (),
+    sidecars: Sequence[str] = (),
     restarts: int = 0,
     frozen: bool = False,
     prefix: str | None = None,
@@ -84,7 +84,7 @@ def open_fleet(
             transport=transport,
             folder=folder,
             keep=keep,
-            couriers=couriers,
+            sidecars=sidecars,
             restarts=restarts,
             frozen=frozen,
             prefix=prefix,

@@ -4,7 +4,7 @@
         [--trainer-gpu 1] [--engine '{"kind": "vllm", "python": "...", "engine_args": {...}}']
 
 Trainer and server are on one GPU, and the tensors travel by CUDA IPC; on the CPU (--engine '{"device": "cpu"}') by
-shared memory. NCCL takes two GPUs: --trainer-gpu 1, the server has the first. With ucx a courier is started, whose
+shared memory. NCCL takes two GPUs: --trainer-gpu 1, the server has the first. With ucx a sidecar is started, whose
 memory is where the server's is: one more copy within the GPU, or over NVLink with --trainer-gpu. The floor of a
 publish is two device-to-device copies of the model (into the bucket, out of it) at the bandwidth measured in the same
 run; with two GPUs it is one copy from one to the other.
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.courier import courier
 from benchmarks.gpu.engines import engine_config, served
 from benchmarks.gpu.models import random_tensors, write_config
+from benchmarks.sidecar import sidecar
 from millrace.engines.base import Engine
 from millrace.types import GenerateRequest, MemoryTag, SamplingParams
 from millrace.weights.publisher import PublishReport, publish
@@ -65,7 +65,7 @@ async def measure_publish(
     tensors: list[tuple[str, torch.Tensor]],
     arguments: argparse.Namespace,
     device: torch.device,
-    couriers: Mapping[str, str],
+    sidecars: Mapping[str, str],
 ) -> None:
     """One line for each size of bucket. The version grows by one with each publish, from 1 on."""
     nbytes = sum(tensor.nbytes for _, tensor in tensors)
@@ -86,7 +86,7 @@ async def measure_publish(
         transport = make(
             arguments.transport or ("cuda_ipc" if device.type == "cuda" else "shm"),
             target.info.capabilities,
-            couriers=couriers,
+            sidecars=sidecars,
         )
         reports: list[PublishReport] = []
         for _ in range(arguments.repeats + 2):
@@ -164,11 +164,11 @@ async def run(arguments: argparse.Namespace) -> None:
             info = await engine.info()
             tensors = random_tensors(folder, device)
             await measure_sleep(engine, arguments.repeats, device)  # first: afterwards there are no weights
-            with courier(config.device) if arguments.transport == "ucx" else nullcontext("") as url:
+            with sidecar(config.device) if arguments.transport == "ucx" else nullcontext("") as url:
                 await measure_publish(PublishTarget(engine, info), tensors, arguments, device, {engine.name: url})
             request = GenerateRequest("after", (5, 6, 7), SamplingParams(8, ignore_eos=True))
             generation = await engine.generate(request, deadline=60)
-            print(f"afterwards it generates, as version {generation.segments[-1].version}", flush=True)
+            print(f"afterwards it generates, as version {generation.version_spans[-1].version}", flush=True)
 
 
 def main() -> None:

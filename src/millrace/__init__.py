@@ -7,36 +7,36 @@ if TYPE_CHECKING:
     from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
     from millrace.fleet.fleet import Fleet
     from millrace.fleet.local import open_fleet
-    from millrace.types import AdapterConfig, GenerateRequest, Generation, Placement, SamplingParams, Segment
+    from millrace.types import GenerateRequest, Generation, LoraConfig, RoutingContext, SamplingParams, VersionSpan
 
 __version__ = "0.1.0"
 
 # Loaded on first use, so that `import millrace` takes a few milliseconds.
 _HOMES = {
-    "AdapterConfig": "millrace.types",
+    "LoraConfig": "millrace.types",
     "EmbeddedEngineConfig": "millrace.config.models",
     "Fleet": "millrace.fleet.fleet",
     "GenerateRequest": "millrace.types",
     "Generation": "millrace.types",
-    "Placement": "millrace.types",
+    "RoutingContext": "millrace.types",
     "SGLangEngineConfig": "millrace.config.models",
     "SamplingParams": "millrace.types",
-    "Segment": "millrace.types",
+    "VersionSpan": "millrace.types",
     "VLLMEngineConfig": "millrace.config.models",
     "open_fleet": "millrace.fleet.local",
 }
 
 __all__ = [
-    "AdapterConfig",
     "EmbeddedEngineConfig",
     "Fleet",
     "GenerateRequest",
     "Generation",
-    "Placement",
+    "LoraConfig",
+    "RoutingContext",
     "SGLangEngineConfig",
     "SamplingParams",
-    "Segment",
     "VLLMEngineConfig",
+    "VersionSpan",
     "__version__",
     "open_fleet",
 ]

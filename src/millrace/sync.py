@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING
 from millrace.config.models import EngineConfig, TransportName
 from millrace.engines import base
 from millrace.fleet import fleet, local
-from millrace.fleet.held import Tensors
-from millrace.fleet.membership import Snapshot
-from millrace.fleet.turnover import BUCKET_BYTES, CATCH_UP_DEADLINE
+from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE
+from millrace.fleet.replica_state import Snapshot
+from millrace.fleet.republish import Tensors
 from millrace.http.portal import Portal
 from millrace.types import (
     ALL_MEMORY,
     ANYWHERE,
-    AdapterConfig,
     Bucket,
     EngineInfo,
     EngineLoad,
     GenerateRequest,
     Generation,
     Health,
+    LoraConfig,
     MemoryTag,
     PauseMode,
-    Placement,
     ProcessGroup,
+    RoutingContext,
 )
 from millrace.weights.cast import Dtypes
 from millrace.weights.publisher import PublishReport
@@ -49,7 +49,7 @@ def open_fleet(
     transport: TransportName = "auto",
     folder: str | Path | None = None,
     keep: int = 2,
-    couriers: Sequence[str] = (),
+    sidecars: Sequence[str] = (),
     restarts: int = 0,
     frozen: bool = False,
     prefix: str | None = None,
@@ -65,7 +65,7 @@ def open_fleet(
             transport=transport,
             folder=folder,
             keep=keep,
-            couriers=couriers,
+            sidecars=sidecars,
             restarts=restarts,
             frozen=frozen,
             prefix=prefix,
@@ -138,7 +138,7 @@ class Engine:
         """Opens the transaction that brings the weights of `version`. One at a time.
 
         An engine without Capability.STAGED_UPDATE generates nothing from here until `commit` or `rollback`: what runs
-        is interrupted and goes on afterwards, from the tokens it has; its segments say so."""
+        is interrupted and goes on afterwards, from the tokens it has; its version spans say so."""
         self._portal.call(self._wrapped.begin_update(version))
 
     def load(self, bucket: Bucket, *, deadline: float) -> None:
@@ -172,22 +172,23 @@ class Engine:
         arrived where it holds that in another form (packed, sharded, cast)."""
         return self._portal.call(self._wrapped.sampled_checksums())
 
-    def load_adapter(self, name: str, path: str, *, deadline: float = 30.0) -> None:
+    def load_lora(self, name: str, path: str, *, deadline: float = 30.0) -> None:
         """Loads a LoRA adapter from a folder in PEFT's format that the engine's host can read, while it generates;
         requests with `extra={"lora_path": name}` use it. Raises EngineRefused where one of that name is loaded.
 
-        It belongs to the weights that are served: the next `commit` takes it off. What runs with it then, and what
-        names it later, is made by the new weights alone, and its segments say so. `unload_adapter` frees its memory."""
-        self._portal.call(self._wrapped.load_adapter(name, path, deadline=deadline))
+        It belongs to the weights that are served: the next `commit` takes it off. Requests that
+        run with it then, or name it later, use the new weights alone, and their version spans say so. `unload_lora`
+        frees its memory."""
+        self._portal.call(self._wrapped.load_lora(name, path, deadline=deadline))
 
-    def unload_adapter(self, name: str, *, deadline: float = 30.0) -> None:
+    def unload_lora(self, name: str, *, deadline: float = 30.0) -> None:
         """What runs with it goes on to its end, for which the engine may wait, or read its folder again; what names it
         later is refused, or made without it where a commit took it off."""
-        self._portal.call(self._wrapped.unload_adapter(name, deadline=deadline))
+        self._portal.call(self._wrapped.unload_lora(name, deadline=deadline))
 
-    def adapter_checksums(self, name: str) -> Mapping[str, str]:
+    def lora_checksums(self, name: str) -> Mapping[str, str]:
         """With Capability.CHECKSUMS: of each tensor of an adapter, by `millrace.checksum` under the trainer's names."""
-        return self._portal.call(self._wrapped.adapter_checksums(name))
+        return self._portal.call(self._wrapped.lora_checksums(name))
 
     def health(self, *, deadline: float = 5.0) -> Health:
         """Never raises: an engine that takes no connection is Health.DEAD, and one that this process could not ask is
@@ -249,15 +250,15 @@ class Fleet:
         """Waits until some engine takes requests. Raises NoEngineError as `generate` does."""
         self._portal.call(self._wrapped.serving(deadline=deadline))
 
-    def generate(self, request: GenerateRequest, *, deadline: float, placement: Placement = ANYWHERE) -> Generation:
+    def generate(self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE) -> Generation:
         """Sends the request to the engine that suits it best (docs/routing.md), and waits for one where all sleep, are
-        being updated or started anew, or have none of the versions that `placement` admits.
+        being updated or started anew, or have none of the versions that `routing` admits.
 
         Raises NoEngineError when none may serve it by the deadline or none is left, and the engine's own EngineError
         otherwise; a request that failed on an engine is not sent again by this method. `deadline` is in seconds; 0
         or less has passed. Raises ArgumentError for arguments of the wrong type.
         """
-        return self._portal.call(self._wrapped.generate(request, deadline=deadline, placement=placement))
+        return self._portal.call(self._wrapped.generate(request, deadline=deadline, routing=routing))
 
     def publish(
         self,
@@ -297,21 +298,21 @@ class Fleet:
             )
         )
 
-    def publish_adapter(
+    def publish_lora(
         self,
         tensors: "Iterable[tuple[str, torch.Tensor]]",
         version: int,
         *,
-        config: AdapterConfig,
+        config: LoraConfig,
         deadline: float = 60.0,
         require_finite: bool = True,
     ) -> PublishReport:
         """Brings a LoRA adapter over the last whole version into every usable engine, while these go on generating.
 
         `tensors` are named as PEFT does, `base_model.model.MODULE.lora_A.weight` and `lora_B`. Requests that begin when
-        an engine has it are made with it, and their segments say `version`; those that run end with what they began
-        with. Two adapters at most are loaded in an engine: where requests still run with the one before the last, it is
-        waited for them for half of `deadline`, and then they are aborted.
+        an engine has it use it, and their version spans say `version`. Running requests end with the weights that they
+        began with. At most two adapters are loaded in an engine. If requests still run with the one before the last,
+        the publish waits for them for half of `deadline`, and then aborts them.
 
         An engine that does not take the adapter is out of rotation and named in the report; where it only said no, it
         serves again after the next one. PublishError is raised, and what served before goes on serving, when the
@@ -319,7 +320,7 @@ class Fleet:
         `publish` says. A version that is published whole takes the adapter off.
         """
         return self._portal.call(
-            self._wrapped.publish_adapter(
+            self._wrapped.publish_lora(
                 tensors, version, config=config, deadline=deadline, require_finite=require_finite
             )
         )

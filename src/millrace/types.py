@@ -1,6 +1,6 @@
 """The words of Millrace as values. No I/O, no torch: everything here can be made, compared and printed anywhere.
 
-What a caller makes (requests, sampling, placements, adapters' configs) takes the usual forms of its arguments, such as
+What a caller makes (requests, sampling, routing contexts, LoRA configs) takes the usual forms of its arguments, such as
 arrays and NumPy's numbers, and raises ArgumentError for what is of another type.
 """
 
@@ -134,7 +134,7 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class RoutingContext:
     """What a fleet should know to choose an engine. The requests of one `session` (the turns of one episode) share what
     came before, those of one `group` their prompt. The engine serves `min_version` or a later one; with
     `exact_version`, that one."""
@@ -166,11 +166,11 @@ class Placement:
         return f" at version {self.min_version} or later" if self.min_version is not None else ""
 
 
-ANYWHERE = Placement()
+ANYWHERE = RoutingContext()
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class VersionSpan:
     """The tokens `start:end` of a generation (of a sample, where positions count from its first token) were made by the
     weights of `version`. None: by weights that no Millrace trainer published."""
 
@@ -183,14 +183,15 @@ class Segment:
 class Generation:
     """Token ids out, all from one call.
 
-    output_ids: [T] token ids. logprobs: [T] float32, natural logarithm. segments cover 0:T in order, without a gap.
+    output_ids: [T] token ids. logprobs: [T] float32, natural logarithm. version_spans cover 0:T in order,
+    without a gap.
     """
 
     request_id: str
     output_ids: tuple[int, ...]
     logprobs: Float32Array
     finish_reason: FinishReason
-    segments: tuple[Segment, ...]
+    version_spans: tuple[VersionSpan, ...]
     prompt_tokens: int
     cached_tokens: int
     extra: Mapping[str, object] = field(default_factory=dict)
@@ -279,7 +280,7 @@ class CudaIpcBucket:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterConfig:
+class LoraConfig:
     """What a LoRA adapter adds to a linear layer W of `target_modules` (names, or their ends, as PEFT means it):
     (alpha / rank) B A, where A is [rank, in] and B is [out, rank]."""
 

@@ -42,7 +42,7 @@ class Run:
 def hit(run: Run, name: str, number: signal.Signals) -> int | None:
     """Sends the signal to the engine's own process, and tells which that is. None: it has ended, be it that nobody has
     found out yet."""
-    process = run.fleet._roster.replicas[name].process
+    process = run.fleet._replicas.replicas[name].process
     assert isinstance(process, ServerProcess)
     guard = process._process.pid
     with suppress(FileNotFoundError, ProcessLookupError):
@@ -99,9 +99,9 @@ def check(run: Run, samples: Sequence[Sample], asked: Iterable[str]) -> None:
     for sample in samples:
         assert sample.status is SampleStatus.FINISHED, (sample.reason, run.happened)
         assert sample.episode is not None
-        made = sum(segment.end - segment.start for segment in sample.episode.segments)
+        made = sum(span.end - span.start for span in sample.episode.version_spans)
         assert made == int(sample.episode.loss_mask.sum())
-        assert {segment.version for segment in sample.episode.segments} <= run.committed, run.happened
+        assert {span.version for span in sample.episode.version_spans} <= run.committed, run.happened
 
 
 async def until_all_serve(run: Run, version: int) -> None:

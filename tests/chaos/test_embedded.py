@@ -72,15 +72,15 @@ async def play(seed: int, model_path: Path, place: Path) -> tuple[Counter[Sample
         runner = make_runner(fleet, model_path)
         async with RolloutScheduler(runner, SAMPLES) as scheduler, asyncio.timeout(WAIT):
             scheduler.start(((f"g{i}", problem) for i, problem in enumerate(PROBLEMS)), version=0)
-            troubles = asyncio.create_task(trouble(run, lambda: scheduler.ledger.ended.total()))
+            troubles = asyncio.create_task(trouble(run, lambda: scheduler.counts.ended.total()))
             for _ in PROBLEMS:
                 samples += (await scheduler.next_group()).samples
             await troubles
         check(run, samples, (f"g{i}-{j}" for i in range(GROUPS) for j in range(SAMPLES)))
-        assert scheduler.ledger.asked == scheduler.ledger.ended.total() == len(samples)
+        assert scheduler.counts.asked == scheduler.counts.ended.total() == len(samples)
         await publish(run, FAULTS + 1)
         await until_all_serve(run, FAULTS + 1)
-    return scheduler.ledger.ended, run.happened
+    return scheduler.counts.ended, run.happened
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, SEEDS))])

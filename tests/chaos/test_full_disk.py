@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from millrace.config import EmbeddedEngineConfig
-from millrace.fleet.journal import Journal
+from millrace.fleet.event_log import EventLog
 from millrace.fleet.local import open_fleet
 from millrace.rollout.problems import generate_problems
 from millrace.rollout.sample import SampleStatus
@@ -42,10 +42,10 @@ async def test_a_full_disk_costs_what_would_be_on_it_and_no_sample(
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
     folder = tmp_path / "versions"
-    with Journal(tmp_path / "events.jsonl") as journal, caplog.at_level(logging.ERROR):
+    with EventLog(tmp_path / "events.jsonl") as event_log, caplog.at_level(logging.ERROR):
         # By gloo, since shared memory is files too.
         async with open_fleet(
-            config, tiny_model, log_dir=tmp_path, transport="gloo", folder=folder, journal=journal
+            config, tiny_model, log_dir=tmp_path, transport="gloo", folder=folder, event_log=event_log
         ) as fleet, RolloutScheduler(make_runner(fleet, tiny_model), samples_per_group=2) as scheduler:  # fmt: skip
             scheduler.start(((f"g{i}", problem) for i, problem in enumerate(PROBLEMS)), version=0)
             with no_room():
@@ -57,6 +57,6 @@ async def test_a_full_disk_costs_what_would_be_on_it_and_no_sample(
             assert (await fleet.publish(tensors, 2)).unstored is None
             assert {member.version for member in fleet.snapshot.members if member.routable} == {2}
         assert {sample.status for group in groups for sample in group.samples} == {SampleStatus.FINISHED}
-        assert journal.totals.unwritten > 0
+        assert event_log.metrics.unwritten > 0
     assert sum("events.jsonl can't be written" in record.getMessage() for record in caplog.records) == 1
     assert VersionStore(str(folder), tiny_model, keep=2).versions == (2,)

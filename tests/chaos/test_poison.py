@@ -7,9 +7,9 @@ from pathlib import Path
 
 from millrace.config import EmbeddedEngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
-from millrace.engines.start import Started, start
+from millrace.engines.start import Replica, start
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.membership import Phase
+from millrace.fleet.replica_state import Phase
 from millrace.rollout.chat import load_chat_format
 from millrace.rollout.problems import generate_problems
 from millrace.rollout.sample import Problem, SampleStatus
@@ -30,7 +30,7 @@ async def test_a_poisonous_sample_costs_as_many_engines_as_it_may_and_they_come_
     chat = load_chat_format(str(tiny_model))
     poison = chat.tokenizer.encode("§", add_special_tokens=False)
 
-    async def start_one(number: int) -> Started:
+    async def start_one(number: int) -> Replica:
         """Every life of an engine dies of it."""
         started = await start(CONFIG, tiny_model, replica=number, log_dir=tmp_path, version=0, seed=0)
         assert isinstance(started.engine, EmbeddedEngine)
@@ -51,5 +51,5 @@ async def test_a_poisonous_sample_costs_as_many_engines_as_it_may_and_they_come_
         assert f"gave up after {RETRIES + 1} attempts: engine embedded-" in str(poisonous.reason)
         assert {sample.status for sample in samples.values()} == {SampleStatus.FINISHED}
         await until_all_serve(Run(fleet, random.Random(0), ()), 0)
-        deaths = sum(fleet.journal.totals.entered[name, Phase.DEAD] for name in fleet.engines)
+        deaths = sum(fleet.event_log.metrics.entered[name, Phase.DEAD] for name in fleet.engines)
         assert deaths == RETRIES + 1

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from millrace.config.models import SGLangEngineConfig, VLLMEngineConfig
-from millrace.fleet.journal import Outcome
+from millrace.fleet.event_log import Outcome
 from millrace.fleet.local import open_fleet
 from millrace.model_folder import stored_tensors
 from millrace.rollout.problems import generate_problems
@@ -106,11 +106,11 @@ async def play(
             assert {tensor.float_dtype for name, tensor in stored.items() if name != NORM} == {"bfloat16"}
             assert stored[NORM].float_dtype == "float32"
         assert all(name in fleet._router._cached for name in fleet.engines)  # the new ones tell too
-        sockets = {(replica.kv_events or "").rpartition("/")[2] for replica in fleet._roster.replicas.values()}
-        totals = fleet.journal.totals
-        assert {name: totals.restarts[name, True] for name in fleet.engines} == {one: 1, two: 1}
-        assert totals.retries[True] > 0, "nothing hit any sample"
-        print(f"{scheduler.ledger}; {totals.retries.total()} retries")
+        sockets = {(replica.kv_events or "").rpartition("/")[2] for replica in fleet._replicas.replicas.values()}
+        metrics = fleet.event_log.metrics
+        assert {name: metrics.restarts[name, True] for name in fleet.engines} == {one: 1, two: 1}
+        assert metrics.retries[True] > 0, "nothing hit any sample"
+        print(f"{scheduler.counts}; {metrics.retries.total()} retries")
     assert len(sockets) == 2
     assert not sockets & {*os.listdir("/dev/shm")}
     left = {pid: command_lines({pid}) for pid in below(os.getpid()) - before}
@@ -122,14 +122,14 @@ async def in_the_middle(
 ) -> None:
     """One round of rollouts. All of this happens at once when the engine `name` has ended the first of its requests,
     and has others. On a busy machine it may have ended all before anybody looks; then comes another round."""
-    totals, busy = run.fleet.journal.totals, False
+    metrics, busy = run.fleet.event_log.metrics, False
     async with asyncio.timeout(4 * WAIT):
         while not busy:
-            asked, ended = scheduler.ledger.asked, totals.requests[name, Outcome.FINISHED]
+            asked, ended = scheduler.counts.asked, metrics.requests[name, Outcome.FINISHED]
             scheduler.start(((f"{asked}+{i}", problem) for i, problem in enumerate(PROBLEMS)), version=0)
             while (
-                totals.requests[name, Outcome.FINISHED] == ended
-                and scheduler.ledger.ended.total() < scheduler.ledger.asked
+                metrics.requests[name, Outcome.FINISHED] == ended
+                and scheduler.counts.ended.total() < scheduler.counts.asked
             ):
                 await asyncio.sleep(0.01)
             busy = run.fleet.outstanding[name] > 0
@@ -138,4 +138,4 @@ async def in_the_middle(
             groups = [await scheduler.next_group() for _ in PROBLEMS]
             samples = [sample for group in groups for sample in group.samples]
             check(run, samples, (f"{asked}+{i}-{j}" for i in range(GROUPS) for j in range(SAMPLES)))
-            assert scheduler.ledger.ended.total() == scheduler.ledger.asked
+            assert scheduler.counts.ended.total() == scheduler.counts.asked

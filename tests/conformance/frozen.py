@@ -6,14 +6,14 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from millrace.fleet.fleet import Fleet
-from millrace.types import Segment
+from millrace.types import VersionSpan
 from millrace.weights.folder import folder_checksums
 from tests.conformance.middle import greedy
 from tests.fleet.test_fleet import expected
 
 
 async def hold_a_judge_comes_back_from_its_folder(fleet: Fleet, folder: Path) -> None:
-    [started] = fleet._roster.replicas.values()
+    [started] = fleet._replicas.replicas.values()
     name, tokens = started.engine.name, expected(AutoModelForCausalLM.from_pretrained(folder))
     judge = Fleet([replace(started, process=None)], None, frozen=True)
     await judge.attest(folder_checksums(folder), 0, folder)
@@ -21,7 +21,7 @@ async def hold_a_judge_comes_back_from_its_folder(fleet: Fleet, folder: Path) ->
     for turn in range(2):
         await judge.restore(deadline=60)
         made = await judge.generate(greedy(f"turn {turn}"), deadline=60)
-        assert (made.output_ids, made.segments) == (tokens, (Segment(0, 0, len(tokens)),))
+        assert (made.output_ids, made.version_spans) == (tokens, (VersionSpan(0, 0, len(tokens)),))
         await judge.sleep()
         assert judge.snapshot.get(name).version is None
     await judge.restore(deadline=60)

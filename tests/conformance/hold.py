@@ -15,7 +15,7 @@ from millrace.types import Capability, DiskBucket, GenerateRequest, SamplingPara
 
 START_TIMEOUT = 240.0  # seconds; a stock engine takes 20 on a quiet machine
 # A server has to be started for them.
-WITHOUT_ADAPTERS = frozenset(check.name for check in CHECKS if Capability.LORA in check.needs)
+WITHOUT_LORA = frozenset(check.name for check in CHECKS if Capability.LORA in check.needs)
 every_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.membership import Attested, Member, Snapshot, after
+from millrace.fleet.replica_state import Attested, ReplicaState, Snapshot, after
 from millrace.fleet.routing import Choice, Why
 from millrace.types import GenerateRequest, SamplingParams
 
@@ -25,7 +25,7 @@ async def hold_its_events_draw_requests(fleet: Fleet, tiny_model: Path, version:
     await fleet.publish([(name, parameter.detach()) for name, parameter in model.named_parameters()], version)
     [(name, engine)] = fleet.engines.items()
     # Another that serves the same, has less to do and tells that it has nothing.
-    other = after(Member("other", "http://other"), Attested(version))
+    other = after(ReplicaState("other", "http://other"), Attested(version))
     router, snapshot = fleet._router, Snapshot(0, (*fleet.snapshot.members, other))
     router.follow("other")
 
@@ -39,9 +39,9 @@ async def hold_its_events_draw_requests(fleet: Fleet, tiny_model: Path, version:
                 await asyncio.sleep(0.01)
 
     async def decided(by: Why) -> None:
-        before = fleet.journal.totals.routed[by]
+        before = fleet.event_log.metrics.routed[by]
         await fleet.generate(asking("by the fleet"), deadline=DEADLINE)
-        assert fleet.journal.totals.routed[by] == before + 1
+        assert fleet.event_log.metrics.routed[by] == before + 1
 
     try:
         assert not drawn()

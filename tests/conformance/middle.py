@@ -42,6 +42,6 @@ async def across(
         task = await begun(fleet, f"across-{number}")
         await then(number + 1)
         made = await task
-        if len(made.segments) > 1:
+        if len(made.version_spans) > 1:
             return number, made
     raise AssertionError(f"{ATTEMPTS} generations ended before an update had begun")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from millrace.errors import NonFiniteLogprobs
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.membership import STRIKES
+from millrace.fleet.replica_state import MAX_FAILURES
 from millrace.types import GenerateRequest, SamplingParams
 
 PROMPT = (5, 17, 300, 42, 8)
@@ -29,13 +29,13 @@ async def hold_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path, version:
         return GenerateRequest(next(names), PROMPT, SamplingParams(4, temperature, ignore_eos=True))
 
     await fleet.publish(list(broken.items()), version, require_finite=False)
-    for temperature in [0.0, 1.0] * STRIKES:
+    for temperature in [0.0, 1.0] * MAX_FAILURES:
         with pytest.raises(NonFiniteLogprobs, match=SAYS.format(version)):
             await fleet.generate(request(temperature), deadline=60)
     with pytest.raises(NonFiniteLogprobs, match=SAYS.format(version)):
         async for _ in engine.stream(request(1.0), deadline=60):
             pass
-    assert all(member.routable and not member.strikes for member in fleet.snapshot.members)
+    assert all(member.routable and not member.failures for member in fleet.snapshot.members)
 
     await fleet.publish(list(sound.items()), version + 1)
     for _ in range(4):  # vLLM on the CPU may first read NaN that the version before left in its cache

@@ -19,7 +19,7 @@ from millrace.types import (
     Health,
     MemoryTag,
     PauseMode,
-    Segment,
+    VersionSpan,
 )
 from tests.conformance.conftest import ADMIN_KEY, API_KEY, embedded_server
 
@@ -129,8 +129,8 @@ class OtherWeights(EmbeddedEngine):
 class OneSegment(EmbeddedEngine):
     async def stream(self, request: GenerateRequest, *, deadline: float) -> AsyncGenerator[Generation, None]:
         async for made in super().stream(request, deadline=deadline):
-            version = made.segments[-1].version
-            yield replace(made, segments=(Segment(version, 0, len(made.output_ids)),))
+            version = made.version_spans[-1].version
+            yield replace(made, version_spans=(VersionSpan(version, 0, len(made.output_ids)),))
 
 
 BROKEN: list[tuple[type[EmbeddedEngine], str]] = [

@@ -14,16 +14,10 @@ from millrace.engines.stock.engine import StockEngine
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.types import Capability
-from tests.conformance.adapters import (
-    MODULES,
-    WITH_ADAPTERS,
-    hold_publishes_over_whole_versions,
-    hold_what_a_dead_trainer_left_is_taken_away,
-)
 from tests.conformance.frozen import hold_a_judge_comes_back_from_its_folder
 from tests.conformance.hold import (
     START_TIMEOUT,
-    WITHOUT_ADAPTERS,
+    WITHOUT_LORA,
     every_check,
     hold,
     hold_after_a_trainer_died,
@@ -32,6 +26,12 @@ from tests.conformance.hold import (
     runner_on,
 )
 from tests.conformance.kv_events import hold_its_events_draw_requests
+from tests.conformance.lora import (
+    MODULES,
+    WITH_LORA,
+    hold_publishes_over_whole_versions,
+    hold_what_a_dead_trainer_left_is_taken_away,
+)
 from tests.conformance.nan import hold_nan_is_the_weights_fault
 from tests.engines.processes import logs
 from tests.routers.hold import hold_a_router_before_it
@@ -50,9 +50,9 @@ LACKING = frozenset({
 })  # fmt: skip
 
 
-VERSIONS = {"0.5.23": {**WITH_ADAPTERS, "lora_target_modules": MODULES}, "0.5.15": {}}  # each with its engine_args
+VERSIONS = {"0.5.23": {**WITH_LORA, "lora_target_modules": MODULES}, "0.5.15": {}}  # each with its engine_args
 PARAMS = ["0.5.23", pytest.param("0.5.15", marks=pytest.mark.slow)]
-started_for_adapters = pytest.mark.parametrize("fleet", ["0.5.23"], indirect=True)
+started_for_lora = pytest.mark.parametrize("fleet", ["0.5.23"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ async def runner(fleet: Fleet, tiny_model: Path, other_model: Path) -> Runner:
 
 @every_check
 async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
-    adapters = Capability.LORA in runner.subject.info.capabilities
-    await hold(runner, check, LACKING if adapters else LACKING | WITHOUT_ADAPTERS)
+    loras = Capability.LORA in runner.subject.info.capabilities
+    await hold(runner, check, LACKING if loras else LACKING | WITHOUT_LORA)
 
 
 async def test_its_log_tells_no_key(fleet: Fleet, log_dir: Path) -> None:
@@ -100,17 +100,17 @@ async def test_its_log_tells_no_key(fleet: Fleet, log_dir: Path) -> None:
     assert not [key for key in engine._http._keys.values() if key is None or key in log]
 
 
-@started_for_adapters
+@started_for_lora
 async def test_a_trainer_publishes_adapters_over_whole_versions(fleet: Fleet, tiny_model: Path) -> None:
     await hold_publishes_over_whole_versions(fleet, tiny_model)
 
 
-@started_for_adapters
+@started_for_lora
 async def test_who_attaches_takes_away_the_adapters_that_a_dead_trainer_left(fleet: Fleet) -> None:
     await hold_what_a_dead_trainer_left_is_taken_away(fleet)
 
 
-@started_for_adapters
+@started_for_lora
 async def test_a_router_stands_before_it(
     fleet: Fleet, tiny_model: Path, router_python: Callable[[str], Path], tmp_path: Path
 ) -> None:

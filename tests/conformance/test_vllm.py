@@ -11,11 +11,6 @@ from millrace.config.routers import VLLMRouterConfig
 from millrace.conformance import Check, Runner
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from tests.conformance.adapters import (
-    WITH_ADAPTERS,
-    hold_publishes_over_whole_versions,
-    hold_what_a_dead_trainer_left_is_taken_away,
-)
 from tests.conformance.frozen import hold_a_judge_comes_back_from_its_folder
 from tests.conformance.hold import (
     START_TIMEOUT,
@@ -27,6 +22,11 @@ from tests.conformance.hold import (
     runner_on,
 )
 from tests.conformance.kv_events import hold_its_events_draw_requests
+from tests.conformance.lora import (
+    WITH_LORA,
+    hold_publishes_over_whole_versions,
+    hold_what_a_dead_trainer_left_is_taken_away,
+)
 from tests.conformance.nan import hold_nan_is_the_weights_fault
 from tests.routers.hold import hold_a_router_before_it
 
@@ -50,7 +50,7 @@ async def fleet(tiny_model: Path, vllm_python: Path, tmp_path_factory: pytest.Te
         threads=1,
         start_timeout=START_TIMEOUT,
         kv_events=True,
-        engine_args={**WITH_ADAPTERS},
+        engine_args={**WITH_LORA},
     )
     async with open_fleet(config, tiny_model, log_dir=tmp_path_factory.mktemp("logs")) as fleet:
         yield fleet

@@ -14,7 +14,7 @@ from millrace.config import EmbeddedEngineConfig
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.types import ALL_MEMORY, GenerateRequest, SamplingParams, Segment
+from millrace.types import ALL_MEMORY, GenerateRequest, SamplingParams, VersionSpan
 from millrace.weights.store import VersionStore
 from tests.dtypes import save_as
 from tests.engines.embedded.test_models import COMMON, EXPERTS, LATENT
@@ -39,7 +39,7 @@ async def require_holds(fleet: Fleet, tensors: Tensors, dtype: torch.dtype, vers
     assert {name: tensor_checksum(tensor.to(dtype)) for name, tensor in tensors} == await engine.checksums()
     request = GenerateRequest(f"r{version}", (5, 17, 42), SamplingParams(4, temperature=0.0, ignore_eos=True))
     made = await fleet.generate(request, deadline=30)
-    assert made.segments == (Segment(version, 0, 4),)
+    assert made.version_spans == (VersionSpan(version, 0, 4),)
 
 
 @pytest.mark.parametrize(("dtype", "key"), [(torch.bfloat16, "torch_dtype"), (torch.float16, "dtype")])

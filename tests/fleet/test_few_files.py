@@ -28,9 +28,9 @@ async def test_no_engine_is_blamed_for_files_that_its_client_lacks(tiny_model: P
     assert process.returncode == 0, err.decode()
     result = json.loads(out)
     assert result["lengths"] == [4] * REQUESTS
-    [[url, phase, strikes]] = result["members"]
+    [[url, phase, failures]] = result["members"]
     assert url.startswith(f"http://[{host}]:" if ":" in host else f"http://{host}:")
-    assert (phase, strikes) == ("ready", 0)
+    assert (phase, failures) == ("ready", 0)
     assert "as many files open as it may (256)" in err.decode()  # it did reach its limit
 
 

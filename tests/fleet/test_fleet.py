@@ -25,10 +25,18 @@ from millrace.errors import (
 )
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.fleet.membership import Phase
+from millrace.fleet.replica_state import Phase
 from millrace.fleet.routing import Why
 from millrace.launch.ports import free_port
-from millrace.types import FinishReason, GenerateRequest, Generation, MemoryTag, Placement, SamplingParams, Segment
+from millrace.types import (
+    FinishReason,
+    GenerateRequest,
+    Generation,
+    MemoryTag,
+    RoutingContext,
+    SamplingParams,
+    VersionSpan,
+)
 from millrace.weights.transports.base import NamedTensors, StagedBucket
 from millrace.weights.transports.shared_memory import SharedMemoryTransport
 from tests.conformance.nan import hold_nan_is_the_weights_fault
@@ -137,7 +145,7 @@ async def until(condition: Callable[[], bool], deadline: float = 15) -> None:
 async def test_a_fleet_serves_its_folder_and_shares_the_work(fleet: Fleet, model: PreTrainedModel) -> None:
     answers = await asyncio.gather(*(fleet.generate(greedy(f"r{i}"), deadline=20) for i in range(8)))
     assert {a.output_ids for a in answers} == {expected(model)}
-    assert all(a.segments == (Segment(served(fleet), 0, 12),) and len(a.logprobs) == 12 for a in answers)
+    assert all(a.version_spans == (VersionSpan(served(fleet), 0, 12),) and len(a.logprobs) == 12 for a in answers)
 
 
 async def test_requests_go_to_the_engine_with_the_least_to_do(fleet: Fleet) -> None:
@@ -162,7 +170,7 @@ async def test_a_published_version_is_what_every_engine_serves(fleet: Fleet, mod
             parameter.mul_(1.5)
     for generation in (await ask_each(fleet)).values():
         assert generation.output_ids == expected(scaled)
-        assert generation.segments == (Segment(version, 0, 12),)
+        assert generation.version_spans == (VersionSpan(version, 0, 12),)
         assert generation.cached_tokens == 0
 
 
@@ -174,7 +182,7 @@ async def test_a_generation_across_a_publish_says_which_version_made_which_token
     generating = asyncio.create_task(fleet.generate(greedy("across", 60), deadline=30))
     await busy(fleet)
     await fleet.publish(tensors(model, 1.2), before + 1)
-    first, second = (await generating).segments
+    first, second = (await generating).version_spans
     assert (first.version, second.version) == (before, before + 1)
     assert (first.start, first.end, second.end) == (0, second.start, 60)
 
@@ -191,7 +199,7 @@ async def test_an_engine_that_refuses_half_way_leaves_the_rotation_and_the_other
     assert member.phase is Phase.QUARANTINED
     assert "embedded-0" in (member.reason or "")
     answers = await asyncio.gather(*(fleet.generate(greedy(f"r{i}"), deadline=20) for i in range(4)))
-    assert {a.segments for a in answers} == {(Segment(1, 0, 12),)}
+    assert {a.version_spans for a in answers} == {(VersionSpan(1, 0, 12),)}
     [left_out] = (await fleet.publish(tensors(model), 2)).left_out
     assert left_out.startswith("embedded-0 (quarantined")
     assert (await bad.info()).weight_version == 0  # rolled back, and not routable all the same
@@ -207,7 +215,7 @@ async def test_an_engine_that_hangs_in_a_publish_is_out_at_the_deadline_and_the_
     assert "was not done with commit after 2." in str(report.failed["embedded-0"])
     assert fleet.snapshot.get("embedded-0").phase is Phase.QUARANTINED
     assert fleet.snapshot.get("embedded-1").version == 1
-    assert (await fleet.generate(greedy("after"), deadline=20)).segments == (Segment(1, 0, 12),)
+    assert (await fleet.generate(greedy("after"), deadline=20)).version_spans == (VersionSpan(1, 0, 12),)
     stuck.cancel()
     await asyncio.gather(stuck, return_exceptions=True)
 
@@ -246,7 +254,7 @@ async def test_weights_that_are_not_finite_are_refused(fleet: Fleet, model: PreT
         await fleet.publish(spoilt, version + 1)
     with pytest.raises(PublishError, match="has NaN or infinite values"):
         await fleet.publish(iter(spoilt), version + 1, bucket_bytes=64 * 1024)
-    assert {g.segments for g in (await ask_each(fleet)).values()} == {(Segment(version, 0, 12),)}
+    assert {g.version_spans for g in (await ask_each(fleet)).values()} == {(VersionSpan(version, 0, 12),)}
     assert not (await fleet.publish(tensors(model), version + 1)).failed
 
 
@@ -322,7 +330,7 @@ async def test_asleep_requests_wait_and_awake_they_are_answered_by_the_new_versi
     await fleet.publish(tensors(model), version)
     assert not waiting.done()
     await fleet.wake(frozenset({MemoryTag.KV_CACHE}))
-    assert (await waiting).segments == (Segment(version, 0, 12),)
+    assert (await waiting).version_spans == (VersionSpan(version, 0, 12),)
 
 
 async def test_what_nobody_waits_for_is_aborted_on_the_engine(fleet: Fleet) -> None:
@@ -433,24 +441,27 @@ async def test_a_transport_that_is_not_possible_ends_what_was_started(tiny_model
 
 async def test_a_request_waits_for_the_version_that_it_asks_for(fleet: Fleet, model: PreTrainedModel) -> None:
     new = following(fleet)
-    later = Placement(min_version=new)
+    later = RoutingContext(min_version=new)
     with pytest.raises(NoEngineError, match=rf"no engine at version {new} or later could serve within .*version"):
-        await fleet.generate(greedy("too-soon"), deadline=0.1, placement=later)
-    waiting = asyncio.create_task(fleet.generate(greedy("waits"), deadline=20, placement=later))
-    exact = Placement(exact_version=new - 1)
-    old = await fleet.generate(greedy("old"), deadline=20, placement=exact)
+        await fleet.generate(greedy("too-soon"), deadline=0.1, routing=later)
+    waiting = asyncio.create_task(fleet.generate(greedy("waits"), deadline=20, routing=later))
+    exact = RoutingContext(exact_version=new - 1)
+    old = await fleet.generate(greedy("old"), deadline=20, routing=exact)
     assert not waiting.done()
     await fleet.publish(tensors(model, 1.5), new)
-    assert [(await waiting).segments, old.segments] == [(Segment(new, 0, 12),), (Segment(new - 1, 0, 12),)]
+    assert [(await waiting).version_spans, old.version_spans] == [
+        (VersionSpan(new, 0, 12),),
+        (VersionSpan(new - 1, 0, 12),),
+    ]
     with pytest.raises(NoEngineError, match=f"no engine at version {new - 1} could serve"):
-        await fleet.generate(greedy("too-late"), deadline=0.1, placement=exact)
+        await fleet.generate(greedy("too-late"), deadline=0.1, routing=exact)
 
 
 async def test_a_session_stays_with_its_engine(fleet: Fleet) -> None:
-    first = await fleet.generate(greedy("s/0"), deadline=20, placement=Placement(session="s"))
+    first = await fleet.generate(greedy("s/0"), deadline=20, routing=RoutingContext(session="s"))
     again = GenerateRequest("s/1", PROMPT + first.output_ids, SamplingParams(4, temperature=0.0))
-    assert (await fleet.generate(again, deadline=20, placement=Placement(session="s"))).cached_tokens > len(PROMPT)
-    assert fleet.journal.totals.routed[Why.SESSION] > 0
+    assert (await fleet.generate(again, deadline=20, routing=RoutingContext(session="s"))).cached_tokens > len(PROMPT)
+    assert fleet.event_log.metrics.routed[Why.SESSION] > 0
 
 
 async def test_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path) -> None:

@@ -13,9 +13,9 @@ from millrace.errors import EngineRefused, EngineUnreachable, NoEngineError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.follower import Follower
 from millrace.fleet.local import open_fleet
-from millrace.fleet.membership import Phase
+from millrace.fleet.replica_state import Phase
 from millrace.serve.owner import own
-from millrace.types import FinishReason, MemoryTag, Placement, Segment
+from millrace.types import FinishReason, MemoryTag, RoutingContext, VersionSpan
 from tests.fleet.test_fleet import CONFIG, busy, embedded, expected, greedy, tensors
 
 KEY = "the fleet's key"
@@ -53,15 +53,15 @@ async def test_a_follower_knows_what_its_owner_knows(tiny_model: Path, tmp_path:
             assert follower.snapshot.members == fleet.snapshot.members
             assert follower.context_length == fleet.context_length
             made = await follower.generate(greedy("mine"), deadline=20)
-            assert (made.output_ids, made.segments) == (expected(model), (Segment(0, 0, 12),))
+            assert (made.output_ids, made.version_spans) == (expected(model), (VersionSpan(0, 0, 12),))
             assert fleet.outstanding == {"embedded-0": 0, "embedded-1": 0}
 
             # A version is asked for before its snapshot is here.
             waiting = asyncio.create_task(
-                follower.generate(greedy("later"), deadline=20, placement=Placement(min_version=1))
+                follower.generate(greedy("later"), deadline=20, routing=RoutingContext(min_version=1))
             )
             await fleet.publish(tensors(model, 1.5), 1)
-            assert (await waiting).segments == (Segment(1, 0, 12),)
+            assert (await waiting).version_spans == (VersionSpan(1, 0, 12),)
             await follower.reached(1, deadline=20)
 
             # What runs when the owner puts the fleet to sleep comes back aborted, and the follower knows why.
@@ -81,7 +81,7 @@ async def test_a_follower_knows_what_its_owner_knows(tiny_model: Path, tmp_path:
             for engine in embedded(fleet):
                 await engine.inject_fault("slow", seconds=0.0)
             made = await follower.generate(greedy("awake"), deadline=20)
-            assert (made.output_ids, made.segments) == (expected(model), (Segment(2, 0, 12),))
+            assert (made.output_ids, made.version_spans) == (expected(model), (VersionSpan(2, 0, 12),))
 
 
 async def test_an_engine_that_dies_under_a_follower_comes_back_to_it(tiny_model: Path, tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ async def test_an_engine_that_dies_under_a_follower_comes_back_to_it(tiny_model:
         assert len(made.output_ids) == 12
         await until(lambda: len(follower.snapshot.routable) == 2)
         assert follower.engines["embedded-0"].url == fleet.engines["embedded-0"].url != before
-        session = Placement(session="back")
+        session = RoutingContext(session="back")
         for turn in range(4):
-            await follower.generate(greedy(f"back/{turn}"), deadline=20, placement=session)
+            await follower.generate(greedy(f"back/{turn}"), deadline=20, routing=session)
 
 
 async def test_a_follower_goes_on_while_its_owner_is_silent(tiny_model: Path, tmp_path: Path) -> None:
@@ -109,17 +109,17 @@ async def test_a_follower_goes_on_while_its_owner_is_silent(tiny_model: Path, tm
             following = Follower.open(url, KEY)
             follower = await following.__aenter__()
         try:
-            session = Placement(session="one")
-            made = await follower.generate(greedy("alone"), deadline=20, placement=session)
+            session = RoutingContext(session="one")
+            made = await follower.generate(greedy("alone"), deadline=20, routing=session)
             assert len(made.output_ids) == 12
             # The engine that dies gets nothing more, though nobody says so.
-            [home] = [name for name in follower.engines if follower.journal.totals.output_tokens[name]]
+            [home] = [name for name in follower.engines if follower.event_log.metrics.output_tokens[name]]
             [victim] = [engine for engine in embedded(fleet) if engine.name == home]
             with pytest.raises(EngineUnreachable):
                 await victim.inject_fault("crash")
             with pytest.raises(EngineUnreachable):
-                await follower.generate(greedy("dies"), deadline=20, placement=session)
+                await follower.generate(greedy("dies"), deadline=20, routing=session)
             assert follower.snapshot.get(home).phase is Phase.SUSPECT
-            assert len((await follower.generate(greedy("again"), deadline=20, placement=session)).output_ids) == 12
+            assert len((await follower.generate(greedy("again"), deadline=20, routing=session)).output_ids) == 12
         finally:
             await following.__aexit__(None, None, None)

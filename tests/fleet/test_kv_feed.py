@@ -11,9 +11,9 @@ import pytest_asyncio
 import zmq.asyncio
 
 from millrace.engines.stock.kv_events import new_endpoint
-from millrace.fleet.kv_feed import Feeds
-from millrace.fleet.membership import Snapshot
-from millrace.fleet.routing import Choice, Router, Why
+from millrace.fleet.kv_feed import KVEventFeeds
+from millrace.fleet.replica_state import Snapshot
+from millrace.fleet.routing import Choice, RoutingPolicy, Why
 from tests.fleet.test_routing import asked, long, members
 
 DEADLINE = 20.0
@@ -51,8 +51,8 @@ def stored(prompt: tuple[int, ...], size: int = 16) -> object:
 
 
 @pytest.fixture
-def router() -> Router:
-    router = Router()
+def router() -> RoutingPolicy:
+    router = RoutingPolicy()
     router.follow("e1")  # so that what is tried notes nothing
     return router
 
@@ -63,9 +63,9 @@ def snapshot() -> Snapshot:
 
 
 @pytest_asyncio.fixture
-async def publisher(router: Router) -> AsyncIterator[Publisher]:
+async def publisher(router: RoutingPolicy) -> AsyncIterator[Publisher]:
     """Of the engine e0."""
-    publisher, feeds = Publisher(), Feeds(router)
+    publisher, feeds = Publisher(), KVEventFeeds(router)
     try:
         async with asyncio.timeout(2 * DEADLINE), feeds.listening("e0", publisher.endpoint):
             await publisher.until_heard()
@@ -83,13 +83,15 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def drawn(router: Router, snapshot: Snapshot, prompt: tuple[int, ...] = PROMPT) -> bool:
+def drawn(router: RoutingPolicy, snapshot: Snapshot, prompt: tuple[int, ...] = PROMPT) -> bool:
     """Whether the prompt goes to e0 although e1 has less to do."""
     choice = router.choose(snapshot, Counter(e0=10, e1=0), asked(prompt))
     return choice == Choice("e0", Why.PREFIX)
 
 
-async def test_an_engine_draws_what_it_says_it_has(router: Router, snapshot: Snapshot, publisher: Publisher) -> None:
+async def test_an_engine_draws_what_it_says_it_has(
+    router: RoutingPolicy, snapshot: Snapshot, publisher: Publisher
+) -> None:
     assert not drawn(router, snapshot)
     await publisher.say(0, stored(PROMPT))
     await until(lambda: drawn(router, snapshot))
@@ -98,7 +100,9 @@ async def test_an_engine_draws_what_it_says_it_has(router: Router, snapshot: Sna
     assert not drawn(router, snapshot)
 
 
-async def test_what_came_before_a_gap_is_forgotten(router: Router, snapshot: Snapshot, publisher: Publisher) -> None:
+async def test_what_came_before_a_gap_is_forgotten(
+    router: RoutingPolicy, snapshot: Snapshot, publisher: Publisher
+) -> None:
     await publisher.say(7, stored(PROMPT))  # the first that is heard; nothing is known that it could miss
     await until(lambda: drawn(router, snapshot))
     await publisher.say(9, stored(long(5000, 3)))
@@ -109,7 +113,7 @@ async def test_what_came_before_a_gap_is_forgotten(router: Router, snapshot: Sna
 @pytest.mark.parametrize("frames", [(b"", b"\0" * 8, b"\xc1"), (b"alone",)])
 async def test_an_engine_that_cannot_be_understood_counts_by_what_it_gets(
     frames: tuple[bytes, ...],
-    router: Router,
+    router: RoutingPolicy,
     snapshot: Snapshot,
     publisher: Publisher,
     caplog: pytest.LogCaptureFixture,
@@ -125,7 +129,7 @@ async def test_an_engine_that_cannot_be_understood_counts_by_what_it_gets(
 
 
 async def test_others_work_while_a_long_prompt_is_taken_in(
-    router: Router, snapshot: Snapshot, publisher: Publisher
+    router: RoutingPolicy, snapshot: Snapshot, publisher: Publisher
 ) -> None:
     prompt = long(0, 512)
     turns = 0
@@ -146,8 +150,8 @@ async def test_others_work_while_a_long_prompt_is_taken_in(
     assert drawn(router, snapshot, prompt)
 
 
-async def test_an_engine_that_has_gone_tells_no_more(router: Router, snapshot: Snapshot) -> None:
-    publisher, feeds = Publisher(), Feeds(router)
+async def test_an_engine_that_has_gone_tells_no_more(router: RoutingPolicy, snapshot: Snapshot) -> None:
+    publisher, feeds = Publisher(), KVEventFeeds(router)
     try:
         async with feeds.listening("e0", publisher.endpoint):
             await publisher.until_heard()

@@ -16,9 +16,9 @@ from millrace.engines.start import start
 from millrace.errors import EnginesLost, NoEngineError, PublishError, WeightsChanged
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.fleet.membership import Phase
+from millrace.fleet.replica_state import Phase
 from millrace.fleet.starting import start_all
-from millrace.types import ALL_MEMORY, MemoryTag, Segment
+from millrace.types import ALL_MEMORY, MemoryTag, VersionSpan
 from millrace.weights.transports.shared_memory import SharedMemoryTransport
 from tests.fleet.strike import strike
 from tests.fleet.test_fleet import CONFIG, expected, greedy, tensors
@@ -64,7 +64,7 @@ def trainer(tiny_model: Path) -> Trainer:
 
 
 def following(fleet: Fleet) -> int:
-    newest = fleet.journal.totals.newest
+    newest = fleet.event_log.metrics.newest
     assert newest is not None
     return newest + 1
 
@@ -87,7 +87,7 @@ async def until_up(fleet: Fleet) -> None:
 async def require_serving(fleet: Fleet, trainer: Trainer, version: int) -> None:
     made = await fleet.generate(greedy("serving"), deadline=60)
     assert made.output_ids == expected(trainer.model)
-    assert made.segments == (Segment(version, 0, 12),)
+    assert made.version_spans == (VersionSpan(version, 0, 12),)
 
 
 async def test_the_same_weights_come_back_under_the_same_version(fleet: Fleet, trainer: Trainer) -> None:
@@ -112,7 +112,7 @@ async def test_weights_that_have_moved_on_are_not_served_as_the_old_version(
         await until_up(fleet)
     assert "tensors have changed since they were published" in caplog.text
     assert fleet.snapshot.get(NAME).version is None
-    assert fleet.journal.totals.restarts[NAME, False] == 0  # that is no failure of the engine
+    assert fleet.event_log.metrics.restarts[NAME, False] == 0  # that is no failure of the engine
     await fleet.publish(trainer.named, version + 1)
     await require_serving(fleet, trainer, version + 1)
 
@@ -221,4 +221,4 @@ async def test_requests_before_the_first_publish_end_at_once(
         await fleet.wake(WEIGHTS)
         await fleet.publish(trainer.named, 1)
         await fleet.wake(CACHE)
-        assert (await waiting).segments == (Segment(1, 0, 12),)
+        assert (await waiting).version_spans == (VersionSpan(1, 0, 12),)

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from millrace.errors import EngineUnreachable, LaunchError, NoEngineError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.fleet.membership import Phase
 from millrace.fleet.recovery import FIRST_DELAY, LONGEST_DELAY, delay_before
+from millrace.fleet.replica_state import Phase
 from millrace.launch.ports import free_port
-from millrace.types import FinishReason, Segment
+from millrace.types import FinishReason, VersionSpan
 from tests.engines.processes import below, command_lines
 from tests.fleet.strike import strike
 from tests.fleet.test_fleet import CONFIG, busy, embedded, expected, greedy, tensors
@@ -79,7 +79,7 @@ async def test_an_engine_that_is_killed_comes_back_with_what_the_others_serve(
         scaled = AutoModelForCausalLM.from_pretrained(tiny_model)
         scaled.load_state_dict(dict(tensors(model, 1.5)), strict=False)
         made = await embedded(fleet)[0].generate(greedy("back"), deadline=20)
-        assert (made.output_ids, made.segments) == (expected(scaled), (Segment(1, 0, 12),))
+        assert (made.output_ids, made.version_spans) == (expected(scaled), (VersionSpan(1, 0, 12),))
 
 
 async def test_requests_wait_for_the_only_engine_to_come_back_and_not_for_ever(
@@ -115,7 +115,7 @@ async def test_an_engine_joins_with_the_current_version_and_one_leaves_when_it_i
         assert (made.finish_reason, len(made.output_ids)) == (FinishReason.LENGTH, 200)
         await leaving
         assert list(fleet.engines) == ["embedded-1"]
-        assert (await fleet.generate(greedy("after"), deadline=20)).segments == (Segment(1, 0, 12),)
+        assert (await fleet.generate(greedy("after"), deadline=20)).version_spans == (VersionSpan(1, 0, 12),)
         assert not (await fleet.publish(tensors(model), 2)).failed
         with pytest.raises(NoEngineError, match="no engine is called embedded-0"):
             await fleet.remove("embedded-0")

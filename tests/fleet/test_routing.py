@@ -10,20 +10,30 @@ from hypothesis import strategies as st
 
 from millrace.engines.stock.kv_events import Cleared, Removed, Stored
 from millrace.fleet import routing
-from millrace.fleet.membership import Attested, Died, Event, Leaving, Member, Slept, Snapshot, Struck, after
 from millrace.fleet.prefixes import BLOCK_TOKENS, prompt_blocks
-from millrace.fleet.routing import SPILL, Choice, Router, Why
-from millrace.types import ANYWHERE, GenerateRequest, Placement, SamplingParams
+from millrace.fleet.replica_state import (
+    Attested,
+    CallFailed,
+    Died,
+    Event,
+    Leaving,
+    ReplicaState,
+    Slept,
+    Snapshot,
+    after,
+)
+from millrace.fleet.routing import SPILL, Choice, RoutingPolicy, Why
+from millrace.types import ANYWHERE, GenerateRequest, RoutingContext, SamplingParams
 
 events: st.SearchStrategy[Event] = st.one_of(
     st.builds(Attested, st.integers(0, 5)),
     st.builds(Slept),
-    st.builds(Struck, st.just("it broke off"), st.just(3)),
+    st.builds(CallFailed, st.just("it broke off"), st.just(3)),
     st.builds(Leaving),
     st.builds(Died, st.just("killed by SIGKILL")),
 )
-placements = st.builds(
-    Placement,
+contexts = st.builds(
+    RoutingContext,
     session=st.none() | st.sampled_from("xyz"),
     group=st.none() | st.sampled_from("gh"),
     min_version=st.none() | st.integers(0, 5),
@@ -33,7 +43,7 @@ prompts = st.builds(lambda start, length: tuple(range(start, start + length)), s
 
 
 def members(count: int, version: int = 1) -> Snapshot:
-    new = (Member(f"e{i}", f"http://e{i}") for i in range(count))
+    new = (ReplicaState(f"e{i}", f"http://e{i}") for i in range(count))
     return Snapshot(0, tuple(after(member, Attested(version)) for member in new))
 
 
@@ -47,25 +57,25 @@ def long(first: int, blocks: int) -> tuple[int, ...]:
 
 @given(
     st.lists(st.tuples(st.lists(events, max_size=3), st.integers(0, 500)), max_size=5),
-    st.lists(st.tuples(placements, prompts), min_size=1, max_size=8),
+    st.lists(st.tuples(contexts, prompts), min_size=1, max_size=8),
     st.integers(0, 3),
 )
 def test_only_who_may_serve_is_chosen_and_the_same_one_each_time(
-    fleet: list[tuple[list[Event], int]], requests: list[tuple[Placement, tuple[int, ...]]], seed: int
+    fleet: list[tuple[list[Event], int]], requests: list[tuple[RoutingContext, tuple[int, ...]]], seed: int
 ) -> None:
     known = []
     for i, (history, _) in enumerate(fleet):
-        member = Member(f"e{i}", f"http://e{i}")
+        member = ReplicaState(f"e{i}", f"http://e{i}")
         for event in [Attested(1), *history]:
             member = after(member, event)
         known.append(member)
     outstanding = {f"e{i}": load for i, (_, load) in enumerate(fleet)}
-    one, same = Router(seed), Router(seed)
-    for placement, prompt in requests:
+    one, same = RoutingPolicy(seed), RoutingPolicy(seed)
+    for context, prompt in requests:
         request = asked(prompt)
-        choice = one.choose(Snapshot(0, tuple(known)), outstanding, request, placement)
-        assert choice == same.choose(Snapshot(9, tuple(reversed(known))), outstanding, request, placement)
-        able = [member for member in known if member.routable and placement.admits(member.version)]
+        choice = one.choose(Snapshot(0, tuple(known)), outstanding, request, context)
+        assert choice == same.choose(Snapshot(9, tuple(reversed(known))), outstanding, request, context)
+        able = [member for member in known if member.routable and context.admits(member.version)]
         assert (choice is None) == (not able)
         if choice is None:
             continue
@@ -79,7 +89,7 @@ def test_only_who_may_serve_is_chosen_and_the_same_one_each_time(
 
 @given(st.integers(2, 8), st.integers(1, 30), st.integers(0, 5))
 def test_without_affinity_the_load_is_even(engines: int, requests: int, seed: int) -> None:
-    router, snapshot, outstanding = Router(seed), members(engines), Counter[str]()
+    router, snapshot, outstanding = RoutingPolicy(seed), members(engines), Counter[str]()
     for _ in range(requests):
         choice = router.choose(snapshot, outstanding, asked())
         assert choice is not None
@@ -90,12 +100,12 @@ def test_without_affinity_the_load_is_even(engines: int, requests: int, seed: in
 
 def test_ranks_with_other_seeds_begin_with_other_engines() -> None:
     snapshot = members(8)
-    first = {Router(seed).choose(snapshot, Counter(), asked()) for seed in range(20)}
+    first = {RoutingPolicy(seed).choose(snapshot, Counter(), asked()) for seed in range(20)}
     assert len(first) > 3
 
 
 def test_a_session_stays_where_it_was_and_goes_when_that_is_overloaded() -> None:
-    router, snapshot, session = Router(), members(3), Placement(session="s")
+    router, snapshot, session = RoutingPolicy(), members(3), RoutingContext(session="s")
     first = router.choose(snapshot, Counter(), asked(), session)
     assert first is not None
     assert first.why is Why.LEAST_LOADED
@@ -110,20 +120,20 @@ def test_a_session_stays_where_it_was_and_goes_when_that_is_overloaded() -> None
 
 
 def test_the_samples_of_a_group_go_together_and_their_turns_apart() -> None:
-    router, snapshot = Router(), members(2)
-    first = router.choose(snapshot, Counter(), asked(), Placement("s0", "g"))
+    router, snapshot = RoutingPolicy(), members(2)
+    first = router.choose(snapshot, Counter(), asked(), RoutingContext("s0", "g"))
     assert first is not None
     [other] = snapshot.routable.keys() - {first.engine}
-    assert router.choose(snapshot, Counter(), asked(), Placement("s1", "g")) == Choice(first.engine, Why.GROUP)
-    spilt = router.choose(snapshot, {first.engine: 1000, other: 0}, asked(), Placement("s2", "g"))
+    assert router.choose(snapshot, Counter(), asked(), RoutingContext("s1", "g")) == Choice(first.engine, Why.GROUP)
+    spilt = router.choose(snapshot, {first.engine: 1000, other: 0}, asked(), RoutingContext("s2", "g"))
     assert spilt == Choice(other, Why.SPILL)
     # The next turn of the first sample does not take the group back with it.
-    assert router.choose(snapshot, Counter(), asked(), Placement("s0", "g")) == Choice(first.engine, Why.SESSION)
-    assert router.choose(snapshot, Counter(), asked(), Placement("s3", "g")) == Choice(other, Why.GROUP)
+    assert router.choose(snapshot, Counter(), asked(), RoutingContext("s0", "g")) == Choice(first.engine, Why.SESSION)
+    assert router.choose(snapshot, Counter(), asked(), RoutingContext("s3", "g")) == Choice(other, Why.GROUP)
 
 
 def test_the_longest_known_prefix_wins_if_it_is_most_of_the_prompt() -> None:
-    router, snapshot = Router(), members(3)
+    router, snapshot = RoutingPolicy(), members(3)
     loads = Counter(dict.fromkeys(snapshot.routable, 0))
     short = router.choose(snapshot, loads, asked(long(0, 2)))
     assert short is not None
@@ -139,16 +149,16 @@ def test_the_longest_known_prefix_wins_if_it_is_most_of_the_prompt() -> None:
     assert rest.why is Why.LEAST_LOADED
 
 
-@pytest.mark.parametrize("placement", [Placement(session="s"), Placement(group="g"), ANYWHERE])
-def test_what_an_engine_has_lost_draws_nobody(placement: Placement) -> None:
-    router, snapshot = Router(), members(2)
-    first = router.choose(snapshot, Counter(), asked(long(0, 2)), placement)
+@pytest.mark.parametrize("routing", [RoutingContext(session="s"), RoutingContext(group="g"), ANYWHERE])
+def test_what_an_engine_has_lost_draws_nobody(routing: RoutingContext) -> None:
+    router, snapshot = RoutingPolicy(), members(2)
+    first = router.choose(snapshot, Counter(), asked(long(0, 2)), routing)
     assert first is not None
-    again = router.choose(snapshot, Counter({first.engine: 50}), asked(long(0, 2)), placement)
+    again = router.choose(snapshot, Counter({first.engine: 50}), asked(long(0, 2)), routing)
     assert again is not None
     assert again.engine == first.engine
     router.forget(first.engine)
-    after_that = router.choose(snapshot, Counter({first.engine: 50}), asked(long(0, 2)), placement)
+    after_that = router.choose(snapshot, Counter({first.engine: 50}), asked(long(0, 2)), routing)
     assert after_that is not None
     assert after_that.engine != first.engine
 
@@ -159,7 +169,9 @@ def stored(prompt: tuple[int, ...], size: int = 16) -> Stored:
     return Stored(None, tuple((hash(prompt[:end]), prompt[end - size : end]) for end in ends))
 
 
-def told(router: Router, prompt: tuple[int, ...], snapshot: Snapshot, extra: dict[str, object] | None = None) -> bool:
+def told(
+    router: RoutingPolicy, prompt: tuple[int, ...], snapshot: Snapshot, extra: dict[str, object] | None = None
+) -> bool:
     """Whether the prompt draws its request to e0 although e1 has less to do."""
     request = replace(asked(prompt), extra=extra or {})
     return router.choose(snapshot, Counter(e0=10, e1=0), request) == Choice("e0", Why.PREFIX)
@@ -177,8 +189,8 @@ def told(router: Router, prompt: tuple[int, ...], snapshot: Snapshot, extra: dic
     ],
     ids=["cleared", "removed", "forgotten", "missed", "unfollowed", "followed anew"],
 )
-def test_an_engine_that_tells_counts_as_knowing_what_it_said(lost: Callable[[Router], None]) -> None:
-    router, snapshot = Router(), members(2)
+def test_an_engine_that_tells_counts_as_knowing_what_it_said(lost: Callable[[RoutingPolicy], None]) -> None:
+    router, snapshot = RoutingPolicy(), members(2)
     for engine in snapshot.routable:
         router.follow(engine)
     for _ in range(2):  # what is sent to an engine that tells says nothing
@@ -193,7 +205,7 @@ def test_an_engine_that_tells_counts_as_knowing_what_it_said(lost: Callable[[Rou
 
 
 def test_an_engine_that_tells_and_one_that_does_not_stand_beside_each_other() -> None:
-    router, snapshot = Router(), members(2)
+    router, snapshot = RoutingPolicy(), members(2)
     router.follow("e0")
     sent = router.choose(snapshot, Counter(e0=10, e1=0), asked(long(0, 2)))
     assert sent == Choice("e1", Why.LEAST_LOADED)
@@ -205,7 +217,7 @@ def test_an_engine_that_tells_and_one_that_does_not_stand_beside_each_other() ->
 
 
 def test_what_the_base_model_computed_draws_no_request_with_an_adapter() -> None:
-    router, snapshot = Router(), members(2)
+    router, snapshot = RoutingPolicy(), members(2)
     for engine in snapshot.routable:
         router.follow(engine)
     router.learn("e0", stored(long(0, 2)))
@@ -230,9 +242,9 @@ def test_prompts_share_as_many_blocks_as_they_share_tokens(tokens: list[int], cu
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "MOST_HOMES", 4)
     monkeypatch.setattr(routing, "MOST_BLOCKS", 6)
-    router, snapshot = Router(), members(2)
+    router, snapshot = RoutingPolicy(), members(2)
     for number in range(20):
-        router.choose(snapshot, Counter(), asked(long(1000 * number, 2)), Placement(str(number), str(number // 2)))
+        router.choose(snapshot, Counter(), asked(long(1000 * number, 2)), RoutingContext(str(number), str(number // 2)))
     assert len(router._homes) == 4
     assert len(router._blocks) == 6
-    assert router.choose(snapshot, Counter({"e0": 9}), asked(), Placement("19")) is not None
+    assert router.choose(snapshot, Counter({"e0": 9}), asked(), RoutingContext("19")) is not None

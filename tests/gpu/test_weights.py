@@ -15,7 +15,7 @@ from millrace.engines.launch import StockConfig
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.types import Segment
+from millrace.types import VersionSpan
 from tests.fleet.strike import strike
 from tests.weights.faults import Source, damaged
 from tests.weights.variants import Prompt, Variant, greedy, greedy_request, make_variants
@@ -60,7 +60,7 @@ async def hold(config: StockConfig, transport: TransportName, variants: list[Var
         while not sum([(await engine.loads()).running_requests for engine in fleet.engines.values()]):
             assert not across.done()
         await publish(fleet, 1, second[0])
-        assert {segment.version for segment in (await across).segments} == {0, 1}
+        assert {span.version for span in (await across).version_spans} == {0, 1}
         await serves(fleet, 1, *second, first)
         with pytest.raises(PublishError, match="no engine took version 2"):
             await fleet.publish(damaged(first[0].tensors, "missing"), 2, bucket_bytes=BUCKET)
@@ -102,7 +102,7 @@ async def serves(fleet: Fleet, version: int, variant: Variant, own: First, other
         made = await asyncio.gather(
             *(greedy(engine, prompt, f"{version}-{index}", 1) for index, prompt in enumerate(PROMPTS))
         )
-        assert {one.segments for one in made} == {(Segment(version, 0, 1),)}
+        assert {one.version_spans for one in made} == {(VersionSpan(version, 0, 1),)}
         like = [alike(made_by, PROMPTS, [one.output_ids[0] for one in made]) for made_by in (own, other[1])]
         print(f"{name} at version {version}: {like[0]:.0%} of {variant.folder.name}'s first tokens, {like[1]:.0%} else")
         assert like[0] >= ALIKE

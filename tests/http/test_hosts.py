@@ -31,13 +31,13 @@ async def test_a_name_that_is_none_is_told_with_its_setting(host: str) -> None:
         await require_known("urls", [f"http://{host}:3000"])
 
 
-@pytest.mark.parametrize("setting", ["engine.urls", "router.url", "publish.couriers"])
+@pytest.mark.parametrize("setting", ["engine.urls", "router.url", "publish.sidecars"])
 async def test_a_fleet_names_the_setting(tiny_model: Path, tmp_path: Path, setting: str) -> None:
     engine = SGLangEngineConfig(kind="sglang", urls=(UNKNOWN,)) if setting == "engine.urls" else EMBEDDED
     router = SGLangRouterConfig(kind="sglang", url=UNKNOWN) if setting == "router.url" else None
-    couriers = [UNKNOWN] if setting == "publish.couriers" else []
+    sidecars = [UNKNOWN] if setting == "publish.sidecars" else []
     with pytest.raises(ConfigError, match=f"^{setting}: {SAYS}"):
-        async with open_fleet(engine, tiny_model, log_dir=tmp_path, router=router, couriers=couriers):
+        async with open_fleet(engine, tiny_model, log_dir=tmp_path, router=router, sidecars=sidecars):
             pass
     assert not os.listdir(tmp_path)
 

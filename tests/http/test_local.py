@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.errors import EngineFailed, EngineTimeout, EngineUnreachable, LocalError
-from millrace.fleet.membership import Distrusted, Emptied, verdict
+from millrace.fleet.replica_state import Quarantined, WeightsLost, verdict
 from millrace.http.local import lacking
 from millrace.http.proxies import LOOPBACK, reaching_loopback
 
@@ -43,9 +43,9 @@ def test_memory_and_names_are_local() -> None:
 
 
 def test_no_engine_is_distrusted_for_a_local_error() -> None:
-    assert verdict(LocalError("e0", "no memory is left")) == Emptied()
+    assert verdict(LocalError("e0", "no memory is left")) == WeightsLost()
     for error in (EngineFailed("e0", "x"), EngineTimeout("e0", "x"), EngineUnreachable("e0", "x", sent=True)):
-        assert isinstance(verdict(error), Distrusted)
+        assert isinstance(verdict(error), Quarantined)
 
 
 @given(lower=st.lists(NAMES), upper=st.lists(NAMES))

@@ -15,7 +15,7 @@ from millrace.rollout.reward import rule_reward
 from millrace.rollout.sample import Episode, EpisodeEnd
 from millrace.rollout.tools import Calculator, Tool, ToolAnswer
 from millrace.train.tiny import ANSWER_TEXT, CALL_TEXT, make_tiny_tokenizer
-from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, Segment
+from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, VersionSpan
 
 TOOLS: Mapping[str, Tool] = {"calculator": Calculator()}
 CHAT = check_chat_format(make_tiny_tokenizer(), "tiny", [Calculator().schema])
@@ -43,9 +43,13 @@ class FakeModel:
         finish = self.finish or (FinishReason.LENGTH if len(turn) > limit else FinishReason.STOP)
         logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32) - len(self.requests)
         middle = len(ids) // 2
-        segments = (Segment(1, 0, middle), Segment(2, middle, len(ids))) if middle else (Segment(None, 0, len(ids)),)
+        version_spans = (
+            (VersionSpan(1, 0, middle), VersionSpan(2, middle, len(ids)))
+            if middle
+            else (VersionSpan(None, 0, len(ids)),)
+        )
         generation = Generation(
-            request.request_id, ids, logprobs, finish, segments if ids else (), len(request.input_ids), 0
+            request.request_id, ids, logprobs, finish, version_spans if ids else (), len(request.input_ids), 0
         )
         self.generations.append(generation)
         return generation
@@ -76,7 +80,7 @@ def check(episode: Episode, model: FakeModel, limits: EpisodeLimits) -> None:
     assert episode.token_ids[:place] == PROMPT == model.requests[0].input_ids
     expected_mask = np.zeros(len(episode.token_ids), np.bool_)
     expected_logprobs = np.zeros(len(episode.token_ids), np.float32)
-    expected_segments = []
+    expected_version_spans = []
     for turn, (request, generation) in enumerate(zip(model.requests, model.generations, strict=True)):
         assert request.request_id == f"s7/{turn}"
         # Each request is what stood before it, token for token, and the model's own tokens follow it.
@@ -87,13 +91,15 @@ def check(episode: Episode, model: FakeModel, limits: EpisodeLimits) -> None:
         assert CHAT.end_of_turn in request.sampling.stop_token_ids
         expected_mask[place:end] = True
         expected_logprobs[place:end] = generation.logprobs
-        expected_segments += [Segment(s.version, s.start + place, s.end + place) for s in generation.segments]
+        expected_version_spans += [
+            VersionSpan(s.version, s.start + place, s.end + place) for s in generation.version_spans
+        ]
     assert end == len(episode.token_ids)  # nothing is left behind the last turn
     np.testing.assert_array_equal(episode.loss_mask, expected_mask)
     np.testing.assert_array_equal(episode.logprobs, expected_logprobs)
     assert episode.logprobs.dtype == np.float32
-    assert episode.segments == tuple(expected_segments)
-    covered = [place for s in episode.segments for place in range(s.start, s.end)]
+    assert episode.version_spans == tuple(expected_version_spans)
+    covered = [place for s in episode.version_spans for place in range(s.start, s.end)]
     assert covered == np.flatnonzero(episode.loss_mask).tolist()
     assert 1 <= episode.turns == len(model.generations) <= limits.max_turns
     assert len(episode.token_ids) <= min(limits.max_sample_tokens, limits.context_length)

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.config.models import EmbeddedEngineConfig, JudgeConfig, TinyModelConfig
+from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.journal import Journal
 from millrace.rollout.chat import check_chat_format
 from millrace.rollout.judge import Judge, read_grade
 from millrace.rollout.sample import Problem
 from millrace.train.tiny import make_tiny_tokenizer
-from millrace.types import FinishReason, GenerateRequest, Generation, Placement, Segment
+from millrace.types import FinishReason, GenerateRequest, Generation, RoutingContext, VersionSpan
 
 
 @given(
@@ -35,12 +35,12 @@ class SaysOnly:
     """In place of a judge's fleet: every engine says this."""
 
     def __init__(self, *tokens: int) -> None:
-        self.tokens, self.journal, self.context_length = tokens, Journal(), 1000
+        self.tokens, self.event_log, self.context_length = tokens, EventLog(), 1000
 
-    async def generate(self, request: GenerateRequest, *, deadline: float, placement: Placement) -> Generation:
-        logprobs, segments = np.zeros(len(self.tokens), np.float32), (Segment(0, 0, len(self.tokens)),)
+    async def generate(self, request: GenerateRequest, *, deadline: float, routing: RoutingContext) -> Generation:
+        logprobs, version_spans = np.zeros(len(self.tokens), np.float32), (VersionSpan(0, 0, len(self.tokens)),)
         made = len(request.input_ids)
-        return Generation(request.request_id, self.tokens, logprobs, FinishReason.STOP, segments, made, 0)
+        return Generation(request.request_id, self.tokens, logprobs, FinishReason.STOP, version_spans, made, 0)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from millrace.fleet.client import FleetClient
-from millrace.fleet.journal import Journal
-from millrace.fleet.roster import Roster
+from millrace.fleet.event_log import EventLog
+from millrace.fleet.owned_replica_set import OwnedReplicaSet
 from millrace.types import ALL_MEMORY
 from tests.rollout.test_scheduler import make_runner
 
@@ -18,18 +18,18 @@ STANDSTILL = 0.5
 
 @pytest.mark.parametrize("why", ["asleep", "started again"])
 async def test_time_stands_still(why: str, tiny_model: Path) -> None:
-    roster = Roster([], Journal(), lambda *_: None, lambda _: nullcontext())
+    replica_set = OwnedReplicaSet([], EventLog(), lambda *_: None, lambda _: nullcontext())
     if why == "asleep":
-        roster.asleep = ALL_MEMORY
+        replica_set.asleep = ALL_MEMORY
     else:
-        roster.coming.add("engine-0")
-    runner = make_runner(FleetClient(roster, roster.journal, 0), tiny_model)
+        replica_set.coming.add("engine-0")
+    runner = make_runner(FleetClient(replica_set, replica_set.event_log, 0), tiny_model)
     async with asyncio.timeout(LEFT) as timer:
         asking = asyncio.create_task(runner._time_left(timer))
         await asyncio.wait([asking], timeout=STANDSTILL)
         assert not asking.done()
-        roster.asleep = frozenset()
-        roster.coming.clear()
-        await roster.tell()
+        replica_set.asleep = frozenset()
+        replica_set.coming.clear()
+        await replica_set.tell()
         assert 0 < await asking <= LEFT
         assert timer.when() is not None

@@ -17,7 +17,7 @@ from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import DataError, JudgeError, PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.fleet.membership import Phase
+from millrace.fleet.replica_state import Phase
 from millrace.rollout.agent import EpisodeLimits
 from millrace.rollout.chat import load_chat_format, load_prompt_format
 from millrace.rollout.judge import Judge, grade_in_turn
@@ -25,7 +25,7 @@ from millrace.rollout.problems import generate_problems
 from millrace.rollout.runner import SampleRunner
 from millrace.rollout.sample import Group, Problem, SampleStatus
 from millrace.serve.view import Observer
-from millrace.types import AdapterConfig, SamplingParams
+from millrace.types import LoraConfig, SamplingParams
 from tests.rollout.digits import make_judge_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -122,14 +122,14 @@ async def test_nothing_is_published_to_a_judge(judge: Judge, judge_folder: Path)
     with pytest.raises(PublishError, match="frozen"):
         await judge.fleet.publish(tensors, 1)
     with pytest.raises(PublishError, match="frozen"):
-        await judge.fleet.publish_adapter(tensors, 1, config=AdapterConfig(1, 1.0, ("q_proj",)))
+        await judge.fleet.publish_lora(tensors, 1, config=LoraConfig(1, 1.0, ("q_proj",)))
     assert [member.version for member in judge.fleet.snapshot.members] == [0]
 
 
 async def test_people_see_it_beside_the_policy_and_never_behind(judge: Judge) -> None:
-    observer = Observer(judge.fleet.journal)
+    observer = Observer(judge.fleet.event_log)
     observer.fleets = (judge.fleet,)
-    observer.journal.totals.newest = 9  # of the policy's versions
+    observer.event_log.metrics.newest = 9  # of the policy's versions
     [view] = (await observer.look()).engines
     assert (view.name, view.version, view.lag) == ("judge-0", 0, None)
 
@@ -212,7 +212,7 @@ async def test_weights_that_are_not_the_folders_first_ones_never_serve(judge: Ju
     assert "not what was sent" in (member.reason or "")
     kept.replace(weights)
     assert await judge.grade(PROBLEMS[0], "#### 3", deadline=END) == grade  # by the engine that was started anew
-    assert judge.fleet.journal.totals.restarts["judge-0", True] == 1
+    assert judge.fleet.event_log.metrics.restarts["judge-0", True] == 1
 
 
 async def test_what_is_not_frozen_has_no_way_back_but_a_publish() -> None:

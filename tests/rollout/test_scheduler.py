@@ -24,7 +24,7 @@ from millrace.rollout.runner import SampleRunner
 from millrace.rollout.sample import Problem, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler
 from millrace.rollout.tools import Calculator
-from millrace.types import ANYWHERE, GenerateRequest, Generation, MemoryTag, Placement, SamplingParams
+from millrace.types import ANYWHERE, GenerateRequest, Generation, MemoryTag, RoutingContext, SamplingParams
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -85,7 +85,7 @@ async def test_every_sample_ends_once_though_connections_break(fleet: Fleet, run
     ids = [sample.sample_id for group in done for sample in group.samples]
     assert Counter(ids) == Counter(f"g{i}-{j}" for i in range(len(PROBLEMS)) for j in range(4))
     assert {sample.status for group in done for sample in group.samples} == {SampleStatus.FINISHED}
-    assert scheduler.ledger.asked == scheduler.ledger.ended.total() == len(ids)
+    assert scheduler.counts.asked == scheduler.counts.ended.total() == len(ids)
 
 
 async def test_what_breaks_more_often_than_it_may_fails_with_its_reason(fleet: Fleet, runner: SampleRunner) -> None:
@@ -99,7 +99,7 @@ async def test_what_breaks_more_often_than_it_may_fails_with_its_reason(fleet: F
     for sample in (sample for group in done for sample in group.samples):
         assert sample.status is SampleStatus.FAILED
         assert (sample.reason or "").startswith("gave up after 2 attempts: engine embedded-")
-    assert scheduler.ledger.ended[SampleStatus.FAILED] == 4
+    assert scheduler.counts.ended[SampleStatus.FAILED] == 4
 
 
 async def test_a_sample_that_takes_too_long_fails_alone(fleet: Fleet, runner: SampleRunner) -> None:
@@ -133,7 +133,7 @@ async def test_old_groups_are_given_up_and_aborted_on_the_engines(fleet: Fleet, 
         assert {s.status for group in old for s in group.samples} == {SampleStatus.ABORTED}
         young = await scheduler.next_group()
     assert {s.status for s in young.samples} == {SampleStatus.FINISHED}
-    assert scheduler.ledger.ended == {SampleStatus.ABORTED: 4, SampleStatus.FINISHED: 2}
+    assert scheduler.counts.ended == {SampleStatus.ABORTED: 4, SampleStatus.FINISHED: 2}
     async with asyncio.timeout(10):
         while any([(await engine.loads()).running_requests for engine in embedded(fleet)]):
             await asyncio.sleep(0.01)
@@ -145,7 +145,7 @@ async def test_leaving_the_scheduler_ends_every_sample(fleet: Fleet, runner: Sam
     async with RolloutScheduler(runner, samples_per_group=2) as scheduler:
         scheduler.start(groups(PROBLEMS[:4]), version=0)
         await until_generating(fleet)
-    assert scheduler.ledger.asked == scheduler.ledger.ended.total() == 8
+    assert scheduler.counts.asked == scheduler.counts.ended.total() == 8
 
 
 class RecordingFleet(Fleet):
@@ -154,18 +154,18 @@ class RecordingFleet(Fleet):
     recorded: dict[str, Generation]
 
     async def generate(
-        self, request: GenerateRequest, *, deadline: float, placement: Placement = ANYWHERE
+        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE
     ) -> Generation:
-        assert placement == Placement(session=request.request_id.partition("/")[0], group=placement.group)
-        generation = await super().generate(request, deadline=deadline, placement=placement)
+        assert routing == RoutingContext(session=request.request_id.partition("/")[0], group=routing.group)
+        generation = await super().generate(request, deadline=deadline, routing=routing)
         self.recorded[request.request_id] = generation
         return generation
 
 
 async def test_the_tokens_of_a_sample_are_those_that_were_sampled(fleet: Fleet, runner: SampleRunner) -> None:
-    recording = RecordingFleet(list(fleet._roster.replicas.values()), fleet._versions.transport)
+    recording = RecordingFleet(list(fleet._replicas.replicas.values()), fleet._versions.transport)
     recording.recorded = {}
-    recording._roster.snapshot = fleet.snapshot
+    recording._replicas.snapshot = fleet.snapshot
     async with RolloutScheduler(replace(runner, fleet=recording), samples_per_group=2) as scheduler:
         scheduler.start(groups(PROBLEMS[:8]), version=0)
         done = [await scheduler.next_group() for _ in range(8)]
@@ -189,7 +189,7 @@ async def test_a_killed_engine_costs_no_sample_and_with_the_last_one_the_run_is_
             scheduler.start(groups(PROBLEMS), version=0)
             done = [await scheduler.next_group() for _ in PROBLEMS]
         assert {s.status for group in done for s in group.samples} == {SampleStatus.FINISHED}
-        assert scheduler.ledger.asked == scheduler.ledger.ended.total() == 4 * len(PROBLEMS)
+        assert scheduler.counts.asked == scheduler.counts.ended.total() == 4 * len(PROBLEMS)
         assert not fleet.snapshot.get("embedded-0").routable
 
         await embedded(fleet)[1].inject_fault("crash", after_tokens=400)
@@ -223,7 +223,7 @@ async def test_what_sleep_interrupts_goes_on_by_the_next_weights_with_its_time_s
         done = [await scheduler.next_group() for _ in range(4)]
     samples = [sample for group in done for sample in group.samples]
     assert {(sample.status, sample.reason) for sample in samples} == {(SampleStatus.FINISHED, None)}
-    versions = {tuple(dict.fromkeys(s.version for s in one.episode.segments)) for one in samples if one.episode}
+    versions = {tuple(dict.fromkeys(s.version for s in one.episode.version_spans)) for one in samples if one.episode}
     assert (old, old + 1) in versions
     assert {sample.oldest_version for sample in samples} <= {old, old + 1}
 
@@ -236,6 +236,6 @@ async def test_a_sample_of_weights_with_nan_fails_at_once_with_the_reason(tiny_m
     async with open_fleet(config, tiny_model, log_dir=tmp_path) as fleet:
         await fleet.publish(tensors, 1, require_finite=False)
         sample = await make_runner(fleet, tiny_model).run("s", "g", PROBLEMS[0])
-        assert (sample.status, fleet.journal.totals.retries.total()) == (SampleStatus.FAILED, 0)
+        assert (sample.status, fleet.event_log.metrics.retries.total()) == (SampleStatus.FAILED, 0)
         assert "the weights of version 1 gave token 0 of request s/0 the logprob nan" in (sample.reason or "")
         assert all(member.routable for member in fleet.snapshot.members)

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from millrace.config.routers import SGLangRouterConfig, VLLMRouterConfig
 from millrace.engines.stock.engine import StockEngine
+from millrace.fleet.event_log import Outcome
+from millrace.fleet.external_router import ExternalRouter
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.journal import Outcome
-from millrace.fleet.proxy import Proxy
 from millrace.routers.start import start_router
-from millrace.types import FinishReason, Placement
+from millrace.types import FinishReason, RoutingContext
 from tests.conformance.middle import LONG, across, begun, greedy
 from tests.fleet.test_fleet import expected
 
@@ -28,13 +28,15 @@ async def hold_a_router_before_it(
     await fleet.publish(tensors, version)
     start = partial(start_router, config, log_dir=log_dir, engine_key=engine.api_key if config.kind == "vllm" else None)
     by_router = (f"{config.kind}-router", Outcome.FINISHED)
-    async with Proxy.open(fleet.members, fleet.journal, start, fallback=False, restarts=0) as fleet.proxy:
+    async with ExternalRouter.open(
+        fleet.members, fleet.event_log, start, fallback=False, restarts=0
+    ) as fleet.external_router:
         try:
             for number in range(2):
-                made = await fleet.generate(greedy(f"by{number}"), deadline=60, placement=Placement(session="one"))
+                made = await fleet.generate(greedy(f"by{number}"), deadline=60, routing=RoutingContext(session="one"))
                 assert made.output_ids == expected(model)
-                assert [segment.version for segment in made.segments] == [version]
-            assert fleet.journal.totals.requests[by_router] == 2
+                assert [span.version for span in made.version_spans] == [version]
+            assert fleet.event_log.metrics.requests[by_router] == 2
             number, made = await across(
                 fleet,
                 version + 1,
@@ -44,11 +46,11 @@ async def hold_a_router_before_it(
             assert made.finish_reason is FinishReason.LENGTH
             assert made.request_id.startswith("across")
             assert (len(made.output_ids), len(made.logprobs)) == (LONG, LONG)
-            assert [segment.version for segment in made.segments] == [number, number + 1]
+            assert [span.version for span in made.version_spans] == [number, number + 1]
             given_up = await begun(fleet, "given-up")
             given_up.cancel()
             await asyncio.gather(given_up, return_exceptions=True)
             await engine.flush_cache(deadline=1.0)  # refused while anything runs
             assert not (await engine.loads()).running_requests
         finally:
-            fleet.proxy = None
+            fleet.external_router = None

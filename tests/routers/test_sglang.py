@@ -15,16 +15,24 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from millrace.config.routers import SGLangRouterConfig, VLLMRouterConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import ConfigError, EngineRefused, EngineUnreachable, LaunchError, NoEngineError
+from millrace.fleet.event_log import EventLog, Outcome
+from millrace.fleet.external_router import ExternalRouter
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.journal import Journal, Outcome
 from millrace.fleet.local import open_fleet
-from millrace.fleet.membership import Attested
-from millrace.fleet.proxy import Proxy
-from millrace.fleet.roster import Roster
+from millrace.fleet.owned_replica_set import OwnedReplicaSet
+from millrace.fleet.replica_state import Attested
 from millrace.launch.ports import free_port
-from millrace.routers.base import Router
+from millrace.routers.base import RouterClient
 from millrace.routers.start import ROUTER_KEY, StartedRouter, start_router
-from millrace.types import ANYWHERE, FinishReason, GenerateRequest, Generation, MemoryTag, Placement, SamplingParams
+from millrace.types import (
+    ANYWHERE,
+    FinishReason,
+    GenerateRequest,
+    Generation,
+    MemoryTag,
+    RoutingContext,
+    SamplingParams,
+)
 from tests.engines.processes import below, command_lines
 from tests.fleet.test_fleet import (
     CONFIG,
@@ -86,60 +94,58 @@ def model(tiny_model: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_model)
 
 
-def router_of(fleet: Fleet) -> Router:
-    assert fleet.proxy is not None
-    return fleet.proxy.router
+def router_of(fleet: Fleet) -> RouterClient:
+    assert fleet.external_router is not None
+    return fleet.external_router.router
 
 
 async def until_listed(fleet: Fleet, count: int) -> None:
     """Returns when the router sends requests to so many engines, and the fleet knows it."""
-    assert fleet.proxy is not None
+    assert fleet.external_router is not None
     async with asyncio.timeout(30):
-        while not (fleet.proxy.serving and len(fleet.proxy.engines) == count):
+        while not (fleet.external_router.serving and len(fleet.external_router.engines) == count):
             await asyncio.sleep(0.02)
 
 
 async def test_a_request_goes_by_the_router_and_its_tokens_are_the_models(fleet: Fleet, model: PreTrainedModel) -> None:
-    before = fleet.journal.totals.requests[BY_ROUTER]
+    before = fleet.event_log.metrics.requests[BY_ROUTER]
     made = await fleet.generate(greedy("one"), deadline=20)
     assert made.request_id == "one"
     assert made.output_ids == expected(model)
     assert len(made.logprobs) == 12
-    assert [segment.version for segment in made.segments] == [0]
-    assert fleet.journal.totals.requests[BY_ROUTER] == before + 1
+    assert [span.version for span in made.version_spans] == [0]
+    assert fleet.event_log.metrics.requests[BY_ROUTER] == before + 1
 
 
 async def test_a_dead_proxy_of_the_environment_is_asked_by_nobody(fleet: Fleet) -> None:
     assert "no_proxy" not in os.environ
     assert os.environ["http_proxy"] == "http://127.0.0.1:9"
     assert len(await router_of(fleet).workers()) == 2
-    before = fleet.journal.totals.requests[BY_ROUTER]
+    before = fleet.event_log.metrics.requests[BY_ROUTER]
     await asyncio.gather(*(fleet.generate(greedy(f"proxy{number}"), deadline=20) for number in range(4)))
-    assert fleet.journal.totals.requests[BY_ROUTER] == before + 4
+    assert fleet.event_log.metrics.requests[BY_ROUTER] == before + 4
 
 
 async def test_sessions_stay_where_they_are_and_are_spread(fleet: Fleet) -> None:
     await slow_down(fleet, 0.05)
 
-    async def ask(placement: Placement, count: int, name: str) -> list[asyncio.Task[object]]:
+    async def ask(routing: RoutingContext, count: int, name: str) -> list[asyncio.Task[object]]:
         tasks: list[asyncio.Task[object]] = []
         for i in range(count):
-            tasks.append(
-                asyncio.create_task(fleet.generate(greedy(f"{name}{i}", 200), deadline=60, placement=placement))
-            )
+            tasks.append(asyncio.create_task(fleet.generate(greedy(f"{name}{i}", 200), deadline=60, routing=routing)))
             async with asyncio.timeout(10):
                 while sum(await running(fleet)) < len(tasks):
                     await asyncio.sleep(0.01)
         return tasks
 
-    tasks = await ask(Placement(session="s"), 4, "same")
+    tasks = await ask(RoutingContext(session="s"), 4, "same")
     assert sorted(await running(fleet)) == [0, 4]
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await idle(fleet)
     tasks = [
-        asyncio.create_task(fleet.generate(greedy(f"other{i}", 200), deadline=60, placement=Placement(group=str(i))))
+        asyncio.create_task(fleet.generate(greedy(f"other{i}", 200), deadline=60, routing=RoutingContext(group=str(i))))
         for i in range(6)
     ]
     async with asyncio.timeout(10):
@@ -170,7 +176,7 @@ async def test_who_sleeps_stands_in_no_list(fleet: Fleet, model: PreTrainedModel
     await fleet.wake(frozenset({MemoryTag.WEIGHTS}))
     await fleet.publish(tensors(model), version)
     await fleet.wake(frozenset({MemoryTag.KV_CACHE}))
-    assert [segment.version for segment in (await asked).segments] == [version]
+    assert [span.version for span in (await asked).version_spans] == [version]
     await until_listed(fleet, 2)
 
 
@@ -182,24 +188,24 @@ async def test_a_publish_does_not_end_what_runs_by_the_router(fleet: Fleet, mode
     await fleet.publish(tensors(model), version)
     made = await asked
     assert made.finish_reason is FinishReason.LENGTH
-    assert [segment.version for segment in made.segments] == [version - 1, version]
+    assert [span.version for span in made.version_spans] == [version - 1, version]
 
 
 async def test_what_not_every_engine_may_serve_goes_straight(fleet: Fleet) -> None:
     served, first = following(fleet) - 1, embedded(fleet)[0].name
-    roster = fleet.members
-    assert isinstance(roster, Roster)
-    await roster.apply(first, Attested(served + 1))
+    replica_set = fleet.members
+    assert isinstance(replica_set, OwnedReplicaSet)
+    await replica_set.apply(first, Attested(served + 1))
     try:
-        for placement, straight in (
-            (Placement(exact_version=served + 1), True),
-            (Placement(min_version=served), False),
+        for routing, straight in (
+            (RoutingContext(exact_version=served + 1), True),
+            (RoutingContext(min_version=served), False),
         ):
-            before = fleet.journal.totals.requests[first, Outcome.FINISHED]
-            await fleet.generate(greedy("exact"), deadline=20, placement=placement)
-            assert (fleet.journal.totals.requests[first, Outcome.FINISHED] > before) is straight
+            before = fleet.event_log.metrics.requests[first, Outcome.FINISHED]
+            await fleet.generate(greedy("exact"), deadline=20, routing=routing)
+            assert (fleet.event_log.metrics.requests[first, Outcome.FINISHED] > before) is straight
     finally:
-        await roster.apply(first, Attested(served))
+        await replica_set.apply(first, Attested(served))
 
 
 @pytest.mark.parametrize(
@@ -237,14 +243,14 @@ async def test_requests_go_straight_while_the_router_is_dead(fleet: Fleet, model
         await asked
     await idle(fleet)
     await slow_down(fleet, 0.0)
-    before = fleet.journal.totals.requests[BY_ROUTER]
+    before = fleet.event_log.metrics.requests[BY_ROUTER]
     assert (await fleet.generate(greedy("straight"), deadline=20)).output_ids == expected(model)
-    assert fleet.journal.totals.requests[BY_ROUTER] == before
+    assert fleet.event_log.metrics.requests[BY_ROUTER] == before
     await until_listed(fleet, 2)
     assert router_of(fleet).url != url
     assert (await fleet.generate(greedy("again"), deadline=20)).output_ids == expected(model)
-    assert fleet.journal.totals.requests[BY_ROUTER] == before + 1
-    kinds = [entry.kind for entry in fleet.journal.newest if entry.engine == "sglang-router"]
+    assert fleet.event_log.metrics.requests[BY_ROUTER] == before + 1
+    kinds = [entry.kind for entry in fleet.event_log.newest if entry.engine == "sglang-router"]
     assert kinds[kinds.index("router_down") :].count("router_up") == 1
 
 
@@ -282,22 +288,22 @@ async def test_one_that_somebody_else_started(
     config = SGLangRouterConfig(kind="sglang", url=router.url, fallback="none")
     attach = partial(start_router, config, log_dir=tmp_path)
 
-    async def straight(request: GenerateRequest, placement: Placement, deadline: float) -> Generation:
-        raise AssertionError(f"{request.request_id} went straight, {placement}, {deadline}")
+    async def straight(request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
+        raise AssertionError(f"{request.request_id} went straight, {routing}, {deadline}")
 
-    with Journal() as journal:
-        async with Proxy.open(fleet.members, journal, attach, fallback=False, restarts=0) as proxy:
-            await proxy.generate(greedy("alone"), ANYWHERE, deadline=20, direct=straight)
-            assert journal.totals.requests[BY_ROUTER] == 1
+    with EventLog() as event_log:
+        async with ExternalRouter.open(fleet.members, event_log, attach, fallback=False, restarts=0) as external_router:
+            await external_router.generate(greedy("alone"), ANYWHERE, deadline=20, direct=straight)
+            assert event_log.metrics.requests[BY_ROUTER] == 1
             async with asyncio.timeout(10):
                 while len(listed := await router.workers()) < 2:
                     await asyncio.sleep(0.02)
             assert listed.keys() == {engine.url for engine in embedded(fleet)}
         assert not await router.workers()
-        async with Proxy.open(fleet.members, journal, attach, fallback=False, restarts=0) as proxy:
+        async with ExternalRouter.open(fleet.members, event_log, attach, fallback=False, restarts=0) as external_router:
             await other_router.process.end()
             with pytest.raises(NoEngineError, match="sglang-router can't be used: .*router.fallback: direct"):
-                await proxy.generate(greedy("nobody"), ANYWHERE, deadline=1, direct=straight)
+                await external_router.generate(greedy("nobody"), ANYWHERE, deadline=1, direct=straight)
 
 
 async def test_a_router_that_can_not_start_says_why(tmp_path: Path) -> None:

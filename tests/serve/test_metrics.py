@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 from millrace.config import EmbeddedEngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import ConfigError, EngineError, MonitorError
+from millrace.fleet.event_log import Entry, EventLog, Metrics
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.journal import Entry, Journal, Totals
 from millrace.fleet.local import open_fleet
-from millrace.fleet.membership import Phase
+from millrace.fleet.replica_state import Phase
 from millrace.launch.ports import free_port
 from millrace.serve.metrics import exposition
 from millrace.serve.remote import Remote
@@ -46,7 +46,7 @@ Scraped = Mapping[tuple[str, ...], float]  # by the metric's name and the values
 @dataclass(frozen=True, slots=True)
 class Shown:
     fleet: Fleet
-    journal: Journal
+    event_log: EventLog
     url: str
     events: Path
 
@@ -54,14 +54,14 @@ class Shown:
 @contextlib.asynccontextmanager
 async def show(model: Path, folder: Path) -> AsyncIterator[Shown]:
     events = folder / "events.jsonl"
-    with Journal(events) as journal:
-        observer = Observer(journal)
+    with EventLog(events) as event_log:
+        observer = Observer(event_log)
         async with (
             serve(observer, "127.0.0.1", 0) as url,
-            open_fleet(CONFIG, model, log_dir=folder, journal=journal) as fleet,
+            open_fleet(CONFIG, model, log_dir=folder, event_log=event_log) as fleet,
         ):
             observer.fleets = (fleet,)
-            yield Shown(fleet, journal, url, events)
+            yield Shown(fleet, event_log, url, events)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -173,7 +173,7 @@ async def test_engines_and_versions_stand_as_they_do_and_what_they_say_is_passed
 
 
 async def test_each_leg_of_a_publish_is_seen_and_one_that_an_engine_refuses_too(shown: Shown, tiny_model: Path) -> None:
-    version = (shown.journal.totals.newest or 0) + 1
+    version = (shown.event_log.metrics.newest or 0) + 1
     before = await scrape(shown.url)
     report = await shown.fleet.publish(tensors(tiny_model), version)
     metrics = await scrape(shown.url)
@@ -190,7 +190,7 @@ async def test_each_leg_of_a_publish_is_seen_and_one_that_an_engine_refuses_too(
 
 
 async def test_who_sleeps_is_shown_asleep_and_counts_as_ready(shown: Shown, tiny_model: Path) -> None:
-    version = (shown.journal.totals.newest or 0) + 1
+    version = (shown.event_log.metrics.newest or 0) + 1
     await shown.fleet.sleep()
     try:
         view, metrics = await look(shown.url), await scrape(shown.url)
@@ -207,7 +207,7 @@ async def test_status_prints_the_fleet_once_and_ends(shown: Shown) -> None:
     status, out, err = await millrace("status", shown.url, "--once", "--events", "3")
     assert (status, err) == (0, "")
     rows = {name: next(line for line in out.splitlines() if name in line) for name in shown.fleet.engines}
-    version = str(shown.journal.totals.newest)
+    version = str(shown.event_log.metrics.newest)
     assert all("ready" in row and version in row.split() for row in rows.values())
     assert sum(line.split()[1:2] == ["fleet"] or line[2:3] == ":" for line in out.splitlines()) == 3
 
@@ -269,7 +269,7 @@ async def test_an_engine_that_hangs_is_shown_as_silent_and_delays_nobody_for_lon
 
 
 async def test_before_the_engines_are_there_it_answers_that_they_start() -> None:
-    async with serve(Observer(Journal()), "127.0.0.1", 0) as url:
+    async with serve(Observer(EventLog()), "127.0.0.1", 0) as url:
         view = await look(url)
         assert (view.engines, view.newest_version) == ((), None)
         assert "the engines are being started" in drawn(view)
@@ -278,7 +278,7 @@ async def test_before_the_engines_are_there_it_answers_that_they_start() -> None
 
 
 async def test_the_docs_name_every_metric_and_no_other() -> None:
-    families = text_string_to_metric_families(exposition(FleetView(0.0, None, (), ()), Totals()).decode())
+    families = text_string_to_metric_families(exposition(FleetView(0.0, None, (), ()), Metrics()).decode())
     told = {f.name + ("_total" if f.type == "counter" else "") for f in families}
     page = (Path(__file__).parents[2] / "docs/monitoring.md").read_text()
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `millrace_")]
@@ -289,7 +289,7 @@ async def test_a_port_in_use_is_one_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port} .*Address already in use.*metrics.port"):
-            async with serve(Observer(Journal()), "127.0.0.1", port):
+            async with serve(Observer(EventLog()), "127.0.0.1", port):
                 pass
 
 

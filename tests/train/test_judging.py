@@ -62,7 +62,7 @@ async def test_a_run_is_rewarded_by_its_judge(tmp_path: Path, mode: str) -> None
     make_judge_model(tmp_path / "judge-model")
     summary = await train(settings(tmp_path, mode=mode), resume=False, display=Display(Console(quiet=True)))
     assert summary is not None
-    assert summary.ledger.asked == summary.ledger.ended[SampleStatus.FINISHED] == 16
+    assert summary.counts.asked == summary.counts.ended[SampleStatus.FINISHED] == 16
     steps = summary.metrics[1:]
     assert [step.grades for step in steps] == [8, 8]
     assert [step.reward for step in steps] == pytest.approx([step.grade for step in steps])

@@ -60,4 +60,4 @@ def test_three_steps(
     gaps = [line["logprob_gap"] for line in lines[1:]]
     assert all(0 < gap < 0.05 for gap in gaps), gaps
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert {version for one in samples for version, _, _ in one["segments"]} >= set(range(1, STEPS + 1))
+    assert {version for one in samples for version, _, _ in one["version_spans"]} >= set(range(1, STEPS + 1))

@@ -103,7 +103,7 @@ async def test_nothing_is_lost_and_the_run_ends(
         summary = await train(config, resume=False, display=display)
     assert summary is not None
     assert display.left == {}
-    assert +summary.ledger.ended == {SampleStatus.FINISHED: summary.ledger.asked}
+    assert +summary.counts.ended == {SampleStatus.FINISHED: summary.counts.asked}
     run = tmp_path / "run"
     metrics, samples, events = (lines(run / f"{name}.jsonl") for name in ("metrics", "samples", "events"))
     assert [step["samples_finished"] for step in metrics] == [0] + [GROUPS * SAMPLES] * STEPS
@@ -112,7 +112,7 @@ async def test_nothing_is_lost_and_the_run_ends(
     assert len(samples) == STEPS * GROUPS * SAMPLES
     for sample in samples:
         assert sample["status"] == "finished"
-        versions = {version for version, _, _ in sample["segments"]}
+        versions = {version for version, _, _ in sample["version_spans"]}
         assert versions == {sample["step"]} if mode == "hybrid" else versions <= {sample["step"] - 1, sample["step"]}
     ended = Counter(event["kind"] for event in events if "restart" in event["kind"])
     assert ended == {"restart": len(KILLS)}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from millrace.config import dump_config, load_config
 from millrace.errors import ConfigError, DataError
-from millrace.fleet.journal import Journal
+from millrace.fleet.event_log import EventLog
 from millrace.jsonl import drop_torn_tail, read_objects
 from millrace.train.record import RunFolder, model_of
 from tests.config.test_loading import VALID
@@ -75,7 +75,7 @@ def test_a_run_goes_on_with_torn_files_and_says_what_it_dropped(
     names = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
     for name in names:
         (tmp_path / "run" / name).write_bytes(RECORDS + b'{"step": 3, "w' + b"\0" * 9)
-    with RunFolder(config, resume=True).create(), Journal(tmp_path / "run" / "events.jsonl"):
+    with RunFolder(config, resume=True).create(), EventLog(tmp_path / "run" / "events.jsonl"):
         RunFolder(config, resume=True).forget_after(3)
     for name in names:
         assert (tmp_path / "run" / name).read_bytes() == RECORDS

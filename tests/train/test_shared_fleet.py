@@ -37,7 +37,7 @@ def check(run: Path, steps: int) -> None:
         assert all(sample["sample"].startswith(f"rank{rank}-") for sample in samples)
         seen.update(sample["sample"] for sample in samples)
         for sample in samples[:8]:  # of mode hybrid: all by what was published before the step
-            assert {version for version, _, _ in sample["segments"]} == {sample["step"]}
+            assert {version for version, _, _ in sample["version_spans"]} == {sample["step"]}
     assert set(seen.values()) == {1}
     problems = [{sample["problem"] for sample in lines(run / name)} for name in ("samples.jsonl", "samples-1.jsonl")]
     assert not problems[0] & problems[1]

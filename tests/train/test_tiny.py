@@ -15,7 +15,7 @@ from millrace.rollout.problems import make_misread_story, make_story
 from millrace.rollout.tools import Calculator
 from millrace.train.tiny import make_tiny_model, make_tiny_tokenizer
 from millrace.train.warmup_data import SupervisedConversation, warmup_conversations
-from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, Segment
+from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, VersionSpan
 
 TOKENIZER = make_tiny_tokenizer()
 CONFIG = TinyModelConfig(kind="tiny", hidden_size=32, heads=2)
@@ -68,8 +68,8 @@ def repeat(conversation: SupervisedConversation) -> Generate:
         assert request.input_ids == conversation.token_ids[:start]
         stop = start + int(np.argmin(np.append(conversation.loss_mask[start:], False)))
         turn = conversation.token_ids[start:stop]
-        logprobs, segments = np.zeros(len(turn), np.float32), (Segment(0, 0, len(turn)),)
-        return Generation(request.request_id, turn, logprobs, FinishReason.STOP, segments, start, 0)
+        logprobs, version_spans = np.zeros(len(turn), np.float32), (VersionSpan(0, 0, len(turn)),)
+        return Generation(request.request_id, turn, logprobs, FinishReason.STOP, version_spans, start, 0)
 
     return generate
 

@@ -14,7 +14,7 @@ from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import EngineError, NoEngineError, PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet, transport_for
-from millrace.fleet.membership import Phase
+from millrace.fleet.replica_state import Phase
 from millrace.types import Generation
 from millrace.weights.publisher import ROLLBACK_DEADLINE
 from tests.fleet.strike import strike
@@ -112,7 +112,7 @@ class Machine:
         await self._truth.check()
         for prompt, one in zip(background, made, strict=True):
             if isinstance(one, Generation):
-                print("  ", [(segment.version, segment.end) for segment in one.segments])
+                print("  ", [(span.version, span.end) for span in one.version_spans])
                 await self._truth.check_generation(prompt, one, {before, self._truth.published})
             else:
                 assert isinstance(one, EngineError | NoEngineError), one
@@ -297,7 +297,7 @@ class Machine:
     # Means
 
     def _meddling(self, name: TransportName) -> MeddlingTransport:
-        inner = transport_for(name, list(self._fleet._roster.replicas.values()), self._fleet._versions.store)
+        inner = transport_for(name, list(self._fleet._replicas.replicas.values()), self._fleet._versions.store)
         assert inner is not None
         return MeddlingTransport(inner, self._place)
 

@@ -56,8 +56,8 @@ class MeddlingTransport(Transport):
     def broken(self, engine: Engine) -> str | None:
         return self._inner.broken(engine)
 
-    async def blameless(self, failed: Sequence[Engine]) -> set[str]:
-        return await self._inner.blameless(failed)
+    async def collateral(self, failed: Sequence[Engine]) -> set[str]:
+        return await self._inner.collateral(failed)
 
     async def close(self) -> None:
         await self._inner.close()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from millrace.checksum import tensor_checksum
 from millrace.engines.embedded.adapter import EmbeddedEngine
-from millrace.engines.start import Started
+from millrace.engines.start import Replica
 from millrace.errors import PublishError
 from millrace.types import EngineInfo
 from millrace.weights.cast import Dtypes, cast, dtypes_of, folder_checksums_as, require_one_dtype
@@ -107,8 +107,8 @@ def test_a_folders_checksums_in_the_dtypes_of_engines(tiny_model: Path, tmp_path
 
 
 def test_engines_of_different_dtypes_are_refused() -> None:
-    def started(name: str, dtype: str | None) -> Started:
-        return Started(EmbeddedEngine(name, "http://127.0.0.1:9"), info(dtype), None)
+    def started(name: str, dtype: str | None) -> Replica:
+        return Replica(EmbeddedEngine(name, "http://127.0.0.1:9"), info(dtype), None)
 
     require_one_dtype([started("a", "float16"), started("b", None), started("c", "float16")])
     with pytest.raises(PublishError, match="a in float16, b in bfloat16"):

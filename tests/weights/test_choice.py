@@ -8,7 +8,7 @@ from millrace.config.models import TransportName
 from millrace.errors import PublishError
 from millrace.fleet.local import agreeing_on_memory
 from millrace.types import Capability
-from millrace.weights.transports.choice import NEEDS, Sight, choose
+from millrace.weights.transports.choice import NEEDS, TransportCandidate, choose
 
 MEMORY_FILE = Capability.UPDATE_FROM_SHARED_MEMORY
 TORCH = Capability.UPDATE_FROM_TORCH_STORAGE
@@ -16,9 +16,9 @@ IPC = Capability.UPDATE_FROM_CUDA_IPC
 BARE = Capability.UPDATE_FROM_BARE_NCCL
 GROUP = Capability.UPDATE_FROM_PROCESS_GROUP
 
-sights = st.lists(
+candidates = st.lists(
     st.builds(
-        Sight,
+        TransportCandidate,
         st.sampled_from(["a", "b", "c"]),
         st.booleans(),
         st.frozensets(st.sampled_from([MEMORY_FILE, TORCH, IPC, BARE, GROUP])),
@@ -28,8 +28,8 @@ sights = st.lists(
 )
 
 
-def see(*capabilities: Capability, here: bool = True) -> Sight:
-    return Sight("here" if here else "away", here, frozenset(capabilities))
+def see(*capabilities: Capability, here: bool = True) -> TransportCandidate:
+    return TransportCandidate("here" if here else "away", here, frozenset(capabilities))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def see(*capabilities: Capability, here: bool = True) -> Sight:
     ],
 )
 def test_memory_where_all_share_it_and_a_broadcast_otherwise(
-    engines: list[Sight], gpu: bool, name: TransportName | None, why: str
+    engines: list[TransportCandidate], gpu: bool, name: TransportName | None, why: str
 ) -> None:
     choice = choose("auto", engines, trainer_has_gpu=gpu, folder=False)
     assert choice.name == name
@@ -66,17 +66,17 @@ def test_the_disk_is_for_those_who_have_nothing_else() -> None:
     assert choose("auto", [both], trainer_has_gpu=True, folder=True).name == "shm"
 
 
-def test_couriers_are_there_to_be_used() -> None:
+def test_sidecars_are_there_to_be_used() -> None:
     engines = [see(MEMORY_FILE, GROUP), see(TORCH, GROUP, here=False), see(IPC, GROUP, here=False)]
-    choice = choose("auto", engines, trainer_has_gpu=True, folder=False, couriers=True)
+    choice = choose("auto", engines, trainer_has_gpu=True, folder=False, sidecars=True)
     assert choice.name == "ucx"
-    assert "there are couriers" in choice.why
+    assert "there are sidecars" in choice.why
     with pytest.raises(PublishError, match="away can't take weights by it"):
-        choose("auto", [see(MEMORY_FILE), see(GROUP, here=False)], trainer_has_gpu=True, folder=False, couriers=True)
+        choose("auto", [see(MEMORY_FILE), see(GROUP, here=False)], trainer_has_gpu=True, folder=False, sidecars=True)
 
 
-@given(sights, st.booleans())
-def test_what_is_chosen_every_engine_can_do(engines: list[Sight], gpu: bool) -> None:
+@given(candidates, st.booleans())
+def test_what_is_chosen_every_engine_can_do(engines: list[TransportCandidate], gpu: bool) -> None:
     choice = choose("auto", engines, trainer_has_gpu=gpu, folder=False)
     if choice.name is not None:
         assert all(engine.capabilities & set(NEEDS[choice.name]) for engine in engines)
@@ -86,8 +86,8 @@ def test_what_is_chosen_every_engine_can_do(engines: list[Sight], gpu: bool) -> 
         assert not all(engine.here and GROUP in engine.capabilities for engine in engines)
 
 
-@given(sights, st.sampled_from(sorted(NEEDS)))
-def test_what_the_config_says_is_done_or_refused(engines: list[Sight], wanted: TransportName) -> None:
+@given(candidates, st.sampled_from(sorted(NEEDS)))
+def test_what_the_config_says_is_done_or_refused(engines: list[TransportCandidate], wanted: TransportName) -> None:
     if all(engine.capabilities & set(NEEDS[wanted]) for engine in engines):
         assert choose(wanted, engines, trainer_has_gpu=False, folder=True).name == wanted
     else:

@@ -1,4 +1,4 @@
-"""Publishing what has changed, to real engines, by couriers: two addresses of this machine stand for two hosts."""
+"""Publishing what has changed, to real engines, by sidecars: two addresses of this machine stand for two hosts."""
 
 import asyncio
 import os
@@ -18,18 +18,18 @@ from transformers import AutoModelForCausalLM
 
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.models import PublishConfig
-from millrace.engines.start import Started, start
+from millrace.engines.start import Replica, start
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet, transport_for
 from millrace.model_folder import stored_tensors
 from millrace.types import GenerateRequest, SamplingParams
-from millrace.weights.courier.server import COURIER_KEY
 from millrace.weights.folder import folder_checksums
-from millrace.weights.replica import Replica
+from millrace.weights.mirror import CheckpointMirror
+from millrace.weights.sidecar.server import SIDECAR_KEY
 from millrace.weights.store import VersionStore
-from millrace.weights.transports.couriers import assign
 from millrace.weights.transports.delta import DeltaTransport
+from millrace.weights.transports.sidecars import assign
 
 Tensors = list[tuple[str, torch.Tensor]]
 HOSTS = ("127.0.0.1", "127.0.0.2")
@@ -56,7 +56,7 @@ def stepped(tensors: Tensors, version: int) -> Tensors:
 async def greedy(fleet: Fleet, name: str) -> tuple[int | None, tuple[int, ...]]:
     request = GenerateRequest("one", PROMPT, SamplingParams(8, temperature=0.0, ignore_eos=True))
     generation = await fleet.engines[name].generate(request, deadline=20)
-    return generation.segments[-1].version, generation.output_ids
+    return generation.version_spans[-1].version, generation.output_ids
 
 
 def expected(folder: Path) -> tuple[int, ...]:
@@ -67,15 +67,15 @@ def expected(folder: Path) -> tuple[int, ...]:
     return tuple(ids[len(PROMPT) :])
 
 
-class Courier:
+class Sidecar:
     """The command, with its replica in `folder`."""
 
     def __init__(self, store: Path, folder: Path, host: str, *, port: int = 0, key: str | None = None) -> None:
-        command = [sys.executable, "-m", "millrace", "courier", "--store", str(store), "--folder", str(folder)]
+        command = [sys.executable, "-m", "millrace", "sidecar", "--store", str(store), "--folder", str(folder)]
         self.process = subprocess.Popen(
             [*command, "--host", host, "--port", str(port)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, COURIER_KEY: key or ""},
+            env={**os.environ, SIDECAR_KEY: key or ""},
         )  # fmt: skip
 
     def until_ready(self) -> str:
@@ -91,11 +91,11 @@ class Courier:
 
 
 @pytest.fixture
-def courier() -> Iterator[Callable[..., Courier]]:
-    started: list[Courier] = []
+def sidecar() -> Iterator[Callable[..., Sidecar]]:
+    started: list[Sidecar] = []
 
-    def start_one(*arguments: str | Path, port: int = 0, key: str | None = None) -> Courier:
-        started.append(Courier(*arguments, port=port, key=key))  # type: ignore[arg-type] # the three that it takes
+    def start_one(*arguments: str | Path, port: int = 0, key: str | None = None) -> Sidecar:
+        started.append(Sidecar(*arguments, port=port, key=key))  # type: ignore[arg-type] # the three that it takes
         return started[-1]
 
     yield start_one
@@ -104,27 +104,27 @@ def courier() -> Iterator[Callable[..., Courier]]:
 
 
 @asynccontextmanager
-async def on_two_hosts(model: Path, logs: Path, versions: Path, couriers: list[str]) -> AsyncIterator[Fleet]:
+async def on_two_hosts(model: Path, logs: Path, versions: Path, sidecars: list[str]) -> AsyncIterator[Fleet]:
     """As `open_fleet`, with an engine on each host."""
 
-    async def start_one(replica: int) -> Started:
+    async def start_one(replica: int) -> Replica:
         config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, host=HOSTS[replica])
         return await start(config, model, replica=replica, log_dir=logs, version=0, seed=0)
 
     store = VersionStore(str(versions), model, keep=1, anchor_every=3)
     started = await asyncio.gather(*(start_one(replica) for replica in range(2)))
-    transport = transport_for("delta", started, store, couriers)
+    transport = transport_for("delta", started, store, sidecars)
     async with Fleet.open(started, transport, store, start_one) as fleet:
         await fleet.attest(folder_checksums(model), 0, model)
         yield fleet
 
 
-async def test_two_hosts_and_a_courier_that_fails(
-    tensors: Tensors, tiny_model: Path, tmp_path: Path, courier: Callable[..., Courier], monkeypatch: pytest.MonkeyPatch
+async def test_two_hosts_and_a_sidecar_that_fails(
+    tensors: Tensors, tiny_model: Path, tmp_path: Path, sidecar: Callable[..., Sidecar], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(COURIER_KEY, "the key")
+    monkeypatch.setenv(SIDECAR_KEY, "the key")
     versions, folders = tmp_path / "versions", [tmp_path / host for host in HOSTS]
-    started = [courier(versions, folder, host, key="the key") for folder, host in zip(folders, HOSTS, strict=True)]
+    started = [sidecar(versions, folder, host, key="the key") for folder, host in zip(folders, HOSTS, strict=True)]
     urls = [one.until_ready() for one in started]
     async with on_two_hosts(tiny_model, tmp_path, versions, urls) as fleet:
         one, two = fleet.engines
@@ -144,12 +144,12 @@ async def test_two_hosts_and_a_courier_that_fails(
         started[1].end()
         report = await fleet.publish(stepped(tensors, 6), 6)
         assert list(report.failed) == [two]
-        assert f"courier {urls[1]} did not bring version 6: nobody listens at" in str(report.failed[two])
+        assert f"sidecar {urls[1]} did not bring version 6: nobody listens at" in str(report.failed[two])
         assert [member.name for member in fleet.snapshot.members if member.routable] == [one]
-        assert fleet.snapshot.get(two).usable  # it is its courier that failed
+        assert fleet.snapshot.get(two).usable  # it is its sidecar that failed
         assert (await greedy(fleet, one))[0] == 6
         port = int(urls[1].rpartition(":")[2])
-        started[1] = courier(versions, folders[1], HOSTS[1], port=port, key="the key")
+        started[1] = sidecar(versions, folders[1], HOSTS[1], port=port, key="the key")
         assert started[1].until_ready() == urls[1]
         await fleet.restart(two)
         assert await greedy(fleet, one) == await greedy(fleet, two) == (6, expected(folders[1] / "version-00000006"))
@@ -192,7 +192,7 @@ async def test_a_store_that_hangs_holds_nobody_up(tensors: Tensors, tiny_model: 
         assert (await greedy(fleet, one))[0] == 4
 
 
-async def test_without_couriers_this_host_brings_them(tensors: Tensors, tiny_model: Path, tmp_path: Path) -> None:
+async def test_without_sidecars_this_host_brings_them(tensors: Tensors, tiny_model: Path, tmp_path: Path) -> None:
     config = EmbeddedEngineConfig(kind="embedded", threads=1)
     url = f"memory://{uuid4()}"
     async with open_fleet(config, tiny_model, log_dir=tmp_path, transport="delta", folder=url) as fleet:
@@ -201,7 +201,7 @@ async def test_without_couriers_this_host_brings_them(tensors: Tensors, tiny_mod
         for version in (1, 2):
             assert not (await fleet.publish(stepped(tensors, version), version)).failed
             tokens[version] = await greedy(fleet, one)
-        replica = Replica(url, tmp_path / "replica")
+        replica = CheckpointMirror(url, tmp_path / "replica")
         for version in (1, 2):
             assert tokens[version] == (version, expected(replica.bring(version)[0]))
         replica.close()
@@ -209,27 +209,27 @@ async def test_without_couriers_this_host_brings_them(tensors: Tensors, tiny_mod
         assert await greedy(fleet, one) == tokens[2]
 
 
-async def test_a_courier_of_another_store_is_found_out(
-    tensors: Tensors, tiny_model: Path, tmp_path: Path, courier: Callable[..., Courier]
+async def test_a_sidecar_of_another_store_is_found_out(
+    tensors: Tensors, tiny_model: Path, tmp_path: Path, sidecar: Callable[..., Sidecar]
 ) -> None:
     other = VersionStore(str(tmp_path / "other"), tiny_model, keep=1)
     other.write(1, iter([stepped(tensors, 9)]))
     other.secure(1)
-    url = courier(tmp_path / "other", tmp_path / "replica", HOSTS[0]).until_ready()
+    url = sidecar(tmp_path / "other", tmp_path / "replica", HOSTS[0]).until_ready()
     config = EmbeddedEngineConfig(kind="embedded", threads=1)
     async with open_fleet(
-        config, tiny_model, log_dir=tmp_path, transport="delta", folder=tmp_path / "versions", couriers=[url]
+        config, tiny_model, log_dir=tmp_path, transport="delta", folder=tmp_path / "versions", sidecars=[url]
     ) as fleet:
         with pytest.raises(PublishError, match="its store has another version 1"):
             await fleet.publish(stepped(tensors, 1), 1)
 
 
-async def test_the_command(tensors: Tensors, tiny_model: Path, tmp_path: Path, courier: Callable[..., Courier]) -> None:
-    refused = courier(tmp_path, tmp_path / "replica", "0.0.0.0").process
+async def test_the_command(tensors: Tensors, tiny_model: Path, tmp_path: Path, sidecar: Callable[..., Sidecar]) -> None:
+    refused = sidecar(tmp_path, tmp_path / "replica", "0.0.0.0").process
     store = VersionStore(str(tmp_path / "versions"), tiny_model, keep=2)
     store.write(7, iter([stepped(tensors, 7)]))
     store.secure(7)
-    running = courier(tmp_path / "versions", tmp_path / "replica", HOSTS[0], key="the key")
+    running = sidecar(tmp_path / "versions", tmp_path / "replica", HOSTS[0], key="the key")
     url = running.until_ready()
 
     async def ask(body: object, key: str | None = "the key") -> tuple[int, str]:
@@ -268,29 +268,29 @@ async def test_the_command(tensors: Tensors, tiny_model: Path, tmp_path: Path, c
     assert await asyncio.to_thread(refused.wait, 10) == 1
     assert refused.stderr is not None
     assert refused.stderr.read() == (
-        "error: others reach 0.0.0.0: set MILLRACE_COURIER_KEY, here and for the trainer, or use 127.0.0.1\n"
+        "error: others reach 0.0.0.0: set MILLRACE_SIDECAR_KEY, here and for the trainer, or use 127.0.0.1\n"
     )
 
 
-def test_each_engine_has_its_hosts_courier() -> None:
+def test_each_engine_has_its_hosts_sidecar() -> None:
     engines = {"a": "http://127.0.0.2:1000", "b": "http://127.0.0.2:1001", "c": "http://localhost:1000"}
     away, here = "http://127.0.0.2:9", "http://127.0.0.1:9"
     assert assign(engines, [away, here]) == {"a": away, "b": away, "c": here}
     assert assign(engines, [away]) == {"a": away, "b": away, "c": None}
-    for couriers, words in (
-        ([here], "none on the host of a, b; start `millrace courier` there"),
+    for sidecars, words in (
+        ([here], "none on the host of a, b; start `millrace sidecar` there"),
         ([away, "http://127.0.0.2:8"], "are on one host"),
         ([away, "http://127.0.0.3:9"], "there is no engine on the host of http://127.0.0.3:9"),
         ([away, "http://nowhere.invalid:9"], "the host of http://nowhere.invalid:9 is not known"),
     ):
         with pytest.raises(PublishError, match=words):
-            assign(engines, couriers)
+            assign(engines, sidecars)
 
 
-def test_couriers_are_for_some_and_delta_needs_a_store() -> None:
-    couriers = ("http://127.0.0.2:9",)
-    PublishConfig(transport="delta", folder="s3://bucket/run", couriers=couriers)
-    with pytest.raises(ValueError, match=r"publish\.couriers are for publish\.transport delta or ucx, and it is disk"):
-        PublishConfig(transport="disk", folder="versions", couriers=couriers)
+def test_sidecars_are_for_some_and_delta_needs_a_store() -> None:
+    sidecars = ("http://127.0.0.2:9",)
+    PublishConfig(transport="delta", folder="s3://bucket/run", sidecars=sidecars)
+    with pytest.raises(ValueError, match=r"publish\.sidecars are for publish\.transport delta or ucx, and it is disk"):
+        PublishConfig(transport="disk", folder="versions", sidecars=sidecars)
     with pytest.raises(ValueError, match=r"publish\.transport is delta, and publish\.folder does not say where"):
-        PublishConfig(transport="delta", couriers=couriers)
+        PublishConfig(transport="delta", sidecars=sidecars)

@@ -61,7 +61,7 @@ async def test_versions_are_folders_that_engines_and_anybody_can_read(
         request = GenerateRequest("one", prompt, SamplingParams(8, temperature=0.0, ignore_eos=True))
         generation = await engine.generate(request, deadline=20)
         assert generation.output_ids == expected(last, prompt)
-        assert {segment.version for segment in generation.segments} == {3}
+        assert {span.version for span in generation.version_spans} == {3}
 
     one, _ = fleet.engines
     strike(fleet, one)

@@ -52,7 +52,7 @@ async def made(fleet: Fleet) -> dict[str, tuple[int | None, tuple[int, ...]]]:
         if member.routable:
             request = GenerateRequest("one", (5, 17, 300), SamplingParams(8, temperature=0.0, ignore_eos=True))
             generation = await fleet.engines[member.name].generate(request, deadline=20)
-            answers[member.name] = (generation.segments[-1].version, generation.output_ids)
+            answers[member.name] = (generation.version_spans[-1].version, generation.output_ids)
     return answers
 
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from millrace.errors import DataError, PublishError
 from millrace.model_folder import stored_tensors
 from millrace.weights.chain import Entry, Index, kept, way_to
+from millrace.weights.mirror import CheckpointMirror
 from millrace.weights.plan import buckets
-from millrace.weights.replica import Replica
 from millrace.weights.store import VersionStore
 
 Tensors = list[tuple[str, torch.Tensor]]
@@ -116,7 +116,7 @@ def test_a_replica_makes_each_version_of_what_it_has(
     url: str, tensors: Tensors, stores: Stores, tmp_path: Path
 ) -> None:
     store, folder = stores(url), tmp_path / "replica"
-    replica = Replica(url, folder)
+    replica = CheckpointMirror(url, folder)
     put(store, tensors, 1, 2, 3)
     for version in (1, 3):  # version 2 was never asked for
         path, _ = replica.bring(version)
@@ -156,7 +156,7 @@ def test_what_changes_all_is_kept_whole(path: str, tensors: Tensors, stores: Sto
 
 
 def test_the_base_is_what_became_safe(path: str, tensors: Tensors, stores: Stores, tmp_path: Path) -> None:
-    store, replica = stores(path), Replica(path, tmp_path / "replica")
+    store, replica = stores(path), CheckpointMirror(path, tmp_path / "replica")
     put(store, tensors, 1)
     store.write(2, buckets(stepped(tensors, 20), SMALL))  # and nobody gets it
     put(store, tensors, 3)
@@ -167,7 +167,7 @@ def test_the_base_is_what_became_safe(path: str, tensors: Tensors, stores: Store
 
 
 def test_another_run_has_other_versions(url: str, tensors: Tensors, stores: Stores, tmp_path: Path) -> None:
-    replica = Replica(url, tmp_path / "replica")
+    replica = CheckpointMirror(url, tmp_path / "replica")
     put(stores(url), tensors, 1, 2, 3)
     first = [replica.bring(version)[1] for version in (2, 3)]
     resumed = stores(url)
@@ -183,11 +183,11 @@ def test_another_run_has_other_versions(url: str, tensors: Tensors, stores: Stor
 def test_damage_is_told_or_mended(path: str, tensors: Tensors, stores: Stores, tmp_path: Path) -> None:
     folder, store = tmp_path / "replica", stores(path)
     with pytest.raises(PublishError, match=r"has no version 1; it has \(\)"):
-        Replica(path, tmp_path / "other").bring(1)
+        CheckpointMirror(path, tmp_path / "other").bring(1)
     put(store, tensors, 1, 2)
-    replica = Replica(path, folder)
-    with pytest.raises(DataError, match="in use by another courier"):
-        Replica(path, folder)
+    replica = CheckpointMirror(path, folder)
+    with pytest.raises(DataError, match="in use by another sidecar"):
+        CheckpointMirror(path, folder)
     assert same(loaded(replica.bring(1)[0]), stepped(tensors, 1))
 
     delta = Path(path) / "version-00000002.delta"
@@ -207,19 +207,19 @@ def test_damage_is_told_or_mended(path: str, tensors: Tensors, stores: Stores, t
     (folder / "version-00000001" / "checksums.json").unlink()
     (folder / ".making").mkdir()
     (folder / ".version-00000003.delta").touch()
-    again = Replica(path, folder)
+    again = CheckpointMirror(path, folder)
     assert names(folder) == ["version-00000002"]
     assert same(loaded(again.bring(2)[0]), stepped(tensors, 2))
     again.close()
 
     damage(Path(path) / "version-00000001")
     with pytest.raises(DataError, match="version 1 is damaged in"):
-        Replica(path, tmp_path / "third").bring(2)
+        CheckpointMirror(path, tmp_path / "third").bring(2)
     assert not names(tmp_path / "third")
 
 
 def test_no_room_leaves_what_was_there(path: str, tensors: Tensors, stores: Stores, tmp_path: Path) -> None:
-    replica = Replica(path, tmp_path / "replica")
+    replica = CheckpointMirror(path, tmp_path / "replica")
     put(stores(path), tensors, 1, 2)
     replica.bring(1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -235,7 +235,7 @@ def test_no_room_leaves_what_was_there(path: str, tensors: Tensors, stores: Stor
 
 
 def test_many_may_ask_at_once(path: str, tensors: Tensors, stores: Stores, tmp_path: Path) -> None:
-    replica = Replica(path, tmp_path / "replica")
+    replica = CheckpointMirror(path, tmp_path / "replica")
     put(stores(path), tensors, 1, 2)
     brought: list[tuple[Path, str]] = []
     threads = [threading.Thread(target=lambda: brought.append(replica.bring(2))) for _ in range(4)]

@@ -101,7 +101,7 @@ def config(replicas: int = 2) -> EmbeddedEngineConfig:
 async def greedy(fleet: Fleet, name: str) -> tuple[int | None, tuple[int, ...]]:
     request = GenerateRequest("one", (5, 17, 300), SamplingParams(8, temperature=0.0, ignore_eos=True))
     generation = await fleet.engines[name].generate(request, deadline=20)
-    return generation.segments[-1].version, generation.output_ids
+    return generation.version_spans[-1].version, generation.output_ids
 
 
 async def test_an_engine_that_died_catches_up(tensors: Tensors, tiny_model: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ async def test_without_a_store_it_serves_after_the_next_publish(
         with pytest.raises(NoEngineError, match="without weights until the next publish"):
             await fleet.generate(request, deadline=0.2)
         await fleet.publish(tensors, 2)
-        assert (await fleet.generate(request, deadline=20)).segments[-1].version == 2
+        assert (await fleet.generate(request, deadline=20)).version_spans[-1].version == 2
 
 
 async def test_what_can_not_be_kept_is_told(tensors: Tensors, tiny_model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Publishing over UCX, to real engines, by couriers: two addresses of this machine stand for two hosts."""
+"""Publishing over UCX, to real engines, by sidecars: two addresses of this machine stand for two hosts."""
 
 import asyncio
 import base64
@@ -20,22 +20,22 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from millrace.checksum import tensor_checksum
-from millrace.cli.courier import courier as command
+from millrace.cli.sidecar import sidecar as command
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.models import PublishConfig
-from millrace.engines.start import Started, start
+from millrace.engines.start import Replica, start
 from millrace.errors import ConfigError, EngineError, EngineRefused, PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import transport_for
 from millrace.types import Capability
-from millrace.weights.courier.messages import Form, Handle, MemoryFileHandle, PullBody, Pulled, TorchStorageHandle
-from millrace.weights.courier.pulling import Pulling
-from millrace.weights.courier.server import COURIER_KEY
 from millrace.weights.folder import folder_checksums
+from millrace.weights.sidecar.messages import Form, Handle, MemoryFileHandle, PullBody, Pulled, TorchStorageHandle
+from millrace.weights.sidecar.pulling import Pulling
+from millrace.weights.sidecar.server import SIDECAR_KEY
 from millrace.weights.transports.base import PublishTarget
 from millrace.weights.transports.choice import make
 from millrace.weights.transports.shared_memory import MemoryFile
-from millrace.weights.transports.ucx import UcxCourier, UcxTransport
+from millrace.weights.transports.ucx import UcxSidecar, UcxTransport
 from millrace.weights.ucx import Endpoint
 
 Tensors = list[tuple[str, torch.Tensor]]
@@ -58,19 +58,19 @@ def stepped(tensors: Tensors, version: int) -> Tensors:
 
 @pytest.fixture
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(COURIER_KEY, KEY)
+    monkeypatch.setenv(SIDECAR_KEY, KEY)
 
 
 Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def courier() -> Iterator[Start]:
+def sidecar() -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def start_one(*arguments: str, key: str = KEY) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "millrace", "courier", *arguments]
-        environment = {**os.environ, COURIER_KEY: key}
+        command = [sys.executable, "-m", "millrace", "sidecar", *arguments]
+        environment = {**os.environ, SIDECAR_KEY: key}
         out = subprocess.PIPE
         started.append(subprocess.Popen(command, stdout=out, stderr=out, text=True, env=environment))
         return started[-1]
@@ -84,15 +84,15 @@ def courier() -> Iterator[Start]:
             stream.close()
 
 
-def url_of(courier: subprocess.Popen[str]) -> str:
-    assert courier.stdout is not None
-    line = courier.stdout.readline()
+def url_of(sidecar: subprocess.Popen[str]) -> str:
+    assert sidecar.stdout is not None
+    line = sidecar.stdout.readline()
     assert "reads weights over UCX, to the CPU here" in line, line
     return line.split()[0]
 
 
 class Fateful(UcxTransport):
-    """`fate` comes when the next bucket has arrived with the couriers, before an engine opens it."""
+    """`fate` comes when the next bucket has arrived with the sidecars, before an engine opens it."""
 
     fate: Callable[[], object] | None = None
 
@@ -105,18 +105,18 @@ class Fateful(UcxTransport):
 
 
 @asynccontextmanager
-async def on_two_hosts(model: Path, logs: Path, couriers: list[str]) -> AsyncIterator[tuple[Fleet, Fateful]]:
+async def on_two_hosts(model: Path, logs: Path, sidecars: list[str]) -> AsyncIterator[tuple[Fleet, Fateful]]:
     """As `open_fleet`, with an engine on each host."""
 
-    async def start_one(replica: int) -> Started:
+    async def start_one(replica: int) -> Replica:
         config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, host=HOSTS[replica])
         return await start(config, model, replica=replica, log_dir=logs, version=0, seed=0)
 
     started = await asyncio.gather(*(start_one(replica) for replica in range(2)))
-    chosen = transport_for("auto", started, None, couriers)
+    chosen = transport_for("auto", started, None, sidecars)
     assert isinstance(chosen, UcxTransport)
     await chosen.close()
-    urls = {one.engine.name: url for one, url in zip(started, couriers, strict=True)}
+    urls = {one.engine.name: url for one, url in zip(started, sidecars, strict=True)}
     async with Fleet.open(started, transport := Fateful(urls, CPU, key=KEY), None, start_one) as fleet:
         await fleet.attest(folder_checksums(model), 0, model)
         yield fleet, transport
@@ -140,11 +140,11 @@ def serving(fleet: Fleet) -> dict[str, int | None]:
     return {member.name: member.version if member.routable else None for member in fleet.snapshot.members}
 
 
-async def test_two_hosts_and_couriers_that_die(
-    tensors: Tensors, tiny_model: Path, tmp_path: Path, courier: Start, key: None, caplog: pytest.LogCaptureFixture
+async def test_two_hosts_and_sidecars_that_die(
+    tensors: Tensors, tiny_model: Path, tmp_path: Path, sidecar: Start, key: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert any(tensor.nbytes > SMALL for _, tensor in tensors)
-    started = [courier("--host", host) for host in HOSTS]
+    started = [sidecar("--host", host) for host in HOSTS]
     urls = [url_of(one) for one in started]
 
     def kill() -> None:
@@ -153,7 +153,7 @@ async def test_two_hosts_and_couriers_that_die(
 
     with caplog.at_level("INFO", "millrace"):
         async with on_two_hosts(tiny_model, tmp_path, urls) as (fleet, transport):
-            assert "weights go by ucx: there are couriers" in caplog.text
+            assert "weights go by ucx: there are sidecars" in caplog.text
             one, two = fleet.engines
             version = 0
 
@@ -165,11 +165,11 @@ async def test_two_hosts_and_couriers_that_die(
                 sent = stepped(tensors, version)
                 report = await fleet.publish(Meddled(sent, act), version, bucket_bytes=SMALL, deadline=deadline)
                 assert list(report.failed) == ([fails] if fails else [])
-                assert all(engine.blameless == (engine.engine == fails) for engine in report.engines)
+                assert all(engine.collateral == (engine.engine == fails) for engine in report.engines)
                 assert serving(fleet) == {name: None if name == fails else version for name in (one, two)}
                 for name in {one, two} - {fails}:
                     assert await fleet.engines[name].checksums() == {n: tensor_checksum(t) for n, t in sent}
-                assert fleet.snapshot.get(two).usable  # it is its courier that failed
+                assert fleet.snapshot.get(two).usable  # it is its sidecar that failed
                 return str(report.failed.get(two, ""))
 
             await publish()
@@ -181,9 +181,9 @@ async def test_two_hosts_and_couriers_that_die(
             started[1].send_signal(signal.SIGCONT)
             await publish()
             transport.fate = kill  # what it has read is gone with it, and its engine can't open it
-            assert f"courier {urls[1]} did not bring a bucket: nobody listens at" in await publish(fails=two)
-            assert f"courier {urls[1]} did not bring a bucket: nobody listens at" in await publish(fails=two)
-            started[1] = courier("--host", HOSTS[1], "--port", urls[1].rpartition(":")[2])
+            assert f"sidecar {urls[1]} did not bring a bucket: nobody listens at" in await publish(fails=two)
+            assert f"sidecar {urls[1]} did not bring a bucket: nobody listens at" in await publish(fails=two)
+            started[1] = sidecar("--host", HOSTS[1], "--port", urls[1].rpartition(":")[2])
             assert url_of(started[1]) == urls[1]
             await publish()
             for process in started:
@@ -193,7 +193,7 @@ async def test_two_hosts_and_couriers_that_die(
 
 
 class Trainer:
-    """What a trainer's side is to a courier. Its slots are filled with one number each."""
+    """What a trainer's side is to a sidecar. Its slots are filled with one number each."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session, self._url = session, url
@@ -244,12 +244,12 @@ def mapped(path: str, nbytes: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ)
 
 
-async def test_what_a_courier_holds(courier: Start) -> None:
-    process = courier()
+async def test_what_a_sidecar_holds(sidecar: Start) -> None:
+    process = sidecar()
     async with trainer(url := url_of(process)) as one, trainer(url) as two:
         body = one.fill(1, 4096)
-        stranger = UcxCourier(url, "another key")
-        with pytest.raises(EngineRefused, match=f"needs the key in {COURIER_KEY}"):
+        stranger = UcxSidecar(url, "another key")
+        with pytest.raises(EngineRefused, match=f"needs the key in {SIDECAR_KEY}"):
             await stranger.pull(PullBody.model_validate_json(orjson.dumps(body)), deadline=5.0)
         await stranger.close(None)
         assert (await one.ask(body, key="wrong"))[0] == 401
@@ -289,11 +289,11 @@ async def test_what_a_courier_holds(courier: Start) -> None:
         assert slots_of(process) == 0
 
 
-async def test_memory_outlives_its_reader(courier: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_memory_outlives_its_reader(sidecar: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over TCP a thread of the library's copies from the slot. Freed under it, it would kill this process."""
     monkeypatch.setenv("UCX_TLS", "tcp")
     nbytes = 128 * 2**20
-    process = courier()
+    process = sidecar()
     async with trainer(url_of(process)) as one:
         handle = await one.pull(one.fill(1, nbytes))
         assert isinstance(handle, MemoryFileHandle)
@@ -349,19 +349,19 @@ def test_the_command_does_one_of_two_things() -> None:
             command(**arguments)  # type: ignore[arg-type] # each has its own type
 
 
-def test_couriers_are_for_ucx_or_for_a_store() -> None:
-    couriers = ("http://127.0.0.2:9",)
-    PublishConfig(transport="ucx", couriers=couriers)
-    PublishConfig(transport="ucx", couriers=couriers, folder="versions")
-    PublishConfig(couriers=couriers)
+def test_sidecars_are_for_ucx_or_for_a_store() -> None:
+    sidecars = ("http://127.0.0.2:9",)
+    PublishConfig(transport="ucx", sidecars=sidecars)
+    PublishConfig(transport="ucx", sidecars=sidecars, folder="versions")
+    PublishConfig(sidecars=sidecars)
     with pytest.raises(ValueError, match=r"say which as publish\.transport"):
-        PublishConfig(couriers=couriers, folder="versions")
-    with pytest.raises(ValueError, match=r"publish\.transport is ucx, and publish\.couriers names no"):
+        PublishConfig(sidecars=sidecars, folder="versions")
+    with pytest.raises(ValueError, match=r"publish\.transport is ucx, and publish\.sidecars names no"):
         PublishConfig(transport="ucx")
 
 
-def test_each_engine_needs_a_courier() -> None:
+def test_each_engine_needs_a_sidecar() -> None:
     common = frozenset({Capability.UPDATE_FROM_SHARED_MEMORY})
-    couriers = {"one": "http://127.0.0.2:9", "two": None}
-    with pytest.raises(PublishError, match=r"publish\.couriers names none on the host of two, which ucx takes"):
-        make("ucx", common, couriers=couriers)
+    sidecars = {"one": "http://127.0.0.2:9", "two": None}
+    with pytest.raises(PublishError, match=r"publish\.sidecars names none on the host of two, which ucx takes"):
+        make("ucx", common, sidecars=sidecars)

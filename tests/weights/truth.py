@@ -1,8 +1,8 @@
 """What must hold of a fleet to which anything happens.
 
 Invariant 2: a server is routable only while it holds a committed version that was attested. Invariant 3: no generation
-mixes versions without its segments saying so; no prefix computed by one version is reused by another. Both are checked
-by tokens: what every routable engine makes, a server makes that was started from that version's own folder.
+mixes versions without its version spans saying so; no prefix computed by one version is reused by another. Both are
+checked by tokens: what every routable engine makes, a server makes that was started from that version's own folder.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ import torch
 
 from millrace.errors import NoEngineError
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.membership import Member
-from millrace.types import Capability, FinishReason, Generation, Segment
+from millrace.fleet.replica_state import ReplicaState
+from millrace.types import Capability, FinishReason, Generation, VersionSpan
 from millrace.weights.store import VersionStore
 from tests.weights.variants import LONG, PROMPTS, SHORT, Prompt, Tokens, Variant, greedy, greedy_request
 
@@ -35,7 +35,7 @@ class Fate(StrEnum):
 Fates = Mapping[str, set[Fate]]  # those that an engine may have
 
 
-def fate(member: Member) -> Fate:
+def fate(member: ReplicaState) -> Fate:
     if member.routable:
         return Fate.SERVING
     return Fate.EMPTY if member.usable else Fate.OUT
@@ -52,7 +52,7 @@ class Truth:
         self.published, self.variant, self.spoiled = 0, 0, False
         self._weights = {0: 0}  # the variant of each version that was committed
         self._numbers = itertools.count()
-        infos = [replica.info for replica in fleet._roster.replicas.values()]
+        infos = [replica.info for replica in fleet._replicas.replicas.values()]
         self.steps_back = all(Capability.ROLLBACK in info.capabilities for info in infos)
         sums = {Capability.CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
         self.attests = all(sums & info.capabilities for info in infos)
@@ -128,29 +128,29 @@ class Truth:
         assert answer.output_ids == expected, (
             f"{who} serves variant {makers}, version {self.published} is {self.variant}"
         )
-        assert answer.segments == (Segment(self.published, 0, SHORT),), who
+        assert answer.version_spans == (VersionSpan(self.published, 0, SHORT),), who
 
     async def check_generation(self, prompt: Prompt, made: Generation, versions: set[int]) -> None:
-        """Made while something happened: its first segment, and where the KV cache is computed anew the others too,
-        are the work of the versions that they name."""
+        """Made while something happened: its first version span, and where the KV cache is computed again the others
+        too, are the work of the versions that they name."""
         assert made.finish_reason is FinishReason.LENGTH
         assert len(made.output_ids) == LONG
-        ends = [0, *(segment.end for segment in made.segments)]
-        assert [segment.start for segment in made.segments] == ends[:-1]
+        ends = [0, *(span.end for span in made.version_spans)]
+        assert [span.start for span in made.version_spans] == ends[:-1]
         assert ends[-1] == LONG
-        assert {segment.version for segment in made.segments} <= versions, made.segments
-        first, *later = made.segments
+        assert {span.version for span in made.version_spans} <= versions, made.version_spans
+        first, *later = made.version_spans
         assert first.version is not None
         expected = self._references[self._weights[first.version]][prompt][: first.end]
-        assert made.output_ids[: first.end] == expected, f"not the tokens of version {first.version}: {made.segments}"
+        assert made.output_ids[: first.end] == expected, (
+            f"not the tokens of version {first.version}: {made.version_spans}"
+        )
         serving = [name for name, found in self.fates.items() if found is Fate.SERVING]
-        for segment in later:
-            if segment.version == self.published and serving and not self.steps_back:
+        for span in later:
+            if span.version == self.published and serving and not self.steps_back:
                 engine = self.fleet.engines[serving[0]]
-                rest = await greedy(
-                    engine, prompt + made.output_ids[: segment.start], self.name(), segment.end - segment.start
-                )
-                assert made.output_ids[segment.start : segment.end] == rest.output_ids, made.segments
+                rest = await greedy(engine, prompt + made.output_ids[: span.start], self.name(), span.end - span.start)
+                assert made.output_ids[span.start : span.end] == rest.output_ids, made.version_spans
 
 
 def require_kept(folder: Path, truth: Truth) -> None:

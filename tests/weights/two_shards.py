@@ -25,9 +25,9 @@ def split(tensors: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
     """In turns by rows, by columns, replicated, and not a DTensor at all."""
     shards: dict[str, Tensor] = {}
     for number, (name, tensor) in enumerate(sorted(tensors.items())):
-        placements = [Shard(0), Shard(tensor.ndim - 1), Replicate(), None]
-        placement = placements[number % len(placements)]
-        shards[name] = tensor if placement is None else distribute_tensor(tensor, mesh, [placement])
+        contexts = [Shard(0), Shard(tensor.ndim - 1), Replicate(), None]
+        routing = contexts[number % len(contexts)]
+        shards[name] = tensor if routing is None else distribute_tensor(tensor, mesh, [routing])
     return shards
 
 

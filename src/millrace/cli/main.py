@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 
 from millrace import __version__
-from millrace.cli.courier import courier
 from millrace.cli.doctor import doctor
 from millrace.cli.engines import engines_app
 from millrace.cli.paths import path
 from millrace.cli.settings import load_settings
+from millrace.cli.sidecar import sidecar
 from millrace.cli.status import interruptible
 from millrace.cli.watch import status
 from millrace.config import dump_config
@@ -31,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},  # of all commands
 )
 app.add_typer(engines_app, name="engines")
-app.command()(courier)
+app.command()(sidecar)
 app.command()(doctor)
 app.command()(status)
 

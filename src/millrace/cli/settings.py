@@ -17,7 +17,7 @@ def load_settings(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def _check_engine(config: RunConfig) -> None:
-    named = [("publish.couriers", url) for url in config.publish.couriers]
+    named = [("publish.sidecars", url) for url in config.publish.sidecars]
     if isinstance(config.engine, StockEngineConfig):
         named += [("engine.urls", url) for url in config.engine.urls or ()]
     if config.router is not None and config.router.url is not None:

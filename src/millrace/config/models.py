@@ -422,8 +422,8 @@ class PublishConfig(Model):
     """Where versions are kept: a path, or a URL of fsspec. With transport disk the engines read it too."""
     keep: PositiveInt = 2
     """Versions that are kept."""
-    couriers: tuple[str, ...] = ()
-    """For delta and ucx: the URL of `millrace courier` on each host of engines."""
+    sidecars: tuple[str, ...] = ()
+    """For delta and ucx: the URL of `millrace sidecar` on each host of engines."""
     bucket_bytes: PositiveInt = 256 * 1024 * 1024
     """Bytes of one bucket of tensors."""
     timeout: PositiveFloat = 120.0
@@ -435,15 +435,15 @@ class PublishConfig(Model):
     def _possible(self) -> "PublishConfig":
         if self.transport in ("disk", "delta") and self.folder is None:
             raise ValueError(f"publish.transport is {self.transport}, and publish.folder does not say where")
-        if self.couriers and self.transport not in ("auto", "delta", "ucx"):
-            raise ValueError(f"publish.couriers are for publish.transport delta or ucx, and it is {self.transport}")
-        if self.couriers and self.transport == "auto" and self.folder is not None:
+        if self.sidecars and self.transport not in ("auto", "delta", "ucx"):
+            raise ValueError(f"publish.sidecars are for publish.transport delta or ucx, and it is {self.transport}")
+        if self.sidecars and self.transport == "auto" and self.folder is not None:
             raise ValueError(
-                "publish.couriers can bring versions of publish.folder (publish.transport: delta), or read "
+                "publish.sidecars can bring versions of publish.folder (publish.transport: delta), or read "
                 "buckets from the trainer's memory (ucx); say which as publish.transport"
             )
-        if self.transport == "ucx" and not self.couriers:
-            raise ValueError("publish.transport is ucx, and publish.couriers names no `millrace courier`")
+        if self.transport == "ucx" and not self.sidecars:
+            raise ValueError("publish.transport is ucx, and publish.sidecars names no `millrace sidecar`")
         return self
 
 

@@ -52,7 +52,7 @@ async def generate(subject: Subject, request: GenerateRequest) -> Generation:
 
 
 def require_whole(request: GenerateRequest, made: Generation) -> None:
-    """All tokens that were asked for, each with its logprob and in one segment."""
+    """All tokens that were asked for, each with its logprob and in one version span."""
     asked = request.sampling.max_new_tokens
     expect(made.finish_reason is FinishReason.LENGTH, f"it ended by {made.finish_reason}, not by length")
     expect(len(made.output_ids) == asked, f"{len(made.output_ids)} tokens came, {asked} were asked for")
@@ -65,10 +65,10 @@ def require_sound(request: GenerateRequest, made: Generation) -> None:
     count = len(made.output_ids)
     expect(len(made.logprobs) == count, f"{count} tokens came with {len(made.logprobs)} logprobs")
     end = 0
-    for segment in made.segments:
-        expect(segment.start == end < segment.end, f"the segments {made.segments} have a gap or an empty one")
-        end = segment.end
-    expect(end == count, f"the segments end at {end}, the tokens at {count}")
+    for span in made.version_spans:
+        expect(span.start == end < span.end, f"the version spans {made.version_spans} have a gap or an empty one")
+        end = span.end
+    expect(end == count, f"the version spans end at {end}, the tokens at {count}")
 
 
 @dataclass(slots=True)

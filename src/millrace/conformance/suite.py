@@ -6,11 +6,11 @@ from fnmatch import fnmatchcase
 from millrace.conformance.check import Check
 from millrace.conformance.checks import (
     aborting,
-    adapters,
     caching,
     crowding,
     generating,
     identity,
+    lora,
     pausing,
     refusing,
     sleeping,
@@ -31,7 +31,7 @@ CHECKS: Sequence[Check] = (
     *sleeping.CHECKS,
     *updating.CHECKS,
     *versions.CHECKS,
-    *adapters.CHECKS,
+    *lora.CHECKS,
     *crowding.CHECKS,
 )
 

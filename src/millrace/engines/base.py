@@ -21,7 +21,7 @@ from millrace.types import (
     ProcessGroup,
 )
 
-PUBLISHED_ADAPTER = "millrace-"  # how the names of adapters begin that a fleet publishes
+PUBLISHED_LORA = "millrace-"  # how the names of adapters begin that a fleet publishes
 
 
 class Engine(ABC):
@@ -76,7 +76,7 @@ class Engine(ABC):
         """Opens the transaction that brings the weights of `version`. One at a time.
 
         An engine without Capability.STAGED_UPDATE generates nothing from here until `commit` or `rollback`: what runs
-        is interrupted and goes on afterwards, from the tokens it has; its segments say so."""
+        is interrupted and goes on afterwards, from the tokens it has; its version spans say so."""
 
     @abstractmethod
     async def load(self, bucket: Bucket, *, deadline: float) -> None:
@@ -109,20 +109,21 @@ class Engine(ABC):
         arrived where it holds that in another form (packed, sharded, cast)."""
         raise EngineRefused(self.name, "it makes no sampled checksums")
 
-    async def load_adapter(self, name: str, path: str, *, deadline: float = 30.0) -> None:  # noqa: ARG002
+    async def load_lora(self, name: str, path: str, *, deadline: float = 30.0) -> None:  # noqa: ARG002
         """Loads a LoRA adapter from a folder in PEFT's format that the engine's host can read, while it generates;
         requests with `extra={"lora_path": name}` use it. Raises EngineRefused where one of that name is loaded.
 
-        It belongs to the weights that are served: the next `commit` takes it off. What runs with it then, and what
-        names it later, is made by the new weights alone, and its segments say so. `unload_adapter` frees its memory."""
+        It belongs to the weights that are served: the next `commit` takes it off. Requests that
+        run with it then, or name it later, use the new weights alone, and their version spans say so. `unload_lora`
+        frees its memory."""
         raise EngineRefused(self.name, f"it takes no LoRA adapters ({name})")
 
-    async def unload_adapter(self, name: str, *, deadline: float = 30.0) -> None:  # noqa: ARG002
+    async def unload_lora(self, name: str, *, deadline: float = 30.0) -> None:  # noqa: ARG002
         """What runs with it goes on to its end, for which the engine may wait, or read its folder again; what names it
         later is refused, or made without it where a commit took it off."""
         raise EngineRefused(self.name, f"it takes no LoRA adapters ({name})")
 
-    async def adapter_checksums(self, name: str) -> Mapping[str, str]:
+    async def lora_checksums(self, name: str) -> Mapping[str, str]:
         """With Capability.CHECKSUMS: of each tensor of an adapter, by `millrace.checksum` under the trainer's names."""
         raise EngineRefused(self.name, f"it makes no checksums of adapters ({name})")
 

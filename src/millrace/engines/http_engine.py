@@ -81,7 +81,7 @@ class HttpEngine(Engine):
         if finite.all():
             return made
         place = int(np.argmin(finite))
-        version = next((s.version for s in made.segments if s.start <= place < s.end), None)
+        version = next((s.version for s in made.version_spans if s.start <= place < s.end), None)
         weights = "the weights that it was started with" if version is None else f"the weights of version {version}"
         raise NonFiniteLogprobs(
             self.name,

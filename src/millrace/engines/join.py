@@ -13,7 +13,7 @@ from millrace.launch.process import Server
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 1.0
-STRIKES = 5  # that many seconds without node 0 are its end, and not a lost packet
+MAX_FAILURES = 5  # that many seconds without node 0 are its end, and not a lost packet
 
 
 async def join(
@@ -60,10 +60,10 @@ def _describe(process: Server, rendezvous: str) -> str:
 
 async def _until_gone(host: str, port: int) -> None:
     """Returns when nothing has listened there for a while. The ranks' meeting point is open as long as node 0 lives."""
-    strikes = 0
-    while strikes < STRIKES:
+    failures = 0
+    while failures < MAX_FAILURES:
         try:
-            strikes = 0 if await listens(host, port) else strikes + 1
+            failures = 0 if await listens(host, port) else failures + 1
         except LaunchError as error:  # this host's own trouble says nothing about node 0
             logger.warning("%s", error)
         await asyncio.sleep(WATCH_SECONDS)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.engines.http_engine import HttpEngine
-from millrace.engines.start import ENGINES, Started
+from millrace.engines.start import ENGINES, Replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Address:
     admin_key: str | None = field(repr=False)
 
 
-def address_of(started: Started) -> Address | None:
+def address_of(started: Replica) -> Address | None:
     """None for an engine that no other process can reach."""
     engine, info = started.engine, started.info
     if not isinstance(engine, HttpEngine):
@@ -28,7 +28,7 @@ def address_of(started: Started) -> Address | None:
     return Address(info.kind, engine.name, engine.url, info.model_path, engine.api_key, engine.admin_key)
 
 
-async def reach(address: Address) -> Started:
+async def reach(address: Address) -> Replica:
     """The engine, for requests: who started it controls it. Raises EngineError where it does not answer."""
     engine: HttpEngine
     if address.kind in ENGINES:
@@ -42,7 +42,7 @@ async def reach(address: Address) -> Started:
     else:
         engine = EmbeddedEngine(address.name, address.url, api_key=address.api_key, admin_key=address.admin_key)
     try:
-        return Started(engine, await engine.info(), None)
+        return Replica(engine, await engine.info(), None)
     except BaseException:
         await engine.close()
         raise

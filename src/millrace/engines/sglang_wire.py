@@ -15,7 +15,7 @@ from millrace.types import (
     PauseMode,
     ProcessGroup,
     ProcessGroupBucket,
-    Segment,
+    VersionSpan,
 )
 
 PAUSE_MODES = {PauseMode.ABORT: "abort", PauseMode.RETRACT: "retract", PauseMode.KEEP: "in_place"}
@@ -81,20 +81,20 @@ def decode_generate(request: GenerateRequest, body: Mapping[str, Any]) -> Genera
         output_ids=output_ids,
         logprobs=logprobs,
         finish_reason=FinishReason(finish["type"]) if finish else FinishReason.ABORT,
-        segments=decode_segments(meta, len(output_ids)),
+        version_spans=decode_version_spans(meta, len(output_ids)),
         prompt_tokens=meta.get("prompt_tokens", len(request.input_ids)),
         cached_tokens=meta.get("cached_tokens", 0),
         extra={key: value for key, value in meta.items() if key not in DECODED},
     )
 
 
-def decode_segments(meta: Mapping[str, Any], length: int) -> tuple[Segment, ...]:
+def decode_version_spans(meta: Mapping[str, Any], length: int) -> tuple[VersionSpan, ...]:
     """Which version made which tokens. `weight_versions` must cover the output without a gap; a server that has it not
     names one version, that of the end: true of the whole as long as no call spans an update."""
     if not length:
         return ()
     if (spans := meta.get("weight_versions")) is None:
-        return (Segment(decode_version(meta["weight_version"]), 0, length),)
+        return (VersionSpan(decode_version(meta["weight_version"]), 0, length),)
     return decode_spans(spans, length)
 
 

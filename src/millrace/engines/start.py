@@ -23,7 +23,7 @@ ENGINES: Mapping[str, type[StockEngine]] = {"sglang": SGLangEngine, "vllm": VLLM
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
+class Replica:
     """An engine that answers; `process` is None where somebody else started the server. `kv_events`: where it publishes
     what its KV cache has, if it was told to."""
 
@@ -49,7 +49,7 @@ async def start(
     seed: int,
     prefix: str | None = None,
     api_key: str | None = None,
-) -> Started:
+) -> Replica:
     """Brings up replica number `replica`, which serves the model in `model_path` as weight version `version`. It is
     called `PREFIX-REPLICA`, by default after its kind. `api_key` opens the data calls of a stock engine that is
     launched (None: a new key).
@@ -59,7 +59,7 @@ async def start(
     prefix = prefix or config.kind
     match config:
         case EmbeddedEngineConfig():
-            return Started(
+            return Replica(
                 *await launch_embedded(
                     config, model_path, replica=replica, log_dir=log_dir, version=version, seed=seed, prefix=prefix
                 )
@@ -79,7 +79,7 @@ async def _launch(
     seed: int,
     prefix: str,
     api_key: str | None,
-) -> Started:
+) -> Replica:
     if config.kv_events:
         require_packages()
     launched = await launch(
@@ -107,7 +107,7 @@ async def _launch(
         raise
 
 
-async def _attach(config: StockConfig, url: str, model_path: Path, name: str) -> Started:
+async def _attach(config: StockConfig, url: str, model_path: Path, name: str) -> Replica:
     engine = ENGINES[config.kind](
         name,
         url,
@@ -135,10 +135,10 @@ def about_keys(error: EngineError) -> str:
     return f"; its keys are read from {API_KEY} and {ADMIN_KEY}" if wanted else ""
 
 
-async def _settled(engine: StockEngine, version: int | None, process: Server | None) -> Started:
+async def _settled(engine: StockEngine, version: int | None, process: Server | None) -> Replica:
     try:
         await engine.settle(version)
-        return Started(engine, await engine.info(), process)
+        return Replica(engine, await engine.info(), process)
     except BaseException:
         await engine.close()
         raise

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from millrace.types import Segment
+from millrace.types import VersionSpan
 
 
 def decode_version(text: str) -> int | None:
@@ -11,15 +11,15 @@ def decode_version(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def decode_spans(spans: Iterable[Mapping[str, Any]], length: int) -> tuple[Segment, ...]:
+def decode_spans(spans: Iterable[Mapping[str, Any]], length: int) -> tuple[VersionSpan, ...]:
     """Which version made which of `length` tokens, from [{version, start, end}]. Raises ValueError where they do not
     cover the output without a gap."""
-    segments = tuple(Segment(decode_version(span["version"]), span["start"], span["end"]) for span in spans)
+    version_spans = tuple(VersionSpan(decode_version(span["version"]), span["start"], span["end"]) for span in spans)
     end = 0
-    for segment in segments:
-        if segment.start != end or segment.end <= segment.start:
+    for span in version_spans:
+        if span.start != end or span.end <= span.start:
             raise ValueError(f"the version spans {spans} have a gap or an empty span")
-        end = segment.end
+        end = span.end
     if end != length:
         raise ValueError(f"the version spans end at {end}, the output at {length}")
-    return segments
+    return version_spans

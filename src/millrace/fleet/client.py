@@ -9,20 +9,20 @@ from dataclasses import replace
 from millrace import arguments
 from millrace.engines.base import Engine
 from millrace.errors import ArgumentError, EngineFailed, EngineUnreachable, NoEngineError
-from millrace.fleet.journal import Journal
-from millrace.fleet.members import Members
-from millrace.fleet.membership import Snapshot
-from millrace.fleet.routing import Router, admissible, with_adapter
-from millrace.types import ANYWHERE, GenerateRequest, Generation, Placement
+from millrace.fleet.event_log import EventLog
+from millrace.fleet.replica_set import ReplicaSet
+from millrace.fleet.replica_state import Snapshot
+from millrace.fleet.routing import RoutingPolicy, admissible, with_lora
+from millrace.types import ANYWHERE, GenerateRequest, Generation, RoutingContext
 
 
 class FleetClient:
     """All methods belong to one event loop. Requests in flight are counted here: those of this process."""
 
-    def __init__(self, members: Members, journal: Journal, seed: int) -> None:
-        self.journal = journal
+    def __init__(self, members: ReplicaSet, event_log: EventLog, seed: int) -> None:
+        self.event_log = event_log
         self.members = members
-        self._router = Router(seed)
+        self._router = RoutingPolicy(seed)
         self._outstanding: Counter[str] = Counter()
 
     @property
@@ -72,20 +72,20 @@ class FleetClient:
         await self.members.until(lambda: bool(self.snapshot.routable), deadline)
 
     async def generate(
-        self, request: GenerateRequest, *, deadline: float, placement: Placement = ANYWHERE
+        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE
     ) -> Generation:
         """Sends the request to the engine that suits it best (docs/routing.md), and waits for one where all sleep, are
-        being updated or started anew, or have none of the versions that `placement` admits.
+        being updated or started anew, or have none of the versions that `routing` admits.
 
         Raises NoEngineError when none may serve it by the deadline or none is left, and the engine's own EngineError
         otherwise; a request that failed on an engine is not sent again by this method. `deadline` is in seconds; 0
         or less has passed. Raises ArgumentError for arguments of the wrong type.
         """
         self._require_open(deadline)
-        for name, value, kind in (("request", request, GenerateRequest), ("placement", placement, Placement)):
+        for name, value, kind in (("request", request, GenerateRequest), ("routing", routing, RoutingContext)):
             if not isinstance(value, kind):
                 raise ArgumentError(f"{name} must be a {kind.__name__}, and is {arguments.shown(value)}")
-        return await self._generate(request, placement, deadline)
+        return await self._generate(request, routing, deadline)
 
     def _require_open(self, deadline: float = 0.0) -> None:
         """Raises NoEngineError where the fleet is closed, and ArgumentError for a deadline that is not a number."""
@@ -93,27 +93,27 @@ class FleetClient:
             raise NoEngineError.closed()
         arguments.real("deadline", deadline)
 
-    async def _generate(self, request: GenerateRequest, placement: Placement, deadline: float) -> Generation:
+    async def _generate(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
         """By whichever way; this is the one that there always is."""
-        return await self._straight(request, placement, deadline)
+        return await self._straight(request, routing, deadline)
 
-    async def _straight(self, request: GenerateRequest, placement: Placement, deadline: float) -> Generation:
+    async def _straight(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
         """To the engine that is chosen here."""
         end = time.monotonic() + deadline
-        with self.journal.waiting():
-            name = await self._route(request, placement, deadline)
+        with self.event_log.waiting():
+            name = await self._route(request, routing, deadline)
         member, own = self.snapshot.get(name), "lora_path" in request.extra
-        adapter = None if own else member.adapter
-        if adapter is not None:
-            request = replace(request, extra={**request.extra, "lora_path": adapter})
+        lora = None if own else member.lora
+        if lora is not None:
+            request = replace(request, extra={**request.extra, "lora_path": lora})
         tokens = len(request.input_ids) + request.sampling.max_new_tokens
         self._outstanding[name] += tokens
         try:
-            with self.journal.request(name) as asked, self._using(name, adapter, request.request_id):
+            with self.event_log.request(name) as asked, self._using(name, lora, request.request_id):
                 left = end - time.monotonic()
                 made = asked.made = await self.members.replicas[name].engine.generate(request, deadline=left)
             await self.members.answered(name)
-            return made if adapter is None else with_adapter(made, member.version)
+            return made if lora is None else with_lora(made, member.version)
         except (EngineUnreachable, EngineFailed) as error:
             await self.members.suspect(name, error)
             raise
@@ -122,14 +122,14 @@ class FleetClient:
             if not self._outstanding[name]:
                 await self.members.tell()
 
-    async def _route(self, request: GenerateRequest, placement: Placement, deadline: float) -> str:
-        wanted = placement.describe()
-        await self.members.until(lambda: bool(admissible(self.snapshot, placement)), deadline, wanted)
-        choice = self._router.choose(self.snapshot, self._outstanding, request, placement)
+    async def _route(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> str:
+        wanted = routing.describe()
+        await self.members.until(lambda: bool(admissible(self.snapshot, routing)), deadline, wanted)
+        choice = self._router.choose(self.snapshot, self._outstanding, request, routing)
         assert choice is not None
-        self.journal.routed(choice.why)
+        self.event_log.routed(choice.why)
         return choice.engine
 
-    def _using(self, engine: str, adapter: str | None, request_id: str) -> AbstractContextManager[None]:  # noqa: ARG002
+    def _using(self, engine: str, lora: str | None, request_id: str) -> AbstractContextManager[None]:  # noqa: ARG002
         """What has to be kept for the request as long as it runs."""
         return nullcontext()

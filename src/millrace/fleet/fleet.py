@@ -9,26 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace import arguments
-from millrace.engines.start import Started
+from millrace.engines.start import Replica
 from millrace.errors import ArgumentError, EnginesLost, NoEngineError, PublishError
 from millrace.fleet.client import FleetClient
-from millrace.fleet.held import Tensors
-from millrace.fleet.journal import Journal
-from millrace.fleet.kv_feed import Feeds
-from millrace.fleet.members import Members
-from millrace.fleet.membership import Attested, Member, Phase, Slept, Woke
-from millrace.fleet.proxy import Proxy
-from millrace.fleet.roster import Roster
-from millrace.fleet.turnover import BUCKET_BYTES, CATCH_UP_DEADLINE, Turnover
+from millrace.fleet.event_log import EventLog
+from millrace.fleet.external_router import ExternalRouter
+from millrace.fleet.kv_feed import KVEventFeeds
+from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE, Lifecycle
+from millrace.fleet.owned_replica_set import OwnedReplicaSet
+from millrace.fleet.replica_set import ReplicaSet
+from millrace.fleet.replica_state import Attested, Phase, ReplicaState, Slept, Woke
+from millrace.fleet.republish import Tensors
 from millrace.fleet.versions import Origin, Versions
 from millrace.types import (
     ALL_MEMORY,
-    AdapterConfig,
     Capability,
     GenerateRequest,
     Generation,
+    LoraConfig,
     MemoryTag,
-    Placement,
+    RoutingContext,
 )
 from millrace.weights.cast import Dtypes, dtypes_of, folder_checksums_as
 from millrace.weights.publisher import PublishReport
@@ -47,65 +47,67 @@ class Fleet(FleetClient):
 
     def __init__(
         self,
-        replicas: Sequence[Started],
+        replicas: Sequence[Replica],
         transport: Transport | None,
         store: "VersionStore | None" = None,
-        start: Callable[[int], Awaitable[Started]] | None = None,
+        start: Callable[[int], Awaitable[Replica]] | None = None,
         restarts: int = 0,
-        journal: Journal | None = None,
+        event_log: EventLog | None = None,
         seed: int = 0,
         *,
         frozen: bool = False,
     ) -> None:
-        journal = journal if journal is not None else Journal()
-        self._roster = Roster(replicas, journal, self._moved, self._listening)
-        super().__init__(self._roster, journal, seed)
-        self._feeds = Feeds(self._router)
-        self._versions = Versions(transport, store, self._roster.apply, frozen=frozen)
-        self.proxy: Proxy | None = None
-        self._turnover = Turnover(
-            self._roster,
+        event_log = event_log if event_log is not None else EventLog()
+        self._replicas = OwnedReplicaSet(replicas, event_log, self._moved, self._listening)
+        super().__init__(self._replicas, event_log, seed)
+        self._feeds = KVEventFeeds(self._router)
+        self._versions = Versions(transport, store, self._replicas.apply, frozen=frozen)
+        self.external_router: ExternalRouter | None = None
+        self._lifecycle = Lifecycle(
+            self._replicas,
             self._versions,
             start,
             restarts,
             awake=self._weights_awake,
-            idle=lambda name: not (self._outstanding[name] or (self.proxy is not None and self.proxy.uses(name))),
+            idle=lambda name: (
+                not (self._outstanding[name] or (self.external_router is not None and self.external_router.uses(name)))
+            ),
         )
 
     @classmethod
     @asynccontextmanager
     async def open(
         cls,
-        replicas: Sequence[Started],
+        replicas: Sequence[Replica],
         transport: Transport | None,
         store: "VersionStore | None" = None,
-        start: Callable[[int], Awaitable[Started]] | None = None,
+        start: Callable[[int], Awaitable[Replica]] | None = None,
         restarts: int = 0,
-        journal: Journal | None = None,
+        event_log: EventLog | None = None,
         seed: int = 0,
         *,
         frozen: bool = False,
-        router: "Callable[[Members, Journal], AbstractAsyncContextManager[Proxy]] | None" = None,
+        router: "Callable[[ReplicaSet, EventLog], AbstractAsyncContextManager[ExternalRouter]] | None" = None,
     ) -> "AsyncIterator[Fleet]":
         """Watches the replicas' processes as long as the block runs, and in the end closes the transport, the store,
         the engines' connections and the processes. `store` keeps what is published; `start` starts the replica of that
         number anew, which happens by itself so many times in a row (`restarts`); `seed` draws the order in which equal
         engines are chosen. A `frozen` fleet is never published to. `router` opens one of others' that stands before the
         engines."""
-        fleet = cls(replicas, transport, store, start, restarts, journal, seed, frozen=frozen)
-        fleet._turnover.begin()
+        fleet = cls(replicas, transport, store, start, restarts, event_log, seed, frozen=frozen)
+        fleet._lifecycle.begin()
         try:
             if router is None:
                 yield fleet
                 return
-            async with router(fleet._roster, fleet.journal) as fleet.proxy:
+            async with router(fleet._replicas, fleet.event_log) as fleet.external_router:
                 yield fleet
         finally:
-            fleet._roster.closed = True
-            await fleet._turnover.close()
+            fleet._replicas.closed = True
+            await fleet._lifecycle.close()
             fleet._feeds.close()
             await fleet._versions.close()
-            await asyncio.gather(*(replica.end() for replica in fleet._roster.replicas.values()))
+            await asyncio.gather(*(replica.end() for replica in fleet._replicas.replicas.values()))
 
     async def publish(
         self,
@@ -142,11 +144,11 @@ class Fleet(FleetClient):
         self._require_open(deadline)
         version = _version(version)
         while True:
-            await self._roster.recovered()
-            await self._roster.until(lambda: self.snapshot.usable, deadline)
+            await self._replicas.recovered()
+            await self._replicas.until(lambda: self.snapshot.usable, deadline)
             left_out = self._left_out()
             try:
-                with self._interrupting(), self.journal.publishing(version) as publishing:
+                with self._interrupting(), self.event_log.publishing(version) as publishing:
                     report = publishing.report = await self._versions.publish(
                         tensors,
                         version,
@@ -158,26 +160,26 @@ class Fleet(FleetClient):
                 return replace(report, left_out=left_out)
             except EnginesLost as error:
                 for lost in error.errors:  # until this is known, none of them is being started again
-                    await self._roster.suspect(lost.engine, lost)
+                    await self._replicas.suspect(lost.engine, lost)
                 if isinstance(tensors, Iterator) or not self.members.coming:
                     raise
                 logger.warning("%s; it is published again when an engine is back", error)
 
-    async def publish_adapter(
+    async def publish_lora(
         self,
         tensors: "Iterable[tuple[str, torch.Tensor]]",
         version: int,
         *,
-        config: AdapterConfig,
+        config: LoraConfig,
         deadline: float = 60.0,
         require_finite: bool = True,
     ) -> PublishReport:
         """Brings a LoRA adapter over the last whole version into every usable engine, while these go on generating.
 
         `tensors` are named as PEFT does, `base_model.model.MODULE.lora_A.weight` and `lora_B`. Requests that begin when
-        an engine has it are made with it, and their segments say `version`; those that run end with what they began
-        with. Two adapters at most are loaded in an engine: where requests still run with the one before the last, it is
-        waited for them for half of `deadline`, and then they are aborted.
+        an engine has it use it, and their version spans say `version`. Running requests end with the weights that they
+        began with. At most two adapters are loaded in an engine. If requests still run with the one before the last,
+        the publish waits for them for half of `deadline`, and then aborts them.
 
         An engine that does not take the adapter is out of rotation and named in the report; where it only said no, it
         serves again after the next one. PublishError is raised, and what served before goes on serving, when the
@@ -186,11 +188,11 @@ class Fleet(FleetClient):
         """
         self._require_open(deadline)
         version = _version(version)
-        if not isinstance(config, AdapterConfig):
-            raise ArgumentError(f"config must be an AdapterConfig, and is {arguments.shown(config)}")
+        if not isinstance(config, LoraConfig):
+            raise ArgumentError(f"config must be a LoraConfig, and is {arguments.shown(config)}")
         left_out = self._left_out()
-        with self.journal.publishing(version, adapter=True) as publishing:
-            report = publishing.report = await self._versions.publish_adapter(
+        with self.event_log.publishing(version, lora=True) as publishing:
+            report = publishing.report = await self._versions.publish_lora(
                 tensors,
                 version,
                 self._targets,
@@ -211,7 +213,7 @@ class Fleet(FleetClient):
             raise PublishError(f"the weights of {', '.join(asleep)} are asleep; wake them before publishing")
         if not members:
             raise NoEngineError(f"no engine is left to publish to: {self.snapshot.describe()}")
-        replicas = [self._roster.replicas[member.name] for member in members]
+        replicas = [self._replicas.replicas[member.name] for member in members]
         return [PublishTarget(replica.engine, replica.info) for replica in replicas]
 
     async def restart(
@@ -222,19 +224,19 @@ class Fleet(FleetClient):
         after the next publish. Raises LaunchError where it does not come up, PublishError where it does not take the
         version, and NoEngineError where the fleet does not start its engines."""
         self._require_open(deadline)
-        await self._turnover.restart(name, bucket_bytes, deadline)
+        await self._lifecycle.restart(name, bucket_bytes, deadline)
 
     async def add(self, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> str:
         """Starts one more engine like the others, and brings it what these serve before its first request, as `restart`
         does. Returns its name."""
         self._require_open(deadline)
-        return await self._turnover.add(bucket_bytes, deadline)
+        return await self._lifecycle.add(bucket_bytes, deadline)
 
     async def remove(self, name: str, *, deadline: float = 60.0) -> None:
         """Takes an engine out: it gets no more requests, ends those that it has, for which it gets `deadline` seconds
         before they are aborted, and its process is ended."""
         self._require_open(deadline)
-        await self._turnover.remove(name, deadline)
+        await self._lifecycle.remove(name, deadline)
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY, *, interrupt: bool = False) -> None:
         """Puts every usable engine to sleep, after what runs there has ended, or with `interrupt` has been aborted. One
@@ -245,26 +247,26 @@ class Fleet(FleetClient):
         self._require_open()
         if self.frozen and MemoryTag.WEIGHTS in what:
             self._require_own_folder()
-        self._roster.asleep |= what
+        self._replicas.asleep |= what
         if MemoryTag.WEIGHTS in what:
             self._versions.let_go()
         # Out of rotation first: a request that came between the drain and the release would fail.
         for member in self.snapshot.members:
-            await self._roster.apply(member.name, Slept(what))
+            await self._replicas.apply(member.name, Slept(what))
         async with self._versions.changing:
             if interrupt:
-                await self._roster.each(lambda replica: replica.engine.abort())
-            await self._roster.each(lambda replica: replica.engine.sleep(what))
+                await self._replicas.each(lambda replica: replica.engine.abort())
+            await self._replicas.each(lambda replica: replica.engine.sleep(what))
 
     async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Wakes every usable engine. One whose weights slept serves again after the next publish."""
         self._require_open()
         async with self._versions.changing:
-            await self._roster.each(lambda replica: replica.engine.wake(what))
-            self._roster.asleep -= what
-        await self._roster.tell()
+            await self._replicas.each(lambda replica: replica.engine.wake(what))
+            self._replicas.asleep -= what
+        await self._replicas.tell()
         for member in self.snapshot.members:
-            await self._roster.apply(member.name, Woke(what))
+            await self._replicas.apply(member.name, Woke(what))
 
     @property
     def dtypes(self) -> Dtypes | None:
@@ -287,13 +289,13 @@ class Fleet(FleetClient):
         await self.wake(frozenset({MemoryTag.WEIGHTS}))
         empty = [m.name for m in self.snapshot.members if m.usable and m.version is None]
         if empty:
-            replicas = [self._roster.replicas[name] for name in empty]
+            replicas = [self._replicas.replicas[name] for name in empty]
             targets = [PublishTarget(replica.engine, replica.info) for replica in replicas]
             await self._versions.restore(targets, bucket_bytes, deadline)
         await self.wake(frozenset({MemoryTag.KV_CACHE}))
 
     def _require_own_folder(self) -> None:
-        replicas = self._roster.replicas.values()
+        replicas = self._replicas.replicas.values()
         if lacking := [r.engine.name for r in replicas if Capability.UPDATE_FROM_DISK not in r.info.capabilities]:
             raise PublishError(
                 f"{', '.join(lacking)} can't read weights anew from a folder (a quantising SGLang can't), so that they "
@@ -305,27 +307,32 @@ class Fleet(FleetClient):
         `folder`. A tensor that the engine makes while loading (fused, tied) has no counterpart and is not compared; the
         log names it. An engine that has no checksums to compare is taken at its word, if it was started here and names
         this folder. `checksums` are the folder's; they are compared as they are in the engines' dtype."""
-        infos = [replica.info for replica in self._roster.replicas.values()]
+        infos = [replica.info for replica in self._replicas.replicas.values()]
         dtypes = await asyncio.to_thread(dtypes_of, infos[0], folder)
         if any(Capability.CHECKSUMS in info.capabilities for info in infos):
             checksums = await asyncio.to_thread(folder_checksums_as, dtypes, folder, checksums)
         origin = Origin(checksums, version, folder, dtypes)
-        await self._roster.each(lambda replica: self._versions.compare(replica, origin, Attested(version)))
+        await self._replicas.each(lambda replica: self._versions.compare(replica, origin, Attested(version)))
         self._versions.begin_with(origin)
 
-    def _moved(self, before: Member, member: Member) -> None:
+    def _idle(self, name: str) -> bool:
+        """Return whether no request from this process is on the engine."""
+        routed = self.external_router is not None and self.external_router.uses(name)
+        return not (self._outstanding[name] or routed)
+
+    def _moved(self, before: ReplicaState, member: ReplicaState) -> None:
         if not member.routable or member.version != before.version:
             self._router.forget(member.name)
-        self._turnover.moved(member)
+        self._lifecycle.moved(member)
 
-    def _listening(self, started: Started) -> AbstractAsyncContextManager[None]:
+    def _listening(self, started: Replica) -> AbstractAsyncContextManager[None]:
         return self._feeds.listening(started.engine.name, started.kv_events)
 
-    async def _generate(self, request: GenerateRequest, placement: Placement, deadline: float) -> Generation:
+    async def _generate(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
         self._require_published()
-        if self.proxy is None:
-            return await self._straight(request, placement, deadline)
-        return await self.proxy.generate(request, placement, deadline=deadline, direct=self._straight)
+        if self.external_router is None:
+            return await self._straight(request, routing, deadline)
+        return await self.external_router.generate(request, routing, deadline=deadline, direct=self._straight)
 
     def _require_published(self) -> None:
         """Raises NoEngineError where all engines are up and awake, and wait for the first publish."""
@@ -337,14 +344,14 @@ class Fleet(FleetClient):
             )
 
     def _interrupting(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.proxy is None else self.proxy.publishing()
+        return nullcontext() if self.external_router is None else self.external_router.publishing()
 
-    def _using(self, engine: str, adapter: str | None, request_id: str) -> AbstractContextManager[None]:
-        return self._versions.adapters.using(engine, adapter, request_id)
+    def _using(self, engine: str, lora: str | None, request_id: str) -> AbstractContextManager[None]:
+        return self._versions.loras.using(engine, lora, request_id)
 
     async def _weights_awake(self) -> None:
-        async with self._roster.changed:
-            await self._roster.changed.wait_for(lambda: MemoryTag.WEIGHTS not in self._roster.asleep)
+        async with self._replicas.changed:
+            await self._replicas.changed.wait_for(lambda: MemoryTag.WEIGHTS not in self._replicas.asleep)
 
 
 def _version(version: object) -> int:

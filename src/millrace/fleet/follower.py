@@ -11,13 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 from millrace.engines.reach import Address, reach
 from millrace.errors import EngineError, EngineFailed
 from millrace.fleet.client import FleetClient
-from millrace.fleet.journal import Journal
-from millrace.fleet.members import Members
-from millrace.fleet.membership import STRIKES, Member, Snapshot, Struck, after
+from millrace.fleet.event_log import EventLog
+from millrace.fleet.replica_set import ReplicaSet
+from millrace.fleet.replica_state import MAX_FAILURES, CallFailed, ReplicaState, Snapshot, after
 from millrace.http.client import HttpClient
 from millrace.http.hosts import require_known
 from millrace.http.local import raise_file_limit
-from millrace.types import ANYWHERE, FinishReason, GenerateRequest, Generation, MemoryTag, Placement
+from millrace.types import ANYWHERE, FinishReason, GenerateRequest, Generation, MemoryTag, RoutingContext
 
 POLL_SECONDS = 20.0  # that the owner keeps a question when nothing changes
 ANSWER_DEADLINE = 10.0
@@ -31,7 +31,7 @@ class FleetState:
     """What the owner of a fleet tells those that follow it. `number` is its snapshot's."""
 
     number: int
-    members: tuple[Member, ...]
+    members: tuple[ReplicaState, ...]
     coming: tuple[str, ...]
     asleep: tuple[MemoryTag, ...]
     engines: tuple[Address, ...]
@@ -45,7 +45,7 @@ class Failure:
     reason: str
 
 
-class Followed(Members):
+class Followed(ReplicaSet):
     """What the owner at `url` said last. It goes on routing from that while the owner does not answer."""
 
     def __init__(self, url: str, key: str) -> None:
@@ -62,7 +62,9 @@ class Followed(Members):
             await self.refresh()
         except EngineError as silence:
             logger.warning("%s is suspect, and %s", name, silence)
-            members = (after(m, Struck(str(error), STRIKES)) if m.name == name else m for m in self.snapshot.members)
+            members = (
+                after(m, CallFailed(str(error), MAX_FAILURES)) if m.name == name else m for m in self.snapshot.members
+            )
             await self.show(Snapshot(self.snapshot.number, tuple(members)))
 
     async def answered(self, name: str) -> None:
@@ -118,14 +120,14 @@ class Followed(Members):
 class Follower(FleetClient):
     """Made by `Follower.open`. What it can't: publish, sleep, wake, start and end engines, which is its owner's."""
 
-    def __init__(self, followed: Followed, journal: Journal, seed: int) -> None:
-        super().__init__(followed, journal, seed)
+    def __init__(self, followed: Followed, event_log: EventLog, seed: int) -> None:
+        super().__init__(followed, event_log, seed)
         self._followed = followed
 
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, url: str, key: str, *, journal: Journal | None = None, seed: int = 0
+        cls, url: str, key: str, *, event_log: EventLog | None = None, seed: int = 0
     ) -> "AsyncIterator[Follower]":
         """Follows the fleet whose owner answers at `url` to those who know `key` (`millrace.serve.owner`). Raises
         EngineError where it does not, and ConfigError where the host of `url` is not known."""
@@ -136,7 +138,7 @@ class Follower(FleetClient):
         try:
             await followed.refresh()
             following = asyncio.create_task(followed.follow())
-            yield cls(followed, journal if journal is not None else Journal(), seed)
+            yield cls(followed, event_log if event_log is not None else EventLog(), seed)
         finally:
             followed.closed = True
             if following is not None:
@@ -145,9 +147,9 @@ class Follower(FleetClient):
             await followed.close()
 
     async def generate(
-        self, request: GenerateRequest, *, deadline: float, placement: Placement = ANYWHERE
+        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE
     ) -> Generation:
-        made = await super().generate(request, deadline=deadline, placement=placement)
+        made = await super().generate(request, deadline=deadline, routing=routing)
         if made.finish_reason is FinishReason.ABORT:
             with suppress(EngineError):  # the owner is silent, which `follow` tells
                 await self._followed.refresh()  # so that `asleep` says whether the owner wanted it
@@ -155,7 +157,7 @@ class Follower(FleetClient):
 
     async def reached(self, version: int, *, deadline: float) -> None:
         """Waits until an engine serves `version` or a later one."""
-        wanted = Placement(min_version=version)
+        wanted = RoutingContext(min_version=version)
         await self.members.until(
             lambda: any(wanted.admits(m.version) for m in self.snapshot.routable.values()), deadline, wanted.describe()
         )

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from millrace.engines.stock.kv_events import MalformedEvents, decode
-from millrace.fleet.routing import Router
+from millrace.fleet.routing import RoutingPolicy
 
 if TYPE_CHECKING:
     import zmq.asyncio
@@ -17,10 +17,10 @@ MOST_BYTES = 64 * 2**20  # of one message
 logger = logging.getLogger(__name__)
 
 
-class Feeds:
+class KVEventFeeds:
     """One for each engine that publishes; `listening` is its owner, and `close` comes after all of them."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: RoutingPolicy) -> None:
         self._router = router
         self._context: zmq.asyncio.Context | None = None
 

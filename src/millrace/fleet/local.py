@@ -22,12 +22,12 @@ from millrace.config.models import (
     VLLMEngineConfig,
 )
 from millrace.config.routers import RouterConfig, SGLangRouterConfig, VLLMRouterConfig, check_router
-from millrace.engines.start import API_KEY, Started, start
+from millrace.engines.start import API_KEY, Replica, start
 from millrace.errors import ConfigError, LaunchError, PublishError
+from millrace.fleet.event_log import EventLog
+from millrace.fleet.external_router import ExternalRouter
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.journal import Journal
-from millrace.fleet.members import Members
-from millrace.fleet.proxy import Proxy
+from millrace.fleet.replica_set import ReplicaSet
 from millrace.fleet.starting import start_all
 from millrace.http.hosts import require_known
 from millrace.http.local import raise_file_limit
@@ -36,7 +36,7 @@ from millrace.launch.ports import is_here
 from millrace.routers.start import start_router
 from millrace.weights.cast import require_one_dtype
 from millrace.weights.folder import folder_checksums
-from millrace.weights.transports.choice import Sight, choose, in_common, make
+from millrace.weights.transports.choice import TransportCandidate, choose, in_common, make
 
 if TYPE_CHECKING:
     from millrace.weights.store import VersionStore
@@ -58,9 +58,9 @@ async def open_fleet(
     transport: TransportName = "auto",
     folder: str | Path | None = None,
     keep: int = 2,
-    couriers: Sequence[str] = (),
+    sidecars: Sequence[str] = (),
     restarts: int = 0,
-    journal: Journal | None = None,
+    event_log: EventLog | None = None,
     frozen: bool = False,
     prefix: str | None = None,
     router: RouterConfig | None = None,
@@ -70,11 +70,11 @@ async def open_fleet(
 
     In rotation are those whose weights have the folder's checksums or, where an engine can't tell, that were started
     from this folder; another serves after its first publish. Logs go to `log_dir`. `transport` is how weights are
-    published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay; `couriers` are for `delta` and
-    `ucx`, and their key is read from MILLRACE_COURIER_KEY (docs/weights.md). An engine that dies, hangs or holds other
+    published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay; `sidecars` are for `delta` and
+    `ucx`, and their key is read from MILLRACE_SIDECAR_KEY (docs/weights.md). An engine that dies, hangs or holds other
     weights than it should is started anew up to `restarts` times in a row (docs/faults.md).
-    What happens is told to `journal` (docs/monitoring.md), which the caller closes. A `frozen` fleet is never published
-    to (docs/judges.md). Engines are called `PREFIX-0` and so on, by default after their kind. `router` stands before
+    Events go to `event_log` (docs/monitoring.md), which the caller closes. A `frozen` fleet is never published to
+    (docs/judges.md). Engines are called `PREFIX-0` and so on, by default after their kind. `router` stands before
     them (docs/routers.md). The soft limit of open files of this process is raised to the hard one (docs/faults.md).
 
     Raises LaunchError when an engine does not come up (the others are ended), DataError when the folder is not a
@@ -86,7 +86,7 @@ async def open_fleet(
     model, logs = arguments.path("model_path", model_path), arguments.path("log_dir", log_dir)
     version, seed = arguments.whole("version", version), arguments.whole("seed", seed)
     keep, restarts = arguments.whole("keep", keep), arguments.whole("restarts", restarts)
-    couriers = arguments.texts("couriers", couriers)
+    sidecars = arguments.texts("sidecars", sidecars)
     place = None if folder is None else arguments.location("folder", folder)
     if transport not in get_args(TransportName):
         raise ConfigError(f"transport {transport!r} is not known; valid here: {', '.join(get_args(TransportName))}")
@@ -99,7 +99,7 @@ async def open_fleet(
         await require_known("engine.urls", engine.urls or ())
     if router is not None and router.url is not None:
         await require_known("router.url", [router.url])
-    await require_known("publish.couriers", couriers)
+    await require_known("publish.sidecars", sidecars)
     raise_file_limit()
     checksums = await asyncio.to_thread(folder_checksums, model)
     store = None
@@ -114,7 +114,7 @@ async def open_fleet(
     if transport == "nccl" and isinstance(engine, SGLangEngineConfig):
         engine = engine.model_copy(update={"env": {**agreeing_on_memory(os.environ), **engine.env}})
 
-    async def start_one(replica: int) -> Started:
+    async def start_one(replica: int) -> Replica:
         require_place(engine, replica)
         return await start(
             engine,
@@ -132,13 +132,13 @@ async def open_fleet(
     try:
         if not frozen:
             require_one_dtype(started)
-        chosen = None if frozen else transport_for(transport, started, store, couriers)
+        chosen = None if frozen else transport_for(transport, started, store, sidecars)
     except BaseException:
         await asyncio.gather(*(one.end() for one in started))
         raise
     before = None if router is None else partial(_before, router, key, logs)
     async with Fleet.open(
-        started, chosen, store, start_one, restarts, journal, seed, frozen=frozen, router=before
+        started, chosen, store, start_one, restarts, event_log, seed, frozen=frozen, router=before
     ) as fleet:
         await fleet.attest(checksums, version, model)
         if frozen:  # who was started by somebody else may hold anything, and no publish will change that
@@ -164,11 +164,11 @@ def router_config(router: object) -> RouterConfig | None:
     return found
 
 
-def _validated(name: str, adapter: "TypeAdapter[Any]", value: object, example: str) -> Any:
+def _validated(name: str, lora: "TypeAdapter[Any]", value: object, example: str) -> Any:
     if not isinstance(value, str | Mapping):
         raise ConfigError(f"{name} must be a config such as {example}, and is {arguments.shown(value)}")
     try:
-        return adapter.validate_python(value)
+        return lora.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (name, *first["loc"])))
@@ -193,13 +193,13 @@ def _before(
     config: SGLangRouterConfig | VLLMRouterConfig,
     engine_key: str | None,
     log_dir: Path,
-    members: Members,
-    journal: Journal,
-) -> AbstractAsyncContextManager[Proxy]:
+    members: ReplicaSet,
+    event_log: EventLog,
+) -> AbstractAsyncContextManager[ExternalRouter]:
     """The router before these engines."""
-    return Proxy.open(
+    return ExternalRouter.open(
         members,
-        journal,
+        event_log,
         partial(start_router, config, log_dir=log_dir, engine_key=engine_key),
         fallback=config.fallback == "direct",
         restarts=config.restarts,
@@ -215,36 +215,40 @@ def _shared_key(config: EngineConfig, router: SGLangRouterConfig | VLLMRouterCon
 
 
 def transport_for(
-    wanted: TransportName, engines: Sequence[Started], store: "VersionStore | None", couriers: Sequence[str] = ()
+    wanted: TransportName, engines: Sequence[Replica], store: "VersionStore | None", sidecars: Sequence[str] = ()
 ) -> "Transport | None":
     """How this process hands tensors to these engines, which it logs; None where there is no way that all of them have.
     Raises PublishError where the one that is wanted is not possible."""
-    if wanted == "auto" and store is None and not couriers and find_spec("torch") is None:
+    if wanted == "auto" and store is None and not sidecars and find_spec("torch") is None:
         logger.info("weights can't be published from here: torch is not installed (pip install 'millrace[train]')")
         return None
     with needs_extra("publishing weights"):
         import torch
 
-    sights = [Sight(one.engine.name, is_here(one.engine.url), one.info.capabilities) for one in engines]
-    if wanted == "auto" and couriers and store is not None:
-        raise PublishError("couriers can bring weights by delta, from the store, and by ucx; say which it is to be")
+    candidates = [
+        TransportCandidate(one.engine.name, is_here(one.engine.url), one.info.capabilities) for one in engines
+    ]
+    if wanted == "auto" and sidecars and store is not None:
+        raise PublishError("sidecars can bring weights by delta, from the store, and by ucx; say which it is to be")
     choice = choose(
         wanted,
-        sights,
+        candidates,
         trainer_has_gpu=torch.cuda.is_available(),
         folder=store is not None and store.shared,
-        couriers=bool(couriers),
+        sidecars=bool(sidecars),
     )
     logger.info("weights go by %s: %s", choice.name, choice.why)
     if choice.name is None:
         return None
     if choice.name not in ("delta", "ucx"):
-        if couriers:
-            raise PublishError(f"couriers bring weights by delta or ucx, and they go by {choice.name}")
-        return make(choice.name, in_common(sights), store=store, here=all(sight.here for sight in sights))
-    from millrace.weights.courier.server import COURIER_KEY
-    from millrace.weights.transports.couriers import assign
+        if sidecars:
+            raise PublishError(f"sidecars bring weights by delta or ucx, and they go by {choice.name}")
+        return make(
+            choice.name, in_common(candidates), store=store, here=all(candidate.here for candidate in candidates)
+        )
+    from millrace.weights.sidecar.server import SIDECAR_KEY
+    from millrace.weights.transports.sidecars import assign
 
-    assigned = assign({one.engine.name: one.engine.url for one in engines}, couriers)
-    key = os.environ.get(COURIER_KEY)
-    return make(choice.name, in_common(sights), store=store, couriers=assigned, courier_key=key)
+    assigned = assign({one.engine.name: one.engine.url for one in engines}, sidecars)
+    key = os.environ.get(SIDECAR_KEY)
+    return make(choice.name, in_common(candidates), store=store, sidecars=assigned, sidecar_key=key)

@@ -6,8 +6,8 @@ import time
 from collections.abc import Awaitable, Callable
 
 from millrace.errors import MillraceError
-from millrace.fleet.membership import STRIKES, Answered, Died, Phase, Struck
-from millrace.fleet.roster import Roster
+from millrace.fleet.owned_replica_set import OwnedReplicaSet
+from millrace.fleet.replica_state import MAX_FAILURES, Answered, CallFailed, Died, Phase
 from millrace.types import Health
 
 PROBE_SECONDS = 2.0
@@ -33,12 +33,12 @@ class Recovery:
 
     def __init__(
         self,
-        roster: Roster,
+        replica_set: OwnedReplicaSet,
         limit: int,
         restart: Callable[[str], Awaitable[None]],
         awake: Callable[[], Awaitable[None]],
     ) -> None:
-        self._roster, self._limit, self._restart, self._awake = roster, limit, restart, awake
+        self._replicas, self._limit, self._restart, self._awake = replica_set, limit, restart, awake
         self._attempts: dict[str, int] = {}
         self._served_since: dict[str, float] = {}
         self._silent_since: dict[str, float] = {}
@@ -63,7 +63,7 @@ class Recovery:
         if time.monotonic() - self._served_since.pop(name, time.monotonic()) > SETTLED_SECONDS:
             self._attempts.pop(name, None)
         if self._attempts.get(name, 0) < self._limit:
-            self._roster.coming.add(name)
+            self._replicas.coming.add(name)
             self._restarts[name] = asyncio.create_task(self._bring_back(name))
 
     async def forget(self, name: str) -> None:
@@ -71,7 +71,7 @@ class Recovery:
         if (task := self._restarts.pop(name, None)) is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            self._roster.coming.discard(name)  # a task that had not begun has not done it
+            self._replicas.coming.discard(name)  # a task that had not begun has not done it
         for known in (self._attempts, self._served_since, self._silent_since):
             known.pop(name, None)
 
@@ -86,7 +86,7 @@ class Recovery:
                 except MillraceError as error:
                     logger.error("%s did not come back (%d of %d): %s", name, attempt + 1, self._limit, error)
                     continue
-                if not self._roster.snapshot.get(name).usable:
+                if not self._replicas.snapshot.get(name).usable:
                     continue
                 self._served_since[name] = time.monotonic()
                 logger.warning("%s was started anew (%d of %d)", name, attempt + 1, self._limit)
@@ -94,32 +94,32 @@ class Recovery:
             logger.error("%s stays out: it was started anew %d times", name, self._limit)
         finally:
             self._restarts.pop(name, None)
-            self._roster.coming.discard(name)
-            await self._roster.tell()
+            self._replicas.coming.discard(name)
+            await self._replicas.tell()
 
     async def _probe(self) -> None:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
-            members = self._roster.snapshot.members
+            members = self._replicas.snapshot.members
             asked = [m for m in members if m.phase in (Phase.READY, Phase.SUSPECT) and not m.asleep]
             await asyncio.gather(*(self._look_at(member.name) for member in asked))
 
     async def _look_at(self, name: str) -> None:
-        health = await self._roster.replicas[name].engine.health()
-        member = next((m for m in self._roster.snapshot.members if m.name == name), None)
+        health = await self._replicas.replicas[name].engine.health()
+        member = next((m for m in self._replicas.snapshot.members if m.name == name), None)
         if member is None or member.asleep:
             return
         if health is not Health.BUSY:
             self._silent_since.pop(name, None)
         if health is Health.DEAD:
-            await self._roster.apply(name, Struck("nothing takes connections at its port"))
+            await self._replicas.apply(name, CallFailed("nothing takes connections at its port"))
         elif health is Health.BUSY:
             silent = time.monotonic() - self._silent_since.setdefault(name, time.monotonic())
             reason = f"it has not answered for {silent:.0f} s"
             if silent >= HANG_SECONDS:
                 logger.error("%s: %s", name, reason)
-                await self._roster.apply(name, Died(reason) if self._limit else Struck(reason, STRIKES))
+                await self._replicas.apply(name, Died(reason) if self._limit else CallFailed(reason, MAX_FAILURES))
             elif silent >= SUSPECT_SECONDS:
-                await self._roster.apply(name, Struck(reason, STRIKES))
+                await self._replicas.apply(name, CallFailed(reason, MAX_FAILURES))
         elif health is not Health.UNKNOWN and member.phase is Phase.SUSPECT:
-            await self._roster.apply(name, Answered())
+            await self._replicas.apply(name, Answered())

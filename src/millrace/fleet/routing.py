@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from millrace.engines.stock.kv_events import KVEvent
-from millrace.fleet.membership import Member, Snapshot
 from millrace.fleet.prefixes import BLOCK_TOKENS, CachedPrefixes, prompt_blocks
-from millrace.types import ANYWHERE, GenerateRequest, Generation, Placement
+from millrace.fleet.replica_state import ReplicaState, Snapshot
+from millrace.types import ANYWHERE, GenerateRequest, Generation, RoutingContext
 
 SPILL = 2.0  # times what the least loaded would have with the request: who would have more is overloaded
 PREFIX_SHARE = 0.5  # of a prompt; a known system prompt alone would draw everything to the first engine
@@ -40,13 +40,13 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """An engine, and which of its lives: what it had computed before `Router.forget` counts no more."""
+    """An engine, and which of its lives: what it had computed before `RoutingPolicy.forget` counts no more."""
 
     engine: str
     life: int
 
 
-class Router:
+class RoutingPolicy:
     """Chooses, and remembers what it chose and was told: the same seed and the same calls give the same choices. Among
     equals the order is drawn from the seed, so that many ranks do not all begin with the same engine."""
 
@@ -63,23 +63,23 @@ class Router:
         snapshot: Snapshot,
         outstanding: Mapping[str, int],
         request: GenerateRequest,
-        placement: Placement = ANYWHERE,
+        routing: RoutingContext = ANYWHERE,
     ) -> Choice | None:
         """None where nobody may serve it. `outstanding`: of every engine, tokens of the requests that it has (prompts
         and room for output)."""
-        engines = admissible(snapshot, placement)
+        engines = admissible(snapshot, routing)
         if not engines:
             return None
         need = len(request.input_ids) + request.sampling.max_new_tokens
         least = min(map(outstanding.__getitem__, engines))
         blocks: list[int] = []
         why = Why.LEAST_LOADED
-        for affinity, engine in self._affine(request, placement, engines, outstanding, blocks):
+        for affinity, engine in self._affine(request, routing, engines, outstanding, blocks):
             if outstanding[engine] + need <= SPILL * (least + need):
-                return self._noted(Choice(engine, affinity), placement, self._unsaid(engines[engine], blocks))
+                return self._noted(Choice(engine, affinity), routing, self._unsaid(engines[engine], blocks))
             why = Why.SPILL
         idlest = min((engine for engine in engines if outstanding[engine] == least), key=self._rank)
-        return self._noted(Choice(idlest, why), placement, self._unsaid(engines[idlest], blocks))
+        return self._noted(Choice(idlest, why), routing, self._unsaid(engines[idlest], blocks))
 
     def forget(self, engine: str) -> None:
         """The engine has lost what it had computed: by other weights, by sleep or by its end."""
@@ -106,38 +106,38 @@ class Router:
     def _affine(
         self,
         request: GenerateRequest,
-        placement: Placement,
-        engines: Mapping[str, Member],
+        routing: RoutingContext,
+        engines: Mapping[str, ReplicaState],
         outstanding: Mapping[str, int],
         blocks: list[int],
     ) -> Iterator[tuple[Why, str]]:
         """Where it should go, the best first. Fills `blocks` if it comes to them: hashing costs most of all."""
-        for key in _keys(placement):
+        for key in _keys(routing):
             home = self._homes.get(key)
             if home is not None and home.engine in engines and home.life == self._lives.get(home.engine, 0):
                 yield key[0], home.engine
         blocks.extend(prompt_blocks(request.input_ids))
-        own_adapter = "lora_path" in request.extra
+        own_lora = "lora_path" in request.extra
         for index in range(len(blocks) - 1, -1, -1):
             if (index + 1) * BLOCK_TOKENS < PREFIX_SHARE * len(request.input_ids):
                 return
             known = self._blocks.get(blocks[index], {})
             there = [one for one, life in known.items() if one in engines and life == self._lives.get(one, 0)]
-            if not own_adapter:
+            if not own_lora:
                 told = self._cached.holders(blocks[index])
-                there += [one for one in told if one in engines and engines[one].adapter is None]
+                there += [one for one in told if one in engines and engines[one].lora is None]
             if there:
                 yield Why.PREFIX, min(there, key=lambda one: (outstanding[one], self._rank(one)))
                 return
 
-    def _unsaid(self, member: Member, blocks: list[int]) -> list[int]:
+    def _unsaid(self, member: ReplicaState, blocks: list[int]) -> list[int]:
         """What is to be noted of a prompt that goes there. Engines that tell need none of it, but for requests with a
         published adapter: what they say is of the model without one."""
-        return [] if member.adapter is None and member.name in self._cached else blocks
+        return [] if member.lora is None and member.name in self._cached else blocks
 
-    def _noted(self, choice: Choice, placement: Placement, blocks: Sequence[int]) -> Choice:
+    def _noted(self, choice: Choice, routing: RoutingContext, blocks: Sequence[int]) -> Choice:
         place = _Place(choice.engine, self._lives.get(choice.engine, 0))
-        for key in _keys(placement):
+        for key in _keys(routing):
             if choice.why is Why.SESSION and key[0] is Why.GROUP:  # the group's others may be elsewhere
                 continue
             self._homes[key] = place
@@ -158,23 +158,23 @@ class Router:
         return rank
 
 
-def admissible(snapshot: Snapshot, placement: Placement) -> Mapping[str, Member]:
+def admissible(snapshot: Snapshot, routing: RoutingContext) -> Mapping[str, ReplicaState]:
     """The engines that may serve it: ready, awake, and at a version that it admits."""
-    if placement.min_version is None and placement.exact_version is None:
+    if routing.min_version is None and routing.exact_version is None:
         return snapshot.routable
-    return {name: member for name, member in snapshot.routable.items() if placement.admits(member.version)}
+    return {name: member for name, member in snapshot.routable.items() if routing.admits(member.version)}
 
 
-def with_adapter(made: Generation, version: int | None) -> Generation:
+def with_lora(made: Generation, version: int | None) -> Generation:
     """What came of a request that was sent with the adapter of `version`, whose engine names the weights below it. They
     are older than the adapter; newer ones came whole in the meantime, and took it off."""
 
     def maker(said: int | None) -> int | None:
         return version if said is None or version is None or said < version else said
 
-    return replace(made, segments=tuple(replace(one, version=maker(one.version)) for one in made.segments))
+    return replace(made, version_spans=tuple(replace(one, version=maker(one.version)) for one in made.version_spans))
 
 
-def _keys(placement: Placement) -> list[tuple[Why, str]]:
-    named = ((Why.SESSION, placement.session), (Why.GROUP, placement.group))
+def _keys(routing: RoutingContext) -> list[tuple[Why, str]]:
+    named = ((Why.SESSION, routing.session), (Why.GROUP, routing.group))
     return [(why, name) for why, name in named if name is not None]

@@ -6,14 +6,14 @@ import time
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 
-from millrace.engines.start import Started
+from millrace.engines.start import Replica
 
 TELL_SECONDS = 5.0  # from one message about the engines that are not up to the next
 
 logger = logging.getLogger(__name__)
 
 
-async def start_all(starts: Mapping[str, Coroutine[object, object, Started]], log_dir: Path) -> Sequence[Started]:
+async def start_all(starts: Mapping[str, Coroutine[object, object, Replica]], log_dir: Path) -> Sequence[Replica]:
     """Runs `starts`, by the engines' names, and returns their engines in the same order. Every few seconds, the log
     names the engines that are not up. Raises what the first failed start raises; the others are ended then."""
     tasks = {name: asyncio.create_task(start, name=name) for name, start in starts.items()}
@@ -31,7 +31,7 @@ async def start_all(starts: Mapping[str, Coroutine[object, object, Started]], lo
         teller.cancel()
 
 
-async def _tell(tasks: Mapping[str, "asyncio.Task[Started]"], log_dir: Path) -> None:
+async def _tell(tasks: Mapping[str, "asyncio.Task[Replica]"], log_dir: Path) -> None:
     started = time.monotonic()
     while True:
         await asyncio.sleep(TELL_SECONDS)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
-from millrace.engines.start import Started
+from millrace.engines.start import Replica
 from millrace.errors import (
     DataError,
     EngineError,
@@ -22,16 +22,16 @@ from millrace.errors import (
     PublishError,
     WeightsChanged,
 )
-from millrace.fleet.adapters import Adapters
-from millrace.fleet.held import Held, Tensors, held_by, require_pairs
-from millrace.fleet.membership import Attested, Based, Distrusted, Emptied, Event, verdict
+from millrace.fleet.lora import PublishedLoras
+from millrace.fleet.replica_state import Attested, Based, Event, Quarantined, WeightsLost, verdict
+from millrace.fleet.republish import Republishable, Tensors, republishable, require_pairs
 from millrace.imports import needs_extra
 from millrace.model_folder import has_weights, stored_tensors
-from millrace.types import AdapterConfig, Capability
-from millrace.weights.adapter import WrittenAdapter, check_adapter, check_values
+from millrace.types import Capability, LoraConfig
 from millrace.weights.cast import Dtypes, cast, dtypes_of
 from millrace.weights.fingerprint import Fingerprint
 from millrace.weights.folder import FolderTensors
+from millrace.weights.lora import WrittenLora, check_lora, check_values
 from millrace.weights.plan import buckets
 from millrace.weights.publisher import EngineReport, PublishReport, publish
 from millrace.weights.transports.base import PublishTarget, Transport
@@ -79,8 +79,8 @@ class Versions:
         self._trained: Trained | None = None  # read when the first version is published
         self._last: int | None = None  # a whole one, or an adapter
         self._base: int | None = None  # the last whole one
-        self._held: Held | None = None  # by the trainer, as far as is known
-        self.adapters = Adapters(store.folder if store is not None else None)
+        self._held: Republishable | None = None  # by the trainer, as far as is known
+        self.loras = PublishedLoras(store.folder if store is not None else None)
 
     async def close(self) -> None:
         """Ends what goes on in the background, and closes transport and store."""
@@ -88,7 +88,7 @@ class Versions:
             await self.secured()  # which logs what went wrong
         except PublishError as error:
             logger.error("%s", error)
-        await self.adapters.close()
+        await self.loras.close()
         if self.transport is not None:
             await self.transport.close()
         if self.store is not None:
@@ -124,7 +124,7 @@ class Versions:
     ) -> PublishReport:
         """As `Fleet.publish` says. `targets` raises where there are none."""
         self._require_next(version)
-        held = held_by(given, version)
+        held = republishable(given, version)
         tensors = held.tensors() if held is not None else require_pairs(given)
         transport = self._require_transport()
         if self.store is not None and isinstance(tensors, Iterator):
@@ -147,27 +147,27 @@ class Versions:
             unstored = await self._keep(version, tensors, bucket_bytes) or unstored
         return replace(report, unstored=unstored)
 
-    async def publish_adapter(
+    async def publish_lora(
         self,
         tensors: "Iterable[tuple[str, torch.Tensor]]",
         version: int,
         targets: Callable[[], Sequence[PublishTarget]],
         bases: Callable[[], Mapping[str, int | None]],
         *,
-        config: AdapterConfig,
+        config: LoraConfig,
         deadline: float,
         require_finite: bool,
     ) -> PublishReport:
-        """As `Fleet.publish_adapter` says. `bases`: which whole version each engine holds."""
+        """As `Fleet.publish_lora` says. `bases`: which whole version each engine holds."""
         self._require_next(version)
         require_pairs(tensors)
         engines, started = targets(), time.monotonic()
         async with self._alone():
             named = await asyncio.to_thread(self._checked, tensors, config, engines, require_finite)
-            async with self.adapters.written(engines, version, named, config) as adapter:
+            async with self.loras.written(engines, version, named, config) as lora:
                 staged = time.monotonic() - started
-                reports = await self._lay_over(engines, adapter, bases(), started + deadline)
-        return PublishReport(version, adapter.nbytes, time.monotonic() - started, staged, tuple(reports))
+                reports = await self._lay_over(engines, lora, bases(), started + deadline)
+        return PublishReport(version, lora.nbytes, time.monotonic() - started, staged, tuple(reports))
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
@@ -179,16 +179,16 @@ class Versions:
         finally:
             self._publishing = False
 
-    async def catch_up(self, started: Started, bucket_bytes: int, deadline: float) -> None:
+    async def catch_up(self, started: Replica, bucket_bytes: int, deadline: float) -> None:
         """Brings the engine what the others serve: the last whole version, and the adapter over it. The caller holds
         `changing`."""
         ends = time.monotonic() + deadline
         await self.secured(deadline)
-        name, base, adapter = started.engine.name, self._base, self.adapters.current
-        assert base is not None or adapter is None
+        name, base, lora = started.engine.name, self._base, self.loras.current
+        assert base is not None or lora is None
         if base is None:
             return
-        brought = Attested(base) if adapter is None else Based(base)
+        brought = Attested(base) if lora is None else Based(base)
         target = PublishTarget(started.engine, started.info)
         if self._origin is not None and base == self._origin.version:
             try:
@@ -201,8 +201,8 @@ class Versions:
             await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline)
         elif not await self._publish_again(target, brought, bucket_bytes, deadline):
             return
-        if adapter is not None:
-            await self._lay_over([target], adapter, {name: base}, ends)
+        if lora is not None:
+            await self._lay_over([target], lora, {name: base}, ends)
 
     async def _publish_again(
         self, target: PublishTarget, brought: Attested | Based, bucket_bytes: int, deadline: float
@@ -248,7 +248,7 @@ class Versions:
             except PublishError as error:
                 logger.error("%s", error)
                 for target in targets:
-                    await self._apply(target.engine.name, Distrusted(str(error)))
+                    await self._apply(target.engine.name, Quarantined(str(error)))
                 return
             sound = [target.engine for target in targets if target.engine.name not in report.failed]
             await asyncio.gather(*(self._confirm(engine, Attested(origin.version)) for engine in sound))
@@ -265,7 +265,7 @@ class Versions:
             then = verdict(error)
         await self._apply(engine.name, then)
 
-    async def compare(self, replica: Started, origin: Origin, then: Event) -> None:
+    async def compare(self, replica: Replica, origin: Origin, then: Event) -> None:
         """Takes an engine into rotation that holds these tensors: for weights that it loaded by itself. Raises
         EngineFailed for one that holds others."""
         engine = replica.engine
@@ -294,20 +294,20 @@ class Versions:
         fingerprint: Fingerprint | None = None,
     ) -> PublishReport:
         """Publishes to these engines. Those that take the version are `brought` then, the others out of rotation."""
-        emptied: set[str] = set()
+        weights_lost: set[str] = set()
         version = brought.version
 
         async def committed(name: str) -> None:
             if isinstance(brought, Attested):
                 self._last = self._base = version
-                self.adapters.current = None
-            self.adapters.retire(name, keep=None, at_once=True)
+                self.loras.current = None
+            self.loras.retire(name, keep=None, at_once=True)
             await self._apply(name, brought)
 
         async def unrestored(name: str, error: EngineError) -> None:
             if isinstance(error, EngineRefused):
-                emptied.add(name)
-                await self._apply(name, Emptied())
+                weights_lost.add(name)
+                await self._apply(name, WeightsLost())
             else:
                 await self._apply(name, verdict(error))
 
@@ -326,9 +326,9 @@ class Versions:
             if (error := engine.error) is None:
                 continue
             logger.error("version %d: %s is out of rotation: %s", version, engine.engine, error)
-            if engine.blameless:
-                await self._apply(engine.engine, Emptied())
-            elif not (isinstance(error, EngineRefused) and engine.engine in emptied):
+            if engine.collateral:
+                await self._apply(engine.engine, WeightsLost())
+            elif not (isinstance(error, EngineRefused) and engine.engine in weights_lost):
                 await self._apply(engine.engine, verdict(error))
         return report
 
@@ -388,7 +388,7 @@ class Versions:
     def _checked(
         self,
         given: "Iterable[tuple[str, torch.Tensor]]",
-        config: AdapterConfig,
+        config: LoraConfig,
         engines: Sequence[PublishTarget],
         require_finite: bool,
     ) -> "dict[str, torch.Tensor]":
@@ -404,7 +404,7 @@ class Versions:
         folder = self._model_folder(engines)
         known = stored_tensors(folder) if has_weights(folder) else None
         base = {name: tensor.shape for name, tensor in known.items()} if known is not None else None
-        check_adapter({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, base)
+        check_lora({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, base)
         check_values(tensors)
         if require_finite:
             from millrace.weights.finite import only_finite  # imports torch
@@ -415,7 +415,7 @@ class Versions:
     async def _lay_over(
         self,
         targets: Sequence[PublishTarget],
-        adapter: WrittenAdapter,
+        lora: WrittenLora,
         bases: Mapping[str, int | None],
         ends: float,
     ) -> list[EngineReport]:
@@ -429,14 +429,14 @@ class Versions:
             try:
                 if bases[name] is None or bases[name] != self._base:
                     raise EngineRefused(name, "it holds no whole version that the adapter is for; publish one first")
-                legs = await self.adapters.load(target, adapter, ends)
+                legs = await self.loras.load(target, lora, ends)
             except EngineError as error:
                 reports[name] = EngineReport(name, error, False, 0.0, 0.0, 0.0, 0.0, 0.0)
                 return
             reports[name] = EngineReport(name, None, False, legs.room, legs.load, legs.attest, 0.0, 0.0)
-            self._last, self.adapters.current = adapter.version, adapter
-            await self._apply(name, Attested(adapter.version, adapter.name))
-            self.adapters.retire(name, keep=adapter.name)
+            self._last, self.loras.current = lora.version, lora
+            await self._apply(name, Attested(lora.version, lora.name))
+            self.loras.retire(name, keep=lora.name)
 
         async with asyncio.TaskGroup() as group:
             for target in targets:
@@ -444,15 +444,15 @@ class Versions:
         failed = {name: report.error for name, report in reports.items() if report.error is not None}
         if len(failed) == len(targets):
             reasons = "; ".join(map(str, failed.values()))
-            raise PublishError(f"no engine took the adapter of version {adapter.version}: {reasons}")
+            raise PublishError(f"no engine took the adapter of version {lora.version}: {reasons}")
         for name, error in failed.items():
-            logger.error("version %d: %s is out of rotation: %s", adapter.version, name, error)
+            logger.error("version %d: %s is out of rotation: %s", lora.version, name, error)
             base = bases[name]
             if not isinstance(error, EngineRefused | LocalError):
-                await self._apply(name, Distrusted(str(error)))
+                await self._apply(name, Quarantined(str(error)))
             elif base is not None:
                 await self._apply(name, Based(base))
-                self.adapters.retire(name, keep=None)
+                self.loras.retire(name, keep=None)
         return [reports[target.engine.name] for target in targets]
 
     def _require_transport(self) -> Transport:

@@ -10,7 +10,7 @@ from millrace.errors import DataError, MillraceError
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.sample import Episode, EpisodeEnd
 from millrace.rollout.tools import Tool, ToolAnswer, answer_tool_call, parse_tool_calls
-from millrace.types import FinishReason, Float32Array, GenerateRequest, Generation, SamplingParams, Segment
+from millrace.types import FinishReason, Float32Array, GenerateRequest, Generation, SamplingParams, VersionSpan
 
 Generate = Callable[[GenerateRequest], Awaitable[Generation]]
 
@@ -111,14 +111,16 @@ class _Draft:
 
     token_ids: list[int]
     turn_logprobs: list[tuple[int, Float32Array]] = field(default_factory=list)  # (position of the first, [T])
-    segments: list[Segment] = field(default_factory=list)
+    version_spans: list[VersionSpan] = field(default_factory=list)
     turns: int = 0
 
     def append_turn(self, generation: Generation) -> None:
         start = len(self.token_ids)
         self.token_ids.extend(generation.output_ids)
         self.turn_logprobs.append((start, generation.logprobs))
-        self.segments.extend(Segment(s.version, s.start + start, s.end + start) for s in generation.segments)
+        self.version_spans.extend(
+            VersionSpan(s.version, s.start + start, s.end + start) for s in generation.version_spans
+        )
         self.turns += 1
 
     def finish(self, end: EpisodeEnd) -> Episode:
@@ -127,7 +129,7 @@ class _Draft:
         for start, turn_logprobs in self.turn_logprobs:
             loss_mask[start : start + len(turn_logprobs)] = True
             logprobs[start : start + len(turn_logprobs)] = turn_logprobs
-        return Episode(tuple(self.token_ids), loss_mask, logprobs, tuple(self.segments), turns=self.turns, end=end)
+        return Episode(tuple(self.token_ids), loss_mask, logprobs, tuple(self.version_spans), turns=self.turns, end=end)
 
 
 def _turn_sampling(sampling: SamplingParams, turn: int, room: int, end_of_turn: int) -> SamplingParams:

@@ -10,12 +10,12 @@ from millrace.config.models import JudgeConfig
 from millrace.errors import DataError, EngineError, JudgeError, NoEngineError
 from millrace.fleet.fleet import Fleet
 from millrace.rollout.agent import AbortedGeneration, last_answer
+from millrace.rollout.attempts import Attempts, generate_whole
 from millrace.rollout.chat import ChatFormat
-from millrace.rollout.continuation import Attempts, generate_whole
 from millrace.rollout.numbers import parse_number
 from millrace.rollout.reward import rule_reward
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
-from millrace.types import GenerateRequest, Generation, Placement, SamplingParams
+from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
 
 AFTER_GRADE = ".,;:!?)*_`\"'"  # what may stand right behind a grade and is no part of it
 
@@ -101,12 +101,12 @@ class Judge:
         ends = now() + deadline
         sampling = SamplingParams(self.config.max_new_tokens, temperature=0.0, stop_token_ids=(self.chat.end_of_turn,))
         request = GenerateRequest(f"judge/{next(self._numbers)}", prompt, sampling)
-        placement = Placement(group=problem_id)  # the answers to one question share what comes before them
+        routing = RoutingContext(group=problem_id)  # the answers to one question share what comes before them
 
         async def send(request: GenerateRequest) -> Generation:
-            return await self.fleet.generate(request, deadline=ends - now(), placement=placement)
+            return await self.fleet.generate(request, deadline=ends - now(), routing=routing)
 
-        made = await generate_whole(request, send, Attempts(self.retries, self.fleet.journal))
+        made = await generate_whole(request, send, Attempts(self.retries, self.fleet.event_log))
         return self.chat.answer(made.output_ids)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from millrace.config.models import RolloutConfig
+from millrace.continuation import call_id
 from millrace.errors import (
     DataError,
     EngineFailed,
@@ -17,12 +18,12 @@ from millrace.errors import (
 )
 from millrace.fleet.client import FleetClient
 from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, last_answer, run_episode
+from millrace.rollout.attempts import Attempts, Send, generate_whole
 from millrace.rollout.chat import ChatFormat
-from millrace.rollout.continuation import Attempts, Send, generate_whole
 from millrace.rollout.reward import Reward, by_rule
 from millrace.rollout.sample import Problem, Sample, SampleStatus
 from millrace.rollout.tools import Tool, ToolAnswer
-from millrace.types import GenerateRequest, Generation, Placement, SamplingParams
+from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
 
 PROVEN_SECONDS = 1.0  # after which a request is unlikely to kill its engine: a poisonous prompt does when it is read
 
@@ -71,7 +72,7 @@ class SampleRunner:
             return _failed(sample_id, group_id, problem, str(error))
 
     async def _try(self, sample_id: str, group_id: str, problem: Problem, timer: asyncio.Timeout) -> Sample:
-        attempts = Attempts(self.retries, self.fleet.journal)
+        attempts = Attempts(self.retries, self.fleet.event_log)
         while True:
             try:
                 return await self._play(sample_id, group_id, problem, attempts, timer)
@@ -85,13 +86,12 @@ class SampleRunner:
     async def _play(
         self, sample_id: str, group_id: str, problem: Problem, attempts: Attempts, timer: asyncio.Timeout
     ) -> Sample:
-        # An id of its own for each attempt: the engine may still hold the one before.
-        attempt_id = f"{sample_id}.{attempts.used}" if attempts.used else sample_id
-        placement = Placement(session=sample_id, group=group_id)
+        attempt_id = call_id(sample_id, attempts.used) if attempts.used else sample_id
+        routing = RoutingContext(session=sample_id, group=group_id)
 
         async def send(request: GenerateRequest) -> Generation:
             left = await self._time_left(timer)
-            return await self.fleet.generate(request, deadline=left, placement=placement)
+            return await self.fleet.generate(request, deadline=left, routing=routing)
 
         async def send_with_care(request: GenerateRequest) -> Generation:
             last = attempts.used > 0 and not attempts.left

@@ -6,7 +6,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from millrace.types import Float32Array, Segment
+from millrace.types import Float32Array, VersionSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,14 @@ class Episode:
     re-tokenized.
 
     token_ids: [T]. loss_mask: [T] bool, True where the model made the token. logprobs: [T] float32, the engine's at the
-    time of sampling, 0 where loss_mask is False. segments: positions in token_ids; they cover exactly the True places.
+    time of sampling, 0 where loss_mask is False. version_spans: positions in token_ids; they cover exactly
+    the True places.
     """
 
     token_ids: tuple[int, ...]
     loss_mask: NDArray[np.bool_]
     logprobs: Float32Array
-    segments: tuple[Segment, ...]
+    version_spans: tuple[VersionSpan, ...]
     turns: int
     end: EpisodeEnd
 
@@ -67,7 +68,7 @@ class Sample:
     @property
     def oldest_version(self) -> int | None:
         """The oldest weight version in it; None where it has no tokens of a published version."""
-        versions = [s.version for s in self.episode.segments if s.version is not None] if self.episode else []
+        versions = [s.version for s in self.episode.version_spans if s.version is not None] if self.episode else []
         return min(versions, default=None)
 
 

@@ -26,7 +26,7 @@ class _Running:
 
 
 @dataclass(slots=True)
-class Ledger:
+class SampleCounts:
     """Every sample that was asked for, and how it ended."""
 
     asked: int = 0
@@ -38,7 +38,7 @@ class RolloutScheduler:
     cancelled, and with it aborted on the engines."""
 
     def __init__(self, runner: Runner, samples_per_group: int) -> None:
-        self.ledger = Ledger()
+        self.counts = SampleCounts()
         self._runner = runner
         self._samples_per_group = samples_per_group
         self._running: dict[str, _Running] = {}
@@ -66,7 +66,7 @@ class RolloutScheduler:
                 asyncio.create_task(self._runner.run(f"{group_id}-{i}", group_id, problem))
                 for i in range(self._samples_per_group)
             ]
-            self.ledger.asked += len(tasks)
+            self.counts.asked += len(tasks)
             running = self._running[group_id] = _Running(group_id, problem, version, tasks)
             collector = asyncio.create_task(self._collect(running))
             self._collectors.add(collector)
@@ -101,7 +101,7 @@ class RolloutScheduler:
                 _cancel(running)
                 self._complete.put_nowait(result)
                 return
-            self.ledger.ended[result.status] += 1
+            self.counts.ended[result.status] += 1
             samples.append(result)
         del self._running[running.group_id]
         self._complete.put_nowait(Group(running.group_id, running.problem, tuple(samples)))

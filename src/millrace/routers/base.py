@@ -11,12 +11,12 @@ from typing import Any
 from millrace.engines.http_engine import HttpEngine
 from millrace.errors import EngineError, LocalError
 from millrace.http import HttpClient
-from millrace.types import ANYWHERE, GenerateRequest, Generation, Placement
+from millrace.types import ANYWHERE, GenerateRequest, Generation, RoutingContext
 
 ASK_DEADLINE = 5.0  # seconds, of a question that a router answers from memory
 
 
-class Router(ABC):
+class RouterClient(ABC):
     """A router at `url`; errors call it `name`. Its calls raise EngineUnreachable where nobody answers there."""
 
     kind: str
@@ -56,12 +56,12 @@ class Router(ABC):
         """What of `request.extra` would not reach the engine."""
 
     async def generate(
-        self, engine: HttpEngine, request: GenerateRequest, placement: Placement = ANYWHERE, *, deadline: float
+        self, engine: HttpEngine, request: GenerateRequest, routing: RoutingContext = ANYWHERE, *, deadline: float
     ) -> Generation:
         """Sends it to the engine that the router chooses; `engine` is one of them, whose protocol is spoken. Requests
         of one session go to one engine, and so do those of one group without sessions, where the router's policy is one
         that sticks."""
-        affinity = placement.session or placement.group
+        affinity = routing.session or routing.group
         headers = {self.affinity_header: affinity} if affinity is not None else {}
         return await engine.generate_by(self._http, request, headers=headers, deadline=deadline)
 

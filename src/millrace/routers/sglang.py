@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from millrace.engines.http_engine import IDLE_POLL_SECONDS, HttpEngine
 from millrace.errors import EngineError, EngineRefused, EngineTimeout
-from millrace.routers.base import ASK_DEADLINE, Router, sampling_of
+from millrace.routers.base import ASK_DEADLINE, RouterClient, sampling_of
 from millrace.types import GenerateRequest
 
 # What 0.3.2 passes on of /generate, each seen at a worker; it reads a request into a structure of its own, and what it
@@ -24,7 +24,7 @@ KEPT_SAMPLING = frozenset({
 })  # fmt: skip
 
 
-class SGLangRouter(Router):
+class SGLangRouter(RouterClient):
     """sglang-router. It tells workers apart by ids of its own, and works off its list behind its answers."""
 
     kind = "sglang"

@@ -14,14 +14,14 @@ from millrace.errors import LaunchError
 from millrace.launch.interpreter import require_module
 from millrace.launch.ports import free_port
 from millrace.launch.process import ServerProcess
-from millrace.routers.base import Router
+from millrace.routers.base import RouterClient
 from millrace.routers.sglang import SGLangRouter
 from millrace.routers.vllm import VLLMRouter
 
 HOST = "127.0.0.1"  # vllm-router asks nobody for a key
 ROUTER_KEY = "MILLRACE_ROUTER_API_KEY"  # of a router that somebody else started
 SERVE = Path(__file__).parent / "serve.py"
-ROUTERS: Mapping[str, type[Router]] = {"sglang": SGLangRouter, "vllm": VLLMRouter}
+ROUTERS: Mapping[str, type[RouterClient]] = {"sglang": SGLangRouter, "vllm": VLLMRouter}
 # A request is sent again by Millrace, within the budget of its sample, and not by the router as well: one that kills
 # engines would kill five at once, and one name would run twice.
 DEFAULTS: Mapping[str, Mapping[str, ForeignArgument]] = {
@@ -34,7 +34,7 @@ DEFAULTS: Mapping[str, Mapping[str, ForeignArgument]] = {
 class StartedRouter:
     """A router that answers; `process` is None where somebody else started it."""
 
-    router: Router
+    router: RouterClient
     process: ServerProcess | None
 
     async def end(self) -> None:

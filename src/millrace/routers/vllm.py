@@ -5,11 +5,11 @@ from urllib.parse import quote
 
 from millrace.engines.http_engine import HttpEngine
 from millrace.errors import EngineRefused
-from millrace.routers.base import ASK_DEADLINE, Router
+from millrace.routers.base import ASK_DEADLINE, RouterClient
 from millrace.types import GenerateRequest
 
 
-class VLLMRouter(Router):
+class VLLMRouter(RouterClient):
     """vllm-router. It passes on whatever it does not know, to one worker: a control call that came to it would reach
     one engine of many. It knows one key for all engines, that of the caller."""
 

@@ -1,4 +1,4 @@
-"""A fleet in Prometheus' words. Pure: from a view and the journal's totals to metric families."""
+"""A fleet in Prometheus' words. Pure: from a view and the event log's metrics to metric families."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,8 +14,8 @@ from prometheus_client.core import (
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from millrace.fleet.journal import REQUEST_BOUNDS, Totals
-from millrace.fleet.membership import Phase
+from millrace.fleet.event_log import REQUEST_BOUNDS, Metrics
+from millrace.fleet.replica_state import Phase
 from millrace.fleet.routing import Why
 from millrace.serve.view import EngineView, FleetView
 from millrace.types import EngineLoad
@@ -23,10 +23,10 @@ from millrace.types import EngineLoad
 Samples = Iterable[tuple[Sequence[str], float | None]]  # labels and value; None has no sample
 
 
-def exposition(view: FleetView, totals: Totals) -> bytes:
+def exposition(view: FleetView, metrics: Metrics) -> bytes:
     """The text that Prometheus scrapes."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Fixed([*_engines(view), *_versions(view), *_requests(totals), *_weights(totals)]))
+    registry.register(_Fixed([*_engines(view), *_versions(view), *_requests(metrics), *_weights(metrics)]))
     return generate_latest(registry)
 
 
@@ -75,69 +75,69 @@ def _versions(view: FleetView) -> Iterator[Metric]:
     yield _gauge("millrace_newest_weight_version", "That some engine took.", [], [([], view.newest_version)])
 
 
-def _requests(totals: Totals) -> Iterator[Metric]:
+def _requests(metrics: Metrics) -> Iterator[Metric]:
     yield _counter(
         "millrace_requests_total",
         "Calls to engines that ended; engine is empty where none could take the request.",
         ["engine", "outcome"],
-        (([engine, outcome], count) for (engine, outcome), count in totals.requests.items()),
+        (([engine, outcome], count) for (engine, outcome), count in metrics.requests.items()),
     )
     yield _counter(
         "millrace_routed_total",
         "Requests by what chose their engine (docs/routing.md).",
         ["why"],
-        (([why], totals.routed[why]) for why in Why),
+        (([why], metrics.routed[why]) for why in Why),
     )
     seconds = HistogramMetricFamily("millrace_request_seconds", "Of calls that finished.", labels=["engine"])
-    for engine, spans in totals.request_spans.items():
+    for engine, spans in metrics.request_spans.items():
         bounds = [*map(str, REQUEST_BOUNDS), "+Inf"]
         below = itertools.accumulate(spans.below)
         seconds.add_metric([engine], [(b, float(n)) for b, n in zip(bounds, below, strict=True)], spans.seconds)
     yield seconds
     for name, help_text, counted in (
-        ("millrace_prompt_tokens_total", "Of requests that came back.", totals.prompt_tokens),
-        ("millrace_cached_tokens_total", "Of these prompts, found in the prefix cache.", totals.cached_tokens),
-        ("millrace_output_tokens_total", "That came back.", totals.output_tokens),
+        ("millrace_prompt_tokens_total", "Of requests that came back.", metrics.prompt_tokens),
+        ("millrace_cached_tokens_total", "Of these prompts, found in the prefix cache.", metrics.cached_tokens),
+        ("millrace_output_tokens_total", "That came back.", metrics.output_tokens),
     ):
         yield _counter(name, help_text, ["engine"], (([engine], count) for engine, count in counted.items()))
     yield _counter(
         "millrace_sample_retries_total",
         "Samples that went on after an engine failed under them: from the tokens that they had, or anew.",
         ["how"],
-        ((["continued" if continued else "anew"], totals.retries[continued]) for continued in (True, False)),
+        ((["continued" if continued else "anew"], metrics.retries[continued]) for continued in (True, False)),
     )
 
 
-def _weights(totals: Totals) -> Iterator[Metric]:
+def _weights(metrics: Metrics) -> Iterator[Metric]:
     yield _counter(
         "millrace_engine_state_entered_total",
         "How often the engine came into the state.",
         ["engine", "state"],
-        (([engine, phase], count) for (engine, phase), count in totals.entered.items()),
+        (([engine, phase], count) for (engine, phase), count in metrics.entered.items()),
     )
     yield _counter(
         "millrace_engine_restarts_total",
         "New starts, by whether the engine came up and caught up.",
         ["engine", "outcome"],
-        (([engine, _outcome(sound)], count) for (engine, sound), count in totals.restarts.items()),
+        (([engine, _outcome(sound)], count) for (engine, sound), count in metrics.restarts.items()),
     )
     yield _counter(
         "millrace_publishes_total",
         "Weight versions and adapters sent to the engine, by whether it took them.",
         ["engine", "outcome"],
-        (([engine, _outcome(sound)], count) for (engine, sound), count in totals.publishes.items()),
+        (([engine, _outcome(sound)], count) for (engine, sound), count in metrics.publishes.items()),
     )
     legs = SummaryMetricFamily(
         "millrace_publish_leg_seconds",
         "Of versions that the engine took: begin, load, attest, commit, and pause (it generated nothing).",
         labels=["engine", "leg"],
     )
-    for (engine, leg), spans in totals.legs.items():
+    for (engine, leg), spans in metrics.legs.items():
         legs.add_metric([engine, leg], spans.count, spans.seconds)
     yield legs
-    published = float(totals.published_bytes)
+    published = float(metrics.published_bytes)
     yield _counter("millrace_published_bytes_total", "Of versions, each counted once.", [], [([], published)])
-    lost = float(totals.unwritten)
+    lost = float(metrics.unwritten)
     yield _counter("millrace_events_unwritten_total", "Missing in events.jsonl: no room on disk.", [], [([], lost)])
 
 

@@ -12,13 +12,13 @@ from pydantic import TypeAdapter, ValidationError
 from millrace.engines.reach import address_of
 from millrace.errors import EngineFailed
 from millrace.fleet.follower import POLL_SECONDS, Failure, FleetState
-from millrace.fleet.members import Members
+from millrace.fleet.replica_set import ReplicaSet
 
 SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the run ends
 
 
 @asynccontextmanager
-async def own(members: Members, sock: socket.socket, key: str) -> AsyncIterator[None]:
+async def own(members: ReplicaSet, sock: socket.socket, key: str) -> AsyncIterator[None]:
     """Answers at the bound socket as long as the block runs."""
     owner = _Owner(members, key)
     app = web.Application(middlewares=[owner.guard])
@@ -35,7 +35,7 @@ async def own(members: Members, sock: socket.socket, key: str) -> AsyncIterator[
 class _Owner:
     """The routes."""
 
-    def __init__(self, members: Members, key: str) -> None:
+    def __init__(self, members: ReplicaSet, key: str) -> None:
         self._members, self._key = members, key
         self._state, self._failure = TypeAdapter(FleetState), TypeAdapter(Failure)
 
@@ -65,7 +65,7 @@ class _Owner:
         return web.Response(status=204)
 
 
-def state_of(members: Members) -> FleetState:
+def state_of(members: ReplicaSet) -> FleetState:
     snapshot = members.snapshot
     addresses = (address_of(replica) for replica in members.replicas.values())
     return FleetState(

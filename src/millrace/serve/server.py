@@ -22,7 +22,7 @@ async def serve(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
     may read, and change nothing. Raises ConfigError where the port can't be had."""
 
     async def metrics(http: web.Request) -> web.Response:  # noqa: ARG001
-        text = exposition(await observer.look(), observer.journal.totals)
+        text = exposition(await observer.look(), observer.event_log.metrics)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     async def fleet(http: web.Request) -> web.Response:  # noqa: ARG001

@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from millrace.fleet.journal import Entry, Value
-from millrace.fleet.membership import Phase
+from millrace.fleet.event_log import Entry, Value
+from millrace.fleet.replica_state import Phase
 from millrace.serve.view import EngineView, FleetView
 
 NUMBERS = ("version", "lag", "run", "wait", "tok/s", "KV", "cached", "restarts")  # with them it fits 80 columns

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from millrace.engines.base import Engine
 from millrace.errors import EngineError
+from millrace.fleet.event_log import Entry, EventLog
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.journal import Entry, Journal
-from millrace.fleet.membership import Member, Phase
+from millrace.fleet.replica_state import Phase, ReplicaState
 from millrace.types import EngineLoad, MemoryTag
 
 ASK_DEADLINE = 2.0  # seconds; a scrape has 10 by default, and an engine that is alive takes milliseconds
@@ -52,8 +52,8 @@ class Observer:
     """Looks at the fleets of a run, the policy's and a judge's, for everybody who asks. They are added to `fleets` when
     their engines are there."""
 
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
+    def __init__(self, event_log: EventLog) -> None:
+        self.event_log = event_log
         self.fleets: tuple[Fleet, ...] = ()
         self._asking = asyncio.Lock()
         self._answers: Mapping[str, EngineLoad | str] = {}
@@ -62,13 +62,13 @@ class Observer:
     async def look(self) -> FleetView:
         """Asks all engines at once, for at most ASK_DEADLINE, and none that has ended."""
         answers = await self._ask()
-        newest = self.journal.totals.newest
+        newest = self.event_log.metrics.newest
         # After the answers: the state of now, with no wait between its parts.
-        engines = [_view(m, fleet, self.journal, answers) for fleet, m in self._members]
-        return FleetView(time.time(), newest, tuple(engines), tuple(self.journal.newest)[-SHOWN_EVENTS:])
+        engines = [_view(m, fleet, self.event_log, answers) for fleet, m in self._members]
+        return FleetView(time.time(), newest, tuple(engines), tuple(self.event_log.newest)[-SHOWN_EVENTS:])
 
     @property
-    def _members(self) -> list[tuple[Fleet, Member]]:
+    def _members(self) -> list[tuple[Fleet, ReplicaState]]:
         return [(fleet, member) for fleet in self.fleets for member in fleet.snapshot.members]
 
     async def _ask(self) -> Mapping[str, EngineLoad | str]:
@@ -93,10 +93,12 @@ async def load_of(engine: Engine) -> EngineLoad | str:
         return str(error).removeprefix(f"engine {error.engine}: ")
 
 
-def _view(member: Member, fleet: Fleet, journal: Journal, answers: Mapping[str, EngineLoad | str]) -> EngineView:
+def _view(
+    member: ReplicaState, fleet: Fleet, event_log: EventLog, answers: Mapping[str, EngineLoad | str]
+) -> EngineView:
     answer = answers.get(member.name) if member.phase is not Phase.DEAD else None
-    totals = journal.totals
-    newest = None if fleet.frozen else totals.newest  # what is never published to does not lag
+    metrics = event_log.metrics
+    newest = None if fleet.frozen else metrics.newest  # what is never published to does not lag
     return EngineView(
         name=member.name,
         url=member.url,
@@ -109,6 +111,6 @@ def _view(member: Member, fleet: Fleet, journal: Journal, answers: Mapping[str, 
         outstanding_tokens=fleet.outstanding.get(member.name, 0),
         load=answer if isinstance(answer, EngineLoad) else None,
         silence=answer if isinstance(answer, str) else None,
-        cache_hit_share=totals.cache_hit_share(member.name),
-        restarts=totals.restarts[member.name, True],
+        cache_hit_share=metrics.cache_hit_share(member.name),
+        restarts=metrics.restarts[member.name, True],
     )

@@ -19,8 +19,8 @@ from millrace.config.models import (
 )
 from millrace.errors import CheckpointError, ConfigError, DataError
 from millrace.fleet.client import FleetClient
+from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.journal import Journal
 from millrace.fleet.local import open_fleet
 from millrace.rollout.agent import EpisodeLimits
 from millrace.rollout.chat import ChatFormat, load_chat_format, load_prompt_format
@@ -86,8 +86,10 @@ async def train(
             chat = _chat_format(config, model_path, tools)
             content = Content(chat, tools, problems[share], held_out[share])
             judge_of = judge_model(config.judges, folder.path, anew=not resume)
-            with Journal(folder.events_path) as journal:
-                async with _engines(config, model_path, judge_of, content, world, thread, folder, journal, display) as (
+            with EventLog(folder.events_path) as event_log:
+                async with _engines(
+                    config, model_path, judge_of, content, world, thread, folder, event_log, display
+                ) as (
                     fleet,
                     judge,
                 ):
@@ -102,13 +104,13 @@ async def train(
                         else nullcontext()
                     ):
                         await _run(loop, config, content, last if resume else None)
-                    ledger = await ranks.ledger(loop.ledger)
+                    counts = await ranks.counts(loop.counts)
                     display.phase("ending the engines")
         if world.rank > 0:
             return None
         metrics = folder.read_metrics()
         draw_curves(metrics, config.name, folder.path / "curves.png")
-        return Summary(metrics, folder.path, loop.watch.seconds, time.monotonic() - started, ledger)
+        return Summary(metrics, folder.path, loop.watch.seconds, time.monotonic() - started, counts)
 
 
 @asynccontextmanager
@@ -120,7 +122,7 @@ async def _engines(
     world: World,
     thread: TrainerThread,
     folder: RunFolder,
-    journal: Journal,
+    event_log: EventLog,
     display: Display,
 ) -> AsyncIterator[tuple[FleetClient, Judge | None]]:
     """The engines of the policy, which rank 0 starts for all, and those of the judge."""
@@ -135,24 +137,26 @@ async def _engines(
             transport=config.publish.transport,
             folder=config.publish.folder,
             keep=config.publish.keep,
-            couriers=config.publish.couriers,
+            sidecars=config.publish.sidecars,
             restarts=config.restarts,
-            journal=journal,
+            event_log=event_log,
             router=config.router,
         )
 
     engines = config.engine.replicas + (config.judges.engine.replicas if config.judges is not None else 0)
     display.say(f"starting {engines} engine(s), whose logs are in {folder.logs}")
     async with (
-        shown(config.metrics if world.rank == 0 else None, journal, display) as observer,
-        shared(world, thread, start, journal=journal, seed=config.seed) as fleet,
+        shown(config.metrics if world.rank == 0 else None, event_log, display) as observer,
+        shared(world, thread, start, event_log=event_log, seed=config.seed) as fleet,
     ):
         if not isinstance(fleet, Fleet):
             yield fleet, None
             return
         observer.fleets = (fleet,)
         problems = content.problems
-        async with open_judge(judge_of, fleet, config.rollout, problems, log_dir=folder.logs, journal=journal) as judge:
+        async with open_judge(
+            judge_of, fleet, config.rollout, problems, log_dir=folder.logs, event_log=event_log
+        ) as judge:
             if judge is not None:
                 observer.fleets += (judge.fleet,)
             yield fleet, judge
@@ -187,9 +191,9 @@ async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Pa
 
 
 @asynccontextmanager
-async def shown(metrics: MetricsConfig | None, journal: Journal, display: Display) -> AsyncIterator[Observer]:
+async def shown(metrics: MetricsConfig | None, event_log: EventLog, display: Display) -> AsyncIterator[Observer]:
     """Who looks at the engines for everybody that asks, at a port if the config names one."""
-    observer = Observer(journal)
+    observer = Observer(event_log)
     if metrics is None:
         yield observer
         return

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from millrace.config.models import JudgeConfig, RolloutConfig
+from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.journal import Journal
 from millrace.fleet.local import open_fleet
 from millrace.rollout.chat import ChatFormat, load_prompt_format
 from millrace.rollout.judge import Judge
@@ -42,7 +42,7 @@ async def open_judge(
     problems: Sequence[Problem],
     *,
     log_dir: Path,
-    journal: Journal,
+    event_log: EventLog,
 ) -> AsyncIterator[Judge | None]:
     """Starts the judge's engines. One that is colocated starts in the memory of the policy's, which sleep from here on,
     and sleeps until its first turn."""
@@ -58,7 +58,7 @@ async def open_judge(
         log_dir=log_dir,
         seed=config.seed,
         restarts=config.restarts,
-        journal=journal,
+        event_log=event_log,
         frozen=True,
         prefix=PREFIX,
     ) as fleet:

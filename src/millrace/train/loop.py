@@ -17,12 +17,12 @@ import torch
 
 from millrace.config.models import RunConfig
 from millrace.errors import ConfigError, WeightsChanged
+from millrace.rollout.buffer import RolloutBatch, RolloutBuffer, StalenessPolicy, has_signal, require_some
 from millrace.rollout.judge import Judge, JudgeCounts, grade_in_turn
 from millrace.rollout.reward import by_rule
 from millrace.rollout.runner import SampleRunner, ToolCounts, greedy
 from millrace.rollout.sample import Group, Problem, SampleStatus
-from millrace.rollout.scheduler import Ledger, RolloutScheduler
-from millrace.rollout.supply import Pace, Supply, Taken, has_signal, require_some
+from millrace.rollout.scheduler import RolloutScheduler, SampleCounts
 from millrace.train import checkpoint
 from millrace.train.batch import TrainSample
 from millrace.train.display import Display
@@ -95,8 +95,8 @@ class TrainingLoop:
         self.display = display
         self.progress = progress
         self.watch = Stopwatch()  # of the whole run, by this process
-        self.ledger = Ledger()
-        self._pace = pace_of(config, ranks.world.size)
+        self.counts = SampleCounts()
+        self._policy = staleness_policy(config, ranks.world.size)
         self._training = False
         self._told_of_no_signal = False
 
@@ -107,18 +107,18 @@ class TrainingLoop:
                 accuracy = await self.evaluate()
             self._record(StepMetrics(step=0, weight_version=self.progress.version, accuracy=accuracy))
         async with RolloutScheduler(self.runner, self.config.rollout.samples_per_group) as scheduler:
-            self.ledger = scheduler.ledger
-            supply = Supply(
+            self.counts = scheduler.counts
+            buffer = RolloutBuffer(
                 scheduler,
                 self.problems,
-                self._pace,
+                self._policy,
                 seed=self.config.seed,
                 position=self.progress.position,
                 version=self.progress.version,
                 prefix=self.ranks.prefix,
             )
             while self.progress.step < self.config.train.steps:
-                await self._step(supply)
+                await self._step(buffer)
 
     async def publish(self) -> None:
         """Brings the trainer's weights to the engines as the next version."""
@@ -155,13 +155,13 @@ class TrainingLoop:
         right, asked = await self.ranks.sums(sum(sample.reward for sample in samples), len(samples))
         return right / asked
 
-    async def _step(self, supply: Supply) -> None:
+    async def _step(self, buffer: RolloutBuffer) -> None:
         config, watch = self.config, Stopwatch()
         with watch("step"):
             with watch("rollout"):
-                taken = await supply.take(self.progress.version, self._show_generating)
+                taken = await buffer.take(self.progress.version, self._show_generating)
             lag = [self.progress.version - s.oldest_version for s in taken.samples if s.oldest_version is not None]
-            supply.give_up_old(self.progress.version + 1)  # which the next step begins with
+            buffer.give_up_old(self.progress.version + 1)  # which the next step begins with
             freed = 0.0
             if config.mode == "hybrid":
                 awake = self._used_gib()
@@ -187,7 +187,7 @@ class TrainingLoop:
             self.progress.step += 1
             step, last = self.progress.step, self.progress.step == config.train.steps
             if config.mode == "standalone" and not last:
-                supply.top_up(self.progress.version)
+                buffer.top_up(self.progress.version)
             accuracy = None
             if last or step % config.evaluation.every == 0:
                 with watch("evaluation"):
@@ -208,16 +208,16 @@ class TrainingLoop:
         # Behind the record: a run that goes on from it drops what was recorded later, and makes up for nothing.
         if last or step % config.checkpoint.every == 0:
             with self.watch("checkpoint"):
-                await self.save(supply.position)
+                await self.save(buffer.position)
 
-    async def _grade(self, judge: Judge, taken: Taken) -> None:
+    async def _grade(self, judge: Judge, taken: RolloutBatch) -> None:
         """The judge's turn, while the engines sleep. Samples that it does not grade have failed after all."""
         self.display.phase(f"grading {len(taken.samples)} samples")
         chat, deadline = self.runner.chat, self.config.rollout.sample_timeout
         taken.groups, failed = await grade_in_turn(judge, taken.groups, chat, deadline=deadline)
         taken.discarded += failed
-        self.ledger.ended[SampleStatus.FINISHED] -= len(failed)
-        self.ledger.ended[SampleStatus.FAILED] += len(failed)
+        self.counts.ended[SampleStatus.FINISHED] -= len(failed)
+        self.counts.ended[SampleStatus.FAILED] += len(failed)
         require_some([*taken.samples, *failed], "this step")
 
     async def save(self, position: int) -> None:
@@ -239,7 +239,7 @@ class TrainingLoop:
         return self.trainer.train_step(samples, self.config.rollout.temperature)
 
     def _show_generating(self, complete: int) -> None:
-        self.display.phase(f"generating: {complete} of {self._pace.groups_per_step} groups are complete")
+        self.display.phase(f"generating: {complete} of {self._policy.groups_per_step} groups are complete")
 
     def _used_gib(self) -> float:
         """What everybody together holds of the trainer's GPU."""
@@ -282,13 +282,13 @@ def _tell_of_unread(grades: JudgeCounts) -> None:
         )
 
 
-def pace_of(config: RunConfig, ranks: int) -> Pace:
+def staleness_policy(config: RunConfig, ranks: int) -> StalenessPolicy:
     """One rank's share. Raises ConfigError where the groups of a step can't be shared."""
     rollout = config.rollout
     if rollout.groups_per_step % ranks:
         raise ConfigError(f"{ranks} ranks can't share rollout.groups_per_step {rollout.groups_per_step} evenly")
     ahead = rollout.max_staleness if config.mode == "standalone" else 0
-    return Pace(
+    return StalenessPolicy(
         groups_per_step=rollout.groups_per_step // ranks,
         samples_per_group=rollout.samples_per_group,
         max_staleness=rollout.max_staleness if config.mode == "standalone" or rollout.recycle else 0,
@@ -302,7 +302,7 @@ def _metrics(
     progress: Progress,
     stats: StepStats,
     watch: Stopwatch,
-    taken: Taken,
+    taken: RolloutBatch,
     lag: Sequence[int],
     accuracy: float | None,
     tools: ToolCounts,

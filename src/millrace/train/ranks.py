@@ -14,12 +14,12 @@ import torch
 
 from millrace.config.models import PublishConfig
 from millrace.fleet.client import FleetClient
+from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.follower import Follower
-from millrace.fleet.journal import Journal
 from millrace.launch.ports import bound, url_of
 from millrace.rollout.sample import SampleStatus
-from millrace.rollout.scheduler import Ledger
+from millrace.rollout.scheduler import SampleCounts
 from millrace.serve.owner import own
 from millrace.train.record import StepMetrics
 from millrace.train.world import World
@@ -53,13 +53,13 @@ async def shared(
     thread: TrainerThread,
     start: Callable[[], AbstractAsyncContextManager[Fleet]],
     *,
-    journal: Journal,
+    event_log: EventLog,
     seed: int,
 ) -> AsyncIterator[FleetClient]:
     """The fleet that rank 0 starts, for all ranks. They all come to the end of the block together."""
     if world.rank > 0:
         url, key = (await thread.run(world.broadcast, b"")).decode().split()
-        async with Follower.open(url, key, journal=journal, seed=seed + world.rank) as follower:
+        async with Follower.open(url, key, event_log=event_log, seed=seed + world.rank) as follower:
             yield follower
             await thread.run(world.any, False)
         return
@@ -154,9 +154,9 @@ class Ranks:
             whole[name] = value / whole[over] if whole[over] else None
         return StepMetrics(**whole)
 
-    async def ledger(self, ledger: Ledger) -> Ledger:
+    async def counts(self, counts: SampleCounts) -> SampleCounts:
         """Of all ranks."""
-        asked, *ended = await self.sums(ledger.asked, *(ledger.ended[status] for status in SampleStatus))
-        whole = Ledger(int(asked))
+        asked, *ended = await self.sums(counts.asked, *(counts.ended[status] for status in SampleStatus))
+        whole = SampleCounts(int(asked))
         whole.ended.update({status: int(count) for status, count in zip(SampleStatus, ended, strict=True)})
         return whole

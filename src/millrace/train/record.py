@@ -164,7 +164,7 @@ def _as_record(step: int, sample: Sample, chat: ChatFormat) -> dict[str, Any]:
             "text": chat.decode(episode.token_ids),
             "token_ids": episode.token_ids,
             "loss_mask": episode.loss_mask.astype(int).tolist(),
-            "segments": [[s.version, s.start, s.end] for s in episode.segments],
+            "version_spans": [[s.version, s.start, s.end] for s in episode.version_spans],
         }
     return record
 

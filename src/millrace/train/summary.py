@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from millrace.rollout.sample import SampleStatus
-from millrace.rollout.scheduler import Ledger
+from millrace.rollout.scheduler import SampleCounts
 from millrace.train.record import StepMetrics
 
 # The stopwatch's names, in the order in which they are told. What is busy generates or trains.
@@ -35,7 +35,7 @@ class Summary:
     folder: Path
     seconds: Mapping[str, float]
     total_seconds: float
-    ledger: Ledger
+    counts: SampleCounts
 
     @property
     def overhead(self) -> float:
@@ -65,11 +65,11 @@ def print_summary(summary: Summary, console: Console) -> None:
             soft_wrap=True,
         )
     parts = [f"{told} {summary.seconds[name]:.1f}" for name, told in PHASES.items() if name in summary.seconds]
-    ended = [f"{summary.ledger.ended[status]} {status}" for status in SampleStatus]
+    ended = [f"{summary.counts.ended[status]} {status}" for status in SampleStatus]
     for line in (
         f"{summary.total_seconds:.0f} s in all: {', '.join(parts)}; "
         f"neither generating nor training {100 * summary.overhead:.1f} %",
-        f"{summary.ledger.asked} samples asked for: {', '.join(ended)}",
+        f"{summary.counts.asked} samples asked for: {', '.join(ended)}",
         f"curves, samples, metrics and checkpoints are in {summary.folder}",
     ):
         console.print(line, highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.checksum import tensor_checksum
-from millrace.engines.start import Started
+from millrace.engines.start import Replica
 from millrace.errors import PublishError
 from millrace.model_config import folder_dtype, unusual_dtypes
 from millrace.model_folder import CASTABLE, StoredTensor, stored_tensors
@@ -56,7 +56,7 @@ def dtypes_of(info: EngineInfo, folder: Path) -> Dtypes:
     return Dtypes(usual, unusual_dtypes(folder) if info.unusual_dtypes is None else info.unusual_dtypes)
 
 
-def require_one_dtype(engines: Iterable[Started]) -> None:
+def require_one_dtype(engines: Iterable[Replica]) -> None:
     """Raises PublishError for engines of several dtypes: all get the same tensors."""
     told = {one.engine.name: one.info.dtype for one in engines if one.info.dtype is not None}
     if len(set(told.values())) > 1:

@@ -110,7 +110,7 @@ class Source:
             self.files.get_file(path, str(place / path.rpartition("/")[2]))
 
 
-class Whole:
+class FullCheckpoint:
     """A version's folder, memory-mapped. Raises DataError where it lacks something or has too much."""
 
     def __init__(self, folder: Path) -> None:
@@ -190,7 +190,7 @@ def read_version(
 ) -> "Iterator[tuple[str, torch.Tensor]]":
     """Every tensor of the last of the deltas' versions, or of the anchor's where there is none: what is in `folder`,
     memory-mapped, and changed by each delta in turn. Raises DataError where anything is not what was written."""
-    whole = Whole(folder)
+    whole = FullCheckpoint(folder)
     _require_digest(whole.checksums, anchor, folder)
     opened: list[Delta] = []
     for entry, path in deltas:
@@ -200,7 +200,7 @@ def read_version(
     return _applied(whole, opened) if opened else whole.compared()
 
 
-def _applied(whole: Whole, deltas: Sequence[Delta]) -> "Iterator[tuple[str, torch.Tensor]]":
+def _applied(whole: FullCheckpoint, deltas: Sequence[Delta]) -> "Iterator[tuple[str, torch.Tensor]]":
     # A delta compares what it is applied to and what comes of it.
     for name in deltas[-1].tensors:
         tensor = whole.get(name)

@@ -50,8 +50,8 @@ def not_finite(tensors: Iterable[NamedTensor], dtypes: Dtypes) -> list[str]:
 
 def _infinite(sums: Sequence[NamedTensor]) -> Iterator[str]:
     """Yield the names of the scalars that are not finite. They are on one device, which is waited for once."""
-    totals = torch.stack([total for _, total in sums]).tolist()
-    return (name for (name, _), total in zip(sums, totals, strict=True) if not math.isfinite(total))
+    metrics = torch.stack([total for _, total in sums]).tolist()
+    return (name for (name, _), total in zip(sums, metrics, strict=True) if not math.isfinite(total))
 
 
 def _as_sent(name: str, tensor: torch.Tensor, dtypes: Dtypes) -> torch.Tensor:

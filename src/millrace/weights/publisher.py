@@ -36,13 +36,13 @@ ROLLBACK_DEADLINE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """How one engine fared. `blameless`: it was not the engine that failed, but another in the same broadcast, or who
+    """How one engine fared. `collateral`: it was not the engine that failed, but another in the same broadcast, or who
     brings its host the weights. Seconds of each leg; `pause_seconds` is how long it generated nothing because of the
     update."""
 
     engine: str
     error: EngineError | None
-    blameless: bool
+    collateral: bool
     begin_seconds: float
     load_seconds: float
     attest_seconds: float
@@ -79,7 +79,7 @@ class _Update:
     begun: bool = False
     committed: bool = False
     failed_at: float = 0.0
-    blameless: bool = False
+    collateral: bool = False
     paused_at: float | None = None
     legs: dict[str, float] = field(default_factory=dict)
 
@@ -145,7 +145,7 @@ async def publish(
                 restored = await asyncio.gather(*(_abandon(u, unrestored) for u in left))
                 left = [update for update, sound in zip(left, restored, strict=True) if sound]
                 for update in left:
-                    update.blameless = True
+                    update.collateral = True
                 if isinstance(tensors, Iterator):
                     break
                 for update in left:
@@ -162,7 +162,7 @@ async def publish(
         EngineReport(
             engine=u.engine.name,
             error=u.error,
-            blameless=u.blameless,
+            collateral=u.collateral,
             begin_seconds=u.legs.get("begin", 0.0),
             load_seconds=u.legs.get("load", 0.0),
             attest_seconds=u.legs.get("attest", 0.0),
@@ -259,7 +259,7 @@ def _leave_out(updates: Sequence[_Update], arrival: _Arrival | None) -> None:
     unreached = arrival.unreached if arrival is not None else {}
     for update in updates:
         if update.error is None and (error := unreached.get(update.engine.name)) is not None:
-            update.error, update.blameless = error, True
+            update.error, update.collateral = error, True
 
 
 def _loading(staged: StagedBucket, transport: Transport, ends: float) -> Step:
@@ -287,8 +287,8 @@ def _breaking(transport: Transport, step: Step) -> Step:
 async def _bystanders(updates: Sequence[_Update], transport: Transport) -> list[_Update]:
     """Those that failed because others broke the broadcast off."""
     failed = sorted((u for u in updates if u.error is not None and u.failed_at), key=lambda u: u.failed_at)
-    blameless = await transport.blameless([update.engine for update in failed])
-    return [update for update in failed if update.engine.name in blameless]
+    collateral = await transport.collateral([update.engine for update in failed])
+    return [update for update in failed if update.engine.name in collateral]
 
 
 def _share(ends: float) -> float:

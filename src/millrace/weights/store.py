@@ -20,9 +20,9 @@ from millrace.weights.chain import (
     CHECKSUMS,
     INDEX,
     Entry,
+    FullCheckpoint,
     Index,
     Source,
-    Whole,
     digest_of,
     folder_name,
     kept,
@@ -171,7 +171,7 @@ class VersionStore:
         base = self._base
         if base is None or len(way_to(self._safe, base, frozenset())[1]) + 1 >= self._anchor_every:
             return None
-        old, new = Whole(self._here / folder_name(base)), Whole(written.path)
+        old, new = FullCheckpoint(self._here / folder_name(base)), FullCheckpoint(written.path)
 
         def pairs() -> Iterator[Pair]:
             for name in new.checksums:

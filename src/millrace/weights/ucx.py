@@ -154,7 +154,7 @@ def load() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"weights go over UCX by NIXL, which can't be imported here ({error}); install it where the trainer runs "
-            "and where couriers do: pip install 'millrace[ucx]'"
+            "and where sidecars do: pip install 'millrace[ucx]'"
         ) from error
     if "NIXL_LOG_LEVEL" not in os.environ:
         logging.getLogger("nixl").setLevel(logging.WARNING)  # it tells of every agent, on standard output

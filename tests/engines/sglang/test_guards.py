@@ -14,7 +14,7 @@ from millrace.engines.sglang.guards import (
     check_request,
 )
 from millrace.engines.stock.facts import Limits
-from millrace.engines.stock.state import ForbiddenError
+from millrace.engines.stock.state import InvalidStateError
 from millrace.types import GenerateRequest, SamplingParams
 
 LIMITS = Limits(vocab_size=100, context_length=50, seeds=False)
@@ -35,7 +35,7 @@ def test_a_request_passes_exactly_when_it_fits(ids: list[int], room: int) -> Non
     if len(ids) + room <= LIMITS.context_length:
         check_request(request, LIMITS)
     else:
-        with pytest.raises(ForbiddenError, match="do not fit into the 50"):
+        with pytest.raises(InvalidStateError, match="do not fit into the 50"):
             check_request(request, LIMITS)
 
 
@@ -49,7 +49,7 @@ def test_a_request_passes_exactly_when_it_fits(ids: list[int], room: int) -> Non
     ],
 )
 def test_a_prompt_that_the_server_would_die_of(ids: tuple[Any, ...], says: str) -> None:
-    with pytest.raises(ForbiddenError, match=says):
+    with pytest.raises(InvalidStateError, match=says):
         check_request(replace(SOUND, input_ids=ids), LIMITS)
 
 
@@ -77,7 +77,7 @@ def test_a_prompt_that_the_server_would_die_of(ids: tuple[Any, ...], says: str) 
     ids=lambda r: f"{r.request_id} {r.sampling} {dict(r.extra)}"[:80],
 )
 def test_what_else_the_server_would_die_of_or_ignore(request_: GenerateRequest) -> None:
-    with pytest.raises(ForbiddenError):
+    with pytest.raises(InvalidStateError):
         check_request(request_, LIMITS)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.engines.stock.state import ForbiddenError, ServerState
+from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.types import ALL_MEMORY, MemoryTag, PauseMode
 
 TAGS = st.sets(st.sampled_from(sorted(ALL_MEMORY)), min_size=1).map(frozenset)
@@ -54,7 +54,7 @@ def test_no_order_of_calls_kills_the_server_or_lets_it_serve_half_a_version(step
         method: Callable[..., ServerState] = getattr(state, str(name))
         try:
             after = method(*arguments)
-        except ForbiddenError:
+        except InvalidStateError:
             continue
         server.follow(state, after)
         state = after
@@ -70,7 +70,7 @@ def test_every_state_has_a_way_back_to_serving(steps: list[tuple[object, ...]]) 
         method: Callable[..., ServerState] = getattr(state, str(name))
         try:
             state = method(*arguments)
-        except ForbiddenError:
+        except InvalidStateError:
             continue
     state = state.rolling_back().waking(ALL_MEMORY)
     if state.torn or state.empty:

@@ -6,7 +6,7 @@ import pytest
 
 from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.model import Model
-from millrace.engines.stock.state import ForbiddenError
+from millrace.engines.stock.state import InvalidStateError
 from millrace.engines.vllm.facts import Server
 from millrace.engines.vllm.guards import OWN_FIELDS, OWN_SAMPLING, check_reload, check_request
 from millrace.engines.vllm.wire import GENERATE
@@ -54,7 +54,7 @@ def test_what_the_server_takes_passes(request_: GenerateRequest) -> None:
     ],
 )
 def test_what_it_would_ignore_or_die_of_is_refused(request_: GenerateRequest, says: str) -> None:
-    with pytest.raises(ForbiddenError, match=says):
+    with pytest.raises(InvalidStateError, match=says):
         check_request(request_, LIMITS, SERVER)
 
 
@@ -62,7 +62,7 @@ def test_logprobs_of_another_temperature_are_refused() -> None:
     raw = replace(SERVER, logprobs_mode="raw_logprobs")
     for temperature in (0.0, 1.0):
         check_request(replace(SOUND, sampling=SamplingParams(8, temperature=temperature)), LIMITS, raw)
-    with pytest.raises(ForbiddenError, match="processed_logprobs"):
+    with pytest.raises(InvalidStateError, match="processed_logprobs"):
         check_request(replace(SOUND, sampling=SamplingParams(8, temperature=0.7)), LIMITS, raw)
 
 
@@ -80,5 +80,5 @@ def test_a_reload_that_would_be_wrong_is_refused(names: list[str], on_cpu: bool,
     if fine:
         check_reload(model, server)
     else:
-        with pytest.raises(ForbiddenError, match="own reload"):
+        with pytest.raises(InvalidStateError, match="own reload"):
             check_reload(model, server)

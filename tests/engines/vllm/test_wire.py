@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from millrace.engines.vllm.metrics import read_metrics
 from millrace.engines.vllm.wire import COMPLETIONS, GENERATE, Answer, encode, wire_id
-from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, Segment
+from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, VersionSpan
 
 REQUEST = GenerateRequest("r", (1, 2, 3), SamplingParams(8, temperature=0.5, seed=7))
 
@@ -62,13 +62,13 @@ def test_a_stream_comes_to_what_one_answer_would_be(path: str, ids: list[int], d
     assert streamed.output_ids == whole.output_ids == tuple(ids)
     assert streamed.logprobs.tolist() == whole.logprobs.tolist() == [-i / 8 for i in ids]
     assert (streamed.finish_reason, streamed.cached_tokens) == (FinishReason.LENGTH, 2)
-    assert streamed.segments == whole.segments == ((Segment(4, 0, len(ids)),) if ids else ())
+    assert streamed.version_spans == whole.version_spans == ((VersionSpan(4, 0, len(ids)),) if ids else ())
 
 
 def test_a_server_that_tells_its_versions_is_believed() -> None:
     spans = [{"version": "6", "start": 0, "end": 1}, {"version": "default", "start": 1, "end": 3}]
     made = answered(GENERATE, choice(GENERATE, [5, 6, 7], "stop", weight_versions=spans))
-    assert made.segments == (Segment(6, 0, 1), Segment(None, 1, 3))
+    assert made.version_spans == (VersionSpan(6, 0, 1), VersionSpan(None, 1, 3))
 
 
 def test_a_stream_without_an_end_was_aborted() -> None:

@@ -98,11 +98,16 @@ async def _unless_refused(subject: Subject, sampling: SamplingParams, what: str)
     return made
 
 
-@check("generate.version", "tokens made outside of any update are in one segment, of the version that the engine names")
+@check(
+    "generate.version",
+    "tokens made outside of any update are in one version span, of the version that the engine names",
+)
 async def version(subject: Subject) -> None:
     made = await generate(subject, ask(subject, "version"))
     served = (await subject.engine.info()).weight_version
-    expect([s.version for s in made.segments] == [served], f"{made.segments} while it serves version {served}")
+    expect(
+        [s.version for s in made.version_spans] == [served], f"{made.version_spans} while it serves version {served}"
+    )
 
 
 @check("generate.prompt_tokens", "the prompt's tokens are counted, and no more of them are cached than there are")

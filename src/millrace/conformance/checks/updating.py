@@ -44,7 +44,7 @@ async def commit(subject: Subject) -> None:
     served = (await subject.engine.info()).weight_version
     expect(served == version, f"version {version} was committed, it names {served}")
     made = await generate(subject, ask(subject, "commit"))
-    expect([s.version for s in made.segments] == [version], f"its tokens are of {made.segments}")
+    expect([s.version for s in made.version_spans] == [version], f"its tokens are of {made.version_spans}")
 
 
 def _way(name: str, capability: Capability, way: Way) -> Check:

@@ -11,9 +11,7 @@ from millrace.conformance.weights import folder, load_disk, next_version, one_wa
 from millrace.types import Capability, Generation, PauseMode
 
 
-@check(
-    "version.across", "a generation that runs while an update comes has all its tokens, and segments of both versions"
-)
+@check("version.across", "a generation that runs while an update comes has all its tokens, and version spans of both")
 async def across(subject: Subject) -> None:
     async def look(flight: Flight) -> bool:
         old, new = await _update(subject)
@@ -63,8 +61,10 @@ async def _update(subject: Subject) -> tuple[int | None, int]:
 def _spans(flight: Flight, made: Generation, old: int | None, new: int) -> bool:
     """Whether the update came in its middle. It had begun before, so its first tokens are the old version's."""
     require_whole(flight.request, made)
-    versions = [segment.version for segment in made.segments]
-    expect(versions in ([old], [old, new]), f"version {new} followed {old}, and its segments are {made.segments}")
+    versions = [span.version for span in made.version_spans]
+    expect(
+        versions in ([old], [old, new]), f"version {new} followed {old}, and its version spans are {made.version_spans}"
+    )
     return versions == [old, new]
 
 
@@ -96,7 +96,8 @@ async def new_requests(subject: Subject) -> None:
     maker = old if Capability.STAGED_UPDATE in subject.info.capabilities else new
     made = await task
     expect(
-        [s.version for s in made.segments] == [maker], f"version {new} followed {old}, its segments: {made.segments}"
+        [s.version for s in made.version_spans] == [maker],
+        f"version {new} followed {old}, its version spans: {made.version_spans}",
     )
 
 

@@ -17,7 +17,7 @@ from millrace.engines.sglang_wire import (
     group_body,
     wire_id,
 )
-from millrace.engines.stock.state import ForbiddenError
+from millrace.engines.stock.state import InvalidStateError
 from millrace.engines.stock.tokens import check_values
 from millrace.engines.versions import decode_version
 from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout, LocalError
@@ -131,13 +131,13 @@ class EmbeddedEngine(HttpEngine):
         body = await self._control("/weights_checker", {"action": "checksum"}, repeatable=True)
         return {name: value for rank in body["ranks"] for name, value in rank["checksums"].items()}
 
-    async def load_adapter(self, name: str, path: str, *, deadline: float = CONTROL_DEADLINE) -> None:
+    async def load_lora(self, name: str, path: str, *, deadline: float = CONTROL_DEADLINE) -> None:
         await self._control("/load_lora_adapter", {"lora_name": name, "lora_path": path}, deadline=deadline)
 
-    async def unload_adapter(self, name: str, *, deadline: float = CONTROL_DEADLINE) -> None:
+    async def unload_lora(self, name: str, *, deadline: float = CONTROL_DEADLINE) -> None:
         await self._control("/unload_lora_adapter", {"lora_name": name}, deadline=deadline)
 
-    async def adapter_checksums(self, name: str) -> Mapping[str, str]:
+    async def lora_checksums(self, name: str) -> Mapping[str, str]:
         body = await self._control("/weights_checker", {"action": "checksum", "lora_name": name}, repeatable=True)
         return dict(body["ranks"][0]["checksums"])
 
@@ -195,7 +195,7 @@ class EmbeddedEngine(HttpEngine):
         """What `extra` says against the request would be dropped without a word: refused."""
         try:
             check_values(request)
-        except ForbiddenError as error:
+        except InvalidStateError as error:
             raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
         sampling = request.extra.get("sampling_params", {})
         if not isinstance(sampling, Mapping):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from millrace.engines.embedded.cache import Prefix, SlotCache
 from millrace.engines.embedded.faults import StepFaults
-from millrace.engines.embedded.lora import Adapter, Linears, LoadedAdapter
+from millrace.engines.embedded.lora import Linears, LoadedLora, Lora
 from millrace.engines.embedded.runner import ModelInfo, Runner
 from millrace.engines.embedded.sampling import LANE, sample
 from millrace.engines.embedded.scheduler import Finish, Output, Prefill, Request, Scheduler, cut_wave, group
@@ -61,8 +61,8 @@ class Core:
         self._lanes = np.zeros(max_running, LANE)
         self._version = version
         self._epoch = self._last_epoch = 0
-        self._adapters: dict[str, LoadedAdapter] = {}
-        self._taken_off: frozenset[str] = frozenset()  # the adapters of the base before this one
+        self._loras: dict[str, LoadedLora] = {}
+        self._detached: frozenset[str] = frozenset()  # the adapters of the base before this one
         self._asleep: frozenset[MemoryTag] = frozenset()
         self._weights_ready = True
         self._prompt_tokens = self._cached_tokens = 0
@@ -99,8 +99,8 @@ class Core:
         if not self._weights_ready and MemoryTag.WEIGHTS not in self._asleep:
             raise Refused("the weights were released and have no content yet; update them, then generate", status=503)
         for request in requests:
-            if request.lora_path is not None and request.lora_path not in self._taken_off:
-                request.adapter = self._adapter(request.lora_path)
+            if request.lora_path is not None and request.lora_path not in self._detached:
+                request.lora = self._lora(request.lora_path)
         self._scheduler.waiting.extend(requests)
 
     def abort(self, matches: Callable[[Request], bool], reason: str) -> int:
@@ -164,9 +164,9 @@ class Core:
         self._weights_ready = True
         self._changed(version)
         for request in self._scheduler.live():
-            request.adapter = None
-        self._taken_off = frozenset(self._adapters)
-        self._adapters.clear()
+            request.lora = None
+        self._detached = frozenset(self._loras)
+        self._loras.clear()
         self._runner.hooks.clear()
 
     def rename(self, version: str) -> None:
@@ -188,39 +188,39 @@ class Core:
 
     # Adapters
 
-    def load_adapter(self, name: str, adapter: Adapter) -> None:
-        if name in self._adapters:
+    def load_lora(self, name: str, lora: Lora) -> None:
+        if name in self._loras:
             raise Refused(f"an adapter {name} is loaded already")
         if not self._weights_ready:
             raise Refused("the weights have no content; bring them first, and then an adapter")
-        self._adapters[name] = LoadedAdapter(adapter, self._next_epoch())
-        self._taken_off -= {name}
-        self._runner.hooks.add(adapter)
+        self._loras[name] = LoadedLora(lora, self._next_epoch())
+        self._detached -= {name}
+        self._runner.hooks.add(lora)
 
-    def unload_adapter(self, name: str) -> None:
-        if name in self._taken_off:
+    def unload_lora(self, name: str) -> None:
+        if name in self._detached:
             return
-        self._adapter(name)
-        del self._adapters[name]
-        if not self._adapters and not any(request.adapter for request in self._scheduler.live()):
+        self._lora(name)
+        del self._loras[name]
+        if not self._loras and not any(request.lora for request in self._scheduler.live()):
             self._runner.hooks.clear()
 
-    def adapter_checksums(self, name: str) -> dict[str, str]:
-        return dict(self._adapter(name).adapter.checksums)
+    def lora_checksums(self, name: str) -> dict[str, str]:
+        return dict(self._lora(name).lora.checksums)
 
-    def _adapter(self, name: str) -> LoadedAdapter:
-        if name not in self._adapters:
+    def _lora(self, name: str) -> LoadedLora:
+        if name not in self._loras:
             raise Refused(f"no adapter {name} is loaded")
-        return self._adapters[name]
+        return self._loras[name]
 
     def _epoch_of(self, request: Request) -> int:
-        return self._epoch if request.adapter is None else request.adapter.epoch
+        return self._epoch if request.lora is None else request.lora.epoch
 
-    def _adapters_of(self, requests: list[Request]) -> list[Adapter | None]:
+    def _loras_of(self, requests: list[Request]) -> list[Lora | None]:
         """Of each row of a pass; empty where none has one."""
-        if not any(request.adapter for request in requests):
+        if not any(request.lora for request in requests):
             return []
-        return [None if request.adapter is None else request.adapter.adapter for request in requests]
+        return [None if request.lora is None else request.lora.lora for request in requests]
 
     # One step
 
@@ -237,7 +237,7 @@ class Core:
                 tokens_B[:, None],
                 self.cache.lengths[:running, None].copy(),
                 0,
-                adapters_B=self._adapters_of(self._scheduler.running),
+                loras_B=self._loras_of(self._scheduler.running),
             )
             self.cache.extend(running, tokens_B)
             self._accept(0, *sample(logits_BV, self._lanes[:running]))
@@ -299,12 +299,12 @@ class Core:
 
     def _forward_new(self, wave: list[Prefill], first: int) -> torch.Tensor:
         """The logits [B, V] after each prefill's last token."""
-        adapters = self._adapters_of([prefill.requests[0] for prefill in wave])
+        loras = self._loras_of([prefill.requests[0] for prefill in wave])
         if len(wave) == 1:
             tokens = wave[0].tokens
             for start in range(wave[0].reused, len(tokens), PREFILL_TOKENS):
                 positions = np.arange(start, min(start + PREFILL_TOKENS, len(tokens)))
-                logits_1V = self._runner.forward(tokens[None, positions], positions[None], first, adapters_B=adapters)
+                logits_1V = self._runner.forward(tokens[None, positions], positions[None], first, loras_B=loras)
             return logits_1V
         width = max(len(p.tokens) - p.reused for p in wave)
         tokens_BQ = np.zeros((len(wave), width), np.int64)
@@ -315,7 +315,7 @@ class Core:
             tokens_BQ[row, own] = prefill.tokens[prefill.reused :]
             positions_BQ[row, own] = np.arange(prefill.reused, len(prefill.tokens))
             real_BQ[row, own] = True
-        return self._runner.forward(tokens_BQ, positions_BQ, first, None if real_BQ.all() else real_BQ, adapters)
+        return self._runner.forward(tokens_BQ, positions_BQ, first, None if real_BQ.all() else real_BQ, loras)
 
     def _accept(self, first: int, tokens_B: NDArray[np.int64], logprobs_B: NDArray[np.float32]) -> None:
         """Gives the drawn tokens to the requests in the slots from `first` on, and ends those that are done."""

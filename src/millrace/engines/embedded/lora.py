@@ -34,7 +34,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Adapter:
+class Lora:
     """pairs: by the layer's name. checksums: of each tensor as it came, under the name that it had in the file."""
 
     scaling: float
@@ -43,10 +43,10 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LoadedAdapter:
+class LoadedLora:
     """epoch: of the prefixes that it computes. No two adapters, and no two loads of one, have the same."""
 
-    adapter: Adapter
+    lora: Lora
     epoch: int
 
 
@@ -63,7 +63,7 @@ class Linears:
         found = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         return cls(found, dtype, device)
 
-    def read(self, folder: Path) -> Adapter:
+    def read(self, folder: Path) -> Lora:
         """An adapter in PEFT's format. Raises UpdateRefused where it can't be read, or does not fit the model."""
         try:
             config: dict[str, Any] = orjson.loads((folder / ADAPTER_CONFIG).read_bytes())
@@ -79,7 +79,7 @@ class Linears:
             raise UpdateRefused(f"{min(wrong)} is no half of a pair, or the only one, in {folder}")
         pairs = {module.removeprefix(ADAPTER_PREFIX): self._pair(module, tensors, rank) for module in modules}
         sums = {name: checksum(byte_view(tensor)) for name, tensor in tensors.items()}
-        return Adapter(alpha / rank, pairs, sums)
+        return Lora(alpha / rank, pairs, sums)
 
     def _pair(self, name: str, tensors: Mapping[str, torch.Tensor], rank: int) -> Pair:
         module = self.modules.get(name.removeprefix(ADAPTER_PREFIX))
@@ -97,11 +97,11 @@ class Hooks:
     """Adds to the model's layers what the rows of the next pass want. Belongs to the model thread."""
 
     linears: Linears
-    rows: Sequence[Adapter | None] = ()
+    rows: Sequence[Lora | None] = ()
     _hooked: dict[str, RemovableHandle] = field(default_factory=dict)
 
-    def add(self, adapter: Adapter) -> None:
-        for name in adapter.pairs.keys() - self._hooked.keys():
+    def add(self, lora: Lora) -> None:
+        for name in lora.pairs.keys() - self._hooked.keys():
             self._hooked[name] = self.linears.modules[name].register_forward_hook(self._hook(name))
 
     def clear(self) -> None:
@@ -112,15 +112,15 @@ class Hooks:
 
     def _hook(self, name: str) -> Any:
         def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            wanted = {adapter: adapter.pairs[name] for adapter in self.rows if adapter and name in adapter.pairs}
-            for adapter, pair in wanted.items():
+            wanted = {lora: lora.pairs[name] for lora in self.rows if lora and name in lora.pairs}
+            for lora, pair in wanted.items():
                 count = len(self.rows)
                 x, y = inputs[0].reshape(count, -1, pair.a.shape[1]), output.view(count, -1, pair.b.shape[0])
-                if all(row is adapter for row in self.rows):
-                    y += (x @ pair.a.T @ pair.b.T) * adapter.scaling
+                if all(row is lora for row in self.rows):
+                    y += (x @ pair.a.T @ pair.b.T) * lora.scaling
                 else:
-                    own = torch.tensor([i for i, row in enumerate(self.rows) if row is adapter], device=x.device)
-                    y.index_add_(0, own, (x[own] @ pair.a.T @ pair.b.T) * adapter.scaling)
+                    own = torch.tensor([i for i, row in enumerate(self.rows) if row is lora], device=x.device)
+                    y.index_add_(0, own, (x[own] @ pair.a.T @ pair.b.T) * lora.scaling)
             return output
 
         return hook

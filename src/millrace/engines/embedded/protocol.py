@@ -157,12 +157,12 @@ class CheckBody(Body):
     lora_name: str | None = None
 
 
-class LoadAdapterBody(Body):
+class LoadLoraBody(Body):
     lora_name: Annotated[str, Field(min_length=1)]
     lora_path: str
 
 
-class UnloadAdapterBody(Body):
+class UnloadLoraBody(Body):
     lora_name: str
 
 

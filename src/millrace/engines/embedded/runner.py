@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from millrace.checkpoint_names import load_config
 from millrace.engines.embedded import attention
 from millrace.engines.embedded.cache import LayerShape, SlotCache, Window
-from millrace.engines.embedded.lora import Adapter, Hooks
+from millrace.engines.embedded.lora import Hooks, Lora
 from millrace.errors import ConfigError
 
 # Kernels prefer round sizes, and the allocator sees fewer of them; what is beyond a row's own length is masked anyway.
@@ -127,12 +127,12 @@ class Runner:
         positions_BQ: NDArray[np.int64],
         first_slot: int,
         real_BQ: NDArray[np.bool_] | None = None,
-        adapters_B: Sequence[Adapter | None] = (),
+        loras_B: Sequence[Lora | None] = (),
     ) -> torch.Tensor:
         """Runs B rows of Q tokens through slots `first_slot` and up. Returns the last column's logits [B, V], float32.
 
         Rows shorter than Q are padded on the left; `real_BQ` is False there and None when nothing is padded. Padding
-        sees position 0, so that its softmax has something to sum, and its keys and values are not kept. `adapters_B`
+        sees position 0, so that its softmax has something to sum, and its keys and values are not kept. `loras_B`
         is empty where no row has one.
         """
         rows, columns = tokens_BQ.shape
@@ -146,7 +146,7 @@ class Runner:
             kept = np.flatnonzero(real_BQ)
             window = Window(first_slot, rows, context, slots_T[kept], window.positions_T[kept], kept)
         self._cache.aim(window)
-        self.hooks.rows = adapters_B
+        self.hooks.rows = loras_B
         output = self._model(
             input_ids=self._to_device(tokens_BQ),
             attention_mask=bias[:, None],

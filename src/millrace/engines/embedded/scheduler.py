@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from millrace.engines.embedded.lora import LoadedAdapter
+from millrace.engines.embedded.lora import LoadedLora
 from millrace.types import FinishReason, SamplingParams
 
 # A request waits for another's prefill when that saves it at least this many tokens of its own: about what a second,
@@ -59,7 +59,7 @@ class Request:
     limit: int
     streams: bool
     lora_path: str | None = None
-    adapter: LoadedAdapter | None = None
+    lora: LoadedLora | None = None
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
@@ -166,10 +166,10 @@ class Prefill:
 
 def group(requests: list[Request]) -> list[Prefill]:
     """Puts requests with the same tokens and adapter together, in the order of their first."""
-    groups: dict[tuple[LoadedAdapter | None, bytes], Prefill] = {}
+    groups: dict[tuple[LoadedLora | None, bytes], Prefill] = {}
     for request in requests:
         tokens = request.known()
-        groups.setdefault((request.adapter, tokens.tobytes()), Prefill([], tokens)).requests.append(request)
+        groups.setdefault((request.lora, tokens.tobytes()), Prefill([], tokens)).requests.append(request)
     return list(groups.values())
 
 

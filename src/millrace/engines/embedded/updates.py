@@ -21,11 +21,11 @@ from millrace.engines.embedded.protocol import (
     EmptyBody,
     GroupBody,
     GroupNameBody,
-    LoadAdapterBody,
+    LoadLoraBody,
     RenameBody,
     SharedMemoryBody,
     TagsBody,
-    UnloadAdapterBody,
+    UnloadLoraBody,
     VersionBody,
     parse,
 )
@@ -63,8 +63,8 @@ class Updates:
             "/destroy_weights_update_group": self._leave,
             "/update_weight_version": self._rename,
             "/weights_checker": self._check,
-            "/load_lora_adapter": self._load_adapter,
-            "/unload_lora_adapter": self._unload_adapter,
+            "/load_lora_adapter": self._load_lora,
+            "/unload_lora_adapter": self._unload_lora,
             "/release_memory_occupation": self._release,
             "/resume_memory_occupation": self._resume,
         }
@@ -185,12 +185,12 @@ class Updates:
         return reply({"success": True, "message": "the weight version is renamed", "new_version": body.new_version})
 
     async def _check(self, http: web.Request) -> web.Response:
-        adapter = parse(CheckBody, await http.read()).lora_name
+        lora = parse(CheckBody, await http.read()).lora_name
         async with self._alone() as weights:
-            if adapter is None:
+            if lora is None:
                 sums = await self._in_loader(weights.checksums)
             else:
-                sums = await self._thread.call(lambda core: core.adapter_checksums(adapter))
+                sums = await self._thread.call(lambda core: core.lora_checksums(lora))
         one_rank = {
             "checksums": sums,
             "per_gpu_checksum": checksum(memoryview("".join(sums[name] for name in sorted(sums)).encode())),
@@ -204,21 +204,21 @@ class Updates:
         }
         return reply({"success": True, "message": f"{len(sums)} tensors", "ranks": [one_rank]})
 
-    async def _load_adapter(self, http: web.Request) -> web.Response:
-        body = parse(LoadAdapterBody, await http.read())
+    async def _load_lora(self, http: web.Request) -> web.Response:
+        body = parse(LoadLoraBody, await http.read())
         async with self._alone():
             self._faults.begin_session()
             if self._faults.refuses_load():
                 raise Refused("this adapter was told to be refused")
             linears = self._thread.ready.result().linears
-            adapter = await self._in_loader(lambda: linears.read(Path(body.lora_path)))
-            await self._thread.call(lambda core: core.load_adapter(body.lora_name, adapter))
+            lora = await self._in_loader(lambda: linears.read(Path(body.lora_path)))
+            await self._thread.call(lambda core: core.load_lora(body.lora_name, lora))
         return _done(f"adapter {body.lora_name} is loaded")
 
-    async def _unload_adapter(self, http: web.Request) -> web.Response:
-        name = parse(UnloadAdapterBody, await http.read()).lora_name
+    async def _unload_lora(self, http: web.Request) -> web.Response:
+        name = parse(UnloadLoraBody, await http.read()).lora_name
         async with self._alone():
-            await self._thread.call(lambda core: core.unload_adapter(name))
+            await self._thread.call(lambda core: core.unload_lora(name))
         return _done(f"adapter {name} is unloaded")
 
     async def _release(self, http: web.Request) -> web.Response:

@@ -20,7 +20,7 @@ from millrace.engines.sglang_wire import (
 )
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.facts import Facts
-from millrace.engines.stock.state import ForbiddenError, ServerState
+from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
 from millrace.errors import EngineFailed, EngineRefused
@@ -135,7 +135,7 @@ class SGLangEngine(StockEngine):
             case DiskBucket(path=folder):
                 path, body = "/update_weights_from_disk", {"model_path": folder}
             case SharedMemoryBucket():
-                raise ForbiddenError("it can't open a memory file; send the tensors by torch's storage")
+                raise InvalidStateError("it can't open a memory file; send the tensors by torch's storage")
 
         async def send(deadline: float) -> None:
             await self._control(path, {**body, **QUIETLY}, deadline=deadline)
@@ -157,12 +157,12 @@ class SGLangEngine(StockEngine):
                 raise  # otherwise there was none
         self._session = False
 
-    async def _load_adapter(self, name: str, path: str, deadline: float) -> None:
+    async def _load_lora(self, name: str, path: str, deadline: float) -> None:
         body = await self._control("/load_lora_adapter", {"lora_name": name, "lora_path": path}, deadline=deadline)
         if (body["loaded_adapters"] or {}).get(name) != path:
             raise EngineFailed(self.name, f"it has not got the adapter {name} of {path}: {body['loaded_adapters']}")
 
-    async def _unload_adapter(self, name: str, worker_id: int | None, deadline: float) -> None:  # noqa: ARG002
+    async def _unload_lora(self, name: str, worker_id: int | None, deadline: float) -> None:  # noqa: ARG002
         """SGLang waits until no request uses it."""
         await self._control("/unload_lora_adapter", {"lora_name": name}, deadline=deadline)
 

@@ -33,7 +33,7 @@ CPU_DEFAULTS: dict[str, EngineArgument] = {
 # SGLang's own are pages of one token: a hash, and an event's entry, for each. On the CPU it stays so: 0.5.15 dies of
 # larger ones there.
 KV_EVENTS_DEFAULTS: dict[str, EngineArgument] = {"page_size": 64}
-TELLS_NO_ADAPTER = frozenset({"0.5.15"})  # its events are alike with and without one
+TELLS_NO_LORA = frozenset({"0.5.15"})  # its events are alike with and without one
 
 # Every option string of SGLang 0.5.15 and 0.5.23 for what Millrace sets, and the setting that it belongs to.
 SETTINGS = {
@@ -145,11 +145,11 @@ def require_no_contradiction(config: SGLangEngineConfig) -> None:
     """Raises ConfigError for an engine argument or a variable that repeats what Millrace sets, and for events that say
     too little."""
     require_said_once(config, settings=SETTINGS, others=OTHERS, environment=ENVIRONMENT)
-    adapters = given(config).keys() & {"--enable-lora", "--lora-paths"}
-    if config.kv_events and adapters and config.version in TELLS_NO_ADAPTER:
+    loras = given(config).keys() & {"--enable-lora", "--lora-paths"}
+    if config.kv_events and loras and config.version in TELLS_NO_LORA:
         raise ConfigError(
             f"SGLang {config.version} says of a block in its cache neither whether it is an adapter's nor whose; leave "
-            f"out engine.kv_events, or engine.engine_args {', '.join(sorted(adapters))}, or take 0.5.23"
+            f"out engine.kv_events, or engine.engine_args {', '.join(sorted(loras))}, or take 0.5.23"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import isfinite
 
 from millrace.engines.stock.facts import Limits
-from millrace.engines.stock.state import ForbiddenError, require
+from millrace.engines.stock.state import InvalidStateError, require
 from millrace.engines.stock.tokens import check_ids, check_length, check_values
 from millrace.types import GenerateRequest
 
@@ -28,7 +28,7 @@ HEALTH_CHECK = "HEALTH_CHECK"  # requests of such names are the server's own, an
 
 
 def check_request(request: GenerateRequest, limits: Limits) -> None:
-    """Raises ForbiddenError for a request that would harm the server or come back as something else than asked."""
+    """Raises InvalidStateError for a request that would harm the server or come back as something else than asked."""
     sampling = request.sampling
     check_values(request)
     check_ids(request, limits)
@@ -48,9 +48,9 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
 
 def _check_extra(extra: Mapping[str, object], limits: Limits) -> None:
     for name in sorted(OWN_FIELDS & extra.keys()):
-        raise ForbiddenError(f"extra.{name} is Millrace's own to set")
+        raise InvalidStateError(f"extra.{name} is Millrace's own to set")
     for name in sorted(LETHAL_FIELDS & extra.keys()):
-        raise ForbiddenError(f"extra.{name} can kill the server, or replace the prompt")
+        raise InvalidStateError(f"extra.{name} can kill the server, or replace the prompt")
     top = extra.get("top_logprobs_num", 0)
     require(type(top) is int and 0 <= top <= limits.vocab_size, "extra.top_logprobs_num must be in the vocabulary")
     start = extra.get("logprob_start_len", -1)
@@ -60,7 +60,7 @@ def _check_extra(extra: Mapping[str, object], limits: Limits) -> None:
     require(isinstance(further, dict), "extra.sampling_params must be a mapping")
     assert isinstance(further, dict)
     for name in sorted(OWN_SAMPLING & further.keys()):
-        raise ForbiddenError(f"extra.sampling_params.{name} is set by the request's own sampling")
+        raise InvalidStateError(f"extra.sampling_params.{name} is set by the request's own sampling")
     _check_further(further)
 
 

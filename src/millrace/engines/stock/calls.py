@@ -6,38 +6,36 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from millrace.engines.stock.pieces import cut_off, is_full, joined, rest_of
+from millrace.continuation import Continuation, call_id
 from millrace.engines.stock.state import TORN, ServerState
 from millrace.errors import EngineRefused, EngineTimeout
-from millrace.types import FinishReason, GenerateRequest, Generation
+from millrace.types import GenerateRequest
 
 
 @dataclass(slots=True)
 class Call:
-    """A generation under way; `pieces` are what its earlier requests to the server came back with."""
+    """A generation under way, in one or more requests to the server."""
 
-    request: GenerateRequest
-    pieces: list[Generation] = field(default_factory=list)
-    turn: int = 0  # makes the name of each request to the server a new one
+    continuation: Continuation
+    turn: int = 0  # makes the id of each request to the server a new one
     sent: bool = False  # the server has it now
     interrupted: bool = False  # by an update, after which it goes on
     aborted: bool = False  # by somebody who wants it to end
 
     @property
+    def request_id(self) -> str:
+        return self.continuation.request.request_id
+
+    @property
     def served_as(self) -> str:
-        """What the server calls it now. Never twice the same: two seconds after a stream has ended, the server aborts
-        its name, whoever has it then."""
-        return f"{self.request.request_id}#{self.turn}"
+        """The id of the current request to the server."""
+        return call_id(self.request_id, self.turn)
 
     @property
     def rest(self) -> GenerateRequest:
-        return replace(rest_of(self.request, self.pieces), request_id=self.served_as)
-
-    @property
-    def finished(self) -> Generation:
-        return joined(self.pieces) if self.pieces else cut_off(self.request)
+        return replace(self.continuation.rest, request_id=self.served_as)
 
 
 class Calls:
@@ -55,7 +53,7 @@ class Calls:
         """Raises EngineRefused where a request of that name is under way: an abort could not tell them apart."""
         if request.request_id in self._calls:
             raise EngineRefused(self._engine, f"request {request.request_id} is in flight already")
-        call = self._calls[request.request_id] = Call(request)
+        call = self._calls[request.request_id] = Call(Continuation(request))
         try:
             yield call
         finally:
@@ -70,17 +68,14 @@ class Calls:
         """Whether there is (more) to ask of the server. Waits until `end` (time.monotonic) as long as the server must
         not see a request; raises EngineTimeout then, and EngineRefused where its weights are of no version."""
         call.sent = False
-        if call.pieces:
-            if call.pieces[-1].finish_reason is not FinishReason.ABORT or not call.interrupted:
-                return False
-            if is_full(call.request, call.pieces):
-                call.pieces[-1] = replace(call.pieces[-1], finish_reason=FinishReason.LENGTH)
+        if call.continuation.parts:
+            if not (call.continuation.aborted and call.interrupted):
                 return False
             call.interrupted = False
         if self.state.held:
             await self._until_released(call, end)
         if self.state.torn:
-            raise EngineRefused(self._engine, f"request {call.request.request_id}: {TORN}")
+            raise EngineRefused(self._engine, f"request {call.request_id}: {TORN}")
         call.turn = next(self._turns)
         call.sent = not call.aborted
         return call.sent
@@ -91,7 +86,7 @@ class Calls:
                 await self._changed.wait_for(lambda: call.aborted or not self.state.held)
         except TimeoutError:
             raise EngineTimeout(
-                self._engine, f"request {call.request.request_id} waited until its deadline: {self.state.describe()}"
+                self._engine, f"request {call.request_id} waited until its deadline: {self.state.describe()}"
             ) from None
 
     async def enter(self, state: ServerState) -> None:
@@ -110,7 +105,7 @@ class Calls:
     def rewrite(self, rule: Callable[[GenerateRequest], GenerateRequest]) -> None:
         """Changes what has not come back yet, from its next request to the server on."""
         for call in self._calls.values():
-            call.request = rule(call.request)
+            call.continuation.request = rule(call.continuation.request)
 
     def interrupt(self) -> None:
         """What the server has is about to come back in part, and is to go on later."""

@@ -5,18 +5,16 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
-from millrace.engines.base import PUBLISHED_ADAPTER
+from millrace.engines.base import PUBLISHED_LORA
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
-from millrace.engines.stock.adapters import Adapters
 from millrace.engines.stock.calls import Call, Calls
 from millrace.engines.stock.facts import Facts, check_takes
+from millrace.engines.stock.lora import LoadedLoras
 from millrace.engines.stock.model import Model, names_in, read_model
-from millrace.engines.stock.pieces import joined
 from millrace.engines.stock.server import StockServer
-from millrace.engines.stock.state import ForbiddenError, ServerState
+from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stock.tensors import check_shapes, check_whole
 from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout, LocalError
 from millrace.http import HttpClient
@@ -56,7 +54,7 @@ class StockEngine(StockServer):
         self._model_path = model_path
         self._facts_read: Facts | None = None
         self._calls = Calls(name)
-        self._adapters = Adapters()
+        self._loras = LoadedLoras()
         self._controls = asyncio.Lock()  # one control call at a time; abort and the questions pass
         self._stopped = False  # whether the server itself was told to pause
         self._dangling = False  # whether the server may still have an update open that was given up here
@@ -73,15 +71,15 @@ class StockEngine(StockServer):
         async with self._calling(request) as call:
             while await self._calls.go_on(call, end):
                 made = await self._generate(self._http, call.rest, end - time.monotonic())
-                call.pieces.append(replace(made, request_id=request.request_id))
-            return call.finished
+                call.continuation.add(made)
+            return call.continuation.result
 
     async def generate_by(
         self, router: HttpClient, request: GenerateRequest, *, headers: Mapping[str, str], deadline: float
     ) -> Generation:
         try:
             self._check(request, await self._facts())
-        except ForbiddenError as error:
+        except InvalidStateError as error:
             raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
         return await self._generate(router, request, deadline, headers)
 
@@ -92,15 +90,15 @@ class StockEngine(StockServer):
         end = time.monotonic() + deadline
         async with self._calling(request) as call:
             while await self._calls.go_on(call, end):
-                piece = None
+                part = None
                 async for made, finished in self._follow(call.rest, end - time.monotonic()):
-                    piece = replace(made, request_id=request.request_id)
+                    part = made
                     if not finished:
-                        yield joined([*call.pieces, piece])
-                if piece is None:
+                        yield call.continuation.with_part(part)
+                if part is None:
                     raise EngineFailed(self.name, "generate answered with an empty stream")
-                call.pieces.append(piece)
-            yield call.finished
+                call.continuation.add(part)
+            yield call.continuation.result
 
     async def abort(self, request_id: str | None = None) -> None:
         served = await self._calls.abort(request_id)
@@ -149,7 +147,7 @@ class StockEngine(StockServer):
         try:
             check_shapes(shapes.items(), known)
             check_whole(shapes, known)
-        except ForbiddenError as error:
+        except InvalidStateError as error:
             raise EngineRefused(self.name, str(error)) from error
 
     async def begin_update(self, version: int) -> None:
@@ -178,7 +176,7 @@ class StockEngine(StockServer):
             check_takes(bucket, facts.info)
             names = names_in(bucket, facts.model)
             if twice := self._sent & names:
-                raise ForbiddenError(f"{min(twice)} was sent in this update already; roll it back and begin again")
+                raise InvalidStateError(f"{min(twice)} was sent in this update already; roll it back and begin again")
             send = self._loader(bucket, facts)
             self._sent |= names
             await self._calls.enter(after)  # whatever comes back, the server may have changed
@@ -191,8 +189,8 @@ class StockEngine(StockServer):
             assert version is not None
             check_whole(self._loaded, (await self._facts()).model.shapes)
             await self._commit(version)
-            self._adapters.take_off()
-            self._calls.rewrite(self._adapters.served)
+            self._loras.detach_all()
+            self._calls.rewrite(self._loras.served)
             await self._become(after)
 
     async def rollback(self) -> None:
@@ -210,23 +208,23 @@ class StockEngine(StockServer):
             if after.torn:
                 raise EngineRefused(self.name, "its old weights are overwritten; it serves again after a whole version")
 
-    async def load_adapter(self, name: str, path: str, *, deadline: float = CONTROL_DEADLINE) -> None:
+    async def load_lora(self, name: str, path: str, *, deadline: float = CONTROL_DEADLINE) -> None:
         async with self._controlling():
             if Capability.LORA not in (await self._facts()).info.capabilities:
                 raise EngineRefused(self.name, "it takes no adapters; start it with engine_args: {enable_lora: true}")
             self.state.adapting()
-            self._adapters.book(name, await self._load_adapter(name, path, deadline))
+            self._loras.book(name, await self._load_lora(name, path, deadline))
 
-    async def unload_adapter(self, name: str, *, deadline: float = CONTROL_DEADLINE) -> None:
+    async def unload_lora(self, name: str, *, deadline: float = CONTROL_DEADLINE) -> None:
         async with self._controlling():
-            await self._unload_adapter(name, self._adapters.unbook(name), deadline)
+            await self._unload_lora(name, self._loras.unbook(name), deadline)
 
     async def _clear_up(self) -> None:
         """Of a server that somebody else started: the adapters that a trainer left who died."""
         if Capability.LORA in (await self._facts()).info.capabilities:
             for model in (await self._ask("/v1/models"))["data"]:
-                if model["id"].startswith(PUBLISHED_ADAPTER):
-                    await self._unload_adapter(model["id"], None, CONTROL_DEADLINE)
+                if model["id"].startswith(PUBLISHED_LORA):
+                    await self._unload_lora(model["id"], None, CONTROL_DEADLINE)
 
     async def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
         """Waits for the sender first: a server that can't reach it hangs as a whole."""
@@ -282,8 +280,8 @@ class StockEngine(StockServer):
         """Registers a generation, and aborts it on the server where it is given up."""
         try:
             self._check(request, await self._facts())
-            request = self._adapters.served(request)
-        except ForbiddenError as error:
+            request = self._loras.served(request)
+        except InvalidStateError as error:
             raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
         with self._calls.register(request) as call:
             try:
@@ -305,7 +303,7 @@ class StockEngine(StockServer):
             raise EngineTimeout(self.name, "another control call was still under way") from None
         try:
             yield
-        except (ForbiddenError, DataError) as error:
+        except (InvalidStateError, DataError) as error:
             raise EngineRefused(self.name, str(error)) from error
         finally:
             self._controls.release()
@@ -350,7 +348,7 @@ class StockEngine(StockServer):
     async def _drain(self) -> None:
         """Waits until nothing runs, and pauses the server so that nothing else begins."""
         if self.state.paused is not None and self._calls.sent:
-            raise ForbiddenError("requests are paused in the middle; resume or abort them before the engine sleeps")
+            raise InvalidStateError("requests are paused in the middle; resume or abort them before the engine sleeps")
         end = time.monotonic() + DRAIN_DEADLINE
         while True:
             await self.flush_cache(deadline=end - time.monotonic())

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from millrace.engines.stock.model import Model
-from millrace.engines.stock.state import ForbiddenError
+from millrace.engines.stock.state import InvalidStateError
 from millrace.types import (
     Bucket,
     Capability,
@@ -44,7 +44,9 @@ class Facts:
 
 
 def check_takes(bucket: Bucket, info: EngineInfo) -> None:
-    """Raises ForbiddenError for a bucket of a kind that the server has no capability for."""
+    """Raises InvalidStateError for a bucket of a kind that the server has no capability for."""
     if not info.capabilities & TAKES[type(bucket)]:
         can = sorted(c.value for c in info.capabilities if c.startswith("update_from_"))
-        raise ForbiddenError(f"it can't be updated by a {type(bucket).__name__}; it has {', '.join(can) or 'no way'}")
+        raise InvalidStateError(
+            f"it can't be updated by a {type(bucket).__name__}; it has {', '.join(can) or 'no way'}"
+        )

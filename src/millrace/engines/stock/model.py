@@ -36,7 +36,7 @@ def shapes_of(folder: Path) -> Mapping[str, tuple[int, ...]]:
 
 
 def names_in(bucket: Bucket, model: Model) -> set[str]:
-    """The tensors that a bucket brings. Raises ForbiddenError where they are not the model's."""
+    """The tensors that a bucket brings. Raises InvalidStateError where they are not the model's."""
     match bucket:
         case DiskBucket(path=folder):
             if not Path(folder).is_dir():  # it is on another host, and a missing one is refused there

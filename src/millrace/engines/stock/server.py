@@ -58,7 +58,7 @@ class StockServer(HttpEngine):
 
     @abstractmethod
     def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
-        """What sends the bucket, within so many seconds. Raises ForbiddenError for what the server can't take."""
+        """What sends the bucket, within so many seconds. Raises InvalidStateError for what the server can't take."""
 
     @abstractmethod
     async def _commit(self, version: int) -> None: ...
@@ -68,11 +68,11 @@ class StockServer(HttpEngine):
         """Ends the server's side of an update that is not committed."""
 
     @abstractmethod
-    async def _load_adapter(self, name: str, path: str, deadline: float) -> int | None:
+    async def _load_lora(self, name: str, path: str, deadline: float) -> int | None:
         """Returns what the server's workers call it, where that is something else."""
 
     @abstractmethod
-    async def _unload_adapter(self, name: str, worker_id: int | None, deadline: float) -> None: ...
+    async def _unload_lora(self, name: str, worker_id: int | None, deadline: float) -> None: ...
 
     @abstractmethod
     async def _join(self, group: ProcessGroup, deadline: float) -> None: ...
@@ -86,7 +86,7 @@ class StockServer(HttpEngine):
 
     @abstractmethod
     def _check(self, request: GenerateRequest, facts: Facts) -> None:
-        """Raises ForbiddenError for a request that would harm the server or come back as something else than asked."""
+        """Raises InvalidStateError for a request that would harm the server, or be answered differently."""
 
     @abstractmethod
     def _why_no_sleep(self) -> str:

@@ -12,13 +12,13 @@ from millrace.types import MemoryTag, PauseMode
 TORN = "an update was given up half-way and the weights are of no version; publish a whole version"
 
 
-class ForbiddenError(Exception):
+class InvalidStateError(Exception):
     """The call would crash or corrupt the server in this state. The message says what to do first."""
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise ForbiddenError(message)
+        raise InvalidStateError(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,12 @@ class ServerState:
 
     def resuming(self) -> "ServerState":
         if self.torn:
-            raise ForbiddenError(TORN)
+            raise InvalidStateError(TORN)
         return replace(self, paused=None)
 
     def sleeping(self, what: frozenset[MemoryTag]) -> "ServerState":
         if self.updating is not None:
-            raise ForbiddenError("a weight update is under way; commit it or roll it back before the engine sleeps")
+            raise InvalidStateError("a weight update is under way; commit it or roll it back before the engine sleeps")
         return replace(self, asleep=self.asleep | what, empty=self.empty or MemoryTag.WEIGHTS in what)
 
     def waking(self, what: frozenset[MemoryTag]) -> "ServerState":
@@ -73,28 +73,28 @@ class ServerState:
 
     def beginning(self, version: int) -> "ServerState":
         if self.updating is not None:
-            raise ForbiddenError(f"the update to version {self.updating} is still under way")
+            raise InvalidStateError(f"the update to version {self.updating} is still under way")
         if MemoryTag.WEIGHTS in self.asleep:
-            raise ForbiddenError("the weights are asleep; wake them before an update")
+            raise InvalidStateError("the weights are asleep; wake them before an update")
         return replace(self, updating=version, loaded=False)
 
     def adapting(self) -> None:
         """An adapter belongs to weights that are there, and stay."""
         if self.updating is not None or self.torn or self.empty:
             why = TORN if self.torn else self.describe()
-            raise ForbiddenError(f"an adapter needs weights that it can be laid over: {why}")
+            raise InvalidStateError(f"an adapter needs weights that it can be laid over: {why}")
 
     def loading(self) -> "ServerState":
         """From here on the old weights are gone."""
         if self.updating is None:
-            raise ForbiddenError("load without begin_update")
+            raise InvalidStateError("load without begin_update")
         return replace(self, loaded=True)
 
     def committing(self) -> "ServerState":
         if self.updating is None:
-            raise ForbiddenError("commit without begin_update")
+            raise InvalidStateError("commit without begin_update")
         if not self.loaded:
-            raise ForbiddenError(f"nothing was loaded of version {self.updating}")
+            raise InvalidStateError(f"nothing was loaded of version {self.updating}")
         return replace(self, updating=None, loaded=False, torn=False, empty=False)
 
     def rolling_back(self) -> "ServerState":

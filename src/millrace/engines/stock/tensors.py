@@ -3,27 +3,27 @@ word, die of a wrong shape, and mix versions where some are missing. Pure."""
 
 from collections.abc import Iterable, Mapping
 
-from millrace.engines.stock.state import ForbiddenError
+from millrace.engines.stock.state import InvalidStateError
 from millrace.types import TensorSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_tensors(tensors: Iterable[TensorSpec], shapes: Shapes | None) -> None:
-    """Raises ForbiddenError for tensors that are not the model's."""
+    """Raises InvalidStateError for tensors that are not the model's."""
     check_shapes(((tensor.name, tensor.shape) for tensor in tensors), shapes)
 
 
 def check_shapes(tensors: Iterable[tuple[str, tuple[int, ...]]], shapes: Shapes | None) -> None:
-    """Raises ForbiddenError for tensors that are not the model's. `shapes` are the model's; None, where nobody knows
+    """Raises InvalidStateError for tensors that are not the model's. `shapes` are the model's; None, where nobody knows
     them, checks nothing."""
     if shapes is None:
         return
     for name, shape in tensors:
         if name not in shapes:
-            raise ForbiddenError(f"the model has no tensor {name}")
+            raise InvalidStateError(f"the model has no tensor {name}")
         if shape != shapes[name]:
-            raise ForbiddenError(f"{name} has shape {shape}, in the model it is {shapes[name]}")
+            raise InvalidStateError(f"{name} has shape {shape}, in the model it is {shapes[name]}")
 
 
 def checksums_by_rank(ranks: Iterable[Mapping[str, Mapping[str, str]]]) -> Mapping[str, str]:
@@ -32,9 +32,9 @@ def checksums_by_rank(ranks: Iterable[Mapping[str, Mapping[str, str]]]) -> Mappi
 
 
 def check_whole(loaded: Iterable[str], shapes: Shapes | None) -> None:
-    """Raises ForbiddenError when tensors of the model are missing."""
+    """Raises InvalidStateError when tensors of the model are missing."""
     if shapes is not None and (missing := sorted(shapes.keys() - set(loaded))):
-        raise ForbiddenError(
+        raise InvalidStateError(
             f"{len(missing)} of {len(shapes)} tensors are missing, {missing[0]} among them; "
             "where the trainer's model has fewer than its folder, start from a folder without them"
         )

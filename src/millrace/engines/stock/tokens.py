@@ -4,7 +4,7 @@ sampling numbers out of range. Pure."""
 from math import isfinite
 
 from millrace.engines.stock.facts import Limits
-from millrace.engines.stock.state import ForbiddenError, require
+from millrace.engines.stock.state import InvalidStateError, require
 from millrace.types import GenerateRequest
 
 INT32, INT64 = 2**31, 2**63  # no vocabulary has a token, and no server takes a seed, from there on
@@ -12,7 +12,7 @@ LONGEST_ID = 480  # characters of a request's name
 
 
 def check_values(request: GenerateRequest) -> None:
-    """Raises ForbiddenError for values that no engine can use, whatever its model is."""
+    """Raises InvalidStateError for values that no engine can use, whatever its model is."""
     sampling = request.sampling
     require(0 < len(request.request_id) <= LONGEST_ID, f"a request's name has 1 to {LONGEST_ID} characters")
     require(bool(request.input_ids), "input_ids is empty")
@@ -27,7 +27,7 @@ def check_values(request: GenerateRequest) -> None:
 
 
 def check_ids(request: GenerateRequest, limits: Limits) -> None:
-    """Raises ForbiddenError for token ids that the model has not."""
+    """Raises InvalidStateError for token ids that the model has not."""
     _check_range("input_ids", request.input_ids, limits.vocab_size)
     _check_range("stop_token_ids", request.sampling.stop_token_ids, limits.vocab_size)
 
@@ -36,11 +36,11 @@ def _check_range(name: str, ids: tuple[int, ...], end: int) -> None:
     if ids and (min(ids) < 0 or max(ids) >= end):
         wrong = next(i for i in ids if not 0 <= i < end)
         known = f"the vocabulary ends at {end - 1}" if end < INT32 else "no vocabulary has it"
-        raise ForbiddenError(f"{name} has token {wrong}, {known}")
+        raise InvalidStateError(f"{name} has token {wrong}, {known}")
 
 
 def check_length(request: GenerateRequest, limits: Limits) -> None:
-    """Raises ForbiddenError for a request that can't have all its tokens."""
+    """Raises InvalidStateError for a request that can't have all its tokens."""
     room = request.sampling.max_new_tokens
     require(
         len(request.input_ids) + room <= limits.context_length,

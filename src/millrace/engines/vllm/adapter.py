@@ -13,7 +13,7 @@ import orjson
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.facts import Facts
-from millrace.engines.stock.state import ForbiddenError, ServerState
+from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
 from millrace.engines.vllm.facts import Server, read_facts, read_server
@@ -219,12 +219,12 @@ class VLLMEngine(StockEngine):
         if self._known.transfer and isinstance(bucket, ProcessGroupBucket):
             return partial(self._receive, transfer(bucket))
         if not isinstance(bucket, DiskBucket):
-            raise ForbiddenError(
+            raise InvalidStateError(
                 "its workers have not Millrace's extension; it takes weights from disk, and by NCCL if it was started "
                 'with --weight-transfer-config \'{"backend": "nccl"}\''
             )
         if self._receiving:
-            raise ForbiddenError("this update comes by NCCL; the disk is for another one")
+            raise InvalidStateError("this update comes by NCCL; the disk is for another one")
         check_reload(facts.model, self._known)
         body = {"method": "reload_weights", "kwargs": {"weights_path": bucket.path}}
 
@@ -259,7 +259,7 @@ class VLLMEngine(StockEngine):
             await self._control("/finish_weight_update", None)
             self._receiving = False
 
-    async def _load_adapter(self, name: str, path: str, deadline: float) -> int | None:
+    async def _load_lora(self, name: str, path: str, deadline: float) -> int | None:
         """On the CPU, vLLM computes requests without an adapter by that in its last place, which stays empty."""
         before: list[int | None] = []
         if self._known.extension:
@@ -276,7 +276,7 @@ class VLLMEngine(StockEngine):
         after = (await self._rpc("millrace_slots"))[0]["slots"]
         return next((number for number in after if number not in before), None)
 
-    async def _unload_adapter(self, name: str, worker_id: int | None, deadline: float) -> None:
+    async def _unload_lora(self, name: str, worker_id: int | None, deadline: float) -> None:
         await self._control("/v1/unload_lora_adapter", {"lora_name": name}, deadline=deadline)
         if worker_id is not None:
             await self._rpc("millrace_forget", str(worker_id), deadline=deadline)

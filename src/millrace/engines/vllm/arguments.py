@@ -218,7 +218,7 @@ def defaults(config: VLLMEngineConfig) -> dict[str, EngineArgument]:
     open_to_both = DEFAULTS | (CPU_DEFAULTS if config.device == "cpu" else {})
     said = given(config)
     if said.get("--enable-lora") is True:
-        # A published adapter and the one before it; on the CPU one place has to stay empty (`adapter.py`).
+        # A published adapter and the one before it; on the CPU one place has to stay empty (`lora.py`).
         open_to_both |= {"max_loras": 3 if config.device == "cpu" else 2}
     return {
         name: value for name, value in open_to_both.items() if not both_ways({option(name): 0}).keys() & said.keys()

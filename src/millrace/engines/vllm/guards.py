@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.model import Model
-from millrace.engines.stock.state import ForbiddenError, require
+from millrace.engines.stock.state import InvalidStateError, require
 from millrace.engines.stock.tokens import check_ids, check_length, check_values
 from millrace.engines.vllm.facts import Server
 from millrace.types import GenerateRequest
@@ -33,7 +33,7 @@ OWN_SAMPLING = frozenset({
 
 
 def check_reload(model: Model, server: Server) -> None:
-    """Raises ForbiddenError where vLLM's own reload leaves other weights than it read, without a word."""
+    """Raises InvalidStateError where vLLM's own reload leaves other weights than it read, without a word."""
     shapes = model.shapes or {}
     tied = bool(shapes) and "lm_head.weight" not in shapes
     require(
@@ -44,7 +44,7 @@ def check_reload(model: Model, server: Server) -> None:
 
 
 def check_request(request: GenerateRequest, limits: Limits, server: Server) -> None:
-    """Raises ForbiddenError for a request that would harm the server or come back as something else than asked."""
+    """Raises InvalidStateError for a request that would harm the server or come back as something else than asked."""
     sampling = request.sampling
     check_values(request)
     check_ids(request, limits)
@@ -88,7 +88,7 @@ def _check_names(where: str, given: Mapping[str, object], own: frozenset[str], k
         require(name not in own, f"{where}.{name} is Millrace's own to set, or has no place in a Generation")
         if name not in known:
             near = get_close_matches(name, known - own, n=1)
-            raise ForbiddenError(
+            raise InvalidStateError(
                 f"the server would ignore {where}.{name}, which it does not know"
                 + (f"; did you mean {near[0]}?" if near else "")
             )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
-from millrace.engines.stock.state import ForbiddenError
+from millrace.engines.stock.state import InvalidStateError
 from millrace.types import (
     Bucket,
     CudaIpcBucket,
@@ -21,13 +21,13 @@ UNIQUE_ID_KEY = "broadcast_from/0/0"
 
 
 def description(bucket: Bucket, ranks: int) -> Mapping[str, object]:
-    """What `millrace_load` takes. Raises ForbiddenError for a bucket that it can't read."""
+    """What `millrace_load` takes. Raises InvalidStateError for a bucket that it can't read."""
     match bucket:
         case SharedMemoryBucket():
             return {"kind": "shared_memory", **asdict(bucket)}
         case CudaIpcBucket(shares, nbytes, tensors):
             if len(shares) != ranks:
-                raise ForbiddenError(
+                raise InvalidStateError(
                     f"the bucket has {len(shares)} shares for {ranks} ranks; each opens one of its own"
                 )
             return {
@@ -41,7 +41,7 @@ def description(bucket: Bucket, ranks: int) -> Mapping[str, object]:
         case DiskBucket(path):
             return {"kind": "disk", "path": path}
         case TorchStorageBucket():
-            raise ForbiddenError("it opens no torch storage; send the tensors by shared memory")
+            raise InvalidStateError("it opens no torch storage; send the tensors by shared memory")
 
 
 def transfer(bucket: ProcessGroupBucket) -> Mapping[str, object]:

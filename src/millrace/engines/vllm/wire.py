@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from millrace.engines.versions import decode_spans
-from millrace.types import FinishReason, GenerateRequest, Generation, Segment
+from millrace.types import FinishReason, GenerateRequest, Generation, VersionSpan
 
 GENERATE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
@@ -44,8 +44,8 @@ def encode(path: str, request: GenerateRequest, *, stream: bool = False) -> dict
         "logprobs": 0,  # of the drawn token alone
     }
     rest = {name: value for name, value in request.extra.items() if name not in ("sampling_params", "lora_path")}
-    if (adapter := request.extra.get("lora_path")) is not None:
-        rest["model"] = adapter  # an adapter is a model of its own to vLLM
+    if (lora := request.extra.get("lora_path")) is not None:
+        rest["model"] = lora  # an adapter is a model of its own to vLLM
     further: Any = request.extra.get("sampling_params", {})
     body: dict[str, object] = {**rest, "request_id": request.request_id, "stream": stream}
     if stream:
@@ -105,16 +105,16 @@ class Answer:
             output_ids=tuple(self.token_ids),
             logprobs=np.array(self.logprobs, dtype=np.float32),
             finish_reason=FinishReason(self.finish_reason or "abort"),
-            segments=self._segments(version),
+            version_spans=self._version_spans(version),
             prompt_tokens=self.usage.get("prompt_tokens", len(request.input_ids)),
             cached_tokens=details.get("cached_tokens") or 0,
             extra=self.extra,
         )
 
-    def _segments(self, version: int | None) -> tuple[Segment, ...]:
+    def _version_spans(self, version: int | None) -> tuple[VersionSpan, ...]:
         length = len(self.token_ids)
         if not length:
             return ()
         if not self.spans or self.spans[-1]["end"] != length:  # a stream tells them with its end
-            return (Segment(version, 0, length),)
+            return (VersionSpan(version, 0, length),)
         return decode_spans(self.spans, length)

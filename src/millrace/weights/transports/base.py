@@ -79,7 +79,7 @@ class Transport(ABC):
         """Why nothing more can be sent to the engine, until the transport is opened again."""
         return None
 
-    async def blameless(self, failed: Sequence[Engine]) -> set[str]:  # noqa: ARG002
+    async def collateral(self, failed: Sequence[Engine]) -> set[str]:  # noqa: ARG002
         """Of engines that failed, in this order: those that only lost what others had for them. They get the weights
         again, if somebody can."""
         return set()

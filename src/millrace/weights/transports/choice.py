@@ -30,7 +30,7 @@ NEEDS: dict[TransportName, tuple[Capability, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class TransportCandidate:
     """What the trainer sees of an engine. `here`: on the trainer's own host."""
 
     name: str
@@ -47,14 +47,19 @@ class Choice:
 
 
 def choose(
-    wanted: TransportName, engines: Sequence[Sight], *, trainer_has_gpu: bool, folder: bool, couriers: bool = False
+    wanted: TransportName,
+    engines: Sequence[TransportCandidate],
+    *,
+    trainer_has_gpu: bool,
+    folder: bool,
+    sidecars: bool = False,
 ) -> Choice:
-    """UCX where there are couriers. Otherwise memory where all share a host, otherwise a broadcast from GPU to GPUs or
+    """UCX where there are sidecars. Otherwise memory where all share a host, otherwise a broadcast from GPU to GPUs or
     from CPU to CPUs, otherwise the disk if there is a folder for it. Raises PublishError where what is wanted is not
     possible; it is taken at its word about hosts and GPUs, which a container or a tunnel may hide."""
     why = "the config says so"
-    if wanted == "auto" and couriers:
-        wanted, why = "ucx", "there are couriers, and no store from which they could bring versions"
+    if wanted == "auto" and sidecars:
+        wanted, why = "ucx", "there are sidecars, and no store from which they could bring versions"
     if wanted != "auto":
         if lacking := [engine.name for engine in engines if not engine.capabilities & set(NEEDS[wanted])]:
             raise PublishError(f"publish.transport is {wanted}, and {', '.join(lacking)} can't take weights by it")
@@ -77,7 +82,7 @@ def choose(
     return Choice("gloo", where)
 
 
-def in_common(engines: Sequence[Sight]) -> frozenset[Capability]:
+def in_common(engines: Sequence[TransportCandidate]) -> frozenset[Capability]:
     return frozenset[Capability].intersection(*(engine.capabilities for engine in engines))
 
 
@@ -86,32 +91,32 @@ def make(
     common: frozenset[Capability],
     *,
     store: "VersionStore | None" = None,
-    couriers: Mapping[str, str | None] | None = None,
-    courier_key: str | None = None,
+    sidecars: Mapping[str, str | None] | None = None,
+    sidecar_key: str | None = None,
     here: bool = False,
 ) -> "Transport":
     """The transport that was chosen, for engines that have these capabilities in common. Its device is torch's current
-    one. `store` is for the disk and for delta, `couriers` for delta and for UCX: each engine's, as `couriers.assign`
+    one. `store` is for the disk and for delta, `sidecars` for delta and for UCX: each engine's, as `sidecars.assign`
     says. `here`: all engines are on this host."""
     import torch
 
     if name == "delta":
         from millrace.weights.transports.delta import DeltaTransport
 
-        if store is None or couriers is None:
+        if store is None or sidecars is None:
             raise PublishError("publish.transport is delta, and publish.folder names no store")
-        return DeltaTransport(store, couriers, key=courier_key)
+        return DeltaTransport(store, sidecars, key=sidecar_key)
     if name == "ucx":
         from millrace.weights.transports.ucx import UcxTransport
 
-        urls = {engine: url for engine, url in (couriers or {}).items() if url is not None}
-        if couriers is None or len(urls) < len(couriers):
-            lacking = ", ".join(sorted((couriers or {}).keys() - urls.keys()))
-            raise PublishError(f"publish.couriers names none on the host of {lacking or 'any engine'}, which ucx takes")
+        urls = {engine: url for engine, url in (sidecars or {}).items() if url is not None}
+        if sidecars is None or len(urls) < len(sidecars):
+            lacking = ", ".join(sorted((sidecars or {}).keys() - urls.keys()))
+            raise PublishError(f"publish.sidecars names none on the host of {lacking or 'any engine'}, which ucx takes")
         # Checksums of all bytes are made on the CPU, so the bytes must be there for engines that are compared by them.
         on_gpu = torch.cuda.is_available() and Capability.CHECKSUMS not in common
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        return UcxTransport(urls, device, key=courier_key)
+        return UcxTransport(urls, device, key=sidecar_key)
     if name == "disk":
         from millrace.weights.transports.disk import DiskTransport
 

@@ -1,5 +1,5 @@
 """Trainer and engines at different sites, with a store between them: a version goes there once, mostly as what changed,
-and a courier on each engine's host makes the whole of it, which its engines read from their own disk."""
+and a sidecar on each engine's host makes the whole of it, which its engines read from their own disk."""
 
 import asyncio
 import tempfile
@@ -12,15 +12,15 @@ from millrace.errors import DataError, EngineError, EngineFailed, EngineTimeout,
 from millrace.http.client import HttpClient
 from millrace.types import DiskBucket
 from millrace.weights.chain import digest_of
-from millrace.weights.replica import Replica
+from millrace.weights.mirror import CheckpointMirror
 from millrace.weights.store import VersionStore
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
-from millrace.weights.transports.couriers import reason_of
+from millrace.weights.transports.sidecars import reason_of
 
 T = TypeVar("T")
 
 
-class Courier(ABC):
+class Sidecar(ABC):
     """Who brings versions to one host. Errors name it."""
 
     name: str
@@ -33,11 +33,11 @@ class Courier(ABC):
     async def close(self) -> None: ...
 
 
-class RemoteCourier(Courier):
-    """`millrace courier` at `url`."""
+class RemoteSidecar(Sidecar):
+    """`millrace sidecar` at `url`."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        self.name = f"courier {url}"
+        self.name = f"sidecar {url}"
         self._http = HttpClient(self.name, url, api_key=key)
 
     async def bring(self, version: int, *, deadline: float) -> tuple[str, str]:
@@ -52,14 +52,14 @@ class RemoteCourier(Courier):
         await self._http.close()
 
 
-class LocalCourier(Courier):
-    """For engines of the trainer's own host that have no courier: good for trying the others' way."""
+class LocalSidecar(Sidecar):
+    """For engines of the trainer's own host that have no sidecar: good for trying the others' way."""
 
-    name = "this host's own courier"
+    name = "this host's own sidecar"
 
     def __init__(self, store_url: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="millrace-replica-")
-        self._replica = Replica(store_url, Path(self._folder.name))
+        self._replica = CheckpointMirror(store_url, Path(self._folder.name))
         self._bringing = _Thread()
 
     async def bring(self, version: int, *, deadline: float) -> tuple[str, str]:
@@ -79,18 +79,18 @@ class LocalCourier(Courier):
 
 
 class DeltaTransport(Transport):
-    """For engines with Capability.UPDATE_FROM_DISK. `couriers`: each engine's, by its name; None for those that this
+    """For engines with Capability.UPDATE_FROM_DISK. `sidecars`: each engine's, by its name; None for those that this
     process sees to."""
 
-    def __init__(self, store: VersionStore, couriers: Mapping[str, str | None], *, key: str | None) -> None:
+    def __init__(self, store: VersionStore, sidecars: Mapping[str, str | None], *, key: str | None) -> None:
         self._store = store
-        self._couriers: dict[str | None, Courier] = {
-            url: LocalCourier(store.url) if url is None else RemoteCourier(url, key) for url in set(couriers.values())
+        self._sidecars: dict[str | None, Sidecar] = {
+            url: LocalSidecar(store.url) if url is None else RemoteSidecar(url, key) for url in set(sidecars.values())
         }
-        self._courier_of = {engine: self._couriers[url] for engine, url in couriers.items()}
+        self._sidecar_of = {engine: self._sidecars[url] for engine, url in sidecars.items()}
         self._securing = _Thread()
         self._version, self._digest = 0, ""
-        self._folders: dict[Courier, str] = {}
+        self._folders: dict[Sidecar, str] = {}
 
     async def open(
         self,
@@ -117,47 +117,47 @@ class DeltaTransport(Transport):
         yield StagedBucket(self._bucket_for, written.checksums, tuple(written.checksums), written.nbytes)
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
-        """To the store, and from there by all couriers at once. Raises PublishError where the store does not take it;
-        what a courier can't do fails the engines of its host."""
+        """To the store, and from there by all sidecars at once. Raises PublishError where the store does not take it;
+        what a sidecar can't do fails the engines of its host."""
         version, ends = self._version, asyncio.get_running_loop().time() + deadline
         try:
             async with asyncio.timeout(deadline):
                 await self._securing.run(lambda: self._store.secure(version))
         except TimeoutError:
             raise PublishError(f"the store did not take version {version} within {deadline:.1f} s") from None
-        failed: dict[Courier, str] = {}
+        failed: dict[Sidecar, str] = {}
 
-        async def bring(courier: Courier) -> None:
+        async def bring(sidecar: Sidecar) -> None:
             try:
                 left = ends - asyncio.get_running_loop().time()
-                folder, digest = await courier.bring(version, deadline=left)
+                folder, digest = await sidecar.bring(version, deadline=left)
             except EngineError as error:
-                failed[courier] = reason_of(error)
+                failed[sidecar] = reason_of(error)
                 return
             if digest != self._digest:
-                failed[courier] = f"its store has another version {version}"
-            self._folders[courier] = folder
+                failed[sidecar] = f"its store has another version {version}"
+            self._folders[sidecar] = folder
 
         async with asyncio.TaskGroup() as group:
-            for courier in {self._courier_of[target.engine.name] for target in targets}:
-                group.create_task(bring(courier))
+            for sidecar in {self._sidecar_of[target.engine.name] for target in targets}:
+                group.create_task(bring(sidecar))
         unreached: dict[str, EngineError] = {}
         for target in targets:
             name = target.engine.name
-            if (reason := failed.get(courier := self._courier_of[name])) is not None:
-                unreached[name] = EngineFailed(name, f"{courier.name} did not bring version {version}: {reason}")
+            if (reason := failed.get(sidecar := self._sidecar_of[name])) is not None:
+                unreached[name] = EngineFailed(name, f"{sidecar.name} did not bring version {version}: {reason}")
         return unreached
 
     def _bucket_for(self, target: PublishTarget) -> DiskBucket:
-        return DiskBucket(self._folders[self._courier_of[target.engine.name]])
+        return DiskBucket(self._folders[self._sidecar_of[target.engine.name]])
 
     async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the engines read by themselves)
         return
 
     async def close(self) -> None:
-        """The versions stay in the store and with the couriers."""
+        """The versions stay in the store and with the sidecars."""
         await self._securing.ended()
-        await asyncio.gather(*(courier.close() for courier in self._couriers.values()))
+        await asyncio.gather(*(sidecar.close() for sidecar in self._sidecars.values()))
 
 
 class _Thread:

@@ -214,7 +214,7 @@ class ProcessGroupTransport(BucketTransport):
     def interrupt(self, engine: Engine) -> None:
         self._group_of(engine).abort(f"{engine.name} has failed, and others got the weights by the same broadcast")
 
-    async def blameless(self, failed: Sequence[Engine]) -> set[str]:
+    async def collateral(self, failed: Sequence[Engine]) -> set[str]:
         found = set()
         for one in self._joined:
             lost = [engine for engine in failed if engine in one.engines]

@@ -1,11 +1,11 @@
 """Trainer and engines on different hosts, without a process group: the trainer keeps a bucket where others can read it,
-and a courier on each host of engines reads it over UCX (RDMA, or TCP), once for all engines there, which open the
-courier's memory as they would a local trainer's.
+and a sidecar on each host of engines reads it over UCX (RDMA, or TCP), once for all engines there, which open the
+sidecar's memory as they would a local trainer's.
 
-Nothing is overwritten or freed under a reader. A slot here is filled again when every courier has answered for what it
-held, or is out of this publish: its engines load nothing more of what it reads. After a courier of which nobody knows
+Nothing is overwritten or freed under a reader. A slot here is filled again when every sidecar has answered for what it
+held, or is out of this publish: its engines load nothing more of what it reads. After a sidecar of which nobody knows
 whether it reads still, no memory is freed before the endpoint is closed, which ends all READs; that happens before the
-next publish, which begins with another. A slot of a courier's is filled again when the next but one bucket is
+next publish, which begins with another. A slot of a sidecar's is filled again when the next but one bucket is
 delivered, and its engines have loaded what it held by then, or have failed.
 """
 
@@ -22,24 +22,24 @@ from millrace.engines.base import Engine
 from millrace.errors import EngineError, EngineFailed, PublishError
 from millrace.http.client import HttpClient
 from millrace.types import Bucket, TensorSpec
-from millrace.weights.courier.messages import FORMS, Form, PullBody, Pulled, Session
 from millrace.weights.plan import padded
+from millrace.weights.sidecar.messages import FORMS, Form, PullBody, Pulled, Session
 from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket, specs_of
-from millrace.weights.transports.couriers import reason_of
 from millrace.weights.transports.cuda_ipc import DeviceSlot, copy_on_gpu
 from millrace.weights.transports.shared_memory import MemoryFile
+from millrace.weights.transports.sidecars import reason_of
 from millrace.weights.transports.slots import copy_to_host
 from millrace.weights.ucx import Endpoint, load
 
-READ_SHARE = 0.9  # of a call's deadline: a courier that gives up in time can still say so
+READ_SHARE = 0.9  # of a call's deadline: a sidecar that gives up in time can still say so
 WORD_DEADLINE = 5.0  # seconds, for what takes no time
 
 
-class UcxCourier:
-    """`millrace courier` at `url`. Errors name it."""
+class UcxSidecar:
+    """`millrace sidecar` at `url`. Errors name it."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        self.name = f"courier {url}"
+        self.name = f"sidecar {url}"
         self._http = HttpClient(self.name, url, api_key=key)
 
     async def pull(self, body: PullBody, *, deadline: float) -> Pulled:
@@ -59,7 +59,7 @@ class UcxCourier:
         return bool(answer == {"session": session})
 
     async def close(self, session: str | None) -> None:
-        """Has the courier free what it has of the session. One that is dead has nothing to free."""
+        """Has the sidecar free what it has of the session. One that is dead has nothing to free."""
         if session is not None:
             with suppress(EngineError):
                 body = Session(session=session).model_dump(mode="json")
@@ -69,7 +69,7 @@ class UcxCourier:
 
 @dataclass(slots=True)
 class _Cargo:
-    """A bucket in the trainer's slot, and what has come of it on the engines' hosts: for each engine, what its courier
+    """A bucket in the trainer's slot, and what has come of it on the engines' hosts: for each engine, what its sidecar
     answered, and which of the answer's shares is the engine's first."""
 
     slot: int
@@ -83,16 +83,16 @@ class _Cargo:
 
 
 class UcxTransport(BucketTransport):
-    """For engines that open memory of their own host, in any form. `couriers`: the URL of each engine's, by its name.
+    """For engines that open memory of their own host, in any form. `sidecars`: the URL of each engine's, by its name.
     Buckets lie on `device`. Raises ConfigError without NIXL."""
 
-    def __init__(self, couriers: Mapping[str, str], device: torch.device, *, key: str | None) -> None:
+    def __init__(self, sidecars: Mapping[str, str], device: torch.device, *, key: str | None) -> None:
         load()
-        self._couriers = {url: UcxCourier(url, key) for url in set(couriers.values())}
-        self._courier_of = {engine: self._couriers[url] for engine, url in couriers.items()}
+        self._sidecars = {url: UcxSidecar(url, key) for url in set(sidecars.values())}
+        self._sidecar_of = {engine: self._sidecars[url] for engine, url in sidecars.items()}
         self._device = device
         self._endpoint: Endpoint[MemoryFile | DeviceSlot] | None = None
-        self._unread = True  # no courier can be reading what it was asked to read before
+        self._unread = True  # no sidecar can be reading what it was asked to read before
         self._cargo: _Cargo | None = None  # what was staged last
 
     async def open(
@@ -124,21 +124,21 @@ class UcxTransport(BucketTransport):
         return StagedBucket(cargo.bucket_for, checksums, tuple(spec.name for spec in specs), nbytes)
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
-        """By all couriers at once. What one of them can't do fails the engines of its host."""
+        """By all sidecars at once. What one of them can't do fails the engines of its host."""
         assert self._cargo is not None
         cargo = self._cargo
-        at: dict[UcxCourier, list[PublishTarget]] = {}
+        at: dict[UcxSidecar, list[PublishTarget]] = {}
         for target in targets:
-            at.setdefault(self._courier_of[target.engine.name], []).append(target)
+            at.setdefault(self._sidecar_of[target.engine.name], []).append(target)
         unreached: dict[str, EngineError] = {}
 
-        async def pull(courier: UcxCourier, here: Sequence[PublishTarget]) -> bool:
+        async def pull(sidecar: UcxSidecar, here: Sequence[PublishTarget]) -> bool:
             try:
-                pulled = await courier.pull(self._body(cargo, here, deadline * READ_SHARE), deadline=deadline)
+                pulled = await sidecar.pull(self._body(cargo, here, deadline * READ_SHARE), deadline=deadline)
             except EngineError as error:
                 for target in here:
                     name = target.engine.name
-                    unreached[name] = EngineFailed(name, f"{courier.name} did not bring a bucket: {reason_of(error)}")
+                    unreached[name] = EngineFailed(name, f"{sidecar.name} did not bring a bucket: {reason_of(error)}")
                 return False
             start = 0
             for target in here:
@@ -147,25 +147,25 @@ class UcxTransport(BucketTransport):
             return True
 
         before, self._unread = self._unread, False  # as it stays where this is cancelled
-        answered = await asyncio.gather(*(pull(courier, here) for courier, here in at.items()))
+        answered = await asyncio.gather(*(pull(sidecar, here) for sidecar, here in at.items()))
         self._unread = before and all(answered)
         return unreached
 
-    async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the couriers have it)
+    async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the sidecars have it)
         return
 
-    async def blameless(self, failed: Sequence[Engine]) -> set[str]:
-        """Those that could not open what their courier had read, since it has died meanwhile."""
+    async def collateral(self, failed: Sequence[Engine]) -> set[str]:
+        """Those that could not open what their sidecar had read, since it has died meanwhile."""
         if self._endpoint is None:
             return set()
-        couriers = list({self._courier_of[engine.name] for engine in failed})
-        holding = await asyncio.gather(*(courier.holds(self._endpoint.name) for courier in couriers))
-        lost = {courier for courier, holds in zip(couriers, holding, strict=True) if not holds}
-        return {engine.name for engine in failed if self._courier_of[engine.name] in lost}
+        sidecars = list({self._sidecar_of[engine.name] for engine in failed})
+        holding = await asyncio.gather(*(sidecar.holds(self._endpoint.name) for sidecar in sidecars))
+        lost = {sidecar for sidecar, holds in zip(sidecars, holding, strict=True) if not holds}
+        return {engine.name for engine in failed if self._sidecar_of[engine.name] in lost}
 
     async def close(self) -> None:
         session = self._endpoint.name if self._endpoint is not None else None
-        await asyncio.gather(*(courier.close(session) for courier in self._couriers.values()))
+        await asyncio.gather(*(sidecar.close(session) for sidecar in self._sidecars.values()))
         if self._endpoint is not None:
             await asyncio.to_thread(self._endpoint.close)
             self._endpoint = None
@@ -196,4 +196,4 @@ def _form(engines: Sequence[PublishTarget]) -> Form:
         if all(engine.can(capability) for engine in engines):
             return form
     names = ", ".join(engine.engine.name for engine in engines)
-    raise PublishError(f"{names} have one courier, and open no memory in a form common to all of them")
+    raise PublishError(f"{names} have one sidecar, and open no memory in a form common to all of them")

@@ -182,9 +182,9 @@ class Extension:
         return {"slots": list(self.model_runner.lora_manager._adapter_manager.lora_index_to_id)}
 
     @answered
-    def millrace_forget(self, adapter: str) -> dict[str, Any]:
+    def millrace_forget(self, lora: str) -> dict[str, Any]:
         """vLLM's own unloading takes away the name alone."""
-        self.model_runner.lora_manager.remove_adapter(int(adapter))
+        self.model_runner.lora_manager.remove_adapter(int(lora))
         return {}
 
     def _millrace(self) -> "Rank":
@@ -446,7 +446,7 @@ class Weights:
                 try:
                     if parts:
                         weights = ((name, tensor.to(dtype)) for name, tensor, dtype in parts)
-                        with without_adapters(self._model):
+                        with without_loras(self._model):
                             self._model.load_weights(weights)  # type: ignore[operator]
                 except BaseException:
                     for info in map(get_layerwise_info, modules):  # they get their old memory, with what is in it
@@ -548,7 +548,7 @@ class Plan:
         return {holder for group in groups for holder, _ in group if holder != path}
 
     def _learn(self, specs: list[Spec]) -> None:
-        with self._twin() as owners, without_adapters(self._model), Recorder(owners) as recorder:
+        with self._twin() as owners, without_loras(self._model), Recorder(owners) as recorder:
             try:
                 self._model.load_weights(recorder.announce(specs, self._dtype))  # type: ignore[operator]
             except (ValueError, KeyError, IndexError, AttributeError, AssertionError, TypeError, RuntimeError) as error:
@@ -815,7 +815,7 @@ def unpacked(module: Any) -> torch.Tensor:
 
 
 @contextmanager
-def without_adapters(model: torch.nn.Module) -> Iterator[None]:
+def without_loras(model: torch.nn.Module) -> Iterator[None]:
     """The model without vLLM's wrappers for adapters, whose parameters have names that the loaders of vLLM before 0.32
     do not know."""
     wrapped = [

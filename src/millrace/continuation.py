@@ -1,0 +1,130 @@
+"""One generation from several calls: each call continues from the tokens that the calls before it made.
+
+A call may end early because weights are updated, a router is interrupted, or an engine dies. The tokens that it made
+are kept, and the next call asks for the rest.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from millrace.types import FinishReason, GenerateRequest, Generation, VersionSpan
+
+MIN_TOKENS = ("min_tokens", "min_new_tokens")  # vLLM's and SGLang's name, in extra
+SEEDS = 2**63
+
+
+@dataclass(slots=True)
+class Continuation:
+    """A request and the parts of its answer so far.
+
+    >>> continuation = Continuation(request)
+    >>> continuation.add(await engine.generate(continuation.rest, deadline=30))  # an update ended it early
+    >>> continuation.add(await engine.generate(continuation.rest, deadline=30))
+    >>> continuation.result
+    """
+
+    request: GenerateRequest
+    parts: list[Generation] = field(default_factory=list)
+
+    @property
+    def rest(self) -> GenerateRequest:
+        """The request for the tokens that are missing. The tokens so far are appended to the prompt, and the seed is
+        increased by their number, or the engine would draw the same random numbers again."""
+        made = tuple(token for part in self.parts for token in part.output_ids)
+        if not made:
+            return self.request
+        sampling = self.request.sampling
+        seed = None if sampling.seed is None else (sampling.seed + len(made)) % SEEDS
+        return replace(
+            self.request,
+            input_ids=self.request.input_ids + made,
+            sampling=replace(sampling, max_new_tokens=sampling.max_new_tokens - len(made), seed=seed),
+            extra=_with_fewer_min_tokens(self.request.extra, len(made)),
+        )
+
+    def add(self, part: Generation) -> None:
+        """Add the answer to `rest`. A part that was aborted at the last token completes the generation."""
+        made = sum(len(one.output_ids) for one in self.parts) + len(part.output_ids)
+        if part.finish_reason is FinishReason.ABORT and made >= self.request.sampling.max_new_tokens:
+            part = replace(part, finish_reason=FinishReason.LENGTH)
+        self.parts.append(part)
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the last part was aborted, so that tokens are missing."""
+        return bool(self.parts) and self.parts[-1].finish_reason is FinishReason.ABORT
+
+    @property
+    def result(self) -> Generation:
+        """All parts as one generation. Aborted and empty if there are none."""
+        return self.with_part(None)
+
+    def with_part(self, part: Generation | None) -> Generation:
+        """Return the result as if `part` had been added."""
+        parts = self.parts if part is None else [*self.parts, part]
+        if not parts:
+            prompt_tokens = len(self.request.input_ids)
+            nothing = np.empty(0, np.float32)
+            return Generation(self.request.request_id, (), nothing, FinishReason.ABORT, (), prompt_tokens, 0)
+        return replace(
+            parts[-1],
+            request_id=self.request.request_id,
+            output_ids=tuple(token for one in parts for token in one.output_ids),
+            logprobs=np.concatenate([one.logprobs for one in parts]) if len(parts) > 1 else parts[0].logprobs,
+            version_spans=_joined_spans(parts),
+            prompt_tokens=parts[0].prompt_tokens,
+            cached_tokens=parts[0].cached_tokens,
+        )
+
+
+async def generate_in_parts(
+    request: GenerateRequest,
+    call: Callable[[GenerateRequest], Awaitable[Generation | None]],
+    *,
+    goes_on: Callable[[], bool],
+) -> Generation:
+    """Call until the generation is complete.
+
+    Args:
+        call: sends a request and returns its answer, or None if nothing was made and it is to be called again.
+            What it raises is raised.
+        goes_on: asked after a call that was aborted: whether to continue.
+    """
+    continuation = Continuation(request)
+    while True:
+        part = await call(continuation.rest)
+        if part is None:
+            continue
+        continuation.add(part)
+        if not (continuation.aborted and goes_on()):
+            return continuation.result
+
+
+def call_id(request_id: str, number: int) -> str:
+    """Return the id of one of the calls that a request is made of. An engine must never see an id twice: it may still
+    hold the earlier call, and SGLang and vLLM abort an id again seconds after its stream has ended."""
+    return f"{request_id}~{number}"
+
+
+def _with_fewer_min_tokens(extra: Mapping[str, object], made: int) -> Mapping[str, object]:
+    """Return `extra` with the tokens that were made subtracted from the minimum."""
+    sampling = extra.get("sampling_params")
+    if not isinstance(sampling, Mapping) or not (given := sampling.keys() & set(MIN_TOKENS)):
+        return extra
+    return {**extra, "sampling_params": {**sampling, **{name: max(sampling[name] - made, 0) for name in given}}}
+
+
+def _joined_spans(parts: list[Generation]) -> tuple[VersionSpan, ...]:
+    """Return the parts' spans as positions in the whole output. Adjacent spans of one version are merged."""
+    spans: list[VersionSpan] = []
+    start = 0
+    for part in parts:
+        for span in part.version_spans:
+            if spans and spans[-1].version == span.version:
+                spans[-1] = replace(spans[-1], end=start + span.end)
+            else:
+                spans.append(VersionSpan(span.version, start + span.start, start + span.end))
+        start += len(part.output_ids)
+    return tuple(spans)

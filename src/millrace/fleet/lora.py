@@ -1,0 +1,202 @@
+"""The LoRA adapters that the engines of a fleet have loaded, who uses them, and when each of them goes."""
+
+import asyncio
+import itertools
+import logging
+import secrets
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from millrace.engines.base import PUBLISHED_LORA, Engine
+from millrace.errors import EngineError, EngineFailed, EngineTimeout, EngineUnreachable, PublishError
+from millrace.launch.ports import is_here
+from millrace.types import Capability, LoraConfig
+from millrace.weights.lora import WrittenLora, lora_folder, sweep, write_lora
+from millrace.weights.transports.base import PublishTarget
+
+if TYPE_CHECKING:
+    import torch
+
+MOST_LOADED = 2  # on one engine: what is served, and what the requests that began before it still run with
+UNLOAD_DEADLINE = 30.0  # seconds; only an engine that does nothing else any more takes that long
+CLOSE_DEADLINE = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Loaded:
+    """One adapter on one engine. users: the ids of the requests that run with it. leaving: unloads it, when the last of
+    them has ended."""
+
+    engine: Engine
+    lora: WrittenLora
+    users: list[str] = field(default_factory=list)
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    leaving: asyncio.Task[None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Legs:
+    """Seconds that an engine took: until there was room for another adapter, to load it, and to prove it."""
+
+    room: float
+    load: float
+    attest: float
+
+
+class PublishedLoras:
+    """`folder`: where engines on other hosts too can read; None: they must be on this one."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._loaded: dict[str, dict[str, Loaded]] = {}  # by the engine's name and the adapter's
+        self._coming: Path | None = None
+        self.current: WrittenLora | None = None  # over the last whole version
+
+    @asynccontextmanager
+    async def written(
+        self,
+        targets: Sequence[PublishTarget],
+        version: int,
+        tensors: "Mapping[str, torch.Tensor]",
+        config: LoraConfig,
+    ) -> AsyncIterator[WrittenLora]:
+        """Where all of these engines can read it; afterwards, as long as one has it. Raises PublishError where that is
+        not possible."""
+        place, name = self._place(targets), f"{PUBLISHED_LORA}{version}-{secrets.token_hex(4)}"
+        self._coming = lora_folder(place, version)
+        try:
+            yield await asyncio.to_thread(write_lora, place, name, version, tensors, config)
+        finally:
+            self._coming = None
+            self._sweep()
+
+    def _place(self, targets: Sequence[PublishTarget]) -> Path:
+        if self._folder is not None:
+            return self._folder
+        if away := [target.engine.name for target in targets if not is_here(target.engine.url)]:
+            raise PublishError(
+                f"{', '.join(away)} can't read what is written on this host; set publish.folder to a path that engines "
+                "and trainer share"
+            )
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="millrace-adapters-")
+            Path(self._scratch.name).chmod(0o755)  # the engines' user may be another
+        return Path(self._scratch.name)
+
+    @contextmanager
+    def using(self, engine: str, lora: str | None, request_id: str) -> Iterator[None]:
+        """Keeps the adapter loaded as long as the block runs."""
+        loaded = self._loaded.get(engine, {}).get(lora or "")
+        if loaded is None:  # none, or a whole version has just taken it off
+            yield
+            return
+        loaded.users.append(request_id)
+        loaded.idle.clear()
+        try:
+            yield
+        finally:
+            loaded.users.remove(request_id)
+            if not loaded.users:
+                loaded.idle.set()
+
+    async def load(self, target: PublishTarget, lora: WrittenLora, ends: float) -> Legs:
+        """Loads it beside the one that is served, until `ends` (time.monotonic), and compares what the engine holds
+        with what was written, where the engine can tell. Raises EngineError; the engine then has what it had before."""
+        engine = target.engine
+        times = [time.monotonic()]
+        try:
+            async with asyncio.timeout(ends - time.monotonic()):
+                await self._make_room(engine, ends)
+                times.append(time.monotonic())
+                await engine.load_lora(lora.name, str(lora.path), deadline=ends - time.monotonic())
+                times.append(time.monotonic())
+                held = lora.checksums
+                if target.can(Capability.CHECKSUMS):
+                    held = await engine.lora_checksums(lora.name)
+                if wrong := sorted(name for name, value in lora.checksums.items() if held.get(name) != value):
+                    raise EngineFailed(engine.name, f"its {wrong[0]} is not what was sent")
+                times.append(time.monotonic())
+        except BaseException as error:
+            if isinstance(error, TimeoutError):
+                raise EngineTimeout(engine.name, f"it has not loaded adapter {lora.version} in time") from error
+            if len(times) > 1 and not isinstance(error, EngineTimeout | EngineUnreachable):
+                with suppress(EngineError):  # most have not got it
+                    await engine.unload_lora(lora.name, deadline=CLOSE_DEADLINE)
+            raise
+        loaded = Loaded(engine, lora)
+        loaded.idle.set()
+        self._loaded.setdefault(engine.name, {})[lora.name] = loaded
+        return Legs(*(later - earlier for earlier, later in itertools.pairwise(times)))
+
+    def retire(self, engine: str, *, keep: str | None, at_once: bool = False) -> None:
+        """Unloads every other adapter of the engine when its last request has ended; `at_once`: a whole version has
+        taken them off, so that no request has one."""
+        for loaded in self._loaded.get(engine, {}).values():
+            if at_once:
+                loaded.idle.set()
+            if loaded.lora.name != keep and loaded.leaving is None:
+                loaded.leaving = asyncio.create_task(self._unload(loaded))
+
+    def forget(self, engine: str) -> None:
+        """The engine has ended."""
+        for loaded in self._loaded.pop(engine, {}).values():
+            if loaded.leaving is not None:
+                loaded.leaving.cancel()
+        self._sweep()
+
+    async def close(self) -> None:
+        """Unloads all, since servers that somebody else started go on; what can't be asked any more is left."""
+        remaining = [loaded for one in self._loaded.values() for loaded in one.values()]
+        leaving = [loaded.leaving for loaded in remaining if loaded.leaving is not None]
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        await asyncio.gather(*(self._let_go(loaded) for loaded in remaining))
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    async def _let_go(self, loaded: Loaded) -> None:
+        with suppress(EngineError):
+            await loaded.engine.unload_lora(loaded.lora.name, deadline=CLOSE_DEADLINE)
+
+    async def _make_room(self, engine: Engine, ends: float) -> None:
+        """Waits until fewer than two are loaded. Requests that began under an adapter before the last one, and still
+        run when half of the time has passed, are aborted: they come back with their tokens."""
+        self.retire(engine.name, keep=self.current.name if self.current is not None else None)
+        held = self._loaded.get(engine.name, {})
+        patience = time.monotonic() + (ends - time.monotonic()) / 2
+        while len(held) >= MOST_LOADED:
+            leaving = [(loaded, loaded.leaving) for loaded in held.values() if loaded.leaving is not None]
+            left = max(patience - time.monotonic(), 0.0)
+            await asyncio.wait([task for _, task in leaving], timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if time.monotonic() >= patience and len(held) >= MOST_LOADED:
+                stragglers = [request_id for loaded, _ in leaving for request_id in loaded.users]
+                logger.warning(
+                    "%s: %d requests are aborted, whose adapter has to make room", engine.name, len(stragglers)
+                )
+                await asyncio.gather(*(engine.abort(request_id) for request_id in stragglers))
+                patience = ends
+
+    async def _unload(self, loaded: Loaded) -> None:
+        await loaded.idle.wait()
+        try:
+            await loaded.engine.unload_lora(loaded.lora.name, deadline=UNLOAD_DEADLINE)
+        except EngineError as error:
+            logger.warning("adapter %d is not used any more, and still loaded: %s", loaded.lora.version, error)
+        self._loaded.get(loaded.engine.name, {}).pop(loaded.lora.name, None)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Takes away the folders that no engine may read again."""
+        place = Path(self._scratch.name) if self._scratch is not None else self._folder
+        if place is not None:
+            needed: set[Path | None] = {one.lora.path for held in self._loaded.values() for one in held.values()}
+            sweep(place, needed | {self._coming, self.current.path if self.current is not None else None})

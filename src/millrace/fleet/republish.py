@@ -1,0 +1,58 @@
+"""The version that the trainer still holds between two publishes, for engines that need it again."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from millrace.errors import PublishError
+from millrace.weights.fingerprint import Fingerprint
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors = Iterable[tuple[str, "torch.Tensor"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Republishable:
+    """A version that `ask` can be asked for again. `fingerprint` tells whether it still gives the same tensors."""
+
+    ask: Callable[[], Tensors]
+    version: int
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
+
+    def tensors(self) -> Tensors:
+        """Asks for the tensors. Raises PublishError if they are not pairs of name and tensor, and what `ask` raises."""
+        tensors = require_pairs(self.ask())
+        return _Asked(self.ask, tensors) if isinstance(tensors, Iterator) else tensors
+
+
+class _Asked:
+    """The tensors of a function that makes a new iterator with each call."""
+
+    def __init__(self, ask: Callable[[], Tensors], first: Iterator[tuple[str, "torch.Tensor"]]) -> None:
+        self._ask = ask
+        self._first: Iterator[tuple[str, torch.Tensor]] | None = first
+
+    def __iter__(self) -> Iterator[tuple[str, "torch.Tensor"]]:
+        first, self._first = self._first, None
+        return first if first is not None else iter(self._ask())
+
+
+def republishable(source: object, version: int) -> Republishable | None:
+    """The version, where `source` is a function that returns its tensors. None for tensors, and for a model, which is
+    callable too."""
+    if callable(source) and not isinstance(source, Iterable) and not hasattr(source, "named_parameters"):
+        return Republishable(source, version)
+    return None
+
+
+def require_pairs(tensors: object) -> Tensors:
+    """The tensors. Raises PublishError for what is no iterable of names and tensors, such as a model or a dict of
+    them."""
+    if isinstance(tensors, Mapping | str) or not isinstance(tensors, Iterable):
+        hint = "its .items()" if isinstance(tensors, Mapping) else "list(model.named_parameters())"
+        raise PublishError(
+            f"what is published are pairs of name and tensor, not a {type(tensors).__name__}; give {hint}"
+        )
+    return tensors

@@ -1,0 +1,56 @@
+"""Samples that outlive their engine: the tokens that were made are kept, and another engine makes the rest."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from millrace.continuation import call_id, generate_in_parts
+from millrace.errors import EngineFailed, EngineUnreachable, LocalError
+from millrace.fleet.event_log import EventLog
+from millrace.rollout.agent import AbortedGeneration
+from millrace.types import GenerateRequest, Generation
+
+Send = Callable[[GenerateRequest], Awaitable[Generation]]
+
+
+@dataclass(slots=True)
+class Attempts:
+    """How often a sample may still lose its engine. Each loss goes to `event_log`."""
+
+    left: int
+    event_log: EventLog
+    used: int = 0
+
+    def spend(self, error: Exception, *, continued: bool) -> None:
+        """Count a loss. Raises `error` if no attempt is left. `continued`: whether the sample keeps its tokens."""
+        if not self.left:
+            raise error
+        self.left -= 1
+        self.used += 1
+        engine = error.engine if isinstance(error, EngineUnreachable | EngineFailed) else None
+        self.event_log.retried(engine, attempt=self.used, continued=continued)
+
+
+async def generate_whole(
+    request: GenerateRequest, send: Send, attempts: Attempts, *, interrupted: Callable[[], bool] = lambda: False
+) -> Generation:
+    """Generate, and continue on another engine if one dies or aborts the request. Each of these costs an attempt, and
+    without one left, the error is raised. An abort while `interrupted` is expected, and costs none."""
+    sent = 0
+
+    async def call(rest: GenerateRequest) -> Generation | None:
+        nonlocal sent
+        if sent:
+            rest = replace(rest, request_id=call_id(request.request_id, sent))
+        sent += 1
+        try:
+            return await send(rest)
+        except (EngineUnreachable, EngineFailed, LocalError) as error:
+            attempts.spend(error, continued=True)
+            return None
+
+    def goes_on() -> bool:
+        if not interrupted():
+            attempts.spend(AbortedGeneration(request.request_id), continued=True)
+        return True
+
+    return await generate_in_parts(request, call, goes_on=goes_on)

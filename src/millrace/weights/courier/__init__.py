@@ -1,1 +1,0 @@
-"""`millrace courier`: a small server on a host of engines, which brings weights there when a trainer asks."""

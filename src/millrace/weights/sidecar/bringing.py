@@ -1,0 +1,45 @@
+"""A sidecar that brings versions from a store. Stock engines can't apply by themselves what has changed; they read the
+whole version from the folder that it answers with."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
+
+from millrace.engines.embedded.replies import reply
+from millrace.errors import MillraceError
+from millrace.weights.mirror import CheckpointMirror
+from millrace.weights.sidecar.server import Job, body_of
+
+logger = logging.getLogger(__name__)
+
+
+class BringBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    version: NonNegativeInt
+
+
+class Bringing(Job):
+    """One version is brought at a time, also for those who have hung up since."""
+
+    def __init__(self, replica: CheckpointMirror, store: str) -> None:
+        self.does = f"brings versions from {store}"
+        self._replica = replica
+        self._thread = ThreadPoolExecutor(1, "sidecar")
+
+    def routes(self) -> Sequence[web.RouteDef]:
+        return [web.post("/bring", self._bring)]
+
+    async def _bring(self, http: web.Request) -> web.Response:
+        version = (await body_of(http, BringBody)).version
+        try:
+            path, digest = await asyncio.get_running_loop().run_in_executor(self._thread, self._replica.bring, version)
+        except MillraceError as error:
+            logger.error("version %d: %s", version, error)
+            return web.Response(text=str(error), status=500)
+        logger.info("version %d is in %s", version, path)
+        return reply({"path": str(path), "digest": digest})

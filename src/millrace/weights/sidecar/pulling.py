@@ -1,0 +1,151 @@
+"""A sidecar that reads buckets from a trainer's memory over UCX, once for all engines of its host, which open what it
+read as they would open a local trainer's: the engines are stock, and know nothing of UCX."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from aiohttp import web
+
+from millrace.engines.embedded.replies import reply
+from millrace.errors import MillraceError, PublishError
+from millrace.weights.sidecar.messages import (
+    CudaIpcHandle,
+    Form,
+    Handle,
+    MemoryFileHandle,
+    PullBody,
+    Pulled,
+    Session,
+    TorchStorageHandle,
+)
+from millrace.weights.sidecar.server import Job, body_of
+from millrace.weights.transports.cuda_ipc import DeviceSlot
+from millrace.weights.transports.shared_memory import MemoryFile
+from millrace.weights.transports.torch_storage import SharedStorage
+from millrace.weights.ucx import Endpoint, Region, load
+
+IDLE_SECONDS = 600.0  # after which the memory of a trainer that says nothing more is given back
+
+logger = logging.getLogger(__name__)
+
+AnySlot = MemoryFile | SharedStorage | DeviceSlot
+
+
+class Pulling(Job):
+    """For one trainer at a time, the last that asked: another's READ is broken off, and its slots are freed. Slots lie
+    on `device`, where the engines' memory is. Raises ConfigError without NIXL."""
+
+    def __init__(self, device: torch.device) -> None:
+        load()
+        self.does = f"reads weights over UCX, to the {'GPU' if device.type == 'cuda' else 'CPU'} here"
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, "sidecar")
+        self._latest = ""  # the session that asked last
+        self._letting_go: asyncio.TimerHandle | None = None
+        # The thread's own:
+        self._session: tuple[str, Form] | None = None
+        self._endpoint: Endpoint[AnySlot] | None = None
+
+    def routes(self) -> Sequence[web.RouteDef]:
+        return [
+            web.post("/pull", self._pull),
+            web.post("/end", self._end),
+            web.get("/session", self._told),
+        ]
+
+    async def _told(self, http: web.Request) -> web.Response:  # noqa: ARG002
+        return reply({"session": self._session[0] if self._session is not None else ""})
+
+    async def _pull(self, http: web.Request) -> web.Response:
+        body = await body_of(http, PullBody)
+        if (body.form is Form.CUDA_IPC) != (self._device.type == "cuda"):
+            needed = "cuda" if body.form is Form.CUDA_IPC else "cpu"
+            return web.Response(
+                text=f"its memory is on the {self._device.type}, and the engines here open {body.form.value}: start it "
+                f"with --device {needed}",
+                status=400,
+            )
+        loop = asyncio.get_running_loop()
+        ends, self._latest = time.monotonic() + body.seconds, body.session
+        if self._letting_go is not None:
+            self._letting_go.cancel()
+        self._letting_go = loop.call_later(body.seconds + IDLE_SECONDS, self._let_go, body.session)
+        try:
+            handle = await loop.run_in_executor(self._thread, self._serve, body, ends)
+        except MillraceError as error:
+            logger.error("%s", error)
+            return web.Response(text=str(error), status=500)
+        return web.Response(text=Pulled(handle=handle).model_dump_json(), content_type="application/json")
+
+    async def _end(self, http: web.Request) -> web.Response:
+        await self._let_go((await body_of(http, Session)).session)
+        return reply({"success": True})
+
+    def _let_go(self, session: str) -> asyncio.Future[None]:
+        """Breaks the session's READ off, and frees its memory."""
+        if self._latest == session:
+            self._latest = ""
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._forget, session)
+
+    # What follows goes on in the thread.
+
+    def _serve(self, body: PullBody, ends: float) -> Handle:
+        """Raises PublishError where the bucket can't be read, or has no room."""
+
+        def why_not() -> str | None:
+            if self._latest != body.session:
+                return "the trainer has ended this session, or another has begun one"
+            return "there is no more time" if time.monotonic() > ends else None
+
+        if (reason := why_not()) is not None:
+            raise PublishError(f"the bucket was not read: {reason}")
+        if self._session != (body.session, body.form):
+            self._close()
+            self._endpoint = Endpoint(lambda size: self._new_slot(body.form, size), self._device)
+            self._session = (body.session, body.form)
+            logger.info("session %s begins", body.session)
+        assert self._endpoint is not None
+        slot = self._endpoint.slot(body.slot, body.nbytes, unread=True)
+        begun = time.monotonic()
+        source = Region(body.address, body.nbytes, body.gpu)
+        reason = self._endpoint.read(body.agent, source, body.slot, body.nbytes, why_not)
+        if reason is not None:
+            self._close()
+            raise PublishError(f"the bucket was not read: {reason}")
+        logger.debug("%.1f MB in %.3f s", body.nbytes / 1e6, time.monotonic() - begun)
+        return _hand_on(slot, body.shares)
+
+    def _forget(self, session: str) -> None:
+        if self._session is not None and self._session[0] == session:
+            self._close()
+
+    def _close(self) -> None:
+        if self._endpoint is not None:
+            self._endpoint.close()
+        self._endpoint, self._session = None, None
+        if self._device.type == "cuda":
+            torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+
+    def _new_slot(self, form: Form, size: int) -> AnySlot:
+        match form:
+            case Form.MEMORY_FILE:
+                return MemoryFile(size)
+            case Form.TORCH_STORAGE:
+                return SharedStorage(size)
+            case Form.CUDA_IPC:
+                return DeviceSlot(size, self._device)
+
+
+def _hand_on(slot: AnySlot, shares: int) -> Handle:
+    match slot:
+        case MemoryFile():
+            return MemoryFileHandle(path=slot.path)
+        case SharedStorage():
+            slot.promise(openings=shares)
+            return TorchStorageHandle(manager=slot.manager, handle=slot.handle, storage_bytes=slot.bytes.nbytes)
+        case DeviceSlot():
+            return CudaIpcHandle(shares=tuple(slot.share() for _ in range(shares)))

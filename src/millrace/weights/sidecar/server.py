@@ -1,0 +1,77 @@
+"""What every sidecar is: an HTTP server whose routes answer to a key. What it does is its job's."""
+
+import ipaddress
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, ValidationError
+
+from millrace.engines.embedded.auth import Keys, allowed
+from millrace.engines.embedded.replies import reply
+from millrace.errors import ConfigError
+from millrace.launch.ports import unbracketed, why_not_bound
+
+SIDECAR_KEY = "MILLRACE_SIDECAR_KEY"  # an environment variable, where sidecar and trainer find it
+SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the server is told to end
+
+B = TypeVar("B", bound=BaseModel)
+
+
+class Job(ABC):
+    """What a sidecar does when it is asked to. `does` says it, after the sidecar's URL."""
+
+    does: str
+
+    @abstractmethod
+    def routes(self) -> Sequence[web.RouteDef]: ...
+
+
+class SidecarServer:
+    """Answers for `job`, to those who know `key`, if there is one."""
+
+    def __init__(self, job: Job, *, key: str | None) -> None:
+        self._job = job
+        self._keys = Keys(None, key)
+
+    async def start(self, sock: socket.socket) -> web.AppRunner:
+        """Serves on a bound socket."""
+        app = web.Application(middlewares=[self._guard])
+        app.add_routes([web.get("/health", self._health), *self._job.routes()])
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE)
+        await runner.setup()
+        await web.SockSite(runner, sock).start()
+        return runner
+
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if not allowed(request.path, request.headers.get("Authorization"), self._keys):
+            return web.Response(text=f"this route needs the key in {SIDECAR_KEY}", status=401)
+        return await handler(request)
+
+    async def _health(self, http: web.Request) -> web.Response:  # noqa: ARG002
+        return reply({"status": "ok"})
+
+
+async def body_of(http: web.Request, model: type[B]) -> B:
+    """Raises HTTPBadRequest where the body is not one."""
+    try:
+        return model.model_validate_json(await http.read())
+    except ValidationError as error:
+        raise web.HTTPBadRequest(text=str(error)) from error
+
+
+def bind(host: str, port: int, *, key: str | None) -> socket.socket:
+    """Raises ConfigError where that is not possible: beyond this host, only with a key."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(unbracketed(host), port, type=socket.SOCK_STREAM)[0]
+        if key is None and not ipaddress.ip_address(address[0]).is_loopback:
+            raise ConfigError(f"others reach {host}: set {SIDECAR_KEY}, here and for the trainer, or use 127.0.0.1")
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        reason = why_not_bound(host, error)
+        raise ConfigError(f"can't listen on {host}:{port} ({reason}); choose another --host or --port") from error

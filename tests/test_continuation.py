@@ -1,0 +1,74 @@
+"""One generation from the calls that updates cut it into."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.continuation import Continuation
+from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, VersionSpan
+
+REQUEST = GenerateRequest("r", (7, 8, 9), SamplingParams(max_new_tokens=100))
+PIECES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=6)
+
+
+def piece(length: int, version: int, reason: FinishReason = FinishReason.ABORT) -> Generation:
+    version_spans = (VersionSpan(version, 0, length),) if length else ()
+    logprobs = np.full(length, -float(version), np.float32)
+    return Generation(
+        "r", tuple(range(length)), logprobs, reason, version_spans, prompt_tokens=3 + version, cached_tokens=0
+    )
+
+
+@given(PIECES)
+def test_nothing_is_lost_or_doubled_and_the_segments_say_which_version_made_what(sizes: list[tuple[int, int]]) -> None:
+    pieces = [piece(length, version) for length, version in sizes]
+    whole = Continuation(REQUEST, pieces).result
+    assert whole.output_ids == tuple(token for p in pieces for token in p.output_ids)
+    assert len(whole.logprobs) == len(whole.output_ids)
+    assert whole.prompt_tokens == pieces[0].prompt_tokens  # not those of a continuation
+    versions = [version for length, version in sizes for _ in range(length)]
+    assert [s.version for s in whole.version_spans for _ in range(s.start, s.end)] == versions
+    assert [s.start for s in whole.version_spans] == [0, *(s.end for s in whole.version_spans)][
+        : len(whole.version_spans)
+    ]
+    assert all(a.version != b.version for a, b in zip(whole.version_spans, whole.version_spans[1:], strict=False))
+
+
+@given(PIECES)
+def test_a_continuation_asks_for_exactly_what_is_missing(sizes: list[tuple[int, int]]) -> None:
+    request = GenerateRequest("r", (7, 8, 9), SamplingParams(max_new_tokens=100))
+    pieces = [piece(length, version) for length, version in sizes]
+    continuation = Continuation(request)
+    for one in pieces:
+        continuation.add(one)
+    rest, made = continuation.rest, continuation.result.output_ids
+    assert rest.input_ids == (7, 8, 9, *made)
+    assert rest.sampling.max_new_tokens == 100 - len(made)
+    assert continuation.aborted
+
+
+def test_what_was_cut_off_after_its_last_token_is_full() -> None:
+    request = GenerateRequest("r", (7,), SamplingParams(max_new_tokens=4))
+    continuation = Continuation(request)
+    for one in (piece(3, 0), piece(1, 1)):
+        assert continuation.aborted or not continuation.parts
+        continuation.add(one)
+    assert not continuation.aborted
+    assert continuation.result.finish_reason is FinishReason.LENGTH
+
+
+def test_without_a_part_the_result_is_aborted_and_empty() -> None:
+    nothing = Continuation(REQUEST).result
+    assert (nothing.output_ids, nothing.finish_reason, nothing.prompt_tokens) == ((), FinishReason.ABORT, 3)
+
+
+def test_a_continuation_counts_what_was_made_for_the_least_tokens_and_the_seed() -> None:
+    extra = {"priority": 1, "sampling_params": {"min_tokens": 9, "min_new_tokens": 3, "logit_bias": {"1": 2}}}
+    request = GenerateRequest("r", (7,), SamplingParams(max_new_tokens=100, seed=2**63 - 2), extra)
+    rest = Continuation(request, [piece(4, 1)]).rest
+    assert rest.sampling.seed == 2
+    assert rest.extra == {
+        "priority": 1,
+        "sampling_params": {"min_tokens": 5, "min_new_tokens": 0, "logit_bias": {"1": 2}},
+    }
+    assert Continuation(GenerateRequest("r", (7,), SamplingParams(100)), [piece(4, 1)]).rest.sampling.seed is None
