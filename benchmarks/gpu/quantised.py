@@ -21,8 +21,8 @@ from millrace.errors import EngineError, PublishError
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.publisher import publish
 from millrace.weights.store import VersionStore
-from millrace.weights.transports.base import PublishTarget
-from millrace.weights.transports.choice import make
+from millrace.weights.transports.base import PublishTarget, TransportContext
+from millrace.weights.transports.registry import create
 
 PROMPTS, LENGTH = 256, 24
 BUCKET_BYTES = 64 * 2**20  # small, so that what an engine fuses comes in different ones
@@ -96,7 +96,7 @@ async def run(arguments: argparse.Namespace) -> None:
             version = 0
             for transport_name in arguments.transport:
                 store = VersionStore(str(scratch / "store"), scratch / "first", keep=2, anchor_every=1)
-                transport = make(transport_name, target.info.capabilities, store=store)
+                transport = create(transport_name, TransportContext(capabilities=target.info.capabilities, store=store))
                 for label, tensors, expected in (("second", second, own), ("first", first, before)):
                     version += 1
                     try:

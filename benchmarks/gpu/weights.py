@@ -27,8 +27,8 @@ from benchmarks.sidecar import sidecar
 from millrace.engines.base import Engine
 from millrace.types import GenerateRequest, MemoryTag, SamplingParams
 from millrace.weights.publisher import PublishReport, publish
-from millrace.weights.transports.base import PublishTarget
-from millrace.weights.transports.choice import make
+from millrace.weights.transports.base import PublishTarget, TransportContext
+from millrace.weights.transports.registry import create
 
 MIB, GIB = 2**20, 2**30
 
@@ -83,10 +83,9 @@ async def measure_publish(
 
     version = 0
     for mebibytes in arguments.bucket_mb:
-        transport = make(
+        transport = create(
             arguments.transport or ("cuda_ipc" if device.type == "cuda" else "shm"),
-            target.info.capabilities,
-            sidecars=sidecars,
+            TransportContext(capabilities=target.info.capabilities, sidecars=sidecars),
         )
         reports: list[PublishReport] = []
         for _ in range(arguments.repeats + 2):

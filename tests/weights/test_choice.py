@@ -1,5 +1,7 @@
 """Which transport is chosen, from what the trainer sees."""
 
+from typing import get_args
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +10,8 @@ from millrace.config.models import TransportName
 from millrace.errors import PublishError
 from millrace.fleet.local import agreeing_on_memory
 from millrace.types import Capability
-from millrace.weights.transports.choice import NEEDS, TransportCandidate, choose
+from millrace.weights.transports.choice import TransportCandidate, choose
+from millrace.weights.transports.registry import CLASSES, needs
 
 MEMORY_FILE = Capability.UPDATE_FROM_SHARED_MEMORY
 TORCH = Capability.UPDATE_FROM_TORCH_STORAGE
@@ -79,16 +82,16 @@ def test_sidecars_are_there_to_be_used() -> None:
 def test_what_is_chosen_every_engine_can_do(engines: list[TransportCandidate], gpu: bool) -> None:
     choice = choose("auto", engines, trainer_has_gpu=gpu, folder=False)
     if choice.name is not None:
-        assert all(engine.capabilities & set(NEEDS[choice.name]) for engine in engines)
+        assert all(engine.capabilities & needs(choice.name) for engine in engines)
         assert gpu or choice.name not in ("cuda_ipc", "nccl")
         assert choice.name in ("gloo", "nccl") or all(engine.here for engine in engines)
     else:
         assert not all(engine.here and GROUP in engine.capabilities for engine in engines)
 
 
-@given(candidates, st.sampled_from(sorted(NEEDS)))
+@given(candidates, st.sampled_from(sorted(CLASSES)))
 def test_what_the_config_says_is_done_or_refused(engines: list[TransportCandidate], wanted: TransportName) -> None:
-    if all(engine.capabilities & set(NEEDS[wanted]) for engine in engines):
+    if all(engine.capabilities & needs(wanted) for engine in engines):
         assert choose(wanted, engines, trainer_has_gpu=False, folder=True).name == wanted
     else:
         with pytest.raises(PublishError, match=f"publish.transport is {wanted}"):
@@ -99,3 +102,8 @@ def test_what_the_config_says_is_done_or_refused(engines: list[TransportCandidat
 def test_an_sglang_is_told_of_nccls_memory_unless_it_inherits_that(inherited: str) -> None:
     assert agreeing_on_memory({"PATH": "/bin"}) == {"NCCL_CUMEM_ENABLE": "-2"}
     assert agreeing_on_memory({"NCCL_CUMEM_ENABLE": inherited}) == {}
+
+
+def test_the_registry_has_a_transport_for_every_name_of_the_setting() -> None:
+    assert set(CLASSES) == set(get_args(TransportName)) - {"auto"}
+    assert all(needs(name) for name in CLASSES)

@@ -32,8 +32,8 @@ from millrace.weights.folder import folder_checksums
 from millrace.weights.sidecar.messages import Form, Handle, MemoryFileHandle, PullBody, Pulled, TorchStorageHandle
 from millrace.weights.sidecar.pulling import Pulling
 from millrace.weights.sidecar.server import SIDECAR_KEY
-from millrace.weights.transports.base import PublishTarget
-from millrace.weights.transports.choice import make
+from millrace.weights.transports.base import PublishTarget, TransportContext
+from millrace.weights.transports.registry import create
 from millrace.weights.transports.shared_memory import MemoryFile
 from millrace.weights.transports.ucx import UcxSidecar, UcxTransport
 from millrace.weights.ucx import Endpoint
@@ -364,4 +364,4 @@ def test_each_engine_needs_a_sidecar() -> None:
     common = frozenset({Capability.UPDATE_FROM_SHARED_MEMORY})
     sidecars = {"one": "http://127.0.0.2:9", "two": None}
     with pytest.raises(PublishError, match=r"publish\.sidecars names none on the host of two, which ucx takes"):
-        make("ucx", common, sidecars=sidecars)
+        create("ucx", TransportContext(capabilities=common, sidecars=sidecars))

@@ -14,8 +14,8 @@ from millrace.types import Capability, DiskBucket
 from millrace.weights.cast import cast, dtypes_of
 from millrace.weights.folder import FolderTensors
 from millrace.weights.publisher import publish
-from millrace.weights.transports.base import PublishTarget
-from millrace.weights.transports.choice import NEEDS, make
+from millrace.weights.transports.base import PublishTarget, TransportContext
+from millrace.weights.transports.registry import CLASSES, create, needs
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,8 @@ async def by_bare_nccl(subject: Subject, source: Path, version: int) -> None:
 
 async def send(kind: Capability, subject: Subject, tensors: "Mapping[str, torch.Tensor]", version: int) -> None:
     """By the publisher, in several buckets, by the transport that needs this capability."""
-    transport = make(next(name for name, needs in NEEDS.items() if kind in needs), frozenset({kind}))
+    name = next(name for name in CLASSES if kind in needs(name))
+    transport = create(name, TransportContext(capabilities=frozenset({kind})))
     size = sum(tensor.nbytes for tensor in tensors.values())
 
     async def ignore(*_: object) -> None:

@@ -36,7 +36,9 @@ from millrace.launch.ports import is_here
 from millrace.routers.start import start_router
 from millrace.weights.cast import require_one_dtype
 from millrace.weights.folder import folder_checksums
-from millrace.weights.transports.choice import TransportCandidate, choose, in_common, make
+from millrace.weights.transports.base import TransportContext
+from millrace.weights.transports.choice import TransportCandidate, choose, in_common
+from millrace.weights.transports.registry import create
 
 if TYPE_CHECKING:
     from millrace.weights.store import VersionStore
@@ -243,12 +245,16 @@ def transport_for(
     if choice.name not in ("delta", "ucx"):
         if sidecars:
             raise PublishError(f"sidecars bring weights by delta or ucx, and they go by {choice.name}")
-        return make(
-            choice.name, in_common(candidates), store=store, here=all(candidate.here for candidate in candidates)
-        )
+        here = all(candidate.here for candidate in candidates)
+        context = TransportContext(capabilities=in_common(candidates), here=here, store=store)
+        return create(choice.name, context)
     from millrace.weights.sidecar.server import SIDECAR_KEY
     from millrace.weights.transports.sidecars import assign
 
-    assigned = assign({one.engine.name: one.engine.url for one in engines}, sidecars)
-    key = os.environ.get(SIDECAR_KEY)
-    return make(choice.name, in_common(candidates), store=store, sidecars=assigned, sidecar_key=key)
+    context = TransportContext(
+        capabilities=in_common(candidates),
+        store=store,
+        sidecars=assign({one.engine.name: one.engine.url for one in engines}, sidecars),
+        sidecar_key=os.environ.get(SIDECAR_KEY),
+    )
+    return create(choice.name, context)

@@ -2,13 +2,15 @@
 engine."""
 
 import asyncio
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
 from millrace.engines.vllm.payload import UNIQUE_ID_KEY, unique_id
-from millrace.weights.transports.process_group import SendingGroup
+from millrace.types import Capability
+from millrace.weights.transports.base import TransportContext
+from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup, nccl_device
 
 OWN_KEY = "0"  # where torch puts the id of a group's communicator
 
@@ -32,3 +34,13 @@ class BareNcclGroup(SendingGroup):
     def _hand_on(self, ids: Any) -> None:
         ids.wait([OWN_KEY], self._deadline)
         self._store.set(UNIQUE_ID_KEY, unique_id(bytes(ids.get(OWN_KEY))))
+
+
+class BareNcclTransport(ProcessGroupTransport):
+    """A broadcast by NCCL to vLLM's own transfer engine."""
+
+    needs = frozenset({Capability.UPDATE_FROM_BARE_NCCL})
+
+    @classmethod
+    def create(cls, context: TransportContext) -> Self:  # noqa: ARG003
+        return cls(BareNcclGroup, nccl_device(), together=False)

@@ -1,10 +1,10 @@
-"""The port to a transport: how a bucket's bytes get from the trainer to the engines."""
+"""The transport port: how the bytes of a bucket get from the trainer to the engines."""
 
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from millrace.engines.base import Engine
 from millrace.errors import EngineError
@@ -13,6 +13,8 @@ from millrace.weights.plan import layout
 
 if TYPE_CHECKING:
     import torch
+
+    from millrace.weights.store import VersionStore
 
 NamedTensors = Sequence[tuple[str, "torch.Tensor"]]
 
@@ -39,8 +41,29 @@ class StagedBucket:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportContext:
+    """What a transport is made from. Its device is torch's current one.
+
+    capabilities: those that all engines have. here: whether all engines are on this host. store: where versions are
+    kept. sidecars: the URL of each engine's sidecar, None for an engine on this host without one."""
+
+    capabilities: frozenset[Capability]
+    here: bool = False
+    store: "VersionStore | None" = None
+    sidecars: Mapping[str, str | None] | None = None
+    sidecar_key: str | None = None
+
+
 class Transport(ABC):
-    """Carries buckets."""
+    """Carries buckets to the engines. `needs`: the capabilities that an engine can receive them with; one is enough."""
+
+    needs: ClassVar[frozenset[Capability]] = frozenset()
+
+    @classmethod
+    def create(cls, context: TransportContext) -> Self:
+        """Make the transport. Raises PublishError if it cannot run here."""
+        raise NotImplementedError(f"{cls.__name__} is not made from settings")
 
     async def open(
         self,

@@ -4,11 +4,13 @@ One copy into the bucket, one out of it, both within the GPU. Torch counts who h
 every rank of every engine gets one of its own, for one use.
 """
 
+from typing import Self
+
 import torch
 
 from millrace.errors import PublishError
-from millrace.types import CudaIpcBucket, CudaIpcShare, TensorSpec
-from millrace.weights.transports.base import NamedTensors
+from millrace.types import Capability, CudaIpcBucket, CudaIpcShare, TensorSpec
+from millrace.weights.transports.base import NamedTensors, TransportContext
 from millrace.weights.transports.slots import MemoryTransport
 
 
@@ -34,7 +36,13 @@ class DeviceSlot:
 
 
 class CudaIpcTransport(MemoryTransport[DeviceSlot]):
-    """For engines with Capability.UPDATE_FROM_CUDA_IPC. Buckets lie on `device`."""
+    """Engines open the bucket's GPU memory, which is on `device`."""
+
+    needs = frozenset({Capability.UPDATE_FROM_CUDA_IPC})
+
+    @classmethod
+    def create(cls, context: TransportContext) -> Self:  # noqa: ARG003
+        return cls(torch.device("cuda", torch.cuda.current_device()))
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

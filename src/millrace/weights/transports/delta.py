@@ -6,15 +6,15 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from millrace.errors import DataError, EngineError, EngineFailed, EngineTimeout, PublishError
 from millrace.http.client import HttpClient
-from millrace.types import DiskBucket
+from millrace.types import Capability, DiskBucket
 from millrace.weights.chain import digest_of
 from millrace.weights.mirror import CheckpointMirror
 from millrace.weights.store import VersionStore
-from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
+from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport, TransportContext
 from millrace.weights.transports.sidecars import reason_of
 
 T = TypeVar("T")
@@ -79,8 +79,16 @@ class LocalSidecar(Sidecar):
 
 
 class DeltaTransport(Transport):
-    """For engines with Capability.UPDATE_FROM_DISK. `sidecars`: each engine's, by its name; None for those that this
-    process sees to."""
+    """Changes go to the store, and a sidecar on each host of engines makes whole versions of them. `sidecars`: the URL
+    of each engine's, by the engine's name; None for the engines that this process serves itself."""
+
+    needs = frozenset({Capability.UPDATE_FROM_DISK})
+
+    @classmethod
+    def create(cls, context: TransportContext) -> Self:
+        if context.store is None or context.sidecars is None:
+            raise PublishError("publish.transport is delta, and publish.folder names no store")
+        return cls(context.store, context.sidecars, key=context.sidecar_key)
 
     def __init__(self, store: VersionStore, sidecars: Mapping[str, str | None], *, key: str | None) -> None:
         self._store = store

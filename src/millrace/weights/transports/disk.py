@@ -2,15 +2,24 @@
 themselves."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
-from millrace.errors import EngineError
-from millrace.types import DiskBucket
+from millrace.errors import EngineError, PublishError
+from millrace.types import Capability, DiskBucket
 from millrace.weights.store import VersionStore
-from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
+from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport, TransportContext
 
 
 class DiskTransport(Transport):
-    """For engines with Capability.UPDATE_FROM_DISK, which read the store's folders by their path."""
+    """Engines read the store's folders by their path."""
+
+    needs = frozenset({Capability.UPDATE_FROM_DISK})
+
+    @classmethod
+    def create(cls, context: TransportContext) -> Self:
+        if context.store is None or not context.store.shared:
+            raise PublishError("publish.transport is disk, and publish.folder names no path that engines can read")
+        return cls(context.store)
 
     def __init__(self, store: VersionStore) -> None:
         self._store = store

@@ -14,18 +14,25 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from millrace.checksum import tensor_checksum
 from millrace.engines.base import Engine
-from millrace.errors import EngineError, EngineFailed, LocalError
+from millrace.errors import EngineError, EngineFailed, LocalError, PublishError
 from millrace.launch.ports import own_address
-from millrace.types import Health, ProcessGroup, ProcessGroupBucket
+from millrace.types import Capability, Health, ProcessGroup, ProcessGroupBucket
 from millrace.weights.environment import settings
-from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket, specs_of
+from millrace.weights.transports.base import (
+    BucketTransport,
+    NamedTensors,
+    PublishTarget,
+    StagedBucket,
+    TransportContext,
+    specs_of,
+)
 
 POLL_SECONDS = 0.0005
 HEALTH_DEADLINE = LEAVE_DEADLINE = 2.0
@@ -148,9 +155,11 @@ class _Joined:
 
 
 class ProcessGroupTransport(BucketTransport):
-    """For engines with Capability.UPDATE_FROM_PROCESS_GROUP, or another where `kind` is made for that. Tensors are sent
-    from `device`: by NCCL where it is a GPU, by gloo where it is the CPU. `together`: all engines are in one group,
-    which takes the least bandwidth; otherwise each is in a group of its own, so that none has to wait for another."""
+    """A broadcast from `device` to the engines: by NCCL from a GPU, by gloo from the CPU. `kind` is the class of the
+    groups. With `together`, all engines are in one group, which takes the least bandwidth. Otherwise each is in a group
+    of its own, so that none waits for another."""
+
+    needs = frozenset({Capability.UPDATE_FROM_PROCESS_GROUP})
 
     def __init__(self, kind: type[SendingGroup], device: torch.device, *, together: bool) -> None:
         self._kind, self._device, self._together = kind, device, together
@@ -310,3 +319,27 @@ async def _at_fault(engines: Sequence[Engine]) -> set[str]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
+
+
+class GlooTransport(ProcessGroupTransport):
+    """A broadcast from the trainer's CPU memory, over TCP."""
+
+    @classmethod
+    def create(cls, context: TransportContext) -> Self:  # noqa: ARG003
+        return cls(SendingGroup, torch.device("cpu"), together=False)
+
+
+class NcclTransport(ProcessGroupTransport):
+    """A broadcast from the trainer's GPU."""
+
+    @classmethod
+    def create(cls, context: TransportContext) -> Self:
+        # Between GPUs of one host, NCCL does not notice that a rank has died, and an SGLang in its group waits forever.
+        return cls(SendingGroup, nccl_device(), together=not context.here)
+
+
+def nccl_device() -> torch.device:
+    """Return torch's current GPU. Raises PublishError if there is none."""
+    if not torch.cuda.is_available():
+        raise PublishError("publish.transport is nccl, and the trainer's torch sees no GPU")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -6,12 +6,13 @@ nothing is left behind whichever way the trainer ends: the kernel frees the memo
 
 import mmap
 import os
+from typing import Self
 
 import torch
 
 from millrace.errors import PublishError
-from millrace.types import SharedMemoryBucket, TensorSpec
-from millrace.weights.transports.base import NamedTensors
+from millrace.types import Capability, SharedMemoryBucket, TensorSpec
+from millrace.weights.transports.base import NamedTensors, TransportContext
 from millrace.weights.transports.slots import MemoryTransport, copy_to_host
 
 
@@ -37,7 +38,13 @@ class MemoryFile:
 
 
 class SharedMemoryTransport(MemoryTransport[MemoryFile]):
-    """For engines with Capability.UPDATE_FROM_SHARED_MEMORY."""
+    """Engines map the bucket's memory file."""
+
+    needs = frozenset({Capability.UPDATE_FROM_SHARED_MEMORY})
+
+    @classmethod
+    def create(cls, context: TransportContext) -> Self:  # noqa: ARG003
+        return cls()
 
     def _new_slot(self, size: int) -> MemoryFile:
         return MemoryFile(size)

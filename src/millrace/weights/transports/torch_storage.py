@@ -10,14 +10,15 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 
 from millrace.errors import PublishError
 from millrace.launch.guard import short_place
-from millrace.types import TensorSpec, TorchStorageBucket
+from millrace.types import Capability, TensorSpec, TorchStorageBucket
 from millrace.weights.environment import settings
-from millrace.weights.transports.base import NamedTensors
+from millrace.weights.transports.base import NamedTensors, TransportContext
 from millrace.weights.transports.slots import MemoryTransport, copy_to_host
 
 
@@ -74,7 +75,13 @@ class SharedStorage:
 
 
 class TorchStorageTransport(MemoryTransport[SharedStorage]):
-    """For engines with Capability.UPDATE_FROM_TORCH_STORAGE."""
+    """Engines open the bucket by torch's own sharing."""
+
+    needs = frozenset({Capability.UPDATE_FROM_TORCH_STORAGE})
+
+    @classmethod
+    def create(cls, context: TransportContext) -> Self:  # noqa: ARG003
+        return cls()
 
     def _new_slot(self, size: int) -> SharedStorage:
         return SharedStorage(size)

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Self
 
 import orjson
 import torch
@@ -21,10 +22,17 @@ from pydantic import ValidationError
 from millrace.engines.base import Engine
 from millrace.errors import EngineError, EngineFailed, PublishError
 from millrace.http.client import HttpClient
-from millrace.types import Bucket, TensorSpec
+from millrace.types import Bucket, Capability, TensorSpec
 from millrace.weights.plan import padded
 from millrace.weights.sidecar.messages import FORMS, Form, PullBody, Pulled, Session
-from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket, specs_of
+from millrace.weights.transports.base import (
+    BucketTransport,
+    NamedTensors,
+    PublishTarget,
+    StagedBucket,
+    TransportContext,
+    specs_of,
+)
 from millrace.weights.transports.cuda_ipc import DeviceSlot, copy_on_gpu
 from millrace.weights.transports.shared_memory import MemoryFile
 from millrace.weights.transports.sidecars import reason_of
@@ -83,8 +91,26 @@ class _Cargo:
 
 
 class UcxTransport(BucketTransport):
-    """For engines that open memory of their own host, in any form. `sidecars`: the URL of each engine's, by its name.
-    Buckets lie on `device`. Raises ConfigError without NIXL."""
+    """A sidecar on each host of engines reads buckets from `device` over UCX. `sidecars`: the URL of each engine's, by
+    the engine's name. Raises ConfigError without NIXL."""
+
+    needs = frozenset({
+        Capability.UPDATE_FROM_SHARED_MEMORY,
+        Capability.UPDATE_FROM_TORCH_STORAGE,
+        Capability.UPDATE_FROM_CUDA_IPC,
+    })  # fmt: skip
+
+    @classmethod
+    def create(cls, context: TransportContext) -> Self:
+        sidecars = context.sidecars or {}
+        urls = {engine: url for engine, url in sidecars.items() if url is not None}
+        if not sidecars or len(urls) < len(sidecars):
+            lacking = ", ".join(sorted(sidecars.keys() - urls.keys()))
+            raise PublishError(f"publish.sidecars names none on the host of {lacking or 'any engine'}, which ucx takes")
+        # Checksums of all bytes are made on the CPU, so the bytes must be there for engines that are compared by them.
+        on_gpu = torch.cuda.is_available() and Capability.CHECKSUMS not in context.capabilities
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        return cls(urls, device, key=context.sidecar_key)
 
     def __init__(self, sidecars: Mapping[str, str], device: torch.device, *, key: str | None) -> None:
         load()

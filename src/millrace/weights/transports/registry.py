@@ -1,0 +1,37 @@
+"""The transports by name. A transport is one module in this package and one line in `CLASSES`."""
+
+from importlib import import_module
+
+from millrace.config.models import TransportName
+from millrace.types import Capability
+from millrace.weights.transports.base import Transport, TransportContext
+
+# Of several classes, the first that all engines have a capability for is used. Importing one imports torch.
+CLASSES: dict[TransportName, tuple[str, ...]] = {
+    "shm": ("shared_memory:SharedMemoryTransport", "torch_storage:TorchStorageTransport"),
+    "cuda_ipc": ("cuda_ipc:CudaIpcTransport",),
+    "gloo": ("process_group:GlooTransport",),
+    "nccl": ("process_group:NcclTransport", "bare_nccl:BareNcclTransport"),
+    "disk": ("disk:DiskTransport",),
+    "delta": ("delta:DeltaTransport",),
+    "ucx": ("ucx:UcxTransport",),
+}
+
+
+def needs(name: TransportName) -> frozenset[Capability]:
+    """Return the capabilities that an engine can receive weights with; one is enough."""
+    return frozenset[Capability]().union(*(one.needs for one in _classes(name)))
+
+
+def create(name: TransportName, context: TransportContext) -> Transport:
+    """Make the transport of that name. Raises PublishError if it cannot run here."""
+    classes = _classes(name)
+    return next((one for one in classes if one.needs & context.capabilities), classes[-1]).create(context)
+
+
+def _classes(name: TransportName) -> list[type[Transport]]:
+    found = []
+    for path in CLASSES[name]:
+        module, _, attribute = path.partition(":")
+        found.append(getattr(import_module(f"{__package__}.{module}"), attribute))
+    return found
