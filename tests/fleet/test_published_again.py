@@ -52,8 +52,8 @@ class Trainer:
 async def fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
     """One engine, without a store, that may die as often as the tests like."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("millrace.fleet.recovery.FIRST_DELAY", 0.01)
-        patch.setattr("millrace.fleet.recovery.LONGEST_DELAY", 0.1)
+        patch.setattr("millrace.fleet.supervisor.FIRST_DELAY", 0.01)
+        patch.setattr("millrace.fleet.supervisor.LONGEST_DELAY", 0.1)
         async with open_fleet(ONE, tiny_model, log_dir=tmp_path_factory.mktemp("logs"), restarts=99) as fleet:
             yield fleet
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from millrace.errors import EngineUnreachable, LaunchError, NoEngineError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.fleet.recovery import FIRST_DELAY, LONGEST_DELAY, delay_before
 from millrace.fleet.replica_state import Phase
+from millrace.fleet.supervisor import FIRST_DELAY, LONGEST_DELAY, delay_before
 from millrace.launch.ports import free_port
 from millrace.types import FinishReason, VersionSpan
 from tests.engines.processes import below, command_lines
@@ -51,7 +51,7 @@ def test_each_restart_waits_longer_up_to_a_cap() -> None:
 async def test_requests_go_past_an_engine_that_answers_nothing(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("millrace.fleet.recovery.SUSPECT_SECONDS", 1.0)
+    monkeypatch.setattr("millrace.fleet.supervisor.SUSPECT_SECONDS", 1.0)
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path, restarts=1) as fleet:
 
         async def until(phase: Phase) -> None:

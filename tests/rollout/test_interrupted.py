@@ -1,14 +1,16 @@
 """A sample's deadline stands still while no engine can generate."""
 
 import asyncio
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 
+from millrace.engines.start import Replica
 from millrace.fleet.client import FleetClient
 from millrace.fleet.event_log import EventLog
-from millrace.fleet.owned_replica_set import OwnedReplicaSet
+from millrace.fleet.replica_state import ReplicaState
+from millrace.fleet.replicas import OwnedReplicaSet
 from millrace.types import ALL_MEMORY
 from tests.rollout.test_scheduler import make_runner
 
@@ -16,9 +18,21 @@ LEFT = 0.2  # seconds that the sample has
 STANDSTILL = 0.5
 
 
+class Unused:
+    """A fleet without replicas has nothing to observe."""
+
+    def replica_changed(self, before: ReplicaState, after: ReplicaState) -> None: ...
+
+    def watching(self, replica: Replica) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+    def is_idle(self, name: str) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("why", ["asleep", "started again"])
 async def test_time_stands_still(why: str, tiny_model: Path) -> None:
-    replica_set = OwnedReplicaSet([], EventLog(), lambda *_: None, lambda _: nullcontext())
+    replica_set = OwnedReplicaSet([], EventLog(), Unused())
     if why == "asleep":
         replica_set.asleep = ALL_MEMORY
     else:
@@ -30,6 +44,6 @@ async def test_time_stands_still(why: str, tiny_model: Path) -> None:
         assert not asking.done()
         replica_set.asleep = frozenset()
         replica_set.coming.clear()
-        await replica_set.tell()
+        await replica_set.notify()
         assert 0 < await asking <= LEFT
         assert timer.when() is not None

@@ -19,8 +19,8 @@ from millrace.fleet.event_log import EventLog, Outcome
 from millrace.fleet.external_router import ExternalRouter
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.fleet.owned_replica_set import OwnedReplicaSet
 from millrace.fleet.replica_state import Attested
+from millrace.fleet.replicas import OwnedReplicaSet
 from millrace.launch.ports import free_port
 from millrace.routers.base import RouterClient
 from millrace.routers.start import ROUTER_KEY, StartedRouter, start_router

@@ -78,7 +78,7 @@ async def test_nothing_is_lost_and_the_run_ends(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("millrace.fleet.recovery.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("millrace.fleet.supervisor.FIRST_DELAY", 0.01)
     data = GeneratedDataConfig(kind="generated", seed=1, problems=64)
     config = RunConfig(
         name="run",

@@ -10,8 +10,8 @@ from millrace import arguments
 from millrace.engines.base import Engine
 from millrace.errors import ArgumentError, EngineFailed, EngineUnreachable, NoEngineError
 from millrace.fleet.event_log import EventLog
-from millrace.fleet.replica_set import ReplicaSet
 from millrace.fleet.replica_state import Snapshot
+from millrace.fleet.replicas import ReplicaSet
 from millrace.fleet.routing import RoutingPolicy, admissible, with_lora
 from millrace.types import ANYWHERE, GenerateRequest, Generation, RoutingContext
 
@@ -120,7 +120,7 @@ class FleetClient:
         finally:
             self._outstanding[name] -= tokens
             if not self._outstanding[name]:
-                await self.members.tell()
+                await self.members.notify()
 
     async def _route(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> str:
         wanted = routing.describe()

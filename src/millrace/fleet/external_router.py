@@ -29,9 +29,9 @@ from millrace.errors import (
     NoEngineError,
 )
 from millrace.fleet.event_log import EventLog
-from millrace.fleet.recovery import SETTLED_SECONDS, delay_before
-from millrace.fleet.replica_set import ReplicaSet
+from millrace.fleet.replicas import ReplicaSet
 from millrace.fleet.routing import admissible
+from millrace.fleet.supervisor import SETTLED_SECONDS, delay_before
 from millrace.routers.base import RouterClient
 from millrace.routers.start import StartedRouter
 from millrace.types import GenerateRequest, Generation, Health, RoutingContext
@@ -213,7 +213,7 @@ class ExternalRouter:
             raise
         finally:
             self._inflight.subtract(names)
-            await self._members.tell()
+            await self._members.notify()
 
     async def _abort(self, engines: Mapping[str, HttpEngine], request_id: str) -> None:
         """On every engine that it may be at. Where this fails the server sees the closed connection."""

@@ -16,9 +16,8 @@ from millrace.fleet.event_log import EventLog
 from millrace.fleet.external_router import ExternalRouter
 from millrace.fleet.kv_feed import KVEventFeeds
 from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE, Lifecycle
-from millrace.fleet.owned_replica_set import OwnedReplicaSet
-from millrace.fleet.replica_set import ReplicaSet
 from millrace.fleet.replica_state import Attested, Phase, ReplicaState, Slept, Woke
+from millrace.fleet.replicas import OwnedReplicaSet, ReplicaSet
 from millrace.fleet.republish import Tensors
 from millrace.fleet.versions import Origin, Versions
 from millrace.types import (
@@ -58,21 +57,12 @@ class Fleet(FleetClient):
         frozen: bool = False,
     ) -> None:
         event_log = event_log if event_log is not None else EventLog()
-        self._replicas = OwnedReplicaSet(replicas, event_log, self._moved, self._listening)
+        self._replicas = OwnedReplicaSet(replicas, event_log, _Observer(self))
         super().__init__(self._replicas, event_log, seed)
         self._feeds = KVEventFeeds(self._router)
         self._versions = Versions(transport, store, self._replicas.apply, frozen=frozen)
         self.external_router: ExternalRouter | None = None
-        self._lifecycle = Lifecycle(
-            self._replicas,
-            self._versions,
-            start,
-            restarts,
-            awake=self._weights_awake,
-            idle=lambda name: (
-                not (self._outstanding[name] or (self.external_router is not None and self.external_router.uses(name)))
-            ),
-        )
+        self._lifecycle = Lifecycle(self._replicas, self._versions, start, restarts)
 
     @classmethod
     @asynccontextmanager
@@ -264,7 +254,7 @@ class Fleet(FleetClient):
         async with self._versions.changing:
             await self._replicas.each(lambda replica: replica.engine.wake(what))
             self._replicas.asleep -= what
-        await self._replicas.tell()
+        await self._replicas.notify()
         for member in self.snapshot.members:
             await self._replicas.apply(member.name, Woke(what))
 
@@ -315,19 +305,6 @@ class Fleet(FleetClient):
         await self._replicas.each(lambda replica: self._versions.compare(replica, origin, Attested(version)))
         self._versions.begin_with(origin)
 
-    def _idle(self, name: str) -> bool:
-        """Return whether no request from this process is on the engine."""
-        routed = self.external_router is not None and self.external_router.uses(name)
-        return not (self._outstanding[name] or routed)
-
-    def _moved(self, before: ReplicaState, member: ReplicaState) -> None:
-        if not member.routable or member.version != before.version:
-            self._router.forget(member.name)
-        self._lifecycle.moved(member)
-
-    def _listening(self, started: Replica) -> AbstractAsyncContextManager[None]:
-        return self._feeds.listening(started.engine.name, started.kv_events)
-
     async def _generate(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
         self._require_published()
         if self.external_router is None:
@@ -349,9 +326,24 @@ class Fleet(FleetClient):
     def _using(self, engine: str, lora: str | None, request_id: str) -> AbstractContextManager[None]:
         return self._versions.loras.using(engine, lora, request_id)
 
-    async def _weights_awake(self) -> None:
-        async with self._replicas.changed:
-            await self._replicas.changed.wait_for(lambda: MemoryTag.WEIGHTS not in self._replicas.asleep)
+
+class _Observer:
+    """What a fleet does when one of its replicas changes."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def replica_changed(self, before: ReplicaState, after: ReplicaState) -> None:
+        if not after.routable or after.version != before.version:
+            self._fleet._router.forget(after.name)
+        self._fleet._lifecycle.changed(after)
+
+    def watching(self, replica: Replica) -> AbstractAsyncContextManager[None]:
+        return self._fleet._feeds.listening(replica.engine.name, replica.kv_events)
+
+    def is_idle(self, name: str) -> bool:
+        router = self._fleet.external_router
+        return not (self._fleet._outstanding[name] or (router is not None and router.uses(name)))
 
 
 def _version(version: object) -> int:

@@ -12,8 +12,8 @@ from millrace.engines.reach import Address, reach
 from millrace.errors import EngineError, EngineFailed
 from millrace.fleet.client import FleetClient
 from millrace.fleet.event_log import EventLog
-from millrace.fleet.replica_set import ReplicaSet
 from millrace.fleet.replica_state import MAX_FAILURES, CallFailed, ReplicaState, Snapshot, after
+from millrace.fleet.replicas import ReplicaSet
 from millrace.http.client import HttpClient
 from millrace.http.hosts import require_known
 from millrace.http.local import raise_file_limit

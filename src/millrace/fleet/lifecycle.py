@@ -1,4 +1,4 @@
-"""Engines come and go: new starts, those that join, those that leave."""
+"""The lifecycle of a fleet's engines: starting, restarting, adding and removing them."""
 
 import asyncio
 import logging
@@ -7,9 +7,9 @@ from contextlib import suppress
 
 from millrace.engines.start import Replica
 from millrace.errors import EngineError, NoEngineError
-from millrace.fleet.owned_replica_set import OwnedReplicaSet
-from millrace.fleet.recovery import Recovery
 from millrace.fleet.replica_state import CatchingUp, Died, Leaving, Phase, ReplicaState, Slept, WeightsLost
+from millrace.fleet.replicas import OwnedReplicaSet
+from millrace.fleet.supervisor import Supervisor
 from millrace.fleet.versions import Versions
 
 BUCKET_BYTES = 256 * 2**20
@@ -19,55 +19,50 @@ logger = logging.getLogger(__name__)
 
 
 class Lifecycle:
-    """`start` starts the engine of that number; None: this fleet starts none. `restarts`: how often in a row an engine
-    is started anew by itself. `awake` returns when the fleet's weights do not sleep, since the memory is the trainer's
-    meanwhile; `idle`: whether an engine has no requests."""
+    """Starts and ends the engines of a fleet. `start` starts the engine of that number; None if this fleet starts none.
+    `restarts`: how often in a row an engine is restarted automatically."""
 
     def __init__(
         self,
-        replica_set: OwnedReplicaSet,
+        replicas: OwnedReplicaSet,
         versions: Versions,
         start: Callable[[int], Awaitable[Replica]] | None,
         restarts: int,
-        *,
-        awake: Callable[[], Awaitable[None]],
-        idle: Callable[[str], bool],
     ) -> None:
-        self._replicas, self._versions, self._start = replica_set, versions, start
-        self._awake, self._idle = awake, idle
-        self._numbers = {name: number for number, name in enumerate(replica_set.replicas)}
-        self._renewed: set[str] = set()  # whose end is wanted: they are started anew, or leave
-        self._recovery = Recovery(replica_set, restarts if start is not None else 0, self._restart, awake)
+        self._replicas, self._versions, self._start = replicas, versions, start
+        self._numbers = {name: number for number, name in enumerate(replicas.replicas)}
+        self._ending: set[str] = set()  # engines that are ended on purpose: they are restarted, or leave
+        self._supervisor = Supervisor(replicas, restarts if start is not None else 0, self._restart)
 
     def begin(self) -> None:
-        """Watches over the engines from now on."""
+        """Start watching the engines."""
         for name in self._replicas.replicas:
-            self._replicas.begin_to_watch(name)
-        self._recovery.begin()
+            self._replicas.watch(name)
+        self._supervisor.begin()
 
     async def close(self) -> None:
-        """Starts nothing more, and watches no more. The engines are left to their owner."""
-        await self._recovery.close()
-        await asyncio.gather(*(self._replicas.end_watching(name) for name in self._replicas.replicas))
+        """Stop watching and restarting. The engines themselves are left to their owner."""
+        await self._supervisor.close()
+        await asyncio.gather(*(self._replicas.unwatch(name) for name in self._replicas.replicas))
 
-    def moved(self, member: ReplicaState) -> None:
-        """Who is dead or not to be trusted comes back by a new start, unless that end was wanted."""
-        if member.phase in (Phase.DEAD, Phase.QUARANTINED) and member.name not in self._renewed:
-            self._recovery.lost(member.name)
+    def changed(self, state: ReplicaState) -> None:
+        """Restart an engine that died or is quarantined, unless it is ended on purpose."""
+        if state.phase in (Phase.DEAD, Phase.QUARANTINED) and state.name not in self._ending:
+            self._supervisor.lost(state.name)
 
     async def restart(self, name: str, bucket_bytes: int, deadline: float) -> None:
-        """As `Fleet.restart` says."""
+        """See `Fleet.restart`."""
         if self._start is None:
-            raise NoEngineError(f"{name} was not started by this fleet, which can't start it anew")
+            raise NoEngineError(f"{name} was not started by this fleet, which can't restart it")
         self._require(name)
-        await self._recovery.forget(name)
+        await self._supervisor.forget(name)
         await self._restart(name, bucket_bytes, deadline)
 
     async def add(self, bucket_bytes: int, deadline: float) -> str:
-        """As `Fleet.add` says."""
+        """See `Fleet.add`."""
         if self._start is None:
             raise NoEngineError("this fleet does not start its engines, and can't start one more")
-        await self._awake()
+        await self._replicas.weights_awake()
         number = max(self._numbers.values(), default=-1) + 1
         started = await self._start(number)
         self._numbers[started.engine.name] = number
@@ -75,59 +70,60 @@ class Lifecycle:
         return started.engine.name
 
     async def remove(self, name: str, deadline: float) -> None:
-        """As `Fleet.remove` says."""
-        replica_set = self._replicas
+        """See `Fleet.remove`."""
+        replicas = self._replicas
         self._require(name)
-        await self._recovery.forget(name)
-        self._renewed.add(name)
+        await self._supervisor.forget(name)
+        self._ending.add(name)
         try:
-            await replica_set.apply(name, Leaving())
+            await replicas.apply(name, Leaving())
             try:
-                async with asyncio.timeout(deadline), replica_set.changed:
-                    await replica_set.changed.wait_for(lambda: self._idle(name))
+                async with asyncio.timeout(deadline), replicas.changed:
+                    await replicas.changed.wait_for(lambda: replicas.observer.is_idle(name))
             except TimeoutError:
-                logger.warning("%s leaves, and what it still generates is aborted", name)
+                logger.warning("%s leaves, and its requests are aborted", name)
                 with suppress(EngineError):
-                    await replica_set.replicas[name].engine.abort()
+                    await replicas.replicas[name].engine.abort()
             await self._end(name, "it has left")
-            await replica_set.strike_off(name)
+            await replicas.remove(name)
             self._numbers.pop(name)
         finally:
-            self._renewed.discard(name)
+            self._ending.discard(name)
 
     async def _restart(self, name: str, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> None:
         assert self._start is not None
-        if name in self._renewed:
-            raise NoEngineError(f"{name} is being started anew, or leaves")
-        self._renewed.add(name)
+        if name in self._ending:
+            raise NoEngineError(f"{name} is being restarted, or leaves")
+        self._ending.add(name)
         try:
             with self._replicas.event_log.restarting(name):
-                await self._end(name, "it is being started anew")
+                await self._end(name, "it is being restarted")
                 await self._begin(await self._start(self._numbers[name]), bucket_bytes, deadline)
         finally:
-            self._renewed.discard(name)
+            self._ending.discard(name)
 
     async def _end(self, name: str, reason: str) -> None:
-        await self._replicas.end_watching(name)
+        await self._replicas.unwatch(name)
         await self._replicas.apply(name, Died(reason))
         await self._replicas.replicas[name].end()
         self._versions.loras.forget(name)
 
     async def _begin(self, started: Replica, bucket_bytes: int, deadline: float) -> None:
-        """Takes a new engine in, and brings it what the others serve."""
+        """Add a new engine, and bring it the weights that the others serve."""
         name = started.engine.name
-        await self._replicas.take_in(started)
+        await self._replicas.add(started)
         async with self._versions.changing:
-            if self._replicas.snapshot.get(name).phase is Phase.STARTING:  # no publish has come first
+            if self._state(name).phase is Phase.STARTING:  # otherwise a publish came first
                 await self._replicas.apply(name, CatchingUp())
                 await self._versions.catch_up(started, bucket_bytes, deadline)
-            if self._replicas.snapshot.get(name).phase is Phase.CATCHING_UP:  # nobody has what the others serve
+            if self._state(name).phase is Phase.CATCHING_UP:  # neither the store nor the trainer has the version
                 await self._replicas.apply(name, WeightsLost())
-            if (asleep := self._replicas.asleep) and self._replicas.snapshot.get(
-                name
-            ).usable:  # they fell asleep meanwhile
+            if (asleep := self._replicas.asleep) and self._state(name).usable:  # the fleet fell asleep meanwhile
                 await self._replicas.apply(name, Slept(asleep))
                 await started.engine.sleep(asleep)
+
+    def _state(self, name: str) -> ReplicaState:
+        return self._replicas.snapshot.get(name)
 
     def _require(self, name: str) -> None:
         if not self._replicas.snapshot.has(name):

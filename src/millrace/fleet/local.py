@@ -27,7 +27,7 @@ from millrace.errors import ConfigError, LaunchError, PublishError
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.external_router import ExternalRouter
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.replica_set import ReplicaSet
+from millrace.fleet.replicas import ReplicaSet
 from millrace.fleet.starting import start_all
 from millrace.http.hosts import require_known
 from millrace.http.local import raise_file_limit

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from millrace.engines.reach import address_of
 from millrace.errors import EngineFailed
 from millrace.fleet.follower import POLL_SECONDS, Failure, FleetState
-from millrace.fleet.replica_set import ReplicaSet
+from millrace.fleet.replicas import ReplicaSet
 
 SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the run ends
 

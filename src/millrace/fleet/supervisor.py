@@ -1,4 +1,4 @@
-"""Engines come back: who does not answer is found out, and who is dead is started anew, ever later and not for ever."""
+"""Restarts of engines that died, hang or are quarantined: with a growing delay, and a limited number of times."""
 
 import asyncio
 import logging
@@ -6,39 +6,33 @@ import time
 from collections.abc import Awaitable, Callable
 
 from millrace.errors import MillraceError
-from millrace.fleet.owned_replica_set import OwnedReplicaSet
 from millrace.fleet.replica_state import MAX_FAILURES, Answered, CallFailed, Died, Phase
+from millrace.fleet.replicas import OwnedReplicaSet
 from millrace.types import Health
 
 PROBE_SECONDS = 2.0
-SUSPECT_SECONDS = 10.0  # of silence, after which requests go elsewhere
+SUSPECT_SECONDS = 10.0  # of silence, after which requests are sent to other engines
 HANG_SECONDS = 60.0  # of silence; longer than any step of an engine that is only busy
-FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds before a restart; each one that fails doubles the next
-SETTLED_SECONDS = 300.0  # of service, after which earlier restarts count no more
+FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds before a restart; each failed restart doubles the next delay
+SETTLED_SECONDS = 300.0  # of service, after which earlier restarts no longer count
 
 logger = logging.getLogger(__name__)
 
 
 def delay_before(attempt: int) -> float:
-    """Seconds to wait before the restart of this number, from 0."""
+    """Return the seconds to wait before the restart of this number, counted from 0."""
     return min(FIRST_DELAY * 2.0**attempt, LONGEST_DELAY)
 
 
-class Recovery:
-    """Watches over a fleet's engines. `limit`: restarts of one engine in a row; 0: none is started anew.
+class Supervisor:
+    """Probes the engines of a fleet, and restarts those that are lost.
 
-    `restart` starts an engine anew and returns when it holds what the others serve; `awake` returns when the engines
-    may take memory.
+    `limit`: restarts of one engine in a row; 0 for none. `restart` starts an engine again, and returns when it holds
+    the weights that the others serve.
     """
 
-    def __init__(
-        self,
-        replica_set: OwnedReplicaSet,
-        limit: int,
-        restart: Callable[[str], Awaitable[None]],
-        awake: Callable[[], Awaitable[None]],
-    ) -> None:
-        self._replicas, self._limit, self._restart, self._awake = replica_set, limit, restart, awake
+    def __init__(self, replicas: OwnedReplicaSet, limit: int, restart: Callable[[str], Awaitable[None]]) -> None:
+        self._replicas, self._limit, self._restart = replicas, limit, restart
         self._attempts: dict[str, int] = {}
         self._served_since: dict[str, float] = {}
         self._silent_since: dict[str, float] = {}
@@ -46,8 +40,8 @@ class Recovery:
         self._prober: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
-        """Watches from now on."""
-        self._prober = asyncio.create_task(self._probe())
+        """Start probing."""
+        self._prober = asyncio.create_task(self._probe_all())
 
     async def close(self) -> None:
         self._limit = 0
@@ -57,7 +51,7 @@ class Recovery:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def lost(self, name: str) -> None:
-        """The engine is dead or not to be trusted: it is started anew, if it has not been too often."""
+        """Restart an engine that is dead or quarantined, unless it has been restarted too often."""
         if name in self._restarts:
             return
         if time.monotonic() - self._served_since.pop(name, time.monotonic()) > SETTLED_SECONDS:
@@ -67,11 +61,11 @@ class Recovery:
             self._restarts[name] = asyncio.create_task(self._bring_back(name))
 
     async def forget(self, name: str) -> None:
-        """The engine leaves the fleet."""
+        """Cancel the restart of an engine, and forget what is known of it."""
         if (task := self._restarts.pop(name, None)) is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            self._replicas.coming.discard(name)  # a task that had not begun has not done it
+            self._replicas.coming.discard(name)  # a task that was cancelled before its first step has not done it
         for known in (self._attempts, self._served_since, self._silent_since):
             known.pop(name, None)
 
@@ -80,7 +74,7 @@ class Recovery:
             while (attempt := self._attempts.get(name, 0)) < self._limit:
                 self._attempts[name] = attempt + 1
                 await asyncio.sleep(delay_before(attempt))
-                await self._awake()
+                await self._replicas.weights_awake()  # until then the memory is the trainer's
                 try:
                     await self._restart(name)
                 except MillraceError as error:
@@ -89,37 +83,41 @@ class Recovery:
                 if not self._replicas.snapshot.get(name).usable:
                     continue
                 self._served_since[name] = time.monotonic()
-                logger.warning("%s was started anew (%d of %d)", name, attempt + 1, self._limit)
+                logger.warning("%s was restarted (%d of %d)", name, attempt + 1, self._limit)
                 return
-            logger.error("%s stays out: it was started anew %d times", name, self._limit)
+            logger.error("%s stays out: it was restarted %d times", name, self._limit)
         finally:
             self._restarts.pop(name, None)
             self._replicas.coming.discard(name)
-            await self._replicas.tell()
+            await self._replicas.notify()
 
-    async def _probe(self) -> None:
+    async def _probe_all(self) -> None:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
-            members = self._replicas.snapshot.members
-            asked = [m for m in members if m.phase in (Phase.READY, Phase.SUSPECT) and not m.asleep]
-            await asyncio.gather(*(self._look_at(member.name) for member in asked))
+            states = self._replicas.snapshot.members
+            probed = [s for s in states if s.phase in (Phase.READY, Phase.SUSPECT) and not s.asleep]
+            await asyncio.gather(*(self._probe(state.name) for state in probed))
 
-    async def _look_at(self, name: str) -> None:
+    async def _probe(self, name: str) -> None:
         health = await self._replicas.replicas[name].engine.health()
-        member = next((m for m in self._replicas.snapshot.members if m.name == name), None)
-        if member is None or member.asleep:
+        state = next((s for s in self._replicas.snapshot.members if s.name == name), None)
+        if state is None or state.asleep:
             return
-        if health is not Health.BUSY:
+        if health not in (Health.BUSY, Health.UNKNOWN):
             self._silent_since.pop(name, None)
         if health is Health.DEAD:
             await self._replicas.apply(name, CallFailed("nothing takes connections at its port"))
         elif health is Health.BUSY:
             silent = time.monotonic() - self._silent_since.setdefault(name, time.monotonic())
-            reason = f"it has not answered for {silent:.0f} s"
-            if silent >= HANG_SECONDS:
-                logger.error("%s: %s", name, reason)
-                await self._replicas.apply(name, Died(reason) if self._limit else CallFailed(reason, MAX_FAILURES))
-            elif silent >= SUSPECT_SECONDS:
-                await self._replicas.apply(name, CallFailed(reason, MAX_FAILURES))
-        elif health is not Health.UNKNOWN and member.phase is Phase.SUSPECT:
+            await self._silent(name, silent)
+        elif health is not Health.UNKNOWN and state.phase is Phase.SUSPECT:
             await self._replicas.apply(name, Answered())
+
+    async def _silent(self, name: str, seconds: float) -> None:
+        """Act on an engine that has not answered for so many seconds."""
+        reason = f"it has not answered for {seconds:.0f} s"
+        if seconds >= HANG_SECONDS:
+            logger.error("%s: %s", name, reason)
+            await self._replicas.apply(name, Died(reason) if self._limit else CallFailed(reason, MAX_FAILURES))
+        elif seconds >= SUSPECT_SECONDS:
+            await self._replicas.apply(name, CallFailed(reason, MAX_FAILURES))

@@ -1,0 +1,207 @@
+"""The replicas of a fleet: this process's view of them, and the set that the process that owns them changes."""
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import Protocol
+
+from millrace.engines.start import Replica
+from millrace.errors import EngineError, LocalError, NoEngineError
+from millrace.fleet.event_log import EventLog
+from millrace.fleet.replica_state import Answered, CallFailed, Died, Event, Quarantined, ReplicaState, Snapshot, after
+from millrace.types import Health, MemoryTag
+
+PROCESS_END_DEADLINE = 3.0  # seconds from a closed port to the end of the process, whose log says more about the reason
+
+logger = logging.getLogger(__name__)
+
+
+class ReplicaSet(ABC):
+    """This process's view of the replicas: the snapshot used for routing, and a condition to wait for changes.
+
+    All of it belongs to one event loop. `changed` is notified of every new snapshot. `coming`: the names of the
+    replicas that are being started again. `asleep`: the memory that the fleet was asked to release. `closed`: whether
+    the fleet's context has ended.
+    """
+
+    def __init__(self, snapshot: Snapshot, replicas: Mapping[str, Replica]) -> None:
+        self.snapshot = snapshot
+        self.replicas = dict(replicas)
+        self.changed = asyncio.Condition()
+        self.coming: set[str] = set()
+        self.asleep: frozenset[MemoryTag] = frozenset()
+        self.closed = False
+
+    @abstractmethod
+    async def suspect(self, name: str, error: EngineError) -> None:
+        """Record that a call to the engine failed through the engine's own fault."""
+
+    @abstractmethod
+    async def answered(self, name: str) -> None:
+        """Record that the engine completed a call."""
+
+    async def notify(self) -> None:
+        """Wake the tasks that wait for a change."""
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def show(self, snapshot: Snapshot) -> None:
+        """Replace the snapshot."""
+        self.snapshot = snapshot
+        await self.notify()
+
+    async def until(self, condition: Callable[[], bool], deadline: float, wanted: str = "") -> None:
+        """Wait until the condition holds, which only an engine can bring about.
+
+        Raises NoEngineError when no engine is left or the deadline passes. Its message mentions `wanted`."""
+        if condition():
+            return
+        try:
+            async with asyncio.timeout(deadline), self.changed:
+                while not condition():
+                    self.require_hope()
+                    await self.changed.wait()
+        except TimeoutError:
+            raise NoEngineError(
+                f"no engine{wanted} could serve within {deadline:.0f} s: {self.snapshot.describe()}"
+            ) from None
+
+    async def changed_since(self, number: int, *, deadline: float) -> None:
+        """Wait for a snapshot after this number, or until the deadline passes."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline), self.changed:
+                await self.changed.wait_for(lambda: self.snapshot.number > number)
+
+    async def recovered(self) -> None:
+        """Wait while no engine is usable and some are being started again. The starts have deadlines of their own."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.snapshot.usable or not self.coming)
+
+    async def weights_awake(self) -> None:
+        """Wait until the fleet's weights are not asleep."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: MemoryTag.WEIGHTS not in self.asleep)
+
+    def require_hope(self) -> None:
+        """Raises NoEngineError if no engine is left and none is being started again."""
+        if not self.snapshot.usable and not self.coming:
+            raise NoEngineError(f"no engine is left: {self.snapshot.describe()}")
+
+
+class FleetObserver(Protocol):
+    """What the rest of the fleet does about a replica."""
+
+    def replica_changed(self, before: ReplicaState, after: ReplicaState) -> None:
+        """Called with every change of state, before the snapshot shows it. Must not wait."""
+        ...
+
+    def watching(self, replica: Replica) -> AbstractAsyncContextManager[None]:
+        """Return a context that is open while the replica's process is watched."""
+        ...
+
+    def is_idle(self, name: str) -> bool:
+        """Return whether the replica has no requests of this process."""
+        ...
+
+
+class OwnedReplicaSet(ReplicaSet):
+    """The replicas in the process that owns them: events change their states, and with them the snapshot."""
+
+    def __init__(self, replicas: Sequence[Replica], event_log: EventLog, observer: FleetObserver) -> None:
+        snapshot = Snapshot(0, tuple(ReplicaState(r.engine.name, r.engine.url) for r in replicas))
+        super().__init__(snapshot, {replica.engine.name: replica for replica in replicas})
+        self.event_log = event_log
+        self.observer = observer
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        for state in self.snapshot.members:
+            event_log.changed(None, state)
+
+    def watch(self, name: str) -> None:
+        """Watch the engine's process, if this process started it, to learn of its end at once."""
+        if self.replicas[name].process is not None:
+            self._watchers[name] = asyncio.create_task(self._watch(self.replicas[name]))
+
+    async def unwatch(self, name: str) -> None:
+        if (watcher := self._watchers.pop(name, None)) is not None:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
+    async def add(self, replica: Replica) -> None:
+        """Add a new replica, or the new process of one."""
+        name = replica.engine.name
+        self.replicas[name] = replica
+        self.watch(name)
+        state = ReplicaState(name, replica.engine.url)
+        self.event_log.changed(None, state)
+        await self.show(self.snapshot.with_state(state))
+
+    async def remove(self, name: str) -> None:
+        """Forget a replica that has left."""
+        self.event_log.removed(name)
+        await self.show(self.snapshot.without(name))
+        self.replicas.pop(name)
+
+    async def apply(self, name: str, event: Event) -> None:
+        """Apply an event to a replica's state. Does nothing for a replica that has left."""
+        if not self.snapshot.has(name):
+            return
+        before = self.snapshot.get(name)
+        state = after(before, event)
+        if state == before:
+            return
+        self.observer.replica_changed(before, state)
+        self.event_log.changed(before, state)
+        await self.show(self.snapshot.with_state(state))
+
+    async def each(self, step: Callable[[Replica], Awaitable[None]]) -> None:
+        """Run one step on every usable replica at once. A replica that fails it is quarantined, with the reason.
+
+        Raises LocalError, after all steps have ended, if this process could not make one of the calls, and
+        NoEngineError if no replica is left."""
+        local_errors: list[LocalError] = []
+
+        async def guarded(name: str) -> None:
+            try:
+                await step(self.replicas[name])
+            except LocalError as error:
+                local_errors.append(error)
+            except EngineError as error:
+                logger.error("out of rotation: %s", error)
+                await self.apply(name, Quarantined(str(error)))
+
+        async with asyncio.TaskGroup() as group:
+            for state in self.snapshot.members:
+                if state.usable:
+                    group.create_task(guarded(state.name))
+        if local_errors:
+            raise local_errors[0]
+        self.require_hope()
+
+    async def answered(self, name: str) -> None:
+        if self.snapshot.has(name) and self.snapshot.get(name).failures:
+            await self.apply(name, Answered())
+
+    async def suspect(self, name: str, error: EngineError) -> None:
+        """Record a failed call. The replica is dead if its process or its port says so, and otherwise suspect after
+        several failures in a row."""
+        replica = self.replicas.get(name)
+        if replica is None:  # it has left
+            return
+        if await replica.engine.health() is not Health.DEAD:
+            await self.apply(name, CallFailed(str(error)))
+            return
+        if (watcher := self._watchers.get(name)) is not None:
+            ended, _ = await asyncio.wait([watcher], timeout=PROCESS_END_DEADLINE)
+            if ended:
+                return  # the watcher has recorded how it ended
+        await self.apply(name, Died(str(error)))
+
+    async def _watch(self, replica: Replica) -> None:
+        assert replica.process is not None
+        async with self.observer.watching(replica):
+            await replica.process.wait()
+        reason = replica.process.describe_end()
+        logger.error("%s\n%s", reason, replica.process.log_tail())
+        await self.apply(replica.engine.name, Died(reason))
