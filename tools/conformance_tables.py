@@ -30,6 +30,7 @@ from millrace.config.models import (
 from millrace.conformance import CHECKS, Outcome, Runner, Subject
 from millrace.conformance.report import Report, capability_table, check_table, from_json, report, to_json
 from millrace.engines import environments
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start
 from millrace.train.tiny import make_tiny_model
 
@@ -65,7 +66,7 @@ def vllm() -> EngineConfig:
 
 
 async def examine(config: EngineConfig, model: Path, other: Path, logs: Path) -> Report:
-    started = await start(config, model, replica=0, log_dir=logs, version=0, seed=0)
+    started = await start(config, LaunchSpec(model_path=model, log_dir=logs))
     assert started.process is not None
     try:
         runner = Runner(Subject(started.engine, started.info, model, other))

@@ -9,11 +9,11 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from millrace.config.models import EngineConfig
-from millrace.engines.launch import StockConfig, launch
+from millrace.engines.kinds import ENGINE_KINDS, launch
 from millrace.engines.sglang_wire import encode_generate
-from millrace.engines.start import ENGINES
+from millrace.engines.spec import Launched, LaunchSpec
 from millrace.engines.stock.engine import StockEngine
-from millrace.engines.stock.launching import Launched
+from millrace.engines.stock.interpreter import StockConfig
 from millrace.engines.vllm.wire import COMPLETIONS, GENERATE, encode
 from millrace.types import GenerateRequest
 
@@ -42,13 +42,14 @@ def engine_config(settings: str, *, tokenizer: bool = False) -> StockConfig:
 async def served(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator[tuple[Launched, StockEngine]]:
     """A server that serves the model in `folder`, and its adapter, until the context ends. Where that is by an error,
     the end of the server's log is printed."""
-    launched = await launch(config, folder, replica=0, log_dir=logs, version=0, seed=0)
+    launched = await launch(config, LaunchSpec(model_path=folder, log_dir=logs))
     assert launched.url is not None
-    engine = ENGINES[config.kind](
+    engine = ENGINE_KINDS[config.kind].client(
         launched.name, launched.url, api_key=launched.api_key, admin_key=launched.admin_key, model_path=folder
     )
+    assert isinstance(engine, StockEngine)
     try:
-        await engine.settle(0)
+        await engine.initialize(0)
         yield launched, engine
     except BaseException:
         print(launched.process.log_tail(), flush=True)

@@ -25,9 +25,9 @@ import orjson
 from benchmarks.gpu.engines import Form, engine_config, forms, served
 from benchmarks.gpu.models import write_config, write_tokenizer
 from millrace.config.models import SGLangEngineConfig
-from millrace.engines.launch import StockConfig, interpreter
+from millrace.engines.spec import Launched
 from millrace.engines.stock.engine import StockEngine
-from millrace.engines.stock.launching import Launched
+from millrace.engines.stock.interpreter import StockConfig, interpreter
 from millrace.types import GenerateRequest, SamplingParams
 
 PROMPT_TOKENS = 128

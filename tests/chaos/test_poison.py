@@ -7,6 +7,7 @@ from pathlib import Path
 
 from millrace.config import EmbeddedEngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import Replica, start
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.replica_state import Phase
@@ -32,7 +33,7 @@ async def test_a_poisonous_sample_costs_as_many_engines_as_it_may_and_they_come_
 
     async def start_one(number: int) -> Replica:
         """Every life of an engine dies of it."""
-        started = await start(CONFIG, tiny_model, replica=number, log_dir=tmp_path, version=0, seed=0)
+        started = await start(CONFIG, LaunchSpec(model_path=tiny_model, replica=number, log_dir=tmp_path))
         assert isinstance(started.engine, EmbeddedEngine)
         await started.engine.inject_fault("poison", tokens=poison)
         return started

@@ -10,6 +10,7 @@ import pytest
 from millrace.config.models import EngineConfig, TinyModelConfig
 from millrace.conformance import Subject
 from millrace.engines.embedded.adapter import EmbeddedEngine
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start
 from millrace.launch.ports import free_port
 from millrace.launch.process import ServerProcess
@@ -40,7 +41,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @asynccontextmanager
 async def examined(config: EngineConfig, model: Path, other: Path, logs: Path) -> AsyncIterator[Subject]:
     """A server of `model`, as the subject of checks; it ends with the context."""
-    started = await start(config, model, replica=0, log_dir=logs, version=0, seed=0)
+    started = await start(config, LaunchSpec(model_path=model, log_dir=logs))
     assert started.process is not None
     try:
         yield Subject(started.engine, started.info, model, other)

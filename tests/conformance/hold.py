@@ -7,6 +7,7 @@ import pytest
 from millrace.config.models import SGLangEngineConfig, VLLMEngineConfig
 from millrace.conformance import CHECKS, Check, Outcome, Runner, Subject
 from millrace.conformance.attach import find_kind
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import ADMIN_KEY, API_KEY, start
 from millrace.engines.stock.engine import StockEngine
 from millrace.errors import ConfigError
@@ -42,12 +43,12 @@ async def hold_its_dtype_is_read(fleet: Fleet, config: SGLangEngineConfig | VLLM
         for variable, key in ((API_KEY, keys["data"]), (ADMIN_KEY, keys["control"])):
             patch.setenv(variable, str(key))
         there = config.model_copy(update={"urls": (engine.url,), "python": None, "kv_events": False})
-        started = await start(there, model, replica=0, log_dir=model, version=0, seed=0)
+        started = await start(there, LaunchSpec(model_path=model, log_dir=model))
         assert started.info.dtype == "float32"
         await started.end()
         with pytest.raises(ConfigError, match=r"engine\.dtype is float16, and the server at .* computes in float32"):
             other = there.model_copy(update={"dtype": "float16"})
-            await start(other, model, replica=0, log_dir=model, version=0, seed=0)
+            await start(other, LaunchSpec(model_path=model, log_dir=model))
 
 
 async def hold_after_a_trainer_died(runner: Runner) -> None:
@@ -62,7 +63,7 @@ async def hold_after_a_trainer_died(runner: Runner) -> None:
     keys = first._http._keys
     second = type(first)("second", first.url, api_key=keys["data"], admin_key=keys["control"])
     try:
-        await second.settle()
+        await second.initialize()
         await second.begin_update(101)
         await second.load(DiskBucket(str(subject.folder)), deadline=60)
         await second.commit()

@@ -61,7 +61,7 @@ async def hold_what_a_dead_trainer_left_is_taken_away(fleet: Fleet) -> None:
     keys = engine._http._keys
     second = type(engine)("second", engine.url, api_key=keys["data"], admin_key=keys["control"])
     try:
-        await second.settle()
+        await second.initialize()
         names = [model["id"] for model in (await second._ask("/v1/models"))["data"]]
         assert member.lora not in names
     finally:

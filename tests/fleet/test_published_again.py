@@ -12,6 +12,7 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start
 from millrace.errors import EnginesLost, NoEngineError, PublishError, WeightsChanged
 from millrace.fleet.fleet import Fleet
@@ -205,7 +206,7 @@ async def test_requests_before_the_first_publish_end_at_once(
 ) -> None:
     """Nobody has compared what the engine holds with anything. While it starts, the log says what is waited for."""
     monkeypatch.setattr("millrace.fleet.starting.TELL_SECONDS", 0.2)
-    one = start(ONE, tiny_model, replica=0, log_dir=tmp_path, version=0, seed=0)
+    one = start(ONE, LaunchSpec(model_path=tiny_model, log_dir=tmp_path))
     with caplog.at_level(logging.INFO, "millrace.fleet.starting"):
         started = await start_all({NAME: one}, tmp_path)
     told = [record.getMessage() for record in caplog.records if record.name == "millrace.fleet.starting"]

@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from millrace.config.models import EngineConfig
-from millrace.engines.launch import StockConfig
+from millrace.engines.stock.interpreter import StockConfig
 
 
 @pytest.fixture(scope="session")

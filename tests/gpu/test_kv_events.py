@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from millrace.engines.launch import StockConfig
+from millrace.engines.stock.interpreter import StockConfig
 from millrace.fleet.local import open_fleet
 from tests.conformance.kv_events import hold_its_events_draw_requests
 

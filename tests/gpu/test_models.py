@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from millrace.engines.launch import StockConfig
+from millrace.engines.stock.interpreter import StockConfig
 from millrace.fleet.local import open_fleet
 from tests.architectures import make_moe_folder
 from tests.gpu.test_weights import ALIKE, OTHERWISE, PROMPTS, alike, first_tokens_of

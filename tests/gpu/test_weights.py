@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from millrace.config.models import TransportName
-from millrace.engines.launch import StockConfig
+from millrace.engines.stock.interpreter import StockConfig
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet

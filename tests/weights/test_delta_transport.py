@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.models import PublishConfig
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import Replica, start
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
@@ -109,7 +110,7 @@ async def on_two_hosts(model: Path, logs: Path, versions: Path, sidecars: list[s
 
     async def start_one(replica: int) -> Replica:
         config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, host=HOSTS[replica])
-        return await start(config, model, replica=replica, log_dir=logs, version=0, seed=0)
+        return await start(config, LaunchSpec(model_path=model, replica=replica, log_dir=logs))
 
     store = VersionStore(str(versions), model, keep=1, anchor_every=3)
     started = await asyncio.gather(*(start_one(replica) for replica in range(2)))

@@ -23,6 +23,7 @@ from millrace.checksum import tensor_checksum
 from millrace.cli.sidecar import sidecar as command
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.models import PublishConfig
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import Replica, start
 from millrace.errors import ConfigError, EngineError, EngineRefused, PublishError
 from millrace.fleet.fleet import Fleet
@@ -110,7 +111,7 @@ async def on_two_hosts(model: Path, logs: Path, sidecars: list[str]) -> AsyncIte
 
     async def start_one(replica: int) -> Replica:
         config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, host=HOSTS[replica])
-        return await start(config, model, replica=replica, log_dir=logs, version=0, seed=0)
+        return await start(config, LaunchSpec(model_path=model, replica=replica, log_dir=logs))
 
     started = await asyncio.gather(*(start_one(replica) for replica in range(2)))
     chosen = transport_for("auto", started, None, sidecars)

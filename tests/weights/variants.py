@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from millrace.config.models import EngineConfig, TinyModelConfig
 from millrace.engines.base import Engine
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start
 from millrace.train.tiny import make_tiny_model
 from millrace.types import GenerateRequest, Generation, SamplingParams
@@ -73,7 +74,7 @@ async def ask(engine: Engine) -> Tokens:
 
 async def ask_server(config: EngineConfig, variant: Variant, logs: Path) -> Tokens:
     """What a server makes that is started from the variant's folder, and ended when it has answered."""
-    started = await start(config, variant.folder, replica=0, log_dir=logs, version=0, seed=0)
+    started = await start(config, LaunchSpec(model_path=variant.folder, log_dir=logs))
     try:
         return await ask(started.engine)
     finally:

@@ -8,10 +8,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from millrace.conformance.check import Subject
-from millrace.engines.base import Engine
-from millrace.engines.embedded.adapter import EmbeddedEngine
-from millrace.engines.start import ADMIN_KEY, API_KEY, ENGINES, about_keys
-from millrace.engines.stock.engine import StockEngine
+from millrace.engines.http_engine import HttpEngine
+from millrace.engines.kinds import ENGINE_KINDS
+from millrace.engines.start import ADMIN_KEY, API_KEY, about_keys
 from millrace.errors import DataError, EngineError, EngineRefused, EngineUnreachable, LaunchError
 from millrace.http import HttpClient
 from millrace.model_folder import StoredTensor, has_weights, stored_tensors
@@ -78,8 +77,7 @@ async def attach(url: str, *, folder: Path | None, other: Path | None) -> Subjec
     kind = await find_kind(url)
     engine = _engine(kind, url, folder)
     try:
-        if isinstance(engine, StockEngine):
-            await engine.settle()
+        await engine.initialize()
         info = await engine.info()
         if folder is None and (folder := _readable(info.model_path)) is not None:
             await asyncio.to_thread(require_folders, folder, other)
@@ -131,11 +129,9 @@ def _why_not(kind: Kind, url: str, error: EngineError) -> str:
     return f"the {kind} engine at {url} can't be examined: {error}{about_keys(error)}"
 
 
-def _engine(kind: Kind, url: str, folder: Path | None) -> Engine:
+def _engine(kind: Kind, url: str, folder: Path | None) -> HttpEngine:
     keys = {"api_key": os.environ.get(API_KEY), "admin_key": os.environ.get(ADMIN_KEY)}
-    if kind is Kind.EMBEDDED:
-        return EmbeddedEngine(kind, url, **keys)
-    return ENGINES[kind](kind, url, model_path=folder, **keys)
+    return ENGINE_KINDS[kind].client(kind, url, model_path=folder, **keys)
 
 
 def _readable(path: str) -> Path | None:

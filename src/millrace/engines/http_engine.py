@@ -4,6 +4,7 @@ import asyncio
 import time
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,13 +22,27 @@ T = TypeVar("T")
 
 
 class HttpEngine(Engine):
-    """An engine at `url`, with the keys that open its data calls and its control calls."""
+    """An engine at `url`, with the keys that open its data calls and its control calls. `model_path`: the folder of its
+    model on this host; None for the folder that the server names."""
 
-    def __init__(self, name: str, url: str, *, api_key: str | None = None, admin_key: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        *,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        model_path: Path | None = None,
+    ) -> None:
         self.name = name
         self.url = url
         self.api_key, self.admin_key = api_key, admin_key
+        self._model_path = model_path
         self._http = HttpClient(name, url, api_key=api_key, admin_key=admin_key)
+
+    async def initialize(self, version: int | None = None) -> None:
+        """Prepare a server before its first other call. `version`: of the weights that this process started it with;
+        None for a server that was started elsewhere, which may be paused or have an update open."""
 
     async def close(self) -> None:
         await self._http.close()

@@ -5,7 +5,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from millrace.engines.launch import StockConfig, launch
+from millrace.engines.kinds import launch
+from millrace.engines.spec import LaunchSpec
+from millrace.engines.stock.interpreter import StockConfig
 from millrace.errors import ConfigError, LaunchError
 from millrace.launch.ports import listens, parted
 from millrace.launch.process import Server
@@ -35,7 +37,7 @@ async def join(
             "set engine.nnodes, engine.node_rank (1 or more) and engine.dist_init_addr for a node to join"
         )
     host, port = parted(config.dist_init_addr)
-    launched = await launch(config, model_path, replica=0, log_dir=log_dir, version=0, seed=seed)
+    launched = await launch(config, LaunchSpec(model_path=model_path, log_dir=log_dir, seed=seed))
     try:
         # A node of SGLang's was healthy when all ranks had met. One of vLLM's has no HTTP, and tells nothing.
         await launched.process.until_healthy(lambda: listens(host, port), deadline=config.start_timeout)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.engines.http_engine import HttpEngine
-from millrace.engines.start import ENGINES, Replica
+from millrace.engines.kinds import ENGINE_KINDS
+from millrace.engines.start import Replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,13 @@ def address_of(started: Replica) -> Address | None:
 
 async def reach(address: Address) -> Replica:
     """The engine, for requests: who started it controls it. Raises EngineError where it does not answer."""
-    engine: HttpEngine
-    if address.kind in ENGINES:
-        engine = ENGINES[address.kind](
-            address.name,
-            address.url,
-            api_key=address.api_key,
-            admin_key=address.admin_key,
-            model_path=Path(address.model_path),
-        )
-    else:
-        engine = EmbeddedEngine(address.name, address.url, api_key=address.api_key, admin_key=address.admin_key)
+    engine = ENGINE_KINDS[address.kind].client(
+        address.name,
+        address.url,
+        api_key=address.api_key,
+        admin_key=address.admin_key,
+        model_path=Path(address.model_path),
+    )
     try:
         return Replica(engine, await engine.info(), None)
     except BaseException:

@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from millrace.config.models import (
     VLLMEngineConfig,
 )
 from millrace.config.routers import RouterConfig, SGLangRouterConfig, VLLMRouterConfig, check_router
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import API_KEY, Replica, start
 from millrace.errors import ConfigError, LaunchError, PublishError
 from millrace.fleet.event_log import EventLog
@@ -116,18 +118,11 @@ async def open_fleet(
     if transport == "nccl" and isinstance(engine, SGLangEngineConfig):
         engine = engine.model_copy(update={"env": {**agreeing_on_memory(os.environ), **engine.env}})
 
+    spec = LaunchSpec(model_path=model, log_dir=logs, version=version, seed=seed, prefix=prefix, api_key=key)
+
     async def start_one(replica: int) -> Replica:
         require_place(engine, replica)
-        return await start(
-            engine,
-            model,
-            replica=replica,
-            log_dir=logs,
-            version=version,
-            seed=seed,
-            prefix=prefix,
-            api_key=key,
-        )
+        return await start(engine, replace(spec, replica=replica))
 
     starts = {f"{prefix or engine.kind}-{replica}": start_one(replica) for replica in range(engine.replicas)}
     started = await start_all(starts, logs)

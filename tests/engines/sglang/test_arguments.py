@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from millrace.config.models import SGLangEngineConfig
 from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, Ports, nodes
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options
 from millrace.errors import ConfigError
 
@@ -27,10 +28,7 @@ def plan(replica: int = 0, ports: Ports | None = None, **settings: Any) -> tuple
     count = config.nnodes if config.node_rank is None else 1
     return nodes(
         config,
-        Path("/models/m"),
-        replica=replica,
-        version=7,
-        seed=100,
+        LaunchSpec(model_path=Path("/models/m"), log_dir=Path("/logs"), replica=replica, version=7, seed=100),
         ports=ports or Ports(tuple(range(4000, 4000 + count)), 5000, None),
         api_key="the-key",
         admin_key="the-admin-key",

@@ -17,6 +17,7 @@ import pytest
 
 from millrace.config.models import SGLangEngineConfig
 from millrace.engines.sglang.launch import choose_ports, free_block, launch
+from millrace.engines.spec import LaunchSpec
 from millrace.errors import LaunchError
 from tests.engines.processes import below, command_lines, logs, processes, until_ended
 
@@ -44,12 +45,14 @@ LAUNCHER = textwrap.dedent("""
     from pathlib import Path
     from millrace.config.models import SGLangEngineConfig
     from millrace.engines.sglang.launch import launch
+    from millrace.engines.spec import LaunchSpec
 
     async def main():
         config, model, python, log_dir = sys.argv[1:]
         launched = await launch(
-            SGLangEngineConfig.model_validate_json(config), Path(model), python=Path(python), replica=0,
-            log_dir=Path(log_dir), version=7, seed=5,
+            SGLangEngineConfig.model_validate_json(config),
+            LaunchSpec(model_path=Path(model), log_dir=Path(log_dir), version=7, seed=5),
+            python=Path(python),
         )
         print(json.dumps([launched.url, launched.api_key, launched.admin_key, repr(launched)]), flush=True)
         while launched.process.running:
@@ -145,7 +148,7 @@ async def test_an_argument_that_sglang_does_not_know_ends_in_its_own_words(
     before = below(os.getpid())
     config = cpu_config(engine_args={"no_such_argument": 3})
     with pytest.raises(LaunchError, match=r"(?s)sglang-0 ended with status 2.*unrecognized.*--no-such-argument=3"):
-        await launch(config, tiny_model, python=sglang_python("0.5.23"), replica=0, log_dir=tmp_path, version=0, seed=0)
+        await launch(config, LaunchSpec(model_path=tiny_model, log_dir=tmp_path), python=sglang_python("0.5.23"))
     assert below(os.getpid()) <= before
 
 
@@ -157,9 +160,7 @@ def is_serve(pid: int) -> bool:
 async def test_an_interpreter_that_is_not_there_is_a_clear_error(tiny_model: Path, tmp_path: Path) -> None:
     before = below(os.getpid())
     with pytest.raises(LaunchError, match=r"(?s)/no/such/python could not be started"):
-        await launch(
-            cpu_config(), tiny_model, python=Path("/no/such/python"), replica=0, log_dir=tmp_path, version=0, seed=0
-        )
+        await launch(cpu_config(), LaunchSpec(model_path=tiny_model, log_dir=tmp_path), python=Path("/no/such/python"))
     assert below(os.getpid()) <= before
 
 

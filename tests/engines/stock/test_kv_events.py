@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.config.models import VLLMEngineConfig
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start
 from millrace.engines.stock.kv_events import (
     MOST_BLOCKS,
@@ -159,5 +160,5 @@ async def test_what_is_missing_is_told_before_anything_starts(
     monkeypatch.setitem(sys.modules, missing, None)
     config = VLLMEngineConfig(kind="vllm", kv_events=True, python=Path("/nowhere/python"))
     with pytest.raises(ConfigError, match=r"pip install 'millrace\[kv-events\]'"):
-        await start(config, tmp_path, replica=0, log_dir=tmp_path, version=0, seed=0)
+        await start(config, LaunchSpec(model_path=tmp_path, log_dir=tmp_path))
     assert not [*tmp_path.iterdir()]  # noqa: ASYNC240

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from millrace.config.models import VLLMEngineConfig
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options
 from millrace.engines.vllm.arguments import ENVIRONMENT, OTHERS, SETTINGS, Ports, nodes
 from millrace.errors import ConfigError
@@ -16,9 +17,7 @@ from millrace.errors import ConfigError
 def plan(replica: int = 0, ports: Ports | None = None, visible: str | None = None, **settings: Any) -> tuple[Node, ...]:
     return nodes(
         VLLMEngineConfig(kind="vllm", **settings),
-        Path("/models/m"),
-        replica=replica,
-        seed=100,
+        LaunchSpec(model_path=Path("/models/m"), log_dir=Path("/logs"), replica=replica, seed=100),
         ports=ports or Ports(4000, None, None),
         api_key="the-key",
         admin_key="the-admin-key",

@@ -18,6 +18,7 @@ import pytest
 
 from millrace.config.models import VLLMEngineConfig
 from millrace.engines.join import join
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.vllm.extension.millrace_vllm_keys import DATA, OPEN
 from millrace.engines.vllm.launch import choose_ports, launch
 from millrace.errors import LaunchError
@@ -59,12 +60,14 @@ LAUNCHER = textwrap.dedent("""
     from pathlib import Path
     from millrace.config.models import VLLMEngineConfig
     from millrace.engines.vllm.launch import launch
+    from millrace.engines.spec import LaunchSpec
 
     async def main():
         config, model, python, log_dir = sys.argv[1:]
         launched = await launch(
-            VLLMEngineConfig.model_validate_json(config), Path(model), python=Path(python), replica=0,
-            log_dir=Path(log_dir), seed=5,
+            VLLMEngineConfig.model_validate_json(config),
+            LaunchSpec(model_path=Path(model), log_dir=Path(log_dir), seed=5),
+            python=Path(python),
         )
         print(json.dumps([launched.url, launched.api_key, launched.admin_key, repr(launched)]), flush=True)
         await asyncio.sleep(600)
@@ -180,7 +183,7 @@ async def test_an_argument_that_vllm_does_not_know_ends_in_its_own_words(
     before = below(os.getpid())
     config = cpu_config(engine_args={"no_such_argument": 3})
     with pytest.raises(LaunchError, match=r"(?s)vllm-0 ended with status 2.*unrecognized.*--no-such-argument=3"):
-        await launch(config, tiny_model, python=vllm_python, replica=0, log_dir=tmp_path, seed=0)
+        await launch(config, LaunchSpec(model_path=tiny_model, log_dir=tmp_path), python=vllm_python)
     assert below(os.getpid()) <= before
 
 
@@ -211,4 +214,4 @@ def test_the_configs_port_is_taken_and_refused_when_it_is_not_free() -> None:
 async def test_a_model_that_would_kill_it_is_refused_before_it_starts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_attention_heads": 4}')
     with pytest.raises(LaunchError, match="no attention over heads of 16 elements, only of 32, 64"):
-        await launch(cpu_config(), tmp_path, python=tmp_path, replica=0, log_dir=tmp_path, seed=0)
+        await launch(cpu_config(), LaunchSpec(model_path=tmp_path, log_dir=tmp_path), python=tmp_path)

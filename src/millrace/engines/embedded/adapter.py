@@ -45,9 +45,7 @@ from millrace.types import (
 class EmbeddedEngine(HttpEngine):
     """The embedded engine at `url`. What would harm the server, the server itself refuses."""
 
-    def __init__(self, name: str, url: str, *, api_key: str | None = None, admin_key: str | None = None) -> None:
-        super().__init__(name, url, api_key=api_key, admin_key=admin_key)
-        self._update: int | None = None
+    _update: int | None = None  # the version of the open update
 
     async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
         try:

@@ -51,7 +51,7 @@ class SGLangEngine(StockEngine):
 
     _session: bool | None = None  # whether the server has an update session open; None: nobody knows
 
-    async def settle(self, version: int | None = None) -> None:
+    async def initialize(self, version: int | None = None) -> None:
         """What the server made while starting is taken out of its garbage collector's sight, which every flush of the
         cache runs on the CPU (half a second)."""
         await self._go_on()

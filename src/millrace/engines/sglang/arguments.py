@@ -1,9 +1,9 @@
 """What one SGLang process is started with: its arguments and environment, worked out from the settings. No I/O."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from millrace.config.models import EngineArgument, SGLangEngineConfig
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import (
     ADMIN_KEY,
     API_KEY,
@@ -96,15 +96,7 @@ class Ports:
 
 
 def nodes(
-    config: SGLangEngineConfig,
-    model_path: Path,
-    *,
-    replica: int,
-    version: int,
-    seed: int,
-    ports: Ports,
-    api_key: str,
-    admin_key: str,
+    config: SGLangEngineConfig, spec: LaunchSpec, *, ports: Ports, api_key: str, admin_key: str
 ) -> tuple[Node, ...]:
     """The nodes that are started on this host, in the order of their ranks.
 
@@ -113,7 +105,7 @@ def nodes(
     require_no_contradiction(config)
     keys = {API_KEY: api_key, ADMIN_KEY: admin_key}
     # On the CPU the number means a NUMA node, of which there may be only one.
-    base = config.base_gpu_id + (replica * gpus(config) if config.device == "cuda" else 0)
+    base = config.base_gpu_id + (spec.replica * gpus(config) if config.device == "cuda" else 0)
     ranks = local_ranks(config)
     return tuple(
         Node(
@@ -122,13 +114,13 @@ def nodes(
             (
                 *options(defaults(config)),
                 *options(
-                    settings(config, model_path, version)
+                    settings(config, spec)
                     | {
                         "node_rank": rank,
                         "port": port,
                         "nccl_port": ports.nccl,
                         "dist_init_addr": ports.rendezvous,
-                        "random_seed": seed + replica,
+                        "random_seed": spec.seed + spec.replica,
                         "kv_events_config": kv_events_config(ports.kv_events) if rank == 0 else None,
                         "base_gpu_id": base + ranks.index(rank) * gpus(config) // config.nnodes,
                     }
@@ -153,14 +145,14 @@ def require_no_contradiction(config: SGLangEngineConfig) -> None:
         )
 
 
-def settings(config: SGLangEngineConfig, model_path: Path, version: int) -> dict[str, EngineArgument]:
+def settings(config: SGLangEngineConfig, spec: LaunchSpec) -> dict[str, EngineArgument]:
     """What all nodes of an engine are told alike."""
     max_total_tokens = config.max_total_tokens
     if max_total_tokens is None and config.device == "cpu":
         max_total_tokens = CPU_TOTAL_TOKENS
     return {
-        "model_path": str(model_path),
-        "weight_version": str(version),
+        "model_path": str(spec.model_path),
+        "weight_version": str(spec.version),
         "device": config.device,
         "dtype": config.dtype,
         "host": unbracketed(config.host),

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from millrace.config.models import SGLangEngineConfig
 from millrace.engines.sglang.arguments import Ports, attention_dp, nodes
+from millrace.engines.spec import Launched, LaunchSpec
 from millrace.engines.stock.arguments import local_ranks
+from millrace.engines.stock.interpreter import checked_interpreter
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
-from millrace.engines.stock.launching import Launched, new_keys, start_nodes, with_dtype
+from millrace.engines.stock.launching import new_keys, start_nodes, with_dtype
 from millrace.errors import LaunchError
 from millrace.launch.ports import bound, free_port, free_ports, require_free
 
@@ -19,44 +21,24 @@ DERIVED_PORTS = 13
 BLOCK_ATTEMPTS = 50
 
 
-async def launch(
-    config: SGLangEngineConfig,
-    model_path: Path,
-    *,
-    python: Path,
-    replica: int,
-    log_dir: Path,
-    version: int,
-    seed: int,
-    prefix: str = "sglang",
-    api_key: str | None = None,
-) -> Launched:
-    """Starts replica number `replica` with the interpreter `python`, which has SGLang, and waits until it is healthy.
+async def launch(config: SGLangEngineConfig, spec: LaunchSpec, *, python: Path | None = None) -> Launched:
+    """Start an SGLang, and wait until it is healthy. See `millrace.engines.kinds.launch`.
 
-    Its logs are `PREFIX-R.log`, or `PREFIX-R-nodeN.log` for each node. The keys are made here and known to nobody else.
-    Raises ConfigError when engine_args or env contradict the settings, and LaunchError, with the end of the server's
-    log, when it does not come up; nothing is left running then.
+    Its logs are `NAME.log`, or `NAME-nodeN.log` for each node. Its keys are made here. `python`: an interpreter that
+    has the engine; None for the config's, or that of the installed environment.
     """
-    name = f"{prefix}-{replica}"
-    config = await with_dtype(config, model_path)
-    api_key, admin_key = new_keys(api_key)
-    ports = choose_ports(config, replica)
-    planned = nodes(
-        config,
-        model_path,
-        replica=replica,
-        version=version,
-        seed=seed,
-        ports=ports,
-        api_key=api_key,
-        admin_key=admin_key,
-    )
+    python = python or await checked_interpreter(config)
+    name = spec.name(config.kind)
+    config = await with_dtype(config, spec.model_path)
+    api_key, admin_key = new_keys(spec.api_key)
+    ports = choose_ports(config, spec.replica)
+    planned = nodes(config, spec, ports=ports, api_key=api_key, admin_key=admin_key)
     server = await start_nodes(
         name,
         planned,
         python=python,
         serve=SERVE,
-        log_dir=log_dir,
+        log_dir=spec.log_dir,
         leftovers=(*LEFTOVERS, *leftovers(ports.kv_events)),
         deadline=config.start_timeout,
     )

@@ -50,8 +50,7 @@ class StockEngine(StockServer):
         admin_key: str | None = None,
         model_path: Path | None = None,
     ) -> None:
-        super().__init__(name, url, api_key=api_key, admin_key=admin_key)
-        self._model_path = model_path
+        super().__init__(name, url, api_key=api_key, admin_key=admin_key, model_path=model_path)
         self._facts_read: Facts | None = None
         self._calls = Calls(name)
         self._loras = LoadedLoras()

@@ -5,7 +5,6 @@ import os
 import secrets
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,19 +20,6 @@ from millrace.model_config import compute_dtype
 StockConfig = TypeVar("StockConfig", bound=StockEngineConfig)
 
 PROBE_DEADLINE = 10.0  # of one GET /health; SGLang's generates a token: a second on a quiet CPU
-
-
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """A server that was started here and is healthy. `url` is None where another host is node 0, which answers HTTP;
-    `kv_events` is where it publishes what its KV cache has."""
-
-    name: str
-    url: str | None
-    api_key: str = field(repr=False)
-    admin_key: str = field(repr=False)
-    process: ServerProcess | Nodes
-    kv_events: str | None = None
 
 
 def new_keys(api_key: str | None = None) -> tuple[str, str]:

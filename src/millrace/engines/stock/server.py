@@ -15,11 +15,6 @@ class StockServer(HttpEngine):
     """What an adapter of SGLang or vLLM fills in; `StockEngine` is the rest."""
 
     @abstractmethod
-    async def settle(self, version: int | None = None) -> None:
-        """Once, before all else: a server that somebody left paused goes on. version: of the weights that it was
-        started from; None, where somebody else started it, who may have left an update open."""
-
-    @abstractmethod
     async def _generate(
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:

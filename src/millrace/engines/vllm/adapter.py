@@ -55,7 +55,7 @@ class VLLMEngine(StockEngine):
     _receiving = False  # whether a session of vLLM's own transfer engine is open
     _counted: tuple[float, float] = (0.0, 0.0)  # when the made tokens were last read, and how many there were
 
-    async def settle(self, version: int | None = None) -> None:
+    async def initialize(self, version: int | None = None) -> None:
         await self._facts()  # which says what is wrong with a server whose control routes are closed
         await self._go_on()
         if version is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from millrace.config.models import EngineArgument, VLLMEngineConfig
+from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import (
     ADMIN_KEY,
     API_KEY,
@@ -116,10 +117,8 @@ class Ports:
 
 def nodes(
     config: VLLMEngineConfig,
-    model_path: Path,
+    spec: LaunchSpec,
     *,
-    replica: int,
-    seed: int,
     ports: Ports,
     api_key: str,
     admin_key: str,
@@ -137,7 +136,7 @@ def nodes(
     planned = []
     for index, rank in enumerate(ranks):
         if config.device == "cuda":
-            variables["CUDA_VISIBLE_DEVICES"] = node_gpus(config, replica, index, visible_gpus)
+            variables["CUDA_VISIBLE_DEVICES"] = node_gpus(config, spec.replica, index, visible_gpus)
         planned.append(
             Node(
                 rank,
@@ -145,7 +144,9 @@ def nodes(
                 (
                     *options(defaults(config), off=True),
                     *options(
-                        settings(config, model_path) | rendezvous(config, rank, ports) | {"seed": seed + replica},
+                        settings(config, spec.model_path)
+                        | rendezvous(config, rank, ports)
+                        | {"seed": spec.seed + spec.replica},
                         off=True,
                     ),
                     *options(config.engine_args, off=True),

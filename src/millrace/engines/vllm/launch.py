@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from millrace.config.models import VLLMEngineConfig
+from millrace.engines.spec import Launched, LaunchSpec
 from millrace.engines.stock.arguments import Node, local_ranks
+from millrace.engines.stock.interpreter import checked_interpreter
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
-from millrace.engines.stock.launching import Launched, new_keys, start_nodes, with_dtype
+from millrace.engines.stock.launching import new_keys, start_nodes, with_dtype
 from millrace.engines.vllm.arguments import Ports, nodes
 from millrace.errors import DataError, LaunchError
 from millrace.launch.ports import free_port, free_ports, require_free
@@ -22,34 +24,22 @@ CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # elements for 
 LEFTOVERS = ("vllm_dist_*", "psm_*", "sem.mp-*")
 
 
-async def launch(
-    config: VLLMEngineConfig,
-    model_path: Path,
-    *,
-    python: Path,
-    replica: int,
-    log_dir: Path,
-    seed: int,
-    prefix: str = "vllm",
-    api_key: str | None = None,
-) -> Launched:
-    """Starts replica number `replica` with the interpreter `python`, which has vLLM, and waits until it is healthy.
+async def launch(config: VLLMEngineConfig, spec: LaunchSpec, *, python: Path | None = None) -> Launched:
+    """Start a vLLM, and wait until it is healthy. See `millrace.engines.kinds.launch`.
 
-    Its logs are `PREFIX-R.log`, or `PREFIX-R-nodeN.log` for each node. The keys are made here and known to nobody else.
-    Raises ConfigError when engine_args or env contradict the settings, and LaunchError, with the end of the server's
-    log, when it does not come up; nothing is left running then.
+    Its logs are `NAME.log`, or `NAME-nodeN.log` for each node. Its keys are made here. `python`: an interpreter that
+    has the engine; None for the config's, or that of the installed environment.
     """
+    python = python or await checked_interpreter(config)
+    name = spec.name(config.kind)
     if config.device == "cpu":
-        await asyncio.to_thread(require_heads, model_path)
-    name = f"{prefix}-{replica}"
-    config = await with_dtype(config, model_path)
-    api_key, admin_key = new_keys(api_key)
-    ports = choose_ports(config, replica)
+        await asyncio.to_thread(require_heads, spec.model_path)
+    config = await with_dtype(config, spec.model_path)
+    api_key, admin_key = new_keys(spec.api_key)
+    ports = choose_ports(config, spec.replica)
     planned = nodes(
         config,
-        model_path,
-        replica=replica,
-        seed=seed,
+        spec,
         ports=ports,
         api_key=api_key,
         admin_key=admin_key,
@@ -60,7 +50,7 @@ async def launch(
         [with_extension(node) for node in planned],
         python=python,
         serve=SERVE,
-        log_dir=log_dir,
+        log_dir=spec.log_dir,
         leftovers=(*LEFTOVERS, *leftovers(ports.kv_events)),
         deadline=config.start_timeout,
     )

@@ -1,0 +1,43 @@
+"""The kinds of engines. An engine is one folder in this package, one config class, and one row here."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from millrace.config.models import EngineConfig
+from millrace.engines.embedded.adapter import EmbeddedEngine
+from millrace.engines.embedded.launch import launch as launch_embedded
+from millrace.engines.http_engine import HttpEngine
+from millrace.engines.sglang.adapter import SGLangEngine
+from millrace.engines.sglang.launch import launch as launch_sglang
+from millrace.engines.spec import Launched, LaunchSpec
+from millrace.engines.vllm.adapter import VLLMEngine
+from millrace.engines.vllm.launch import launch as launch_vllm
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """client: the class that speaks to a server of this kind. launch: starts such a server by its config."""
+
+    client: type[HttpEngine]
+    launch: Callable[[Any, LaunchSpec], Awaitable[Launched]]
+
+
+ENGINE_KINDS: Mapping[str, EngineKind] = {
+    "embedded": EngineKind(EmbeddedEngine, launch_embedded),
+    "sglang": EngineKind(SGLangEngine, launch_sglang),
+    "vllm": EngineKind(VLLMEngine, launch_vllm),
+}
+
+
+async def launch(config: EngineConfig, spec: LaunchSpec) -> Launched:
+    """Start one replica, and wait until it is healthy.
+
+    A stock engine is started by the config's interpreter, or by that of the installed environment.
+
+    Raises:
+        ConfigError: engine_args or env contradict the settings, or what the engine needs is not installed.
+        LaunchError: there is no such engine, or it did not come up. The message ends with the end of the server's log,
+            and no process is left.
+    """
+    return await ENGINE_KINDS[config.kind].launch(config, spec)

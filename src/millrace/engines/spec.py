@@ -1,0 +1,40 @@
+"""What an engine is launched with, beside its settings, and what a launch returns."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from millrace.launch.nodes import Nodes
+from millrace.launch.process import ServerProcess
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchSpec:
+    """One replica to start.
+
+    model_path: the folder of the model, which it serves as weight version `version`. replica: its number; its name is
+    `PREFIX-REPLICA`, with the engine's kind as the default prefix. api_key: opens the data calls; None for a new key.
+    """
+
+    model_path: Path
+    log_dir: Path
+    replica: int = 0
+    version: int = 0
+    seed: int = 0
+    prefix: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+
+    def name(self, kind: str) -> str:
+        return f"{self.prefix or kind}-{self.replica}"
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A server that was started by this process and is healthy. `url`: None if another host has node 0, which answers
+    HTTP. `kv_events`: where the server publishes the contents of its KV cache."""
+
+    name: str
+    url: str | None
+    api_key: str = field(repr=False)
+    admin_key: str = field(repr=False)
+    process: ServerProcess | Nodes
+    kv_events: str | None = None
