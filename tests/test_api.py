@@ -81,13 +81,13 @@ async def test_a_fleet_takes_what_is_meant_and_says_what_is_not(tiny_model: Path
 
     calls: dict[str, tuple[Any, ...]] = {
         "generate": (REQUEST,), "serving": (), "awake": (), "resumed": (), "publish": (tensors, 3),
-        "publish_adapter": (tensors, 3), "restart": ("embedded-0",), "add": (), "remove": ("embedded-0",),
+        "publish_lora": (tensors, 3), "restart": ("embedded-0",), "add": (), "remove": ("embedded-0",),
         "sleep": (), "wake": (), "restore": (),
     }  # fmt: skip
     public = {name for name, _ in inspect.getmembers(type(fleet), inspect.iscoroutinefunction) if name[0] != "_"}
     assert public == calls.keys() | {"attest"}
     further: dict[str, dict[str, Any]] = {"generate": {"deadline": 1}, "serving": {"deadline": 1}}
-    further["publish_adapter"] = {"config": ADAPTER}
+    further["publish_lora"] = {"config": ADAPTER}
     for name, given in calls.items():
         with pytest.raises(NoEngineError, match="the fleet is closed"):
             await getattr(fleet, name)(*given, **further.get(name, {}))

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.config.models import EngineConfig, TransportName
+from millrace.config.routers import RouterConfig
 from millrace.engines import base
 from millrace.fleet import fleet, local
+from millrace.fleet.event_log import EventLog
 from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE
 from millrace.fleet.replica_state import Snapshot
 from millrace.fleet.republish import Tensors
@@ -51,10 +53,28 @@ def open_fleet(
     keep: int = 2,
     sidecars: Sequence[str] = (),
     restarts: int = 0,
+    event_log: EventLog | None = None,
     frozen: bool = False,
     prefix: str | None = None,
+    router: RouterConfig | None = None,
 ) -> "Iterator[Fleet]":
-    """As `millrace.fleet.local.open_fleet`, blocking."""
+    """Launches `config.replicas` engines that serve the model in `model_path` as weight version `version`, or attaches
+    to those that the config names.
+
+    In rotation are those whose weights have the folder's checksums or, where an engine can't tell, that were started
+    from this folder; another serves after its first publish. Logs go to `log_dir`. `transport` is how weights are
+    published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay; `sidecars` are for `delta` and
+    `ucx`, and their key is read from MILLRACE_SIDECAR_KEY (docs/weights.md). An engine that dies, hangs or holds other
+    weights than it should is started anew up to `restarts` times in a row (docs/faults.md).
+    Events go to `event_log` (docs/monitoring.md), which the caller closes. A `frozen` fleet is never published to
+    (docs/judges.md). Engines are called `PREFIX-0` and so on, by default after their kind. `router` stands before
+    them (docs/routers.md). The soft limit of open files of this process is raised to the hard one (docs/faults.md).
+
+    Raises LaunchError when an engine does not come up (the others are ended), DataError when the folder is not a
+    model's or `folder` not a store, PublishError when the engines can't take weights by that transport or compute in
+    different dtypes, ConfigError when what it needs is not installed or `config`, which may be a mapping, is not an
+    engine's, and ArgumentError for another argument of the wrong type.
+    """
     with Portal() as portal:
         manager = local.open_fleet(
             config,
@@ -67,8 +87,10 @@ def open_fleet(
             keep=keep,
             sidecars=sidecars,
             restarts=restarts,
+            event_log=event_log,
             frozen=frozen,
             prefix=prefix,
+            router=router,
         )
         opened = portal.call(manager.__aenter__())
         try:
