@@ -19,7 +19,7 @@ from benchmarks.gpu.models import random_tensors, write_config
 from millrace.engines.base import Engine
 from millrace.errors import EngineError, PublishError
 from millrace.types import GenerateRequest, SamplingParams
-from millrace.weights.publisher import publish
+from millrace.weights.publisher import Publish
 from millrace.weights.store import VersionStore
 from millrace.weights.transports.base import PublishTarget, TransportContext
 from millrace.weights.transports.registry import create
@@ -66,10 +66,6 @@ def compare(name: str, one: Answers, other: Answers) -> None:
     print(f"{name}: {len(same)} of {PROMPTS} tokens are the same, their logprobs {gap:.4f} apart", flush=True)
 
 
-async def ignore(*_: object) -> None:
-    return
-
-
 async def started_from(settings: str, folder: Path, scratch: Path, label: str) -> Answers:
     async with served(engine_config(settings), folder, scratch) as (_, engine):
         return await ask(engine, label)
@@ -100,16 +96,15 @@ async def run(arguments: argparse.Namespace) -> None:
                 for label, tensors, expected in (("second", second, own), ("first", first, before)):
                     version += 1
                     try:
-                        report = await publish(
+                        publish = Publish(
                             [target],
                             tensors,
                             version,
                             transport,
                             bucket_bytes=BUCKET_BYTES,
                             deadline=120,
-                            committed=ignore,
-                            unrestored=ignore,
                         )
+                        report = await publish.run()
                     except (PublishError, EngineError) as error:
                         print(f"{transport_name}: {label} failed: {str(error)[:600]}", flush=True)
                         break

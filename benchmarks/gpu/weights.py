@@ -26,7 +26,8 @@ from benchmarks.gpu.models import random_tensors, write_config
 from benchmarks.sidecar import sidecar
 from millrace.engines.base import Engine
 from millrace.types import GenerateRequest, MemoryTag, SamplingParams
-from millrace.weights.publisher import PublishReport, publish
+from millrace.weights.publisher import Publish
+from millrace.weights.report import PublishReport
 from millrace.weights.transports.base import PublishTarget, TransportContext
 from millrace.weights.transports.registry import create
 
@@ -78,9 +79,6 @@ async def measure_publish(
         flush=True,
     )
 
-    async def ignore(*_: object) -> None:
-        return
-
     version = 0
     for mebibytes in arguments.bucket_mb:
         transport = create(
@@ -90,16 +88,15 @@ async def measure_publish(
         reports: list[PublishReport] = []
         for _ in range(arguments.repeats + 2):
             version += 1
-            report = await publish(
+            publish = Publish(
                 [target],
                 tensors,
                 version,
                 transport,
                 bucket_bytes=mebibytes * MIB,
                 deadline=120,
-                committed=ignore,
-                unrestored=ignore,
             )
+            report = await publish.run()
             assert not report.failed, report.failed
             reports.append(report)
         await transport.close()

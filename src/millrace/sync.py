@@ -34,7 +34,7 @@ from millrace.types import (
     RoutingContext,
 )
 from millrace.weights.cast import Dtypes
-from millrace.weights.publisher import PublishReport
+from millrace.weights.report import PublishReport
 
 if TYPE_CHECKING:
     import torch

@@ -27,7 +27,7 @@ from millrace.errors import (
 from millrace.fleet.event_log import REMEMBERED, REQUEST_BOUNDS, EventLog, Outcome, Spans
 from millrace.fleet.replica_state import Attested, Died, Event, Phase, ReplicaState, Slept, Woke, after
 from millrace.types import FinishReason, Generation
-from millrace.weights.publisher import EngineReport, PublishReport
+from millrace.weights.report import EngineReport, PublishReport
 
 
 def lines(path: Path) -> list[dict[str, object]]:

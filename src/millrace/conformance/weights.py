@@ -13,7 +13,7 @@ from millrace.errors import EngineError
 from millrace.types import Capability, DiskBucket
 from millrace.weights.cast import cast, dtypes_of
 from millrace.weights.folder import FolderTensors
-from millrace.weights.publisher import publish
+from millrace.weights.publisher import Publish
 from millrace.weights.transports.base import PublishTarget, TransportContext
 from millrace.weights.transports.registry import CLASSES, create, needs
 
@@ -126,20 +126,16 @@ async def send(kind: Capability, subject: Subject, tensors: "Mapping[str, torch.
     transport = create(name, TransportContext(capabilities=frozenset({kind})))
     size = sum(tensor.nbytes for tensor in tensors.values())
 
-    async def ignore(*_: object) -> None:
-        return
-
     try:
-        await publish(
+        publish = Publish(
             [PublishTarget(subject.engine, subject.info)],
             cast(tensors.items(), await asyncio.to_thread(dtypes_of, subject.info, folder(subject))),
             version,
             transport,
             bucket_bytes=min(size // 3 + 1, LARGEST_BUCKET),
             deadline=LOAD_DEADLINE,
-            committed=ignore,
-            unrestored=ignore,
         )
+        await publish.run()
     finally:
         await transport.close()
 

@@ -25,7 +25,7 @@ from millrace.jsonl import drop_torn_tail
 from millrace.types import FinishReason, Generation
 
 if TYPE_CHECKING:
-    from millrace.weights.publisher import PublishReport
+    from millrace.weights.report import PublishReport
 
 REMEMBERED = 200  # events; a page of the newest, and what a slow reader missed
 REASON_LIMIT = 500  # characters: a reason may end with lines of a server's log

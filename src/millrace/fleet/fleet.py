@@ -30,7 +30,7 @@ from millrace.types import (
     RoutingContext,
 )
 from millrace.weights.cast import Dtypes, dtypes_of, folder_checksums_as
-from millrace.weights.publisher import PublishReport
+from millrace.weights.report import PublishReport
 from millrace.weights.transports.base import PublishTarget, Transport
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class Fleet(FleetClient):
             left_out = self._left_out()
             try:
                 with self._interrupting(), self.event_log.publishing(version) as publishing:
-                    report = publishing.report = await self._versions.publish(
+                    report = publishing.report = await self._versions.publish_whole(
                         tensors,
                         version,
                         self._targets,

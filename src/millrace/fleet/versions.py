@@ -33,7 +33,8 @@ from millrace.weights.fingerprint import Fingerprint
 from millrace.weights.folder import FolderTensors
 from millrace.weights.lora import WrittenLora, check_lora, check_values
 from millrace.weights.plan import buckets
-from millrace.weights.publisher import EngineReport, PublishReport, publish
+from millrace.weights.publisher import Outcome, Publish
+from millrace.weights.report import EngineReport, PublishReport
 from millrace.weights.transports.base import PublishTarget, Transport
 from millrace.weights.transports.folder import FolderTransport
 
@@ -112,7 +113,7 @@ class Versions:
         """What the engines are started with."""
         self._origin, self._last, self._base = origin, origin.version, origin.version
 
-    async def publish(
+    async def publish_whole(
         self,
         given: "Tensors | Callable[[], Tensors]",
         version: int,
@@ -293,43 +294,35 @@ class Versions:
         deadline: float,
         fingerprint: Fingerprint | None = None,
     ) -> PublishReport:
-        """Publishes to these engines. Those that take the version are `brought` then, the others out of rotation."""
-        weights_lost: set[str] = set()
+        """Publish to these engines. Those that take the version become `brought`, and the others leave rotation."""
         version = brought.version
 
-        async def committed(name: str) -> None:
-            if isinstance(brought, Attested):
-                self._last = self._base = version
-                self.loras.current = None
-            self.loras.retire(name, keep=None, at_once=True)
-            await self._apply(name, brought)
+        async def on_outcome(name: str, outcome: Outcome, error: EngineError | None) -> None:
+            match outcome:
+                case Outcome.COMMITTED:
+                    if isinstance(brought, Attested):
+                        self._last = self._base = version
+                        self.loras.current = None
+                    self.loras.retire(name, keep=None, at_once=True)
+                    await self._apply(name, brought)
+                case Outcome.EMPTY:
+                    await self._apply(name, WeightsLost())
+                case Outcome.UNTRUSTED:
+                    await self._apply(name, Quarantined(str(error)))
 
-        async def unrestored(name: str, error: EngineError) -> None:
-            if isinstance(error, EngineRefused):
-                weights_lost.add(name)
-                await self._apply(name, WeightsLost())
-            else:
-                await self._apply(name, verdict(error))
-
-        report = await publish(
+        publish = Publish(
             targets,
             tensors,
             version,
             transport,
             bucket_bytes=bucket_bytes,
             deadline=deadline,
-            committed=committed,
-            unrestored=unrestored,
+            on_outcome=on_outcome,
             fingerprint=fingerprint,
         )
-        for engine in report.engines:
-            if (error := engine.error) is None:
-                continue
-            logger.error("version %d: %s is out of rotation: %s", version, engine.engine, error)
-            if engine.collateral:
-                await self._apply(engine.engine, WeightsLost())
-            elif not (isinstance(error, EngineRefused) and engine.engine in weights_lost):
-                await self._apply(engine.engine, verdict(error))
+        report = await publish.run()
+        for name, error in report.failed.items():
+            logger.error("version %d: %s is out of rotation: %s", version, name, error)
         return report
 
     async def _keep(self, version: int, tensors: "Iterable[tuple[str, torch.Tensor]]", bucket_bytes: int) -> str | None:

@@ -185,7 +185,7 @@ async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Pa
     await _bring_to_start(loop, config, content, last)
     await loop.ranks.wake(frozenset({MemoryTag.WEIGHTS}))
     with loop.watch("publish"):
-        await loop.publish()
+        await loop.update_engines()
     await loop.wake_cache()
     await loop.run()
 

@@ -120,11 +120,11 @@ class TrainingLoop:
             while self.progress.step < self.config.train.steps:
                 await self._step(buffer)
 
-    async def publish(self) -> None:
+    async def update_engines(self) -> None:
         """Brings the trainer's weights to the engines as the next version."""
         version = self.progress.version + 1
         self.display.phase(f"publishing version {version}")
-        await self.ranks.publish(self._weights, version, self.config.publish)
+        await self.ranks.publish_together(self._weights, version, self.config.publish)
         self.progress.version = version
 
     def _weights(self) -> ShardedTensors:
@@ -180,7 +180,7 @@ class TrainingLoop:
                 with watch("sleep"):
                     await self.ranks.wake(frozenset({MemoryTag.WEIGHTS}))
             with watch("publish"):
-                await self.publish()
+                await self.update_engines()
             if config.mode == "hybrid":
                 with watch("sleep"):
                     await self.wake_cache()

@@ -116,7 +116,9 @@ class Ranks:
         if self.owned is not None:
             await self.owned.wake(what)
 
-    async def publish(self, weights: Callable[[], ShardedTensors], version: int, config: PublishConfig) -> None:
+    async def publish_together(
+        self, weights: Callable[[], ShardedTensors], version: int, config: PublishConfig
+    ) -> None:
         """Brings a version to the engines, each tensor made whole by all ranks when its turn comes. Returns on the
         ranks that follow when they know of it, for which engines must be awake or be woken. A single process is asked
         for its weights again when an engine needs them; several ranks are not, since all of them would have to join."""
