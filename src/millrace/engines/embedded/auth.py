@@ -1,7 +1,8 @@
 """Who may call what. Pure."""
 
-import hmac
 from dataclasses import dataclass
+
+from millrace.http.auth import has_key
 
 OPEN_PATHS = frozenset({"/health"})
 READ_PATHS = frozenset({"/generate", "/health_generate", "/model_info", "/server_info", "/v1/loads"})
@@ -25,8 +26,4 @@ def allowed(path: str, authorization: str | None, keys: Keys) -> bool:
     if path in READ_PATHS and keys.api is None:
         return True
     known = [key for key in accepted if key is not None]
-    if not known:
-        return True
-    scheme, _, given = (authorization or "").partition(" ")
-    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in known]  # all of them: no early answer
-    return scheme.lower() == "bearer" and any(matches)
+    return not known or has_key(authorization, known)

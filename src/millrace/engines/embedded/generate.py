@@ -12,10 +12,10 @@ from aiohttp import web
 from millrace.engines.embedded.core import Refused
 from millrace.engines.embedded.faults import HttpFaults
 from millrace.engines.embedded.protocol import BadRequest, GenerateBody, SamplingBody, answer, parse, to_requests
-from millrace.engines.embedded.replies import reply
 from millrace.engines.embedded.runner import ModelInfo
 from millrace.engines.embedded.scheduler import Output, Request
 from millrace.engines.embedded.thread import ModelThread
+from millrace.http.replies import reply
 
 
 class Sink:

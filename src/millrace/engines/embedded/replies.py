@@ -1,11 +1,8 @@
 """Answers of the HTTP server."""
 
-import orjson
 from aiohttp import web
 
-
-def reply(body: object, status: int = 200) -> web.Response:
-    return web.Response(body=orjson.dumps(body), status=status, content_type="application/json")
+from millrace.http.replies import reply
 
 
 def done(message: str) -> web.Response:

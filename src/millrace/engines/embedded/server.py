@@ -14,11 +14,12 @@ from millrace.engines.embedded.core import Core, Refused
 from millrace.engines.embedded.faults import HttpFaults, StepFaults, crash
 from millrace.engines.embedded.generate import Generate
 from millrace.engines.embedded.protocol import AbortBody, BadRequest, EmptyBody, FaultBody, PauseBody, parse
-from millrace.engines.embedded.replies import done, refusal, reply
+from millrace.engines.embedded.replies import done, refusal
 from millrace.engines.embedded.runner import ModelInfo
 from millrace.engines.embedded.thread import Loaded, ModelThread
 from millrace.engines.embedded.updates import Handler, Updates
 from millrace.engines.embedded.weights import UpdateRefused
+from millrace.http.replies import reply
 from millrace.types import Capability, PauseMode
 
 BODY_LIMIT = 256 * 1024 * 1024  # bytes; a prompt of a million tokens takes about 8 MB

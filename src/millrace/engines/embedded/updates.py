@@ -29,9 +29,10 @@ from millrace.engines.embedded.protocol import (
     VersionBody,
     parse,
 )
-from millrace.engines.embedded.replies import done, reply
+from millrace.engines.embedded.replies import done
 from millrace.engines.embedded.thread import ModelThread
 from millrace.engines.embedded.weights import UpdateRefused, WeightStore
+from millrace.http.replies import reply
 from millrace.types import TensorSpec
 
 log = logging.getLogger("millrace.embedded")

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
-from millrace.engines.embedded.replies import reply
 from millrace.errors import MillraceError
+from millrace.http.replies import reply
 from millrace.weights.mirror import CheckpointMirror
 from millrace.weights.sidecar.server import Job, body_of
 

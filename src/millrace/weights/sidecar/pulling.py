@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from aiohttp import web
 
-from millrace.engines.embedded.replies import reply
 from millrace.errors import MillraceError, PublishError
+from millrace.http.replies import reply
 from millrace.weights.sidecar.messages import (
     CudaIpcHandle,
     Form,

@@ -9,9 +9,9 @@ from typing import TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
-from millrace.engines.embedded.auth import Keys, allowed
-from millrace.engines.embedded.replies import reply
 from millrace.errors import ConfigError
+from millrace.http.auth import has_key
+from millrace.http.replies import reply
 from millrace.launch.ports import unbracketed, why_not_bound
 
 SIDECAR_KEY = "MILLRACE_SIDECAR_KEY"  # an environment variable, where sidecar and trainer find it
@@ -34,7 +34,7 @@ class SidecarServer:
 
     def __init__(self, job: Job, *, key: str | None) -> None:
         self._job = job
-        self._keys = Keys(None, key)
+        self._key = key
 
     async def start(self, sock: socket.socket) -> web.AppRunner:
         """Serves on a bound socket."""
@@ -49,7 +49,8 @@ class SidecarServer:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        if not allowed(request.path, request.headers.get("Authorization"), self._keys):
+        keys = [] if self._key is None or request.path == "/health" else [self._key]
+        if keys and not has_key(request.headers.get("Authorization"), keys):
             return web.Response(text=f"this route needs the key in {SIDECAR_KEY}", status=401)
         return await handler(request)
 
