@@ -138,5 +138,5 @@ def _by_transformers(folder: Path, name: str) -> object:
     ) as error:  # fmt: skip
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{path} has no {name}, and transformers can't read the file ({reason}); write {name} into it"
+            f"{path} has no {name}, and transformers can't read it ({reason}); write {name} into the file"
         ) from error
