@@ -62,6 +62,7 @@ class Group:
 
     @property
     def names(self) -> Collection[str]:
+        """The names of the checkpoint tensors."""
         return self.shapes.keys()
 
 
@@ -122,20 +123,20 @@ def names_of(model: PreTrainedModel, stored: Collection[str] | None) -> Checkpoi
     """Return the names of `model`, as `read_names` does. Its tensors may be on the meta device."""
     state: dict[str, torch.Tensor] = model.state_dict()
     metas = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
-    placed: dict[str, str] = {}
+    stored_names: dict[str, str] = {}
     if stored is None:  # the conversions that `save_pretrained` uses for a model that was not loaded
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         model._weight_conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
     else:
-        placed = _note_conversions(model, stored, state)
+        stored_names = _note_conversions(model, stored, state)
     renamed, together = _grouped(model, list(state))
     groups = {
-        old: _group({old: metas[old]}, {placed.get(old, new): metas[old]}, by_views=True, renamed=True)
+        old: _group({old: metas[old]}, {stored_names.get(old, new): metas[old]}, by_views=True, renamed=True)
         for old, new in renamed.items()
     }
     for group in _converted(model, metas, together):
-        spelled = group if stored is None else _spelled(group, stored, f"{model.base_model_prefix}.")
-        groups |= dict.fromkeys(group.sources, spelled)
+        renamed_group = group if stored is None else _with_stored_names(group, stored, f"{model.base_model_prefix}.")
+        groups |= dict.fromkeys(group.sources, renamed_group)
     tied = {
         target: source
         for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items()
@@ -168,15 +169,15 @@ def _note_conversions(
     conversions = get_model_conversion_mapping(model)
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
-    placed: dict[str, str] = {}
+    stored_names: dict[str, str] = {}
     for name in sorted(stored):
         new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if new not in state and name in state:
             new, pattern = name, None
         if new in state and pattern is None:
-            placed[new] = name
+            stored_names[new] = name
     model._weight_conversions = [c for c in conversions if c.was_used()]
-    return placed
+    return stored_names
 
 
 def _grouped(model: PreTrainedModel, names: Sequence[str]) -> tuple[dict[str, str], list[list[str]]]:
@@ -238,15 +239,15 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _spelled(group: Group, stored: Collection[str], prefix: str) -> Group:
+def _with_stored_names(group: Group, stored: Collection[str], prefix: str) -> Group:
     """Return the group with the names that the folder uses: they may have the base model's prefix or lack it."""
 
-    def spelled(name: str) -> str:
+    def stored_name(name: str) -> str:
         other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
         return other if name not in stored and other in stored else name
 
-    shapes = {spelled(name): shape for name, shape in group.shapes.items()}
-    views = None if group.views is None else {spelled(name): view for name, view in group.views.items()}
+    shapes = {stored_name(name): shape for name, shape in group.shapes.items()}
+    views = None if group.views is None else {stored_name(name): view for name, view in group.views.items()}
     return Group(group.sources, shapes, views, renamed=False)
 
 

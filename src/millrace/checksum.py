@@ -24,6 +24,7 @@ class Checksum:
         self._digest = xxhash.xxh3_64()
 
     def update(self, data: memoryview) -> None:
+        """Add the next bytes."""
         self._digest.update(data)
 
     def hexdigest(self) -> str:

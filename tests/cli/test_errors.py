@@ -225,7 +225,10 @@ def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
     ("argument", "says"),
     [
         ("data={kind: file, path: none.jsonl}", "none.jsonl"),
-        ("model.path=no-such-owner/model", "no-such-owner/model is not a local folder, and can't be downloaded from the Hub"),
+        (
+            "model.path=no-such-owner/model",
+            "no-such-owner/model is not a local folder, and can't be downloaded from the Hub",
+        ),
         ("rollout.tools=[abacus]", "no tool is called 'abacus'"),
         ("rollout.chat_template_kwargs={loud: true}", "no variable loud (rollout.chat_template_kwargs)"),
         ("--resume", "holds no run to resume"),

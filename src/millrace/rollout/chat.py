@@ -40,6 +40,7 @@ class ChatFormat:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
         return self.template.tokenizer
 
     def prompt(self, question: str, system_prompt: str | None = None) -> tuple[int, ...]:
@@ -156,9 +157,9 @@ def check_prompt_format(
 
 def _check_kwargs(template: ChatTemplate) -> None:
     """Raise DataError if the template does not use one of its keyword arguments."""
-    taken = inspect.signature(template.tokenizer.apply_chat_template).parameters
+    parameters = inspect.signature(template.tokenizer.apply_chat_template).parameters
     for argument in template.kwargs:
-        if argument in taken:
+        if argument in parameters:
             raise DataError(f"{argument} is an argument of apply_chat_template, not a variable of the chat template")
         if not re.search(rf"\b{re.escape(argument)}\b", template.source):
             raise DataError(f"the chat template has no variable {argument} (rollout.chat_template_kwargs)")

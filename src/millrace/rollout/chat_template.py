@@ -149,7 +149,10 @@ def _question() -> Message:
 
 
 def _conversation(arguments: Mapping[str, str] | str | None, calls: int) -> list[Message]:
-    """Return a question and the model's turn. The reasoning is a space: some templates write empty tags without one."""
+    """Return a question and the model's turn.
+
+    Its reasoning is a space, because some templates (Qwen3) write turns without reasoning in another form.
+    """
     if arguments is None:
         return [_question(), {"role": "assistant", "content": _STAND_IN, **reasoning_keys(" ")}]
     function = {"name": _TOOL, "arguments": arguments}

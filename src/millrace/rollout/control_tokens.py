@@ -43,9 +43,9 @@ def break_control_tokens(text: str, control: Iterable[str], mark: str) -> str:
     Lone surrogates, which no tokenizer encodes, become question marks.
     """
     text = text.encode(errors="replace").decode()
-    if not (found := [token for token in control if token in text]):
+    if not (present := [token for token in control if token in text]):
         return text
-    return re.sub(f"(?=(?:{'|'.join(map(re.escape, found))}))(.)", rf"\1{mark}", text, flags=re.DOTALL)
+    return re.sub(f"(?=(?:{'|'.join(map(re.escape, present))}))(.)", rf"\1{mark}", text, flags=re.DOTALL)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -44,12 +44,13 @@ class JudgeCounts:
         self.total += grade or 0.0
 
     def clear(self) -> None:
+        """Set all counts to 0."""
         self.graded, self.unread, self.total = 0, 0, 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A Reward that is the grade of a judge model, or a mean of grade and rule reward.
+    """A Reward that is the weighted mean of a judge model's grade and the rule reward.
 
     fleet: the judge's engines. chat: the chat format of its model. config: `weight` is the grade's share of the reward.
     retries: how many engines may fail during one grading.
@@ -161,8 +162,8 @@ def read_grade(reply: str, verdict: str, best: float) -> float | None:
     verdict: a regular expression whose group must be one number, with or without `/BEST` after it. The last match
     counts, because judges reason before they grade.
     """
-    found = re.findall(verdict, reply)
-    grade, slash, out_of = found[-1].rstrip(AFTER_GRADE).partition("/") if found else ("", "", "")
+    matches = re.findall(verdict, reply)
+    grade, slash, out_of = matches[-1].rstrip(AFTER_GRADE).partition("/") if matches else ("", "", "")
     number = parse_number(grade.rstrip(AFTER_GRADE))
     if number is None or not 0 <= number <= best or (slash and parse_number(out_of) != best):
         return None

@@ -60,7 +60,7 @@ def parse_number(text: str) -> Fraction | None:
     if len(text) > LONGEST:
         return None
     text = _bare(text).replace("\u2212", "-")
-    text = _GROUPED.sub(lambda found: _SEPARATOR.sub("", found[0]), text)
+    text = _GROUPED.sub(lambda match: _SEPARATOR.sub("", match[0]), text)
     signed = _SIGNED.fullmatch(_FRACTION.sub(_as_ratio, text))
     if signed is None or (signed["sign"] and signed["inner"]):
         return None
@@ -72,7 +72,7 @@ def parse_number(text: str) -> Fraction | None:
 def _bare(text: str) -> str:
     """Return the text without surrounding pairs, special tokens at its ends, and a full stop."""
     if "<" in text:
-        text = _SPECIAL_TOKEN.sub(lambda found: "" if found.start() == 0 or found.end() == len(text) else " ? ", text)
+        text = _SPECIAL_TOKEN.sub(lambda match: "" if match.start() == 0 or match.end() == len(text) else " ? ", text)
     peeled = True
     while peeled and not text[-1:].isdigit():
         text = text.strip()
@@ -86,23 +86,23 @@ def _bare(text: str) -> str:
     return text
 
 
-def _as_ratio(found: re.Match[str]) -> str:
+def _as_ratio(match: re.Match[str]) -> str:
     r"""Return `\frac{3}{4}` and `¾` as `3/4`, after a space if a whole number comes before."""
-    if found["vulgar"]:
-        ratio = _VULGAR[found["vulgar"]]
+    if match["vulgar"]:
+        ratio = _VULGAR[match["vulgar"]]
     else:
-        ratio = f"{found['top']}/{found['bottom']}" if found["top"] else "/".join(found["short"])
-    return f"{found['whole']} {ratio}" if found["whole"] else ratio
+        ratio = f"{match['top']}/{match['bottom']}" if match["top"] else "/".join(match["short"])
+    return f"{match['whole']} {ratio}" if match["whole"] else ratio
 
 
 def _unsigned(text: str) -> Fraction | None:
-    if found := _PLAIN.fullmatch(text):
-        return Fraction(found[0])
-    if found := _POWER.fullmatch(text):
-        power = int((found["braced"] or found["bare"] or found["raised"]).translate(_AS_PLAIN))
-        return Fraction(found["mantissa"] or 1) * Fraction(10) ** power
-    if found := _RATIO.fullmatch(text):
-        whole, top, bottom = int(found["whole"] or 0), int(found["top"]), int(found["bottom"])
-        if bottom and (found["whole"] is None or top < bottom):
+    if match := _PLAIN.fullmatch(text):
+        return Fraction(match[0])
+    if match := _POWER.fullmatch(text):
+        power = int((match["braced"] or match["bare"] or match["raised"]).translate(_AS_PLAIN))
+        return Fraction(match["mantissa"] or 1) * Fraction(10) ** power
+    if match := _RATIO.fullmatch(text):
+        whole, top, bottom = int(match["whole"] or 0), int(match["top"]), int(match["bottom"])
+        if bottom and (match["whole"] is None or top < bottom):
             return whole + Fraction(top, bottom)
     return None

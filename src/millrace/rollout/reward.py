@@ -48,9 +48,9 @@ def final_number(text: str) -> Fraction | None:
     if not mark or len(tail) > LONGEST:
         return None
     number = parse_number(tail)
-    if number is None and (found := _UNIT.fullmatch(tail)):
-        unit = (found["latex"] or found["plain"]).casefold()
-        number = None if unit in _PARTS_OF_NUMBERS.split() else parse_number(found["number"] + found["closing"])
+    if number is None and (match := _UNIT.fullmatch(tail)):
+        unit = (match["latex"] or match["plain"]).casefold()
+        number = None if unit in _PARTS_OF_NUMBERS.split() else parse_number(match["number"] + match["closing"])
     return number
 
 
@@ -59,6 +59,6 @@ def rule_reward(text: str, answer: str) -> float:
 
     Raises DataError if `answer` is not a number.
     """
-    if (wanted := parse_number(answer)) is None:
+    if (expected := parse_number(answer)) is None:
         raise DataError(f"the answer {answer[:80]!r} is not a number, so no text can be compared with it")
-    return 1.0 if final_number(text) == wanted else 0.0
+    return 1.0 if final_number(text) == expected else 0.0

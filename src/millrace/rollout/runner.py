@@ -36,6 +36,7 @@ class ToolCounts:
     errors: int = 0
 
     def count(self, answer: ToolAnswer) -> None:
+        """Count a tool call by its answer."""
         self.calls += 1
         self.errors += answer.failed
 

@@ -12,7 +12,9 @@ from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
 class Runner(Protocol):
     """Runs one sample to its end, as `millrace.rollout.runner.SampleRunner` does."""
 
-    async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample: ...
+    async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
+        """Run a sample and return it. Exceptions end the whole rollout."""
+        ...
 
 
 @dataclass(slots=True)
@@ -109,7 +111,7 @@ class RolloutScheduler:
             if isinstance(result, asyncio.CancelledError):
                 sample_id = f"{running.group_id}-{index}"
                 result = Sample(
-                    sample_id, running.group_id, running.problem, SampleStatus.ABORTED, None, 0.0, "given up: too old"
+                    sample_id, running.group_id, running.problem, SampleStatus.ABORTED, None, 0.0, "cancelled: too old"
                 )
             elif isinstance(result, BaseException):
                 _cancel(running)

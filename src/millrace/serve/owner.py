@@ -46,8 +46,8 @@ class _Owner:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """Refuse requests without the fleet's key."""
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._key.encode()):
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(token.encode(), self._key.encode()):
             return web.Response(text="this route needs the fleet's key", status=401)
         return await handler(request)
 

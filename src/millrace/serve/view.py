@@ -84,9 +84,9 @@ class Observer:
         async with self._asking:
             if time.monotonic() - self._answered_at > FRESH_SECONDS:
                 living = [(fleet, m.name) for fleet, m in self._members if m.phase is not Phase.DEAD]
-                asked = [(name, fleet.engines[name]) for fleet, name in living if name in fleet.engines]
-                answers = await asyncio.gather(*(load_of(engine) for _, engine in asked))
-                self._answers = {name: answer for (name, _), answer in zip(asked, answers, strict=True)}
+                queried = [(name, fleet.engines[name]) for fleet, name in living if name in fleet.engines]
+                answers = await asyncio.gather(*(load_of(engine) for _, engine in queried))
+                self._answers = {name: answer for (name, _), answer in zip(queried, answers, strict=True)}
                 self._answered_at = time.monotonic()
             return self._answers
 

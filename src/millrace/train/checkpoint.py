@@ -65,8 +65,8 @@ def save(run_dir: Path, trainer: Trainer, extra: Mapping[str, object], *, keep: 
 
 def latest(run_dir: Path) -> Path | None:
     """Return the folder of a run's last complete checkpoint; None if there is none."""
-    found = _checkpoints(run_dir)
-    return found[-1] if found else None
+    folders = _checkpoints(run_dir)
+    return folders[-1] if folders else None
 
 
 def load_latest(run_dir: Path, trainer: Trainer) -> tuple[Path, dict[str, object]]:

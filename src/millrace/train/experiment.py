@@ -151,7 +151,7 @@ async def _engines(
     engines = config.engine.replicas + (config.judges.engine.replicas if config.judges is not None else 0)
     display.say(f"starting {engines} engine(s), whose logs are in {folder.logs}")
     async with (
-        shown(config.metrics if world.rank == 0 else None, event_log, display) as observer,
+        _observer(config.metrics if world.rank == 0 else None, event_log, display) as observer,
         shared(world, thread, start, event_log=event_log, seed=config.seed) as fleet,
     ):
         if not isinstance(fleet, Fleet):
@@ -196,7 +196,7 @@ async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Pa
 
 
 @asynccontextmanager
-async def shown(metrics: MetricsConfig | None, event_log: EventLog, display: Display) -> AsyncIterator[Observer]:
+async def _observer(metrics: MetricsConfig | None, event_log: EventLog, display: Display) -> AsyncIterator[Observer]:
     """Yield an observer of the engines, and serve its view at a port if the config names one."""
     observer = Observer(event_log)
     if metrics is None:

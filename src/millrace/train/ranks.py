@@ -137,9 +137,9 @@ class Ranks:
         if self.owned is None:
             await self.thread.run(follow, weights())
             return
-        with leading(weights(), self.owned.dtypes) if self.world.size > 1 else nullcontext(weights) as whole:
+        with leading(weights(), self.owned.dtypes) if self.world.size > 1 else nullcontext(weights) as source:
             await self.owned.publish(
-                whole,
+                source,
                 version,
                 bucket_bytes=config.bucket_bytes,
                 deadline=config.timeout,
@@ -163,14 +163,14 @@ class Ranks:
         weighted = [(getattr(metrics, name) or 0.0) * getattr(metrics, over) for name, over in MEANS.items()]
         summed = await self.sums(*(getattr(metrics, name) for name in SUMS), *weighted)
         counted = {name: type(getattr(metrics, name))(value) for name, value in zip(SUMS, summed, strict=False)}
-        whole = asdict(metrics) | counted
+        combined = asdict(metrics) | counted
         for (name, over), value in zip(MEANS.items(), summed[len(SUMS) :], strict=True):
-            whole[name] = value / whole[over] if whole[over] else None
-        return StepMetrics(**whole)
+            combined[name] = value / combined[over] if combined[over] else None
+        return StepMetrics(**combined)
 
     async def counts(self, counts: SampleCounts) -> SampleCounts:
         """Return the sample counts of all ranks together."""
         asked, *ended = await self.sums(counts.asked, *(counts.ended[status] for status in SampleStatus))
-        whole = SampleCounts(int(asked))
-        whole.ended.update({status: int(count) for status, count in zip(SampleStatus, ended, strict=True)})
-        return whole
+        total = SampleCounts(int(asked))
+        total.ended.update({status: int(count) for status, count in zip(SampleStatus, ended, strict=True)})
+        return total

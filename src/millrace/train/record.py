@@ -114,14 +114,17 @@ class RunFolder:
 
     @property
     def metrics_path(self) -> Path:
+        """The file with one StepMetrics a line."""
         return self.path / "metrics.jsonl"
 
     @property
     def events_path(self) -> Path:
+        """The file of the fleet's events, as this rank sees them."""
         return self.path / f"events{self._of_rank}.jsonl"
 
     @property
     def logs(self) -> Path:
+        """The folder of the engines' logs."""
         return self.path / "logs"
 
     def add_metrics(self, metrics: StepMetrics) -> None:

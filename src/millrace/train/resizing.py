@@ -37,9 +37,9 @@ async def _follow(fleet: Fleet, config: RunConfig, reload: Callable[[], RunConfi
         await signalled.wait()
         signalled.clear()
         try:
-            wanted = reload()
-            require_only_replicas(config, wanted)
-            await bring_to(fleet, wanted.engine.replicas)
+            reloaded = reload()
+            require_only_replicas(config, reloaded)
+            await bring_to(fleet, reloaded.engine.replicas)
         except MillraceError as error:
             logger.error("the new settings were not applied, and the run continues unchanged: %s", error)
 
@@ -47,12 +47,12 @@ async def _follow(fleet: Fleet, config: RunConfig, reload: Callable[[], RunConfi
 def require_only_replicas(before: RunConfig, after: RunConfig) -> None:
     """Raise ConfigError if anything but `engine.replicas` has changed."""
     engine = before.engine.model_copy(update={"replicas": after.engine.replicas})
-    alike = before.model_copy(update={"engine": engine})
-    changed = [name for name in RunConfig.model_fields if getattr(alike, name) != getattr(after, name)]
+    expected = before.model_copy(update={"engine": engine})
+    changed = [name for name in RunConfig.model_fields if getattr(expected, name) != getattr(after, name)]
     if changed:
         raise ConfigError(
-            f"only engine.replicas can change during a run, but {', '.join(changed)} has changed; restart with --resume "
-            "to apply all changes"
+            f"only engine.replicas can change during a run, but {', '.join(changed)} has changed; restart with "
+            "--resume to apply all changes"
         )
 
 
