@@ -33,7 +33,7 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
             raise ArgumentError(f"{name} is a mapping without input_ids; pass the token ids")
         return token_ids(name, value["input_ids"])
     if isinstance(value, str | bytes):
-        raise ArgumentError(f"{name} is text, {shown(value)}; pass its token ids, as the model's tokenizer makes them")
+        raise ArgumentError(f"{name} is text, {shown(value)}; pass its token ids, which the model's tokenizer returns")
     rows = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(rows, Sequence):
         raise ArgumentError(
@@ -42,7 +42,7 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
     if rows and _is_row(rows[0]):
         if len(rows) > 1:
             raise ArgumentError(
-                f"{name} holds {len(rows)} prompts; a request has one, so make a request for each of them"
+                f"{name} holds {len(rows)} prompts; a request has one prompt, so send a request for each of them"
             )
         return token_ids(name, rows[0])
     return tuple(_token(name, index, token) for index, token in enumerate(rows))
@@ -75,7 +75,9 @@ def text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ArgumentError(f"{name} must be text, and is {shown(value)} ({type(value).__name__})")
     if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ArgumentError(f"{name} has half a character (a surrogate) in it, which no engine takes: {value!a:.80}")
+        raise ArgumentError(
+            f"{name} contains half a character (a lone surrogate), which JSON can't carry: {value!a:.80}"
+        )
     return value
 
 

@@ -73,7 +73,7 @@ def _indexed(folder: Path) -> Mapping[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file, names in wanted.items():
         if not file.is_file():
-            raise DataError(f"{file} is missing; {path.name} names it")
+            raise DataError(f"{file} is missing, but {path.name} lists it")
         held = _read(file)
         if lacking := [name for name in names if name not in held]:
             raise DataError(f"{file} has no tensor {lacking[0]}, which {path.name} places there")
@@ -101,7 +101,7 @@ def _read(path: Path) -> dict[str, StoredTensor]:
             raise ValueError("its data are cut off")
         return tensors
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not a whole safetensors file: {error}") from error
+        raise DataError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 def to_disk(path: Path) -> None:

@@ -92,7 +92,7 @@ class SamplingParams:
 
     Raises ArgumentError if an argument has the wrong type.
 
-        SamplingParams(max_new_tokens=256, temperature=0.7, seed=1)
+    >>> SamplingParams(max_new_tokens=256, temperature=0.7, seed=1)
     """
 
     max_new_tokens: int
@@ -126,7 +126,7 @@ class GenerateRequest:
     Raises ArgumentError if an argument has the wrong type. Ids outside the model's vocabulary raise EngineRefused when
     the request is sent.
 
-        GenerateRequest("sample-7/0", tokenizer(prompt)["input_ids"], SamplingParams(max_new_tokens=256))
+    >>> GenerateRequest("sample-7/0", tokenizer(prompt)["input_ids"], SamplingParams(max_new_tokens=256))
     """
 
     request_id: str
@@ -206,7 +206,11 @@ class Generation:
 
     output_ids: [T] token ids, without the prompt. logprobs: [T] float32, the natural logarithm of each token's
     probability. version_spans: which weight versions made the tokens; they cover 0:T in order, without a gap.
-    prompt_tokens: the length of the prompt. cached_tokens: how many of these were in the engine's prefix cache.
+    prompt_tokens: the length of the prompt. cached_tokens: how many of these were in the engine's prefix cache. extra:
+    fields of the engine's answer that Millrace does not use.
+
+    >>> generation = await fleet.generate(request, deadline=60)
+    >>> tokenizer.decode(generation.output_ids), generation.logprobs.mean()
     """
 
     request_id: str
@@ -317,7 +321,7 @@ class LoraConfig:
 
     Raises ArgumentError if an argument has the wrong type.
 
-        LoraConfig(rank=16, alpha=32.0, target_modules=("q_proj", "v_proj"))
+    >>> LoraConfig(rank=16, alpha=32.0, target_modules=("q_proj", "v_proj"))
     """
 
     rank: int

@@ -57,9 +57,9 @@ class RolloutBuffer:
     problems: repeated without end, in an order that depends on `seed`. position: where in this order to start. version:
     the weight version that the trainer has published last. prefix: of the group ids.
 
-        async with RolloutScheduler(runner, policy.samples_per_group) as scheduler:
-            buffer = RolloutBuffer(scheduler, problems, policy, seed=0, position=0, version=1)
-            batch = await buffer.take(1, on_progress=print)
+    >>> async with RolloutScheduler(runner, policy.samples_per_group) as scheduler:
+    ...     buffer = RolloutBuffer(scheduler, problems, policy, seed=0, position=0, version=1)
+    ...     batch = await buffer.take(1, on_progress=print)
     """
 
     def __init__(

@@ -132,7 +132,7 @@ def check_chat_format(
         before, after = turn.around(["17"])
         after_ids = encode(tokenizer, after)
         if encode(tokenizer, before + after) != encode(tokenizer, before) + after_ids:
-            raise DataError("the tokens of a turn change with what follows it; its turns can't be appended to")
+            raise DataError("the tokens of a turn depend on the text after it, so turns can't be appended")
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     return ChatFormat(template, after_ids[0], reasoning, control, turn)
@@ -146,7 +146,7 @@ def check_prompt_format(
     Raises DataError, whose message starts with `name`.
     """
     if not isinstance(tokenizer.eos_token_id, int):
-        raise DataError(f"{name}: the tokenizer names no end-of-sequence token, which ends a turn")
+        raise DataError(f"{name}: the tokenizer has no end-of-sequence token, which must end each turn")
     template = ChatTemplate(tokenizer, (), template_kwargs or {})
     try:
         _check_kwargs(template)

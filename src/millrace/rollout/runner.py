@@ -45,8 +45,8 @@ class ToolCounts:
 class SampleRunner:
     """Runs samples on a fleet, with the settings that all samples share.
 
-        runner = SampleRunner(fleet, chat, tools, limits, sampling, timeout=300.0, retries=3)
-        sample = await runner.run("problem-7-0", "problem-7", problem)
+    >>> runner = SampleRunner(fleet, chat, tools, limits, sampling, timeout=300.0, retries=3)
+    >>> sample = await runner.run("problem-7-0", "problem-7", problem)
 
     timeout: seconds for one sample, without the time in which the fleet sleeps. retries: how many engine failures one
     sample survives. partial: whether a sample keeps its tokens when an engine fails, and another engine continues it.

@@ -41,9 +41,9 @@ class RolloutScheduler:
     It is an async context manager. At its end, running samples are cancelled, and their requests are aborted on the
     engines.
 
-        async with RolloutScheduler(runner, samples_per_group=8) as scheduler:
-            scheduler.start([("group-0", problem)], version=1)
-            group = await scheduler.next_group()
+    >>> async with RolloutScheduler(runner, samples_per_group=8) as scheduler:
+    ...     scheduler.start([("group-0", problem)], version=1)
+    ...     group = await scheduler.next_group()
     """
 
     def __init__(self, runner: Runner, samples_per_group: int) -> None:

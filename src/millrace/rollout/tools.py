@@ -38,12 +38,12 @@ class Tool(ABC):
 
     One instance serves all samples at the same time, so `call` must not keep state between calls.
 
-        class Clock(Tool):
-            name = "clock"
-            schema = {"type": "function", "function": {"name": "clock", "description": "Returns the time."}}
-
-            async def call(self, arguments: Mapping[str, object]) -> str:
-                return time.strftime("%H:%M")
+    >>> class Clock(Tool):
+    ...     name = "clock"
+    ...     schema = {"type": "function", "function": {"name": "clock", "description": "Returns the time."}}
+    ...
+    ...     async def call(self, arguments):
+    ...         return time.strftime("%H:%M")
     """
 
     name: str

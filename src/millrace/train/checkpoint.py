@@ -86,7 +86,7 @@ def load_latest(run_dir: Path, trainer: Trainer) -> tuple[Path, dict[str, object
             continue
         _on_rank_0(trainer.world, lambda: _set_aside(damaged))
         if first is not None and trainer.world.rank == 0:
-            logger.warning("%s; resuming from %s, the one before", first, folder)
+            logger.warning("%s; resuming from the earlier checkpoint %s", first, folder)
         return folder, extra
     raise first or CheckpointError(f"{run_dir} has no checkpoint")
 
@@ -103,7 +103,7 @@ def load(folder: Path, trainer: Trainer) -> dict[str, object]:
     try:
         state = json.loads((folder / STATE_FILE).read_bytes())
         if state["format"] != FORMAT:
-            raise CheckpointError(f"checkpoint {folder} has format {state['format']}; this Millrace reads {FORMAT}")
+            raise CheckpointError(f"checkpoint {folder} has format {state['format']}; this version reads {FORMAT}")
         step, extra = int(state["step"]), dict(state["extra"])
         with _no_process_group_is_fine():
             dcp.load(_tensors(trainer), checkpoint_id=folder, no_dist=world.size == 1)

@@ -86,7 +86,7 @@ def one_line(m: StepMetrics) -> str:
         f"rollout {m.rollout_seconds:.2f} s, "
         + (f"judge {m.judge_seconds:.2f} s, " if m.judge_seconds else "")
         + f"train {m.train_seconds:.2f} s, publish {m.publish_seconds:.2f} s"
-        + (f", asleep {m.freed_gib:.2f} GiB less" if m.freed_gib else "")
+        + (f", sleep freed {m.freed_gib:.2f} GiB" if m.freed_gib else "")
     )
 
 

@@ -149,7 +149,7 @@ async def _engines(
         )
 
     engines = config.engine.replicas + (config.judges.engine.replicas if config.judges is not None else 0)
-    display.say(f"starting {engines} engine(s), whose logs are in {folder.logs}")
+    display.say(f"starting {engines} engine(s); their logs are in {folder.logs}")
     async with (
         _observer(config.metrics if world.rank == 0 else None, event_log, display) as observer,
         shared(world, thread, start, event_log=event_log, seed=config.seed) as fleet,
