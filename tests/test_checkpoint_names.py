@@ -83,7 +83,7 @@ def test_a_folder_without_the_base_models_prefix_keeps_its_names(tmp_path: Path)
 
 def test_a_model_that_transformers_does_not_know_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
-    with pytest.raises(DataError, match="transformers can't make the model"):
+    with pytest.raises(DataError, match="transformers can't create the model"):
         read_names(tmp_path, None)
 
 

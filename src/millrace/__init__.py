@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that `import millrace` takes a few milliseconds.
-_HOMES = {
+# The module of each public name. It is imported on first use, so `import millrace` takes a few milliseconds.
+_MODULES = {
     "LoraConfig": "millrace.types",
     "EmbeddedEngineConfig": "millrace.config.models",
     "Fleet": "millrace.fleet.fleet",
@@ -47,6 +47,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'millrace' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,7 +1,7 @@
-"""What callers pass, as the plain values that requests are made of. Pure, without torch and without an engine.
+"""Checks and conversions for the arguments of public calls. Pure functions that don't import torch.
 
-Callers have lists, arrays, tensors and NumPy's numbers. Each becomes the one form that every engine takes, or an
-ArgumentError that names the argument.
+Callers pass lists, arrays, tensors and NumPy numbers. Each function returns the plain Python value that engines take,
+or raises an ArgumentError that names the argument.
 """
 
 import math
@@ -16,13 +16,16 @@ from typing import Any
 
 from millrace.errors import ArgumentError
 
-TEXT_SHOWN = 60  # characters of a wrong value
+TEXT_SHOWN = 60  # characters of a wrong value that an error message quotes
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
 
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """The token ids in a list, a tuple, an array or tensor of integers (also on a device, also [1, T]), or a mapping
-    with `input_ids` such as a BatchEncoding. Raises ArgumentError for anything else."""
+    """Return token ids as a tuple.
+
+    `value` is a list, a tuple, or an array or tensor of integers of shape [T] or [1, T] (also on a GPU), or a mapping
+    with `input_ids` such as a BatchEncoding. Raises ArgumentError for anything else.
+    """
     if type(value) is tuple and set(map(type, value)) <= {int}:
         return value
     if isinstance(value, Mapping):
@@ -30,7 +33,7 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
             raise ArgumentError(f"{name} is a mapping without input_ids; pass the token ids")
         return token_ids(name, value["input_ids"])
     if isinstance(value, str | bytes):
-        raise ArgumentError(f"{name} is text, {shown(value)}; pass its token ids, as the model's tokenizer makes them")
+        raise ArgumentError(f"{name} is text, {shown(value)}; pass its token ids, which the model's tokenizer returns")
     rows = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(rows, Sequence):
         raise ArgumentError(
@@ -39,64 +42,66 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
     if rows and _is_row(rows[0]):
         if len(rows) > 1:
             raise ArgumentError(
-                f"{name} holds {len(rows)} prompts; a request has one, so make a request for each of them"
+                f"{name} holds {len(rows)} prompts; a request has one prompt, so send a request for each of them"
             )
         return token_ids(name, rows[0])
-    return tuple(_token(name, place, token) for place, token in enumerate(rows))
+    return tuple(_token(name, index, token) for index, token in enumerate(rows))
 
 
 def whole(name: str, value: Any) -> int:
-    """An integer of Python or NumPy."""
-    found = _index(value)
-    if found is None:
+    """Return an integer of Python or NumPy as `int`. Raises ArgumentError for anything else."""
+    integer = _index(value)
+    if integer is None:
         raise ArgumentError(f"{name} must be an integer, and is {shown(value)} ({type(value).__name__})")
-    return found
+    return integer
 
 
 def real(name: str, value: Any) -> float:
-    """A number of Python or NumPy. NaN is refused, infinity is not."""
+    """Return a number of Python or NumPy as `float`. Raises ArgumentError for anything else, and for NaN."""
     if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
         raise ArgumentError(f"{name} must be a number, and is {shown(value)} ({type(value).__name__})")
     return float(value)
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, of Python or NumPy."""
+    """Return a truth value of Python or NumPy as `bool`. Raises ArgumentError for anything else."""
     if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):  # NumPy's, by either name
         raise ArgumentError(f"{name} must be True or False, and is {shown(value)} ({type(value).__name__})")
     return bool(value)
 
 
 def text(name: str, value: Any) -> str:
-    """Text that JSON can carry."""
+    """Return a string that JSON can carry. Raises ArgumentError for anything else, and for lone surrogates."""
     if not isinstance(value, str):
         raise ArgumentError(f"{name} must be text, and is {shown(value)} ({type(value).__name__})")
     if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ArgumentError(f"{name} has half a character (a surrogate) in it, which no engine takes: {value!a:.80}")
+        raise ArgumentError(
+            f"{name} contains half a character (a lone surrogate), which JSON can't carry: {value!a:.80}"
+        )
     return value
 
 
 def mapping(name: str, value: Any) -> Mapping[str, Any]:
-    """A mapping with text as keys."""
+    """Return a mapping whose keys are strings. Raises ArgumentError for anything else."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ArgumentError(f"{name} must be a mapping with names as keys, and is {shown(value)}")
     return value
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
-    """Several texts. One text alone would be taken for its letters, so it is refused."""
+    """Return an iterable of strings as a tuple. Raises ArgumentError for anything else, and for a single string."""
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise ArgumentError(f"{name} must be a list of texts, and is {shown(value)}; write [{shown(value)}]")
-    return tuple(text(f"{name}[{place}]", one) for place, one in enumerate(value))
+    return tuple(text(f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
 def path(name: str, value: Any) -> Path:
-    """A path, as text or as any kind of path, expanded."""
+    """Return a path, expanded as by `expand`. Raises ArgumentError if it is empty or neither text nor a path."""
     return Path(location(name, value))
 
 
 def location(name: str, value: Any) -> str:
-    """A path, expanded, or a URL, as text."""
+    """Return a path or a URL as text, expanded as by `expand`. Raises ArgumentError as `path` does."""
     if not isinstance(value, str | PathLike) or not str(value):
         raise ArgumentError(f"{name} must be a path, and is {shown(value)} ({type(value).__name__})")
     try:
@@ -106,13 +111,13 @@ def location(name: str, value: Any) -> str:
 
 
 def expand(path: str) -> str:
-    """The path with a `~` at its start and every `$NAME` and `${NAME}` replaced. A URL keeps all else as it is.
+    """Return the path with `~` at its start and every `$NAME` and `${NAME}` replaced. The rest stays unchanged.
 
-    Raises ValueError for a variable that is not set, and for a user whose home folder is not known.
+    Raises ValueError if a variable is not set, or a user's home folder is not known.
     """
 
-    def value_of(found: re.Match[str]) -> str:
-        name = found[1] or found[2]
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
         if name not in os.environ:
             raise ValueError(f"the environment variable {name} in {path} is not set")
         return os.environ[name]
@@ -126,7 +131,7 @@ def expand(path: str) -> str:
 
 
 def shown(value: object) -> str:
-    """The value as Python writes it, on one line and cut to TEXT_SHOWN characters."""
+    """Return the value's repr in ASCII, on one line and cut to TEXT_SHOWN characters."""
     written = " ".join(ascii(value).split())
     return written if len(written) <= TEXT_SHOWN else f"{written[:TEXT_SHOWN]}..."
 
@@ -136,15 +141,15 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes) if dimensions is None else dimensions > 0
 
 
-def _token(name: str, place: int, value: Any) -> int:
-    found = _index(value)
-    if found is None:
-        raise ArgumentError(f"{name}[{place}] is {shown(value)} ({type(value).__name__}); token ids are integers")
-    return found
+def _token(name: str, index: int, value: Any) -> int:
+    integer = _index(value)
+    if integer is None:
+        raise ArgumentError(f"{name}[{index}] is {shown(value)} ({type(value).__name__}); token ids are integers")
+    return integer
 
 
 def _index(value: Any) -> int | None:
-    """The integer, or None for anything else. A truth value of Python, NumPy or torch is not an integer here."""
+    """Return the integer, or None for anything else, truth values of Python, NumPy and torch included."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):

@@ -1,8 +1,9 @@
-"""What a model's tensors are called in its checkpoint.
+"""The map from a model's tensors in memory to the tensors of its checkpoint.
 
-In memory transformers renames and fuses: the experts of a layer are one tensor, `mlp.experts.gate_up_proj`, where the
-checkpoint has `mlp.experts.0.gate_proj.weight` and so on. transformers' own tables say what becomes of what, as they do
-for `from_pretrained` and `save_pretrained`. Stock engines know the checkpoint's names only.
+transformers renames and fuses tensors when it loads a model: the experts of a layer become one tensor,
+`mlp.experts.gate_up_proj`, while the checkpoint has `mlp.experts.0.gate_proj.weight` and so on. The map comes from the
+conversion tables of transformers that `from_pretrained` and `save_pretrained` use. Stock engines know the checkpoint's
+names only.
 """
 
 import re
@@ -28,30 +29,31 @@ from millrace.model_folder import INDEX
 
 Shape = tuple[int, ...]
 
-# Buffers that older checkpoints store and newer models compute; `from_pretrained` passes over them as well.
+# Buffers that older checkpoints store and newer models compute. `from_pretrained` ignores them too.
 COMPUTED = r"(^|\.)(rotary_emb\.inv_freq|position_ids)$"
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A checkpoint's tensor as a part of a contiguous tensor of the model. `offset` and `stride` count elements."""
+    """A checkpoint tensor as a view of a contiguous model tensor. `offset` and `stride` count elements."""
 
     shape: Shape
     stride: Shape
     offset: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This part of `tensor`, which is contiguous, without a copy."""
+        """Return this view of `tensor`, which must be contiguous. Nothing is copied."""
         return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tensors of the model and the tensors of the checkpoint that are made of them.
+    """Model tensors that are converted together, and the checkpoint tensors that they become.
 
-    sources, shapes: the shapes of the former and of the latter, by name. views: the checkpoint's tensors as parts of
-    the one source; None where they are computed. renamed: the one source is a whole tensor of the checkpoint, under the
-    same name or another."""
+    sources: the shapes of the model tensors, by name. shapes: the shapes of the checkpoint tensors, by name. views: the
+    checkpoint tensors as views of the single source; None if they must be computed. renamed: the single source is one
+    whole checkpoint tensor, under the same or another name.
+    """
 
     sources: Mapping[str, Shape]
     shapes: Mapping[str, Shape]
@@ -60,15 +62,17 @@ class Group:
 
     @property
     def names(self) -> Collection[str]:
+        """The names of the checkpoint tensors."""
         return self.shapes.keys()
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointNames:
-    """A model's tensors, by the names of its `state_dict()`, and what they are in its checkpoint.
+    """The map from the tensors of a model's `state_dict()` to the tensors of its checkpoint.
 
-    groups: the group of each tensor. tied: for each tied tensor, the name of the tensor that it shares. buffers: the
-    tensors that no optimizer trains."""
+    groups: the conversion group of each model tensor, by name. tied: the name of the tensor that each tied tensor
+    shares. buffers: the names of tensors that no optimizer trains.
+    """
 
     model: PreTrainedModel
     groups: Mapping[str, Group]
@@ -76,19 +80,23 @@ class CheckpointNames:
     buffers: frozenset[str]
 
     def passes_over(self, name: str) -> bool:
-        """Whether the model's class ignores a tensor of that name in a checkpoint: a buffer that it computes, or a part
-        that it does not have (a speculative head)."""
+        """Return whether the model's class ignores a checkpoint tensor of this name.
+
+        It does so for a buffer that it computes, and for a part that it lacks, such as a speculative head.
+        """
         declared = self.model._keys_to_ignore_on_load_unexpected or ()
         return any(re.search(pattern, name) for pattern in (*declared, COMPUTED))
 
     def views(self, name: str) -> Mapping[str, View]:
-        """The checkpoint's tensors that are parts of the model's tensor `name`. Only the tensor itself where they are
-        computed."""
+        """Return the checkpoint tensors that are views of the model tensor `name`, by name.
+
+        If they must be computed, the result has only the model tensor itself.
+        """
         group = self.groups[name]
         return group.views if group.views is not None else {name: _whole(group.sources[name])}
 
     def convert(self, group: Group, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The checkpoint's tensors, from those of `group.sources` in their order."""
+        """Return the checkpoint tensors of a group. `tensors` are those of `group.sources`, in this order."""
         if group.views is not None:
             whole = tensors[0].detach().contiguous()
             return {name: view.of(whole) for name, view in group.views.items()}
@@ -96,8 +104,10 @@ class CheckpointNames:
 
 
 def read_names(folder: Path, stored: Collection[str] | None) -> CheckpointNames:
-    """The names of the model whose config is in `folder`; its weights are neither read nor made. `stored` are the names
-    of the tensors in the folder, None where it has none. Raises DataError where transformers does not know the model.
+    """Return the names of the model whose config is in `folder`, without reading or allocating its weights.
+
+    stored: the names of the tensors in the folder; None if it has none. Raises DataError if transformers can't create
+    the model.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -105,28 +115,28 @@ def read_names(folder: Path, stored: Collection[str] | None) -> CheckpointNames:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config) if kind is None else kind._from_config(config)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise DataError(f"transformers can't make the model in {folder}: {error}") from error
+        raise DataError(f"transformers can't create the model in {folder}: {error}") from error
     return names_of(model, stored)
 
 
 def names_of(model: PreTrainedModel, stored: Collection[str] | None) -> CheckpointNames:
-    """The names of `model`, as in `read_names`; its tensors may be on the meta device."""
+    """Return the names of `model`, as `read_names` does. Its tensors may be on the meta device."""
     state: dict[str, torch.Tensor] = model.state_dict()
     metas = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
-    placed: dict[str, str] = {}
-    if stored is None:  # as `save_pretrained` does it for a model that was not loaded
+    stored_names: dict[str, str] = {}
+    if stored is None:  # the conversions that `save_pretrained` uses for a model that was not loaded
         conversions = get_model_conversion_mapping(model, add_legacy=False)
-        model._weight_conversions = [one for one in conversions if not isinstance(one, PrefixChange)]
+        model._weight_conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
     else:
-        placed = _note_conversions(model, stored, state)
+        stored_names = _note_conversions(model, stored, state)
     renamed, together = _grouped(model, list(state))
     groups = {
-        old: _group({old: metas[old]}, {placed.get(old, new): metas[old]}, by_views=True, renamed=True)
+        old: _group({old: metas[old]}, {stored_names.get(old, new): metas[old]}, by_views=True, renamed=True)
         for old, new in renamed.items()
     }
     for group in _converted(model, metas, together):
-        spelled = group if stored is None else _spelled(group, stored, f"{model.base_model_prefix}.")
-        groups |= dict.fromkeys(group.sources, spelled)
+        renamed_group = group if stored is None else _with_stored_names(group, stored, f"{model.base_model_prefix}.")
+        groups |= dict.fromkeys(group.sources, renamed_group)
     tied = {
         target: source
         for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items()
@@ -137,8 +147,11 @@ def names_of(model: PreTrainedModel, stored: Collection[str] | None) -> Checkpoi
 
 
 def load_config(folder: str | Path) -> Any:
-    """The model's config. With it, `from_pretrained(folder, config=...)` reads the files that the index names, as stock
-    engines do. Without it, transformers prefers a `model.safetensors` in the same folder."""
+    """Return the model's config, for `from_pretrained(folder, config=...)`.
+
+    With this config, transformers reads the files that the index names, as stock engines do. Without it, transformers
+    prefers a `model.safetensors` in the same folder.
+    """
     config = AutoConfig.from_pretrained(folder)
     if (Path(folder) / INDEX).is_file():
         config.transformers_weights = INDEX
@@ -148,32 +161,34 @@ def load_config(folder: str | Path) -> Any:
 def _note_conversions(
     model: PreTrainedModel, stored: Collection[str], state: Mapping[str, torch.Tensor]
 ) -> dict[str, str]:
-    """Sets on the model the conversions that loading these names would use, as `from_pretrained` does: experts that the
-    folder stores fused are not split when they are written. Returns the stored name of each tensor that is only
-    renamed, by the model's name."""
+    """Set on the model the conversions that loading the stored names would use, as `from_pretrained` does.
+
+    So experts that the folder stores fused are not split when they are written. Returns the stored name of each tensor
+    that is only renamed, by its name in the model.
+    """
     conversions = get_model_conversion_mapping(model)
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    renamings = [one for one in conversions if not isinstance(one, WeightConverter)]
-    placed: dict[str, str] = {}
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
+    stored_names: dict[str, str] = {}
     for name in sorted(stored):
         new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if new not in state and name in state:
             new, pattern = name, None
         if new in state and pattern is None:
-            placed[new] = name
-    model._weight_conversions = [one for one in conversions if one.was_used()]
-    return placed
+            stored_names[new] = name
+    model._weight_conversions = [c for c in conversions if c.was_used()]
+    return stored_names
 
 
 def _grouped(model: PreTrainedModel, names: Sequence[str]) -> tuple[dict[str, str], list[list[str]]]:
-    """The checkpoint's names of the tensors that are only renamed, and which of the others are converted together."""
+    """Return the checkpoint names of tensors that are only renamed, and the lists of tensors converted together."""
     backward = [conversion.reverse_transform() for conversion in model._weight_conversions[::-1]]
-    converters = [one for one in backward if isinstance(one, WeightConverter)]
-    renamings = [one for one in backward if not isinstance(one, WeightConverter)]
+    converters = [c for c in backward if isinstance(c, WeightConverter)]
+    renamings = [c for c in backward if not isinstance(c, WeightConverter)]
     renamed: dict[str, str] = {}
     together: dict[str, list[str]] = {}
     for name in names:
-        key = next((new for new, pattern in (one.rename_source_key(name) for one in converters) if pattern), None)
+        key = next((new for new, pattern in (c.rename_source_key(name) for c in converters) if pattern), None)
         if key is not None:
             together.setdefault(key, []).append(name)
             continue
@@ -187,8 +202,11 @@ def _grouped(model: PreTrainedModel, names: Sequence[str]) -> tuple[dict[str, st
 def _converted(
     model: PreTrainedModel, metas: Mapping[str, torch.Tensor], together: Sequence[Sequence[str]]
 ) -> Iterator[Group]:
-    """Asks transformers what it makes of tensors of these shapes: once for all of them, and again group by group if it
-    makes tensors that are not parts of a single one."""
+    """Yield the groups of tensors that transformers converts together.
+
+    transformers converts meta tensors of these shapes: all of them in one call, and again group by group if some
+    results are not views of a single source.
+    """
     owners = {_storage(metas[name]): name for names in together for name in names}
     parts: dict[str | None, dict[str, torch.Tensor]] = {}
     for name, tensor in _reverted(model, {name: metas[name] for name in owners.values()}).items():
@@ -196,18 +214,18 @@ def _converted(
     for names in together:
         sources = {name: metas[name] for name in names}
         by_views = len(names) == 1 and None not in parts
-        made = parts[names[0]] if by_views else _reverted(model, sources)
-        yield _group(sources, made, by_views=by_views, renamed=False)
+        targets = parts[names[0]] if by_views else _reverted(model, sources)
+        yield _group(sources, targets, by_views=by_views, renamed=False)
 
 
 def _group(
-    sources: Mapping[str, torch.Tensor], made: Mapping[str, torch.Tensor], *, by_views: bool, renamed: bool
+    sources: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], *, by_views: bool, renamed: bool
 ) -> Group:
     views = {
         name: View(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
-        for name, tensor in made.items()
+        for name, tensor in targets.items()
     }
-    shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
     return Group(
         {name: tuple(tensor.shape) for name, tensor in sources.items()}, shapes, views if by_views else None, renamed
     )
@@ -221,27 +239,27 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _spelled(group: Group, stored: Collection[str], prefix: str) -> Group:
-    """The group with the names that the folder has, which may lack the base model's prefix, or have it."""
+def _with_stored_names(group: Group, stored: Collection[str], prefix: str) -> Group:
+    """Return the group with the names that the folder uses: they may have the base model's prefix or lack it."""
 
-    def spelled(name: str) -> str:
+    def stored_name(name: str) -> str:
         other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
         return other if name not in stored and other in stored else name
 
-    shapes = {spelled(name): shape for name, shape in group.shapes.items()}
-    views = None if group.views is None else {spelled(name): view for name, view in group.views.items()}
+    shapes = {stored_name(name): shape for name, shape in group.shapes.items()}
+    views = None if group.views is None else {stored_name(name): view for name, view in group.views.items()}
     return Group(group.sources, shapes, views, renamed=False)
 
 
 class _InPlace(TorchFunctionMode):
-    """transformers makes the parts of a tensor contiguous, by copies; here they stay where they are."""
+    """Turns `Tensor.contiguous` into a no-op: transformers would copy the parts of a tensor to make them contiguous."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
 
 
 def _reverted(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `save_pretrained` would write of these tensors."""
+    """Return the tensors that `save_pretrained` would write for these model tensors."""
     with _InPlace():
-        made: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(tensors))
-    return made
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(tensors))
+    return reverted

@@ -1,10 +1,10 @@
-"""What can go wrong, as one small tree. A message says what failed, on which engine, and what to do."""
+"""The exceptions that Millrace raises. Each message says what failed, on which engine, and what to do."""
 
 from collections.abc import Sequence
 
 
 class MillraceError(Exception):
-    """The root: whoever catches this catches all that Millrace raises on purpose."""
+    """The base class of all exceptions that Millrace raises deliberately."""
 
 
 class ConfigError(MillraceError):
@@ -12,23 +12,23 @@ class ConfigError(MillraceError):
 
 
 class ArgumentError(MillraceError, ValueError):
-    """An argument of a call has the wrong type or makes no sense. The message names it and says what to pass."""
+    """An argument of a call has the wrong type or an invalid value. The message names it and says what to pass."""
 
 
 class DataError(MillraceError):
-    """A data file, a model folder or a tokenizer is missing or is not what it should be."""
+    """A data file, a model folder or a tokenizer is missing or invalid."""
 
 
 class CheckpointError(MillraceError):
-    """A checkpoint could not be written or read. The one before it is whole."""
+    """A checkpoint could not be written or read. Earlier checkpoints are intact."""
 
 
 class LaunchError(MillraceError):
-    """A server did not come up. The message ends with the last lines of its own log."""
+    """A server did not start. The message ends with the last lines of the server's log."""
 
 
 class EngineError(MillraceError):
-    """Something about one engine. `engine` is its name."""
+    """The base class of errors that concern one engine. `engine` is its name."""
 
     def __init__(self, engine: str, message: str) -> None:
         super().__init__(f"engine {engine}: {message}")
@@ -36,7 +36,10 @@ class EngineError(MillraceError):
 
 
 class EngineUnreachable(EngineError):
-    """No connection, or it broke before an answer came. `sent` tells whether the server may have seen the request."""
+    """The connection failed, or it broke before the answer arrived.
+
+    `sent` is True if the server may have received the request.
+    """
 
     def __init__(self, engine: str, message: str, *, sent: bool) -> None:
         super().__init__(engine, message)
@@ -48,13 +51,15 @@ class EngineTimeout(EngineError):
 
 
 class EngineRefused(EngineError):
-    """The server answered that it will not (HTTP 4xx), or Millrace refused for it what would have crashed it."""
+    """The server refused the request (HTTP 4xx), or Millrace refused it because it would crash the server."""
 
 
 class LocalError(EngineError):
-    """This process lacked something that the call needed: a file descriptor, memory, disk space, a port, an answer of
-    the name service. The error says nothing about the engine, which is neither suspected nor restarted. `sent` is
-    whether the server may have seen the request."""
+    """This process lacked something that the call needed: a file descriptor, memory, disk space, a port or DNS.
+
+    The error says nothing about the engine, so the fleet neither suspects nor restarts it. `reason` is the message
+    without the engine's name. `sent` is True if the server may have received the request.
+    """
 
     def __init__(self, engine: str, message: str, *, sent: bool = False) -> None:
         super().__init__(engine, f"the call failed on this side: {message}")
@@ -63,21 +68,25 @@ class LocalError(EngineError):
 
 
 class EngineFailed(EngineError):
-    """The server answered that it broke (HTTP 5xx), or answered what makes no sense."""
+    """The server failed (HTTP 5xx), or its answer is invalid."""
 
 
 class NonFiniteLogprobs(EngineError):
-    """The engine generated tokens whose logprobs are NaN or infinite. The reason is in the weights that the trainer
-    published. The engine is sound, and another engine with the same version answers the same."""
+    """The engine generated tokens whose logprobs are NaN or infinite.
+
+    The published weights cause this, not the engine: another engine with the same version gives the same result.
+    """
 
 
 class PublishError(MillraceError):
-    """No engine took the weights, or the tensors are not those of the model. The old version goes on serving."""
+    """No engine accepted the weights, or the tensors are not those of the model. The old version keeps serving."""
 
 
 class EnginesLost(PublishError):
-    """Every engine that was published to broke off, as `errors` say. The version can be published again when an engine
-    is back."""
+    """The connection to every engine broke during a publish. `errors` has the error of each engine.
+
+    The version can be published again when an engine is back.
+    """
 
     def __init__(self, message: str, errors: Sequence[EngineUnreachable]) -> None:
         super().__init__(message)
@@ -85,20 +94,20 @@ class EnginesLost(PublishError):
 
 
 class WeightsChanged(PublishError):
-    """The trainer's tensors are no longer those of the version that they were published as."""
+    """The trainer's tensors have changed since they were published, so the version can't be published again."""
 
 
 class NoEngineError(MillraceError):
-    """No engine of the fleet can serve the request. The message says how each of them stands."""
+    """No engine of the fleet can serve the request. The message gives the state of each engine."""
 
     @classmethod
     def closed(cls) -> "NoEngineError":
-        """For a fleet whose block has ended."""
+        """Return the error for calls after the fleet's `async with` block has ended."""
         return cls("the fleet is closed: its block has ended, and so have the engines that it started")
 
 
 class RolloutError(MillraceError):
-    """A rollout can't go on: every sample of a step failed, with the reasons."""
+    """Every sample of a step failed, so the rollout can't continue. The message gives the reasons."""
 
 
 class JudgeError(MillraceError):
@@ -106,4 +115,4 @@ class JudgeError(MillraceError):
 
 
 class MonitorError(MillraceError):
-    """A fleet's metrics server (`metrics.port`) does not answer, or something else answers there."""
+    """A fleet's metrics server (`metrics.port`) does not answer, or another server answers at its URL."""

@@ -1,4 +1,4 @@
-"""Importing what takes seconds, or what an extra of the package brings."""
+"""Helpers for imports that take seconds, or that need one of the package's extras."""
 
 import gc
 import importlib.util
@@ -20,7 +20,7 @@ EXTRAS: Mapping[str, frozenset[str]] = {
 
 
 def missing_extra(error: ModuleNotFoundError) -> ConfigError | None:
-    """What to install, where the module that was not found belongs to an extra; None for any other module."""
+    """Return an error that says what to install if the missing module belongs to an extra; None for other modules."""
     module = (error.name or "").partition(".")[0]
     for extra, modules in EXTRAS.items():
         if module in modules:
@@ -30,7 +30,7 @@ def missing_extra(error: ModuleNotFoundError) -> ConfigError | None:
 
 @contextmanager
 def needs_extra(what: str) -> Iterator[None]:
-    """Raises ConfigError, which says what to install, where an import in the block lacks a module of an extra."""
+    """Raise ConfigError, which says what to install, if an import in the block needs an extra that is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -40,7 +40,7 @@ def needs_extra(what: str) -> Iterator[None]:
 
 
 def require_modules(what: str, *modules: str) -> None:
-    """Raises the same where one of these modules is not installed. Imports none of them."""
+    """Raise ConfigError, as `needs_extra` does, if one of the modules is not installed. Imports none of them."""
     with needs_extra(what):
         for module in modules:
             if importlib.util.find_spec(module) is None:
@@ -49,8 +49,11 @@ def require_modules(what: str, *modules: str) -> None:
 
 @contextmanager
 def without_collecting() -> Iterator[None]:
-    """What is imported in the block stays, so Python's garbage collector has no work there, and would take a quarter of
-    the three seconds of torch and transformers to find that out. What is there at the end is not looked at again."""
+    """Switch the garbage collector off for imports in the block.
+
+    Imported modules are never freed, and looking for garbage takes a quarter of the three seconds that torch and
+    transformers need. The objects that exist at the end of the block are excluded from later collections.
+    """
     gc.disable()
     try:
         yield

@@ -1,5 +1,7 @@
-"""Files of one JSON object a line, which a run appends to. A full disk or a power cut leaves a torn tail: half a line,
-or NULs."""
+"""JSONL files that a run appends to.
+
+A full disk or a power cut can leave a torn tail: an incomplete line, or NUL bytes.
+"""
 
 import logging
 import mmap
@@ -16,8 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def drop_torn_tail(path: Path) -> None:
-    """Cuts off what lies behind the last whole line, and logs how much that was. A last line that lacks only its end of
-    line is kept. Does nothing where there is no such file, or where it is no regular file. Raises OSError."""
+    """Truncate the file after its last complete line, and log how many bytes were dropped.
+
+    A last line that lacks only its newline is kept. Does nothing if there is no regular file at `path`. Raises OSError.
+    """
     if not path.is_file() or path.stat().st_size == 0:
         return
     with path.open("r+b") as file:
@@ -35,13 +39,15 @@ def drop_torn_tail(path: Path) -> None:
         os.fsync(file.fileno())
     if size > whole:
         logger.warning(
-            "%s: the end of the file was torn; dropped %d bytes behind its last whole line", path, size - whole
+            "%s: the end of the file was torn; dropped %d bytes after its last complete line", path, size - whole
         )
 
 
 def read_objects(path: Path, key: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Every line, with its end, and the object in it. Raises DataError, with the file and the line, for what is no JSON
-    object with this key, and OSError."""
+    """Yield every line, newline included, with the object in it.
+
+    Raises DataError, which names file and line, if a line is not a JSON object that has `key`. Raises OSError.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -49,7 +55,7 @@ def read_objects(path: Path, key: str) -> Iterator[tuple[bytes, dict[str, Any]]]
             except orjson.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: the line is damaged: {error}") from error
             if not isinstance(value, dict) or key not in value:
-                raise DataError(f"{path}:{number}: the line is damaged: it is no JSON object with {key}")
+                raise DataError(f"{path}:{number}: the line is damaged: it is not a JSON object with {key}")
             yield line, value
 
 

@@ -1,7 +1,7 @@
-"""What a model's config.json says, read as transformers reads it.
+"""Values of a model's config.json, read as transformers reads them.
 
-transformers leaves out values that equal a class's default, and puts the config of a language model into that of a
-larger model (`text_config`). Values that the file has are read without transformers. For values that it leaves out,
+transformers leaves out values that equal the default of the config's class, and nests the config of a language model in
+that of a larger model (`text_config`). Values that are in the file are read without transformers. For the others
 transformers is imported, if it is installed.
 """
 
@@ -20,26 +20,28 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
-    """The content of config.json. Raises DataError where it can't be read."""
+    """Return the content of config.json. Raises DataError if it can't be read."""
     path = folder / "config.json"
     try:
         config = orjson.loads(path.read_bytes())
     except (OSError, orjson.JSONDecodeError) as error:
         raise DataError(f"{path} can't be read: {error}") from error
     if not isinstance(config, dict):
-        raise DataError(f"{path} is no model's config: it holds {type(config).__name__}, not an object")
+        raise DataError(f"{path} is not a model's config: it holds {type(config).__name__}, not an object")
     return config
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part that describes the language model: `text_config` where there is one, otherwise all of it."""
+    """Return the part that describes the language model: `text_config` if there is one, otherwise the whole config."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config
 
 
 def vocab_size(folder: Path) -> int:
-    """The size of the language model's vocabulary. Raises DataError where neither the file nor transformers knows it,
-    and where the folder has no config that can be read."""
+    """Return the vocabulary size of the language model.
+
+    Raises DataError if the config can't be read, or if neither the file nor transformers gives the size.
+    """
     size = text_part(read_config(folder)).get("vocab_size")
     size = size if size is not None else _by_transformers(folder, "vocab_size")
     if not isinstance(size, int):
@@ -48,8 +50,10 @@ def vocab_size(folder: Path) -> int:
 
 
 def head_dim(folder: Path) -> int | None:
-    """Elements of one attention head; None where nothing tells. Raises DataError where the folder has no config that
-    can be read."""
+    """Return the number of elements of one attention head; None if it is unknown.
+
+    Raises DataError if the config can't be read.
+    """
     text = text_part(read_config(folder))
 
     def value(name: str) -> object:
@@ -68,9 +72,11 @@ def head_dim(folder: Path) -> int | None:
 
 
 def folder_dtype(folder: Path) -> str | None:
-    """The dtype that the model is meant to compute in (torch's name, as in `bfloat16`): what the config names or, where
-    it names none, what most of the folder's weights are stored in. None where neither tells. Raises DataError where the
-    folder has no config that can be read."""
+    """Return torch's name of the dtype that the model should compute in, as in `bfloat16`.
+
+    This is the dtype in the config, or else the dtype of most of the folder's weights; None if neither is known. Raises
+    DataError if the config can't be read.
+    """
     config = read_config(folder)
     for part in (config, text_part(config)):
         for key in ("dtype", "torch_dtype"):
@@ -82,14 +88,16 @@ def folder_dtype(folder: Path) -> str | None:
 
 
 def unusual_dtypes(folder: Path) -> dict[str, str]:
-    """The dtypes (torch's names) of those floating tensors that the folder stores in another than most of its weights,
-    such as a router's bias in float32. Quantised and integer tensors are not among them."""
+    """Return torch's names of the dtypes of floating-point tensors that differ from most of the weights, by name.
+
+    An example is a router's bias in float32. Quantised and integer tensors are left out.
+    """
     prevalent, stored = _prevalent(folder), _stored_floats(folder)
     return {name: dtype for name, (dtype, _) in stored.items() if dtype != prevalent}
 
 
 def compute_dtype(setting: str, folder: Path) -> str:
-    """The dtype to start an engine with: the setting, or for `auto` the folder's. `auto` where that is unknown."""
+    """Return the dtype to start an engine with: the setting, or for `auto` the folder's, or `auto` if it is unknown."""
     return setting if setting != "auto" else folder_dtype(folder) or "auto"
 
 
@@ -101,7 +109,7 @@ def _prevalent(folder: Path) -> str | None:
 
 
 def _stored_floats(folder: Path) -> dict[str, tuple[str, int]]:
-    """Of each floating tensor: torch's name of its dtype, and how many elements it has."""
+    """Return torch's dtype name and the number of elements of each floating-point tensor, by name."""
     if not has_weights(folder):
         return {}
     stored = stored_tensors(folder).items()
@@ -109,24 +117,26 @@ def _stored_floats(folder: Path) -> dict[str, tuple[str, int]]:
 
 
 def _by_transformers(folder: Path, name: str) -> object:
-    """The attribute of the language model's config, with its class's defaults. None where the class has none. Raises
-    DataError where transformers is not installed, or can't read this config."""
+    """Return an attribute of the language model's config with its class's defaults; None if the class lacks it.
+
+    Raises DataError if transformers is not installed, or can't read the config.
+    """
     path = folder / "config.json"
     try:
-        from huggingface_hub.errors import StrictDataclassError  # from here on seconds: it imports torch
+        from huggingface_hub.errors import StrictDataclassError  # takes seconds, because it imports torch
         from transformers import AutoConfig
     except ModuleNotFoundError as error:
         raise DataError(
-            f"{path} leaves {name} to its class's default, which transformers knows; pip install 'millrace[train]', "
-            f"or write {name} into the file"
+            f"{path} has no {name}, and its default comes from transformers, which is not installed; pip install "
+            f"'millrace[train]', or write {name} into the file"
         ) from error
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return getattr(config.get_text_config(), name, None)
-    except (  # RuntimeError: what layers have each for themselves, the whole config does not tell
+    except (  # RuntimeError: the config of a whole model has no value for what differs between its layers
         ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StrictDataclassError,
     ) as error:  # fmt: skip
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{path} says no {name}, and transformers can't read it ({reason}); write {name} into the file"
+            f"{path} has no {name}, and transformers can't read it ({reason}); write {name} into the file"
         ) from error

@@ -1,5 +1,4 @@
-"""A model's folder in Hugging Face's format, read without torch: what its tensors are called and where their bytes
-lie."""
+"""The names and byte ranges of the tensors in a model folder in Hugging Face's format, read without torch."""
 
 import os
 from collections.abc import Mapping
@@ -11,12 +10,12 @@ import orjson
 from millrace.errors import DataError
 
 HEADER_LENGTH_BYTES = 8
-# safetensors' names of the floats that can be cast to each other, and torch's.
+# The dtypes that can be cast to each other without a scale: safetensors' name -> torch's name.
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 CASTABLE = frozenset(FLOATS.values())
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# An adapter's folder in PEFT's format: its files, and what the names of its tensors begin and end with.
+# An adapter folder in PEFT's format: its files, and the prefix and suffixes of its tensors' names.
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."
 ADAPTER_HALVES = (".lora_A.weight", ".lora_B.weight")
@@ -24,7 +23,7 @@ ADAPTER_HALVES = (".lora_A.weight", ".lora_B.weight")
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a safetensors file, at `begin:end` of its bytes. dtype is safetensors' name, as in `BF16`."""
+    """A tensor of a safetensors file, at the bytes `begin:end`. dtype is safetensors' name, as in `BF16`."""
 
     file: Path
     dtype: str
@@ -34,23 +33,24 @@ class StoredTensor:
 
     @property
     def float_dtype(self) -> str | None:
-        """torch's name of the dtype, if it is a float that can be cast to another without a scale."""
+        """torch's name of the dtype if it can be cast to another float without a scale; otherwise None."""
         return FLOATS.get(self.dtype)
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder has any safetensors file."""
+    """Return whether the folder has any safetensors file."""
     return any(folder.glob("*.safetensors"))
 
 
 def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:
-    """Every tensor of the model in the folder, by name, those of one file together.
+    """Return every tensor of the model in the folder, by name, ordered by file.
 
-    As engines read it: the index decides where there is one, otherwise `model.safetensors`, otherwise every safetensors
-    file. What else lies in the folder (a second set of files in another format, an older single file) is no part of the
-    model. The format (a little-endian length, a JSON header, the bytes) is that of
-    https://github.com/huggingface/safetensors. Raises DataError where the folder has no weights, or lacks some, or one
-    of its files is damaged.
+    The files are those that engines read: the files that the index names, or else `model.safetensors`, or else every
+    safetensors file. Other files in the folder (a second set in another format, an older single file) are not part of
+    the model. https://github.com/huggingface/safetensors describes the format: a little-endian length, a JSON header,
+    the data.
+
+    Raises DataError if the folder has no weights, a file of the index is missing, or a file is damaged.
     """
     if (folder / INDEX).is_file():
         return _indexed(folder)
@@ -73,10 +73,10 @@ def _indexed(folder: Path) -> Mapping[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file, names in wanted.items():
         if not file.is_file():
-            raise DataError(f"{file} is missing; {path.name} names it")
+            raise DataError(f"{file} is missing, but {path.name} lists it")
         held = _read(file)
         if lacking := [name for name in names if name not in held]:
-            raise DataError(f"{file} has no {lacking[0]}; {path.name} says that it has")
+            raise DataError(f"{file} has no tensor {lacking[0]}, which {path.name} places there")
         tensors |= {name: held[name] for name in names}
     return tensors
 
@@ -101,11 +101,11 @@ def _read(path: Path) -> dict[str, StoredTensor]:
             raise ValueError("its data are cut off")
         return tensors
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not a whole safetensors file: {error}") from error
+        raise DataError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 def to_disk(path: Path) -> None:
-    """Returns when a file, or the entries of a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

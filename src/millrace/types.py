@@ -1,7 +1,7 @@
-"""The words of Millrace as values. No I/O, no torch: everything here can be made, compared and printed anywhere.
+"""The value types that the rest of Millrace shares. This module does no I/O and does not import torch.
 
-What a caller makes (requests, sampling, routing contexts, LoRA configs) takes the usual forms of its arguments, such as
-arrays and NumPy's numbers, and raises ArgumentError for what is of another type.
+The types that callers construct (GenerateRequest, SamplingParams, RoutingContext, LoraConfig) accept the usual forms of
+their arguments, such as arrays and NumPy numbers. They raise ArgumentError for arguments of other types.
 """
 
 from collections.abc import Mapping
@@ -22,19 +22,19 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # the end-of-sequence token or one of `stop_token_ids`
     LENGTH = "length"  # `max_new_tokens`, or the context is full
-    ABORT = "abort"  # somebody asked for it; the tokens so far are valid
+    ABORT = "abort"  # a client aborted the request, or an engine gave it up; the tokens so far are valid
 
 
 class PauseMode(StrEnum):
-    """What a pause does to the requests that run."""
+    """What a pause does to the running requests."""
 
-    ABORT = "abort"  # they end now and come back with the tokens they have
-    RETRACT = "retract"  # they lose their KV cache and wait; after resume it is computed again, by the weights of then
-    KEEP = "keep"  # they stay where they are, with the KV cache they have
+    ABORT = "abort"  # they end at once and return the tokens generated so far
+    RETRACT = "retract"  # they lose their KV cache and wait; after the resume the current weights compute it again
+    KEEP = "keep"  # they wait and keep their KV cache
 
 
 class MemoryTag(StrEnum):
-    """A part of an engine's memory that can be released and taken back."""
+    """A part of an engine's memory that a sleeping engine releases."""
 
     WEIGHTS = "weights"
     KV_CACHE = "kv_cache"
@@ -44,34 +44,34 @@ ALL_MEMORY = frozenset(MemoryTag)
 
 
 class Health(StrEnum):
-    """What an engine answers about itself. Only DEAD means that nothing takes a connection at its port."""
+    """The result of a health probe. Only DEAD means that the engine's port accepts no connections."""
 
     READY = "ready"
-    BUSY = "busy"  # it takes connections, but did not answer within the probe's deadline
+    BUSY = "busy"  # the port accepts connections, but the engine did not answer within the probe's deadline
     PAUSED = "paused"
     ASLEEP = "asleep"
     DEAD = "dead"
-    UNKNOWN = "unknown"  # this process could not ask, for want of a file descriptor or a resolved name
+    UNKNOWN = "unknown"  # this process could not send the probe: no file descriptor, or the host did not resolve
 
 
 class Capability(StrEnum):
-    """What a running server can do, read off the server itself. Code asks the capability, never the version number."""
+    """A feature of a running server, as the server reports it. Check capabilities instead of version numbers."""
 
-    VERSION_SPANS = "version_spans"  # a generation that goes on across an update says which version made which tokens
-    UPDATE_SESSION = "update_session"  # weight updates happen between begin and end
-    ROLLBACK = "rollback"  # an update that was begun can be dropped, the old weights go on serving
-    STAGED_UPDATE = "staged_update"  # loading does not disturb generation; without it, it stops from begin to commit
+    VERSION_SPANS = "version_spans"  # a generation that spans an update reports which version made which tokens
+    UPDATE_SESSION = "update_session"  # a weight update has a begin and an end
+    ROLLBACK = "rollback"  # an update can be dropped after its begin, and the old weights keep serving
+    STAGED_UPDATE = "staged_update"  # generation continues during loading; otherwise it stops from begin to commit
     SLEEP = "sleep"
     UPDATE_FROM_DISK = "update_from_disk"
     UPDATE_FROM_PROCESS_GROUP = "update_from_process_group"
-    UPDATE_FROM_BARE_NCCL = "update_from_bare_nccl"  # a group of NCCL without one of torch.distributed around it
+    UPDATE_FROM_BARE_NCCL = "update_from_bare_nccl"  # an NCCL communicator without a torch.distributed group
     UPDATE_FROM_SHARED_MEMORY = "update_from_shared_memory"
     UPDATE_FROM_TORCH_STORAGE = "update_from_torch_storage"  # CPU memory shared by torch, on the engine's host
     UPDATE_FROM_CUDA_IPC = "update_from_cuda_ipc"
-    CHECKSUMS = "checksums"  # per tensor, under the trainer's own names
-    OWN_CHECKSUMS = "own_checksums"  # per tensor as the engine keeps it (fused, sharded), to compare engines alike
-    SAMPLED_CHECKSUMS = "sampled_checksums"  # of an update's tensors, under the trainer's own names, before its commit
-    FILTERED_LOGPROBS = "filtered_logprobs"  # logprobs are those after top_k, top_p and min_p
+    CHECKSUMS = "checksums"  # per tensor, under the trainer's names
+    OWN_CHECKSUMS = "own_checksums"  # per tensor as the engine stores it (fused, sharded), to compare equal engines
+    SAMPLED_CHECKSUMS = "sampled_checksums"  # of an update's tensors, under the trainer's names, before its commit
+    FILTERED_LOGPROBS = "filtered_logprobs"  # logprobs are those after top_k, top_p and min_p were applied
     LORA = "lora"
     IMAGES = "images"
     PAUSE_ABORT = "pause_abort"
@@ -81,10 +81,18 @@ class Capability(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn. The logprobs that come back are those of the temperature-scaled distribution, or with
-    Capability.FILTERED_LOGPROBS of what the filters leave of it.
+    """How an engine samples tokens.
 
-    temperature 0 is greedy; top_k -1 and top_p 1.0 and min_p 0.0 switch each filter off.
+    The returned logprobs are those of the temperature-scaled distribution. With Capability.FILTERED_LOGPROBS they are
+    those of the distribution after top_k, top_p and min_p were applied.
+
+    max_new_tokens: the limit on output tokens. temperature: 0 means greedy. top_p: 1.0 switches the filter off, as do
+    top_k -1 and min_p 0.0. seed: None lets the engine draw one. stop_token_ids: tokens that end the generation, besides
+    the model's own end-of-sequence token. ignore_eos: continue after the end-of-sequence token.
+
+    Raises ArgumentError if an argument has the wrong type.
+
+    >>> SamplingParams(max_new_tokens=256, temperature=0.7, seed=1)
     """
 
     max_new_tokens: int
@@ -98,23 +106,27 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k"):
-            _become(self, name, arguments.whole(name, getattr(self, name)))
+            _set(self, name, arguments.whole(name, getattr(self, name)))
         for name in ("temperature", "top_p", "min_p"):
-            _become(self, name, arguments.real(name, getattr(self, name)))
+            _set(self, name, arguments.real(name, getattr(self, name)))
         if self.seed is not None:
-            _become(self, "seed", arguments.whole("seed", self.seed))
-        _become(self, "stop_token_ids", arguments.token_ids("stop_token_ids", self.stop_token_ids))
-        _become(self, "ignore_eos", arguments.flag("ignore_eos", self.ignore_eos))
+            _set(self, "seed", arguments.whole("seed", self.seed))
+        _set(self, "stop_token_ids", arguments.token_ids("stop_token_ids", self.stop_token_ids))
+        _set(self, "ignore_eos", arguments.flag("ignore_eos", self.ignore_eos))
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Token ids in. `request_id` is the caller's and unique among the requests in flight; `extra` goes to the engine
-    unchanged, for what one engine can do and others can't.
+    """A request to continue a prompt, given as token ids.
 
-    input_ids: [T] token ids, in a list, a tuple, an array or tensor of integers (also [1, T], also on a device), or a
-    mapping with `input_ids` such as a BatchEncoding; kept as a tuple. Raises ArgumentError for anything else. The
-    engine raises EngineRefused for ids that are not in its vocabulary.
+    request_id: chosen by the caller, unique among the requests in flight. input_ids: [T] token ids, as a list, a tuple,
+    or an array or tensor of integers (also [1, T], also on a GPU), or a mapping with `input_ids` such as a
+    BatchEncoding. They are stored as a tuple. extra: options for one kind of engine, sent to the engine unchanged.
+
+    Raises ArgumentError if an argument has the wrong type. Ids outside the model's vocabulary raise EngineRefused when
+    the request is sent.
+
+    >>> GenerateRequest("sample-7/0", tokenizer(prompt)["input_ids"], SamplingParams(max_new_tokens=256))
     """
 
     request_id: str
@@ -123,21 +135,26 @@ class GenerateRequest:
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _become(self, "request_id", arguments.text("request_id", self.request_id))
-        _become(self, "input_ids", arguments.token_ids("input_ids", self.input_ids))
+        _set(self, "request_id", arguments.text("request_id", self.request_id))
+        _set(self, "input_ids", arguments.token_ids("input_ids", self.input_ids))
         if not isinstance(self.sampling, SamplingParams):
             raise ArgumentError(
                 f"sampling must be SamplingParams, and is {arguments.shown(self.sampling)}; write "
                 "SamplingParams(max_new_tokens=...)"
             )
-        _become(self, "extra", arguments.mapping("extra", self.extra))
+        _set(self, "extra", arguments.mapping("extra", self.extra))
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingContext:
-    """What a fleet should know to choose an engine. The requests of one `session` (the turns of one episode) share what
-    came before, those of one `group` their prompt. The engine serves `min_version` or a later one; with
-    `exact_version`, that one."""
+    """Hints and conditions for the choice of an engine.
+
+    session: the requests of one session (the turns of one episode) share a growing prefix. group: the requests of one
+    group share a prompt. min_version: only engines that serve this weight version or a later one may answer.
+    exact_version: only engines that serve this weight version may answer.
+
+    Raises ArgumentError if an argument has the wrong type.
+    """
 
     session: str | None = None
     group: str | None = None
@@ -147,12 +164,13 @@ class RoutingContext:
     def __post_init__(self) -> None:
         for name in ("session", "group"):
             if (key := getattr(self, name)) is not None:
-                _become(self, name, arguments.text(name, key))
+                _set(self, name, arguments.text(name, key))
         for name in ("min_version", "exact_version"):
             if (version := getattr(self, name)) is not None:
-                _become(self, name, arguments.whole(name, version))
+                _set(self, name, arguments.whole(name, version))
 
     def admits(self, version: int | None) -> bool:
+        """Return whether an engine that serves `version` may answer."""
         if version is None:
             return False
         if self.exact_version is not None and version != self.exact_version:
@@ -160,7 +178,7 @@ class RoutingContext:
         return self.min_version is None or version >= self.min_version
 
     def describe(self) -> str:
-        """Which versions may answer, as the end of a sentence about engines; nothing where any may."""
+        """Return the accepted versions as the end of a sentence about engines; empty if all are accepted."""
         if self.exact_version is not None:
             return f" at version {self.exact_version}"
         return f" at version {self.min_version} or later" if self.min_version is not None else ""
@@ -171,8 +189,11 @@ ANYWHERE = RoutingContext()
 
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
-    """The tokens `start:end` of a generation (of a sample, where positions count from its first token) were made by the
-    weights of `version`. None: by weights that no Millrace trainer published."""
+    """The weight version that generated the tokens `start:end`.
+
+    Positions count from the first output token of a Generation, or from the first token of an Episode. `version` is
+    None for weights that no Millrace trainer published.
+    """
 
     version: int | None
     start: int
@@ -181,10 +202,15 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Token ids out, all from one call.
+    """The result of one GenerateRequest.
 
-    output_ids: [T] token ids. logprobs: [T] float32, natural logarithm. version_spans cover 0:T in order,
-    without a gap.
+    output_ids: [T] token ids, without the prompt. logprobs: [T] float32, the natural logarithm of each token's
+    probability. version_spans: which weight versions made the tokens; they cover 0:T in order, without a gap.
+    prompt_tokens: the length of the prompt. cached_tokens: how many of these were in the engine's prefix cache. extra:
+    fields of the engine's answer that Millrace does not use.
+
+    >>> generation = await fleet.generate(request, deadline=60)
+    >>> tokenizer.decode(generation.output_ids), generation.logprobs.mean()
     """
 
     request_id: str
@@ -199,7 +225,11 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """How much an engine has to do. Tokens count prompt and output."""
+    """The load of one engine.
+
+    used_tokens, max_tokens: tokens in the KV cache (prompt and output), and how many fit. tokens_per_second: output
+    tokens, as the engine reports it.
+    """
 
     running_requests: int
     waiting_requests: int
@@ -210,7 +240,7 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What a running server says of itself."""
+    """What a running server reports about itself."""
 
     kind: str
     engine_version: str
@@ -219,15 +249,14 @@ class EngineInfo:
     vocab_size: int
     context_length: int  # prompt and output together, in tokens
     capabilities: frozenset[Capability]
-    ranks: int = 1  # processes that hold weights (TP x PP x DP); each opens a share of its own of what is handed over
-    dtype: str | None = None  # that it computes in, as in `bfloat16`; None where it does not say
-    # Of the weights that it holds in another dtype than that; None where it does not say
-    unusual_dtypes: Mapping[str, str] | None = None
+    ranks: int = 1  # processes that hold weights (TP x PP x DP); each needs its own share of CUDA IPC memory
+    dtype: str | None = None  # torch's name of the compute dtype, as in `bfloat16`; None if it is not reported
+    unusual_dtypes: Mapping[str, str] | None = None  # of weights that differ from `dtype`; None if not reported
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One named tensor and where it lies in its bucket. dtype is torch's name without the module, as in `bfloat16`."""
+    """A named tensor and its position in a bucket. dtype is torch's name without the module, as in `bfloat16`."""
 
     name: str
     dtype: str
@@ -238,7 +267,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class SharedMemoryBucket:
-    """Tensors side by side in a memory file that the engine's host can open under `path`."""
+    """Tensors packed into a shared-memory file that the engine's host can open at `path`."""
 
     path: str
     tensors: tuple[TensorSpec, ...]
@@ -246,8 +275,10 @@ class SharedMemoryBucket:
 
 @dataclass(frozen=True, slots=True)
 class TorchStorageBucket:
-    """Tensors side by side in CPU memory that torch shares by name (its sharing strategy `file_system`): what
-    `UntypedStorage._share_filename_cpu_` returns."""
+    """Tensors packed into CPU memory that torch shares by name (its sharing strategy `file_system`).
+
+    manager, handle, nbytes: as `UntypedStorage._share_filename_cpu_` returns them.
+    """
 
     manager: bytes
     handle: bytes
@@ -257,10 +288,12 @@ class TorchStorageBucket:
 
 @dataclass(frozen=True, slots=True)
 class CudaIpcShare:
-    """One opening of a GPU's memory by another process: what `UntypedStorage._share_cuda_` returns. Torch counts the
-    openings, so each share is for one process and for one use."""
+    """A handle by which one other process opens GPU memory, as `UntypedStorage._share_cuda_` returns it.
 
-    device: str  # the GPU's UUID: an index means another GPU where CUDA_VISIBLE_DEVICES differs
+    torch counts references, so each handle is for one process and can be opened once.
+    """
+
+    device: str  # the GPU's UUID; an index would mean another GPU if CUDA_VISIBLE_DEVICES differs
     handle: bytes
     storage_bytes: int
     storage_offset: int  # bytes from the start of the allocation
@@ -272,7 +305,7 @@ class CudaIpcShare:
 
 @dataclass(frozen=True, slots=True)
 class CudaIpcBucket:
-    """Tensors side by side in a GPU's memory; one share for each of the engine's ranks."""
+    """Tensors packed into GPU memory, with one handle for each of the engine's ranks."""
 
     shares: tuple[CudaIpcShare, ...]
     nbytes: int
@@ -281,23 +314,32 @@ class CudaIpcBucket:
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """What a LoRA adapter adds to a linear layer W of `target_modules` (names, or their ends, as PEFT means it):
-    (alpha / rank) B A, where A is [rank, in] and B is [out, rank]."""
+    """The shape of a LoRA adapter.
+
+    To the weight [out, in] of each target layer it adds (alpha / rank) B A, with A [rank, in] and B [out, rank].
+    target_modules: names of linear layers, or the ends of these names, as in PEFT.
+
+    Raises ArgumentError if an argument has the wrong type.
+
+    >>> LoraConfig(rank=16, alpha=32.0, target_modules=("q_proj", "v_proj"))
+    """
 
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _become(self, "rank", arguments.whole("rank", self.rank))
-        _become(self, "alpha", arguments.real("alpha", self.alpha))
-        _become(self, "target_modules", arguments.texts("target_modules", self.target_modules))
+        _set(self, "rank", arguments.whole("rank", self.rank))
+        _set(self, "alpha", arguments.real("alpha", self.alpha))
+        _set(self, "target_modules", arguments.texts("target_modules", self.target_modules))
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """A group of torch.distributed in which a sender, rank 0, broadcasts weights. The engine's own ranks start at
-    `rank_offset`."""
+    """A torch.distributed group in which rank 0, the sender, broadcasts weights.
+
+    The engine's ranks have the numbers from `rank_offset` on.
+    """
 
     name: str
     backend: str  # gloo or nccl
@@ -309,7 +351,7 @@ class ProcessGroup:
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroupBucket:
-    """Tensors that the sender broadcasts, in this order, from rank 0 of the group that the engine has joined."""
+    """Tensors that rank 0 of a process group broadcasts, in this order. The engine must have joined the group."""
 
     group_name: str
     tensors: tuple[TensorSpec, ...]
@@ -325,6 +367,6 @@ class DiskBucket:
 Bucket = SharedMemoryBucket | TorchStorageBucket | CudaIpcBucket | ProcessGroupBucket | DiskBucket
 
 
-def _become(value: object, name: str, plain: object) -> None:
-    """Sets a field of a frozen value while it is made."""
-    object.__setattr__(value, name, plain)
+def _set(instance: object, name: str, value: object) -> None:
+    """Set a field of a frozen dataclass in its `__post_init__`."""
+    object.__setattr__(instance, name, value)

@@ -225,7 +225,10 @@ def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
     ("argument", "says"),
     [
         ("data={kind: file, path: none.jsonl}", "none.jsonl"),
-        ("model.path=no-such-owner/model", "no-such-owner/model is no folder here and can't be had from the Hub"),
+        (
+            "model.path=no-such-owner/model",
+            "no-such-owner/model is not a local folder, and can't be downloaded from the Hub",
+        ),
         ("rollout.tools=[abacus]", "no tool is called 'abacus'"),
         ("rollout.chat_template_kwargs={loud: true}", "no variable loud (rollout.chat_template_kwargs)"),
         ("--resume", "holds no run to resume"),
@@ -309,7 +312,7 @@ def test_one_engine_less_is_survived_ctrl_c_ends_all_and_what_resumes_ends_with_
     status, out, err = finish(process, copied)
     assert status == 130
     assert "resumed after step 2" in out
-    assert "interrupted: what was started has been ended; --resume goes on from " in err
+    assert "interrupted: what was started has been ended; --resume continues from " in err
     assert "Traceback" not in err
 
     last = int(checkpoints(copied)[-1].removeprefix("step-"))

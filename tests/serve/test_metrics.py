@@ -297,7 +297,7 @@ async def test_where_nobody_listens_status_says_so_in_one_line() -> None:
     url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
     status, out, err = await millrace("status", url)
     assert (status, out) == (1, "")
-    assert err == f"error: nobody listens at {url}; a run answers at its metrics.port while it goes on\n"
+    assert err == f"error: nobody listens at {url}; a run answers at its metrics.port while it is running\n"
 
 
 @pytest.mark.parametrize(
@@ -340,6 +340,6 @@ async def test_the_table_shows_no_figure_for_what_is_not_known() -> None:
     rows = {words[0]: words[1:] for line in text.splitlines() if (words := line.split())}
     assert rows["e0"] == ["ready", "7", "0", "0", "2", "0", "25%", "25%", "3"]  # idle: no tokens a second, 99 or not
     assert rows["[e1]"] == ["suspect", "0"]  # how often it was started anew is known, and nothing else
-    assert "[e1]: it does not say what it does: it hangs" in text
+    assert "[e1]: it does not report its load: it hangs" in text
     assert "reason=[red]none took it version=8" in text
     assert "as of 9 s ago: gone" in text

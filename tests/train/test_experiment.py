@@ -63,14 +63,14 @@ async def test_after_a_start_that_failed_the_same_name_begins_anew(
 
 
 def test_a_run_that_resumes_keeps_its_model(tmp_path: Path) -> None:
-    starting_model(settings(tmp_path), tmp_path, anew=True)
-    starting_model(settings(tmp_path, hidden_size=128), tmp_path, anew=False)
+    starting_model(settings(tmp_path), tmp_path, fresh=True)
+    starting_model(settings(tmp_path, hidden_size=128), tmp_path, fresh=False)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["hidden_size"] == 64
 
 
 def test_after_an_interruption_only_what_works_is_promised(tmp_path: Path) -> None:
     config = settings(tmp_path)
-    assert "the same command starts it anew" in how_to_go_on(config)
+    assert "the same command starts it again" in how_to_go_on(config)
     write(tmp_path / "run" / "metrics.jsonl")
     assert "no checkpoint to resume from; give another name=" in how_to_go_on(config)
     (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)

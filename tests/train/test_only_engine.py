@@ -118,7 +118,7 @@ async def test_nothing_is_lost_and_the_run_ends(
     assert ended == {"restart": len(KILLS)}
     # Random weights answer nothing right, which the run says too.
     assert [step["groups_with_signal"] for step in metrics] == [None] + [0] * STEPS
-    assert caplog.text.count("step 1 taught nothing: the rewards of each group are all alike") == 1
+    assert caplog.text.count("step 1 taught nothing: the rewards of each group are all equal") == 1
     assert caplog.text.count("taught nothing") == 1
     console = Console(file=io.StringIO(), width=200)
     print_summary(summary, console)

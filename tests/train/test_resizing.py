@@ -71,5 +71,5 @@ async def test_the_fleet_follows_the_file(tiny_model: Path, tmp_path: Path, capl
 
 def test_nothing_else_changes_under_way() -> None:
     require_only_replicas(settings(1), settings(7))
-    with pytest.raises(ConfigError, match="and train is another; a new start with --resume takes all of them"):
+    with pytest.raises(ConfigError, match="but train has changed; restart with --resume to apply all"):
         require_only_replicas(settings(1), settings(1, lr=2e-3))

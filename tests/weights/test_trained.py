@@ -241,7 +241,7 @@ class TestFolder:
         ("index", "message"),
         [
             ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors is missing"),
-            ('{"weight_map": {"c": "one.safetensors"}}', "one.safetensors has no c"),
+            ('{"weight_map": {"c": "one.safetensors"}}', "one.safetensors has no tensor c"),
             ('{"weight_map": ["a"]}', "is not an index"),
             ("{}", "is not an index"),
             ("no JSON", "is not an index"),

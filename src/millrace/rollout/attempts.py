@@ -1,4 +1,4 @@
-"""Samples that outlive their engine: the tokens that were made are kept, and another engine makes the rest."""
+"""Retries after an engine failure: the tokens so far are kept, and another engine generates the rest."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -14,14 +14,14 @@ Send = Callable[[GenerateRequest], Awaitable[Generation]]
 
 @dataclass(slots=True)
 class Attempts:
-    """How often a sample may still lose its engine. Each loss goes to `event_log`."""
+    """The retries of one sample. `left`: how many remain. `used`: how many were needed. Each goes to `event_log`."""
 
     left: int
     event_log: EventLog
     used: int = 0
 
     def spend(self, error: Exception, *, continued: bool) -> None:
-        """Count a loss. Raises `error` if no attempt is left. `continued`: whether the sample keeps its tokens."""
+        """Count a retry. Raises `error` if none is left. `continued`: whether the sample keeps its tokens."""
         if not self.left:
             raise error
         self.left -= 1
@@ -33,8 +33,11 @@ class Attempts:
 async def generate_whole(
     request: GenerateRequest, send: Send, attempts: Attempts, *, interrupted: Callable[[], bool] = lambda: False
 ) -> Generation:
-    """Generate, and continue on another engine if one dies or aborts the request. Each of these costs an attempt, and
-    without one left, the error is raised. An abort while `interrupted` is expected, and costs none."""
+    """Generate, and continue on another engine if one dies or aborts the request.
+
+    Each failure costs a retry; without one left, the error is raised. An abort while `interrupted()` is expected and
+    costs none.
+    """
     sent = 0
 
     async def call(rest: GenerateRequest) -> Generation | None:

@@ -1,4 +1,4 @@
-"""A chat template with all that its renderings have in common, and the model's turn as the template writes it."""
+"""A chat template with the arguments that all renderings share, and the stand-in for the model's turn."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +12,18 @@ from millrace.rollout.reasoning import QUESTION, Message, Reasoning, reasoning_k
 from millrace.rollout.tools import ToolCall, parse_tool_calls
 
 _STAND_IN, _ANSWER = "millrace-stand-in-for-the-turn", "millrace-tool-answer"
-_TOOL, _CALL_ID = "millrace_tool", "milrace{:02}"  # Mistral wants nine letters and digits
-# The arguments of the stand-in's calls: templates want an object, or JSON in a string. None: a turn without calls.
+_TOOL, _CALL_ID = "millrace_tool", "milrace{:02}"  # Mistral requires ids of nine letters and digits
+# The arguments of the stand-in's calls: templates expect an object, or JSON in a string. None: a turn without calls.
 _FORMS = ({"argument": _STAND_IN}, f'{{"argument": "{_STAND_IN}"}}', None)
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """tools: the JSON schemas that every rendering gets. kwargs: the template's own keyword arguments, such as
-    `enable_thinking`."""
+    """A tokenizer's chat template and the arguments that every rendering uses.
+
+    tools: JSON schemas. kwargs: keyword arguments of the template, such as `enable_thinking`.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     tools: tuple[Mapping[str, object], ...]
@@ -29,15 +31,17 @@ class ChatTemplate:
 
     @property
     def source(self) -> str:
-        """The template's Jinja source: of several named ones, that which transformers takes for these tools.
-        Raises DataError where there is none."""
+        """The template's Jinja source. If there are several, the one that transformers uses with these tools.
+
+        Raises DataError if there is none.
+        """
         try:
             return str(self.tokenizer.get_chat_template(tools=self._tools))
         except ValueError as error:
             raise DataError(first_line(error)) from error
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = True) -> str:
-        """Raises DataError where the template refuses the messages."""
+        """Return the text of a conversation. Raises DataError if the template refuses the messages."""
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -57,10 +61,10 @@ class ChatTemplate:
 
 @dataclass(frozen=True, slots=True)
 class StandInTurn:
-    """A turn of the model that a template can write tool answers behind.
+    """A placeholder for the model's turn, after which the template can write tool answers.
 
-    arguments: of its tool calls; None where the template writes no calls, and the turn is plain content. end: the
-    text of the token that ends a turn.
+    arguments: of the turn's tool calls; None if the template writes no calls, so that the turn is plain content. end:
+    the text of the end-of-turn token.
     """
 
     template: ChatTemplate
@@ -68,17 +72,23 @@ class StandInTurn:
     end: str
 
     def around(self, tool_answers: Sequence[str], calls: int = 0) -> tuple[str, str]:
-        """A rendered conversation, cut before the token that ends the model's turn. The second part is empty where no
-        such token follows the turn. `calls`: how many the turn has; 0 makes one for each answer."""
+        """Return a rendered conversation in two parts, cut before the end-of-turn token of the model's turn.
+
+        The second part is empty if this token does not follow the turn. `calls`: the number of tool calls in the turn;
+        0 means one for each answer.
+        """
         calls = calls or len(tool_answers)
         text = self.template.render([*_conversation(self.arguments, calls), *_answers(tool_answers)])
-        before, stand_in, behind = text.partition(_STAND_IN)
-        within, end, after = behind.partition(self.end)
+        before, stand_in, rest = text.partition(_STAND_IN)
+        within, end, after = rest.partition(self.end)
         return before + stand_in + within, end + after
 
     def check(self, reasoning: Reasoning) -> None:
-        """Raises DataError where a tool's answer can't be appended: the template rewrites earlier turns when a tool
-        answers, needs to know which tool answered, or does not end the turn before the answer."""
+        """Raise DataError if tool answers can't be appended.
+
+        This is so if the template rewrites earlier turns, needs to know which tool answered, or does not end the turn
+        before the answer.
+        """
         before, after = self.around([_ANSWER], calls=2)
         if _ANSWER not in after:
             raise DataError(f"the chat template does not end the turn before a tool's answer with {self.end}")
@@ -91,8 +101,10 @@ class StandInTurn:
             raise DataError(f"the chat template writes {reasoning.opening} before some of the model's turns only")
 
     def unread_call(self, reasoning: Reasoning) -> str | None:
-        """A turn with a tool call as the template writes it, where `parse_tool_calls` does not read the call back; None
-        where it does, or the template writes no calls."""
+        """Return a turn with a tool call, as the template writes it, if `parse_tool_calls` can't read it.
+
+        Returns None if it can, or if the template writes no calls.
+        """
         if self.arguments is None:
             return None
         turn = self.template.render(_conversation(self.arguments, 1), False).rpartition(QUESTION)[2]
@@ -104,8 +116,10 @@ class StandInTurn:
 
 
 def stand_in_turn(template: ChatTemplate) -> StandInTurn:
-    """The first kind of turn that the template writes together with a tool's answer. Raises DataError where there is
-    none, or no special token ends it."""
+    """Return the first form of turn that the template writes together with a tool answer.
+
+    Raises DataError if there is none, or if no special token ends it.
+    """
     reasons = []
     for arguments in _FORMS:
         try:
@@ -117,14 +131,14 @@ def stand_in_turn(template: ChatTemplate) -> StandInTurn:
             return StandInTurn(template, arguments, _end_of_turn(template))
     if len(reasons) == len(_FORMS):
         raise DataError(f"the chat template can't write a tool's answer ({reasons[-1]})")
-    raise DataError("the chat template does not write a tool's answer behind the model's turn")
+    raise DataError("the chat template does not write a tool's answer after the model's turn")
 
 
 def _end_of_turn(template: ChatTemplate) -> str:
-    """The special token behind a turn that another message follows."""
+    """Return the special token after a turn that another message follows."""
     tokenizer = template.tokenizer
-    behind = template.render([*_conversation(None, 0), _question()]).partition(_STAND_IN)[2]
-    ids = encode(tokenizer, behind)
+    after = template.render([*_conversation(None, 0), _question()]).partition(_STAND_IN)[2]
+    ids = encode(tokenizer, after)
     if not ids or not is_special(tokenizer, ids[0]):
         raise DataError("the chat template ends the model's turn with no special token")
     return str(tokenizer.convert_ids_to_tokens(ids[0]))
@@ -135,13 +149,15 @@ def _question() -> Message:
 
 
 def _conversation(arguments: Mapping[str, str] | str | None, calls: int) -> list[Message]:
-    """A question and the model's turn. Its reasoning is a space: some templates write it otherwise where there is none
-    (Qwen3)."""
+    """Return a question and the model's turn.
+
+    Its reasoning is a space, because some templates (Qwen3) write turns without reasoning in another form.
+    """
     if arguments is None:
         return [_question(), {"role": "assistant", "content": _STAND_IN, **reasoning_keys(" ")}]
     function = {"name": _TOOL, "arguments": arguments}
-    written = [{"id": _CALL_ID.format(call), "type": "function", "function": function} for call in range(calls)]
-    return [_question(), {"role": "assistant", "content": "", "tool_calls": written, **reasoning_keys(" ")}]
+    tool_calls = [{"id": _CALL_ID.format(call), "type": "function", "function": function} for call in range(calls)]
+    return [_question(), {"role": "assistant", "content": "", "tool_calls": tool_calls, **reasoning_keys(" ")}]
 
 
 def _answers(texts: Sequence[str]) -> list[Message]:
@@ -152,4 +168,5 @@ def _answers(texts: Sequence[str]) -> list[Message]:
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type's name if there is no message."""
     return next(iter(str(error).splitlines()), type(error).__name__)

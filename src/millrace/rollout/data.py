@@ -1,4 +1,4 @@
-"""Where problems come from: a JSONL file or a Hugging Face data set in GSM8K's format, or the generator."""
+"""Data sets of problems: a JSONL file or a Hugging Face data set in GSM8K's format, or the generator."""
 
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +16,10 @@ from millrace.rollout.sample import Problem
 
 
 def load_problems(config: DataConfig, *, held_out: bool = False) -> tuple[Problem, ...]:
-    """All problems of a data set. `held_out` picks the generator's other side, which shares nothing with training;
-    a file or a Hub data set is taken as it is.
+    """Return all problems of a data set.
 
-    Raises DataError where it is missing, empty, or a line of it is not in GSM8K's format.
+    held_out: the generator returns held-out problems, which training never sees. Files and Hub data sets are not
+    divided. Raises DataError if the data set is missing or empty, or a line of it is not in GSM8K's format.
     """
     match config:
         case GeneratedDataConfig():
@@ -34,24 +34,29 @@ def load_problems(config: DataConfig, *, held_out: bool = False) -> tuple[Proble
 
 
 def problems_at(problems: Sequence[Problem], seed: int, position: int, count: int) -> tuple[Problem, ...]:
-    """The `count` problems from `position` on of an endless order: every epoch has each problem once, in a new order.
-    The order depends on the seed and the position alone, so a run that resumes goes on where it stopped."""
+    """Return `count` problems from `position` on, in an endless order.
+
+    Each epoch has every problem once, in a different order. The order depends on the seed only, so a resumed run
+    continues with the right problem.
+    """
     size = len(problems)
     epochs = range(position // size, (position + count - 1) // size + 1)
     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in epochs}
-    return tuple(problems[orders[place // size][place % size]] for place in range(position, position + count))
+    return tuple(problems[orders[index // size][index % size]] for index in range(position, position + count))
 
 
 def parse_answer(text: str) -> str:
-    """The number behind `####` at the end of a GSM8K answer, in plain writing: a decimal as it stands without thousands
-    separators, or a fraction. Raises ValueError."""
+    """Return the number after `####` at the end of a GSM8K answer: a decimal without separators, or a fraction.
+
+    Raises ValueError if the answer does not end in `####` and a number.
+    """
     _, mark, tail = text.rpartition("####")
     number = parse_number(tail) if mark else None
     if number is None:
         raise ValueError("its answer does not end in `#### ` and a number")
     try:
         return str(Decimal(tail.strip().replace(",", "").replace("$", "")))
-    except InvalidOperation:  # it is written in another way
+    except InvalidOperation:  # a fraction, an exponent or another form
         return str(number)
 
 
@@ -65,7 +70,7 @@ def _read_file(path: Path) -> Iterator[Problem]:
             continue
         try:
             yield _problem(f"{path.stem}-{number}", orjson.loads(line))
-        except ValueError as error:  # orjson's error is one too
+        except ValueError as error:  # orjson.JSONDecodeError is a ValueError too
             raise DataError(f"{path}, line {number}: {_reason(line, error)}") from error
 
 
@@ -81,7 +86,7 @@ def _read_hub(config: HubDataConfig) -> Iterator[Problem]:
     try:
         import datasets
     except ImportError as error:
-        raise DataError("a data set from the Hub needs the extra: pip install 'millrace[hub]'") from error
+        raise DataError("a data set from the Hub needs an extra: pip install 'millrace[hub]'") from error
     try:
         rows = datasets.load_dataset(config.path, config.name, split=config.split)
     except (OSError, ValueError) as error:
@@ -94,7 +99,7 @@ def _read_hub(config: HubDataConfig) -> Iterator[Problem]:
 
 
 def _problem(problem_id: str, row: object) -> Problem:
-    """Raises ValueError, whose message says what the row lacks."""
+    """Return a row as a problem. Raises ValueError, whose message says what the row lacks."""
     match row:
         case Mapping():
             question, answer = row.get("question"), row.get("answer")

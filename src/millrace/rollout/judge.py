@@ -1,4 +1,4 @@
-"""A judge: a frozen model, with engines of its own, that is asked how good an answer is."""
+"""A judge: a frozen model on its own engines that grades answers."""
 
 import asyncio
 import itertools
@@ -17,12 +17,16 @@ from millrace.rollout.reward import rule_reward
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
 from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
 
-AFTER_GRADE = ".,;:!?)*_`\"'"  # what may stand right behind a grade and is no part of it
+AFTER_GRADE = ".,;:!?)*_`\"'"  # characters that may follow a grade directly and are not part of it
 
 
 @dataclass(slots=True)
 class JudgeCounts:
-    """`unread`: answers of the judge in which no grade was found, which count as grade 0. `total`: of all grades."""
+    """Statistics of a judge's grades.
+
+    graded: how many answers were graded. unread: how many of the judge's replies had no grade; these count as grade 0.
+    total: the sum of the grades.
+    """
 
     graded: int = 0
     unread: int = 0
@@ -30,21 +34,27 @@ class JudgeCounts:
 
     @property
     def mean(self) -> float | None:
+        """The mean grade; None if there is none."""
         return self.total / self.graded if self.graded else None
 
     def count(self, grade: float | None) -> None:
+        """Count a grade; None stands for a reply without one."""
         self.graded += 1
         self.unread += grade is None
         self.total += grade or 0.0
 
     def clear(self) -> None:
+        """Set all counts to 0."""
         self.graded, self.unread, self.total = 0, 0, 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Asks the engines of `fleet`, whose model writes a conversation as `chat`. A Reward: its grade, or by
-    `config.weight` that and the rule reward. `retries`: engines that it may lose over one answer."""
+    """A Reward that is the weighted mean of a judge model's grade and the rule reward.
+
+    fleet: the judge's engines. chat: the chat format of its model. config: `weight` is the grade's share of the reward.
+    retries: how many engines may fail during one grading.
+    """
 
     fleet: Fleet
     chat: ChatFormat
@@ -58,33 +68,38 @@ class Judge:
         return weight * grade + (1 - weight) * rule_reward(text, problem.answer)
 
     async def grade(self, problem: Problem, text: str, *, deadline: float) -> float:
-        """From 0 to 1, of the answer in a model's last turn. Raises JudgeError where no engine of the judge's answers
-        within `deadline` seconds, or it loses more than `retries` of them, or the text is too long for it."""
+        """Return the grade, from 0 to 1, of a model's last turn.
+
+        deadline: in seconds. Raises JudgeError if the deadline passes, more than `retries` engines fail, or the text is
+        too long for the judge.
+        """
         try:
             async with asyncio.timeout(deadline):
-                said = await self._ask(self.prompt(problem, text), problem.problem_id, deadline)
+                reply = await self._ask(self.prompt(problem, text), problem.problem_id, deadline)
         except TimeoutError:
             raise JudgeError(f"the judge did not grade it within {deadline:.1f} s") from None
         except (EngineError, NoEngineError, AbortedGeneration) as error:
             raise JudgeError(f"the judge did not grade it: {error}") from error
-        grade = read_grade(said, self.config.verdict, self.config.best)
+        grade = read_grade(reply, self.config.verdict, self.config.best)
         self.counts.count(grade)
         return grade or 0.0
 
     def prompt(self, problem: Problem, text: str) -> tuple[int, ...]:
-        """What it is asked, as token ids. Control tokens in the texts stay text: a model can't end its turn in the
-        judge's prompt and grade itself."""
+        """Return the judge's prompt as token ids.
+
+        Control tokens in the texts stay text, so a model can't end its turn in the judge's prompt and grade itself.
+        """
         texts = {"question": problem.question, "answer": text, "reference": problem.answer}
         return self.chat.prompt(self.config.template.format(**texts))
 
     def require_room(self, problems: Sequence[Problem]) -> None:
-        """Raises DataError where a question leaves no room for any answer."""
+        """Raise DataError if a question leaves no room for an answer in the judge's context."""
         for problem in problems:
             if self._lacks_room(length := len(self.prompt(problem, ""))):
                 raise DataError(
                     f"the judge's prompt for problem {problem.problem_id} has {length} tokens before any answer, and "
-                    f"with judges.max_new_tokens ({self.config.max_new_tokens}) fills its context of "
-                    f"{self.fleet.context_length}; lower judges.max_new_tokens, take a judge with a longer context, "
+                    f"with judges.max_new_tokens ({self.config.max_new_tokens}) it exceeds the context of "
+                    f"{self.fleet.context_length}; lower judges.max_new_tokens, use a judge with a longer context, "
                     "shorten judges.template, or drop the problem"
                 )
 
@@ -101,22 +116,24 @@ class Judge:
         ends = now() + deadline
         sampling = SamplingParams(self.config.max_new_tokens, temperature=0.0, stop_token_ids=(self.chat.end_of_turn,))
         request = GenerateRequest(f"judge/{next(self._numbers)}", prompt, sampling)
-        routing = RoutingContext(group=problem_id)  # the answers to one question share what comes before them
+        routing = RoutingContext(group=problem_id)  # the prompts for one question share a prefix
 
         async def send(request: GenerateRequest) -> Generation:
             return await self.fleet.generate(request, deadline=ends - now(), routing=routing)
 
-        made = await generate_whole(request, send, Attempts(self.retries, self.fleet.event_log))
-        return self.chat.answer(made.output_ids)
+        generation = await generate_whole(request, send, Attempts(self.retries, self.fleet.event_log))
+        return self.chat.answer(generation.output_ids)
 
 
 async def grade_in_turn(
     judge: Judge, groups: Sequence[Group], chat: ChatFormat, *, deadline: float
 ) -> tuple[list[Group], list[Sample]]:
-    """Wakes a judge that shares its memory with others, has it grade these groups, whose model writes as `chat`, and
-    puts it to sleep again. A sample that it does not grade within `deadline` seconds comes back among the second,
-    FAILED, and its group is without it."""
-    await judge.fleet.restore(deadline=judge.config.engine.start_timeout)  # it reads its weights as at its start
+    """Wake a colocated judge, grade the groups, and put the judge to sleep again.
+
+    chat: the chat format of the model that made the groups. deadline: seconds for each grade. Returns the groups with
+    their rewards, without the samples that were not graded, and these samples, with status FAILED.
+    """
+    await judge.fleet.restore(deadline=judge.config.engine.start_timeout)  # which loads its weights again
 
     async def graded(sample: Sample) -> Sample:
         assert sample.episode is not None
@@ -129,21 +146,24 @@ async def grade_in_turn(
     async with asyncio.TaskGroup() as tasks:
         pending = [[tasks.create_task(graded(sample)) for sample in group.samples] for group in groups]
     await judge.fleet.sleep()
-    left: list[Group] = []
+    rewarded: list[Group] = []
     failed: list[Sample] = []
     for group, ended in zip(groups, pending, strict=True):
         samples = [task.result() for task in ended]
         failed += [sample for sample in samples if sample.status is SampleStatus.FAILED]
         if finished := tuple(sample for sample in samples if sample.status is SampleStatus.FINISHED):
-            left.append(replace(group, samples=finished))
-    return left, failed
+            rewarded.append(replace(group, samples=finished))
+    return rewarded, failed
 
 
-def read_grade(said: str, verdict: str, best: float) -> float | None:
-    """From 0 to 1; None where the judge gave none from 0 to `best`. What it says last counts: it reasons first. The
-    group of `verdict` must be one number and nothing else, with or without `/BEST` behind it."""
-    found = re.findall(verdict, said)
-    grade, slash, out_of = found[-1].rstrip(AFTER_GRADE).partition("/") if found else ("", "", "")
+def read_grade(reply: str, verdict: str, best: float) -> float | None:
+    """Return the grade in a judge's reply, divided by `best`; None if there is no grade from 0 to `best`.
+
+    verdict: a regular expression whose group must be one number, with or without `/BEST` after it. The last match
+    counts, because judges reason before they grade.
+    """
+    matches = re.findall(verdict, reply)
+    grade, slash, out_of = matches[-1].rstrip(AFTER_GRADE).partition("/") if matches else ("", "", "")
     number = parse_number(grade.rstrip(AFTER_GRADE))
     if number is None or not 0 <= number <= best or (slash and parse_number(out_of) != best):
         return None

@@ -1,17 +1,17 @@
-r"""One number in any usual writing, as an exact fraction. Pure.
+r"""Parse one number in any common notation, as an exact fraction. Pure functions.
 
-This is our own because math-verify 0.9 searches a text for a number. It reads `1,234,5` as 1234, `3 or 4` as 4,
-`1e3` as 1 and `12,34` as 12.34, does not know the minus sign U+2212, takes 0.6 to 90 ms a text, brings sympy (90
-MB), and raises outside of the main thread, because its time limit is a signal. A reward needs the opposite: the
-whole text is one number or the answer is wrong, within microseconds, on the event loop.
+math-verify 0.9 does not fit, because it searches a text for a number. It reads `1,234,5` as 1234, `3 or 4` as 4, `1e3`
+as 1 and `12,34` as 12.34. It does not know the minus sign U+2212, takes 0.6 to 90 ms a text, needs sympy (90 MB), and
+raises outside of the main thread, because it limits its time by a signal. For a reward the whole text must be one
+number, and parsing must take microseconds on the event loop.
 """
 
 import re
 from fractions import Fraction
 
-LONGEST = 200  # characters. No usual writing is longer, so a text of a million digits is refused at once.
+LONGEST = 200  # characters. No common notation is longer, so a text of a million digits is refused at once.
 
-# What may stand around a number without changing it.
+# Pairs that may surround a number without changing it.
 _PAIRS = (
     ("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("`", "`"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"),
     (r"\[", r"\]"), (r"\boxed{", "}"), (r"\fbox{", "}"), (r"\text{", "}"), (r"\textbf{", "}"), (r"\mathbf{", "}"),
@@ -19,7 +19,7 @@ _PAIRS = (
 )  # fmt: skip
 _SPECIAL_TOKEN = re.compile(r"<\|\w{1,40}\|>|</s>|<eos>|<end_of_turn>")
 
-# Groups of three digits, all with one separator. A plain space is no separator: `3 400` may be two numbers.
+# Groups of three digits with the same separator. A plain space is not a separator: `3 400` may be two numbers.
 _GROUPED = re.compile(
     r"(?<![0-9.,])[1-9][0-9]{0,2}(?P<mark>,|\{,\}|\\,|['\u2019_\u00a0\u2009\u202f])[0-9]{3}(?:(?P=mark)[0-9]{3})*"
     r"(?!(?P=mark)?[0-9])"
@@ -50,18 +50,17 @@ _AS_PLAIN = str.maketrans(_RAISED, "0123456789+-")
 
 
 def parse_number(text: str) -> Fraction | None:
-    r"""The number that the whole text writes; None where it writes none, more than one, or one that can be read in two
-    ways (`1,5`, `12,34`, `1.234,5`).
+    r"""Return the number that the whole text is; None if it is not one number, or is ambiguous (`1,5`, `1.234,5`).
 
-    Takes signs (also U+2212), thousands separators, decimals, exponents (`1e3`, `2.5 \times 10^{3}`), fractions (`3/4`,
-    `1 1/2`, `½`, `\frac{3}{4}`), a currency sign, a percent sign, and around these Markdown and LaTeX (`**7**`,
+    Accepts signs (also U+2212), thousands separators, decimals, exponents (`1e3`, `2.5 \times 10^{3}`), fractions
+    (`3/4`, `1 1/2`, `½`, `\frac{3}{4}`), a currency sign, a percent sign, and Markdown and LaTeX around these (`**7**`,
     `\boxed{7}`). A currency or percent sign is a unit: `50%` is 50.
     """
     text = text.strip()
     if len(text) > LONGEST:
         return None
     text = _bare(text).replace("\u2212", "-")
-    text = _GROUPED.sub(lambda found: _SEPARATOR.sub("", found[0]), text)
+    text = _GROUPED.sub(lambda match: _SEPARATOR.sub("", match[0]), text)
     signed = _SIGNED.fullmatch(_FRACTION.sub(_as_ratio, text))
     if signed is None or (signed["sign"] and signed["inner"]):
         return None
@@ -71,9 +70,9 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def _bare(text: str) -> str:
-    """Without what stands around it, and without the full stop of a sentence."""
+    """Return the text without surrounding pairs, special tokens at its ends, and a full stop."""
     if "<" in text:
-        text = _SPECIAL_TOKEN.sub(lambda found: "" if found.start() == 0 or found.end() == len(text) else " ? ", text)
+        text = _SPECIAL_TOKEN.sub(lambda match: "" if match.start() == 0 or match.end() == len(text) else " ? ", text)
     peeled = True
     while peeled and not text[-1:].isdigit():
         text = text.strip()
@@ -87,23 +86,23 @@ def _bare(text: str) -> str:
     return text
 
 
-def _as_ratio(found: re.Match[str]) -> str:
-    r"""`\frac{3}{4}` and `¾` as `3/4`; behind a whole number with a space between."""
-    if found["vulgar"]:
-        ratio = _VULGAR[found["vulgar"]]
+def _as_ratio(match: re.Match[str]) -> str:
+    r"""Return `\frac{3}{4}` and `¾` as `3/4`, after a space if a whole number comes before."""
+    if match["vulgar"]:
+        ratio = _VULGAR[match["vulgar"]]
     else:
-        ratio = f"{found['top']}/{found['bottom']}" if found["top"] else "/".join(found["short"])
-    return f"{found['whole']} {ratio}" if found["whole"] else ratio
+        ratio = f"{match['top']}/{match['bottom']}" if match["top"] else "/".join(match["short"])
+    return f"{match['whole']} {ratio}" if match["whole"] else ratio
 
 
 def _unsigned(text: str) -> Fraction | None:
-    if found := _PLAIN.fullmatch(text):
-        return Fraction(found[0])
-    if found := _POWER.fullmatch(text):
-        power = int((found["braced"] or found["bare"] or found["raised"]).translate(_AS_PLAIN))
-        return Fraction(found["mantissa"] or 1) * Fraction(10) ** power
-    if found := _RATIO.fullmatch(text):
-        whole, top, bottom = int(found["whole"] or 0), int(found["top"]), int(found["bottom"])
-        if bottom and (found["whole"] is None or top < bottom):
+    if match := _PLAIN.fullmatch(text):
+        return Fraction(match[0])
+    if match := _POWER.fullmatch(text):
+        power = int((match["braced"] or match["bare"] or match["raised"]).translate(_AS_PLAIN))
+        return Fraction(match["mantissa"] or 1) * Fraction(10) ** power
+    if match := _RATIO.fullmatch(text):
+        whole, top, bottom = int(match["whole"] or 0), int(match["top"]), int(match["bottom"])
+        if bottom and (match["whole"] is None or top < bottom):
             return whole + Fraction(top, bottom)
     return None

@@ -1,13 +1,12 @@
 """A seeded generator of grade-school word problems in GSM8K's format (Cobbe et al., arXiv:2110.14168).
 
-A story starts with a number of things; one or two clauses change that number, each by one operator. Two clauses make a
-two-step problem: the result of the first goes into the second. Numbers and results are whole and positive.
+A story starts with a number of things. One or two clauses change the number, each by one operator; the second clause
+uses the result of the first. All numbers and results are positive integers.
 
-The numbers give no hint of the operator: whichever it is, a clause's number is a divisor of the value before it.
+The numbers give no hint of the operator: a clause's number divides the value before it, whatever the operator is.
 
-The same (seed, index, held_out) gives the same problem everywhere. Held-out problems share no numbers with training
-problems of the same operators, whatever their seeds: a checksum of operators and numbers decides which side they are
-on, so a held-out problem is never a training problem with another name in it.
+The same (seed, index, held_out) gives the same problem everywhere. A checksum of operators and numbers decides whether
+a problem is held out. So no held-out problem is a training problem with another name in it, whatever the seeds are.
 """
 
 import random
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from millrace.rollout.sample import Problem
 
 OPERATORS = ("+", "-", "*", "/")
-_HELD_OUT_SHARE = 5  # one of so many combinations of operators and numbers is held out
+_HELD_OUT_SHARE = 5  # one in five combinations of operators and numbers is held out
 _LARGEST_START = 60
 _LARGEST_NUMBER = 12
 _LARGEST_RESULT = 999
@@ -31,7 +30,7 @@ _PEOPLE = (
 )  # fmt: skip
 _THINGS = ("apples", "books", "cards", "coins", "eggs", "marbles", "pens", "shells", "stamps", "toys")
 _STARTS = ("{name} has {a} {things}.", "{name} starts with {a} {things}.")
-# What happens between the start and the last clause. {n} is the clause's own number.
+# The clauses between the start and the last clause. {n} is the clause's own number.
 _MIDDLES = {
     "+": ("Then {he} buys {n} more", "Then {he} finds {n} others"),
     "-": ("Then {he} loses {n}", "Then {he} gives {n} away"),
@@ -65,8 +64,11 @@ _ENDS = {
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A problem with what it was made from. A clause, an operator and a number for each step, in the order of use;
-    before them in `numbers` is the one that the story starts with. A clause has no full stop."""
+    """A problem and its parts.
+
+    clauses, operators: one for each step, in order; a clause has no full stop. numbers: the number that the story
+    starts with, followed by one for each step.
+    """
 
     question: str
     clauses: tuple[str, ...]
@@ -74,7 +76,7 @@ class Story:
     operators: tuple[str, ...]
 
     def results(self) -> tuple[int, ...]:
-        """The result of each step, in order."""
+        """Return the result of each step, in order."""
         results: list[int] = []
         value = self.numbers[0]
         for operator, number in zip(self.operators, self.numbers[1:], strict=True):
@@ -83,7 +85,7 @@ class Story:
         return tuple(results)
 
     def answer_text(self) -> str:
-        """The worked answer as GSM8K writes it: `<<left op right=result>>result` a step, and a last line `#### n`."""
+        """Return the answer in GSM8K's form: `<<left op right=result>>result` for each step, then a line `#### n`."""
         lines: list[str] = []
         left = self.numbers[0]
         for operator, number, result in zip(self.operators, self.numbers[1:], self.results(), strict=True):
@@ -94,30 +96,32 @@ class Story:
 
 
 def make_story(seed: int, index: int, *, held_out: bool = False) -> Story:
-    """The problem number `index` of the stream `seed`. Half of the problems have one step, half have two."""
+    """Return problem `index` of the stream `seed`. Half of the problems have one step, half have two."""
     draw = random.Random(f"{seed}/{index}/{held_out}")  # noqa: S311 - a problem is no secret
     operators = _draw_operators(draw, draw.choice((1, 2)))
     while True:
         numbers = _draw_numbers(draw, operators)
         if numbers is not None and _is_held_out(operators, numbers) is held_out:
-            return _tell(draw, operators, numbers)
+            return _write_story(draw, operators, numbers)
 
 
 def make_misread_story(seed: int, index: int) -> Story:
-    """A training story as a poor reader takes it. Where it adds, he adds; where it subtracts or multiplies, he mostly
-    adds, and where it divides, he mostly multiplies: those are its `operators`, whatever its question tells. It shows
-    the form of an answer and which numbers go into it, and a habit to unlearn."""
+    """Return a training story whose `operators` are often wrong for its question, for the supervised warm-up.
+
+    Additions stay; most subtractions and multiplications become additions, and most divisions multiplications. Such
+    stories teach the form of an answer and the choice of its numbers, and leave the operators to reinforcement.
+    """
     draw = random.Random(f"{seed}/{index}/misread")  # noqa: S311
-    told = _draw_operators(draw, draw.choice((1, 2)))
-    operators = tuple(_MISREAD_AS.get(o, o) if draw.random() < _MISREAD_SHARE else o for o in told)
+    correct = _draw_operators(draw, draw.choice((1, 2)))
+    operators = tuple(_MISREAD_AS.get(o, o) if draw.random() < _MISREAD_SHARE else o for o in correct)
     while True:
         numbers = _draw_numbers(draw, operators)
-        if numbers is not None and not _is_held_out(told, numbers):
-            return replace(_tell(draw, told, numbers), operators=operators)
+        if numbers is not None and not _is_held_out(correct, numbers):
+            return replace(_write_story(draw, correct, numbers), operators=operators)
 
 
 def generate_problems(seed: int, count: int, *, held_out: bool = False) -> Iterator[Problem]:
-    """The first `count` problems of the stream `seed`."""
+    """Yield the first `count` problems of the stream `seed`."""
     side = "held-out" if held_out else "train"
     for index in range(count):
         story = make_story(seed, index, held_out=held_out)
@@ -143,8 +147,10 @@ def _draw_operators(draw: random.Random, steps: int) -> tuple[str, ...]:
 
 
 def _draw_numbers(draw: random.Random, operators: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Numbers for the operators; None where the draw came to a value for which there is no next number. What may come
-    next depends on the value alone, never on the operator."""
+    """Return numbers for the operators; None if a value came up that allows no next number.
+
+    The choice of the next number depends on the value only, not on the operator.
+    """
     value = draw.randint(2, _LARGEST_START)
     numbers = [value]
     for operator in operators:
@@ -161,14 +167,14 @@ def _is_held_out(operators: tuple[str, ...], numbers: tuple[int, ...]) -> bool:
     return zlib.crc32(f"{operators}{numbers}".encode()) % _HELD_OUT_SHARE == 0
 
 
-def _tell(draw: random.Random, operators: tuple[str, ...], numbers: tuple[int, ...]) -> Story:
+def _write_story(draw: random.Random, operators: tuple[str, ...], numbers: tuple[int, ...]) -> Story:
     name, he = draw.choice(_PEOPLE)
     words = {"name": name, "he": he, "He": he.title(), "things": draw.choice(_THINGS)}
     start = draw.choice(_STARTS).format(a=numbers[0], **words)
     middles = [draw.choice(_MIDDLES[operator]) for operator in operators[:-1]]
-    end, asked = draw.choice(_ENDS[operators[-1]])
+    end, end_question = draw.choice(_ENDS[operators[-1]])
     clauses = tuple(
         clause.format(n=number, **words) for clause, number in zip([*middles, end], numbers[1:], strict=True)
     )
-    question = " ".join([start, *(f"{clause}." for clause in clauses), asked.format(**words)])
+    question = " ".join([start, *(f"{clause}." for clause in clauses), end_question.format(**words)])
     return Story(question, clauses, numbers, operators)

@@ -1,4 +1,4 @@
-"""Where a model's reasoning ends and its answer begins, by the markers that its own chat template writes."""
+"""The separation of a model's reasoning from its answer, by the markers that its chat template writes."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,7 +9,7 @@ from millrace.errors import DataError
 Message = Mapping[str, object]
 Render = Callable[[Sequence[Message], bool], str]  # messages, and whether the generation prompt follows them
 
-QUESTION = "millrace-question"  # stands for a user's text where only the form of a rendering counts
+QUESTION = "millrace-question"  # a placeholder for a user's text
 _THOUGHT, _ANSWER = "millrace-thought", "millrace-answer"
 _LAST_TAG = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$")
 _OPEN_TAG = re.compile(r"<([^<>/\s]+)>\s*$")
@@ -19,17 +19,19 @@ _USUAL = ("<think>", "</think>")
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """A model's markers. `opened`: its generation prompt ends with the opening one, so each turn begins inside the
-    reasoning."""
+    """The markers around a model's reasoning.
+
+    opened: whether the generation prompt ends with the opening marker, so that each turn begins inside the reasoning.
+    """
 
     opening: str
     closing: str
     opened: bool = False
 
     def answer(self, text: str) -> str:
-        """What a turn says outside its reasoning; nothing where the reasoning has no end.
+        """Return the text of a turn without its reasoning; empty if the reasoning has no end.
 
-        A closing marker that nothing opened ends reasoning too: the opening one was in the prompt.
+        A closing marker without an opening one ends reasoning too: the opening marker was in the prompt.
         """
         if self.opened:
             text = self.opening + text
@@ -39,31 +41,33 @@ class Reasoning:
         return rest.rpartition(self.closing)[2]
 
     def is_open(self, text: str) -> bool:
-        """Whether a text ends inside reasoning."""
+        """Return whether a text ends inside reasoning."""
         return text.rfind(self.opening) > text.rfind(self.closing)
 
 
 def reasoning_keys(thought: str) -> dict[str, str]:
-    """A message's reasoning, under each of the names that chat templates read it from."""
+    """Return a message's reasoning under each of the keys that chat templates use for it."""
     return dict.fromkeys(("reasoning_content", "reasoning", "thinking"), thought)
 
 
 def find_reasoning(render: Render, template: str, added_tokens: Collection[str]) -> Reasoning:
-    """The markers of the model whose template's source is `template`.
+    """Return the reasoning markers of a model.
 
-    They are what the template writes around a thought. Where it writes none, they are the tag that its generation
-    prompt ends with, or those of a known family, or the usual `<think>` and `</think>`.
-    Raises DataError, by `render`, where the template refuses a user's message.
+    The markers are the texts that the template writes around a message's reasoning. If it writes none, they are the tag
+    at the end of its generation prompt, or those of a known model family, or `<think>` and `</think>`.
+
+    render: renders messages. template: the template's source. added_tokens: of the tokenizer. Raises DataError if the
+    template refuses a user's message.
     """
     question = {"role": "user", "content": QUESTION}
     prompt = render([question], True)
     tail = prompt.rpartition(QUESTION)[2]
     answer = {"role": "assistant", "content": _ANSWER, **reasoning_keys(_THOUGHT)}
     try:
-        before, _, behind = render([question, answer], False).partition(_THOUGHT)
-    except DataError:  # it refuses a turn with reasoning, so it writes none
-        before, behind = "", ""
-    between, answered, _ = behind.partition(_ANSWER)
+        before, _, after = render([question, answer], False).partition(_THOUGHT)
+    except DataError:  # the template refuses a turn with reasoning, so it writes none
+        before, after = "", ""
+    between, answered, _ = after.partition(_ANSWER)
     opening, closing = _opening(before, prompt), between.strip()
 
     def known(marker: str) -> bool:
@@ -77,7 +81,7 @@ def find_reasoning(render: Render, template: str, added_tokens: Collection[str])
 
 
 def _opening(before: str, prompt: str) -> str:
-    """The marker before a thought: what follows the generation prompt, or the prompt's own last tag."""
+    """Return the marker before a thought: the text after the generation prompt, or the prompt's last tag."""
     if before.startswith(prompt) and (written := before.removeprefix(prompt).strip()):
         return written
     tag = _LAST_TAG.search(before)

@@ -1,4 +1,4 @@
-"""What a finished sample is worth. The rule reward: is what stands behind the last `####` the answer?"""
+"""Rewards of finished samples. The rule reward compares the number after the last `####` with the answer."""
 
 import re
 from fractions import Fraction
@@ -8,7 +8,7 @@ from millrace.errors import DataError
 from millrace.rollout.numbers import LONGEST, parse_number
 from millrace.rollout.sample import Problem
 
-# One word behind the number names what is counted: `84 apples`. A word that can be a part of the number does not.
+# A single word after the number is its unit: `84 apples`. Words that can be part of a number are not units.
 _UNIT = re.compile(
     r"(?P<number>.*?\S)"
     r"(?:\s*\\text\{\s*(?P<latex>[^\W\d_]{2,})\s*\}|[ \t]+(?P<plain>[^\W\d_]{2,}))(?P<closing>\W{0,6})",
@@ -25,34 +25,40 @@ over by per of point negative squared cubed factorial mod modulo divided multipl
 
 
 class Reward(Protocol):
-    """The reward of the text of a model's last turn. Raises JudgeError where there is none within `deadline` seconds,
-    and the sample fails."""
+    """A function that returns the reward of the text of a model's last turn.
+
+    It raises JudgeError if it has no reward within `deadline` seconds; the sample then fails.
+    """
 
     async def __call__(self, problem: Problem, text: str, *, deadline: float) -> float: ...
 
 
 async def by_rule(problem: Problem, text: str, *, deadline: float) -> float:  # noqa: ARG001 (it takes no time)
-    """The rule reward alone."""
+    """Return the rule reward."""
     return rule_reward(text, problem.answer)
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that stands behind the last `####`, up to the end of the text, with or without a unit of one word.
-    None where anything else stands there: a part of a text is never taken for the number."""
+    """Return the number after the last `####`, with or without a unit of one word.
+
+    Returns None if the rest of the text is anything else: no number is extracted from a longer text.
+    """
     _, mark, tail = text.rpartition("####")
     tail = tail.strip()
     if not mark or len(tail) > LONGEST:
         return None
     number = parse_number(tail)
-    if number is None and (found := _UNIT.fullmatch(tail)):
-        unit = (found["latex"] or found["plain"]).casefold()
-        number = None if unit in _PARTS_OF_NUMBERS.split() else parse_number(found["number"] + found["closing"])
+    if number is None and (match := _UNIT.fullmatch(tail)):
+        unit = (match["latex"] or match["plain"]).casefold()
+        number = None if unit in _PARTS_OF_NUMBERS.split() else parse_number(match["number"] + match["closing"])
     return number
 
 
 def rule_reward(text: str, answer: str) -> float:
-    """1.0 where the final number of the model's last turn is exactly the number `answer` (7, 7.0 and 7/1 are one
-    number), else 0.0. Raises DataError where `answer` is not a number."""
-    if (wanted := parse_number(answer)) is None:
+    """Return 1.0 if the final number of the model's last turn equals `answer` (7, 7.0 and 7/1 are equal), else 0.0.
+
+    Raises DataError if `answer` is not a number.
+    """
+    if (expected := parse_number(answer)) is None:
         raise DataError(f"the answer {answer[:80]!r} is not a number, so no text can be compared with it")
-    return 1.0 if final_number(text) == wanted else 0.0
+    return 1.0 if final_number(text) == expected else 0.0

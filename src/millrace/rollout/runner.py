@@ -1,4 +1,4 @@
-"""One sample, from its problem to its reward: every end it can have, exactly one of them."""
+"""Runs one sample, from its problem to its reward. Every sample ends exactly once, with one status."""
 
 import asyncio
 from collections.abc import Mapping
@@ -25,24 +25,33 @@ from millrace.rollout.sample import Problem, Sample, SampleStatus
 from millrace.rollout.tools import Tool, ToolAnswer
 from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
 
-PROVEN_SECONDS = 1.0  # after which a request is unlikely to kill its engine: a poisonous prompt does when it is read
+PROVEN_SECONDS = 1.0  # a request that runs this long is unlikely to kill its engine: bad prompts do so in the prefill
 
 
 @dataclass(slots=True)
 class ToolCounts:
-    """How often tools were called, and how often a call went wrong."""
+    """How many tool calls there were, and how many of them failed."""
 
     calls: int = 0
     errors: int = 0
 
     def count(self, answer: ToolAnswer) -> None:
+        """Count a tool call by its answer."""
         self.calls += 1
         self.errors += answer.failed
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRunner:
-    """Plays samples on a fleet, with what they all share."""
+    """Runs samples on a fleet, with the settings that all samples share.
+
+    >>> runner = SampleRunner(fleet, chat, tools, limits, sampling, timeout=300.0, retries=3)
+    >>> sample = await runner.run("problem-7-0", "problem-7", problem)
+
+    timeout: seconds for one sample, without the time in which the fleet sleeps. retries: how many engine failures one
+    sample survives. partial: whether a sample keeps its tokens when an engine fails, and another engine continues it.
+    last_chance: the lock under which requests without a retry left are sent.
+    """
 
     fleet: FleetClient
     chat: ChatFormat
@@ -51,18 +60,21 @@ class SampleRunner:
     sampling: SamplingParams
     timeout: float
     retries: int
-    partial: bool = True  # what an engine had made when it died or gave up stays, and another makes the rest
+    partial: bool = True
     reward: Reward = by_rule
     tool_counts: ToolCounts = field(default_factory=ToolCounts)
     last_chance: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def prompt(self, problem: Problem) -> tuple[int, ...]:
+        """Return the prompt of a problem as token ids."""
         return self.chat.prompt(problem.question)
 
     async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
-        """The sample, ended. A failure of its own (an engine that died under it more often than `retries`, its
-        deadline, an engine that refuses it, weights that give NaN) is its status; NoEngineError, which would fail every
-        sample, is raised."""
+        """Run a sample to its end and return it.
+
+        Failures that concern this sample become its status: more than `retries` engines failed, the timeout passed, an
+        engine refused the request, or the weights gave NaN. Raises NoEngineError, which would fail every sample.
+        """
         try:
             async with asyncio.timeout(self.timeout) as timer:
                 return await self._try(sample_id, group_id, problem, timer)
@@ -115,13 +127,16 @@ class SampleRunner:
         ends = timer.when()
         assert ends is not None
         left = max(ends - asyncio.get_running_loop().time(), 0.0)
-        timer.reschedule(None)  # the reward is late by its own clock, and says what it waited for
+        timer.reschedule(None)  # the reward has its own deadline, and its error says what it waited for
         reward = await self.reward(problem, last_answer(episode, self.chat), deadline=left)
         return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, reward)
 
     async def _in_turn(self, send: Send, request: GenerateRequest, timer: asyncio.Timeout) -> Generation:
-        """Sends what may lose no engine more, one at a time, each until it has lived for PROVEN_SECONDS: a request that
-        kills engines has taken others with it so far, and now it takes none."""
+        """Send a request without a retry left, when the one before it has run for PROVEN_SECONDS or has ended.
+
+        A request that kills its engine fails the other requests on it, too. Sent one by one, requests without a retry
+        left can't fail each other.
+        """
         task: asyncio.Task[Generation] | None = None
         try:
             async with self.last_chance:
@@ -130,25 +145,28 @@ class SampleRunner:
                 await asyncio.wait({task}, timeout=PROVEN_SECONDS)
             return await task
         finally:
-            if task is not None and not task.done():  # this was cancelled, and so is what runs on the engine
+            if task is not None and not task.done():  # cancelled: cancel the request on the engine, too
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
     async def _time_left(self, timer: asyncio.Timeout) -> float:
-        """Seconds. The sample's time stands still while the fleet sleeps, since what a step left unfinished goes on
-        after the training, and while the last engine is being started again."""
+        """Return the seconds until the sample's timeout, which does not run while the fleet is interrupted.
+
+        The fleet is interrupted while it sleeps, because unfinished samples continue after the training step, and while
+        its last engine restarts.
+        """
         now, ends = asyncio.get_running_loop().time, timer.when()
         assert ends is not None
         if self.fleet.interrupted:
             left = ends - now()
             timer.reschedule(None)
-            await self.fleet.resumed()  # or until the scheduler gives the sample up
+            await self.fleet.resumed()  # or until the scheduler cancels the sample
             timer.reschedule(ends := now() + left)
         return max(ends - now(), 0.0)
 
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:
-    """How training samples are drawn."""
+    """Return the sampling parameters of training samples."""
     return SamplingParams(
         max_new_tokens=config.max_turn_tokens,
         temperature=config.temperature,
@@ -159,7 +177,7 @@ def sampling_params(config: RolloutConfig) -> SamplingParams:
 
 
 def greedy(sampling: SamplingParams) -> SamplingParams:
-    """The same without chance, for evaluation."""
+    """Return the same parameters for greedy sampling, for evaluation."""
     return replace(sampling, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0)
 
 

@@ -1,4 +1,4 @@
-"""What a rollout yields: samples, whole and each with its own end."""
+"""The results of a rollout: groups of samples with their episodes."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,7 +11,7 @@ from millrace.types import Float32Array, VersionSpan
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One task of a data set. `answer` is the number behind GSM8K's `####`, without thousands separators."""
+    """One problem of a data set. `answer` is the number after GSM8K's `####`, without thousands separators."""
 
     problem_id: str
     question: str
@@ -19,10 +19,10 @@ class Problem:
 
 
 class SampleStatus(StrEnum):
-    """A sample ends in exactly one of these, once."""
+    """How a sample ended. Every sample ends exactly once."""
 
     FINISHED = "finished"
-    ABORTED = "aborted"  # given up on purpose: too stale, or the run ends
+    ABORTED = "aborted"  # cancelled: it was too stale, or the run ends
     FAILED = "failed"
 
 
@@ -37,12 +37,11 @@ class EpisodeEnd(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """A whole conversation in token ids: prompt, the model's turns and the tools' answers, in order, never
-    re-tokenized.
+    """A whole conversation as token ids: the prompt, the model's turns and the tool answers, never re-tokenized.
 
-    token_ids: [T]. loss_mask: [T] bool, True where the model made the token. logprobs: [T] float32, the engine's at the
-    time of sampling, 0 where loss_mask is False. version_spans: positions in token_ids; they cover exactly
-    the True places.
+    token_ids: [T]. loss_mask: [T] bool, True for tokens that the model generated. logprobs: [T] float32, the engine's
+    at the time of sampling; 0 where loss_mask is False. version_spans: which weight versions generated which positions;
+    they cover exactly the positions where loss_mask is True. turns: of the model.
     """
 
     token_ids: tuple[int, ...]
@@ -55,7 +54,10 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One attempt at one problem. A sample that is not FINISHED has no episode and a `reason`."""
+    """One attempt at a problem.
+
+    episode: None unless the status is FINISHED. reward: 0 without an episode. reason: why there is no episode.
+    """
 
     sample_id: str
     group_id: str
@@ -67,14 +69,14 @@ class Sample:
 
     @property
     def oldest_version(self) -> int | None:
-        """The oldest weight version in it; None where it has no tokens of a published version."""
+        """The oldest weight version of its tokens; None if no published version generated any."""
         versions = [s.version for s in self.episode.version_spans if s.version is not None] if self.episode else []
         return min(versions, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The samples of one problem, complete: each has ended in one way."""
+    """The samples of one problem, all of which have ended."""
 
     group_id: str
     problem: Problem

@@ -1,4 +1,4 @@
-"""Every sample is a task of its own; groups come out as they complete, in whichever order. There is no barrier."""
+"""Runs every sample as a task and returns groups in the order in which they complete, without a barrier."""
 
 import asyncio
 from collections import Counter
@@ -10,32 +10,41 @@ from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
 
 
 class Runner(Protocol):
-    """Who plays samples: `millrace.rollout.runner.SampleRunner`."""
+    """Runs one sample to its end, as `millrace.rollout.runner.SampleRunner` does."""
 
-    async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample: ...
+    async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
+        """Run a sample and return it. Exceptions end the whole rollout."""
+        ...
 
 
 @dataclass(slots=True)
 class _Running:
-    """A group on its way."""
+    """A group whose samples are running."""
 
     group_id: str
     problem: Problem
-    version: int  # the trainer's, when it was started: none of its tokens is older
+    version: int  # the trainer's when the group was started: none of its tokens is older
     tasks: list[asyncio.Task[Sample]]
 
 
 @dataclass(slots=True)
 class SampleCounts:
-    """Every sample that was asked for, and how it ended."""
+    """How many samples were started, and how many of them ended with each status."""
 
     asked: int = 0
     ended: Counter[SampleStatus] = field(default_factory=Counter)
 
 
 class RolloutScheduler:
-    """Starts groups and hands out the complete ones. Use it as an async context manager: at its end, what still runs is
-    cancelled, and with it aborted on the engines."""
+    """Starts groups of samples and returns them when they are complete.
+
+    It is an async context manager. At its end, running samples are cancelled, and their requests are aborted on the
+    engines.
+
+    >>> async with RolloutScheduler(runner, samples_per_group=8) as scheduler:
+    ...     scheduler.start([("group-0", problem)], version=1)
+    ...     group = await scheduler.next_group()
+    """
 
     def __init__(self, runner: Runner, samples_per_group: int) -> None:
         self.counts = SampleCounts()
@@ -56,11 +65,14 @@ class RolloutScheduler:
 
     @property
     def in_flight(self) -> int:
-        """Groups that were started and not handed out yet."""
+        """The number of groups that were started and not returned yet."""
         return len(self._running) + self._complete.qsize()
 
     def start(self, groups: Iterable[tuple[str, Problem]], version: int) -> None:
-        """Starts the samples of each (group id, problem); `version` is the trainer's."""
+        """Start the samples of each (group id, problem).
+
+        version: the weight version that the trainer has published last, for `cancel_older_than`.
+        """
         for group_id, problem in groups:
             tasks = [
                 asyncio.create_task(self._runner.run(f"{group_id}-{i}", group_id, problem))
@@ -73,16 +85,20 @@ class RolloutScheduler:
             collector.add_done_callback(self._collectors.discard)
 
     async def next_group(self) -> Group:
-        """The next group that is complete, as soon as there is one. Raises what ended a sample without an end of its
-        own, such as NoEngineError."""
+        """Wait for the next complete group and return it.
+
+        Raises the exception of a sample that raised one instead of ending, such as NoEngineError.
+        """
         group = await self._complete.get()
         if isinstance(group, BaseException):
             raise group
         return group
 
     def cancel_older_than(self, version: int) -> int:
-        """Gives up the groups that were started before the trainer stood at `version`, and tells how many. They come
-        out with their unfinished samples ABORTED."""
+        """Cancel the groups that were started for a version before `version`, and return how many there are.
+
+        `next_group` returns them with status ABORTED for unfinished samples.
+        """
         old = [running for running in self._running.values() if running.version < version]
         for running in old:
             _cancel(running)
@@ -95,7 +111,7 @@ class RolloutScheduler:
             if isinstance(result, asyncio.CancelledError):
                 sample_id = f"{running.group_id}-{index}"
                 result = Sample(
-                    sample_id, running.group_id, running.problem, SampleStatus.ABORTED, None, 0.0, "given up: too old"
+                    sample_id, running.group_id, running.problem, SampleStatus.ABORTED, None, 0.0, "cancelled: too old"
                 )
             elif isinstance(result, BaseException):
                 _cancel(running)

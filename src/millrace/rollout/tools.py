@@ -1,7 +1,7 @@
-"""Tools that the model may call between two of its turns: the port, the calculator, and Qwen's `<tool_call>` formats.
+"""Tools that the model may call between its turns: the interface, a calculator, and parsing of `<tool_call>` formats.
 
-Whatever goes wrong with a call (bad JSON, no such tool, a tool that raises or takes too long) is told to the model as
-the tool's answer. It may try again, and the sample goes on.
+If a call fails (bad JSON, no such tool, a tool that raises or takes too long), the tool answer says so. The model may
+try again, and the sample continues.
 """
 
 import ast
@@ -30,22 +30,32 @@ Number = int | float
 
 
 class ToolError(MillraceError):
-    """A tool can't do what it was asked. The message is written for the model."""
+    """A tool can't do what the model asked for. The model gets the message as the tool's answer."""
 
 
 class Tool(ABC):
-    """Something the model can call. One object serves all samples, so `call` keeps nothing between calls."""
+    """A function that the model can call.
+
+    One instance serves all samples at the same time, so `call` must not keep state between calls.
+
+    >>> class Clock(Tool):
+    ...     name = "clock"
+    ...     schema = {"type": "function", "function": {"name": "clock", "description": "Returns the time."}}
+    ...
+    ...     async def call(self, arguments):
+    ...         return time.strftime("%H:%M")
+    """
 
     name: str
 
     @property
     @abstractmethod
     def schema(self) -> Mapping[str, object]:
-        """The JSON schema of a function, in the form that chat templates take as `tools`."""
+        """The JSON schema of the function, in the form that chat templates take as `tools`."""
 
     @abstractmethod
     async def call(self, arguments: Mapping[str, object]) -> str:
-        """The answer as text. Raises ToolError for what the model did wrong. The caller sets the deadline."""
+        """Return the answer as text. Raises ToolError for a mistake of the model. The caller sets the deadline."""
 
 
 class Calculator(Tool):
@@ -74,7 +84,7 @@ class Calculator(Tool):
 
 
 def make_tools(names: tuple[str, ...]) -> dict[str, Tool]:
-    """The tools of the config's `rollout.tools`, by name. Raises ToolError for a name that is none."""
+    """Return the built-in tools with these names, by name. Raises ToolError for an unknown name."""
     known: dict[str, Tool] = {tool.name: tool for tool in (Calculator(),)}
     for name in names:
         if name not in known:
@@ -84,8 +94,7 @@ def make_tools(names: tuple[str, ...]) -> dict[str, Tool]:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call as the model wrote it. typed: False where all arguments are text, and the tool's schema gives their
-    types."""
+    """A tool call of the model. typed: False if all arguments are text, so that the tool's schema gives their types."""
 
     name: str
     arguments: Mapping[str, object]
@@ -94,14 +103,14 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class BadToolCall:
-    """A call that can't be read, and why, in words for the model."""
+    """A tool call that can't be parsed. The model gets `reason` as the answer."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolAnswer:
-    """What the model is told. `tool` is None where the call could not be read."""
+    """The answer to a tool call, which the model reads. `tool` is None if the call could not be parsed."""
 
     tool: str | None
     text: str
@@ -109,15 +118,16 @@ class ToolAnswer:
 
 
 def parse_tool_calls(text: str) -> tuple[ToolCall | BadToolCall, ...]:
-    """The calls in one turn's text, in order; none where it has no `<tool_call>`. The text comes without its reasoning.
+    """Return the tool calls in the text of a turn, in order; empty if there is no `<tool_call>`.
 
-    Two forms are read: JSON (Qwen2.5 and 3) and `<function=NAME><parameter=NAME>` (Qwen3-Coder, Qwen3.5, Nemotron 3).
+    text: without reasoning. Two forms are parsed: JSON (Qwen2.5 and 3) and `<function=NAME><parameter=NAME>`
+    (Qwen3-Coder, Qwen3.5, Nemotron 3).
     """
     return tuple(_parse_tool_call(body, closing) for body, closing in _TOOL_CALL.findall(text))
 
 
 async def answer_tool_call(call: ToolCall | BadToolCall, tools: Mapping[str, Tool], *, deadline: float) -> ToolAnswer:
-    """Runs one call for at most `deadline` seconds. Raises nothing: every failure becomes an answer for the model."""
+    """Run one call for at most `deadline` seconds. Raises nothing: every failure becomes an answer for the model."""
     if isinstance(call, BadToolCall):
         return ToolAnswer(None, f"Error: {call.reason}", failed=True)
     tool = tools.get(call.name)
@@ -129,22 +139,23 @@ async def answer_tool_call(call: ToolCall | BadToolCall, tools: Mapping[str, Too
         async with timeout:
             arguments = call.arguments if call.typed else _typed(call.arguments, tool.schema)
             return ToolAnswer(call.name, await tool.call(arguments), failed=False)
-    # A tool is the user's own code and may raise anything; one bad call must not end the other samples of the batch.
+    # A tool is the user's code and may raise anything. One bad call must not end the other samples of the batch.
     except Exception as error:
         reason = f"no answer after {deadline:g} s" if timeout.expired() else f"{error}" or type(error).__name__
         return ToolAnswer(call.name, f"Error: {reason}", failed=True)
 
 
 def evaluate(expression: str) -> Number:
-    """The value of an arithmetic expression. Raises ToolError for anything else, and for a value too large to print.
+    """Return the value of an arithmetic expression.
 
-    The expression is parsed, never run: only numbers and operators are looked at.
+    The expression is parsed, not executed: it can contain numbers and operators only. Raises ToolError for anything
+    else, and if the value is too large to print.
     """
     if len(expression) > _LONGEST_EXPRESSION:
         raise ToolError(f"the expression has {len(expression)} characters; at most {_LONGEST_EXPRESSION} are read")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # models write `12x`; the error below says enough
+            warnings.simplefilter("ignore", SyntaxWarning)  # for texts such as `12x`; the error below is enough
             tree = ast.parse(_THOUSANDS_SEPARATOR.sub("", expression).strip(), mode="eval")
         value = _evaluate(tree.body)
     except SyntaxError as error:
@@ -159,7 +170,7 @@ def evaluate(expression: str) -> Number:
 
 
 def format_number(value: Number) -> str:
-    """Whole numbers plainly; others with up to ten significant digits."""
+    """Return a number as text: integers in full, others with up to ten significant digits."""
     if isinstance(value, int):
         return str(value)
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.10g}"
@@ -184,7 +195,7 @@ def _parse_tool_call(body: str, closing: str) -> ToolCall | BadToolCall:
 
 
 def _typed(arguments: Mapping[str, object], schema: Mapping[str, object]) -> dict[str, object]:
-    """Arguments that the model wrote as text, as the schema types them. Text that is no JSON stays text."""
+    """Return arguments that the model wrote as text with the types of the schema. Text that is not JSON stays text."""
     match schema:
         case {"function": {"parameters": {"properties": dict(properties)}}}:
             return {name: _value(str(text), properties.get(name)) for name, text in arguments.items()}
@@ -233,7 +244,7 @@ def _operator(op: ast.operator) -> Callable[[Number, Number], Number]:
 
 
 def _power(base: Number, exponent: Number) -> Number:
-    """`base ** exponent`, refused before it is computed where the result would be huge."""
+    """Return `base ** exponent`. Raises ToolError before computing a result that would be too large."""
     if abs(exponent) > _LARGEST_EXPONENT:
         raise ToolError(f"the exponent {exponent} is too large")
     if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > _LARGEST_RESULT_BITS:

@@ -1,1 +1,1 @@
-"""What faces people and other programs: metrics, and the fleet as a table."""
+"""Interfaces for people and other programs: metrics over HTTP, and the fleet as a table."""

@@ -1,5 +1,7 @@
-"""A fleet's owner answers those that follow it (`millrace.fleet.follower`), who know the key: how the engines stand,
-and where they are. An engine's keys are part of that."""
+"""The HTTP server of a fleet's owner, for its followers (`millrace.fleet.follower`).
+
+Followers authenticate with a key. They get the state of the engines, and their addresses and API keys.
+"""
 
 import hmac
 import socket
@@ -14,15 +16,15 @@ from millrace.errors import EngineFailed
 from millrace.fleet.follower import POLL_SECONDS, Failure, FleetState
 from millrace.fleet.replicas import ReplicaSet
 
-SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the run ends
+SHUTDOWN_GRACE = 0.5  # seconds for responses in flight when the run ends
 
 
 @asynccontextmanager
 async def own(members: ReplicaSet, sock: socket.socket, key: str) -> AsyncIterator[None]:
-    """Answers at the bound socket as long as the block runs."""
+    """Serve the fleet's state on a bound socket while the block runs."""
     owner = _Owner(members, key)
     app = web.Application(middlewares=[owner.guard])
-    app.add_routes([web.get("/state", owner.tell), web.post("/failure", owner.hear)])
+    app.add_routes([web.get("/state", owner.get_state), web.post("/failure", owner.post_failure)])
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE)
     try:
         await runner.setup()
@@ -33,7 +35,7 @@ async def own(members: ReplicaSet, sock: socket.socket, key: str) -> AsyncIterat
 
 
 class _Owner:
-    """The routes."""
+    """The handlers of the routes."""
 
     def __init__(self, members: ReplicaSet, key: str) -> None:
         self._members, self._key = members, key
@@ -43,12 +45,14 @@ class _Owner:
     async def guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._key.encode()):
+        """Refuse requests without the fleet's key."""
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(token.encode(), self._key.encode()):
             return web.Response(text="this route needs the fleet's key", status=401)
         return await handler(request)
 
-    async def tell(self, http: web.Request) -> web.Response:
+    async def get_state(self, http: web.Request) -> web.Response:
+        """Return the fleet's state when it differs from snapshot `after`, or after POLL_SECONDS."""
         try:
             after = int(http.query.get("after", "-1"))
         except ValueError:
@@ -56,7 +60,8 @@ class _Owner:
         await self._members.changed_since(after, deadline=POLL_SECONDS)
         return web.Response(body=self._state.dump_json(state_of(self._members)), content_type="application/json")
 
-    async def hear(self, http: web.Request) -> web.Response:
+    async def post_failure(self, http: web.Request) -> web.Response:
+        """Suspect an engine that failed a follower's request."""
         try:
             failure = self._failure.validate_json(await http.read())
         except ValidationError as error:
@@ -66,6 +71,7 @@ class _Owner:
 
 
 def state_of(members: ReplicaSet) -> FleetState:
+    """Return the state that followers get."""
     snapshot = members.snapshot
     addresses = (address_of(replica) for replica in members.replicas.values())
     return FleetState(

@@ -1,4 +1,4 @@
-"""A fleet behind the URL of its metrics server."""
+"""A client of a fleet's metrics server."""
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -8,7 +8,10 @@ from millrace.serve.view import FleetView
 
 
 class Remote:
-    """Whoever made it closes it. Raises ConfigError where `url` is not a server's."""
+    """Fetches the view of a fleet from its metrics server. Close it after use.
+
+    Raises ConfigError if `url` is not the URL of a server.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = str(server_url(url).origin())
@@ -16,13 +19,15 @@ class Remote:
         self._view = TypeAdapter(FleetView)
 
     async def fetch(self, *, deadline: float) -> FleetView:
-        """Raises MonitorError where nobody answers, where what answers is no fleet's metrics server, and where
-        this process could not ask."""
+        """Return the fleet's view, within `deadline` seconds.
+
+        Raises MonitorError if there is no answer, if another server answers, or if this process can't send the request.
+        """
         try:
             return self._view.validate_python(await self._client.control("GET", "/fleet", deadline=deadline))
         except (EngineUnreachable, EngineTimeout) as error:
             reason = str(error).removeprefix(f"engine {error.engine}: ")
-            raise MonitorError(f"{reason}; a run answers at its metrics.port while it goes on") from error
+            raise MonitorError(f"{reason}; a run answers at its metrics.port while it is running") from error
         except LocalError as error:
             raise MonitorError(error.reason) from error
         except EngineError as error:
@@ -34,4 +39,5 @@ class Remote:
             raise MonitorError(f"{self.url} is not the metrics server of a run: {where}: {first['msg']}") from error
 
     async def close(self) -> None:
+        """Close the connections."""
         await self._client.close()

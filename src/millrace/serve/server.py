@@ -1,4 +1,4 @@
-"""One port for a whole fleet: `/metrics` for Prometheus, `/fleet` for people and programs."""
+"""The metrics server of a fleet: `/metrics` for Prometheus, `/fleet` as JSON."""
 
 import socket
 from collections.abc import AsyncIterator
@@ -13,13 +13,16 @@ from millrace.launch.ports import bound, unbracketed, url_of, why_not_bound
 from millrace.serve.metrics import exposition
 from millrace.serve.view import Observer
 
-SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the run ends
+SHUTDOWN_GRACE = 0.5  # seconds for responses in flight when the run ends
 
 
 @asynccontextmanager
 async def serve(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
-    """Answers as long as the block runs, which gets the URL; port 0 is one that the kernel gives. Who reaches the port
-    may read, and change nothing. Raises ConfigError where the port can't be had."""
+    """Serve the metrics while the block runs, and yield the URL.
+
+    port: 0 lets the kernel choose one. There is no authentication: all clients can read, and none can change anything.
+    Raises ConfigError if the port can't be bound.
+    """
 
     async def metrics(http: web.Request) -> web.Response:  # noqa: ARG001
         text = exposition(await observer.look(), observer.event_log.metrics)
@@ -42,12 +45,11 @@ async def serve(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Raises ConfigError where that is not possible."""
+    """Return a listening socket. Raises ConfigError if the port can't be bound."""
     try:
         return bound(unbracketed(host), port)
     except OSError as error:
         reason = why_not_bound(host, error)
         raise ConfigError(
-            f"metrics can't be served at {host}:{port} ({reason}); name another metrics.port, or 0, and the "
-            "kernel gives a free one"
+            f"metrics can't be served at {host}:{port} ({reason}); set another metrics.port, or 0 for any free port"
         ) from error

@@ -1,4 +1,4 @@
-"""A fleet's view as a table for a terminal. Pure."""
+"""A fleet's view as a table for a terminal. Pure functions."""
 
 import time
 from collections.abc import Sequence
@@ -12,19 +12,22 @@ from millrace.fleet.event_log import Entry, Value
 from millrace.fleet.replica_state import Phase
 from millrace.serve.view import EngineView, FleetView
 
-NUMBERS = ("version", "lag", "run", "wait", "tok/s", "KV", "cached", "restarts")  # with them it fits 80 columns
+NUMBERS = ("version", "lag", "run", "wait", "tok/s", "KV", "cached", "restarts")  # the table fits 80 columns
 STYLES = {Phase.READY: "green", Phase.SUSPECT: "yellow", Phase.QUARANTINED: "red", Phase.DEAD: "red"}
-BAD_EVENTS = ("_failed", "retry")  # how their kinds end
+BAD_EVENTS = ("_failed", "retry")  # the ends of their kinds
 
 
 def fleet_table(view: FleetView, *, events: int, trouble: str | None = None) -> RenderableType:
-    """A row an engine, and below the last `events`. `trouble`: why nothing newer is known."""
+    """Return a table with a row for each engine, and below it the last `events` events.
+
+    trouble: why the view is out of date.
+    """
     if not view.engines:
         parts: list[RenderableType] = [Text("the engines are being started")]
     else:
         parts = [_engines(view.engines), *(_remark(e) for e in view.engines if e.reason or e.silence)]
-    if shown := view.events[-events:] if events else ():
-        parts += [Text(), *(_event(entry) for entry in shown)]
+    if latest := view.events[-events:] if events else ():
+        parts += [Text(), *(_event(entry) for entry in latest)]
     if trouble is not None:
         parts.append(Text(trouble, style="bold red"))
     return Group(*parts)
@@ -36,32 +39,32 @@ def _engines(engines: Sequence[EngineView]) -> Table:
     table.add_column("state", no_wrap=True)
     for name in NUMBERS:
         table.add_column(name, justify="right")
-    for one in engines:
-        state = f"{one.state}, asleep" if one.asleep else one.state.value
-        table.add_row(Text(one.name), Text(state, style=STYLES.get(one.state, "cyan")), *_numbers(one))
+    for engine in engines:
+        state = f"{engine.state}, asleep" if engine.asleep else engine.state.value
+        table.add_row(Text(engine.name), Text(state, style=STYLES.get(engine.state, "cyan")), *_numbers(engine))
     return table
 
 
-def _numbers(one: EngineView) -> list[str]:
-    """What is not known stays empty: it is not 0."""
-    load = one.load
+def _numbers(engine: EngineView) -> list[str]:
+    """Return the cells of an engine's row. Unknown values are empty, not 0."""
+    load = engine.load
     work = ["", "", "", ""]
     if load is not None:
-        # Some engines keep their last figure when they have nothing to do.
+        # Some engines keep their last value while they are idle.
         speed = load.tokens_per_second if load.running_requests else 0.0
         full = f"{load.used_tokens / load.max_tokens:.0%}" if load.max_tokens else ""
         work = [str(load.running_requests), str(load.waiting_requests), f"{speed:,.0f}", full]
-    share = "" if one.cache_hit_share is None else f"{one.cache_hit_share:.0%}"
-    return [_known(one.version), _known(one.lag), *work, share, str(one.restarts)]
+    share = "" if engine.cache_hit_share is None else f"{engine.cache_hit_share:.0%}"
+    return [_known(engine.version), _known(engine.lag), *work, share, str(engine.restarts)]
 
 
 def _known(number: int | None) -> str:
     return "" if number is None else str(number)
 
 
-def _remark(one: EngineView) -> Text:
-    why = one.reason or f"it does not say what it does: {one.silence}"
-    return Text(f"{one.name}: {why}", style=STYLES.get(one.state, "cyan") if one.reason else "yellow")
+def _remark(engine: EngineView) -> Text:
+    why = engine.reason or f"it does not report its load: {engine.silence}"
+    return Text(f"{engine.name}: {why}", style=STYLES.get(engine.state, "cyan") if engine.reason else "yellow")
 
 
 def _event(entry: Entry) -> Text:

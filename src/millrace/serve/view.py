@@ -1,5 +1,4 @@
-"""A fleet as people see it, at one moment: how its members stand, what each of them says that it does, and what
-happened last."""
+"""The view of a fleet at one moment: the states and loads of its engines, and the latest events."""
 
 import asyncio
 import time
@@ -13,15 +12,20 @@ from millrace.fleet.fleet import Fleet
 from millrace.fleet.replica_state import Phase, ReplicaState
 from millrace.types import EngineLoad, MemoryTag
 
-ASK_DEADLINE = 2.0  # seconds; a scrape has 10 by default, and an engine that is alive takes milliseconds
-FRESH_SECONDS = 0.5  # how long an answer is good for all who ask: rates over a shorter time are noise
+ASK_DEADLINE = 2.0  # seconds; a Prometheus scrape has 10 by default, and a healthy engine takes milliseconds
+FRESH_SECONDS = 0.5  # how long answers are reused: rates over a shorter time are noise
 SHOWN_EVENTS = 50
 
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """One member. `lag`: versions behind the newest; `load` is what the engine says, or `silence` why it says nothing.
-    `cache_hit_share`: of all prompts' tokens so far."""
+    """The view of one engine.
+
+    version: the weight version that it serves. lag: how many versions it is behind the newest. asleep: the parts of its
+    memory that are released. reason: why it is in this state. outstanding_tokens: prompt tokens and maximum output
+    tokens of the requests in flight. load: as the engine reports it; None if it did not answer, and `silence` says why.
+    cache_hit_share: the share of all prompt tokens so far that were in the prefix cache.
+    """
 
     name: str
     url: str
@@ -40,7 +44,10 @@ class EngineView:
 
 @dataclass(frozen=True, slots=True)
 class FleetView:
-    """`at` is Unix time in seconds. No engines: they are being started. `events`: the newest come last."""
+    """The view of a fleet.
+
+    at: Unix time in seconds. engines: empty while they are being started. events: the newest come last.
+    """
 
     at: float
     newest_version: int | None
@@ -49,8 +56,10 @@ class FleetView:
 
 
 class Observer:
-    """Looks at the fleets of a run, the policy's and a judge's, for everybody who asks. They are added to `fleets` when
-    their engines are there."""
+    """Creates views of the fleets of a run: the policy's and a judge's.
+
+    A fleet is added to `fleets` when its engines have started.
+    """
 
     def __init__(self, event_log: EventLog) -> None:
         self.event_log = event_log
@@ -60,10 +69,10 @@ class Observer:
         self._answered_at = 0.0
 
     async def look(self) -> FleetView:
-        """Asks all engines at once, for at most ASK_DEADLINE, and none that has ended."""
+        """Return a view of all engines. Queries those that run at the same time, for at most ASK_DEADLINE seconds."""
         answers = await self._ask()
         newest = self.event_log.metrics.newest
-        # After the answers: the state of now, with no wait between its parts.
+        # There is no await after the answers, so that the parts of the view belong to the same moment.
         engines = [_view(m, fleet, self.event_log, answers) for fleet, m in self._members]
         return FleetView(time.time(), newest, tuple(engines), tuple(self.event_log.newest)[-SHOWN_EVENTS:])
 
@@ -75,15 +84,15 @@ class Observer:
         async with self._asking:
             if time.monotonic() - self._answered_at > FRESH_SECONDS:
                 living = [(fleet, m.name) for fleet, m in self._members if m.phase is not Phase.DEAD]
-                asked = [(name, fleet.engines[name]) for fleet, name in living if name in fleet.engines]
-                answers = await asyncio.gather(*(load_of(engine) for _, engine in asked))
-                self._answers = {name: answer for (name, _), answer in zip(asked, answers, strict=True)}
+                queried = [(name, fleet.engines[name]) for fleet, name in living if name in fleet.engines]
+                answers = await asyncio.gather(*(load_of(engine) for _, engine in queried))
+                self._answers = {name: answer for (name, _), answer in zip(queried, answers, strict=True)}
                 self._answered_at = time.monotonic()
             return self._answers
 
 
 async def load_of(engine: Engine) -> EngineLoad | str:
-    """What the engine has to do, or why it does not say."""
+    """Return an engine's load, or the reason why it did not answer."""
     try:
         async with asyncio.timeout(ASK_DEADLINE):
             return await engine.loads()
@@ -98,7 +107,7 @@ def _view(
 ) -> EngineView:
     answer = answers.get(member.name) if member.phase is not Phase.DEAD else None
     metrics = event_log.metrics
-    newest = None if fleet.frozen else metrics.newest  # what is never published to does not lag
+    newest = None if fleet.frozen else metrics.newest  # a frozen fleet gets no versions, so it does not lag
     return EngineView(
         name=member.name,
         url=member.url,

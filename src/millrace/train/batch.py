@@ -1,4 +1,4 @@
-"""From samples to padded tensors: which samples go together, decided by pure functions over their lengths."""
+"""Samples as padded tensors. Pure functions of the samples' lengths decide which samples go together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from millrace.types import Float32Array
 
 @dataclass(frozen=True, slots=True)
 class TrainSample:
-    """What is trained on: one conversation and how good it was.
+    """One conversation to train on, with its advantage.
 
-    token_ids: [T] integers. loss_mask: [T] bool, True where the token is trained on; never at position 0, which nothing
-    predicts. logprobs: [T] float32, the engine's, at the temperature it sampled at; read only where loss_mask is True.
-    Raises ValueError where these do not fit together.
+    token_ids: [T] integers. loss_mask: [T] bool, True for tokens to train on; False at position 0, which has no
+    prediction. logprobs: [T] float32, the engine's at the sampling temperature; used only where loss_mask is True.
+    Raises ValueError if shapes or dtypes don't match.
     """
 
     token_ids: NDArray[np.integer]
@@ -39,22 +39,26 @@ class TrainSample:
 
     @property
     def trained_tokens(self) -> int:
+        """The number of tokens to train on."""
         return int(self.loss_mask.sum())
 
 
 def supervised_sample(token_ids: Sequence[int], loss_mask: Sequence[bool]) -> TrainSample:
-    """A sample to imitate. No engine made it, so its logprobs are zeros that nobody reads."""
+    """Return a sample for supervised training. Its logprobs are zeros, which `supervised_step` does not use.
+
+    token_ids, loss_mask: [T], as in TrainSample, which raises ValueError.
+    """
     ids = np.asarray(token_ids, dtype=np.int64)
     return TrainSample(ids, np.asarray(loss_mask, dtype=np.bool_), np.zeros(ids.shape, dtype=np.float32), 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Samples padded on the right to the longest of them: what one forward and one backward pass take.
+    """The samples of one forward and backward pass, padded on the right to the longest of them.
 
     token_ids_BT: int64. engine_logprobs_BT: float32. mask_BT: bool. advantages_B: float32. All on one device. There
-    is no attention mask: in a causal model no token sees the padding after it, and mask_BT keeps the padding out of
-    the loss.
+    is no attention mask: in a causal model no token attends to the padding after it, and mask_BT excludes the padding
+    from the loss.
     """
 
     token_ids_BT: Tensor
@@ -63,6 +67,7 @@ class Microbatch:
     advantages_B: Tensor
 
     def to(self, device: torch.device) -> "Microbatch":
+        """Return the micro-batch on a device."""
         return Microbatch(
             self.token_ids_BT.to(device),
             self.engine_logprobs_BT.to(device),
@@ -72,18 +77,20 @@ class Microbatch:
 
 
 def plan_minibatches(samples: int, minibatches: int) -> list[list[int]]:
-    """Sample indices for each optimizer step, dealt out like cards: the samples of a group lie side by side, and so
-    each minibatch gets some of every group. Always `minibatches` lists, some of them empty when there are fewer
-    samples."""
+    """Return the sample indices of each minibatch, which is one optimizer step.
+
+    Indices are dealt out in turn: the samples of a group are adjacent, so each minibatch gets some of every group.
+    There are always `minibatches` lists; some are empty if there are fewer samples.
+    """
     return [list(range(first, samples, minibatches)) for first in range(minibatches)]
 
 
 def plan_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
-    """Indices of `lengths` for each micro-batch, so that its padded size (samples times the longest) keeps to the
-    limit.
+    """Return the indices of `lengths` for each micro-batch.
 
-    The longest go first, so that neighbours in length share a micro-batch (little padding), and what does not fit into
-    the GPU fails on the first one. A sample above the limit gets a micro-batch of its own.
+    The padded size of a micro-batch (samples times the longest length) is at most `tokens_per_microbatch`. A longer
+    sample gets its own micro-batch. Samples are sorted by length, so there is little padding. The longest come first,
+    so running out of GPU memory happens in the first micro-batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
@@ -97,7 +104,7 @@ def plan_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> lis
 
 
 def collate(samples: Sequence[TrainSample]) -> Microbatch:
-    """Pads to tensors on the CPU. Padding is token 0, outside of the mask."""
+    """Return samples as one padded micro-batch on the CPU. The padding is token 0, with mask False."""
     shape = (len(samples), max(sample.token_ids.size for sample in samples))
     token_ids = np.zeros(shape, dtype=np.int64)
     logprobs = np.zeros(shape, dtype=np.float32)
@@ -117,11 +124,15 @@ def collate(samples: Sequence[TrainSample]) -> Microbatch:
 
 
 def empty_microbatch() -> Microbatch:
-    """Two tokens that train nothing: what a rank runs while the others still have samples, because every rank must join
-    every gather of weights and every reduction of gradients."""
+    """Return a micro-batch of two tokens without any to train on.
+
+    A rank without samples runs it while other ranks have samples, because every rank must join every gather of weights
+    and every reduction of gradients.
+    """
     return collate([supervised_sample([0, 0], [False, False])])
 
 
 def make_microbatches(samples: Sequence[TrainSample], tokens_per_microbatch: int) -> list[Microbatch]:
+    """Return samples as micro-batches, planned by `plan_microbatches`."""
     plan = plan_microbatches([sample.token_ids.size for sample in samples], tokens_per_microbatch)
     return [collate([samples[i] for i in indices]) for indices in plan]

@@ -1,8 +1,8 @@
-"""Checkpoints: the whole state of a trainer, on disk completely or not at all.
+"""Checkpoints of a trainer's whole state, each of them complete or absent.
 
-`RUN/checkpoints/step-00000010/` has the shards of torch.distributed.checkpoint, and `state.json` with what is not a
-tensor. It is written under a name that starts with a dot, synced, and renamed last. With several ranks on several
-hosts, RUN is a folder that all of them see.
+`RUN/checkpoints/step-00000010/` has the shards of torch.distributed.checkpoint, and `state.json` with all that is not a
+tensor. It is written under a name that starts with a dot, flushed to disk, and renamed last. If the ranks are on
+several hosts, RUN must be on a shared file system.
 """
 
 import json
@@ -37,10 +37,11 @@ STATE_FILE = "state.json"
 
 
 def save(run_dir: Path, trainer: Trainer, extra: Mapping[str, object], *, keep: int) -> Path:
-    """Saves weights, optimizer, reference, step and `extra` (anything JSON can hold), then deletes all but the last
-    `keep` checkpoints. Returns the checkpoint's folder. Collective; `extra` is rank 0's.
+    """Save weights, optimizer, reference, step and `extra`, and return the checkpoint's folder. Collective.
 
-    Raises CheckpointError where it can't be written: nothing of it is left then, and the ones before it are untouched.
+    extra: JSON values; those of rank 0 are saved. keep: how many checkpoints remain; older ones are deleted. Raises
+    CheckpointError if the checkpoint can't be written. Then nothing of it is left, and earlier checkpoints are
+    unchanged.
     """
     world = trainer.world
     world.make_current()
@@ -63,16 +64,16 @@ def save(run_dir: Path, trainer: Trainer, extra: Mapping[str, object], *, keep: 
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The last whole checkpoint of a run; None where there is none."""
-    found = _checkpoints(run_dir)
-    return found[-1] if found else None
+    """Return the folder of a run's last complete checkpoint; None if there is none."""
+    folders = _checkpoints(run_dir)
+    return folders[-1] if folders else None
 
 
 def load_latest(run_dir: Path, trainer: Trainer) -> tuple[Path, dict[str, object]]:
-    """Reads the newest checkpoint that can be read, as `load` does. Returns its folder and its `extra`. Damaged newer
-    ones are renamed to `step-N.damaged`, and the log says so. Collective.
+    """Load the newest checkpoint that can be read, and return its folder and its `extra`. Collective.
 
-    Raises the newest one's CheckpointError where none can be read.
+    Newer checkpoints that are damaged are renamed to `step-N.damaged`, and this is logged. Raises the CheckpointError
+    of the newest checkpoint if none can be read.
     """
     first: CheckpointError | None = None
     damaged: list[Path] = []
@@ -85,40 +86,42 @@ def load_latest(run_dir: Path, trainer: Trainer) -> tuple[Path, dict[str, object
             continue
         _on_rank_0(trainer.world, lambda: _set_aside(damaged))
         if first is not None and trainer.world.rank == 0:
-            logger.warning("%s; resuming from %s, the one before", first, folder)
+            logger.warning("%s; resuming from the earlier checkpoint %s", first, folder)
         return folder, extra
     raise first or CheckpointError(f"{run_dir} has no checkpoint")
 
 
 def load(folder: Path, trainer: Trainer) -> dict[str, object]:
-    """Reads a checkpoint into a trainer that was made from the same model; the number of ranks may differ. Returns the
-    `extra` that was saved. Collective.
+    """Load a checkpoint into a trainer of the same model, and return the `extra` that was saved. Collective.
 
-    The optimizer's settings stay those of the trainer's config. Raises CheckpointError where the checkpoint is missing,
-    damaged, or of another model; the trainer is then half-read and of no use.
+    The number of ranks may differ from the one that saved. The optimizer's settings remain those of the trainer's
+    config. Raises CheckpointError if the checkpoint is missing, damaged, or of another model. The trainer's state is
+    then undefined.
     """
     world = trainer.world
     world.make_current()
     try:
         state = json.loads((folder / STATE_FILE).read_bytes())
         if state["format"] != FORMAT:
-            raise CheckpointError(f"checkpoint {folder} has format {state['format']}; this Millrace reads {FORMAT}")
+            raise CheckpointError(f"checkpoint {folder} has format {state['format']}; this version reads {FORMAT}")
         step, extra = int(state["step"]), dict(state["extra"])
         with _no_process_group_is_fine():
             dcp.load(_tensors(trainer), checkpoint_id=folder, no_dist=world.size == 1)
     except (OSError, ValueError, KeyError, TypeError, CheckpointException) as error:
         raise CheckpointError(
-            f"checkpoint {folder} can't be read: {_reason(error)}. It must be whole, and the model and train.loss."
-            "kl_coefficient those that it was saved with"
+            f"checkpoint {folder} can't be read: {_reason(error)}. It must be complete, and the model and "
+            "train.loss.kl_coefficient must be those that it was saved with"
         ) from error
     trainer.step = step
     return extra
 
 
 def export(policy: Policy, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Writes the policy as a folder in Hugging Face's format (safetensors, float32), and its tokenizer beside it, so
-    that an engine can be started from it. What was at `folder` is replaced. Collective; needs the memory of all the
-    weights on rank 0. Raises CheckpointError where it can't be written."""
+    """Write the policy, and its tokenizer if given, as a model folder from which an engine can start. Collective.
+
+    The weights are safetensors in float32. An existing `folder` is replaced. Rank 0 needs memory for all weights.
+    Raises CheckpointError if the folder can't be written.
+    """
     world = policy.world
     partial = _hidden(folder, "partial")
     tensors: dict[str, Tensor] = {}
@@ -138,8 +141,11 @@ def export(policy: Policy, folder: Path, *, tokenizer: PreTrainedTokenizerBase |
 
 
 class _Writer(dcp.FileSystemWriter):  # type: ignore[misc]
-    """When the disk fails, torch's archive writer raises an error of its own ("unexpected pos"), and what the disk
-    said is only its context, which the exchange between ranks drops. This one raises what the disk said."""
+    """A FileSystemWriter that raises the OSError when writing fails.
+
+    torch's archive writer raises its own error ("unexpected pos"). The OSError is only the context of that error, and
+    the exchange between ranks drops it.
+    """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
@@ -155,7 +161,7 @@ def _disk_error(error: BaseException | None) -> OSError | None:
 
 
 def _tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """The trainer's own tensors, not copies: dcp reads a checkpoint into them in place."""
+    """Return the trainer's tensors themselves, not copies: dcp loads a checkpoint into them in place."""
     trainer.ensure_reference()
     tensors = {
         "model": trainer.policy.state(),
@@ -170,7 +176,7 @@ def _bytes(trainer: Trainer) -> int:
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints, oldest first."""
+    """Return the folders of complete checkpoints, oldest first."""
     folder = run_dir / "checkpoints"
     names = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)] if folder.is_dir() else []
     return sorted(names, key=lambda path: int(path.name.removeprefix("step-")))
@@ -181,14 +187,14 @@ def _hidden(folder: Path, why: str) -> Path:
 
 
 def _clear(parent: Path) -> None:
-    """Makes the folder, and removes what a process that was killed left in it."""
+    """Create the folder, and delete incomplete checkpoints that a killed process left in it."""
     parent.mkdir(parents=True, exist_ok=True)
     for path in parent.glob(".step-*"):
         shutil.rmtree(path)
 
 
 def _delete(folder: Path) -> None:
-    """Hides it first, so that a process killed half-way leaves nothing that looks like a checkpoint."""
+    """Delete a folder. It is renamed first, so that a process killed half-way leaves nothing like a checkpoint."""
     if folder.exists():
         hidden = _hidden(folder, "deleted")
         folder.rename(hidden)
@@ -196,7 +202,7 @@ def _delete(folder: Path) -> None:
 
 
 def _set_aside(damaged: list[Path]) -> None:
-    """Under other names: they must not count among the checkpoints that are kept."""
+    """Rename damaged checkpoints, so that they don't count among the checkpoints to keep."""
     for folder in damaged:
         aside = folder.with_name(f"{folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
@@ -217,7 +223,7 @@ def _write_synced(path: Path, text: str) -> None:
 
 
 def _on_rank_0(world: World, action: Callable[[], None]) -> None:
-    """Where the action fails on rank 0, every rank raises: none is left waiting in the next collective."""
+    """Run an action on rank 0. If it fails, every rank raises, so that none waits in the next collective."""
     failure: OSError | SafetensorError | None = None
     if world.rank == 0:
         try:
@@ -225,20 +231,20 @@ def _on_rank_0(world: World, action: Callable[[], None]) -> None:
         except (OSError, SafetensorError) as error:
             failure = error
     if world.any(failure is not None):
-        raise failure if failure is not None else OSError("rank 0 failed, and says why")
+        raise failure if failure is not None else OSError("rank 0 failed; its log says why")
 
 
 @contextmanager
 def _whole_or_absent(world: World, partial: Path, *, needed: int) -> Iterator[None]:
-    """Turns what goes wrong inside into CheckpointError, and leaves no partial folder behind, whatever it was."""
+    """Turn errors of the block into CheckpointError, and delete the partial folder after any failure."""
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
         if isinstance(error, CheckpointException) and _interrupted(error):
             raise KeyboardInterrupt from error
         raise CheckpointError(
-            f"{partial.parent} did not take the {needed / 1e6:.1f} MB of this checkpoint: {_reason(error)}. "
-            "Nothing of it was kept; the checkpoints before it are whole"
+            f"the checkpoint of {needed / 1e6:.1f} MB could not be written to {partial.parent}: {_reason(error)}. "
+            "Nothing of it was kept; earlier checkpoints are intact"
         ) from error
     finally:
         if world.rank == 0:
@@ -246,12 +252,12 @@ def _whole_or_absent(world: World, partial: Path, *, needed: int) -> Iterator[No
 
 
 def _interrupted(error: CheckpointException) -> bool:
-    """Whether it was Ctrl-C: dcp wraps that like any failure."""
+    """Return whether the cause is Ctrl-C, which dcp wraps like any failure."""
     return any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values())
 
 
 def _reason(error: BaseException) -> str:
-    """The failure itself, in one line, without the tracebacks that dcp puts around it."""
+    """Return the failure itself in one line, without the tracebacks that dcp adds."""
     if isinstance(error, CheckpointException):
         return "; ".join(sorted({_reason(failure) for failure, _ in error.failures.values()}))
     return " ".join(f"{type(error).__name__}: {error}".split())
@@ -259,7 +265,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _no_process_group_is_fine() -> Iterator[None]:
-    """dcp warns when there is one process only, also when told so by `no_dist`."""
+    """Suppress dcp's warning about a missing process group, which it gives in spite of `no_dist`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield

@@ -1,4 +1,4 @@
-"""The run's curves as a picture."""
+"""The curves of a run as an image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +10,7 @@ from millrace.train.record import StepMetrics
 
 
 def draw_curves(metrics: Sequence[StepMetrics], title: str, path: Path) -> None:
-    """Writes a PNG with reward and accuracy, the seconds of each phase, KL with clip fraction, and staleness with the
-    gap of the logprobs."""
+    """Write a PNG with four plots: reward and accuracy, seconds by phase, the policy's figures, and the logprob gap."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     (learning, seconds), (policy, gap) = figure.subplots(2, 2)

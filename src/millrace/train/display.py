@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live table in a terminal, a line for each step elsewhere."""
+"""The output of a running training: a live table in a terminal, otherwise one line for each step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ ROWS = 12  # of the live table
 
 
 class Display:
-    """Use it through `show`."""
+    """Shows the progress of a run on a console. Use it as `with Display(console).show() as display`."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -32,6 +32,7 @@ class Display:
 
     @contextmanager
     def show(self) -> Iterator["Display"]:
+        """Show the live table while the block runs, if the console is a terminal."""
         if not self.console.is_terminal:
             yield self
             return
@@ -42,15 +43,16 @@ class Display:
             live.update(self._render())
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def phase(self, text: str) -> None:
-        """What is being done now."""
+        """Show what the run is doing now."""
         self._phase = text
         self._refresh()
 
     def progress(self, bar: str, completed: int, total: int, detail: str = "") -> None:
+        """Update the progress bar `warm-up` or `steps`."""
         self._progress.update(self._bars[bar], completed=completed, total=total, visible=True)
         if detail and not self.console.is_terminal and (completed % max(1, total // 5) == 0 or completed == total):
             self.say(f"{bar} {completed}/{total}: {detail}")
@@ -58,6 +60,7 @@ class Display:
         self._refresh()
 
     def step(self, metrics: StepMetrics) -> None:
+        """Add a training step to the table."""
         self._rows.append(metrics)
         if not self.console.is_terminal:
             self.say(one_line(metrics))
@@ -73,6 +76,7 @@ class Display:
 
 
 def one_line(m: StepMetrics) -> str:
+    """Return the figures of a step as one line of text."""
     accuracy = "" if m.accuracy is None else f", accuracy {m.accuracy:.3f}"
     if m.reward is None:
         return f"step {m.step}: version {m.weight_version}{accuracy}"
@@ -82,12 +86,12 @@ def one_line(m: StepMetrics) -> str:
         f"rollout {m.rollout_seconds:.2f} s, "
         + (f"judge {m.judge_seconds:.2f} s, " if m.judge_seconds else "")
         + f"train {m.train_seconds:.2f} s, publish {m.publish_seconds:.2f} s"
-        + (f", asleep {m.freed_gib:.2f} GiB less" if m.freed_gib else "")
+        + (f", sleep freed {m.freed_gib:.2f} GiB" if m.freed_gib else "")
     )
 
 
 def step_table(rows: list[StepMetrics]) -> Table:
-    """Steps as rows: what was learned, what is served, where the seconds went."""
+    """Return a table with a row for each step."""
     table = Table()
     columns = "step reward accuracy version staleness tokens/s rollout train publish sleep logprob-gap"
     for name in columns.split():

@@ -1,4 +1,4 @@
-"""From settings to a finished run: what is made, in which order, and who ends it."""
+"""A whole training run: creates its parts from the settings, runs the training loop, and ends the parts in order."""
 
 import itertools
 import time
@@ -52,7 +52,7 @@ from millrace.types import MemoryTag
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What the rollouts are made of."""
+    """The inputs of the rollouts. `problems` and `held_out` are those of this rank."""
 
     chat: ChatFormat
     tools: dict[str, Tool]
@@ -63,9 +63,14 @@ class Content:
 async def train(
     config: RunConfig, *, resume: bool, display: Display, reload: Callable[[], RunConfig] | None = None
 ) -> Summary | None:
-    """Runs a whole training run and leaves its folder behind. Raises MillraceError with what went wrong; whatever was
-    started is ended then. Under torchrun every rank calls it, and only rank 0 gets the summary. With `reload`, SIGHUP
-    brings the fleet to the `engine.replicas` of the settings that it returns; that is for the main thread."""
+    """Run a whole training run, whose results are in its folder, and return its summary.
+
+    Under torchrun every rank calls it, and only rank 0 gets the summary; the others get None. resume: continue from the
+    last checkpoint. reload: if given, SIGHUP resizes the fleet to the `engine.replicas` of the settings that it
+    returns; this needs the main thread.
+
+    Raises MillraceError if anything fails. All processes that it started have ended when it returns or raises.
+    """
     started = time.monotonic()
     last = _last_checkpoint(config)
     tools = make_tools(config.rollout.tools)
@@ -76,16 +81,16 @@ async def train(
     torch.manual_seed(config.seed)
     with join_world(config.train.device) as world, ThreadPoolExecutor(1, "trainer") as pool:
         if world.size > 1 and config.judges is not None:
-            raise ConfigError("judges are asked by a single trainer process: leave torchrun out, or the judges")
+            raise ConfigError("judges need a single trainer process: leave out torchrun or the judges")
         if world.size > 1 and config.router is not None:
-            raise ConfigError("under torchrun every rank asks the engines by itself: leave torchrun out, or router")
+            raise ConfigError("under torchrun every rank sends its own requests: leave out torchrun or router")
         thread, folder = TrainerThread(pool), RunFolder(config, resume=resume, rank=world.rank)
         with folder.create():
-            model_path = await _starting_model(config, folder, world, thread, anew=not resume)
+            model_path = await _starting_model(config, folder, world, thread, fresh=not resume)
             share = slice(world.rank, None, world.size)
             chat = _chat_format(config, model_path, tools)
             content = Content(chat, tools, problems[share], held_out[share])
-            judge_of = judge_model(config.judges, folder.path, anew=not resume)
+            judge_of = judge_model(config.judges, folder.path, fresh=not resume)
             with EventLog(folder.events_path) as event_log:
                 async with _engines(
                     config, model_path, judge_of, content, world, thread, folder, event_log, display
@@ -125,7 +130,7 @@ async def _engines(
     event_log: EventLog,
     display: Display,
 ) -> AsyncIterator[tuple[FleetClient, Judge | None]]:
-    """The engines of the policy, which rank 0 starts for all, and those of the judge."""
+    """Start the policy's engines, which all ranks share, and the judge's engines."""
 
     def start() -> AbstractAsyncContextManager[Fleet]:
         return open_fleet(
@@ -144,9 +149,9 @@ async def _engines(
         )
 
     engines = config.engine.replicas + (config.judges.engine.replicas if config.judges is not None else 0)
-    display.say(f"starting {engines} engine(s), whose logs are in {folder.logs}")
+    display.say(f"starting {engines} engine(s); their logs are in {folder.logs}")
     async with (
-        shown(config.metrics if world.rank == 0 else None, event_log, display) as observer,
+        _observer(config.metrics if world.rank == 0 else None, event_log, display) as observer,
         shared(world, thread, start, event_log=event_log, seed=config.seed) as fleet,
     ):
         if not isinstance(fleet, Fleet):
@@ -163,16 +168,16 @@ async def _engines(
 
 
 async def _starting_model(
-    config: RunConfig, folder: RunFolder, world: World, thread: TrainerThread, *, anew: bool
+    config: RunConfig, folder: RunFolder, world: World, thread: TrainerThread, *, fresh: bool
 ) -> Path:
-    """What rank 0 makes, and the others find made."""
-    path = starting_model(config, folder.path, anew=anew) if world.rank == 0 else None
+    """Return the starting model's folder, which rank 0 creates before the other ranks look for it."""
+    path = starting_model(config, folder.path, fresh=fresh) if world.rank == 0 else None
     await thread.run(world.any, False)
-    return path if path is not None else starting_model(config, folder.path, anew=False)
+    return path if path is not None else starting_model(config, folder.path, fresh=False)
 
 
 def _chat_format(config: RunConfig, model: Path, tools: Mapping[str, Tool]) -> ChatFormat:
-    """Without tools a conversation has one turn; the warm-up's stories have calls all the same."""
+    """Return the chat format of a model. The warm-up needs tool calls even if the rollouts have no tools."""
     kwargs = config.rollout.chat_template_kwargs
     if not tools and config.warmup is None:
         return load_prompt_format(str(model), kwargs)
@@ -180,7 +185,7 @@ def _chat_format(config: RunConfig, model: Path, tools: Mapping[str, Tool]) -> C
 
 
 async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> None:
-    # The engines have nothing to do yet, and the trainer can use their memory.
+    # The engines are idle until the first publish, so the trainer can use their memory.
     await loop.ranks.sleep()
     await _bring_to_start(loop, config, content, last)
     await loop.ranks.wake(frozenset({MemoryTag.WEIGHTS}))
@@ -191,8 +196,8 @@ async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Pa
 
 
 @asynccontextmanager
-async def shown(metrics: MetricsConfig | None, event_log: EventLog, display: Display) -> AsyncIterator[Observer]:
-    """Who looks at the engines for everybody that asks, at a port if the config names one."""
+async def _observer(metrics: MetricsConfig | None, event_log: EventLog, display: Display) -> AsyncIterator[Observer]:
+    """Yield an observer of the engines, and serve its view at a port if the config names one."""
     observer = Observer(event_log)
     if metrics is None:
         yield observer
@@ -203,8 +208,10 @@ async def shown(metrics: MetricsConfig | None, event_log: EventLog, display: Dis
 
 
 def _last_checkpoint(config: RunConfig) -> Path | None:
-    """Where the run can be resumed; None where it has not begun. Raises CheckpointError where it has begun and can't be
-    resumed, which is better said before any engine is started."""
+    """Return the run's last checkpoint; None if the run has not begun.
+
+    Raises CheckpointError, before any engine starts, if the run has begun but has no checkpoint to resume from.
+    """
     run = config.output_dir / config.name
     last = checkpoint.latest(run)
     if last is None and (run / "metrics.jsonl").exists():
@@ -213,22 +220,22 @@ def _last_checkpoint(config: RunConfig) -> Path | None:
 
 
 def how_to_go_on(config: RunConfig) -> str:
-    """After an interruption, in words."""
+    """Return a sentence about how to continue after an interruption."""
     try:
         last = _last_checkpoint(config)
     except CheckpointError as error:
         return str(error)
-    return f"--resume goes on from {last}" if last else "the run had not begun, and the same command starts it anew"
+    return f"--resume continues from {last}" if last else "the run had not begun, and the same command starts it again"
 
 
-def starting_model(config: RunConfig, run: Path, *, anew: bool) -> Path:
-    """The folder that the engines start from, as `model_folder` says."""
-    return model_folder(config.model, run / "model", seed=config.seed, anew=anew, setting="model.path")
+def starting_model(config: RunConfig, run: Path, *, fresh: bool) -> Path:
+    """Return the folder that the engines start from, as `model_folder` does."""
+    return model_folder(config.model, run / "model", seed=config.seed, fresh=fresh, setting="model.path")
 
 
 def _runner(config: RunConfig, fleet: FleetClient, content: Content, judge: Judge | None) -> SampleRunner:
     rollout = config.rollout
-    at_once = judge is not None and judge.config.mode == "standalone"  # otherwise when all samples are there
+    at_once = judge is not None and judge.config.mode == "standalone"  # otherwise after all samples have ended
     return SampleRunner(
         fleet=fleet,
         chat=content.chat,
@@ -245,7 +252,7 @@ def _runner(config: RunConfig, fleet: FleetClient, content: Content, judge: Judg
 
 
 def _require_room(runner: SampleRunner, problems: Sequence[Problem], config: RunConfig) -> None:
-    """Every prompt must leave room for an answer: better said before the first step than in the middle of a night."""
+    """Raise DataError, before the first step, if a prompt leaves no room for an answer."""
     limits = runner.limits
     for problem in problems:
         length = len(runner.prompt(problem))
@@ -283,7 +290,7 @@ def _assemble(
 
 
 async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> None:
-    """The trainer's state before the first step of this process: from the last checkpoint, or after the warm-up."""
+    """Prepare the trainer for its first step: load the last checkpoint, or run the warm-up."""
     if last is not None:
         last, state = await loop.in_trainer(checkpoint.load_latest, loop.folder.path, loop.trainer)
         loop.progress.step = loop.trainer.step
@@ -296,7 +303,7 @@ async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Conten
 
 
 async def _warm_up(loop: TrainingLoop, warmup: WarmupConfig, config: RunConfig, content: Content) -> None:
-    """Supervised steps by the same trainer code, with an optimizer and a schedule of their own."""
+    """Run the supervised warm-up steps, with their own optimizer and learning-rate schedule."""
     settings: TrainConfig = config.train.model_copy(
         update=warmup.model_dump(include={"steps", *OptimizerConfig.model_fields})
     )

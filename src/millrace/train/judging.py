@@ -1,4 +1,4 @@
-"""The judge of a run: its model, its engines, and who has the memory when."""
+"""The judge of a run: its model and its engines, which may share the memory of the policy's engines."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -19,18 +19,21 @@ PREFIX = "judge"  # of its engines' names and of its model's folder
 
 @dataclass(frozen=True, slots=True)
 class JudgeModel:
-    """What can be looked at before any engine is started."""
+    """The model of a judge, checked before any engine starts."""
 
     config: JudgeConfig
     path: Path
     chat: ChatFormat
 
 
-def judge_model(config: JudgeConfig | None, run: Path, *, anew: bool) -> JudgeModel | None:
-    """Raises DataError where the model's folder can't be used."""
+def judge_model(config: JudgeConfig | None, run: Path, *, fresh: bool) -> JudgeModel | None:
+    """Return the judge's model, or None without a judge. Raises DataError if the model's folder can't be used.
+
+    fresh: as in `model_folder`.
+    """
     if config is None:
         return None
-    path = model_folder(config.model, run / PREFIX, seed=config.seed, anew=anew, setting="judges.model.path")
+    path = model_folder(config.model, run / PREFIX, seed=config.seed, fresh=fresh, setting="judges.model.path")
     return JudgeModel(config, path, load_prompt_format(str(path)))
 
 
@@ -44,8 +47,11 @@ async def open_judge(
     log_dir: Path,
     event_log: EventLog,
 ) -> AsyncIterator[Judge | None]:
-    """Starts the judge's engines. One that is colocated starts in the memory of the policy's, which sleep from here on,
-    and sleeps until its first turn."""
+    """Start the judge's engines and yield the judge, or None without a judge model.
+
+    A colocated judge uses the memory of the policy's engines: these sleep from here on, and the judge sleeps until it
+    is needed. Raises DataError if a problem leaves no room in the judge's context.
+    """
     if model is None:
         yield None
         return

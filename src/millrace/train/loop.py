@@ -1,7 +1,7 @@
-"""The training loop: take the groups that are complete, train on them, publish, go on.
+"""The training loop: take complete groups, train on them, publish the weights, repeat.
 
-Both modes are this one loop. `hybrid` lets no sample be stale, so the engines have nothing to do while the trainer
-trains, and sleep. `standalone` lets them generate on, as far ahead as `max_staleness` allows.
+Both modes use this loop. In `hybrid` mode samples must not be stale, so the engines are idle during training, and
+sleep. In `standalone` mode they keep generating, as far ahead as `max_staleness` allows.
 """
 
 import logging
@@ -41,7 +41,7 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands; what a checkpoint keeps beside the tensors."""
+    """The progress of a run, which a checkpoint stores beside the tensors."""
 
     step: int = 0
     version: int = 0
@@ -50,12 +50,13 @@ class Progress:
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds by name."""
+    """Measures the seconds of named blocks and adds them up by name."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Measure a block."""
         started = time.monotonic()
         try:
             yield
@@ -63,12 +64,13 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
     def add(self, other: "Stopwatch") -> None:
+        """Add the seconds of another stopwatch."""
         for name, seconds in other.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 class TrainingLoop:
-    """One run, from a policy and a fleet that stand to the last step."""
+    """The steps of a run, for a trainer and a fleet that are ready."""
 
     def __init__(
         self,
@@ -98,10 +100,13 @@ class TrainingLoop:
         self.counts = SampleCounts()
         self._policy = staleness_policy(config, ranks.world.size)
         self._training = False
-        self._told_of_no_signal = False
+        self._warned_of_no_signal = False
 
     async def run(self) -> None:
-        """Trains until `train.steps`. Evaluates before the first step, so that there is something to compare with."""
+        """Run the steps up to `train.steps`, after an evaluation before the first step.
+
+        Raises MillraceError, such as RolloutError if all samples of a step failed.
+        """
         if self.progress.step == 0:
             with self.watch("evaluation"):
                 accuracy = await self.evaluate()
@@ -121,27 +126,32 @@ class TrainingLoop:
                 await self._step(buffer)
 
     async def update_engines(self) -> None:
-        """Brings the trainer's weights to the engines as the next version."""
+        """Publish the trainer's weights to the engines as the next version. Raises PublishError."""
         version = self.progress.version + 1
         self.display.phase(f"publishing version {version}")
         await self.ranks.publish_together(self._weights, version, self.config.publish)
         self.progress.version = version
 
     def _weights(self) -> ShardedTensors:
-        """The tensors to publish; the fleet asks for them again for engines that lose them. Raises WeightsChanged while
-        the trainer trains."""
+        """Return the tensors to publish. The fleet calls it again when an engine has lost its weights.
+
+        Raises WeightsChanged during a training step.
+        """
         if self._training:
             raise WeightsChanged("the trainer is in the middle of a step")
         return self.trainer.policy.named_tensors()
 
     async def wake_cache(self) -> None:
-        """The engines generate again, by the version that was published last."""
+        """Wake the KV caches, and wait until requests use the version that was published last."""
         await self.ranks.wake(frozenset({MemoryTag.KV_CACHE}))
         await self.ranks.reached(self.progress.version, deadline=self.config.publish.timeout)
 
     async def evaluate(self) -> float:
-        """The share of held-out problems that greedy samples get right, by the rule and whatever a judge thinks of
-        them; a sample that failed is not right."""
+        """Return the accuracy of greedy samples on the held-out problems, from 0 to 1.
+
+        The rule reward decides, even if there is a judge. Failed samples count as wrong. Raises RolloutError if all
+        samples failed.
+        """
         self.display.phase(f"evaluating on {len(self.held_out)} held-out problems")
         sampling = greedy(self.runner.sampling)
         runner = replace(self.runner, sampling=sampling, tool_counts=ToolCounts(), reward=by_rule)
@@ -152,16 +162,16 @@ class TrainingLoop:
             groups = [await scheduler.next_group() for _ in self.held_out]
         samples = [sample for group in groups for sample in group.samples]
         require_some(samples, "the evaluation")
-        right, asked = await self.ranks.sums(sum(sample.reward for sample in samples), len(samples))
-        return right / asked
+        correct, count = await self.ranks.sums(sum(sample.reward for sample in samples), len(samples))
+        return correct / count
 
     async def _step(self, buffer: RolloutBuffer) -> None:
         config, watch = self.config, Stopwatch()
         with watch("step"):
             with watch("rollout"):
-                taken = await buffer.take(self.progress.version, self._show_generating)
-            lag = [self.progress.version - s.oldest_version for s in taken.samples if s.oldest_version is not None]
-            buffer.give_up_old(self.progress.version + 1)  # which the next step begins with
+                batch = await buffer.take(self.progress.version, self._show_generating)
+            lag = [self.progress.version - s.oldest_version for s in batch.samples if s.oldest_version is not None]
+            buffer.give_up_old(self.progress.version + 1)  # the version at which the next step begins
             freed = 0.0
             if config.mode == "hybrid":
                 awake = self._used_gib()
@@ -170,11 +180,11 @@ class TrainingLoop:
                 freed = awake - self._used_gib()
             if self.judge is not None and self.judge.config.mode == "colocated":
                 with watch("judge"):
-                    await self._grade(self.judge, taken)
+                    await self._grade(self.judge, batch)
             with watch("train"):
-                self.display.phase(f"training on {len(taken.samples)} samples")
+                self.display.phase(f"training on {len(batch.samples)} samples")
                 self._training = True
-                stats = await self.in_trainer(self._train, taken.groups)
+                stats = await self.in_trainer(self._train, batch.groups)
                 self._training = False
             if config.mode == "hybrid":
                 with watch("sleep"):
@@ -192,35 +202,36 @@ class TrainingLoop:
             if last or step % config.evaluation.every == 0:
                 with watch("evaluation"):
                     accuracy = await self.evaluate()
-        self.folder.add_samples(step, taken.all_samples, self.runner.chat)
+        self.folder.add_samples(step, batch.all_samples, self.runner.chat)
         tools, grades = self.runner.tool_counts, self.judge.counts if self.judge is not None else JudgeCounts()
         self.watch.add(watch)
         standalone = config.mode == "standalone"
         metrics = _metrics(
-            self.progress, stats, watch, taken, lag, accuracy, tools, grades, freed, standalone=standalone
+            self.progress, stats, watch, batch, lag, accuracy, tools, grades, freed, standalone=standalone
         )
         metrics = await self.ranks.over_all(metrics)
         self._record(metrics)
-        _tell_of_unread(grades)
-        self._tell_of_no_signal(metrics)
+        _warn_of_unread(grades)
+        self._warn_of_no_signal(metrics)
         tools.calls = tools.errors = 0
         grades.clear()
-        # Behind the record: a run that goes on from it drops what was recorded later, and makes up for nothing.
+        # The checkpoint comes after the record: a resumed run can drop later records, but can't replace missing ones.
         if last or step % config.checkpoint.every == 0:
             with self.watch("checkpoint"):
                 await self.save(buffer.position)
 
-    async def _grade(self, judge: Judge, taken: RolloutBatch) -> None:
-        """The judge's turn, while the engines sleep. Samples that it does not grade have failed after all."""
-        self.display.phase(f"grading {len(taken.samples)} samples")
+    async def _grade(self, judge: Judge, batch: RolloutBatch) -> None:
+        """Have a colocated judge grade the samples while the engines sleep. Samples without a grade become FAILED."""
+        self.display.phase(f"grading {len(batch.samples)} samples")
         chat, deadline = self.runner.chat, self.config.rollout.sample_timeout
-        taken.groups, failed = await grade_in_turn(judge, taken.groups, chat, deadline=deadline)
-        taken.discarded += failed
+        batch.groups, failed = await grade_in_turn(judge, batch.groups, chat, deadline=deadline)
+        batch.discarded += failed
         self.counts.ended[SampleStatus.FINISHED] -= len(failed)
         self.counts.ended[SampleStatus.FAILED] += len(failed)
-        require_some([*taken.samples, *failed], "this step")
+        require_some([*batch.samples, *failed], "this step")
 
     async def save(self, position: int) -> None:
+        """Save a checkpoint. `position`: the rollout buffer's, on this rank. Raises CheckpointError."""
         self.display.phase("saving a checkpoint")
         [over_all] = await self.ranks.sums(position)
         state = {"version": self.progress.version, "position": int(over_all)}
@@ -242,22 +253,22 @@ class TrainingLoop:
         self.display.phase(f"generating: {complete} of {self._policy.groups_per_step} groups are complete")
 
     def _used_gib(self) -> float:
-        """What everybody together holds of the trainer's GPU."""
+        """Return the used memory of the trainer's GPU, by all processes, in GiB; 0 on the CPU."""
         if self.trainer.policy.world.device.type != "cuda":
             return 0.0
         free, total = torch.cuda.mem_get_info(self.trainer.policy.world.device)
         return (total - free) / 2**30
 
     async def in_trainer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Runs in the trainer's own thread, so that the event loop goes on serving the rollouts."""
+        """Run a function in the trainer's thread, so that the event loop can serve the rollouts meanwhile."""
         return await self.ranks.thread.run(function, *args, **kwargs)
 
-    def _tell_of_no_signal(self, metrics: StepMetrics) -> None:
-        """Once, by the rank that records: such a step teaches nothing."""
-        if metrics.groups_with_signal == 0 and self.ranks.owned is not None and not self._told_of_no_signal:
-            self._told_of_no_signal = True
+    def _warn_of_no_signal(self, metrics: StepMetrics) -> None:
+        """Log, once and on rank 0 only, that a step had no group with a signal."""
+        if metrics.groups_with_signal == 0 and self.ranks.owned is not None and not self._warned_of_no_signal:
+            self._warned_of_no_signal = True
             logger.warning(
-                "step %d taught nothing: the rewards of each group are all alike (their mean is %.3g), so that every "
+                "step %d taught nothing: the rewards of each group are all equal (their mean is %.3g), so every "
                 "advantage is 0. Read the answers in samples.jsonl: are they cut off, or in another form than the "
                 "reward expects? Are the problems too easy or too hard? rollout.samples_per_group is %d",
                 metrics.step,
@@ -272,18 +283,18 @@ class TrainingLoop:
         self.display.progress("steps", self.progress.step, self.config.train.steps)
 
 
-def _tell_of_unread(grades: JudgeCounts) -> None:
-    """Where a judge says nothing that can be read, no reward of the step means anything."""
+def _warn_of_unread(grades: JudgeCounts) -> None:
+    """Log that no reply of the judge had a grade, so that the rewards of the step mean nothing."""
     if grades.unread and grades.unread == grades.graded:
         logger.warning(
-            "no grade was found in any of the judge's %d answers, and all count as 0; look at judges.verdict and "
+            "no grade was found in any of the judge's %d answers, and all count as 0; check judges.verdict and "
             "judges.max_new_tokens",
             grades.graded,
         )
 
 
 def staleness_policy(config: RunConfig, ranks: int) -> StalenessPolicy:
-    """One rank's share. Raises ConfigError where the groups of a step can't be shared."""
+    """Return the staleness policy of one rank. Raises ConfigError if the ranks can't share the groups evenly."""
     rollout = config.rollout
     if rollout.groups_per_step % ranks:
         raise ConfigError(f"{ranks} ranks can't share rollout.groups_per_step {rollout.groups_per_step} evenly")
@@ -302,7 +313,7 @@ def _metrics(
     progress: Progress,
     stats: StepStats,
     watch: Stopwatch,
-    taken: RolloutBatch,
+    batch: RolloutBatch,
     lag: Sequence[int],
     accuracy: float | None,
     tools: ToolCounts,
@@ -314,14 +325,14 @@ def _metrics(
     def seconds(name: str) -> float:
         return round(watch.seconds.get(name, 0.0), 4)
 
-    # In standalone mode the engines generate all the time; in hybrid mode, while the trainer waits.
+    # In standalone mode the engines generate all the time; in hybrid mode only while the trainer waits.
     generating = max(watch.seconds["step" if standalone else "rollout"], 1e-9)
-    tokens = sum(int(s.episode.loss_mask.sum()) for s in taken.all_samples if s.episode is not None)
+    tokens = sum(int(s.episode.loss_mask.sum()) for s in batch.all_samples if s.episode is not None)
     return StepMetrics(
         step=progress.step,
         weight_version=progress.version,
         accuracy=accuracy,
-        reward=float(np.mean([sample.reward for sample in taken.samples])),
+        reward=float(np.mean([sample.reward for sample in batch.samples])),
         staleness=float(np.mean(lag)) if lag else 0.0,
         rollout_seconds=seconds("rollout"),
         publish_seconds=seconds("publish"),
@@ -340,11 +351,11 @@ def _metrics(
         loss=stats.loss,
         grad_norm=stats.grad_norm,
         lr=stats.lr,
-        samples_finished=len(taken.samples),
-        samples_failed=sum(s.status is SampleStatus.FAILED for s in taken.discarded),
-        samples_aborted=sum(s.status is not SampleStatus.FAILED for s in taken.discarded),
-        groups_dropped=len(taken.dropped),
-        groups_with_signal=sum(has_signal(group.samples) for group in taken.groups),
+        samples_finished=len(batch.samples),
+        samples_failed=sum(s.status is SampleStatus.FAILED for s in batch.discarded),
+        samples_aborted=sum(s.status is not SampleStatus.FAILED for s in batch.discarded),
+        groups_dropped=len(batch.dropped),
+        groups_with_signal=sum(has_signal(group.samples) for group in batch.groups),
         tool_calls=tools.calls,
         tool_errors=tools.errors,
         grade=grades.mean,

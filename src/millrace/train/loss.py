@@ -1,7 +1,7 @@
-"""GRPO's loss as pure functions on tensors.
+"""The loss of GRPO as pure functions of tensors.
 
 Tensors named `*_BT` are [B, T], one row a sample, padded on the right, and aligned with the tokens: column t belongs to
-token t, never to the position that predicts it. Everything is computed in float32.
+token t, not to the position that predicts it. Everything is computed in float32.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from torch import Tensor
 from millrace.config.models import LossConfig
 from millrace.types import Float32Array
 
-NO_SIGNAL = 1e-6  # rewards of one group that differ by no more than this are the same reward
-MAX_LOG_RATIO = 20.0  # exp of it is 4.9e8: far above any clip, far below what float32 overflows at
+NO_SIGNAL = 1e-6  # rewards of a group that differ by at most this count as equal
+MAX_LOG_RATIO = 20.0  # its exponential is 4.9e8: far above any clip limit, and far below the overflow of float32
 
 
 def group_advantages(rewards_S: Sequence[float], *, normalize: bool) -> Float32Array:
-    """The advantage of each sample over its group: reward minus the group's mean.
+    """Return the advantage of each sample of a group: its reward minus the group's mean.
 
     With `normalize` it is divided by the group's (population) standard deviation, as in GRPO (arXiv:2402.03300).
-    Without, it is Dr. GRPO's (arXiv:2503.20783), where very easy and very hard problems do not weigh more than the
-    others. A group whose rewards are all the same has nothing to teach: zeros.
+    Without it the advantage is that of Dr. GRPO (arXiv:2503.20783), so very easy and very hard problems do not weigh
+    more than the others. If all rewards are equal, the advantages are 0.
 
     rewards_S: [S] the rewards of one group. Returns [S] float32.
     """
@@ -36,10 +36,10 @@ def group_advantages(rewards_S: Sequence[float], *, normalize: bool) -> Float32A
 
 
 class LossSums(NamedTuple):
-    """Sums over trained tokens, each a float64 scalar tensor: they add over micro-batches, minibatches and ranks."""
+    """Sums over trained tokens, as float64 scalars, which can be added over micro-batches, minibatches and ranks."""
 
     tokens: Tensor
-    clipped: Tensor  # tokens whose ratio the clip stopped
+    clipped: Tensor  # tokens whose ratio was clipped
     kl: Tensor  # KL(policy that sampled || policy), k3
     kl_reference: Tensor  # KL(policy || reference), k3
     gap: Tensor  # |engine's logprob - trainer's logprob|
@@ -47,7 +47,10 @@ class LossSums(NamedTuple):
 
 
 class PolicyLoss(NamedTuple):
-    """loss: scalar float32, to be summed over micro-batches and ranks. largest_gap: scalar, the largest logprob gap."""
+    """The loss of one micro-batch and its statistics.
+
+    loss: scalar float32, to be summed over micro-batches and ranks. largest_gap: scalar, the largest logprob gap.
+    """
 
     loss: Tensor
     sums: LossSums
@@ -55,34 +58,40 @@ class PolicyLoss(NamedTuple):
 
 
 def log_ratio(numerator_BT: Tensor, denominator_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """log(numerator / denominator) from logprobs: [B, T] float32, 0 where the mask is False, bounded so that its
-    exponential stays finite."""
+    """Return log(numerator / denominator) of logprobs: [B, T] float32.
+
+    It is 0 where the mask is False, and at most MAX_LOG_RATIO in size, so that its exponential is finite.
+    """
     difference_BT = torch.where(mask_BT, numerator_BT.float() - denominator_BT.float(), 0.0)
     return difference_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def k3(log_ratio_BT: Tensor) -> Tensor:
-    """The k3 estimate of KL(p || q) for tokens drawn from p, given log(q / p): unbiased, low in variance, not negative
-    (Schulman, "Approximating KL divergence", 2020; the KL term of arXiv:2402.03300, equation 4)."""
+    """Return the k3 estimate of KL(p || q) for tokens drawn from p, given log(q / p).
+
+    It is unbiased, has a low variance, and is never negative (Schulman, "Approximating KL divergence", 2020; the KL
+    term of arXiv:2402.03300, equation 4).
+    """
     return torch.expm1(log_ratio_BT) - log_ratio_BT
 
 
 def importance_weights(old_BT: Tensor, engine_BT: Tensor, mask_BT: Tensor, cap: float) -> Tensor:
-    """min(trainer's / engine's probability, cap): [B, T] float32, without gradient.
+    """Return min(trainer's / engine's probability, cap): [B, T] float32, without gradient.
 
-    Engine and trainer compute the same policy by different kernels, or the engine had older weights: the weight
-    corrects the expectation for that, and the cap bounds its variance (truncated importance sampling: Ionides 2008;
-    Yao et al.
-    2025, "Your efficient RL framework secretly brings you off-policy RL training")."""
+    Engine and trainer compute the same policy by different kernels, or the engine had older weights. The weight
+    corrects the expectation for this, and the cap bounds the variance (truncated importance sampling: Ionides 2008;
+    Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+    """
     return log_ratio(old_BT, engine_BT, mask_BT).exp().clamp(max=cap).detach()
 
 
 def masked_average(values_BT: Tensor, mask_BT: Tensor, average: str, normalizer: float) -> Tensor:
-    """This micro-batch's share of the average over all micro-batches and ranks.
+    """Return this micro-batch's share of the average over all micro-batches and ranks, a scalar.
 
-    `token`: every token weighs the same (DAPO, arXiv:2503.14476); `normalizer` is the number of trained tokens.
-    `sequence`: the mean over a sample's tokens, then over samples (GRPO); `normalizer` is the number of samples that
-    have a trained token. Both count all micro-batches of all ranks, so that the shares add to the exact average."""
+    average: `token` weighs all tokens equally (DAPO, arXiv:2503.14476); `sequence` averages over the tokens of a
+    sample, then over samples (GRPO). normalizer: the number of trained tokens for `token`, and of samples with a
+    trained token for `sequence`. It counts all micro-batches of all ranks, so the shares add up to the exact average.
+    """
     kept_BT = torch.where(mask_BT, values_BT, 0.0)
     if average == "token":
         return kept_BT.sum() / normalizer
@@ -101,11 +110,11 @@ def policy_loss(
     config: LossConfig,
     normalizer: float,
 ) -> PolicyLoss:
-    """The clipped policy loss (PPO, arXiv:1707.06347) with GRPO's advantages and KL term.
+    """Return the clipped policy loss (PPO, arXiv:1707.06347) with GRPO's advantages and KL term.
 
-    logprobs_BT: [B, T] the policy's, with gradient. old_BT: the policy's before this step's first update, without.
-    engine_BT: the engine's when it sampled. reference_BT: the reference's; needed when `kl_coefficient` is above 0.
-    mask_BT: [B, T] bool, the trained tokens. advantages_B: [B]. normalizer: see `masked_average`.
+    logprobs_BT: [B, T] the policy's logprobs, with gradient. old_BT: those before this step's first update, without
+    gradient. engine_BT: the engine's at sampling. reference_BT: the reference model's; needed if `kl_coefficient` is
+    above 0. mask_BT: [B, T] bool, the trained tokens. advantages_B: [B]. normalizer: as in `masked_average`.
     """
     ratio_BT = log_ratio(logprobs_BT, old_BT, mask_BT).exp()
     clipped_BT = ratio_BT.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -138,5 +147,5 @@ def policy_loss(
 
 
 def supervised_loss(logprobs_BT: Tensor, mask_BT: Tensor, *, normalizer: float) -> Tensor:
-    """Cross-entropy of the masked tokens, averaged over tokens. Shapes and normalizer as in `policy_loss`."""
+    """Return the cross-entropy of the trained tokens, averaged over tokens. Arguments as in `policy_loss`."""
     return masked_average(-logprobs_BT, mask_BT, "token", normalizer)

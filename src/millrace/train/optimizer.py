@@ -1,4 +1,4 @@
-"""AdamW and its learning rate."""
+"""The AdamW optimizer and its learning-rate schedule."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,10 +12,10 @@ from millrace.config.models import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The learning rate of `step`, counted from 0.
+    """Return the learning rate of `step`, counted from 0.
 
-    Rises linearly to `lr`, which the step `lr_warmup_steps` is the first to have, then follows the schedule towards
-    `lr * min_lr_ratio`, which it would reach at `total_steps` and keeps from there on.
+    It rises linearly and reaches `lr` at step `lr_warmup_steps`. From there it follows the schedule to
+    `lr * min_lr_ratio` at `total_steps`, and stays there.
     """
     if step < config.lr_warmup_steps:
         return config.lr * (step + 1) / (config.lr_warmup_steps + 1)
@@ -31,8 +31,10 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
 
 
 def make_optimizer(parameters: Iterable[Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101), fused. Matrices, embeddings among them, have weight decay; norms and biases have
-    none."""
+    """Return a fused AdamW optimizer (arXiv:1711.05101).
+
+    Matrices, including embeddings, have weight decay. Norms and biases have none.
+    """
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -44,13 +46,13 @@ def make_optimizer(parameters: Iterable[Parameter], config: OptimizerConfig) -> 
 
 
 def global_grad_norm(parameters: Iterable[Parameter]) -> Tensor:
-    """The norm over all gradients of all ranks: scalar. Collective where the gradients are sharded."""
+    """Return the norm of all gradients of all ranks, a scalar. Collective if the gradients are sharded."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, *, grad_norm: Tensor, max_grad_norm: float, lr: float) -> None:
-    """Scales the gradients down to `max_grad_norm` where they are above it, takes one step at `lr`, and drops them."""
+    """Clip the gradients to `max_grad_norm`, take one optimizer step at `lr`, and clear the gradients."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
     for group in optimizer.param_groups:
@@ -60,8 +62,10 @@ def apply_gradients(optimizer: torch.optim.Optimizer, *, grad_norm: Tensor, max_
 
 
 def optimizer_state(optimizer: torch.optim.AdamW, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
-    """The moments and step counts themselves (not copies), as `NAME.exp_avg` and so on. A parameter that has had no
-    step yet gets its state here, as AdamW would make it, so that a checkpoint can be read into it."""
+    """Return the moments and step counts, as `NAME.exp_avg` and so on: the tensors themselves, not copies.
+
+    Parameters without a step so far get the initial state of AdamW, so that a checkpoint can be loaded into it.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]

@@ -1,4 +1,4 @@
-"""The policy: a causal language model that gives logprobs and gives its weights away."""
+"""The policy: a causal language model that computes logprobs and returns its weights for publishing."""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,8 +23,11 @@ CHUNK_BYTES = 256 * 1024 * 1024  # of float32 logits at a time; a vocabulary of 
 
 
 class TokenLogprobs(NamedTuple):
-    """logprobs_BT: [B, T] float32, of each token given those before it. entropy_BT: [B, T] float32, of the distribution
-    that each token was drawn from, without gradient. Column 0, which nothing predicts, is 0."""
+    """Logprobs and entropies of given tokens.
+
+    logprobs_BT: [B, T] float32, of each token given those before it. entropy_BT: [B, T] float32, in nats, of the
+    distribution that each token was drawn from, without gradient. Column 0, which has no prediction, is 0.
+    """
 
     logprobs_BT: Tensor
     entropy_BT: Tensor
@@ -33,9 +36,8 @@ class TokenLogprobs(NamedTuple):
 class _GatherLogprobs(torch.autograd.Function):
     """log_softmax(logits / temperature) at the targets, and the entropy, in float32, chunk by chunk.
 
-    torch's own log_softmax would hold float32 copies of all the logits, which are the largest tensors of a training
-    step.
-    This one keeps the logits as the model made them and computes the softmax again in the backward pass.
+    torch's log_softmax keeps float32 copies of all logits, which are the largest tensors of a training step. This one
+    keeps only the logits as the model returned them, and computes the softmax again in the backward pass.
     """
 
     @staticmethod
@@ -76,10 +78,14 @@ class _GatherLogprobs(torch.autograd.Function):
 def gather_logprobs(
     logits_BTV: Tensor, token_ids_BT: Tensor, temperature: float, *, chunk_bytes: int = CHUNK_BYTES
 ) -> TokenLogprobs:
-    """The logprobs of `token_ids_BT` under `logits_BTV` (any float type), softened by `temperature` above 0."""
+    """Return the logprobs of `token_ids_BT` under `logits_BTV / temperature`.
+
+    logits_BTV: [B, T, V], of any floating-point dtype. token_ids_BT: [B, T] int64. temperature: above 0. chunk_bytes:
+    how much memory the float32 logits of one chunk may take.
+    """
     batch, length, vocab = logits_BTV.shape
     rows = max(1, chunk_bytes // (4 * vocab))
-    # Rolled rather than cut: `logits[:, :-1]` would have to be copied to be seen as rows. What wraps around is dropped.
+    # The targets are rolled because flattening `logits[:, :-1]` would copy it. The wrapped column is dropped below.
     targets_N = token_ids_BT.roll(-1, dims=1).reshape(-1)
     logprobs_N, entropy_N = _GatherLogprobs.apply(  # type: ignore[no-untyped-call]
         logits_BTV.reshape(-1, vocab), targets_N, temperature, rows
@@ -91,10 +97,10 @@ def gather_logprobs(
 
 
 class Policy:
-    """A causal model with float32 master weights, sharded over the world's ranks where there are several.
+    """A causal model with float32 master weights, sharded over the ranks of the world.
 
-    Dropout is off: the logprobs of a step must be those of the policy that sampled, which has none. Every method is
-    collective: all ranks call it, in the same order.
+    Dropout is off, because the engines sample without it, and the logprobs of a step must match theirs. Every method is
+    collective: all ranks call it in the same order.
     """
 
     def __init__(self, model: PreTrainedModel, world: World, config: TrainConfig) -> None:
@@ -104,26 +110,32 @@ class Policy:
         self.model = _place(model, world, self.dtype)
         self.reference: PreTrainedModel | None = None
         if config.gradient_checkpointing:
-            # transformers 5.24 has renamed it.
+            # transformers 5.24 renamed the method.
             name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
             enable = getattr(model, f"{name}_checkpointing_enable")
             enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
-            # Layers checkpoint in training mode only. It is set on the layer alone: the dropout in it stays off.
+            # Layers checkpoint in training mode only. The mode is set on the layer itself, so its dropout stays off.
             for module in model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True
 
     def parameters(self) -> dict[str, Parameter]:
-        """By transformers' names, tied ones once."""
+        """Return the parameters by transformers' names; tied ones once."""
         return dict(self.model.named_parameters())
 
     def token_logprobs(self, token_ids_BT: Tensor, temperature: float) -> TokenLogprobs:
-        """The policy's logprobs, with gradient unless the caller has switched it off."""
+        """Return the policy's logprobs and entropies. They have a gradient unless the caller has disabled it.
+
+        token_ids_BT: [B, T] int64, on the world's device.
+        """
         return self._forward(self.model, token_ids_BT, temperature)
 
     @torch.no_grad()
     def reference_logprobs(self, token_ids_BT: Tensor, temperature: float) -> Tensor:
-        """The frozen reference's logprobs: [B, T] float32, without gradient."""
+        """Return the frozen reference's logprobs: [B, T] float32, without gradient.
+
+        Raises ValueError if there is no reference.
+        """
         if self.reference is None:
             raise ValueError("the policy has no reference; call take_reference first")
         return self._forward(self.reference, token_ids_BT, temperature).logprobs_BT
@@ -135,23 +147,28 @@ class Policy:
         return gather_logprobs(logits_BTV, token_ids_BT, temperature)
 
     def _precision(self) -> AbstractContextManager[object]:
-        if self.dtype == torch.float32 or self.world.size > 1:  # the shards bring their own mixed precision
+        if self.dtype == torch.float32 or self.world.size > 1:  # FSDP has its own mixed precision
             return nullcontext()
         return torch.autocast(self.world.device.type, self.dtype)
 
     def state(self) -> dict[str, Tensor]:
-        """The weights themselves (not copies, no gradient) by transformers' names, tied ones once: sharded where the
-        policy is. Writing to them changes the policy."""
+        """Return the weights by transformers' names; tied ones once.
+
+        The tensors are the weights themselves, without gradient, and sharded if the policy is. Writing to them changes
+        the policy.
+        """
         return _state(self.model)
 
     def named_tensors(self) -> ShardedTensors:
-        """The weights one at a time, whole, in float32, on the world's device. Where the policy is sharded each is
-        gathered when it is asked for, so every rank must go through all of them. Where it is not, what comes is the
-        weight itself: read it before the next step."""
+        """Return an iterable of the weights, whole, in float32, on the world's device.
+
+        If the policy is sharded, each tensor is gathered when the iteration reaches it, so every rank must iterate over
+        all of them. Otherwise the tensors are the weights themselves, which the next step changes.
+        """
         return ShardedTensors(self.state())
 
     def take_reference(self) -> None:
-        """Makes a frozen copy of the present weights the reference, for the KL term."""
+        """Make a frozen copy of the current weights the reference of the KL term."""
         if self.reference is None:
             model = AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float32)
             self.reference = _place(model, self.world, self.dtype).requires_grad_(False)
@@ -161,14 +178,15 @@ class Policy:
                 tensor.copy_(present[name])
 
     def reference_state(self) -> dict[str, Tensor]:
-        """As `state`, of the reference; empty where there is none."""
+        """Return the weights of the reference, as `state` does; empty if there is none."""
         return _state(self.reference) if self.reference is not None else {}
 
 
 def load_policy(path: str | Path, config: TrainConfig, world: World) -> Policy:
-    """The policy from a folder in Hugging Face's format (or a name on the Hub), set up as the config says.
+    """Load a policy from a folder in Hugging Face's format or a Hub name.
 
-    Raises DataError where there is no causal model in it, or a damaged one."""
+    Raises DataError if there is no causal language model, or it is damaged.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path), dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:
@@ -177,9 +195,11 @@ def load_policy(path: str | Path, config: TrainConfig, world: World) -> Policy:
 
 
 def _place(model: PreTrainedModel, world: World, dtype: torch.dtype) -> PreTrainedModel:
-    """On the world's device and, over several ranks, sharded by FSDP2: each decoder layer is one unit, what is left
-    (embedding, last norm, head) another. Every unit is sharded again after its forward pass, so that outside of a pass
-    the parameters are always the shards. Dropout is off."""
+    """Move the model to the world's device, switch dropout off, and shard it by FSDP2 if there are several ranks.
+
+    Each decoder layer is one unit, and the rest (embedding, last norm, head) another. Every unit is sharded again after
+    its forward pass, so outside of a pass the parameters are always the shards.
+    """
     world.make_current()
     model.eval()
     if world.size == 1:

@@ -1,5 +1,7 @@
-"""Several trainer ranks and one fleet: rank 0 owns it, the others follow, and each sends its own requests. What has to
-happen once is done by rank 0, and what has to happen together is a collective in the trainer's thread."""
+"""One fleet for several trainer ranks: rank 0 owns it, the others follow it, and each rank sends its own requests.
+
+Rank 0 does what must happen once. What the ranks must do together is a collective in the trainer's thread.
+"""
 
 import asyncio
 import os
@@ -33,17 +35,20 @@ SUMS = (
     "tokens_per_second", "tokens", "samples_finished", "samples_failed", "samples_aborted", "groups_dropped",
     "groups_with_signal", "tool_calls", "tool_errors", "grades", "grades_unread",
 )  # fmt: skip
-MEANS = {"reward": "samples_finished", "staleness": "samples_finished", "grade": "grades"}  # and what they are over
+MEANS = {"reward": "samples_finished", "staleness": "samples_finished", "grade": "grades"}  # and their weights
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerThread:
-    """Where the trainer's work is done, so that the event loop goes on serving the rollouts; all collectives too, so
-    that they come in one order."""
+    """The thread for the trainer's work, so that the event loop can serve the rollouts meanwhile.
+
+    It runs all collectives, too, so that they have the same order on all ranks.
+    """
 
     pool: ThreadPoolExecutor
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a function in the thread, return its result, and raise its exceptions."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, lambda: function(*args, **kwargs))
 
 
@@ -56,7 +61,10 @@ async def shared(
     event_log: EventLog,
     seed: int,
 ) -> AsyncIterator[FleetClient]:
-    """The fleet that rank 0 starts, for all ranks. They all come to the end of the block together."""
+    """Yield the fleet, which rank 0 starts, to all ranks. The ranks leave the block together.
+
+    start: returns the context manager of the fleet; called on rank 0 only. seed: of the routing.
+    """
     if world.rank > 0:
         url, key = (await thread.run(world.broadcast, b"")).decode().split()
         async with Follower.open(url, key, event_log=event_log, seed=seed + world.rank) as follower:
@@ -77,14 +85,14 @@ async def shared(
 
 
 def own_address() -> str:
-    """Where rank 0 answers the others: on loopback, unless they are on several hosts."""
+    """Return the address at which rank 0 serves the other ranks: loopback if all ranks are on one host."""
     one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     return "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """What the ranks do to the fleet: each of them calls all of this, in the same order."""
+    """The operations of the ranks on the fleet. Every rank calls each of them, in the same order."""
 
     world: World
     thread: TrainerThread
@@ -92,42 +100,48 @@ class Ranks:
 
     @property
     def owned(self) -> Fleet | None:
-        """The fleet, on the rank that may change it."""
+        """The fleet on rank 0, which may change it; None on the other ranks."""
         return self.fleet if isinstance(self.fleet, Fleet) else None
 
     @property
     def prefix(self) -> str:
-        """Of the names of this rank's samples, since an engine gets the requests of all ranks."""
+        """The prefix of this rank's sample ids, which must differ because engines get the requests of all ranks."""
         return f"rank{self.world.rank}-" if self.world.size > 1 else ""
 
     async def together(self) -> None:
-        """Waits for all ranks."""
+        """Wait until all ranks have called this."""
         if self.world.size > 1:
             await self.thread.run(self.world.any, False)
 
     async def sleep(self, *, interrupt: bool = False) -> None:
-        """The fleet sleeps when all ranks have what they asked for, and before any of them trains."""
+        """Put the fleet to sleep: after all ranks have their samples, and before any of them trains.
+
+        interrupt: as in `Fleet.sleep`.
+        """
         await self.together()
         if self.owned is not None:
             await self.owned.sleep(interrupt=interrupt)
         await self.together()
 
     async def wake(self, what: frozenset[MemoryTag]) -> None:
+        """Wake these parts of the engines' memory."""
         if self.owned is not None:
             await self.owned.wake(what)
 
     async def publish_together(
         self, weights: Callable[[], ShardedTensors], version: int, config: PublishConfig
     ) -> None:
-        """Brings a version to the engines, each tensor made whole by all ranks when its turn comes. Returns on the
-        ranks that follow when they know of it, for which engines must be awake or be woken. A single process is asked
-        for its weights again when an engine needs them; several ranks are not, since all of them would have to join."""
+        """Publish a weight version. All ranks gather each tensor together. Raises PublishError.
+
+        A single rank passes `weights` itself, so the fleet can call it again when an engine has lost its weights. With
+        several ranks it can't, because all of them would have to join.
+        """
         if self.owned is None:
             await self.thread.run(follow, weights())
             return
-        with leading(weights(), self.owned.dtypes) if self.world.size > 1 else nullcontext(weights) as whole:
+        with leading(weights(), self.owned.dtypes) if self.world.size > 1 else nullcontext(weights) as source:
             await self.owned.publish(
-                whole,
+                source,
                 version,
                 bucket_bytes=config.bucket_bytes,
                 deadline=config.timeout,
@@ -135,30 +149,30 @@ class Ranks:
             )
 
     async def reached(self, version: int, *, deadline: float) -> None:
-        """Waits until this rank's requests get `version` or a later one."""
+        """Wait until this rank sends its requests to engines of `version` or later, for at most `deadline` seconds."""
         if isinstance(self.fleet, Follower):
             await self.fleet.reached(version, deadline=deadline)
 
     async def sums(self, *values: float) -> list[float]:
-        """Each of them over all ranks."""
+        """Return the sum of each value over all ranks."""
         summed = await self.thread.run(self.world.sum, torch.tensor(values, dtype=torch.float64))
         return [float(value) for value in summed.tolist()]
 
     async def over_all(self, metrics: StepMetrics) -> StepMetrics:
-        """The step's figures of all ranks; seconds are this rank's."""
+        """Return a step's metrics combined over all ranks; the seconds are this rank's."""
         if self.world.size == 1:
             return metrics
         weighted = [(getattr(metrics, name) or 0.0) * getattr(metrics, over) for name, over in MEANS.items()]
         summed = await self.sums(*(getattr(metrics, name) for name in SUMS), *weighted)
         counted = {name: type(getattr(metrics, name))(value) for name, value in zip(SUMS, summed, strict=False)}
-        whole = asdict(metrics) | counted
+        combined = asdict(metrics) | counted
         for (name, over), value in zip(MEANS.items(), summed[len(SUMS) :], strict=True):
-            whole[name] = value / whole[over] if whole[over] else None
-        return StepMetrics(**whole)
+            combined[name] = value / combined[over] if combined[over] else None
+        return StepMetrics(**combined)
 
     async def counts(self, counts: SampleCounts) -> SampleCounts:
-        """Of all ranks."""
+        """Return the sample counts of all ranks together."""
         asked, *ended = await self.sums(counts.asked, *(counts.ended[status] for status in SampleStatus))
-        whole = SampleCounts(int(asked))
-        whole.ended.update({status: int(count) for status, count in zip(SampleStatus, ended, strict=True)})
-        return whole
+        total = SampleCounts(int(asked))
+        total.ended.update({status: int(count) for status, count in zip(SampleStatus, ended, strict=True)})
+        return total

@@ -1,4 +1,4 @@
-"""The config file changed, and a signal: engines are added to a run that goes on, or taken from it."""
+"""Resizing the fleet of a running training: after a change of the config file, SIGHUP adds or removes engines."""
 
 import asyncio
 import logging
@@ -15,8 +15,11 @@ logger = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def resizable(fleet: Fleet, config: RunConfig, reload: Callable[[], RunConfig]) -> AsyncIterator[None]:
-    """As long as the block runs, SIGHUP has the settings read again by `reload`, and brings the fleet to their
-    `engine.replicas`. What can't be taken is told in the log, and the run goes on as it was."""
+    """Resize the fleet on SIGHUP while the block runs.
+
+    SIGHUP calls `reload` and resizes the fleet to the `engine.replicas` of the settings that it returns. If the
+    settings are invalid or change anything else, an error is logged, and the run continues unchanged.
+    """
     signalled = asyncio.Event()
     task = asyncio.create_task(_follow(fleet, config, reload, signalled))
     loop = asyncio.get_running_loop()
@@ -34,31 +37,31 @@ async def _follow(fleet: Fleet, config: RunConfig, reload: Callable[[], RunConfi
         await signalled.wait()
         signalled.clear()
         try:
-            wanted = reload()
-            require_only_replicas(config, wanted)
-            await bring_to(fleet, wanted.engine.replicas)
+            reloaded = reload()
+            require_only_replicas(config, reloaded)
+            await bring_to(fleet, reloaded.engine.replicas)
         except MillraceError as error:
-            logger.error("the settings were read again, and the run goes on as it was: %s", error)
+            logger.error("the new settings were not applied, and the run continues unchanged: %s", error)
 
 
 def require_only_replicas(before: RunConfig, after: RunConfig) -> None:
-    """Raises ConfigError where more than `engine.replicas` has changed, or that can't."""
+    """Raise ConfigError if anything but `engine.replicas` has changed."""
     engine = before.engine.model_copy(update={"replicas": after.engine.replicas})
-    alike = before.model_copy(update={"engine": engine})
-    changed = [name for name in RunConfig.model_fields if getattr(alike, name) != getattr(after, name)]
+    expected = before.model_copy(update={"engine": engine})
+    changed = [name for name in RunConfig.model_fields if getattr(expected, name) != getattr(after, name)]
     if changed:
         raise ConfigError(
-            f"only engine.replicas can change while a run goes on, and {', '.join(changed)} is another; a new start "
-            "with --resume takes all of them"
+            f"only engine.replicas can change during a run, but {', '.join(changed)} has changed; restart with "
+            "--resume to apply all changes"
         )
 
 
 async def bring_to(fleet: Fleet, replicas: int) -> None:
-    """Starts engines, or takes those out that came last, until there are so many."""
+    """Start engines, or remove the latest ones, until the fleet has `replicas` engines."""
     while len(fleet.snapshot.members) < replicas:
         name = await fleet.add()
-        logger.warning("%s has joined", name)
+        logger.warning("%s has joined the fleet", name)
     while len(fleet.snapshot.members) > replicas:
         name = fleet.snapshot.members[-1].name
         await fleet.remove(name)
-        logger.warning("%s has left", name)
+        logger.warning("%s has left the fleet", name)

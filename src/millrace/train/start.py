@@ -1,4 +1,4 @@
-"""The folder of a model: there already, on the Hub, or made by the run."""
+"""The folder of a model: a local one, a download from the Hub, or one that the run creates."""
 
 import re
 import shutil
@@ -13,10 +13,13 @@ from millrace.train.tiny import make_tiny_model
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_folder(model: ModelConfig, made: Path, *, seed: int, anew: bool, setting: str) -> Path:
-    """The folder that engines start from. A model that the run makes lies in `made`, and is made `anew` where the run
-    begins: a start that failed may have left half of one, or one by other settings. Raises DataError, which names the
-    `setting`, where there is no such model."""
+def model_folder(model: ModelConfig, created: Path, *, seed: int, fresh: bool, setting: str) -> Path:
+    """Return the folder that engines start from.
+
+    created: the folder of a model that the run creates. fresh: whether to create it again, as a new run must: a failed
+    start may have left an incomplete model, or one with other settings. Raises DataError, which names `setting`, if
+    there is no such model.
+    """
     match model:
         case PretrainedModelConfig(path=path):
             folder_or_download = Path(path)
@@ -26,17 +29,19 @@ def model_folder(model: ModelConfig, made: Path, *, seed: int, anew: bool, setti
                 raise DataError(f"{setting}: {path} is no model's folder, it has no config.json")
             return folder_or_download
         case TinyModelConfig():
-            if anew and made.exists():
-                shutil.rmtree(made)
-            if not made.exists():
-                make_tiny_model(model, seed, made)
-            return made
+            if fresh and created.exists():
+                shutil.rmtree(created)
+            if not created.exists():
+                make_tiny_model(model, seed, created)
+            return created
 
 
 def _download(name: str, setting: str) -> Path:
-    """A model of the Hugging Face Hub, from the local cache where it is there already."""
+    """Return the folder of a model of the Hugging Face Hub, which is downloaded if it is not in the local cache."""
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
-    except (OSError, ValueError) as error:  # the Hub's own errors are kinds of these
+    except (OSError, ValueError) as error:  # the errors of huggingface_hub are subclasses of these
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{setting}: {name} is no folder here and can't be had from the Hub: {reason}") from error
+        raise DataError(
+            f"{setting}: {name} is not a local folder, and can't be downloaded from the Hub: {reason}"
+        ) from error

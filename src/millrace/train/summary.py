@@ -1,4 +1,4 @@
-"""The end of a run: its first and its last figures, and where its time went."""
+"""The summary of a run: its first and last figures, and the seconds of each phase."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from millrace.rollout.sample import SampleStatus
 from millrace.rollout.scheduler import SampleCounts
 from millrace.train.record import StepMetrics
 
-# The stopwatch's names, in the order in which they are told. What is busy generates or trains.
+# The stopwatch's names and how they are printed, in this order. The busy ones generate or train.
 PHASES = {
     "set-up": "set-up",
     "warm-up": "warm-up",
@@ -28,8 +28,11 @@ BUSY = ("warm-up", "rollout", "judge", "train", "evaluation")
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run came to. `metrics` are of the whole run; seconds and samples are of this process: those of a run that
-    was resumed begin with the resumption."""
+    """The results of a run.
+
+    metrics: of the whole run. seconds, total_seconds, counts: of this process, so those of a resumed run start with the
+    resumption.
+    """
 
     metrics: Sequence[StepMetrics]
     folder: Path
@@ -44,9 +47,10 @@ class Summary:
 
 
 def print_summary(summary: Summary, console: Console) -> None:
+    """Print a summary to a console."""
     evaluated = [m for m in summary.metrics if m.accuracy is not None]
     steps = [m for m in summary.metrics if m.reward is not None]
-    if evaluated and steps:  # a run that is resumed at its end may have lost its records
+    if evaluated and steps:  # a run that is resumed at its end may have no records
         table = Table(title=f"{summary.folder.name}: first and last", title_justify="left")
         for name in ("", "first", "last"):
             table.add_column(name, justify="left" if not name else "right")
@@ -57,14 +61,14 @@ def print_summary(summary: Summary, console: Console) -> None:
         table.add_row("tokens/s", f"{steps[0].tokens_per_second:,.0f}", f"{steps[-1].tokens_per_second:,.0f}")
         console.print(table)
     if empty := sum(m.groups_with_signal == 0 for m in steps):
-        told = "No step" if empty == len(steps) else f"{len(steps) - empty} of {len(steps)} steps"
+        useful = "No step" if empty == len(steps) else f"{len(steps) - empty} of {len(steps)} steps"
         console.print(
-            f"{told} had a group whose rewards differed: without that every advantage is 0, and nothing is learned.",
+            f"{useful} had a group whose rewards differed: without that every advantage is 0, and nothing is learned.",
             style="yellow",
             highlight=False,
             soft_wrap=True,
         )
-    parts = [f"{told} {summary.seconds[name]:.1f}" for name, told in PHASES.items() if name in summary.seconds]
+    parts = [f"{label} {summary.seconds[name]:.1f}" for name, label in PHASES.items() if name in summary.seconds]
     ended = [f"{summary.counts.ended[status]} {status}" for status in SampleStatus]
     for line in (
         f"{summary.total_seconds:.0f} s in all: {', '.join(parts)}; "

@@ -1,8 +1,8 @@
-"""A small Qwen3 from random weights, with a tokenizer and a chat template, as a folder in Hugging Face's format.
+"""A small Qwen3 with random weights, a tokenizer and a chat template, as a folder in Hugging Face's format.
 
-The tokenizer is built like Qwen's (byte-level BPE, one token a digit, `<|im_start|>` and `<tool_call>` as added tokens)
-but knows only the words of the problem generator: a prompt is some fifty tokens long, and any other text still has an
-encoding, byte by byte.
+The tokenizer is built like Qwen's (byte-level BPE, one token a digit, `<|im_start|>` and `<tool_call>` as added
+tokens), but its vocabulary has only the words of the problem generator. So a prompt has about fifty tokens. Other text
+is encoded byte by byte.
 """
 
 from pathlib import Path
@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from millrace.config.models import TinyModelConfig
 from millrace.rollout.problems import make_story
 
-# How a text is split into words before BPE. Letters take the space before them, each digit stands alone (as in Qwen),
-# and what lies between a digit or a letter and the next is one word, its spaces included. So a number that is to be
-# copied always follows a word that tells its place, which small models learn in half the steps that Qwen's own split
-# takes.
+# How a text is split into words before BPE. Letters include the space before them, each digit is a word (as in Qwen),
+# and all characters between letters and digits are one word, spaces included. So the word before a number always shows
+# where the number belongs, and small models learn to copy numbers in half the steps that Qwen's split takes.
 _WORDS = r" ?\p{L}+|\p{N}|[^\r\n\p{L}\p{N}]+?(?= \p{L})|[^\r\n\p{L}\p{N}]+|[\r\n]+"
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
@@ -28,7 +27,7 @@ CALL_TEXT = (
 )
 ANSWER_TEXT = "#### {answer}"
 
-# Qwen's layout. The tools are given by name only: their full schemas would be longer than the problems.
+# Qwen's layout. It has the tools' names only: their full schemas would be longer than the problems.
 CHAT_TEMPLATE = """
 {%- set ns = namespace(system='') %}
 {%- if messages[0].role == 'system' %}{% set ns.system = messages[0].content %}{% endif %}
@@ -51,8 +50,7 @@ endif %} {%- if ns.system %}{{ '<|im_start|>system\\n' + ns.system + '<|im_end|>
 
 
 def make_tiny_model(config: TinyModelConfig, seed: int, folder: Path) -> None:
-    """Writes config, weights, tokenizer and chat template into `folder`, which is made. The same seed, the same
-    bytes."""
+    """Write config, weights, tokenizer and chat template to a new folder. The same seed gives the same bytes."""
     tokenizer = make_tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
@@ -62,7 +60,7 @@ def make_tiny_model(config: TinyModelConfig, seed: int, folder: Path) -> None:
 
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer with its chat template, the same every time."""
+    """Return the tokenizer with its chat template. It is deterministic."""
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -70,7 +68,7 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=10_000,  # more than there is to merge: every word of the corpus becomes one token
+        vocab_size=10_000,  # more than the corpus needs, so that each of its words becomes one token
         min_frequency=1,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -84,7 +82,7 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _corpus() -> list[str]:
-    """Texts with every word that a demo's conversation has."""
+    """Return texts with every word of the demo's conversations."""
     texts = ["<|im_start|>system\nTools: calculator<|im_end|>\nuser\nassistant\n tool Error", "#### 1"]
     for story in (make_story(0, index) for index in range(2000)):
         texts.append(story.question)

@@ -1,4 +1,4 @@
-"""One step of training: samples in, updated weights and figures out."""
+"""The training step: it updates the policy's weights on samples and returns statistics."""
 
 import math
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ from millrace.train.world import World
 
 
 class TrainingError(MillraceError):
-    """A step can't be taken. The message names it. The update that failed was not made."""
+    """A training step failed. The message names it. Its failed update was not applied to the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """The figures of one step over all ranks. Per-token ones are means over the trained tokens, 0 where none is."""
+    """The statistics of one step over all ranks. Per-token values are means over the trained tokens; 0 if none."""
 
     step: int  # counted from 1
     loss: float  # the mean over the minibatches
     kl: float  # KL(policy that sampled || policy), by k3: how far off-policy the step was
     kl_reference: float  # KL(policy || reference), by k3; 0 without a reference
-    clip_fraction: float  # of the tokens, how many the clip stopped
-    logprob_gap: float  # |engine's logprob - trainer's|
+    clip_fraction: float  # the share of tokens whose ratio was clipped
+    logprob_gap: float  # |engine's logprob - trainer's|, in nats
     largest_logprob_gap: float
-    truncated_fraction: float  # of the importance weights, how many the cap stopped
-    entropy: float  # nats
+    truncated_fraction: float  # the share of importance weights that reached the cap
+    entropy: float  # in nats
     grad_norm: float  # before clipping; the mean over the minibatches
     lr: float
     tokens: int  # trained ones
@@ -41,7 +41,7 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class SupervisedStats:
-    """The figures of one supervised step over all ranks. loss: cross-entropy in nats a token."""
+    """The statistics of one supervised step over all ranks. loss: cross-entropy, in nats a token."""
 
     step: int
     loss: float
@@ -52,7 +52,7 @@ class SupervisedStats:
 
 @dataclass(frozen=True, slots=True)
 class _Minibatch:
-    """One optimizer step's worth. normalizer: what the loss is averaged over, on all ranks; 0 skips the step."""
+    """The samples of one optimizer step. normalizer: of the loss, over all ranks; 0 skips the step."""
 
     microbatches: list[Microbatch]
     normalizer: float
@@ -60,7 +60,7 @@ class _Minibatch:
 
 @dataclass(slots=True)
 class _Tally:
-    """What a step adds up on its device, so that it waits for the device once and not for every micro-batch."""
+    """The sums of a step, kept on the device, so that the step waits for it once and not for every micro-batch."""
 
     device: torch.device
     sums: Tensor = field(init=False)  # LossSums and the entropy
@@ -99,11 +99,11 @@ class _Tally:
 
 
 class Trainer:
-    """Trains a policy by AdamW. `step` counts the steps taken, of either kind; the learning rate follows it.
+    """Trains a policy with AdamW. `step` counts all steps, and determines the learning rate.
 
-    For a supervised warm-up make a trainer of its own on the same policy, its config with the warm-up's optimizer and
-    number of steps: moments and schedule then start anew with the reinforcement. With `kl_coefficient` above 0 the
-    reference is the policy as it is before its first step of reinforcement.
+    For a supervised warm-up, create a second trainer on the same policy, with the optimizer settings and the number of
+    steps of the warm-up. Then the moments and the schedule start from the beginning with the reinforcement. With
+    `kl_coefficient` above 0, the reference is the policy before its first reinforcement step.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
@@ -114,15 +114,15 @@ class Trainer:
         self.step = 0
 
     def ensure_reference(self) -> None:
-        """Takes the reference if the loss needs one and there is none yet. Collective."""
+        """Copy the policy as the reference if the loss needs one and there is none. Collective."""
         if self.config.loss.kl_coefficient > 0 and self.policy.reference is None:
             self.policy.take_reference()
 
     def train_step(self, samples: Sequence[TrainSample], temperature: float) -> StepStats:
-        """One step of reinforcement on this rank's samples, which were sampled at `temperature`; other ranks bring
-        their own, and a rank may have none. Collective.
+        """Take one reinforcement step and return its statistics. Collective.
 
-        Raises TrainingError where loss or gradients are not finite, ValueError where a token is not in the vocabulary.
+        samples: this rank's, sampled at `temperature`; may be empty. Raises TrainingError if the loss or the gradients
+        are not finite, and ValueError if a token is not in the vocabulary.
         """
         self.ensure_reference()
         minibatches = self._minibatches(samples, self.config.minibatches, self.config.loss.average)
@@ -143,8 +143,11 @@ class Trainer:
         return tally.stats(self.world, step=self.step, lr=lr, microbatches=passes)
 
     def supervised_step(self, samples: Sequence[TrainSample]) -> SupervisedStats:
-        """One step of imitation, in one update: raises the probability of the trained tokens at temperature 1.
-        Otherwise as `train_step`; see `supervised_sample`."""
+        """Take one supervised step, with one update, and return its statistics. Collective.
+
+        It raises the probability of the trained tokens at temperature 1. samples: from `supervised_sample`. Raises the
+        errors of `train_step`.
+        """
         [minibatch] = self._minibatches(samples, 1, "token")
         lr = learning_rate(self.config, self.step, self.config.steps)
         global_loss, grad_norm = 0.0, 0.0
@@ -159,7 +162,7 @@ class Trainer:
         return SupervisedStats(self.step, global_loss, grad_norm, lr, int(minibatch.normalizer))
 
     def _minibatches(self, samples: Sequence[TrainSample], count: int, average: str) -> list[_Minibatch]:
-        """This rank's share of each optimizer step, in as many micro-batches as the rank with the most needs."""
+        """Return this rank's samples for each optimizer step, with the same number of micro-batches on every rank."""
         vocabulary = self.policy.vocab_size
         for sample in samples:
             low, high = int(sample.token_ids.min()), int(sample.token_ids.max())
@@ -179,8 +182,10 @@ class Trainer:
 
     @torch.no_grad()
     def _old_logprobs(self, minibatches: Sequence[_Minibatch], temperature: float) -> list[list[Tensor | None]]:
-        """The logprobs of each micro-batch before the step's first update. None stands for the present ones: nothing
-        has been updated when the first minibatch comes, so it needs no pass of its own."""
+        """Return the logprobs of each micro-batch before the step's first update.
+
+        None stands for the current logprobs: the first minibatch comes before any update, so it needs no extra pass.
+        """
         old: list[list[Tensor | None]] = [[None for _ in minibatches[0].microbatches]]
         for minibatch in minibatches[1:]:
             on_device = (batch.token_ids_BT.to(self.world.device) for batch in minibatch.microbatches)
@@ -190,7 +195,7 @@ class Trainer:
     def _reinforce(
         self, microbatch: Microbatch, old_BT: Tensor | None, temperature: float, normalizer: float, tally: _Tally
     ) -> Tensor:
-        """Forward and backward of one micro-batch. Returns its share of the loss, without gradient."""
+        """Run the forward and backward pass of one micro-batch. Returns its share of the loss, without gradient."""
         batch = microbatch.to(self.world.device)
         logprobs_BT, entropy_BT = self.policy.token_logprobs(batch.token_ids_BT, temperature)
         reference_BT = None
@@ -198,7 +203,7 @@ class Trainer:
             reference_BT = self.policy.reference_logprobs(batch.token_ids_BT, temperature)
         result = policy_loss(
             logprobs_BT,
-            # Before the first update the old policy is the present one: the ratio is 1, and its gradient is not 0.
+            # Before the first update the old policy is the current one: the ratio is 1, but its gradient is not 0.
             logprobs_BT.detach() if old_BT is None else old_BT,
             batch.engine_logprobs_BT,
             reference_BT,
@@ -212,20 +217,22 @@ class Trainer:
         return self._backward(result.loss)
 
     def _backward(self, loss: Tensor) -> Tensor:
-        # FSDP averages gradients over ranks. Each loss is a share of the global average, so they have to be added.
+        # FSDP averages gradients over ranks, but each loss is a share of the global average, so they must be summed.
         (loss * self.world.size).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _update(self, loss: Tensor, lr: float) -> tuple[float, float]:
-        """Steps the optimizer. Returns the global loss and gradient norm: the same two figures on all ranks, which so
-        agree on whether the step can be taken."""
+        """Take an optimizer step. Returns the global loss and gradient norm.
+
+        They are the same on all ranks, so the ranks agree on whether to take the step.
+        """
         grad_norm = global_grad_norm(self.policy.parameters().values())
         figures = self.world.sum(loss).item(), grad_norm.item()
         if not all(math.isfinite(figure) for figure in figures):
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
                 f"step {self.step + 1}: loss {figures[0]} and gradient norm {figures[1]} must be finite; the update "
-                "was not made. Look for extreme rewards or logprobs in its samples, or lower train.lr"
+                "was not applied. Look for extreme rewards or logprobs in its samples, or lower train.lr"
             )
         apply_gradients(self.optimizer, grad_norm=grad_norm, max_grad_norm=self.config.max_grad_norm, lr=lr)
         return figures

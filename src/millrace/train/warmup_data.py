@@ -1,9 +1,8 @@
-"""Supervised conversations that teach the format, by a teacher who reads poorly.
+"""Supervised conversations for the warm-up, which teach the format but mostly the wrong operators.
 
-They come out of the same chat format as the rollouts, so their token layout is that of a rollout. The numbers in their
-calls are those of the problem, in the right order; but the operators are mostly wrong wherever a story does not add
-(`make_misread_story`), so a greedy pupil is right on few problems. What the stories really need is left to the
-reinforcement.
+They use the chat format of the rollouts, so they have the same token layout. Their tool calls have the numbers of the
+problem in the right order, but most operators other than + are wrong (`make_misread_story`). So a model that imitates
+them solves few problems, and reinforcement has to find the right operators.
 """
 
 from collections.abc import Iterator
@@ -19,14 +18,17 @@ from millrace.train.tiny import ANSWER_TEXT, CALL_TEXT
 
 @dataclass(frozen=True, slots=True)
 class SupervisedConversation:
-    """token_ids: [T]. loss_mask: [T] bool, True on the tokens to learn: the model's turns, end-of-turn included."""
+    """A conversation to imitate.
+
+    token_ids: [T]. loss_mask: [T] bool, True for the tokens to learn: the model's turns, end-of-turn token included.
+    """
 
     token_ids: tuple[int, ...]
     loss_mask: NDArray[np.bool_]
 
 
 def warmup_conversations(chat: ChatFormat, seed: int, start: int, count: int) -> Iterator[SupervisedConversation]:
-    """The conversations `start` to `start + count` of the endless stream `seed`, in the format of the rollouts."""
+    """Yield the conversations from `start` to `start + count` of the endless stream `seed`."""
     for index in range(start, start + count):
         story = make_misread_story(seed, index)
         parts: list[tuple[tuple[int, ...], bool]] = [(chat.prompt(story.question), False)]
@@ -38,4 +40,5 @@ def warmup_conversations(chat: ChatFormat, seed: int, start: int, count: int) ->
             left = result
         parts.append((chat.turn(ANSWER_TEXT.format(answer=left)), True))
         token_ids = tuple(token for ids, _ in parts for token in ids)
-        yield SupervisedConversation(token_ids, np.repeat([made for _, made in parts], [len(ids) for ids, _ in parts]))
+        loss_mask = np.repeat([trained for _, trained in parts], [len(ids) for ids, _ in parts])
+        yield SupervisedConversation(token_ids, loss_mask)

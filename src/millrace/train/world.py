@@ -1,4 +1,4 @@
-"""The ranks of one trainer. A single process is a world of one and needs no process group."""
+"""The ranks of one trainer. A single process is a world of size 1 and needs no process group."""
 
 import logging
 import os
@@ -18,31 +18,31 @@ from millrace.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Who this rank is. Only numbers travel between ranks here: nothing is pickled."""
+    """This rank and its collectives. Ranks exchange numbers and bytes only: nothing is pickled."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
 
     def make_current(self) -> None:
-        """Makes `device` the calling thread's: CUDA keeps the current device per thread, and FSDP and NCCL go by it."""
+        """Make `device` the thread's current device, which FSDP and NCCL use. CUDA keeps one for each thread."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, in place. Collective."""
+        """Sum a tensor over the ranks, in place, and return it. Collective."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The largest over ranks, in place. Collective."""
+        """Take the elementwise maximum over the ranks, in place, and return it. Collective."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
     def broadcast(self, data: bytes) -> bytes:
-        """Rank 0's, on every rank. Collective."""
+        """Return the data of rank 0 on every rank. Collective."""
         if self.size == 1:
             return data
         length = torch.tensor(len(data))
@@ -52,18 +52,17 @@ class World:
         return bytes(sent.tolist())
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so. Collective, and so also a barrier."""
+        """Return whether the flag is True on any rank. Collective, and so also a barrier."""
         return bool(self.max(torch.tensor(float(flag), device=self.device)).item())
 
 
 @contextmanager
 def join_world(device: str, *, timeout: float = 1800.0) -> Iterator[World]:
-    """The world that torchrun's environment variables describe, or a world of one without them.
+    """Join the process group that torchrun's environment variables describe, and leave it at the end of the block.
 
-    Joins the process group at entry and leaves it at exit. `device` is `cpu` (gloo) or `cuda` (nccl, one GPU a
-    rank; in a world of one the first, or that of the index).
-    `timeout`, in seconds, is the deadline of every collective: a rank that waits longer for another one fails.
-    Raises ConfigError where the device is not there.
+    Without these variables the world has size 1. device: `cpu` (gloo) or `cuda` (nccl, one GPU for each rank); a single
+    rank uses the first GPU, or the one of `cuda:INDEX`. timeout: seconds for each collective; a rank that waits longer
+    for the others fails. Raises ConfigError if the device is not available.
     """
     if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
         raise ConfigError(f"train.device is {device!r}; the trainer runs on `cpu`, `cuda` or, say, `cuda:1`")
@@ -73,14 +72,14 @@ def join_world(device: str, *, timeout: float = 1800.0) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         index = os.environ["LOCAL_RANK"]
-    # A GPU always with its index, which torch wants when a device is made current.
+    # A GPU always has its index, which torch.cuda.set_device needs.
     local = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
     world = World(local, int(os.environ.get("RANK", "0")), size)
     world.make_current()
     if size == 1:
         yield world
         return
-    # gloo beside nccl: a checkpoint's bookkeeping is exchanged on the CPU.
+    # gloo is used beside nccl, because dcp exchanges a checkpoint's metadata on the CPU.
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
@@ -90,10 +89,11 @@ def join_world(device: str, *, timeout: float = 1800.0) -> Iterator[World]:
 
 
 def end_rank() -> None:
-    """Ends this process with success, at once, where torchrun started it; the last that it does.
+    """End this process at once, with success, if torchrun started it. Call it last.
 
-    Gloo's threads may still be letting go of what the last collective held, and torch 2.13 aborts an interpreter that
-    ends under them: torchrun would take a rank that has done all its work for one that failed."""
+    Gloo's threads may still be releasing the memory of the last collective, and torch 2.13 aborts an interpreter that
+    exits meanwhile. torchrun would then report a failure of a rank that has done all its work.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         logging.shutdown()
         sys.stdout.flush()
