@@ -42,8 +42,11 @@ def test_a_judge_reads_and_prints_back_to_itself(path: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("mode=standalone", r"judges.mode colocated takes turns .* in standalone they generate all the time"),
-        ("rollout.dynamic_sampling=2", r"rollout.dynamic_sampling .* take judges.mode standalone"),
+        (
+            "mode=standalone",
+            r"judges.mode colocated needs engines that sleep .* in mode standalone, set judges.mode standalone",
+        ),
+        ("rollout.dynamic_sampling=2", r"rollout.dynamic_sampling .* set judges.mode standalone"),
         ("judges.weight=0", r"judges.weight: .*greater than 0"),
         ("judges.modes=colocated", r"unknown setting judges.modes; did you mean 'mode'\?"),
         ("judges.engine.base_gpu=1", r"unknown setting judges.engine.base_gpu; did you mean 'base_gpu_id'\?"),

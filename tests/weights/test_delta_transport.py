@@ -292,5 +292,5 @@ def test_sidecars_are_for_some_and_delta_needs_a_store() -> None:
     PublishConfig(transport="delta", folder="s3://bucket/run", sidecars=sidecars)
     with pytest.raises(ValueError, match=r"publish\.sidecars are for publish\.transport delta or ucx, and it is disk"):
         PublishConfig(transport="disk", folder="versions", sidecars=sidecars)
-    with pytest.raises(ValueError, match=r"publish\.transport is delta, and publish\.folder does not say where"):
+    with pytest.raises(ValueError, match=r"publish\.transport delta needs publish\.folder, which is not set"):
         PublishConfig(transport="delta", sidecars=sidecars)

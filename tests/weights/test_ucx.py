@@ -354,9 +354,9 @@ def test_sidecars_are_for_ucx_or_for_a_store() -> None:
     PublishConfig(transport="ucx", sidecars=sidecars)
     PublishConfig(transport="ucx", sidecars=sidecars, folder="versions")
     PublishConfig(sidecars=sidecars)
-    with pytest.raises(ValueError, match=r"say which as publish\.transport"):
+    with pytest.raises(ValueError, match=r"set publish\.transport to one of the two"):
         PublishConfig(sidecars=sidecars, folder="versions")
-    with pytest.raises(ValueError, match=r"publish\.transport is ucx, and publish\.sidecars names no"):
+    with pytest.raises(ValueError, match=r"publish\.transport ucx needs publish\.sidecars"):
         PublishConfig(transport="ucx")
 
 
