@@ -202,7 +202,7 @@ def test_standalone_mode_runs_by_one_word_and_keeps_its_bound(folder: Path) -> N
         (("model.path=nowhere",), "nowhere is no model's folder"),
         (
             ("engine={kind: sglang, urls: [127.0.0.1:9]}",),
-            "urls: [127.0.0.1:9]}': engine.urls: '127.0.0.1:9' is no server's URL; write http://127.0.0.1:9",
+            "urls: [127.0.0.1:9]}': engine.urls: '127.0.0.1:9' is not a server's URL; write http://127.0.0.1:9",
         ),
         (
             ("engine={kind: sglang, engine_args: {tp: 2}}",),

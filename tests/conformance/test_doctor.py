@@ -110,8 +110,8 @@ async def test_json_is_a_report(url: str, tiny_model: Path, other_model: Path, t
     [
         (("{url}",), {}, "its keys are read from MILLRACE_ENGINE_API_KEY"),
         (("{url}", "--only", "nothing"), KEYS, "no check is named like nothing"),
-        (("http://127.0.0.1:1",), KEYS, "nobody listens at http://127.0.0.1:1"),
-        (("127.0.0.1:1",), KEYS, "error: URL: '127.0.0.1:1' is no server's URL; write http://127.0.0.1:1"),
+        (("http://127.0.0.1:1",), KEYS, "no server listens at http://127.0.0.1:1"),
+        (("127.0.0.1:1",), KEYS, "error: URL: '127.0.0.1:1' is not a server's URL; write http://127.0.0.1:1"),
         (("http://127.0.0.1:1", "--other", "/"), KEYS, "error: --other: / has no *.safetensors file"),
     ],
     ids=["no keys", "no such check", "no server", "no URL", "no folder"],

@@ -181,8 +181,8 @@ async def test_two_hosts_and_sidecars_that_die(
             started[1].send_signal(signal.SIGCONT)
             await publish()
             transport.fate = kill  # what it has read is gone with it, and its engine can't open it
-            assert f"sidecar {urls[1]} did not bring a bucket: nobody listens at" in await publish(fails=two)
-            assert f"sidecar {urls[1]} did not bring a bucket: nobody listens at" in await publish(fails=two)
+            assert f"sidecar {urls[1]} did not bring a bucket: no server listens at" in await publish(fails=two)
+            assert f"sidecar {urls[1]} did not bring a bucket: no server listens at" in await publish(fails=two)
             started[1] = sidecar("--host", HOSTS[1], "--port", urls[1].rpartition(":")[2])
             assert url_of(started[1]) == urls[1]
             await publish()
