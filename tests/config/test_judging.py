@@ -52,10 +52,10 @@ def test_a_judge_reads_and_prints_back_to_itself(path: Path, tmp_path: Path) -> 
         ("judges.engine.base_gpu=1", r"unknown setting judges.engine.base_gpu; did you mean 'base_gpu_id'\?"),
         ("judges.template=Is it {good}? {answer}", r"judges.template: it names \{good\}; it may name \{question\}"),
         ("judges.template='{question}'", r"judges.template: it does not name \{answer\}"),
-        ("judges.template='{answer} as {grade'", r"judges.template: it is no format string"),
+        ("judges.template='{answer} as {grade'", r"judges.template: it is not a format string"),
         ("judges.template='{answer:d}'", r"judges.template: it can't be filled in"),
-        ("judges.verdict=grade (", r"judges.verdict: it is no regular expression"),
-        ("judges.verdict=grade [0-9]", r"judges.verdict: it has 0 groups; give it one"),
+        ("judges.verdict=grade (", r"judges.verdict: it is not a regular expression"),
+        ("judges.verdict=grade [0-9]", r"judges.verdict: it has 0 groups; it needs one"),
     ],
 )
 def test_what_a_judge_can_not_be(path: Path, override: str, says: str) -> None:

@@ -27,7 +27,7 @@ async def test_hosts_that_are_known_are_taken() -> None:
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 64, "y" * 300])
 async def test_a_name_that_is_none_is_told_with_its_setting(host: str) -> None:
-    with pytest.raises(ConfigError, match=r"^urls: .*(can't be resolved: .|is no server's URL)"):
+    with pytest.raises(ConfigError, match=r"^urls: .*(can't be resolved: .|is not a server's URL)"):
         await require_known("urls", [f"http://{host}:3000"])
 
 
