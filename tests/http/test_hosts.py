@@ -61,7 +61,8 @@ def test_a_command_names_its_argument(
 
 
 def test_an_address_of_another_host_is_told_with_the_setting_that_has_it() -> None:
-    with pytest.raises(LaunchError, match=r"^no port of engine.host 192.0.2.1 can be had: 192.0.2.1 is no address of"):
+    says = r"^no port of engine.host 192.0.2.1 is available: 192.0.2.1 is not an address of"
+    with pytest.raises(LaunchError, match=says):
         free_port("192.0.2.1", "engine.host")
-    with pytest.raises(LaunchError, match=r"^no port of 192.0.2.1 can be had"):
+    with pytest.raises(LaunchError, match=r"^no port of 192.0.2.1 is available"):
         free_port("192.0.2.1")
