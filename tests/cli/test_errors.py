@@ -309,7 +309,7 @@ def test_one_engine_less_is_survived_ctrl_c_ends_all_and_what_resumes_ends_with_
     status, out, err = finish(process, copied)
     assert status == 130
     assert "resumed after step 2" in out
-    assert "interrupted: what was started has been ended; --resume goes on from " in err
+    assert "interrupted: the run's processes have been ended; --resume goes on from " in err
     assert "Traceback" not in err
 
     last = int(checkpoints(copied)[-1].removeprefix("step-"))

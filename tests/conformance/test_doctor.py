@@ -190,7 +190,7 @@ async def test_interrupted_it_leaves_the_server_as_it_was(url: str, engine: Embe
         process.send_signal(signal.SIGINT)
         _, err = await process.communicate()
     assert process.returncode == 130
-    assert "the server serves as before" in err.decode()
+    assert "the server serves the model's weights as before" in err.decode()
     assert err.decode().endswith("\ninterrupted\n")
     assert await engine.health() is Health.READY
     assert alike(await fingerprint(Subject(engine, await engine.info(), tiny_model)), before)
@@ -234,11 +234,11 @@ async def test_a_second_interruption_says_what_to_send(tiny_model: Path, tmp_pat
         async with started(url, "--only", "generate.count", **KEYS) as process:
             await read_until(process.stdout, "capabilities")
             process.send_signal(signal.SIGINT)
-            await read_until(process.stderr, "Ctrl-C again leaves it as it is")
+            await read_until(process.stderr, "Ctrl-C again to leave it as it is")
             process.send_signal(signal.SIGINT)
             _, err = await process.communicate()
     assert process.returncode == 130
-    assert "start it again, or POST to it /resume_memory_occupation" in err.decode()
+    assert "restart it, or send it POST /resume_memory_occupation" in err.decode()
     assert "Traceback" not in err.decode()
 
 

@@ -339,8 +339,8 @@ def test_without_nixl_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_command_does_one_of_two_things() -> None:
     for arguments, words in [
-        ({"store": "versions"}, "--store and --folder are for versions of a store and belong together"),
-        ({"folder": Path("here")}, "--store and --folder are for versions of a store and belong together"),
+        ({"store": "versions"}, "--store needs --folder, and --folder needs --store"),
+        ({"folder": Path("here")}, "--store needs --folder, and --folder needs --store"),
         ({"store": "versions", "folder": Path("here"), "device": "cpu"}, "--device is for ucx"),
         ({"device": "tpu"}, "--device tpu: "),
         ({"device": "meta"}, "--device meta: write cpu, cuda or cuda:N"),
