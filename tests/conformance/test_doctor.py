@@ -109,7 +109,7 @@ async def test_json_is_a_report(url: str, tiny_model: Path, other_model: Path, t
     ("arguments", "environment", "message"),
     [
         (("{url}",), {}, "its keys are read from MILLRACE_ENGINE_API_KEY"),
-        (("{url}", "--only", "nothing"), KEYS, "no check is named like nothing"),
+        (("{url}", "--only", "nothing"), KEYS, "no check matches nothing"),
         (("http://127.0.0.1:1",), KEYS, "no server listens at http://127.0.0.1:1"),
         (("127.0.0.1:1",), KEYS, "error: URL: '127.0.0.1:1' is not a server's URL; write http://127.0.0.1:1"),
         (("http://127.0.0.1:1", "--other", "/"), KEYS, "error: --other: / has no *.safetensors file"),
@@ -163,19 +163,19 @@ async def test_a_folder_that_can_not_serve_is_told_as_such(tiny_model: Path, oth
     make_tiny_model(TinyModelConfig(kind="tiny", layers=3), 0, tmp_path / "deep")
     shutil.copytree(tiny_model, tmp_path / "copy")
     for folder, other, says in (
-        (tmp_path, None, "--model: .* is no model's folder, it has no config.json"),
+        (tmp_path, None, "--model: .* is not a model's folder, it has no config.json"),
         (tiny_model, tmp_path, r"--other: .* has no \*.safetensors file"),
         (
             tiny_model,
             tmp_path / "wide",
-            r"--other: .*/wide is of another model than .* has the shape \(.*\), there \(",
+            r"--other: .*/wide is of another model than .* has the shape \(.*\) instead of \(",
         ),
         (
             tiny_model,
             tmp_path / "deep",
-            "--other: .*/deep is of another model than .*: .*layers.2.* is not there; give",
+            "--other: .*/deep is of another model than .*: the model does not have .*layers.2.*; give",
         ),
-        (tmp_path / "deep", tiny_model, "--other: .* is of another model than .*/deep: it has no .*layers.2"),
+        (tmp_path / "deep", tiny_model, "--other: .* is of another model than .*/deep: it does not have .*layers.2"),
         (tiny_model, tiny_model, "--other: .* has the same weights as "),
         (tiny_model, tmp_path / "copy", "--other: .*/copy has the same weights as "),
     ):
@@ -253,5 +253,5 @@ async def test_tables_number_their_reasons(tmp_path: Path) -> None:
     assert table.endswith("\n1. no")
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
-    with pytest.raises(DataError, match=r"broken.json is no report"):
+    with pytest.raises(DataError, match=r"broken.json is not a report"):
         from_json(broken)
