@@ -30,6 +30,7 @@ POLL_SECONDS = 0.5  # how soon the parent's death is noticed if another process 
 
 
 def prctl(option: int, value: int) -> None:
+    """Call prctl(2). Raises OSError."""
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
@@ -61,6 +62,7 @@ def descendants() -> list[int]:
 
 
 def send(pids: list[int], signum: int) -> None:
+    """Send a signal to processes. Those that have ended are ignored."""
     for pid in pids:
         try:
             os.kill(pid, signum)

@@ -78,6 +78,7 @@ def parted(address: str) -> tuple[str, int]:
 
 
 def unbracketed(host: str) -> str:
+    """Return an IPv6 address without its brackets, or another host unchanged."""
     return host.removeprefix("[").removesuffix("]")
 
 

@@ -31,18 +31,24 @@ class Server(Protocol):
     """A server that Millrace started: one process (`ServerProcess`) or several (`millrace.launch.nodes.Nodes`)."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The server's name in messages."""
 
     @property
-    def running(self) -> bool: ...
+    def running(self) -> bool:
+        """Whether all of its processes are running."""
 
-    async def wait(self) -> None: ...
+    async def wait(self) -> None:
+        """Wait until the server has ended."""
 
-    async def end(self) -> None: ...
+    async def end(self) -> None:
+        """End the server. Does nothing if it has ended."""
 
-    def describe_end(self) -> str: ...
+    def describe_end(self) -> str:
+        """Return a description of how the server ended."""
 
-    def log_tail(self) -> str: ...
+    def log_tail(self) -> str:
+        """Return the last lines of the server's log."""
 
 
 async def until_healthy(server: Server, healthy: Callable[[], Awaitable[bool]], *, deadline: float) -> None:
@@ -115,6 +121,7 @@ class ServerProcess:
 
     @property
     def running(self) -> bool:
+        """Whether the process is running."""
         return self._process.returncode is None
 
     async def until_healthy(self, healthy: Callable[[], Awaitable[bool]], *, deadline: float) -> None:

@@ -85,10 +85,10 @@ async def serves(subject: Subject) -> None:
         await engine.load_lora("two", str(two))
         wanted = [again, using("one", again), using("two", again)]
         named = [replace(request, request_id=f"{request.request_id}-{i}") for i, request in enumerate(wanted)]
-        beside = await asyncio.gather(*(generate(subject, request) for request in named))
-        expect(alike(beside[0], plain), "a request without an adapter used one, in a batch with others")
-        expect(alike(beside[1], by_one), "an adapter gives other tokens in a batch with others")
-        expect(not alike(beside[2], by_one), "the second adapter gives the same tokens as the first")
+        batched = await asyncio.gather(*(generate(subject, request) for request in named))
+        expect(alike(batched[0], plain), "a request without an adapter used one, in a batch with others")
+        expect(alike(batched[1], by_one), "an adapter gives other tokens in a batch with others")
+        expect(not alike(batched[2], by_one), "the second adapter gives the same tokens as the first")
         await engine.unload_lora("one")
         async with refused("a request for an adapter that was unloaded"):
             await generate(subject, using("one", again))

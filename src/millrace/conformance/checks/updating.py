@@ -112,9 +112,9 @@ async def own_checksums(subject: Subject) -> None:
 @check("update.checksums", "its checksums are those of the tensors in the folder", Capability.CHECKSUMS)
 async def checksums(subject: Subject) -> None:
     source, other = folders(subject)
-    for brought in (other, source):
-        await one_way(subject)(subject, brought, await next_version(subject))
-        held, sent = await subject.engine.checksums(), folder_checksums(brought)
+    for loaded in (other, source):
+        await one_way(subject)(subject, loaded, await next_version(subject))
+        held, sent = await subject.engine.checksums(), folder_checksums(loaded)
         if missing := sorted(sent.keys() - held.keys()):
             raise CheckFailed(f"the checksum of {missing[0]} is missing")
         if wrong := sorted(name for name, value in sent.items() if held[name] != value):
@@ -130,10 +130,10 @@ async def sampled_sums(subject: Subject) -> None:
     source, other = folders(subject)
     async with refused("sampled checksums without an update"):
         await subject.engine.sampled_checksums()
-    for brought in (other, source):
-        tensors = await read_tensors(brought)
+    for loaded in (other, source):
+        tensors = await read_tensors(loaded)
         async with update(subject, await next_version(subject)):
-            await load_disk(subject, brought)
+            await load_disk(subject, loaded)
             held = await subject.engine.sampled_checksums()
             await subject.engine.commit()
         sent = dict(zip(tensors, sampled_checksums(list(tensors.values())), strict=True))
