@@ -40,7 +40,7 @@ def test_install_list_remove(shelf: Shelf, tmp_path: Path) -> None:
     status, out, _ = millrace("list")
     rows = [line for line in out.splitlines() if "sglang" in line]
     assert "unfinished" in rows[0]
-    assert all(word in rows[1] for word in ("9.9.9", "cuda", "whole", str(path)))
+    assert all(word in rows[1] for word in ("9.9.9", "cuda", "complete", str(path)))
 
     assert millrace("remove", "sglang", "--version", "9.9.9")[0] == 0
     assert not path.exists()
@@ -54,7 +54,7 @@ def test_install_list_remove(shelf: Shelf, tmp_path: Path) -> None:
 def test_what_cannot_be_installed_is_told_in_one_message(shelf: Shelf) -> None:
     for arguments, words in (
         (("sglang", "--version", "0.4.0", "--cpu"), "these versions have one: 0.5.15, 0.5.23"),
-        (("slang",), "there is no engine slang; there are: sglang"),
+        (("slang",), "there is no engine slang; valid engines: sglang"),
         (("slang", "--version", "1.0"), "there is no environment for slang (cuda); there are: sglang (cpu)"),
     ):
         status, _, err = millrace("install", *arguments)
@@ -78,7 +78,7 @@ def test_ctrl_c_ends_the_installation(shelf: Shelf) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "interrupted: what was started has been ended" in err
+    assert "interrupted: the installation has been ended" in err
     assert not any(alive(pid) for pid in shelf.builds())
 
 

@@ -202,7 +202,7 @@ def test_standalone_mode_runs_by_one_word_and_keeps_its_bound(folder: Path) -> N
         (("model.path=nowhere",), "nowhere is no model's folder"),
         (
             ("engine={kind: sglang, urls: [127.0.0.1:9]}",),
-            "urls: [127.0.0.1:9]}': engine.urls: '127.0.0.1:9' is no server's URL; write http://127.0.0.1:9",
+            "urls: [127.0.0.1:9]}': engine.urls: '127.0.0.1:9' is not a server's URL; write http://127.0.0.1:9",
         ),
         (
             ("engine={kind: sglang, engine_args: {tp: 2}}",),
@@ -312,7 +312,7 @@ def test_one_engine_less_is_survived_ctrl_c_ends_all_and_what_resumes_ends_with_
     status, out, err = finish(process, copied)
     assert status == 130
     assert "resumed after step 2" in out
-    assert "interrupted: what was started has been ended; --resume continues from " in err
+    assert "interrupted: the run's processes have been ended; --resume continues from " in err
     assert "Traceback" not in err
 
     last = int(checkpoints(copied)[-1].removeprefix("step-"))

@@ -42,17 +42,20 @@ def test_a_judge_reads_and_prints_back_to_itself(path: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("mode=standalone", r"judges.mode colocated takes turns .* in standalone they generate all the time"),
-        ("rollout.dynamic_sampling=2", r"rollout.dynamic_sampling .* take judges.mode standalone"),
+        (
+            "mode=standalone",
+            r"judges.mode colocated needs engines that sleep .* in mode standalone, set judges.mode standalone",
+        ),
+        ("rollout.dynamic_sampling=2", r"rollout.dynamic_sampling .* set judges.mode standalone"),
         ("judges.weight=0", r"judges.weight: .*greater than 0"),
         ("judges.modes=colocated", r"unknown setting judges.modes; did you mean 'mode'\?"),
         ("judges.engine.base_gpu=1", r"unknown setting judges.engine.base_gpu; did you mean 'base_gpu_id'\?"),
         ("judges.template=Is it {good}? {answer}", r"judges.template: it names \{good\}; it may name \{question\}"),
         ("judges.template='{question}'", r"judges.template: it does not name \{answer\}"),
-        ("judges.template='{answer} as {grade'", r"judges.template: it is no format string"),
+        ("judges.template='{answer} as {grade'", r"judges.template: it is not a format string"),
         ("judges.template='{answer:d}'", r"judges.template: it can't be filled in"),
-        ("judges.verdict=grade (", r"judges.verdict: it is no regular expression"),
-        ("judges.verdict=grade [0-9]", r"judges.verdict: it has 0 groups; give it one"),
+        ("judges.verdict=grade (", r"judges.verdict: it is not a regular expression"),
+        ("judges.verdict=grade [0-9]", r"judges.verdict: it has 0 groups; it needs one"),
     ],
 )
 def test_what_a_judge_can_not_be(path: Path, override: str, says: str) -> None:

@@ -21,8 +21,8 @@ from tests.config.test_loading import VALID
         (b"just text", ":1: it must be a mapping"),
         (b"name: a\ndata: {\n", ":3: it is not YAML"),
         (b"name: a\n\tmodel: b\n", ":2: it is not YAML: .*indent by spaces"),
-        (b"name: a\nseed: 1\nname: b\n", ":3: .*key name is there twice, first in line 1"),
-        (b"name: a\ntrain:\n  lr: 1\n  lr: 2\n", ":4: .*key lr is there twice, first in line 3"),
+        (b"name: a\nseed: 1\nname: b\n", ":3: .*key name is set twice, first in line 1"),
+        (b"name: a\ntrain:\n  lr: 1\n  lr: 2\n", ":4: .*key lr is set twice, first in line 3"),
         (b"name: a\ntrain: &t\n  lr: *t\n", ":2: .*contains itself"),
         (b"train: &t\n  <<: *t\n", ":1: .*contains itself"),
         (b"a: &a\n  <<: [*a]\n", ":1: .*contains itself"),
@@ -38,7 +38,7 @@ from tests.config.test_loading import VALID
         ("name: a\n".encode("utf-16"), ":1: byte 0xff is not UTF-8"),
         (b"a: " + b"[" * 5_000, "nested too deeply"),
         (b"a0: &a0 [1,1]\n" + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b",".join([b"*a%d" % (n - 1)] * 9))
-         for n in range(1, 9)), ": aliases make more than 10000 values"),
+         for n in range(1, 9)), ": the file.s aliases expand to more than 10000 values"),
     ],
 )  # fmt: skip
 def test_what_is_not_clear_ends_in_one_line_with_its_number(raw: bytes, says: str, tmp_path: Path) -> None:

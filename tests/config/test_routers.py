@@ -37,15 +37,17 @@ def test_it_may_be_an_override(path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "text", "says"),
     [
-        ("embedded", "router: vllm\n", "router vllm drops a part of what embedded engines are asked; take sglang"),
-        ("vllm", "router: sglang\n", "router sglang drops a part of what vllm engines are asked; take vllm, or none"),
+        ("embedded", "router: vllm\n", "router vllm drops parts of the requests to embedded engines; use sglang"),
+        ("vllm", "router: sglang\n",
+         "router sglang drops parts of the requests to vllm engines; use vllm, or no router"),
         ("sglang", "router: slang\n", r"router.kind: there is no kind 'slang'.*did you mean 'sglang'\?"),
         ("sglang", "router: {kind: sglang, polcy: manual}\n", r"unknown setting router.polcy; did you mean 'policy'\?"),
         ("sglang", "router: {kind: sglang, policy: kv_aware}\n", "router.policy"),
-        ("sglang", "router: {kind: sglang, args: {port: 1}}\n", "args.port is Millrace's own to set"),
-        ("sglang", "router: {kind: sglang, args: {worker-urls: x}}\n", "args.worker_urls is Millrace's own to set"),
-        ("sglang", "router: {kind: sglang, args: {pd_disaggregation: true}}\n", "args.pd_disaggregation: "),
-        ("sglang", "router: {kind: sglang, url: 'http://h:1', args: {x: 1}}\n", "url attaches to a router that runs"),
+        ("sglang", "router: {kind: sglang, args: {port: 1}}\n", "args.port is set by Millrace"),
+        ("sglang", "router: {kind: sglang, args: {worker-urls: x}}\n", "args.worker_urls is set by Millrace"),
+        ("sglang", "router: {kind: sglang, args: {pd_disaggregation: true}}\n",
+         "args.pd_disaggregation is not supported: "),
+        ("sglang", "router: {kind: sglang, url: 'http://h:1', args: {x: 1}}\n", "url attaches to a running router"),
     ],
 )  # fmt: skip
 def test_a_mistake_says_what_to_write(path: Path, engine: str, text: str, says: str) -> None:

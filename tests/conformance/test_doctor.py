@@ -109,9 +109,9 @@ async def test_json_is_a_report(url: str, tiny_model: Path, other_model: Path, t
     ("arguments", "environment", "message"),
     [
         (("{url}",), {}, "its keys are read from MILLRACE_ENGINE_API_KEY"),
-        (("{url}", "--only", "nothing"), KEYS, "no check is named like nothing"),
-        (("http://127.0.0.1:1",), KEYS, "nobody listens at http://127.0.0.1:1"),
-        (("127.0.0.1:1",), KEYS, "error: URL: '127.0.0.1:1' is no server's URL; write http://127.0.0.1:1"),
+        (("{url}", "--only", "nothing"), KEYS, "no check matches nothing"),
+        (("http://127.0.0.1:1",), KEYS, "no server listens at http://127.0.0.1:1"),
+        (("127.0.0.1:1",), KEYS, "error: URL: '127.0.0.1:1' is not a server's URL; write http://127.0.0.1:1"),
         (("http://127.0.0.1:1", "--other", "/"), KEYS, "error: --other: / has no *.safetensors file"),
     ],
     ids=["no keys", "no such check", "no server", "no URL", "no folder"],
@@ -163,19 +163,19 @@ async def test_a_folder_that_can_not_serve_is_told_as_such(tiny_model: Path, oth
     make_tiny_model(TinyModelConfig(kind="tiny", layers=3), 0, tmp_path / "deep")
     shutil.copytree(tiny_model, tmp_path / "copy")
     for folder, other, says in (
-        (tmp_path, None, "--model: .* is no model's folder, it has no config.json"),
+        (tmp_path, None, "--model: .* is not a model's folder, it has no config.json"),
         (tiny_model, tmp_path, r"--other: .* has no \*.safetensors file"),
         (
             tiny_model,
             tmp_path / "wide",
-            r"--other: .*/wide is of another model than .* has the shape \(.*\), there \(",
+            r"--other: .*/wide is of another model than .* has the shape \(.*\) instead of \(",
         ),
         (
             tiny_model,
             tmp_path / "deep",
-            "--other: .*/deep is of another model than .*: .*layers.2.* is not there; give",
+            "--other: .*/deep is of another model than .*: the model does not have .*layers.2.*; give",
         ),
-        (tmp_path / "deep", tiny_model, "--other: .* is of another model than .*/deep: it has no .*layers.2"),
+        (tmp_path / "deep", tiny_model, "--other: .* is of another model than .*/deep: it does not have .*layers.2"),
         (tiny_model, tiny_model, "--other: .* has the same weights as "),
         (tiny_model, tmp_path / "copy", "--other: .*/copy has the same weights as "),
     ):
@@ -190,7 +190,7 @@ async def test_interrupted_it_leaves_the_server_as_it_was(url: str, engine: Embe
         process.send_signal(signal.SIGINT)
         _, err = await process.communicate()
     assert process.returncode == 130
-    assert "the server serves as before" in err.decode()
+    assert "the server serves the model's weights as before" in err.decode()
     assert err.decode().endswith("\ninterrupted\n")
     assert await engine.health() is Health.READY
     assert alike(await fingerprint(Subject(engine, await engine.info(), tiny_model)), before)
@@ -234,11 +234,11 @@ async def test_a_second_interruption_says_what_to_send(tiny_model: Path, tmp_pat
         async with started(url, "--only", "generate.count", **KEYS) as process:
             await read_until(process.stdout, "capabilities")
             process.send_signal(signal.SIGINT)
-            await read_until(process.stderr, "Ctrl-C again leaves it as it is")
+            await read_until(process.stderr, "Ctrl-C again to leave it as it is")
             process.send_signal(signal.SIGINT)
             _, err = await process.communicate()
     assert process.returncode == 130
-    assert "start it again, or POST to it /resume_memory_occupation" in err.decode()
+    assert "restart it, or send it POST /resume_memory_occupation" in err.decode()
     assert "Traceback" not in err.decode()
 
 
@@ -253,5 +253,5 @@ async def test_tables_number_their_reasons(tmp_path: Path) -> None:
     assert table.endswith("\n1. no")
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
-    with pytest.raises(DataError, match=r"broken.json is no report"):
+    with pytest.raises(DataError, match=r"broken.json is not a report"):
         from_json(broken)

@@ -43,7 +43,7 @@ async def test_names_are_unique_and_claims_are_written() -> None:
 
 async def test_checks_are_chosen_by_name() -> None:
     assert {check.name.partition(".")[0] for check in select("pause.*")} == {"pause"}
-    with pytest.raises(ConfigError, match=r"no check is named like pausing; there are .*pause\.\*"):
+    with pytest.raises(ConfigError, match=r"no check matches pausing; the groups are .*pause\.\*"):
         select("pausing")
 
 
@@ -67,7 +67,7 @@ async def test_an_engine_is_brought_back_from_whatever_a_check_left(subject: Sub
 
 async def test_a_check_that_leaves_the_engine_paused_has_failed(subject: Subject) -> None:
     result = await Runner(subject).examine(made(lambda subject: subject.engine.pause(PauseMode.KEEP)))
-    assert (result.outcome, result.reason) == (Outcome.FAILED, "the check left it paused")
+    assert (result.outcome, result.reason) == (Outcome.FAILED, "the engine is paused after the check")
     assert await subject.engine.health() is Health.READY
 
 
@@ -76,7 +76,7 @@ async def test_a_check_has_a_deadline(subject: Subject) -> None:
         await asyncio.Event().wait()
 
     result = await Runner(subject, deadline=0.1).examine(made(forever))
-    assert (result.outcome, result.reason) == (Outcome.FAILED, "it was not done within 0.1 s")
+    assert (result.outcome, result.reason) == (Outcome.FAILED, "the check did not end within 0.1 s")
 
 
 async def test_what_is_lacking_is_named(subject: Subject) -> None:
@@ -89,7 +89,7 @@ async def test_what_is_lacking_is_named(subject: Subject) -> None:
     able = Subject(subject.engine, subject.info, subject.folder, subject.other)
     poor = Subject(subject.engine, _without(subject, Capability.SLEEP), subject.folder, subject.other)
     result = await Runner(poor).examine(made(never, Capability.SLEEP, Capability.PAUSE_KEEP))
-    assert (result.outcome, result.reason) == (Outcome.LACKING, "without sleep")
+    assert (result.outcome, result.reason) == (Outcome.LACKING, "the engine lacks sleep")
     result = await Runner(able).examine(made(unable))
     assert (result.outcome, result.reason) == (Outcome.LACKING, "the moon is not full")
     bare = Runner(Subject(subject.engine, subject.info))
@@ -118,7 +118,7 @@ async def test_weights_that_can_not_be_brought_back_matter_where_they_were_chang
         assert {result.outcome for result in rest} == {Outcome.PASSED}
         return
     assert runner.lost is not None  # but not called dead
-    assert runner.lost.startswith("after check made.up the server answered, and did not serve, and no more checks")
+    assert runner.lost.startswith("after check made.up the server answered but did not serve, and no more checks")
     assert {(result.outcome, result.skipped) for result in rest} == {(Outcome.LACKING, True)}
     await by_disk(subject, subject.folder or Path(), await next_version(subject))
 
@@ -133,9 +133,9 @@ async def test_after_the_servers_death_nothing_more_is_tried(subject: Subject) -
     runner = Runner(subject)
     results = [result async for result in runner.run([made(kill), *select("identity.*")])]
     assert runner.lost is not None
-    assert runner.lost.startswith("after check made.up the server was dead, and no more checks were made: ")
+    assert runner.lost.startswith("after check made.up the server was dead, and no more checks were run: ")
     assert results[0].reason == "it was killed"
-    reason = "not made: the server did not serve after made.up"
+    reason = "not run: the server did not serve after made.up"
     assert {(r.outcome, r.reason) for r in results[1:]} == {(Outcome.LACKING, reason)}
 
 

@@ -156,7 +156,7 @@ async def test_a_refusal_is_not_repeated(server: tuple[Server, str], client: Htt
 
 async def test_nobody_listening_is_known_not_to_have_been_sent() -> None:
     for url, says in (
-        ("http://127.0.0.1:1/x", "nobody listens at http://127.0.0.1:1$"),
+        ("http://127.0.0.1:1/x", "no server listens at http://127.0.0.1:1$"),
         ("https://255.255.255.255", "no connection to https://255.255.255.255: "),
     ):
         client = HttpClient("gone", url)
@@ -179,7 +179,7 @@ async def test_nobody_listening_is_known_not_to_have_been_sent() -> None:
     ],
 )
 def test_what_is_no_url_is_told_with_the_right_form(url: str, right: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{url}' is no server's URL; write {right}$"):
+    with pytest.raises(ConfigError, match=f"'{url}' is not a server's URL; write {right}$"):
         HttpClient("mistyped", url)
 
 
@@ -188,7 +188,7 @@ async def test_a_host_that_is_not_known_is_no_fault_of_the_engine() -> None:
     with pytest.raises(LocalError, match="the host of http://no-such-host.invalid can't be resolved: "):
         await client.control("GET", "/health", deadline=20)
     await client.close()
-    with pytest.raises(LocalError, match="its client was closed"):
+    with pytest.raises(LocalError, match="its HTTP client is closed"):
         await client.generate("/generate", {}, deadline=5)
 
 

@@ -27,7 +27,7 @@ async def test_hosts_that_are_known_are_taken() -> None:
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 64, "y" * 300])
 async def test_a_name_that_is_none_is_told_with_its_setting(host: str) -> None:
-    with pytest.raises(ConfigError, match=r"^urls: .*(can't be resolved: .|is no server's URL)"):
+    with pytest.raises(ConfigError, match=r"^urls: .*(can't be resolved: .|is not a server's URL)"):
         await require_known("urls", [f"http://{host}:3000"])
 
 
@@ -61,7 +61,8 @@ def test_a_command_names_its_argument(
 
 
 def test_an_address_of_another_host_is_told_with_the_setting_that_has_it() -> None:
-    with pytest.raises(LaunchError, match=r"^no port of engine.host 192.0.2.1 can be had: 192.0.2.1 is no address of"):
+    says = r"^no port of engine.host 192.0.2.1 is available: 192.0.2.1 is not an address of"
+    with pytest.raises(LaunchError, match=says):
         free_port("192.0.2.1", "engine.host")
-    with pytest.raises(LaunchError, match=r"^no port of 192.0.2.1 can be had"):
+    with pytest.raises(LaunchError, match=r"^no port of 192.0.2.1 is available"):
         free_port("192.0.2.1")

@@ -51,8 +51,8 @@ async def test_what_is_no_interpreter_is_said_with_its_reason(tmp_path: Path) ->
         (tmp_path / "none", "can't be run: No such file or directory"),
         (tmp_path, "can't be run: Permission denied"),
         (script(tmp_path / "text", "#!/bin/sh\n", mode=0o644), "can't be run: Permission denied"),
-        (script(tmp_path / "broken", "#!/bin/sh\necho no libc >&2\nexit 3\n"), "with status 3, saying: no libc"),
-        (Path("/bin/true"), "no Python interpreter that works: it ended with status 0$"),
+        (script(tmp_path / "broken", "#!/bin/sh\necho no libc >&2\nexit 3\n"), "with status 3 and the output: no libc"),
+        (Path("/bin/true"), "not a working Python interpreter: it ended with status 0$"),
     ):
         with pytest.raises(LaunchError, match=f"engine.python: .*{says}"):
             await require(path)

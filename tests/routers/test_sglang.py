@@ -314,6 +314,6 @@ async def test_a_router_that_can_not_start_says_why(tmp_path: Path) -> None:
 
 
 async def test_engines_that_it_would_not_serve_whole(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="router vllm drops a part of what embedded engines are asked; take sglang"):
+    with pytest.raises(ConfigError, match="router vllm drops parts of the requests to embedded engines; use sglang"):
         async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path, router=VLLMRouterConfig(kind="vllm")):
             pass

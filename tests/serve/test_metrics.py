@@ -297,7 +297,7 @@ async def test_where_nobody_listens_status_says_so_in_one_line() -> None:
     url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
     status, out, err = await millrace("status", url)
     assert (status, out) == (1, "")
-    assert err == f"error: nobody listens at {url}; a run answers at its metrics.port while it is running\n"
+    assert err == f"error: no server listens at {url}; a run answers at its metrics.port while it is running\n"
 
 
 @pytest.mark.parametrize(

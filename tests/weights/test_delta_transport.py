@@ -145,7 +145,7 @@ async def test_two_hosts_and_a_sidecar_that_fails(
         started[1].end()
         report = await fleet.publish(stepped(tensors, 6), 6)
         assert list(report.failed) == [two]
-        assert f"sidecar {urls[1]} did not bring version 6: nobody listens at" in str(report.failed[two])
+        assert f"sidecar {urls[1]} did not bring version 6: no server listens at" in str(report.failed[two])
         assert [member.name for member in fleet.snapshot.members if member.routable] == [one]
         assert fleet.snapshot.get(two).usable  # it is its sidecar that failed
         assert (await greedy(fleet, one))[0] == 6
@@ -293,5 +293,5 @@ def test_sidecars_are_for_some_and_delta_needs_a_store() -> None:
     PublishConfig(transport="delta", folder="s3://bucket/run", sidecars=sidecars)
     with pytest.raises(ValueError, match=r"publish\.sidecars are for publish\.transport delta or ucx, and it is disk"):
         PublishConfig(transport="disk", folder="versions", sidecars=sidecars)
-    with pytest.raises(ValueError, match=r"publish\.transport is delta, and publish\.folder does not say where"):
+    with pytest.raises(ValueError, match=r"publish\.transport delta needs publish\.folder, which is not set"):
         PublishConfig(transport="delta", sidecars=sidecars)

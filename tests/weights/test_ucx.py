@@ -182,8 +182,8 @@ async def test_two_hosts_and_sidecars_that_die(
             started[1].send_signal(signal.SIGCONT)
             await publish()
             transport.fate = kill  # what it has read is gone with it, and its engine can't open it
-            assert f"sidecar {urls[1]} did not bring a bucket: nobody listens at" in await publish(fails=two)
-            assert f"sidecar {urls[1]} did not bring a bucket: nobody listens at" in await publish(fails=two)
+            assert f"sidecar {urls[1]} did not bring a bucket: no server listens at" in await publish(fails=two)
+            assert f"sidecar {urls[1]} did not bring a bucket: no server listens at" in await publish(fails=two)
             started[1] = sidecar("--host", HOSTS[1], "--port", urls[1].rpartition(":")[2])
             assert url_of(started[1]) == urls[1]
             await publish()
@@ -340,8 +340,8 @@ def test_without_nixl_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_command_does_one_of_two_things() -> None:
     for arguments, words in [
-        ({"store": "versions"}, "--store and --folder are for versions of a store and belong together"),
-        ({"folder": Path("here")}, "--store and --folder are for versions of a store and belong together"),
+        ({"store": "versions"}, "--store needs --folder, and --folder needs --store"),
+        ({"folder": Path("here")}, "--store needs --folder, and --folder needs --store"),
         ({"store": "versions", "folder": Path("here"), "device": "cpu"}, "--device is for ucx"),
         ({"device": "tpu"}, "--device tpu: "),
         ({"device": "meta"}, "--device meta: write cpu, cuda or cuda:N"),
@@ -355,9 +355,9 @@ def test_sidecars_are_for_ucx_or_for_a_store() -> None:
     PublishConfig(transport="ucx", sidecars=sidecars)
     PublishConfig(transport="ucx", sidecars=sidecars, folder="versions")
     PublishConfig(sidecars=sidecars)
-    with pytest.raises(ValueError, match=r"say which as publish\.transport"):
+    with pytest.raises(ValueError, match=r"set publish\.transport to one of the two"):
         PublishConfig(sidecars=sidecars, folder="versions")
-    with pytest.raises(ValueError, match=r"publish\.transport is ucx, and publish\.sidecars names no"):
+    with pytest.raises(ValueError, match=r"publish\.transport ucx needs publish\.sidecars"):
         PublishConfig(transport="ucx")
 
 

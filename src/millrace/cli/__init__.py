@@ -1,4 +1,4 @@
-"""The command line: argument handling and nothing else."""
+"""The command line. It only handles arguments and output."""
 
 from millrace.cli.main import app, main
 

@@ -1,4 +1,4 @@
-"""`millrace doctor URL`: the checks that every engine of Millrace's passes, made on a server that runs."""
+"""`millrace doctor URL`: runs the conformance suite against a running server."""
 
 import asyncio
 import signal
@@ -23,14 +23,14 @@ COLORS = {Outcome.PASSED: "green", Outcome.FAILED: "red", Outcome.LACKING: "yell
 
 
 def doctor(
-    url: Annotated[str, typer.Argument(help="The server, as http://127.0.0.1:30000.", show_default=False)],
+    url: Annotated[str, typer.Argument(help="URL of the server, such as http://127.0.0.1:30000.", show_default=False)],
     model: Annotated[
         Path | None,
         typer.Option(
             parser=existing_folder,
             metavar="FOLDER",
             show_default=False,
-            help="The model's folder, whose weights it serves; the default is the one that the server names.",
+            help="Folder of the model that the server serves. The default is the folder that the server reports.",
         ),
     ] = None,
     other: Annotated[
@@ -39,18 +39,18 @@ def doctor(
             parser=existing_folder,
             metavar="FOLDER",
             show_default=False,
-            help="A folder with other weights of the same shapes.",
+            help="Folder with other weights of the same shapes.",
         ),
     ] = None,
-    only: Annotated[str, typer.Option(help="Names of checks, as 'pause.*'.")] = "*",
-    deadline: Annotated[float, typer.Option(help="Seconds that one check may take.", min=1)] = CHECK_DEADLINE,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+    only: Annotated[str, typer.Option(help="Pattern of the checks to run, such as 'pause.*'.")] = "*",
+    deadline: Annotated[float, typer.Option(help="Maximum seconds for one check.", min=1)] = CHECK_DEADLINE,
+    json: Annotated[bool, typer.Option("--json", help="Print only the report, as JSON.")] = False,
 ) -> None:
-    """Check a running server against Millrace's contract.
+    """Check a running server against Millrace's engine contract.
 
-    It must be idle, and nobody else may use it meanwhile: it is paused, put to sleep, and its weights are replaced and
-    brought back. Keys are read from MILLRACE_ENGINE_API_KEY and MILLRACE_ENGINE_ADMIN_API_KEY.
-    The status is 1 where a check failed, or where the server did not come back after one.
+    The server must be idle, and no other client may use it during the checks. It is paused, put to sleep, and its
+    weights are replaced and restored. Keys are read from MILLRACE_ENGINE_API_KEY and MILLRACE_ENGINE_ADMIN_API_KEY.
+    The exit status is 1 if a check failed, or if the server did not recover after a check.
     """
     checks = select(only)
     console = Console(quiet=json, highlight=False)
@@ -94,26 +94,26 @@ async def _examine(
     if made.lost:
         console.print(f"[red]{escape(made.lost)}[/red]", soft_wrap=True)
         if skipped := [result.check for result in made.results if result.skipped]:
-            console.print(f"not made: {', '.join(skipped)}")
+            console.print(f"not run: {', '.join(skipped)}")
     return made
 
 
 async def _leave(runner: Runner, kind: Kind) -> None:
-    """After Ctrl-C. What is done here takes a while, and a second Ctrl-C ends it."""
-    said = f"it may be paused, asleep or hold other weights: start it again, or POST to it {BY_HAND[kind]}"
+    """Restore the server after Ctrl-C. It takes a while; a second Ctrl-C gives up."""
+    outcome = f"the server may be paused, asleep or hold other weights: restart it, or send it POST {BY_HAND[kind]}"
     task = asyncio.current_task()
     assert task is not None
-    # A KeyboardInterrupt, which would come by itself, ends in whatever task it hits.
+    # Cancel this task. By default, SIGINT raises KeyboardInterrupt in an arbitrary task.
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
     try:
-        print("bringing the server back as it was; Ctrl-C again leaves it as it is", file=sys.stderr, flush=True)
+        print("restoring the server; press Ctrl-C again to leave it as it is", file=sys.stderr, flush=True)
         await runner.leave()
-        said = f"{runner.lost}; {said}" if runner.lost else "the server serves as before, with the model's weights"
+        outcome = f"{runner.lost}; {outcome}" if runner.lost else "the server serves the model's weights as before"
     except asyncio.CancelledError:
-        task.uncancel()  # the first one is asyncio.run's to count
+        task.uncancel()  # asyncio.run counts the first cancellation itself
         raise
     finally:
-        print(said, file=sys.stderr)
+        print(outcome, file=sys.stderr)
 
 
 def _line(result: Result) -> str:

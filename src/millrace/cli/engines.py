@@ -1,4 +1,4 @@
-"""`millrace engines ...`: the virtual environments that engines run in."""
+"""`millrace engines`: manages the virtual environments that engines run in, and joins engines over several hosts."""
 
 import asyncio
 import sys
@@ -27,9 +27,10 @@ engines_app = typer.Typer(
 
 EngineArgument = Annotated[str, typer.Argument(help="sglang, vllm, sglang-router or vllm-router.", show_default=False)]
 VersionOption = Annotated[
-    str | None, typer.Option("--version", help="Its version; the default is the newest one tested.", show_default=False)
+    str | None,
+    typer.Option("--version", help="Its version. The default is the newest tested version.", show_default=False),
 ]
-CpuOption = Annotated[bool, typer.Option("--cpu", help="The form that runs without a GPU.")]
+CpuOption = Annotated[bool, typer.Option("--cpu", help="The build that runs without a GPU.")]
 
 
 @engines_app.command()
@@ -39,12 +40,15 @@ def install(
     cpu: CpuOption = False,
     python: Annotated[
         str,
-        typer.Option(parser=expanded, metavar="TEXT", help="The interpreter that the environment is made with."),
+        typer.Option(parser=expanded, metavar="TEXT", help="The Python interpreter that makes the environment."),
     ] = sys.executable,
 ) -> None:
-    """Make an engine's environment, unless it is there. After an interruption, run it again."""
+    """Make an engine's environment unless it exists. Run the command again after an interruption."""
     begun = time.monotonic()
-    with interruptible(lambda: "what was started has been ended; the same command begins anew"), _progress() as show:
+    with (
+        interruptible(lambda: "the installation has been ended; the same command starts it again"),
+        _progress() as show,
+    ):
         made = environments.install(
             engine, version or _default_version(engine), _device(engine, cpu), python=python, progress=show
         )
@@ -53,16 +57,16 @@ def install(
 
 @engines_app.command(name="list")
 def list_environments() -> None:
-    """List the environments, with what is unfinished or made from another list of packages."""
+    """List the environments, including unfinished ones."""
     found = environments.installed()
     if not found:
-        print(f"no environment in {environments.environments_home()}; make one: millrace engines install sglang")
+        print(f"no environment in {environments.environments_home()}; make one with: millrace engines install sglang")
         return
     table = Table("engine", "version", "device", "size", "state", "path")
     for one in found:
         env = one.environment
         gigabytes = environments.size(env) / 1e9
-        state = "whole" if one.whole else "unfinished"
+        state = "complete" if one.whole else "unfinished"
         table.add_row(env.engine, env.version, env.device, f"{gigabytes:.1f} GB", state, str(env.path))
     console = Console()
     if not console.is_terminal:  # a pipe has no width to fold the paths into
@@ -82,24 +86,25 @@ def remove(engine: EngineArgument, version: VersionOption = None, cpu: CpuOption
 def join(
     config: Annotated[
         Path,
-        typer.Argument(parser=path, help="The run's settings, the same on all hosts.", show_default=False),
+        typer.Argument(parser=path, help="The run's settings (YAML), the same on all hosts.", show_default=False),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="At least engine.node_rank=1 (or 2, ...).", show_default=False)
+        list[str] | None,
+        typer.Argument(help="Overrides of the settings, at least engine.node_rank=1 (or 2, ...).", show_default=False),
     ] = None,
     model: Annotated[
         Path,
         typer.Option(
-            parser=existing_folder, metavar="FOLDER", help="The model's folder on this host.", show_default=False
+            parser=existing_folder, metavar="FOLDER", help="Folder of the model on this host.", show_default=False
         ),
     ] = ...,  # type: ignore[assignment] # required
 ) -> None:
-    """Start this host's node of an engine over several hosts, and stay with it until the engine ends."""
+    """Run this host's node of an engine over several hosts, until the engine ends."""
     run = load_settings(config, overrides or ())
     settings = run.engine
     if isinstance(settings, EmbeddedEngineConfig):
         raise ConfigError(f"engine.kind {settings.kind} does not run over several hosts")
-    with interruptible(lambda: "what was started has been ended"):
+    with interruptible(lambda: "this host's node has been ended"):
         asyncio.run(
             run_node(
                 settings,
@@ -112,19 +117,19 @@ def join(
 
 
 def _device(engine: str, cpu: bool) -> str:
-    """Routers have no other form than that for the CPU."""
+    """Return the device of an environment. Routers always run on the CPU."""
     return "cpu" if cpu or engine.endswith("-router") else "cuda"
 
 
 def _default_version(engine: str) -> str:
     if engine not in environments.DEFAULT_VERSIONS:
-        raise ConfigError(f"there is no engine {engine}; there are: {', '.join(environments.DEFAULT_VERSIONS)}")
+        raise ConfigError(f"there is no engine {engine}; valid engines: {', '.join(environments.DEFAULT_VERSIONS)}")
     return environments.DEFAULT_VERSIONS[engine]
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal; elsewhere a line for each thing that is done, and for each tenth of it."""
+    """Show progress: a bar on a terminal, otherwise one line for each task and for each tenth of it."""
     console = Console()
     if not console.is_terminal:
         yield _Lines().show
@@ -140,6 +145,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _Lines:
+    """Progress as lines of text, for an output that is not a terminal."""
+
     def __init__(self) -> None:
         self._last: str | int = ""
 

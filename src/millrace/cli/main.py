@@ -1,4 +1,4 @@
-"""`millrace ...`. Every error of Millrace's own ends in one message and status 1, Ctrl-C in status 130."""
+"""The command `millrace`. An error of Millrace ends it with one message and exit status 1, Ctrl-C with status 130."""
 
 import asyncio
 import io
@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},  # of all commands
+    context_settings={"help_option_names": ["-h", "--help"]},  # for all commands
 )
 app.add_typer(engines_app, name="engines")
 app.command()(sidecar)
@@ -44,7 +44,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def millrace(
-    version: Annotated[  # its callback does all that there is to do
+    version: Annotated[  # its callback does all the work
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
@@ -60,31 +60,33 @@ def version() -> None:
 @app.command()
 def config(
     name: Annotated[
-        str, typer.Argument(help="A section or a setting, as rollout, engine.sglang or train.lr.", show_default=False)
+        str,
+        typer.Argument(help="A section or a setting, such as rollout, engine.sglang or train.lr.", show_default=False),
     ] = "",
 ) -> None:
-    """Print every setting with its type, default and meaning."""
+    """Print all settings with their types, defaults and meanings."""
     print(describe(name))
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(parser=path, help="The run's settings, in YAML.", show_default=False)],
+    config: Annotated[Path, typer.Argument(parser=path, help="The run's settings (YAML).", show_default=False)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings that win over the file, as train.lr=1e-5.", show_default=False)
+        list[str] | None,
+        typer.Argument(help="Settings that take precedence over the file, such as train.lr=1e-5.", show_default=False),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved settings and stop; data and model are not looked at.")
+        bool, typer.Option("--dry-run", help="Print the resolved settings and exit. Data and model are not checked.")
     ] = False,
 ) -> None:
-    """Train by GRPO, with rollouts from the engines that the config names."""
+    """Train a model with GRPO, with rollouts from the engines in the settings."""
     settings = load_settings(config, overrides or ())
     if dry_run:
         print(dump_config(settings), end="")
         return
     with interruptible(lambda: "nothing had been started"), without_collecting():
-        # Not before: these import torch.
+        # Imported here, since these modules import torch.
         from transformers.utils import logging as transformers_logging
 
         from millrace.train.display import Display
@@ -93,9 +95,9 @@ def train(
         from millrace.train.summary import print_summary
         from millrace.train.world import end_rank
     transformers_logging.disable_progress_bar()
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun rank 0 speaks for all
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun, only rank 0 prints
     with (
-        interruptible(lambda: f"what was started has been ended; {how_to_go_on(settings)}"),
+        interruptible(lambda: f"the run's processes have been ended; {how_to_go_on(settings)}"),
         Display(console).show() as display,
     ):
         summary = asyncio.run(
@@ -109,12 +111,12 @@ def train(
 
 
 def main() -> None:
-    """The entry point of the command `millrace`."""
+    """Run the command `millrace`. This is its entry point."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack a character of a path or a name
+        if isinstance(stream, io.TextIOWrapper):  # the terminal's encoding may lack a character of a path or a name
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for name in ("local", "starting"):  # how weights will go, and which engines are not up yet
+    for name in ("local", "starting"):  # the chosen weight transport, and the engines that are still starting
         logging.getLogger(f"millrace.fleet.{name}").setLevel(logging.INFO)
     try:
         app()
@@ -122,7 +124,7 @@ def main() -> None:
         missing = missing_extra(error)
         if missing is None:
             raise
-        print(f"error: this command needs more than the core: {missing}", file=sys.stderr)
+        print(f"error: this command needs an optional dependency: {missing}", file=sys.stderr)
         sys.exit(1)
     except MillraceError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Paths on the command line: with `~` and variables, as in the settings. Parsers for typer."""
+"""Typer parsers for paths on the command line. `~` and environment variables are expanded, as in the settings."""
 
 from pathlib import Path
 
@@ -8,7 +8,10 @@ from millrace.arguments import expand
 
 
 def expanded(text: str) -> str:
-    """A path, or else a name or a URL. Raises typer.BadParameter for a variable or a home folder that is not known."""
+    """Return a path, name or URL with `~` and variables expanded.
+
+    Raises typer.BadParameter if a variable or a home folder is unknown.
+    """
     try:
         return expand(text)
     except ValueError as error:
@@ -16,13 +19,13 @@ def expanded(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """A path that may not exist."""
+    """Return a path, which need not exist. Raises typer.BadParameter as `expanded` does."""
     return Path(expanded(text))
 
 
 def existing_folder(text: str) -> Path:
-    """Raises typer.BadParameter where there is no folder."""
+    """Return the path of a folder. Raises typer.BadParameter if there is no folder at the path."""
     folder = path(text)
     if not folder.is_dir():
-        raise typer.BadParameter(f"{folder} is {'not a folder' if folder.exists() else 'not there'}")
+        raise typer.BadParameter(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     return folder

@@ -1,4 +1,4 @@
-"""A run's settings, as the commands read them."""
+"""Loads a run's settings for the commands."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,10 @@ from millrace.http.client import server_url
 
 
 def load_settings(path: Path, overrides: Sequence[str]) -> RunConfig:
-    """As `load_config`, and what only the engine's adapter knows to be wrong is told with its line too."""
+    """Load a run's settings with `load_config`, and check its URLs and the engine's own arguments.
+
+    Raises ConfigError, with the line of the setting.
+    """
     return load_config(path, overrides, check=_check_engine)
 
 

@@ -1,4 +1,4 @@
-"""`millrace sidecar`: brings weights to an engine's host."""
+"""`millrace sidecar`: copies weights to an engine's host."""
 
 import asyncio
 import logging
@@ -25,7 +25,7 @@ def sidecar(
         typer.Option(
             parser=expanded,
             metavar="TEXT",
-            help="For delta: the trainer's publish.folder, as this host reaches it.",
+            help="For delta: the trainer's publish.folder, as a path or URL on this host.",
             show_default=False,
         ),
     ] = None,
@@ -35,33 +35,34 @@ def sidecar(
             parser=path,
             metavar="FOLDER",
             show_default=False,
-            help="For delta: where the engines here read versions; room for two of them.",
+            help="For delta: folder from which the engines on this host load versions. It must have room for two.",
         ),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option(
             show_default=False,
-            help="For ucx: where the engines here have their weights, cpu (the default), cuda or cuda:N.",
+            help="For ucx: device of the engines on this host: cpu (the default), cuda or cuda:N.",
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(help="The default is one that the kernel gives.", min=0, max=65535, show_default=False)
+        int,
+        typer.Option(help="Port to listen on. The default is a free port.", min=0, max=65535, show_default=False),
     ] = 0,
 ) -> None:
-    """Bring weights to this host, for the engines here, as the trainer asks: out of its memory, over UCX
-    (publish.transport: ucx), or with --store and --folder the versions of a store (publish.transport: delta).
+    """Copy weights to this host for its engines, at the trainer's request.
 
-    Reached by others, it needs a key in MILLRACE_SIDECAR_KEY, the trainer's too.
+    The weights come from the trainer's memory over UCX (publish.transport: ucx). With --store and --folder, they are
+    versions from a store (publish.transport: delta).
+
+    If other hosts can reach the sidecar, it needs a key in MILLRACE_SIDECAR_KEY. The trainer needs the same key.
     """
     key = os.environ.pop(SIDECAR_KEY, "") or None
     if (store is None) != (folder is None):
-        raise ConfigError(
-            "--store and --folder are for versions of a store and belong together; without both, over UCX"
-        )
+        raise ConfigError("--store needs --folder, and --folder needs --store; give both for delta, or neither for ucx")
     if store is not None and device is not None:
-        raise ConfigError("--device is for ucx; a sidecar of a store (--store) has its versions on disk")
+        raise ConfigError("--device is for ucx; a sidecar with --store keeps its versions on disk")
     raise_file_limit()
     with bind(host, port, key=key) as sock:
         job = _bringing(store, folder) if store is not None and folder is not None else _pulling(device or "cpu")
@@ -75,7 +76,7 @@ def _bringing(store: str, folder: Path) -> Job:
 
     try:
         replica = CheckpointMirror(store, folder)
-    except (ImportError, ValueError) as error:  # fsspec's, of a URL
+    except (ImportError, ValueError) as error:  # fsspec's errors for a URL
         raise ConfigError(f"--store {store}: {error}") from error
     return Bringing(replica, store)
 
@@ -90,20 +91,20 @@ def _pulling(device: str) -> Job:
         if place.type not in ("cpu", "cuda"):
             raise ConfigError(f"--device {device}: write cpu, cuda or cuda:N")
         torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:  # torch's, of a name, or of a GPU that is not there
+    except (RuntimeError, AssertionError) as error:  # torch's errors for an unknown device or a missing GPU
         raise ConfigError(f"--device {device}: {str(error).partition(chr(10))[0]}") from error
     return Pulling(place)
 
 
 async def _serve(job: Job, sock: socket.socket, key: str | None) -> None:
-    told_to_end: asyncio.Queue[int] = asyncio.Queue()
+    exit_status: asyncio.Queue[int] = asyncio.Queue()
     for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, INTERRUPTED)):
-        asyncio.get_running_loop().add_signal_handler(number, told_to_end.put_nowait, status)
+        asyncio.get_running_loop().add_signal_handler(number, exit_status.put_nowait, status)
     runner = await SidecarServer(job, key=key).start(sock)
     address, port = sock.getsockname()[:2]
     print(f"{url_of(address, port)} {job.does}", flush=True)
-    status = await told_to_end.get()
+    status = await exit_status.get()
     await runner.cleanup()
     sys.stderr.flush()
-    # Not by returning: that waits for what is on its way. What there is of a version is taken away at the next start.
+    # Returning would wait for running copies. The next start removes an incomplete version.
     os._exit(status)

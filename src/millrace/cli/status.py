@@ -1,4 +1,4 @@
-"""How commands end."""
+"""Exit status and message of an interrupted command."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,15 +6,15 @@ from contextlib import contextmanager
 
 import typer
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
+INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 
 
 @contextmanager
-def interruptible(say: Callable[[], str] = str) -> Iterator[None]:
-    """Ctrl-C ends the command with what is to say then, if anything, and the status that shells expect."""
+def interruptible(message: Callable[[], str] = str) -> Iterator[None]:
+    """End the command on Ctrl-C with exit status 130, and print `message()` if it is not empty."""
     try:
         yield
     except KeyboardInterrupt:
-        said = say()
-        print(f"interrupted: {said}" if said else "interrupted", file=sys.stderr)
+        text = message()
+        print(f"interrupted: {text}" if text else "interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

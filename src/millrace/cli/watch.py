@@ -1,4 +1,4 @@
-"""`millrace status`: a running fleet, in the terminal."""
+"""`millrace status`: shows the engines of a running fleet in the terminal."""
 
 import asyncio
 import time
@@ -15,17 +15,19 @@ from millrace.serve.remote import Remote
 from millrace.serve.table import fleet_table
 from millrace.serve.view import FleetView
 
-PIPE_WIDTH = 200  # a pipe has none, and what reads it wants whole lines
-DEADLINE = 5.0  # seconds; the server waits 2 for an engine that does not answer
+PIPE_WIDTH = 200  # a pipe has no width, and its reader expects lines that are not wrapped
+DEADLINE = 5.0  # seconds; the server waits up to 2 s for an engine that does not answer
 
 
 def status(
-    url: Annotated[str, typer.Argument(help="The run's metrics, as http://127.0.0.1:9400.", show_default=False)],
-    once: Annotated[bool, typer.Option("--once", help="Print it once and stop.")] = False,
-    interval: Annotated[float, typer.Option(help="Seconds from one look to the next.", min=0.1)] = 1.0,
-    events: Annotated[int, typer.Option(help="How many of the last events are shown.", min=0, max=50)] = 12,
+    url: Annotated[
+        str, typer.Argument(help="URL of the run's metrics, such as http://127.0.0.1:9400.", show_default=False)
+    ],
+    once: Annotated[bool, typer.Option("--once", help="Print the status once and exit.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two updates.", min=0.1)] = 1.0,
+    events: Annotated[int, typer.Option(help="Number of recent events to show.", min=0, max=50)] = 12,
 ) -> None:
-    """Show the engines of a run that has metrics.port set, and what happened last, until Ctrl-C."""
+    """Show the engines and recent events of a run until Ctrl-C. The run must have metrics.port set."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
@@ -40,7 +42,7 @@ async def _watch(remote: Remote, console: Console, *, once: bool, interval: floa
         if once:
             console.print(fleet_table(view, events=events))
             return
-        if not console.is_terminal:  # nothing can be drawn over there
+        if not console.is_terminal:  # a pipe can't be redrawn
             while True:
                 console.print(fleet_table(view, events=events))
                 await asyncio.sleep(interval)
@@ -55,7 +57,7 @@ async def _watch(remote: Remote, console: Console, *, once: bool, interval: floa
 
 
 async def _next(remote: Remote, last: FleetView) -> tuple[FleetView, str | None]:
-    """What is there now, or what was there last and why: the run may answer again."""
+    """Return the current view and None, or the last view and an error message if the run does not answer now."""
     try:
         return await remote.fetch(deadline=DEADLINE), None
     except MonitorError as error:

@@ -1,4 +1,4 @@
-"""Settings: what they are (`models`) and how they are read (`loading`)."""
+"""A run's settings: the pydantic models (`models`) and the loader (`loading`)."""
 
 from millrace.config.loading import dump_config, load_config
 from millrace.config.models import EmbeddedEngineConfig, RunConfig

@@ -1,15 +1,17 @@
-"""What all settings have in common."""
+"""The base class of all settings models."""
 
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-# An argument of an engine or a router, by its own name. A dictionary becomes JSON.
+# The value of an engine's or a router's own argument. A dictionary becomes JSON.
 ForeignArgument = str | int | float | bool | list[str | int] | dict[str, Any] | None
 
 
 class Model(BaseModel):
-    """The base of all settings: frozen, and strict about keys. The docstring below a field is its description, which
-    `millrace config` prints."""
+    """Base class of all settings models. Instances are frozen, and an unknown key is an error.
+
+    The docstring below a field is its description. `millrace config` prints it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)

@@ -1,4 +1,4 @@
-"""Every setting with its type, default and meaning, as text. All of it comes from the models' JSON schema."""
+"""The text that `millrace config` prints, made from the JSON schema of the settings models."""
 
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -16,21 +16,22 @@ Schema = Mapping[str, Any]
 
 
 def describe(name: str = "") -> str:
-    """All settings; or one section (`rollout`, `engine.sglang`) or one setting (`train.lr`).
+    """Return a description of the settings: their types, defaults and meanings.
 
-    Raises ConfigError for a name that is neither.
+    `name` selects one section (`rollout`, `engine.sglang`) or one setting (`train.lr`). All settings are described if
+    it is empty. Raises ConfigError if no section or setting has this name.
     """
     schema = RunConfig.model_json_schema()
     entries = list(_entries(schema, schema["$defs"]))
     found = [text for at, text in entries if not name or at == name or at.startswith(f"{name}.")]
     if not found:
         sections = sorted({at.rpartition(".")[0] for at, _ in entries} - {""})
-        raise ConfigError(f"there is no section or setting {name}; there are the sections {', '.join(sections)}")
+        raise ConfigError(f"there is no section or setting {name}; the sections are {', '.join(sections)}")
     return "\n".join(found)
 
 
 def _entries(section: Schema, definitions: Schema, at: str = "") -> Iterator[tuple[str, str]]:
-    """The name and the text of every section and setting, a section before what is in it."""
+    """Yield the name and the text of every section and setting. A section comes before its contents."""
     required = section.get("required", ())
     for key, field in section["properties"].items():
         place = f"{at}.{key}" if at else key
@@ -38,8 +39,8 @@ def _entries(section: Schema, definitions: Schema, at: str = "") -> Iterator[tup
         if not choices:
             yield place, _entry(place, field, key in required)
             continue
-        default = "required" if key in required else "may be left out"
-        # The schema leaves out a description that is the same as the model's own.
+        default = "required" if key in required else "optional"
+        # The schema omits a description that is equal to the model's own.
         meaning = field.get("description", choices[0].get("description", ""))
         yield place, _paragraph(f"{place}: a section, {default}", meaning)
         for inner in choices:
@@ -51,7 +52,7 @@ def _entries(section: Schema, definitions: Schema, at: str = "") -> Iterator[tup
 
 
 def _references(field: Schema) -> list[str]:
-    """The references to the models that a field may be."""
+    """Return the schema's references to the models that a field may hold."""
     parts = [field, *field.get("anyOf", ()), *field.get("oneOf", ())]
     parts += [inner for part in parts[1:] for inner in part.get("oneOf", ())]
     return [part["$ref"] for part in parts if "$ref" in part]

@@ -1,4 +1,4 @@
-"""What a judge is asked, and how its grade is read: the default, and what can't be right."""
+"""The default prompt and grade pattern of a judge, and the validators for custom ones."""
 
 import re
 from string import Formatter
@@ -16,19 +16,19 @@ Answer to be graded:
 How good is this answer? Say in a few sentences what is right and what is wrong about it, and end with a line \
 "Grade: N", where N is a number from 0 (worthless) to 10 (nothing to improve).
 """
-# The group takes all that belongs to the number (`7/10`, `7 or 8`, `1,5`), so that no part of it is read as the grade.
+# The group matches the whole expression (`7/10`, `7 or 8`, `1,5`), so that a part of it is never read as the grade.
 VERDICT = r"(?i)grade[\s:=*_`\"'(]*+((?:\S*\d\S*)(?:\s+(?:or|to|and a)\s+\S*\d\S*)?)"
 
 
 def check_template(template: str) -> str:
-    """Raises ValueError for one that can't be filled in."""
+    """Return the judge's prompt template. Raises ValueError if it can't be filled in or does not name {answer}."""
     try:
         named = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     except ValueError as error:
-        raise ValueError(f"it is no format string ({error}); write {{{{ and }}}} for plain braces") from None
+        raise ValueError(f"it is not a format string ({error}); write {{{{ and }}}} for plain braces") from None
     if unknown := sorted(named - set(FIELDS)):
         known = ", ".join(f"{{{name}}}" for name in FIELDS)
-        raise ValueError(f"it names {{{unknown[0]}}}; it may name {known}, and {{{{ }}}} are plain braces")
+        raise ValueError(f"it names {{{unknown[0]}}}; it may name {known}; write {{{{ and }}}} for plain braces")
     if "answer" not in named:
         raise ValueError("it does not name {answer}, so every answer would get the same grade")
     try:
@@ -39,11 +39,11 @@ def check_template(template: str) -> str:
 
 
 def check_verdict(pattern: str) -> str:
-    """Raises ValueError for one that finds no grade."""
+    """Return the pattern of the grade. Raises ValueError unless it is a regular expression with exactly one group."""
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        raise ValueError(f"it is no regular expression: {error}") from None
+        raise ValueError(f"it is not a regular expression: {error}") from None
     if groups != 1:
-        raise ValueError(f"it has {groups} groups; give it one, around the number ((?:...) counts as none)")
+        raise ValueError(f"it has {groups} groups; it needs one, around the number ((?:...) does not count)")
     return pattern

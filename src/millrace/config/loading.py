@@ -1,5 +1,7 @@
-"""From a YAML file and overrides to a RunConfig; every mistake ends in one message with the line, the reason and the
-nearest valid name."""
+"""Loads a RunConfig from a YAML file and overrides.
+
+Every mistake gives one message with the line, the reason and the nearest valid name.
+"""
 
 import difflib
 import types
@@ -18,11 +20,16 @@ from millrace.errors import ConfigError
 def load_config(
     path: Path, overrides: Sequence[str] = (), *, check: Callable[[RunConfig], None] = lambda _: None
 ) -> RunConfig:
-    """Reads a run's settings. `overrides` are `section.key=value`, the value in YAML; they win over the file. `check`
-    looks at the settings further, and raises ConfigError with a message that begins with the name of one.
+    """Load a run's settings from the YAML file at `path`.
 
-    Raises ConfigError for a file that can't be read, an unknown key, a wrong type or settings that contradict each
-    other.
+        config = load_config(Path("run.yaml"), ["train.lr=1e-5", "engine.replicas=2"])
+
+    `overrides` have the form `section.key=value`, with the value in YAML. They take precedence over the file. `check`
+    validates the settings further. It raises ConfigError with a message that begins with the name of a setting, and
+    the line of that setting is added to the message.
+
+    Raises ConfigError if the file can't be read, a key is unknown, a value has the wrong type, or settings contradict
+    each other.
     """
     data, lines = read_yaml(path)
     if not isinstance(data, dict):
@@ -33,7 +40,7 @@ def load_config(
     try:
         config = _validate(data, texts)
     except ValidationError as error:
-        # An unknown key first: what is missing is often the same key, spelt rightly.
+        # Unknown keys come first: a missing key is often an unknown one, spelled correctly.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise ConfigError("\n".join(_explain(e, sources, str(path)) for e in errors)) from None
     try:
@@ -45,12 +52,12 @@ def load_config(
 
 
 def dump_config(config: RunConfig) -> str:
-    """The config as YAML that `load_config` reads back to the same."""
+    """Return the config as YAML. `load_config` reads it back to an equal config."""
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def _apply(data: dict[str, Any], override: str, sources: dict[Location, str]) -> tuple[Location, str]:
-    """Writes an override into the data. Returns where, and its value as it was written."""
+    """Write an override into the data. Return its location and the original text of its value."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"the override {override!r} is not of the form section.key=value")
@@ -61,7 +68,7 @@ def _apply(data: dict[str, Any], override: str, sources: dict[Location, str]) ->
         section = section.setdefault(key, {})
         if not isinstance(section, dict):
             raise ConfigError(
-                f"the override {override!r} goes into {'.'.join(keys[: depth + 1])}, which is a single value"
+                f"the override {override!r} needs a section at {'.'.join(keys[: depth + 1])}, which is a single value"
             )
     section[keys[-1]] = value
     for depth in range(1, len(keys) + 1):
@@ -71,13 +78,15 @@ def _apply(data: dict[str, Any], override: str, sources: dict[Location, str]) ->
 
 
 def _validate(data: dict[str, Any], texts: Mapping[Location, str]) -> RunConfig:
-    """Where a setting is text, an override is taken as it was written (`texts`): YAML sees a number in the version 9.9,
-    and who writes on a command line does not think of YAML's quotes."""
+    """Validate the data. If a setting is a string, its override is used as it was written (`texts`).
+
+    YAML reads the version 9.9 as a number, and users do not expect YAML's quotes on a command line.
+    """
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        read_as_other = [e for e in error.errors() if _is_unquoted(e)]
-        locations = [location for e in read_as_other if (location := _resolve(e["loc"])[0]) in texts]
+        unquoted = [e for e in error.errors() if _is_unquoted(e)]
+        locations = [location for e in unquoted if (location := _resolve(e["loc"])[0]) in texts]
         if not locations:
             raise
     for location in locations:
@@ -89,17 +98,17 @@ def _validate(data: dict[str, Any], texts: Mapping[Location, str]) -> RunConfig:
 
 
 def _is_unquoted(error: Any) -> bool:
-    """Whether a text is wanted, and YAML saw a number, a date or a yes in it."""
+    """Whether the setting is a string, and YAML read a number, a date or a boolean."""
     return error["type"] in ("string_type", "path_type") and not isinstance(error["input"], list | dict | None)
 
 
 def _source(location: Location, sources: Mapping[Location, str], path: str) -> str:
-    """Where a setting, or the section that it is in, was written."""
+    """Return the file and line, or the override, that set this location or its nearest parent."""
     return next((sources[location[:n]] for n in range(len(location), 0, -1) if location[:n] in sources), path)
 
 
 def _explain(error: Any, sources: Mapping[Location, str], path: str) -> str:
-    """One of pydantic's errors in one line: where, which setting, what is wrong, what to write."""
+    """Format one of pydantic's errors in one line: the source, the setting, the reason and a hint."""
     location, model = _resolve(error["loc"])
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return _explain_kind(error, location, model, sources, path)
@@ -121,17 +130,17 @@ def _explain(error: Any, sources: Mapping[Location, str], path: str) -> str:
 def _explain_kind(
     error: Any, location: Location, model: type[BaseModel] | None, sources: Mapping[Location, str], path: str
 ) -> str:
-    """A section whose `kind`, by which its settings are known, is wrong or missing."""
+    """Format the error of a section whose `kind` is wrong or missing. The kind decides which settings are valid."""
     field = model.model_fields.get(str(location[-1])) if model else None
     kinds = [str(kind) for m in _models(field.annotation) for kind in _kinds(m)] if field else []
     location = (*location, "kind")
     source, name = _source(location, sources, path), ".".join(str(part) for part in location)
-    there = f"there are: {', '.join(kinds)}"
+    valid = f"valid kinds: {', '.join(kinds)}"
     if error["type"] == "union_tag_not_found":
-        return f"{source}: the setting {name} is missing; {there}"
+        return f"{source}: the setting {name} is missing; {valid}"
     given = str(error["ctx"]["tag"])
     hint = _nearest(given, kinds)
-    return f"{source}: {name}: there is no kind {given!r}; {there}{f'; {hint}' if hint else ''}"
+    return f"{source}: {name}: there is no kind {given!r}; {valid}{f'; {hint}' if hint else ''}"
 
 
 def _nearest(name: str, valid: Sequence[str]) -> str:
@@ -140,7 +149,7 @@ def _nearest(name: str, valid: Sequence[str]) -> str:
 
 
 def _resolve(loc: Location) -> tuple[Location, type[BaseModel] | None]:
-    """Pydantic's location without the tags of discriminated unions, and the model that holds its last part."""
+    """Return pydantic's location without the tags of discriminated unions, and the model that has its last part."""
     model: type[BaseModel] | None = RunConfig
     cleaned: list[str | int] = []
     pending: list[type[BaseModel]] = []
@@ -167,7 +176,7 @@ def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The settings models in an annotation."""
+    """Return the settings models in an annotation."""
     if get_origin(annotation) is Annotated:
         return _models(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):

@@ -1,5 +1,8 @@
-"""Every setting, as pydantic models. An unknown key is an error; a setting is honoured or refused, never ignored. The
-docstring below a setting is its description, which `millrace config` prints."""
+"""The settings of a run, as pydantic models.
+
+An unknown key is an error. A setting is honoured or refused, never ignored. The docstring below a setting is its
+description, which `millrace config` prints.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,10 +20,11 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class TinyModelConfig(Model):
-    """A small Qwen3 over a word-level vocabulary, from random weights made by the run's seed. For demos and tests."""
+    """A small Qwen3 model with a word-level vocabulary and random weights, made from the run's seed. It is for demos
+    and tests."""
 
     kind: Literal["tiny"]
-    """A model from random weights."""
+    """A model with random weights."""
     layers: PositiveInt = 2
     """Transformer layers."""
     hidden_size: PositiveInt = 128
@@ -32,10 +36,10 @@ class TinyModelConfig(Model):
 
 
 class PretrainedModelConfig(Model):
-    """A folder in Hugging Face's format, with its tokenizer, or a name on the Hub."""
+    """A pretrained model with its tokenizer, in Hugging Face's format: a local folder, or a name on the Hub."""
 
     kind: Literal["pretrained"]
-    """A model that exists."""
+    """A pretrained model."""
     path: PathOrName
     """The model's folder, or its name on the Hugging Face Hub."""
 
@@ -44,7 +48,7 @@ ModelConfig = Annotated[TinyModelConfig | PretrainedModelConfig, Field(discrimin
 
 
 class GeneratedDataConfig(Model):
-    """Word problems in GSM8K's format from the seeded generator (`millrace.rollout.problems`)."""
+    """Word problems in GSM8K's format, made by a seeded generator (`millrace.rollout.problems`)."""
 
     kind: Literal["generated"]
     """Generated problems."""
@@ -55,21 +59,21 @@ class GeneratedDataConfig(Model):
 
 
 class FileDataConfig(Model):
-    """A JSONL file in GSM8K's format: `question`, and `answer` that ends in `#### n`."""
+    """A JSONL file in GSM8K's format: each line has a `question`, and an `answer` that ends in `#### n`."""
 
     kind: Literal["file"]
     """A JSONL file."""
     path: LocalPath
-    """The file."""
+    """Path of the file."""
 
 
 class HubDataConfig(Model):
-    """A data set on the Hugging Face Hub in GSM8K's format. Needs the extra `millrace[hub]`."""
+    """A data set on the Hugging Face Hub, in GSM8K's format. It needs the extra `millrace[hub]`."""
 
     kind: Literal["hub"]
     """A data set on the Hub."""
     path: PathOrName
-    """Name of the data set, such as `openai/gsm8k`, or a folder that `datasets` reads."""
+    """Name of the data set, such as `openai/gsm8k`, or a folder that the library `datasets` can load."""
     name: str | None = None
     """Configuration of the data set, such as `main`."""
     split: str
@@ -80,111 +84,120 @@ DataConfig = Annotated[GeneratedDataConfig | FileDataConfig | HubDataConfig, Fie
 
 
 class ReplicatedConfig(Model):
-    """What every kind of engine is told that Millrace launches."""
+    """The settings that all kinds of engines share."""
 
     replicas: PositiveInt = 1
-    """Number of servers, each with the whole model."""
+    """Number of servers. Each has the whole model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the engine's weights and computation. `auto` is the dtype of the model's folder; SGLang and vLLM on a
-    GPU serve a float32 folder in bfloat16."""
+    """Dtype of the engine's weights and computation. `auto` uses the dtype of the model's folder, except that SGLang
+    and vLLM on a GPU serve a float32 folder in bfloat16."""
     max_running_requests: PositiveInt = 64
-    """Requests that one server runs at the same time. Others wait in its queue."""
+    """Requests that one server runs at the same time. Further requests wait in its queue."""
     threads: PositiveInt | None = None
-    """CPU threads of torch. None keeps torch's default."""
+    """Number of CPU threads that torch uses. None keeps torch's default."""
     host: str = "127.0.0.1"
     """Address that the servers listen on."""
     ports: tuple[PositiveInt, ...] | None = None
-    """One port for each replica. None takes free ports."""
+    """One port for each replica. None picks free ports."""
     start_timeout: PositiveFloat = 60.0
     """Seconds until a server must be healthy."""
 
     @model_validator(mode="after")
-    def _a_port_each(self) -> Self:
+    def _check_ports(self) -> Self:
         if self.ports is not None and len(self.ports) != self.replicas:
             raise ValueError(
-                f"ports names {len(self.ports)} ports for {self.replicas} replicas; give one each or leave it out"
+                f"ports names {len(self.ports)} ports for {self.replicas} replicas; give each a port, or leave it out"
             )
         return self
 
 
 class EmbeddedEngineConfig(ReplicatedConfig):
-    """Millrace's own engine: any causal model of transformers, on the CPU or one GPU."""
+    """Millrace's own engine. It serves any causal language model of transformers, on the CPU or one GPU."""
 
     kind: Literal["embedded"]
     """Millrace's own engine."""
     device: str = "cpu"
-    """Device of torch: `cpu`, `cuda` or `cuda:N`."""
+    """The torch device: `cpu`, `cuda` or `cuda:N`."""
     cached_prefixes: Annotated[int, Field(ge=0)] = 64
-    """Prompt prefixes that the KV cache keeps. 0 turns the prefix cache off."""
+    """Number of prompt prefixes that the KV cache keeps. 0 turns the prefix cache off."""
     context_length: PositiveInt | None = None
-    """Longest sequence, in tokens of prompt and output. None takes the model's own."""
+    """Longest sequence, in tokens of prompt and output. None uses the model's context length."""
     faults: bool = False
-    """For tests: the engine crashes, hangs or refuses on request."""
+    """For tests: the engine crashes, hangs or refuses requests on demand."""
 
 
 class StockEngineConfig(ReplicatedConfig):
-    """What the stock engines are told alike. Three ways to one: the environment that `millrace engines install` made,
-    an interpreter that has the engine (`python`), or servers that somebody else started (`urls`; their keys are read
-    from the environment: MILLRACE_ENGINE_API_KEY and MILLRACE_ENGINE_ADMIN_API_KEY)."""
+    """The settings that SGLang and vLLM share.
+
+    Millrace starts a stock engine from the environment that `millrace engines install` made, or with the interpreter
+    `python`. With `urls` it attaches to running servers instead, whose keys are read from MILLRACE_ENGINE_API_KEY and
+    MILLRACE_ENGINE_ADMIN_API_KEY.
+    """
 
     version: str
-    """Version of the engine whose environment is used."""
+    """Version of the engine. It selects the environment that `millrace engines install` made."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """What the engine runs on."""
+    """Device that the engine runs on."""
     python: LocalPath | None = None
-    """An interpreter that has the engine. None uses the environment that `millrace engines install` made."""
+    """A Python interpreter with the engine installed. None uses the environment that `millrace engines install`
+    made."""
     urls: tuple[str, ...] | None = None
     """Running servers to attach to, one for each replica. Their keys come from MILLRACE_ENGINE_API_KEY and
     MILLRACE_ENGINE_ADMIN_API_KEY."""
     tp_size: PositiveInt = 1
-    """Tensor-parallel ranks."""
+    """Number of tensor-parallel ranks."""
     pp_size: PositiveInt = 1
-    """Pipeline-parallel stages."""
+    """Number of pipeline-parallel stages."""
     dp_size: PositiveInt = 1
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
     ep_size: PositiveInt = 1
-    """Expert-parallel ranks."""
+    """Number of expert-parallel ranks."""
     nnodes: PositiveInt = 1
-    """Nodes that one engine runs on."""
+    """Number of nodes that one engine runs on."""
     node_rank: Annotated[int, Field(ge=0)] | None = None
-    """The node that this host is. None: this host is all nodes."""
+    """Rank of this host's node. None runs all nodes on this host."""
     dist_init_addr: Annotated[str, Field(pattern=r"^.+:\d+$")] | None = None
-    """host:port of node 0. None takes a free port where this host is all nodes."""
+    """host:port of node 0. None picks a free port if all nodes run on this host."""
     base_gpu_id: Annotated[int, Field(ge=0)] = 0
-    """First GPU. Replica r starts at base_gpu_id + r x the GPUs of one replica."""
+    """Index of the first GPU. Replica r starts at base_gpu_id + r x the GPUs of one replica."""
     cuda_visible_devices: str | None = None
-    """CUDA_VISIBLE_DEVICES of the servers. None keeps this process's."""
+    """CUDA_VISIBLE_DEVICES of the servers. None keeps this process's value."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Level of the servers' logs."""
     kv_events: bool = False
-    """The engine reports which prefixes its KV cache holds, and routing uses that. Needs the extra
+    """Route by the KV cache events that the engine publishes. They report the prefixes in its cache. It needs the extra
     `millrace[kv-events]`."""
     start_timeout: PositiveFloat = 600.0
     """Seconds until a server must be healthy. A large model on a slow disk takes minutes, a small one on the CPU 20 to
     60 s."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Variables that are added to the servers' environment."""
+    """Environment variables that are added for the servers."""
     engine_args: dict[str, EngineArgument] = Field(default_factory=dict)
-    """The engine's own arguments, by their own names. A dictionary becomes JSON."""
+    """Further arguments of the engine, by the engine's names for them. A dictionary becomes JSON."""
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_servers(self) -> Self:
         if self.urls is not None and self.python is not None:
             raise ValueError("urls attaches to running servers and python launches new ones; give one of them")
         if self.urls is not None and len(self.urls) != self.replicas:
-            raise ValueError(f"urls names {len(self.urls)} servers for {self.replicas} replicas; set replicas to it")
+            raise ValueError(
+                f"urls names {len(self.urls)} servers for {self.replicas} replicas; set replicas to {len(self.urls)}"
+            )
         if self.node_rank is not None and self.node_rank >= self.nnodes:
             raise ValueError(f"node_rank {self.node_rank} is not below nnodes {self.nnodes}")
         if self.node_rank is not None and self.nnodes > 1 and self.dist_init_addr is None:
-            raise ValueError("nodes on several hosts meet at dist_init_addr (host:port of node 0); it is missing")
+            raise ValueError("an engine on several hosts needs dist_init_addr (host:port of node 0); it is missing")
         if self.nnodes > 1 and self.replicas > 1:
             raise ValueError("an engine over several nodes is launched alone; set replicas to 1")
         if self.kv_events and self.urls is not None:
-            raise ValueError("kv_events is for engines that are launched; where one at urls publishes, nobody says")
+            raise ValueError(
+                "kv_events is for engines that Millrace launches; it is not known where an engine at urls publishes "
+                "its events"
+            )
         if self.kv_events and self.dp_size > 1:
             raise ValueError(
-                f"kv_events is for engines of one KV cache, and with dp_size {self.dp_size} each rank has its own; set "
-                "replicas instead, or leave kv_events out"
+                f"kv_events is for engines with one KV cache, and with dp_size {self.dp_size} each rank has its own; "
+                "set replicas instead, or leave kv_events out"
             )
         return self
 
@@ -197,14 +210,14 @@ class SGLangEngineConfig(StockEngineConfig):
     version: str = "0.5.23"
     """Version of SGLang."""
     max_total_tokens: PositiveInt | None = None
-    """Tokens that the KV cache holds. None keeps SGLang's default on a GPU, and is 65536 on the CPU."""
+    """Capacity of the KV cache, in tokens. None keeps SGLang's default on a GPU, and is 65536 on the CPU."""
     mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the GPU's memory for weights and KV cache. None keeps SGLang's default."""
     memory_saver: bool = True
-    """Sleep releases GPU memory. It has no effect on the CPU."""
+    """Release GPU memory when the engine sleeps. It has no effect on the CPU."""
 
     @model_validator(mode="after")
-    def _splits(self) -> Self:
+    def _check_ranks(self) -> Self:
         if self.tp_size * self.pp_size % self.nnodes:
             raise ValueError(f"tp_size {self.tp_size} x pp_size {self.pp_size} can't be split over {self.nnodes} nodes")
         return self
@@ -218,23 +231,23 @@ class VLLMEngineConfig(StockEngineConfig):
     version: str = "0.32.0"
     """Version of vLLM."""
     api_servers: PositiveInt = 1
-    """Processes that answer HTTP at the same port."""
+    """Number of processes that serve HTTP on the same port."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of the GPU's memory that vLLM takes. None keeps vLLM's default."""
+    """Share of the GPU's memory that vLLM uses. None keeps vLLM's default."""
     kv_cache_memory_bytes: PositiveInt | None = None
-    """Bytes of KV cache. None keeps vLLM's default on a GPU, and is 256 MB on the CPU."""
+    """Size of the KV cache, in bytes. None keeps vLLM's default on a GPU, and is 256 MB on the CPU."""
     sleep_mode: bool = True
-    """Sleep releases GPU memory. It has no effect on the CPU."""
+    """Release GPU memory when the engine sleeps. It has no effect on the CPU."""
     data_parallel_rpc_port: PositiveInt | None = None
-    """Port of node 0 for data-parallel ranks of other hosts, in addition to dist_init_addr."""
+    """Port on node 0 for data-parallel ranks on other hosts, in addition to dist_init_addr."""
 
     @model_validator(mode="after")
-    def _vllm_can(self) -> Self:
+    def _check_ranks(self) -> Self:
         world = self.tp_size * self.dp_size
         if self.ep_size not in (1, world):
             raise ValueError(
-                f"vLLM spreads experts over all of tp_size x dp_size = {world} ranks or over none (1); ep_size is "
-                f"{self.ep_size}"
+                f"vLLM spreads experts over all tp_size x dp_size = {world} ranks, or does not spread them (1); "
+                f"ep_size is {self.ep_size}"
             )
         if world * self.pp_size % self.nnodes:
             raise ValueError(
@@ -243,7 +256,7 @@ class VLLMEngineConfig(StockEngineConfig):
             )
         if self.nnodes > 1 and self.node_rank is not None and self.dp_size > 1 and self.data_parallel_rpc_port is None:
             raise ValueError(
-                "data-parallel ranks on several hosts need data_parallel_rpc_port too, a free port of node 0's host"
+                "data-parallel ranks on several hosts also need data_parallel_rpc_port, a free port on node 0's host"
             )
         return self
 
@@ -252,75 +265,78 @@ EngineConfig = Annotated[EmbeddedEngineConfig | SGLangEngineConfig | VLLMEngineC
 
 
 class RolloutConfig(Model):
-    """How samples are made."""
+    """How rollouts are sampled."""
 
     groups_per_step: PositiveInt
-    """Groups (problems) that one step trains on."""
+    """Number of groups (problems) that one step trains on."""
     samples_per_group: Annotated[int, Field(ge=2)]
-    """Samples of each problem."""
+    """Number of samples for each problem."""
     max_turns: PositiveInt = 4
-    """Most turns of one sample."""
+    """Maximum number of turns in one sample."""
     max_turn_tokens: PositiveInt
-    """Most tokens of one turn."""
+    """Maximum number of tokens in one turn."""
     max_sample_tokens: PositiveInt
-    """Most tokens of one sample: prompt, turns and tool answers together."""
+    """Maximum number of tokens in one sample: prompt, turns and tool results together."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling. 1 is off."""
+    """Nucleus sampling: sample from the most likely tokens whose probabilities add up to top_p. 1 is off."""
     top_k: int = -1
-    """The k most likely tokens are sampled from. -1 is off."""
+    """Sample from the k most likely tokens. -1 is off."""
     min_p: Probability = 0.0
-    """Tokens below this share of the most likely one are left out. 0 is off."""
+    """Leave out tokens whose probability is below min_p x that of the most likely token. 0 is off."""
     tools: tuple[str, ...] = ("calculator",)
     """Names of the tools that the model may call."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the model's chat template, as in `{enable_thinking: false}`. Every prompt and every turn
-    gets them."""
+    """Keyword arguments for the model's chat template, such as `{enable_thinking: false}`. They apply to every prompt
+    and every turn."""
     sample_timeout: PositiveFloat = 300.0
-    """Seconds for one sample, all turns and retries together."""
+    """Seconds for one sample, including all its turns and retries."""
     sample_retries: Annotated[int, Field(ge=0)] = 2
-    """Retries of a sample whose engine died."""
+    """Maximum number of retries of a sample whose engine died."""
     partial_rollouts: bool = True
-    """A retried sample keeps the tokens that it has. Otherwise it starts from the prompt."""
+    """A retried sample keeps the tokens that it has. Otherwise it starts again from the prompt."""
     max_staleness: Annotated[int, Field(ge=0)] = 1
-    """Versions that a sample may be older than the weights it trains. Mode hybrid is on-policy (0), unless it
-    recycles."""
+    """Maximum number of versions that a sample may lag behind the weights that train on it. Mode hybrid is on-policy
+    (0) unless it recycles."""
     over_sampling: Annotated[int, Field(ge=0)] = 0
-    """Groups started beyond groups_per_step. The first complete ones count."""
+    """Number of groups started in addition to groups_per_step. The step trains on the groups that finish first."""
     recycle: bool = False
-    """Mode hybrid: samples that a step leaves unfinished continue in the next step. Otherwise they are aborted."""
+    """In mode hybrid, samples that are unfinished at the end of a step continue in the next step. Otherwise they are
+    aborted."""
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
-    """Groups that a step may replace because all their rewards are the same (DAPO, arXiv:2503.14476)."""
+    """Maximum number of groups that a step replaces because all samples of the group have the same reward (DAPO,
+    arXiv:2503.14476)."""
 
 
 class JudgeConfig(Model):
-    """Engines of a frozen model that is asked for a part of the reward (docs/judges.md)."""
+    """A frozen model that grades the answers, and its engines (docs/judges.md)."""
 
     model: ModelConfig
     """The judge's model."""
     engine: EngineConfig
     """The judge's engines."""
     mode: Literal["colocated", "standalone"] = "standalone"
-    """`colocated` takes turns with the policy's engines, `standalone` has devices of its own."""
+    """`colocated` shares the devices of the policy's engines and takes turns with them. `standalone` has its own
+    devices."""
     seed: int = 0
     """Seed of a tiny model's weights."""
     template: Annotated[str, AfterValidator(check_template)] = TEMPLATE
-    """The judge's prompt, with {question}, {answer} (the model's last turn) and {reference}."""
+    """The judge's prompt. It may use {question}, {answer} (the model's last turn) and {reference}."""
     verdict: Annotated[str, AfterValidator(check_verdict)] = VERDICT
-    """Regular expression whose one group is the grade. The last match in the judge's answer counts."""
+    """Regular expression with one group, which matches the grade. The last match in the judge's answer counts."""
     best: PositiveFloat = 10.0
-    """The grade that becomes reward 1. Grade 0 becomes 0, and a number outside of 0 to `best` is no grade."""
+    """The grade that becomes reward 1. Grade 0 becomes reward 0. A number outside of 0 to `best` is not a grade."""
     max_new_tokens: PositiveInt = 512
-    """Most tokens of the judge's answer."""
+    """Maximum number of tokens in the judge's answer."""
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the grade: reward = weight x grade + (1 - weight) x rule reward."""
+    """Share of the grade in the reward: reward = weight x grade + (1 - weight) x rule reward."""
     restarts: Annotated[int, Field(ge=0)] = 3
-    """Restarts in a row of one engine that died or hangs."""
+    """How often in a row Millrace restarts an engine that died or hangs."""
 
 
 class OptimizerConfig(Model):
-    """AdamW, with a linear warm-up to `lr` and then the named schedule."""
+    """AdamW, with a linear warm-up to `lr` followed by the schedule `lr_schedule`."""
 
     lr: PositiveFloat
     """Learning rate after the warm-up."""
@@ -331,72 +347,75 @@ class OptimizerConfig(Model):
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this norm."""
+    """Maximum norm of the gradients. Larger ones are clipped to it."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Schedule of the learning rate after the warm-up."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of the linear warm-up."""
+    """Number of steps of the linear warm-up."""
     min_lr_ratio: Probability = 0.0
-    """Share of `lr` at which the schedule ends."""
+    """Final learning rate of the schedule, as a share of `lr`."""
 
 
 class LossConfig(Model):
-    """GRPO's loss (DeepSeekMath, arXiv:2402.03300), with the later options that the field uses."""
+    """The GRPO loss (DeepSeekMath, arXiv:2402.03300) and its common variants."""
 
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """The ratio is clipped below 1 - clip_low."""
+    """Lower clipping bound of the ratio: 1 - clip_low."""
     clip_high: PositiveFloat = 0.28
-    """The ratio is clipped above 1 + clip_high. Above clip_low it is DAPO's clip-higher (arXiv:2503.14476)."""
+    """Upper clipping bound of the ratio: 1 + clip_high. A value above clip_low is DAPO's clip-higher
+    (arXiv:2503.14476)."""
     kl_coefficient: NonNegativeFloat = 0.0
-    """Weight of the KL term. Above 0 a frozen copy of the first weights is kept as the reference."""
+    """Weight of the KL term. If it is above 0, a frozen copy of the initial weights is kept as the reference."""
     average: Literal["token", "sequence"] = "token"
-    """What the loss is averaged over."""
+    """Whether the loss is averaged over tokens or over sequences."""
     normalize_advantages: bool = True
     """Divide advantages by the group's standard deviation. False is Dr. GRPO (arXiv:2503.20783)."""
     importance_cap: PositiveFloat | None = 2.0
-    """Cap of the truncated importance weight against the engine's logprobs. None is off."""
+    """Cap of the truncated importance weight, which corrects for the engine's logprobs. None is off."""
 
 
 class WarmupConfig(OptimizerConfig):
-    """Supervised steps before the reinforcement, for a model from random weights: they teach the format of an answer
-    on the generator's stories (`millrace.train.warmup_data`)."""
+    """Supervised training before reinforcement learning, for a model with random weights.
+
+    It teaches the format of an answer on generated problems (`millrace.train.warmup_data`).
+    """
 
     steps: PositiveInt
-    """Supervised steps."""
+    """Number of supervised steps."""
     batch_size: PositiveInt = 32
-    """Conversations in one step."""
+    """Number of conversations in one step."""
     seed: int = 0
     """Seed of the endless stream of conversations."""
 
 
 class TrainConfig(OptimizerConfig):
-    """The reinforcement, with its optimizer's settings beside the others, as in `train.lr`."""
+    """Reinforcement learning. The optimizer's settings are part of this section, such as `train.lr`."""
 
     steps: PositiveInt
-    """Steps of the run."""
+    """Number of training steps in the run."""
     loss: LossConfig = LossConfig()
-    """GRPO's loss."""
+    """The GRPO loss."""
     minibatches: PositiveInt = 1
-    """Optimizer steps on one step's samples."""
+    """Number of optimizer steps on the samples of one training step."""
     tokens_per_microbatch: PositiveInt = 8192
-    """Most tokens of one forward pass."""
+    """Maximum number of tokens in one forward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the forward pass. The master weights are float32."""
     device: str = "cpu"
-    """Device of torch: `cpu`, `cuda` or `cuda:N`."""
+    """The torch device: `cpu`, `cuda` or `cuda:N`."""
     threads: PositiveInt | None = None
-    """CPU threads of torch. None keeps torch's default."""
+    """Number of CPU threads that torch uses. None keeps torch's default."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass, which saves memory."""
+    """Recompute activations in the backward pass to save memory."""
 
 
 class EvaluationConfig(Model):
-    """Greedy answers to held-out problems."""
+    """Evaluation on held-out problems, with greedy decoding."""
 
     data: DataConfig
     """The held-out problems."""
     every: PositiveInt = 5
-    """Steps between two evaluations. The first and the last step are always evaluated."""
+    """Number of steps between two evaluations. The first and the last step are always evaluated."""
     problems: PositiveInt = 128
     """Number of problems that are evaluated."""
 
@@ -405,9 +424,9 @@ class CheckpointConfig(Model):
     """When the trainer's state is saved."""
 
     every: PositiveInt = 10
-    """Steps between two checkpoints. The last step is always saved."""
+    """Number of steps between two checkpoints. The last step is always saved."""
     keep: PositiveInt = 2
-    """Checkpoints that are kept."""
+    """Number of checkpoints to keep."""
 
 
 TransportName = Literal["auto", "shm", "cuda_ipc", "gloo", "nccl", "disk", "delta", "ucx"]
@@ -417,87 +436,91 @@ class PublishConfig(Model):
     """How new weights reach the engines."""
 
     transport: TransportName = "auto"
-    """How weights travel to the engines. `auto` chooses by what engines and trainer share."""
+    """How weights travel to the engines. `auto` chooses by the devices and hosts that engines and trainer share."""
     folder: PathOrName | None = None
-    """Where versions are kept: a path, or a URL of fsspec. With transport disk the engines read it too."""
+    """Where versions are stored: a path, or a URL for fsspec. With transport disk, the engines read it too."""
     keep: PositiveInt = 2
-    """Versions that are kept."""
+    """Number of versions to keep."""
     sidecars: tuple[str, ...] = ()
-    """For delta and ucx: the URL of `millrace sidecar` on each host of engines."""
+    """For delta and ucx: the URL of `millrace sidecar` on each host with engines."""
     bucket_bytes: PositiveInt = 256 * 1024 * 1024
-    """Bytes of one bucket of tensors."""
+    """Size of one bucket of tensors, in bytes."""
     timeout: PositiveFloat = 120.0
-    """Seconds for the whole transaction on one engine."""
+    """Seconds for the whole update of one engine."""
     require_finite: bool = True
     """Refuse to publish weights that contain NaN or infinite values."""
 
     @model_validator(mode="after")
-    def _possible(self) -> "PublishConfig":
+    def _check(self) -> "PublishConfig":
         if self.transport in ("disk", "delta") and self.folder is None:
-            raise ValueError(f"publish.transport is {self.transport}, and publish.folder does not say where")
+            raise ValueError(f"publish.transport {self.transport} needs publish.folder, which is not set")
         if self.sidecars and self.transport not in ("auto", "delta", "ucx"):
             raise ValueError(f"publish.sidecars are for publish.transport delta or ucx, and it is {self.transport}")
         if self.sidecars and self.transport == "auto" and self.folder is not None:
             raise ValueError(
-                "publish.sidecars can bring versions of publish.folder (publish.transport: delta), or read "
-                "buckets from the trainer's memory (ucx); say which as publish.transport"
+                "publish.sidecars can copy versions from publish.folder (delta), or read buckets from the trainer's "
+                "memory (ucx); set publish.transport to one of the two"
             )
         if self.transport == "ucx" and not self.sidecars:
-            raise ValueError("publish.transport is ucx, and publish.sidecars names no `millrace sidecar`")
+            raise ValueError(
+                "publish.transport ucx needs publish.sidecars, the URL of a `millrace sidecar` on each host"
+            )
         return self
 
 
 class MetricsConfig(Model):
-    """Where a run shows how its engines stand, to Prometheus and to `millrace status`. It asks for no key: who reaches
-    the port may read, and change nothing."""
+    """The metrics server, which shows the state of a run's engines to Prometheus and `millrace status`.
+
+    It is read-only and asks for no key: every client that reaches the port can read the metrics.
+    """
 
     host: str = "127.0.0.1"
     """Address that the metrics server listens on."""
     port: Annotated[int, Field(ge=0, le=65535)]
-    """Its port. 0 takes a free one."""
+    """Port that the metrics server listens on. 0 picks a free port."""
 
 
 class RunConfig(Model):
     """One training run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Name of the run, and of its folder below output_dir."""
+    """Name of the run, and of its folder in output_dir."""
     output_dir: LocalPath = Path("runs")
-    """Folder of all runs."""
+    """Folder that holds the folders of all runs."""
     seed: int = 0
     """Seed of everything random in the run."""
     mode: Literal["hybrid", "standalone"] = "hybrid"
     """`hybrid`: engines and trainer share their devices and take turns. `standalone`: both work at the same time."""
     model: ModelConfig
-    """The model that is trained."""
+    """The model to train."""
     engine: EngineConfig
     """The engines that generate."""
     data: DataConfig
     """The training problems."""
     rollout: RolloutConfig
-    """How samples are made."""
+    """How rollouts are sampled."""
     warmup: WarmupConfig | None = None
-    """Supervised steps before the reinforcement. None is off."""
+    """Supervised training before reinforcement learning. None is off."""
     train: TrainConfig
-    """The reinforcement."""
+    """Reinforcement learning."""
     evaluation: EvaluationConfig
-    """Greedy answers to held-out problems."""
+    """Evaluation on held-out problems."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are saved."""
     publish: PublishConfig = PublishConfig()
-    """How weights reach the engines."""
+    """How new weights reach the engines."""
     restarts: Annotated[int, Field(ge=0)] = 3
-    """Restarts in a row of one engine that died or hangs."""
+    """How often in a row Millrace restarts an engine that died or hangs."""
     router: RouterConfig | None = None
-    """A router of another project between requests and engines. Its name alone is enough. None sends requests straight
-    to the engines."""
+    """An external router between the requests and the engines: a section, or just the kind, as in `router: sglang`.
+    None sends requests straight to the engines."""
     judges: JudgeConfig | None = None
-    """Engines that grade answers. None leaves the reward to the rule."""
+    """A model that grades the answers. None uses only the rule reward."""
     metrics: MetricsConfig | None = None
     """Metrics for Prometheus and `millrace status`. None is off."""
 
     @model_validator(mode="after")
-    def _possible(self) -> "RunConfig":
+    def _check(self) -> "RunConfig":
         rollout = self.rollout
         if rollout.max_turn_tokens > rollout.max_sample_tokens:
             raise ValueError("rollout.max_turn_tokens is above rollout.max_sample_tokens; no turn could be that long")
@@ -505,21 +528,23 @@ class RunConfig(Model):
             check_router(self.router, self.engine.kind)
         if rollout.recycle:
             if self.mode != "hybrid":
-                raise ValueError("rollout.recycle is for mode hybrid; in standalone everything goes on while it trains")
+                raise ValueError(
+                    "rollout.recycle is for mode hybrid; in mode standalone, samples continue while the trainer works"
+                )
             if not (rollout.over_sampling and rollout.partial_rollouts and rollout.max_staleness):
                 raise ValueError(
-                    "rollout.recycle keeps what over-sampling leaves unfinished; it needs rollout.over_sampling, "
-                    "rollout.partial_rollouts and a rollout.max_staleness of at least 1"
+                    "rollout.recycle keeps the samples that over-sampling leaves unfinished; it needs "
+                    "rollout.over_sampling, rollout.partial_rollouts and a rollout.max_staleness of at least 1"
                 )
         if self.judges is not None and self.judges.mode == "colocated":
             if self.mode != "hybrid":
                 raise ValueError(
-                    "judges.mode colocated takes turns with engines that sleep between the steps, which they do in "
-                    "mode hybrid; in standalone they generate all the time: give the judges devices of their own"
+                    "judges.mode colocated needs engines that sleep between the steps, which they do only in mode "
+                    "hybrid; in mode standalone, set judges.mode standalone to give the judges their own devices"
                 )
             if rollout.dynamic_sampling:
                 raise ValueError(
-                    "rollout.dynamic_sampling chooses groups by their rewards while they are generated, which judges "
-                    "of mode colocated give afterwards; take judges.mode standalone"
+                    "rollout.dynamic_sampling needs the rewards during generation, and judges of mode colocated grade "
+                    "after it; set judges.mode standalone"
                 )
         return self

@@ -1,4 +1,4 @@
-"""Paths as people write them: with `~`, and with variables of the environment."""
+"""Types of path settings. `~` and environment variables in them are expanded."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,6 @@ def _expand(value: Any) -> Any:
     return value
 
 
-# A path of this host, and text that may be one: a folder, or else a name or a URL.
+# A path on this host, and a string that is either a path, or a name or URL.
 LocalPath = Annotated[Path, BeforeValidator(_expand)]
 PathOrName = Annotated[str, BeforeValidator(_expand)]

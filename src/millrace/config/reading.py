@@ -1,4 +1,4 @@
-"""Reads YAML, with the line of every key. What is ambiguous or wrong is one error with the file and the line."""
+"""Reads YAML together with the line of every key. Invalid or ambiguous YAML is an error with the file and the line."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +10,15 @@ from millrace.errors import ConfigError
 
 Location = tuple[str | int, ...]
 
-# A few short lines of aliases to aliases can stand for more values than any memory has.
+# A few short lines of aliases to aliases can expand to more values than fit in memory.
 MOST_VALUES = 10_000
 
 
 def read_yaml(path: Path) -> tuple[Any, dict[Location, int]]:
-    """What a file holds, and the line of every key and item, counted from 1. Raises ConfigError."""
+    """Return the content of a YAML file, and the line of every key and item, counted from 1.
+
+    Raises ConfigError if the file can't be read, is not UTF-8, or is not valid YAML.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -25,21 +28,24 @@ def read_yaml(path: Path) -> tuple[Any, dict[Location, int]]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file in this encoding"
+            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
         ) from error
     return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, dict[Location, int]]:
-    """The value of a text, and the line of every key and item. Messages call the text `source`. No two values of the
-    result are the same object. Raises ConfigError."""
+    """Return the value of a YAML text, and the line of every key and item, counted from 1.
+
+    Error messages call the text `source`. An alias becomes a copy, so no two values in the result are the same
+    object. Raises ConfigError if the text is not valid YAML.
+    """
     loader = _Loader(source, text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None, {}
         lines = dict(_lines(node))
-        return _unshared(loader.construct_document(node)), lines
+        return _deep_copy(loader.construct_document(node)), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -53,7 +59,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[Location, int]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader whose errors all have a line."""
+    """SafeLoader that adds the line to every error."""
 
     def __init__(self, source: str, text: str) -> None:
         try:
@@ -73,8 +79,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _lines(root: yaml.Node) -> Iterator[tuple[Location, int]]:
-    """The line of every key and item. Raises MarkedYAMLError for a key that a mapping has twice, for a value that
-    contains itself, and for aliases that expand to too many values."""
+    """Yield the line of every key and item.
+
+    Raises MarkedYAMLError if a mapping has a key twice, a value contains itself, or aliases expand to too many values.
+    """
     count = 0
 
     def walk(node: yaml.Node, at: Location, inside: tuple[yaml.Node, ...]) -> Iterator[tuple[Location, int]]:
@@ -83,10 +91,10 @@ def _lines(root: yaml.Node) -> Iterator[tuple[Location, int]]:
         if any(node is outer for outer in inside):
             raise _problem("the value contains itself, by an alias", node)
         if count > MOST_VALUES:
-            raise _problem(f"aliases make more than {MOST_VALUES} values of the file", node)
+            raise _problem(f"the file's aliases expand to more than {MOST_VALUES} values", node)
         match node:
             case yaml.MappingNode():
-                _require_different([key for key, _ in node.value])
+                _require_unique([key for key, _ in node.value])
                 merged = [value for key, value in node.value if key.tag.endswith(":merge")]
                 for value in merged:  # first, since the mapping's own keys win
                     for one in reversed(value.value) if isinstance(value, yaml.SequenceNode) else [value]:
@@ -103,13 +111,13 @@ def _lines(root: yaml.Node) -> Iterator[tuple[Location, int]]:
     return walk(root, (), ())
 
 
-def _require_different(keys: list[yaml.Node]) -> None:
+def _require_unique(keys: list[yaml.Node]) -> None:
     seen: dict[str, yaml.Node] = {}
     for key in keys:
         if not isinstance(key, yaml.ScalarNode):
             raise _problem("a key is a list or a mapping; it must be a name", key)
         if first := seen.get(key.value):
-            raise _problem(f"the key {key.value} is there twice, first in line {first.start_mark.line + 1}", key)
+            raise _problem(f"the key {key.value} is set twice, first in line {first.start_mark.line + 1}", key)
         seen[key.value] = key
 
 
@@ -117,11 +125,11 @@ def _problem(message: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=message, problem_mark=node.start_mark)
 
 
-def _unshared(value: Any) -> Any:
-    """A copy in which an alias is a value of its own: what is written to one place must not change another."""
+def _deep_copy(value: Any) -> Any:
+    """Copy a value so that each alias becomes an object of its own. An override of one place changes no other place."""
     match value:
         case dict():
-            return {key: _unshared(one) for key, one in value.items()}
+            return {key: _deep_copy(one) for key, one in value.items()}
         case list():
-            return [_unshared(one) for one in value]
+            return [_deep_copy(one) for one in value]
     return value

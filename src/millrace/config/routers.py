@@ -1,4 +1,4 @@
-"""The settings of a router of others' that stands between the requests and the engines (docs/routers.md)."""
+"""The settings of an external router between the requests and the engines (docs/routers.md)."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -8,12 +8,12 @@ from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 from millrace.config.base import ForeignArgument, Model
 from millrace.config.paths import LocalPath
 
-# Which engines each can stand before without losing a part of what they are asked.
+# The kinds of engines that each router can serve without dropping parts of the requests.
 SERVES: Mapping[str, frozenset[str]] = {
     "sglang": frozenset({"sglang", "embedded"}),
     "vllm": frozenset({"vllm"}),
 }
-# What Millrace says itself, and what would make something else of the router than one list of engines alike.
+# Arguments that Millrace sets, and arguments of modes in which the router has more than one list of equal engines.
 OWN_ARGS = frozenset({"host", "port", "policy", "api_key", "worker_urls"})
 OTHER_MODES = frozenset({
     "control_plane_api_keys",
@@ -33,45 +33,51 @@ OTHER_MODES = frozenset({
 
 
 class ForeignRouterConfig(Model):
-    """Started from the environment of `millrace engines install`, or by an interpreter that has it (`python`); or one
-    that somebody else started (`url`; its key is read from MILLRACE_ROUTER_API_KEY)."""
+    """The settings that all external routers share.
+
+    Millrace starts the router from the environment that `millrace engines install` made, or with the interpreter
+    `python`. With `url` it attaches to a running router instead, whose key is read from MILLRACE_ROUTER_API_KEY.
+    """
 
     python: LocalPath | None = None
-    """An interpreter that has the router. None uses the environment that `millrace engines install` made."""
+    """A Python interpreter with the router installed. None uses the environment that `millrace engines install`
+    made."""
     url: str | None = None
     """A running router to attach to. Its key comes from MILLRACE_ROUTER_API_KEY."""
     fallback: Literal["direct", "none"] = "direct"
-    """Where requests go while the router does not answer: straight to the engines, or into an error."""
+    """What happens to requests while the router does not answer. `direct` sends them straight to the engines, `none`
+    fails them."""
     restarts: Annotated[int, Field(ge=0)] = 3
-    """Restarts in a row of a router that ended by itself."""
+    """How often in a row Millrace restarts a router that exited."""
     start_timeout: PositiveFloat = 30.0
     """Seconds until the router must be healthy."""
     args: dict[str, ForeignArgument] = Field(default_factory=dict)
-    """The router's own arguments, by their own names. A dictionary becomes JSON."""
+    """Further arguments of the router, by the router's names for them. A dictionary becomes JSON."""
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check(self) -> Self:
         if self.url is not None and (self.args or self.python is not None):
-            raise ValueError("url attaches to a router that runs; python and args are for one that is started here")
+            raise ValueError("url attaches to a running router; python and args are for a router that Millrace starts")
         names = {name.replace("-", "_") for name in self.args}
         if own := sorted(names & OWN_ARGS):
-            raise ValueError(f"args.{own[0]} is Millrace's own to set")
+            raise ValueError(f"args.{own[0]} is set by Millrace")
         if others := sorted(names & OTHER_MODES):
             raise ValueError(
-                f"args.{others[0]}: Millrace keeps one list of engines alike, and says itself who is in it"
+                f"args.{others[0]} is not supported: the router must have one list of equal engines, which Millrace "
+                "maintains"
             )
         return self
 
 
 class SGLangRouterConfig(ForeignRouterConfig):
-    """sglang-router. Its cache_aware does not look at token ids; what sticks is `manual`."""
+    """sglang-router. Its policy `cache_aware` ignores token ids; the policy with session affinity is `manual`."""
 
     kind: Literal["sglang"]
     """sglang-router."""
     version: str = "0.3.2"
     """Version of the router."""
     policy: Literal["manual", "cache_aware", "power_of_two", "random", "round_robin"] = "manual"
-    """The router's policy. `manual` is sticky; `cache_aware` does not look at token ids."""
+    """The router's policy. `manual` sends a session to the same engine each time. `cache_aware` ignores token ids."""
 
 
 class VLLMRouterConfig(ForeignRouterConfig):
@@ -88,7 +94,7 @@ class VLLMRouterConfig(ForeignRouterConfig):
 
 
 def by_name(value: Any) -> Any:
-    """`router: sglang` alone says which one."""
+    """Expand the short form `router: sglang` to `router: {kind: sglang}`."""
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -98,10 +104,10 @@ RouterConfig = Annotated[
 
 
 def check_router(router: SGLangRouterConfig | VLLMRouterConfig, engine: str) -> None:
-    """Raises ValueError where it can't stand before engines of this kind."""
+    """Raise ValueError if the router can't serve engines of the kind `engine`."""
     if engine not in SERVES[router.kind]:
         able = [kind for kind, engines in SERVES.items() if engine in engines]
         raise ValueError(
-            f"router {router.kind} drops a part of what {engine} engines are asked; "
-            f"take {' or '.join(able)}, or none: requests then go straight to the engines"
+            f"router {router.kind} drops parts of the requests to {engine} engines; "
+            f"use {' or '.join(able)}, or no router: requests then go straight to the engines"
         )

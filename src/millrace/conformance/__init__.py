@@ -1,4 +1,4 @@
-"""One set of checks against any engine: what the contract in `millrace.engines.base` says, tried on a real server."""
+"""The conformance suite: checks of the contract in `millrace.engines.base`, for any engine, on a real server."""
 
 from millrace.conformance.check import Check, Outcome, Result, Subject
 from millrace.conformance.runner import Runner

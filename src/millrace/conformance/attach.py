@@ -1,4 +1,4 @@
-"""The engine behind a URL, and the folders that `millrace doctor` was given for it."""
+"""Attaches `millrace doctor` to the engine at a URL, and checks the model folders given for it."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ from millrace.model_folder import StoredTensor, has_weights, stored_tensors
 
 
 class Kind(StrEnum):
-    """What runs at a URL."""
+    """The kind of engine at a URL."""
 
     SGLANG = "sglang"
     VLLM = "vllm"
@@ -25,13 +25,13 @@ class Kind(StrEnum):
 
 
 ASK_DEADLINE = 10.0  # seconds
-# A route of each stock engine that the other has not.
+# A route of each stock engine that the other does not have.
 ROUTES: Mapping[Kind, str] = {Kind.SGLANG: "/flush_cache", Kind.VLLM: "/version"}
 _SGLANG_ROUTES = (
-    "/resume_memory_occupation where it sleeps, /update_weights_from_disk with the model's folder as model_path, and "
+    "/resume_memory_occupation if it sleeps, /update_weights_from_disk with the model's folder as model_path, and "
     "/continue_generation"
 )
-# What brings a server back by hand, whose checks were broken off: POSTs, with its control key.
+# The POST requests that restore a server by hand after interrupted checks. They need its control key.
 BY_HAND: Mapping[Kind, str] = {
     Kind.SGLANG: _SGLANG_ROUTES,
     Kind.VLLM: '/wake_up, /collective_rpc {"method": "reload_weights"}, /reset_prefix_cache and /resume',
@@ -40,25 +40,25 @@ BY_HAND: Mapping[Kind, str] = {
 
 
 async def find_kind(url: str) -> Kind:
-    """What runs at `url`, by the routes that the server has. Raises LaunchError where no engine answers there."""
+    """Return the kind of engine at `url`, by the server's routes. Raises LaunchError if no engine answers there."""
     server = HttpClient(urlsplit(url).netloc or url, url, api_key=os.environ.get(API_KEY))
     try:
         paths = await _routes(server)
         for kind, route in ROUTES.items():
             if route in paths:
                 return kind
-        said = await server.control("GET", "/server_info", deadline=ASK_DEADLINE, repeatable=True)
+        info = await server.control("GET", "/server_info", deadline=ASK_DEADLINE, repeatable=True)
     except EngineError as error:
         raise LaunchError(f"no engine answers at {url}: {error}{about_keys(error)}") from error
     finally:
         await server.close()
-    if not (isinstance(said, Mapping) and "capabilities" in said):
-        raise LaunchError(f"what answers at {url} is neither SGLang, nor vLLM, nor the embedded engine")
+    if not (isinstance(info, Mapping) and "capabilities" in info):
+        raise LaunchError(f"the server at {url} is neither SGLang, nor vLLM, nor the embedded engine")
     return Kind.EMBEDDED
 
 
 async def _routes(server: HttpClient) -> Set[str]:
-    """As the server describes them; the embedded engine does not."""
+    """Return the routes in the server's OpenAPI description. The embedded engine has none."""
     try:
         api = await server.control("GET", "/openapi.json", deadline=ASK_DEADLINE, repeatable=True)
     except EngineRefused:
@@ -67,11 +67,13 @@ async def _routes(server: HttpClient) -> Set[str]:
 
 
 async def attach(url: str, *, folder: Path | None, other: Path | None) -> Subject:
-    """The server at `url`, as somebody else started it; its keys come from the environment. Without `folder`, the one
-    that the server names is taken, if it can be read here. The caller closes the engine.
+    """Attach to the server at `url`, and return it as the subject of the checks. The caller must close its engine.
 
-    Raises DataError for folders that are not what they should be, before the server is asked anything where both are
-    given, and LaunchError when it does not answer as an engine.
+    The keys come from the environment. If `folder` is None, the folder that the server reports is used, if this process
+    can read it.
+
+    Raises DataError if `folder` or `other` is not suitable (see `require_folders`), and LaunchError if the server does
+    not answer as an engine. If both folders are given, they are checked before the first call to the server.
     """
     await asyncio.to_thread(require_folders, folder, other)
     kind = await find_kind(url)
@@ -90,10 +92,12 @@ async def attach(url: str, *, folder: Path | None, other: Path | None) -> Subjec
 
 
 def require_folders(folder: Path | None, other: Path | None) -> None:
-    """Raises DataError unless `folder` is a model's, and `other` has other weights of the same names and shapes. Where
-    one of them is None, or the model's weights are in another format than safetensors, less is asked."""
+    """Raise DataError unless `folder` holds a model, and `other` holds different weights of the same names and shapes.
+
+    The weights are compared only if both folders are given and the model's weights are in the safetensors format.
+    """
     if folder is not None and not (folder / "config.json").is_file():
-        raise DataError(f"--model: {folder} is no model's folder, it has no config.json")
+        raise DataError(f"--model: {folder} is not a model's folder, it has no config.json")
     if other is None:
         return
     try:
@@ -103,16 +107,16 @@ def require_folders(folder: Path | None, other: Path | None) -> None:
     if folder is None or not has_weights(folder):
         return
     ours = stored_tensors(folder)
-    wanted = "give other weights of the same model, as those of a fine-tune"
+    hint = "give other weights of the same model, such as a fine-tune"
     if odd := sorted(ours.keys() ^ theirs.keys()):
-        how = f"it has no {odd[0]}" if odd[0] in ours else f"{odd[0]} is not there"
-        raise DataError(f"--other: {other} is of another model than {folder}: {how}; {wanted}")
+        reason = f"it does not have {odd[0]}" if odd[0] in ours else f"the model does not have {odd[0]}"
+        raise DataError(f"--other: {other} is of another model than {folder}: {reason}; {hint}")
     for name, tensor in ours.items():
         if theirs[name].shape != tensor.shape:
-            how = f"{name} has the shape {theirs[name].shape}, there {tensor.shape}"
-            raise DataError(f"--other: {other} is of another model than {folder}: {how}; {wanted}")
+            reason = f"{name} has the shape {theirs[name].shape} instead of {tensor.shape}"
+            raise DataError(f"--other: {other} is of another model than {folder}: {reason}; {hint}")
     if all(_content(tensor) == _content(theirs[name]) for name, tensor in ours.items()):
-        raise DataError(f"--other: {other} has the same weights as {folder}; {wanted}")
+        raise DataError(f"--other: {other} has the same weights as {folder}; {hint}")
 
 
 def _content(tensor: StoredTensor) -> bytes:
@@ -124,9 +128,9 @@ def _content(tensor: StoredTensor) -> bytes:
 def _why_not(kind: Kind, url: str, error: EngineError) -> str:
     if isinstance(error, EngineUnreachable) and not error.sent:
         return str(error)
-    if isinstance(error.__cause__, DataError):  # the adapter needs the model's folder, and knows no command line
-        return f"the model that {url} serves is not known here: {error.__cause__}; give its folder by --model"
-    return f"the {kind} engine at {url} can't be examined: {error}{about_keys(error)}"
+    if isinstance(error.__cause__, DataError):  # the adapter needs the model's folder, and can't name the option
+        return f"the model that {url} serves is not available here: {error.__cause__}; give its folder with --model"
+    return f"the {kind} engine at {url} can't be checked: {error}{about_keys(error)}"
 
 
 def _engine(kind: Kind, url: str, folder: Path | None) -> HttpEngine:

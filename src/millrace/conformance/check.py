@@ -1,4 +1,4 @@
-"""What a check is: a question to one engine, with a name, and an answer that is never left out."""
+"""The check: a named test of one engine, which always gives a result."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,10 +13,12 @@ from millrace.types import Capability, EngineInfo
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The engine that is examined. No other controls it, and nobody else generates on it meanwhile.
+    """The engine under test. No other client may control it or generate on it during the checks.
 
-    folder: the model's, with the weights that it serves at the start; other: one with other weights of the same shapes.
-    Both must lie under the same path for the engine's host, where it loads from disk.
+    folder: the model's folder, with the weights that the engine serves at the start.
+    other: a folder with other weights of the same shapes.
+
+    If the engine loads weights from disk, both must have the same paths on its host.
     """
 
     engine: Engine
@@ -26,14 +28,16 @@ class Subject:
 
 
 class CheckFailed(Exception):
-    """The engine does not do what the contract says. The message says what was seen."""
+    """The engine violates the contract. The message says what was observed."""
 
 
 class Lacking(Exception):
-    """The check can't be made here. The message names what is missing."""
+    """The check can't be run here. The message names the missing requirement."""
 
 
 class Outcome(StrEnum):
+    """The outcome of a check. LACKING: a requirement of the check is missing."""
+
     PASSED = "passed"
     FAILED = "failed"
     LACKING = "lacking"
@@ -41,8 +45,12 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How one check came out; `reason` is empty where it passed. `skipped`: it was not made, since the server was lost
-    before it."""
+    """The result of one check.
+
+    reason: why the check did not pass. It is empty if the check passed.
+    seconds: the duration of the check.
+    skipped: the check was not run, because the server had stopped serving.
+    """
 
     check: str
     outcome: Outcome
@@ -56,9 +64,15 @@ Examine = Callable[[Subject], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`examine` returns where the engine does what `claim` says, and leaves it as it was: awake, running, with the
-    folder's weights, whose version may have grown. Otherwise it raises CheckFailed, or an EngineError that it did not
-    expect, or Lacking where it can't tell; then the runner brings the engine back."""
+    """One check of the contract.
+
+    name: the check's id, such as `pause.keep`.
+    claim: what the engine must do.
+    needs: the capabilities without which the check is not run.
+    examine: runs the check. It returns if the engine does what `claim` says. The engine is then as before: awake,
+        running, with the folder's weights, and possibly with a higher version. Otherwise `examine` raises CheckFailed,
+        an unexpected EngineError, or Lacking if it can't decide. The runner then restores the engine.
+    """
 
     name: str
     claim: str
@@ -67,18 +81,19 @@ class Check:
 
 
 def check(name: str, claim: str, *needs: Capability) -> Callable[[Examine], Check]:
-    """Makes a function a check."""
+    """Return a decorator that makes a function a check."""
     return lambda examine: Check(name, claim, frozenset(needs), examine)
 
 
 def expect(condition: bool, message: str) -> None:
+    """Raise CheckFailed with `message` unless `condition` is true."""
     if not condition:
         raise CheckFailed(message)
 
 
 @asynccontextmanager
 async def refused(what: str) -> AsyncIterator[None]:
-    """Around a call that the engine has to refuse."""
+    """Expect that the call in the block is refused. Raises CheckFailed if it is not."""
     try:
         yield
     except EngineRefused:

@@ -1,6 +1,6 @@
-"""Requests that a server would die of, or answer otherwise than was asked.
+"""Requests that crash a server, or that it answers differently than the request says.
 
-To add one, add a line: its name, and what makes it from the engine's info and a sound request.
+To add one, add a line with its name and a function that makes it from the engine's info and a valid request.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ def _extra(**fields: object) -> Maker:
     return lambda _info, request: replace(request, extra=fields)
 
 
-def _further(**fields: object) -> Maker:
+def _sampling_extra(**fields: object) -> Maker:
     return _extra(sampling_params=fields)
 
 
@@ -42,7 +42,7 @@ def _no_room(info: EngineInfo, request: GenerateRequest) -> GenerateRequest:
     return replace(request, input_ids=request.input_ids[:1] * info.context_length)
 
 
-# Every engine has to refuse these: no answer could be what was asked.
+# Every engine must refuse these, since no answer could be right.
 REFUSED: Mapping[str, Maker] = {
     "a token beyond the vocabulary": _beyond,
     "a token far beyond the vocabulary": _tokens(2**31 - 1),
@@ -63,12 +63,12 @@ REFUSED: Mapping[str, Maker] = {
     "extra with another name": _extra(rid="other"),
     "extra without logprobs": _extra(return_logprob=False),
     "extra that streams": _extra(stream=True),
-    "extra with another number of tokens": _further(max_new_tokens=1),
-    "extra with several samples": _further(n=2),
+    "extra with another number of tokens": _sampling_extra(max_new_tokens=1),
+    "extra with several samples": _sampling_extra(n=2),
     "extra with sampling that is no mapping": _extra(sampling_params=3),
 }
 
-# An engine may refuse these or answer them in full. Some server died of each.
+# An engine may refuse these or answer them completely. Each has crashed some server.
 SURVIVED: Mapping[str, Maker] = {
     "a top_k of 32 bits": _sampling(temperature=1.0, top_k=2**31),
     "a temperature next to 0": _sampling(temperature=1e-30),
@@ -83,6 +83,6 @@ SURVIVED: Mapping[str, Maker] = {
     "more top logprobs than tokens": lambda info, request: replace(
         request, extra={"top_logprobs_num": info.vocab_size + 1}
     ),
-    "a huge bias": _further(logit_bias={"1": 1e300}),
-    "no repetition penalty at all": _further(repetition_penalty=0.0),
+    "a huge bias": _sampling_extra(logit_bias={"1": 1e300}),
+    "no repetition penalty at all": _sampling_extra(repetition_penalty=0.0),
 }

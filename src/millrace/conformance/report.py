@@ -1,4 +1,4 @@
-"""What came of the checks, as JSON and as tables."""
+"""The report of a run of the checks, as JSON and as Markdown tables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +14,10 @@ from millrace.types import Capability, EngineInfo
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How one engine fared. lost: how it stopped serving, if it did."""
+    """The results of the checks of one engine.
+
+    lost: how the engine stopped serving, or None if it did not.
+    """
 
     kind: str
     engine_version: str
@@ -24,26 +27,31 @@ class Report:
 
     @property
     def title(self) -> str:
+        """The engine's kind and version."""
         return f"{self.kind} {self.engine_version}"
 
     def count(self, outcome: Outcome) -> int:
+        """Return the number of checks with this outcome."""
         return sum(result.outcome is outcome for result in self.results)
 
     @property
     def seconds(self) -> float:
+        """Total duration of the checks."""
         return sum(result.seconds for result in self.results)
 
 
 def report(info: EngineInfo, results: Sequence[Result], lost: str | None) -> Report:
+    """Make the report of an engine from its info and results."""
     return Report(info.kind, info.engine_version, info.capabilities, tuple(results), lost)
 
 
 def to_json(of: Report) -> bytes:
+    """Return the report as JSON. `from_json` reads it."""
     return orjson.dumps({**asdict(of), "capabilities": sorted(of.capabilities)}, option=orjson.OPT_INDENT_2) + b"\n"
 
 
 def from_json(path: Path) -> Report:
-    """Raises DataError where the file is not a report."""
+    """Read a report from a JSON file. Raises DataError if the file is not a report."""
     try:
         body: Mapping[str, Any] = orjson.loads(path.read_bytes())
         return Report(
@@ -57,23 +65,23 @@ def from_json(path: Path) -> Report:
             lost=body["lost"],
         )
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is no report of `millrace doctor --json`: {error!r}") from error
+        raise DataError(f"{path} is not a report of `millrace doctor --json`: {error!r}") from error
 
 
 def capability_table(reports: Mapping[str, Report]) -> str:
-    """Capabilities, in Markdown; one column for each report, under its title."""
+    """Return a Markdown table of the capabilities, with one column for each report."""
     rows = [(f"`{c}`", ["yes" if c in one.capabilities else "" for one in reports.values()]) for c in Capability]
     return _table("capability", tuple(reports), rows)
 
 
 def check_table(checks: Sequence[Check], reports: Mapping[str, Report]) -> str:
-    """Outcomes, in Markdown; one column for each report, under its title. Reasons stand below, numbered."""
+    """Return a Markdown table of the outcomes, with one column for each report, followed by the numbered reasons."""
     notes: list[str] = []
 
     def cell(one: Report, name: str) -> str:
         result = next((r for r in one.results if r.check == name), None)
         if result is None:
-            return "not asked"
+            return "not run"
         if not result.reason:
             return result.outcome
         if result.reason not in notes:

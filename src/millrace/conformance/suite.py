@@ -1,4 +1,4 @@
-"""All checks, in the order in which they are made: what the others rest on comes first."""
+"""All checks, in the order in which they run. Checks come after those that they depend on."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -37,8 +37,8 @@ CHECKS: Sequence[Check] = (
 
 
 def select(pattern: str) -> list[Check]:
-    """The checks whose names match, as `pause.*`. Raises ConfigError where none does."""
+    """Return the checks whose names match a pattern, such as `pause.*`. Raises ConfigError if no name matches."""
     if chosen := [check for check in CHECKS if fnmatchcase(check.name, pattern)]:
         return chosen
     groups = sorted({check.name.partition(".")[0] for check in CHECKS})
-    raise ConfigError(f"no check is named like {pattern}; there are {', '.join(f'{group}.*' for group in groups)}")
+    raise ConfigError(f"no check matches {pattern}; the groups are {', '.join(f'{group}.*' for group in groups)}")

@@ -1,4 +1,4 @@
-"""The ways by which the checks bring weights into an engine. Torch is imported where tensors are sent, not before."""
+"""The ways in which the checks load weights into an engine. Torch is imported only by functions that send tensors."""
 
 import asyncio
 import os
@@ -20,10 +20,10 @@ from millrace.weights.transports.registry import CLASSES, create, needs
 if TYPE_CHECKING:
     import torch
 
-LOAD_DEADLINE = 120.0  # seconds; for weights of gigabytes
+LOAD_DEADLINE = 120.0  # seconds; enough for gigabytes of weights
 LARGEST_BUCKET = 256 * 1024 * 1024
 
-# The first of them that an engine has is the one that is used where any will do.
+# In order of preference: checks for which any of them will do use the first that the engine has.
 MEMORY = (
     Capability.UPDATE_FROM_SHARED_MEMORY,
     Capability.UPDATE_FROM_CUDA_IPC,
@@ -34,53 +34,55 @@ Way = Callable[[Subject, Path, int], Awaitable[None]]
 
 
 def folders(subject: Subject) -> tuple[Path, Path]:
-    """The model's folder and the one with other weights."""
+    """Return the model's folder and the folder with other weights. Raises Lacking if one of them is missing."""
     if subject.other is None:
         raise Lacking("no folder with other weights of the same shapes was given")
     return folder(subject), subject.other
 
 
 def folder(subject: Subject) -> Path:
+    """Return the model's folder. Raises Lacking if this process can't read it."""
     if subject.folder is None or not subject.folder.is_dir():
         raise Lacking(f"the model's folder ({subject.folder or subject.info.model_path}) can't be read here")
     return subject.folder
 
 
 async def next_version(subject: Subject) -> int:
+    """Return the version after the one that the engine serves."""
     version = (await subject.engine.info()).weight_version
     return 1 if version is None else version + 1
 
 
 def ways(subject: Subject) -> dict[str, Way]:
-    """Those that this engine has."""
+    """Return the ways that this engine supports, by name."""
     can = subject.info.capabilities
-    there: dict[str, Way] = {}
+    supported: dict[str, Way] = {}
     if Capability.UPDATE_FROM_DISK in can:
-        there["disk"] = by_disk
+        supported["disk"] = by_disk
     if kinds := memory_kinds(subject):
-        there["memory"] = partial(by_memory, kinds[0])
+        supported["memory"] = partial(by_memory, kinds[0])
     if Capability.UPDATE_FROM_PROCESS_GROUP in can:
-        there["process group"] = by_group
+        supported["process group"] = by_group
     if Capability.UPDATE_FROM_BARE_NCCL in can and "NCCL_HOSTID" in os.environ:
-        there["bare NCCL"] = by_bare_nccl
-    return there
+        supported["bare NCCL"] = by_bare_nccl
+    return supported
 
 
 def memory_kinds(subject: Subject) -> list[Capability]:
-    """By which memory of a process on its host it takes tensors."""
+    """Return the kinds of memory, shared with a process on its host, from which the engine can load tensors."""
     return [capability for capability in MEMORY if capability in subject.info.capabilities]
 
 
 def one_way(subject: Subject) -> Way:
-    """From disk where it can, which needs no torch here."""
+    """Return the first way that the engine supports. It is the disk if possible, which needs no torch here."""
     for way in ways(subject).values():
         return way
-    raise Lacking("it takes weights neither from disk, nor from memory, nor from a process group")
+    raise Lacking("the engine loads weights neither from disk, nor from memory, nor from a process group")
 
 
 @asynccontextmanager
 async def update(subject: Subject, version: int) -> AsyncIterator[None]:
-    """An open transaction. What goes wrong in it is rolled back where that is possible, and raised."""
+    """Begin an update. An error in the block is raised after a rollback, if the engine can roll back."""
     await subject.engine.begin_update(version)
     try:
         yield
@@ -91,37 +93,42 @@ async def update(subject: Subject, version: int) -> AsyncIterator[None]:
 
 
 async def load_disk(subject: Subject, source: Path) -> None:
+    """Load the weights of a folder in the open update."""
     await subject.engine.load(DiskBucket(str(source)), deadline=LOAD_DEADLINE)
 
 
 async def by_disk(subject: Subject, source: Path, version: int) -> None:
+    """Update the engine to the weights of a folder, which it loads from disk."""
     async with update(subject, version):
         await load_disk(subject, source)
         await subject.engine.commit()
 
 
 async def by_memory(kind: Capability, subject: Subject, source: Path, version: int) -> None:
-    """By the publisher, as a trainer on the engine's host does it, through memory of this kind, in several buckets."""
+    """Publish the weights in several buckets through memory of this kind, like a trainer on the engine's host."""
     if kind is Capability.UPDATE_FROM_CUDA_IPC:
         require_gpu()
     await send(kind, subject, await read_tensors(source), version)
 
 
 async def by_group(subject: Subject, source: Path, version: int) -> None:
-    """By the publisher, broadcast by gloo, which CPUs and GPUs have."""
+    """Publish the weights by a gloo broadcast, which works on CPUs and GPUs."""
     await send(Capability.UPDATE_FROM_PROCESS_GROUP, subject, await read_tensors(source), version)
 
 
 async def by_bare_nccl(subject: Subject, source: Path, version: int) -> None:
-    """By the publisher, from a GPU here. It may be the engine's own, which NCCL takes for two only if it is led to
-    believe that they are on different hosts."""
+    """Publish the weights from a GPU of this process by an NCCL broadcast.
+
+    It may be the engine's own GPU. NCCL accepts one GPU twice only if NCCL_HOSTID makes the two processes look like
+    different hosts.
+    """
     if "NCCL_HOSTID" not in os.environ:
-        raise Lacking("NCCL does not take one GPU for two; set NCCL_HOSTID here, and to something else for the engine")
+        raise Lacking("NCCL does not use one GPU twice; set NCCL_HOSTID here, and to another value for the engine")
     await send(Capability.UPDATE_FROM_BARE_NCCL, subject, await read_tensors(source), version)
 
 
 async def send(kind: Capability, subject: Subject, tensors: "Mapping[str, torch.Tensor]", version: int) -> None:
-    """By the publisher, in several buckets, by the transport that needs this capability."""
+    """Publish tensors in several buckets, with the transport that needs this capability."""
     name = next(name for name in CLASSES if kind in needs(name))
     transport = create(name, TransportContext(capabilities=frozenset({kind})))
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -141,14 +148,15 @@ async def send(kind: Capability, subject: Subject, tensors: "Mapping[str, torch.
 
 
 def require_gpu() -> None:
+    """Raise Lacking if torch has no GPU in this process."""
     import torch
 
     if not torch.cuda.is_available():
-        raise Lacking("there is no GPU here whose memory could be shared with it")
+        raise Lacking("this process has no GPU whose memory it could share with the engine")
 
 
 async def read_tensors(source: Path) -> "dict[str, torch.Tensor]":
-    """The tensors of a model's folder, on the CPU."""
+    """Return the tensors of a model's folder, on the CPU. Raises Lacking if torch is not installed."""
     try:
         return await asyncio.to_thread(lambda: dict(FolderTensors(source)))
     except ModuleNotFoundError as error:
@@ -156,5 +164,5 @@ async def read_tensors(source: Path) -> "dict[str, torch.Tensor]":
 
 
 async def restore(subject: Subject) -> None:
-    """Brings the folder's weights back, under a new version."""
+    """Load the model's folder again, as a new version."""
     await one_way(subject)(subject, folder(subject), await next_version(subject))

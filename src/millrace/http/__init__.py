@@ -1,4 +1,4 @@
-"""How Millrace speaks HTTP: one async client for every engine."""
+"""The async HTTP client for engines, routers and sidecars."""
 
 from millrace.http.client import HttpClient
 

@@ -1,8 +1,9 @@
-"""One server's HTTP API: pooled connections, a deadline on every call, and errors that name the engine.
+"""An async HTTP client for one server, with pooled connections, a deadline on every call, and errors that name the
+engine.
 
-Data calls (generate) and control calls (all others) have connections of their own, so that a pause never queues behind
-a thousand generates. A call is repeated only when the caller says that repeating it is safe, or when this process could
-not open a connection for it: nothing was sent then. Proxies of the environment are not used.
+Data calls (generate) and control calls (all others) use separate connection pools, so a pause never queues behind a
+thousand generates. A call is retried only if the caller says that repeating it is safe, or if this process could not
+open a connection for it: then nothing was sent. The client ignores the proxy variables of the environment.
 """
 
 import asyncio
@@ -25,32 +26,36 @@ from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTime
 from millrace.http.line import Line
 from millrace.http.local import data_socket, lacking
 
-# uvicorn, which serves the stock engines, closes an idle connection after 5 s. A client that keeps one for longer will
-# sooner or later send a request into a connection that is being closed, and can't know whether it arrived.
+# uvicorn, which serves the stock engines, closes an idle connection after 5 s. A client that keeps one for longer
+# eventually sends a request into a connection that is being closed, and can't know whether it arrived.
 KEEPALIVE_SECONDS = 4.0
 JSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 RETRY_PAUSES = (0.05, 0.2, 0.8)
 ERROR_TEXT_LIMIT = 500
 LARGEST_PORT = 65535
-# A name service that is slower than this is the reason why a call fails; without a limit of its own, the call would
-# reach its deadline, and the engine would seem to be silent.
+# Limit for one DNS lookup. Without it, a slow name service would use up the call's whole deadline, and the engine would
+# be blamed for not answering.
 RESOLVE_SECONDS = 3.0
-RESOLVE_PATIENCE = 10.0  # seconds that a data call waits for a host name to be known
-# Connections for control calls: when a step is given up, thousands of aborts come at once.
+RESOLVE_PATIENCE = 10.0  # seconds that a data call retries while its host name can't be resolved
+# Connections for control calls. They are limited because an aborted step sends thousands of aborts at once.
 MOST_CONTROLS = 64
-WAIT_MARGIN = 0.05  # seconds before its deadline when a waiting call gives up, so that its caller learns the reason
-WARN_SECONDS = 60.0  # between two warnings that calls wait
+WAIT_MARGIN = 0.05  # a queued call gives up this many seconds before its deadline, so that its caller gets the reason
+WARN_SECONDS = 60.0  # seconds between two warnings that calls are waiting
 
 Method = Literal["GET", "POST", "DELETE"]
 logger = logging.getLogger(__name__)
 
 
 class HttpClient:
-    """Calls to the server at `url`, which errors call `name`.
+    """One async HTTP client for the server at `url`.
 
-    api_key opens the data calls and the questions (GET), admin_key the control calls (it defaults to api_key). Sessions
-    are made on first use, in the event loop that uses them; `close` gives them back. Raises ConfigError where `url` is
-    not a server's.
+        client = HttpClient("engine-0", "http://127.0.0.1:30000")
+        info = await client.control("GET", "/server_info", deadline=5.0)
+        await client.close()
+
+    Error messages call the server `name`. `api_key` authorizes data calls and queries (GET). `admin_key` authorizes
+    the other control calls, and defaults to `api_key`. Sessions are created on first use, in the event loop that uses
+    them, and `close` closes them. Raises ConfigError if `url` is not the URL of a server.
     """
 
     def __init__(self, name: str, url: str, *, api_key: str | None = None, admin_key: str | None = None) -> None:
@@ -60,7 +65,7 @@ class HttpClient:
         self._keys = {"data": api_key, "query": api_key, "control": admin_key or api_key}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._line = Line()  # data calls that wait for a connection
-        self._trying = 0  # data calls that have a connection, or try to get one
+        self._trying = 0  # number of data calls that have a connection or are trying to get one
         self._lacking: LocalError | None = None  # why the last connection could not be opened
         self._warned_at = -WARN_SECONDS
         self._closed = False
@@ -68,19 +73,25 @@ class HttpClient:
     async def generate(
         self, path: str, body: object, *, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Any:
-        """POSTs a data call and returns the JSON that comes back. Never repeated: the server may have begun. Waits
-        while this process may open no further connection.
+        """POST a data call and return its JSON response. The deadline is in seconds.
 
-        Raises EngineTimeout, EngineUnreachable, EngineRefused (4xx), EngineFailed (5xx, or no JSON), or LocalError
-        where this process could not send it by the deadline.
+        A data call that was sent is never repeated, since the server may have started it. The call waits while this
+        process can't open another connection.
+
+        Raises EngineTimeout, EngineUnreachable, EngineRefused (4xx), EngineFailed (5xx, or a response that is not
+        JSON), or LocalError if this process could not send the call before the deadline.
         """
         return await self._call("data", "POST", path, body, deadline, headers)
 
     async def control(
         self, method: Method, path: str, body: object = None, *, deadline: float, repeatable: bool = False
     ) -> Any:
-        """A control call. JSON comes back as its value, other text as a string, nothing as None. With `repeatable` a
-        broken connection is tried again while the deadline allows. Raises what `generate` raises."""
+        """Make a control call and return its response. The deadline is in seconds.
+
+        A JSON response is returned as its value, other text as a string, and an empty one as None. If `repeatable` is
+        true, a call whose connection breaks is retried while the deadline allows. Raises the same errors as
+        `generate`.
+        """
         end = time.monotonic() + deadline
         channel = "query" if method == "GET" else "control"
         for pause in RETRY_PAUSES if repeatable else ():
@@ -93,7 +104,10 @@ class HttpClient:
         return await self._call(channel, method, path, body, end - time.monotonic())
 
     async def events(self, path: str, body: object, *, deadline: float) -> AsyncIterator[Any]:
-        """POSTs a data call that answers with server-sent events; yields the JSON of each until `[DONE]`."""
+        """POST a data call whose response is server-sent events, and yield the JSON of each event until `[DONE]`.
+
+        Raises the same errors as `generate`.
+        """
         async with self._answer("data", "POST", path, body, deadline) as response:
             if response.status != 200:
                 self._parse(path, response.status, await response.read())
@@ -107,7 +121,7 @@ class HttpClient:
         raise EngineUnreachable(self.name, f"the stream of {path} broke off before its end", sent=True)
 
     async def close(self) -> None:
-        """Gives the connections back; calls after this raise LocalError."""
+        """Close the connections. Later calls raise LocalError."""
         self._closed = True
         self._line.close()
         sessions = list(self._sessions.values())
@@ -127,7 +141,7 @@ class HttpClient:
         async with self._answer(channel, method, path, body, deadline, headers) as response:
             data = await response.read()
             if response.status >= 500:
-                response.close()  # vLLM closes such a connection without a word, under the next request
+                response.close()  # vLLM silently closes such a connection, which would break the next request
             if response.status == 200 and not response.headers.get("Content-Type", "").startswith("application/json"):
                 return data.decode(errors="replace") or None
             return self._parse(path, response.status, data)
@@ -142,7 +156,10 @@ class HttpClient:
         deadline: float,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response, once its head is there. Reading it in the block raises errors of Millrace's, too."""
+        """Send a call and yield its response as soon as the headers are received.
+
+        Errors while the block reads the response are translated to Millrace's errors, too.
+        """
         response = await self._send(channel, method, path, body, deadline, headers)
         try:
             async with response:
@@ -161,8 +178,11 @@ class HttpClient:
         deadline: float,
         headers: Mapping[str, str] | None,
     ) -> aiohttp.ClientResponse:
-        """Tries again where this process lacks something for a connection, since nothing was sent: a data call when one
-        of its kind has ended, until the deadline; a control call a few times."""
+        """Send a call, and retry if this process lacks a resource to open a connection: nothing was sent then.
+
+        A data call is retried until its deadline, each time another data call has ended. A control call is retried a
+        few times.
+        """
         begun = time.monotonic()
         end = begun + max(deadline, 0.001)
         data = None if body is None else self._encode(path, body)
@@ -201,7 +221,7 @@ class HttpClient:
             return await self._session(channel).request(method, url, data=data, headers=headers, timeout=timeout)
         except (aiohttp.ClientError, TimeoutError, MemoryError) as error:
             failure = self._translate(path, error, seconds)
-            # A call that found no connection leaves none to the next.
+            # A call that could not open a connection frees none for the next call.
             self._leave(channel, free=not isinstance(failure, LocalError))
             raise failure from error
         except BaseException:
@@ -209,14 +229,17 @@ class HttpClient:
             raise
 
     def _leave(self, channel: str, *, free: bool) -> None:
-        """Counts a call that has ended. `free`: it leaves a connection, so the next call in line may try."""
+        """Count a call that has ended. `free`: the call had a connection, so the next call in line may try."""
         if channel == "data":
             self._trying -= 1
             if free:
                 self._line.admit()
 
     async def _wait(self, begun: float, end: float, *, again: bool) -> None:
-        """Waits in line for another try. Raises LocalError at `end` (time.monotonic), or sooner for an unknown host."""
+        """Wait in line for the next try.
+
+        Raises LocalError shortly before `end` (in time.monotonic()), or earlier if the host can't be resolved.
+        """
         error = self._lacking
         assert error is not None
         if isinstance(error.__cause__, aiohttp.ClientConnectorDNSError):
@@ -238,7 +261,7 @@ class HttpClient:
 
     def _session(self, channel: str) -> aiohttp.ClientSession:
         if self._closed:
-            raise LocalError(self.name, "its client was closed")
+            raise LocalError(self.name, "its HTTP client is closed")
         session = self._sessions.get(channel)
         if session is None:
             headers = {"Content-Type": "application/json"}
@@ -270,10 +293,11 @@ class HttpClient:
             return orjson.loads(data)
         except orjson.JSONDecodeError:
             text = data.decode(errors="replace")[:ERROR_TEXT_LIMIT]
-            raise EngineFailed(self.name, f"{path} answered what is not JSON: {text}") from None
+            raise EngineFailed(self.name, f"the response of {path} is not JSON: {text}") from None
 
     def _data_socket(self, address: AddrInfoType) -> socket.socket:
-        """A lone data call may use the reserved descriptors, so that there is always one call that makes progress."""
+        """Create the socket of a data call. A single call may use the reserved file descriptors, so that at least one
+        call always makes progress."""
         make = data_socket if self._trying > 1 else socket.socket
         return make(*address[:3])
 
@@ -281,7 +305,7 @@ class HttpClient:
         refused = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else None
         sent = refused is None
         if self._closed:
-            return LocalError(self.name, "its client was closed", sent=sent)
+            return LocalError(self.name, "its HTTP client is closed", sent=sent)
         if isinstance(error, aiohttp.ClientConnectorDNSError):
             reason = f"the host of {self._url.origin()} can't be resolved: {error.os_error.strerror or error.os_error}"
             return LocalError(self.name, reason)
@@ -295,11 +319,12 @@ class HttpClient:
 
     def _no_connection(self, error: OSError) -> str:
         at = self._url.origin()
-        return f"nobody listens at {at}" if error.errno == errno.ECONNREFUSED else f"no connection to {at}: {error}"
+        refused = error.errno == errno.ECONNREFUSED
+        return f"no server listens at {at}" if refused else f"no connection to {at}: {error}"
 
 
 class _Resolver(AbstractResolver):
-    """The host's own, within RESOLVE_SECONDS."""
+    """The host's name resolver, with a time limit of RESOLVE_SECONDS."""
 
     def __init__(self) -> None:
         self._resolver = aiohttp.ThreadedResolver()
@@ -320,8 +345,10 @@ class _Resolver(AbstractResolver):
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """The lines of a stream, of any length; aiohttp's own have a limit, and one event has a whole answer in it. Each
-    byte is searched and copied once."""
+    """Yield the lines of a stream, of any length. Each byte is searched and copied once.
+
+    aiohttp's own line iterator has a length limit, and one event holds a whole generation.
+    """
     parts: list[bytes] = []
     async for chunk in content.iter_any():
         *ended, rest = chunk.split(b"\n")
@@ -334,17 +361,17 @@ async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
 
 
 def server_url(url: str) -> URL:
-    """Raises ConfigError where it is not the URL of a server, and says what to write."""
+    """Return the parsed URL of a server. Raises ConfigError, with a hint, if `url` is not an HTTP URL with a host."""
     if (parsed := _parsed(url)) is not None:
         return parsed
     meant = "http://" + re.sub(r"^[a-z]*:?/+", "", url)
-    raise ConfigError(f"{url!r} is no server's URL; write {meant if _parsed(meant) else 'http://HOST:PORT'}")
+    raise ConfigError(f"{url!r} is not a server's URL; write {meant if _parsed(meant) else 'http://HOST:PORT'}")
 
 
 def _parsed(url: str) -> URL | None:
     try:
         parsed = URL(url)
-    except ValueError:  # such as a port that is no number
+    except ValueError:  # for example, the port is not a number
         return None
     sound = parsed.scheme in ("http", "https") and parsed.host and (parsed.port or 0) <= LARGEST_PORT
     return parsed if sound else None

@@ -1,4 +1,4 @@
-"""The hosts that settings and arguments name."""
+"""Checks the hosts in settings and arguments."""
 
 import asyncio
 from collections.abc import Iterable
@@ -8,10 +8,9 @@ from millrace.http.client import RESOLVE_PATIENCE, server_url
 
 
 async def require_known(setting: str, urls: Iterable[str]) -> None:
-    """Resolves the host of each URL, so that an unknown one ends a start before it has cost anything.
+    """Resolve the host of each URL, so that an unknown host fails a start early.
 
-    Raises ConfigError, which names the setting, for what is not a server's URL and for a host that the name service
-    does not know or gives no answer for.
+    Raises ConfigError, which names `setting`, if a URL is not a server's URL or its host can't be resolved.
     """
     for url in urls:
         try:
@@ -22,6 +21,6 @@ async def require_known(setting: str, urls: Iterable[str]) -> None:
             async with asyncio.timeout(RESOLVE_PATIENCE):
                 await asyncio.get_running_loop().getaddrinfo(parsed.host, parsed.port)
         except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
-            said = getattr(error, "strerror", None) or str(error)  # a timeout says nothing
-            reason = said or f"the name service did not answer within {RESOLVE_PATIENCE:g} s"
+            message = getattr(error, "strerror", None) or str(error)  # empty for a timeout
+            reason = message or f"the name service did not answer within {RESOLVE_PATIENCE:g} s"
             raise ConfigError(f"{setting}: the host {parsed.host} of {url} can't be resolved: {reason}") from error

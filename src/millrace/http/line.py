@@ -1,14 +1,17 @@
-"""The calls of one client that wait for a connection."""
+"""The queue of one client's calls that wait for a connection."""
 
 import asyncio
 from collections import deque
 
-POLL_SECONDS = 0.1  # between two looks whether something else has given back what is lacking
+POLL_SECONDS = 0.1  # how often waiting calls try whether the missing resource is available again
 
 
 class Line:
-    """First come, first served. When a call ends, its connection is free and the next call in line tries. A timer lets
-    further calls try, twice as many each time, until one of them is turned back."""
+    """A first-in, first-out queue of calls that wait for a connection.
+
+    When a call ends, its connection is free and the next call in line tries. A timer lets further calls try, twice as
+    many each time, until one of them fails.
+    """
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -16,12 +19,14 @@ class Line:
         self._burst = 1
 
     def __bool__(self) -> bool:
-        """Whether some wait."""
+        """Whether any call is waiting."""
         return bool(self._waiting)
 
     async def wait(self, seconds: float, *, again: bool) -> None:
-        """Returns when it is the caller's turn to try. A call that waits `again`, because it was turned back, gets the
-        first place. Raises TimeoutError after `seconds`."""
+        """Wait until it is the caller's turn to try. Raises TimeoutError after `seconds`.
+
+        A call that has tried and failed passes `again`, and gets the first place in line.
+        """
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
         if again:
@@ -35,12 +40,12 @@ class Line:
             async with asyncio.timeout(seconds):
                 await turn
         except BaseException:
-            if turn.done() and not turn.cancelled():  # it was let through, and does not go
+            if turn.done() and not turn.cancelled():  # it was admitted but gives up, so the next one goes
                 self.admit()
             raise
 
     def admit(self, count: int = 1) -> None:
-        """Lets the first `count` try."""
+        """Let the first `count` calls try."""
         while count > 0 and self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -48,7 +53,7 @@ class Line:
                 count -= 1
 
     def close(self) -> None:
-        """Lets all try, which a closed client refuses."""
+        """Release all waiting calls. Their client is closed, and refuses them."""
         self.admit(len(self._waiting))
         if self._timer is not None:
             self._timer.cancel()

@@ -1,4 +1,4 @@
-"""Limits of this process and this host: which errors come from them, and how many files may be open."""
+"""The limits of this process and this host: the errors they cause, and the number of open files."""
 
 import errno
 import os
@@ -6,14 +6,14 @@ import re
 import resource
 import socket
 
-# A process without a limit gets this one. Programs that go through all possible descriptors take minutes otherwise.
+# The limit for a process that has none. Some programs loop over all possible descriptors, which would take minutes.
 MOST_FILES = 2**20
-# Of the limit, what connections for generating leave to control calls, logs, checkpoints and libraries: a quarter, up
+# File descriptors that data calls leave for control calls, logs, checkpoints and libraries: a quarter of the limit, up
 # to this many.
 MOST_RESERVED_FILES = 256
 
 _LACKING = {
-    errno.ENFILE: "this host has as many files open as it may (fs.file-max)",
+    errno.ENFILE: "this host has reached its limit of open files (fs.file-max)",
     errno.ENOMEM: "no memory is left",
     errno.ENOBUFS: "the kernel has no buffer space left",
     errno.EADDRNOTAVAIL: "no local address or port is left for another connection (net.ipv4.ip_local_port_range)",
@@ -21,14 +21,17 @@ _LACKING = {
     errno.ENOSPC: "no space is left on the disk",
     errno.EDQUOT: "the disk quota is used up",
 }
-# A name with several addresses gives one error for all: "Multiple exceptions: [Errno 111] ..., [Errno 24] ...". One
-# address that this host can't reach, such as ::1 without IPv6, does not make the error a local one; a shortage does.
+# A name with several addresses gives one error for all of them: "Multiple exceptions: [Errno 111] ..., [Errno 24] ...".
+# An address that this host can't reach, such as ::1 without IPv6, does not make it a local error. A shortage does.
 _NUMBER = re.compile(r"\[Errno (\d+)\]")
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
 def lacking(error: BaseException) -> str | None:
-    """What this process or its host lacked, in words. None for an error that the other side may have caused."""
+    """Return the resource that this process or its host lacked, in words.
+
+    Returns None if the other side may have caused the error.
+    """
     if isinstance(error, MemoryError):
         return _LACKING[errno.ENOMEM]
     if not isinstance(error, OSError):
@@ -43,18 +46,21 @@ def lacking(error: BaseException) -> str | None:
 
 def _words(number: int) -> str | None:
     if number == errno.EMFILE:
-        return f"this process has as many files open as it may ({file_limit()}); raise `ulimit -n`, or ask for less"
+        return (
+            f"this process has reached its limit of open files ({file_limit()}); raise `ulimit -n`, or run fewer "
+            "requests at once"
+        )
     return _LACKING.get(number)
 
 
 def file_limit() -> int:
-    """How many files this process may have open now."""
+    """Return the number of files that this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def raise_file_limit() -> None:
-    """Raises the soft limit of open files to the hard limit, which every process may do. What it starts inherits it."""
+    """Raise the soft limit of open files to the hard limit, which needs no privilege. Child processes inherit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -62,8 +68,10 @@ def raise_file_limit() -> None:
 
 
 def data_socket(family: int, kind: int, protocol: int) -> socket.socket:
-    """A socket for a call that can wait. Raises OSError (EMFILE) where only the reserved descriptors are left: the
-    kernel hands out the lowest free number, so the number says how many are in use."""
+    """Return a socket for a call that can wait. Raises OSError (EMFILE) if only the reserved descriptors are left.
+
+    The kernel gives out the lowest free descriptor, so its number shows how many are in use.
+    """
     sock = socket.socket(family, kind, protocol)
     limit = file_limit()
     if sock.fileno() >= limit - min(limit // 4, MOST_RESERVED_FILES):

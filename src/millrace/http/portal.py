@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own: how code without one calls code that needs one."""
+"""An event loop in its own thread, through which synchronous code calls async code."""
 
 import asyncio
 import threading
@@ -11,7 +11,13 @@ T = TypeVar("T")
 
 
 class Portal:
-    """Runs coroutines for other threads. A context manager: the loop's thread ends with the block."""
+    """An event loop in its own thread that runs coroutines for other threads.
+
+        with Portal() as portal:
+            result = portal.call(fetch())
+
+    The thread ends with the `with` block.
+    """
 
     _closed = False
 
@@ -28,8 +34,10 @@ class Portal:
         self._loop.close()
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """The coroutine's result. An interrupt while waiting (Ctrl-C) cancels the coroutine. Raises NoEngineError after
-        the block has ended."""
+        """Run a coroutine and return its result. Ctrl-C while waiting cancels the coroutine.
+
+        Raises the coroutine's errors, and NoEngineError after the `with` block has ended.
+        """
         if self._closed:
             coroutine.close()
             raise NoEngineError.closed()

@@ -1,1 +1,1 @@
-"""Servers as processes: started, watched and ended."""
+"""Starts, watches and ends server processes."""

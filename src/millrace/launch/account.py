@@ -1,4 +1,4 @@
-"""The account that processes run under, also where /etc/passwd does not have it: a container may run as any uid."""
+"""The account that processes run under, even if /etc/passwd has no entry for it. A container may run as any uid."""
 
 import os
 import pwd
@@ -8,8 +8,11 @@ from pathlib import Path
 
 
 def account_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What a process of ours lacks in `environment` because its uid has no entry in the passwd database: a name, which
-    torch asks for, and a home folder that can be written to. Empty where the uid has an entry."""
+    """Return the variables that a child process needs if its uid has no entry in the passwd database.
+
+    They are a user name, which torch asks for, and a writable home folder, as far as `environment` lacks them. The
+    result is empty if the uid has an entry.
+    """
     uid = os.getuid()
     try:
         pwd.getpwuid(uid)
@@ -26,7 +29,7 @@ def account_environment(environment: Mapping[str, str] = os.environ) -> dict[str
 
 
 def account_name() -> str:
-    """The user's name, or one that is made of the uid."""
+    """Return the user's name, or `uid-N` if the uid has no name."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -34,8 +37,10 @@ def account_name() -> str:
 
 
 def _own_folder(uid: int) -> Path:
-    """The same from one start to the next, for what engines cache. A folder of that name that is another user's is left
-    alone."""
+    """Return a home folder for this uid. It stays the same across starts, so engines find their caches in it.
+
+    A new temporary folder is used if another user owns the folder of that name.
+    """
     folder = Path(tempfile.gettempdir()) / f"millrace-home-{uid}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != uid:

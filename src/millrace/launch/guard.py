@@ -1,13 +1,13 @@
-"""Stands between the one who launches and a server, so that the server's whole process tree ends with either of them.
+"""A guard process between the launcher and a server. It ends the server's whole process tree when either of them ends.
 
     python guard.py GRACE_SECONDS LEFTOVERS COMMAND [ARGUMENT ...]
 
-The launcher holds the other end of this program's standard input. When that closes (the launcher died, even by SIGKILL)
-or SIGTERM comes, every process that descends from COMMAND gets SIGTERM, and after the grace SIGKILL. As a subreaper
-(prctl(2)) the guard inherits the orphans of its tree, so none can slip away. COMMAND's temporary files go to a folder
-with a short path, which is removed in the end; so is shared memory (in /dev/shm) whose name matches one of LEFTOVERS,
-patterns with commas between them. The guard runs on the standard library alone, and exits as COMMAND did: its status,
-or 128 and the signal's number.
+The launcher holds the other end of the guard's standard input. When that closes (the launcher died, even by SIGKILL),
+or the guard receives SIGTERM, every descendant of COMMAND gets SIGTERM, and SIGKILL after the grace period. The guard
+is a subreaper (prctl(2)): it inherits the orphans of its tree, so no process escapes. COMMAND's temporary files go to a
+folder with a short path, which the guard removes at the end. It also removes shared memory (in /dev/shm) whose name
+matches one of LEFTOVERS, a comma-separated list of patterns. The guard uses only the standard library. Its exit status
+is that of COMMAND, or 128 plus the signal's number.
 """
 
 import ctypes
@@ -22,20 +22,21 @@ import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-# A socket's path has at most 107 bytes: of these 18 are the folder's own name, and engines add up to 45.
+# A socket's path has at most 107 bytes. The folder's own name takes 18 of them, and engines add up to 45.
 LONGEST_PLACE = 44
 SHORT_PLACES = ("/tmp", "/dev/shm", "/var/tmp")  # noqa: S108 # a folder with a random name is made there
 MOST_FILES = 2**20
-POLL_SECONDS = 0.5  # how soon the loss of the parent is seen where another process still holds the pipe
+POLL_SECONDS = 0.5  # how soon the parent's death is noticed if another process still holds the pipe
 
 
 def prctl(option: int, value: int) -> None:
+    """Call prctl(2). Raises OSError."""
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
 def descendants() -> list[int]:
-    """All living processes below this one; zombies are reaped on the way."""
+    """Return the ids of all living descendants of this process. Zombie children are reaped."""
     while True:
         try:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
@@ -49,7 +50,7 @@ def descendants() -> list[int]:
                 with open(f"/proc/{entry}/stat") as file:
                     fields = file.read().rpartition(")")[2].split()
             except OSError:
-                continue  # it ended while we looked
+                continue  # it ended during the scan
             if fields[0] != "Z":
                 children.setdefault(int(fields[1]), []).append(int(entry))
     found, queue = [], [os.getpid()]
@@ -61,6 +62,7 @@ def descendants() -> list[int]:
 
 
 def send(pids: list[int], signum: int) -> None:
+    """Send a signal to processes. Those that have ended are ignored."""
     for pid in pids:
         try:
             os.kill(pid, signum)
@@ -69,7 +71,7 @@ def send(pids: list[int], signum: int) -> None:
 
 
 def end_tree(grace: float) -> None:
-    """Ends all descendants: SIGTERM, then after the grace SIGKILL until none is left."""
+    """End all descendants: SIGTERM first, then SIGKILL after `grace` seconds until none is left."""
     send(descendants(), signal.SIGTERM)
     deadline = time.monotonic() + grace
     while alive := descendants():
@@ -79,9 +81,10 @@ def end_tree(grace: float) -> None:
 
 
 def sweep(patterns: list[str], since: float) -> None:
-    """Removes the shared memory that a killed tree left: of our user, from after `since`, mapped by no process.
+    """Remove the shared memory that a killed process tree left in /dev/shm.
 
-    Whatever is younger than a second may be another server's that is about to map it, and stays.
+    A file is removed if it belongs to this user, is newer than `since` (in Unix seconds), and is mapped by no process.
+    Files younger than a second are kept: another server may be about to map them.
     """
     found = {path for pattern in patterns for path in Path("/dev/shm").glob(pattern)}  # noqa: S108 # no temporary file
     if not found:
@@ -91,8 +94,8 @@ def sweep(patterns: list[str], since: float) -> None:
         try:
             lines = maps.read_text(errors="replace").splitlines()
         except OSError:
-            continue  # it ended, or is another user's, and so are its files
-        # By inode: whoever has just made a semaphore has it under the name that it had before it was given this one.
+            continue  # it ended, or belongs to another user, as its files do
+        # By inode: a process that has just created a semaphore maps it under its earlier, temporary name.
         mapped |= {int(line.split()[4]) for line in lines if "/dev/shm/" in line}  # noqa: S108 # no temporary file
     for path in found:
         try:
@@ -101,11 +104,11 @@ def sweep(patterns: list[str], since: float) -> None:
             if ours and status.st_ino not in mapped:
                 path.unlink()
         except FileNotFoundError:
-            continue  # another guard was faster
+            continue  # another guard has removed it
 
 
 def wait(child: int, lifeline: int, wakeup: int, parent: int) -> int | None:
-    """The child's wait status; None when the guard is to end it."""
+    """Wait for the child and return its wait status. Returns None if the guard should end the child."""
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid == child:
@@ -118,8 +121,10 @@ def wait(child: int, lifeline: int, wakeup: int, parent: int) -> int | None:
 
 
 def short_place() -> str:
-    """Where COMMAND's temporary folder is: below TMPDIR, or in a place of the system's where the paths of sockets there
-    would be longer than a Unix socket's may be."""
+    """Return the parent of COMMAND's temporary folder.
+
+    It is TMPDIR, or a system folder if the paths of Unix sockets below TMPDIR would be too long.
+    """
     place = tempfile.gettempdir()
     if len(os.fsencode(place)) <= LONGEST_PLACE:
         return place
@@ -132,8 +137,10 @@ def main() -> int:
 
 
 def raise_file_limit() -> None:
-    """Of this process, and so of the server below it: each request is an open connection. As
-    `millrace.http.local.raise_file_limit`, which can't be imported here."""
+    """Raise the limit of open files of this process and of the server below it. Each request is an open connection.
+
+    This is a copy of `millrace.http.local.raise_file_limit`, since the guard can't import Millrace.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -141,15 +148,16 @@ def raise_file_limit() -> None:
 
 
 def guard(grace: float, leftovers: list[str], command: list[str], folder: str) -> int:
+    """Run `command` with TMPDIR set to `folder`, clean up after it, and return the guard's exit status."""
     parent, began = os.getppid(), time.time()
     raise_file_limit()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     wakeup, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    # SIGQUIT too: SGLang's processes send it to their parent when they fail, and the parent of an orphan is the guard.
+    # SIGQUIT too: SGLang's processes send it to their parent when they fail, and the guard is the parent of orphans.
     for signum in (signal.SIGTERM, signal.SIGCHLD, signal.SIGINT, signal.SIGQUIT):
-        signal.signal(signum, lambda *_: None)  # the wake-up pipe tells wait()
+        signal.signal(signum, lambda *_: None)  # wait() reads the signals from the wake-up pipe
     try:
         child = subprocess.Popen(
             command,

@@ -1,5 +1,7 @@
-"""Whether an interpreter that somebody named can run an engine: asked before a server is started with it, whose log
-would otherwise end in a traceback about something else."""
+"""Checks before a start that an interpreter from the settings can run an engine.
+
+Without the check, the server's log would end in an unrelated traceback.
+"""
 
 import asyncio
 import os
@@ -8,9 +10,10 @@ from pathlib import Path
 
 from millrace.errors import LaunchError
 
-DEADLINE = 60.0  # seconds; Python starts in one even from a slow disk
-# Nothing is imported, since that takes an engine many seconds. The current folder, which -c puts first, is left out:
-# the server does not look there. What has no origin is a folder that an uninstalled package left behind.
+DEADLINE = 60.0  # seconds; Python starts within one second, and somewhat later from a slow disk
+# The module is not imported, since that takes many seconds for an engine. The current folder, which -c puts first in
+# the path, is left out, since the server does not search it. A module without an origin is a folder that an uninstalled
+# package left behind.
 FIND = """\
 import importlib.util, sys
 sys.path = [entry for entry in sys.path if entry]
@@ -22,8 +25,10 @@ print("found" if found is not None and found.origin is not None else "missing")
 async def require_module(
     python: Path, module: str, *, setting: str, env: Mapping[str, str] | None = None, deadline: float = DEADLINE
 ) -> None:
-    """Raises LaunchError, which names `setting`, unless `python` is an interpreter that has the top-level `module`,
-    with `env` added to its environment."""
+    """Check that `python` is an interpreter that has the top-level `module`, with `env` added to its environment.
+
+    Raises LaunchError, which names `setting`, if it is not, or if it does not answer within `deadline` seconds.
+    """
     interpreter, *_ = command = _command(python, module)
     try:
         child = await asyncio.create_subprocess_exec(
@@ -46,10 +51,10 @@ async def require_module(
             await child.wait()
     answer = out.decode(errors="replace").strip()
     if child.returncode != 0 or answer not in ("found", "missing"):
-        said = (err or out).decode(errors="replace").strip().splitlines()
+        output = (err or out).decode(errors="replace").strip().splitlines()
         raise LaunchError(
-            f"{setting}: {interpreter} is no Python interpreter that works: it ended with status {child.returncode}"
-            + (f", saying: {said[-1]}" if said else "")
+            f"{setting}: {interpreter} is not a working Python interpreter: it ended with status {child.returncode}"
+            + (f" and the output: {output[-1]}" if output else "")
         )
     if answer == "missing":
         raise LaunchError(

@@ -1,4 +1,4 @@
-"""Several processes that are one server: an engine over several nodes, of which none can go on without the others."""
+"""One server that consists of several processes: an engine over several nodes, each of which needs all the others."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -7,12 +7,12 @@ from millrace.launch.process import ServerProcess, until_healthy
 
 
 class Nodes:
-    """The processes of one server, with the face of a single `ServerProcess`. Whoever makes it calls `end`."""
+    """The processes of one server, with the interface of a single `ServerProcess`. Its creator must call `end`."""
 
     def __init__(self, name: str, processes: Sequence[ServerProcess]) -> None:
         self.name = name
         self._processes = tuple(processes)
-        self._first: ServerProcess | None = None  # that ended, while all the others ran
+        self._first: ServerProcess | None = None  # the first node that ended, while all others were running
 
     @property
     def running(self) -> bool:
@@ -20,11 +20,14 @@ class Nodes:
         return all(process.running for process in self._processes)
 
     async def until_healthy(self, healthy: Callable[[], Awaitable[bool]], *, deadline: float) -> None:
-        """Asks `healthy` until it says yes. Raises LaunchError when a node ends first or the deadline passes."""
+        """Call `healthy` until it returns true.
+
+        Raises LaunchError if a node ends first, or after `deadline` seconds.
+        """
         await until_healthy(self, healthy, deadline=deadline)
 
     async def wait(self) -> None:
-        """Returns when a node has ended. The others are ended then, for they would hang in their next collective."""
+        """Wait until a node has ended, then end the others: they would hang in their next collective operation."""
         waits = {asyncio.create_task(process.wait()): process for process in self._processes}
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -36,7 +39,7 @@ class Nodes:
         await self.end()
 
     async def end(self) -> None:
-        """Ends all nodes. Raises LaunchError, after it has tried them all, when one can't be ended."""
+        """End all nodes. Raises LaunchError if a node can't be ended, after trying them all."""
         if (ended := self._ended()) is not None:
             self._note_end(ended)
         results = await asyncio.gather(*(process.end() for process in self._processes), return_exceptions=True)
@@ -45,12 +48,12 @@ class Nodes:
                 raise result
 
     def describe_end(self) -> str:
-        """Which node ended first and how, in words."""
+        """Return a description of the node that ended first and of how it ended."""
         ended = self._first or self._ended()
         return f"{self.name} runs" if ended is None else ended.describe_end()
 
     def log_tail(self) -> str:
-        """The last lines of the log of the node that ended first, or of every node while all run."""
+        """Return the last lines of the log of the node that ended first, or of all nodes while all are running."""
         ended = self._first or self._ended()
         return "\n".join(process.log_tail() for process in (self._processes if ended is None else (ended,)))
 

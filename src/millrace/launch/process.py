@@ -1,4 +1,4 @@
-"""A server's process: started with its log in a file, watched, and ended with its whole tree."""
+"""A server process: its start with a log file, its health, and the end of its whole process tree."""
 
 import asyncio
 import os
@@ -16,14 +16,14 @@ from millrace.launch.account import account_environment
 
 LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 16_384
-# Servers write to logs, whatever the terminal of this process can show, and read the UTF-8 of a model's folder.
+# Servers write UTF-8 to their logs, even if this process's terminal can't show it, and read UTF-8 from models' folders.
 LOG_ENCODING = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
 GRACE_SECONDS = 2.0  # between SIGTERM and SIGKILL
-END_DEADLINE = GRACE_SECONDS + 28.0  # the guard kills what ignores SIGTERM, which takes a busy machine a while
+END_DEADLINE = GRACE_SECONDS + 28.0  # the guard kills processes that ignore SIGTERM, which takes time on a busy machine
 
 
 def open_private(path: Path) -> BinaryIO:
-    """Opens a log to append to. What users asked may be in it, so nobody else may read it."""
+    """Open a log file for appending. Only its owner can read it, since it may contain users' prompts."""
     return open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600))
 
 
@@ -31,22 +31,31 @@ class Server(Protocol):
     """A server that Millrace started: one process (`ServerProcess`) or several (`millrace.launch.nodes.Nodes`)."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The server's name in messages."""
 
     @property
-    def running(self) -> bool: ...
+    def running(self) -> bool:
+        """Whether all of its processes are running."""
 
-    async def wait(self) -> None: ...
+    async def wait(self) -> None:
+        """Wait until the server has ended."""
 
-    async def end(self) -> None: ...
+    async def end(self) -> None:
+        """End the server. Does nothing if it has ended."""
 
-    def describe_end(self) -> str: ...
+    def describe_end(self) -> str:
+        """Return a description of how the server ended."""
 
-    def log_tail(self) -> str: ...
+    def log_tail(self) -> str:
+        """Return the last lines of the server's log."""
 
 
 async def until_healthy(server: Server, healthy: Callable[[], Awaitable[bool]], *, deadline: float) -> None:
-    """Asks `healthy` until it says yes. Raises LaunchError when the server ends first or the deadline passes."""
+    """Call `healthy` until it returns true.
+
+    Raises LaunchError, with the end of the log, if the server ends first or after `deadline` seconds.
+    """
     try:
         async with asyncio.timeout(deadline):
             while not await healthy():
@@ -58,12 +67,20 @@ async def until_healthy(server: Server, healthy: Callable[[], Awaitable[bool]], 
 
 
 def guarded(command: Sequence[str], *, grace: float, leftovers: Sequence[str] = ()) -> list[str]:
-    """The command that runs `command` below a guard (`millrace.launch.guard`)."""
+    """Return a command that runs `command` below a guard (`millrace.launch.guard`). `grace` is in seconds."""
     return [sys.executable, "-I", "-S", guard.__file__, str(grace), ",".join(leftovers), *command]
 
 
 class ServerProcess:
-    """One server below its guard (`millrace.launch.guard`). Made by `start`; whoever starts it calls `end`."""
+    """One server process below its guard (`millrace.launch.guard`). Create it with `start`, and call `end` at the end.
+
+    process = await ServerProcess.start("engine-0", command, Path("logs/engine-0.log"))
+    try:
+        await process.until_healthy(answers, deadline=60.0)
+        ...
+    finally:
+        await process.end()
+    """
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, log_path: Path) -> None:
         self.name = name
@@ -80,10 +97,11 @@ class ServerProcess:
         env: Mapping[str, str] | None = None,
         leftovers: Sequence[str] = (),
     ) -> "ServerProcess":
-        """Starts `command` with `env` added to this process's environment; what it prints goes to `log_path`. Calls
-        to its own host use no proxy (`millrace.http.proxies`). Raises LaunchError where this process can't start it.
+        """Start `command` with `env` added to this process's environment. Its output goes to `log_path`.
 
-        `leftovers` are patterns of names in /dev/shm that the server is known to leave there, for removal in the end.
+        Calls of the server to its own host use no proxy (`millrace.http.proxies`). `leftovers` are name patterns of
+        files that the server leaves in /dev/shm. The guard removes them at the end. Raises LaunchError if this process
+        can't start the command.
         """
         environment = {**os.environ, **account_environment(), **LOG_ENCODING, **(env or {})}
         try:
@@ -95,7 +113,7 @@ class ServerProcess:
                     stdout=log,
                     stderr=log,
                     env=reaching_loopback(environment),
-                    start_new_session=True,  # Ctrl-C is for the launcher, which ends its servers in order
+                    start_new_session=True,  # Ctrl-C goes only to the launcher, which ends its servers in order
                 )
         except OSError as error:
             raise LaunchError(f"{name} could not be started: {lacking(error) or error}") from error
@@ -103,18 +121,25 @@ class ServerProcess:
 
     @property
     def running(self) -> bool:
+        """Whether the process is running."""
         return self._process.returncode is None
 
     async def until_healthy(self, healthy: Callable[[], Awaitable[bool]], *, deadline: float) -> None:
-        """Asks `healthy` until it says yes. Raises LaunchError when the process ends first or the deadline passes."""
+        """Call `healthy` until it returns true.
+
+        Raises LaunchError, with the end of the log, if the process ends first or after `deadline` seconds.
+        """
         await until_healthy(self, healthy, deadline=deadline)
 
     async def wait(self) -> None:
-        """Returns when the server has ended, by itself or by `end`."""
+        """Wait until the server has ended, by itself or by `end`."""
         await self._process.wait()
 
     async def end(self) -> None:
-        """Ends the server and every process below it. Ending what has ended changes nothing."""
+        """End the server and all its child processes. Does nothing if it has ended.
+
+        Raises LaunchError if the server does not end in time.
+        """
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -128,7 +153,7 @@ class ServerProcess:
             ) from None
 
     def describe_end(self) -> str:
-        """How the process ended, in words."""
+        """Return a description of how the process ended, such as `engine-0 was killed by SIGSEGV`."""
         code = self._process.returncode
         if code is None:
             return f"{self.name} runs"
@@ -137,7 +162,7 @@ class ServerProcess:
         return f"{self.name} ended with status {code}"
 
     def log_tail(self) -> str:
-        """The last lines of the server's log, headed by its path."""
+        """Return the last lines of the server's log, below a line with its path."""
         with self.log_path.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]

@@ -1,1 +1,1 @@
-"""Routers of others, sglang-router and vllm-router, between the requests and the engines."""
+"""External routers between the requests and the engines: sglang-router and vllm-router."""

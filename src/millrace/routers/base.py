@@ -1,7 +1,7 @@
-"""The port to a router: what Millrace asks of it, whoever made it.
+"""The interface of external routers.
 
-It stands before the data calls alone. An adapter tells it which engines there are and gives it requests; control calls
-never pass it. What it would drop of a request without a word is refused.
+Only data calls pass through a router. Control calls go straight to the engines. An adapter registers the engines with
+the router and sends requests through it. A request with parts that the router would silently drop is refused.
 """
 
 from abc import ABC, abstractmethod
@@ -13,22 +13,28 @@ from millrace.errors import EngineError, LocalError
 from millrace.http import HttpClient
 from millrace.types import ANYWHERE, GenerateRequest, Generation, RoutingContext
 
-ASK_DEADLINE = 5.0  # seconds, of a question that a router answers from memory
+ASK_DEADLINE = 5.0  # seconds for a query that a router answers from memory
 
 
 class RouterClient(ABC):
-    """A router at `url`; errors call it `name`. Its calls raise EngineUnreachable where nobody answers there."""
+    """A client of the router at `url`. Error messages call the router `name`.
+
+    Calls other than `up` raise EngineUnreachable if no server answers at `url`.
+    """
 
     kind: str
     affinity_header: str
 
     def __init__(self, name: str, url: str, *, key: str | None = None) -> None:
-        """`key` is what opens the router, and what it passes on where it knows no key of an engine's own."""
+        """Create a client. `key` is the router's API key.
+
+        A router that does not store a key for each engine passes this key on to the engines.
+        """
         self.name, self.url, self.key = name, url, key
         self._http = HttpClient(name, url, api_key=key)
 
     async def up(self) -> bool:
-        """Whether it answers. Raises LocalError where this process could not ask."""
+        """Return whether the router answers. Raises LocalError if this process could not send the query."""
         try:
             await self._http.control("GET", "/liveness", deadline=ASK_DEADLINE)
         except LocalError:
@@ -39,37 +45,45 @@ class RouterClient(ABC):
 
     @abstractmethod
     async def register(self, engine: HttpEngine, *, deadline: float) -> None:
-        """Puts the engine into its list, and returns when requests may reach it there. Raises EngineError, and leaves
-        it out, where the deadline passes before."""
+        """Add an engine to the router's list, and wait until the router sends requests to it.
+
+        Raises EngineError after `deadline` seconds. The engine is then removed from the list.
+        """
 
     @abstractmethod
     async def deregister(self, url: str) -> None:
-        """Takes it off the list: what comes from now on goes elsewhere, and what it has ends there. Taking off what
-        does not stand there changes nothing."""
+        """Remove the engine at `url` from the router's list. Does nothing if it is not in the list.
+
+        New requests go to other engines. Running requests finish on this engine.
+        """
 
     @abstractmethod
     async def workers(self) -> Mapping[str, bool]:
-        """By URL: who stands in its list, and whether it sends them requests."""
+        """Return the engines in the router's list, by URL, and whether the router sends requests to them."""
 
     @abstractmethod
     def dropped(self, request: GenerateRequest) -> Set[str]:
-        """What of `request.extra` would not reach the engine."""
+        """Return the names of the fields of `request.extra` that would not reach the engine."""
 
     async def generate(
         self, engine: HttpEngine, request: GenerateRequest, routing: RoutingContext = ANYWHERE, *, deadline: float
     ) -> Generation:
-        """Sends it to the engine that the router chooses; `engine` is one of them, whose protocol is spoken. Requests
-        of one session go to one engine, and so do those of one group without sessions, where the router's policy is one
-        that sticks."""
+        """Send a request to the engine that the router chooses, and return the generation.
+
+        `engine` is any registered engine; its protocol is used. If the router's policy has session affinity, requests
+        of one session go to the same engine, and so do requests of one group without a session. The deadline is in
+        seconds. Raises the same errors as `Engine.generate`.
+        """
         affinity = routing.session or routing.group
         headers = {self.affinity_header: affinity} if affinity is not None else {}
         return await engine.generate_by(self._http, request, headers=headers, deadline=deadline)
 
     async def close(self) -> None:
+        """Close the connections to the router."""
         await self._http.close()
 
 
 def sampling_of(request: GenerateRequest) -> Mapping[str, Any]:
-    """The sampling parameters that Millrace has no name for."""
-    further: Any = request.extra.get("sampling_params", {})
-    return further if isinstance(further, Mapping) else {}
+    """Return the request's sampling parameters that are not fields of SamplingParams."""
+    extra: Any = request.extra.get("sampling_params", {})
+    return extra if isinstance(extra, Mapping) else {}

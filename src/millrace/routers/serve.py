@@ -1,9 +1,9 @@
-"""What the router's own interpreter runs: the router, started as its own launcher starts it.
+"""Starts a router in the router's own Python environment, through the router's own launcher.
 
     python serve.py sglang|vllm ROUTER_ARGUMENT ...
 
-It imports nothing of Millrace. The key comes in the environment, as MILLRACE_ROUTER_API_KEY, and stays out of command
-lines. vllm-router asks for none.
+The script imports nothing of Millrace. It reads the key from MILLRACE_ROUTER_API_KEY, so that the key does not appear
+in a command line. vllm-router has no key.
 """
 
 import os
@@ -29,7 +29,7 @@ def main() -> None:
     launch_router(arguments)
 
 
-# This file's folder is first on the path, and its modules would be found before others of their names.
+# This file's folder is first on the path. Its modules would shadow others of the same name.
 sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
 
 if __name__ == "__main__":

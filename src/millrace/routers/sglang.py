@@ -10,8 +10,8 @@ from millrace.errors import EngineError, EngineRefused, EngineTimeout
 from millrace.routers.base import ASK_DEADLINE, RouterClient, sampling_of
 from millrace.types import GenerateRequest
 
-# What 0.3.2 passes on of /generate, each seen at a worker; it reads a request into a structure of its own, and what it
-# does not know there is gone without a word.
+# The fields of /generate that sglang-router 0.3.2 passes on. Each was observed at a worker. The router parses a request
+# into its own structure, and silently drops the fields that it does not know.
 KEPT = frozenset({
     "audio_data", "bootstrap_host", "bootstrap_pair_key", "bootstrap_port", "bootstrap_room", "custom_labels",
     "custom_logit_processor", "data_parallel_rank", "extra_key", "image_data", "log_metrics", "logprob_start_len",
@@ -25,7 +25,7 @@ KEPT_SAMPLING = frozenset({
 
 
 class SGLangRouter(RouterClient):
-    """sglang-router. It tells workers apart by ids of its own, and works off its list behind its answers."""
+    """The client of sglang-router. The router assigns ids to its workers, and updates its list after it answers."""
 
     kind = "sglang"
     affinity_header = "X-SMG-Routing-Key"
@@ -35,9 +35,11 @@ class SGLangRouter(RouterClient):
         body = {"url": engine.url, "api_key": engine.api_key}
         accepted = await self._http.control("POST", "/workers", body, deadline=deadline, repeatable=True)
         try:
-            while not await self._takes(accepted["worker_id"]):
+            while not await self._is_healthy(accepted["worker_id"]):
                 if time.monotonic() >= end:
-                    raise EngineTimeout(self.name, f"it has not taken {engine.name} in within {deadline:.0f} s")
+                    raise EngineTimeout(
+                        self.name, f"the router did not start to send requests to {engine.name} within {deadline:.0f} s"
+                    )
                 await asyncio.sleep(IDLE_POLL_SECONDS)
         except BaseException:
             await self._http.control("DELETE", f"/workers/{accepted['worker_id']}", deadline=ASK_DEADLINE)
@@ -46,10 +48,10 @@ class SGLangRouter(RouterClient):
     async def deregister(self, url: str) -> None:
         end = time.monotonic() + ASK_DEADLINE
         while (worker_id := (await self._ids()).get(url)) is not None:
-            with suppress(EngineRefused):  # it was on its way out
+            with suppress(EngineRefused):  # its removal is already in progress
                 await self._http.control("DELETE", f"/workers/{worker_id}", deadline=ASK_DEADLINE)
             if time.monotonic() >= end:
-                raise EngineTimeout(self.name, f"{url} still stands in its list after {ASK_DEADLINE:.0f} s")
+                raise EngineTimeout(self.name, f"the router did not remove {url} within {ASK_DEADLINE:.0f} s")
             await asyncio.sleep(IDLE_POLL_SECONDS / 4)
 
     async def workers(self) -> Mapping[str, bool]:
@@ -64,11 +66,12 @@ class SGLangRouter(RouterClient):
         listed = await self._http.control("GET", "/workers", deadline=ASK_DEADLINE, repeatable=True)
         return {worker["url"]: worker["id"] for worker in listed["workers"]}
 
-    async def _takes(self, worker_id: str) -> bool:
+    async def _is_healthy(self, worker_id: str) -> bool:
         try:
             worker = await self._http.control("GET", f"/workers/{worker_id}", deadline=ASK_DEADLINE)
-        except EngineRefused:  # it has not begun with it
+        except EngineRefused:  # the router has not started to add the worker
             return False
         if (worker.get("job_status") or {}).get("status") == "failed":
-            raise EngineError(self.name, f"it does not take {worker['url']}: {worker['job_status']['message']}")
+            message = worker["job_status"]["message"]
+            raise EngineError(self.name, f"the router did not accept the engine at {worker['url']}: {message}")
         return bool(worker["is_healthy"])

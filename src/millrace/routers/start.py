@@ -1,4 +1,4 @@
-"""From a router's settings to a router: started here, or attached to."""
+"""Starts the router that the settings name, or attaches to it."""
 
 import os
 import secrets
@@ -18,12 +18,12 @@ from millrace.routers.base import RouterClient
 from millrace.routers.sglang import SGLangRouter
 from millrace.routers.vllm import VLLMRouter
 
-HOST = "127.0.0.1"  # vllm-router asks nobody for a key
-ROUTER_KEY = "MILLRACE_ROUTER_API_KEY"  # of a router that somebody else started
+HOST = "127.0.0.1"  # only this host, since vllm-router asks for no key
+ROUTER_KEY = "MILLRACE_ROUTER_API_KEY"  # the key of a router that Millrace did not start
 SERVE = Path(__file__).parent / "serve.py"
 ROUTERS: Mapping[str, type[RouterClient]] = {"sglang": SGLangRouter, "vllm": VLLMRouter}
-# A request is sent again by Millrace, within the budget of its sample, and not by the router as well: one that kills
-# engines would kill five at once, and one name would run twice.
+# Routers must not retry requests. Millrace does so within the limits of the sample. A router's retries would let a
+# request that kills engines kill five of them, and run one request id twice.
 DEFAULTS: Mapping[str, Mapping[str, ForeignArgument]] = {
     "sglang": {"disable_retries": True, "assignment_mode": "min_load", "log_level": "warn"},
     "vllm": {"disable_retries": True, "log_level": "warning"},
@@ -32,12 +32,13 @@ DEFAULTS: Mapping[str, Mapping[str, ForeignArgument]] = {
 
 @dataclass(frozen=True, slots=True)
 class StartedRouter:
-    """A router that answers; `process` is None where somebody else started it."""
+    """A running router. `process` is None if Millrace did not start it."""
 
     router: RouterClient
     process: ServerProcess | None
 
     async def end(self) -> None:
+        """Close the client, and end the router if Millrace started it."""
         await self.router.close()
         if self.process is not None:
             await self.process.end()
@@ -46,10 +47,12 @@ class StartedRouter:
 async def start_router(
     config: SGLangRouterConfig | VLLMRouterConfig, *, log_dir: Path, engine_key: str | None = None
 ) -> StartedRouter:
-    """Starts the router, without an engine in its list, or attaches to the one that the config names. `engine_key` is
-    what opens all engines, for a router that knows no key of each.
+    """Start the router with an empty list of engines, or attach to the router at `config.url`.
 
-    Raises LaunchError when it does not come up, with the end of its log; nothing is left running then.
+    `engine_key` is the API key of all engines. It is for a router that does not store a key for each engine.
+
+    Raises LaunchError, with the end of the router's log, if the router does not start or answer. No process is left
+    running then.
     """
     name = f"{config.kind}-router"
     if config.url is not None:
@@ -71,7 +74,7 @@ async def start_router(
     router = ROUTERS[config.kind](name, f"http://{HOST}:{port}", key=engine_key or key)
     try:
 
-        async def up() -> bool:  # the port may have been taken by another server, which answers for a dead one
+        async def up() -> bool:  # if the router is dead, another server may answer on its port
             return await router.up() and process.running
 
         await process.until_healthy(up, deadline=config.start_timeout)
@@ -83,8 +86,8 @@ async def start_router(
 
 
 def arguments(config: SGLangRouterConfig | VLLMRouterConfig, port: int, metrics_port: int) -> list[str]:
-    """The router's command line. What the config says goes before our defaults."""
-    said = {name.replace("-", "_"): value for name, value in config.args.items()}
+    """Return the router's command-line arguments. Values from the config take precedence over our defaults."""
+    given = {name.replace("-", "_"): value for name, value in config.args.items()}
     defaults = {"prometheus_host": HOST, "prometheus_port": metrics_port, **DEFAULTS[config.kind]}
     own: Mapping[str, ForeignArgument] = {"host": HOST, "port": port, "policy": config.policy}
-    return options({**defaults, **said, **own})
+    return options({**defaults, **given, **own})

@@ -10,14 +10,17 @@ from millrace.types import GenerateRequest
 
 
 class VLLMRouter(RouterClient):
-    """vllm-router. It passes on whatever it does not know, to one worker: a control call that came to it would reach
-    one engine of many. It knows one key for all engines, that of the caller."""
+    """The client of vllm-router.
+
+    The router forwards unknown routes to a single worker, so a control call through it would reach only one engine.
+    It sends the caller's key to all engines.
+    """
 
     kind = "vllm"
     affinity_header = "X-Session-ID"
 
     async def register(self, engine: HttpEngine, *, deadline: float) -> None:
-        """It answers when the engine is healthy, and where it is not, never."""
+        """Add an engine. The router answers once the engine is healthy, and never if it is not."""
         try:
             await self._http.control("POST", "/workers", {"url": engine.url}, deadline=deadline)
         except EngineRefused:
@@ -35,5 +38,5 @@ class VLLMRouter(RouterClient):
         return {worker["url"]: worker["is_healthy"] for worker in listed["workers"]}
 
     def dropped(self, request: GenerateRequest) -> Set[str]:  # noqa: ARG002
-        """Nothing of vLLM's own routes."""
+        """Return an empty set: the router passes vLLM's requests on unchanged."""
         return frozenset()

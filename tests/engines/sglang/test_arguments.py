@@ -163,7 +163,10 @@ def test_events_that_tell_no_adapters_blocks_from_the_models_are_refused() -> No
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"urls": ("http://a:1",)}, "where one at urls publishes, nobody says"), ({"dp_size": 2}, "set replicas instead")],
+    [
+        ({"urls": ("http://a:1",)}, "it is not known where an engine at urls publishes"),
+        ({"dp_size": 2}, "set replicas instead"),
+    ],
 )
 def test_events_that_nobody_could_read_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):

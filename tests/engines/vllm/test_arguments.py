@@ -269,10 +269,13 @@ def test_too_few_gpus_are_told_before_the_start() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tp_size": 4, "dp_size": 2, "ep_size": 4}, "tp_size x dp_size = 8 ranks or over none .1.; ep_size is 4"),
+        (
+            {"tp_size": 4, "dp_size": 2, "ep_size": 4},
+            "tp_size x dp_size = 8 ranks, or does not spread them .1.; ep_size is 4",
+        ),
         ({"tp_size": 4, "dp_size": 2, "nnodes": 3}, "tp_size 4 x pp_size 1 x dp_size 2 can't be split over 3 nodes"),
         ({"dp_size": 2, "nnodes": 2, "node_rank": 0, "dist_init_addr": "a:1"}, "need data_parallel_rpc_port"),
-        ({"nnodes": 2, "tp_size": 2, "node_rank": 1}, "meet at dist_init_addr"),
+        ({"nnodes": 2, "tp_size": 2, "node_rank": 1}, "needs dist_init_addr"),
         ({"nnodes": 2, "tp_size": 2, "dist_init_addr": "10.0.0.1"}, "dist_init_addr"),
         ({"urls": ("http://a:1",), "python": "/usr/bin/python"}, "give one of them"),
     ],

@@ -1,1 +1,1 @@
-"""The checks, by what they ask about."""
+"""The checks, grouped by subject."""

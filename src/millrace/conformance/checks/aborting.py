@@ -1,4 +1,4 @@
-"""Requests that somebody ends."""
+"""Checks of aborted and cancelled requests."""
 
 import asyncio
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from millrace.types import Capability, FinishReason, GenerateRequest, Generation
 HEAD_START = 0.05  # seconds for a request to reach the server
 
 
-@check("abort.one", "an aborted request comes back with its tokens; another whose name begins alike goes on")
+@check("abort.one", "an aborted request returns its tokens; a request whose id starts with the same text continues")
 async def one(subject: Subject) -> None:
     def make(attempt: int) -> list[GenerateRequest]:
         short = ask_long(subject, f"one-{attempt}", attempt)
@@ -40,7 +40,7 @@ async def one(subject: Subject) -> None:
     await catch_together(subject, make, look)
 
 
-@check("abort.all", "every request in flight comes back with its tokens")
+@check("abort.all", "every aborted request returns its tokens")
 async def everything(subject: Subject) -> None:
     def make(attempt: int) -> list[GenerateRequest]:
         return [ask_long(subject, f"all-{attempt}-{number}", attempt) for number in range(3)]
@@ -53,7 +53,7 @@ async def everything(subject: Subject) -> None:
 
 
 async def _was_cut_off(subject: Subject, ended: Sequence[tuple[Flight, Generation]]) -> bool:
-    """Whether the abort met all of them in their middle. Then they have what they must have."""
+    """Return whether the abort ended all of them early. If so, check their tokens."""
     if any(made.finish_reason is not FinishReason.ABORT for _, made in ended):
         return False
     for flight, made in ended:
@@ -62,16 +62,16 @@ async def _was_cut_off(subject: Subject, ended: Sequence[tuple[Flight, Generatio
     return True
 
 
-@check("abort.unknown", "aborting what is not there changes nothing")
+@check("abort.unknown", "aborting an unknown request changes nothing")
 async def unknown(subject: Subject) -> None:
-    await subject.engine.abort("conformance-nobody")
+    await subject.engine.abort("conformance-unknown")
     await subject.engine.abort()
     await generate(subject, ask(subject, "unknown"))
 
 
 @check(
     "abort.paused",
-    "a request that was aborted during a pause ends, at the latest when the pause does",
+    "a request that is aborted during a pause ends, at the latest when the pause ends",
     Capability.PAUSE_KEEP,
 )
 async def paused(subject: Subject) -> None:
@@ -91,7 +91,7 @@ async def paused(subject: Subject) -> None:
     await catch(subject, "paused", look)
 
 
-@check("abort.cancelled", "a caller that is cancelled leaves nothing running on the server")
+@check("abort.cancelled", "a cancelled caller leaves no request running on the server")
 async def cancelled(subject: Subject) -> None:
     for attempt in range(ATTEMPTS):
         task = asyncio.create_task(generate(subject, ask_long(subject, f"cancelled-{attempt}", attempt)))
@@ -104,14 +104,14 @@ async def cancelled(subject: Subject) -> None:
     raise Lacking("generations end too soon to be cancelled")
 
 
-@check("abort.deadline", "a generation whose deadline passes raises EngineTimeout and leaves nothing running")
+@check("abort.deadline", "a generation that misses its deadline raises EngineTimeout and leaves no request running")
 async def deadline(subject: Subject) -> None:
     try:
         await subject.engine.generate(ask_long(subject, "late"), deadline=0.03)
     except EngineTimeout:
         await until_idle(subject)
         return
-    raise CheckFailed("it came back after its deadline, or sooner than any engine can")
+    raise CheckFailed("it returned after its deadline, or faster than any engine can")
 
 
 CHECKS: Sequence[Check] = (one, everything, unknown, paused, cancelled, deadline)

@@ -1,4 +1,4 @@
-"""Cached prefixes."""
+"""Checks of the prefix cache."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from millrace.conformance.requests import Flight, ask, catch, generate, require_
 from millrace.errors import EngineTimeout
 from millrace.types import Capability, PauseMode
 
-PREFIX = 48  # tokens; caches keep whole pages of up to 32
+PREFIX = 48  # tokens; caches keep complete pages of up to 32
 
 
-@check("cache.flush", "a prompt that came before is taken from the cache, and after a flush it is not")
+@check("cache.flush", "a repeated prompt is read from the cache, and after a flush it is not")
 async def flush(subject: Subject) -> None:
     await warm(subject, "flush")
     await subject.engine.flush_cache()
@@ -19,14 +19,14 @@ async def flush(subject: Subject) -> None:
 
 
 async def warm(subject: Subject, label: str) -> None:
-    """Has the prompt of this label cached."""
+    """Get the prompt of this label into the cache. Raises Lacking if the engine reports no cached tokens."""
     request = ask(subject, label, length=PREFIX)
     await generate(subject, request)
     if not (await generate(subject, request)).cached_tokens:
-        raise Lacking(f"it caches no prefix of {PREFIX} tokens, or does not tell")
+        raise Lacking(f"it does not cache a prefix of {PREFIX} tokens, or does not report it")
 
 
-@check("cache.flush_waits", "a flush waits for what runs, which is not disturbed")
+@check("cache.flush_waits", "a flush waits for running requests, and does not disturb them")
 async def flush_waits(subject: Subject) -> None:
     async def look(flight: Flight) -> bool:
         caught = not flight.task.done()
@@ -37,7 +37,7 @@ async def flush_waits(subject: Subject) -> None:
     await catch(subject, "flush-waits", look)
 
 
-@check("cache.flush_deadline", "a flush raises EngineTimeout where requests do not end", Capability.PAUSE_KEEP)
+@check("cache.flush_deadline", "a flush raises EngineTimeout if requests do not end", Capability.PAUSE_KEEP)
 async def flush_deadline(subject: Subject) -> None:
     async def look(flight: Flight) -> bool:
         await subject.engine.pause(PauseMode.KEEP)
@@ -51,7 +51,7 @@ async def flush_deadline(subject: Subject) -> None:
             await subject.engine.resume()
         if flight.length == flight.request.sampling.max_new_tokens:
             return False
-        raise CheckFailed("it was flushed while a request was in the middle")
+        raise CheckFailed("the cache was flushed while a request was running")
 
     await catch(subject, "flush-deadline", look)
 

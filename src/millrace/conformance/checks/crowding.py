@@ -1,4 +1,4 @@
-"""Much at once, in any order."""
+"""Checks of many concurrent calls, in any order."""
 
 import asyncio
 import random
@@ -21,10 +21,11 @@ from millrace.types import Capability, GenerateRequest, Generation, MemoryTag, P
 
 CROWD = 64
 WALK_STEPS = 40
-OFTEN = {"resume": 4, "wake weights": 4, "wake kv_cache": 4, "begin": 2, "load": 3, "commit": 2}  # so that it gets on
-STROLL = 0.04  # seconds at most from one call to the next
+# Relative frequencies of the calls that make progress possible. That of the others is 1.
+FREQUENCIES = {"resume": 4, "wake weights": 4, "wake kv_cache": 4, "begin": 2, "load": 3, "commit": 2}
+LONGEST_GAP = 0.04  # seconds from one call of the walk to the next
 WALK_REQUESTS = 4  # in flight at once
-PATIENCE = 3.0  # seconds for one call of the walk
+CALL_DEADLINE = 3.0  # seconds for one call of the walk
 PAUSES = {
     Capability.PAUSE_ABORT: PauseMode.ABORT,
     Capability.PAUSE_RETRACT: PauseMode.RETRACT,
@@ -32,7 +33,7 @@ PAUSES = {
 }
 
 
-@check("crowd.generate", f"{CROWD} requests at once are answered once each, with what was asked for")
+@check("crowd.generate", f"{CROWD} concurrent requests are each answered once, with the requested tokens")
 async def crowd(subject: Subject) -> None:
     requests = [ask(subject, f"crowd-{i}", length=1 + i % 7, tokens=1 + i % 11) for i in range(CROWD)]
     made = await asyncio.gather(*(generate(subject, request) for request in requests))
@@ -46,38 +47,38 @@ def _walk(seed: int, walkers: int) -> Check:
         before = await fingerprint(subject)
         asked: list[asyncio.Task[Generation | EngineError]] = []
         try:
-            await asyncio.gather(*(_wander(subject, f"{seed}-{walker}", asked) for walker in range(walkers)))
-            await _calm(subject)
+            await asyncio.gather(*(_call_randomly(subject, f"{seed}-{walker}", asked) for walker in range(walkers)))
+            await _reset(subject)
             for task in asked:
                 ended = await task
-                expect(not isinstance(ended, EngineUnreachable), f"a request broke off: {ended}")
+                expect(not isinstance(ended, EngineUnreachable), f"the connection of a request broke: {ended}")
         finally:
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
         await until_idle(subject)
-        expect(alike(await fingerprint(subject), before), "afterwards it makes other tokens")
+        expect(alike(await fingerprint(subject), before), "it generates other tokens after the calls")
 
-    who = "by two callers at once" if walkers > 1 else "by one caller"
-    claim = f"{WALK_STEPS} control calls {who}, in no sensible order: each succeeds or is refused, and it serves on"
+    callers = "each of two concurrent callers" if walkers > 1 else "one caller"
+    claim = f"{WALK_STEPS} random control calls by {callers}: each succeeds or is refused, and it continues to serve"
     return Check(f"crowd.walk_{seed}", claim, frozenset(), examine)
 
 
-async def _wander(subject: Subject, seed: str, asked: list[asyncio.Task[Generation | EngineError]]) -> None:
+async def _call_randomly(subject: Subject, seed: str, asked: list[asyncio.Task[Generation | EngineError]]) -> None:
     draw = random.Random(seed)  # noqa: S311 (no secret)
     steps = _steps(subject)
     names = sorted(steps)
-    weights = [OFTEN.get(name, 1) for name in names]
+    weights = [FREQUENCIES.get(name, 1) for name in names]
     for number in range(WALK_STEPS):
         if sum(not task.done() for task in asked) < WALK_REQUESTS:
             request = ask(subject, f"walk-{seed}-{number}", tokens=draw.randrange(1, 60))
             asked.append(asyncio.create_task(_ended(subject, request)))
-        await asyncio.sleep(draw.uniform(0, STROLL))
+        await asyncio.sleep(draw.uniform(0, LONGEST_GAP))
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(CALL_DEADLINE):
                 await steps[draw.choices(names, weights)[0]]()
         except (EngineRefused, EngineTimeout, TimeoutError):
-            continue  # as the contract has it, or the caller lost patience
+            continue  # the contract allows a refusal; a timeout is the caller's
 
 
 def _steps(subject: Subject) -> dict[str, Callable[[], Awaitable[None]]]:
@@ -110,7 +111,10 @@ def _steps(subject: Subject) -> dict[str, Callable[[], Awaitable[None]]]:
 
 
 async def _ended(subject: Subject, request: GenerateRequest) -> Generation | EngineError:
-    """How a request of the walk ends; it may be aborted, or refused while there are no whole weights."""
+    """Return the generation of a request of the walk, or its error.
+
+    The request may be aborted, or refused while the engine has no complete weights.
+    """
     try:
         made = await subject.engine.generate(request, deadline=GENERATE_DEADLINE)
     except EngineError as error:
@@ -119,8 +123,8 @@ async def _ended(subject: Subject, request: GenerateRequest) -> Generation | Eng
     return made
 
 
-async def _calm(subject: Subject) -> None:
-    """Out of any state: no update open, awake, the folder's weights, running."""
+async def _reset(subject: Subject) -> None:
+    """Return the engine to normal from any state: no open update, awake, the folder's weights, running."""
     with suppress(EngineRefused):
         await subject.engine.rollback()
     await subject.engine.wake()

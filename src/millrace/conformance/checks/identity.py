@@ -1,4 +1,4 @@
-"""What an engine says of itself."""
+"""Checks of the information that an engine reports about itself."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,17 +11,20 @@ from millrace.model_config import vocab_size
 from millrace.types import Capability, Health
 
 
-@check("identity.info", "it names its kind, version, model, vocabulary and context, and some way to pause")
+@check("identity.info", "it reports its kind, version, model, vocabulary, context, and at least one pause mode")
 async def info(subject: Subject) -> None:
-    told = await subject.engine.info()
-    expect(bool(told.kind and told.engine_version and told.model_path), f"a name is missing in {told}")
-    expect(told.vocab_size > 0 and told.context_length > 1 and told.ranks > 0, f"a size is missing in {told}")
+    reported = await subject.engine.info()
+    expect(bool(reported.kind and reported.engine_version and reported.model_path), f"a name is missing in {reported}")
+    expect(
+        reported.vocab_size > 0 and reported.context_length > 1 and reported.ranks > 0,
+        f"a size is missing in {reported}",
+    )
     pauses = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capability.PAUSE_KEEP}
-    expect(bool(pauses & told.capabilities), "it has no mode of pausing")
-    expect(await subject.engine.info() == told, "it says something else when it is asked again")
+    expect(bool(pauses & reported.capabilities), "it has no pause mode")
+    expect(await subject.engine.info() == reported, "a second call reports something else")
 
 
-@check("identity.vocabulary", "its vocabulary is that of the model's folder")
+@check("identity.vocabulary", "the size of its vocabulary is that of the model's folder")
 async def vocabulary(subject: Subject) -> None:
     try:
         size = await asyncio.to_thread(vocab_size, folder(subject))
@@ -30,13 +33,13 @@ async def vocabulary(subject: Subject) -> None:
     expect(size == subject.info.vocab_size, f"the folder says {size}, the engine {subject.info.vocab_size}")
 
 
-@check("identity.health", "an engine that serves says that it is ready")
+@check("identity.health", "an engine that serves reports that it is ready")
 async def health(subject: Subject) -> None:
     state = await subject.engine.health()
-    expect(state is Health.READY, f"it says {state}")
+    expect(state is Health.READY, f"it reports {state}")
 
 
-@check("identity.loads", "an idle engine counts no requests, and no more tokens than it has room for")
+@check("identity.loads", "an idle engine reports no requests, and no more used tokens than it has room for")
 async def loads(subject: Subject) -> None:
     await until_idle(subject)
     load = await subject.engine.loads()

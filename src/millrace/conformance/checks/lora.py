@@ -1,4 +1,4 @@
-"""LoRA adapters: who is made by which, and until when."""
+"""Checks of LoRA adapters: which requests use which adapter, and for how long."""
 
 import asyncio
 import re
@@ -20,15 +20,17 @@ from millrace.types import Capability, GenerateRequest, LoraConfig
 
 CONFIG = LoraConfig(rank=8, alpha=8.0, target_modules=("q_proj", "v_proj", "o_proj"))
 TARGET = re.compile(r"(.*\.(?:q_proj|v_proj|o_proj))\.weight")
-FOLLOWED = 4  # tokens after an update that are compared: later ones may hang on the last digit of a sum
+FOLLOWED = 4  # tokens compared after an update; later ones may differ by rounding
 
 
 @asynccontextmanager
 async def loras(subject: Subject, *names: str) -> AsyncIterator[list[Path]]:
-    """As many adapters as names, in folders that the engine's host can read. Those that are loaded under the names in
-    the end are unloaded."""
+    """Yield one adapter for each name, in folders that the engine's host can read.
+
+    Adapters that are loaded under these names at the end are unloaded.
+    """
     if not is_here(subject.engine.url):
-        raise Lacking("it is on another host, where this one can put no adapter")
+        raise Lacking("the engine is on another host, and the adapters can't be written there")
     model = folder(subject)
     with tempfile.TemporaryDirectory(prefix="millrace-") as place:
         written = [await asyncio.to_thread(_write, model, Path(place), number) for number in range(len(names))]
@@ -41,8 +43,8 @@ async def loras(subject: Subject, *names: str) -> AsyncIterator[list[Path]]:
 
 
 def _write(model: Path, place: Path, number: int) -> Path:
-    """Random, and strong enough to make other tokens."""
-    place.chmod(0o755)  # the engine's user may be another
+    """Write a random adapter that is strong enough to change the generated tokens."""
+    place.chmod(0o755)  # the engine may run as another user
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -63,12 +65,13 @@ def _write(model: Path, place: Path, number: int) -> Path:
 
 
 def using(name: str, request: GenerateRequest) -> GenerateRequest:
+    """Return the request with the adapter `name`."""
     return replace(request, extra={"lora_path": name})
 
 
 @check(
-    "adapter.serves",
-    "an adapter makes the tokens of those requests that name it, beside others, until it is unloaded",
+    "lora.serves",
+    "an adapter affects only the requests that name it, also in a batch with others, until it is unloaded",
     Capability.LORA,
 )
 async def serves(subject: Subject) -> None:
@@ -82,20 +85,20 @@ async def serves(subject: Subject) -> None:
         await engine.load_lora("two", str(two))
         wanted = [again, using("one", again), using("two", again)]
         named = [replace(request, request_id=f"{request.request_id}-{i}") for i, request in enumerate(wanted)]
-        beside = await asyncio.gather(*(generate(subject, request) for request in named))
-        expect(alike(beside[0], plain), "a request without an adapter was made by one, beside others that have one")
-        expect(alike(beside[1], by_one), "an adapter makes something else beside others")
-        expect(not alike(beside[2], by_one), "the second adapter makes what the first makes")
+        batched = await asyncio.gather(*(generate(subject, request) for request in named))
+        expect(alike(batched[0], plain), "a request without an adapter used one, in a batch with others")
+        expect(alike(batched[1], by_one), "an adapter gives other tokens in a batch with others")
+        expect(not alike(batched[2], by_one), "the second adapter gives the same tokens as the first")
         await engine.unload_lora("one")
         async with refused("a request for an adapter that was unloaded"):
             await generate(subject, using("one", again))
-        expect(alike(await generate(subject, again), plain), "without an adapter it is not as it was")
+        expect(alike(await generate(subject, again), plain), "without an adapter it generates other tokens than before")
         await engine.unload_lora("two")
 
 
 @check(
-    "adapter.prefixes",
-    "no prefix that the weights, or one adapter, computed is used by another, also where it takes the other's name",
+    "lora.prefixes",
+    "prefixes computed by the base weights or one adapter are not used by another, even under the same name",
     Capability.LORA,
 )
 async def prefixes(subject: Subject) -> None:
@@ -105,16 +108,16 @@ async def prefixes(subject: Subject) -> None:
         for path in paths:
             await subject.engine.load_lora("same", str(path))
             made = await generate(subject, using("same", request))
-            expect(made.cached_tokens == 0, f"{made.cached_tokens} tokens of another were used")
+            expect(made.cached_tokens == 0, f"{made.cached_tokens} cached tokens of another adapter were used")
             warm = await generate(subject, using("same", request))
             await subject.engine.unload_lora("same")
             if not warm.cached_tokens:
-                raise Lacking(f"it caches no prefix of {PREFIX} tokens, or does not tell")
+                raise Lacking(f"it does not cache a prefix of {PREFIX} tokens, or does not report it")
 
 
 @check(
-    "adapter.switch",
-    "what runs while another adapter is loaded ends with the one that it began with",
+    "lora.switch",
+    "a request that runs while another adapter is loaded ends with the adapter that it started with",
     Capability.LORA,
 )
 async def switch(subject: Subject) -> None:
@@ -129,18 +132,18 @@ async def switch(subject: Subject) -> None:
             require_whole(flight.request, made)
             alone = await generate(subject, replace(flight.request, request_id=f"{flight.request.request_id}-alone"))
             count = len(made.output_ids) // 2
-            expect(made.output_ids[:count] == alone.output_ids[:count], "it went on with another adapter")
+            expect(made.output_ids[:count] == alone.output_ids[:count], "it continued with another adapter")
             return caught
 
         await catch(subject, "switch", look, partial(using, "old"))
         await subject.engine.unload_lora("old")
 
 
-@check("adapter.refused", "an adapter that is not there, or takes a name that is taken, is refused", Capability.LORA)
+@check("lora.refused", "an adapter that does not exist, or whose name is taken, is refused", Capability.LORA)
 async def refuses(subject: Subject) -> None:
     engine = subject.engine
     async with loras(subject, "taken") as (path,):
-        async with refused("an adapter from a folder that is not there"):
+        async with refused("an adapter from a folder that does not exist"):
             await engine.load_lora("nothing", str(path.with_name("nothing")))
         async with refused("a request for an adapter that was never loaded"):
             await generate(subject, using("nothing", ask(subject, "nothing")))
@@ -151,8 +154,8 @@ async def refuses(subject: Subject) -> None:
 
 
 @check(
-    "adapter.taken_off",
-    "whole weights take an adapter off: what runs with it goes on by them alone, and so does what names it then",
+    "lora.taken_off",
+    "a full update detaches an adapter: requests that run with it or name it use the new weights alone",
     Capability.LORA,
 )
 async def detached(subject: Subject) -> None:
@@ -167,7 +170,7 @@ async def detached(subject: Subject) -> None:
             versions = [span.version for span in made.version_spans]
             expect(
                 versions in ([old], [old, new]),
-                f"version {new} followed {old}, its version spans: {made.version_spans}",
+                f"version {new} followed {old}, and the version spans are {made.version_spans}",
             )
             if versions == [old, new]:
                 await _require_followed(subject, flight.request, made.output_ids, made.version_spans[1].start)
@@ -182,8 +185,11 @@ async def detached(subject: Subject) -> None:
 
 
 async def _require_followed(subject: Subject, request: GenerateRequest, made: tuple[int, ...], start: int) -> None:
-    """What names the adapter is made by the weights alone, and so is what followed, unless the engine keeps what it had
-    computed of the tokens before."""
+    """Raise CheckFailed unless a request that names the adapter uses the base weights alone.
+
+    The tokens after the update must be those of the base weights, too, unless the engine keeps the KV cache of the
+    tokens before it.
+    """
     rest = replace(
         request,
         request_id=f"{request.request_id}-rest",
@@ -191,10 +197,11 @@ async def _require_followed(subject: Subject, request: GenerateRequest, made: tu
         sampling=replace(request.sampling, max_new_tokens=min(FOLLOWED, len(made) - start)),
     )
     alone = await generate(subject, replace(rest, extra={}))
-    expect((await generate(subject, rest)).output_ids == alone.output_ids, "what names the adapter is still made by it")
+    named = await generate(subject, rest)
+    expect(named.output_ids == alone.output_ids, "a request that names the adapter still uses it")
     if Capability.STAGED_UPDATE not in subject.info.capabilities:
         followed = made[start : start + len(alone.output_ids)]
-        expect(followed == alone.output_ids, "it did not go on by the new weights alone")
+        expect(followed == alone.output_ids, "it did not continue with the new weights alone")
 
 
 CHECKS: Sequence[Check] = (serves, prefixes, switch, refuses, detached)

@@ -1,4 +1,4 @@
-"""Pauses, in each mode, with a request in flight."""
+"""Checks of pauses in each mode, with a request in flight."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,29 +17,29 @@ from millrace.conformance.requests import (
 from millrace.types import Capability, FinishReason, Health, PauseMode
 
 
-@check("pause.abort", "mode abort: what runs comes back with its tokens", Capability.PAUSE_ABORT)
+@check("pause.abort", "mode abort: running requests return with their tokens", Capability.PAUSE_ABORT)
 async def abort(subject: Subject) -> None:
     await catch(subject, "pause-abort", partial(_pause, subject, PauseMode.ABORT))
 
 
-@check("pause.retract", "mode retract: what runs stops, and goes on after the pause", Capability.PAUSE_RETRACT)
+@check("pause.retract", "mode retract: running requests stop, and continue after the pause", Capability.PAUSE_RETRACT)
 async def retract(subject: Subject) -> None:
     await catch(subject, "pause-retract", partial(_pause, subject, PauseMode.RETRACT))
 
 
-@check("pause.keep", "mode keep: what runs stops, and goes on after the pause", Capability.PAUSE_KEEP)
+@check("pause.keep", "mode keep: running requests stop, and continue after the pause", Capability.PAUSE_KEEP)
 async def keep(subject: Subject) -> None:
     await catch(subject, "pause-keep", partial(_pause, subject, PauseMode.KEEP))
 
 
 async def _pause(subject: Subject, mode: PauseMode, flight: Flight) -> bool:
-    """Pauses twice and resumes twice. False where the request had ended before."""
+    """Pause twice and resume twice. Return False if the request had ended before the pause."""
     await subject.engine.pause(mode)
     newcomer = asyncio.create_task(generate(subject, ask(subject, "newcomer")))
     try:
         await subject.engine.pause(mode)
         state = await subject.engine.health()
-        expect(state is Health.PAUSED, f"paused, it says {state}")
+        expect(state is Health.PAUSED, f"it is paused and reports {state}")
         await require_waiting(newcomer)
         if caught := await _caught(mode, flight):
             await require_waiting(newcomer)
@@ -66,7 +66,7 @@ async def _caught(mode: PauseMode, flight: Flight) -> bool:
         return False
     length = flight.length
     await require_waiting(flight.task)
-    expect(flight.length == length, f"{flight.length - length} tokens were made during the pause")
+    expect(flight.length == length, f"{flight.length - length} tokens were generated during the pause")
     return True
 
 

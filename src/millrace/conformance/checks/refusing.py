@@ -1,4 +1,4 @@
-"""Requests that must not harm the server."""
+"""Checks of requests that must not harm the server."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,13 +30,13 @@ def _refuses(name: str, make: Maker) -> Check:
                 pass
         await generate(subject, ask(subject, "after poison"))
 
-    return Check(f"refuse.{_short(name)}", f"it refuses {name}, and serves on", frozenset(), examine)
+    return Check(f"refuse.{_short(name)}", f"it refuses {name}, and continues to serve", frozenset(), examine)
 
 
 def _survives(name: str, make: Maker) -> Check:
     async def examine(subject: Subject) -> None:
         request = make(subject.info, ask(subject, "poison"))
-        # Beside it a request of which nothing is strange: they share a batch.
+        # A normal request shares its batch.
         async with in_flight(subject, [ask(subject, "neighbour", tokens=NEIGHBOUR_TOKENS)]) as flights:
             try:
                 made = await subject.engine.generate(request, deadline=GENERATE_DEADLINE)
@@ -46,21 +46,22 @@ def _survives(name: str, make: Maker) -> Check:
             finished = await flights[0].task
         require_whole(flights[0].request, finished)
 
-    return Check(f"survive.{_short(name)}", f"it refuses or answers {name}, and serves on", frozenset(), examine)
+    claim = f"it refuses or answers {name}, and continues to serve"
+    return Check(f"survive.{_short(name)}", claim, frozenset(), examine)
 
 
 def _short(name: str) -> str:
     return name.removeprefix("a ").removeprefix("an ").replace(" ", "_").replace("'", "")
 
 
-@check("refuse.name_in_flight", "a second request of a name in flight is refused, and the first goes on")
+@check("refuse.name_in_flight", "a second request with the id of a request in flight is refused; the first continues")
 async def name_in_flight(subject: Subject) -> None:
     async def look(flight: Flight) -> bool:
         second = replace(ask(subject, "second"), request_id=flight.request.request_id)
         try:
             await subject.engine.generate(second, deadline=GENERATE_DEADLINE)
             caught = False
-            expect(flight.task.done(), "a second request of the same name was not refused")
+            expect(flight.task.done(), "a second request with the same id was not refused")
         except EngineRefused:
             caught = True
         require_whole(flight.request, await flight.task)

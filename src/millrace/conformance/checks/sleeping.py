@@ -1,4 +1,4 @@
-"""Memory released and taken back."""
+"""Checks of sleep: memory is released and taken back."""
 
 import asyncio
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from millrace.errors import EngineRefused
 from millrace.types import ALL_MEMORY, Capability, Health, MemoryTag, PauseMode
 
 WEIGHTS, KV_CACHE = frozenset({MemoryTag.WEIGHTS}), frozenset({MemoryTag.KV_CACHE})
-REFUSAL_SECONDS = 3.0  # nothing that is paused ends by waiting for it
+REFUSAL_SECONDS = 3.0  # a refusal must come fast: paused requests never end by themselves
 
 
-@check("sleep.kv_cache", "its KV cache sleeps and wakes, twice each, and it makes the same tokens", Capability.SLEEP)
+@check("sleep.kv_cache", "the KV cache sleeps and wakes, twice each, and the tokens stay the same", Capability.SLEEP)
 async def kv_cache(subject: Subject) -> None:
     before = await fingerprint(subject)
     for _ in range(2):
@@ -31,11 +31,11 @@ async def kv_cache(subject: Subject) -> None:
             for _again in range(2):
                 await call(KV_CACHE)
                 await _require(subject, state)
-    expect(alike(await fingerprint(subject), before), "afterwards it makes other tokens")
+    expect(alike(await fingerprint(subject), before), "it generates other tokens afterwards")
 
 
 @check(
-    "sleep.orders", "weights and KV cache sleep and wake in any order, and it serves after a publish", Capability.SLEEP
+    "sleep.orders", "weights and KV cache sleep and wake in any order, and it serves after an update", Capability.SLEEP
 )
 async def orders(subject: Subject) -> None:
     folder(subject)
@@ -49,10 +49,10 @@ async def orders(subject: Subject) -> None:
             await subject.engine.wake(second)
             await subject.engine.wake(ALL_MEMORY)
     await restore(subject)
-    expect(alike(await fingerprint(subject), before), "afterwards it makes other tokens")
+    expect(alike(await fingerprint(subject), before), "it generates other tokens afterwards")
 
 
-@check("sleep.drains", "what runs ends before the engine sleeps, with all its tokens", Capability.SLEEP)
+@check("sleep.drains", "running requests end with all their tokens before the engine sleeps", Capability.SLEEP)
 async def drains(subject: Subject) -> None:
     async def look(flight: Flight) -> bool:
         caught = not flight.task.done()
@@ -64,7 +64,7 @@ async def drains(subject: Subject) -> None:
     await catch(subject, "drains", look)
 
 
-@check("sleep.requests_wait", "requests made while it sleeps wait, and are answered once it is awake", Capability.SLEEP)
+@check("sleep.requests_wait", "requests sent while it sleeps wait, and are answered once it is awake", Capability.SLEEP)
 async def requests_wait(subject: Subject) -> None:
     await subject.engine.sleep(KV_CACHE)
     task = asyncio.create_task(generate(subject, ask(subject, "asleep")))
@@ -75,7 +75,7 @@ async def requests_wait(subject: Subject) -> None:
 
 @check(
     "sleep.requests_wait_for_weights",
-    "requests made while the weights sleep wait, and are answered once there are weights again",
+    "requests sent while the weights sleep wait, and are answered once the weights are loaded again",
     Capability.SLEEP,
 )
 async def requests_wait_for_weights(subject: Subject) -> None:
@@ -100,7 +100,7 @@ async def update_refused(subject: Subject) -> None:
     await restore(subject)
 
 
-@check("sleep.update_then_kv_cache", "weights may be updated while the KV cache still sleeps", Capability.SLEEP)
+@check("sleep.update_then_kv_cache", "weights can be updated while the KV cache still sleeps", Capability.SLEEP)
 async def update_then_kv_cache(subject: Subject) -> None:
     folder(subject)
     before = await fingerprint(subject)
@@ -109,12 +109,12 @@ async def update_then_kv_cache(subject: Subject) -> None:
     await restore(subject)
     await _require(subject, Health.ASLEEP)
     await subject.engine.wake()
-    expect(alike(await fingerprint(subject), before), "afterwards it makes other tokens")
+    expect(alike(await fingerprint(subject), before), "it generates other tokens afterwards")
 
 
 @check(
     "sleep.paused_in_the_middle",
-    "told to sleep with a request paused in the middle, it refuses at once, and goes on after the pause",
+    "sleep is refused at once while a request is paused, and the request continues after the pause",
     Capability.SLEEP,
     Capability.PAUSE_KEEP,
 )
@@ -127,9 +127,9 @@ async def paused_in_the_middle(subject: Subject) -> None:
         except EngineRefused:
             caught = True
         except TimeoutError:
-            raise CheckFailed(f"it was neither asleep nor refused {REFUSAL_SECONDS:.0f} s later") from None
+            raise CheckFailed(f"it neither slept nor refused within {REFUSAL_SECONDS:.0f} s") from None
         else:
-            caught = False  # it had ended before the pause
+            caught = False  # the request had ended before the pause
         await subject.engine.wake()
         await subject.engine.resume()
         require_whole(flight.request, await flight.task)
@@ -140,7 +140,7 @@ async def paused_in_the_middle(subject: Subject) -> None:
 
 async def _require(subject: Subject, expected: Health) -> None:
     state = await subject.engine.health()
-    expect(state is expected, f"it should be {expected} and says {state}")
+    expect(state is expected, f"it should be {expected} and reports {state}")
 
 
 CHECKS: Sequence[Check] = (

@@ -1,4 +1,4 @@
-"""Generations as they grow."""
+"""Checks of streamed generations."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,24 +19,25 @@ from millrace.conformance.requests import (
 )
 from millrace.types import Capability, FinishReason, PauseMode
 
-AFTERMATH = 2.5  # seconds; SGLang aborts the name of a stream 2 s after its end, in case the caller had gone
+AFTERMATH = 2.5  # seconds; SGLang aborts a stream's id 2 s after its end, in case the caller has disconnected
 
 
-@check("stream.cumulative", "each piece begins with the one before it; the last is whole and what generate makes")
+@check("stream.cumulative", "each item starts with the previous one; the last is complete and equals generate's result")
 async def cumulative(subject: Subject) -> None:
     request = ask(subject, "stream", tokens=24)
     pieces = [piece async for piece in subject.engine.stream(request, deadline=GENERATE_DEADLINE)]
-    expect(len(pieces) > 1, "it came in one piece")
+    expect(len(pieces) > 1, "the stream had only one item")
     require_whole(request, pieces[-1])
     before: tuple[int, ...] = ()
     for piece in pieces:
         require_sound(request, piece)
-        expect(piece.output_ids[: len(before)] == before, "a piece does not begin with the one before it")
+        expect(piece.output_ids[: len(before)] == before, "an item does not start with the previous one")
         before = piece.output_ids
     expect(
-        all(piece.finish_reason is FinishReason.ABORT for piece in pieces[:-1]), "a piece before the last has an end"
+        all(piece.finish_reason is FinishReason.ABORT for piece in pieces[:-1]),
+        "an item before the last has a final finish reason",
     )
-    expect(alike(pieces[-1], await generate(subject, ask(subject, "stream", tokens=24))), "generate makes another")
+    expect(alike(pieces[-1], await generate(subject, ask(subject, "stream", tokens=24))), "generate's result differs")
 
 
 @check("stream.closed_early", "closing a stream ends the request on the server")
@@ -49,7 +50,7 @@ async def closed_early(subject: Subject) -> None:
 
 @check(
     "stream.name_again",
-    "a name that a stream had is free once it has ended: nothing of the old request ends the new one",
+    "the id of an ended stream can be used again: the old request does not end the new one",
     Capability.PAUSE_KEEP,
 )
 async def name_again(subject: Subject) -> None:

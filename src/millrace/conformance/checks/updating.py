@@ -1,4 +1,4 @@
-"""Weight updates as transactions."""
+"""Checks of weight updates, which are transactions."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -32,19 +32,19 @@ from millrace.weights.folder import folder_checksums
 DISK = Capability.UPDATE_FROM_DISK
 
 
-@check("update.commit", "the version changes at the commit and never before", DISK)
+@check("update.commit", "the version changes at the commit and not before", DISK)
 async def commit(subject: Subject) -> None:
     source, version = folder(subject), await next_version(subject)
     before = (await subject.engine.info()).weight_version
     async with update(subject, version):
-        expect((await subject.engine.info()).weight_version == before, "it changed at the beginning")
+        expect((await subject.engine.info()).weight_version == before, "the version changed with begin")
         await load_disk(subject, source)
-        expect((await subject.engine.info()).weight_version == before, "it changed with the load")
+        expect((await subject.engine.info()).weight_version == before, "the version changed with the load")
         await subject.engine.commit()
     served = (await subject.engine.info()).weight_version
-    expect(served == version, f"version {version} was committed, it names {served}")
+    expect(served == version, f"version {version} was committed, and the engine reports {served}")
     made = await generate(subject, ask(subject, "commit"))
-    expect([s.version for s in made.version_spans] == [version], f"its tokens are of {made.version_spans}")
+    expect([s.version for s in made.version_spans] == [version], f"the version spans are {made.version_spans}")
 
 
 def _way(name: str, capability: Capability, way: Way) -> Check:
@@ -52,11 +52,11 @@ def _way(name: str, capability: Capability, way: Way) -> Check:
         source, other = folders(subject)
         before = await fingerprint(subject)
         await way(subject, other, await next_version(subject))
-        expect(not alike(await fingerprint(subject), before), "with other weights it makes the same tokens")
+        expect(not alike(await fingerprint(subject), before), "it generates the same tokens with other weights")
         await way(subject, source, await next_version(subject))
-        expect(alike(await fingerprint(subject), before), "with the first weights back it makes other tokens")
+        expect(alike(await fingerprint(subject), before), "it generates other tokens with the first weights restored")
 
-    claim = f"other weights come by {name}, and the first ones come back"
+    claim = f"other weights are loaded through {name}, and the first weights are restored"
     return Check(f"update.{name.lower().replace(' ', '_')}", claim, frozenset({capability}), examine)
 
 
@@ -74,31 +74,31 @@ WAYS = (
 )
 
 
-@check("update.ways_agree", "the same weights make the same tokens, whichever way they came")
+@check("update.ways_agree", "the same weights give the same tokens, by whichever way they are loaded")
 async def ways_agree(subject: Subject) -> None:
     _, other = folders(subject)
-    there = ways(subject)
-    if len(there) < 2:
-        raise Lacking(f"there is only one way: {', '.join(there) or 'none'}")
+    supported = ways(subject)
+    if len(supported) < 2:
+        raise Lacking(f"it needs two ways to load weights, and the engine supports: {', '.join(supported) or 'none'}")
     made = {}
-    for name, way in there.items():
+    for name, way in supported.items():
         await way(subject, other, await next_version(subject))
         made[name] = await fingerprint(subject)
     first = next(iter(made))
-    for name, brought in made.items():
-        expect(alike(brought, made[first]), f"{name} brought other weights than {first}")
+    for name, generation in made.items():
+        expect(alike(generation, made[first]), f"{name} loaded other weights than {first}")
     await restore(subject)
 
 
 @check(
     "update.own_checksums",
-    "its checksums tell weights apart, and are the same for the same weights",
+    "its checksums differ for different weights, and are equal for equal weights",
     Capability.OWN_CHECKSUMS,
 )
 async def own_checksums(subject: Subject) -> None:
     _, other = folders(subject)
     before = await subject.engine.checksums()
-    expect(bool(before), "there are none")
+    expect(bool(before), "there are no checksums")
     held = []
     for way in ways(subject).values():
         await way(subject, other, await next_version(subject))
@@ -106,37 +106,38 @@ async def own_checksums(subject: Subject) -> None:
     await restore(subject)
     expect(all(one == held[0] for one in held), "the same weights by two ways have different checksums")
     expect(held[0] != before, "other weights have the same checksums")
-    expect(await subject.engine.checksums() == before, "with the first weights back the checksums are others")
+    expect(await subject.engine.checksums() == before, "the checksums differ with the first weights restored")
 
 
 @check("update.checksums", "its checksums are those of the tensors in the folder", Capability.CHECKSUMS)
 async def checksums(subject: Subject) -> None:
     source, other = folders(subject)
-    for brought in (other, source):
-        await one_way(subject)(subject, brought, await next_version(subject))
-        held, sent = await subject.engine.checksums(), folder_checksums(brought)
+    for loaded in (other, source):
+        await one_way(subject)(subject, loaded, await next_version(subject))
+        held, sent = await subject.engine.checksums(), folder_checksums(loaded)
         if missing := sorted(sent.keys() - held.keys()):
-            raise CheckFailed(f"it names no checksum of {missing[0]}")
+            raise CheckFailed(f"the checksum of {missing[0]} is missing")
         if wrong := sorted(name for name, value in sent.items() if held[name] != value):
-            raise CheckFailed(f"{len(wrong)} of {len(sent)} are wrong, that of {wrong[0]} among them")
+            raise CheckFailed(f"{len(wrong)} of {len(sent)} checksums are wrong, such as that of {wrong[0]}")
 
 
 @check(
     "update.sampled_checksums",
-    "before the commit, its sampled checksums are those of the tensors that came",
+    "before the commit, its sampled checksums are those of the received tensors",
     Capability.SAMPLED_CHECKSUMS,
 )
 async def sampled_sums(subject: Subject) -> None:
     source, other = folders(subject)
     async with refused("sampled checksums without an update"):
         await subject.engine.sampled_checksums()
-    for brought in (other, source):
-        tensors = await read_tensors(brought)
+    for loaded in (other, source):
+        tensors = await read_tensors(loaded)
         async with update(subject, await next_version(subject)):
-            await load_disk(subject, brought)
+            await load_disk(subject, loaded)
             held = await subject.engine.sampled_checksums()
             await subject.engine.commit()
-        expect(held == dict(zip(tensors, sampled_checksums(list(tensors.values())), strict=True)), "they are others")
+        sent = dict(zip(tensors, sampled_checksums(list(tensors.values())), strict=True))
+        expect(held == sent, "the sampled checksums differ")
 
 
 @check("update.order", "load and commit without begin are refused, and so is a second begin", DISK)
@@ -154,38 +155,38 @@ async def order(subject: Subject) -> None:
     async with refused("a second commit"):
         await subject.engine.commit()
     served = (await subject.engine.info()).weight_version
-    expect(served == version, f"version {version} was committed, it names {served}")
+    expect(served == version, f"version {version} was committed, and the engine reports {served}")
 
 
-@check("update.told_before", "tensors that are not the model's are told before an update begins")
+@check("update.told_before", "tensors that do not fit the model are refused before an update begins")
 async def told_before(subject: Subject) -> None:
     if Capability.ROLLBACK in subject.info.capabilities:
-        raise Lacking("it can go back, and need not know before")
+        raise Lacking("the engine can roll back, and need not check the tensors in advance")
     shapes = {name: tensor.shape for name, tensor in stored_tensors(folder(subject)).items()}
     await subject.engine.check_tensors(shapes)
     name = next(iter(shapes))
-    async with refused("a tensor missing"):
+    async with refused("a missing tensor"):
         await subject.engine.check_tensors({other: shape for other, shape in shapes.items() if other != name})
-    async with refused("a tensor that the model has not"):
+    async with refused("a tensor that the model does not have"):
         await subject.engine.check_tensors({**shapes, "model.of.another": (1,)})
     async with refused("a tensor of another shape"):
         await subject.engine.check_tensors({**shapes, name: (*shapes[name], 2)})
 
 
-@check("update.empty", "an update that brought nothing can be rolled back and changes nothing; it can't be committed")
+@check("update.empty", "an update without a load can be rolled back and changes nothing; it can't be committed")
 async def empty(subject: Subject) -> None:
     before, version = await fingerprint(subject), await next_version(subject)
     served = (await subject.engine.info()).weight_version
     await subject.engine.begin_update(version)
-    async with refused("the commit of an update that brought nothing"):
+    async with refused("the commit of an update without a load"):
         await subject.engine.commit()
     await subject.engine.rollback()
     await subject.engine.rollback()
     expect((await subject.engine.info()).weight_version == served, "the version changed")
-    expect(alike(await fingerprint(subject), before), "it makes other tokens")
+    expect(alike(await fingerprint(subject), before), "it generates other tokens")
 
 
-@check("update.rollback", "a rollback after a load restores what was served", Capability.ROLLBACK, DISK)
+@check("update.rollback", "a rollback after a load restores the served weights", Capability.ROLLBACK, DISK)
 async def rollback(subject: Subject) -> None:
     _, other = folders(subject)
     before, served = await fingerprint(subject), (await subject.engine.info()).weight_version
@@ -193,12 +194,12 @@ async def rollback(subject: Subject) -> None:
     await load_disk(subject, other)
     await subject.engine.rollback()
     expect((await subject.engine.info()).weight_version == served, "the version changed")
-    expect(alike(await fingerprint(subject), before), "it makes other tokens")
+    expect(alike(await fingerprint(subject), before), "it generates other tokens")
 
 
 @check(
     "update.torn",
-    "after a load that can't be undone it refuses to generate until a whole version was committed",
+    "after a load that can't be undone, it refuses to generate until a complete version is committed",
     DISK,
 )
 async def torn(subject: Subject) -> None:
@@ -211,36 +212,36 @@ async def torn(subject: Subject) -> None:
     async with refused("a rollback of overwritten weights"):
         await subject.engine.rollback()
     expect((await subject.engine.info()).weight_version == served, "the version changed")
-    async with refused("a generation by weights of no version"):
+    async with refused("a generation with incomplete weights"):
         await subject.engine.generate(ask(subject, "torn"), deadline=GENERATE_DEADLINE)
     await restore(subject)
-    expect(alike(await fingerprint(subject), before), "with the first weights back it makes other tokens")
+    expect(alike(await fingerprint(subject), before), "it generates other tokens with the first weights restored")
 
 
-@check("update.part", "a version is refused of which a tensor is missing, or has another name or shape")
+@check("update.part", "a version is refused if a tensor is missing, or has another name or shape")
 async def part(subject: Subject) -> None:
-    """The missing one is a part of what engines fuse: where it is taken, it generates nonsense without a word."""
+    """Omit a tensor that engines fuse with others. An engine that accepts the version silently generates nonsense."""
     source, before = folder(subject), await fingerprint(subject)
     if not (kinds := memory_kinds(subject)):
-        raise Lacking("it takes no tensors from memory")
+        raise Lacking("the engine does not load tensors from memory")
     whole = await read_tensors(source)
     name = next((name for name in whole if "q_proj.weight" in name), next(iter(whole)))
     others = {other: tensor for other, tensor in whole.items() if other != name}
     for what, tensors in (
         (f"a version without {name}", others),
-        (f"a version with {name}.other in the place of {name}", {**others, f"{name}.other": whole[name]}),
+        (f"a version with {name}.other instead of {name}", {**others, f"{name}.other": whole[name]}),
         (f"a version with {name} in another shape", {**whole, name: whole[name].reshape(1, -1)}),
     ):
         try:
             await send(kinds[0], subject, tensors, await next_version(subject))
         except PublishError:
             continue
-        raise CheckFailed(f"{what} was taken")
+        raise CheckFailed(f"{what} was accepted")
     await restore(subject)
-    expect(alike(await fingerprint(subject), before), "with the first weights back it makes other tokens")
+    expect(alike(await fingerprint(subject), before), "it generates other tokens with the first weights restored")
 
 
-@check("update.failed_load", "a load that fails says so, and a whole version can be brought afterwards", DISK)
+@check("update.failed_load", "a failed load raises an error, and a complete version can be loaded afterwards", DISK)
 async def failed_load(subject: Subject) -> None:
     source, served = folder(subject), (await subject.engine.info()).weight_version
     before = await fingerprint(subject)
@@ -254,10 +255,10 @@ async def failed_load(subject: Subject) -> None:
     try:
         await subject.engine.rollback()
     except EngineRefused:
-        expect(Capability.ROLLBACK not in subject.info.capabilities, "it refused a rollback that it is capable of")
+        expect(Capability.ROLLBACK not in subject.info.capabilities, "it refused a rollback, which it supports")
     expect((await subject.engine.info()).weight_version == served, "the version changed")
     await restore(subject)
-    expect(alike(await fingerprint(subject), before), "it makes other tokens")
+    expect(alike(await fingerprint(subject), before), "it generates other tokens")
 
 
 CHECKS: Sequence[Check] = (

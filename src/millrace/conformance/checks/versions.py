@@ -1,4 +1,4 @@
-"""Which version made what: generations and cached prefixes across an update."""
+"""Checks of weight versions: generations and cached prefixes across an update."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from millrace.conformance.weights import folder, load_disk, next_version, one_wa
 from millrace.types import Capability, Generation, PauseMode
 
 
-@check("version.across", "a generation that runs while an update comes has all its tokens, and version spans of both")
+@check("version.across", "a generation that runs during an update has all its tokens, and spans of both versions")
 async def across(subject: Subject) -> None:
     async def look(flight: Flight) -> bool:
         old, new = await _update(subject)
@@ -22,7 +22,7 @@ async def across(subject: Subject) -> None:
 
 @check(
     "version.across_pause",
-    "a generation that is paused while an update comes goes on by the new version",
+    "a generation that is paused during an update continues with the new version",
     Capability.PAUSE_KEEP,
 )
 async def across_pause(subject: Subject) -> None:
@@ -37,7 +37,7 @@ async def across_pause(subject: Subject) -> None:
 
 @check(
     "version.long_after",
-    "a generation that an update interrupted goes on to its end, however long that takes",
+    "a generation that an update interrupted continues to its end, however long that takes",
     Capability.PAUSE_KEEP,
 )
 async def long_after(subject: Subject) -> None:
@@ -59,27 +59,27 @@ async def _update(subject: Subject) -> tuple[int | None, int]:
 
 
 def _spans(flight: Flight, made: Generation, old: int | None, new: int) -> bool:
-    """Whether the update came in its middle. It had begun before, so its first tokens are the old version's."""
+    """Return whether the update came during the generation. Its first tokens are always of the old version."""
     require_whole(flight.request, made)
     versions = [span.version for span in made.version_spans]
     expect(
-        versions in ([old], [old, new]), f"version {new} followed {old}, and its version spans are {made.version_spans}"
+        versions in ([old], [old, new]), f"version {new} followed {old}, and the version spans are {made.version_spans}"
     )
     return versions == [old, new]
 
 
-@check("version.prefixes", "no prefix that one version computed is used by the next")
+@check("version.prefixes", "cached prefixes of one version are not used by the next")
 async def prefixes(subject: Subject) -> None:
     folder(subject)
     await warm(subject, "prefixes")
     await restore(subject)
     made = await generate(subject, ask(subject, "prefixes", length=PREFIX))
-    expect(made.cached_tokens == 0, f"{made.cached_tokens} tokens of the version before were used")
+    expect(made.cached_tokens == 0, f"{made.cached_tokens} cached tokens of the previous version were used")
 
 
 @check(
     "version.new_requests",
-    "requests made during an update are answered by a version that is whole",
+    "requests sent during an update are answered by a complete version",
     Capability.UPDATE_FROM_DISK,
 )
 async def new_requests(subject: Subject) -> None:
@@ -97,7 +97,7 @@ async def new_requests(subject: Subject) -> None:
     made = await task
     expect(
         [s.version for s in made.version_spans] == [maker],
-        f"version {new} followed {old}, its version spans: {made.version_spans}",
+        f"version {new} followed {old}, and the version spans are {made.version_spans}",
     )
 
 
