@@ -221,7 +221,7 @@ async def test_a_sidecar_of_another_store_is_found_out(
     async with open_fleet(
         config, tiny_model, log_dir=tmp_path, transport="delta", folder=tmp_path / "versions", sidecars=[url]
     ) as fleet:
-        with pytest.raises(PublishError, match="its store has another version 1"):
+        with pytest.raises(PublishError, match="the version 1 in its store has other weights"):
             await fleet.publish(stepped(tensors, 1), 1)
 
 
@@ -269,7 +269,7 @@ async def test_the_command(tensors: Tensors, tiny_model: Path, tmp_path: Path, s
     assert await asyncio.to_thread(refused.wait, 10) == 1
     assert refused.stderr is not None
     assert refused.stderr.read() == (
-        "error: others reach 0.0.0.0: set MILLRACE_SIDECAR_KEY, here and for the trainer, or use 127.0.0.1\n"
+        "error: other hosts can reach 0.0.0.0: set MILLRACE_SIDECAR_KEY, here and for the trainer, or use 127.0.0.1\n"
     )
 
 
