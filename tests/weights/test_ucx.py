@@ -260,9 +260,7 @@ async def test_what_a_sidecar_holds(sidecar: Start) -> None:
             assert (await one.ask({**body, **change}))[0] == 400
         status, text = await one.ask({**body, "form": "cuda_ipc"})
         assert status == 400
-        assert (
-            "its memory is on the cpu, but the engines here open cuda_ipc: start the sidecar with --device cuda" in text
-        )
+        assert "its memory is on the cpu, but the engines here open cuda_ipc: start it with --device cuda" in text
         unreadable: list[dict[str, object]] = [
             {"agent": base64.b64encode(b"rubbish").decode()},
             {"address": 4096},

@@ -70,8 +70,8 @@ class Pulling(Job):
         if (body.form is Form.CUDA_IPC) != (self._device.type == "cuda"):
             needed = "cuda" if body.form is Form.CUDA_IPC else "cpu"
             return web.Response(
-                text=f"its memory is on the {self._device.type}, but the engines here open {body.form.value}: start "
-                f"the sidecar with --device {needed}",
+                text=f"its memory is on the {self._device.type}, but the engines here open {body.form.value}: start it "
+                f"with --device {needed}",
                 status=400,
             )
         loop = asyncio.get_running_loop()
