@@ -212,7 +212,7 @@ async def test_an_engine_that_hangs_in_a_publish_is_out_at_the_deadline_and_the_
     await embedded(fleet)[0].inject_fault("hang")
     stuck = asyncio.create_task(embedded(fleet)[0].generate(greedy("stuck"), deadline=60))
     report = await fleet.publish(tensors(model), 1, deadline=5)
-    assert "was not done with commit after 2." in str(report.failed["embedded-0"])
+    assert "commit took longer than 2." in str(report.failed["embedded-0"])
     assert fleet.snapshot.get("embedded-0").phase is Phase.QUARANTINED
     assert fleet.snapshot.get("embedded-1").version == 1
     assert (await fleet.generate(greedy("after"), deadline=20)).version_spans == (VersionSpan(1, 0, 12),)

@@ -210,14 +210,17 @@ async def test_a_third_adapter_waits_for_stragglers_and_then_aborts_them(fleet: 
     [
         (lambda parts: parts[1:], "lora_A.weight is missing"),
         (lambda parts: parts[:1] + parts[2:], "lora_B.weight is missing"),
-        (lambda parts: [(parts[0][0], parts[0][1][:2]), *parts[1:]], "of rank 4 they are"),
-        (lambda parts: [(parts[0][0], parts[0][1][:, :8]), *parts[1:]], "and the adapter is for one of"),
+        (lambda parts: [(parts[0][0], parts[0][1][:2]), *parts[1:]], "with rank 4 they must be"),
+        (lambda parts: [(parts[0][0], parts[0][1][:, :8]), *parts[1:]], "but the adapter's is"),
         (lambda parts: [(n.replace("layers.1", "layers.7"), t) for n, t in parts], "the model has no model.layers.7"),
         (
             lambda parts: [(n.replace("q_proj", "x_proj"), t) for n, t in parts],
             "x_proj is not among the target_modules",
         ),
-        (lambda parts: [(n.replace(".weight", ".default.weight"), t) for n, t in parts], "is no name of PEFT's"),
+        (
+            lambda parts: [(n.replace(".weight", ".default.weight"), t) for n, t in parts],
+            "is not a name that PEFT uses",
+        ),
         (lambda parts: [p for p in parts if "down_proj" not in p[0]], "target_modules names down_proj"),
         (lambda parts: [*parts, parts[0]], "named a tensor twice"),
         (lambda parts: [(n, t.double()) for n, t in parts], "is torch.float64"),

@@ -142,7 +142,7 @@ def test_a_fused_tensor_of_another_shape_is_refused(moe: tuple[PreTrainedModel, 
     model, _, trained = moe
     fused = "model.layers.0.mlp.experts.gate_up_proj"
     named = {**dict(model.named_parameters()), fused: torch.zeros(0)}
-    with pytest.raises(PublishError, match=rf"{fused} has shape \(0,\), in the model it is \(4, 16, 16\)"):
+    with pytest.raises(PublishError, match=rf"{fused} has shape \(0,\), but in the model it is \(4, 16, 16\)"):
         trained.tensors(list(named.items()))
 
 

@@ -260,7 +260,7 @@ async def test_what_a_sidecar_holds(sidecar: Start) -> None:
             assert (await one.ask({**body, **change}))[0] == 400
         status, text = await one.ask({**body, "form": "cuda_ipc"})
         assert status == 400
-        assert "its memory is on the cpu, and the engines here open cuda_ipc: start it with --device cuda" in text
+        assert "its memory is on the cpu, but the engines here open cuda_ipc: start it with --device cuda" in text
         unreadable: list[dict[str, object]] = [
             {"agent": base64.b64encode(b"rubbish").decode()},
             {"address": 4096},
@@ -364,5 +364,5 @@ def test_sidecars_are_for_ucx_or_for_a_store() -> None:
 def test_each_engine_needs_a_sidecar() -> None:
     common = frozenset({Capability.UPDATE_FROM_SHARED_MEMORY})
     sidecars = {"one": "http://127.0.0.2:9", "two": None}
-    with pytest.raises(PublishError, match=r"publish\.sidecars names none on the host of two, which ucx takes"):
+    with pytest.raises(PublishError, match=r"publish\.sidecars has no sidecar on the host of two, and ucx needs one"):
         create("ucx", TransportContext(capabilities=common, sidecars=sidecars))

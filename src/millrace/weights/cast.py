@@ -1,4 +1,4 @@
-"""Weights in the dtype of the engines: each tensor is cast when its turn comes, on the device that holds it."""
+"""Casts weights to the dtype of the engines, tensor by tensor, on each tensor's device."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,19 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Dtypes:
-    """Which dtype each tensor of a model has in the engines, by torch's names: `usual`, unless it is in `unusual`.
+    """The dtype of each tensor of a model in the engines, by torch's names.
 
-    Only floating tensors are cast, and never to or from a quantised dtype: that takes a scale."""
+    usual: the dtype of the tensors that `unusual` does not name; None if it is unknown.
+    unusual: the dtypes of the other tensors, by name.
+
+    Only floating-point tensors are cast, and never to or from a quantised dtype, because that needs a scale.
+    """
 
     usual: str | None
     unusual: Mapping[str, str]
 
     def of(self, name: str) -> str | None:
-        """None where nothing is known of it, and it stays as it is."""
+        """Return the tensor's dtype; None if it is unknown."""
         return self.unusual.get(name, self.usual)
 
     def cast_to(self, name: str, dtype: "torch.dtype") -> "torch.dtype | None":
-        """What a tensor of `dtype` is to be cast to; None where it stays as it is."""
+        """Return the dtype to cast a tensor of `dtype` to; None if it should not be cast."""
         import torch
 
         wanted, given = self.of(name), str(dtype).removeprefix("torch.")
@@ -44,29 +48,29 @@ class Dtypes:
         return found
 
     def cast(self, name: str, tensor: "torch.Tensor") -> "torch.Tensor":
-        """The tensor itself where it has its dtype already."""
+        """Return the tensor in its dtype in the engines. It is the same tensor if it has that dtype."""
         dtype = self.cast_to(name, tensor.dtype)
         return tensor if dtype is None else tensor.detach().to(dtype)
 
 
 def dtypes_of(info: EngineInfo, folder: Path) -> Dtypes:
-    """What an engine says of itself. Where it does not: the dtype of the model's folder, and for the tensors that the
-    folder stores in another dtype than most, that one. Reads the folder. Raises DataError where it has no config."""
+    """Return the dtypes that the engine reports. Those that it does not report are read from the model's folder. Raises
+    DataError if the folder has no config."""
     usual = info.dtype or folder_dtype(folder)
     return Dtypes(usual, unusual_dtypes(folder) if info.unusual_dtypes is None else info.unusual_dtypes)
 
 
 def require_one_dtype(engines: Iterable[Replica]) -> None:
-    """Raises PublishError for engines of several dtypes: all get the same tensors."""
-    told = {one.engine.name: one.info.dtype for one in engines if one.info.dtype is not None}
-    if len(set(told.values())) > 1:
-        each = ", ".join(f"{name} in {dtype}" for name, dtype in told.items())
+    """Raise PublishError if the engines compute in different dtypes, because all get the same tensors."""
+    dtypes = {replica.engine.name: replica.info.dtype for replica in engines if replica.info.dtype is not None}
+    if len(set(dtypes.values())) > 1:
+        each = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
         raise PublishError(f"the engines compute in different dtypes ({each}); start all of them with one --dtype")
 
 
 def cast(tensors: "Iterable[NamedTensor]", dtypes: Dtypes) -> "Iterable[NamedTensor]":
-    """The tensors in these dtypes. It is as lazy as what is given, can be gone through as often, and announces the same
-    shapes."""
+    """Return the tensors in these dtypes. Each is cast when it is taken. The result can be iterated as often as
+    `tensors`, and has the same `shapes`."""
     if isinstance(tensors, Iterator):
         return _as_they_come(tensors, dtypes)
     shapes = announced(tensors)
@@ -74,8 +78,12 @@ def cast(tensors: "Iterable[NamedTensor]", dtypes: Dtypes) -> "Iterable[NamedTen
 
 
 def folder_checksums_as(dtypes: Dtypes, folder: Path, checksums: Mapping[str, str]) -> dict[str, str]:
-    """`checksums` are those of the tensors in `folder`. Returns the checksums that the same tensors have in `dtypes`;
-    reads only those whose dtype differs. Raises DataError as `stored_tensors` does."""
+    """Return the checksums that the tensors in `folder` have after their cast to `dtypes`.
+
+    checksums: the checksums of the tensors as they are in the folder. Only tensors whose dtype differs are read.
+
+    Raises DataError as `stored_tensors` does.
+    """
 
     def changes(name: str, tensor: StoredTensor) -> bool:
         wanted = dtypes.of(name)
@@ -84,8 +92,8 @@ def folder_checksums_as(dtypes: Dtypes, folder: Path, checksums: Mapping[str, st
     changed = {name for name, tensor in stored_tensors(folder).items() if name in checksums and changes(name, tensor)}
     if not changed:
         return dict(checksums)
-    cast_ones = ((name, dtypes.cast(name, tensor)) for name, tensor in FolderTensors(folder, frozenset(changed)))
-    return dict(checksums) | {name: tensor_checksum(tensor) for name, tensor in cast_ones}
+    casts = ((name, dtypes.cast(name, tensor)) for name, tensor in FolderTensors(folder, frozenset(changed)))
+    return dict(checksums) | {name: tensor_checksum(tensor) for name, tensor in casts}
 
 
 def _as_they_come(tensors: "Iterator[NamedTensor]", dtypes: Dtypes) -> "Iterator[NamedTensor]":

@@ -1,6 +1,6 @@
-"""Of which files a store's versions are made: whole folders (anchors), and deltas, each to a version before.
+"""The files of a version store: whole folders (anchors), and deltas, each of which changes an earlier version.
 
-`index.json` names the versions that are whole and safe, and is written when their bytes are.
+`index.json` lists the versions that are complete and on the disk. It is written after their files.
 """
 
 import logging
@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
-CHECKSUMS = "checksums.json"  # of every tensor in a folder
+CHECKSUMS = "checksums.json"  # the checksum of every tensor in a folder
 PREFIX = "version-"
 
 
 class Entry(BaseModel):
-    """A version. `base` is the one that its delta changes, None where it is a folder; `digest` is `digest_of` its
-    tensors' checksums, and tells it from another run's version of that number."""
+    """A version in the index.
+
+    base: the version that its delta changes; None if the version is a whole folder.
+    digest: the `digest_of` its tensors' checksums, which distinguishes it from the same version of another run.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -40,12 +43,12 @@ class Entry(BaseModel):
 
     @property
     def name(self) -> str:
-        """Of its folder or file, below the store's root."""
+        """The name of its folder or file, below the store's root."""
         return folder_name(self.version) if self.base is None else f"{folder_name(self.version)}.delta"
 
 
 class Index(BaseModel):
-    """The oldest first."""
+    """The content of `index.json`. The oldest version comes first."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -58,34 +61,34 @@ class Index(BaseModel):
             if before and entry.version <= before[-1]:
                 raise ValueError(f"version {entry.version} comes after {before[-1]}")
             if entry.base is not None and entry.base not in before:
-                raise ValueError(f"version {entry.version} changes version {entry.base}, which is not there")
+                raise ValueError(f"version {entry.version} changes version {entry.base}, which is missing")
             before.append(entry.version)
         return self
 
 
 def _is_torn(content: bytes) -> bool:
-    """Whether it is only the beginning of an index, or empty, as a full disk or a power cut leaves it."""
-    begun, begins = content.rstrip(b"\0"), b'{"versions":['
-    if not begun.startswith(begins[: len(begun)]):
+    """Return whether this is only the beginning of an index, or empty. A full disk or a power cut can cause that."""
+    text, start = content.rstrip(b"\0"), b'{"versions":['
+    if not text.startswith(start[: len(text)]):
         return False
     try:
-        orjson.loads(begun)
+        orjson.loads(text)
     except orjson.JSONDecodeError:
         return True
     return False
 
 
 class Source:
-    """What lies at `url`, a path or a URL of fsspec's. Raises ImportError or ValueError where fsspec does not know the
-    kind."""
+    """The files of the store at `url`, a path or a URL that fsspec knows. Raises ImportError or ValueError if fsspec
+    does not know the kind of URL."""
 
     def __init__(self, url: str) -> None:
         self.files, self.root = fsspec.url_to_fs(url)
         self.local = isinstance(self.files, LocalFileSystem)
 
     def index(self, *, torn: bool = False) -> tuple[Entry, ...]:
-        """The entries of the index; none where there is no index or, with `torn`, only the beginning of one. Raises
-        DataError where the index can't be read, and OSError."""
+        """Return the entries of the index; empty if there is no index, or if `torn` is set and there is only the
+        beginning of one. Raises DataError if the index is damaged, and OSError if it can't be read."""
         path = f"{self.root}/{INDEX}"
         content = b""
         try:
@@ -100,18 +103,18 @@ class Source:
             raise DataError(f"{path} is not a store's index: {error}") from error
 
     def fetch(self, entry: Entry, place: Path) -> None:
-        """Copies the version's folder or file to `place`. Raises OSError."""
+        """Copy the version's folder or file to `place`. Raises OSError."""
         if entry.base is not None:
             self.files.get_file(f"{self.root}/{entry.name}", str(place))
             return
-        self.files.invalidate_cache()  # it may list what another run had there
+        self.files.invalidate_cache()  # it may list the files of another run
         place.mkdir()
         for path in self.files.find(f"{self.root}/{entry.name}"):
             self.files.get_file(path, str(place / path.rpartition("/")[2]))
 
 
 class FullCheckpoint:
-    """A version's folder, memory-mapped. Raises DataError where it lacks something or has too much."""
+    """A version's folder, memory-mapped. Raises DataError if a tensor is missing, or is there without a checksum."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -129,14 +132,14 @@ class FullCheckpoint:
             raise DataError(f"{folder}: {min(added)} is not what was written")
 
     def get(self, name: str) -> "torch.Tensor | None":
-        """Not compared with its checksum. None where there is no such tensor."""
+        """Return the tensor, without comparing it with its checksum; None if there is no such tensor."""
         if name not in self._files:
             return None
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         return tensor
 
     def compared(self) -> "Iterator[tuple[str, torch.Tensor]]":
-        """Every tensor. Raises DataError where one is not what was written."""
+        """Yield every tensor. Raises DataError if one does not have its checksum."""
         for name, expected in self.checksums.items():
             tensor = self._files[name].get_tensor(name)
             if tensor_checksum(tensor) != expected:
@@ -145,16 +148,17 @@ class FullCheckpoint:
 
 
 def folder_name(version: int) -> str:
+    """Return the name of the version's folder: "version-00000007"."""
     return f"{PREFIX}{version:08d}"
 
 
 def digest_of(checksums: Mapping[str, str]) -> str:
-    """One checksum of all."""
+    """Return one checksum of all checksums."""
     return checksum(memoryview(orjson.dumps(dict(checksums), option=orjson.OPT_SORT_KEYS)))
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """Those that were written with the folder. Raises DataError where there are none."""
+    """Return the checksums that were written with the folder. Raises DataError if there are none."""
     path = folder / CHECKSUMS
     try:
         found = orjson.loads(path.read_bytes())
@@ -165,19 +169,20 @@ def read_checksums(folder: Path) -> dict[str, str]:
     return found
 
 
-def way_to(entries: Sequence[Entry], version: int, held: Set[int]) -> tuple[Entry, list[Entry]]:
-    """The whole version to begin with, which is in `held` or an anchor, and the deltas to apply to it one by one."""
+def way_to(entries: Sequence[Entry], version: int, available: Set[int]) -> tuple[Entry, list[Entry]]:
+    """Return the whole version to start from, and the deltas to apply to it, in order. The whole version is an anchor
+    or in `available`."""
     by_version = {entry.version: entry for entry in entries}
     entry = by_version[version]
     deltas: list[Entry] = []
-    while entry.base is not None and entry.version not in held:
+    while entry.base is not None and entry.version not in available:
         deltas.append(entry)
         entry = by_version[entry.base]
     return entry, deltas[::-1]
 
 
 def kept(entries: Sequence[Entry], keep: int) -> list[Entry]:
-    """The last `keep` and what they are made from."""
+    """Return the last `keep` entries and the entries that these are built from."""
     needed: set[int] = set()
     for entry in entries[-keep:]:
         anchor, deltas = way_to(entries, entry.version, frozenset())
@@ -188,8 +193,13 @@ def kept(entries: Sequence[Entry], keep: int) -> list[Entry]:
 def read_version(
     folder: Path, anchor: Entry, deltas: Sequence[tuple[Entry, Path]]
 ) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Every tensor of the last of the deltas' versions, or of the anchor's where there is none: what is in `folder`,
-    memory-mapped, and changed by each delta in turn. Raises DataError where anything is not what was written."""
+    """Yield every tensor of the last delta's version, or of the anchor's if there are no deltas.
+
+    folder: the folder of the anchor, which is memory-mapped.
+    deltas: applied to each tensor in turn, each with the path of its file.
+
+    Raises DataError if anything does not have its checksum.
+    """
     whole = FullCheckpoint(folder)
     _require_digest(whole.checksums, anchor, folder)
     opened: list[Delta] = []
@@ -201,7 +211,7 @@ def read_version(
 
 
 def _applied(whole: FullCheckpoint, deltas: Sequence[Delta]) -> "Iterator[tuple[str, torch.Tensor]]":
-    # A delta compares what it is applied to and what comes of it.
+    # A delta verifies the tensor that it is applied to, and the result.
     for name in deltas[-1].tensors:
         tensor = whole.get(name)
         for delta in deltas:

@@ -1,14 +1,18 @@
-"""What changed from one version of the weights to the next, in a file: little, after one step of reinforcement
-learning, whose learning rate moves few of the elements by as much as bfloat16 can tell.
+"""Deltas: files that hold the changes from one version of the weights to the next.
 
-Elements are compared and changed as bits, so NaNs and the sign of zero arrive as they are. A tensor is cut into chunks,
-which bounds what the encoder and the decoder need beside it. A chunk is *sparse* (how many elements lie between one
-change and the next, and by how much the bits of each, read as an integer, have grown) or *whole* (all new bits),
-whichever is smaller. Either's numbers are split into planes, the lowest bytes of all, then the next bytes of all, each
-compressed by itself: gaps are distributed about geometrically, so their bytes are independent of each other, and after
-one step nearly all changes are by one; more than an entropy coder would gain little.
+A delta is small after one step of reinforcement learning, because the learning rate is so low that few elements change
+in bfloat16.
 
-The file is a safetensors file: a uint8 tensor for each changed one, and a manifest, as JSON, in its metadata.
+Elements are compared and changed as bits, so NaNs and the sign of zero are preserved. A tensor is split into chunks,
+which bounds the memory of the encoder and the decoder. A chunk is *sparse* or *whole*, whichever is smaller. A sparse
+chunk holds the number of unchanged elements before each change, and the increase of the changed element's bits, read as
+an integer. A whole chunk holds all new bits.
+
+The numbers of a chunk are split into planes: the lowest bytes of all numbers, then the next bytes, and so on. Each
+plane is compressed on its own. The gaps are distributed almost geometrically, so their bytes are independent of each
+other, and after one step nearly all changes are by one. Therefore more than an entropy coder would gain little.
+
+The file is a safetensors file. It has a uint8 tensor for each changed tensor, and a JSON manifest in its metadata.
 """
 
 import itertools
@@ -32,10 +36,10 @@ from millrace.checksum import Checksum, checksum
 from millrace.errors import DataError, PublishError
 from millrace.model_folder import HEADER_LENGTH_BYTES, to_disk
 
-CHUNK = 1 << 20  # elements: what is made of them stays near the processor's cache
-IN_MEMORY = 1 << 28  # bytes of payloads; what is above goes to a file that has no name
+CHUNK = 1 << 20  # elements, few enough for the processor's cache
+IN_MEMORY = 1 << 28  # bytes of payloads; more are written to a temporary file
 GAP_BYTES = 4
-LARGEST = 1 << 48  # elements: above any tensor, below what strides overflow at
+LARGEST = 1 << 48  # elements; more than any tensor has, and too few for strides to overflow
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -47,12 +51,18 @@ DTYPES = {
 
 Bits = npt.NDArray[np.unsignedinteger]
 Pair = tuple[str, torch.Tensor | None, torch.Tensor]
-Encoded = tuple["Chunk", list[bytes]]  # with its compressed planes
+Encoded = tuple["Chunk", list[bytes]]  # a chunk and its compressed planes
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaReport:
-    """What a delta holds. `changed` of `elements`; `nbytes` of the new tensors, `wire_nbytes` of the file."""
+    """The size of a delta.
+
+    changed: the number of changed elements.
+    elements: the number of all elements.
+    nbytes: the size of the new tensors.
+    wire_nbytes: the size of the file.
+    """
 
     changed: int
     elements: int
@@ -61,7 +71,8 @@ class DeltaReport:
 
 
 class Chunk(BaseModel):
-    """Up to CHUNK elements. `gaps` and `bits`: bytes of the compressed planes, lowest first; those above are zero."""
+    """Up to CHUNK elements of a tensor. `gaps` and `bits` are the sizes in bytes of the compressed planes, the lowest
+    plane first. Higher planes are zero and not stored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -72,8 +83,11 @@ class Chunk(BaseModel):
 
 
 class TensorDelta(BaseModel):
-    """One tensor of the new version. `base` and `checksum` are `tensor_checksum`'s of the old tensor and of the new
-    one; without a base all chunks are whole, and no old tensor is needed."""
+    """One tensor of the new version.
+
+    base: the `tensor_checksum` of the old tensor; None if no old tensor is needed, because all chunks are whole.
+    checksum: the `tensor_checksum` of the new tensor.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -93,7 +107,7 @@ class TensorDelta(BaseModel):
 
     @property
     def nbytes(self) -> int:
-        """Of the new tensor."""
+        """The size of the new tensor in bytes."""
         return self.elements * self.torch_dtype.itemsize
 
     @property
@@ -105,9 +119,9 @@ class TensorDelta(BaseModel):
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype}")
         if math.prod(max(extent, 1) for extent in self.shape) >= LARGEST:
-            raise ValueError("no memory has room for its shape")
+            raise ValueError("its shape is too large for any memory")
         if len(self.chunks) != math.ceil(self.elements / CHUNK):
-            raise ValueError(f"{len(self.chunks)} chunks are not those of shape {list(self.shape)}")
+            raise ValueError(f"{len(self.chunks)} chunks do not fit the shape {list(self.shape)}")
         for chunk, (begin, end) in zip(self.chunks, _spans(self.elements), strict=True):
             if chunk.changed > end - begin:
                 raise ValueError("more elements have changed than there are")
@@ -121,7 +135,7 @@ class TensorDelta(BaseModel):
 
 
 class Manifest(BaseModel):
-    """All of a delta but its payloads."""
+    """Everything in a delta except its payloads."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -131,18 +145,21 @@ class Manifest(BaseModel):
 
 
 def write_delta(path: Path, base_version: int, version: int, pairs: Iterable[Pair]) -> DeltaReport:
-    """Writes what turns `base_version` into `version`. The file appears when all of it is on the disk.
+    """Write a delta that turns `base_version` into `version`. Blocks.
 
-    pairs: for every tensor of the new version its name, the old one (None where there was none) and the new one, both
-    on the CPU, of any shape. They are taken one by one. One whose dtype or shape has changed is sent whole. Blocks.
-    Raises PublishError for a name that comes twice and for a dtype that is not in DTYPES, and OSError; the path is then
-    as it was.
+    The file is created, or replaced, when all of it is on the disk.
+
+    pairs: (name, old, new) for every tensor of the new version, taken one by one. `old` is None if the base version
+        does not have the tensor. Both tensors are on the CPU and of any shape. A tensor whose dtype or shape has
+        changed is stored whole.
+
+    Raises PublishError if a name is there twice or a dtype is not in DTYPES, and OSError. The path is unchanged then.
     """
     tensors: dict[str, TensorDelta] = {}
     changed = 0
     partial = path.with_name(f".{path.name}.partial")
     try:
-        # The header, which comes first, is known last.
+        # The header is the first part of the file, and is known last.
         with (
             tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(path.parent)) as payloads,
             partial.open("wb") as file,
@@ -151,7 +168,7 @@ def write_delta(path: Path, base_version: int, version: int, pairs: Iterable[Pai
                 if name in tensors:
                     raise PublishError(f"the trainer named a tensor twice: {name}")
                 if _name(new.dtype) not in DTYPES:
-                    raise PublishError(f"{name} is of {new.dtype}, which a delta can't hold")
+                    raise PublishError(f"{name} is of {new.dtype}, which a delta can't store")
                 tensors[name] = _encode_tensor(old, new, payloads)
                 changed += sum(chunk.changed for chunk in tensors[name].chunks)
             file.write(_header(Manifest(base_version=base_version, version=version, tensors=tensors)))
@@ -168,7 +185,7 @@ def write_delta(path: Path, base_version: int, version: int, pairs: Iterable[Pai
 
 
 def read_delta(path: Path) -> "Delta":
-    """Opens a delta; the tensors are read when they are applied. Raises DataError when the file is missing, damaged or
+    """Open a delta. Its tensors are read when they are applied. Raises DataError if the file is missing, damaged, or
     not one that `write_delta` could have written."""
     try:
         file: Any = safe_open(path, framework="numpy")  # its methods have no types
@@ -178,7 +195,7 @@ def read_delta(path: Path) -> "Delta":
             raise DataError(f"{path} is damaged: its manifest is not what was written")
         manifest = Manifest.model_validate_json(text)
         sizes = {name: tensor.payload_nbytes for name, tensor in manifest.tensors.items() if tensor.payload_nbytes}
-        stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
         if {name: (part.get_dtype(), part.get_shape()) for name, part in stored.items()} != {
             name: ("U8", [size]) for name, size in sizes.items()
         }:
@@ -197,18 +214,24 @@ class Delta:
         self.tensors: Mapping[str, TensorDelta] = manifest.tensors
 
     def apply(self, name: str, old: torch.Tensor | None) -> torch.Tensor:
-        """The new tensor of that name, of its own memory, bit for bit the one that was written.
+        """Return the new tensor of that name, on the CPU and in its own memory. It is bit-identical to the tensor that
+        was written. Blocks.
 
-        old: that of `base_version`, on the CPU; not looked at where `tensors[name].base` is None. What is allocated is
-        `tensors[name].nbytes` and a chunk: for a tensor without a base, compare that with the model before. Raises
-        DataError when old is not what the delta was made from or the file is damaged. Blocks.
+        old: the tensor of `base_version`, on the CPU. It is ignored if `tensors[name].base` is None.
+
+        Allocates `tensors[name].nbytes` and a chunk. If a tensor has no base, compare that size with the model first.
+
+        Raises DataError if `old` is not the tensor that the delta was made from, or if the file is damaged.
+
+            delta = read_delta(path)
+            new = {name: delta.apply(name, old.get(name)) for name in delta.tensors}
         """
         entry = self.tensors[name]
         if entry.base is None:
             old = None
         elif old is None or old.dtype != entry.torch_dtype or tuple(old.shape) != entry.shape:
-            held = "nothing" if old is None else f"{old.dtype} {list(old.shape)}"
-            raise DataError(f"{self._path} changes {name} of {entry.dtype} {list(entry.shape)}, and here is {held}")
+            given = "none" if old is None else f"{old.dtype} {list(old.shape)}"
+            raise DataError(f"{self._path} changes {name} of {entry.dtype} {list(entry.shape)}, but was given {given}")
         tensor = torch.empty(entry.shape, dtype=entry.torch_dtype)
         new_bits, old_bits = _bits(tensor), None if old is None else _bits(old)
         base, result = Checksum(), Checksum()
@@ -217,7 +240,7 @@ class Delta:
         try:
             for chunk, (begin, end) in zip(entry.chunks, _spans(entry.elements), strict=True):
                 ends = list(itertools.accumulate((*chunk.gaps, *chunk.bits), initial=offset))
-                frames = [bytes(payload[one:two]) for one, two in itertools.pairwise(ends)]
+                frames = [bytes(payload[start:stop]) for start, stop in itertools.pairwise(ends)]
                 offset = ends[-1]
                 new_part, old_part = new_bits[begin:end], None if old_bits is None else old_bits[begin:end]
                 _decode(chunk, frames, old_part, new_part)
@@ -227,18 +250,18 @@ class Delta:
         except (zstandard.ZstdError, ValueError) as error:
             raise DataError(f"{self._path} is damaged at {name}: {error}") from error
         if entry.base is not None and base.hexdigest() != entry.base:
-            raise DataError(f"{self._path} changes version {self.base_version}, and the {name} here is not that one's")
+            raise DataError(f"{self._path} changes version {self.base_version}, but was given another {name}")
         if result.hexdigest() != entry.checksum:
-            raise DataError(f"{self._path} is damaged: it does not give the {name} of version {self.version}")
+            raise DataError(f"{self._path} is damaged: its {name} is not that of version {self.version}")
         return tensor
 
 
 def _encode_tensor(old: torch.Tensor | None, new: torch.Tensor, payloads: IO[bytes]) -> TensorDelta:
-    """The entry of the manifest; the compressed planes go to `payloads`, chunk by chunk."""
+    """Write the compressed planes to `payloads`, chunk by chunk, and return the manifest's entry."""
     if old is not None and (old.dtype != new.dtype or old.shape != new.shape):
         old = None
     new_bits, old_bits = _bits(new), None if old is None else _bits(old)
-    # Next to no search for repetitions: there are none but zeros, and those that chance makes cost more than they save.
+    # Almost no search for repetitions. Only zeros repeat; other repetitions are random, and cost more than they save.
     parameters = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
     compressor = zstandard.ZstdCompressor(compression_params=parameters)
     base, result = Checksum(), Checksum()
@@ -261,7 +284,7 @@ def _encode_tensor(old: torch.Tensor | None, new: torch.Tensor, payloads: IO[byt
 
 
 def _encode(old: Bits | None, new: Bits, compressor: zstandard.ZstdCompressor) -> Encoded:
-    """The smaller form."""
+    """Return the chunk in its smaller form."""
     if old is None:
         return _whole(new, new.size, compressor)
     positions = np.flatnonzero(old != new)
@@ -273,7 +296,7 @@ def _encode(old: Bits | None, new: Bits, compressor: zstandard.ZstdCompressor) -
     folded = ((growth << 1) ^ (growth >> (8 * new.itemsize - 1))).view(new.dtype)
     places, amounts = _planes(gaps, compressor), _planes(folded, compressor)
     chunk = Chunk(changed=positions.size, gaps=tuple(map(len, places)), bits=tuple(map(len, amounts)))
-    if 2 * (sum(chunk.gaps) + sum(chunk.bits)) <= new.nbytes:  # below half a whole one hardly ever is
+    if 2 * (sum(chunk.gaps) + sum(chunk.bits)) <= new.nbytes:  # a whole chunk is hardly ever smaller than half of that
         return chunk, places + amounts
     sparse, whole = (chunk, places + amounts), _whole(new, positions.size, compressor)
     return min(sparse, whole, key=lambda encoded: sum(map(len, encoded[1])))
@@ -285,7 +308,7 @@ def _whole(new: Bits, changed: int, compressor: zstandard.ZstdCompressor) -> Enc
 
 
 def _decode(chunk: Chunk, frames: list[bytes], old: Bits | None, new: Bits) -> None:
-    """Fills `new`. Raises ValueError and ZstdError for frames that are not the chunk's."""
+    """Write the new elements to `new`. Raises ValueError or ZstdError if the frames are not the chunk's."""
     if chunk.form == "whole" or old is None:
         new[:] = _joined(frames, new.size, new.dtype)
         return
@@ -299,14 +322,15 @@ def _decode(chunk: Chunk, frames: list[bytes], old: Bits | None, new: Bits) -> N
 
 
 def _planes(values: Bits, compressor: zstandard.ZstdCompressor) -> list[bytes]:
-    """The bytes of the values by their significance, each plane compressed, without the highest that are all zero."""
+    """Return the compressed planes of the values, the lowest bytes first. The highest planes are left out if they are
+    zero."""
     used = (int(values.max()).bit_length() + 7) // 8
     by_byte = values.view(np.uint8).reshape(values.size, values.itemsize)
     return [compressor.compress(np.ascontiguousarray(by_byte[:, number]).data) for number in range(used)]
 
 
 def _joined(frames: list[bytes], count: int, dtype: np.dtype[np.unsignedinteger]) -> Bits:
-    """What `_planes` has split. A frame must say that it holds `count` bytes before any is made room for."""
+    """Return the values that `_planes` split. A frame is decompressed only if it declares a size of `count` bytes."""
     by_byte = np.zeros((count, dtype.itemsize), np.uint8)
     for number, frame in enumerate(frames):
         if (size := zstandard.frame_content_size(frame)) != count:
@@ -317,9 +341,9 @@ def _joined(frames: list[bytes], count: int, dtype: np.dtype[np.unsignedinteger]
 
 
 def _bits(tensor: torch.Tensor) -> Bits:
-    """The elements as unsigned integers, flat: the tensor's own memory where it is contiguous. Little-endian, as all
-    that torch runs on."""
-    # reshape would keep the odd stride that a contiguous tensor of one element may have, and no view is made of that.
+    """Return the elements as unsigned integers, flat. Shares the tensor's memory if it is contiguous. Little-endian, as
+    on all platforms of torch."""
+    # as_strided, because a contiguous tensor of one element may have any stride; reshape keeps it, and view refuses it.
     flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy().view(f"u{tensor.itemsize}")
 
@@ -333,7 +357,7 @@ def _spans(elements: int) -> Iterator[tuple[int, int]]:
 
 
 def _header(manifest: Manifest) -> bytes:
-    """Of a safetensors file with the manifest's payloads, in its order: the length of what follows, and JSON."""
+    """Return the header of a safetensors file with the manifest's payloads, in their order."""
     text = manifest.model_dump_json(exclude_defaults=True)
     header: dict[str, object] = {
         "__metadata__": {"manifest": text, "checksum": checksum(memoryview(text.encode()))},

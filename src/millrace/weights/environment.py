@@ -1,4 +1,4 @@
-"""Libraries that are told what to do by the environment alone."""
+"""Environment variables for libraries that can be configured in no other way."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def settings(wanted: Mapping[str, str]) -> Iterator[None]:
-    """These variables of the environment, as long as the block runs."""
+    """Set these environment variables while the block runs."""
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -1,4 +1,4 @@
-"""Which tensors a version was published with, by sampled checksums."""
+"""The fingerprint of a version's tensors, by sampled checksums."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ class Fingerprint:
     samples: Mapping[str, str] | None = None
 
     def require(self, samples: Mapping[str, str]) -> None:
-        """Raises WeightsChanged where another pass gave other tensors than the first."""
+        """Set the samples in the first pass. Raises WeightsChanged if a later pass gave other tensors."""
         if self.samples is None:
             self.samples = samples
         elif changed := sorted(name for name, _ in samples.items() ^ self.samples.items()):
             raise WeightsChanged(
-                f"{len(set(changed))} of {len(self.samples)} tensors have changed since they were published, "
-                f"{changed[0]} among them"
+                f"{len(set(changed))} of {len(self.samples)} tensors have changed since they were published, such as "
+                f"{changed[0]}"
             )
 
 
 def sampled(source: Iterator[NamedTensors], samples: dict[str, str]) -> Iterator[NamedTensors]:
-    """The same buckets; `samples` gets the sampled checksums of each that has been taken."""
+    """Yield the same buckets, and add the sampled checksums of their tensors to `samples`."""
     for tensors in source:
         for device in {tensor.device for _, tensor in tensors}:
-            there = {name: tensor.detach().contiguous() for name, tensor in tensors if tensor.device == device}
-            samples |= zip(there, sampled_checksums(list(there.values())), strict=True)
+            on_device = {name: tensor.detach().contiguous() for name, tensor in tensors if tensor.device == device}
+            samples |= zip(on_device, sampled_checksums(list(on_device.values())), strict=True)
         yield tensors

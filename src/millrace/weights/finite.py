@@ -22,10 +22,10 @@ class ChecksItself(Protocol):
 
 
 def only_finite(given: object, tensors: Iterable[NamedTensor], dtypes: Dtypes) -> Iterable[NamedTensor]:
-    """Return `tensors`, which were made of the trainer's `given`, after checking that each is finite, also after its
-    cast to the engines' `dtypes`. Blocks.
+    """Check that every tensor is finite, also after its cast to the engines' `dtypes`, and return the tensors. Blocks.
 
-    An iterator can be consumed only once, so its tensors are checked as they are taken from what is returned.
+    given: the trainer's tensors, which `tensors` are made from. If they check themselves (`ChecksItself`), `tensors`
+    is not iterated. An iterator can be consumed only once, so its tensors are checked as the caller takes them.
 
     Raises:
         PublishError: a tensor has a NaN or an infinite value.
@@ -50,8 +50,8 @@ def not_finite(tensors: Iterable[NamedTensor], dtypes: Dtypes) -> list[str]:
 
 def _infinite(sums: Sequence[NamedTensor]) -> Iterator[str]:
     """Yield the names of the scalars that are not finite. They are on one device, which is waited for once."""
-    metrics = torch.stack([total for _, total in sums]).tolist()
-    return (name for (name, _), total in zip(sums, metrics, strict=True) if not math.isfinite(total))
+    totals = torch.stack([total for _, total in sums]).tolist()
+    return (name for (name, _), total in zip(sums, totals, strict=True) if not math.isfinite(total))
 
 
 def _as_sent(name: str, tensor: torch.Tensor, dtypes: Dtypes) -> torch.Tensor:

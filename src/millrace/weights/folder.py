@@ -23,7 +23,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 @dataclass(frozen=True, slots=True)
 class WrittenFolder:
-    """What was written to `path`: the checksum of each tensor (`millrace.checksum`), and the bytes of all."""
+    """A folder that was written to `path`.
+
+    checksums: the checksum of each tensor by name (`millrace.checksum`).
+    nbytes: the size of all tensors.
+    """
 
     path: Path
     checksums: Mapping[str, str]
@@ -31,7 +35,7 @@ class WrittenFolder:
 
 
 def folder_checksums(folder: Path) -> dict[str, str]:
-    """The checksum of every tensor in the folder's safetensors files, read without torch. Raises DataError as
+    """Return the checksum of every tensor in the folder's safetensors files. Does not import torch. Raises DataError as
     `stored_tensors` does."""
     checksums: dict[str, str] = {}
     for path, tensors in itertools.groupby(stored_tensors(folder).items(), lambda item: item[1].file):
@@ -45,7 +49,7 @@ def folder_checksums(folder: Path) -> dict[str, str]:
 
 
 def read_tensor(stored: StoredTensor, name: str) -> "torch.Tensor":
-    """One tensor of a folder, on the CPU, mapped from its file."""
+    """Return one tensor of a folder, on the CPU, memory-mapped."""
     from safetensors import safe_open
 
     with safe_open(stored.file, framework="pt") as file:
@@ -55,8 +59,8 @@ def read_tensor(stored: StoredTensor, name: str) -> "torch.Tensor":
 
 @dataclass(frozen=True, slots=True)
 class FolderTensors:
-    """The tensors of a model's folder, or those of the names in `only`, each mapped from its file when its turn comes;
-    as often as one likes. Raises DataError as `stored_tensors` does."""
+    """The tensors of a model's folder, or only those named in `only`. Each is memory-mapped when it is taken. Can be
+    iterated again. Raises DataError as `stored_tensors` does."""
 
     folder: Path
     only: Collection[str] | None = None
@@ -78,9 +82,12 @@ class FolderTensors:
 
 
 def write_folder(place: Path, buckets: "Iterator[NamedTensors]", model_path: Path) -> WrittenFolder:
-    """Writes the tensors, a file for each bucket, and what else the folder in `model_path` has: config and tokenizer.
-    `place` appears when all is written, in place of what was there; not all of it is on the disk by then. Raises
-    PublishError where it can't be written, or a name comes twice."""
+    """Write a folder with the tensors, one file for each bucket, and the other files of the folder `model_path`, such
+    as config and tokenizer.
+
+    `place` is created, or replaced, when everything is written. It is not flushed to the disk. Raises PublishError if
+    it can't be written, or if a name is there twice.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -97,7 +104,7 @@ def write_folder(place: Path, buckets: "Iterator[NamedTensors]", model_path: Pat
                 raise PublishError("the trainer named a tensor twice")
             file = f"model-{number:05d}.safetensors"
             save_file(copies, partial / file, metadata={"format": "pt"})
-            (partial / file).chmod(0o644)  # safetensors keeps it to this user, and the engines' may be another
+            (partial / file).chmod(0o644)  # safetensors makes it private, but engines may run as another user
             checksums |= {name: tensor_checksum(tensor) for name, tensor in copies.items()}
             files |= dict.fromkeys(copies, file)
             nbytes += sum(tensor.nbytes for tensor in copies.values())

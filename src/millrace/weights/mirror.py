@@ -1,4 +1,4 @@
-"""Whole versions on an engine's host, each made of the one before and what has changed since."""
+"""Copies of a store's versions on an engine's host, each built from the version before and a delta."""
 
 import fcntl
 import logging
@@ -24,20 +24,27 @@ from millrace.weights.chain import (
 from millrace.weights.folder import folder_checksums, write_folder
 from millrace.weights.plan import buckets
 
-FILE_BYTES = 64 * 2**20  # of a folder's safetensors files; up to four of them are in memory while one is written
+FILE_BYTES = 64 * 2**20  # of each safetensors file; up to four files are in memory while one is written
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointMirror:
-    """Of the store at `store_url`, below `folder`, which belongs to this object alone. All methods block; a second call
-    waits for the first. What an earlier process left there is used where it is whole. Raises DataError where the folder
-    can't be used, and what `Source` raises."""
+    """A local copy of the versions of the store at `store_url`, in `folder`. No other process may use the folder.
+
+    All methods block. Concurrent calls run one after another. Versions that an earlier process left in the folder are
+    used if they are complete.
+
+    Raises DataError if the folder can't be used, and ImportError or ValueError if fsspec does not know the URL.
+
+        mirror = CheckpointMirror("s3://bucket/run", Path("/scratch/weights"))
+        path, digest = mirror.bring(7)  # stays until version 9 is brought
+    """
 
     def __init__(self, store_url: str, folder: Path) -> None:
         self._source = Source(store_url)
         self._folder = folder.resolve()
-        self._turn = threading.Lock()
+        self._serial = threading.Lock()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -47,18 +54,21 @@ class CheckpointMirror:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise DataError(f"{self._folder} is in use by another sidecar; give this one its own") from error
-        self._held: dict[int, str] = {}  # their digests; the last one brought comes last
-        self._compared: set[int] = set()  # by this process
-        self._take_stock()
+            raise DataError(f"{self._folder} is in use by another sidecar; give this one its own folder") from error
+        self._digests: dict[int, str] = {}  # of the versions in the folder; the last one brought comes last
+        self._verified: set[int] = set()  # the versions that this process has compared with their checksums
+        self._scan()
 
     def bring(self, version: int) -> tuple[Path, str]:
-        """A folder of that version in Hugging Face's format, whole and compared with its checksums, and their digest
-        (`digest_of`). The folder stays while the next version is brought, and until the one after that is asked for.
+        """Return a folder of the version in Hugging Face's format, and the digest of its checksums (`digest_of`).
 
-        Raises PublishError where the store does not have the version or can't be read, or here is no room; DataError
-        where what the store has is damaged."""
-        with self._turn:
+        The folder is complete, and was compared with its checksums. It stays until the version after the next one is
+        brought.
+
+        Raises PublishError if the store does not have the version or can't be read, or if there is no room, and
+        DataError if the store is damaged.
+        """
+        with self._serial:
             try:
                 entries = self._source.index()
             except OSError as error:
@@ -67,46 +77,47 @@ class CheckpointMirror:
             if version not in known:
                 raise PublishError(f"{self._source.root} has no version {version}; it has {tuple(known)}")
             wanted = known[version]
-            self._forget_others(entries)
-            if version in self._held and version not in self._compared:
-                self._compare(version)
-            while version not in self._held:
-                self._make(entries, wanted)
+            self._remove_other_runs(entries)
+            if version in self._digests and version not in self._verified:
+                self._verify(version)
+            while version not in self._digests:
+                self._build(entries, wanted)
             return self._path(version), wanted.digest
 
     def close(self) -> None:
-        """The folders stay."""
+        """Release the folder. The versions stay in it."""
         os.close(self._lock)
 
-    def _make(self, entries: tuple[Entry, ...], wanted: Entry) -> None:
-        """Takes one step towards the wanted version, the last of which leaves it in `_held`."""
-        start, deltas = way_to(entries, wanted.version, self._held.keys())
+    def _build(self, entries: tuple[Entry, ...], wanted: Entry) -> None:
+        """Take one step towards the wanted version. The last step adds it to `_digests`."""
+        start, deltas = way_to(entries, wanted.version, self._digests.keys())
         self._make_room(start.version)
-        if start.version not in self._held:
+        if start.version not in self._digests:
             self._fetch(start)
             return
         try:
             self._apply(start, deltas)
         except DataError:
-            if self._compare(start.version):
+            if self._verify(start.version):
                 raise
-            logger.warning("version %d was damaged in %s; it is made anew", start.version, self._folder)
+            logger.warning("version %d was damaged in %s; it is built again", start.version, self._folder)
 
     def _fetch(self, anchor: Entry) -> None:
+        """Copy a whole version from the store."""
         place = self._clear_place()
         try:
             self._source.fetch(anchor, place)
             checksums = read_checksums(place)
             if folder_checksums(place) != checksums or digest_of(checksums) != anchor.digest:
                 raise DataError(f"version {anchor.version} is damaged in {self._source.root}")
-            self._take(place, anchor)
+            self._add(place, anchor)
         except OSError as error:
             raise self._failed(anchor, error) from error
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
     def _apply(self, start: Entry, deltas: list[Entry]) -> None:
-        """The new folder beside the old one, tensor by tensor."""
+        """Write a new folder beside the old one, tensor by tensor."""
         place, entry = self._clear_place(), deltas[-1]
         files = [(delta, self._folder / f".{delta.name}") for delta in deltas]
         try:
@@ -115,9 +126,9 @@ class CheckpointMirror:
             tensors = read_version(self._path(start.version), start, files)
             written = write_folder(place, buckets(tensors, FILE_BYTES), self._path(start.version))
             if digest_of(written.checksums) != entry.digest:
-                raise DataError(f"version {entry.version} was damaged on its way into {self._folder}")
+                raise DataError(f"version {entry.version} was damaged while it was written to {self._folder}")
             (place / CHECKSUMS).write_bytes(orjson.dumps(dict(written.checksums)))
-            self._take(place, entry)
+            self._add(place, entry)
         except OSError as error:
             raise self._failed(entry, error) from error
         finally:
@@ -127,51 +138,52 @@ class CheckpointMirror:
 
     def _failed(self, entry: Entry, error: OSError) -> PublishError:
         return PublishError(
-            f"version {entry.version} can't be brought from {self._source.root} to {self._folder}: {error}"
+            f"version {entry.version} can't be copied from {self._source.root} to {self._folder}: {error}"
         )
 
-    def _take(self, place: Path, entry: Entry) -> None:
+    def _add(self, place: Path, entry: Entry) -> None:
         place.rename(self._path(entry.version))
-        self._held[entry.version] = entry.digest
-        self._compared.add(entry.version)
+        self._digests[entry.version] = entry.digest
+        self._verified.add(entry.version)
 
-    def _compare(self, version: int) -> bool:
-        """Whether the folder holds what was written. If not, it is taken away."""
+    def _verify(self, version: int) -> bool:
+        """Return whether the version's folder has the tensors that were written. If not, remove it."""
         folder = self._path(version)
         try:
             checksums = folder_checksums(folder)
         except (DataError, OSError):
             checksums = {}
-        if digest_of(checksums) == self._held[version]:
-            self._compared.add(version)
+        if digest_of(checksums) == self._digests[version]:
+            self._verified.add(version)
             return True
-        self._forget(version)
+        self._remove(version)
         return False
 
     def _make_room(self, base: int) -> None:
-        """Before a version is made there is one other: the one that it is made of, or the last one brought."""
-        stays = base if base in self._held else next(reversed(self._held), None)
-        for version in self._held.keys() - {stays}:
-            self._forget(version)
+        """Remove all versions but one: `base`, which a version will be built from, or the last one brought."""
+        kept = base if base in self._digests else next(reversed(self._digests), None)
+        for version in self._digests.keys() - {kept}:
+            self._remove(version)
 
-    def _forget_others(self, entries: tuple[Entry, ...]) -> None:
-        """Of the versions here, those of another run's that have a number of the store's."""
+    def _remove_other_runs(self, entries: tuple[Entry, ...]) -> None:
+        """Remove versions of another run that have the number of a version in the store."""
         for entry in entries:
-            if self._held.get(entry.version, entry.digest) != entry.digest:
-                self._forget(entry.version)
+            if self._digests.get(entry.version, entry.digest) != entry.digest:
+                self._remove(entry.version)
 
-    def _forget(self, version: int) -> None:
-        del self._held[version]
-        self._compared.discard(version)
+    def _remove(self, version: int) -> None:
+        del self._digests[version]
+        self._verified.discard(version)
         shutil.rmtree(self._path(version), ignore_errors=True)
 
-    def _take_stock(self) -> None:
-        """Of what an earlier process left, in the order in which it came; what is not whole is taken away."""
+    def _scan(self) -> None:
+        """Register the versions that an earlier process left, in the order of their creation, and remove incomplete
+        ones."""
         for path in sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
             number = path.name.removeprefix(PREFIX)
             if path.name.startswith(PREFIX) and number.isdecimal():
                 try:
-                    self._held[int(number)] = digest_of(read_checksums(path))
+                    self._digests[int(number)] = digest_of(read_checksums(path))
                 except DataError:
                     shutil.rmtree(path, ignore_errors=True)
             elif path.name.startswith(f".{PREFIX}"):
@@ -179,7 +191,7 @@ class CheckpointMirror:
         self._clear_place()
 
     def _clear_place(self) -> Path:
-        """Where a version is made."""
+        """Return an empty place to build a version in."""
         for name in (".making", "..making.partial"):
             shutil.rmtree(self._folder / name, ignore_errors=True)
         return self._folder / ".making"

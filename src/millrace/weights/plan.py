@@ -1,4 +1,4 @@
-"""Which tensors come, as far as that is known before, and which travel together. Pure."""
+"""The names and shapes of the tensors to publish, and their distribution over buckets. Pure functions."""
 
 import itertools
 import re
@@ -23,23 +23,22 @@ class HasSize(Protocol):
 
 @runtime_checkable
 class Announcing(Protocol):
-    """Tensors whose names and shapes are known before any of them is made, or gathered."""
+    """Tensors whose names and shapes are known before any of them is computed or gathered."""
 
     def shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]: ...
 
 
 T = TypeVar("T", bound=HasSize)
 
-# SGLang's fp8 loader puts the scales of q, k and v, which it fuses, to the right places only where all three come in
-# one load.
+# SGLang's fp8 loader fuses the scales of q, k and v, and stores them correctly only if all three are in one load.
 FUSED = re.compile(r"(.*\.)[qkv]_proj\.")
 
 
 def buckets(tensors: Iterable[tuple[str, T]], bucket_bytes: int) -> Iterator[list[tuple[str, T]]]:
-    """Groups named tensors, in their order, into buckets of at most `bucket_bytes`; a larger tensor gets one of its
-    own. The q, k and v of one attention, where they follow each other, count as one tensor.
+    """Group named tensors, in their order, into buckets of at most `bucket_bytes`. A larger tensor gets its own bucket.
+    The q, k and v of one attention layer count as one tensor if they are consecutive.
 
-    Takes the next tensor only when it is about to be placed, so a source that gathers them one by one stays lazy.
+    Lazy: takes a tensor from `tensors` only to place it, so a source can gather its tensors one by one.
     """
     bucket: list[tuple[str, T]] = []
     size = 0
@@ -67,7 +66,7 @@ def _inseparable(tensors: Iterable[tuple[str, T]]) -> Iterator[list[tuple[str, T
 
 
 def layout(tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> tuple[TensorSpec, ...]:
-    """Places (name, dtype, shape, nbytes) side by side in one bucket."""
+    """Return the place of each tensor, given as (name, dtype, shape, nbytes), in one bucket."""
     specs = []
     offset = 0
     for name, dtype, shape, nbytes in tensors:
@@ -77,12 +76,13 @@ def layout(tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> tuple[Te
 
 
 def padded(nbytes: int) -> int:
+    """Round up to a multiple of ALIGNMENT."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def announced(tensors: Iterable[tuple[str, "torch.Tensor"]]) -> dict[str, tuple[int, ...]] | None:
-    """The shape of each, by its name, if that can be told without making them. Raises PublishError for a name that
-    comes twice."""
+    """Return the shape of each tensor by its name; None if that is unknown until the tensors are computed. Raises
+    PublishError if a name is there twice."""
     if isinstance(tensors, Announcing):
         named = list(tensors.shapes())
     elif isinstance(tensors, Collection):

@@ -1,7 +1,7 @@
-"""A publish: a transaction on each engine that brings it a weight version. Begin, load, attest, commit.
+"""A publish: one transaction on each engine, which brings it a weight version. Begin, load, attest, commit.
 
-The engines advance independently. An engine that fails is rolled back if it can be, and named in the report. It must
-not serve until it holds a whole version. No part of a bucket is overwritten before every engine has loaded it.
+The engines advance independently. An engine that fails is rolled back if possible, and the report names it. It must not
+serve until it holds a whole version. A bucket is overwritten only after every engine has loaded it.
 """
 
 import asyncio
@@ -37,11 +37,11 @@ ROLLBACK_DEADLINE = 10.0  # seconds
 
 
 class Outcome(StrEnum):
-    """The state that a publish leaves an engine in. An engine without an outcome holds what it held before."""
+    """The state that a publish leaves an engine in. An engine without an outcome holds the version that it had."""
 
     COMMITTED = "committed"  # it holds the version
     EMPTY = "empty"  # it is healthy, and holds no version
-    UNTRUSTED = "untrusted"  # it may hold anything
+    UNTRUSTED = "untrusted"  # its weights are unknown
 
 
 OnOutcome = Callable[[str, Outcome, EngineError | None], Awaitable[None]]
@@ -67,7 +67,7 @@ class _Update:
 
     @property
     def layout(self) -> tuple[str, str, int]:
-        """Engines with the same value lay out their tensors in the same way."""
+        """A key that is equal for engines that lay out their tensors in the same way."""
         info = self.target.info
         return info.kind, info.engine_version, info.ranks
 
@@ -86,7 +86,7 @@ class _Update:
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A staged bucket, the seconds that staging took, and why it did not reach some engines."""
+    """A staged bucket, the seconds that staging it took, and an error for each engine that it did not reach."""
 
     staged: StagedBucket
     seconds: float
@@ -97,17 +97,23 @@ Step = Callable[[_Update], Awaitable[None]]
 
 
 class Publish:
-    """Brings `tensors` to every target as `version`, and verifies it by checksums before it is committed: those of the
-    tensors that were sent, all or sampled, if the engine can name them. Engines of the same layout must hold the same.
+    """One publish: sends `tensors` to every target as `version`.
 
-    `on_outcome` is called with an engine's name, its outcome and its error: COMMITTED as soon as it has committed, and
-    the others when the engine could not be brought back to what it served before, or when other engines took the
-    version and it did not. It may be called again with a worse outcome. What was reported is true also if `run` raises.
+    Before the commit, each engine's weights are compared with the tensors that were sent, by full or sampled checksums
+    if the engine can compute them. Engines with the same layout must hold the same weights.
 
-    An engine that is not done after `deadline` seconds has failed, and so has an engine that takes half of the time
-    that is left for one step: the others need the rest. Engines that failed because of another (in one broadcast, which
-    one of them broke off) get the version in a second pass, if `tensors` can be iterated again. The first pass sets
-    `fingerprint`. If a later pass gives other tensors, no engine commits and WeightsChanged is raised.
+    An engine fails if it is not done within `deadline` seconds, or if one step takes half of the time that is left: the
+    other engines need the rest. Engines that failed only because another engine broke their broadcast get the version
+    in a second pass, if `tensors` can be iterated again. The first pass sets `fingerprint`. If a later pass gives other
+    tensors, no engine commits and WeightsChanged is raised.
+
+    `on_outcome` is called with an engine's name, its outcome and its error. COMMITTED is reported as soon as the engine
+    has committed. The other outcomes are reported if the engine's old weights could not be restored, or if other
+    engines took the version and it did not. It may be called again with a worse outcome. Reported outcomes stay true if
+    `run` raises.
+
+        publish = Publish(targets, model.state_dict().items(), 7, transport, bucket_bytes=2**28, deadline=60.0)
+        report = await publish.run()
     """
 
     def __init__(
@@ -133,7 +139,8 @@ class Publish:
         self._samples: dict[str, str] = {}  # each tensor's sampled checksum in this pass
 
     async def run(self) -> PublishReport:
-        """Publish. Raises PublishError if no engine took the version, and EnginesLost if all of them broke off."""
+        """Publish, and return the report. Raises PublishError if no engine took the version, and EnginesLost if the
+        reason is that none could be reached."""
         try:
             async with asyncio.timeout(self._deadline):
                 await self._run_passes()
@@ -143,7 +150,7 @@ class Publish:
                     late = f"it did not take version {self.version} within {self._deadline:g} s"
                     update.error = update.error or EngineTimeout(update.engine.name, late)
         finally:
-            # Also if the source of tensors raised or the caller was cancelled: no transaction is left open.
+            # No transaction stays open, even if the source of tensors raised or the caller was cancelled.
             await asyncio.shield(asyncio.gather(*map(self._abandon, self._updates)))
         self._require_success()
         for update in self._updates:
@@ -152,21 +159,21 @@ class Publish:
         return PublishReport(self.version, self.nbytes, time.monotonic() - self._started, self.stage_seconds, reports)
 
     async def _run_passes(self) -> None:
-        left: Sequence[_Update] = self._updates
-        while left and await self._reach(left):
-            await self._load(left)
-            if self._fingerprint is not None and any(update.error is None for update in left):
+        pending: Sequence[_Update] = self._updates
+        while pending and await self._reach(pending):
+            await self._load(pending)
+            if self._fingerprint is not None and any(update.error is None for update in pending):
                 self._fingerprint.require(self._samples)
-            await self._attest(left)
-            await self._each(left, "commit", self._commit)
-            left = await self._bystanders(left)
-            restored = await asyncio.gather(*map(self._abandon, left))
-            left = [update for update, sound in zip(left, restored, strict=True) if sound]
-            for update in left:
+            await self._attest(pending)
+            await self._each(pending, "commit", self._commit)
+            pending = await self._bystanders(pending)
+            restored = await asyncio.gather(*map(self._abandon, pending))
+            pending = [update for update, healthy in zip(pending, restored, strict=True) if healthy]
+            for update in pending:
                 update.collateral = True
             if isinstance(self._tensors, Iterator):
                 return
-            for update in left:
+            for update in pending:
                 update.error, update.failed_at = None, 0.0
 
     def _require_success(self) -> None:
@@ -178,19 +185,19 @@ class Publish:
         raise EnginesLost(message, lost) if len(lost) == len(errors) else PublishError(message)
 
     async def _report_failure(self, update: _Update) -> None:
-        """Report an engine that did not take the version, while others did."""
+        """Report the outcome of an engine that did not take the version, although other engines did."""
         error = update.error
         if error is None or (update.emptied and isinstance(error, EngineRefused)):
             return
         empty = update.collateral or isinstance(error, LocalError)
-        await self._tell(update, Outcome.EMPTY if empty else Outcome.UNTRUSTED, error)
+        await self._report(update, Outcome.EMPTY if empty else Outcome.UNTRUSTED, error)
 
-    async def _tell(self, update: _Update, outcome: Outcome, error: EngineError | None = None) -> None:
+    async def _report(self, update: _Update, outcome: Outcome, error: EngineError | None = None) -> None:
         if self._on_outcome is not None:
             await self._on_outcome(update.engine.name, outcome, error)
 
     async def _reach(self, updates: Sequence[_Update]) -> bool:
-        """Find out, before anything begins, which engines can't take these tensors or can't be reached. Return whether
+        """Check which engines accept these tensors and can be reached, before any transaction begins. Return whether
         any engine is left."""
         shapes = announced(self._tensors)
         if shapes is not None:
@@ -209,8 +216,8 @@ class Publish:
         return self._transport.staged(source)
 
     async def _load(self, updates: Sequence[_Update]) -> None:
-        """Stream the buckets: one is staged, and delivered, while the engines load the other. The transactions begin
-        when the first bucket is ready, since some engines generate nothing from then on."""
+        """Send the buckets. The next bucket is staged and delivered while the engines load the current one. The
+        transactions begin when the first bucket is ready, because some engines stop generating then."""
         source, nbytes = self._buckets(updates), 0
         arrival = await self._next_bucket(source, updates)
         _leave_out(updates, arrival)
@@ -225,7 +232,7 @@ class Publish:
                 await asyncio.gather(self._each(updates, "load", self._loading(staged)), self._transport.send(staged))
             except BaseException:
                 following.cancel()
-                # Its thread writes into a slot, which must not be freed meanwhile.
+                # Its thread writes to a slot, which must not be freed before the thread has ended.
                 await asyncio.gather(following, return_exceptions=True)
                 raise
             arrival = await following
@@ -234,8 +241,8 @@ class Publish:
 
     def _record(self, staged: StagedBucket) -> None:
         """Remember the checksums of the tensors in a bucket. Raises PublishError for a tensor that comes twice."""
-        again = {name for name, count in Counter(staged.names).items() if count > 1}
-        if twice := sorted(again | (self._sent.keys() & set(staged.names))):
+        repeated = {name for name, count in Counter(staged.names).items() if count > 1}
+        if twice := sorted(repeated | (self._sent.keys() & set(staged.names))):
             raise PublishError(f"the trainer named a tensor twice: {twice[0]}")
         self._sent |= {name: staged.checksums.get(name, "") for name in staged.names}
 
@@ -243,8 +250,8 @@ class Publish:
         started = time.monotonic()
         if (staged := await _next_of(source)) is None:
             return None
-        sound = [update.target for update in updates if update.error is None]
-        unreached = await self._transport.deliver(sound, deadline=self._share())
+        targets = [update.target for update in updates if update.error is None]
+        unreached = await self._transport.deliver(targets, deadline=self._share())
         return _Arrival(staged, time.monotonic() - started, unreached)
 
     def _loading(self, staged: StagedBucket) -> Step:
@@ -256,7 +263,7 @@ class Publish:
         return self._interrupting(load)
 
     def _interrupting(self, step: Step) -> Step:
-        """Return the step, after whose failure no other engine waits for a broadcast with this one."""
+        """Return the step; if it fails, the broadcasts of this engine end, so that no other engine waits for them."""
 
         async def run(update: _Update) -> None:
             try:
@@ -268,7 +275,7 @@ class Publish:
         return run
 
     async def _bystanders(self, updates: Sequence[_Update]) -> list[_Update]:
-        """Return the updates that failed because others broke the broadcast off."""
+        """Return the updates that failed only because another engine or a sidecar did."""
         failed = sorted((u for u in updates if u.error is not None and u.failed_at), key=lambda u: u.failed_at)
         collateral = await self._transport.collateral([update.engine for update in failed])
         return [update for update in failed if update.engine.name in collateral]
@@ -276,7 +283,7 @@ class Publish:
     async def _begin(self, update: _Update) -> None:
         if not update.target.can(Capability.STAGED_UPDATE):
             update.paused_at = update.paused_at or time.monotonic()
-        update.begun = True  # also if the answer is lost
+        update.begun = True  # even if the answer is lost
         try:
             await update.engine.begin_update(self.version)
         except EngineRefused:
@@ -284,8 +291,8 @@ class Publish:
             raise
 
     async def _attest(self, updates: Sequence[_Update]) -> None:
-        """Compare what the engines hold with what was sent, and among engines of the same layout."""
-        held: dict[str, Mapping[str, str]] = {}
+        """Compare the engines' weights with the tensors that were sent, and with engines of the same layout."""
+        reported: dict[str, Mapping[str, str]] = {}
         layouts = Counter(update.layout for update in updates if update.error is None)
 
         async def ask(update: _Update) -> None:
@@ -296,27 +303,27 @@ class Publish:
             if target.can(Capability.SAMPLED_CHECKSUMS):
                 _require_same(engine.name, await engine.sampled_checksums(), self._samples)
             if target.can(Capability.OWN_CHECKSUMS) and layouts[update.layout] > 1:
-                held[engine.name] = await engine.checksums()
+                reported[engine.name] = await engine.checksums()
 
         await self._each(updates, "attest", ask)
         first: dict[object, _Update] = {}
         for update in updates:
-            if update.error is None and update.engine.name in held:
+            if update.error is None and update.engine.name in reported:
                 other = first.setdefault(update.layout, update)
-                if held[update.engine.name] != held[other.engine.name]:  # either of the two may be wrong
-                    for one, two in ((update, other), (other, update)):
-                        one.error = EngineFailed(one.engine.name, f"it holds other weights than {two.engine.name}")
+                if reported[update.engine.name] != reported[other.engine.name]:  # either of the two may be wrong
+                    for wrong, peer in ((update, other), (other, update)):
+                        wrong.error = EngineFailed(wrong.engine.name, f"it holds other weights than {peer.engine.name}")
 
     async def _commit(self, update: _Update) -> None:
         await update.engine.commit()
         update.begun, update.committed = False, True
         if update.paused_at is not None:
             update.legs["pause"] = time.monotonic() - update.paused_at
-        await self._tell(update, Outcome.COMMITTED)
+        await self._report(update, Outcome.COMMITTED)
 
     async def _abandon(self, update: _Update) -> bool:
-        """Roll back a transaction that was not committed. Return whether the engine is healthy: an engine that only
-        can't restore its old weights is."""
+        """Roll back a transaction that was not committed. Return whether the engine is healthy. An engine that refuses,
+        because it can't restore its old weights, is healthy."""
         if not update.begun:
             return True
         update.begun = False
@@ -329,7 +336,7 @@ class Publish:
             update.error = update.error or failed
             update.emptied = refused = isinstance(failed, EngineRefused)
             empty = refused or isinstance(failed, LocalError)
-            await self._tell(update, Outcome.EMPTY if empty else Outcome.UNTRUSTED, failed)
+            await self._report(update, Outcome.EMPTY if empty else Outcome.UNTRUSTED, failed)
             return refused
         return True
 
@@ -344,7 +351,7 @@ class Publish:
             except EngineError as error:
                 update.error, update.failed_at = error, time.monotonic()
             except TimeoutError:
-                late = f"it was not done with {leg} after {share:.1f} s, half of what was left"
+                late = f"{leg} took longer than {share:.1f} s, half of the time that was left"
                 update.error, update.failed_at = EngineTimeout(update.engine.name, late), time.monotonic()
             update.legs[leg] = update.legs.get(leg, 0.0) + time.monotonic() - begun
 
@@ -359,12 +366,12 @@ class Publish:
 
 
 async def _next_of(source: Iterator[StagedBucket]) -> StagedBucket | None:
-    """Return the next bucket, which a thread stages."""
+    """Return the next bucket, staged in a thread; None after the last one."""
     staging = asyncio.create_task(asyncio.to_thread(next, source, None))
     try:
         return await asyncio.shield(staging)
     except asyncio.CancelledError:
-        await asyncio.wait([staging])  # the thread writes into a slot, and must be done before the next publish
+        await asyncio.wait([staging])  # the thread writes to a slot, and must end before the next publish
         raise
 
 
@@ -376,8 +383,8 @@ def _leave_out(updates: Sequence[_Update], arrival: _Arrival | None) -> None:
             update.error, update.collateral = error, True
 
 
-def _require_same(engine: str, held: Mapping[str, str], sent: Mapping[str, str]) -> None:
-    if missing := sent.keys() ^ held.keys():
-        raise EngineFailed(engine, f"tensors that only one side has: {', '.join(sorted(missing)[:3])}")
-    if wrong := [name for name, value in sent.items() if held[name] != value]:
-        raise EngineFailed(engine, f"{len(wrong)} of {len(sent)} tensors are not what was sent, {wrong[0]} among them")
+def _require_same(engine: str, loaded: Mapping[str, str], sent: Mapping[str, str]) -> None:
+    if missing := sent.keys() ^ loaded.keys():
+        raise EngineFailed(engine, f"only one side has these tensors: {', '.join(sorted(missing)[:3])}")
+    if wrong := [name for name, value in sent.items() if loaded[name] != value]:
+        raise EngineFailed(engine, f"{len(wrong)} of {len(sent)} tensors are not what was sent, such as {wrong[0]}")

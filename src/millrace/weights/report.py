@@ -9,8 +9,10 @@ from millrace.errors import EngineError
 class EngineReport:
     """The outcome of a publish on one engine.
 
-    error: why it did not take the version; None if it did. collateral: the engine is healthy, and another engine in its
-    broadcast, or its host's sidecar, failed. pause_seconds: how long it generated nothing because of the update.
+    engine: the engine's name.
+    error: why it did not take the version; None if it did.
+    collateral: the engine is healthy; another engine in its broadcast, or its host's sidecar, failed.
+    pause_seconds: how long the update kept it from generating.
     """
 
     engine: str
@@ -27,9 +29,12 @@ class EngineReport:
 class PublishReport:
     """The outcome of a publish.
 
-    stage_seconds: copying into buckets and bringing these to the engines' hosts, most of it while the engines load.
-    unstored: why this version, or the one before, is not kept. left_out: the engines that were out of rotation, and
-    why; nothing was sent to them.
+    nbytes: the size of the tensors.
+    seconds: the duration of the whole publish.
+    stage_seconds: the time spent on copying into buckets and on bringing these to the engines' hosts. Engines load at
+        the same time.
+    unstored: why this version, or the one before, is not in the store.
+    left_out: the engines that were out of rotation, and why. Nothing was sent to them.
     """
 
     version: int
@@ -42,4 +47,5 @@ class PublishReport:
 
     @property
     def failed(self) -> dict[str, EngineError]:
+        """The error of each engine that did not take the version, by the engine's name."""
         return {report.engine: report.error for report in self.engines if report.error is not None}

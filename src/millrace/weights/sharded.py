@@ -1,5 +1,15 @@
-"""Weights that lie in shards over a trainer's ranks. A tensor is made whole when it is asked for, so that no rank ever
-holds more than one of them; rank 0 asks, for a publish, and the others follow it."""
+"""Weights that are sharded over a trainer's ranks.
+
+A tensor is gathered when it is needed, so no rank ever holds more than one whole tensor. Rank 0 publishes; the other
+ranks take part in gathering:
+
+    sharded = ShardedTensors(dict(model.named_parameters()))
+    if dist.get_rank() == 0:
+        with leading(sharded, fleet.dtypes) as tensors:
+            fleet.publish(tensors, 7)
+    else:
+        follow(sharded)
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,24 +24,24 @@ from millrace.model_folder import FLOATS
 from millrace.weights.cast import Dtypes
 from millrace.weights.finite import not_finite
 
-END, CHECK = -1, -2  # in the place of a tensor's number
-EARLY: tuple[torch.dtype | None, ...] = (None, *(getattr(torch, name) for name in FLOATS.values()))  # casts by number
+END, CHECK = -1, -2  # broadcast in place of a tensor's index
+CASTS: tuple[torch.dtype | None, ...] = (None, *(getattr(torch, name) for name in FLOATS.values()))  # sent by index
 
 
 @dataclass(frozen=True, slots=True)
 class ShardedTensors:
-    """A model's tensors by name, in an order that is the same on all ranks: DTensors in any placement (FSDP2, tensor
-    parallel, both) or plain tensors that every rank has whole.
+    """A model's tensors by name, in the same order on all ranks.
 
-    A shard that no DTensor describes becomes one by `DTensor.from_local(shard, mesh, [Shard(dim)])`.
+    Each tensor is a DTensor in any placement (FSDP2, tensor parallel, or both), or a plain tensor that every rank has
+    whole. Make a DTensor of any other shard by `DTensor.from_local(shard, mesh, [Shard(dim)])`.
 
-    It can be gone through again. Going through it is collective: all ranks do it, to the end.
+    Iteration yields the whole tensors. It is collective: all ranks must iterate, to the end. It can be repeated.
     """
 
     tensors: Mapping[str, Tensor]
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Of the whole tensors, by name; gathers nothing."""
+        """Return the names and shapes of the whole tensors. Gathers nothing."""
         return [(name, tuple(tensor.shape)) for name, tensor in self.tensors.items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -39,11 +49,13 @@ class ShardedTensors:
             yield name, self.whole(name)
 
     def whole(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Collective; all ranks name the same. On the device of its shards, cast to `dtype` where one is given. The
-        weight itself where it is neither sharded nor cast."""
+        """Return the whole tensor on the device of its shards, cast to `dtype` if that is not None.
+
+        Collective: all ranks must pass the same arguments. Does not copy a tensor that is neither sharded nor cast.
+        """
         tensor = self.tensors[name].detach()
         if dtype is not None:
-            tensor = tensor.to(dtype)  # first: fewer bytes to gather
+            tensor = tensor.to(dtype)  # before gathering, which then moves fewer bytes
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def not_finite(self, dtypes: Dtypes) -> list[str]:
@@ -54,13 +66,16 @@ class ShardedTensors:
         bad = frozenset(not_finite(shards, dtypes))
         found = torch.tensor([name in bad for name in self.tensors], dtype=torch.uint8, device=_on_device(self))
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return [name for name, one in zip(self.tensors, found.tolist(), strict=True) if one]
+        return [name for name, is_bad in zip(self.tensors, found.tolist(), strict=True) if is_bad]
 
 
 @dataclass(frozen=True, slots=True)
 class LedTensors:
-    """What rank 0 publishes while the others `follow`: it may go through it as often and as far as it likes. With
-    `dtypes`, matrices are cast before they are gathered; what is smaller is left to the publish."""
+    """The whole tensors, for rank 0 to publish while the other ranks are in `follow`.
+
+    Rank 0 may iterate over them as often and as far as it likes. If `dtypes` is set, matrices are cast before they are
+    gathered. The publish casts the smaller tensors.
+    """
 
     sharded: ShardedTensors
     dtypes: Dtypes | None = None
@@ -70,52 +85,59 @@ class LedTensors:
 
     def not_finite(self, dtypes: Dtypes) -> list[str]:
         """Return the names of the tensors that have a NaN or an infinite value. All ranks check their own shards."""
-        _tell(self.sharded, CHECK, torch.float16 if dtypes.usual == "float16" else None)
+        _broadcast(self.sharded, CHECK, torch.float16 if dtypes.usual == "float16" else None)
         return self.sharded.not_finite(Dtypes(dtypes.usual, {}))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        # Names are the trainer's here: where tensors of the checkpoint have a dtype of their own, none is cast early.
+        # Nothing is cast here if some tensors have an unusual dtype: these are known by the checkpoint's names, and the
+        # names here are the trainer's.
         dtypes = self.dtypes if self.dtypes is not None and not self.dtypes.unusual else None
-        for number, (name, tensor) in enumerate(self.sharded.tensors.items()):
-            early = isinstance(tensor, DTensor) and tensor.ndim > 1
-            dtype = dtypes.cast_to(name, tensor.dtype) if early and dtypes is not None else None
-            _tell(self.sharded, number, dtype)
+        for index, (name, tensor) in enumerate(self.sharded.tensors.items()):
+            is_matrix = isinstance(tensor, DTensor) and tensor.ndim > 1
+            dtype = dtypes.cast_to(name, tensor.dtype) if is_matrix and dtypes is not None else None
+            _broadcast(self.sharded, index, dtype)
             yield name, self.sharded.whole(name, dtype)
 
 
 @contextmanager
 def leading(sharded: ShardedTensors, dtypes: Dtypes | None = None) -> Iterator[LedTensors]:
-    """On rank 0 of the default process group, while every other rank is in `follow`; at its end, they are let go.
-    `dtypes` are the engines' (`Fleet.dtypes`)."""
+    """Return the tensors to publish, on rank 0 of the default process group. Every other rank must call `follow`, which
+    returns when this context ends.
+
+    dtypes: the dtypes of the engines (`Fleet.dtypes`), to cast matrices to before they are gathered.
+    """
     try:
         yield LedTensors(sharded, dtypes)
     finally:
-        _tell(sharded, END)
+        _broadcast(sharded, END)
 
 
 def follow(sharded: ShardedTensors) -> None:
-    """On every rank but 0: takes part in making whole what rank 0 asks for, until that is done with it. A rank that
-    waits longer than the process group's timeout is raised out of it, as out of every collective."""
+    """Take part in gathering the tensors that rank 0 publishes, until its `leading` context ends. All ranks but 0 must
+    call this.
+
+    Like every collective, it raises if rank 0 does nothing for longer than the process group's timeout.
+    """
     names = list(sharded.tensors)
-    while (told := _tell(sharded, END))[0] != END:
-        number, dtype = told
-        if number == CHECK:
+    while (received := _broadcast(sharded, END))[0] != END:
+        index, dtype = received
+        if index == CHECK:
             sharded.not_finite(Dtypes(None if dtype is None else str(dtype).removeprefix("torch."), {}))
         else:
-            sharded.whole(names[number], dtype)
+            sharded.whole(names[index], dtype)
 
 
-def _tell(sharded: ShardedTensors, number: int, dtype: torch.dtype | None = None) -> tuple[int, torch.dtype | None]:
-    """What rank 0 says, on every rank."""
-    told = torch.tensor((number, EARLY.index(dtype)), device=_on_device(sharded))
-    dist.broadcast(told, src=0)
-    number, index = told.tolist()
-    return number, EARLY[index]
+def _broadcast(sharded: ShardedTensors, index: int, dtype: torch.dtype | None = None) -> tuple[int, torch.dtype | None]:
+    """Return rank 0's arguments, on every rank."""
+    message = torch.tensor((index, CASTS.index(dtype)), device=_on_device(sharded))
+    dist.broadcast(message, src=0)
+    index, cast = message.tolist()
+    return index, CASTS[cast]
 
 
 def _on_device(sharded: ShardedTensors) -> torch.device:
-    """The tensors' device, current from here on: a publish goes on in threads of its own, and CUDA's current device is
-    each thread's."""
+    """Return the tensors' device, and make it current in this thread. A publish runs in several threads, and each has
+    its own current device."""
     device = next(iter(sharded.tensors.values())).device
     if device.type == "cuda":
         torch.cuda.set_device(device)

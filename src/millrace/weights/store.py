@@ -1,7 +1,6 @@
-"""The last versions of a run, where they outlive it: what an engine that joins or comes back catches up from.
+"""A version store in a folder or object store: the last versions of a run, which engines that join or restart load.
 
-A version is a folder in Hugging Face's format, or what changed since the version before, below a path or a URL of
-fsspec's (`chain`).
+A version is a folder in Hugging Face's format, or a delta to the version before (see `chain`).
 """
 
 import logging
@@ -37,20 +36,32 @@ if TYPE_CHECKING:
 
     from millrace.weights.transports.base import NamedTensors
 
-# Versions, one of which is whole: an engine's host that comes new reads it and at most nine deltas.
+# One of so many versions is whole. A new engine host reads a whole version and at most nine deltas.
 ANCHOR_EVERY = 10
 
 logger = logging.getLogger(__name__)
 
 
 class VersionStore:
-    """At `url`, for the model in `model_path`, whose config and tokenizer each version gets. The last `keep` versions
-    stay, and what they are made from. One call at a time; all of them block. Raises DataError where there is an index
-    that can't be read, and ConfigError where fsspec does not know the URL.
+    """A version store in a folder or object store. Not safe for concurrent use; all methods block.
 
-    Every `anchor_every`-th version is whole, and so is the first that this process writes; the others are deltas where
-    these are smaller. For that, the last version stays whole in a folder of this host (below TMPDIR), and the next one
-    beside it while it is written.
+    A version is written in two steps: `write` writes it to this host, so that engines can load it, and `secure` makes
+    it permanent and adds it to the index.
+
+    url: a path, or any URL that fsspec knows.
+    model_path: the model's folder. Its config and tokenizer are copied to each version.
+    keep: the number of versions to keep. The versions that these are built from are kept too.
+    anchor_every: every so many versions, one is whole. The first version that this process writes is whole too. The
+        others are deltas if these are smaller. To write deltas, the last version is kept whole in a temporary folder on
+        this host, and so is the next version while it is written.
+
+    Raises DataError if the store's index can't be read, and ConfigError if fsspec does not know the URL.
+
+        store = VersionStore("s3://bucket/run", Path("model"), keep=2, anchor_every=10)
+        store.write(7, buckets(model.state_dict().items(), 2**28))
+        store.secure(7)
+        tensors = dict(store.tensors(7))
+        store.close()
     """
 
     def __init__(self, url: str, model_path: Path, *, keep: int, anchor_every: int = 1) -> None:
@@ -59,119 +70,123 @@ class VersionStore:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"publish.folder {url} can't be used: {error}") from error
         self._model_path, self._keep, self._anchor_every = model_path, keep, anchor_every
-        # Apart: written to a folder of this host, and brought to the store from there.
-        self._apart = not self._source.local or anchor_every > 1
-        self._scratch = tempfile.TemporaryDirectory(prefix="millrace-versions-") if self._apart else None
-        self._here = Path(self._scratch.name) if self._scratch else Path(self._source.root)
-        self._written: dict[int, WrittenFolder] = {}  # by this process, and in the index or pending
-        self._pending: Entry | None = None  # written and not safe
-        self._base: int | None = None  # safe, and whole in `_here` though that is not the store
+        # Whether versions are written to a temporary folder on this host, and copied to the store from there.
+        self._staged = not self._source.local or anchor_every > 1
+        self._scratch = tempfile.TemporaryDirectory(prefix="millrace-versions-") if self._staged else None
+        self._local = Path(self._scratch.name) if self._scratch else Path(self._source.root)
+        self._written: dict[int, WrittenFolder] = {}  # versions that this process wrote, secured or pending
+        self._pending: Entry | None = None  # the version that is written and not secured
+        self._base: int | None = None  # the secured version that is whole in the temporary folder
         try:
-            self._safe = list(self._source.index(torn=True))
+            self._secured = list(self._source.index(torn=True))
         except (DataError, OSError) as error:
             self.close()
-            raise DataError(f"{error}; give another publish.folder") from error
+            raise DataError(f"{error}; set another publish.folder") from error
 
     @property
     def shared(self) -> bool:
-        """Whether a version is a folder that others can read by its path."""
-        return not self._apart
+        """Whether a version is a folder that other processes can read by its path."""
+        return not self._staged
 
     @property
     def folder(self) -> Path | None:
-        """Where others can read what lies there by its path."""
-        return self._here if self.shared else None
+        """The store's folder; None if the store is not `shared`."""
+        return self._local if self.shared else None
 
     @property
     def url(self) -> str:
-        """Where others find it."""
+        """The URL that other processes can open the store with."""
         return str(self._source.files.unstrip_protocol(self._source.root))
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """Those that are safe, the oldest first."""
-        return tuple(entry.version for entry in self._safe)
+        """The secured versions, the oldest first."""
+        return tuple(entry.version for entry in self._secured)
 
     def write(self, version: int, tensors: "Iterator[NamedTensors]") -> WrittenFolder:
-        """Writes `version` to a folder of this host, where this process has not done so before, and discards what was
-        never made safe. Raises PublishError where there is no room, or a tensor comes twice.
+        """Write `version` to a folder on this host, and discard a version that was written and not secured.
 
-        The folder of a version that is not shared goes when the next one is safe, or with the store."""
+        Does nothing if this process has written the version before. If the store is not `shared`, the folder is removed
+        when the next version is secured, or when the store is closed.
+
+        Raises PublishError if there is no room, or if a tensor is there twice.
+        """
         if version not in self._written:
-            self._forget_from(version)
+            self._remove_from(version)
             self.discard()
-            written = write_folder(self._here / folder_name(version), tensors, self._model_path)
+            written = write_folder(self._local / folder_name(version), tensors, self._model_path)
             try:
                 (written.path / CHECKSUMS).write_bytes(orjson.dumps(dict(written.checksums)))
                 base = self._write_delta(version, written)
             except OSError as error:
                 shutil.rmtree(written.path, ignore_errors=True)
-                raise PublishError(f"version {version} can't be written to {self._here}: {error}") from error
+                raise PublishError(f"version {version} can't be written to {self._local}: {error}") from error
             self._written[version] = written
             self._pending = Entry(version=version, base=base, digest=digest_of(written.checksums))
         return self._written[version]
 
     def discard(self) -> None:
-        """Takes away what was written and never made safe: another version may get its number."""
+        """Remove the version that was written and not secured. Its number can be used again."""
         if self._pending is not None:
             shutil.rmtree(self._written.pop(self._pending.version).path, ignore_errors=True)
             self._delta_path(self._pending.version).unlink(missing_ok=True)
             self._pending = None
 
     def secure(self, version: int) -> None:
-        """Returns when `version`, which was written, is safe and in the index, and what is too many is gone. Raises
-        PublishError where that fails."""
+        """Make `version`, which was written, permanent: flush it to the disk or upload it, add it to the index, and
+        remove versions that are not kept. Does nothing if it is secured. Raises PublishError if that fails."""
         if version in self.versions:
             return
         entry = self._pending
         assert entry is not None, "write comes first"
         assert entry.version == version
-        safe = [*self._safe, entry]
-        keeping = kept(safe, self._keep)
+        entries = [*self._secured, entry]
+        keeping = kept(entries, self._keep)
         try:
-            if self._apart:
+            if self._staged:
                 self._send(entry)
             else:
-                folder = self._here / entry.name
-                for path in (*folder.iterdir(), folder, self._here):
+                folder = self._local / entry.name
+                for path in (*folder.iterdir(), folder, self._local):
                     to_disk(path)
             self._write_index(keeping)
         except OSError as error:
-            raise PublishError(f"version {version} is not safe in {self._source.root}: {error}") from error
-        self._safe, self._pending = keeping, None
-        self._drop([one for one in safe if one not in keeping])
-        if self._apart:
-            self._forget_base()
+            raise PublishError(f"version {version} can't be stored in {self._source.root}: {error}") from error
+        self._secured, self._pending = keeping, None
+        self._remove([entry for entry in entries if entry not in keeping])
+        if self._staged:
+            self._remove_base()
             self._base = version
-            if self._anchor_every == 1:  # nobody needs it
-                self._forget_base()
+            if self._anchor_every == 1:  # no delta will be written to it
+                self._remove_base()
 
     def tensors(self, version: int) -> "Iterator[tuple[str, torch.Tensor]]":
-        """Every tensor of a version that is safe, on the CPU. Raises PublishError where there is none, and where one is
-        not what was written."""
+        """Yield every tensor of a secured version, on the CPU. Raises PublishError if the store does not have the
+        version, or if a tensor does not have its checksum."""
         if version not in self.versions:
             raise PublishError(f"{self._source.root} has no version {version}; it has {self.versions}")
-        held = frozenset() if self._base is None else frozenset({self._base})
-        anchor, deltas = way_to(self._safe, version, held)
-        with tempfile.TemporaryDirectory(dir=self._here if self._apart else None) as place:
+        local = frozenset() if self._base is None else frozenset({self._base})
+        anchor, deltas = way_to(self._secured, version, local)
+        with tempfile.TemporaryDirectory(dir=self._local if self._staged else None) as place:
             try:
-                folder = self._here / folder_name(version) if version in held else self._place(anchor, Path(place))
-                changes = [(delta, self._place(delta, Path(place))) for delta in deltas]
+                folder = self._local / folder_name(version) if version in local else self._readable(anchor, Path(place))
+                changes = [(delta, self._readable(delta, Path(place))) for delta in deltas]
                 yield from read_version(folder, anchor, changes)
             except (OSError, DataError) as error:
                 raise PublishError(f"version {version} can't be read from {self._source.root}: {error}") from error
 
     def close(self) -> None:
-        """The versions stay."""
+        """Remove the temporary folder. The versions stay in the store."""
         if self._scratch is not None:
             self._scratch.cleanup()
 
     def _write_delta(self, version: int, written: WrittenFolder) -> int | None:
-        """To the last safe version, if the next anchor is not due and a delta is smaller. Returns that version."""
+        """Write a delta to the last secured version, and return that version. Return None if the next version should be
+        whole, because an anchor is due or a delta is not smaller."""
         base = self._base
-        if base is None or len(way_to(self._safe, base, frozenset())[1]) + 1 >= self._anchor_every:
+        if base is None or len(way_to(self._secured, base, frozenset())[1]) + 1 >= self._anchor_every:
             return None
-        old, new = FullCheckpoint(self._here / folder_name(base)), FullCheckpoint(written.path)
+        old, new = FullCheckpoint(self._local / folder_name(base)), FullCheckpoint(written.path)
 
         def pairs() -> Iterator[Pair]:
             for name in new.checksums:
@@ -183,22 +198,21 @@ class VersionStore:
         try:
             report = write_delta(path, base, version, pairs())
         except PublishError as error:
-            logger.warning("version %d is kept whole: %s", version, error)
+            logger.warning("version %d is stored whole: %s", version, error)
             return None
-        logger.info("version %d is %d bytes since version %d, of %d", version, report.wire_nbytes, base, report.nbytes)
+        logger.info("the delta %d -> %d has %d of %d bytes", base, version, report.wire_nbytes, report.nbytes)
         if report.wire_nbytes >= report.nbytes:
             path.unlink()
             return None
         return base
 
     def _send(self, entry: Entry) -> None:
-        """From the folder of this host to the store, where nothing of that name may be left from a run that ended in
-        the middle of it."""
+        """Copy a version from the temporary folder to the store. First remove what an interrupted run left there."""
         files, target = self._source.files, f"{self._source.root}/{entry.name}"
         with suppress(FileNotFoundError):
             files.rm(target, recursive=True)
         if entry.base is None:
-            folder = self._here / entry.name
+            folder = self._local / entry.name
             files.makedirs(target, exist_ok=True)
             for path in sorted(folder.iterdir()):
                 files.put_file(str(path), f"{target}/{path.name}")
@@ -206,46 +220,47 @@ class VersionStore:
             files.put_file(str(self._delta_path(entry.version)), target)
             self._delta_path(entry.version).unlink()
         if self._source.local:
-            there = Path(target)
-            for path in (*(there.iterdir() if entry.base is None else ()), there, there.parent):
+            stored = Path(target)
+            for path in (*(stored.iterdir() if entry.base is None else ()), stored, stored.parent):
                 to_disk(path)
 
-    def _place(self, entry: Entry, place: Path) -> Path:
-        """Where the version's folder or file can be read: in the store, or copied to `place`."""
+    def _readable(self, entry: Entry, place: Path) -> Path:
+        """Return a local path of the version's folder or file. If the store is remote, it is copied to `place`."""
         if self._source.local:
             return Path(self._source.root) / entry.name
         self._source.fetch(entry, place / entry.name)
         return place / entry.name
 
     def _delta_path(self, version: int) -> Path:
-        return self._here / f"{folder_name(version)}.delta"
+        return self._local / f"{folder_name(version)}.delta"
 
-    def _forget_base(self) -> None:
+    def _remove_base(self) -> None:
         if self._base is not None:
-            shutil.rmtree(self._here / folder_name(self._base), ignore_errors=True)
+            shutil.rmtree(self._local / folder_name(self._base), ignore_errors=True)
             self._base = None
 
-    def _forget_from(self, version: int) -> None:
-        """Versions from this one on are of a run that was resumed from before them."""
-        before, later = ([one for one in self._safe if (one.version < version) is earlier] for earlier in (True, False))
+    def _remove_from(self, version: int) -> None:
+        """Remove this version and later ones. They are there if the run was resumed from an earlier version."""
+        before = [entry for entry in self._secured if entry.version < version]
+        later = self._secured[len(before) :]
         if later:
             try:
                 self._write_index(before)
             except OSError as error:
                 raise PublishError(f"the index of {self._source.root} can't be written: {error}") from error
-            self._safe = before
-            self._drop(later)
+            self._secured = before
+            self._remove(later)
 
-    def _drop(self, entries: list[Entry]) -> None:
+    def _remove(self, entries: list[Entry]) -> None:
         for entry in entries:
             self._written.pop(entry.version, None)
             if entry.version == self._base:
-                self._forget_base()
+                self._remove_base()
             with suppress(FileNotFoundError):
                 self._source.files.rm(f"{self._source.root}/{entry.name}", recursive=True)
 
     def _write_index(self, entries: list[Entry]) -> None:
-        """At once or not at all: object stores do so by themselves."""
+        """Write the index atomically. Object stores write every file atomically."""
         data = Index(versions=tuple(entries)).model_dump_json(exclude_none=True).encode()
         if not self._source.local:
             self._source.files.pipe_file(f"{self._source.root}/{INDEX}", data)

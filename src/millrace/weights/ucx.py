@@ -1,9 +1,9 @@
-"""Memory that another host reads over UCX, by NIXL.
+"""Memory that other hosts can read over UCX, by the library NIXL.
 
-A READ is one-sided: whose memory it is does nothing for it but to let the library's own thread run. So nobody but the
-reader knows when it is over, and memory that is freed under one that goes on kills the process over TCP, where that
-thread copies from it. Therefore an `Endpoint` is closed as a whole: first the agent, with which every READ ends and
-every address becomes void, and only then the memory.
+A READ is one-sided: the owner of the memory takes no part in it, except for the library's own thread. Only the reader
+knows when a READ is over. Over TCP, that thread copies from the memory, so freeing the memory during a READ kills the
+process. Therefore an `Endpoint` is closed as a whole: first the agent, which ends every READ and makes every address
+invalid, and then the memory.
 """
 
 import logging
@@ -21,7 +21,7 @@ from millrace.weights.environment import settings
 from millrace.weights.transports.slots import Slot
 
 POLL_SECONDS = 0.0005
-# Without RDMA. UCX's own 8 KiB take two and a half times as long, and only the environment tells it otherwise.
+# For TCP. With UCX's default of 8 KiB a transfer takes 2.5 times as long. UCX reads these from the environment only.
 TCP_SETTINGS = {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"}
 
 S = TypeVar("S", bound=Slot)
@@ -29,7 +29,7 @@ S = TypeVar("S", bound=Slot)
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Registered memory of an endpoint. `gpu` is the index of the GPU that it lies on, None on the CPU."""
+    """Registered memory of an endpoint. `gpu` is the index of its GPU; None if it is on the CPU."""
 
     address: int
     nbytes: int
@@ -37,18 +37,22 @@ class Region:
 
     @property
     def kind(self) -> str:
-        """NIXL's word for where it lies."""
+        """NIXL's name of the kind of memory."""
         return "DRAM" if self.gpu is None else "VRAM"
 
     def part(self, nbytes: int) -> list[tuple[int, int, int]]:
-        """Its first bytes, as NIXL takes them."""
+        """The first `nbytes` bytes, as NIXL describes them."""
         return [(self.address, nbytes, self.gpu or 0)]
 
 
 class Endpoint(Generic[S]):
-    """An agent of NIXL with two slots that it has registered, each grown to the largest bucket seen and kept. For one
-    thread at a time. `new_slot` takes a size in bytes; slots lie on `device`. Raises ConfigError without NIXL, and
-    PublishError where UCX does not start."""
+    """A NIXL agent with two registered slots, which grow to the size of the largest bucket. Not safe for concurrent
+    use.
+
+    new_slot: returns a new slot of a size in bytes, on `device`.
+
+    Raises ConfigError if NIXL is not installed, and PublishError if UCX does not start.
+    """
 
     def __init__(self, new_slot: Callable[[int], S], device: torch.device) -> None:
         nixl = load()
@@ -68,8 +72,13 @@ class Endpoint(Generic[S]):
             raise PublishError(f"UCX can't be used here: {error}") from error
 
     def slot(self, index: int, size: int, *, unread: bool) -> S:
-        """The slot, of at least `size` bytes. `unread`: nobody can be reading what it was until now; otherwise that is
-        kept until the endpoint is closed. Raises PublishError where there is no room, or UCX does not take it."""
+        """Return the slot, which has at least `size` bytes.
+
+        unread: whether it is certain that no READ of the slot is running. Otherwise, if a larger slot replaces it, its
+            memory is kept until the endpoint is closed.
+
+        Raises PublishError if there is no room, or if UCX can't register the memory.
+        """
         slot = self._slots.get(index)
         if slot is not None and slot.bytes.nbytes >= size:
             return slot
@@ -87,9 +96,9 @@ class Endpoint(Generic[S]):
             self._registered[index] = self._agent.register_memory(slot.bytes)
         except self._errors as error:
             reason = str(error)
-        if reason is not None:  # not in the block above: its traceback would keep the agent from being closed
+        if reason is not None:  # raised outside of the block above, whose traceback would keep the agent open
             del self._slots[index]
-            raise PublishError(f"UCX takes no {size / 2**20:.0f} MiB of memory for a bucket ({reason})")
+            raise PublishError(f"UCX can't register {size / 2**20:.0f} MiB of memory for a bucket ({reason})")
         return slot
 
     def region(self, index: int) -> Region:
@@ -97,17 +106,22 @@ class Endpoint(Generic[S]):
         return Region(memory.data_ptr(), memory.nbytes, memory.device.index)
 
     def metadata(self) -> bytes:
-        """How others reach this endpoint and its slots, in NIXL's own form."""
+        """Return what other endpoints need to reach this one and its slots, in NIXL's format."""
         metadata: bytes = self._agent.get_agent_metadata()
         return metadata
 
     def read(
         self, metadata: bytes, source: Region, index: int, nbytes: int, why_not: Callable[[], str | None]
     ) -> str | None:
-        """Fills a slot from another endpoint's memory. Returns why that failed, or what `why_not` gave as a reason to
-        go no further; the slot may then still be written to until this endpoint is closed, which is what to do.
+        """Read `nbytes` of another endpoint's memory into a slot. Blocks. Return None, or why it failed.
 
-        An answer rather than an exception: its traceback would keep the agent from being closed."""
+        metadata: the other endpoint's `metadata`.
+        source: the other endpoint's memory.
+        why_not: called while the READ runs; if it returns a reason, the READ is abandoned.
+
+        After a failure, close this endpoint: the slot may be written to until then. The reason is returned and not
+        raised, because an exception's traceback would keep the agent open.
+        """
         self._make_current()
         target = self.region(index)
         transfer, reason = None, None
@@ -132,7 +146,7 @@ class Endpoint(Generic[S]):
         return reason
 
     def close(self) -> None:
-        """Ends what is still being read, from here and by this endpoint, and frees the slots."""
+        """End all READs by this endpoint and from its memory, and free the slots."""
         self._registered.clear()
         del self._agent
         for slot in [*self._slots.values(), *self._retired]:
@@ -141,21 +155,21 @@ class Endpoint(Generic[S]):
         self._retired.clear()
 
     def _make_current(self) -> None:
-        """NIXL and UCX take the GPU that is current in the calling thread."""
+        """Make the device's GPU current in this thread, because NIXL and UCX use the current GPU."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             torch.cuda.synchronize(self._device)
 
 
 def load() -> Any:
-    """NIXL's module. Raises ConfigError where it is not installed."""
+    """Return NIXL's module. Raises ConfigError if it is not installed."""
     try:
         import nixl_cu12
     except ImportError as error:
         raise ConfigError(
-            f"weights go over UCX by NIXL, which can't be imported here ({error}); install it where the trainer runs "
-            "and where sidecars do: pip install 'millrace[ucx]'"
+            f"UCX needs NIXL, which can't be imported here ({error}); install it for the trainer and for the sidecars: "
+            "pip install 'millrace[ucx]'"
         ) from error
     if "NIXL_LOG_LEVEL" not in os.environ:
-        logging.getLogger("nixl").setLevel(logging.WARNING)  # it tells of every agent, on standard output
+        logging.getLogger("nixl").setLevel(logging.WARNING)  # it logs every agent to standard output
     return nixl_cu12

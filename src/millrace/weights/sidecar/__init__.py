@@ -1,1 +1,1 @@
-"""`millrace sidecar`: a small server on a host of engines, which brings weights there when a trainer asks."""
+"""`millrace sidecar`: a small server on a host of engines, which brings weights to it when a trainer asks."""

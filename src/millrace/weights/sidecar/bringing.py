@@ -1,5 +1,5 @@
-"""A sidecar that brings versions from a store. Stock engines can't apply by themselves what has changed; they read the
-whole version from the folder that it answers with."""
+"""The sidecar job that brings versions from a store. Stock engines can't apply a delta; they read the whole version
+from the folder that the sidecar returns."""
 
 import asyncio
 import logging
@@ -18,17 +18,19 @@ logger = logging.getLogger(__name__)
 
 
 class BringBody(BaseModel):
+    """The body of `POST /bring`."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     version: NonNegativeInt
 
 
 class Bringing(Job):
-    """One version is brought at a time, also for those who have hung up since."""
+    """Brings one version at a time into `mirror`. A version is completed even if its caller has disconnected."""
 
-    def __init__(self, replica: CheckpointMirror, store: str) -> None:
+    def __init__(self, mirror: CheckpointMirror, store: str) -> None:
         self.does = f"brings versions from {store}"
-        self._replica = replica
+        self._mirror = mirror
         self._thread = ThreadPoolExecutor(1, "sidecar")
 
     def routes(self) -> Sequence[web.RouteDef]:
@@ -37,7 +39,7 @@ class Bringing(Job):
     async def _bring(self, http: web.Request) -> web.Response:
         version = (await body_of(http, BringBody)).version
         try:
-            path, digest = await asyncio.get_running_loop().run_in_executor(self._thread, self._replica.bring, version)
+            path, digest = await asyncio.get_running_loop().run_in_executor(self._thread, self._mirror.bring, version)
         except MillraceError as error:
             logger.error("version %d: %s", version, error)
             return web.Response(text=str(error), status=500)

@@ -1,5 +1,5 @@
-"""What a trainer and a sidecar say to each other about a bucket that travels over UCX. A pull says all that the sidecar
-needs, so one that was started anew needs no introduction."""
+"""The messages between a trainer and a sidecar about buckets over UCX. A pull holds all that the sidecar needs, so a
+sidecar can be restarted at any time."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -18,7 +18,7 @@ from millrace.types import (
 
 
 class Form(StrEnum):
-    """What engines open on their own host."""
+    """A form of memory that engines can open on their own host."""
 
     MEMORY_FILE = "memory_file"
     TORCH_STORAGE = "torch_storage"
@@ -33,7 +33,7 @@ FORMS = {
 
 
 class Message(BaseModel):
-    """In JSON; bytes are in base64."""
+    """A JSON message. Bytes are in base64."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, ser_json_bytes="base64", val_json_bytes="base64"
@@ -41,9 +41,17 @@ class Message(BaseModel):
 
 
 class PullBody(Message):
-    """Read `nbytes` from `address` in the trainer's memory, of which `agent` (NIXL's metadata) is the way, into a slot
-    of the sidecar's, and hand it on in `form`, to be opened `shares` times. `session` is the trainer's endpoint; all
-    that the sidecar has of another is given up. `seconds`: the time that there is."""
+    """The body of `POST /pull`: read a bucket from the trainer's memory into a slot of the sidecar.
+
+    session: the name of the trainer's endpoint. The sidecar frees the buckets of any other session.
+    agent: NIXL's metadata of the trainer's endpoint.
+    slot: the index of the sidecar's slot.
+    address, nbytes: the trainer's memory to read.
+    gpu: the index of the trainer's GPU that the memory is on; None for the CPU.
+    form: the form of memory that the engines open.
+    shares: how often the bucket will be opened, once by each rank of each engine.
+    seconds: the time that the sidecar has.
+    """
 
     session: str
     agent: bytes
@@ -57,12 +65,14 @@ class PullBody(Message):
 
 
 class Session(Message):
-    """To a sidecar: the trainer is done with it. From one: what it holds."""
+    """The body of `POST /end`: the trainer needs the session's buckets no more."""
 
     session: str
 
 
 class MemoryFileHandle(Message):
+    """A bucket in a memory file."""
+
     path: str
 
     def bucket(self, tensors: tuple[TensorSpec, ...], nbytes: int, start: int, ranks: int) -> Bucket:  # noqa: ARG002
@@ -70,6 +80,8 @@ class MemoryFileHandle(Message):
 
 
 class TorchStorageHandle(Message):
+    """A bucket in torch's shared memory."""
+
     manager: bytes
     handle: bytes
     storage_bytes: int
@@ -79,6 +91,8 @@ class TorchStorageHandle(Message):
 
 
 class CudaIpcHandle(Message):
+    """A bucket in GPU memory, with a share for each rank of each engine."""
+
     shares: tuple[CudaIpcShare, ...]
 
     def bucket(self, tensors: tuple[TensorSpec, ...], nbytes: int, start: int, ranks: int) -> Bucket:
@@ -89,7 +103,7 @@ Handle = MemoryFileHandle | TorchStorageHandle | CudaIpcHandle
 
 
 class Pulled(Message):
-    """What the engines of the sidecar's host open. `bucket` makes what one of them is handed, to whose ranks the shares
-    from `start` on belong."""
+    """The answer to a pull. `handle.bucket` returns the bucket for one engine, whose ranks use the shares from index
+    `start` on."""
 
     handle: Handle

@@ -1,5 +1,5 @@
-"""A sidecar that reads buckets from a trainer's memory over UCX, once for all engines of its host, which open what it
-read as they would open a local trainer's: the engines are stock, and know nothing of UCX."""
+"""The sidecar job that reads buckets from a trainer's memory over UCX, once for all engines of its host. The engines
+open its memory in the same way as they open the memory of a local trainer, so stock engines need no support for UCX."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ from millrace.weights.transports.shared_memory import MemoryFile
 from millrace.weights.transports.torch_storage import SharedStorage
 from millrace.weights.ucx import Endpoint, Region, load
 
-IDLE_SECONDS = 600.0  # after which the memory of a trainer that says nothing more is given back
+IDLE_SECONDS = 600.0  # the memory of a trainer that sends nothing for this time is freed
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,13 @@ AnySlot = MemoryFile | SharedStorage | DeviceSlot
 
 
 class Pulling(Job):
-    """For one trainer at a time, the last that asked: another's READ is broken off, and its slots are freed. Slots lie
-    on `device`, where the engines' memory is. Raises ConfigError without NIXL."""
+    """Reads buckets for one trainer at a time. When another trainer asks, the READ of the earlier trainer is abandoned,
+    and its slots are freed.
+
+    device: where the slots are; the same kind of memory as the engines'.
+
+    Raises ConfigError if NIXL is not installed.
+    """
 
     def __init__(self, device: torch.device) -> None:
         load()
@@ -45,8 +50,8 @@ class Pulling(Job):
         self._device = device
         self._thread = ThreadPoolExecutor(1, "sidecar")
         self._latest = ""  # the session that asked last
-        self._letting_go: asyncio.TimerHandle | None = None
-        # The thread's own:
+        self._release_timer: asyncio.TimerHandle | None = None
+        # Used by the thread only:
         self._session: tuple[str, Form] | None = None
         self._endpoint: Endpoint[AnySlot] | None = None
 
@@ -54,10 +59,10 @@ class Pulling(Job):
         return [
             web.post("/pull", self._pull),
             web.post("/end", self._end),
-            web.get("/session", self._told),
+            web.get("/session", self._report_session),
         ]
 
-    async def _told(self, http: web.Request) -> web.Response:  # noqa: ARG002
+    async def _report_session(self, http: web.Request) -> web.Response:  # noqa: ARG002
         return reply({"session": self._session[0] if self._session is not None else ""})
 
     async def _pull(self, http: web.Request) -> web.Response:
@@ -65,15 +70,15 @@ class Pulling(Job):
         if (body.form is Form.CUDA_IPC) != (self._device.type == "cuda"):
             needed = "cuda" if body.form is Form.CUDA_IPC else "cpu"
             return web.Response(
-                text=f"its memory is on the {self._device.type}, and the engines here open {body.form.value}: start it "
+                text=f"its memory is on the {self._device.type}, but the engines here open {body.form.value}: start it "
                 f"with --device {needed}",
                 status=400,
             )
         loop = asyncio.get_running_loop()
         ends, self._latest = time.monotonic() + body.seconds, body.session
-        if self._letting_go is not None:
-            self._letting_go.cancel()
-        self._letting_go = loop.call_later(body.seconds + IDLE_SECONDS, self._let_go, body.session)
+        if self._release_timer is not None:
+            self._release_timer.cancel()
+        self._release_timer = loop.call_later(body.seconds + IDLE_SECONDS, self._release, body.session)
         try:
             handle = await loop.run_in_executor(self._thread, self._serve, body, ends)
         except MillraceError as error:
@@ -82,24 +87,25 @@ class Pulling(Job):
         return web.Response(text=Pulled(handle=handle).model_dump_json(), content_type="application/json")
 
     async def _end(self, http: web.Request) -> web.Response:
-        await self._let_go((await body_of(http, Session)).session)
+        await self._release((await body_of(http, Session)).session)
         return reply({"success": True})
 
-    def _let_go(self, session: str) -> asyncio.Future[None]:
-        """Breaks the session's READ off, and frees its memory."""
+    def _release(self, session: str) -> asyncio.Future[None]:
+        """Abandon the session's READ, and free its memory."""
         if self._latest == session:
             self._latest = ""
         return asyncio.get_running_loop().run_in_executor(self._thread, self._forget, session)
 
-    # What follows goes on in the thread.
+    # The methods below run in the thread.
 
     def _serve(self, body: PullBody, ends: float) -> Handle:
-        """Raises PublishError where the bucket can't be read, or has no room."""
+        """Read the bucket, and return a handle for the engines. Raises PublishError if it can't be read, or if there is
+        no room."""
 
         def why_not() -> str | None:
             if self._latest != body.session:
-                return "the trainer has ended this session, or another has begun one"
-            return "there is no more time" if time.monotonic() > ends else None
+                return "the trainer has ended this session, or another trainer has begun one"
+            return "it took too long" if time.monotonic() > ends else None
 
         if (reason := why_not()) is not None:
             raise PublishError(f"the bucket was not read: {reason}")
@@ -117,7 +123,7 @@ class Pulling(Job):
             self._close()
             raise PublishError(f"the bucket was not read: {reason}")
         logger.debug("%.1f MB in %.3f s", body.nbytes / 1e6, time.monotonic() - begun)
-        return _hand_on(slot, body.shares)
+        return _handle_of(slot, body.shares)
 
     def _forget(self, session: str) -> None:
         if self._session is not None and self._session[0] == session:
@@ -140,7 +146,8 @@ class Pulling(Job):
                 return DeviceSlot(size, self._device)
 
 
-def _hand_on(slot: AnySlot, shares: int) -> Handle:
+def _handle_of(slot: AnySlot, shares: int) -> Handle:
+    """Return a handle that engines can open `shares` times."""
     match slot:
         case MemoryFile():
             return MemoryFileHandle(path=slot.path)

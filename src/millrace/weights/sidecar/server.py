@@ -1,4 +1,4 @@
-"""What every sidecar is: an HTTP server whose routes answer to a key. What it does is its job's."""
+"""The HTTP server of every sidecar, whose routes are protected by a key. Its `Job` does the work."""
 
 import ipaddress
 import socket
@@ -14,14 +14,14 @@ from millrace.http.auth import has_key
 from millrace.http.replies import reply
 from millrace.launch.ports import unbracketed, why_not_bound
 
-SIDECAR_KEY = "MILLRACE_SIDECAR_KEY"  # an environment variable, where sidecar and trainer find it
-SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the server is told to end
+SIDECAR_KEY = "MILLRACE_SIDECAR_KEY"  # the environment variable that sidecar and trainer read the key from
+SHUTDOWN_GRACE = 0.5  # seconds that the server waits for running answers when it stops
 
 B = TypeVar("B", bound=BaseModel)
 
 
 class Job(ABC):
-    """What a sidecar does when it is asked to. `does` says it, after the sidecar's URL."""
+    """The work of a sidecar. `does` describes it, after the sidecar's URL: "reads weights over UCX"."""
 
     does: str
 
@@ -30,14 +30,14 @@ class Job(ABC):
 
 
 class SidecarServer:
-    """Answers for `job`, to those who know `key`, if there is one."""
+    """Serves the routes of `job`. If `key` is set, every request must carry it."""
 
     def __init__(self, job: Job, *, key: str | None) -> None:
         self._job = job
         self._key = key
 
     async def start(self, sock: socket.socket) -> web.AppRunner:
-        """Serves on a bound socket."""
+        """Serve on a bound socket."""
         app = web.Application(middlewares=[self._guard])
         app.add_routes([web.get("/health", self._health), *self._job.routes()])
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE)
@@ -59,7 +59,7 @@ class SidecarServer:
 
 
 async def body_of(http: web.Request, model: type[B]) -> B:
-    """Raises HTTPBadRequest where the body is not one."""
+    """Return the request's body as `model`. Raises HTTPBadRequest if it is not valid."""
     try:
         return model.model_validate_json(await http.read())
     except ValidationError as error:
@@ -67,11 +67,14 @@ async def body_of(http: web.Request, model: type[B]) -> B:
 
 
 def bind(host: str, port: int, *, key: str | None) -> socket.socket:
-    """Raises ConfigError where that is not possible: beyond this host, only with a key."""
+    """Return a socket that listens on `host` and `port`. Raises ConfigError if that is not possible, or if other hosts
+    could reach it and there is no key."""
     try:
         family, _, _, _, address = socket.getaddrinfo(unbracketed(host), port, type=socket.SOCK_STREAM)[0]
         if key is None and not ipaddress.ip_address(address[0]).is_loopback:
-            raise ConfigError(f"others reach {host}: set {SIDECAR_KEY}, here and for the trainer, or use 127.0.0.1")
+            raise ConfigError(
+                f"other hosts can reach {host}: set {SIDECAR_KEY}, here and for the trainer, or use 127.0.0.1"
+            )
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         reason = why_not_bound(host, error)

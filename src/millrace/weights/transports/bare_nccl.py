@@ -1,5 +1,4 @@
-"""A group of NCCL alone, for receivers that have no group of torch.distributed around theirs: vLLM's own transfer
-engine."""
+"""A broadcast by NCCL to receivers that use NCCL without torch.distributed, such as vLLM's own transfer engine."""
 
 import asyncio
 from typing import Any, Self
@@ -12,28 +11,28 @@ from millrace.types import Capability
 from millrace.weights.transports.base import TransportContext
 from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup, nccl_device
 
-OWN_KEY = "0"  # where torch puts the id of a group's communicator
+ID_KEY = "0"  # the store key of the communicator's id, as torch writes it
 
 
 class BareNcclGroup(SendingGroup):
-    """Receivers find the communicator's id in the store, enter it, and sum one element over all ranks before anything
-    else."""
+    """A group whose receivers read the communicator's id from the store. First of all, all ranks sum one element, as
+    vLLM does."""
 
     async def join(self) -> None:
         ids = dist.HashStore()
         self._group = self._nccl(ids)
         entering = self._in_thread(self._enter)
-        handing = self._in_thread(lambda: self._hand_on(ids))
-        await asyncio.gather(entering, handing)
+        sharing = self._in_thread(lambda: self._share_id(ids))
+        await asyncio.gather(entering, sharing)
 
     def _enter(self) -> None:
-        one = torch.zeros(1, device=self._device)
-        self._group.allreduce([one]).wait()
+        element = torch.zeros(1, device=self._device)
+        self._group.allreduce([element]).wait()
         torch.cuda.synchronize(self._device)
 
-    def _hand_on(self, ids: Any) -> None:
-        ids.wait([OWN_KEY], self._deadline)
-        self._store.set(UNIQUE_ID_KEY, unique_id(bytes(ids.get(OWN_KEY))))
+    def _share_id(self, ids: Any) -> None:
+        ids.wait([ID_KEY], self._deadline)
+        self._store.set(UNIQUE_ID_KEY, unique_id(bytes(ids.get(ID_KEY))))
 
 
 class BareNcclTransport(ProcessGroupTransport):

@@ -1,4 +1,4 @@
-"""The transport port: how the bytes of a bucket get from the trainer to the engines."""
+"""The transport port: a transport moves weights from the trainer to the engines, bucket by bucket."""
 
 import itertools
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ NamedTensors = Sequence[tuple[str, "torch.Tensor"]]
 
 @dataclass(frozen=True, slots=True)
 class PublishTarget:
-    """An engine to publish to, with what it said of itself."""
+    """An engine to publish to, and what its server reports about itself."""
 
     engine: Engine
     info: EngineInfo
@@ -32,8 +32,14 @@ class PublishTarget:
 
 @dataclass(frozen=True, slots=True)
 class StagedBucket:
-    """A bucket that engines can load now. `bucket_for` makes what one engine is handed; checksums are those of each
-    tensor (`millrace.checksum`), empty where the transport does not read the bytes."""
+    """A bucket of tensors that engines can load.
+
+    bucket_for: returns the `Bucket` to pass to one engine's `load`.
+    checksums: the checksum of each tensor by name (`millrace.checksum`); empty if the transport does not read the
+        bytes.
+    names: the names of the tensors, in order.
+    nbytes: the size of the tensors.
+    """
 
     bucket_for: Callable[[PublishTarget], Bucket]
     checksums: Mapping[str, str]
@@ -43,10 +49,14 @@ class StagedBucket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportContext:
-    """What a transport is made from. Its device is torch's current one.
+    """The arguments of `Transport.create`. A transport that needs a GPU uses torch's current device.
 
-    capabilities: those that all engines have. here: whether all engines are on this host. store: where versions are
-    kept. sidecars: the URL of each engine's sidecar, None for an engine on this host without one."""
+    capabilities: the capabilities that all engines have.
+    here: whether all engines run on the trainer's host.
+    store: the version store; None if the run has none.
+    sidecars: the URL of each engine's sidecar, by the engine's name; None for an engine on this host without a sidecar.
+    sidecar_key: the API key of the sidecars.
+    """
 
     capabilities: frozenset[Capability]
     here: bool = False
@@ -56,13 +66,31 @@ class TransportContext:
 
 
 class Transport(ABC):
-    """Carries buckets to the engines. `needs`: the capabilities that an engine can receive them with; one is enough."""
+    """Base class of the transports.
+
+    For each publish, the publisher calls `open` once, and then takes the buckets from `staged`. For each bucket it
+    calls `deliver`, and then `send` while the engines load the bucket:
+
+        await transport.open(targets, version, deadline=60.0)
+        for bucket in transport.staged(buckets):
+            await transport.deliver(targets, deadline=60.0)
+            await asyncio.gather(
+                transport.send(bucket),
+                *(target.engine.load(bucket.bucket_for(target), deadline=60.0) for target in targets),
+            )
+
+    Only `staged`, `send` and `close` must be implemented. `open` and `deliver` return an error for each engine that the
+    transport cannot reach, by the engine's name; the publisher leaves these engines out.
+
+    A subclass defines `needs`, the capabilities that an engine can receive its buckets with. An engine needs one of
+    them.
+    """
 
     needs: ClassVar[frozenset[Capability]] = frozenset()
 
     @classmethod
     def create(cls, context: TransportContext) -> Self:
-        """Make the transport. Raises PublishError if it cannot run here."""
+        """Return a new transport. Raises PublishError if it cannot run here."""
         raise NotImplementedError(f"{cls.__name__} is not made from settings")
 
     async def open(
@@ -72,13 +100,17 @@ class Transport(ABC):
         *,
         deadline: float,  # noqa: ARG002
     ) -> Mapping[str, EngineError]:
-        """Before the first bucket of a publish. Returns why which engines can't be reached."""
+        """Prepare for a publish of `version`, in at most `deadline` seconds. Return the engines that cannot be
+        reached."""
         return {}
 
     @abstractmethod
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
-        """Brings the tensors to where engines can reach them. Blocks; the publisher goes on with it in a thread, while
-        the engines load what came before, and no further. Raises PublishError where there is no room."""
+        """Yield the buckets, each copied to where engines can reach it.
+
+        Blocks: the publisher takes the next bucket in a thread while the engines load the one before. Raises
+        PublishError if there is no room for a bucket.
+        """
 
     async def deliver(
         self,
@@ -86,34 +118,37 @@ class Transport(ABC):
         *,
         deadline: float,  # noqa: ARG002
     ) -> Mapping[str, EngineError]:
-        """When a bucket is staged, while the engines load the one before, or generate if it is the first: what else it
-        takes until these engines can reach it. Returns why which of them can't."""
+        """Bring the bucket that was staged last to the hosts of the engines, in at most `deadline` seconds. Return the
+        engines that it did not reach.
+
+        The engines still load the bucket before; during the first bucket they still generate.
+        """
         return {}
 
     @abstractmethod
     async def send(self, staged: StagedBucket) -> None:
-        """The sender's own part while the engines load: the broadcast, for a process group. Memory that the engines
-        read by themselves needs none."""
+        """Send the bucket while the engines load it, as a broadcast does. Does nothing if engines read the bucket by
+        themselves."""
 
     def interrupt(self, engine: Engine) -> None:  # noqa: B027 (memory needs none)
-        """The engine could not load the bucket: what others can only get with it, they need not wait for."""
+        """End a broadcast in which this engine failed, so that the other engines do not wait for it."""
 
     def broken(self, engine: Engine) -> str | None:  # noqa: ARG002
-        """Why nothing more can be sent to the engine, until the transport is opened again."""
+        """Return why nothing more can be sent to the engine before the next `open`; None if it can."""
         return None
 
     async def collateral(self, failed: Sequence[Engine]) -> set[str]:  # noqa: ARG002
-        """Of engines that failed, in this order: those that only lost what others had for them. They get the weights
-        again, if somebody can."""
+        """Return the names of the engines that failed only because another engine, or a sidecar, did. `failed` is in
+        the order of the failures. The publisher sends the version to these engines again."""
         return set()
 
     @abstractmethod
     async def close(self) -> None:
-        """Frees all. Only called when no engine reads any more, and while the engines can still be asked."""
+        """Free all resources. The engines still run, and none of them reads a bucket any more."""
 
 
 class BucketTransport(Transport):
-    """One that brings bucket by bucket. There are two slots: one is filled while the engines load the other."""
+    """A transport with two slots: it fills one while the engines load the other."""
 
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
         for slot, tensors in zip(itertools.cycle((0, 1)), buckets):
@@ -121,9 +156,9 @@ class BucketTransport(Transport):
 
     @abstractmethod
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
-        """Copies the tensors to where engines can reach them, overwriting what the slot (0 or 1) held."""
+        """Copy the tensors to where engines can reach them. Overwrites the earlier bucket in `slot` (0 or 1)."""
 
 
 def specs_of(tensors: NamedTensors) -> tuple[TensorSpec, ...]:
-    """Where each lies in a bucket of these."""
+    """Return the place of each tensor in a bucket."""
     return layout([(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for name, t in tensors])

@@ -1,4 +1,4 @@
-"""Which transport a fleet gets, from what trainer and engines can see of each other. Pure."""
+"""The choice of a fleet's transport, by hosts, GPUs and capabilities. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from millrace.weights.transports.registry import needs
 
 @dataclass(frozen=True, slots=True)
 class TransportCandidate:
-    """An engine as the trainer sees it. `here`: on the trainer's own host."""
+    """An engine as the trainer sees it. `here`: whether it runs on the trainer's host."""
 
     name: str
     here: bool
@@ -20,7 +20,7 @@ class TransportCandidate:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A transport's name and why it is this one; None, and why there is none."""
+    """The name of the chosen transport, and the reason. The name is None if no transport fits."""
 
     name: TransportName | None
     why: str
@@ -34,12 +34,17 @@ def choose(
     folder: bool,
     sidecars: bool = False,
 ) -> Choice:
-    """UCX where there are sidecars. Otherwise memory where all share a host, otherwise a broadcast from GPU to GPUs or
-    from CPU to CPUs, otherwise the disk if there is a folder for it. Raises PublishError where what is wanted is not
-    possible; it is taken at its word about hosts and GPUs, which a container or a tunnel may hide."""
+    """Return the transport to use for these engines.
+
+    `auto` selects, in this order: `ucx` if there are sidecars, memory if all engines are on the trainer's host, a
+    broadcast from GPU to GPUs, a broadcast from CPU to CPUs, and the disk if there is a `folder` for it. Any other
+    `wanted` transport is used even if hosts and GPUs seem to forbid it, because a container or a tunnel may hide them.
+
+    Raises PublishError if an engine cannot receive weights by the wanted transport.
+    """
     why = "the config says so"
     if wanted == "auto" and sidecars:
-        wanted, why = "ucx", "there are sidecars, and no store from which they could bring versions"
+        wanted, why = "ucx", "there are sidecars, and no store that they could read versions from"
     if wanted != "auto":
         if lacking := [engine.name for engine in engines if not engine.capabilities & needs(wanted)]:
             raise PublishError(f"publish.transport is {wanted}, and {', '.join(lacking)} can't take weights by it")
@@ -52,7 +57,7 @@ def choose(
         if trainer_has_gpu and common & needs("cuda_ipc"):
             return Choice("cuda_ipc", "trainer and engines are on this host, and the engines on a GPU")
     where = f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} on another host" if away else "no memory is shared"
-    # On this host an engine may be on the trainer's own GPU, which NCCL does not take twice.
+    # An engine on this host may use the trainer's GPU, and NCCL does not accept two ranks on one GPU.
     on_gpus = common & {Capability.UPDATE_FROM_CUDA_IPC, Capability.UPDATE_FROM_BARE_NCCL}
     if trainer_has_gpu and on_gpus and len(away) == len(engines) and common & needs("nccl"):
         return Choice("nccl", f"{where}, and all have a GPU")
@@ -63,4 +68,5 @@ def choose(
 
 
 def in_common(engines: Sequence[TransportCandidate]) -> frozenset[Capability]:
+    """Return the capabilities that all engines have."""
     return frozenset[Capability].intersection(*(engine.capabilities for engine in engines))

@@ -1,7 +1,7 @@
-"""Trainer and engines on one GPU: a bucket is the trainer's memory, which the engines open by CUDA IPC and copy from.
+"""A transport for a trainer and engines on one GPU: the engines open the trainer's memory by CUDA IPC and copy from it.
 
-One copy into the bucket, one out of it, both within the GPU. Torch counts who has opened a share (`_share_cuda_`), so
-every rank of every engine gets one of its own, for one use.
+A tensor is copied twice, into the bucket and out of it, both within the GPU. Torch counts how often a share
+(`_share_cuda_`) is opened, so every rank of every engine gets its own share, for one use.
 """
 
 from typing import Self
@@ -15,7 +15,7 @@ from millrace.weights.transports.slots import MemoryTransport
 
 
 class DeviceSlot:
-    """One allocation on a GPU."""
+    """One allocation on a GPU. Raises PublishError if there is no room."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         try:
@@ -26,6 +26,7 @@ class DeviceSlot:
             ) from error
 
     def share(self) -> CudaIpcShare:
+        """Return a handle that one process can open once."""
         storage = self.bytes.untyped_storage()
         _, handle, nbytes, offset, counter, counter_offset, event, sync = storage._share_cuda_()  # type: ignore[no-untyped-call]
         uuid = str(torch.cuda.get_device_properties(self.bytes.device).uuid)
@@ -36,7 +37,7 @@ class DeviceSlot:
 
 
 class CudaIpcTransport(MemoryTransport[DeviceSlot]):
-    """Engines open the bucket's GPU memory, which is on `device`."""
+    """A transport whose buckets are in GPU memory on `device`, which engines open by CUDA IPC."""
 
     needs = frozenset({Capability.UPDATE_FROM_CUDA_IPC})
 
@@ -64,8 +65,8 @@ class CudaIpcTransport(MemoryTransport[DeviceSlot]):
 
 
 def copy_on_gpu(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> None:
-    """Copies the tensors into `target`, [nbytes] uint8 on a GPU, and waits for that."""
+    """Copy the tensors into `target`, a uint8 tensor of shape [nbytes] on a GPU, and wait for the copies."""
     for spec, (_, tensor) in zip(specs, tensors, strict=True):
         place = target[spec.offset : spec.offset + spec.nbytes]
         place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
-    torch.cuda.current_stream(target.device).synchronize()  # nobody must read what is still being written
+    torch.cuda.current_stream(target.device).synchronize()  # engines must not read the bucket before it is written

@@ -1,5 +1,8 @@
-"""Trainer and engines at different sites, with a store between them: a version goes there once, mostly as what changed,
-and a sidecar on each engine's host makes the whole of it, which its engines read from their own disk."""
+"""A transport for a trainer and engines at different sites, through a store.
+
+The trainer writes each version to the store once, usually as a delta. A sidecar on each host of engines builds the
+whole version from it, and its engines read that from their own disk.
+"""
 
 import asyncio
 import tempfile
@@ -21,20 +24,20 @@ T = TypeVar("T")
 
 
 class Sidecar(ABC):
-    """Who brings versions to one host. Errors name it."""
+    """A sidecar that brings versions to one host. Its errors name it."""
 
     name: str
 
     @abstractmethod
     async def bring(self, version: int, *, deadline: float) -> tuple[str, str]:
-        """The version's folder there, and its digest. Raises EngineError."""
+        """Bring the version to the host, and return its folder there and its digest. Raises EngineError."""
 
     @abstractmethod
     async def close(self) -> None: ...
 
 
 class RemoteSidecar(Sidecar):
-    """`millrace sidecar` at `url`."""
+    """A client of the `millrace sidecar` at `url`."""
 
     def __init__(self, url: str, key: str | None) -> None:
         self.name = f"sidecar {url}"
@@ -46,26 +49,26 @@ class RemoteSidecar(Sidecar):
             case {"path": str(path), "digest": str(digest)}:
                 return path, digest
             case answer:
-                raise EngineFailed(self.name, f"it answered {answer!r}")
+                raise EngineFailed(self.name, f"unexpected answer {answer!r}")
 
     async def close(self) -> None:
         await self._http.close()
 
 
 class LocalSidecar(Sidecar):
-    """For engines of the trainer's own host that have no sidecar: good for trying the others' way."""
+    """A sidecar in this process, for engines on the trainer's host if that host has no sidecar. Useful for trials."""
 
     name = "this host's own sidecar"
 
     def __init__(self, store_url: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="millrace-replica-")
-        self._replica = CheckpointMirror(store_url, Path(self._folder.name))
+        self._mirror = CheckpointMirror(store_url, Path(self._folder.name))
         self._bringing = _Thread()
 
     async def bring(self, version: int, *, deadline: float) -> tuple[str, str]:
         try:
             async with asyncio.timeout(deadline):
-                path, digest = await self._bringing.run(lambda: self._replica.bring(version))
+                path, digest = await self._bringing.run(lambda: self._mirror.bring(version))
         except TimeoutError:
             raise EngineTimeout(self.name, f"it did not bring version {version} within {deadline:.1f} s") from None
         except (PublishError, DataError) as error:
@@ -74,20 +77,24 @@ class LocalSidecar(Sidecar):
 
     async def close(self) -> None:
         await self._bringing.ended()
-        self._replica.close()
+        self._mirror.close()
         self._folder.cleanup()
 
 
 class DeltaTransport(Transport):
-    """Changes go to the store, and a sidecar on each host of engines makes whole versions of them. `sidecars`: the URL
-    of each engine's, by the engine's name; None for the engines that this process serves itself."""
+    """A transport that writes versions to the store, from which a sidecar brings them to each host of engines.
+
+    sidecars: the URL of each engine's sidecar, by the engine's name; None for engines that this process itself brings
+        versions to.
+    key: the API key of the sidecars.
+    """
 
     needs = frozenset({Capability.UPDATE_FROM_DISK})
 
     @classmethod
     def create(cls, context: TransportContext) -> Self:
         if context.store is None or context.sidecars is None:
-            raise PublishError("publish.transport is delta, and publish.folder names no store")
+            raise PublishError("publish.transport is delta, which needs a store in publish.folder")
         return cls(context.store, context.sidecars, key=context.sidecar_key)
 
     def __init__(self, store: VersionStore, sidecars: Mapping[str, str | None], *, key: str | None) -> None:
@@ -102,31 +109,32 @@ class DeltaTransport(Transport):
 
     async def open(
         self,
-        targets: Sequence[PublishTarget],  # noqa: ARG002 (asked when there is something to bring)
+        targets: Sequence[PublishTarget],  # noqa: ARG002 (sidecars are called when the version is delivered)
         version: int,
         *,
         deadline: float,
     ) -> Mapping[str, EngineError]:
-        """Raises PublishError where the store is still taking what it was given before."""
+        """Wait until the store has the version before. Raises PublishError if that takes longer than `deadline`."""
         try:
             async with asyncio.timeout(deadline):
                 await self._securing.ended()
         except TimeoutError:
-            raise PublishError(f"the store did not take the version before {version} to its end") from None
+            raise PublishError(f"the store did not finish the version before {version}") from None
         self._version, self._folders = version, {}
         return {}
 
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
-        """One, when all is written on this host. Raises PublishError where it can't be."""
+        """Yield one bucket, after the whole version was written to this host. Raises PublishError if it can't be
+        written."""
         written = self._store.write(self._version, buckets)
-        for _ in buckets:  # of a version that was written before: the publisher samples what goes by
+        for _ in buckets:  # if the version was written before: the publisher samples the tensors that pass through
             pass
         self._digest = digest_of(written.checksums)
         yield StagedBucket(self._bucket_for, written.checksums, tuple(written.checksums), written.nbytes)
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
-        """To the store, and from there by all sidecars at once. Raises PublishError where the store does not take it;
-        what a sidecar can't do fails the engines of its host."""
+        """Write the version to the store, and have all sidecars bring it at the same time. If a sidecar fails, the
+        engines of its host fail. Raises PublishError if the store does not take the version."""
         version, ends = self._version, asyncio.get_running_loop().time() + deadline
         try:
             async with asyncio.timeout(deadline):
@@ -143,7 +151,7 @@ class DeltaTransport(Transport):
                 failed[sidecar] = reason_of(error)
                 return
             if digest != self._digest:
-                failed[sidecar] = f"its store has another version {version}"
+                failed[sidecar] = f"the version {version} in its store has other weights"
             self._folders[sidecar] = folder
 
         async with asyncio.TaskGroup() as group:
@@ -163,24 +171,24 @@ class DeltaTransport(Transport):
         return
 
     async def close(self) -> None:
-        """The versions stay in the store and with the sidecars."""
+        """Close the clients. The versions stay in the store and on the hosts of the sidecars."""
         await self._securing.ended()
         await asyncio.gather(*(sidecar.close() for sidecar in self._sidecars.values()))
 
 
 class _Thread:
-    """A thread's work that may outlast whoever waits for it."""
+    """Runs one function at a time in a thread. A function runs to its end, even if the waiting task is cancelled."""
 
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns. One that was given up goes to its end first."""
+        """Run `work` after the earlier work has ended, and return its result."""
         await self.ended()
         task = self._task = asyncio.create_task(asyncio.to_thread(work))
         return await asyncio.shield(task)
 
     async def ended(self) -> None:
-        """Returns when it has, whatever came of it."""
+        """Wait until the work has ended. Its exception is not raised."""
         if self._task is not None:
             await asyncio.wait([self._task])

@@ -1,5 +1,5 @@
-"""Trainer and engines that share a path and nothing else: a version is a folder of the store, which the engines read by
-themselves."""
+"""A transport for a trainer and engines that share a file system: engines read each version from its folder in the
+store."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
@@ -11,14 +11,14 @@ from millrace.weights.transports.base import NamedTensors, PublishTarget, Staged
 
 
 class DiskTransport(Transport):
-    """Engines read the store's folders by their path."""
+    """A transport whose engines read the store's folders by their path."""
 
     needs = frozenset({Capability.UPDATE_FROM_DISK})
 
     @classmethod
     def create(cls, context: TransportContext) -> Self:
         if context.store is None or not context.store.shared:
-            raise PublishError("publish.transport is disk, and publish.folder names no path that engines can read")
+            raise PublishError("publish.transport is disk, which needs a publish.folder that the engines can read")
         return cls(context.store)
 
     def __init__(self, store: VersionStore) -> None:
@@ -27,7 +27,7 @@ class DiskTransport(Transport):
 
     async def open(
         self,
-        targets: Sequence[PublishTarget],  # noqa: ARG002 (whoever can read may come)
+        targets: Sequence[PublishTarget],  # noqa: ARG002 (any engine can read the folder)
         version: int,
         *,
         deadline: float,  # noqa: ARG002
@@ -36,9 +36,9 @@ class DiskTransport(Transport):
         return {}
 
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
-        """One, when all is written. Raises PublishError where it can't be."""
+        """Yield one bucket, after the whole version was written. Raises PublishError if it can't be written."""
         written = self._store.write(self._version, buckets)
-        for _ in buckets:  # of a version that was written before: the publisher samples what goes by
+        for _ in buckets:  # if the version was written before: the publisher samples the tensors that pass through
             pass
         bucket = DiskBucket(str(written.path))
         yield StagedBucket(lambda _: bucket, written.checksums, tuple(written.checksums), written.nbytes)
@@ -47,4 +47,4 @@ class DiskTransport(Transport):
         return
 
     async def close(self) -> None:
-        """The store's versions stay."""
+        """Does nothing: the versions stay in the store."""

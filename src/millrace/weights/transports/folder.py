@@ -1,4 +1,4 @@
-"""The folder that the engines were started with: they read it anew by themselves, and nothing is sent."""
+"""A transport that sends nothing: engines read the folder of their own model again."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,13 +8,16 @@ from millrace.weights.transports.base import NamedTensors, StagedBucket, Transpo
 
 
 class FolderTransport(Transport):
-    """For engines with Capability.UPDATE_FROM_DISK, whose own model's folder is `folder` and has these checksums."""
+    """A transport for engines with Capability.UPDATE_FROM_DISK that were started with the model in `folder`.
+
+    checksums: the checksum of each tensor in the folder, by name.
+    """
 
     def __init__(self, folder: Path, checksums: Mapping[str, str]) -> None:
         self._folder, self._checksums = folder, checksums
 
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
-        """One. The folder's tensors are gone through all the same: the publisher samples what goes by."""
+        """Yield one bucket. Iterates over the tensors, because the publisher samples those that pass through."""
         nbytes = sum(tensor.nbytes for tensors in buckets for _, tensor in tensors)
         bucket = DiskBucket(str(self._folder))
         yield StagedBucket(lambda _: bucket, self._checksums, tuple(self._checksums), nbytes)
@@ -23,4 +26,4 @@ class FolderTransport(Transport):
         return
 
     async def close(self) -> None:
-        """The folder is somebody else's."""
+        """Does nothing: the folder stays."""

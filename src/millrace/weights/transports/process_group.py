@@ -1,8 +1,9 @@
-"""Trainer and engines on any hosts: buckets are broadcast in a process group of torch.distributed, by gloo (TCP) or by
-NCCL (from one GPU to others).
+"""Transports that broadcast buckets in a process group of torch.distributed: by gloo over TCP, or by NCCL between GPUs.
+Trainer and engines may be on any hosts.
 
-The trainer is rank 0. Engines join before the first update begins, while they generate. A group is kept, and made anew
-when a broadcast in it has broken off, or the engines are others: it is of no more use when one of its ranks is gone.
+The trainer is rank 0. Engines join before the first update begins, while they generate. A group is kept from one
+publish to the next. It is replaced when a broadcast in it has failed or when the engines change, because a group can't
+be used once one of its ranks is gone.
 """
 
 import asyncio
@@ -36,18 +37,23 @@ from millrace.weights.transports.base import (
 
 POLL_SECONDS = 0.0005
 HEALTH_DEADLINE = LEAVE_DEADLINE = 2.0
-UNWELL = (Health.BUSY, Health.DEAD)
-# Torch's watchdog would end this process when an engine dies, or is slow.
+UNHEALTHY = (Health.BUSY, Health.DEAD)
+# Without these, torch's watchdog ends this process when an engine dies or is slow.
 NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 T = TypeVar("T")
 
 
 class SendingGroup:
-    """This process as rank 0 of the group `name`, with `receivers` ranks of engines, which meet at `address`, at
-    `port`. They must join, and load, at the same time. What is sent lies on `device`: a GPU for NCCL, the CPU for gloo.
-    Joining ends after `deadline` seconds, and with gloo the sending of a tensor does, by torch's own error (a
-    RuntimeError)."""
+    """Rank 0 of a process group, in this process. The engines are the other ranks.
+
+    name: the group's name.
+    device: where the tensors to send are; a GPU for NCCL, the CPU for gloo.
+    address: the address of this host that the ranks meet at. The port is `port`.
+    receivers: the number of the engines' ranks. All must join, and load, at the same time.
+    deadline: the seconds that joining may take. With gloo, sending one tensor may take no longer either; torch raises
+        RuntimeError when it does.
+    """
 
     def __init__(self, name: str, device: torch.device, address: str, *, receivers: int, deadline: float) -> None:
         self.name, self.backend, self._world = name, backend_of(device), 1 + receivers
@@ -56,7 +62,7 @@ class SendingGroup:
         self.seconds, self._deadline = deadline, timedelta(seconds=deadline)
         self._address = address
         self._group: Any = None
-        # Torch's own would listen on all of the host's addresses.
+        # The listener that torch creates listens on all of the host's addresses.
         listener = socket.create_server((address, 0))
         self.port: int = listener.getsockname()[1]
         self._store: Any = dist.TCPStore(
@@ -70,12 +76,12 @@ class SendingGroup:
         )
 
     async def join(self) -> None:
-        """Waits until all are there; NCCL's ranks meet at the first broadcast. Raises RuntimeError where they do not
-        come, or that is broken off."""
+        """Wait until all ranks have joined. NCCL's ranks join during the first broadcast. Raises RuntimeError if they
+        do not join in time, or if `abort` is called."""
         self._group = await self._in_thread(self._join)
 
     def _join(self) -> Any:
-        """The keys in the store are those that torch makes for a group of this name."""
+        """Create the group, with the store keys that torch uses for a group of this name."""
         store = self._store
         for prefix in (self.name, f"{self.name}/", f"{self._device.type}/"):
             store = dist.PrefixStore(prefix, store)
@@ -93,18 +99,18 @@ class SendingGroup:
             return dist.ProcessGroupNCCL(store, 0, self._world, options)
 
     async def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Returns when they are sent; each is contiguous, and on the group's device. Raises RuntimeError
-        where that fails, or is broken off: the caller has the deadline."""
+        """Send the tensors to all ranks. Each must be contiguous and on the group's device. Raises RuntimeError if the
+        broadcast fails, or if `abort` is called. It has no deadline of its own."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        # In a thread: NCCL's first waits until the engines are there, and they come by calls of this event loop.
-        for work in await self._in_thread(lambda: [self._group.broadcast([one], options) for one in tensors]):
-            await self._until(work.is_completed)  # NCCL's own wait ends with the queueing, gloo's can't be broken off
+        # In a thread: NCCL's first broadcast waits until the engines have joined, by calls of this event loop.
+        for work in await self._in_thread(lambda: [self._group.broadcast([tensor], options) for tensor in tensors]):
+            await self._until(work.is_completed)  # NCCL's wait() ends when work is queued; gloo's can't be interrupted
             work.wait()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """What `work` returns, or raises. Where the group breaks off before, its thread is left behind: NCCL waits for
-        a rank that never comes, and can't be told not to."""
+        """Run `work` in a thread, and return its result. If the group is aborted before, the thread is abandoned: NCCL
+        waits for a rank that never joins, and can't be interrupted."""
         done: Future[T] = Future()
 
         def run() -> None:
@@ -124,16 +130,17 @@ class SendingGroup:
             await asyncio.sleep(POLL_SECONDS)
 
     def abort(self, reason: str) -> None:
-        """Breaks off what is being broadcast; the group is of no more use."""
+        """End the broadcast that is running. The group can't be used after that."""
         if self.broken is None:
             self.broken = reason
             if self._group is not None:
-                threading.Thread(target=self._group.abort, daemon=True).start()  # NCCL's takes its time
+                threading.Thread(target=self._group.abort, daemon=True).start()  # NCCL's abort is slow
 
     def close(self) -> None:
+        """Leave the group, and free it."""
         group, self._group, self._store = self._group, None, None
         if group is not None and self.broken is not None:
-            # Gloo's own end waits for what was broken off.
+            # In a thread: gloo's shutdown waits for the broadcast that was aborted.
             threading.Thread(target=group.shutdown, daemon=True).start()
         elif group is not None:
             group.shutdown()
@@ -141,23 +148,26 @@ class SendingGroup:
 
 @dataclass(frozen=True, slots=True)
 class BroadcastBucket(StagedBucket):
-    """With the tensors that are broadcast; they are the trainer's own wherever those can be sent as they are."""
+    """A bucket and the tensors to broadcast. They are not copied if they are contiguous and on the group's device."""
 
     tensors: tuple[torch.Tensor, ...]
 
 
 @dataclass(slots=True)
 class _Joined:
-    """A group, and the engines in it."""
+    """A group and the engines in it."""
 
     group: SendingGroup
     engines: list[Engine]
 
 
 class ProcessGroupTransport(BucketTransport):
-    """A broadcast from `device` to the engines: by NCCL from a GPU, by gloo from the CPU. `kind` is the class of the
-    groups. With `together`, all engines are in one group, which takes the least bandwidth. Otherwise each is in a group
-    of its own, so that none waits for another."""
+    """A broadcast from `device` to the engines: by NCCL from a GPU, by gloo from the CPU.
+
+    kind: the class of the groups.
+    together: whether all engines are in one group, which needs the least bandwidth. Otherwise each engine is in its own
+        group, so that no engine waits for another.
+    """
 
     needs = frozenset({Capability.UPDATE_FROM_PROCESS_GROUP})
 
@@ -172,22 +182,23 @@ class ProcessGroupTransport(BucketTransport):
         *,
         deadline: float,
     ) -> Mapping[str, EngineError]:
-        """Joins those that are in no group that can be used. One that can't join is left out."""
+        """Form a group for each engine that has no usable one. Return the engines that can't join, and why."""
         wanted = [list(targets)] if self._together else [[target] for target in targets]
-        # A group keeps the time that it was made with; a publish that has much more makes another.
-        kept = [one for one in self._joined if one.group.broken is None and one.group.seconds > deadline / 4]
-        kept = [one for one in kept if one.engines in [[t.engine for t in some] for some in wanted]]
-        await self._leave([one for one in self._joined if one not in kept])
+        # A group keeps the deadline that it was created with. A publish with a much longer deadline replaces the group.
+        kept = [joined for joined in self._joined if joined.group.broken is None]
+        kept = [joined for joined in kept if joined.group.seconds > deadline / 4]
+        kept = [joined for joined in kept if joined.engines in [[t.engine for t in members] for members in wanted]]
+        await self._leave([joined for joined in self._joined if joined not in kept])
         self._joined = kept
-        there = [one.engines for one in kept]
+        grouped = [joined.engines for joined in kept]
         failed: dict[str, EngineError] = {}
         for errors in await asyncio.gather(
-            *(self._form(some, deadline / 2) for some in wanted if [t.engine for t in some] not in there)
+            *(self._form(members, deadline / 2) for members in wanted if [t.engine for t in members] not in grouped)
         ):
             failed |= errors
         return failed
 
-    def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:  # noqa: ARG002 (nothing is copied into one)
+    def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:  # noqa: ARG002 (nothing is copied to a slot)
         specs = specs_of(tensors)
         sent = tuple(tensor.detach().to(self._device).contiguous() for _, tensor in tensors)
         names = tuple(spec.name for spec in specs)
@@ -203,31 +214,31 @@ class ProcessGroupTransport(BucketTransport):
         return BroadcastBucket(bucket_for, checksums, names, sum(tensor.nbytes for tensor in sent), sent)
 
     async def send(self, staged: StagedBucket) -> None:
-        """Where it fails, the engines' own loading tells."""
+        """Broadcast the bucket in all groups. If that fails, the engines' `load` calls fail too and say so."""
         assert isinstance(staged, BroadcastBucket)
 
         async def broadcast(group: SendingGroup) -> None:
             try:
                 await group.broadcast(staged.tensors)
             except RuntimeError as error:
-                group.abort(f"the broadcast broke off: {_first_line(error)}")
+                group.abort(f"the broadcast failed: {_first_line(error)}")
             except asyncio.CancelledError:
                 group.abort("the publish was cancelled")
                 raise
 
-        await asyncio.gather(*(broadcast(one.group) for one in self._joined if one.group.broken is None))
+        await asyncio.gather(*(broadcast(joined.group) for joined in self._joined if joined.group.broken is None))
 
     def broken(self, engine: Engine) -> str | None:
         return self._group_of(engine).broken
 
     def interrupt(self, engine: Engine) -> None:
-        self._group_of(engine).abort(f"{engine.name} has failed, and others got the weights by the same broadcast")
+        self._group_of(engine).abort(f"{engine.name} failed, which ended the broadcast to all engines in its group")
 
     async def collateral(self, failed: Sequence[Engine]) -> set[str]:
         found = set()
-        for one in self._joined:
-            lost = [engine for engine in failed if engine in one.engines]
-            if len(lost) > 1 and one.group.broken is not None:
+        for joined in self._joined:
+            lost = [engine for engine in failed if engine in joined.engines]
+            if len(lost) > 1 and joined.group.broken is not None:
                 found |= {engine.name for engine in lost} - await _at_fault(lost)
         return found
 
@@ -236,85 +247,90 @@ class ProcessGroupTransport(BucketTransport):
         self._joined = []
 
     def _group_of(self, engine: Engine) -> SendingGroup:
-        return next(one.group for one in self._joined if engine in one.engines)
+        return next(joined.group for joined in self._joined if engine in joined.engines)
 
     async def _form(self, targets: Sequence[PublishTarget], seconds: float) -> dict[str, EngineError]:
-        """A group of as many as can join. Returns why the others can't."""
+        """Form one group of all engines that can join. Return the engines that can't, and why."""
         failed: dict[str, EngineError] = {}
-        while left := [target for target in targets if target.engine.name not in failed]:
-            errors = await self._join(left, seconds)
+        while candidates := [target for target in targets if target.engine.name not in failed]:
+            errors = await self._join(candidates, seconds)
             if not errors:
                 break
             failed |= errors
         return failed
 
     async def _join(self, targets: Sequence[PublishTarget], seconds: float) -> dict[str, EngineError]:
-        """Who is to blame that it came to nothing, and why. Empty where all are in."""
+        """Form one group of all these engines. Return the engines that are at fault if it fails, and why; empty if all
+        have joined."""
         ranks = [target.info.ranks for target in targets]
         engines = {target.engine.name: target.engine for target in targets}
         name = f"millrace-{secrets.token_hex(4)}"
         failed: dict[str, EngineError] = {}
         try:
             addresses = [own_address(target.engine.url) for target in targets]
-            address = next((one for one in addresses if not one.startswith("127.")), addresses[0])
-            own = self._kind(name, self._device, address, receivers=sum(ranks), deadline=seconds)
+            address = next((address for address in addresses if not address.startswith("127.")), addresses[0])
+            sending = self._kind(name, self._device, address, receivers=sum(ranks), deadline=seconds)
         except (OSError, RuntimeError) as error:
-            return {one: LocalError(one, f"no group could be made for it: {_first_line(error)}") for one in engines}
-        joined = _Joined(own, list(engines.values()))
+            reason = f"this process could not create a process group for it: {_first_line(error)}"
+            return {engine: LocalError(engine, reason) for engine in engines}
+        joined = _Joined(sending, list(engines.values()))
 
         async def join(engine: Engine, offset: int) -> None:
-            group = ProcessGroup(name, own.backend, address, own.port, offset, 1 + sum(ranks))
+            group = ProcessGroup(name, sending.backend, address, sending.port, offset, 1 + sum(ranks))
             try:
                 await engine.join_group(group, deadline=seconds)
             except EngineError as error:
                 failed[engine.name] = error
-                own.abort(f"{engine.name} did not join")
+                sending.abort(f"{engine.name} did not join")
 
-        async def join_too() -> str | None:
+        async def join_as_sender() -> str | None:
             try:
-                await own.join()
+                await sending.join()
             except RuntimeError as error:
-                own.abort(reason := _first_line(error))  # nothing of it goes on waiting
+                sending.abort(reason := _first_line(error))  # ends the threads that still wait
                 return reason
             return None
 
         joins = (join(target.engine, 1 + sum(ranks[:index])) for index, target in enumerate(targets))
         try:
-            (alone, *_) = await asyncio.gather(join_too(), *joins)
+            (unformed, *_) = await asyncio.gather(join_as_sender(), *joins)
         except BaseException:
             await asyncio.shield(self._leave([joined]))
             raise
-        if not failed and alone is None:
+        if not failed and unformed is None:
             self._joined.append(joined)
             return {}
         await self._leave([joined])
         if not failed:
-            return {one: EngineFailed(one, f"the group at {address} did not form: {alone}") for one in engines}
-        guilty = await _at_fault([engines[one] for one in failed])
-        return {one: failed[one] for one in guilty}
+            reason = f"the process group at {address} did not form: {unformed}"
+            return {engine: EngineFailed(engine, reason) for engine in engines}
+        return {engine: failed[engine] for engine in await _at_fault([engines[engine] for engine in failed])}
 
     async def _leave(self, joined: Sequence[_Joined]) -> None:
-        """As far as that goes: who can't leave has lost the group anyway."""
+        """Have the engines leave these groups, and close them. Errors are ignored: an engine that can't leave a group
+        has lost it already."""
 
         async def leave(engine: Engine, group: str) -> None:
             with suppress(EngineError, TimeoutError):
                 async with asyncio.timeout(LEAVE_DEADLINE):
                     await engine.leave_group(group)
 
-        await asyncio.gather(*(leave(engine, one.group.name) for one in joined for engine in one.engines))
-        for one in joined:
-            one.group.close()
+        await asyncio.gather(*(leave(engine, each.group.name) for each in joined for engine in each.engines))
+        for each in joined:
+            each.group.close()
 
 
 def backend_of(device: torch.device) -> str:
+    """Return torch's name of the backend for tensors on `device`."""
     return "nccl" if device.type == "cuda" else "gloo"
 
 
 async def _at_fault(engines: Sequence[Engine]) -> set[str]:
-    """Of engines that failed together, in this order: those that are dead or do not answer, or else the first."""
+    """Return which of these engines caused a common failure: those that are dead or do not answer, or else the first.
+    `engines` are in the order of their failures."""
     states = await asyncio.gather(*(engine.health(deadline=HEALTH_DEADLINE) for engine in engines))
-    unwell = {engine.name for engine, state in zip(engines, states, strict=True) if state in UNWELL}
-    return unwell or {engines[0].name}
+    unhealthy = {engine.name for engine, state in zip(engines, states, strict=True) if state in UNHEALTHY}
+    return unhealthy or {engines[0].name}
 
 
 def _first_line(error: BaseException) -> str:
@@ -330,16 +346,16 @@ class GlooTransport(ProcessGroupTransport):
 
 
 class NcclTransport(ProcessGroupTransport):
-    """A broadcast from the trainer's GPU."""
+    """A broadcast by NCCL from the trainer's GPU."""
 
     @classmethod
     def create(cls, context: TransportContext) -> Self:
-        # Between GPUs of one host, NCCL does not notice that a rank has died, and an SGLang in its group waits forever.
+        # Between GPUs of one host, NCCL does not notice that a rank has died, and an SGLang in the group waits forever.
         return cls(SendingGroup, nccl_device(), together=not context.here)
 
 
 def nccl_device() -> torch.device:
     """Return torch's current GPU. Raises PublishError if there is none."""
     if not torch.cuda.is_available():
-        raise PublishError("publish.transport is nccl, and the trainer's torch sees no GPU")
+        raise PublishError("publish.transport is nccl, and torch finds no GPU in the trainer's process")
     return torch.device("cuda", torch.cuda.current_device())

@@ -6,7 +6,8 @@ from millrace.config.models import TransportName
 from millrace.types import Capability
 from millrace.weights.transports.base import Transport, TransportContext
 
-# Of several classes, the first that all engines have a capability for is used. Importing one imports torch.
+# If a transport has several classes, the first that all engines have a capability for is used. Importing one imports
+# torch.
 CLASSES: dict[TransportName, tuple[str, ...]] = {
     "shm": ("shared_memory:SharedMemoryTransport", "torch_storage:TorchStorageTransport"),
     "cuda_ipc": ("cuda_ipc:CudaIpcTransport",),
@@ -19,14 +20,15 @@ CLASSES: dict[TransportName, tuple[str, ...]] = {
 
 
 def needs(name: TransportName) -> frozenset[Capability]:
-    """Return the capabilities that an engine can receive weights with; one is enough."""
-    return frozenset[Capability]().union(*(one.needs for one in _classes(name)))
+    """Return the capabilities that an engine can receive weights with; an engine needs one of them."""
+    return frozenset[Capability]().union(*(transport.needs for transport in _classes(name)))
 
 
 def create(name: TransportName, context: TransportContext) -> Transport:
-    """Make the transport of that name. Raises PublishError if it cannot run here."""
+    """Return a new transport of that name. Raises PublishError if it cannot run here."""
     classes = _classes(name)
-    return next((one for one in classes if one.needs & context.capabilities), classes[-1]).create(context)
+    usable = (transport for transport in classes if transport.needs & context.capabilities)
+    return next(usable, classes[-1]).create(context)
 
 
 def _classes(name: TransportName) -> list[type[Transport]]:

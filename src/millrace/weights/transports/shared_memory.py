@@ -1,7 +1,7 @@
-"""Trainer and engines on one host: buckets lie in memory files that both sides map.
+"""A transport for a trainer and engines on one host: buckets are memory files that both sides map.
 
-The files have no name in any file system (memfd_create(2)); an engine opens them under /proc/PID/fd of the trainer. So
-nothing is left behind whichever way the trainer ends: the kernel frees the memory with its last reader.
+The files have no name in any file system (memfd_create(2)). An engine opens them under /proc/PID/fd of the trainer. The
+kernel frees the memory after its last reader, so nothing is left behind, however the trainer ends.
 """
 
 import mmap
@@ -17,7 +17,7 @@ from millrace.weights.transports.slots import MemoryTransport, copy_to_host
 
 
 class MemoryFile:
-    """One memory file, mapped."""
+    """A mapped memory file of `size` bytes. Raises PublishError if there is no room."""
 
     def __init__(self, size: int) -> None:
         self._fd = os.memfd_create("millrace-bucket", os.MFD_CLOEXEC)
@@ -33,12 +33,12 @@ class MemoryFile:
         self.bytes = torch.frombuffer(mmap.mmap(self._fd, size), dtype=torch.uint8)
 
     def close(self) -> None:
-        # The mapping goes with its last tensor; closing the descriptor is enough for everybody else.
+        # The mapping ends with its last tensor. Closing the descriptor is enough for other processes.
         os.close(self._fd)
 
 
 class SharedMemoryTransport(MemoryTransport[MemoryFile]):
-    """Engines map the bucket's memory file."""
+    """A transport whose buckets are memory files, which engines map."""
 
     needs = frozenset({Capability.UPDATE_FROM_SHARED_MEMORY})
 

@@ -1,4 +1,4 @@
-"""What the transports through memory share: two slots, each grown to the largest bucket seen and kept."""
+"""The base of the transports through memory: two slots, which grow to the size of the largest bucket."""
 
 from abc import abstractmethod
 from typing import Generic, Protocol, TypeVar
@@ -15,7 +15,7 @@ PIECE_BYTES = 256 * 1024
 
 
 class Slot(Protocol):
-    """Memory that an engine can open. `bytes` is [nbytes] uint8."""
+    """Memory that an engine can open. `bytes` is a uint8 tensor of shape [nbytes]."""
 
     bytes: torch.Tensor
 
@@ -26,21 +26,22 @@ S = TypeVar("S", bound=Slot)
 
 
 class MemoryTransport(BucketTransport, Generic[S]):
-    """Two slots, kept so that their memory is taken once."""
+    """A transport with two slots of memory, which it keeps from one publish to the next."""
 
     def __init__(self) -> None:
         self._slots: dict[int, S] = {}
 
     @abstractmethod
     def _new_slot(self, size: int) -> S:
-        """Raises PublishError where there is no room."""
+        """Return a slot of `size` bytes. Raises PublishError if there is no room."""
 
     @abstractmethod
     def _copy(self, tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:
-        """Copies into `target` and returns the checksums, if it has read the bytes anyway."""
+        """Copy the tensors into `target`. Return their checksums by name; empty if the bytes are not read."""
 
     @abstractmethod
-    def _bucket(self, slot: S, specs: tuple[TensorSpec, ...], nbytes: int, ranks: int) -> Bucket: ...
+    def _bucket(self, slot: S, specs: tuple[TensorSpec, ...], nbytes: int, ranks: int) -> Bucket:
+        """Return the bucket for one engine with `ranks` ranks."""
 
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
         specs = specs_of(tensors)
@@ -72,7 +73,7 @@ class MemoryTransport(BucketTransport, Generic[S]):
 
 
 def copy_to_host(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:
-    """Copies the tensors into `target`, [nbytes] uint8 on the CPU, and returns their checksums."""
+    """Copy the tensors into `target`, a uint8 tensor of shape [nbytes] on the CPU. Return their checksums by name."""
     return {
         spec.name: _copy(tensor.detach(), target[spec.offset : spec.offset + spec.nbytes])
         for spec, (_, tensor) in zip(specs, tensors, strict=True)
@@ -80,12 +81,12 @@ def copy_to_host(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: t
 
 
 def _copy(tensor: torch.Tensor, target: torch.Tensor) -> str:
-    """Copies the tensor's bytes into `target`, [nbytes] uint8, and returns their checksum."""
+    """Copy the tensor's bytes into `target`, a uint8 tensor of shape [nbytes]. Return their checksum."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         return checksum(target.numpy().data)
-    # Piece by piece, so that the bytes are hashed while they are in the cache; by numpy, whose copy takes one thread:
-    # torch's would take the cores away from the engine that loads the bucket before this one.
+    # Copied in pieces, so that the bytes are hashed while they are in the cache. numpy copies in one thread; torch's
+    # threads would take the cores from the engine that loads the bucket before this one.
     source, copy, digest = tensor.reshape(-1).view(torch.uint8).numpy(), target.numpy(), Checksum()
     for start in range(0, len(copy), PIECE_BYTES):
         piece = copy[start : start + PIECE_BYTES]

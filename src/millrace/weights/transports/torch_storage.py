@@ -1,8 +1,9 @@
-"""Trainer and engines on one host, on the CPU, by torch's own sharing: what SGLang opens without a module of ours.
+"""A transport for a trainer and engines on the CPU of one host, by torch's own shared memory. SGLang can open it
+without an extension.
 
-Torch's strategy `file_system` (torch.multiprocessing): POSIX shared memory with a name, which a helper process of
-torch's removes with its last user, also when both are killed. Its other strategy, a file descriptor handed over a
-socket, kills SGLang 0.5.15.
+It uses the strategy `file_system` of torch.multiprocessing: named POSIX shared memory, which a helper process of torch
+removes after its last user, even if both are killed. The other strategy passes a file descriptor over a socket, which
+kills SGLang 0.5.15.
 """
 
 import functools
@@ -24,7 +25,8 @@ from millrace.weights.transports.slots import MemoryTransport, copy_to_host
 
 @contextmanager
 def _own_stderr() -> Iterator[None]:
-    """Standard error is a file in memory as long as the block runs; what was written to it follows afterwards."""
+    """Redirect standard error to a file in memory while the block runs. Its content is written to standard error
+    afterwards."""
     before, aside = os.dup(2), os.memfd_create("millrace-stderr")
     try:
         os.dup2(aside, 2)
@@ -42,15 +44,18 @@ def _own_stderr() -> Iterator[None]:
 
 @functools.cache
 def start_helper() -> None:
-    """Starts torch's helper process, once. It outlives this process while an engine uses its memory, and must not hold
-    our standard error until then: a pipe at the other end would stay open. Its socket's path has to be short."""
+    """Start torch's helper process, once.
+
+    The helper runs until no engine uses the memory, even if this process has ended. It must not inherit our standard
+    error: a pipe at the other end would stay open. The path of its socket must be short.
+    """
     place = short_place()
     with _own_stderr(), settings({"TMPDIR": place} if place != tempfile.gettempdir() else {}):
         torch.UntypedStorage._new_using_filename_cpu(1)
 
 
 class SharedStorage:
-    """One storage that other processes can open by name."""
+    """A storage of `size` bytes that other processes can open by name. Raises PublishError if there is no room."""
 
     def __init__(self, size: int) -> None:
         try:
@@ -64,8 +69,8 @@ class SharedStorage:
         self.bytes = torch.empty(0, dtype=torch.uint8).set_(self._storage)
 
     def promise(self, openings: int) -> None:
-        """Torch counts users, and removes the memory with the last one. Who opens it is counted here already; its
-        opening takes no further count."""
+        """Count `openings` future users. Torch removes the memory after its last user. A process that opens it does not
+        count itself."""
         for _ in range(openings):
             self._storage._shared_incref()  # type: ignore[no-untyped-call]
 
@@ -75,7 +80,7 @@ class SharedStorage:
 
 
 class TorchStorageTransport(MemoryTransport[SharedStorage]):
-    """Engines open the bucket by torch's own sharing."""
+    """A transport whose buckets are storages in torch's shared memory."""
 
     needs = frozenset({Capability.UPDATE_FROM_TORCH_STORAGE})
 

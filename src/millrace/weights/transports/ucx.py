@@ -1,12 +1,16 @@
-"""Trainer and engines on different hosts, without a process group: the trainer keeps a bucket where others can read it,
-and a sidecar on each host of engines reads it over UCX (RDMA, or TCP), once for all engines there, which open the
-sidecar's memory as they would a local trainer's.
+"""A transport for a trainer and engines on different hosts, over UCX (RDMA or TCP). It needs no process group.
 
-Nothing is overwritten or freed under a reader. A slot here is filled again when every sidecar has answered for what it
-held, or is out of this publish: its engines load nothing more of what it reads. After a sidecar of which nobody knows
-whether it reads still, no memory is freed before the endpoint is closed, which ends all READs; that happens before the
-next publish, which begins with another. A slot of a sidecar's is filled again when the next but one bucket is
-delivered, and its engines have loaded what it held by then, or have failed.
+The trainer keeps a bucket in memory that other hosts can read. A sidecar on each host of engines reads the bucket once.
+The engines of that host open the sidecar's memory in the same way as they open the memory of a local trainer.
+
+Memory is never overwritten or freed while it is read:
+
+- The trainer fills a slot again after every sidecar has answered for the slot's earlier bucket. A sidecar that fails is
+  left out of the rest of the publish, and its engines load nothing more from it.
+- If a failed sidecar may still be reading, the trainer keeps all memory until it closes the endpoint, which ends all
+  READs. It does so before the next publish, which creates a new endpoint.
+- A sidecar has two slots too. It fills a slot again when the bucket after the next one is delivered. By then its
+  engines have loaded the slot's earlier bucket, or have failed.
 """
 
 import asyncio
@@ -39,60 +43,68 @@ from millrace.weights.transports.sidecars import reason_of
 from millrace.weights.transports.slots import copy_to_host
 from millrace.weights.ucx import Endpoint, load
 
-READ_SHARE = 0.9  # of a call's deadline: a sidecar that gives up in time can still say so
-WORD_DEADLINE = 5.0  # seconds, for what takes no time
+READ_SHARE = 0.9  # of a call's deadline, so that a sidecar that gives up can still answer
+SHORT_DEADLINE = 5.0  # seconds, for calls that do no work
 
 
 class UcxSidecar:
-    """`millrace sidecar` at `url`. Errors name it."""
+    """A client of the `millrace sidecar` at `url`. Its errors name the sidecar."""
 
     def __init__(self, url: str, key: str | None) -> None:
         self.name = f"sidecar {url}"
         self._http = HttpClient(self.name, url, api_key=key)
 
     async def pull(self, body: PullBody, *, deadline: float) -> Pulled:
-        """Raises EngineError where the bucket did not come."""
+        """Have the sidecar read a bucket, and return handles of the sidecar's copy. Raises EngineError if it fails."""
         answer = await self._http.control("POST", "/pull", body.model_dump(mode="json"), deadline=deadline)
         try:
             return Pulled.model_validate_json(orjson.dumps(answer))
         except ValidationError as error:
-            raise EngineFailed(self.name, f"it answered {answer!r}") from error
+            raise EngineFailed(self.name, f"unexpected answer {answer!r}") from error
 
     async def holds(self, session: str) -> bool:
-        """Whether it still has what it has read for it."""
+        """Return whether the sidecar still has the buckets of this session."""
         try:
-            answer = await self._http.control("GET", "/session", deadline=WORD_DEADLINE)
+            answer = await self._http.control("GET", "/session", deadline=SHORT_DEADLINE)
         except EngineError:
             return False
         return bool(answer == {"session": session})
 
     async def close(self, session: str | None) -> None:
-        """Has the sidecar free what it has of the session. One that is dead has nothing to free."""
+        """Have the sidecar free the buckets of this session. A dead sidecar has nothing to free."""
         if session is not None:
             with suppress(EngineError):
                 body = Session(session=session).model_dump(mode="json")
-                await self._http.control("POST", "/end", body, deadline=WORD_DEADLINE)
+                await self._http.control("POST", "/end", body, deadline=SHORT_DEADLINE)
         await self._http.close()
 
 
 @dataclass(slots=True)
-class _Cargo:
-    """A bucket in the trainer's slot, and what has come of it on the engines' hosts: for each engine, what its sidecar
-    answered, and which of the answer's shares is the engine's first."""
+class _InFlightBucket:
+    """A bucket in one of the trainer's slots, and its copies on the engines' hosts.
+
+    pulled: for each engine, the answer of its sidecar, and the index of the engine's first share in the answer.
+    """
 
     slot: int
     nbytes: int
     specs: tuple[TensorSpec, ...]
-    arrived: dict[str, tuple[Pulled, int]] = field(default_factory=dict)
+    pulled: dict[str, tuple[Pulled, int]] = field(default_factory=dict)
 
     def bucket_for(self, target: PublishTarget) -> Bucket:
-        pulled, start = self.arrived[target.engine.name]
+        pulled, start = self.pulled[target.engine.name]
         return pulled.handle.bucket(self.specs, self.nbytes, start, target.info.ranks)
 
 
 class UcxTransport(BucketTransport):
-    """A sidecar on each host of engines reads buckets from `device` over UCX. `sidecars`: the URL of each engine's, by
-    the engine's name. Raises ConfigError without NIXL."""
+    """A transport whose buckets are read over UCX by a sidecar on each host of engines.
+
+    sidecars: the URL of each engine's sidecar, by the engine's name.
+    device: where the buckets are.
+    key: the API key of the sidecars.
+
+    Raises ConfigError if NIXL is not installed.
+    """
 
     needs = frozenset({
         Capability.UPDATE_FROM_SHARED_MEMORY,
@@ -106,8 +118,10 @@ class UcxTransport(BucketTransport):
         urls = {engine: url for engine, url in sidecars.items() if url is not None}
         if not sidecars or len(urls) < len(sidecars):
             lacking = ", ".join(sorted(sidecars.keys() - urls.keys()))
-            raise PublishError(f"publish.sidecars names none on the host of {lacking or 'any engine'}, which ucx takes")
-        # Checksums of all bytes are made on the CPU, so the bytes must be there for engines that are compared by them.
+            raise PublishError(
+                f"publish.sidecars has no sidecar on the host of {lacking or 'any engine'}, and ucx needs one"
+            )
+        # Full checksums are computed on the CPU. If the engines are compared by them, the buckets must be there.
         on_gpu = torch.cuda.is_available() and Capability.CHECKSUMS not in context.capabilities
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         return cls(urls, device, key=context.sidecar_key)
@@ -118,17 +132,17 @@ class UcxTransport(BucketTransport):
         self._sidecar_of = {engine: self._sidecars[url] for engine, url in sidecars.items()}
         self._device = device
         self._endpoint: Endpoint[MemoryFile | DeviceSlot] | None = None
-        self._unread = True  # no sidecar can be reading what it was asked to read before
-        self._cargo: _Cargo | None = None  # what was staged last
+        self._unread = True  # whether no sidecar can still be reading an earlier bucket
+        self._staged: _InFlightBucket | None = None  # the bucket that was staged last
 
     async def open(
         self,
-        targets: Sequence[PublishTarget],  # noqa: ARG002 (asked when there is something to pull)
+        targets: Sequence[PublishTarget],  # noqa: ARG002 (sidecars are called when a bucket is delivered)
         version: int,  # noqa: ARG002
         *,
         deadline: float,  # noqa: ARG002
     ) -> Mapping[str, EngineError]:
-        """Ends what an earlier publish may have left half read."""
+        """Close the endpoint if a sidecar may still be reading a bucket of an earlier publish."""
         if self._endpoint is not None and not self._unread:
             await asyncio.to_thread(self._endpoint.close)
             self._endpoint = None
@@ -146,13 +160,13 @@ class UcxTransport(BucketTransport):
             checksums = copy_to_host(tensors, specs, memory)
         else:
             copy_on_gpu(tensors, specs, memory)
-        cargo = self._cargo = _Cargo(slot, nbytes, specs)
-        return StagedBucket(cargo.bucket_for, checksums, tuple(spec.name for spec in specs), nbytes)
+        bucket = self._staged = _InFlightBucket(slot, nbytes, specs)
+        return StagedBucket(bucket.bucket_for, checksums, tuple(spec.name for spec in specs), nbytes)
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
-        """By all sidecars at once. What one of them can't do fails the engines of its host."""
-        assert self._cargo is not None
-        cargo = self._cargo
+        """Have all sidecars read the bucket at the same time. If a sidecar fails, the engines of its host fail."""
+        assert self._staged is not None
+        bucket = self._staged
         at: dict[UcxSidecar, list[PublishTarget]] = {}
         for target in targets:
             at.setdefault(self._sidecar_of[target.engine.name], []).append(target)
@@ -160,7 +174,7 @@ class UcxTransport(BucketTransport):
 
         async def pull(sidecar: UcxSidecar, here: Sequence[PublishTarget]) -> bool:
             try:
-                pulled = await sidecar.pull(self._body(cargo, here, deadline * READ_SHARE), deadline=deadline)
+                pulled = await sidecar.pull(self._body(bucket, here, deadline * READ_SHARE), deadline=deadline)
             except EngineError as error:
                 for target in here:
                     name = target.engine.name
@@ -168,20 +182,20 @@ class UcxTransport(BucketTransport):
                 return False
             start = 0
             for target in here:
-                cargo.arrived[target.engine.name] = pulled, start
+                bucket.pulled[target.engine.name] = pulled, start
                 start += target.info.ranks
             return True
 
-        before, self._unread = self._unread, False  # as it stays where this is cancelled
+        before, self._unread = self._unread, False  # stays False if this task is cancelled
         answered = await asyncio.gather(*(pull(sidecar, here) for sidecar, here in at.items()))
         self._unread = before and all(answered)
         return unreached
 
-    async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the sidecars have it)
+    async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the sidecars have read it)
         return
 
     async def collateral(self, failed: Sequence[Engine]) -> set[str]:
-        """Those that could not open what their sidecar had read, since it has died meanwhile."""
+        """Return the names of the engines whose sidecar has died, so that they could not open its buckets."""
         if self._endpoint is None:
             return set()
         sidecars = list({self._sidecar_of[engine.name] for engine in failed})
@@ -196,15 +210,15 @@ class UcxTransport(BucketTransport):
             await asyncio.to_thread(self._endpoint.close)
             self._endpoint = None
 
-    def _body(self, cargo: _Cargo, here: Sequence[PublishTarget], seconds: float) -> PullBody:
+    def _body(self, bucket: _InFlightBucket, here: Sequence[PublishTarget], seconds: float) -> PullBody:
         assert self._endpoint is not None
-        region = self._endpoint.region(cargo.slot)
+        region = self._endpoint.region(bucket.slot)
         return PullBody(
             session=self._endpoint.name,
             agent=self._endpoint.metadata(),
-            slot=cargo.slot,
+            slot=bucket.slot,
             address=region.address,
-            nbytes=cargo.nbytes,
+            nbytes=bucket.nbytes,
             gpu=region.gpu,
             form=_form(here),
             shares=sum(target.info.ranks for target in here),
@@ -212,14 +226,14 @@ class UcxTransport(BucketTransport):
         )
 
     def _new_slot(self, size: int) -> MemoryFile | DeviceSlot:
-        # A memory file, since its memory is taken at once, or not at all.
+        # A memory file allocates its memory at once, or fails at once.
         return DeviceSlot(size, self._device) if self._device.type == "cuda" else MemoryFile(size)
 
 
 def _form(engines: Sequence[PublishTarget]) -> Form:
-    """What all of one host's engines open. Raises PublishError where there is nothing."""
+    """Return a form of memory that all of these engines can open. Raises PublishError if there is none."""
     for capability, form in FORMS.items():
         if all(engine.can(capability) for engine in engines):
             return form
     names = ", ".join(engine.engine.name for engine in engines)
-    raise PublishError(f"{names} have one sidecar, and open no memory in a form common to all of them")
+    raise PublishError(f"{names} share one sidecar, and there is no form of memory that all of them can open")
