@@ -67,7 +67,7 @@ class HttpEngine(Engine):
     ) -> Any:
         return await self._http.control("POST", path, body, deadline=deadline, repeatable=repeatable)
 
-    async def _when_idle(self, path: str, body: object, deadline: float) -> None:
+    async def _retry_until_idle(self, path: str, body: object, deadline: float) -> None:
         """A call that the server refuses while requests run: asked again until they are done or the deadline passes."""
         end = time.monotonic() + deadline
         while True:
@@ -88,10 +88,10 @@ class HttpEngine(Engine):
                 raise EngineRefused(self.name, f"{path} was refused: {event['error'].get('message')}")
             yield event
 
-    def _made(self, path: str, decode: Callable[[], Generation]) -> Generation:
+    def _decode_generation(self, path: str, decode: Callable[[], Generation]) -> Generation:
         """The generation that `decode` makes of an answer. Raises NonFiniteLogprobs where one of its logprobs is no
         number, and EngineFailed where the answer has not the shape that `decode` expects."""
-        made = self._understood(path, decode)
+        made = self._decode(path, decode)
         finite = np.isfinite(made.logprobs)
         if finite.all():
             return made
@@ -105,7 +105,7 @@ class HttpEngine(Engine):
             "engine's dtype",
         )
 
-    def _understood(self, path: str, decode: Callable[[], T]) -> T:
+    def _decode(self, path: str, decode: Callable[[], T]) -> T:
         """What `decode` makes of an answer. Raises EngineFailed where the answer has not the shape that it expects."""
         try:
             return decode()

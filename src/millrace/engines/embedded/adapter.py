@@ -53,13 +53,13 @@ class EmbeddedEngine(HttpEngine):
         except (asyncio.CancelledError, EngineTimeout):
             await self._abandon(request.request_id)
             raise
-        return self._made("/generate", lambda: decode_generate(request, body))
+        return self._decode_generation("/generate", lambda: decode_generate(request, body))
 
     async def generate_by(
         self, router: HttpClient, request: GenerateRequest, *, headers: Mapping[str, str], deadline: float
     ) -> Generation:
         body = await router.generate("/generate", self._encode(request), deadline=deadline, headers=headers)
-        return self._made("/generate", lambda: decode_generate(request, body))
+        return self._decode_generation("/generate", lambda: decode_generate(request, body))
 
     async def abort_by_router(self, request_id: str) -> None:
         await self._control("/abort_request", {"rid": wire_id(request_id)}, deadline=ABORT_DEADLINE, repeatable=True)
@@ -68,7 +68,7 @@ class EmbeddedEngine(HttpEngine):
         finished = False
         try:
             async for body in self._events("/generate", self._encode(request, stream=True), deadline):
-                made = self._made("/generate", partial(decode_generate, request, body))
+                made = self._decode_generation("/generate", partial(decode_generate, request, body))
                 finished = body["meta_info"]["finish_reason"] is not None
                 yield made
         finally:
@@ -86,14 +86,14 @@ class EmbeddedEngine(HttpEngine):
         await self._control("/continue_generation", {}, repeatable=True)
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
-        await self._when_idle("/flush_cache", {}, deadline)
+        await self._retry_until_idle("/flush_cache", {}, deadline)
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         if (await self._ask("/server_info"))["is_paused"] and (await self.loads()).running_requests:
             raise EngineRefused(
                 self.name, "requests are paused in the middle; resume or abort them before the engine sleeps"
             )
-        await self._when_idle("/release_memory_occupation", {"tags": sorted(what)}, CONTROL_DEADLINE)
+        await self._retry_until_idle("/release_memory_occupation", {"tags": sorted(what)}, CONTROL_DEADLINE)
 
     async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         await self._control("/resume_memory_occupation", {"tags": sorted(what)}, repeatable=True)

@@ -54,14 +54,14 @@ class SGLangEngine(StockEngine):
     async def initialize(self, version: int | None = None) -> None:
         """What the server made while starting is taken out of its garbage collector's sight, which every flush of the
         cache runs on the CPU (half a second)."""
-        await self._go_on()
+        await self._resume_server()
         await self._control("/freeze_gc", {}, repeatable=True)
         self._dangling = version is None
         if version is None:
-            await self._clear_up()
+            await self._unload_leftover_loras()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
-        await self._when_idle("/flush_cache", {}, deadline)
+        await self._retry_until_idle("/flush_cache", {}, deadline)
 
     async def leave_group(self, name: str) -> None:
         await self._control("/destroy_weights_update_group", {"group_name": name})
@@ -74,7 +74,7 @@ class SGLangEngine(StockEngine):
 
     async def loads(self) -> EngineLoad:
         body = await self._ask("/v1/loads")
-        return self._understood("/v1/loads", lambda: decode_loads(body))
+        return self._decode("/v1/loads", lambda: decode_loads(body))
 
     async def info(self) -> EngineInfo:
         facts = await self._facts()
@@ -87,11 +87,11 @@ class SGLangEngine(StockEngine):
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:
         body = await by.generate("/generate", encode_generate(request), deadline=deadline, headers=headers)
-        return self._made("/generate", lambda: decode_generate(request, body))
+        return self._decode_generation("/generate", lambda: decode_generate(request, body))
 
-    async def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
+    async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         async for event in self._events("/generate", encode_generate(request, stream=True), deadline):
-            made = self._made("/generate", partial(decode_generate, request, event))
+            made = self._decode_generation("/generate", partial(decode_generate, request, event))
             yield made, event["meta_info"]["finish_reason"] is not None
 
     async def _abort(self, names: Sequence[str]) -> None:
@@ -101,19 +101,19 @@ class SGLangEngine(StockEngine):
     async def _abort_all(self, names: Sequence[str]) -> None:  # noqa: ARG002
         await self._control("/abort_request", {"abort_all": True}, repeatable=True)
 
-    async def _halt(self, mode: PauseMode) -> None:
+    async def _pause_server(self, mode: PauseMode) -> None:
         """SGLang's own way of aborting looks once a second whether all have ended, so they are ended before."""
         if mode is PauseMode.ABORT:
-            await self._until_ended(self._calls.sent, self._abort_all)
+            await self._abort_until_ended(self._calls.sent, self._abort_all)
         await self._control("/pause_generation", {"mode": PAUSE_MODES[mode]}, deadline=PAUSE_DEADLINE, repeatable=True)
 
-    async def _go_on(self) -> None:
+    async def _resume_server(self) -> None:
         await self._control("/continue_generation", {}, repeatable=True)
 
     async def _release(self, before: ServerState, after: ServerState) -> None:
         await self._control("/release_memory_occupation", {"tags": sorted(after.asleep - before.asleep)})
 
-    async def _take_back(self, what: frozenset[MemoryTag]) -> None:
+    async def _reallocate(self, what: frozenset[MemoryTag]) -> None:
         # Not repeated where it fails: taking a tag back twice kills the server.
         await self._control("/resume_memory_occupation", {"tags": sorted(what)})
 
@@ -143,11 +143,11 @@ class SGLangEngine(StockEngine):
         return send
 
     async def _commit(self, version: int) -> None:
-        await self._give_up()
+        await self._abort_update()
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._control("/update_weight_version", body)
 
-    async def _give_up(self) -> None:
+    async def _abort_update(self) -> None:
         if self._session is False:
             return
         try:

@@ -57,13 +57,13 @@ class VLLMEngine(StockEngine):
 
     async def initialize(self, version: int | None = None) -> None:
         await self._facts()  # which says what is wrong with a server whose control routes are closed
-        await self._go_on()
+        await self._resume_server()
         if version is not None:
             await self._name_version(version)
         else:
             self._version = await self._served_version()
             self._dangling = True
-            await self._clear_up()
+            await self._unload_leftover_loras()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
         end = time.monotonic() + deadline
@@ -109,7 +109,7 @@ class VLLMEngine(StockEngine):
     async def loads(self) -> EngineLoad:
         await self._facts()
         text = await self._ask("/metrics")
-        metrics = self._understood("/metrics", lambda: read_metrics(text))
+        metrics = self._decode("/metrics", lambda: read_metrics(text))
         (then, before), now, made = self._counted, time.monotonic(), metrics["generation_tokens_total"]
         self._counted = now, made
         return EngineLoad(
@@ -134,10 +134,10 @@ class VLLMEngine(StockEngine):
             )
         body = await by.generate(path, encode(path, request), deadline=deadline, headers=headers)
         answer = Answer()
-        self._understood(path, lambda: answer.take(path, body))
-        return self._made(path, lambda: answer.generation(request, version))
+        self._decode(path, lambda: answer.take(path, body))
+        return self._decode_generation(path, lambda: answer.generation(request, version))
 
-    async def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
+    async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         path, version = self._known.path, self._version
         answer = Answer()
 
@@ -147,7 +147,7 @@ class VLLMEngine(StockEngine):
 
         made = answer.generation(request, version)
         async for event in self._events(path, encode(path, request, stream=True), deadline):
-            made = self._made(path, partial(with_more, event))
+            made = self._decode_generation(path, partial(with_more, event))
             if answer.finish_reason is None:
                 yield made, False
         yield made, True
@@ -166,16 +166,17 @@ class VLLMEngine(StockEngine):
         if names:
             await self._abort(names)
 
-    async def _halt(self, mode: PauseMode) -> None:
+    async def _pause_server(self, mode: PauseMode) -> None:
         """Its mode keep drops what is in the KV cache, which is what retract means, unless it is told not to."""
         await self._control(PAUSES[mode], None, repeatable=True)
         if mode is PauseMode.ABORT:
-            await self._until_ended(self._calls.sent, self._abort)  # what came too late for that waits in the server
+            # Requests that came too late for the pause wait in the server.
+            await self._abort_until_ended(self._calls.sent, self._abort)
 
-    async def _forget(self) -> None:
+    async def _drop_cache(self) -> None:
         """The pause has done it already, when all had ended, and fails where it can't."""
 
-    async def _go_on(self) -> None:
+    async def _resume_server(self) -> None:
         await self._control("/resume", None, repeatable=True)
 
     async def _release(self, before: ServerState, after: ServerState) -> None:
@@ -193,7 +194,7 @@ class VLLMEngine(StockEngine):
             await self._control("/sleep?level=1", None)
             await self._wake_up({MemoryTag.WEIGHTS})
 
-    async def _take_back(self, what: frozenset[MemoryTag]) -> None:
+    async def _reallocate(self, what: frozenset[MemoryTag]) -> None:
         before, after = self.state.asleep, self.state.asleep - what
         if MemoryTag.WEIGHTS not in after:
             released = ALL_MEMORY if MemoryTag.WEIGHTS in before else before
@@ -249,7 +250,7 @@ class VLLMEngine(StockEngine):
         await self._end_receiving()
         await self._name_version(version)
 
-    async def _give_up(self) -> None:
+    async def _abort_update(self) -> None:
         if self._known.extension:
             await self._rpc("millrace_abandon")
         await self._end_receiving()
@@ -305,10 +306,8 @@ class VLLMEngine(StockEngine):
         served = (await self._ask("/v1/models"))["data"][0]
         version = (await self._ask("/version"))["version"]
         model = await self._read_model(Path(served["root"]))
-        server = self._server = self._understood("/server_info", lambda: read_server(api, config))
-        return self._understood(
-            "/server_info", lambda: read_facts(version, served, config, api["paths"], server, model)
-        )
+        server = self._server = self._decode("/server_info", lambda: read_server(api, config))
+        return self._decode("/server_info", lambda: read_facts(version, served, config, api["paths"], server, model))
 
     def _check(self, request: GenerateRequest, facts: Facts) -> None:
         check_request(request, facts.limits, self._known)
