@@ -17,7 +17,7 @@ from millrace.engines.embedded.weights import WeightStore
 
 T = TypeVar("T")
 STATUS_INTERVAL = 0.01  # seconds; the most that the status lags while only tokens change
-GATHERING = 0.002  # seconds that an idle engine waits for more requests, so that one pass prefills them together
+BATCHING_DELAY = 0.002  # seconds that an idle engine waits for more requests, so that one pass prefills them together
 CALL_DEADLINE = 30.0  # seconds; a command waits for one step, which takes seconds on a large model and a slow CPU
 
 
@@ -134,7 +134,7 @@ class ModelThread:
     def _wait(self, core: Core) -> None:
         self._commands.get()(core)
         if core.has_work:
-            time.sleep(GATHERING)
+            time.sleep(BATCHING_DELAY)
 
     def _publish(self, core: Core, *, changed: bool) -> None:
         """Publish the status and the outputs. changed: more than tokens has changed, so the status must be current."""

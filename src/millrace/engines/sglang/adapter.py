@@ -43,7 +43,7 @@ from millrace.types import (
 )
 
 PAUSE_DEADLINE = 60.0  # seconds; it waits for the requests of other clients to end
-QUIETLY = {"flush_cache": False, "abort_all_requests": False}  # the adapter did both before
+WITHOUT_FLUSH = {"flush_cache": False, "abort_all_requests": False}  # the adapter did both before
 
 
 class SGLangEngine(StockEngine):
@@ -140,7 +140,7 @@ class SGLangEngine(StockEngine):
                 raise InvalidStateError("it can't open a memory file; send the tensors by torch storage")
 
         async def send(deadline: float) -> None:
-            await self._control(path, {**body, **QUIETLY}, deadline=deadline)
+            await self._control(path, {**body, **WITHOUT_FLUSH}, deadline=deadline)
 
         return send
 

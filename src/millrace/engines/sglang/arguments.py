@@ -14,7 +14,7 @@ from millrace.engines.stock.arguments import (
     local_ranks,
     option,
     options,
-    require_said_once,
+    require_set_once,
 )
 from millrace.errors import ConfigError
 from millrace.launch.ports import unbracketed, url_of
@@ -136,7 +136,7 @@ def nodes(
 
 def require_no_contradiction(config: SGLangEngineConfig) -> None:
     """Raise ConfigError for an engine argument or variable that Millrace sets itself, or for unusable KV events."""
-    require_said_once(config, settings=SETTINGS, others=OTHERS, environment=ENVIRONMENT)
+    require_set_once(config, settings=SETTINGS, others=OTHERS, environment=ENVIRONMENT)
     loras = given(config).keys() & {"--enable-lora", "--lora-paths"}
     if config.kv_events and loras and config.version in EVENTS_WITHOUT_LORA:
         raise ConfigError(
@@ -195,9 +195,9 @@ def attention_dp(config: SGLangEngineConfig) -> bool:
 
     SGLang 0.5.15 has a flag for it, 0.5.23 a flag and a size.
     """
-    said = given(config)
-    sizes = (said.get("--attn-dp-size"), said.get("--attention-data-parallel-size"))
-    return said.get("--enable-dp-attention") is True or any(size not in (None, 1) for size in sizes)
+    explicit = given(config)
+    sizes = (explicit.get("--attn-dp-size"), explicit.get("--attention-data-parallel-size"))
+    return explicit.get("--enable-dp-attention") is True or any(size not in (None, 1) for size in sizes)
 
 
 def gpus(config: SGLangEngineConfig) -> int:

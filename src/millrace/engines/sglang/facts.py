@@ -17,7 +17,7 @@ CAPABILITY_PATHS = {
 }
 # An SGLang with quantised weights crashes on an update, because the weights do not arrive quantised. With this load
 # format it quantises them again, but still crashes on an update from disk.
-QUANTISES_AGAIN = "flash_rl"
+REQUANTISING_FORMAT = "flash_rl"
 BREAKING = {Capability.UPDATE_FROM_DISK}
 UPDATES = BREAKING | {
     Capability.UPDATE_FROM_PROCESS_GROUP,
@@ -66,7 +66,7 @@ def capabilities_of(
     if not single:
         found.discard(Capability.UPDATE_FROM_PROCESS_GROUP)
     if server["quantization"] is not None:
-        found -= BREAKING if server["load_format"] == QUANTISES_AGAIN else UPDATES
+        found -= BREAKING if server["load_format"] == REQUANTISING_FORMAT else UPDATES
     if on_cpu or server["enable_memory_saver"]:
         found.add(Capability.SLEEP)
     if server["enable_lora"] and server["dp_size"] == 1:  # otherwise SGLang can't load adapters at runtime

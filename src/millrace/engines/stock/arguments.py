@@ -75,7 +75,7 @@ def kv_events_config(endpoint: str | None, **further: bool) -> EngineArgument:
     return None if endpoint is None else {"publisher": "zmq", "endpoint": endpoint, **further}
 
 
-def require_said_once(
+def require_set_once(
     config: StockEngineConfig,
     *,
     settings: Mapping[str, str],
@@ -97,10 +97,10 @@ def require_said_once(
         if whole in seen:
             raise ConfigError(f"engine.engine_args.{name} and engine.engine_args.{seen[whole]} are the same argument")
         seen[whole] = name
-        said = whole.partition(".")[0]
+        prefix = whole.partition(".")[0]
         # The engines' parsers accept any unique prefix of an option, so --tens means --tensor-parallel-size.
         for known, (owner, advice) in owners.items():
-            if said == known or (known.startswith(said) and said not in owners):
+            if prefix == known or (known.startswith(prefix) and prefix not in owners):
                 raise ConfigError(f"engine.engine_args.{name} contradicts {owner}; {advice}")
     for name in config.env:
         if name in environment:

@@ -19,7 +19,7 @@ BlockHash = int | bytes  # the engine's own id of a block and everything before 
 # The most blocks in one event. A longer run becomes several events, so that the reader can do other work in between.
 MOST_BLOCKS = 256
 DEVICE = "GPU"  # both engines use this name on the CPU too
-SOCKETS = "/dev/shm"  # noqa: S108 # where the guard removes a killed server's files
+SOCKET_FOLDER = "/dev/shm"  # noqa: S108 # where the guard removes a killed server's files
 # Field names by position, for engines that encode events by position.
 FIELDS = {
     "BlockStored": ("block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name"),
@@ -76,7 +76,7 @@ def new_endpoint() -> str:
     The events contain prompts. Other users can't open the socket unless the umask allows it, but both engines would
     bind a TCP endpoint to all addresses of the host.
     """
-    return f"ipc://{SOCKETS}/millrace-kv-{secrets.token_hex(8)}"
+    return f"ipc://{SOCKET_FOLDER}/millrace-kv-{secrets.token_hex(8)}"
 
 
 def leftovers(endpoint: str | None) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ from millrace.types import (
     ProcessGroupBucket,
 )
 
-PAUSES = {
+PAUSE_PATHS = {
     PauseMode.ABORT: "/pause?mode=abort",
     PauseMode.RETRACT: "/pause?mode=keep",
     PauseMode.KEEP: "/pause?mode=keep&clear_cache=false",
@@ -77,8 +77,8 @@ class VLLMEngine(StockEngine):
     async def _flushed(self) -> bool:
         """Try to drop the cached prefixes. Return whether it worked.
 
-        It does not work while a request runs, and vLLM 0.32 reports that. vLLM 0.23 does not, so it is asked to
-        preempt running requests, and fails if the cache is not empty then.
+        It does not work while a request runs. vLLM reports that, but 0.23 does not, so 0.23 is asked to preempt running
+        requests. It then fails if the cache is not empty.
         """
         answer = await self._control("/reset_prefix_cache", None)
         if answer is not None:
@@ -176,7 +176,7 @@ class VLLMEngine(StockEngine):
 
     async def _pause_server(self, mode: PauseMode) -> None:
         # vLLM's mode `keep` drops the KV cache unless clear_cache=false. Dropping it is what RETRACT means.
-        await self._control(PAUSES[mode], None, repeatable=True)
+        await self._control(PAUSE_PATHS[mode], None, repeatable=True)
         if mode is PauseMode.ABORT:
             # Requests that came too late for the pause wait in the server.
             await self._abort_until_ended(self._calls.sent, self._abort)

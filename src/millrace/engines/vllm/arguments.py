@@ -18,7 +18,7 @@ from millrace.engines.stock.arguments import (
     local_ranks,
     option,
     options,
-    require_said_once,
+    require_set_once,
 )
 from millrace.errors import ConfigError
 from millrace.launch.ports import parted, unbracketed, url_of
@@ -160,7 +160,7 @@ def nodes(
 
 def require_no_contradiction(config: VLLMEngineConfig) -> None:
     """Raise ConfigError for an engine argument or variable that Millrace sets itself."""
-    require_said_once(config, settings=both_ways(SETTINGS), others=both_ways(OTHERS), environment=ENVIRONMENT)
+    require_set_once(config, settings=both_ways(SETTINGS), others=both_ways(OTHERS), environment=ENVIRONMENT)
 
 
 def both_ways(names: Mapping[str, Value]) -> dict[str, Value]:
@@ -196,9 +196,9 @@ def settings(config: VLLMEngineConfig, model_path: Path) -> dict[str, EngineArgu
 
 def rendezvous(config: VLLMEngineConfig, rank: int, ports: Ports) -> dict[str, EngineArgument]:
     """Return the options that differ by node: its rank, its address, and where the nodes meet."""
-    said: dict[str, EngineArgument] = {}
+    values: dict[str, EngineArgument] = {}
     if rank == 0:
-        said |= {
+        values |= {
             "host": unbracketed(config.host),
             "port": ports.http,
             "api_server_count": config.api_servers,
@@ -206,23 +206,23 @@ def rendezvous(config: VLLMEngineConfig, rank: int, ports: Ports) -> dict[str, E
             "kv_events_config": kv_events_config(ports.kv_events, enable_kv_cache_events=True),
         }
     else:
-        said["headless"] = True
+        values["headless"] = True
     if ports.rendezvous is not None:
         host, port = parted(ports.rendezvous)
-        said |= {"nnodes": config.nnodes, "node_rank": rank, "master_addr": host, "master_port": port}
-        said["data_parallel_rpc_port"] = ports.data_parallel
-    return said
+        values |= {"nnodes": config.nnodes, "node_rank": rank, "master_addr": host, "master_port": port}
+        values["data_parallel_rpc_port"] = ports.data_parallel
+    return values
 
 
 def defaults(config: VLLMEngineConfig) -> dict[str, EngineArgument]:
     """Return Millrace's defaults for options that engine_args does not set."""
     open_to_both = DEFAULTS | (CPU_DEFAULTS if config.device == "cpu" else {})
-    said = given(config)
-    if said.get("--enable-lora") is True:
+    explicit = given(config)
+    if explicit.get("--enable-lora") is True:
         # A published LoRA adapter and the one before it. On the CPU one more slot must stay empty (see adapter.py).
         open_to_both |= {"max_loras": 3 if config.device == "cpu" else 2}
     return {
-        name: value for name, value in open_to_both.items() if not both_ways({option(name): 0}).keys() & said.keys()
+        name: value for name, value in open_to_both.items() if not both_ways({option(name): 0}).keys() & explicit.keys()
     }
 
 
@@ -274,13 +274,13 @@ def node_gpus(config: VLLMEngineConfig, replica: int, index: int, visible: str |
     """
     count = gpus(config) // config.nnodes
     first = config.base_gpu_id + replica * gpus(config) + index * count
-    said = visible if config.cuda_visible_devices is None else config.cuda_visible_devices
-    if said is None:
+    device_ids = visible if config.cuda_visible_devices is None else config.cuda_visible_devices
+    if device_ids is None:
         return ",".join(str(number) for number in range(first, first + count))
-    names = [name for name in said.split(",") if name]
+    names = [name for name in device_ids.split(",") if name]
     if len(names) < first + count:
         raise ConfigError(
             f"engine: replica {replica} needs the GPUs {first} to {first + count - 1} of those in "
-            f"CUDA_VISIBLE_DEVICES, which has {len(names)} ({said!r})"
+            f"CUDA_VISIBLE_DEVICES, which has {len(names)} ({device_ids!r})"
         )
     return ",".join(names[first : first + count])

@@ -19,19 +19,8 @@ from millrace.model_config import head_dim
 # Not imported: they run on the engine's interpreter.
 SERVE = Path(__file__).with_name("serve.py")
 EXTENSION = Path(__file__).with_name("extension")
-CPU_HEADS = (
-    32,
-    64,
-    80,
-    96,
-    112,
-    128,
-    160,
-    192,
-    224,
-    256,
-    512,
-)  # head sizes for which vLLM's CPU attention has a kernel
+# Head sizes, in elements, for which vLLM's CPU attention has a kernel.
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 # Files in shared memory that a killed server of several ranks leaves: of collectives, then of message queues.
 LEFTOVERS = ("vllm_dist_*", "psm_*", "sem.mp-*")
 

@@ -16,7 +16,7 @@ from millrace.types import FinishReason, GenerateRequest, Generation, VersionSpa
 
 GENERATE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
-IMPOSSIBLE = -9999.0  # vLLM's value for a logprob that is NaN
+NAN_LOGPROB = -9999.0  # what vLLM writes for NaN
 # Fields of an answer that are decoded or not needed. The others are passed through as `extra`.
 DECODED = frozenset({
     "index",
@@ -90,7 +90,7 @@ class Answer:
             fresh = logprobs.get("token_logprobs") or []
         else:
             fresh = [entry["logprob"] for entry in logprobs.get("content") or ()]
-        self.logprobs += [nan if logprob is None or logprob <= IMPOSSIBLE else logprob for logprob in fresh]
+        self.logprobs += [nan if logprob is None or logprob <= NAN_LOGPROB else logprob for logprob in fresh]
         self.finish_reason = choice["finish_reason"] or self.finish_reason
         self.spans = choice.get("weight_versions") or self.spans
         self.extra |= {name: value for name, value in choice.items() if name not in DECODED and value is not None}
