@@ -235,7 +235,6 @@ class StockEngine(StockServer):
                     await self._unload_lora(model["id"], None, CONTROL_DEADLINE)
 
     async def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
-        # The sender must listen first: a server that can't reach it hangs completely.
         end = time.monotonic() + deadline
         ranks = (await self._facts()).info.ranks
         if group.rank_offset + ranks > group.world_size:
@@ -243,6 +242,7 @@ class StockEngine(StockServer):
                 self.name,
                 f"its {ranks} ranks, from rank {group.rank_offset} on, do not fit into a group of {group.world_size}",
             )
+        # Wait for the sender first: a server that can't reach it hangs completely.
         while not await listens(group.address, group.port):
             if time.monotonic() + IDLE_POLL_SECONDS >= end:
                 raise EngineTimeout(self.name, f"group {group.name}: nothing listens at {group.address}:{group.port}")
