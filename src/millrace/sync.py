@@ -107,13 +107,24 @@ class Engine:
         self._wrapped = wrapped
 
     def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
-        """Generates for at most `deadline` seconds. When that passes, or the caller is cancelled, the request is
-        aborted on the server before this returns control: nothing goes on generating for nobody."""
+        """Generate the completion of one prompt.
+
+        If the deadline passes or the caller is cancelled, the request is aborted on the server before this call ends.
+
+        Returns:
+            The output tokens, their logprobs, and the weight version that produced each of them.
+
+        Raises:
+            NonFiniteLogprobs: a logprob is NaN or infinite. The weights are at fault, not the engine.
+        """
         return self._portal.call(self._wrapped.generate(request, deadline=deadline))
 
     def stream(self, request: GenerateRequest, *, deadline: float) -> Iterator[Generation]:
-        """As `generate`, but yields what has been generated so far each time there is more; the last one is complete,
-        those before it have no reason to have ended and say ABORT. Closing it early aborts the request."""
+        """Like `generate`, but yields the cumulative output as it grows.
+
+        Only the last item is final. Closing the stream aborts the request. The `finish_reason` of every item before
+        the last is ABORT.
+        """
 
         stream = self._wrapped.stream(request, deadline=deadline)
 
@@ -127,104 +138,150 @@ class Engine:
             self._portal.call(stream.aclose())
 
     def abort(self, request_id: str | None = None) -> None:
-        """Ends one request, or all of them; each comes back to its caller with its tokens and FinishReason.ABORT."""
+        """Abort one request, or all requests if `request_id` is None.
+
+        The aborted `generate` call returns the tokens made so far, with FinishReason.ABORT.
+        """
         self._portal.call(self._wrapped.abort(request_id))
 
     def pause(self, mode: PauseMode) -> None:
-        """Stops generating. New requests wait until `resume`. Pausing a paused engine changes nothing."""
+        """Stop generating. New requests wait until `resume`.
+
+        Pausing a paused engine has no effect.
+        """
         self._portal.call(self._wrapped.pause(mode))
 
     def resume(self) -> None:
-        """Goes on after `pause`. Resuming a running engine changes nothing."""
+        """Continue after `pause`. Resuming a running engine has no effect."""
         self._portal.call(self._wrapped.resume())
 
     def flush_cache(self, *, deadline: float = 30.0) -> None:
-        """Forgets every cached prefix. Waits for running requests up to the deadline, then raises EngineTimeout."""
+        """Drop every cached prefix, after the running requests have ended.
+
+        Raises:
+            EngineTimeout: requests still ran at the deadline.
+        """
         self._portal.call(self._wrapped.flush_cache(deadline=deadline))
 
     def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
-        """Releases memory. Requests that run are drained first; what sleeps already stays asleep.
-        The content of sleeping weights is lost: publish after waking them."""
+        """Release memory, after the running requests have ended.
+
+        Memory that is already released stays released. Released weights lose their content: publish after `wake`.
+        """
         self._portal.call(self._wrapped.sleep(what))
 
     def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
-        """Takes memory back. What is awake already stays as it is."""
+        """Allocate memory that `sleep` released. Memory that is not released stays as it is."""
         self._portal.call(self._wrapped.wake(what))
 
     def check_tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises EngineRefused where these are not the names and shapes of all of the model's tensors, as far as that
-        can be told before an update begins. One that can be rolled back need not tell."""
+        """Check, before an update, the names and shapes of all tensors that it will bring.
+
+        An engine that can roll back an update need not check.
+
+        Raises:
+            EngineRefused: they are not the names and shapes of the model's tensors, or some are missing.
+        """
         self._portal.call(self._wrapped.check_tensors(shapes))
 
     def begin_update(self, version: int) -> None:
-        """Opens the transaction that brings the weights of `version`. One at a time.
+        """Open the transaction that brings the weights of `version`. Only one can be open.
 
-        An engine without Capability.STAGED_UPDATE generates nothing from here until `commit` or `rollback`: what runs
-        is interrupted and goes on afterwards, from the tokens it has; its version spans say so."""
+        With Capability.STAGED_UPDATE, the engine keeps generating. Without it, the engine generates nothing until
+        `commit` or `rollback`: running requests are interrupted and then continue from the tokens that they have. Their
+        version spans show which weights produced which tokens.
+        """
         self._portal.call(self._wrapped.begin_update(version))
 
     def load(self, bucket: Bucket, *, deadline: float) -> None:
-        """Reads one bucket. When this returns, the engine needs the bucket's memory no more."""
+        """Read one bucket of tensors. The caller may reuse the bucket's memory when this returns."""
         self._portal.call(self._wrapped.load(bucket, deadline=deadline))
 
     def commit(self) -> None:
-        """Ends the transaction: from here on the engine serves, and reports, the new version, without an adapter."""
+        """End the transaction: the engine now serves and reports the new version, without LoRA adapters."""
         self._portal.call(self._wrapped.commit())
 
     def rollback(self) -> None:
-        """Drops the transaction. Raises EngineRefused where the engine can't get its old weights back; it then refuses
-        to generate until a whole version was committed."""
+        """Drop the transaction.
+
+        Raises:
+            EngineRefused: the old weights are partly overwritten. The engine refuses to generate until a whole version
+                is committed.
+        """
         self._portal.call(self._wrapped.rollback())
 
     def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
-        """Joins a sender's process group, which ProcessGroupBuckets name. The sender must join at the same time."""
+        """Join a sender's process group, by which ProcessGroupBuckets arrive. The sender must join at the same time."""
         self._portal.call(self._wrapped.join_group(group, deadline=deadline))
 
     def leave_group(self, name: str) -> None:
+        """Leave the process group called `name`."""
         self._portal.call(self._wrapped.leave_group(name))
 
     def checksums(self) -> Mapping[str, str]:
-        """Tensor name to checksum of what the engine holds: by `millrace.checksum` under the trainer's names with
-        Capability.CHECKSUMS, in the engine's own way with OWN_CHECKSUMS."""
+        """Return the checksum of each tensor that the engine holds, by tensor name.
+
+        With Capability.CHECKSUMS these are values of `millrace.checksum`, under the trainer's names. With OWN_CHECKSUMS
+        both names and values are the engine's own.
+        """
         return self._portal.call(self._wrapped.checksums())
 
     def sampled_checksums(self) -> Mapping[str, str]:
-        """With Capability.SAMPLED_CHECKSUMS, between the last load of an update and its commit: of each tensor that it
-        brought, under the sender's name, `millrace.checksum.sampled_checksums` of what the engine holds, or of what
-        arrived where it holds that in another form (packed, sharded, cast)."""
+        """Return a sampled checksum of each tensor of the open update, under the sender's names.
+
+        Needs Capability.SAMPLED_CHECKSUMS. Call it after the last `load` and before `commit`. The values are those of
+        `millrace.checksum.sampled_checksums`, of the tensor that the engine holds. If the engine holds it in another
+        form (packed, sharded, cast), they are of the tensor that arrived.
+        """
         return self._portal.call(self._wrapped.sampled_checksums())
 
     def load_lora(self, name: str, path: str, *, deadline: float = 30.0) -> None:
-        """Loads a LoRA adapter from a folder in PEFT's format that the engine's host can read, while it generates;
-        requests with `extra={"lora_path": name}` use it. Raises EngineRefused where one of that name is loaded.
+        """Load a LoRA adapter from a folder in PEFT's format, while the engine generates.
 
-        It belongs to the weights that are served: the next `commit` takes it off. Requests that
-        run with it then, or name it later, use the new weights alone, and their version spans say so. `unload_lora`
-        frees its memory."""
+        The engine's host must be able to read `path`. Requests with `extra={"lora_path": name}` use the adapter.
+
+        The adapter belongs to the weights that are served now. The next `commit` detaches it: requests that run with
+        it or name it later use the new weights alone, and their version spans show that. `unload_lora` frees its
+        memory.
+
+        Raises:
+            EngineRefused: an adapter of that name is loaded, or the engine has no Capability.LORA.
+        """
         self._portal.call(self._wrapped.load_lora(name, path, deadline=deadline))
 
     def unload_lora(self, name: str, *, deadline: float = 30.0) -> None:
-        """What runs with it goes on to its end, for which the engine may wait, or read its folder again; what names it
-        later is refused, or made without it where a commit took it off."""
+        """Unload a LoRA adapter.
+
+        Requests that run with it continue to their end. The engine may wait for them, or read the folder again.
+        A later request that names the adapter is refused, or is served without it if a commit had detached it.
+        """
         self._portal.call(self._wrapped.unload_lora(name, deadline=deadline))
 
     def lora_checksums(self, name: str) -> Mapping[str, str]:
-        """With Capability.CHECKSUMS: of each tensor of an adapter, by `millrace.checksum` under the trainer's names."""
+        """Return the `millrace.checksum` of each tensor of a loaded LoRA adapter, under the trainer's names.
+
+        Needs Capability.CHECKSUMS.
+        """
         return self._portal.call(self._wrapped.lora_checksums(name))
 
     def health(self, *, deadline: float = 5.0) -> Health:
-        """Never raises: an engine that takes no connection is Health.DEAD, and one that this process could not ask is
-        Health.UNKNOWN."""
+        """Return the state of the engine. Never raises.
+
+        Health.DEAD: the engine accepts no connection or fails. Health.BUSY: it did not answer by the deadline.
+        Health.UNKNOWN: this process could not ask it.
+        """
         return self._portal.call(self._wrapped.health(deadline=deadline))
 
     def loads(self) -> EngineLoad:
+        """Return the current load: requests, used KV cache in tokens, tokens per second."""
         return self._portal.call(self._wrapped.loads())
 
     def info(self) -> EngineInfo:
+        """Return what the engine serves and what it can do."""
         return self._portal.call(self._wrapped.info())
 
     def close(self) -> None:
-        """Gives the connections back. The server goes on."""
+        """Close the connections. The server keeps running."""
         self._portal.call(self._wrapped.close())
 
 

@@ -1,4 +1,4 @@
-"""What every adapter does over HTTP in the same way."""
+"""The HTTP code that all adapters share."""
 
 import asyncio
 import time
@@ -14,7 +14,7 @@ from millrace.errors import EngineFailed, EngineRefused, EngineTimeout, NonFinit
 from millrace.http import HttpClient
 from millrace.types import GenerateRequest, Generation
 
-CONTROL_DEADLINE = 30.0  # seconds; a control call waits for one forward pass at most, which is seconds on a slow CPU
+CONTROL_DEADLINE = 30.0  # seconds; a control call waits for at most one forward pass: seconds on a slow CPU
 ABORT_DEADLINE = 5.0
 IDLE_POLL_SECONDS = 0.02
 
@@ -22,8 +22,11 @@ T = TypeVar("T")
 
 
 class HttpEngine(Engine):
-    """An engine at `url`, with the keys that open its data calls and its control calls. `model_path`: the folder of its
-    model on this host; None for the folder that the server names."""
+    """An engine with an HTTP API.
+
+    api_key: for data calls. admin_key: for control calls. model_path: the folder of its model on this host; None for
+    the folder that the server names.
+    """
 
     def __init__(
         self,
@@ -41,8 +44,11 @@ class HttpEngine(Engine):
         self._http = HttpClient(name, url, api_key=api_key, admin_key=admin_key)
 
     async def initialize(self, version: int | None = None) -> None:
-        """Prepare a server before its first other call. `version`: of the weights that this process started it with;
-        None for a server that was started elsewhere, which may be paused or have an update open."""
+        """Prepare the server. Must be the first call.
+
+        version: of the weights with which this process started the server. None for a server that another process
+        started, which may be paused or have an update open.
+        """
 
     async def close(self) -> None:
         await self._http.close()
@@ -51,13 +57,15 @@ class HttpEngine(Engine):
     async def generate_by(
         self, router: HttpClient, request: GenerateRequest, *, headers: Mapping[str, str], deadline: float
     ) -> Generation:
-        """As `generate`, by a router that sends the request to this server or to one like it. What this server would
-        refuse is refused; the rest is the caller's: an update ends the request early, and `abort_by_router` ends it
-        when nobody waits for it any more."""
+        """Like `generate`, but through a router that sends the request to this server or to one like it.
+
+        A request that this server would refuse is refused. An update ends the request early. The caller must call
+        `abort_by_router` if it stops waiting.
+        """
 
     @abstractmethod
     async def abort_by_router(self, request_id: str) -> None:
-        """Ends a request that may have come to this server by a router. One that has not changes nothing."""
+        """Abort a request that a router may have sent to this server. An unknown request has no effect."""
 
     async def _ask(self, path: str, *, deadline: float = CONTROL_DEADLINE) -> Any:
         return await self._http.control("GET", path, deadline=deadline, repeatable=True)
@@ -67,8 +75,8 @@ class HttpEngine(Engine):
     ) -> Any:
         return await self._http.control("POST", path, body, deadline=deadline, repeatable=repeatable)
 
-    async def _when_idle(self, path: str, body: object, deadline: float) -> None:
-        """A call that the server refuses while requests run: asked again until they are done or the deadline passes."""
+    async def _retry_until_idle(self, path: str, body: object, deadline: float) -> None:
+        """Call a route that the server refuses while requests run. Retry until they end or the deadline passes."""
         end = time.monotonic() + deadline
         while True:
             try:
@@ -82,22 +90,24 @@ class HttpEngine(Engine):
             await asyncio.sleep(IDLE_POLL_SECONDS)
 
     async def _events(self, path: str, body: object, deadline: float) -> AsyncIterator[Any]:
-        """The events of a stream. An error in the middle of one is raised."""
+        """Yield the events of a stream. Raises EngineRefused for an error event."""
         async for event in self._http.events(path, body, deadline=deadline):
             if "error" in event:
                 raise EngineRefused(self.name, f"{path} was refused: {event['error'].get('message')}")
             yield event
 
-    def _made(self, path: str, decode: Callable[[], Generation]) -> Generation:
-        """The generation that `decode` makes of an answer. Raises NonFiniteLogprobs where one of its logprobs is no
-        number, and EngineFailed where the answer has not the shape that `decode` expects."""
-        made = self._understood(path, decode)
+    def _decode_generation(self, path: str, decode: Callable[[], Generation]) -> Generation:
+        """Return the result of `decode`, which decodes an answer.
+
+        Raises NonFiniteLogprobs if a logprob is NaN or infinite, and EngineFailed if the answer is malformed.
+        """
+        made = self._decode(path, decode)
         finite = np.isfinite(made.logprobs)
         if finite.all():
             return made
         place = int(np.argmin(finite))
         version = next((s.version for s in made.version_spans if s.start <= place < s.end), None)
-        weights = "the weights that it was started with" if version is None else f"the weights of version {version}"
+        weights = "the initial weights" if version is None else f"the weights of version {version}"
         raise NonFiniteLogprobs(
             self.name,
             f"{weights} gave token {place} of request {made.request_id} the logprob {made.logprobs[place]}. The engine "
@@ -105,9 +115,9 @@ class HttpEngine(Engine):
             "engine's dtype",
         )
 
-    def _understood(self, path: str, decode: Callable[[], T]) -> T:
-        """What `decode` makes of an answer. Raises EngineFailed where the answer has not the shape that it expects."""
+    def _decode(self, path: str, decode: Callable[[], T]) -> T:
+        """Return the result of `decode`, which decodes an answer. Raises EngineFailed if the answer is malformed."""
         try:
             return decode()
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise EngineFailed(self.name, f"{path} answered what makes no sense: {error!r}") from error
+            raise EngineFailed(self.name, f"{path}: the answer is malformed: {error!r}") from error

@@ -1,4 +1,4 @@
-"""This host's node of an engine over several hosts, for as long as the engine lives."""
+"""Run this host's node of an engine that spans several hosts."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from millrace.launch.process import Server
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 1.0
-MAX_FAILURES = 5  # that many seconds without node 0 are its end, and not a lost packet
+MAX_FAILURES = 5  # this many seconds without an answer mean that node 0 is gone, not that a packet was lost
 
 
 async def join(
@@ -26,20 +26,23 @@ async def join(
     seed: int,
     ready: Callable[[], None],
 ) -> None:
-    """Starts node `config.node_rank` and stays until the engine ends; calls `ready` when it has found the others.
+    """Start node `config.node_rank` and run until the engine ends. Call `ready` when the node has found the others.
 
-    Node 0, which answers HTTP, is started by `open_fleet` on its own host, with the same seed: ranks of vLLM that share
-    a request draw its tokens each for itself. Raises ConfigError for settings that are not those of such a node, and
-    LaunchError when the engine ends, with what ended it.
+    `open_fleet` starts node 0, which answers HTTP, on its own host. Its seed must be the same, because each vLLM rank
+    samples a request's tokens itself.
+
+    Raises:
+        ConfigError: the settings are not those of such a node.
+        LaunchError: the engine ended. The message has the reason.
     """
     if not config.node_rank or config.dist_init_addr is None:
         raise ConfigError(
-            "set engine.nnodes, engine.node_rank (1 or more) and engine.dist_init_addr for a node to join"
+            "a node that joins needs engine.nnodes, engine.node_rank (1 or more) and engine.dist_init_addr"
         )
     host, port = parted(config.dist_init_addr)
     launched = await launch(config, LaunchSpec(model_path=model_path, log_dir=log_dir, seed=seed))
     try:
-        # A node of SGLang's was healthy when all ranks had met. One of vLLM's has no HTTP, and tells nothing.
+        # An SGLang node is healthy only after all ranks have met. A vLLM node has no HTTP, so this waits for node 0.
         await launched.process.until_healthy(lambda: listens(host, port), deadline=config.start_timeout)
         ready()
         ended = asyncio.create_task(launched.process.wait())
@@ -61,11 +64,14 @@ def _describe(process: Server, rendezvous: str) -> str:
 
 
 async def _until_gone(host: str, port: int) -> None:
-    """Returns when nothing has listened there for a while. The ranks' meeting point is open as long as node 0 lives."""
+    """Return when nothing has listened at the ranks' rendezvous for MAX_FAILURES seconds.
+
+    The rendezvous is open as long as node 0 runs.
+    """
     failures = 0
     while failures < MAX_FAILURES:
         try:
             failures = 0 if await listens(host, port) else failures + 1
-        except LaunchError as error:  # this host's own trouble says nothing about node 0
+        except LaunchError as error:  # a fault of this host, not of node 0
             logger.warning("%s", error)
         await asyncio.sleep(WATCH_SECONDS)

@@ -17,7 +17,7 @@ from millrace.engines.vllm.launch import launch as launch_vllm
 
 @dataclass(frozen=True, slots=True)
 class EngineKind:
-    """client: the class that speaks to a server of this kind. launch: starts such a server by its config."""
+    """One kind of engine. client: the adapter class. launch: starts a server from its config."""
 
     client: type[HttpEngine]
     launch: Callable[[Any, LaunchSpec], Awaitable[Launched]]
@@ -33,11 +33,11 @@ ENGINE_KINDS: Mapping[str, EngineKind] = {
 async def launch(config: EngineConfig, spec: LaunchSpec) -> Launched:
     """Start one replica, and wait until it is healthy.
 
-    A stock engine is started by the config's interpreter, or by that of the installed environment.
+    A stock engine runs on the config's interpreter, or on that of the installed environment.
 
     Raises:
         ConfigError: engine_args or env contradict the settings, or what the engine needs is not installed.
-        LaunchError: there is no such engine, or it did not come up. The message ends with the end of the server's log,
-            and no process is left.
+        LaunchError: the engine is not installed, or it did not come up. The message ends with the end of the server's
+            log, and no process is left.
     """
     return await ENGINE_KINDS[config.kind].launch(config, spec)

@@ -1,5 +1,7 @@
-"""What a server of Python will unpickle, written opcode by opcode: without pickling anything, and without the server's
-classes. The format is that of `pickletools`, protocol 3."""
+"""Write payloads that a Python server unpickles, opcode by opcode (protocol 3, see `pickletools`).
+
+Nothing is pickled here, so the server's classes need not be importable.
+"""
 
 import struct
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ STOP = b"."
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """Something that the reader imports."""
+    """A name that the reader imports."""
 
     module: str
     name: str
@@ -18,14 +20,14 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What the reader gets by calling `function` with `arguments`."""
+    """A call that the reader makes; its value is the result."""
 
     function: Name
     arguments: tuple[object, ...]
 
 
 def encode(value: object) -> bytes:
-    """The opcodes that leave `value` on the reader's stack. Raises TypeError for what has no place in a payload."""
+    """Return the opcodes that push `value` on the reader's stack. Raises TypeError for an unsupported type."""
     match value:
         case str():
             data = value.encode()
@@ -45,4 +47,4 @@ def encode(value: object) -> bytes:
             return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
         case Call(function, arguments):
             return encode(function) + encode(arguments) + b"R"
-    raise TypeError(f"{type(value).__name__} has no place in a payload")
+    raise TypeError(f"a payload can't hold a {type(value).__name__}")

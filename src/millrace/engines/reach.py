@@ -1,4 +1,4 @@
-"""An engine that another process of the same run has started: where it is, and how it is spoken to."""
+"""Reach an engine that another process of the same run started."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from millrace.engines.start import Replica
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """`kind` is that of its config. The keys open its data and its control routes, and have no place in a log."""
+    """The address and keys of an engine. The keys are secret and left out of the repr."""
 
     kind: str
     name: str
@@ -21,7 +21,7 @@ class Address:
 
 
 def address_of(started: Replica) -> Address | None:
-    """None for an engine that no other process can reach."""
+    """Return the engine's address, or None if no other process can reach it."""
     engine, info = started.engine, started.info
     if not isinstance(engine, HttpEngine):
         return None
@@ -29,7 +29,10 @@ def address_of(started: Replica) -> Address | None:
 
 
 async def reach(address: Address) -> Replica:
-    """The engine, for requests: who started it controls it. Raises EngineError where it does not answer."""
+    """Connect to the engine, for requests only: the process that started it controls it.
+
+    Raises EngineError if it does not answer.
+    """
     engine = ENGINE_KINDS[address.kind].client(
         address.name,
         address.url,

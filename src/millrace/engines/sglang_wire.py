@@ -1,5 +1,4 @@
-"""SGLang's native wire format, which the embedded engine speaks too, as values of Millrace. Pure: what goes out, and
-what the answer means."""
+"""Encode and decode SGLang's native wire format, which the embedded engine has too. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from millrace.types import (
 
 PAUSE_MODES = {PauseMode.ABORT: "abort", PauseMode.RETRACT: "retract", PauseMode.KEEP: "in_place"}
 
-# What of an answer has a place of its own; the rest (routed experts, hidden states, ...) is passed through.
+# Fields of an answer that are decoded. The others (routed experts, hidden states, ...) are passed through as `extra`.
 DECODED = frozenset({
     "id",
     "finish_reason",
@@ -33,7 +32,7 @@ DECODED = frozenset({
 
 
 def encode_generate(request: GenerateRequest, *, stream: bool = False) -> dict[str, object]:
-    """The body of POST /generate."""
+    """Return the body of POST /generate."""
     sampling = request.sampling
     params: dict[str, object] = {
         "max_new_tokens": sampling.max_new_tokens,
@@ -58,21 +57,24 @@ def encode_generate(request: GenerateRequest, *, stream: bool = False) -> dict[s
 
 
 def wire_id(request_id: str) -> str:
-    """What the server calls a request. It aborts every request whose name begins like the given one; with an end mark
-    `r1` is no beginning of `r10`."""
+    """Return the id of a request on the server.
+
+    The server aborts every request whose id starts with the given one. The end mark keeps `r1` from matching `r10`.
+    """
     return f"{request_id}#"
 
 
 def decode_generate(request: GenerateRequest, body: Mapping[str, Any]) -> Generation:
-    """The answer to POST /generate, or one cumulative chunk of its stream. A request that was aborted in the waiting
-    queue comes back without its counts.
+    """Decode the answer to POST /generate, or one cumulative event of its stream.
 
-    Raises KeyError, TypeError or ValueError where the answer has not the shape that SGLang documents.
+    A request that was aborted in the waiting queue has no token counts.
+
+    Raises KeyError, TypeError or ValueError if the answer does not have the shape that SGLang documents.
     """
     meta = body["meta_info"]
     output_ids = tuple(body["output_ids"])
     entries = meta.get("output_token_logprobs") or ()
-    logprobs = np.array([entry[0] for entry in entries], dtype=np.float32)  # what is no number comes as null: NaN
+    logprobs = np.array([entry[0] for entry in entries], dtype=np.float32)  # null stands for NaN
     if len(logprobs) != len(output_ids):
         raise ValueError(f"{len(output_ids)} tokens came with {len(logprobs)} logprobs")
     finish = meta["finish_reason"]
@@ -89,8 +91,11 @@ def decode_generate(request: GenerateRequest, body: Mapping[str, Any]) -> Genera
 
 
 def decode_version_spans(meta: Mapping[str, Any], length: int) -> tuple[VersionSpan, ...]:
-    """Which version made which tokens. `weight_versions` must cover the output without a gap; a server that has it not
-    names one version, that of the end: true of the whole as long as no call spans an update."""
+    """Return which version made which tokens.
+
+    `weight_versions` must cover the output without a gap. Without it, the answer has only the version at its end, which
+    is correct if no update came during the call.
+    """
     if not length:
         return ()
     if (spans := meta.get("weight_versions")) is None:
@@ -99,7 +104,7 @@ def decode_version_spans(meta: Mapping[str, Any], length: int) -> tuple[VersionS
 
 
 def group_body(group: ProcessGroup, timeout: float) -> Mapping[str, object]:
-    """The body of POST /init_weights_update_group."""
+    """Return the body of POST /init_weights_update_group."""
     return {
         "master_address": group.address,
         "master_port": group.port,
@@ -107,12 +112,12 @@ def group_body(group: ProcessGroup, timeout: float) -> Mapping[str, object]:
         "world_size": group.world_size,
         "group_name": group.name,
         "backend": group.backend,
-        "timeout": timeout,  # for the embedded engine; SGLang waits as long as torch does
+        "timeout": timeout,  # read by the embedded engine; SGLang uses torch's default
     }
 
 
 def distributed_body(bucket: ProcessGroupBucket) -> Mapping[str, object]:
-    """The body of POST /update_weights_from_distributed."""
+    """Return the body of POST /update_weights_from_distributed."""
     return {
         "names": [t.name for t in bucket.tensors],
         "dtypes": [t.dtype for t in bucket.tensors],
@@ -122,7 +127,7 @@ def distributed_body(bucket: ProcessGroupBucket) -> Mapping[str, object]:
 
 
 def decode_loads(body: Mapping[str, Any]) -> EngineLoad:
-    """The answer to GET /v1/loads, over all data-parallel ranks."""
+    """Decode the answer to GET /v1/loads, summed over all data-parallel ranks."""
     ranks = body["loads"]
     return EngineLoad(
         running_requests=sum(r["num_running_reqs"] for r in ranks),

@@ -1,4 +1,4 @@
-"""What an engine is launched with, beside its settings, and what a launch returns."""
+"""The arguments of a launch, beside the engine's settings, and its result."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +11,9 @@ from millrace.launch.process import ServerProcess
 class LaunchSpec:
     """One replica to start.
 
-    model_path: the folder of the model, which it serves as weight version `version`. replica: its number; its name is
-    `PREFIX-REPLICA`, with the engine's kind as the default prefix. api_key: opens the data calls; None for a new key.
+    model_path: the folder of the model, which the replica serves as weight version `version`. replica: its number; its
+    name is `PREFIX-REPLICA`, with the engine's kind as the default prefix. api_key: the key for data calls; None makes
+    a new one.
     """
 
     model_path: Path
@@ -24,13 +25,17 @@ class LaunchSpec:
     api_key: str | None = field(default=None, repr=False)
 
     def name(self, kind: str) -> str:
+        """Return the replica's name."""
         return f"{self.prefix or kind}-{self.replica}"
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A server that was started by this process and is healthy. `url`: None if another host has node 0, which answers
-    HTTP. `kv_events`: where the server publishes the contents of its KV cache."""
+    """A healthy server that this process started.
+
+    url: None if node 0, which answers HTTP, is on another host. kv_events: the endpoint at which the server publishes
+    the contents of its KV cache.
+    """
 
     name: str
     url: str | None

@@ -1,4 +1,4 @@
-"""From an engine's settings to an engine: launched by this process, or attached to."""
+"""Start a replica from its settings: launch a server, or attach to one."""
 
 import os
 from dataclasses import dataclass, replace
@@ -14,14 +14,17 @@ from millrace.errors import ConfigError, EngineError, EngineRefused, LaunchError
 from millrace.launch.process import Server
 from millrace.types import EngineInfo
 
-# The keys of servers that are attached to. Not in the config, which every run writes into its folder.
+# Environment variables with the keys of attached servers. Not settings: every run writes its config to its folder.
 API_KEY, ADMIN_KEY = "MILLRACE_ENGINE_API_KEY", "MILLRACE_ENGINE_ADMIN_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """An engine that answers. `process`: None if this process did not start the server. `kv_events`: where the server
-    publishes the contents of its KV cache, if it does."""
+    """An engine that answers.
+
+    process: None if this process did not start the server. kv_events: the endpoint at which the server publishes the
+    contents of its KV cache.
+    """
 
     engine: Engine
     info: EngineInfo
@@ -81,7 +84,7 @@ async def _attach(config: StockConfig, url: str, spec: LaunchSpec) -> Replica:
         raise LaunchError(f"can't attach to {url}: {error}{about_keys(error)}") from error
     if config.dtype not in ("auto", replica.info.dtype):
         await replica.end()
-        has = replica.info.dtype or "a dtype that it does not name (it was started with `--dtype auto`)"
+        has = replica.info.dtype or "a dtype that it does not report (it was started with `--dtype auto`)"
         raise ConfigError(
             f"engine.dtype is {config.dtype}, and the server at {url} computes in {has}; leave engine.dtype out, or "
             f"start the server with --dtype {config.dtype}"
@@ -90,7 +93,7 @@ async def _attach(config: StockConfig, url: str, spec: LaunchSpec) -> Replica:
 
 
 def about_keys(error: EngineError) -> str:
-    """Where a server's keys are read from, if it was for its keys that it refused."""
+    """Return a hint on where the server's keys are read from, if it refused a call because of its key."""
     wanted = isinstance(error, EngineRefused) and any(f"HTTP {status}" in str(error) for status in (401, 403))
     return f"; its keys are read from {API_KEY} and {ADMIN_KEY}" if wanted else ""
 

@@ -186,7 +186,7 @@ class ExternalRouter:
     def _held(self) -> bool:
         """Whether one of the engines must not be sent requests now, since its weights are being updated."""
         engines = [self._members.replicas[name].engine for name in self.engines]
-        return any(isinstance(engine, StockEngine) and engine.state.held for engine in engines)
+        return any(isinstance(engine, StockEngine) and engine.state.admission_closed for engine in engines)
 
     async def _send(self, request: GenerateRequest, routing: RoutingContext, end: float) -> Generation:
         """Raises _NotSentError where the router was not there to take it."""

@@ -92,11 +92,11 @@ async def test_new_weights_go_on_without_the_adapter_of_the_old_ones(
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"use_rslora": True}, "no use_rslora"),
-        ({"bias": "all"}, "no bias"),
-        ({"rank_pattern": {"q_proj": 2}}, "no rank_pattern"),
+        ({"use_rslora": True}, "needs use_rslora"),
+        ({"bias": "all"}, "needs bias"),
+        ({"rank_pattern": {"q_proj": 2}}, "needs rank_pattern"),
         ({"r": 3}, "they must be"),
-        ({"r": "x"}, "no adapter that can be read"),
+        ({"r": "x"}, "no readable LoRA adapter"),
     ],
     ids=["rslora", "bias", "pattern", "rank", "number"],
 )
@@ -112,8 +112,8 @@ async def test_an_adapter_that_would_mean_something_else_is_refused(
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        (".lora_A.", ".lora_C.", "is no half of a pair"),
-        ("q_proj.lora_B", "q_proj.lora_X", "is no half of a pair"),
+        (".lora_A.", ".lora_C.", "is not half of a pair"),
+        ("q_proj.lora_B", "q_proj.lora_X", "is not half of a pair"),
         ("layers.0", "layers.9", "the model has no linear layer"),
         ("base_model.model.", "", "the model has no linear layer"),
     ],

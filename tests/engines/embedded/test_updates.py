@@ -159,7 +159,7 @@ async def test_what_does_not_fit_the_model_is_refused_and_the_session_stays_open
     with bucket(tensors) as body:
         assert "no update is open" in await api.refused("/update_weights_from_shared_memory", body)
     await api.post("/begin_weight_update")
-    assert "open already" in await api.refused("/begin_weight_update")
+    assert "already open" in await api.refused("/begin_weight_update")
     wrong: list[tuple[Tensors, str]] = [
         ({"model.no_such.weight": torch.zeros(2)}, "model.no_such.weight"),
         ({NORM: torch.zeros(7)}, NORM),
@@ -263,7 +263,7 @@ async def test_a_trainer_who_never_comes_is_waited_for_until_the_deadline_only(a
     await api.post("/begin_weight_update")
     async with asyncio.timeout(10):
         message = await api.refused("/update_weights_from_distributed", trainer.body(tensors_of(base)))
-    assert "did not come" in message
+    assert "no broadcast arrived" in message
     await api.post("/abort_weight_update")
     await trainer.leave(api)
     await assert_serves(api, base, "0")

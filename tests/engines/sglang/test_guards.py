@@ -35,7 +35,7 @@ def test_a_request_passes_exactly_when_it_fits(ids: list[int], room: int) -> Non
     if len(ids) + room <= LIMITS.context_length:
         check_request(request, LIMITS)
     else:
-        with pytest.raises(InvalidStateError, match="do not fit into the 50"):
+        with pytest.raises(InvalidStateError, match="do not fit into the server's context of 50"):
             check_request(request, LIMITS)
 
 
@@ -43,7 +43,7 @@ def test_a_request_passes_exactly_when_it_fits(ids: list[int], room: int) -> Non
     ("ids", "says"),
     [
         ((), "empty"),
-        ((1, 100), "token 100, the vocabulary ends at 99"),
+        ((1, 100), "token 100; the vocabulary ends at 99"),
         ((1, -1), "token -1"),
         ((1, 2**63), "token 9223372036854775808"),
     ],

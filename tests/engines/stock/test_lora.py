@@ -42,5 +42,5 @@ def test_a_request_has_its_adapter_none_or_is_refused(history: list[tuple[str, s
             case "off":
                 assert loras.served(asked(name)).extra == {"priority": 1}
             case "away":
-                with pytest.raises(InvalidStateError, match=f"the adapter {name} was unloaded"):
+                with pytest.raises(InvalidStateError, match=f"the LoRA adapter {name} was unloaded"):
                     loras.served(asked(name))

@@ -60,7 +60,7 @@ def test_no_order_of_calls_kills_the_server_or_lets_it_serve_half_a_version(step
         state = after
         assert not server.dead
         assert server.whole or not state.generating
-        assert not (state.generating and state.held)
+        assert not (state.generating and state.admission_closed)
 
 
 @given(st.lists(STEPS, max_size=40))

@@ -262,7 +262,7 @@ def test_the_second_replica_sees_the_gpus_after_those_of_the_first(
 
 
 def test_too_few_gpus_are_told_before_the_start() -> None:
-    with pytest.raises(ConfigError, match="replica 1 takes the GPUs 2 to 3 of those in .*, which has 3"):
+    with pytest.raises(ConfigError, match="replica 1 needs the GPUs 2 to 3 of those in .*, which has 3"):
         plan(replica=1, replicas=2, tp_size=2, visible="0,1,2")
 
 

@@ -43,12 +43,12 @@ def test_what_the_server_takes_passes(request_: GenerateRequest) -> None:
 @pytest.mark.parametrize(
     ("request_", "says"),
     [
-        (replace(SOUND, input_ids=(1, 100)), "token 100, the vocabulary ends at 99"),
-        (replace(SOUND, sampling=SamplingParams(48)), "do not fit into the 50"),
+        (replace(SOUND, input_ids=(1, 100)), "token 100; the vocabulary ends at 99"),
+        (replace(SOUND, sampling=SamplingParams(48)), "do not fit into the server's context of 50"),
         (replace(SOUND, sampling=SamplingParams(8, top_k=0)), "top_k"),
-        (replace(SOUND, extra={"stream": True}), "extra.stream is Millrace's own"),
+        (replace(SOUND, extra={"stream": True}), "extra.stream is set by Millrace"),
         (replace(SOUND, extra={"cache_slat": "s"}), "would ignore extra.cache_slat.*did you mean cache_salt"),
-        (replace(SOUND, extra={"sampling_params": {"n": 2}}), "extra.sampling_params.n is Millrace's own"),
+        (replace(SOUND, extra={"sampling_params": {"n": 2}}), "extra.sampling_params.n is set by Millrace"),
         (replace(SOUND, extra={"sampling_params": {"logit_bais": {}}}), "did you mean logit_bias"),
         (replace(SOUND, extra={"sampling_params": 3}), "must be a mapping"),
     ],

@@ -213,5 +213,5 @@ def test_the_configs_port_is_taken_and_refused_when_it_is_not_free() -> None:
 
 async def test_a_model_that_would_kill_it_is_refused_before_it_starts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_attention_heads": 4}')
-    with pytest.raises(LaunchError, match="no attention over heads of 16 elements, only of 32, 64"):
+    with pytest.raises(LaunchError, match="no attention kernel for heads of 16 elements, only for 32, 64"):
         await launch(cpu_config(), LaunchSpec(model_path=tmp_path, log_dir=tmp_path), python=tmp_path)

@@ -1,4 +1,4 @@
-"""Starts the embedded engine: python -m millrace.engines.embedded --model FOLDER --port N"""
+"""Run the embedded engine: python -m millrace.engines.embedded --model FOLDER --port N"""
 
 import argparse
 import asyncio
@@ -17,13 +17,13 @@ from millrace.model_config import COMPUTE_DTYPES
 
 log = logging.getLogger("millrace.embedded")
 
-BACKLOG = 4096  # connections that may wait to be accepted: a trainer opens thousands in one go
+BACKLOG = 4096  # connections that may wait to be accepted; a trainer opens thousands at once
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="millrace.engines.embedded",
-        description="Serves a causal model of transformers by SGLang's native protocol. Keys come from the "
+        description="Serves a causal model of transformers by SGLang's native protocol. The keys are read from the "
         "environment: MILLRACE_API_KEY for generating and reading, MILLRACE_ADMIN_API_KEY for control.",
         allow_abbrev=False,
     )
@@ -32,13 +32,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--host", default="127.0.0.1")
     add("--port", type=_port, required=True)
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
-    add("--dtype", choices=("auto", *COMPUTE_DTYPES), default="auto", help="auto is what the folder's config names")
+    add("--dtype", choices=("auto", *COMPUTE_DTYPES), default="auto", help="auto: as in the folder's config")
     add("--max-running-requests", type=_positive, default=64, help="requests that generate at the same time")
     add("--cached-prefixes", type=_not_negative, default=64, help="finished requests whose KV cache is kept for reuse")
-    add("--context-length", type=_positive, help="tokens of prompt and output; the model's own by default")
-    add("--threads", type=_positive, help="of torch, on the CPU; torch decides by default")
-    add("--weight-version", default="default", help="what the weights in the folder are called")
-    add("--seed", type=int, default=0, help="for requests that bring none")
+    add("--context-length", type=_positive, help="tokens of prompt and output; by default the model's own limit")
+    add("--threads", type=_positive, help="torch's threads on the CPU; by default torch chooses")
+    add("--weight-version", default="default", help="the version of the weights in the folder")
+    add("--seed", type=int, default=0, help="for requests without a seed")
     add("--faults", action="store_true", help="opens /inject_fault, for tests")
     return parser.parse_args(argv)
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 
 async def _serve(args: argparse.Namespace, sock: socket.socket) -> int:
-    with without_collecting():  # here: torch and transformers take seconds, and a port in use should be told at once
+    with without_collecting():  # here: torch takes seconds to import, and a port in use should fail at once
         from millrace.engines.embedded.auth import Keys
         from millrace.engines.embedded.build import Settings, build
         from millrace.engines.embedded.server import Server
@@ -90,7 +90,7 @@ async def _serve(args: argparse.Namespace, sock: socket.socket) -> int:
             return 1
         log.info("serving %s on %s", settings.model, url_of(args.host, args.port))
         await ending
-    log.info("told to end")
+    log.info("shutting down")
     await runner.cleanup()
     server.stop()
     return 0
@@ -127,5 +127,5 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: that waits for the loader's thread, which may sit in a broadcast that nobody sends.
+    # Not sys.exit: it waits for the loader thread, which may be waiting for a broadcast that never comes.
     os._exit(status)

@@ -1,4 +1,4 @@
-"""The adapter of the embedded engine: what it does in its own way, beside SGLang's protocol."""
+"""The adapter for the embedded engine, whose protocol is SGLang's with some additions."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -43,7 +43,7 @@ from millrace.types import (
 
 
 class EmbeddedEngine(HttpEngine):
-    """The embedded engine at `url`. What would harm the server, the server itself refuses."""
+    """One embedded engine. Its server refuses harmful calls itself, so the adapter keeps almost no state."""
 
     _update: int | None = None  # the version of the open update
 
@@ -53,13 +53,13 @@ class EmbeddedEngine(HttpEngine):
         except (asyncio.CancelledError, EngineTimeout):
             await self._abandon(request.request_id)
             raise
-        return self._made("/generate", lambda: decode_generate(request, body))
+        return self._decode_generation("/generate", lambda: decode_generate(request, body))
 
     async def generate_by(
         self, router: HttpClient, request: GenerateRequest, *, headers: Mapping[str, str], deadline: float
     ) -> Generation:
         body = await router.generate("/generate", self._encode(request), deadline=deadline, headers=headers)
-        return self._made("/generate", lambda: decode_generate(request, body))
+        return self._decode_generation("/generate", lambda: decode_generate(request, body))
 
     async def abort_by_router(self, request_id: str) -> None:
         await self._control("/abort_request", {"rid": wire_id(request_id)}, deadline=ABORT_DEADLINE, repeatable=True)
@@ -68,7 +68,7 @@ class EmbeddedEngine(HttpEngine):
         finished = False
         try:
             async for body in self._events("/generate", self._encode(request, stream=True), deadline):
-                made = self._made("/generate", partial(decode_generate, request, body))
+                made = self._decode_generation("/generate", partial(decode_generate, request, body))
                 finished = body["meta_info"]["finish_reason"] is not None
                 yield made
         finally:
@@ -86,14 +86,14 @@ class EmbeddedEngine(HttpEngine):
         await self._control("/continue_generation", {}, repeatable=True)
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
-        await self._when_idle("/flush_cache", {}, deadline)
+        await self._retry_until_idle("/flush_cache", {}, deadline)
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         if (await self._ask("/server_info"))["is_paused"] and (await self.loads()).running_requests:
             raise EngineRefused(
-                self.name, "requests are paused in the middle; resume or abort them before the engine sleeps"
+                self.name, "requests are paused half-way; resume or abort them before the engine sleeps"
             )
-        await self._when_idle("/release_memory_occupation", {"tags": sorted(what)}, CONTROL_DEADLINE)
+        await self._retry_until_idle("/release_memory_occupation", {"tags": sorted(what)}, CONTROL_DEADLINE)
 
     async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         await self._control("/resume_memory_occupation", {"tags": sorted(what)}, repeatable=True)
@@ -113,7 +113,7 @@ class EmbeddedEngine(HttpEngine):
             case DiskBucket(path):
                 await self._control("/update_weights_from_disk", {"model_path": path}, deadline=deadline)
             case TorchStorageBucket() | CudaIpcBucket():
-                raise EngineRefused(self.name, "it takes no tensors by torch's handles; send them by shared memory")
+                raise EngineRefused(self.name, "it can't open torch storage or CUDA IPC; send tensors by shared memory")
 
     async def commit(self) -> None:
         if self._update is None:
@@ -168,7 +168,7 @@ class EmbeddedEngine(HttpEngine):
                 capabilities=frozenset(Capability(c) for c in server["capabilities"]),
             )
         except KeyError as error:
-            raise EngineFailed(self.name, f"{self.url} is no embedded engine: it does not tell its {error}") from error
+            raise EngineFailed(self.name, f"{self.url} is not an embedded engine: its answer has no {error}") from error
 
     async def join_group(self, group: ProcessGroup, *, deadline: float) -> None:
         await self._control("/init_weights_update_group", group_body(group, deadline), deadline=deadline)
@@ -180,17 +180,16 @@ class EmbeddedEngine(HttpEngine):
         return decode_loads(await self._ask("/v1/loads"))
 
     async def inject_fault(self, kind: str, **details: object) -> None:
-        """Makes the engine go wrong, for tests. Refused unless it was started with `faults`."""
+        """Cause a fault, for tests. Raises EngineRefused unless the engine was started with `faults`."""
         await self._control("/inject_fault", {"kind": kind, **details})
 
     async def _abandon(self, request_id: str) -> None:
-        """Aborts on the server what nobody waits for any more. Where that fails the server sees the closed
-        connection."""
+        """Abort a request whose caller has left. If this fails, the server still sees the closed connection."""
         with suppress(EngineError):
             await self._control("/abort_request", {"rid": wire_id(request_id)}, deadline=ABORT_DEADLINE)
 
     def _encode(self, request: GenerateRequest, *, stream: bool = False) -> Mapping[str, object]:
-        """What `extra` says against the request would be dropped without a word: refused."""
+        """Return the body of POST /generate. Raises EngineRefused if `extra` sets what the request itself sets."""
         try:
             check_values(request)
         except InvalidStateError as error:
@@ -200,5 +199,5 @@ class EmbeddedEngine(HttpEngine):
             raise EngineRefused(self.name, f"request {request.request_id}: extra.sampling_params must be a mapping")
         for taken in (OWN_FIELDS & request.extra.keys(), OWN_SAMPLING & sampling.keys()):
             if taken:
-                raise EngineRefused(self.name, f"request {request.request_id}: {min(taken)} in extra is Millrace's own")
+                raise EngineRefused(self.name, f"request {request.request_id}: Millrace sets {min(taken)}, not extra")
         return encode_generate(request, stream=stream)

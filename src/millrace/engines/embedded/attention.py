@@ -1,8 +1,8 @@
 """Grouped-query attention for a decode step, without repeating the cached keys and values.
 
-transformers repeats every key and value head for its group of query heads when there is a mask, which copies the whole
-context in each layer of each step. With one query token a head, the heads of a group can stand in the place of query
-tokens instead: the same product, nothing copied.
+With a mask, transformers repeats every key and value head for each query head of its group. That copies the whole
+context in each layer of each step. In a decode step each query head has one token, so the heads of a group can take the
+place of query tokens. The product is the same, and nothing is copied.
 """
 
 import torch
@@ -14,7 +14,7 @@ NAME = "millrace_slots"
 
 
 def register() -> str:
-    """Makes it known to transformers, by the way that transformers documents, and returns its name there."""
+    """Register this attention with transformers. Return its name there."""
     AttentionInterface.register(NAME, attend)
     return NAME
 
@@ -29,8 +29,11 @@ def attend(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """query: [rows, heads, tokens, dim]; key, value: [rows, groups, context, dim]; attention_mask: [rows, 1, tokens,
-    context]. Returns [rows, tokens, heads, dim]. What is not a plain decode step goes to transformers' own function."""
+    """Compute attention. Anything but a plain decode step is passed to transformers' own function.
+
+    query: [rows, heads, tokens, dim]. key, value: [rows, groups, context, dim]. attention_mask: [rows, 1, tokens,
+    context]. Returns [rows, tokens, heads, dim].
+    """
     rows, heads, tokens, dim = query.shape
     groups = key.shape[1]
     if tokens != 1 or heads == groups or attention_mask is None or kwargs.get("position_bias") is not None:

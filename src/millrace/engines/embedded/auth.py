@@ -1,4 +1,4 @@
-"""Who may call what. Pure."""
+"""Decide whether a caller's key opens a route. Pure."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,18 @@ READ_PATHS = frozenset({"/generate", "/health_generate", "/model_info", "/server
 
 @dataclass(frozen=True, slots=True, repr=False)  # no repr: a key must not get into a log by accident
 class Keys:
-    """None: that key is not asked for."""
+    """The server's keys. None: the routes of that key need none."""
 
     api: str | None
     admin: str | None
 
 
 def allowed(path: str, authorization: str | None, keys: Keys) -> bool:
-    """Whether a call may pass. Every path that is neither open nor for reading is a control route: it answers to the
-    admin key alone where there is one. The reading routes answer to either key, and to everybody where there is no API
-    key."""
+    """Whether a call is allowed.
+
+    A path that is neither in OPEN_PATHS nor in READ_PATHS is a control route. It needs the admin key, if there is one.
+    A read route needs either key, or none if there is no API key.
+    """
     if path in OPEN_PATHS:
         return True
     accepted = [keys.admin] if keys.admin is not None and path not in READ_PATHS else [keys.api, keys.admin]

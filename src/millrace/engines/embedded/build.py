@@ -1,4 +1,4 @@
-"""Puts an engine together from its settings."""
+"""Build an engine from its settings."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from millrace.model_folder import has_weights, stored_tensors
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the command line says about the engine. None leaves the choice to the model or to torch."""
+    """The engine's settings, from the command line. None leaves the choice to the model or to torch."""
 
     model: Path
     device: str
@@ -31,10 +31,10 @@ class Settings:
 
 
 def build(settings: Settings) -> Core:
-    """Loads the model and takes the KV cache's memory. Raises DataError or ConfigError with what to change."""
+    """Load the model and allocate the KV cache. Raises DataError or ConfigError, which say what to change."""
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here")
+        raise ConfigError("--device cuda: torch finds no CUDA device")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if not (settings.model / "config.json").is_file():

@@ -1,10 +1,10 @@
-"""The KV cache: one slot of `context_length` tokens for every running request, and slots for finished prefixes.
+"""The KV cache: a slot of `context_length` tokens for each running request, and slots for finished prefixes.
 
-Running requests fill the slots 0 to B-1 without a hole, so that a step reads a plain view and gathers nothing. The
-slots above `running` keep the prefixes of finished requests, the least recently used leaves first.
+Running requests fill the slots 0 to B-1 without a gap, so a step reads a plain view and gathers nothing. The slots
+above `running` keep the prefixes of finished requests. The least recently used prefix is dropped first.
 
-Whose weights computed a slot is told by its epoch, a number that every change of the weights raises. A prefix is reused
-under its own epoch only; a slot that two epochs had a hand in is MIXED and never reused.
+Each slot has an epoch, which says which weights computed it. Every change of the weights starts a new epoch. A prefix
+is reused in its own epoch only. A slot that two epochs computed is MIXED and never reused.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ MIXED = -1
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer keeps of a token: heads and their width, for keys and for values."""
+    """The shape of one token's keys and values in one layer."""
 
     key_heads: int
     key_dim: int
@@ -39,10 +39,10 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What a forward pass reads and writes: the first `context` places of `rows` slots, from slot `first` on.
+    """The part of the cache that a forward pass uses: the first `context` positions of `rows` slots from slot `first`.
 
-    slots_T, positions_T: where each new token goes. sources_T: which of the rows * query tokens these are, counted row
-    by row; None: all of them.
+    slots_T, positions_T: where each new token is written. sources_T: the indices of these tokens among the rows * query
+    tokens, row by row; None: all of them.
     """
 
     first: int
@@ -54,8 +54,10 @@ class Window:
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes without types
-    """One layer's face of the slots, as the model's attention sees it: `update` writes the step's keys and values to
-    their places and returns everything that the rows of the step may look at."""
+    """The cache of one layer, as the model's attention uses it.
+
+    `update` writes the step's keys and values, and returns all keys and values that the rows of the step can attend to.
+    """
 
     is_compileable = False
     is_sliding = False
@@ -71,14 +73,19 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes wi
         places: tuple[torch.Tensor, torch.Tensor],
         sources_T: torch.Tensor | None,
     ) -> None:
-        """Sets what the next `update` returns and where it writes, for keys and for values: windows [rows, heads,
-        context, dim], places [T * heads] counted through slots, heads and context."""
+        """Set what the next `update` returns and where it writes, as pairs for keys and values.
+
+        windows: [rows, heads, context, dim]. places: [T * heads], flat indices over slots, heads and context.
+        """
         self._windows, self._places, self._sources_T = windows, places, sources_T
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """key_states, value_states: [rows, heads, query, dim]. Returns both as [rows, heads, context, dim]."""
+        """Write the step's keys and values, and return the window.
+
+        key_states, value_states: [rows, heads, query, dim]. Returns both as [rows, heads, context, dim].
+        """
         self._write(self.keys_SHCD, self._places[0], key_states)
         self._write(self.values_SHCD, self._places[1], value_states)
         return self._windows
@@ -92,7 +99,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes wi
         slots_SHCD.view(-1, dim).index_copy_(0, places, states.reshape(-1, dim))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is lazy here: the slots exist before the first token."""
+        """Do nothing: the slots exist before the first token."""
 
     def get_seq_length(self) -> int:
         return self._windows[0].shape[2] - 1
@@ -103,12 +110,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers comes wi
     def get_max_length(self) -> int:
         return self.keys_SHCD.shape[2]
 
-    def get_max_cache_shape(self) -> int:  # its name up to transformers 5.11, where it is abstract
+    def get_max_cache_shape(self) -> int:  # the name up to transformers 5.11, where it is abstract
         return self.get_max_length()
 
 
 class SlotCache:
-    """All layers' slots and, beside them, which tokens each slot holds. Belongs to the model thread."""
+    """The slots of all layers, and the tokens that each slot holds. Used by the model thread only."""
 
     def __init__(
         self,
@@ -127,26 +134,25 @@ class SlotCache:
         self.tokens = np.zeros((slots, context_length), np.int64)
         self.lengths = np.zeros(slots, np.int64)
         self.epochs = np.full(slots, MIXED, np.int64)
-        self.spoiled = np.zeros(slots, np.bool_)  # it may hold NaNs, of weights that had some
+        self.spoiled = np.zeros(slots, np.bool_)  # whether it may hold NaNs, which broken weights produce
         self._rows = np.arange(running)
         self._used = np.zeros(slots, np.int64)
         self._clock = 0
         self._buffers: list[torch.Tensor] = []
         self._layers: list[SlotLayer] = []
-        self._homes: list[
-            tuple[int, int]
-        ] = []  # of each layer's keys, then of each one's values: buffer, and row in it
+        # The buffer and the row in it: of each layer's keys, then of each layer's values.
+        self._homes: list[tuple[int, int]] = []
         self.model_cache: Cache | None = None
         self.allocate()
 
     def allocate(self) -> None:
-        """Takes the memory, zeroed: see `clean`."""
+        """Allocate the memory, zeroed (see `clean`)."""
         self.spoiled[:] = False
         kinds = [(s.key_heads, s.key_dim) for s in self._shapes] + [(s.value_heads, s.value_dim) for s in self._shapes]
-        unlike = list(dict.fromkeys(kinds))  # what is of one shape lies in one buffer, so that one call copies a slot
+        unlike = list(dict.fromkeys(kinds))  # one buffer per shape, so that few calls copy a slot
         members = [[i for i, kind in enumerate(kinds) if kind == one] for one in unlike]
         self._homes = [(unlike.index(kind), members[unlike.index(kind)].index(i)) for i, kind in enumerate(kinds)]
-        context = self.context_length | 1  # odd, so that slots do not all begin in the same few sets of a cache
+        context = self.context_length | 1  # odd, so that slots do not all map to the same few sets of the CPU cache
         self._buffers = [
             torch.zeros((len(rows), len(self.lengths), heads, context, dim), dtype=self._dtype, device=self._device)
             for rows, (heads, dim) in zip(members, unlike, strict=True)
@@ -157,22 +163,22 @@ class SlotCache:
         self.model_cache = Cache(layers=self._layers)
 
     def release(self) -> None:
-        """Gives the memory back, and with it every stored prefix."""
+        """Free the memory, and drop every stored prefix."""
         self.forget()
         self._buffers, self._layers, self.model_cache = [], [], None
 
     def forget(self) -> None:
-        """Drops every stored prefix."""
+        """Drop every stored prefix."""
         self.epochs[self.running :] = MIXED
         self.lengths[self.running :] = 0
 
     def taint(self) -> None:
-        """The weights changed: no slot's content is that of one version any more, and stored prefixes are of no use."""
+        """Mark the slots after a change of the weights: running ones are mixed, stored prefixes are dropped."""
         self.epochs[: self.running] = MIXED
         self.forget()
 
     def aim(self, window: Window) -> None:
-        """Sets what the next forward pass reads and writes."""
+        """Set what the next forward pass reads and writes."""
         rows = slice(window.first, window.first + window.rows)
         windows = [buffer[:, rows, :, : window.context].unbind(0) for buffer in self._buffers]
         places = []
@@ -188,7 +194,10 @@ class SlotCache:
             )
 
     def find(self, tokens: NDArray[np.int64], epoch: int, running: int) -> Prefix:
-        """The longest prefix of `tokens` in a stored slot or one of the first `running` slots; length 0: none."""
+        """Return the longest prefix of `tokens` in a stored slot or one of the first `running` slots.
+
+        Its length is 0 if there is none.
+        """
         lengths = common_prefixes(self.tokens, self.lengths, tokens)
         lengths[self.epochs != epoch] = 0
         lengths[running : self.running] = 0
@@ -196,7 +205,7 @@ class SlotCache:
         return Prefix(slot, int(lengths[slot]))
 
     def copy(self, prefix: Prefix, to: int, start: int = 0) -> None:
-        """Copies a prefix into slot `to`, which then holds it and nothing else; its first `start` tokens are there."""
+        """Copy a prefix into slot `to`, which then holds only it. The first `start` tokens are there already."""
         slot, end = prefix.slot, prefix.length
         if slot != to and start == 0:
             self.clean(to)
@@ -211,26 +220,31 @@ class SlotCache:
         self._touch(to)
 
     def clean(self, slot: int) -> None:
-        """Makes a slot fit for other tokens: attention reads places that it then masks, where a NaN would spread."""
+        """Zero a slot that may hold NaNs, before other tokens use it.
+
+        Attention also reads masked positions, and a NaN there would spread.
+        """
         if self.spoiled[slot]:
             for buffer in self._buffers:
                 buffer[:, slot].zero_()
             self.spoiled[slot] = False
 
     def write(self, slot: int, tokens: NDArray[np.int64], epoch: int) -> None:
-        """Notes that the model has computed the slot up to the end of `tokens`, its first ones included."""
+        """Record that the model has computed the slot for `tokens`, from the first to the last."""
         self.tokens[slot, : len(tokens)] = tokens
         self.lengths[slot] = len(tokens)
         self.epochs[slot] = epoch
 
     def extend(self, rows: int, tokens_B: NDArray[np.int64]) -> None:
-        """Notes that a step has added one token to each of the first `rows` slots."""
+        """Record that a step has added one token to each of the first `rows` slots."""
         self.tokens[self._rows[:rows], self.lengths[:rows]] = tokens_B
         self.lengths[:rows] += 1
 
     def store(self, slot: int) -> None:
-        """Keeps a running slot's content for later requests, unless it is mixed or a stored prefix covers it already.
-        A stored prefix that this one extends makes way for it."""
+        """Keep a running slot's content for later requests.
+
+        A mixed slot, or one that a stored prefix covers, is not kept. A stored prefix that it extends is replaced.
+        """
         if self.epochs[slot] == MIXED or self.running == len(self.lengths):
             return
         length = int(self.lengths[slot])
@@ -249,6 +263,7 @@ class SlotCache:
         self.copy(Prefix(slot, length), to, start)
 
     def used_tokens(self, running: int) -> int:
+        """Return the number of tokens in the first `running` slots."""
         return int(self.lengths[:running].sum())
 
     def _touch(self, slot: int) -> None:

@@ -1,4 +1,4 @@
-"""The engine itself, without threads or HTTP: model, KV cache, scheduler and weights, one step at a time."""
+"""The engine without threads or HTTP: model, KV cache, scheduler and weights, one step at a time."""
 
 import time
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from millrace.engines.embedded.weights import WeightStore
 from millrace.errors import MillraceError
 from millrace.types import FinishReason, MemoryTag, PauseMode
 
-PREFILL_TOKENS = 4096  # in one forward pass, padding included: bounds the memory that a pass takes
-UNKNOWN = "unknown"  # the version of weights that nobody has brought
+PREFILL_TOKENS = 4096  # per forward pass, with padding; bounds the memory of a pass
+UNKNOWN = "unknown"  # the version of weights without content
 RATE_WINDOW = 1.0  # seconds over which tokens per second are counted
 
 
 class Refused(MillraceError):
-    """The engine will not do this now; nothing has changed. `status` is the HTTP answer that fits."""
+    """The engine refused a call, and nothing has changed. status: the HTTP status of the answer."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class Refused(MillraceError):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How the engine stands between two steps, as a value that other threads may read."""
+    """The state of the engine between two steps, as a value that other threads may read."""
 
     version: str
     paused: bool
@@ -48,7 +48,10 @@ class Status:
 
 
 class Core:
-    """Owned by one thread. What it has to tell its requests collects in `outbox`, as pairs of request id and output."""
+    """The engine. Used by one thread only.
+
+    outbox: the outputs that were not delivered yet, as pairs of request id and output.
+    """
 
     def __init__(
         self, info: ModelInfo, runner: Runner, cache: SlotCache, weights: WeightStore, *, max_running: int, version: str
@@ -62,7 +65,7 @@ class Core:
         self._version = version
         self._epoch = self._last_epoch = 0
         self._loras: dict[str, LoadedLora] = {}
-        self._detached: frozenset[str] = frozenset()  # the adapters of the base before this one
+        self._detached: frozenset[str] = frozenset()  # the LoRA adapters that the last commit detached
         self._asleep: frozenset[MemoryTag] = frozenset()
         self._weights_ready = True
         self._prompt_tokens = self._cached_tokens = 0
@@ -92,10 +95,10 @@ class Core:
             cache_hit_rate=self._cached_tokens / max(self._prompt_tokens, 1),
         )
 
-    # What requests ask for
+    # Requests
 
     def submit(self, requests: list[Request]) -> None:
-        """Queues requests. Refuses them (503) while the weights are awake again but nobody has brought them."""
+        """Queue requests. Raises Refused (503) while the weights are allocated again but have no content."""
         if not self._weights_ready and MemoryTag.WEIGHTS not in self._asleep:
             raise Refused("the weights were released and have no content yet; update them, then generate", status=503)
         for request in requests:
@@ -104,7 +107,7 @@ class Core:
         self._scheduler.waiting.extend(requests)
 
     def abort(self, matches: Callable[[Request], bool], reason: str) -> int:
-        """Ends the requests that match; each comes back with the tokens it has. Returns how many."""
+        """End the requests that match; each returns the tokens it has. Return how many there were."""
         finish = Finish(FinishReason.ABORT, reason)
         dropped = self._scheduler.drop_waiting(matches)
         for request in dropped:
@@ -125,20 +128,20 @@ class Core:
 
     def flush_cache(self) -> None:
         if not self._scheduler.idle:
-            raise Refused("requests run or wait; the cache is flushed only when there are none")
+            raise Refused("requests are running or waiting; the cache can be flushed only if there are none")
         self.cache.forget()
 
     # Memory
 
     def sleep(self, tags: frozenset[MemoryTag]) -> None:
-        """Releases memory; what sleeps already stays asleep. Refused while a request has KV cache."""
+        """Release memory. Memory that is released stays so. Raises Refused while a request is running."""
         tags -= self._asleep
         if tags and self._scheduler.running:
             raise Refused(
-                f"{len(self._scheduler.running)} requests run; wait for them, abort them or pause in mode retract"
+                f"{len(self._scheduler.running)} requests are running; wait, abort them or pause in mode retract"
             )
         if MemoryTag.WEIGHTS in tags:
-            self.weights.release()  # refuses while an update is open, and then nothing has been released
+            self.weights.release()  # raises while an update is open, before anything is released
             self._weights_ready = False
             self._changed(UNKNOWN)
         if MemoryTag.KV_CACHE in tags:
@@ -147,7 +150,7 @@ class Core:
         self._runner.trim()
 
     def wake(self, tags: frozenset[MemoryTag]) -> None:
-        """Takes memory back. Woken weights have no content until an update brings it."""
+        """Allocate released memory. The weights have no content until an update brings it."""
         tags &= self._asleep
         if MemoryTag.KV_CACHE in tags:
             self.cache.allocate()
@@ -158,8 +161,10 @@ class Core:
     # Weights
 
     def commit(self, version: str) -> None:
-        """Makes the staged weights the served ones, under the name `version`. Requests that run keep their KV cache,
-        and lose their adapter, which was made for the weights before."""
+        """Make the staged weights the served ones, called `version`.
+
+        Running requests keep their KV cache. They lose their LoRA adapter, which belongs to the old weights.
+        """
         self.weights.swap()
         self._weights_ready = True
         self._changed(version)
@@ -170,9 +175,9 @@ class Core:
         self._runner.hooks.clear()
 
     def rename(self, version: str) -> None:
-        """Gives the weights another name. No prefix made under the old name is used under the new one."""
+        """Rename the version of the weights. Prefixes that were cached under the old name are not reused."""
         if not self._weights_ready:
-            raise Refused("the weights have no content; a version can't be claimed for them")
+            raise Refused("the weights have no content, so they can't have a version")
         self._changed(version)
 
     def _changed(self, version: str) -> None:
@@ -186,13 +191,13 @@ class Core:
         self._last_epoch += 1
         return self._last_epoch
 
-    # Adapters
+    # LoRA adapters
 
     def load_lora(self, name: str, lora: Lora) -> None:
         if name in self._loras:
-            raise Refused(f"an adapter {name} is loaded already")
+            raise Refused(f"a LoRA adapter {name} is already loaded")
         if not self._weights_ready:
-            raise Refused("the weights have no content; bring them first, and then an adapter")
+            raise Refused("the weights have no content; update them before loading a LoRA adapter")
         self._loras[name] = LoadedLora(lora, self._next_epoch())
         self._detached -= {name}
         self._runner.hooks.add(lora)
@@ -210,14 +215,14 @@ class Core:
 
     def _lora(self, name: str) -> LoadedLora:
         if name not in self._loras:
-            raise Refused(f"no adapter {name} is loaded")
+            raise Refused(f"no LoRA adapter {name} is loaded")
         return self._loras[name]
 
     def _epoch_of(self, request: Request) -> int:
         return self._epoch if request.lora is None else request.lora.epoch
 
     def _loras_of(self, requests: list[Request]) -> list[Lora | None]:
-        """Of each row of a pass; empty where none has one."""
+        """Return the LoRA adapter of each row of a pass, or an empty list if no row has one."""
         if not any(request.lora for request in requests):
             return []
         return [None if request.lora is None else request.lora.lora for request in requests]
@@ -225,7 +230,7 @@ class Core:
     # One step
 
     def step(self) -> None:
-        """Prefills whoever has a slot now, then draws one token for everybody who runs."""
+        """Prefill the requests that get a slot now, then sample one token for every running request."""
         self.faults.before_step()
         fresh = self._scheduler.admit()
         if fresh:
@@ -250,7 +255,7 @@ class Core:
         while pending:
             found = []
             for prefill in pending:
-                # The last token is always computed anew: its logits are what the first draw needs.
+                # The last token is always computed: sampling the first output token needs its logits.
                 epoch = self._epoch_of(prefill.requests[0])
                 prefix = self.cache.find(prefill.tokens[:-1], epoch, len(self._scheduler.running))
                 found.append(replace(prefill, source=prefix.slot, reused=prefix.length))
@@ -274,12 +279,12 @@ class Core:
             for request in prefill.requests[1:]:
                 self.cache.copy(Prefix(first + i, len(prefill.tokens)), first + len(owners))
                 owners.append(i)
-                self._start(request, len(prefill.tokens) - 1)  # the last one counts as computed, as for everybody
+                self._start(request, len(prefill.tokens) - 1)  # the last token counts as computed, as for every request
         logits_BV = logits if len(owners) == len(wave) else logits[owners]
         self._accept(first, *sample(logits_BV, self._lanes[first : first + len(owners)]))
 
     def _start(self, request: Request, cached: int) -> None:
-        """Gives the request the next slot and fills in its lane."""
+        """Give the request the next slot and fill in its lane."""
         sampling = request.sampling
         lane = (
             0,
@@ -298,7 +303,7 @@ class Core:
             self._cached_tokens += cached
 
     def _forward_new(self, wave: list[Prefill], first: int) -> torch.Tensor:
-        """The logits [B, V] after each prefill's last token."""
+        """Return the logits [B, V] after each prefill's last token."""
         loras = self._loras_of([prefill.requests[0] for prefill in wave])
         if len(wave) == 1:
             tokens = wave[0].tokens
@@ -318,7 +323,7 @@ class Core:
         return self._runner.forward(tokens_BQ, positions_BQ, first, None if real_BQ.all() else real_BQ, loras)
 
     def _accept(self, first: int, tokens_B: NDArray[np.int64], logprobs_B: NDArray[np.float32]) -> None:
-        """Gives the drawn tokens to the requests in the slots from `first` on, and ends those that are done."""
+        """Append the sampled tokens to the requests in the slots from `first` on, and end those that are done."""
         lanes = self._lanes[first : first + len(tokens_B)]
         lanes["token"] = tokens_B
         lanes["drawn"] += np.uint64(1)
@@ -336,7 +341,7 @@ class Core:
         self._end(ended)
 
     def _end(self, ended: list[tuple[int, Finish]]) -> None:
-        """Lets requests go. From the last slot down, so that whoever fills the hole of one is not itself to go."""
+        """Remove requests, from the last slot down, so that the request that fills a gap is not itself ending."""
         running = self._scheduler.running
         for slot, finish in reversed(ended):
             request = running[slot]

@@ -1,4 +1,4 @@
-"""Faults on demand, for tests of what lies around an engine. Nothing of it happens without --faults."""
+"""Faults on demand, for tests of an engine's clients. They need the option --faults."""
 
 import os
 import signal
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 
 
 def crash() -> None:
-    """Ends this process as an out-of-memory killer would: at once, without a goodbye."""
+    """Kill this process with SIGKILL, as the kernel's out-of-memory killer would."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(slots=True)
 class StepFaults:
-    """What goes wrong in the model thread."""
+    """The faults in the model thread."""
 
     seconds_per_step: float = 0.0
     crash_after_tokens: int | None = None
-    poison: list[int] = field(default_factory=list)  # tokens that, in a row in a prompt, are its engine's end
+    poison: list[int] = field(default_factory=list)  # a prompt with these consecutive tokens kills the engine
     hang: bool = False
 
     def before_step(self) -> None:
@@ -45,7 +45,7 @@ class StepFaults:
 
 @dataclass(slots=True)
 class HttpFaults:
-    """What goes wrong between the engine and its callers. refuse_load: the number, from 1, of the load that fails."""
+    """The faults between the engine and its callers. refuse_load: the number, from 1, of the load that fails."""
 
     drop_answers: int = 0
     refuse_load: int | None = None
@@ -61,7 +61,7 @@ class HttpFaults:
         self.loads = 0
 
     def refuses_load(self) -> bool:
-        """Counts a load of this session; once, when it is the one to be refused, says so."""
+        """Count a load of this session. Return whether to refuse it, which happens once."""
         self.loads += 1
         if self.loads != self.refuse_load:
             return False

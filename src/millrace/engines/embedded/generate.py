@@ -1,4 +1,4 @@
-"""The generate route: one call in, its requests through the model thread, one answer or a stream out."""
+"""The generate route: passes a call's requests to the model thread, and answers whole or as a stream."""
 
 import asyncio
 import random
@@ -19,8 +19,10 @@ from millrace.http.replies import reply
 
 
 class Sink:
-    """Where the outputs of one call arrive. An output has everything so far, so only the newest of a request is kept:
-    a slow reader of a stream costs no memory."""
+    """The outputs of one call.
+
+    An output is cumulative, so only the newest one of a request is kept. A slow reader of a stream costs no memory.
+    """
 
     def __init__(self) -> None:
         self._newest: dict[str, Output] = {}
@@ -32,12 +34,12 @@ class Sink:
         self._changed.set()
 
     def end(self) -> None:
-        """The model thread has ended, and nothing will come any more."""
+        """Record that the model thread has ended, so that no more outputs arrive."""
         self._ended = True
         self._changed.set()
 
     async def get(self) -> dict[str, Output]:
-        """What has come since the last call; waits for it. Empty: nothing will come any more."""
+        """Wait for new outputs and return them. Empty: the model thread has ended."""
         while not self._newest and not self._ended:
             self._changed.clear()
             await self._changed.wait()
@@ -46,7 +48,7 @@ class Sink:
 
 
 class Generate:
-    """The calls in flight. Lives in the event loop."""
+    """The generate calls in flight. Used in the event loop only."""
 
     def __init__(self, thread: ModelThread, faults: HttpFaults, *, seed: int) -> None:
         self._thread, self._faults = thread, faults
@@ -60,7 +62,7 @@ class Generate:
                 sink.put(request_id, output)
 
     def fail(self) -> None:
-        """Tells every call in flight that the model thread is no more."""
+        """Fail every call in flight, because the model thread has ended."""
         for sink in self._sinks.values():
             sink.end()
 
@@ -78,7 +80,7 @@ class Generate:
         return reply(answers[0] if body.sampling_params.n == 1 else answers)
 
     async def probe(self, info: ModelInfo, deadline: float) -> None:
-        """Makes one token. Raises Refused where that takes longer than the deadline."""
+        """Generate one token. Raises Refused if that takes longer than the deadline."""
         body = GenerateBody(
             input_ids=[0], sampling_params=SamplingBody(max_new_tokens=1), rid=f"probe-{secrets.token_hex(8)}"
         )
@@ -87,11 +89,13 @@ class Generate:
                 async for _ in self._outputs(to_requests(body, info, 0)):
                     pass
         except TimeoutError:
-            raise Refused(f"no token was made within {deadline:.0f} s", status=503) from None
+            raise Refused(f"no token was generated within {deadline:.0f} s", status=503) from None
 
     async def _outputs(self, requests: list[Request]) -> AsyncIterator[tuple[str, Output]]:
-        """Submits the requests and yields what comes of them, the last output of each included. Whoever leaves early, a
-        caller who has gone away among them, leaves nothing running."""
+        """Submit the requests and yield their outputs, up to the last output of each.
+
+        If the generator is closed early, for example because the caller disconnected, the requests are aborted.
+        """
         taken = [request.id for request in requests if request.id in self._sinks]
         if taken:
             raise BadRequest(f"rid: {taken[0]} is in flight already")
@@ -113,12 +117,12 @@ class Generate:
             for request_id in going:
                 del self._sinks[request_id]
             if going:
-                self._thread.post(lambda core: core.abort(lambda request: request.id in going, "the caller has gone"))
+                self._thread.post(lambda core: core.abort(lambda request: request.id in going, "the caller has left"))
 
     async def _stream(
         self, http: web.Request, requests: list[Request], logprobs: bool, begun: float
     ) -> web.StreamResponse:
-        """Server-sent events, each with everything so far. Several calls' worth of tokens in one event are no loss."""
+        """Answer with server-sent events, each with the cumulative output. An event may add several tokens."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         index = {request.id: number for number, request in enumerate(requests)}
         async for request_id, output in self._outputs(requests):

@@ -1,4 +1,4 @@
-"""Joining a trainer's process group, to receive weights from it."""
+"""Join a trainer's process group, to receive weights from it."""
 
 from datetime import timedelta
 from typing import Any
@@ -10,10 +10,10 @@ from millrace.engines.embedded.weights import UpdateRefused
 
 
 class UpdateGroup:
-    """This process as one rank of a trainer's group, whose rank 0 broadcasts. Belongs to the loader's thread.
+    """This process's membership in a trainer's group, whose rank 0 broadcasts. Used by the loader thread only.
 
-    The keys in the store are those that torch makes for a group of this name, so a trainer joins with torch's own means
-    and the way that SGLang's users do. Every wait ends after `timeout` seconds.
+    The keys in the store are those that torch uses for a group of this name, so a trainer can join with torch itself,
+    as users of SGLang do. Every wait ends after `timeout` seconds.
     """
 
     def __init__(
@@ -29,20 +29,20 @@ class UpdateGroup:
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = deadline
                 self._group = dist.ProcessGroupNCCL(dist.PrefixStore("cuda/", prefixed), rank, world_size, options)
-        except RuntimeError as error:  # torch's own DistError among them
+        except RuntimeError as error:  # also torch's DistError
             raise UpdateRefused(f"could not join group {name} at {address}:{port}: {_first_line(error)}") from error
         self.name = name
         self._backend = backend
 
     def receive(self, tensor: torch.Tensor) -> None:
-        """Fills the tensor with what rank 0 broadcasts next."""
+        """Fill the tensor with the next broadcast of rank 0."""
         wire = tensor.cpu() if self._backend == "gloo" else tensor
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         try:
             self._group.broadcast([wire], options).wait()
         except RuntimeError as error:
-            raise UpdateRefused(f"group {self.name}: the broadcast did not come: {_first_line(error)}") from error
+            raise UpdateRefused(f"group {self.name}: no broadcast arrived: {_first_line(error)}") from error
         if wire is not tensor:
             tensor.copy_(wire)
 

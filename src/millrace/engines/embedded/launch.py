@@ -1,4 +1,4 @@
-"""Starts an embedded engine's server."""
+"""Start an embedded engine's server."""
 
 import secrets
 import sys
@@ -15,7 +15,8 @@ from millrace.types import Health
 async def launch(config: EmbeddedEngineConfig, spec: LaunchSpec) -> Launched:
     """Start an embedded engine, and wait until it is healthy. See `millrace.engines.kinds.launch`.
 
-    Raises ConfigError if torch or transformers is not installed."""
+    Raises ConfigError if torch or transformers is not installed.
+    """
     require_modules("the embedded engine", "torch", "transformers", "safetensors")
     name = spec.name(config.kind)
     if config.ports is None:

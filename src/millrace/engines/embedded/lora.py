@@ -1,6 +1,7 @@
-"""LoRA adapters: low-rank additions to the model's linear layers, chosen request by request.
+"""LoRA adapters: low-rank additions to the model's linear layers, chosen by each request.
 
-A layer that has any gets a hook, which adds (alpha / r) B A x to the rows of the pass whose requests named the adapter.
+A layer that an adapter changes gets a hook. It adds (alpha / r) B A x to the rows of a pass whose requests use the
+adapter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from millrace.checksum import checksum
 from millrace.engines.embedded.weights import UpdateRefused, byte_view
 from millrace.model_folder import ADAPTER_CONFIG, ADAPTER_HALVES, ADAPTER_PREFIX, ADAPTER_TENSORS
 
-# What changes the meaning of an adapter, and has to be off.
+# Features of PEFT that change the meaning of an adapter and are not supported.
 FEATURES = (
     "use_dora", "use_rslora", "use_qalora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
     "layer_replication", "fan_in_fan_out", "trainable_token_indices", "alora_invocation_tokens",
@@ -27,7 +28,7 @@ FEATURES = (
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One layer's part: A is [r, in], B is [out, r]."""
+    """The two factors for one layer. a: [r, in]. b: [out, r]."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -35,7 +36,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lora:
-    """pairs: by the layer's name. checksums: of each tensor as it came, under the name that it had in the file."""
+    """A LoRA adapter. pairs: by the layer's name. checksums: of each tensor in the file, by its name there."""
 
     scaling: float
     pairs: Mapping[str, Pair]
@@ -44,7 +45,7 @@ class Lora:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedLora:
-    """epoch: of the prefixes that it computes. No two adapters, and no two loads of one, have the same."""
+    """A loaded LoRA adapter. epoch: of the prefixes that it computes, unique to this load."""
 
     lora: Lora
     epoch: int
@@ -52,7 +53,7 @@ class LoadedLora:
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """The model's linear layers by their names."""
+    """The model's linear layers, by name."""
 
     modules: Mapping[str, torch.nn.Linear]
     dtype: torch.dtype
@@ -64,19 +65,19 @@ class Linears:
         return cls(found, dtype, device)
 
     def read(self, folder: Path) -> Lora:
-        """An adapter in PEFT's format. Raises UpdateRefused where it can't be read, or does not fit the model."""
+        """Read an adapter in PEFT's format. Raises UpdateRefused if it can't be read or does not fit the model."""
         try:
             config: dict[str, Any] = orjson.loads((folder / ADAPTER_CONFIG).read_bytes())
             tensors = load_file(folder / ADAPTER_TENSORS)
             rank, alpha = int(config["r"]), float(config["lora_alpha"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UpdateRefused(f"{folder} has no adapter that can be read: {error!r}") from error
+            raise UpdateRefused(f"{folder} has no readable LoRA adapter: {error!r}") from error
         on = [name for name in FEATURES if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
         if on:
-            raise UpdateRefused(f"this engine's LoRA has no {', '.join(on)}, which {folder} needs")
+            raise UpdateRefused(f"{folder} needs {', '.join(on)}, which this engine does not support")
         modules = {name.removesuffix(end) for name in tensors for end in ADAPTER_HALVES if name.endswith(end)}
         if wrong := tensors.keys() ^ {module + end for module in modules for end in ADAPTER_HALVES}:
-            raise UpdateRefused(f"{min(wrong)} is no half of a pair, or the only one, in {folder}")
+            raise UpdateRefused(f"{folder}: {min(wrong)} is not half of a pair, or its other half is missing")
         pairs = {module.removeprefix(ADAPTER_PREFIX): self._pair(module, tensors, rank) for module in modules}
         sums = {name: checksum(byte_view(tensor)) for name, tensor in tensors.items()}
         return Lora(alpha / rank, pairs, sums)
@@ -88,13 +89,13 @@ class Linears:
         a, b = (tensors[name + end] for end in ADAPTER_HALVES)
         shapes = (rank, module.in_features), (module.out_features, rank)
         if (tuple(a.shape), tuple(b.shape)) != shapes:
-            raise UpdateRefused(f"{name}: A is {list(a.shape)} and B {list(b.shape)}, they must be {shapes}")
+            raise UpdateRefused(f"{name}: A is {list(a.shape)} and B is {list(b.shape)}; they must be {shapes}")
         return Pair(a.to(self.device, self.dtype), b.to(self.device, self.dtype))
 
 
 @dataclass(slots=True)
 class Hooks:
-    """Adds to the model's layers what the rows of the next pass want. Belongs to the model thread."""
+    """The hooks that apply LoRA adapters. Used by the model thread only. rows: the adapter of each row of a pass."""
 
     linears: Linears
     rows: Sequence[Lora | None] = ()
@@ -105,7 +106,7 @@ class Hooks:
             self._hooked[name] = self.linears.modules[name].register_forward_hook(self._hook(name))
 
     def clear(self) -> None:
-        """When there is no adapter any more, the model is as fast as it was."""
+        """Remove all hooks, so that the model runs at full speed."""
         for handle in self._hooked.values():
             handle.remove()
         self._hooked.clear()

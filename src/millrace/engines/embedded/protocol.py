@@ -1,4 +1,4 @@
-"""The wire: bodies of requests as pydantic models, and answers in SGLang's shapes. Pure."""
+"""The wire protocol: request bodies as pydantic models, and answers in SGLang's format. Pure."""
 
 import secrets
 from collections.abc import Collection
@@ -14,15 +14,15 @@ from millrace.engines.embedded.sampling import stream_key
 from millrace.engines.embedded.scheduler import Finish, Output, Request
 from millrace.types import FinishReason, MemoryTag, SamplingParams, TensorSpec
 
-COLDEST = 1e-4  # the lowest temperature above 0: below it, logits over temperature overflow float32
+COLDEST = 1e-4  # the lowest temperature above 0; below it, logits / temperature overflows float32
 
 
 class BadRequest(ValueError):
-    """The body is not one that this server can honour. The message says what is wrong with it."""
+    """The body is invalid or not supported. The message says why."""
 
 
 class Body(BaseModel):
-    """An unknown field is an error: what would be ignored is refused."""
+    """A request body. An unknown field is an error, since it would be ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -59,8 +59,8 @@ class GenerateBody(Body):
     return_logprob: bool = False
     rid: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     stream: bool = False
-    lora_path: Annotated[str, Field(min_length=1)] | None = None  # an adapter's name, which SGLang calls so
-    # What sglang-router adds to every request. Nothing is changed by these values, and no others are taken.
+    lora_path: Annotated[str, Field(min_length=1)] | None = None  # a LoRA adapter's name, not a path; as in SGLang
+    # Fields that sglang-router adds to every request. These values change nothing, and others are refused.
     model: None = None
     return_text_in_logprobs: Literal[False] = False
     log_metrics: Literal[True] = True
@@ -108,7 +108,7 @@ class SharedMemoryBody(Body):
 
 
 class GroupBody(Body):
-    """timeout, in seconds, is this server's own: it bounds the joining and every broadcast."""
+    """The body of /init_weights_update_group. timeout: seconds for joining and for each broadcast (not in SGLang)."""
 
     master_address: str
     master_port: int
@@ -131,7 +131,7 @@ class DistributedBody(Body):
 
     def specs(self) -> list[TensorSpec]:
         if not len(self.names) == len(self.dtypes) == len(self.shapes):
-            raise BadRequest("names, dtypes and shapes must be of one length")
+            raise BadRequest("names, dtypes and shapes must have the same length")
         rows = zip(self.names, self.dtypes, self.shapes, strict=True)
         return [TensorSpec(name, dtype.removeprefix("torch."), tuple(shape), 0, 0) for name, dtype, shape in rows]
 
@@ -151,7 +151,7 @@ class RenameBody(Body):
 
 
 class CheckBody(Body):
-    """lora_name, of this server's own: the sums of an adapter's tensors instead."""
+    """The body of /weights_checker. lora_name: checksums of this adapter instead (not in SGLang)."""
 
     action: Literal["checksum"] = "checksum"
     lora_name: str | None = None
@@ -168,18 +168,18 @@ class UnloadLoraBody(Body):
 
 class FaultBody(Body):
     kind: Literal["crash", "poison", "hang", "slow", "drop_connection", "refuse_update"]
-    after_tokens: Annotated[int, Field(ge=1)] | None = None  # crash; None: at once
-    tokens: list[int] = []  # poison: crashes at a prompt that has these in a row; none end it
+    after_tokens: Annotated[int, Field(ge=1)] | None = None  # crash: after so many tokens; None: at once
+    tokens: list[int] = []  # poison: crash at a prompt with these consecutive tokens; empty: stop doing so
     where: Literal["model", "http"] = "model"  # hang
-    seconds: Annotated[FiniteFloat, Field(ge=0)] = 0.0  # slow, a step; 0 ends it
-    count: Annotated[int, Field(ge=0)] = 1  # drop_connection: how many answers; refuse_update: which load
+    seconds: Annotated[FiniteFloat, Field(ge=0)] = 0.0  # slow: delay of each step
+    count: Annotated[int, Field(ge=0)] = 1  # drop_connection: number of answers; refuse_update: number of the load
 
 
 B = TypeVar("B", bound=Body)
 
 
 def parse(model: type[B], raw: bytes) -> B:
-    """Reads a body. No body counts as an empty one. Raises BadRequest, which names the field."""
+    """Parse a body. A missing body counts as empty. Raises BadRequest, which names the field."""
     try:
         return model.model_validate(orjson.loads(raw) if raw else {})
     except orjson.JSONDecodeError as error:
@@ -190,7 +190,7 @@ def parse(model: type[B], raw: bytes) -> B:
 
 
 def to_requests(body: GenerateBody, info: ModelInfo, fallback_seed: int) -> list[Request]:
-    """The n requests of one call, whose ids are the call's rid, numbered where n is above 1. Raises BadRequest."""
+    """Return the n requests of one call. Their ids are the call's rid, with a number if n > 1. Raises BadRequest."""
     prompt = _prompt(body.input_ids, info)
     params = body.sampling_params
     stop = frozenset(params.stop_token_ids or ())
@@ -238,7 +238,7 @@ def _require_known(field: str, tokens: Collection[int], info: ModelInfo) -> None
 
 
 def answer(request_id: str, output: Output, *, logprobs: bool, seconds: float) -> dict[str, Any]:
-    """An output, whole or so far, as SGLang writes it. seconds: since the call came in."""
+    """Return an output, final or not, in SGLang's format. seconds: since the call arrived."""
     meta: dict[str, Any] = {
         "id": request_id,
         "finish_reason": None if output.finish is None else _finish(output.finish),

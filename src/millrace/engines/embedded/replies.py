@@ -1,4 +1,4 @@
-"""Answers of the HTTP server."""
+"""The answers of the HTTP server."""
 
 from aiohttp import web
 
@@ -6,10 +6,10 @@ from millrace.http.replies import reply
 
 
 def done(message: str) -> web.Response:
-    """What a control route answers when it has done what it was asked for."""
+    """Return the answer of a control route that succeeded."""
     return reply({"success": True, "message": message})
 
 
 def refusal(message: str, status: int) -> web.Response:
-    """An error, in both shapes that SGLang's routes use."""
+    """Return an error, in both formats of SGLang's routes."""
     return reply({"success": False, "message": message, "error": {"message": message}}, status)

@@ -1,4 +1,4 @@
-"""The model: loading it, and one forward pass over slots of the KV cache."""
+"""Load the model, and run forward passes over slots of the KV cache."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from millrace.engines.embedded.cache import LayerShape, SlotCache, Window
 from millrace.engines.embedded.lora import Hooks, Lora
 from millrace.errors import ConfigError
 
-# Kernels prefer round sizes, and the allocator sees fewer of them; what is beyond a row's own length is masked anyway.
+# The context of a pass is rounded up to a multiple of this, which kernels prefer. Extra positions are masked.
 CONTEXT_STEP = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a loaded model is."""
+    """The properties of a loaded model."""
 
     path: str
     model_type: str
@@ -33,15 +33,15 @@ class ModelInfo:
     context_length: int
     eos_token_ids: frozenset[int]
     dtype: str  # torch's name
-    unusual_dtypes: Mapping[str, str] = field(default_factory=dict)  # of the weights that have another
+    unusual_dtypes: Mapping[str, str] = field(default_factory=dict)  # by tensor name, for weights of another dtype
 
 
 def load_model(
     path: Path, *, device: torch.device, dtype: torch.dtype, context_length: int | None
 ) -> tuple[PreTrainedModel, ModelInfo, list[LayerShape]]:
-    """Loads any causal model of transformers from a local folder and finds out what its layers cache.
+    """Load a causal model of transformers from a local folder, and find out what its layers cache.
 
-    Raises ConfigError where it can't be served with these settings.
+    Raises ConfigError if it can't be served with these settings.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(
         path, config=load_config(path), dtype=dtype, local_files_only=True
@@ -56,7 +56,7 @@ def load_model(
             "the model's config sets no max_position_embeddings; set engine.context_length (--context-length)"
         )
     if context_length is not None and context_length > limit:
-        raise ConfigError(f"--context-length {context_length} is above the model's own {limit}")
+        raise ConfigError(f"--context-length {context_length} is above the model's limit of {limit}")
     info = ModelInfo(
         path=str(path),
         model_type=model.config.model_type,
@@ -75,12 +75,12 @@ def load_model(
 def _layer_shapes(
     model: torch.nn.Module, config: object, context_length: int, device: torch.device
 ) -> list[LayerShape]:
-    """Asks the model itself, by one token's pass: configs name these sizes in too many ways."""
+    """Run one token through the model to find the shapes: configs have too many names for these sizes."""
     cache = DynamicCache(config=config)
     for layer in cache.layers:
         if not isinstance(layer, DynamicLayer):
             raise ConfigError(
-                f"the model caches more than keys and values ({type(layer).__name__}): it can't be served"
+                f"the model can't be served: it caches more than keys and values ({type(layer).__name__})"
             )
     tokens = torch.zeros((1, 1), dtype=torch.long, device=device)
     model(input_ids=tokens, use_cache=True, **{cache_argument(model): cache})
@@ -88,7 +88,7 @@ def _layer_shapes(
     for layer in cache.layers:
         if layer.is_sliding and layer.sliding_window < context_length:
             raise ConfigError(
-                f"the model attends over a sliding window; set --context-length to at most {layer.sliding_window}"
+                f"the model has sliding-window attention; set --context-length to at most {layer.sliding_window}"
             )
         shapes.append(
             LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[1], layer.values.shape[3])
@@ -97,7 +97,7 @@ def _layer_shapes(
 
 
 def cache_argument(model: torch.nn.Module) -> str:
-    """What the model's forward pass calls the KV cache: transformers 5.24 has renamed it."""
+    """Return the name of the forward pass's KV cache argument, which transformers 5.24 renamed."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -108,7 +108,7 @@ def _token_ids(ids: int | list[int] | None) -> frozenset[int]:
 
 
 class Runner:
-    """Runs the model over consecutive slots. Belongs to the model thread."""
+    """Runs the model over consecutive slots. Used by the model thread only."""
 
     def __init__(
         self, model: torch.nn.Module, cache: SlotCache, hooks: Hooks, *, device: torch.device, dtype: torch.dtype
@@ -129,11 +129,11 @@ class Runner:
         real_BQ: NDArray[np.bool_] | None = None,
         loras_B: Sequence[Lora | None] = (),
     ) -> torch.Tensor:
-        """Runs B rows of Q tokens through slots `first_slot` and up. Returns the last column's logits [B, V], float32.
+        """Run B rows of Q tokens in the slots from `first_slot` on. Return the last column's logits [B, V], float32.
 
-        Rows shorter than Q are padded on the left; `real_BQ` is False there and None when nothing is padded. Padding
-        sees position 0, so that its softmax has something to sum, and its keys and values are not kept. `loras_B`
-        is empty where no row has one.
+        Rows shorter than Q are padded on the left. real_BQ: False for padding; None if there is none. Padding attends
+        to position 0, so that its softmax is defined, and its keys and values are not stored. loras_B: the LoRA adapter
+        of each row; empty if no row has one.
         """
         rows, columns = tokens_BQ.shape
         longest = int(positions_BQ[:, -1].max()) + 1
@@ -159,8 +159,10 @@ class Runner:
         return logits_BV
 
     def warm_up(self) -> None:
-        """Runs a padded prefill and a decode step in the empty slots: what a model can't take from this engine fails at
-        its start then, and not under the first request."""
+        """Run a padded prefill and a decode step in the empty slots.
+
+        A model that does not work with this engine fails here, at startup, and not at the first request.
+        """
         columns = np.arange(3)
         rows = min(2, self._cache.running)
         positions_BQ = np.stack([columns, np.maximum(columns - 1, 0)])[:rows]
@@ -169,7 +171,7 @@ class Runner:
         self.forward(np.zeros((rows, 1), np.int64), np.full((rows, 1), 3), 0)
 
     def trim(self) -> None:
-        """Gives memory that is free back to the device: torch keeps it for itself otherwise."""
+        """Return torch's cached free memory to the device."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

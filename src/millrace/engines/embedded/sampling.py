@@ -1,7 +1,7 @@
-"""How tokens are drawn from logits, for a whole batch at once.
+"""Sample tokens from logits, for a whole batch at once.
 
-Every request draws from its own stream of uniform numbers, made from its seed and the number of tokens it has drawn. So
-what it draws does not depend on what else is in the batch, and goes on in the same stream after a retraction.
+Every request has its own stream of uniform random numbers, computed from its seed and the number of tokens it has
+drawn. So its tokens do not depend on the rest of the batch, and a retracted request continues with the same stream.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 LANE = np.dtype(
     [
-        ("token", np.int64),  # the last one drawn, the next one to be fed
+        ("token", np.int64),  # the last one sampled, which is the next input
         ("stream", np.uint64),
         ("drawn", np.uint64),
         ("temperature", np.float32),
@@ -21,7 +21,7 @@ LANE = np.dtype(
         ("min_p", np.float32),
     ]
 )
-"""What a step needs of each running request, as columns: the row of a request is its KV slot."""
+"""The state of each running request that sampling needs. A request's row is its KV slot."""
 
 Lanes = NDArray[np.void]
 
@@ -30,14 +30,14 @@ _MASK = (1 << 64) - 1
 
 
 def stream_key(seed: int, index: int) -> int:
-    """The stream of sample number `index` under a request's seed, as 64 bits."""
+    """Return the 64-bit key of the random stream of sample number `index` of a request with this seed."""
     return _mix(_mix(seed & _MASK) + index)
 
 
 def uniforms(streams_B: NDArray[np.uint64], drawn_B: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """One uniform number in [0, 1) a row, by counter: splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
+    """Return a uniform number in [0, 1) for each row: splitmix64 (Steele, Lea and Flood, OOPSLA 2014) of a counter.
 
-    Its upper 52 bits and not 53, so that a number times a total always rounds below that total.
+    It uses the upper 52 bits, not 53, so that the number times a total always rounds below that total.
     """
     z = streams_B + (drawn_B + np.uint64(1)) * np.uint64(_GOLDEN)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -49,10 +49,10 @@ def uniforms(streams_B: NDArray[np.uint64], drawn_B: NDArray[np.uint64]) -> NDAr
 
 @torch.inference_mode()
 def sample(logits_BV: torch.Tensor, lanes: Lanes) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Draws a token for each row. Temperature 0 takes the most likely one.
+    """Sample a token for each row. Temperature 0 takes the most likely token.
 
-    logits_BV: float32. Returns tokens [B] and their logprobs [B], which are those of the temperature-scaled
-    distribution over the whole vocabulary, before top-k, top-p and min-p (temperature 0 counts as 1 there).
+    logits_BV: float32. Returns tokens [B] and their logprobs [B]. The logprobs are those of the temperature-scaled
+    distribution over the whole vocabulary, before top-k, top-p and min-p. For them, temperature 0 counts as 1.
     """
     temperatures = lanes["temperature"]
     greedy = temperatures == 0
@@ -69,7 +69,7 @@ def sample(logits_BV: torch.Tensor, lanes: Lanes) -> tuple[NDArray[np.int64], ND
 
 
 def _draw(logprobs_BV: torch.Tensor, greedy: NDArray[np.bool_], lanes: Lanes) -> torch.Tensor:
-    """The tokens [B]: greedy rows by argmax, the others by inverting their distribution, where asked after filters."""
+    """Return the tokens [B]: the argmax of greedy rows, and samples of the others, filtered if requested."""
     if greedy.all():
         return logprobs_BV.argmax(dim=-1)
     uniforms_B = _to(uniforms(lanes["stream"], lanes["drawn"]), logprobs_BV)
@@ -85,8 +85,9 @@ def _draw(logprobs_BV: torch.Tensor, greedy: NDArray[np.bool_], lanes: Lanes) ->
 
 
 def _draw_filtered(probs_FV: torch.Tensor, uniforms_F: torch.Tensor, lanes: Lanes) -> torch.Tensor:
-    """Draws [F] among the tokens that pass top-k, top-p (Holtzman et al., arXiv:1904.09751) and min-p (Nguyen et al.,
-    arXiv:2407.01082), each judged on the full distribution, as SGLang does. The most likely token always passes."""
+    """Sample [F] tokens with top-k, top-p (Holtzman et al., arXiv:1904.09751) and min-p (Nguyen et al.,
+    arXiv:2407.01082). As in SGLang, each filter applies to the full distribution. The most likely token always passes.
+    """
     ordered_FV, order_FV = probs_FV.sort(dim=-1, descending=True, stable=True)
     before_FV = ordered_FV.double().cumsum(dim=-1) - ordered_FV
     top_k = np.where(lanes["top_k"] > 0, lanes["top_k"], probs_FV.shape[1])
@@ -101,8 +102,10 @@ def _draw_filtered(probs_FV: torch.Tensor, uniforms_F: torch.Tensor, lanes: Lane
 
 
 def _invert(weights_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
-    """The index [B] where each row's running sum passes its uniform number. An index of weight 0 is never drawn; of
-    weights that are no numbers, as those of a broken model, the last is."""
+    """Return the index [B] at which each row's cumulative sum passes its uniform number.
+
+    An index of weight 0 is never drawn. If the weights are NaN (a broken model), the last index is drawn.
+    """
     sums_BV = weights_BV.cumsum(dim=-1, dtype=torch.float64)
     passed_B = torch.searchsorted(sums_BV, uniforms_B[:, None] * sums_BV[:, -1:], right=True)[:, 0]
     return passed_B.clamp(max=weights_BV.shape[1] - 1)

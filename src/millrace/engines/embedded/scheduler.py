@@ -1,4 +1,4 @@
-"""Requests and the decisions about them: who waits, who runs, when one ends. No tensors, no threads."""
+"""Requests, and the decisions on which wait, which run and when they end. No tensors, no threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from millrace.engines.embedded.lora import LoadedLora
 from millrace.types import FinishReason, SamplingParams
 
-# A request waits for another's prefill when that saves it at least this many tokens of its own: about what a second,
-# smaller forward pass costs.
+# A request waits for another's prefill if that saves at least this many tokens, about the cost of a second, smaller
+# forward pass.
 WORTH_WAITING_FOR = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """How a request ended. detail: the stop token, the length reached, or who aborted it."""
+    """How a request ended. detail: the stop token, the length limit, or the reason of the abort."""
 
     reason: FinishReason
     detail: int | str
@@ -25,7 +25,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The output tokens `start:end` were made by the weights called `version`."""
+    """The output tokens `start:end`, which the weights of `version` generated."""
 
     version: str
     start: int
@@ -34,7 +34,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a request has come to so far, as a value that other threads may read. finish None: it goes on."""
+    """The cumulative output of a request, as a value that other threads may read. finish: None while it runs."""
 
     output_ids: list[int]
     logprobs: list[float]
@@ -48,8 +48,11 @@ class Output:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sample in the making. stop: the token ids that end it. limit: the number of tokens that ends it.
-    lora_path: the adapter that was asked for; adapter: what makes its tokens beside the weights."""
+    """One sample that waits or runs.
+
+    stop: the token ids that end it. limit: the number of output tokens that ends it. lora_path: the name of the
+    requested LoRA adapter. lora: the adapter that it uses now.
+    """
 
     id: str
     prompt: NDArray[np.int64]
@@ -67,7 +70,7 @@ class Request:
     retractions: int = 0
 
     def add(self, token: int, logprob: float) -> Finish | None:
-        """Takes a drawn token; tells whether it was the last one."""
+        """Append a sampled token. Return how the request ended, or None if it continues."""
         self.output.append(token)
         self.logprobs.append(logprob)
         if token in self.stop:
@@ -77,11 +80,11 @@ class Request:
         return None
 
     def known(self) -> NDArray[np.int64]:
-        """Prompt and output so far."""
+        """Return prompt and output so far."""
         return np.concatenate((self.prompt, np.asarray(self.output, np.int64))) if self.output else self.prompt
 
     def close_span(self, version: str) -> None:
-        """Books every token since the last span on `version`."""
+        """Assign every token since the last span to `version`."""
         self.spans[:] = self._spans(version)
 
     def snapshot(self, version: str, finish: Finish | None = None) -> Output:
@@ -106,7 +109,7 @@ class Request:
 
 
 class Scheduler:
-    """The waiting and the running. A running request's place in `running` is its KV slot."""
+    """The waiting and running requests. A running request's index in `running` is its KV slot."""
 
     def __init__(self, max_running: int) -> None:
         self.max_running = max_running
@@ -119,12 +122,12 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def live(self) -> Iterable[Request]:
-        """Everybody who has not ended."""
+        """Yield every request that has not ended."""
         yield from self.running
         yield from self.waiting
 
     def admit(self) -> list[Request]:
-        """Takes from the front of the queue as many as have a slot. The caller puts them into `running`."""
+        """Remove from the front of the queue as many requests as there are slots. The caller adds them to `running`."""
         count = min(len(self.waiting), self.max_running - len(self.running))
         return [self.waiting.popleft() for _ in range(count)]
 
@@ -134,7 +137,7 @@ class Scheduler:
         return dropped
 
     def retract(self) -> None:
-        """Sends everybody who runs back to the front of the queue, in their order. Their KV cache is lost."""
+        """Move the running requests back to the front of the queue, in order. Their KV cache is lost."""
         for request in self.running:
             request.retractions += 1
         self.waiting.extendleft(reversed(self.running))
@@ -144,7 +147,10 @@ class Scheduler:
 def common_prefixes(
     table_RN: NDArray[np.int64], lengths_R: NDArray[np.int64], tokens: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """How many leading tokens each row of the table, of which `lengths_R` are valid, shares with `tokens`: [R]."""
+    """Return how many leading tokens each row of the table shares with `tokens`, as [R].
+
+    lengths_R: the number of valid tokens of each row.
+    """
     width = min(table_RN.shape[1], len(tokens))
     if width == 0:
         return np.zeros(len(table_RN), np.int64)
@@ -155,8 +161,10 @@ def common_prefixes(
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Requests with the same known tokens and adapter: one pass serves them all. `reused` tokens are copied from slot
-    `source`."""
+    """The shared prefill of requests with the same tokens and LoRA adapter.
+
+    The first `reused` tokens are copied from slot `source`.
+    """
 
     requests: list[Request]
     tokens: NDArray[np.int64]
@@ -165,7 +173,7 @@ class Prefill:
 
 
 def group(requests: list[Request]) -> list[Prefill]:
-    """Puts requests with the same tokens and adapter together, in the order of their first."""
+    """Group requests with the same tokens and LoRA adapter. A group has the position of its first request."""
     groups: dict[tuple[LoadedLora | None, bytes], Prefill] = {}
     for request in requests:
         tokens = request.known()
@@ -174,16 +182,16 @@ def group(requests: list[Request]) -> list[Prefill]:
 
 
 def cut_wave(prefills: list[Prefill], token_limit: int) -> tuple[list[Prefill], list[Prefill]]:
-    """Chooses which prefills go into the next forward pass and which wait for a later one.
+    """Choose which prefills go into the next forward pass (the wave) and which wait for a later one.
 
-    One that shares much with a member of this wave waits, to copy it from there. The rows of a pass are padded to its
-    longest; rows times that stay within `token_limit`, but for a single row, which is run in pieces. Returns both in
-    their order; the wave is not empty.
+    A prefill that shares a long prefix with one in the wave waits, so that it can copy the prefix. The rows of a pass
+    are padded to the longest, and the padded size stays within `token_limit`. A single longer row is allowed, because
+    it runs in chunks. Returns the wave, which is not empty, and the rest, both in order.
     """
     table = np.full((len(prefills), max(len(p.tokens) for p in prefills)), -1, np.int64)
     for row, prefill in enumerate(prefills):
         table[row, : len(prefill.tokens)] = prefill.tokens
-    # The last token of each is computed anew in any case: its logits are what the first draw needs.
+    # The last token of each is always computed: sampling the first output token needs its logits.
     lengths = np.array([len(p.tokens) - 1 for p in prefills])
     shared = np.zeros(len(prefills), np.int64)
     wave: list[Prefill] = []

@@ -1,4 +1,4 @@
-"""The HTTP server: SGLang's native routes in front of one model thread."""
+"""The HTTP server: SGLang's native routes, served by one model thread."""
 
 import asyncio
 import logging
@@ -23,10 +23,10 @@ from millrace.http.replies import reply
 from millrace.types import Capability, PauseMode
 
 BODY_LIMIT = 256 * 1024 * 1024  # bytes; a prompt of a million tokens takes about 8 MB
-PROBE_DEADLINE = 20.0  # seconds that /health_generate gives its token, as SGLang does
-SHUTDOWN_GRACE = 0.5  # seconds for answers that are on their way when the server is told to end
+PROBE_DEADLINE = 20.0  # seconds for the token of /health_generate, as in SGLang
+SHUTDOWN_GRACE = 0.5  # seconds for answers in flight at shutdown
 PAUSE_MODES = {"abort": PauseMode.ABORT, "retract": PauseMode.RETRACT, "in_place": PauseMode.KEEP}
-# All but what only other engines have.
+# All capabilities except those of other engines only.
 CAPABILITIES = frozenset(Capability) - {
     Capability.FILTERED_LOGPROBS,
     Capability.UPDATE_FROM_TORCH_STORAGE,
@@ -41,7 +41,7 @@ log = logging.getLogger("millrace.embedded")
 
 
 class Server:
-    """All that lives in the event loop."""
+    """The HTTP server. Used in the event loop only."""
 
     def __init__(self, build: Callable[[], Core], *, keys: Keys, faults: bool, max_running: int, seed: int) -> None:
         self._keys = keys
@@ -58,7 +58,7 @@ class Server:
         self._updates = Updates(self._thread, self._faults)
 
     async def start(self, sock: socket.socket) -> web.AppRunner:
-        """Serves on a bound socket. Until the model is there, every route answers 503."""
+        """Serve on a bound socket. Every route answers 503 until the model is loaded."""
         app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._guard])
         app.add_routes(self._routes())
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_GRACE)
@@ -69,7 +69,7 @@ class Server:
 
     @property
     def ready(self) -> asyncio.Future[Loaded]:
-        """Done when the model is there or could not be loaded."""
+        """Done when the model is loaded or loading has failed."""
         return self._thread.ready
 
     def stop(self) -> None:
@@ -100,11 +100,11 @@ class Server:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Keys first, then the model's presence; what handlers refuse becomes an answer."""
+        """Check the key, then whether the model is loaded. Turn a handler's refusal into an answer."""
         if not allowed(request.path, request.headers.get("Authorization"), self._keys):
-            return refusal("this route needs its key, as in: Authorization: Bearer KEY", 401)
+            return refusal("this route needs a key, as in: Authorization: Bearer KEY", 401)
         if not self.ready.done():
-            return refusal("the model is being loaded", 503)
+            return refusal("the model is still loading", 503)
         if self.ready.exception() is not None or not self._thread.alive:
             return refusal("the model thread has ended; the reason is in the server's log", 503)
         try:
@@ -127,7 +127,7 @@ class Server:
     async def _abort(self, http: web.Request) -> web.Response:
         body = parse(AbortBody, await http.read())
         if not body.rid and not body.abort_all:
-            raise BadRequest("rid: name a request, or give abort_all")
+            raise BadRequest("rid: set it to a request's id, or set abort_all")
         count = await self._thread.call(
             lambda core: core.abort(lambda r: body.abort_all or r.id.startswith(body.rid), "aborted on request")
         )
@@ -143,13 +143,13 @@ class Server:
         parse(EmptyBody, await http.read())
         await self._thread.call(Core.resume)
         log.info("continued")
-        return reply({"status": "ok", "message": "generation goes on"})
+        return reply({"status": "ok", "message": "generation continues"})
 
     async def _flush_cache(self, http: web.Request) -> web.Response:  # noqa: ARG002
         await self._thread.call(Core.flush_cache)
         return done("the cache is flushed")
 
-    # State, read without a word to the model thread: these answer at once whatever it does
+    # State. These routes answer at once, because they do not wait for the model thread.
 
     async def _health(self, http: web.Request) -> web.Response:  # noqa: ARG002
         return reply({"status": "ok"})
@@ -214,7 +214,7 @@ class Server:
             case "crash" if body.after_tokens is None:
                 crash()
             case "hang" if body.where == "http":
-                # Once this answer is out.
+                # After this answer is sent.
                 asyncio.get_running_loop().call_later(0.05, threading.Event().wait)
             case "drop_connection":
                 self._faults.drop_answers = body.count

@@ -1,4 +1,4 @@
-"""The model thread: the one owner of a Core. The event loop hands it commands and gets values back."""
+"""The model thread, which owns the Core. The event loop sends it commands and gets results back."""
 
 import asyncio
 import concurrent.futures
@@ -16,14 +16,14 @@ from millrace.engines.embedded.scheduler import Output
 from millrace.engines.embedded.weights import WeightStore
 
 T = TypeVar("T")
-STATUS_INTERVAL = 0.01  # seconds; while nothing but tokens changes, the status need not be newer
-GATHERING = 0.002  # seconds that an idle engine leaves a group of requests to arrive, so that one pass prefills them
+STATUS_INTERVAL = 0.01  # seconds; the most that the status lags while only tokens change
+BATCHING_DELAY = 0.002  # seconds that an idle engine waits for more requests, so that one pass prefills them together
 CALL_DEADLINE = 30.0  # seconds; a command waits for one step, which takes seconds on a large model and a slow CPU
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The parts of a Core that others may use: what never changes, and the store, which has rules of its own."""
+    """The parts of a Core that other threads may use. See WeightStore for its own rules."""
 
     info: ModelInfo
     weights: WeightStore
@@ -31,10 +31,10 @@ class Loaded:
 
 
 class ModelThread:
-    """Steps the core while it has work and runs commands between two steps.
+    """The thread that steps the core while it has work, and runs commands between steps.
 
-    deliver: called in the event loop with the outputs of a step. ended: called in the event loop when the thread is no
-    more, for whatever reason; the reason itself is on stderr by then.
+    deliver: called in the event loop with the outputs of a step. ended: called in the event loop when the thread has
+    ended. The reason is on stderr by then.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ModelThread:
         ended: Callable[[], None],
     ) -> None:
         self.ready: asyncio.Future[Loaded] = loop.create_future()
-        self._status: Status | None = None  # replaced, never changed, by the model thread
+        self._status: Status | None = None  # immutable; the model thread replaces it
         self._status_due = 0.0
         self._stopped = False
         self.alive = True
@@ -59,7 +59,7 @@ class ModelThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the step it is in. What is not finished then never will be."""
+        """End the thread after its current step. Unfinished requests get no answer."""
 
         def run(core: Core) -> None:  # noqa: ARG001
             self._stopped = True
@@ -67,9 +67,10 @@ class ModelThread:
         self._commands.put(run)
 
     async def call(self, command: Callable[[Core], T], *, deadline: float = CALL_DEADLINE) -> T:
-        """Runs a command between two steps and returns what it returns, or raises what it raises.
+        """Run a command between two steps. Return its result or raise its exception.
 
-        A command that has not begun by the deadline never does, and this raises Refused with status 503."""
+        A command that has not begun by the deadline never begins. This call then raises Refused with status 503.
+        """
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def run(core: Core) -> None:
@@ -77,7 +78,7 @@ class ModelThread:
                 return
             try:
                 result = command(core)
-            except Exception as error:  # it belongs to the caller, who gets it
+            except Exception as error:  # the caller gets it
                 self._publish(core, changed=True)
                 future.set_exception(error)
             else:
@@ -95,7 +96,7 @@ class ModelThread:
             self._pending.discard(answer)
 
     def post(self, command: Callable[[Core], Any]) -> None:
-        """Runs a command between two steps, for nobody who waits. It must not raise: that would end the thread."""
+        """Run a command between two steps, without waiting. It must not raise: that would end the thread."""
 
         def run(core: Core) -> None:
             command(core)
@@ -103,21 +104,21 @@ class ModelThread:
         self._commands.put(run)
 
     def current(self) -> Status:
-        """How the engine stood after its last step or command. Once `ready` has a result, there is always one."""
+        """Return the engine's state after its last step or command. Call it only after `ready` has a result."""
         assert self._status is not None
         return self._status
 
     def _main(self) -> None:
         try:
             core = self._build()
-        except Exception as error:  # loading fails in as many ways as there are models; `ready` tells why
+        except Exception as error:  # loading can raise anything; `ready` gets the reason
             self._loop.call_soon_threadsafe(self.ready.set_exception, error)
             return
         try:
             self._publish(core, changed=True)
             self._loop.call_soon_threadsafe(self.ready.set_result, Loaded(core.info, core.weights, core.linears))
             self._serve(core)
-        finally:  # what was raised goes on to the thread's own hook, which prints it
+        finally:  # an exception propagates to threading's hook, which prints it
             self._loop.call_soon_threadsafe(self._end)
 
     def _serve(self, core: Core) -> None:
@@ -133,10 +134,10 @@ class ModelThread:
     def _wait(self, core: Core) -> None:
         self._commands.get()(core)
         if core.has_work:
-            time.sleep(GATHERING)
+            time.sleep(BATCHING_DELAY)
 
     def _publish(self, core: Core, *, changed: bool) -> None:
-        """Tells the event loop what there is to tell. changed: by more than tokens, so that the status must be new."""
+        """Publish the status and the outputs. changed: more than tokens has changed, so the status must be current."""
         now = time.monotonic()
         if changed or core.outbox or now >= self._status_due:
             self._status, self._status_due = core.status(), now + STATUS_INTERVAL

@@ -1,4 +1,4 @@
-"""The routes around weights and memory. They come one at a time, whatever the callers do."""
+"""The routes for weights and memory. They run one at a time."""
 
 import asyncio
 import logging
@@ -38,13 +38,16 @@ from millrace.types import TensorSpec
 log = logging.getLogger("millrace.embedded")
 
 T = TypeVar("T")
-TURN_DEADLINE = 120.0  # seconds that one operation waits for the one before it, a load of many gigabytes at worst
+TURN_DEADLINE = 120.0  # seconds that an operation waits for the previous one, at worst a load of many gigabytes
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Updates:
-    """Loads run in the loader's thread, so that neither generation nor the event loop waits for them; what changes the
-    served weights or takes memory away runs in the model thread between two steps."""
+    """The operations on weights and memory.
+
+    Loads run in the loader thread, so generation and the event loop do not wait for them. Operations that change the
+    served weights or free memory run in the model thread, between two steps.
+    """
 
     def __init__(self, thread: ModelThread, faults: HttpFaults) -> None:
         self._thread, self._faults = thread, faults
@@ -71,7 +74,7 @@ class Updates:
         }
 
     @asynccontextmanager
-    async def _alone(self) -> AsyncIterator[WeightStore]:
+    async def _exclusive(self) -> AsyncIterator[WeightStore]:
         try:
             await asyncio.wait_for(self._turn.acquire(), TURN_DEADLINE)
         except TimeoutError:
@@ -81,81 +84,83 @@ class Updates:
         finally:
             self._turn.release()
 
-    async def _in_loader(self, work: Callable[[], T]) -> T:
+    async def _run_in_loader(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._loader, work)
 
     async def _begin(self, http: web.Request) -> web.Response:
         parse(EmptyBody, await http.read())
-        async with self._alone() as weights:
-            await self._in_loader(weights.begin)
+        async with self._exclusive() as weights:
+            await self._run_in_loader(weights.begin)
             self._faults.begin_session()
         return _done("the update is open")
 
     async def _load_shared_memory(self, http: web.Request) -> web.Response:
         body = parse(SharedMemoryBody, await http.read())
-        async with self._alone() as weights:
+        async with self._exclusive() as weights:
             await self._load(body.specs(), lambda specs: weights.load_shared_memory(body.path, specs))
         return done(f"{len(body.tensors)} tensors are staged")
 
     async def _load_broadcast(self, http: web.Request) -> web.Response:
         body = parse(DistributedBody, await http.read())
-        async with self._alone() as weights:
+        async with self._exclusive() as weights:
             group = self._group
             if group is None or group.name != body.group_name:
-                raise UpdateRefused(f"no group {body.group_name} has been joined; initialise it first")
+                raise UpdateRefused(
+                    f"no group {body.group_name} has been joined; call /init_weights_update_group first"
+                )
             await self._load(body.specs(), lambda specs: weights.load_broadcast(specs, group.receive))
         return done(f"{len(body.names)} tensors are staged")
 
     async def _load(self, specs: list[TensorSpec], load: Callable[[list[TensorSpec]], None]) -> None:
         fails = self._faults.refuses_load()
-        await self._in_loader(lambda: load(specs[: len(specs) // 2] if fails else specs))
+        await self._run_in_loader(lambda: load(specs[: len(specs) // 2] if fails else specs))
         if fails:
-            raise Refused("this load was told to fail half-way", status=500)
+            raise Refused("injected fault: this load failed half-way", status=500)
 
     async def _load_disk(self, http: web.Request) -> web.Response:
-        """Alone, a whole update: begin, load, commit, all or nothing. In an open update, one load of it."""
+        """Load a folder: as one load of the open update, or else as a whole update, all or nothing."""
         body = parse(DiskBody, await http.read())
-        async with self._alone() as weights:
+        async with self._exclusive() as weights:
             folder = Path(body.model_path)
-            if await self._in_loader(lambda: weights.in_session):
+            if await self._run_in_loader(lambda: weights.in_session):
                 if body.weight_version is not None:
-                    raise UpdateRefused("an update is open: its end names the version, not this call")
+                    raise UpdateRefused("an update is open: set weight_version at its end, not in this call")
                 if self._faults.refuses_load():
-                    raise Refused("this load was told to fail", status=500)
-                await self._in_loader(lambda: weights.load_folder(folder))
+                    raise Refused("injected fault: this load failed", status=500)
+                await self._run_in_loader(lambda: weights.load_folder(folder))
                 return done(f"{folder} is staged")
             version = body.weight_version or self._thread.current().version
             committed = False
             try:
-                await self._in_loader(weights.begin)
-                await self._in_loader(lambda: weights.load_folder(folder))
-                await self._in_loader(weights.check_complete)
+                await self._run_in_loader(weights.begin)
+                await self._run_in_loader(lambda: weights.load_folder(folder))
+                await self._run_in_loader(weights.check_complete)
                 await self._thread.call(lambda core: core.commit(version))
                 committed = True
             finally:
-                if not committed:  # and nobody gets a turn before it is dropped, also when this caller has gone
-                    await asyncio.shield(self._in_loader(weights.abort))
+                if not committed:  # dropped before the next operation, also if this caller has left
+                    await asyncio.shield(self._run_in_loader(weights.abort))
         return _done(f"{folder} is served as version {version}")
 
     async def _end(self, http: web.Request) -> web.Response:
         body = parse(VersionBody, await http.read())
-        async with self._alone() as weights:
-            await self._in_loader(weights.check_complete)
+        async with self._exclusive() as weights:
+            await self._run_in_loader(weights.check_complete)
             await self._thread.call(lambda core: core.commit(body.weight_version))
         return _done(f"version {body.weight_version} is served")
 
     async def _abort(self, http: web.Request) -> web.Response:
         parse(EmptyBody, await http.read())
-        async with self._alone() as weights:
-            await self._in_loader(weights.abort)
+        async with self._exclusive() as weights:
+            await self._run_in_loader(weights.abort)
         return _done("no update is open; the served weights are as they were")
 
     async def _join(self, http: web.Request) -> web.Response:
         body = parse(GroupBody, await http.read())
-        async with self._alone():
+        async with self._exclusive():
             if self._group is not None:
-                raise UpdateRefused(f"group {self._group.name} is joined already; destroy it first")
-            self._group = await self._in_loader(
+                raise UpdateRefused(f"group {self._group.name} is already joined; destroy it first")
+            self._group = await self._run_in_loader(
                 lambda: UpdateGroup(
                     body.master_address,
                     body.master_port,
@@ -170,16 +175,16 @@ class Updates:
 
     async def _leave(self, http: web.Request) -> web.Response:
         body = parse(GroupNameBody, await http.read())
-        async with self._alone():
+        async with self._exclusive():
             if self._group is None or self._group.name != body.group_name:
                 raise UpdateRefused(f"no group {body.group_name} has been joined")
             group, self._group = self._group, None
-            await self._in_loader(group.close)
+            await self._run_in_loader(group.close)
         return _done(f"group {body.group_name} is left")
 
     async def _rename(self, http: web.Request) -> web.Response:
         body = parse(RenameBody, await http.read())
-        async with self._alone():
+        async with self._exclusive():
             if body.abort_all_requests:
                 await self._thread.call(lambda core: core.abort(lambda _: True, "the weight version was renamed"))
             await self._thread.call(lambda core: core.rename(body.new_version))
@@ -187,9 +192,9 @@ class Updates:
 
     async def _check(self, http: web.Request) -> web.Response:
         lora = parse(CheckBody, await http.read()).lora_name
-        async with self._alone() as weights:
+        async with self._exclusive() as weights:
             if lora is None:
-                sums = await self._in_loader(weights.checksums)
+                sums = await self._run_in_loader(weights.checksums)
             else:
                 sums = await self._thread.call(lambda core: core.lora_checksums(lora))
         one_rank = {
@@ -207,35 +212,35 @@ class Updates:
 
     async def _load_lora(self, http: web.Request) -> web.Response:
         body = parse(LoadLoraBody, await http.read())
-        async with self._alone():
+        async with self._exclusive():
             self._faults.begin_session()
             if self._faults.refuses_load():
-                raise Refused("this adapter was told to be refused")
+                raise Refused("injected fault: this adapter was refused")
             linears = self._thread.ready.result().linears
-            lora = await self._in_loader(lambda: linears.read(Path(body.lora_path)))
+            lora = await self._run_in_loader(lambda: linears.read(Path(body.lora_path)))
             await self._thread.call(lambda core: core.load_lora(body.lora_name, lora))
         return _done(f"adapter {body.lora_name} is loaded")
 
     async def _unload_lora(self, http: web.Request) -> web.Response:
         name = parse(UnloadLoraBody, await http.read()).lora_name
-        async with self._alone():
+        async with self._exclusive():
             await self._thread.call(lambda core: core.unload_lora(name))
         return _done(f"adapter {name} is unloaded")
 
     async def _release(self, http: web.Request) -> web.Response:
         tags = parse(TagsBody, await http.read()).memory()
-        async with self._alone():
+        async with self._exclusive():
             await self._thread.call(lambda core: core.sleep(tags))
         return _done("released: " + ", ".join(sorted(tags)))
 
     async def _resume(self, http: web.Request) -> web.Response:
         tags = parse(TagsBody, await http.read()).memory()
-        async with self._alone():
+        async with self._exclusive():
             await self._thread.call(lambda core: core.wake(tags))
         return _done("resumed: " + ", ".join(sorted(tags)))
 
 
 def _done(event: str) -> web.Response:
-    """An answer that is worth a line in the log too."""
+    """Return a success answer, and log it."""
     log.info(event)
     return done(event)

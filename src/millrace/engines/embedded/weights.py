@@ -1,8 +1,7 @@
-"""The model's weights and the transaction that replaces them.
+"""The model's weights, and the transaction that replaces them.
 
-An update is staged: it is written into a second set of tensors while the first one serves, and the commit exchanges the
-two between two steps, by pointer. The old set stays as the staging set of the next update, whose memory is then there
-already, until the weights sleep.
+An update is staged: it is written to a second set of tensors while the first one serves. The commit swaps the two sets
+by pointer, between two steps. The old set is kept as the staging set of the next update, until the weights sleep.
 """
 
 import os
@@ -20,64 +19,65 @@ from millrace.errors import DataError, MillraceError
 from millrace.model_folder import CASTABLE, StoredTensor, stored_tensors
 from millrace.types import TensorSpec
 
-CHUNK_BYTES = 1 << 20  # read and hashed in turns, so that the hash finds the bytes in the processor's cache
+CHUNK_BYTES = 1 << 20  # each chunk is hashed after it is read, while its bytes are in the CPU cache
 
 
 class UpdateRefused(MillraceError):
-    """The update does not fit the model or the state it is in. The served weights are untouched."""
+    """The update does not fit the model, or is not possible now. The served weights are unchanged."""
 
 
 @dataclass(slots=True)
 class Session:
-    """An open update. staged: the tensors that are there whole, by the names under which they came, with their
-    checksums where they are known already."""
+    """An open update. staged: the names of the complete tensors, as sent, with their checksums (None: unknown yet)."""
 
     staged: dict[str, str | None] = field(default_factory=dict)
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor, row by row."""
+    """Return the bytes of a CPU tensor, in row-major order."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As in `bfloat16`."""
+    """Return torch's name of a dtype without the module, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Where a tensor of the checkpoint is in the model: a part of the tensor `live`, or all of it."""
+    """The place of a checkpoint's tensor in the model: a view of the tensor `live`."""
 
     live: str
     view: View
 
 
 class WeightStore:
-    """Parameters and persistent buffers, by their names in the checkpoint whose tensors are called `stored`; None: as
-    `save_pretrained` would call them. A tensor of the model that the checkpoint has in parts (experts) comes part by
-    part, each into its place; one that it has under several names (tied) comes under all of them or some.
+    """Parameters and persistent buffers, under their names in a checkpoint.
 
-    Everything but `swap`, `release` and `resume` runs in the loader's thread, one call at a time; these three run in
-    the model thread while no other call does.
+    stored: the names in the checkpoint; None: the names that `save_pretrained` would use. If the checkpoint splits a
+    tensor of the model (experts), an update brings the parts. If it has a tensor under several names (tied weights), an
+    update brings one or more of them.
+
+    `swap`, `release` and `resume` run in the model thread, while no other call runs. All other calls run in the loader
+    thread, one at a time.
     """
 
     def __init__(self, model: PreTrainedModel, stored: Collection[str] | None = None) -> None:
         self._live: dict[str, torch.Tensor] = {}
         first_names: dict[int, str] = {}
         names = names_of(model, stored)
-        self._parts: dict[str, Part] = {}  # by the checkpoint's names, also those that this one does not have
+        self._parts: dict[str, Part] = {}  # by the names in any checkpoint, not only this one
         for name, tensor in model.state_dict(keep_vars=True).items():
             first = first_names.setdefault(id(tensor), name)
             if first == name:
-                tensor.data = tensor.data.clone()  # off the file that it was mapped from: that file may change
+                tensor.data = tensor.data.clone()  # not mapped from the file, which may change
                 self._live[name] = tensor
             self._parts |= {part: Part(first, view) for part, view in names.views(name).items()}
         self._named = {name: part for name, part in self._parts.items() if stored is None or name in stored}
-        self._passed = frozenset(name for name in stored or () if name not in self._parts)
-        self._alike: dict[Part, list[str]] = {}
+        self._ignored = frozenset(name for name in stored or () if name not in self._parts)
+        self._tied: dict[Part, list[str]] = {}
         for name, part in self._parts.items():
-            self._alike.setdefault(part, []).append(name)
+            self._tied.setdefault(part, []).append(name)
         self._shapes = {name: tensor.shape for name, tensor in self._live.items()}
         self._staging: dict[str, torch.Tensor] | None = None
         self._session: Session | None = None
@@ -88,13 +88,13 @@ class WeightStore:
         return self._session is not None
 
     def unlike(self, dtype: torch.dtype) -> dict[str, str]:
-        """The dtypes (torch's names) of the weights whose dtype is not this one, by all their names in checkpoints."""
+        """Return the dtypes (torch's names) of the weights with another dtype, under all their names."""
         held = {name: self._live[part.live].dtype for name, part in self._parts.items()}
         return {name: dtype_name(own) for name, own in held.items() if own is not dtype}
 
     def begin(self) -> None:
         if self._session is not None:
-            raise UpdateRefused("an update is open already; end or abort it first")
+            raise UpdateRefused("an update is already open; end or abort it first")
         if self._asleep:
             raise UpdateRefused("the weights are released; resume them before an update")
         if self._staging is None:
@@ -102,12 +102,15 @@ class WeightStore:
         self._session = Session()
 
     def abort(self) -> None:
-        """Drops what was staged. There need be no open update: a rollback may come twice."""
+        """Drop the open update, if there is one."""
         self._session = None
 
     def load_shared_memory(self, path: str, specs: Sequence[TensorSpec]) -> None:
-        """Reads tensors out of a memory file. It is read and not mapped: that is faster for one pass, and a file that
-        its owner cuts short does not kill this process."""
+        """Read tensors from a memory file.
+
+        The file is read, not mapped. That is faster for one pass, and a file that its owner truncates does not kill
+        this process.
+        """
         session, tensors = self._open(specs)
         try:
             with open(path, "rb", buffering=0) as file:
@@ -115,15 +118,15 @@ class WeightStore:
                 for spec, tensor in zip(specs, tensors, strict=True):
                     if spec.nbytes != tensor.nbytes or spec.offset < 0 or spec.offset + spec.nbytes > size:
                         raise UpdateRefused(
-                            f"{spec.name}: {spec.nbytes} bytes at {spec.offset} in a file of {size}; "
+                            f"{spec.name}: {spec.nbytes} bytes at offset {spec.offset} of a file with {size} bytes; "
                             f"the tensor has {tensor.nbytes} bytes"
                         )
-                    self._book(session, spec.name, tensor, _read(file.fileno(), spec.offset, tensor))
+                    self._record(session, spec.name, tensor, _read(file.fileno(), spec.offset, tensor))
         except OSError as error:
             raise UpdateRefused(f"could not read {path}: {error.strerror}") from error
 
     def load_broadcast(self, specs: Sequence[TensorSpec], receive: Callable[[torch.Tensor], None]) -> None:
-        """Receives tensors one by one, in the order of `specs`."""
+        """Receive tensors one by one, in the order of `specs`."""
         session, tensors = self._open(specs)
         for spec, tensor in zip(specs, tensors, strict=True):
             if tensor.is_contiguous():
@@ -132,11 +135,10 @@ class WeightStore:
                 received = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
                 receive(received)
                 tensor.copy_(received)
-            self._book(session, spec.name, tensor, None)
+            self._record(session, spec.name, tensor, None)
 
     def load_folder(self, path: Path) -> None:
-        """Reads a model's folder. Floats of another dtype than the model's are cast, as when the engine started from
-        such a folder."""
+        """Read a model's folder. Floats of another dtype are cast to the model's, as when the engine starts."""
         try:
             for name, stored in stored_tensors(path).items():
                 self._load_stored(name, stored)
@@ -154,10 +156,10 @@ class WeightStore:
         spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
         session, [staged] = self._open([spec])
         staged.copy_(tensor)
-        self._book(session, name, staged, None)
+        self._record(session, name, staged, None)
 
     def check_complete(self) -> None:
-        """Raises UpdateRefused unless every tensor of the model is staged whole. The update stays open."""
+        """Raise UpdateRefused unless every tensor of the model is staged. The update stays open."""
         if self._session is None:
             raise UpdateRefused("no update is open; begin one first")
         come = {self._parts[name] for name in self._session.staged if name in self._parts}
@@ -167,19 +169,19 @@ class WeightStore:
             raise UpdateRefused(f"the update lacks {len(missing)} of {len(self._named)} tensors: {shown}")
 
     def checksums(self) -> dict[str, str]:
-        """Of what is staged so far while an update is open, otherwise of what is served."""
+        """Return the checksums of the staged tensors while an update is open, otherwise of the served ones."""
         if self._session is not None and self._staging is not None:
             for name, digest in self._session.staged.items():
                 if digest is None:
                     self._session.staged[name] = _checksum(self._staged(name))
             return {name: digest for name, digest in self._session.staged.items() if digest is not None}
         if self._asleep:
-            raise UpdateRefused("the weights are released; there is nothing to sum")
+            raise UpdateRefused("the weights are released; they have no checksums")
         served = {name: part.view.of(self._live[part.live].data) for name, part in self._named.items()}
         return {name: _checksum(tensor) for name, tensor in served.items() if tensor.numel()}
 
     def swap(self) -> None:
-        """Exchanges served and staged tensors and closes the update."""
+        """Swap the served and the staged tensors, and close the update."""
         self.check_complete()
         assert self._staging is not None
         for name, tensor in self._live.items():
@@ -187,11 +189,11 @@ class WeightStore:
             tensor.data = self._staging[name]
             self._staging[name] = served
         if any(self._staging[name].shape != shape for name, shape in self._shapes.items()):
-            self._staging = None  # the old set was empty: the weights had slept
+            self._staging = None  # the old set is empty after a sleep
         self._session = None
 
     def release(self) -> None:
-        """Drops both sets."""
+        """Free both sets of tensors."""
         if self._session is not None:
             raise UpdateRefused("an update is open; end or abort it before the weights are released")
         for tensor in self._live.values():
@@ -200,7 +202,7 @@ class WeightStore:
         self._asleep = True
 
     def resume(self) -> None:
-        """Takes the memory for one set: that of the update which has to come now."""
+        """Allocate one set of tensors, for the update that must come next."""
         self._staging = self._allocate()
         self._asleep = False
 
@@ -216,15 +218,17 @@ class WeightStore:
         return part.view.of(self._staging[part.live])
 
     def _open(self, specs: Sequence[TensorSpec]) -> tuple[Session, list[torch.Tensor]]:
-        """The staging tensors for these specs, all of them checked first. From here on they count as not staged. A
-        tensor that the model's class ignores gets a place that is dropped."""
+        """Return the staging tensors for these specs, after checking all of them. They now count as not staged.
+
+        A tensor that the model's class ignores gets a tensor that is dropped.
+        """
         if self._session is None or self._staging is None:
             raise UpdateRefused("no update is open; begin one first")
         tensors = []
         coming = {spec.name for spec in specs}
         filled = {self._parts[name] for name in self._session.staged if name in self._parts and name not in coming}
         for spec in specs:
-            if spec.name in self._passed:
+            if spec.name in self._ignored:
                 tensors.append(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)))
                 continue
             if spec.name not in self._parts:
@@ -235,19 +239,19 @@ class WeightStore:
                     f"{spec.name} is {dtype_name(tensor.dtype)}{list(tensor.shape)} in the model, "
                     f"{spec.dtype}{list(spec.shape)} in the update"
                 )
-            # A second copy of a tied tensor is compared with the first, and must not write over it.
+            # A second copy of a tied tensor is compared with the first, so it must not overwrite it.
             part = self._parts[spec.name]
-            copy = len(self._alike[part]) > 1 and part in filled
+            copy = len(self._tied[part]) > 1 and part in filled
             tensors.append(torch.empty_like(tensor) if copy else tensor)
             filled.add(part)
         for spec in specs:
             self._session.staged.pop(spec.name, None)
         return self._session, tensors
 
-    def _book(self, session: Session, name: str, tensor: torch.Tensor, digest: str | None) -> None:
-        """Counts a tensor as staged. One that came under two of its names must have come twice the same."""
+    def _record(self, session: Session, name: str, tensor: torch.Tensor, digest: str | None) -> None:
+        """Record a tensor as staged. If a tied tensor came under two names, both must be equal."""
         part = self._parts.get(name)
-        alike = self._alike[part] if part is not None else []
+        alike = self._tied[part] if part is not None else []
         if part is None or len(alike) > 1:
             digest = digest or _checksum(tensor)
         session.staged[name] = digest
@@ -255,7 +259,7 @@ class WeightStore:
         if len({session.staged[one] for one in came}) > 1:
             for one in came:
                 del session.staged[one]
-            raise UpdateRefused(f"{' and '.join(came)} are one tensor in the model and differ in the update")
+            raise UpdateRefused(f"{' and '.join(came)} are one tensor in the model but differ in the update")
 
 
 def _checksum(tensor: torch.Tensor) -> str:
@@ -263,7 +267,7 @@ def _checksum(tensor: torch.Tensor) -> str:
 
 
 def _read(descriptor: int, offset: int, tensor: torch.Tensor) -> str | None:
-    """Fills the tensor from a file. Returns the checksum of a CPU tensor; None: it is on a device, ask it there."""
+    """Fill the tensor from a file. Return the checksum of a CPU tensor, or None for one on another device."""
     on_cpu = tensor.device.type == "cpu"
     in_place = on_cpu and tensor.is_contiguous()
     target = tensor if in_place else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not on_cpu)
@@ -274,7 +278,7 @@ def _read(descriptor: int, offset: int, tensor: torch.Tensor) -> str | None:
         chunk = view[position : position + CHUNK_BYTES]
         count = os.preadv(descriptor, [chunk], offset + position)
         if count == 0:
-            raise UpdateRefused(f"the memory file ends at {offset + position}; its owner has cut it short")
+            raise UpdateRefused(f"the memory file ends at {offset + position}; its owner has truncated it")
         if on_cpu:
             digest.update(chunk[:count])
         position += count

@@ -1,8 +1,8 @@
-"""The virtual environments that engines run in: outside the project's own, one for each engine, version and device.
+"""The virtual environments of engines, one for each engine, version and device.
 
-Their pins contradict each other and ours, so nothing of an engine is ever imported into Millrace's own process. An
-environment is a folder below `environments_home()`, such as `sglang-0.5.23-cpu`; beside it lie the log of its
-installation and the file that is locked while one process works on it.
+The engines' dependencies conflict with each other and with Millrace's, so Millrace never imports an engine into its own
+process. An environment is a folder in `environments_home()`, such as `sglang-0.5.23-cpu`. Beside it are the log of its
+installation and its lock file.
 """
 
 from millrace.engines.environments.install import install

@@ -1,8 +1,7 @@
-"""Makes an environment: a bare virtual environment, pip, bytecode, a check, and last of all the mark that it is whole.
+"""Install an environment: create a virtual environment, run pip, compile, check, and write the marker.
 
-pip unpacks one package after another and would then compile them one after another too; compiling is left to
-`compileall`, which takes all cores. Leaving it out would cost as much at the server's first start, and again at every
-start where PYTHONDONTWRITEBYTECODE is set.
+pip would compile one package after another, so `compileall` compiles them instead, on all cores. Without bytecode, the
+server's first start would compile everything, or every start if PYTHONDONTWRITEBYTECODE is set.
 """
 
 import json
@@ -23,10 +22,10 @@ from millrace.engines.environments.store import Environment, clear, environment,
 from millrace.errors import LaunchError
 from millrace.launch.process import guarded
 
-Progress = Callable[[str, int, int], None]  # what is being done, how many packages are done, how many there are (or 0)
+Progress = Callable[[str, int, int], None]  # the current step, the number of packages done, the total (or 0)
 
-DEADLINE = 3600.0  # seconds, of each wait: a CUDA engine is several GB, and the line may be slow
-GRACE_SECONDS = 2.0  # pip's, between SIGTERM and SIGKILL
+DEADLINE = 3600.0  # seconds for each step; a CUDA engine is several GB, and the network may be slow
+GRACE_SECONDS = 2.0  # for pip, between SIGTERM and SIGKILL
 TICK_SECONDS = 0.5
 TAIL_LINES = 20
 
@@ -44,13 +43,18 @@ def install(
     progress: Progress,
     recipes: Recipes = RECIPES,
 ) -> Environment:
-    """Makes the environment, with the interpreter `python`, unless it is there; one process at a time.
+    """Install the environment with the interpreter `python`, unless it is installed. One process at a time does so.
 
-    Without the mark of a finished one, or with that of other packages, it is made anew: pip takes what it downloaded
-    before from its cache. On the CPU the packages are exactly those of the lock file, made for Python 3.11; on CUDA
-    (never run in our own tests, which have no GPU) pip chooses the engine's dependencies. pip's own configuration
-    holds: PIP_EXTRA_INDEX_URL, for one, where torch's CPU builds come from another index than PyPI.
-    Raises ConfigError for what has no recipe and LaunchError, with pip's last lines, for what fails.
+    An unfinished or outdated environment is installed again; pip takes earlier downloads from its cache. On the CPU the
+    packages are exactly those of the lock file, made for Python 3.11. On CUDA, pip chooses the engine's dependencies
+    (not covered by our tests, which have no GPU). pip's own configuration applies. For example, PIP_EXTRA_INDEX_URL can
+    name the index of torch's CPU builds.
+
+    progress: called with the current step.
+
+    Raises:
+        ConfigError: there is no recipe for this engine, version or device.
+        LaunchError: a step failed. The message has the last lines of its output.
     """
     recipe = recipe_for(engine, device, recipes)
     wanted = requirements(engine, version, device, recipes)
@@ -70,7 +74,7 @@ def install(
             steps.run([python, "-I", "-m", "venv", str(made.path)])
             _install_packages(steps, wanted, progress)
             progress("compiling", 0, 0)
-            # Nobody runs their tests. Status 1: some packages ship files for other versions of Python.
+            # Tests are not needed. Status 1: some packages have files for other versions of Python.
             skip = f"^{re.escape(str(made.path))}/.*/tests?/"
             compile_all = ["-m", "compileall", "-q", "-j", "0", "-x", skip, str(made.path / "lib")]
             steps.run([str(made.python), "-I", *compile_all], accept=(0, 1))
@@ -97,7 +101,7 @@ def _install_packages(steps: "_Steps", wanted: Requirements, progress: Progress)
 
 
 class _Counter:
-    """Tells progress from what pip prints and, while it unpacks without a word, from the packages that are there."""
+    """Reports progress from pip's output and, while pip silently unpacks, from the installed packages."""
 
     def __init__(self, path: Path, total: int, progress: Progress) -> None:
         self._path, self._total, self._progress = path, total, progress
@@ -125,8 +129,11 @@ class _Counter:
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """The commands of one installation, each below its guard, which ends them with this process and holds the lock
-    until they have ended, so that nobody begins anew beside the remains of a killed installation."""
+    """Runs the commands of one installation, each under a guard process.
+
+    The guard ends the command when this process ends. It holds the lock until then, so that no other installation
+    starts beside the remains of a killed one.
+    """
 
     environment: Environment
     log: BinaryIO
@@ -141,7 +148,11 @@ class _Steps:
         on_line: Callable[[str], None] = lambda _: None,
         on_tick: Callable[[], None] = lambda: None,
     ) -> None:
-        """Runs to the end. Raises LaunchError for a status that is not in `accept`."""
+        """Run a command to its end. Raises LaunchError for a status that is not in `accept`.
+
+        hint: advice for the error message. on_line: called with each line of output. on_tick: called while there is
+        no output.
+        """
         self.log.write(f"$ {' '.join(command)}\n".encode())
         tail: deque[str] = deque(maxlen=TAIL_LINES)
 
@@ -157,7 +168,7 @@ class _Steps:
             stdin=subprocess.PIPE,  # the lifeline
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C comes to this process, which ends the guard
+            start_new_session=True,  # Ctrl-C reaches only this process, which ends the guard
             pass_fds=(self.lock,),
         )
         try:
@@ -168,13 +179,13 @@ class _Steps:
             what = f"ended with status {process.returncode}" if in_time else f"took longer than {DEADLINE:.0f} s"
             raise LaunchError(
                 f"{self.environment} could not be installed{f': {hint}' if hint else ''}\n"
-                f"{' '.join(command[:6])} ... {what}; its last lines, of {self.log.name}:\n"
+                f"{' '.join(command[:6])} ... {what}; the last lines of {self.log.name}:\n"
                 + "\n".join(f"  {line}" for line in tail)
             )
 
 
 def _read_lines(process: subprocess.Popen[bytes], take: Callable[[bytes], None], on_tick: Callable[[], None]) -> bool:
-    """Reads until the output ends; False when the deadline passed before."""
+    """Read lines until the output ends. Return False if the deadline passes first."""
     assert process.stdout is not None
     output, rest, end = process.stdout.fileno(), b"", time.monotonic() + DEADLINE
     while time.monotonic() < end:
@@ -195,18 +206,19 @@ def _read_lines(process: subprocess.Popen[bytes], take: Callable[[bytes], None],
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the guard, and with it the command, where they have not ended."""
+    """End the guard, and with it the command, if they are still running."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.close()
     try:
         process.wait(GRACE_SECONDS + 8)
     finally:
-        process.kill()  # nothing, where it has ended
+        process.kill()  # no effect if it has ended
         process.stdout.close()
 
 
 def _mark(environment: Environment, wanted: Requirements, seconds: float) -> None:
+    """Write the marker of a finished environment."""
     settings = dict(
         line.split(" = ", 1) for line in (environment.path / "pyvenv.cfg").read_text().splitlines() if " = " in line
     )

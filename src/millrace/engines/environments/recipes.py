@@ -1,4 +1,4 @@
-"""What is installed for an engine: a complete list of pins where we have tested one, else the engine as it comes."""
+"""The packages to install for each engine: a tested list of pins, or the engine with pip's choice of dependencies."""
 
 import hashlib
 import re
@@ -8,17 +8,17 @@ from pathlib import Path
 
 from millrace.errors import ConfigError
 
-LOCKS = Path(__file__).parent  # the lists of pins lie beside this file
-VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!]*")  # without a hyphen, which parts a folder's name
+LOCKS = Path(__file__).parent  # the lists of pins are beside this file
+VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!]*")  # no hyphen, which separates the parts of a folder's name
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How an engine is installed for one device.
 
-    locks: version to a file that pins every package, installed as it stands (`--no-deps`). None: any version, together
-    with the dependencies that it asks for itself. check: Python code that must run in the finished environment; hint:
-    what the user can do where it does not.
+    locks: version to a file that pins every package, which is installed with `--no-deps`. None: any version, with the
+    dependencies that pip chooses. check: Python code that must run in the finished environment. hint: advice to the
+    user if it fails.
     """
 
     locks: Mapping[str, Path] | None
@@ -28,24 +28,24 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """The text of a pip requirements file. complete: it names every package, so pip looks for no dependencies."""
+    """The text of a pip requirements file. complete: it names every package, so pip need not look for dependencies."""
 
     text: str
     complete: bool
 
     @property
     def lines(self) -> list[str]:
-        """Those that name packages."""
+        """The lines that name packages."""
         return [line for line in self.text.splitlines() if line.strip() and not line.startswith("#")]
 
     @property
     def sha256(self) -> str:
-        """Of the packages: another comment is no reason to install anew."""
+        """The hash of the packages. Comments do not count, so changing one does not require another installation."""
         return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
 
     @property
     def packages(self) -> int | None:
-        """How many packages will be installed; None where only pip will know."""
+        """The number of packages, or None if pip chooses the dependencies."""
         return len(self.lines) if self.complete else None
 
 
@@ -53,8 +53,8 @@ Recipes = Mapping[tuple[str, str], Recipe]  # by engine and device
 
 CPU_CHECK = "import torch"
 CPU_HINT = (
-    "torch does not load. The torch of PyPI is the CUDA build, which needs packages that the CPU form lacks; "
-    "name the index of torch's CPU builds to pip in PIP_EXTRA_INDEX_URL, and install again"
+    "torch does not load. PyPI has the CUDA build of torch, which needs packages that are not installed for the CPU; "
+    "set PIP_EXTRA_INDEX_URL to the index of torch's CPU builds, and install again"
 )
 RECIPES: Recipes = {
     ("sglang", "cpu"): Recipe(
@@ -63,14 +63,14 @@ RECIPES: Recipes = {
         hint=CPU_HINT,
     ),
     ("vllm", "cpu"): Recipe(locks={"0.32.0": LOCKS / "vllm-0.32.0-cpu.txt"}, check=CPU_CHECK, hint=CPU_HINT),
-    # Routers need no GPU, whatever the engines have that they stand before.
+    # Routers need no GPU, also in front of engines that have one.
     ("sglang-router", "cpu"): Recipe(
         locks={"0.3.2": LOCKS / "sglang-router-0.3.2-cpu.txt"}, check="from sglang_router.router import Router"
     ),
     ("vllm-router", "cpu"): Recipe(
         locks={"0.1.17": LOCKS / "vllm-router-0.1.17-cpu.txt"}, check="from vllm_router.router import Router"
     ),
-    # Several GB, and never installed by our own tests: they run without a GPU.
+    # Several GB. Our tests, which have no GPU, never install them.
     ("sglang", "cuda"): Recipe(locks=None),
     ("vllm", "cuda"): Recipe(locks=None),
 }
@@ -83,7 +83,7 @@ DEFAULT_VERSIONS: Mapping[str, str] = {
 
 
 def recipe_for(engine: str, device: str, recipes: Recipes) -> Recipe:
-    """Raises ConfigError, which names the engines and devices there are."""
+    """Return the recipe. Raises ConfigError, which names the known engines and devices, if there is none."""
     if (engine, device) not in recipes:
         known = ", ".join(f"{engine} ({device})" for engine, device in sorted(recipes))
         raise ConfigError(f"there is no environment for {engine} ({device}); there are: {known}")
@@ -91,15 +91,15 @@ def recipe_for(engine: str, device: str, recipes: Recipes) -> Recipe:
 
 
 def requirements(engine: str, version: str, device: str, recipes: Recipes) -> Requirements:
-    """What pip is to install. Raises ConfigError for an unknown engine, device or version."""
+    """Return the packages to install. Raises ConfigError for an unknown engine, device or version."""
     locks = recipe_for(engine, device, recipes).locks
     if not VERSION.fullmatch(version):
-        raise ConfigError(f"{version!r} is no version of a package, such as {DEFAULT_VERSIONS.get(engine, '1.2.3')}")
+        raise ConfigError(f"{version!r} is not a version of a package, such as {DEFAULT_VERSIONS.get(engine, '1.2.3')}")
     if locks is None:
         return Requirements(f"{engine}=={version}\n", complete=False)
     if version not in locks:
         raise ConfigError(
             f"{engine} {version} has no tested list of packages for the {device}; these versions have one: "
-            f"{', '.join(locks)}. For another, make an environment yourself and name its interpreter as `python`"
+            f"{', '.join(locks)}. For another, make an environment yourself and set `python` to its interpreter"
         )
     return Requirements(locks[version].read_text(), complete=True)

@@ -1,4 +1,4 @@
-"""Which environments there are: their places, the mark of a finished one, the lock while one is worked on."""
+"""The installed environments: their folders, the marker of a finished one, and the lock for changing one."""
 
 import fcntl
 import json
@@ -20,7 +20,7 @@ LOCK_POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """A virtual environment of one engine; `device` is cpu or cuda. `path` is where it is or would be."""
+    """The virtual environment of one engine, which may not exist. device: cpu or cuda. path: its folder."""
 
     engine: str
     version: str
@@ -33,7 +33,7 @@ class Environment:
 
     @property
     def marker(self) -> Path:
-        """Written last: the environment counts as installed when this is there and tells of the same packages."""
+        """The marker, which is written last. An environment is installed if its marker names the same packages."""
         return self.path / MARKER
 
     @property
@@ -46,7 +46,7 @@ class Environment:
 
     @property
     def arguments(self) -> str:
-        """What names it on the command line of `millrace engines`."""
+        """The arguments of `millrace engines` that name this environment."""
         return f"{self.engine} --version {self.version}" + (" --cpu" if self.device == "cpu" else "")
 
     def __str__(self) -> str:
@@ -55,15 +55,18 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """An environment that has a folder. whole: it was finished, with the packages that its lock names today."""
+    """An environment that has a folder. whole: it is finished and has the packages of the current lock file."""
 
     environment: Environment
     whole: bool
 
 
 def environments_home() -> Path:
-    """$MILLRACE_HOME/engines, else $XDG_CACHE_HOME/millrace/engines, else ~/.cache/millrace/engines. Raises ConfigError
-    where none of these is known."""
+    """Return the folder of all environments.
+
+    It is $MILLRACE_HOME/engines, or $XDG_CACHE_HOME/millrace/engines, or ~/.cache/millrace/engines. Raises ConfigError
+    if none of these is known.
+    """
     try:
         if home := os.environ.get("MILLRACE_HOME"):
             return Path(expand(home)).absolute() / "engines"
@@ -72,16 +75,17 @@ def environments_home() -> Path:
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or expand("~/.cache"))
     except ValueError as error:
-        raise ConfigError("this user has no home folder for engines' environments; set MILLRACE_HOME") from error
+        raise ConfigError("this user has no home folder to keep environments in; set MILLRACE_HOME") from error
     return cache.absolute() / "millrace" / "engines"
 
 
 def environment(engine: str, version: str, device: str) -> Environment:
+    """Return the environment, installed or not."""
     return Environment(engine, version, device, environments_home() / f"{engine}-{version}-{device}")
 
 
 def is_whole(environment: Environment, sha256: str | None) -> bool:
-    """Whether it was finished with the packages of this hash (None: whichever), and its interpreter still runs."""
+    """Whether the environment is finished, has packages of this hash (None: any), and has its interpreter."""
     try:
         marker = json.loads(environment.marker.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -90,8 +94,12 @@ def is_whole(environment: Environment, sha256: str | None) -> bool:
 
 
 def find(engine: str, version: str, device: str, *, recipes: Recipes = RECIPES) -> Environment:
-    """The finished environment. Raises LaunchError with the command to run where there is none, ConfigError where
-    there can't be one."""
+    """Return the finished environment.
+
+    Raises:
+        ConfigError: there is no recipe for this engine, version or device.
+        LaunchError: it is not installed. The message has the command that installs it.
+    """
     wanted = requirements(engine, version, device, recipes)
     found = environment(engine, version, device)
     if not is_whole(found, wanted.sha256):
@@ -101,7 +109,7 @@ def find(engine: str, version: str, device: str, *, recipes: Recipes = RECIPES) 
 
 
 def installed(*, recipes: Recipes = RECIPES) -> list[Installed]:
-    """Every environment that has a folder, unfinished ones too, by name."""
+    """Return every environment that has a folder, also unfinished ones, sorted by name."""
     home, found = environments_home(), []
     for path in sorted(home.iterdir()) if home.is_dir() else ():
         rest, _, device = path.name.rpartition("-")
@@ -111,20 +119,20 @@ def installed(*, recipes: Recipes = RECIPES) -> list[Installed]:
             try:
                 sha256 = requirements(engine, version, device, recipes).sha256
             except ConfigError:
-                sha256 = None  # from another Millrace, which knew this engine or version
+                sha256 = None  # installed by another version of Millrace, which has a recipe for it
             found.append(Installed(one, is_whole(one, sha256)))
     return found
 
 
 def size(environment: Environment) -> int:
-    """Bytes on disk, by the files' lengths."""
+    """Return the total size of the files in bytes."""
     return sum(
         (Path(folder) / name).lstat().st_size for folder, _, names in os.walk(environment.path) for name in names
     )
 
 
 def remove(engine: str, version: str, device: str) -> None:
-    """Deletes the environment, finished or not. Raises LaunchError when it is not there or is being installed."""
+    """Delete the environment, finished or not. Raises LaunchError if it does not exist or is being installed."""
     there = [one.environment for one in installed()]
     gone = environment(engine, version, device)
     if gone not in there:
@@ -136,7 +144,7 @@ def remove(engine: str, version: str, device: str) -> None:
 
 
 def clear(environment: Environment) -> None:
-    """Deletes the folder; its mark first, so that what is left when this is interrupted does not pass for whole."""
+    """Delete the folder, marker first, so that a partly deleted environment does not count as finished."""
     try:
         environment.marker.unlink(missing_ok=True)
         if environment.path.exists():
@@ -147,18 +155,16 @@ def clear(environment: Environment) -> None:
 
 @contextmanager
 def locked(environment: Environment, *, deadline: float, waiting: Callable[[], None]) -> Iterator[int]:
-    """Holds the environment's lock, whose file descriptor this yields: a child that inherits it holds the lock too.
+    """Hold the environment's lock. Yields its file descriptor; a child process that inherits it holds the lock too.
 
-    `waiting` is called once where another process has the lock. Raises LaunchError when it still has it after
-    `deadline` seconds. The lock's file stays, because to delete it would let two processes lock two files of one name.
+    waiting: called once if another process holds the lock. Raises LaunchError if it still does after `deadline`
+    seconds. The lock file is never deleted: otherwise two processes could lock two files of the same name.
     """
     try:
         environment.lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(environment.lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise LaunchError(
-            f"environments can't be kept in {environments_home()} ({error}); set MILLRACE_HOME"
-        ) from error
+        raise LaunchError(f"can't create environments in {environments_home()} ({error}); set MILLRACE_HOME") from error
     try:
         end, told = time.monotonic() + deadline, False
         while not _try_lock(descriptor):

@@ -1,1 +1,1 @@
-"""Stock SGLang: its adapter, its launch, and what must never be sent to it."""
+"""Stock SGLang: adapter, launch, and checks of what must never be sent to it."""

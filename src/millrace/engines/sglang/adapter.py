@@ -1,4 +1,4 @@
-"""The adapter of stock SGLang."""
+"""The adapter for stock SGLang."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -42,39 +42,41 @@ from millrace.types import (
     TorchStorageBucket,
 )
 
-PAUSE_DEADLINE = 60.0  # seconds; it waits for requests of others to end
-QUIETLY = {"flush_cache": False, "abort_all_requests": False}  # both were seen to before
+PAUSE_DEADLINE = 60.0  # seconds; it waits for the requests of other clients to end
+WITHOUT_FLUSH = {"flush_cache": False, "abort_all_requests": False}  # the adapter did both before
 
 
 class SGLangEngine(StockEngine):
-    """An SGLang server."""
+    """One SGLang server."""
 
-    _session: bool | None = None  # whether the server has an update session open; None: nobody knows
+    _session: bool | None = None  # whether the server has an update session open; None: unknown
 
     async def initialize(self, version: int | None = None) -> None:
-        """What the server made while starting is taken out of its garbage collector's sight, which every flush of the
-        cache runs on the CPU (half a second)."""
-        await self._go_on()
+        # /freeze_gc excludes the objects made at startup from garbage collection. On the CPU every cache flush runs the
+        # collector, which takes half a second without it.
+        await self._resume_server()
         await self._control("/freeze_gc", {}, repeatable=True)
         self._dangling = version is None
         if version is None:
-            await self._clear_up()
+            await self._unload_leftover_loras()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
-        await self._when_idle("/flush_cache", {}, deadline)
+        await self._retry_until_idle("/flush_cache", {}, deadline)
 
     async def leave_group(self, name: str) -> None:
         await self._control("/destroy_weights_update_group", {"group_name": name})
 
     async def checksums(self) -> Mapping[str, str]:
-        """Of the tensors as the engine keeps them, fused and sharded, by a digest of its own; names begin with the
-        rank."""
+        """Return SGLang's own digests of the tensors as each rank holds them, fused and sharded.
+
+        Names begin with the rank.
+        """
         body = await self._control("/weights_checker", {"action": "checksum"}, repeatable=True)
         return checksums_by_rank(body["ranks"])
 
     async def loads(self) -> EngineLoad:
         body = await self._ask("/v1/loads")
-        return self._understood("/v1/loads", lambda: decode_loads(body))
+        return self._decode("/v1/loads", lambda: decode_loads(body))
 
     async def info(self) -> EngineInfo:
         facts = await self._facts()
@@ -87,11 +89,11 @@ class SGLangEngine(StockEngine):
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:
         body = await by.generate("/generate", encode_generate(request), deadline=deadline, headers=headers)
-        return self._made("/generate", lambda: decode_generate(request, body))
+        return self._decode_generation("/generate", lambda: decode_generate(request, body))
 
-    async def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
+    async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         async for event in self._events("/generate", encode_generate(request, stream=True), deadline):
-            made = self._made("/generate", partial(decode_generate, request, event))
+            made = self._decode_generation("/generate", partial(decode_generate, request, event))
             yield made, event["meta_info"]["finish_reason"] is not None
 
     async def _abort(self, names: Sequence[str]) -> None:
@@ -101,25 +103,25 @@ class SGLangEngine(StockEngine):
     async def _abort_all(self, names: Sequence[str]) -> None:  # noqa: ARG002
         await self._control("/abort_request", {"abort_all": True}, repeatable=True)
 
-    async def _halt(self, mode: PauseMode) -> None:
-        """SGLang's own way of aborting looks once a second whether all have ended, so they are ended before."""
+    async def _pause_server(self, mode: PauseMode) -> None:
         if mode is PauseMode.ABORT:
-            await self._until_ended(self._calls.sent, self._abort_all)
+            # Abort first: SGLang's own pause checks only once a second whether all requests have ended.
+            await self._abort_until_ended(self._calls.sent, self._abort_all)
         await self._control("/pause_generation", {"mode": PAUSE_MODES[mode]}, deadline=PAUSE_DEADLINE, repeatable=True)
 
-    async def _go_on(self) -> None:
+    async def _resume_server(self) -> None:
         await self._control("/continue_generation", {}, repeatable=True)
 
     async def _release(self, before: ServerState, after: ServerState) -> None:
         await self._control("/release_memory_occupation", {"tags": sorted(after.asleep - before.asleep)})
 
-    async def _take_back(self, what: frozenset[MemoryTag]) -> None:
-        # Not repeated where it fails: taking a tag back twice kills the server.
+    async def _reallocate(self, what: frozenset[MemoryTag]) -> None:
+        # Not repeatable: allocating a tag twice kills the server.
         await self._control("/resume_memory_occupation", {"tags": sorted(what)})
 
     async def _open_update(self) -> None:
         if Capability.UPDATE_SESSION in (await self._facts()).info.capabilities:
-            self._session = None  # as long as its answer may be lost
+            self._session = None  # unknown until the answer arrives
             await self._control("/begin_weight_update", {})
             self._session = True
 
@@ -135,42 +137,44 @@ class SGLangEngine(StockEngine):
             case DiskBucket(path=folder):
                 path, body = "/update_weights_from_disk", {"model_path": folder}
             case SharedMemoryBucket():
-                raise InvalidStateError("it can't open a memory file; send the tensors by torch's storage")
+                raise InvalidStateError("it can't open a memory file; send the tensors by torch storage")
 
         async def send(deadline: float) -> None:
-            await self._control(path, {**body, **QUIETLY}, deadline=deadline)
+            await self._control(path, {**body, **WITHOUT_FLUSH}, deadline=deadline)
 
         return send
 
     async def _commit(self, version: int) -> None:
-        await self._give_up()
+        await self._abort_update()
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._control("/update_weight_version", body)
 
-    async def _give_up(self) -> None:
+    async def _abort_update(self) -> None:
         if self._session is False:
             return
         try:
             await self._control("/end_weight_update", {})
         except EngineRefused:
             if self._session is not None:
-                raise  # otherwise there was none
+                raise  # otherwise no session was open
         self._session = False
 
     async def _load_lora(self, name: str, path: str, deadline: float) -> None:
         body = await self._control("/load_lora_adapter", {"lora_name": name, "lora_path": path}, deadline=deadline)
         if (body["loaded_adapters"] or {}).get(name) != path:
-            raise EngineFailed(self.name, f"it has not got the adapter {name} of {path}: {body['loaded_adapters']}")
+            raise EngineFailed(
+                self.name, f"it did not load the LoRA adapter {name} from {path}; loaded: {body['loaded_adapters']}"
+            )
 
     async def _unload_lora(self, name: str, worker_id: int | None, deadline: float) -> None:  # noqa: ARG002
-        """SGLang waits until no request uses it."""
+        """Unload a LoRA adapter. SGLang waits until no request uses it."""
         await self._control("/unload_lora_adapter", {"lora_name": name}, deadline=deadline)
 
     async def _join(self, group: ProcessGroup, deadline: float) -> None:
         await self._control("/init_weights_update_group", group_body(group, deadline), deadline=deadline)
 
     async def _probe(self, deadline: float) -> None:
-        # Its own /health generates a token, and can't while it is paused or asleep.
+        # Not /health: it generates a token, which fails while the server is paused or asleep.
         await self._http.control("GET", "/server_info", deadline=deadline)
 
     async def _read_facts(self) -> Facts:
@@ -182,4 +186,4 @@ class SGLangEngine(StockEngine):
         check_request(request, facts.limits)
 
     def _why_no_sleep(self) -> str:
-        return "it was started without --enable-memory-saver and can release nothing"
+        return "it was started without --enable-memory-saver, so it can't release memory"

@@ -1,4 +1,4 @@
-"""What one SGLang process is started with: its arguments and environment, worked out from the settings. No I/O."""
+"""Build the command line and environment of each SGLang process from the settings. No I/O."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ from millrace.engines.stock.arguments import (
     local_ranks,
     option,
     options,
-    require_said_once,
+    require_set_once,
 )
 from millrace.errors import ConfigError
 from millrace.launch.ports import unbracketed, url_of
 
 CPU_TOTAL_TOKENS = 65536
-# Only what engine_args leaves open. torch_native, pytorch and none are the backends that need no kernel package; the
-# warm-up and busy waiting cost a CPU more than they give.
+# Defaults that engine_args can override. torch_native, pytorch and none are the backends that need no kernel package.
+# On a CPU, the warm-up and busy waiting cost more than they gain.
 CPU_DEFAULTS: dict[str, EngineArgument] = {
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
@@ -30,12 +30,12 @@ CPU_DEFAULTS: dict[str, EngineArgument] = {
     "sleep_on_idle": True,
     "lora_backend": "torch_native",
 }
-# SGLang's own are pages of one token: a hash, and an event's entry, for each. On the CPU it stays so: 0.5.15 dies of
-# larger ones there.
+# SGLang's default page size is 1, which makes an event entry for each token. It stays the default on the CPU, because
+# 0.5.15 crashes with larger pages there.
 KV_EVENTS_DEFAULTS: dict[str, EngineArgument] = {"page_size": 64}
-TELLS_NO_LORA = frozenset({"0.5.15"})  # its events are alike with and without one
+EVENTS_WITHOUT_LORA = frozenset({"0.5.15"})  # versions whose KV events do not mention LoRA adapters
 
-# Every option string of SGLang 0.5.15 and 0.5.23 for what Millrace sets, and the setting that it belongs to.
+# Every option string of SGLang 0.5.15 and 0.5.23 that Millrace sets, with its setting.
 SETTINGS = {
     "--tp-size": "tp_size",
     "--tensor-parallel-size": "tp_size",
@@ -61,7 +61,7 @@ SETTINGS = {
     "--mem-fraction-static": "mem_fraction_static",
     "--enable-memory-saver": "memory_saver",
 }
-# The same for what has its place elsewhere, or nowhere.
+# Options that are set elsewhere or must not be set, with their owner and advice.
 OTHERS = {
     "--model-path": ("model", "set only model"),
     "--model": ("model", "set only model"),
@@ -69,7 +69,7 @@ OTHERS = {
     "--weight-version": ("the version that Millrace publishes", "leave it out"),
     "--api-key": KEYS,
     "--admin-api-key": KEYS,
-    "--nccl-port": ("the port that the kernel gives", "leave it out"),
+    "--nccl-port": ("the free port that Millrace chooses", "leave it out"),
     "--config": ("engine.engine_args, the one place for SGLang's own arguments", "move the file's settings there"),
 }
 ENVIRONMENT = {
@@ -83,10 +83,11 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """The ports of one launch. `http` has one for each node that is started on this host.
+    """The ports of one launch.
 
-    The ranks meet at `rendezvous` (host:port), or where that is None at `nccl` of this host. `nccl` is None where
-    SGLang has to choose one for each data-parallel rank. `kv_events`: where node 0 publishes what its KV cache has.
+    http: one for each node on this host. rendezvous: the host:port where the ranks meet; None: at port `nccl` of this
+    host. nccl: None if SGLang must choose one for each data-parallel rank. kv_events: the endpoint at which node 0
+    publishes the contents of its KV cache.
     """
 
     http: tuple[int, ...]
@@ -98,13 +99,13 @@ class Ports:
 def nodes(
     config: SGLangEngineConfig, spec: LaunchSpec, *, ports: Ports, api_key: str, admin_key: str
 ) -> tuple[Node, ...]:
-    """The nodes that are started on this host, in the order of their ranks.
+    """Return the nodes to start on this host, ordered by rank.
 
-    Raises ConfigError where engine_args or env contradict what Millrace sets.
+    Raises ConfigError if engine_args or env contradict what Millrace sets.
     """
     require_no_contradiction(config)
     keys = {API_KEY: api_key, ADMIN_KEY: admin_key}
-    # On the CPU the number means a NUMA node, of which there may be only one.
+    # On the CPU, base_gpu_id is a NUMA node, and there may be only one.
     base = config.base_gpu_id + (spec.replica * gpus(config) if config.device == "cuda" else 0)
     ranks = local_ranks(config)
     return tuple(
@@ -134,19 +135,18 @@ def nodes(
 
 
 def require_no_contradiction(config: SGLangEngineConfig) -> None:
-    """Raises ConfigError for an engine argument or a variable that repeats what Millrace sets, and for events that say
-    too little."""
-    require_said_once(config, settings=SETTINGS, others=OTHERS, environment=ENVIRONMENT)
+    """Raise ConfigError for an engine argument or variable that Millrace sets itself, or for unusable KV events."""
+    require_set_once(config, settings=SETTINGS, others=OTHERS, environment=ENVIRONMENT)
     loras = given(config).keys() & {"--enable-lora", "--lora-paths"}
-    if config.kv_events and loras and config.version in TELLS_NO_LORA:
+    if config.kv_events and loras and config.version in EVENTS_WITHOUT_LORA:
         raise ConfigError(
-            f"SGLang {config.version} says of a block in its cache neither whether it is an adapter's nor whose; leave "
-            f"out engine.kv_events, or engine.engine_args {', '.join(sorted(loras))}, or take 0.5.23"
+            f"the KV events of SGLang {config.version} do not name a block's LoRA adapter; leave out engine.kv_events, "
+            f"or engine.engine_args {', '.join(sorted(loras))}, or use 0.5.23"
         )
 
 
 def settings(config: SGLangEngineConfig, spec: LaunchSpec) -> dict[str, EngineArgument]:
-    """What all nodes of an engine are told alike."""
+    """Return the options that all nodes of an engine share."""
     max_total_tokens = config.max_total_tokens
     if max_total_tokens is None and config.device == "cpu":
         max_total_tokens = CPU_TOTAL_TOKENS
@@ -170,36 +170,38 @@ def settings(config: SGLangEngineConfig, spec: LaunchSpec) -> dict[str, EngineAr
 
 
 def defaults(config: SGLangEngineConfig) -> dict[str, EngineArgument]:
-    """What SGLang is told unless engine_args says otherwise."""
+    """Return Millrace's defaults for options that engine_args does not set."""
     by_device = {"cpu": CPU_DEFAULTS, "cuda": KV_EVENTS_DEFAULTS if config.kv_events else {}}
     left_open = by_device[config.device]
     return {name: value for name, value in left_open.items() if option(name) not in given(config)}
 
 
 def environment(config: SGLangEngineConfig) -> dict[str, str]:
-    """What is added to the environment of every node, without the keys."""
+    """Return the variables to add to the environment of every node, without the keys."""
     variables = dict(config.env)
     if config.cuda_visible_devices is not None:
         variables["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
     if config.threads is not None:
         variables["OMP_NUM_THREADS"] = str(config.threads)
     if config.device == "cpu":
-        # Several processes that each take all cores stand in each other's way: 5x slower under load.
+        # Several processes with a thread for every core each slow each other down: 5x under load.
         variables |= {"OMP_NUM_THREADS": str(config.threads or 1), "SGLANG_USE_CPU_ENGINE": "1"}
         variables.setdefault("CUDA_VISIBLE_DEVICES", "")
     return variables
 
 
 def attention_dp(config: SGLangEngineConfig) -> bool:
-    """Whether the data-parallel ranks share the tensor-parallel group (DP attention), and so take no GPUs of their
-    own. 0.5.15 has the flag, 0.5.23 the flag and a size."""
-    said = given(config)
-    sizes = (said.get("--attn-dp-size"), said.get("--attention-data-parallel-size"))
-    return said.get("--enable-dp-attention") is True or any(size not in (None, 1) for size in sizes)
+    """Whether the data-parallel ranks share the tensor-parallel group (DP attention), and so need no GPUs of their own.
+
+    SGLang 0.5.15 has a flag for it, 0.5.23 a flag and a size.
+    """
+    explicit = given(config)
+    sizes = (explicit.get("--attn-dp-size"), explicit.get("--attention-data-parallel-size"))
+    return explicit.get("--enable-dp-attention") is True or any(size not in (None, 1) for size in sizes)
 
 
 def gpus(config: SGLangEngineConfig) -> int:
-    """How many consecutive GPU ids one engine takes, over all its nodes."""
+    """Return how many consecutive GPU ids one engine takes, over all its nodes."""
     step = given(config).get("--gpu-id-step", 1)
     copies = 1 if attention_dp(config) else config.dp_size
     return config.tp_size * config.pp_size * copies * (step if isinstance(step, int) else 1)

@@ -1,4 +1,4 @@
-"""What does not change while a server runs, worked out from what the server says of itself. Pure."""
+"""Read what an SGLang server is and can do from its own answers. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,23 +8,23 @@ from millrace.engines.stock.model import Model
 from millrace.model_config import COMPUTE_DTYPES
 from millrace.types import Capability, EngineInfo
 
-# By the server's own description of its API, so that a fork or a later version tells by itself what it can do.
+# Capability to the route that provides it. Routes are read from the server, so forks and later versions work too.
 CAPABILITY_PATHS = {
     Capability.UPDATE_SESSION: "/begin_weight_update",
     Capability.UPDATE_FROM_DISK: "/update_weights_from_disk",
     Capability.UPDATE_FROM_PROCESS_GROUP: "/update_weights_from_distributed",
     Capability.OWN_CHECKSUMS: "/weights_checker",
 }
-# An SGLang that quantises its weights has them in another form than they come in, and dies of an update. With this load
-# format it quantises what comes again; it dies of updates from disk all the same.
-QUANTISES_AGAIN = "flash_rl"
+# An SGLang with quantised weights crashes on an update, because the weights do not arrive quantised. With this load
+# format it quantises them again, but still crashes on an update from disk.
+REQUANTISING_FORMAT = "flash_rl"
 BREAKING = {Capability.UPDATE_FROM_DISK}
 UPDATES = BREAKING | {
     Capability.UPDATE_FROM_PROCESS_GROUP,
     Capability.UPDATE_FROM_TORCH_STORAGE,
     Capability.UPDATE_FROM_CUDA_IPC,
 }
-# By what SGLang calls them; which one `auto` has become, it does not say.
+# SGLang's names of dtypes. It does not report what `auto` resolved to.
 DTYPES = {name: name for name in COMPUTE_DTYPES} | {"half": "float16", "float": "float32"}
 PAUSE_CAPABILITIES = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capability.PAUSE_KEEP}
 
@@ -32,15 +32,18 @@ PAUSE_CAPABILITIES = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capabili
 def read_facts(
     paths: Mapping[str, object], served: Mapping[str, Any], server: Mapping[str, Any], model: Model
 ) -> Facts:
-    """From the paths of /openapi.json, /model_info, /server_info and the model's folder. Raises KeyError where the
-    server does not say what SGLang says."""
+    """Return the facts of a server.
+
+    paths: of /openapi.json. served: the answer of /model_info. server: the answer of /server_info. model: the model's
+    folder. Raises KeyError if the answers are not SGLang's.
+    """
     info = EngineInfo(
         kind="sglang",
         engine_version=server["version"],
         model_path=served["model_path"],
         weight_version=None,
         vocab_size=model.vocab_size,
-        # Less than the model's: of what is longer, SGLang refuses the prompt or cuts the answer without a word.
+        # Less than the model's: beyond it, SGLang refuses the prompt or silently cuts the output.
         context_length=server["max_req_input_len"],
         capabilities=capabilities_of(paths, served, server),
         ranks=server["tp_size"] * server["pp_size"],
@@ -53,7 +56,7 @@ def read_facts(
 def capabilities_of(
     paths: Mapping[str, object], served: Mapping[str, Any], server: Mapping[str, Any]
 ) -> frozenset[Capability]:
-    """From the server's description of its API, of its model and of its settings."""
+    """Return the server's capabilities. The arguments are those of `read_facts`."""
     found = {capability for capability, path in CAPABILITY_PATHS.items() if path in paths}
     found |= {Capability.VERSION_SPANS, *PAUSE_CAPABILITIES}
     on_cpu = server["device"] == "cpu"
@@ -63,10 +66,10 @@ def capabilities_of(
     if not single:
         found.discard(Capability.UPDATE_FROM_PROCESS_GROUP)
     if server["quantization"] is not None:
-        found -= BREAKING if server["load_format"] == QUANTISES_AGAIN else UPDATES
+        found -= BREAKING if server["load_format"] == REQUANTISING_FORMAT else UPDATES
     if on_cpu or server["enable_memory_saver"]:
         found.add(Capability.SLEEP)
-    if server["enable_lora"] and server["dp_size"] == 1:  # SGLang loads none at runtime otherwise
+    if server["enable_lora"] and server["dp_size"] == 1:  # otherwise SGLang can't load adapters at runtime
         found.add(Capability.LORA)
     if served["has_image_understanding"]:
         found.add(Capability.IMAGES)

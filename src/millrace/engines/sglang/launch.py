@@ -1,4 +1,4 @@
-"""Starts an SGLang server: one process, or one for each of its nodes."""
+"""Start an SGLang server: one process, or one process for each node."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,10 +13,10 @@ from millrace.engines.stock.launching import new_keys, start_nodes, with_dtype
 from millrace.errors import LaunchError
 from millrace.launch.ports import bound, free_port, free_ports, require_free
 
-SERVE = Path(__file__).with_name("serve.py")  # not imported: it is the engine's
-# In shared memory, where SGLang never removes the first, and a killed server none: 25 MB with several ranks.
+SERVE = Path(__file__).with_name("serve.py")  # not imported: it runs on the engine's interpreter
+# Files in shared memory. SGLang never removes the first, and a killed server removes none: 25 MB with several ranks.
 LEFTOVERS = ("sglang_loads_*", "sgl_shm_mq_*", "sem.mp-*")
-# With DP attention SGLang takes the ports after the one where its ranks meet, up to this distance.
+# With DP attention, SGLang also uses this many ports after the rendezvous port.
 DERIVED_PORTS = 13
 BLOCK_ATTEMPTS = 50
 
@@ -24,8 +24,8 @@ BLOCK_ATTEMPTS = 50
 async def launch(config: SGLangEngineConfig, spec: LaunchSpec, *, python: Path | None = None) -> Launched:
     """Start an SGLang, and wait until it is healthy. See `millrace.engines.kinds.launch`.
 
-    Its logs are `NAME.log`, or `NAME-nodeN.log` for each node. Its keys are made here. `python`: an interpreter that
-    has the engine; None for the config's, or that of the installed environment.
+    The logs are `NAME.log`, or `NAME-nodeN.log` for each node. The keys are new. python: an interpreter that has the
+    engine; None for the config's, or that of the installed environment.
     """
     python = python or await checked_interpreter(config)
     name = spec.name(config.kind)
@@ -46,7 +46,10 @@ async def launch(config: SGLangEngineConfig, spec: LaunchSpec, *, python: Path |
 
 
 def choose_ports(config: SGLangEngineConfig, replica: int) -> Ports:
-    """The config's ports and, for what it leaves open, the kernel's. Raises LaunchError when the config's are taken."""
+    """Return the config's ports, and free ports for those that it leaves open.
+
+    Raises LaunchError if a port of the config is in use.
+    """
     http = free_ports(config.host, len(local_ranks(config)), "engine.host")
     if config.ports is not None:
         require_free(config.host, config.ports[replica])
@@ -55,14 +58,14 @@ def choose_ports(config: SGLangEngineConfig, replica: int) -> Ports:
     rendezvous = config.dist_init_addr
     if rendezvous is None and (config.nnodes > 1 or shares_ranks):
         rendezvous = f"127.0.0.1:{free_block('127.0.0.1', DERIVED_PORTS + 1)}"
-    # Data-parallel ranks that share nothing each meet at a port of their own, which SGLang has the kernel choose.
+    # Separate data-parallel ranks meet at a port each, which SGLang lets the kernel choose.
     nccl = None if config.dp_size > 1 and not shares_ranks else free_port(config.host, "engine.host")
     kv_events = new_endpoint() if config.kv_events and 0 in local_ranks(config) else None
     return Ports(tuple(http), nccl, rendezvous, kv_events)
 
 
 def free_block(host: str, count: int) -> int:
-    """The first of `count` successive ports that were free a moment ago."""
+    """Return the first of `count` consecutive ports that were all free a moment ago."""
     for _ in range(BLOCK_ATTEMPTS):
         first = free_port(host)
         with ExitStack() as held:
@@ -70,6 +73,6 @@ def free_block(host: str, count: int) -> int:
                 for port in range(first, first + count):
                     held.enter_context(bound(host, port))
             except (OSError, OverflowError):
-                continue  # one is taken, or there is no such port
+                continue  # one is in use, or beyond the last port
             return first
-    raise LaunchError(f"{host} has no {count} successive free ports; name a host:port in engine.dist_init_addr")
+    raise LaunchError(f"{host} has no {count} consecutive free ports; set engine.dist_init_addr to a host:port")

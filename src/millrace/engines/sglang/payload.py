@@ -1,8 +1,8 @@
-"""The payload of SGLang's /update_weights_from_tensor: a pickle, written without pickling anything.
+"""Write the payload of SGLang's /update_weights_from_tensor: a pickle, without pickling anything.
 
-SGLang takes tensors as a base64 pickle of {"flattened_tensor", "metadata"} with load_format `flattened_bucket`.
-Millrace neither imports SGLang, whose class the metadata is of, nor unpickles; it writes the few opcodes that the
-server's allow-list takes.
+SGLang takes tensors as a base64 pickle of {"flattened_tensor", "metadata"} with load_format `flattened_bucket`. The
+metadata are objects of an SGLang class. Millrace does not import SGLang. It writes only the opcodes that the server's
+allow-list accepts.
 """
 
 import base64
@@ -12,12 +12,12 @@ from millrace.types import CudaIpcBucket, CudaIpcShare, TensorSpec, TorchStorage
 
 REDUCTIONS = "torch.multiprocessing.reductions"
 BUCKET_MODULE = b"sglang.srt.weight_sync.tensor_bucket"
-# SGLang's own form of torch's rebuild function: it finds the GPU by its UUID.
+# SGLang's variant of torch's rebuild function. It finds the GPU by its UUID.
 REBUILD_CUDA = ("sglang.srt.utils.patch_torch", "_rebuild_cuda_tensor_modified")
 
 
 def payloads(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[str]:
-    """What each of the engine's ranks is to open, in base64."""
+    """Return the payload of each rank, in base64."""
     metadata = b"](" + b"".join(map(_metadata, bucket.tensors)) + b"e"
     match bucket:
         case CudaIpcBucket(shares=shares, nbytes=nbytes):
@@ -35,8 +35,10 @@ def payloads(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[str
 
 
 def _metadata(spec: TensorSpec) -> bytes:
-    """SGLang's FlattenedTensorMetadata, made without calling its constructor. Written out rather than nested, because a
-    model has hundreds of them and the server stands still meanwhile."""
+    """Return opcodes that make SGLang's FlattenedTensorMetadata without calling its constructor.
+
+    They are written flat rather than nested, for speed: a model has hundreds of them, and the server waits meanwhile.
+    """
     return b"".join(
         (
             b"c" + BUCKET_MODULE + b"\nFlattenedTensorMetadata\n)\x81}(",
@@ -60,7 +62,7 @@ def _metadata(spec: TensorSpec) -> bytes:
 
 
 def _cuda_tensor(share: CudaIpcShare, nbytes: int) -> Call:
-    """The arguments are those of torch's rebuild_cuda_tensor: a flat tensor of bytes over a storage of its own."""
+    """Return the call of torch's rebuild_cuda_tensor that makes a flat tensor of bytes over its own storage."""
     return Call(
         Name(*REBUILD_CUDA),
         (
@@ -86,11 +88,11 @@ def _cuda_tensor(share: CudaIpcShare, nbytes: int) -> Call:
 def _cpu_tensor(bucket: TorchStorageBucket) -> Call:
     storage = Call(
         Name(REDUCTIONS, "rebuild_storage_filename"),
-        # The trainer's helper process counts the users: a helper of the server's own would remove the memory under the
-        # trainer when the server dies.
+        # The trainer's manager process counts the users. The server's own manager would remove the memory while the
+        # trainer uses it, if the server died.
         (Name("torch.storage", "UntypedStorage"), bucket.manager, bucket.handle, bucket.nbytes),
     )
     typed = Call(Name(REDUCTIONS, "rebuild_typed_storage"), (storage, Name("torch", "uint8")))
-    # What rebuild_tensor reads: offset, size, stride, requires_grad.
+    # The arguments of rebuild_tensor: offset, size, stride, requires_grad.
     layout = (0, Call(Name("torch", "Size"), ((bucket.nbytes,),)), (1,), False)
     return Call(Name(REDUCTIONS, "rebuild_tensor"), (Name("torch", "Tensor"), typed, layout))

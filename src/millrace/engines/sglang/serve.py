@@ -1,12 +1,13 @@
-"""What the engine's own interpreter runs: SGLang's server, started as SGLang itself starts it.
+"""Start SGLang's server as SGLang itself does. The engine's own interpreter runs this file.
 
     python serve.py SGLANG_ARGUMENT ...
 
-It imports nothing of Millrace. The keys come in the environment, as MILLRACE_API_KEY and MILLRACE_ADMIN_API_KEY, and
-stay out of command lines and logs. SGLang spawns its children from this file, and each child runs the module level
-again: what a child needs too is done there, and done on the second time as on the first.
+It imports nothing of Millrace. The keys are in the environment, as MILLRACE_API_KEY and MILLRACE_ADMIN_API_KEY, and
+stay out of command lines and logs. SGLang spawns its child processes from this file, so each child runs the module
+level again. Code that children need too is at the module level and must be safe to run twice.
 
-On the CPU (SGLANG_USE_CPU_ENGINE=1) it stands in for what the packages from PyPI lack there. Nothing else is changed.
+On the CPU (SGLANG_USE_CPU_ENGINE=1) it replaces the parts that are missing in the packages from PyPI. Nothing else is
+changed.
 """
 
 import functools
@@ -20,15 +21,15 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-# New objects between two looks of Python's garbage collector, whose own 700 cost a quarter of the time in which each of
-# SGLang's processes is imported.
+# Allocations between two runs of Python's garbage collector. With the default of 700, the collector takes a quarter of
+# the import time of each SGLang process.
 GC_THRESHOLD = 50_000
 
 KEYS = [key for name in ("MILLRACE_API_KEY", "MILLRACE_ADMIN_API_KEY") if (key := os.environ.get(name))]
 
 
 class RedactedRecord(logging.LogRecord):
-    """SGLang logs all its arguments at the start, the keys among them."""
+    """A log record with the keys redacted. SGLang logs all its arguments at the start, the keys among them."""
 
     def getMessage(self) -> str:
         message = super().getMessage()
@@ -38,8 +39,10 @@ class RedactedRecord(logging.LogRecord):
 
 
 class MissingKernels(types.ModuleType):
-    """Stands for `sgl_kernel`, of which SGLang asks the CPU's kernels by name at import. None is called with the
-    backends that need no kernel package."""
+    """A stand-in for `sgl_kernel`, from which SGLang imports the CPU kernels by name.
+
+    The backends that need no kernel package call none of them.
+    """
 
     def __getattr__(self, name: str) -> Any:
         if not name.endswith("_cpu"):
@@ -52,14 +55,15 @@ class MissingKernels(types.ModuleType):
 
 
 def prepare_cpu() -> None:
+    """Make SGLang work on a CPU with the packages from PyPI."""
     gc.set_threshold(GC_THRESHOLD)
     import torch
 
     try:
         import torchvision  # type: ignore[import-not-found,unused-ignore] # noqa: F401
     except (RuntimeError, OSError):
-        # torchvision's build for CUDA can't load its operators beside a torch for the CPU, and then fails to describe
-        # them. Once they are declared, its import succeeds; they are never called here.
+        # A CUDA build of torchvision can't load its operators with a CPU build of torch, and its import fails. It
+        # succeeds if the operators are declared. They are never called here.
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     if not torch.cuda.is_available():
@@ -74,7 +78,7 @@ def prepare_cpu() -> None:
 
 
 def unpin(torch: Any) -> None:
-    """SGLang's LoRA pins memory on every device, which fails where there is no GPU."""
+    """Make torch ignore `pin_memory`. SGLang's LoRA pins memory on every device, which fails without a GPU."""
 
     def unpinned(make: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any, **kwargs: Any) -> Any:
@@ -103,7 +107,7 @@ def main() -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-# This file's folder is first on the path, and its modules would be found before others of their names.
+# Python puts this file's folder first on the path, where its modules would hide others of the same name.
 sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
 logging.setLogRecordFactory(RedactedRecord)
 if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":

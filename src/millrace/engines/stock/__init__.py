@@ -1,1 +1,1 @@
-"""What the adapters of stock engines have in common: neither engine asks what it may be asked in which state."""
+"""Code shared by the adapters of stock engines, which do not check whether a call is safe in their current state."""

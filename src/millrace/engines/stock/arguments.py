@@ -1,7 +1,7 @@
-"""What the stock engines' command lines have in common: a setting as an option, and who may say it. No I/O.
+"""Build the command lines of stock engines, and refuse contradicting settings. No I/O.
 
-Millrace sets what it has a setting for; everything else reaches the engine through `engine.engine_args` as it is given.
-Whoever says one thing in both places gets an error that names both.
+Some options have a Millrace setting. All others pass through `engine.engine_args` unchanged. An option that is set in
+both places is an error, and the error names both.
 """
 
 import json
@@ -11,44 +11,50 @@ from dataclasses import dataclass, field
 from millrace.config.models import EngineArgument, StockEngineConfig
 from millrace.errors import ConfigError
 
-# Who sets something, and what to do about saying it again.
+# What sets an option, and what the user should do if `engine_args` sets it too.
 Owner = tuple[str, str]
-KV_EVENTS: Owner = ("engine.kv_events", "keep one of them: what Millrace reads, nobody else does")
+KV_EVENTS: Owner = ("engine.kv_events", "keep one of them: only one reader can use the events")
 KEYS: Owner = ("the key that Millrace makes for each launch", "leave it out")
-# The keys stand in the server's environment, where no list of processes shows them.
+# The keys are passed in the server's environment, so that process lists do not show them.
 API_KEY, ADMIN_KEY = "MILLRACE_API_KEY", "MILLRACE_ADMIN_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """How to start one node's process. Its environment has secrets and so is not shown."""
+    """The process of one node. Its environment holds secrets and is left out of the repr."""
 
     rank: int
-    url: str | None  # where it answers health probes; None where it has no HTTP
+    url: str | None  # where it answers health probes; None if it has no HTTP
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
 
 
 def local_ranks(config: StockEngineConfig) -> tuple[int, ...]:
-    """The ranks of the nodes that are this host."""
+    """Return the ranks of the nodes that run on this host."""
     return tuple(range(config.nnodes)) if config.node_rank is None else (config.node_rank,)
 
 
 def given(config: StockEngineConfig) -> dict[str, EngineArgument]:
-    """`engine_args` by the names of the options."""
+    """Return `engine_args`, keyed by option string."""
     return {option(name): value for name, value in config.engine_args.items()}
 
 
 def option(name: str) -> str:
-    """`attention_backend`, `attention-backend` and `--attention-backend` are one option. What stands behind a dot is a
-    name inside of the option's JSON, and stays."""
+    """Return the option string of a name.
+
+    `attention_backend`, `attention-backend` and `--attention-backend` are one option. The part after a dot is a key in
+    the option's JSON value and stays unchanged.
+    """
     name, dot, inner = name.removeprefix("--").partition(".")
     return f"--{name.replace('_', '-')}{dot}{inner}"
 
 
 def options(values: Mapping[str, EngineArgument], *, off: bool = False) -> list[str]:
-    """The command line for `values`. True is a bare flag; None leaves the engine's own default, and so does False, or
-    with `off` it is the flag's opposite, `--no-...`; a list becomes several values, a dictionary JSON."""
+    """Return the command line for `values`.
+
+    True becomes a bare flag. None is left out, which keeps the engine's default. False is left out too, or becomes
+    `--no-...` if `off` is set. A list becomes several values, and a dictionary becomes JSON.
+    """
     line: list[str] = []
     for name, value in values.items():
         if value is None:
@@ -59,27 +65,27 @@ def options(values: Mapping[str, EngineArgument], *, off: bool = False) -> list[
             line += [option(f"no_{name.removeprefix('--')}")] if off else []
         elif isinstance(value, list):
             line += [option(name), *map(str, value)]
-        else:  # one word, so that a value may begin with a dash
+        else:  # one word, so that a value can begin with a dash
             line.append(f"{option(name)}={json.dumps(value) if isinstance(value, dict) else value}")
     return line
 
 
 def kv_events_config(endpoint: str | None, **further: bool) -> EngineArgument:
-    """The value of both engines' `--kv-events-config`."""
+    """Return the value of `--kv-events-config`, which both engines have."""
     return None if endpoint is None else {"publisher": "zmq", "endpoint": endpoint, **further}
 
 
-def require_said_once(
+def require_set_once(
     config: StockEngineConfig,
     *,
     settings: Mapping[str, str],
     others: Mapping[str, Owner],
     environment: Mapping[str, Owner],
 ) -> None:
-    """Raises ConfigError for an engine argument or a variable that repeats what Millrace sets.
+    """Raise ConfigError for an engine argument or environment variable that Millrace sets itself.
 
-    `settings` has every option string of the engine's for what is set, with the setting it belongs to; `others` the
-    same for what has its place elsewhere, or nowhere; `environment` the variables.
+    settings: option string to the `engine.` setting that sets it. others: option string to its owner, for options that
+    are set elsewhere or must not be set. environment: the same for environment variables.
     """
     owners = {name: (f"engine.{setting}", f"set only engine.{setting}") for name, setting in settings.items()}
     owners |= others
@@ -91,11 +97,10 @@ def require_said_once(
         if whole in seen:
             raise ConfigError(f"engine.engine_args.{name} and engine.engine_args.{seen[whole]} are the same argument")
         seen[whole] = name
-        said = whole.partition(".")[0]
-        # The engines' parsers take any beginning of an option's name for the whole, so --tens is --tensor-parallel-size
-        # too.
+        prefix = whole.partition(".")[0]
+        # The engines' parsers accept any unique prefix of an option, so --tens means --tensor-parallel-size.
         for known, (owner, advice) in owners.items():
-            if said == known or (known.startswith(said) and said not in owners):
+            if prefix == known or (known.startswith(prefix) and prefix not in owners):
                 raise ConfigError(f"engine.engine_args.{name} contradicts {owner}; {advice}")
     for name in config.env:
         if name in environment:

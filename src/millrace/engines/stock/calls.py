@@ -1,5 +1,7 @@
-"""The generations that an adapter has under way: held back while the server must not see them, interrupted by updates
-and continued, ended by aborts."""
+"""The generations that an adapter has in flight.
+
+They wait while admission to the server is closed, continue after an update that interrupted them, and end on abort.
+"""
 
 import asyncio
 import itertools
@@ -16,13 +18,13 @@ from millrace.types import GenerateRequest
 
 @dataclass(slots=True)
 class Call:
-    """A generation under way, in one or more requests to the server."""
+    """A generation in flight, as one or more successive requests to the server."""
 
     continuation: Continuation
-    turn: int = 0  # makes the id of each request to the server a new one
+    turn: int = 0  # makes the id of each request to the server unique
     sent: bool = False  # the server has it now
-    interrupted: bool = False  # by an update, after which it goes on
-    aborted: bool = False  # by somebody who wants it to end
+    interrupted: bool = False  # by an update; it continues afterwards
+    aborted: bool = False  # by a call of `abort`
 
     @property
     def request_id(self) -> str:
@@ -30,16 +32,17 @@ class Call:
 
     @property
     def served_as(self) -> str:
-        """The id of the current request to the server."""
+        """The id of the current request on the server."""
         return call_id(self.request_id, self.turn)
 
     @property
     def rest(self) -> GenerateRequest:
+        """The next request to the server."""
         return replace(self.continuation.rest, request_id=self.served_as)
 
 
 class Calls:
-    """All of one adapter's. `state` is what the adapter has brought its server into."""
+    """The generations of one adapter. `state`: the state of its server, as its control calls left it."""
 
     def __init__(self, engine: str) -> None:
         self.state = ServerState()
@@ -50,7 +53,10 @@ class Calls:
 
     @contextmanager
     def register(self, request: GenerateRequest) -> Iterator[Call]:
-        """Raises EngineRefused where a request of that name is under way: an abort could not tell them apart."""
+        """Track a generation until the block ends.
+
+        Raises EngineRefused if a request of that id is in flight: `abort` could not tell them apart.
+        """
         if request.request_id in self._calls:
             raise EngineRefused(self._engine, f"request {request.request_id} is in flight already")
         call = self._calls[request.request_id] = Call(Continuation(request))
@@ -61,41 +67,45 @@ class Calls:
 
     @property
     def sent(self) -> Sequence[str]:
-        """What the server has, by the server's names."""
+        """The ids on the server of the requests that it has now."""
         return [call.served_as for call in self._calls.values() if call.sent]
 
-    async def go_on(self, call: Call, end: float) -> bool:
-        """Whether there is (more) to ask of the server. Waits until `end` (time.monotonic) as long as the server must
-        not see a request; raises EngineTimeout then, and EngineRefused where its weights are of no version."""
+    async def may_send(self, call: Call, end: float) -> bool:
+        """Wait for admission, and return whether to send the (next) request to the server.
+
+        Raises EngineTimeout if admission is still closed at `end` (time.monotonic), and EngineRefused if the server's
+        weights are a mixture of versions.
+        """
         call.sent = False
         if call.continuation.parts:
             if not (call.continuation.aborted and call.interrupted):
                 return False
             call.interrupted = False
-        if self.state.held:
-            await self._until_released(call, end)
+        if self.state.admission_closed:
+            await self._wait_until_admitted(call, end)
         if self.state.torn:
             raise EngineRefused(self._engine, f"request {call.request_id}: {TORN}")
         call.turn = next(self._turns)
         call.sent = not call.aborted
         return call.sent
 
-    async def _until_released(self, call: Call, end: float) -> None:
+    async def _wait_until_admitted(self, call: Call, end: float) -> None:
         try:
             async with asyncio.timeout(end - time.monotonic()), self._changed:
-                await self._changed.wait_for(lambda: call.aborted or not self.state.held)
+                await self._changed.wait_for(lambda: call.aborted or not self.state.admission_closed)
         except TimeoutError:
             raise EngineTimeout(
                 self._engine, f"request {call.request_id} waited until its deadline: {self.state.describe()}"
             ) from None
 
     async def enter(self, state: ServerState) -> None:
+        """Set the state, and wake the generations that wait for admission."""
         self.state = state
         async with self._changed:
             self._changed.notify_all()
 
     async def abort(self, request_id: str | None) -> Sequence[str]:
-        """Ends what waits here. Returns what the server has, by the server's names: that the server must end."""
+        """End the generations that wait here. Return the ids on the server of those that the server must abort."""
         chosen = [call for name, call in self._calls.items() if request_id in (None, name)]
         for call in chosen:
             call.aborted = True
@@ -103,11 +113,11 @@ class Calls:
         return [call.served_as for call in chosen if call.sent]
 
     def rewrite(self, rule: Callable[[GenerateRequest], GenerateRequest]) -> None:
-        """Changes what has not come back yet, from its next request to the server on."""
+        """Apply `rule` to every generation in flight. It takes effect with the next request to the server."""
         for call in self._calls.values():
             call.continuation.request = rule(call.continuation.request)
 
     def interrupt(self) -> None:
-        """What the server has is about to come back in part, and is to go on later."""
+        """Mark the generations that the server has: they are about to return partial output and continue later."""
         for call in self._calls.values():
             call.interrupted = call.sent

@@ -1,4 +1,4 @@
-"""What does not change while a server runs."""
+"""What a server is and can do. It does not change while the server runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a server takes of a request. `seeds`: whether it honours them."""
+    """The limits of a server on requests. seeds: whether it honours them."""
 
     vocab_size: int
     context_length: int
@@ -36,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`info` is without the weight version, which changes."""
+    """What a server is and can do. `info` has no weight version, because that changes."""
 
     info: EngineInfo
     model: Model
@@ -44,9 +44,9 @@ class Facts:
 
 
 def check_takes(bucket: Bucket, info: EngineInfo) -> None:
-    """Raises InvalidStateError for a bucket of a kind that the server has no capability for."""
+    """Raise InvalidStateError if the server can't load this kind of bucket."""
     if not info.capabilities & TAKES[type(bucket)]:
         can = sorted(c.value for c in info.capabilities if c.startswith("update_from_"))
         raise InvalidStateError(
-            f"it can't be updated by a {type(bucket).__name__}; it has {', '.join(can) or 'no way'}"
+            f"it can't load a {type(bucket).__name__}; it has {', '.join(can) or 'no update capability'}"
         )

@@ -1,4 +1,4 @@
-"""The interpreter that a stock engine runs on."""
+"""The Python interpreter of a stock engine."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def interpreter(config: StockConfig) -> Path:
 
 
 async def checked_interpreter(config: StockConfig) -> Path:
-    """Return the interpreter. Raises LaunchError if the config's has no such engine."""
+    """Return the interpreter. Raises LaunchError if the engine is not installed for the config's interpreter."""
     python = interpreter(config)
     if config.python is not None:
         await require_module(python, config.kind, setting="engine.python", env=config.env)

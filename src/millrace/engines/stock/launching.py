@@ -1,4 +1,4 @@
-"""Starts the server of a stock engine: one process, or one for each of its nodes."""
+"""Start the server of a stock engine: one process, or one process for each node."""
 
 import asyncio
 import os
@@ -19,19 +19,23 @@ from millrace.model_config import compute_dtype
 
 StockConfig = TypeVar("StockConfig", bound=StockEngineConfig)
 
-PROBE_DEADLINE = 10.0  # of one GET /health; SGLang's generates a token: a second on a quiet CPU
+PROBE_DEADLINE = 10.0  # seconds for GET /health, for which SGLang generates a token: a second on an idle CPU
 
 
 def new_keys(api_key: str | None = None) -> tuple[str, str]:
-    """One for generating and one for control, known to nobody else. A router that knows no key of each engine wants the
-    same `api_key` for all."""
+    """Return an API key and an admin key. Both are random, unless `api_key` is given.
+
+    A router that has one key for all engines needs engines with the same `api_key`.
+    """
     return api_key or secrets.token_urlsafe(24), secrets.token_urlsafe(24)
 
 
 async def with_dtype(config: StockConfig, model_path: Path) -> StockConfig:
-    """The settings with `auto` replaced by the folder's dtype, or on a GPU by bfloat16 where the folder is in float32:
-    SGLang's kernels have no float32. The engines' own `auto` is another: of a float32 folder, SGLang makes float16 and
-    vLLM bfloat16. Raises LaunchError where the folder has no config that can be read."""
+    """Return the settings with dtype `auto` replaced by the model folder's dtype.
+
+    On a GPU, float32 becomes bfloat16, because SGLang's kernels have no float32. The engines' own `auto` differs: for
+    a float32 folder SGLang takes float16 and vLLM bfloat16. Raises LaunchError if the folder's config can't be read.
+    """
     try:
         dtype = await asyncio.to_thread(compute_dtype, config.dtype, model_path)
     except DataError as error:
@@ -51,13 +55,15 @@ async def start_nodes(
     leftovers: Sequence[str],
     deadline: float,
 ) -> ServerProcess | Nodes:
-    """Runs the program `serve` with the interpreter `python` for each node and waits until all that answer HTTP are
-    healthy. The logs are `NAME.log`, or `NAME-nodeN.log` for each node.
+    """Start the program `serve` for each node, and wait until all nodes that answer HTTP are healthy.
 
-    Raises LaunchError, with the end of the server's log, when it does not come up; nothing is left running then.
+    The logs are `NAME.log`, or `NAME-nodeN.log` for each node. python: the interpreter. leftovers: patterns of the
+    files in shared memory that a killed server leaves. deadline: seconds until it must be healthy.
+
+    Raises LaunchError, with the end of the server's log, if it does not come up. No process is left then.
     """
     interpreter, path = programs_of(python)
-    # What torch has compiled stays from one start to the next, though the server's own temporary folder does not.
+    # Torch's compilation cache must outlive the server's own temporary folder.
     compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{account_name()}")
     processes: list[ServerProcess] = []
     clients: list[HttpClient] = []
@@ -77,7 +83,7 @@ async def start_nodes(
                 clients.append(HttpClient(label, node.url))
         server = processes[0] if len(processes) == 1 else Nodes(name, processes)
 
-        async def healthy() -> bool:  # a port may have been taken by another server, which answers for a dead one
+        async def healthy() -> bool:  # another server may have taken the port, and answer although ours is dead
             return await all_healthy(clients) and server.running
 
         await server.until_healthy(healthy, deadline=deadline)
@@ -91,17 +97,21 @@ async def start_nodes(
 
 
 def programs_of(python: Path) -> tuple[Path, str]:
-    """The interpreter's path, and a PATH on which its own programs come first: kernels are compiled with its ninja."""
-    interpreter = python.absolute()  # a link stays one: what it leads to knows nothing of the virtual environment
+    """Return the interpreter's absolute path, and a PATH that finds its own programs first.
+
+    Kernels are compiled with the `ninja` beside it.
+    """
+    interpreter = python.absolute()  # not resolved: the link's target is outside the virtual environment
     return interpreter, f"{interpreter.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 async def all_healthy(clients: Sequence[HttpClient]) -> bool:
+    """Whether every server answers its health route."""
     for client in clients:
         try:
             await client.control("GET", "/health", deadline=PROBE_DEADLINE)
         except LocalError:
             raise
         except EngineError:
-            return False  # it is starting; when it can't, its process ends or the caller's deadline passes
+            return False  # it is still starting; if it fails, its process ends or the deadline passes
     return True

@@ -1,4 +1,4 @@
-"""The LoRA adapters that a stock server was told to load, and what becomes of requests that name one. Pure."""
+"""The LoRA adapters of a stock server, and the rewriting of requests that name one. Pure."""
 
 from dataclasses import dataclass, field, replace
 
@@ -10,9 +10,12 @@ LORA = "lora_path"  # in a request's extra
 
 @dataclass(slots=True)
 class LoadedLoras:
-    """loaded: by the name, and what the server's workers call it where they have another one. detached: by the last
-    commit, which made the weights under them others. unloaded: on request; SGLang would load such a one again, without
-    a word, for a request that names it."""
+    """The LoRA adapters that were loaded into one server.
+
+    loaded: name to the workers' own id of the adapter, or None. detached: adapters that the last commit detached,
+    because it replaced the weights under them. unloaded: adapters that were unloaded; SGLang would silently load one
+    again for a request that names it.
+    """
 
     loaded: dict[str, int | None] = field(default_factory=dict)
     detached: frozenset[str] = frozenset()
@@ -24,7 +27,7 @@ class LoadedLoras:
         self.unloaded.discard(name)
 
     def unbook(self, name: str) -> int | None:
-        """Returns what the workers call it."""
+        """Remove an adapter. Return the workers' own id of it."""
         if name not in self.detached:
             self.unloaded.add(name)
         return self.loaded.pop(name, None)
@@ -35,11 +38,10 @@ class LoadedLoras:
         self.unloaded -= self.detached
 
     def served(self, request: GenerateRequest) -> GenerateRequest:
-        """The request as it is sent: without an adapter that was taken off. Raises InvalidStateError for one that was
-        unloaded."""
+        """Return the request without a detached adapter. Raises InvalidStateError for an unloaded one."""
         name = request.extra.get(LORA)
         if name in self.unloaded:
-            raise InvalidStateError(f"the adapter {name} was unloaded")
+            raise InvalidStateError(f"the LoRA adapter {name} was unloaded")
         if name not in self.detached:
             return request
         return replace(request, extra={key: value for key, value in request.extra.items() if key != LORA})

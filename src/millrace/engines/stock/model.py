@@ -1,4 +1,7 @@
-"""What a model's folder says of the model that a server holds: the server does not tell, and dies where it is wrong."""
+"""The tensors and vocabulary of a model, read from its folder.
+
+A server does not report them, and crashes on a request or an update that does not fit them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,27 +22,27 @@ from millrace.types import (
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """shapes: of every tensor under the trainer's name; None where the folder has no weights."""
+    """A model as its folder describes it. shapes: of every tensor, by name; None if the folder has no weights."""
 
     vocab_size: int
     shapes: Mapping[str, tuple[int, ...]] | None
 
 
 def read_model(folder: Path) -> Model:
-    """Raises DataError when the folder can't be read here, or is not a model's."""
+    """Read a model's folder. Raises DataError if it can't be read or is not a model's folder."""
     return Model(vocab_size(folder), shapes_of(folder) if has_weights(folder) else None)
 
 
 def shapes_of(folder: Path) -> Mapping[str, tuple[int, ...]]:
-    """Raises DataError when the folder has no weights or they are damaged."""
+    """Return the shape of each tensor in a folder. Raises DataError if the weights are missing or damaged."""
     return {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
 
 
 def names_in(bucket: Bucket, model: Model) -> set[str]:
-    """The tensors that a bucket brings. Raises InvalidStateError where they are not the model's."""
+    """Return the names of the tensors in a bucket. Raises InvalidStateError if they do not fit the model."""
     match bucket:
         case DiskBucket(path=folder):
-            if not Path(folder).is_dir():  # it is on another host, and a missing one is refused there
+            if not Path(folder).is_dir():  # it is on the engine's host; the engine refuses it if it is missing
                 return set(model.shapes or ())
             shapes = shapes_of(Path(folder))
             check_shapes(shapes.items(), model.shapes)

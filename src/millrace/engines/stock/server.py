@@ -1,5 +1,7 @@
-"""How the server of one kind of stock engine is asked. None of this looks at the adapter's state; what is said of it
-holds."""
+"""The HTTP calls of one kind of stock server.
+
+`StockEngine` makes them, and only in a state that each one allows. They do not check the state themselves.
+"""
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -12,77 +14,85 @@ from millrace.types import Bucket, GenerateRequest, Generation, MemoryTag, Pause
 
 
 class StockServer(HttpEngine):
-    """What an adapter of SGLang or vLLM fills in; `StockEngine` is the rest."""
+    """The methods that the SGLang and vLLM adapters implement. `StockEngine` has the shared ones."""
 
     @abstractmethod
     async def _generate(
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:
-        """One request to the server, or `by` a router before it, under the name that it has here."""
+        """Send one request to the server, or to the router that `by` connects to."""
 
     @abstractmethod
-    def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
-        """The same as a stream: what there is so far, and whether that is all."""
+    def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
+        """Stream one request. Yields the cumulative output, and whether it is final."""
 
     @abstractmethod
-    async def _abort(self, names: Sequence[str]) -> None: ...
+    async def _abort(self, names: Sequence[str]) -> None:
+        """Abort requests by their ids on the server. Unknown ids have no effect."""
 
     @abstractmethod
     async def _abort_all(self, names: Sequence[str]) -> None:
-        """Those of others too; `names` are ours."""
+        """Abort every request on the server, also those of other clients. `names`: the ids of this client's."""
 
     @abstractmethod
-    async def _halt(self, mode: PauseMode) -> None:
-        """Pauses the server, which runs."""
+    async def _pause_server(self, mode: PauseMode) -> None:
+        """Pause the server, which is running."""
 
     @abstractmethod
-    async def _go_on(self) -> None:
-        """Ends the pause."""
+    async def _resume_server(self) -> None:
+        """End the pause. The server may be running already."""
 
     @abstractmethod
     async def _release(self, before: ServerState, after: ServerState) -> None:
-        """Releases memory of the server, which is paused and idle, or asleep in part."""
+        """Release memory of the server, which is paused and idle, or partly asleep."""
 
     @abstractmethod
-    async def _take_back(self, what: frozenset[MemoryTag]) -> None:
-        """Takes back what is released."""
+    async def _reallocate(self, what: frozenset[MemoryTag]) -> None:
+        """Allocate memory that is released."""
 
     @abstractmethod
     async def _open_update(self) -> None:
-        """The server is paused and empty, or asleep."""
+        """Prepare the server for an update. It is paused and has no requests, or is asleep."""
 
     @abstractmethod
     def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
-        """What sends the bucket, within so many seconds. Raises InvalidStateError for what the server can't take."""
+        """Return a function that sends the bucket within a deadline in seconds.
+
+        Raises InvalidStateError if the server can't load the bucket.
+        """
 
     @abstractmethod
-    async def _commit(self, version: int) -> None: ...
+    async def _commit(self, version: int) -> None:
+        """Make the loaded weights the served ones."""
 
     @abstractmethod
-    async def _give_up(self) -> None:
-        """Ends the server's side of an update that is not committed."""
+    async def _abort_update(self) -> None:
+        """Abort the update on the server. No update need be open."""
 
     @abstractmethod
     async def _load_lora(self, name: str, path: str, deadline: float) -> int | None:
-        """Returns what the server's workers call it, where that is something else."""
+        """Load a LoRA adapter. Return the workers' own id of it, if `_unload_lora` needs it."""
 
     @abstractmethod
-    async def _unload_lora(self, name: str, worker_id: int | None, deadline: float) -> None: ...
+    async def _unload_lora(self, name: str, worker_id: int | None, deadline: float) -> None:
+        """Unload a LoRA adapter. worker_id: the result of `_load_lora`."""
 
     @abstractmethod
-    async def _join(self, group: ProcessGroup, deadline: float) -> None: ...
+    async def _join(self, group: ProcessGroup, deadline: float) -> None:
+        """Join a process group whose store is reachable."""
 
     @abstractmethod
     async def _probe(self, deadline: float) -> None:
-        """Asks what the server answers in every state, without generating."""
+        """Call a route that the server answers in every state, without generating."""
 
     @abstractmethod
-    async def _read_facts(self) -> Facts: ...
+    async def _read_facts(self) -> Facts:
+        """Ask the server what it is and can do."""
 
     @abstractmethod
     def _check(self, request: GenerateRequest, facts: Facts) -> None:
-        """Raises InvalidStateError for a request that would harm the server, or be answered differently."""
+        """Raise InvalidStateError for a request that would harm the server, or that it would not honour."""
 
     @abstractmethod
     def _why_no_sleep(self) -> str:
-        """Why it can release nothing."""
+        """Say why the server can't release memory."""

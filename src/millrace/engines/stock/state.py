@@ -1,19 +1,19 @@
-"""What a stock server may be asked in which state: a pure state machine.
+"""The state machine of a stock server: which control calls are safe in which state. Pure.
 
-The servers themselves do not ask: memory released under a running request, taken back twice, or weights loaded under
-one kill them or corrupt what they generate. The adapter keeps this state, sends nothing that it forbids, and is the
-only one that controls the server.
+The servers do not check. Releasing memory under a running request, allocating it twice, or loading weights under a
+running request crashes them or corrupts their output. So the adapter keeps this state and sends no call that it
+forbids. Nothing else may control the server.
 """
 
 from dataclasses import dataclass, replace
 
 from millrace.types import MemoryTag, PauseMode
 
-TORN = "an update was given up half-way and the weights are of no version; publish a whole version"
+TORN = "an update ended half-way, so the weights are a mixture of versions; publish a whole version"
 
 
 class InvalidStateError(Exception):
-    """The call would crash or corrupt the server in this state. The message says what to do first."""
+    """The call would crash or corrupt the server. The message says what to do first."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -23,9 +23,12 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """paused: by the caller. asleep: what is released. empty: the weights were released and have no content yet.
-    updating: the version that is on its way. loaded: whether any of it has reached the server. torn: an update was
-    given up after that, so the weights are of no version."""
+    """The state of a stock server.
+
+    paused: the mode of the caller's pause. asleep: the released memory. empty: the weights were released and have no
+    content. updating: the version of the open update. loaded: whether any of its tensors has reached the server. torn:
+    an update ended after that without a commit, so the weights are a mixture of versions.
+    """
 
     paused: PauseMode | None = None
     asleep: frozenset[MemoryTag] = frozenset()
@@ -35,24 +38,26 @@ class ServerState:
     torn: bool = False
 
     @property
-    def held(self) -> bool:
-        """Whether the adapter keeps new requests back: the server must not see one. While it is paused it would take
-        them, but could not be told to forget one."""
+    def admission_closed(self) -> bool:
+        """Whether new requests wait in the adapter.
+
+        A paused server would accept a request, but then could not abort it.
+        """
         return self.paused is not None or bool(self.asleep) or self.empty or self.updating is not None
 
     @property
     def generating(self) -> bool:
-        """Whether the server itself must go on, as opposed to paused."""
-        return not self.held and not self.torn
+        """Whether the server itself must be running, not paused."""
+        return not self.admission_closed and not self.torn
 
     def describe(self) -> str:
-        """In words, why a request has to wait."""
+        """Say why a request has to wait."""
         if self.updating is not None:
             return f"version {self.updating} is being loaded"
         if self.asleep:
             return f"asleep: {', '.join(sorted(self.asleep))}"
         if self.empty:
-            return "its weights were released, and have no content before the next publish"
+            return "its weights were released and have no content until the next publish"
         return "ready" if self.paused is None else f"paused ({self.paused})"
 
     def pausing(self, mode: PauseMode) -> "ServerState":
@@ -65,7 +70,7 @@ class ServerState:
 
     def sleeping(self, what: frozenset[MemoryTag]) -> "ServerState":
         if self.updating is not None:
-            raise InvalidStateError("a weight update is under way; commit it or roll it back before the engine sleeps")
+            raise InvalidStateError("a weight update is open; commit it or roll it back before the engine sleeps")
         return replace(self, asleep=self.asleep | what, empty=self.empty or MemoryTag.WEIGHTS in what)
 
     def waking(self, what: frozenset[MemoryTag]) -> "ServerState":
@@ -73,19 +78,19 @@ class ServerState:
 
     def beginning(self, version: int) -> "ServerState":
         if self.updating is not None:
-            raise InvalidStateError(f"the update to version {self.updating} is still under way")
+            raise InvalidStateError(f"the update to version {self.updating} is still open")
         if MemoryTag.WEIGHTS in self.asleep:
             raise InvalidStateError("the weights are asleep; wake them before an update")
         return replace(self, updating=version, loaded=False)
 
     def adapting(self) -> None:
-        """An adapter belongs to weights that are there, and stay."""
+        """Check that a LoRA adapter can be loaded: its base weights must exist and not be changing."""
         if self.updating is not None or self.torn or self.empty:
             why = TORN if self.torn else self.describe()
-            raise InvalidStateError(f"an adapter needs weights that it can be laid over: {why}")
+            raise InvalidStateError(f"a LoRA adapter can't be loaded now: {why}")
 
     def loading(self) -> "ServerState":
-        """From here on the old weights are gone."""
+        """Return the state with old weights that are (partly) overwritten."""
         if self.updating is None:
             raise InvalidStateError("load without begin_update")
         return replace(self, loaded=True)
@@ -94,7 +99,7 @@ class ServerState:
         if self.updating is None:
             raise InvalidStateError("commit without begin_update")
         if not self.loaded:
-            raise InvalidStateError(f"nothing was loaded of version {self.updating}")
+            raise InvalidStateError(f"no tensor of version {self.updating} was loaded")
         return replace(self, updating=None, loaded=False, torn=False, empty=False)
 
     def rolling_back(self) -> "ServerState":

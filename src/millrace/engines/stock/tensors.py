@@ -1,5 +1,7 @@
-"""Which tensors an update may bring: those of the model, and all of them. The servers drop an unknown name without a
-word, die of a wrong shape, and mix versions where some are missing. Pure."""
+"""Checks that an update brings the model's tensors, and all of them. Pure.
+
+The servers silently drop a tensor of unknown name, crash on a wrong shape, and mix versions if a tensor is missing.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,31 +12,33 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_tensors(tensors: Iterable[TensorSpec], shapes: Shapes | None) -> None:
-    """Raises InvalidStateError for tensors that are not the model's."""
+    """Raise InvalidStateError for a tensor that is not the model's. See `check_shapes`."""
     check_shapes(((tensor.name, tensor.shape) for tensor in tensors), shapes)
 
 
 def check_shapes(tensors: Iterable[tuple[str, tuple[int, ...]]], shapes: Shapes | None) -> None:
-    """Raises InvalidStateError for tensors that are not the model's. `shapes` are the model's; None, where nobody knows
-    them, checks nothing."""
+    """Raise InvalidStateError for a tensor that is not the model's.
+
+    shapes: the model's shapes. If they are None (unknown), nothing is checked.
+    """
     if shapes is None:
         return
     for name, shape in tensors:
         if name not in shapes:
             raise InvalidStateError(f"the model has no tensor {name}")
         if shape != shapes[name]:
-            raise InvalidStateError(f"{name} has shape {shape}, in the model it is {shapes[name]}")
+            raise InvalidStateError(f"{name} has shape {shape}; in the model it has {shapes[name]}")
 
 
 def checksums_by_rank(ranks: Iterable[Mapping[str, Mapping[str, str]]]) -> Mapping[str, str]:
-    """One name for each tensor of each rank, from what the ranks answer: each a mapping with `checksums`."""
+    """Merge the ranks' `checksums`, with each name prefixed by its rank."""
     return {f"rank{rank}:{name}": value for rank, held in enumerate(ranks) for name, value in held["checksums"].items()}
 
 
 def check_whole(loaded: Iterable[str], shapes: Shapes | None) -> None:
-    """Raises InvalidStateError when tensors of the model are missing."""
+    """Raise InvalidStateError if tensors of the model are missing."""
     if shapes is not None and (missing := sorted(shapes.keys() - set(loaded))):
         raise InvalidStateError(
             f"{len(missing)} of {len(shapes)} tensors are missing, {missing[0]} among them; "
-            "where the trainer's model has fewer than its folder, start from a folder without them"
+            "if the trainer's model has fewer tensors than its folder, start from a folder without them"
         )

@@ -1,5 +1,4 @@
-"""Checks of requests that no server takes well: token ids that the model does not have, more tokens than fit, and
-sampling numbers out of range. Pure."""
+"""Checks of requests against the limits of any model: token ids, lengths and sampling parameters. Pure."""
 
 from math import isfinite
 
@@ -7,27 +6,27 @@ from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.state import InvalidStateError, require
 from millrace.types import GenerateRequest
 
-INT32, INT64 = 2**31, 2**63  # no vocabulary has a token, and no server takes a seed, from there on
-LONGEST_ID = 480  # characters of a request's name
+INT32, INT64 = 2**31, 2**63  # upper bounds (exclusive) of token ids and of seeds, on any server
+LONGEST_ID = 480  # characters of a request id
 
 
 def check_values(request: GenerateRequest) -> None:
-    """Raises InvalidStateError for values that no engine can use, whatever its model is."""
+    """Raise InvalidStateError for values that no engine accepts, whatever its model."""
     sampling = request.sampling
-    require(0 < len(request.request_id) <= LONGEST_ID, f"a request's name has 1 to {LONGEST_ID} characters")
+    require(0 < len(request.request_id) <= LONGEST_ID, f"request_id must have 1 to {LONGEST_ID} characters")
     require(bool(request.input_ids), "input_ids is empty")
     _check_range("input_ids", request.input_ids, INT32)
     _check_range("stop_token_ids", sampling.stop_token_ids, INT32)
     require(sampling.max_new_tokens > 0, "max_new_tokens must be 1 or more")
-    require(sampling.temperature >= 0 and isfinite(sampling.temperature), "temperature must be 0 or more, and finite")
-    require(0 < sampling.top_p <= 1, "top_p must be above 0, and 1 at most")
-    require(sampling.top_k == -1 or 0 < sampling.top_k < INT32, "top_k must be 1 or more, or -1 for none")
+    require(sampling.temperature >= 0 and isfinite(sampling.temperature), "temperature must be finite and 0 or more")
+    require(0 < sampling.top_p <= 1, "top_p must be above 0 and at most 1")
+    require(sampling.top_k == -1 or 0 < sampling.top_k < INT32, "top_k must be 1 or more, or -1 for no limit")
     require(0 <= sampling.min_p <= 1, "min_p must be from 0 to 1")
     require(sampling.seed is None or 0 <= sampling.seed < INT64, "seed must be from 0 to 2**63 - 1")
 
 
 def check_ids(request: GenerateRequest, limits: Limits) -> None:
-    """Raises InvalidStateError for token ids that the model has not."""
+    """Raise InvalidStateError for token ids outside the model's vocabulary."""
     _check_range("input_ids", request.input_ids, limits.vocab_size)
     _check_range("stop_token_ids", request.sampling.stop_token_ids, limits.vocab_size)
 
@@ -36,14 +35,14 @@ def _check_range(name: str, ids: tuple[int, ...], end: int) -> None:
     if ids and (min(ids) < 0 or max(ids) >= end):
         wrong = next(i for i in ids if not 0 <= i < end)
         known = f"the vocabulary ends at {end - 1}" if end < INT32 else "no vocabulary has it"
-        raise InvalidStateError(f"{name} has token {wrong}, {known}")
+        raise InvalidStateError(f"{name} has token {wrong}; {known}")
 
 
 def check_length(request: GenerateRequest, limits: Limits) -> None:
-    """Raises InvalidStateError for a request that can't have all its tokens."""
+    """Raise InvalidStateError for a request whose prompt and output do not fit into the context."""
     room = request.sampling.max_new_tokens
     require(
         len(request.input_ids) + room <= limits.context_length,
-        f"{len(request.input_ids)} tokens and max_new_tokens {room} do not fit into the "
-        f"{limits.context_length} that the server takes",
+        f"{len(request.input_ids)} prompt tokens and max_new_tokens {room} do not fit into the server's context of "
+        f"{limits.context_length}",
     )

@@ -1,1 +1,1 @@
-"""Stock vLLM: its adapter, its launch, and what is loaded into its processes."""
+"""Stock vLLM: adapter, launch, and the extension that vLLM's processes load."""

@@ -1,4 +1,4 @@
-"""The adapter of stock vLLM."""
+"""The adapter for stock vLLM."""
 
 import asyncio
 import time
@@ -38,7 +38,7 @@ from millrace.types import (
     ProcessGroupBucket,
 )
 
-PAUSES = {
+PAUSE_PATHS = {
     PauseMode.ABORT: "/pause?mode=abort",
     PauseMode.RETRACT: "/pause?mode=keep",
     PauseMode.KEEP: "/pause?mode=keep&clear_cache=false",
@@ -46,24 +46,26 @@ PAUSES = {
 
 
 class VLLMEngine(StockEngine):
-    """A vLLM server in its development mode, whose control routes are open. Weights reach it by the extension that
-    Millrace loads into its workers; one without it is updated from disk, or by NCCL where it was started with
-    --weight-transfer-config."""
+    """One vLLM server in development mode (VLLM_SERVER_DEV_MODE=1), which opens its control routes.
+
+    Millrace loads an extension into the workers of the servers that it launches, and sends weights through that. A
+    server without the extension is updated from disk, or by NCCL if it was started with --weight-transfer-config.
+    """
 
     _server: Server | None = None
-    _version: int | None = None  # of the weights, for servers that do not keep its name
+    _version: int | None = None  # of the served weights, for servers that do not store it
     _receiving = False  # whether a session of vLLM's own transfer engine is open
-    _counted: tuple[float, float] = (0.0, 0.0)  # when the made tokens were last read, and how many there were
+    _counted: tuple[float, float] = (0.0, 0.0)  # the last reading of the token counter: time.monotonic() and count
 
     async def initialize(self, version: int | None = None) -> None:
-        await self._facts()  # which says what is wrong with a server whose control routes are closed
-        await self._go_on()
+        await self._facts()  # first: it raises a clear error if the control routes are closed
+        await self._resume_server()
         if version is not None:
             await self._name_version(version)
         else:
             self._version = await self._served_version()
             self._dangling = True
-            await self._clear_up()
+            await self._unload_leftover_loras()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
         end = time.monotonic() + deadline
@@ -73,8 +75,11 @@ class VLLMEngine(StockEngine):
             await asyncio.sleep(IDLE_POLL_SECONDS)
 
     async def _flushed(self) -> bool:
-        """vLLM forgets nothing while a request runs, and says so; 0.23 does not say. That one can be told to compute
-        what runs anew, and fails where the cache is not empty then."""
+        """Try to drop the cached prefixes. Return whether it worked.
+
+        It does not work while a request runs. vLLM reports that, but 0.23 does not, so 0.23 is asked to preempt running
+        requests. It then fails if the cache is not empty.
+        """
         answer = await self._control("/reset_prefix_cache", None)
         if answer is not None:
             return bool(answer["success"])
@@ -84,32 +89,35 @@ class VLLMEngine(StockEngine):
         return True
 
     async def leave_group(self, name: str) -> None:
-        """vLLM's own transfer engine leaves one when it joins the next."""
+        # Without the extension there is nothing to do: vLLM's transfer engine leaves a group when it joins the next.
         if self._known.extension:
             await self._rpc("millrace_leave", name)
 
     async def checksums(self) -> Mapping[str, str]:
-        """Of the tensors as the workers keep them, fused, sharded and packed; names begin with the rank."""
+        """Return digests of the tensors as each rank holds them: fused, sharded and packed.
+
+        Names begin with the rank.
+        """
         if Capability.OWN_CHECKSUMS not in (await self._facts()).info.capabilities:
-            raise EngineRefused(self.name, "its workers have not Millrace's extension, which makes the checksums")
+            raise EngineRefused(self.name, "its workers do not have Millrace's extension, which makes the checksums")
         return checksums_by_rank(await self._rpc("millrace_checksums"))
 
     async def sampled_checksums(self) -> Mapping[str, str]:
         if Capability.SAMPLED_CHECKSUMS not in (await self._facts()).info.capabilities:
-            raise EngineRefused(self.name, "its workers have not Millrace's extension, which makes the checksums")
+            raise EngineRefused(self.name, "its workers do not have Millrace's extension, which makes the checksums")
         if self.state.updating is None:
-            raise EngineRefused(self.name, "no update is open, whose tensors could be sampled")
+            raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
         found: dict[str, str] = {}
         for result in await self._rpc("millrace_samples"):
             for name, value in result["samples"].items():
                 if found.setdefault(name, value) != value:
-                    raise EngineFailed(self.name, f"its ranks have not got the same {name}")
+                    raise EngineFailed(self.name, f"its ranks received different values of {name}")
         return found
 
     async def loads(self) -> EngineLoad:
         await self._facts()
         text = await self._ask("/metrics")
-        metrics = self._understood("/metrics", lambda: read_metrics(text))
+        metrics = self._decode("/metrics", lambda: read_metrics(text))
         (then, before), now, made = self._counted, time.monotonic(), metrics["generation_tokens_total"]
         self._counted = now, made
         return EngineLoad(
@@ -130,14 +138,14 @@ class VLLMEngine(StockEngine):
         path, version = self._known.path, self._version
         if by is not self._http and not self._known.versions:
             raise EngineRefused(
-                self.name, "it does not say which weights made its answer, and of a router's answer nobody else can"
+                self.name, "it does not report which weights made an answer, so it can't be used behind a router"
             )
         body = await by.generate(path, encode(path, request), deadline=deadline, headers=headers)
         answer = Answer()
-        self._understood(path, lambda: answer.take(path, body))
-        return self._made(path, lambda: answer.generation(request, version))
+        self._decode(path, lambda: answer.take(path, body))
+        return self._decode_generation(path, lambda: answer.generation(request, version))
 
-    async def _follow(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
+    async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         path, version = self._known.path, self._version
         answer = Answer()
 
@@ -147,42 +155,44 @@ class VLLMEngine(StockEngine):
 
         made = answer.generation(request, version)
         async for event in self._events(path, encode(path, request, stream=True), deadline):
-            made = self._made(path, partial(with_more, event))
+            made = self._decode_generation(path, partial(with_more, event))
             if answer.finish_reason is None:
                 yield made, False
         yield made, True
 
     async def _abort(self, names: Sequence[str]) -> None:
-        """Where the server has no such call, it is the closed connection that ends a request."""
+        # A server without this route ends a request when its connection closes.
         if self._known.aborts:
             body = {"request_ids": [wire_id(self._known.path, name) for name in names]}
             await self._control("/abort_requests", body, deadline=ABORT_DEADLINE, repeatable=True)
 
     async def _abort_all(self, names: Sequence[str]) -> None:
-        """To 0.23 no name means nobody, so those of others go on there."""
+        # An empty list means all requests. In 0.23 it means none, so there only this client's requests are aborted.
         if not self._known.aborts:
-            raise EngineRefused(self.name, "it can't end a request by its name; start it with --tokens-only")
+            raise EngineRefused(self.name, "it can't abort a request by its id; start it with --tokens-only")
         await self._control("/abort_requests", {"request_ids": []}, repeatable=True)
         if names:
             await self._abort(names)
 
-    async def _halt(self, mode: PauseMode) -> None:
-        """Its mode keep drops what is in the KV cache, which is what retract means, unless it is told not to."""
-        await self._control(PAUSES[mode], None, repeatable=True)
+    async def _pause_server(self, mode: PauseMode) -> None:
+        # vLLM's mode `keep` drops the KV cache unless clear_cache=false. Dropping it is what RETRACT means.
+        await self._control(PAUSE_PATHS[mode], None, repeatable=True)
         if mode is PauseMode.ABORT:
-            await self._until_ended(self._calls.sent, self._abort)  # what came too late for that waits in the server
+            # Requests that came too late for the pause wait in the server.
+            await self._abort_until_ended(self._calls.sent, self._abort)
 
-    async def _forget(self) -> None:
-        """The pause has done it already, when all had ended, and fails where it can't."""
+    async def _drop_cache(self) -> None:
+        """Do nothing: vLLM's pause in mode `abort` has dropped the cache, or has failed."""
 
-    async def _go_on(self) -> None:
+    async def _resume_server(self) -> None:
         await self._control("/resume", None, repeatable=True)
 
     async def _release(self, before: ServerState, after: ServerState) -> None:
-        """vLLM releases all, and takes back by tag. At level 1 it keeps a copy of the weights in the host's memory.
+        """Release memory. vLLM releases everything at once, and allocates by tag.
 
-        While the weights sleep, so does the KV cache, whatever was asked: without them it is of no use, and taken back
-        before them it has vLLM write into memory that is not there, and die.
+        At level 1, vLLM keeps a copy of the weights in host memory. While the weights are released, the KV cache stays
+        released too, whatever the caller asked: it is useless without the weights, and if it is allocated before them,
+        vLLM writes to unmapped memory and crashes.
         """
         if MemoryTag.WEIGHTS in before.asleep:
             return
@@ -193,7 +203,7 @@ class VLLMEngine(StockEngine):
             await self._control("/sleep?level=1", None)
             await self._wake_up({MemoryTag.WEIGHTS})
 
-    async def _take_back(self, what: frozenset[MemoryTag]) -> None:
+    async def _reallocate(self, what: frozenset[MemoryTag]) -> None:
         before, after = self.state.asleep, self.state.asleep - what
         if MemoryTag.WEIGHTS not in after:
             released = ALL_MEMORY if MemoryTag.WEIGHTS in before else before
@@ -220,11 +230,11 @@ class VLLMEngine(StockEngine):
             return partial(self._receive, transfer(bucket))
         if not isinstance(bucket, DiskBucket):
             raise InvalidStateError(
-                "its workers have not Millrace's extension; it takes weights from disk, and by NCCL if it was started "
+                "its workers lack Millrace's extension; it loads weights from disk, or by NCCL if it was started "
                 'with --weight-transfer-config \'{"backend": "nccl"}\''
             )
         if self._receiving:
-            raise InvalidStateError("this update comes by NCCL; the disk is for another one")
+            raise InvalidStateError("this update already receives tensors by NCCL, and can't also load from disk")
         check_reload(facts.model, self._known)
         body = {"method": "reload_weights", "kwargs": {"weights_path": bucket.path}}
 
@@ -240,7 +250,7 @@ class VLLMEngine(StockEngine):
         try:
             await self._control("/update_weights", {"update_info": tensors}, deadline=deadline)
         except (EngineFailed, EngineRefused):
-            self._receiving = False  # vLLM has ended the session
+            self._receiving = False  # vLLM has closed the session
             raise
 
     async def _commit(self, version: int) -> None:
@@ -249,7 +259,7 @@ class VLLMEngine(StockEngine):
         await self._end_receiving()
         await self._name_version(version)
 
-    async def _give_up(self) -> None:
+    async def _abort_update(self) -> None:
         if self._known.extension:
             await self._rpc("millrace_abandon")
         await self._end_receiving()
@@ -260,15 +270,15 @@ class VLLMEngine(StockEngine):
             self._receiving = False
 
     async def _load_lora(self, name: str, path: str, deadline: float) -> int | None:
-        """On the CPU, vLLM computes requests without an adapter by that in its last place, which stays empty."""
+        # On the CPU, vLLM applies the adapter in the last slot to requests without one. That slot must stay empty.
         before: list[int | None] = []
         if self._known.extension:
             before = (await self._rpc("millrace_slots"))[0]["slots"]
         if self._known.on_cpu and None not in before[:-1]:
             raise EngineRefused(
                 self.name,
-                f"it has {len(before)} places for adapters, and on the CPU one has to stay empty; unload another, or "
-                "start it with a higher max_loras, and Millrace's extension",
+                f"it has {len(before)} slots for LoRA adapters, and on the CPU one must stay empty; unload one, or "
+                "start it with a higher max_loras and Millrace's extension",
             )
         await self._control("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, deadline=deadline)
         if not self._known.extension:
@@ -298,27 +308,25 @@ class VLLMEngine(StockEngine):
         if "/server_info" not in api["paths"]:
             raise EngineRefused(
                 self.name,
-                "its control routes are closed, or it is no vLLM; set VLLM_SERVER_DEV_MODE=1 in the server's "
-                "environment, and let nobody else reach it",
+                "it is not vLLM, or its control routes are closed; set VLLM_SERVER_DEV_MODE=1 in the server's "
+                "environment, and make sure that no other host can reach it",
             )
         config = (await self._ask("/server_info?config_format=json"))["vllm_config"]
         served = (await self._ask("/v1/models"))["data"][0]
         version = (await self._ask("/version"))["version"]
         model = await self._read_model(Path(served["root"]))
-        server = self._server = self._understood("/server_info", lambda: read_server(api, config))
-        return self._understood(
-            "/server_info", lambda: read_facts(version, served, config, api["paths"], server, model)
-        )
+        server = self._server = self._decode("/server_info", lambda: read_server(api, config))
+        return self._decode("/server_info", lambda: read_facts(version, served, config, api["paths"], server, model))
 
     def _check(self, request: GenerateRequest, facts: Facts) -> None:
         check_request(request, facts.limits, self._known)
 
     def _why_no_sleep(self) -> str:
-        return "it was started without --enable-sleep-mode and can release nothing"
+        return "it was started without --enable-sleep-mode, so it can't release memory"
 
     @property
     def _known(self) -> Server:
-        """Read with the facts, before anything else is asked."""
+        """The server's properties. They are read with the facts, before any other call."""
         assert self._server is not None
         return self._server
 
@@ -337,7 +345,7 @@ class VLLMEngine(StockEngine):
         return self._version
 
     async def _rpc(self, method: str, *arguments: str, deadline: float = CONTROL_DEADLINE) -> Any:
-        """A method of the extension on every rank; what each of them answers. Raises EngineFailed where one can't."""
+        """Call a method of the extension on every rank. Return the answers. Raises EngineFailed if a rank fails."""
         body = {"method": method, "args": arguments}
         results = (await self._control("/collective_rpc", body, deadline=deadline))["results"]
         for rank, result in enumerate(results):

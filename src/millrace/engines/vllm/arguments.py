@@ -1,4 +1,4 @@
-"""What one vLLM process is started with: its arguments and environment, worked out from the settings. No I/O."""
+"""Build the command line and environment of each vLLM process from the settings. No I/O."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from millrace.engines.stock.arguments import (
     local_ranks,
     option,
     options,
-    require_said_once,
+    require_set_once,
 )
 from millrace.errors import ConfigError
 from millrace.launch.ports import parted, unbracketed, url_of
@@ -26,18 +26,18 @@ from millrace.launch.ports import parted, unbracketed, url_of
 Value = TypeVar("Value")
 
 CPU_KV_CACHE_BYTES = 256 * 1024 * 1024
-# Only what engine_args leaves open.
-DEFAULTS: dict[str, EngineArgument] = {"disable_uvicorn_access_log": True}  # a line for each request costs its time
+# Defaults that engine_args can override.
+DEFAULTS: dict[str, EngineArgument] = {"disable_uvicorn_access_log": True}  # a log line for each request takes time
 CPU_DEFAULTS: dict[str, EngineArgument] = {
-    "enforce_eager": True,  # compiling takes a minute and gains little
-    "block_size": 32,  # vLLM's 128 caches no shorter prefix
-    "enable_chunked_prefill": False,  # vLLM dies of a seeded prompt that is computed in two parts
+    "enforce_eager": True,  # compilation takes a minute and gains little
+    "block_size": 32,  # with vLLM's default of 128, no shorter prefix is cached
+    "enable_chunked_prefill": False,  # vLLM crashes on a seeded prompt that is computed in two chunks
 }
-# Of modules in `extension/`, the folder that the launcher puts on the server's path.
+# Classes in modules of `extension/`, a folder that the launcher puts on the server's PYTHONPATH.
 EXTENSION = "millrace_vllm.Extension"
 KEYS_MIDDLEWARE = "millrace_vllm_keys.Keys"
 
-# Every option string of vLLM 0.23.0 and 0.32.0 for what Millrace sets, and the setting that it belongs to.
+# Every option string of vLLM 0.23.0 and 0.32.0 that Millrace sets, with its setting.
 SETTINGS = {
     "--tensor-parallel-size": "tp_size",
     "--tp": "tp_size",
@@ -67,16 +67,16 @@ SETTINGS = {
     "--kv-cache-memory-bytes": "kv_cache_memory_bytes",
     "--enable-sleep-mode": "sleep_mode",
 }
-REPLICAS: Owner = ("engine.replicas, by which Millrace spreads requests itself", "set engine.replicas instead")
-NO_KEYS: Owner = ("the keys that Millrace's launcher demands, of which it knows nothing", "leave it out")
-# The same for what has its place elsewhere, or nowhere.
+REPLICAS: Owner = ("engine.replicas, over which Millrace balances requests itself", "set engine.replicas instead")
+NO_KEYS: Owner = ("the API keys, which it would not check", "leave it out")
+# Options that are set elsewhere or must not be set, with their owner and advice.
 OTHERS: dict[str, Owner] = {
     "--model": ("model", "set only model"),
     "--model-tag": ("model", "set only model"),
     "--seed": ("seed", "set only seed"),
     "--api-key": KEYS,
-    "--worker-extension-cls": ("the extension by which Millrace loads weights", "leave it out"),
-    "--logprobs-mode": ("the logprobs that a trainer needs: of the distribution that was sampled", "leave it out"),
+    "--worker-extension-cls": ("the extension that Millrace loads weights with", "leave it out"),
+    "--logprobs-mode": ("the logprobs of the sampled distribution, which a trainer needs", "leave it out"),
     "--enable-scale-out": ("Millrace, which generates by token ids", "leave it out"),
     "--enable-prompt-tokens-details": ("Millrace, which reports cached tokens", "leave it out"),
     "--config": ("engine.engine_args, the one place for vLLM's own arguments", "move the file's settings there"),
@@ -103,10 +103,11 @@ ENVIRONMENT: dict[str, Owner] = {
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """The ports of one launch. `http` is None where another host is node 0, which alone answers HTTP.
+    """The ports of one launch.
 
-    Where there are several nodes, they meet at `rendezvous` (host:port); and where they hold data-parallel ranks, those
-    reach node 0 at `data_parallel` of the same host. `kv_events`: where node 0 publishes what its KV cache has.
+    http: None if node 0, which alone answers HTTP, is on another host. rendezvous: the host:port where several nodes
+    meet. data_parallel: the port on that host where data-parallel ranks reach node 0. kv_events: the endpoint at which
+    node 0 publishes the contents of its KV cache.
     """
 
     http: int | None
@@ -124,10 +125,10 @@ def nodes(
     admin_key: str,
     visible_gpus: str | None,
 ) -> tuple[Node, ...]:
-    """The nodes that are started on this host, in the order of their ranks.
+    """Return the nodes to start on this host, ordered by rank.
 
-    `visible_gpus` is CUDA_VISIBLE_DEVICES as this process has it. Raises ConfigError where engine_args or env
-    contradict what Millrace sets, or there are too few GPUs.
+    visible_gpus: CUDA_VISIBLE_DEVICES of this process. Raises ConfigError if engine_args or env contradict what
+    Millrace sets, or if there are too few GPUs.
     """
     require_no_contradiction(config)
     keys = {API_KEY: api_key, ADMIN_KEY: admin_key}
@@ -158,17 +159,17 @@ def nodes(
 
 
 def require_no_contradiction(config: VLLMEngineConfig) -> None:
-    """Raises ConfigError for an engine argument or a variable that repeats what Millrace sets."""
-    require_said_once(config, settings=both_ways(SETTINGS), others=both_ways(OTHERS), environment=ENVIRONMENT)
+    """Raise ConfigError for an engine argument or variable that Millrace sets itself."""
+    require_set_once(config, settings=both_ways(SETTINGS), others=both_ways(OTHERS), environment=ENVIRONMENT)
 
 
 def both_ways(names: Mapping[str, Value]) -> dict[str, Value]:
-    """With the opposite of every switch."""
+    """Return the options together with their negations, `--no-...`."""
     return dict(names) | {f"--no-{name.removeprefix('--')}": value for name, value in names.items()}
 
 
 def settings(config: VLLMEngineConfig, model_path: Path) -> dict[str, EngineArgument]:
-    """What all nodes of an engine are told alike."""
+    """Return the options that all nodes of an engine share."""
     kv_cache = config.kv_cache_memory_bytes
     if kv_cache is None and config.gpu_memory_utilization is None and config.device == "cpu":
         kv_cache = CPU_KV_CACHE_BYTES
@@ -183,10 +184,9 @@ def settings(config: VLLMEngineConfig, model_path: Path) -> dict[str, EngineArgu
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "kv_cache_memory_bytes": kv_cache,
         "enable_sleep_mode": True if config.sleep_mode and config.device == "cuda" else None,
-        # One process on the CPU: a second executor has nothing to do there, and doubles the start.
+        # One process on the CPU: a second one has nothing to do and doubles the startup time.
         "distributed_executor_backend": "uni" if alone_on_cpu(config) else None,
-        # A trainer needs the logprobs of the distribution that was sampled, and no sampling default that the model's
-        # folder may have.
+        # A trainer needs the logprobs of the sampled distribution, without the sampling defaults of the model's folder.
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "enable_prompt_tokens_details": True,
@@ -195,10 +195,10 @@ def settings(config: VLLMEngineConfig, model_path: Path) -> dict[str, EngineArgu
 
 
 def rendezvous(config: VLLMEngineConfig, rank: int, ports: Ports) -> dict[str, EngineArgument]:
-    """What each node is told differently: who it is, where it listens, and where the nodes meet."""
-    said: dict[str, EngineArgument] = {}
+    """Return the options that differ by node: its rank, its address, and where the nodes meet."""
+    values: dict[str, EngineArgument] = {}
     if rank == 0:
-        said |= {
+        values |= {
             "host": unbracketed(config.host),
             "port": ports.http,
             "api_server_count": config.api_servers,
@@ -206,47 +206,47 @@ def rendezvous(config: VLLMEngineConfig, rank: int, ports: Ports) -> dict[str, E
             "kv_events_config": kv_events_config(ports.kv_events, enable_kv_cache_events=True),
         }
     else:
-        said["headless"] = True
+        values["headless"] = True
     if ports.rendezvous is not None:
         host, port = parted(ports.rendezvous)
-        said |= {"nnodes": config.nnodes, "node_rank": rank, "master_addr": host, "master_port": port}
-        said["data_parallel_rpc_port"] = ports.data_parallel
-    return said
+        values |= {"nnodes": config.nnodes, "node_rank": rank, "master_addr": host, "master_port": port}
+        values["data_parallel_rpc_port"] = ports.data_parallel
+    return values
 
 
 def defaults(config: VLLMEngineConfig) -> dict[str, EngineArgument]:
-    """What vLLM is told unless engine_args says otherwise."""
+    """Return Millrace's defaults for options that engine_args does not set."""
     open_to_both = DEFAULTS | (CPU_DEFAULTS if config.device == "cpu" else {})
-    said = given(config)
-    if said.get("--enable-lora") is True:
-        # A published adapter and the one before it; on the CPU one place has to stay empty (`lora.py`).
+    explicit = given(config)
+    if explicit.get("--enable-lora") is True:
+        # A published LoRA adapter and the one before it. On the CPU one more slot must stay empty (see adapter.py).
         open_to_both |= {"max_loras": 3 if config.device == "cpu" else 2}
     return {
-        name: value for name, value in open_to_both.items() if not both_ways({option(name): 0}).keys() & said.keys()
+        name: value for name, value in open_to_both.items() if not both_ways({option(name): 0}).keys() & explicit.keys()
     }
 
 
 def alone_on_cpu(config: VLLMEngineConfig) -> bool:
-    """Whether one process can do all of the engine's work."""
+    """Whether the engine is a single process on the CPU."""
     return config.device == "cpu" and config.tp_size * config.pp_size * config.dp_size == 1
 
 
 def environment(config: VLLMEngineConfig) -> dict[str, str]:
-    """What is added to the environment of every node, without the keys."""
+    """Return the variables to add to the environment of every node, without the keys."""
     variables = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         **config.env,
         "VLLM_SERVER_DEV_MODE": "1",  # opens the control routes
-        # What this process was started with must not open a way around the launcher's keys, or ask for another.
+        # These override values inherited from this process, which would bypass the keys or demand another one.
         "VLLM_USE_RUST_FRONTEND": "0",
         "VLLM_API_KEY": "",
         "VLLM_LOGGING_LEVEL": config.log_level.upper(),
     }
-    if given(config).get("--enable-lora") is True and config.api_servers == 1:  # vLLM refuses it with several
+    if given(config).get("--enable-lora") is True and config.api_servers == 1:  # vLLM does not allow it with several
         variables.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")  # the routes that load adapters
     if config.nnodes > 1 and config.node_rank is None:
-        variables.setdefault("VLLM_HOST_IP", "127.0.0.1")  # where vLLM would take the address that leads outside
+        variables.setdefault("VLLM_HOST_IP", "127.0.0.1")  # vLLM's default is the address of an external interface
     if config.cuda_visible_devices is not None:
         variables["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
     if config.threads is not None:
@@ -254,31 +254,33 @@ def environment(config: VLLMEngineConfig) -> dict[str, str]:
     if config.device == "cpu":
         variables["OMP_NUM_THREADS"] = str(config.threads or 1)
         variables.setdefault("CUDA_VISIBLE_DEVICES", "")
-        # Or the first request waits for a C++ compiler, half a minute on a busy machine, for two small functions.
+        # Otherwise the first request compiles two small functions in C++: half a minute on a busy machine.
         variables.setdefault("TORCHDYNAMO_DISABLE", "1")
         if alone_on_cpu(config):
-            variables.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # or vLLM overrules the executor
+            variables.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # otherwise vLLM overrides the executor
     return variables
 
 
 def gpus(config: VLLMEngineConfig) -> int:
-    """How many GPUs one engine takes, over all its nodes."""
+    """Return how many GPUs one engine takes, over all its nodes."""
     context = given(config).get("--prefill-context-parallel-size", 1)
     return config.tp_size * config.pp_size * config.dp_size * (context if isinstance(context, int) else 1)
 
 
 def node_gpus(config: VLLMEngineConfig, replica: int, index: int, visible: str | None) -> str:
-    """CUDA_VISIBLE_DEVICES for the node that is number `index` on this host: vLLM takes the GPUs that it sees from the
-    first on. Raises ConfigError where there are too few."""
+    """Return CUDA_VISIBLE_DEVICES for the node with number `index` on this host.
+
+    vLLM always uses the first of its visible GPUs. Raises ConfigError if there are too few.
+    """
     count = gpus(config) // config.nnodes
     first = config.base_gpu_id + replica * gpus(config) + index * count
-    said = visible if config.cuda_visible_devices is None else config.cuda_visible_devices
-    if said is None:
+    device_ids = visible if config.cuda_visible_devices is None else config.cuda_visible_devices
+    if device_ids is None:
         return ",".join(str(number) for number in range(first, first + count))
-    names = [name for name in said.split(",") if name]
+    names = [name for name in device_ids.split(",") if name]
     if len(names) < first + count:
         raise ConfigError(
-            f"engine: replica {replica} takes the GPUs {first} to {first + count - 1} of those in "
-            f"CUDA_VISIBLE_DEVICES, which has {len(names)} ({said!r})"
+            f"engine: replica {replica} needs the GPUs {first} to {first + count - 1} of those in "
+            f"CUDA_VISIBLE_DEVICES, which has {len(names)} ({device_ids!r})"
         )
     return ",".join(names[first : first + count])

@@ -1,4 +1,4 @@
-"""What does not change while a vLLM server runs, worked out from what the server says of itself. Pure."""
+"""Read what a vLLM server is and can do from its own answers. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ SCHEMAS = {GENERATE: "GenerateRequest", COMPLETIONS: "CompletionRequest"}
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What else its adapter asks before it asks the server.
+    """The properties of a vLLM server that its adapter depends on.
 
-    path: that generates. extension: whether its workers have Millrace's, and all of them can be heard. transfer:
-    whether they have none, and vLLM's own way to join a group of NCCL. versions: whether it keeps a version's name
-    itself. aborts: whether it can be told to forget a request. logprobs_mode: vLLM's own setting. total_tokens: of KV
-    cache. fields, sampling: what a request may have, by the server's own description; what else there is it drops
-    without a word.
+    path: the generate route. extension: whether the workers have Millrace's extension and every worker's answer is
+    returned. transfer: whether there is no extension, but vLLM's weight transfer by NCCL. versions: whether the server
+    stores the weight version. aborts: whether it has a route that aborts requests. logprobs_mode: vLLM's own setting.
+    total_tokens: the size of the KV cache. fields, sampling: the fields of a request and of its sampling parameters
+    that the server's API description has; the server silently ignores others.
     """
 
     path: str
@@ -37,13 +37,16 @@ class Server:
 
 
 def read_server(api: Mapping[str, Any], config: Mapping[str, Any]) -> Server:
-    """From /openapi.json and the `vllm_config` of /server_info. Raises KeyError where they are not vLLM's."""
+    """Return the server's properties. Raises KeyError if the answers are not vLLM's.
+
+    api: the answer of /openapi.json. config: the `vllm_config` of /server_info.
+    """
     paths, cache = api["paths"], config["cache_config"]
     path = GENERATE if GENERATE in paths else COMPLETIONS
     fields = api["components"]["schemas"][SCHEMAS[path]]["properties"]
     sampling = fields["sampling_params"]["properties"] if path == GENERATE else fields
     parallel = config["parallel_config"]
-    # Of several data-parallel ranks, vLLM hands on what one of them says: an error of another would be lost.
+    # With several data-parallel ranks, vLLM returns the answer of only one: an error of another would be lost.
     extension = parallel["worker_extension_cls"] == EXTENSION and parallel["data_parallel_size"] == 1
     on_cpu = config["device_config"]["device"] == "cpu"
     transfer = (config["weight_transfer_config"] or {}).get("backend") == "nccl"
@@ -69,7 +72,11 @@ def read_facts(
     server: Server,
     model: Model,
 ) -> Facts:
-    """From /version, the first of /v1/models, /server_info, the paths of /openapi.json and the model's folder."""
+    """Return the facts of a server.
+
+    version: of /version. served: the first of /v1/models. config: of /server_info. paths: of /openapi.json. model: the
+    model's folder.
+    """
     parallel = config["parallel_config"]
     info = EngineInfo(
         kind="vllm",
@@ -86,7 +93,7 @@ def read_facts(
 
 
 def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[str, object]) -> frozenset[Capability]:
-    """From the server's settings."""
+    """Return the server's capabilities."""
     found = {
         Capability.VERSION_SPANS,
         Capability.PAUSE_ABORT,

@@ -1,6 +1,6 @@
-"""What is refused before it is sent, because vLLM would die of it, hang, or do something else without a word. Pure.
+"""Refuse requests that would crash vLLM, hang it, or silently do something else. Pure.
 
-Every line was seen on vLLM 0.32.0; `millrace.conformance.poison` sends each to a real server.
+Each case was observed on vLLM 0.32.0. `millrace.conformance.poison` sends each to a real server.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from millrace.types import GenerateRequest
 COLDEST, HOTTEST = 0.01, 2.0
 PENALTY_RANGE = (0.01, 100.0)
 BIAS_LIMIT = 100.0
-OURS = frozenset({"sampling_params", "lora_path"})  # what has a form of its own on the wire
+OURS = frozenset({"sampling_params", "lora_path"})  # fields that are encoded differently on the wire
 
-# What Millrace itself sends; `extra` may not say otherwise.
+# Fields that Millrace sets; `extra` must not have them.
 OWN_FIELDS = frozenset({
     "request_id", "token_ids", "prompt", "stream", "stream_options", "return_token_ids", "output_mode",
 })  # fmt: skip
@@ -26,36 +26,36 @@ OWN_SAMPLING = frozenset({
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos", "logprobs",
     "detokenize", "output_kind", "stream_interval",
     "n",  # one request is one sample
-    "logprob_token_ids",  # in the place of the drawn token's logprob
+    "logprob_token_ids",  # replaces the sampled token's logprob
     "trace_decode_token_ids",
-    "prompt_logprobs", "prompt_logprob_token_ids",  # a Generation has no place for them
+    "prompt_logprobs", "prompt_logprob_token_ids",  # a Generation has no field for them
 })  # fmt: skip
 
 
 def check_reload(model: Model, server: Server) -> None:
-    """Raises InvalidStateError where vLLM's own reload leaves other weights than it read, without a word."""
+    """Raise InvalidStateError if vLLM's own reload would silently leave wrong weights."""
     shapes = model.shapes or {}
     tied = bool(shapes) and "lm_head.weight" not in shapes
     require(
         not server.on_cpu or not (tied or any(".experts." in name for name in shapes)),
-        "on the CPU, vLLM's own reload is wrong where the embedding is tied or there are experts; start the server "
-        "with Millrace's extension, and one data-parallel rank",
+        "on the CPU, vLLM's own reload gives wrong weights if the model has tied embeddings or experts; start the "
+        "server with Millrace's extension and one data-parallel rank",
     )
 
 
 def check_request(request: GenerateRequest, limits: Limits, server: Server) -> None:
-    """Raises InvalidStateError for a request that would harm the server or come back as something else than asked."""
+    """Raise InvalidStateError for a request that would harm the server, or that it would not honour."""
     sampling = request.sampling
     check_values(request)
     check_ids(request, limits)
     check_length(request, limits)
     require(
         sampling.temperature == 0 or COLDEST <= sampling.temperature <= HOTTEST,
-        f"temperature must be 0, or {COLDEST:g} to {HOTTEST:g}: vLLM raises what is below and refuses what is above",
+        f"temperature must be 0, or {COLDEST:g} to {HOTTEST:g}: vLLM would raise a lower value and refuse a higher one",
     )
     require(
         server.logprobs_mode == "processed_logprobs" or sampling.temperature in (0.0, 1.0),
-        f"the server gives logprobs of temperature 1 ({server.logprobs_mode}); start it with --logprobs-mode "
+        f"the server's logprobs are those of temperature 1 ({server.logprobs_mode}); start it with --logprobs-mode "
         "processed_logprobs",
     )
     further = request.extra.get("sampling_params", {})
@@ -67,7 +67,7 @@ def check_request(request: GenerateRequest, limits: Limits, server: Server) -> N
 
 
 def _check_further(sampling: Mapping[str, object], limits: Limits) -> None:
-    """What makes probabilities that are no numbers, which vLLM answers with a token of no meaning."""
+    """Refuse values that make probabilities NaN: vLLM then answers with arbitrary tokens."""
     low, high = PENALTY_RANGE
     penalty = sampling.get("repetition_penalty", 1.0)
     require(
@@ -85,7 +85,7 @@ def _check_further(sampling: Mapping[str, object], limits: Limits) -> None:
 
 def _check_names(where: str, given: Mapping[str, object], own: frozenset[str], known: frozenset[str]) -> None:
     for name in given:
-        require(name not in own, f"{where}.{name} is Millrace's own to set, or has no place in a Generation")
+        require(name not in own, f"{where}.{name} is set by Millrace, or has no field in a Generation")
         if name not in known:
             near = get_close_matches(name, known - own, n=1)
             raise InvalidStateError(

@@ -1,4 +1,4 @@
-"""Starts a vLLM server: one process, or one for each of its nodes."""
+"""Start a vLLM server: one process, or one process for each node."""
 
 import asyncio
 import os
@@ -16,19 +16,20 @@ from millrace.errors import DataError, LaunchError
 from millrace.launch.ports import free_port, free_ports, require_free
 from millrace.model_config import head_dim
 
-# Not imported: these are the engine's.
+# Not imported: they run on the engine's interpreter.
 SERVE = Path(__file__).with_name("serve.py")
 EXTENSION = Path(__file__).with_name("extension")
-CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # elements for which its attention has a kernel
-# In shared memory, from a killed server of several ranks: the first carry their collectives, the others their messages.
+# Head sizes, in elements, for which vLLM's CPU attention has a kernel.
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+# Files in shared memory that a killed server of several ranks leaves: of collectives, then of message queues.
 LEFTOVERS = ("vllm_dist_*", "psm_*", "sem.mp-*")
 
 
 async def launch(config: VLLMEngineConfig, spec: LaunchSpec, *, python: Path | None = None) -> Launched:
     """Start a vLLM, and wait until it is healthy. See `millrace.engines.kinds.launch`.
 
-    Its logs are `NAME.log`, or `NAME-nodeN.log` for each node. Its keys are made here. `python`: an interpreter that
-    has the engine; None for the config's, or that of the installed environment.
+    The logs are `NAME.log`, or `NAME-nodeN.log` for each node. The keys are new. python: an interpreter that has the
+    engine; None for the config's, or that of the installed environment.
     """
     python = python or await checked_interpreter(config)
     name = spec.name(config.kind)
@@ -58,25 +59,31 @@ async def launch(config: VLLMEngineConfig, spec: LaunchSpec, *, python: Path | N
 
 
 def require_heads(model_path: Path) -> None:
-    """Raises LaunchError for a model whose first request would kill vLLM on the CPU."""
+    """Raise LaunchError for a model with heads of a size that vLLM can't compute on the CPU.
+
+    Its first request would crash vLLM.
+    """
     try:
         size = head_dim(model_path)
     except DataError as error:
         raise LaunchError(str(error)) from error
     if size and size not in CPU_HEADS:
         known = ", ".join(map(str, CPU_HEADS))
-        raise LaunchError(f"vLLM on the CPU computes no attention over heads of {size} elements, only of {known}")
+        raise LaunchError(f"vLLM on the CPU has no attention kernel for heads of {size} elements, only for {known}")
 
 
 def with_extension(node: Node) -> Node:
-    """Its modules are found before any of their names."""
+    """Return the node with the extension's folder first on its PYTHONPATH."""
     path = node.environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
     path = f"{EXTENSION}{os.pathsep}{path}" if path else str(EXTENSION)
     return replace(node, environment={**node.environment, "PYTHONPATH": path})
 
 
 def choose_ports(config: VLLMEngineConfig, replica: int) -> Ports:
-    """The config's ports and, for what it leaves open, the kernel's. Raises LaunchError when the config's are taken."""
+    """Return the config's ports, and free ports for those that it leaves open.
+
+    Raises LaunchError if a port of the config is in use.
+    """
     http = None
     if 0 in local_ranks(config):
         http = free_port(config.host, "engine.host") if config.ports is None else config.ports[replica]

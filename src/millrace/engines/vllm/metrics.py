@@ -1,11 +1,11 @@
-"""How much a vLLM server has to do, from what it tells Prometheus. Pure."""
+"""Read a vLLM server's Prometheus metrics. Pure."""
 
 from collections import defaultdict
 from collections.abc import Mapping
 
 
 def read_metrics(text: str) -> Mapping[str, float]:
-    """The sum of each metric over its labels, by its name without `vllm:`. Names that are not vLLM's are left out."""
+    """Return the sum of each vLLM metric over its labels. Keys are the names without `vllm:`."""
     sums: dict[str, float] = defaultdict(float)
     for line in text.splitlines():
         if line.startswith("vllm:"):

@@ -1,5 +1,7 @@
-"""What vLLM's workers are told of weights that come: Millrace's extension as JSON, with nothing to unpickle, vLLM's own
-transfer engine in its own form. Pure."""
+"""Describe arriving weights to vLLM's workers. Pure.
+
+Millrace's extension takes JSON, so nothing is unpickled. vLLM's own transfer engine takes its own format.
+"""
 
 from base64 import b64encode
 from collections.abc import Mapping
@@ -21,14 +23,14 @@ UNIQUE_ID_KEY = "broadcast_from/0/0"
 
 
 def description(bucket: Bucket, ranks: int) -> Mapping[str, object]:
-    """What `millrace_load` takes. Raises InvalidStateError for a bucket that it can't read."""
+    """Return the argument of `millrace_load`. Raises InvalidStateError for a bucket that it can't read."""
     match bucket:
         case SharedMemoryBucket():
             return {"kind": "shared_memory", **asdict(bucket)}
         case CudaIpcBucket(shares, nbytes, tensors):
             if len(shares) != ranks:
                 raise InvalidStateError(
-                    f"the bucket has {len(shares)} shares for {ranks} ranks; each opens one of its own"
+                    f"the bucket has {len(shares)} shares for {ranks} ranks; each rank needs its own"
                 )
             return {
                 "kind": "cuda_ipc",
@@ -41,11 +43,11 @@ def description(bucket: Bucket, ranks: int) -> Mapping[str, object]:
         case DiskBucket(path):
             return {"kind": "disk", "path": path}
         case TorchStorageBucket():
-            raise InvalidStateError("it opens no torch storage; send the tensors by shared memory")
+            raise InvalidStateError("it can't open torch storage; send the tensors by shared memory")
 
 
 def transfer(bucket: ProcessGroupBucket) -> Mapping[str, object]:
-    """What /update_weights takes, where the backend of vLLM's transfer engine is nccl."""
+    """Return the argument of /update_weights, for vLLM's transfer engine with the backend nccl."""
     return {
         "names": [tensor.name for tensor in bucket.tensors],
         "dtype_names": [tensor.dtype for tensor in bucket.tensors],
@@ -54,8 +56,10 @@ def transfer(bucket: ProcessGroupBucket) -> Mapping[str, object]:
 
 
 def unique_id(value: bytes) -> bytes:
-    """What vLLM's transfer engine looks for in the sender's store, under UNIQUE_ID_KEY: NCCL's id of the group as an
-    object of vLLM's own class. 0.32 can be told it as JSON too, 0.23 can't."""
+    """Return the value that vLLM's transfer engine reads from the sender's store under UNIQUE_ID_KEY.
+
+    It is a pickled object of vLLM's own class with NCCL's id of the group. vLLM 0.32 accepts JSON too, 0.23 does not.
+    """
     kind = Name("vllm.distributed.device_communicators.pynccl_wrapper", "ncclUniqueId")
     return PROTOCOL + encode(Call(Name("_ctypes", "_unpickle"), (kind, ({}, value)))) + STOP
 

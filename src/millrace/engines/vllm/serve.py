@@ -1,18 +1,18 @@
-"""What the engine's own interpreter runs: vLLM's server, started as `vllm serve` starts it.
+"""Start vLLM's server as `vllm serve` does. The engine's own interpreter runs this file.
 
     python serve.py VLLM_ARGUMENT ...
 
-It imports nothing of Millrace. The command `vllm` itself asks for the version of a distribution called vllm, which the
-one for the CPU is not; and `python -m vllm.entrypoints.openai.api_server` knows neither several API servers nor nodes
-without one. vLLM spawns its children from this file, and each runs the module level again.
+It imports nothing of Millrace. The command `vllm` itself needs a distribution named vllm, but the CPU build has another
+name. `python -m vllm.entrypoints.openai.api_server` supports neither several API servers nor headless nodes. vLLM
+spawns its child processes from this file, and each child runs the module level again.
 """
 
 import gc
 import os
 import sys
 
-# New objects between two looks of Python's garbage collector, whose own 700 cost a quarter of the time in which each of
-# vLLM's processes is imported.
+# Allocations between two runs of Python's garbage collector. With the default of 700, the collector takes a quarter of
+# the import time of each vLLM process.
 GC_THRESHOLD = 50_000
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     arguments = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args()
     if "configure_logging_from_args" in vars(vllm.logger):  # not in 0.23
         vllm.logger.configure_logging_from_args(arguments)
-    # What opens /inference/v1/generate and the aborting of its requests.
+    # This opens /inference/v1/generate and the route that aborts its requests.
     if "enable_scale_out" in arguments:
         arguments.enable_scale_out = True
     else:  # 0.23
@@ -41,10 +41,10 @@ def main() -> None:
     ServeSubcommand.cmd(arguments)
 
 
-# This file's folder is first on the path, and its modules would be found before others of their names.
+# Python puts this file's folder first on the path, where its modules would hide others of the same name.
 sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
 
-if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # on the CPU, where a server that is started soon is what counts
+if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # on the CPU, where fast startup matters most
     gc.set_threshold(GC_THRESHOLD)
 
 if __name__ == "__main__":

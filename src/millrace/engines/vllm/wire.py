@@ -1,7 +1,7 @@
-"""vLLM's wire formats for generate, as values of Millrace. Pure.
+"""Encode and decode vLLM's two wire formats for generation. Pure.
 
-`/inference/v1/generate` takes tokens and gives tokens. Servers that have it not (`--enable-scale-out`, before 0.24
-`--tokens-only`) are asked by OpenAI's `/v1/completions`, with token ids in and out.
+`/inference/v1/generate` takes and returns token ids. A server has it with `--enable-scale-out` (before 0.24:
+`--tokens-only`). Other servers are called by OpenAI's `/v1/completions`, also with token ids.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from millrace.types import FinishReason, GenerateRequest, Generation, VersionSpa
 
 GENERATE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
-IMPOSSIBLE = -9999.0  # what vLLM writes for a logprob that is no number
-# What of an answer has a place of its own, or says nothing of the request.
+NAN_LOGPROB = -9999.0  # what vLLM writes for NaN
+# Fields of an answer that are decoded or not needed. The others are passed through as `extra`.
 DECODED = frozenset({
     "index",
     "finish_reason",
@@ -30,7 +30,7 @@ DECODED = frozenset({
 
 
 def encode(path: str, request: GenerateRequest, *, stream: bool = False) -> dict[str, object]:
-    """The body of a POST to `path`."""
+    """Return the body of a POST to `path`."""
     sampling = request.sampling
     params: dict[str, object] = {
         "max_tokens": sampling.max_new_tokens,
@@ -41,11 +41,11 @@ def encode(path: str, request: GenerateRequest, *, stream: bool = False) -> dict
         "seed": sampling.seed,
         "stop_token_ids": sampling.stop_token_ids,
         "ignore_eos": sampling.ignore_eos,
-        "logprobs": 0,  # of the drawn token alone
+        "logprobs": 0,  # only the sampled token's
     }
     rest = {name: value for name, value in request.extra.items() if name not in ("sampling_params", "lora_path")}
     if (lora := request.extra.get("lora_path")) is not None:
-        rest["model"] = lora  # an adapter is a model of its own to vLLM
+        rest["model"] = lora  # vLLM treats a LoRA adapter as a model
     further: Any = request.extra.get("sampling_params", {})
     body: dict[str, object] = {**rest, "request_id": request.request_id, "stream": stream}
     if stream:
@@ -60,13 +60,13 @@ def encode(path: str, request: GenerateRequest, *, stream: bool = False) -> dict
 
 
 def wire_id(path: str, request_id: str) -> str:
-    """What the server itself calls a request, by which it can be aborted."""
+    """Return the id of a request on the server, which aborts need."""
     return f"cmpl-{request_id}-0" if path == COMPLETIONS else f"generate-tokens-{request_id}"
 
 
 @dataclass(slots=True)
 class Answer:
-    """What has come of a request; a stream brings it piece by piece."""
+    """The answer to a request, which a stream brings in parts."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -76,8 +76,10 @@ class Answer:
     extra: dict[str, object] = field(default_factory=dict)
 
     def take(self, path: str, body: Mapping[str, Any]) -> None:
-        """One answer, or one event of a stream. Raises KeyError, IndexError, TypeError or ValueError where it has not
-        the shape that vLLM documents."""
+        """Add a whole answer or one event of a stream.
+
+        Raises KeyError, IndexError, TypeError or ValueError if it does not have the shape that vLLM documents.
+        """
         self.usage = body.get("usage") or self.usage
         if not body["choices"]:
             return
@@ -88,15 +90,18 @@ class Answer:
             fresh = logprobs.get("token_logprobs") or []
         else:
             fresh = [entry["logprob"] for entry in logprobs.get("content") or ()]
-        self.logprobs += [nan if logprob is None or logprob <= IMPOSSIBLE else logprob for logprob in fresh]
+        self.logprobs += [nan if logprob is None or logprob <= NAN_LOGPROB else logprob for logprob in fresh]
         self.finish_reason = choice["finish_reason"] or self.finish_reason
         self.spans = choice.get("weight_versions") or self.spans
         self.extra |= {name: value for name, value in choice.items() if name not in DECODED and value is not None}
 
     def generation(self, request: GenerateRequest, version: int | None) -> Generation:
-        """`version`: of the weights that the server had meanwhile, for a server that does not tell. Without a reason to
-        have ended it has not ended, or was aborted before it had a token. Raises ValueError where the parts do not
-        fit."""
+        """Return the answer so far as a Generation.
+
+        version: of the served weights, for a server that does not report it. Without a `finish_reason`, the request is
+        still running, or was aborted before its first token; the result says ABORT then. Raises ValueError if the parts
+        are inconsistent.
+        """
         if len(self.logprobs) != len(self.token_ids):
             raise ValueError(f"{len(self.token_ids)} tokens came with {len(self.logprobs)} logprobs")
         details = self.usage.get("prompt_tokens_details") or {}
@@ -115,6 +120,6 @@ class Answer:
         length = len(self.token_ids)
         if not length:
             return ()
-        if not self.spans or self.spans[-1]["end"] != length:  # a stream tells them with its end
+        if not self.spans or self.spans[-1]["end"] != length:  # a stream has them only in its last event
             return (VersionSpan(version, 0, length),)
         return decode_spans(self.spans, length)
