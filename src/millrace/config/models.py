@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from millrace.config.base import ForeignArgument, Model
+from millrace.config.base import Flag, ForeignArgument, Model
 from millrace.config.judging import TEMPLATE, VERDICT, check_template, check_verdict
 from millrace.config.paths import LocalPath, PathOrName
 from millrace.config.routers import RouterConfig, check_router
@@ -88,16 +88,22 @@ class ReplicatedConfig(Model):
 
     replicas: PositiveInt = 1
     """Number of servers. Each has the whole model."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Flag("sglang", "--dtype"), Flag("vllm", "--dtype")
+    ] = "auto"
     """Dtype of the engine's weights and computation. `auto` uses the dtype of the model's folder, except that SGLang
     and vLLM on a GPU serve a float32 folder in bfloat16."""
-    max_running_requests: PositiveInt = 64
+    max_running_requests: Annotated[
+        PositiveInt, Flag("sglang", "--max-running-requests"), Flag("vllm", "--max-num-seqs")
+    ] = 64
     """Requests that one server runs at the same time. Further requests wait in its queue."""
     threads: PositiveInt | None = None
     """Number of CPU threads that torch uses. None keeps torch's default."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, Flag("sglang", "--host", passed=False), Flag("vllm", "--host", passed=False)] = "127.0.0.1"
     """Address that the servers listen on."""
-    ports: tuple[PositiveInt, ...] | None = None
+    ports: Annotated[
+        tuple[PositiveInt, ...] | None, Flag("sglang", "--port", passed=False), Flag("vllm", "--port", passed=False)
+    ] = None
     """One port for each replica. None picks free ports."""
     start_timeout: PositiveFloat = 60.0
     """Seconds until a server must be healthy."""
@@ -136,7 +142,7 @@ class StockEngineConfig(ReplicatedConfig):
 
     version: str
     """Version of the engine. It selects the environment that `millrace engines install` made."""
-    device: Literal["cuda", "cpu"] = "cuda"
+    device: Annotated[Literal["cuda", "cpu"], Flag("sglang", "--device")] = "cuda"
     """Device that the engine runs on."""
     python: LocalPath | None = None
     """A Python interpreter with the engine installed. None uses the environment that `millrace engines install`
@@ -144,25 +150,53 @@ class StockEngineConfig(ReplicatedConfig):
     urls: tuple[str, ...] | None = None
     """Running servers to attach to, one for each replica. Their keys come from MILLRACE_ENGINE_API_KEY and
     MILLRACE_ENGINE_ADMIN_API_KEY."""
-    tp_size: PositiveInt = 1
+    tp_size: Annotated[
+        PositiveInt,
+        Flag("sglang", "--tp-size", "--tensor-parallel-size"),
+        Flag("vllm", "--tensor-parallel-size", "--tp"),
+    ] = 1
     """Number of tensor-parallel ranks."""
-    pp_size: PositiveInt = 1
+    pp_size: Annotated[
+        PositiveInt,
+        Flag("sglang", "--pp-size", "--pipeline-parallel-size"),
+        Flag("vllm", "--pipeline-parallel-size", "--pp"),
+    ] = 1
     """Number of pipeline-parallel stages."""
-    dp_size: PositiveInt = 1
+    dp_size: Annotated[
+        PositiveInt, Flag("sglang", "--dp-size", "--data-parallel-size"), Flag("vllm", "--data-parallel-size", "--dp")
+    ] = 1
     """Number of data-parallel ranks."""
-    ep_size: PositiveInt = 1
+    ep_size: Annotated[
+        PositiveInt,
+        Flag("sglang", "--ep-size", "--ep", "--expert-parallel-size"),
+        Flag("vllm", "--enable-expert-parallel", passed=False),
+    ] = 1
     """Number of expert-parallel ranks."""
-    nnodes: PositiveInt = 1
+    nnodes: Annotated[
+        PositiveInt, Flag("sglang", "--nnodes"), Flag("vllm", "--nnodes", "--data-parallel-size-local", passed=False)
+    ] = 1
     """Number of nodes that one engine runs on."""
-    node_rank: Annotated[int, Field(ge=0)] | None = None
+    node_rank: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Flag("sglang", "--node-rank", passed=False),
+        Flag("vllm", "--node-rank", "--data-parallel-start-rank", "--headless", passed=False),
+    ] = None
     """Rank of this host's node. None runs all nodes on this host."""
-    dist_init_addr: Annotated[str, Field(pattern=r"^.+:\d+$")] | None = None
+    dist_init_addr: Annotated[
+        Annotated[str, Field(pattern=r"^.+:\d+$")] | None,
+        Flag("sglang", "--dist-init-addr", "--nccl-init-addr", passed=False),
+        Flag("vllm", "--master-addr", "--master-port", "--data-parallel-address", passed=False),
+    ] = None
     """host:port of node 0. None picks a free port if all nodes run on this host."""
-    base_gpu_id: Annotated[int, Field(ge=0)] = 0
+    base_gpu_id: Annotated[int, Field(ge=0), Flag("sglang", "--base-gpu-id", passed=False)] = 0
     """Index of the first GPU. Replica r starts at base_gpu_id + r x the GPUs of one replica."""
-    cuda_visible_devices: str | None = None
+    cuda_visible_devices: Annotated[str | None, Flag("vllm", "--device-ids", passed=False)] = None
     """CUDA_VISIBLE_DEVICES of the servers. None keeps this process's value."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Flag("sglang", "--log-level"),
+        Flag("vllm", "--log-level", passed=False),
+    ] = "info"
     """Level of the servers' logs."""
     kv_events: bool = False
     """Route by the KV cache events that the engine publishes. They report the prefixes in its cache. It needs the extra
@@ -209,11 +243,13 @@ class SGLangEngineConfig(StockEngineConfig):
     """Stock SGLang."""
     version: str = "0.5.23"
     """Version of SGLang."""
-    max_total_tokens: PositiveInt | None = None
+    max_total_tokens: Annotated[PositiveInt | None, Flag("sglang", "--max-total-tokens", passed=False)] = None
     """Capacity of the KV cache, in tokens. None keeps SGLang's default on a GPU, and is 65536 on the CPU."""
-    mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
+    mem_fraction_static: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None, Flag("sglang", "--mem-fraction-static")
+    ] = None
     """Share of the GPU's memory for weights and KV cache. None keeps SGLang's default."""
-    memory_saver: bool = True
+    memory_saver: Annotated[bool, Flag("sglang", "--enable-memory-saver", passed=False)] = True
     """Release GPU memory when the engine sleeps. It has no effect on the CPU."""
 
     @model_validator(mode="after")
@@ -230,15 +266,18 @@ class VLLMEngineConfig(StockEngineConfig):
     """Stock vLLM."""
     version: str = "0.32.0"
     """Version of vLLM."""
-    api_servers: PositiveInt = 1
+    api_servers: Annotated[PositiveInt, Flag("vllm", "--api-server-count", passed=False)] = 1
     """Number of processes that serve HTTP on the same port."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    gpu_memory_utilization: Annotated[
+        Annotated[float, Field(gt=0, le=1)] | None,
+        Flag("vllm", "--gpu-memory-utilization", "--device-memory-utilization"),
+    ] = None
     """Share of the GPU's memory that vLLM uses. None keeps vLLM's default."""
-    kv_cache_memory_bytes: PositiveInt | None = None
+    kv_cache_memory_bytes: Annotated[PositiveInt | None, Flag("vllm", "--kv-cache-memory-bytes", passed=False)] = None
     """Size of the KV cache, in bytes. None keeps vLLM's default on a GPU, and is 256 MB on the CPU."""
-    sleep_mode: bool = True
+    sleep_mode: Annotated[bool, Flag("vllm", "--enable-sleep-mode", passed=False)] = True
     """Release GPU memory when the engine sleeps. It has no effect on the CPU."""
-    data_parallel_rpc_port: PositiveInt | None = None
+    data_parallel_rpc_port: Annotated[PositiveInt | None, Flag("vllm", "--data-parallel-rpc-port", passed=False)] = None
     """Port on node 0 for data-parallel ranks on other hosts, in addition to dist_init_addr."""
 
     @model_validator(mode="after")

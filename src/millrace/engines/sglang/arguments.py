@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from millrace.config.base import option_owners, passed_options
 from millrace.config.models import EngineArgument, SGLangEngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import (
@@ -35,32 +36,8 @@ CPU_DEFAULTS: dict[str, EngineArgument] = {
 KV_EVENTS_DEFAULTS: dict[str, EngineArgument] = {"page_size": 64}
 EVENTS_WITHOUT_LORA = frozenset({"0.5.15"})  # versions whose KV events do not mention LoRA adapters
 
-# Every option string of SGLang 0.5.15 and 0.5.23 that Millrace sets, with its setting.
-SETTINGS = {
-    "--tp-size": "tp_size",
-    "--tensor-parallel-size": "tp_size",
-    "--pp-size": "pp_size",
-    "--pipeline-parallel-size": "pp_size",
-    "--dp-size": "dp_size",
-    "--data-parallel-size": "dp_size",
-    "--ep-size": "ep_size",
-    "--ep": "ep_size",
-    "--expert-parallel-size": "ep_size",
-    "--nnodes": "nnodes",
-    "--node-rank": "node_rank",
-    "--dist-init-addr": "dist_init_addr",
-    "--nccl-init-addr": "dist_init_addr",
-    "--base-gpu-id": "base_gpu_id",
-    "--device": "device",
-    "--dtype": "dtype",
-    "--host": "host",
-    "--port": "ports",
-    "--log-level": "log_level",
-    "--max-running-requests": "max_running_requests",
-    "--max-total-tokens": "max_total_tokens",
-    "--mem-fraction-static": "mem_fraction_static",
-    "--enable-memory-saver": "memory_saver",
-}
+# The setting that each option belongs to, of all versions that Millrace supports.
+SETTINGS = option_owners(SGLangEngineConfig, "sglang")
 # Options that are set elsewhere or must not be set, with their owner and advice.
 OTHERS = {
     "--model-path": ("model", "set only model"),
@@ -150,22 +127,12 @@ def settings(config: SGLangEngineConfig, spec: LaunchSpec) -> dict[str, EngineAr
     max_total_tokens = config.max_total_tokens
     if max_total_tokens is None and config.device == "cpu":
         max_total_tokens = CPU_TOTAL_TOKENS
-    return {
-        "model_path": str(spec.model_path),
-        "weight_version": str(spec.version),
-        "device": config.device,
-        "dtype": config.dtype,
-        "host": unbracketed(config.host),
-        "tp_size": config.tp_size,
-        "pp_size": config.pp_size,
-        "dp_size": config.dp_size,
-        "ep_size": config.ep_size,
-        "nnodes": config.nnodes,
-        "max_running_requests": config.max_running_requests,
-        "max_total_tokens": max_total_tokens,
-        "mem_fraction_static": config.mem_fraction_static,
-        "enable_memory_saver": config.memory_saver and config.device == "cuda",
-        "log_level": config.log_level,
+    return passed_options(config, "sglang") | {
+        "--model-path": str(spec.model_path),
+        "--weight-version": str(spec.version),
+        "--host": unbracketed(config.host),
+        "--max-total-tokens": max_total_tokens,
+        "--enable-memory-saver": config.memory_saver and config.device == "cuda",
     }
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from millrace.config.base import option_owners, passed_options
 from millrace.config.models import EngineArgument, VLLMEngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import (
@@ -37,36 +38,8 @@ CPU_DEFAULTS: dict[str, EngineArgument] = {
 EXTENSION = "millrace_vllm.Extension"
 KEYS_MIDDLEWARE = "millrace_vllm_keys.Keys"
 
-# Every option string of vLLM 0.23.0 and 0.32.0 that Millrace sets, with its setting.
-SETTINGS = {
-    "--tensor-parallel-size": "tp_size",
-    "--tp": "tp_size",
-    "--pipeline-parallel-size": "pp_size",
-    "--pp": "pp_size",
-    "--data-parallel-size": "dp_size",
-    "--dp": "dp_size",
-    "--data-parallel-size-local": "nnodes",
-    "--data-parallel-start-rank": "node_rank",
-    "--enable-expert-parallel": "ep_size",
-    "--nnodes": "nnodes",
-    "--node-rank": "node_rank",
-    "--headless": "node_rank",
-    "--master-addr": "dist_init_addr",
-    "--master-port": "dist_init_addr",
-    "--data-parallel-address": "dist_init_addr",
-    "--data-parallel-rpc-port": "data_parallel_rpc_port",
-    "--device-ids": "cuda_visible_devices",
-    "--dtype": "dtype",
-    "--host": "host",
-    "--port": "ports",
-    "--log-level": "log_level",
-    "--api-server-count": "api_servers",
-    "--max-num-seqs": "max_running_requests",
-    "--gpu-memory-utilization": "gpu_memory_utilization",
-    "--device-memory-utilization": "gpu_memory_utilization",
-    "--kv-cache-memory-bytes": "kv_cache_memory_bytes",
-    "--enable-sleep-mode": "sleep_mode",
-}
+# The setting that each option belongs to, of all versions that Millrace supports.
+SETTINGS = option_owners(VLLMEngineConfig, "vllm")
 REPLICAS: Owner = ("engine.replicas, over which Millrace balances requests itself", "set engine.replicas instead")
 NO_KEYS: Owner = ("the API keys, which it would not check", "leave it out")
 # Options that are set elsewhere or must not be set, with their owner and advice.
@@ -173,15 +146,9 @@ def settings(config: VLLMEngineConfig, model_path: Path) -> dict[str, EngineArgu
     kv_cache = config.kv_cache_memory_bytes
     if kv_cache is None and config.gpu_memory_utilization is None and config.device == "cpu":
         kv_cache = CPU_KV_CACHE_BYTES
-    return {
+    return passed_options(config, "vllm") | {
         "model": str(model_path),
-        "dtype": config.dtype,
-        "tensor_parallel_size": config.tp_size,
-        "pipeline_parallel_size": config.pp_size,
-        "data_parallel_size": config.dp_size,
         "enable_expert_parallel": True if config.ep_size > 1 else None,
-        "max_num_seqs": config.max_running_requests,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
         "kv_cache_memory_bytes": kv_cache,
         "enable_sleep_mode": True if config.sleep_mode and config.device == "cuda" else None,
         # One process on the CPU: a second one has nothing to do and doubles the startup time.
