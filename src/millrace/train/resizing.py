@@ -55,10 +55,10 @@ def require_only_replicas(before: RunConfig, after: RunConfig) -> None:
 
 async def bring_to(fleet: Fleet, replicas: int) -> None:
     """Starts engines, or takes those out that came last, until there are so many."""
-    while len(fleet.snapshot.members) < replicas:
+    while len(fleet.snapshot.replicas) < replicas:
         name = await fleet.add()
         logger.warning("%s has joined", name)
-    while len(fleet.snapshot.members) > replicas:
-        name = fleet.snapshot.members[-1].name
+    while len(fleet.snapshot.replicas) > replicas:
+        name = fleet.snapshot.replicas[-1].name
         await fleet.remove(name)
         logger.warning("%s has left", name)
