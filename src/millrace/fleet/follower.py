@@ -1,4 +1,4 @@
-"""A fleet that another process owns: snapshots come from the owner over HTTP, and requests go to the engines directly."""
+"""A fleet that another process owns: snapshots come from the owner over HTTP; requests go directly to the engines."""
 
 import asyncio
 import logging
