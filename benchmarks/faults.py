@@ -83,7 +83,7 @@ def a_place() -> Iterator[tuple[Path, Path]]:
 
 def kill(fleet: Fleet, name: str) -> None:
     """SIGKILL to the engine's own process, which is the only child of its guard."""
-    process = fleet._replicas.replicas[name].process
+    process = fleet.replicas.by_name[name].process
     assert isinstance(process, ServerProcess)
     guard = process._process.pid
     [engine] = Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
@@ -103,8 +103,8 @@ async def recover(config: EngineConfig) -> Recovered:
             [name] = fleet.engines
             killed = time.time()
             kill(fleet, name)
-            await fleet._replicas.until(lambda: not fleet.snapshot.get(name).routable, WAIT)
-            await fleet._replicas.until(lambda: fleet.snapshot.get(name).routable, WAIT)
+            await fleet.replicas.until(lambda: not fleet.snapshot.get(name).routable, WAIT)
+            await fleet.replicas.until(lambda: fleet.snapshot.get(name).routable, WAIT)
             assert fleet.snapshot.get(name).version == 1
         came = {str(entry.fields["state"]): entry.at for entry in event_log.newest if entry.kind == "member"}
     dead, up, ready = (came[phase.value] for phase in (Phase.DEAD, Phase.CATCHING_UP, Phase.READY))

@@ -18,7 +18,7 @@ ADAPTER = LoraConfig(8, 16.0, ("q_proj",))
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"config": {"kind": "embeded"}}, ConfigError, "config.*embeded.*'sglang'.*config is such as"),
+        ({"config": {"kind": "embeded"}}, ConfigError, "config.*embeded.*'sglang'.*an example of config is Emb"),
         ({"config": {"kind": "embedded", "replicsa": 2}}, ConfigError, "config.embedded.replicsa: Extra"),
         ({"config": "embedded"}, ConfigError, "config.*such as EmbeddedEngineConfig"),
         ({"config": None}, ConfigError, "config must be a config such as EmbeddedEngineConfig.*None"),
@@ -68,7 +68,7 @@ async def test_a_fleet_takes_what_is_meant_and_says_what_is_not(tiny_model: Path
         with pytest.raises(ArgumentError, match="routing must be a RoutingContext"):
             await fleet.generate(REQUEST, deadline=30, routing="session")  # type: ignore[arg-type]
         for wrong in (1.5, "2", None, True):
-            with pytest.raises(PublishError, match="a version is a number"):
+            with pytest.raises(PublishError, match="version must be an integer"):
                 await fleet.publish(tensors, wrong)
         for wrong in (model, dict(tensors), None, "weights"):
             with pytest.raises(PublishError):
@@ -77,7 +77,7 @@ async def test_a_fleet_takes_what_is_meant_and_says_what_is_not(tiny_model: Path
             await fleet.publish_lora(tensors, 2, config={"rank": 8})  # type: ignore[arg-type]
         with pytest.raises(MillraceError, match="JSON"):
             await fleet.generate(GenerateRequest("j", (5,), SamplingParams(1), {"x": object()}), deadline=30)
-        assert all(member.routable for member in fleet.snapshot.members)
+        assert all(state.routable for state in fleet.snapshot.replicas)
 
     calls: dict[str, tuple[Any, ...]] = {
         "generate": (REQUEST,), "serving": (), "awake": (), "resumed": (), "publish": (tensors, 3),

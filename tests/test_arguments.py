@@ -171,5 +171,5 @@ def test_what_else_is_not_meant(make: Any, says: str) -> None:
 def test_a_name_may_have_any_letters_and_has_an_end() -> None:
     check_values(GenerateRequest("r-é-\u2028/7", (1,), SamplingParams(4)))
     for name in ("", "x" * 5000):
-        with pytest.raises(InvalidStateError, match="name"):
+        with pytest.raises(InvalidStateError, match="request_id must have"):
             check_values(GenerateRequest(name, (1,), SamplingParams(4)))

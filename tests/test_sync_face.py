@@ -33,13 +33,13 @@ def test_a_trainer_without_an_event_loop(tiny_model: Path, tmp_path: Path) -> No
         assert fleet.generate(request, deadline=20).version_spans == (VersionSpan(1, 0, 8),)
         with pytest.raises(PublishError, match="not newer"):
             fleet.publish(tensors, 1)
-        [member] = fleet.snapshot.members
-        assert member.routable
+        [state] = fleet.snapshot.replicas
+        assert state.routable
 
 
 def test_an_engine_that_somebody_else_started(tiny_model: Path, tmp_path: Path) -> None:
     with sync.open_fleet(EmbeddedEngineConfig(kind="embedded", threads=1), tiny_model, log_dir=tmp_path) as fleet:
-        [replica] = fleet._wrapped._replicas.replicas.values()
+        [replica] = fleet._wrapped.replicas.by_name.values()
         assert isinstance(replica.engine, EmbeddedEngine)
         keys = replica.engine._http._keys
         with Portal() as portal:

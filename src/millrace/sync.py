@@ -58,22 +58,43 @@ def open_fleet(
     prefix: str | None = None,
     router: RouterConfig | None = None,
 ) -> "Iterator[Fleet]":
-    """Launches `config.replicas` engines that serve the model in `model_path` as weight version `version`, or attaches
-    to those that the config names.
+    """Start the engines of a config, or attach to those at its `urls`, and return them as one fleet.
 
-    In rotation are those whose weights have the folder's checksums or, where an engine can't tell, that were started
-    from this folder; another serves after its first publish. Logs go to `log_dir`. `transport` is how weights are
-    published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay; `sidecars` are for `delta` and
-    `ucx`, and their key is read from MILLRACE_SIDECAR_KEY (docs/weights.md). An engine that dies, hangs or holds other
-    weights than it should is started anew up to `restarts` times in a row (docs/faults.md).
-    Events go to `event_log` (docs/monitoring.md), which the caller closes. A `frozen` fleet is never published to
-    (docs/judges.md). Engines are called `PREFIX-0` and so on, by default after their kind. `router` stands before
-    them (docs/routers.md). The soft limit of open files of this process is raised to the hard one (docs/faults.md).
+    An engine enters rotation at once if its weights have the checksums of the model's folder. An engine that reports
+    no checksums does if it was started from this folder. Any other engine serves after its first publish. When the
+    context ends, the engines that were started here are ended. This process's soft limit of open files is raised to
+    its hard limit (docs/faults.md).
 
-    Raises LaunchError when an engine does not come up (the others are ended), DataError when the folder is not a
-    model's or `folder` not a store, PublishError when the engines can't take weights by that transport or compute in
-    different dtypes, ConfigError when what it needs is not installed or `config`, which may be a mapping, is not an
-    engine's, and ArgumentError for another argument of the wrong type.
+    Args:
+        config: The engines: a config object, or a mapping with the same settings. `config.replicas` engines are
+            started.
+        model_path: The folder of the model.
+        log_dir: Where the engines' logs go.
+        version: The number of the weight version that the folder contains.
+        seed: The engines' seed. It also decides between equal engines when requests are routed.
+        transport: How published weights reach the engines (docs/weights.md).
+        folder: Where published versions are stored, as a path or an fsspec URL. By default they are not stored.
+        keep: The number of versions that stay in `folder`.
+        sidecars: The URLs of the sidecars, for the transports `delta` and `ucx`. The environment variable
+            MILLRACE_SIDECAR_KEY has their key.
+        restarts: How often in a row an engine is restarted that dies, hangs or holds wrong weights (docs/faults.md).
+        event_log: The event log, which the caller closes (docs/monitoring.md). By default events are only counted.
+        frozen: Refuse every publish, as for a judge (docs/judges.md).
+        prefix: The engines are named PREFIX-0, PREFIX-1 and so on. The default is the kind of the engine.
+        router: An external router in front of the engines (docs/routers.md).
+
+    Raises:
+        LaunchError: An engine or the router does not start. The other engines are ended.
+        DataError: `model_path` is not the folder of a model, or `folder` is not a version store.
+        PublishError: The engines can't take weights by this transport, or compute in different dtypes.
+        ConfigError: The config is invalid, or a package that it needs is not installed.
+        ArgumentError: Another argument has the wrong type.
+
+    Example:
+
+        async with open_fleet({"kind": "sglang", "replicas": 2}, "models/Qwen3-0.6B", log_dir="logs") as fleet:
+            await fleet.publish(lambda: list(model.named_parameters()), version=1)
+            generation = await fleet.generate(request, deadline=60.0)
     """
     with Portal() as portal:
         manager = local.open_fleet(
@@ -294,48 +315,62 @@ class Fleet:
 
     @property
     def snapshot(self) -> Snapshot:
-        """How the engines stand now."""
+        """The states of all engines now."""
         return self._wrapped.snapshot
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and output together that every engine takes."""
+        """The tokens of prompt and output together that a request may have on every engine."""
         return self._wrapped.context_length
 
     @property
     def outstanding(self) -> Mapping[str, int]:
-        """Of each engine: tokens of the requests that it has from here, prompts and room for output."""
+        """The tokens of this process's running requests (prompts, and room for output), by engine."""
         return self._wrapped.outstanding
 
     @property
     def asleep(self) -> bool:
-        """Whether some of the engines' memory is released, so that they generate nothing."""
+        """Whether memory of the engines is released, so that they do not generate."""
         return self._wrapped.asleep
 
     def awake(self) -> None:
-        """Waits until the fleet is woken, for as long as that takes."""
+        """Wait until the fleet is woken, without a deadline."""
         self._portal.call(self._wrapped.awake())
 
     @property
     def interrupted(self) -> bool:
-        """Whether no engine generates for a while: all sleep, or the last one is being started again."""
+        """Whether generation is interrupted: all engines sleep, or the last one is being restarted."""
         return self._wrapped.interrupted
 
     def resumed(self) -> None:
-        """Waits until the fleet is no longer interrupted, for as long as that takes."""
+        """Wait until generation is no longer interrupted, without a deadline."""
         self._portal.call(self._wrapped.resumed())
 
     def serving(self, *, deadline: float) -> None:
-        """Waits until some engine takes requests. Raises NoEngineError as `generate` does."""
+        """Wait up to `deadline` seconds until an engine takes requests. Raises NoEngineError if none does."""
         self._portal.call(self._wrapped.serving(deadline=deadline))
 
     def generate(self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE) -> Generation:
-        """Sends the request to the engine that suits it best (docs/routing.md), and waits for one where all sleep, are
-        being updated or started anew, or have none of the versions that `routing` admits.
+        """Send the request to the engine that suits it best, and return its generation.
 
-        Raises NoEngineError when none may serve it by the deadline or none is left, and the engine's own EngineError
-        otherwise; a request that failed on an engine is not sent again by this method. `deadline` is in seconds; 0
-        or less has passed. Raises ArgumentError for arguments of the wrong type.
+        docs/routing.md describes how the engine is chosen. If no engine may serve the request, this method waits for
+        one: while all engines sleep, are updated or restarted, or have no version that `routing` admits. A request that
+        failed on an engine is not sent again.
+
+        Args:
+            request: The prompt as token ids, and how to sample.
+            deadline: Seconds for everything, the wait for an engine included. A deadline of 0 or less has passed.
+            routing: The request's session, its group, and the weight versions that it accepts.
+
+        Raises:
+            NoEngineError: No engine may serve the request by the deadline, no engine is left, or the fleet is closed.
+            EngineError: The engine's own error, if the request failed there.
+            ArgumentError: An argument has the wrong type.
+
+        Example:
+
+            request = GenerateRequest("turn-1", input_ids, SamplingParams(max_new_tokens=64))
+            generation = await fleet.generate(request, deadline=60.0, routing=RoutingContext(session="episode-7"))
         """
         return self._portal.call(self._wrapped.generate(request, deadline=deadline, routing=routing))
 
@@ -348,28 +383,44 @@ class Fleet:
         deadline: float = 120.0,
         require_finite: bool = True,
     ) -> PublishReport:
-        """Brings a version into every usable engine; one that does not take it is quarantined and named in the report.
+        """Publish a version of the weights to every usable engine, and return a report.
 
-        `tensors` is consumed lazily and in a thread. Its values are checked before, unless it is an iterator, which is
-        checked on the way. With `require_finite=False` they are not checked.
+        Every engine that took the version serves it when this method returns, unless it sleeps. An engine that did not
+        take it is quarantined, and named in the report.
 
-        Raises PublishError when a value is NaN or infinite, when no engine takes the version, when another publish is
-        under way, or when `version` is not above the last one. Whatever is raised, the old version goes on serving
-        where it was, unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves
-        again after the next publish.
+        `tensors` is read lazily, in a thread. Its values are checked before anything is sent; those of an iterator are
+        checked while they are sent. If versions are stored (`folder` of `open_fleet`), `tensors` is read a second time
+        after the publish, and can't be an iterator. The version is made durable in the background, and the next publish
+        waits until that is done.
 
-        Where versions are kept, `tensors` is gone through once more when the engines serve, and can't be an iterator.
-        The version becomes safe in the background; the next publish waits for that.
+        `tensors` may also be a function that returns them. The fleet calls it again, in any thread, if a restarted or
+        added engine needs this version and the store does not have it. This ends with the next publish, or when the
+        weights sleep. Sampled checksums compare the tensors with the published ones. If they differ, or the function
+        raises WeightsChanged, the engine serves after the next publish.
 
-        `tensors` may be a function that returns them, such as `lambda: list(model.named_parameters())`. The fleet then
-        calls it again, in any thread, when an engine needs this version and no store has it: an engine that was started
-        again, or added. It does so until the next publish, or until the weights sleep. What comes is compared with
-        what was published, by sampled checksums; where the trainer has changed it meanwhile, or the function raises
-        WeightsChanged, the engine serves after the next publish.
+        While every engine is being restarted, this method waits, however long that takes. If all engines die during
+        the publish, it starts again when one is back, unless `tensors` is an iterator.
 
-        While every engine is being started again, the publish waits for that, however long the start takes. Where all
-        of them die during the publish, it begins again when one is back (unless `tensors` is an iterator). `deadline`,
-        in seconds, is for the engines to take the version.
+        Args:
+            tensors: Pairs of name and tensor with all weights of the model, or a function that returns them.
+            version: The number of the version, above that of the last one.
+            bucket_bytes: The size of the buckets in which tensors are sent, in bytes.
+            deadline: Seconds for the engines to take the version.
+            require_finite: Refuse NaN and infinite values.
+
+        Raises:
+            PublishError: A value is NaN or infinite, the tensors are not the model's, no engine took the version,
+                another publish is under way, or `version` is not above the last one.
+            NoEngineError: No engine is left.
+
+        After an error the engines still serve the old version. SGLang and vLLM can't undo an update that has begun: an
+        engine of theirs whose update had begun serves again after the next publish.
+
+        Example:
+
+            report = await fleet.publish(lambda: list(model.named_parameters()), version=step)
+            for name, error in report.failed.items():
+                print(f"{name} did not take version {step}: {error}")
         """
         return self._portal.call(
             self._wrapped.publish(
@@ -386,17 +437,36 @@ class Fleet:
         deadline: float = 60.0,
         require_finite: bool = True,
     ) -> PublishReport:
-        """Brings a LoRA adapter over the last whole version into every usable engine, while these go on generating.
+        """Publish a LoRA adapter over the last whole version to every usable engine, and return a report.
 
-        `tensors` are named as PEFT does, `base_model.model.MODULE.lora_A.weight` and `lora_B`. Requests that begin when
-        an engine has it use it, and their version spans say `version`. Running requests end with the weights that they
-        began with. At most two adapters are loaded in an engine. If requests still run with the one before the last,
-        the publish waits for them for half of `deadline`, and then aborts them.
+        The engines generate meanwhile. New requests use the adapter as soon as their engine has loaded it, and their
+        version spans have `version`. Running requests complete with the weights that they began with. An engine has at
+        most two adapters loaded. If requests still use the older one, this method waits for them for half of
+        `deadline`, and then aborts them. Publishing a whole version removes the adapter.
 
-        An engine that does not take the adapter is out of rotation and named in the report; where it only said no, it
-        serves again after the next one. PublishError is raised, and what served before goes on serving, when the
-        tensors are not those of such an adapter of the model, when no engine takes it or none can read it, and as
-        `publish` says. A version that is published whole takes the adapter off.
+        An engine that does not take the adapter leaves rotation, and is named in the report. If the engine refused it,
+        the engine serves again after the next publish.
+
+        Args:
+            tensors: Pairs of name and tensor, named as PEFT does: `base_model.model.MODULE.lora_A.weight` and
+                `lora_B.weight`.
+            version: The number of the version, above that of the last one.
+            config: The adapter's rank, alpha and target modules.
+            deadline: Seconds for the engines to load the adapter.
+            require_finite: Refuse NaN and infinite values.
+
+        Raises:
+            PublishError: The tensors are no adapter of this model, no engine can read or take it, a value is NaN or
+                infinite, another publish is under way, or `version` is not above the last one. The engines still serve
+                the last version.
+            NoEngineError: No engine is left.
+            ArgumentError: `config` is not a LoraConfig.
+
+        Example:
+
+            config = LoraConfig(rank=16, alpha=32.0, target_modules=("q_proj", "v_proj"))
+            adapter = peft.get_peft_model_state_dict(model)
+            await fleet.publish_lora(adapter.items(), version=step, config=config)
         """
         return self._portal.call(
             self._wrapped.publish_lora(
@@ -405,32 +475,67 @@ class Fleet:
         )
 
     def restart(self, name: str, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> None:
-        """Ends this engine, starts it anew, and brings it what the others serve, within `deadline` seconds, before its
-        first request: from the store, or from the trainer where `publish` was given a function. Otherwise it serves
-        after the next publish. Raises LaunchError where it does not come up, PublishError where it does not take the
-        version, and NoEngineError where the fleet does not start its engines."""
+        """End an engine, start it again, and bring it the weights that the others serve.
+
+        The weights come from the store, or from the trainer if `publish` was given a function. If neither has them, the
+        engine serves after the next publish.
+
+        Args:
+            name: The engine's name, such as "sglang-0".
+            bucket_bytes: The size of the buckets in which tensors are sent, in bytes.
+            deadline: Seconds to bring the engine the weights. The start itself has its own limit, `start_timeout`.
+
+        Raises:
+            LaunchError: The engine does not start.
+            PublishError: The engine does not take the version.
+            NoEngineError: No engine has this name, or this fleet does not start its engines.
+        """
         self._portal.call(self._wrapped.restart(name, bucket_bytes=bucket_bytes, deadline=deadline))
 
     def add(self, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> str:
-        """Starts one more engine like the others, and brings it what these serve before its first request, as `restart`
-        does. Returns its name."""
+        """Start one more engine, bring it the weights that the others serve, and return its name.
+
+        The arguments, the source of the weights and the errors are those of `restart`.
+        """
         return self._portal.call(self._wrapped.add(bucket_bytes=bucket_bytes, deadline=deadline))
 
     def remove(self, name: str, *, deadline: float = 60.0) -> None:
-        """Takes an engine out: it gets no more requests, ends those that it has, for which it gets `deadline` seconds
-        before they are aborted, and its process is ended."""
+        """Remove an engine from the fleet, and end its process.
+
+        It gets no more requests. Its running requests are aborted if they have not completed within `deadline` seconds.
+        Raises NoEngineError if no engine has this name.
+        """
         self._portal.call(self._wrapped.remove(name, deadline=deadline))
 
     def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY, *, interrupt: bool = False) -> None:
-        """Puts every usable engine to sleep, after what runs there has ended, or with `interrupt` has been aborted. One
-        that can't is quarantined.
+        """Release memory of every usable engine, to lend it to the trainer.
 
-        The weights of a frozen fleet sleep only where all of its engines can read them anew (`restore`); otherwise
-        PublishError is raised."""
+        No engine gets requests from now on. Running requests complete first. An engine that can't sleep is quarantined.
+        `wake` gets the memory back.
+
+        Args:
+            what: The memory to release: the weights, the KV cache, or by default both. Released weights are lost, so
+                publish after waking them (a frozen fleet: call `restore`).
+            interrupt: Abort the running requests instead of waiting for them.
+
+        Raises:
+            PublishError: The fleet is frozen, and an engine can't read its weights again from the model's folder.
+            NoEngineError: No engine is left.
+        """
         self._portal.call(self._wrapped.sleep(what, interrupt=interrupt))
 
     def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
-        """Wakes every usable engine. One whose weights slept serves again after the next publish."""
+        """Give released memory back to every usable engine.
+
+        An engine whose weights slept serves again after the next publish. An engine that can't wake is quarantined.
+
+        Args:
+            what: The memory to give back, by default all of it. Wake the weights before a publish, and the KV cache
+                after it.
+
+        Raises:
+            NoEngineError: No engine is left.
+        """
         self._portal.call(self._wrapped.wake(what))
 
     @property
@@ -441,11 +546,22 @@ class Fleet:
 
     @property
     def frozen(self) -> bool:
-        """Whether the engines hold for ever what they were started with."""
+        """Whether the engines keep the weights of their start, so that nothing is published to them."""
         return self._wrapped.frozen
 
     def restore(self, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> None:
-        """Wakes a frozen fleet. Weights that slept have lost their content: the engines read them anew from the model's
-        folder, each of them is attested as after a publish, and then they get their KV cache back. One that does not
-        take them within `deadline` seconds is started anew."""
+        """Wake a frozen fleet, whose weights may have slept.
+
+        The engines read lost weights again from the model's folder, are attested as after a publish, and then get their
+        KV cache back. An engine that does not take the weights is quarantined, and restarted if the fleet restarts its
+        engines.
+
+        Args:
+            bucket_bytes: The size of the buckets in which tensors are read, in bytes.
+            deadline: Seconds for the engines to read the weights.
+
+        Raises:
+            PublishError: The fleet is not frozen.
+            NoEngineError: No engine is left.
+        """
         self._portal.call(self._wrapped.restore(bucket_bytes=bucket_bytes, deadline=deadline))

@@ -35,14 +35,14 @@ class Run:
 
     def victim(self) -> str | None:
         """Some engine that serves, as long as another is left."""
-        serving = [member.name for member in self.fleet.snapshot.members if member.routable]
+        serving = [state.name for state in self.fleet.snapshot.replicas if state.routable]
         return self.draw.choice(serving) if len(serving) > 1 else None
 
 
 def hit(run: Run, name: str, number: signal.Signals) -> int | None:
     """Sends the signal to the engine's own process, and tells which that is. None: it has ended, be it that nobody has
     found out yet."""
-    process = run.fleet._replicas.replicas[name].process
+    process = run.fleet.replicas.by_name[name].process
     assert isinstance(process, ServerProcess)
     guard = process._process.pid
     with suppress(FileNotFoundError, ProcessLookupError):
@@ -107,6 +107,6 @@ def check(run: Run, samples: Sequence[Sample], asked: Iterable[str]) -> None:
 async def until_all_serve(run: Run, version: int) -> None:
     """Also until their new starts are over, which end, and are counted, a little after they serve."""
     began, fleet = time.monotonic(), run.fleet
-    while fleet.members.coming or not all(m.routable and m.version == version for m in fleet.snapshot.members):
+    while fleet.replicas.coming or not all(m.routable and m.version == version for m in fleet.snapshot.replicas):
         assert time.monotonic() < began + 2 * WAIT, (fleet.snapshot.describe(), run.happened)
         await asyncio.sleep(0.05)

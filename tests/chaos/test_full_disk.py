@@ -55,7 +55,7 @@ async def test_a_full_disk_costs_what_would_be_on_it_and_no_sample(
             assert "File too large" in report.unstored
             groups = [await scheduler.next_group() for _ in PROBLEMS]
             assert (await fleet.publish(tensors, 2)).unstored is None
-            assert {member.version for member in fleet.snapshot.members if member.routable} == {2}
+            assert {state.version for state in fleet.snapshot.replicas if state.routable} == {2}
         assert {sample.status for group in groups for sample in group.samples} == {SampleStatus.FINISHED}
         assert event_log.metrics.unwritten > 0
     assert sum("events.jsonl can't be written" in record.getMessage() for record in caplog.records) == 1

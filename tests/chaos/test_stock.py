@@ -106,7 +106,7 @@ async def play(
             assert {tensor.float_dtype for name, tensor in stored.items() if name != NORM} == {"bfloat16"}
             assert stored[NORM].float_dtype == "float32"
         assert all(name in fleet._router._cached for name in fleet.engines)  # the new ones tell too
-        sockets = {(replica.kv_events or "").rpartition("/")[2] for replica in fleet._replicas.replicas.values()}
+        sockets = {(replica.kv_events or "").rpartition("/")[2] for replica in fleet.replicas.by_name.values()}
         metrics = fleet.event_log.metrics
         assert {name: metrics.restarts[name, True] for name in fleet.engines} == {one: 1, two: 1}
         assert metrics.retries[True] > 0, "nothing hit any sample"

@@ -13,7 +13,7 @@ from tests.fleet.test_fleet import expected
 
 
 async def hold_a_judge_comes_back_from_its_folder(fleet: Fleet, folder: Path) -> None:
-    [started] = fleet._replicas.replicas.values()
+    [started] = fleet.replicas.by_name.values()
     name, tokens = started.engine.name, expected(AutoModelForCausalLM.from_pretrained(folder))
     judge = Fleet([replace(started, process=None)], None, frozen=True)
     await judge.attest(folder_checksums(folder), 0, folder)

@@ -26,7 +26,7 @@ async def hold_its_events_draw_requests(fleet: Fleet, tiny_model: Path, version:
     [(name, engine)] = fleet.engines.items()
     # Another that serves the same, has less to do and tells that it has nothing.
     other = after(ReplicaState("other", "http://other"), Attested(version))
-    router, snapshot = fleet._router, Snapshot(0, (*fleet.snapshot.members, other))
+    router, snapshot = fleet._router, Snapshot(0, (*fleet.snapshot.replicas, other))
     router.follow("other")
 
     def drawn() -> bool:

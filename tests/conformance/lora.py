@@ -56,13 +56,13 @@ async def hold_what_a_dead_trainer_left_is_taken_away(fleet: Fleet) -> None:
     assert isinstance(engine, StockEngine)
     model = AutoModelForCausalLM.from_pretrained((await engine.info()).model_path)
     await fleet.publish_lora(lora(model, 1), 2000, config=CONFIG)
-    [member] = fleet.snapshot.members
-    assert member.lora is not None
+    [state] = fleet.snapshot.replicas
+    assert state.lora is not None
     keys = engine._http._keys
     second = type(engine)("second", engine.url, api_key=keys["data"], admin_key=keys["control"])
     try:
         await second.initialize()
         names = [model["id"] for model in (await second._ask("/v1/models"))["data"]]
-        assert member.lora not in names
+        assert state.lora not in names
     finally:
         await second.close()

@@ -35,7 +35,7 @@ async def hold_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path, version:
     with pytest.raises(NonFiniteLogprobs, match=SAYS.format(version)):
         async for _ in engine.stream(request(1.0), deadline=60):
             pass
-    assert all(member.routable and not member.failures for member in fleet.snapshot.members)
+    assert all(state.routable and not state.failures for state in fleet.snapshot.replicas)
 
     await fleet.publish(list(sound.items()), version + 1)
     for _ in range(4):  # vLLM on the CPU may first read NaN that the version before left in its cache

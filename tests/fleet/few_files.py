@@ -24,7 +24,7 @@ async def main(model: str, logs: str, host: str, files: int, requests: int) -> N
         made = await asyncio.gather(*asked, return_exceptions=True)
         result = {
             "lengths": [len(one.output_ids) if isinstance(one, Generation) else repr(one) for one in made],
-            "members": [[member.url, member.phase, member.failures] for member in fleet.snapshot.members],
+            "members": [[state.url, state.phase, state.failures] for state in fleet.snapshot.replicas],
         }
     print(json.dumps(result))
 

@@ -10,7 +10,7 @@ from millrace.launch.process import ServerProcess
 
 def strike(fleet: Fleet, name: str, number: signal.Signals = signal.SIGKILL) -> None:
     """A signal to the engine's own process, which is its guard's only child."""
-    process = fleet._replicas.replicas[name].process
+    process = fleet.replicas.by_name[name].process
     assert isinstance(process, ServerProcess)
     guard = process._process.pid
     [engine] = Path(f"/proc/{guard}/task/{guard}/children").read_text().split()

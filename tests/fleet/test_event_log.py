@@ -96,18 +96,18 @@ EVENTS = st.lists(st.sampled_from([Attested(1), Attested(2), Slept(), Died("kill
 
 
 @given(EVENTS)
-def test_every_state_that_a_member_comes_into_is_counted_and_remembered_once(events: list[Event]) -> None:
-    event_log, member = EventLog(), ReplicaState("e0", "http://e0")
-    states = [member]
-    event_log.changed(None, member)
+def test_every_state_that_a_replica_comes_into_is_counted_and_remembered_once(events: list[Event]) -> None:
+    event_log, state = EventLog(), ReplicaState("e0", "http://e0")
+    states = [state]
+    event_log.changed(None, state)
     for event in events:
         states.append(after(states[-1], event))
         event_log.changed(states[-2], states[-1])
-    moved = [m.phase for before, m in itertools.pairwise(states) if m.phase is not before.phase]
+    moved = [s.phase for before, s in itertools.pairwise(states) if s.phase is not before.phase]
     for phase in Phase:
         assert event_log.metrics.entered["e0", phase] == [states[0].phase, *moved].count(phase)
     assert [e.fields["state"] for e in event_log.newest] == [states[0].phase, *moved]
-    assert event_log.metrics.newest == max((m.version for m in states if m.version is not None), default=None)
+    assert event_log.metrics.newest == max((s.version for s in states if s.version is not None), default=None)
 
 
 def report(version: int, errors: dict[str, EngineError | None]) -> PublishReport:
@@ -116,10 +116,10 @@ def report(version: int, errors: dict[str, EngineError | None]) -> PublishReport
 
 
 def test_sleep_and_new_versions_are_written_and_do_not_crowd_out_what_matters(tmp_path: Path) -> None:
-    member = ReplicaState("e0", "http://e0", Phase.READY, version=1, base=1)
+    state = ReplicaState("e0", "http://e0", Phase.READY, version=1, base=1)
     with EventLog(tmp_path / "events.jsonl") as event_log:
         for event in (Slept(), Slept(), Woke(), Attested(2)):
-            event_log.changed(member, member := after(member, event))
+            event_log.changed(state, state := after(state, event))
     assert not event_log.newest
     written = [(line["version"], line["asleep"]) for line in lines(tmp_path / "events.jsonl")]
     assert written == [(None, "kv_cache weights"), (None, None), (2, None)]

@@ -62,7 +62,7 @@ async def fleet(shared_fleet: Fleet, model: PreTrainedModel) -> AsyncIterator[Fl
         await engine.inject_fault("slow", seconds=0.0)
         await engine.abort()
     await shared_fleet.publish(tensors(model), following(shared_fleet))
-    assert all(member.routable for member in shared_fleet.snapshot.members)
+    assert all(state.routable for state in shared_fleet.snapshot.replicas)
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -99,7 +99,7 @@ def embedded(fleet: Fleet) -> list[EmbeddedEngine]:
 
 
 def served(fleet: Fleet) -> int:
-    [version] = {member.version for member in fleet.snapshot.members}
+    [version] = {state.version for state in fleet.snapshot.replicas}
     assert version is not None
     return version
 
@@ -110,7 +110,7 @@ def following(fleet: Fleet) -> int:
 
 async def running(fleet: Fleet) -> list[int]:
     """How many requests run on each engine that serves."""
-    serving = [fleet.engines[member.name] for member in fleet.snapshot.members if member.routable]
+    serving = [fleet.engines[state.name] for state in fleet.snapshot.replicas if state.routable]
     return [(await engine.loads()).running_requests for engine in serving]
 
 
@@ -195,9 +195,9 @@ async def test_an_engine_that_refuses_half_way_leaves_the_rotation_and_the_other
     await bad.inject_fault("refuse_update", count=2)
     report = await fleet.publish(tensors(model), 1, bucket_bytes=64 * 1024)
     assert list(report.failed) == ["embedded-0"]
-    member = fleet.snapshot.get("embedded-0")
-    assert member.phase is Phase.QUARANTINED
-    assert "embedded-0" in (member.reason or "")
+    state = fleet.snapshot.get("embedded-0")
+    assert state.phase is Phase.QUARANTINED
+    assert "embedded-0" in (state.reason or "")
     answers = await asyncio.gather(*(fleet.generate(greedy(f"r{i}"), deadline=20) for i in range(4)))
     assert {a.version_spans for a in answers} == {(VersionSpan(1, 0, 12),)}
     [left_out] = (await fleet.publish(tensors(model), 2)).left_out
@@ -310,7 +310,7 @@ async def test_versions_only_grow_and_publishes_come_one_at_a_time(fleet: Fleet,
     version = served(fleet)
     first = asyncio.create_task(fleet.publish(tensors(model), version + 2))
     await asyncio.sleep(0)
-    with pytest.raises(PublishError, match="another version is on its way"):
+    with pytest.raises(PublishError, match="another version is being published"):
         await fleet.publish(tensors(model), version + 3)
     await first
     with pytest.raises(PublishError, match=f"version {version + 1} is not newer than version {version + 2}"):
@@ -432,7 +432,7 @@ async def test_a_transport_that_is_not_possible_ends_what_was_started(tiny_model
     with pytest.raises(ConfigError, match=r"publish.folder nosuch://x can't be used"):
         async with open_fleet(config, tiny_model, log_dir=tmp_path, folder="nosuch://x"):
             raise AssertionError("it must not start")
-    with pytest.raises(ConfigError, match=r"transport 'carrier' is not known; valid here: auto, shm"):
+    with pytest.raises(ConfigError, match=r"transport 'carrier' is unknown; valid here: auto, shm"):
         async with open_fleet(config, tiny_model, log_dir=tmp_path, transport="carrier"):  # type: ignore[arg-type]
             raise AssertionError("it must not start")
     with socket.create_server(("127.0.0.1", port)):

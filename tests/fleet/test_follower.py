@@ -31,7 +31,7 @@ async def owned(fleet: Fleet) -> AsyncIterator[str]:
     """Where its owner answers."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-        async with own(fleet.members, sock, KEY):
+        async with own(fleet.replicas, sock, KEY):
             yield f"http://127.0.0.1:{port}"
 
 
@@ -50,7 +50,7 @@ async def test_a_follower_knows_what_its_owner_knows(tiny_model: Path, tmp_path:
             async with Follower.open(url, "another"):
                 pass
         async with Follower.open(url, KEY, seed=1) as follower:
-            assert follower.snapshot.members == fleet.snapshot.members
+            assert follower.snapshot.replicas == fleet.snapshot.replicas
             assert follower.context_length == fleet.context_length
             made = await follower.generate(greedy("mine"), deadline=20)
             assert (made.output_ids, made.version_spans) == (expected(model), (VersionSpan(0, 0, 12),))

@@ -14,7 +14,7 @@ from millrace.engines.stock.kv_events import new_endpoint
 from millrace.fleet.kv_feed import KVEventFeeds
 from millrace.fleet.replica_state import Snapshot
 from millrace.fleet.routing import Choice, RoutingPolicy, Why
-from tests.fleet.test_routing import asked, long, members
+from tests.fleet.test_routing import asked, long, replicas
 
 DEADLINE = 20.0
 PROMPT = long(0, 3)
@@ -59,7 +59,7 @@ def router() -> RoutingPolicy:
 
 @pytest.fixture
 def snapshot() -> Snapshot:
-    return members(2)
+    return replicas(2)
 
 
 @pytest_asyncio.fixture
@@ -121,7 +121,7 @@ async def test_an_engine_that_cannot_be_understood_counts_by_what_it_gets(
     await publisher.send(*frames)
     await until(lambda: bool(caplog.messages))
     [message] = caplog.messages
-    assert "requests go to e0 by what was sent there, since its KV cache events fail" in message
+    assert "routing to e0 uses the prompts sent to it, since its KV cache events can't be read" in message
     await publisher.say(1, stored(PROMPT))
     sent = router.choose(snapshot, Counter(e0=0, e1=10), asked(PROMPT))
     assert sent == Choice("e0", Why.LEAST_LOADED)

@@ -55,7 +55,7 @@ async def fleet(shared_fleet: Fleet, model: PreTrainedModel) -> AsyncIterator[Fl
     await slow_down(shared_fleet, 0.0)
     await asyncio.gather(*(engine.abort() for engine in shared_fleet.engines.values()))
     await shared_fleet.publish(tensors(model), highest(shared_fleet) + 1)
-    assert all(member.routable for member in shared_fleet.snapshot.members)
+    assert all(state.routable for state in shared_fleet.snapshot.replicas)
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -65,7 +65,7 @@ async def doomed_fleet(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Fleet]
 
 
 def highest(fleet: Fleet) -> int:
-    return max(member.version or 0 for member in fleet.snapshot.members)
+    return max(state.version or 0 for state in fleet.snapshot.replicas)
 
 
 async def ask_both(fleet: Fleet, label: str = "both") -> list[Generation]:
@@ -176,7 +176,7 @@ async def test_whole_weights_take_the_adapter_off_what_runs(fleet: Fleet, model:
     await slow_down(fleet, 0.0)
     first, second = (await running).version_spans
     assert (first.version, second.version, second.end) == (version, version + 1, 60)
-    assert {member.lora for member in fleet.snapshot.members} == {None}
+    assert {state.lora for state in fleet.snapshot.replicas} == {None}
     after = await ask_both(fleet)
     whole = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
     with torch.no_grad():
@@ -252,7 +252,7 @@ async def test_adapters_and_whole_versions_are_numbered_alike(fleet: Fleet, mode
             await fleet.publish(tensors(model), older)
     first = asyncio.create_task(fleet.publish_lora(lora(model, 2), version + 1, config=CONFIG))
     await asyncio.sleep(0)
-    with pytest.raises(PublishError, match="another version is on its way"):
+    with pytest.raises(PublishError, match="another version is being published"):
         await fleet.publish(tensors(model), version + 2)
     await first
 
@@ -308,10 +308,10 @@ async def test_an_engine_that_was_started_anew_gets_the_base_and_the_adapter_bef
     async def watch() -> None:
         nonlocal seen
         while True:
-            member = fleet.snapshot.get("embedded-0")
-            seen += [member.version] if member.routable and member.version is not None else []
-            async with fleet._replicas.changed:
-                await fleet._replicas.changed.wait()
+            state = fleet.snapshot.get("embedded-0")
+            seen += [state.version] if state.routable and state.version is not None else []
+            async with fleet.replicas.changed:
+                await fleet.replicas.changed.wait()
 
     watching = asyncio.create_task(watch())
     await publish(fleet, lora(model, 1), 1)  # over what they were started with
@@ -345,7 +345,7 @@ async def test_sleep_without_the_weights_keeps_the_adapter_and_with_them_takes_i
     with pytest.raises(PublishError, match="asleep; wake them"):
         await fleet.publish_lora(lora(model, 2), version + 1, config=CONFIG)
     await fleet.wake()
-    with pytest.raises(PublishError, match="it holds no whole version"):
+    with pytest.raises(PublishError, match="it does not hold the whole version"):
         await fleet.publish_lora(lora(model, 2), version + 1, config=CONFIG)
     await fleet.publish(tensors(model), version + 1)
     assert {g.output_ids for g in await ask_both(fleet)} == {expected(model)}
@@ -370,7 +370,7 @@ async def test_engines_that_cannot_read_it_are_told_apart(tmp_path: Path) -> Non
         EmbeddedEngine("away", "http://192.0.2.1:8000"),
         EngineInfo("embedded", "1", "model", 0, 10, 10, frozenset({Capability.LORA})),
     )
-    with pytest.raises(PublishError, match="away can't read what is written on this host; set publish.folder"):
+    with pytest.raises(PublishError, match="away can't read files of this host; set publish.folder"):
         async with PublishedLoras(None).written([away], 1, {}, CONFIG):
             raise AssertionError("it must not be written")
     async with PublishedLoras(tmp_path).written([away], 1, {}, CONFIG) as written:

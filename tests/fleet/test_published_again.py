@@ -81,7 +81,7 @@ async def kill(fleet: Fleet) -> None:
 async def until_up(fleet: Fleet) -> None:
     """Returns when the new start is over, whatever the engine holds then."""
     async with asyncio.timeout(90):
-        while fleet.members.coming or not fleet.snapshot.usable:
+        while fleet.replicas.coming or not fleet.snapshot.usable:
             await asyncio.sleep(0.02)
 
 
@@ -193,7 +193,7 @@ async def test_an_added_engine_gets_the_version_too(fleet: Fleet, trainer: Train
 async def test_what_is_given_is_looked_at_first(fleet: Fleet, trainer: Trainer) -> None:
     version = following(fleet)
     for wrong in (trainer.model, trainer.model.state_dict, lambda: None):
-        with pytest.raises(PublishError, match="what is published are pairs of name and tensor, not a"):
+        with pytest.raises(PublishError, match="tensors must be pairs of name and tensor, not a"):
             await fleet.publish(wrong, version)  # type: ignore[arg-type]
 
 
@@ -205,7 +205,7 @@ async def test_requests_before_the_first_publish_end_at_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Nobody has compared what the engine holds with anything. While it starts, the log says what is waited for."""
-    monkeypatch.setattr("millrace.fleet.starting.TELL_SECONDS", 0.2)
+    monkeypatch.setattr("millrace.fleet.starting.LOG_SECONDS", 0.2)
     one = start(ONE, LaunchSpec(model_path=tiny_model, log_dir=tmp_path))
     with caplog.at_level(logging.INFO, "millrace.fleet.starting"):
         started = await start_all({NAME: one}, tmp_path)

@@ -30,7 +30,7 @@ def model(tiny_model: Path) -> PreTrainedModel:
 
 async def until_serving(fleet: Fleet, count: int) -> None:
     async with asyncio.timeout(90):
-        while sum(member.routable for member in fleet.snapshot.members) != count:
+        while sum(state.routable for state in fleet.snapshot.replicas) != count:
             await asyncio.sleep(0.02)
 
 
@@ -147,6 +147,6 @@ async def test_one_that_stands_still_under_the_fleets_end_leaves_nothing(tiny_mo
 async def test_an_engine_without_a_place_in_the_config_is_not_added(tiny_model: Path, tmp_path: Path) -> None:
     config = ONE.model_copy(update={"ports": (free_port("127.0.0.1"),)})
     async with open_fleet(config, tiny_model, log_dir=tmp_path) as fleet:
-        with pytest.raises(LaunchError, match="engine.ports names 1 engines; one more has no place there"):
+        with pytest.raises(LaunchError, match="engine.ports lists 1 engines, and none for one more"):
             await fleet.add()
-        assert [member.routable for member in fleet.snapshot.members] == [True]
+        assert [state.routable for state in fleet.snapshot.replicas] == [True]

@@ -43,18 +43,18 @@ events: st.SearchStrategy[Event] = st.one_of(
 
 @given(st.lists(events))
 def test_what_serves_was_attested_after_its_weights_last_slept_and_never_distrusted(history: list[Event]) -> None:
-    member = ReplicaState("e", "http://e")
+    state = ReplicaState("e", "http://e")
     attested: int | None = None
     based = False
     asleep: frozenset[MemoryTag] = frozenset()
     ended = False
     failures = 0
     for event in history:
-        serves, suspect = member.phase is Phase.READY and not asleep, member.phase is Phase.SUSPECT
-        member = after(member, event)
+        serves, suspect = state.phase is Phase.READY and not asleep, state.phase is Phase.SUSPECT
+        state = after(state, event)
         if ended:
-            assert not member.routable
-            assert member.phase in (Phase.DEAD, Phase.QUARANTINED, Phase.DRAINING)
+            assert not state.routable
+            assert state.phase in (Phase.DEAD, Phase.QUARANTINED, Phase.DRAINING)
             continue
         match event:
             case Attested(version, lora):
@@ -78,27 +78,27 @@ def test_what_serves_was_attested_after_its_weights_last_slept_and_never_distrus
             case Quarantined() | Died() | Leaving():
                 ended = True
         trusted = not ended and failures < MAX_FAILURES
-        assert member.routable == (trusted and attested is not None and not asleep)
-        if member.routable:
-            assert member.version == attested
+        assert state.routable == (trusted and attested is not None and not asleep)
+        if state.routable:
+            assert state.version == attested
 
 
 @given(st.lists(events))
 def test_the_dead_never_come_back(history: list[Event]) -> None:
-    member = after(ReplicaState("e", "http://e"), Died("killed by SIGKILL"))
+    state = after(ReplicaState("e", "http://e"), Died("killed by SIGKILL"))
     for event in history:
-        member = after(member, event)
-        assert member.phase is Phase.DEAD
-        assert member.reason == "killed by SIGKILL"
+        state = after(state, event)
+        assert state.phase is Phase.DEAD
+        assert state.reason == "killed by SIGKILL"
 
 
 def test_three_failures_in_a_row_make_a_suspect_and_an_answer_clears_it() -> None:
-    member = after(ReplicaState("e", "http://e"), Attested(1))
+    state = after(ReplicaState("e", "http://e"), Attested(1))
     for _ in range(MAX_FAILURES - 1):
-        member = after(member, CallFailed("it broke off"))
-        assert member.routable
-    assert after(member, Answered()).failures == 0
-    suspect = after(member, CallFailed("it broke off"))
+        state = after(state, CallFailed("it broke off"))
+        assert state.routable
+    assert after(state, Answered()).failures == 0
+    suspect = after(state, CallFailed("it broke off"))
     assert suspect.phase is Phase.SUSPECT
     assert suspect.usable
     assert suspect.describe() == "e (suspect; version 1; it broke off)"
@@ -110,28 +110,28 @@ def test_three_failures_in_a_row_make_a_suspect_and_an_answer_clears_it() -> Non
 
 @given(st.sets(st.sampled_from(MemoryTag), min_size=1))
 def test_who_sleeps_is_never_suspect(what: set[MemoryTag]) -> None:
-    member = after(after(ReplicaState("e", "http://e"), Attested(1)), Slept(frozenset(what)))
+    state = after(after(ReplicaState("e", "http://e"), Attested(1)), Slept(frozenset(what)))
     for _ in range(2 * MAX_FAILURES):
-        member = after(member, CallFailed("it broke off"))
-    assert member.phase is Phase.READY
+        state = after(state, CallFailed("it broke off"))
+    assert state.phase is Phase.READY
 
 
 def test_who_drains_serves_no_more_whatever_comes_and_dies_at_last() -> None:
-    member = after(after(ReplicaState("e", "http://e"), Attested(1)), Leaving())
+    state = after(after(ReplicaState("e", "http://e"), Attested(1)), Leaving())
     for event in (Attested(2), Answered(), Woke(), CatchingUp()):
-        assert after(member, event) == member
-    assert after(member, Died("taken out")).phase is Phase.DEAD
+        assert after(state, event) == state
+    assert after(state, Died("taken out")).phase is Phase.DEAD
 
 
 def test_a_description_says_all_that_matters() -> None:
-    member = after(after(ReplicaState("e0", "u"), Attested(3)), Slept(ALL_MEMORY))
-    assert member.describe() == "e0 (ready; asleep: kv_cache, weights; without weights until the next publish)"
-    assert "killed" in after(member, Died("killed by SIGKILL")).describe()
+    state = after(after(ReplicaState("e0", "u"), Attested(3)), Slept(ALL_MEMORY))
+    assert state.describe() == "e0 (ready; asleep: kv_cache, weights; without weights until the next publish)"
+    assert "killed" in after(state, Died("killed by SIGKILL")).describe()
 
 
 def test_an_adapter_lies_over_the_whole_version_below_it() -> None:
-    member = after(ReplicaState("e", "http://e"), Attested(3))
-    over = after(member, Attested(5, "millrace-5"))
+    state = after(ReplicaState("e", "http://e"), Attested(3))
+    over = after(state, Attested(5, "millrace-5"))
     assert (over.version, over.base, over.lora) == (5, 3, "millrace-5")
     assert "version 5, an adapter over version 3" in over.describe()
     whole = after(over, Attested(6))

@@ -42,9 +42,9 @@ contexts = st.builds(
 prompts = st.builds(lambda start, length: tuple(range(start, start + length)), st.integers(0, 2), st.integers(1, 300))
 
 
-def members(count: int, version: int = 1) -> Snapshot:
+def replicas(count: int, version: int = 1) -> Snapshot:
     new = (ReplicaState(f"e{i}", f"http://e{i}") for i in range(count))
-    return Snapshot(0, tuple(after(member, Attested(version)) for member in new))
+    return Snapshot(0, tuple(after(state, Attested(version)) for state in new))
 
 
 def asked(prompt: tuple[int, ...] = (1, 2, 3), *, room: int = 100) -> GenerateRequest:
@@ -65,22 +65,22 @@ def test_only_who_may_serve_is_chosen_and_the_same_one_each_time(
 ) -> None:
     known = []
     for i, (history, _) in enumerate(fleet):
-        member = ReplicaState(f"e{i}", f"http://e{i}")
+        state = ReplicaState(f"e{i}", f"http://e{i}")
         for event in [Attested(1), *history]:
-            member = after(member, event)
-        known.append(member)
+            state = after(state, event)
+        known.append(state)
     outstanding = {f"e{i}": load for i, (_, load) in enumerate(fleet)}
     one, same = RoutingPolicy(seed), RoutingPolicy(seed)
     for context, prompt in requests:
         request = asked(prompt)
         choice = one.choose(Snapshot(0, tuple(known)), outstanding, request, context)
         assert choice == same.choose(Snapshot(9, tuple(reversed(known))), outstanding, request, context)
-        able = [member for member in known if member.routable and context.admits(member.version)]
+        able = [state for state in known if state.routable and context.admits(state.version)]
         assert (choice is None) == (not able)
         if choice is None:
             continue
-        [chosen] = [member for member in able if member.name == choice.engine]
-        least = min(outstanding[member.name] for member in able)
+        [chosen] = [state for state in able if state.name == choice.engine]
+        least = min(outstanding[state.name] for state in able)
         need = len(prompt) + request.sampling.max_new_tokens
         assert outstanding[chosen.name] + need <= SPILL * (least + need)
         if choice.why in (Why.LEAST_LOADED, Why.SPILL):
@@ -89,23 +89,23 @@ def test_only_who_may_serve_is_chosen_and_the_same_one_each_time(
 
 @given(st.integers(2, 8), st.integers(1, 30), st.integers(0, 5))
 def test_without_affinity_the_load_is_even(engines: int, requests: int, seed: int) -> None:
-    router, snapshot, outstanding = RoutingPolicy(seed), members(engines), Counter[str]()
+    router, snapshot, outstanding = RoutingPolicy(seed), replicas(engines), Counter[str]()
     for _ in range(requests):
         choice = router.choose(snapshot, outstanding, asked())
         assert choice is not None
         outstanding[choice.engine] += 103
-    loads = [outstanding[member.name] for member in snapshot.members]
+    loads = [outstanding[state.name] for state in snapshot.replicas]
     assert max(loads) - min(loads) <= 103
 
 
 def test_ranks_with_other_seeds_begin_with_other_engines() -> None:
-    snapshot = members(8)
+    snapshot = replicas(8)
     first = {RoutingPolicy(seed).choose(snapshot, Counter(), asked()) for seed in range(20)}
     assert len(first) > 3
 
 
 def test_a_session_stays_where_it_was_and_goes_when_that_is_overloaded() -> None:
-    router, snapshot, session = RoutingPolicy(), members(3), RoutingContext(session="s")
+    router, snapshot, session = RoutingPolicy(), replicas(3), RoutingContext(session="s")
     first = router.choose(snapshot, Counter(), asked(), session)
     assert first is not None
     assert first.why is Why.LEAST_LOADED
@@ -120,7 +120,7 @@ def test_a_session_stays_where_it_was_and_goes_when_that_is_overloaded() -> None
 
 
 def test_the_samples_of_a_group_go_together_and_their_turns_apart() -> None:
-    router, snapshot = RoutingPolicy(), members(2)
+    router, snapshot = RoutingPolicy(), replicas(2)
     first = router.choose(snapshot, Counter(), asked(), RoutingContext("s0", "g"))
     assert first is not None
     [other] = snapshot.routable.keys() - {first.engine}
@@ -133,7 +133,7 @@ def test_the_samples_of_a_group_go_together_and_their_turns_apart() -> None:
 
 
 def test_the_longest_known_prefix_wins_if_it_is_most_of_the_prompt() -> None:
-    router, snapshot = RoutingPolicy(), members(3)
+    router, snapshot = RoutingPolicy(), replicas(3)
     loads = Counter(dict.fromkeys(snapshot.routable, 0))
     short = router.choose(snapshot, loads, asked(long(0, 2)))
     assert short is not None
@@ -151,7 +151,7 @@ def test_the_longest_known_prefix_wins_if_it_is_most_of_the_prompt() -> None:
 
 @pytest.mark.parametrize("routing", [RoutingContext(session="s"), RoutingContext(group="g"), ANYWHERE])
 def test_what_an_engine_has_lost_draws_nobody(routing: RoutingContext) -> None:
-    router, snapshot = RoutingPolicy(), members(2)
+    router, snapshot = RoutingPolicy(), replicas(2)
     first = router.choose(snapshot, Counter(), asked(long(0, 2)), routing)
     assert first is not None
     again = router.choose(snapshot, Counter({first.engine: 50}), asked(long(0, 2)), routing)
@@ -190,7 +190,7 @@ def told(
     ids=["cleared", "removed", "forgotten", "missed", "unfollowed", "followed anew"],
 )
 def test_an_engine_that_tells_counts_as_knowing_what_it_said(lost: Callable[[RoutingPolicy], None]) -> None:
-    router, snapshot = RoutingPolicy(), members(2)
+    router, snapshot = RoutingPolicy(), replicas(2)
     for engine in snapshot.routable:
         router.follow(engine)
     for _ in range(2):  # what is sent to an engine that tells says nothing
@@ -205,7 +205,7 @@ def test_an_engine_that_tells_counts_as_knowing_what_it_said(lost: Callable[[Rou
 
 
 def test_an_engine_that_tells_and_one_that_does_not_stand_beside_each_other() -> None:
-    router, snapshot = RoutingPolicy(), members(2)
+    router, snapshot = RoutingPolicy(), replicas(2)
     router.follow("e0")
     sent = router.choose(snapshot, Counter(e0=10, e1=0), asked(long(0, 2)))
     assert sent == Choice("e1", Why.LEAST_LOADED)
@@ -217,13 +217,13 @@ def test_an_engine_that_tells_and_one_that_does_not_stand_beside_each_other() ->
 
 
 def test_what_the_base_model_computed_draws_no_request_with_an_adapter() -> None:
-    router, snapshot = RoutingPolicy(), members(2)
+    router, snapshot = RoutingPolicy(), replicas(2)
     for engine in snapshot.routable:
         router.follow(engine)
     router.learn("e0", stored(long(0, 2)))
     assert not told(router, long(0, 2), snapshot, {"lora_path": "tuned"})
     assert told(router, long(0, 2), snapshot)
-    adapted = Snapshot(1, tuple(after(member, Attested(2, "tuned")) for member in snapshot.members))
+    adapted = Snapshot(1, tuple(after(state, Attested(2, "tuned")) for state in snapshot.replicas))
     assert not told(router, long(0, 2), adapted)
     # With an adapter that the fleet published, what was sent counts.
     assert router.choose(adapted, Counter(e0=0, e1=10), asked(long(0, 2))) == Choice("e1", Why.PREFIX)
@@ -242,7 +242,7 @@ def test_prompts_share_as_many_blocks_as_they_share_tokens(tokens: list[int], cu
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "MOST_HOMES", 4)
     monkeypatch.setattr(routing, "MOST_BLOCKS", 6)
-    router, snapshot = RoutingPolicy(), members(2)
+    router, snapshot = RoutingPolicy(), replicas(2)
     for number in range(20):
         router.choose(snapshot, Counter(), asked(long(1000 * number, 2)), RoutingContext(str(number), str(number // 2)))
     assert len(router._homes) == 4

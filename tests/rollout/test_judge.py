@@ -123,7 +123,7 @@ async def test_nothing_is_published_to_a_judge(judge: Judge, judge_folder: Path)
         await judge.fleet.publish(tensors, 1)
     with pytest.raises(PublishError, match="frozen"):
         await judge.fleet.publish_lora(tensors, 1, config=LoraConfig(1, 1.0, ("q_proj",)))
-    assert [member.version for member in judge.fleet.snapshot.members] == [0]
+    assert [state.version for state in judge.fleet.snapshot.replicas] == [0]
 
 
 async def test_people_see_it_beside_the_policy_and_never_behind(judge: Judge) -> None:
@@ -207,9 +207,9 @@ async def test_weights_that_are_not_the_folders_first_ones_never_serve(judge: Ju
         model.model.norm.weight *= 1.5
     model.save_pretrained(judge_folder)
     await judge.fleet.restore()
-    [member] = judge.fleet.snapshot.members
-    assert (member.phase, member.version) == (Phase.QUARANTINED, None)
-    assert "not what was sent" in (member.reason or "")
+    [state] = judge.fleet.snapshot.replicas
+    assert (state.phase, state.version) == (Phase.QUARANTINED, None)
+    assert "not what was sent" in (state.reason or "")
     kept.replace(weights)
     assert await judge.grade(PROBLEMS[0], "#### 3", deadline=END) == grade  # by the engine that was started anew
     assert judge.fleet.event_log.metrics.restarts["judge-0", True] == 1
@@ -217,5 +217,5 @@ async def test_weights_that_are_not_the_folders_first_ones_never_serve(judge: Ju
 
 async def test_what_is_not_frozen_has_no_way_back_but_a_publish() -> None:
     fleet = Fleet([], None)
-    with pytest.raises(PublishError, match="only a frozen fleet is restored"):
+    with pytest.raises(PublishError, match="only a frozen fleet can be restored"):
         await fleet.restore()

@@ -163,9 +163,9 @@ class RecordingFleet(Fleet):
 
 
 async def test_the_tokens_of_a_sample_are_those_that_were_sampled(fleet: Fleet, runner: SampleRunner) -> None:
-    recording = RecordingFleet(list(fleet._replicas.replicas.values()), fleet._versions.transport)
+    recording = RecordingFleet(list(fleet.replicas.by_name.values()), fleet._versions.transport)
     recording.recorded = {}
-    recording._replicas.snapshot = fleet.snapshot
+    recording.replicas.snapshot = fleet.snapshot
     async with RolloutScheduler(replace(runner, fleet=recording), samples_per_group=2) as scheduler:
         scheduler.start(groups(PROBLEMS[:8]), version=0)
         done = [await scheduler.next_group() for _ in range(8)]
@@ -204,7 +204,7 @@ async def test_what_sleep_interrupts_goes_on_by_the_next_weights_with_its_time_s
     fleet: Fleet, runner: SampleRunner, tiny_model: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    [old] = {member.version for member in fleet.snapshot.members}
+    [old] = {state.version for state in fleet.snapshot.replicas}
     assert old is not None
     for engine in embedded(fleet):
         await engine.inject_fault("slow", seconds=0.03)
@@ -238,4 +238,4 @@ async def test_a_sample_of_weights_with_nan_fails_at_once_with_the_reason(tiny_m
         sample = await make_runner(fleet, tiny_model).run("s", "g", PROBLEMS[0])
         assert (sample.status, fleet.event_log.metrics.retries.total()) == (SampleStatus.FAILED, 0)
         assert "the weights of version 1 gave token 0 of request s/0 the logprob nan" in (sample.reason or "")
-        assert all(member.routable for member in fleet.snapshot.members)
+        assert all(state.routable for state in fleet.snapshot.replicas)

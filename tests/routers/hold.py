@@ -29,7 +29,7 @@ async def hold_a_router_before_it(
     start = partial(start_router, config, log_dir=log_dir, engine_key=engine.api_key if config.kind == "vllm" else None)
     by_router = (f"{config.kind}-router", Outcome.FINISHED)
     async with ExternalRouter.open(
-        fleet.members, fleet.event_log, start, fallback=False, restarts=0
+        fleet.replicas, fleet.event_log, start, fallback=False, restarts=0
     ) as fleet.external_router:
         try:
             for number in range(2):

@@ -86,7 +86,7 @@ async def fleet(shared_fleet: Fleet) -> AsyncIterator[Fleet]:
     await until_listed(shared_fleet, 2)
     yield shared_fleet
     await slow_down(shared_fleet, 0.0)
-    await shared_fleet.members.until(lambda: len(shared_fleet.snapshot.routable) == 2, 30)
+    await shared_fleet.replicas.until(lambda: len(shared_fleet.snapshot.routable) == 2, 30)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ async def test_a_publish_does_not_end_what_runs_by_the_router(fleet: Fleet, mode
 
 async def test_what_not_every_engine_may_serve_goes_straight(fleet: Fleet) -> None:
     served, first = following(fleet) - 1, embedded(fleet)[0].name
-    replica_set = fleet.members
+    replica_set = fleet.replicas
     assert isinstance(replica_set, OwnedReplicaSet)
     await replica_set.apply(first, Attested(served + 1))
     try:
@@ -215,7 +215,7 @@ async def test_what_not_every_engine_may_serve_goes_straight(fleet: Fleet) -> No
 )  # fmt: skip
 async def test_what_the_router_would_drop_is_refused(fleet: Fleet, extra: dict[str, object], field: str) -> None:
     request = GenerateRequest("lost", (5, 6), SamplingParams(2), extra)
-    with pytest.raises(EngineRefused, match=f"would drop extra.{field} without a word"):
+    with pytest.raises(EngineRefused, match=f"would drop extra.{field} silently"):
         await fleet.generate(request, deadline=20)
 
 
@@ -227,7 +227,7 @@ async def test_an_engine_that_dies_is_taken_off_and_comes_back(fleet: Fleet) -> 
         while first.url in await router_of(fleet).workers():
             await asyncio.sleep(0.01)
     assert (await fleet.generate(greedy("after"), deadline=20)).finish_reason is FinishReason.LENGTH
-    await fleet.members.until(lambda: len(fleet.snapshot.routable) == 2, 60)
+    await fleet.replicas.until(lambda: len(fleet.snapshot.routable) == 2, 60)
     await until_listed(fleet, 2)
     assert first.url not in await router_of(fleet).workers()
 
@@ -292,7 +292,9 @@ async def test_one_that_somebody_else_started(
         raise AssertionError(f"{request.request_id} went straight, {routing}, {deadline}")
 
     with EventLog() as event_log:
-        async with ExternalRouter.open(fleet.members, event_log, attach, fallback=False, restarts=0) as external_router:
+        async with ExternalRouter.open(
+            fleet.replicas, event_log, attach, fallback=False, restarts=0
+        ) as external_router:
             await external_router.generate(greedy("alone"), ANYWHERE, deadline=20, direct=straight)
             assert event_log.metrics.requests[BY_ROUTER] == 1
             async with asyncio.timeout(10):
@@ -300,7 +302,9 @@ async def test_one_that_somebody_else_started(
                     await asyncio.sleep(0.02)
             assert listed.keys() == {engine.url for engine in embedded(fleet)}
         assert not await router.workers()
-        async with ExternalRouter.open(fleet.members, event_log, attach, fallback=False, restarts=0) as external_router:
+        async with ExternalRouter.open(
+            fleet.replicas, event_log, attach, fallback=False, restarts=0
+        ) as external_router:
             await other_router.process.end()
             with pytest.raises(NoEngineError, match="sglang-router can't be used: .*router.fallback: direct"):
                 await external_router.generate(greedy("nobody"), ANYWHERE, deadline=1, direct=straight)

@@ -156,14 +156,14 @@ async def test_engines_and_versions_stand_as_they_do_and_what_they_say_is_passed
         while [e.load and e.load.running_requests for e in (await look(shown.url)).engines] != [1, 1]:
             await asyncio.sleep(0.05)
     metrics = await scrape(shown.url)
-    for name, member in zip(shown.fleet.engines, shown.fleet.snapshot.members, strict=True):
+    for name, state in zip(shown.fleet.engines, shown.fleet.snapshot.replicas, strict=True):
         assert metrics["millrace_engine_running_requests", name] == 1
         assert metrics["millrace_engine_outstanding_tokens", name] == len(PROMPT) + 150
-        assert metrics["millrace_engine_weight_version", name] == member.version
+        assert metrics["millrace_engine_weight_version", name] == state.version
         assert metrics["millrace_engine_version_lag", name] == 0
         assert metrics["millrace_engine_routable", name] == 1
-        assert {state: metrics["millrace_engine_state", name, state] for state in Phase} == {
-            state: float(state is Phase.READY) for state in Phase
+        assert {phase: metrics["millrace_engine_state", name, phase] for phase in Phase} == {
+            phase: float(phase is Phase.READY) for phase in Phase
         }
     for task in running:
         task.cancel()

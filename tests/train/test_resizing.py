@@ -54,7 +54,7 @@ async def test_the_fleet_follows_the_file(tiny_model: Path, tmp_path: Path, capl
         now = settings(2)
         os.kill(os.getpid(), signal.SIGHUP)
         await until(lambda: len(fleet.snapshot.routable) == 2)
-        assert [member.name for member in fleet.snapshot.members] == ["embedded-0", "embedded-1"]
+        assert [state.name for state in fleet.snapshot.replicas] == ["embedded-0", "embedded-1"]
         assert len((await running).output_ids) == 200
 
         now = settings(1, lr=2e-3)
@@ -65,7 +65,7 @@ async def test_the_fleet_follows_the_file(tiny_model: Path, tmp_path: Path, capl
 
         now = settings(1)
         os.kill(os.getpid(), signal.SIGHUP)
-        await until(lambda: [member.name for member in fleet.snapshot.members] == ["embedded-0"])
+        await until(lambda: [state.name for state in fleet.snapshot.replicas] == ["embedded-0"])
         assert len((await fleet.generate(greedy("after"), deadline=20)).output_ids) == 12
 
 

@@ -182,7 +182,7 @@ class Machine:
             loop = asyncio.get_running_loop()
 
             def again() -> None:
-                with pytest.raises(PublishError, match="another version is on its way"):
+                with pytest.raises(PublishError, match="another version is being published"):
                     asyncio.run_coroutine_threadsafe(self._fleet.publish([], self._truth.published + 2), loop).result(
                         PATIENCE
                     )
@@ -297,7 +297,7 @@ class Machine:
     # Means
 
     def _meddling(self, name: TransportName) -> MeddlingTransport:
-        inner = transport_for(name, list(self._fleet._replicas.replicas.values()), self._fleet._versions.store)
+        inner = transport_for(name, list(self._fleet.replicas.by_name.values()), self._fleet._versions.store)
         assert inner is not None
         return MeddlingTransport(inner, self._place)
 

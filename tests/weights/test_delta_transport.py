@@ -146,7 +146,7 @@ async def test_two_hosts_and_a_sidecar_that_fails(
         report = await fleet.publish(stepped(tensors, 6), 6)
         assert list(report.failed) == [two]
         assert f"sidecar {urls[1]} did not bring version 6: no server listens at" in str(report.failed[two])
-        assert [member.name for member in fleet.snapshot.members if member.routable] == [one]
+        assert [state.name for state in fleet.snapshot.replicas if state.routable] == [one]
         assert fleet.snapshot.get(two).usable  # it is its sidecar that failed
         assert (await greedy(fleet, one))[0] == 6
         port = int(urls[1].rpartition(":")[2])

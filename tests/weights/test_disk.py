@@ -75,7 +75,7 @@ async def test_versions_are_folders_that_engines_and_anybody_can_read(
             await fleet.publish(tensors, 4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {member.version for member in fleet.snapshot.members if member.routable} == {3}
+    assert {state.version for state in fleet.snapshot.replicas if state.routable} == {3}
     assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == folders
     assert not (await fleet.publish(tensors, 4)).failed
 

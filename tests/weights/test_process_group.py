@@ -48,11 +48,11 @@ async def served(fleet: Fleet) -> dict[str, int | None]:
 
 async def made(fleet: Fleet) -> dict[str, tuple[int | None, tuple[int, ...]]]:
     answers = {}
-    for member in fleet.snapshot.members:
-        if member.routable:
+    for state in fleet.snapshot.replicas:
+        if state.routable:
             request = GenerateRequest("one", (5, 17, 300), SamplingParams(8, temperature=0.0, ignore_eos=True))
-            generation = await fleet.engines[member.name].generate(request, deadline=20)
-            answers[member.name] = (generation.version_spans[-1].version, generation.output_ids)
+            generation = await fleet.engines[state.name].generate(request, deadline=20)
+            answers[state.name] = (generation.version_spans[-1].version, generation.output_ids)
     return answers
 
 

@@ -105,7 +105,7 @@ async def test_the_embedded_engine_takes_what_a_folder_has_twice_or_need_not_hav
     model = changed(folder)
     config = EmbeddedEngineConfig(kind="embedded", replicas=1, threads=1)
     async with open_fleet(config, folder, log_dir=tmp_path / "logs", folder=tmp_path / "versions") as fleet:
-        assert [member.version for member in fleet.snapshot.routable.values()] == [0]
+        assert [state.version for state in fleet.snapshot.routable.values()] == [0]
         assert not (await fleet.publish(list(model.named_parameters()), 1)).failed
         await serves(fleet, model, 1)
         assert not (await fleet.publish(list(model.state_dict().items()), 2)).failed

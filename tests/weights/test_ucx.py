@@ -138,7 +138,7 @@ class Meddled:
 
 def serving(fleet: Fleet) -> dict[str, int | None]:
     """The version that each engine serves."""
-    return {member.name: member.version if member.routable else None for member in fleet.snapshot.members}
+    return {state.name: state.version if state.routable else None for state in fleet.snapshot.replicas}
 
 
 async def test_two_hosts_and_sidecars_that_die(

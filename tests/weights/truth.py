@@ -35,10 +35,10 @@ class Fate(StrEnum):
 Fates = Mapping[str, set[Fate]]  # those that an engine may have
 
 
-def fate(member: ReplicaState) -> Fate:
-    if member.routable:
+def fate(state: ReplicaState) -> Fate:
+    if state.routable:
         return Fate.SERVING
-    return Fate.EMPTY if member.usable else Fate.OUT
+    return Fate.EMPTY if state.usable else Fate.OUT
 
 
 class Truth:
@@ -52,7 +52,7 @@ class Truth:
         self.published, self.variant, self.spoiled = 0, 0, False
         self._weights = {0: 0}  # the variant of each version that was committed
         self._numbers = itertools.count()
-        infos = [replica.info for replica in fleet._replicas.replicas.values()]
+        infos = [replica.info for replica in fleet.replicas.by_name.values()]
         self.steps_back = all(Capability.ROLLBACK in info.capabilities for info in infos)
         sums = {Capability.CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
         self.attests = all(sums & info.capabilities for info in infos)
@@ -101,12 +101,12 @@ class Truth:
 
     async def check(self) -> None:
         """Every routable engine has the published version, and makes its tokens; so does the fleet."""
-        members = self.fleet.snapshot.members
-        assert {member.name: fate(member) for member in members} == self.fates, self.fleet.snapshot.describe()
-        for member in members:
-            assert member.version == (self.published if member.routable else None)
-            assert member.usable or member.reason
-        serving = [self.fleet.engines[member.name] for member in members if member.routable]
+        states = self.fleet.snapshot.replicas
+        assert {state.name: fate(state) for state in states} == self.fates, self.fleet.snapshot.describe()
+        for state in states:
+            assert state.version == (self.published if state.routable else None)
+            assert state.usable or state.reason
+        serving = [self.fleet.engines[state.name] for state in states if state.routable]
         asked = [(engine, prompt) for engine in serving for prompt in PROMPTS]
         answers = await asyncio.gather(*(greedy(engine, prompt, self.name(), SHORT) for engine, prompt in asked))
         for (engine, prompt), answer in zip(asked, answers, strict=True):

@@ -1,4 +1,4 @@
-"""Requests to the engines of a fleet: the same from the process that owns it and from those that follow it."""
+"""Requests to the engines of a fleet, from the process that owns the fleet or from one that follows it."""
 
 import time
 from collections import Counter
@@ -17,69 +17,87 @@ from millrace.types import ANYWHERE, GenerateRequest, Generation, RoutingContext
 
 
 class FleetClient:
-    """All methods belong to one event loop. Requests in flight are counted here: those of this process."""
+    """Sends requests to the engines of a fleet. All methods belong to one event loop.
 
-    def __init__(self, members: ReplicaSet, event_log: EventLog, seed: int) -> None:
+    `replicas`: this process's view of the engines. `event_log`: the event log of this process.
+    """
+
+    def __init__(self, replicas: ReplicaSet, event_log: EventLog, seed: int) -> None:
         self.event_log = event_log
-        self.members = members
+        self.replicas = replicas
         self._router = RoutingPolicy(seed)
         self._outstanding: Counter[str] = Counter()
 
     @property
     def snapshot(self) -> Snapshot:
-        """How the engines stand now."""
-        return self.members.snapshot
+        """The states of all engines now."""
+        return self.replicas.snapshot
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and output together that every engine takes."""
-        return min(replica.info.context_length for replica in self.members.replicas.values())
+        """The tokens of prompt and output together that a request may have on every engine."""
+        return min(replica.info.context_length for replica in self.replicas.by_name.values())
 
     @property
     def engines(self) -> Mapping[str, Engine]:
-        return {name: replica.engine for name, replica in self.members.replicas.items()}
+        """The engines' clients, by name."""
+        return {name: replica.engine for name, replica in self.replicas.by_name.items()}
 
     @property
     def outstanding(self) -> Mapping[str, int]:
-        """Of each engine: tokens of the requests that it has from here, prompts and room for output."""
-        return {name: self._outstanding[name] for name in self.members.replicas}
+        """The tokens of this process's running requests (prompts, and room for output), by engine."""
+        return {name: self._outstanding[name] for name in self.replicas.by_name}
 
     @property
     def asleep(self) -> bool:
-        """Whether some of the engines' memory is released, so that they generate nothing."""
-        return bool(self.members.asleep)
+        """Whether memory of the engines is released, so that they do not generate."""
+        return bool(self.replicas.asleep)
 
     async def awake(self) -> None:
-        """Waits until the fleet is woken, for as long as that takes."""
+        """Wait until the fleet is woken, without a deadline."""
         self._require_open()
-        async with self.members.changed:
-            await self.members.changed.wait_for(lambda: not self.members.asleep)
+        async with self.replicas.changed:
+            await self.replicas.changed.wait_for(lambda: not self.replicas.asleep)
 
     @property
     def interrupted(self) -> bool:
-        """Whether no engine generates for a while: all sleep, or the last one is being started again."""
-        return self.asleep or (bool(self.members.coming) and not self.snapshot.routable)
+        """Whether generation is interrupted: all engines sleep, or the last one is being restarted."""
+        return self.asleep or (bool(self.replicas.coming) and not self.snapshot.routable)
 
     async def resumed(self) -> None:
-        """Waits until the fleet is no longer interrupted, for as long as that takes."""
+        """Wait until generation is no longer interrupted, without a deadline."""
         self._require_open()
-        async with self.members.changed:
-            await self.members.changed.wait_for(lambda: not self.interrupted)
+        async with self.replicas.changed:
+            await self.replicas.changed.wait_for(lambda: not self.interrupted)
 
     async def serving(self, *, deadline: float) -> None:
-        """Waits until some engine takes requests. Raises NoEngineError as `generate` does."""
+        """Wait up to `deadline` seconds until an engine takes requests. Raises NoEngineError if none does."""
         self._require_open(deadline)
-        await self.members.until(lambda: bool(self.snapshot.routable), deadline)
+        await self.replicas.until(lambda: bool(self.snapshot.routable), deadline)
 
     async def generate(
         self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE
     ) -> Generation:
-        """Sends the request to the engine that suits it best (docs/routing.md), and waits for one where all sleep, are
-        being updated or started anew, or have none of the versions that `routing` admits.
+        """Send the request to the engine that suits it best, and return its generation.
 
-        Raises NoEngineError when none may serve it by the deadline or none is left, and the engine's own EngineError
-        otherwise; a request that failed on an engine is not sent again by this method. `deadline` is in seconds; 0
-        or less has passed. Raises ArgumentError for arguments of the wrong type.
+        docs/routing.md describes how the engine is chosen. If no engine may serve the request, this method waits for
+        one: while all engines sleep, are updated or restarted, or have no version that `routing` admits. A request that
+        failed on an engine is not sent again.
+
+        Args:
+            request: The prompt as token ids, and how to sample.
+            deadline: Seconds for everything, the wait for an engine included. A deadline of 0 or less has passed.
+            routing: The request's session, its group, and the weight versions that it accepts.
+
+        Raises:
+            NoEngineError: No engine may serve the request by the deadline, no engine is left, or the fleet is closed.
+            EngineError: The engine's own error, if the request failed there.
+            ArgumentError: An argument has the wrong type.
+
+        Example:
+
+            request = GenerateRequest("turn-1", input_ids, SamplingParams(max_new_tokens=64))
+            generation = await fleet.generate(request, deadline=60.0, routing=RoutingContext(session="episode-7"))
         """
         self._require_open(deadline)
         for name, value, kind in (("request", request, GenerateRequest), ("routing", routing, RoutingContext)):
@@ -88,22 +106,22 @@ class FleetClient:
         return await self._generate(request, routing, deadline)
 
     def _require_open(self, deadline: float = 0.0) -> None:
-        """Raises NoEngineError where the fleet is closed, and ArgumentError for a deadline that is not a number."""
-        if self.members.closed:
+        """Raises NoEngineError if the fleet is closed, and ArgumentError if the deadline is not a number."""
+        if self.replicas.closed:
             raise NoEngineError.closed()
         arguments.real("deadline", deadline)
 
     async def _generate(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
-        """By whichever way; this is the one that there always is."""
-        return await self._straight(request, routing, deadline)
+        """Send the request to an engine. A fleet with an external router overrides this."""
+        return await self._send_direct(request, routing, deadline)
 
-    async def _straight(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
-        """To the engine that is chosen here."""
+    async def _send_direct(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
+        """Send the request to the engine that the routing policy chooses."""
         end = time.monotonic() + deadline
         with self.event_log.waiting():
             name = await self._route(request, routing, deadline)
-        member, own = self.snapshot.get(name), "lora_path" in request.extra
-        lora = None if own else member.lora
+        state, own = self.snapshot.get(name), "lora_path" in request.extra
+        lora = None if own else state.lora
         if lora is not None:
             request = replace(request, extra={**request.extra, "lora_path": lora})
         tokens = len(request.input_ids) + request.sampling.max_new_tokens
@@ -111,25 +129,26 @@ class FleetClient:
         try:
             with self.event_log.request(name) as asked, self._using(name, lora, request.request_id):
                 left = end - time.monotonic()
-                made = asked.made = await self.members.replicas[name].engine.generate(request, deadline=left)
-            await self.members.answered(name)
-            return made if lora is None else with_lora(made, member.version)
+                made = asked.made = await self.replicas.by_name[name].engine.generate(request, deadline=left)
+            await self.replicas.answered(name)
+            return made if lora is None else with_lora(made, state.version)
         except (EngineUnreachable, EngineFailed) as error:
-            await self.members.suspect(name, error)
+            await self.replicas.suspect(name, error)
             raise
         finally:
             self._outstanding[name] -= tokens
             if not self._outstanding[name]:
-                await self.members.notify()
+                await self.replicas.notify()
 
     async def _route(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> str:
+        """Wait for an engine that may serve the request, and return the name of the chosen one."""
         wanted = routing.describe()
-        await self.members.until(lambda: bool(admissible(self.snapshot, routing)), deadline, wanted)
+        await self.replicas.until(lambda: bool(admissible(self.snapshot, routing)), deadline, wanted)
         choice = self._router.choose(self.snapshot, self._outstanding, request, routing)
         assert choice is not None
         self.event_log.routed(choice.why)
         return choice.engine
 
     def _using(self, engine: str, lora: str | None, request_id: str) -> AbstractContextManager[None]:  # noqa: ARG002
-        """What has to be kept for the request as long as it runs."""
+        """Return a context that is open while the request runs on the engine."""
         return nullcontext()

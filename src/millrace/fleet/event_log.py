@@ -1,6 +1,6 @@
-"""What happens in a fleet, as it happens: events for people and programs, and the totals that metrics are made of.
+"""The event log of a fleet: events for people and programs, and the totals behind its metrics.
 
-No event has a prompt, a token or a key in it.
+No event contains a prompt, a token or a key.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ from millrace.types import FinishReason, Generation
 if TYPE_CHECKING:
     from millrace.weights.report import PublishReport
 
-REMEMBERED = 200  # events; a page of the newest, and what a slow reader missed
-REASON_LIMIT = 500  # characters: a reason may end with lines of a server's log
-# Upper bounds in seconds, from one short turn to an episode's deadline; the tail is what slows a step down.
+REMEMBERED = 200  # newest events, for pages that show them and readers that missed some
+REASON_LIMIT = 500  # characters; a reason may end with lines of a server's log
+# Upper bounds in seconds, from one short turn to the deadline of an episode. The slowest requests delay a step most.
 REQUEST_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0)
 
 Value = str | int | float | bool | None
@@ -48,10 +48,11 @@ class Outcome(StrEnum):
     UNSERVED = "unserved"  # no engine could take it by its deadline
 
 
-ROUTINE = frozenset({Outcome.FINISHED, Outcome.ABORTED})  # thousands of these would hide all else
+ROUTINE = frozenset({Outcome.FINISHED, Outcome.ABORTED})  # thousands of these would hide all others
 
 
 def outcome_of(error: BaseException) -> Outcome:
+    """Return the outcome of a call that raised this error."""
     match error:
         case EngineRefused():
             return Outcome.REFUSED
@@ -67,6 +68,7 @@ def outcome_of(error: BaseException) -> Outcome:
 
 
 def reason_of(error: BaseException) -> str:
+    """Return the first line of the error's message, cut to REASON_LIMIT characters."""
     return (str(error).partition("\n")[0] or type(error).__name__)[:REASON_LIMIT]
 
 
@@ -82,14 +84,18 @@ class Entry:
 
 @dataclass(slots=True)
 class Spans:
-    """How often something was done, and how long that took in all. `below`: how many took no longer than each of
-    REQUEST_BOUNDS, and more than the bound before; the last one: longer than all."""
+    """A histogram of durations.
+
+    `count`: the number of durations. `seconds`: their sum. `below`: the number of durations in each bucket; bucket `i`
+    ends at REQUEST_BOUNDS[i], inclusive, and the last one has no upper bound.
+    """
 
     count: int = 0
     seconds: float = 0.0
     below: list[int] = field(default_factory=lambda: [0] * (len(REQUEST_BOUNDS) + 1))
 
     def add(self, seconds: float) -> None:
+        """Count one duration."""
         self.count += 1
         self.seconds += seconds
         self.below[bisect_left(REQUEST_BOUNDS, seconds)] += 1
@@ -97,7 +103,7 @@ class Spans:
 
 @dataclass(slots=True)
 class Metrics:
-    """Since the event log was opened; most by engine."""
+    """The totals since the event log was opened, most of them by engine."""
 
     requests: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
     request_spans: dict[str, Spans] = field(default_factory=dict)  # of those that finished
@@ -105,24 +111,24 @@ class Metrics:
     cached_tokens: Counter[str] = field(default_factory=Counter)  # of the prompts
     output_tokens: Counter[str] = field(default_factory=Counter)
     entered: Counter[tuple[str, Phase]] = field(default_factory=Counter)
-    restarts: Counter[tuple[str, bool]] = field(default_factory=Counter)  # and whether it came up
-    publishes: Counter[tuple[str, bool]] = field(default_factory=Counter)  # and whether the engine took it
-    published_bytes: int = 0  # each version once, to however many engines
-    legs: dict[tuple[str, str], Spans] = field(default_factory=dict)
-    routed: Counter[Why] = field(default_factory=Counter)  # requests, by what decided
-    retries: Counter[bool] = field(default_factory=Counter)  # of samples; whether their tokens were kept
-    unwritten: int = 0  # events that did not get into the file
+    restarts: Counter[tuple[str, bool]] = field(default_factory=Counter)  # with whether the engine came up
+    publishes: Counter[tuple[str, bool]] = field(default_factory=Counter)  # with whether the engine took the version
+    published_bytes: int = 0  # each version counts once, for any number of engines
+    legs: dict[tuple[str, str], Spans] = field(default_factory=dict)  # steps of a publish
+    routed: Counter[Why] = field(default_factory=Counter)  # requests, by the reason for the choice of their engine
+    retries: Counter[bool] = field(default_factory=Counter)  # of samples, by whether their tokens were kept
+    unwritten: int = 0  # events that could not be written to the file
     newest: int | None = None  # weight version
 
     def cache_hit_share(self, engine: str) -> float | None:
-        """Of the prompts' tokens; None where there were none."""
-        asked = self.prompt_tokens[engine]
-        return self.cached_tokens[engine] / asked if asked else None
+        """Return the cached share of the prompts' tokens, from 0 to 1; None before the first request."""
+        tokens = self.prompt_tokens[engine]
+        return self.cached_tokens[engine] / tokens if tokens else None
 
 
 @dataclass(slots=True)
 class Asked:
-    """A request under way. Whoever sends it says what came back."""
+    """A call under way. The caller sets `made` to its result."""
 
     engine: str | None
     made: Generation | None = None
@@ -130,17 +136,23 @@ class Asked:
 
 @dataclass(slots=True)
 class Publishing:
-    """A publish under way. Whoever does it says what came of it."""
+    """A publish under way. The caller sets `report` to its result."""
 
     report: "PublishReport | None" = None
 
 
 class EventLog:
-    """Keeps the totals, the newest events and, with `path`, a file with one event a line. Belongs to one event loop;
-    whoever made it closes it.
+    """The totals, the newest events and, with `path`, a JSON Lines file with one event a line.
 
-    A file that can't be written any more ends nothing: the log says so once, and the totals go on. Raises DataError
-    where it can't be opened.
+    An event log belongs to one event loop, and the code that opens it also closes it:
+
+        with EventLog(Path("events.jsonl")) as event_log:
+            async with open_fleet(config, model_path, log_dir="logs", event_log=event_log) as fleet:
+                ...
+
+    If writing to the file fails later, a message is logged once, and the totals are still counted.
+
+    Raises DataError if the file can't be opened.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -152,7 +164,7 @@ class EventLog:
         if path is not None:
             try:
                 drop_torn_tail(path)
-                # Reasons quote what servers answered, so nobody else may read it, as with the engines' logs.
+                # Reasons quote the servers' answers, so only this user may read the file, as with the engines' logs.
                 self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError as error:
                 raise DataError(f"{path} can't be written: {error.strerror}") from error
@@ -164,23 +176,23 @@ class EventLog:
         self.close()
 
     def close(self) -> None:
-        """What happens later is counted, and not written."""
+        """Close the file. Later events are counted, but not written."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def emit(self, kind: str, engine: str | None = None, **fields: Value) -> None:
-        """Writes an event down, and remembers it among the newest."""
+        """Record an event: write it to the file, and keep it among the newest."""
         self.newest.append(self._write(kind, engine, fields))
 
     def changed(self, before: ReplicaState | None, after: ReplicaState) -> None:
-        """A member of the fleet is not what it was, or (before None) new."""
+        """Record that the state of an engine has changed, or that the engine is new (`before` is None)."""
         moved = before is None or before.phase is not after.phase
         if moved:
             self.metrics.entered[after.name, after.phase] += 1
         if after.version is not None:
             self._learn(after.version)
-        if before is not None and _seen(before) == _seen(after):
+        if before is not None and _visible(before) == _visible(after):
             return
         fields: dict[str, Value] = {
             "state": after.phase.value,
@@ -190,16 +202,16 @@ class EventLog:
             "reason": after.reason[:REASON_LIMIT] if after.reason else None,
         }
         entry = self._write("member", after.name, fields)
-        if moved:  # sleep, waking and new versions come with every step
+        if moved:  # sleep, waking and new versions are part of every training step
             self.newest.append(entry)
 
     def removed(self, engine: str) -> None:
-        """The engine is no member any more."""
+        """Record that the engine has left the fleet."""
         self.emit("removed", engine)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A request that waits for an engine, and may get none."""
+        """Return a context for the wait for an engine. An error that ends it is recorded as a request's."""
         started = time.monotonic()
         try:
             yield
@@ -209,7 +221,7 @@ class EventLog:
 
     @contextmanager
     def request(self, engine: str) -> Iterator[Asked]:
-        """One call to one engine, ended in one way however the block ends."""
+        """Return a context for one call to one engine, and record its outcome."""
         asked, started = Asked(engine), time.monotonic()
         try:
             yield asked
@@ -221,7 +233,7 @@ class EventLog:
 
     @contextmanager
     def publishing(self, version: int, *, lora: bool = False) -> Iterator[Publishing]:
-        """A version on its way to the engines."""
+        """Return a context for the publish of one version, and record its outcome."""
         publishing = Publishing()
         what = "adapter" if lora else "weights"
         try:
@@ -234,7 +246,7 @@ class EventLog:
 
     @contextmanager
     def restarting(self, engine: str) -> Iterator[None]:
-        """A new start of the engine, until it has caught up."""
+        """Return a context for the restart of an engine, until it holds the current weights. Records its outcome."""
         started = time.monotonic()
         try:
             yield
@@ -244,11 +256,11 @@ class EventLog:
         self._restarted(engine, started, None)
 
     def routed(self, why: Why) -> None:
-        """An engine was chosen."""
+        """Record the reason for which an engine was chosen."""
         self.metrics.routed[why] += 1
 
     def retried(self, engine: str | None, *, attempt: int, continued: bool) -> None:
-        """A sample goes on elsewhere after `engine` failed under it: from the tokens that it has, or anew."""
+        """Record that a sample is tried again after `engine` failed. `continued`: its tokens were kept."""
         self.metrics.retries[continued] += 1
         self.emit("retry", engine, attempt=attempt, continued=continued)
 
@@ -268,7 +280,7 @@ class EventLog:
                 "output_tokens": len(made.output_ids),
             }
         if error is not None:
-            fields["error"] = error  # its kind alone: its message may quote the request
+            fields["error"] = error  # the type alone: the message may quote the request
         entry = self._write("request", asked.engine, fields)
         if outcome not in ROUTINE:
             self.newest.append(entry)
@@ -288,7 +300,7 @@ class EventLog:
                 "pause": engine.pause_seconds,
             }
             for leg, seconds in legs.items():
-                if sound:  # of one that failed, some legs are missing and others are its deadline
+                if sound:  # a failed engine lacks some steps, and others took until the deadline
                     metrics.legs.setdefault((engine.engine, leg), Spans()).add(seconds)
             reason = reason_of(engine.error) if engine.error is not None else None
             rounded: dict[str, Value] = {f"{leg}_seconds": round(seconds, 4) for leg, seconds in legs.items()}
@@ -314,27 +326,31 @@ class EventLog:
         self.metrics.newest = version if self.metrics.newest is None else max(version, self.metrics.newest)
 
     def _write(self, kind: str, engine: str | None, fields: Mapping[str, Value]) -> Entry:
-        """One system call a line: what is in the file is whole, also after SIGKILL."""
+        """Write an event as one line with one system call, so that SIGKILL can't cut it."""
         entry = Entry(round(time.time(), 3), kind, engine, fields)
         if self._file is None:
             return entry
         record = {"at": entry.at, "kind": kind, "engine": engine, **fields}
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
         if self._torn:
-            line = b"\n" + line  # what is left of the line before stands alone
-        written, reason = 0, "no room for a whole line"
+            line = b"\n" + line  # so that the torn line stays on a line of its own
+        written, reason = 0, "there is no space for a whole line"
         try:
             written = os.write(self._file, line)
         except OSError as error:
             reason = error.strerror or str(error)
         if written < len(line):
             if not self.metrics.unwritten:
-                logger.error("%s can't be written: %s; the run goes on, and events are missing", self._path, reason)
+                logger.error(
+                    "%s can't be written: %s; the run continues, and events will be missing from the file",
+                    self._path,
+                    reason,
+                )
             self.metrics.unwritten += 1
         self._torn = written < len(line) and (written > 0 or self._torn)
         return entry
 
 
-def _seen(member: ReplicaState) -> tuple[object, ...]:
-    """What people see of a member."""
-    return member.phase, member.version, member.lora, member.asleep, member.reason
+def _visible(state: ReplicaState) -> tuple[object, ...]:
+    """Return the parts of a state whose changes are recorded."""
+    return state.phase, state.version, state.lora, state.asleep, state.reason

@@ -1,8 +1,9 @@
-"""A router of others' before the fleet's engines: its list kept true, and requests sent by it where that is safe.
+"""An external router in front of the fleet's engines (SGLang's or vLLM's).
 
-Its list has the engines that may serve, and no others: who leaves rotation is taken off at once, and nothing is sent
-while somebody else stands there. A request goes by the router where any engine there may answer it; the others go
-straight to the engine that suits them. So do all where the router is down, if the config says so.
+This module keeps the router's list of engines equal to the set of engines that may serve. An engine that leaves
+rotation is removed at once, and no request goes through the router while its list has an engine that may not serve. A
+request goes through the router if every engine in the list may answer it. Other requests go straight to an engine. If
+the config allows it, all requests do so while the router is down.
 """
 
 import asyncio
@@ -36,9 +37,9 @@ from millrace.routers.base import RouterClient
 from millrace.routers.start import StartedRouter
 from millrace.types import GenerateRequest, Generation, Health, RoutingContext
 
-LOOK_SECONDS = 2.0  # between two looks at the router's list, which others may change
-JOIN_DEADLINE = 60.0  # seconds; SGLang's answer to the router's question generates a token
-WAIT_SECONDS = 15.0  # that a request waits for the router, which is coming back or taking the first engine in
+LOOK_SECONDS = 2.0  # between checks of the router's list, which other programs may change
+JOIN_DEADLINE = 60.0  # seconds; SGLang generates a token to answer the router's health check
+WAIT_SECONDS = 15.0  # for which a request waits for a router that restarts or has no engines yet
 
 Start = Callable[[], Awaitable[StartedRouter]]
 Direct = Callable[[GenerateRequest, RoutingContext, float], Awaitable[Generation]]
@@ -46,43 +47,49 @@ logger = logging.getLogger(__name__)
 
 
 class ExternalRouter:
-    """Made by `ExternalRouter.open`. `start` starts the router, or attaches to it. A router that ends by itself is
-    started again, up to `restarts` times in a row. With `fallback`, requests go straight to the engines while the
-    router does not answer."""
+    """A running external router. Open one with `ExternalRouter.open`.
+
+    `start` starts the router, or attaches to one that runs. A router that exits is restarted up to `restarts` times in
+    a row. With `fallback`, requests go straight to the engines while the router does not answer.
+    """
 
     def __init__(
         self,
         started: StartedRouter,
-        members: ReplicaSet,
+        replicas: ReplicaSet,
         event_log: EventLog,
         start: Start,
         *,
         fallback: bool,
         restarts: int,
     ) -> None:
-        self._started, self._members, self._event_log, self._start = started, members, event_log, start
+        self._started, self._replicas, self._event_log, self._start = started, replicas, event_log, start
         self._fallback, self._restarts = fallback, restarts
-        self._listed: frozenset[str] = frozenset()  # URLs of those that it sends requests
-        self._filling = True  # the first engines join: who is in already must not get everything
-        self._stale = False  # somebody stands in its list who must not be sent requests
-        self._down: str | None = None  # why
-        self._lost = False  # for good
+        self._listed: frozenset[str] = frozenset()  # URLs of the engines to which it sends requests
+        self._filling = True  # until the first engines have joined, so that the first does not get all requests
+        self._stale = False  # its list has an engine that may not serve
+        self._down: str | None = None  # the reason, while it does not answer
+        self._lost = False  # it is not restarted any more
         self._joining: dict[str, asyncio.Task[None]] = {}
-        self._refused: dict[str, str] = {}  # by URL, whom it did not take, so that the log says so once
-        self._inflight: Counter[str] = Counter()  # requests that may be at an engine, by its name
+        self._refused: dict[str, str] = {}  # by URL, the engines that it refused; each is logged once
+        self._inflight: Counter[str] = Counter()  # by engine, the requests that it may be running
         self._turns = count()
-        self._publishes = 0  # begun and ended: a request that saw this number change may have been cut short by one
+        self._publishes = (
+            0  # begun plus ended: if it changes during a request, a publish may have interrupted the request
+        )
         self._changed = asyncio.Condition()
         self._wake = asyncio.Event()
 
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, members: ReplicaSet, event_log: EventLog, start: Start, *, fallback: bool, restarts: int
+        cls, replicas: ReplicaSet, event_log: EventLog, start: Start, *, fallback: bool, restarts: int
     ) -> "AsyncIterator[ExternalRouter]":
-        """Keeps the router's list as long as the block runs, and ends the router that was started. Raises LaunchError
-        where it does not come up."""
-        external_router = cls(await start(), members, event_log, start, fallback=fallback, restarts=restarts)
+        """Start the router, keep its list while the context is open, and end it if it was started here.
+
+        Raises LaunchError if the router does not start.
+        """
+        external_router = cls(await start(), replicas, event_log, start, fallback=fallback, restarts=restarts)
         tasks = [asyncio.create_task(external_router._keep()), asyncio.create_task(external_router._follow())]
         try:
             yield external_router
@@ -96,26 +103,27 @@ class ExternalRouter:
 
     @property
     def router(self) -> RouterClient:
+        """The client of the router."""
         return self._started.router
 
     @property
     def serving(self) -> bool:
-        """Whether requests are sent by it now."""
-        true = not self._stale and not self._filling and self._listed <= self._wanted.keys()
-        return self._down is None and bool(self._listed) and true
+        """Whether requests may go through the router now."""
+        current = not self._stale and not self._filling and self._listed <= self._wanted.keys()
+        return self._down is None and bool(self._listed) and current
 
     @property
     def engines(self) -> frozenset[str]:
-        """Names of those that it sends requests."""
+        """The names of the engines to which the router sends requests."""
         return frozenset(name for url, name in self._wanted.items() if url in self._listed)
 
     def uses(self, engine: str) -> bool:
-        """Whether a request may still be at this engine that came by the router."""
+        """Whether this engine may still be running a request that came through the router."""
         return bool(self._inflight[engine])
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
-        """A publish ends early what runs on engines that can't go on meanwhile. What it ends goes on afterwards."""
+        """Return a context for a publish. Requests that the publish interrupts are continued when it has ended."""
         self._publishes += 1
         try:
             yield
@@ -125,8 +133,10 @@ class ExternalRouter:
     async def generate(
         self, request: GenerateRequest, routing: RoutingContext, *, deadline: float, direct: Direct
     ) -> Generation:
-        """By the router where any of its engines may answer, else by `direct`. Raises what `Engine.generate` raises,
-        and NoEngineError where the router is down and there is no other way."""
+        """Send the request through the router if all its engines may answer it, and otherwise with `direct`.
+
+        Raises what `Engine.generate` raises, and NoEngineError if the router is down and `fallback` is off.
+        """
         end = time.monotonic() + deadline
         interrupted = False  # the last call ran while a publish interrupted the engines
 
@@ -146,26 +156,28 @@ class ExternalRouter:
         return await generate_in_parts(request, call, goes_on=lambda: interrupted)
 
     def _may_take(self, request: GenerateRequest) -> bool:
-        """An adapter belongs to one engine's weights, and the engine's own adapter sees to that. Raises EngineRefused
-        for what the router would drop."""
+        """Return whether the request may go through the router. Requests with a LoRA adapter may not.
+
+        Raises EngineRefused if the router would drop a field of the request.
+        """
         if "lora_path" in request.extra:
             return False
         if lost := self.router.dropped(request):
             raise EngineRefused(
                 self.router.name,
-                f"request {request.request_id}: it would drop extra.{min(lost)} without a word; leave that out, or "
-                "run without a router",
+                f"request {request.request_id}: the router would drop extra.{min(lost)} silently; leave it out, or run "
+                "without a router",
             )
-        return not any(member.lora for member in self._members.snapshot.routable.values())
+        return not any(state.lora for state in self._replicas.snapshot.routable.values())
 
     async def _ready(self, routing: RoutingContext, end: float) -> bool:
-        """Waits until it can be sent by the router; False where it has to go straight."""
+        """Wait until the router can take the request. Return False if the request must go straight to an engine."""
         until = min(end, time.monotonic() + WAIT_SECONDS)
         while True:
-            routable = self._members.snapshot.routable
-            if not routable or len(admissible(self._members.snapshot, routing)) < len(routable):
-                return False  # to wait for an engine, and to choose one, is the fleet's own part
-            if self.serving and not self._held:
+            routable = self._replicas.snapshot.routable
+            if not routable or len(admissible(self._replicas.snapshot, routing)) < len(routable):
+                return False  # the fleet itself waits for an engine, and chooses one
+            if self.serving and not self._updating:
                 return True
             if self._fallback and self._down is not None:
                 return False
@@ -173,23 +185,23 @@ class ExternalRouter:
             if self._lost or left <= 0:
                 if self._fallback:
                     return False
-                why = self._down or "it has taken none of the engines in"
+                why = self._down or "it has accepted none of the engines"
                 raise NoEngineError(
                     f"{self.router.name} can't be used: {why}; with router.fallback: direct, requests would go straight"
                 )
-            # An engine that holds requests back tells nobody when it lets them go.
+            # No event marks the end of an engine's update, so poll for it.
             with suppress(TimeoutError):
-                async with asyncio.timeout(min(left, IDLE_POLL_SECONDS if self._held else left)), self._changed:
+                async with asyncio.timeout(min(left, IDLE_POLL_SECONDS if self._updating else left)), self._changed:
                     await self._changed.wait()
 
     @property
-    def _held(self) -> bool:
-        """Whether one of the engines must not be sent requests now, since its weights are being updated."""
-        engines = [self._members.replicas[name].engine for name in self.engines]
+    def _updating(self) -> bool:
+        """Whether the weights of an engine are being updated, so that it must not get requests."""
+        engines = [self._replicas.by_name[name].engine for name in self.engines]
         return any(isinstance(engine, StockEngine) and engine.state.admission_closed for engine in engines)
 
     async def _send(self, request: GenerateRequest, routing: RoutingContext, end: float) -> Generation:
-        """Raises _NotSentError where the router was not there to take it."""
+        """Send the request through the router. Raises _NotSentError if the router could not be reached."""
         router, names = self.router, sorted(self.engines)
         by_name = {name: self._engine(name) for name in names}
         request = replace(request, request_id=call_id(request.request_id, next(self._turns)))
@@ -213,10 +225,10 @@ class ExternalRouter:
             raise
         finally:
             self._inflight.subtract(names)
-            await self._members.notify()
+            await self._replicas.notify()
 
     async def _abort(self, engines: Mapping[str, HttpEngine], request_id: str) -> None:
-        """On every engine that it may be at. Where this fails the server sees the closed connection."""
+        """Abort the request on every engine that may have it. If that fails, the closed connection ends it."""
 
         async def abort(engine: HttpEngine) -> None:
             with suppress(EngineError):
@@ -225,28 +237,28 @@ class ExternalRouter:
         await asyncio.gather(*(abort(engine) for engine in engines.values()))
 
     async def _suspect(self, engines: Mapping[str, HttpEngine]) -> None:
-        """The router does not say which engine failed, so they are asked which of them is dead."""
+        """Find out which engine is dead: the router does not say which one failed."""
 
-        async def look_at(name: str, engine: HttpEngine) -> None:
+        async def probe(name: str, engine: HttpEngine) -> None:
             if await engine.health() is Health.DEAD:
-                await self._members.suspect(
+                await self._replicas.suspect(
                     name, EngineUnreachable(name, "nothing takes connections at its port", sent=False)
                 )
 
-        await asyncio.gather(*(look_at(name, engine) for name, engine in engines.items()))
+        await asyncio.gather(*(probe(name, engine) for name, engine in engines.items()))
 
     def _engine(self, name: str) -> HttpEngine:
-        engine = self._members.replicas[name].engine
+        engine = self._replicas.by_name[name].engine
         assert isinstance(engine, HttpEngine)
         return engine
 
     @property
     def _wanted(self) -> Mapping[str, str]:
-        """By URL, the names of those that may serve."""
-        return {member.url: name for name, member in self._members.snapshot.routable.items()}
+        """The names of the engines that may serve, by URL."""
+        return {state.url: name for name, state in self._replicas.snapshot.routable.items()}
 
     def _fell(self, reason: str) -> None:
-        """It does not answer."""
+        """Record that the router does not answer."""
         if self._down is None:
             self._down, self._listed = reason, frozenset()
             meanwhile = "requests go straight to the engines" if self._fallback else "requests wait for it"
@@ -255,13 +267,14 @@ class ExternalRouter:
         self._wake.set()
 
     async def _follow(self) -> None:
-        """Every new snapshot is a reason to look at the list."""
+        """Check the router's list after every new snapshot, until cancelled."""
         while True:
-            async with self._members.changed:
-                await self._members.changed.wait()
+            async with self._replicas.changed:
+                await self._replicas.changed.wait()
             self._wake.set()
 
     async def _keep(self) -> None:
+        """Keep the router running and its list current, until cancelled or the router is lost."""
         attempts, since = 0, time.monotonic()
         while True:
             self._wake.clear()
@@ -272,21 +285,21 @@ class ExternalRouter:
                     attempts = 0
                 if attempts >= self._restarts:
                     self._lost = True
-                    logger.error("%s stays down: it was started anew %d times", self.router.name, attempts)
-                    await self._tell()
+                    logger.error("%s stays down: it was restarted %d times", self.router.name, attempts)
+                    await self._notify()
                     return
-                attempts, since = attempts + 1, await self._anew(attempts)
+                attempts, since = attempts + 1, await self._restart(attempts)
             try:
-                await self._true_up()
+                await self._update_list()
             except LocalError as error:
-                logger.warning("the list of %s could not be compared: %s", self.router.name, error)
+                logger.warning("the list of %s could not be checked: %s", self.router.name, error)
             except EngineError as error:
                 self._fell(str(error))
-            await self._tell()
+            await self._notify()
             await self._pause(LOOK_SECONDS)
 
     async def _pause(self, seconds: float) -> None:
-        """Until there is something to do. The end of the router's process is one of these."""
+        """Wait until the list should be checked: a wake-up, the end of the router's process, or the time limit."""
         process = self._started.process
         waits: list[asyncio.Task[Any]] = [asyncio.create_task(self._wake.wait())]
         if process is not None and process.running:
@@ -298,8 +311,8 @@ class ExternalRouter:
                 task.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
 
-    async def _anew(self, attempt: int) -> float:
-        """Starts it anew; returns when that was."""
+    async def _restart(self, attempt: int) -> float:
+        """Restart the router after a delay. Return the time (time.monotonic) when that was done."""
         await asyncio.sleep(delay_before(attempt))
         await self._started.end()
         try:
@@ -308,8 +321,8 @@ class ExternalRouter:
             logger.error("%s did not come back: %s", self.router.name, error)
         return time.monotonic()
 
-    async def _true_up(self) -> None:
-        """Makes the router's list that of the engines that may serve. Raises EngineError where it does not answer."""
+    async def _update_list(self) -> None:
+        """Make the router's list equal to the engines that may serve. Raises EngineError if it does not answer."""
         router, wanted = self.router, self._wanted
         listed = await router.workers()
         strangers = listed.keys() - wanted.keys()
@@ -332,12 +345,13 @@ class ExternalRouter:
             self._joining[url] = asyncio.create_task(self._join(url, wanted[url]))
 
     async def _join(self, url: str, name: str) -> None:
+        """Add one engine to the router's list."""
         try:
             await self.router.register(self._engine(name), deadline=JOIN_DEADLINE)
             self._refused.pop(url, None)
         except EngineError as error:
             if url not in self._refused:
-                logger.error("%s did not take %s in: %s", self.router.name, name, error)
+                logger.error("%s did not accept %s: %s", self.router.name, name, error)
             self._refused[url] = str(error)
             await asyncio.sleep(LOOK_SECONDS)
         finally:
@@ -345,16 +359,17 @@ class ExternalRouter:
             self._wake.set()
 
     async def _leave(self) -> None:
-        """Off the list of a router that goes on without us."""
+        """Remove the engines from the list of a router that was not started here."""
         if self._started.process is None:
             for url in self._wanted:
                 with suppress(EngineError):
                     await self.router.deregister(url)
 
-    async def _tell(self) -> None:
+    async def _notify(self) -> None:
+        """Wake the requests that wait for the router."""
         async with self._changed:
             self._changed.notify_all()
 
 
 class _NotSentError(Exception):
-    """The router was not there: no engine has seen the request."""
+    """The router could not be reached, so no engine has the request."""

@@ -1,4 +1,4 @@
-"""The replicas of one model as one: it routes requests, publishes versions, sleeps and wakes."""
+"""A fleet of engines that serve one model: routes requests, publishes versions, sleeps and wakes."""
 
 import asyncio
 import logging
@@ -42,7 +42,15 @@ if TYPE_CHECKING:
 
 
 class Fleet(FleetClient):
-    """Made by `Fleet.open`, which also ends what it started. `snapshot` is the truth about the members."""
+    """One fleet of replicas of a model, in the process that owns them.
+
+    Open one with `millrace.open_fleet`, which also starts the engines, or with `Fleet.open` for replicas that are
+    started already. All methods belong to one event loop.
+
+    `replicas`: the replicas and their states. `external_router`: the external router in front of them, if there is one.
+    """
+
+    replicas: OwnedReplicaSet
 
     def __init__(
         self,
@@ -57,12 +65,11 @@ class Fleet(FleetClient):
         frozen: bool = False,
     ) -> None:
         event_log = event_log if event_log is not None else EventLog()
-        self._replicas = OwnedReplicaSet(replicas, event_log, _Observer(self))
-        super().__init__(self._replicas, event_log, seed)
+        super().__init__(OwnedReplicaSet(replicas, event_log, _Observer(self)), event_log, seed)
         self._feeds = KVEventFeeds(self._router)
-        self._versions = Versions(transport, store, self._replicas.apply, frozen=frozen)
+        self._versions = Versions(transport, store, self.replicas.apply, frozen=frozen)
         self.external_router: ExternalRouter | None = None
-        self._lifecycle = Lifecycle(self._replicas, self._versions, start, restarts)
+        self._lifecycle = Lifecycle(self.replicas, self._versions, start, restarts)
 
     @classmethod
     @asynccontextmanager
@@ -79,25 +86,33 @@ class Fleet(FleetClient):
         frozen: bool = False,
         router: "Callable[[ReplicaSet, EventLog], AbstractAsyncContextManager[ExternalRouter]] | None" = None,
     ) -> "AsyncIterator[Fleet]":
-        """Watches the replicas' processes as long as the block runs, and in the end closes the transport, the store,
-        the engines' connections and the processes. `store` keeps what is published; `start` starts the replica of that
-        number anew, which happens by itself so many times in a row (`restarts`); `seed` draws the order in which equal
-        engines are chosen. A `frozen` fleet is never published to. `router` opens one of others' that stands before the
-        engines."""
+        """Open a fleet of these replicas. When the context ends, the replicas, the transport and the store are closed.
+
+        Args:
+            replicas: The replicas, started and not yet in rotation.
+            transport: How published weights reach the engines. None if nothing can be published.
+            store: Keeps the published versions.
+            start: Starts the replica with this number. Without it the fleet can't restart or add engines.
+            restarts: How often in a row an engine is restarted automatically.
+            event_log: The event log, which the caller closes. By default events are only counted.
+            seed: Decides between equal engines when requests are routed.
+            frozen: Refuse every publish.
+            router: Opens an external router in front of the engines.
+        """
         fleet = cls(replicas, transport, store, start, restarts, event_log, seed, frozen=frozen)
         fleet._lifecycle.begin()
         try:
             if router is None:
                 yield fleet
                 return
-            async with router(fleet._replicas, fleet.event_log) as fleet.external_router:
+            async with router(fleet.replicas, fleet.event_log) as fleet.external_router:
                 yield fleet
         finally:
-            fleet._replicas.closed = True
+            fleet.replicas.closed = True
             await fleet._lifecycle.close()
             fleet._feeds.close()
             await fleet._versions.close()
-            await asyncio.gather(*(replica.end() for replica in fleet._replicas.replicas.values()))
+            await asyncio.gather(*(replica.end() for replica in fleet.replicas.by_name.values()))
 
     async def publish(
         self,
@@ -108,34 +123,50 @@ class Fleet(FleetClient):
         deadline: float = 120.0,
         require_finite: bool = True,
     ) -> PublishReport:
-        """Brings a version into every usable engine; one that does not take it is quarantined and named in the report.
+        """Publish a version of the weights to every usable engine, and return a report.
 
-        `tensors` is consumed lazily and in a thread. Its values are checked before, unless it is an iterator, which is
-        checked on the way. With `require_finite=False` they are not checked.
+        Every engine that took the version serves it when this method returns, unless it sleeps. An engine that did not
+        take it is quarantined, and named in the report.
 
-        Raises PublishError when a value is NaN or infinite, when no engine takes the version, when another publish is
-        under way, or when `version` is not above the last one. Whatever is raised, the old version goes on serving
-        where it was, unless the engine's update had begun and can't be undone (SGLang, vLLM): such an engine serves
-        again after the next publish.
+        `tensors` is read lazily, in a thread. Its values are checked before anything is sent; those of an iterator are
+        checked while they are sent. If versions are stored (`folder` of `open_fleet`), `tensors` is read a second time
+        after the publish, and can't be an iterator. The version is made durable in the background, and the next publish
+        waits until that is done.
 
-        Where versions are kept, `tensors` is gone through once more when the engines serve, and can't be an iterator.
-        The version becomes safe in the background; the next publish waits for that.
+        `tensors` may also be a function that returns them. The fleet calls it again, in any thread, if a restarted or
+        added engine needs this version and the store does not have it. This ends with the next publish, or when the
+        weights sleep. Sampled checksums compare the tensors with the published ones. If they differ, or the function
+        raises WeightsChanged, the engine serves after the next publish.
 
-        `tensors` may be a function that returns them, such as `lambda: list(model.named_parameters())`. The fleet then
-        calls it again, in any thread, when an engine needs this version and no store has it: an engine that was started
-        again, or added. It does so until the next publish, or until the weights sleep. What comes is compared with
-        what was published, by sampled checksums; where the trainer has changed it meanwhile, or the function raises
-        WeightsChanged, the engine serves after the next publish.
+        While every engine is being restarted, this method waits, however long that takes. If all engines die during
+        the publish, it starts again when one is back, unless `tensors` is an iterator.
 
-        While every engine is being started again, the publish waits for that, however long the start takes. Where all
-        of them die during the publish, it begins again when one is back (unless `tensors` is an iterator). `deadline`,
-        in seconds, is for the engines to take the version.
+        Args:
+            tensors: Pairs of name and tensor with all weights of the model, or a function that returns them.
+            version: The number of the version, above that of the last one.
+            bucket_bytes: The size of the buckets in which tensors are sent, in bytes.
+            deadline: Seconds for the engines to take the version.
+            require_finite: Refuse NaN and infinite values.
+
+        Raises:
+            PublishError: A value is NaN or infinite, the tensors are not the model's, no engine took the version,
+                another publish is under way, or `version` is not above the last one.
+            NoEngineError: No engine is left.
+
+        After an error the engines still serve the old version. SGLang and vLLM can't undo an update that has begun: an
+        engine of theirs whose update had begun serves again after the next publish.
+
+        Example:
+
+            report = await fleet.publish(lambda: list(model.named_parameters()), version=step)
+            for name, error in report.failed.items():
+                print(f"{name} did not take version {step}: {error}")
         """
         self._require_open(deadline)
         version = _version(version)
         while True:
-            await self._replicas.recovered()
-            await self._replicas.until(lambda: self.snapshot.usable, deadline)
+            await self.replicas.recovered()
+            await self.replicas.until(lambda: self.snapshot.usable, deadline)
             left_out = self._left_out()
             try:
                 with self._interrupting(), self.event_log.publishing(version) as publishing:
@@ -149,11 +180,11 @@ class Fleet(FleetClient):
                     )
                 return replace(report, left_out=left_out)
             except EnginesLost as error:
-                for lost in error.errors:  # until this is known, none of them is being started again
-                    await self._replicas.suspect(lost.engine, lost)
-                if isinstance(tensors, Iterator) or not self.members.coming:
+                for lost in error.errors:  # they are restarted only after their failure is recorded
+                    await self.replicas.suspect(lost.engine, lost)
+                if isinstance(tensors, Iterator) or not self.replicas.coming:
                     raise
-                logger.warning("%s; it is published again when an engine is back", error)
+                logger.warning("%s; the version is published again when an engine is back", error)
 
     async def publish_lora(
         self,
@@ -164,17 +195,36 @@ class Fleet(FleetClient):
         deadline: float = 60.0,
         require_finite: bool = True,
     ) -> PublishReport:
-        """Brings a LoRA adapter over the last whole version into every usable engine, while these go on generating.
+        """Publish a LoRA adapter over the last whole version to every usable engine, and return a report.
 
-        `tensors` are named as PEFT does, `base_model.model.MODULE.lora_A.weight` and `lora_B`. Requests that begin when
-        an engine has it use it, and their version spans say `version`. Running requests end with the weights that they
-        began with. At most two adapters are loaded in an engine. If requests still run with the one before the last,
-        the publish waits for them for half of `deadline`, and then aborts them.
+        The engines generate meanwhile. New requests use the adapter as soon as their engine has loaded it, and their
+        version spans have `version`. Running requests complete with the weights that they began with. An engine has at
+        most two adapters loaded. If requests still use the older one, this method waits for them for half of
+        `deadline`, and then aborts them. Publishing a whole version removes the adapter.
 
-        An engine that does not take the adapter is out of rotation and named in the report; where it only said no, it
-        serves again after the next one. PublishError is raised, and what served before goes on serving, when the
-        tensors are not those of such an adapter of the model, when no engine takes it or none can read it, and as
-        `publish` says. A version that is published whole takes the adapter off.
+        An engine that does not take the adapter leaves rotation, and is named in the report. If the engine refused it,
+        the engine serves again after the next publish.
+
+        Args:
+            tensors: Pairs of name and tensor, named as PEFT does: `base_model.model.MODULE.lora_A.weight` and
+                `lora_B.weight`.
+            version: The number of the version, above that of the last one.
+            config: The adapter's rank, alpha and target modules.
+            deadline: Seconds for the engines to load the adapter.
+            require_finite: Refuse NaN and infinite values.
+
+        Raises:
+            PublishError: The tensors are no adapter of this model, no engine can read or take it, a value is NaN or
+                infinite, another publish is under way, or `version` is not above the last one. The engines still serve
+                the last version.
+            NoEngineError: No engine is left.
+            ArgumentError: `config` is not a LoraConfig.
+
+        Example:
+
+            config = LoraConfig(rank=16, alpha=32.0, target_modules=("q_proj", "v_proj"))
+            adapter = peft.get_peft_model_state_dict(model)
+            await fleet.publish_lora(adapter.items(), version=step, config=config)
         """
         self._require_open(deadline)
         version = _version(version)
@@ -186,7 +236,7 @@ class Fleet(FleetClient):
                 tensors,
                 version,
                 self._targets,
-                lambda: {member.name: member.base for member in self.snapshot.members},
+                lambda: {state.name: state.base for state in self.snapshot.replicas},
                 config=config,
                 deadline=deadline,
                 require_finite=require_finite,
@@ -194,69 +244,104 @@ class Fleet(FleetClient):
         return replace(report, left_out=left_out)
 
     def _left_out(self) -> tuple[str, ...]:
-        return tuple(member.describe() for member in self.snapshot.members if not member.usable)
+        return tuple(state.describe() for state in self.snapshot.replicas if not state.usable)
 
     def _targets(self) -> list[PublishTarget]:
-        """Whom to publish to. Raises PublishError and NoEngineError where nobody can take a version."""
-        members = [m for m in self.snapshot.members if m.usable]
-        if asleep := [m.name for m in members if MemoryTag.WEIGHTS in m.asleep]:
+        """Return the engines to publish to. Raises PublishError if weights sleep, and NoEngineError if none is left."""
+        states = [state for state in self.snapshot.replicas if state.usable]
+        if asleep := [state.name for state in states if MemoryTag.WEIGHTS in state.asleep]:
             raise PublishError(f"the weights of {', '.join(asleep)} are asleep; wake them before publishing")
-        if not members:
+        if not states:
             raise NoEngineError(f"no engine is left to publish to: {self.snapshot.describe()}")
-        replicas = [self._replicas.replicas[member.name] for member in members]
+        replicas = [self.replicas.by_name[state.name] for state in states]
         return [PublishTarget(replica.engine, replica.info) for replica in replicas]
 
     async def restart(
         self, name: str, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE
     ) -> None:
-        """Ends this engine, starts it anew, and brings it what the others serve, within `deadline` seconds, before its
-        first request: from the store, or from the trainer where `publish` was given a function. Otherwise it serves
-        after the next publish. Raises LaunchError where it does not come up, PublishError where it does not take the
-        version, and NoEngineError where the fleet does not start its engines."""
+        """End an engine, start it again, and bring it the weights that the others serve.
+
+        The weights come from the store, or from the trainer if `publish` was given a function. If neither has them, the
+        engine serves after the next publish.
+
+        Args:
+            name: The engine's name, such as "sglang-0".
+            bucket_bytes: The size of the buckets in which tensors are sent, in bytes.
+            deadline: Seconds to bring the engine the weights. The start itself has its own limit, `start_timeout`.
+
+        Raises:
+            LaunchError: The engine does not start.
+            PublishError: The engine does not take the version.
+            NoEngineError: No engine has this name, or this fleet does not start its engines.
+        """
         self._require_open(deadline)
         await self._lifecycle.restart(name, bucket_bytes, deadline)
 
     async def add(self, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> str:
-        """Starts one more engine like the others, and brings it what these serve before its first request, as `restart`
-        does. Returns its name."""
+        """Start one more engine, bring it the weights that the others serve, and return its name.
+
+        The arguments, the source of the weights and the errors are those of `restart`.
+        """
         self._require_open(deadline)
         return await self._lifecycle.add(bucket_bytes, deadline)
 
     async def remove(self, name: str, *, deadline: float = 60.0) -> None:
-        """Takes an engine out: it gets no more requests, ends those that it has, for which it gets `deadline` seconds
-        before they are aborted, and its process is ended."""
+        """Remove an engine from the fleet, and end its process.
+
+        It gets no more requests. Its running requests are aborted if they have not completed within `deadline` seconds.
+        Raises NoEngineError if no engine has this name.
+        """
         self._require_open(deadline)
         await self._lifecycle.remove(name, deadline)
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY, *, interrupt: bool = False) -> None:
-        """Puts every usable engine to sleep, after what runs there has ended, or with `interrupt` has been aborted. One
-        that can't is quarantined.
+        """Release memory of every usable engine, to lend it to the trainer.
 
-        The weights of a frozen fleet sleep only where all of its engines can read them anew (`restore`); otherwise
-        PublishError is raised."""
+        No engine gets requests from now on. Running requests complete first. An engine that can't sleep is quarantined.
+        `wake` gets the memory back.
+
+        Args:
+            what: The memory to release: the weights, the KV cache, or by default both. Released weights are lost, so
+                publish after waking them (a frozen fleet: call `restore`).
+            interrupt: Abort the running requests instead of waiting for them.
+
+        Raises:
+            PublishError: The fleet is frozen, and an engine can't read its weights again from the model's folder.
+            NoEngineError: No engine is left.
+        """
         self._require_open()
         if self.frozen and MemoryTag.WEIGHTS in what:
             self._require_own_folder()
-        self._replicas.asleep |= what
+        self.replicas.asleep |= what
         if MemoryTag.WEIGHTS in what:
-            self._versions.let_go()
+            self._versions.release()
         # Out of rotation first: a request that came between the drain and the release would fail.
-        for member in self.snapshot.members:
-            await self._replicas.apply(member.name, Slept(what))
+        for state in self.snapshot.replicas:
+            await self.replicas.apply(state.name, Slept(what))
         async with self._versions.changing:
             if interrupt:
-                await self._replicas.each(lambda replica: replica.engine.abort())
-            await self._replicas.each(lambda replica: replica.engine.sleep(what))
+                await self.replicas.each(lambda replica: replica.engine.abort())
+            await self.replicas.each(lambda replica: replica.engine.sleep(what))
 
     async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
-        """Wakes every usable engine. One whose weights slept serves again after the next publish."""
+        """Give released memory back to every usable engine.
+
+        An engine whose weights slept serves again after the next publish. An engine that can't wake is quarantined.
+
+        Args:
+            what: The memory to give back, by default all of it. Wake the weights before a publish, and the KV cache
+                after it.
+
+        Raises:
+            NoEngineError: No engine is left.
+        """
         self._require_open()
         async with self._versions.changing:
-            await self._replicas.each(lambda replica: replica.engine.wake(what))
-            self._replicas.asleep -= what
-        await self._replicas.notify()
-        for member in self.snapshot.members:
-            await self._replicas.apply(member.name, Woke(what))
+            await self.replicas.each(lambda replica: replica.engine.wake(what))
+            self.replicas.asleep -= what
+        await self.replicas.notify()
+        for state in self.snapshot.replicas:
+            await self.replicas.apply(state.name, Woke(what))
 
     @property
     def dtypes(self) -> Dtypes | None:
@@ -266,61 +351,82 @@ class Fleet(FleetClient):
 
     @property
     def frozen(self) -> bool:
-        """Whether the engines hold for ever what they were started with."""
+        """Whether the engines keep the weights of their start, so that nothing is published to them."""
         return self._versions.frozen
 
     async def restore(self, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> None:
-        """Wakes a frozen fleet. Weights that slept have lost their content: the engines read them anew from the model's
-        folder, each of them is attested as after a publish, and then they get their KV cache back. One that does not
-        take them within `deadline` seconds is started anew."""
+        """Wake a frozen fleet, whose weights may have slept.
+
+        The engines read lost weights again from the model's folder, are attested as after a publish, and then get their
+        KV cache back. An engine that does not take the weights is quarantined, and restarted if the fleet restarts its
+        engines.
+
+        Args:
+            bucket_bytes: The size of the buckets in which tensors are read, in bytes.
+            deadline: Seconds for the engines to read the weights.
+
+        Raises:
+            PublishError: The fleet is not frozen.
+            NoEngineError: No engine is left.
+        """
         self._require_open(deadline)
         if not self.frozen:
-            raise PublishError("only a frozen fleet is restored; wake this one, and publish what it is to serve")
+            raise PublishError(
+                "only a frozen fleet can be restored; wake this fleet, and publish the version that it should serve"
+            )
         await self.wake(frozenset({MemoryTag.WEIGHTS}))
-        empty = [m.name for m in self.snapshot.members if m.usable and m.version is None]
+        empty = [state.name for state in self.snapshot.replicas if state.usable and state.version is None]
         if empty:
-            replicas = [self._replicas.replicas[name] for name in empty]
+            replicas = [self.replicas.by_name[name] for name in empty]
             targets = [PublishTarget(replica.engine, replica.info) for replica in replicas]
             await self._versions.restore(targets, bucket_bytes, deadline)
         await self.wake(frozenset({MemoryTag.KV_CACHE}))
 
     def _require_own_folder(self) -> None:
-        replicas = self._replicas.replicas.values()
+        """Raises PublishError if an engine can't read its weights again from the model's folder."""
+        replicas = self.replicas.by_name.values()
         if lacking := [r.engine.name for r in replicas if Capability.UPDATE_FROM_DISK not in r.info.capabilities]:
             raise PublishError(
-                f"{', '.join(lacking)} can't read weights anew from a folder (a quantising SGLang can't), so that they "
-                "would be lost in sleep; give it devices of its own"
+                f"{', '.join(lacking)} can't read weights again from a folder (an SGLang that quantises can't), so "
+                "sleep would lose them; give the fleet devices of its own"
             )
 
     async def attest(self, checksums: Mapping[str, str], version: int, folder: Path) -> None:
-        """Takes the engines into rotation that hold these tensors: for weights that they loaded by themselves from
-        `folder`. A tensor that the engine makes while loading (fused, tied) has no counterpart and is not compared; the
-        log names it. An engine that has no checksums to compare is taken at its word, if it was started here and names
-        this folder. `checksums` are the folder's; they are compared as they are in the engines' dtype."""
-        infos = [replica.info for replica in self._replicas.replicas.values()]
+        """Take the engines into rotation that have loaded these weights from `folder` themselves.
+
+        `checksums` are those of the folder's tensors. They are converted to the engines' dtypes, and compared with
+        those that the engines report. A tensor that an engine makes while loading (fused or tied) has no counterpart:
+        it is logged, and not compared. An engine that reports no checksums is trusted if it was started here from this
+        folder.
+
+        Raises NoEngineError if no engine is left.
+        """
+        infos = [replica.info for replica in self.replicas.by_name.values()]
         dtypes = await asyncio.to_thread(dtypes_of, infos[0], folder)
         if any(Capability.CHECKSUMS in info.capabilities for info in infos):
             checksums = await asyncio.to_thread(folder_checksums_as, dtypes, folder, checksums)
         origin = Origin(checksums, version, folder, dtypes)
-        await self._replicas.each(lambda replica: self._versions.compare(replica, origin, Attested(version)))
+        await self.replicas.each(lambda replica: self._versions.compare(replica, origin, Attested(version)))
         self._versions.begin_with(origin)
 
     async def _generate(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
         self._require_published()
         if self.external_router is None:
-            return await self._straight(request, routing, deadline)
-        return await self.external_router.generate(request, routing, deadline=deadline, direct=self._straight)
+            return await self._send_direct(request, routing, deadline)
+        return await self.external_router.generate(request, routing, deadline=deadline, direct=self._send_direct)
 
     def _require_published(self) -> None:
-        """Raises NoEngineError where all engines are up and awake, and wait for the first publish."""
-        waits = self.members.coming or self.asleep or self._versions.published or self._versions.publishing
-        if not waits and all(m.version is None and m.phase is Phase.STARTING for m in self.snapshot.members):
+        """Raises NoEngineError if all engines are up and awake, and none serves before the first publish."""
+        states = self.snapshot.replicas
+        waits = self.replicas.coming or self.asleep or self._versions.published or self._versions.publishing
+        if not waits and all(state.version is None and state.phase is Phase.STARTING for state in states):
             raise NoEngineError(
-                "no engine serves before the first publish, since their weights were not compared with the model's "
-                f"folder: publish a version, or open the fleet with frozen=True; {self.snapshot.describe()}"
+                "no engine serves before the first publish, since the engines' weights could not be compared with the "
+                f"model's folder; publish a version, or open the fleet with frozen=True; {self.snapshot.describe()}"
             )
 
     def _interrupting(self) -> AbstractContextManager[None]:
+        """Return a context for a publish, which interrupts the requests in the external router."""
         return nullcontext() if self.external_router is None else self.external_router.publishing()
 
     def _using(self, engine: str, lora: str | None, request_id: str) -> AbstractContextManager[None]:
@@ -328,7 +434,7 @@ class Fleet(FleetClient):
 
 
 class _Observer:
-    """What a fleet does when one of its replicas changes."""
+    """The FleetObserver of a fleet."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -347,8 +453,8 @@ class _Observer:
 
 
 def _version(version: object) -> int:
-    """A version as Python's integer. Raises PublishError for what is none."""
+    """Return the version as an int. Raises PublishError if it is not an integer."""
     try:
         return arguments.whole("version", version)
     except ArgumentError:
-        raise PublishError(f"a version is a number, and {version!r} is not") from None
+        raise PublishError(f"version must be an integer, and is {version!r}") from None

@@ -1,4 +1,4 @@
-"""A fleet that another process owns: its snapshots come over HTTP, and requests go straight to its engines."""
+"""A fleet that another process owns: snapshots come from the owner over HTTP; requests go directly to the engines."""
 
 import asyncio
 import logging
@@ -19,16 +19,16 @@ from millrace.http.hosts import require_known
 from millrace.http.local import raise_file_limit
 from millrace.types import ANYWHERE, FinishReason, GenerateRequest, Generation, MemoryTag, RoutingContext
 
-POLL_SECONDS = 20.0  # that the owner keeps a question when nothing changes
-ANSWER_DEADLINE = 10.0
-RETRY_SECONDS = 0.5
+POLL_SECONDS = 20.0  # for which the owner delays its answer while nothing changes
+ANSWER_DEADLINE = 10.0  # seconds for the owner to answer
+RETRY_SECONDS = 0.5  # after a failed poll
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class FleetState:
-    """What the owner of a fleet tells those that follow it. `number` is its snapshot's."""
+    """The state of a fleet that its owner sends to its followers. `number` and `members` are those of its snapshot."""
 
     number: int
     members: tuple[ReplicaState, ...]
@@ -39,14 +39,14 @@ class FleetState:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A call that failed by the engine's own fault."""
+    """A follower's report of a call that failed through the engine's own fault."""
 
     engine: str
     reason: str
 
 
 class Followed(ReplicaSet):
-    """What the owner at `url` said last. It goes on routing from that while the owner does not answer."""
+    """The replicas as the owner at `url` last reported them. Routing uses this while the owner does not answer."""
 
     def __init__(self, url: str, key: str) -> None:
         super().__init__(Snapshot(-1, ()), {})
@@ -55,40 +55,46 @@ class Followed(ReplicaSet):
         self._fetching = asyncio.Lock()
 
     async def suspect(self, name: str, error: EngineError) -> None:
-        """Tells the owner, who judges. While that does not answer, nothing more is sent to the engine."""
+        """Report the failed call to the owner, which decides on the engine's state.
+
+        If the owner does not answer, this process sends no more requests to the engine for now.
+        """
         body = {"engine": name, "reason": str(error)}
         try:
             await self._owner.control("POST", "/failure", body, deadline=ANSWER_DEADLINE, repeatable=True)
             await self.refresh()
         except EngineError as silence:
-            logger.warning("%s is suspect, and %s", name, silence)
-            members = (
-                after(m, CallFailed(str(error), MAX_FAILURES)) if m.name == name else m for m in self.snapshot.members
+            logger.warning(
+                "no more requests are sent to %s for now, since its failure can't be reported: %s", name, silence
             )
-            await self.show(Snapshot(self.snapshot.number, tuple(members)))
+            states = (
+                after(state, CallFailed(str(error), MAX_FAILURES)) if state.name == name else state
+                for state in self.snapshot.replicas
+            )
+            await self.show(Snapshot(self.snapshot.number, tuple(states)))
 
     async def answered(self, name: str) -> None:
-        """The owner asks by itself."""
+        """Do nothing: the owner probes its engines itself."""
 
     async def refresh(self, *, since: int = -1) -> None:
-        """What the owner says now, or as soon as it has more than snapshot number `since`."""
+        """Fetch the owner's state. With `since`, wait for a snapshot after that number, for POLL_SECONDS at most."""
         deadline = ANSWER_DEADLINE + (POLL_SECONDS if since >= 0 else 0.0)
-        said = await self._owner.control("GET", f"/state?after={since}", deadline=deadline, repeatable=True)
+        answer = await self._owner.control("GET", f"/state?after={since}", deadline=deadline, repeatable=True)
         try:
-            state = self._state.validate_python(said)
+            received = self._state.validate_python(answer)
         except ValidationError as error:
-            reason = f"what it answers is no fleet's state: {error.errors()[0]['msg']}"
+            reason = f"its answer is not the state of a fleet: {error.errors()[0]['msg']}"
             raise EngineFailed(self._owner.name, reason) from None
         async with self._fetching:
-            if state.number < self.snapshot.number:
+            if received.number < self.snapshot.number:
                 return
-            await self._know(state.engines)
-            self.coming, self.asleep = set(state.coming), frozenset(state.asleep)
-            known = tuple(member for member in state.members if member.name in self.replicas)
-            await self.show(Snapshot(state.number, known))
+            await self._connect(received.engines)
+            self.coming, self.asleep = set(received.coming), frozenset(received.asleep)
+            states = tuple(state for state in received.members if state.name in self.by_name)
+            await self.show(Snapshot(received.number, states))
 
     async def follow(self) -> None:
-        """For ever."""
+        """Fetch the owner's state whenever it changes, until cancelled."""
         silent = False
         while True:
             try:
@@ -96,29 +102,33 @@ class Followed(ReplicaSet):
                 silent = False
             except EngineError as error:
                 if not silent:
-                    logger.warning("routing goes on as it was: %s", error)
+                    logger.warning("routing continues with the last known state of the fleet: %s", error)
                 silent = True
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def close(self) -> None:
-        await asyncio.gather(*(replica.end() for replica in self.replicas.values()))
+        """Close the connections to the engines and to the owner."""
+        await asyncio.gather(*(replica.end() for replica in self.by_name.values()))
         await self._owner.close()
 
-    async def _know(self, addresses: tuple[Address, ...]) -> None:
-        """Connects to the engines that are new, or have been started anew elsewhere."""
+    async def _connect(self, addresses: tuple[Address, ...]) -> None:
+        """Connect to the engines that are new or have a new URL, and disconnect from those that have left."""
         wanted = {address.name: address for address in addresses}
-        for name, replica in list(self.replicas.items()):
+        for name, replica in list(self.by_name.items()):
             if name not in wanted or wanted[name].url != replica.engine.url:
-                await self.replicas.pop(name).end()
-        for name in wanted.keys() - self.replicas.keys():
+                await self.by_name.pop(name).end()
+        for name in wanted.keys() - self.by_name.keys():
             try:
-                self.replicas[name] = await reach(wanted[name])
+                self.by_name[name] = await reach(wanted[name])
             except EngineError as error:
-                logger.warning("%s is left out for now: %s", name, error)
+                logger.warning("no requests are sent to %s for now, since it can't be reached: %s", name, error)
 
 
 class Follower(FleetClient):
-    """Made by `Follower.open`. What it can't: publish, sleep, wake, start and end engines, which is its owner's."""
+    """A client of a fleet that another process owns. Open one with `Follower.open`.
+
+    It sends requests to the engines. Only the owner can publish, put engines to sleep, wake, start and end them.
+    """
 
     def __init__(self, followed: Followed, event_log: EventLog, seed: int) -> None:
         super().__init__(followed, event_log, seed)
@@ -129,8 +139,24 @@ class Follower(FleetClient):
     async def open(
         cls, url: str, key: str, *, event_log: EventLog | None = None, seed: int = 0
     ) -> "AsyncIterator[Follower]":
-        """Follows the fleet whose owner answers at `url` to those who know `key` (`millrace.serve.owner`). Raises
-        EngineError where it does not, and ConfigError where the host of `url` is not known."""
+        """Follow the fleet whose owner answers at `url`, while the context is open.
+
+        Args:
+            url: Where the owner answers (`millrace.serve.owner.own`).
+            key: The owner's key.
+            event_log: The event log of this process, which the caller closes. By default events are only counted.
+            seed: Decides between equal engines. Give each process another one.
+
+        Raises:
+            EngineError: The owner does not answer, or refuses the key.
+            ConfigError: The host of `url` is unknown.
+
+        Example:
+
+            async with Follower.open("http://10.0.0.5:9200", key, seed=rank) as follower:
+                await follower.reached(version, deadline=60.0)
+                generation = await follower.generate(request, deadline=120.0)
+        """
         await require_known("url", [url])
         raise_file_limit()
         followed = Followed(url, key)
@@ -149,15 +175,21 @@ class Follower(FleetClient):
     async def generate(
         self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE
     ) -> Generation:
+        """Send the request to the engine that suits it best. See `FleetClient.generate`."""
         made = await super().generate(request, deadline=deadline, routing=routing)
         if made.finish_reason is FinishReason.ABORT:
-            with suppress(EngineError):  # the owner is silent, which `follow` tells
-                await self._followed.refresh()  # so that `asleep` says whether the owner wanted it
+            with suppress(EngineError):  # the owner does not answer, which `follow` logs
+                await self._followed.refresh()  # so that `asleep` shows whether the owner aborted it
         return made
 
     async def reached(self, version: int, *, deadline: float) -> None:
-        """Waits until an engine serves `version` or a later one."""
+        """Wait until an engine serves `version` or a later one.
+
+        Raises NoEngineError if none does within `deadline` seconds, or if no engine is left.
+        """
         wanted = RoutingContext(min_version=version)
-        await self.members.until(
-            lambda: any(wanted.admits(m.version) for m in self.snapshot.routable.values()), deadline, wanted.describe()
+        await self.replicas.until(
+            lambda: any(wanted.admits(state.version) for state in self.snapshot.routable.values()),
+            deadline,
+            wanted.describe(),
         )

@@ -1,4 +1,4 @@
-"""What the engines publish of their KV caches, brought to the router."""
+"""The KV cache events of the engines, received over ZeroMQ and passed on to the routing policy."""
 
 import asyncio
 import logging
@@ -12,13 +12,13 @@ from millrace.fleet.routing import RoutingPolicy
 if TYPE_CHECKING:
     import zmq.asyncio
 
-MOST_BYTES = 64 * 2**20  # of one message
+MOST_BYTES = 64 * 2**20  # bytes of one message
 
 logger = logging.getLogger(__name__)
 
 
 class KVEventFeeds:
-    """One for each engine that publishes; `listening` is its owner, and `close` comes after all of them."""
+    """Subscriptions to KV cache events, one for each engine that publishes them. Call `close` after all have ended."""
 
     def __init__(self, router: RoutingPolicy) -> None:
         self._router = router
@@ -26,8 +26,11 @@ class KVEventFeeds:
 
     @asynccontextmanager
     async def listening(self, name: str, endpoint: str | None) -> AsyncIterator[None]:
-        """As long as the block runs, an engine that publishes is routed to by what it says. Where that can't be read,
-        by what is sent to it, as one that does not publish (None)."""
+        """Subscribe to the engine's events while the block runs.
+
+        If the engine publishes none (`endpoint` is None) or its events can't be read, routing uses the prompts that are
+        sent to it.
+        """
         if endpoint is None:
             yield
             return
@@ -41,6 +44,7 @@ class KVEventFeeds:
             self._router.unfollow(name)
 
     def close(self) -> None:
+        """Release ZeroMQ's resources."""
         if self._context is not None:
             self._context.destroy(linger=0)
 
@@ -54,22 +58,24 @@ class KVEventFeeds:
                 socket.linger, socket.maxmsgsize = 0, MOST_BYTES
                 socket.subscribe(b"")
                 socket.connect(endpoint)
-                await self._bring(name, socket)
+                await self._receive(name, socket)
         except (MalformedEvents, zmq.ZMQError) as error:
             self._router.unfollow(name)
-            logger.error("requests go to %s by what was sent there, since its KV cache events fail: %s", name, error)
+            logger.error(
+                "routing to %s uses the prompts sent to it, since its KV cache events can't be read: %s", name, error
+            )
 
-    async def _bring(self, name: str, socket: "zmq.asyncio.Socket") -> None:
-        """For ever."""
+    async def _receive(self, name: str, socket: "zmq.asyncio.Socket") -> None:
+        """Pass on the events of one engine, until cancelled."""
         due: int | None = None
         while True:
             frames = await socket.recv_multipart()
             if len(frames) != 3:
-                raise MalformedEvents(f"a message of {len(frames)} parts, and not of topic, number and batch")
+                raise MalformedEvents(f"a message has {len(frames)} parts instead of three: topic, number and batch")
             number = int.from_bytes(frames[1], "big")
-            if due not in (None, number):  # what was removed in between would stay known
+            if due not in (None, number):  # a block that was removed in between would stay known
                 self._router.missed(name)
             due = number + 1
             for event in decode(frames[2]):
                 self._router.learn(name, event)
-                await asyncio.sleep(0)  # a long prompt is many
+                await asyncio.sleep(0)  # a long prompt brings many events

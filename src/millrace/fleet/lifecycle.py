@@ -30,20 +30,20 @@ class Lifecycle:
         restarts: int,
     ) -> None:
         self._replicas, self._versions, self._start = replicas, versions, start
-        self._numbers = {name: number for number, name in enumerate(replicas.replicas)}
+        self._numbers = {name: number for number, name in enumerate(replicas.by_name)}
         self._ending: set[str] = set()  # engines that are ended on purpose: they are restarted, or leave
         self._supervisor = Supervisor(replicas, restarts if start is not None else 0, self._restart)
 
     def begin(self) -> None:
         """Start watching the engines."""
-        for name in self._replicas.replicas:
+        for name in self._replicas.by_name:
             self._replicas.watch(name)
         self._supervisor.begin()
 
     async def close(self) -> None:
         """Stop watching and restarting. The engines themselves are left to their owner."""
         await self._supervisor.close()
-        await asyncio.gather(*(self._replicas.unwatch(name) for name in self._replicas.replicas))
+        await asyncio.gather(*(self._replicas.unwatch(name) for name in self._replicas.by_name))
 
     def changed(self, state: ReplicaState) -> None:
         """Restart an engine that died or is quarantined, unless it is ended on purpose."""
@@ -83,7 +83,7 @@ class Lifecycle:
             except TimeoutError:
                 logger.warning("%s leaves, and its requests are aborted", name)
                 with suppress(EngineError):
-                    await replicas.replicas[name].engine.abort()
+                    await replicas.by_name[name].engine.abort()
             await self._end(name, "it has left")
             await replicas.remove(name)
             self._numbers.pop(name)
@@ -105,7 +105,7 @@ class Lifecycle:
     async def _end(self, name: str, reason: str) -> None:
         await self._replicas.unwatch(name)
         await self._replicas.apply(name, Died(reason))
-        await self._replicas.replicas[name].end()
+        await self._replicas.by_name[name].end()
         self._versions.loras.forget(name)
 
     async def _begin(self, started: Replica, bucket_bytes: int, deadline: float) -> None:

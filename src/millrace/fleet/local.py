@@ -1,4 +1,4 @@
-"""A fleet on this host: starts its engines, proves what they hold, and ends them."""
+"""Open a fleet: start its engines or attach to them, verify their weights, and end them."""
 
 import asyncio
 import logging
@@ -69,22 +69,43 @@ async def open_fleet(
     prefix: str | None = None,
     router: RouterConfig | None = None,
 ) -> AsyncIterator[Fleet]:
-    """Launches `config.replicas` engines that serve the model in `model_path` as weight version `version`, or attaches
-    to those that the config names.
+    """Start the engines of a config, or attach to those at its `urls`, and return them as one fleet.
 
-    In rotation are those whose weights have the folder's checksums or, where an engine can't tell, that were started
-    from this folder; another serves after its first publish. Logs go to `log_dir`. `transport` is how weights are
-    published; in `folder`, a path or a URL of fsspec's, the last `keep` versions stay; `sidecars` are for `delta` and
-    `ucx`, and their key is read from MILLRACE_SIDECAR_KEY (docs/weights.md). An engine that dies, hangs or holds other
-    weights than it should is started anew up to `restarts` times in a row (docs/faults.md).
-    Events go to `event_log` (docs/monitoring.md), which the caller closes. A `frozen` fleet is never published to
-    (docs/judges.md). Engines are called `PREFIX-0` and so on, by default after their kind. `router` stands before
-    them (docs/routers.md). The soft limit of open files of this process is raised to the hard one (docs/faults.md).
+    An engine enters rotation at once if its weights have the checksums of the model's folder. An engine that reports
+    no checksums does if it was started from this folder. Any other engine serves after its first publish. When the
+    context ends, the engines that were started here are ended. This process's soft limit of open files is raised to
+    its hard limit (docs/faults.md).
 
-    Raises LaunchError when an engine does not come up (the others are ended), DataError when the folder is not a
-    model's or `folder` not a store, PublishError when the engines can't take weights by that transport or compute in
-    different dtypes, ConfigError when what it needs is not installed or `config`, which may be a mapping, is not an
-    engine's, and ArgumentError for another argument of the wrong type.
+    Args:
+        config: The engines: a config object, or a mapping with the same settings. `config.replicas` engines are
+            started.
+        model_path: The folder of the model.
+        log_dir: Where the engines' logs go.
+        version: The number of the weight version that the folder contains.
+        seed: The engines' seed. It also decides between equal engines when requests are routed.
+        transport: How published weights reach the engines (docs/weights.md).
+        folder: Where published versions are stored, as a path or an fsspec URL. By default they are not stored.
+        keep: The number of versions that stay in `folder`.
+        sidecars: The URLs of the sidecars, for the transports `delta` and `ucx`. The environment variable
+            MILLRACE_SIDECAR_KEY has their key.
+        restarts: How often in a row an engine is restarted that dies, hangs or holds wrong weights (docs/faults.md).
+        event_log: The event log, which the caller closes (docs/monitoring.md). By default events are only counted.
+        frozen: Refuse every publish, as for a judge (docs/judges.md).
+        prefix: The engines are named PREFIX-0, PREFIX-1 and so on. The default is the kind of the engine.
+        router: An external router in front of the engines (docs/routers.md).
+
+    Raises:
+        LaunchError: An engine or the router does not start. The other engines are ended.
+        DataError: `model_path` is not the folder of a model, or `folder` is not a version store.
+        PublishError: The engines can't take weights by this transport, or compute in different dtypes.
+        ConfigError: The config is invalid, or a package that it needs is not installed.
+        ArgumentError: Another argument has the wrong type.
+
+    Example:
+
+        async with open_fleet({"kind": "sglang", "replicas": 2}, "models/Qwen3-0.6B", log_dir="logs") as fleet:
+            await fleet.publish(lambda: list(model.named_parameters()), version=1)
+            generation = await fleet.generate(request, deadline=60.0)
     """
     engine, router = engine_config(config), router_config(router)
     model, logs = arguments.path("model_path", model_path), arguments.path("log_dir", log_dir)
@@ -93,7 +114,7 @@ async def open_fleet(
     sidecars = arguments.texts("sidecars", sidecars)
     place = None if folder is None else arguments.location("folder", folder)
     if transport not in get_args(TransportName):
-        raise ConfigError(f"transport {transport!r} is not known; valid here: {', '.join(get_args(TransportName))}")
+        raise ConfigError(f"transport {transport!r} is unknown; valid here: {', '.join(get_args(TransportName))}")
     if router is not None:
         try:
             check_router(router, engine.kind)
@@ -138,13 +159,13 @@ async def open_fleet(
         started, chosen, store, start_one, restarts, event_log, seed, frozen=frozen, router=before
     ) as fleet:
         await fleet.attest(checksums, version, model)
-        if frozen:  # who was started by somebody else may hold anything, and no publish will change that
+        if frozen:  # an engine that was not started here may hold other weights, and no publish replaces them
             await fleet.restore(deadline=engine.start_timeout)
         yield fleet
 
 
 def engine_config(config: object) -> EngineConfig:
-    """The config, made of a mapping where it is one. Raises ConfigError where it is no engine's."""
+    """Return the config of the engines, which may be a mapping. Raises ConfigError if it is invalid."""
     if isinstance(config, EmbeddedEngineConfig | SGLangEngineConfig | VLLMEngineConfig):
         return config
     engine: EngineConfig = _validated(
@@ -154,48 +175,52 @@ def engine_config(config: object) -> EngineConfig:
 
 
 def router_config(router: object) -> RouterConfig | None:
-    """The same for a router's, which may be its name."""
+    """Return the config of the router, which may be a mapping or a name. Raises ConfigError if it is invalid."""
     if router is None or isinstance(router, SGLangRouterConfig | VLLMRouterConfig):
         return router
     found: RouterConfig = _validated("router", TypeAdapter(RouterConfig), router, "'sglang' or 'vllm'")
     return found
 
 
-def _validated(name: str, lora: "TypeAdapter[Any]", value: object, example: str) -> Any:
+def _validated(name: str, adapter: "TypeAdapter[Any]", value: object, example: str) -> Any:
     if not isinstance(value, str | Mapping):
         raise ConfigError(f"{name} must be a config such as {example}, and is {arguments.shown(value)}")
     try:
-        return lora.validate_python(value)
+        return adapter.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (name, *first["loc"])))
-        raise ConfigError(f"{where}: {first['msg']}; {name} is such as {example}") from None
+        raise ConfigError(f"{where}: {first['msg']}; an example of {name} is {example}") from None
 
 
 def agreeing_on_memory(environment: Mapping[str, str]) -> Mapping[str, str]:
-    """What an SGLang is told so that it opens what this process, which has this environment, gives it by NCCL on the
-    same host. It goes without NCCL's cuMem allocator unless it is told, and NCCL here goes by its own default, -2."""
+    """Return the variables with which SGLang's NCCL allocates memory as NCCL does in this process.
+
+    Otherwise SGLang could not open the memory that this process shares by NCCL on the same host. SGLang disables NCCL's
+    cuMem allocator unless the variable is set, and NCCL here uses its own default, -2. `environment` is that of this
+    process.
+    """
     return {} if CUMEM in environment else {CUMEM: "-2"}
 
 
 def require_place(config: EngineConfig, replica: int) -> None:
-    """Raises LaunchError where the config says where each engine is to be, and nothing of this one."""
+    """Raises LaunchError if the config lists URLs or ports, and none for this replica."""
     named = {"urls": None if isinstance(config, EmbeddedEngineConfig) else config.urls, "ports": config.ports}
     for setting, places in named.items():
         if places is not None and replica >= len(places):
-            raise LaunchError(f"engine.{setting} names {len(places)} engines; one more has no place there")
+            raise LaunchError(f"engine.{setting} lists {len(places)} engines, and none for one more")
 
 
 def _before(
     config: SGLangRouterConfig | VLLMRouterConfig,
     engine_key: str | None,
     log_dir: Path,
-    members: ReplicaSet,
+    replicas: ReplicaSet,
     event_log: EventLog,
 ) -> AbstractAsyncContextManager[ExternalRouter]:
-    """The router before these engines."""
+    """Return a context in which the external router runs."""
     return ExternalRouter.open(
-        members,
+        replicas,
         event_log,
         partial(start_router, config, log_dir=log_dir, engine_key=engine_key),
         fallback=config.fallback == "direct",
@@ -204,7 +229,7 @@ def _before(
 
 
 def _shared_key(config: EngineConfig, router: SGLangRouterConfig | VLLMRouterConfig | None) -> str | None:
-    """What opens every engine, where the router knows no key of each."""
+    """Return the API key of all engines, for a router that can't use one key for each. None for other routers."""
     if not isinstance(router, VLLMRouterConfig):
         return None
     attached = not isinstance(config, EmbeddedEngineConfig) and config.urls is not None
@@ -214,8 +239,11 @@ def _shared_key(config: EngineConfig, router: SGLangRouterConfig | VLLMRouterCon
 def transport_for(
     wanted: TransportName, engines: Sequence[Replica], store: "VersionStore | None", sidecars: Sequence[str] = ()
 ) -> "Transport | None":
-    """How this process hands tensors to these engines, which it logs; None where there is no way that all of them have.
-    Raises PublishError where the one that is wanted is not possible."""
+    """Return the transport by which this process publishes to these engines, and log the choice.
+
+    Returns None if `wanted` is "auto" and no transport reaches all engines. Raises PublishError if the wanted transport
+    is not possible.
+    """
     if wanted == "auto" and store is None and not sidecars and find_spec("torch") is None:
         logger.info("weights can't be published from here: torch is not installed (pip install 'millrace[train]')")
         return None
@@ -226,7 +254,7 @@ def transport_for(
         TransportCandidate(one.engine.name, is_here(one.engine.url), one.info.capabilities) for one in engines
     ]
     if wanted == "auto" and sidecars and store is not None:
-        raise PublishError("sidecars can bring weights by delta, from the store, and by ucx; say which it is to be")
+        raise PublishError("with sidecars and a store, both delta and ucx are possible; set transport to one of them")
     choice = choose(
         wanted,
         candidates,
@@ -239,7 +267,7 @@ def transport_for(
         return None
     if choice.name not in ("delta", "ucx"):
         if sidecars:
-            raise PublishError(f"sidecars bring weights by delta or ucx, and they go by {choice.name}")
+            raise PublishError(f"sidecars can't be used by transport {choice.name}; they are for delta and ucx")
         here = all(candidate.here for candidate in candidates)
         context = TransportContext(capabilities=in_common(candidates), here=here, store=store)
         return create(choice.name, context)

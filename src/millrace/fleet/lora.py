@@ -1,4 +1,4 @@
-"""The LoRA adapters that the engines of a fleet have loaded, who uses them, and when each of them goes."""
+"""The LoRA adapters loaded on the engines of a fleet: the requests that use them, and when they are unloaded."""
 
 import asyncio
 import itertools
@@ -22,8 +22,8 @@ from millrace.weights.transports.base import PublishTarget
 if TYPE_CHECKING:
     import torch
 
-MOST_LOADED = 2  # on one engine: what is served, and what the requests that began before it still run with
-UNLOAD_DEADLINE = 30.0  # seconds; only an engine that does nothing else any more takes that long
+MOST_LOADED = 2  # on one engine: the current adapter, and the one that earlier requests still use
+UNLOAD_DEADLINE = 30.0  # seconds; only an engine that hangs takes that long
 CLOSE_DEADLINE = 5.0
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Loaded:
-    """One adapter on one engine. users: the ids of the requests that run with it. leaving: unloads it, when the last of
-    them has ended."""
+    """One adapter on one engine.
+
+    `users`: the ids of the requests that use it. `leaving`: the task that unloads it when the last of them has ended.
+    """
 
     engine: Engine
     lora: WrittenLora
@@ -43,7 +45,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Legs:
-    """Seconds that an engine took: until there was room for another adapter, to load it, and to prove it."""
+    """Seconds that an engine took to make room for an adapter, to load it, and to attest it."""
 
     room: float
     load: float
@@ -51,13 +53,16 @@ class Legs:
 
 
 class PublishedLoras:
-    """`folder`: where engines on other hosts too can read; None: they must be on this one."""
+    """The adapters that a fleet has published.
+
+    `folder`: a folder that the engines' hosts can read. Without it, all engines must be on this host.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._loaded: dict[str, dict[str, Loaded]] = {}  # by the engine's name and the adapter's
-        self._coming: Path | None = None
+        self._coming: Path | None = None  # being written or loaded
         self.current: WrittenLora | None = None  # over the last whole version
 
     @asynccontextmanager
@@ -68,8 +73,10 @@ class PublishedLoras:
         tensors: "Mapping[str, torch.Tensor]",
         config: LoraConfig,
     ) -> AsyncIterator[WrittenLora]:
-        """Where all of these engines can read it; afterwards, as long as one has it. Raises PublishError where that is
-        not possible."""
+        """Write an adapter to a folder that all these engines can read, and open a context to load it.
+
+        The folder stays as long as an engine has the adapter. Raises PublishError if an engine can't read it.
+        """
         place, name = self._place(targets), f"{PUBLISHED_LORA}{version}-{secrets.token_hex(4)}"
         self._coming = lora_folder(place, version)
         try:
@@ -83,8 +90,8 @@ class PublishedLoras:
             return self._folder
         if away := [target.engine.name for target in targets if not is_here(target.engine.url)]:
             raise PublishError(
-                f"{', '.join(away)} can't read what is written on this host; set publish.folder to a path that engines "
-                "and trainer share"
+                f"{', '.join(away)} can't read files of this host; set publish.folder to a path that the engines and "
+                "the trainer share"
             )
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="millrace-adapters-")
@@ -93,9 +100,9 @@ class PublishedLoras:
 
     @contextmanager
     def using(self, engine: str, lora: str | None, request_id: str) -> Iterator[None]:
-        """Keeps the adapter loaded as long as the block runs."""
+        """Return a context that keeps the adapter loaded."""
         loaded = self._loaded.get(engine, {}).get(lora or "")
-        if loaded is None:  # none, or a whole version has just taken it off
+        if loaded is None:  # no adapter, or a whole version has just removed it
             yield
             return
         loaded.users.append(request_id)
@@ -108,8 +115,11 @@ class PublishedLoras:
                 loaded.idle.set()
 
     async def load(self, target: PublishTarget, lora: WrittenLora, ends: float) -> Legs:
-        """Loads it beside the one that is served, until `ends` (time.monotonic), and compares what the engine holds
-        with what was written, where the engine can tell. Raises EngineError; the engine then has what it had before."""
+        """Load an adapter on an engine, beside the current one, and compare its checksums if the engine reports them.
+
+        `ends`: the deadline, as a value of time.monotonic. Raises EngineError; the engine then has the adapters that it
+        had before.
+        """
         engine = target.engine
         times = [time.monotonic()]
         try:
@@ -126,9 +136,9 @@ class PublishedLoras:
                 times.append(time.monotonic())
         except BaseException as error:
             if isinstance(error, TimeoutError):
-                raise EngineTimeout(engine.name, f"it has not loaded adapter {lora.version} in time") from error
+                raise EngineTimeout(engine.name, f"it did not load adapter {lora.version} in time") from error
             if len(times) > 1 and not isinstance(error, EngineTimeout | EngineUnreachable):
-                with suppress(EngineError):  # most have not got it
+                with suppress(EngineError):  # most engines have not loaded it
                     await engine.unload_lora(lora.name, deadline=CLOSE_DEADLINE)
             raise
         loaded = Loaded(engine, lora)
@@ -137,8 +147,10 @@ class PublishedLoras:
         return Legs(*(later - earlier for earlier, later in itertools.pairwise(times)))
 
     def retire(self, engine: str, *, keep: str | None, at_once: bool = False) -> None:
-        """Unloads every other adapter of the engine when its last request has ended; `at_once`: a whole version has
-        taken them off, so that no request has one."""
+        """Unload every adapter of the engine but `keep`, each when its last request has ended.
+
+        `at_once`: do not wait for requests, since a whole version has removed the adapters.
+        """
         for loaded in self._loaded.get(engine, {}).values():
             if at_once:
                 loaded.idle.set()
@@ -146,30 +158,32 @@ class PublishedLoras:
                 loaded.leaving = asyncio.create_task(self._unload(loaded))
 
     def forget(self, engine: str) -> None:
-        """The engine has ended."""
+        """Forget the adapters of an engine that has ended."""
         for loaded in self._loaded.pop(engine, {}).values():
             if loaded.leaving is not None:
                 loaded.leaving.cancel()
         self._sweep()
 
     async def close(self) -> None:
-        """Unloads all, since servers that somebody else started go on; what can't be asked any more is left."""
+        """Unload all adapters, since external servers keep running. Engines that do not answer are ignored."""
         remaining = [loaded for one in self._loaded.values() for loaded in one.values()]
         leaving = [loaded.leaving for loaded in remaining if loaded.leaving is not None]
         for task in leaving:
             task.cancel()
         await asyncio.gather(*leaving, return_exceptions=True)
-        await asyncio.gather(*(self._let_go(loaded) for loaded in remaining))
+        await asyncio.gather(*(self._unload_at_once(loaded) for loaded in remaining))
         if self._scratch is not None:
             self._scratch.cleanup()
 
-    async def _let_go(self, loaded: Loaded) -> None:
+    async def _unload_at_once(self, loaded: Loaded) -> None:
         with suppress(EngineError):
             await loaded.engine.unload_lora(loaded.lora.name, deadline=CLOSE_DEADLINE)
 
     async def _make_room(self, engine: Engine, ends: float) -> None:
-        """Waits until fewer than two are loaded. Requests that began under an adapter before the last one, and still
-        run when half of the time has passed, are aborted: they come back with their tokens."""
+        """Wait until the engine has room for one more adapter.
+
+        Requests that still use an older adapter after half of the time are aborted. They keep their tokens.
+        """
         self.retire(engine.name, keep=self.current.name if self.current is not None else None)
         held = self._loaded.get(engine.name, {})
         patience = time.monotonic() + (ends - time.monotonic()) / 2
@@ -180,22 +194,23 @@ class PublishedLoras:
             if time.monotonic() >= patience and len(held) >= MOST_LOADED:
                 stragglers = [request_id for loaded, _ in leaving for request_id in loaded.users]
                 logger.warning(
-                    "%s: %d requests are aborted, whose adapter has to make room", engine.name, len(stragglers)
+                    "%s: %d requests are aborted, to make room for a new adapter", engine.name, len(stragglers)
                 )
                 await asyncio.gather(*(engine.abort(request_id) for request_id in stragglers))
                 patience = ends
 
     async def _unload(self, loaded: Loaded) -> None:
+        """Unload an adapter when its last request has ended."""
         await loaded.idle.wait()
         try:
             await loaded.engine.unload_lora(loaded.lora.name, deadline=UNLOAD_DEADLINE)
         except EngineError as error:
-            logger.warning("adapter %d is not used any more, and still loaded: %s", loaded.lora.version, error)
+            logger.warning("adapter %d is no longer used, but could not be unloaded: %s", loaded.lora.version, error)
         self._loaded.get(loaded.engine.name, {}).pop(loaded.lora.name, None)
         self._sweep()
 
     def _sweep(self) -> None:
-        """Takes away the folders that no engine may read again."""
+        """Delete the folders that no engine needs any more."""
         place = Path(self._scratch.name) if self._scratch is not None else self._folder
         if place is not None:
             needed: set[Path | None] = {one.lora.path for held in self._loaded.values() for one in held.values()}

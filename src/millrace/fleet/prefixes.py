@@ -1,7 +1,7 @@
-"""Which beginnings of prompts an engine has in its KV cache, as its own events say. No I/O.
+"""The prompt prefixes in the KV caches of engines, as their own events report them. No I/O.
 
-An engine names its blocks, of whatever size, by hashes of its own. Here each is told as what routing compares by: the
-hashes of the prompts up to the end of each whole block of BLOCK_TOKENS.
+An engine names its blocks by hashes of its own, and chooses their size. This module translates them to the hashes that
+routing compares: one for the prompt up to the end of each whole block of BLOCK_TOKENS tokens.
 """
 
 from collections.abc import Collection, Sequence
@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 from millrace.engines.stock.kv_events import BlockHash, Cleared, KVEvent, Removed, Stored
 
-BLOCK_TOKENS = 64  # what prompts are compared by
-# Of one engine: about 50 MB. In blocks of 16 tokens it is a million of them, as much as a large GPU has room for.
+BLOCK_TOKENS = 64  # prompts are compared in blocks of this size
+# For one engine: about 50 MB. In blocks of 16 tokens these are a million tokens, as many as a large GPU has room for.
 MOST_ENGINE_BLOCKS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """One of an engine's blocks: `before` is the hash of the prompt up to the last whole block of ours, `tail` the
-    tokens from there to the engine's block's end. `ends`: the hashes of the whole blocks of ours that end in it."""
+    """One block of an engine.
+
+    `before`: the hash of the prompt up to the last whole block of BLOCK_TOKENS. `tail`: the tokens from there to the
+    end of the engine's block. `ends`: the hashes of the whole blocks of BLOCK_TOKENS that end in the engine's block.
+    """
 
     before: int
     tail: tuple[int, ...]
@@ -28,34 +31,38 @@ BEGINNING = _Block(0, (), ())
 
 
 class CachedPrefixes:
-    """Of those engines that tell. What is stored behind a block that is not known is not known either: what came before
-    the first event, or was forgotten, stays so until the engine stores it anew."""
+    """The cached prefixes of the engines that send events.
+
+    A block stored behind an unknown block is unknown too. Blocks from before the first event, and blocks that were
+    forgotten, stay unknown until the engine stores them again.
+    """
 
     def __init__(self) -> None:
         self._blocks: dict[str, dict[BlockHash, _Block]] = {}
-        # By our hash: the engines that have it, and in how many of their blocks it ends.
+        # By our hash: the engines that have the prefix, and the number of their blocks in which it ends.
         self._holders: dict[int, dict[str, int]] = {}
 
     def __contains__(self, engine: str) -> bool:
-        """Whether the engine tells."""
+        """Whether the engine sends events."""
         return engine in self._blocks
 
     def begin(self, engine: str) -> None:
-        """From now on the engine tells. What it had before is not known."""
+        """Expect events from the engine from now on. Its earlier blocks are unknown."""
         self._blocks.setdefault(engine, {})
         self.forget(engine)
 
     def end(self, engine: str) -> None:
-        """The engine tells no more."""
+        """Expect no more events from the engine."""
         self.forget(engine)
         self._blocks.pop(engine, None)
 
     def forget(self, engine: str) -> None:
+        """Forget all blocks of the engine."""
         blocks = self._blocks.get(engine, {})
         self._remove(engine, list(blocks))
 
     def learn(self, engine: str, event: KVEvent) -> None:
-        """What an engine that tells has said."""
+        """Record an event of the engine."""
         match event:
             case Stored():
                 self._store(engine, event)
@@ -65,7 +72,7 @@ class CachedPrefixes:
                 self.forget(engine)
 
     def holders(self, block: int) -> Collection[str]:
-        """The engines that have the prompt of this hash."""
+        """Return the engines that have the prefix with this hash."""
         return self._holders.get(block, {}).keys()
 
     def _store(self, engine: str, event: Stored) -> None:
@@ -94,7 +101,7 @@ class CachedPrefixes:
 
 
 def prompt_blocks(input_ids: tuple[int, ...]) -> list[int]:
-    """A hash of the prompt up to the end of each whole block."""
+    """Return the hashes of the prompt up to the end of each whole block of BLOCK_TOKENS."""
     hashes: list[int] = []
     before = 0
     for end in range(BLOCK_TOKENS, len(input_ids) + 1, BLOCK_TOKENS):
@@ -104,7 +111,7 @@ def prompt_blocks(input_ids: tuple[int, ...]) -> list[int]:
 
 
 def _extended(last: _Block, tokens: tuple[int, ...]) -> _Block:
-    """The block with these tokens behind `last`."""
+    """Return the block that holds these tokens and follows `last`."""
     before, tail, ends = last.before, last.tail + tokens, []
     while len(tail) >= BLOCK_TOKENS:
         before, tail = hash((before, tail[:BLOCK_TOKENS])), tail[BLOCK_TOKENS:]

@@ -1,11 +1,12 @@
-"""Who is in the fleet and in which state: a pure state machine, and the snapshots that everybody routes from.
+"""The states of a fleet's engines: a pure state machine, and the snapshots used for routing.
 
-An engine may serve only while it is READY, awake, and holds a committed version that was attested. What is DEAD or
-QUARANTINED stays so: only a new start, which is a new member, serves again. One that fails STRIKES calls in a row is
-SUSPECT, and serves again when it answers; one that is paused, asleep or busy has not failed.
+An engine may serve only while it is READY, awake, and holds a committed version that was attested. A DEAD or
+QUARANTINED engine stays so: it serves again only after a restart, which begins with a new state. An engine that fails
+MAX_FAILURES calls in a row is SUSPECT, and serves again when it answers. An engine that is paused, asleep or busy has
+not failed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -17,19 +18,24 @@ MAX_FAILURES = 3
 
 
 class Phase(StrEnum):
+    """The phases in the life of an engine."""
+
     STARTING = "starting"
-    CATCHING_UP = "catching_up"  # it gets what the others serve
+    CATCHING_UP = "catching_up"  # it receives the weights that the others serve
     READY = "ready"
     SUSPECT = "suspect"  # it gets no requests until it answers
-    DRAINING = "draining"  # it ends what it has, and leaves the fleet
-    QUARANTINED = "quarantined"  # alive, but it may hold other weights than it should
+    DRAINING = "draining"  # it completes its requests, and leaves the fleet
+    QUARANTINED = "quarantined"  # alive, but it may hold the wrong weights
     DEAD = "dead"
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaState:
-    """One engine as the fleet sees it. `version` is what was attested last; None: nothing it may serve. `base`: the
-    last whole version that it holds. `lora`: what requests have to name, where the version is one over the base."""
+    """The state of one engine, as the fleet knows it.
+
+    `version`: the version that was attested last; None if the engine has no version to serve. `base`: the last whole
+    version that the engine holds. `lora`: the adapter that requests must name, if `version` is an adapter over `base`.
+    """
 
     name: str
     url: str
@@ -43,14 +49,16 @@ class ReplicaState:
 
     @property
     def routable(self) -> bool:
+        """Whether the engine may get requests now."""
         return self.phase is Phase.READY and not self.asleep and self.version is not None
 
     @property
     def usable(self) -> bool:
-        """Whether it serves now or may serve again without a new start."""
+        """Whether the engine serves now or may serve again without a restart."""
         return self.phase in (Phase.STARTING, Phase.CATCHING_UP, Phase.READY, Phase.SUSPECT)
 
     def describe(self) -> str:
+        """Return the name and the state in words, for messages."""
         details = [self.phase.value]
         if self.asleep:
             details.append(f"asleep: {', '.join(sorted(self.asleep))}")
@@ -58,7 +66,7 @@ class ReplicaState:
             over = f", an adapter over version {self.base}" if self.lora is not None else ""
             details.append(f"version {self.version}{over}")
         elif self.phase is Phase.CATCHING_UP:
-            details.append("it gets what the others serve")
+            details.append("receiving the weights that the others serve")
         elif self.usable:
             details.append("without weights until the next publish")
         if self.reason:
@@ -68,8 +76,10 @@ class ReplicaState:
 
 @dataclass(frozen=True, slots=True)
 class Attested:
-    """The engine holds this version, committed, and its checksums are those of what was sent. It is a whole one, or by
-    the name `lora` one over the whole version that the engine has."""
+    """The engine holds this version, committed, and its checksums are those of the tensors that were sent.
+
+    With `lora`, the version is the adapter of that name over the whole version that the engine holds.
+    """
 
     version: int
     lora: str | None = None
@@ -77,34 +87,38 @@ class Attested:
 
 @dataclass(frozen=True, slots=True)
 class Based:
-    """The engine holds this whole version, and must not serve by it alone: the others have an adapter over it."""
+    """The engine holds this whole version, but must not serve it alone: the others have an adapter over it."""
 
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class Slept:
+    """The engine released this memory."""
+
     what: frozenset[MemoryTag] = ALL_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
 class Woke:
+    """The engine got this memory back."""
+
     what: frozenset[MemoryTag] = ALL_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsLost:
-    """The engine is sound, but an update was given up half-way: it has no version before the next publish."""
+    """The engine is healthy, but an update was aborted half-way: it has no version until the next publish."""
 
 
 @dataclass(frozen=True, slots=True)
 class CatchingUp:
-    """What the others serve is on its way to the engine."""
+    """The engine is receiving the weights that the others serve."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallFailed:
-    """A call failed in a way that is the engine's own fault; or so many did."""
+    """One or more calls failed through the engine's own fault."""
 
     reason: str
     failures: int = 1
@@ -112,21 +126,25 @@ class CallFailed:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The engine says that it is ready, or does what it was asked."""
+    """The engine reported that it is ready, or completed a call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """It gets no more requests, and is taken out when it has ended those that it has."""
+    """The engine gets no more requests, and leaves the fleet when it has completed its last one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
+    """The engine may hold the wrong weights."""
+
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Died:
+    """The engine's process or server has ended."""
+
     reason: str
 
 
@@ -135,102 +153,105 @@ Event = (
 )
 
 
-def after(member: ReplicaState, event: Event) -> ReplicaState:
-    """The member after the event. Events about what has ended change nothing: they crossed its end on the way."""
-    if not member.usable:
+def after(state: ReplicaState, event: Event) -> ReplicaState:
+    """Return the state after the event. Late events about an engine that has ended change nothing."""
+    if not state.usable:
         if not isinstance(event, Died):
-            return member
-        return replace(without_weights(member), phase=Phase.DEAD, reason=member.reason or event.reason)
+            return state
+        return replace(without_weights(state), phase=Phase.DEAD, reason=state.reason or event.reason)
     match event:
         case Attested(version, None):
-            return replace(answering(member), phase=Phase.READY, version=version, base=version, lora=None)
+            return replace(answering(state), phase=Phase.READY, version=version, base=version, lora=None)
         case Attested(version, lora):
-            if member.base is None:  # what it lay over has gone meanwhile
-                return member
-            return replace(answering(member), phase=Phase.READY, version=version, lora=lora)
+            if state.base is None:  # its base version has gone meanwhile
+                return state
+            return replace(answering(state), phase=Phase.READY, version=version, lora=lora)
         case Based(version):
-            return replace(member, version=None, base=version, lora=None)
+            return replace(state, version=None, base=version, lora=None)
         case WeightsLost():
-            empty = without_weights(member)
-            return replace(empty, phase=Phase.STARTING) if member.phase is Phase.CATCHING_UP else empty
+            empty = without_weights(state)
+            return replace(empty, phase=Phase.STARTING) if state.phase is Phase.CATCHING_UP else empty
         case Slept(what):
-            left = without_weights(member) if MemoryTag.WEIGHTS in what else member
-            return replace(left, asleep=member.asleep | what)
+            left = without_weights(state) if MemoryTag.WEIGHTS in what else state
+            return replace(left, asleep=state.asleep | what)
         case Woke(what):
-            return replace(member, asleep=member.asleep - what)
+            return replace(state, asleep=state.asleep - what)
         case CatchingUp():
-            return replace(member, phase=Phase.CATCHING_UP) if member.phase is Phase.STARTING else member
+            return replace(state, phase=Phase.CATCHING_UP) if state.phase is Phase.STARTING else state
         case CallFailed(reason, count):
-            if member.asleep or member.phase is not Phase.READY:  # who does not serve is not asked
-                return member
-            failures = member.failures + count
+            if state.asleep or state.phase is not Phase.READY:  # an engine that does not serve cannot fail
+                return state
+            failures = state.failures + count
             suspect = failures >= MAX_FAILURES
             return replace(
-                member,
+                state,
                 failures=failures,
                 phase=Phase.SUSPECT if suspect else Phase.READY,
                 reason=reason if suspect else None,
             )
         case Answered():
-            return answering(member)
+            return answering(state)
         case Leaving():
-            return replace(member, phase=Phase.DRAINING)
+            return replace(state, phase=Phase.DRAINING)
         case Quarantined(reason):
-            return replace(without_weights(member), phase=Phase.QUARANTINED, reason=reason)
+            return replace(without_weights(state), phase=Phase.QUARANTINED, reason=reason)
         case Died(reason):
-            return replace(without_weights(member), phase=Phase.DEAD, reason=reason)
+            return replace(without_weights(state), phase=Phase.DEAD, reason=reason)
 
 
 def verdict(error: EngineError) -> Event:
-    """What a failed step of an update means for its engine. After a failure of this process the engine is sound, but it
-    may lack the version that the others have."""
+    """Return the event for an engine whose update failed.
+
+    After a failure of this process the engine is healthy, but may lack the version that the others have.
+    """
     return WeightsLost() if isinstance(error, LocalError) else Quarantined(str(error))
 
 
-def answering(member: ReplicaState) -> ReplicaState:
-    """The member, trusted again where it was only suspect; but its next failure makes it suspect again."""
-    if member.phase is Phase.SUSPECT:
-        return replace(member, phase=Phase.READY, failures=MAX_FAILURES - 1, reason=None)
-    return replace(member, failures=0)
+def answering(state: ReplicaState) -> ReplicaState:
+    """Return the state after a call that succeeded. One more failure makes a suspect engine suspect again."""
+    if state.phase is Phase.SUSPECT:
+        return replace(state, phase=Phase.READY, failures=MAX_FAILURES - 1, reason=None)
+    return replace(state, failures=0)
 
 
-def without_weights(member: ReplicaState) -> ReplicaState:
-    return replace(member, version=None, base=None, lora=None)
+def without_weights(state: ReplicaState) -> ReplicaState:
+    """Return the state of an engine that holds no weights."""
+    return replace(state, version=None, base=None, lora=None)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The whole fleet at one moment; `number` counts the changes."""
+    """The states of all engines at one moment. `number` counts the changes."""
 
     number: int
-    members: tuple[ReplicaState, ...]
+    replicas: tuple[ReplicaState, ...]
 
     @cached_property
     def routable(self) -> Mapping[str, ReplicaState]:
-        """Those that serve now, by name."""
-        return {member.name: member for member in self.members if member.routable}
+        """The engines that may get requests now, by name."""
+        return {state.name: state for state in self.replicas if state.routable}
 
-    def with_state(self, member: ReplicaState) -> "Snapshot":
-        others = {m.name: m for m in self.members}
-        others[member.name] = member
-        return Snapshot(self.number + 1, tuple(others.values()))
+    def with_state(self, state: ReplicaState) -> "Snapshot":
+        """Return the next snapshot, with this state added or replaced."""
+        states = {known.name: known for known in self.replicas}
+        states[state.name] = state
+        return Snapshot(self.number + 1, tuple(states.values()))
 
     def without(self, name: str) -> "Snapshot":
-        return Snapshot(self.number + 1, tuple(m for m in self.members if m.name != name))
+        """Return the next snapshot, without this engine."""
+        return Snapshot(self.number + 1, tuple(state for state in self.replicas if state.name != name))
 
     def has(self, name: str) -> bool:
-        return any(m.name == name for m in self.members)
+        return any(state.name == name for state in self.replicas)
 
     def get(self, name: str) -> ReplicaState:
-        return next(m for m in self.members if m.name == name)
+        return next(state for state in self.replicas if state.name == name)
 
     @property
     def usable(self) -> bool:
-        return any(m.usable for m in self.members)
+        """Whether any engine serves now or may serve again without a restart."""
+        return any(state.usable for state in self.replicas)
 
     def describe(self) -> str:
-        return describe(self.members)
-
-
-def describe(members: Iterable[ReplicaState]) -> str:
-    return "; ".join(member.describe() for member in members) or "the fleet has no engines"
+        """Return the states of all engines in words, for messages."""
+        return "; ".join(state.describe() for state in self.replicas) or "the fleet has no engines"

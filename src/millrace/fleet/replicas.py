@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 class ReplicaSet(ABC):
     """This process's view of the replicas: the snapshot used for routing, and a condition to wait for changes.
 
-    All of it belongs to one event loop. `changed` is notified of every new snapshot. `coming`: the names of the
-    replicas that are being started again. `asleep`: the memory that the fleet was asked to release. `closed`: whether
-    the fleet's context has ended.
+    All of it belongs to one event loop. `by_name`: the replicas by their names. `changed` is notified of every new
+    snapshot. `coming`: the names of the replicas that are being started again. `asleep`: the memory that the fleet was
+    asked to release. `closed`: whether the fleet's context has ended.
     """
 
     def __init__(self, snapshot: Snapshot, replicas: Mapping[str, Replica]) -> None:
         self.snapshot = snapshot
-        self.replicas = dict(replicas)
+        self.by_name = dict(replicas)
         self.changed = asyncio.Condition()
         self.coming: set[str] = set()
         self.asleep: frozenset[MemoryTag] = frozenset()
@@ -91,7 +91,7 @@ class ReplicaSet(ABC):
 
 
 class FleetObserver(Protocol):
-    """What the rest of the fleet does about a replica."""
+    """The calls with which a replica set asks and informs the rest of its fleet."""
 
     def replica_changed(self, before: ReplicaState, after: ReplicaState) -> None:
         """Called with every change of state, before the snapshot shows it. Must not wait."""
@@ -115,15 +115,16 @@ class OwnedReplicaSet(ReplicaSet):
         self.event_log = event_log
         self.observer = observer
         self._watchers: dict[str, asyncio.Task[None]] = {}
-        for state in self.snapshot.members:
+        for state in self.snapshot.replicas:
             event_log.changed(None, state)
 
     def watch(self, name: str) -> None:
         """Watch the engine's process, if this process started it, to learn of its end at once."""
-        if self.replicas[name].process is not None:
-            self._watchers[name] = asyncio.create_task(self._watch(self.replicas[name]))
+        if self.by_name[name].process is not None:
+            self._watchers[name] = asyncio.create_task(self._watch(self.by_name[name]))
 
     async def unwatch(self, name: str) -> None:
+        """Stop watching the engine's process."""
         if (watcher := self._watchers.pop(name, None)) is not None:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
@@ -131,7 +132,7 @@ class OwnedReplicaSet(ReplicaSet):
     async def add(self, replica: Replica) -> None:
         """Add a new replica, or the new process of one."""
         name = replica.engine.name
-        self.replicas[name] = replica
+        self.by_name[name] = replica
         self.watch(name)
         state = ReplicaState(name, replica.engine.url)
         self.event_log.changed(None, state)
@@ -141,7 +142,7 @@ class OwnedReplicaSet(ReplicaSet):
         """Forget a replica that has left."""
         self.event_log.removed(name)
         await self.show(self.snapshot.without(name))
-        self.replicas.pop(name)
+        self.by_name.pop(name)
 
     async def apply(self, name: str, event: Event) -> None:
         """Apply an event to a replica's state. Does nothing for a replica that has left."""
@@ -156,7 +157,7 @@ class OwnedReplicaSet(ReplicaSet):
         await self.show(self.snapshot.with_state(state))
 
     async def each(self, step: Callable[[Replica], Awaitable[None]]) -> None:
-        """Run one step on every usable replica at once. A replica that fails it is quarantined, with the reason.
+        """Run one step on every usable replica concurrently. A replica that fails the step is quarantined.
 
         Raises LocalError, after all steps have ended, if this process could not make one of the calls, and
         NoEngineError if no replica is left."""
@@ -164,7 +165,7 @@ class OwnedReplicaSet(ReplicaSet):
 
         async def guarded(name: str) -> None:
             try:
-                await step(self.replicas[name])
+                await step(self.by_name[name])
             except LocalError as error:
                 local_errors.append(error)
             except EngineError as error:
@@ -172,7 +173,7 @@ class OwnedReplicaSet(ReplicaSet):
                 await self.apply(name, Quarantined(str(error)))
 
         async with asyncio.TaskGroup() as group:
-            for state in self.snapshot.members:
+            for state in self.snapshot.replicas:
                 if state.usable:
                     group.create_task(guarded(state.name))
         if local_errors:
@@ -186,7 +187,7 @@ class OwnedReplicaSet(ReplicaSet):
     async def suspect(self, name: str, error: EngineError) -> None:
         """Record a failed call. The replica is dead if its process or its port says so, and otherwise suspect after
         several failures in a row."""
-        replica = self.replicas.get(name)
+        replica = self.by_name.get(name)
         if replica is None:  # it has left
             return
         if await replica.engine.health() is not Health.DEAD:

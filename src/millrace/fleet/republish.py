@@ -1,4 +1,4 @@
-"""The version that the trainer still holds between two publishes, for engines that need it again."""
+"""The version that the trainer can provide again between two publishes, for engines that restart or join."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,20 +15,23 @@ Tensors = Iterable[tuple[str, "torch.Tensor"]]
 
 @dataclass(frozen=True, slots=True)
 class Republishable:
-    """A version that `ask` can be asked for again. `fingerprint` tells whether it still gives the same tensors."""
+    """A version whose tensors `ask` returns again. `fingerprint` detects that they have changed."""
 
     ask: Callable[[], Tensors]
     version: int
     fingerprint: Fingerprint = field(default_factory=Fingerprint)
 
     def tensors(self) -> Tensors:
-        """Asks for the tensors. Raises PublishError if they are not pairs of name and tensor, and what `ask` raises."""
+        """Call `ask` for the tensors.
+
+        Raises PublishError if they are not pairs of name and tensor, and whatever `ask` raises.
+        """
         tensors = require_pairs(self.ask())
         return _Asked(self.ask, tensors) if isinstance(tensors, Iterator) else tensors
 
 
 class _Asked:
-    """The tensors of a function that makes a new iterator with each call."""
+    """An iterable over the tensors of a function that returns a new iterator with each call."""
 
     def __init__(self, ask: Callable[[], Tensors], first: Iterator[tuple[str, "torch.Tensor"]]) -> None:
         self._ask = ask
@@ -40,19 +43,18 @@ class _Asked:
 
 
 def republishable(source: object, version: int) -> Republishable | None:
-    """The version, where `source` is a function that returns its tensors. None for tensors, and for a model, which is
-    callable too."""
+    """Return the version if `source` is a function that returns its tensors, and None if it is anything else.
+
+    A model is callable too, but not such a function.
+    """
     if callable(source) and not isinstance(source, Iterable) and not hasattr(source, "named_parameters"):
         return Republishable(source, version)
     return None
 
 
 def require_pairs(tensors: object) -> Tensors:
-    """The tensors. Raises PublishError for what is no iterable of names and tensors, such as a model or a dict of
-    them."""
+    """Return the tensors. Raises PublishError if they are no iterable of pairs, such as a model or a dict."""
     if isinstance(tensors, Mapping | str) or not isinstance(tensors, Iterable):
         hint = "its .items()" if isinstance(tensors, Mapping) else "list(model.named_parameters())"
-        raise PublishError(
-            f"what is published are pairs of name and tensor, not a {type(tensors).__name__}; give {hint}"
-        )
+        raise PublishError(f"tensors must be pairs of name and tensor, not a {type(tensors).__name__}; give {hint}")
     return tensors

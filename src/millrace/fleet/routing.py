@@ -1,8 +1,9 @@
-"""Which engine gets a request, and what its answer is of: pure policies over a snapshot of the fleet.
+"""The routing policy: chooses the engine for a request from a snapshot of the fleet. No I/O.
 
-In this order: who may serve it (health, sleep, weight version); where its session was, or else its group; who has
-computed the longest part of its prompt; who has the fewest tokens outstanding. Who is overloaded is passed over.
-What an engine has computed is what its own KV cache events say, or else what was sent to it.
+Only engines that may serve the request are candidates (health, sleep, weight version). The policy prefers, in this
+order: the engine of the request's session, the engine of its group, the engine that has computed the longest part of
+its prompt, and the engine with the fewest outstanding tokens. It passes over overloaded engines. An engine's own KV
+cache events say what it has computed; for an engine that sends no events, the policy remembers the prompts sent to it.
 """
 
 import zlib
@@ -16,45 +17,52 @@ from millrace.fleet.prefixes import BLOCK_TOKENS, CachedPrefixes, prompt_blocks
 from millrace.fleet.replica_state import ReplicaState, Snapshot
 from millrace.types import ANYWHERE, GenerateRequest, Generation, RoutingContext
 
-SPILL = 2.0  # times what the least loaded would have with the request: who would have more is overloaded
-PREFIX_SHARE = 0.5  # of a prompt; a known system prompt alone would draw everything to the first engine
+SPILL = 2.0  # times the tokens that the least loaded engine would have with the request; above that, one is overloaded
+PREFIX_SHARE = 0.5  # of a prompt; otherwise a shared system prompt would draw all requests to one engine
 MOST_HOMES = 65_536  # sessions and groups that are remembered
-MOST_BLOCKS = 65_536
+MOST_BLOCKS = 65_536  # blocks of prompts that are remembered
 
 
 class Why(StrEnum):
-    """What decided."""
+    """The reason why an engine was chosen."""
 
     SESSION = "session"
     GROUP = "group"
     PREFIX = "prefix"
     LEAST_LOADED = "least_loaded"
-    SPILL = "spill"  # the least loaded, since better places are overloaded
+    SPILL = "spill"  # the least loaded, since the preferred engines are overloaded
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
+    """The engine chosen for a request, and the reason."""
+
     engine: str
     why: Why
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """An engine, and which of its lives: what it had computed before `RoutingPolicy.forget` counts no more."""
+    """An engine in one of its lives. `RoutingPolicy.forget` ends a life: what was computed in it no longer counts."""
 
     engine: str
     life: int
 
 
 class RoutingPolicy:
-    """Chooses, and remembers what it chose and was told: the same seed and the same calls give the same choices. Among
-    equals the order is drawn from the seed, so that many ranks do not all begin with the same engine."""
+    """Chooses an engine for each request, and remembers its choices and the engines' KV cache events.
+
+    The same seed and the same calls give the same choices. The seed also decides between equal engines, so that the
+    ranks of a training job do not all start with the same engine.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
         self._homes: OrderedDict[tuple[Why, str], _Place] = OrderedDict()
-        self._blocks: OrderedDict[int, dict[str, int]] = OrderedDict()  # of engines it was sent to, in which life
-        self._cached = CachedPrefixes()  # of engines that tell
+        self._blocks: OrderedDict[int, dict[str, int]] = (
+            OrderedDict()
+        )  # by hash: the engines that were sent the block, and their lives
+        self._cached = CachedPrefixes()  # of engines that send KV cache events
         self._lives: dict[str, int] = {}
         self._ranks: dict[str, int] = {}
 
@@ -65,8 +73,10 @@ class RoutingPolicy:
         request: GenerateRequest,
         routing: RoutingContext = ANYWHERE,
     ) -> Choice | None:
-        """None where nobody may serve it. `outstanding`: of every engine, tokens of the requests that it has (prompts
-        and room for output)."""
+        """Return the engine for the request, or None if no engine may serve it.
+
+        `outstanding`: by engine, the tokens of its running requests (prompts, and room for output).
+        """
         engines = admissible(snapshot, routing)
         if not engines:
             return None
@@ -76,31 +86,31 @@ class RoutingPolicy:
         why = Why.LEAST_LOADED
         for affinity, engine in self._affine(request, routing, engines, outstanding, blocks):
             if outstanding[engine] + need <= SPILL * (least + need):
-                return self._noted(Choice(engine, affinity), routing, self._unsaid(engines[engine], blocks))
+                return self._noted(Choice(engine, affinity), routing, self._unreported(engines[engine], blocks))
             why = Why.SPILL
         idlest = min((engine for engine in engines if outstanding[engine] == least), key=self._rank)
-        return self._noted(Choice(idlest, why), routing, self._unsaid(engines[idlest], blocks))
+        return self._noted(Choice(idlest, why), routing, self._unreported(engines[idlest], blocks))
 
     def forget(self, engine: str) -> None:
-        """The engine has lost what it had computed: by other weights, by sleep or by its end."""
+        """Record that the engine lost its KV cache: its weights changed, it fell asleep, or it ended."""
         self._lives[engine] = self._lives.get(engine, 0) + 1
         self._cached.forget(engine)
 
     def follow(self, engine: str) -> None:
-        """From now on the engine tells what it has computed (`learn`), and nothing else counts."""
+        """Use the engine's KV cache events (`learn`) from now on, and not the prompts that are sent to it."""
         self.forget(engine)
         self._cached.begin(engine)
 
     def learn(self, engine: str, event: KVEvent) -> None:
-        """What an engine that is followed has said."""
+        """Record a KV cache event of an engine that is followed."""
         self._cached.learn(engine, event)
 
     def missed(self, engine: str) -> None:
-        """Something that the engine has said is lost, so that what it said before may hold no more."""
+        """Record that an event of the engine was lost, so that earlier events may no longer hold."""
         self._cached.forget(engine)
 
     def unfollow(self, engine: str) -> None:
-        """From now on what is sent to the engine counts."""
+        """Use the prompts that are sent to the engine from now on, and not its KV cache events."""
         self._cached.end(engine)
 
     def _affine(
@@ -111,7 +121,7 @@ class RoutingPolicy:
         outstanding: Mapping[str, int],
         blocks: list[int],
     ) -> Iterator[tuple[Why, str]]:
-        """Where it should go, the best first. Fills `blocks` if it comes to them: hashing costs most of all."""
+        """Yield the preferred engines, best first. Fills `blocks` only if it needs them, since hashing is costly."""
         for key in _keys(routing):
             home = self._homes.get(key)
             if home is not None and home.engine in engines and home.life == self._lives.get(home.engine, 0):
@@ -124,21 +134,23 @@ class RoutingPolicy:
             known = self._blocks.get(blocks[index], {})
             there = [one for one, life in known.items() if one in engines and life == self._lives.get(one, 0)]
             if not own_lora:
-                told = self._cached.holders(blocks[index])
-                there += [one for one in told if one in engines and engines[one].lora is None]
+                holders = self._cached.holders(blocks[index])
+                there += [one for one in holders if one in engines and engines[one].lora is None]
             if there:
                 yield Why.PREFIX, min(there, key=lambda one: (outstanding[one], self._rank(one)))
                 return
 
-    def _unsaid(self, member: ReplicaState, blocks: list[int]) -> list[int]:
-        """What is to be noted of a prompt that goes there. Engines that tell need none of it, but for requests with a
-        published adapter: what they say is of the model without one."""
-        return [] if member.lora is None and member.name in self._cached else blocks
+    def _unreported(self, state: ReplicaState, blocks: list[int]) -> list[int]:
+        """Return the blocks of a prompt that the engine's own events will not report.
+
+        Events cover the model without an adapter: requests with a published adapter are remembered here.
+        """
+        return [] if state.lora is None and state.name in self._cached else blocks
 
     def _noted(self, choice: Choice, routing: RoutingContext, blocks: Sequence[int]) -> Choice:
         place = _Place(choice.engine, self._lives.get(choice.engine, 0))
         for key in _keys(routing):
-            if choice.why is Why.SESSION and key[0] is Why.GROUP:  # the group's others may be elsewhere
+            if choice.why is Why.SESSION and key[0] is Why.GROUP:  # the rest of the group may run on another engine
                 continue
             self._homes[key] = place
             self._homes.move_to_end(key)
@@ -159,20 +171,23 @@ class RoutingPolicy:
 
 
 def admissible(snapshot: Snapshot, routing: RoutingContext) -> Mapping[str, ReplicaState]:
-    """The engines that may serve it: ready, awake, and at a version that it admits."""
+    """Return the engines that are ready, awake, and at a version that `routing` admits."""
     if routing.min_version is None and routing.exact_version is None:
         return snapshot.routable
-    return {name: member for name, member in snapshot.routable.items() if routing.admits(member.version)}
+    return {name: state for name, state in snapshot.routable.items() if routing.admits(state.version)}
 
 
 def with_lora(made: Generation, version: int | None) -> Generation:
-    """What came of a request that was sent with the adapter of `version`, whose engine names the weights below it. They
-    are older than the adapter; newer ones came whole in the meantime, and took it off."""
+    """Return the generation with the version of its adapter, where the engine named the weights below the adapter.
 
-    def maker(said: int | None) -> int | None:
-        return version if said is None or version is None or said < version else said
+    Those weights are older than the adapter. If the engine names newer ones, they were published whole in the
+    meantime, which removed the adapter.
+    """
 
-    return replace(made, version_spans=tuple(replace(one, version=maker(one.version)) for one in made.version_spans))
+    def actual(named: int | None) -> int | None:
+        return version if named is None or version is None or named < version else named
+
+    return replace(made, version_spans=tuple(replace(one, version=actual(one.version)) for one in made.version_spans))
 
 
 def _keys(routing: RoutingContext) -> list[tuple[Why, str]]:

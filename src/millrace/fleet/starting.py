@@ -1,4 +1,4 @@
-"""Starts the engines of a fleet together, and says which ones it waits for."""
+"""Start the engines of a fleet together, and log the names of those that are not up yet."""
 
 import asyncio
 import logging
@@ -8,16 +8,19 @@ from pathlib import Path
 
 from millrace.engines.start import Replica
 
-TELL_SECONDS = 5.0  # from one message about the engines that are not up to the next
+LOG_SECONDS = 5.0  # between messages about the engines that are not up
 
 logger = logging.getLogger(__name__)
 
 
 async def start_all(starts: Mapping[str, Coroutine[object, object, Replica]], log_dir: Path) -> Sequence[Replica]:
-    """Runs `starts`, by the engines' names, and returns their engines in the same order. Every few seconds, the log
-    names the engines that are not up. Raises what the first failed start raises; the others are ended then."""
+    """Run the starts concurrently, and return the engines in the same order. `starts`: by the engines' names.
+
+    The log names the engines that are not up every few seconds. If a start fails, the other engines are ended, and its
+    error is raised.
+    """
     tasks = {name: asyncio.create_task(start, name=name) for name, start in starts.items()}
-    teller = asyncio.create_task(_tell(tasks, log_dir))
+    reporter = asyncio.create_task(_report(tasks, log_dir))
     try:
         return await asyncio.gather(*tasks.values())
     except BaseException:
@@ -28,19 +31,19 @@ async def start_all(starts: Mapping[str, Coroutine[object, object, Replica]], lo
                 await result.end()
         raise
     finally:
-        teller.cancel()
+        reporter.cancel()
 
 
-async def _tell(tasks: Mapping[str, "asyncio.Task[Replica]"], log_dir: Path) -> None:
+async def _report(tasks: Mapping[str, "asyncio.Task[Replica]"], log_dir: Path) -> None:
     started = time.monotonic()
     while True:
-        await asyncio.sleep(TELL_SECONDS)
+        await asyncio.sleep(LOG_SECONDS)
         for name, task in tasks.items():
             if not task.done():
                 logger.info("waiting for %s for %.0f s now%s", name, time.monotonic() - started, _logs(log_dir, name))
 
 
 def _logs(log_dir: Path, name: str) -> str:
-    """Where the engine's logs are; empty for an engine that somebody else started."""
+    """Return a hint at the engine's logs, or nothing for an engine that this process did not start."""
     logs = [*log_dir.glob(f"{name}.log"), *log_dir.glob(f"{name}-node*.log")]
     return f"; see {', '.join(map(str, logs))}" if logs else ""

@@ -44,6 +44,7 @@ class Supervisor:
         self._prober = asyncio.create_task(self._probe_all())
 
     async def close(self) -> None:
+        """Stop probing, and cancel the restarts."""
         self._limit = 0
         tasks = [*self._restarts.values(), *([self._prober] if self._prober is not None else [])]
         for task in tasks:
@@ -61,7 +62,7 @@ class Supervisor:
             self._restarts[name] = asyncio.create_task(self._bring_back(name))
 
     async def forget(self, name: str) -> None:
-        """Cancel the restart of an engine, and forget what is known of it."""
+        """Cancel the restart of an engine, and forget its earlier restarts and its silence."""
         if (task := self._restarts.pop(name, None)) is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -70,6 +71,7 @@ class Supervisor:
             known.pop(name, None)
 
     async def _bring_back(self, name: str) -> None:
+        """Restart a lost engine until it is usable or the limit is reached."""
         try:
             while (attempt := self._attempts.get(name, 0)) < self._limit:
                 self._attempts[name] = attempt + 1
@@ -94,13 +96,13 @@ class Supervisor:
     async def _probe_all(self) -> None:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
-            states = self._replicas.snapshot.members
+            states = self._replicas.snapshot.replicas
             probed = [s for s in states if s.phase in (Phase.READY, Phase.SUSPECT) and not s.asleep]
             await asyncio.gather(*(self._probe(state.name) for state in probed))
 
     async def _probe(self, name: str) -> None:
-        health = await self._replicas.replicas[name].engine.health()
-        state = next((s for s in self._replicas.snapshot.members if s.name == name), None)
+        health = await self._replicas.by_name[name].engine.health()
+        state = next((s for s in self._replicas.snapshot.replicas if s.name == name), None)
         if state is None or state.asleep:
             return
         if health not in (Health.BUSY, Health.UNKNOWN):

@@ -1,5 +1,4 @@
-"""Which weights the engines should hold, and how they get them: one version at a time, kept where the config says so,
-and brought to an engine that comes later."""
+"""The weight versions of a fleet: publishes one at a time, stores it if configured, and updates late engines."""
 
 import asyncio
 import logging
@@ -44,14 +43,14 @@ if TYPE_CHECKING:
     from millrace.weights.store import VersionStore
     from millrace.weights.trained import Trained
 
-STORE_DEADLINE = 120.0  # seconds
+STORE_DEADLINE = 120.0  # seconds for the store to make a version durable
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the engines are started with: the tensors in `folder`, and their checksums in the engines' `dtypes`."""
+    """The weights with which the engines start: those in `folder`, and their checksums in the engines' `dtypes`."""
 
     checksums: Mapping[str, str]
     version: int
@@ -60,8 +59,11 @@ class Origin:
 
 
 class Versions:
-    """The versions of one fleet. `apply` is told what each engine holds from now on. `frozen`: it is for ever the one
-    that the engines are started with."""
+    """The weight versions of one fleet, and how they reach its engines.
+
+    `apply` is called with the event when the weights of an engine change. `frozen`: the engines keep the weights of
+    their start.
+    """
 
     def __init__(
         self,
@@ -72,21 +74,23 @@ class Versions:
         frozen: bool = False,
     ) -> None:
         self.transport, self.store, self._apply, self.frozen = transport, store, apply, frozen
-        self.changing = asyncio.Lock()  # held while weights or memory of engines change: one change at a time
-        self._securing: asyncio.Task[None] | None = None  # makes the last version safe in the store
+        self.changing = asyncio.Lock()  # locked while the weights or memory of engines change
+        self._securing: asyncio.Task[None] | None = None  # makes the last version durable in the store
         self._publishing = False
-        self._first_held: dict[str, Mapping[str, str]] = {}  # by engines of a frozen fleet, in their own layouts
+        self._first_held: dict[
+            str, Mapping[str, str]
+        ] = {}  # checksums of a frozen fleet's engines, in their own layouts
         self._origin: Origin | None = None
         self._trained: Trained | None = None  # read when the first version is published
-        self._last: int | None = None  # a whole one, or an adapter
-        self._base: int | None = None  # the last whole one
-        self._held: Republishable | None = None  # by the trainer, as far as is known
+        self._last: int | None = None  # the last version, whole or an adapter
+        self._base: int | None = None  # the last whole version
+        self._republishable: Republishable | None = None  # the trainer's current weights
         self.loras = PublishedLoras(store.folder if store is not None else None)
 
     async def close(self) -> None:
-        """Ends what goes on in the background, and closes transport and store."""
+        """Wait for the background work, and close the transport and the store."""
         try:
-            await self.secured()  # which logs what went wrong
+            await self.secured()
         except PublishError as error:
             logger.error("%s", error)
         await self.loras.close()
@@ -97,20 +101,21 @@ class Versions:
 
     @property
     def published(self) -> bool:
-        """Whether a whole version was published, beside what the engines were started with."""
+        """Whether a whole version was published, besides the weights with which the engines start."""
         return self._base is not None and (self._origin is None or self._base != self._origin.version)
 
     @property
     def publishing(self) -> bool:
-        """Whether a version is on its way."""
+        """Whether a version is being published."""
         return self._publishing
 
     @property
     def dtypes(self) -> Dtypes | None:
+        """The engines' dtypes, by tensor."""
         return self._origin.dtypes if self._origin is not None else None
 
     def begin_with(self, origin: Origin) -> None:
-        """What the engines are started with."""
+        """Set the weights with which the engines start."""
         self._origin, self._last, self._base = origin, origin.version, origin.version
 
     async def publish_whole(
@@ -123,28 +128,28 @@ class Versions:
         deadline: float,
         require_finite: bool,
     ) -> PublishReport:
-        """As `Fleet.publish` says. `targets` raises where there are none."""
+        """See `Fleet.publish`. `targets` returns the engines, and raises if there are none."""
         self._require_next(version)
-        held = republishable(given, version)
-        tensors = held.tensors() if held is not None else require_pairs(given)
+        again = republishable(given, version)
+        tensors = again.tensors() if again is not None else require_pairs(given)
         transport = self._require_transport()
         if self.store is not None and isinstance(tensors, Iterator):
             raise PublishError(
-                "each version is kept (publish.folder), and an iterator can't be gone through twice; publish "
-                "list(model.named_parameters())"
+                "versions are stored (publish.folder), which needs the tensors twice, and an iterator can be read only "
+                "once; publish list(model.named_parameters())"
             )
         engines = targets()
 
         async with self._alone():
             unstored = await self.secured(deadline)
             if self.store is not None:
-                await asyncio.to_thread(self.store.discard)  # of a publish that failed
+                await asyncio.to_thread(self.store.discard)  # an unfinished version of a failed publish
             tensors = await asyncio.to_thread(self._as_checkpoint, tensors, engines, require_finite)
-            fingerprint = held.fingerprint if held is not None else None
+            fingerprint = again.fingerprint if again is not None else None
             report = await self._bring(
                 transport, engines, tensors, Attested(version), bucket_bytes, deadline, fingerprint
             )
-            self._held = held
+            self._republishable = again
             unstored = await self._keep(version, tensors, bucket_bytes) or unstored
         return replace(report, unstored=unstored)
 
@@ -159,7 +164,7 @@ class Versions:
         deadline: float,
         require_finite: bool,
     ) -> PublishReport:
-        """As `Fleet.publish_lora` says. `bases`: which whole version each engine holds."""
+        """See `Fleet.publish_lora`. `bases` returns the whole version that each engine holds."""
         self._require_next(version)
         require_pairs(tensors)
         engines, started = targets(), time.monotonic()
@@ -172,7 +177,7 @@ class Versions:
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
-        """No other version is published meanwhile, and no engine catches up."""
+        """Return a context in which no other version is published, and no engine catches up."""
         self._publishing = True
         try:
             async with self.changing:
@@ -181,8 +186,10 @@ class Versions:
             self._publishing = False
 
     async def catch_up(self, started: Replica, bucket_bytes: int, deadline: float) -> None:
-        """Brings the engine what the others serve: the last whole version, and the adapter over it. The caller holds
-        `changing`."""
+        """Bring an engine what the others serve: the last whole version, and the adapter over it.
+
+        The caller holds the lock `changing`.
+        """
         ends = time.monotonic() + deadline
         await self.secured(deadline)
         name, base, lora = started.engine.name, self._base, self.loras.current
@@ -208,37 +215,43 @@ class Versions:
     async def _publish_again(
         self, target: PublishTarget, brought: Attested | Based, bucket_bytes: int, deadline: float
     ) -> bool:
-        """Brings the engine the last whole version from the trainer. False where the trainer does not hold it."""
-        held, name, version = self._held, target.engine.name, brought.version
-        if self.transport is None or held is None or held.version != version:
+        """Bring an engine the last whole version from the trainer. Return False if the trainer can't provide it."""
+        again, name, version = self._republishable, target.engine.name, brought.version
+        if self.transport is None or again is None or again.version != version:
             logger.warning(
-                "%s serves after the next publish: version %d is in no store (publish.folder), and the trainer was "
-                "given no function to publish it again",
+                "%s serves after the next publish: version %d is in no store (publish.folder), and was not published "
+                "as a function that returns its tensors again",
                 name,
                 version,
             )
             return False
         try:
-            tensors = await asyncio.to_thread(self._as_checkpoint, held.tensors(), [target], require_finite=False)
-            await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline, held.fingerprint)
+            tensors = await asyncio.to_thread(self._as_checkpoint, again.tensors(), [target], require_finite=False)
+            await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline, again.fingerprint)
         except WeightsChanged as error:
-            logger.warning("%s serves after the next publish: version %d is gone: %s", name, version, error)
+            logger.warning(
+                "%s serves after the next publish: the trainer no longer has version %d: %s", name, version, error
+            )
             return False
         except MillraceError:
             raise
-        except Exception:  # the trainer's function may raise anything, and has no caller who would see it
-            logger.exception("%s serves after the next publish: the trainer did not give version %d", name, version)
+        except Exception:  # the trainer's function may raise anything, and no caller would see it
+            logger.exception(
+                "%s serves after the next publish: the trainer's function failed for version %d", name, version
+            )
             return False
         logger.warning("version %d was published again, to %s", version, name)
         return True
 
-    def let_go(self) -> None:
-        """Forgets the trainer's function: from now on the trainer changes its weights."""
-        self._held = None
+    def release(self) -> None:
+        """Forget the trainer's function, since the trainer may change its weights from now on."""
+        self._republishable = None
 
     async def restore(self, targets: Sequence[PublishTarget], bucket_bytes: int, deadline: float) -> None:
-        """Has these engines, whose weights slept, read anew what they were started with. Who does not is out of
-        rotation, until it has been started anew."""
+        """Make these engines, whose weights slept, read the weights of their start again.
+
+        An engine that fails to do so leaves rotation until it is restarted.
+        """
         origin = self._origin
         assert origin is not None
         own = FolderTransport(origin.folder, origin.checksums)
@@ -255,20 +268,24 @@ class Versions:
             await asyncio.gather(*(self._confirm(engine, Attested(origin.version)) for engine in sound))
 
     async def _confirm(self, engine: Engine, then: Event) -> None:
-        """Takes an engine into rotation that has read its folder again. One that names its tensors in its own layout
-        alone must hold what it held after its start."""
+        """Take an engine that has read its folder again into rotation.
+
+        If its checksums are those of its own layout, they must be the same as after its start.
+        """
         try:
             first = self._first_held.get(engine.name)
             if first is not None and await engine.checksums() != first:
-                raise EngineFailed(engine.name, "it holds other weights than after its start")
+                raise EngineFailed(engine.name, "its weights differ from those after its start")
         except EngineError as error:
             logger.error("out of rotation: %s", error)
             then = verdict(error)
         await self._apply(engine.name, then)
 
     async def compare(self, replica: Replica, origin: Origin, then: Event) -> None:
-        """Takes an engine into rotation that holds these tensors: for weights that it loaded by itself. Raises
-        EngineFailed for one that holds others."""
+        """Take an engine into rotation that has loaded these weights itself.
+
+        Raises EngineFailed if its checksums differ.
+        """
         engine = replica.engine
         if Capability.CHECKSUMS not in replica.info.capabilities:
             if replica.process is not None and Path(replica.info.model_path) == origin.folder:
@@ -279,9 +296,9 @@ class Versions:
         held = await engine.checksums()
         known = held.keys() & origin.checksums.keys()
         if wrong := sorted(name for name in known if held[name] != origin.checksums[name]):
-            raise EngineFailed(engine.name, f"it holds other weights than the model's folder: {', '.join(wrong[:3])}")
+            raise EngineFailed(engine.name, f"its weights differ from the model's folder: {', '.join(wrong[:3])}")
         if unknown := sorted(held.keys() - known):
-            logger.warning("%s: not compared, the folder has no %s", engine.name, ", ".join(unknown[:3]))
+            logger.warning("%s: not compared, since the folder has no %s", engine.name, ", ".join(unknown[:3]))
         await self._apply(engine.name, then)
 
     async def _bring(
@@ -294,7 +311,7 @@ class Versions:
         deadline: float,
         fingerprint: Fingerprint | None = None,
     ) -> PublishReport:
-        """Publish to these engines. Those that take the version become `brought`, and the others leave rotation."""
+        """Publish to these engines. `brought`: the event for those that take the version; the others leave rotation."""
         version = brought.version
 
         async def on_outcome(name: str, outcome: Outcome, error: EngineError | None) -> None:
@@ -326,37 +343,41 @@ class Versions:
         return report
 
     async def _keep(self, version: int, tensors: "Iterable[tuple[str, torch.Tensor]]", bucket_bytes: int) -> str | None:
-        """Writes the version, and makes it safe in the background. Returns why it can't."""
+        """Write the version to the store, and make it durable in the background. Return the reason if that failed."""
         if self.store is None:
             return None
         try:
             await asyncio.to_thread(self.store.write, version, buckets(tensors, bucket_bytes))
         except PublishError as error:
-            logger.error("version %d is not kept: %s", version, error)
+            logger.error("version %d is not stored: %s", version, error)
             return str(error)
         self._securing = asyncio.create_task(asyncio.to_thread(self.store.secure, version))
         return None
 
     async def secured(self, deadline: float = STORE_DEADLINE) -> str | None:
-        """Waits until the last version is safe. Returns why it is not. Raises PublishError where that takes longer, and
-        the store can't be used yet."""
+        """Wait until the last version is durable in the store. Return the reason if that failed.
+
+        Raises PublishError if it takes longer than `deadline` seconds; the store can't be used until then.
+        """
         if self._securing is None:
             return None
         try:
             async with asyncio.timeout(deadline):
                 await asyncio.shield(self._securing)
         except TimeoutError:
-            raise PublishError(f"the store did not take the last version within {deadline:.0f} s more") from None
+            raise PublishError(f"the store is still busy with the last version after {deadline:.0f} s") from None
         except PublishError as error:
             logger.error("%s", error)
             self._securing = None
             return str(error)
-        self._securing = None  # and not before: who waits for it may be cancelled
+        self._securing = None  # not earlier, since this wait may be cancelled
         return None
 
     def _as_checkpoint(self, given: Tensors, engines: Sequence[PublishTarget], require_finite: bool) -> Tensors:
-        """The tensors by the checkpoint's names and in the engines' dtypes. Raises PublishError where the trainer's are
-        not the model's, or not finite."""
+        """Return the tensors with the checkpoint's names, in the engines' dtypes.
+
+        Raises PublishError if the trainer's tensors are not the model's, or not finite.
+        """
         from millrace.weights.finite import only_finite  # imports torch
         from millrace.weights.trained import read_trained
 
@@ -375,7 +396,7 @@ class Versions:
         return dtypes_of(engines[0].info, self._model_folder(engines))
 
     def _model_folder(self, engines: Sequence[PublishTarget]) -> Path:
-        """It need not be on this host."""
+        """Return the folder of the engines' model, which may not exist on this host."""
         return self._origin.folder if self._origin is not None else Path(engines[0].info.model_path)
 
     def _checked(
@@ -385,7 +406,7 @@ class Versions:
         engines: Sequence[PublishTarget],
         require_finite: bool,
     ) -> "dict[str, torch.Tensor]":
-        """The adapter's tensors. Raises PublishError where they can't be laid over the engines' weights."""
+        """Return the adapter's tensors, by name. Raises PublishError if they don't fit the engines' weights."""
         if lacking := [target.engine.name for target in engines if not target.can(Capability.LORA)]:
             raise PublishError(
                 f"{', '.join(lacking)} can't take adapters; SGLang and vLLM need engine_args: {{enable_lora: true}}"
@@ -412,16 +433,21 @@ class Versions:
         bases: Mapping[str, int | None],
         ends: float,
     ) -> list[EngineReport]:
-        """Loads the adapter into these engines, over the whole versions that they hold. Those that have it are routable
-        then; those that have not are out of rotation, unless it is all of them: then PublishError is raised, and they
-        are as they were."""
+        """Load an adapter on these engines, over the whole versions that they hold, and report on each engine.
+
+        Engines that load it serve it. The others leave rotation. If no engine loads it, PublishError is raised, and the
+        engines stay as they were.
+        """
         reports: dict[str, EngineReport] = {}
 
         async def one(target: PublishTarget) -> None:
             name = target.engine.name
             try:
                 if bases[name] is None or bases[name] != self._base:
-                    raise EngineRefused(name, "it holds no whole version that the adapter is for; publish one first")
+                    raise EngineRefused(
+                        name,
+                        "it does not hold the whole version that the adapter is for; publish a whole version first",
+                    )
                 legs = await self.loras.load(target, lora, ends)
             except EngineError as error:
                 reports[name] = EngineReport(name, error, False, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -449,23 +475,23 @@ class Versions:
         return [reports[target.engine.name] for target in targets]
 
     def _require_transport(self) -> Transport:
-        """What brings whole versions. Raises PublishError where nothing does, and ConfigError without torch."""
+        """Return the transport. Raises PublishError if there is none, and ConfigError if torch is not installed."""
         if self.transport is None:
             with needs_extra("publishing weights"):
                 import torch  # noqa: F401
             raise PublishError(
-                "there is no way to hand tensors from this process to all of the engines; with dp_size above 1, and a "
-                "vLLM that was started without Millrace's extension, they take weights from disk only: set "
-                "publish.folder to a path that they and the trainer share; an SGLang that quantises takes them only "
-                "with load_format flash_rl"
+                "no transport reaches all of the engines from this process; engines with dp_size above 1, and a vLLM "
+                "that was started without Millrace's extension, take weights only from disk: set publish.folder to a "
+                "path that they and the trainer share; an SGLang that quantises takes weights only with load_format "
+                "flash_rl"
             )
         return self.transport
 
     def _require_next(self, version: int) -> None:
-        """Raises PublishError where the version can't be published now."""
+        """Raises PublishError if the version can't be published now."""
         if self.frozen:
-            raise PublishError("this fleet's model is frozen, as a judge's is: nothing is published to it")
+            raise PublishError("this fleet is frozen, as a judge's is: nothing can be published to it")
         if self._publishing:
-            raise PublishError(f"version {version} can't be published while another version is on its way")
+            raise PublishError(f"version {version} can't be published while another version is being published")
         if self._last is not None and version <= self._last:
             raise PublishError(f"version {version} is not newer than version {self._last}, which was published before")

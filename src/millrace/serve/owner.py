@@ -20,9 +20,9 @@ SHUTDOWN_GRACE = 0.5  # seconds for responses in flight when the run ends
 
 
 @asynccontextmanager
-async def own(members: ReplicaSet, sock: socket.socket, key: str) -> AsyncIterator[None]:
+async def own(replicas: ReplicaSet, sock: socket.socket, key: str) -> AsyncIterator[None]:
     """Serve the fleet's state on a bound socket while the block runs."""
-    owner = _Owner(members, key)
+    owner = _Owner(replicas, key)
     app = web.Application(middlewares=[owner.guard])
     app.add_routes([web.get("/state", owner.get_state), web.post("/failure", owner.post_failure)])
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE)
@@ -37,8 +37,8 @@ async def own(members: ReplicaSet, sock: socket.socket, key: str) -> AsyncIterat
 class _Owner:
     """The handlers of the routes."""
 
-    def __init__(self, members: ReplicaSet, key: str) -> None:
-        self._members, self._key = members, key
+    def __init__(self, replicas: ReplicaSet, key: str) -> None:
+        self._replicas, self._key = replicas, key
         self._state, self._failure = TypeAdapter(FleetState), TypeAdapter(Failure)
 
     @web.middleware
@@ -57,8 +57,8 @@ class _Owner:
             after = int(http.query.get("after", "-1"))
         except ValueError:
             return web.Response(text="`after` is the number of a snapshot", status=400)
-        await self._members.changed_since(after, deadline=POLL_SECONDS)
-        return web.Response(body=self._state.dump_json(state_of(self._members)), content_type="application/json")
+        await self._replicas.changed_since(after, deadline=POLL_SECONDS)
+        return web.Response(body=self._state.dump_json(state_of(self._replicas)), content_type="application/json")
 
     async def post_failure(self, http: web.Request) -> web.Response:
         """Suspect an engine that failed a follower's request."""
@@ -66,18 +66,18 @@ class _Owner:
             failure = self._failure.validate_json(await http.read())
         except ValidationError as error:
             return web.Response(text=str(error.errors()[0]["msg"]), status=400)
-        await self._members.suspect(failure.engine, EngineFailed(failure.engine, failure.reason))
+        await self._replicas.suspect(failure.engine, EngineFailed(failure.engine, failure.reason))
         return web.Response(status=204)
 
 
-def state_of(members: ReplicaSet) -> FleetState:
+def state_of(replicas: ReplicaSet) -> FleetState:
     """Return the state that followers get."""
-    snapshot = members.snapshot
-    addresses = (address_of(replica) for replica in members.replicas.values())
+    snapshot = replicas.snapshot
+    addresses = (address_of(replica) for replica in replicas.by_name.values())
     return FleetState(
         snapshot.number,
-        snapshot.members,
-        tuple(sorted(members.coming)),
-        tuple(sorted(members.asleep)),
+        snapshot.replicas,
+        tuple(sorted(replicas.coming)),
+        tuple(sorted(replicas.asleep)),
         tuple(address for address in addresses if address is not None),
     )

@@ -73,17 +73,17 @@ class Observer:
         answers = await self._ask()
         newest = self.event_log.metrics.newest
         # There is no await after the answers, so that the parts of the view belong to the same moment.
-        engines = [_view(m, fleet, self.event_log, answers) for fleet, m in self._members]
+        engines = [_view(state, fleet, self.event_log, answers) for fleet, state in self._states]
         return FleetView(time.time(), newest, tuple(engines), tuple(self.event_log.newest)[-SHOWN_EVENTS:])
 
     @property
-    def _members(self) -> list[tuple[Fleet, ReplicaState]]:
-        return [(fleet, member) for fleet in self.fleets for member in fleet.snapshot.members]
+    def _states(self) -> list[tuple[Fleet, ReplicaState]]:
+        return [(fleet, state) for fleet in self.fleets for state in fleet.snapshot.replicas]
 
     async def _ask(self) -> Mapping[str, EngineLoad | str]:
         async with self._asking:
             if time.monotonic() - self._answered_at > FRESH_SECONDS:
-                living = [(fleet, m.name) for fleet, m in self._members if m.phase is not Phase.DEAD]
+                living = [(fleet, state.name) for fleet, state in self._states if state.phase is not Phase.DEAD]
                 queried = [(name, fleet.engines[name]) for fleet, name in living if name in fleet.engines]
                 answers = await asyncio.gather(*(load_of(engine) for _, engine in queried))
                 self._answers = {name: answer for (name, _), answer in zip(queried, answers, strict=True)}
@@ -103,23 +103,23 @@ async def load_of(engine: Engine) -> EngineLoad | str:
 
 
 def _view(
-    member: ReplicaState, fleet: Fleet, event_log: EventLog, answers: Mapping[str, EngineLoad | str]
+    state: ReplicaState, fleet: Fleet, event_log: EventLog, answers: Mapping[str, EngineLoad | str]
 ) -> EngineView:
-    answer = answers.get(member.name) if member.phase is not Phase.DEAD else None
+    answer = answers.get(state.name) if state.phase is not Phase.DEAD else None
     metrics = event_log.metrics
     newest = None if fleet.frozen else metrics.newest  # a frozen fleet gets no versions, so it does not lag
     return EngineView(
-        name=member.name,
-        url=member.url,
-        state=member.phase,
-        routable=member.routable,
-        version=member.version,
-        lag=newest - member.version if newest is not None and member.version is not None else None,
-        asleep=tuple(sorted(member.asleep)) if member.phase is not Phase.DEAD else (),
-        reason=member.reason,
-        outstanding_tokens=fleet.outstanding.get(member.name, 0),
+        name=state.name,
+        url=state.url,
+        state=state.phase,
+        routable=state.routable,
+        version=state.version,
+        lag=newest - state.version if newest is not None and state.version is not None else None,
+        asleep=tuple(sorted(state.asleep)) if state.phase is not Phase.DEAD else (),
+        reason=state.reason,
+        outstanding_tokens=fleet.outstanding.get(state.name, 0),
         load=answer if isinstance(answer, EngineLoad) else None,
         silence=answer if isinstance(answer, str) else None,
-        cache_hit_share=metrics.cache_hit_share(member.name),
-        restarts=metrics.restarts[member.name, True],
+        cache_hit_share=metrics.cache_hit_share(state.name),
+        restarts=metrics.restarts[state.name, True],
     )

@@ -78,7 +78,7 @@ async def shared(
         key = secrets.token_urlsafe(24)
         with bound(own_address(), 0) as sock:
             host, port = sock.getsockname()[:2]
-            async with own(fleet.members, sock, key):
+            async with own(fleet.replicas, sock, key):
                 await thread.run(world.broadcast, f"{url_of(host, port)} {key}".encode())
                 yield fleet
                 await thread.run(world.any, False)

@@ -58,10 +58,10 @@ def require_only_replicas(before: RunConfig, after: RunConfig) -> None:
 
 async def bring_to(fleet: Fleet, replicas: int) -> None:
     """Start engines, or remove the latest ones, until the fleet has `replicas` engines."""
-    while len(fleet.snapshot.members) < replicas:
+    while len(fleet.snapshot.replicas) < replicas:
         name = await fleet.add()
         logger.warning("%s has joined the fleet", name)
-    while len(fleet.snapshot.members) > replicas:
-        name = fleet.snapshot.members[-1].name
+    while len(fleet.snapshot.replicas) > replicas:
+        name = fleet.snapshot.replicas[-1].name
         await fleet.remove(name)
         logger.warning("%s has left the fleet", name)
