@@ -33,7 +33,7 @@ CPU_DEFAULTS: dict[str, EngineArgument] = {
     "block_size": 32,  # vLLM's 128 caches no shorter prefix
     "enable_chunked_prefill": False,  # vLLM dies of a seeded prompt that is computed in two parts
 }
-# Of modules in `extension/`, the folder that the launcher puts on the server's path.
+# Both are in `extension/`, which the launcher puts on the PYTHONPATH of the server.
 EXTENSION = "millrace_vllm.Extension"
 KEYS_MIDDLEWARE = "millrace_vllm_keys.Keys"
 
