@@ -34,7 +34,7 @@ CPU_DEFAULTS: dict[str, EngineArgument] = {
     "block_size": 32,  # with vLLM's default of 128, no shorter prefix is cached
     "enable_chunked_prefill": False,  # vLLM crashes on a seeded prompt that is computed in two chunks
 }
-# Classes in modules of `extension/`, a folder that the launcher puts on the server's PYTHONPATH.
+# Both are in `extension/`, which the launcher puts on the PYTHONPATH of the server.
 EXTENSION = "millrace_vllm.Extension"
 KEYS_MIDDLEWARE = "millrace_vllm_keys.Keys"
 

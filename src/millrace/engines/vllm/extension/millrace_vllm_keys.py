@@ -1,11 +1,12 @@
-"""Who may ask a vLLM server for what: loaded into it by `--middleware millrace_vllm_keys.Keys`.
+"""Middleware that checks API keys, loaded into a vLLM server by `--middleware millrace_vllm_keys.Keys`.
 
-vLLM's own key guards the routes for generating, and leaves the control routes of its development mode open to whoever
-reaches the port. Here every route wants a key, as `Authorization: Bearer KEY`, but for those that a probe asks. The
-data key is for generating and for reading; everything else wants the admin key, also what this file never heard of.
+vLLM's own key guards the routes that generate, but every program that reaches the port can use the control routes of
+its development mode. With this middleware every route needs a key, as `Authorization: Bearer KEY`, except the routes
+that health probes and metrics scrapers use. The data key is for generating and reading. All other routes need the admin
+key, also routes that this file does not know.
 
-Both come in the environment, where no list of processes shows them: MILLRACE_API_KEY and MILLRACE_ADMIN_API_KEY. A
-server without them does not start. It imports nothing but the standard library.
+The keys come from the environment variables MILLRACE_API_KEY and MILLRACE_ADMIN_API_KEY, because a list of processes
+does not show those. A server without them does not start. The file imports only the standard library.
 """
 
 import hmac
@@ -21,7 +22,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health", "/metrics", "/metrics/")
 READING = ("GET", "HEAD")
-# What of the POST routes generates, or reads. /v1 as a whole does not: it has routes that load adapters.
+# The POST routes that generate or read. Not all of /v1 does: some of its routes load LoRA adapters.
 DATA = (
     "/inference/v1/generate",
     "/v1/completions",
@@ -41,6 +42,8 @@ DATA = (
 
 
 class Keys:
+    """An ASGI middleware that answers requests without the right key with status 401."""
+
     def __init__(self, app: App) -> None:
         self._app = app
         self._data = os.environ["MILLRACE_API_KEY"].encode()
@@ -49,14 +52,14 @@ class Keys:
             raise ValueError("MILLRACE_API_KEY and MILLRACE_ADMIN_API_KEY must not be empty")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._may(scope):
+        if scope["type"] == "lifespan" or self._is_allowed(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
             await refuse(send)
 
-    def _may(self, scope: Scope) -> bool:
+    def _is_allowed(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         method = scope.get("method", "")  # a websocket has none
         if method in READING and path in OPEN:
@@ -70,15 +73,16 @@ class Keys:
 
 
 def bearer(headers: list[tuple[bytes, bytes]]) -> bytes:
-    """The key that the request shows; empty, which is none, where it shows none or several."""
-    shown = [value for name, value in headers if name.lower() == b"authorization"]
-    if len(shown) != 1:
+    """The request's key. Empty if the request has none or several."""
+    sent = [value for name, value in headers if name.lower() == b"authorization"]
+    if len(sent) != 1:
         return b""
-    scheme, _, key = shown[0].partition(b" ")
+    scheme, _, key = sent[0].partition(b" ")
     return key if scheme.lower() == b"bearer" else b""
 
 
 async def refuse(send: Send) -> None:
+    """Answer with status 401."""
     body = json.dumps({"error": "a key is missing, or is not the one for this route"}).encode()
     headers = [
         (b"content-type", b"application/json"),

@@ -1,0 +1,78 @@
+"""Parses and checks the JSON that calls carry. Every function raises RpcError for content of the wrong form."""
+
+import base64
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from .errors import RpcError
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # each can be cast to the model's dtype
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that a bucket contains: its name, dtype and shape, and its position in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+def parse_spec(tensor: Any) -> TensorSpec:
+    if not isinstance(tensor, dict):
+        raise RpcError("a tensor's description must be a JSON object")
+    name, dtype = take(tensor, "name", str), take(tensor, "dtype", str)
+    shape, offset, nbytes = take(tensor, "shape", list), take(tensor, "offset", int), take(tensor, "nbytes", int)
+    if dtype not in DTYPES:
+        raise RpcError(f"{name}: unknown dtype {dtype}")
+    if not all(type(size) is int and size >= 0 for size in shape) or offset < 0:
+        raise RpcError(f"{name}: invalid shape {shape} or offset {offset}")
+    spec = TensorSpec(name, DTYPES[dtype], tuple(shape), offset, nbytes)
+    if nbytes != math.prod(shape) * spec.dtype.itemsize:
+        raise RpcError(f"{spec} does not have {nbytes} bytes")
+    return spec
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object in `text`."""
+    try:
+        content = json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise RpcError(f"invalid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise RpcError("the argument must be a JSON object")
+    return content
+
+
+def take(content: dict[str, Any], key: str, *kinds: type[T]) -> T:
+    """The value of `key`, which must be of one of `kinds`. A bool does not pass for an int."""
+    value = content.get(key)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise RpcError(f"{key} is {value!r:.80}, not of type {kinds[-1].__name__}")
+    return value
+
+
+def take_bytes(content: dict[str, Any], key: str) -> bytes:
+    """The bytes that the value of `key` encodes in base64."""
+    try:
+        return base64.b64decode(take(content, key, str), validate=True)
+    except ValueError as error:
+        raise RpcError(f"{key} is not valid base64") from error

@@ -1,0 +1,143 @@
+"""The methods that a trainer calls through POST /collective_rpc.
+
+They take strings and return dictionaries, `{"error": "..."}` after a failure. Only JSON travels; nothing is unpickled.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from vllm.distributed import get_pp_group, get_tp_group
+
+from .errors import RpcError, first_line
+from .messages import parse_object
+from .rank import Rank
+
+PROTOCOL = 1
+
+log = logging.getLogger("vllm.millrace")
+
+
+def returns_errors(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Make a method return its exceptions as `{"error": ...}`.
+
+    A single rank must not raise. vLLM would stop reading the answers at that rank, and the next call would get the
+    answers that are left in the queues of the other ranks."""
+
+    @functools.wraps(method)
+    def answer(self: "Extension", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            result = method(self, *args, **kwargs)
+        except RpcError as error:
+            log.error("%s: %s", method.__name__, error)
+            result = {"error": str(error)}
+        except Exception as error:  # the boundary: see above
+            log.exception("%s failed", method.__name__)
+            result = {"error": f"{type(error).__name__}: {first_line(error)} (the server's log has the trace)"}
+        raise_in_later_replica(result, self.rank, self.vllm_config.parallel_config)
+        return result
+
+    return answer
+
+
+def raise_in_later_replica(result: dict[str, Any], rank: int, parallel: Any) -> None:
+    """Raise RuntimeError in the last rank of a replica other than the first, if any rank of that replica failed.
+
+    With data parallelism, vLLM returns only the answers of the first replica, but it reports the exceptions of all
+    replicas. The last rank raises because vLLM has then read the answers of all ranks before it."""
+    if parallel.data_parallel_index == 0:
+        return
+    failed = torch.tensor(int("error" in result), device="cpu")
+    for group in (get_tp_group(), get_pp_group()):
+        if group.world_size > 1:
+            dist.all_reduce(failed, dist.ReduceOp.MAX, group=group.cpu_group)
+    if failed and rank == parallel.world_size - 1:
+        detail = result.get("error", "another rank of the replica failed; the server's log says why")
+        raise RuntimeError(f"replica {parallel.data_parallel_index}: {detail}")
+
+
+class Extension:
+    """Mixed into vLLM's worker class. vLLM runs each call in every rank."""
+
+    model_runner: Any
+    vllm_config: Any
+    device: torch.device
+    rank: int
+
+    @returns_errors
+    def millrace_state(self) -> dict[str, Any]:
+        """The state of this rank.
+
+        `rank` counts through all data-parallel replicas; `world_size` is the number of ranks in this replica.
+        `version` is None before the first commit, and while modules contain weights of an abandoned update."""
+        this = self._millrace()
+        return {
+            "version": this.weights.version,
+            "updating": this.weights.update is not None,
+            "rank": this.rank,
+            "world_size": self.vllm_config.parallel_config.world_size,
+            "protocol": PROTOCOL,
+        }
+
+    @returns_errors
+    def millrace_begin(self) -> dict[str, Any]:
+        self._millrace().weights.begin()
+        return {}
+
+    @returns_errors
+    def millrace_load(self, bucket: str) -> dict[str, Any]:
+        """Load one bucket. `ignored` names the tensors that this rank does not use: those of another rank, and those
+        that the model leaves out."""
+        return {"ignored": self._millrace().load(parse_object(bucket))}
+
+    @returns_errors
+    def millrace_commit(self, version: str) -> dict[str, Any]:
+        self._millrace().weights.commit(version)
+        self.model_runner.reset_encoder_cache()  # image embeddings that the old weights made
+        self.model_runner.reset_mm_cache()
+        return {"version": version}
+
+    @returns_errors
+    def millrace_abandon(self) -> dict[str, Any]:
+        """Give the open update up. `torn`: modules contain weights of an abandoned update, and the next update must
+        send all of these modules."""
+        return {"torn": self._millrace().weights.abandon()}
+
+    @returns_errors
+    def millrace_join(self, group: str) -> dict[str, Any]:
+        self._millrace().join(parse_object(group))
+        return {}
+
+    @returns_errors
+    def millrace_leave(self, name: str) -> dict[str, Any]:
+        self._millrace().leave(name)
+        return {}
+
+    @returns_errors
+    def millrace_checksums(self) -> dict[str, Any]:
+        """The checksums of this rank's tensors in memory, under the model's names."""
+        return {"checksums": self._millrace().stored.checksums()}
+
+    @returns_errors
+    def millrace_samples(self) -> dict[str, Any]:
+        """The sampled checksums of the tensors in the open update, under the sender's names."""
+        return {"samples": self._millrace().weights.sampled_checksums()}
+
+    @returns_errors
+    def millrace_slots(self) -> dict[str, Any]:
+        """vLLM's number of the LoRA adapter in each slot, or None."""
+        return {"slots": list(self.model_runner.lora_manager._adapter_manager.lora_index_to_id)}
+
+    @returns_errors
+    def millrace_forget(self, lora: str) -> dict[str, Any]:
+        """Remove a LoRA adapter from this rank. vLLM's own unloading removes only its name."""
+        self.model_runner.lora_manager.remove_adapter(int(lora))
+        return {}
+
+    def _millrace(self) -> Rank:
+        if "_millrace_rank" not in vars(self):  # vLLM does not call the constructor of an extension
+            self._millrace_rank = Rank(self.model_runner.get_model(), self.vllm_config, self.device, self.rank)
+        return self._millrace_rank
