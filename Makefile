@@ -8,12 +8,16 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # The exact versions that this was tested with, and the CPU's torch. `make CONSTRAINTS=... ` names another set.
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test test-all lint types unit clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
 
 test: lint types unit
+
+# Also the slow tests: more stock engines, more versions of them, and longer runs of faults.
+test-all: lint types
+	$(BIN)/pytest -m "slow or not slow"
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

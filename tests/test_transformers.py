@@ -54,6 +54,7 @@ def python() -> Path:
     return place / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_the_lowest_version_serves_publishes_and_trains(python: Path) -> None:
     told = subprocess.run(
         [python, "-c", "import transformers; print(transformers.__version__)"],

@@ -1,7 +1,7 @@
 """Anything happens to a fleet in the middle of rollouts and publishes; no sample is lost, doubled or of mixed versions.
 
-Each seed is a run of its own, of some seconds; every other one has no store. With MILLRACE_CHAOS_SEEDS=100 there are
-so many instead of a few, and pytest's `-s` shows what they came to.
+Each seed is a run of its own, of some seconds; every other one has no store. All but the first are slow tests. With
+MILLRACE_CHAOS_SEEDS=100 there are so many instead of a few, and pytest's `-s` shows what they came to.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ async def play(seed: int, model_path: Path, place: Path) -> tuple[Counter[Sample
     return scheduler.ledger.ended, run.happened
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, SEEDS))])
 async def test_nothing_is_lost_and_all_come_back(seed: int, tiny_model: Path, tmp_path: Path) -> None:
     before = below(os.getpid())
     ended, happened = await play(seed, tiny_model, tmp_path)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +34,7 @@ AT_A_TIME = 8  # requests that an engine runs; the others wait in it
 PROBLEMS = list(generate_problems(7, GROUPS))
 
 
+@pytest.mark.slow
 async def test_sglang_comes_back_and_nothing_is_lost(
     sglang_python: Callable[[str], Path], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -55,6 +57,7 @@ async def test_sglang_comes_back_and_nothing_is_lost(
     )
 
 
+@pytest.mark.slow
 async def test_vllm_comes_back_without_a_store_and_nothing_is_lost(
     vllm_python: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ LACKING = frozenset({
 
 
 VERSIONS = {"0.5.23": {**WITH_ADAPTERS, "lora_target_modules": MODULES}, "0.5.15": {}}  # each with its engine_args
+PARAMS = ["0.5.23", pytest.param("0.5.15", marks=pytest.mark.slow)]
 started_for_adapters = pytest.mark.parametrize("fleet", ["0.5.23"], indirect=True)
 
 
@@ -59,7 +60,7 @@ def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=VERSIONS)
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=PARAMS)
 async def fleet(
     request: pytest.FixtureRequest, tiny_model: Path, sglang_python: Callable[[str], Path], log_dir: Path
 ) -> AsyncIterator[Fleet]:

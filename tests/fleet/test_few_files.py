@@ -11,7 +11,7 @@ import pytest
 FILES, REQUESTS = 256, 1000
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=pytest.mark.slow)])
 async def test_no_engine_is_blamed_for_files_that_its_client_lacks(tiny_model: Path, tmp_path: Path, host: str) -> None:
     if host == "::1" and not _has_ipv6_loopback():
         pytest.skip("this machine has no address ::1")

@@ -38,7 +38,9 @@ def test_it_is_stored_as_stock_engines_expect(folder: Path) -> None:
     assert expert.dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", VERSIONS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if version else []) for kind, version in VERSIONS.items()]
+)
 def test_three_steps(
     kind: str, folder: Path, tmp_path: Path, sglang_python: Callable[[str], Path], vllm_python: Path
 ) -> None:

@@ -70,7 +70,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in path.read_bytes().splitlines()]
 
 
-@pytest.mark.parametrize("mode", ["hybrid", "standalone"])
+@pytest.mark.parametrize("mode", ["hybrid", pytest.param("standalone", marks=pytest.mark.slow)])
 async def test_nothing_is_lost_and_the_run_ends(
     mode: Literal["hybrid", "standalone"],
     tiny_model: Path,

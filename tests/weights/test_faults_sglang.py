@@ -48,6 +48,7 @@ def config(sglang_python: Callable[[str], Path]) -> SGLangEngineConfig:
     )
 
 
+@pytest.mark.slow
 def test_everything_happens_once(
     config: SGLangEngineConfig, variants: list[Variant], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -45,6 +45,7 @@ def config(vllm_python: Path) -> VLLMEngineConfig:
     )
 
 
+@pytest.mark.slow
 def test_everything_happens_once(
     config: VLLMEngineConfig, variants: list[Variant], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -73,6 +73,7 @@ async def test_the_embedded_engine_takes_a_mixture_of_experts(tmp_path: Path) ->
     await takes_a_mixture_of_experts(EmbeddedEngineConfig(kind="embedded", replicas=1, threads=1), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["0.5.23", "0.5.15"])
 async def test_sglang_takes_a_mixture_of_experts(
     version: str, sglang_python: Callable[[str], Path], tmp_path: Path
@@ -83,6 +84,7 @@ async def test_sglang_takes_a_mixture_of_experts(
     )
 
 
+@pytest.mark.slow
 async def test_vllm_takes_a_mixture_of_experts(vllm_python: Path, tmp_path: Path) -> None:
     config = VLLMEngineConfig(kind="vllm", replicas=1, device="cpu", python=vllm_python)
     await takes_a_mixture_of_experts(config, tmp_path)

@@ -46,16 +46,6 @@ class ShardedTensors:
             tensor = tensor.to(dtype)  # first: fewer bytes to gather
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def not_finite(self, dtypes: Dtypes) -> list[str]:
-        """Return the names of the tensors that have a NaN or an infinite value after the cast to `dtypes`.
-
-        Collective. Each rank checks its own shards, and nothing is gathered."""
-        shards = [(name, t.to_local() if isinstance(t, DTensor) else t) for name, t in self.tensors.items()]
-        bad = frozenset(not_finite(shards, dtypes))
-        found = torch.tensor([name in bad for name in self.tensors], dtype=torch.uint8, device=_on_device(self))
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return [name for name, one in zip(self.tensors, found.tolist(), strict=True) if one]
-
 
 @dataclass(frozen=True, slots=True)
 class LedTensors:
@@ -71,7 +61,7 @@ class LedTensors:
     def not_finite(self, dtypes: Dtypes) -> list[str]:
         """Return the names of the tensors that have a NaN or an infinite value. All ranks check their own shards."""
         _tell(self.sharded, CHECK, torch.float16 if dtypes.usual == "float16" else None)
-        return self.sharded.not_finite(Dtypes(dtypes.usual, {}))
+        return _not_finite(self.sharded, Dtypes(dtypes.usual, {}))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         # Names are the trainer's here: where tensors of the checkpoint have a dtype of their own, none is cast early.
@@ -100,9 +90,20 @@ def follow(sharded: ShardedTensors) -> None:
     while (told := _tell(sharded, END))[0] != END:
         number, dtype = told
         if number == CHECK:
-            sharded.not_finite(Dtypes(None if dtype is None else str(dtype).removeprefix("torch."), {}))
+            _not_finite(sharded, Dtypes(None if dtype is None else str(dtype).removeprefix("torch."), {}))
         else:
             sharded.whole(names[number], dtype)
+
+
+def _not_finite(sharded: ShardedTensors, dtypes: Dtypes) -> list[str]:
+    """Return the names of the tensors that have a NaN or an infinite value after the cast to `dtypes`.
+
+    Collective. Each rank checks its own shards, and nothing is gathered."""
+    shards = [(name, t.to_local() if isinstance(t, DTensor) else t) for name, t in sharded.tensors.items()]
+    bad = frozenset(not_finite(shards, dtypes))
+    found = torch.tensor([name in bad for name in sharded.tensors], dtype=torch.uint8, device=_on_device(sharded))
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [name for name, one in zip(sharded.tensors, found.tolist(), strict=True) if one]
 
 
 def _tell(sharded: ShardedTensors, number: int, dtype: torch.dtype | None = None) -> tuple[int, torch.dtype | None]:

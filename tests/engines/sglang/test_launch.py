@@ -89,6 +89,7 @@ async def told(launcher: subprocess.Popen[str]) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 async def test_an_engine_over_two_nodes_keeps_its_keys_and_dies_with_its_launcher(
     launcher: subprocess.Popen[str], tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ async def test_an_engine_over_two_nodes_keeps_its_keys_and_dies_with_its_launche
     await asyncio.to_thread(until_ended, tree, 15)
 
 
+@pytest.mark.slow
 async def test_an_argument_that_sglang_does_not_know_ends_in_its_own_words(
     tiny_model: Path, sglang_python: SGLangPython, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def launcher(
     process.communicate()
 
 
+@pytest.mark.slow
 async def test_a_node_joins_and_all_keep_the_keys_and_die_with_the_firsts_launcher(
     nodes: tuple[VLLMEngineConfig, VLLMEngineConfig],
     launcher: subprocess.Popen[str],
@@ -172,6 +173,7 @@ async def require_guarded(url: str, api_key: str, admin_key: str) -> str:
     return str(described) + settings
 
 
+@pytest.mark.slow
 async def test_an_argument_that_vllm_does_not_know_ends_in_its_own_words(
     tiny_model: Path, vllm_python: Path, tmp_path: Path
 ) -> None:
