@@ -171,7 +171,8 @@ async def test_an_engine_that_dies_during_a_publish_gets_that_version(fleet: Fle
                 strike(fleet, NAME, signal.SIGKILL)
             yield entry
 
-    report = await fleet.publish(dying, version, bucket_bytes=1)
+    # Without the check of the values, which would go through the tensors before the transaction.
+    report = await fleet.publish(dying, version, bucket_bytes=1, require_finite=False)
     assert (struck, report.version, report.failed) == (2, version, {})
     await require_serving(fleet, trainer, version)
     struck = 1

@@ -119,6 +119,7 @@ async def on_two_hosts(model: Path, logs: Path, versions: Path, couriers: list[s
         yield fleet
 
 
+@pytest.mark.slow
 async def test_two_hosts_and_a_courier_that_fails(
     tensors: Tensors, tiny_model: Path, tmp_path: Path, courier: Callable[..., Courier], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def serving(fleet: Fleet) -> dict[str, int | None]:
     return {member.name: member.version if member.routable else None for member in fleet.snapshot.members}
 
 
+@pytest.mark.slow
 async def test_two_hosts_and_couriers_that_die(
     tensors: Tensors, tiny_model: Path, tmp_path: Path, courier: Start, key: None, caplog: pytest.LogCaptureFixture
 ) -> None:
