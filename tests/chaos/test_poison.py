@@ -5,6 +5,8 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from millrace.config import EmbeddedEngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.engines.spec import LaunchSpec
@@ -25,6 +27,7 @@ PROBLEMS = list(generate_problems(7, 12))
 RETRIES = 2
 
 
+@pytest.mark.slow
 async def test_a_poisonous_sample_costs_as_many_engines_as_it_may_and_they_come_back(
     tiny_model: Path, tmp_path: Path
 ) -> None:

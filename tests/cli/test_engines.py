@@ -18,6 +18,7 @@ def millrace(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_install_list_remove(shelf: Shelf, tmp_path: Path) -> None:
     assert "no environment in" in millrace("list")[1]
     status, _, err = millrace("install", "sglang", "--version", "9.9.9")

@@ -175,6 +175,7 @@ def test_an_environment_is_made_once_and_anew_when_its_packages_change(shelf: Sh
     assert installed(recipes=recipes) == [Installed(made, whole=False)]  # what fails its check is not finished
 
 
+@pytest.mark.slow
 def test_of_many_at_once_one_installs_and_when_it_is_killed_the_next(shelf: Shelf) -> None:
     """The guard holds the lock of a killed process until pip has ended: nobody begins beside its remains."""
     processes = [shelf.start_install("2.0")]

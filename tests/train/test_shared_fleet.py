@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
 
 from tests.torchrun import torchrun
 
@@ -43,6 +44,7 @@ def check(run: Path, steps: int) -> None:
     assert not problems[0] & problems[1]
 
 
+@pytest.mark.slow
 def test_two_ranks_send_their_own_requests_and_go_on_from_their_checkpoint(tmp_path: Path, tiny_model: Path) -> None:
     (config := tmp_path / "run.yaml").write_text(CONFIG.format(model=tiny_model))
     said = torchrun("-m", "millrace", "train", str(config), f"output_dir={tmp_path}")

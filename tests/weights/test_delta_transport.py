@@ -120,6 +120,7 @@ async def on_two_hosts(model: Path, logs: Path, versions: Path, sidecars: list[s
         yield fleet
 
 
+@pytest.mark.slow
 async def test_two_hosts_and_a_sidecar_that_fails(
     tensors: Tensors, tiny_model: Path, tmp_path: Path, sidecar: Callable[..., Sidecar], monkeypatch: pytest.MonkeyPatch
 ) -> None:

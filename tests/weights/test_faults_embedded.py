@@ -51,6 +51,7 @@ def config() -> EmbeddedEngineConfig:
     return EmbeddedEngineConfig(kind="embedded", replicas=ENGINES, threads=1, faults=True)
 
 
+@pytest.mark.slow
 def test_everything_happens_once(
     config: EmbeddedEngineConfig,
     variants: list[Variant],

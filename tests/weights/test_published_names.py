@@ -90,6 +90,7 @@ async def test_vllm_takes_a_mixture_of_experts(vllm_python: Path, tmp_path: Path
     await takes_a_mixture_of_experts(config, tmp_path)
 
 
+@pytest.mark.slow
 async def test_the_embedded_engine_takes_what_a_folder_has_twice_or_need_not_have(
     tiny_model: Path, tmp_path: Path
 ) -> None:

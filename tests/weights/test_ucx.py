@@ -141,6 +141,7 @@ def serving(fleet: Fleet) -> dict[str, int | None]:
     return {state.name: state.version if state.routable else None for state in fleet.snapshot.replicas}
 
 
+@pytest.mark.slow
 async def test_two_hosts_and_sidecars_that_die(
     tensors: Tensors, tiny_model: Path, tmp_path: Path, sidecar: Start, key: None, caplog: pytest.LogCaptureFixture
 ) -> None:

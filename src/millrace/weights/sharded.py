@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 
 from millrace.model_folder import FLOATS
 from millrace.weights.cast import Dtypes
-from millrace.weights.finite import not_finite
 
 END, CHECK = -1, -2  # broadcast in place of a tensor's index
 CASTS: tuple[torch.dtype | None, ...] = (None, *(getattr(torch, name) for name in FLOATS.values()))  # sent by index
@@ -58,16 +57,6 @@ class ShardedTensors:
             tensor = tensor.to(dtype)  # before gathering, which then moves fewer bytes
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def not_finite(self, dtypes: Dtypes) -> list[str]:
-        """Return the names of the tensors that have a NaN or an infinite value after the cast to `dtypes`.
-
-        Collective. Each rank checks its own shards, and nothing is gathered."""
-        shards = [(name, t.to_local() if isinstance(t, DTensor) else t) for name, t in self.tensors.items()]
-        bad = frozenset(not_finite(shards, dtypes))
-        found = torch.tensor([name in bad for name in self.tensors], dtype=torch.uint8, device=_on_device(self))
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return [name for name, is_bad in zip(self.tensors, found.tolist(), strict=True) if is_bad]
-
 
 @dataclass(frozen=True, slots=True)
 class LedTensors:
@@ -86,7 +75,7 @@ class LedTensors:
     def not_finite(self, dtypes: Dtypes) -> list[str]:
         """Return the names of the tensors that have a NaN or an infinite value. All ranks check their own shards."""
         _broadcast(self.sharded, CHECK, torch.float16 if dtypes.usual == "float16" else None)
-        return self.sharded.not_finite(Dtypes(dtypes.usual, {}))
+        return _not_finite(self.sharded, Dtypes(dtypes.usual, {}))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         # Nothing is cast here if some tensors have an unusual dtype: these are known by the checkpoint's names, and the
@@ -122,7 +111,7 @@ def follow(sharded: ShardedTensors) -> None:
     while (received := _broadcast(sharded, END))[0] != END:
         index, dtype = received
         if index == CHECK:
-            sharded.not_finite(Dtypes(None if dtype is None else str(dtype).removeprefix("torch."), {}))
+            _not_finite(sharded, Dtypes(None if dtype is None else str(dtype).removeprefix("torch."), {}))
         else:
             sharded.whole(names[index], dtype)
 

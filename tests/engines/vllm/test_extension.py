@@ -195,7 +195,9 @@ async def serving(folder: Path, python: Path, logs: Path) -> AsyncIterator[Serve
     process = await ServerProcess.start("vllm", command, logs / f"vllm-{port}.log", env=environment)
     try:
         timeout = aiohttp.ClientTimeout(60)
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout) as session:
+        # vLLM closes a connection after an error of its own, while the next request may be on its way through it.
+        connector = aiohttp.TCPConnector(force_close=True)
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=connector, timeout=timeout) as session:
             server = Server(session)
             await process.until_healthy(server.healthy, deadline=START_DEADLINE)
             yield server
