@@ -237,7 +237,7 @@ def test_removing_takes_only_what_is_named(shelf: Shelf) -> None:
 @pytest.mark.parametrize("version", ["../../elsewhere", "1.0-cpu", "", "1.0\nother"])
 def test_a_version_that_is_none_is_refused(shelf: Shelf, version: str) -> None:
     recipes = {("toy", "cuda"): Recipe(locks=None)}
-    with pytest.raises(ConfigError, match="is no version"):
+    with pytest.raises(ConfigError, match="is not a version"):
         install("toy", version, "cuda", progress=quiet, recipes=recipes)
     with pytest.raises(LaunchError, match="is not in"):
         remove("toy", version, "cuda")

@@ -136,7 +136,7 @@ async def test_released_memory_is_really_free_and_nothing_generates_meanwhile(
 
 async def test_memory_is_not_released_under_a_running_request(api: Api) -> None:
     (task,) = await begin(api, "x")
-    assert "1 requests run" in await api.refused("/release_memory_occupation", {"tags": ["kv_cache"]})
+    assert "1 requests are running" in await api.refused("/release_memory_occupation", {"tags": ["kv_cache"]})
     await api.post("/pause_generation", {"mode": "in_place"})
     await api.refused("/release_memory_occupation", {"tags": ["weights"]})
     await api.post("/pause_generation", {"mode": "retract"})  # now it holds no memory

@@ -57,8 +57,8 @@ async def test_an_adapter_is_gone_for_new_requests_and_not_for_those_that_run(
     running = asyncio.create_task(api.post("/generate", body))
     await api.until_running(1)
     await unload(api, "gone")
-    assert "no adapter gone is loaded" in await api.refused("/generate", body)
-    assert "no adapter gone is loaded" in await api.refused("/unload_lora_adapter", {"lora_name": "gone"})
+    assert "no LoRA adapter gone is loaded" in await api.refused("/generate", body)
+    assert "no LoRA adapter gone is loaded" in await api.refused("/unload_lora_adapter", {"lora_name": "gone"})
     answer = await running
     truth = logprobs_of(merged(base, lora(base, 1)), [5, 9, 33], answer["output_ids"])
     assert reported_logprobs(answer) == pytest.approx(truth, abs=2e-3)
