@@ -114,7 +114,7 @@ class Source:
 
 
 class FullCheckpoint:
-    """A version's folder, memory-mapped. Raises DataError if a tensor is missing, or is there without a checksum."""
+    """A version's folder, memory-mapped. Raises DataError if a tensor is missing or has no checksum."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -139,7 +139,7 @@ class FullCheckpoint:
         return tensor
 
     def compared(self) -> "Iterator[tuple[str, torch.Tensor]]":
-        """Yield every tensor. Raises DataError if one does not have its checksum."""
+        """Yield every tensor. Raises DataError if a tensor does not match its checksum."""
         for name, expected in self.checksums.items():
             tensor = self._files[name].get_tensor(name)
             if tensor_checksum(tensor) != expected:
@@ -198,7 +198,7 @@ def read_version(
     folder: the folder of the anchor, which is memory-mapped.
     deltas: applied to each tensor in turn, each with the path of its file.
 
-    Raises DataError if anything does not have its checksum.
+    Raises DataError if anything does not match its checksum.
     """
     whole = FullCheckpoint(folder)
     _require_digest(whole.checksums, anchor, folder)

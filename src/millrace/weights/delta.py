@@ -153,7 +153,7 @@ def write_delta(path: Path, base_version: int, version: int, pairs: Iterable[Pai
         does not have the tensor. Both tensors are on the CPU and of any shape. A tensor whose dtype or shape has
         changed is stored whole.
 
-    Raises PublishError if a name is there twice or a dtype is not in DTYPES, and OSError. The path is unchanged then.
+    Raises PublishError if a name occurs twice or a dtype is not in DTYPES, and OSError. The path is unchanged then.
     """
     tensors: dict[str, TensorDelta] = {}
     changed = 0

@@ -86,7 +86,7 @@ def write_folder(place: Path, buckets: "Iterator[NamedTensors]", model_path: Pat
     as config and tokenizer.
 
     `place` is created, or replaced, when everything is written. It is not flushed to the disk. Raises PublishError if
-    it can't be written, or if a name is there twice.
+    it can't be written, or if a name occurs twice.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

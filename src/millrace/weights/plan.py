@@ -82,7 +82,7 @@ def padded(nbytes: int) -> int:
 
 def announced(tensors: Iterable[tuple[str, "torch.Tensor"]]) -> dict[str, tuple[int, ...]] | None:
     """Return the shape of each tensor by its name; None if that is unknown until the tensors are computed. Raises
-    PublishError if a name is there twice."""
+    PublishError if a name occurs twice."""
     if isinstance(tensors, Announcing):
         named = list(tensors.shapes())
     elif isinstance(tensors, Collection):

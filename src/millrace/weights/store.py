@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from millrace.weights.transports.base import NamedTensors
 
-# One of so many versions is whole. A new engine host reads a whole version and at most nine deltas.
+# Every tenth version is whole, so a new engine host reads one whole version and at most nine deltas.
 ANCHOR_EVERY = 10
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class VersionStore:
     url: a path, or any URL that fsspec knows.
     model_path: the model's folder. Its config and tokenizer are copied to each version.
     keep: the number of versions to keep. The versions that these are built from are kept too.
-    anchor_every: every so many versions, one is whole. The first version that this process writes is whole too. The
+    anchor_every: one of this many versions is whole. The first version that this process writes is whole too. The
         others are deltas if these are smaller. To write deltas, the last version is kept whole in a temporary folder on
         this host, and so is the next version while it is written.
 
@@ -109,7 +109,7 @@ class VersionStore:
         Does nothing if this process has written the version before. If the store is not `shared`, the folder is removed
         when the next version is secured, or when the store is closed.
 
-        Raises PublishError if there is no room, or if a tensor is there twice.
+        Raises PublishError if there is no room, or if a tensor occurs twice.
         """
         if version not in self._written:
             self._remove_from(version)
@@ -162,7 +162,7 @@ class VersionStore:
 
     def tensors(self, version: int) -> "Iterator[tuple[str, torch.Tensor]]":
         """Yield every tensor of a secured version, on the CPU. Raises PublishError if the store does not have the
-        version, or if a tensor does not have its checksum."""
+        version, or if a tensor does not match its checksum."""
         if version not in self.versions:
             raise PublishError(f"{self._source.root} has no version {version}; it has {self.versions}")
         local = frozenset() if self._base is None else frozenset({self._base})

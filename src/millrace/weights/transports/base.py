@@ -91,7 +91,7 @@ class Transport(ABC):
     @classmethod
     def create(cls, context: TransportContext) -> Self:
         """Return a new transport. Raises PublishError if it cannot run here."""
-        raise NotImplementedError(f"{cls.__name__} is not made from settings")
+        raise NotImplementedError(f"{cls.__name__} can't be created from settings")
 
     async def open(
         self,

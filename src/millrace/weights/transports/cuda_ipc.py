@@ -26,7 +26,7 @@ class DeviceSlot:
             ) from error
 
     def share(self) -> CudaIpcShare:
-        """Return a handle that one process can open once."""
+        """Return a handle of the memory, for one process to open once."""
         storage = self.bytes.untyped_storage()
         _, handle, nbytes, offset, counter, counter_offset, event, sync = storage._share_cuda_()  # type: ignore[no-untyped-call]
         uuid = str(torch.cuda.get_device_properties(self.bytes.device).uuid)
