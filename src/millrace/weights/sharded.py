@@ -116,6 +116,17 @@ def follow(sharded: ShardedTensors) -> None:
             sharded.whole(names[index], dtype)
 
 
+def _not_finite(sharded: ShardedTensors, dtypes: Dtypes) -> list[str]:
+    """Return the names of the tensors that have a NaN or an infinite value after the cast to `dtypes`.
+
+    Collective. Each rank checks its own shards, and nothing is gathered."""
+    shards = [(name, t.to_local() if isinstance(t, DTensor) else t) for name, t in sharded.tensors.items()]
+    bad = frozenset(not_finite(shards, dtypes))
+    found = torch.tensor([name in bad for name in sharded.tensors], dtype=torch.uint8, device=_on_device(sharded))
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [name for name, is_bad in zip(sharded.tensors, found.tolist(), strict=True) if is_bad]
+
+
 def _broadcast(sharded: ShardedTensors, index: int, dtype: torch.dtype | None = None) -> tuple[int, torch.dtype | None]:
     """Return rank 0's arguments, on every rank."""
     message = torch.tensor((index, CASTS.index(dtype)), device=_on_device(sharded))
