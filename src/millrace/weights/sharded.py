@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from millrace.model_folder import FLOATS
 from millrace.weights.cast import Dtypes
+from millrace.weights.finite import not_finite
 
 END, CHECK = -1, -2  # broadcast in place of a tensor's index
 CASTS: tuple[torch.dtype | None, ...] = (None, *(getattr(torch, name) for name in FLOATS.values()))  # sent by index
