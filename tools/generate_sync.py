@@ -91,9 +91,15 @@ def ruff(command: str, source: str, *options: str) -> str:
 
 
 def blocking_open_fleet(node: ast.AsyncFunctionDef) -> str:
-    doc = ast.get_docstring(node, clean=False)
+    doc = blocking_doc(node)
     head = f'@contextmanager\ndef open_fleet({ast.unparse(node.args)}) -> "Iterator[Fleet]":\n    """{doc}"""\n'
     return head + OPEN_BODY.format(arguments=passed_on(node.args.args, node.args.kwonlyargs))
+
+
+def blocking_doc(node: Function) -> str | None:
+    """Return the docstring, with its examples in blocking form."""
+    doc = ast.get_docstring(node, clean=False)
+    return doc.replace("async with ", "with ").replace("await ", "") if doc else None
 
 
 def public_methods(definition: ast.ClassDef) -> list[Function]:
@@ -108,7 +114,7 @@ def passed_on(positional: list[ast.arg], keywords: list[ast.arg]) -> str:
 def blocking_method(node: Function) -> str:
     arguments = passed_on(node.args.args[1:], node.args.kwonlyargs)
     returns = ast.unparse(node.returns) if node.returns else "None"
-    doc = ast.get_docstring(node, clean=False)
+    doc = blocking_doc(node)
     text = f'        """{doc}"""\n' if doc else ""
     head = f"def {node.name}({ast.unparse(node.args)})"
     if returns.startswith("AsyncGenerator["):

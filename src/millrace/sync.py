@@ -92,9 +92,9 @@ def open_fleet(
 
     Example:
 
-        async with open_fleet({"kind": "sglang", "replicas": 2}, "models/Qwen3-0.6B", log_dir="logs") as fleet:
-            await fleet.publish(lambda: list(model.named_parameters()), version=1)
-            generation = await fleet.generate(request, deadline=60.0)
+        with open_fleet({"kind": "sglang", "replicas": 2}, "models/Qwen3-0.6B", log_dir="logs") as fleet:
+            fleet.publish(lambda: list(model.named_parameters()), version=1)
+            generation = fleet.generate(request, deadline=60.0)
     """
     with Portal() as portal:
         manager = local.open_fleet(
@@ -370,7 +370,7 @@ class Fleet:
         Example:
 
             request = GenerateRequest("turn-1", input_ids, SamplingParams(max_new_tokens=64))
-            generation = await fleet.generate(request, deadline=60.0, routing=RoutingContext(session="episode-7"))
+            generation = fleet.generate(request, deadline=60.0, routing=RoutingContext(session="episode-7"))
         """
         return self._portal.call(self._wrapped.generate(request, deadline=deadline, routing=routing))
 
@@ -418,7 +418,7 @@ class Fleet:
 
         Example:
 
-            report = await fleet.publish(lambda: list(model.named_parameters()), version=step)
+            report = fleet.publish(lambda: list(model.named_parameters()), version=step)
             for name, error in report.failed.items():
                 print(f"{name} did not take version {step}: {error}")
         """
@@ -466,7 +466,7 @@ class Fleet:
 
             config = LoraConfig(rank=16, alpha=32.0, target_modules=("q_proj", "v_proj"))
             adapter = peft.get_peft_model_state_dict(model)
-            await fleet.publish_lora(adapter.items(), version=step, config=config)
+            fleet.publish_lora(adapter.items(), version=step, config=config)
         """
         return self._portal.call(
             self._wrapped.publish_lora(
