@@ -20,7 +20,7 @@ ADAPTER = LoraConfig(8, 16.0, ("q_proj",))
     [
         ({"config": {"kind": "embeded"}}, ConfigError, "config.*embeded.*'sglang'.*an example of config is Emb"),
         ({"config": {"kind": "embedded", "replicsa": 2}}, ConfigError, "config.embedded.replicsa: Extra"),
-        ({"config": "embedded"}, ConfigError, "config.*such as EmbeddedEngineConfig"),
+        ({"config": "embedded"}, ConfigError, "config.*an example of config is EmbeddedEngineConfig"),
         ({"config": None}, ConfigError, "config must be a config such as EmbeddedEngineConfig.*None"),
         ({"model_path": None}, ArgumentError, "model_path must be a path, and is None"),
         ({"model_path": "/nowhere"}, MillraceError, "/nowhere"),

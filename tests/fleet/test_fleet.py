@@ -402,7 +402,7 @@ async def test_what_is_no_list_of_tensors_is_told(fleet: Fleet, model: PreTraine
     for wrong, hint in ((model.state_dict(), r"\.items\(\)"), (model, r"named_parameters")):
         with pytest.raises(PublishError, match=hint):
             await fleet.publish(wrong, following(fleet))
-    with pytest.raises(PublishError, match="'7' is not"):
+    with pytest.raises(PublishError, match="version must be an integer, and is '7'"):
         await fleet.publish(tensors(model), "7")  # type: ignore[arg-type]
     with pytest.raises(NoEngineError, match="no engine is called embedded-9"):
         await fleet.restart("embedded-9")
