@@ -144,6 +144,12 @@ def test_whatever_stands_in_a_field_is_read_or_refused(other: dict[str, object])
             assert all(type(token) is int for _, tokens in event.blocks for token in tokens)
 
 
+@pytest.mark.parametrize("extra", [True, 3, "keys"])
+def test_extra_keys_that_are_no_list_are_refused(extra: object) -> None:
+    with pytest.raises(MalformedEvents, match="extra_keys is not a list"):
+        read({**WITH_MORE, "extra_keys": extra})
+
+
 @given(st.binary())
 def test_noise_is_read_or_refused(noise: bytes) -> None:
     try:

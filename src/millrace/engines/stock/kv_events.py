@@ -156,6 +156,8 @@ def _on_the_device(fields: Mapping[Any, Any]) -> bool:
 def _of_something_else(fields: Mapping[Any, Any]) -> bool:
     """Whether the blocks depend on more than their tokens, so that another prompt of these tokens can't reuse them."""
     extra = fields.get("extra_keys") or ()
+    if not isinstance(extra, list | tuple):
+        raise MalformedEvents(f"extra_keys is not a list: {_shortened(extra)}")
     return any(fields.get(name) is not None for name in NAMESPACES) or any(one is not None for one in extra)
 
 
