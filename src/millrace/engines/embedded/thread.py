@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -119,7 +120,8 @@ class ModelThread:
             self._loop.call_soon_threadsafe(self.ready.set_result, Loaded(core.info, core.weights, core.linears))
             self._serve(core)
         finally:  # an exception propagates to threading's hook, which prints it
-            self._loop.call_soon_threadsafe(self._end)
+            with suppress(RuntimeError):  # the loop is closed when the process ends
+                self._loop.call_soon_threadsafe(self._end)
 
     def _serve(self, core: Core) -> None:
         while not self._stopped:
