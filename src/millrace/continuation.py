@@ -104,7 +104,7 @@ async def generate_in_parts(
 
 def call_id(request_id: str, number: int) -> str:
     """Return the id of one of the calls that a request is made of. An engine must never see an id twice: it may still
-    hold the earlier call, and SGLang and vLLM abort an id again seconds after its stream has ended."""
+    hold the earlier call, and SGLang aborts an id again two seconds after its stream has ended."""
     return f"{request_id}~{number}"
 
 

@@ -105,7 +105,7 @@ class Supervisor:
         state = next((s for s in self._replicas.snapshot.replicas if s.name == name), None)
         if state is None or state.asleep:
             return
-        if health not in (Health.BUSY, Health.UNKNOWN):
+        if health is not Health.BUSY:  # UNKNOWN is a fault of this process, and must not count as the engine's silence
             self._silent_since.pop(name, None)
         if health is Health.DEAD:
             await self._replicas.apply(name, CallFailed("nothing takes connections at its port"))
