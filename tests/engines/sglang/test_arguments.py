@@ -156,7 +156,7 @@ def test_events_that_are_said_twice_are_refused() -> None:
 
 def test_events_that_tell_no_adapters_blocks_from_the_models_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"events of SGLang 0.5.15 .*; leave out engine.kv_events, or .* --enable-lora"
+        ConfigError, match=r"KV events of SGLang 0.5.15 do not .*; leave out engine.kv_events, or .* --enable-lora"
     ):
         plan(kv_events=True, version="0.5.15", engine_args={"enable_lora": True})
     assert plan(kv_events=True, version="0.5.15")
