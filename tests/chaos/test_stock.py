@@ -23,7 +23,7 @@ from millrace.rollout.scheduler import RolloutScheduler
 from millrace.types import SamplingParams
 from millrace.weights.chain import folder_name
 from tests.chaos.faults import WAIT, Run, check, give_everything_up, hit, kill, publish, stop_and_go_on, until_all_serve
-from tests.conformance.hold import START_TIMEOUT
+from tests.conformance.run_checks import START_TIMEOUT
 from tests.dtypes import save_as
 from tests.engines.processes import below, command_lines
 from tests.rollout.test_scheduler import make_runner

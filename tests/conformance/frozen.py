@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 from millrace.fleet.fleet import Fleet
 from millrace.types import VersionSpan
 from millrace.weights.folder import folder_checksums
-from tests.conformance.middle import greedy
+from tests.conformance.in_flight import greedy
 from tests.fleet.test_fleet import expected
 
 
-async def hold_a_judge_comes_back_from_its_folder(fleet: Fleet, folder: Path) -> None:
+async def check_judge_is_restored(fleet: Fleet, folder: Path) -> None:
     [started] = fleet.replicas.by_name.values()
     name, tokens = started.engine.name, expected(AutoModelForCausalLM.from_pretrained(folder))
     judge = Fleet([replace(started, process=None)], None, frozen=True)

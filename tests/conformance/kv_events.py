@@ -19,7 +19,7 @@ def asking(name: str, prompt: tuple[int, ...] = PROMPT) -> GenerateRequest:
     return GenerateRequest(name, prompt, SamplingParams(4, temperature=0.0, ignore_eos=True))
 
 
-async def hold_its_events_draw_requests(fleet: Fleet, tiny_model: Path, version: int) -> None:
+async def check_routing_by_kv_events(fleet: Fleet, tiny_model: Path, version: int) -> None:
     """What somebody else had it compute draws requests to it, as long as it has that."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     await fleet.publish([(name, parameter.detach()) for name, parameter in model.named_parameters()], version)

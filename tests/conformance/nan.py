@@ -17,7 +17,7 @@ PROMPT = (5, 17, 300, 42, 8)
 SAYS = r"the weights of version {} gave token 0 of request nan-\d+\S* the logprob nan.*healthy: check the weights"
 
 
-async def hold_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path, version: int) -> None:
+async def check_nan_weights(fleet: Fleet, tiny_model: Path, version: int) -> None:
     """Publishes weights with a NaN as `version`, and sound ones as the next."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     sound = {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -39,7 +39,7 @@ from millrace.types import (
 )
 from millrace.weights.transports.base import NamedTensors, StagedBucket
 from millrace.weights.transports.shared_memory import SharedMemoryTransport
-from tests.conformance.nan import hold_nan_is_the_weights_fault
+from tests.conformance.nan import check_nan_weights
 
 PROMPT = (5, 17, 300, 42, 8)
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, faults=True)
@@ -465,4 +465,4 @@ async def test_a_session_stays_with_its_engine(fleet: Fleet) -> None:
 
 
 async def test_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path) -> None:
-    await hold_nan_is_the_weights_fault(fleet, tiny_model, following(fleet))
+    await check_nan_weights(fleet, tiny_model, following(fleet))

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import re
-import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from millrace.fleet.replica_state import Phase
 from millrace.fleet.starting import start_all
 from millrace.types import ALL_MEMORY, MemoryTag, VersionSpan
 from millrace.weights.transports.shared_memory import SharedMemoryTransport
-from tests.fleet.strike import strike
+from tests.fleet.signals import kill_engine
 from tests.fleet.test_fleet import CONFIG, expected, greedy, tensors
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -72,7 +71,7 @@ def following(fleet: Fleet) -> int:
 
 async def kill(fleet: Fleet) -> None:
     """Returns when the fleet knows."""
-    strike(fleet, NAME, signal.SIGKILL)
+    kill_engine(fleet, NAME)
     async with asyncio.timeout(20):
         while fleet.snapshot.get(NAME).phase is not Phase.DEAD:
             await asyncio.sleep(0.01)
@@ -150,7 +149,7 @@ async def test_an_engine_that_dies_in_a_hybrid_step_gets_the_next_version(
     trainer.step()
     asked = trainer.asked
     if moment == "waking":
-        strike(fleet, NAME, signal.SIGKILL)
+        kill_engine(fleet, NAME)
     await fleet.wake(WEIGHTS)
     if moment == "between the wakes":
         await kill(fleet)
@@ -169,7 +168,7 @@ async def test_an_engine_that_dies_during_a_publish_gets_that_version(fleet: Fle
         for number, entry in enumerate(trainer.named()):
             if number == 5 and struck < 2:
                 struck += 1
-                strike(fleet, NAME, signal.SIGKILL)
+                kill_engine(fleet, NAME)
             yield entry
 
     # Without the check of the values, which would go through the tensors before the transaction.

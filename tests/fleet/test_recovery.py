@@ -17,7 +17,7 @@ from millrace.fleet.supervisor import FIRST_DELAY, LONGEST_DELAY, delay_before
 from millrace.launch.ports import free_port
 from millrace.types import FinishReason, VersionSpan
 from tests.engines.processes import below, command_lines
-from tests.fleet.strike import strike
+from tests.fleet.signals import send_signal
 from tests.fleet.test_fleet import CONFIG, busy, embedded, expected, greedy, tensors
 
 ONE = CONFIG.model_copy(update={"replicas": 1})
@@ -59,12 +59,12 @@ async def test_requests_go_past_an_engine_that_answers_nothing(
                 while fleet.snapshot.get("embedded-0").phase is not phase:
                     await asyncio.sleep(0.02)
 
-        strike(fleet, "embedded-0", signal.SIGSTOP)
+        send_signal(fleet, "embedded-0", signal.SIGSTOP)
         await until(Phase.SUSPECT)
         assert "it has not answered for" in fleet.snapshot.describe()
         for number in range(4):
             await fleet.generate(greedy(f"past-{number}"), deadline=20)
-        strike(fleet, "embedded-0", signal.SIGCONT)
+        send_signal(fleet, "embedded-0", signal.SIGCONT)
         await until(Phase.READY)
 
 

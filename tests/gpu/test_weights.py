@@ -16,7 +16,7 @@ from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.types import VersionSpan
-from tests.fleet.strike import strike
+from tests.fleet.signals import kill_engine
 from tests.weights.faults import Source, damaged
 from tests.weights.variants import Prompt, Variant, greedy, greedy_request, make_variants
 
@@ -67,12 +67,12 @@ async def hold(config: StockConfig, transport: TransportName, variants: list[Var
         await serves(fleet, 1, *second, first)
         name, *others = fleet.engines
         if others:
-            failed = await publish(fleet, 2, first[0], lambda: strike(fleet, name))
+            failed = await publish(fleet, 2, first[0], lambda: kill_engine(fleet, name))
             assert failed == {name}
             await serves(fleet, 2, *first, second)
         else:
             with pytest.raises(PublishError):
-                await publish(fleet, 2, first[0], lambda: strike(fleet, name))
+                await publish(fleet, 2, first[0], lambda: kill_engine(fleet, name))
         started = time.monotonic()
         await fleet.restart(name, bucket_bytes=BUCKET)
         print(f"{name} serves again after {time.monotonic() - started:.1f} s")

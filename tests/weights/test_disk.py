@@ -13,7 +13,7 @@ from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.types import GenerateRequest, SamplingParams
-from tests.fleet.strike import strike
+from tests.fleet.signals import kill_engine
 
 Tensors = list[tuple[str, torch.Tensor]]
 
@@ -64,7 +64,7 @@ async def test_versions_are_folders_that_engines_and_anybody_can_read(
         assert {span.version for span in generation.version_spans} == {3}
 
     one, _ = fleet.engines
-    strike(fleet, one)
+    kill_engine(fleet, one)
     await fleet.restart(one)
     assert fleet.snapshot.get(one).version == 3
 

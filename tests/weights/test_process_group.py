@@ -16,7 +16,7 @@ from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup
-from tests.fleet.strike import strike
+from tests.fleet.signals import kill_engine, send_signal
 from tests.weights.variants import louder
 
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=3, threads=1, faults=True)
@@ -92,7 +92,7 @@ async def test_who_fails_does_not_take_the_others_along(fleet: Fleet, tensors: T
     assert set(report.failed) == {FIRST}
     assert await served(fleet) == {MIDDLE: 3, LAST: 3}
 
-    source = Weights(tensors, lambda: strike(fleet, MIDDLE, signal.SIGKILL))
+    source = Weights(tensors, lambda: kill_engine(fleet, MIDDLE))
     if transport._together:  # what comes only once can't be sent again, and the old version serves on
         with pytest.raises(PublishError, match=MIDDLE):
             await fleet.publish(iter(source), 4, bucket_bytes=BUCKET, deadline=DEADLINE)
@@ -107,7 +107,7 @@ async def test_who_fails_does_not_take_the_others_along(fleet: Fleet, tensors: T
 
 @pytest.mark.parametrize("fleet", [True], ids=["together"], indirect=True)
 async def test_who_hangs_in_a_common_broadcast_is_left_out_of_the_next(fleet: Fleet, tensors: Tensors) -> None:
-    source = Weights(louder(tensors), lambda: strike(fleet, MIDDLE, signal.SIGSTOP))
+    source = Weights(louder(tensors), lambda: send_signal(fleet, MIDDLE, signal.SIGSTOP))
     report = await fleet.publish(source, 1, bucket_bytes=BUCKET, deadline=DEADLINE)
     assert source.rounds == 2
     assert set(report.failed) == {MIDDLE}

@@ -16,7 +16,7 @@ from millrace.model_folder import stored_tensors
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.plan import buckets
 from millrace.weights.store import VersionStore
-from tests.fleet.strike import strike
+from tests.fleet.signals import kill_engine
 from tests.weights.variants import louder
 
 Tensors = list[tuple[str, torch.Tensor]]
@@ -107,13 +107,13 @@ async def greedy(fleet: Fleet, name: str) -> tuple[int | None, tuple[int, ...]]:
 async def test_an_engine_that_died_catches_up(tensors: Tensors, tiny_model: Path, tmp_path: Path) -> None:
     async with open_fleet(config(), tiny_model, log_dir=tmp_path, folder=tmp_path / "versions") as fleet:
         one, two = fleet.engines
-        strike(fleet, one)
+        kill_engine(fleet, one)
         await fleet.restart(one)  # nothing was published yet
         assert await greedy(fleet, one) == await greedy(fleet, two)
         first = await greedy(fleet, two)
         for version, weights in enumerate((times(tensors, 2), louder(tensors)), 1):
             assert (await fleet.publish(weights, version, bucket_bytes=SMALL)).unstored is None
-        strike(fleet, one)
+        kill_engine(fleet, one)
         await fleet.restart(one, bucket_bytes=SMALL)
         assert fleet.snapshot.get(one).routable
         assert await greedy(fleet, one) == await greedy(fleet, two)

@@ -1,4 +1,4 @@
-"""Engines of a fleet that are killed, or stopped in the middle."""
+"""Signals to the engine processes of a fleet."""
 
 import os
 import signal
@@ -8,8 +8,12 @@ from millrace.fleet.fleet import Fleet
 from millrace.launch.process import ServerProcess
 
 
-def strike(fleet: Fleet, name: str, number: signal.Signals = signal.SIGKILL) -> None:
-    """A signal to the engine's own process, which is its guard's only child."""
+def kill_engine(fleet: Fleet, name: str) -> None:
+    send_signal(fleet, name, signal.SIGKILL)
+
+
+def send_signal(fleet: Fleet, name: str, number: signal.Signals) -> None:
+    """Sends a signal to the engine's own process, which is the only child of its guard."""
     process = fleet.replicas.by_name[name].process
     assert isinstance(process, ServerProcess)
     guard = process._process.pid

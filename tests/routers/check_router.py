@@ -1,4 +1,4 @@
-"""A router before a stock engine, on the server that other tests have started."""
+"""A router in front of a stock engine. It uses the server that other tests have started."""
 
 import asyncio
 from functools import partial
@@ -13,14 +13,15 @@ from millrace.fleet.external_router import ExternalRouter
 from millrace.fleet.fleet import Fleet
 from millrace.routers.start import start_router
 from millrace.types import FinishReason, RoutingContext
-from tests.conformance.middle import LONG, across, begun, greedy
+from tests.conformance.in_flight import LONG, generate_across_update, greedy, start_in_flight
 from tests.fleet.test_fleet import expected
 
 
-async def hold_a_router_before_it(
+async def check_router(
     fleet: Fleet, tiny_model: Path, config: SGLangRouterConfig | VLLMRouterConfig, log_dir: Path, version: int
 ) -> None:
-    """Answers are those of the engine itself, a publish ends none, and what nobody waits for is aborted."""
+    """Through the router, outputs equal the engine's own, a publish interrupts no request, and a cancelled request is
+    aborted."""
     [engine] = fleet.engines.values()
     assert isinstance(engine, StockEngine)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -37,7 +38,7 @@ async def hold_a_router_before_it(
                 assert made.output_ids == expected(model)
                 assert [span.version for span in made.version_spans] == [version]
             assert fleet.event_log.metrics.requests[by_router] == 2
-            number, made = await across(
+            number, made = await generate_across_update(
                 fleet,
                 version + 1,
                 lambda number: fleet.publish(tensors, number),
@@ -47,7 +48,7 @@ async def hold_a_router_before_it(
             assert made.request_id.startswith("across")
             assert (len(made.output_ids), len(made.logprobs)) == (LONG, LONG)
             assert [span.version for span in made.version_spans] == [number, number + 1]
-            given_up = await begun(fleet, "given-up")
+            given_up = await start_in_flight(fleet, "given-up")
             given_up.cancel()
             await asyncio.gather(given_up, return_exceptions=True)
             await engine.flush_cache(deadline=1.0)  # refused while anything runs

@@ -1,4 +1,5 @@
-"""The one set of checks, held against one engine. A file for each engine, so that they run beside each other."""
+"""Runs the conformance checks on one engine. Each engine has its own test file, so that pytest-xdist runs them in
+parallel."""
 
 from pathlib import Path
 
@@ -15,28 +16,30 @@ from millrace.fleet.fleet import Fleet
 from millrace.types import Capability, DiskBucket, GenerateRequest, SamplingParams
 
 START_TIMEOUT = 240.0  # seconds; a stock engine takes 20 on a quiet machine
-# A server has to be started for them.
+# These checks need a server that was started with LoRA enabled.
 WITHOUT_LORA = frozenset(check.name for check in CHECKS if Capability.LORA in check.needs)
 every_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 
 
-async def runner_on(fleet: Fleet, model: Path, other: Path) -> Runner:
-    """Checks for the only engine of a fleet, which nobody else uses meanwhile."""
+async def make_runner(fleet: Fleet, model: Path, other: Path) -> Runner:
+    """Returns a runner for the fleet's only engine. Nothing else may use the engine while a check runs."""
     [engine] = fleet.engines.values()
     return Runner(Subject(engine, await engine.info(), model, other))
 
 
-async def hold_its_routes_say_what_it_is(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def check_kind_is_found(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     [engine] = fleet.engines.values()
     assert isinstance(engine, StockEngine)
     monkeypatch.setenv(API_KEY, str(engine.api_key))
     assert await find_kind(engine.url) == (await engine.info()).kind
 
 
-async def hold_its_dtype_is_read(fleet: Fleet, config: SGLangEngineConfig | VLLMEngineConfig, model: Path) -> None:
-    """A server that somebody else started says what it computes in. A setting that says otherwise is refused."""
+async def check_dtype_is_read(fleet: Fleet, config: SGLangEngineConfig | VLLMEngineConfig, model: Path) -> None:
+    """Millrace reads the dtype of a server that it did not start. It refuses a config with another dtype."""
     [engine] = fleet.engines.values()
-    assert (await engine.info()).dtype == "float32"  # the folder's, where the engine's own `auto` is another
+    assert (
+        await engine.info()
+    ).dtype == "float32"  # the model folder's dtype; the engine's own `auto` would pick another
     assert isinstance(engine, StockEngine)
     keys = engine._http._keys
     with pytest.MonkeyPatch.context() as patch:
@@ -51,8 +54,8 @@ async def hold_its_dtype_is_read(fleet: Fleet, config: SGLangEngineConfig | VLLM
             await start(other, LaunchSpec(model_path=model, log_dir=model))
 
 
-async def hold_after_a_trainer_died(runner: Runner) -> None:
-    """Who attaches to a server that another left in the middle of an update can update it."""
+async def check_update_after_a_trainer_died(runner: Runner) -> None:
+    """A new client can update a server whose last client died in the middle of an update."""
     subject = runner.subject
     first = subject.engine
     assert isinstance(first, StockEngine)
@@ -74,9 +77,9 @@ async def hold_after_a_trainer_died(runner: Runner) -> None:
         await second.close()
 
 
-async def hold(runner: Runner, check: Check, lacking: frozenset[str]) -> None:
-    """lacking: the checks that the engine can't be asked. Any other that is lacking is an error: a check that can't be
-    made proves nothing."""
+async def run_check(runner: Runner, check: Check, lacking: frozenset[str]) -> None:
+    """Runs one check. `lacking` names the checks that this engine can't run. Every other check must run and pass, since
+    a check that does not run proves nothing."""
     result = await runner.examine(check)
     expected = Outcome.LACKING if check.name in lacking else Outcome.PASSED
     assert result.outcome is expected, result.reason

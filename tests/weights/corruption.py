@@ -1,4 +1,4 @@
-"""A transport in whose hands bytes change after their checksums were taken, before the engines read them."""
+"""A transport that changes bytes after their checksums were taken and before the engines read them."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,24 +19,26 @@ SIGN = 0x80  # in the last byte of a little-endian float
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
-    """Once, to the next bucket in which it is possible. `engine`: only what this one reads, where two tensors of one
-    shape are exchanged; None: the bytes that all read, of one number or of a `whole` tensor."""
+class Corruption:
+    """One corruption, of the next bucket that allows it.
+
+    With an `engine`, only that engine reads other bytes: two tensors of the same shape are swapped. With None, all
+    engines do: one number changes its sign, or with `whole` all numbers of a tensor."""
 
     engine: str | None
     whole: bool = False
 
 
-class MeddlingTransport(Transport):
-    """The real transport `inner`, and what happens to it. `damage` is what is still to come."""
+class CorruptingTransport(Transport):
+    """Wraps the real transport `inner`. `corruption` is the corruption that is still to be made."""
 
     def __init__(self, inner: Transport, scratch: Path) -> None:
         self._inner, self._scratch = inner, scratch
-        self.damage: Damage | None = None
+        self.corruption: Corruption | None = None
 
     @property
     def done(self) -> bool:
-        return self.damage is None
+        return self.corruption is None
 
     async def open(
         self, targets: Sequence[PublishTarget], version: int, *, deadline: float
@@ -45,7 +47,7 @@ class MeddlingTransport(Transport):
 
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
         for staged in self._inner.staged(buckets):
-            yield self._meddled(staged)
+            yield self._corrupted(staged)
 
     async def send(self, staged: StagedBucket) -> None:
         await self._inner.send(staged)
@@ -62,32 +64,32 @@ class MeddlingTransport(Transport):
     async def close(self) -> None:
         await self._inner.close()
 
-    def _meddled(self, staged: StagedBucket) -> StagedBucket:
-        """All engines are handed a bucket before the first of them asks for its bytes."""
-        if self.damage is not None and self.damage.engine is None and isinstance(staged, BroadcastBucket):
-            tensors = spoiled(staged, self.damage)
+    def _corrupted(self, staged: StagedBucket) -> StagedBucket:
+        """Returns the corrupted bucket. Every engine gets its bucket before the first one reads its bytes."""
+        if self.corruption is not None and self.corruption.engine is None and isinstance(staged, BroadcastBucket):
+            tensors = corrupted_broadcast(staged, self.corruption)
             if tensors is not None:
-                self.damage = None
+                self.corruption = None
                 return replace(staged, tensors=tensors)
 
         def bucket_for(target: PublishTarget) -> Bucket:
-            bucket, damage = staged.bucket_for(target), self.damage
-            if damage is None or damage.engine not in (None, target.engine.name):
+            bucket, corruption = staged.bucket_for(target), self.corruption
+            if corruption is None or corruption.engine not in (None, target.engine.name):
                 return bucket
-            changed = spoil(bucket, damage) if damage.engine is None else self._for_one(bucket)
+            changed = corrupt_bucket(bucket, corruption) if corruption.engine is None else self._for_one(bucket)
             if changed is not None:
-                self.damage = None
+                self.corruption = None
             return changed or bucket
 
         return replace(staged, bucket_for=bucket_for)
 
     def _for_one(self, bucket: Bucket) -> Bucket | None:
-        """None: nothing of it can be exchanged."""
+        """Swaps two tensors of one shape. Returns None if the bucket has no such two."""
         if isinstance(bucket, DiskBucket):
             copy = self._scratch / "misread"
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(bucket.path, copy)
-            spoil_folder(copy, Damage(None, whole=True))
+            corrupt_folder(copy, Corruption(None, whole=True))
             return DiskBucket(str(copy))
         assert isinstance(bucket, SharedMemoryBucket | TorchStorageBucket | ProcessGroupBucket)
         specs = list(bucket.tensors)
@@ -98,54 +100,55 @@ class MeddlingTransport(Transport):
         return None
 
 
-def spoil(bucket: Bucket, damage: Damage) -> Bucket | None:
-    """Changes the memory or the files that the bucket names. None: nothing in it is worth it."""
+def corrupt_bucket(bucket: Bucket, corruption: Corruption) -> Bucket | None:
+    """Changes the memory or the files that the bucket names. Returns None if the bucket holds no inner weight."""
     if isinstance(bucket, DiskBucket):
-        spoil_folder(Path(bucket.path), damage)
+        corrupt_folder(Path(bucket.path), corruption)
         return bucket
     if isinstance(bucket, ProcessGroupBucket):
-        return None  # no memory is named
+        return None  # it names no memory
     assert isinstance(bucket, SharedMemoryBucket | TorchStorageBucket)
-    spec = inner(bucket.tensors)
+    spec = first_inner_weight(bucket.tensors)
     if spec is None:
         return None
     path = bucket.path if isinstance(bucket, SharedMemoryBucket) else f"/dev/shm/{bucket.handle.decode().lstrip('/')}"
-    spoil_file(Path(path), spec.offset, spec.offset + spec.nbytes, damage)
+    corrupt_file(Path(path), spec.offset, spec.offset + spec.nbytes, corruption)
     return bucket
 
 
-def spoiled(staged: BroadcastBucket, damage: Damage) -> tuple[torch.Tensor, ...] | None:
-    """The tensors to broadcast, of which one is a copy with other bytes: they may be the trainer's own."""
+def corrupted_broadcast(staged: BroadcastBucket, corruption: Corruption) -> tuple[torch.Tensor, ...] | None:
+    """Returns the tensors to broadcast, one of them replaced by a corrupted copy. The originals may be the trainer's
+    own, so they stay as they are."""
     chosen = next(
-        (index for index, name in enumerate(staged.names) if matters(name, staged.tensors[index].dim())), None
+        (index for index, name in enumerate(staged.names) if is_inner_weight(name, staged.tensors[index].dim())), None
     )
     if chosen is None:
         return None
     copy = staged.tensors[chosen].clone()
-    copy.reshape(-1)[: None if damage.whole else 1].neg_()
+    copy.reshape(-1)[: None if corruption.whole else 1].neg_()
     return (*staged.tensors[:chosen], copy, *staged.tensors[chosen + 1 :])
 
 
-def spoil_folder(folder: Path, damage: Damage) -> None:
-    tensor = next(one for name, one in stored_tensors(folder).items() if matters(name, len(one.shape)))
-    spoil_file(tensor.file, tensor.begin, tensor.end, damage)
+def corrupt_folder(folder: Path, corruption: Corruption) -> None:
+    tensor = next(one for name, one in stored_tensors(folder).items() if is_inner_weight(name, len(one.shape)))
+    corrupt_file(tensor.file, tensor.begin, tensor.end, corruption)
 
 
-def spoil_file(path: Path, begin: int, end: int, damage: Damage) -> None:
-    """Turns the sign of the first number, or of all."""
+def corrupt_file(path: Path, begin: int, end: int, corruption: Corruption) -> None:
+    """Flips the sign of the first number, or of all numbers."""
     with path.open("r+b") as file:
         file.seek(begin)
         data = bytearray(file.read(end - begin))
-        for index in range(3, len(data) if damage.whole else 4, 4):
+        for index in range(3, len(data) if corruption.whole else 4, 4):
             data[index] ^= SIGN
         file.seek(begin)
         file.write(data)
 
 
-def inner(specs: Sequence[TensorSpec]) -> TensorSpec | None:
-    return next((spec for spec in specs if matters(spec.name, len(spec.shape))), None)
+def first_inner_weight(specs: Sequence[TensorSpec]) -> TensorSpec | None:
+    return next((spec for spec in specs if is_inner_weight(spec.name, len(spec.shape))), None)
 
 
-def matters(name: str, dimensions: int) -> bool:
-    """Whether other tokens come of it: the norms hide a change of what is tied or small."""
+def is_inner_weight(name: str, dimensions: int) -> bool:
+    """Whether a change of this tensor changes the output. The norms hide changes of tied and of small tensors."""
     return ".layers." in name and dimensions == 2
