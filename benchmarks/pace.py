@@ -1,13 +1,14 @@
-"""What a step costs that waits for nobody: wall time of the same number of steps, on a load with a long tail.
+"""Measures what a step costs if the trainer does not wait for slow samples: the wall time of the same number of steps
+on a load with a long tail.
 
     OMP_NUM_THREADS=1 python -m benchmarks.pace [--engines 2] [--steps 8] [--repeats 3]
 
-Each step takes 8 groups of 4 samples; the lengths of samples are drawn, few of them long. A training step is stood in
-for by a wait, as it leaves the engines' hardware alone, and is followed by a publish. In turns:
+Each step takes 8 groups of 4 samples. The lengths of the samples are drawn, and few of them are long. A wait stands for
+the training step, since training would not use the engines' hardware. A publish follows it. These take turns:
 
 - barrier: a step starts its groups, waits for all of them, trains, and publishes (on-policy);
-- over-sampling: it starts half as many groups more, takes the first complete, and gives up the rest (on-policy);
-- pace: engines generate on while the trainer trains, at most one version ahead (`max_staleness` 1).
+- over-sampling: a step starts half as many groups more, takes the first complete, and gives up the rest (on-policy);
+- pace: engines go on generating while the trainer trains, at most one version ahead (`max_staleness` 1).
 
 The floor is the engines' work alone: all samples of all steps at once, without a trainer.
 """
@@ -46,7 +47,7 @@ POLICIES = {
 
 @dataclass(frozen=True, slots=True)
 class LongTail:
-    """A runner whose samples are one turn each, of a drawn length."""
+    """A runner whose samples have one turn of a drawn length."""
 
     fleet: Fleet
 
@@ -70,7 +71,7 @@ class LongTail:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`tokens`: that were trained on. `waited`: seconds in which the trainer had nothing to do."""
+    """`tokens` counts the tokens that were trained on. `waited` is the seconds in which the trainer was idle."""
 
     seconds: float
     tokens: int
@@ -106,7 +107,7 @@ async def run(publisher: Publisher, policy: StalenessPolicy, steps: int) -> Resu
                 assert sample.oldest_version is not None
                 tokens += int(sample.episode.loss_mask.sum())
                 lags.append(publisher.version - sample.oldest_version)
-            await asyncio.sleep(TRAINING)  # the trainer's hardware works
+            await asyncio.sleep(TRAINING)  # stands for the training step
             await publisher.publish()
             if policy.ahead:
                 buffer.top_up(publisher.version)
