@@ -1,4 +1,4 @@
-"""A request that kills every engine that reads it: its sample fails, and the engines come back."""
+"""A request kills every engine that reads it. Its sample fails, and the engines come back."""
 
 import asyncio
 import random
@@ -35,7 +35,7 @@ async def test_a_poisonous_sample_costs_as_many_engines_as_it_may_and_they_come_
     poison = chat.tokenizer.encode("§", add_special_tokens=False)
 
     async def start_one(number: int) -> Replica:
-        """Every life of an engine dies of it."""
+        """Starts an engine. Each of its processes dies of the poisonous request."""
         started = await start(CONFIG, LaunchSpec(model_path=tiny_model, replica=number, log_dir=tmp_path))
         assert isinstance(started.engine, EmbeddedEngine)
         await started.engine.inject_fault("poison", tokens=poison)

@@ -1,4 +1,4 @@
-"""Runs as a user starts them: each way to go wrong ends in one clear message, a status, and nothing left running."""
+"""Runs as a user starts them. Each failure ends in one clear message and an exit status, and leaves nothing running."""
 
 import os
 import resource
@@ -36,7 +36,7 @@ checkpoint: {{every: 1}}
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A run that has ended well, in its folder, and what it printed. It took two steps."""
+    """A run of two steps that ended well: its folder, and its output."""
 
     folder: Path
     out: str
@@ -45,7 +45,7 @@ class Ended:
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_model: Path) -> Path:
-    """A folder with a run's settings."""
+    """Makes a folder with a run's settings."""
     (tmp_path / "run.yaml").write_text(CONFIG.format(model=tiny_model))
     return tmp_path
 
@@ -61,21 +61,21 @@ def ended(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Ended:
 
 @pytest.fixture
 def copied(ended: Ended, tmp_path: Path) -> Path:
-    """The folder of a run that can be resumed after its second step."""
+    """A copy of the folder of a run that can be resumed after its second step."""
     shutil.copytree(ended.folder, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """`millrace train run.yaml ...` in this process, which has imported torch already: for what goes wrong at the
-    start, and needs no process of its own for it."""
+    """Runs `millrace train run.yaml ...` in this process, which has imported torch already. It is for errors at the
+    start that need no process of their own."""
 
     monkeypatch: pytest.MonkeyPatch
     capsys: pytest.CaptureFixture[str]
 
     def fails(self, folder: Path, *arguments: str) -> str:
-        """What it says."""
+        """Runs the command, which must fail, and returns its message."""
         self.monkeypatch.chdir(folder)
         self.monkeypatch.setattr(sys, "argv", ["millrace", "train", "run.yaml", f"output_dir={folder}", *arguments])
         with pytest.raises(SystemExit) as raised:
@@ -91,7 +91,8 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def start(folder: Path, *arguments: str, file_bytes: int | None = None) -> subprocess.Popen[str]:
-    """`millrace train run.yaml ...` in the folder; `file_bytes` limits the size of what it may write."""
+    """Starts `millrace train run.yaml ...` in the folder. `file_bytes` limits the size of each file that it may
+    write."""
 
     def prepare() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and so their children, ignore it
@@ -109,13 +110,13 @@ def finish(process: subprocess.Popen[str], folder: Path) -> tuple[int, str, str]
     try:
         out, err = process.communicate(timeout=300)
     finally:
-        process.kill()  # nothing, where it has ended
+        process.kill()  # does nothing if it has ended
     assert not leftovers(folder)
     return process.returncode, out, err
 
 
 def leftovers(folder: Path) -> list[str]:
-    """The command lines of living processes that have to do with the folder."""
+    """The command lines of living processes that mention the folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

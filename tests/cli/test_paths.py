@@ -1,4 +1,4 @@
-"""Paths on the command line and in calls: `~` and variables are expanded, as in the settings."""
+"""Paths on the command line and in calls: `~` and variables are expanded as in the settings."""
 
 from pathlib import Path
 

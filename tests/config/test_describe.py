@@ -1,4 +1,4 @@
-"""`millrace config`: every setting, as it is in the models."""
+"""`millrace config` shows every setting as it is in the models."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a config can't ask of a judge, and says so at once."""
+"""Settings that a judge can't have are refused at once."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Mistakes in a config, as people make them: each ends in one message with the place, the reason and what to write."""
+"""Mistakes in a config, as people make them. Each ends in one message with the place, the reason and the fix."""
 
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def test_overrides_of_texts_reach_every_place_that_has_one(path: Path) -> None:
     config = load_config(path, ["engine.version=9.10", "engine.env.OMP=1", "engine.python=3", "engine.engine_args.x=1"])
     assert isinstance(config.engine, SGLangEngineConfig)
     assert (config.engine.version, config.engine.env, config.engine.python) == ("9.10", {"OMP": "1"}, Path("3"))
-    assert config.engine.engine_args == {"x": 1}  # which takes numbers too
+    assert config.engine.engine_args == {"x": 1}  # engine_args take numbers too
 
 
 def test_what_a_further_check_refuses_is_told_with_its_place(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Config files as editors and other systems leave them: read, or refused in one line with its number."""
+"""Config files as editors and other systems leave them. Each is read, or refused in one line with the line number."""
 
 import re
 from pathlib import Path

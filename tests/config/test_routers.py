@@ -1,4 +1,4 @@
-"""The settings of a router before the engines."""
+"""The settings of an external router."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A frozen fleet, as a judge's is, on a stock engine that somebody else started and that holds whatever it holds."""
+"""A frozen fleet, like a judge's, on a stock engine that it did not start and whose weights are unknown."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,8 @@ async def check_judge_is_restored(fleet: Fleet, folder: Path) -> None:
         assert judge.snapshot.get(name).version is None
     await judge.restore(deadline=60)
 
-    # The same as one that was started here: what it holds after its start is what it must hold for ever.
+    # The same holds for an engine that the fleet started: the weights after its start are the ones it must keep for
+    # ever.
     ours = Fleet([started], None, frozen=True)
     await ours.attest(folder_checksums(folder), 0, folder)
     await ours.sleep()

@@ -1,5 +1,5 @@
-"""Adapters on a stock engine, besides what the contract says of them: a trainer's publishes, on the server that the
-checks were held against. One that is started for adapters does everything else as any other."""
+"""A trainer publishes adapters to a stock engine. This is beyond the conformance checks and uses the same server. A
+server that was started for adapters must also pass all other checks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.conformance.in_flight import LONG, generate_across_update, greedy, st
 from tests.fleet.test_fleet import expected
 from tests.lora import CONFIG, lora, merged
 
-# Of the command line that starts a server for adapters. SGLang also asks for the modules.
+# Arguments that start a server for adapters. SGLang also asks for the modules.
 WITH_LORA: Mapping[str, EngineArgument] = {"enable_lora": True, "max_lora_rank": 8}
 MODULES: EngineArgument = list(CONFIG.target_modules)
 

@@ -1,4 +1,4 @@
-"""`millrace doctor` as a user runs it, and the tables that come of its reports."""
+"""`millrace doctor` as a user runs it, and the tables that are made from its reports."""
 
 import asyncio
 import shutil
@@ -46,14 +46,14 @@ async def engine(url: str) -> AsyncIterator[EmbeddedEngine]:
 
 @asynccontextmanager
 async def started(*arguments: str, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """The command as it runs, without the keys of this process's own environment."""
+    """Starts the command without the keys of this process's own environment."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "millrace", "doctor", *arguments),
         env={"PATH": "", "HOME": "", "COLUMNS": "200", **environment},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         async with asyncio.timeout(60):
@@ -65,7 +65,7 @@ async def started(*arguments: str, **environment: str) -> AsyncIterator[asyncio.
 
 
 async def doctor(*arguments: str, **environment: str) -> tuple[int | None, str, str]:
-    """Status, output and errors of the command."""
+    """Runs the command and returns its status, output and errors."""
     async with started(*arguments, **environment) as process:
         out, err = await process.communicate()
         return process.returncode, out.decode(), err.decode()
@@ -127,7 +127,7 @@ async def test_what_can_not_begin_says_why(
 
 
 def routes(*paths: str) -> web.Application:
-    """A server that answers what FastAPI answers of its routes, and has none of them."""
+    """A server that lists these routes as FastAPI does, and has none of them."""
     app = web.Application()
 
     async def describe(_: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""Stock SGLang, in the versions that Millrace is tested on, does what the contract says, one started for
+"""Stock SGLang, in the versions that Millrace is tested on, does what the contract says. One version is started for
 adapters."""
 
 from collections.abc import AsyncIterator, Callable
@@ -50,7 +50,7 @@ LACKING = frozenset({
 })  # fmt: skip
 
 
-VERSIONS = {"0.5.23": {**WITH_LORA, "lora_target_modules": MODULES}, "0.5.15": {}}  # each with its engine_args
+VERSIONS = {"0.5.23": {**WITH_LORA, "lora_target_modules": MODULES}, "0.5.15": {}}  # the engine_args of each version
 PARAMS = ["0.5.23", pytest.param("0.5.15", marks=pytest.mark.slow)]
 started_for_lora = pytest.mark.parametrize("fleet", ["0.5.23"], indirect=True)
 
