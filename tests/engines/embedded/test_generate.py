@@ -1,4 +1,4 @@
-"""What comes out of /generate, against transformers itself."""
+"""The answers of /generate, compared with transformers itself."""
 
 import asyncio
 import itertools
@@ -63,7 +63,7 @@ async def test_a_next_turn_reuses_the_prefix_and_keeps_its_logprobs(api: Api, ba
     assert turn["meta_info"]["cached_tokens"] == 0
     second = first + turn["output_ids"] + prompt_of(9, 8)
     answer = await api.generate(second, max_new_tokens=20, ignore_eos=True)
-    assert answer["meta_info"]["cached_tokens"] == len(first) + 19  # the last token drawn was never fed
+    assert answer["meta_info"]["cached_tokens"] == len(first) + 19  # the last token drawn was never fed to the model
     assert_logprobs(base, second, answer)
 
 

@@ -1,4 +1,4 @@
-"""Who waits, who runs, and whose tokens are whose."""
+"""The scheduler's decisions: which requests wait, which run, and which tokens belong to which."""
 
 import itertools
 

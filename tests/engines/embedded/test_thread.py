@@ -1,4 +1,4 @@
-"""What becomes of the callers when the model thread dies."""
+"""When the model thread dies, its callers get an error."""
 
 import asyncio
 import threading
@@ -44,12 +44,12 @@ async def test_a_step_that_raises_ends_the_thread_and_every_wait(model_dir: Path
     info = thread.ready.result().info
 
     def sabotage(core: Core) -> None:
-        core.weights.release()  # behind the core's back: the next step finds empty tensors
+        core.weights.release()  # without the core's knowledge, so the next step finds empty tensors
         core.submit(to_requests(GenerateBody(input_ids=[1]), info, 0))
 
     thread.post(sabotage)
     with pytest.raises(Refused, match="ended"):
-        for _ in range(1000):  # one of these is queued when the step fails
+        for _ in range(1000):  # one of these calls is queued when the step fails
             await thread.call(Core.status, deadline=10)
             await asyncio.sleep(0)
             if ended.is_set():

@@ -1,4 +1,4 @@
-"""What SGLang is started with: the settings, each once, and engine_args as they were given."""
+"""The command line of SGLang: each setting appears once, and engine_args arrive as they were given."""
 
 import argparse
 import json
@@ -16,9 +16,9 @@ from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options
 from millrace.errors import ConfigError
 
-# Names of SGLang's options that Millrace has no setting for, and never shorter than what tells them apart.
+# Names of SGLang's options that Millrace has no setting for. Each is long enough to be unambiguous.
 FREE = st.from_regex(r"x[a-z]{2,8}(_[a-z]{1,8}){0,3}", fullmatch=True)
-TEXTS = st.text("abc-=/. {}\"'", min_size=1).filter(lambda text: text != "--")  # which argparse takes for itself
+TEXTS = st.text("abc-=/. {}\"'", min_size=1).filter(lambda text: text != "--")  # argparse takes "--" for itself
 SCALARS = st.one_of(st.integers(), st.floats(allow_nan=False), TEXTS, st.booleans())
 LISTS = st.lists(st.one_of(st.integers(0, 99), st.from_regex(r"[a-z=/.]{1,9}", fullmatch=True)), min_size=1, max_size=4)
 
@@ -36,7 +36,7 @@ def plan(replica: int = 0, ports: Ports | None = None, **settings: Any) -> tuple
 
 
 def said(node: Node, name: str) -> str | None:
-    """What SGLang's parser would take for the option: the last value on the line."""
+    """Returns the value that SGLang's parser would take for the option: the last one on the line."""
     values = [argument.removeprefix(f"--{name}=") for argument in node.arguments if argument.startswith(f"--{name}=")]
     return values[-1] if values else None
 
@@ -74,7 +74,7 @@ def test_every_setting_reaches_the_server() -> None:
         "--ep-size=2",
         "--nnodes=1",
         "--node-rank=0",
-        "--base-gpu-id=17",  # after the eight GPUs of each of two replicas
+        "--base-gpu-id=17",  # it comes after the eight GPUs of each of two replicas
         "--max-running-requests=12",
         "--max-total-tokens=9000",
         "--mem-fraction-static=0.5",
@@ -200,7 +200,7 @@ def test_so_is_a_beginning_that_sglangs_parser_takes_for_the_whole(abbreviation:
 
 @pytest.mark.parametrize("name", ["skip_tokenizer_init", "log_level_http", "tokenizer_path", "device_x", "max_total"])
 def test_other_arguments_pass(name: str) -> None:
-    if name == "max_total":  # the beginning of a setting's option is that option
+    if name == "max_total":  # the beginning of a setting's option counts as that option
         with pytest.raises(ConfigError):
             plan(engine_args={name: True})
     else:

@@ -1,4 +1,4 @@
-"""What an SGLang server can do, by what it says of itself."""
+"""The capabilities of an SGLang server, derived from what it reports."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""What is refused before SGLang sees it. That a real server would die of it is for tests/conformance to show."""
+"""Requests that Millrace refuses before SGLang sees them. tests/conformance shows that a real server would die of
+them."""
 
 from dataclasses import replace
 from typing import Any

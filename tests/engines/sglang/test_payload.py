@@ -1,4 +1,4 @@
-"""The payloads for SGLang, read by a real unpickler that knows where each name leads."""
+"""The payloads for SGLang, read by a real unpickler that resolves each name."""
 
 import base64
 import io
@@ -27,7 +27,8 @@ class Metadata(SimpleNamespace):
 
 
 class Reader(pickle.Unpickler):
-    """Knows what SGLang's allow-list knows of, and nothing else; a rebuild function gives its name and arguments."""
+    """An unpickler that knows only the names of SGLang's allow-list. A rebuild function returns its name and
+    arguments."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata"):

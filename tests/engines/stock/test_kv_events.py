@@ -1,4 +1,4 @@
-"""Batches of KV cache events, as the engines were seen to write them, become plain values."""
+"""Batches of KV cache events, in the forms that the engines really send, become plain values."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ from millrace.engines.stock.kv_events import (
 )
 from millrace.errors import ConfigError
 
-# SGLang 0.5.23, here with pages of two tokens; it leaves out what is None.
+# SGLang 0.5.23, here with pages of two tokens. It leaves out fields that are None.
 BY_NAME: dict[str, Any] = {
     "type": "BlockStored",
     "block_hashes": [-213288480635909637, 8111311694873300564],

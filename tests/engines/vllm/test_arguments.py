@@ -1,4 +1,4 @@
-"""What vLLM is started with: the settings, each once, and engine_args as they were given."""
+"""The command line of vLLM: each setting appears once, and engine_args arrive as they were given."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def plan(replica: int = 0, ports: Ports | None = None, visible: str | None = Non
 
 
 def said(node: Node, name: str) -> str | None:
-    """What vLLM's parser would take for the option: the last value on the line."""
+    """Returns the value that vLLM's parser would take for the option: the last one on the line."""
     values = [argument.removeprefix(f"--{name}=") for argument in node.arguments if argument.startswith(f"--{name}=")]
     return values[-1] if values else None
 
@@ -75,7 +75,7 @@ def test_every_setting_reaches_the_server() -> None:
     assert node.url == "http://10.0.0.1:4000"
     assert node.environment == {
         "NCCL_DEBUG": "INFO",
-        "CUDA_VISIBLE_DEVICES": "17,18,19,20,21,22,23,24",  # after the eight GPUs of each of two replicas
+        "CUDA_VISIBLE_DEVICES": "17,18,19,20,21,22,23,24",  # they come after the eight GPUs of each of two replicas
         "OMP_NUM_THREADS": "5",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_SERVER_DEV_MODE": "1",
@@ -241,7 +241,7 @@ def test_on_several_hosts_each_starts_its_own_node() -> None:
     assert node.url is None
     assert said(node, "master-addr") == "10.0.0.1"
     assert said(node, "data-parallel-rpc-port") == "6001"
-    assert node.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"  # of eight ranks, four are on each host
+    assert node.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"  # four of the eight ranks are on each host
     assert "VLLM_HOST_IP" not in node.environment
 
 
@@ -249,7 +249,7 @@ def test_on_several_hosts_each_starts_its_own_node() -> None:
     ("visible", "settings", "expected"),
     [
         (None, {"tp_size": 2}, "2,3"),
-        ("4,5,6,7", {"tp_size": 2}, "6,7"),  # what this process may use
+        ("4,5,6,7", {"tp_size": 2}, "6,7"),  # the GPUs that this process may use
         ("4,5,6,7", {"cuda_visible_devices": "GPU-a,GPU-b"}, "GPU-b"),
         (None, {"engine_args": {"prefill_context_parallel_size": 2}}, "2,3"),
     ],

@@ -1,4 +1,5 @@
-"""What is refused before vLLM sees it. That it would ignore, or die of it, is for tests/conformance to show."""
+"""Requests that Millrace refuses before vLLM sees them. tests/conformance shows that a real server would ignore them or
+die of them."""
 
 from dataclasses import replace
 

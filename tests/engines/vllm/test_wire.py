@@ -1,4 +1,4 @@
-"""What goes to vLLM and what its answers mean. That real servers speak so is for tests/conformance to show."""
+"""Requests to vLLM and the meaning of its answers. tests/conformance shows that real servers speak like this."""
 
 from itertools import pairwise
 from typing import Any
