@@ -1,4 +1,5 @@
-"""What an event log counts, writes and survives. Whole fleets tell it theirs in tests/serve/test_metrics.py."""
+"""The events that an event log counts and writes, and the errors that it survives. tests/serve/test_metrics.py tests it
+with whole fleets."""
 
 import asyncio
 import itertools
@@ -181,7 +182,7 @@ def test_a_file_is_appended_to_and_is_its_owners_alone(tmp_path: Path) -> None:
     for number in range(2):
         with EventLog(path) as event_log:
             event_log.emit("run", number=number)
-        event_log.emit("late")  # counted by whoever looks, and not written
+        event_log.emit("late")  # counted in the metrics, but not written
     assert [line["number"] for line in lines(path)] == [0, 1]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 

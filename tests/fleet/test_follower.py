@@ -1,4 +1,4 @@
-"""Processes that follow a fleet: each sends its own requests, and its owner alone decides how the engines stand."""
+"""Processes that follow a fleet. Each sends its own requests, and the owner alone decides the state of the engines."""
 
 import asyncio
 import socket
@@ -28,7 +28,7 @@ def model(tiny_model: Path) -> PreTrainedModel:
 
 @asynccontextmanager
 async def owned(fleet: Fleet) -> AsyncIterator[str]:
-    """Where its owner answers."""
+    """Serves the fleet as its owner, and yields the URL."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
         async with own(fleet.replicas, sock, KEY):
@@ -36,7 +36,7 @@ async def owned(fleet: Fleet) -> AsyncIterator[str]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(120):  # an engine starts again meanwhile, also on a busy machine
+    async with asyncio.timeout(120):  # an engine restarts meanwhile, on a busy machine too
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -56,7 +56,7 @@ async def test_a_follower_knows_what_its_owner_knows(tiny_model: Path, tmp_path:
             assert (made.output_ids, made.version_spans) == (expected(model), (VersionSpan(0, 0, 12),))
             assert fleet.outstanding == {"embedded-0": 0, "embedded-1": 0}
 
-            # A version is asked for before its snapshot is here.
+            # The request asks for a version before its snapshot has arrived.
             waiting = asyncio.create_task(
                 follower.generate(greedy("later"), deadline=20, routing=RoutingContext(min_version=1))
             )
@@ -64,7 +64,7 @@ async def test_a_follower_knows_what_its_owner_knows(tiny_model: Path, tmp_path:
             assert (await waiting).version_spans == (VersionSpan(1, 0, 12),)
             await follower.reached(1, deadline=20)
 
-            # What runs when the owner puts the fleet to sleep comes back aborted, and the follower knows why.
+            # A request that runs when the owner puts the fleet to sleep comes back aborted, and the follower knows why.
             for engine in embedded(fleet):
                 await engine.inject_fault("slow", seconds=0.05)
             running = asyncio.create_task(follower.generate(greedy("cut", 200), deadline=60))
@@ -112,7 +112,7 @@ async def test_a_follower_goes_on_while_its_owner_is_silent(tiny_model: Path, tm
             session = RoutingContext(session="one")
             made = await follower.generate(greedy("alone"), deadline=20, routing=session)
             assert len(made.output_ids) == 12
-            # The engine that dies gets nothing more, though nobody says so.
+            # The dead engine gets no more requests, although no owner reports its death.
             [home] = [name for name in follower.engines if follower.event_log.metrics.output_tokens[name]]
             [victim] = [engine for engine in embedded(fleet) if engine.name == home]
             with pytest.raises(EngineUnreachable):

@@ -1,4 +1,4 @@
-"""Engines that die get the version that they served from the trainer, when no store has it."""
+"""Without a store, an engine that dies gets the version that it served from the trainer."""
 
 import asyncio
 import logging
@@ -50,7 +50,7 @@ class Trainer:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
-    """One engine, without a store, that may die as often as the tests like."""
+    """One engine without a store. It may die any number of times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("millrace.fleet.supervisor.FIRST_DELAY", 0.01)
         patch.setattr("millrace.fleet.supervisor.LONGEST_DELAY", 0.1)
@@ -70,7 +70,7 @@ def following(fleet: Fleet) -> int:
 
 
 async def kill(fleet: Fleet) -> None:
-    """Returns when the fleet knows."""
+    """Kills the engine, and returns when the fleet has noticed."""
     kill_engine(fleet, NAME)
     async with asyncio.timeout(20):
         while fleet.snapshot.get(NAME).phase is not Phase.DEAD:
@@ -78,7 +78,7 @@ async def kill(fleet: Fleet) -> None:
 
 
 async def until_up(fleet: Fleet) -> None:
-    """Returns when the new start is over, whatever the engine holds then."""
+    """Waits until the restart is over, whatever weights the engine has then."""
     async with asyncio.timeout(90):
         while fleet.replicas.coming or not fleet.snapshot.usable:
             await asyncio.sleep(0.02)
@@ -153,8 +153,8 @@ async def test_an_engine_that_dies_in_a_hybrid_step_gets_the_next_version(
     await fleet.wake(WEIGHTS)
     if moment == "between the wakes":
         await kill(fleet)
-    await fleet.publish(trainer.named, version + 1, require_finite=False)  # the check would ask once more
-    assert trainer.asked == asked + 1  # nobody asked for what the trainer had before the step
+    await fleet.publish(trainer.named, version + 1, require_finite=False)  # a check of the values would ask once more
+    assert trainer.asked == asked + 1  # the fleet did not ask for the weights before the step
     await fleet.wake(CACHE)
     await require_serving(fleet, trainer, version + 1)
     assert not fleet.snapshot.get(NAME).asleep
@@ -171,13 +171,13 @@ async def test_an_engine_that_dies_during_a_publish_gets_that_version(fleet: Fle
                 kill_engine(fleet, NAME)
             yield entry
 
-    # Without the check of the values, which would go through the tensors before the transaction.
+    # The check of the values is off, since it would go through the tensors before the transaction.
     report = await fleet.publish(dying, version, bucket_bytes=1, require_finite=False)
     assert (struck, report.version, report.failed) == (2, version, {})
     await require_serving(fleet, trainer, version)
     struck = 1
     with pytest.raises(EnginesLost, match=f"no engine took version {version + 1}"):
-        await fleet.publish(dying(), version + 1, bucket_bytes=1)  # nobody can go through an iterator again
+        await fleet.publish(dying(), version + 1, bucket_bytes=1)  # an iterator can't be gone through again
     await require_serving(fleet, trainer, version)
 
 
@@ -204,7 +204,8 @@ async def test_requests_before_the_first_publish_end_at_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Nobody has compared what the engine holds with anything. While it starts, the log says what is waited for."""
+    """The engine's weights were never compared with any others. While the engine starts, the log names what it waits
+    for."""
     monkeypatch.setattr("millrace.fleet.starting.LOG_SECONDS", 0.2)
     one = start(ONE, LaunchSpec(model_path=tiny_model, log_dir=tmp_path))
     with caplog.at_level(logging.INFO, "millrace.fleet.starting"):

@@ -1,4 +1,4 @@
-"""Engines that die come back with the weights that the others serve; engines join and leave while requests run."""
+"""Engines that die come back with the weights that the others serve. Engines join and leave while requests run."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Who may serve: the state machine under any sequence of events, and the policy over any snapshot."""
+"""Which replicas may serve: the state machine under any sequence of events, and the policy over any snapshot."""
 
 import numpy as np
 from hypothesis import given

@@ -1,8 +1,8 @@
-"""What is tried on GPUs, with a stock engine that a variable names:
+"""Tests on GPUs, with a stock engine that a variable names:
 
     MILLRACE_GPU_ENGINE='{"kind": "sglang", "python": "...", "version": "0.5.15"}' pytest -n0 -s tests/gpu
 
-With `"device": "cpu"` in it the tests themselves can be tried where no GPU is.
+With `"device": "cpu"` in it, the tests themselves can be tried without a GPU.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What an engine on a GPU says of its cache draws requests, as on the CPU."""
+"""The KV cache events of an engine on a GPU draw requests, as on the CPU."""
 
 import asyncio
 from pathlib import Path

@@ -12,11 +12,11 @@ from aiohttp import web
 from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable, LocalError
 from millrace.http import HttpClient
 
-LENGTHS = (1, 2**16 - 20, 2**16, 2**19 + 1, 2**24)  # around what aiohttp's own limits are, and far beyond
+LENGTHS = (1, 2**16 - 20, 2**16, 2**19 + 1, 2**24)  # around aiohttp's own limits, and far beyond
 
 
 class Server:
-    """Answers each path in its own way, and remembers what it was asked."""
+    """Answers each path in its own way, and records the requests."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str | None]] = []

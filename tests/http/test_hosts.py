@@ -1,4 +1,5 @@
-"""Unknown hosts: whatever names one ends in one line with its name and the host, before anything is started."""
+"""Unknown hosts: every place that takes a host reports an unknown one in a single line, with the setting's name and the
+host, before anything starts."""
 
 import os
 import sys

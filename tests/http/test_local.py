@@ -1,4 +1,4 @@
-"""Which errors come from this process or its host, and what its environment says of proxies."""
+"""Which errors come from this process or its host, and how the proxy variables of the environment are read."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The account of processes whose uid the passwd database does not have."""
+"""The account of processes whose uid has no entry in the passwd database."""
 
 import os
 import pwd
@@ -12,7 +12,7 @@ from millrace.launch.account import account_environment, account_name
 
 @pytest.fixture
 def unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The uid has no entry, and temporary files go to the folder that this returns."""
+    """Makes the uid unknown, and returns the folder for temporary files."""
 
     def missing(uid: int) -> pwd.struct_passwd:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -34,7 +34,7 @@ def test_an_unknown_one_gets_a_name_and_a_home_of_its_own(unknown: Path) -> None
     home = Path(added["HOME"])
     assert home.parent == unknown
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
-    assert account_environment({}) == added  # the same at the next start, for what engines cache
+    assert account_environment({}) == added  # the next start gets the same, since engines cache files there
 
 
 def test_what_the_environment_has_stays(unknown: Path) -> None:

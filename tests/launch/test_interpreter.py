@@ -1,4 +1,4 @@
-"""Interpreters as users name them: each that can't run the engine ends in one message with the setting."""
+"""Interpreters as users name them. Each one that can't run the engine ends in one message that names the setting."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ async def test_an_interpreter_that_has_the_module_is_let_through() -> None:
 
 async def test_a_module_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "no_such_engine.py").write_text("")
-    monkeypatch.chdir(tmp_path)  # where the server would not find it either
+    monkeypatch.chdir(tmp_path)  # a folder in which the server would not find the module either
     with pytest.raises(LaunchError, match=r"engine.python: .* has no module no_such_engine; install it there"):
         await require(Path(sys.executable), "no_such_engine")
 

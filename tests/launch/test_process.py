@@ -1,4 +1,4 @@
-"""Servers as processes: how they fail to start, and that nothing of them is left, whichever way their launcher ends."""
+"""Servers as processes: how they fail to start, and that they leave nothing running, however their launcher ends."""
 
 import asyncio
 import mmap
@@ -17,7 +17,7 @@ from millrace.errors import LaunchError
 from millrace.launch.ports import free_port, require_free
 from millrace.launch.process import ServerProcess
 
-# A server with a child and a grandchild that ignore SIGTERM and left its session; it writes their ids to a file.
+# A server with a child and a grandchild that ignore SIGTERM and left its session. It writes their ids to a file.
 STUBBORN_TREE = textwrap.dedent("""
     import os, signal, subprocess, sys, time
     depth, path = int(sys.argv[1]), sys.argv[2]

@@ -1,4 +1,4 @@
-"""What is made in pieces is what would have been made at once, whoever makes the pieces."""
+"""A generation in pieces equals one that was made at once, whichever engine makes each piece."""
 
 import asyncio
 from itertools import pairwise
@@ -71,7 +71,7 @@ def test_all_tokens_come_once_and_in_order_or_the_last_error(
     assert all(one.version != two.version for one, two in pairwise(made.version_spans))
     assert len({one.request_id for one in asked}) == len(asked)
     assert all(one.sampling.max_new_tokens == wanted - len(one.input_ids) + len(PROMPT) for one in asked)
-    if seed is not None:  # the same random numbers are drawn only where nothing was made in between
+    if seed is not None:  # the same random numbers are drawn only if no earlier attempt made tokens
         assert all((a.sampling.seed == b.sampling.seed) == (a.input_ids == b.input_ids) for a, b in pairwise(asked))
 
 

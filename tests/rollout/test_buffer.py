@@ -1,4 +1,4 @@
-"""Which groups a step gets: the first that are complete, within the bounds of its pace, and none of them twice."""
+"""The groups of a step: the first complete ones, within the bounds of the pace, each used once."""
 
 import asyncio
 import random
@@ -74,7 +74,7 @@ def test_every_step_is_full_fresh_and_new(policy: StalenessPolicy, seed: int, po
                 assert {sample.status for sample in one.samples} == {SampleStatus.FINISHED}
                 ahead = (policy.ahead + 1) * policy.groups_per_step + policy.extra - len(one.groups)
                 assert 0 <= scheduler.in_flight <= ahead
-                # What ended and what is on its way are all that was asked for.
+                # The ended samples and the running ones are all that were asked for.
                 assert ids(taken).total() == scheduler.counts.asked - scheduler.in_flight * policy.samples_per_group
                 done = ids(taken).total() // policy.samples_per_group
                 assert buffer.position == position + done

@@ -1,4 +1,5 @@
-"""Data sets in GSM8K's format: what is read, what is refused and with which words, and the order over epochs."""
+"""Data sets in GSM8K's format: which lines are read, which are refused with which message, and the order over
+epochs."""
 
 import json
 import sys
@@ -87,7 +88,7 @@ def test_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_hub_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)  # as Python marks a module that can't be imported
+    monkeypatch.setitem(sys.modules, "datasets", None)  # Python marks a module that can't be imported like this
     with pytest.raises(DataError, match=r"millrace\[hub\]"):
         load_problems(HubDataConfig(kind="hub", path="openai/gsm8k", name="main", split="test"))
 

@@ -32,7 +32,7 @@ def test_the_last_grade_counts_if_it_can_be_one(parts: list[str], best: float) -
 
 
 class SaysOnly:
-    """In place of a judge's fleet: every engine says this."""
+    """Takes the place of a judge's fleet. Every engine answers with this text."""
 
     def __init__(self, *tokens: int) -> None:
         self.tokens, self.event_log, self.context_length = tokens, EventLog(), 1000

@@ -14,12 +14,12 @@ from millrace.fleet.replicas import OwnedReplicaSet
 from millrace.types import ALL_MEMORY
 from tests.rollout.test_scheduler import make_runner
 
-LEFT = 0.2  # seconds that the sample has
+LEFT = 0.2  # the seconds that the sample has left
 STANDSTILL = 0.5
 
 
 class Unused:
-    """A fleet without replicas has nothing to observe."""
+    """Observes nothing, since a fleet without replicas has nothing to observe."""
 
     def replica_changed(self, before: ReplicaState, after: ReplicaState) -> None: ...
 

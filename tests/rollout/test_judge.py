@@ -1,4 +1,5 @@
-"""A judge on real engines: its grades are those of its model, it never changes, and who is not graded knows why."""
+"""A judge on real engines. Its grades are those of its model, its weights never change, and a sample without a grade
+names the reason."""
 
 import asyncio
 import re
@@ -74,7 +75,7 @@ def engine_of(fleet: Fleet) -> EmbeddedEngine:
 
 
 def expected_grade(judge: Judge, folder: Path, problem: Problem, text: str) -> float | None:
-    """By transformers' own forward pass."""
+    """Computes the grade by transformers' own forward pass."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     asked = CONFIG.template.format(question=problem.question, answer=text, reference=problem.answer)
     prompt = torch.tensor([judge.chat.prompt(asked)])
@@ -88,7 +89,7 @@ async def test_a_grade_is_what_the_judges_own_model_says(judge: Judge, judge_fol
     grades = await asyncio.gather(*(judge.grade(problem, text, deadline=END) for problem, text in answers))
     expected = [expected_grade(judge, judge_folder, problem, text) for problem, text in answers]
     assert grades == [grade or 0.0 for grade in expected]
-    assert len(set(grades)) > 2  # it tells one answer from another
+    assert len(set(grades)) > 2  # the grades distinguish the answers
     assert (judge.counts.graded, judge.counts.unread) == (len(answers), expected.count(None))
     assert judge.counts.mean == pytest.approx(sum(grades) / len(grades))
 
@@ -129,7 +130,7 @@ async def test_nothing_is_published_to_a_judge(judge: Judge, judge_folder: Path)
 async def test_people_see_it_beside_the_policy_and_never_behind(judge: Judge) -> None:
     observer = Observer(judge.fleet.event_log)
     observer.fleets = (judge.fleet,)
-    observer.event_log.metrics.newest = 9  # of the policy's versions
+    observer.event_log.metrics.newest = 9  # a version of the policy
     [view] = (await observer.look()).engines
     assert (view.name, view.version, view.lag) == ("judge-0", 0, None)
 
@@ -211,7 +212,7 @@ async def test_weights_that_are_not_the_folders_first_ones_never_serve(judge: Ju
     assert (state.phase, state.version) == (Phase.QUARANTINED, None)
     assert "not what was sent" in (state.reason or "")
     kept.replace(weights)
-    assert await judge.grade(PROBLEMS[0], "#### 3", deadline=END) == grade  # by the engine that was started anew
+    assert await judge.grade(PROBLEMS[0], "#### 3", deadline=END) == grade  # the restarted engine gives it
     assert judge.fleet.event_log.metrics.restarts["judge-0", True] == 1
 
 

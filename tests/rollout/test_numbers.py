@@ -1,4 +1,4 @@
-"""A number in any usual writing is read exactly, and nothing else is read as a number."""
+"""A number in any usual notation is read exactly, and nothing else is read as a number."""
 
 import time
 from fractions import Fraction
@@ -54,7 +54,7 @@ def powers(draw: st.DrawFn) -> Written:
 
 @st.composite
 def numbers(draw: st.DrawFn) -> Written:
-    """In any usual writing, with what it means."""
+    """Draws a number in any usual notation, and its value."""
     text, value = draw(st.one_of(wholes(), decimals(), ratios(), powers()))
     text = draw(st.sampled_from(UNITS)).format(text)
     if sign := draw(st.sampled_from(["", "+", "-", "\u2212"])):
@@ -81,7 +81,7 @@ def test_a_number_beside_the_answer_is_wrong(written: Written, off: Fraction, un
 )
 def test_two_numbers_are_none(one: Written, other: Written, between: str) -> None:
     found = parse_number(f"{one[0]}{between}{other[0]}")
-    # Only a whole number and a proper fraction behind a space are one number (`1 1/2`), also where signs say so.
+    # Only a whole number and a proper fraction after a space form one number (`1 1/2`), with signs too.
     assert found is None or (between in (" ", "\n") and found == one[1] + abs(other[1]) * (-1 if one[1] < 0 else 1))
 
 

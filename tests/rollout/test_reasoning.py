@@ -1,4 +1,4 @@
-"""How a turn is split into reasoning and answer. Pure."""
+"""How a turn is split into reasoning and answer. All functions are pure."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from millrace.rollout.reasoning import Reasoning
 
 THINK = Reasoning("<think>", "</think>")
 OPENED = Reasoning("<think>", "</think>", opened=True)
-PLAIN = st.text(alphabet="ab #<>/\n", max_size=8)  # spells no marker
+PLAIN = st.text(alphabet="ab #<>/\n", max_size=8)  # contains no marker
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Samples on real engines that go wrong: each ends once, and what is trained on is what was sampled."""
+"""Samples on real engines that go wrong. Each ends once, and the trained tokens are the sampled ones."""
 
 import asyncio
 from collections import Counter
@@ -114,7 +114,7 @@ async def test_a_sample_that_takes_too_long_fails_alone(fleet: Fleet, runner: Sa
 async def test_groups_come_out_as_they_complete_not_as_they_were_started(fleet: Fleet, runner: SampleRunner) -> None:
     await embedded(fleet)[0].inject_fault("slow", seconds=0.2)
     async with RolloutScheduler(runner, samples_per_group=1) as scheduler:
-        scheduler.start(groups(PROBLEMS[:2]), version=0)  # one goes to each engine
+        scheduler.start(groups(PROBLEMS[:2]), version=0)  # each engine gets one
         first = await scheduler.next_group()
         assert scheduler.in_flight == 1
         second = await scheduler.next_group()
@@ -149,7 +149,7 @@ async def test_leaving_the_scheduler_ends_every_sample(fleet: Fleet, runner: Sam
 
 
 class RecordingFleet(Fleet):
-    """The fleet, remembering each generation that it handed out."""
+    """A fleet that records each generation that it returned."""
 
     recorded: dict[str, Generation]
 
@@ -214,7 +214,7 @@ async def test_what_sleep_interrupts_goes_on_by_the_next_weights_with_its_time_s
         await until_generating(fleet)
         await fleet.sleep(interrupt=True)
         assert scheduler.in_flight == 4
-        await asyncio.sleep(patient.timeout)  # what the samples must not notice
+        await asyncio.sleep(patient.timeout)  # the samples must not notice this time
         await fleet.wake(frozenset({MemoryTag.WEIGHTS}))
         await fleet.publish([(name, p.detach() * 1.1) for name, p in model.named_parameters()], old + 1)
         await fleet.wake(frozenset({MemoryTag.KV_CACHE}))
@@ -229,7 +229,7 @@ async def test_what_sleep_interrupts_goes_on_by_the_next_weights_with_its_time_s
 
 
 async def test_a_sample_of_weights_with_nan_fails_at_once_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
-    """Another engine would answer the same, so it is not tried again."""
+    """Another engine would answer the same, so there is no retry."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tensors = [(name, parameter.detach() * float("nan")) for name, parameter in model.named_parameters()]
     config = EmbeddedEngineConfig(kind="embedded", threads=1)

@@ -1,4 +1,4 @@
-"""Chat templates of real models: appending gives what the template itself would give, or the template is refused."""
+"""Chat templates of real models. Appending gives the same tokens as the template itself, or the template is refused."""
 
 import copy
 import functools
@@ -19,8 +19,8 @@ TOOL = Calculator()
 NO_FORM = "does not write a tool's answer|can't write a tool's answer"
 OTHER_CALLS = "writes tool calls in a form that Millrace does not read"
 LATE_THOUGHT = "writes <think> before some of the model's turns only"
-# Every template of the wheel but the variants that are patched for training. None: turns can be appended, with a tool
-# configured. Otherwise the reason why not.
+# Every template of the wheel, except the variants that are patched for training. None means that turns can be appended
+# with a tool configured. A text is the reason why they can't.
 TEMPLATES = {
     "cohere": NO_FORM,
     "cohere2": NO_FORM,
@@ -89,8 +89,8 @@ def source(name: str) -> str:
 
 @functools.cache
 def qwen() -> PreTrainedTokenizerFast:
-    """Qwen's real vocabulary, with the markers of all templates: as special tokens, or as added tokens where they have
-    the form that Qwen adds so (`<think>`)."""
+    """Qwen's real vocabulary with the markers of all templates. Most are special tokens. Those in the form of Qwen's
+    added tokens (`<think>`) are added tokens."""
     markers = {marker for name in TEMPLATES for marker in _MARKER.findall(source(name))} - {"<|channel>", "<channel|>"}
     plain = {marker for marker in markers if _PLAIN.fullmatch(marker)}
     file = real_models() / "qwen.json"
@@ -109,7 +109,7 @@ def chat_of(name: str) -> ChatFormat:
 
 
 def rendered(name: str, messages: Sequence[Mapping[str, object]], *, generation_prompt: bool = True) -> str:
-    """By the template itself, with the tool."""
+    """Renders the conversation by the template itself, with the tool."""
     return str(
         tokenizer_of(name).apply_chat_template(
             messages, tools=[dict(TOOL.schema)], add_generation_prompt=generation_prompt, tokenize=False
@@ -118,7 +118,7 @@ def rendered(name: str, messages: Sequence[Mapping[str, object]], *, generation_
 
 
 def turn_with_calls(name: str, thought: str, calls: int) -> dict[str, object]:
-    """A message with that many calls, or with plain text where the template writes no calls."""
+    """A message with that many calls, or with plain text if the template writes no calls."""
     if name in WRITES_NO_CALLS:
         return {"role": "assistant", "content": "Let me see."}
     call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "1 + 1"}}}
@@ -229,7 +229,7 @@ def test_what_a_template_writes_as_reasoning_is_no_answer(name: str) -> None:
     user = {"role": "user", "content": "How many?"}
     written = chat.tokenizer.apply_chat_template([user, message], tokenize=False).partition("How many?")[2]
     assert (draft in written) == (name not in DROPS_REASONING)
-    if name not in {"deepseek_r1_distill", "deepseekv3"}:  # they write an answer without its thought, and no marker
+    if name not in {"deepseek_r1_distill", "deepseekv3"}:  # these write an answer without its thought, and no marker
         assert "#### 12" in reasoning.answer(written)
         assert draft not in reasoning.answer(written)
 

@@ -1,4 +1,4 @@
-"""Tools: what the calculator works out and refuses, and that a call, however bad, only answers with an error."""
+"""Tools: the expressions that the calculator evaluates or refuses. Any bad call gets an error as its answer."""
 
 import asyncio
 import math

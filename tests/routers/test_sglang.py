@@ -1,4 +1,4 @@
-"""The real sglang-router before real embedded engines."""
+"""The real sglang-router in front of real embedded engines."""
 
 import asyncio
 import os
@@ -60,7 +60,7 @@ def installed(router_python: Callable[[str], Path]) -> None:
 
 @pytest.fixture(scope="module")
 def dead_proxy() -> Iterator[None]:
-    """The environment names a proxy at which nothing listens, as on hosts whose way out is closed from inside."""
+    """The environment names a proxy at which nothing listens, as on hosts without outgoing access."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             for spelling in (name, name.upper()):
@@ -100,7 +100,7 @@ def router_of(fleet: Fleet) -> RouterClient:
 
 
 async def until_listed(fleet: Fleet, count: int) -> None:
-    """Returns when the router sends requests to so many engines, and the fleet knows it."""
+    """Waits until the router sends requests to `count` engines and the fleet knows it."""
     assert fleet.external_router is not None
     async with asyncio.timeout(30):
         while not (fleet.external_router.serving and len(fleet.external_router.engines) == count):
@@ -237,7 +237,8 @@ async def test_requests_go_straight_while_the_router_is_dead(fleet: Fleet, model
     url = router_of(fleet).url
     asked = asyncio.create_task(fleet.generate(greedy("cut-off", 200), deadline=60))
     await busy(fleet)
-    [pid] = [pid for pid in below(os.getpid()) if "sglang::router" in command_lines({pid})]  # what it calls itself
+    # The router gives its process this name.
+    [pid] = [pid for pid in below(os.getpid()) if "sglang::router" in command_lines({pid})]
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineUnreachable, match="sglang-router"):
         await asked

@@ -1,4 +1,4 @@
-"""What a fleet shows of itself: metrics, its view as JSON and as a table, told by real engines."""
+"""The metrics of a fleet, and its view as JSON and as a table, on real engines."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ PROMPT = tuple(range(5, 45))
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-Scraped = Mapping[tuple[str, ...], float]  # by the metric's name and the values of its labels
+Scraped = Mapping[tuple[str, ...], float]  # keyed by the metric's name and the values of its labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ async def test_what_was_done_is_what_is_counted(shown: Shown) -> None:
     cut_short.cancel()
     with pytest.raises(asyncio.CancelledError):
         await cut_short
-    with pytest.raises(EngineError):  # a temperature that no engine takes
+    with pytest.raises(EngineError):  # no engine takes this temperature
         refused = GenerateRequest("bad", PROMPT, SamplingParams(4, temperature=-1.0))
         await shown.fleet.generate(refused, deadline=20)
     since = grown(await scrape(shown.url), before)
@@ -200,7 +200,7 @@ async def test_who_sleeps_is_shown_asleep_and_counts_as_ready(shown: Shown, tiny
     assert [e.asleep for e in view.engines] == [tuple(sorted(MemoryTag))] * 2
     assert not any(e.routable for e in view.engines)
     assert all(metrics["millrace_engine_asleep", name] == 1 for name in shown.fleet.engines)
-    assert ("millrace_engine_weight_version", "embedded-0") not in metrics  # it has none; not version 0
+    assert ("millrace_engine_weight_version", "embedded-0") not in metrics  # it has no version; 0 would be one
 
 
 async def test_status_prints_the_fleet_once_and_ends(shown: Shown) -> None:
@@ -214,7 +214,7 @@ async def test_status_prints_the_fleet_once_and_ends(shown: Shown) -> None:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def doomed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shown]:
-    """For tests that lose an engine: the first is one's, the second the other's."""
+    """A fleet for tests that lose an engine. The first test takes the first engine, the second test the second."""
     async with show(tiny_model, tmp_path_factory.mktemp("doomed")) as made:
         yield made
 
@@ -255,10 +255,10 @@ async def test_an_engine_that_hangs_is_shown_as_silent_and_delays_nobody_for_lon
     _, stuck = [e for e in doomed.fleet.engines.values() if isinstance(e, EmbeddedEngine)]
     await stuck.inject_fault("hang", where="http")
     async with asyncio.timeout(15):
-        while await stuck.health(deadline=0.2) is not Health.BUSY:  # it hangs once its answer is out
+        while await stuck.health(deadline=0.2) is not Health.BUSY:  # it hangs only once its answer is out
             await asyncio.sleep(0.01)
     async with asyncio.timeout(15):
-        while True:  # what it said just before is good for a moment
+        while True:  # its last report is used for a moment
             began = time.monotonic()
             answers, silent = (await look(doomed.url)).engines
             assert time.monotonic() - began < 4
@@ -338,8 +338,9 @@ async def test_the_table_shows_no_figure_for_what_is_not_known() -> None:
     event = Entry(0.0, "publish_failed", None, {"reason": "[red]none took it", "version": 8})
     text = drawn(FleetView(0.0, 7, (idle, silent), (event,)), trouble="as of 9 s ago: gone")
     rows = {words[0]: words[1:] for line in text.splitlines() if (words := line.split())}
-    assert rows["e0"] == ["ready", "7", "0", "0", "2", "0", "25%", "25%", "3"]  # idle: no tokens a second, 99 or not
-    assert rows["[e1]"] == ["suspect", "0"]  # how often it was started anew is known, and nothing else
+    # Idle: no tokens a second, whether it reports 99 or not.
+    assert rows["e0"] == ["ready", "7", "0", "0", "2", "0", "25%", "25%", "3"]
+    assert rows["[e1]"] == ["suspect", "0"]  # only the number of its restarts is known
     assert "[e1]: it does not report its load: it hangs" in text
     assert "reason=[red]none took it version=8" in text
     assert "as of 9 s ago: gone" in text
