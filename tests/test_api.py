@@ -1,4 +1,5 @@
-"""The Python API, called as a newcomer would call it wrongly: one clear error, and no traceback from the depths."""
+"""The Python API, called wrongly as a newcomer might. Each mistake is one clear error, without a traceback from
+inside."""
 
 import inspect
 from pathlib import Path
@@ -34,7 +35,7 @@ ADAPTER = LoraConfig(8, 16.0, ("q_proj",))
         ({"transport": "pigeon"}, ConfigError, "pigeon"),
     ],
 )
-async def test_what_no_fleet_can_be_opened_with(
+async def test_wrong_arguments_open_no_fleet(
     tiny_model: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     given: dict[str, Any] = {"config": EmbeddedEngineConfig(kind="embedded"), "model_path": tiny_model, **changes}
@@ -43,7 +44,7 @@ async def test_what_no_fleet_can_be_opened_with(
             raise AssertionError("it was opened")
 
 
-async def test_a_fleet_takes_what_is_meant_and_says_what_is_not(tiny_model: Path, tmp_path: Path) -> None:
+async def test_a_fleet_takes_right_arguments_and_names_wrong_ones(tiny_model: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
     config = {"kind": "embedded", "threads": 1}

@@ -1,4 +1,4 @@
-"""What a caller may pass for token ids and sampling: one outcome for every form, whatever the engine."""
+"""Token ids and sampling values that a caller may pass. Every form has one outcome, whatever the engine."""
 
 from collections import UserDict
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def test_every_form_of_token_ids_is_the_same_request(ids: list[int], form: str) 
         ("x" * 10**6, "^.{0,200}$"),
     ],
 )
-def test_what_are_no_token_ids(ids: Any, says: str) -> None:
+def test_wrong_token_ids_are_refused(ids: Any, says: str) -> None:
     with pytest.raises(ArgumentError, match=says) as raised:
         GenerateRequest("r", ids, SamplingParams(4))
     assert isinstance(raised.value, MillraceError)
@@ -116,7 +116,7 @@ def test_numbers_of_numpy_are_numbers(fields: Any) -> None:
         {"min_p": [0.1]},
     ],
 )
-def test_what_is_no_sampling_names_its_field(fields: Any) -> None:
+def test_a_wrong_sampling_value_names_its_field(fields: Any) -> None:
     with pytest.raises(ArgumentError, match=next(iter(fields))):
         SamplingParams(**{"max_new_tokens": 8, **fields})
 
@@ -144,7 +144,7 @@ def test_what_is_no_sampling_names_its_field(fields: Any) -> None:
         ((1,), {"stop_token_ids": (-1,)}),
     ],
 )
-def test_what_no_engine_can_do_is_refused_before_it_is_sent(ids: tuple[int, ...], fields: Any) -> None:
+def test_a_request_that_no_engine_can_serve_is_refused_before_it_is_sent(ids: tuple[int, ...], fields: Any) -> None:
     request = GenerateRequest("r", ids, SamplingParams(**{"max_new_tokens": 8, **fields}))
     with pytest.raises(InvalidStateError, match=next(iter(fields), "input_ids")):
         check_values(request)
@@ -163,7 +163,7 @@ def test_what_no_engine_can_do_is_refused_before_it_is_sent(ids: tuple[int, ...]
         (lambda: LoraConfig(8.0, 16.0, ("q_proj",)), "rank must be an integer"),  # type: ignore[arg-type]
     ],
 )
-def test_what_else_is_not_meant(make: Any, says: str) -> None:
+def test_other_wrong_arguments_are_refused(make: Any, says: str) -> None:
     with pytest.raises(ArgumentError, match=says):
         make()
 

@@ -1,4 +1,4 @@
-"""One generation from the calls that updates cut it into."""
+"""One generation is put together from the calls that updates cut it into."""
 
 import numpy as np
 from hypothesis import given
@@ -25,7 +25,7 @@ def test_nothing_is_lost_or_doubled_and_the_segments_say_which_version_made_what
     whole = Continuation(REQUEST, pieces).result
     assert whole.output_ids == tuple(token for p in pieces for token in p.output_ids)
     assert len(whole.logprobs) == len(whole.output_ids)
-    assert whole.prompt_tokens == pieces[0].prompt_tokens  # not those of a continuation
+    assert whole.prompt_tokens == pieces[0].prompt_tokens  # the prompt tokens of a continuation do not count
     versions = [version for length, version in sizes for _ in range(length)]
     assert [s.version for s in whole.version_spans for _ in range(s.start, s.end)] == versions
     assert [s.start for s in whole.version_spans] == [0, *(s.end for s in whole.version_spans)][
@@ -47,7 +47,7 @@ def test_a_continuation_asks_for_exactly_what_is_missing(sizes: list[tuple[int, 
     assert continuation.aborted
 
 
-def test_what_was_cut_off_after_its_last_token_is_full() -> None:
+def test_a_generation_cut_off_after_its_last_token_is_full() -> None:
     request = GenerateRequest("r", (7,), SamplingParams(max_new_tokens=4))
     continuation = Continuation(request)
     for one in (piece(3, 0), piece(1, 1)):

@@ -1,4 +1,5 @@
-"""What works without the extras, and what the rest says: the core alone drives engines with frozen weights."""
+"""Without the extras, the core alone drives engines with frozen weights. Everything else names the extra that it
+needs."""
 
 import os
 import re
@@ -10,7 +11,7 @@ import pytest
 
 from millrace.imports import EXTRAS
 
-# Before anything else in the process: the modules of the extras are not there.
+# This runs before anything else in the process and hides the modules of the extras.
 HIDE = f"""
 import sys
 from importlib.abc import MetaPathFinder

@@ -32,7 +32,7 @@ LAYERS = [
     "train",
     "cli",
 ]
-ABOVE_ALL = {"__init__", "__main__", "sync"}  # the faces
+ABOVE_ALL = {"__init__", "__main__", "sync"}  # the public faces
 
 
 def layer_of(path: Path) -> str:

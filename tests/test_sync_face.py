@@ -1,4 +1,4 @@
-"""The blocking face is what its generator makes of the async classes, and it works without an event loop."""
+"""The blocking API is what its generator makes of the async classes, and it works without an event loop."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def test_a_trainer_without_an_event_loop(tiny_model: Path, tmp_path: Path) -> No
         assert state.routable
 
 
-def test_an_engine_that_somebody_else_started(tiny_model: Path, tmp_path: Path) -> None:
+def test_attaching_to_a_running_engine(tiny_model: Path, tmp_path: Path) -> None:
     with sync.open_fleet(EmbeddedEngineConfig(kind="embedded", threads=1), tiny_model, log_dir=tmp_path) as fleet:
         [replica] = fleet._wrapped.replicas.by_name.values()
         assert isinstance(replica.engine, EmbeddedEngine)

@@ -33,7 +33,7 @@ def no_room() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-async def test_a_full_disk_costs_what_would_be_on_it_and_no_sample(
+async def test_a_full_disk_loses_its_files_and_no_sample(
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1)

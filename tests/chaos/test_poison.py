@@ -28,7 +28,7 @@ RETRIES = 2
 
 
 @pytest.mark.slow
-async def test_a_poisonous_sample_costs_as_many_engines_as_it_may_and_they_come_back(
+async def test_a_poisonous_sample_kills_a_limited_number_of_engines_and_they_come_back(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     chat = load_chat_format(str(tiny_model))

@@ -53,7 +53,7 @@ def test_install_list_remove(shelf: Shelf, tmp_path: Path) -> None:
     assert "there are: sglang 0.5.23 (cpu)" in err
 
 
-def test_what_cannot_be_installed_is_told_in_one_message(shelf: Shelf) -> None:
+def test_an_impossible_install_is_one_message(shelf: Shelf) -> None:
     for arguments, words in (
         (("sglang", "--version", "0.4.0", "--cpu"), "these versions have one: 0.5.15, 0.5.23"),
         (("slang",), "there is no engine slang; valid engines: sglang"),

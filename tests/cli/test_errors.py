@@ -187,7 +187,7 @@ def test_a_run_leaves_its_folder(ended: Ended, here: Here) -> None:
     assert "holds a run already; give --resume" in here.fails(ended.folder)
 
 
-def test_standalone_mode_runs_by_one_word_and_keeps_its_bound(folder: Path) -> None:
+def test_standalone_mode_needs_one_setting_and_keeps_its_staleness_bound(folder: Path) -> None:
     status, _, err = finish(start(folder, "mode=standalone", "train.steps=4", "rollout.max_staleness=1"), folder)
     assert status == 0, err
     metrics = records(folder)
@@ -212,9 +212,7 @@ def test_standalone_mode_runs_by_one_word_and_keeps_its_bound(folder: Path) -> N
     ],
     ids=["config", "model", "engine's URL", "engine's argument"],
 )
-def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
-    folder: Path, arguments: Sequence[str], says: str
-) -> None:
+def test_wrong_settings_are_reported_before_an_engine_starts(folder: Path, arguments: Sequence[str], says: str) -> None:
     status, _, err = finish(start(folder, *arguments), folder)
     assert status == 1
     assert says in err
@@ -236,14 +234,16 @@ def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
     ],
     ids=["data", "hub", "tool", "template", "resume"],
 )
-def test_so_is_what_only_a_closer_look_finds(folder: Path, here: Here, argument: str, says: str) -> None:
+def test_settings_that_a_closer_look_rejects_are_reported_before_an_engine_starts(
+    folder: Path, here: Here, argument: str, says: str
+) -> None:
     err = here.fails(folder, argument)
     assert err.startswith("error: ")
     assert says in err
     assert not (folder / "run" / "logs").exists()
 
 
-def test_the_version_is_told_by_word_and_by_option() -> None:
+def test_the_version_is_printed_by_a_command_and_by_an_option() -> None:
     for words in (["version"], ["--version"]):
         result = CliRunner().invoke(app, words)
         assert (result.exit_code, result.output) == (0, f"{__version__}\n")
@@ -279,7 +279,7 @@ def test_an_engine_that_dies_at_start_is_quoted(folder: Path, here: Here) -> Non
     assert not leftovers(folder)
 
 
-def test_a_prompt_without_room_to_answer_is_told_before_the_first_step(folder: Path, here: Here) -> None:
+def test_a_prompt_without_room_to_answer_is_reported_before_the_first_step(folder: Path, here: Here) -> None:
     lines = [{"question": "word " * 200, "answer": "#### 1"}, {"question": "How many?", "answer": "#### 1"}]
     (folder / "long.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
     err = here.fails(folder, "data={kind: file, path: long.jsonl}")
@@ -300,7 +300,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_one_whole(ended: Ended, cop
     assert contents(copied / last) == contents(ended.folder / last)
 
 
-def test_one_engine_less_is_survived_ctrl_c_ends_all_and_what_resumes_ends_with_its_last_engine(
+def test_a_run_survives_a_dead_engine_ends_on_ctrl_c_and_after_a_resume_ends_with_its_last_engine(
     copied: Path, here: Here
 ) -> None:
     process = start(copied, "train.steps=1000", "engine.replicas=2", "--resume")

@@ -69,7 +69,7 @@ def test_a_mistake_names_its_line_its_reason_and_what_to_write(path: Path, old: 
         load_config(path)
 
 
-def test_all_mistakes_are_told_at_once(path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(path: Path) -> None:
     path.write_text(VALID.replace("steps", "stepz").replace("groups_per_step", "groups"))
     with pytest.raises(ConfigError) as caught:
         load_config(path)
@@ -98,7 +98,7 @@ def test_a_wrong_override_is_named(path: Path, override: str, says: str) -> None
 
 
 @pytest.mark.parametrize("text", ["9.9", "0.10", "1e3", "on", "007", "2026-01-01", "'9.9'"])
-def test_an_override_of_a_text_is_taken_as_it_stands(path: Path, text: str) -> None:
+def test_an_override_of_a_text_is_taken_literally(path: Path, text: str) -> None:
     assert load_config(path, [f"name={text}"]).name == text.strip("'")
 
 
@@ -110,7 +110,7 @@ def test_overrides_of_texts_reach_every_place_that_has_one(path: Path) -> None:
     assert config.engine.engine_args == {"x": 1}  # engine_args take numbers too
 
 
-def test_what_a_further_check_refuses_is_told_with_its_place(path: Path) -> None:
+def test_a_refusal_of_a_later_check_names_its_place(path: Path) -> None:
     def check(config: RunConfig) -> None:
         raise ConfigError(f"train.lr is {config.train.lr}, and nobody likes it")
 

@@ -84,7 +84,7 @@ async def test_every_check_is_a_line(url: str) -> None:
     assert "1 passed, 0 failed, 0 lacking" in out
 
 
-async def test_what_is_missing_is_said(url: str) -> None:
+async def test_a_missing_folder_is_reported(url: str) -> None:
     status, out, _ = await doctor(url, "--only", "update.disk", **KEYS)
     assert status == 0
     assert "lacking update.disk" in out
@@ -116,7 +116,7 @@ async def test_json_is_a_report(url: str, tiny_model: Path, other_model: Path, t
     ],
     ids=["no keys", "no such check", "no server", "no URL", "no folder"],
 )
-async def test_what_can_not_begin_says_why(
+async def test_a_failed_start_names_the_reason(
     url: str, arguments: tuple[str, ...], environment: dict[str, str], message: str
 ) -> None:
     status, _, err = await doctor(*(argument.format(url=url) for argument in arguments), **environment)
@@ -146,7 +146,7 @@ def routes(*paths: str) -> web.Application:
     ],
     ids=["vLLM without control routes", "another program", "no routes"],
 )
-async def test_a_server_that_can_not_be_examined_says_what_is_missing(app: web.Application, message: str) -> None:
+async def test_an_unsuitable_server_is_reported_with_what_it_lacks(app: web.Application, message: str) -> None:
     async with TestServer(app) as server:
         status, out, err = await doctor(str(server.make_url("/")))
     assert (status, out) == (1, "")
@@ -155,7 +155,7 @@ async def test_a_server_that_can_not_be_examined_says_what_is_missing(app: web.A
     assert "Traceback" not in err
 
 
-async def test_a_folder_that_can_not_serve_is_told_as_such(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
+async def test_an_unusable_folder_is_reported(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
     require_folders(None, None)
     require_folders(None, other_model)
     require_folders(tiny_model, other_model)
@@ -183,7 +183,7 @@ async def test_a_folder_that_can_not_serve_is_told_as_such(tiny_model: Path, oth
             require_folders(folder, other)
 
 
-async def test_interrupted_it_leaves_the_server_as_it_was(url: str, engine: EmbeddedEngine, tiny_model: Path) -> None:
+async def test_an_interruption_leaves_the_server_as_it_was(url: str, engine: EmbeddedEngine, tiny_model: Path) -> None:
     before = await fingerprint(Subject(engine, await engine.info(), tiny_model))
     async with started(url, "--only", "sleep.*", **KEYS) as process:
         await read_until(process.stdout, "capabilities")

@@ -106,24 +106,24 @@ async def test_a_trainer_publishes_adapters_over_whole_versions(fleet: Fleet, ti
 
 
 @started_for_lora
-async def test_who_attaches_takes_away_the_adapters_that_a_dead_trainer_left(fleet: Fleet) -> None:
+async def test_attaching_unloads_the_adapters_of_a_dead_trainer(fleet: Fleet) -> None:
     await check_stale_adapters_are_unloaded(fleet)
 
 
 @started_for_lora
-async def test_a_router_stands_before_it(
+async def test_it_serves_behind_a_router(
     fleet: Fleet, tiny_model: Path, router_python: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = SGLangRouterConfig(kind="sglang", python=router_python("sglang"))
     await check_router(fleet, tiny_model, config, tmp_path, 2500)
 
 
-async def test_its_events_draw_requests(fleet: Fleet, tiny_model: Path) -> None:
+async def test_its_kv_events_draw_requests(fleet: Fleet, tiny_model: Path) -> None:
     await check_routing_by_kv_events(fleet, tiny_model, 2600)
 
 
 @pytest.mark.parametrize("fleet", ["0.5.23"], indirect=True)  # 0.5.15 dies of NaN logits
-async def test_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path) -> None:
+async def test_nan_is_blamed_on_the_weights(fleet: Fleet, tiny_model: Path) -> None:
     await check_nan_weights(fleet, tiny_model, 2700)
 
 
@@ -131,11 +131,11 @@ async def test_a_judge_comes_back_from_its_folder(fleet: Fleet, tiny_model: Path
     await check_judge_is_restored(fleet, tiny_model)
 
 
-async def test_an_update_that_a_dead_trainer_left_open_bars_nobody(runner: Runner) -> None:
+async def test_an_update_left_open_by_a_dead_trainer_blocks_no_other_client(runner: Runner) -> None:
     await check_update_after_a_trainer_died(runner)
 
 
-async def test_its_routes_say_what_it_is(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_its_kind_is_found_from_its_routes(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     await check_kind_is_found(fleet, monkeypatch)
 
 

@@ -137,7 +137,7 @@ def answer(environment: Environment) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_an_environment_is_made_once_and_anew_when_its_packages_change(shelf: Shelf) -> None:
+def test_an_environment_is_made_once_and_again_when_its_packages_change(shelf: Shelf) -> None:
     recipes = shelf.recipes(check="import toy")
     with pytest.raises(
         LaunchError, match="is not installed in .*; run: millrace engines install toy --version 1.0 --cpu"
@@ -178,7 +178,7 @@ def test_an_environment_is_made_once_and_anew_when_its_packages_change(shelf: Sh
 
 
 @pytest.mark.slow
-def test_of_many_at_once_one_installs_and_when_it_is_killed_the_next(shelf: Shelf) -> None:
+def test_one_of_many_processes_installs_and_the_next_takes_over_when_it_is_killed(shelf: Shelf) -> None:
     """The guard holds the lock of a killed process until its pip has ended. No other installation begins before
     that."""
     processes = [shelf.start_install("2.0")]
@@ -238,7 +238,7 @@ def test_removing_takes_only_what_is_named(shelf: Shelf) -> None:
 
 
 @pytest.mark.parametrize("version", ["../../elsewhere", "1.0-cpu", "", "1.0\nother"])
-def test_a_version_that_is_none_is_refused(shelf: Shelf, version: str) -> None:
+def test_an_invalid_version_is_refused(shelf: Shelf, version: str) -> None:
     recipes = {("toy", "cuda"): Recipe(locks=None)}
     with pytest.raises(ConfigError, match="is not a version"):
         install("toy", version, "cuda", progress=quiet, recipes=recipes)

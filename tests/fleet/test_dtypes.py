@@ -69,7 +69,7 @@ async def test_a_half_precision_folder_is_served_published_to_and_kept(
 
 
 @pytest.mark.parametrize("transport", ["gloo", "delta"])
-async def test_every_way_brings_what_was_cast(
+async def test_every_transport_sends_the_cast_tensors(
     tiny_model: Path, tensors: Tensors, tmp_path: Path, transport: Any
 ) -> None:
     folder = save_as(tiny_model, tmp_path / "m", torch.bfloat16)

@@ -126,7 +126,7 @@ def test_sleep_and_new_versions_are_written_and_do_not_crowd_out_what_matters(tm
     assert written == [(None, "kv_cache weights"), (None, None), (2, None)]
 
 
-def test_a_publish_is_told_by_engine_and_leg_and_as_a_whole(tmp_path: Path) -> None:
+def test_a_publish_is_logged_by_engine_and_leg_and_as_a_whole(tmp_path: Path) -> None:
     with EventLog(tmp_path / "events.jsonl") as event_log:
         with event_log.publishing(3) as publishing:
             publishing.report = report(3, {"e0": None, "e1": EngineFailed("e1", "bits fell over")})

@@ -333,7 +333,7 @@ async def test_asleep_requests_wait_and_awake_they_are_answered_by_the_new_versi
     assert (await waiting).version_spans == (VersionSpan(version, 0, 12),)
 
 
-async def test_what_nobody_waits_for_is_aborted_on_the_engine(fleet: Fleet) -> None:
+async def test_a_cancelled_request_is_aborted_on_the_engine(fleet: Fleet) -> None:
     await slow_down(fleet, 0.05)
     with pytest.raises(EngineTimeout):
         await fleet.generate(greedy("late", 200), deadline=0.5)
@@ -398,7 +398,7 @@ async def test_nothing_is_left_of_a_version_with_nans(fleet: Fleet, model: PreTr
     assert {one.output_ids for one in made} == {expected(model)}
 
 
-async def test_what_is_no_list_of_tensors_is_told(fleet: Fleet, model: PreTrainedModel) -> None:
+async def test_an_argument_that_is_no_list_of_tensors_is_refused(fleet: Fleet, model: PreTrainedModel) -> None:
     for wrong, hint in ((model.state_dict(), r"\.items\(\)"), (model, r"named_parameters")):
         with pytest.raises(PublishError, match=hint):
             await fleet.publish(wrong, following(fleet))
@@ -421,7 +421,7 @@ async def test_a_port_in_use_ends_the_start_with_one_message_and_no_process(tiny
         pass  # the engine that did start has ended, and its port is free
 
 
-async def test_a_transport_that_is_not_possible_ends_what_was_started(tiny_model: Path, tmp_path: Path) -> None:
+async def test_an_impossible_transport_ends_the_started_engines(tiny_model: Path, tmp_path: Path) -> None:
     import socket
 
     port = free_port("127.0.0.1")
@@ -464,5 +464,5 @@ async def test_a_session_stays_with_its_engine(fleet: Fleet) -> None:
     assert fleet.event_log.metrics.routed[Why.SESSION] > 0
 
 
-async def test_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path) -> None:
+async def test_nan_is_blamed_on_the_weights(fleet: Fleet, tiny_model: Path) -> None:
     await check_nan_weights(fleet, tiny_model, following(fleet))

@@ -90,7 +90,7 @@ def drawn(router: RoutingPolicy, snapshot: Snapshot, prompt: tuple[int, ...] = P
     return choice == Choice("e0", Why.PREFIX)
 
 
-async def test_an_engine_draws_what_it_says_it_has(
+async def test_an_engine_draws_the_prompts_that_it_reports(
     router: RoutingPolicy, snapshot: Snapshot, publisher: Publisher
 ) -> None:
     assert not drawn(router, snapshot)
@@ -101,7 +101,7 @@ async def test_an_engine_draws_what_it_says_it_has(
     assert not drawn(router, snapshot)
 
 
-async def test_what_came_before_a_gap_is_forgotten(
+async def test_blocks_before_a_gap_are_forgotten(
     router: RoutingPolicy, snapshot: Snapshot, publisher: Publisher
 ) -> None:
     await publisher.say(7, stored(PROMPT))  # this is the first message that is heard, so there is no gap before it
@@ -112,7 +112,7 @@ async def test_what_came_before_a_gap_is_forgotten(
 
 
 @pytest.mark.parametrize("frames", [(b"", b"\0" * 8, b"\xc1"), (b"alone",)])
-async def test_an_engine_that_cannot_be_understood_counts_by_what_it_gets(
+async def test_an_engine_with_unreadable_events_is_known_by_the_prompts_that_it_gets(
     frames: tuple[bytes, ...],
     router: RoutingPolicy,
     snapshot: Snapshot,
@@ -151,7 +151,7 @@ async def test_others_work_while_a_long_prompt_is_taken_in(
     assert drawn(router, snapshot, prompt)
 
 
-async def test_an_engine_that_has_gone_tells_no_more(router: RoutingPolicy, snapshot: Snapshot) -> None:
+async def test_an_engine_that_has_left_draws_no_more(router: RoutingPolicy, snapshot: Snapshot) -> None:
     publisher, feeds = Publisher(), KVEventFeeds(router)
     try:
         async with feeds.listening("e0", publisher.endpoint):

@@ -132,9 +132,7 @@ async def test_a_name_that_is_used_again_finds_no_prefix_of_its_first_owner(
     assert len(outputs) == 2
 
 
-async def test_what_runs_while_an_adapter_comes_ends_with_what_it_began_with(
-    fleet: Fleet, model: PreTrainedModel
-) -> None:
+async def test_a_running_request_keeps_its_adapter_through_a_publish(fleet: Fleet, model: PreTrainedModel) -> None:
     base = served(fleet)
     first, second = lora(model, 1), lora(model, 2)
     await slow_down(fleet, 0.03)
@@ -165,7 +163,7 @@ async def test_what_runs_while_an_adapter_comes_ends_with_what_it_began_with(
             await asyncio.sleep(0.01)
 
 
-async def test_whole_weights_take_the_adapter_off_what_runs(fleet: Fleet, model: PreTrainedModel) -> None:
+async def test_whole_weights_take_the_adapter_off_running_requests(fleet: Fleet, model: PreTrainedModel) -> None:
     """The old adapter on top of new weights would make tokens of no version."""
     version = served(fleet) + 1
     await publish(fleet, lora(model, 1), version)
@@ -230,7 +228,7 @@ async def test_a_third_adapter_waits_for_stragglers_and_then_aborts_them(fleet: 
     ],
     ids=["a", "b", "rank", "width", "module", "target", "name", "absent", "twice", "dtype", "nan", "none"],
 )
-async def test_what_is_no_adapter_of_the_model_is_told_before_anything_is_sent(
+async def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_sent(
     fleet: Fleet, model: PreTrainedModel, spoil: Callable[[NamedTensors], NamedTensors], says: str
 ) -> None:
     version = highest(fleet) + 1
@@ -271,7 +269,7 @@ async def test_an_engine_that_refuses_an_adapter_is_out_until_the_next(fleet: Fl
     assert {g.output_ids for g in await ask_both(fleet)} == {expected(merged(model, lora(model, 3)))}
 
 
-async def test_where_all_refuse_the_old_adapter_goes_on_serving(fleet: Fleet, model: PreTrainedModel) -> None:
+async def test_if_all_refuse_the_old_adapter_goes_on_serving(fleet: Fleet, model: PreTrainedModel) -> None:
     version = served(fleet) + 1
     await publish(fleet, lora(model, 1), version)
     for engine in embedded(fleet):
@@ -300,7 +298,7 @@ async def test_an_engine_that_hangs_is_out_and_the_other_serves(doomed_fleet: Fl
     await asyncio.gather(stuck, return_exceptions=True)
 
 
-async def test_an_engine_that_was_started_anew_gets_the_base_and_the_adapter_before_its_first_request(
+async def test_a_restarted_engine_gets_the_base_and_the_adapter_before_its_first_request(
     doomed_fleet: Fleet, model: PreTrainedModel, tmp_path: Path
 ) -> None:
     fleet = doomed_fleet
@@ -365,7 +363,7 @@ async def test_an_adapter_of_the_callers_own_is_left_as_it_is(
     assert made.version_spans == (VersionSpan(version - 1, 0, 12),)
 
 
-async def test_engines_that_cannot_read_it_are_told_apart(tmp_path: Path) -> None:
+async def test_an_engine_that_can_not_read_the_adapters_folder_is_refused(tmp_path: Path) -> None:
     """Nothing is written for these engines, and nothing is sent."""
     away = PublishTarget(
         EmbeddedEngine("away", "http://192.0.2.1:8000"),

@@ -118,7 +118,9 @@ async def test_weights_that_have_moved_on_are_not_served_as_the_old_version(
 
 
 @pytest.mark.parametrize("error", [WeightsChanged("in the middle of a step"), ZeroDivisionError()], ids=["busy", "bug"])
-async def test_a_trainer_may_not_be_able_to_give_it_now(fleet: Fleet, trainer: Trainer, error: Exception) -> None:
+async def test_a_trainer_may_be_unable_to_give_the_version_now(
+    fleet: Fleet, trainer: Trainer, error: Exception
+) -> None:
     busy = False
 
     def ask() -> list[tuple[str, torch.Tensor]]:
@@ -190,7 +192,7 @@ async def test_an_added_engine_gets_the_version_too(fleet: Fleet, trainer: Train
     await fleet.remove(name)
 
 
-async def test_what_is_given_is_looked_at_first(fleet: Fleet, trainer: Trainer) -> None:
+async def test_wrong_tensors_are_refused_at_once(fleet: Fleet, trainer: Trainer) -> None:
     version = following(fleet)
     for wrong in (trainer.model, trainer.model.state_dict, lambda: None):
         with pytest.raises(PublishError, match="tensors must be pairs of name and tensor, not a"):

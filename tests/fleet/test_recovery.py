@@ -123,7 +123,9 @@ async def test_an_engine_joins_with_the_current_version_and_one_leaves_when_it_i
     assert below(os.getpid()) <= before
 
 
-async def test_what_does_not_end_in_time_is_aborted_when_its_engine_leaves(tiny_model: Path, tmp_path: Path) -> None:
+async def test_a_request_that_does_not_end_in_time_is_aborted_when_its_engine_leaves(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path) as fleet:
         for engine in embedded(fleet):
             await engine.inject_fault("slow", seconds=0.2)
@@ -135,7 +137,7 @@ async def test_what_does_not_end_in_time_is_aborted_when_its_engine_leaves(tiny_
         assert 0 < len(made.output_ids) < 200
 
 
-async def test_one_that_stands_still_under_the_fleets_end_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+async def test_a_stopped_engine_leaves_nothing_when_the_fleet_ends(tiny_model: Path, tmp_path: Path) -> None:
     before = below(os.getpid())
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path, restarts=3):
         tree = {pid: command_lines({pid}) for pid in below(os.getpid()) - before}

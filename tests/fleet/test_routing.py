@@ -60,7 +60,7 @@ def long(first: int, blocks: int) -> tuple[int, ...]:
     st.lists(st.tuples(contexts, prompts), min_size=1, max_size=8),
     st.integers(0, 3),
 )
-def test_only_who_may_serve_is_chosen_and_the_same_one_each_time(
+def test_only_a_routable_engine_is_chosen_and_the_same_one_each_time(
     fleet: list[tuple[list[Event], int]], requests: list[tuple[RoutingContext, tuple[int, ...]]], seed: int
 ) -> None:
     known = []
@@ -150,7 +150,7 @@ def test_the_longest_known_prefix_wins_if_it_is_most_of_the_prompt() -> None:
 
 
 @pytest.mark.parametrize("routing", [RoutingContext(session="s"), RoutingContext(group="g"), ANYWHERE])
-def test_what_an_engine_has_lost_draws_nobody(routing: RoutingContext) -> None:
+def test_a_prefix_that_an_engine_has_lost_draws_no_request(routing: RoutingContext) -> None:
     router, snapshot = RoutingPolicy(), replicas(2)
     first = router.choose(snapshot, Counter(), asked(long(0, 2)), routing)
     assert first is not None
@@ -187,9 +187,9 @@ def told(
         lambda router: router.unfollow("e0"),
         lambda router: router.follow("e0"),
     ],
-    ids=["cleared", "removed", "forgotten", "missed", "unfollowed", "followed anew"],
+    ids=["cleared", "removed", "forgotten", "missed", "unfollowed", "followed again"],
 )
-def test_an_engine_that_tells_counts_as_knowing_what_it_said(lost: Callable[[RoutingPolicy], None]) -> None:
+def test_an_engine_with_kv_events_is_known_by_what_it_reported(lost: Callable[[RoutingPolicy], None]) -> None:
     router, snapshot = RoutingPolicy(), replicas(2)
     for engine in snapshot.routable:
         router.follow(engine)
@@ -204,7 +204,7 @@ def test_an_engine_that_tells_counts_as_knowing_what_it_said(lost: Callable[[Rou
     assert not told(router, long(0, 2), snapshot)
 
 
-def test_an_engine_that_tells_and_one_that_does_not_stand_beside_each_other() -> None:
+def test_engines_with_and_without_kv_events_work_together() -> None:
     router, snapshot = RoutingPolicy(), replicas(2)
     router.follow("e0")
     sent = router.choose(snapshot, Counter(e0=10, e1=0), asked(long(0, 2)))
@@ -216,7 +216,7 @@ def test_an_engine_that_tells_and_one_that_does_not_stand_beside_each_other() ->
     assert router.choose(snapshot, Counter(e0=0, e1=10), asked(long(0, 2))) == Choice("e1", Why.PREFIX)
 
 
-def test_what_the_base_model_computed_draws_no_request_with_an_adapter() -> None:
+def test_a_prefix_of_the_base_model_draws_no_request_with_an_adapter() -> None:
     router, snapshot = RoutingPolicy(), replicas(2)
     for engine in snapshot.routable:
         router.follow(engine)

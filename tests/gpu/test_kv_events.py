@@ -8,7 +8,7 @@ from millrace.fleet.local import open_fleet
 from tests.conformance.kv_events import check_routing_by_kv_events
 
 
-def test_its_events_draw_requests(config: StockConfig, tiny_model: Path, tmp_path: Path) -> None:
+def test_its_kv_events_draw_requests(config: StockConfig, tiny_model: Path, tmp_path: Path) -> None:
     async def hold() -> None:
         telling = config.model_copy(update={"kv_events": True})
         async with open_fleet(telling, tiny_model, log_dir=tmp_path) as fleet:

@@ -27,7 +27,7 @@ async def test_hosts_that_are_known_are_taken() -> None:
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 64, "y" * 300])
-async def test_a_name_that_is_none_is_told_with_its_setting(host: str) -> None:
+async def test_an_unknown_name_is_reported_with_its_setting(host: str) -> None:
     with pytest.raises(ConfigError, match=r"^urls: .*(can't be resolved: .|is not a server's URL)"):
         await require_known("urls", [f"http://{host}:3000"])
 
@@ -61,7 +61,7 @@ def test_a_command_names_its_argument(
     assert line.startswith(f"error: URL: {SAYS[:-1]}")
 
 
-def test_an_address_of_another_host_is_told_with_the_setting_that_has_it() -> None:
+def test_an_address_of_another_host_is_reported_with_its_setting() -> None:
     says = r"^no port of engine.host 192.0.2.1 is available: 192.0.2.1 is not an address of"
     with pytest.raises(LaunchError, match=says):
         free_port("192.0.2.1", "engine.host")

@@ -27,7 +27,7 @@ def test_a_known_account_lacks_nothing() -> None:
     assert account_name() == pwd.getpwuid(os.getuid()).pw_name
 
 
-def test_an_unknown_one_gets_a_name_and_a_home_of_its_own(unknown: Path) -> None:
+def test_an_unknown_account_gets_a_name_and_a_home_of_its_own(unknown: Path) -> None:
     name = f"uid-{os.getuid()}"
     added = account_environment({})
     assert account_name() == added["USER"] == added["LOGNAME"] == name
@@ -37,13 +37,13 @@ def test_an_unknown_one_gets_a_name_and_a_home_of_its_own(unknown: Path) -> None
     assert account_environment({}) == added  # the next start gets the same, since engines cache files there
 
 
-def test_what_the_environment_has_stays(unknown: Path) -> None:
+def test_variables_of_the_environment_stay(unknown: Path) -> None:
     assert account_environment({"USER": "me", "LOGNAME": "me", "HOME": str(unknown)}) == {}
     added = account_environment({"USER": "me", "LOGNAME": "me", "HOME": str(unknown / "nowhere")})
     assert added.keys() == {"HOME"}
 
 
-def test_a_home_that_somebody_else_put_there_is_left_alone(unknown: Path) -> None:
+def test_a_home_that_another_account_has_put_there_is_left_alone(unknown: Path) -> None:
     (unknown / "elsewhere").mkdir()
     (unknown / f"millrace-home-{os.getuid()}").symlink_to(unknown / "elsewhere")
     home = Path(account_environment({})["HOME"])

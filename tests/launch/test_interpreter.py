@@ -46,7 +46,7 @@ async def test_the_servers_own_environment_counts(tmp_path: Path) -> None:
     )
 
 
-async def test_what_is_no_interpreter_is_said_with_its_reason(tmp_path: Path) -> None:
+async def test_a_wrong_interpreter_is_reported_with_the_reason(tmp_path: Path) -> None:
     for path, says in (
         (tmp_path / "none", "can't be run: No such file or directory"),
         (tmp_path, "can't be run: Permission denied"),
@@ -58,7 +58,7 @@ async def test_what_is_no_interpreter_is_said_with_its_reason(tmp_path: Path) ->
             await require(path)
 
 
-async def test_what_does_not_end_is_ended(tmp_path: Path) -> None:
+async def test_an_interpreter_that_hangs_is_ended(tmp_path: Path) -> None:
     hanging = script(tmp_path / "hanging", "#!/bin/sh\nexec sleep 600\n")
     with pytest.raises(LaunchError, match=r"engine.python: .* did not answer within 0.2 s"):
         await require_module(hanging, "json", setting="engine.python", deadline=0.2)

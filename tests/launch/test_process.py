@@ -187,7 +187,7 @@ def shared_by_others() -> Iterator[Path]:
     path.unlink()
 
 
-def test_what_a_killed_server_left_is_removed_and_what_others_use_is_not(
+def test_files_that_a_killed_server_left_are_removed_unless_others_use_them(
     tmp_path: Path, shared_by_others: Path
 ) -> None:
     script, note = tmp_path / "littering.py", tmp_path / "scratch"

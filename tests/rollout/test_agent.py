@@ -212,7 +212,7 @@ async def test_an_error_that_spells_control_tokens_opens_no_turn() -> None:
     assert episode.token_ids.count(opened) == PROMPT.count(opened) + 2
 
 
-async def test_a_bad_call_is_told_to_the_model_and_counted() -> None:
+async def test_a_bad_call_is_reported_to_the_model_and_counted() -> None:
     answers: list[ToolAnswer] = []
     model = FakeModel(CHAT.turn("<tool_call>\nnot json\n</tool_call>"), CHAT.turn(CALL.replace("12 * 7", "1 / 0")))
     episode = await play(model, on_tool_answer=answers.append)

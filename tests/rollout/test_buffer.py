@@ -84,7 +84,7 @@ def test_every_step_is_full_fresh_and_new(policy: StalenessPolicy, seed: int, po
     asyncio.run(steps())
 
 
-async def test_what_is_left_of_a_step_is_given_up_unless_it_may_be_staler() -> None:
+async def test_the_rest_of_a_step_is_given_up_unless_it_may_be_staler() -> None:
     for max_staleness in (0, 1):
         runner = Drawn(5, failing=0.0)
         policy = StalenessPolicy(1, 2, max_staleness=max_staleness, extra=3)

@@ -183,7 +183,7 @@ CONTROL = st.sampled_from(["<|im_end|>", "<|im_start|>", "<tool_call>", "</tool_
 
 
 @given(st.lists(st.one_of(CONTROL, st.text(alphabet="<|im_end>/tool ", max_size=6), st.characters()), max_size=8))
-def test_what_spells_control_tokens_stays_text(parts: list[str]) -> None:
+def test_text_that_spells_control_tokens_stays_text(parts: list[str]) -> None:
     text, chat = "".join(parts), CHATS["tools"]
     control = set(chat.tokenizer.convert_tokens_to_ids(list(chat.control)))
     for ids, harmless in [

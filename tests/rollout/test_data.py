@@ -47,7 +47,7 @@ def test_answers(text: str, number: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "72", "#### ", "#### x", "#### 5 apples", "# 5", "#### -", "#### 1,5"])
-def test_what_is_no_answer(text: str) -> None:
+def test_a_text_without_an_answer_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="####"):
         parse_answer(text)
 

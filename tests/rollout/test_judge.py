@@ -110,7 +110,7 @@ async def test_an_answer_can_not_end_its_turn_in_the_judges_prompt(judge: Judge)
         assert ids.count(token) == honest.count(token)
 
 
-async def test_what_is_too_long_is_not_cut(judge: Judge) -> None:
+async def test_a_prompt_that_is_too_long_is_not_cut(judge: Judge) -> None:
     with pytest.raises(JudgeError, match=r"can't grade it: the prompt's \d+ tokens .* its context of 256"):
         await judge.grade(PROBLEMS[0], "apples " * 300, deadline=END)
     with pytest.raises(DataError, match=r"problem long has \d+ tokens before any answer"):
@@ -127,7 +127,7 @@ async def test_nothing_is_published_to_a_judge(judge: Judge, judge_folder: Path)
     assert [state.version for state in judge.fleet.snapshot.replicas] == [0]
 
 
-async def test_people_see_it_beside_the_policy_and_never_behind(judge: Judge) -> None:
+async def test_the_view_shows_a_judge_beside_the_policy_and_never_as_behind(judge: Judge) -> None:
     observer = Observer(judge.fleet.event_log)
     observer.fleets = (judge.fleet,)
     observer.event_log.metrics.newest = 9  # a version of the policy
@@ -168,7 +168,7 @@ async def test_a_sample_that_is_not_graded_in_its_time_fails_and_names_the_judge
     assert re.match(r"the judge did not grade it.* within [01]\.\d s", sample.reason or "")
 
 
-async def test_a_turn_grades_what_a_judge_that_is_awake_would(judge: Judge, tiny_model: Path) -> None:
+async def test_grading_in_turn_gives_the_grades_of_a_judge_that_is_awake(judge: Judge, tiny_model: Path) -> None:
     chat = load_chat_format(str(tiny_model))
     runner = SampleRunner(
         fleet=judge.fleet,
@@ -216,7 +216,7 @@ async def test_weights_that_are_not_the_folders_first_ones_never_serve(judge: Ju
     assert judge.fleet.event_log.metrics.restarts["judge-0", True] == 1
 
 
-async def test_what_is_not_frozen_has_no_way_back_but_a_publish() -> None:
+async def test_an_unfrozen_fleet_is_restored_only_by_a_publish() -> None:
     fleet = Fleet([], None)
     with pytest.raises(PublishError, match="only a frozen fleet can be restored"):
         await fleet.restore()

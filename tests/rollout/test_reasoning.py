@@ -24,7 +24,7 @@ PLAIN = st.text(alphabet="ab #<>/\n", max_size=8)  # contains no marker
         ("<think></think>", ""),
     ],
 )
-def test_what_stands_outside_counts(text: str, answer: str) -> None:
+def test_text_outside_the_reasoning_counts(text: str, answer: str) -> None:
     assert THINK.answer(text) == answer
 
 
@@ -35,7 +35,7 @@ def test_a_turn_that_begins_inside_the_reasoning() -> None:
 
 
 @given(PLAIN, st.lists(st.tuples(PLAIN, PLAIN)), st.booleans())
-def test_closed_reasoning_goes_and_all_else_stays(first: str, rest: list[tuple[str, str]], opened: bool) -> None:
+def test_closed_reasoning_is_removed_and_all_else_stays(first: str, rest: list[tuple[str, str]], opened: bool) -> None:
     blocks = "".join(f"<think>{thought}</think>{said}" for thought, said in rest)
     answer = first + "".join(said for _, said in rest)
     assert THINK.answer(first + blocks) == answer

@@ -88,7 +88,7 @@ async def test_every_sample_ends_once_though_connections_break(fleet: Fleet, run
     assert scheduler.counts.asked == scheduler.counts.ended.total() == len(ids)
 
 
-async def test_what_breaks_more_often_than_it_may_fails_with_its_reason(fleet: Fleet, runner: SampleRunner) -> None:
+async def test_a_sample_that_breaks_too_often_fails_with_its_reason(fleet: Fleet, runner: SampleRunner) -> None:
     for engine in embedded(fleet):
         await engine.inject_fault("drop_connection", count=1000)
     async with RolloutScheduler(replace(runner, retries=1), samples_per_group=2) as scheduler:
@@ -178,9 +178,7 @@ async def test_the_tokens_of_a_sample_are_those_that_were_sampled(fleet: Fleet, 
         np.testing.assert_array_equal(sample.episode.logprobs[sample.episode.loss_mask], logprobs)
 
 
-async def test_a_killed_engine_costs_no_sample_and_with_the_last_one_the_run_is_told(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+async def test_a_killed_engine_costs_no_sample_and_the_last_one_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
     config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, faults=True)
     async with open_fleet(config, tiny_model, log_dir=tmp_path) as fleet:
         runner = make_runner(fleet, tiny_model)
@@ -200,7 +198,7 @@ async def test_a_killed_engine_costs_no_sample_and_with_the_last_one_the_run_is_
                     await scheduler.next_group()
 
 
-async def test_what_sleep_interrupts_goes_on_by_the_next_weights_with_its_time_standing_still(
+async def test_samples_that_sleep_interrupts_go_on_with_the_next_weights_and_their_time_stands_still(
     fleet: Fleet, runner: SampleRunner, tiny_model: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)

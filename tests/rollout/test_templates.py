@@ -215,7 +215,7 @@ def test_the_markers_of_reasoning_are_the_templates_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OPENED | MARKERS.keys() | {"glm4moe", "lfm2_2_5", "qwen3", "qwen3_5_nothink"}))
-def test_what_a_template_writes_as_reasoning_is_no_answer(name: str) -> None:
+def test_reasoning_that_a_template_writes_is_no_answer(name: str) -> None:
     chat = check_prompt_format(tokenizer_of(name), name)
     reasoning = chat.reasoning
     draft = "I try #### 9 first."

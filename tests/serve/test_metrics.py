@@ -117,7 +117,7 @@ async def millrace(*arguments: str) -> tuple[int | None, str, str]:
     return process.returncode, out.decode(), err.decode()
 
 
-async def test_what_was_done_is_what_is_counted(shown: Shown) -> None:
+async def test_the_counts_match_what_was_done(shown: Shown) -> None:
     before = await scrape(shown.url)
     made = await asyncio.gather(*(shown.fleet.generate(request(f"r{i}"), deadline=20) for i in range(6)))
     cut_short = asyncio.create_task(shown.fleet.generate(request("cut", 100), deadline=20))
@@ -147,7 +147,7 @@ async def test_what_was_done_is_what_is_counted(shown: Shown) -> None:
     assert over_engines("millrace_request_seconds_bucket", "+Inf") == 6
 
 
-async def test_engines_and_versions_stand_as_they_do_and_what_they_say_is_passed_on(shown: Shown) -> None:
+async def test_engines_are_shown_with_their_versions_and_their_own_metrics(shown: Shown) -> None:
     slow = [engine for engine in shown.fleet.engines.values() if isinstance(engine, EmbeddedEngine)]
     for engine in slow:
         await engine.inject_fault("slow", seconds=0.05)
@@ -172,7 +172,7 @@ async def test_engines_and_versions_stand_as_they_do_and_what_they_say_is_passed
         await engine.inject_fault("slow", seconds=0.0)
 
 
-async def test_each_leg_of_a_publish_is_seen_and_one_that_an_engine_refuses_too(shown: Shown, tiny_model: Path) -> None:
+async def test_each_leg_of_a_publish_is_shown_and_so_is_a_refused_publish(shown: Shown, tiny_model: Path) -> None:
     version = (shown.event_log.metrics.newest or 0) + 1
     before = await scrape(shown.url)
     report = await shown.fleet.publish(tensors(tiny_model), version)
@@ -189,7 +189,7 @@ async def test_each_leg_of_a_publish_is_seen_and_one_that_an_engine_refuses_too(
     assert (told.fields["version"], told.fields["engines"], told.fields["nbytes"]) == (version, 2, report.nbytes)
 
 
-async def test_who_sleeps_is_shown_asleep_and_counts_as_ready(shown: Shown, tiny_model: Path) -> None:
+async def test_a_sleeping_engine_is_shown_asleep_and_counts_as_ready(shown: Shown, tiny_model: Path) -> None:
     version = (shown.event_log.metrics.newest or 0) + 1
     await shown.fleet.sleep()
     try:
@@ -251,7 +251,7 @@ async def test_an_engine_that_is_killed_shows_in_state_event_and_metric(doomed: 
     assert [e["engine"] for e in written if e["kind"] == "restart"] == [victim.name]
 
 
-async def test_an_engine_that_hangs_is_shown_as_silent_and_delays_nobody_for_long(doomed: Shown) -> None:
+async def test_an_engine_that_hangs_is_shown_as_silent_and_delays_the_view_only_briefly(doomed: Shown) -> None:
     _, stuck = [e for e in doomed.fleet.engines.values() if isinstance(e, EmbeddedEngine)]
     await stuck.inject_fault("hang", where="http")
     async with asyncio.timeout(15):
@@ -268,7 +268,7 @@ async def test_an_engine_that_hangs_is_shown_as_silent_and_delays_nobody_for_lon
     assert answers.load is not None
 
 
-async def test_before_the_engines_are_there_it_answers_that_they_start() -> None:
+async def test_before_the_engines_run_the_view_says_that_they_start() -> None:
     async with serve(Observer(EventLog()), "127.0.0.1", 0) as url:
         view = await look(url)
         assert (view.engines, view.newest_version) == ((), None)
@@ -293,7 +293,7 @@ async def test_a_port_in_use_is_one_clear_error() -> None:
                 pass
 
 
-async def test_where_nobody_listens_status_says_so_in_one_line() -> None:
+async def test_status_of_a_closed_port_is_one_line() -> None:
     url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
     status, out, err = await millrace("status", url)
     assert (status, out) == (1, "")
@@ -304,7 +304,7 @@ async def test_where_nobody_listens_status_says_so_in_one_line() -> None:
     ("path", "answer", "says"),
     [("/fleet", '{"at": "noon"}', "at: Input should be a valid number"), ("/", "", "HTTP 404")],
 )
-async def test_where_something_else_answers_status_says_so(path: str, answer: str, says: str) -> None:
+async def test_status_of_another_server_is_one_clear_error(path: str, answer: str, says: str) -> None:
     async def other(_: web.Request) -> web.Response:
         return web.Response(text=answer, content_type="application/json")
 
@@ -332,7 +332,7 @@ LOAD = EngineLoad(running_requests=0, waiting_requests=2, used_tokens=50, max_to
 
 
 @pytest.mark.asyncio(loop_scope="function")
-async def test_the_table_shows_no_figure_for_what_is_not_known() -> None:
+async def test_the_table_shows_no_figure_for_an_unknown_value() -> None:
     idle = EngineView("e0", "http://e0", Phase.READY, True, 7, 0, (), None, 0, LOAD, None, 0.25, 3)
     silent = EngineView("[e1]", "http://e1", Phase.SUSPECT, False, None, None, (), None, 9, None, "it hangs", None, 0)
     event = Entry(0.0, "publish_failed", None, {"reason": "[red]none took it", "version": 8})

@@ -15,7 +15,7 @@ from millrace.types import Bucket, DiskBucket, ProcessGroupBucket, SharedMemoryB
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
 from millrace.weights.transports.process_group import BroadcastBucket
 
-SIGN = 0x80  # in the last byte of a little-endian float
+SIGN = 0x80  # the sign bit, in the last byte of a little-endian float
 
 
 @dataclass(frozen=True, slots=True)

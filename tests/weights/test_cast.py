@@ -1,4 +1,4 @@
-"""What is published is cast to what the engines hold, and to nothing else."""
+"""Published tensors are cast to the dtypes of the engines, and to nothing else."""
 
 import math
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def test_nothing_is_cast_where_no_dtype_is_known() -> None:
 
 
 class Making:
-    """Tensors that are made when their turn comes. `made`: how many were."""
+    """Tensors that are made one by one, when they are needed. `made` counts them."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -76,7 +76,7 @@ def test_it_is_lazy_and_can_be_gone_through_again_and_announces_the_same_shapes(
     assert source.made == 0
     first = next(buckets(made, 2 * 512))
     assert [tensor.dtype for _, tensor in first] == [torch.bfloat16] * 2
-    assert source.made == 3  # the bucket, and the tensor that found no room in it
+    assert source.made == 3  # the tensors of the bucket, and the one that found no room in it
     assert [len(list(made)) for _ in range(2)] == [10, 10]
 
 
@@ -115,6 +115,6 @@ def test_engines_of_different_dtypes_are_refused() -> None:
         require_one_dtype([started("a", "float16"), started("b", "bfloat16")])
 
 
-def test_what_float16_can_not_hold_is_not_finite_after_the_cast() -> None:
+def test_a_value_too_large_for_float16_is_not_finite_after_the_cast() -> None:
     [(_, made)] = cast([("w", torch.tensor([1e6]))], Dtypes("float16", {}))
     assert math.isinf(made.item())

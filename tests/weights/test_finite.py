@@ -1,4 +1,4 @@
-"""What counts as a number."""
+"""Which tensors count as finite."""
 
 from collections.abc import Iterator
 
@@ -19,13 +19,13 @@ BAD = [
 ]
 
 
-def test_what_is_finite_passes_though_its_sum_is_not() -> None:
+def test_finite_tensors_pass_even_if_their_sum_is_not_finite() -> None:
     assert only_finite(SOUND, SOUND, AS_IT_IS) is SOUND
     assert [name for name, _ in only_finite(SOUND, iter(SOUND), AS_IT_IS)] == [name for name, _ in SOUND]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=[name for name, _ in BAD])
-def test_what_is_not_is_named(bad: tuple[str, torch.Tensor]) -> None:
+def test_a_tensor_that_is_not_finite_is_named(bad: tuple[str, torch.Tensor]) -> None:
     with pytest.raises(PublishError, match=f"^{bad[0]} has NaN"):
         only_finite(SOUND, [*SOUND, bad], AS_IT_IS)
 

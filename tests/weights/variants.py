@@ -18,7 +18,7 @@ from millrace.types import GenerateRequest, Generation, SamplingParams
 Prompt = tuple[int, ...]
 NamedTensor = tuple[str, torch.Tensor]
 
-# The last is longer than a block of any engine's prefix cache.
+# The last prompt is longer than a block of any engine's prefix cache.
 PROMPTS: tuple[Prompt, ...] = ((5, 17, 300), tuple(range(30, 80)), tuple((7 * i * i + 3) % 400 for i in range(140)))
 LONG, SHORT = 64, 12  # tokens
 # Scales the inner weights. Otherwise the tied embedding would make every variant repeat the last token.

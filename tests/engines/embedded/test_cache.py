@@ -57,7 +57,7 @@ def test_a_stored_prefix_outlives_its_slot() -> None:
     assert content(cache, 1) == [1, 2, 3]
 
 
-def test_nothing_is_found_across_epochs_nor_in_slots_that_nobody_runs_in() -> None:
+def test_no_prefix_is_found_across_epochs_or_in_idle_slots() -> None:
     cache = make()
     fill(cache, 0, [1, 2, 3])
     assert find(cache, [1, 2, 3], running=1) == 3
@@ -134,7 +134,7 @@ def test_layers_of_unlike_shapes_are_copied_together() -> None:
     stored=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=CONTEXT), max_size=8),
     asked=st.lists(st.integers(0, 1), min_size=1, max_size=CONTEXT),
 )
-def test_what_is_found_is_what_was_computed(stored: list[list[int]], asked: list[int]) -> None:
+def test_a_found_prefix_equals_what_was_computed(stored: list[list[int]], asked: list[int]) -> None:
     cache = make(layers=1)
     for tokens in stored:
         fill(cache, 0, tokens)

@@ -148,7 +148,7 @@ async def test_memory_is_not_released_under_a_running_request(api: Api) -> None:
     assert "tags" in await api.refused("/release_memory_occupation", {"tags": ["cuda_graph"]})
 
 
-async def test_woken_weights_serve_nothing_until_they_are_brought(
+async def test_woken_weights_serve_nothing_until_they_are_loaded(
     api: Api, model_dir: Any, other_dir: Any, other: Any
 ) -> None:
     await api.post("/release_memory_occupation")
@@ -173,7 +173,7 @@ async def test_woken_weights_serve_nothing_until_they_are_brought(
     assert answer["meta_info"]["weight_versions"] == [{"version": "6", "start": 0, "end": 8}]
 
 
-async def test_it_says_what_it_is_and_how_it_stands(api: Api, model_dir: Any) -> None:
+async def test_the_server_reports_its_identity_and_state(api: Api, model_dir: Any) -> None:
     model = await api.get("/model_info")
     assert model["model_path"] == str(model_dir)
     assert (model["vocab_size"], model["context_length"], model["model_type"]) == (VOCAB, CONTEXT, "qwen3")

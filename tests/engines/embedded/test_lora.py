@@ -47,7 +47,7 @@ async def test_each_row_is_computed_by_its_own_adapter(api: Api, base: Any, fold
     await unload(api, "row0", "row1")
 
 
-async def test_an_adapter_is_gone_for_new_requests_and_not_for_those_that_run(
+async def test_an_unloaded_adapter_serves_running_requests_and_no_new_ones(
     api: Api, base: Any, folders: list[Path]
 ) -> None:
     await api.post("/load_lora_adapter", {"lora_name": "gone", "lora_path": str(folders[0])})
@@ -64,7 +64,7 @@ async def test_an_adapter_is_gone_for_new_requests_and_not_for_those_that_run(
     assert reported_logprobs(answer) == pytest.approx(expected, abs=2e-3)
 
 
-async def test_new_weights_go_on_without_the_adapter_of_the_old_ones(
+async def test_new_weights_continue_without_the_adapter_of_the_old_ones(
     api: Api, base: Any, other: Any, other_dir: Path, folders: list[Path]
 ) -> None:
     """The running request is retracted, so that nothing remains of what the old weights had computed."""
@@ -100,7 +100,7 @@ async def test_new_weights_go_on_without_the_adapter_of_the_old_ones(
     ],
     ids=["rslora", "bias", "pattern", "rank", "number"],
 )
-async def test_an_adapter_that_would_mean_something_else_is_refused(
+async def test_an_adapter_with_an_unsupported_config_is_refused(
     api: Api, folders: list[Path], tmp_path: Path, config: dict[str, object], says: str
 ) -> None:
     written = json.loads((folders[0] / "adapter_config.json").read_text())

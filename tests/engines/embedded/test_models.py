@@ -100,7 +100,7 @@ def test_logprobs_are_those_of_a_full_forward(kind: str, config: Any, tmp_path: 
         ("llama", COMMON, {"device": "cuda"}, "CUDA"),
     ],
 )
-def test_what_can_not_be_served_is_told_at_the_start(
+def test_an_unsupported_model_is_refused_at_the_start(
     kind: str, config: Any, changes: Any, says: str, tmp_path: Path
 ) -> None:
     if changes.get("device") == "cuda" and torch.cuda.is_available():

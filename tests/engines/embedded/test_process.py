@@ -126,7 +126,7 @@ async def test_a_crash_after_so_many_tokens(expendable: list[Server]) -> None:
     assert await asyncio.to_thread(server.process.wait, 10) == -signal.SIGKILL
 
 
-async def test_a_hanging_model_still_ends_and_a_hanging_loop_answers_nobody(expendable: list[Server]) -> None:
+async def test_a_hanging_model_still_ends_and_a_hanging_loop_answers_no_request(expendable: list[Server]) -> None:
     server = expendable[1]
     await server.until_healthy()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=0.5)) as session:

@@ -23,7 +23,7 @@ def lanes_of(count: int, *, temperature: float = 1.0, top_k: int = -1, top_p: fl
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0.0}])
-def test_what_a_broken_model_says_is_a_token_all_the_same(filters: dict[str, Any]) -> None:
+def test_nan_logits_still_give_a_token(filters: dict[str, Any]) -> None:
     tokens, logprobs = sample(torch.full((2, 8), torch.nan), lanes_of(2, **filters))
     assert all(0 <= token < 8 for token in tokens)
     assert np.isnan(logprobs).all()

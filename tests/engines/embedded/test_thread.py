@@ -58,7 +58,7 @@ async def test_a_step_that_raises_ends_the_thread_and_every_wait(model_dir: Path
     assert not thread.alive
 
 
-async def test_what_a_command_raises_reaches_its_caller_and_nobody_else(model_dir: Path) -> None:
+async def test_an_error_of_a_command_reaches_its_caller_and_no_other(model_dir: Path) -> None:
     thread, ended = await start(model_dir)
 
     def fail(core: Core) -> None:

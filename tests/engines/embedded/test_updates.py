@@ -154,9 +154,7 @@ async def test_no_prefix_of_another_version_is_reused(api: Api, base: Any, other
     assert (await api.generate(prompt, max_new_tokens=4))["meta_info"]["cached_tokens"] == 0
 
 
-async def test_what_does_not_fit_the_model_is_refused_and_the_session_stays_open(
-    api: Api, base: Any, other: Any
-) -> None:
+async def test_tensors_that_do_not_fit_are_refused_and_the_session_stays_open(api: Api, base: Any, other: Any) -> None:
     tensors = tensors_of(other)
     with bucket(tensors) as body:
         assert "no update is open" in await api.refused("/update_weights_from_shared_memory", body)
@@ -226,7 +224,7 @@ async def test_an_update_while_paused(api: Api, other: Any) -> None:
     assert [s["version"] for s in (await task)["meta_info"]["weight_versions"]] == ["0", "1"]
 
 
-async def test_generation_goes_on_while_a_load_takes_its_time(api: Api, other: Any) -> None:
+async def test_generation_goes_on_during_a_slow_load(api: Api, other: Any) -> None:
     """The broadcast of this load starts only after a generate call has ended."""
     tensors = tensors_of(other)
     trainer = await Trainer.join(api)
@@ -257,7 +255,7 @@ async def test_an_update_from_a_process_group(api: Api, base: Any, other: Any) -
     await assert_serves(api, other, "1")
 
 
-async def test_a_trainer_who_never_comes_is_waited_for_until_the_deadline_only(api: Api, base: Any) -> None:
+async def test_waiting_for_a_trainer_ends_at_the_deadline(api: Api, base: Any) -> None:
     body = {**Trainer.group(free_port()), "timeout": 0.5}
     async with asyncio.timeout(10):
         assert "could not join" in await api.refused("/init_weights_update_group", body)

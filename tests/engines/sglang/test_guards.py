@@ -49,7 +49,7 @@ def test_a_request_passes_exactly_when_it_fits(ids: list[int], room: int) -> Non
         ((1, 2**63), "token 9223372036854775808"),
     ],
 )
-def test_a_prompt_that_the_server_would_die_of(ids: tuple[Any, ...], says: str) -> None:
+def test_a_prompt_that_the_server_would_die_of_is_refused(ids: tuple[Any, ...], says: str) -> None:
     with pytest.raises(InvalidStateError, match=says):
         check_request(replace(SOUND, input_ids=ids), LIMITS)
 
@@ -77,7 +77,7 @@ def test_a_prompt_that_the_server_would_die_of(ids: tuple[Any, ...], says: str) 
     ],
     ids=lambda r: f"{r.request_id} {r.sampling} {dict(r.extra)}"[:80],
 )
-def test_what_else_the_server_would_die_of_or_ignore(request_: GenerateRequest) -> None:
+def test_other_requests_that_the_server_would_die_of_or_ignore_are_refused(request_: GenerateRequest) -> None:
     with pytest.raises(InvalidStateError):
         check_request(request_, LIMITS)
 
@@ -90,6 +90,6 @@ def test_what_else_the_server_would_die_of_or_ignore(request_: GenerateRequest) 
         further(logit_bias={"3": -100.0}, repetition_penalty=1.05, frequency_penalty=0.1, skip_special_tokens=False),
     ],
 )
-def test_what_the_server_takes_passes(request_: GenerateRequest) -> None:
+def test_a_request_that_the_server_takes_passes(request_: GenerateRequest) -> None:
     check_request(request_, LIMITS)
     check_request(replace(request_, sampling=SamplingParams(8, seed=3)), replace(LIMITS, seeds=True))

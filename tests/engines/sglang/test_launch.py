@@ -177,7 +177,7 @@ def test_ranks_that_share_a_group_meet_where_the_ports_after_it_are_free() -> No
     assert len({*ports.http, ports.nccl, int(ports.rendezvous.rpartition(":")[2])}) == 3
 
 
-def test_every_launch_publishes_at_a_place_of_its_own() -> None:
+def test_every_launch_publishes_at_its_own_endpoint() -> None:
     one, two = (choose_ports(cpu_config(kv_events=True), 0).kv_events for _ in range(2))
     assert one is not None
     assert two not in (None, one)

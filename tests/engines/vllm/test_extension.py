@@ -416,7 +416,7 @@ async def test_the_rest_of_a_module_completes_it(subject: Subject) -> None:
     await check_serves(server, subject.second)
 
 
-async def test_what_an_abandoned_update_has_changed_must_come_again(subject: Subject) -> None:
+async def test_tensors_that_an_abandoned_update_has_changed_must_come_again(subject: Subject) -> None:
     server, second = subject.server, subject.second.weights
     lower = {name: tensor for name, tensor in second.items() if ".layers.0." in name}
     await server.done("begin")
@@ -469,7 +469,7 @@ async def test_a_tensor_that_does_not_fit_changes_nothing(subject: Subject, name
     assert await server.done("abandon") == {"torn": False}
 
 
-async def test_a_name_without_a_place_is_told(subject: Subject) -> None:
+async def test_an_unknown_name_is_reported(subject: Subject) -> None:
     await subject.server.done("begin")
     unused = "model.layers.0.self_attn.o_proj.bias"
     assert await subject.server.load({unused: torch.zeros(64), NORM: subject.second.weights[NORM]}) == [unused]

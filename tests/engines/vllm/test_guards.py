@@ -37,7 +37,7 @@ SOUND = GenerateRequest("r", (1, 2, 3), SamplingParams(8))
         replace(SOUND, sampling=SamplingParams(8, temperature=0.3, top_k=5, seed=1, stop_token_ids=(4,))),
     ],
 )
-def test_what_the_server_takes_passes(request_: GenerateRequest) -> None:
+def test_a_request_that_the_server_takes_passes(request_: GenerateRequest) -> None:
     check_request(request_, LIMITS, SERVER)
 
 
@@ -54,7 +54,7 @@ def test_what_the_server_takes_passes(request_: GenerateRequest) -> None:
         (replace(SOUND, extra={"sampling_params": 3}), "must be a mapping"),
     ],
 )
-def test_what_it_would_ignore_or_die_of_is_refused(request_: GenerateRequest, says: str) -> None:
+def test_a_request_that_the_server_would_ignore_or_die_of_is_refused(request_: GenerateRequest, says: str) -> None:
     with pytest.raises(InvalidStateError, match=says):
         check_request(request_, LIMITS, SERVER)
 

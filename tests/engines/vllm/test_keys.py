@@ -60,7 +60,7 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
         ("DELETE", "/v1/completions", "401", "401", "passed"),
     ],
 )
-def test_each_route_wants_its_key(ask: Ask, method: str, path: str, without: str, data: str, admin: str) -> None:
+def test_each_route_needs_its_key(ask: Ask, method: str, path: str, without: str, data: str, admin: str) -> None:
     assert ask(method, path) == without
     assert ask(method, path, "Bearer data") == data
     assert ask(method, path, "bearer admin") == admin
@@ -70,7 +70,7 @@ def test_each_route_wants_its_key(ask: Ask, method: str, path: str, without: str
     assert ask(method, path, "Bearer admin", "Bearer admin") == without
 
 
-def test_a_websocket_wants_one_too(ask: Ask) -> None:
+def test_a_websocket_needs_a_key_too(ask: Ask) -> None:
     assert ask("", "/v1/realtime", kind="websocket") == "websocket.close"
     assert ask("", "/v1/realtime", "Bearer data", kind="websocket") == "passed"
     assert ask("", "", kind="lifespan") == "passed"

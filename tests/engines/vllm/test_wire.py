@@ -65,7 +65,7 @@ def test_a_stream_comes_to_what_one_answer_would_be(path: str, ids: list[int], d
     assert streamed.version_spans == whole.version_spans == ((VersionSpan(4, 0, len(ids)),) if ids else ())
 
 
-def test_a_server_that_tells_its_versions_is_believed() -> None:
+def test_the_versions_that_a_server_reports_are_used() -> None:
     spans = [{"version": "6", "start": 0, "end": 1}, {"version": "default", "start": 1, "end": 3}]
     made = answered(GENERATE, choice(GENERATE, [5, 6, 7], "stop", weight_versions=spans))
     assert made.version_spans == (VersionSpan(6, 0, 1), VersionSpan(None, 1, 3))
@@ -75,7 +75,7 @@ def test_a_stream_without_an_end_was_aborted() -> None:
     assert answered(GENERATE, choice(GENERATE, [5])).finish_reason is FinishReason.ABORT
 
 
-def test_what_has_no_place_of_its_own_is_passed_on() -> None:
+def test_fields_that_millrace_does_not_use_are_passed_on() -> None:
     made = answered(GENERATE, choice(GENERATE, [5], "stop", routed_experts="...", sampling_mask=None, stop_reason=5))
     assert made.extra == {"routed_experts": "...", "stop_reason": 5}
 
@@ -94,7 +94,7 @@ def test_an_answer_that_makes_no_sense_is_an_error(body: dict[str, Any]) -> None
         answered(GENERATE, body)
 
 
-def test_what_the_server_calls_a_request() -> None:
+def test_the_servers_id_of_a_request() -> None:
     assert wire_id(GENERATE, "r#1") == "generate-tokens-r#1"
     assert wire_id(COMPLETIONS, "r#1") == "cmpl-r#1-0"
 
