@@ -89,7 +89,7 @@ async def publish(run: Run, version: int, happens: Callable[[], object] = lambda
     try:
         await run.fleet.publish(lambda: source, version, deadline=20)
     except PublishError:
-        run.happened.append(f"version {version} reached nobody")
+        run.happened.append(f"version {version} reached no engine")
     run.committed.add(version)  # also if the publish failed, since an engine may have got the version before
 
 

@@ -45,7 +45,7 @@ async def check_routing_by_kv_events(fleet: Fleet, tiny_model: Path, version: in
 
     try:
         assert not drawn()
-        made = await engine.generate(asking("from somebody else"), deadline=DEADLINE)
+        made = await engine.generate(asking("from another client"), deadline=DEADLINE)
         assert made.cached_tokens == 0
         await until(True)
         await decided(Why.PREFIX)

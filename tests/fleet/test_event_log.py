@@ -139,11 +139,11 @@ def test_a_publish_is_logged_by_engine_and_leg_and_as_a_whole(tmp_path: Path) ->
     }  # fmt: skip
     assert not any(engine == "e1" for engine, _ in metrics.legs)
     assert (metrics.published_bytes, metrics.newest) == (1000, 3)
-    sound, failed, whole, nobody = lines(tmp_path / "events.jsonl")
+    sound, failed, whole, untaken = lines(tmp_path / "events.jsonl")
     assert (sound["kind"], sound["engine"], sound["load_seconds"]) == ("publish_engine", "e0", 0.2)
     assert failed["reason"] == "engine e1: bits fell over"
     assert (whole["kind"], whole["version"], whole["engines"], whole["failed"]) == ("publish", 3, 1, "e1")
-    assert (nobody["kind"], nobody["version"], nobody["reason"]) == ("publish_failed", 4, "no engine took it")
+    assert (untaken["kind"], untaken["version"], untaken["reason"]) == ("publish_failed", 4, "no engine took it")
 
 
 def test_restarts_and_retries_are_counted_by_how_they_went() -> None:

@@ -310,7 +310,7 @@ async def test_a_router_that_millrace_did_not_start(
         ) as external_router:
             await other_router.process.end()
             with pytest.raises(NoEngineError, match="sglang-router can't be used: .*router.fallback: direct"):
-                await external_router.generate(greedy("nobody"), ANYWHERE, deadline=1, direct=straight)
+                await external_router.generate(greedy("nowhere"), ANYWHERE, deadline=1, direct=straight)
 
 
 async def test_a_router_that_can_not_start_says_why(tmp_path: Path) -> None:

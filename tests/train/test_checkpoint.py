@@ -168,7 +168,7 @@ def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size=2m tmpfs {disk}"
     if shutil.which("unshare") is None or subprocess.run([*unshare, mount], capture_output=True).returncode != 0:
-        pytest.skip("this machine lets nobody mount; the test above has a limit on the file's size in its place")
+        pytest.skip("this machine allows no mount; the test above limits the file's size instead")
     nbytes = sum(path.stat().st_size for path in folder.iterdir())
     script = FULL_DISK.replace("FILLER", str(2 * 2**20 - 4 * nbytes))
     result = subprocess.run(

@@ -68,7 +68,7 @@ def test_a_run_that_resumes_keeps_its_model(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model" / "config.json").read_text())["hidden_size"] == 64
 
 
-def test_after_an_interruption_only_what_works_is_promised(tmp_path: Path) -> None:
+def test_an_interrupted_run_promises_only_a_resume_that_works(tmp_path: Path) -> None:
     config = settings(tmp_path)
     assert "the same command starts it again" in how_to_go_on(config)
     write(tmp_path / "run" / "metrics.jsonl")

@@ -134,7 +134,7 @@ async def test_the_models_own_end_token_ends_unless_ignored(api: Api) -> None:
     assert all(len(a["output_ids"]) == 200 for a in ignored)
 
 
-async def test_the_context_ends_what_is_longer(api: Api, base: Any) -> None:
+async def test_the_context_ends_longer_requests(api: Api, base: Any) -> None:
     prompt = prompt_of(CONTEXT - 10, 14)
     answer = await api.generate(prompt, max_new_tokens=100, ignore_eos=True)
     assert len(answer["output_ids"]) == 10

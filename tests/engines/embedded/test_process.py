@@ -96,7 +96,7 @@ async def _check_keys(server: Server) -> None:
         reader = Api(session, server.url, KEYS["MILLRACE_API_KEY"])
         admin = Api(session, server.url, KEYS["MILLRACE_ADMIN_API_KEY"])
         control = "/pause_generation", "/continue_generation", "/begin_weight_update", "/abort_weight_update"
-        for stranger in (Api(session, server.url), Api(session, server.url, "key-of-nobody")):
+        for stranger in (Api(session, server.url), Api(session, server.url, "unknown-key")):
             assert (await stranger.call("GET", "/health"))[0] == 200
             for path in ("/model_info", "/server_info", "/v1/loads", "/health_generate"):
                 assert (await stranger.call("GET", path))[0] == 401

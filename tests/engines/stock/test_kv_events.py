@@ -73,7 +73,7 @@ def test_the_forms_of_both_engines_say_the_same() -> None:
     [
         {"lora_id": 1},
         {"lora_name": "millrace-1-5320c0d1"},
-        {"cache_salt": "somebody"},
+        {"cache_salt": "salt"},
         {"extra_keys": [None, ["a picture", 0]]},
         {"medium": "CPU_PINNED"},
         {"group_idx": 1},

@@ -293,7 +293,7 @@ async def test_weights_from_a_folder(subject: Subject) -> None:
     await check_serves(subject.server, subject.second)
 
 
-async def test_samples_tell_what_came_before_it_is_committed(subject: Subject) -> None:
+async def test_samples_show_an_update_before_it_is_committed(subject: Subject) -> None:
     server, weights = subject.server, subject.second.weights
     assert "no update is open" in await server.refusal("samples")
     await server.done("begin")
