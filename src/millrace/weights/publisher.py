@@ -27,6 +27,7 @@ from millrace.types import Capability
 from millrace.weights.fingerprint import Fingerprint, sampled
 from millrace.weights.plan import announced, buckets
 from millrace.weights.report import EngineReport, PublishReport
+from millrace.weights.step import StepResult, take_step
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class _Update:
     begun: bool = False
     committed: bool = False
     emptied: bool = False
-    failed_at: float = 0.0
+    blameless: bool = False
     collateral: bool = False
     paused_at: float | None = None
     legs: dict[str, float] = field(default_factory=dict)
@@ -70,6 +71,11 @@ class _Update:
         """A key that is equal for engines that lay out their tensors in the same way."""
         info = self.target.info
         return info.kind, info.engine_version, info.ranks
+
+    def take(self, leg: str, result: StepResult) -> None:
+        """Take over the result of a step."""
+        self.legs[leg] = self.legs.get(leg, 0.0) + result.seconds
+        self.error, self.blameless = result.error, result.blameless
 
     def report(self) -> EngineReport:
         return EngineReport(
@@ -166,7 +172,7 @@ class Publish:
                 self._fingerprint.require(self._samples)
             await self._attest(pending)
             await self._each(pending, "commit", self._commit)
-            pending = await self._bystanders(pending)
+            pending = [update for update in pending if update.blameless]
             restored = await asyncio.gather(*map(self._abandon, pending))
             pending = [update for update, healthy in zip(pending, restored, strict=True) if healthy]
             for update in pending:
@@ -174,7 +180,7 @@ class Publish:
             if isinstance(self._tensors, Iterator):
                 return
             for update in pending:
-                update.error, update.failed_at = None, 0.0
+                update.error, update.blameless = None, False
 
     def _require_success(self) -> None:
         errors = [update.error for update in self._updates if update.error is not None]
@@ -221,7 +227,7 @@ class Publish:
         source, nbytes = self._buckets(updates), 0
         arrival = await self._next_bucket(source, updates)
         _leave_out(updates, arrival)
-        await self._each(updates, "begin", self._interrupting(self._begin))
+        await self._each(updates, "begin", self._begin)
         while arrival is not None and any(update.error is None for update in updates):
             staged = arrival.staged
             self.stage_seconds += arrival.seconds
@@ -229,7 +235,7 @@ class Publish:
             self._record(staged)
             following = asyncio.create_task(self._next_bucket(source, updates))
             try:
-                await asyncio.gather(self._each(updates, "load", self._loading(staged)), self._transport.send(staged))
+                await self._load_bucket(updates, staged)
             except BaseException:
                 following.cancel()
                 # Its thread writes to a slot, which must not be freed before the thread has ended.
@@ -254,31 +260,11 @@ class Publish:
         unreached = await self._transport.deliver(targets, deadline=self._share())
         return _Arrival(staged, time.monotonic() - started, unreached)
 
-    def _loading(self, staged: StagedBucket) -> Step:
-        async def load(update: _Update) -> None:
-            if reason := self._transport.broken(update.engine):
-                raise EngineFailed(update.engine.name, reason)
-            await update.engine.load(staged.bucket_for(update.target), deadline=self._share())
-
-        return self._interrupting(load)
-
-    def _interrupting(self, step: Step) -> Step:
-        """Return the step; if it fails, the broadcasts of this engine end, so that no other engine waits for them."""
-
-        async def run(update: _Update) -> None:
-            try:
-                await step(update)
-            except BaseException:
-                self._transport.interrupt(update.engine)
-                raise
-
-        return run
-
-    async def _bystanders(self, updates: Sequence[_Update]) -> list[_Update]:
-        """Return the updates that failed only because another engine or a sidecar did."""
-        failed = sorted((u for u in updates if u.error is not None and u.failed_at), key=lambda u: u.failed_at)
-        collateral = await self._transport.collateral([update.engine for update in failed])
-        return [update for update in failed if update.engine.name in collateral]
+    async def _load_bucket(self, updates: Sequence[_Update], staged: StagedBucket) -> None:
+        loading = {update.engine.name: update for update in updates if update.error is None}
+        targets = [update.target for update in loading.values()]
+        for name, result in (await self._transport.load(targets, staged, deadline=self._share())).items():
+            loading[name].take("load", result)
 
     async def _begin(self, update: _Update) -> None:
         if not update.target.can(Capability.STAGED_UPDATE):
@@ -344,16 +330,7 @@ class Publish:
         """Take one step on every engine that has not failed. An engine's error ends only its own transaction."""
 
         async def guarded(update: _Update) -> None:
-            begun, share = time.monotonic(), self._share()
-            try:
-                async with asyncio.timeout(share):
-                    await step(update)
-            except EngineError as error:
-                update.error, update.failed_at = error, time.monotonic()
-            except TimeoutError:
-                late = f"{leg} took longer than {share:.1f} s, half of the time that was left"
-                update.error, update.failed_at = EngineTimeout(update.engine.name, late), time.monotonic()
-            update.legs[leg] = update.legs.get(leg, 0.0) + time.monotonic() - begun
+            update.take(leg, await take_step(update.engine.name, leg, step(update), self._share()))
 
         async with asyncio.TaskGroup() as group:
             for update in updates:
