@@ -7,10 +7,9 @@ serve until it holds a whole version. A bucket is overwritten only after every e
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.errors import (
@@ -25,13 +24,11 @@ from millrace.errors import (
 )
 from millrace.types import Capability
 from millrace.weights.fingerprint import Fingerprint, sampled
-from millrace.weights.plan import announced, buckets
+from millrace.weights.plan import buckets
 from millrace.weights.report import EngineReport, PublishReport
+from millrace.weights.source import WeightSource
 from millrace.weights.step import StepResult, take_step
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
-
-if TYPE_CHECKING:
-    import torch
 
 STEP_SHARE = 0.5  # of the time that is left for the whole transaction
 ROLLBACK_DEADLINE = 10.0  # seconds
@@ -103,29 +100,30 @@ Step = Callable[[_Update], Awaitable[None]]
 
 
 class Publish:
-    """One publish: sends `tensors` to every target as `version`.
+    """One publish: sends the tensors of `source` to every target as `version`.
 
     Before the commit, each engine's weights are compared with the tensors that were sent, by full or sampled checksums
     if the engine can compute them. Engines with the same layout must hold the same weights.
 
     An engine fails if it is not done within `deadline` seconds, or if one step takes half of the time that is left: the
     other engines need the rest. Engines that failed only because another engine broke their broadcast get the version
-    in a second pass, if `tensors` can be iterated again. The first pass sets `fingerprint`. If a later pass gives other
-    tensors, no engine commits and WeightsChanged is raised.
+    in a second pass, if the source can be iterated again. The first pass sets `fingerprint`. If a later pass gives
+    other tensors, no engine commits and WeightsChanged is raised.
 
     `on_outcome` is called with an engine's name, its outcome and its error. COMMITTED is reported as soon as the engine
     has committed. The other outcomes are reported if the engine's old weights could not be restored, or if other
     engines took the version and it did not. It may be called again with a worse outcome. Reported outcomes stay true if
     `run` raises.
 
-        publish = Publish(targets, model.state_dict().items(), 7, transport, bucket_bytes=2**28, deadline=60.0)
+        source = source_of(model.state_dict().items())
+        publish = Publish(targets, source, 7, transport, bucket_bytes=2**28, deadline=60.0)
         report = await publish.run()
     """
 
     def __init__(
         self,
         targets: Sequence[PublishTarget],
-        tensors: Iterable[tuple[str, "torch.Tensor"]],
+        source: WeightSource,
         version: int,
         transport: Transport,
         *,
@@ -137,7 +135,7 @@ class Publish:
         self.version = version
         self.nbytes, self.stage_seconds = 0, 0.0
         self._updates = [_Update(target) for target in targets]
-        self._tensors, self._transport, self._bucket_bytes = tensors, transport, bucket_bytes
+        self._source, self._transport, self._bucket_bytes = source, transport, bucket_bytes
         self._deadline, self._on_outcome, self._fingerprint = deadline, on_outcome, fingerprint
         self._started = time.monotonic()
         self._ends = self._started + deadline
@@ -177,7 +175,7 @@ class Publish:
             pending = [update for update, healthy in zip(pending, restored, strict=True) if healthy]
             for update in pending:
                 update.collateral = True
-            if isinstance(self._tensors, Iterator):
+            if self._source.once:
                 return
             for update in pending:
                 update.error, update.blameless = None, False
@@ -205,7 +203,7 @@ class Publish:
     async def _reach(self, updates: Sequence[_Update]) -> bool:
         """Check which engines accept these tensors and can be reached, before any transaction begins. Return whether
         any engine is left."""
-        shapes = announced(self._tensors)
+        shapes = self._source.shapes()
         if shapes is not None:
             await self._each(updates, "check", lambda u: u.engine.check_tensors(shapes))
         targets = [update.target for update in updates if update.error is None]
@@ -216,7 +214,7 @@ class Publish:
 
     def _buckets(self, updates: Sequence[_Update]) -> Iterator[StagedBucket]:
         self._sent, self._samples = {}, {}
-        source: Iterator[NamedTensors] = buckets(self._tensors, self._bucket_bytes)
+        source: Iterator[NamedTensors] = buckets(self._source, self._bucket_bytes)
         if self._fingerprint is not None or any(u.target.can(Capability.SAMPLED_CHECKSUMS) for u in updates):
             source = sampled(source, self._samples)
         return self._transport.staged(source)
