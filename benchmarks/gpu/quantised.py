@@ -20,6 +20,7 @@ from millrace.engines.base import Engine
 from millrace.errors import EngineError, PublishError
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.publisher import Publish
+from millrace.weights.source import source_of
 from millrace.weights.store import VersionStore
 from millrace.weights.transports.base import PublishTarget, TransportContext
 from millrace.weights.transports.registry import create
@@ -98,7 +99,7 @@ async def run(arguments: argparse.Namespace) -> None:
                     try:
                         publish = Publish(
                             [target],
-                            tensors,
+                            source_of(tensors),
                             version,
                             transport,
                             bucket_bytes=BUCKET_BYTES,

@@ -28,6 +28,7 @@ from millrace.engines.base import Engine
 from millrace.types import GenerateRequest, MemoryTag, SamplingParams
 from millrace.weights.publisher import Publish
 from millrace.weights.report import PublishReport
+from millrace.weights.source import source_of
 from millrace.weights.transports.base import PublishTarget, TransportContext
 from millrace.weights.transports.registry import create
 
@@ -90,7 +91,7 @@ async def measure_publish(
             version += 1
             publish = Publish(
                 [target],
-                tensors,
+                source_of(tensors),
                 version,
                 transport,
                 bucket_bytes=mebibytes * MIB,

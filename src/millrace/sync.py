@@ -16,7 +16,6 @@ from millrace.fleet import fleet, local
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE
 from millrace.fleet.replica_state import Snapshot
-from millrace.fleet.republish import Tensors
 from millrace.http.portal import Portal
 from millrace.types import (
     ALL_MEMORY,
@@ -35,6 +34,7 @@ from millrace.types import (
 )
 from millrace.weights.cast import Dtypes
 from millrace.weights.report import PublishReport
+from millrace.weights.source import Tensors
 
 if TYPE_CHECKING:
     import torch

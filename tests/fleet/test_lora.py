@@ -16,7 +16,7 @@ from millrace.errors import EngineRefused, PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.fleet.lora import PublishedLoras
-from millrace.fleet.replica_state import Phase
+from millrace.fleet.replica_state import Event, Phase
 from millrace.types import (
     Capability,
     EngineInfo,
@@ -369,10 +369,14 @@ async def test_an_engine_that_can_not_read_the_adapters_folder_is_refused(tmp_pa
         EmbeddedEngine("away", "http://192.0.2.1:8000"),
         EngineInfo("embedded", "1", "model", 0, 10, 10, frozenset({Capability.LORA})),
     )
+
+    async def apply(engine: str, event: Event) -> None:
+        raise AssertionError(f"{engine} gets no adapter")
+
     with pytest.raises(PublishError, match="away can't read files of this host; set publish.folder"):
-        async with PublishedLoras(None).written([away], 1, {}, CONFIG):
+        async with PublishedLoras(None, apply).written([away], 1, {}, CONFIG):
             raise AssertionError("it must not be written")
-    async with PublishedLoras(tmp_path).written([away], 1, {}, CONFIG) as written:
+    async with PublishedLoras(tmp_path, apply).written([away], 1, {}, CONFIG) as written:
         assert written.path.parent == tmp_path
     assert not written.path.exists()
     await away.engine.close()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from millrace.engines.base import Engine
 from millrace.errors import EngineError
 from millrace.model_folder import stored_tensors
 from millrace.types import Bucket, DiskBucket, ProcessGroupBucket, SharedMemoryBucket, TensorSpec, TorchStorageBucket
+from millrace.weights.step import StepResult
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
 from millrace.weights.transports.process_group import BroadcastBucket
 
@@ -49,17 +49,10 @@ class CorruptingTransport(Transport):
         for staged in self._inner.staged(buckets):
             yield self._corrupted(staged)
 
-    async def send(self, staged: StagedBucket) -> None:
-        await self._inner.send(staged)
-
-    def interrupt(self, engine: Engine) -> None:
-        self._inner.interrupt(engine)
-
-    def broken(self, engine: Engine) -> str | None:
-        return self._inner.broken(engine)
-
-    async def collateral(self, failed: Sequence[Engine]) -> set[str]:
-        return await self._inner.collateral(failed)
+    async def load(
+        self, targets: Sequence[PublishTarget], staged: StagedBucket, *, deadline: float
+    ) -> Mapping[str, StepResult]:
+        return await self._inner.load(targets, staged, deadline=deadline)
 
     async def close(self) -> None:
         await self._inner.close()

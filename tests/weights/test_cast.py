@@ -17,7 +17,8 @@ from millrace.errors import PublishError
 from millrace.types import EngineInfo
 from millrace.weights.cast import Dtypes, cast, dtypes_of, folder_checksums_as, require_one_dtype
 from millrace.weights.folder import FolderTensors, folder_checksums
-from millrace.weights.plan import announced, buckets
+from millrace.weights.plan import buckets
+from millrace.weights.source import source_of
 from tests.dtypes import save_as
 
 NORM = "model.norm.weight"
@@ -40,7 +41,7 @@ def test_floats_become_the_engines_and_nothing_else_is_touched(
 ) -> None:
     tensor = torch.ones(4).to(given_dtype)
     dtypes = Dtypes(name_of(usual), {} if own is None else {"w": name_of(own)})
-    [(name, made)] = cast([("w", tensor)], dtypes)
+    [(name, made)] = cast(source_of([("w", tensor)]), dtypes)
     wanted = usual if own is None else own
     assert name == "w"
     if {wanted, given_dtype} <= set(FLOATS) and wanted != given_dtype:
@@ -51,7 +52,7 @@ def test_floats_become_the_engines_and_nothing_else_is_touched(
 
 def test_nothing_is_cast_where_no_dtype_is_known() -> None:
     tensor = torch.ones(4)
-    assert next(iter(cast([("w", tensor)], Dtypes(None, {}))))[1] is tensor
+    assert next(iter(cast(source_of([("w", tensor)]), Dtypes(None, {}))))[1] is tensor
 
 
 class Making:
@@ -71,8 +72,8 @@ class Making:
 
 def test_it_is_lazy_and_can_be_gone_through_again_and_announces_the_same_shapes() -> None:
     source = Making()
-    made = cast(source, Dtypes("bfloat16", {}))
-    assert announced(made) == dict(source.shapes())
+    made = cast(source_of(source), Dtypes("bfloat16", {}))
+    assert made.shapes() == dict(source.shapes())
     assert source.made == 0
     first = next(buckets(made, 2 * 512))
     assert [tensor.dtype for _, tensor in first] == [torch.bfloat16] * 2
@@ -81,9 +82,9 @@ def test_it_is_lazy_and_can_be_gone_through_again_and_announces_the_same_shapes(
 
 
 def test_an_iterator_stays_one() -> None:
-    made = cast(iter(Making()), Dtypes("float16", {}))
-    assert isinstance(made, Iterator)
-    assert announced(made) is None
+    made = cast(source_of(iter(Making())), Dtypes("float16", {}))
+    assert made.once
+    assert made.shapes() is None
     assert {tensor.dtype for _, tensor in made} == {torch.float16}
 
 
@@ -101,7 +102,7 @@ def test_a_folders_checksums_in_the_dtypes_of_engines(tiny_model: Path, tmp_path
     assert folder_checksums_as(Dtypes("bfloat16", {NORM: "float32"}), folder, plain) == plain
     for dtypes in (Dtypes("bfloat16", {}), Dtypes("float16", {NORM: "float32"}), Dtypes("float32", {})):
         made = folder_checksums_as(dtypes, folder, plain)
-        expected = {name: tensor_checksum(tensor) for name, tensor in cast(FolderTensors(folder), dtypes)}
+        expected = {name: tensor_checksum(tensor) for name, tensor in cast(source_of(FolderTensors(folder)), dtypes)}
         assert made == expected
         assert made != plain
 
@@ -116,5 +117,5 @@ def test_engines_of_different_dtypes_are_refused() -> None:
 
 
 def test_a_value_too_large_for_float16_is_not_finite_after_the_cast() -> None:
-    [(_, made)] = cast([("w", torch.tensor([1e6]))], Dtypes("float16", {}))
+    [(_, made)] = cast(source_of([("w", torch.tensor([1e6]))]), Dtypes("float16", {}))
     assert math.isinf(made.item())

@@ -15,7 +15,8 @@ from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.types import GenerateRequest, SamplingParams
-from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup
+from millrace.weights.transports.process_group import ProcessGroupTransport
+from millrace.weights.transports.sending_group import SendingGroup
 from tests.fleet.signals import kill_engine, send_signal
 from tests.weights.variants import louder
 

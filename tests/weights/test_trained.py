@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from millrace.errors import DataError, PublishError
 from millrace.model_folder import stored_tensors
 from millrace.weights.folder import FolderTensors, folder_checksums
-from millrace.weights.plan import announced
+from millrace.weights.source import source_of
 from millrace.weights.trained import Trained, read_trained
 from tests.architectures import make_model
 from tests.weights.faults import Source
@@ -38,15 +38,15 @@ def check(trained: Trained, tensors: Iterable[Named], expected: dict[str, torch.
     be iterated again must give them again, since a publish that is stored goes through it twice."""
     tensors = list(tensors)
     for source in (tensors, Source(tensors), iter(tensors)):
-        out = trained.tensors(source)
-        shapes = announced(out)
+        out = trained.tensors(source_of(source))
+        shapes = out.shapes()
         made = list(out)
         assert len(made) == len(dict(made))
         assert dict(made).keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in made)
         if shapes is not None:
             assert shapes == {name: tuple(tensor.shape) for name, tensor in made}
-        assert isinstance(out, Iterator) == isinstance(source, Iterator)
+        assert out.once == isinstance(source, Iterator)
         if not isinstance(source, Iterator):
             assert dict(out).keys() == expected.keys()
 
@@ -107,7 +107,7 @@ def test_a_checkpoints_own_names_are_taken_as_they_are(moe: tuple[PreTrainedMode
 def test_tensors_taken_from_the_folder_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = saved(tmp_path, "deepseek_v3")
     caplog.set_level(logging.INFO, "millrace")
-    read_trained(tmp_path).tensors(list(model.named_parameters()))
+    read_trained(tmp_path).tensors(source_of(list(model.named_parameters())))
     assert "e_score_correction_bias" in caplog.text
 
 
@@ -119,7 +119,9 @@ def test_a_folder_with_a_config_alone_gets_what_save_pretrained_would_write(tmp_
 
 def test_without_the_folder_only_wrappers_are_taken_off(tmp_path: Path) -> None:
     tensor = torch.zeros(2)
-    assert dict(read_trained(tmp_path / "nowhere").tensors([("module.a.weight", tensor)])) == {"a.weight": tensor}
+    assert dict(read_trained(tmp_path / "nowhere").tensors(source_of([("module.a.weight", tensor)]))) == {
+        "a.weight": tensor
+    }
 
 
 def test_two_names_of_one_tensor_are_refused(moe: tuple[PreTrainedModel, Path, Trained]) -> None:
@@ -127,7 +129,7 @@ def test_two_names_of_one_tensor_are_refused(moe: tuple[PreTrainedModel, Path, T
     named = [*model.named_parameters(), ("module.model.norm.weight", torch.zeros(16))]
     for source in (named, iter(named)):
         with pytest.raises(PublishError, match=r"twice: model.norm.weight and module.model.norm.weight are both"):
-            list(trained.tensors(source))
+            list(trained.tensors(source_of(source)))
 
 
 @pytest.mark.parametrize("name", ["lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.default"])
@@ -135,7 +137,7 @@ def test_an_adapters_tensors_are_refused(name: str, moe: tuple[PreTrainedModel, 
     model, _, trained = moe
     named = [*model.named_parameters(), (f"base_model.model.model.layers.0.self_attn.q_proj.{name}", torch.zeros(2))]
     with pytest.raises(PublishError, match=rf"q_proj.{name} is a tensor of an adapter .*publish_adapter"):
-        trained.tensors(named)
+        trained.tensors(source_of(named))
 
 
 def test_a_fused_tensor_of_another_shape_is_refused(moe: tuple[PreTrainedModel, Path, Trained]) -> None:
@@ -143,7 +145,7 @@ def test_a_fused_tensor_of_another_shape_is_refused(moe: tuple[PreTrainedModel, 
     fused = "model.layers.0.mlp.experts.gate_up_proj"
     named = {**dict(model.named_parameters()), fused: torch.zeros(0)}
     with pytest.raises(PublishError, match=rf"{fused} has shape \(0,\), but in the model it is \(4, 16, 16\)"):
-        trained.tensors(list(named.items()))
+        trained.tensors(source_of(list(named.items())))
 
 
 def test_extra_and_missing_tensors_are_left_to_the_engines(
@@ -151,7 +153,7 @@ def test_extra_and_missing_tensors_are_left_to_the_engines(
 ) -> None:
     model, folder, trained = moe
     named = [(name, tensor) for name, tensor in model.named_parameters() if name != "model.norm.weight"]
-    out = announced(trained.tensors([*named, ("module.value_head.weight", torch.zeros(3))]))
+    out = trained.tensors(source_of([*named, ("module.value_head.weight", torch.zeros(3))])).shapes()
     assert out is not None
     assert out.keys() ^ held(folder).keys() == {"value_head.weight", "model.norm.weight"}
 
@@ -186,7 +188,7 @@ class TestTied:
         named = [*model.named_parameters(), ("lm_head.weight", torch.zeros(64, 16))]
         for source in (named, iter(named)):
             with pytest.raises(PublishError, match=r"model.embed_tokens.weight and lm_head.weight differ"):
-                list(read_trained(tmp_path).tensors(source))
+                list(read_trained(tmp_path).tensors(source_of(source)))
 
     def test_copies_that_differ_in_the_folder_are_refused(self, tmp_path: Path) -> None:
         saved(tmp_path, "qwen3")

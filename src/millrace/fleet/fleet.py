@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from millrace.fleet.event_log import EventLog
 from millrace.fleet.external_router import ExternalRouter
 from millrace.fleet.kv_feed import KVEventFeeds
 from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE, Lifecycle
+from millrace.fleet.origin import Origin
 from millrace.fleet.replica_state import Attested, Phase, ReplicaState, Slept, Woke
 from millrace.fleet.replicas import OwnedReplicaSet, ReplicaSet
-from millrace.fleet.republish import Tensors
-from millrace.fleet.versions import Origin, Versions
+from millrace.fleet.versions import Versions
 from millrace.types import (
     ALL_MEMORY,
     Capability,
@@ -31,6 +31,7 @@ from millrace.types import (
 )
 from millrace.weights.cast import Dtypes, dtypes_of, folder_checksums_as
 from millrace.weights.report import PublishReport
+from millrace.weights.source import Tensors, source_of, weight_source
 from millrace.weights.transports.base import PublishTarget, Transport
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ class Fleet(FleetClient):
                 print(f"{name} did not take version {step}: {error}")
         """
         self._require_open(deadline)
-        version = _version(version)
+        version, source = _version(version), weight_source(tensors)
         while True:
             await self.replicas.recovered()
             await self.replicas.until(lambda: self.snapshot.usable, deadline)
@@ -171,7 +172,7 @@ class Fleet(FleetClient):
             try:
                 with self._interrupting(), self.event_log.publishing(version) as publishing:
                     report = publishing.report = await self._versions.publish_whole(
-                        tensors,
+                        source,
                         version,
                         self._targets,
                         bucket_bytes=bucket_bytes,
@@ -182,7 +183,7 @@ class Fleet(FleetClient):
             except EnginesLost as error:
                 for lost in error.errors:  # they are restarted only after their failure is recorded
                     await self.replicas.suspect(lost.engine, lost)
-                if isinstance(tensors, Iterator) or not self.replicas.coming:
+                if source.once or not self.replicas.coming:
                     raise
                 logger.warning("%s; the version is published again when an engine is back", error)
 
@@ -230,10 +231,11 @@ class Fleet(FleetClient):
         version = _version(version)
         if not isinstance(config, LoraConfig):
             raise ArgumentError(f"config must be a LoraConfig, and is {arguments.shown(config)}")
+        source = source_of(tensors)
         left_out = self._left_out()
         with self.event_log.publishing(version, lora=True) as publishing:
             report = publishing.report = await self._versions.publish_lora(
-                tensors,
+                source,
                 version,
                 self._targets,
                 lambda: {state.name: state.base for state in self.snapshot.replicas},

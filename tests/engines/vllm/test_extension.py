@@ -29,7 +29,7 @@ from millrace.launch.ports import free_port
 from millrace.launch.process import ServerProcess
 from millrace.train.tiny import make_tiny_tokenizer
 from millrace.weights.plan import layout, padded
-from millrace.weights.transports.process_group import SendingGroup
+from millrace.weights.transports.sending_group import SendingGroup
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
