@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from millrace.config.models import EngineConfig
+from millrace.config.engines import EngineConfig
 from millrace.engines.kinds import ENGINE_KINDS, launch
 from millrace.engines.sglang_wire import encode_generate
 from millrace.engines.spec import Launched, LaunchSpec

@@ -24,7 +24,7 @@ import orjson
 
 from benchmarks.gpu.engines import Form, engine_config, forms, served
 from benchmarks.gpu.models import write_config, write_tokenizer
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.engines.spec import Launched
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.interpreter import StockConfig, interpreter

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millrace.config.models import EngineConfig, TransportName
+from millrace.config.engines import EngineConfig
+from millrace.config.models import TransportName
 from millrace.config.routers import RouterConfig
 from millrace.engines import base
 from millrace.fleet import fleet, local

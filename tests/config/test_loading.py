@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from millrace.config import RunConfig, dump_config, load_config
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.errors import ConfigError
 
 VALID = """\

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 
-from millrace.config.models import EmbeddedEngineConfig, EngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig
 from millrace.engines.base import Engine
 from millrace.engines.http_engine import HttpEngine
 from millrace.engines.kinds import ENGINE_KINDS, launch

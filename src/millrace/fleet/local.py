@@ -15,13 +15,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from millrace import arguments
-from millrace.config.models import (
-    EmbeddedEngineConfig,
-    EngineConfig,
-    SGLangEngineConfig,
-    TransportName,
-    VLLMEngineConfig,
-)
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.models import TransportName
 from millrace.config.routers import RouterConfig, SGLangRouterConfig, VLLMRouterConfig, check_router
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import API_KEY, Replica, start
