@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -39,7 +40,7 @@ def engine_config(settings: str, *, tokenizer: bool = False) -> StockConfig:
 
 
 @asynccontextmanager
-async def served(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator[tuple[Launched, StockEngine]]:
+async def served(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator[tuple[Launched, StockEngine[Any]]]:
     """A server that serves the model in `folder`, and its adapter, until the context ends. Where that is by an error,
     the end of the server's log is printed."""
     launched = await launch(config, LaunchSpec(model_path=folder, log_dir=logs))
