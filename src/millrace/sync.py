@@ -40,6 +40,8 @@ from millrace.weights.report import PublishReport
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["Engine", "Fleet", "open_fleet"]
+
 
 @contextmanager
 def open_fleet(
@@ -127,6 +129,9 @@ class Engine:
     def __init__(self, portal: Portal, wrapped: base.Engine) -> None:
         self._portal = portal
         self._wrapped = wrapped
+
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
 
     def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
         """Generate the completion of one prompt.
@@ -313,6 +318,9 @@ class Fleet:
     def __init__(self, portal: Portal, wrapped: fleet.Fleet) -> None:
         self._portal = portal
         self._wrapped = wrapped
+
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
 
     @property
     def snapshot(self) -> Snapshot:

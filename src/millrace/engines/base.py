@@ -47,6 +47,9 @@ class Engine(ABC):
     name: str
     url: str
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} at {self.url}>"
+
     @abstractmethod
     async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
         """Generate the completion of one prompt.
