@@ -56,5 +56,7 @@ def require_pairs(tensors: object) -> Tensors:
     """Return the tensors. Raises PublishError if they are no iterable of pairs, such as a model or a dict."""
     if isinstance(tensors, Mapping | str) or not isinstance(tensors, Iterable):
         hint = "its .items()" if isinstance(tensors, Mapping) else "list(model.named_parameters())"
-        raise PublishError(f"tensors must be pairs of name and tensor, not a {type(tensors).__name__}; give {hint}")
+        raise PublishError(
+            f"tensors must be pairs of name and tensor, and are of type {type(tensors).__name__}; give {hint}"
+        )
     return tensors
