@@ -204,7 +204,7 @@ class Engine:
     def check_tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check, before an update, the names and shapes of all tensors that it will bring.
 
-        An engine that can roll back an update need not check.
+        An engine that can roll back an update may check later, during the update.
 
         Raises:
             EngineRefused: they are not the names and shapes of the model's tensors, or some are missing.
@@ -403,9 +403,9 @@ class Fleet:
         waits until that is done.
 
         `tensors` may also be a function that returns them. The fleet calls it again, in any thread, if a restarted or
-        added engine needs this version and the store does not have it. This ends with the next publish, or when the
-        weights sleep. Sampled checksums compare the tensors with the published ones. If they differ, or the function
-        raises WeightsChanged, the engine serves after the next publish.
+        added engine needs this version and the store does not have it. It drops the function at the next publish, and
+        when the weights sleep. Sampled checksums compare the tensors with the published ones. If they differ, or the
+        function raises WeightsChanged, the engine serves after the next publish.
 
         While every engine is being restarted, this method waits, however long that takes. If all engines die during
         the publish, it starts again when one is back, unless `tensors` is an iterator.
@@ -422,8 +422,8 @@ class Fleet:
                 another publish is under way, or `version` is not above the last one.
             NoEngineError: No engine is left.
 
-        After an error the engines still serve the old version. SGLang and vLLM can't undo an update that has begun: an
-        engine of theirs whose update had begun serves again after the next publish.
+        After an error the engines still serve the old version. SGLang and vLLM can't undo an update after its first
+        bucket: such an engine serves again after the next publish.
 
         Example:
 

@@ -116,8 +116,8 @@ class RolloutConfig(Model):
     partial_rollouts: bool = True
     """A retried sample keeps the tokens that it has. Otherwise it starts again from the prompt."""
     max_staleness: Annotated[int, Field(ge=0)] = 1
-    """Maximum number of versions that a sample may lag behind the weights that train on it. Mode hybrid is on-policy
-    (0) unless it recycles."""
+    """Maximum number of versions by which a sample may be older than the weights that it trains. Mode hybrid is
+    on-policy (0) unless it recycles."""
     over_sampling: Annotated[int, Field(ge=0)] = 0
     """Number of groups started in addition to groups_per_step. The step trains on the groups that finish first."""
     recycle: bool = False
@@ -265,7 +265,7 @@ class PublishConfig(Model):
     bucket_bytes: PositiveInt = 256 * 1024 * 1024
     """Size of one bucket of tensors, in bytes."""
     timeout: PositiveFloat = 120.0
-    """Seconds for the whole update of one engine."""
+    """Seconds for the whole publish, on all engines together."""
     require_finite: bool = True
     """Refuse to publish weights that contain NaN or infinite values."""
 

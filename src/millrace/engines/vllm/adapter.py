@@ -47,7 +47,7 @@ PAUSE_PATHS = {
 class VLLMEngine(StockEngine[VLLMFacts]):
     """One vLLM server in development mode (VLLM_SERVER_DEV_MODE=1), which opens its control routes.
 
-    Millrace loads an extension into the workers of the servers that it launches, and sends weights through that. A
+    Millrace loads an extension into the workers of the servers that it launches, and sends weights through it. A
     server without the extension is updated from disk, or by NCCL if it was started with --weight-transfer-config.
     """
 
@@ -73,10 +73,10 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             await asyncio.sleep(IDLE_POLL_SECONDS)
 
     async def _flushed(self) -> bool:
-        """Try to drop the cached prefixes. Return whether it worked.
+        """Try to drop the cached prefixes. Return whether it worked: vLLM can't while a request runs.
 
-        It does not work while a request runs. vLLM reports that, but 0.23 does not, so 0.23 is asked to preempt running
-        requests. It then fails if the cache is not empty.
+        vLLM 0.23 does not report that. It is asked to preempt running requests, and its answer is an error if the cache
+        is not empty then.
         """
         answer = await self._control("/reset_prefix_cache", None)
         if answer is not None:
@@ -188,7 +188,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         await self._control("/resume", None, repeatable=True)
 
     async def _release(self, before: ServerState, after: ServerState) -> None:
-        """Release memory. vLLM releases everything at once, and allocates by tag.
+        """Release memory. vLLM releases all of it at once, and allocates it by tag.
 
         At level 1, vLLM keeps a copy of the weights in host memory. While the weights are released, the KV cache stays
         released too, whatever the caller asked: it is useless without the weights, and if it is allocated before them,
