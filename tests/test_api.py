@@ -19,8 +19,21 @@ ADAPTER = LoraConfig(8, 16.0, ("q_proj",))
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"config": {"kind": "embeded"}}, ConfigError, "config.*embeded.*'sglang'.*an example of config is Emb"),
-        ({"config": {"kind": "embedded", "replicsa": 2}}, ConfigError, "config.embedded.replicsa: Extra"),
+        (
+            {"config": {"kind": "embeded"}},
+            ConfigError,
+            "config.kind: .*'embeded'; .*'embedded'. .an example",
+        ),
+        (
+            {"config": {"kind": "embedded", "replicsa": 2}},
+            ConfigError,
+            "unknown setting config.replicsa; did you mean 'replicas'. .an example",
+        ),
+        (
+            {"config": {"kind": "vllm", "ports": [1, 2]}},
+            ConfigError,
+            "^config: ports names 2 ports for 1 replicas[^{]*$",
+        ),
         ({"config": "embedded"}, ConfigError, "config.*an example of config is EmbeddedEngineConfig"),
         ({"config": None}, ConfigError, "config must be a config such as EmbeddedEngineConfig.*None"),
         ({"model_path": None}, ArgumentError, "model_path must be a path, and is None"),

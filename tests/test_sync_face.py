@@ -35,6 +35,15 @@ def test_a_trainer_without_an_event_loop(tiny_model: Path, tmp_path: Path) -> No
             fleet.publish(tensors, 1)
         [state] = fleet.snapshot.replicas
         assert state.routable
+        assert repr(fleet) == "<Fleet of 1 engine: 1 ready>"
+        [replica] = fleet._wrapped.replicas.by_name.values()
+        assert repr(fleet._wrapped.replicas) == "<OwnedReplicaSet of 1 engine: 1 ready>"
+        assert repr(replica) == f"<Replica embedded-0 at {state.url}>"
+        assert repr(replica.engine) == f"<EmbeddedEngine embedded-0 at {state.url}>"
+
+
+def test_the_module_exports_only_its_own() -> None:
+    assert sync.__all__ == ["Engine", "Fleet", "open_fleet"]
 
 
 def test_attaching_to_a_running_engine(tiny_model: Path, tmp_path: Path) -> None:

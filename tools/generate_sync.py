@@ -52,6 +52,9 @@ class {name}:
     def __init__(self, portal: Portal, wrapped: {module}.{name}) -> None:
         self._portal = portal
         self._wrapped = wrapped
+
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
 '''
 STREAM_BODY = """
         stream = self._wrapped.{name}({arguments})
@@ -81,7 +84,8 @@ def generate() -> str:
             parts += map(blocking_method, public_methods(definition))
             trees.append(tree)
     body = "".join(parts)
-    source = DOC + FIXED_IMPORTS + imports_for(body, trees) + "\n\n" + body
+    public = f"\n\n__all__ = {sorted(['open_fleet', *CLASSES])!r}\n\n"
+    source = DOC + FIXED_IMPORTS + imports_for(body, trees) + public + body
     return ruff("format", ruff("check", source, "--select=I", "--fix-only", "--quiet"))
 
 

@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from millrace.config.models import EngineConfig
+from millrace.config.engines import EngineConfig
 from millrace.engines.kinds import ENGINE_KINDS, launch
 from millrace.engines.sglang_wire import encode_generate
 from millrace.engines.spec import Launched, LaunchSpec
@@ -40,7 +41,7 @@ def engine_config(settings: str, *, tokenizer: bool = False) -> StockConfig:
 
 
 @asynccontextmanager
-async def served(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator[tuple[Launched, StockEngine]]:
+async def served(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator[tuple[Launched, StockEngine[Any]]:
     """Starts a server of the model in `folder` and yields its adapter. The server ends with the context. After an
     error, the end of the server's log is printed."""
     launched = await launch(config, LaunchSpec(model_path=folder, log_dir=logs))

@@ -18,13 +18,14 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import orjson
 
 from benchmarks.gpu.engines import Form, engine_config, forms, served
 from benchmarks.gpu.models import write_config, write_tokenizer
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.engines.spec import Launched
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.interpreter import StockConfig, interpreter
@@ -64,7 +65,7 @@ async def rate(call: Call, work: list[GenerateRequest], width: int) -> float:
 
 
 async def measure(
-    launched: Launched, engine: StockEngine, asked: Mapping[str, Form], arguments: argparse.Namespace
+    launched: Launched, engine: StockEngine[Any], asked: Mapping[str, Form], arguments: argparse.Namespace
 ) -> None:
     vocab_size = (await engine.info()).vocab_size
     headers = {"Authorization": f"Bearer {launched.api_key}", "Content-Type": "application/json"}

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
+    from millrace.config.engines import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
     from millrace.fleet.fleet import Fleet
     from millrace.fleet.local import open_fleet
     from millrace.types import GenerateRequest, Generation, LoraConfig, RoutingContext, SamplingParams, VersionSpan
@@ -14,15 +14,15 @@ __version__ = "0.1.0"
 # The module of each public name. It is imported on first use, so `import millrace` takes a few milliseconds.
 _MODULES = {
     "LoraConfig": "millrace.types",
-    "EmbeddedEngineConfig": "millrace.config.models",
+    "EmbeddedEngineConfig": "millrace.config.engines",
     "Fleet": "millrace.fleet.fleet",
     "GenerateRequest": "millrace.types",
     "Generation": "millrace.types",
     "RoutingContext": "millrace.types",
-    "SGLangEngineConfig": "millrace.config.models",
+    "SGLangEngineConfig": "millrace.config.engines",
     "SamplingParams": "millrace.types",
     "VersionSpan": "millrace.types",
-    "VLLMEngineConfig": "millrace.config.models",
+    "VLLMEngineConfig": "millrace.config.engines",
     "open_fleet": "millrace.fleet.local",
 }
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millrace.config.models import EngineConfig, TransportName
+from millrace.config.engines import EngineConfig
+from millrace.config.models import TransportName
 from millrace.config.routers import RouterConfig
 from millrace.engines import base
 from millrace.fleet import fleet, local
@@ -38,6 +39,8 @@ from millrace.weights.source import Tensors
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["Engine", "Fleet", "open_fleet"]
 
 
 @contextmanager
@@ -127,6 +130,9 @@ class Engine:
         self._portal = portal
         self._wrapped = wrapped
 
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
+
     def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
         """Generate the completion of one prompt.
 
@@ -198,7 +204,7 @@ class Engine:
     def check_tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check, before an update, the names and shapes of all tensors that it will bring.
 
-        An engine that can roll back an update need not check.
+        An engine that can roll back an update may check later, during the update.
 
         Raises:
             EngineRefused: they are not the names and shapes of the model's tensors, or some are missing.
@@ -313,6 +319,9 @@ class Fleet:
         self._portal = portal
         self._wrapped = wrapped
 
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
+
     @property
     def snapshot(self) -> Snapshot:
         """The states of all engines now."""
@@ -394,9 +403,9 @@ class Fleet:
         waits until that is done.
 
         `tensors` may also be a function that returns them. The fleet calls it again, in any thread, if a restarted or
-        added engine needs this version and the store does not have it. This ends with the next publish, or when the
-        weights sleep. Sampled checksums compare the tensors with the published ones. If they differ, or the function
-        raises WeightsChanged, the engine serves after the next publish.
+        added engine needs this version and the store does not have it. It drops the function at the next publish, and
+        when the weights sleep. Sampled checksums compare the tensors with the published ones. If they differ, or the
+        function raises WeightsChanged, the engine serves after the next publish.
 
         While every engine is being restarted, this method waits, however long that takes. If all engines die during
         the publish, it starts again when one is back, unless `tensors` is an iterator.
@@ -413,8 +422,8 @@ class Fleet:
                 another publish is under way, or `version` is not above the last one.
             NoEngineError: No engine is left.
 
-        After an error the engines still serve the old version. SGLang and vLLM can't undo an update that has begun: an
-        engine of theirs whose update had begun serves again after the next publish.
+        After an error the engines still serve the old version. SGLang and vLLM can't undo an update after its first
+        bucket: such an engine serves again after the next publish.
 
         Example:
 

@@ -44,13 +44,13 @@ ALL_MEMORY = frozenset(MemoryTag)
 
 
 class Health(StrEnum):
-    """The result of a health probe. Only DEAD means that the engine's port accepts no connections."""
+    """The result of a health probe."""
 
     READY = "ready"
     BUSY = "busy"  # the port accepts connections, but the engine did not answer within the probe's deadline
     PAUSED = "paused"
     ASLEEP = "asleep"
-    DEAD = "dead"
+    DEAD = "dead"  # the port accepts no connections, or the server answered with an error
     UNKNOWN = "unknown"  # this process could not send the probe: no file descriptor, or the host did not resolve
 
 

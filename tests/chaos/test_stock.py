@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from millrace.config.models import SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
 from millrace.fleet.event_log import Outcome
 from millrace.fleet.local import open_fleet
 from millrace.model_folder import stored_tensors

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from millrace.config import RunConfig, dump_config, load_config
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.errors import ConfigError
 
 VALID = """\
@@ -57,7 +57,11 @@ def test_a_config_reads_and_prints_back_to_itself(path: Path, tmp_path: Path) ->
         ("kind: tiny", "kind: huge", "run.yaml:2: model.kind: .*'huge'.*valid kinds: tiny, pretrained"),
         ("name: test", "name: 9.9", r"run.yaml:1: name: .*string \(it is 9.9\); put it in quotes"),
         ("max_turn_tokens: 40", "max_turn_tokens: 400", "max_turn_tokens is above"),
-        ("  replicas: 2", "  replicas: 2\n  ports: [80]", "ports names 1 ports for 2 replicas"),
+        (
+            "  replicas: 2",
+            "  replicas: 2\n  ports: [80]",
+            "engine: ports names 1 ports for 2 replicas[^{]*$",
+        ),
         ("name: test", "name: ../x", "run.yaml:1: name"),
         ("name: test", "name: [", "is not YAML"),
     ],
@@ -80,6 +84,8 @@ def test_all_mistakes_are_reported_at_once(path: Path) -> None:
     ("override", "says"),
     [
         ("train.learning=1", "override 'train.learning=1': unknown setting train.learning"),
+        ("train.step=2", r"override 'train.step=2': unknown setting train.step; did you mean 'steps'\?"),
+        ("engine.KIND=sglang", r"unknown setting engine.KIND; did you mean 'kind'\?"),
         ("train.lr=fast", "override 'train.lr=fast': train.lr: .*number"),
         ("train.lr", "not of the form section.key=value"),
         ("name.x=1", "needs a section at name, which is a single value"),

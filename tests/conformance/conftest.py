@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from millrace.config.models import EngineConfig, TinyModelConfig
+from millrace.config.engines import EngineConfig
+from millrace.config.models import TinyModelConfig
 from millrace.conformance import Subject
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.engines.spec import LaunchSpec

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from millrace.config.models import EngineArgument
+from millrace.config.engines import EngineArgument
 from millrace.engines.stock.engine import StockEngine
 from millrace.fleet.fleet import Fleet
 from millrace.types import VersionSpan

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from millrace.config.models import SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
 from millrace.conformance import CHECKS, Check, Outcome, Runner, Subject
 from millrace.conformance.attach import find_kind
 from millrace.engines.spec import LaunchSpec

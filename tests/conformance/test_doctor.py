@@ -108,20 +108,21 @@ async def test_json_is_a_report(url: str, tiny_model: Path, other_model: Path, t
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
+        (("{url}",), {}, "error: the key is refused at {url}: "),
         (("{url}",), {}, "its keys are read from MILLRACE_ENGINE_API_KEY"),
         (("{url}", "--only", "nothing"), KEYS, "no check matches nothing"),
         (("http://127.0.0.1:1",), KEYS, "no server listens at http://127.0.0.1:1"),
         (("127.0.0.1:1",), KEYS, "error: URL: '127.0.0.1:1' is not a server's URL; write http://127.0.0.1:1"),
         (("http://127.0.0.1:1", "--other", "/"), KEYS, "error: --other: / has no *.safetensors file"),
     ],
-    ids=["no keys", "no such check", "no server", "no URL", "no folder"],
+    ids=["no keys", "where keys are read from", "no such check", "no server", "no URL", "no folder"],
 )
 async def test_a_failed_start_names_the_reason(
     url: str, arguments: tuple[str, ...], environment: dict[str, str], message: str
 ) -> None:
     status, _, err = await doctor(*(argument.format(url=url) for argument in arguments), **environment)
     assert status == 1
-    assert message in " ".join(err.split())
+    assert message.format(url=url) in " ".join(err.split())
     assert ("_KEY" in err) == (not environment)
     assert "Traceback" not in err
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from millrace.config.models import EmbeddedEngineConfig
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.conformance import Check, Runner
 from tests.conformance.conftest import examined
 from tests.conformance.run_checks import every_check, run_check

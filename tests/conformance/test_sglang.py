@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.config.routers import SGLangRouterConfig
 from millrace.conformance import Check, Runner
 from millrace.engines.stock.engine import StockEngine

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from millrace.config.models import VLLMEngineConfig
+from millrace.config.engines import VLLMEngineConfig
 from millrace.config.routers import VLLMRouterConfig
 from millrace.conformance import Check, Runner
 from millrace.fleet.fleet import Fleet

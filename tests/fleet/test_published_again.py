@@ -195,7 +195,7 @@ async def test_an_added_engine_gets_the_version_too(fleet: Fleet, trainer: Train
 async def test_wrong_tensors_are_refused_at_once(fleet: Fleet, trainer: Trainer) -> None:
     version = following(fleet)
     for wrong in (trainer.model, trainer.model.state_dict, lambda: None):
-        with pytest.raises(PublishError, match="tensors must be pairs of name and tensor, not a"):
+        with pytest.raises(PublishError, match="tensors must be pairs of name and tensor, and are of type "):
             await fleet.publish(wrong, version)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ import os
 import pytest
 from pydantic import TypeAdapter
 
-from millrace.config.models import EngineConfig
+from millrace.config.engines import EngineConfig
 from millrace.engines.stock.interpreter import StockConfig
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from millrace.cli import main
 from millrace.config import EmbeddedEngineConfig
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.config.routers import SGLangRouterConfig
 from millrace.errors import ConfigError, LaunchError
 from millrace.fleet.follower import Follower

@@ -103,6 +103,16 @@ async def test_a_server_that_dies_at_start_is_reported_with_its_own_words(tmp_pa
     await process.end()
 
 
+async def test_only_the_lines_of_this_start_are_quoted(tmp_path: Path) -> None:
+    for said, quoted in (("an old fault", "an old fault"), ("a new fault", "a new fault"), ("", "it wrote nothing to")):
+        command = [sys.executable, "-c", f"print({said!r}, end='')"]
+        process = await ServerProcess.start("restarted", command, tmp_path / "log")
+        await process.wait()
+        assert quoted in process.log_tail()
+    assert "fault" not in process.log_tail()
+    assert (tmp_path / "log").read_text() == "an old faulta new fault"
+
+
 async def test_a_server_that_never_gets_healthy_is_reported_at_the_deadline(tmp_path: Path) -> None:
     code = "import time; print('still loading', flush=True); time.sleep(600)"
     process = await ServerProcess.start("slow", [sys.executable, "-c", code], tmp_path / "log")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.config.models import EmbeddedEngineConfig, JudgeConfig, TinyModelConfig
+from millrace.config.engines import EmbeddedEngineConfig
+from millrace.config.models import JudgeConfig, TinyModelConfig
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
 from millrace.rollout.chat import check_chat_format

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from millrace.config.engines import SGLangEngineConfig
 from millrace.config.models import (
     EvaluationConfig,
     GeneratedDataConfig,
     RolloutConfig,
     RunConfig,
-    SGLangEngineConfig,
     TinyModelConfig,
     TrainConfig,
 )

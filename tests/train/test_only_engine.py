@@ -12,8 +12,8 @@ import orjson
 import pytest
 from rich.console import Console
 
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.config.models import (
-    EmbeddedEngineConfig,
     EvaluationConfig,
     GeneratedDataConfig,
     PretrainedModelConfig,

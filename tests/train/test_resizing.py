@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.config.models import (
-    EmbeddedEngineConfig,
     EvaluationConfig,
     GeneratedDataConfig,
     RolloutConfig,

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from millrace.config.models import EngineConfig
+from millrace.config.engines import EngineConfig
 from tests.weights.variants import Tokens, Variant, ask_servers, make_variants
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from millrace.config.models import EngineConfig, TransportName
+from millrace.config.engines import EngineConfig
+from millrace.config.models import TransportName
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import EngineError, NoEngineError, PublishError
 from millrace.fleet.fleet import Fleet

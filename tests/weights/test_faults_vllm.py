@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from millrace.config.models import EmbeddedEngineConfig, VLLMEngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, VLLMEngineConfig
 from tests.conformance.run_checks import START_TIMEOUT
 from tests.weights.faults import Bad, Corrupt, Hang, Kill, Publish, Restart, Step, SwitchTransport, at_random
 from tests.weights.machine import run

@@ -39,6 +39,15 @@ def test_a_tensor_that_is_not_finite_is_named(bad: tuple[str, torch.Tensor]) -> 
         list(seen)
 
 
+@pytest.mark.parametrize(
+    ("count", "says"),
+    [(1, "^nan has NaN"), (2, "^nan and 1 more tensor have NaN"), (3, "^nan and 2 more tensors have")],
+)
+def test_the_message_counts_the_tensors(count: int, says: str) -> None:
+    with pytest.raises(PublishError, match=says):
+        only_finite(BAD[:count], BAD[:count], AS_IT_IS)
+
+
 def test_float16_holds_less_than_the_trainers_dtype() -> None:
     loud = source_of([("a", torch.ones(2)), ("loud", torch.tensor([70_000.0])), ("norm", torch.tensor([70_000.0]))])
     float16 = Dtypes("float16", {"norm": "float32"})

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from millrace.config.models import EngineConfig, TinyModelConfig
+from millrace.config.engines import EngineConfig
+from millrace.config.models import TinyModelConfig
 from millrace.engines.base import Engine
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start

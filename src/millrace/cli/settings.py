@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from millrace.config import RunConfig, load_config
-from millrace.config.models import SGLangEngineConfig, StockEngineConfig, VLLMEngineConfig
+from millrace.config.engines import SGLangEngineConfig, StockEngineConfig, VLLMEngineConfig
 from millrace.engines.sglang import arguments as sglang
 from millrace.engines.vllm import arguments as vllm
 from millrace.errors import ConfigError

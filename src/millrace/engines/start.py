@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 
-from millrace.config.models import EmbeddedEngineConfig, EngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig
 from millrace.engines.base import Engine
 from millrace.engines.http_engine import HttpEngine
 from millrace.engines.kinds import ENGINE_KINDS, launch
@@ -18,7 +18,7 @@ from millrace.types import EngineInfo
 API_KEY, ADMIN_KEY = "MILLRACE_ENGINE_API_KEY", "MILLRACE_ENGINE_ADMIN_API_KEY"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Replica:
     """An engine that answers.
 
@@ -30,6 +30,9 @@ class Replica:
     info: EngineInfo
     process: Server | None
     kv_events: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Replica {self.engine.name} at {self.engine.url}>"
 
     async def end(self) -> None:
         """Close the connections, and end the process that was started here."""

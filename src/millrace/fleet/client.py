@@ -28,6 +28,9 @@ class FleetClient:
         self._router = RoutingPolicy(seed)
         self._outstanding: Counter[str] = Counter()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.replicas.counts()}>"
+
     @property
     def snapshot(self) -> Snapshot:
         """The states of all engines now."""

@@ -135,9 +135,9 @@ class Fleet(FleetClient):
         waits until that is done.
 
         `tensors` may also be a function that returns them. The fleet calls it again, in any thread, if a restarted or
-        added engine needs this version and the store does not have it. This ends with the next publish, or when the
-        weights sleep. Sampled checksums compare the tensors with the published ones. If they differ, or the function
-        raises WeightsChanged, the engine serves after the next publish.
+        added engine needs this version and the store does not have it. It drops the function at the next publish, and
+        when the weights sleep. Sampled checksums compare the tensors with the published ones. If they differ, or the
+        function raises WeightsChanged, the engine serves after the next publish.
 
         While every engine is being restarted, this method waits, however long that takes. If all engines die during
         the publish, it starts again when one is back, unless `tensors` is an iterator.
@@ -154,8 +154,8 @@ class Fleet(FleetClient):
                 another publish is under way, or `version` is not above the last one.
             NoEngineError: No engine is left.
 
-        After an error the engines still serve the old version. SGLang and vLLM can't undo an update that has begun: an
-        engine of theirs whose update had begun serves again after the next publish.
+        After an error the engines still serve the old version. SGLang and vLLM can't undo an update after its first
+        bucket: such an engine serves again after the next publish.
 
         Example:
 
@@ -394,7 +394,7 @@ class Fleet(FleetClient):
             )
 
     async def attest(self, checksums: Mapping[str, str], version: int, folder: Path) -> None:
-        """Take the engines into rotation that have loaded these weights from `folder` themselves.
+        """Take the engines into rotation that loaded these weights from `folder` when they started.
 
         `checksums` are those of the folder's tensors. They are converted to the engines' dtypes, and compared with
         those that the engines report. A tensor that an engine makes while loading (fused or tied) has no counterpart:

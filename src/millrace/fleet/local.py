@@ -15,13 +15,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from millrace import arguments
-from millrace.config.models import (
-    EmbeddedEngineConfig,
-    EngineConfig,
-    SGLangEngineConfig,
-    TransportName,
-    VLLMEngineConfig,
-)
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.explain import explain
+from millrace.config.models import TransportName
 from millrace.config.routers import RouterConfig, SGLangRouterConfig, VLLMRouterConfig, check_router
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import API_KEY, Replica, start
@@ -168,9 +164,7 @@ def engine_config(config: object) -> EngineConfig:
     """Return the config of the engines, which may be a mapping. Raises ConfigError if it is invalid."""
     if isinstance(config, EmbeddedEngineConfig | SGLangEngineConfig | VLLMEngineConfig):
         return config
-    engine: EngineConfig = _validated(
-        "config", TypeAdapter(EngineConfig), config, "EmbeddedEngineConfig(kind='embedded')"
-    )
+    engine: EngineConfig = _validated("config", EngineConfig, config, "EmbeddedEngineConfig(kind='embedded')")
     return engine
 
 
@@ -178,19 +172,19 @@ def router_config(router: object) -> RouterConfig | None:
     """Return the config of the router, which may be a mapping or a name. Raises ConfigError if it is invalid."""
     if router is None or isinstance(router, SGLangRouterConfig | VLLMRouterConfig):
         return router
-    found: RouterConfig = _validated("router", TypeAdapter(RouterConfig), router, "'sglang' or 'vllm'")
+    found: RouterConfig = _validated("router", RouterConfig, router, "'sglang' or 'vllm'")
     return found
 
 
-def _validated(name: str, adapter: "TypeAdapter[Any]", value: object, example: str) -> Any:
+def _validated(name: str, kinds: Any, value: object, example: str) -> Any:
+    """Return `value` as one of the settings models in the union `kinds`. Raises ConfigError, which calls it `name`."""
     if not isinstance(value, str | Mapping):
         raise ConfigError(f"{name} must be a config such as {example}, and is {arguments.shown(value)}")
     try:
-        return adapter.validate_python(value)
+        return TypeAdapter(kinds).validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, (name, *first["loc"])))
-        raise ConfigError(f"{where}: {first['msg']}; an example of {name} is {example}") from None
+        _, message = explain(error.errors()[0], kinds, (name,))
+        raise ConfigError(f"{message} (an example of {name} is {example})") from None
 
 
 def agreeing_on_memory(environment: Mapping[str, str]) -> Mapping[str, str]:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Protocol
@@ -33,6 +34,16 @@ class ReplicaSet(ABC):
         self.coming: set[str] = set()
         self.asleep: frozenset[MemoryTag] = frozenset()
         self.closed = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.counts()}>"
+
+    def counts(self) -> str:
+        """Return the number of engines in each phase in words, such as `3 engines: 2 ready, 1 dead`."""
+        phases = Counter(state.phase.value for state in self.snapshot.replicas)
+        number = phases.total()
+        counted = ", ".join(f"{count} {phase}" for phase, count in phases.items())
+        return f"{number} engine{'' if number == 1 else 's'}{': ' if counted else ''}{counted}"
 
     @abstractmethod
     async def suspect(self, name: str, error: EngineError) -> None:

@@ -82,9 +82,10 @@ class ServerProcess:
         await process.end()
     """
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log_path: Path) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log_path: Path, log_start: int) -> None:
         self.name = name
         self.log_path = log_path
+        self._log_start = log_start  # where this process's output begins, in bytes; earlier starts wrote before it
         self._process = process
 
     @classmethod
@@ -107,6 +108,7 @@ class ServerProcess:
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
             with open_private(log_path) as log:
+                log_start = log.seek(0, os.SEEK_END)
                 process = await asyncio.create_subprocess_exec(
                     *guarded(command, grace=GRACE_SECONDS, leftovers=leftovers),
                     stdin=asyncio.subprocess.PIPE,  # the lifeline: it closes when this process dies
@@ -117,7 +119,7 @@ class ServerProcess:
                 )
         except OSError as error:
             raise LaunchError(f"{name} could not be started: {lacking(error) or error}") from error
-        return cls(name, process, log_path)
+        return cls(name, process, log_path, log_start)
 
     @property
     def running(self) -> bool:
@@ -162,8 +164,10 @@ class ServerProcess:
         return f"{self.name} ended with status {code}"
 
     def log_tail(self) -> str:
-        """Return the last lines of the server's log, below a line with its path."""
+        """Return the last lines that this process wrote to its log, below a line with the log's path."""
         with self.log_path.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        if not lines:
+            return f"it wrote nothing to {self.log_path}"
         return "\n".join([f"last lines of {self.log_path}:", *(f"  {line}" for line in lines)])

@@ -10,13 +10,7 @@ from pathlib import Path
 
 import torch
 
-from millrace.config.models import (
-    MetricsConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    WarmupConfig,
-)
+from millrace.config.models import MetricsConfig, OptimizerConfig, RunConfig, TrainConfig, WarmupConfig
 from millrace.errors import CheckpointError, ConfigError, DataError
 from millrace.fleet.client import FleetClient
 from millrace.fleet.event_log import EventLog

@@ -1,7 +1,7 @@
 """The training loop: take complete groups, train on them, publish the weights, repeat.
 
-Both modes use this loop. In `hybrid` mode samples must not be stale, so the engines are idle during training, and
-sleep. In `standalone` mode they keep generating, as far ahead as `max_staleness` allows.
+Both modes use this loop. In `hybrid` mode the engines sleep while the trainer trains. In `standalone` mode they keep
+generating, as far ahead as `max_staleness` allows.
 """
 
 import logging
@@ -103,7 +103,7 @@ class TrainingLoop:
         self._warned_of_no_signal = False
 
     async def run(self) -> None:
-        """Run the steps up to `train.steps`, after an evaluation before the first step.
+        """Evaluate if no step has been done, and run the steps up to `train.steps`.
 
         Raises MillraceError, such as RolloutError if all samples of a step failed.
         """

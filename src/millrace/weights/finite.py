@@ -67,9 +67,10 @@ def _checked_one_by_one(tensors: Iterator[NamedTensor], dtypes: Dtypes) -> Itera
 def _require(bad: list[str], dtypes: Dtypes) -> None:
     if not bad:
         return
-    more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+    more = len(bad) - 1
+    subject = f"{bad[0]} and {more} more tensor{'s' if more > 1 else ''} have" if more else f"{bad[0]} has"
     in_dtype = " in float16" if dtypes.usual == "float16" else ""
     raise PublishError(
-        f"{bad[0]}{more} has NaN or infinite values{in_dtype}, so the version was not published "
+        f"{subject} NaN or infinite values{in_dtype}, so the version was not published "
         "(require_finite=False publishes it anyway)"
     )

@@ -119,7 +119,9 @@ def source_of(given: object) -> WeightSource:
     """
     if isinstance(given, Mapping | str) or not isinstance(given, Iterable):
         hint = "its .items()" if isinstance(given, Mapping) else "list(model.named_parameters())"
-        raise PublishError(f"tensors must be pairs of name and tensor, not a {type(given).__name__}; give {hint}")
+        raise PublishError(
+            f"tensors must be pairs of name and tensor, and are of type {type(given).__name__}; give {hint}"
+        )
     announce: Callable[[], Iterable[tuple[str, Shape]]] | None = None
     at_hand = isinstance(given, Collection)
     if isinstance(given, Announcing):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, Ports, nodes
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options

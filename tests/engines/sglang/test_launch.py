@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.engines.sglang.launch import choose_ports, free_block, launch
 from millrace.engines.spec import LaunchSpec
 from millrace.errors import LaunchError
@@ -43,7 +43,7 @@ async def generate(url: str, key: str | None) -> tuple[int, Any]:
 LAUNCHER = textwrap.dedent("""
     import asyncio, json, sys
     from pathlib import Path
-    from millrace.config.models import SGLangEngineConfig
+    from millrace.config.engines import SGLangEngineConfig
     from millrace.engines.sglang.launch import launch
     from millrace.engines.spec import LaunchSpec
 

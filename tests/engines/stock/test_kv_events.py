@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.config.models import VLLMEngineConfig
+from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start
 from millrace.engines.stock.kv_events import (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from millrace.config.models import VLLMEngineConfig
+from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options
 from millrace.engines.vllm.arguments import ENVIRONMENT, OTHERS, SETTINGS, Ports, nodes

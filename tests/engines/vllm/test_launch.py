@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from millrace.config.models import VLLMEngineConfig
+from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.join import join
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.vllm.extension.millrace_vllm_keys import DATA, OPEN
@@ -58,7 +58,7 @@ async def statuses(url: str, key: str | None, routes: list[tuple[str, str]]) -> 
 LAUNCHER = textwrap.dedent("""
     import asyncio, json, sys
     from pathlib import Path
-    from millrace.config.models import VLLMEngineConfig
+    from millrace.config.engines import VLLMEngineConfig
     from millrace.engines.vllm.launch import launch
     from millrace.engines.spec import LaunchSpec
 

@@ -46,7 +46,7 @@ PAUSE_DEADLINE = 60.0  # seconds; it waits for the requests of other clients to 
 WITHOUT_FLUSH = {"flush_cache": False, "abort_all_requests": False}  # the adapter did both before
 
 
-class SGLangEngine(StockEngine):
+class SGLangEngine(StockEngine[Facts]):
     """One SGLang server."""
 
     _session: bool | None = None  # whether the server has an update session open; None: unknown

@@ -13,7 +13,7 @@ from pathlib import Path
 from millrace.engines.base import PUBLISHED_LORA
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.stock.calls import Call, Calls
-from millrace.engines.stock.facts import Facts, check_takes
+from millrace.engines.stock.facts import AnyFacts, check_takes
 from millrace.engines.stock.lora import LoadedLoras
 from millrace.engines.stock.model import Model, names_in, read_model
 from millrace.engines.stock.server import StockServer
@@ -37,7 +37,7 @@ from millrace.types import (
 DRAIN_DEADLINE = 30.0
 
 
-class StockEngine(StockServer):
+class StockEngine(StockServer[AnyFacts]):
     """A stock server. Nothing else may control it, but other clients may generate.
 
     model_path: the model's folder, which has the vocabulary size and the tensors' shapes. None: the folder that the
@@ -54,7 +54,7 @@ class StockEngine(StockServer):
         model_path: Path | None = None,
     ) -> None:
         super().__init__(name, url, api_key=api_key, admin_key=admin_key, model_path=model_path)
-        self._facts_read: Facts | None = None
+        self._facts_read: AnyFacts | None = None
         self._calls = Calls(name)
         self._loras = LoadedLoras()
         self._controls = asyncio.Lock()  # one control call at a time; `abort` and reads need no lock
@@ -262,7 +262,7 @@ class StockEngine(StockServer):
             return Health.ASLEEP
         return Health.READY if self.state.generating else Health.PAUSED
 
-    async def _facts(self) -> Facts:
+    async def _facts(self) -> AnyFacts:
         """Return what the server is and can do. It is read once."""
         if self._facts_read is None:
             self._facts_read = await self._read_facts()

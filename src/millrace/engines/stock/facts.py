@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from millrace.engines.stock.model import Model
 from millrace.engines.stock.state import InvalidStateError
@@ -41,6 +42,9 @@ class Facts:
     info: EngineInfo
     model: Model
     limits: Limits
+
+
+AnyFacts = TypeVar("AnyFacts", bound=Facts)
 
 
 def check_takes(bucket: Bucket, info: EngineInfo) -> None:

@@ -5,15 +5,16 @@
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Generic
 
 from millrace.engines.http_engine import HttpEngine
-from millrace.engines.stock.facts import Facts
+from millrace.engines.stock.facts import AnyFacts
 from millrace.engines.stock.state import ServerState
 from millrace.http import HttpClient
 from millrace.types import Bucket, GenerateRequest, Generation, MemoryTag, PauseMode, ProcessGroup
 
 
-class StockServer(HttpEngine):
+class StockServer(HttpEngine, Generic[AnyFacts]):
     """The methods that the SGLang and vLLM adapters implement. `StockEngine` has the shared ones."""
 
     @abstractmethod
@@ -55,7 +56,7 @@ class StockServer(HttpEngine):
         """Prepare the server for an update. It is paused and has no requests, or is asleep."""
 
     @abstractmethod
-    def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
+    def _loader(self, bucket: Bucket, facts: AnyFacts) -> Callable[[float], Awaitable[None]]:
         """Return a function that sends the bucket within a deadline in seconds.
 
         Raises InvalidStateError if the server can't load the bucket.
@@ -86,11 +87,11 @@ class StockServer(HttpEngine):
         """Call a route that the server answers in every state, without generating."""
 
     @abstractmethod
-    async def _read_facts(self) -> Facts:
+    async def _read_facts(self) -> AnyFacts:
         """Ask the server what it is and can do."""
 
     @abstractmethod
-    def _check(self, request: GenerateRequest, facts: Facts) -> None:
+    def _check(self, request: GenerateRequest, facts: AnyFacts) -> None:
         """Raise InvalidStateError for a request that would harm the server, or that it would not honour."""
 
     @abstractmethod
