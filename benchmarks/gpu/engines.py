@@ -41,7 +41,7 @@ def engine_config(settings: str, *, tokenizer: bool = False) -> StockConfig:
 
 
 @asynccontextmanager
-async def served(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator[tuple[Launched, StockEngine[Any]]:
+async def served(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator[tuple[Launched, StockEngine[Any]]]:
     """Starts a server of the model in `folder` and yields its adapter. The server ends with the context. After an
     error, the end of the server's log is printed."""
     launched = await launch(config, LaunchSpec(model_path=folder, log_dir=logs))
