@@ -45,7 +45,7 @@ def test_a_tensor_that_is_not_finite_is_named(bad: tuple[str, torch.Tensor]) -> 
 )
 def test_the_message_counts_the_tensors(count: int, says: str) -> None:
     with pytest.raises(PublishError, match=says):
-        only_finite(BAD[:count], BAD[:count], AS_IT_IS)
+        only_finite(source_of(BAD[:count]), AS_IT_IS)
 
 
 def test_float16_holds_less_than_the_trainers_dtype() -> None:
