@@ -395,7 +395,7 @@ class Fleet:
         """Publish a version of the weights to every usable engine, and return a report.
 
         Every engine that took the version serves it when this method returns, unless it sleeps. An engine that did not
-        take it is quarantined, and named in the report.
+        take it leaves rotation, and is named in the report.
 
         `tensors` is read lazily, in a thread. Its values are checked before anything is sent; those of an iterator are
         checked while they are sent. If versions are stored (`folder` of `open_fleet`), `tensors` is read a second time
