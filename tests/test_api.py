@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from millrace import EmbeddedEngineConfig, GenerateRequest, LoraConfig, RoutingContext, SamplingParams, open_fleet, sync
 from millrace.errors import ArgumentError, ConfigError, MillraceError, NoEngineError, PublishError
 
-REQUEST = GenerateRequest("r", (5, 17, 42), SamplingParams(4, ignore_eos=True))
+REQUEST = GenerateRequest((5, 17, 42), SamplingParams(4, ignore_eos=True), request_id="r")
 ADAPTER = LoraConfig(8, 16.0, ("q_proj",))
 
 
@@ -76,7 +76,9 @@ async def test_a_fleet_takes_what_is_meant_and_says_what_is_not(tiny_model: Path
         with pytest.raises(ArgumentError, match="config must be a LoraConfig"):
             await fleet.publish_lora(tensors, 2, config={"rank": 8})  # type: ignore[arg-type]
         with pytest.raises(MillraceError, match="JSON"):
-            await fleet.generate(GenerateRequest("j", (5,), SamplingParams(1), {"x": object()}), deadline=30)
+            await fleet.generate(
+                GenerateRequest((5,), SamplingParams(1), request_id="j", extra={"x": object()}), deadline=30
+            )
         assert all(state.routable for state in fleet.snapshot.replicas)
 
     calls: dict[str, tuple[Any, ...]] = {

@@ -25,7 +25,7 @@ def test_the_generated_file_is_up_to_date() -> None:
 def test_a_trainer_without_an_event_loop(tiny_model: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
-    request = GenerateRequest("sample-0", (5, 17, 42), SamplingParams(8, ignore_eos=True))
+    request = GenerateRequest((5, 17, 42), SamplingParams(8, ignore_eos=True), request_id="sample-0")
     config = EmbeddedEngineConfig(kind="embedded", threads=1)
     with sync.open_fleet(config, tiny_model, log_dir=tmp_path) as fleet:
         assert fleet.generate(request, deadline=20).version_spans == (VersionSpan(0, 0, 8),)
@@ -49,7 +49,9 @@ def test_an_engine_that_somebody_else_started(tiny_model: Path, tmp_path: Path) 
             info: EngineInfo = engine.info()
             assert Capability.STAGED_UPDATE in info.capabilities
             chunks = list(
-                engine.stream(GenerateRequest("s", (1, 2, 3), SamplingParams(12, ignore_eos=True)), deadline=20)
+                engine.stream(
+                    GenerateRequest((1, 2, 3), SamplingParams(12, ignore_eos=True), request_id="s"), deadline=20
+                )
             )
             assert len(chunks[-1].output_ids) == 12
             engine.close()

@@ -369,7 +369,7 @@ class Fleet:
 
         Example:
 
-            request = GenerateRequest("turn-1", input_ids, SamplingParams(max_new_tokens=64))
+            request = GenerateRequest(input_ids, SamplingParams(max_new_tokens=64))
             generation = fleet.generate(request, deadline=60.0, routing=RoutingContext(session="episode-7"))
         """
         return self._portal.call(self._wrapped.generate(request, deadline=deadline, routing=routing))

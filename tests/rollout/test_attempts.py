@@ -54,7 +54,7 @@ def test_all_tokens_come_once_and_in_order_or_the_last_error(
             raise EngineUnreachable("e", "it broke off", sent=True)
         return piece(request, min(count, room), version, FinishReason.ABORT)
 
-    request = GenerateRequest("r", PROMPT, SamplingParams(wanted, seed=seed))
+    request = GenerateRequest(PROMPT, SamplingParams(wanted, seed=seed), request_id="r")
     attempts = Attempts(retries, EventLog())
     try:
         made = asyncio.run(generate_whole(request, send, attempts))
@@ -87,7 +87,7 @@ def test_an_abort_that_was_wanted_costs_no_attempt(counts: list[int]) -> None:
         return piece(request, min(left.pop(0), room), 1, FinishReason.ABORT)
 
     attempts = Attempts(0, EventLog())
-    request = GenerateRequest("r", PROMPT, SamplingParams(1000))
+    request = GenerateRequest(PROMPT, SamplingParams(1000), request_id="r")
     made = asyncio.run(generate_whole(request, send, attempts, interrupted=lambda: True))
     assert (made.output_ids, attempts.used) == (tuple(range(100, 1100)), 0)
     assert len(set(asked)) == len(asked) == len(counts) + 1

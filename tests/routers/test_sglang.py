@@ -214,7 +214,7 @@ async def test_what_not_every_engine_may_serve_goes_straight(fleet: Fleet) -> No
      ({"sampling_params": {"logit_bias": {"1": 1.0}}}, "sampling_params.logit_bias")],
 )  # fmt: skip
 async def test_what_the_router_would_drop_is_refused(fleet: Fleet, extra: dict[str, object], field: str) -> None:
-    request = GenerateRequest("lost", (5, 6), SamplingParams(2), extra)
+    request = GenerateRequest((5, 6), SamplingParams(2), request_id="lost", extra=extra)
     with pytest.raises(EngineRefused, match=f"would drop extra.{field} silently"):
         await fleet.generate(request, deadline=20)
 

@@ -96,7 +96,7 @@ class FleetClient:
 
         Example:
 
-            request = GenerateRequest("turn-1", input_ids, SamplingParams(max_new_tokens=64))
+            request = GenerateRequest(input_ids, SamplingParams(max_new_tokens=64))
             generation = await fleet.generate(request, deadline=60.0, routing=RoutingContext(session="episode-7"))
         """
         self._require_open(deadline)

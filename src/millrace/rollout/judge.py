@@ -115,7 +115,7 @@ class Judge:
         now = asyncio.get_running_loop().time
         ends = now() + deadline
         sampling = SamplingParams(self.config.max_new_tokens, temperature=0.0, stop_token_ids=(self.chat.end_of_turn,))
-        request = GenerateRequest(f"judge/{next(self._numbers)}", prompt, sampling)
+        request = GenerateRequest(prompt, sampling, request_id=f"judge/{next(self._numbers)}")
         routing = RoutingContext(group=problem_id)  # the prompts for one question share a prefix
 
         async def send(request: GenerateRequest) -> Generation:
