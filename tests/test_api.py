@@ -82,13 +82,14 @@ async def test_a_fleet_takes_what_is_meant_and_says_what_is_not(tiny_model: Path
         assert all(state.routable for state in fleet.snapshot.replicas)
 
     calls: dict[str, tuple[Any, ...]] = {
-        "generate": (REQUEST,), "serving": (), "awake": (), "resumed": (), "publish": (tensors, 3),
-        "publish_lora": (tensors, 3), "restart": ("embedded-0",), "add": (), "remove": ("embedded-0",),
-        "sleep": (), "wake": (), "restore": (),
+        "generate": (REQUEST,), "generate_all": ([REQUEST],), "serving": (), "awake": (), "resumed": (),
+        "publish": (tensors, 3), "publish_lora": (tensors, 3), "restart": ("embedded-0",), "add": (),
+        "remove": ("embedded-0",), "sleep": (), "wake": (), "restore": (),
     }  # fmt: skip
     public = {name for name, _ in inspect.getmembers(type(fleet), inspect.iscoroutinefunction) if name[0] != "_"}
     assert public == calls.keys() | {"attest"}
     further: dict[str, dict[str, Any]] = {"generate": {"deadline": 1}, "serving": {"deadline": 1}}
+    further["generate_all"] = {"deadline": 1}
     further["publish_lora"] = {"config": ADAPTER}
     for name, given in calls.items():
         with pytest.raises(NoEngineError, match="the fleet is closed"):

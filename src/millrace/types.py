@@ -255,6 +255,7 @@ class EngineInfo:
     ranks: int = 1  # processes that hold weights (TP x PP x DP); each needs its own share of CUDA IPC memory
     dtype: str | None = None  # torch's name of the compute dtype, as in `bfloat16`; None if it is not reported
     unusual_dtypes: Mapping[str, str] | None = None  # of weights that differ from `dtype`; None if not reported
+    max_running: int | None = None  # requests that run at once; None if it is not reported
 
 
 @dataclass(frozen=True, slots=True)
