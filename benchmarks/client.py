@@ -79,11 +79,11 @@ async def measure(url: str, calls: int, width: int, repeats: int) -> None:
     session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers={"Authorization": "Bearer key"})
 
     async def by_millrace(number: int) -> None:
-        generation = await engine.generate(GenerateRequest(f"r{number}", prompt, sampling), deadline=60)
+        generation = await engine.generate(GenerateRequest(prompt, sampling, request_id=f"r{number}"), deadline=60)
         assert len(generation.output_ids) == TOKENS
 
     async def bare(number: int) -> None:
-        body = orjson.dumps(encode_generate(GenerateRequest(f"r{number}", prompt, sampling)))
+        body = orjson.dumps(encode_generate(GenerateRequest(prompt, sampling, request_id=f"r{number}")))
         headers = {"Content-Type": "application/json"}
         async with session.post(f"{url}/generate", data=body, headers=headers) as response:
             answer = orjson.loads(await response.read())

@@ -55,7 +55,7 @@ class LongTail:
         draw = random.Random(sample_id)
         prompt = tuple(random.Random(group_id).randrange(VOCAB) for _ in range(PROMPT))
         length = min(1024, max(16, int(draw.lognormvariate(4.2, 0.9))))
-        request = GenerateRequest(sample_id, prompt, SamplingParams(length, ignore_eos=True))
+        request = GenerateRequest(prompt, SamplingParams(length, ignore_eos=True), request_id=sample_id)
         made = await self.fleet.generate(request, deadline=600.0, routing=RoutingContext(sample_id, group_id))
         tokens = prompt + made.output_ids
         episode = Episode(

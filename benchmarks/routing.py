@@ -68,7 +68,7 @@ def decisions(engines: int = 64, sessions: int = 10_000, count: int = 50_000) ->
     prompts = [tuple(draw.randrange(VOCAB) for _ in range(1024)) for _ in range(256)]
     placed = [RoutingContext(f"s{i}", f"g{i // 8}") for i in range(sessions)]
     for i, routing in enumerate(placed):
-        router.choose(snapshot, outstanding, GenerateRequest("r", prompts[i // 8 % 256], sampling), routing)
+        router.choose(snapshot, outstanding, GenerateRequest(prompts[i // 8 % 256], sampling, request_id="r"), routing)
 
     spans = []
     for engine in snapshot.routable:
@@ -83,7 +83,7 @@ def decisions(engines: int = 64, sessions: int = 10_000, count: int = 50_000) ->
 
     def of(kind: str, routing: Callable[[int], RoutingContext], router: RoutingPolicy = router) -> None:
         work = [
-            (GenerateRequest("r", prompts[draw.randrange(256)], sampling), routing(draw.randrange(sessions)))
+            (GenerateRequest(prompts[draw.randrange(256)], sampling, request_id="r"), routing(draw.randrange(sessions)))
             for _ in range(count)
         ]
         decided: Counter[Why] = Counter()
@@ -169,7 +169,7 @@ async def play(fleet: Fleet, sessions: list[Session], choose: Choose | None) -> 
         tokens = session.prompt
         for turn, length in enumerate(session.turns):
             sampling = SamplingParams(max_new_tokens=length, ignore_eos=True)
-            request = GenerateRequest(f"{session.name}/{turn}", tokens, sampling)
+            request = GenerateRequest(tokens, sampling, request_id=f"{session.name}/{turn}")
             routing = RoutingContext(session.name, session.group)
             if choose is None:
                 made = await fleet.generate(request, deadline=DEADLINE, routing=routing)

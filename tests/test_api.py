@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from millrace import EmbeddedEngineConfig, GenerateRequest, LoraConfig, RoutingContext, SamplingParams, open_fleet, sync
 from millrace.errors import ArgumentError, ConfigError, MillraceError, NoEngineError, PublishError
 
-REQUEST = GenerateRequest("r", (5, 17, 42), SamplingParams(4, ignore_eos=True))
+REQUEST = GenerateRequest((5, 17, 42), SamplingParams(4, ignore_eos=True), request_id="r")
 ADAPTER = LoraConfig(8, 16.0, ("q_proj",))
 
 
@@ -90,17 +90,20 @@ async def test_a_fleet_takes_right_arguments_and_names_wrong_ones(tiny_model: Pa
         with pytest.raises(ArgumentError, match="config must be a LoraConfig"):
             await fleet.publish_lora(tensors, 2, config={"rank": 8})  # type: ignore[arg-type]
         with pytest.raises(MillraceError, match="JSON"):
-            await fleet.generate(GenerateRequest("j", (5,), SamplingParams(1), {"x": object()}), deadline=30)
+            await fleet.generate(
+                GenerateRequest((5,), SamplingParams(1), request_id="j", extra={"x": object()}), deadline=30
+            )
         assert all(state.routable for state in fleet.snapshot.replicas)
 
     calls: dict[str, tuple[Any, ...]] = {
-        "generate": (REQUEST,), "serving": (), "awake": (), "resumed": (), "publish": (tensors, 3),
-        "publish_lora": (tensors, 3), "restart": ("embedded-0",), "add": (), "remove": ("embedded-0",),
-        "sleep": (), "wake": (), "restore": (),
+        "generate": (REQUEST,), "generate_all": ([REQUEST],), "serving": (), "awake": (), "resumed": (),
+        "publish": (tensors, 3), "publish_lora": (tensors, 3), "restart": ("embedded-0",), "add": (),
+        "remove": ("embedded-0",), "sleep": (), "wake": (), "restore": (),
     }  # fmt: skip
     public = {name for name, _ in inspect.getmembers(type(fleet), inspect.iscoroutinefunction) if name[0] != "_"}
     assert public == calls.keys() | {"attest"}
     further: dict[str, dict[str, Any]] = {"generate": {"deadline": 1}, "serving": {"deadline": 1}}
+    further["generate_all"] = {"deadline": 1}
     further["publish_lora"] = {"config": ADAPTER}
     for name, given in calls.items():
         with pytest.raises(NoEngineError, match="the fleet is closed"):

@@ -39,8 +39,8 @@ FORMS: dict[str, Callable[[list[int]], Any]] = {
 
 @given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20), st.sampled_from(sorted(FORMS)))
 def test_every_form_of_token_ids_is_the_same_request(ids: list[int], form: str) -> None:
-    request = GenerateRequest("r", FORMS[form](ids), SamplingParams(4, stop_token_ids=FORMS[form](ids)))
-    assert request == GenerateRequest("r", tuple(ids), SamplingParams(4, stop_token_ids=tuple(ids)))
+    request = GenerateRequest(FORMS[form](ids), SamplingParams(4, stop_token_ids=FORMS[form](ids)), request_id="r")
+    assert request == GenerateRequest(tuple(ids), SamplingParams(4, stop_token_ids=tuple(ids)), request_id="r")
     assert set(map(type, request.input_ids)) == {int}
     check_values(request)
 
@@ -71,7 +71,7 @@ def test_every_form_of_token_ids_is_the_same_request(ids: list[int], form: str) 
 )
 def test_wrong_token_ids_are_refused(ids: Any, says: str) -> None:
     with pytest.raises(ArgumentError, match=says) as raised:
-        GenerateRequest("r", ids, SamplingParams(4))
+        GenerateRequest(ids, SamplingParams(4), request_id="r")
     assert isinstance(raised.value, MillraceError)
     with pytest.raises(ArgumentError):
         SamplingParams(4, stop_token_ids=ids)
@@ -94,7 +94,7 @@ def test_numbers_of_numpy_are_numbers(fields: Any) -> None:
     sampling = SamplingParams(**{"max_new_tokens": 8, **fields})
     plain = (int, float, bool, tuple, type(None))
     assert all(type(getattr(sampling, name)) in plain for name in sampling.__slots__)
-    check_values(GenerateRequest("r", (1,), sampling))
+    check_values(GenerateRequest((1,), sampling, request_id="r"))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_wrong_sampling_value_names_its_field(fields: Any) -> None:
     ],
 )
 def test_a_request_that_no_engine_can_serve_is_refused_before_it_is_sent(ids: tuple[int, ...], fields: Any) -> None:
-    request = GenerateRequest("r", ids, SamplingParams(**{"max_new_tokens": 8, **fields}))
+    request = GenerateRequest(ids, SamplingParams(**{"max_new_tokens": 8, **fields}), request_id="r")
     with pytest.raises(InvalidStateError, match=next(iter(fields), "input_ids")):
         check_values(request)
 
@@ -153,10 +153,10 @@ def test_a_request_that_no_engine_can_serve_is_refused_before_it_is_sent(ids: tu
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: GenerateRequest(7, (1,), SamplingParams(4)), r"request_id must be text, and is 7 \(int\)"),  # type: ignore[arg-type]
-        (lambda: GenerateRequest("\ud800", (1,), SamplingParams(4)), "half a character"),
-        (lambda: GenerateRequest("r", (1,), {"max_new_tokens": 4}), r"write SamplingParams\(max_new_tokens=...\)"),  # type: ignore[arg-type]
-        (lambda: GenerateRequest("r", (1,), SamplingParams(4), extra=[1]), "extra must be a mapping"),  # type: ignore[arg-type]
+        (lambda: GenerateRequest((1,), SamplingParams(4), request_id=7), r"request_id must be text, and is 7 \(int\)"),  # type: ignore[arg-type]
+        (lambda: GenerateRequest((1,), SamplingParams(4), request_id="\ud800"), "half a character"),
+        (lambda: GenerateRequest((1,), {"max_new_tokens": 4}), r"write SamplingParams\(max_new_tokens=...\)"),  # type: ignore[arg-type]
+        (lambda: GenerateRequest((1,), SamplingParams(4), request_id="r", extra=[1]), "extra must be a mapping"),  # type: ignore[arg-type]
         (lambda: RoutingContext(session=3), "session must be text"),  # type: ignore[arg-type]
         (lambda: RoutingContext(min_version="1"), "min_version must be an integer"),  # type: ignore[arg-type]
         (lambda: LoraConfig(8, 16.0, "q_proj"), r"target_modules must be a list.*write \['q_proj'\]"),  # type: ignore[arg-type]
@@ -168,8 +168,14 @@ def test_other_wrong_arguments_are_refused(make: Any, says: str) -> None:
         make()
 
 
+def test_requests_have_ids_of_their_own() -> None:
+    ids = {GenerateRequest((1,), SamplingParams(4)).request_id for _ in range(100)}
+    assert len(ids) == 100
+    assert all(len(one) == 32 and one.isalnum() for one in ids)
+
+
 def test_a_name_may_have_any_letters_and_has_an_end() -> None:
-    check_values(GenerateRequest("r-é-\u2028/7", (1,), SamplingParams(4)))
+    check_values(GenerateRequest((1,), SamplingParams(4), request_id="r-é-\u2028/7"))
     for name in ("", "x" * 5000):
         with pytest.raises(InvalidStateError, match="request_id must have"):
-            check_values(GenerateRequest(name, (1,), SamplingParams(4)))
+            check_values(GenerateRequest((1,), SamplingParams(4), request_id=name))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from millrace.continuation import Continuation
 from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, VersionSpan
 
-REQUEST = GenerateRequest("r", (7, 8, 9), SamplingParams(max_new_tokens=100))
+REQUEST = GenerateRequest((7, 8, 9), SamplingParams(max_new_tokens=100), request_id="r")
 PIECES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=6)
 
 
@@ -36,7 +36,7 @@ def test_nothing_is_lost_or_doubled_and_the_segments_say_which_version_made_what
 
 @given(PIECES)
 def test_a_continuation_asks_for_exactly_what_is_missing(sizes: list[tuple[int, int]]) -> None:
-    request = GenerateRequest("r", (7, 8, 9), SamplingParams(max_new_tokens=100))
+    request = GenerateRequest((7, 8, 9), SamplingParams(max_new_tokens=100), request_id="r")
     pieces = [piece(length, version) for length, version in sizes]
     continuation = Continuation(request)
     for one in pieces:
@@ -48,7 +48,7 @@ def test_a_continuation_asks_for_exactly_what_is_missing(sizes: list[tuple[int, 
 
 
 def test_a_generation_cut_off_after_its_last_token_is_full() -> None:
-    request = GenerateRequest("r", (7,), SamplingParams(max_new_tokens=4))
+    request = GenerateRequest((7,), SamplingParams(max_new_tokens=4), request_id="r")
     continuation = Continuation(request)
     for one in (piece(3, 0), piece(1, 1)):
         assert continuation.aborted or not continuation.parts
@@ -64,11 +64,14 @@ def test_without_a_part_the_result_is_aborted_and_empty() -> None:
 
 def test_a_continuation_counts_what_was_made_for_the_least_tokens_and_the_seed() -> None:
     extra = {"priority": 1, "sampling_params": {"min_tokens": 9, "min_new_tokens": 3, "logit_bias": {"1": 2}}}
-    request = GenerateRequest("r", (7,), SamplingParams(max_new_tokens=100, seed=2**63 - 2), extra)
+    request = GenerateRequest((7,), SamplingParams(max_new_tokens=100, seed=2**63 - 2), request_id="r", extra=extra)
     rest = Continuation(request, [piece(4, 1)]).rest
     assert rest.sampling.seed == 2
     assert rest.extra == {
         "priority": 1,
         "sampling_params": {"min_tokens": 5, "min_new_tokens": 0, "logit_bias": {"1": 2}},
     }
-    assert Continuation(GenerateRequest("r", (7,), SamplingParams(100)), [piece(4, 1)]).rest.sampling.seed is None
+    assert (
+        Continuation(GenerateRequest((7,), SamplingParams(100), request_id="r"), [piece(4, 1)]).rest.sampling.seed
+        is None
+    )

@@ -1,15 +1,19 @@
 """The blocking API is what its generator makes of the async classes, and it works without an event loop."""
 
+import itertools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from millrace import EmbeddedEngineConfig, GenerateRequest, SamplingParams, VersionSpan, sync
 from millrace.engines.embedded.adapter import EmbeddedEngine
-from millrace.errors import PublishError
+from millrace.errors import ArgumentError, NoEngineError, PublishError
 from millrace.http.portal import Portal
 from millrace.types import Capability, EngineInfo, Health
 
@@ -25,7 +29,7 @@ def test_the_generated_file_is_up_to_date() -> None:
 def test_a_trainer_without_an_event_loop(tiny_model: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
-    request = GenerateRequest("sample-0", (5, 17, 42), SamplingParams(8, ignore_eos=True))
+    request = GenerateRequest((5, 17, 42), SamplingParams(8, ignore_eos=True), request_id="sample-0")
     config = EmbeddedEngineConfig(kind="embedded", threads=1)
     with sync.open_fleet(config, tiny_model, log_dir=tmp_path) as fleet:
         assert fleet.generate(request, deadline=20).version_spans == (VersionSpan(0, 0, 8),)
@@ -58,7 +62,38 @@ def test_attaching_to_a_running_engine(tiny_model: Path, tmp_path: Path) -> None
             info: EngineInfo = engine.info()
             assert Capability.STAGED_UPDATE in info.capabilities
             chunks = list(
-                engine.stream(GenerateRequest("s", (1, 2, 3), SamplingParams(12, ignore_eos=True)), deadline=20)
+                engine.stream(
+                    GenerateRequest((1, 2, 3), SamplingParams(12, ignore_eos=True), request_id="s"), deadline=20
+                )
             )
             assert len(chunks[-1].output_ids) == 12
             engine.close()
+
+
+def test_many_requests_from_many_threads(tiny_model: Path, tmp_path: Path) -> None:
+    sampling = SamplingParams(8, temperature=0.0, ignore_eos=True)
+
+    def ask(fleet: sync.Fleet, prompt: int) -> set[tuple[int, ...]]:
+        requests = (GenerateRequest((prompt, token), sampling) for token in range(5, 10))
+        completions = list(fleet.generate_many(requests, n=2, deadline=20))
+        assert sorted((one.index, one.sample) for one in completions) == [(i, s) for i in range(5) for s in range(2)]
+        return {one.result().output_ids for one in completions}
+
+    with sync.open_fleet({"kind": "embedded", "threads": 1}, tiny_model, log_dir=tmp_path) as fleet:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(partial(ask, fleet), (3, 4, 3, 4)))
+        assert (found[0], found[1]) == (found[2], found[3])
+
+        items = list(fleet.stream(GenerateRequest((3, 5), sampling), deadline=20))
+        assert items[-1].output_ids in found[0]
+        [made] = fleet.generate_all([GenerateRequest((3, 5), sampling)], deadline=20, retries=1)
+        assert made.output_ids == items[-1].output_ids
+
+        for completion in fleet.generate_many(itertools.repeat(GenerateRequest((3,), sampling)), n=2, deadline=20):
+            assert completion.error is None or "in flight" in str(completion.error)
+            break  # closes the generator, which aborts the others
+        blocking: Any = (fleet.generate(GenerateRequest((3,), sampling), deadline=1) for _ in range(2))
+        with pytest.raises(ArgumentError, match="blocking call"):
+            list(fleet.generate_many(blocking, deadline=20))
+    with pytest.raises(NoEngineError, match="closed"):
+        next(iter(fleet.generate_many([], deadline=20)))

@@ -8,6 +8,7 @@ method is copied unless it is in LEFT_OUT, so a new one cannot be forgotten.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def blocking_open_fleet(node: ast.AsyncFunctionDef) -> str:
 def blocking_doc(node: Function) -> str | None:
     """Return the docstring, with its examples in blocking form."""
     doc = ast.get_docstring(node, clean=False)
-    return doc.replace("async with ", "with ").replace("await ", "") if doc else None
+    return re.sub(r"\bawait |\basync (?=with |for )", "", doc) if doc else None
 
 
 def public_methods(definition: ast.ClassDef) -> list[Function]:
@@ -121,12 +122,15 @@ def blocking_method(node: Function) -> str:
     doc = blocking_doc(node)
     text = f'        """{doc}"""\n' if doc else ""
     head = f"def {node.name}({ast.unparse(node.args)})"
+    decorators = {ast.unparse(one) for one in node.decorator_list}
+    if "overload" in decorators:
+        return f"\n    @overload\n    {head} -> {returns}: ...\n"
     if returns.startswith("AsyncGenerator["):
         item = returns.removeprefix("AsyncGenerator[").removesuffix(", None]")
         body = STREAM_BODY.format(name=node.name, arguments=arguments, item=item)
         return f"\n    {head} -> Iterator[{item}]:\n{text}{body}"
     if isinstance(node, ast.FunctionDef):
-        decorator = "    @property\n" if any(ast.unparse(d) == "property" for d in node.decorator_list) else ""
+        decorator = "    @property\n" if "property" in decorators else ""
         call = f"self._wrapped.{node.name}" + ("" if decorator else f"({arguments})")
     else:
         decorator = ""

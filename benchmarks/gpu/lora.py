@@ -54,7 +54,9 @@ def lora(model: Tensors, rank: int) -> list[tuple[str, torch.Tensor]]:
 
 
 def request(name: str, tokens: int) -> GenerateRequest:
-    return GenerateRequest(name, tuple(range(5, 37)), SamplingParams(tokens, temperature=1.0, ignore_eos=True))
+    return GenerateRequest(
+        tuple(range(5, 37)), SamplingParams(tokens, temperature=1.0, ignore_eos=True), request_id=name
+    )
 
 
 async def measure_alone(fleet: Fleet, model: Tensors, config: LoraConfig, repeats: int) -> None:

@@ -54,7 +54,9 @@ async def ask(engine: Engine, label: str) -> Answers:
 
     async def first(number: int) -> tuple[int, float]:
         prompt = tuple(torch.randint(2, 1000, (LENGTH,), generator=drawn).tolist())
-        request = GenerateRequest(f"{label}-{number}", prompt, SamplingParams(1, temperature=0.0, ignore_eos=True))
+        request = GenerateRequest(
+            prompt, SamplingParams(1, temperature=0.0, ignore_eos=True), request_id=f"{label}-{number}"
+        )
         made = await engine.generate(request, deadline=120)
         return made.output_ids[0], float(made.logprobs[0])
 

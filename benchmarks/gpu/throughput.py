@@ -43,7 +43,9 @@ def requests(count: int, tokens: int, vocab_size: int, label: str) -> list[Gener
     draw = random.Random(label)
     sampling = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     return [
-        GenerateRequest(f"{label}-{i}", tuple(draw.randrange(2, vocab_size) for _ in range(PROMPT_TOKENS)), sampling)
+        GenerateRequest(
+            tuple(draw.randrange(2, vocab_size) for _ in range(PROMPT_TOKENS)), sampling, request_id=f"{label}-{i}"
+        )
         for i in range(count)
     ]
 

@@ -7,12 +7,14 @@ if TYPE_CHECKING:
     from millrace.config.engines import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
     from millrace.fleet.fleet import Fleet
     from millrace.fleet.local import open_fleet
+    from millrace.fleet.many import Completion
     from millrace.types import GenerateRequest, Generation, LoraConfig, RoutingContext, SamplingParams, VersionSpan
 
 __version__ = "0.1.0"
 
 # The module of each public name. It is imported on first use, so `import millrace` takes a few milliseconds.
 _MODULES = {
+    "Completion": "millrace.fleet.many",
     "LoraConfig": "millrace.types",
     "EmbeddedEngineConfig": "millrace.config.engines",
     "Fleet": "millrace.fleet.fleet",
@@ -27,6 +29,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "Completion",
     "EmbeddedEngineConfig",
     "Fleet",
     "GenerateRequest",

@@ -56,6 +56,13 @@ def whole(name: str, value: Any) -> int:
     return integer
 
 
+def count(name: str, value: Any, least: int = 0) -> int:
+    """Return an integer of `least` or more as `int`. Raises ArgumentError for anything else."""
+    if (integer := whole(name, value)) < least:
+        raise ArgumentError(f"{name} must be {least} or more, and is {integer}")
+    return integer
+
+
 def real(name: str, value: Any) -> float:
     """Return a number of Python or NumPy as `float`. Raises ArgumentError for anything else, and for NaN."""
     if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):

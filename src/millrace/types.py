@@ -5,8 +5,9 @@ their arguments, such as arrays and NumPy numbers. They raise ArgumentError for 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,29 +120,31 @@ class SamplingParams:
 class GenerateRequest:
     """A request to continue a prompt, given as token ids.
 
-    request_id: chosen by the caller, unique among the requests in flight. input_ids: [T] token ids, as a list, a tuple,
-    or an array or tensor of integers (also [1, T], also on a GPU), or a mapping with `input_ids` such as a
-    BatchEncoding. They are stored as a tuple. extra: options for one kind of engine, sent to the engine unchanged.
+    input_ids: [T] token ids, as a list, a tuple, or an array or tensor of integers (also [1, T], also on a GPU), or a
+    mapping with `input_ids` such as a BatchEncoding. They are stored as a tuple. sampling: how to sample. request_id:
+    unique among the requests in flight, random by default. extra: options for one kind of engine, sent to the engine
+    unchanged.
 
     Raises ArgumentError if an argument has the wrong type. Ids outside the model's vocabulary raise EngineRefused when
     the request is sent.
 
-    >>> GenerateRequest("sample-7/0", tokenizer(prompt)["input_ids"], SamplingParams(max_new_tokens=256))
+    >>> GenerateRequest(tokenizer(prompt)["input_ids"], SamplingParams(max_new_tokens=256))
     """
 
-    request_id: str
     input_ids: tuple[int, ...]
     sampling: SamplingParams
+    _: KW_ONLY
+    request_id: str = field(default_factory=lambda: uuid4().hex)
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _set(self, "request_id", arguments.text("request_id", self.request_id))
         _set(self, "input_ids", arguments.token_ids("input_ids", self.input_ids))
         if not isinstance(self.sampling, SamplingParams):
             raise ArgumentError(
                 f"sampling must be SamplingParams, and is {arguments.shown(self.sampling)}; write "
                 "SamplingParams(max_new_tokens=...)"
             )
+        _set(self, "request_id", arguments.text("request_id", self.request_id))
         _set(self, "extra", arguments.mapping("extra", self.extra))
 
 
@@ -252,6 +255,7 @@ class EngineInfo:
     ranks: int = 1  # processes that hold weights (TP x PP x DP); each needs its own share of CUDA IPC memory
     dtype: str | None = None  # torch's name of the compute dtype, as in `bfloat16`; None if it is not reported
     unusual_dtypes: Mapping[str, str] | None = None  # of weights that differ from `dtype`; None if not reported
+    max_running: int | None = None  # requests that run at once; None if it is not reported
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,9 @@ DEADLINE = 120.0
 
 
 def greedy(name: str, tokens: int = 12) -> GenerateRequest:
-    return GenerateRequest(name, (5, 17, 300, 42, 8), SamplingParams(tokens, temperature=0.0, ignore_eos=True))
+    return GenerateRequest(
+        (5, 17, 300, 42, 8), SamplingParams(tokens, temperature=0.0, ignore_eos=True), request_id=name
+    )
 
 
 async def start_in_flight(

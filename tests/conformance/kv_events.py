@@ -16,7 +16,7 @@ PROMPT = tuple(7 + i % 90 for i in range(200))
 
 
 def asking(name: str, prompt: tuple[int, ...] = PROMPT) -> GenerateRequest:
-    return GenerateRequest(name, prompt, SamplingParams(4, temperature=0.0, ignore_eos=True))
+    return GenerateRequest(prompt, SamplingParams(4, temperature=0.0, ignore_eos=True), request_id=name)
 
 
 async def check_routing_by_kv_events(fleet: Fleet, tiny_model: Path, version: int) -> None:

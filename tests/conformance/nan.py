@@ -26,7 +26,7 @@ async def check_nan_weights(fleet: Fleet, tiny_model: Path, version: int) -> Non
     engine = next(iter(fleet.engines.values()))
 
     def request(temperature: float) -> GenerateRequest:
-        return GenerateRequest(next(names), PROMPT, SamplingParams(4, temperature, ignore_eos=True))
+        return GenerateRequest(PROMPT, SamplingParams(4, temperature, ignore_eos=True), request_id=next(names))
 
     await fleet.publish(list(broken.items()), version, require_finite=False)
     for temperature in [0.0, 1.0] * MAX_FAILURES:

@@ -71,7 +71,7 @@ async def check_update_after_a_trainer_died(runner: Runner) -> None:
         await second.load(DiskBucket(str(subject.folder)), deadline=60)
         await second.commit()
         assert (await second.info()).weight_version == 101
-        request = GenerateRequest("after", (5, 6, 7), SamplingParams(4, temperature=0.0, ignore_eos=True))
+        request = GenerateRequest((5, 6, 7), SamplingParams(4, temperature=0.0, ignore_eos=True), request_id="after")
         assert len((await second.generate(request, deadline=60)).output_ids) == 4
     finally:
         await second.close()

@@ -20,7 +20,10 @@ async def main(model: str, logs: str, host: str, files: int, requests: int) -> N
     config = EmbeddedEngineConfig(kind="embedded", threads=1, host=host)
     async with open_fleet(config, Path(model), log_dir=Path(logs)) as fleet:
         sampling = SamplingParams(4, ignore_eos=True)
-        asked = (fleet.generate(GenerateRequest(f"r{n}", (5, 17, 42), sampling), deadline=120) for n in range(requests))
+        asked = (
+            fleet.generate(GenerateRequest((5, 17, 42), sampling, request_id=f"r{n}"), deadline=120)
+            for n in range(requests)
+        )
         made = await asyncio.gather(*asked, return_exceptions=True)
         result = {
             "lengths": [len(one.output_ids) if isinstance(one, Generation) else repr(one) for one in made],

@@ -37,7 +37,9 @@ def tensors(tiny_model: Path) -> Tensors:
 async def require_holds(fleet: Fleet, tensors: Tensors, dtype: torch.dtype, version: int) -> None:
     [engine] = fleet.engines.values()
     assert {name: tensor_checksum(tensor.to(dtype)) for name, tensor in tensors} == await engine.checksums()
-    request = GenerateRequest(f"r{version}", (5, 17, 42), SamplingParams(4, temperature=0.0, ignore_eos=True))
+    request = GenerateRequest(
+        (5, 17, 42), SamplingParams(4, temperature=0.0, ignore_eos=True), request_id=f"r{version}"
+    )
     made = await fleet.generate(request, deadline=30)
     assert made.version_spans == (VersionSpan(version, 0, 4),)
 

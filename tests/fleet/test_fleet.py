@@ -82,7 +82,7 @@ def tensors(model: PreTrainedModel, scale: float = 1.0) -> list[tuple[str, torch
 
 
 def greedy(request_id: str, tokens: int = 12) -> GenerateRequest:
-    return GenerateRequest(request_id, PROMPT, SamplingParams(tokens, temperature=0.0, ignore_eos=True))
+    return GenerateRequest(PROMPT, SamplingParams(tokens, temperature=0.0, ignore_eos=True), request_id=request_id)
 
 
 def expected(model: PreTrainedModel, tokens: int = 12) -> tuple[int, ...]:
@@ -459,7 +459,7 @@ async def test_a_request_waits_for_the_version_that_it_asks_for(fleet: Fleet, mo
 
 async def test_a_session_stays_with_its_engine(fleet: Fleet) -> None:
     first = await fleet.generate(greedy("s/0"), deadline=20, routing=RoutingContext(session="s"))
-    again = GenerateRequest("s/1", PROMPT + first.output_ids, SamplingParams(4, temperature=0.0))
+    again = GenerateRequest(PROMPT + first.output_ids, SamplingParams(4, temperature=0.0), request_id="s/1")
     assert (await fleet.generate(again, deadline=20, routing=RoutingContext(session="s"))).cached_tokens > len(PROMPT)
     assert fleet.event_log.metrics.routed[Why.SESSION] > 0
 

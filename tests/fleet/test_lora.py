@@ -111,7 +111,9 @@ async def test_no_prefix_of_one_adapter_is_used_by_another(fleet: Fleet, model: 
         parts = lora(model, seed)
         await publish(fleet, parts, highest(fleet) + 1)
         name = fleet.snapshot.get("embedded-0").lora
-        request = GenerateRequest(f"p{seed}", tuple(range(5, 65)), SamplingParams(4, 0.0), {"lora_path": name})
+        request = GenerateRequest(
+            tuple(range(5, 65)), SamplingParams(4, 0.0), request_id=f"p{seed}", extra={"lora_path": name}
+        )
         assert (await engine.generate(request, deadline=20)).cached_tokens == 0
         assert (await engine.generate(request, deadline=20)).cached_tokens > 0
 
@@ -120,7 +122,9 @@ async def test_a_name_that_is_used_again_finds_no_prefix_of_its_first_owner(
     fleet: Fleet, model: PreTrainedModel, tmp_path: Path
 ) -> None:
     engine = fleet.engines["embedded-0"]
-    request = GenerateRequest("again", tuple(range(5, 65)), SamplingParams(8, 0.0), {"lora_path": "again"})
+    request = GenerateRequest(
+        tuple(range(5, 65)), SamplingParams(8, 0.0), request_id="again", extra={"lora_path": "again"}
+    )
     outputs = set()
     for seed in (1, 2):
         written = write_lora(tmp_path, "again", 1, dict(lora(model, seed)), CONFIG)

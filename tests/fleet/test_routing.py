@@ -48,7 +48,7 @@ def replicas(count: int, version: int = 1) -> Snapshot:
 
 
 def asked(prompt: tuple[int, ...] = (1, 2, 3), *, room: int = 100) -> GenerateRequest:
-    return GenerateRequest("r", prompt, SamplingParams(max_new_tokens=room))
+    return GenerateRequest(prompt, SamplingParams(max_new_tokens=room), request_id="r")
 
 
 def long(first: int, blocks: int) -> tuple[int, ...]:

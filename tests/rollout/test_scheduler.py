@@ -154,10 +154,10 @@ class RecordingFleet(Fleet):
     recorded: dict[str, Generation]
 
     async def generate(
-        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE
+        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE, retries: int = 0
     ) -> Generation:
         assert routing == RoutingContext(session=request.request_id.partition("/")[0], group=routing.group)
-        generation = await super().generate(request, deadline=deadline, routing=routing)
+        generation = await super().generate(request, deadline=deadline, routing=routing, retries=retries)
         self.recorded[request.request_id] = generation
         return generation
 

@@ -216,7 +216,7 @@ async def test_a_request_that_not_every_engine_may_serve_goes_straight(fleet: Fl
 async def test_a_field_that_the_router_would_drop_is_refused(
     fleet: Fleet, extra: dict[str, object], field: str
 ) -> None:
-    request = GenerateRequest("lost", (5, 6), SamplingParams(2), extra)
+    request = GenerateRequest((5, 6), SamplingParams(2), request_id="lost", extra=extra)
     with pytest.raises(EngineRefused, match=f"would drop extra.{field} silently"):
         await fleet.generate(request, deadline=20)
 

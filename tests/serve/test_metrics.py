@@ -76,7 +76,7 @@ def tensors(folder: Path) -> list[tuple[str, torch.Tensor]]:
 
 
 def request(request_id: str, tokens: int = 4) -> GenerateRequest:
-    return GenerateRequest(request_id, PROMPT, SamplingParams(tokens, temperature=0.0, ignore_eos=True))
+    return GenerateRequest(PROMPT, SamplingParams(tokens, temperature=0.0, ignore_eos=True), request_id=request_id)
 
 
 async def scrape(url: str) -> Scraped:
@@ -128,7 +128,7 @@ async def test_the_counts_match_what_was_done(shown: Shown) -> None:
     with pytest.raises(asyncio.CancelledError):
         await cut_short
     with pytest.raises(EngineError):  # no engine takes this temperature
-        refused = GenerateRequest("bad", PROMPT, SamplingParams(4, temperature=-1.0))
+        refused = GenerateRequest(PROMPT, SamplingParams(4, temperature=-1.0), request_id="bad")
         await shown.fleet.generate(refused, deadline=20)
     since = grown(await scrape(shown.url), before)
     names = list(shown.fleet.engines)

@@ -55,7 +55,7 @@ def stepped(tensors: Tensors, version: int) -> Tensors:
 
 
 async def greedy(fleet: Fleet, name: str) -> tuple[int | None, tuple[int, ...]]:
-    request = GenerateRequest("one", PROMPT, SamplingParams(8, temperature=0.0, ignore_eos=True))
+    request = GenerateRequest(PROMPT, SamplingParams(8, temperature=0.0, ignore_eos=True), request_id="one")
     generation = await fleet.engines[name].generate(request, deadline=20)
     return generation.version_spans[-1].version, generation.output_ids
 

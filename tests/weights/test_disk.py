@@ -59,7 +59,7 @@ async def test_versions_are_folders_that_engines_and_other_programs_can_read(
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in written.iterdir())
     last = AutoModelForCausalLM.from_pretrained(written)
     for engine in fleet.engines.values():
-        request = GenerateRequest("one", prompt, SamplingParams(8, temperature=0.0, ignore_eos=True))
+        request = GenerateRequest(prompt, SamplingParams(8, temperature=0.0, ignore_eos=True), request_id="one")
         generation = await engine.generate(request, deadline=20)
         assert generation.output_ids == expected(last, prompt)
         assert {span.version for span in generation.version_spans} == {3}
@@ -86,6 +86,6 @@ async def test_versions_are_folders_that_engines_and_other_programs_can_read(
     assert not (await fleet.publish([(name, tensor * 2) for name, tensor in tensors], 5)).failed
     doubled = AutoModelForCausalLM.from_pretrained(tmp_path / "versions" / "version-00000005")
     assert torch.equal(dict(doubled.named_parameters())[tensors[0][0]], tensors[0][1] * 2)
-    request = GenerateRequest("five", prompt, SamplingParams(8, temperature=0.0, ignore_eos=True))
+    request = GenerateRequest(prompt, SamplingParams(8, temperature=0.0, ignore_eos=True), request_id="five")
     for engine in fleet.engines.values():
         assert (await engine.generate(request, deadline=20)).output_ids == expected(doubled, prompt)

@@ -51,7 +51,9 @@ async def made(fleet: Fleet) -> dict[str, tuple[int | None, tuple[int, ...]]]:
     answers = {}
     for state in fleet.snapshot.replicas:
         if state.routable:
-            request = GenerateRequest("one", (5, 17, 300), SamplingParams(8, temperature=0.0, ignore_eos=True))
+            request = GenerateRequest(
+                (5, 17, 300), SamplingParams(8, temperature=0.0, ignore_eos=True), request_id="one"
+            )
             generation = await fleet.engines[state.name].generate(request, deadline=20)
             answers[state.name] = (generation.version_spans[-1].version, generation.output_ids)
     return answers

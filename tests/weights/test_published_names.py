@@ -45,7 +45,7 @@ def greedy(model: PreTrainedModel) -> tuple[Sequence[int], Sequence[float]]:
 
 async def serves(fleet: Fleet, model: PreTrainedModel, version: int) -> None:
     params = SamplingParams(max_new_tokens=TOKENS, temperature=0.0, ignore_eos=True)
-    made = await fleet.generate(GenerateRequest(f"version-{version}", PROMPT, params), deadline=120)
+    made = await fleet.generate(GenerateRequest(PROMPT, params, request_id=f"version-{version}"), deadline=120)
     ids, logprobs = greedy(model)
     assert (made.version_spans[-1].version, list(made.output_ids)) == (version, ids)
     assert made.logprobs == pytest.approx(logprobs, abs=5e-3)

@@ -99,7 +99,7 @@ def config(replicas: int = 2) -> EmbeddedEngineConfig:
 
 
 async def greedy(fleet: Fleet, name: str) -> tuple[int | None, tuple[int, ...]]:
-    request = GenerateRequest("one", (5, 17, 300), SamplingParams(8, temperature=0.0, ignore_eos=True))
+    request = GenerateRequest((5, 17, 300), SamplingParams(8, temperature=0.0, ignore_eos=True), request_id="one")
     generation = await fleet.engines[name].generate(request, deadline=20)
     return generation.version_spans[-1].version, generation.output_ids
 
@@ -130,7 +130,7 @@ async def test_without_a_store_it_serves_after_the_next_publish(
         (one,) = fleet.engines
         await fleet.publish(tensors, 1)
         await fleet.restart(one)
-        request = GenerateRequest("one", (5, 17, 300), SamplingParams(8))
+        request = GenerateRequest((5, 17, 300), SamplingParams(8), request_id="one")
         with pytest.raises(NoEngineError, match="without weights until the next publish"):
             await fleet.generate(request, deadline=0.2)
         await fleet.publish(tensors, 2)

@@ -66,7 +66,7 @@ async def greedy(engine: Engine, prompt: Prompt, name: str, tokens: int, *, dead
 
 
 def greedy_request(prompt: Prompt, name: str, tokens: int) -> GenerateRequest:
-    return GenerateRequest(name, prompt, SamplingParams(tokens, temperature=0.0, ignore_eos=True))
+    return GenerateRequest(prompt, SamplingParams(tokens, temperature=0.0, ignore_eos=True), request_id=name)
 
 
 async def ask(engine: Engine) -> Tokens:

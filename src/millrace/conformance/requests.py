@@ -37,7 +37,9 @@ def ask(
 ) -> GenerateRequest:
     """Return a request with a unique id, for `tokens` greedy tokens or with the given `sampling`."""
     greedy = SamplingParams(max_new_tokens=tokens, temperature=0.0, ignore_eos=True)
-    return GenerateRequest(f"{label}-{secrets.token_hex(4)}", prompt(subject, label, length), sampling or greedy)
+    return GenerateRequest(
+        prompt(subject, label, length), sampling or greedy, request_id=f"{label}-{secrets.token_hex(4)}"
+    )
 
 
 def ask_long(subject: Subject, label: str, attempt: int = 0) -> GenerateRequest:

@@ -30,7 +30,7 @@ class Engine(ABC):
 
     Example::
 
-        request = GenerateRequest("sample-0", input_ids=(1, 2, 3), sampling=SamplingParams(max_new_tokens=16))
+        request = GenerateRequest(input_ids=(1, 2, 3), sampling=SamplingParams(max_new_tokens=16))
         generation = await engine.generate(request, deadline=60.0)
         print(generation.output_ids, generation.finish_reason)
 

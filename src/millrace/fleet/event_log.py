@@ -62,7 +62,7 @@ def outcome_of(error: BaseException) -> Outcome:
             return Outcome.UNSERVED
         case LocalError():
             return Outcome.LOCAL
-        case asyncio.CancelledError():
+        case asyncio.CancelledError() | GeneratorExit():  # its task was cancelled, or its stream closed
             return Outcome.ABORTED
     return Outcome.FAILED
 
@@ -116,7 +116,9 @@ class Metrics:
     published_bytes: int = 0  # each version counts once, for any number of engines
     legs: dict[tuple[str, str], Spans] = field(default_factory=dict)  # steps of a publish
     routed: Counter[Why] = field(default_factory=Counter)  # requests, by the reason for the choice of their engine
-    retries: Counter[bool] = field(default_factory=Counter)  # of samples, by whether their tokens were kept
+    retries: Counter[bool] = field(
+        default_factory=Counter
+    )  # of requests and samples, by whether their tokens were kept
     unwritten: int = 0  # events that could not be written to the file
     newest: int | None = None  # weight version
 
@@ -260,7 +262,7 @@ class EventLog:
         self.metrics.routed[why] += 1
 
     def retried(self, engine: str | None, *, attempt: int, continued: bool) -> None:
-        """Record that a sample is tried again after `engine` failed. `continued`: its tokens were kept."""
+        """Record that a request or a sample is tried again after `engine` failed. `continued`: its tokens were kept."""
         self.metrics.retries[continued] += 1
         self.emit("retry", engine, attempt=attempt, continued=continued)
 

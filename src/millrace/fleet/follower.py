@@ -17,7 +17,7 @@ from millrace.fleet.replicas import ReplicaSet
 from millrace.http.client import HttpClient
 from millrace.http.hosts import require_known
 from millrace.http.local import raise_file_limit
-from millrace.types import ANYWHERE, FinishReason, GenerateRequest, Generation, MemoryTag, RoutingContext
+from millrace.types import FinishReason, GenerateRequest, Generation, MemoryTag, RoutingContext
 
 POLL_SECONDS = 20.0  # for which the owner delays its answer while nothing changes
 ANSWER_DEADLINE = 10.0  # seconds for the owner to answer
@@ -172,11 +172,8 @@ class Follower(FleetClient):
                 await asyncio.gather(following, return_exceptions=True)
             await followed.close()
 
-    async def generate(
-        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE
-    ) -> Generation:
-        """Send the request to the engine that suits it best. See `FleetClient.generate`."""
-        made = await super().generate(request, deadline=deadline, routing=routing)
+    async def _generate(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
+        made = await super()._generate(request, routing, deadline)
         if made.finish_reason is FinishReason.ABORT:
             with suppress(EngineError):  # the owner does not answer, which `follow` logs
                 await self._followed.refresh()  # so that `asleep` shows whether the owner aborted it

@@ -78,7 +78,7 @@ async def run_episode(
         room = min(limits.max_turn_tokens, limits.total - len(draft.token_ids))
         request_id = f"{sample_id}/{turn}"
         turn_sampling = _turn_sampling(sampling, turn, room, chat.end_of_turn)
-        generation = await generate(GenerateRequest(request_id, tuple(draft.token_ids), turn_sampling))
+        generation = await generate(GenerateRequest(tuple(draft.token_ids), turn_sampling, request_id=request_id))
         if generation.finish_reason is FinishReason.ABORT:
             raise AbortedGeneration(request_id)
         draft.append_turn(generation)

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from millrace.config.models import JudgeConfig
 from millrace.errors import DataError, EngineError, JudgeError, NoEngineError
 from millrace.fleet.fleet import Fleet
-from millrace.rollout.agent import AbortedGeneration, last_answer
-from millrace.rollout.attempts import Attempts, generate_whole
+from millrace.rollout.agent import last_answer
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.numbers import parse_number
 from millrace.rollout.reward import rule_reward
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
-from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
+from millrace.types import FinishReason, GenerateRequest, RoutingContext, SamplingParams
 
 AFTER_GRADE = ".,;:!?)*_`\"'"  # characters that may follow a grade directly and are not part of it
 
@@ -78,7 +77,7 @@ class Judge:
                 reply = await self._ask(self.prompt(problem, text), problem.problem_id, deadline)
         except TimeoutError:
             raise JudgeError(f"the judge did not grade it within {deadline:.1f} s") from None
-        except (EngineError, NoEngineError, AbortedGeneration) as error:
+        except (EngineError, NoEngineError) as error:
             raise JudgeError(f"the judge did not grade it: {error}") from error
         grade = read_grade(reply, self.config.verdict, self.config.best)
         self.counts.count(grade)
@@ -112,16 +111,12 @@ class Judge:
                 f"the judge can't grade it: the prompt's {len(prompt)} tokens and judges.max_new_tokens "
                 f"({self.config.max_new_tokens}) are more than its context of {self.fleet.context_length}"
             )
-        now = asyncio.get_running_loop().time
-        ends = now() + deadline
         sampling = SamplingParams(self.config.max_new_tokens, temperature=0.0, stop_token_ids=(self.chat.end_of_turn,))
-        request = GenerateRequest(f"judge/{next(self._numbers)}", prompt, sampling)
+        request = GenerateRequest(prompt, sampling, request_id=f"judge/{next(self._numbers)}")
         routing = RoutingContext(group=problem_id)  # the prompts for one question share a prefix
-
-        async def send(request: GenerateRequest) -> Generation:
-            return await self.fleet.generate(request, deadline=ends - now(), routing=routing)
-
-        generation = await generate_whole(request, send, Attempts(self.retries, self.fleet.event_log))
+        generation = await self.fleet.generate(request, deadline=deadline, routing=routing, retries=self.retries)
+        if generation.finish_reason is FinishReason.ABORT:
+            raise JudgeError("the judge did not grade it: its engines aborted the request")
         return self.chat.answer(generation.output_ids)
 
 

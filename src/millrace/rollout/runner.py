@@ -16,9 +16,9 @@ from millrace.errors import (
     LocalError,
     NonFiniteLogprobs,
 )
+from millrace.fleet.attempts import Attempts, Send, generate_whole
 from millrace.fleet.client import FleetClient
 from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, last_answer, run_episode
-from millrace.rollout.attempts import Attempts, Send, generate_whole
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.reward import Reward, by_rule
 from millrace.rollout.sample import Problem, Sample, SampleStatus
@@ -89,9 +89,7 @@ class SampleRunner:
             try:
                 return await self._play(sample_id, group_id, problem, attempts, timer)
             except (EngineUnreachable, EngineFailed, LocalError, AbortedGeneration) as error:
-                try:
-                    attempts.spend(error, continued=False)
-                except (EngineUnreachable, EngineFailed, LocalError, AbortedGeneration):
+                if not attempts.spend(error, continued=False):
                     reason = f"gave up after {attempts.used + 1} attempts: {error}"
                     return _failed(sample_id, group_id, problem, reason)
 

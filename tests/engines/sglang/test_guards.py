@@ -19,7 +19,7 @@ from millrace.engines.stock.state import InvalidStateError
 from millrace.types import GenerateRequest, SamplingParams
 
 LIMITS = Limits(vocab_size=100, context_length=50, seeds=False)
-SOUND = GenerateRequest("r", (1, 2, 3), SamplingParams(8))
+SOUND = GenerateRequest((1, 2, 3), SamplingParams(8), request_id="r")
 
 
 def extra(**fields: object) -> GenerateRequest:
@@ -32,7 +32,7 @@ def further(**fields: object) -> GenerateRequest:
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=40), st.integers(1, 60))
 def test_a_request_passes_exactly_when_it_fits(ids: list[int], room: int) -> None:
-    request = GenerateRequest("r", tuple(ids), SamplingParams(room))
+    request = GenerateRequest(tuple(ids), SamplingParams(room), request_id="r")
     if len(ids) + room <= LIMITS.context_length:
         check_request(request, LIMITS)
     else:

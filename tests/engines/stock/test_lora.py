@@ -13,7 +13,7 @@ steps = st.lists(st.tuples(st.sampled_from(["load", "unload", "commit"]), st.sam
 
 
 def asked(name: str) -> GenerateRequest:
-    return GenerateRequest("r", (1,), SamplingParams(1), {"lora_path": name, "priority": 1})
+    return GenerateRequest((1,), SamplingParams(1), request_id="r", extra={"lora_path": name, "priority": 1})
 
 
 @given(steps)

@@ -26,7 +26,7 @@ SERVER = Server(
     sampling=OWN_SAMPLING | {"min_tokens", "logit_bias"},
     on_cpu=True,
 )
-SOUND = GenerateRequest("r", (1, 2, 3), SamplingParams(8))
+SOUND = GenerateRequest((1, 2, 3), SamplingParams(8), request_id="r")
 
 
 @pytest.mark.parametrize(

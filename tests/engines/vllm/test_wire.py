@@ -12,7 +12,7 @@ from millrace.engines.vllm.metrics import read_metrics
 from millrace.engines.vllm.wire import COMPLETIONS, GENERATE, Answer, encode, wire_id
 from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, VersionSpan
 
-REQUEST = GenerateRequest("r", (1, 2, 3), SamplingParams(8, temperature=0.5, seed=7))
+REQUEST = GenerateRequest((1, 2, 3), SamplingParams(8, temperature=0.5, seed=7), request_id="r")
 
 
 def choice(path: str, ids: list[int], finish: str | None = None, **more: object) -> dict[str, Any]:
@@ -42,7 +42,10 @@ def test_both_forms_ask_the_same() -> None:
 
 def test_a_lora_adapter_is_a_model_and_extra_passes() -> None:
     request = GenerateRequest(
-        "r", (1,), SamplingParams(1), {"lora_path": "a", "priority": 3, "sampling_params": {"min_tokens": 1}}
+        (1,),
+        SamplingParams(1),
+        request_id="r",
+        extra={"lora_path": "a", "priority": 3, "sampling_params": {"min_tokens": 1}},
     )
     body = encode(GENERATE, request)
     sampling = body["sampling_params"]

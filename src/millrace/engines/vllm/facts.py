@@ -91,6 +91,7 @@ def read_facts(
         capabilities=capabilities_of(config, server, api["paths"]),
         ranks=parallel["world_size"] * parallel["data_parallel_size"],
         dtype=str(config["model_config"]["dtype"]).removeprefix("torch."),
+        max_running=config["scheduler_config"]["max_num_seqs"] * parallel["data_parallel_size"],
     )
     return VLLMFacts(info, model, Limits(info.vocab_size, info.context_length, seeds=True), server)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from millrace.continuation import call_id, generate_in_parts
 from millrace.errors import EngineFailed, EngineUnreachable, LocalError
 from millrace.fleet.event_log import EventLog
-from millrace.rollout.agent import AbortedGeneration
 from millrace.types import GenerateRequest, Generation
 
 Send = Callable[[GenerateRequest], Awaitable[Generation]]
@@ -14,20 +13,25 @@ Send = Callable[[GenerateRequest], Awaitable[Generation]]
 
 @dataclass(slots=True)
 class Attempts:
-    """The retries of one sample. `left`: how many remain. `used`: how many were needed. Each goes to `event_log`."""
+    """The retries of one request or one sample. `left`: how many remain. `used`: how many were needed. Each goes to
+    `event_log`."""
 
     left: int
     event_log: EventLog
     used: int = 0
 
-    def spend(self, error: Exception, *, continued: bool) -> None:
-        """Count a retry. Raises `error` if none is left. `continued`: whether the sample keeps its tokens."""
+    def spend(self, error: Exception | None, *, continued: bool) -> bool:
+        """Count a retry. Return False if none is left.
+
+        error: what failed; None for an abort. continued: whether the tokens so far are kept.
+        """
         if not self.left:
-            raise error
+            return False
         self.left -= 1
         self.used += 1
         engine = error.engine if isinstance(error, EngineUnreachable | EngineFailed) else None
         self.event_log.retried(engine, attempt=self.used, continued=continued)
+        return True
 
 
 async def generate_whole(
@@ -35,8 +39,8 @@ async def generate_whole(
 ) -> Generation:
     """Generate, and continue on another engine if one dies or aborts the request.
 
-    Each failure costs a retry; without one left, the error is raised. An abort while `interrupted()` is expected and
-    costs none.
+    Each failure costs a retry. Without one left, an error is raised, and an aborted generation is returned. An abort
+    while `interrupted()` is expected and costs none.
     """
     sent = 0
 
@@ -48,12 +52,8 @@ async def generate_whole(
         try:
             return await send(rest)
         except (EngineUnreachable, EngineFailed, LocalError) as error:
-            attempts.spend(error, continued=True)
+            if not attempts.spend(error, continued=True):
+                raise
             return None
 
-    def goes_on() -> bool:
-        if not interrupted():
-            attempts.spend(AbortedGeneration(request.request_id), continued=True)
-        return True
-
-    return await generate_in_parts(request, call, goes_on=goes_on)
+    return await generate_in_parts(request, call, goes_on=lambda: interrupted() or attempts.spend(None, continued=True))

@@ -3,6 +3,7 @@
 import asyncio
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from millrace.errors import EngineUnreachable
+from millrace.errors import ArgumentError, EngineUnreachable
+from millrace.fleet.attempts import Attempts, generate_whole
 from millrace.fleet.event_log import EventLog
-from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.rollout.agent import AbortedGeneration
-from millrace.rollout.attempts import Attempts, generate_whole
-from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, VersionSpan
+from millrace.types import FinishReason, GenerateRequest, Generation, MemoryTag, SamplingParams, VersionSpan
 from tests.fleet.test_fleet import CONFIG, busy, embedded, expected, greedy
 from tests.fleet.test_fleet import running as counts
 
@@ -54,12 +53,17 @@ def test_all_tokens_come_once_and_in_order_or_the_last_error(
             raise EngineUnreachable("e", "it broke off", sent=True)
         return piece(request, min(count, room), version, FinishReason.ABORT)
 
-    request = GenerateRequest("r", PROMPT, SamplingParams(wanted, seed=seed))
+    request = GenerateRequest(PROMPT, SamplingParams(wanted, seed=seed), request_id="r")
     attempts = Attempts(retries, EventLog())
     try:
         made = asyncio.run(generate_whole(request, send, attempts))
-    except (EngineUnreachable, AbortedGeneration):
+    except EngineUnreachable:
         assert len(asked) == retries + 1 <= len(losses)
+        return
+    if made.finish_reason is FinishReason.ABORT:  # no retry was left, and the tokens so far are kept
+        assert len(asked) == retries + 1 <= len(losses)
+        assert made.output_ids == tuple(range(100, 100 + len(made.output_ids)))
+        assert len(made.output_ids) < wanted
         return
     assert attempts.used == len(asked) - 1 <= retries
     assert (made.request_id, made.finish_reason) == ("r", FinishReason.LENGTH)
@@ -87,37 +91,47 @@ def test_an_abort_that_was_wanted_costs_no_attempt(counts: list[int]) -> None:
         return piece(request, min(left.pop(0), room), 1, FinishReason.ABORT)
 
     attempts = Attempts(0, EventLog())
-    request = GenerateRequest("r", PROMPT, SamplingParams(1000))
+    request = GenerateRequest(PROMPT, SamplingParams(1000), request_id="r")
     made = asyncio.run(generate_whole(request, send, attempts, interrupted=lambda: True))
     assert (made.output_ids, attempts.used) == (tuple(range(100, 1100)), 0)
     assert len(set(asked)) == len(asked) == len(counts) + 1
 
 
-async def whole(fleet: Fleet, request: GenerateRequest) -> tuple[Generation, int]:
-    attempts = Attempts(3, fleet.event_log)
-
-    async def send(rest: GenerateRequest) -> Generation:
-        return await fleet.generate(rest, deadline=END)
-
-    return await generate_whole(request, send, attempts), attempts.used
-
-
 async def test_real_engines_go_on_where_another_was_aborted_or_killed(tiny_model: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path) as fleet:
+        retries = fleet.event_log.metrics.retries
         for engine in embedded(fleet):
             await engine.inject_fault("slow", seconds=0.02)
-        running = asyncio.create_task(whole(fleet, greedy("aborted", 60)))
+        wrong: Any
+        for wrong in (-1, 1.5, None):
+            with pytest.raises(ArgumentError, match="retries must be"):
+                await fleet.generate(greedy("wrong"), deadline=END, retries=wrong)
+
+        running = asyncio.create_task(fleet.generate(greedy("aborted", 60), deadline=END, retries=1))
         await busy(fleet)
         await asyncio.gather(*(engine.abort() for engine in embedded(fleet)))
-        made, lost = await running
-        assert (made.output_ids, lost) == (expected(model, 60), 1)
+        made = await running
+        assert (made.output_ids, retries[True]) == (expected(model, 60), 1)
         assert made.version_spans == (VersionSpan(0, 0, 60),)
-        running = asyncio.create_task(whole(fleet, greedy("killed", 60)))
+
+        running = asyncio.create_task(fleet.generate(greedy("asleep", 60), deadline=END, retries=1))
+        await busy(fleet)
+        await fleet.sleep(frozenset({MemoryTag.KV_CACHE}), interrupt=True)
+        assert not running.done()
+        await fleet.wake()
+        assert ((await running).output_ids, retries[True]) == (expected(model, 60), 1)
+
+        running = asyncio.create_task(fleet.generate(greedy("killed", 60), deadline=END, retries=3))
         await busy(fleet)
         one = embedded(fleet)[(await counts(fleet)).index(1)]
         with pytest.raises(EngineUnreachable):
             await one.inject_fault("crash")
-        made, lost = await running
+        made = await running
         assert made.output_ids == expected(model, 60)
-        assert lost >= 1
+        assert retries[True] >= 2
+
+        running = asyncio.create_task(fleet.generate(greedy("given up", 60), deadline=END))
+        await busy(fleet)
+        await embedded(fleet)[1 - embedded(fleet).index(one)].abort()
+        assert (await running).finish_reason is FinishReason.ABORT
