@@ -38,7 +38,7 @@ def load_config(
     sources: dict[Location, str] = {location: f"{path}:{line}" for location, line in lines.items()}
     texts = dict(_apply(data, override, sources) for override in overrides)
     try:
-        config = _validate(data, texts)
+        config = _validate(data, texts, path.parent)
     except ValidationError as error:
         # Unknown keys come first: a missing key is often an unknown one, spelled correctly.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -77,13 +77,15 @@ def _apply(data: dict[str, Any], override: str, sources: dict[Location, str]) ->
     return tuple(keys), text
 
 
-def _validate(data: dict[str, Any], texts: Mapping[Location, str]) -> RunConfig:
-    """Validate the data. If a setting is a string, its override is used as it was written (`texts`).
+def _validate(data: dict[str, Any], texts: Mapping[Location, str], folder: Path) -> RunConfig:
+    """Validate the data of a file in `folder`. If a setting is a string, its override is used as it was written
+    (`texts`).
 
     YAML reads the version 9.9 as a number, and users do not expect YAML's quotes on a command line.
     """
+    context = {"folder": folder}
     try:
-        return RunConfig.model_validate(data)
+        return RunConfig.model_validate(data, context=context)
     except ValidationError as error:
         unquoted = [e for e in error.errors() if _is_unquoted(e)]
         locations = [location for e in unquoted if (location := _resolve(e["loc"])[0]) in texts]
@@ -94,7 +96,7 @@ def _validate(data: dict[str, Any], texts: Mapping[Location, str]) -> RunConfig:
         for key in location[:-1]:
             section = section[key]
         section[location[-1]] = texts[location]
-    return RunConfig.model_validate(data)
+    return RunConfig.model_validate(data, context=context)
 
 
 def _is_unquoted(error: Any) -> bool:
@@ -179,6 +181,6 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     """Return the settings models in an annotation."""
     if get_origin(annotation) is Annotated:
         return _models(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
         return [m for choice in get_args(annotation) for m in _models(choice)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

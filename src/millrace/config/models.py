@@ -13,6 +13,7 @@ from millrace.config.base import Flag, ForeignArgument, Model
 from millrace.config.judging import TEMPLATE, VERDICT, check_template, check_verdict
 from millrace.config.paths import LocalPath, PathOrName
 from millrace.config.routers import RouterConfig, check_router
+from millrace.config.tasks import ColumnsConfig, FilePath, RewardConfigs
 
 EngineArgument = ForeignArgument
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -58,17 +59,18 @@ class GeneratedDataConfig(Model):
     """Number of problems."""
 
 
-class FileDataConfig(Model):
-    """A JSONL file in GSM8K's format: each line has a `question`, and an `answer` that ends in `#### n`."""
+class FileDataConfig(ColumnsConfig):
+    """A file with one problem in each row (docs/tasks.md). Its suffix is `.jsonl`, `.csv` or `.parquet`. Parquet needs
+    the extra `millrace[parquet]`."""
 
     kind: Literal["file"]
-    """A JSONL file."""
-    path: LocalPath
-    """Path of the file."""
+    """A file."""
+    path: FilePath
+    """Path of the file, beside the config or in the current folder."""
 
 
-class HubDataConfig(Model):
-    """A data set on the Hugging Face Hub, in GSM8K's format. It needs the extra `millrace[hub]`."""
+class HubDataConfig(ColumnsConfig):
+    """A data set on the Hugging Face Hub (docs/tasks.md). It needs the extra `millrace[hub]`."""
 
     kind: Literal["hub"]
     """A data set on the Hub."""
@@ -369,7 +371,7 @@ class JudgeConfig(Model):
     max_new_tokens: PositiveInt = 512
     """Maximum number of tokens in the judge's answer."""
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the grade in the reward: reward = weight x grade + (1 - weight) x rule reward."""
+    """Share of the grade in the reward: reward = weight x grade + (1 - weight) x the reward of `reward`."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often in a row Millrace restarts an engine that died or hangs."""
 
@@ -536,6 +538,9 @@ class RunConfig(Model):
     """The engines that generate."""
     data: DataConfig
     """The training problems."""
+    reward: RewardConfigs | None = None
+    """The functions whose weighted sum is the reward: one, or a list. None is the rule for GSM8K's answers,
+    `millrace.rollout.reward:gsm8k`."""
     rollout: RolloutConfig
     """How rollouts are sampled."""
     warmup: WarmupConfig | None = None
@@ -554,7 +559,7 @@ class RunConfig(Model):
     """An external router between the requests and the engines: a section, or just the kind, as in `router: sglang`.
     None sends requests straight to the engines."""
     judges: JudgeConfig | None = None
-    """A model that grades the answers. None uses only the rule reward."""
+    """A model that grades the answers. None uses only the functions of `reward`."""
     metrics: MetricsConfig | None = None
     """Metrics for Prometheus and `millrace status`. None is off."""
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from millrace.errors import DataError
 from millrace.rollout.control_tokens import encode, is_special
-from millrace.rollout.reasoning import QUESTION, Message, Reasoning, reasoning_keys
+from millrace.rollout.reasoning import QUESTION, Reasoning, reasoning_keys
+from millrace.rollout.sample import Message
 from millrace.rollout.tools import ToolCall, parse_tool_calls
 
 _STAND_IN, _ANSWER = "millrace-stand-in-for-the-turn", "millrace-tool-answer"

@@ -1,7 +1,7 @@
 """Runs one sample, from its problem to its reward. Every sample ends exactly once, with one status."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from millrace.config.models import RolloutConfig
@@ -15,13 +15,15 @@ from millrace.errors import (
     JudgeError,
     LocalError,
     NonFiniteLogprobs,
+    UserCodeError,
 )
 from millrace.fleet.client import FleetClient
 from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, last_answer, run_episode
 from millrace.rollout.attempts import Attempts, Send, generate_whole
 from millrace.rollout.chat import ChatFormat
-from millrace.rollout.reward import Reward, by_rule
-from millrace.rollout.sample import Problem, Sample, SampleStatus
+from millrace.rollout.judge import Judge
+from millrace.rollout.sample import Episode, Problem, Sample, SampleStatus
+from millrace.rollout.scoring import Played, Rewards
 from millrace.rollout.tools import Tool, ToolAnswer
 from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
 
@@ -50,7 +52,8 @@ class SampleRunner:
 
     timeout: seconds for one sample, without the time in which the fleet sleeps. retries: how many engine failures one
     sample survives. partial: whether a sample keeps its tokens when an engine fails, and another engine continues it.
-    last_chance: the lock under which requests without a retry left are sent.
+    rewards: the functions that give the reward. judge: grades each sample as soon as it has ended; None if there is no
+    judge, or it grades later. last_chance: the lock under which requests without a retry left are sent.
     """
 
     fleet: FleetClient
@@ -61,13 +64,14 @@ class SampleRunner:
     timeout: float
     retries: int
     partial: bool = True
-    reward: Reward = by_rule
+    rewards: Rewards = field(default_factory=Rewards)
+    judge: Judge | None = None
     tool_counts: ToolCounts = field(default_factory=ToolCounts)
     last_chance: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def prompt(self, problem: Problem) -> tuple[int, ...]:
         """Return the prompt of a problem as token ids."""
-        return self.chat.prompt(problem.question)
+        return self.chat.prompt_of(problem.messages)
 
     async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
         """Run a sample to its end and return it.
@@ -80,7 +84,7 @@ class SampleRunner:
                 return await self._try(sample_id, group_id, problem, timer)
         except (TimeoutError, EngineTimeout):
             return _failed(sample_id, group_id, problem, f"not done within {self.timeout:g} s")
-        except (EngineRefused, NonFiniteLogprobs, DataError, JudgeError) as error:
+        except (EngineRefused, NonFiniteLogprobs, DataError, JudgeError, UserCodeError) as error:
             return _failed(sample_id, group_id, problem, str(error))
 
     async def _try(self, sample_id: str, group_id: str, problem: Problem, timer: asyncio.Timeout) -> Sample:
@@ -128,8 +132,53 @@ class SampleRunner:
         assert ends is not None
         left = max(ends - asyncio.get_running_loop().time(), 0.0)
         timer.reschedule(None)  # the reward has its own deadline, and its error says what it waited for
-        reward = await self.reward(problem, last_answer(episode, self.chat), deadline=left)
-        return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, reward)
+        parts = await self._parts(problem, episode, left)
+        reward = self._total(parts)
+        return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, reward, rewards=parts)
+
+    async def _parts(self, problem: Problem, episode: Episode, deadline: float) -> dict[str, float]:
+        """Return the parts of a sample's reward, without those of functions that see whole groups."""
+        now = asyncio.get_running_loop().time
+        ends, played = now() + deadline, self._played(problem, episode)
+        parts = await self.rewards.for_sample(played, deadline=deadline)
+        if self.judge is not None:
+            parts["judge"] = await self.judge.grade(problem, played.answer, deadline=max(ends - now(), 0.0))
+        return parts
+
+    def _played(self, problem: Problem, episode: Episode) -> Played:
+        return Played.of(problem, episode, last_answer(episode, self.chat))
+
+    def _total(self, parts: Mapping[str, float]) -> float:
+        total = self.rewards.total(parts)
+        return total if self.judge is None else self.judge.combine(parts["judge"], total)
+
+    def finish_group(self, samples: Sequence[Sample]) -> Coroutine[None, None, list[Sample]] | None:
+        """Return what completes the samples of a group, all of which have ended; None if they are complete.
+
+        It calls the reward functions that see a whole group. Samples that they give no reward become FAILED.
+        """
+        return self._reward_group(samples) if self.rewards.of_groups else None
+
+    async def _reward_group(self, samples: Sequence[Sample]) -> list[Sample]:
+        played = {s.sample_id: self._played(s.problem, s.episode) for s in samples if s.episode is not None}
+        if not played:
+            return list(samples)
+        try:
+            values = await self.rewards.for_group(list(played.values()), deadline=self.timeout)
+        except UserCodeError as error:
+            reason = str(error)
+            return [
+                _failed(s.sample_id, s.group_id, s.problem, reason) if s.sample_id in played else s for s in samples
+            ]
+        parts = {s.sample_id: {**s.rewards} for s in samples}
+        for sample_id, value in zip(played, values, strict=True):
+            parts[sample_id] |= value
+        return [
+            replace(s, rewards=parts[s.sample_id], reward=self._total(parts[s.sample_id]))
+            if s.sample_id in played
+            else s
+            for s in samples
+        ]
 
     async def _in_turn(self, send: Send, request: GenerateRequest, timer: asyncio.Timeout) -> Generation:
         """Send a request without a retry left, when the one before it has run for PROVEN_SECONDS or has ended.

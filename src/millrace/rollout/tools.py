@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import orjson
 
 from millrace.errors import MillraceError
+from millrace.rollout.sample import Message
 
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"\s*<function=([^<>\s]+)>(.*)</function>\s*", re.DOTALL)
@@ -116,6 +117,12 @@ class ToolAnswer:
     text: str
     failed: bool
 
+    @property
+    def message(self) -> Message:
+        """The answer as a chat message."""
+        name = {} if self.tool is None else {"name": self.tool}
+        return {"role": "tool", "content": self.text, **name}
+
 
 def parse_tool_calls(text: str) -> tuple[ToolCall | BadToolCall, ...]:
     """Return the tool calls in the text of a turn, in order; empty if there is no `<tool_call>`.
@@ -124,6 +131,15 @@ def parse_tool_calls(text: str) -> tuple[ToolCall | BadToolCall, ...]:
     (Qwen3-Coder, Qwen3.5, Nemotron 3).
     """
     return tuple(_parse_tool_call(body, closing) for body, closing in _TOOL_CALL.findall(text))
+
+
+def without_tool_calls(text: str) -> str:
+    """Return the text of a turn without its tool calls. Those that can't be parsed stay."""
+
+    def kept(match: re.Match[str]) -> str:
+        return match[0] if isinstance(_parse_tool_call(match[1], match[2]), BadToolCall) else ""
+
+    return _TOOL_CALL.sub(kept, text).strip()
 
 
 async def answer_tool_call(call: ToolCall | BadToolCall, tools: Mapping[str, Tool], *, deadline: float) -> ToolAnswer:

@@ -24,12 +24,10 @@ from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.rollout.agent import EpisodeLimits
 from millrace.rollout.chat import ChatFormat, load_chat_format, load_prompt_format
-from millrace.rollout.data import load_problems
 from millrace.rollout.judge import Judge
-from millrace.rollout.reward import by_rule
 from millrace.rollout.runner import SampleRunner, sampling_params
 from millrace.rollout.sample import Problem
-from millrace.rollout.tools import Tool, make_tools
+from millrace.rollout.tools import Tool
 from millrace.serve.server import serve
 from millrace.serve.view import Observer
 from millrace.train import checkpoint
@@ -44,6 +42,7 @@ from millrace.train.record import RunFolder
 from millrace.train.resizing import resizable
 from millrace.train.start import model_folder
 from millrace.train.summary import Summary
+from millrace.train.task import Task, load_task
 from millrace.train.trainer import Trainer
 from millrace.train.warmup_data import warmup_conversations
 from millrace.train.world import World, join_world
@@ -52,12 +51,10 @@ from millrace.types import MemoryTag
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The inputs of the rollouts. `problems` and `held_out` are those of this rank."""
+    """The inputs of the rollouts. The problems of the task are those of this rank."""
 
     chat: ChatFormat
-    tools: dict[str, Tool]
-    problems: Sequence[Problem]
-    held_out: Sequence[Problem]
+    task: Task
 
 
 async def train(
@@ -73,9 +70,7 @@ async def train(
     """
     started = time.monotonic()
     last = _last_checkpoint(config)
-    tools = make_tools(config.rollout.tools)
-    problems = load_problems(config.data)
-    held_out = load_problems(config.evaluation.data, held_out=True)[: config.evaluation.problems]
+    task = load_task(config)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)
@@ -87,9 +82,7 @@ async def train(
         thread, folder = TrainerThread(pool), RunFolder(config, resume=resume, rank=world.rank)
         with folder.create():
             model_path = await _starting_model(config, folder, world, thread, fresh=not resume)
-            share = slice(world.rank, None, world.size)
-            chat = _chat_format(config, model_path, tools)
-            content = Content(chat, tools, problems[share], held_out[share])
+            content = Content(_chat_format(config, model_path, task.tools), task.share(world.rank, world.size))
             judge_of = judge_model(config.judges, folder.path, fresh=not resume)
             with EventLog(folder.events_path) as event_log:
                 async with _engines(
@@ -99,7 +92,7 @@ async def train(
                     judge,
                 ):
                     runner = _runner(config, fleet, content, judge)
-                    _require_room(runner, [*content.problems, *content.held_out], config)
+                    _require_room(runner, [*content.task.problems, *content.task.held_out], config)
                     ranks = Ranks(world, thread, fleet)
                     loop = _assemble(config, model_path, ranks, runner, judge, content, folder, display)
                     loop.watch.seconds["set-up"] = time.monotonic() - started
@@ -158,7 +151,7 @@ async def _engines(
             yield fleet, None
             return
         observer.fleets = (fleet,)
-        problems = content.problems
+        problems = content.task.problems
         async with open_judge(
             judge_of, fleet, config.rollout, problems, log_dir=folder.logs, event_log=event_log
         ) as judge:
@@ -239,7 +232,7 @@ def _runner(config: RunConfig, fleet: FleetClient, content: Content, judge: Judg
     return SampleRunner(
         fleet=fleet,
         chat=content.chat,
-        tools=content.tools,
+        tools=content.task.tools,
         limits=EpisodeLimits(
             rollout.max_turns, rollout.max_turn_tokens, rollout.max_sample_tokens, fleet.context_length
         ),
@@ -247,7 +240,8 @@ def _runner(config: RunConfig, fleet: FleetClient, content: Content, judge: Judg
         timeout=rollout.sample_timeout,
         retries=rollout.sample_retries,
         partial=rollout.partial_rollouts,
-        reward=judge if judge is not None and at_once else by_rule,
+        rewards=content.task.rewards,
+        judge=judge if at_once else None,
     )
 
 
@@ -281,8 +275,8 @@ def _assemble(
         ranks=ranks,
         runner=runner,
         judge=judge,
-        problems=content.problems,
-        held_out=content.held_out,
+        problems=content.task.problems,
+        held_out=content.task.held_out,
         folder=folder,
         display=display,
         progress=Progress(),
