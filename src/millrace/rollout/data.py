@@ -166,7 +166,7 @@ def _messages(column: str, value: object) -> list[Message]:
 def _message(where: str, value: object) -> Message:
     match value:
         case {"role": str(role), **rest} if role in ROLES:
-            message: dict[str, object] = {"role": role, **{k: v for k, v in rest.items() if v is not None}}
+            message: dict[str, object] = {"role": role, **{str(k): v for k, v in rest.items() if v is not None}}
             if message.get("tool_calls"):
                 message.setdefault("content", "")
             if isinstance(message.get("content"), str):
