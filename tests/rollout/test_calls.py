@@ -110,7 +110,7 @@ async def test_a_call_waits_for_a_free_thread_within_its_deadline() -> None:
         await calls.run(add, deadline=0.05, left=1, right=1)
     second = asyncio.create_task(calls.run(add, deadline=60, left=1, right=1))
     done.set()
-    assert await asyncio.gather(first, second) == [True, 2]
+    assert list(await asyncio.gather(first, second)) == [True, 2]
 
 
 async def test_an_async_function_is_cancelled_when_it_is_late_or_its_caller_is_cancelled() -> None:

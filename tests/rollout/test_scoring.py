@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from millrace.config.tasks import RewardConfig
 from millrace.errors import ConfigError, UserCodeError
+from millrace.rollout.calls import Calls
 from millrace.rollout.sample import Episode, EpisodeEnd, Problem
 from millrace.rollout.scoring import Played, RewardFunction, Rewards, load_rewards
 
@@ -178,9 +179,9 @@ def test_names_must_differ() -> None:
 def test_functions_are_loaded_by_the_settings(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("def short(answer):\n    return 1\n\nclass Long:\n    pass\n")
     path = str(tmp_path / "own.py")
-    own = load_rewards([RewardConfig(path=path, name="short", weight=0.5)])
+    own = load_rewards([RewardConfig(path=path, name="short", weight=0.5)], Calls())
     assert [(f.name, f.where, f.weight) for f in own.functions] == [("short", "own.py:short", 0.5)]
     with pytest.raises(ConfigError, match="reward: own.py:Long is no function"):
-        load_rewards([RewardConfig(path=path, name="Long")])
-    assert load_rewards(None).by_rule
+        load_rewards([RewardConfig(path=path, name="Long")], Calls())
+    assert Rewards().by_rule
     assert not own.by_rule

@@ -35,15 +35,16 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_file_is_loaded_once_with_its_neighbours(folder: Path) -> None:
     path = str(folder / "rewards.py")
-    length, short = (load_code(CodeConfig(path=path, name=name), "reward") for name in ("length", "is_short"))
+    length, short = (load_code(path, name, "reward") for name in ("length", "is_short"))
     assert (length("abc"), short("abc")) == (3, True)
     assert length.__globals__ is short.__globals__
-    assert load_code(CodeConfig(path=path, name="Point"), "reward")().x == 1
+    assert load_code(path, "Point", "reward")().x == 1
 
 
 def test_a_module_is_imported() -> None:
     config = CodeConfig.model_validate("millrace.rollout.reward:gsm8k")
-    assert load_code(config, "reward").__name__ == place(config).rpartition(":")[2] == "gsm8k"
+    assert load_code(config.path, config.name, "reward").__name__ == "gsm8k"
+    assert place(config.path, config.name) == "millrace.rollout.reward:gsm8k"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_what_cant_be_loaded_is_one_line(folder: Path, file: str, content: str |
         (folder / file).write_text(content)
     path = str(folder / file) if file.endswith(".py") else file
     with pytest.raises(ConfigError) as raised:
-        load_code(CodeConfig(path=path, name=name), "reward")
+        load_code(path, name, "reward")
     assert says.format(folder=folder) in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -72,6 +73,6 @@ def test_a_file_that_was_put_right_is_loaded_again(folder: Path) -> None:
     (folder / "late.py").write_text("raise ValueError")
     config = CodeConfig(path=str(folder / "late.py"), name="f")
     with pytest.raises(ConfigError, match="ValueError"):
-        load_code(config, "reward")
+        load_code(config.path, config.name, "reward")
     (folder / "late.py").write_text("f = len")
-    assert load_code(config, "reward") is len
+    assert load_code(config.path, config.name, "reward") is len

@@ -13,7 +13,14 @@ from millrace.config.base import Flag, ForeignArgument, Model
 from millrace.config.judging import TEMPLATE, VERDICT, check_template, check_verdict
 from millrace.config.paths import LocalPath, PathOrName
 from millrace.config.routers import RouterConfig, check_router
-from millrace.config.tasks import ColumnsConfig, FilePath, RewardConfigs
+from millrace.config.tasks import (
+    ColumnsConfig,
+    EnvironmentConfig,
+    FilePath,
+    RewardConfigs,
+    ToolConfig,
+    check_environment,
+)
 
 EngineArgument = ForeignArgument
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -326,8 +333,8 @@ class RolloutConfig(Model):
     """Sample from the k most likely tokens. -1 is off."""
     min_p: Probability = 0.0
     """Leave out tokens whose probability is below min_p x that of the most likely token. 0 is off."""
-    tools: tuple[str, ...] = ("calculator",)
-    """Names of the tools that the model may call."""
+    tools: tuple[ToolConfig, ...] | None = None
+    """The tools that the model may call. None is the calculator, or no tool if there is an environment."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the model's chat template, such as `{enable_thinking: false}`. They apply to every prompt
     and every turn."""
@@ -541,6 +548,8 @@ class RunConfig(Model):
     reward: RewardConfigs | None = None
     """The functions whose weighted sum is the reward: one, or a list. None is the rule for GSM8K's answers,
     `millrace.rollout.reward:gsm8k`."""
+    environment: EnvironmentConfig | None = None
+    """A class that plays with the model and gives the reward, in place of tools and `reward`."""
     rollout: RolloutConfig
     """How rollouts are sampled."""
     warmup: WarmupConfig | None = None
@@ -580,6 +589,17 @@ class RunConfig(Model):
                     "rollout.recycle keeps the samples that over-sampling leaves unfinished; it needs "
                     "rollout.over_sampling, rollout.partial_rollouts and a rollout.max_staleness of at least 1"
                 )
+        if self.environment is not None:
+            check_environment(
+                {
+                    "reward": self.reward,
+                    "rollout.tools": rollout.tools,
+                    "judges": self.judges,
+                    "warmup": self.warmup,
+                    "data.prompt": getattr(self.data, "prompt", None),
+                    "evaluation.data.prompt": getattr(self.evaluation.data, "prompt", None),
+                }
+            )
         if self.judges is not None and self.judges.mode == "colocated":
             if self.mode != "hybrid":
                 raise ValueError(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, ValidationInfo, model_validator
 
 from millrace.config.base import Model
 from millrace.config.paths import LocalPath, PathOrName
@@ -59,6 +59,32 @@ class CodeConfig(Model):
         return _from_text(value)
 
 
+class ToolConfig(Model):
+    """A tool that the model may call (docs/tasks.md). `calculator` is short for the built-in tool of this name, and
+    `file.py:name` for path and name."""
+
+    path: CodePath | None = None
+    """A Python file or module, as in `reward`. None is a built-in tool."""
+    name: str
+    """Name of a function, of a subclass of `millrace.rollout.Tool`, or of a built-in tool: `calculator`."""
+    timeout: PositiveFloat | None = None
+    """Seconds for each call. None keeps the tool's own, which is 30 unless its class sets another."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) and ":" not in value else _from_text(value)
+
+
+class EnvironmentConfig(CodeConfig):
+    """A class that answers the model's turns with observations and rewards (docs/tasks.md)."""
+
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments with which the class is made, once for each episode."""
+    timeout: PositiveFloat = 60.0
+    """Seconds for each call of `reset` and `step`."""
+
+
 class RewardConfig(CodeConfig):
     """A reward function (docs/tasks.md)."""
 
@@ -72,3 +98,22 @@ def _as_list(value: Any) -> Any:
 
 
 RewardConfigs = Annotated[tuple[RewardConfig, ...], Field(min_length=1), BeforeValidator(_as_list)]
+
+
+IN_PLACE_OF = {
+    "reward": "the environment gives the reward in its steps",
+    "rollout.tools": "the environment answers the model, and names its own tools",
+    "judges": "the environment gives the reward in its steps",
+    "warmup": "the warm-up teaches conversations with the calculator",
+    "data.prompt": "the environment makes the prompt in `reset`",
+    "evaluation.data.prompt": "the environment makes the prompt in `reset`",
+}
+
+
+def check_environment(settings: Mapping[str, object]) -> None:
+    """Raise ValueError if one of the settings, by name, is set together with an environment."""
+    for name, value in settings.items():
+        if value:
+            raise ValueError(
+                f"{name} can't be set together with environment: {IN_PLACE_OF[name]}; leave one of them out"
+            )

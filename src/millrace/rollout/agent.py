@@ -36,14 +36,13 @@ class EpisodeLimits:
     """The limits of one episode.
 
     max_turns: turns of the model. max_turn_tokens: output tokens of one turn. max_sample_tokens: tokens of the whole
-    conversation. context_length: of the engine, in tokens. tool_timeout: seconds for each tool call.
+    conversation. context_length: of the engine, in tokens.
     """
 
     max_turns: int
     max_turn_tokens: int
     max_sample_tokens: int
     context_length: int
-    tool_timeout: float = 30.0
 
     @property
     def total(self) -> int:
@@ -94,7 +93,7 @@ async def run_episode(
             return EpisodeEnd.ANSWERED
         if turn.last:
             return EpisodeEnd.TURN_LIMIT
-        answers = [await answer_tool_call(call, tools, deadline=limits.tool_timeout) for call in turn.calls]
+        answers = [await answer_tool_call(call, tools) for call in turn.calls]
         for answer in answers:
             on_tool_answer(answer)
         return [answer.message for answer in answers]

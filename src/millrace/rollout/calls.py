@@ -7,6 +7,7 @@ loop nor the end of the process waiting.
 import asyncio
 import contextvars
 import inspect
+import logging
 import queue
 import threading
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,8 @@ from functools import partial
 from typing import Any
 
 from millrace.errors import MillraceError
+
+log = logging.getLogger(__name__)
 
 MOST_THREADS = 32
 GRACE = 1.0  # seconds in which an async function must end after it was cancelled
@@ -70,12 +73,13 @@ class Calls:
     async def run(self, function: Callable[..., object], *, deadline: float, **arguments: object) -> Any:
         """Return what the function returns for these arguments.
 
-        Raises CallTimeout if it does not return within `deadline` seconds, and whatever the function raises.
+        Raises CallTimeout if it does not return within `deadline` seconds, and whatever the function raises. Cancelling
+        gives the call up: an async function is cancelled, and a sync one counts as stuck until it returns.
         """
         if is_async(function):
             return await _awaited(function(**arguments), deadline)  # type: ignore[arg-type]
         ends = asyncio.get_running_loop().time() + deadline
-        self._require_threads()
+        self.require_threads()
         try:
             async with asyncio.timeout(deadline):
                 await self._free.acquire()
@@ -99,6 +103,8 @@ class Calls:
         finally:
             if not future.done():
                 self.stuck += 1
+                if self.stuck == self.most:
+                    log.warning("%d calls of rewards, tools or environments hang; no more are started", self.most)
                 future.add_done_callback(self._returned)
         return await _awaited(result, deadline) if inspect.isawaitable(result) else result
 
@@ -107,7 +113,8 @@ class Calls:
         if not future.cancelled():
             future.exception()  # which nothing waits for any more
 
-    def _require_threads(self) -> None:
+    def require_threads(self) -> None:
+        """Raise CallTimeout if so many calls hang that no more threads are started."""
         if self.stuck >= self.most:
             raise CallTimeout(f"it can't begin: {self.stuck} earlier calls hang, and no more threads are started")
 

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from millrace.errors import DataError
-from millrace.rollout.chat_template import ChatTemplate, StandInTurn, first_line, stand_in_turn
+from millrace.rollout.chat_template import ChatTemplate, StandInTurn, first_line, stand_in_turn, turn_before_user
 from millrace.rollout.control_tokens import break_control_tokens, control_tokens, encode, encode_pieces, unused_mark
 from millrace.rollout.reasoning import QUESTION, Reasoning, find_reasoning
 from millrace.rollout.sample import Message
@@ -31,7 +31,8 @@ class ChatFormat:
 
     end_of_turn: the id of the token that ends each turn of the model. reasoning: how to separate reasoning and answer.
     control: the texts of the control tokens; in questions and tool answers they stay ordinary text.
-    turn_before_answers: None for a model without tools.
+    turn_before_answers: what tool answers can be appended to; None for a model without tools. turn_before_user: what a
+    user's messages can be appended to; None if the conversation has no second user message.
     """
 
     template: ChatTemplate
@@ -39,6 +40,7 @@ class ChatFormat:
     reasoning: Reasoning
     control: tuple[str, ...]
     turn_before_answers: StandInTurn | None = None
+    turn_before_user: StandInTurn | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -65,11 +67,15 @@ class ChatFormat:
     def reply(self, messages: Sequence[Message], *, turn_ended: bool = True) -> tuple[int, ...]:
         """Return the token ids between a turn of the model and its next one, with these messages.
 
-        turn_ended: whether the turn has its end-of-turn token already; if not, the result starts with it.
+        messages: of a user, of tools, or of tools and then of a user. turn_ended: whether the turn has its end-of-turn
+        token already; if not, the result starts with it. Raises DataError if the template refuses the messages.
         """
-        assert self.turn_before_answers is not None, "a format without tools has no tool answers"
+        by_tools = any(message["role"] == "tool" for message in messages)
+        turn = self.turn_before_answers if by_tools else self.turn_before_user
+        if turn is None:
+            raise DataError(f"this chat format has no form for {'tool' if by_tools else 'user'} messages after a turn")
         texts, mark = self._as_text(messages)
-        ids = self._encode(self.turn_before_answers.around([str(one["content"]) for one in texts])[1], mark)
+        ids = self._encode(turn.around(texts)[1], mark)
         return ids[1:] if turn_ended else ids
 
     def turn(self, text: str) -> tuple[int, ...]:
@@ -136,6 +142,20 @@ def load_prompt_format(path: str, template_kwargs: Mapping[str, object] | None =
     return check_prompt_format(_load_tokenizer(path), path, template_kwargs)
 
 
+def load_dialogue_format(
+    path: str,
+    tools: Sequence[Mapping[str, object]] = (),
+    template_kwargs: Mapping[str, object] | None = None,
+) -> ChatFormat:
+    """Load tokenizer and chat template for conversations in which a user answers the model's turns.
+
+    tools, template_kwargs: as for `load_chat_format`. Without tools, the template needs no form for their answers.
+
+    Raises DataError as `load_chat_format` does, and if a user's message can't be appended.
+    """
+    return check_dialogue_format(_load_tokenizer(path), path, tools, template_kwargs)
+
+
 def check_chat_format(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
@@ -153,14 +173,32 @@ def check_chat_format(
         reasoning, control = _reading(template)
         if tools:
             _check_calls(turn, reasoning, name)
-        turn.check(reasoning)
-        before, after = turn.around(["17"])
-        after_ids = encode(tokenizer, after)
-        if encode(tokenizer, before + after) != encode(tokenizer, before) + after_ids:
-            raise DataError("the tokens of a turn depend on the text after it, so turns can't be appended")
+        turn.check_answers(reasoning)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-    return ChatFormat(template, after_ids[0], reasoning, control, turn)
+    return ChatFormat(template, turn.token(), reasoning, control, turn)
+
+
+def check_dialogue_format(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    tools: Sequence[Mapping[str, object]] = (),
+    template_kwargs: Mapping[str, object] | None = None,
+) -> ChatFormat:
+    """Return the chat format for conversations with several user messages, as `load_dialogue_format` does.
+
+    Raises DataError, whose message starts with `name`.
+    """
+    template = ChatTemplate(tokenizer, tuple(tools), template_kwargs or {})
+    with_tools = check_chat_format(tokenizer, name, tools, template_kwargs).turn_before_answers if tools else None
+    try:
+        _check_kwargs(template)
+        turn = turn_before_user(template)
+        reasoning, control = _reading(template)
+        turn.check_user(reasoning)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    return ChatFormat(template, turn.token(), reasoning, control, with_tools, turn)
 
 
 def check_prompt_format(

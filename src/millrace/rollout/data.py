@@ -4,7 +4,7 @@ import csv
 import io
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,8 @@ def load_problems(
     """
     match config:
         case GeneratedDataConfig():
-            problems = tuple(generate_problems(config.seed, config.problems, held_out=held_out))
+            made = generate_problems(config.seed, config.problems, held_out=held_out)
+            problems = tuple(made if prompts else (replace(problem, messages=()) for problem in made))
         case FileDataConfig():
             problems = tuple(_problems(_read_file(config.path), config, prompts, check))
         case HubDataConfig():

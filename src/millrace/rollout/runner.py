@@ -18,13 +18,15 @@ from millrace.errors import (
     UserCodeError,
 )
 from millrace.fleet.client import FleetClient
-from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, last_answer, run_episode
+from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, Generate, converse, last_answer, run_episode
 from millrace.rollout.attempts import Attempts, Send, generate_whole
 from millrace.rollout.chat import ChatFormat
+from millrace.rollout.environment import EnvironmentKind
 from millrace.rollout.judge import Judge
 from millrace.rollout.sample import Episode, Problem, Sample, SampleStatus
 from millrace.rollout.scoring import Played, Rewards
-from millrace.rollout.tools import Tool, ToolAnswer
+from millrace.rollout.toolbox import MakeTool, opened
+from millrace.rollout.tools import ToolAnswer
 from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
 
 PROVEN_SECONDS = 1.0  # a request that runs this long is unlikely to kill its engine: bad prompts do so in the prefill
@@ -47,18 +49,20 @@ class ToolCounts:
 class SampleRunner:
     """Runs samples on a fleet, with the settings that all samples share.
 
-    >>> runner = SampleRunner(fleet, chat, tools, limits, sampling, timeout=300.0, retries=3)
+    >>> runner = SampleRunner(fleet, chat, {"calculator": Calculator}, limits, sampling, timeout=300.0, retries=3)
     >>> sample = await runner.run("problem-7-0", "problem-7", problem)
 
-    timeout: seconds for one sample, without the time in which the fleet sleeps. retries: how many engine failures one
-    sample survives. partial: whether a sample keeps its tokens when an engine fails, and another engine continues it.
-    rewards: the functions that give the reward. judge: grades each sample as soon as it has ended; None if there is no
-    judge, or it grades later. last_chance: the lock under which requests without a retry left are sent.
+    tools: what makes the tools of an episode, by the names that the model calls them by. timeout: seconds for one
+    sample, without the time in which the fleet sleeps. retries: how many engine failures one sample survives. partial:
+    whether a sample keeps its tokens when an engine fails, and another engine continues it. rewards: the functions that
+    give the reward. judge: grades each sample as soon as it has ended; None if there is no judge, or it grades later.
+    environment: plays the episodes in place of tools and rewards. last_chance: the lock under which requests without a
+    retry left are sent.
     """
 
     fleet: FleetClient
     chat: ChatFormat
-    tools: Mapping[str, Tool]
+    tools: Mapping[str, MakeTool]
     limits: EpisodeLimits
     sampling: SamplingParams
     timeout: float
@@ -66,6 +70,7 @@ class SampleRunner:
     partial: bool = True
     rewards: Rewards = field(default_factory=Rewards)
     judge: Judge | None = None
+    environment: EnvironmentKind | None = None
     tool_counts: ToolCounts = field(default_factory=ToolCounts)
     last_chance: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -118,16 +123,19 @@ class SampleRunner:
                 return await send_with_care(request)
             return await generate_whole(request, send_with_care, attempts, interrupted=lambda: self.fleet.asleep)
 
-        episode = await run_episode(
-            attempt_id,
-            self.prompt(problem),
-            generate=generate,
-            chat=self.chat,
-            tools=self.tools,
-            limits=self.limits,
-            sampling=self.sampling,
-            on_tool_answer=self.tool_counts.count,
-        )
+        if self.environment is not None:
+            return await self._play_in(self.environment, sample_id, group_id, problem, attempt_id, generate)
+        async with opened(self.tools) as tools:
+            episode = await run_episode(
+                attempt_id,
+                self.prompt(problem),
+                generate=generate,
+                chat=self.chat,
+                tools=tools,
+                limits=self.limits,
+                sampling=self.sampling,
+                on_tool_answer=self.tool_counts.count,
+            )
         ends = timer.when()
         assert ends is not None
         left = max(ends - asyncio.get_running_loop().time(), 0.0)
@@ -135,6 +143,30 @@ class SampleRunner:
         parts = await self._parts(problem, episode, left)
         reward = self._total(parts)
         return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, reward, rewards=parts)
+
+    async def _play_in(
+        self,
+        environment: EnvironmentKind,
+        sample_id: str,
+        group_id: str,
+        problem: Problem,
+        attempt_id: str,
+        generate: Generate,
+    ) -> Sample:
+        async with environment.episode(problem) as played:
+            prompt = await played.reset()
+            episode = await converse(
+                attempt_id,
+                self.chat.prompt_of(prompt),
+                played.respond,
+                generate=generate,
+                chat=self.chat,
+                calls_tools=bool(environment.tools),
+                limits=self.limits,
+                sampling=self.sampling,
+            )
+        parts = {"environment": played.reward}
+        return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, played.reward, rewards=parts)
 
     async def _parts(self, problem: Problem, episode: Episode, deadline: float) -> dict[str, float]:
         """Return the parts of a sample's reward, without those of functions that see whole groups."""
@@ -157,7 +189,7 @@ class SampleRunner:
 
         It calls the reward functions that see a whole group. Samples that they give no reward become FAILED.
         """
-        return self._reward_group(samples) if self.rewards.of_groups else None
+        return self._reward_group(samples) if self.rewards.of_groups and self.environment is None else None
 
     async def _reward_group(self, samples: Sequence[Sample]) -> list[Sample]:
         played = {s.sample_id: self._played(s.problem, s.episode) for s in samples if s.episode is not None}

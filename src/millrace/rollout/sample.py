@@ -53,6 +53,7 @@ class EpisodeEnd(StrEnum):
     TURN_LIMIT = "turn_limit"
     TOKEN_LIMIT = "token_limit"  # noqa: S105
     CONTEXT_FULL = "context_full"
+    ENVIRONMENT_DONE = "environment_done"
 
 
 @dataclass(frozen=True, slots=True)

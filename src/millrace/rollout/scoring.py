@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from millrace.arguments import shown
 from millrace.config.tasks import RewardConfig
 from millrace.errors import ConfigError, UserCodeError
 from millrace.rollout.calls import Calls, CallTimeout
@@ -85,7 +86,7 @@ class RewardFunction:
             listed = list(values)
         except TypeError:
             raise UserCodeError(
-                f"the reward {self.where} returned {_shown(values)} for {row}; it must return a list with a number for "
+                f"the reward {self.where} returned {shown(values)} for {row}; it must return a list with a number for "
                 "each sample of the group"
             ) from None
         if len(listed) != len(samples):
@@ -110,7 +111,7 @@ class RewardFunction:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise UserCodeError(f"the reward {self.where} returned {_shown(value)} for {row}; it must return a number")
+            raise UserCodeError(f"the reward {self.where} returned {shown(value)} for {row}; it must return a number")
         return number
 
 
@@ -175,19 +176,12 @@ class Rewards:
         return sum(function.weight * parts.get(function.name, 0.0) for function in self.functions)
 
 
-def load_rewards(configs: Sequence[RewardConfig] | None) -> Rewards:
-    """Return the reward functions of the settings; without any, the rule. Raises ConfigError if one can't be used."""
-    if configs is None:
-        return Rewards()
+def load_rewards(configs: Sequence[RewardConfig], calls: Calls) -> Rewards:
+    """Return the reward functions of the settings. Raises ConfigError if one can't be used."""
     functions = []
     for config in configs:
-        function, where = load_code(config, "reward"), place(config)
+        function, where = load_code(config.path, config.name, "reward"), place(config.path, config.name)
         if isinstance(function, type) or not callable(function):
             raise ConfigError(f"reward: {where} is no function")
         functions.append(RewardFunction.of(function, name=config.name, where=where, weight=config.weight))
-    return Rewards(tuple(functions))
-
-
-def _shown(value: object) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    return Rewards(tuple(functions), calls)

@@ -12,18 +12,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from millrace.config.tasks import CodeConfig
 from millrace.errors import ConfigError
 
 
-def load_code(config: CodeConfig, setting: str) -> Any:
-    """Return the function or class that a config names. `setting` is its name in error messages.
+def load_code(path: str, name: str, setting: str) -> Any:
+    """Return the function or class `name` of a Python file or module. `setting` names it in error messages.
 
     Raises ConfigError, in one line, if the file or the name is missing, or the code raises while it is imported.
     """
-    where = f"{setting}: {config.path}"
+    where = f"{setting}: {path}"
     try:
-        module = _module(config.path, where)
+        module = _module(path, where)
     except ConfigError:
         raise
     except SyntaxError as error:
@@ -32,14 +31,14 @@ def load_code(config: CodeConfig, setting: str) -> Any:
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ConfigError(f"{where} can't be imported: {said(error)}") from error
-    if not hasattr(module, config.name):
-        raise ConfigError(f"{where} has no {config.name!r}{_nearest(config.name, module)}")
-    return getattr(module, config.name)
+    if not hasattr(module, name):
+        raise ConfigError(f"{where} has no {name!r}{_nearest(name, module)}")
+    return getattr(module, name)
 
 
-def place(config: CodeConfig) -> str:
+def place(path: str, name: str) -> str:
     """Return the file's name and the name in it, for error messages."""
-    return f"{Path(config.path).name if config.path.endswith('.py') else config.path}:{config.name}"
+    return f"{Path(path).name if path.endswith('.py') else path}:{name}"
 
 
 def parameters(

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,11 +23,10 @@ from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.rollout.agent import EpisodeLimits
-from millrace.rollout.chat import ChatFormat, load_chat_format, load_prompt_format
+from millrace.rollout.chat import ChatFormat
 from millrace.rollout.judge import Judge
 from millrace.rollout.runner import SampleRunner, sampling_params
 from millrace.rollout.sample import Problem
-from millrace.rollout.tools import Tool
 from millrace.serve.server import serve
 from millrace.serve.view import Observer
 from millrace.train import checkpoint
@@ -42,7 +41,7 @@ from millrace.train.record import RunFolder
 from millrace.train.resizing import resizable
 from millrace.train.start import model_folder
 from millrace.train.summary import Summary
-from millrace.train.task import Task, load_task
+from millrace.train.task import Task, load_task, task_chat_format
 from millrace.train.trainer import Trainer
 from millrace.train.warmup_data import warmup_conversations
 from millrace.train.world import World, join_world
@@ -82,7 +81,7 @@ async def train(
         thread, folder = TrainerThread(pool), RunFolder(config, resume=resume, rank=world.rank)
         with folder.create():
             model_path = await _starting_model(config, folder, world, thread, fresh=not resume)
-            content = Content(_chat_format(config, model_path, task.tools), task.share(world.rank, world.size))
+            content = Content(task_chat_format(config, task, str(model_path)), task.share(world.rank, world.size))
             judge_of = judge_model(config.judges, folder.path, fresh=not resume)
             with EventLog(folder.events_path) as event_log:
                 async with _engines(
@@ -92,7 +91,8 @@ async def train(
                     judge,
                 ):
                     runner = _runner(config, fleet, content, judge)
-                    _require_room(runner, [*content.task.problems, *content.task.held_out], config)
+                    if task.environment is None:  # which makes the prompts later
+                        _require_room(runner, [*content.task.problems, *content.task.held_out], config)
                     ranks = Ranks(world, thread, fleet)
                     loop = _assemble(config, model_path, ranks, runner, judge, content, folder, display)
                     loop.watch.seconds["set-up"] = time.monotonic() - started
@@ -169,14 +169,6 @@ async def _starting_model(
     return path if path is not None else starting_model(config, folder.path, fresh=False)
 
 
-def _chat_format(config: RunConfig, model: Path, tools: Mapping[str, Tool]) -> ChatFormat:
-    """Return the chat format of a model. The warm-up needs tool calls even if the rollouts have no tools."""
-    kwargs = config.rollout.chat_template_kwargs
-    if not tools and config.warmup is None:
-        return load_prompt_format(str(model), kwargs)
-    return load_chat_format(str(model), [tool.schema for tool in tools.values()], kwargs)
-
-
 async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> None:
     # The engines are idle until the first publish, so the trainer can use their memory.
     await loop.ranks.sleep()
@@ -232,7 +224,7 @@ def _runner(config: RunConfig, fleet: FleetClient, content: Content, judge: Judg
     return SampleRunner(
         fleet=fleet,
         chat=content.chat,
-        tools=content.task.tools,
+        tools={name: tool.make for name, tool in content.task.tools.items()},
         limits=EpisodeLimits(
             rollout.max_turns, rollout.max_turn_tokens, rollout.max_sample_tokens, fleet.context_length
         ),
@@ -241,6 +233,7 @@ def _runner(config: RunConfig, fleet: FleetClient, content: Content, judge: Judg
         retries=rollout.sample_retries,
         partial=rollout.partial_rollouts,
         rewards=content.task.rewards,
+        environment=content.task.environment,
         judge=judge if at_once else None,
     )
 
