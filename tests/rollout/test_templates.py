@@ -233,7 +233,8 @@ def test_a_user_who_answers_is_appended_with_the_tokens_of_the_whole_conversatio
 def test_a_user_who_speaks_after_the_tools_is_appended_too(name: str, answer: str, text: str) -> None:
     chat = dialogue_of(name, with_tools=True)
     after: list[Mapping[str, object]] = [{"role": "tool", "content": answer}, {"role": "user", "content": text}]
-    messages = [{"role": "user", "content": "How many?"}, turn_with_calls(name, "Add them.", 1), *after]
+    question: Mapping[str, object] = {"role": "user", "content": "How many?"}
+    messages = [question, turn_with_calls(name, "Add them.", 1), *after]
     ids = chat.tokenizer.encode(rendered(name, messages), add_special_tokens=False)
     appended = list(chat.reply(after, turn_ended=False))
     assert ids[-len(appended) :] == appended
