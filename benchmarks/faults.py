@@ -142,7 +142,7 @@ def runner_on(fleet: Fleet, model_path: Path) -> SampleRunner:
     return SampleRunner(
         fleet=fleet,
         chat=load_chat_format(str(model_path), [Calculator().schema]),
-        tools={"calculator": Calculator()},
+        tools={"calculator": Calculator},
         limits=EpisodeLimits(max_turns=2, max_turn_tokens=TOKENS, max_sample_tokens=200, context_length=256),
         sampling=SamplingParams(TOKENS, ignore_eos=True),
         timeout=120.0,

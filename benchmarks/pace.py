@@ -19,6 +19,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from millrace.types import GenerateRequest, RoutingContext, SamplingParams
 GROUPS, SAMPLES = 8, 4
 PROMPT = 64  # tokens
 TRAINING = 2.0  # seconds
-PROBLEMS = [Problem(str(i), str(i), str(i)) for i in range(1024)]
+PROBLEMS = [Problem.of_question(str(i), str(i), str(i)) for i in range(1024)]
 POLICIES = {
     "barrier": StalenessPolicy(GROUPS, SAMPLES),
     "over-sampling": StalenessPolicy(GROUPS, SAMPLES, extra=GROUPS // 2),
@@ -67,6 +68,9 @@ class LongTail:
             end=EpisodeEnd.ANSWERED,
         )
         return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, float(draw.random() < 0.5))
+
+    def finish_group(self, samples: Sequence[Sample]) -> None:
+        """They are complete."""
 
 
 @dataclass(frozen=True, slots=True)

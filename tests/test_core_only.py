@@ -54,7 +54,7 @@ evaluation: {data: {kind: generated, seed: 1, problems: 4}}
         (("train", "run.yaml"), "pip install 'millrace[train]'"),
         (("sidecar",), "pip install 'millrace[train]'"),
         (("sidecar", "--store", "s", "--folder", "f"), "pip install 'millrace[train]'"),
-        (("train", "run.yaml", "--dry-run"), None),
+        (("train", "run.yaml", "--dry-run"), "pip install 'millrace[train]'"),
         (("config",), None),
         (("engines", "list"), None),
         (("engines", "-h"), None),

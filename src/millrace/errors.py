@@ -114,5 +114,9 @@ class JudgeError(MillraceError):
     """A judge did not grade a sample. The message says why."""
 
 
+class UserCodeError(MillraceError):
+    """A reward or an environment of the user raised, hung, or returned an invalid value. The message names it."""
+
+
 class MonitorError(MillraceError):
     """A fleet's metrics server (`metrics.port`) does not answer, or another server answers at its URL."""

@@ -15,6 +15,7 @@ EXTRAS: Mapping[str, frozenset[str]] = {
     }),
     "ucx": frozenset({"nixl_cu12"}),
     "hub": frozenset({"datasets"}),
+    "parquet": frozenset({"pyarrow"}),
     "kv-events": frozenset({"zmq", "msgpack"}),
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ from tests.chaos.faults import WAIT, Run, until_all_serve
 from tests.rollout.test_scheduler import make_runner
 
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, faults=True)
-POISON = Problem("poison", "What is § plus 1?", "1")
+POISON = Problem.of_question("poison", "What is § plus 1?", "1")
 PROBLEMS = list(generate_problems(7, 12))
 RETRIES = 2
 

@@ -74,10 +74,10 @@ async def play(
     )
 
 
-def check(episode: Episode, model: FakeModel, limits: EpisodeLimits) -> None:
+def check(episode: Episode, model: FakeModel, limits: EpisodeLimits, prompt: tuple[int, ...] = PROMPT) -> None:
     """Checks an episode against the model's requests and answers. These rules hold for every episode."""
-    place = len(PROMPT)
-    assert episode.token_ids[:place] == PROMPT == model.requests[0].input_ids
+    place = len(prompt)
+    assert episode.token_ids[:place] == prompt == model.requests[0].input_ids
     expected_mask = np.zeros(len(episode.token_ids), np.bool_)
     expected_logprobs = np.zeros(len(episode.token_ids), np.float32)
     expected_version_spans = []

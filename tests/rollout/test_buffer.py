@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +18,7 @@ from millrace.rollout.scheduler import RolloutScheduler
 from millrace.rollout.staleness import staleness
 from millrace.types import VersionSpan
 
-PROBLEMS = [Problem(str(i), f"question {i}", str(i)) for i in range(7)]
+PROBLEMS = [Problem.of_question(str(i), f"question {i}", str(i)) for i in range(7)]
 
 
 @dataclass(slots=True)
@@ -40,6 +41,9 @@ class Drawn:
         episode = Episode((1,), *one, (VersionSpan(began_at, 0, 1),), turns=1, end=EpisodeEnd.ANSWERED)
         reward = float(draw.random() < 0.3)
         return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, reward)
+
+    def finish_group(self, samples: Sequence[Sample]) -> None:
+        """They are complete."""
 
 
 policies = st.builds(

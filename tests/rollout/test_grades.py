@@ -59,7 +59,7 @@ async def test_a_grade_inside_the_judges_reasoning_does_not_count(said: str, gra
         model=TinyModelConfig(kind="tiny"), engine=EmbeddedEngineConfig(kind="embedded"), max_new_tokens=64
     )
     judge = Judge(cast(Fleet, SaysOnly(*chat.turn(said))), chat, config, retries=0)
-    assert await judge.grade(Problem("p", "How many?", "12"), "#### 12", deadline=60) == grade
+    assert await judge.grade(Problem.of_question("p", "How many?", "12"), "#### 12", deadline=60) == grade
     assert judge.counts.unread == unread
 
 

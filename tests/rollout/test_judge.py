@@ -94,12 +94,10 @@ async def test_a_grade_is_what_the_judges_own_model_says(judge: Judge, judge_fol
     assert judge.counts.mean == pytest.approx(sum(grades) / len(grades))
 
 
-async def test_the_reward_is_the_grade_with_what_the_rule_says(judge: Judge) -> None:
-    right = f"#### {PROBLEMS[0].answer}"
-    grade = await judge.grade(PROBLEMS[0], right, deadline=END)
-    half = Judge(judge.fleet, judge.chat, CONFIG.model_copy(update={"weight": 0.25}), retries=1)
-    assert await judge(PROBLEMS[0], right, deadline=END) == grade
-    assert await half(PROBLEMS[0], right, deadline=END) == pytest.approx(0.25 * grade + 0.75)
+async def test_the_reward_is_the_grade_with_what_the_functions_say(judge: Judge) -> None:
+    quarter = Judge(judge.fleet, judge.chat, CONFIG.model_copy(update={"weight": 0.25}), retries=1)
+    assert judge.combine(0.5, 1.0) == 0.5
+    assert quarter.combine(0.5, 1.0) == pytest.approx(0.25 * 0.5 + 0.75)
 
 
 async def test_an_answer_can_not_end_its_turn_in_the_judges_prompt(judge: Judge) -> None:
@@ -114,7 +112,7 @@ async def test_a_prompt_that_is_too_long_is_not_cut(judge: Judge) -> None:
     with pytest.raises(JudgeError, match=r"can't grade it: the prompt's \d+ tokens .* its context of 256"):
         await judge.grade(PROBLEMS[0], "apples " * 300, deadline=END)
     with pytest.raises(DataError, match=r"problem long has \d+ tokens before any answer"):
-        judge.require_room([Problem("long", "apples " * 300, "1")])
+        judge.require_room([Problem.of_question("long", "apples " * 300, "1")])
     judge.require_room(PROBLEMS)
 
 
@@ -149,9 +147,10 @@ async def test_a_lost_connection_costs_an_attempt_and_the_last_one_the_grade(jud
 async def test_a_sample_that_is_not_graded_in_its_time_fails_and_names_the_judge(
     judge: Judge, tiny_model: Path
 ) -> None:
-    async def late(problem: Problem, text: str, *, deadline: float) -> float:
-        await engine_of(judge.fleet).inject_fault("slow", seconds=0.2)
-        return await judge(problem, text, deadline=deadline)
+    class Late(Judge):
+        async def grade(self, problem: Problem, text: str, *, deadline: float) -> float:
+            await engine_of(judge.fleet).inject_fault("slow", seconds=0.2)
+            return await judge.grade(problem, text, deadline=deadline)
 
     runner = SampleRunner(
         fleet=judge.fleet,  # it plays the policy too
@@ -161,7 +160,7 @@ async def test_a_sample_that_is_not_graded_in_its_time_fails_and_names_the_judge
         sampling=SamplingParams(4),
         timeout=1.0,
         retries=1,
-        reward=late,
+        judge=Late(judge.fleet, judge.chat, CONFIG, retries=1),
     )
     sample = await runner.run("s", "g", PROBLEMS[0])
     assert (sample.status, sample.episode) == (SampleStatus.FAILED, None)
@@ -178,7 +177,7 @@ async def test_grading_in_turn_gives_the_grades_of_a_judge_that_is_awake(judge: 
         sampling=SamplingParams(8),
         timeout=END,
         retries=1,
-        reward=judge,
+        judge=judge,
     )
     samples = [await runner.run(f"{i}-0", f"{i}", problem) for i, problem in enumerate(PROBLEMS)]
     groups = [Group(sample.group_id, sample.problem, (sample,)) for sample in samples]

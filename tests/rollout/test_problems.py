@@ -7,8 +7,8 @@ from functools import cache
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.rollout.data import parse_answer
 from millrace.rollout.problems import OPERATORS, generate_problems, make_misread_story, make_story
+from millrace.rollout.reward import reference
 
 SEEDS = st.integers(0, 2**32)
 INDICES = st.integers(0, 10**6)
@@ -36,7 +36,7 @@ def test_the_worked_answer_adds_up_and_ends_in_the_answer(seed: int, index: int)
         assert value == int(result) > 0
     # The result of a step goes into the next one.
     assert all(steps[i][3] == steps[i + 1][0] for i in range(len(steps) - 1))
-    assert parse_answer(story.answer_text()) == steps[-1][3]
+    assert reference(story.answer_text()) == steps[-1][3]
 
 
 @given(seed=SEEDS, index=INDICES)

@@ -54,7 +54,7 @@ def make_runner(fleet: FleetClient, model: Path) -> SampleRunner:
     return SampleRunner(
         fleet=fleet,
         chat=load_chat_format(str(model), [Calculator().schema]),
-        tools={"calculator": Calculator()},
+        tools={"calculator": Calculator},
         limits=EpisodeLimits(max_turns=2, max_turn_tokens=24, max_sample_tokens=200, context_length=256),
         sampling=SamplingParams(24, ignore_eos=True),
         timeout=60.0,

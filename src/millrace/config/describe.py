@@ -51,7 +51,8 @@ def _entries(
         default = "required" if key in required else "optional"
         # The schema omits a description that is equal to the model's own.
         meaning = field.get("description", choices[0].get("description", ""))
-        yield (place, named), _paragraph(f"{place}: a section, {default}", meaning)
+        what = "a section" if _is_section(field) else "a section or a list of sections"
+        yield (place, named), _paragraph(f"{place}: {what}, {default}", meaning)
         for inner in choices:
             inner_kind = inner["properties"].get("kind", {}).get("const", "")
             inner_named = f"{named}.{inner_kind}" if inner_kind else named
@@ -62,10 +63,19 @@ def _entries(
 
 
 def _references(field: Schema) -> list[str]:
-    """Return the schema's references to the models that a field may hold."""
-    parts = [field, *field.get("anyOf", ()), *field.get("oneOf", ())]
-    parts += [inner for part in parts[1:] for inner in part.get("oneOf", ())]
+    """Return the schema's references to the models that a field, or a list in it, may hold."""
+    parts = _parts(field)
+    parts += [part["items"] for part in parts if isinstance(part.get("items"), dict)]
     return [part["$ref"] for part in parts if "$ref" in part]
+
+
+def _is_section(field: Schema) -> bool:
+    return any("$ref" in part for part in _parts(field))
+
+
+def _parts(field: Schema) -> list[Schema]:
+    parts = [field, *field.get("anyOf", ()), *field.get("oneOf", ())]
+    return parts + [inner for part in parts[1:] for inner in part.get("oneOf", ())]
 
 
 def _entry(place: str, field: Schema, required: bool, kind: str) -> str:

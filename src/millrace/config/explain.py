@@ -69,7 +69,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     """Return the settings models in an annotation."""
     if get_origin(annotation) is Annotated:
         return models_in(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
         return [m for choice in get_args(annotation) for m in models_in(choice)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 

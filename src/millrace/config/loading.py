@@ -37,7 +37,7 @@ def load_config(
     sources: dict[Location, str] = {location: f"{path}:{line}" for location, line in lines.items()}
     texts = dict(_apply(data, override, sources) for override in overrides)
     try:
-        config = _validate(data, texts)
+        config = _validate(data, texts, path.parent)
     except ValidationError as error:
         # Unknown keys come first: a missing key is often an unknown one, spelled correctly.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -78,13 +78,15 @@ def _apply(data: dict[str, Any], override: str, sources: dict[Location, str]) ->
     return tuple(keys), text
 
 
-def _validate(data: dict[str, Any], texts: Mapping[Location, str]) -> RunConfig:
-    """Validate the data. If a setting is a string, its override is used as it was written (`texts`).
+def _validate(data: dict[str, Any], texts: Mapping[Location, str], folder: Path) -> RunConfig:
+    """Validate the data of a file in `folder`. If a setting is a string, its override is used as it was written
+    (`texts`).
 
     YAML reads the version 9.9 as a number, and users do not expect YAML's quotes on a command line.
     """
+    context = {"folder": folder}
     try:
-        return RunConfig.model_validate(data)
+        return RunConfig.model_validate(data, context=context)
     except ValidationError as error:
         unquoted = [e for e in error.errors() if is_unquoted(e)]
         locations = [location for e in unquoted if (location := resolve(e["loc"], RunConfig)[0]) in texts]
@@ -95,7 +97,7 @@ def _validate(data: dict[str, Any], texts: Mapping[Location, str]) -> RunConfig:
         for key in location[:-1]:
             section = section[key]
         section[location[-1]] = texts[location]
-    return RunConfig.model_validate(data)
+    return RunConfig.model_validate(data, context=context)
 
 
 def _source(location: Location, sources: Mapping[Location, str], path: str) -> str:

@@ -14,6 +14,14 @@ from millrace.config.engines import EngineConfig
 from millrace.config.judging import TEMPLATE, VERDICT, check_template, check_verdict
 from millrace.config.paths import LocalPath, PathOrName
 from millrace.config.routers import RouterConfig, check_router
+from millrace.config.tasks import (
+    ColumnsConfig,
+    EnvironmentConfig,
+    FilePath,
+    RewardConfigs,
+    ToolConfig,
+    check_environment,
+)
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -58,17 +66,18 @@ class GeneratedDataConfig(Model):
     """Number of problems."""
 
 
-class FileDataConfig(Model):
-    """A JSONL file in GSM8K's format: each line has a `question`, and an `answer` that ends in `#### n`."""
+class FileDataConfig(ColumnsConfig):
+    """A file with one problem in each row (docs/tasks.md). Its suffix is `.jsonl`, `.csv` or `.parquet`. Parquet needs
+    the extra `millrace[parquet]`."""
 
     kind: Literal["file"]
-    """A JSONL file."""
-    path: LocalPath
-    """Path of the file."""
+    """A file."""
+    path: FilePath
+    """Path of the file, beside the config or in the current folder."""
 
 
-class HubDataConfig(Model):
-    """A data set on the Hugging Face Hub, in GSM8K's format. It needs the extra `millrace[hub]`."""
+class HubDataConfig(ColumnsConfig):
+    """A data set on the Hugging Face Hub (docs/tasks.md). It needs the extra `millrace[hub]`."""
 
     kind: Literal["hub"]
     """A data set on the Hub."""
@@ -104,8 +113,8 @@ class RolloutConfig(Model):
     """Sample from the k most likely tokens. -1 is off."""
     min_p: Probability = 0.0
     """Leave out tokens whose probability is below min_p x that of the most likely token. 0 is off."""
-    tools: tuple[str, ...] = ("calculator",)
-    """Names of the tools that the model may call."""
+    tools: tuple[ToolConfig, ...] | None = None
+    """The tools that the model may call. None is the calculator, or no tool if there is an environment."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the model's chat template, such as `{enable_thinking: false}`. They apply to every prompt
     and every turn."""
@@ -149,7 +158,7 @@ class JudgeConfig(Model):
     max_new_tokens: PositiveInt = 512
     """Maximum number of tokens in the judge's answer."""
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the grade in the reward: reward = weight x grade + (1 - weight) x rule reward."""
+    """Share of the grade in the reward: reward = weight x grade + (1 - weight) x the reward of `reward`."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often in a row Millrace restarts an engine that died or hangs."""
 
@@ -316,6 +325,11 @@ class RunConfig(Model):
     """The engines that generate."""
     data: DataConfig
     """The training problems."""
+    reward: RewardConfigs | None = None
+    """The functions whose weighted sum is the reward: one, or a list. None is the rule for GSM8K's answers,
+    `millrace.rollout.reward:gsm8k`."""
+    environment: EnvironmentConfig | None = None
+    """A class that plays with the model and gives the reward, in place of tools and `reward`."""
     rollout: RolloutConfig
     """How rollouts are sampled."""
     warmup: WarmupConfig | None = None
@@ -334,7 +348,7 @@ class RunConfig(Model):
     """An external router between the requests and the engines: a section, or just the kind, as in `router: sglang`.
     None sends requests straight to the engines."""
     judges: JudgeConfig | None = None
-    """A model that grades the answers. None uses only the rule reward."""
+    """A model that grades the answers. None uses only the functions of `reward`."""
     metrics: MetricsConfig | None = None
     """Metrics for Prometheus and `millrace status`. None is off."""
 
@@ -355,6 +369,17 @@ class RunConfig(Model):
                     "rollout.recycle keeps the samples that over-sampling leaves unfinished; it needs "
                     "rollout.over_sampling, rollout.partial_rollouts and a rollout.max_staleness of at least 1"
                 )
+        if self.environment is not None:
+            check_environment(
+                {
+                    "reward": self.reward,
+                    "rollout.tools": rollout.tools,
+                    "judges": self.judges,
+                    "warmup": self.warmup,
+                    "data.prompt": getattr(self.data, "prompt", None),
+                    "evaluation.data.prompt": getattr(self.evaluation.data, "prompt", None),
+                }
+            )
         if self.judges is not None and self.judges.mode == "colocated":
             if self.mode != "hybrid":
                 raise ValueError(

@@ -12,7 +12,7 @@ from millrace.fleet.fleet import Fleet
 from millrace.rollout.agent import last_answer
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.numbers import parse_number
-from millrace.rollout.reward import rule_reward
+from millrace.rollout.reward import reference
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
 from millrace.types import FinishReason, GenerateRequest, RoutingContext, SamplingParams
 
@@ -49,7 +49,7 @@ class JudgeCounts:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A Reward that is the weighted mean of a judge model's grade and the rule reward.
+    """A judge model, which grades answers.
 
     fleet: the judge's engines. chat: the chat format of its model. config: `weight` is the grade's share of the reward.
     retries: how many engines may fail during one grading.
@@ -62,9 +62,9 @@ class Judge:
     counts: JudgeCounts = field(default_factory=JudgeCounts)
     _numbers: Iterator[int] = field(default_factory=itertools.count, init=False)
 
-    async def __call__(self, problem: Problem, text: str, *, deadline: float) -> float:
-        grade, weight = await self.grade(problem, text, deadline=deadline), self.config.weight
-        return weight * grade + (1 - weight) * rule_reward(text, problem.answer)
+    def combine(self, grade: float, reward: float) -> float:
+        """Return the weighted mean of a grade and the reward of the functions."""
+        return self.config.weight * grade + (1 - self.config.weight) * reward
 
     async def grade(self, problem: Problem, text: str, *, deadline: float) -> float:
         """Return the grade, from 0 to 1, of a model's last turn.
@@ -88,7 +88,7 @@ class Judge:
 
         Control tokens in the texts stay text, so a model can't end its turn in the judge's prompt and grade itself.
         """
-        texts = {"question": problem.question, "answer": text, "reference": problem.answer}
+        texts = {"question": problem.question, "answer": text, "reference": reference(problem.answer or "")}
         return self.chat.prompt(self.config.template.format(**texts))
 
     def require_room(self, problems: Sequence[Problem]) -> None:
@@ -133,10 +133,10 @@ async def grade_in_turn(
     async def graded(sample: Sample) -> Sample:
         assert sample.episode is not None
         try:
-            reward = await judge(sample.problem, last_answer(sample.episode, chat), deadline=deadline)
+            grade = await judge.grade(sample.problem, last_answer(sample.episode, chat), deadline=deadline)
         except JudgeError as error:
             return replace(sample, status=SampleStatus.FAILED, episode=None, reward=0.0, reason=str(error))
-        return replace(sample, reward=reward)
+        return replace(sample, reward=judge.combine(grade, sample.reward), rewards={**sample.rewards, "judge": grade})
 
     async with asyncio.TaskGroup() as tasks:
         pending = [[tasks.create_task(graded(sample)) for sample in group.samples] for group in groups]

@@ -163,11 +163,14 @@ class Ranks:
         if self.world.size == 1:
             return metrics
         weighted = [(getattr(metrics, name) or 0.0) * getattr(metrics, over) for name, over in MEANS.items()]
-        summed = await self.sums(*(getattr(metrics, name) for name in SUMS), *weighted)
+        parts = [value * metrics.samples_finished for value in metrics.rewards.values()]
+        summed = await self.sums(*(getattr(metrics, name) for name in SUMS), *weighted, *parts)
         counted = {name: type(getattr(metrics, name))(value) for name, value in zip(SUMS, summed, strict=False)}
         combined = asdict(metrics) | counted
-        for (name, over), value in zip(MEANS.items(), summed[len(SUMS) :], strict=True):
+        for (name, over), value in zip(MEANS.items(), summed[len(SUMS) :], strict=False):
             combined[name] = value / combined[over] if combined[over] else None
+        means = [value / (combined["samples_finished"] or 1) for value in summed[len(summed) - len(parts) :]]
+        combined["rewards"] = dict(zip(metrics.rewards, means, strict=True))
         return StepMetrics(**combined)
 
     async def counts(self, counts: SampleCounts) -> SampleCounts:

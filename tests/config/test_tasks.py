@@ -1,0 +1,62 @@
+"""The settings of a task: shorthands, paths beside the config, and mistakes in lists of sections."""
+
+from pathlib import Path
+
+import pytest
+
+from millrace.config import dump_config, load_config
+from millrace.config.models import FileDataConfig
+from millrace.errors import ConfigError
+from tests.config.test_loading import VALID
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "here" / "run.yaml"
+    path.parent.mkdir()
+    path.write_text(VALID)
+    (path.parent / "own.py").touch()
+    (path.parent / "rows.jsonl").touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    "reward", ["own.py:short", "{path: own.py, name: short}", "[own.py:short]", "[{path: own.py, name: short}]"]
+)
+def test_one_reward_has_many_forms(path: Path, reward: str) -> None:
+    config = load_config(path, [f"reward={reward}"])
+    assert config.reward is not None
+    [one] = config.reward
+    assert (one.path, one.name, one.weight) == (str(path.parent / "own.py"), "short", 1.0)
+
+
+def test_files_are_looked_for_beside_the_config_and_printed_with_their_place(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["reward=[own.py:a, there.py:b, my.module:c]", "data={kind: file, path: rows.jsonl}"]
+    config = load_config(path, [*overrides, "evaluation.data={kind: file, path: there.jsonl}"])
+    assert config.reward is not None
+    assert [one.path for one in config.reward] == [str(path.parent / "own.py"), "there.py", "my.module"]
+    assert isinstance(config.data, FileDataConfig)
+    assert isinstance(config.evaluation.data, FileDataConfig)
+    assert config.data.path == path.parent / "rows.jsonl"
+    assert config.evaluation.data.path == Path("there.jsonl")
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("reward=short", "reward.0: write it as file.py:name or package.module:name (it is 'short')"),
+        ("reward=[]", "reward: Tuple should have at least 1 item"),
+        ("reward=[{path: own.py, nam: short}]", "unknown setting reward.0.nam; did you mean 'name'?"),
+        ("reward={path: own.py}", "the setting reward.0.name is missing"),
+        ("reward={path: own.py, name: short, weight: .nan}", "reward.0.weight: Input should be a finite number"),
+        ("data={kind: file, path: rows.jsonl, promt: task}", "unknown setting data.promt; did you mean 'prompt'?"),
+    ],
+)
+def test_mistakes(path: Path, override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(path, [override])
+    assert says in str(raised.value)
