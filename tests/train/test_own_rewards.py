@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.config.models import (
-    EmbeddedEngineConfig,
     EvaluationConfig,
     FileDataConfig,
     RolloutConfig,
