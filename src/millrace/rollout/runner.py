@@ -162,6 +162,7 @@ class SampleRunner:
                 generate=generate,
                 chat=self.chat,
                 calls_tools=bool(environment.tools),
+                takes_cut_turns=True,
                 limits=self.limits,
                 sampling=self.sampling,
             )
