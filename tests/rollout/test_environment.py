@@ -90,6 +90,7 @@ async def play(kind: EnvironmentKind, model: FakeModel, limits: EpisodeLimits = 
             generate=model,
             chat=chat,
             calls_tools=bool(kind.tools),
+            takes_cut_turns=True,
             limits=limits,
             sampling=SamplingParams(64),
         )
@@ -123,7 +124,7 @@ async def test_an_episode_is_what_the_environment_says(tmp_path: Path, name: str
     ("limits", "turns", "steps", "end"),
     [
         (replace(LIMITS, max_turns=2), 2, 2, EpisodeEnd.TURN_LIMIT),
-        (replace(LIMITS, max_turn_tokens=1), 1, 0, EpisodeEnd.TOKEN_LIMIT),  # a turn that is cut off is no action
+        (replace(LIMITS, max_turn_tokens=1), 4, 4, EpisodeEnd.TURN_LIMIT),  # the environment answers cut turns, too
         (replace(LIMITS, context_length=len(PLAIN.prompt("Which word?", "Play.")) + 10), 1, 1, EpisodeEnd.CONTEXT_FULL),
     ],
 )
@@ -133,6 +134,9 @@ async def test_the_limits_hold(tmp_path: Path, limits: EpisodeLimits, turns: int
     assert (episode.turns, episode.end, reward) == (turns, end, -0.25 * steps)
     assert [entry[0] for entry in log_of(game)].count("step") == steps
     assert log_of(game)[-1][0] == "close"
+    cut = [entry[2].cut for entry in log_of(game) if entry[0] == "step"]
+    assert cut == [limits.max_turn_tokens == 1] * steps
+    assert PLAIN.decode(episode.token_ids).count("<|im_end|>\n<|im_start|>user\nNo, not c") == turns - 1
 
 
 async def test_arguments_are_those_of_the_settings(tmp_path: Path) -> None:

@@ -56,14 +56,15 @@ class EpisodeLimits:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A whole turn of the model: its text without the reasoning, and the tool calls in it.
+    """A turn of the model: its text without the reasoning, and the tool calls in it.
 
-    last: whether it is the last turn that the limits allow.
+    last: whether it is the last turn that the limits allow. cut: whether a limit on its tokens cut it off.
     """
 
     text: str
     calls: tuple[ToolCall | BadToolCall, ...]
     last: bool
+    cut: bool
 
 
 # What follows a turn: the messages to append, or the end of the episode.
@@ -105,6 +106,7 @@ async def run_episode(
         generate=generate,
         chat=chat,
         calls_tools=bool(tools),
+        takes_cut_turns=False,
         limits=limits,
         sampling=sampling,
     )
@@ -118,15 +120,16 @@ async def converse(
     generate: Generate,
     chat: ChatFormat,
     calls_tools: bool,
+    takes_cut_turns: bool,
     limits: EpisodeLimits,
     sampling: SamplingParams,
 ) -> Episode:
     """Run one conversation and return it.
 
     sample_id: prefix of the request ids, `<sample_id>/<turn>`, with turns from 0. prompt_ids: [T] token ids. respond:
-    called with each whole turn of the model; a turn that a limit cuts off ends the episode without a call. generate:
-    sends one request. calls_tools: whether tool calls are read from the turns. sampling: each turn gets its own
-    `max_new_tokens`, stop tokens and, if there is a seed, seed.
+    called with each turn of the model. takes_cut_turns: whether it is also called with turns that a limit cuts off;
+    otherwise such a turn ends the episode. generate: sends one request. calls_tools: whether tool calls are read from
+    the turns. sampling: each turn gets its own `max_new_tokens`, stop tokens and, if there is a seed, seed.
 
     Raises DataError if the prompt leaves no room for an answer, AbortedGeneration if the engine aborts a turn, and
     whatever `generate` and `respond` raise.
@@ -147,10 +150,11 @@ async def converse(
         thought, text = chat.split(generation.output_ids)
         calls = parse_tool_calls(text) if calls_tools else ()
         draft.append_turn(generation, _message(thought, text, calls))
-        if generation.finish_reason is FinishReason.LENGTH:
+        cut = generation.finish_reason is FinishReason.LENGTH
+        if cut and not takes_cut_turns:
             full = len(draft.token_ids) >= limits.total
             return draft.finish(limits.end_when_full() if full else EpisodeEnd.TOKEN_LIMIT)
-        response = await respond(Turn(text, calls, last=draft.turns == limits.max_turns))
+        response = await respond(Turn(text, calls, draft.turns == limits.max_turns, cut))
         if isinstance(response, EpisodeEnd):
             return draft.finish(response)
         turn_ended = generation.output_ids[-1:] == (chat.end_of_turn,)

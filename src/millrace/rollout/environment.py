@@ -83,7 +83,7 @@ class EnvironmentEpisode:
         schemas = {name_in(schema): schema for schema in self.kind.tools}
         calls = [typed(c, schemas.get(c.name, {})) for c in turn.calls if isinstance(c, ToolCall)]
         errors = tuple(call.reason for call in turn.calls if isinstance(call, BadToolCall))
-        action = Action(turn.text, tuple(calls), errors)
+        action = Action(turn.text, tuple(calls), errors, turn.cut)
         step = await self._call("step", self._instance.step, self.kind.timeout, action)
         if not isinstance(step, Step):
             raise self._error("step", f"returned {shown(step)}; it must return Step(observation, reward, done)")

@@ -160,6 +160,7 @@ class SampleRunner:
                 generate=generate,
                 chat=self.chat,
                 calls_tools=bool(environment.tools),
+                takes_cut_turns=True,
                 limits=self.limits,
                 sampling=self.sampling,
             )

@@ -12,12 +12,13 @@ class Action:
     """A turn of the model, as an environment sees it.
 
     text: the turn without its reasoning, tool calls included. tool_calls: the calls that could be parsed, if the
-    environment has tools. errors: what is wrong with each of the others.
+    environment has tools. errors: what is wrong with each of the others. cut: whether a limit on tokens cut it off.
     """
 
     text: str
     tool_calls: tuple[ToolCall, ...] = ()
     errors: tuple[str, ...] = ()
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
