@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
     from millrace.fleet.fleet import Fleet
+    from millrace.fleet.follower import Follower, follow_fleet
     from millrace.fleet.local import open_fleet
     from millrace.types import GenerateRequest, Generation, LoraConfig, RoutingContext, SamplingParams, VersionSpan
 
@@ -16,6 +17,7 @@ _MODULES = {
     "LoraConfig": "millrace.types",
     "EmbeddedEngineConfig": "millrace.config.models",
     "Fleet": "millrace.fleet.fleet",
+    "Follower": "millrace.fleet.follower",
     "GenerateRequest": "millrace.types",
     "Generation": "millrace.types",
     "RoutingContext": "millrace.types",
@@ -23,12 +25,14 @@ _MODULES = {
     "SamplingParams": "millrace.types",
     "VersionSpan": "millrace.types",
     "VLLMEngineConfig": "millrace.config.models",
+    "follow_fleet": "millrace.fleet.follower",
     "open_fleet": "millrace.fleet.local",
 }
 
 __all__ = [
     "EmbeddedEngineConfig",
     "Fleet",
+    "Follower",
     "GenerateRequest",
     "Generation",
     "LoraConfig",
@@ -38,6 +42,7 @@ __all__ = [
     "VLLMEngineConfig",
     "VersionSpan",
     "__version__",
+    "follow_fleet",
     "open_fleet",
 ]
 

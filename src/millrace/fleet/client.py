@@ -1,22 +1,26 @@
 """Requests to the engines of a fleet, from the process that owns the fleet or from one that follows it."""
 
+import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 
 from millrace import arguments
 from millrace.engines.base import Engine
 from millrace.errors import ArgumentError, EngineFailed, EngineUnreachable, NoEngineError
 from millrace.fleet.event_log import EventLog
+from millrace.fleet.labels import Label
 from millrace.fleet.replica_state import Snapshot
 from millrace.fleet.replicas import ReplicaSet
 from millrace.fleet.routing import RoutingPolicy, admissible, with_lora
 from millrace.types import ANYWHERE, GenerateRequest, Generation, RoutingContext
 
 
-class FleetClient:
+class FleetClient(ABC):
     """Sends requests to the engines of a fleet. All methods belong to one event loop.
 
     `replicas`: this process's view of the engines. `event_log`: the event log of this process.
@@ -32,6 +36,21 @@ class FleetClient:
     def snapshot(self) -> Snapshot:
         """The states of all engines now."""
         return self.replicas.snapshot
+
+    @property
+    @abstractmethod
+    def version(self) -> int | None:
+        """The number of the last published version: that of the model's folder before the first publish."""
+
+    @property
+    def labels(self) -> Mapping[int, Label]:
+        """The trainer's own names for the last published versions, by version. Versions without one are missing.
+
+        A generation's spans have versions, so this finds the trainer's steps that made its tokens:
+
+            steps = {fleet.labels.get(span.version) for span in generation.version_spans}
+        """
+        return MappingProxyType(self.replicas.labels)
 
     @property
     def context_length(self) -> int:
@@ -53,11 +72,22 @@ class FleetClient:
         """Whether memory of the engines is released, so that they do not generate."""
         return bool(self.replicas.asleep)
 
-    async def awake(self) -> None:
-        """Wait until the fleet is woken, without a deadline."""
-        self._require_open()
-        async with self.replicas.changed:
-            await self.replicas.changed.wait_for(lambda: not self.replicas.asleep)
+    async def awake(self, *, deadline: float | None = None) -> None:
+        """Wait until the fleet is awake. Raises TimeoutError after `deadline` seconds; None waits without a limit."""
+        await self._until_sleeping(False, deadline)
+
+    async def slept(self, *, deadline: float | None = None) -> None:
+        """Wait until the fleet sleeps. Raises TimeoutError after `deadline` seconds; None waits without a limit."""
+        await self._until_sleeping(True, deadline)
+
+    async def _until_sleeping(self, sleeping: bool, deadline: float | None) -> None:
+        self._require_open(0.0 if deadline is None else deadline)
+        try:
+            async with asyncio.timeout(deadline), self.replicas.changed:
+                await self.replicas.changed.wait_for(lambda: self.asleep is sleeping)
+        except TimeoutError:
+            state = "asleep" if sleeping else "awake"
+            raise TimeoutError(f"the fleet was not {state} within {deadline} s: {self.snapshot.describe()}") from None
 
     @property
     def interrupted(self) -> bool:
@@ -74,6 +104,15 @@ class FleetClient:
         """Wait up to `deadline` seconds until an engine takes requests. Raises NoEngineError if none does."""
         self._require_open(deadline)
         await self.replicas.until(lambda: bool(self.snapshot.routable), deadline)
+
+    async def reached(self, version: int, *, deadline: float) -> None:
+        """Wait until an engine serves `version` or a later one.
+
+        Raises NoEngineError if none does within `deadline` seconds, or if no engine is left.
+        """
+        self._require_open(deadline)
+        wanted = RoutingContext(min_version=version)
+        await self.replicas.until(lambda: bool(admissible(self.snapshot, wanted)), deadline, wanted.describe())
 
     async def generate(
         self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE

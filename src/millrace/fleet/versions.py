@@ -82,7 +82,7 @@ class Versions:
         ] = {}  # checksums of a frozen fleet's engines, in their own layouts
         self._origin: Origin | None = None
         self._trained: Trained | None = None  # read when the first version is published
-        self._last: int | None = None  # the last version, whole or an adapter
+        self.last: int | None = None  # the last version, whole or an adapter
         self._base: int | None = None  # the last whole version
         self._republishable: Republishable | None = None  # the trainer's current weights
         self.loras = PublishedLoras(store.folder if store is not None else None)
@@ -110,13 +110,35 @@ class Versions:
         return self._publishing
 
     @property
+    def stored(self) -> Sequence[int]:
+        """The stored versions, the oldest first."""
+        return self.store.versions if self.store is not None else ()
+
+    @property
     def dtypes(self) -> Dtypes | None:
         """The engines' dtypes, by tensor."""
         return self._origin.dtypes if self._origin is not None else None
 
     def begin_with(self, origin: Origin) -> None:
         """Set the weights with which the engines start."""
-        self._origin, self._last, self._base = origin, origin.version, origin.version
+        self._origin, self.last, self._base = origin, origin.version, origin.version
+
+    async def recognize(self, replica: Replica) -> None:
+        """Take an engine into rotation that an earlier owner left, if it holds the last stored version.
+
+        Otherwise the engine serves after the next publish.
+        """
+        name, version = replica.engine.name, replica.info.weight_version
+        if version is None or self.store is None or not self.store.is_last(version, await replica.engine.checksums()):
+            logger.warning(
+                "%s serves after the next publish: it holds neither the weights of the model's folder nor the last "
+                "stored version",
+                name,
+            )
+            return
+        logger.info("%s holds version %d, which is the last stored one", name, version)
+        self.last = self._base = version
+        await self._apply(name, Attested(version))
 
     async def publish_whole(
         self,
@@ -129,7 +151,7 @@ class Versions:
         require_finite: bool,
     ) -> PublishReport:
         """See `Fleet.publish`. `targets` returns the engines, and raises if there are none."""
-        self._require_next(version)
+        self.require_next(version)
         again = republishable(given, version)
         tensors = again.tensors() if again is not None else require_pairs(given)
         transport = self._require_transport()
@@ -165,7 +187,7 @@ class Versions:
         require_finite: bool,
     ) -> PublishReport:
         """See `Fleet.publish_lora`. `bases` returns the whole version that each engine holds."""
-        self._require_next(version)
+        self.require_next(version)
         require_pairs(tensors)
         engines, started = targets(), time.monotonic()
         async with self._alone():
@@ -318,7 +340,7 @@ class Versions:
             match outcome:
                 case Outcome.COMMITTED:
                     if isinstance(brought, Attested):
-                        self._last = self._base = version
+                        self.last = self._base = version
                         self.loras.current = None
                     self.loras.retire(name, keep=None, at_once=True)
                     await self._apply(name, brought)
@@ -453,7 +475,7 @@ class Versions:
                 reports[name] = EngineReport(name, error, False, 0.0, 0.0, 0.0, 0.0, 0.0)
                 return
             reports[name] = EngineReport(name, None, False, legs.room, legs.load, legs.attest, 0.0, 0.0)
-            self._last, self.loras.current = lora.version, lora
+            self.last, self.loras.current = lora.version, lora
             await self._apply(name, Attested(lora.version, lora.name))
             self.loras.retire(name, keep=lora.name)
 
@@ -487,11 +509,11 @@ class Versions:
             )
         return self.transport
 
-    def _require_next(self, version: int) -> None:
+    def require_next(self, version: int) -> None:
         """Raises PublishError if the version can't be published now."""
         if self.frozen:
             raise PublishError("this fleet is frozen, as a judge's is: nothing can be published to it")
         if self._publishing:
             raise PublishError(f"version {version} can't be published while another version is being published")
-        if self._last is not None and version <= self._last:
-            raise PublishError(f"version {version} is not newer than version {self._last}, which was published before")
+        if self.last is not None and version <= self.last:
+            raise PublishError(f"version {version} is not newer than version {self.last}, which was published before")
