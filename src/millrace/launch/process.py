@@ -27,6 +27,14 @@ def open_private(path: Path) -> BinaryIO:
     return open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600))
 
 
+def tail_of(log_path: Path) -> str:
+    """Return the last lines of a log, below a line with its path."""
+    with log_path.open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    return "\n".join([f"last lines of {log_path}:", *(f"  {line}" for line in lines)])
+
+
 class Server(Protocol):
     """A server that Millrace started: one process (`ServerProcess`) or several (`millrace.launch.nodes.Nodes`)."""
 
@@ -86,6 +94,7 @@ class ServerProcess:
         self.name = name
         self.log_path = log_path
         self._process = process
+        self._kept = False  # whether the server outlives this process
 
     @classmethod
     async def start(
@@ -131,6 +140,21 @@ class ServerProcess:
         """
         await until_healthy(self, healthy, deadline=deadline)
 
+    @property
+    def pid(self) -> int:
+        """The id of the guard's process."""
+        return self._process.pid
+
+    async def keep(self, claim: str, seconds: float) -> None:
+        """Let the server run on if this process dies, without `end`.
+
+        The guard ends it when no process has held this claim (`millrace.launch.claims`) for so many seconds.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{claim} {seconds}\n".encode())
+        await self._process.stdin.drain()
+        self._kept = True
+
     async def wait(self) -> None:
         """Wait until the server has ended, by itself or by `end`."""
         await self._process.wait()
@@ -142,6 +166,8 @@ class ServerProcess:
         """
         assert self._process.stdin is not None
         self._process.stdin.close()
+        if self._kept and self.running:
+            self._process.terminate()
         try:
             async with asyncio.timeout(END_DEADLINE):
                 await self._process.wait()
@@ -163,7 +189,4 @@ class ServerProcess:
 
     def log_tail(self) -> str:
         """Return the last lines of the server's log, below a line with its path."""
-        with self.log_path.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return "\n".join([f"last lines of {self.log_path}:", *(f"  {line}" for line in lines)])
+        return tail_of(self.log_path)
