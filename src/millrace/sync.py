@@ -59,6 +59,8 @@ def open_fleet(
     frozen: bool = False,
     prefix: str | None = None,
     router: RouterConfig | None = None,
+    keep_running: str | Path | None = None,
+    orphan_seconds: float = 600.0,
 ) -> "Iterator[Fleet]":
     """Start the engines of a config, or attach to those at its `urls`, and return them as one fleet.
 
@@ -84,11 +86,15 @@ def open_fleet(
         frozen: Refuse every publish, as for a judge (docs/judges.md).
         prefix: The engines are named PREFIX-0, PREFIX-1 and so on. The default is the kind of the engine.
         router: An external router in front of the engines (docs/routers.md).
+        keep_running: A folder for the record of the engines. If this process dies, they run on, and the next
+            `open_fleet` with this folder takes them over (docs/sharing.md). By default they end with this process.
+        orphan_seconds: How long they run without an owner, in seconds.
 
     Raises:
         LaunchError: An engine or the router does not start. The other engines are ended. Or another process on this
-            host owns the engines at `urls`.
-        DataError: `model_path` is not the folder of a model, or `folder` is not a version store.
+            host owns the engines, those at `urls` or in `keep_running`.
+        DataError: `model_path` is not the folder of a model, `folder` is not a version store, or `keep_running` has
+            no readable record.
         PublishError: The engines can't take weights by this transport, or compute in different dtypes.
         ConfigError: The config is invalid, or a package that it needs is not installed.
         ArgumentError: Another argument has the wrong type.
@@ -115,6 +121,8 @@ def open_fleet(
             frozen=frozen,
             prefix=prefix,
             router=router,
+            keep_running=keep_running,
+            orphan_seconds=orphan_seconds,
         )
         opened = portal.call(manager.__aenter__())
         try:

@@ -35,31 +35,47 @@ def model(tiny_model: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_model)
 
 
-class Following:
-    """A process that follows a fleet (`following.py`)."""
+class Process:
+    """A process that reads lines, and prints a line of JSON for each."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
+        self.pid = process.pid
 
     async def read(self) -> dict[str, Any]:
         """Return the next line that it prints."""
         assert self._process.stdout is not None
-        async with asyncio.timeout(120):  # it imports Millrace meanwhile, also on a busy machine
-            read: dict[str, Any] = json.loads(await self._process.stdout.readline())
+        async with asyncio.timeout(240):  # it imports torch meanwhile, also on a busy machine
+            line = await self._process.stdout.readline()
+        assert line, "it has ended"
+        read: dict[str, Any] = json.loads(line)
         return read
 
-    async def generate(self, request_id: str) -> dict[str, Any]:
+    async def tell(self, line: str) -> dict[str, Any]:
+        """Write a line, and return its answer."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{request_id}\n".encode())
+        self._process.stdin.write(f"{line}\n".encode())
         return await self.read()
+
+    async def kill(self) -> None:
+        self._process.kill()
+        await self._process.wait()
+
+    async def end(self) -> None:
+        """Close its input, after which it ends by itself."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        async with asyncio.timeout(60):
+            assert await self._process.wait() == 0
 
 
 @asynccontextmanager
-async def following(url: str, key: str) -> AsyncIterator[Following]:
+async def following(url: str, key: str) -> AsyncIterator[Process]:
+    """A process that follows a fleet (`following.py`)."""
     script = str(Path(__file__).with_name("following.py"))
     process = await asyncio.create_subprocess_exec(sys.executable, script, url, key, stdin=PIPE, stdout=PIPE)
     try:
-        yield Following(process)
+        yield Process(process)
     finally:
         process.terminate()
         await process.wait()
@@ -103,7 +119,7 @@ async def test_another_process_generates_and_knows_the_step_of_its_tokens(fleet:
             assert await process.read() == {"version": fleet.version}
             for step in ("step 1", "step 2", "step 3"):
                 await fleet.publish(tensors(model), label=step)
-                made = await process.generate(step)  # at once, so the follower may not have seen the new snapshot yet
+                made = await process.tell(step)  # at once, so the follower may not have seen the new snapshot yet
                 assert made == {
                     "ids": list(expected(model)),
                     "spans": [[fleet.version, step, 12]],

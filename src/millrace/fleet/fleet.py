@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING
 
 from millrace import arguments
 from millrace.engines.start import Replica
-from millrace.errors import ArgumentError, EngineFailed, EnginesLost, NoEngineError, PublishError
+from millrace.errors import ArgumentError, EnginesLost, NoEngineError, PublishError
 from millrace.fleet.client import FleetClient
 from millrace.fleet.event_log import EventLog, Publishing
 from millrace.fleet.external_router import ExternalRouter
+from millrace.fleet.kept import KeptEngines
 from millrace.fleet.kv_feed import KVEventFeeds
 from millrace.fleet.labels import Label, label_value, version_number
 from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE, Lifecycle
 from millrace.fleet.owner import SharedFleet, serve_followers
-from millrace.fleet.replica_state import Attested, Phase, ReplicaState, Slept, Woke
+from millrace.fleet.replica_state import Phase, ReplicaState, Slept, Woke
 from millrace.fleet.replicas import OwnedReplicaSet, ReplicaSet
 from millrace.fleet.republish import Tensors
 from millrace.fleet.versions import Origin, Versions
@@ -71,11 +72,15 @@ class Fleet(FleetClient):
         seed: int = 0,
         *,
         frozen: bool = False,
+        kept: KeptEngines | None = None,
     ) -> None:
         event_log = event_log if event_log is not None else EventLog()
         super().__init__(OwnedReplicaSet(replicas, event_log, _Observer(self)), event_log, seed)
         self._feeds = KVEventFeeds(self._router)
         self._versions = Versions(transport, store, self.replicas.apply, frozen=frozen)
+        self._kept = kept
+        for known, label in kept.labels.items() if kept is not None else ():
+            self.replicas.labels.put(known, label)
         self._newest_before = 0  # the newest version that an earlier owner of these engines published, as far as known
         self.external_router: ExternalRouter | None = None
         self._lifecycle = Lifecycle(self.replicas, self._versions, start, restarts)
@@ -93,6 +98,7 @@ class Fleet(FleetClient):
         seed: int = 0,
         *,
         frozen: bool = False,
+        kept: KeptEngines | None = None,
         router: "Callable[[ReplicaSet, EventLog], AbstractAsyncContextManager[ExternalRouter]] | None" = None,
     ) -> "AsyncIterator[Fleet]":
         """Open a fleet of these replicas. When the context ends, the replicas, the transport and the store are closed.
@@ -106,9 +112,10 @@ class Fleet(FleetClient):
             event_log: The event log, which the caller closes. By default events are only counted.
             seed: Decides between equal engines when requests are routed.
             frozen: Refuse every publish.
+            kept: Records the engines, which outlive this process.
             router: Opens an external router in front of the engines.
         """
-        fleet = cls(replicas, transport, store, start, restarts, event_log, seed, frozen=frozen)
+        fleet = cls(replicas, transport, store, start, restarts, event_log, seed, frozen=frozen, kept=kept)
         fleet._lifecycle.begin()
         try:
             if router is None:
@@ -273,11 +280,15 @@ class Fleet(FleetClient):
         with self.event_log.publishing(version, label, lora=lora) as publishing:
             self._versions.require_next(version)
             self.replicas.labels.put(version, label)
+            if self._kept is not None:
+                self._kept.publishing(version)
             try:
                 yield publishing
             finally:
                 if self.version != version:
                     self.replicas.labels.put(version, None)
+                if self._kept is not None:
+                    self._kept.published(self.snapshot.replicas, self.labels)
 
     def _left_out(self) -> tuple[str, ...]:
         return tuple(state.describe() for state in self.snapshot.replicas if not state.usable)
@@ -475,20 +486,8 @@ class Fleet(FleetClient):
         if any(Capability.CHECKSUMS in info.capabilities for info in infos):
             checksums = await asyncio.to_thread(folder_checksums_as, dtypes, folder, checksums)
         origin = Origin(checksums, version, folder, dtypes)
-        changed: list[Replica] = []
-
-        async def compare(replica: Replica) -> None:
-            try:
-                await self._versions.compare(replica, origin, Attested(version))
-            except EngineFailed:
-                if replica.process is not None:  # it was started here from this folder
-                    raise
-                changed.append(replica)
-
-        await self.replicas.each(compare)
         self._versions.begin_with(origin)
-        for replica in changed:
-            await self._versions.recognize(replica)
+        await self.replicas.each(lambda replica: self._versions.recognize(replica, origin))
         reported = [info.weight_version for info in infos if info.weight_version is not None]
         self._newest_before = max([*reported, *self._versions.stored], default=0)
 
@@ -526,6 +525,8 @@ class _Observer:
         if not after.routable or after.version != before.version:
             self._fleet._router.forget(after.name)
         self._fleet._lifecycle.changed(after)
+        if self._fleet._kept is not None:
+            self._fleet._kept.changed(after)
 
     def watching(self, replica: Replica) -> AbstractAsyncContextManager[None]:
         return self._fleet._feeds.listening(replica.engine.name, replica.kv_events)

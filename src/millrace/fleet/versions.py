@@ -111,7 +111,7 @@ class Versions:
 
     @property
     def stored(self) -> Sequence[int]:
-        """The stored versions, the oldest first."""
+        """The stored versions."""
         return self.store.versions if self.store is not None else ()
 
     @property
@@ -123,22 +123,36 @@ class Versions:
         """Set the weights with which the engines start."""
         self._origin, self.last, self._base = origin, origin.version, origin.version
 
-    async def recognize(self, replica: Replica) -> None:
-        """Take an engine into rotation that an earlier owner left, if it holds the last stored version.
+    async def recognize(self, replica: Replica, origin: Origin) -> None:
+        """Take an engine into rotation that holds the weights of the model's folder.
 
-        Otherwise the engine serves after the next publish.
+        An engine that ran before does, too, if it holds the version that its owner's record says, or the last stored
+        one. Otherwise it serves after the next publish. Raises EngineFailed if an engine that was started here holds
+        other weights.
         """
-        name, version = replica.engine.name, replica.info.weight_version
-        if version is None or self.store is None or not self.store.is_last(version, await replica.engine.checksums()):
-            logger.warning(
-                "%s serves after the next publish: it holds neither the weights of the model's folder nor the last "
-                "stored version",
-                name,
-            )
+        name, reported, store = replica.engine.name, replica.info.weight_version, self.store
+        if not replica.found:
+            await self.compare(replica, origin, Attested(origin.version))
             return
-        logger.info("%s holds version %d, which is the last stored one", name, version)
-        self.last = self._base = version
-        await self._apply(name, Attested(version))
+        knows = Capability.CHECKSUMS in replica.info.capabilities
+        known = reported is not None and reported == replica.held
+        if knows and not known and store is not None and reported is not None:
+            known = store.is_last(reported, await replica.engine.checksums())
+        if known and reported is not None:
+            self.last = self._base = max(reported, self.last or 0)
+            await self._apply(name, Attested(reported))
+            return
+        if not knows:
+            logger.info("%s serves after the next publish: it can't say which weights it holds", name)
+            return
+        reason = f"it reports version {reported}, and the model's folder has version {origin.version}"
+        if reported in (None, origin.version):
+            try:
+                await self.compare(replica, origin, Attested(origin.version))
+                return
+            except EngineFailed as error:
+                reason = str(error)
+        logger.warning("%s serves after the next publish: %s", name, reason)
 
     async def publish_whole(
         self,
