@@ -44,6 +44,13 @@ def test_a_trainer_without_an_event_loop(tiny_model: Path, tmp_path: Path) -> No
         assert repr(fleet._wrapped.replicas) == "<OwnedReplicaSet of 1 engine: 1 ready>"
         assert repr(replica) == f"<Replica embedded-0 at {state.url}>"
         assert repr(replica.engine) == f"<EmbeddedEngine embedded-0 at {state.url}>"
+        with fleet.share() as shared, sync.follow_fleet(shared.url, shared.key) as follower:
+            assert fleet.publish(tensors, label="step 2").version == 2
+            follower.reached(2, deadline=20)
+            assert follower.generate(request, deadline=20).version_spans == (VersionSpan(2, 0, 8),)
+            assert (follower.version, follower.labels, follower.asleep) == (2, {2: "step 2"}, False)
+            with pytest.raises(PublishError, match="this process follows the fleet"):
+                follower.publish(tensors)
 
 
 def test_the_module_exports_only_its_own() -> None:

@@ -15,10 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "src/millrace/sync.py"
-OPEN_FLEET = "src/millrace/fleet/local.py"
+OPENERS = {  # the functions that open a fleet: the source of each, and the class of its result
+    "open_fleet": ("src/millrace/fleet/local.py", "Fleet"),
+    "follow_fleet": ("src/millrace/fleet/follower.py", "Follower"),
+}
 CLASSES = {  # each class, with the classes that it inherits from
     "Engine": [("Engine", "src/millrace/engines/base.py")],
     "Fleet": [("FleetClient", "src/millrace/fleet/client.py"), ("Fleet", "src/millrace/fleet/fleet.py")],
+    "Follower": [("FleetClient", "src/millrace/fleet/client.py"), ("Follower", "src/millrace/fleet/follower.py")],
 }
 LEFT_OUT = {"open", "attest", "engines"}  # open_fleet does the first two; the third returns async objects
 
@@ -33,15 +37,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from millrace.engines import base
-from millrace.fleet import fleet, local
+from millrace.fleet import fleet, follower, local
 from millrace.http.portal import Portal
 """
 OPEN_BODY = """\
     with Portal() as portal:
-        manager = local.open_fleet({arguments})
+        manager = {module}.{name}({arguments})
         opened = portal.call(manager.__aenter__())
         try:
-            yield Fleet(portal, opened)
+            yield {result}(portal, opened)
         finally:
             portal.call(manager.__aexit__(None, None, None))
 """
@@ -69,21 +73,34 @@ STREAM_BODY = """
         finally:
             self._portal.call(stream.aclose())
 """
+CONTEXT_BODY = """\
+        manager = self._wrapped.{name}({arguments})
+        opened = self._portal.call(manager.__aenter__())
+        try:
+            yield opened
+        finally:
+            self._portal.call(manager.__aexit__(None, None, None))
+"""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def generate() -> str:
     """Return the source of sync.py, formatted."""
-    local = ast.parse((ROOT / OPEN_FLEET).read_text())
-    [open_fleet] = [n for n in local.body if isinstance(n, ast.AsyncFunctionDef) and n.name == "open_fleet"]
-    parts, trees = [blocking_open_fleet(open_fleet)], [local]
+    paths = [path for path, _ in OPENERS.values()] + [path for sources in CLASSES.values() for _, path in sources]
+    trees = {path: ast.parse((ROOT / path).read_text()) for path in paths}
+    parts = []
+    for name, (path, result) in OPENERS.items():
+        [opener] = [n for n in trees[path].body if isinstance(n, ast.AsyncFunctionDef) and n.name == name]
+        parts.append(blocking_opener(opener, Path(path).stem, result))
     for name, sources in CLASSES.items():
         parts.append(CLASS.format(name=name, module=Path(sources[-1][1]).stem))
+        methods: dict[str, Function] = {}
         for source_name, path in sources:
-            tree = ast.parse((ROOT / path).read_text())
-            [definition] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == source_name]
-            parts += map(blocking_method, public_methods(definition))
-            trees.append(tree)
+            [definition] = [n for n in trees[path].body if isinstance(n, ast.ClassDef) and n.name == source_name]
+            for method in public_methods(definition):
+                if method.name not in methods or ast.get_docstring(method):  # otherwise the docstring is inherited
+                    methods[method.name] = method
+        parts += map(blocking_method, methods.values())
     body = "".join(parts)
     public = f"\n\n__all__ = {sorted(['open_fleet', *CLASSES])!r}\n\n"
     source = DOC + FIXED_IMPORTS + imports_for(body, trees) + public + body
@@ -95,10 +112,11 @@ def ruff(command: str, source: str, *options: str) -> str:
     return subprocess.run(line, input=source, text=True, capture_output=True, check=True, cwd=ROOT).stdout
 
 
-def blocking_open_fleet(node: ast.AsyncFunctionDef) -> str:
+def blocking_opener(node: ast.AsyncFunctionDef, module: str, result: str) -> str:
     doc = blocking_doc(node)
-    head = f'@contextmanager\ndef open_fleet({ast.unparse(node.args)}) -> "Iterator[Fleet]":\n    """{doc}"""\n'
-    return head + OPEN_BODY.format(arguments=passed_on(node.args.args, node.args.kwonlyargs))
+    head = f'@contextmanager\ndef {node.name}({ast.unparse(node.args)}) -> "Iterator[{result}]":\n    """{doc}"""\n'
+    body = OPEN_BODY.format(module=module, name=node.name, arguments=passed_on(node.args), result=result)
+    return f"{head}{body}\n\n"
 
 
 def blocking_doc(node: Function) -> str | None:
@@ -112,12 +130,15 @@ def public_methods(definition: ast.ClassDef) -> list[Function]:
     return [node for node in methods if not node.name.startswith("_") and node.name not in LEFT_OUT]
 
 
-def passed_on(positional: list[ast.arg], keywords: list[ast.arg]) -> str:
-    return ", ".join([a.arg for a in positional] + [f"{a.arg}={a.arg}" for a in keywords])
+def passed_on(node: ast.arguments) -> str:
+    """Return the arguments of a call that passes on all arguments of a function or method."""
+    positional = [a.arg for a in node.args if a.arg != "self"] + ([f"*{node.vararg.arg}"] if node.vararg else [])
+    named = [f"{a.arg}={a.arg}" for a in node.kwonlyargs] + ([f"**{node.kwarg.arg}"] if node.kwarg else [])
+    return ", ".join(positional + named)
 
 
 def blocking_method(node: Function) -> str:
-    arguments = passed_on(node.args.args[1:], node.args.kwonlyargs)
+    arguments, decorators = passed_on(node.args), {ast.unparse(one) for one in node.decorator_list}
     returns = ast.unparse(node.returns) if node.returns else "None"
     doc = blocking_doc(node)
     text = f'        """{doc}"""\n' if doc else ""
@@ -129,23 +150,25 @@ def blocking_method(node: Function) -> str:
         item = returns.removeprefix("AsyncGenerator[").removesuffix(", None]")
         body = STREAM_BODY.format(name=node.name, arguments=arguments, item=item)
         return f"\n    {head} -> Iterator[{item}]:\n{text}{body}"
+    if "asynccontextmanager" in decorators:
+        result = returns.removeprefix("AsyncIterator[").removesuffix("]")
+        body = CONTEXT_BODY.format(name=node.name, arguments=arguments)
+        return f"\n    @contextmanager\n    {head} -> Iterator[{result}]:\n{text}{body}"
     if isinstance(node, ast.FunctionDef):
         decorator = "    @property\n" if "property" in decorators else ""
         call = f"self._wrapped.{node.name}" + ("" if decorator else f"({arguments})")
     else:
         decorator = ""
         call = f"self._portal.call(self._wrapped.{node.name}({arguments}))"
-    result = call if returns == "None" else f"return {call}"
+    result = call if returns in ("None", "NoReturn") else f"return {call}"
     return f"\n{decorator}    {head} -> {returns}:\n{text}        {result}\n"
 
 
-def imports_for(body: str, trees: list[ast.Module]) -> str:
+def imports_for(body: str, trees: dict[str, ast.Module]) -> str:
     """Return the sources' imports, and their own constants and types, that `body` uses."""
     used = names_in(ast.parse(body))
     lines, typing_only = set(), set()
-    for tree, path in zip(
-        trees, [OPEN_FLEET, *(path for sources in CLASSES.values() for _, path in sources)], strict=True
-    ):
+    for path, tree in trees.items():
         module = path.removeprefix("src/").removesuffix(".py").replace("/", ".")
         for node in tree.body:
             if isinstance(node, ast.If):  # TYPE_CHECKING
@@ -156,7 +179,7 @@ def imports_for(body: str, trees: list[ast.Module]) -> str:
                 }
             else:
                 lines |= imported(node, used)
-    known = {"Fleet", "Engine", "Iterator"}
+    known = {"Fleet", "Follower", "Engine", "Iterator"}
     lines = {line for line in lines if line.rpartition(" ")[2] not in known}
     block = "\n".join(sorted(lines))
     if typing_only - lines:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from millrace.config.engines import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
     from millrace.fleet.fleet import Fleet
+    from millrace.fleet.follower import Follower, follow_fleet
     from millrace.fleet.local import open_fleet
     from millrace.fleet.many import Completion
     from millrace.types import GenerateRequest, Generation, LoraConfig, RoutingContext, SamplingParams, VersionSpan
@@ -18,6 +19,7 @@ _MODULES = {
     "LoraConfig": "millrace.types",
     "EmbeddedEngineConfig": "millrace.config.engines",
     "Fleet": "millrace.fleet.fleet",
+    "Follower": "millrace.fleet.follower",
     "GenerateRequest": "millrace.types",
     "Generation": "millrace.types",
     "RoutingContext": "millrace.types",
@@ -25,6 +27,7 @@ _MODULES = {
     "SamplingParams": "millrace.types",
     "VersionSpan": "millrace.types",
     "VLLMEngineConfig": "millrace.config.engines",
+    "follow_fleet": "millrace.fleet.follower",
     "open_fleet": "millrace.fleet.local",
 }
 
@@ -32,6 +35,7 @@ __all__ = [
     "Completion",
     "EmbeddedEngineConfig",
     "Fleet",
+    "Follower",
     "GenerateRequest",
     "Generation",
     "LoraConfig",
@@ -41,6 +45,7 @@ __all__ = [
     "VLLMEngineConfig",
     "VersionSpan",
     "__version__",
+    "follow_fleet",
     "open_fleet",
 ]
 

@@ -12,7 +12,7 @@ from millrace.config import EmbeddedEngineConfig
 from millrace.config.engines import SGLangEngineConfig
 from millrace.config.routers import SGLangRouterConfig
 from millrace.errors import ConfigError, LaunchError
-from millrace.fleet.follower import Follower
+from millrace.fleet.follower import follow_fleet
 from millrace.fleet.local import open_fleet
 from millrace.http.hosts import require_known
 from millrace.launch.ports import free_port
@@ -45,7 +45,7 @@ async def test_a_fleet_names_the_setting(tiny_model: Path, tmp_path: Path, setti
 
 async def test_a_follower_names_its_argument() -> None:
     with pytest.raises(ConfigError, match=f"^url: {SAYS}"):
-        async with Follower.open(UNKNOWN, "key"):
+        async with follow_fleet(UNKNOWN, "key"):
             pass
 
 

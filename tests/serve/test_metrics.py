@@ -333,8 +333,10 @@ LOAD = EngineLoad(running_requests=0, waiting_requests=2, used_tokens=50, max_to
 
 @pytest.mark.asyncio(loop_scope="function")
 async def test_the_table_shows_no_figure_for_an_unknown_value() -> None:
-    idle = EngineView("e0", "http://e0", Phase.READY, True, 7, 0, (), None, 0, LOAD, None, 0.25, 3)
-    silent = EngineView("[e1]", "http://e1", Phase.SUSPECT, False, None, None, (), None, 9, None, "it hangs", None, 0)
+    idle = EngineView("e0", "http://e0", Phase.READY, True, 7, None, 0, (), None, 0, LOAD, None, 0.25, 3)
+    silent = EngineView(
+        "[e1]", "http://e1", Phase.SUSPECT, False, None, None, None, (), None, 9, None, "it hangs", None, 0
+    )
     event = Entry(0.0, "publish_failed", None, {"reason": "[red]none took it", "version": 8})
     text = drawn(FleetView(0.0, 7, (idle, silent), (event,)), trouble="as of 9 s ago: gone")
     rows = {words[0]: words[1:] for line in text.splitlines() if (words := line.split())}

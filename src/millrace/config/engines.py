@@ -32,11 +32,18 @@ class ReplicatedConfig(Model):
         tuple[PositiveInt, ...] | None, Flag("sglang", "--port", passed=False), Flag("vllm", "--port", passed=False)
     ] = None
     """One port for each replica. None picks free ports."""
+    urls: tuple[str, ...] | None = None
+    """Running servers to attach to, one for each replica. Their keys come from MILLRACE_ENGINE_API_KEY and
+    MILLRACE_ENGINE_ADMIN_API_KEY."""
     start_timeout: PositiveFloat = 60.0
     """Seconds until a server must be healthy."""
 
     @model_validator(mode="after")
-    def _check_ports(self) -> Self:
+    def _check_places(self) -> Self:
+        if self.urls is not None and len(self.urls) != self.replicas:
+            raise ValueError(
+                f"urls names {len(self.urls)} servers for {self.replicas} replicas; set replicas to {len(self.urls)}"
+            )
         if self.ports is not None and len(self.ports) != self.replicas:
             raise ValueError(
                 f"ports names {len(self.ports)} ports for {self.replicas} replicas; give each a port, or leave it out"
@@ -63,8 +70,7 @@ class StockEngineConfig(ReplicatedConfig):
     """The settings that SGLang and vLLM share.
 
     Millrace starts a stock engine from the environment that `millrace engines install` made, or with the interpreter
-    `python`. With `urls` it attaches to running servers instead, whose keys are read from MILLRACE_ENGINE_API_KEY and
-    MILLRACE_ENGINE_ADMIN_API_KEY.
+    `python`. With `urls` it attaches to running servers instead.
     """
 
     version: str
@@ -74,9 +80,6 @@ class StockEngineConfig(ReplicatedConfig):
     python: LocalPath | None = None
     """A Python interpreter with the engine installed. None uses the environment that `millrace engines install`
     made."""
-    urls: tuple[str, ...] | None = None
-    """Running servers to attach to, one for each replica. Their keys come from MILLRACE_ENGINE_API_KEY and
-    MILLRACE_ENGINE_ADMIN_API_KEY."""
     tp_size: Annotated[
         PositiveInt,
         Flag("sglang", "--tp-size", "--tensor-parallel-size"),
@@ -140,10 +143,6 @@ class StockEngineConfig(ReplicatedConfig):
     def _check_servers(self) -> Self:
         if self.urls is not None and self.python is not None:
             raise ValueError("urls attaches to running servers and python launches new ones; give one of them")
-        if self.urls is not None and len(self.urls) != self.replicas:
-            raise ValueError(
-                f"urls names {len(self.urls)} servers for {self.replicas} replicas; set replicas to {len(self.urls)}"
-            )
         if self.node_rank is not None and self.node_rank >= self.nnodes:
             raise ValueError(f"node_rank {self.node_rank} is not below nnodes {self.nnodes}")
         if self.node_rank is not None and self.nnodes > 1 and self.dist_init_addr is None:

@@ -1,10 +1,13 @@
 """Requests to the engines of a fleet, from the process that owns the fleet or from one that follows it."""
 
+import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal, overload
 
 from millrace import arguments
@@ -12,6 +15,7 @@ from millrace.engines.base import Engine
 from millrace.errors import ArgumentError, EngineFailed, EngineUnreachable, MillraceError, NoEngineError
 from millrace.fleet.attempts import Attempts, generate_whole
 from millrace.fleet.event_log import Asked, EventLog
+from millrace.fleet.labels import Label
 from millrace.fleet.many import Completion, as_completed, samples_of
 from millrace.fleet.replica_state import ReplicaState, Snapshot
 from millrace.fleet.replicas import ReplicaSet
@@ -21,7 +25,7 @@ from millrace.types import ANYWHERE, GenerateRequest, Generation, RoutingContext
 ASSUMED_RUNNING = 256  # requests that an engine runs at once if it does not say
 
 
-class FleetClient:
+class FleetClient(ABC):
     """Sends requests to the engines of a fleet. All methods belong to one event loop.
 
     `replicas`: this process's view of the engines. `event_log`: the event log of this process.
@@ -40,6 +44,21 @@ class FleetClient:
     def snapshot(self) -> Snapshot:
         """The states of all engines now."""
         return self.replicas.snapshot
+
+    @property
+    @abstractmethod
+    def version(self) -> int | None:
+        """The number of the last published version: that of the model's folder before the first publish."""
+
+    @property
+    def labels(self) -> Mapping[int, Label]:
+        """The trainer's own names for the last published versions, by version. Versions without one are missing.
+
+        A generation's spans have versions, so this finds the trainer's steps that made its tokens:
+
+            steps = {fleet.labels.get(span.version) for span in generation.version_spans}
+        """
+        return MappingProxyType(self.replicas.labels)
 
     @property
     def context_length(self) -> int:
@@ -61,11 +80,22 @@ class FleetClient:
         """Whether memory of the engines is released, so that they do not generate."""
         return bool(self.replicas.asleep)
 
-    async def awake(self) -> None:
-        """Wait until the fleet is woken, without a deadline."""
-        self._require_open()
-        async with self.replicas.changed:
-            await self.replicas.changed.wait_for(lambda: not self.replicas.asleep)
+    async def awake(self, *, deadline: float | None = None) -> None:
+        """Wait until the fleet is awake. Raises TimeoutError after `deadline` seconds; None waits without a limit."""
+        await self._until_sleeping(False, deadline)
+
+    async def slept(self, *, deadline: float | None = None) -> None:
+        """Wait until the fleet sleeps. Raises TimeoutError after `deadline` seconds; None waits without a limit."""
+        await self._until_sleeping(True, deadline)
+
+    async def _until_sleeping(self, sleeping: bool, deadline: float | None) -> None:
+        self._require_open(0.0 if deadline is None else deadline)
+        try:
+            async with asyncio.timeout(deadline), self.replicas.changed:
+                await self.replicas.changed.wait_for(lambda: self.asleep is sleeping)
+        except TimeoutError:
+            state = "asleep" if sleeping else "awake"
+            raise TimeoutError(f"the fleet was not {state} within {deadline} s: {self.snapshot.describe()}") from None
 
     @property
     def interrupted(self) -> bool:
@@ -82,6 +112,15 @@ class FleetClient:
         """Wait up to `deadline` seconds until an engine takes requests. Raises NoEngineError if none does."""
         self._require_open(deadline)
         await self.replicas.until(lambda: bool(self.snapshot.routable), deadline)
+
+    async def reached(self, version: int, *, deadline: float) -> None:
+        """Wait until an engine serves `version` or a later one.
+
+        Raises NoEngineError if none does within `deadline` seconds, or if no engine is left.
+        """
+        self._require_open(deadline)
+        wanted = RoutingContext(min_version=version)
+        await self.replicas.until(lambda: bool(admissible(self.snapshot, wanted)), deadline, wanted.describe())
 
     async def generate(
         self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE, retries: int = 0
@@ -317,7 +356,7 @@ class FleetClient:
         running = [replica.info.max_running or ASSUMED_RUNNING for replica in self.replicas.by_name.values()]
         return 2 * max(sum(running), 1)
 
-    def _require_published(self) -> None:
+    def _require_published(self) -> None:  # noqa: B027
         """Raises NoEngineError if no engine can serve before a publish. A fleet that publishes overrides this."""
 
     def _using(self, engine: str, lora: str | None, request_id: str) -> AbstractContextManager[None]:  # noqa: ARG002

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from millrace.errors import DataError, EngineRefused, EngineTimeout, LocalError, NoEngineError
+from millrace.fleet.labels import Label
 from millrace.fleet.replica_state import Phase, ReplicaState
 from millrace.fleet.routing import Why
 from millrace.jsonl import drop_torn_tail
@@ -234,14 +235,14 @@ class EventLog:
         self._ended(asked, Outcome.ABORTED if aborted else Outcome.FINISHED, time.monotonic() - started, None)
 
     @contextmanager
-    def publishing(self, version: int, *, lora: bool = False) -> Iterator[Publishing]:
+    def publishing(self, version: int, label: Label | None = None, *, lora: bool = False) -> Iterator[Publishing]:
         """Return a context for the publish of one version, and record its outcome."""
         publishing = Publishing()
         what = "adapter" if lora else "weights"
         try:
             yield publishing
         except BaseException as error:
-            self.emit("publish_failed", version=version, what=what, reason=reason_of(error))
+            self.emit("publish_failed", version=version, label=label, what=what, reason=reason_of(error))
             raise
         if publishing.report is not None:
             self._published(publishing.report, what)
@@ -310,6 +311,7 @@ class EventLog:
         self.emit(
             "publish",
             version=report.version,
+            label=report.label,
             what=what,
             nbytes=report.nbytes,
             seconds=round(report.seconds, 4),

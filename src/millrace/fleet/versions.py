@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.engines.start import Replica
-from millrace.errors import DataError, EngineError, PublishError
+from millrace.errors import DataError, EngineError, EngineFailed, PublishError
 from millrace.fleet.lora import PublishedLoras, read_lora
 from millrace.fleet.origin import Origin
 from millrace.fleet.replica_state import Attested, Based, Event, Quarantined, WeightsLost, verdict
 from millrace.fleet.republish import Republishable
 from millrace.imports import needs_extra
-from millrace.types import LoraConfig
+from millrace.types import Capability, LoraConfig
 from millrace.weights.cast import Dtypes, cast, dtypes_of
 from millrace.weights.fingerprint import Fingerprint
 from millrace.weights.folder import FolderTensors
@@ -82,9 +82,19 @@ class Versions:
         return self._base is not None and (self._origin is None or self._base != self._origin.version)
 
     @property
+    def last(self) -> int | None:
+        """The last version, whole or an adapter."""
+        return self.loras.current.version if self.loras.current is not None else self._base
+
+    @property
     def publishing(self) -> bool:
         """Whether a version is being published."""
         return self._publishing
+
+    @property
+    def stored(self) -> Sequence[int]:
+        """The stored versions."""
+        return self.store.versions if self.store is not None else ()
 
     @property
     def dtypes(self) -> Dtypes | None:
@@ -94,6 +104,37 @@ class Versions:
     def begin_with(self, origin: Origin) -> None:
         """Set the weights with which the engines start."""
         self._origin, self._base = origin, origin.version
+
+    async def recognize(self, replica: Replica, origin: Origin) -> None:
+        """Take an engine into rotation that holds the weights of the model's folder.
+
+        An engine that ran before does, too, if it holds the version that its owner's record says, or the last stored
+        one. Otherwise it serves after the next publish. Raises EngineFailed if an engine that was started here holds
+        other weights.
+        """
+        name, reported, store = replica.engine.name, replica.info.weight_version, self.store
+        if not replica.found:
+            await self.compare(replica, origin, Attested(origin.version))
+            return
+        knows = Capability.CHECKSUMS in replica.info.capabilities
+        known = reported is not None and reported == replica.held
+        if knows and not known and store is not None and reported is not None:
+            known = store.is_last(reported, await replica.engine.checksums())
+        if known and reported is not None:
+            self._base = max(reported, self._base or 0)
+            await self._apply(name, Attested(reported))
+            return
+        if not knows:
+            logger.info("%s serves after the next publish: it can't say which weights it holds", name)
+            return
+        reason = f"it reports version {reported}, and the model's folder has version {origin.version}"
+        if reported in (None, origin.version):
+            try:
+                await self.compare(replica, origin, Attested(origin.version))
+                return
+            except EngineFailed as error:
+                reason = str(error)
+        logger.warning("%s serves after the next publish: %s", name, reason)
 
     async def publish_whole(
         self,
@@ -106,7 +147,7 @@ class Versions:
         require_finite: bool,
     ) -> PublishReport:
         """See `Fleet.publish`. `targets` returns the engines, and raises if there are none."""
-        self._require_next(version)
+        self.require_next(version)
         source = given.opened()
         transport = self._require_transport()
         if self.store is not None and source.once:
@@ -142,7 +183,7 @@ class Versions:
         require_finite: bool,
     ) -> PublishReport:
         """See `Fleet.publish_lora`. `bases` returns the whole version that each engine holds."""
-        self._require_next(version)
+        self.require_next(version)
         engines, started = targets(), time.monotonic()
         async with self._alone():
             named = await asyncio.to_thread(self._checked, source, config, engines, require_finite)
@@ -380,12 +421,11 @@ class Versions:
             )
         return self.transport
 
-    def _require_next(self, version: int) -> None:
+    def require_next(self, version: int) -> None:
         """Raises PublishError if the version can't be published now."""
         if self.frozen:
             raise PublishError("this fleet is frozen, as a judge's is: nothing can be published to it")
         if self._publishing:
             raise PublishError(f"version {version} can't be published while another version is being published")
-        last = self.loras.current.version if self.loras.current is not None else self._base
-        if last is not None and version <= last:
-            raise PublishError(f"version {version} is not newer than version {last}, which was published before")
+        if self.last is not None and version <= self.last:
+            raise PublishError(f"version {version} is not newer than version {self.last}, which was published before")

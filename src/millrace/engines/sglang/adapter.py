@@ -56,9 +56,8 @@ class SGLangEngine(StockEngine[Facts]):
         # collector, which takes half a second without it.
         await self._resume_server()
         await self._control("/freeze_gc", {}, repeatable=True)
-        self._dangling = version is None
         if version is None:
-            await self._unload_leftover_loras()
+            await self._attach()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
         await self._retry_until_idle("/flush_cache", {}, deadline)

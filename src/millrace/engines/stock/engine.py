@@ -63,6 +63,12 @@ class StockEngine(StockServer[AnyFacts]):
         self._sent: set[str] = set()  # the tensors of the open update that were sent
         self._loaded: set[str] = set()  # those of them that the server confirmed
 
+    async def _attach(self) -> None:
+        """Prepare for a server that another process started, and whose last trainer may have died in an update."""
+        self._dangling = True
+        await self._remember_version()
+        await self._unload_leftover_loras()
+
     @property
     def state(self) -> ServerState:
         """The state of the server, as this adapter's calls left it."""
@@ -155,7 +161,9 @@ class StockEngine(StockServer[AnyFacts]):
     async def begin_update(self, version: int) -> None:
         async with self._control_call():
             before = self.state
-            await self._calls.enter(before.beginning(version))
+            after = before.beginning(version)
+            await self._require_only_owner()
+            await self._calls.enter(after)
             try:
                 if not before.asleep:
                     await self._interrupt()
@@ -192,7 +200,9 @@ class StockEngine(StockServer[AnyFacts]):
             after, version = self.state.committing(), self.state.updating
             assert version is not None
             check_whole(self._loaded, (await self._facts()).model.shapes)
+            await self._require_only_owner()
             await self._commit(version)
+            self._left_at = version
             self._loras.detach_all()
             self._calls.rewrite(self._loras.served)
             await self._enter(after)

@@ -62,8 +62,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             await self._name_version(version)
         else:
             self._version = await self._served_version()
-            self._dangling = True
-            await self._unload_leftover_loras()
+            await self._attach()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
         end = time.monotonic() + deadline
