@@ -93,8 +93,8 @@ def test_many_requests_from_many_threads(tiny_model: Path, tmp_path: Path) -> No
 
         items = list(fleet.stream(GenerateRequest((3, 5), sampling), deadline=20))
         assert items[-1].output_ids in found[0]
-        [made] = fleet.generate_all([GenerateRequest((3, 5), sampling)], deadline=20, retries=1)
-        assert made.output_ids == items[-1].output_ids
+        [again] = fleet.generate_all([GenerateRequest((3, 5), sampling)], deadline=20, retries=1)
+        assert again.output_ids == items[-1].output_ids
 
         for completion in fleet.generate_many(itertools.repeat(GenerateRequest((3,), sampling)), n=2, deadline=20):
             assert completion.error is None or "in flight" in str(completion.error)

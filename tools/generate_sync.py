@@ -94,13 +94,16 @@ def generate() -> str:
         parts.append(blocking_opener(opener, Path(path).stem, result))
     for name, sources in CLASSES.items():
         parts.append(CLASS.format(name=name, module=Path(sources[-1][1]).stem))
-        methods: dict[str, Function] = {}
+        methods: dict[str, list[Function]] = {}  # by name; several if it is overloaded
         for source_name, path in sources:
             [definition] = [n for n in trees[path].body if isinstance(n, ast.ClassDef) and n.name == source_name]
+            own: dict[str, list[Function]] = {}
             for method in public_methods(definition):
-                if method.name not in methods or ast.get_docstring(method):  # otherwise the docstring is inherited
-                    methods[method.name] = method
-        parts += map(blocking_method, methods.values())
+                own.setdefault(method.name, []).append(method)
+            for method_name, same in own.items():
+                if method_name not in methods or ast.get_docstring(same[-1]):  # otherwise the docstring is inherited
+                    methods[method_name] = same
+        parts += [blocking_method(method) for same in methods.values() for method in same]
     body = "".join(parts)
     public = f"\n\n__all__ = {sorted(['open_fleet', *CLASSES])!r}\n\n"
     source = DOC + FIXED_IMPORTS + imports_for(body, trees) + public + body

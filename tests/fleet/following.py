@@ -12,9 +12,8 @@ from millrace.sync import follow_fleet
 with follow_fleet(sys.argv[1], sys.argv[2]) as fleet:
     print(json.dumps({"version": fleet.version}), flush=True)
     for line in sys.stdin:
-        request = GenerateRequest(
-            line.strip(), (5, 17, 300, 42, 8), SamplingParams(12, temperature=0.0, ignore_eos=True)
-        )
+        sampling = SamplingParams(12, temperature=0.0, ignore_eos=True)
+        request = GenerateRequest((5, 17, 300, 42, 8), sampling, request_id=line.strip())
         made = fleet.generate(request, deadline=60.0)
         spans = [[span.version, fleet.labels.get(span.version or 0), span.end] for span in made.version_spans]
         print(json.dumps({"ids": made.output_ids, "spans": spans, "version": fleet.version}), flush=True)

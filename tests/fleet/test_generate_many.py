@@ -13,13 +13,12 @@ import pytest_asyncio
 
 from millrace.errors import ArgumentError, EngineRefused, EngineUnreachable, NoEngineError
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.follower import Follower
+from millrace.fleet.follower import follow_fleet
 from millrace.fleet.local import open_fleet
 from millrace.fleet.replica_state import Phase
 from millrace.fleet.routing import Why
 from millrace.types import FinishReason, GenerateRequest, RoutingContext, SamplingParams
 from tests.fleet.test_fleet import CONFIG, PROMPT, embedded, greedy, idle
-from tests.fleet.test_follower import KEY, owned
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 END = 60.0
@@ -158,7 +157,7 @@ async def test_closing_a_stream_aborts_its_request(fleet: Fleet) -> None:
 
 
 async def test_a_follower_has_all_of_it(fleet: Fleet) -> None:
-    async with owned(fleet) as url, Follower.open(url, KEY) as follower:
+    async with fleet.share() as shared, follow_fleet(shared.url, shared.key) as follower:
         completions = [one async for one in follower.generate_many([greedy("f"), IMPOSSIBLE], n=2, deadline=END)]
         assert sorted(one.error is None for one in completions) == [False, False, True, True]
         items = [one async for one in follower.stream(greedy("g"), deadline=END)]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from millrace.config.models import EmbeddedEngineConfig, EngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig
 from millrace.engines.reach import Address, address_of, take_over
 from millrace.engines.start import Replica
 from millrace.errors import ConfigError, DataError, EngineError

@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from millrace.config.models import EngineConfig
+from millrace.config.engines import EngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import Replica, start
 from millrace.errors import LaunchError
