@@ -54,7 +54,7 @@ def test_a_trainer_without_an_event_loop(tiny_model: Path, tmp_path: Path) -> No
 
 
 def test_the_module_exports_only_its_own() -> None:
-    assert sync.__all__ == ["Engine", "Fleet", "open_fleet"]
+    assert sync.__all__ == ["Engine", "Fleet", "Follower", "follow_fleet", "open_fleet"]
 
 
 def test_attaching_to_a_running_engine(tiny_model: Path, tmp_path: Path) -> None:

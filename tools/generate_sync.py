@@ -105,7 +105,7 @@ def generate() -> str:
                     methods[method_name] = same
         parts += [blocking_method(method) for same in methods.values() for method in same]
     body = "".join(parts)
-    public = f"\n\n__all__ = {sorted(['open_fleet', *CLASSES])!r}\n\n"
+    public = f"\n\n__all__ = {sorted([*OPENERS, *CLASSES])!r}\n\n"
     source = DOC + FIXED_IMPORTS + imports_for(body, trees) + public + body
     return ruff("format", ruff("check", source, "--select=I", "--fix-only", "--quiet"))
 

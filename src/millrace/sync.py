@@ -44,7 +44,7 @@ from millrace.weights.source import Tensors
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Engine", "Fleet", "Follower", "open_fleet"]
+__all__ = ["Engine", "Fleet", "Follower", "follow_fleet", "open_fleet"]
 
 
 @contextmanager

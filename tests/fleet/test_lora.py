@@ -227,7 +227,7 @@ async def test_a_third_adapter_waits_for_stragglers_and_then_aborts_them(fleet: 
         (lambda parts: [p for p in parts if "down_proj" not in p[0]], "target_modules names down_proj"),
         (lambda parts: [*parts, parts[0]], "named a tensor twice"),
         (lambda parts: [(n, t.double()) for n, t in parts], "is torch.float64"),
-        (lambda parts: [(n, t * float("nan")) for n, t in parts], "has NaN or infinite values"),
+        (lambda parts: [(n, t * float("nan")) for n, t in parts], "have NaN or infinite values"),
         (lambda parts: [], "has no tensors"),
     ],
     ids=["a", "b", "rank", "width", "module", "target", "name", "absent", "twice", "dtype", "nan", "none"],

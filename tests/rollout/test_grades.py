@@ -38,7 +38,9 @@ class SaysOnly:
     def __init__(self, *tokens: int) -> None:
         self.tokens, self.event_log, self.context_length = tokens, EventLog(), 1000
 
-    async def generate(self, request: GenerateRequest, *, deadline: float, routing: RoutingContext) -> Generation:
+    async def generate(
+        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext, retries: int
+    ) -> Generation:
         logprobs, version_spans = np.zeros(len(self.tokens), np.float32), (VersionSpan(0, 0, len(self.tokens)),)
         made = len(request.input_ids)
         return Generation(request.request_id, self.tokens, logprobs, FinishReason.STOP, version_spans, made, 0)

@@ -89,9 +89,9 @@ def test_a_conversion_keeps_what_is_known() -> None:
     "wrong", [dict(NAMED), "a", None, torch.nn.Linear(1, 1)], ids=["dict", "text", "none", "model"]
 )
 def test_what_are_no_pairs_is_refused(wrong: object) -> None:
-    with pytest.raises(PublishError, match="tensors must be pairs of name and tensor, not a"):
+    with pytest.raises(PublishError, match="tensors must be pairs of name and tensor, and are of type"):
         weight_source(wrong)
-    with pytest.raises(PublishError, match="tensors must be pairs of name and tensor, not a"):
+    with pytest.raises(PublishError, match="tensors must be pairs of name and tensor, and are of type"):
         weight_source(lambda: wrong).opened()
 
 

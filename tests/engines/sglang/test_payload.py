@@ -80,5 +80,5 @@ def test_an_encoded_value_is_read_back_unchanged(value: object) -> None:
 
 
 def test_a_value_that_a_payload_can_not_hold_is_an_error() -> None:
-    with pytest.raises(TypeError, match="can't hold a float"):
+    with pytest.raises(TypeError, match="can't hold a value of type float"):
         encode(1.5)
