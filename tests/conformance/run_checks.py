@@ -11,7 +11,7 @@ from millrace.conformance.attach import find_kind
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import ADMIN_KEY, API_KEY, start
 from millrace.engines.stock.engine import StockEngine
-from millrace.errors import ConfigError
+from millrace.errors import ConfigError, EngineRefused
 from millrace.fleet.fleet import Fleet
 from millrace.types import Capability, DiskBucket, GenerateRequest, SamplingParams
 
@@ -73,8 +73,34 @@ async def check_update_after_a_trainer_died(runner: Runner) -> None:
         assert (await second.info()).weight_version == 101
         request = GenerateRequest((5, 6, 7), SamplingParams(4, temperature=0.0, ignore_eos=True), request_id="after")
         assert len((await second.generate(request, deadline=60)).output_ids) == 4
+        await check_another_owner_is_noticed(second, subject.folder, subject.other)
     finally:
         await second.close()
+
+
+async def check_another_owner_is_noticed(engine: StockEngine, folder: Path, other: Path) -> None:
+    """Of two owners that publish at once, one succeeds. The other one fails, and says why. `engine`: attached."""
+    keys = engine._http._keys
+    third = type(engine)("third", engine.url, api_key=keys["data"], admin_key=keys["control"])
+    try:
+        await third.initialize()
+        await engine.begin_update(102)
+        await engine.load(DiskBucket(str(other)), deadline=60)
+        await third.begin_update(103)
+        await third.load(DiskBucket(str(folder)), deadline=60)
+        await third.commit()
+        says = "another process publishes to it too: it reports weight version 103, and this process left it at 101"
+        with pytest.raises(EngineRefused, match=says):
+            await engine.commit()
+        with pytest.raises(EngineRefused, match="its old weights are overwritten"):
+            await engine.rollback()
+        with pytest.raises(EngineRefused, match=says):
+            await engine.begin_update(104)
+        request = GenerateRequest((5, 6, 7), SamplingParams(4, temperature=0.0, ignore_eos=True))
+        made = await third.generate(request, deadline=60)
+        assert [span.version for span in made.version_spans] == [103]
+    finally:
+        await third.close()
 
 
 async def run_check(runner: Runner, check: Check, lacking: frozenset[str]) -> None:
