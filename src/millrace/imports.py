@@ -16,6 +16,7 @@ EXTRAS: Mapping[str, frozenset[str]] = {
     "ucx": frozenset({"nixl_cu12"}),
     "hub": frozenset({"datasets"}),
     "parquet": frozenset({"pyarrow"}),
+    "mcp": frozenset({"mcp"}),
     "kv-events": frozenset({"zmq", "msgpack"}),
 }  # fmt: skip
 

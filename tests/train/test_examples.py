@@ -1,6 +1,7 @@
 """The examples of tasks of one's own run, here for two steps, and the dry run says what they are."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ async def test_own_reward(tmp_path: Path) -> None:
 async def test_own_tool(tmp_path: Path) -> None:
     _, samples = await run("own_tool", tmp_path, "warmup.steps=2")
     assert all("Tools: note, calculator" in sample["text"] for sample in samples)
+
+
+async def test_mcp_tools(tmp_path: Path) -> None:
+    pytest.importorskip("mcp", reason="the extra millrace[mcp] is not installed")
+    server = f"rollout.tools=[{{mcp: {{command: [{sys.executable}, server.py]}}}}]"
+    _, samples = await run("mcp_tools", tmp_path, "warmup.steps=2", server)
+    assert all("Tools: calculator" in sample["text"] for sample in samples)
 
 
 async def test_text_game(tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ def _look(settings: RunConfig) -> None:
     """Print the settings as YAML, followed by what was found, as comments."""
     with interruptible(lambda: "nothing had been started"), without_collecting():
         from millrace.train.dry_run import look
-    found = look(settings)
+    with interruptible(lambda: "nothing had been started"):
+        found = asyncio.run(look(settings))
     print(dump_config(settings), end="")
     for line in found:
         print(f"# {line}")

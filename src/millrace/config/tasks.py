@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, ValidationInfo, model_validator
 
@@ -21,6 +21,15 @@ def _beside_config(path: str | Path, info: ValidationInfo) -> str | Path:
 # A file: beside the config, or else in the current folder. The second may also be the name of a module.
 FilePath = Annotated[LocalPath, AfterValidator(_beside_config)]
 CodePath = Annotated[PathOrName, AfterValidator(_beside_config)]
+
+
+def _file_beside_config(part: str, info: ValidationInfo) -> str:
+    found = Path(_beside_config(part, info))
+    return str(found) if found.is_file() else part
+
+
+# A part of a command: a file beside the config becomes its path, and the rest stays as it is.
+CommandPart = Annotated[str, AfterValidator(_file_beside_config)]
 
 
 class ColumnsConfig(Model):
@@ -59,14 +68,32 @@ class CodeConfig(Model):
         return _from_text(value)
 
 
+class McpConfig(Model):
+    """An MCP server, all tools of which the model may call. It needs the extra `millrace[mcp]`."""
+
+    command: Annotated[tuple[CommandPart, ...], Field(min_length=1)] | None = None
+    """The command that starts the server, which speaks over its stdin and stdout: `[python, server.py]`. Files are
+    looked for beside the config first."""
+    url: str | None = None
+    """URL of a running server that speaks streamable HTTP, such as `http://127.0.0.1:8000/mcp`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.command is None) == (self.url is None):
+            raise ValueError("an MCP server has either a command or a url")
+        return self
+
+
 class ToolConfig(Model):
-    """A tool that the model may call (docs/tasks.md). `calculator` is short for the built-in tool of this name, and
-    `file.py:name` for path and name."""
+    """A tool that the model may call, or the tools of an MCP server (docs/tasks.md). `calculator` is short for the
+    built-in tool of this name, and `file.py:name` for path and name."""
 
     path: CodePath | None = None
     """A Python file or module, as in `reward`. None is a built-in tool."""
-    name: str
+    name: str | None = None
     """Name of a function, of a subclass of `millrace.rollout.Tool`, or of a built-in tool: `calculator`."""
+    mcp: McpConfig | None = None
+    """An MCP server, in place of path and name."""
     timeout: PositiveFloat | None = None
     """Seconds for each call. None keeps the tool's own, which is 30 unless its class sets another."""
 
@@ -74,6 +101,12 @@ class ToolConfig(Model):
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) and ":" not in value else _from_text(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.mcp is None) == (self.name is None) or (self.mcp is not None and self.path is not None):
+            raise ValueError("a tool has either a name, with or without a path, or an mcp section")
+        return self
 
 
 class EnvironmentConfig(CodeConfig):

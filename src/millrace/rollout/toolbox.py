@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -56,18 +56,27 @@ class ToolKind:
 
 
 def load_tools(configs: Sequence[ToolConfig], calls: Calls) -> dict[str, ToolKind]:
-    """Return the tools of the settings, by the names that the model calls them by.
+    """Return the tools of the settings, except those of MCP servers, by the names that the model calls them by.
 
     Raises ConfigError if one can't be used, or two have one name.
     """
-    kinds: dict[str, ToolKind] = {}
+    kinds = []
     for config in configs:
-        kind = _built_in(config) if config.path is None else _own(config.path, config.name, config.timeout, calls)
-        name = name_in(kind.schema)
-        if name in kinds:
+        if config.name is not None and config.path is not None:
+            kinds.append(_own(config.path, config.name, config.timeout, calls))
+        elif config.name is not None:
+            kinds.append(_built_in(config.name, config.timeout))
+    return by_name(kinds)
+
+
+def by_name(kinds: Iterable[ToolKind]) -> dict[str, ToolKind]:
+    """Return tools by the names in their schemas. Raises ConfigError if two have one name."""
+    named: dict[str, ToolKind] = {}
+    for kind in kinds:
+        if (name := name_in(kind.schema)) in named:
             raise ConfigError(f"rollout.tools: two tools are called {name!r}; give each a name of its own")
-        kinds[name] = kind
-    return kinds
+        named[name] = kind
+    return named
 
 
 @asynccontextmanager
@@ -113,13 +122,13 @@ def name_in(schema: Mapping[str, object]) -> str:
             )
 
 
-def _built_in(config: ToolConfig) -> ToolKind:
-    if config.name not in BUILT_IN:
+def _built_in(name: str, timeout: float | None) -> ToolKind:
+    if name not in BUILT_IN:
         raise ConfigError(
-            f"rollout.tools: no tool is called {config.name!r}; there are: {', '.join(BUILT_IN)}. For one of your own "
-            f"write file.py:{config.name}"
+            f"rollout.tools: no tool is called {name!r}; there are: {', '.join(BUILT_IN)}. For one of your own "
+            f"write file.py:{name}"
         )
-    return _of_class(BUILT_IN[config.name], config.name, config.timeout)
+    return _of_class(BUILT_IN[name], name, timeout)
 
 
 def _own(path: str, name: str, timeout: float | None, calls: Calls) -> ToolKind:

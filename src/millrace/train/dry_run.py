@@ -7,16 +7,18 @@ from millrace.config.models import PretrainedModelConfig, RunConfig
 from millrace.errors import DataError
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.sample import Problem
-from millrace.train.task import Task, load_task, task_chat_format
+from millrace.train.task import Task, load_task, task_chat_format, with_servers
 from millrace.train.tiny import make_tiny_tokenizer
 
 
-def look(config: RunConfig) -> list[str]:
+async def look(config: RunConfig) -> list[str]:
     """Load the data and the user's code, check what can be checked before a run, and return what was found, in lines.
 
-    Nothing of the user's code runs but its imports. Raises ConfigError or DataError as the run would.
+    Nothing of the user's code runs but its imports. MCP servers are asked for their tools. Raises ConfigError or
+    DataError as the run would.
     """
-    task = load_task(config)
+    async with with_servers(load_task(config), config) as task:
+        pass
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(config.model, PretrainedModelConfig):
             model = config.model.path

@@ -35,7 +35,7 @@ from millrace.train.record import RunFolder
 from millrace.train.resizing import resizable
 from millrace.train.start import model_folder
 from millrace.train.summary import Summary
-from millrace.train.task import Task, load_task, task_chat_format
+from millrace.train.task import Task, load_task, task_chat_format, with_servers
 from millrace.train.trainer import Trainer
 from millrace.train.warmup_data import warmup_conversations
 from millrace.train.world import World, join_world
@@ -63,7 +63,19 @@ async def train(
     """
     started = time.monotonic()
     last = _last_checkpoint(config)
-    task = load_task(config)
+    async with with_servers(load_task(config), config) as task:
+        return await _train(config, task, last if resume else None, started, resume, display, reload)
+
+
+async def _train(
+    config: RunConfig,
+    task: Task,
+    last: Path | None,
+    started: float,
+    resume: bool,
+    display: Display,
+    reload: Callable[[], RunConfig] | None,
+) -> Summary | None:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)
@@ -95,7 +107,7 @@ async def train(
                         if reload is not None and isinstance(fleet, Fleet)
                         else nullcontext()
                     ):
-                        await _run(loop, config, content, last if resume else None)
+                        await _run(loop, config, content, last)
                     counts = await ranks.counts(loop.counts)
                     display.phase("ending the engines")
         if world.rank > 0:

@@ -1,6 +1,7 @@
 """The task of a run: its problems, tools, rewards and environment, loaded before anything starts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from millrace.config.models import RunConfig
@@ -12,7 +13,7 @@ from millrace.rollout.environment import EnvironmentKind, load_environment
 from millrace.rollout.reward import require_number
 from millrace.rollout.sample import Problem
 from millrace.rollout.scoring import Rewards, load_rewards
-from millrace.rollout.toolbox import ToolKind, load_tools
+from millrace.rollout.toolbox import ToolKind, by_name, load_tools
 
 RULE = RewardConfig(path="millrace.rollout.reward", name="gsm8k")
 CALCULATOR = ToolConfig(name="calculator")
@@ -67,6 +68,22 @@ def load_task(config: RunConfig) -> Task:
     problems = load_problems(config.data, prompts=alone, check=check)
     held_out = load_problems(config.evaluation.data, held_out=True, prompts=alone, check=check)
     return Task(problems, held_out[: config.evaluation.problems], kinds, rewards, environment)
+
+
+@asynccontextmanager
+async def with_servers(task: Task, config: RunConfig) -> AsyncIterator[Task]:
+    """Yield the task with the tools of its MCP servers, to which it stays connected in the block.
+
+    Raises ConfigError if a server does not answer.
+    """
+    servers = [tool for tool in config.rollout.tools or () if tool.mcp is not None]
+    if not servers:
+        yield task
+        return
+    from millrace.rollout.adapters.mcp import served
+
+    async with served(servers) as kinds:
+        yield replace(task, tools=by_name([*task.tools.values(), *kinds]))
 
 
 def task_chat_format(config: RunConfig, task: Task, model: str) -> ChatFormat:
