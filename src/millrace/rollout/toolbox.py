@@ -62,7 +62,7 @@ def load_tools(configs: Sequence[ToolConfig], calls: Calls) -> dict[str, ToolKin
     """
     kinds: dict[str, ToolKind] = {}
     for config in configs:
-        kind = _built_in(config) if config.path is None else _own(config.path, config.name, config.timeout, calls)
+        kind = _built_in(config) if config.path is None else _own(config, config.path, calls)
         name = name_in(kind.schema)
         if name in kinds:
             raise ConfigError(f"rollout.tools: two tools are called {name!r}; give each a name of its own")
@@ -122,8 +122,13 @@ def _built_in(config: ToolConfig) -> ToolKind:
     return _of_class(BUILT_IN[config.name], config.name, config.timeout)
 
 
-def _own(path: str, name: str, timeout: float | None, calls: Calls) -> ToolKind:
-    code, where = load_code(path, name, "rollout.tools"), f"rollout.tools: {place(path, name)}"
+def tool_kind(code: object, where: str, timeout: float | None, calls: Calls) -> ToolKind:
+    """Return the tool of a function or a subclass of Tool.
+
+    where: its name in error messages. timeout: seconds for each call; None for the tool's own.
+
+    Raises ConfigError if it can't be used.
+    """
     if isinstance(code, type):
         if not issubclass(code, Tool):
             raise ConfigError(f"{where} is a class, but no subclass of millrace.rollout.Tool")
@@ -131,9 +136,13 @@ def _own(path: str, name: str, timeout: float | None, calls: Calls) -> ToolKind:
     if not callable(code):
         raise ConfigError(f"{where} is neither a function nor a subclass of millrace.rollout.Tool")
     schema = _schema_of(code, where)
-    timeout = Tool.timeout if timeout is None else timeout
-    tool = FunctionTool(code, schema, calls, timeout)  # it has no state, so it serves all episodes
-    return ToolKind(schema, lambda: tool)
+    tool = FunctionTool(code, schema, calls, Tool.timeout if timeout is None else timeout)
+    return ToolKind(schema, lambda: tool)  # it has no state, so it serves all episodes
+
+
+def _own(config: ToolConfig, path: str, calls: Calls) -> ToolKind:
+    code, where = load_code(path, config.name, "rollout.tools"), f"rollout.tools: {place(path, config.name)}"
+    return tool_kind(code, where, config.timeout, calls)
 
 
 def _of_class(code: type[Tool], where: str, timeout: float | None) -> ToolKind:
