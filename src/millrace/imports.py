@@ -17,6 +17,7 @@ EXTRAS: Mapping[str, frozenset[str]] = {
     "hub": frozenset({"datasets"}),
     "parquet": frozenset({"pyarrow"}),
     "kv-events": frozenset({"zmq", "msgpack"}),
+    "trl": frozenset({"accelerate", "trl"}),
 }  # fmt: skip
 
 
