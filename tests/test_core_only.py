@@ -76,6 +76,13 @@ def test_a_command_works_without_the_extras_or_names_one(
         assert len(done.stderr.splitlines()) == 1
 
 
+def test_an_integration_names_its_extra(tmp_path: Path) -> None:
+    done = without_extras("import millrace.integrations.trl", tmp_path)
+    assert done.stderr.splitlines()[-1].endswith(
+        "ConfigError: millrace.integrations.trl: trl is not installed: pip install 'millrace[trl]'"
+    )
+
+
 OPEN = """
 import asyncio
 from pathlib import Path

@@ -1,9 +1,11 @@
 """The blocking API is what its generator makes of the async classes, and it works without an event loop."""
 
+import asyncio
 import itertools
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from millrace import EmbeddedEngineConfig, GenerateRequest, SamplingParams, VersionSpan, sync
+from millrace import EmbeddedEngineConfig, Fleet, GenerateRequest, Generation, SamplingParams, VersionSpan, sync
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import ArgumentError, NoEngineError, PublishError
 from millrace.http.portal import Portal
@@ -55,6 +57,28 @@ def test_a_trainer_without_an_event_loop(tiny_model: Path, tmp_path: Path) -> No
 
 def test_the_module_exports_only_its_own() -> None:
     assert sync.__all__ == ["Engine", "Fleet", "Follower", "follow_fleet", "open_fleet"]
+
+
+def test_an_async_function_runs_in_the_fleets_loop(tiny_model: Path, tmp_path: Path) -> None:
+    async def many(fleet: Fleet) -> list[Generation]:
+        requests = [GenerateRequest((5, 17, 42), SamplingParams(8, ignore_eos=True)) for _ in range(3)]
+        return list(await asyncio.gather(*(fleet.generate(request, deadline=20) for request in requests)))
+
+    async def forever(_: Fleet) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    started = threading.Event()
+    config = EmbeddedEngineConfig(kind="embedded", threads=1)
+    with ThreadPoolExecutor(1) as thread:
+        with sync.open_fleet(config, tiny_model, log_dir=tmp_path) as fleet:
+            assert [len(generation.output_ids) for generation in fleet.run(many)] == [8, 8, 8]
+            running = thread.submit(fleet.run, forever)
+            assert started.wait(20)
+        with pytest.raises(CancelledError):  # by the end of the fleet's block
+            running.result(20)
+    with pytest.raises(NoEngineError, match="the fleet is closed"):
+        fleet.run(many)
 
 
 def test_attaching_to_a_running_engine(tiny_model: Path, tmp_path: Path) -> None:

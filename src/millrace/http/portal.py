@@ -17,7 +17,7 @@ class Portal:
         with Portal() as portal:
             result = portal.call(fetch())
 
-    The thread ends with the `with` block.
+    The thread ends with the `with` block, which cancels what still runs.
     """
 
     _closed = False
@@ -30,7 +30,7 @@ class Portal:
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        asyncio.run_coroutine_threadsafe(self._loop.shutdown_asyncgens(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -64,3 +64,11 @@ class Portal:
             future.cancel()
             ended.wait(CANCEL_SECONDS)
             raise
+
+    async def _end(self) -> None:
+        """Cancel the loop's other tasks, whose callers would wait forever for a loop that has stopped."""
+        if rest := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in rest:
+                task.cancel()
+            await asyncio.wait(rest, timeout=CANCEL_SECONDS)
+        await self._loop.shutdown_asyncgens()

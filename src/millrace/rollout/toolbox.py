@@ -131,8 +131,13 @@ def _built_in(name: str, timeout: float | None) -> ToolKind:
     return _of_class(BUILT_IN[name], name, timeout)
 
 
-def _own(path: str, name: str, timeout: float | None, calls: Calls) -> ToolKind:
-    code, where = load_code(path, name, "rollout.tools"), f"rollout.tools: {place(path, name)}"
+def tool_kind(code: object, where: str, timeout: float | None, calls: Calls) -> ToolKind:
+    """Return the tool of a function or a subclass of Tool.
+
+    where: its name in error messages. timeout: seconds for each call; None for the tool's own.
+
+    Raises ConfigError if it can't be used.
+    """
     if isinstance(code, type):
         if not issubclass(code, Tool):
             raise ConfigError(f"{where} is a class, but no subclass of millrace.rollout.Tool")
@@ -140,9 +145,13 @@ def _own(path: str, name: str, timeout: float | None, calls: Calls) -> ToolKind:
     if not callable(code):
         raise ConfigError(f"{where} is neither a function nor a subclass of millrace.rollout.Tool")
     schema = _schema_of(code, where)
-    timeout = Tool.timeout if timeout is None else timeout
-    tool = FunctionTool(code, schema, calls, timeout)  # it has no state, so it serves all episodes
-    return ToolKind(schema, lambda: tool)
+    tool = FunctionTool(code, schema, calls, Tool.timeout if timeout is None else timeout)
+    return ToolKind(schema, lambda: tool)  # it has no state, so it serves all episodes
+
+
+def _own(path: str, name: str, timeout: float | None, calls: Calls) -> ToolKind:
+    code, where = load_code(path, name, "rollout.tools"), f"rollout.tools: {place(path, name)}"
+    return tool_kind(code, where, timeout, calls)
 
 
 def _of_class(code: type[Tool], where: str, timeout: float | None) -> ToolKind:
