@@ -33,7 +33,7 @@ class MillraceCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # verl 
 
     def __init__(self, bucket_size: int, is_master: bool = False) -> None:  # noqa: ARG002  # verl passes it
         self._is_master = is_master
-        self._owned: "OwnedFleet | None" = None
+        self._owned: OwnedFleet | None = None
         self._served: set[int] = set()
 
     def prepare(self) -> Member | None:

@@ -73,6 +73,8 @@ class OwnedFleet:
             )
         finally:
             drain(source)
+        taken = len(report.engines) - len(report.failed)
+        logger.info("version %d has the weights of step %s, on %d engines", report.version, self.step, taken)
         for name, error in report.failed.items():
             logger.warning("%s did not take version %d: %s", name, report.version, error)
         return report

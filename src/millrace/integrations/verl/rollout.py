@@ -1,6 +1,7 @@
-"""The part of a rollout in verl's workers: rank 0 of the actor owns the fleet, and the others help to gather weights."""
+"""A rollout's part in verl's workers: the actor's rank 0 owns the fleet, and the others help to gather weights."""
 
 import asyncio
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,9 @@ from millrace.integrations.verl.tested import require_tested
 from millrace.train.start import model_folder
 
 require_tested()  # verl imports this module when a run asks for it
+
+# verl's own variable for the level of its logs.
+logging.getLogger("millrace").setLevel(os.getenv("VERL_LOGGING_LEVEL", "WARN"))
 
 SERVER = "millrace_server_{}"  # the name of the Ray actor of a replica
 

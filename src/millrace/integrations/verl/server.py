@@ -11,6 +11,7 @@ from typing import Any
 from verl.workers.rollout.replica import TokenOutput
 
 from millrace import Follower, follow_fleet
+from millrace.continuation import Continuation
 from millrace.errors import EngineError, NoEngineError
 from millrace.fleet.attempts import Attempts, generate_whole
 from millrace.integrations.verl.tokens import Limits, output_of, request_of
@@ -75,7 +76,7 @@ class MillraceServer:
         errors if no engine completes the request.
         """
         if image_data or video_data or audio_data:
-            raise ValueError("rollout.name=millrace generates from text only, and the prompt has images, video or sound")
+            raise ValueError("rollout.name=millrace takes text only, and the prompt has images, video or sound")
         end = time.monotonic() + self._serving.timeout
         fleet = await self._followed()
         length = self._serving.context
@@ -87,12 +88,11 @@ class MillraceServer:
         request = request_of(request_id, prompt_ids, params, limits, ignore_eos=self._serving.ignore_eos)
         if not self._admits.is_set():
             if self._rejects:
-                return TokenOutput(token_ids=[], stop_reason="aborted")
+                made = Continuation(request).result
+                return TokenOutput(**output_of(made, fleet.labels, logprobs=False))
             await self._admits.wait()
             end = time.monotonic() + self._serving.timeout
         made = await self._complete(fleet, request, end)
-        if made is None:
-            return TokenOutput(token_ids=[], stop_reason="aborted")
         return TokenOutput(**output_of(made, fleet.labels, logprobs=bool(params.get("logprobs"))))
 
     async def abort_all_requests(self, reject_request: bool = False) -> None:
@@ -131,8 +131,8 @@ class MillraceServer:
         assert self._fleet is not None
         return self._fleet
 
-    async def _complete(self, fleet: Follower, request: GenerateRequest, end: float) -> Generation | None:
-        """Generate, with retries. Returns None if the request was cancelled by `abort_all_requests`."""
+    async def _complete(self, fleet: Follower, request: GenerateRequest, end: float) -> Generation:
+        """Generate, with retries. A request that `abort_all_requests` had to cancel has no tokens."""
         attempts = Attempts(self._serving.retries, fleet.event_log)
 
         async def send(rest: GenerateRequest) -> Generation:
@@ -145,7 +145,7 @@ class MillraceServer:
         finally:
             del self._running[task]
             task.cancel()
-        return None if task.cancelled() else task.result()
+        return Continuation(request).result if task.cancelled() else task.result()
 
 
 async def _abort(engine: Any) -> None:

@@ -62,7 +62,11 @@ def read_settings(rollout: Any) -> RolloutSettings:
 REFUSED: Sequence[tuple[Callable[[Any], bool], str, str]] = (
     (lambda r: r.data_parallel_size > 1, "data_parallel_size", "Millrace runs more replicas instead; leave it at 1"),
     (lambda r: r.expert_parallel_size > 1, "expert_parallel_size", "set custom.engine.ep_size instead"),
-    (lambda r: r.pipeline_model_parallel_size > 1, "pipeline_model_parallel_size", "it is not supported; leave it at 1"),
+    (
+        lambda r: r.pipeline_model_parallel_size > 1,
+        "pipeline_model_parallel_size",
+        "leave it at 1",
+    ),
     (lambda r: bool(r.quantization), "quantization", "set custom.engine.engine_args.quantization instead"),
     (lambda r: r.enable_rollout_routing_replay, "enable_rollout_routing_replay", "Millrace returns no routed experts"),
     (lambda r: r.mtp.enable_rollout, "mtp.enable_rollout", "set speculative decoding in custom.engine.engine_args"),
@@ -106,9 +110,7 @@ def engine_of(
     return engine
 
 
-def _defaults(
-    given: Mapping[str, Any], rollout: Any, devices: Sequence[str] | None, sleeps: bool
-) -> dict[str, Any]:
+def _defaults(given: Mapping[str, Any], rollout: Any, devices: Sequence[str] | None, sleeps: bool) -> dict[str, Any]:
     """Return the settings of the engines that follow from verl's, for engines that are started here."""
     length = rollout.max_model_len
     if given.get("kind") == "embedded":

@@ -67,21 +67,19 @@ def request_of(
 def output_of(generation: Generation, labels: Mapping[int, Label], *, logprobs: bool) -> dict[str, Any]:
     """Return the fields of verl's TokenOutput for a generation.
 
-    labels: the trainer's steps, by version.
+    labels: the trainer's steps, by version. A generation without tokens has the newest.
     """
-    steps = [None if span.version is None else labels.get(span.version) for span in generation.version_spans]
-    known = [step for step in steps if isinstance(step, int)]
-    versions = [span.version for span in generation.version_spans]
+    versions = {span.version for span in generation.version_spans} or {max(labels, default=None)}
+    known = [step for version, step in labels.items() if version in versions]
     return {
         "token_ids": list(generation.output_ids),
         "log_probs": generation.logprobs.tolist() if logprobs else None,
         "stop_reason": "aborted" if generation.finish_reason is FinishReason.ABORT else "completed",
         "extra_fields": {
-            # verl takes one step for a part of a sample, so it is that of the oldest weights.
+            # verl takes one step for each part of a sample that it continues, so it is that of the oldest weights.
             "global_steps": min(known, default=None),
             "min_global_steps": min(known, default=None),
             "max_global_steps": max(known, default=None),
-            "weight_versions": versions,
             "num_cached_tokens": generation.cached_tokens,
         },
     }

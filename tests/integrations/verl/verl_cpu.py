@@ -1,6 +1,6 @@
 """Stand-ins that let verl's trainer run on a CPU, for tests: VERL_USE_EXTERNAL_MODULES=verl_cpu VERL_PLATFORM=cpu.
 
-verl knows no platform without an accelerator. Ray is told of a GPU that does not exist (`ray_kwargs.ray_init.num_gpus`).
+verl knows no platform without an accelerator. Ray is told of GPUs that do not exist (`ray_kwargs.ray_init.num_gpus`).
 """
 
 import contextlib
