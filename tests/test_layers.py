@@ -30,6 +30,7 @@ LAYERS = [
     "rollout",
     "serve",
     "train",
+    "integrations",
     "cli",
 ]
 ABOVE_ALL = {"__init__", "__main__", "sync"}  # the public faces

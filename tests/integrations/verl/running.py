@@ -43,14 +43,19 @@ def train(model: Path, folder: Path, *overrides: str, steps: int = 3, ranks: int
     metrics, samples = folder / "metrics.jsonl", folder / "samples"
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *_settings(model, data, samples, steps, ranks)]
     command += [f"+ray_kwargs.ray_init.num_gpus={ranks if gpus is None else gpus}", *overrides]
+    returned, text = _run(command, folder, _environment(metrics))
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    generations = {
+        int(path.stem): [json.loads(line) for line in path.read_text().splitlines()] for path in samples.glob("*.jsonl")
+    }
+    return Run([json.loads(line)["data"] for line in lines], text, returned, generations)
+
+
+def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run a command, and return its exit status and what it wrote."""
     with (folder / "log").open("w+") as log:
         process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=_environment(metrics),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             returned = process.wait(DEADLINE)
@@ -58,12 +63,7 @@ def train(model: Path, folder: Path, *overrides: str, steps: int = 3, ranks: int
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
         log.seek(0)
-        text = log.read()
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    generations = {
-        int(path.stem): [json.loads(line) for line in path.read_text().splitlines()] for path in samples.glob("*.jsonl")
-    }
-    return Run([json.loads(line)["data"] for line in lines], text, returned, generations)
+        return returned, log.read()
 
 
 def _environment(metrics: Path) -> Mapping[str, str]:
@@ -80,6 +80,7 @@ def _environment(metrics: Path) -> Mapping[str, str]:
         "HYDRA_FULL_ERROR": "1",
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_agent_register_timeout_ms": "300000",  # on a busy machine
         "RAY_memory_monitor_refresh_ms": "0",  # a busy machine is not out of memory
     }
 

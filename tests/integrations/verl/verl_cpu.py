@@ -4,10 +4,12 @@ verl knows no platform without an accelerator. Ray is told of GPUs that do not e
 """
 
 import contextlib
+import time
 import types
 from collections.abc import Iterator
 from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from verl.plugin.platform import PlatformBase, PlatformRegistry
@@ -100,3 +102,21 @@ def _with_one_backend(backend: Any = None, *args: Any, **kwargs: Any) -> Any:
 
 
 dist.init_process_group = _with_one_backend
+
+
+_get_node = ray._private.services.get_node
+
+
+def _get_node_in_time(*args: Any, **kwargs: Any) -> Any:
+    """Ray waits 30 s for its node, which a busy machine exceeds, and has no setting for it."""
+    end = time.monotonic() + 300
+    while True:
+        try:
+            return _get_node(*args, **kwargs)
+        except RuntimeError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.2)
+
+
+ray._private.services.get_node = _get_node_in_time

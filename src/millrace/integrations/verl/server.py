@@ -56,6 +56,10 @@ class MillraceServer:
         self._fleet = await self._stack.enter_async_context(follow_fleet(url, key))
         self._follows.set()
 
+    async def close(self) -> None:
+        """Stop following the fleet."""
+        await self._stack.aclose()
+
     async def generate(
         self,
         prompt_ids: Sequence[int],
