@@ -80,7 +80,6 @@ def _environment(metrics: Path) -> Mapping[str, str]:
         "HYDRA_FULL_ERROR": "1",
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_agent_register_timeout_ms": "300000",  # on a busy machine
         "RAY_memory_monitor_refresh_ms": "0",  # a busy machine is not out of memory
     }
 

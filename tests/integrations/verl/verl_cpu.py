@@ -4,6 +4,7 @@ verl knows no platform without an accelerator. Ray is told of GPUs that do not e
 """
 
 import contextlib
+import socket
 import time
 import types
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from ray._private.parameter import RayParams
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 
@@ -104,11 +106,21 @@ def _with_one_backend(backend: Any = None, *args: Any, **kwargs: Any) -> Any:
 dist.init_process_group = _with_one_backend
 
 
+# On a busy machine, a node of Ray exceeds 15 s for its agents' ports, and 30 s for itself. Neither is a setting. So
+# the agents get ports, and the node gets more time.
+_AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+_select_ports = RayParams.update_pre_selected_port
 _get_node = ray._private.services.get_node
 
 
+def _select_agents_ports(self: Any) -> None:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in _AGENT_PORTS]
+        self.update_if_absent(**{name: one.getsockname()[1] for name, one in zip(_AGENT_PORTS, sockets, strict=True)})
+    _select_ports(self)
+
+
 def _get_node_in_time(*args: Any, **kwargs: Any) -> Any:
-    """Ray waits 30 s for its node, which a busy machine exceeds, and has no setting for it."""
     end = time.monotonic() + 300
     while True:
         try:
@@ -119,4 +131,5 @@ def _get_node_in_time(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.2)
 
 
+RayParams.update_pre_selected_port = _select_agents_ports
 ray._private.services.get_node = _get_node_in_time

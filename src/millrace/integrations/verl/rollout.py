@@ -26,6 +26,8 @@ require_tested()  # verl imports this module when a run asks for it
 # verl's own variable for the level of its logs.
 logging.getLogger("millrace").setLevel(os.getenv("VERL_LOGGING_LEVEL", "WARN"))
 
+logger = logging.getLogger(__name__)
+
 SERVER = "millrace_server_{}"  # the name of the Ray actor of a replica
 
 
@@ -70,8 +72,8 @@ class Plan:
         )
         pretrained = PretrainedModelConfig(kind="pretrained", path=self.model)
         folder = model_folder(pretrained, Path(), seed=0, fresh=False, setting="actor_rollout_ref.model.path")
-        job = ray.get_runtime_context().get_job_id()
-        logs = self.settings.log_dir or Path(tempfile.gettempdir()) / f"millrace-verl-{job}"
+        logs = self.settings.log_dir or Path(tempfile.mkdtemp(prefix="millrace-verl-"))
+        logger.info("the engines' logs are in %s", logs / self.name)
         host = ray.util.get_node_ip_address().strip("[]")
         return OwnedFleet.open(self.settings, engine, folder, logs / self.name, host)
 

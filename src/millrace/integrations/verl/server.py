@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from verl.workers.rollout.replica import TokenOutput
@@ -48,6 +49,7 @@ class MillraceServer:
         self._admits = asyncio.Event()
         self._admits.set()
         self._rejects = False
+        self._numbers = count()
         self._running: dict[asyncio.Task[Generation], Attempts] = {}
 
     async def follow(self, url: str, key: str) -> None:
@@ -89,7 +91,9 @@ class MillraceServer:
         params = dict(sampling_params)
         if self._serving.seed is not None:
             params.setdefault("seed", self._serving.seed)
-        request = request_of(request_id, prompt_ids, params, limits, ignore_eos=self._serving.ignore_eos)
+        # verl may pass one id twice (full_determinism), which engines must not see.
+        name = f"{request_id}-{next(self._numbers)}"
+        request = request_of(name, prompt_ids, params, limits, ignore_eos=self._serving.ignore_eos)
         if not self._admits.is_set():
             if self._rejects:
                 made = Continuation(request).result
@@ -136,7 +140,7 @@ class MillraceServer:
         return self._fleet
 
     async def _complete(self, fleet: Follower, request: GenerateRequest, end: float) -> Generation:
-        """Generate, with retries. A request that `abort_all_requests` had to cancel has no tokens."""
+        """Generate, with retries. A request that failed or was cancelled while it was aborted has no tokens."""
         attempts = Attempts(self._serving.retries, fleet.event_log)
 
         async def send(rest: GenerateRequest) -> Generation:
@@ -149,7 +153,10 @@ class MillraceServer:
         finally:
             del self._running[task]
             task.cancel()
-        return Continuation(request).result if task.cancelled() else task.result()
+        failed = None if task.cancelled() else task.exception()
+        if task.cancelled() or (isinstance(failed, EngineError) and not self._admits.is_set()):
+            return Continuation(request).result
+        return task.result()
 
 
 async def _abort(engine: Any) -> None:
