@@ -25,7 +25,7 @@ test-all: lint types
 test-verl: $(VERL_VENV)/verl.stamp
 	$(VERL_PYTEST) -m "not slow" tests/integrations/verl
 
-# Also several ranks, FSDP1, tools and asynchronous training.
+# Also several ranks, tools and asynchronous training.
 test-verl-all: $(VERL_VENV)/verl.stamp
 	$(VERL_PYTEST) tests/integrations/verl
 

@@ -29,12 +29,12 @@ def test_fsdp2_on_one_rank(tiny_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fsdp_on_two_ranks_with_tools(tiny_model: Path, tmp_path: Path) -> None:
+def test_fsdp2_on_two_ranks_with_tools(tiny_model: Path, tmp_path: Path) -> None:
     """Two ranks, and so two of verl's replicas; and conversations of several turns."""
     run = train(
         tiny_model,
         tmp_path,
-        f"{ACTOR}.strategy=fsdp",
+        f"{ACTOR}.strategy=fsdp2",
         f"{ROLLOUT}.agent.default_agent_loop=tool_agent",
         f"{ROLLOUT}.multi_turn.enable=True",
         f"{ROLLOUT}.multi_turn.format=always",
