@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from verl.workers.config import RolloutConfig
 
-from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
 from millrace.errors import ConfigError
 from millrace.integrations.verl.settings import engine_of, read_settings
 
@@ -63,7 +63,10 @@ def test_engines_at_urls_keep_their_own_settings() -> None:
     ("config", "message"),
     [
         (replace(rollout(), custom=None), "rollout.custom.engine is missing"),
-        (rollout(custom={"retrys": 1}), "rollout.custom.retrys is an unknown setting"),
+        (
+            rollout(custom={"retrys": 1}),
+            r"unknown setting actor_rollout_ref.rollout.custom.retrys; did you mean .retries",
+        ),
         (rollout(custom={"publish": {"transport": "disk", "folder": "x"}}), "versions can't be stored"),
         (rollout(data_parallel_size=2), "rollout.data_parallel_size: Millrace runs more replicas instead"),
         (rollout(quantization="fp8"), "rollout.quantization: set custom.engine.engine_args.quantization"),

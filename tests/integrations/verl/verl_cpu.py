@@ -116,7 +116,8 @@ _get_node = ray._private.services.get_node
 def _select_agents_ports(self: Any) -> None:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in _AGENT_PORTS]
-        self.update_if_absent(**{name: one.getsockname()[1] for name, one in zip(_AGENT_PORTS, sockets, strict=True)})
+        for name, one in zip(_AGENT_PORTS, sockets, strict=True):
+            setattr(self, name, getattr(self, name) or one.getsockname()[1])
     _select_ports(self)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from millrace import sync
-from millrace.config.models import EngineConfig
+from millrace.config.engines import EngineConfig
 from millrace.fleet.owner import SharedFleet
 from millrace.integrations.verl.settings import RolloutSettings
 from millrace.types import ALL_MEMORY, MemoryTag

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveFloat, ValidationError, field_validator
+from pydantic import Field, PositiveFloat, TypeAdapter, ValidationError, field_validator
 
 from millrace.config.base import Model
-from millrace.config.models import EmbeddedEngineConfig, EngineConfig, PublishConfig
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig
+from millrace.config.explain import explain
+from millrace.config.models import PublishConfig
 from millrace.config.paths import LocalPath
 from millrace.errors import ConfigError
-from millrace.fleet.local import engine_config
 
 WHERE = "actor_rollout_ref.rollout"
 TRANSPORTS_THAT_STORE = ("disk", "delta")
@@ -56,7 +57,7 @@ def read_settings(rollout: Any) -> RolloutSettings:
     try:
         return RolloutSettings.model_validate(custom)
     except ValidationError as error:
-        raise _explained(error, "custom") from None
+        raise ConfigError(explain(error.errors()[0], RolloutSettings, (WHERE, "custom"))[1]) from None
 
 
 REFUSED: Sequence[tuple[Callable[[Any], bool], str, str]] = (
@@ -98,9 +99,9 @@ def engine_of(
     if arguments := {**defaults.get("engine_args", {}), **given.get("engine_args", {})}:
         whole["engine_args"] = arguments
     try:
-        engine = engine_config(whole)
-    except ConfigError as error:
-        raise ConfigError(f"{WHERE}.custom.engine: {str(error).removeprefix('config.')}") from None
+        engine: EngineConfig = TypeAdapter(EngineConfig).validate_python(whole)
+    except ValidationError as error:
+        raise ConfigError(explain(error.errors()[0], EngineConfig, (WHERE, "custom", "engine"))[1]) from None
     engine_tp = 1 if isinstance(engine, EmbeddedEngineConfig) else engine.tp_size
     if engine_tp != tp_size and not attached:
         raise ConfigError(
@@ -139,11 +140,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(one) for one in value]
     return value
-
-
-def _explained(error: ValidationError, section: str) -> ConfigError:
-    first = error.errors()[0]
-    where = ".".join(map(str, (WHERE, section, *first["loc"])))
-    if first["type"] == "extra_forbidden":
-        return ConfigError(f"{where} is an unknown setting; docs/verl.md lists them")
-    return ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')}")
