@@ -65,7 +65,7 @@ def test_engines_at_urls_keep_their_own_settings() -> None:
         (replace(rollout(), custom=None), "rollout.custom.engine is missing"),
         (
             rollout(custom={"retrys": 1}),
-            r"unknown setting actor_rollout_ref.rollout.custom.retrys; did you mean .retries",
+            "unknown setting .*custom.retrys; did you mean .retries",
         ),
         (rollout(custom={"publish": {"transport": "disk", "folder": "x"}}), "versions can't be stored"),
         (rollout(data_parallel_size=2), "rollout.data_parallel_size: Millrace runs more replicas instead"),
