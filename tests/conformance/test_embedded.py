@@ -10,6 +10,7 @@ from millrace.config.models import EmbeddedEngineConfig
 from millrace.conformance import Check, Runner
 from tests.conformance.conftest import examined
 from tests.conformance.hold import every_check, hold
+from tests.conformance.sampling import hold_it_samples_as_transformers_would
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -36,3 +37,7 @@ async def runner(
 @every_check
 async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
     await hold(runner, check, LACKING)
+
+
+async def test_it_samples_as_transformers_would(runner: Runner, tiny_model: Path) -> None:
+    await hold_it_samples_as_transformers_would(runner.subject.engine, tiny_model)

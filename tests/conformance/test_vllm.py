@@ -28,6 +28,7 @@ from tests.conformance.lora import (
     hold_what_a_dead_trainer_left_is_taken_away,
 )
 from tests.conformance.nan import hold_nan_is_the_weights_fault
+from tests.conformance.sampling import hold_it_samples_as_transformers_would
 from tests.routers.hold import hold_a_router_before_it
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -64,6 +65,10 @@ async def runner(fleet: Fleet, tiny_model: Path, other_model: Path) -> Runner:
 @every_check
 async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
     await hold(runner, check, LACKING)
+
+
+async def test_it_samples_as_transformers_would(runner: Runner, tiny_model: Path) -> None:
+    await hold_it_samples_as_transformers_would(runner.subject.engine, tiny_model)
 
 
 async def test_a_trainer_publishes_adapters_over_whole_versions(fleet: Fleet, tiny_model: Path) -> None:
