@@ -102,6 +102,13 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(text(f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
+def biases(name: str, value: Any) -> dict[int, float]:
+    """Return a mapping of token ids to numbers as a dict. Raises ArgumentError for anything else."""
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{name} must be a mapping of token ids to numbers, and is {shown(value)}")
+    return {whole(f"a token of {name}", token): real(f"{name}[{token}]", bias) for token, bias in value.items()}
+
+
 def path(name: str, value: Any) -> Path:
     """Return a path, expanded as by `expand`. Raises ArgumentError if it is empty or neither text nor a path."""
     return Path(location(name, value))

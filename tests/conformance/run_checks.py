@@ -2,6 +2,7 @@
 parallel."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,7 +79,7 @@ async def check_update_after_a_trainer_died(runner: Runner) -> None:
         await second.close()
 
 
-async def check_another_owner_is_noticed(engine: StockEngine, folder: Path, other: Path) -> None:
+async def check_another_owner_is_noticed(engine: StockEngine[Any], folder: Path, other: Path) -> None:
     """Of two owners that publish at once, one succeeds. The other one fails, and says why. `engine`: attached."""
     keys = engine._http._keys
     third = type(engine)("third", engine.url, api_key=keys["data"], admin_key=keys["control"])

@@ -10,6 +10,7 @@ from millrace.config.engines import EmbeddedEngineConfig
 from millrace.conformance import Check, Runner
 from tests.conformance.conftest import examined
 from tests.conformance.run_checks import every_check, run_check
+from tests.conformance.sampling import check_samples_as_transformers_would
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -36,3 +37,7 @@ async def runner(
 @every_check
 async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
     await run_check(runner, check, LACKING)
+
+
+async def test_it_samples_as_transformers_would(runner: Runner, tiny_model: Path) -> None:
+    await check_samples_as_transformers_would(runner.subject.engine, tiny_model)

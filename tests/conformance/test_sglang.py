@@ -3,13 +3,14 @@ adapters."""
 
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from millrace.config.engines import SGLangEngineConfig
 from millrace.config.routers import SGLangRouterConfig
-from millrace.conformance import Check, Runner
+from millrace.conformance import CHECKS, Check, Runner
 from millrace.engines.stock.engine import StockEngine
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
@@ -33,6 +34,7 @@ from tests.conformance.run_checks import (
     make_runner,
     run_check,
 )
+from tests.conformance.sampling import check_samples_as_transformers_would
 from tests.engines.processes import logs
 from tests.routers.check_router import check_router
 
@@ -50,7 +52,11 @@ LACKING = frozenset({
 })  # fmt: skip
 
 
-VERSIONS = {"0.5.23": {**WITH_LORA, "lora_target_modules": MODULES}, "0.5.15": {}}  # the engine_args of each version
+VERSIONS: dict[str, dict[str, Any]] = {  # the engine_args of each version
+    "0.5.23": {**WITH_LORA, "lora_target_modules": MODULES},
+    "0.5.15": {"disable_overlap_schedule": True},
+}
+WITHOUT_PENALTIES = frozenset(check.name for check in CHECKS if Capability.PENALTIES in check.needs)
 PARAMS = ["0.5.23", pytest.param("0.5.15", marks=pytest.mark.slow)]
 started_for_lora = pytest.mark.parametrize("fleet", ["0.5.23"], indirect=True)
 
@@ -86,8 +92,13 @@ async def runner(fleet: Fleet, tiny_model: Path, other_model: Path) -> Runner:
 
 @every_check
 async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
-    loras = Capability.LORA in runner.subject.info.capabilities
-    await run_check(runner, check, LACKING if loras else LACKING | WITHOUT_LORA)
+    capabilities = runner.subject.info.capabilities
+    lacking = LACKING if Capability.LORA in capabilities else LACKING | WITHOUT_LORA
+    await run_check(runner, check, lacking if Capability.PENALTIES in capabilities else lacking | WITHOUT_PENALTIES)
+
+
+async def test_it_samples_as_transformers_would(runner: Runner, tiny_model: Path) -> None:
+    await check_samples_as_transformers_would(runner.subject.engine, tiny_model)
 
 
 async def test_its_log_tells_no_key(fleet: Fleet, log_dir: Path) -> None:

@@ -28,6 +28,7 @@ from tests.conformance.run_checks import (
     make_runner,
     run_check,
 )
+from tests.conformance.sampling import check_samples_as_transformers_would
 from tests.routers.check_router import check_router
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -64,6 +65,10 @@ async def runner(fleet: Fleet, tiny_model: Path, other_model: Path) -> Runner:
 @every_check
 async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
     await run_check(runner, check, LACKING)
+
+
+async def test_it_samples_as_transformers_would(runner: Runner, tiny_model: Path) -> None:
+    await check_samples_as_transformers_would(runner.subject.engine, tiny_model)
 
 
 async def test_a_trainer_publishes_adapters_over_whole_versions(fleet: Fleet, tiny_model: Path) -> None:

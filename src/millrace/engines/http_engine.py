@@ -5,7 +5,7 @@ import time
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -122,16 +122,24 @@ class HttpEngine(Engine):
         """
         made = self._decode(path, decode)
         finite = np.isfinite(made.logprobs)
-        if finite.all():
-            return made
-        place = int(np.argmin(finite))
-        version = next((s.version for s in made.version_spans if s.start <= place < s.end), None)
+        if not finite.all():
+            place = int(np.argmin(finite))
+            version = next((s.version for s in made.version_spans if s.start <= place < s.end), None)
+            self._blame_weights(version, f"token {place} of request {made.request_id}", made.logprobs[place])
+        if made.prompt_logprobs is not None and not (finite := np.isfinite(made.prompt_logprobs[1:])).all():
+            place = int(np.argmin(finite)) + 1
+            version = made.version_spans[0].version if made.version_spans else None
+            token = f"token {place} of the prompt of request {made.request_id}"
+            self._blame_weights(version, token, made.prompt_logprobs[place])
+        return made
+
+    def _blame_weights(self, version: int | None, token: str, logprob: float) -> NoReturn:
+        """Raise NonFiniteLogprobs."""
         weights = "the initial weights" if version is None else f"the weights of version {version}"
         raise NonFiniteLogprobs(
             self.name,
-            f"{weights} gave token {place} of request {made.request_id} the logprob {made.logprobs[place]}. The engine "
-            "is healthy: check the weights. They contain NaN or infinite values, or activations overflow in the "
-            "engine's dtype",
+            f"{weights} gave {token} the logprob {logprob}. The engine is healthy: check the weights. They contain NaN "
+            "or infinite values, or activations overflow in the engine's dtype",
         )
 
     def _decode(self, path: str, decode: Callable[[], T]) -> T:

@@ -18,7 +18,7 @@ from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.state import InvalidStateError
 from millrace.types import GenerateRequest, SamplingParams
 
-LIMITS = Limits(vocab_size=100, context_length=50, seeds=False)
+LIMITS = Limits(vocab_size=100, context_length=50, seeds=False, penalties=False)
 SOUND = GenerateRequest((1, 2, 3), SamplingParams(8), request_id="r")
 
 
@@ -64,16 +64,15 @@ def test_a_prompt_that_the_server_would_die_of_is_refused(ids: tuple[Any, ...], 
         extra(logprob_start_len=-2),
         extra(extra_key=["v"]),
         extra(sampling_params=[]),
-        further(logit_bias={"3": 1e308}),
-        further(logit_bias={"3": "x"}),
-        further(logit_bias=[1]),
-        further(repetition_penalty=1e-46),
-        further(skip_special_tokens="x"),
         replace(SOUND, request_id="HEALTH_CHECK_1"),
         replace(SOUND, sampling=SamplingParams(8, top_k=2**31)),
         replace(SOUND, sampling=SamplingParams(8, seed=1)),
         replace(SOUND, sampling=SamplingParams(8, stop_token_ids=(100,))),
         replace(SOUND, sampling=SamplingParams(0)),
+        replace(SOUND, sampling=SamplingParams(8, logit_bias={100: 1.0})),
+        replace(SOUND, sampling=SamplingParams(8, presence_penalty=0.1)),
+        replace(extra(logprob_start_len=2), prompt_logprobs=True),
+        replace(extra(image_data=["x"]), prompt_logprobs=True),
     ],
     ids=lambda r: f"{r.request_id} {r.sampling} {dict(r.extra)}"[:80],
 )
@@ -87,9 +86,13 @@ def test_other_requests_that_the_server_would_die_of_or_ignore_are_refused(reque
     [
         SOUND,
         extra(top_logprobs_num=5, logprob_start_len=-1, extra_key="v1", return_routed_experts=True, routed_dp_rank=1),
-        further(logit_bias={"3": -100.0}, repetition_penalty=1.05, frequency_penalty=0.1, skip_special_tokens=False),
+        further(regex="[a-z]*"),
+        replace(SOUND, sampling=SamplingParams(8, stop=("a", "b"), logit_bias={99: -100.0})),
+        replace(SOUND, sampling=SamplingParams(8, min_new_tokens=8), prompt_logprobs=True),
     ],
 )
 def test_a_request_that_the_server_takes_passes(request_: GenerateRequest) -> None:
     check_request(request_, LIMITS)
     check_request(replace(request_, sampling=SamplingParams(8, seed=3)), replace(LIMITS, seeds=True))
+    penalized = SamplingParams(8, repetition_penalty=1.05, frequency_penalty=0.1)
+    check_request(replace(request_, sampling=penalized), replace(LIMITS, penalties=True))

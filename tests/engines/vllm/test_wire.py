@@ -1,5 +1,6 @@
 """Requests to vLLM and the meaning of its answers. tests/conformance shows that real servers speak like this."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -45,13 +46,33 @@ def test_a_lora_adapter_is_a_model_and_extra_passes() -> None:
         (1,),
         SamplingParams(1),
         request_id="r",
-        extra={"lora_path": "a", "priority": 3, "sampling_params": {"min_tokens": 1}},
+        extra={"lora_path": "a", "priority": 3, "sampling_params": {"bad_words": ["x"]}},
     )
     body = encode(GENERATE, request)
     sampling = body["sampling_params"]
     assert isinstance(sampling, dict)
-    assert (body["model"], body["priority"], sampling["min_tokens"]) == ("a", 3, 1)
+    assert (body["model"], body["priority"], sampling["bad_words"]) == ("a", 3, ["x"])
     assert "lora_path" not in body
+
+
+def test_what_changes_the_distribution_is_sent_and_the_prompt_can_be_scored() -> None:
+    sampling = SamplingParams(8, stop=("a", "b"), min_new_tokens=2, presence_penalty=0.5, logit_bias={7: -1.5})
+    for path in (GENERATE, COMPLETIONS):
+        body: Any = encode(path, GenerateRequest((1, 2), sampling, prompt_logprobs=True))
+        params = body["sampling_params"] if path == GENERATE else body
+        assert (params["stop"], params["min_tokens"], params["presence_penalty"]) == (("a", "b"), 2, 0.5)
+        assert (params["logit_bias"], params["prompt_logprobs"]) == ({"7": -1.5}, 0)
+        assert params.get("detokenize", True)
+    scored = [None, {"2": {"logprob": -1.5}, "9": {"logprob": -0.1}}, {"3": {"logprob": -9999.0}}]
+    request = replace(REQUEST, prompt_logprobs=True)
+    for path, where in ((GENERATE, "body"), (COMPLETIONS, "choice")):
+        answer, one = Answer(), choice(path, [5], "length")
+        body = {"choices": [one | ({"prompt_logprobs": scored} if where == "choice" else {})]}
+        answer.take(path, body | ({"prompt_logprobs": scored} if where == "body" else {}))
+        made = answer.generation(request, 1).prompt_logprobs
+        assert made is not None
+        np.testing.assert_array_equal(made, np.array([np.nan, -1.5, np.nan], np.float32))
+        assert answer.generation(REQUEST, 1).prompt_logprobs is None
 
 
 @pytest.mark.parametrize("path", [GENERATE, COMPLETIONS])

@@ -210,4 +210,5 @@ class EmbeddedEngine(HttpEngine):
         for taken in (OWN_FIELDS & request.extra.keys(), OWN_SAMPLING & sampling.keys()):
             if taken:
                 raise EngineRefused(self.name, f"request {request.request_id}: Millrace sets {min(taken)}, not extra")
-        return encode_generate(request, stream=stream)
+        body = encode_generate(request, stream=stream)
+        return {**body, "continued_tokens": request.continued_tokens} if request.continued_tokens else body

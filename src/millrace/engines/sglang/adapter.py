@@ -95,6 +95,11 @@ class SGLangEngine(StockEngine[Facts]):
             made = self._decode_generation("/generate", partial(decode_generate, request, event))
             yield made, event["meta_info"]["finish_reason"] is not None
 
+    async def _detokenize(self, tokens: Sequence[int], deadline: float) -> str:
+        body = {"tokens": tokens, "skip_special_tokens": False}
+        answer = await self._http.generate("/v1/detokenize", body, deadline=deadline)
+        return self._decode("/v1/detokenize", lambda: str(answer["text"]))
+
     async def _abort(self, names: Sequence[str]) -> None:
         for name in names:
             await self._control("/abort_request", {"rid": wire_id(name)}, deadline=ABORT_DEADLINE, repeatable=True)

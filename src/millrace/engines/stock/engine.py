@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from millrace.engines.base import PUBLISHED_LORA
@@ -54,7 +55,6 @@ class StockEngine(StockServer[AnyFacts]):
         model_path: Path | None = None,
     ) -> None:
         super().__init__(name, url, api_key=api_key, admin_key=admin_key, model_path=model_path)
-        self._facts_read: AnyFacts | None = None
         self._calls = Calls(name)
         self._loras = LoadedLoras()
         self._controls = asyncio.Lock()  # one control call at a time; `abort` and reads need no lock
@@ -78,9 +78,8 @@ class StockEngine(StockServer[AnyFacts]):
         end = time.monotonic() + deadline
         async with self._registered(request) as call:
             while await self._calls.may_send(call, end):
-                made = await self._generate(self._http, call.rest, end - time.monotonic())
-                call.continuation.add(made)
-            return call.continuation.result
+                call.continuation.add(await self._call(self._http, call.rest, end - time.monotonic()))
+            return await self._completed(request, call.continuation.result, end)
 
     async def generate_by(
         self, router: HttpClient, request: GenerateRequest, *, headers: Mapping[str, str], deadline: float
@@ -89,7 +88,8 @@ class StockEngine(StockServer[AnyFacts]):
             self._check(request, await self._facts())
         except InvalidStateError as error:
             raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
-        return await self._generate(router, request, deadline, headers)
+        end = time.monotonic() + deadline
+        return await self._completed(request, await self._call(router, request, deadline, headers), end)
 
     async def abort_by_router(self, request_id: str) -> None:
         await self._abort([request_id])
@@ -99,14 +99,14 @@ class StockEngine(StockServer[AnyFacts]):
         async with self._registered(request) as call:
             while await self._calls.may_send(call, end):
                 part = None
-                async for made, finished in self._stream(call.rest, end - time.monotonic()):
+                async for made, finished in self._stream_call(call.rest, end - time.monotonic()):
                     part = made
                     if not finished:
-                        yield call.continuation.with_part(part)
+                        yield replace(call.continuation.with_part(part), text=None)
                 if part is None:
                     raise EngineFailed(self.name, "generate answered with an empty stream")
                 call.continuation.add(part)
-            yield call.continuation.result
+            yield await self._completed(request, call.continuation.result, end)
 
     async def abort(self, request_id: str | None = None) -> None:
         served = await self._calls.abort(request_id)
@@ -271,12 +271,6 @@ class StockEngine(StockServer[AnyFacts]):
         if self.state.asleep:
             return Health.ASLEEP
         return Health.READY if self.state.generating else Health.PAUSED
-
-    async def _facts(self) -> AnyFacts:
-        """Return what the server is and can do. It is read once."""
-        if self._facts_read is None:
-            self._facts_read = await self._read_facts()
-        return self._facts_read
 
     async def _read_model(self, served: Path) -> Model:
         """Read the model's folder: `model_path`, or `served`, which the server names.

@@ -28,11 +28,12 @@ TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of a server on requests. seeds: whether it honours them."""
+    """The limits of a server on requests. seeds, penalties: whether it honours them."""
 
     vocab_size: int
     context_length: int
     seeds: bool
+    penalties: bool = True
 
 
 @dataclass(frozen=True, slots=True)

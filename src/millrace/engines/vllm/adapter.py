@@ -145,6 +145,10 @@ class VLLMEngine(StockEngine[VLLMFacts]):
 
     async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         path, version = (await self._server()).path, self._version
+        if request.prompt_logprobs:
+            raise EngineRefused(
+                self.name, "its streams have no logprobs of the prompt; use generate, or ask without them"
+            )
         answer = Answer()
 
         def with_more(event: Mapping[str, Any]) -> Generation:
@@ -157,6 +161,10 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             if answer.finish_reason is None:
                 yield made, False
         yield made, True
+
+    async def _detokenize(self, tokens: Sequence[int], deadline: float) -> str:
+        answer = await self._http.generate("/detokenize", {"tokens": tokens}, deadline=deadline)
+        return self._decode("/detokenize", lambda: str(answer["prompt"]))
 
     async def _abort(self, names: Sequence[str]) -> None:
         # A server without this route ends a request when its connection closes.

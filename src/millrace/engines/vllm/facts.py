@@ -104,6 +104,8 @@ def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[st
         Capability.PAUSE_RETRACT,
         Capability.PAUSE_KEEP,
         Capability.UPDATE_FROM_DISK,
+        Capability.PENALTIES,
+        Capability.PROMPT_PENALTY,
     }
     if server.extension:
         found |= {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.OWN_CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
