@@ -38,12 +38,6 @@ with without_collecting():
     from millrace.integrations.trl.weights import whole_weights
 
 CALL = CALL_TEXT.format(clause="3 apples and 4 more", operator="+", left=3, right=4)
-FSDP2 = {  # as `accelerate launch` sets it
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-}
 QUESTIONS = [f"Anna has {count} apples and buys 4 more. How many are there?" for count in (2, 3, 5, 8)]
 
 
@@ -380,12 +374,8 @@ def test_the_example(tmp_path: Path) -> None:
     assert re.fullmatch(r"reward: 0\.\d+ in the first step, 0\.\d+ in the last", done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("how", ["whole", "sharded"])
-def test_two_ranks(tiny_model: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if how == "sharded":
-        for name, value in FSDP2.items():
-            monkeypatch.setenv(name, value)
-    run_two_ranks("integrations/trl_ranks.py", str(tiny_model), str(tmp_path), how)
+def test_two_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    run_two_ranks("integrations/trl_ranks.py", str(tiny_model), str(tmp_path))
 
 
 class OnTheCPU:
