@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,6 @@ with without_collecting():
     from millrace.integrations.trl.weights import whole_weights
 
 CALL = CALL_TEXT.format(clause="3 apples and 4 more", operator="+", left=3, right=4)
-FSDP2 = {  # as `accelerate launch` sets it
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-}
 QUESTIONS = [f"Anna has {count} apples and buys 4 more. How many are there?" for count in (2, 3, 5, 8)]
 
 
@@ -380,12 +374,8 @@ def test_the_example(tmp_path: Path) -> None:
     assert re.fullmatch(r"reward: 0\.\d+ in the first step, 0\.\d+ in the last", done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("how", ["whole", "sharded"])
-def test_two_ranks(tiny_model: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if how == "sharded":
-        for name, value in FSDP2.items():
-            monkeypatch.setenv(name, value)
-    run_two_ranks("integrations/trl_ranks.py", str(tiny_model), str(tmp_path), how)
+def test_two_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    run_two_ranks("integrations/trl_ranks.py", str(tiny_model), str(tmp_path))
 
 
 class OnTheCPU:
@@ -413,7 +403,12 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train_async(
-    model: Path, fleet: Fleet, folder: Path, reward: Callable[..., Any], tool: Callable[..., Any] = calculator
+    model: Path,
+    fleet: Fleet,
+    folder: Path,
+    reward: Callable[..., Any],
+    questions: Sequence[str] = QUESTIONS,
+    stale_after: float = 60.0,
 ) -> AsyncGRPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(model)
     config = AsyncGRPOConfig(
@@ -430,12 +425,11 @@ def train_async(
         gradient_checkpointing=False,
         disable_tqdm=True,
         max_staleness=2,
-        heartbeat_stale_after_s=60.0,
+        heartbeat_stale_after_s=stale_after,
     )
-    rows = Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": text}], "answer": "#### 7"} for text in QUESTIONS]
-    )
-    worker = FleetRolloutWorker(fleet, config, rows, tokenizer, reward, [tool], max_turns=3)
+    prompts = [[{"role": "user", "content": text}] for text in questions]
+    rows = Dataset.from_list([{"prompt": prompt, "answer": "#### 7"} for prompt in prompts])
+    worker = FleetRolloutWorker(fleet, config, rows, tokenizer, reward, [calculator], max_turns=3)
     trainer = AsyncGRPOTrainer(
         model=str(model),
         args=config,
@@ -477,3 +471,16 @@ def test_a_reward_that_raises_ends_the_async_trainer(model: Path, fleet: Fleet, 
     with pytest.raises(RolloutError, match="the rollouts have ended: 'gold'") as raised:
         train_async(model, fleet, tmp_path, reward)
     assert isinstance(raised.value.__cause__, KeyError)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_group_that_fails_is_dropped_and_counted(model: Path, fleet: Fleet, tmp_path: Path) -> None:
+    trainer = train_async(model, fleet, tmp_path, digits, questions=[QUESTIONS[0] * 50, *QUESTIONS])
+    assert len(logged(trainer, "reward")) == 3
+    assert sum(logged(trainer, "rollout/dropped_groups_total")) >= 1
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_groups_that_all_fail_end_the_async_trainer(model: Path, fleet: Fleet, tmp_path: Path) -> None:
+    with pytest.raises(RolloutError, match=r"all groups of the last 1 s failed .*: sample .*: its prompt has"):
+        train_async(model, fleet, tmp_path, digits, questions=[QUESTIONS[0] * 50], stale_after=1.0)

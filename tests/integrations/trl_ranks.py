@@ -1,7 +1,4 @@
-"""Two ranks train with TRL on one fleet. Run by test_trl.py under torchrun.
-
-Arguments: a model's folder, one for output, and `sharded` if FSDP 2 must be in use.
-"""
+"""Two ranks train with TRL on one fleet. Run by test_trl.py under torchrun, with a model's folder and an empty one."""
 
 import os
 import sys
@@ -9,7 +6,8 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
@@ -23,7 +21,7 @@ from millrace.sync import Fleet, open_fleet
 STEPS = 3
 
 torch.set_num_threads(1)
-model, folder, how = sys.argv[1:]
+model, folder = sys.argv[1:]
 rank = int(os.environ["RANK"])
 
 
@@ -56,7 +54,7 @@ trainer = GRPOTrainer(
 )
 
 with (
-    pytest.raises(LaunchError if rank else DataError, match="there is no such model folder"),
+    pytest.raises(LaunchError if rank else DataError, match="none has no .*safetensors file"),
     fleet_of_ranks(lambda: open_fleet({"kind": "embedded"}, f"{folder}/none", log_dir=folder)),
 ):
     raise AssertionError("there is no model")
@@ -66,7 +64,6 @@ with fleet_of_ranks(lambda: open_fleet({"kind": "embedded", "threads": 1}, model
     use_fleet(trainer, fleet)
     trainer.train()
     assert trainer.vllm_generation.version == STEPS
-    assert (shards(trainer.model) is not None) is (how == "sharded")
     if rank == 0:  # rank 1 does not log
         differences = [
             entry["sampling/sampling_logp_difference/max"]
@@ -75,6 +72,21 @@ with fleet_of_ranks(lambda: open_fleet({"kind": "embedded", "threads": 1}, model
         ]
         assert len(differences) == STEPS
         assert max(differences) < 1e-4  # of both ranks
+
+    # FSDP 2, which accelerate does not use on the CPU.
+    trainer.model, whole = (AutoModelForCausalLM.from_pretrained(model) for _ in range(2))
+    for layer in trainer.model.model.layers:
+        fully_shard(layer)
+    fully_shard(trainer.model)
+    assert shards(trainer.model) is not None
+    trainer.vllm_generation.sync_weights()
+    assert trainer.vllm_generation.version == STEPS + 1
+    prompt = [3, 5, 8]
+    _, [made], [logprobs], _ = trainer.vllm_generation.generate([prompt], None, 1)
+    with torch.no_grad():
+        logits = whole(input_ids=torch.tensor([prompt + made])).logits[0, len(prompt) - 1 : -1]
+    wanted = logits.log_softmax(-1).gather(1, torch.tensor(made)[:, None])
+    torch.testing.assert_close(torch.tensor(logprobs), wanted, atol=1e-4, rtol=0)
 
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(torch.nan)

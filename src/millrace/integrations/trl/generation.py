@@ -88,11 +88,9 @@ class FleetGeneration:
                 follow(sharded)
             return None
         step = self._trainer.state.global_step
-        with (
-            nullcontext(lambda: whole_weights(model))
-            if sharded is None
-            else leading(sharded, self.fleet.dtypes) as given
-        ):
+        whole = nullcontext(lambda: whole_weights(model))
+        source = whole if sharded is None else leading(sharded, self.fleet.dtypes)
+        with source as given:
             report = self.fleet.publish(given, label=step)
         for name, error in report.failed.items():
             logger.warning("%s did not take the weights of step %d: %s", name, step, error)

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 DROPPED = (EngineError, DataError, AbortedGeneration)  # what fails one group, and not all of them
 ROOM_SECONDS = 0.05  # between looks at the trainer's queue, which tells nobody when it gets shorter
+DROPPED_SECONDS = 1.0  # between groups while groups are dropped, so that failures do not come in thousands
 STOP_DEADLINE = 30.0  # seconds for the rollouts to end
 
 
@@ -188,7 +189,9 @@ class FleetRolloutWorker:
                 raise DataError("the data set has no rows")
 
     async def _room(self) -> None:
-        """Wait until one more group would not be too much for the trainer."""
+        """Wait until one more group would not be too much for the trainer, and longer if the last one was dropped."""
+        if self._dropped is not None:
+            await asyncio.sleep(DROPPED_SECONDS)
         most = max(self._config.max_inflight_tasks, self._config.num_generations)
         while self._unfinished + self.rollout_buffer.qsize() + self._config.num_generations > most:
             if not self._unfinished:
