@@ -79,15 +79,15 @@ def test_tools_have_many_forms_and_a_command_its_files(path: Path) -> None:
         ("rollout.tools=[{name: a, tmeout: 3}]", "unknown setting rollout.tools.0.tmeout; did you mean 'timeout'?"),
         (
             "environment=own.py:G & reward=own.py:f",
-            "reward can't be set beside environment, because the environment gives",
+            "reward can't be set together with environment: the environment gives",
         ),
         (
             "environment=own.py:G & data={kind: file, path: rows.jsonl, prompt: x}",
-            "data.prompt can't be set beside en",
+            "data.prompt can't be set together",
         ),
         (
             "environment=own.py:G & rollout.tools=[calculator]",
-            "rollout.tools can't be set beside environment, because the",
+            "rollout.tools can't be set together with environment",
         ),
         ("data={kind: file, path: rows.jsonl, promt: task}", "unknown setting data.promt; did you mean 'prompt'?"),
     ],
