@@ -60,7 +60,7 @@ def test_tools_have_many_forms_and_a_command_its_files(path: Path) -> None:
     ]
     assert tools[2].timeout == 5
     assert tools[3].mcp is not None
-    assert tools[3].mcp.command == ("py", own, "-v")
+    assert tools[3].mcp.command == ("python", own, "-v")
 
 
 @pytest.mark.parametrize(
@@ -78,16 +78,16 @@ def test_tools_have_many_forms_and_a_command_its_files(path: Path) -> None:
         ("rollout.tools=[{mcp: {}}]", "rollout.tools.0.mcp: an MCP server has either a command or a url"),
         ("rollout.tools=[{name: a, tmeout: 3}]", "unknown setting rollout.tools.0.tmeout; did you mean 'timeout'?"),
         (
-            "environment=own.py:G reward=own.py:f",
-            "reward can't be set beside environment, because the environment gives",
+            "environment=own.py:G & reward=own.py:f",
+            "reward can't be set together with environment: the environment gives",
         ),
         (
-            "environment=own.py:G data.prompt=x data.kind=file data.path=rows.jsonl",
-            "data.prompt can't be set beside en",
+            "environment=own.py:G & data={kind: file, path: rows.jsonl, prompt: x}",
+            "data.prompt can't be set together",
         ),
         (
-            "environment=own.py:G rollout.tools=[calculator]",
-            "rollout.tools can't be set beside environment, because the",
+            "environment=own.py:G & rollout.tools=[calculator]",
+            "rollout.tools can't be set together with environment",
         ),
         ("data={kind: file, path: rows.jsonl, promt: task}", "unknown setting data.promt; did you mean 'prompt'?"),
     ],

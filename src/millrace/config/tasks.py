@@ -18,17 +18,16 @@ def _beside_config(path: str | Path, info: ValidationInfo) -> str | Path:
     return type(path)(str(found.absolute())) if isinstance(path, str) else found.absolute()
 
 
-# A file: beside the config, or else in the current folder. The second may also be the name of a module.
-FilePath = Annotated[LocalPath, AfterValidator(_beside_config)]
-CodePath = Annotated[PathOrName, AfterValidator(_beside_config)]
-
-
 def _file_beside_config(part: str, info: ValidationInfo) -> str:
+    """As `_beside_config`, for files only: a module may have the name of a folder."""
     found = Path(_beside_config(part, info))
     return str(found) if found.is_file() else part
 
 
-# A part of a command: a file beside the config becomes its path, and the rest stays as it is.
+# Data, a Python file or a module, and a part of a command. Files are looked for beside the config, or else in the
+# current folder.
+FilePath = Annotated[LocalPath, AfterValidator(_beside_config)]
+CodePath = Annotated[PathOrName, AfterValidator(_file_beside_config)]
 CommandPart = Annotated[str, AfterValidator(_file_beside_config)]
 
 
