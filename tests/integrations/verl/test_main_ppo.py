@@ -46,7 +46,7 @@ def test_fsdp2_on_two_ranks_with_tools(tiny_model: Path, tmp_path: Path) -> None
     )
     require_on_policy(run, steps=2)
     texts = [str(sample["output"]) for samples in run.generations.values() for sample in samples]
-    assert any("<tool_response>\n5\n</tool_response>" in text for text in texts)
+    assert any(text.count("<tool_response>\n5\n</tool_response>") == 2 for text in texts)
 
 
 @pytest.mark.slow
