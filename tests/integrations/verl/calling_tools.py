@@ -19,7 +19,11 @@ def add(a: int, b: int) -> str:
 
 @ToolParser.register("always")
 class AlwaysParser(ToolParser):  # type: ignore[misc]  # verl comes without types
-    """Every turn of the model calls the tool."""
+    """Every turn of the model calls the tool, and ends at one of many tokens, after half a dozen on average."""
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        return list(range(100))
 
     async def extract_tool_calls(self, responses_ids: list[int], tools: Any = None) -> tuple[str, list[FunctionCall]]:
         text = self.tokenizer.decode(responses_ids, skip_special_tokens=True)

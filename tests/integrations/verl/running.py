@@ -30,10 +30,9 @@ class Run:
     returned: int
     generations: Mapping[int, Sequence[Mapping[str, object]]]
 
-    @property
-    def published(self) -> list[tuple[int, int]]:
-        """The versions that were published, with their steps, in order."""
-        found = re.findall(r"version (\d+) has the weights of step (\d+)", self.log)
+    def published(self, fleet: str) -> list[tuple[int, int]]:
+        """The versions that were published to the fleet, with their steps, in order."""
+        found = re.findall(rf"{fleet} version (\d+) has the weights of step (\d+)", self.log)
         return [(int(version), int(step)) for version, step in found]
 
 

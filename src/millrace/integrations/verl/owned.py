@@ -28,9 +28,11 @@ logger = logging.getLogger(__name__)
 class OwnedFleet:
     """A fleet, from its opening until this process ends. A guard ends its engines when the process ends.
 
-    `shared`: the URL and the key with which verl's servers follow it. `step`: the trainer's step of the last publish.
+    `name`: `hybrid` or `standalone`. `shared`: the URL and the key with which verl's servers follow it. `step`: the
+    trainer's step of the last publish.
     """
 
+    name: str
     fleet: sync.Fleet
     shared: SharedFleet
     settings: RolloutSettings
@@ -38,23 +40,25 @@ class OwnedFleet:
     _open: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
-    def open(cls, settings: RolloutSettings, engine: EngineConfig, model: Path, logs: Path, host: str) -> "OwnedFleet":
+    def open(
+        cls, name: str, settings: RolloutSettings, engine: EngineConfig, model: Path, logs: Path, host: str
+    ) -> "OwnedFleet":
         """Start the engines. This takes as long as they need.
 
-        model: the folder of the model. logs: the folder of the engines' logs. host: the address for verl's servers.
+        model: the folder of the model. logs: the folder of the logs. host: the address for verl's servers.
         """
         with ExitStack() as stack:
             opened = sync.open_fleet(
                 engine,
                 model,
-                log_dir=logs,
+                log_dir=logs / name,
                 transport=settings.publish.transport,
                 sidecars=settings.publish.sidecars,
                 restarts=settings.restarts,
             )
             fleet = stack.enter_context(opened)
             shared = stack.enter_context(fleet.share(host))
-            return cls(fleet, shared, settings, _open=stack.pop_all())
+            return cls(name, fleet, shared, settings, _open=stack.pop_all())
 
     def publish(self, weights: Iterable[NamedTensor], step: int | None) -> PublishReport:
         """Publish a version. `weights` is read to its end even after an error, because reading it is collective.
@@ -74,7 +78,9 @@ class OwnedFleet:
         finally:
             drain(source)
         taken = len(report.engines) - len(report.failed)
-        logger.info("version %d has the weights of step %s, on %d engines", report.version, self.step, taken)
+        logger.info(
+            "%s version %d has the weights of step %s, on %d engines", self.name, report.version, self.step, taken
+        )
         for name, error in report.failed.items():
             logger.warning("%s did not take version %d: %s", name, report.version, error)
         return report

@@ -73,9 +73,9 @@ class Plan:
         pretrained = PretrainedModelConfig(kind="pretrained", path=self.model)
         folder = model_folder(pretrained, Path(), seed=0, fresh=False, setting="actor_rollout_ref.model.path")
         logs = self.settings.log_dir or Path(tempfile.mkdtemp(prefix="millrace-verl-"))
-        logger.info("the engines' logs are in %s", logs / self.name)
+        logger.info("the engines' logs are below %s", logs)
         host = ray.util.get_node_ip_address().strip("[]")
-        return OwnedFleet.open(self.settings, engine, folder, logs / self.name, host)
+        return OwnedFleet.open(self.name, self.settings, engine, folder, logs, host)
 
 
 class MillraceRollout(BaseRollout):  # type: ignore[misc]  # verl comes without types
