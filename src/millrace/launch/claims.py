@@ -47,7 +47,12 @@ def claimed_servers(urls: Iterable[str]) -> Iterator[None]:
     """
 
     def claim(url: str) -> str:
-        return f"millrace-owner-of-{joined(host_of(url), urlsplit(url).port or 80)}"
+        parts = urlsplit(url)
+        try:
+            host = host_of(url)
+        except OSError:  # there is no route to it, which the first call to the server reports
+            host = parts.hostname or url
+        return f"millrace-owner-of-{joined(host, parts.port or 80)}"
 
     def refusal(url: str, holder: str) -> str:
         return (
