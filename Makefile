@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VERL_VENV := .venv-verl
+VERL_PYTEST = $(VERL_VENV)/bin/python -m pytest -o addopts=-ra -W default
 # Compiling by itself, on all cores: pip takes one. What can't be compiled (templates) is not imported either.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
 COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # The exact versions that this was tested with, and the CPU's torch. `make CONSTRAINTS=... ` names another set.
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: demo test test-all lint types unit clean
+.PHONY: demo test test-all test-verl test-verl-all lint types unit clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
@@ -18,6 +20,14 @@ test: lint types unit
 # Also the slow tests: more stock engines, more versions of them, and longer runs of faults.
 test-all: lint types
 	$(BIN)/pytest -m "slow or not slow"
+
+# rollout.name=millrace in verl's own trainer, in an environment of its own, since verl needs older packages.
+test-verl: $(VERL_VENV)/verl.stamp
+	$(VERL_PYTEST) -m "not slow" tests/integrations/verl
+
+# Also several ranks, tools and asynchronous training.
+test-verl-all: $(VERL_VENV)/verl.stamp
+	$(VERL_PYTEST) tests/integrations/verl
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -30,7 +40,7 @@ unit: $(VENV)/dev.stamp
 	$(BIN)/pytest
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VERL_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -48,3 +58,11 @@ $(VENV)/dev.stamp: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 	$(PIP) -e '.[dev]'
 	$(COMPILE)
 	@touch $@ $(VENV)/train.stamp
+
+$(VERL_VENV)/verl.stamp: pyproject.toml constraints/verl-cpu.txt
+	@echo "installing verl into $(VERL_VENV): three minutes or so"
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints/verl-cpu.txt \
+		-e '.[verl]' hypothesis pytest pytest-asyncio pytest-timeout
+	$(VERL_VENV)/bin/python -m compileall -qq -j 0 $(VERL_VENV)/lib || true
+	@touch $@

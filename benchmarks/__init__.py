@@ -1,1 +1,1 @@
-"""Run by hand; README.md has the commands and what they printed."""
+"""Benchmarks that are run by hand. README.md has their commands and results."""

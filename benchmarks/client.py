@@ -1,5 +1,5 @@
-"""What the client costs: CPU seconds per generate call, 1,000 in flight, beside a bare aiohttp + orjson loop (the
-floor).
+"""Measures the client: CPU seconds per generate call with 1,000 calls in flight. The floor is a bare aiohttp + orjson
+loop.
 
     python benchmarks/client.py [--calls 5000] [--in-flight 1000] [--repeats 15]
 
@@ -60,7 +60,7 @@ def serve(ready: Connection) -> None:
 
 
 async def in_flight(call: Callable[[int], Awaitable[None]], calls: int, width: int) -> float:
-    """CPU seconds of this process per call, `width` calls at a time."""
+    """Returns the CPU seconds of this process per call, with `width` calls at a time."""
     numbers = iter(range(calls))
 
     async def worker() -> None:
@@ -93,7 +93,7 @@ async def measure(url: str, calls: int, width: int, repeats: int) -> None:
     for repeat in range(repeats + 1):
         floor = await in_flight(bare, calls, width)
         seconds = await in_flight(by_millrace, calls, width)
-        if repeat:  # the first one opens the connections
+        if repeat:  # the first round opens the connections
             floors.append(floor)
             ours.append(seconds)
             print(f"bare {floor * 1e6:6.1f} us   millrace {seconds * 1e6:6.1f} us   ratio {seconds / floor:.3f}")

@@ -1,17 +1,17 @@
-"""What one optimizer step changes of a model's bfloat16 weights: the share of the elements, the bytes of a delta, and
-the seconds to write and to apply it.
+"""Measures how much of a model's bfloat16 weights one optimizer step changes: the share of the elements, the bytes of a
+delta, and the seconds to write and to apply it.
 
     python -m benchmarks.delta [--size 0.5b] [--part 4] [--lr 1e-6 3e-6 1e-5] [--repeats 5] [--device cuda]
 
-A model of Qwen2.5's shape, of which `--part 4` keeps a quarter of the layers and of the vocabulary, with a float32
-master. Each step is a real one, of the trainer's own optimizer on the gradient of its own policy loss; the steps before
-the first measured one fill AdamW's moments. But the weights are random, at the scale that training starts from, and so
-are the tokens and their rewards: a trained model has other weights, and its gradients point somewhere, so another share
-of it changes.
+The model has the shape of Qwen2.5 and a float32 master copy. `--part 4` keeps a quarter of the layers and of the
+vocabulary. Each step is a real one, of the trainer's own optimizer on the gradient of its own policy loss. The steps
+before the first measured one fill AdamW's moments. But the weights are random, at the scale that training starts from,
+and so are the tokens and their rewards. A trained model has other weights, and its gradients point somewhere, so
+another share of it changes.
 
-A delta is written to a file and read from it, checksums of both sides included, on one thread. The floor of writing is
-to read both versions once, comparing them; that of applying is to copy the old version into memory that was touched
-before. What `apply` returns is new memory, whose pages are faulted in.
+A delta is written to a file and read from it on one thread, including the checksums of both sides. The floor of writing
+is to read both versions once and compare them. The floor of applying is to copy the old version into memory that was
+touched before. `apply` returns new memory, whose pages are faulted in.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from millrace.train.optimizer import apply_gradients, global_grad_norm, make_opt
 from millrace.weights.delta import read_delta, write_delta
 
 WARMUP_STEPS = 4
-SAMPLES, TOKENS = 8, 32  # of a group, of a sample
-COMPARED = 1 << 20  # elements at a time, as the delta's chunks
+SAMPLES, TOKENS = 8, 32  # samples of a group, tokens of a sample
+COMPARED = 1 << 20  # elements at a time, as in the delta's chunks
 
 Weights = dict[str, Tensor]
 
@@ -55,7 +55,7 @@ def make_model(size: str, part: int, device: str) -> Qwen2ForCausalLM:
 
 
 def step(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, lr: float, rng: np.random.Generator) -> None:
-    """One update on a group of random samples with random rewards."""
+    """Makes one update on a group of random samples with random rewards."""
     tokens_BT = torch.from_numpy(rng.integers(0, model.config.vocab_size, (SAMPLES, TOKENS))).to(model.device)
     logits_BTV = model(input_ids=tokens_BT).logits[:, :-1].float()
     logprobs_BT = logits_BTV.log_softmax(dim=-1).gather(-1, tokens_BT[:, 1:, None]).squeeze(-1)
@@ -72,7 +72,7 @@ def step(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, lr: float, rng: 
 
 
 def cast(model: Qwen2ForCausalLM) -> Weights:
-    """What would be published."""
+    """Returns the weights as they would be published."""
     return {name: parameter.detach().bfloat16().cpu() for name, parameter in model.named_parameters()}
 
 
@@ -97,7 +97,7 @@ def apply(path: Path, old: Weights) -> None:
 
 
 def in_turns(repeats: int, *works: Callable[[], object]) -> list[float]:
-    """The median seconds of each."""
+    """Runs the works in turns. Returns the median seconds of each."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
         for work, spent in zip(works, seconds, strict=True):
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
 
-    torch.set_num_threads(1)  # of the copy too
+    torch.set_num_threads(1)  # this limits the copy too
     model = make_model(arguments.size, arguments.part, arguments.device)
     optimizer = make_optimizer(model.parameters(), OptimizerConfig(lr=arguments.lr[0]))
     rng = np.random.default_rng(0)

@@ -1,13 +1,14 @@
-"""Tokens per second of the embedded engine through HTTP, against transformers' batched `generate` of the same requests.
+"""Measures tokens per second of the embedded engine through HTTP. The floor is transformers' batched `generate` on the
+same requests.
 
     OMP_NUM_THREADS=1 python benchmarks/embedded_engine.py
 
-The floor is `generate` in this process: one padded batch, no HTTP, no scheduling, no logprobs returned. The engine runs
-in a process of its own and answers separate calls that arrive together. Both sample at temperature 1 with as many
+The floor runs `generate` in this process: one padded batch, no HTTP, no scheduling, no logprobs returned. The engine
+runs in a process of its own and answers separate calls that arrive together. Both sample at temperature 1 with as many
 threads. They take turns, and the median round of each counts.
 
-Prompts of mixed lengths are what a trainer sends. Prompts of one length are the best case of `generate`, which then
-needs no padding and no attention mask.
+A trainer sends prompts of mixed lengths. Prompts of one length are the best case of `generate`, which then needs no
+padding and no attention mask.
 """
 
 import argparse
@@ -33,7 +34,7 @@ START_LIMIT = 120.0  # seconds
 
 
 def make_model(folder: Path) -> None:
-    """The class of model that the demo trains: 4 layers, 128 wide, 0.8 M parameters."""
+    """Makes a model like the demo's: 4 layers, 128 wide, 0.8 M parameters."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -52,7 +53,7 @@ def make_model(folder: Path) -> None:
 
 
 def generate_rate(model: Any, prompts: list[list[int]], tokens: int) -> float:
-    """Tokens per second of one batched `generate`, its prompts padded on the left."""
+    """Returns the tokens per second of one batched `generate` whose prompts are padded on the left."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -72,7 +73,7 @@ def generate_rate(model: Any, prompts: list[list[int]], tokens: int) -> float:
 
 
 async def engine_rate(session: aiohttp.ClientSession, url: str, prompts: list[list[int]], tokens: int) -> float:
-    """Tokens per second of as many calls as there are prompts, sent at once."""
+    """Returns the tokens per second of one call for each prompt, all sent at once."""
     params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
 
     async def call(prompt: list[int]) -> int:
@@ -105,8 +106,8 @@ async def measure(args: argparse.Namespace, folder: Path, url: str, shortest: in
     floors, engines = [], []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await until_healthy(session, url)
-        for _ in range(args.rounds + 1):  # the first warms both up
-            # New prompts each round: nothing of an earlier round may be left in a cache to help.
+        for _ in range(args.rounds + 1):  # the first round warms up both
+            # Each round has new prompts, so that no cache has anything of an earlier round.
             lengths = [rng.randint(shortest, 2 * args.prompt_tokens - shortest) for _ in range(args.requests)]
             prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in lengths]
             floors.append(generate_rate(model, prompts, args.tokens))

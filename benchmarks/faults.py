@@ -1,14 +1,15 @@
-"""What a fault costs: seconds from SIGKILL to serving the current version again, and the share of throughput that is
-kept while one of four engines is killed each minute.
+"""Measures the cost of faults: the seconds from SIGKILL to serving the current version again, and the share of
+throughput that is left while one of four engines is killed each minute.
 
     OMP_NUM_THREADS=1 python -m benchmarks.faults [--only recovery] [--kinds ...] [--repeats 3] [--minutes 2]
 
-`recovery`, by kind of engine: a fleet of one serves a version that was published, is killed, and comes back by itself
-from the folder of versions. Each repeat is a fleet of its own, so that each restart is the first (after one second).
+`recovery` runs for each kind of engine. A fleet of one engine serves a published version, its engine is killed, and the
+fleet restarts it and loads the version from the store. Each repeat has its own fleet, so that each restart is the first
+(after one second).
 
-`throughput`: two runs of the same load, one after the other, without and with kills in the middle of each minute. A
-step of the engines' model is made to take 50 ms longer, and they run 16 requests each, so that it is the engines that
-limit the rate and not the cores that they share here. What counts is tokens of samples that finished within the time.
+`throughput` runs the same load twice, once without kills and once with a kill in the middle of each minute. A step of
+the engines' model takes 50 ms longer than it would, and each engine runs at most 16 requests. So the engines limit the
+rate, not the cores that they share. Only tokens of samples that finished in time count.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from millrace.config import EmbeddedEngineConfig
-from millrace.config.models import EngineConfig, SGLangEngineConfig, TinyModelConfig, VLLMEngineConfig
+from millrace.config.engines import EngineConfig, SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.models import TinyModelConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
@@ -46,14 +48,14 @@ from millrace.types import SamplingParams
 
 START_TIMEOUT, WAIT = 240.0, 300.0  # seconds
 ENGINES, AT_A_TIME, STEP = 4, 16, 0.05
-GROUPS, SAMPLES, TOKENS = 24, 4, 64  # in flight: half as many again as the engines run at a time
-NEVER = 1_000_000  # restarts in a row until one is given up
+GROUPS, SAMPLES, TOKENS = 24, 4, 64  # half as many again in flight as the engines run at a time
+NEVER = 1_000_000  # restarts in a row before the fleet gives up on an engine
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """Seconds, each from the end of the one before: until the fleet knew, until the new process answered (with the
-    second before the first restart), and until it served what was published."""
+    """Seconds of each phase: until the fleet noticed the death, until the new process answered (including the second
+    before the first restart), and until it served the published version."""
 
     noticed: float
     up: float
@@ -74,7 +76,7 @@ class Rate:
 
 @contextmanager
 def a_place() -> Iterator[tuple[Path, Path]]:
-    """A small model's folder, and one for what a fleet writes."""
+    """Yields the folder of a small model, and a folder for what a fleet writes."""
     with tempfile.TemporaryDirectory() as place:
         model = Path(place) / "model"
         make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 0, model)
@@ -82,7 +84,7 @@ def a_place() -> Iterator[tuple[Path, Path]]:
 
 
 def kill(fleet: Fleet, name: str) -> None:
-    """SIGKILL to the engine's own process, which is the only child of its guard."""
+    """Sends SIGKILL to the engine's own process, which is the only child of its guard."""
     process = fleet.replicas.by_name[name].process
     assert isinstance(process, ServerProcess)
     guard = process._process.pid
@@ -140,7 +142,7 @@ def runner_on(fleet: Fleet, model_path: Path) -> SampleRunner:
     return SampleRunner(
         fleet=fleet,
         chat=load_chat_format(str(model_path), [Calculator().schema]),
-        tools={"calculator": Calculator()},
+        tools={"calculator": Calculator},
         limits=EpisodeLimits(max_turns=2, max_turn_tokens=TOKENS, max_sample_tokens=200, context_length=256),
         sampling=SamplingParams(TOKENS, ignore_eos=True),
         timeout=120.0,
@@ -149,7 +151,7 @@ def runner_on(fleet: Fleet, model_path: Path) -> SampleRunner:
 
 
 async def keep_slow(fleet: Fleet) -> None:
-    """Also those that were started anew."""
+    """Slows down every engine, also after it restarts."""
     slowed: dict[str, int] = {}
     while True:
         for name, engine in fleet.engines.items():
@@ -161,7 +163,7 @@ async def keep_slow(fleet: Fleet) -> None:
 
 
 async def kill_each_minute(fleet: Fleet, began: float, minutes: float) -> int:
-    """In the middle of each, one engine after the other. Returns how many were killed."""
+    """Kills one engine in the middle of each minute, in turns. Returns how many it killed."""
     for number in range(round(minutes)):
         await asyncio.sleep(began + 60.0 * number + 30.0 - time.monotonic())
         kill(fleet, list(fleet.engines)[number % ENGINES])

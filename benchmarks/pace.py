@@ -1,13 +1,14 @@
-"""What a step costs that waits for nobody: wall time of the same number of steps, on a load with a long tail.
+"""Measures what a step costs if the trainer does not wait for slow samples: the wall time of the same number of steps
+on a load with a long tail.
 
     OMP_NUM_THREADS=1 python -m benchmarks.pace [--engines 2] [--steps 8] [--repeats 3]
 
-Each step takes 8 groups of 4 samples; the lengths of samples are drawn, few of them long. A training step is stood in
-for by a wait, as it leaves the engines' hardware alone, and is followed by a publish. In turns:
+Each step takes 8 groups of 4 samples. The lengths of the samples are drawn, and few of them are long. A wait stands for
+the training step, since training would not use the engines' hardware. A publish follows it. These take turns:
 
 - barrier: a step starts its groups, waits for all of them, trains, and publishes (on-policy);
-- over-sampling: it starts half as many groups more, takes the first complete, and gives up the rest (on-policy);
-- pace: engines generate on while the trainer trains, at most one version ahead (`max_staleness` 1).
+- over-sampling: a step starts half as many groups more, takes the first complete, and gives up the rest (on-policy);
+- pace: engines go on generating while the trainer trains, at most one version ahead (`max_staleness` 1).
 
 The floor is the engines' work alone: all samples of all steps at once, without a trainer.
 """
@@ -18,6 +19,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from millrace.types import GenerateRequest, RoutingContext, SamplingParams
 GROUPS, SAMPLES = 8, 4
 PROMPT = 64  # tokens
 TRAINING = 2.0  # seconds
-PROBLEMS = [Problem(str(i), str(i), str(i)) for i in range(1024)]
+PROBLEMS = [Problem.of_question(str(i), str(i), str(i)) for i in range(1024)]
 POLICIES = {
     "barrier": StalenessPolicy(GROUPS, SAMPLES),
     "over-sampling": StalenessPolicy(GROUPS, SAMPLES, extra=GROUPS // 2),
@@ -46,7 +48,7 @@ POLICIES = {
 
 @dataclass(frozen=True, slots=True)
 class LongTail:
-    """A runner whose samples are one turn each, of a drawn length."""
+    """A runner whose samples have one turn of a drawn length."""
 
     fleet: Fleet
 
@@ -67,10 +69,13 @@ class LongTail:
         )
         return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, float(draw.random() < 0.5))
 
+    def finish_group(self, samples: Sequence[Sample]) -> None:
+        """They are complete."""
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`tokens`: that were trained on. `waited`: seconds in which the trainer had nothing to do."""
+    """`tokens` counts the tokens that were trained on. `waited` is the seconds in which the trainer was idle."""
 
     seconds: float
     tokens: int
@@ -106,7 +111,7 @@ async def run(publisher: Publisher, policy: StalenessPolicy, steps: int) -> Resu
                 assert sample.oldest_version is not None
                 tokens += int(sample.episode.loss_mask.sum())
                 lags.append(publisher.version - sample.oldest_version)
-            await asyncio.sleep(TRAINING)  # the trainer's hardware works
+            await asyncio.sleep(TRAINING)  # stands for the training step
             await publisher.publish()
             if policy.ahead:
                 buffer.top_up(publisher.version)

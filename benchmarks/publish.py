@@ -1,10 +1,10 @@
-"""Publishing a 1 GB model, beside its floor: one memcpy of it for shared memory, one trip through a TCP connection of
-this host for gloo, one bare READ of NIXL from another process for UCX.
+"""Measures a publish of a 1 GB model, compared with its floor. The floor is one memcpy of the model for shared memory,
+one trip through a TCP connection of this host for gloo, and one bare READ of NIXL from another process for UCX.
 
     python -m benchmarks.publish [--transport shm] [--replicas 1] [--repeats 9]
 
-Includes all that a publish is: copying into buckets or sending, loading, checksums on both sides, commit. The floor
-moves the same bytes in the same run. The first publish pays the page faults of new memory and is shown apart.
+The time includes all parts of a publish: copying into buckets or sending, loading, checksums on both sides, commit. The
+floor moves the same bytes in the same run. The first publish pays the page faults of new memory and is shown apart.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def make_model(folder: Path) -> Qwen3ForCausalLM:
 
 
 class Memcpy:
-    """The floor: the tensors' bytes, copied by one thread into memory that was touched before."""
+    """The floor of shared memory: one thread copies the tensors' bytes into memory that was touched before."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._sources = [tensor.numpy() for tensor in tensors]
@@ -59,7 +59,7 @@ class Memcpy:
 
 
 class Tcp:
-    """The floor: the tensors' bytes, sent to another process of this host, which says when it has them."""
+    """The floor of gloo: the tensors' bytes are sent to another process of this host, which says when it has them."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._sources: Sequence[memoryview] = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors]
@@ -89,13 +89,13 @@ def receive(port: int, size: int) -> None:
 
 
 class Read:
-    """The floor: the tensors' bytes, READ by another process of this host from where they are."""
+    """The floor of UCX: another process of this host READs the tensors' bytes where they lie."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._agent = agent("floor")
         self._agent.register_memory(tensors)
         there = [(tensor.data_ptr(), tensor.nbytes, 0) for tensor in tensors]
-        spawn = multiprocessing.get_context("spawn")  # a fork would have UCX's state without its threads
+        spawn = multiprocessing.get_context("spawn")  # a fork would have the state of UCX without its threads
         self._pipe, end = spawn.Pipe()
         spawn.Process(target=read, args=(end, self._agent.get_agent_metadata(), there), daemon=True).start()
 
@@ -127,7 +127,7 @@ def read(pipe: Connection, metadata: bytes, there: list[tuple[int, int, int]]) -
 
 
 def agent(name: str) -> Any:
-    """NIXL's, told the same of TCP as Millrace's own."""
+    """Returns a NIXL agent with the same TCP settings as Millrace's own."""
     nixl = load()
     with settings({name: value for name, value in TCP_SETTINGS.items() if name not in os.environ}):
         return nixl.nixl_agent(name, nixl.nixl_agent_config(backends=["UCX"]))
@@ -162,7 +162,7 @@ async def measure(transport: TransportName, replicas: int, repeats: int) -> None
                     f"{report.stage_seconds:.3f}, load {engine.load_seconds:.3f}, attest {engine.attest_seconds:.3f}, "
                     f"commit {engine.commit_seconds:.3f}), ratio {report.seconds / floor:.2f}"
                 )
-                if version > 2:  # by then both of the engine's sets of tensors have been written to once
+                if version > 2:  # by then, both of the engine's sets of tensors have been written once
                     floors.append(floor)
                     publishes.append(report.seconds)
             floor, seconds = statistics.median(floors), statistics.median(publishes)

@@ -1,12 +1,12 @@
-"""What routing costs and what it brings: microseconds a decision, and a multi-turn load with a long tail.
+"""Measures routing: the microseconds of a decision, and its gain on a multi-turn load with a long tail.
 
     OMP_NUM_THREADS=1 python -m benchmarks.routing [--engines 4] [--sessions 96] [--repeats 3] [--router cache_aware]
 
-The load: sessions in groups of four with one prompt, each of one to eight turns, each turn with everything before it as
-its prompt; lengths of turns and numbers of turns are drawn, few of them long. Every policy gets the same load, with
-cold caches, in turns with the others; the median round counts. Round-robin and least-loaded know no affinity.
---router adds the real sglang-router with that policy of its own (`millrace engines install sglang-router`), before the
-same engines.
+The load has sessions in groups of four with one prompt. Each session has one to eight turns, and the prompt of each
+turn has everything before it. The lengths and numbers of turns are drawn, and few of them are long. Every policy gets
+the same load with cold caches. The policies take turns, and the median round counts. Round-robin and least-loaded know
+no affinity. --router adds the real sglang-router in front of the same engines, with its own policy of that name
+(`millrace engines install sglang-router`).
 """
 
 import argparse
@@ -34,7 +34,7 @@ from millrace.fleet.routing import RoutingPolicy, Why
 from millrace.types import ANYWHERE, GenerateRequest, RoutingContext, SamplingParams
 
 VOCAB = 300
-PROMPT, ANSWER = 256, 48  # tokens: of the first prompt, and of what comes between two turns
+PROMPT, ANSWER = 256, 48  # tokens of the first prompt, and of the text between two turns
 DEADLINE = 600.0
 
 Choose = Callable[[Snapshot, Mapping[str, int], GenerateRequest, RoutingContext], str]
@@ -45,13 +45,13 @@ class Session:
     name: str
     group: str
     prompt: tuple[int, ...]
-    turns: tuple[int, ...]  # tokens that each makes
+    turns: tuple[int, ...]  # tokens that each turn makes
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     seconds: float
-    cached: float  # of the prompts' tokens
+    cached: float  # cached tokens of the prompts
 
 
 def snapshot_of(names: list[str]) -> Snapshot:
@@ -59,7 +59,7 @@ def snapshot_of(names: list[str]) -> Snapshot:
 
 
 def decisions(engines: int = 64, sessions: int = 10_000, count: int = 50_000) -> None:
-    """Prints microseconds a decision, of each kind."""
+    """Prints the microseconds of each kind of decision."""
     draw = random.Random(0)
     snapshot = snapshot_of([f"engine-{i}" for i in range(engines)])
     outstanding = Counter({name: draw.randrange(50_000, 60_000) for name in snapshot.routable})
@@ -73,7 +73,7 @@ def decisions(engines: int = 64, sessions: int = 10_000, count: int = 50_000) ->
     spans = []
     for engine in snapshot.routable:
         told.follow(engine)
-    for i, prompt in enumerate(prompts):  # each is in the caches of four engines, in blocks of 16 tokens
+    for i, prompt in enumerate(prompts):  # each prompt is in the caches of four engines, in blocks of 16 tokens
         blocks = tuple((hash(prompt[: end + 16]), prompt[end : end + 16]) for end in range(0, 1024, 16))
         for number in range(i, i + 4):
             started = time.perf_counter_ns()
@@ -109,7 +109,7 @@ def decisions(engines: int = 64, sessions: int = 10_000, count: int = 50_000) ->
 
 
 def make_model(folder: Path) -> None:
-    """Large enough that a prompt's computation is worth keeping: 8 layers, 256 wide."""
+    """Makes a model that is large enough for its prompt computation to matter: 8 layers, 256 wide."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -158,7 +158,7 @@ def policies(seed: int) -> dict[str, Choose]:
 
 
 async def play(fleet: Fleet, sessions: list[Session], choose: Choose | None) -> Result:
-    """None: by the fleet itself, which has a router."""
+    """Plays the load once. With None as the policy, the fleet itself routes, by its external router."""
     engines = fleet.engines
     await asyncio.gather(*(engine.flush_cache() for engine in engines.values()))
     snapshot, outstanding = snapshot_of(list(engines)), Counter(dict.fromkeys(engines, 0))

@@ -1,4 +1,4 @@
-"""A sidecar on this host, for what is measured with one."""
+"""A sidecar on this host, for the benchmarks that need one."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def sidecar(device: str) -> Iterator[str]:
-    """Its URL, for publish.transport ucx."""
+    """Starts a sidecar and yields its URL, for publish.transport ucx."""
     command = [sys.executable, "-m", "millrace", "sidecar", "--device", device]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -1,4 +1,4 @@
-"""Tiny models of many architectures, with random weights, as transformers makes them."""
+"""Tiny models of many architectures with random weights, as transformers makes them."""
 
 import importlib
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from millrace.train.tiny import make_tiny_tokenizer
 
 MOE = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
-# By the name of the architecture: the class's name, and what the config needs beside the sizes below.
+# Maps the name of each architecture to the name of its class and the config values it needs beside the sizes below.
 ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3_moe": ("Qwen3Moe", {**MOE, "head_dim": 8, "num_experts": 4}),
     "qwen2_moe": ("Qwen2Moe", {**MOE, "shared_expert_intermediate_size": 8, "num_experts": 4}),
@@ -59,8 +59,8 @@ def make_model(architecture: str, seed: int = 0, **changes: object) -> PreTraine
 
 
 def make_moe_folder(folder: Path, *, dtype: torch.dtype = torch.float32, head_dim: int = 32) -> PreTrainedModel:
-    """A Qwen3-MoE that can be served and trained: with the tiny tokenizer and its chat template. Its heads have 32
-    elements, and its experts 32: vLLM's kernels for the CPU know no fewer. SGLang's for the GPU want heads of 64."""
+    """Makes a Qwen3-MoE that can be served and trained, with the tiny tokenizer and its chat template. Its heads and
+    its experts have 32 elements, the fewest that vLLM's CPU kernels support. SGLang's GPU kernels need heads of 64."""
     tokenizer = make_tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     sizes = {

@@ -1,4 +1,4 @@
-"""What many tests need: a small model on disk."""
+"""Fixtures that many tests need, such as a small model on disk."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ with without_collecting():
 
     from millrace.train.tiny import make_tiny_model
 
-# Helpers' assertions say as much as the tests' own.
+# Assertions in helpers show as much as those in tests.
 for package in Path(__file__).parent.glob("*/__init__.py"):
     pytest.register_assert_rewrite(f"tests.{package.parent.name}")
 
@@ -30,14 +30,15 @@ STOCK_ENGINES = {"sglang_python", "vllm_python"}
 
 
 def pytest_configure() -> None:
-    """One thread for torch, here and in what is started: the tests share the cores, and threads that wait for each
-    other would spin on them, for several times the work."""
+    """Limits torch to one thread, here and in child processes. The tests share the cores. Threads that wait for each
+    other would spin on them and take several times as long."""
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start stock engines come first: each takes minutes, and at the end the others would wait for one."""
+    """Puts the files that start stock engines first. Each takes minutes, and at the end the other workers would wait
+    for one."""
     files = {
         item.path for item in items if isinstance(item, pytest.Function) and STOCK_ENGINES & set(item.fixturenames)
     }
@@ -46,8 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small Qwen3 from random weights, its tokenizer and chat template. Its heads have 32 elements:
-    vLLM's attention on the CPU has no kernel for 16."""
+    """A folder with a small Qwen3 with random weights, its tokenizer and chat template. Its heads have 32 elements,
+    since vLLM's attention on the CPU has no kernel for 16."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 0, folder)
     return folder
@@ -55,8 +56,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sglang_python() -> Callable[[str], Path]:
-    """The interpreter of real SGLang on the CPU, by its version. Its environment is made where it is missing, which
-    takes two minutes, and kept in the cache for the next run."""
+    """Returns the interpreter of real SGLang on the CPU for a version. A missing environment is made, which takes two
+    minutes, and kept in the cache for the next run."""
 
     def python(version: str) -> Path:
         return environments.install("sglang", version, "cpu", python=sys.executable, progress=lambda *_: None).python
@@ -66,7 +67,7 @@ def sglang_python() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def router_python() -> Callable[[str], Path]:
-    """The interpreter that has the real router of that kind. Its environment is made where it is missing."""
+    """Returns the interpreter of a real router, by its kind. A missing environment is made."""
 
     def python(kind: str) -> Path:
         name = f"{kind}-router"
@@ -78,5 +79,5 @@ def router_python() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
-    """The interpreter of real vLLM on the CPU. Its environment is made where it is missing, as SGLang's is."""
+    """The interpreter of real vLLM on the CPU. A missing environment is made, as for SGLang."""
     return environments.install("vllm", "0.32.0", "cpu", python=sys.executable, progress=lambda *_: None).python

@@ -17,8 +17,8 @@ def save_as(
     key: str | None = "dtype",
     unusual: Mapping[str, torch.dtype] | None = None,
 ) -> Path:
-    """The model in `folder`, in `place` and another dtype, which its config names as `key` (None: not at all); the
-    tensors in `unusual` have their own."""
+    """Saves the model in `folder` to `place` in another dtype. The config names it under `key`, or not at all with
+    None. The tensors in `unusual` have dtypes of their own."""
     shutil.copytree(folder, place)
     config = json.loads((place / "config.json").read_text())
     config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}

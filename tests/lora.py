@@ -1,4 +1,4 @@
-"""LoRA adapters of a small model, and what they make of it."""
+"""LoRA adapters of a small model, and the model with an adapter merged into it."""
 
 import copy
 
@@ -13,7 +13,7 @@ NamedTensors = list[tuple[str, torch.Tensor]]
 
 
 def lora(model: PreTrainedModel, seed: int, scale: float = 0.4) -> NamedTensors:
-    """Random, and strong enough to make other tokens of most prompts."""
+    """Makes a random adapter, strong enough to change the tokens of most prompts."""
     draw = torch.Generator().manual_seed(seed)
     tensors: NamedTensors = []
     for name, module in model.named_modules():
@@ -28,7 +28,7 @@ def lora(model: PreTrainedModel, seed: int, scale: float = 0.4) -> NamedTensors:
 
 
 def merged(model: PreTrainedModel, tensors: NamedTensors) -> PreTrainedModel:
-    """The model whose weights are those of `model` with the adapter in them."""
+    """Returns a copy of `model` with the adapter merged into its weights."""
     result, parts = copy.deepcopy(model), dict(tensors)
     with torch.no_grad():
         for name, parameter in result.named_parameters():

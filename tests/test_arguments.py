@@ -1,4 +1,4 @@
-"""What a caller may pass for token ids and sampling: one outcome for every form, whatever the engine."""
+"""Token ids and sampling values that a caller may pass. Every form has one outcome, whatever the engine."""
 
 from collections import UserDict
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def test_every_form_of_token_ids_is_the_same_request(ids: list[int], form: str) 
         ("x" * 10**6, "^.{0,200}$"),
     ],
 )
-def test_what_are_no_token_ids(ids: Any, says: str) -> None:
+def test_wrong_token_ids_are_refused(ids: Any, says: str) -> None:
     with pytest.raises(ArgumentError, match=says) as raised:
         GenerateRequest(ids, SamplingParams(4), request_id="r")
     assert isinstance(raised.value, MillraceError)
@@ -88,11 +88,15 @@ def test_what_are_no_token_ids(ids: Any, says: str) -> None:
         {"ignore_eos": np.True_},
         {"stop_token_ids": [np.int64(3)]},
         {"stop_token_ids": []},
+        {"stop": ["a", "b"]},
+        {"min_new_tokens": np.int32(3)},
+        {"repetition_penalty": 1, "frequency_penalty": np.float32(0.5), "presence_penalty": 0},
+        {"logit_bias": {np.int64(3): np.float32(0.5), 4: 1}},
     ],
 )
 def test_numbers_of_numpy_are_numbers(fields: Any) -> None:
     sampling = SamplingParams(**{"max_new_tokens": 8, **fields})
-    plain = (int, float, bool, tuple, type(None))
+    plain = (int, float, bool, tuple, dict, type(None))
     assert all(type(getattr(sampling, name)) in plain for name in sampling.__slots__)
     check_values(GenerateRequest((1,), sampling, request_id="r"))
 
@@ -114,9 +118,17 @@ def test_numbers_of_numpy_are_numbers(fields: Any) -> None:
         {"ignore_eos": 1},
         {"ignore_eos": "no"},
         {"min_p": [0.1]},
+        {"stop": "a"},
+        {"stop": [3]},
+        {"min_new_tokens": 1.5},
+        {"repetition_penalty": None},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": [1]},
+        {"logit_bias": {"3": 1.0}},
+        {"logit_bias": {3: "x"}},
     ],
 )
-def test_what_is_no_sampling_names_its_field(fields: Any) -> None:
+def test_a_wrong_sampling_value_names_its_field(fields: Any) -> None:
     with pytest.raises(ArgumentError, match=next(iter(fields))):
         SamplingParams(**{"max_new_tokens": 8, **fields})
 
@@ -142,9 +154,19 @@ def test_what_is_no_sampling_names_its_field(fields: Any) -> None:
         ((1,), {"seed": 2**63}),
         ((1,), {"seed": 2**64}),
         ((1,), {"stop_token_ids": (-1,)}),
+        ((1,), {"stop": ("a", "")}),
+        ((1,), {"min_new_tokens": -1}),
+        ((1,), {"min_new_tokens": 9}),
+        ((1,), {"min_new_tokens": 1, "stop": ("a",)}),
+        ((1,), {"repetition_penalty": 0.0}),
+        ((1,), {"repetition_penalty": 2.1}),
+        ((1,), {"frequency_penalty": 2.1}),
+        ((1,), {"presence_penalty": -2.1}),
+        ((1,), {"logit_bias": {-1: 1.0}}),
+        ((1,), {"logit_bias": {1: 100.5}}),
     ],
 )
-def test_what_no_engine_can_do_is_refused_before_it_is_sent(ids: tuple[int, ...], fields: Any) -> None:
+def test_a_request_that_no_engine_can_serve_is_refused_before_it_is_sent(ids: tuple[int, ...], fields: Any) -> None:
     request = GenerateRequest(ids, SamplingParams(**{"max_new_tokens": 8, **fields}), request_id="r")
     with pytest.raises(InvalidStateError, match=next(iter(fields), "input_ids")):
         check_values(request)
@@ -156,6 +178,8 @@ def test_what_no_engine_can_do_is_refused_before_it_is_sent(ids: tuple[int, ...]
         (lambda: GenerateRequest((1,), SamplingParams(4), request_id=7), r"request_id must be text, and is 7 \(int\)"),  # type: ignore[arg-type]
         (lambda: GenerateRequest((1,), SamplingParams(4), request_id="\ud800"), "half a character"),
         (lambda: GenerateRequest((1,), {"max_new_tokens": 4}), r"write SamplingParams\(max_new_tokens=...\)"),  # type: ignore[arg-type]
+        (lambda: GenerateRequest((1,), SamplingParams(4), continued_tokens=-1), "continued_tokens must be 0 or more"),
+        (lambda: GenerateRequest((1,), SamplingParams(4), prompt_logprobs=1), "prompt_logprobs must be True or False"),  # type: ignore[arg-type]
         (lambda: GenerateRequest((1,), SamplingParams(4), request_id="r", extra=[1]), "extra must be a mapping"),  # type: ignore[arg-type]
         (lambda: RoutingContext(session=3), "session must be text"),  # type: ignore[arg-type]
         (lambda: RoutingContext(min_version="1"), "min_version must be an integer"),  # type: ignore[arg-type]
@@ -163,7 +187,7 @@ def test_what_no_engine_can_do_is_refused_before_it_is_sent(ids: tuple[int, ...]
         (lambda: LoraConfig(8.0, 16.0, ("q_proj",)), "rank must be an integer"),  # type: ignore[arg-type]
     ],
 )
-def test_what_else_is_not_meant(make: Any, says: str) -> None:
+def test_other_wrong_arguments_are_refused(make: Any, says: str) -> None:
     with pytest.raises(ArgumentError, match=says):
         make()
 

@@ -1,4 +1,4 @@
-"""What transformers' tensors are called in a checkpoint: as `save_pretrained` writes them, without a copy."""
+"""Tensors of transformers models get the names that `save_pretrained` gives them in a checkpoint, without a copy."""
 
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def test_a_folder_without_the_base_models_prefix_keeps_its_names(tmp_path: Path)
     assert made.keys() - written.keys() == {"lm_head.weight"}
 
 
-def test_a_model_that_transformers_does_not_know_is_told(tmp_path: Path) -> None:
+def test_a_model_that_transformers_does_not_know_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(DataError, match="transformers can't create the model"):
         read_names(tmp_path, None)

@@ -1,4 +1,4 @@
-"""Checksums tell tensors apart, and tell the same of the same bytes wherever they lie."""
+"""Different tensors have different checksums, and the same bytes have the same checksum wherever they lie."""
 
 import torch
 from hypothesis import given
@@ -24,8 +24,8 @@ def test_the_same_bytes_have_the_same_sampled_checksum(size: int, dtype: torch.d
 
 
 @given(st.data(), SIZES.filter(bool), st.integers(0, 9))
-def test_other_bytes_have_another(data: st.DataObject, size: int, seed: int) -> None:
-    """One element that changes, where all are sampled; a stretch of them, where they are not."""
+def test_other_bytes_have_another_checksum(data: st.DataObject, size: int, seed: int) -> None:
+    """One changed element is noticed if all elements are sampled, and a changed stretch if they are not."""
     tensor = make(size, torch.bfloat16, seed)
     width = 1 if size <= SAMPLE else size // 50
     start = data.draw(st.integers(0, size - width))
@@ -35,12 +35,12 @@ def test_other_bytes_have_another(data: st.DataObject, size: int, seed: int) -> 
     assert tensor_checksum(changed) != tensor_checksum(tensor)
 
 
-def test_elements_in_another_order_have_another() -> None:
+def test_elements_in_another_order_have_another_checksum() -> None:
     tensor = make(SAMPLE // 2, torch.bfloat16, 0)
     assert sampled_checksums([tensor.flip(0)]) != sampled_checksums([tensor])
 
 
-def test_many_tensors_at_once_are_one_by_one() -> None:
+def test_many_tensors_at_once_have_the_checksums_of_each() -> None:
     tensors = [make(size, torch.float32, size) for size in range(600)]
     assert sampled_checksums(tensors) == [sampled_checksums([tensor])[0] for tensor in tensors]
     assert not sampled_checksums([])

@@ -1,6 +1,9 @@
-"""One generation from the calls that updates cut it into."""
+"""One generation is put together from the calls that updates cut it into."""
+
+from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +28,7 @@ def test_nothing_is_lost_or_doubled_and_the_segments_say_which_version_made_what
     whole = Continuation(REQUEST, pieces).result
     assert whole.output_ids == tuple(token for p in pieces for token in p.output_ids)
     assert len(whole.logprobs) == len(whole.output_ids)
-    assert whole.prompt_tokens == pieces[0].prompt_tokens  # not those of a continuation
+    assert whole.prompt_tokens == pieces[0].prompt_tokens  # the prompt tokens of a continuation do not count
     versions = [version for length, version in sizes for _ in range(length)]
     assert [s.version for s in whole.version_spans for _ in range(s.start, s.end)] == versions
     assert [s.start for s in whole.version_spans] == [0, *(s.end for s in whole.version_spans)][
@@ -47,7 +50,7 @@ def test_a_continuation_asks_for_exactly_what_is_missing(sizes: list[tuple[int, 
     assert continuation.aborted
 
 
-def test_what_was_cut_off_after_its_last_token_is_full() -> None:
+def test_a_generation_cut_off_after_its_last_token_is_full() -> None:
     request = GenerateRequest((7,), SamplingParams(max_new_tokens=4), request_id="r")
     continuation = Continuation(request)
     for one in (piece(3, 0), piece(1, 1)):
@@ -62,16 +65,44 @@ def test_without_a_part_the_result_is_aborted_and_empty() -> None:
     assert (nothing.output_ids, nothing.finish_reason, nothing.prompt_tokens) == ((), FinishReason.ABORT, 3)
 
 
-def test_a_continuation_counts_what_was_made_for_the_least_tokens_and_the_seed() -> None:
-    extra = {"priority": 1, "sampling_params": {"min_tokens": 9, "min_new_tokens": 3, "logit_bias": {"1": 2}}}
-    request = GenerateRequest((7,), SamplingParams(max_new_tokens=100, seed=2**63 - 2), request_id="r", extra=extra)
+@pytest.mark.parametrize(("least", "left"), [(0, 0), (3, 0), (9, 5)])
+def test_a_continuation_counts_what_was_made_for_the_least_tokens_and_the_seed(least: int, left: int) -> None:
+    sampling = SamplingParams(max_new_tokens=100, seed=2**63 - 2, min_new_tokens=least)
+    request = GenerateRequest((7,), sampling, request_id="r", continued_tokens=1)
     rest = Continuation(request, [piece(4, 1)]).rest
-    assert rest.sampling.seed == 2
-    assert rest.extra == {
-        "priority": 1,
-        "sampling_params": {"min_tokens": 5, "min_new_tokens": 0, "logit_bias": {"1": 2}},
-    }
+    assert (rest.sampling.seed, rest.sampling.min_new_tokens) == (2, left)
+    assert rest.continued_tokens == 5  # its own are output, too
     assert (
         Continuation(GenerateRequest((7,), SamplingParams(100), request_id="r"), [piece(4, 1)]).rest.sampling.seed
         is None
     )
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=6))
+def test_the_prompt_is_scored_once_and_penalties_say_where_they_began_again(parts: list[tuple[int, bool]]) -> None:
+    """Each part says that its penalties count nothing before it. A part that was aborted early has no logprobs."""
+    request = replace(REQUEST, prompt_logprobs=True)
+    continuation = Continuation(request)
+    starts = []
+    for length, scored in parts:
+        rest, made = continuation.rest, len(continuation.result.output_ids)
+        assert rest.prompt_logprobs == (continuation.result.prompt_logprobs is None)
+        one = piece(length, 1)
+        if scored and rest.prompt_logprobs:
+            one = replace(one, prompt_logprobs=np.arange(len(rest.input_ids), dtype=np.float32))
+        if rest.continued_tokens:
+            one = replace(one, penalty_restarts=(0,))
+            starts += [made] if length else []
+        continuation.add(one)
+    whole = continuation.result
+    assert whole.penalty_restarts == tuple(starts)
+    if any(scored for _, scored in parts):
+        assert whole.prompt_logprobs is not None
+        assert whole.prompt_logprobs.tolist() == [0, 1, 2]
+    else:
+        assert whole.prompt_logprobs is None
+
+
+def test_the_text_is_that_of_the_last_part() -> None:
+    parts = [replace(piece(2, 1), text="ab"), replace(piece(2, 1), text="abcd")]
+    assert Continuation(REQUEST, parts).result.text == "abcd"

@@ -1,4 +1,5 @@
-"""What works without the extras, and what the rest says: the core alone drives engines with frozen weights."""
+"""Without the extras, the core alone drives engines with frozen weights. Everything else names the extra that it
+needs."""
 
 import os
 import re
@@ -10,7 +11,7 @@ import pytest
 
 from millrace.imports import EXTRAS
 
-# Before anything else in the process: the modules of the extras are not there.
+# This runs before anything else in the process and hides the modules of the extras.
 HIDE = f"""
 import sys
 from importlib.abc import MetaPathFinder
@@ -53,7 +54,7 @@ evaluation: {data: {kind: generated, seed: 1, problems: 4}}
         (("train", "run.yaml"), "pip install 'millrace[train]'"),
         (("sidecar",), "pip install 'millrace[train]'"),
         (("sidecar", "--store", "s", "--folder", "f"), "pip install 'millrace[train]'"),
-        (("train", "run.yaml", "--dry-run"), None),
+        (("train", "run.yaml", "--dry-run"), "pip install 'millrace[train]'"),
         (("config",), None),
         (("engines", "list"), None),
         (("engines", "-h"), None),
@@ -73,6 +74,13 @@ def test_a_command_works_without_the_extras_or_names_one(
         assert done.returncode == 1
         assert says in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_integration_names_its_extra(tmp_path: Path) -> None:
+    done = without_extras("import millrace.integrations.trl", tmp_path)
+    assert done.stderr.splitlines()[-1].endswith(
+        "ConfigError: millrace.integrations.trl: trl is not installed: pip install 'millrace[trl]'"
+    )
 
 
 OPEN = """

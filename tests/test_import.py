@@ -1,4 +1,4 @@
-"""The core stays light."""
+"""Importing the core is quick and loads no heavy package."""
 
 import subprocess
 import sys
@@ -11,13 +11,13 @@ def run(code: str) -> str:
 
 
 def test_importing_millrace_loads_neither_torch_nor_an_engine() -> None:
-    # The fleet and the client as well: what a trainer of one's own imports.
+    # The fleet and the client are imported too, as a custom trainer does.
     loaded = run("import sys, millrace, millrace.fleet.local, millrace.sync; print(' '.join(sys.modules))").split()
     assert not set(HEAVY) & set(loaded)
 
 
 def test_importing_millrace_takes_under_300_ms() -> None:
-    # The best of three: what is measured is Millrace, not the machine's other work.
+    # The best of three counts, so that the machine's other work is not measured.
     code = "import time; t = time.perf_counter(); import millrace; print(time.perf_counter() - t)"
     assert min(float(run(code)) for _ in range(3)) < 0.3
 

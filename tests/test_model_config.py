@@ -1,4 +1,4 @@
-"""Configs are read as transformers reads them: what a file leaves out is its class's default."""
+"""Configs are read as transformers reads them. A value that a file leaves out has the default of its class."""
 
 import json
 import subprocess
@@ -27,20 +27,20 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("full", [True, False], ids=["every-field", "without-defaults"])
 def test_every_kind_of_language_model_has_its_vocabulary(tmp_path: Path, full: bool) -> None:
-    """As transformers writes it, and as many write it on the Hub, who leave out nothing."""
+    """Configs are tested as transformers writes them, and with all values written out, as many are on the Hub."""
     seen = 0
     for kind in KINDS:
         try:
             config = CONFIG_MAPPING[kind]()
             text = config.get_text_config()
         except (OSError, ImportError, ValueError, StrictDataclassError):
-            continue  # one that needs a config of another model, or a package
+            continue  # this one needs the config of another model, or a package
         if not isinstance(size := getattr(text, "vocab_size", None), int):
             continue
         (tmp_path / "config.json").write_text(config.to_json_string(use_diff=not full))
         assert vocab_size(tmp_path) == size, kind
         if full and kind == "dbrx":
-            continue  # transformers can't read what it has written
+            continue  # transformers can't read the file that it has written
         try:
             dim = getattr(text, "head_dim", None)
             hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
@@ -64,7 +64,7 @@ def test_every_kind_of_language_model_has_its_vocabulary(tmp_path: Path, full: b
         ({"model_type": "gemma3", "text_config": {"hidden_size": 64}}, 262208),
         ({"model_type": "gemma3", "text_config": None}, 262208),
         ({"model_type": "gemma3"}, 262208),
-        ({"model_type": "of_tomorrow", "vocab_size": 80}, 80),  # transformers need not know it
+        ({"model_type": "of_tomorrow", "vocab_size": 80}, 80),  # transformers need not know the model type
     ],
 )
 def test_a_vocabulary(config: dict[str, Any], size: int, tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_a_dtype_is_what_transformers_would_take(tmp_path: Path) -> None:
         assert folder_dtype(tmp_path) == str(AutoConfig.from_pretrained(tmp_path).dtype).removeprefix("torch.")
 
 
-def test_what_is_plain_needs_no_transformers_and_what_is_not_says_what_to_install(tmp_path: Path) -> None:
-    """In a process that has none, as after a plain `pip install millrace`."""
+def test_a_plain_config_needs_no_transformers_and_another_says_what_to_install(tmp_path: Path) -> None:
+    """This runs in a process without transformers, as after a plain `pip install millrace`."""
     plain, bare = tmp_path / "plain", tmp_path / "bare"
     for folder, config in ((plain, {"model_type": "qwen3", "vocab_size": 77}), (bare, {"model_type": "qwen3"})):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Nothing is unpickled, control routes answer only to their key, and keys are nowhere to be read."""
+"""Nothing is unpickled, control routes accept only their key, and keys appear nowhere."""
 
 import ast
 from pathlib import Path
@@ -80,13 +80,13 @@ async def test_control_routes_answer_only_to_the_key_that_only_the_launcher_know
 
 
 def command_lines() -> str:
-    """What every process of this machine was started with."""
+    """Returns the command lines of all processes of this machine."""
     lines = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             lines.append(file.read_bytes().decode(errors="replace"))
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
+            continue  # it has ended meanwhile
     return "".join(lines)
 
 

@@ -1,5 +1,5 @@
-"""The lowest transformers that pyproject.toml allows, in an environment of its own: the embedded engine generates and
-takes weights, and the trainer takes steps. The other tests run under the version of this environment."""
+"""The lowest transformers version that pyproject.toml allows, in an environment of its own. The embedded engine
+generates and takes weights, and the trainer takes steps. The other tests use the version of this environment."""
 
 import hashlib
 import os
@@ -16,10 +16,10 @@ import pytest
 from millrace.engines import environments
 
 ROOT = Path(__file__).parent.parent
-INSTALL_DEADLINE, RUN_DEADLINE = 600.0, 400.0  # seconds; on a quiet machine 20 and 30
+INSTALL_DEADLINE, RUN_DEADLINE = 600.0, 400.0  # seconds; 20 and 30 on a quiet machine
 SLICE = (
     "tests/engines/embedded/test_models.py::test_logprobs_are_those_of_a_full_forward",
-    "tests/fleet/test_dtypes.py::test_every_way_brings_what_was_cast",
+    "tests/fleet/test_dtypes.py::test_every_transport_sends_the_cast_tensors",
     "tests/train/test_trainer.py::test_a_rewarded_token_becomes_likelier",
     "tests/train/test_policy.py::test_gradient_checkpointing_computes_layers_twice_and_changes_nothing",
     "tests/test_model_config.py::test_a_vocabulary",
@@ -34,8 +34,8 @@ def lowest() -> str:
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    """An interpreter that has this version and what it needs, and for all else the packages of this environment. Made
-    where it is missing, and kept in the cache beside the engines' environments."""
+    """Returns an interpreter with this version and its dependencies. All other packages come from this environment. It
+    is made if it is missing, and kept in the cache beside the engines' environments."""
     outer = sysconfig.get_path("purelib")
     key = hashlib.sha256(f"{outer} {sys.version}".encode()).hexdigest()[:8]
     place = environments.environments_home().parent / f"transformers-{lowest()}-{key}"
@@ -44,7 +44,7 @@ def python() -> Path:
         try:
             subprocess.run([sys.executable, "-m", "venv", "--without-pip", partial], check=True, timeout=60)
             inner = sysconfig.get_path("purelib", "venv", {"base": str(partial), "platbase": str(partial)})
-            # Not a bare path: what is installed editable there stands in files of the same kind.
+            # A bare path would not do, since editable installs in that environment are .pth files too.
             (Path(inner) / "outer.pth").write_text(f"import site; site.addsitedir({outer!r})\n")
             pip = [sys.executable, "-m", "pip", "--quiet", "--python", str(partial / "bin" / "python"), "install"]
             subprocess.run([*pip, f"transformers=={lowest()}"], check=True, timeout=INSTALL_DEADLINE)

@@ -1,4 +1,4 @@
-"""Two ranks of a script of the tests."""
+"""Runs a script of the tests on two ranks."""
 
 import os
 import subprocess
@@ -9,16 +9,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_two_ranks(script: str, *arguments: str) -> None:
-    """Runs `tests/<script>` under torchrun. Fails with what it said, where it fails."""
+    """Runs `tests/<script>` under torchrun. If it fails, this fails with its output."""
     torchrun(f"tests/{script}", *arguments)
 
 
 def torchrun(*command: str) -> str:
-    """Two ranks of the command; what they printed."""
+    """Runs the command on two ranks and returns their output."""
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
         timeout=180,

@@ -1,14 +1,14 @@
-"""Writes the tables of docs/conformance.md, from the suite itself.
+"""Writes the tables of docs/conformance.md from the suite itself.
 
-python tools/conformance_tables.py
-python tools/conformance_tables.py --examine SETTINGS REPORT.json
+    python tools/conformance_tables.py
+    python tools/conformance_tables.py --examine SETTINGS REPORT.json
 
-The first launches the engines that CI runs (on the CPU; their environments are made where they are missing), makes all
-checks on each, writes the reports to docs/reports/CPU, and replaces what stands between the page's markers. Every
-report under docs/reports/DEVICE is a column.
+The first form launches the engines that CI runs (on the CPU; missing environments are made first), makes all checks on
+each, writes the reports to docs/reports/CPU, and replaces the tables between the page's markers. Every report under
+docs/reports/DEVICE becomes a column.
 
-The second launches one engine, SETTINGS being those of `engine` as JSON, with a tiny model whose heads GPU kernels
-take, and writes its report: what `millrace doctor --json` prints.
+The second form launches one engine with a tiny model whose heads suit GPU kernels, and writes its report, as `millrace
+doctor --json` prints it. SETTINGS are the settings of `engine` as JSON.
 """
 
 import asyncio
@@ -20,13 +20,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from millrace.config.models import (
-    EmbeddedEngineConfig,
-    EngineConfig,
-    SGLangEngineConfig,
-    TinyModelConfig,
-    VLLMEngineConfig,
-)
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.models import TinyModelConfig
 from millrace.conformance import CHECKS, Outcome, Runner, Subject
 from millrace.conformance.report import Report, capability_table, check_table, from_json, report, to_json
 from millrace.engines import environments

@@ -1,14 +1,15 @@
-"""A server for a benchmark, of the kind that its settings name, and how a bare client asks it."""
+"""Servers for benchmarks, as their settings say, and the requests of a bare client."""
 
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from millrace.config.models import EngineConfig
+from millrace.config.engines import EngineConfig
 from millrace.engines.kinds import ENGINE_KINDS, launch
 from millrace.engines.sglang_wire import encode_generate
 from millrace.engines.spec import Launched, LaunchSpec
@@ -22,14 +23,15 @@ Body = Callable[[GenerateRequest], Mapping[str, object]]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A way of asking for tokens: where, and by what body."""
+    """One way to ask a server for tokens: a route and the body of the request."""
 
     path: str
     body: Body
 
 
 def engine_config(settings: str, *, tokenizer: bool = False) -> StockConfig:
-    """From JSON: what stands under `engine` in a config, with random weights unless it says otherwise."""
+    """Reads an engine's config from JSON, which has the settings under `engine` in a config file. The weights are
+    random unless it says otherwise."""
     given = {"kind": "sglang", "max_running_requests": 1024, **json.loads(settings)}
     random = {"load_format": "dummy", "skip_tokenizer_init": not tokenizer}
     given["engine_args"] = {**random, **given.get("engine_args", {})}
@@ -39,9 +41,9 @@ def engine_config(settings: str, *, tokenizer: bool = False) -> StockConfig:
 
 
 @asynccontextmanager
-async def served(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator[tuple[Launched, StockEngine]]:
-    """A server that serves the model in `folder`, and its adapter, until the context ends. Where that is by an error,
-    the end of the server's log is printed."""
+async def served(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator[tuple[Launched, StockEngine[Any]]]:
+    """Starts a server of the model in `folder` and yields its adapter. The server ends with the context. After an
+    error, the end of the server's log is printed."""
     launched = await launch(config, LaunchSpec(model_path=folder, log_dir=logs))
     assert launched.url is not None
     engine = ENGINE_KINDS[config.kind].client(
@@ -60,7 +62,7 @@ async def served(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator
 
 
 def forms(kind: str) -> Mapping[str, Form]:
-    """How a bare client can ask; `bare` is what Millrace itself sends."""
+    """The ways in which a bare client can ask. `bare` is the one that Millrace itself uses."""
     if kind == "sglang":
         return {"bare": Form("/generate", encode_generate)}
     return {

@@ -1,11 +1,11 @@
-"""Adapters on a real server: what the contract says of them, how long one takes to its first token, and
-what publishing costs those that generate.
+"""Measures LoRA adapters on a real server: runs their conformance checks, times an adapter from its publish to its
+first token, and measures how publishing adapters slows down generation.
 
     python -m benchmarks.gpu.lora [--size 0.5b] [--rank 16] [--repeats 7] [--requests 64]
         [--engine '{"kind": "vllm", "python": "..."}']
 
-The model has random weights, which are written to disk first (TMPDIR needs room for two of it). It also runs on the CPU
-(--size tiny --engine '{"device": "cpu", ...}').
+The model has random weights, which are written to disk first (TMPDIR needs room for two copies of it). It also runs on
+the CPU (--size tiny --engine '{"device": "cpu", ...}').
 """
 
 import argparse
@@ -82,8 +82,8 @@ async def measure_alone(fleet: Fleet, model: Tensors, config: LoraConfig, repeat
 async def measure_busy(
     fleet: Fleet, model: Tensors, config: LoraConfig, requests: int, version: int, *, publishing: bool
 ) -> int:
-    """Tokens per second of so many requests at a time, with or without an adapter a second. Returns the last
-    version."""
+    """Measures tokens per second with so many requests at a time, with or without an adapter each second. Returns the
+    last version."""
     made, ends = 0, time.perf_counter() + WATCHED_SECONDS
 
     async def ask(number: int) -> None:
@@ -126,8 +126,9 @@ async def run(arguments: argparse.Namespace) -> None:
             version = arguments.repeats + 2
             for publishing in (False, True, False):
                 version = await measure_busy(fleet, model, config, arguments.requests, version, publishing=publishing)
-            await fleet.publish(list(model.items()), version + 1)  # takes the last adapter off
-            [engine] = fleet.engines.values()  # last, since the checks update it behind the fleet's back
+            await fleet.publish(list(model.items()), version + 1)  # this takes off the last adapter
+            # The checks come last, since they update the engine without the fleet's knowledge.
+            [engine] = fleet.engines.values()
             runner = Runner(Subject(engine, await engine.info(), folder, other))
             for check in CHECKS:
                 if Capability.LORA in check.needs:

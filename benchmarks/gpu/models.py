@@ -1,4 +1,5 @@
-"""Models of usual sizes with random weights: their config on disk, their tensors in memory. Nothing is downloaded."""
+"""Models of usual sizes with random weights: their config on disk and their tensors in memory. Nothing is
+downloaded."""
 
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-# The shapes of Qwen2.5 (arXiv:2412.15115), and a small one to try the scripts with.
+# The shapes of Qwen2.5 (arXiv:2412.15115), and a small one to try the scripts.
 QWEN2 = {
     "0.5b": {"hidden_size": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate_size": 4864},
     "1.5b": {"hidden_size": 1536, "layers": 28, "heads": 12, "kv_heads": 2, "intermediate_size": 8960},
@@ -19,7 +20,8 @@ QWEN2 = {
 
 
 def write_config(size: str, folder: Path) -> Path:
-    """A folder that an engine starts from with `load_format: dummy`; it has no weights and no tokenizer."""
+    """Writes a model folder that an engine starts from with `load_format: dummy`. It has no weights and no
+    tokenizer."""
     shape = QWEN2[size]
     config = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -45,7 +47,7 @@ def write_config(size: str, folder: Path) -> Path:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of the model's vocabulary, a word a token."""
+    """Writes a tokenizer of the model's vocabulary, with one word for each token."""
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
     words = Tokenizer(WordLevel({f"w{number}": number for number in range(size)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
@@ -53,7 +55,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def random_tensors(folder: Path, device: torch.device) -> list[tuple[str, torch.Tensor]]:
-    """Every tensor of the model in `folder`, bfloat16, under the names that transformers gives them."""
+    """Returns every tensor of the model in `folder` in bfloat16, with the names that transformers gives them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):

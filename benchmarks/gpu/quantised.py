@@ -1,4 +1,4 @@
-"""Whether an engine that quantises what it is sent serves the version that was published: bfloat16 goes out, and its
+"""Checks that an engine that quantises its weights serves the published version. Millrace publishes bfloat16, and the
 greedy answers are compared with those of servers that were started from the version's own folder.
 
     python -m benchmarks.gpu.quantised --engine '{"kind": "vllm", "python": "...", "engine_args": {"quantization":
@@ -20,19 +20,20 @@ from millrace.engines.base import Engine
 from millrace.errors import EngineError, PublishError
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.publisher import Publish
+from millrace.weights.source import source_of
 from millrace.weights.store import VersionStore
 from millrace.weights.transports.base import PublishTarget, TransportContext
 from millrace.weights.transports.registry import create
 
 PROMPTS, LENGTH = 256, 24
-BUCKET_BYTES = 64 * 2**20  # small, so that what an engine fuses comes in different ones
+BUCKET_BYTES = 64 * 2**20  # small, so that tensors that an engine fuses come in different buckets
 LOUDER = 4.0
 Answers = list[tuple[int, float]]
 Tensors = list[tuple[str, torch.Tensor]]
 
 
 def make_version(folder: Path, size: str, seed: int, device: torch.device) -> Tensors:
-    """A folder with weights of its own, and the same on the device."""
+    """Makes a version: a folder with its own weights, and the same tensors on the device."""
     torch.manual_seed(seed)
     write_config(size, folder)
     tensors = [(name, _telling(name, tensor)) for name, tensor in random_tensors(folder, device)]
@@ -41,14 +42,14 @@ def make_version(folder: Path, size: str, seed: int, device: torch.device) -> Te
 
 
 def _telling(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Layers that outweigh the token itself, which a tied embedding would bring back whatever they are."""
+    """Scales the inner weights. Otherwise the tied embedding would make every version repeat the last token."""
     if "norm" in name:
         return torch.ones_like(tensor)
     return tensor * LOUDER if ".layers." in name and tensor.ndim == 2 else tensor
 
 
 async def ask(engine: Engine, label: str) -> Answers:
-    """The first greedy token after each prompt, and its logprob."""
+    """Asks for the first greedy token after each prompt, and its logprob."""
     drawn = torch.Generator().manual_seed(0)
 
     async def first(number: int) -> tuple[int, float]:
@@ -100,7 +101,7 @@ async def run(arguments: argparse.Namespace) -> None:
                     try:
                         publish = Publish(
                             [target],
-                            tensors,
+                            source_of(tensors),
                             version,
                             transport,
                             bucket_bytes=BUCKET_BYTES,

@@ -1,5 +1,5 @@
-"""Run by the engine's interpreter (throughput.py starts it): the same work by sglang.Engine, in-process, with
-all the answers gathered on one caller."""
+"""Does the work of throughput.py with sglang.Engine, in-process, and gathers all the answers on one caller.
+throughput.py starts this script in the engine's interpreter."""
 
 import asyncio
 import json

@@ -1,11 +1,11 @@
-"""What Millrace costs on a real server: tokens per second through it, by a bare aiohttp client to the same server, and
-by SGLang in-process with all the data gathered on one caller.
+"""Compares tokens per second on a real server: through Millrace, by a bare aiohttp client to the same server, and by
+SGLang in-process with all the data gathered on one caller.
 
     python -m benchmarks.gpu.throughput [--size 0.5b] [--requests 1024] [--tokens 512] [--repeats 3] [--forms]
         [--engine '{"kind": "vllm", "python": "...", "engine_args": {...}}']
 
 Millrace and the bare client take turns on one server. --forms adds the other ways of asking a vLLM server. SGLang
-in-process then has the GPU for itself; on a CPU, to try the script, leave it out (--skip-in-process).
+in-process then has the GPU for itself. On a CPU, to try the script, leave it out (--skip-in-process).
 """
 
 import argparse
@@ -18,13 +18,14 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import orjson
 
 from benchmarks.gpu.engines import Form, engine_config, forms, served
 from benchmarks.gpu.models import write_config, write_tokenizer
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.engines.spec import Launched
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.interpreter import StockConfig, interpreter
@@ -38,7 +39,7 @@ Call = Callable[[GenerateRequest], Awaitable[int]]
 
 
 def requests(count: int, tokens: int, vocab_size: int, label: str) -> list[GenerateRequest]:
-    """Prompts that share no prefix."""
+    """Makes prompts that share no prefix."""
     draw = random.Random(label)
     sampling = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     return [
@@ -50,14 +51,14 @@ def requests(count: int, tokens: int, vocab_size: int, label: str) -> list[Gener
 
 
 async def rate(call: Call, work: list[GenerateRequest], width: int) -> float:
-    """Tokens per second, `width` requests at a time."""
+    """Measures tokens per second with `width` requests at a time."""
     queue = iter(work)
     tokens = 0
 
     async def worker() -> None:
         nonlocal tokens
         for request in queue:
-            made = await call(request)  # `tokens += await` would lose what others add meanwhile
+            made = await call(request)  # `tokens += await` would lose what other tasks add meanwhile
             tokens += made
 
     started = time.perf_counter()
@@ -66,7 +67,7 @@ async def rate(call: Call, work: list[GenerateRequest], width: int) -> float:
 
 
 async def measure(
-    launched: Launched, engine: StockEngine, asked: Mapping[str, Form], arguments: argparse.Namespace
+    launched: Launched, engine: StockEngine[Any], asked: Mapping[str, Form], arguments: argparse.Namespace
 ) -> None:
     vocab_size = (await engine.info()).vocab_size
     headers = {"Authorization": f"Bearer {launched.api_key}", "Content-Type": "application/json"}
@@ -91,16 +92,16 @@ async def measure(
             try:
                 await by_aiohttp(form)(requests(1, 8, vocab_size, name)[0])
                 ways[name] = by_aiohttp(form)
-            except aiohttp.ClientResponseError as error:  # vLLM 0.23 has no text to give beside token ids
+            except aiohttp.ClientResponseError as error:  # vLLM 0.23 has no text to return beside token ids
                 print(f"{name}: left out, the server answers {error.status}", flush=True)
         for width in arguments.in_flight:
             rates: dict[str, list[float]] = {name: [] for name in ways}
             for repeat in range(arguments.repeats + 1):
-                # In turns, and not always the same one first.
+                # They take turns, and the first one changes from round to round.
                 for name in sorted(ways, reverse=bool(repeat % 2)):
                     work = requests(arguments.requests, arguments.tokens, vocab_size, f"{name}-{width}-{repeat}")
                     speed = await rate(ways[name], work, width)
-                    if repeat:  # the first warms up
+                    if repeat:  # the first round warms up
                         rates[name].append(speed)
                         print(f"{width} in flight, {name}: {speed:,.0f} tok/s", flush=True)
             medians = {name: statistics.median(values) for name, values in rates.items()}
@@ -113,7 +114,7 @@ async def measure(
 
 
 async def in_process(config: StockConfig, folder: Path, arguments: argparse.Namespace) -> None:
-    """The same work by sglang.Engine, in a process of the engine's own interpreter."""
+    """Does the same work by sglang.Engine, in a process of the engine's own interpreter."""
     settings = {
         "model_path": str(folder),
         "device": config.device,
@@ -147,7 +148,7 @@ async def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_config(arguments.size, Path(scratch, "model"))
         if arguments.forms:
-            write_tokenizer(folder)  # /v1/completions makes text
+            write_tokenizer(folder)  # /v1/completions needs a tokenizer to make text
         started = time.perf_counter()
         asked = forms(config.kind) if arguments.forms else {"bare": forms(config.kind)["bare"]}
         async with served(config, folder, Path(scratch)) as (launched, engine):

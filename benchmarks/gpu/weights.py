@@ -1,13 +1,13 @@
-"""Weights and memory on a real server: a publish beside its floor, sleep and wake.
+"""Measures weights and memory on a real server: a publish compared with its floor, sleep and wake.
 
     python -m benchmarks.gpu.weights [--size 1.5b] [--repeats 7] [--bucket-mb 512 2048 4096] [--transport nccl]
         [--trainer-gpu 1] [--engine '{"kind": "vllm", "python": "...", "engine_args": {...}}']
 
-Trainer and server are on one GPU, and the tensors travel by CUDA IPC; on the CPU (--engine '{"device": "cpu"}') by
-shared memory. NCCL takes two GPUs: --trainer-gpu 1, the server has the first. With ucx a sidecar is started, whose
-memory is where the server's is: one more copy within the GPU, or over NVLink with --trainer-gpu. The floor of a
-publish is two device-to-device copies of the model (into the bucket, out of it) at the bandwidth measured in the same
-run; with two GPUs it is one copy from one to the other.
+Trainer and server are on one GPU, and the tensors travel by CUDA IPC. On the CPU (--engine '{"device": "cpu"}') they
+travel by shared memory. NCCL takes two GPUs: with --trainer-gpu 1, the server has the first. With ucx, a sidecar is
+started whose memory is on the server's GPU. That makes one more copy, within the GPU or, with --trainer-gpu, over
+NVLink. The floor of a publish is two device-to-device copies of the model (into the bucket, out of it) at the bandwidth
+measured in the same run. With two GPUs it is one copy from one to the other.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from millrace.engines.base import Engine
 from millrace.types import GenerateRequest, MemoryTag, SamplingParams
 from millrace.weights.publisher import Publish
 from millrace.weights.report import PublishReport
+from millrace.weights.source import source_of
 from millrace.weights.transports.base import PublishTarget, TransportContext
 from millrace.weights.transports.registry import create
 
@@ -35,8 +36,8 @@ MIB, GIB = 2**20, 2**30
 
 
 def copy_bandwidth(device: torch.device, to: torch.device, nbytes: int) -> float:
-    """Bytes copied per second from the device's memory to another's, or to another place of its own (each is read once
-    and written once)."""
+    """Measures the bytes per second of a copy from the device's memory to another device or to another place on it.
+    Each byte is read once and written once."""
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source, device=to)
     seconds = []
@@ -68,7 +69,7 @@ async def measure_publish(
     device: torch.device,
     sidecars: Mapping[str, str],
 ) -> None:
-    """One line for each size of bucket. The version grows by one with each publish, from 1 on."""
+    """Prints one line for each size of bucket. The version starts at 1 and grows by one with each publish."""
     nbytes = sum(tensor.nbytes for _, tensor in tensors)
     across = device.index == arguments.trainer_gpu != 0
     bandwidth = copy_bandwidth(device, torch.device("cuda", 0) if across else device, min(nbytes, 2 * GIB))
@@ -90,7 +91,7 @@ async def measure_publish(
             version += 1
             publish = Publish(
                 [target],
-                tensors,
+                source_of(tensors),
                 version,
                 transport,
                 bucket_bytes=mebibytes * MIB,
@@ -113,7 +114,7 @@ async def measure_publish(
                         e.commit_seconds,
                         r.stage_seconds,
                     )
-                    for r in reports[2:]  # the first ones take the memory
+                    for r in reports[2:]  # the first ones allocate the memory
                     for e in r.engines
                 ),
                 strict=True,
@@ -159,7 +160,7 @@ async def run(arguments: argparse.Namespace) -> None:
         async with served(config, folder, Path(scratch)) as (_, engine):
             info = await engine.info()
             tensors = random_tensors(folder, device)
-            await measure_sleep(engine, arguments.repeats, device)  # first: afterwards there are no weights
+            await measure_sleep(engine, arguments.repeats, device)  # sleep comes first, since it leaves no weights
             with sidecar(config.device) if arguments.transport == "ucx" else nullcontext("") as url:
                 await measure_publish(PublishTarget(engine, info), tensors, arguments, device, {engine.name: url})
             request = GenerateRequest((5, 6, 7), SamplingParams(8, ignore_eos=True), request_id="after")

@@ -56,6 +56,13 @@ def whole(name: str, value: Any) -> int:
     return integer
 
 
+def count(name: str, value: Any, least: int = 0) -> int:
+    """Return an integer of `least` or more as `int`. Raises ArgumentError for anything else."""
+    if (integer := whole(name, value)) < least:
+        raise ArgumentError(f"{name} must be {least} or more, and is {integer}")
+    return integer
+
+
 def real(name: str, value: Any) -> float:
     """Return a number of Python or NumPy as `float`. Raises ArgumentError for anything else, and for NaN."""
     if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
@@ -93,6 +100,13 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise ArgumentError(f"{name} must be a list of texts, and is {shown(value)}; write [{shown(value)}]")
     return tuple(text(f"{name}[{index}]", item) for index, item in enumerate(value))
+
+
+def biases(name: str, value: Any) -> dict[int, float]:
+    """Return a mapping of token ids to numbers as a dict. Raises ArgumentError for anything else."""
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{name} must be a mapping of token ids to numbers, and is {shown(value)}")
+    return {whole(f"a token of {name}", token): real(f"{name}[{token}]", bias) for token, bias in value.items()}
 
 
 def path(name: str, value: Any) -> Path:

@@ -4,14 +4,13 @@ A call may end early because weights are updated, a router is interrupted, or an
 are kept, and the next call asks for the rest.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from millrace.types import FinishReason, GenerateRequest, Generation, VersionSpan
+from millrace.types import FinishReason, Float32Array, GenerateRequest, Generation, VersionSpan
 
-MIN_TOKENS = ("min_tokens", "min_new_tokens")  # vLLM's and SGLang's name, in extra
 SEEDS = 2**63
 
 
@@ -33,15 +32,22 @@ class Continuation:
         """The request for the tokens that are missing. The tokens so far are appended to the prompt, and the seed is
         increased by their number, or the engine would draw the same random numbers again."""
         made = tuple(token for part in self.parts for token in part.output_ids)
-        if not made:
+        scored = self._prompt_logprobs(self.parts) is not None
+        if not made and not scored:
             return self.request
         sampling = self.request.sampling
         seed = None if sampling.seed is None else (sampling.seed + len(made)) % SEEDS
         return replace(
             self.request,
             input_ids=self.request.input_ids + made,
-            sampling=replace(sampling, max_new_tokens=sampling.max_new_tokens - len(made), seed=seed),
-            extra=_with_fewer_min_tokens(self.request.extra, len(made)),
+            sampling=replace(
+                sampling,
+                max_new_tokens=sampling.max_new_tokens - len(made),
+                min_new_tokens=max(sampling.min_new_tokens - len(made), 0),
+                seed=seed,
+            ),
+            continued_tokens=self.request.continued_tokens + len(made),
+            prompt_logprobs=self.request.prompt_logprobs and not scored,
         )
 
     def add(self, part: Generation) -> None:
@@ -58,7 +64,8 @@ class Continuation:
 
     @property
     def result(self) -> Generation:
-        """All parts as one generation. Aborted and empty if there are none."""
+        """All parts as one generation. Aborted and empty if there are none. The text is that of the last part, which
+        covers the parts before it."""
         return self.with_part(None)
 
     def with_part(self, part: Generation | None) -> Generation:
@@ -76,7 +83,14 @@ class Continuation:
             version_spans=_joined_spans(parts),
             prompt_tokens=parts[0].prompt_tokens,
             cached_tokens=parts[0].cached_tokens,
+            prompt_logprobs=self._prompt_logprobs(parts),
+            penalty_restarts=_joined_restarts(parts),
         )
+
+    def _prompt_logprobs(self, parts: list[Generation]) -> Float32Array | None:
+        """The prompt's logprobs from the first part that has them. A later part's prompt ends in tokens of others."""
+        found = next((one.prompt_logprobs for one in parts if one.prompt_logprobs is not None), None)
+        return None if found is None else found[: len(self.request.input_ids)]
 
 
 async def generate_in_parts(
@@ -108,12 +122,14 @@ def call_id(request_id: str, number: int) -> str:
     return f"{request_id}~{number}"
 
 
-def _with_fewer_min_tokens(extra: Mapping[str, object], made: int) -> Mapping[str, object]:
-    """Return `extra` with the tokens that were made subtracted from the minimum."""
-    sampling = extra.get("sampling_params")
-    if not isinstance(sampling, Mapping) or not (given := sampling.keys() & set(MIN_TOKENS)):
-        return extra
-    return {**extra, "sampling_params": {**sampling, **{name: max(sampling[name] - made, 0) for name in given}}}
+def _joined_restarts(parts: list[Generation]) -> tuple[int, ...]:
+    """Return the parts' penalty restarts as positions in the whole output."""
+    restarts: set[int] = set()
+    start = 0
+    for part in parts:
+        restarts |= {start + place for place in part.penalty_restarts if place < len(part.output_ids)}
+        start += len(part.output_ids)
+    return tuple(sorted(restarts))
 
 
 def _joined_spans(parts: list[Generation]) -> tuple[VersionSpan, ...]:

@@ -114,5 +114,13 @@ class JudgeError(MillraceError):
     """A judge did not grade a sample. The message says why."""
 
 
+class OwnerError(MillraceError):
+    """A shared fleet can't be followed: no owner answers at its URL, or the owner refuses the key."""
+
+
+class UserCodeError(MillraceError):
+    """A reward or an environment of the user raised, hung, or returned an invalid value. The message names it."""
+
+
 class MonitorError(MillraceError):
     """A fleet's metrics server (`metrics.port`) does not answer, or another server answers at its URL."""

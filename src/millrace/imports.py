@@ -15,7 +15,10 @@ EXTRAS: Mapping[str, frozenset[str]] = {
     }),
     "ucx": frozenset({"nixl_cu12"}),
     "hub": frozenset({"datasets"}),
+    "parquet": frozenset({"pyarrow"}),
+    "mcp": frozenset({"mcp"}),
     "kv-events": frozenset({"zmq", "msgpack"}),
+    "trl": frozenset({"accelerate", "trl"}),
 }  # fmt: skip
 
 

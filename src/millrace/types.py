@@ -4,9 +4,10 @@ The types that callers construct (GenerateRequest, SamplingParams, RoutingContex
 their arguments, such as arrays and NumPy numbers. They raise ArgumentError for arguments of other types.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -16,12 +17,21 @@ from millrace import arguments
 from millrace.errors import ArgumentError
 
 Float32Array = NDArray[np.float32]
+OPTIONAL = frozenset({"seed", "session", "group", "min_version", "exact_version"})  # arguments that may be None
+
+
+def _convert(instance: object, how: Callable[[str, Any], object], *names: str) -> None:
+    """Convert fields of a frozen dataclass in its `__post_init__`."""
+    for name in names:
+        value = getattr(instance, name)
+        if value is not None or name not in OPTIONAL:
+            object.__setattr__(instance, name, how(name, value))
 
 
 class FinishReason(StrEnum):
     """Why a generation ended."""
 
-    STOP = "stop"  # the end-of-sequence token or one of `stop_token_ids`
+    STOP = "stop"  # the end-of-sequence token, one of `stop_token_ids`, or one of the texts in `stop`
     LENGTH = "length"  # `max_new_tokens`, or the context is full
     ABORT = "abort"  # a client aborted the request, or an engine gave it up; the tokens so far are valid
 
@@ -45,13 +55,13 @@ ALL_MEMORY = frozenset(MemoryTag)
 
 
 class Health(StrEnum):
-    """The result of a health probe. Only DEAD means that the engine's port accepts no connections."""
+    """The result of a health probe."""
 
     READY = "ready"
     BUSY = "busy"  # the port accepts connections, but the engine did not answer within the probe's deadline
     PAUSED = "paused"
     ASLEEP = "asleep"
-    DEAD = "dead"
+    DEAD = "dead"  # the port accepts no connections, or the server answered with an error
     UNKNOWN = "unknown"  # this process could not send the probe: no file descriptor, or the host did not resolve
 
 
@@ -73,6 +83,8 @@ class Capability(StrEnum):
     OWN_CHECKSUMS = "own_checksums"  # per tensor as the engine stores it (fused, sharded), to compare equal engines
     SAMPLED_CHECKSUMS = "sampled_checksums"  # of an update's tensors, under the trainer's names, before its commit
     FILTERED_LOGPROBS = "filtered_logprobs"  # logprobs are those after top_k, top_p and min_p were applied
+    PENALTIES = "penalties"  # repetition_penalty, frequency_penalty and presence_penalty; otherwise they are refused
+    PROMPT_PENALTY = "prompt_penalty"  # repetition_penalty also counts the tokens of the prompt
     LORA = "lora"
     IMAGES = "images"
     PAUSE_ABORT = "pause_abort"
@@ -84,14 +96,16 @@ class Capability(StrEnum):
 class SamplingParams:
     """How an engine samples tokens.
 
-    The returned logprobs are those of the temperature-scaled distribution. With Capability.FILTERED_LOGPROBS they are
-    those of the distribution after top_k, top_p and min_p were applied.
+    The returned logprobs are those of the distribution that is sampled from: after bias, penalties and temperature (0
+    counts as 1). They are those before top_k, top_p and min_p, or after them with Capability.FILTERED_LOGPROBS.
 
     max_new_tokens: the limit on output tokens. temperature: 0 means greedy. top_p: 1.0 switches the filter off, as do
     top_k -1 and min_p 0.0. seed: None lets the engine draw one. stop_token_ids: tokens that end the generation, besides
     the model's own end-of-sequence token. ignore_eos: continue after the end-of-sequence token.
 
-    Raises ArgumentError if an argument has the wrong type.
+    stop: texts that end the generation. min_new_tokens: no end-of-sequence or stop token is sampled before.
+    repetition_penalty, frequency_penalty, presence_penalty: make tokens less likely that have occurred. logit_bias: is
+    added to the logits of these tokens. docs/generating.md has definitions, ranges, and what each engine supports.
 
     >>> SamplingParams(max_new_tokens=256, temperature=0.7, seed=1)
     """
@@ -104,16 +118,26 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k"):
-            _set(self, name, arguments.whole(name, getattr(self, name)))
-        for name in ("temperature", "top_p", "min_p"):
-            _set(self, name, arguments.real(name, getattr(self, name)))
-        if self.seed is not None:
-            _set(self, "seed", arguments.whole("seed", self.seed))
-        _set(self, "stop_token_ids", arguments.token_ids("stop_token_ids", self.stop_token_ids))
-        _set(self, "ignore_eos", arguments.flag("ignore_eos", self.ignore_eos))
+        _convert(self, arguments.whole, "max_new_tokens", "top_k", "seed", "min_new_tokens")
+        _convert(self, arguments.real, "temperature", "top_p", "min_p")
+        _convert(self, arguments.real, "repetition_penalty", "frequency_penalty", "presence_penalty")
+        _convert(self, arguments.token_ids, "stop_token_ids")
+        _convert(self, arguments.flag, "ignore_eos")
+        _convert(self, arguments.texts, "stop")
+        _convert(self, arguments.biases, "logit_bias")
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether a token's earlier occurrences change its probability."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +146,9 @@ class GenerateRequest:
 
     input_ids: [T] token ids, as a list, a tuple, or an array or tensor of integers (also [1, T], also on a GPU), or a
     mapping with `input_ids` such as a BatchEncoding. They are stored as a tuple. sampling: how to sample. request_id:
-    unique among the requests in flight, random by default. extra: options for one kind of engine, sent to the engine
-    unchanged.
-
-    Raises ArgumentError if an argument has the wrong type. Ids outside the model's vocabulary raise EngineRefused when
-    the request is sent.
+    unique among the requests in flight, random by default. prompt_logprobs: return the prompt's logprobs, too.
+    continued_tokens: how many of the last `input_ids` are output of an earlier call; for penalties and stop texts, they
+    count as output. extra: options for one kind of engine, sent to the engine unchanged.
 
     >>> GenerateRequest(tokenizer(prompt)["input_ids"], SamplingParams(max_new_tokens=256))
     """
@@ -135,17 +157,21 @@ class GenerateRequest:
     sampling: SamplingParams
     _: KW_ONLY
     request_id: str = field(default_factory=lambda: uuid4().hex)
+    prompt_logprobs: bool = False
+    continued_tokens: int = 0
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _set(self, "input_ids", arguments.token_ids("input_ids", self.input_ids))
+        _convert(self, arguments.token_ids, "input_ids")
         if not isinstance(self.sampling, SamplingParams):
             raise ArgumentError(
                 f"sampling must be SamplingParams, and is {arguments.shown(self.sampling)}; write "
                 "SamplingParams(max_new_tokens=...)"
             )
-        _set(self, "request_id", arguments.text("request_id", self.request_id))
-        _set(self, "extra", arguments.mapping("extra", self.extra))
+        _convert(self, arguments.text, "request_id")
+        _convert(self, arguments.flag, "prompt_logprobs")
+        _convert(self, arguments.count, "continued_tokens")
+        _convert(self, arguments.mapping, "extra")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +181,6 @@ class RoutingContext:
     session: the requests of one session (the turns of one episode) share a growing prefix. group: the requests of one
     group share a prompt. min_version: only engines that serve this weight version or a later one may answer.
     exact_version: only engines that serve this weight version may answer.
-
-    Raises ArgumentError if an argument has the wrong type.
     """
 
     session: str | None = None
@@ -165,12 +189,8 @@ class RoutingContext:
     exact_version: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("session", "group"):
-            if (key := getattr(self, name)) is not None:
-                _set(self, name, arguments.text(name, key))
-        for name in ("min_version", "exact_version"):
-            if (version := getattr(self, name)) is not None:
-                _set(self, name, arguments.whole(name, version))
+        _convert(self, arguments.text, "session", "group")
+        _convert(self, arguments.whole, "min_version", "exact_version")
 
     def admits(self, version: int | None) -> bool:
         """Return whether an engine that serves `version` may answer."""
@@ -212,6 +232,11 @@ class Generation:
     prompt_tokens: the length of the prompt. cached_tokens: how many of these were in the engine's prefix cache. extra:
     fields of the engine's answer that Millrace does not use.
 
+    text: of the output and the request's continued tokens, without the stop text or stop token that ended it; None
+    unless the request has stop texts. prompt_logprobs: [P] float32 if requested, by the model's own distribution
+    (temperature 1, without penalties and bias); the first is NaN. A stream has both in its last item only.
+    penalty_restarts: positions in the output from which on penalties no longer count the tokens before.
+
     >>> generation = await fleet.generate(request, deadline=60)
     >>> tokenizer.decode(generation.output_ids), generation.logprobs.mean()
     """
@@ -224,6 +249,9 @@ class Generation:
     prompt_tokens: int
     cached_tokens: int
     extra: Mapping[str, object] = field(default_factory=dict)
+    text: str | None = None
+    prompt_logprobs: Float32Array | None = None
+    penalty_restarts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +283,7 @@ class EngineInfo:
     ranks: int = 1  # processes that hold weights (TP x PP x DP); each needs its own share of CUDA IPC memory
     dtype: str | None = None  # torch's name of the compute dtype, as in `bfloat16`; None if it is not reported
     unusual_dtypes: Mapping[str, str] | None = None  # of weights that differ from `dtype`; None if not reported
+    max_running: int | None = None  # requests that run at once; None if it is not reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +351,6 @@ class LoraConfig:
     To the weight [out, in] of each target layer it adds (alpha / rank) B A, with A [rank, in] and B [out, rank].
     target_modules: names of linear layers, or the ends of these names, as in PEFT.
 
-    Raises ArgumentError if an argument has the wrong type.
-
     >>> LoraConfig(rank=16, alpha=32.0, target_modules=("q_proj", "v_proj"))
     """
 
@@ -332,9 +359,9 @@ class LoraConfig:
     target_modules: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _set(self, "rank", arguments.whole("rank", self.rank))
-        _set(self, "alpha", arguments.real("alpha", self.alpha))
-        _set(self, "target_modules", arguments.texts("target_modules", self.target_modules))
+        _convert(self, arguments.whole, "rank")
+        _convert(self, arguments.real, "alpha")
+        _convert(self, arguments.texts, "target_modules")
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,8 +395,3 @@ class DiskBucket:
 
 
 Bucket = SharedMemoryBucket | TorchStorageBucket | CudaIpcBucket | ProcessGroupBucket | DiskBucket
-
-
-def _set(instance: object, name: str, value: object) -> None:
-    """Set a field of a frozen dataclass in its `__post_init__`."""
-    object.__setattr__(instance, name, value)

@@ -1,4 +1,4 @@
-"""What happens to fleets in the middle of rollouts and publishes, and what must hold of the samples afterwards."""
+"""Faults of fleets in the middle of rollouts and publishes, and the checks of the samples afterwards."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ WAIT = 120.0  # seconds for any single thing to happen
 
 @dataclass(slots=True)
 class Run:
-    """The truth about what was published, and what was done."""
+    """A record of the published versions and of the faults that were injected."""
 
     fleet: Fleet
     draw: random.Random
@@ -34,14 +34,14 @@ class Run:
     happened: list[str] = field(default_factory=list)
 
     def victim(self) -> str | None:
-        """Some engine that serves, as long as another is left."""
+        """Picks an engine that serves, as long as another one is left."""
         serving = [state.name for state in self.fleet.snapshot.replicas if state.routable]
         return self.draw.choice(serving) if len(serving) > 1 else None
 
 
 def hit(run: Run, name: str, number: signal.Signals) -> int | None:
-    """Sends the signal to the engine's own process, and tells which that is. None: it has ended, be it that nobody has
-    found out yet."""
+    """Sends the signal to the engine's own process and returns its id. Returns None if that process has ended, even if
+    the fleet has not noticed yet."""
     process = run.fleet.replicas.by_name[name].process
     assert isinstance(process, ServerProcess)
     guard = process._process.pid
@@ -58,8 +58,8 @@ async def kill(run: Run, name: str) -> None:
 
 async def stop_and_go_on(run: Run, name: str) -> None:
     if (engine := hit(run, name, signal.SIGSTOP)) is not None:
-        await asyncio.sleep(run.draw.uniform(0.1, 1.0))  # how long it hangs is what is drawn
-        with suppress(ProcessLookupError):  # the fleet may have started it anew
+        await asyncio.sleep(run.draw.uniform(0.1, 1.0))  # the time for which it hangs is drawn at random
+        with suppress(ProcessLookupError):  # the fleet may have restarted it
             os.kill(engine, signal.SIGCONT)
 
 
@@ -83,18 +83,18 @@ async def give_everything_up(run: Run, name: str) -> None:
 
 
 async def publish(run: Run, version: int, happens: Callable[[], object] = lambda: None) -> None:
-    """`happens` does, when half of the tensors are on their way. Where there is no store, engines that come back get
-    them from the same source."""
+    """Publishes a version, and calls `happens` when half of the tensors are on their way. Without a store, engines that
+    come back get the tensors from the same source."""
     source = Source(run.tensors, happens)
     try:
         await run.fleet.publish(lambda: source, version, deadline=20)
     except PublishError:
-        run.happened.append(f"version {version} reached nobody")
-    run.committed.add(version)  # also where the publish failed: an engine may have got it before
+        run.happened.append(f"version {version} reached no engine")
+    run.committed.add(version)  # also if the publish failed, since an engine may have got the version before
 
 
 def check(run: Run, samples: Sequence[Sample], asked: Iterable[str]) -> None:
-    """Each sample that was asked for is there once, finished, and made by versions that were published."""
+    """Every sample that was asked for is there once, is finished, and was made by published versions."""
     assert Counter(sample.sample_id for sample in samples) == Counter(asked), run.happened
     for sample in samples:
         assert sample.status is SampleStatus.FINISHED, (sample.reason, run.happened)
@@ -105,7 +105,8 @@ def check(run: Run, samples: Sequence[Sample], asked: Iterable[str]) -> None:
 
 
 async def until_all_serve(run: Run, version: int) -> None:
-    """Also until their new starts are over, which end, and are counted, a little after they serve."""
+    """Waits until all engines serve the version and all restarts are over. A restart ends, and is counted, a little
+    after its engine serves."""
     began, fleet = time.monotonic(), run.fleet
     while fleet.replicas.coming or not all(m.routable and m.version == version for m in fleet.snapshot.replicas):
         assert time.monotonic() < began + 2 * WAIT, (fleet.snapshot.describe(), run.happened)

@@ -1,7 +1,7 @@
-"""Anything happens to a fleet in the middle of rollouts and publishes; no sample is lost, doubled or of mixed versions.
+"""Random faults hit a fleet in the middle of rollouts and publishes. No sample is lost, doubled or of mixed versions.
 
-Each seed is a run of its own, of some seconds; every other one has no store. All but the first are slow tests. With
-MILLRACE_CHAOS_SEEDS=100 there are so many instead of a few, and pytest's `-s` shows what they came to.
+Each seed is a run of its own that takes some seconds. Every other run has no store. All but the first are slow tests.
+MILLRACE_CHAOS_SEEDS=100 makes 100 runs instead of a few, and pytest's `-s` shows a summary.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ WHAT: list[Callable[[Run, str], Awaitable[None]]] = [
 
 
 async def trouble(run: Run, ended: Callable[[], int]) -> None:
-    """So many faults, spread over the samples' ends, each beside a publish or alone."""
+    """Injects the faults, spread over the samples' ends. Each happens during a publish or alone."""
     for number in range(1, FAULTS + 1):
         async with asyncio.timeout(WAIT):
             while ended() < number * GROUPS * SAMPLES // (FAULTS + 2) or (name := run.victim()) is None:

@@ -1,4 +1,4 @@
-"""No room for versions, events and logs: the run goes on, and says what is missing."""
+"""With no room for versions, events and logs, the run goes on and reports what is missing."""
 
 import logging
 import resource
@@ -24,7 +24,7 @@ ROOM = 256 * 1024  # bytes in a file; a version has more than twice as many
 
 @contextmanager
 def no_room() -> Iterator[None]:
-    """As a full disk, no file of this process grows beyond ROOM."""
+    """Limits every file of this process to ROOM bytes, as a full disk would."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, hard))
     try:
@@ -33,7 +33,7 @@ def no_room() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-async def test_a_full_disk_costs_what_would_be_on_it_and_no_sample(
+async def test_a_full_disk_loses_its_files_and_no_sample(
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1)
@@ -43,7 +43,7 @@ async def test_a_full_disk_costs_what_would_be_on_it_and_no_sample(
     tensors = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
     folder = tmp_path / "versions"
     with EventLog(tmp_path / "events.jsonl") as event_log, caplog.at_level(logging.ERROR):
-        # By gloo, since shared memory is files too.
+        # The transport is gloo, since shared memory is files too.
         async with open_fleet(
             config, tiny_model, log_dir=tmp_path, transport="gloo", folder=folder, event_log=event_log
         ) as fleet, RolloutScheduler(make_runner(fleet, tiny_model), samples_per_group=2) as scheduler:  # fmt: skip

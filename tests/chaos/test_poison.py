@@ -1,4 +1,4 @@
-"""A request that kills every engine that reads it: its sample fails, and the engines come back."""
+"""A request kills every engine that reads it. Its sample fails, and the engines come back."""
 
 import asyncio
 import random
@@ -22,20 +22,20 @@ from tests.chaos.faults import WAIT, Run, until_all_serve
 from tests.rollout.test_scheduler import make_runner
 
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, faults=True)
-POISON = Problem("poison", "What is § plus 1?", "1")
+POISON = Problem.of_question("poison", "What is § plus 1?", "1")
 PROBLEMS = list(generate_problems(7, 12))
 RETRIES = 2
 
 
 @pytest.mark.slow
-async def test_a_poisonous_sample_costs_as_many_engines_as_it_may_and_they_come_back(
+async def test_a_poisonous_sample_kills_a_limited_number_of_engines_and_they_come_back(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     chat = load_chat_format(str(tiny_model))
     poison = chat.tokenizer.encode("§", add_special_tokens=False)
 
     async def start_one(number: int) -> Replica:
-        """Every life of an engine dies of it."""
+        """Starts an engine. Each of its processes dies of the poisonous request."""
         started = await start(CONFIG, LaunchSpec(model_path=tiny_model, replica=number, log_dir=tmp_path))
         assert isinstance(started.engine, EmbeddedEngine)
         await started.engine.inject_fault("poison", tokens=poison)

@@ -1,5 +1,5 @@
 """A short list of faults on real SGLang and vLLM servers, each in the middle of rollouts. The model's folder is in
-bfloat16, but for a norm, and the trainer in float32."""
+bfloat16 except for one norm, and the trainer is in float32."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from millrace.config.models import SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
 from millrace.fleet.event_log import Outcome
 from millrace.fleet.local import open_fleet
 from millrace.model_folder import stored_tensors
@@ -23,14 +23,14 @@ from millrace.rollout.scheduler import RolloutScheduler
 from millrace.types import SamplingParams
 from millrace.weights.chain import folder_name
 from tests.chaos.faults import WAIT, Run, check, give_everything_up, hit, kill, publish, stop_and_go_on, until_all_serve
-from tests.conformance.hold import START_TIMEOUT
+from tests.conformance.run_checks import START_TIMEOUT
 from tests.dtypes import save_as
 from tests.engines.processes import below, command_lines
 from tests.rollout.test_scheduler import make_runner
 
 NORM = "model.norm.weight"
-GROUPS, SAMPLES = 12, 4  # in each round
-AT_A_TIME = 8  # requests that an engine runs; the others wait in it
+GROUPS, SAMPLES = 12, 4  # of each round
+AT_A_TIME = 8  # requests that an engine runs at a time; the others wait in its queue
 PROBLEMS = list(generate_problems(7, GROUPS))
 
 
@@ -80,7 +80,8 @@ async def test_vllm_comes_back_without_a_store_and_nothing_is_lost(
 async def play(
     config: SGLangEngineConfig | VLLMEngineConfig, model_path: Path, place: Path, folder: Path | None = None
 ) -> None:
-    """`folder` keeps the versions; without it, an engine that comes back gets them from the trainer."""
+    """Plays rounds with faults. `folder` keeps the versions. Without it, an engine that comes back gets them from the
+    trainer."""
     before = below(os.getpid())
     model_path = save_as(model_path, place / "model", torch.bfloat16, unusual={NORM: torch.float32})
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
@@ -90,7 +91,7 @@ async def play(
         assert {info.dtype for info in infos} == {"bfloat16"}
         run = Run(fleet, random.Random(0), tensors)
         one, two = fleet.engines
-        # SGLang refuses ignore_eos beside the stop tokens of a chat.
+        # SGLang refuses ignore_eos together with the stop tokens of a chat.
         runner = replace(make_runner(fleet, model_path), sampling=SamplingParams(24), timeout=2 * WAIT)
         async with RolloutScheduler(runner, SAMPLES) as scheduler:
             await in_the_middle(run, scheduler, two, partial(stop_and_go_on, run, two), partial(publish, run, 1))
@@ -99,13 +100,13 @@ async def play(
             )
             await in_the_middle(run, scheduler, two, partial(publish, run, 2, lambda: hit(run, two, signal.SIGKILL)))
             assert fleet.snapshot.get(one).version == 2
-            await in_the_middle(run, scheduler, one, partial(kill, run, one))  # two is still on its way back
+            await in_the_middle(run, scheduler, one, partial(kill, run, one))  # engine two is still on its way back
             await until_all_serve(run, 2)
         if folder is not None:
             stored = stored_tensors(folder / folder_name(2))
             assert {tensor.float_dtype for name, tensor in stored.items() if name != NORM} == {"bfloat16"}
             assert stored[NORM].float_dtype == "float32"
-        assert all(name in fleet._router._cached for name in fleet.engines)  # the new ones tell too
+        assert all(name in fleet._router._cached for name in fleet.engines)  # the new engines report their events too
         sockets = {(replica.kv_events or "").rpartition("/")[2] for replica in fleet.replicas.by_name.values()}
         metrics = fleet.event_log.metrics
         assert {name: metrics.restarts[name, True] for name in fleet.engines} == {one: 1, two: 1}
@@ -114,14 +115,16 @@ async def play(
     assert len(sockets) == 2
     assert not sockets & {*os.listdir("/dev/shm")}
     left = {pid: command_lines({pid}) for pid in below(os.getpid()) - before}
-    assert all("torch_shm_manager" in line for line in left.values()), left  # torch's own, as long as this process is
+    # Torch's own process lives as long as this one.
+    assert all("torch_shm_manager" in line for line in left.values()), left
 
 
 async def in_the_middle(
     run: Run, scheduler: RolloutScheduler, name: str, *happens: Callable[[], Coroutine[object, object, None]]
 ) -> None:
-    """One round of rollouts. All of this happens at once when the engine `name` has ended the first of its requests,
-    and has others. On a busy machine it may have ended all before anybody looks; then comes another round."""
+    """Runs one round of rollouts. All of `happens` run at once when the engine `name` has ended the first of its
+    requests and has others. On a busy machine it may end all of them before that is noticed. Then another round
+    follows."""
     metrics, busy = run.fleet.event_log.metrics, False
     async with asyncio.timeout(4 * WAIT):
         while not busy:

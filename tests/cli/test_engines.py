@@ -1,4 +1,5 @@
-"""`millrace engines ...` as a user runs it. In the index's place is a folder with an engine of one file."""
+"""`millrace engines ...` as a user runs it. A folder with an engine of one file takes the place of the package
+index."""
 
 import signal
 import subprocess
@@ -34,7 +35,7 @@ def test_install_list_remove(shelf: Shelf, tmp_path: Path) -> None:
     status, out, err = millrace("install", "sglang", "--version", "9.9.9")
     assert status == 0, err
     path = tmp_path / "home" / "engines" / "sglang-9.9.9-cuda"
-    assert "collecting sglang" in out  # plain lines, where there is no terminal
+    assert "collecting sglang" in out  # without a terminal, the output is plain lines
     assert f"sglang 9.9.9 (cuda) is ready in {path}" in out
 
     (tmp_path / "home" / "engines" / "sglang-0.5.23-cpu").mkdir()
@@ -52,7 +53,7 @@ def test_install_list_remove(shelf: Shelf, tmp_path: Path) -> None:
     assert "there are: sglang 0.5.23 (cpu)" in err
 
 
-def test_what_cannot_be_installed_is_told_in_one_message(shelf: Shelf) -> None:
+def test_an_impossible_install_is_one_message(shelf: Shelf) -> None:
     for arguments, words in (
         (("sglang", "--version", "0.4.0", "--cpu"), "these versions have one: 0.5.15, 0.5.23"),
         (("slang",), "there is no engine slang; valid engines: sglang"),

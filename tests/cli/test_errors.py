@@ -1,4 +1,4 @@
-"""Runs as a user starts them: each way to go wrong ends in one clear message, a status, and nothing left running."""
+"""Runs as a user starts them. Each failure ends in one clear message and an exit status, and leaves nothing running."""
 
 import os
 import resource
@@ -36,7 +36,7 @@ checkpoint: {{every: 1}}
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A run that has ended well, in its folder, and what it printed. It took two steps."""
+    """A run of two steps that ended well: its folder, and its output."""
 
     folder: Path
     out: str
@@ -45,7 +45,7 @@ class Ended:
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_model: Path) -> Path:
-    """A folder with a run's settings."""
+    """Makes a folder with a run's settings."""
     (tmp_path / "run.yaml").write_text(CONFIG.format(model=tiny_model))
     return tmp_path
 
@@ -61,21 +61,21 @@ def ended(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Ended:
 
 @pytest.fixture
 def copied(ended: Ended, tmp_path: Path) -> Path:
-    """The folder of a run that can be resumed after its second step."""
+    """A copy of the folder of a run that can be resumed after its second step."""
     shutil.copytree(ended.folder, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """`millrace train run.yaml ...` in this process, which has imported torch already: for what goes wrong at the
-    start, and needs no process of its own for it."""
+    """Runs `millrace train run.yaml ...` in this process, which has imported torch already. It is for errors at the
+    start that need no process of their own."""
 
     monkeypatch: pytest.MonkeyPatch
     capsys: pytest.CaptureFixture[str]
 
     def fails(self, folder: Path, *arguments: str) -> str:
-        """What it says."""
+        """Runs the command, which must fail, and returns its message."""
         self.monkeypatch.chdir(folder)
         self.monkeypatch.setattr(sys, "argv", ["millrace", "train", "run.yaml", f"output_dir={folder}", *arguments])
         with pytest.raises(SystemExit) as raised:
@@ -91,7 +91,8 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def start(folder: Path, *arguments: str, file_bytes: int | None = None) -> subprocess.Popen[str]:
-    """`millrace train run.yaml ...` in the folder; `file_bytes` limits the size of what it may write."""
+    """Starts `millrace train run.yaml ...` in the folder. `file_bytes` limits the size of each file that it may
+    write."""
 
     def prepare() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and so their children, ignore it
@@ -109,13 +110,13 @@ def finish(process: subprocess.Popen[str], folder: Path) -> tuple[int, str, str]
     try:
         out, err = process.communicate(timeout=300)
     finally:
-        process.kill()  # nothing, where it has ended
+        process.kill()  # does nothing if it has ended
     assert not leftovers(folder)
     return process.returncode, out, err
 
 
 def leftovers(folder: Path) -> list[str]:
-    """The command lines of living processes that have to do with the folder."""
+    """The command lines of living processes that mention the folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -186,7 +187,7 @@ def test_a_run_leaves_its_folder(ended: Ended, here: Here) -> None:
     assert "holds a run already; give --resume" in here.fails(ended.folder)
 
 
-def test_standalone_mode_runs_by_one_word_and_keeps_its_bound(folder: Path) -> None:
+def test_standalone_mode_needs_one_setting_and_keeps_its_staleness_bound(folder: Path) -> None:
     status, _, err = finish(start(folder, "mode=standalone", "train.steps=4", "rollout.max_staleness=1"), folder)
     assert status == 0, err
     metrics = records(folder)
@@ -211,9 +212,7 @@ def test_standalone_mode_runs_by_one_word_and_keeps_its_bound(folder: Path) -> N
     ],
     ids=["config", "model", "engine's URL", "engine's argument"],
 )
-def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
-    folder: Path, arguments: Sequence[str], says: str
-) -> None:
+def test_wrong_settings_are_reported_before_an_engine_starts(folder: Path, arguments: Sequence[str], says: str) -> None:
     status, _, err = finish(start(folder, *arguments), folder)
     assert status == 1
     assert says in err
@@ -235,14 +234,16 @@ def test_what_is_wrong_from_the_start_is_said_before_an_engine_starts(
     ],
     ids=["data", "hub", "tool", "template", "resume"],
 )
-def test_so_is_what_only_a_closer_look_finds(folder: Path, here: Here, argument: str, says: str) -> None:
+def test_settings_that_a_closer_look_rejects_are_reported_before_an_engine_starts(
+    folder: Path, here: Here, argument: str, says: str
+) -> None:
     err = here.fails(folder, argument)
     assert err.startswith("error: ")
     assert says in err
     assert not (folder / "run" / "logs").exists()
 
 
-def test_the_version_is_told_by_word_and_by_option() -> None:
+def test_the_version_is_printed_by_a_command_and_by_an_option() -> None:
     for words in (["version"], ["--version"]):
         result = CliRunner().invoke(app, words)
         assert (result.exit_code, result.output) == (0, f"{__version__}\n")
@@ -278,7 +279,7 @@ def test_an_engine_that_dies_at_start_is_quoted(folder: Path, here: Here) -> Non
     assert not leftovers(folder)
 
 
-def test_a_prompt_without_room_to_answer_is_told_before_the_first_step(folder: Path, here: Here) -> None:
+def test_a_prompt_without_room_to_answer_is_reported_before_the_first_step(folder: Path, here: Here) -> None:
     lines = [{"question": "word " * 200, "answer": "#### 1"}, {"question": "How many?", "answer": "#### 1"}]
     (folder / "long.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
     err = here.fails(folder, "data={kind: file, path: long.jsonl}")
@@ -299,7 +300,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_one_whole(ended: Ended, cop
     assert contents(copied / last) == contents(ended.folder / last)
 
 
-def test_one_engine_less_is_survived_ctrl_c_ends_all_and_what_resumes_ends_with_its_last_engine(
+def test_a_run_survives_a_dead_engine_ends_on_ctrl_c_and_after_a_resume_ends_with_its_last_engine(
     copied: Path, here: Here
 ) -> None:
     process = start(copied, "train.steps=1000", "engine.replicas=2", "--resume")

@@ -1,4 +1,4 @@
-"""Paths on the command line and in calls: `~` and variables are expanded, as in the settings."""
+"""Paths on the command line and in calls: `~` and variables are expanded as in the settings."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=list(COMMANDS))
-def test_a_variable_that_is_not_set_is_told(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unset_variable_is_reported(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOT_SET", raising=False)
     ended = CliRunner().invoke(app, [part.format("$NOT_SET/x") for part in command], env={"COLUMNS": "200"})
     assert ended.exit_code == 2
@@ -31,7 +31,7 @@ def test_a_variable_that_is_not_set_is_told(command: tuple[str, ...], monkeypatc
 
 
 @pytest.mark.parametrize("written", ["~/my run.yaml", "$PLACE/my run.yaml", "${PLACE}/my run.yaml"])
-def test_a_config_is_found_by_a_path_as_people_write_it(
+def test_a_config_path_may_have_a_home_a_variable_and_spaces(
     written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -41,7 +41,7 @@ def test_a_config_is_found_by_a_path_as_people_write_it(
     assert f"{tmp_path}/my run.yaml:3: unknown setting typo" in str(ended.exception)
 
 
-def test_the_python_api_takes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_api_takes_the_same_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PLACE", str(tmp_path))
     monkeypatch.delenv("NOT_SET", raising=False)

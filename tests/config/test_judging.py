@@ -1,4 +1,4 @@
-"""What a config can't ask of a judge, and says so at once."""
+"""Settings that a judge can't have are refused at once."""
 
 from pathlib import Path
 
@@ -58,6 +58,6 @@ def test_a_judge_reads_and_prints_back_to_itself(path: Path, tmp_path: Path) -> 
         ("judges.verdict=grade [0-9]", r"judges.verdict: it has 0 groups; it needs one"),
     ],
 )
-def test_what_a_judge_can_not_be(path: Path, override: str, says: str) -> None:
+def test_settings_that_a_judge_can_not_have(path: Path, override: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_config(path, [override])

@@ -1,11 +1,11 @@
-"""Mistakes in a config, as people make them: each ends in one message with the place, the reason and what to write."""
+"""Mistakes in a config, as people make them. Each ends in one message with the place, the reason and the fix."""
 
 from pathlib import Path
 
 import pytest
 
 from millrace.config import RunConfig, dump_config, load_config
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.errors import ConfigError
 
 VALID = """\
@@ -57,7 +57,11 @@ def test_a_config_reads_and_prints_back_to_itself(path: Path, tmp_path: Path) ->
         ("kind: tiny", "kind: huge", "run.yaml:2: model.kind: .*'huge'.*valid kinds: tiny, pretrained"),
         ("name: test", "name: 9.9", r"run.yaml:1: name: .*string \(it is 9.9\); put it in quotes"),
         ("max_turn_tokens: 40", "max_turn_tokens: 400", "max_turn_tokens is above"),
-        ("  replicas: 2", "  replicas: 2\n  ports: [80]", "ports names 1 ports for 2 replicas"),
+        (
+            "  replicas: 2",
+            "  replicas: 2\n  ports: [80]",
+            "engine: ports names 1 ports for 2 replicas[^{]*$",
+        ),
         ("name: test", "name: ../x", "run.yaml:1: name"),
         ("name: test", "name: [", "is not YAML"),
     ],
@@ -69,7 +73,7 @@ def test_a_mistake_names_its_line_its_reason_and_what_to_write(path: Path, old: 
         load_config(path)
 
 
-def test_all_mistakes_are_told_at_once(path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(path: Path) -> None:
     path.write_text(VALID.replace("steps", "stepz").replace("groups_per_step", "groups"))
     with pytest.raises(ConfigError) as caught:
         load_config(path)
@@ -80,6 +84,8 @@ def test_all_mistakes_are_told_at_once(path: Path) -> None:
     ("override", "says"),
     [
         ("train.learning=1", "override 'train.learning=1': unknown setting train.learning"),
+        ("train.step=2", r"override 'train.step=2': unknown setting train.step; did you mean 'steps'\?"),
+        ("engine.KIND=sglang", r"unknown setting engine.KIND; did you mean 'kind'\?"),
         ("train.lr=fast", "override 'train.lr=fast': train.lr: .*number"),
         ("train.lr", "not of the form section.key=value"),
         ("name.x=1", "needs a section at name, which is a single value"),
@@ -98,7 +104,7 @@ def test_a_wrong_override_is_named(path: Path, override: str, says: str) -> None
 
 
 @pytest.mark.parametrize("text", ["9.9", "0.10", "1e3", "on", "007", "2026-01-01", "'9.9'"])
-def test_an_override_of_a_text_is_taken_as_it_stands(path: Path, text: str) -> None:
+def test_an_override_of_a_text_is_taken_literally(path: Path, text: str) -> None:
     assert load_config(path, [f"name={text}"]).name == text.strip("'")
 
 
@@ -107,10 +113,10 @@ def test_overrides_of_texts_reach_every_place_that_has_one(path: Path) -> None:
     config = load_config(path, ["engine.version=9.10", "engine.env.OMP=1", "engine.python=3", "engine.engine_args.x=1"])
     assert isinstance(config.engine, SGLangEngineConfig)
     assert (config.engine.version, config.engine.env, config.engine.python) == ("9.10", {"OMP": "1"}, Path("3"))
-    assert config.engine.engine_args == {"x": 1}  # which takes numbers too
+    assert config.engine.engine_args == {"x": 1}  # engine_args take numbers too
 
 
-def test_what_a_further_check_refuses_is_told_with_its_place(path: Path) -> None:
+def test_a_refusal_of_a_later_check_names_its_place(path: Path) -> None:
     def check(config: RunConfig) -> None:
         raise ConfigError(f"train.lr is {config.train.lr}, and nobody likes it")
 

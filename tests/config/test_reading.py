@@ -1,4 +1,4 @@
-"""Config files as editors and other systems leave them: read, or refused in one line with its number."""
+"""Config files as editors and other systems leave them. Each is read, or refused in one line with the line number."""
 
 import re
 from pathlib import Path
@@ -41,7 +41,7 @@ from tests.config.test_loading import VALID
          for n in range(1, 9)), ": the file.s aliases expand to more than 10000 values"),
     ],
 )  # fmt: skip
-def test_what_is_not_clear_ends_in_one_line_with_its_number(raw: bytes, says: str, tmp_path: Path) -> None:
+def test_an_unclear_file_is_refused_in_one_line_with_the_line_number(raw: bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(raw)
     with pytest.raises(ConfigError, match=says) as caught:

@@ -1,4 +1,4 @@
-"""The settings of a router before the engines."""
+"""The settings of an external router."""
 
 from pathlib import Path
 
@@ -24,11 +24,11 @@ def with_router(path: Path, text: str, engine: str = "embedded") -> Path:
 
 
 @pytest.mark.parametrize("text", ["router: sglang\n", "router: {kind: sglang}\n", "router:\n  kind: sglang\n"])
-def test_its_name_alone_is_enough(path: Path, text: str) -> None:
+def test_a_routers_name_alone_is_enough(path: Path, text: str) -> None:
     assert load_config(with_router(path, text)).router == SGLangRouterConfig(kind="sglang")
 
 
-def test_it_may_be_an_override(path: Path) -> None:
+def test_a_router_may_be_set_by_an_override(path: Path) -> None:
     assert load_config(path, ["router=vllm", "engine.kind=vllm"]).router == VLLMRouterConfig(kind="vllm")
     config = load_config(path, ["router.kind=sglang", "router.fallback=none"]).router
     assert config == SGLangRouterConfig(kind="sglang", fallback="none")
@@ -55,7 +55,7 @@ def test_a_mistake_says_what_to_write(path: Path, engine: str, text: str, says: 
         load_config(with_router(path, text, engine))
 
 
-def test_what_the_config_says_goes_before_our_defaults() -> None:
+def test_the_config_overrides_our_defaults() -> None:
     config = SGLangRouterConfig(
         kind="sglang", args={"assignment-mode": "random", "disable_retries": False, "cb_failure_threshold": 3}
     )

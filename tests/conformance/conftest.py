@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from millrace.config.models import EngineConfig, TinyModelConfig
+from millrace.config.engines import EngineConfig
+from millrace.config.models import TinyModelConfig
 from millrace.conformance import Subject
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.engines.spec import LaunchSpec
@@ -17,14 +18,14 @@ from millrace.launch.process import ServerProcess
 from millrace.train.tiny import make_tiny_model
 from millrace.types import Health
 
-# A context over which a generation is caught in the middle, also where the engine is quick and the test is not.
+# A context that is long enough to catch a generation in flight, even if the engine is fast and the test is slow.
 TINY = TinyModelConfig(kind="tiny", hidden_size=64, heads=2, context_length=512)
 API_KEY, ADMIN_KEY = "the-data-key", "the-control-key"
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model, with that context."""
+    """A small model with that context."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     make_tiny_model(TINY, 0, folder)
     return folder
@@ -32,7 +33,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with other weights of the shapes of `tiny_model`."""
+    """A folder with other weights of the same shapes as `tiny_model`."""
     folder = tmp_path_factory.mktemp("other") / "model"
     make_tiny_model(TINY, 1, folder)
     return folder
@@ -40,7 +41,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def examined(config: EngineConfig, model: Path, other: Path, logs: Path) -> AsyncIterator[Subject]:
-    """A server of `model`, as the subject of checks; it ends with the context."""
+    """Starts a server of `model` and yields it as the subject of checks. The server ends with the context."""
     started = await start(config, LaunchSpec(model_path=model, log_dir=logs))
     assert started.process is not None
     try:
@@ -51,7 +52,7 @@ async def examined(config: EngineConfig, model: Path, other: Path, logs: Path) -
 
 @asynccontextmanager
 async def embedded_server(model: Path, logs: Path, *options: str) -> AsyncIterator[str]:
-    """The URL of an embedded engine that somebody else started, with keys that are known."""
+    """Starts an embedded engine as a server that Millrace did not launch, with known keys. Yields its URL."""
     port = free_port("127.0.0.1")
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "millrace.engines.embedded", "--model", str(model), "--port", str(port)]

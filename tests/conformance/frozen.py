@@ -1,4 +1,4 @@
-"""A frozen fleet, as a judge's is, on a stock engine that somebody else started and that holds whatever it holds."""
+"""A frozen fleet, like a judge's, on a stock engine that it did not start and whose weights are unknown."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 from millrace.fleet.fleet import Fleet
 from millrace.types import VersionSpan
 from millrace.weights.folder import folder_checksums
-from tests.conformance.middle import greedy
+from tests.conformance.in_flight import greedy
 from tests.fleet.test_fleet import expected
 
 
-async def hold_a_judge_comes_back_from_its_folder(fleet: Fleet, folder: Path) -> None:
+async def check_judge_is_restored(fleet: Fleet, folder: Path) -> None:
     [started] = fleet.replicas.by_name.values()
     name, tokens = started.engine.name, expected(AutoModelForCausalLM.from_pretrained(folder))
     judge = Fleet([replace(started, process=None)], None, frozen=True)
@@ -26,7 +26,8 @@ async def hold_a_judge_comes_back_from_its_folder(fleet: Fleet, folder: Path) ->
         assert judge.snapshot.get(name).version is None
     await judge.restore(deadline=60)
 
-    # The same as one that was started here: what it holds after its start is what it must hold for ever.
+    # The same holds for an engine that the fleet started: the weights after its start are the ones it must keep for
+    # ever.
     ours = Fleet([started], None, frozen=True)
     await ours.attest(folder_checksums(folder), 0, folder)
     await ours.sleep()

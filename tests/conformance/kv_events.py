@@ -1,4 +1,4 @@
-"""Routing by what a stock engine says of its cache, on the server that other tests have started."""
+"""Routing by the KV cache events of a stock engine. It uses the server that other tests have started."""
 
 import asyncio
 from collections import Counter
@@ -19,12 +19,12 @@ def asking(name: str, prompt: tuple[int, ...] = PROMPT) -> GenerateRequest:
     return GenerateRequest(prompt, SamplingParams(4, temperature=0.0, ignore_eos=True), request_id=name)
 
 
-async def hold_its_events_draw_requests(fleet: Fleet, tiny_model: Path, version: int) -> None:
-    """What somebody else had it compute draws requests to it, as long as it has that."""
+async def check_routing_by_kv_events(fleet: Fleet, tiny_model: Path, version: int) -> None:
+    """A prompt that another client has computed on the engine draws requests to it, as long as the engine caches it."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     await fleet.publish([(name, parameter.detach()) for name, parameter in model.named_parameters()], version)
     [(name, engine)] = fleet.engines.items()
-    # Another that serves the same, has less to do and tells that it has nothing.
+    # This engine serves the same version, has less to do, and reports an empty cache.
     other = after(ReplicaState("other", "http://other"), Attested(version))
     router, snapshot = fleet._router, Snapshot(0, (*fleet.snapshot.replicas, other))
     router.follow("other")
@@ -45,14 +45,15 @@ async def hold_its_events_draw_requests(fleet: Fleet, tiny_model: Path, version:
 
     try:
         assert not drawn()
-        made = await engine.generate(asking("from somebody else"), deadline=DEADLINE)
+        made = await engine.generate(asking("from another client"), deadline=DEADLINE)
         assert made.cached_tokens == 0
         await until(True)
         await decided(Why.PREFIX)
         await engine.flush_cache(deadline=DEADLINE)
-        await engine.generate(asking("the next", (5,) * 20), deadline=DEADLINE)  # with which vLLM tells of the flush
+        # VLLM reports the flush only with the next request.
+        await engine.generate(asking("the next", (5,) * 20), deadline=DEADLINE)
         await until(False)
         await decided(Why.LEAST_LOADED)
-        await until(True)  # the fleet's own request is told as any other
+        await until(True)  # the fleet's own request is reported like any other
     finally:
         router.unfollow("other")

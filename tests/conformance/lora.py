@@ -1,34 +1,34 @@
-"""Adapters on a stock engine, besides what the contract says of them: a trainer's publishes, on the server that the
-checks were held against. One that is started for adapters does everything else as any other."""
+"""A trainer publishes adapters to a stock engine. This is beyond the conformance checks and uses the same server. A
+server that was started for adapters must also pass all other checks."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from millrace.config.models import EngineArgument
+from millrace.config.engines import EngineArgument
 from millrace.engines.stock.engine import StockEngine
 from millrace.fleet.fleet import Fleet
 from millrace.types import VersionSpan
-from tests.conformance.middle import LONG, across, begun, greedy
+from tests.conformance.in_flight import LONG, generate_across_update, greedy, start_in_flight
 from tests.fleet.test_fleet import expected
 from tests.lora import CONFIG, lora, merged
 
-# Of the command line that starts a server for adapters. SGLang also asks for the modules.
+# Arguments that start a server for adapters. SGLang also asks for the modules.
 WITH_LORA: Mapping[str, EngineArgument] = {"enable_lora": True, "max_lora_rank": 8}
 MODULES: EngineArgument = list(CONFIG.target_modules)
 
 
-async def hold_publishes_over_whole_versions(fleet: Fleet, tiny_model: Path) -> None:
+async def check_lora_publishes(fleet: Fleet, tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     whole = [(name, parameter.detach() * 1.5) for name, parameter in model.named_parameters()]
     first, second = lora(model, 1), lora(model, 2)
     version = 1000
     await fleet.publish([(name, parameter.detach()) for name, parameter in model.named_parameters()], version)
-    base = await begun(fleet, "base")
+    base = await start_in_flight(fleet, "base")
     report = await fleet.publish_lora(first, version + 1, config=CONFIG)
     assert not report.failed
-    running = await begun(fleet, "running", beside=base)
+    running = await start_in_flight(fleet, "running", other=base)
     await fleet.publish_lora(second, version + 2, config=CONFIG)
     after = await fleet.generate(greedy("after"), deadline=120)
     assert (after.output_ids, after.version_spans) == (
@@ -39,7 +39,7 @@ async def hold_publishes_over_whole_versions(fleet: Fleet, tiny_model: Path) -> 
     assert (await base).output_ids[:12] == expected(model)
     assert (await running).version_spans == (VersionSpan(version + 1, 0, LONG),)
     assert (await running).output_ids[:12] == expected(merged(model, first))
-    number, made = await across(
+    number, made = await generate_across_update(
         fleet,
         version + 3,
         lambda number: fleet.publish_lora(second, number, config=CONFIG),
@@ -51,7 +51,7 @@ async def hold_publishes_over_whole_versions(fleet: Fleet, tiny_model: Path) -> 
     assert (await fleet.generate(greedy("whole"), deadline=120)).output_ids == expected(scaled)
 
 
-async def hold_what_a_dead_trainer_left_is_taken_away(fleet: Fleet) -> None:
+async def check_stale_adapters_are_unloaded(fleet: Fleet) -> None:
     [engine] = fleet.engines.values()
     assert isinstance(engine, StockEngine)
     model = AutoModelForCausalLM.from_pretrained((await engine.info()).model_path)

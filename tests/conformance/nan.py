@@ -17,8 +17,8 @@ PROMPT = (5, 17, 300, 42, 8)
 SAYS = r"the weights of version {} gave token 0 of request nan-\d+\S* the logprob nan.*healthy: check the weights"
 
 
-async def hold_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path, version: int) -> None:
-    """Publishes weights with a NaN as `version`, and sound ones as the next."""
+async def check_nan_weights(fleet: Fleet, tiny_model: Path, version: int) -> None:
+    """Publishes weights with a NaN as `version`, and sound ones as the next version."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     sound = {name: parameter.detach() for name, parameter in model.named_parameters()}
     broken = {**sound, "model.norm.weight": torch.full_like(sound["model.norm.weight"], float("nan"))}
@@ -38,7 +38,7 @@ async def hold_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path, version:
     assert all(state.routable and not state.failures for state in fleet.snapshot.replicas)
 
     await fleet.publish(list(sound.items()), version + 1)
-    for _ in range(4):  # vLLM on the CPU may first read NaN that the version before left in its cache
+    for _ in range(4):  # vLLM on the CPU may first read NaN that the last version left in its cache
         with suppress(NonFiniteLogprobs):
             await fleet.generate(request(0.0), deadline=60)
     assert len((await fleet.generate(request(0.0), deadline=60)).output_ids) == 4

@@ -1,4 +1,5 @@
-"""A check that can't fail proves nothing: engines that break the contract in one way, and the check that says so."""
+"""Engines that break the contract in one way, and the checks that must fail on them. A check that can't fail proves
+nothing."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
@@ -33,7 +34,7 @@ async def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Asy
 
 
 class Honest(EmbeddedEngine):
-    """What the others change one thing of."""
+    """Keeps the contract. The other classes each change one thing."""
 
 
 class ShortOfOne(EmbeddedEngine):
@@ -88,7 +89,7 @@ class NeverFlushes(EmbeddedEngine):
 
 
 class SleepsAtOnce(EmbeddedEngine):
-    """It says that it sleeps, and does not."""
+    """Says that it sleeps, but does not."""
 
     asleep = False
 
@@ -103,7 +104,7 @@ class SleepsAtOnce(EmbeddedEngine):
 
 
 class SleepsWithoutWaking(EmbeddedEngine):
-    """Its first wake is lost."""
+    """Loses its first wake."""
 
     lost = False
 
@@ -120,7 +121,7 @@ class EarlyVersion(EmbeddedEngine):
 
 
 class OtherWeights(EmbeddedEngine):
-    """It loads its own folder, whatever it is given."""
+    """Loads its own folder, whatever it is given."""
 
     async def load(self, bucket: Bucket, *, deadline: float) -> None:
         await super().load(DiskBucket((await self.info()).model_path), deadline=deadline)

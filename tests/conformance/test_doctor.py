@@ -1,4 +1,4 @@
-"""`millrace doctor` as a user runs it, and the tables that come of its reports."""
+"""`millrace doctor` as a user runs it, and the tables that are made from its reports."""
 
 import asyncio
 import shutil
@@ -46,14 +46,14 @@ async def engine(url: str) -> AsyncIterator[EmbeddedEngine]:
 
 @asynccontextmanager
 async def started(*arguments: str, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """The command as it runs, without the keys of this process's own environment."""
+    """Starts the command without the keys of this process's own environment."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "millrace", "doctor", *arguments),
         env={"PATH": "", "HOME": "", "COLUMNS": "200", **environment},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         async with asyncio.timeout(60):
@@ -65,7 +65,7 @@ async def started(*arguments: str, **environment: str) -> AsyncIterator[asyncio.
 
 
 async def doctor(*arguments: str, **environment: str) -> tuple[int | None, str, str]:
-    """Status, output and errors of the command."""
+    """Runs the command and returns its status, output and errors."""
     async with started(*arguments, **environment) as process:
         out, err = await process.communicate()
         return process.returncode, out.decode(), err.decode()
@@ -84,7 +84,7 @@ async def test_every_check_is_a_line(url: str) -> None:
     assert "1 passed, 0 failed, 0 lacking" in out
 
 
-async def test_what_is_missing_is_said(url: str) -> None:
+async def test_a_missing_folder_is_reported(url: str) -> None:
     status, out, _ = await doctor(url, "--only", "update.disk", **KEYS)
     assert status == 0
     assert "lacking update.disk" in out
@@ -108,26 +108,27 @@ async def test_json_is_a_report(url: str, tiny_model: Path, other_model: Path, t
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
+        (("{url}",), {}, "error: the key is refused at {url}: "),
         (("{url}",), {}, "its keys are read from MILLRACE_ENGINE_API_KEY"),
         (("{url}", "--only", "nothing"), KEYS, "no check matches nothing"),
         (("http://127.0.0.1:1",), KEYS, "no server listens at http://127.0.0.1:1"),
         (("127.0.0.1:1",), KEYS, "error: URL: '127.0.0.1:1' is not a server's URL; write http://127.0.0.1:1"),
         (("http://127.0.0.1:1", "--other", "/"), KEYS, "error: --other: / has no *.safetensors file"),
     ],
-    ids=["no keys", "no such check", "no server", "no URL", "no folder"],
+    ids=["no keys", "where keys are read from", "no such check", "no server", "no URL", "no folder"],
 )
-async def test_what_can_not_begin_says_why(
+async def test_a_failed_start_names_the_reason(
     url: str, arguments: tuple[str, ...], environment: dict[str, str], message: str
 ) -> None:
     status, _, err = await doctor(*(argument.format(url=url) for argument in arguments), **environment)
     assert status == 1
-    assert message in " ".join(err.split())
+    assert message.format(url=url) in " ".join(err.split())
     assert ("_KEY" in err) == (not environment)
     assert "Traceback" not in err
 
 
 def routes(*paths: str) -> web.Application:
-    """A server that answers what FastAPI answers of its routes, and has none of them."""
+    """A server that lists these routes as FastAPI does, and has none of them."""
     app = web.Application()
 
     async def describe(_: web.Request) -> web.Response:
@@ -146,7 +147,7 @@ def routes(*paths: str) -> web.Application:
     ],
     ids=["vLLM without control routes", "another program", "no routes"],
 )
-async def test_a_server_that_can_not_be_examined_says_what_is_missing(app: web.Application, message: str) -> None:
+async def test_an_unsuitable_server_is_reported_with_what_it_lacks(app: web.Application, message: str) -> None:
     async with TestServer(app) as server:
         status, out, err = await doctor(str(server.make_url("/")))
     assert (status, out) == (1, "")
@@ -155,7 +156,7 @@ async def test_a_server_that_can_not_be_examined_says_what_is_missing(app: web.A
     assert "Traceback" not in err
 
 
-async def test_a_folder_that_can_not_serve_is_told_as_such(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
+async def test_an_unusable_folder_is_reported(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
     require_folders(None, None)
     require_folders(None, other_model)
     require_folders(tiny_model, other_model)
@@ -183,7 +184,7 @@ async def test_a_folder_that_can_not_serve_is_told_as_such(tiny_model: Path, oth
             require_folders(folder, other)
 
 
-async def test_interrupted_it_leaves_the_server_as_it_was(url: str, engine: EmbeddedEngine, tiny_model: Path) -> None:
+async def test_an_interruption_leaves_the_server_as_it_was(url: str, engine: EmbeddedEngine, tiny_model: Path) -> None:
     before = await fingerprint(Subject(engine, await engine.info(), tiny_model))
     async with started(url, "--only", "sleep.*", **KEYS) as process:
         await read_until(process.stdout, "capabilities")

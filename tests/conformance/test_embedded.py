@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from millrace.config.models import EmbeddedEngineConfig
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.conformance import Check, Runner
 from tests.conformance.conftest import examined
-from tests.conformance.hold import every_check, hold
+from tests.conformance.run_checks import every_check, run_check
+from tests.conformance.sampling import check_samples_as_transformers_would
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -35,4 +36,8 @@ async def runner(
 
 @every_check
 async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
-    await hold(runner, check, LACKING)
+    await run_check(runner, check, LACKING)
+
+
+async def test_it_samples_as_transformers_would(runner: Runner, tiny_model: Path) -> None:
+    await check_samples_as_transformers_would(runner.subject.engine, tiny_model)

@@ -1,4 +1,4 @@
-"""The runner itself: what it does after a check that went wrong, on a real server."""
+"""The runner itself, on a real server: what it does after a check that went wrong."""
 
 import asyncio
 import importlib
@@ -47,7 +47,7 @@ async def test_checks_are_chosen_by_name() -> None:
         select("pausing")
 
 
-async def test_an_engine_is_brought_back_from_whatever_a_check_left(subject: Subject) -> None:
+async def test_an_engine_is_reset_whatever_state_a_check_left(subject: Subject) -> None:
     async def mess(subject: Subject) -> None:
         await by_disk(subject, subject.other or Path(), await next_version(subject))
         await subject.engine.sleep()
@@ -79,7 +79,7 @@ async def test_a_check_has_a_deadline(subject: Subject) -> None:
     assert (result.outcome, result.reason) == (Outcome.FAILED, "the check did not end within 0.1 s")
 
 
-async def test_what_is_lacking_is_named(subject: Subject) -> None:
+async def test_a_missing_requirement_is_named(subject: Subject) -> None:
     async def never(_subject: Subject) -> None:
         raise AssertionError("it was made without what it needs")
 
@@ -98,7 +98,7 @@ async def test_what_is_lacking_is_named(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("changed", [False, True])
-async def test_weights_that_can_not_be_brought_back_matter_where_they_were_changed(
+async def test_weights_that_can_not_be_restored_matter_only_if_a_check_changed_them(
     subject: Subject, changed: bool
 ) -> None:
     async def spoil(subject: Subject) -> None:
@@ -117,7 +117,7 @@ async def test_weights_that_can_not_be_brought_back_matter_where_they_were_chang
         assert runner.lost is None
         assert {result.outcome for result in rest} == {Outcome.PASSED}
         return
-    assert runner.lost is not None  # but not called dead
+    assert runner.lost is not None  # but the engine is not called dead
     assert runner.lost.startswith("after check made.up the server answered but did not serve, and no more checks")
     assert {(result.outcome, result.skipped) for result in rest} == {(Outcome.LACKING, True)}
     await by_disk(subject, subject.folder or Path(), await next_version(subject))
@@ -144,7 +144,7 @@ def _without(subject: Subject, capability: Capability) -> EngineInfo:
 
 
 async def test_no_check_is_left_out() -> None:
-    """A check that is written and not listed would be made nowhere."""
+    """A check that is written but not listed would never run."""
     written = {
         one.name
         for module in pkgutil.iter_modules(checks.__path__, f"{checks.__name__}.")

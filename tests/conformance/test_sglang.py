@@ -1,40 +1,42 @@
-"""Stock SGLang, in the versions that Millrace is tested on, does what the contract says, one started for
+"""Stock SGLang, in the versions that Millrace is tested on, does what the contract says. One version is started for
 adapters."""
 
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.config.routers import SGLangRouterConfig
-from millrace.conformance import Check, Runner
+from millrace.conformance import CHECKS, Check, Runner
 from millrace.engines.stock.engine import StockEngine
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.types import Capability
-from tests.conformance.frozen import hold_a_judge_comes_back_from_its_folder
-from tests.conformance.hold import (
-    START_TIMEOUT,
-    WITHOUT_LORA,
-    every_check,
-    hold,
-    hold_after_a_trainer_died,
-    hold_its_dtype_is_read,
-    hold_its_routes_say_what_it_is,
-    runner_on,
-)
-from tests.conformance.kv_events import hold_its_events_draw_requests
+from tests.conformance.frozen import check_judge_is_restored
+from tests.conformance.kv_events import check_routing_by_kv_events
 from tests.conformance.lora import (
     MODULES,
     WITH_LORA,
-    hold_publishes_over_whole_versions,
-    hold_what_a_dead_trainer_left_is_taken_away,
+    check_lora_publishes,
+    check_stale_adapters_are_unloaded,
 )
-from tests.conformance.nan import hold_nan_is_the_weights_fault
+from tests.conformance.nan import check_nan_weights
+from tests.conformance.run_checks import (
+    START_TIMEOUT,
+    WITHOUT_LORA,
+    check_dtype_is_read,
+    check_kind_is_found,
+    check_update_after_a_trainer_died,
+    every_check,
+    make_runner,
+    run_check,
+)
+from tests.conformance.sampling import check_samples_as_transformers_would
 from tests.engines.processes import logs
-from tests.routers.hold import hold_a_router_before_it
+from tests.routers.check_router import check_router
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -50,7 +52,11 @@ LACKING = frozenset({
 })  # fmt: skip
 
 
-VERSIONS = {"0.5.23": {**WITH_LORA, "lora_target_modules": MODULES}, "0.5.15": {}}  # each with its engine_args
+VERSIONS: dict[str, dict[str, Any]] = {  # the engine_args of each version
+    "0.5.23": {**WITH_LORA, "lora_target_modules": MODULES},
+    "0.5.15": {"disable_overlap_schedule": True},
+}
+WITHOUT_PENALTIES = frozenset(check.name for check in CHECKS if Capability.PENALTIES in check.needs)
 PARAMS = ["0.5.23", pytest.param("0.5.15", marks=pytest.mark.slow)]
 started_for_lora = pytest.mark.parametrize("fleet", ["0.5.23"], indirect=True)
 
@@ -81,13 +87,18 @@ async def fleet(
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def runner(fleet: Fleet, tiny_model: Path, other_model: Path) -> Runner:
-    return await runner_on(fleet, tiny_model, other_model)
+    return await make_runner(fleet, tiny_model, other_model)
 
 
 @every_check
 async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
-    loras = Capability.LORA in runner.subject.info.capabilities
-    await hold(runner, check, LACKING if loras else LACKING | WITHOUT_LORA)
+    capabilities = runner.subject.info.capabilities
+    lacking = LACKING if Capability.LORA in capabilities else LACKING | WITHOUT_LORA
+    await run_check(runner, check, lacking if Capability.PENALTIES in capabilities else lacking | WITHOUT_PENALTIES)
+
+
+async def test_it_samples_as_transformers_would(runner: Runner, tiny_model: Path) -> None:
+    await check_samples_as_transformers_would(runner.subject.engine, tiny_model)
 
 
 async def test_its_log_tells_no_key(fleet: Fleet, log_dir: Path) -> None:
@@ -102,42 +113,42 @@ async def test_its_log_tells_no_key(fleet: Fleet, log_dir: Path) -> None:
 
 @started_for_lora
 async def test_a_trainer_publishes_adapters_over_whole_versions(fleet: Fleet, tiny_model: Path) -> None:
-    await hold_publishes_over_whole_versions(fleet, tiny_model)
+    await check_lora_publishes(fleet, tiny_model)
 
 
 @started_for_lora
-async def test_who_attaches_takes_away_the_adapters_that_a_dead_trainer_left(fleet: Fleet) -> None:
-    await hold_what_a_dead_trainer_left_is_taken_away(fleet)
+async def test_attaching_unloads_the_adapters_of_a_dead_trainer(fleet: Fleet) -> None:
+    await check_stale_adapters_are_unloaded(fleet)
 
 
 @started_for_lora
-async def test_a_router_stands_before_it(
+async def test_it_serves_behind_a_router(
     fleet: Fleet, tiny_model: Path, router_python: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = SGLangRouterConfig(kind="sglang", python=router_python("sglang"))
-    await hold_a_router_before_it(fleet, tiny_model, config, tmp_path, 2500)
+    await check_router(fleet, tiny_model, config, tmp_path, 2500)
 
 
-async def test_its_events_draw_requests(fleet: Fleet, tiny_model: Path) -> None:
-    await hold_its_events_draw_requests(fleet, tiny_model, 2600)
+async def test_its_kv_events_draw_requests(fleet: Fleet, tiny_model: Path) -> None:
+    await check_routing_by_kv_events(fleet, tiny_model, 2600)
 
 
 @pytest.mark.parametrize("fleet", ["0.5.23"], indirect=True)  # 0.5.15 dies of NaN logits
-async def test_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path) -> None:
-    await hold_nan_is_the_weights_fault(fleet, tiny_model, 2700)
+async def test_nan_is_blamed_on_the_weights(fleet: Fleet, tiny_model: Path) -> None:
+    await check_nan_weights(fleet, tiny_model, 2700)
 
 
 async def test_a_judge_comes_back_from_its_folder(fleet: Fleet, tiny_model: Path) -> None:
-    await hold_a_judge_comes_back_from_its_folder(fleet, tiny_model)
+    await check_judge_is_restored(fleet, tiny_model)
 
 
-async def test_an_update_that_a_dead_trainer_left_open_bars_nobody(runner: Runner) -> None:
-    await hold_after_a_trainer_died(runner)
+async def test_an_update_left_open_by_a_dead_trainer_blocks_no_other_client(runner: Runner) -> None:
+    await check_update_after_a_trainer_died(runner)
 
 
-async def test_its_routes_say_what_it_is(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    await hold_its_routes_say_what_it_is(fleet, monkeypatch)
+async def test_its_kind_is_found_from_its_routes(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    await check_kind_is_found(fleet, monkeypatch)
 
 
 async def test_its_dtype_is_read_and_not_contradicted(fleet: Fleet, tiny_model: Path) -> None:
-    await hold_its_dtype_is_read(fleet, SGLangEngineConfig(kind="sglang", device="cpu"), tiny_model)
+    await check_dtype_is_read(fleet, SGLangEngineConfig(kind="sglang", device="cpu"), tiny_model)

@@ -1,4 +1,4 @@
-"""The processes that a test has started, and what they wrote."""
+"""The processes that a test has started, and their logs."""
 
 import stat
 import time
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def processes() -> dict[int, int]:
-    """The parent of every living process."""
+    """Returns the parent of every living process."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except (FileNotFoundError, ProcessLookupError):
-                continue  # it ended meanwhile
+                continue  # it has ended meanwhile
             if fields[0] != "Z":
                 parents[int(entry.name)] = int(fields[1])
     return parents
@@ -39,7 +39,7 @@ def command_lines(pids: set[int]) -> str:
 
 
 def logs(folder: Path) -> dict[str, str]:
-    """Every log by its name; each must be closed to others."""
+    """Returns every log by its name. Other users must not be able to read them."""
     found = {}
     for path in folder.glob("*.log"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -1,4 +1,4 @@
-"""The adapter's own legs of the contract that a fleet does not use yet: buckets from disk and from a process group."""
+"""Parts of the adapter's contract that a fleet does not use yet: buckets from disk and from a process group."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -45,7 +45,7 @@ async def test_a_folder_is_a_bucket_like_another(engine: Engine, other_model: Pa
     await engine.begin_update(1)
     await engine.load(DiskBucket(str(other_model)), deadline=30)
     assert await engine.checksums() == folder_checksums(other_model)
-    assert (await engine.info()).weight_version == 0  # not before the commit
+    assert (await engine.info()).weight_version == 0  # the version is not set before the commit
     await engine.rollback()
     assert await engine.checksums() == before == folder_checksums(tiny_model)
 
@@ -84,7 +84,7 @@ def shapes(model: Path) -> dict[str, tuple[int, ...]]:
 
 
 def join_as_sender(port: int) -> Any:
-    """Rank 0, by torch's own helper for a group of this name."""
+    """Joins as rank 0, by torch's own helper for a group of this name."""
     deadline = timedelta(seconds=30)
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=True, timeout=deadline)
     prefixed = dist.PrefixStore("weights", store)
@@ -105,7 +105,7 @@ async def test_paused_is_neither_ready_nor_dead(engine: Engine) -> None:
     assert await engine.health() is Health.READY
     for mode in PauseMode:
         await engine.pause(mode)
-        await engine.pause(mode)  # again: nothing happens
+        await engine.pause(mode)  # a second pause does nothing
         assert await engine.health() is Health.PAUSED
         await engine.resume()
         await engine.resume()

@@ -1,4 +1,4 @@
-"""Engines' environments, made by the real pip from packages of our own: a folder of files takes the index's place."""
+"""Engines' environments, made by the real pip. A folder of small packages takes the place of the package index."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from millrace.engines.environments import (
 )
 from millrace.errors import ConfigError, LaunchError
 
-# The build of a source package that waits until a file is there: an installation stops where the test wants it to.
+# The build of a source package that waits for a file. It stops an installation at a known point.
 BACKEND = """
 import os, shutil, signal, time
 
@@ -53,7 +53,7 @@ def write_wheel(folder: Path, name: str, version: str, code: str = "") -> Path:
 
 
 class Shelf:
-    """The packages there are, the lists that name them, and the gate of the one whose build waits."""
+    """The available packages, the lists that name them, and the gate of the package whose build waits."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,7 +67,7 @@ class Shelf:
         (self.folder / f"{version}.txt").write_text(text)
 
     def write_gated(self, name: str, version: str) -> None:
-        """A source package on the shelf whose build waits for the gate."""
+        """Puts a source package on the shelf whose build waits for the gate."""
         built, source = self.folder / "built", self.folder / f"{name}-{version}"
         for folder in (built, source):
             folder.mkdir(exist_ok=True)
@@ -86,11 +86,11 @@ class Shelf:
         return {("toy", "cpu"): Recipe(locks=locks, check=check, hint="hang it up elsewhere")}
 
     def builds(self) -> list[int]:
-        """The process ids of the builds that began, in order."""
+        """Returns the process ids of the builds that began, in order."""
         return [int(line) for line in self.started.read_text().split()] if self.started.exists() else []
 
     def start_install(self, version: str) -> subprocess.Popen[str]:
-        """`install` in a process of its own, which prints its progress."""
+        """Runs `install` in a process of its own, which prints its progress."""
         code = textwrap.dedent(f"""
             from pathlib import Path
             from millrace.engines.environments import Recipe, install
@@ -137,7 +137,7 @@ def answer(environment: Environment) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_an_environment_is_made_once_and_anew_when_its_packages_change(shelf: Shelf) -> None:
+def test_an_environment_is_made_once_and_again_when_its_packages_change(shelf: Shelf) -> None:
     recipes = shelf.recipes(check="import toy")
     with pytest.raises(
         LaunchError, match="is not installed in .*; run: millrace engines install toy --version 1.0 --cpu"
@@ -149,7 +149,8 @@ def test_an_environment_is_made_once_and_anew_when_its_packages_change(shelf: Sh
 
     assert made.path == environments_home() / "toy-1.0-cpu"
     assert answer(made) == "42"
-    assert list(made.path.glob("lib/python*/site-packages/__pycache__/toy.*.pyc"))  # compiled, for a quick start
+    # The modules are compiled, for a quick start.
+    assert list(made.path.glob("lib/python*/site-packages/__pycache__/toy.*.pyc"))
     assert ("collecting toy", 1, 1) in steps
     assert "installing" in {what for what, _, _ in steps}
     marker = json.loads(made.marker.read_bytes())
@@ -159,7 +160,7 @@ def test_an_environment_is_made_once_and_anew_when_its_packages_change(shelf: Sh
     assert find("toy", "1.0", "cpu", recipes=recipes) == made
     steps.clear()
     assert install("toy", "1.0", "cpu", progress=lambda *step: steps.append(step), recipes=recipes) == made
-    assert steps == []  # it was there
+    assert steps == []  # nothing was done, since it was there already
     assert installed(recipes=recipes) == [Installed(made, whole=True)]
     assert size(made) > 42
 
@@ -172,12 +173,14 @@ def test_an_environment_is_made_once_and_anew_when_its_packages_change(shelf: Sh
     with pytest.raises(LaunchError, match=r"(?s)hang it up elsewhere.*the ceiling is too low"):
         install("toy", "1.0", "cpu", progress=quiet, recipes=recipes)
     assert answer(made) == "43"
-    assert installed(recipes=recipes) == [Installed(made, whole=False)]  # what fails its check is not finished
+    # An environment that fails its check is not finished.
+    assert installed(recipes=recipes) == [Installed(made, whole=False)]
 
 
 @pytest.mark.slow
-def test_of_many_at_once_one_installs_and_when_it_is_killed_the_next(shelf: Shelf) -> None:
-    """The guard holds the lock of a killed process until pip has ended: nobody begins beside its remains."""
+def test_one_of_many_processes_installs_and_the_next_takes_over_when_it_is_killed(shelf: Shelf) -> None:
+    """The guard holds the lock of a killed process until its pip has ended. No other installation begins before
+    that."""
     processes = [shelf.start_install("2.0")]
     try:
         wait_until(shelf.builds)
@@ -201,7 +204,7 @@ def test_of_many_at_once_one_installs_and_when_it_is_killed_the_next(shelf: Shel
         for process in processes:
             process.kill()
             process.communicate()
-    assert len(shelf.builds()) == 2  # the third found what the second had made
+    assert len(shelf.builds()) == 2  # the third process used what the second had made
     assert answer(find("toy", "2.0", "cpu", recipes=shelf.recipes())) == "42"
 
 
@@ -235,7 +238,7 @@ def test_removing_takes_only_what_is_named(shelf: Shelf) -> None:
 
 
 @pytest.mark.parametrize("version", ["../../elsewhere", "1.0-cpu", "", "1.0\nother"])
-def test_a_version_that_is_none_is_refused(shelf: Shelf, version: str) -> None:
+def test_an_invalid_version_is_refused(shelf: Shelf, version: str) -> None:
     recipes = {("toy", "cuda"): Recipe(locks=None)}
     with pytest.raises(ConfigError, match="is not a version"):
         install("toy", version, "cuda", progress=quiet, recipes=recipes)

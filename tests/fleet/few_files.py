@@ -1,7 +1,7 @@
 """A client that may open few files: python -m tests.fleet.few_files MODEL LOGS HOST FILES REQUESTS
 
-It is a process, since it lowers its own limits. It starts an engine, sends all requests at once, and prints what became
-of them as JSON.
+It is a separate process, since it lowers its own limits. It starts an engine, sends all requests at once, and prints
+their outcomes as JSON.
 """
 
 import asyncio

@@ -29,7 +29,7 @@ def config(**settings: Any) -> EmbeddedEngineConfig:
 
 @pytest.fixture(scope="module")
 def tensors(tiny_model: Path) -> Tensors:
-    """As a trainer has them: float32, and no value that half of the bits could hold."""
+    """The tensors of a trainer: float32, with values that half of the bits could not hold."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     return [(name, parameter.detach() * (1 + 1e-4)) for name, parameter in model.named_parameters()]
 
@@ -56,14 +56,14 @@ async def test_a_half_precision_folder_is_served_published_to_and_kept(
         report = await fleet.publish(tensors, 1)
         assert report.nbytes == sum(tensor.numel() * 2 for _, tensor in tensors)
         await require_holds(fleet, tensors, dtype, 1)
-        if dtype is torch.float16:  # which can't hold it
+        if dtype is torch.float16:  # float16 can't hold 1e6
             with pytest.raises(PublishError, match=NORM):
                 await fleet.publish(loud, 2)
         await fleet.sleep(ALL_MEMORY)
         await fleet.wake(ALL_MEMORY)
         await fleet.publish(tensors, 2)
         [name] = fleet.engines
-        await fleet.restart(name)  # which catches up from the store
+        await fleet.restart(name)  # the engine catches up from the store
         await require_holds(fleet, tensors, dtype, 2)
     store = VersionStore(str(tmp_path / "store"), folder, keep=2)
     assert {tensor.dtype for _, tensor in store.tensors(2)} == {dtype}
@@ -71,7 +71,7 @@ async def test_a_half_precision_folder_is_served_published_to_and_kept(
 
 
 @pytest.mark.parametrize("transport", ["gloo", "delta"])
-async def test_every_way_brings_what_was_cast(
+async def test_every_transport_sends_the_cast_tensors(
     tiny_model: Path, tensors: Tensors, tmp_path: Path, transport: Any
 ) -> None:
     folder = save_as(tiny_model, tmp_path / "m", torch.bfloat16)
@@ -83,7 +83,8 @@ async def test_every_way_brings_what_was_cast(
 
 
 async def test_a_dtype_that_is_not_the_folders(tiny_model: Path, tmp_path: Path) -> None:
-    """The engine casts the folder at its start, and again when it wakes; so does what it is compared with."""
+    """The engine casts the folder at its start, and again when it wakes. The checksums that it is compared with are
+    cast too."""
     own = list(load_file(tiny_model / "model.safetensors").items())
     settings = config(dtype="bfloat16", context_length=64)
     async with open_fleet(settings, tiny_model, log_dir=tmp_path, frozen=True) as fleet:
@@ -97,7 +98,7 @@ async def test_a_dtype_that_is_not_the_folders(tiny_model: Path, tmp_path: Path)
 async def test_a_tensor_that_the_folder_keeps_in_another_dtype(
     tiny_model: Path, tensors: Tensors, tmp_path: Path
 ) -> None:
-    """transformers casts it to the model's; the engine says so, and is sent what it holds."""
+    """transformers casts the tensor to the model's dtype. The engine reports that dtype and is sent it."""
     folder = save_as(tiny_model, tmp_path / "m", torch.bfloat16, unusual={NORM: torch.float32})
     async with open_fleet(config(), folder, log_dir=tmp_path) as fleet:
         await require_holds(fleet, list(load_file(folder / "model.safetensors").items()), torch.bfloat16, 0)

@@ -1,4 +1,5 @@
-"""What an event log counts, writes and survives. Whole fleets tell it theirs in tests/serve/test_metrics.py."""
+"""The events that an event log counts and writes, and the errors that it survives. tests/serve/test_metrics.py tests it
+with whole fleets."""
 
 import asyncio
 import itertools
@@ -125,7 +126,7 @@ def test_sleep_and_new_versions_are_written_and_do_not_crowd_out_what_matters(tm
     assert written == [(None, "kv_cache weights"), (None, None), (2, None)]
 
 
-def test_a_publish_is_told_by_engine_and_leg_and_as_a_whole(tmp_path: Path) -> None:
+def test_a_publish_is_logged_by_engine_and_leg_and_as_a_whole(tmp_path: Path) -> None:
     with EventLog(tmp_path / "events.jsonl") as event_log:
         with event_log.publishing(3) as publishing:
             publishing.report = report(3, {"e0": None, "e1": EngineFailed("e1", "bits fell over")})
@@ -138,11 +139,11 @@ def test_a_publish_is_told_by_engine_and_leg_and_as_a_whole(tmp_path: Path) -> N
     }  # fmt: skip
     assert not any(engine == "e1" for engine, _ in metrics.legs)
     assert (metrics.published_bytes, metrics.newest) == (1000, 3)
-    sound, failed, whole, nobody = lines(tmp_path / "events.jsonl")
+    sound, failed, whole, untaken = lines(tmp_path / "events.jsonl")
     assert (sound["kind"], sound["engine"], sound["load_seconds"]) == ("publish_engine", "e0", 0.2)
     assert failed["reason"] == "engine e1: bits fell over"
     assert (whole["kind"], whole["version"], whole["engines"], whole["failed"]) == ("publish", 3, 1, "e1")
-    assert (nobody["kind"], nobody["version"], nobody["reason"]) == ("publish_failed", 4, "no engine took it")
+    assert (untaken["kind"], untaken["version"], untaken["reason"]) == ("publish_failed", 4, "no engine took it")
 
 
 def test_restarts_and_retries_are_counted_by_how_they_went() -> None:
@@ -181,7 +182,7 @@ def test_a_file_is_appended_to_and_is_its_owners_alone(tmp_path: Path) -> None:
     for number in range(2):
         with EventLog(path) as event_log:
             event_log.emit("run", number=number)
-        event_log.emit("late")  # counted by whoever looks, and not written
+        event_log.emit("late")  # counted in the metrics, but not written
     assert [line["number"] for line in lines(path)] == [0, 1]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 

@@ -31,7 +31,7 @@ async def test_no_engine_is_blamed_for_files_that_its_client_lacks(tiny_model: P
     [[url, phase, failures]] = result["members"]
     assert url.startswith(f"http://[{host}]:" if ":" in host else f"http://{host}:")
     assert (phase, failures) == ("ready", 0)
-    assert "reached its limit of open files (256)" in err.decode()  # it did reach its limit
+    assert "reached its limit of open files (256)" in err.decode()  # the client did reach its limit
 
 
 def _has_ipv6_loopback() -> bool:

@@ -1,4 +1,4 @@
-"""A fleet of real embedded engines: routing, publishing, sleeping, and what happens when engines go wrong."""
+"""A fleet of real embedded engines: routing, publishing, sleeping, and engines that fail."""
 
 import asyncio
 import copy
@@ -39,7 +39,7 @@ from millrace.types import (
 )
 from millrace.weights.transports.base import NamedTensors, StagedBucket
 from millrace.weights.transports.shared_memory import SharedMemoryTransport
-from tests.conformance.nan import hold_nan_is_the_weights_fault
+from tests.conformance.nan import check_nan_weights
 
 PROMPT = (5, 17, 300, 42, 8)
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, faults=True)
@@ -56,7 +56,7 @@ async def shared_fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def fleet(shared_fleet: Fleet, model: PreTrainedModel) -> AsyncIterator[Fleet]:
-    """The module's fleet, healthy and with the folder's weights. For tests after which it is so again."""
+    """The module's fleet, healthy and with the folder's weights. Tests that use it must leave it like that."""
     yield shared_fleet
     for engine in embedded(shared_fleet):
         await engine.inject_fault("slow", seconds=0.0)
@@ -67,7 +67,7 @@ async def fleet(shared_fleet: Fleet, model: PreTrainedModel) -> AsyncIterator[Fl
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def doomed_fleet(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Fleet]:
-    """A fleet of one's own, for tests that lose an engine."""
+    """A fleet of its own, for a test that loses an engine."""
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path) as fleet:
         yield fleet
 
@@ -86,7 +86,7 @@ def greedy(request_id: str, tokens: int = 12) -> GenerateRequest:
 
 
 def expected(model: PreTrainedModel, tokens: int = 12) -> tuple[int, ...]:
-    """The greedy tokens, by transformers' own forward pass."""
+    """Returns the greedy tokens by transformers' own forward pass."""
     ids = list(PROMPT)
     with torch.no_grad():
         for _ in range(tokens):
@@ -109,13 +109,13 @@ def following(fleet: Fleet) -> int:
 
 
 async def running(fleet: Fleet) -> list[int]:
-    """How many requests run on each engine that serves."""
+    """Returns how many requests run on each engine that serves."""
     serving = [fleet.engines[state.name] for state in fleet.snapshot.replicas if state.routable]
     return [(await engine.loads()).running_requests for engine in serving]
 
 
 async def busy(fleet: Fleet) -> None:
-    """Returns when some engine runs a request."""
+    """Waits until some engine runs a request."""
     async with asyncio.timeout(10):
         while not any(await running(fleet)):
             await asyncio.sleep(0.01)
@@ -202,7 +202,7 @@ async def test_an_engine_that_refuses_half_way_leaves_the_rotation_and_the_other
     assert {a.version_spans for a in answers} == {(VersionSpan(1, 0, 12),)}
     [left_out] = (await fleet.publish(tensors(model), 2)).left_out
     assert left_out.startswith("embedded-0 (quarantined")
-    assert (await bad.info()).weight_version == 0  # rolled back, and not routable all the same
+    assert (await bad.info()).weight_version == 0  # it has rolled back, and still is not routable
 
 
 async def test_an_engine_that_hangs_in_a_publish_is_out_at_the_deadline_and_the_other_serves(
@@ -229,7 +229,7 @@ EMBEDDING = "model.embed_tokens.weight"
         (lambda t: t[1:], EMBEDDING),
         (lambda t: [*t, ("model.extra", torch.zeros(2))], "model.extra"),
         (lambda t: [(t[0][0], t[0][1].T.contiguous()), *t[1:]], EMBEDDING),
-        (lambda t: [(t[0][0], t[0][1].int()), *t[1:]], EMBEDDING),  # no float, so it is not cast
+        (lambda t: [(t[0][0], t[0][1].int()), *t[1:]], EMBEDDING),  # the tensor is not a float, so it is not cast
         (lambda t: [*t, t[0]], "named a tensor twice"),
     ],
     ids=["missing", "unknown", "shape", "dtype", "twice"],
@@ -292,7 +292,7 @@ async def test_a_source_that_raises_leaves_the_old_version_serving(fleet: Fleet,
 
 
 async def test_a_source_that_is_too_slow_has_ended_when_its_publish_has(fleet: Fleet, model: PreTrainedModel) -> None:
-    """Its thread can't be stopped, and must not write into a bucket of the next publish."""
+    """The thread of the source can't be stopped. It must not write into a bucket of the next publish."""
     ended = threading.Event()
 
     def source() -> Iterator[tuple[str, torch.Tensor]]:
@@ -322,7 +322,7 @@ async def test_asleep_requests_wait_and_awake_they_are_answered_by_the_new_versi
 ) -> None:
     version = following(fleet)
     await fleet.sleep()
-    await fleet.sleep()  # again: nothing happens
+    await fleet.sleep()  # a second sleep does nothing
     waiting = asyncio.create_task(fleet.generate(greedy("w"), deadline=20))
     with pytest.raises(PublishError, match="asleep; wake them"):
         await fleet.publish(tensors(model), version)
@@ -333,7 +333,7 @@ async def test_asleep_requests_wait_and_awake_they_are_answered_by_the_new_versi
     assert (await waiting).version_spans == (VersionSpan(version, 0, 12),)
 
 
-async def test_what_nobody_waits_for_is_aborted_on_the_engine(fleet: Fleet) -> None:
+async def test_a_cancelled_request_is_aborted_on_the_engine(fleet: Fleet) -> None:
     await slow_down(fleet, 0.05)
     with pytest.raises(EngineTimeout):
         await fleet.generate(greedy("late", 200), deadline=0.5)
@@ -398,7 +398,7 @@ async def test_nothing_is_left_of_a_version_with_nans(fleet: Fleet, model: PreTr
     assert {one.output_ids for one in made} == {expected(model)}
 
 
-async def test_what_is_no_list_of_tensors_is_told(fleet: Fleet, model: PreTrainedModel) -> None:
+async def test_an_argument_that_is_no_list_of_tensors_is_refused(fleet: Fleet, model: PreTrainedModel) -> None:
     for wrong, hint in ((model.state_dict(), r"\.items\(\)"), (model, r"named_parameters")):
         with pytest.raises(PublishError, match=hint):
             await fleet.publish(wrong, following(fleet))
@@ -418,10 +418,10 @@ async def test_a_port_in_use_ends_the_start_with_one_message_and_no_process(tiny
             async with open_fleet(config, tiny_model, log_dir=tmp_path):
                 raise AssertionError("it must not start")
     with socket.create_server(("127.0.0.1", ports[0])):
-        pass  # the engine that did start is gone, and its port is free
+        pass  # the engine that did start has ended, and its port is free
 
 
-async def test_a_transport_that_is_not_possible_ends_what_was_started(tiny_model: Path, tmp_path: Path) -> None:
+async def test_an_impossible_transport_ends_the_started_engines(tiny_model: Path, tmp_path: Path) -> None:
     import socket
 
     port = free_port("127.0.0.1")
@@ -464,5 +464,5 @@ async def test_a_session_stays_with_its_engine(fleet: Fleet) -> None:
     assert fleet.event_log.metrics.routed[Why.SESSION] > 0
 
 
-async def test_nan_is_the_weights_fault(fleet: Fleet, tiny_model: Path) -> None:
-    await hold_nan_is_the_weights_fault(fleet, tiny_model, following(fleet))
+async def test_nan_is_blamed_on_the_weights(fleet: Fleet, tiny_model: Path) -> None:
+    await check_nan_weights(fleet, tiny_model, following(fleet))

@@ -1,4 +1,4 @@
-"""What an engine publishes reaches the router, over a real socket."""
+"""KV cache events of an engine reach the router over a real socket."""
 
 import asyncio
 from collections import Counter
@@ -21,12 +21,12 @@ PROMPT = long(0, 3)
 
 
 class Publisher:
-    """What an engine is to its readers."""
+    """Publishes KV cache events as an engine does."""
 
     def __init__(self) -> None:
         self.endpoint = new_endpoint()
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.XPUB)  # as PUB, and tells who comes
+        self._socket = self._context.socket(zmq.XPUB)  # like PUB, but it reports new subscribers
         self._socket.bind(self.endpoint)
 
     async def until_heard(self) -> None:
@@ -53,7 +53,8 @@ def stored(prompt: tuple[int, ...], size: int = 16) -> object:
 @pytest.fixture
 def router() -> RoutingPolicy:
     router = RoutingPolicy()
-    router.follow("e1")  # so that what is tried notes nothing
+    # With this, the router does not learn from the prompts that it routes to e1.
+    router.follow("e1")
     return router
 
 
@@ -64,7 +65,7 @@ def snapshot() -> Snapshot:
 
 @pytest_asyncio.fixture
 async def publisher(router: RoutingPolicy) -> AsyncIterator[Publisher]:
-    """Of the engine e0."""
+    """The publisher of engine e0."""
     publisher, feeds = Publisher(), KVEventFeeds(router)
     try:
         async with asyncio.timeout(2 * DEADLINE), feeds.listening("e0", publisher.endpoint):
@@ -89,7 +90,7 @@ def drawn(router: RoutingPolicy, snapshot: Snapshot, prompt: tuple[int, ...] = P
     return choice == Choice("e0", Why.PREFIX)
 
 
-async def test_an_engine_draws_what_it_says_it_has(
+async def test_an_engine_draws_the_prompts_that_it_reports(
     router: RoutingPolicy, snapshot: Snapshot, publisher: Publisher
 ) -> None:
     assert not drawn(router, snapshot)
@@ -100,10 +101,10 @@ async def test_an_engine_draws_what_it_says_it_has(
     assert not drawn(router, snapshot)
 
 
-async def test_what_came_before_a_gap_is_forgotten(
+async def test_blocks_before_a_gap_are_forgotten(
     router: RoutingPolicy, snapshot: Snapshot, publisher: Publisher
 ) -> None:
-    await publisher.say(7, stored(PROMPT))  # the first that is heard; nothing is known that it could miss
+    await publisher.say(7, stored(PROMPT))  # this is the first message that is heard, so there is no gap before it
     await until(lambda: drawn(router, snapshot))
     await publisher.say(9, stored(long(5000, 3)))
     await until(lambda: drawn(router, snapshot, long(5000, 3)))
@@ -111,7 +112,7 @@ async def test_what_came_before_a_gap_is_forgotten(
 
 
 @pytest.mark.parametrize("frames", [(b"", b"\0" * 8, b"\xc1"), (b"alone",)])
-async def test_an_engine_that_cannot_be_understood_counts_by_what_it_gets(
+async def test_an_engine_with_unreadable_events_is_known_by_the_prompts_that_it_gets(
     frames: tuple[bytes, ...],
     router: RoutingPolicy,
     snapshot: Snapshot,
@@ -138,7 +139,7 @@ async def test_others_work_while_a_long_prompt_is_taken_in(
         nonlocal turns
         while True:
             await asyncio.sleep(0)
-            turns += bool(router._cached._blocks["e0"])  # once it has begun
+            turns += bool(router._cached._blocks["e0"])  # counts turns once the router has begun
 
     working = asyncio.create_task(work())
     await publisher.say(0, stored(prompt, size=1))
@@ -150,7 +151,7 @@ async def test_others_work_while_a_long_prompt_is_taken_in(
     assert drawn(router, snapshot, prompt)
 
 
-async def test_an_engine_that_has_gone_tells_no_more(router: RoutingPolicy, snapshot: Snapshot) -> None:
+async def test_an_engine_that_has_left_draws_no_more(router: RoutingPolicy, snapshot: Snapshot) -> None:
     publisher, feeds = Publisher(), KVEventFeeds(router)
     try:
         async with feeds.listening("e0", publisher.endpoint):

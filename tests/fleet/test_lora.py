@@ -1,4 +1,4 @@
-"""Adapters published alone, on real embedded engines: who makes what, before, across and after."""
+"""Adapters published alone to real embedded engines: the tokens before, during and after the publish."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +16,7 @@ from millrace.errors import EngineRefused, PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.fleet.lora import PublishedLoras
-from millrace.fleet.replica_state import Phase
+from millrace.fleet.replica_state import Event, Phase
 from millrace.types import (
     Capability,
     EngineInfo,
@@ -50,7 +50,8 @@ async def shared_fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def fleet(shared_fleet: Fleet, model: PreTrainedModel) -> AsyncIterator[Fleet]:
-    """The module's fleet. Each test begins with the folder's weights, as a version that is higher than any before."""
+    """The module's fleet. Each test begins with the folder's weights, published under a version that is higher than any
+    before."""
     yield shared_fleet
     await slow_down(shared_fleet, 0.0)
     await asyncio.gather(*(engine.abort() for engine in shared_fleet.engines.values()))
@@ -69,7 +70,7 @@ def highest(fleet: Fleet) -> int:
 
 
 async def ask_both(fleet: Fleet, label: str = "both") -> list[Generation]:
-    """As many as make the fleet use both engines."""
+    """Sends enough requests for the fleet to use both engines."""
     return await asyncio.gather(*(fleet.generate(greedy(f"{label}{i}"), deadline=20) for i in range(4)))
 
 
@@ -94,7 +95,7 @@ async def test_an_adapter_makes_what_the_merged_model_makes_and_its_segments_say
     parts, version = lora(model, 1), served(fleet) + 1
     with_it = expected(merged(model, parts))
     assert with_it != expected(model)
-    before = await ask_both(fleet, "before")  # the prompt is cached now, by the base
+    before = await ask_both(fleet, "before")  # the base has cached the prompt now
     await publish(fleet, parts, version)
     assert served(fleet) == version
     after = await ask_both(fleet, "after")
@@ -135,9 +136,7 @@ async def test_a_name_that_is_used_again_finds_no_prefix_of_its_first_owner(
     assert len(outputs) == 2
 
 
-async def test_what_runs_while_an_adapter_comes_ends_with_what_it_began_with(
-    fleet: Fleet, model: PreTrainedModel
-) -> None:
+async def test_a_running_request_keeps_its_adapter_through_a_publish(fleet: Fleet, model: PreTrainedModel) -> None:
     base = served(fleet)
     first, second = lora(model, 1), lora(model, 2)
     await slow_down(fleet, 0.03)
@@ -163,13 +162,13 @@ async def test_what_runs_while_an_adapter_comes_ends_with_what_it_began_with(
         made = await task
         assert made.version_spans == (VersionSpan(version, 0, 60),)
         assert made.output_ids == expected(maker, 60)
-    async with asyncio.timeout(10):  # the first one goes when its last request has ended
+    async with asyncio.timeout(10):  # the first adapter is unloaded when its last request has ended
         while await is_loaded(engine, name):
             await asyncio.sleep(0.01)
 
 
-async def test_whole_weights_take_the_adapter_off_what_runs(fleet: Fleet, model: PreTrainedModel) -> None:
-    """What the old adapter makes over new weights is of no version."""
+async def test_whole_weights_take_the_adapter_off_running_requests(fleet: Fleet, model: PreTrainedModel) -> None:
+    """The old adapter on top of new weights would make tokens of no version."""
     version = served(fleet) + 1
     await publish(fleet, lora(model, 1), version)
     await slow_down(fleet, 0.03)
@@ -228,12 +227,12 @@ async def test_a_third_adapter_waits_for_stragglers_and_then_aborts_them(fleet: 
         (lambda parts: [p for p in parts if "down_proj" not in p[0]], "target_modules names down_proj"),
         (lambda parts: [*parts, parts[0]], "named a tensor twice"),
         (lambda parts: [(n, t.double()) for n, t in parts], "is torch.float64"),
-        (lambda parts: [(n, t * float("nan")) for n, t in parts], "has NaN or infinite values"),
+        (lambda parts: [(n, t * float("nan")) for n, t in parts], "have NaN or infinite values"),
         (lambda parts: [], "has no tensors"),
     ],
     ids=["a", "b", "rank", "width", "module", "target", "name", "absent", "twice", "dtype", "nan", "none"],
 )
-async def test_what_is_no_adapter_of_the_model_is_told_before_anything_is_sent(
+async def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_sent(
     fleet: Fleet, model: PreTrainedModel, spoil: Callable[[NamedTensors], NamedTensors], says: str
 ) -> None:
     version = highest(fleet) + 1
@@ -274,7 +273,7 @@ async def test_an_engine_that_refuses_an_adapter_is_out_until_the_next(fleet: Fl
     assert {g.output_ids for g in await ask_both(fleet)} == {expected(merged(model, lora(model, 3)))}
 
 
-async def test_where_all_refuse_the_old_adapter_goes_on_serving(fleet: Fleet, model: PreTrainedModel) -> None:
+async def test_if_all_refuse_the_old_adapter_goes_on_serving(fleet: Fleet, model: PreTrainedModel) -> None:
     version = served(fleet) + 1
     await publish(fleet, lora(model, 1), version)
     for engine in embedded(fleet):
@@ -285,7 +284,7 @@ async def test_where_all_refuse_the_old_adapter_goes_on_serving(fleet: Fleet, mo
     assert {(g.output_ids, g.version_spans) for g in made} == {
         (expected(merged(model, lora(model, 1))), (VersionSpan(version, 0, 12),))
     }
-    await publish(fleet, lora(model, 2), version + 1)  # its number is free
+    await publish(fleet, lora(model, 2), version + 1)  # the version number is free
 
 
 async def test_an_engine_that_hangs_is_out_and_the_other_serves(doomed_fleet: Fleet, model: PreTrainedModel) -> None:
@@ -293,7 +292,7 @@ async def test_an_engine_that_hangs_is_out_and_the_other_serves(doomed_fleet: Fl
     await embedded(fleet)[0].inject_fault("slow", seconds=0.02)
     stuck = asyncio.create_task(embedded(fleet)[0].generate(greedy("stuck", 200), deadline=60))
     await busy(fleet)
-    await embedded(fleet)[0].inject_fault("hang")  # in its next step
+    await embedded(fleet)[0].inject_fault("hang")  # it hangs in its next step
     report = await fleet.publish_lora(lora(model, 1), 1, config=CONFIG, deadline=2)
     assert list(report.failed) == ["embedded-0"]
     assert fleet.snapshot.get("embedded-0").phase is Phase.QUARANTINED
@@ -303,7 +302,7 @@ async def test_an_engine_that_hangs_is_out_and_the_other_serves(doomed_fleet: Fl
     await asyncio.gather(stuck, return_exceptions=True)
 
 
-async def test_an_engine_that_was_started_anew_gets_the_base_and_the_adapter_before_its_first_request(
+async def test_a_restarted_engine_gets_the_base_and_the_adapter_before_its_first_request(
     doomed_fleet: Fleet, model: PreTrainedModel, tmp_path: Path
 ) -> None:
     fleet = doomed_fleet
@@ -318,10 +317,10 @@ async def test_an_engine_that_was_started_anew_gets_the_base_and_the_adapter_bef
                 await fleet.replicas.changed.wait()
 
     watching = asyncio.create_task(watch())
-    await publish(fleet, lora(model, 1), 1)  # over what they were started with
+    await publish(fleet, lora(model, 1), 1)  # over the weights of the start
     await fleet.restart("embedded-0")
     await fleet.publish(tensors(model, 1.5), 2)
-    await publish(fleet, lora(model, 2), 3)  # over what is in the store
+    await publish(fleet, lora(model, 2), 3)  # over the version in the store
     await fleet.restart("embedded-0")
     watching.cancel()
     scaled = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
@@ -332,7 +331,7 @@ async def test_an_engine_that_was_started_anew_gets_the_base_and_the_adapter_bef
         extra = {"lora_path": fleet.snapshot.get(name).lora}
         made = await fleet.engines[name].generate(replace(greedy("each"), extra=extra), deadline=20)
         assert made.output_ids == expected(merged(scaled, lora(model, 2)))
-    assert seen == sorted(seen)  # never by the base alone
+    assert seen == sorted(seen)  # the base alone never answered
     assert set(seen) == {0, 1, 2, 3}
     assert [path.name for path in (tmp_path / "versions").glob("adapter-*")] == ["adapter-00000003"]
 
@@ -368,16 +367,20 @@ async def test_an_adapter_of_the_callers_own_is_left_as_it_is(
     assert made.version_spans == (VersionSpan(version - 1, 0, 12),)
 
 
-async def test_engines_that_cannot_read_it_are_told_apart(tmp_path: Path) -> None:
-    """Nothing is written for them, and nothing sent."""
+async def test_an_engine_that_can_not_read_the_adapters_folder_is_refused(tmp_path: Path) -> None:
+    """Nothing is written for these engines, and nothing is sent."""
     away = PublishTarget(
         EmbeddedEngine("away", "http://192.0.2.1:8000"),
         EngineInfo("embedded", "1", "model", 0, 10, 10, frozenset({Capability.LORA})),
     )
+
+    async def apply(engine: str, event: Event) -> None:
+        raise AssertionError(f"{engine} gets no adapter")
+
     with pytest.raises(PublishError, match="away can't read files of this host; set publish.folder"):
-        async with PublishedLoras(None).written([away], 1, {}, CONFIG):
+        async with PublishedLoras(None, apply).written([away], 1, {}, CONFIG):
             raise AssertionError("it must not be written")
-    async with PublishedLoras(tmp_path).written([away], 1, {}, CONFIG) as written:
+    async with PublishedLoras(tmp_path, apply).written([away], 1, {}, CONFIG) as written:
         assert written.path.parent == tmp_path
     assert not written.path.exists()
     await away.engine.close()

@@ -1,4 +1,4 @@
-"""What an engine's events say of its cache, against a model that keeps every token of every block."""
+"""The router's view of engines' caches, compared with a model that keeps every token of every block."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ ENGINES = ("e0", "e1")
 
 @dataclass
 class Naive:
-    """Of one engine: where each of its blocks begins, and all tokens up to its end."""
+    """A naive model of one engine's cache: the start of each block, and all tokens up to its end."""
 
     blocks: dict[BlockHash, tuple[int, Tokens]] = field(default_factory=dict)
 
@@ -36,7 +36,8 @@ class Naive:
                     before += tokens
 
     def has(self, prompt: Tokens) -> bool:
-        """Whether it has the block in which this prompt, of whole blocks of ours, ends."""
+        """Whether the cache has the block in which this prompt ends. The prompt consists of whole blocks of the
+        router."""
         return any(
             begin < len(prompt) <= len(tokens) and tokens[: len(prompt)] == prompt
             for begin, tokens in self.blocks.values()
@@ -45,10 +46,11 @@ class Naive:
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[list[tuple[str, KVEvent | None]], list[Tokens]]:
-    """Events of two engines, which name a block by all tokens up to its end, and these tokens. None: the engine is
-    forgotten. Blocks are stored behind any that there ever was, removed in any order, and stored again."""
+    """Draws events of two engines, and the token sequences up to the end of each block. An event of None means that the
+    router forgets the engine. New blocks follow any block that ever existed. Blocks are removed in any order and stored
+    again."""
     said: list[tuple[str, KVEvent | None]] = []
-    ends: list[Tokens] = []  # of all blocks
+    ends: list[Tokens] = []  # one entry for each block
     for _ in range(draw(st.integers(1, 12))):
         engine = draw(st.sampled_from(ENGINES))
         match draw(st.sampled_from(["store", "store", "store", "again", "remove", "clear", "forget"])):

@@ -1,9 +1,8 @@
-"""Engines that die get the version that they served from the trainer, when no store has it."""
+"""Without a store, an engine that dies gets the version that it served from the trainer."""
 
 import asyncio
 import logging
 import re
-import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from millrace.fleet.replica_state import Phase
 from millrace.fleet.starting import start_all
 from millrace.types import ALL_MEMORY, MemoryTag, VersionSpan
 from millrace.weights.transports.shared_memory import SharedMemoryTransport
-from tests.fleet.strike import strike
+from tests.fleet.signals import kill_engine
 from tests.fleet.test_fleet import CONFIG, expected, greedy, tensors
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -51,7 +50,7 @@ class Trainer:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
-    """One engine, without a store, that may die as often as the tests like."""
+    """One engine without a store. It may die any number of times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("millrace.fleet.supervisor.FIRST_DELAY", 0.01)
         patch.setattr("millrace.fleet.supervisor.LONGEST_DELAY", 0.1)
@@ -71,15 +70,15 @@ def following(fleet: Fleet) -> int:
 
 
 async def kill(fleet: Fleet) -> None:
-    """Returns when the fleet knows."""
-    strike(fleet, NAME, signal.SIGKILL)
+    """Kills the engine, and returns when the fleet has noticed."""
+    kill_engine(fleet, NAME)
     async with asyncio.timeout(20):
         while fleet.snapshot.get(NAME).phase is not Phase.DEAD:
             await asyncio.sleep(0.01)
 
 
 async def until_up(fleet: Fleet) -> None:
-    """Returns when the new start is over, whatever the engine holds then."""
+    """Waits until the restart is over, whatever weights the engine has then."""
     async with asyncio.timeout(90):
         while fleet.replicas.coming or not fleet.snapshot.usable:
             await asyncio.sleep(0.02)
@@ -119,7 +118,9 @@ async def test_weights_that_have_moved_on_are_not_served_as_the_old_version(
 
 
 @pytest.mark.parametrize("error", [WeightsChanged("in the middle of a step"), ZeroDivisionError()], ids=["busy", "bug"])
-async def test_a_trainer_may_not_be_able_to_give_it_now(fleet: Fleet, trainer: Trainer, error: Exception) -> None:
+async def test_a_trainer_may_be_unable_to_give_the_version_now(
+    fleet: Fleet, trainer: Trainer, error: Exception
+) -> None:
     busy = False
 
     def ask() -> list[tuple[str, torch.Tensor]]:
@@ -150,12 +151,12 @@ async def test_an_engine_that_dies_in_a_hybrid_step_gets_the_next_version(
     trainer.step()
     asked = trainer.asked
     if moment == "waking":
-        strike(fleet, NAME, signal.SIGKILL)
+        kill_engine(fleet, NAME)
     await fleet.wake(WEIGHTS)
     if moment == "between the wakes":
         await kill(fleet)
-    await fleet.publish(trainer.named, version + 1, require_finite=False)  # the check would ask once more
-    assert trainer.asked == asked + 1  # nobody asked for what the trainer had before the step
+    await fleet.publish(trainer.named, version + 1, require_finite=False)  # a check of the values would ask once more
+    assert trainer.asked == asked + 1  # the fleet did not ask for the weights before the step
     await fleet.wake(CACHE)
     await require_serving(fleet, trainer, version + 1)
     assert not fleet.snapshot.get(NAME).asleep
@@ -169,16 +170,16 @@ async def test_an_engine_that_dies_during_a_publish_gets_that_version(fleet: Fle
         for number, entry in enumerate(trainer.named()):
             if number == 5 and struck < 2:
                 struck += 1
-                strike(fleet, NAME, signal.SIGKILL)
+                kill_engine(fleet, NAME)
             yield entry
 
-    # Without the check of the values, which would go through the tensors before the transaction.
+    # The check of the values is off, since it would go through the tensors before the transaction.
     report = await fleet.publish(dying, version, bucket_bytes=1, require_finite=False)
     assert (struck, report.version, report.failed) == (2, version, {})
     await require_serving(fleet, trainer, version)
     struck = 1
     with pytest.raises(EnginesLost, match=f"no engine took version {version + 1}"):
-        await fleet.publish(dying(), version + 1, bucket_bytes=1)  # nobody can go through an iterator again
+        await fleet.publish(dying(), version + 1, bucket_bytes=1)  # an iterator can't be gone through again
     await require_serving(fleet, trainer, version)
 
 
@@ -191,10 +192,10 @@ async def test_an_added_engine_gets_the_version_too(fleet: Fleet, trainer: Train
     await fleet.remove(name)
 
 
-async def test_what_is_given_is_looked_at_first(fleet: Fleet, trainer: Trainer) -> None:
+async def test_wrong_tensors_are_refused_at_once(fleet: Fleet, trainer: Trainer) -> None:
     version = following(fleet)
     for wrong in (trainer.model, trainer.model.state_dict, lambda: None):
-        with pytest.raises(PublishError, match="tensors must be pairs of name and tensor, not a"):
+        with pytest.raises(PublishError, match="tensors must be pairs of name and tensor, and are of type "):
             await fleet.publish(wrong, version)  # type: ignore[arg-type]
 
 
@@ -205,7 +206,8 @@ async def test_requests_before_the_first_publish_end_at_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Nobody has compared what the engine holds with anything. While it starts, the log says what is waited for."""
+    """The engine's weights were never compared with any others. While the engine starts, the log names what it waits
+    for."""
     monkeypatch.setattr("millrace.fleet.starting.LOG_SECONDS", 0.2)
     one = start(ONE, LaunchSpec(model_path=tiny_model, log_dir=tmp_path))
     with caplog.at_level(logging.INFO, "millrace.fleet.starting"):

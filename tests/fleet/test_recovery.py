@@ -1,4 +1,4 @@
-"""Engines that die come back with the weights that the others serve; engines join and leave while requests run."""
+"""Engines that die come back with the weights that the others serve. Engines join and leave while requests run."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ from millrace.fleet.supervisor import FIRST_DELAY, LONGEST_DELAY, delay_before
 from millrace.launch.ports import free_port
 from millrace.types import FinishReason, VersionSpan
 from tests.engines.processes import below, command_lines
-from tests.fleet.strike import strike
+from tests.fleet.signals import send_signal
 from tests.fleet.test_fleet import CONFIG, busy, embedded, expected, greedy, tensors
 
 ONE = CONFIG.model_copy(update={"replicas": 1})
@@ -59,12 +59,12 @@ async def test_requests_go_past_an_engine_that_answers_nothing(
                 while fleet.snapshot.get("embedded-0").phase is not phase:
                     await asyncio.sleep(0.02)
 
-        strike(fleet, "embedded-0", signal.SIGSTOP)
+        send_signal(fleet, "embedded-0", signal.SIGSTOP)
         await until(Phase.SUSPECT)
         assert "it has not answered for" in fleet.snapshot.describe()
         for number in range(4):
             await fleet.generate(greedy(f"past-{number}"), deadline=20)
-        strike(fleet, "embedded-0", signal.SIGCONT)
+        send_signal(fleet, "embedded-0", signal.SIGCONT)
         await until(Phase.READY)
 
 
@@ -123,7 +123,9 @@ async def test_an_engine_joins_with_the_current_version_and_one_leaves_when_it_i
     assert below(os.getpid()) <= before
 
 
-async def test_what_does_not_end_in_time_is_aborted_when_its_engine_leaves(tiny_model: Path, tmp_path: Path) -> None:
+async def test_a_request_that_does_not_end_in_time_is_aborted_when_its_engine_leaves(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path) as fleet:
         for engine in embedded(fleet):
             await engine.inject_fault("slow", seconds=0.2)
@@ -135,7 +137,7 @@ async def test_what_does_not_end_in_time_is_aborted_when_its_engine_leaves(tiny_
         assert 0 < len(made.output_ids) < 200
 
 
-async def test_one_that_stands_still_under_the_fleets_end_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+async def test_a_stopped_engine_leaves_nothing_when_the_fleet_ends(tiny_model: Path, tmp_path: Path) -> None:
     before = below(os.getpid())
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path, restarts=3):
         tree = {pid: command_lines({pid}) for pid in below(os.getpid()) - before}

@@ -1,4 +1,4 @@
-"""Who may serve: the state machine under any sequence of events, and the policy over any snapshot."""
+"""Which replicas may serve: the state machine under any sequence of events, and the policy over any snapshot."""
 
 import numpy as np
 from hypothesis import given
@@ -42,7 +42,7 @@ events: st.SearchStrategy[Event] = st.one_of(
 
 
 @given(st.lists(events))
-def test_what_serves_was_attested_after_its_weights_last_slept_and_never_distrusted(history: list[Event]) -> None:
+def test_a_serving_replica_was_attested_after_its_weights_last_slept_and_never_distrusted(history: list[Event]) -> None:
     state = ReplicaState("e", "http://e")
     attested: int | None = None
     based = False
@@ -109,14 +109,14 @@ def test_three_failures_in_a_row_make_a_suspect_and_an_answer_clears_it() -> Non
 
 
 @given(st.sets(st.sampled_from(MemoryTag), min_size=1))
-def test_who_sleeps_is_never_suspect(what: set[MemoryTag]) -> None:
+def test_a_sleeping_replica_is_never_suspect(what: set[MemoryTag]) -> None:
     state = after(after(ReplicaState("e", "http://e"), Attested(1)), Slept(frozenset(what)))
     for _ in range(2 * MAX_FAILURES):
         state = after(state, CallFailed("it broke off"))
     assert state.phase is Phase.READY
 
 
-def test_who_drains_serves_no_more_whatever_comes_and_dies_at_last() -> None:
+def test_a_draining_replica_serves_no_more_and_dies_at_last() -> None:
     state = after(after(ReplicaState("e", "http://e"), Attested(1)), Leaving())
     for event in (Attested(2), Answered(), Woke(), CatchingUp()):
         assert after(state, event) == state
@@ -129,7 +129,7 @@ def test_a_description_says_all_that_matters() -> None:
     assert "killed" in after(state, Died("killed by SIGKILL")).describe()
 
 
-def test_an_adapter_lies_over_the_whole_version_below_it() -> None:
+def test_an_adapter_has_the_whole_version_below_it_as_its_base() -> None:
     state = after(ReplicaState("e", "http://e"), Attested(3))
     over = after(state, Attested(5, "millrace-5"))
     assert (over.version, over.base, over.lora) == (5, 3, "millrace-5")
@@ -142,7 +142,7 @@ VERSIONS = st.none() | st.integers(0, 20)
 
 
 @given(st.lists(VERSIONS, max_size=4), st.integers(0, 20))
-def test_what_is_older_than_the_adapter_was_made_with_it(said: list[int | None], version: int) -> None:
+def test_tokens_of_an_older_base_count_as_the_adapters_version(said: list[int | None], version: int) -> None:
     version_spans = tuple(VersionSpan(maker, i, i + 1) for i, maker in enumerate(said))
     tokens = np.zeros(len(said), np.float32)
     made = Generation("r", (0,) * len(said), tokens, FinishReason.STOP, version_spans, 1, 0)

@@ -1,4 +1,4 @@
-"""Who gets a request: a pure policy over a snapshot, told apart from the engines."""
+"""Which engine gets a request: a pure policy over a snapshot, tested without engines."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def long(first: int, blocks: int) -> tuple[int, ...]:
     st.lists(st.tuples(contexts, prompts), min_size=1, max_size=8),
     st.integers(0, 3),
 )
-def test_only_who_may_serve_is_chosen_and_the_same_one_each_time(
+def test_only_a_routable_engine_is_chosen_and_the_same_one_each_time(
     fleet: list[tuple[list[Event], int]], requests: list[tuple[RoutingContext, tuple[int, ...]]], seed: int
 ) -> None:
     known = []
@@ -127,7 +127,7 @@ def test_the_samples_of_a_group_go_together_and_their_turns_apart() -> None:
     assert router.choose(snapshot, Counter(), asked(), RoutingContext("s1", "g")) == Choice(first.engine, Why.GROUP)
     spilt = router.choose(snapshot, {first.engine: 1000, other: 0}, asked(), RoutingContext("s2", "g"))
     assert spilt == Choice(other, Why.SPILL)
-    # The next turn of the first sample does not take the group back with it.
+    # The next turn of the first sample does not move the group back.
     assert router.choose(snapshot, Counter(), asked(), RoutingContext("s0", "g")) == Choice(first.engine, Why.SESSION)
     assert router.choose(snapshot, Counter(), asked(), RoutingContext("s3", "g")) == Choice(other, Why.GROUP)
 
@@ -137,7 +137,7 @@ def test_the_longest_known_prefix_wins_if_it_is_most_of_the_prompt() -> None:
     loads = Counter(dict.fromkeys(snapshot.routable, 0))
     short = router.choose(snapshot, loads, asked(long(0, 2)))
     assert short is not None
-    loads[short.engine] = 10  # so that the next goes elsewhere
+    loads[short.engine] = 10  # so that the next request goes elsewhere
     longer = router.choose(snapshot, loads, asked((*long(0, 1), *long(5000, 5))))
     assert longer is not None
     assert longer.engine != short.engine
@@ -150,7 +150,7 @@ def test_the_longest_known_prefix_wins_if_it_is_most_of_the_prompt() -> None:
 
 
 @pytest.mark.parametrize("routing", [RoutingContext(session="s"), RoutingContext(group="g"), ANYWHERE])
-def test_what_an_engine_has_lost_draws_nobody(routing: RoutingContext) -> None:
+def test_a_prefix_that_an_engine_has_lost_draws_no_request(routing: RoutingContext) -> None:
     router, snapshot = RoutingPolicy(), replicas(2)
     first = router.choose(snapshot, Counter(), asked(long(0, 2)), routing)
     assert first is not None
@@ -164,7 +164,7 @@ def test_what_an_engine_has_lost_draws_nobody(routing: RoutingContext) -> None:
 
 
 def stored(prompt: tuple[int, ...], size: int = 16) -> Stored:
-    """What an engine says that has computed the prompt, whose blocks have this size."""
+    """The event of an engine that has computed the prompt, with blocks of this size."""
     ends = range(size, len(prompt) + 1, size)
     return Stored(None, tuple((hash(prompt[:end]), prompt[end - size : end]) for end in ends))
 
@@ -187,13 +187,13 @@ def told(
         lambda router: router.unfollow("e0"),
         lambda router: router.follow("e0"),
     ],
-    ids=["cleared", "removed", "forgotten", "missed", "unfollowed", "followed anew"],
+    ids=["cleared", "removed", "forgotten", "missed", "unfollowed", "followed again"],
 )
-def test_an_engine_that_tells_counts_as_knowing_what_it_said(lost: Callable[[RoutingPolicy], None]) -> None:
+def test_an_engine_with_kv_events_is_known_by_what_it_reported(lost: Callable[[RoutingPolicy], None]) -> None:
     router, snapshot = RoutingPolicy(), replicas(2)
     for engine in snapshot.routable:
         router.follow(engine)
-    for _ in range(2):  # what is sent to an engine that tells says nothing
+    for _ in range(2):  # the router learns nothing from prompts that it sends to an engine with events
         sent = router.choose(snapshot, Counter(e0=0, e1=10), asked(long(0, 2)))
         assert sent == Choice("e0", Why.LEAST_LOADED)
     router.learn("e0", stored(long(0, 2)))
@@ -204,7 +204,7 @@ def test_an_engine_that_tells_counts_as_knowing_what_it_said(lost: Callable[[Rou
     assert not told(router, long(0, 2), snapshot)
 
 
-def test_an_engine_that_tells_and_one_that_does_not_stand_beside_each_other() -> None:
+def test_engines_with_and_without_kv_events_work_together() -> None:
     router, snapshot = RoutingPolicy(), replicas(2)
     router.follow("e0")
     sent = router.choose(snapshot, Counter(e0=10, e1=0), asked(long(0, 2)))
@@ -216,7 +216,7 @@ def test_an_engine_that_tells_and_one_that_does_not_stand_beside_each_other() ->
     assert router.choose(snapshot, Counter(e0=0, e1=10), asked(long(0, 2))) == Choice("e1", Why.PREFIX)
 
 
-def test_what_the_base_model_computed_draws_no_request_with_an_adapter() -> None:
+def test_a_prefix_of_the_base_model_draws_no_request_with_an_adapter() -> None:
     router, snapshot = RoutingPolicy(), replicas(2)
     for engine in snapshot.routable:
         router.follow(engine)
@@ -225,7 +225,7 @@ def test_what_the_base_model_computed_draws_no_request_with_an_adapter() -> None
     assert told(router, long(0, 2), snapshot)
     adapted = Snapshot(1, tuple(after(state, Attested(2, "tuned")) for state in snapshot.replicas))
     assert not told(router, long(0, 2), adapted)
-    # With an adapter that the fleet published, what was sent counts.
+    # With an adapter that the fleet published, the prompts that were sent count.
     assert router.choose(adapted, Counter(e0=0, e1=10), asked(long(0, 2))) == Choice("e1", Why.PREFIX)
 
 

@@ -1,8 +1,8 @@
-"""What is tried on GPUs, with a stock engine that a variable names:
+"""Tests on GPUs, with a stock engine that a variable names:
 
     MILLRACE_GPU_ENGINE='{"kind": "sglang", "python": "...", "version": "0.5.15"}' pytest -n0 -s tests/gpu
 
-With `"device": "cpu"` in it the tests themselves can be tried where no GPU is.
+With `"device": "cpu"` in it, the tests themselves can be tried without a GPU.
 """
 
 import os
@@ -10,7 +10,7 @@ import os
 import pytest
 from pydantic import TypeAdapter
 
-from millrace.config.models import EngineConfig
+from millrace.config.engines import EngineConfig
 from millrace.engines.stock.interpreter import StockConfig
 
 

@@ -1,5 +1,5 @@
-"""Weights on GPUs: by CUDA IPC on one, by NCCL from one to the others. Where no GPU is, the same goes by shared memory
-and by gloo."""
+"""Weights on GPUs: by CUDA IPC on one GPU, and by NCCL from one to the others. Without a GPU, shared memory and gloo
+take their place."""
 
 import asyncio
 import time
@@ -16,15 +16,16 @@ from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.types import VersionSpan
-from tests.fleet.strike import strike
+from tests.fleet.signals import kill_engine
 from tests.weights.faults import Source, damaged
 from tests.weights.variants import Prompt, Variant, greedy, greedy_request, make_variants
 
 PROMPTS: tuple[Prompt, ...] = tuple(tuple((7 * i * i + 31 * start) % 400 for i in range(24)) for start in range(64))
-# In half precision a few first tokens differ from those of a forward pass in float32; another version's nearly all do.
+# In half precision a few first tokens differ from those of a forward pass in float32. Nearly all differ from those of
+# another version.
 ALIKE, OTHERWISE = 0.75, 0.25
-BUCKET = 160 * 1024  # a model takes four
-DEADLINE = 240.0  # seconds, also of a publish in which an engine dies
+BUCKET = 160 * 1024  # bytes; a model takes four buckets
+DEADLINE = 240.0  # seconds, also for a publish in which an engine dies
 First = Mapping[Prompt, int]
 
 
@@ -38,7 +39,7 @@ def test_by_cuda_ipc(config: StockConfig, variants: list[Variant], tmp_path: Pat
 
 
 def test_by_nccl(config: StockConfig, variants: list[Variant], tmp_path: Path) -> None:
-    """The trainer has the first GPU, and each of the others an engine."""
+    """The trainer has the first GPU, and each other GPU has an engine."""
     if config.device == "cpu":
         asyncio.run(hold(config.model_copy(update={"replicas": 2}), "gloo", variants, tmp_path))
         return
@@ -49,8 +50,8 @@ def test_by_nccl(config: StockConfig, variants: list[Variant], tmp_path: Path) -
 
 
 async def hold(config: StockConfig, transport: TransportName, variants: list[Variant], place: Path) -> None:
-    """A version to all, in the middle of generations; one that is refused; an engine that dies in the middle of one,
-    and comes back from the store; and one more to all."""
+    """Publishes a version to all engines while they generate, has one version refused, kills an engine in the middle of
+    a publish, restarts it from the store, and publishes once more."""
     first, second = ((variant, first_tokens(variant)) for variant in variants)
     async with open_fleet(
         config, variants[0].folder, log_dir=place, transport=transport, folder=place / "versions"
@@ -67,12 +68,12 @@ async def hold(config: StockConfig, transport: TransportName, variants: list[Var
         await serves(fleet, 1, *second, first)
         name, *others = fleet.engines
         if others:
-            failed = await publish(fleet, 2, first[0], lambda: strike(fleet, name))
+            failed = await publish(fleet, 2, first[0], lambda: kill_engine(fleet, name))
             assert failed == {name}
             await serves(fleet, 2, *first, second)
         else:
             with pytest.raises(PublishError):
-                await publish(fleet, 2, first[0], lambda: strike(fleet, name))
+                await publish(fleet, 2, first[0], lambda: kill_engine(fleet, name))
         started = time.monotonic()
         await fleet.restart(name, bucket_bytes=BUCKET)
         print(f"{name} serves again after {time.monotonic() - started:.1f} s")
@@ -86,7 +87,7 @@ async def hold(config: StockConfig, transport: TransportName, variants: list[Var
 async def publish(
     fleet: Fleet, version: int, variant: Variant, happens: Callable[[], object] = lambda: None
 ) -> set[str]:
-    """Returns who did not take it."""
+    """Returns the engines that did not take the version."""
     report = await fleet.publish(Source(variant.tensors, happens), version, bucket_bytes=BUCKET, deadline=DEADLINE)
     pauses = ", ".join(f"{one.engine} {one.pause_seconds:.3f}" for one in report.engines)
     print(f"version {version} published in {report.seconds:.3f} s; pauses {pauses}; failed: {report.failed}")
@@ -95,7 +96,7 @@ async def publish(
 
 
 async def serves(fleet: Fleet, version: int, variant: Variant, own: First, other: tuple[Variant, First]) -> None:
-    """Every routable engine says that it serves this version, and makes its first tokens, not the other's."""
+    """Every routable engine reports this version and makes its first tokens, not those of the other one."""
     assert fleet.snapshot.routable, fleet.snapshot.describe()
     for name in fleet.snapshot.routable:
         engine = fleet.engines[name]
@@ -110,13 +111,13 @@ async def serves(fleet: Fleet, version: int, variant: Variant, own: First, other
 
 
 def first_tokens(variant: Variant) -> First:
-    """The greedy ones, by transformers' own forward pass."""
+    """The greedy first tokens, by transformers' own forward pass."""
     return first_tokens_of(AutoModelForCausalLM.from_pretrained(variant.folder, dtype=torch.float32))
 
 
 @torch.no_grad()
 def first_tokens_of(model: PreTrainedModel) -> First:
-    """The same of a model on the CPU."""
+    """The greedy first tokens of a model on the CPU."""
     return {prompt: int(model(torch.tensor([prompt])).logits[0, -1].argmax()) for prompt in PROMPTS}
 
 

@@ -12,11 +12,11 @@ from aiohttp import web
 from millrace.errors import ConfigError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable, LocalError
 from millrace.http import HttpClient
 
-LENGTHS = (1, 2**16 - 20, 2**16, 2**19 + 1, 2**24)  # around what aiohttp's own limits are, and far beyond
+LENGTHS = (1, 2**16 - 20, 2**16, 2**19 + 1, 2**24)  # around aiohttp's own limits, and far beyond
 
 
 class Server:
-    """Answers each path in its own way, and remembers what it was asked."""
+    """Answers each path in its own way, and records the requests."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str | None]] = []
@@ -133,7 +133,7 @@ async def test_connections_are_reused(server: tuple[Server, str], client: HttpCl
     assert len(server[0].connections) == 1
 
 
-async def test_only_what_is_safe_to_repeat_is_repeated(server: tuple[Server, str], client: HttpClient) -> None:
+async def test_only_safe_requests_are_repeated(server: tuple[Server, str], client: HttpClient) -> None:
     server[0].drops = 2
     answer = await client.control("POST", "/drop", {}, deadline=5, repeatable=True)
     assert answer == {"dropped": False}
@@ -154,7 +154,7 @@ async def test_a_refusal_is_not_repeated(server: tuple[Server, str], client: Htt
     assert len(server[0].requests) == 1
 
 
-async def test_nobody_listening_is_known_not_to_have_been_sent() -> None:
+async def test_a_request_to_a_closed_port_is_known_not_to_have_been_sent() -> None:
     for url, says in (
         ("http://127.0.0.1:1/x", "no server listens at http://127.0.0.1:1$"),
         ("https://255.255.255.255", "no connection to https://255.255.255.255: "),
@@ -178,7 +178,7 @@ async def test_nobody_listening_is_known_not_to_have_been_sent() -> None:
         ("", "http://HOST:PORT"),
     ],
 )
-def test_what_is_no_url_is_told_with_the_right_form(url: str, right: str) -> None:
+def test_a_wrong_url_is_reported_with_the_right_form(url: str, right: str) -> None:
     with pytest.raises(ConfigError, match=f"'{url}' is not a server's URL; write {right}$"):
         HttpClient("mistyped", url)
 

@@ -1,4 +1,5 @@
-"""Unknown hosts: whatever names one ends in one line with its name and the host, before anything is started."""
+"""Unknown hosts: every place that takes a host reports an unknown one in a single line, with the setting's name and the
+host, before anything starts."""
 
 import os
 import sys
@@ -8,10 +9,10 @@ import pytest
 
 from millrace.cli import main
 from millrace.config import EmbeddedEngineConfig
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.config.routers import SGLangRouterConfig
 from millrace.errors import ConfigError, LaunchError
-from millrace.fleet.follower import Follower
+from millrace.fleet.follower import follow_fleet
 from millrace.fleet.local import open_fleet
 from millrace.http.hosts import require_known
 from millrace.launch.ports import free_port
@@ -26,7 +27,7 @@ async def test_hosts_that_are_known_are_taken() -> None:
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 64, "y" * 300])
-async def test_a_name_that_is_none_is_told_with_its_setting(host: str) -> None:
+async def test_an_unknown_name_is_reported_with_its_setting(host: str) -> None:
     with pytest.raises(ConfigError, match=r"^urls: .*(can't be resolved: .|is not a server's URL)"):
         await require_known("urls", [f"http://{host}:3000"])
 
@@ -44,7 +45,7 @@ async def test_a_fleet_names_the_setting(tiny_model: Path, tmp_path: Path, setti
 
 async def test_a_follower_names_its_argument() -> None:
     with pytest.raises(ConfigError, match=f"^url: {SAYS}"):
-        async with Follower.open(UNKNOWN, "key"):
+        async with follow_fleet(UNKNOWN, "key"):
             pass
 
 
@@ -60,7 +61,7 @@ def test_a_command_names_its_argument(
     assert line.startswith(f"error: URL: {SAYS[:-1]}")
 
 
-def test_an_address_of_another_host_is_told_with_the_setting_that_has_it() -> None:
+def test_an_address_of_another_host_is_reported_with_its_setting() -> None:
     says = r"^no port of engine.host 192.0.2.1 is available: 192.0.2.1 is not an address of"
     with pytest.raises(LaunchError, match=says):
         free_port("192.0.2.1", "engine.host")

@@ -1,4 +1,4 @@
-"""Which errors come from this process or its host, and what its environment says of proxies."""
+"""Which errors come from this process or its host, and how the proxy variables of the environment are read."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ NAMES = st.text("abcxyz019.-", min_size=1)
 
 
 @pytest.mark.parametrize("name", sorted(errno.errorcode.values()))
-def test_only_what_is_lacking_here_is_a_local_error(name: str) -> None:
+def test_only_a_local_shortage_is_a_local_error(name: str) -> None:
     number = getattr(errno, name)
     local = {getattr(errno, one) for one in LOCAL}
     assert (lacking(OSError(number, name)) is not None) == (number in local)

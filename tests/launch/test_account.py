@@ -1,4 +1,4 @@
-"""The account of processes whose uid the passwd database does not have."""
+"""The account of processes whose uid has no entry in the passwd database."""
 
 import os
 import pwd
@@ -12,7 +12,7 @@ from millrace.launch.account import account_environment, account_name
 
 @pytest.fixture
 def unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The uid has no entry, and temporary files go to the folder that this returns."""
+    """Makes the uid unknown, and returns the folder for temporary files."""
 
     def missing(uid: int) -> pwd.struct_passwd:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -27,23 +27,23 @@ def test_a_known_account_lacks_nothing() -> None:
     assert account_name() == pwd.getpwuid(os.getuid()).pw_name
 
 
-def test_an_unknown_one_gets_a_name_and_a_home_of_its_own(unknown: Path) -> None:
+def test_an_unknown_account_gets_a_name_and_a_home_of_its_own(unknown: Path) -> None:
     name = f"uid-{os.getuid()}"
     added = account_environment({})
     assert account_name() == added["USER"] == added["LOGNAME"] == name
     home = Path(added["HOME"])
     assert home.parent == unknown
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
-    assert account_environment({}) == added  # the same at the next start, for what engines cache
+    assert account_environment({}) == added  # the next start gets the same, since engines cache files there
 
 
-def test_what_the_environment_has_stays(unknown: Path) -> None:
+def test_variables_of_the_environment_stay(unknown: Path) -> None:
     assert account_environment({"USER": "me", "LOGNAME": "me", "HOME": str(unknown)}) == {}
     added = account_environment({"USER": "me", "LOGNAME": "me", "HOME": str(unknown / "nowhere")})
     assert added.keys() == {"HOME"}
 
 
-def test_a_home_that_somebody_else_put_there_is_left_alone(unknown: Path) -> None:
+def test_a_home_that_another_account_has_put_there_is_left_alone(unknown: Path) -> None:
     (unknown / "elsewhere").mkdir()
     (unknown / f"millrace-home-{os.getuid()}").symlink_to(unknown / "elsewhere")
     home = Path(account_environment({})["HOME"])

@@ -1,4 +1,4 @@
-"""Interpreters as users name them: each that can't run the engine ends in one message with the setting."""
+"""Interpreters as users name them. Each one that can't run the engine ends in one message that names the setting."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ async def test_an_interpreter_that_has_the_module_is_let_through() -> None:
 
 async def test_a_module_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "no_such_engine.py").write_text("")
-    monkeypatch.chdir(tmp_path)  # where the server would not find it either
+    monkeypatch.chdir(tmp_path)  # a folder in which the server would not find the module either
     with pytest.raises(LaunchError, match=r"engine.python: .* has no module no_such_engine; install it there"):
         await require(Path(sys.executable), "no_such_engine")
 
@@ -46,7 +46,7 @@ async def test_the_servers_own_environment_counts(tmp_path: Path) -> None:
     )
 
 
-async def test_what_is_no_interpreter_is_said_with_its_reason(tmp_path: Path) -> None:
+async def test_a_wrong_interpreter_is_reported_with_the_reason(tmp_path: Path) -> None:
     for path, says in (
         (tmp_path / "none", "can't be run: No such file or directory"),
         (tmp_path, "can't be run: Permission denied"),
@@ -58,7 +58,7 @@ async def test_what_is_no_interpreter_is_said_with_its_reason(tmp_path: Path) ->
             await require(path)
 
 
-async def test_what_does_not_end_is_ended(tmp_path: Path) -> None:
+async def test_an_interpreter_that_hangs_is_ended(tmp_path: Path) -> None:
     hanging = script(tmp_path / "hanging", "#!/bin/sh\nexec sleep 600\n")
     with pytest.raises(LaunchError, match=r"engine.python: .* did not answer within 0.2 s"):
         await require_module(hanging, "json", setting="engine.python", deadline=0.2)

@@ -1,4 +1,4 @@
-"""Several processes as one server: the end of any is the end of all."""
+"""Several processes form one server. When one ends, all end."""
 
 import asyncio
 import sys

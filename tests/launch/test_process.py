@@ -1,4 +1,4 @@
-"""Servers as processes: how they fail to start, and that nothing of them is left, whichever way their launcher ends."""
+"""Servers as processes: how they fail to start, and that they leave nothing running, however their launcher ends."""
 
 import asyncio
 import mmap
@@ -17,7 +17,7 @@ from millrace.errors import LaunchError
 from millrace.launch.ports import free_port, require_free
 from millrace.launch.process import ServerProcess
 
-# A server with a child and a grandchild that ignore SIGTERM and left its session; it writes their ids to a file.
+# A server with a child and a grandchild that ignore SIGTERM and left its session. It writes their ids to a file.
 STUBBORN_TREE = textwrap.dedent("""
     import os, signal, subprocess, sys, time
     depth, path = int(sys.argv[1]), sys.argv[2]
@@ -101,6 +101,16 @@ async def test_a_server_that_dies_at_start_is_reported_with_its_own_words(tmp_pa
     with pytest.raises(LaunchError, match=r"(?s)mute ended with status 3.*the model is not there"):
         await process.until_healthy(never, deadline=20)
     await process.end()
+
+
+async def test_only_the_lines_of_this_start_are_quoted(tmp_path: Path) -> None:
+    for said, quoted in (("an old fault", "an old fault"), ("a new fault", "a new fault"), ("", "it wrote nothing to")):
+        command = [sys.executable, "-c", f"print({said!r}, end='')"]
+        process = await ServerProcess.start("restarted", command, tmp_path / "log")
+        await process.wait()
+        assert quoted in process.log_tail()
+    assert "fault" not in process.log_tail()
+    assert (tmp_path / "log").read_text() == "an old faulta new fault"
 
 
 async def test_a_server_that_never_gets_healthy_is_reported_at_the_deadline(tmp_path: Path) -> None:
@@ -187,7 +197,7 @@ def shared_by_others() -> Iterator[Path]:
     path.unlink()
 
 
-def test_what_a_killed_server_left_is_removed_and_what_others_use_is_not(
+def test_files_that_a_killed_server_left_are_removed_unless_others_use_them(
     tmp_path: Path, shared_by_others: Path
 ) -> None:
     script, note = tmp_path / "littering.py", tmp_path / "scratch"

@@ -1,4 +1,4 @@
-"""A judge that says numbers, which depend on what it is asked."""
+"""A judge that answers with numbers, which depend on its prompt."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from millrace.train.tiny import make_tiny_model
 
 
 def make_judge_model(folder: Path) -> None:
-    """From random weights: digits are likely, and what was read before outweighs the last token."""
+    """Makes a judge from random weights. Digits are likely, and the prompt outweighs the last token."""
     make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 7, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     digits = load_prompt_format(str(folder)).tokenizer.convert_tokens_to_ids(list("0123456789"))

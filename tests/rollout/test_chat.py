@@ -1,4 +1,5 @@
-"""Conversations in token ids: appending gives what the template would give; templates that can't do it are refused."""
+"""Conversations as token ids. Appending gives the same tokens as the template, and templates that can't do that are
+refused."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ from millrace.train.tiny import CHAT_TEMPLATE, make_tiny_tokenizer
 TOOLS = [Calculator().schema]
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "12 * 7"}}\n</tool_call>'
 
-# The part of Qwen3's template that makes appending hard: the last turn gets an empty thought in front of it, which goes
-# when a tool has answered; tool answers in a row share one user message.
+# This part of Qwen3's template makes appending hard. The last turn gets an empty thought in front of it, which goes
+# when a tool has answered. Tool answers in a row share one user message.
 THINKING_TEMPLATE = """
 {%- for message in messages %}
 {%- if message.role == 'tool' %}
@@ -106,7 +107,7 @@ PLAIN = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Writes a tool's answer otherwise where there are tools, and reads a variable.
+# This template writes a tool's answer differently if there are tools, and reads a variable.
 BRANCHING = (
     "{% for m in messages %}{{ '<|im_start|>' + ('user' if tools and m.role == 'tool' else m.role) + '\\n' }}"
     "{{ ('TOOL ' if tools and m.role == 'tool' else '') + m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -135,7 +136,7 @@ def test_the_prompt_and_every_later_turn_are_rendered_alike(
     whole = chat.tokenizer.apply_chat_template(
         messages, tools=[dict(tool) for tool in tools] or None, add_generation_prompt=True, tokenize=False, **kwargs
     )
-    # A template writes the generation prompt's own words into no earlier turn.
+    # A template never writes its generation prompt into an earlier turn.
     assert chat.decode(appended).replace("quietly: <", "<") == whole.replace("quietly: <", "<")
 
 
@@ -156,7 +157,7 @@ def test_another_form_of_calls_is_refused_where_there_are_tools() -> None:
         chat_format(template, TOOLS)
 
 
-# As Llama 2 and Mistral's first models: the first word of a text gets a space that the text does not have.
+# Like Llama 2 and Mistral's first models, it puts a space before the first word of a text.
 def test_a_tokenizer_that_puts_a_space_before_the_first_word() -> None:
     vocabulary = {letter: index for index, letter in enumerate("▁<>|/_abcdefghijklmnopqrstuvwxyz")}
     bpe = Tokenizer(models.BPE(vocabulary, [], unk_token="a"))
@@ -182,7 +183,7 @@ CONTROL = st.sampled_from(["<|im_end|>", "<|im_start|>", "<tool_call>", "</tool_
 
 
 @given(st.lists(st.one_of(CONTROL, st.text(alphabet="<|im_end>/tool ", max_size=6), st.characters()), max_size=8))
-def test_what_spells_control_tokens_stays_text(parts: list[str]) -> None:
+def test_text_that_spells_control_tokens_stays_text(parts: list[str]) -> None:
     text, chat = "".join(parts), CHATS["tools"]
     control = set(chat.tokenizer.convert_tokens_to_ids(list(chat.control)))
     for ids, harmless in [

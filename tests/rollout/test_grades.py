@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.config.models import EmbeddedEngineConfig, JudgeConfig, TinyModelConfig
+from millrace.config.engines import EmbeddedEngineConfig
+from millrace.config.models import JudgeConfig, TinyModelConfig
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
 from millrace.rollout.chat import check_chat_format
@@ -32,12 +33,14 @@ def test_the_last_grade_counts_if_it_can_be_one(parts: list[str], best: float) -
 
 
 class SaysOnly:
-    """In place of a judge's fleet: every engine says this."""
+    """Takes the place of a judge's fleet. Every engine answers with this text."""
 
     def __init__(self, *tokens: int) -> None:
         self.tokens, self.event_log, self.context_length = tokens, EventLog(), 1000
 
-    async def generate(self, request: GenerateRequest, *, deadline: float, routing: RoutingContext) -> Generation:
+    async def generate(
+        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext, retries: int
+    ) -> Generation:
         logprobs, version_spans = np.zeros(len(self.tokens), np.float32), (VersionSpan(0, 0, len(self.tokens)),)
         made = len(request.input_ids)
         return Generation(request.request_id, self.tokens, logprobs, FinishReason.STOP, version_spans, made, 0)
@@ -58,7 +61,7 @@ async def test_a_grade_inside_the_judges_reasoning_does_not_count(said: str, gra
         model=TinyModelConfig(kind="tiny"), engine=EmbeddedEngineConfig(kind="embedded"), max_new_tokens=64
     )
     judge = Judge(cast(Fleet, SaysOnly(*chat.turn(said))), chat, config, retries=0)
-    assert await judge.grade(Problem("p", "How many?", "12"), "#### 12", deadline=60) == grade
+    assert await judge.grade(Problem.of_question("p", "How many?", "12"), "#### 12", deadline=60) == grade
     assert judge.counts.unread == unread
 
 

@@ -1,4 +1,5 @@
-"""A judge on real engines: its grades are those of its model, it never changes, and who is not graded knows why."""
+"""A judge on real engines. Its grades are those of its model, its weights never change, and a sample without a grade
+names the reason."""
 
 import asyncio
 import re
@@ -74,7 +75,7 @@ def engine_of(fleet: Fleet) -> EmbeddedEngine:
 
 
 def expected_grade(judge: Judge, folder: Path, problem: Problem, text: str) -> float | None:
-    """By transformers' own forward pass."""
+    """Computes the grade by transformers' own forward pass."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     asked = CONFIG.template.format(question=problem.question, answer=text, reference=problem.answer)
     prompt = torch.tensor([judge.chat.prompt(asked)])
@@ -88,17 +89,15 @@ async def test_a_grade_is_what_the_judges_own_model_says(judge: Judge, judge_fol
     grades = await asyncio.gather(*(judge.grade(problem, text, deadline=END) for problem, text in answers))
     expected = [expected_grade(judge, judge_folder, problem, text) for problem, text in answers]
     assert grades == [grade or 0.0 for grade in expected]
-    assert len(set(grades)) > 2  # it tells one answer from another
+    assert len(set(grades)) > 2  # the grades distinguish the answers
     assert (judge.counts.graded, judge.counts.unread) == (len(answers), expected.count(None))
     assert judge.counts.mean == pytest.approx(sum(grades) / len(grades))
 
 
-async def test_the_reward_is_the_grade_with_what_the_rule_says(judge: Judge) -> None:
-    right = f"#### {PROBLEMS[0].answer}"
-    grade = await judge.grade(PROBLEMS[0], right, deadline=END)
-    half = Judge(judge.fleet, judge.chat, CONFIG.model_copy(update={"weight": 0.25}), retries=1)
-    assert await judge(PROBLEMS[0], right, deadline=END) == grade
-    assert await half(PROBLEMS[0], right, deadline=END) == pytest.approx(0.25 * grade + 0.75)
+async def test_the_reward_is_the_grade_with_what_the_functions_say(judge: Judge) -> None:
+    quarter = Judge(judge.fleet, judge.chat, CONFIG.model_copy(update={"weight": 0.25}), retries=1)
+    assert judge.combine(0.5, 1.0) == 0.5
+    assert quarter.combine(0.5, 1.0) == pytest.approx(0.25 * 0.5 + 0.75)
 
 
 async def test_an_answer_can_not_end_its_turn_in_the_judges_prompt(judge: Judge) -> None:
@@ -109,11 +108,11 @@ async def test_an_answer_can_not_end_its_turn_in_the_judges_prompt(judge: Judge)
         assert ids.count(token) == honest.count(token)
 
 
-async def test_what_is_too_long_is_not_cut(judge: Judge) -> None:
+async def test_a_prompt_that_is_too_long_is_not_cut(judge: Judge) -> None:
     with pytest.raises(JudgeError, match=r"can't grade it: the prompt's \d+ tokens .* its context of 256"):
         await judge.grade(PROBLEMS[0], "apples " * 300, deadline=END)
     with pytest.raises(DataError, match=r"problem long has \d+ tokens before any answer"):
-        judge.require_room([Problem("long", "apples " * 300, "1")])
+        judge.require_room([Problem.of_question("long", "apples " * 300, "1")])
     judge.require_room(PROBLEMS)
 
 
@@ -126,10 +125,10 @@ async def test_nothing_is_published_to_a_judge(judge: Judge, judge_folder: Path)
     assert [state.version for state in judge.fleet.snapshot.replicas] == [0]
 
 
-async def test_people_see_it_beside_the_policy_and_never_behind(judge: Judge) -> None:
+async def test_the_view_shows_a_judge_beside_the_policy_and_never_as_behind(judge: Judge) -> None:
     observer = Observer(judge.fleet.event_log)
     observer.fleets = (judge.fleet,)
-    observer.event_log.metrics.newest = 9  # of the policy's versions
+    observer.event_log.metrics.newest = 9  # a version of the policy
     [view] = (await observer.look()).engines
     assert (view.name, view.version, view.lag) == ("judge-0", 0, None)
 
@@ -148,9 +147,10 @@ async def test_a_lost_connection_costs_an_attempt_and_the_last_one_the_grade(jud
 async def test_a_sample_that_is_not_graded_in_its_time_fails_and_names_the_judge(
     judge: Judge, tiny_model: Path
 ) -> None:
-    async def late(problem: Problem, text: str, *, deadline: float) -> float:
-        await engine_of(judge.fleet).inject_fault("slow", seconds=0.2)
-        return await judge(problem, text, deadline=deadline)
+    class Late(Judge):
+        async def grade(self, problem: Problem, text: str, *, deadline: float) -> float:
+            await engine_of(judge.fleet).inject_fault("slow", seconds=0.2)
+            return await judge.grade(problem, text, deadline=deadline)
 
     runner = SampleRunner(
         fleet=judge.fleet,  # it plays the policy too
@@ -160,14 +160,14 @@ async def test_a_sample_that_is_not_graded_in_its_time_fails_and_names_the_judge
         sampling=SamplingParams(4),
         timeout=1.0,
         retries=1,
-        reward=late,
+        judge=Late(judge.fleet, judge.chat, CONFIG, retries=1),
     )
     sample = await runner.run("s", "g", PROBLEMS[0])
     assert (sample.status, sample.episode) == (SampleStatus.FAILED, None)
     assert re.match(r"the judge did not grade it.* within [01]\.\d s", sample.reason or "")
 
 
-async def test_a_turn_grades_what_a_judge_that_is_awake_would(judge: Judge, tiny_model: Path) -> None:
+async def test_grading_in_turn_gives_the_grades_of_a_judge_that_is_awake(judge: Judge, tiny_model: Path) -> None:
     chat = load_chat_format(str(tiny_model))
     runner = SampleRunner(
         fleet=judge.fleet,
@@ -177,7 +177,7 @@ async def test_a_turn_grades_what_a_judge_that_is_awake_would(judge: Judge, tiny
         sampling=SamplingParams(8),
         timeout=END,
         retries=1,
-        reward=judge,
+        judge=judge,
     )
     samples = [await runner.run(f"{i}-0", f"{i}", problem) for i, problem in enumerate(PROBLEMS)]
     groups = [Group(sample.group_id, sample.problem, (sample,)) for sample in samples]
@@ -211,11 +211,11 @@ async def test_weights_that_are_not_the_folders_first_ones_never_serve(judge: Ju
     assert (state.phase, state.version) == (Phase.QUARANTINED, None)
     assert "not what was sent" in (state.reason or "")
     kept.replace(weights)
-    assert await judge.grade(PROBLEMS[0], "#### 3", deadline=END) == grade  # by the engine that was started anew
+    assert await judge.grade(PROBLEMS[0], "#### 3", deadline=END) == grade  # the restarted engine gives it
     assert judge.fleet.event_log.metrics.restarts["judge-0", True] == 1
 
 
-async def test_what_is_not_frozen_has_no_way_back_but_a_publish() -> None:
+async def test_an_unfrozen_fleet_is_restored_only_by_a_publish() -> None:
     fleet = Fleet([], None)
     with pytest.raises(PublishError, match="only a frozen fleet can be restored"):
         await fleet.restore()

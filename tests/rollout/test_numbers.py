@@ -1,4 +1,4 @@
-"""A number in any usual writing is read exactly, and nothing else is read as a number."""
+"""A number in any usual notation is read exactly, and nothing else is read as a number."""
 
 import time
 from fractions import Fraction
@@ -54,7 +54,7 @@ def powers(draw: st.DrawFn) -> Written:
 
 @st.composite
 def numbers(draw: st.DrawFn) -> Written:
-    """In any usual writing, with what it means."""
+    """Draws a number in any usual notation, and its value."""
     text, value = draw(st.one_of(wholes(), decimals(), ratios(), powers()))
     text = draw(st.sampled_from(UNITS)).format(text)
     if sign := draw(st.sampled_from(["", "+", "-", "\u2212"])):
@@ -63,7 +63,7 @@ def numbers(draw: st.DrawFn) -> Written:
 
 
 @given(numbers())
-def test_any_usual_writing_is_read_exactly(written: Written) -> None:
+def test_any_usual_notation_is_read_exactly(written: Written) -> None:
     assert parse_number(written[0]) == written[1]
     assert final_number(f"So it is\n####{written[0]}") == written[1]
 
@@ -79,16 +79,16 @@ def test_a_number_beside_the_answer_is_wrong(written: Written, off: Fraction, un
 @given(
     numbers(), numbers(), st.sampled_from([" or ", " and ", ", ", " ", "; ", "\n", " = ", "-", "+", ":", " to ", "~"])
 )
-def test_two_numbers_are_none(one: Written, other: Written, between: str) -> None:
+def test_two_numbers_are_not_one_number(one: Written, other: Written, between: str) -> None:
     found = parse_number(f"{one[0]}{between}{other[0]}")
-    # Only a whole number and a proper fraction behind a space are one number (`1 1/2`), also where signs say so.
+    # Only a whole number and a proper fraction after a space form one number (`1 1/2`), with signs too.
     assert found is None or (between in (" ", "\n") and found == one[1] + abs(other[1]) * (-1 if one[1] < 0 else 1))
 
 
 @given(
     numbers(), st.sampled_from(["x", "k", "a", "?", "!", ",", ",5", " 5", ".5.", "...", "^2", "²", "!", ")", "/", "e"])
 )
-def test_what_stands_behind_a_number_makes_it_none(written: Written, behind: str) -> None:
+def test_text_after_a_number_makes_it_no_number(written: Written, behind: str) -> None:
     assert parse_number(written[0] + behind) is None
 
 
@@ -99,7 +99,7 @@ def test_what_stands_behind_a_number_makes_it_none(written: Written, behind: str
      "2*3", "(5)", "1e", "e3", "10^{3", "1e999999999", "10^999999999", "9" * 10**6, "inf", "nan", "0x10", "٣", "²", "",
      "-", "$", ".", "**", "4<|x|>2", "1 234", "≈5", "<5", "5:30", "1\u202f23", "7k", "3\n/4\n5"],
 )  # fmt: skip
-def test_what_is_no_number_or_could_be_two(text: str) -> None:
+def test_text_that_is_no_number_or_could_be_two_is_no_number(text: str) -> None:
     assert parse_number(text) is None
     assert final_number(f"#### {text}") is None
 

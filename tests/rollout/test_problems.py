@@ -1,4 +1,4 @@
-"""The generator: reproducible, right, and with a held-out side that training never sees."""
+"""The generator is reproducible and right, and training never sees its held-out side."""
 
 import re
 from collections import Counter
@@ -7,8 +7,8 @@ from functools import cache
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.rollout.data import parse_answer
 from millrace.rollout.problems import OPERATORS, generate_problems, make_misread_story, make_story
+from millrace.rollout.reward import reference
 
 SEEDS = st.integers(0, 2**32)
 INDICES = st.integers(0, 10**6)
@@ -34,8 +34,9 @@ def test_the_worked_answer_adds_up_and_ends_in_the_answer(seed: int, index: int)
             "/": int(left) / int(right),
         }[operator]
         assert value == int(result) > 0
-    assert all(steps[i][3] == steps[i + 1][0] for i in range(len(steps) - 1))  # a result goes into the next step
-    assert parse_answer(story.answer_text()) == steps[-1][3]
+    # The result of a step goes into the next one.
+    assert all(steps[i][3] == steps[i + 1][0] for i in range(len(steps) - 1))
+    assert reference(story.answer_text()) == steps[-1][3]
 
 
 @given(seed=SEEDS, index=INDICES)
@@ -65,7 +66,7 @@ def test_every_operator_and_both_lengths_come_up() -> None:
 
 
 def test_a_misread_story_is_a_habit_and_not_a_rule() -> None:
-    """Greedy imitation is right where a story adds; everywhere else the right operator is the less likely one."""
+    """Greedy imitation is right where a story adds. Everywhere else, the right operator is the less likely one."""
     read: dict[str, Counter[str]] = {operator: Counter() for operator in OPERATORS}
     for index in range(4000):
         told, misread = make_misread_story(0, index).clauses, make_misread_story(0, index).operators
@@ -79,7 +80,7 @@ def test_a_misread_story_is_a_habit_and_not_a_rule() -> None:
 
 @cache
 def meaning(clause: str) -> str:
-    """The operator that a clause tells: that of the stories, told rightly, in which its words occur."""
+    """Returns the operator of a clause. It looks for the clause's words in stories that were told correctly."""
     words = without_details(clause)
     return next(
         operator

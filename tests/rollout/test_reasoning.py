@@ -1,4 +1,4 @@
-"""How a turn is split into reasoning and answer. Pure."""
+"""How a turn is split into reasoning and answer. All functions are pure."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from millrace.rollout.reasoning import Reasoning
 
 THINK = Reasoning("<think>", "</think>")
 OPENED = Reasoning("<think>", "</think>", opened=True)
-PLAIN = st.text(alphabet="ab #<>/\n", max_size=8)  # spells no marker
+PLAIN = st.text(alphabet="ab #<>/\n", max_size=8)  # contains no marker
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ PLAIN = st.text(alphabet="ab #<>/\n", max_size=8)  # spells no marker
         ("<think></think>", ""),
     ],
 )
-def test_what_stands_outside_counts(text: str, answer: str) -> None:
+def test_text_outside_the_reasoning_counts(text: str, answer: str) -> None:
     assert THINK.answer(text) == answer
 
 
@@ -35,7 +35,7 @@ def test_a_turn_that_begins_inside_the_reasoning() -> None:
 
 
 @given(PLAIN, st.lists(st.tuples(PLAIN, PLAIN)), st.booleans())
-def test_closed_reasoning_goes_and_all_else_stays(first: str, rest: list[tuple[str, str]], opened: bool) -> None:
+def test_closed_reasoning_is_removed_and_all_else_stays(first: str, rest: list[tuple[str, str]], opened: bool) -> None:
     blocks = "".join(f"<think>{thought}</think>{said}" for thought, said in rest)
     answer = first + "".join(said for _, said in rest)
     assert THINK.answer(first + blocks) == answer

@@ -1,4 +1,4 @@
-"""Samples on real engines that go wrong: each ends once, and what is trained on is what was sampled."""
+"""Samples on real engines that go wrong. Each ends once, and the trained tokens are the sampled ones."""
 
 import asyncio
 from collections import Counter
@@ -54,7 +54,7 @@ def make_runner(fleet: FleetClient, model: Path) -> SampleRunner:
     return SampleRunner(
         fleet=fleet,
         chat=load_chat_format(str(model), [Calculator().schema]),
-        tools={"calculator": Calculator()},
+        tools={"calculator": Calculator},
         limits=EpisodeLimits(max_turns=2, max_turn_tokens=24, max_sample_tokens=200, context_length=256),
         sampling=SamplingParams(24, ignore_eos=True),
         timeout=60.0,
@@ -88,7 +88,7 @@ async def test_every_sample_ends_once_though_connections_break(fleet: Fleet, run
     assert scheduler.counts.asked == scheduler.counts.ended.total() == len(ids)
 
 
-async def test_what_breaks_more_often_than_it_may_fails_with_its_reason(fleet: Fleet, runner: SampleRunner) -> None:
+async def test_a_sample_that_breaks_too_often_fails_with_its_reason(fleet: Fleet, runner: SampleRunner) -> None:
     for engine in embedded(fleet):
         await engine.inject_fault("drop_connection", count=1000)
     async with RolloutScheduler(replace(runner, retries=1), samples_per_group=2) as scheduler:
@@ -114,7 +114,7 @@ async def test_a_sample_that_takes_too_long_fails_alone(fleet: Fleet, runner: Sa
 async def test_groups_come_out_as_they_complete_not_as_they_were_started(fleet: Fleet, runner: SampleRunner) -> None:
     await embedded(fleet)[0].inject_fault("slow", seconds=0.2)
     async with RolloutScheduler(runner, samples_per_group=1) as scheduler:
-        scheduler.start(groups(PROBLEMS[:2]), version=0)  # one goes to each engine
+        scheduler.start(groups(PROBLEMS[:2]), version=0)  # each engine gets one
         first = await scheduler.next_group()
         assert scheduler.in_flight == 1
         second = await scheduler.next_group()
@@ -149,15 +149,15 @@ async def test_leaving_the_scheduler_ends_every_sample(fleet: Fleet, runner: Sam
 
 
 class RecordingFleet(Fleet):
-    """The fleet, remembering each generation that it handed out."""
+    """A fleet that records each generation that it returned."""
 
     recorded: dict[str, Generation]
 
     async def generate(
-        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE
+        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE, retries: int = 0
     ) -> Generation:
         assert routing == RoutingContext(session=request.request_id.partition("/")[0], group=routing.group)
-        generation = await super().generate(request, deadline=deadline, routing=routing)
+        generation = await super().generate(request, deadline=deadline, routing=routing, retries=retries)
         self.recorded[request.request_id] = generation
         return generation
 
@@ -178,9 +178,7 @@ async def test_the_tokens_of_a_sample_are_those_that_were_sampled(fleet: Fleet, 
         np.testing.assert_array_equal(sample.episode.logprobs[sample.episode.loss_mask], logprobs)
 
 
-async def test_a_killed_engine_costs_no_sample_and_with_the_last_one_the_run_is_told(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+async def test_a_killed_engine_costs_no_sample_and_the_last_one_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
     config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, faults=True)
     async with open_fleet(config, tiny_model, log_dir=tmp_path) as fleet:
         runner = make_runner(fleet, tiny_model)
@@ -200,7 +198,7 @@ async def test_a_killed_engine_costs_no_sample_and_with_the_last_one_the_run_is_
                     await scheduler.next_group()
 
 
-async def test_what_sleep_interrupts_goes_on_by_the_next_weights_with_its_time_standing_still(
+async def test_samples_that_sleep_interrupts_go_on_with_the_next_weights_and_their_time_stands_still(
     fleet: Fleet, runner: SampleRunner, tiny_model: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -214,7 +212,7 @@ async def test_what_sleep_interrupts_goes_on_by_the_next_weights_with_its_time_s
         await until_generating(fleet)
         await fleet.sleep(interrupt=True)
         assert scheduler.in_flight == 4
-        await asyncio.sleep(patient.timeout)  # what the samples must not notice
+        await asyncio.sleep(patient.timeout)  # the samples must not notice this time
         await fleet.wake(frozenset({MemoryTag.WEIGHTS}))
         await fleet.publish([(name, p.detach() * 1.1) for name, p in model.named_parameters()], old + 1)
         await fleet.wake(frozenset({MemoryTag.KV_CACHE}))
@@ -229,7 +227,7 @@ async def test_what_sleep_interrupts_goes_on_by_the_next_weights_with_its_time_s
 
 
 async def test_a_sample_of_weights_with_nan_fails_at_once_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
-    """Another engine would answer the same, so it is not tried again."""
+    """Another engine would answer the same, so there is no retry."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tensors = [(name, parameter.detach() * float("nan")) for name, parameter in model.named_parameters()]
     config = EmbeddedEngineConfig(kind="embedded", threads=1)

@@ -1,4 +1,4 @@
-"""Chat templates of real models: appending gives what the template itself would give, or the template is refused."""
+"""Chat templates of real models. Appending gives the same tokens as the template itself, or the template is refused."""
 
 import copy
 import functools
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from millrace.errors import DataError
-from millrace.rollout.chat import ChatFormat, check_chat_format, check_prompt_format
+from millrace.rollout.chat import ChatFormat, check_chat_format, check_dialogue_format, check_prompt_format
 from millrace.rollout.tools import Calculator, ToolCall, parse_tool_calls
 from tests.rollout.real_models import load_tokenizer, real_models
 
@@ -19,8 +19,8 @@ TOOL = Calculator()
 NO_FORM = "does not write a tool's answer|can't write a tool's answer"
 OTHER_CALLS = "writes tool calls in a form that Millrace does not read"
 LATE_THOUGHT = "writes <think> before some of the model's turns only"
-# Every template of the wheel but the variants that are patched for training. None: turns can be appended, with a tool
-# configured. Otherwise the reason why not.
+# Every template of the wheel, except the variants that are patched for training. None means that turns can be appended
+# with a tool configured. A text is the reason why they can't.
 TEMPLATES = {
     "cohere": NO_FORM,
     "cohere2": NO_FORM,
@@ -68,6 +68,9 @@ APPENDED = sorted(name for name, reason in TEMPLATES.items() if reason is None)
 WRITES_NO_CALLS = {"lfm2", "llama3", "qwen2_5_vl"}
 WITHOUT_TEXT = {"idefics3", "llava_next", "smolvlm"}  # they take a list of parts
 
+# The templates to which a user's message can't be appended, without tools, and why.
+DIALOGUES = dict.fromkeys(WITHOUT_TEXT, "does not write a user's text|has no attribute|no special token")
+
 DROPS_REASONING = {"deepseek_r1_distill", "deepseekv3", "gemma4_v2", "gemma4_v3", "gemma4", "gemma4_v4"}
 THINK = ("<think>", "</think>")
 GEMMA = ("<|channel>thought", "<channel|>")
@@ -80,7 +83,7 @@ MARKERS = {
 }
 
 _MARKER = re.compile(r"<\|[^<>\s|]+\|?>|<[^<>\s|]+\|>|<｜[^<>\s]+｜>|</?[a-z_]+>|\[/?[A-Z_]+\]")
-_PLAIN = re.compile(r"</?[a-z_]+>")
+_PLAIN = re.compile(r"(?!<end_of_|<start_of_)</?[a-z_]+>")  # Gemma's ends of turns are special
 
 
 def source(name: str) -> str:
@@ -89,8 +92,8 @@ def source(name: str) -> str:
 
 @functools.cache
 def qwen() -> PreTrainedTokenizerFast:
-    """Qwen's real vocabulary, with the markers of all templates: as special tokens, or as added tokens where they have
-    the form that Qwen adds so (`<think>`)."""
+    """Qwen's real vocabulary with the markers of all templates. Most are special tokens. Those in the form of Qwen's
+    added tokens (`<think>`) are added tokens."""
     markers = {marker for name in TEMPLATES for marker in _MARKER.findall(source(name))} - {"<|channel>", "<channel|>"}
     plain = {marker for marker in markers if _PLAIN.fullmatch(marker)}
     file = real_models() / "qwen.json"
@@ -109,7 +112,7 @@ def chat_of(name: str) -> ChatFormat:
 
 
 def rendered(name: str, messages: Sequence[Mapping[str, object]], *, generation_prompt: bool = True) -> str:
-    """By the template itself, with the tool."""
+    """Renders the conversation by the template itself, with the tool."""
     return str(
         tokenizer_of(name).apply_chat_template(
             messages, tools=[dict(TOOL.schema)], add_generation_prompt=generation_prompt, tokenize=False
@@ -118,7 +121,7 @@ def rendered(name: str, messages: Sequence[Mapping[str, object]], *, generation_
 
 
 def turn_with_calls(name: str, thought: str, calls: int) -> dict[str, object]:
-    """A message with that many calls, or with plain text where the template writes no calls."""
+    """A message with that many calls, or with plain text if the template writes no calls."""
     if name in WRITES_NO_CALLS:
         return {"role": "assistant", "content": "Let me see."}
     call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "1 + 1"}}}
@@ -188,6 +191,56 @@ def test_a_template_that_drops_the_question_is_refused(name: str) -> None:
         check_prompt_format(tokenizer_of(name), name)
 
 
+@functools.cache
+def dialogue_of(name: str, with_tools: bool) -> ChatFormat:
+    return check_dialogue_format(tokenizer_of(name), name, [TOOL.schema] if with_tools else [])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_which_templates_are_refused_for_dialogues_and_why(name: str) -> None:
+    reason = DIALOGUES.get(name)
+    if reason is None:
+        dialogue_of(name, with_tools=False)
+    else:
+        with pytest.raises(DataError, match=f"^{name}: .*({reason})"):
+            dialogue_of(name, with_tools=False)
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - DIALOGUES.keys()))
+@settings(max_examples=15)
+@given(texts=st.lists(TEXTS.filter(str.strip), min_size=2, max_size=4))
+def test_a_user_who_answers_is_appended_with_the_tokens_of_the_whole_conversation(name: str, texts: list[str]) -> None:
+    chat = dialogue_of(name, with_tools=False)
+    question, *answers = texts
+    messages: list[Mapping[str, object]] = [{"role": "user", "content": question}]
+    for answer in answers:
+        messages += [{"role": "assistant", "content": "Let me see."}, {"role": "user", "content": answer}]
+    whole = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = chat.tokenizer.encode(whole, add_special_tokens=False)
+    appended = list(chat.reply([messages[-1]], turn_ended=False))
+    assert ids[-len(appended) :] == appended
+    assert appended[0] == chat.end_of_turn
+    assert chat.reply([messages[-1]]) == tuple(appended[1:])
+    assert list(chat.prompt(question)) == chat.tokenizer.encode(
+        chat.tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False),
+        add_special_tokens=False,
+    )
+
+
+@pytest.mark.parametrize("name", sorted(set(APPENDED) - DIALOGUES.keys()))
+@settings(max_examples=10)
+@given(answer=TEXTS, text=TEXTS)
+def test_a_user_who_speaks_after_the_tools_is_appended_too(name: str, answer: str, text: str) -> None:
+    chat = dialogue_of(name, with_tools=True)
+    after: list[Mapping[str, object]] = [{"role": "tool", "content": answer}, {"role": "user", "content": text}]
+    question: Mapping[str, object] = {"role": "user", "content": "How many?"}
+    messages = [question, turn_with_calls(name, "Add them.", 1), *after]
+    ids = chat.tokenizer.encode(rendered(name, messages), add_special_tokens=False)
+    appended = list(chat.reply(after, turn_ended=False))
+    assert ids[-len(appended) :] == appended
+    assert chat.end_of_turn == chat_of(name).end_of_turn
+
+
 SPELLED = ["<|im_end|>", "<|im_start|>", "<|eot_id|>", "</tool_call>", "</tool_response>", "<think>", "</think>"]
 PIECES = st.sampled_from([*SPELLED, "<", "|", "<|im_", "end|>", "a", "\n", "assistant"])
 
@@ -215,7 +268,7 @@ def test_the_markers_of_reasoning_are_the_templates_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OPENED | MARKERS.keys() | {"glm4moe", "lfm2_2_5", "qwen3", "qwen3_5_nothink"}))
-def test_what_a_template_writes_as_reasoning_is_no_answer(name: str) -> None:
+def test_reasoning_that_a_template_writes_is_no_answer(name: str) -> None:
     chat = check_prompt_format(tokenizer_of(name), name)
     reasoning = chat.reasoning
     draft = "I try #### 9 first."
@@ -229,7 +282,7 @@ def test_what_a_template_writes_as_reasoning_is_no_answer(name: str) -> None:
     user = {"role": "user", "content": "How many?"}
     written = chat.tokenizer.apply_chat_template([user, message], tokenize=False).partition("How many?")[2]
     assert (draft in written) == (name not in DROPS_REASONING)
-    if name not in {"deepseek_r1_distill", "deepseekv3"}:  # they write an answer without its thought, and no marker
+    if name not in {"deepseek_r1_distill", "deepseekv3"}:  # these write an answer without its thought, and no marker
         assert "#### 12" in reasoning.answer(written)
         assert draft not in reasoning.answer(written)
 

@@ -1,4 +1,4 @@
-"""Tools: what the calculator works out and refuses, and that a call, however bad, only answers with an error."""
+"""Tools: the expressions that the calculator evaluates or refuses. Any bad call gets an error as its answer."""
 
 import asyncio
 import math
@@ -17,7 +17,6 @@ from millrace.rollout.tools import (
     answer_tool_call,
     evaluate,
     format_number,
-    make_tools,
     parse_tool_calls,
 )
 
@@ -130,6 +129,7 @@ class Silent(Broken):
 
 class Stuck(Broken):
     name = "stuck"
+    timeout = 0.05
 
     async def call(self, arguments: Mapping[str, object]) -> str:
         await asyncio.Event().wait()
@@ -164,9 +164,9 @@ TOOLS: dict[str, Tool] = {tool.name: tool for tool in (Calculator(), Broken(), S
 async def test_arguments_that_were_written_as_text_get_the_schemas_types(
     arguments: Mapping[str, object], taken: Mapping[str, object]
 ) -> None:
-    answer = await answer_tool_call(ToolCall("echo", arguments, typed=False), TOOLS, deadline=5)
+    answer = await answer_tool_call(ToolCall("echo", arguments, typed=False), TOOLS)
     assert answer.text == repr(taken)
-    answer = await answer_tool_call(ToolCall("echo", arguments), TOOLS, deadline=5)
+    answer = await answer_tool_call(ToolCall("echo", arguments), TOOLS)
     assert answer.text == repr(arguments)
 
 
@@ -179,27 +179,20 @@ async def test_arguments_that_were_written_as_text_get_the_schemas_types(
      (ToolCall("calculator", {"expression": "1/0"}), "division by zero")],
 )  # fmt: skip
 async def test_every_failure_is_an_answer(call: ToolCall | BadToolCall, words: str) -> None:
-    answer = await answer_tool_call(call, TOOLS, deadline=0.05)
+    answer = await answer_tool_call(call, TOOLS)
     assert answer.failed
     assert answer.text.startswith("Error: ")
     assert words in answer.text
 
 
 async def test_a_good_call() -> None:
-    answer = await answer_tool_call(ToolCall("calculator", {"expression": "12 * 7"}), TOOLS, deadline=5)
+    answer = await answer_tool_call(ToolCall("calculator", {"expression": "12 * 7"}), TOOLS)
     assert (answer.tool, answer.text, answer.failed) == ("calculator", "84", False)
 
 
 async def test_cancelling_a_sample_cancels_its_tool() -> None:
-    task = asyncio.create_task(answer_tool_call(ToolCall("stuck", {}), TOOLS, deadline=60))
+    task = asyncio.create_task(answer_tool_call(ToolCall("stuck", {}), TOOLS))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-
-
-def test_tools_by_name() -> None:
-    assert list(make_tools(("calculator",))) == ["calculator"]
-    assert make_tools(()) == {}
-    with pytest.raises(ToolError, match="no tool is called 'abacus'; there are: calculator"):
-        make_tools(("calculator", "abacus"))

@@ -1,4 +1,4 @@
-"""The real sglang-router before real embedded engines."""
+"""The real sglang-router in front of real embedded engines."""
 
 import asyncio
 import os
@@ -60,7 +60,7 @@ def installed(router_python: Callable[[str], Path]) -> None:
 
 @pytest.fixture(scope="module")
 def dead_proxy() -> Iterator[None]:
-    """The environment names a proxy at which nothing listens, as on hosts whose way out is closed from inside."""
+    """The environment names a proxy at which nothing listens, as on hosts without outgoing access."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             for spelling in (name, name.upper()):
@@ -100,7 +100,7 @@ def router_of(fleet: Fleet) -> RouterClient:
 
 
 async def until_listed(fleet: Fleet, count: int) -> None:
-    """Returns when the router sends requests to so many engines, and the fleet knows it."""
+    """Waits until the router sends requests to `count` engines and the fleet knows it."""
     assert fleet.external_router is not None
     async with asyncio.timeout(30):
         while not (fleet.external_router.serving and len(fleet.external_router.engines) == count):
@@ -117,7 +117,7 @@ async def test_a_request_goes_by_the_router_and_its_tokens_are_the_models(fleet:
     assert fleet.event_log.metrics.requests[BY_ROUTER] == before + 1
 
 
-async def test_a_dead_proxy_of_the_environment_is_asked_by_nobody(fleet: Fleet) -> None:
+async def test_a_dead_proxy_of_the_environment_is_never_used(fleet: Fleet) -> None:
     assert "no_proxy" not in os.environ
     assert os.environ["http_proxy"] == "http://127.0.0.1:9"
     assert len(await router_of(fleet).workers()) == 2
@@ -157,7 +157,7 @@ async def test_sessions_stay_where_they_are_and_are_spread(fleet: Fleet) -> None
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_what_nobody_waits_for_is_aborted_on_the_engine(fleet: Fleet) -> None:
+async def test_a_cancelled_request_is_aborted_on_the_engine(fleet: Fleet) -> None:
     await slow_down(fleet, 0.05)
     asked = asyncio.create_task(fleet.generate(greedy("given-up", 200), deadline=60))
     await busy(fleet)
@@ -166,7 +166,7 @@ async def test_what_nobody_waits_for_is_aborted_on_the_engine(fleet: Fleet) -> N
     await idle(fleet)
 
 
-async def test_who_sleeps_stands_in_no_list(fleet: Fleet, model: PreTrainedModel) -> None:
+async def test_a_sleeping_engine_is_in_no_list_of_the_router(fleet: Fleet, model: PreTrainedModel) -> None:
     version = following(fleet)
     await fleet.sleep()
     async with asyncio.timeout(10):
@@ -180,7 +180,7 @@ async def test_who_sleeps_stands_in_no_list(fleet: Fleet, model: PreTrainedModel
     await until_listed(fleet, 2)
 
 
-async def test_a_publish_does_not_end_what_runs_by_the_router(fleet: Fleet, model: PreTrainedModel) -> None:
+async def test_a_publish_ends_no_request_of_the_router(fleet: Fleet, model: PreTrainedModel) -> None:
     version = following(fleet)
     await slow_down(fleet, 0.05)
     asked = asyncio.create_task(fleet.generate(greedy("across", 40), deadline=60))
@@ -191,7 +191,7 @@ async def test_a_publish_does_not_end_what_runs_by_the_router(fleet: Fleet, mode
     assert [span.version for span in made.version_spans] == [version - 1, version]
 
 
-async def test_what_not_every_engine_may_serve_goes_straight(fleet: Fleet) -> None:
+async def test_a_request_that_not_every_engine_may_serve_goes_straight(fleet: Fleet) -> None:
     served, first = following(fleet) - 1, embedded(fleet)[0].name
     replica_set = fleet.replicas
     assert isinstance(replica_set, OwnedReplicaSet)
@@ -213,7 +213,9 @@ async def test_what_not_every_engine_may_serve_goes_straight(fleet: Fleet) -> No
     [({"return_routed_experts": True}, "return_routed_experts"),
      ({"sampling_params": {"logit_bias": {"1": 1.0}}}, "sampling_params.logit_bias")],
 )  # fmt: skip
-async def test_what_the_router_would_drop_is_refused(fleet: Fleet, extra: dict[str, object], field: str) -> None:
+async def test_a_field_that_the_router_would_drop_is_refused(
+    fleet: Fleet, extra: dict[str, object], field: str
+) -> None:
     request = GenerateRequest((5, 6), SamplingParams(2), request_id="lost", extra=extra)
     with pytest.raises(EngineRefused, match=f"would drop extra.{field} silently"):
         await fleet.generate(request, deadline=20)
@@ -237,7 +239,8 @@ async def test_requests_go_straight_while_the_router_is_dead(fleet: Fleet, model
     url = router_of(fleet).url
     asked = asyncio.create_task(fleet.generate(greedy("cut-off", 200), deadline=60))
     await busy(fleet)
-    [pid] = [pid for pid in below(os.getpid()) if "sglang::router" in command_lines({pid})]  # what it calls itself
+    # The router gives its process this name.
+    [pid] = [pid for pid in below(os.getpid()) if "sglang::router" in command_lines({pid})]
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineUnreachable, match="sglang-router"):
         await asked
@@ -278,7 +281,7 @@ async def stranger() -> AsyncIterator[str]:
     await runner.cleanup()
 
 
-async def test_one_that_somebody_else_started(
+async def test_a_router_that_millrace_did_not_start(
     other_router: StartedRouter, stranger: str, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router = other_router.router
@@ -307,7 +310,7 @@ async def test_one_that_somebody_else_started(
         ) as external_router:
             await other_router.process.end()
             with pytest.raises(NoEngineError, match="sglang-router can't be used: .*router.fallback: direct"):
-                await external_router.generate(greedy("nobody"), ANYWHERE, deadline=1, direct=straight)
+                await external_router.generate(greedy("nowhere"), ANYWHERE, deadline=1, direct=straight)
 
 
 async def test_a_router_that_can_not_start_says_why(tmp_path: Path) -> None:
@@ -317,7 +320,7 @@ async def test_a_router_that_can_not_start_says_why(tmp_path: Path) -> None:
         await start_router(SGLangRouterConfig(kind="sglang", url="http://127.0.0.1:9"), log_dir=tmp_path)
 
 
-async def test_engines_that_it_would_not_serve_whole(tiny_model: Path, tmp_path: Path) -> None:
+async def test_engines_whose_requests_it_would_cut_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="router vllm drops parts of the requests to embedded engines; use sglang"):
         async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path, router=VLLMRouterConfig(kind="vllm")):
             pass

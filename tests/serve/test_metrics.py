@@ -1,4 +1,4 @@
-"""What a fleet shows of itself: metrics, its view as JSON and as a table, told by real engines."""
+"""The metrics of a fleet, and its view as JSON and as a table, on real engines."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ PROMPT = tuple(range(5, 45))
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-Scraped = Mapping[tuple[str, ...], float]  # by the metric's name and the values of its labels
+Scraped = Mapping[tuple[str, ...], float]  # keyed by the metric's name and the values of its labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ async def millrace(*arguments: str) -> tuple[int | None, str, str]:
     return process.returncode, out.decode(), err.decode()
 
 
-async def test_what_was_done_is_what_is_counted(shown: Shown) -> None:
+async def test_the_counts_match_what_was_done(shown: Shown) -> None:
     before = await scrape(shown.url)
     made = await asyncio.gather(*(shown.fleet.generate(request(f"r{i}"), deadline=20) for i in range(6)))
     cut_short = asyncio.create_task(shown.fleet.generate(request("cut", 100), deadline=20))
@@ -127,7 +127,7 @@ async def test_what_was_done_is_what_is_counted(shown: Shown) -> None:
     cut_short.cancel()
     with pytest.raises(asyncio.CancelledError):
         await cut_short
-    with pytest.raises(EngineError):  # a temperature that no engine takes
+    with pytest.raises(EngineError):  # no engine takes this temperature
         refused = GenerateRequest(PROMPT, SamplingParams(4, temperature=-1.0), request_id="bad")
         await shown.fleet.generate(refused, deadline=20)
     since = grown(await scrape(shown.url), before)
@@ -147,7 +147,7 @@ async def test_what_was_done_is_what_is_counted(shown: Shown) -> None:
     assert over_engines("millrace_request_seconds_bucket", "+Inf") == 6
 
 
-async def test_engines_and_versions_stand_as_they_do_and_what_they_say_is_passed_on(shown: Shown) -> None:
+async def test_engines_are_shown_with_their_versions_and_their_own_metrics(shown: Shown) -> None:
     slow = [engine for engine in shown.fleet.engines.values() if isinstance(engine, EmbeddedEngine)]
     for engine in slow:
         await engine.inject_fault("slow", seconds=0.05)
@@ -172,7 +172,7 @@ async def test_engines_and_versions_stand_as_they_do_and_what_they_say_is_passed
         await engine.inject_fault("slow", seconds=0.0)
 
 
-async def test_each_leg_of_a_publish_is_seen_and_one_that_an_engine_refuses_too(shown: Shown, tiny_model: Path) -> None:
+async def test_each_leg_of_a_publish_is_shown_and_so_is_a_refused_publish(shown: Shown, tiny_model: Path) -> None:
     version = (shown.event_log.metrics.newest or 0) + 1
     before = await scrape(shown.url)
     report = await shown.fleet.publish(tensors(tiny_model), version)
@@ -189,7 +189,7 @@ async def test_each_leg_of_a_publish_is_seen_and_one_that_an_engine_refuses_too(
     assert (told.fields["version"], told.fields["engines"], told.fields["nbytes"]) == (version, 2, report.nbytes)
 
 
-async def test_who_sleeps_is_shown_asleep_and_counts_as_ready(shown: Shown, tiny_model: Path) -> None:
+async def test_a_sleeping_engine_is_shown_asleep_and_counts_as_ready(shown: Shown, tiny_model: Path) -> None:
     version = (shown.event_log.metrics.newest or 0) + 1
     await shown.fleet.sleep()
     try:
@@ -200,7 +200,7 @@ async def test_who_sleeps_is_shown_asleep_and_counts_as_ready(shown: Shown, tiny
     assert [e.asleep for e in view.engines] == [tuple(sorted(MemoryTag))] * 2
     assert not any(e.routable for e in view.engines)
     assert all(metrics["millrace_engine_asleep", name] == 1 for name in shown.fleet.engines)
-    assert ("millrace_engine_weight_version", "embedded-0") not in metrics  # it has none; not version 0
+    assert ("millrace_engine_weight_version", "embedded-0") not in metrics  # it has no version; 0 would be one
 
 
 async def test_status_prints_the_fleet_once_and_ends(shown: Shown) -> None:
@@ -214,7 +214,7 @@ async def test_status_prints_the_fleet_once_and_ends(shown: Shown) -> None:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def doomed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shown]:
-    """For tests that lose an engine: the first is one's, the second the other's."""
+    """A fleet for tests that lose an engine. The first test takes the first engine, the second test the second."""
     async with show(tiny_model, tmp_path_factory.mktemp("doomed")) as made:
         yield made
 
@@ -251,14 +251,14 @@ async def test_an_engine_that_is_killed_shows_in_state_event_and_metric(doomed: 
     assert [e["engine"] for e in written if e["kind"] == "restart"] == [victim.name]
 
 
-async def test_an_engine_that_hangs_is_shown_as_silent_and_delays_nobody_for_long(doomed: Shown) -> None:
+async def test_an_engine_that_hangs_is_shown_as_silent_and_delays_the_view_only_briefly(doomed: Shown) -> None:
     _, stuck = [e for e in doomed.fleet.engines.values() if isinstance(e, EmbeddedEngine)]
     await stuck.inject_fault("hang", where="http")
     async with asyncio.timeout(15):
-        while await stuck.health(deadline=0.2) is not Health.BUSY:  # it hangs once its answer is out
+        while await stuck.health(deadline=0.2) is not Health.BUSY:  # it hangs only once its answer is out
             await asyncio.sleep(0.01)
     async with asyncio.timeout(15):
-        while True:  # what it said just before is good for a moment
+        while True:  # its last report is used for a moment
             began = time.monotonic()
             answers, silent = (await look(doomed.url)).engines
             assert time.monotonic() - began < 4
@@ -268,7 +268,7 @@ async def test_an_engine_that_hangs_is_shown_as_silent_and_delays_nobody_for_lon
     assert answers.load is not None
 
 
-async def test_before_the_engines_are_there_it_answers_that_they_start() -> None:
+async def test_before_the_engines_run_the_view_says_that_they_start() -> None:
     async with serve(Observer(EventLog()), "127.0.0.1", 0) as url:
         view = await look(url)
         assert (view.engines, view.newest_version) == ((), None)
@@ -293,7 +293,7 @@ async def test_a_port_in_use_is_one_clear_error() -> None:
                 pass
 
 
-async def test_where_nobody_listens_status_says_so_in_one_line() -> None:
+async def test_status_of_a_closed_port_is_one_line() -> None:
     url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
     status, out, err = await millrace("status", url)
     assert (status, out) == (1, "")
@@ -304,7 +304,7 @@ async def test_where_nobody_listens_status_says_so_in_one_line() -> None:
     ("path", "answer", "says"),
     [("/fleet", '{"at": "noon"}', "at: Input should be a valid number"), ("/", "", "HTTP 404")],
 )
-async def test_where_something_else_answers_status_says_so(path: str, answer: str, says: str) -> None:
+async def test_status_of_another_server_is_one_clear_error(path: str, answer: str, says: str) -> None:
     async def other(_: web.Request) -> web.Response:
         return web.Response(text=answer, content_type="application/json")
 
@@ -332,14 +332,17 @@ LOAD = EngineLoad(running_requests=0, waiting_requests=2, used_tokens=50, max_to
 
 
 @pytest.mark.asyncio(loop_scope="function")
-async def test_the_table_shows_no_figure_for_what_is_not_known() -> None:
-    idle = EngineView("e0", "http://e0", Phase.READY, True, 7, 0, (), None, 0, LOAD, None, 0.25, 3)
-    silent = EngineView("[e1]", "http://e1", Phase.SUSPECT, False, None, None, (), None, 9, None, "it hangs", None, 0)
+async def test_the_table_shows_no_figure_for_an_unknown_value() -> None:
+    idle = EngineView("e0", "http://e0", Phase.READY, True, 7, None, 0, (), None, 0, LOAD, None, 0.25, 3)
+    silent = EngineView(
+        "[e1]", "http://e1", Phase.SUSPECT, False, None, None, None, (), None, 9, None, "it hangs", None, 0
+    )
     event = Entry(0.0, "publish_failed", None, {"reason": "[red]none took it", "version": 8})
     text = drawn(FleetView(0.0, 7, (idle, silent), (event,)), trouble="as of 9 s ago: gone")
     rows = {words[0]: words[1:] for line in text.splitlines() if (words := line.split())}
-    assert rows["e0"] == ["ready", "7", "0", "0", "2", "0", "25%", "25%", "3"]  # idle: no tokens a second, 99 or not
-    assert rows["[e1]"] == ["suspect", "0"]  # how often it was started anew is known, and nothing else
+    # Idle: no tokens a second, whether it reports 99 or not.
+    assert rows["e0"] == ["ready", "7", "0", "0", "2", "0", "25%", "25%", "3"]
+    assert rows["[e1]"] == ["suspect", "0"]  # only the number of its restarts is known
     assert "[e1]: it does not report its load: it hangs" in text
     assert "reason=[red]none took it version=8" in text
     assert "as of 9 s ago: gone" in text

@@ -39,7 +39,7 @@ def make_model(folder: Path, *, hidden_size: int = 64, tied: bool = True, dropou
 
 
 def make_samples(count: int, *, seed: int = 0) -> list[TrainSample]:
-    """Conversations of different lengths, a few of them without a trained token."""
+    """Makes conversations of different lengths. A few of them have no trained token."""
     rng = np.random.default_rng(seed)
     samples = []
     for index in range(count):
@@ -51,7 +51,7 @@ def make_samples(count: int, *, seed: int = 0) -> list[TrainSample]:
     return samples
 
 
-# A constant rate without weight decay, for tests of what the gradients alone do.
+# A constant rate without weight decay, for tests of the gradients alone.
 PLAIN = {"weight_decay": 0.0, "lr_schedule": "constant", "lr_warmup_steps": 0}
 
 
@@ -90,7 +90,7 @@ def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.T
 
 
 def plain_logprobs(model: torch.nn.Module, token_ids: Sequence[int], temperature: float) -> torch.Tensor:
-    """What transformers' own forward pass says of each token but the first, with gradient: [T - 1]."""
+    """Returns the logprob of each token but the first, by transformers' own forward pass and with gradient: [T - 1]."""
     logits_TV = model(input_ids=torch.tensor([list(token_ids)])).logits[0, :-1] / temperature
     targets_T = torch.tensor(list(token_ids)[1:])
     return torch.log_softmax(logits_TV.float(), dim=-1)[torch.arange(len(targets_T)), targets_T]

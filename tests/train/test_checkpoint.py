@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def largest_file(nbytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond `nbytes`: writing on fails as on a full disk, with an OSError."""
+    """Limits every file of this process to `nbytes`. Writing beyond that fails with an OSError, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
     try:
@@ -83,7 +83,7 @@ def test_settings_are_the_configs_not_the_checkpoints(folder: Path, tmp_path: Pa
     assert second.train_step(SAMPLES, 1.0).lr == 5e-3
 
 
-def test_the_last_ones_are_kept_and_leftovers_of_a_killed_process_go(folder: Path, tmp_path: Path) -> None:
+def test_the_last_checkpoints_are_kept_and_leftovers_of_a_killed_process_go(folder: Path, tmp_path: Path) -> None:
     assert latest(tmp_path) is None
     trainer = make_trainer(folder, make_config())
     for step in (8, 9, 10, 11):
@@ -162,13 +162,13 @@ load(before, trainer)
 
 
 def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
-    """On a real one: 2 MB of memory, mounted in a namespace that ends with the process."""
+    """Uses a real full disk: 2 MB of memory, mounted in a namespace that ends with the process."""
     disk = tmp_path / "disk"
     disk.mkdir()
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size=2m tmpfs {disk}"
     if shutil.which("unshare") is None or subprocess.run([*unshare, mount], capture_output=True).returncode != 0:
-        pytest.skip("this machine lets nobody mount; the test above has a limit on the file's size in its place")
+        pytest.skip("this machine allows no mount; the test above limits the file's size instead")
     nbytes = sum(path.stat().st_size for path in folder.iterdir())
     script = FULL_DISK.replace("FILLER", str(2 * 2**20 - 4 * nbytes))
     result = subprocess.run(
@@ -184,7 +184,7 @@ def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
     assert all("No space left on device" in line for line in lines), result.stdout
 
 
-def test_what_can_not_be_read_is_one_clear_error(folder: Path, tmp_path: Path) -> None:
+def test_an_unreadable_checkpoint_is_one_clear_error(folder: Path, tmp_path: Path) -> None:
     trainer = make_trainer(folder, make_config())
     with pytest.raises(CheckpointError, match=r"step-00000042 can't be read.*No such file"):
         load(tmp_path / "checkpoints" / "step-00000042", trainer)
@@ -248,7 +248,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
     for name, content in files.items():
         middle = len(content) // 2
         torn = [content[:cut] for cut in (0, 1, middle, len(content) - 1)]
-        torn += [content[:middle] + bytes(len(content) - middle), bytes(len(content))]  # what a power cut leaves
+        torn += [content[:middle] + bytes(len(content) - middle), bytes(len(content))]  # a power cut leaves this
         for left in torn:
             caplog.clear()
             (newest / name).write_bytes(left)
@@ -262,7 +262,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
     assert load_latest(tmp_path, trainer)[1] == {"version": 2}
 
 
-def test_where_no_checkpoint_can_be_read_the_newest_one_s_fault_is_told_and_none_is_moved(
+def test_if_no_checkpoint_can_be_read_the_newest_ones_error_is_reported_and_none_is_moved(
     folder: Path, tmp_path: Path
 ) -> None:
     trainer = make_trainer(folder, make_config())

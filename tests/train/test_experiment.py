@@ -1,4 +1,4 @@
-"""How a run begins, and begins again: nothing here starts an engine."""
+"""How a run starts and resumes. No test here starts an engine."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from millrace.config.engines import SGLangEngineConfig
 from millrace.config.models import (
     EvaluationConfig,
     GeneratedDataConfig,
     RolloutConfig,
     RunConfig,
-    SGLangEngineConfig,
     TinyModelConfig,
     TrainConfig,
 )
@@ -26,7 +26,7 @@ def settings(folder: Path, *, hidden_size: int = 64) -> RunConfig:
         name="run",
         output_dir=folder,
         model=TinyModelConfig(kind="tiny", hidden_size=hidden_size),
-        engine=SGLangEngineConfig(kind="sglang", device="cpu"),  # whose environment is not there
+        engine=SGLangEngineConfig(kind="sglang", device="cpu"),  # its environment does not exist
         data=data,
         rollout=RolloutConfig(groups_per_step=2, samples_per_group=2, max_turn_tokens=16, max_sample_tokens=160),
         train=TrainConfig(steps=1, lr=1e-3),
@@ -51,7 +51,7 @@ async def test_a_run_without_a_checkpoint_is_refused_before_anything_is_made(tmp
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
-async def test_after_a_start_that_failed_the_same_name_begins_anew(
+async def test_after_a_failed_start_the_same_name_can_start_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MILLRACE_HOME", str(tmp_path / "home"))
@@ -59,7 +59,7 @@ async def test_after_a_start_that_failed_the_same_name_begins_anew(
         with pytest.raises(LaunchError, match="millrace engines install sglang"):
             await start(settings(tmp_path, hidden_size=hidden_size))
         made = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-        assert made["hidden_size"] == hidden_size  # not what the start before it had left
+        assert made["hidden_size"] == hidden_size  # the failed start left another value
 
 
 def test_a_run_that_resumes_keeps_its_model(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_run_that_resumes_keeps_its_model(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model" / "config.json").read_text())["hidden_size"] == 64
 
 
-def test_after_an_interruption_only_what_works_is_promised(tmp_path: Path) -> None:
+def test_an_interrupted_run_promises_only_a_resume_that_works(tmp_path: Path) -> None:
     config = settings(tmp_path)
     assert "the same command starts it again" in how_to_go_on(config)
     write(tmp_path / "run" / "metrics.jsonl")

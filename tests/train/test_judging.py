@@ -1,4 +1,4 @@
-"""Whole runs with a judge, which takes turns with the policy or has its own place."""
+"""Whole runs with a judge, which either takes turns with the policy or has its own engines."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.config.models import (
-    EmbeddedEngineConfig,
     EvaluationConfig,
     GeneratedDataConfig,
     JudgeConfig,
@@ -73,7 +73,7 @@ async def test_a_run_is_rewarded_by_its_judge(tmp_path: Path, mode: str) -> None
 
     events = [e for e in lines(tmp_path / "run" / "events.jsonl") if e["kind"] == "member"]
     judge = [(e["version"], e["asleep"]) for e in events if e["engine"] == "judge-0"]
-    assert {version for version, _ in judge} == {0, None}  # what it was started with, and nothing else
+    assert {version for version, _ in judge} == {0, None}  # the version of its start, and no other
     if mode == "standalone":
         assert {asleep for _, asleep in judge} == {None}
         return

@@ -38,7 +38,8 @@ def test_advantages_are_centred_keep_the_order_and_have_unit_spread(values: list
 
 
 def loss_of(ratios: list[float], advantages: list[float], config: LossConfig = PLAIN) -> PolicyLoss:
-    """One token a sample, with the given ratio of new to old probability. The loss is the sum over the samples."""
+    """Computes the loss of samples with one token each, with the given ratio of new to old probability. The loss is the
+    sum over the samples."""
     logprobs = torch.tensor(ratios).log().unsqueeze(1)
     zeros = torch.zeros_like(logprobs)
     mask = torch.ones_like(logprobs, dtype=torch.bool)
@@ -50,7 +51,7 @@ def loss_of(ratios: list[float], advantages: list[float], config: LossConfig = P
     [
         (1.0, 2.0, -2.0, 0),
         (1.2, 1.0, -1.2, 0),
-        (1.5, 1.0, -1.28, 1),  # clip_high stops what would gain more
+        (1.5, 1.0, -1.28, 1),  # clip_high stops a larger gain
         (0.5, 1.0, -0.5, 0),  # the pessimistic side is never clipped
         (0.5, -1.0, 0.8, 1),  # clip_low
         (1.5, -1.0, 1.5, 0),
@@ -158,7 +159,7 @@ def test_k3_is_never_negative(log_ratio: float) -> None:
     assert k3(torch.tensor(log_ratio)).item() >= 0
 
 
-def test_what_the_mask_hides_cannot_harm() -> None:
+def test_masked_values_have_no_effect() -> None:
     logprobs, old, engine, reference, mask, advantages = random_batch(3, 3, 4)
     mask[:, 1] = True
     config = LossConfig(kl_coefficient=0.1)

@@ -1,4 +1,4 @@
-"""`millrace train` on a mixture of experts in bfloat16, as most on the Hub are, with each engine."""
+"""`millrace train` with each engine on a mixture of experts in bfloat16, the usual dtype on the Hub."""
 
 import json
 import subprocess
@@ -55,8 +55,8 @@ def test_three_steps(
     assert ended.returncode == 0, ended.stdout + ended.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["weight_version"] for line in lines] == list(range(1, STEPS + 2))
-    # The engine computes in bfloat16 and the trainer in float32: near each other, and further apart if a version is old
-    # or an expert lies in another's place.
+    # The engine computes in bfloat16 and the trainer in float32. Their logprobs are close. They are further apart if a
+    # version is old or an expert is in another one's place.
     gaps = [line["logprob_gap"] for line in lines[1:]]
     assert all(0 < gap < 0.05 for gap in gaps), gaps
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]

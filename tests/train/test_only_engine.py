@@ -12,8 +12,8 @@ import orjson
 import pytest
 from rich.console import Console
 
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.config.models import (
-    EmbeddedEngineConfig,
     EvaluationConfig,
     GeneratedDataConfig,
     PretrainedModelConfig,
@@ -28,13 +28,13 @@ from millrace.train.summary import print_summary
 from tests.engines.processes import below, command_lines
 
 STEPS, GROUPS, SAMPLES = 4, 6, 4
-IN_THE_MIDDLE = 0.1  # seconds into a phase; wherever that is, nothing may be lost
+IN_THE_MIDDLE = 0.1  # seconds into a phase; a kill at any point must lose nothing
 
-# The phase, as the display shows it, and how many such phases came before.
+# The phase as the display shows it, and the number of such phases before.
 KILLS = {
     ("evaluating on", 0): IN_THE_MIDDLE,
-    ("generating: 1 of", 0): 0.0,  # a group is complete, and others are not
-    ("training on", 1): 0.0,  # asleep, in mode hybrid
+    ("generating: 1 of", 0): 0.0,  # one group is complete, and others are not
+    ("training on", 1): 0.0,  # the engine is asleep, in mode hybrid
     ("publishing version 4", 0): 0.0,
     ("generating: 1 of", 3): 0.0,
 }
@@ -116,7 +116,7 @@ async def test_nothing_is_lost_and_the_run_ends(
         assert versions == {sample["step"]} if mode == "hybrid" else versions <= {sample["step"] - 1, sample["step"]}
     ended = Counter(event["kind"] for event in events if "restart" in event["kind"])
     assert ended == {"restart": len(KILLS)}
-    # Random weights answer nothing right, which the run says too.
+    # Random weights answer nothing right, and the run says so.
     assert [step["groups_with_signal"] for step in metrics] == [None] + [0] * STEPS
     assert caplog.text.count("step 1 taught nothing: the rewards of each group are all equal") == 1
     assert caplog.text.count("taught nothing") == 1

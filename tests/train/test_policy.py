@@ -58,7 +58,8 @@ def test_chunks_change_neither_logprobs_nor_entropy_nor_gradient(rows: int) -> N
 
 
 def test_bfloat16_logits_are_summed_in_float32() -> None:
-    """In bfloat16 a logprob of -10 is off by up to 0.03; from bfloat16 logits, it need not be."""
+    """In bfloat16, a logprob of -10 is off by up to 0.03. With a sum in float32 it need not be, even from bfloat16
+    logits."""
     logits = (5 * torch.randn(1, 64, 500, generator=torch.Generator().manual_seed(0))).bfloat16()
     token_ids = torch.randint(0, 500, (1, 64), generator=torch.Generator().manual_seed(1))
     exact = torch.log_softmax(logits.double(), dim=-1)[:, :-1].gather(-1, token_ids[:, 1:].unsqueeze(-1)).squeeze(-1)

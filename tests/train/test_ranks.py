@@ -1,4 +1,4 @@
-"""Two ranks under torchrun, sharded over gloo, against one process on the same samples."""
+"""Two ranks under torchrun, sharded over gloo, compared with one process on the same samples."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def test_two_ranks_take_the_steps_of_one(folder: Path, ranks: list[dict[str, Any
         assert largest_difference(rank["three_steps"], rank["two_steps"]) > 1e-4
 
 
-def test_ranks_run_as_many_passes_whatever_their_samples(ranks: list[dict[str, Any]]) -> None:
+def test_ranks_run_the_same_number_of_passes_whatever_their_samples(ranks: list[dict[str, Any]]) -> None:
     passes = [[stats["microbatches"] for stats in rank["stats"]] for rank in ranks]
     assert passes[0] == passes[1]
     assert min(passes[0]) >= 1
@@ -57,7 +57,7 @@ def test_the_weights_are_sharded_and_named_tensors_whole(ranks: list[dict[str, A
     assert same(ranks[0]["three_steps"], ranks[1]["three_steps"])
 
 
-def test_supervised_steps_too(folder: Path, ranks: list[dict[str, Any]]) -> None:
+def test_two_ranks_take_the_supervised_steps_of_one(folder: Path, ranks: list[dict[str, Any]]) -> None:
     one = make_trainer(folder, make_config())
     expected = one.supervised_step(SUPERVISED)
     for rank in ranks:
@@ -92,7 +92,7 @@ def test_an_export_of_two_ranks_is_whole(out: Path, ranks: list[dict[str, Any]])
     assert same(ranks[0]["three_steps"], {name: tensor.detach() for name, tensor in exported.items()})
 
 
-def test_what_fails_on_one_rank_ends_on_both(out: Path, ranks: list[dict[str, Any]]) -> None:
+def test_an_error_on_one_rank_ends_both(out: Path, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         not_finite, no_disk = rank["errors"]
         assert "step 4: loss nan" in not_finite

@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint keeps of its records."""
+"""The records that a resumed run keeps."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from millrace.train.record import RunFolder, model_of
 from tests.config.test_loading import VALID
 
 
-def test_what_lies_behind_the_checkpoint_is_dropped_by_one_rank_alone(tmp_path: Path) -> None:
+def test_one_rank_alone_drops_the_records_after_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(VALID)
     config = load_config(tmp_path / "run.yaml", [f"output_dir={tmp_path}", "name=run"])
     run = tmp_path / "run"
@@ -27,7 +27,7 @@ def test_what_lies_behind_the_checkpoint_is_dropped_by_one_rank_alone(tmp_path: 
     def steps() -> list[list[int]]:
         return [[orjson.loads(line)["step"] for line in (run / name).read_bytes().splitlines()] for name in names]
 
-    # Two ranks that rewrote one file at once would leave it empty: one reads what the other has just truncated.
+    # If two ranks rewrote one file at once, they would leave it empty: one reads what the other has just truncated.
     RunFolder(config, resume=True, rank=1).forget_after(2)
     assert steps() == [[1, 2, 3]] * 3
     RunFolder(config, resume=True).forget_after(2)

@@ -1,4 +1,4 @@
-"""A signal, and the config file is read again: engines come and go while requests run."""
+"""On a signal, the config file is read again, and engines join or leave while requests run."""
 
 import asyncio
 import logging
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.config.models import (
-    EmbeddedEngineConfig,
     EvaluationConfig,
     GeneratedDataConfig,
     RolloutConfig,

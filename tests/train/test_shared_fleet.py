@@ -1,4 +1,4 @@
-"""`millrace train` under torchrun: two ranks, one fleet, and each rank's requests its own."""
+"""`millrace train` under torchrun: two ranks share one fleet, and each rank sends its own requests."""
 
 from collections import Counter
 from pathlib import Path
@@ -37,7 +37,7 @@ def check(run: Path, steps: int) -> None:
         assert {sample["status"] for sample in samples} == {"finished"}
         assert all(sample["sample"].startswith(f"rank{rank}-") for sample in samples)
         seen.update(sample["sample"] for sample in samples)
-        for sample in samples[:8]:  # of mode hybrid: all by what was published before the step
+        for sample in samples[:8]:  # in mode hybrid, all are of the version that was published before the step
             assert {version for version, _, _ in sample["version_spans"]} == {sample["step"]}
     assert set(seen.values()) == {1}
     problems = [{sample["problem"] for sample in lines(run / name)} for name in ("samples.jsonl", "samples-1.jsonl")]
@@ -51,7 +51,7 @@ def test_two_ranks_send_their_own_requests_and_go_on_from_their_checkpoint(tmp_p
     run = tmp_path / "run"
     check(run, 2)
     assert "16 samples asked for: 16 finished" in said
-    # What rank 1 asked the engines it asked itself: rank 0 knows nothing of it.
+    # Rank 1 sends its requests itself, so rank 0 knows nothing of them.
     for name, asked in (("events.jsonl", 14), ("events-1.jsonl", 14)):
         requests = [event for event in lines(run / name) if event["kind"] == "request"]
         assert len(requests) >= asked

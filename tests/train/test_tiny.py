@@ -1,4 +1,5 @@
-"""The demo's model folder and its warm-up data: reproducible, readable by anyone, laid out like a rollout."""
+"""The demo's model folder and its warm-up data are reproducible and readable, and the data has the layout of a
+rollout."""
 
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def test_transformers_reads_the_folder(tmp_path: Path) -> None:
 
 
 def repeat(conversation: SupervisedConversation) -> Generate:
-    """A model that says the conversation's turns, after checking that it was asked for them in their place."""
+    """A model that says the conversation's turns, after checking that each was asked for in its place."""
 
     async def generate(request: GenerateRequest) -> Generation:
         start = len(request.input_ids)
@@ -75,7 +76,7 @@ def repeat(conversation: SupervisedConversation) -> Generate:
 
 
 async def test_a_warmup_conversation_is_token_for_token_a_rollout(tiny_model: Path) -> None:
-    """Plays each conversation again: a model that says its turns gets the same tokens back."""
+    """Plays each conversation again with a model that says its turns, and expects the same tokens."""
     tool = Calculator()
     chat = load_chat_format(str(tiny_model), [tool.schema])
     for conversation in warmup_conversations(chat, seed=3, start=10, count=20):

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain_training(
     folder: Path, config: TrainConfig, samples: list[TrainSample], temperature: float
 ) -> dict[str, torch.Tensor]:
-    """One step as the papers write it: a loop over samples without padding, torch's own AdamW and clipping."""
+    """Takes one step as the papers write it: a loop over samples without padding, torch's own AdamW and clipping."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder)
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -88,7 +88,8 @@ def test_a_step_is_what_the_papers_write(folder: Path, loss: LossConfig, minibat
     stats = trainer.train_step(samples, temperature=0.8)
     after = weights(trainer.policy)
     assert largest_difference(before, after) > 3e-4
-    # Adam's first steps have the size of the rate, whatever the gradient's: rounding shows where that is nearly 0.
+    # Adam's first steps have the size of the rate, whatever the gradient's size. So rounding shows if the gradient is
+    # near 0.
     assert largest_difference(after, plain_training(folder, config, samples, 0.8)) < 2e-5
     assert stats.tokens == sum(sample.trained_tokens for sample in samples)
     assert (stats.clip_fraction > 0) == (minibatches > 1)
@@ -108,7 +109,7 @@ def test_microbatches_do_not_change_the_step(folder: Path, limit: int) -> None:
 
 
 def test_a_rewarded_token_becomes_likelier(folder: Path) -> None:
-    """Samples of one token after one prompt, drawn by the policy itself: reward 1 for an even token."""
+    """The samples have one token after one prompt, drawn by the policy itself. The reward is 1 for an even token."""
     config = make_config(**PLAIN, lr=5e-3, loss=LossConfig())
     trainer = make_trainer(folder, config)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What each rank does in test_ranks.py: `torchrun two_ranks.py MODEL OUT cpu`. The test judges what is in OUT."""
+"""The script of each rank in test_ranks.py: `torchrun two_ranks.py MODEL OUT cpu`. The test checks the files in OUT."""
 
 import resource
 import sys
@@ -18,7 +18,8 @@ from tests.train.small_models import make_config, make_samples, make_trainer, sa
 
 CONFIG = make_config(loss=LossConfig(kl_coefficient=0.2, average="sequence"), gradient_checkpointing=True)
 STEPS = [make_samples(12, seed=1), make_samples(9, seed=2), make_samples(4, seed=3)]
-SHARES = [(9, 12), (1, 9), (4, 4)]  # how many samples rank 0 has, of how many: uneven, and rank 1 none at last
+# How many samples rank 0 has, of how many. The shares are uneven, and at last rank 1 has none.
+SHARES = [(9, 12), (1, 9), (4, 4)]
 SUPERVISED = [supervised_sample(s.token_ids.tolist(), s.loss_mask.tolist()) for s in make_samples(6, seed=4)]
 
 
@@ -58,7 +59,7 @@ def bfloat16(world: World) -> dict[str, object]:
 
 
 def fail(world: World, trainer: Trainer, out: Path) -> dict[str, object]:
-    """What fails on one rank must end on both, at once and with the reason."""
+    """An error on one rank must end both, at once and with the reason."""
     before = weights(trainer.policy)
     samples = share(world, 0)
     if world.rank == 1:

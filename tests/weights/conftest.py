@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from millrace.config.models import EngineConfig
+from millrace.config.engines import EngineConfig
 from tests.weights.variants import Tokens, Variant, ask_servers, make_variants
 
 
@@ -13,5 +13,5 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> list[Variant]:
 
 @pytest.fixture(scope="module")
 def references(config: EngineConfig, variants: list[Variant], tmp_path_factory: pytest.TempPathFactory) -> list[Tokens]:
-    """What engines of the module's config say of each variant."""
+    """The tokens that engines of the module's config make with each variant."""
     return asyncio.run(ask_servers(config, variants, tmp_path_factory.mktemp("references")))

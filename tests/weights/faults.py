@@ -1,4 +1,4 @@
-"""What may happen to a fleet that publishes, in any order: the steps, and the sequences of them."""
+"""The steps of the fault tests, and random sequences of them."""
 
 import itertools
 import os
@@ -29,25 +29,25 @@ FAULTS: tuple[Fault, ...] = (
     "cancelled",
 )
 EXAMPLES = os.environ.get("MILLRACE_FAULT_EXAMPLES")
-KINDS = 4  # of steps, at least, in a sequence: a start is too dear for less
+KINDS = 4  # a sequence has at least this many kinds of steps: starting the fleet is too slow for fewer
 HARMLESS: tuple[Fault, ...] = ("older", "iterator", "infinite")  # refused before an update begins
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Other weights than the last time."""
+    """Publishes other weights than the last time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """A publish that can't succeed. `again`: another one is tried in the middle of a good one."""
+    """A publish that can't succeed. With `again`, a second publish starts in the middle of a good one."""
 
     fault: Fault
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """`midway`: in the middle of a publish, while the tensors are iterated."""
+    """Kills an engine. With `midway`, this happens during a publish, while the tensors are iterated."""
 
     engine: int
     midway: bool
@@ -55,7 +55,7 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Hang:
-    """Stopped in the middle of a publish. `resumes`: it goes on when the others have the version."""
+    """Stops an engine in the middle of a publish. With `resumes`, it goes on when the others have the version."""
 
     engine: int
     resumes: bool
@@ -63,21 +63,22 @@ class Hang:
 
 @dataclass(frozen=True, slots=True)
 class Corrupt:
-    """In a publish, bytes change after they were checksummed: those that one engine reads, or (None) that all do."""
+    """Changes bytes of a publish after they were checksummed: those that `engine` reads, or with None those that all
+    engines read."""
 
     engine: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """The embedded engine's own fault: in a publish, it fails half-way through a load."""
+    """Makes an embedded engine fail half-way through a load of a publish, by its fault injection."""
 
     engine: int
 
 
 @dataclass(frozen=True, slots=True)
-class Spoil:
-    """Bytes change in the folder of the version that is kept, and an engine is to catch up from there."""
+class CorruptStore:
+    """Changes bytes in the stored folder of the served version, then restarts an engine from that folder."""
 
     engine: int
 
@@ -88,13 +89,13 @@ class Restart:
 
 
 @dataclass(frozen=True, slots=True)
-class Travel:
-    """From now on, weights go by this transport."""
+class SwitchTransport:
+    """Publishes by this transport from now on."""
 
     transport: TransportName
 
 
-Step = Publish | Bad | Kill | Hang | Corrupt | Refuse | Spoil | Restart | Travel
+Step = Publish | Bad | Kill | Hang | Corrupt | Refuse | CorruptStore | Restart | SwitchTransport
 
 
 def sequences(engines: int, *, least: int, most: int) -> st.SearchStrategy[list[Step]]:
@@ -106,15 +107,15 @@ def sequences(engines: int, *, least: int, most: int) -> st.SearchStrategy[list[
         st.builds(Hang, engine, st.booleans()),
         st.builds(Corrupt, st.none() | engine),
         st.builds(Refuse, engine),
-        st.builds(Spoil, engine),
+        st.builds(CorruptStore, engine),
         st.builds(Restart, engine),
-        st.builds(Travel, st.sampled_from(["auto", "gloo", "disk"])),
+        st.builds(SwitchTransport, st.sampled_from(["auto", "gloo", "disk"])),
     )
     return st.lists(step, min_size=least, max_size=most).filter(lambda steps: len({*map(type, steps)}) >= KINDS)
 
 
 def at_random(engines: int, *, least: int, most: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A test of `steps`, of which as many sequences are drawn as a variable asks for: they take minutes each."""
+    """Runs a test of `steps` on random sequences, as many as MILLRACE_FAULT_EXAMPLES says. Each takes minutes."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         drawn = given(steps=sequences(engines, least=least, most=most))(test)
@@ -130,7 +131,7 @@ def at_random(engines: int, *, least: int, most: int) -> Callable[[Callable[...,
 
 
 class Source:
-    """Tensors that can be iterated again. In the first round something happens after half of them."""
+    """Tensors that can be iterated again. The first iteration calls `happens` after half of them."""
 
     def __init__(self, tensors: Sequence[NamedTensor], happens: Callable[[], object] = lambda: None) -> None:
         self._tensors, self._happens = tensors, happens
@@ -145,11 +146,11 @@ class Source:
 
 
 class TrainerError(Exception):
-    """The trainer's own, in the middle of its tensors."""
+    """Raised by the trainer's iterator, in the middle of its tensors."""
 
 
 def damaged(tensors: Sequence[NamedTensor], fault: Fault) -> list[NamedTensor]:
-    """The tensors with this fault, in the middle of them; where the fault is not theirs, as they are."""
+    """Returns the tensors with the fault in the middle one. A fault that is not of tensors leaves them as they are."""
     middle = len(tensors) // 2
     (name, tensor), before, behind = tensors[middle], list(tensors[:middle]), list(tensors[middle + 1 :])
     match fault:

@@ -1,4 +1,4 @@
-"""A fleet of real engines to which anything happens: one step after the other, each followed by what must hold."""
+"""Runs fault steps on a fleet of real engines, one after the other, and checks the fleet after each."""
 
 import asyncio
 import signal
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from millrace.config.models import EngineConfig, TransportName
+from millrace.config.engines import EngineConfig
+from millrace.config.models import TransportName
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import EngineError, NoEngineError, PublishError
 from millrace.fleet.fleet import Fleet
@@ -17,11 +18,13 @@ from millrace.fleet.local import open_fleet, transport_for
 from millrace.fleet.replica_state import Phase
 from millrace.types import Generation
 from millrace.weights.publisher import ROLLBACK_DEADLINE
-from tests.fleet.strike import strike
+from tests.fleet.signals import kill_engine, send_signal
+from tests.weights.corruption import CorruptingTransport, Corruption, corrupt_folder
 from tests.weights.faults import (
     HARMLESS,
     Bad,
     Corrupt,
+    CorruptStore,
     Fault,
     Hang,
     Kill,
@@ -29,14 +32,12 @@ from tests.weights.faults import (
     Refuse,
     Restart,
     Source,
-    Spoil,
     Step,
+    SwitchTransport,
     TrainerError,
-    Travel,
     damaged,
 )
-from tests.weights.meddling import Damage, MeddlingTransport, spoil_folder
-from tests.weights.truth import PATIENCE, Fate, Fates, Truth, require_kept
+from tests.weights.oracle import TIMEOUT, Oracle, Status, Statuses, check_store
 from tests.weights.variants import (
     LONG,
     PROMPTS,
@@ -47,8 +48,8 @@ from tests.weights.variants import (
     require_distinct,
 )
 
-BUCKET = 160 * 1024  # a model takes four
-SECONDS_PER_STEP = 0.004  # of the embedded engine, so that its generations last as long as a step of the machine
+BUCKET = 160 * 1024  # bytes; a model takes four buckets
+SECONDS_PER_STEP = 0.004  # slows down the embedded engine, so that its generations last as long as a step
 
 
 async def run(
@@ -60,16 +61,16 @@ async def run(
     *,
     deadline: float,
 ) -> None:
-    """Takes these steps, and publishes once more in the end; what was kept is looked at then. `deadline`: of a publish
-    in which an engine hangs."""
+    """Takes the steps, publishes once more, and checks the version store. `deadline` is that of a publish in which an
+    engine hangs, in seconds."""
     require_distinct(references)
     kept = place / "versions"
     async with open_fleet(config, variants[0].folder, log_dir=place, folder=kept) as fleet:
-        truth = Truth(fleet, variants, references)
-        async with opened(Machine(fleet, truth, place, deadline)) as machine:
+        oracle = Oracle(fleet, variants, references)
+        async with opened(Machine(fleet, oracle, place, deadline)) as machine:
             for step in [*steps, Publish()]:
                 await machine.take(step)
-    require_kept(kept, truth)
+    check_store(kept, oracle)
 
 
 @asynccontextmanager
@@ -82,67 +83,67 @@ async def opened(machine: "Machine") -> "AsyncIterator[Machine]":
 
 
 class Machine:
-    """Takes steps, and compares the fleet with what must hold. A number in a step chooses among the engines to which
-    it can happen."""
+    """Takes steps and compares the fleet with the oracle. A number in a step picks one of the engines that the step can
+    happen to."""
 
-    def __init__(self, fleet: Fleet, truth: Truth, place: Path, deadline: float) -> None:
-        self._fleet, self._truth, self._place, self._deadline = fleet, truth, place, deadline
-        self._transport = self._meddling("auto")
+    def __init__(self, fleet: Fleet, oracle: Oracle, place: Path, deadline: float) -> None:
+        self._fleet, self._oracle, self._place, self._deadline = fleet, oracle, place, deadline
+        self._transport = self._corrupting("auto")
 
     async def begin(self) -> None:
         self._fleet._versions.transport = self._transport
         for name in self._fleet.engines:
             await self._slow_down(name)
-        await self._truth.check()
+        await self._oracle.check()
 
     async def close(self) -> None:
-        """The fleet closes the transport that it was opened with."""
+        """Closes the current transport. The fleet closes the one that it was opened with."""
         await self._transport.close()
 
     async def take(self, step: Step) -> None:
-        """One step, with generations under way, and what must hold after it."""
+        """Takes one step while generations run, then checks the fleet and the generations."""
         print(f"{time.monotonic():.1f} {step}")
-        before = self._truth.published
-        background = await self._generating(self._deadline if isinstance(step, Hang) else PATIENCE)
+        before = self._oracle.published
+        background = await self._generating(self._deadline if isinstance(step, Hang) else TIMEOUT)
         try:
             expected = await self._happen(step)
         finally:
             made = await asyncio.gather(*background.values(), return_exceptions=True)
-        self._truth.now(expected)
-        await self._truth.check()
+        self._oracle.observe(expected)
+        await self._oracle.check()
         for prompt, one in zip(background, made, strict=True):
             if isinstance(one, Generation):
                 print("  ", [(span.version, span.end) for span in one.version_spans])
-                await self._truth.check_generation(prompt, one, {before, self._truth.published})
+                await self._oracle.check_generation(prompt, one, {before, self._oracle.published})
             else:
                 assert isinstance(one, EngineError | NoEngineError), one
                 assert self._may_fail(step), one
 
     def _may_fail(self, step: Step) -> bool:
-        """Whether a step may cost requests that are under way."""
-        if isinstance(step, Publish | Travel):
+        """Whether requests in flight may fail in this step."""
+        if isinstance(step, Publish | SwitchTransport):
             return False
-        return not isinstance(step, Bad) or not (self._truth.steps_back or step.fault in HARMLESS)
+        return not isinstance(step, Bad) or not (self._oracle.can_roll_back or step.fault in HARMLESS)
 
-    # What happens. Each returns how the engines may stand afterwards
+    # The steps. Each returns the statuses that the engines may have afterwards
 
-    async def _happen(self, step: Step) -> Fates:
+    async def _happen(self, step: Step) -> Statuses:
         match step:
             case Publish():
                 failed = await self._publish()
-                assert failed == (set() if self._truth.usable else None)
-                return self._truth.served(set())
+                assert failed == (set() if self._oracle.usable else None)
+                return self._oracle.after_publish(set())
             case Bad(fault):
                 return await self._bad(fault)
-            case Spoil(engine):
-                return await self._spoil(self._to_restart(engine))
+            case CorruptStore(engine):
+                return await self._corrupt_store(self._to_restart(engine))
             case Restart(engine):
                 return await self._restart(self._to_restart(engine))
-            case Travel(transport):
-                return await self._travel(transport)
-        usable = self._truth.usable
+            case SwitchTransport(transport):
+                return await self._switch_transport(transport)
+        usable = self._oracle.usable
         if not usable:
-            return self._truth.unchanged()
+            return self._oracle.unchanged()
         name = None if step.engine is None else usable[step.engine % len(usable)]
         match step:
             case Kill(_, midway):
@@ -155,17 +156,19 @@ class Machine:
                 return await self._corrupt(name)
 
     def _to_restart(self, engine: int) -> str:
-        """Of those that are out, if any is."""
-        names = [name for name, found in self._truth.fates.items() if found is Fate.OUT] or list(self._truth.fates)
+        """Picks an engine to restart, one that is out if there is any."""
+        names = [name for name, found in self._oracle.statuses.items() if found is Status.OUT] or list(
+            self._oracle.statuses
+        )
         return names[engine % len(names)]
 
     async def _publish(
-        self, happens: Callable[[], object] = lambda: None, deadline: float = PATIENCE
+        self, happens: Callable[[], object] = lambda: None, deadline: float = TIMEOUT
     ) -> set[str] | None:
-        """Other weights than those that serve, under the next number, be it the same as in an attempt before. Returns
-        who did not take them; None: nobody did."""
-        variant, version = self._truth.next_variant(), self._truth.published + 1
-        source = Source(self._truth.variants[variant].tensors, happens)
+        """Publishes other weights than the served ones as the next version. A failed attempt may have used the same
+        number. Returns the engines that did not take the version, or None if no engine did."""
+        variant, version = self._oracle.next_variant(), self._oracle.published + 1
+        source = Source(self._oracle.variants[variant].tensors, happens)
         try:
             async with asyncio.timeout(deadline + ROLLBACK_DEADLINE + 5.0):
                 report = await self._fleet.publish(source, version, bucket_bytes=BUCKET, deadline=deadline)
@@ -174,23 +177,23 @@ class Machine:
             return None
         print("  ", report.failed)
         assert report.unstored is None
-        self._truth.took(version, variant)
+        self._oracle.record_publish(version, variant)
         return set(report.failed)
 
-    async def _bad(self, fault: Fault) -> Fates:
+    async def _bad(self, fault: Fault) -> Statuses:
         if fault == "again":
             loop = asyncio.get_running_loop()
 
             def again() -> None:
                 with pytest.raises(PublishError, match="another version is being published"):
-                    asyncio.run_coroutine_threadsafe(self._fleet.publish([], self._truth.published + 2), loop).result(
-                        PATIENCE
+                    asyncio.run_coroutine_threadsafe(self._fleet.publish([], self._oracle.published + 2), loop).result(
+                        TIMEOUT
                     )
 
-            assert await self._publish(again) == (set() if self._truth.usable else None)
-            return self._truth.served(set())
-        tensors = damaged(self._truth.variants[self._truth.next_variant()].tensors, fault)
-        version = self._truth.published + (fault != "older")
+            assert await self._publish(again) == (set() if self._oracle.usable else None)
+            return self._oracle.after_publish(set())
+        tensors = damaged(self._oracle.variants[self._oracle.next_variant()].tensors, fault)
+        version = self._oracle.published + (fault != "older")
 
         def raises() -> None:
             raise TrainerError(fault)
@@ -208,105 +211,110 @@ class Machine:
             )
         )
         raised = {"raises": TrainerError, "cancelled": asyncio.CancelledError}.get(fault, PublishError)
-        with pytest.raises(raised if self._truth.usable else (NoEngineError, PublishError)) as caught:
+        with pytest.raises(raised if self._oracle.usable else (NoEngineError, PublishError)) as caught:
             await task
         print("  ", repr(caught.value))
-        return self._truth.unchanged() if fault in HARMLESS else self._truth.given_up()
+        return self._oracle.unchanged() if fault in HARMLESS else self._oracle.after_failed_publish()
 
-    async def _kill(self, name: str, midway: bool) -> Fates:
+    async def _kill(self, name: str, midway: bool) -> Statuses:
         if not midway:
-            strike(self._fleet, name)
+            kill_engine(self._fleet, name)
             await until(lambda: not self._fleet.snapshot.get(name).usable)
-            return self._truth.unchanged() | {name: {Fate.OUT}}
-        failed = await self._publish(lambda: strike(self._fleet, name))
-        assert failed == ({name} if self._truth.others(name) else None)
-        await until(lambda: not self._fleet.snapshot.get(name).usable)  # a publish that nobody took distrusts nobody
-        return self._truth.served({name})
+            return self._oracle.unchanged() | {name: {Status.OUT}}
+        failed = await self._publish(lambda: kill_engine(self._fleet, name))
+        assert failed == ({name} if self._oracle.others(name) else None)
+        # A publish that no engine took marks none as failed. The fleet has to notice the death by itself.
+        await until(lambda: not self._fleet.snapshot.get(name).usable)
+        return self._oracle.after_publish({name})
 
-    async def _hang(self, name: str, resumes: bool) -> Fates:
-        """One that is alone goes on in any case: nobody has to find out that it hangs before a request does."""
-        others, version = self._truth.others(name), self._truth.published + 1
+    async def _hang(self, name: str, resumes: bool) -> Statuses:
+        """A single engine is resumed in any case, since nothing but a request has to notice that it hangs."""
+        others, version = self._oracle.others(name), self._oracle.published + 1
 
         async def resume() -> None:
             await until(lambda: all(self._fleet.snapshot.get(other).version == version for other in others))
-            strike(self._fleet, name, signal.SIGCONT)
+            send_signal(self._fleet, name, signal.SIGCONT)
 
-        stop = lambda: strike(self._fleet, name, signal.SIGSTOP)  # noqa: E731
+        stop = lambda: send_signal(self._fleet, name, signal.SIGSTOP)  # noqa: E731
         if others and resumes:
             failed, _ = await asyncio.gather(self._publish(stop, self._deadline), resume())
         else:
             failed = await self._publish(stop, self._deadline)
         if not others:
-            strike(self._fleet, name, signal.SIGCONT)
+            send_signal(self._fleet, name, signal.SIGCONT)
             assert failed is None
             await until(lambda: self._fleet.snapshot.get(name).phase is not Phase.SUSPECT)
-            return self._truth.unchanged() | {name: {Fate.OUT, self._truth.fates[name]}}
+            return self._oracle.unchanged() | {name: {Status.OUT, self._oracle.statuses[name]}}
         assert failed == {name}
-        return self._truth.served({name})
+        return self._oracle.after_publish({name})
 
-    async def _corrupt(self, name: str | None) -> Fates:
-        """Where the engines can't be compared with what was sent, but are compared with each other, nobody can tell
-        which is wrong; and what is wrong in all of them, or in the only one, is not found, and not tried here."""
-        if not self._truth.attests and (name is None or len(self._truth.usable) == 1):
-            return self._truth.unchanged()
-        self._transport.damage = Damage(name, whole=not self._truth.steps_back)
+    async def _corrupt(self, name: str | None) -> Statuses:
+        """Corrupts a publish. Engines that are not compared with the sent weights are compared with each other. That
+        does not show which of them is wrong. It does not find a corruption of all engines or of the only one, so this
+        step skips those."""
+        if not self._oracle.attests and (name is None or len(self._oracle.usable) == 1):
+            return self._oracle.unchanged()
+        self._transport.corruption = Corruption(name, whole=not self._oracle.can_roll_back)
         failed = await self._publish()
         assert self._transport.done
-        if self._truth.steps_back:
-            assert failed == ({name} if name is not None and self._truth.others(name) else None)
-            return self._truth.served({name}) if failed and name else self._truth.unchanged()
+        if self._oracle.can_roll_back:
+            assert failed == ({name} if name is not None and self._oracle.others(name) else None)
+            return self._oracle.after_publish({name}) if failed and name else self._oracle.unchanged()
         if failed is None:
-            return self._truth.given_up() | {one: {Fate.EMPTY} for one in self._truth.usable}
+            return self._oracle.after_failed_publish() | {one: {Status.EMPTY} for one in self._oracle.usable}
         assert name in failed
-        return self._truth.served(failed) | {one: {Fate.EMPTY, Fate.OUT} for one in failed}
+        return self._oracle.after_publish(failed) | {one: {Status.EMPTY, Status.OUT} for one in failed}
 
-    async def _refuse(self, name: str) -> Fates:
+    async def _refuse(self, name: str) -> Statuses:
         engine = self._fleet.engines[name]
         if not isinstance(engine, EmbeddedEngine):
-            return self._truth.unchanged()
+            return self._oracle.unchanged()
         await engine.inject_fault("refuse_update", count=1)
         failed = await self._publish()
-        assert failed == ({name} if self._truth.others(name) else None)
-        return self._truth.served({name}) if failed else self._truth.unchanged()
+        assert failed == ({name} if self._oracle.others(name) else None)
+        return self._oracle.after_publish({name}) if failed else self._oracle.unchanged()
 
-    async def _spoil(self, name: str) -> Fates:
-        if not self._truth.published or self._truth.spoiled:
-            return self._truth.unchanged()
+    async def _corrupt_store(self, name: str) -> Statuses:
+        if not self._oracle.published or self._oracle.store_corrupted:
+            return self._oracle.unchanged()
         assert await self._fleet._versions.secured() is None
-        spoil_folder(
-            self._place / "versions" / f"version-{self._truth.published:08d}", Damage(None, not self._truth.steps_back)
+        corrupt_folder(
+            self._place / "versions" / f"version-{self._oracle.published:08d}",
+            Corruption(None, not self._oracle.can_roll_back),
         )
-        self._truth.spoiled = True
+        self._oracle.store_corrupted = True
         return await self._restart(name)
 
-    async def _restart(self, name: str) -> Fates:
-        if self._truth.spoiled:
+    async def _restart(self, name: str) -> Statuses:
+        if self._oracle.store_corrupted:
             with pytest.raises(PublishError):
                 await self._fleet.restart(name, bucket_bytes=BUCKET)
         else:
             await self._fleet.restart(name, bucket_bytes=BUCKET)
         await self._slow_down(name)
-        return self._truth.unchanged() | {name: {Fate.EMPTY if self._truth.spoiled else Fate.SERVING}}
+        return self._oracle.unchanged() | {name: {Status.EMPTY if self._oracle.store_corrupted else Status.SERVING}}
 
-    async def _travel(self, name: TransportName) -> Fates:
-        before, self._transport = self._transport, self._meddling(name)
+    async def _switch_transport(self, name: TransportName) -> Statuses:
+        before, self._transport = self._transport, self._corrupting(name)
         self._fleet._versions.transport = self._transport
         await before.close()
-        return self._truth.unchanged()
+        return self._oracle.unchanged()
 
-    # Means
+    # Helpers
 
-    def _meddling(self, name: TransportName) -> MeddlingTransport:
+    def _corrupting(self, name: TransportName) -> CorruptingTransport:
         inner = transport_for(name, list(self._fleet.replicas.by_name.values()), self._fleet._versions.store)
         assert inner is not None
-        return MeddlingTransport(inner, self._place)
+        return CorruptingTransport(inner, self._place)
 
     async def _generating(self, deadline: float) -> dict[Prompt, "asyncio.Task[Generation]"]:
-        """Long generations, the first of which has begun."""
-        serving = [self._fleet.engines[name] for name, found in self._truth.fates.items() if found is Fate.SERVING]
+        """Starts long generations, and returns once the first of them runs."""
+        serving = [
+            self._fleet.engines[name] for name, found in self._oracle.statuses.items() if found is Status.SERVING
+        ]
         if not serving:
             return {}
-        requests = [greedy_request(prompt, self._truth.name(), LONG) for prompt in PROMPTS]
+        requests = [greedy_request(prompt, self._oracle.name(), LONG) for prompt in PROMPTS]
         tasks = [asyncio.create_task(self._fleet.generate(request, deadline=deadline)) for request in requests]
         while not any(task.done() for task in tasks):
             if any([(await engine.loads()).running_requests for engine in serving]):
@@ -320,6 +328,6 @@ class Machine:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not condition():
             await asyncio.sleep(0.01)

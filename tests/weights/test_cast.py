@@ -1,4 +1,4 @@
-"""What is published is cast to what the engines hold, and to nothing else."""
+"""Published tensors are cast to the dtypes of the engines, and to nothing else."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,8 @@ from millrace.errors import PublishError
 from millrace.types import EngineInfo
 from millrace.weights.cast import Dtypes, cast, dtypes_of, folder_checksums_as, require_one_dtype
 from millrace.weights.folder import FolderTensors, folder_checksums
-from millrace.weights.plan import announced, buckets
+from millrace.weights.plan import buckets
+from millrace.weights.source import source_of
 from tests.dtypes import save_as
 
 NORM = "model.norm.weight"
@@ -40,7 +41,7 @@ def test_floats_become_the_engines_and_nothing_else_is_touched(
 ) -> None:
     tensor = torch.ones(4).to(given_dtype)
     dtypes = Dtypes(name_of(usual), {} if own is None else {"w": name_of(own)})
-    [(name, made)] = cast([("w", tensor)], dtypes)
+    [(name, made)] = cast(source_of([("w", tensor)]), dtypes)
     wanted = usual if own is None else own
     assert name == "w"
     if {wanted, given_dtype} <= set(FLOATS) and wanted != given_dtype:
@@ -51,11 +52,11 @@ def test_floats_become_the_engines_and_nothing_else_is_touched(
 
 def test_nothing_is_cast_where_no_dtype_is_known() -> None:
     tensor = torch.ones(4)
-    assert next(iter(cast([("w", tensor)], Dtypes(None, {}))))[1] is tensor
+    assert next(iter(cast(source_of([("w", tensor)]), Dtypes(None, {}))))[1] is tensor
 
 
 class Making:
-    """Tensors that are made when their turn comes. `made`: how many were."""
+    """Tensors that are made one by one, when they are needed. `made` counts them."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -71,19 +72,19 @@ class Making:
 
 def test_it_is_lazy_and_can_be_gone_through_again_and_announces_the_same_shapes() -> None:
     source = Making()
-    made = cast(source, Dtypes("bfloat16", {}))
-    assert announced(made) == dict(source.shapes())
+    made = cast(source_of(source), Dtypes("bfloat16", {}))
+    assert made.shapes() == dict(source.shapes())
     assert source.made == 0
     first = next(buckets(made, 2 * 512))
     assert [tensor.dtype for _, tensor in first] == [torch.bfloat16] * 2
-    assert source.made == 3  # the bucket, and the tensor that found no room in it
+    assert source.made == 3  # the tensors of the bucket, and the one that found no room in it
     assert [len(list(made)) for _ in range(2)] == [10, 10]
 
 
 def test_an_iterator_stays_one() -> None:
-    made = cast(iter(Making()), Dtypes("float16", {}))
-    assert isinstance(made, Iterator)
-    assert announced(made) is None
+    made = cast(source_of(iter(Making())), Dtypes("float16", {}))
+    assert made.once
+    assert made.shapes() is None
     assert {tensor.dtype for _, tensor in made} == {torch.float16}
 
 
@@ -101,7 +102,7 @@ def test_a_folders_checksums_in_the_dtypes_of_engines(tiny_model: Path, tmp_path
     assert folder_checksums_as(Dtypes("bfloat16", {NORM: "float32"}), folder, plain) == plain
     for dtypes in (Dtypes("bfloat16", {}), Dtypes("float16", {NORM: "float32"}), Dtypes("float32", {})):
         made = folder_checksums_as(dtypes, folder, plain)
-        expected = {name: tensor_checksum(tensor) for name, tensor in cast(FolderTensors(folder), dtypes)}
+        expected = {name: tensor_checksum(tensor) for name, tensor in cast(source_of(FolderTensors(folder)), dtypes)}
         assert made == expected
         assert made != plain
 
@@ -115,6 +116,6 @@ def test_engines_of_different_dtypes_are_refused() -> None:
         require_one_dtype([started("a", "float16"), started("b", "bfloat16")])
 
 
-def test_what_float16_can_not_hold_is_not_finite_after_the_cast() -> None:
-    [(_, made)] = cast([("w", torch.tensor([1e6]))], Dtypes("float16", {}))
+def test_a_value_too_large_for_float16_is_not_finite_after_the_cast() -> None:
+    [(_, made)] = cast(source_of([("w", torch.tensor([1e6]))]), Dtypes("float16", {}))
     assert math.isinf(made.item())

@@ -1,4 +1,4 @@
-"""Which transport is chosen, from what the trainer sees."""
+"""The choice of a transport, from what the trainer sees."""
 
 from typing import get_args
 
@@ -61,7 +61,7 @@ def test_memory_where_all_share_it_and_a_broadcast_otherwise(
     assert why in choice.why
 
 
-def test_the_disk_is_for_those_who_have_nothing_else() -> None:
+def test_the_disk_is_the_last_choice() -> None:
     attached = see(Capability.UPDATE_FROM_DISK, here=False)
     assert choose("auto", [attached], trainer_has_gpu=True, folder=True).name == "disk"
     assert choose("auto", [attached], trainer_has_gpu=True, folder=False).name is None
@@ -69,7 +69,7 @@ def test_the_disk_is_for_those_who_have_nothing_else() -> None:
     assert choose("auto", [both], trainer_has_gpu=True, folder=True).name == "shm"
 
 
-def test_sidecars_are_there_to_be_used() -> None:
+def test_sidecars_are_used_if_there_are_any() -> None:
     engines = [see(MEMORY_FILE, GROUP), see(TORCH, GROUP, here=False), see(IPC, GROUP, here=False)]
     choice = choose("auto", engines, trainer_has_gpu=True, folder=False, sidecars=True)
     assert choice.name == "ucx"
@@ -79,7 +79,7 @@ def test_sidecars_are_there_to_be_used() -> None:
 
 
 @given(candidates, st.booleans())
-def test_what_is_chosen_every_engine_can_do(engines: list[TransportCandidate], gpu: bool) -> None:
+def test_every_engine_can_use_the_chosen_transport(engines: list[TransportCandidate], gpu: bool) -> None:
     choice = choose("auto", engines, trainer_has_gpu=gpu, folder=False)
     if choice.name is not None:
         assert all(engine.capabilities & needs(choice.name) for engine in engines)
@@ -90,7 +90,9 @@ def test_what_is_chosen_every_engine_can_do(engines: list[TransportCandidate], g
 
 
 @given(candidates, st.sampled_from(sorted(CLASSES)))
-def test_what_the_config_says_is_done_or_refused(engines: list[TransportCandidate], wanted: TransportName) -> None:
+def test_the_transport_of_the_config_is_used_or_refused(
+    engines: list[TransportCandidate], wanted: TransportName
+) -> None:
     if all(engine.capabilities & needs(wanted) for engine in engines):
         assert choose(wanted, engines, trainer_has_gpu=False, folder=True).name == wanted
     else:
@@ -99,7 +101,7 @@ def test_what_the_config_says_is_done_or_refused(engines: list[TransportCandidat
 
 
 @pytest.mark.parametrize("inherited", ["0", "1"])
-def test_an_sglang_is_told_of_nccls_memory_unless_it_inherits_that(inherited: str) -> None:
+def test_an_sglang_gets_the_setting_of_nccls_memory_unless_it_inherits_one(inherited: str) -> None:
     assert agreeing_on_memory({"PATH": "/bin"}) == {"NCCL_CUMEM_ENABLE": "-2"}
     assert agreeing_on_memory({"NCCL_CUMEM_ENABLE": inherited}) == {}
 

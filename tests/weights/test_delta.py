@@ -1,4 +1,4 @@
-"""What changed between two versions, there and back, bit for bit."""
+"""Deltas between two versions, written and applied bit for bit."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -23,17 +23,17 @@ SHAPES = [(), (0,), (1,), (3, 0, 2), (2, 3), (17,), (64, 33), (5, 7, 11), (3000,
 
 @pytest.fixture(scope="session")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a file may be written again and again."""
+    """The path of a file that may be written again and again."""
     return tmp_path_factory.mktemp("delta") / "delta.safetensors"
 
 
 def packed(tensor: Tensor) -> Tensor:
-    """A copy with the usual strides, which `contiguous` does not give to one element or none."""
+    """Returns a copy with the usual strides. `contiguous` does not give them to a tensor of one element or none."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """[elements, itemsize] uint8."""
+    """Returns [elements, itemsize] uint8."""
     return packed(tensor).reshape(-1).view(torch.uint8).numpy().reshape(tensor.numel(), tensor.itemsize)
 
 
@@ -42,7 +42,7 @@ def of_bytes(content: np.ndarray[Any, np.dtype[np.uint8]], dtype: torch.dtype, s
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same elements, elsewhere in memory."""
+    """Returns the same elements in another memory layout."""
     if layout == "transposed":
         return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
     if layout == "strided":
@@ -56,7 +56,7 @@ def same(one: Tensor, two: Tensor) -> bool:
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """An old tensor of any bits, and a new one of which any share has changed: a little, or to any other bits."""
+    """Draws an old tensor of any bits, and a new one. Any share of it has changed, a little or to any other bits."""
     name, shape = draw(st.sampled_from(sorted(DTYPES))), draw(st.sampled_from(SHAPES))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     share = draw(st.sampled_from([0.0, 0.001, 0.02, 0.5, 1.0]) | st.floats(0, 1))
@@ -76,7 +76,7 @@ def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 
 @given(pair=pairs(), versions=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)))
-def test_what_is_applied_is_what_was_written(
+def test_applying_a_delta_gives_the_written_tensors(
     path: Path, pair: tuple[Tensor, Tensor], versions: tuple[int, int]
 ) -> None:
     old, new = pair
@@ -120,7 +120,7 @@ def test_bits_count_and_not_values(path: Path) -> None:
     assert same(read_delta(path).apply("w", old), new)
 
 
-def test_what_has_no_like_is_sent_whole(path: Path) -> None:
+def test_a_tensor_without_a_base_is_sent_whole(path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     old, new = (torch.randn(40, 50, generator=generator) for _ in range(2))
     pairs: list[Pair] = [
@@ -165,7 +165,7 @@ def test_a_small_change_is_a_small_file(path: Path) -> None:
     new = torch.where(chosen, old.view(torch.int16) + 1, old.view(torch.int16)).view(torch.bfloat16)
     report = write_delta(path, 1, 2, [("w", old, new)])
     assert report.changed == int(chosen.sum())
-    # 8.1 bits for each position is the entropy of a share of 0.01; all have grown alike, which takes nothing.
+    # 8.1 bits for each position is the entropy of a share of 0.01. All values have grown alike, which takes no room.
     assert 8.0 < report.wire_nbytes * 8 / report.changed < 9.0
     anything = of_bytes(np.random.default_rng(0).integers(0, 256, (CHUNK, 2), dtype=np.uint8), old.dtype, (CHUNK,))
     assert write_delta(path, 1, 2, [("w", old, anything)]).wire_nbytes < anything.nbytes + 1024
@@ -173,7 +173,7 @@ def test_a_small_change_is_a_small_file(path: Path) -> None:
 
 @pytest.fixture
 def small(path: Path) -> tuple[list[Pair], bytes]:
-    """A file with each form in it, and what it was made from."""
+    """A file with each form in it, and the tensors that it was made from."""
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(300, generator=generator).bfloat16()
     new = old.clone()
@@ -184,7 +184,8 @@ def small(path: Path) -> tuple[list[Pair], bytes]:
 
 
 def harmless(path: Path, content: bytes, pairs: list[Pair]) -> bool:
-    """Whether the file gives what it would have given undamaged. If it is not refused, it must."""
+    """Writes the content as the file and reads it. Returns False if it was refused. Otherwise it must give the
+    undamaged tensors."""
     path.write_bytes(content)
     try:
         delta = read_delta(path)
@@ -204,7 +205,7 @@ def test_no_damage_gives_other_weights(path: Path, small: tuple[list[Pair], byte
         inverted[place] ^= 0xFF
         flipped[place] ^= 1 << place % 8
         assert not harmless(path, bytes(inverted), pairs), f"byte {place}"
-        harmless(path, bytes(flipped), pairs)  # it may have hit a bit that nobody reads, as zstd's headers have
+        harmless(path, bytes(flipped), pairs)  # the bit may be one that no reader uses, as zstd's headers have
         assert not harmless(path, content[:place], pairs), f"cut off at {place}"
     assert not harmless(path, content + b"\0", pairs)
     path.unlink()
@@ -222,7 +223,7 @@ def without_size() -> bytes:
 
 
 def hostile(path: Path, entry: dict[str, Any], payload: bytes) -> None:
-    """Someone else's file, for a tensor `w` of ten zeros in bfloat16, whose checksums are right."""
+    """Writes a file as another program might, for a tensor `w` of ten zeros in bfloat16, with right checksums."""
     base = tensor_checksum(torch.zeros(10, dtype=torch.bfloat16))
     tensor = {"dtype": "bfloat16", "shape": [10], "base": base, "checksum": base, **entry}
     text = json.dumps({"base_version": 1, "version": 2, "tensors": {"w": tensor}})
@@ -239,7 +240,7 @@ def whole(**entry: Any) -> tuple[dict[str, Any], bytes]:
     return {"base": None, "chunks": [{"form": "whole", "changed": 10}], **entry}, b""
 
 
-def test_a_file_of_someone_else_is_as_good(path: Path) -> None:
+def test_a_file_of_another_writer_is_as_good(path: Path) -> None:
     hostile(path, *sparse(3, [frame(bytes(3))], [frame(bytes(3))]))
     assert not read_delta(path).apply("w", torch.zeros(10, dtype=torch.bfloat16)).any()
     hostile(path, *whole())
@@ -278,7 +279,7 @@ def test_a_hostile_file_is_refused(path: Path, make: Callable[[], tuple[dict[str
         read_delta(path).apply("w", torch.zeros(10, dtype=torch.bfloat16))
 
 
-def test_what_can_not_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     path, weight = tmp_path / "delta.safetensors", torch.ones(3)
 
     def breaking_off() -> Iterator[Pair]:

@@ -1,4 +1,4 @@
-"""Publishing what has changed, to real engines, by sidecars: two addresses of this machine stand for two hosts."""
+"""Publishes deltas to real engines by sidecars. Two addresses of this machine stand for two hosts."""
 
 import asyncio
 import os
@@ -44,7 +44,7 @@ def tensors(tiny_model: Path) -> Tensors:
 
 
 def stepped(tensors: Tensors, version: int) -> Tensors:
-    """Tensors of which a few elements are others in each version, enough for other tokens."""
+    """Returns tensors of which a few elements differ in each version, enough to change the tokens."""
     stepped = []
     noise = torch.Generator().manual_seed(version)
     for name, tensor in tensors:
@@ -69,7 +69,7 @@ def expected(folder: Path) -> tuple[int, ...]:
 
 
 class Sidecar:
-    """The command, with its replica in `folder`."""
+    """The sidecar command, with its replica in `folder`."""
 
     def __init__(self, store: Path, folder: Path, host: str, *, port: int = 0, key: str | None = None) -> None:
         command = [sys.executable, "-m", "millrace", "sidecar", "--store", str(store), "--folder", str(folder)]
@@ -80,7 +80,7 @@ class Sidecar:
         )  # fmt: skip
 
     def until_ready(self) -> str:
-        """Its URL."""
+        """Waits until the sidecar is ready and returns its URL."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert "brings versions from" in line, self.process.communicate(timeout=10)
@@ -106,7 +106,7 @@ def sidecar() -> Iterator[Callable[..., Sidecar]]:
 
 @asynccontextmanager
 async def on_two_hosts(model: Path, logs: Path, versions: Path, sidecars: list[str]) -> AsyncIterator[Fleet]:
-    """As `open_fleet`, with an engine on each host."""
+    """Like `open_fleet`, with an engine on each host."""
 
     async def start_one(replica: int) -> Replica:
         config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, host=HOSTS[replica])
@@ -131,7 +131,7 @@ async def test_two_hosts_and_a_sidecar_that_fails(
     async with on_two_hosts(tiny_model, tmp_path, versions, urls) as fleet:
         one, two = fleet.engines
         seen = set()
-        for version in (1, 2, 3, 4, 5):  # 4 is an anchor
+        for version in (1, 2, 3, 4, 5):  # version 4 is an anchor
             report = await fleet.publish(stepped(tensors, version), version)
             assert not report.failed
             assert report.unstored is None
@@ -148,7 +148,7 @@ async def test_two_hosts_and_a_sidecar_that_fails(
         assert list(report.failed) == [two]
         assert f"sidecar {urls[1]} did not bring version 6: no server listens at" in str(report.failed[two])
         assert [state.name for state in fleet.snapshot.replicas if state.routable] == [one]
-        assert fleet.snapshot.get(two).usable  # it is its sidecar that failed
+        assert fleet.snapshot.get(two).usable  # the engine itself has not failed, only its sidecar
         assert (await greedy(fleet, one))[0] == 6
         port = int(urls[1].rpartition(":")[2])
         started[1] = sidecar(versions, folders[1], HOSTS[1], port=port, key="the key")
@@ -169,7 +169,9 @@ async def test_two_hosts_and_a_sidecar_that_fails(
             await fleet.publish(stepped(tensors, 8), 8, deadline=8.0)
 
 
-async def test_a_store_that_hangs_holds_nobody_up(tensors: Tensors, tiny_model: Path, tmp_path: Path) -> None:
+async def test_a_hanging_store_fails_a_publish_at_its_deadline(
+    tensors: Tensors, tiny_model: Path, tmp_path: Path
+) -> None:
     config = EmbeddedEngineConfig(kind="embedded", threads=1)
     async with open_fleet(
         config, tiny_model, log_dir=tmp_path, transport="delta", folder=tmp_path / "versions"
@@ -177,7 +179,7 @@ async def test_a_store_that_hangs_holds_nobody_up(tensors: Tensors, tiny_model: 
         (one,) = fleet.engines
         await fleet.publish(stepped(tensors, 1), 1)
         pipe = tmp_path / "versions" / ".index.json.partial"
-        os.mkfifo(pipe)  # who writes to it waits for a reader
+        os.mkfifo(pipe)  # opening it to write waits for a reader
         begun = time.monotonic()
         with pytest.raises(PublishError, match="the store did not take version 2 within"):
             await fleet.publish(stepped(tensors, 2), 2, deadline=4.0)
@@ -255,7 +257,7 @@ async def test_the_command(tensors: Tensors, tiny_model: Path, tmp_path: Path, s
         assert str(tmp_path / "replica" / "version-00000007") in answers[0][1]
         assert stored_tensors(tmp_path / "replica" / "version-00000007")
 
-        # A store that hangs: its index is a pipe that nobody writes to.
+        # This store hangs, since its index is a pipe that never gets data.
         pipe = tmp_path / "versions" / "index.json"
         pipe.unlink()
         os.mkfifo(pipe)

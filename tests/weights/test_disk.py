@@ -1,4 +1,4 @@
-"""Publishing through a folder, to real embedded engines."""
+"""Publishing through a folder to real embedded engines."""
 
 import resource
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.types import GenerateRequest, SamplingParams
-from tests.fleet.strike import strike
+from tests.fleet.signals import kill_engine
 
 Tensors = list[tuple[str, torch.Tensor]]
 
@@ -41,21 +41,22 @@ def expected(model: torch.nn.Module, prompt: tuple[int, ...]) -> tuple[int, ...]
     return tuple(ids[len(prompt) :])
 
 
-async def test_versions_are_folders_that_engines_and_anybody_can_read(
+async def test_versions_are_folders_that_engines_and_other_programs_can_read(
     fleet: Fleet, tensors: Tensors, tmp_path: Path
 ) -> None:
     prompt = (5, 17, 300)
-    elsewhere = tmp_path / "versions" / "version-00000099"  # of another run
+    elsewhere = tmp_path / "versions" / "version-00000099"  # a version of another run
     elsewhere.mkdir(parents=True)
     for version in (1, 2, 3):
         scaled = [(name, tensor * (1 + version / 10)) for name, tensor in tensors]
         assert not (await fleet.publish(scaled, version, bucket_bytes=64 * 1024)).failed
-    with pytest.raises(PublishError, match="named a tensor twice"):  # which waits until version 3 is safe
+    with pytest.raises(PublishError, match="named a tensor twice"):  # this waits until version 3 is safe
         await fleet.publish([*tensors, tensors[0]], 4)
     folders = sorted(path.name for path in (tmp_path / "versions").iterdir())
     assert folders == ["index.json", "version-00000002", "version-00000003", elsewhere.name]
     written = tmp_path / "versions" / "version-00000003"
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in written.iterdir())  # for engines of another user
+    # Engines of another user can read it.
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in written.iterdir())
     last = AutoModelForCausalLM.from_pretrained(written)
     for engine in fleet.engines.values():
         request = GenerateRequest(prompt, SamplingParams(8, temperature=0.0, ignore_eos=True), request_id="one")
@@ -64,7 +65,7 @@ async def test_versions_are_folders_that_engines_and_anybody_can_read(
         assert {span.version for span in generation.version_spans} == {3}
 
     one, _ = fleet.engines
-    strike(fleet, one)
+    kill_engine(fleet, one)
     await fleet.restart(one)
     assert fleet.snapshot.get(one).version == 3
 
@@ -79,7 +80,7 @@ async def test_versions_are_folders_that_engines_and_anybody_can_read(
     assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == folders
     assert not (await fleet.publish(tensors, 4)).failed
 
-    # What a publish that failed has written is not what the next one of its number brings.
+    # The files of a failed publish are not used by the next one of the same number.
     with pytest.raises(PublishError, match="no engine took version 5"):
         await fleet.publish(tensors[:-1], 5)
     assert not (await fleet.publish([(name, tensor * 2) for name, tensor in tensors], 5)).failed

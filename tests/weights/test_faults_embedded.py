@@ -1,6 +1,6 @@
-"""Two embedded engines, to which everything happens once.
+"""Every fault step on two embedded engines.
 
-With MILLRACE_FAULT_EXAMPLES, also, to which anything happens in any order, in so many sequences.
+MILLRACE_FAULT_EXAMPLES also draws that many random sequences of steps.
 """
 
 import asyncio
@@ -11,35 +11,35 @@ from millrace.config import EmbeddedEngineConfig
 from tests.weights.faults import (
     Bad,
     Corrupt,
+    CorruptStore,
     Hang,
     Kill,
     Publish,
     Refuse,
     Restart,
-    Spoil,
     Step,
-    Travel,
+    SwitchTransport,
     at_random,
 )
 from tests.weights.machine import run
 from tests.weights.variants import Tokens, Variant
 
 ENGINES = 2
-DEADLINE = 6.0  # seconds of a publish in which an engine hangs; the others must be done in half of it on a busy machine
+DEADLINE = 6.0  # in seconds, of a publish in which an engine hangs; a busy machine finishes the others in half of it
 
 ALL: list[Step] = [
     Publish(),
     Bad("missing"),
     Corrupt(None),
-    Travel("gloo"),
+    SwitchTransport("gloo"),
     Hang(1, resumes=True),
     Bad("cancelled"),
     Restart(1),
     Refuse(0),
-    Travel("disk"),
+    SwitchTransport("disk"),
     Bad("renamed"),
     Publish(),
-    Spoil(0),
+    CorruptStore(0),
     Publish(),
     Corrupt(1),
     Kill(0, midway=True),

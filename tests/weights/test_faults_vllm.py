@@ -1,6 +1,6 @@
-"""Two stock vLLM servers, to which everything happens once.
+"""Every fault step on two stock vLLM servers.
 
-With MILLRACE_FAULT_EXAMPLES, also, to which anything happens in any order, in so many sequences of some minutes each.
+MILLRACE_FAULT_EXAMPLES also draws that many random sequences of steps, which take some minutes each.
 """
 
 import asyncio
@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from millrace.config.models import EmbeddedEngineConfig, VLLMEngineConfig
-from tests.conformance.hold import START_TIMEOUT
-from tests.weights.faults import Bad, Corrupt, Hang, Kill, Publish, Restart, Step, Travel, at_random
+from millrace.config.engines import EmbeddedEngineConfig, VLLMEngineConfig
+from tests.conformance.run_checks import START_TIMEOUT
+from tests.weights.faults import Bad, Corrupt, Hang, Kill, Publish, Restart, Step, SwitchTransport, at_random
 from tests.weights.machine import run
 from tests.weights.variants import Tokens, Variant, ask_servers
 
 ENGINES = 2
-DEADLINE = 10.0  # seconds of a publish in which an engine hangs
+DEADLINE = 10.0  # in seconds, of a publish in which an engine hangs
 
 ALL: list[Step] = [
     Publish(),
     Bad("older"),
     Bad("missing"),
-    Travel("gloo"),
+    SwitchTransport("gloo"),
     Hang(1, resumes=True),
     Corrupt(None),
-    Travel("disk"),
+    SwitchTransport("disk"),
     Bad("cancelled"),
     Publish(),
     Restart(1),
@@ -49,8 +49,8 @@ def config(vllm_python: Path) -> VLLMEngineConfig:
 def test_everything_happens_once(
     config: VLLMEngineConfig, variants: list[Variant], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """By references of embedded engines, which start sooner: that they are this engine's too, of the folder that it
-    starts from, is checked before the first step."""
+    """The reference tokens come from embedded engines, which start sooner. The check before the first step shows that
+    this engine makes the same tokens from the same folder."""
     place = tmp_path_factory.mktemp("fleet")
     quick = EmbeddedEngineConfig(kind="embedded", threads=1)
     asyncio.run(run(ALL, config, variants, asyncio.run(ask_servers(quick, variants, place)), place, deadline=DEADLINE))

@@ -1,4 +1,4 @@
-"""Versions as deltas: what the store keeps of them, and what a replica makes of that."""
+"""Versions as deltas: which of them the store keeps, and how a replica makes folders from them."""
 
 import resource
 import threading
@@ -57,7 +57,7 @@ class Stores:
 
 
 def stepped(tensors: Tensors, version: int, run: int = 0) -> Tensors:
-    """As after that many optimizer steps: a few elements of each tensor have changed."""
+    """Returns the tensors as after that many optimizer steps: a few elements of each have changed."""
     stepped = []
     for name, tensor in tensors:
         changed = tensor.clone().reshape(-1)
@@ -77,7 +77,7 @@ def same(held: dict[str, torch.Tensor], tensors: Tensors) -> bool:
 
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:
-    """As anybody reads it who knows nothing of Millrace."""
+    """Loads the folder as a program that knows nothing of Millrace."""
     return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
 
 
@@ -98,7 +98,7 @@ def damage(folder: Path) -> None:
     flip(tensor.file, tensor.begin)
 
 
-def test_what_is_kept_can_be_made() -> None:
+def test_every_kept_version_can_be_made() -> None:
     entries = [Entry(version=n, base=None if n in (1, 4, 7) else n - 1, digest="") for n in range(1, 9)]
     Index(versions=tuple(entries))
     assert [e.version for e in kept(entries, 2)] == [7, 8]
@@ -127,7 +127,8 @@ def test_a_replica_makes_each_version_of_what_it_has(
     assert same(loaded(path), stepped(tensors, 5))
     assert {"config.json", "tokenizer.json"} <= set(names(path))
     put(store, tensors, 6, 7, 8)
-    assert same(loaded(replica.bring(8)[0]), stepped(tensors, 8))  # from version 5, then 7: an anchor
+    # Made from version 7, an anchor, and not from version 5.
+    assert same(loaded(replica.bring(8)[0]), stepped(tensors, 8))
     assert len(names(folder)) == 2
 
     files, root = url_to_fs(url)
@@ -137,11 +138,11 @@ def test_a_replica_makes_each_version_of_what_it_has(
     assert listed["version-00000008.delta"] < sum(tensor.nbytes for _, tensor in tensors) / 20
     for version in (7, 8):
         assert same(dict(store.tensors(version)), stepped(tensors, version))
-        assert same(dict(stores(url).tensors(version)), stepped(tensors, version))  # by nothing but the store
+        assert same(dict(stores(url).tensors(version)), stepped(tensors, version))  # read by a new store object
     replica.close()
 
 
-def test_what_changes_all_is_kept_whole(path: str, tensors: Tensors, stores: Stores) -> None:
+def test_a_version_that_changes_everything_is_kept_whole(path: str, tensors: Tensors, stores: Stores) -> None:
     store = stores(path)
     put(store, tensors, 1)
     for version in (2, 3):
@@ -149,16 +150,16 @@ def test_what_changes_all_is_kept_whole(path: str, tensors: Tensors, stores: Sto
         store.write(version, buckets(noise, SMALL))
         store.secure(version)
     assert names(path) == ["index.json", "version-00000002", "version-00000003"]
-    half = [(name, tensor.to(torch.complex64)) for name, tensor in tensors]  # which no delta can hold
+    half = [(name, tensor.to(torch.complex64)) for name, tensor in tensors]  # no delta can hold this dtype
     store.write(4, buckets(half, SMALL))
     store.secure(4)
     assert same(dict(store.tensors(4)), half)
 
 
-def test_the_base_is_what_became_safe(path: str, tensors: Tensors, stores: Stores, tmp_path: Path) -> None:
+def test_the_base_of_a_delta_is_a_secured_version(path: str, tensors: Tensors, stores: Stores, tmp_path: Path) -> None:
     store, replica = stores(path), CheckpointMirror(path, tmp_path / "replica")
     put(store, tensors, 1)
-    store.write(2, buckets(stepped(tensors, 20), SMALL))  # and nobody gets it
+    store.write(2, buckets(stepped(tensors, 20), SMALL))  # this version is never made safe
     put(store, tensors, 3)
     assert store.versions == (1, 3)
     assert "version-00000003.delta" in names(path)
@@ -171,7 +172,7 @@ def test_another_run_has_other_versions(url: str, tensors: Tensors, stores: Stor
     put(stores(url), tensors, 1, 2, 3)
     first = [replica.bring(version)[1] for version in (2, 3)]
     resumed = stores(url)
-    put(resumed, tensors, 2, 3, run=1)  # it has not the first one's version 1, and begins with an anchor
+    put(resumed, tensors, 2, 3, run=1)  # it does not have version 1 of the first run, and begins with an anchor
     assert same(dict(resumed.tensors(3)), stepped(tensors, 3, run=1))
     for version in (3, 2):
         folder, digest = replica.bring(version)
@@ -180,7 +181,7 @@ def test_another_run_has_other_versions(url: str, tensors: Tensors, stores: Stor
     replica.close()
 
 
-def test_damage_is_told_or_mended(path: str, tensors: Tensors, stores: Stores, tmp_path: Path) -> None:
+def test_damage_is_reported_or_repaired(path: str, tensors: Tensors, stores: Stores, tmp_path: Path) -> None:
     folder, store = tmp_path / "replica", stores(path)
     with pytest.raises(PublishError, match=r"has no version 1; it has \(\)"):
         CheckpointMirror(path, tmp_path / "other").bring(1)
@@ -199,7 +200,7 @@ def test_damage_is_told_or_mended(path: str, tensors: Tensors, stores: Stores, t
         delta.write_bytes(whole)
     assert names(folder) == ["version-00000001"]
 
-    damage(folder / "version-00000001")  # its own copy, which it makes anew
+    damage(folder / "version-00000001")  # the replica's own copy, which it makes again
     assert same(loaded(replica.bring(2)[0]), stepped(tensors, 2))
     replica.close()
 
@@ -218,7 +219,7 @@ def test_damage_is_told_or_mended(path: str, tensors: Tensors, stores: Stores, t
     assert not names(tmp_path / "third")
 
 
-def test_no_room_leaves_what_was_there(path: str, tensors: Tensors, stores: Stores, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_existing_versions(path: str, tensors: Tensors, stores: Stores, tmp_path: Path) -> None:
     replica = CheckpointMirror(path, tmp_path / "replica")
     put(stores(path), tensors, 1, 2)
     replica.bring(1)

@@ -1,4 +1,4 @@
-"""Buckets, for any list of tensors."""
+"""Buckets for any list of tensors."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Publishing by broadcast to a fleet of real embedded engines: what one of them does must not cost the others the
+"""Publishing by broadcast to a fleet of real embedded engines. A fault of one engine must not cost the others the
 version."""
 
 import signal
@@ -15,13 +15,14 @@ from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.types import GenerateRequest, SamplingParams
-from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup
-from tests.fleet.strike import strike
+from millrace.weights.transports.process_group import ProcessGroupTransport
+from millrace.weights.transports.sending_group import SendingGroup
+from tests.fleet.signals import kill_engine, send_signal
 from tests.weights.variants import louder
 
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=3, threads=1, faults=True)
 BUCKET = 64 * 1024
-DEADLINE = 16.0  # a quarter of it for joining a group, and for each broadcast
+DEADLINE = 16.0  # seconds; a quarter of it is for joining a group, and for each broadcast
 FIRST, MIDDLE, LAST = "embedded-0", "embedded-1", "embedded-2"
 
 Tensors = list[tuple[str, torch.Tensor]]
@@ -29,7 +30,7 @@ Tensors = list[tuple[str, torch.Tensor]]
 
 @pytest.fixture(params=[False, True], ids=["apart", "together"])
 async def fleet(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> AsyncIterator[Fleet]:
-    """Each engine in a group of its own, as gloo's are, or all in one, as NCCL's are."""
+    """A fleet whose engines are each in a group of their own, as with gloo, or all in one, as with NCCL."""
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
         fleet._versions.transport = ProcessGroupTransport(SendingGroup, torch.device("cpu"), together=request.param)
         yield fleet
@@ -42,7 +43,7 @@ def tensors(tiny_model: Path) -> Tensors:
 
 
 async def served(fleet: Fleet) -> dict[str, int | None]:
-    """Which version each routable engine makes tokens with."""
+    """Returns the version that each routable engine makes tokens with."""
     return {name: version for name, (version, _) in (await made(fleet)).items()}
 
 
@@ -59,7 +60,7 @@ async def made(fleet: Fleet) -> dict[str, tuple[int | None, tuple[int, ...]]]:
 
 
 class Weights:
-    """Tensors that can be iterated again. In the first round something happens after some of them."""
+    """Tensors that can be iterated again. The first iteration calls `happens` after half of them."""
 
     def __init__(self, tensors: Tensors, happens: Callable[[], None]) -> None:
         self._tensors, self._happens = tensors, happens
@@ -74,7 +75,7 @@ class Weights:
             yield entry
 
 
-async def test_who_fails_does_not_take_the_others_along(fleet: Fleet, tensors: Tensors) -> None:
+async def test_a_failed_engine_does_not_fail_the_others(fleet: Fleet, tensors: Tensors) -> None:
     before = await made(fleet)
     transport = fleet._versions.transport
     assert isinstance(transport, ProcessGroupTransport)
@@ -94,8 +95,9 @@ async def test_who_fails_does_not_take_the_others_along(fleet: Fleet, tensors: T
     assert set(report.failed) == {FIRST}
     assert await served(fleet) == {MIDDLE: 3, LAST: 3}
 
-    source = Weights(tensors, lambda: strike(fleet, MIDDLE, signal.SIGKILL))
-    if transport._together:  # what comes only once can't be sent again, and the old version serves on
+    source = Weights(tensors, lambda: kill_engine(fleet, MIDDLE))
+    # A source that can be iterated only once can't be sent again, so the old version still serves.
+    if transport._together:
         with pytest.raises(PublishError, match=MIDDLE):
             await fleet.publish(iter(source), 4, bucket_bytes=BUCKET, deadline=DEADLINE)
         assert await served(fleet) == {LAST: 3}
@@ -108,8 +110,10 @@ async def test_who_fails_does_not_take_the_others_along(fleet: Fleet, tensors: T
 
 
 @pytest.mark.parametrize("fleet", [True], ids=["together"], indirect=True)
-async def test_who_hangs_in_a_common_broadcast_is_left_out_of_the_next(fleet: Fleet, tensors: Tensors) -> None:
-    source = Weights(louder(tensors), lambda: strike(fleet, MIDDLE, signal.SIGSTOP))
+async def test_an_engine_that_hangs_in_a_common_broadcast_is_left_out_of_the_next(
+    fleet: Fleet, tensors: Tensors
+) -> None:
+    source = Weights(louder(tensors), lambda: send_signal(fleet, MIDDLE, signal.SIGSTOP))
     report = await fleet.publish(source, 1, bucket_bytes=BUCKET, deadline=DEADLINE)
     assert source.rounds == 2
     assert set(report.failed) == {MIDDLE}

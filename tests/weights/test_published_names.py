@@ -1,4 +1,4 @@
-"""Real engines take whatever a trainer holds, and then generate what the trainer's model does."""
+"""Real engines take the tensors of any trainer, and then generate the same tokens as the trainer's model."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from millrace.config.models import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
@@ -25,7 +25,7 @@ Engine = EmbeddedEngineConfig | SGLangEngineConfig | VLLMEngineConfig
 
 @torch.no_grad()
 def changed(folder: Path) -> PreTrainedModel:
-    """The model in the folder, as after a training step."""
+    """Returns the folder's model as after a training step."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(5)
     for parameter in model.parameters():
@@ -91,11 +91,9 @@ async def test_vllm_takes_a_mixture_of_experts(vllm_python: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-async def test_the_embedded_engine_takes_what_a_folder_has_twice_or_need_not_have(
-    tiny_model: Path, tmp_path: Path
-) -> None:
-    """A tied head that is stored, a buffer of an older model, shards with an index beside an older single file and the
-    same weights in another format."""
+async def test_the_embedded_engine_takes_a_folder_with_redundant_tensors(tiny_model: Path, tmp_path: Path) -> None:
+    """The folder has a stored tied head, a buffer of an older model, shards with an index beside an older single file,
+    and the same weights in another format."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -119,7 +117,7 @@ async def test_the_embedded_engine_takes_what_a_folder_has_twice_or_need_not_hav
 
 
 def index(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Stores the tensors in two files and an index, and leaves an older single file there."""
+    """Stores the tensors in two files and an index, and leaves an older single file beside them."""
     files: dict[str, str] = {}
     for number in range(2):
         some = {name: tensors[name] for name in sorted(tensors)[number::2]}

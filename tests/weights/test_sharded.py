@@ -1,4 +1,4 @@
-"""A trainer of two ranks whose tensors lie in shards publishes them to an engine."""
+"""A trainer of two ranks with sharded tensors publishes them to an engine."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from tests.torchrun import run_two_ranks
 
 
-def test_rank_0_publishes_what_all_hold_and_the_others_follow_it(tiny_model: Path, tmp_path: Path) -> None:
-    """Also where it goes through the tensors twice, and where it gives up half-way."""
+def test_rank_0_publishes_all_shards_and_the_other_ranks_follow_it(tiny_model: Path, tmp_path: Path) -> None:
+    """This also holds if rank 0 goes through the tensors twice, or gives up half-way."""
     run_two_ranks("weights/two_shards.py", str(tiny_model), str(tmp_path))
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["share"] < 0.9

@@ -1,4 +1,4 @@
-"""The versions that outlive a run, and engines that come back to them."""
+"""Stored versions outlive a run, and engines that come back load them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from millrace.model_folder import stored_tensors
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.plan import buckets
 from millrace.weights.store import VersionStore
-from tests.fleet.strike import strike
+from tests.fleet.signals import kill_engine
 from tests.weights.variants import louder
 
 Tensors = list[tuple[str, torch.Tensor]]
@@ -54,7 +54,7 @@ def test_the_last_versions_stay_and_come_back_as_they_were(url: str, tensors: Te
     for version in (1, 2, 3):
         put(store, tensors, version)
     assert store.versions == (2, 3)
-    store.write(4, buckets(times(tensors, 4), SMALL))  # and never made safe
+    store.write(4, buckets(times(tensors, 4), SMALL))  # this version is never made safe
     store.close()
     again = VersionStore(url, tiny_model, keep=2)
     assert again.versions == (2, 3)
@@ -62,7 +62,7 @@ def test_the_last_versions_stay_and_come_back_as_they_were(url: str, tensors: Te
     assert same(again.tensors(3), times(tensors, 3))
     with pytest.raises(PublishError, match="has no version 4"):
         list(again.tensors(4))
-    # A run that goes on from before version 3 writes another one of that number.
+    # A run that resumes from before version 3 writes another version 3.
     put(again, times(tensors, 0.5), 3)
     assert again.versions == (2, 3)
     assert same(again.tensors(3), times(tensors, 1.5))
@@ -71,7 +71,7 @@ def test_the_last_versions_stay_and_come_back_as_they_were(url: str, tensors: Te
     again.close()
 
 
-def test_what_was_damaged_is_not_handed_on(tensors: Tensors, tiny_model: Path, tmp_path: Path) -> None:
+def test_damaged_tensors_are_not_handed_on(tensors: Tensors, tiny_model: Path, tmp_path: Path) -> None:
     store = VersionStore(str(tmp_path / "versions"), tiny_model, keep=2)
     put(store, tensors, 1)
     folder = tmp_path / "versions" / "version-00000001"
@@ -107,13 +107,13 @@ async def greedy(fleet: Fleet, name: str) -> tuple[int | None, tuple[int, ...]]:
 async def test_an_engine_that_died_catches_up(tensors: Tensors, tiny_model: Path, tmp_path: Path) -> None:
     async with open_fleet(config(), tiny_model, log_dir=tmp_path, folder=tmp_path / "versions") as fleet:
         one, two = fleet.engines
-        strike(fleet, one)
+        kill_engine(fleet, one)
         await fleet.restart(one)  # nothing was published yet
         assert await greedy(fleet, one) == await greedy(fleet, two)
         first = await greedy(fleet, two)
         for version, weights in enumerate((times(tensors, 2), louder(tensors)), 1):
             assert (await fleet.publish(weights, version, bucket_bytes=SMALL)).unstored is None
-        strike(fleet, one)
+        kill_engine(fleet, one)
         await fleet.restart(one, bucket_bytes=SMALL)
         assert fleet.snapshot.get(one).routable
         assert await greedy(fleet, one) == await greedy(fleet, two)
@@ -137,7 +137,7 @@ async def test_without_a_store_it_serves_after_the_next_publish(
         assert (await fleet.generate(request, deadline=20)).version_spans[-1].version == 2
 
 
-async def test_what_can_not_be_kept_is_told(tensors: Tensors, tiny_model: Path, tmp_path: Path) -> None:
+async def test_a_version_that_can_not_be_stored_is_reported(tensors: Tensors, tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "versions"
     async with open_fleet(config(1), tiny_model, log_dir=tmp_path, folder=folder) as fleet:
         with pytest.raises(PublishError, match="an iterator can be read only once"):
@@ -153,7 +153,7 @@ async def test_what_can_not_be_kept_is_told(tensors: Tensors, tiny_model: Path, 
 
 
 @pytest.mark.parametrize("nuls", [0, 9])
-def test_an_index_cut_anywhere_starts_a_store_anew_and_another_s_file_is_refused(
+def test_an_index_cut_anywhere_starts_an_empty_store_and_a_foreign_file_is_refused(
     nuls: int, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     index = tmp_path / "index.json"

@@ -1,4 +1,4 @@
-"""Memory that torch shares by name: what its helper process keeps of ours."""
+"""Memory that torch shares by name, and the files that torch's helper process keeps open."""
 
 import os
 import subprocess

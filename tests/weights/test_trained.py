@@ -1,4 +1,4 @@
-"""Whatever a trainer holds comes out as the tensors of the model's folder, or is refused by name."""
+"""The tensors of any trainer become the tensors of the model's folder, or are refused by name."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from millrace.errors import DataError, PublishError
 from millrace.model_folder import stored_tensors
 from millrace.weights.folder import FolderTensors, folder_checksums
-from millrace.weights.plan import announced
+from millrace.weights.source import source_of
 from millrace.weights.trained import Trained, read_trained
 from tests.architectures import make_model
 from tests.weights.faults import Source
@@ -34,19 +34,19 @@ def held(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def check(trained: Trained, tensors: Iterable[Named], expected: dict[str, torch.Tensor]) -> None:
-    """They come out as expected: from a list, from a source without shapes, and from an iterator. What can be gone
-    through again comes out again: a publish that is kept goes through it twice."""
+    """Requires the expected tensors from a list, from a source without shapes, and from an iterator. A source that can
+    be iterated again must give them again, since a publish that is stored goes through it twice."""
     tensors = list(tensors)
     for source in (tensors, Source(tensors), iter(tensors)):
-        out = trained.tensors(source)
-        shapes = announced(out)
+        out = trained.tensors(source_of(source))
+        shapes = out.shapes()
         made = list(out)
         assert len(made) == len(dict(made))
         assert dict(made).keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in made)
         if shapes is not None:
             assert shapes == {name: tuple(tensor.shape) for name, tensor in made}
-        assert isinstance(out, Iterator) == isinstance(source, Iterator)
+        assert out.once == isinstance(source, Iterator)
         if not isinstance(source, Iterator):
             assert dict(out).keys() == expected.keys()
 
@@ -92,7 +92,7 @@ def test_the_order_does_not_matter(order: list[int], moe: tuple[PreTrainedModel,
     "architecture", ["glm4_moe", "deepseek_v3", "qwen2_moe", "mixtral", "gpt_oss", "gemma2", "qwen3"]
 )
 def test_parameters_alone_and_the_state_dict_are_the_whole_model(architecture: str, tmp_path: Path) -> None:
-    """GLM-4 and DeepSeek-V3 have a buffer that is stored, and that `named_parameters()` leaves out."""
+    """GLM-4 and DeepSeek-V3 have a stored buffer that `named_parameters()` leaves out."""
     model = saved(tmp_path, architecture)
     trained = read_trained(tmp_path)
     check(trained, model.named_parameters(), held(tmp_path))
@@ -104,10 +104,10 @@ def test_a_checkpoints_own_names_are_taken_as_they_are(moe: tuple[PreTrainedMode
     check(trained, held(folder).items(), held(folder))
 
 
-def test_what_is_taken_from_the_folder_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_taken_from_the_folder_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = saved(tmp_path, "deepseek_v3")
     caplog.set_level(logging.INFO, "millrace")
-    read_trained(tmp_path).tensors(list(model.named_parameters()))
+    read_trained(tmp_path).tensors(source_of(list(model.named_parameters())))
     assert "e_score_correction_bias" in caplog.text
 
 
@@ -117,9 +117,11 @@ def test_a_folder_with_a_config_alone_gets_what_save_pretrained_would_write(tmp_
     check(read_trained(tmp_path / "bare"), model.named_parameters(), held(tmp_path / "saved"))
 
 
-def test_without_the_folder_wrappers_are_taken_off_and_no_more(tmp_path: Path) -> None:
+def test_without_the_folder_only_wrappers_are_taken_off(tmp_path: Path) -> None:
     tensor = torch.zeros(2)
-    assert dict(read_trained(tmp_path / "nowhere").tensors([("module.a.weight", tensor)])) == {"a.weight": tensor}
+    assert dict(read_trained(tmp_path / "nowhere").tensors(source_of([("module.a.weight", tensor)]))) == {
+        "a.weight": tensor
+    }
 
 
 def test_two_names_of_one_tensor_are_refused(moe: tuple[PreTrainedModel, Path, Trained]) -> None:
@@ -127,7 +129,7 @@ def test_two_names_of_one_tensor_are_refused(moe: tuple[PreTrainedModel, Path, T
     named = [*model.named_parameters(), ("module.model.norm.weight", torch.zeros(16))]
     for source in (named, iter(named)):
         with pytest.raises(PublishError, match=r"twice: model.norm.weight and module.model.norm.weight are both"):
-            list(trained.tensors(source))
+            list(trained.tensors(source_of(source)))
 
 
 @pytest.mark.parametrize("name", ["lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.default"])
@@ -135,7 +137,7 @@ def test_an_adapters_tensors_are_refused(name: str, moe: tuple[PreTrainedModel, 
     model, _, trained = moe
     named = [*model.named_parameters(), (f"base_model.model.model.layers.0.self_attn.q_proj.{name}", torch.zeros(2))]
     with pytest.raises(PublishError, match=rf"q_proj.{name} is a tensor of an adapter .*publish_adapter"):
-        trained.tensors(named)
+        trained.tensors(source_of(named))
 
 
 def test_a_fused_tensor_of_another_shape_is_refused(moe: tuple[PreTrainedModel, Path, Trained]) -> None:
@@ -143,15 +145,15 @@ def test_a_fused_tensor_of_another_shape_is_refused(moe: tuple[PreTrainedModel, 
     fused = "model.layers.0.mlp.experts.gate_up_proj"
     named = {**dict(model.named_parameters()), fused: torch.zeros(0)}
     with pytest.raises(PublishError, match=rf"{fused} has shape \(0,\), but in the model it is \(4, 16, 16\)"):
-        trained.tensors(list(named.items()))
+        trained.tensors(source_of(list(named.items())))
 
 
-def test_what_the_model_does_not_have_and_what_it_lacks_is_left_to_the_engines(
+def test_extra_and_missing_tensors_are_left_to_the_engines(
     moe: tuple[PreTrainedModel, Path, Trained],
 ) -> None:
     model, folder, trained = moe
     named = [(name, tensor) for name, tensor in model.named_parameters() if name != "model.norm.weight"]
-    out = announced(trained.tensors([*named, ("module.value_head.weight", torch.zeros(3))]))
+    out = trained.tensors(source_of([*named, ("module.value_head.weight", torch.zeros(3))])).shapes()
     assert out is not None
     assert out.keys() ^ held(folder).keys() == {"value_head.weight", "model.norm.weight"}
 
@@ -186,7 +188,7 @@ class TestTied:
         named = [*model.named_parameters(), ("lm_head.weight", torch.zeros(64, 16))]
         for source in (named, iter(named)):
             with pytest.raises(PublishError, match=r"model.embed_tokens.weight and lm_head.weight differ"):
-                list(read_trained(tmp_path).tensors(source))
+                list(read_trained(tmp_path).tensors(source_of(source)))
 
     def test_copies_that_differ_in_the_folder_are_refused(self, tmp_path: Path) -> None:
         saved(tmp_path, "qwen3")
@@ -230,7 +232,7 @@ class TestFolder:
         save_file({"layers.0.wq.weight": torch.ones(2)}, tmp_path / "consolidated.safetensors")
         assert folder_checksums(tmp_path) == before
 
-    def test_a_tensor_that_a_file_has_beside_those_of_the_index_is_none_of_the_model(self, tmp_path: Path) -> None:
+    def test_a_tensor_that_the_index_does_not_list_is_no_part_of_the_model(self, tmp_path: Path) -> None:
         save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "model-00001-of-00001.safetensors")
         (tmp_path / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}})
@@ -247,7 +249,7 @@ class TestFolder:
             ("no JSON", "is not an index"),
         ],
     )
-    def test_an_index_that_is_wrong_is_told(self, index: str, message: str, tmp_path: Path) -> None:
+    def test_a_wrong_index_is_reported(self, index: str, message: str, tmp_path: Path) -> None:
         save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
         (tmp_path / "model.safetensors.index.json").write_text(index)
         with pytest.raises(DataError, match=message):

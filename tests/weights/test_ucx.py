@@ -1,4 +1,4 @@
-"""Publishing over UCX, to real engines, by sidecars: two addresses of this machine stand for two hosts."""
+"""Publishes over UCX to real engines by sidecars. Two addresses of this machine stand for two hosts."""
 
 import asyncio
 import base64
@@ -43,7 +43,7 @@ Tensors = list[tuple[str, torch.Tensor]]
 HOSTS = ("127.0.0.1", "127.0.0.2")
 KEY = "the key"
 CPU = torch.device("cpu")
-SMALL = 64 * 1024  # of a bucket: several to a version, and tensors that are larger
+SMALL = 64 * 1024  # bytes of a bucket; a version has several buckets, and some tensors are larger
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def sidecar() -> Iterator[Start]:
     yield start_one
     for one in started:
         one.kill()
-        one.wait(timeout=10)  # not for the end of its output: torch's helper has that too, and stays for us
+        # This does not wait for the end of the output, since torch's helper has it open too and stays for this process.
+        one.wait(timeout=10)
         for stream in (one.stdout, one.stderr):
             assert stream is not None
             stream.close()
@@ -92,22 +93,24 @@ def url_of(sidecar: subprocess.Popen[str]) -> str:
     return line.split()[0]
 
 
-class Fateful(UcxTransport):
-    """`fate` comes when the next bucket has arrived with the sidecars, before an engine opens it."""
+class InterceptedTransport(UcxTransport):
+    """Calls `on_delivery` once, after the next bucket has arrived at the sidecars and before an engine opens it."""
 
-    fate: Callable[[], object] | None = None
+    on_delivery: Callable[[], object] | None = None
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
         unreached = await super().deliver(targets, deadline=deadline)
-        if self.fate is not None:
-            self.fate()
-            self.fate = None
+        if self.on_delivery is not None:
+            self.on_delivery()
+            self.on_delivery = None
         return unreached
 
 
 @asynccontextmanager
-async def on_two_hosts(model: Path, logs: Path, sidecars: list[str]) -> AsyncIterator[tuple[Fleet, Fateful]]:
-    """As `open_fleet`, with an engine on each host."""
+async def on_two_hosts(
+    model: Path, logs: Path, sidecars: list[str]
+) -> AsyncIterator[tuple[Fleet, InterceptedTransport]]:
+    """Like `open_fleet`, with an engine on each host."""
 
     async def start_one(replica: int) -> Replica:
         config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, host=HOSTS[replica])
@@ -118,13 +121,13 @@ async def on_two_hosts(model: Path, logs: Path, sidecars: list[str]) -> AsyncIte
     assert isinstance(chosen, UcxTransport)
     await chosen.close()
     urls = {one.engine.name: url for one, url in zip(started, sidecars, strict=True)}
-    async with Fleet.open(started, transport := Fateful(urls, CPU, key=KEY), None, start_one) as fleet:
+    async with Fleet.open(started, transport := InterceptedTransport(urls, CPU, key=KEY), None, start_one) as fleet:
         await fleet.attest(folder_checksums(model), 0, model)
         yield fleet, transport
 
 
-class Meddled:
-    """Tensors that can be gone through again; before the one in the middle is taken, `act` is called, once."""
+class WeightsWithAct:
+    """Tensors that can be iterated again. `act` is called once, before the one in the middle is yielded."""
 
     def __init__(self, tensors: Tensors, act: Callable[[], object]) -> None:
         self._tensors, self._acts = tensors, [act]
@@ -137,7 +140,7 @@ class Meddled:
 
 
 def serving(fleet: Fleet) -> dict[str, int | None]:
-    """The version that each engine serves."""
+    """Returns the version that each engine serves."""
     return {state.name: state.version if state.routable else None for state in fleet.snapshot.replicas}
 
 
@@ -165,13 +168,13 @@ async def test_two_hosts_and_sidecars_that_die(
                 nonlocal version
                 version += 1
                 sent = stepped(tensors, version)
-                report = await fleet.publish(Meddled(sent, act), version, bucket_bytes=SMALL, deadline=deadline)
+                report = await fleet.publish(WeightsWithAct(sent, act), version, bucket_bytes=SMALL, deadline=deadline)
                 assert list(report.failed) == ([fails] if fails else [])
                 assert all(engine.collateral == (engine.engine == fails) for engine in report.engines)
                 assert serving(fleet) == {name: None if name == fails else version for name in (one, two)}
                 for name in {one, two} - {fails}:
                     assert await fleet.engines[name].checksums() == {n: tensor_checksum(t) for n, t in sent}
-                assert fleet.snapshot.get(two).usable  # it is its sidecar that failed
+                assert fleet.snapshot.get(two).usable  # the engine itself has not failed, only its sidecar
                 return str(report.failed.get(two, ""))
 
             await publish()
@@ -182,7 +185,7 @@ async def test_two_hosts_and_sidecars_that_die(
             assert time.monotonic() - begun < 4.0
             started[1].send_signal(signal.SIGCONT)
             await publish()
-            transport.fate = kill  # what it has read is gone with it, and its engine can't open it
+            transport.on_delivery = kill  # the data that it has read is gone with it, so its engine can't open it
             assert f"sidecar {urls[1]} did not bring a bucket: no server listens at" in await publish(fails=two)
             assert f"sidecar {urls[1]} did not bring a bucket: no server listens at" in await publish(fails=two)
             started[1] = sidecar("--host", HOSTS[1], "--port", urls[1].rpartition(":")[2])
@@ -195,14 +198,14 @@ async def test_two_hosts_and_sidecars_that_die(
 
 
 class Trainer:
-    """What a trainer's side is to a sidecar. Its slots are filled with one number each."""
+    """The trainer's side of a sidecar. Each of its slots is filled with one number."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session, self._url = session, url
         self.endpoint = Endpoint(MemoryFile, CPU)
 
     def fill(self, value: int, nbytes: int, slot: int = 0) -> dict[str, object]:
-        """The body of a pull."""
+        """Fills a slot and returns the body of a pull."""
         self.endpoint.slot(slot, nbytes, unread=True).bytes.fill_(value)
         body = PullBody(
             session=self.endpoint.name, agent=self.endpoint.metadata(), slot=slot,
@@ -231,7 +234,7 @@ async def trainer(url: str) -> AsyncIterator[Trainer]:
 
 
 def slots_of(process: subprocess.Popen[str]) -> int:
-    """How many memory files it has open."""
+    """Returns how many memory files the process has open."""
     folder = Path("/proc", str(process.pid), "fd")
     return len({path.stat().st_ino for path in folder.iterdir() if "millrace-bucket" in os.readlink(path)})
 
@@ -246,7 +249,7 @@ def mapped(path: str, nbytes: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ)
 
 
-async def test_what_a_sidecar_holds(sidecar: Start) -> None:
+async def test_a_sidecar_holds_only_open_sessions(sidecar: Start) -> None:
     process = sidecar()
     async with trainer(url := url_of(process)) as one, trainer(url) as two:
         body = one.fill(1, 4096)
@@ -272,7 +275,7 @@ async def test_what_a_sidecar_holds(sidecar: Start) -> None:
             assert status == 500
             assert "the bucket was not read: " in text
 
-        for slot, value, nbytes in [(0, 1, 4096), (1, 2, 8192), (0, 3, 65536), (1, 4, 4096)]:  # one grows
+        for slot, value, nbytes in [(0, 1, 4096), (1, 2, 8192), (0, 3, 65536), (1, 4, 4096)]:  # slot 0 grows
             handle = await one.pull(one.fill(value, nbytes, slot))
             assert isinstance(handle, MemoryFileHandle)
             assert content(handle.path, nbytes) == bytes([value]) * nbytes
@@ -283,7 +286,7 @@ async def test_what_a_sidecar_holds(sidecar: Start) -> None:
         assert bytes(opened)[:4096] == bytes([5]) * 4096
         assert slots_of(process) == 0
 
-        await two.pull(two.fill(6, 4096))  # its trainer has begun anew, and the one before is gone
+        await two.pull(two.fill(6, 4096))  # the trainer has started again, and its old session is gone
         assert slots_of(process) == 1
         assert await one.ask({"session": one.endpoint.name}, "/end") == (200, '{"success":true}')
         assert slots_of(process) == 1
@@ -292,7 +295,8 @@ async def test_what_a_sidecar_holds(sidecar: Start) -> None:
 
 
 async def test_memory_outlives_its_reader(sidecar: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over TCP a thread of the library's copies from the slot. Freed under it, it would kill this process."""
+    """Over TCP, a thread of UCX copies from the slot. If the slot were freed during the copy, the thread would kill
+    this process."""
     monkeypatch.setenv("UCX_TLS", "tcp")
     nbytes = 128 * 2**20
     process = sidecar()
@@ -302,7 +306,7 @@ async def test_memory_outlives_its_reader(sidecar: Start, monkeypatch: pytest.Mo
         theirs, values = mapped(handle.path, nbytes), itertools.count(2)
 
         async def stopped_halfway() -> tuple[int, asyncio.Task[tuple[int, str]]]:
-            """The value that is being read, and the pull."""
+            """Stops the sidecar in the middle of a pull. Returns the value that it reads, and the pull."""
             for value in itertools.islice(values, 10):
                 pulling = asyncio.create_task(one.ask(one.fill(value, nbytes)))
                 while theirs[0] != value:
@@ -310,7 +314,7 @@ async def test_memory_outlives_its_reader(sidecar: Start, monkeypatch: pytest.Mo
                 process.send_signal(signal.SIGSTOP)
                 if theirs[nbytes - 1] != value:
                     return value, pulling
-                process.send_signal(signal.SIGCONT)  # it was done before it could be stopped
+                process.send_signal(signal.SIGCONT)  # the pull was done before the process stopped
                 await pulling
             pytest.fail("it was never stopped in the middle")
 

@@ -1,4 +1,5 @@
-"""What each rank does in test_sharded.py: `torchrun two_shards.py MODEL OUT`. Rank 0 publishes what both hold."""
+"""The script of each rank in test_sharded.py: `torchrun two_shards.py MODEL OUT`. Rank 0 publishes the tensors of
+both."""
 
 import asyncio
 import itertools
@@ -22,7 +23,7 @@ from millrace.weights.sharded import LedTensors, ShardedTensors, follow, leading
 
 
 def split(tensors: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
-    """In turns by rows, by columns, replicated, and not a DTensor at all."""
+    """Shards the tensors in turns: by rows, by columns, replicated, and as plain tensors."""
     shards: dict[str, Tensor] = {}
     for number, (name, tensor) in enumerate(sorted(tensors.items())):
         contexts = [Shard(0), Shard(tensor.ndim - 1), Replicate(), None]

@@ -1,4 +1,4 @@
-"""Weights to publish, each also a folder, and what a server makes that was started from that folder."""
+"""Variants of weights to publish. Each is also a model folder. Servers started from it give the reference tokens."""
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from millrace.config.models import EngineConfig, TinyModelConfig
+from millrace.config.engines import EngineConfig
+from millrace.config.models import TinyModelConfig
 from millrace.engines.base import Engine
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start
@@ -18,16 +19,16 @@ from millrace.types import GenerateRequest, Generation, SamplingParams
 Prompt = tuple[int, ...]
 NamedTensor = tuple[str, torch.Tensor]
 
-# The last is longer than a block of any engine's prefix cache.
+# The last prompt is longer than a block of any engine's prefix cache.
 PROMPTS: tuple[Prompt, ...] = ((5, 17, 300), tuple(range(30, 80)), tuple((7 * i * i + 3) % 400 for i in range(140)))
 LONG, SHORT = 64, 12  # tokens
-# What tells the variants apart has to weigh more than the token itself, which the tied embedding would bring back.
+# Scales the inner weights. Otherwise the tied embedding would make every variant repeat the last token.
 LOUDER = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One set of weights; the folder has the same."""
+    """One set of weights, as tensors and as a model folder."""
 
     folder: Path
     tensors: tuple[NamedTensor, ...] = field(repr=False)
@@ -35,7 +36,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The greedy ones that a server makes, by the prompt."""
+    """The greedy tokens that a server makes for each prompt."""
 
     made: Mapping[Prompt, tuple[int, ...]] = field(repr=False)
 
@@ -56,7 +57,7 @@ def make_variants(place: Path, count: int, *, context_length: int = 256) -> list
 
 
 def louder(tensors: Iterable[NamedTensor]) -> list[NamedTensor]:
-    """Weights that make other tokens than the first ones of a small model, which repeat the prompt's last."""
+    """Scales the inner weights. A new small model just repeats the last token of the prompt."""
     return [(name, tensor * LOUDER if ".layers." in name and tensor.ndim == 2 else tensor) for name, tensor in tensors]
 
 
@@ -73,7 +74,7 @@ async def ask(engine: Engine) -> Tokens:
 
 
 async def ask_server(config: EngineConfig, variant: Variant, logs: Path) -> Tokens:
-    """What a server makes that is started from the variant's folder, and ended when it has answered."""
+    """Starts a server from the variant's folder, asks it for its tokens, and ends it."""
     started = await start(config, LaunchSpec(model_path=variant.folder, log_dir=logs))
     try:
         return await ask(started.engine)
@@ -82,13 +83,13 @@ async def ask_server(config: EngineConfig, variant: Variant, logs: Path) -> Toke
 
 
 async def ask_servers(config: EngineConfig, variants: Sequence[Variant], logs: Path) -> list[Tokens]:
-    """One server for each variant."""
+    """Asks one server for each variant."""
     config = config.model_copy(update={"replicas": 1})
     asked = (ask_server(config, variant, logs / variant.folder.name) for variant in variants)
     return list(await asyncio.gather(*asked))
 
 
 def require_distinct(references: Sequence[Tokens]) -> None:
-    """Whoever serves another variant than it should is seen by its tokens."""
+    """Requires that the variants make different tokens, so that an engine with the wrong variant is noticed."""
     for prompt in PROMPTS:
         assert len({tokens[prompt][:SHORT] for tokens in references}) == len(references)

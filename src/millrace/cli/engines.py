@@ -16,7 +16,7 @@ from rich.table import Table
 from millrace.cli.paths import existing_folder, expanded, path
 from millrace.cli.settings import load_settings
 from millrace.cli.status import interruptible
-from millrace.config.models import EmbeddedEngineConfig
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.engines import environments
 from millrace.engines.join import join as run_node
 from millrace.errors import ConfigError

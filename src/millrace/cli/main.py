@@ -19,7 +19,7 @@ from millrace.cli.settings import load_settings
 from millrace.cli.sidecar import sidecar
 from millrace.cli.status import interruptible
 from millrace.cli.watch import status
-from millrace.config import dump_config
+from millrace.config import RunConfig, dump_config
 from millrace.config.describe import describe
 from millrace.errors import MillraceError
 from millrace.imports import missing_extra, without_collecting
@@ -77,13 +77,17 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved settings and exit. Data and model are not checked.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Load the data and your own code, print the resolved settings and what was found, and exit.",
+        ),
     ] = False,
 ) -> None:
     """Train a model with GRPO, with rollouts from the engines in the settings."""
     settings = load_settings(config, overrides or ())
     if dry_run:
-        print(dump_config(settings), end="")
+        _look(settings)
         return
     with interruptible(lambda: "nothing had been started"), without_collecting():
         # Imported here, since these modules import torch.
@@ -108,6 +112,17 @@ def train(
     if summary is not None:
         print_summary(summary, console)
     end_rank()
+
+
+def _look(settings: RunConfig) -> None:
+    """Print the settings as YAML, followed by what was found, as comments."""
+    with interruptible(lambda: "nothing had been started"), without_collecting():
+        from millrace.train.dry_run import look
+    with interruptible(lambda: "nothing had been started"):
+        found = asyncio.run(look(settings))
+    print(dump_config(settings), end="")
+    for line in found:
+        print(f"# {line}")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from millrace.config import RunConfig, load_config
-from millrace.config.models import SGLangEngineConfig, StockEngineConfig, VLLMEngineConfig
+from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
 from millrace.engines.sglang import arguments as sglang
 from millrace.engines.vllm import arguments as vllm
 from millrace.errors import ConfigError
@@ -21,8 +21,7 @@ def load_settings(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 def _check_engine(config: RunConfig) -> None:
     named = [("publish.sidecars", url) for url in config.publish.sidecars]
-    if isinstance(config.engine, StockEngineConfig):
-        named += [("engine.urls", url) for url in config.engine.urls or ()]
+    named += [("engine.urls", url) for url in config.engine.urls or ()]
     if config.router is not None and config.router.url is not None:
         named.append(("router.url", config.router.url))
     for setting, url in named:

@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 
+from millrace.config.explain import nearest
 from millrace.config.models import RunConfig
 from millrace.errors import ConfigError
 
@@ -18,49 +19,69 @@ Schema = Mapping[str, Any]
 def describe(name: str = "") -> str:
     """Return a description of the settings: their types, defaults and meanings.
 
-    `name` selects one section (`rollout`, `engine.sglang`) or one setting (`train.lr`). All settings are described if
-    it is empty. Raises ConfigError if no section or setting has this name.
+    `name` selects one section (`rollout`, or `engine.sglang` for one kind) or one setting (`train.lr`). All settings
+    are described if it is empty. Raises ConfigError if no section or setting has this name.
     """
     schema = RunConfig.model_json_schema()
     entries = list(_entries(schema, schema["$defs"]))
-    found = [text for at, text in entries if not name or at == name or at.startswith(f"{name}.")]
+    found = [text for names, text in entries if not name or any(f"{one}.".startswith(f"{name}.") for one in names)]
     if not found:
-        sections = sorted({at.rpartition(".")[0] for at, _ in entries} - {""})
-        raise ConfigError(f"there is no section or setting {name}; the sections are {', '.join(sections)}")
+        known = sorted({one for names, _ in entries for one in names})
+        sections = sorted({names[1].rpartition(".")[0] for names, _ in entries} - {""})
+        hint = nearest(name, known) or f"the sections are {', '.join(sections)}"
+        raise ConfigError(f"there is no section or setting {name}; {hint}")
     return "\n".join(found)
 
 
-def _entries(section: Schema, definitions: Schema, at: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the name and the text of every section and setting. A section comes before its contents."""
+def _entries(
+    section: Schema, definitions: Schema, at: str = "", within: str = "", kind: str = ""
+) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield the names and the text of every section and setting. A section comes before its contents.
+
+    The first name is the one in a config (`engine.tp_size`). The second also has the kinds (`engine.sglang.tp_size`).
+    at, within: these two names of `section`. kind: its kind.
+    """
     required = section.get("required", ())
     for key, field in section["properties"].items():
-        place = f"{at}.{key}" if at else key
+        place, named = (f"{above}.{key}" if above else key for above in (at, within))
         choices = [definitions[reference.rpartition("/")[2]] for reference in _references(field)]
         if not choices:
-            yield place, _entry(place, field, key in required)
+            yield (place, named), _entry(place, field, key in required, kind if key != "kind" else "")
             continue
         default = "required" if key in required else "optional"
         # The schema omits a description that is equal to the model's own.
         meaning = field.get("description", choices[0].get("description", ""))
-        yield place, _paragraph(f"{place}: a section, {default}", meaning)
+        what = "a section" if _is_section(field) else "a section or a list of sections"
+        yield (place, named), _paragraph(f"{place}: {what}, {default}", meaning)
         for inner in choices:
-            kind = inner["properties"].get("kind", {}).get("const")
-            named = f"{place}.{kind}" if kind else place
-            if kind:
-                yield named, _paragraph(f"{named}: {place} with kind: {kind}", inner.get("description", ""))
-            yield from _entries(inner, definitions, named)
+            inner_kind = inner["properties"].get("kind", {}).get("const", "")
+            inner_named = f"{named}.{inner_kind}" if inner_kind else named
+            if inner_kind:
+                head = f"{place} with kind: {inner_kind}"
+                yield (inner_named, inner_named), _paragraph(head, inner.get("description", ""))
+            yield from _entries(inner, definitions, place, inner_named, inner_kind)
 
 
 def _references(field: Schema) -> list[str]:
-    """Return the schema's references to the models that a field may hold."""
-    parts = [field, *field.get("anyOf", ()), *field.get("oneOf", ())]
-    parts += [inner for part in parts[1:] for inner in part.get("oneOf", ())]
+    """Return the schema's references to the models that a field, or a list in it, may hold."""
+    parts = _parts(field)
+    parts += [part["items"] for part in parts if isinstance(part.get("items"), dict)]
     return [part["$ref"] for part in parts if "$ref" in part]
 
 
-def _entry(place: str, field: Schema, required: bool) -> str:
+def _is_section(field: Schema) -> bool:
+    return any("$ref" in part for part in _parts(field))
+
+
+def _parts(field: Schema) -> list[Schema]:
+    parts = [field, *field.get("anyOf", ()), *field.get("oneOf", ())]
+    return parts + [inner for part in parts[1:] for inner in part.get("oneOf", ())]
+
+
+def _entry(place: str, field: Schema, required: bool, kind: str) -> str:
     default = "required" if required else f"default {_default(field)}"
-    return _paragraph(f"{place}: {_type(field)}, {default}", field.get("description", ""))
+    of = f" (kind: {kind})" if kind else ""
+    return _paragraph(f"{place}: {_type(field)}, {default}{of}", field.get("description", ""))
 
 
 def _default(field: Schema) -> str:

@@ -5,16 +5,24 @@ description, which `millrace config` prints.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from millrace.config.base import Flag, ForeignArgument, Model
+from millrace.config.base import Model
+from millrace.config.engines import EngineConfig
 from millrace.config.judging import TEMPLATE, VERDICT, check_template, check_verdict
 from millrace.config.paths import LocalPath, PathOrName
 from millrace.config.routers import RouterConfig, check_router
+from millrace.config.tasks import (
+    ColumnsConfig,
+    EnvironmentConfig,
+    FilePath,
+    RewardConfigs,
+    ToolConfig,
+    check_environment,
+)
 
-EngineArgument = ForeignArgument
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -58,17 +66,18 @@ class GeneratedDataConfig(Model):
     """Number of problems."""
 
 
-class FileDataConfig(Model):
-    """A JSONL file in GSM8K's format: each line has a `question`, and an `answer` that ends in `#### n`."""
+class FileDataConfig(ColumnsConfig):
+    """A file with one problem in each row (docs/tasks.md). Its suffix is `.jsonl`, `.csv` or `.parquet`. Parquet needs
+    the extra `millrace[parquet]`."""
 
     kind: Literal["file"]
-    """A JSONL file."""
-    path: LocalPath
-    """Path of the file."""
+    """A file."""
+    path: FilePath
+    """Path of the file, beside the config or in the current folder."""
 
 
-class HubDataConfig(Model):
-    """A data set on the Hugging Face Hub, in GSM8K's format. It needs the extra `millrace[hub]`."""
+class HubDataConfig(ColumnsConfig):
+    """A data set on the Hugging Face Hub (docs/tasks.md). It needs the extra `millrace[hub]`."""
 
     kind: Literal["hub"]
     """A data set on the Hub."""
@@ -81,226 +90,6 @@ class HubDataConfig(Model):
 
 
 DataConfig = Annotated[GeneratedDataConfig | FileDataConfig | HubDataConfig, Field(discriminator="kind")]
-
-
-class ReplicatedConfig(Model):
-    """The settings that all kinds of engines share."""
-
-    replicas: PositiveInt = 1
-    """Number of servers. Each has the whole model."""
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], Flag("sglang", "--dtype"), Flag("vllm", "--dtype")
-    ] = "auto"
-    """Dtype of the engine's weights and computation. `auto` uses the dtype of the model's folder, except that SGLang
-    and vLLM on a GPU serve a float32 folder in bfloat16."""
-    max_running_requests: Annotated[
-        PositiveInt, Flag("sglang", "--max-running-requests"), Flag("vllm", "--max-num-seqs")
-    ] = 64
-    """Requests that one server runs at the same time. Further requests wait in its queue."""
-    threads: PositiveInt | None = None
-    """Number of CPU threads that torch uses. None keeps torch's default."""
-    host: Annotated[str, Flag("sglang", "--host", passed=False), Flag("vllm", "--host", passed=False)] = "127.0.0.1"
-    """Address that the servers listen on."""
-    ports: Annotated[
-        tuple[PositiveInt, ...] | None, Flag("sglang", "--port", passed=False), Flag("vllm", "--port", passed=False)
-    ] = None
-    """One port for each replica. None picks free ports."""
-    start_timeout: PositiveFloat = 60.0
-    """Seconds until a server must be healthy."""
-
-    @model_validator(mode="after")
-    def _check_ports(self) -> Self:
-        if self.ports is not None and len(self.ports) != self.replicas:
-            raise ValueError(
-                f"ports names {len(self.ports)} ports for {self.replicas} replicas; give each a port, or leave it out"
-            )
-        return self
-
-
-class EmbeddedEngineConfig(ReplicatedConfig):
-    """Millrace's own engine. It serves any causal language model of transformers, on the CPU or one GPU."""
-
-    kind: Literal["embedded"]
-    """Millrace's own engine."""
-    device: str = "cpu"
-    """The torch device: `cpu`, `cuda` or `cuda:N`."""
-    cached_prefixes: Annotated[int, Field(ge=0)] = 64
-    """Number of prompt prefixes that the KV cache keeps. 0 turns the prefix cache off."""
-    context_length: PositiveInt | None = None
-    """Longest sequence, in tokens of prompt and output. None uses the model's context length."""
-    faults: bool = False
-    """For tests: the engine crashes, hangs or refuses requests on demand."""
-
-
-class StockEngineConfig(ReplicatedConfig):
-    """The settings that SGLang and vLLM share.
-
-    Millrace starts a stock engine from the environment that `millrace engines install` made, or with the interpreter
-    `python`. With `urls` it attaches to running servers instead, whose keys are read from MILLRACE_ENGINE_API_KEY and
-    MILLRACE_ENGINE_ADMIN_API_KEY.
-    """
-
-    version: str
-    """Version of the engine. It selects the environment that `millrace engines install` made."""
-    device: Annotated[Literal["cuda", "cpu"], Flag("sglang", "--device")] = "cuda"
-    """Device that the engine runs on."""
-    python: LocalPath | None = None
-    """A Python interpreter with the engine installed. None uses the environment that `millrace engines install`
-    made."""
-    urls: tuple[str, ...] | None = None
-    """Running servers to attach to, one for each replica. Their keys come from MILLRACE_ENGINE_API_KEY and
-    MILLRACE_ENGINE_ADMIN_API_KEY."""
-    tp_size: Annotated[
-        PositiveInt,
-        Flag("sglang", "--tp-size", "--tensor-parallel-size"),
-        Flag("vllm", "--tensor-parallel-size", "--tp"),
-    ] = 1
-    """Number of tensor-parallel ranks."""
-    pp_size: Annotated[
-        PositiveInt,
-        Flag("sglang", "--pp-size", "--pipeline-parallel-size"),
-        Flag("vllm", "--pipeline-parallel-size", "--pp"),
-    ] = 1
-    """Number of pipeline-parallel stages."""
-    dp_size: Annotated[
-        PositiveInt, Flag("sglang", "--dp-size", "--data-parallel-size"), Flag("vllm", "--data-parallel-size", "--dp")
-    ] = 1
-    """Number of data-parallel ranks."""
-    ep_size: Annotated[
-        PositiveInt,
-        Flag("sglang", "--ep-size", "--ep", "--expert-parallel-size"),
-        Flag("vllm", "--enable-expert-parallel", passed=False),
-    ] = 1
-    """Number of expert-parallel ranks."""
-    nnodes: Annotated[
-        PositiveInt, Flag("sglang", "--nnodes"), Flag("vllm", "--nnodes", "--data-parallel-size-local", passed=False)
-    ] = 1
-    """Number of nodes that one engine runs on."""
-    node_rank: Annotated[
-        Annotated[int, Field(ge=0)] | None,
-        Flag("sglang", "--node-rank", passed=False),
-        Flag("vllm", "--node-rank", "--data-parallel-start-rank", "--headless", passed=False),
-    ] = None
-    """Rank of this host's node. None runs all nodes on this host."""
-    dist_init_addr: Annotated[
-        Annotated[str, Field(pattern=r"^.+:\d+$")] | None,
-        Flag("sglang", "--dist-init-addr", "--nccl-init-addr", passed=False),
-        Flag("vllm", "--master-addr", "--master-port", "--data-parallel-address", passed=False),
-    ] = None
-    """host:port of node 0. None picks a free port if all nodes run on this host."""
-    base_gpu_id: Annotated[int, Field(ge=0), Flag("sglang", "--base-gpu-id", passed=False)] = 0
-    """Index of the first GPU. Replica r starts at base_gpu_id + r x the GPUs of one replica."""
-    cuda_visible_devices: Annotated[str | None, Flag("vllm", "--device-ids", passed=False)] = None
-    """CUDA_VISIBLE_DEVICES of the servers. None keeps this process's value."""
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
-        Flag("sglang", "--log-level"),
-        Flag("vllm", "--log-level", passed=False),
-    ] = "info"
-    """Level of the servers' logs."""
-    kv_events: bool = False
-    """Route by the KV cache events that the engine publishes. They report the prefixes in its cache. It needs the extra
-    `millrace[kv-events]`."""
-    start_timeout: PositiveFloat = 600.0
-    """Seconds until a server must be healthy. A large model on a slow disk takes minutes, a small one on the CPU 20 to
-    60 s."""
-    env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables that are added for the servers."""
-    engine_args: dict[str, EngineArgument] = Field(default_factory=dict)
-    """Further arguments of the engine, by the engine's names for them. A dictionary becomes JSON."""
-
-    @model_validator(mode="after")
-    def _check_servers(self) -> Self:
-        if self.urls is not None and self.python is not None:
-            raise ValueError("urls attaches to running servers and python launches new ones; give one of them")
-        if self.urls is not None and len(self.urls) != self.replicas:
-            raise ValueError(
-                f"urls names {len(self.urls)} servers for {self.replicas} replicas; set replicas to {len(self.urls)}"
-            )
-        if self.node_rank is not None and self.node_rank >= self.nnodes:
-            raise ValueError(f"node_rank {self.node_rank} is not below nnodes {self.nnodes}")
-        if self.node_rank is not None and self.nnodes > 1 and self.dist_init_addr is None:
-            raise ValueError("an engine on several hosts needs dist_init_addr (host:port of node 0); it is missing")
-        if self.nnodes > 1 and self.replicas > 1:
-            raise ValueError("an engine over several nodes is launched alone; set replicas to 1")
-        if self.kv_events and self.urls is not None:
-            raise ValueError(
-                "kv_events is for engines that Millrace launches; it is not known where an engine at urls publishes "
-                "its events"
-            )
-        if self.kv_events and self.dp_size > 1:
-            raise ValueError(
-                f"kv_events is for engines with one KV cache, and with dp_size {self.dp_size} each rank has its own; "
-                "set replicas instead, or leave kv_events out"
-            )
-        return self
-
-
-class SGLangEngineConfig(StockEngineConfig):
-    """Stock SGLang."""
-
-    kind: Literal["sglang"]
-    """Stock SGLang."""
-    version: str = "0.5.23"
-    """Version of SGLang."""
-    max_total_tokens: Annotated[PositiveInt | None, Flag("sglang", "--max-total-tokens", passed=False)] = None
-    """Capacity of the KV cache, in tokens. None keeps SGLang's default on a GPU, and is 65536 on the CPU."""
-    mem_fraction_static: Annotated[
-        Annotated[float, Field(gt=0, lt=1)] | None, Flag("sglang", "--mem-fraction-static")
-    ] = None
-    """Share of the GPU's memory for weights and KV cache. None keeps SGLang's default."""
-    memory_saver: Annotated[bool, Flag("sglang", "--enable-memory-saver", passed=False)] = True
-    """Release GPU memory when the engine sleeps. It has no effect on the CPU."""
-
-    @model_validator(mode="after")
-    def _check_ranks(self) -> Self:
-        if self.tp_size * self.pp_size % self.nnodes:
-            raise ValueError(f"tp_size {self.tp_size} x pp_size {self.pp_size} can't be split over {self.nnodes} nodes")
-        return self
-
-
-class VLLMEngineConfig(StockEngineConfig):
-    """Stock vLLM."""
-
-    kind: Literal["vllm"]
-    """Stock vLLM."""
-    version: str = "0.32.0"
-    """Version of vLLM."""
-    api_servers: Annotated[PositiveInt, Flag("vllm", "--api-server-count", passed=False)] = 1
-    """Number of processes that serve HTTP on the same port."""
-    gpu_memory_utilization: Annotated[
-        Annotated[float, Field(gt=0, le=1)] | None,
-        Flag("vllm", "--gpu-memory-utilization", "--device-memory-utilization"),
-    ] = None
-    """Share of the GPU's memory that vLLM uses. None keeps vLLM's default."""
-    kv_cache_memory_bytes: Annotated[PositiveInt | None, Flag("vllm", "--kv-cache-memory-bytes", passed=False)] = None
-    """Size of the KV cache, in bytes. None keeps vLLM's default on a GPU, and is 256 MB on the CPU."""
-    sleep_mode: Annotated[bool, Flag("vllm", "--enable-sleep-mode", passed=False)] = True
-    """Release GPU memory when the engine sleeps. It has no effect on the CPU."""
-    data_parallel_rpc_port: Annotated[PositiveInt | None, Flag("vllm", "--data-parallel-rpc-port", passed=False)] = None
-    """Port on node 0 for data-parallel ranks on other hosts, in addition to dist_init_addr."""
-
-    @model_validator(mode="after")
-    def _check_ranks(self) -> Self:
-        world = self.tp_size * self.dp_size
-        if self.ep_size not in (1, world):
-            raise ValueError(
-                f"vLLM spreads experts over all tp_size x dp_size = {world} ranks, or does not spread them (1); "
-                f"ep_size is {self.ep_size}"
-            )
-        if world * self.pp_size % self.nnodes:
-            raise ValueError(
-                f"tp_size {self.tp_size} x pp_size {self.pp_size} x dp_size {self.dp_size} can't be split over "
-                f"{self.nnodes} nodes"
-            )
-        if self.nnodes > 1 and self.node_rank is not None and self.dp_size > 1 and self.data_parallel_rpc_port is None:
-            raise ValueError(
-                "data-parallel ranks on several hosts also need data_parallel_rpc_port, a free port on node 0's host"
-            )
-        return self
-
-
-EngineConfig = Annotated[EmbeddedEngineConfig | SGLangEngineConfig | VLLMEngineConfig, Field(discriminator="kind")]
 
 
 class RolloutConfig(Model):
@@ -324,8 +113,8 @@ class RolloutConfig(Model):
     """Sample from the k most likely tokens. -1 is off."""
     min_p: Probability = 0.0
     """Leave out tokens whose probability is below min_p x that of the most likely token. 0 is off."""
-    tools: tuple[str, ...] = ("calculator",)
-    """Names of the tools that the model may call."""
+    tools: tuple[ToolConfig, ...] | None = None
+    """The tools that the model may call. None is the calculator, or no tool if there is an environment."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the model's chat template, such as `{enable_thinking: false}`. They apply to every prompt
     and every turn."""
@@ -336,8 +125,8 @@ class RolloutConfig(Model):
     partial_rollouts: bool = True
     """A retried sample keeps the tokens that it has. Otherwise it starts again from the prompt."""
     max_staleness: Annotated[int, Field(ge=0)] = 1
-    """Maximum number of versions that a sample may lag behind the weights that train on it. Mode hybrid is on-policy
-    (0) unless it recycles."""
+    """Maximum number of versions by which a sample may be older than the weights that it trains. Mode hybrid is
+    on-policy (0) unless it recycles."""
     over_sampling: Annotated[int, Field(ge=0)] = 0
     """Number of groups started in addition to groups_per_step. The step trains on the groups that finish first."""
     recycle: bool = False
@@ -369,7 +158,7 @@ class JudgeConfig(Model):
     max_new_tokens: PositiveInt = 512
     """Maximum number of tokens in the judge's answer."""
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the grade in the reward: reward = weight x grade + (1 - weight) x rule reward."""
+    """Share of the grade in the reward: reward = weight x grade + (1 - weight) x the reward of `reward`."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often in a row Millrace restarts an engine that died or hangs."""
 
@@ -485,7 +274,7 @@ class PublishConfig(Model):
     bucket_bytes: PositiveInt = 256 * 1024 * 1024
     """Size of one bucket of tensors, in bytes."""
     timeout: PositiveFloat = 120.0
-    """Seconds for the whole update of one engine."""
+    """Seconds for the whole publish, on all engines together."""
     require_finite: bool = True
     """Refuse to publish weights that contain NaN or infinite values."""
 
@@ -536,6 +325,11 @@ class RunConfig(Model):
     """The engines that generate."""
     data: DataConfig
     """The training problems."""
+    reward: RewardConfigs | None = None
+    """The functions whose weighted sum is the reward: one, or a list. None is the rule for GSM8K's answers,
+    `millrace.rollout.reward:gsm8k`."""
+    environment: EnvironmentConfig | None = None
+    """A class that plays with the model and gives the reward, in place of tools and `reward`."""
     rollout: RolloutConfig
     """How rollouts are sampled."""
     warmup: WarmupConfig | None = None
@@ -554,7 +348,7 @@ class RunConfig(Model):
     """An external router between the requests and the engines: a section, or just the kind, as in `router: sglang`.
     None sends requests straight to the engines."""
     judges: JudgeConfig | None = None
-    """A model that grades the answers. None uses only the rule reward."""
+    """A model that grades the answers. None uses only the functions of `reward`."""
     metrics: MetricsConfig | None = None
     """Metrics for Prometheus and `millrace status`. None is off."""
 
@@ -575,6 +369,17 @@ class RunConfig(Model):
                     "rollout.recycle keeps the samples that over-sampling leaves unfinished; it needs "
                     "rollout.over_sampling, rollout.partial_rollouts and a rollout.max_staleness of at least 1"
                 )
+        if self.environment is not None:
+            check_environment(
+                {
+                    "reward": self.reward,
+                    "rollout.tools": rollout.tools,
+                    "judges": self.judges,
+                    "warmup": self.warmup,
+                    "data.prompt": getattr(self.data, "prompt", None),
+                    "evaluation.data.prompt": getattr(self.evaluation.data, "prompt", None),
+                }
+            )
         if self.judges is not None and self.judges.mode == "colocated":
             if self.mode != "hybrid":
                 raise ValueError(

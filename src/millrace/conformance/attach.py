@@ -40,7 +40,9 @@ BY_HAND: Mapping[Kind, str] = {
 
 
 async def find_kind(url: str) -> Kind:
-    """Return the kind of engine at `url`, by the server's routes. Raises LaunchError if no engine answers there."""
+    """Return the kind of engine at `url`, by the server's routes.
+
+    Raises LaunchError if no engine answers there, or the server refuses the key."""
     server = HttpClient(urlsplit(url).netloc or url, url, api_key=os.environ.get(API_KEY))
     try:
         paths = await _routes(server)
@@ -49,7 +51,8 @@ async def find_kind(url: str) -> Kind:
                 return kind
         info = await server.control("GET", "/server_info", deadline=ASK_DEADLINE, repeatable=True)
     except EngineError as error:
-        raise LaunchError(f"no engine answers at {url}: {error}{about_keys(error)}") from error
+        keys = about_keys(error)
+        raise LaunchError(f"{'the key is refused' if keys else 'no engine answers'} at {url}: {error}{keys}") from error
     finally:
         await server.close()
     if not (isinstance(info, Mapping) and "capabilities" in info):

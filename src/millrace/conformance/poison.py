@@ -57,6 +57,15 @@ REFUSED: Mapping[str, Maker] = {
     "a top_p above 1": _sampling(temperature=1.0, top_p=1.5),
     "a top_k of 0": _sampling(temperature=1.0, top_k=0),
     "a min_p above 1": _sampling(temperature=1.0, min_p=1.5),
+    "a huge bias": _sampling(logit_bias={1: 1e300}),
+    "a bias for a token beyond the vocabulary": lambda info, request: replace(
+        request, sampling=replace(request.sampling, logit_bias={info.vocab_size: 1.0})
+    ),
+    "no repetition penalty at all": _sampling(repetition_penalty=0.0),
+    "a huge presence penalty": _sampling(presence_penalty=1e300),
+    "an empty stop text": _sampling(stop=("",)),
+    "fewer tokens than the least": _sampling(min_new_tokens=100),
+    "more continued tokens than tokens": lambda _info, request: replace(request, continued_tokens=1000),
     "extra with a text beside the tokens": _extra(text="both"),
     "extra with embeddings beside the tokens": _extra(input_embeds=[[0.0]]),
     "extra with other tokens": _extra(input_ids=[1]),
@@ -83,6 +92,4 @@ SURVIVED: Mapping[str, Maker] = {
     "more top logprobs than tokens": lambda info, request: replace(
         request, extra={"top_logprobs_num": info.vocab_size + 1}
     ),
-    "a huge bias": _sampling_extra(logit_bias={"1": 1e300}),
-    "no repetition penalty at all": _sampling_extra(repetition_penalty=0.0),
 }

@@ -13,6 +13,7 @@ from millrace.conformance.checks import (
     lora,
     pausing,
     refusing,
+    sampling,
     sleeping,
     streaming,
     updating,
@@ -23,6 +24,7 @@ from millrace.errors import ConfigError
 CHECKS: Sequence[Check] = (
     *identity.CHECKS,
     *generating.CHECKS,
+    *sampling.CHECKS,
     *streaming.CHECKS,
     *refusing.CHECKS,
     *aborting.CHECKS,

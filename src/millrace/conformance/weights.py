@@ -14,6 +14,7 @@ from millrace.types import Capability, DiskBucket
 from millrace.weights.cast import cast, dtypes_of
 from millrace.weights.folder import FolderTensors
 from millrace.weights.publisher import Publish
+from millrace.weights.source import source_of
 from millrace.weights.transports.base import PublishTarget, TransportContext
 from millrace.weights.transports.registry import CLASSES, create, needs
 
@@ -136,7 +137,7 @@ async def send(kind: Capability, subject: Subject, tensors: "Mapping[str, torch.
     try:
         publish = Publish(
             [PublishTarget(subject.engine, subject.info)],
-            cast(tensors.items(), await asyncio.to_thread(dtypes_of, subject.info, folder(subject))),
+            cast(source_of(tensors.items()), await asyncio.to_thread(dtypes_of, subject.info, folder(subject))),
             version,
             transport,
             bucket_bytes=min(size // 3 + 1, LARGEST_BUCKET),

@@ -1,8 +1,8 @@
 """The engine port: the calls that Millrace makes on any inference server.
 
 An adapter implements these calls with one engine's HTTP API. It raises EngineRefused instead of sending a call that
-would crash the server or silently corrupt its output. A server that does not track its own state, such as stock SGLang
-or vLLM, needs an adapter that does: that adapter must then be the only one that controls the server.
+would crash the server or silently corrupt its output. Stock SGLang and vLLM do not check calls against their state, so
+their adapters track the state. Nothing else may then control the server.
 """
 
 from abc import ABC, abstractmethod
@@ -46,6 +46,9 @@ class Engine(ABC):
 
     name: str
     url: str
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} at {self.url}>"
 
     @abstractmethod
     async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
@@ -108,7 +111,7 @@ class Engine(ABC):
     async def check_tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> None:  # noqa: B027
         """Check, before an update, the names and shapes of all tensors that it will bring.
 
-        An engine that can roll back an update need not check.
+        An engine that can roll back an update may check later, during the update.
 
         Raises:
             EngineRefused: they are not the names and shapes of the model's tensors, or some are missing.

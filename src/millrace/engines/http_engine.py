@@ -5,7 +5,7 @@ import time
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class HttpEngine(Engine):
         self.api_key, self.admin_key = api_key, admin_key
         self._model_path = model_path
         self._http = HttpClient(name, url, api_key=api_key, admin_key=admin_key)
+        self._attached = False  # whether another process started the server
+        self._left_at: int | None = None  # the version that an attached server had after the last call that changed it
 
     async def initialize(self, version: int | None = None) -> None:
         """Prepare the server. Must be the first call.
@@ -66,6 +68,23 @@ class HttpEngine(Engine):
     @abstractmethod
     async def abort_by_router(self, request_id: str) -> None:
         """Abort a request that a router may have sent to this server. An unknown request has no effect."""
+
+    async def _remember_version(self) -> None:
+        """Note that another process started the server, and which version it reports."""
+        self._left_at = (await self.info()).weight_version
+        self._attached = True
+
+    async def _require_only_owner(self) -> None:
+        """Raises EngineRefused if another process has published to an attached server since this one did."""
+        if not self._attached:  # only this process has the control key
+            return
+        reported = (await self.info()).weight_version
+        if reported != self._left_at:
+            raise EngineRefused(
+                self.name,
+                f"another process publishes to it too: it reports weight version {reported}, and this process left it "
+                f"at {self._left_at}; let one process own the engine, and the others follow its fleet (Fleet.share)",
+            )
 
     async def _ask(self, path: str, *, deadline: float = CONTROL_DEADLINE) -> Any:
         return await self._http.control("GET", path, deadline=deadline, repeatable=True)
@@ -103,16 +122,24 @@ class HttpEngine(Engine):
         """
         made = self._decode(path, decode)
         finite = np.isfinite(made.logprobs)
-        if finite.all():
-            return made
-        place = int(np.argmin(finite))
-        version = next((s.version for s in made.version_spans if s.start <= place < s.end), None)
+        if not finite.all():
+            place = int(np.argmin(finite))
+            version = next((s.version for s in made.version_spans if s.start <= place < s.end), None)
+            self._blame_weights(version, f"token {place} of request {made.request_id}", made.logprobs[place])
+        if made.prompt_logprobs is not None and not (finite := np.isfinite(made.prompt_logprobs[1:])).all():
+            place = int(np.argmin(finite)) + 1
+            version = made.version_spans[0].version if made.version_spans else None
+            token = f"token {place} of the prompt of request {made.request_id}"
+            self._blame_weights(version, token, made.prompt_logprobs[place])
+        return made
+
+    def _blame_weights(self, version: int | None, token: str, logprob: float) -> NoReturn:
+        """Raise NonFiniteLogprobs."""
         weights = "the initial weights" if version is None else f"the weights of version {version}"
         raise NonFiniteLogprobs(
             self.name,
-            f"{weights} gave token {place} of request {made.request_id} the logprob {made.logprobs[place]}. The engine "
-            "is healthy: check the weights. They contain NaN or infinite values, or activations overflow in the "
-            "engine's dtype",
+            f"{weights} gave {token} the logprob {logprob}. The engine is healthy: check the weights. They contain NaN "
+            "or infinite values, or activations overflow in the engine's dtype",
         )
 
     def _decode(self, path: str, decode: Callable[[], T]) -> T:

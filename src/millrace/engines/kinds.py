@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from millrace.config.models import EngineConfig
+from millrace.config.engines import EngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.engines.embedded.launch import launch as launch_embedded
 from millrace.engines.http_engine import HttpEngine

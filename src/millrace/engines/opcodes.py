@@ -47,4 +47,4 @@ def encode(value: object) -> bytes:
             return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
         case Call(function, arguments):
             return encode(function) + encode(arguments) + b"R"
-    raise TypeError(f"a payload can't hold a {type(value).__name__}")
+    raise TypeError(f"a payload can't hold a value of type {type(value).__name__}")

@@ -1,11 +1,13 @@
-"""Reach an engine that another process of the same run started."""
+"""Reach an engine that another process started."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from millrace.engines.http_engine import HttpEngine
 from millrace.engines.kinds import ENGINE_KINDS
-from millrace.engines.start import Replica
+from millrace.engines.start import Replica, initialized
+from millrace.errors import EngineRefused
+from millrace.launch.process import Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +35,32 @@ async def reach(address: Address) -> Replica:
 
     Raises EngineError if it does not answer.
     """
-    engine = ENGINE_KINDS[address.kind].client(
+    engine = _client(address)
+    try:
+        return Replica(engine, await engine.info(), None)
+    except BaseException:
+        await engine.close()
+        raise
+
+
+async def take_over(address: Address, process: Server, kv_events: str | None, held: int | None) -> Replica:
+    """Take over the control of an engine whose owner has ended. `held`: the version that it holds, by its record.
+
+    Raises EngineError if it does not answer, or serves another model.
+    """
+    engine = _client(address)
+    replica = await initialized(engine, None, process)
+    if replica.info.model_path != address.model_path:
+        await engine.close()
+        raise EngineRefused(engine.name, f"it serves {replica.info.model_path} and not {address.model_path}")
+    return replace(replica, kv_events=kv_events, found=True, held=held)
+
+
+def _client(address: Address) -> HttpEngine:
+    return ENGINE_KINDS[address.kind].client(
         address.name,
         address.url,
         api_key=address.api_key,
         admin_key=address.admin_key,
         model_path=Path(address.model_path),
     )
-    try:
-        return Replica(engine, await engine.info(), None)
-    except BaseException:
-        await engine.close()
-        raise

@@ -17,6 +17,8 @@ from millrace.types import (
     VersionSpan,
 )
 
+PROMPT_LOGPROBS = "input_token_logprobs"
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 PAUSE_MODES = {PauseMode.ABORT: "abort", PauseMode.RETRACT: "retract", PauseMode.KEEP: "in_place"}
 
 # Fields of an answer that are decoded. The others (routed experts, hidden states, ...) are passed through as `extra`.
@@ -45,9 +47,19 @@ def encode_generate(request: GenerateRequest, *, stream: bool = False) -> dict[s
     }
     if sampling.seed is not None:
         params["sampling_seed"] = sampling.seed
+    if sampling.stop:
+        params |= {"stop": sampling.stop, "skip_special_tokens": False}
+    if sampling.min_new_tokens:
+        params["min_new_tokens"] = sampling.min_new_tokens
+    if sampling.penalizes:
+        params |= {name: getattr(sampling, name) for name in PENALTIES}
+    if sampling.logit_bias:
+        params["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     further: Any = request.extra.get("sampling_params", {})
+    scored = {"logprob_start_len": 0} if request.prompt_logprobs else {}
     return {
         **request.extra,
+        **scored,
         "rid": wire_id(request.request_id),
         "input_ids": request.input_ids,
         "sampling_params": {**further, **params},
@@ -78,6 +90,11 @@ def decode_generate(request: GenerateRequest, body: Mapping[str, Any]) -> Genera
     if len(logprobs) != len(output_ids):
         raise ValueError(f"{len(output_ids)} tokens came with {len(logprobs)} logprobs")
     finish = meta["finish_reason"]
+    dropped = DECODED | {PROMPT_LOGPROBS} if request.prompt_logprobs else DECODED
+    scored = meta.get(PROMPT_LOGPROBS) if request.prompt_logprobs else None  # a request aborted in the queue has none
+    prompt_logprobs = np.array([entry[0] for entry in scored], dtype=np.float32) if scored else None
+    if prompt_logprobs is not None and len(prompt_logprobs) != len(request.input_ids):
+        raise ValueError(f"{len(request.input_ids)} tokens of the prompt came with {len(prompt_logprobs)} logprobs")
     return Generation(
         request_id=request.request_id,
         output_ids=output_ids,
@@ -86,7 +103,9 @@ def decode_generate(request: GenerateRequest, body: Mapping[str, Any]) -> Genera
         version_spans=decode_version_spans(meta, len(output_ids)),
         prompt_tokens=meta.get("prompt_tokens", len(request.input_ids)),
         cached_tokens=meta.get("cached_tokens", 0),
-        extra={key: value for key, value in meta.items() if key not in DECODED},
+        extra={key: value for key, value in meta.items() if key not in dropped},
+        text=body["text"] if finish and request.sampling.stop else None,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

@@ -24,9 +24,9 @@ class LaunchSpec:
     prefix: str | None = None
     api_key: str | None = field(default=None, repr=False)
 
-    def name(self, kind: str) -> str:
-        """Return the replica's name."""
-        return f"{self.prefix or kind}-{self.replica}"
+    def name(self, kind: str, replica: int | None = None) -> str:
+        """Return the name of this replica, or of another one."""
+        return f"{self.prefix or kind}-{self.replica if replica is None else replica}"
 
 
 @dataclass(frozen=True, slots=True)

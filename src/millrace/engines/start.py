@@ -3,12 +3,11 @@
 import os
 from dataclasses import dataclass, replace
 
-from millrace.config.models import EmbeddedEngineConfig, EngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig
 from millrace.engines.base import Engine
 from millrace.engines.http_engine import HttpEngine
 from millrace.engines.kinds import ENGINE_KINDS, launch
 from millrace.engines.spec import LaunchSpec
-from millrace.engines.stock.interpreter import StockConfig
 from millrace.engines.stock.kv_events import require_packages
 from millrace.errors import ConfigError, EngineError, EngineRefused, LaunchError
 from millrace.launch.process import Server
@@ -18,18 +17,24 @@ from millrace.types import EngineInfo
 API_KEY, ADMIN_KEY = "MILLRACE_ENGINE_API_KEY", "MILLRACE_ENGINE_ADMIN_API_KEY"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Replica:
     """An engine that answers.
 
-    process: None if this process did not start the server. kv_events: the endpoint at which the server publishes the
-    contents of its KV cache.
+    process: None if the server is attached to. kv_events: the endpoint at which the server publishes the contents of
+    its KV cache. found: the server ran before: it is attached to, or taken over from an earlier owner. held: the
+    version that it held then, by the earlier owner's record.
     """
 
     engine: Engine
     info: EngineInfo
     process: Server | None
     kv_events: str | None = None
+    found: bool = False
+    held: int | None = None
+
+    def __repr__(self) -> str:
+        return f"<Replica {self.engine.name} at {self.engine.url}>"
 
     async def end(self) -> None:
         """Close the connections, and end the process that was started here."""
@@ -43,11 +48,10 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
 
     Raises what `millrace.engines.kinds.launch` raises, and LaunchError if the server can't be attached to.
     """
-    if not isinstance(config, EmbeddedEngineConfig):
-        if config.urls is not None:
-            return await _attach(config, config.urls[spec.replica], spec)
-        if config.kv_events:
-            require_packages()
+    if config.urls is not None:
+        return await _attach(config, config.urls[spec.replica], spec)
+    if not isinstance(config, EmbeddedEngineConfig) and config.kv_events:
+        require_packages()
     launched = await launch(config, spec)
     try:
         if launched.url is None:
@@ -63,14 +67,14 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
             admin_key=launched.admin_key,
             model_path=spec.model_path,
         )
-        replica = await _initialized(engine, spec.version, launched.process)
+        replica = await initialized(engine, spec.version, launched.process)
         return replace(replica, kv_events=launched.kv_events)
     except BaseException:
         await launched.process.end()
         raise
 
 
-async def _attach(config: StockConfig, url: str, spec: LaunchSpec) -> Replica:
+async def _attach(config: EngineConfig, url: str, spec: LaunchSpec) -> Replica:
     engine = ENGINE_KINDS[config.kind].client(
         spec.name(config.kind),
         url,
@@ -79,7 +83,7 @@ async def _attach(config: StockConfig, url: str, spec: LaunchSpec) -> Replica:
         model_path=spec.model_path,
     )
     try:
-        replica = await _initialized(engine, None, None)
+        replica = replace(await initialized(engine, None, None), found=True)
     except EngineError as error:
         raise LaunchError(f"can't attach to {url}: {error}{about_keys(error)}") from error
     if config.dtype not in ("auto", replica.info.dtype):
@@ -98,7 +102,8 @@ def about_keys(error: EngineError) -> str:
     return f"; its keys are read from {API_KEY} and {ADMIN_KEY}" if wanted else ""
 
 
-async def _initialized(engine: HttpEngine, version: int | None, process: Server | None) -> Replica:
+async def initialized(engine: HttpEngine, version: int | None, process: Server | None) -> Replica:
+    """Prepare a server, and return its replica. `version`: as for `HttpEngine.initialize`."""
     try:
         await engine.initialize(version)
         return Replica(engine, await engine.info(), process)

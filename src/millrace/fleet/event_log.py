@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from millrace.errors import DataError, EngineRefused, EngineTimeout, LocalError, NoEngineError
+from millrace.fleet.labels import Label
 from millrace.fleet.replica_state import Phase, ReplicaState
 from millrace.fleet.routing import Why
 from millrace.jsonl import drop_torn_tail
@@ -62,7 +63,7 @@ def outcome_of(error: BaseException) -> Outcome:
             return Outcome.UNSERVED
         case LocalError():
             return Outcome.LOCAL
-        case asyncio.CancelledError():
+        case asyncio.CancelledError() | GeneratorExit():  # its task was cancelled, or its stream closed
             return Outcome.ABORTED
     return Outcome.FAILED
 
@@ -116,7 +117,9 @@ class Metrics:
     published_bytes: int = 0  # each version counts once, for any number of engines
     legs: dict[tuple[str, str], Spans] = field(default_factory=dict)  # steps of a publish
     routed: Counter[Why] = field(default_factory=Counter)  # requests, by the reason for the choice of their engine
-    retries: Counter[bool] = field(default_factory=Counter)  # of samples, by whether their tokens were kept
+    retries: Counter[bool] = field(
+        default_factory=Counter
+    )  # of requests and samples, by whether their tokens were kept
     unwritten: int = 0  # events that could not be written to the file
     newest: int | None = None  # weight version
 
@@ -232,14 +235,14 @@ class EventLog:
         self._ended(asked, Outcome.ABORTED if aborted else Outcome.FINISHED, time.monotonic() - started, None)
 
     @contextmanager
-    def publishing(self, version: int, *, lora: bool = False) -> Iterator[Publishing]:
+    def publishing(self, version: int, label: Label | None = None, *, lora: bool = False) -> Iterator[Publishing]:
         """Return a context for the publish of one version, and record its outcome."""
         publishing = Publishing()
         what = "adapter" if lora else "weights"
         try:
             yield publishing
         except BaseException as error:
-            self.emit("publish_failed", version=version, what=what, reason=reason_of(error))
+            self.emit("publish_failed", version=version, label=label, what=what, reason=reason_of(error))
             raise
         if publishing.report is not None:
             self._published(publishing.report, what)
@@ -260,7 +263,7 @@ class EventLog:
         self.metrics.routed[why] += 1
 
     def retried(self, engine: str | None, *, attempt: int, continued: bool) -> None:
-        """Record that a sample is tried again after `engine` failed. `continued`: its tokens were kept."""
+        """Record that a request or a sample is tried again after `engine` failed. `continued`: its tokens were kept."""
         self.metrics.retries[continued] += 1
         self.emit("retry", engine, attempt=attempt, continued=continued)
 
@@ -308,6 +311,7 @@ class EventLog:
         self.emit(
             "publish",
             version=report.version,
+            label=report.label,
             what=what,
             nbytes=report.nbytes,
             seconds=round(report.seconds, 4),

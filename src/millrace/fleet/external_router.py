@@ -156,16 +156,18 @@ class ExternalRouter:
         return await generate_in_parts(request, call, goes_on=lambda: interrupted)
 
     def _may_take(self, request: GenerateRequest) -> bool:
-        """Return whether the request may go through the router. Requests with a LoRA adapter may not.
+        """Return whether the request may go through the router. Requests with a LoRA adapter may not, nor those whose
+        stop texts or penalties count continued tokens, since a router may drop the number of these.
 
         Raises EngineRefused if the router would drop a field of the request.
         """
-        if "lora_path" in request.extra:
+        sampling = request.sampling
+        if "lora_path" in request.extra or (request.continued_tokens and (sampling.stop or sampling.penalizes)):
             return False
         if lost := self.router.dropped(request):
             raise EngineRefused(
                 self.router.name,
-                f"request {request.request_id}: the router would drop extra.{min(lost)} silently; leave it out, or run "
+                f"request {request.request_id}: the router would drop {min(lost)} silently; leave it out, or run "
                 "without a router",
             )
         return not any(state.lora for state in self._replicas.snapshot.routable.values())

@@ -3,7 +3,13 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,14 +18,17 @@ from millrace import arguments
 from millrace.engines.start import Replica
 from millrace.errors import ArgumentError, EnginesLost, NoEngineError, PublishError
 from millrace.fleet.client import FleetClient
-from millrace.fleet.event_log import EventLog
+from millrace.fleet.event_log import EventLog, Publishing
 from millrace.fleet.external_router import ExternalRouter
+from millrace.fleet.kept import KeptEngines
 from millrace.fleet.kv_feed import KVEventFeeds
+from millrace.fleet.labels import Label, label_value, version_number
 from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE, Lifecycle
-from millrace.fleet.replica_state import Attested, Phase, ReplicaState, Slept, Woke
+from millrace.fleet.origin import Origin
+from millrace.fleet.owner import SharedFleet, serve_followers
+from millrace.fleet.replica_state import Phase, ReplicaState, Slept, Woke
 from millrace.fleet.replicas import OwnedReplicaSet, ReplicaSet
-from millrace.fleet.republish import Tensors
-from millrace.fleet.versions import Origin, Versions
+from millrace.fleet.versions import Versions
 from millrace.types import (
     ALL_MEMORY,
     Capability,
@@ -31,6 +40,7 @@ from millrace.types import (
 )
 from millrace.weights.cast import Dtypes, dtypes_of, folder_checksums_as
 from millrace.weights.report import PublishReport
+from millrace.weights.source import Tensors, source_of, weight_source
 from millrace.weights.transports.base import PublishTarget, Transport
 
 logger = logging.getLogger(__name__)
@@ -63,11 +73,16 @@ class Fleet(FleetClient):
         seed: int = 0,
         *,
         frozen: bool = False,
+        kept: KeptEngines | None = None,
     ) -> None:
         event_log = event_log if event_log is not None else EventLog()
         super().__init__(OwnedReplicaSet(replicas, event_log, _Observer(self)), event_log, seed)
         self._feeds = KVEventFeeds(self._router)
         self._versions = Versions(transport, store, self.replicas.apply, frozen=frozen)
+        self._kept = kept
+        for known, label in kept.labels.items() if kept is not None else ():
+            self.replicas.labels.put(known, label)
+        self._newest_before = 0  # the newest version that an earlier owner of these engines published, as far as known
         self.external_router: ExternalRouter | None = None
         self._lifecycle = Lifecycle(self.replicas, self._versions, start, restarts)
 
@@ -84,6 +99,7 @@ class Fleet(FleetClient):
         seed: int = 0,
         *,
         frozen: bool = False,
+        kept: KeptEngines | None = None,
         router: "Callable[[ReplicaSet, EventLog], AbstractAsyncContextManager[ExternalRouter]] | None" = None,
     ) -> "AsyncIterator[Fleet]":
         """Open a fleet of these replicas. When the context ends, the replicas, the transport and the store are closed.
@@ -97,9 +113,10 @@ class Fleet(FleetClient):
             event_log: The event log, which the caller closes. By default events are only counted.
             seed: Decides between equal engines when requests are routed.
             frozen: Refuse every publish.
+            kept: Records the engines, which outlive this process.
             router: Opens an external router in front of the engines.
         """
-        fleet = cls(replicas, transport, store, start, restarts, event_log, seed, frozen=frozen)
+        fleet = cls(replicas, transport, store, start, restarts, event_log, seed, frozen=frozen, kept=kept)
         fleet._lifecycle.begin()
         try:
             if router is None:
@@ -117,8 +134,9 @@ class Fleet(FleetClient):
     async def publish(
         self,
         tensors: "Tensors | Callable[[], Tensors]",
-        version: int,
+        version: int | None = None,
         *,
+        label: Label | None = None,
         bucket_bytes: int = BUCKET_BYTES,
         deadline: float = 120.0,
         require_finite: bool = True,
@@ -126,7 +144,7 @@ class Fleet(FleetClient):
         """Publish a version of the weights to every usable engine, and return a report.
 
         Every engine that took the version serves it when this method returns, unless it sleeps. An engine that did not
-        take it is quarantined, and named in the report.
+        take it leaves rotation, and is named in the report.
 
         `tensors` is read lazily, in a thread. Its values are checked before anything is sent; those of an iterator are
         checked while they are sent. If versions are stored (`folder` of `open_fleet`), `tensors` is read a second time
@@ -134,16 +152,18 @@ class Fleet(FleetClient):
         waits until that is done.
 
         `tensors` may also be a function that returns them. The fleet calls it again, in any thread, if a restarted or
-        added engine needs this version and the store does not have it. This ends with the next publish, or when the
-        weights sleep. Sampled checksums compare the tensors with the published ones. If they differ, or the function
-        raises WeightsChanged, the engine serves after the next publish.
+        added engine needs this version and the store does not have it. It drops the function at the next publish, and
+        when the weights sleep. Sampled checksums compare the tensors with the published ones. If they differ, or the
+        function raises WeightsChanged, the engine serves after the next publish.
 
         While every engine is being restarted, this method waits, however long that takes. If all engines die during
         the publish, it starts again when one is back, unless `tensors` is an iterator.
 
         Args:
             tensors: Pairs of name and tensor with all weights of the model, or a function that returns them.
-            version: The number of the version, above that of the last one.
+            version: The number of the version, above that of the last one. By default it is the next number, also
+                above those that attached engines reported at first and that are stored. `version` of the report has it.
+            label: The trainer's own name for the version, such as its step. `labels` finds it by the version.
             bucket_bytes: The size of the buckets in which tensors are sent, in bytes.
             deadline: Seconds for the engines to take the version.
             require_finite: Refuse NaN and infinite values.
@@ -152,46 +172,50 @@ class Fleet(FleetClient):
             PublishError: A value is NaN or infinite, the tensors are not the model's, no engine took the version,
                 another publish is under way, or `version` is not above the last one.
             NoEngineError: No engine is left.
+            ArgumentError: `label` is neither text nor an integer.
 
-        After an error the engines still serve the old version. SGLang and vLLM can't undo an update that has begun: an
-        engine of theirs whose update had begun serves again after the next publish.
+        After an error the engines still serve the old version. SGLang and vLLM can't undo an update after its first
+        bucket: such an engine serves again after the next publish.
 
         Example:
 
-            report = await fleet.publish(lambda: list(model.named_parameters()), version=step)
+            report = await fleet.publish(lambda: list(model.named_parameters()), label=step)
             for name, error in report.failed.items():
-                print(f"{name} did not take version {step}: {error}")
+                print(f"{name} did not take version {report.version}: {error}")
         """
         self._require_open(deadline)
-        version = _version(version)
+        wanted, label = version_number(version), label_value(label)
+        source = weight_source(tensors)
         while True:
             await self.replicas.recovered()
             await self.replicas.until(lambda: self.snapshot.usable, deadline)
-            left_out = self._left_out()
+            left_out, number = self._left_out(), self._number(wanted)
             try:
-                with self._interrupting(), self.event_log.publishing(version) as publishing:
-                    report = publishing.report = await self._versions.publish_whole(
-                        tensors,
-                        version,
+                with self._interrupting(), self._publishing(number, label) as publishing:
+                    report = await self._versions.publish_whole(
+                        source,
+                        number,
                         self._targets,
                         bucket_bytes=bucket_bytes,
                         deadline=deadline,
                         require_finite=require_finite,
                     )
-                return replace(report, left_out=left_out)
+                    report = publishing.report = replace(report, label=label, left_out=left_out)
+                return report
             except EnginesLost as error:
                 for lost in error.errors:  # they are restarted only after their failure is recorded
                     await self.replicas.suspect(lost.engine, lost)
-                if isinstance(tensors, Iterator) or not self.replicas.coming:
+                if source.once or not self.replicas.coming:
                     raise
                 logger.warning("%s; the version is published again when an engine is back", error)
 
     async def publish_lora(
         self,
         tensors: "Iterable[tuple[str, torch.Tensor]]",
-        version: int,
+        version: int | None = None,
         *,
         config: LoraConfig,
+        label: Label | None = None,
         deadline: float = 60.0,
         require_finite: bool = True,
     ) -> PublishReport:
@@ -208,8 +232,10 @@ class Fleet(FleetClient):
         Args:
             tensors: Pairs of name and tensor, named as PEFT does: `base_model.model.MODULE.lora_A.weight` and
                 `lora_B.weight`.
-            version: The number of the version, above that of the last one.
+            version: The number of the version, above that of the last one. By default it is the next number, and
+                `version` of the report has it.
             config: The adapter's rank, alpha and target modules.
+            label: The trainer's own name for the version, such as its step. `labels` finds it by the version.
             deadline: Seconds for the engines to load the adapter.
             require_finite: Refuse NaN and infinite values.
 
@@ -218,30 +244,54 @@ class Fleet(FleetClient):
                 infinite, another publish is under way, or `version` is not above the last one. The engines still serve
                 the last version.
             NoEngineError: No engine is left.
-            ArgumentError: `config` is not a LoraConfig.
+            ArgumentError: `config` is not a LoraConfig, or `label` is neither text nor an integer.
 
         Example:
 
             config = LoraConfig(rank=16, alpha=32.0, target_modules=("q_proj", "v_proj"))
             adapter = peft.get_peft_model_state_dict(model)
-            await fleet.publish_lora(adapter.items(), version=step, config=config)
+            await fleet.publish_lora(adapter.items(), config=config, label=step)
         """
         self._require_open(deadline)
-        version = _version(version)
+        number, label = self._number(version_number(version)), label_value(label)
         if not isinstance(config, LoraConfig):
             raise ArgumentError(f"config must be a LoraConfig, and is {arguments.shown(config)}")
+        source = source_of(tensors)
         left_out = self._left_out()
-        with self.event_log.publishing(version, lora=True) as publishing:
-            report = publishing.report = await self._versions.publish_lora(
-                tensors,
-                version,
+        with self._publishing(number, label, lora=True) as publishing:
+            report = await self._versions.publish_lora(
+                source,
+                number,
                 self._targets,
                 lambda: {state.name: state.base for state in self.snapshot.replicas},
                 config=config,
                 deadline=deadline,
                 require_finite=require_finite,
             )
-        return replace(report, left_out=left_out)
+            report = publishing.report = replace(report, label=label, left_out=left_out)
+        return report
+
+    def _number(self, wanted: int | None) -> int:
+        """Return the number of the version that is published next."""
+        if wanted is not None:
+            return wanted
+        return max(self._newest_before, 0 if self.version is None else self.version) + 1
+
+    @contextmanager
+    def _publishing(self, version: int, label: Label | None, *, lora: bool = False) -> Iterator[Publishing]:
+        """Return a context for the publish of one version. The version has its label before an engine serves it."""
+        with self.event_log.publishing(version, label, lora=lora) as publishing:
+            self._versions.require_next(version)
+            self.replicas.labels.put(version, label)
+            if self._kept is not None:
+                self._kept.publishing(version)
+            try:
+                yield publishing
+            finally:
+                if self.version != version:
+                    self.replicas.labels.put(version, None)
+                if self._kept is not None:
+                    self._kept.published(self.snapshot.replicas, self.labels)
 
     def _left_out(self) -> tuple[str, ...]:
         return tuple(state.describe() for state in self.snapshot.replicas if not state.usable)
@@ -343,6 +393,39 @@ class Fleet(FleetClient):
         for state in self.snapshot.replicas:
             await self.replicas.apply(state.name, Woke(what))
 
+    @asynccontextmanager
+    async def share(self, host: str = "127.0.0.1", port: int = 0, key: str | None = None) -> AsyncIterator[SharedFleet]:
+        """Let other processes follow this fleet while the context is open (docs/sharing.md).
+
+        Each of them opens `millrace.follow_fleet` with the URL and the key, and sends its own requests to the engines.
+        This process owns the fleet: it alone publishes, and puts engines to sleep.
+
+        Args:
+            host: The address to answer at. By default only processes on this host can follow. The key and the engines'
+                keys are sent without encryption, so pass an address of a network that you trust.
+            port: The port to answer at; 0 for any free port. With a fixed port and key, followers find the next owner.
+            key: The key that followers need. By default a new one.
+
+        Yields:
+            The URL and the key. The URL of 0.0.0.0 is that for this host.
+
+        Raises:
+            ConfigError: The address or the port can't be used.
+            ArgumentError: An argument has the wrong type.
+
+        Example:
+
+            async with fleet.share() as shared:
+                start_worker(shared.url, shared.key)
+        """
+        self._require_open()
+        async with serve_followers(self, host, port, key) as shared:
+            yield shared
+
+    @property
+    def version(self) -> int | None:
+        return self._versions.last
+
     @property
     def dtypes(self) -> Dtypes | None:
         """The dtypes of the engines' weights. Published tensors are cast to them. None before `attest`. `leading`
@@ -392,12 +475,12 @@ class Fleet(FleetClient):
             )
 
     async def attest(self, checksums: Mapping[str, str], version: int, folder: Path) -> None:
-        """Take the engines into rotation that have loaded these weights from `folder` themselves.
+        """Take the engines into rotation that loaded these weights from `folder` when they started.
 
         `checksums` are those of the folder's tensors. They are converted to the engines' dtypes, and compared with
         those that the engines report. A tensor that an engine makes while loading (fused or tied) has no counterpart:
         it is logged, and not compared. An engine that reports no checksums is trusted if it was started here from this
-        folder.
+        folder. An attached engine with other weights is compared with the last stored version.
 
         Raises NoEngineError if no engine is left.
         """
@@ -406,8 +489,10 @@ class Fleet(FleetClient):
         if any(Capability.CHECKSUMS in info.capabilities for info in infos):
             checksums = await asyncio.to_thread(folder_checksums_as, dtypes, folder, checksums)
         origin = Origin(checksums, version, folder, dtypes)
-        await self.replicas.each(lambda replica: self._versions.compare(replica, origin, Attested(version)))
         self._versions.begin_with(origin)
+        await self.replicas.each(lambda replica: self._versions.recognize(replica, origin))
+        reported = [info.weight_version for info in infos if info.weight_version is not None]
+        self._newest_before = max([*reported, *self._versions.stored], default=0)
 
     async def _generate(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
         self._require_published()
@@ -443,6 +528,8 @@ class _Observer:
         if not after.routable or after.version != before.version:
             self._fleet._router.forget(after.name)
         self._fleet._lifecycle.changed(after)
+        if self._fleet._kept is not None:
+            self._fleet._kept.changed(after)
 
     def watching(self, replica: Replica) -> AbstractAsyncContextManager[None]:
         return self._fleet._feeds.listening(replica.engine.name, replica.kv_events)
@@ -450,11 +537,3 @@ class _Observer:
     def is_idle(self, name: str) -> bool:
         router = self._fleet.external_router
         return not (self._fleet._outstanding[name] or (router is not None and router.uses(name)))
-
-
-def _version(version: object) -> int:
-    """Return the version as an int. Raises PublishError if it is not an integer."""
-    try:
-        return arguments.whole("version", version)
-    except ArgumentError:
-        raise PublishError(f"version must be an integer, and is {version!r}") from None

@@ -5,8 +5,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import replace
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,25 +14,23 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from millrace import arguments
-from millrace.config.models import (
-    EmbeddedEngineConfig,
-    EngineConfig,
-    SGLangEngineConfig,
-    TransportName,
-    VLLMEngineConfig,
-)
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.explain import explain
+from millrace.config.models import TransportName
 from millrace.config.routers import RouterConfig, SGLangRouterConfig, VLLMRouterConfig, check_router
 from millrace.engines.spec import LaunchSpec
-from millrace.engines.start import API_KEY, Replica, start
-from millrace.errors import ConfigError, LaunchError, PublishError
+from millrace.engines.start import API_KEY, Replica
+from millrace.errors import ConfigError, PublishError
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.external_router import ExternalRouter
 from millrace.fleet.fleet import Fleet
+from millrace.fleet.kept import KeptEngines
 from millrace.fleet.replicas import ReplicaSet
-from millrace.fleet.starting import start_all
+from millrace.fleet.starting import Starter
 from millrace.http.hosts import require_known
 from millrace.http.local import raise_file_limit
 from millrace.imports import needs_extra
+from millrace.launch.claims import claimed_servers
 from millrace.launch.ports import is_here
 from millrace.routers.start import start_router
 from millrace.weights.cast import require_one_dtype
@@ -68,6 +65,8 @@ async def open_fleet(
     frozen: bool = False,
     prefix: str | None = None,
     router: RouterConfig | None = None,
+    keep_running: str | Path | None = None,
+    orphan_seconds: float = 600.0,
 ) -> AsyncIterator[Fleet]:
     """Start the engines of a config, or attach to those at its `urls`, and return them as one fleet.
 
@@ -93,10 +92,15 @@ async def open_fleet(
         frozen: Refuse every publish, as for a judge (docs/judges.md).
         prefix: The engines are named PREFIX-0, PREFIX-1 and so on. The default is the kind of the engine.
         router: An external router in front of the engines (docs/routers.md).
+        keep_running: A folder for the record of the engines. If this process dies, they run on, and the next
+            `open_fleet` with this folder takes them over (docs/sharing.md). By default they end with this process.
+        orphan_seconds: How long they run without an owner, in seconds.
 
     Raises:
-        LaunchError: An engine or the router does not start. The other engines are ended.
-        DataError: `model_path` is not the folder of a model, or `folder` is not a version store.
+        LaunchError: An engine or the router does not start. The other engines are ended. Or another process on this
+            host owns the engines, those at `urls` or in `keep_running`.
+        DataError: `model_path` is not the folder of a model, `folder` is not a version store, or `keep_running` has
+            no readable record.
         PublishError: The engines can't take weights by this transport, or compute in different dtypes.
         ConfigError: The config is invalid, or a package that it needs is not installed.
         ArgumentError: Another argument has the wrong type.
@@ -104,13 +108,14 @@ async def open_fleet(
     Example:
 
         async with open_fleet({"kind": "sglang", "replicas": 2}, "models/Qwen3-0.6B", log_dir="logs") as fleet:
-            await fleet.publish(lambda: list(model.named_parameters()), version=1)
+            await fleet.publish(lambda: list(model.named_parameters()), label=step)
             generation = await fleet.generate(request, deadline=60.0)
     """
     engine, router = engine_config(config), router_config(router)
     model, logs = arguments.path("model_path", model_path), arguments.path("log_dir", log_dir)
     version, seed = arguments.whole("version", version), arguments.whole("seed", seed)
     keep, restarts = arguments.whole("keep", keep), arguments.whole("restarts", restarts)
+    orphan_seconds = arguments.real("orphan_seconds", orphan_seconds)
     sidecars = arguments.texts("sidecars", sidecars)
     place = None if folder is None else arguments.location("folder", folder)
     if transport not in get_args(TransportName):
@@ -120,8 +125,9 @@ async def open_fleet(
             check_router(router, engine.kind)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    if not isinstance(engine, EmbeddedEngineConfig):
-        await require_known("engine.urls", engine.urls or ())
+    if keep_running is not None and isinstance(router, VLLMRouterConfig):
+        raise ConfigError("keep_running does not work with vllm-router, whose engines get a new key at each start")
+    await require_known("engine.urls", engine.urls or ())
     if router is not None and router.url is not None:
         await require_known("router.url", [router.url])
     await require_known("publish.sidecars", sidecars)
@@ -141,23 +147,36 @@ async def open_fleet(
 
     spec = LaunchSpec(model_path=model, log_dir=logs, version=version, seed=seed, prefix=prefix, api_key=key)
 
-    async def start_one(replica: int) -> Replica:
-        require_place(engine, replica)
-        return await start(engine, replace(spec, replica=replica))
-
-    starts = {f"{prefix or engine.kind}-{replica}": start_one(replica) for replica in range(engine.replicas)}
-    started = await start_all(starts, logs)
-    try:
-        if not frozen:
-            require_one_dtype(started)
-        chosen = None if frozen else transport_for(transport, started, store, sidecars)
-    except BaseException:
-        await asyncio.gather(*(one.end() for one in started))
-        raise
-    before = None if router is None else partial(_before, router, key, logs)
-    async with Fleet.open(
-        started, chosen, store, start_one, restarts, event_log, seed, frozen=frozen, router=before
-    ) as fleet:
+    async with AsyncExitStack() as owned:
+        owned.enter_context(claimed_servers(() if frozen else engine.urls or ()))
+        kept = None
+        if keep_running is not None:
+            record = arguments.path("keep_running", keep_running)
+            kept = owned.enter_context(KeptEngines.open(record, orphan_seconds, engine, model))
+        starter = Starter(engine, spec, kept)
+        started = await starter.start_all()
+        try:
+            if not frozen:
+                require_one_dtype(started)
+            chosen = None if frozen else transport_for(transport, started, store, sidecars)
+        except BaseException:
+            await asyncio.gather(*(one.end() for one in started))
+            raise
+        before = None if router is None else partial(_before, router, key, logs)
+        fleet = await owned.enter_async_context(
+            Fleet.open(
+                started,
+                chosen,
+                store,
+                starter.start,
+                restarts,
+                event_log,
+                seed,
+                frozen=frozen,
+                kept=kept,
+                router=before,
+            )
+        )
         await fleet.attest(checksums, version, model)
         if frozen:  # an engine that was not started here may hold other weights, and no publish replaces them
             await fleet.restore(deadline=engine.start_timeout)
@@ -168,9 +187,7 @@ def engine_config(config: object) -> EngineConfig:
     """Return the config of the engines, which may be a mapping. Raises ConfigError if it is invalid."""
     if isinstance(config, EmbeddedEngineConfig | SGLangEngineConfig | VLLMEngineConfig):
         return config
-    engine: EngineConfig = _validated(
-        "config", TypeAdapter(EngineConfig), config, "EmbeddedEngineConfig(kind='embedded')"
-    )
+    engine: EngineConfig = _validated("config", EngineConfig, config, "EmbeddedEngineConfig(kind='embedded')")
     return engine
 
 
@@ -178,19 +195,19 @@ def router_config(router: object) -> RouterConfig | None:
     """Return the config of the router, which may be a mapping or a name. Raises ConfigError if it is invalid."""
     if router is None or isinstance(router, SGLangRouterConfig | VLLMRouterConfig):
         return router
-    found: RouterConfig = _validated("router", TypeAdapter(RouterConfig), router, "'sglang' or 'vllm'")
+    found: RouterConfig = _validated("router", RouterConfig, router, "'sglang' or 'vllm'")
     return found
 
 
-def _validated(name: str, adapter: "TypeAdapter[Any]", value: object, example: str) -> Any:
+def _validated(name: str, kinds: Any, value: object, example: str) -> Any:
+    """Return `value` as one of the settings models in the union `kinds`. Raises ConfigError, which calls it `name`."""
     if not isinstance(value, str | Mapping):
         raise ConfigError(f"{name} must be a config such as {example}, and is {arguments.shown(value)}")
     try:
-        return adapter.validate_python(value)
+        return TypeAdapter(kinds).validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, (name, *first["loc"])))
-        raise ConfigError(f"{where}: {first['msg']}; an example of {name} is {example}") from None
+        _, message = explain(error.errors()[0], kinds, (name,))
+        raise ConfigError(f"{message} (an example of {name} is {example})") from None
 
 
 def agreeing_on_memory(environment: Mapping[str, str]) -> Mapping[str, str]:
@@ -201,14 +218,6 @@ def agreeing_on_memory(environment: Mapping[str, str]) -> Mapping[str, str]:
     process.
     """
     return {} if CUMEM in environment else {CUMEM: "-2"}
-
-
-def require_place(config: EngineConfig, replica: int) -> None:
-    """Raises LaunchError if the config lists URLs or ports, and none for this replica."""
-    named = {"urls": None if isinstance(config, EmbeddedEngineConfig) else config.urls, "ports": config.ports}
-    for setting, places in named.items():
-        if places is not None and replica >= len(places):
-            raise LaunchError(f"engine.{setting} lists {len(places)} engines, and none for one more")
 
 
 def _before(
@@ -232,8 +241,7 @@ def _shared_key(config: EngineConfig, router: SGLangRouterConfig | VLLMRouterCon
     """Return the API key of all engines, for a router that can't use one key for each. None for other routers."""
     if not isinstance(router, VLLMRouterConfig):
         return None
-    attached = not isinstance(config, EmbeddedEngineConfig) and config.urls is not None
-    return os.environ.get(API_KEY) if attached else secrets.token_urlsafe(24)
+    return os.environ.get(API_KEY) if config.urls is not None else secrets.token_urlsafe(24)
 
 
 def transport_for(

@@ -6,17 +6,29 @@ import logging
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.engines.base import PUBLISHED_LORA, Engine
-from millrace.errors import EngineError, EngineFailed, EngineTimeout, EngineUnreachable, PublishError
+from millrace.errors import (
+    EngineError,
+    EngineFailed,
+    EngineRefused,
+    EngineTimeout,
+    EngineUnreachable,
+    LocalError,
+    PublishError,
+)
+from millrace.fleet.replica_state import Attested, Based, Event, Quarantined
 from millrace.launch.ports import is_here
+from millrace.model_folder import has_weights, stored_tensors
 from millrace.types import Capability, LoraConfig
-from millrace.weights.lora import WrittenLora, lora_folder, sweep, write_lora
+from millrace.weights.lora import WrittenLora, check_lora, check_values, lora_folder, sweep, write_lora
+from millrace.weights.report import EngineReport
+from millrace.weights.source import WeightSource
 from millrace.weights.transports.base import PublishTarget
 
 if TYPE_CHECKING:
@@ -55,11 +67,12 @@ class Legs:
 class PublishedLoras:
     """The adapters that a fleet has published.
 
-    `folder`: a folder that the engines' hosts can read. Without it, all engines must be on this host.
+    `folder`: a folder that the engines' hosts can read. Without it, all engines must be on this host. `apply` is called
+    with the event when the adapter of an engine changes.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, apply: Callable[[str, Event], Awaitable[None]]) -> None:
+        self._folder, self._apply = folder, apply
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._loaded: dict[str, dict[str, Loaded]] = {}  # by the engine's name and the adapter's
         self._coming: Path | None = None  # being written or loaded
@@ -113,6 +126,58 @@ class PublishedLoras:
             loaded.users.remove(request_id)
             if not loaded.users:
                 loaded.idle.set()
+
+    async def lay_over(
+        self,
+        targets: Sequence[PublishTarget],
+        lora: WrittenLora,
+        base: int | None,
+        bases: Mapping[str, int | None],
+        ends: float,
+    ) -> list[EngineReport]:
+        """Load an adapter on these engines, over the whole version `base`, and report on each engine.
+
+        bases: the whole version that each engine holds, by the engine's name.
+        ends: the deadline, as a value of time.monotonic.
+
+        Engines that load it serve it. The others leave rotation. If no engine loads it, PublishError is raised, and the
+        engines stay as they were.
+        """
+        reports: dict[str, EngineReport] = {}
+
+        async def one(target: PublishTarget) -> None:
+            name = target.engine.name
+            try:
+                if base is None or bases[name] != base:
+                    raise EngineRefused(
+                        name,
+                        "it does not hold the whole version that the adapter is for; publish a whole version first",
+                    )
+                legs = await self.load(target, lora, ends)
+            except EngineError as error:
+                reports[name] = EngineReport(name, error, False, 0.0, 0.0, 0.0, 0.0, 0.0)
+                return
+            reports[name] = EngineReport(name, None, False, legs.room, legs.load, legs.attest, 0.0, 0.0)
+            self.current = lora
+            await self._apply(name, Attested(lora.version, lora.name))
+            self.retire(name, keep=lora.name)
+
+        async with asyncio.TaskGroup() as group:
+            for target in targets:
+                group.create_task(one(target))
+        failed = {name: report.error for name, report in reports.items() if report.error is not None}
+        if len(failed) == len(targets):
+            reasons = "; ".join(map(str, failed.values()))
+            raise PublishError(f"no engine took the adapter of version {lora.version}: {reasons}")
+        for name, error in failed.items():
+            logger.error("version %d: %s is out of rotation: %s", lora.version, name, error)
+            held = bases[name]
+            if not isinstance(error, EngineRefused | LocalError):
+                await self._apply(name, Quarantined(str(error)))
+            elif held is not None:
+                await self._apply(name, Based(held))
+                self.retire(name, keep=None)
+        return [reports[target.engine.name] for target in targets]
 
     async def load(self, target: PublishTarget, lora: WrittenLora, ends: float) -> Legs:
         """Load an adapter on an engine, beside the current one, and compare its checksums if the engine reports them.
@@ -215,3 +280,25 @@ class PublishedLoras:
         if place is not None:
             needed: set[Path | None] = {one.lora.path for held in self._loaded.values() for one in held.values()}
             sweep(place, needed | {self._coming, self.current.path if self.current is not None else None})
+
+
+def read_lora(
+    source: WeightSource, config: LoraConfig, targets: Sequence[PublishTarget], folder: Path
+) -> "dict[str, torch.Tensor]":
+    """Return an adapter's tensors, by name. `folder`: the model's, which may not exist on this host.
+
+    Raises PublishError if the engines take no adapters, or if the tensors are no adapter of the model.
+    """
+    if lacking := [target.engine.name for target in targets if not target.can(Capability.LORA)]:
+        raise PublishError(
+            f"{', '.join(lacking)} can't take adapters; SGLang and vLLM need engine_args: {{enable_lora: true}}"
+        )
+    named = list(source)
+    tensors = dict(named)
+    if len(tensors) < len(named):
+        raise PublishError("the trainer named a tensor twice")
+    known = stored_tensors(folder) if has_weights(folder) else None
+    base = {name: tensor.shape for name, tensor in known.items()} if known is not None else None
+    check_lora({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, base)
+    check_values(tensors)
+    return tensors

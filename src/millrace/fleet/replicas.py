@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Protocol
@@ -10,6 +11,7 @@ from typing import Protocol
 from millrace.engines.start import Replica
 from millrace.errors import EngineError, LocalError, NoEngineError
 from millrace.fleet.event_log import EventLog
+from millrace.fleet.labels import Labels
 from millrace.fleet.replica_state import Answered, CallFailed, Died, Event, Quarantined, ReplicaState, Snapshot, after
 from millrace.types import Health, MemoryTag
 
@@ -23,7 +25,7 @@ class ReplicaSet(ABC):
 
     All of it belongs to one event loop. `by_name`: the replicas by their names. `changed` is notified of every new
     snapshot. `coming`: the names of the replicas that are being started again. `asleep`: the memory that the fleet was
-    asked to release. `closed`: whether the fleet's context has ended.
+    asked to release. `labels`: the labels of the published versions. `closed`: whether the fleet's context has ended.
     """
 
     def __init__(self, snapshot: Snapshot, replicas: Mapping[str, Replica]) -> None:
@@ -32,7 +34,18 @@ class ReplicaSet(ABC):
         self.changed = asyncio.Condition()
         self.coming: set[str] = set()
         self.asleep: frozenset[MemoryTag] = frozenset()
+        self.labels = Labels()
         self.closed = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.counts()}>"
+
+    def counts(self) -> str:
+        """Return the number of engines in each phase in words, such as `3 engines: 2 ready, 1 dead`."""
+        phases = Counter(state.phase.value for state in self.snapshot.replicas)
+        number = phases.total()
+        counted = ", ".join(f"{count} {phase}" for phase, count in phases.items())
+        return f"{number} engine{'' if number == 1 else 's'}{': ' if counted else ''}{counted}"
 
     @abstractmethod
     async def suspect(self, name: str, error: EngineError) -> None:

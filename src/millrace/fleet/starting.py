@@ -4,13 +4,61 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from millrace.engines.start import Replica
+from millrace.config.engines import EngineConfig
+from millrace.engines.spec import LaunchSpec
+from millrace.engines.start import Replica, start
+from millrace.errors import LaunchError
+from millrace.fleet.kept import KeptEngines
 
 LOG_SECONDS = 5.0  # between messages about the engines that are not up
 
 logger = logging.getLogger(__name__)
+
+
+class Starter:
+    """Starts the engines of a fleet, or attaches to them. `kept`: records them, and knows those that an earlier owner
+    left."""
+
+    def __init__(self, config: EngineConfig, spec: LaunchSpec, kept: KeptEngines | None) -> None:
+        self._config, self._spec, self._kept = config, spec, kept
+
+    async def start_all(self) -> Sequence[Replica]:
+        """Start `config.replicas` engines, or take over those that an earlier owner left. Others of its are ended."""
+        names = {self._spec.name(self._config.kind, number): number for number in range(self._config.replicas)}
+        starts = {name: self._find_or_start(name, number) for name, number in names.items()}
+        started = await start_all(starts, self._spec.log_dir)
+        if self._kept is not None:
+            await self._kept.end_others()
+        return started
+
+    async def start(self, number: int) -> Replica:
+        """Start the engine of this number.
+
+        Raises what `millrace.engines.start.start` raises, and LaunchError if the config has no place for it.
+        """
+        require_place(self._config, number)
+        started = await start(self._config, replace(self._spec, replica=number))
+        if self._kept is not None:
+            try:
+                await self._kept.keep(started)
+            except BaseException:
+                await started.end()
+                raise
+        return started
+
+    async def _find_or_start(self, name: str, number: int) -> Replica:
+        found = None if self._kept is None else await self._kept.take_over(name)
+        return await self.start(number) if found is None else found
+
+
+def require_place(config: EngineConfig, replica: int) -> None:
+    """Raises LaunchError if the config lists URLs or ports, and none for this replica."""
+    for setting, places in {"urls": config.urls, "ports": config.ports}.items():
+        if places is not None and replica >= len(places):
+            raise LaunchError(f"engine.{setting} lists {len(places)} engines, and none for one more")
 
 
 async def start_all(starts: Mapping[str, Coroutine[object, object, Replica]], log_dir: Path) -> Sequence[Replica]:

@@ -3,37 +3,28 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.engines.start import Replica
-from millrace.errors import (
-    DataError,
-    EngineError,
-    EngineFailed,
-    EngineRefused,
-    LocalError,
-    MillraceError,
-    PublishError,
-    WeightsChanged,
-)
-from millrace.fleet.lora import PublishedLoras
+from millrace.errors import DataError, EngineError, EngineFailed, PublishError
+from millrace.fleet.lora import PublishedLoras, read_lora
+from millrace.fleet.origin import Origin
 from millrace.fleet.replica_state import Attested, Based, Event, Quarantined, WeightsLost, verdict
-from millrace.fleet.republish import Republishable, Tensors, republishable, require_pairs
+from millrace.fleet.republish import Republishable
 from millrace.imports import needs_extra
-from millrace.model_folder import has_weights, stored_tensors
 from millrace.types import Capability, LoraConfig
 from millrace.weights.cast import Dtypes, cast, dtypes_of
 from millrace.weights.fingerprint import Fingerprint
 from millrace.weights.folder import FolderTensors
-from millrace.weights.lora import WrittenLora, check_lora, check_values
 from millrace.weights.plan import buckets
 from millrace.weights.publisher import Outcome, Publish
-from millrace.weights.report import EngineReport, PublishReport
+from millrace.weights.report import PublishReport
+from millrace.weights.source import WeightSource, source_of
 from millrace.weights.transports.base import PublishTarget, Transport
 from millrace.weights.transports.folder import FolderTransport
 
@@ -46,16 +37,6 @@ if TYPE_CHECKING:
 STORE_DEADLINE = 120.0  # seconds for the store to make a version durable
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """The weights with which the engines start: those in `folder`, and their checksums in the engines' `dtypes`."""
-
-    checksums: Mapping[str, str]
-    version: int
-    folder: Path
-    dtypes: Dtypes
 
 
 class Versions:
@@ -77,15 +58,11 @@ class Versions:
         self.changing = asyncio.Lock()  # locked while the weights or memory of engines change
         self._securing: asyncio.Task[None] | None = None  # makes the last version durable in the store
         self._publishing = False
-        self._first_held: dict[
-            str, Mapping[str, str]
-        ] = {}  # checksums of a frozen fleet's engines, in their own layouts
         self._origin: Origin | None = None
         self._trained: Trained | None = None  # read when the first version is published
-        self._last: int | None = None  # the last version, whole or an adapter
         self._base: int | None = None  # the last whole version
         self._republishable: Republishable | None = None  # the trainer's current weights
-        self.loras = PublishedLoras(store.folder if store is not None else None)
+        self.loras = PublishedLoras(store.folder if store is not None else None, apply)
 
     async def close(self) -> None:
         """Wait for the background work, and close the transport and the store."""
@@ -105,9 +82,19 @@ class Versions:
         return self._base is not None and (self._origin is None or self._base != self._origin.version)
 
     @property
+    def last(self) -> int | None:
+        """The last version, whole or an adapter."""
+        return self.loras.current.version if self.loras.current is not None else self._base
+
+    @property
     def publishing(self) -> bool:
         """Whether a version is being published."""
         return self._publishing
+
+    @property
+    def stored(self) -> Sequence[int]:
+        """The stored versions."""
+        return self.store.versions if self.store is not None else ()
 
     @property
     def dtypes(self) -> Dtypes | None:
@@ -116,11 +103,42 @@ class Versions:
 
     def begin_with(self, origin: Origin) -> None:
         """Set the weights with which the engines start."""
-        self._origin, self._last, self._base = origin, origin.version, origin.version
+        self._origin, self._base = origin, origin.version
+
+    async def recognize(self, replica: Replica, origin: Origin) -> None:
+        """Take an engine into rotation that holds the weights of the model's folder.
+
+        An engine that ran before does, too, if it holds the version that its owner's record says, or the last stored
+        one. Otherwise it serves after the next publish. Raises EngineFailed if an engine that was started here holds
+        other weights.
+        """
+        name, reported, store = replica.engine.name, replica.info.weight_version, self.store
+        if not replica.found:
+            await self.compare(replica, origin, Attested(origin.version))
+            return
+        knows = Capability.CHECKSUMS in replica.info.capabilities
+        known = reported is not None and reported == replica.held
+        if knows and not known and store is not None and reported is not None:
+            known = store.is_last(reported, await replica.engine.checksums())
+        if known and reported is not None:
+            self._base = max(reported, self._base or 0)
+            await self._apply(name, Attested(reported))
+            return
+        if not knows:
+            logger.info("%s serves after the next publish: it can't say which weights it holds", name)
+            return
+        reason = f"it reports version {reported}, and the model's folder has version {origin.version}"
+        if reported in (None, origin.version):
+            try:
+                await self.compare(replica, origin, Attested(origin.version))
+                return
+            except EngineFailed as error:
+                reason = str(error)
+        logger.warning("%s serves after the next publish: %s", name, reason)
 
     async def publish_whole(
         self,
-        given: "Tensors | Callable[[], Tensors]",
+        given: WeightSource,
         version: int,
         targets: Callable[[], Sequence[PublishTarget]],
         *,
@@ -129,11 +147,10 @@ class Versions:
         require_finite: bool,
     ) -> PublishReport:
         """See `Fleet.publish`. `targets` returns the engines, and raises if there are none."""
-        self._require_next(version)
-        again = republishable(given, version)
-        tensors = again.tensors() if again is not None else require_pairs(given)
+        self.require_next(version)
+        source = given.opened()
         transport = self._require_transport()
-        if self.store is not None and isinstance(tensors, Iterator):
+        if self.store is not None and source.once:
             raise PublishError(
                 "versions are stored (publish.folder), which needs the tensors twice, and an iterator can be read only "
                 "once; publish list(model.named_parameters())"
@@ -144,18 +161,19 @@ class Versions:
             unstored = await self.secured(deadline)
             if self.store is not None:
                 await asyncio.to_thread(self.store.discard)  # an unfinished version of a failed publish
-            tensors = await asyncio.to_thread(self._as_checkpoint, tensors, engines, require_finite)
+            source = await asyncio.to_thread(self._as_checkpoint, source, engines, require_finite)
+            again = Republishable(given, version) if given.function is not None else None
             fingerprint = again.fingerprint if again is not None else None
             report = await self._bring(
-                transport, engines, tensors, Attested(version), bucket_bytes, deadline, fingerprint
+                transport, engines, source, Attested(version), bucket_bytes, deadline, fingerprint
             )
             self._republishable = again
-            unstored = await self._keep(version, tensors, bucket_bytes) or unstored
+            unstored = await self._keep(version, source, bucket_bytes) or unstored
         return replace(report, unstored=unstored)
 
     async def publish_lora(
         self,
-        tensors: "Iterable[tuple[str, torch.Tensor]]",
+        source: WeightSource,
         version: int,
         targets: Callable[[], Sequence[PublishTarget]],
         bases: Callable[[], Mapping[str, int | None]],
@@ -165,14 +183,13 @@ class Versions:
         require_finite: bool,
     ) -> PublishReport:
         """See `Fleet.publish_lora`. `bases` returns the whole version that each engine holds."""
-        self._require_next(version)
-        require_pairs(tensors)
+        self.require_next(version)
         engines, started = targets(), time.monotonic()
         async with self._alone():
-            named = await asyncio.to_thread(self._checked, tensors, config, engines, require_finite)
+            named = await asyncio.to_thread(self._checked, source, config, engines, require_finite)
             async with self.loras.written(engines, version, named, config) as lora:
                 staged = time.monotonic() - started
-                reports = await self._lay_over(engines, lora, bases(), started + deadline)
+                reports = await self.loras.lay_over(engines, lora, self._base, bases(), started + deadline)
         return PublishReport(version, lora.nbytes, time.monotonic() - started, staged, tuple(reports))
 
     @asynccontextmanager
@@ -205,12 +222,12 @@ class Versions:
                 await self._apply(name, verdict(error))
                 raise
         elif self.transport is not None and self.store is not None and base in self.store.versions:
-            tensors = self.store.tensors(base)
-            await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline)
+            source = source_of(self.store.tensors(base))
+            await self._bring(self.transport, [target], source, brought, bucket_bytes, deadline)
         elif not await self._publish_again(target, brought, bucket_bytes, deadline):
             return
         if lora is not None:
-            await self._lay_over([target], lora, {name: base}, ends)
+            await self.loras.lay_over([target], lora, base, {name: base}, ends)
 
     async def _publish_again(
         self, target: PublishTarget, brought: Attested | Based, bucket_bytes: int, deadline: float
@@ -225,23 +242,13 @@ class Versions:
                 version,
             )
             return False
-        try:
-            tensors = await asyncio.to_thread(self._as_checkpoint, again.tensors(), [target], require_finite=False)
-            await self._bring(self.transport, [target], tensors, brought, bucket_bytes, deadline, again.fingerprint)
-        except WeightsChanged as error:
-            logger.warning(
-                "%s serves after the next publish: the trainer no longer has version %d: %s", name, version, error
-            )
-            return False
-        except MillraceError:
-            raise
-        except Exception:  # the trainer's function may raise anything, and no caller would see it
-            logger.exception(
-                "%s serves after the next publish: the trainer's function failed for version %d", name, version
-            )
-            return False
-        logger.warning("version %d was published again, to %s", version, name)
-        return True
+        transport, fingerprint = self.transport, again.fingerprint
+
+        async def bring(source: WeightSource) -> None:
+            source = await asyncio.to_thread(self._as_checkpoint, source, [target], require_finite=False)
+            await self._bring(transport, [target], source, brought, bucket_bytes, deadline, fingerprint)
+
+        return await again.publish(name, bring)
 
     def release(self) -> None:
         """Forget the trainer's function, since the trainer may change its weights from now on."""
@@ -257,25 +264,21 @@ class Versions:
         own = FolderTransport(origin.folder, origin.checksums)
         async with self._alone():
             try:
-                tensors = FolderTensors(origin.folder)
-                report = await self._bring(own, targets, tensors, Based(origin.version), bucket_bytes, deadline)
+                source = source_of(FolderTensors(origin.folder))
+                report = await self._bring(own, targets, source, Based(origin.version), bucket_bytes, deadline)
             except PublishError as error:
                 logger.error("%s", error)
                 for target in targets:
                     await self._apply(target.engine.name, Quarantined(str(error)))
                 return
             sound = [target.engine for target in targets if target.engine.name not in report.failed]
-            await asyncio.gather(*(self._confirm(engine, Attested(origin.version)) for engine in sound))
+            await asyncio.gather(*(self._confirm(engine, origin) for engine in sound))
 
-    async def _confirm(self, engine: Engine, then: Event) -> None:
-        """Take an engine that has read its folder again into rotation.
-
-        If its checksums are those of its own layout, they must be the same as after its start.
-        """
+    async def _confirm(self, engine: Engine, origin: Origin) -> None:
+        """Take an engine that has read its folder again into rotation, unless its weights are others than before."""
+        then: Event = Attested(origin.version)
         try:
-            first = self._first_held.get(engine.name)
-            if first is not None and await engine.checksums() != first:
-                raise EngineFailed(engine.name, "its weights differ from those after its start")
+            await origin.require_unchanged(engine)
         except EngineError as error:
             logger.error("out of rotation: %s", error)
             then = verdict(error)
@@ -286,26 +289,14 @@ class Versions:
 
         Raises EngineFailed if its checksums differ.
         """
-        engine = replica.engine
-        if Capability.CHECKSUMS not in replica.info.capabilities:
-            if replica.process is not None and Path(replica.info.model_path) == origin.folder:
-                if self.frozen and Capability.OWN_CHECKSUMS in replica.info.capabilities:
-                    self._first_held[engine.name] = await engine.checksums()
-                await self._apply(engine.name, then)
-            return
-        held = await engine.checksums()
-        known = held.keys() & origin.checksums.keys()
-        if wrong := sorted(name for name in known if held[name] != origin.checksums[name]):
-            raise EngineFailed(engine.name, f"its weights differ from the model's folder: {', '.join(wrong[:3])}")
-        if unknown := sorted(held.keys() - known):
-            logger.warning("%s: not compared, since the folder has no %s", engine.name, ", ".join(unknown[:3]))
-        await self._apply(engine.name, then)
+        if await origin.holds(replica, remember=self.frozen):
+            await self._apply(replica.engine.name, then)
 
     async def _bring(
         self,
         transport: Transport,
         targets: Sequence[PublishTarget],
-        tensors: "Iterable[tuple[str, torch.Tensor]]",
+        source: WeightSource,
         brought: Attested | Based,
         bucket_bytes: int,
         deadline: float,
@@ -318,7 +309,7 @@ class Versions:
             match outcome:
                 case Outcome.COMMITTED:
                     if isinstance(brought, Attested):
-                        self._last = self._base = version
+                        self._base = version
                         self.loras.current = None
                     self.loras.retire(name, keep=None, at_once=True)
                     await self._apply(name, brought)
@@ -329,7 +320,7 @@ class Versions:
 
         publish = Publish(
             targets,
-            tensors,
+            source,
             version,
             transport,
             bucket_bytes=bucket_bytes,
@@ -342,12 +333,12 @@ class Versions:
             logger.error("version %d: %s is out of rotation: %s", version, name, error)
         return report
 
-    async def _keep(self, version: int, tensors: "Iterable[tuple[str, torch.Tensor]]", bucket_bytes: int) -> str | None:
+    async def _keep(self, version: int, source: WeightSource, bucket_bytes: int) -> str | None:
         """Write the version to the store, and make it durable in the background. Return the reason if that failed."""
         if self.store is None:
             return None
         try:
-            await asyncio.to_thread(self.store.write, version, buckets(tensors, bucket_bytes))
+            await asyncio.to_thread(self.store.write, version, buckets(source, bucket_bytes))
         except PublishError as error:
             logger.error("version %d is not stored: %s", version, error)
             return str(error)
@@ -373,7 +364,9 @@ class Versions:
         self._securing = None  # not earlier, since this wait may be cancelled
         return None
 
-    def _as_checkpoint(self, given: Tensors, engines: Sequence[PublishTarget], require_finite: bool) -> Tensors:
+    def _as_checkpoint(
+        self, given: WeightSource, engines: Sequence[PublishTarget], require_finite: bool
+    ) -> WeightSource:
         """Return the tensors with the checkpoint's names, in the engines' dtypes.
 
         Raises PublishError if the trainer's tensors are not the model's, or not finite.
@@ -385,8 +378,8 @@ class Versions:
             if self._trained is None:
                 self._trained = read_trained(self._model_folder(engines))
             dtypes = self._dtypes_of(engines)
-            tensors = self._trained.tensors(given)
-            return cast(only_finite(given, tensors, dtypes) if require_finite else tensors, dtypes)
+            source = self._trained.tensors(given)
+            return cast(only_finite(source, dtypes) if require_finite else source, dtypes)
         except DataError as error:
             raise PublishError(str(error)) from error
 
@@ -401,78 +394,19 @@ class Versions:
 
     def _checked(
         self,
-        given: "Iterable[tuple[str, torch.Tensor]]",
+        source: WeightSource,
         config: LoraConfig,
         engines: Sequence[PublishTarget],
         require_finite: bool,
     ) -> "dict[str, torch.Tensor]":
-        """Return the adapter's tensors, by name. Raises PublishError if they don't fit the engines' weights."""
-        if lacking := [target.engine.name for target in engines if not target.can(Capability.LORA)]:
-            raise PublishError(
-                f"{', '.join(lacking)} can't take adapters; SGLang and vLLM need engine_args: {{enable_lora: true}}"
-            )
-        named = list(given)
-        tensors = dict(named)
-        if len(tensors) < len(named):
-            raise PublishError("the trainer named a tensor twice")
-        folder = self._model_folder(engines)
-        known = stored_tensors(folder) if has_weights(folder) else None
-        base = {name: tensor.shape for name, tensor in known.items()} if known is not None else None
-        check_lora({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, base)
-        check_values(tensors)
+        """Return the adapter's tensors, by name. Raises PublishError if they don't fit the engines' weights, or are not
+        finite."""
+        tensors = read_lora(source, config, engines, self._model_folder(engines))
         if require_finite:
             from millrace.weights.finite import only_finite  # imports torch
 
-            only_finite(tensors, tensors.items(), self._dtypes_of(engines))
+            only_finite(source_of(tensors.items()), self._dtypes_of(engines))
         return tensors
-
-    async def _lay_over(
-        self,
-        targets: Sequence[PublishTarget],
-        lora: WrittenLora,
-        bases: Mapping[str, int | None],
-        ends: float,
-    ) -> list[EngineReport]:
-        """Load an adapter on these engines, over the whole versions that they hold, and report on each engine.
-
-        Engines that load it serve it. The others leave rotation. If no engine loads it, PublishError is raised, and the
-        engines stay as they were.
-        """
-        reports: dict[str, EngineReport] = {}
-
-        async def one(target: PublishTarget) -> None:
-            name = target.engine.name
-            try:
-                if bases[name] is None or bases[name] != self._base:
-                    raise EngineRefused(
-                        name,
-                        "it does not hold the whole version that the adapter is for; publish a whole version first",
-                    )
-                legs = await self.loras.load(target, lora, ends)
-            except EngineError as error:
-                reports[name] = EngineReport(name, error, False, 0.0, 0.0, 0.0, 0.0, 0.0)
-                return
-            reports[name] = EngineReport(name, None, False, legs.room, legs.load, legs.attest, 0.0, 0.0)
-            self._last, self.loras.current = lora.version, lora
-            await self._apply(name, Attested(lora.version, lora.name))
-            self.loras.retire(name, keep=lora.name)
-
-        async with asyncio.TaskGroup() as group:
-            for target in targets:
-                group.create_task(one(target))
-        failed = {name: report.error for name, report in reports.items() if report.error is not None}
-        if len(failed) == len(targets):
-            reasons = "; ".join(map(str, failed.values()))
-            raise PublishError(f"no engine took the adapter of version {lora.version}: {reasons}")
-        for name, error in failed.items():
-            logger.error("version %d: %s is out of rotation: %s", lora.version, name, error)
-            base = bases[name]
-            if not isinstance(error, EngineRefused | LocalError):
-                await self._apply(name, Quarantined(str(error)))
-            elif base is not None:
-                await self._apply(name, Based(base))
-                self.loras.retire(name, keep=None)
-        return [reports[target.engine.name] for target in targets]
 
     def _require_transport(self) -> Transport:
         """Return the transport. Raises PublishError if there is none, and ConfigError if torch is not installed."""
@@ -487,11 +421,11 @@ class Versions:
             )
         return self.transport
 
-    def _require_next(self, version: int) -> None:
+    def require_next(self, version: int) -> None:
         """Raises PublishError if the version can't be published now."""
         if self.frozen:
             raise PublishError("this fleet is frozen, as a judge's is: nothing can be published to it")
         if self._publishing:
             raise PublishError(f"version {version} can't be published while another version is being published")
-        if self._last is not None and version <= self._last:
-            raise PublishError(f"version {version} is not newer than version {self._last}, which was published before")
+        if self.last is not None and version <= self.last:
+            raise PublishError(f"version {version} is not newer than version {self.last}, which was published before")

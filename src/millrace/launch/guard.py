@@ -3,11 +3,13 @@
     python guard.py GRACE_SECONDS LEFTOVERS COMMAND [ARGUMENT ...]
 
 The launcher holds the other end of the guard's standard input. When that closes (the launcher died, even by SIGKILL),
-or the guard receives SIGTERM, every descendant of COMMAND gets SIGTERM, and SIGKILL after the grace period. The guard
-is a subreaper (prctl(2)): it inherits the orphans of its tree, so no process escapes. COMMAND's temporary files go to a
-folder with a short path, which the guard removes at the end. It also removes shared memory (in /dev/shm) whose name
-matches one of LEFTOVERS, a comma-separated list of patterns. The guard uses only the standard library. Its exit status
-is that of COMMAND, or 128 plus the signal's number.
+or the guard receives SIGTERM, every descendant of COMMAND gets SIGTERM, and SIGKILL after the grace period. If the
+launcher has written a line "CLAIM SECONDS", the guard waits longer: until no process has held the claim of that name
+(`millrace.launch.claims`) for so many seconds. So another process can take the server over. The guard is a subreaper
+(prctl(2)): it inherits the orphans of its tree, so no process escapes. COMMAND's temporary files go to a folder with a
+short path, which the guard removes at the end. It also removes shared memory (in /dev/shm) whose name matches one of
+LEFTOVERS, a comma-separated list of patterns. The guard uses only the standard library. Its exit status is that of
+COMMAND, or 128 plus the signal's number.
 """
 
 import ctypes
@@ -15,6 +17,7 @@ import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -107,16 +110,46 @@ def sweep(patterns: list[str], since: float) -> None:
             continue  # another guard has removed it
 
 
+class Kept:
+    """The time after the launcher's death. `line`: what the launcher wrote, the name of a claim and seconds."""
+
+    def __init__(self, line: bytes) -> None:
+        claim, seconds = line.split()
+        self.claim, self.seconds, self.owned_at = b"\0" + claim, float(seconds), time.monotonic()
+
+    def expired(self) -> bool:
+        """Return whether no process has held the claim for `seconds`."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(self.claim)
+            except BlockingIOError:
+                self.owned_at = time.monotonic()  # the owner does not accept connections, and its queue is full
+            except OSError:
+                return time.monotonic() - self.owned_at > self.seconds
+            else:
+                self.owned_at = time.monotonic()
+        return False
+
+
 def wait(child: int, lifeline: int, wakeup: int, parent: int) -> int | None:
     """Wait for the child and return its wait status. Returns None if the guard should end the child."""
+    kept, orphaned = None, False
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid == child:
             return status
-        ready, _, _ = select.select([lifeline, wakeup], [], [], POLL_SECONDS)
+        ready, _, _ = select.select([wakeup] if orphaned else [wakeup, lifeline], [], [], POLL_SECONDS)
         if wakeup in ready and signal.SIGTERM in os.read(wakeup, 64):
             return None
-        if os.getppid() != parent or (lifeline in ready and os.read(lifeline, 64) == b""):
+        if not orphaned:
+            line = os.read(lifeline, 512) if lifeline in ready else None
+            if line:
+                kept = Kept(line)
+            orphaned = line == b"" or os.getppid() != parent
+            if orphaned and kept is not None:
+                kept.owned_at = time.monotonic()
+        if orphaned and (kept is None or kept.expired()):
             return None
 
 

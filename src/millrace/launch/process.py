@@ -27,6 +27,16 @@ def open_private(path: Path) -> BinaryIO:
     return open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600))
 
 
+def tail_of(log_path: Path, start: int = 0) -> str:
+    """Return the last lines of a log from byte `start` on, below a line with its path."""
+    with log_path.open("rb") as log:
+        log.seek(max(start, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    if not lines:
+        return f"it wrote nothing to {log_path}"
+    return "\n".join([f"last lines of {log_path}:", *(f"  {line}" for line in lines)])
+
+
 class Server(Protocol):
     """A server that Millrace started: one process (`ServerProcess`) or several (`millrace.launch.nodes.Nodes`)."""
 
@@ -82,10 +92,12 @@ class ServerProcess:
         await process.end()
     """
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log_path: Path) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log_path: Path, log_start: int) -> None:
         self.name = name
         self.log_path = log_path
+        self._log_start = log_start  # where this process's output begins, in bytes; earlier starts wrote before it
         self._process = process
+        self._kept = False  # whether the server outlives this process
 
     @classmethod
     async def start(
@@ -107,6 +119,7 @@ class ServerProcess:
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
             with open_private(log_path) as log:
+                log_start = log.seek(0, os.SEEK_END)
                 process = await asyncio.create_subprocess_exec(
                     *guarded(command, grace=GRACE_SECONDS, leftovers=leftovers),
                     stdin=asyncio.subprocess.PIPE,  # the lifeline: it closes when this process dies
@@ -117,7 +130,7 @@ class ServerProcess:
                 )
         except OSError as error:
             raise LaunchError(f"{name} could not be started: {lacking(error) or error}") from error
-        return cls(name, process, log_path)
+        return cls(name, process, log_path, log_start)
 
     @property
     def running(self) -> bool:
@@ -131,6 +144,21 @@ class ServerProcess:
         """
         await until_healthy(self, healthy, deadline=deadline)
 
+    @property
+    def pid(self) -> int:
+        """The id of the guard's process."""
+        return self._process.pid
+
+    async def keep(self, claim: str, seconds: float) -> None:
+        """Let the server run on if this process dies, without `end`.
+
+        The guard ends it when no process has held this claim (`millrace.launch.claims`) for so many seconds.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{claim} {seconds}\n".encode())
+        await self._process.stdin.drain()
+        self._kept = True
+
     async def wait(self) -> None:
         """Wait until the server has ended, by itself or by `end`."""
         await self._process.wait()
@@ -142,6 +170,8 @@ class ServerProcess:
         """
         assert self._process.stdin is not None
         self._process.stdin.close()
+        if self._kept and self.running:
+            self._process.terminate()
         try:
             async with asyncio.timeout(END_DEADLINE):
                 await self._process.wait()
@@ -162,8 +192,5 @@ class ServerProcess:
         return f"{self.name} ended with status {code}"
 
     def log_tail(self) -> str:
-        """Return the last lines of the server's log, below a line with its path."""
-        with self.log_path.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return "\n".join([f"last lines of {self.log_path}:", *(f"  {line}" for line in lines)])
+        """Return the last lines that this process wrote to its log, below a line with the log's path."""
+        return tail_of(self.log_path, self._log_start)

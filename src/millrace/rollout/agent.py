@@ -1,15 +1,23 @@
-"""One episode: the model's turns and the tool answers, until the model makes no tool call or a limit is reached."""
+"""One episode: the model's turns and what answers them, until the answer is the end or a limit is reached."""
 
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from millrace.errors import DataError, MillraceError
 from millrace.rollout.chat import ChatFormat
-from millrace.rollout.sample import Episode, EpisodeEnd
-from millrace.rollout.tools import Tool, ToolAnswer, answer_tool_call, parse_tool_calls
+from millrace.rollout.sample import Episode, EpisodeEnd, Message
+from millrace.rollout.tools import (
+    BadToolCall,
+    Tool,
+    ToolAnswer,
+    ToolCall,
+    answer_tool_call,
+    parse_tool_calls,
+    without_tool_calls,
+)
 from millrace.types import FinishReason, Float32Array, GenerateRequest, Generation, SamplingParams, VersionSpan
 
 Generate = Callable[[GenerateRequest], Awaitable[Generation]]
@@ -28,14 +36,13 @@ class EpisodeLimits:
     """The limits of one episode.
 
     max_turns: turns of the model. max_turn_tokens: output tokens of one turn. max_sample_tokens: tokens of the whole
-    conversation. context_length: of the engine, in tokens. tool_timeout: seconds for each tool call.
+    conversation. context_length: of the engine, in tokens.
     """
 
     max_turns: int
     max_turn_tokens: int
     max_sample_tokens: int
     context_length: int
-    tool_timeout: float = 30.0
 
     @property
     def total(self) -> int:
@@ -45,6 +52,23 @@ class EpisodeLimits:
     def end_when_full(self) -> EpisodeEnd:
         """Return the end of an episode that reaches `total`: which of the two limits is the lower one."""
         return EpisodeEnd.CONTEXT_FULL if self.context_length < self.max_sample_tokens else EpisodeEnd.TOKEN_LIMIT
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A turn of the model: its text without the reasoning, and the tool calls in it.
+
+    last: whether it is the last turn that the limits allow. cut: whether a limit on its tokens cut it off.
+    """
+
+    text: str
+    calls: tuple[ToolCall | BadToolCall, ...]
+    last: bool
+    cut: bool
+
+
+# What follows a turn: the messages to append, or the end of the episode.
+Respond = Callable[[Turn], Awaitable[Sequence[Message] | EpisodeEnd]]
 
 
 async def run_episode(
@@ -58,15 +82,57 @@ async def run_episode(
     sampling: SamplingParams,
     on_tool_answer: Callable[[ToolAnswer], None],
 ) -> Episode:
+    """Run one conversation of a model with its tools and return it.
+
+    tools: the tools that the prompts of `chat` describe, by name; without any, the first turn is the answer.
+    on_tool_answer: called with the answer to each tool call. The other arguments and the errors are those of
+    `converse`.
+    """
+
+    async def respond(turn: Turn) -> Sequence[Message] | EpisodeEnd:
+        if not turn.calls:
+            return EpisodeEnd.ANSWERED
+        if turn.last:
+            return EpisodeEnd.TURN_LIMIT
+        answers = [await answer_tool_call(call, tools) for call in turn.calls]
+        for answer in answers:
+            on_tool_answer(answer)
+        return [answer.message for answer in answers]
+
+    return await converse(
+        sample_id,
+        prompt_ids,
+        respond,
+        generate=generate,
+        chat=chat,
+        calls_tools=bool(tools),
+        takes_cut_turns=False,
+        limits=limits,
+        sampling=sampling,
+    )
+
+
+async def converse(
+    sample_id: str,
+    prompt_ids: tuple[int, ...],
+    respond: Respond,
+    *,
+    generate: Generate,
+    chat: ChatFormat,
+    calls_tools: bool,
+    takes_cut_turns: bool,
+    limits: EpisodeLimits,
+    sampling: SamplingParams,
+) -> Episode:
     """Run one conversation and return it.
 
-    sample_id: prefix of the request ids, `<sample_id>/<turn>`, with turns from 0. prompt_ids: [T] token ids. generate:
-    sends one request. tools: the tools that the prompts of `chat` describe, by name; without any, the first turn is the
-    answer. sampling: each turn gets its own `max_new_tokens`, stop tokens and, if there is a seed, seed.
-    on_tool_answer: called with the answer to each tool call.
+    sample_id: prefix of the request ids, `<sample_id>/<turn>`, with turns from 0. prompt_ids: [T] token ids. respond:
+    called with each turn of the model. takes_cut_turns: whether it is also called with turns that a limit cuts off;
+    otherwise such a turn ends the episode. generate: sends one request. calls_tools: whether tool calls are read from
+    the turns. sampling: each turn gets its own `max_new_tokens`, stop tokens and, if there is a seed, seed.
 
     Raises DataError if the prompt leaves no room for an answer, AbortedGeneration if the engine aborts a turn, and
-    whatever `generate` raises.
+    whatever `generate` and `respond` raise.
     """
     if len(prompt_ids) >= limits.total:
         raise DataError(
@@ -74,31 +140,29 @@ async def run_episode(
             f"{limits.total} (the smaller of max_sample_tokens and the engine's context)"
         )
     draft = _Draft(list(prompt_ids))
-    for turn in range(limits.max_turns):
+    while True:
         room = min(limits.max_turn_tokens, limits.total - len(draft.token_ids))
-        request_id = f"{sample_id}/{turn}"
-        turn_sampling = _turn_sampling(sampling, turn, room, chat.end_of_turn)
+        request_id = f"{sample_id}/{draft.turns}"
+        turn_sampling = _turn_sampling(sampling, draft.turns, room, chat.end_of_turn)
         generation = await generate(GenerateRequest(tuple(draft.token_ids), turn_sampling, request_id=request_id))
         if generation.finish_reason is FinishReason.ABORT:
             raise AbortedGeneration(request_id)
-        draft.append_turn(generation)
-        if generation.finish_reason is FinishReason.LENGTH:
+        thought, text = chat.split(generation.output_ids)
+        calls = parse_tool_calls(text) if calls_tools else ()
+        draft.append_turn(generation, _message(thought, text, calls))
+        cut = generation.finish_reason is FinishReason.LENGTH
+        if cut and not takes_cut_turns:
             full = len(draft.token_ids) >= limits.total
             return draft.finish(limits.end_when_full() if full else EpisodeEnd.TOKEN_LIMIT)
-        calls = parse_tool_calls(chat.answer(generation.output_ids)) if tools else ()
-        if not calls:
-            return draft.finish(EpisodeEnd.ANSWERED)
-        if draft.turns == limits.max_turns:
-            break
-        answers = [await answer_tool_call(call, tools, deadline=limits.tool_timeout) for call in calls]
-        for answer in answers:
-            on_tool_answer(answer)
+        response = await respond(Turn(text, calls, draft.turns == limits.max_turns, cut))
+        if isinstance(response, EpisodeEnd):
+            return draft.finish(response)
         turn_ended = generation.output_ids[-1:] == (chat.end_of_turn,)
-        continuation = chat.continuation([answer.text for answer in answers], turn_ended=turn_ended)
-        if len(draft.token_ids) + len(continuation) >= limits.total:
+        appended = chat.reply(response, turn_ended=turn_ended)
+        if len(draft.token_ids) + len(appended) >= limits.total:
             return draft.finish(limits.end_when_full())
-        draft.token_ids.extend(continuation)
-    return draft.finish(EpisodeEnd.TURN_LIMIT)
+        draft.token_ids.extend(appended)
+        draft.messages.extend(response)
 
 
 def last_turn(episode: Episode) -> tuple[int, ...]:
@@ -120,17 +184,19 @@ class _Draft:
     """An unfinished episode. Tokens without an entry in `turn_logprobs` were not generated by the model."""
 
     token_ids: list[int]
+    messages: list[Message] = field(default_factory=list)
     turn_logprobs: list[tuple[int, Float32Array]] = field(default_factory=list)  # (first position, [T] logprobs)
     version_spans: list[VersionSpan] = field(default_factory=list)
     turns: int = 0
 
-    def append_turn(self, generation: Generation) -> None:
+    def append_turn(self, generation: Generation, message: Message) -> None:
         start = len(self.token_ids)
         self.token_ids.extend(generation.output_ids)
         self.turn_logprobs.append((start, generation.logprobs))
         self.version_spans.extend(
             VersionSpan(s.version, s.start + start, s.end + start) for s in generation.version_spans
         )
+        self.messages.append(message)
         self.turns += 1
 
     def finish(self, end: EpisodeEnd) -> Episode:
@@ -139,7 +205,28 @@ class _Draft:
         for start, turn_logprobs in self.turn_logprobs:
             loss_mask[start : start + len(turn_logprobs)] = True
             logprobs[start : start + len(turn_logprobs)] = turn_logprobs
-        return Episode(tuple(self.token_ids), loss_mask, logprobs, tuple(self.version_spans), turns=self.turns, end=end)
+        return Episode(
+            tuple(self.token_ids),
+            loss_mask,
+            logprobs,
+            tuple(self.version_spans),
+            turns=self.turns,
+            end=end,
+            messages=tuple(self.messages),
+        )
+
+
+def _message(thought: str, text: str, calls: Sequence[ToolCall | BadToolCall]) -> Message:
+    """Return a turn of the model as a chat message. Tool calls that can't be parsed stay in the content."""
+    message: dict[str, object] = {"role": "assistant", "content": text}
+    if thought:
+        message["reasoning"] = thought
+    if parsed := [call for call in calls if isinstance(call, ToolCall)]:
+        message["content"] = without_tool_calls(text)
+        message["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}} for call in parsed
+        ]
+    return message
 
 
 def _turn_sampling(sampling: SamplingParams, turn: int, room: int, end_of_turn: int) -> SamplingParams:

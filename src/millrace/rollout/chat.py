@@ -9,16 +9,18 @@ that the template gives. Every rendering uses the same template, tools and keywo
 import inspect
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from millrace.errors import DataError
-from millrace.rollout.chat_template import ChatTemplate, StandInTurn, first_line, stand_in_turn
+from millrace.rollout.chat_template import ChatTemplate, StandInTurn, first_line, stand_in_turn, turn_before_user
 from millrace.rollout.control_tokens import break_control_tokens, control_tokens, encode, encode_pieces, unused_mark
 from millrace.rollout.reasoning import QUESTION, Reasoning, find_reasoning
+from millrace.rollout.sample import Message
 
 log = logging.getLogger("millrace.rollout")
 
@@ -29,7 +31,8 @@ class ChatFormat:
 
     end_of_turn: the id of the token that ends each turn of the model. reasoning: how to separate reasoning and answer.
     control: the texts of the control tokens; in questions and tool answers they stay ordinary text.
-    turn_before_answers: None for a model without tools.
+    turn_before_answers: what tool answers can be appended to; None for a model without tools. turn_before_user: what a
+    user's messages can be appended to; None if the conversation has no second user message.
     """
 
     template: ChatTemplate
@@ -37,6 +40,7 @@ class ChatFormat:
     reasoning: Reasoning
     control: tuple[str, ...]
     turn_before_answers: StandInTurn | None = None
+    turn_before_user: StandInTurn | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -44,21 +48,34 @@ class ChatFormat:
         return self.template.tokenizer
 
     def prompt(self, question: str, system_prompt: str | None = None) -> tuple[int, ...]:
-        """Return the token ids up to the start of the model's first turn. Raises DataError if the template refuses."""
-        texts = [system_prompt, question] if system_prompt else [question]
-        texts, mark = self._as_text(texts)
-        roles = ("system", "user")[-len(texts) :]
-        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-        return self._encode(self.template.render(messages), mark)
+        """Return the token ids of a question, up to the start of the model's first turn. As `prompt_of`."""
+        asked: list[Message] = [{"role": "user", "content": question}]
+        return self.prompt_of([{"role": "system", "content": system_prompt}, *asked] if system_prompt else asked)
+
+    def prompt_of(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Return the token ids of a conversation, up to the start of the model's first turn.
+
+        Raises DataError if the template refuses the messages.
+        """
+        texts, mark = self._as_text(messages)
+        return self._encode(self.template.render(texts), mark)
 
     def continuation(self, tool_answers: Sequence[str], *, turn_ended: bool = True) -> tuple[int, ...]:
-        """Return the token ids between the end of the model's turn and the start of its next one.
+        """Return the token ids between a turn of the model and its next one, with tool answers as in `reply`."""
+        return self.reply([{"role": "tool", "content": text} for text in tool_answers], turn_ended=turn_ended)
 
-        turn_ended: whether the turn has its end-of-turn token already; if not, the result starts with it.
+    def reply(self, messages: Sequence[Message], *, turn_ended: bool = True) -> tuple[int, ...]:
+        """Return the token ids between a turn of the model and its next one, with these messages.
+
+        messages: of a user, of tools, or of tools and then of a user. turn_ended: whether the turn has its end-of-turn
+        token already; if not, the result starts with it. Raises DataError if the template refuses the messages.
         """
-        assert self.turn_before_answers is not None, "a format without tools has no tool answers"
-        texts, mark = self._as_text(tool_answers)
-        ids = self._encode(self.turn_before_answers.around(texts)[1], mark)
+        by_tools = any(message["role"] == "tool" for message in messages)
+        turn = self.turn_before_answers if by_tools else self.turn_before_user
+        if turn is None:
+            raise DataError(f"this chat format has no form for {'tool' if by_tools else 'user'} messages after a turn")
+        texts, mark = self._as_text(messages)
+        ids = self._encode(turn.around(texts)[1], mark)
         return ids[1:] if turn_ended else ids
 
     def turn(self, text: str) -> tuple[int, ...]:
@@ -76,12 +93,26 @@ class ChatFormat:
 
         Empty if the reasoning has no end.
         """
-        return self.reasoning.answer(self.decode(turn[:-1] if turn[-1:] == (self.end_of_turn,) else turn))
+        return self.split(turn)[1]
 
-    def _as_text(self, texts: Sequence[str]) -> tuple[list[str], str]:
-        """Return the texts with a mark inserted into each control token that they contain, and the mark."""
-        mark = unused_mark(texts)
-        return [break_control_tokens(text, self.control, mark) for text in texts], mark
+    def split(self, turn: Sequence[int]) -> tuple[str, str]:
+        """Return the reasoning of a whole turn of the model, and the rest of its text as `answer` does."""
+        return self.reasoning.split(self.decode(turn[:-1] if tuple(turn[-1:]) == (self.end_of_turn,) else turn))
+
+    def _as_text(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+        """Return the messages with a mark inserted into each control token of their texts, and the mark."""
+        mark = unused_mark(text for message in messages for text in _texts(message))
+        return [self._broken(message, mark) for message in messages], mark
+
+    def _broken(self, value: Any, mark: str) -> Any:
+        match value:
+            case str():
+                return break_control_tokens(value, self.control, mark)
+            case Mapping():
+                return {key: one if key == "role" else self._broken(one, mark) for key, one in value.items()}
+            case list() | tuple():
+                return [self._broken(one, mark) for one in value]
+        return value
 
     def _encode(self, text: str, mark: str) -> tuple[int, ...]:
         return encode_pieces(self.tokenizer, text, mark, anchor=self.end_of_turn)
@@ -111,6 +142,20 @@ def load_prompt_format(path: str, template_kwargs: Mapping[str, object] | None =
     return check_prompt_format(_load_tokenizer(path), path, template_kwargs)
 
 
+def load_dialogue_format(
+    path: str,
+    tools: Sequence[Mapping[str, object]] = (),
+    template_kwargs: Mapping[str, object] | None = None,
+) -> ChatFormat:
+    """Load tokenizer and chat template for conversations in which a user answers the model's turns.
+
+    tools, template_kwargs: as for `load_chat_format`. Without tools, the template needs no form for their answers.
+
+    Raises DataError as `load_chat_format` does, and if a user's message can't be appended.
+    """
+    return check_dialogue_format(_load_tokenizer(path), path, tools, template_kwargs)
+
+
 def check_chat_format(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
@@ -128,14 +173,32 @@ def check_chat_format(
         reasoning, control = _reading(template)
         if tools:
             _check_calls(turn, reasoning, name)
-        turn.check(reasoning)
-        before, after = turn.around(["17"])
-        after_ids = encode(tokenizer, after)
-        if encode(tokenizer, before + after) != encode(tokenizer, before) + after_ids:
-            raise DataError("the tokens of a turn depend on the text after it, so turns can't be appended")
+        turn.check_answers(reasoning)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-    return ChatFormat(template, after_ids[0], reasoning, control, turn)
+    return ChatFormat(template, turn.token(), reasoning, control, turn)
+
+
+def check_dialogue_format(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    tools: Sequence[Mapping[str, object]] = (),
+    template_kwargs: Mapping[str, object] | None = None,
+) -> ChatFormat:
+    """Return the chat format for conversations with several user messages, as `load_dialogue_format` does.
+
+    Raises DataError, whose message starts with `name`.
+    """
+    template = ChatTemplate(tokenizer, tuple(tools), template_kwargs or {})
+    with_tools = check_chat_format(tokenizer, name, tools, template_kwargs).turn_before_answers if tools else None
+    try:
+        _check_kwargs(template)
+        turn = turn_before_user(template)
+        reasoning, control = _reading(template)
+        turn.check_user(reasoning)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    return ChatFormat(template, turn.token(), reasoning, control, with_tools, turn)
 
 
 def check_prompt_format(
@@ -204,6 +267,17 @@ def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.chat_template is None:
         raise DataError(f"{path}: the tokenizer has no chat template; put a chat_template.jinja into the folder")
     return tokenizer
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield every text in a message."""
+    match value:
+        case str():
+            yield value
+        case Mapping():
+            yield from (text for one in value.values() for text in _texts(one))
+        case list() | tuple():
+            yield from (text for one in value for text in _texts(one))
 
 
 def _means_a_folder(path: str) -> bool:

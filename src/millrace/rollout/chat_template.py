@@ -1,5 +1,6 @@
 """A chat template with the arguments that all renderings share, and the stand-in for the model's turn."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from millrace.errors import DataError
 from millrace.rollout.control_tokens import encode, is_special
-from millrace.rollout.reasoning import QUESTION, Message, Reasoning, reasoning_keys
+from millrace.rollout.reasoning import QUESTION, Reasoning, reasoning_keys
+from millrace.rollout.sample import Message
 from millrace.rollout.tools import ToolCall, parse_tool_calls
 
 _STAND_IN, _ANSWER = "millrace-stand-in-for-the-turn", "millrace-tool-answer"
@@ -71,34 +73,57 @@ class StandInTurn:
     arguments: Mapping[str, str] | str | None
     end: str
 
-    def around(self, tool_answers: Sequence[str], calls: int = 0) -> tuple[str, str]:
+    def around(self, messages: Sequence[Message], calls: int = 0) -> tuple[str, str]:
         """Return a rendered conversation in two parts, cut before the end-of-turn token of the model's turn.
 
-        The second part is empty if this token does not follow the turn. `calls`: the number of tool calls in the turn;
-        0 means one for each answer.
+        The second part has the messages, which follow the turn. It is empty if the end-of-turn token does not follow
+        it. `calls`: the number of tool calls in the turn; 0 means one for each tool message.
         """
-        calls = calls or len(tool_answers)
-        text = self.template.render([*_conversation(self.arguments, calls), *_answers(tool_answers)])
+        calls = calls or sum(message["role"] == "tool" for message in messages)
+        text = self.template.render([*_conversation(self.arguments, calls), *_named(messages)])
         before, stand_in, rest = text.partition(_STAND_IN)
         within, end, after = rest.partition(self.end)
         return before + stand_in + within, end + after
 
-    def check(self, reasoning: Reasoning) -> None:
+    def check_answers(self, reasoning: Reasoning) -> None:
         """Raise DataError if tool answers can't be appended.
 
         This is so if the template rewrites earlier turns, needs to know which tool answered, or does not end the turn
         before the answer.
         """
-        before, after = self.around([_ANSWER], calls=2)
+        before, after = self.around(_answers([_ANSWER]), calls=2)
         if _ANSWER not in after:
             raise DataError(f"the chat template does not end the turn before a tool's answer with {self.end}")
-        if self.around([_ANSWER, "another answer"], calls=2)[0] != before:
+        if self.around(_answers([_ANSWER, "another answer"]), calls=2)[0] != before:
             raise DataError("the chat template rewrites earlier turns when a tool has answered")
         if _TOOL in after or _CALL_ID.format(0) in after:
             raise DataError("the chat template writes the tool's name or the call's id beside an answer")
+        self._check_seam(before, after, reasoning)
+
+    def check_user(self, reasoning: Reasoning) -> None:
+        """Raise DataError if a user's message can't be appended.
+
+        This is so if the template changes what comes before the turn, or does not end the turn before the message.
+        """
+        before, after = self.around([_user(_ANSWER)])
+        if _ANSWER not in after:
+            raise DataError(f"the chat template does not end the turn before a user's message with {self.end}")
+        prompt = self.template.render([_question()])
+        if before.partition(QUESTION)[0] != prompt.partition(QUESTION)[0]:
+            raise DataError("the chat template rewrites earlier messages when a user has answered")
+        self._check_seam(before, after, reasoning)
+
+    def _check_seam(self, before: str, after: str, reasoning: Reasoning) -> None:
         first = self.template.render([_question()]).rpartition(QUESTION)[2]
         if reasoning.is_open(first) != reasoning.is_open(after):
             raise DataError(f"the chat template writes {reasoning.opening} before some of the model's turns only")
+        tokenizer = self.template.tokenizer
+        if encode(tokenizer, before + after) != encode(tokenizer, before) + encode(tokenizer, after):
+            raise DataError("the tokens of a turn depend on the text after it, so turns can't be appended")
+
+    def token(self) -> int:
+        """Return the id of the end-of-turn token."""
+        return encode(self.template.tokenizer, self.end)[0]
 
     def unread_call(self, reasoning: Reasoning) -> str | None:
         """Return a turn with a tool call, as the template writes it, if `parse_tool_calls` can't read it.
@@ -134,6 +159,11 @@ def stand_in_turn(template: ChatTemplate) -> StandInTurn:
     raise DataError("the chat template does not write a tool's answer after the model's turn")
 
 
+def turn_before_user(template: ChatTemplate) -> StandInTurn:
+    """Return the placeholder after which a user's message follows. Raises DataError if no special token ends it."""
+    return StandInTurn(template, None, _end_of_turn(template))
+
+
 def _end_of_turn(template: ChatTemplate) -> str:
     """Return the special token after a turn that another message follows."""
     tokenizer = template.tokenizer
@@ -144,8 +174,12 @@ def _end_of_turn(template: ChatTemplate) -> str:
     return str(tokenizer.convert_ids_to_tokens(ids[0]))
 
 
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
 def _question() -> Message:
-    return {"role": "user", "content": QUESTION}
+    return _user(QUESTION)
 
 
 def _conversation(arguments: Mapping[str, str] | str | None, calls: int) -> list[Message]:
@@ -161,9 +195,15 @@ def _conversation(arguments: Mapping[str, str] | str | None, calls: int) -> list
 
 
 def _answers(texts: Sequence[str]) -> list[Message]:
+    return _named([{"role": "tool", "content": text} for text in texts])
+
+
+def _named(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages, those of tools with the name and the ids of the stand-in's calls."""
+    ids = itertools.count()
     return [
-        {"role": "tool", "name": _TOOL, "tool_call_id": _CALL_ID.format(index), "content": text}
-        for index, text in enumerate(texts)
+        {**message, "name": _TOOL, "tool_call_id": _CALL_ID.format(next(ids))} if message["role"] == "tool" else message
+        for message in messages
     ]
 
 

@@ -1,33 +1,60 @@
-"""Data sets of problems: a JSONL file or a Hugging Face data set in GSM8K's format, or the generator."""
+"""Data sets of problems: a file, a Hugging Face data set, or the generator."""
 
+import csv
+import io
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import orjson
 
+from millrace.arguments import shown
 from millrace.config.models import DataConfig, FileDataConfig, GeneratedDataConfig, HubDataConfig
+from millrace.config.tasks import ColumnsConfig
 from millrace.errors import DataError
-from millrace.rollout.numbers import parse_number
+from millrace.imports import needs_extra
 from millrace.rollout.problems import generate_problems
-from millrace.rollout.sample import Problem
+from millrace.rollout.sample import Message, Problem
+
+PROMPT_COLUMNS = ("question", "prompt", "messages")
+ROLES = ("system", "user", "assistant", "tool")
 
 
-def load_problems(config: DataConfig, *, held_out: bool = False) -> tuple[Problem, ...]:
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row as it was read. where: its file and number, for error messages."""
+
+    where: str
+    problem_id: str
+    value: object
+
+
+def load_problems(
+    config: DataConfig,
+    *,
+    held_out: bool = False,
+    prompts: bool = True,
+    check: Callable[[Problem], None] = lambda _: None,
+) -> tuple[Problem, ...]:
     """Return all problems of a data set.
 
     held_out: the generator returns held-out problems, which training never sees. Files and Hub data sets are not
-    divided. Raises DataError if the data set is missing or empty, or a line of it is not in GSM8K's format.
+    divided. prompts: whether the rows have prompts; if not, the messages are the system prompt alone. check: raises
+    ValueError if a problem can't be used.
+
+    Raises DataError if the data set is missing or empty, a row lacks a column or has another shape, or `check` refuses
+    it. The message names file and row.
     """
     match config:
         case GeneratedDataConfig():
-            problems = tuple(generate_problems(config.seed, config.problems, held_out=held_out))
+            made = generate_problems(config.seed, config.problems, held_out=held_out)
+            problems = tuple(made if prompts else (replace(problem, messages=()) for problem in made))
         case FileDataConfig():
-            problems = tuple(_read_file(config.path))
+            problems = tuple(_problems(_read_file(config.path), config, prompts, check))
         case HubDataConfig():
-            problems = tuple(_read_hub(config))
+            problems = tuple(_problems(_read_hub(config), config, prompts, check))
     if not problems:
         raise DataError(f"the data set {config!r} has no problems")
     return problems
@@ -45,44 +72,163 @@ def problems_at(problems: Sequence[Problem], seed: int, position: int, count: in
     return tuple(problems[orders[index // size][index % size]] for index in range(position, position + count))
 
 
-def parse_answer(text: str) -> str:
-    """Return the number after `####` at the end of a GSM8K answer: a decimal without separators, or a fraction.
+def _problems(
+    rows: Iterator[_Row], config: ColumnsConfig, prompts: bool, check: Callable[[Problem], None]
+) -> Iterator[Problem]:
+    columns: ColumnsConfig | None = None
+    for row in rows:
+        try:
+            value = _columns_of(row.value)
+            columns = columns or _complete(config, value, prompts)
+            problem = _problem(row.problem_id, value, columns)
+            check(problem)
+        except ValueError as error:
+            raise DataError(f"{row.where}: {error}") from error
+        yield problem
 
-    Raises ValueError if the answer does not end in `####` and a number.
-    """
-    _, mark, tail = text.rpartition("####")
-    number = parse_number(tail) if mark else None
-    if number is None:
-        raise ValueError("its answer does not end in `#### ` and a number")
+
+def _columns_of(row: object) -> Mapping[str, object]:
+    match row:
+        case Mapping():
+            return row
+        case _:
+            raise ValueError("it is not a JSON object whose keys are the columns")
+
+
+def _complete(config: ColumnsConfig, row: Mapping[str, object], prompts: bool) -> ColumnsConfig:
+    """Return the columns with names in place of None, by those of the first row. No prompt stays None."""
+    prompt, answer = config.prompt, config.answer
+    if prompts and prompt is None:
+        prompt = next((name for name in PROMPT_COLUMNS if name in row), None)
+        if prompt is None:
+            raise ValueError(
+                f'it has no column "question", "prompt" or "messages"; name the column of the prompt in `prompt:`. '
+                f"It has: {_names(row)}"
+            )
+    if answer is None and "answer" in row:
+        answer = "answer"
+    return ColumnsConfig(prompt=prompt, answer=answer, system_prompt=config.system_prompt)
+
+
+def _problem(problem_id: str, row: Mapping[str, object], columns: ColumnsConfig) -> Problem:
+    """Return a row as a problem. Raises ValueError, whose message says what is wrong with which column."""
+    messages = [] if columns.prompt is None else _messages(columns.prompt, _column(row, columns.prompt))
+    if columns.system_prompt is not None:
+        if messages and messages[0]["role"] == "system":
+            raise ValueError(
+                f'the column "{columns.prompt}" begins with a system message, and `system_prompt:` is set too; '
+                "leave one of them out"
+            )
+        messages.insert(0, {"role": "system", "content": columns.system_prompt})
+    answer = None if columns.answer is None else _answer(columns.answer, _column(row, columns.answer))
+    return Problem(problem_id, tuple(messages), row, answer)
+
+
+def _column(row: Mapping[str, object], name: str) -> object:
+    if name not in row:
+        raise ValueError(f'it has no column "{name}"; it has: {_names(row)}')
+    return row[name]
+
+
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(columns) or "none"
+
+
+def _answer(column: str, value: object) -> str:
+    match value:
+        case bool():
+            pass
+        case str():
+            return value
+        case int() | float():
+            return str(value)
+    raise ValueError(f'the column "{column}" is {shown(value)}; an answer is a text or a number')
+
+
+def _messages(column: str, value: object) -> list[Message]:
+    """Return a prompt as chat messages. Values of None, with which tables fill missing keys, are left out."""
+    match value:
+        case str():
+            if not value.strip():
+                raise ValueError(f'the column "{column}" is empty')
+            return [{"role": "user", "content": value}]
+        case list() if value:
+            messages = [_message(f'message {number} of the column "{column}"', one) for number, one in enumerate(value)]
+            if messages[-1]["role"] not in ("user", "tool"):
+                raise ValueError(
+                    f'the last message of the column "{column}" has the role {messages[-1]["role"]}; a prompt ends '
+                    "before the model's turn, with a user's message"
+                )
+            return messages
+        case _:
+            raise ValueError(f'the column "{column}" is {shown(value)}; a prompt is a text or a list of chat messages')
+
+
+def _message(where: str, value: object) -> Message:
+    match value:
+        case {"role": str(role), **rest} if role in ROLES:
+            message: dict[str, object] = {"role": role, **{str(k): v for k, v in rest.items() if v is not None}}
+            if message.get("tool_calls"):
+                message.setdefault("content", "")
+            if isinstance(message.get("content"), str):
+                return message
+            raise ValueError(f"{where} has the content {shown(message.get('content'))}; it must be text")
+        case _:
+            raise ValueError(f"{where} is {shown(value)}; it needs a role ({', '.join(ROLES)}) and a content")
+
+
+def _read_file(path: Path) -> Iterator[_Row]:
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(f"the data file {path} must be {', '.join(readers)}, and its suffix says which of them it is")
     try:
-        return str(Decimal(tail.strip().replace(",", "").replace("$", "")))
-    except InvalidOperation:  # a fraction, an exponent or another form
-        return str(number)
-
-
-def _read_file(path: Path) -> Iterator[Problem]:
-    try:
-        lines = path.read_bytes().removeprefix(BOM_UTF8).splitlines()
+        yield from readers[path.suffix](path)
     except OSError as error:
-        raise DataError(f"the data file {path} can't be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
+        raise DataError(f"the data file {path} can't be read: {error.strerror or error}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[_Row]:
+    for number, line in enumerate(path.read_bytes().removeprefix(BOM_UTF8).splitlines(), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            yield _problem(f"{path.stem}-{number}", orjson.loads(line))
-        except ValueError as error:  # orjson.JSONDecodeError is a ValueError too
-            raise DataError(f"{path}, line {number}: {_reason(line, error)}") from error
+            value = orjson.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: {_undecoded(line) or error}") from error
+        yield _Row(where, f"{path.stem}-{number}", value)
 
 
-def _reason(line: bytes, error: ValueError) -> str:
+def _read_csv(path: Path) -> Iterator[_Row]:
+    content = path.read_bytes().removeprefix(BOM_UTF8)
+    if reason := _undecoded(content):
+        raise DataError(f"{path}: {reason}")
     try:
-        line.decode()
-    except UnicodeDecodeError as undecoded:
-        return f"byte 0x{line[undecoded.start]:02x} is not UTF-8; save the file in this encoding"
-    return str(error)
+        rows = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
+        for number, row in enumerate(rows, start=1):
+            where = f"{path}, row {number} (line {rows.line_num})"
+            if None in row or None in row.values():
+                header = _names(rows.fieldnames or ())
+                raise DataError(f"{where}: it has another number of values than the header ({header})")
+            yield _Row(where, f"{path.stem}-{number}", row)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {rows.line_num}: it is not CSV: {error}") from error
 
 
-def _read_hub(config: HubDataConfig) -> Iterator[Problem]:
+def _read_parquet(path: Path) -> Iterator[_Row]:
+    with needs_extra(f"the data file {path}"):
+        import pyarrow
+        from pyarrow import parquet
+    try:
+        batches = parquet.ParquetFile(path).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield _Row(f"{path}, row {number}", f"{path.stem}-{number}", row)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"the data file {path} is not Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _read_hub(config: HubDataConfig) -> Iterator[_Row]:
     try:
         import datasets
     except ImportError as error:
@@ -92,21 +238,14 @@ def _read_hub(config: HubDataConfig) -> Iterator[Problem]:
     except (OSError, ValueError) as error:
         raise DataError(f"the data set {config.path!r} (split {config.split!r}) can't be loaded: {error}") from error
     for number, row in enumerate(rows):
-        try:
-            yield _problem(f"{config.path}-{config.split}-{number}", row)
-        except ValueError as error:
-            raise DataError(f"the data set {config.path!r} (split {config.split!r}), row {number}: {error}") from error
+        where = f"the data set {config.path!r} (split {config.split!r}), row {number}"
+        yield _Row(where, f"{config.path}-{config.split}-{number}", row)
 
 
-def _problem(problem_id: str, row: object) -> Problem:
-    """Return a row as a problem. Raises ValueError, whose message says what the row lacks."""
-    match row:
-        case Mapping():
-            question, answer = row.get("question"), row.get("answer")
-        case _:
-            raise ValueError('it is not a JSON object with "question" and "answer"')
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError('it has no "question" text')
-    if not isinstance(answer, str):
-        raise ValueError('it has no "answer" text')
-    return Problem(problem_id, question, parse_answer(answer))
+def _undecoded(content: bytes) -> str | None:
+    """Return what is wrong with a text's encoding; None if nothing is."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return f"byte 0x{content[error.start]:02x} is not UTF-8; save the file in this encoding"
+    return None

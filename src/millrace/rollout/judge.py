@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from millrace.config.models import JudgeConfig
 from millrace.errors import DataError, EngineError, JudgeError, NoEngineError
 from millrace.fleet.fleet import Fleet
-from millrace.rollout.agent import AbortedGeneration, last_answer
-from millrace.rollout.attempts import Attempts, generate_whole
+from millrace.rollout.agent import last_answer
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.numbers import parse_number
-from millrace.rollout.reward import rule_reward
+from millrace.rollout.reward import reference
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
-from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
+from millrace.types import FinishReason, GenerateRequest, RoutingContext, SamplingParams
 
 AFTER_GRADE = ".,;:!?)*_`\"'"  # characters that may follow a grade directly and are not part of it
 
@@ -50,7 +49,7 @@ class JudgeCounts:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A Reward that is the weighted mean of a judge model's grade and the rule reward.
+    """A judge model, which grades answers.
 
     fleet: the judge's engines. chat: the chat format of its model. config: `weight` is the grade's share of the reward.
     retries: how many engines may fail during one grading.
@@ -63,9 +62,9 @@ class Judge:
     counts: JudgeCounts = field(default_factory=JudgeCounts)
     _numbers: Iterator[int] = field(default_factory=itertools.count, init=False)
 
-    async def __call__(self, problem: Problem, text: str, *, deadline: float) -> float:
-        grade, weight = await self.grade(problem, text, deadline=deadline), self.config.weight
-        return weight * grade + (1 - weight) * rule_reward(text, problem.answer)
+    def combine(self, grade: float, reward: float) -> float:
+        """Return the weighted mean of a grade and the reward of the functions."""
+        return self.config.weight * grade + (1 - self.config.weight) * reward
 
     async def grade(self, problem: Problem, text: str, *, deadline: float) -> float:
         """Return the grade, from 0 to 1, of a model's last turn.
@@ -78,7 +77,7 @@ class Judge:
                 reply = await self._ask(self.prompt(problem, text), problem.problem_id, deadline)
         except TimeoutError:
             raise JudgeError(f"the judge did not grade it within {deadline:.1f} s") from None
-        except (EngineError, NoEngineError, AbortedGeneration) as error:
+        except (EngineError, NoEngineError) as error:
             raise JudgeError(f"the judge did not grade it: {error}") from error
         grade = read_grade(reply, self.config.verdict, self.config.best)
         self.counts.count(grade)
@@ -89,7 +88,7 @@ class Judge:
 
         Control tokens in the texts stay text, so a model can't end its turn in the judge's prompt and grade itself.
         """
-        texts = {"question": problem.question, "answer": text, "reference": problem.answer}
+        texts = {"question": problem.question, "answer": text, "reference": reference(problem.answer or "")}
         return self.chat.prompt(self.config.template.format(**texts))
 
     def require_room(self, problems: Sequence[Problem]) -> None:
@@ -112,16 +111,12 @@ class Judge:
                 f"the judge can't grade it: the prompt's {len(prompt)} tokens and judges.max_new_tokens "
                 f"({self.config.max_new_tokens}) are more than its context of {self.fleet.context_length}"
             )
-        now = asyncio.get_running_loop().time
-        ends = now() + deadline
         sampling = SamplingParams(self.config.max_new_tokens, temperature=0.0, stop_token_ids=(self.chat.end_of_turn,))
         request = GenerateRequest(prompt, sampling, request_id=f"judge/{next(self._numbers)}")
         routing = RoutingContext(group=problem_id)  # the prompts for one question share a prefix
-
-        async def send(request: GenerateRequest) -> Generation:
-            return await self.fleet.generate(request, deadline=ends - now(), routing=routing)
-
-        generation = await generate_whole(request, send, Attempts(self.retries, self.fleet.event_log))
+        generation = await self.fleet.generate(request, deadline=deadline, routing=routing, retries=self.retries)
+        if generation.finish_reason is FinishReason.ABORT:
+            raise JudgeError("the judge did not grade it: its engines aborted the request")
         return self.chat.answer(generation.output_ids)
 
 
@@ -138,10 +133,10 @@ async def grade_in_turn(
     async def graded(sample: Sample) -> Sample:
         assert sample.episode is not None
         try:
-            reward = await judge(sample.problem, last_answer(sample.episode, chat), deadline=deadline)
+            grade = await judge.grade(sample.problem, last_answer(sample.episode, chat), deadline=deadline)
         except JudgeError as error:
             return replace(sample, status=SampleStatus.FAILED, episode=None, reward=0.0, reason=str(error))
-        return replace(sample, reward=reward)
+        return replace(sample, reward=judge.combine(grade, sample.reward), rewards={**sample.rewards, "judge": grade})
 
     async with asyncio.TaskGroup() as tasks:
         pending = [[tasks.create_task(graded(sample)) for sample in group.samples] for group in groups]

@@ -125,7 +125,7 @@ def generate_problems(seed: int, count: int, *, held_out: bool = False) -> Itera
     side = "held-out" if held_out else "train"
     for index in range(count):
         story = make_story(seed, index, held_out=held_out)
-        yield Problem(f"generated-{side}-{seed}-{index}", story.question, str(story.results()[-1]))
+        yield Problem.of_question(f"generated-{side}-{seed}-{index}", story.question, str(story.results()[-1]))
 
 
 def _apply(operator: str, left: int, right: int) -> int:

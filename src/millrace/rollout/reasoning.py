@@ -1,12 +1,12 @@
 """The separation of a model's reasoning from its answer, by the markers that its chat template writes."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from millrace.errors import DataError
+from millrace.rollout.sample import Message
 
-Message = Mapping[str, object]
 Render = Callable[[Sequence[Message], bool], str]  # messages, and whether the generation prompt follows them
 
 QUESTION = "millrace-question"  # a placeholder for a user's text
@@ -33,12 +33,18 @@ class Reasoning:
 
         A closing marker without an opening one ends reasoning too: the opening marker was in the prompt.
         """
+        return self.split(text)[1]
+
+    def split(self, text: str) -> tuple[str, str]:
+        """Return the reasoning of a turn, without the markers, and the rest as `answer` does."""
         if self.opened:
             text = self.opening + text
-        rest = re.sub(f"{re.escape(self.opening)}.*?{re.escape(self.closing)}", "", text, flags=re.DOTALL)
+        block = f"{re.escape(self.opening)}(.*?){re.escape(self.closing)}"
+        thoughts, rest = re.findall(block, text, re.DOTALL), re.sub(block, "", text, flags=re.DOTALL)
         if self.opening in rest:
-            return ""
-        return rest.rpartition(self.closing)[2]
+            return "".join([*thoughts, rest.partition(self.opening)[2]]), ""
+        thought, _, rest = rest.rpartition(self.closing)
+        return "".join([*thoughts, thought]), rest
 
     def is_open(self, text: str) -> bool:
         """Return whether a text ends inside reasoning."""

@@ -1,8 +1,7 @@
-"""Rewards of finished samples. The rule reward compares the number after the last `####` with the answer."""
+"""The built-in reward: the rule for GSM8K's answers. It compares the number after the last `####` with the answer."""
 
 import re
 from fractions import Fraction
-from typing import Protocol
 
 from millrace.errors import DataError
 from millrace.rollout.numbers import LONGEST, parse_number
@@ -24,18 +23,28 @@ over by per of point negative squared cubed factorial mod modulo divided multipl
 """
 
 
-class Reward(Protocol):
-    """A function that returns the reward of the text of a model's last turn.
-
-    It raises JudgeError if it has no reward within `deadline` seconds; the sample then fails.
-    """
-
-    async def __call__(self, problem: Problem, text: str, *, deadline: float) -> float: ...
+async def gsm8k(answer: str, problem: Problem) -> float:
+    """Return the rule reward of the text of a model's last turn."""
+    return rule_reward(answer, problem.answer or "")
 
 
-async def by_rule(problem: Problem, text: str, *, deadline: float) -> float:  # noqa: ARG001 (it takes no time)
-    """Return the rule reward."""
-    return rule_reward(text, problem.answer)
+def require_number(problem: Problem) -> None:
+    """Raise ValueError if the rule can't compare anything with the problem's answer."""
+    if problem.answer is None:
+        raise ValueError(
+            'it has no column "answer", which the built-in reward needs; name the column in `answer:`, or give a '
+            "`reward:` of your own"
+        )
+    if parse_number(reference(problem.answer)) is None:
+        raise ValueError(
+            f"its answer {problem.answer[-80:]!r} does not end in `#### ` and a number, and is no number, which the "
+            "built-in reward needs; give a `reward:` of your own"
+        )
+
+
+def reference(answer: str) -> str:
+    """Return the text after the last `####` of an answer in GSM8K's form. Other answers are returned whole."""
+    return answer.rpartition("####")[2].strip()
 
 
 def final_number(text: str) -> Fraction | None:
@@ -55,10 +64,10 @@ def final_number(text: str) -> Fraction | None:
 
 
 def rule_reward(text: str, answer: str) -> float:
-    """Return 1.0 if the final number of the model's last turn equals `answer` (7, 7.0 and 7/1 are equal), else 0.0.
+    """Return 1.0 if the final number of the model's last turn equals the answer's (7, 7.0 and 7/1 are equal), else 0.0.
 
-    Raises DataError if `answer` is not a number.
+    answer: a number, or a text that ends in `####` and a number. Raises DataError if it is neither.
     """
-    if (expected := parse_number(answer)) is None:
+    if (expected := parse_number(reference(answer))) is None:
         raise DataError(f"the answer {answer[:80]!r} is not a number, so no text can be compared with it")
     return 1.0 if final_number(text) == expected else 0.0

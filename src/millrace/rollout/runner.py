@@ -1,7 +1,7 @@
 """Runs one sample, from its problem to its reward. Every sample ends exactly once, with one status."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from millrace.config.models import RolloutConfig
@@ -15,14 +15,18 @@ from millrace.errors import (
     JudgeError,
     LocalError,
     NonFiniteLogprobs,
+    UserCodeError,
 )
+from millrace.fleet.attempts import Attempts, Send, generate_whole
 from millrace.fleet.client import FleetClient
-from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, last_answer, run_episode
-from millrace.rollout.attempts import Attempts, Send, generate_whole
+from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, Generate, converse, last_answer, run_episode
 from millrace.rollout.chat import ChatFormat
-from millrace.rollout.reward import Reward, by_rule
-from millrace.rollout.sample import Problem, Sample, SampleStatus
-from millrace.rollout.tools import Tool, ToolAnswer
+from millrace.rollout.environment import EnvironmentKind
+from millrace.rollout.judge import Judge
+from millrace.rollout.sample import Episode, Problem, Sample, SampleStatus
+from millrace.rollout.scoring import Played, Rewards
+from millrace.rollout.toolbox import MakeTool, opened
+from millrace.rollout.tools import ToolAnswer
 from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
 
 PROVEN_SECONDS = 1.0  # a request that runs this long is unlikely to kill its engine: bad prompts do so in the prefill
@@ -45,29 +49,34 @@ class ToolCounts:
 class SampleRunner:
     """Runs samples on a fleet, with the settings that all samples share.
 
-    >>> runner = SampleRunner(fleet, chat, tools, limits, sampling, timeout=300.0, retries=3)
+    >>> runner = SampleRunner(fleet, chat, {"calculator": Calculator}, limits, sampling, timeout=300.0, retries=3)
     >>> sample = await runner.run("problem-7-0", "problem-7", problem)
 
-    timeout: seconds for one sample, without the time in which the fleet sleeps. retries: how many engine failures one
-    sample survives. partial: whether a sample keeps its tokens when an engine fails, and another engine continues it.
-    last_chance: the lock under which requests without a retry left are sent.
+    tools: what makes the tools of an episode, by the names that the model calls them by. timeout: seconds for one
+    sample, without the time in which the fleet sleeps. retries: how many engine failures one sample survives. partial:
+    whether a sample keeps its tokens when an engine fails, and another engine continues it. rewards: the functions that
+    give the reward. judge: grades each sample as soon as it has ended; None if there is no judge, or it grades later.
+    environment: plays the episodes in place of tools and rewards. last_chance: the lock under which requests without a
+    retry left are sent.
     """
 
     fleet: FleetClient
     chat: ChatFormat
-    tools: Mapping[str, Tool]
+    tools: Mapping[str, MakeTool]
     limits: EpisodeLimits
     sampling: SamplingParams
     timeout: float
     retries: int
     partial: bool = True
-    reward: Reward = by_rule
+    rewards: Rewards = field(default_factory=Rewards)
+    judge: Judge | None = None
+    environment: EnvironmentKind | None = None
     tool_counts: ToolCounts = field(default_factory=ToolCounts)
     last_chance: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def prompt(self, problem: Problem) -> tuple[int, ...]:
         """Return the prompt of a problem as token ids."""
-        return self.chat.prompt(problem.question)
+        return self.chat.prompt_of(problem.messages)
 
     async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
         """Run a sample to its end and return it.
@@ -80,7 +89,7 @@ class SampleRunner:
                 return await self._try(sample_id, group_id, problem, timer)
         except (TimeoutError, EngineTimeout):
             return _failed(sample_id, group_id, problem, f"not done within {self.timeout:g} s")
-        except (EngineRefused, NonFiniteLogprobs, DataError, JudgeError) as error:
+        except (EngineRefused, NonFiniteLogprobs, DataError, JudgeError, UserCodeError) as error:
             return _failed(sample_id, group_id, problem, str(error))
 
     async def _try(self, sample_id: str, group_id: str, problem: Problem, timer: asyncio.Timeout) -> Sample:
@@ -89,9 +98,7 @@ class SampleRunner:
             try:
                 return await self._play(sample_id, group_id, problem, attempts, timer)
             except (EngineUnreachable, EngineFailed, LocalError, AbortedGeneration) as error:
-                try:
-                    attempts.spend(error, continued=False)
-                except (EngineUnreachable, EngineFailed, LocalError, AbortedGeneration):
+                if not attempts.spend(error, continued=False):
                     reason = f"gave up after {attempts.used + 1} attempts: {error}"
                     return _failed(sample_id, group_id, problem, reason)
 
@@ -114,22 +121,95 @@ class SampleRunner:
                 return await send_with_care(request)
             return await generate_whole(request, send_with_care, attempts, interrupted=lambda: self.fleet.asleep)
 
-        episode = await run_episode(
-            attempt_id,
-            self.prompt(problem),
-            generate=generate,
-            chat=self.chat,
-            tools=self.tools,
-            limits=self.limits,
-            sampling=self.sampling,
-            on_tool_answer=self.tool_counts.count,
-        )
+        if self.environment is not None:
+            return await self._play_in(self.environment, sample_id, group_id, problem, attempt_id, generate)
+        async with opened(self.tools) as tools:
+            episode = await run_episode(
+                attempt_id,
+                self.prompt(problem),
+                generate=generate,
+                chat=self.chat,
+                tools=tools,
+                limits=self.limits,
+                sampling=self.sampling,
+                on_tool_answer=self.tool_counts.count,
+            )
         ends = timer.when()
         assert ends is not None
         left = max(ends - asyncio.get_running_loop().time(), 0.0)
         timer.reschedule(None)  # the reward has its own deadline, and its error says what it waited for
-        reward = await self.reward(problem, last_answer(episode, self.chat), deadline=left)
-        return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, reward)
+        parts = await self._parts(problem, episode, left)
+        reward = self._total(parts)
+        return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, reward, rewards=parts)
+
+    async def _play_in(
+        self,
+        environment: EnvironmentKind,
+        sample_id: str,
+        group_id: str,
+        problem: Problem,
+        attempt_id: str,
+        generate: Generate,
+    ) -> Sample:
+        async with environment.episode(problem) as played:
+            prompt = await played.reset()
+            episode = await converse(
+                attempt_id,
+                self.chat.prompt_of(prompt),
+                played.respond,
+                generate=generate,
+                chat=self.chat,
+                calls_tools=bool(environment.tools),
+                takes_cut_turns=True,
+                limits=self.limits,
+                sampling=self.sampling,
+            )
+        parts = {"environment": played.reward}
+        return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, played.reward, rewards=parts)
+
+    async def _parts(self, problem: Problem, episode: Episode, deadline: float) -> dict[str, float]:
+        """Return the parts of a sample's reward, without those of functions that see whole groups."""
+        now = asyncio.get_running_loop().time
+        ends, played = now() + deadline, self._played(problem, episode)
+        parts = await self.rewards.for_sample(played, deadline=deadline)
+        if self.judge is not None:
+            parts["judge"] = await self.judge.grade(problem, played.answer, deadline=max(ends - now(), 0.0))
+        return parts
+
+    def _played(self, problem: Problem, episode: Episode) -> Played:
+        return Played.of(problem, episode, last_answer(episode, self.chat))
+
+    def _total(self, parts: Mapping[str, float]) -> float:
+        total = self.rewards.total(parts)
+        return total if self.judge is None else self.judge.combine(parts["judge"], total)
+
+    def finish_group(self, samples: Sequence[Sample]) -> Coroutine[None, None, list[Sample]] | None:
+        """Return what completes the samples of a group, all of which have ended; None if they are complete.
+
+        It calls the reward functions that see a whole group. Samples that they give no reward become FAILED.
+        """
+        return self._reward_group(samples) if self.rewards.of_groups and self.environment is None else None
+
+    async def _reward_group(self, samples: Sequence[Sample]) -> list[Sample]:
+        played = {s.sample_id: self._played(s.problem, s.episode) for s in samples if s.episode is not None}
+        if not played:
+            return list(samples)
+        try:
+            values = await self.rewards.for_group(list(played.values()), deadline=self.timeout)
+        except UserCodeError as error:
+            reason = str(error)
+            return [
+                _failed(s.sample_id, s.group_id, s.problem, reason) if s.sample_id in played else s for s in samples
+            ]
+        parts = {s.sample_id: {**s.rewards} for s in samples}
+        for sample_id, value in zip(played, values, strict=True):
+            parts[sample_id] |= value
+        return [
+            replace(s, rewards=parts[s.sample_id], reward=self._total(parts[s.sample_id]))
+            if s.sample_id in played
+            else s
+            for s in samples
+        ]
 
     async def _in_turn(self, send: Send, request: GenerateRequest, timer: asyncio.Timeout) -> Generation:
         """Send a request without a retry left, when the one before it has run for PROVEN_SECONDS or has ended.

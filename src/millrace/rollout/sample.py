@@ -1,6 +1,7 @@
-"""The results of a rollout: groups of samples with their episodes."""
+"""Problems, and the results of a rollout: groups of samples with their episodes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -8,14 +9,33 @@ from numpy.typing import NDArray
 
 from millrace.types import Float32Array, VersionSpan
 
+Message = Mapping[str, object]  # of a chat: `role`, `content`, and what else the chat template reads
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem of a data set. `answer` is the number after GSM8K's `####`, without thousands separators."""
+    """One row of a data set.
+
+    messages: the chat up to the model's first turn, system prompt included. row: the whole row, by column. answer: the
+    text of the answer's column; None if the data have none.
+    """
 
     problem_id: str
-    question: str
-    answer: str
+    messages: tuple[Message, ...] = field(hash=False)
+    row: Mapping[str, object] = field(hash=False)
+    answer: str | None = None
+
+    @classmethod
+    def of_question(cls, problem_id: str, question: str, answer: str) -> "Problem":
+        """Return the problem of a row with the columns `question` and `answer`."""
+        row = {"question": question, "answer": answer}
+        return cls(problem_id, ({"role": "user", "content": question},), row, answer)
+
+    @property
+    def question(self) -> str:
+        """The text of the last user message; empty if there is none."""
+        asked = (str(message["content"]) for message in reversed(self.messages) if message["role"] == "user")
+        return next(asked, "")
 
 
 class SampleStatus(StrEnum):
@@ -33,6 +53,7 @@ class EpisodeEnd(StrEnum):
     TURN_LIMIT = "turn_limit"
     TOKEN_LIMIT = "token_limit"  # noqa: S105
     CONTEXT_FULL = "context_full"
+    ENVIRONMENT_DONE = "environment_done"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +62,8 @@ class Episode:
 
     token_ids: [T]. loss_mask: [T] bool, True for tokens that the model generated. logprobs: [T] float32, the engine's
     at the time of sampling; 0 where loss_mask is False. version_spans: which weight versions generated which positions;
-    they cover exactly the positions where loss_mask is True. turns: of the model.
+    they cover exactly the positions where loss_mask is True. turns: of the model. messages: the conversation after the
+    prompt, as chat messages; a turn of the model has `content`, `reasoning` and, if there are any, `tool_calls`.
     """
 
     token_ids: tuple[int, ...]
@@ -50,13 +72,15 @@ class Episode:
     version_spans: tuple[VersionSpan, ...]
     turns: int
     end: EpisodeEnd
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One attempt at a problem.
 
-    episode: None unless the status is FINISHED. reward: 0 without an episode. reason: why there is no episode.
+    episode: None unless the status is FINISHED. reward: 0 without an episode. reason: why there is no episode. rewards:
+    the parts of the reward before they are weighted, by the names of their functions.
     """
 
     sample_id: str
@@ -66,6 +90,7 @@ class Sample:
     episode: Episode | None
     reward: float
     reason: str | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def oldest_version(self) -> int | None:

@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
@@ -16,6 +16,10 @@ class Runner(Protocol):
         """Run a sample and return it. Exceptions end the whole rollout."""
         ...
 
+    def finish_group(self, samples: Sequence[Sample]) -> Coroutine[None, None, list[Sample]] | None:
+        """Return what completes the samples of a group, all of which have ended; None if they are complete."""
+        ...
+
 
 @dataclass(slots=True)
 class _Running:
@@ -25,6 +29,14 @@ class _Running:
     problem: Problem
     version: int  # the trainer's when the group was started: none of its tokens is older
     tasks: list[asyncio.Task[Sample]]
+    finishing: asyncio.Task[list[Sample]] | None = None
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Cancel what runs, and what would begin later."""
+        self.cancelled = True
+        for task in (*self.tasks, *([self.finishing] if self.finishing is not None else [])):
+            task.cancel()
 
 
 @dataclass(slots=True)
@@ -60,7 +72,7 @@ class RolloutScheduler:
     async def __aexit__(self, *_: object) -> None:
         collectors = list(self._collectors)
         for running in self._running.values():
-            _cancel(running)
+            running.cancel()
         await asyncio.gather(*collectors, return_exceptions=True)
 
     @property
@@ -101,28 +113,49 @@ class RolloutScheduler:
         """
         old = [running for running in self._running.values() if running.version < version]
         for running in old:
-            _cancel(running)
+            running.cancel()
         return len(old)
 
     async def _collect(self, running: _Running) -> None:
-        results = await asyncio.gather(*running.tasks, return_exceptions=True)
-        samples = []
-        for index, result in enumerate(results):
-            if isinstance(result, asyncio.CancelledError):
-                sample_id = f"{running.group_id}-{index}"
-                result = Sample(
-                    sample_id, running.group_id, running.problem, SampleStatus.ABORTED, None, 0.0, "cancelled: too old"
-                )
-            elif isinstance(result, BaseException):
-                _cancel(running)
-                self._complete.put_nowait(result)
-                return
-            self.counts.ended[result.status] += 1
-            samples.append(result)
+        try:
+            samples = await _ended(running, self._runner)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            running.cancel()
+            self._complete.put_nowait(error)
+            return
+        self.counts.ended.update(sample.status for sample in samples)
         del self._running[running.group_id]
         self._complete.put_nowait(Group(running.group_id, running.problem, tuple(samples)))
 
 
-def _cancel(running: _Running) -> None:
-    for task in running.tasks:
-        task.cancel()
+async def _ended(running: _Running, runner: Runner) -> list[Sample]:
+    """Wait for the end of a group and return its samples. Raises what a sample raised instead of ending."""
+    results = await asyncio.gather(*running.tasks, return_exceptions=True)
+    samples = []
+    for index, result in enumerate(results):
+        if isinstance(result, asyncio.CancelledError):
+            sample_id = f"{running.group_id}-{index}"
+            result = _aborted(Sample(sample_id, running.group_id, running.problem, SampleStatus.ABORTED, None, 0.0))
+        elif isinstance(result, BaseException):
+            raise result
+        samples.append(result)
+    rest = runner.finish_group(samples)
+    if rest is None:
+        return samples
+    running.finishing = asyncio.create_task(rest)
+    if running.cancelled:
+        running.finishing.cancel()
+    [finished] = await asyncio.gather(running.finishing, return_exceptions=True)
+    if isinstance(finished, asyncio.CancelledError):
+        return [_aborted(sample) if sample.status is SampleStatus.FINISHED else sample for sample in samples]
+    if isinstance(finished, BaseException):
+        raise finished
+    return finished
+
+
+def _aborted(sample: Sample) -> Sample:
+    return replace(
+        sample, status=SampleStatus.ABORTED, episode=None, reward=0.0, rewards={}, reason="cancelled: too old"
+    )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import orjson
 
 from millrace.errors import MillraceError
+from millrace.rollout.sample import Message
 
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"\s*<function=([^<>\s]+)>(.*)</function>\s*", re.DOTALL)
@@ -36,17 +37,22 @@ class ToolError(MillraceError):
 class Tool(ABC):
     """A function that the model can call.
 
-    One instance serves all samples at the same time, so `call` must not keep state between calls.
+    Each episode has an instance of its own, so it may keep state between the calls of one episode.
 
-    >>> class Clock(Tool):
-    ...     name = "clock"
-    ...     schema = {"type": "function", "function": {"name": "clock", "description": "Returns the time."}}
+    >>> class Counter(Tool):
+    ...     name = "count"
+    ...     schema = {"type": "function", "function": {"name": "count", "description": "Counts its calls."}}
+    ...     calls = 0
     ...
     ...     async def call(self, arguments):
-    ...         return time.strftime("%H:%M")
+    ...         self.calls += 1
+    ...         return str(self.calls)
+
+    timeout: seconds for each call.
     """
 
     name: str
+    timeout: float = 30.0
 
     @property
     @abstractmethod
@@ -56,6 +62,9 @@ class Tool(ABC):
     @abstractmethod
     async def call(self, arguments: Mapping[str, object]) -> str:
         """Return the answer as text. Raises ToolError for a mistake of the model. The caller sets the deadline."""
+
+    async def close(self) -> None:  # noqa: B027 (most tools have nothing to close)
+        """End what the tool has started. It is called at the end of the episode, however that ends."""
 
 
 class Calculator(Tool):
@@ -83,13 +92,7 @@ class Calculator(Tool):
                 raise ToolError('the calculator takes one argument: "expression", a string')
 
 
-def make_tools(names: tuple[str, ...]) -> dict[str, Tool]:
-    """Return the built-in tools with these names, by name. Raises ToolError for an unknown name."""
-    known: dict[str, Tool] = {tool.name: tool for tool in (Calculator(),)}
-    for name in names:
-        if name not in known:
-            raise ToolError(f"no tool is called {name!r}; there are: {', '.join(known)}")
-    return {name: known[name] for name in names}
+BUILT_IN: Mapping[str, type[Tool]] = {tool.name: tool for tool in (Calculator,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,12 @@ class ToolAnswer:
     text: str
     failed: bool
 
+    @property
+    def message(self) -> Message:
+        """The answer as a chat message."""
+        name = {} if self.tool is None else {"name": self.tool}
+        return {"role": "tool", "content": self.text, **name}
+
 
 def parse_tool_calls(text: str) -> tuple[ToolCall | BadToolCall, ...]:
     """Return the tool calls in the text of a turn, in order; empty if there is no `<tool_call>`.
@@ -126,22 +135,30 @@ def parse_tool_calls(text: str) -> tuple[ToolCall | BadToolCall, ...]:
     return tuple(_parse_tool_call(body, closing) for body, closing in _TOOL_CALL.findall(text))
 
 
-async def answer_tool_call(call: ToolCall | BadToolCall, tools: Mapping[str, Tool], *, deadline: float) -> ToolAnswer:
-    """Run one call for at most `deadline` seconds. Raises nothing: every failure becomes an answer for the model."""
+def without_tool_calls(text: str) -> str:
+    """Return the text of a turn without its tool calls. Those that can't be parsed stay."""
+
+    def kept(match: re.Match[str]) -> str:
+        return match[0] if isinstance(_parse_tool_call(match[1], match[2]), BadToolCall) else ""
+
+    return _TOOL_CALL.sub(kept, text).strip()
+
+
+async def answer_tool_call(call: ToolCall | BadToolCall, tools: Mapping[str, Tool]) -> ToolAnswer:
+    """Run one call within the tool's timeout. Raises nothing: every failure becomes an answer for the model."""
     if isinstance(call, BadToolCall):
         return ToolAnswer(None, f"Error: {call.reason}", failed=True)
     tool = tools.get(call.name)
     if tool is None:
         names = ", ".join(tools) or "none"
         return ToolAnswer(call.name, f"Error: no tool is called {call.name!r}; there are: {names}", failed=True)
-    timeout = asyncio.timeout(deadline)
+    timeout = asyncio.timeout(tool.timeout)
     try:
         async with timeout:
-            arguments = call.arguments if call.typed else _typed(call.arguments, tool.schema)
-            return ToolAnswer(call.name, await tool.call(arguments), failed=False)
+            return ToolAnswer(call.name, await tool.call(typed(call, tool.schema).arguments), failed=False)
     # A tool is the user's code and may raise anything. One bad call must not end the other samples of the batch.
     except Exception as error:
-        reason = f"no answer after {deadline:g} s" if timeout.expired() else f"{error}" or type(error).__name__
+        reason = f"no answer after {tool.timeout:g} s" if timeout.expired() else f"{error}" or type(error).__name__
         return ToolAnswer(call.name, f"Error: {reason}", failed=True)
 
 
@@ -194,13 +211,14 @@ def _parse_tool_call(body: str, closing: str) -> ToolCall | BadToolCall:
             return BadToolCall('a tool call is {"name": a string, "arguments": an object}')
 
 
-def _typed(arguments: Mapping[str, object], schema: Mapping[str, object]) -> dict[str, object]:
-    """Return arguments that the model wrote as text with the types of the schema. Text that is not JSON stays text."""
+def typed(call: ToolCall, schema: Mapping[str, object]) -> ToolCall:
+    """Return a call with the schema's types for arguments that the model wrote as text. Other text stays text."""
     match schema:
-        case {"function": {"parameters": {"properties": dict(properties)}}}:
-            return {name: _value(str(text), properties.get(name)) for name, text in arguments.items()}
+        case {"function": {"parameters": {"properties": dict(properties)}}} if not call.typed:
+            values = {name: _value(str(text), properties.get(name)) for name, text in call.arguments.items()}
+            return ToolCall(call.name, values)
         case _:
-            return dict(arguments)
+            return call
 
 
 def _value(text: str, schema: object) -> object:

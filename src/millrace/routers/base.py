@@ -63,7 +63,7 @@ class RouterClient(ABC):
 
     @abstractmethod
     def dropped(self, request: GenerateRequest) -> Set[str]:
-        """Return the names of the fields of `request.extra` that would not reach the engine."""
+        """Return the names of the parts of the request that would not reach the engine, such as extra.priority."""
 
     async def generate(
         self, engine: HttpEngine, request: GenerateRequest, routing: RoutingContext = ANYWHERE, *, deadline: float

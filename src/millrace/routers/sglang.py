@@ -59,8 +59,9 @@ class SGLangRouter(RouterClient):
         return {worker["url"]: worker["is_healthy"] for worker in listed["workers"]}
 
     def dropped(self, request: GenerateRequest) -> Set[str]:
-        lost = request.extra.keys() - KEPT
-        return lost | {f"sampling_params.{name}" for name in sampling_of(request).keys() - KEPT_SAMPLING}
+        lost = {f"extra.{name}" for name in request.extra.keys() - KEPT}
+        lost |= {f"extra.sampling_params.{name}" for name in sampling_of(request).keys() - KEPT_SAMPLING}
+        return lost | {"sampling.logit_bias"} if request.sampling.logit_bias else lost
 
     async def _ids(self) -> Mapping[str, str]:
         listed = await self._http.control("GET", "/workers", deadline=ASK_DEADLINE, repeatable=True)

@@ -55,7 +55,8 @@ def _numbers(engine: EngineView) -> list[str]:
         full = f"{load.used_tokens / load.max_tokens:.0%}" if load.max_tokens else ""
         work = [str(load.running_requests), str(load.waiting_requests), f"{speed:,.0f}", full]
     share = "" if engine.cache_hit_share is None else f"{engine.cache_hit_share:.0%}"
-    return [_known(engine.version), _known(engine.lag), *work, share, str(engine.restarts)]
+    version = _known(engine.version) if engine.label is None else f"{engine.version} ({engine.label})"
+    return [version, _known(engine.lag), *work, share, str(engine.restarts)]
 
 
 def _known(number: int | None) -> str:

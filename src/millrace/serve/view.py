@@ -21,10 +21,11 @@ SHOWN_EVENTS = 50
 class EngineView:
     """The view of one engine.
 
-    version: the weight version that it serves. lag: how many versions it is behind the newest. asleep: the parts of its
-    memory that are released. reason: why it is in this state. outstanding_tokens: prompt tokens and maximum output
-    tokens of the requests in flight. load: as the engine reports it; None if it did not answer, and `silence` says why.
-    cache_hit_share: the share of all prompt tokens so far that were in the prefix cache.
+    version: the weight version that it serves. label: the trainer's own name for this version. lag: how many versions
+    it is behind the newest. asleep: the parts of its memory that are released. reason: why it is in this state.
+    outstanding_tokens: prompt tokens and maximum output tokens of the requests in flight. load: as the engine reports
+    it; None if it did not answer, and `silence` says why. cache_hit_share: the share of all prompt tokens so far that
+    were in the prefix cache.
     """
 
     name: str
@@ -32,6 +33,7 @@ class EngineView:
     state: Phase
     routable: bool
     version: int | None
+    label: str | int | None
     lag: int | None
     asleep: tuple[MemoryTag, ...]
     reason: str | None
@@ -114,6 +116,7 @@ def _view(
         state=state.phase,
         routable=state.routable,
         version=state.version,
+        label=None if state.version is None else fleet.labels.get(state.version),
         lag=newest - state.version if newest is not None and state.version is not None else None,
         asleep=tuple(sorted(state.asleep)) if state.phase is not Phase.DEAD else (),
         reason=state.reason,

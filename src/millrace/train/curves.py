@@ -27,7 +27,10 @@ def draw_curves(metrics: Sequence[StepMetrics], title: str, path: Path) -> None:
         color="tab:orange",
         marker="o",
     )
-    learning.set(xlabel="step", ylim=(0, 1.02), title="learning")
+    for name in _parts(steps):
+        learning.plot(x, [m.rewards.get(name) for m in steps], label=name, linestyle=":")
+    low, high = learning.get_ylim()
+    learning.set(xlabel="step", ylim=(min(0.0, low), max(1.02, high)), title="learning")
     learning.legend(loc="lower right")
 
     phases = {
@@ -56,3 +59,9 @@ def draw_curves(metrics: Sequence[StepMetrics], title: str, path: Path) -> None:
     for axes in (learning, seconds, policy, gap):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def _parts(steps: Sequence[StepMetrics]) -> list[str]:
+    """Return the names of the rewards' parts; none if there is only one, which is the reward."""
+    names = list(dict.fromkeys(name for m in steps for name in m.rewards))
+    return names if len(names) > 1 else []

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,26 +10,17 @@ from pathlib import Path
 
 import torch
 
-from millrace.config.models import (
-    MetricsConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    WarmupConfig,
-)
+from millrace.config.models import MetricsConfig, OptimizerConfig, RunConfig, TrainConfig, WarmupConfig
 from millrace.errors import CheckpointError, ConfigError, DataError
 from millrace.fleet.client import FleetClient
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.rollout.agent import EpisodeLimits
-from millrace.rollout.chat import ChatFormat, load_chat_format, load_prompt_format
-from millrace.rollout.data import load_problems
+from millrace.rollout.chat import ChatFormat
 from millrace.rollout.judge import Judge
-from millrace.rollout.reward import by_rule
 from millrace.rollout.runner import SampleRunner, sampling_params
 from millrace.rollout.sample import Problem
-from millrace.rollout.tools import Tool, make_tools
 from millrace.serve.server import serve
 from millrace.serve.view import Observer
 from millrace.train import checkpoint
@@ -44,6 +35,7 @@ from millrace.train.record import RunFolder
 from millrace.train.resizing import resizable
 from millrace.train.start import model_folder
 from millrace.train.summary import Summary
+from millrace.train.task import Task, load_task, task_chat_format, with_servers
 from millrace.train.trainer import Trainer
 from millrace.train.warmup_data import warmup_conversations
 from millrace.train.world import World, join_world
@@ -52,12 +44,10 @@ from millrace.types import MemoryTag
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The inputs of the rollouts. `problems` and `held_out` are those of this rank."""
+    """The inputs of the rollouts. The problems of the task are those of this rank."""
 
     chat: ChatFormat
-    tools: dict[str, Tool]
-    problems: Sequence[Problem]
-    held_out: Sequence[Problem]
+    task: Task
 
 
 async def train(
@@ -73,9 +63,19 @@ async def train(
     """
     started = time.monotonic()
     last = _last_checkpoint(config)
-    tools = make_tools(config.rollout.tools)
-    problems = load_problems(config.data)
-    held_out = load_problems(config.evaluation.data, held_out=True)[: config.evaluation.problems]
+    async with with_servers(load_task(config), config) as task:
+        return await _train(config, task, last if resume else None, started, resume, display, reload)
+
+
+async def _train(
+    config: RunConfig,
+    task: Task,
+    last: Path | None,
+    started: float,
+    resume: bool,
+    display: Display,
+    reload: Callable[[], RunConfig] | None,
+) -> Summary | None:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)
@@ -87,9 +87,7 @@ async def train(
         thread, folder = TrainerThread(pool), RunFolder(config, resume=resume, rank=world.rank)
         with folder.create():
             model_path = await _starting_model(config, folder, world, thread, fresh=not resume)
-            share = slice(world.rank, None, world.size)
-            chat = _chat_format(config, model_path, tools)
-            content = Content(chat, tools, problems[share], held_out[share])
+            content = Content(task_chat_format(config, task, str(model_path)), task.share(world.rank, world.size))
             judge_of = judge_model(config.judges, folder.path, fresh=not resume)
             with EventLog(folder.events_path) as event_log:
                 async with _engines(
@@ -99,7 +97,8 @@ async def train(
                     judge,
                 ):
                     runner = _runner(config, fleet, content, judge)
-                    _require_room(runner, [*content.problems, *content.held_out], config)
+                    if task.environment is None:  # which makes the prompts later
+                        _require_room(runner, [*content.task.problems, *content.task.held_out], config)
                     ranks = Ranks(world, thread, fleet)
                     loop = _assemble(config, model_path, ranks, runner, judge, content, folder, display)
                     loop.watch.seconds["set-up"] = time.monotonic() - started
@@ -108,7 +107,7 @@ async def train(
                         if reload is not None and isinstance(fleet, Fleet)
                         else nullcontext()
                     ):
-                        await _run(loop, config, content, last if resume else None)
+                        await _run(loop, config, content, last)
                     counts = await ranks.counts(loop.counts)
                     display.phase("ending the engines")
         if world.rank > 0:
@@ -158,7 +157,7 @@ async def _engines(
             yield fleet, None
             return
         observer.fleets = (fleet,)
-        problems = content.problems
+        problems = content.task.problems
         async with open_judge(
             judge_of, fleet, config.rollout, problems, log_dir=folder.logs, event_log=event_log
         ) as judge:
@@ -174,14 +173,6 @@ async def _starting_model(
     path = starting_model(config, folder.path, fresh=fresh) if world.rank == 0 else None
     await thread.run(world.any, False)
     return path if path is not None else starting_model(config, folder.path, fresh=False)
-
-
-def _chat_format(config: RunConfig, model: Path, tools: Mapping[str, Tool]) -> ChatFormat:
-    """Return the chat format of a model. The warm-up needs tool calls even if the rollouts have no tools."""
-    kwargs = config.rollout.chat_template_kwargs
-    if not tools and config.warmup is None:
-        return load_prompt_format(str(model), kwargs)
-    return load_chat_format(str(model), [tool.schema for tool in tools.values()], kwargs)
 
 
 async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> None:
@@ -239,7 +230,7 @@ def _runner(config: RunConfig, fleet: FleetClient, content: Content, judge: Judg
     return SampleRunner(
         fleet=fleet,
         chat=content.chat,
-        tools=content.tools,
+        tools={name: tool.make for name, tool in content.task.tools.items()},
         limits=EpisodeLimits(
             rollout.max_turns, rollout.max_turn_tokens, rollout.max_sample_tokens, fleet.context_length
         ),
@@ -247,7 +238,9 @@ def _runner(config: RunConfig, fleet: FleetClient, content: Content, judge: Judg
         timeout=rollout.sample_timeout,
         retries=rollout.sample_retries,
         partial=rollout.partial_rollouts,
-        reward=judge if judge is not None and at_once else by_rule,
+        rewards=content.task.rewards,
+        environment=content.task.environment,
+        judge=judge if at_once else None,
     )
 
 
@@ -281,8 +274,8 @@ def _assemble(
         ranks=ranks,
         runner=runner,
         judge=judge,
-        problems=content.problems,
-        held_out=content.held_out,
+        problems=content.task.problems,
+        held_out=content.task.held_out,
         folder=folder,
         display=display,
         progress=Progress(),

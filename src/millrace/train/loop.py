@@ -1,7 +1,7 @@
 """The training loop: take complete groups, train on them, publish the weights, repeat.
 
-Both modes use this loop. In `hybrid` mode samples must not be stale, so the engines are idle during training, and
-sleep. In `standalone` mode they keep generating, as far ahead as `max_staleness` allows.
+Both modes use this loop. In `hybrid` mode the engines sleep while the trainer trains. In `standalone` mode they keep
+generating, as far ahead as `max_staleness` allows.
 """
 
 import logging
@@ -19,7 +19,6 @@ from millrace.config.models import RunConfig
 from millrace.errors import ConfigError, WeightsChanged
 from millrace.rollout.buffer import RolloutBatch, RolloutBuffer, StalenessPolicy, has_signal, require_some
 from millrace.rollout.judge import Judge, JudgeCounts, grade_in_turn
-from millrace.rollout.reward import by_rule
 from millrace.rollout.runner import SampleRunner, ToolCounts, greedy
 from millrace.rollout.sample import Group, Problem, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler, SampleCounts
@@ -28,7 +27,7 @@ from millrace.train.batch import TrainSample
 from millrace.train.display import Display
 from millrace.train.loss import group_advantages
 from millrace.train.ranks import Ranks
-from millrace.train.record import RunFolder, StepMetrics
+from millrace.train.record import RunFolder, StepMetrics, mean_parts
 from millrace.train.trainer import StepStats, Trainer
 from millrace.types import MemoryTag
 from millrace.weights.sharded import ShardedTensors
@@ -103,7 +102,7 @@ class TrainingLoop:
         self._warned_of_no_signal = False
 
     async def run(self) -> None:
-        """Run the steps up to `train.steps`, after an evaluation before the first step.
+        """Evaluate if no step has been done, and run the steps up to `train.steps`.
 
         Raises MillraceError, such as RolloutError if all samples of a step failed.
         """
@@ -147,14 +146,14 @@ class TrainingLoop:
         await self.ranks.reached(self.progress.version, deadline=self.config.publish.timeout)
 
     async def evaluate(self) -> float:
-        """Return the accuracy of greedy samples on the held-out problems, from 0 to 1.
+        """Return the mean reward of greedy samples on the held-out problems.
 
-        The rule reward decides, even if there is a judge. Failed samples count as wrong. Raises RolloutError if all
-        samples failed.
+        It is the reward of the functions alone, even if there is a judge. With the rule this is the accuracy, from 0 to
+        1. Failed samples count as 0. Raises RolloutError if all samples failed.
         """
         self.display.phase(f"evaluating on {len(self.held_out)} held-out problems")
         sampling = greedy(self.runner.sampling)
-        runner = replace(self.runner, sampling=sampling, tool_counts=ToolCounts(), reward=by_rule)
+        runner = replace(self.runner, sampling=sampling, tool_counts=ToolCounts(), judge=None)
         async with RolloutScheduler(runner, samples_per_group=1) as scheduler:
             version = self.progress.version
             names = f"{self.ranks.prefix}eval-{version}"
@@ -213,6 +212,7 @@ class TrainingLoop:
         self._record(metrics)
         _warn_of_unread(grades)
         self._warn_of_no_signal(metrics)
+        self._warn_of_failed(batch)
         tools.calls = tools.errors = 0
         grades.clear()
         # The checkpoint comes after the record: a resumed run can drop later records, but can't replace missing ones.
@@ -276,6 +276,17 @@ class TrainingLoop:
                 self.config.rollout.samples_per_group,
             )
 
+    def _warn_of_failed(self, batch: RolloutBatch) -> None:
+        """Log how many samples of a step failed, with the reason of one of them."""
+        if failed := [sample for sample in batch.discarded if sample.status is SampleStatus.FAILED]:
+            logger.warning(
+                "step %d: %d samples failed and were left out; %s: %s",
+                self.progress.step,
+                len(failed),
+                failed[0].sample_id,
+                failed[0].reason,
+            )
+
     def _record(self, metrics: StepMetrics) -> None:
         if self.ranks.owned is not None:
             self.folder.add_metrics(metrics)
@@ -333,6 +344,7 @@ def _metrics(
         weight_version=progress.version,
         accuracy=accuracy,
         reward=float(np.mean([sample.reward for sample in batch.samples])),
+        rewards=mean_parts(batch.samples),
         staleness=float(np.mean(lag)) if lag else 0.0,
         rollout_seconds=seconds("rollout"),
         publish_seconds=seconds("publish"),

@@ -5,7 +5,6 @@ Rank 0 does what must happen once. What the ranks must do together is a collecti
 
 import asyncio
 import os
-import secrets
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -18,11 +17,9 @@ from millrace.config.models import PublishConfig
 from millrace.fleet.client import FleetClient
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.follower import Follower
-from millrace.launch.ports import bound, url_of
+from millrace.fleet.follower import follow_fleet
 from millrace.rollout.sample import SampleStatus
 from millrace.rollout.scheduler import SampleCounts
-from millrace.serve.owner import own
 from millrace.train.record import StepMetrics
 from millrace.train.world import World
 from millrace.types import MemoryTag
@@ -67,7 +64,7 @@ async def shared(
     """
     if world.rank > 0:
         url, key = (await thread.run(world.broadcast, b"")).decode().split()
-        async with Follower.open(url, key, event_log=event_log, seed=seed + world.rank) as follower:
+        async with follow_fleet(url, key, event_log=event_log, seed=seed + world.rank) as follower:
             yield follower
             await thread.run(world.any, False)
         return
@@ -75,13 +72,10 @@ async def shared(
         if world.size == 1:
             yield fleet
             return
-        key = secrets.token_urlsafe(24)
-        with bound(own_address(), 0) as sock:
-            host, port = sock.getsockname()[:2]
-            async with own(fleet.replicas, sock, key):
-                await thread.run(world.broadcast, f"{url_of(host, port)} {key}".encode())
-                yield fleet
-                await thread.run(world.any, False)
+        async with fleet.share(own_address()) as access:
+            await thread.run(world.broadcast, f"{access.url} {access.key}".encode())
+            yield fleet
+            await thread.run(world.any, False)
 
 
 def own_address() -> str:
@@ -150,7 +144,7 @@ class Ranks:
 
     async def reached(self, version: int, *, deadline: float) -> None:
         """Wait until this rank sends its requests to engines of `version` or later, for at most `deadline` seconds."""
-        if isinstance(self.fleet, Follower):
+        if self.owned is None:
             await self.fleet.reached(version, deadline=deadline)
 
     async def sums(self, *values: float) -> list[float]:
@@ -163,11 +157,14 @@ class Ranks:
         if self.world.size == 1:
             return metrics
         weighted = [(getattr(metrics, name) or 0.0) * getattr(metrics, over) for name, over in MEANS.items()]
-        summed = await self.sums(*(getattr(metrics, name) for name in SUMS), *weighted)
+        parts = [value * metrics.samples_finished for value in metrics.rewards.values()]
+        summed = await self.sums(*(getattr(metrics, name) for name in SUMS), *weighted, *parts)
         counted = {name: type(getattr(metrics, name))(value) for name, value in zip(SUMS, summed, strict=False)}
         combined = asdict(metrics) | counted
-        for (name, over), value in zip(MEANS.items(), summed[len(SUMS) :], strict=True):
+        for (name, over), value in zip(MEANS.items(), summed[len(SUMS) :], strict=False):
             combined[name] = value / combined[over] if combined[over] else None
+        means = [value / (combined["samples_finished"] or 1) for value in summed[len(summed) - len(parts) :]]
+        combined["rewards"] = dict(zip(metrics.rewards, means, strict=True))
         return StepMetrics(**combined)
 
     async def counts(self, counts: SampleCounts) -> SampleCounts:

@@ -2,12 +2,13 @@
 
 import fcntl
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from millrace.config import RunConfig, dump_config
@@ -27,8 +28,9 @@ class StepMetrics:
 
     step: int
     weight_version: int  # published at the end of the step
-    accuracy: float | None  # of greedy answers to held-out problems; None if the step had no evaluation
+    accuracy: float | None  # mean reward of greedy answers to held-out problems; None if the step had no evaluation
     reward: float | None = None  # mean over the step's samples
+    rewards: dict[str, float] = field(default_factory=dict)  # means of its parts, before they are weighted
     staleness: float | None = None  # mean over the step's samples, in versions
     rollout_seconds: float = 0.0  # the trainer waited for samples
     judge_seconds: float = 0.0  # a colocated judge graded
@@ -170,6 +172,7 @@ def _as_record(step: int, sample: Sample, chat: ChatFormat) -> dict[str, Any]:
         "status": sample.status,
         "reason": sample.reason,
         "reward": sample.reward,
+        "rewards": dict(sample.rewards),
     }
     if episode := sample.episode:
         record |= {
@@ -181,6 +184,12 @@ def _as_record(step: int, sample: Sample, chat: ChatFormat) -> dict[str, Any]:
             "version_spans": [[s.version, s.start, s.end] for s in episode.version_spans],
         }
     return record
+
+
+def mean_parts(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the means of the parts of the samples' rewards, by name."""
+    names = dict.fromkeys(name for sample in samples for name in sample.rewards)
+    return {name: float(np.mean([sample.rewards.get(name, 0.0) for sample in samples])) for name in names}
 
 
 def model_of(settings: bytes) -> object:

@@ -12,12 +12,10 @@ from millrace.model_config import folder_dtype, unusual_dtypes
 from millrace.model_folder import CASTABLE, StoredTensor, stored_tensors
 from millrace.types import EngineInfo
 from millrace.weights.folder import FolderTensors
-from millrace.weights.plan import announced
+from millrace.weights.source import NamedTensor, WeightSource
 
 if TYPE_CHECKING:
     import torch
-
-    NamedTensor = tuple[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +66,14 @@ def require_one_dtype(engines: Iterable[Replica]) -> None:
         raise PublishError(f"the engines compute in different dtypes ({each}); start all of them with one --dtype")
 
 
-def cast(tensors: "Iterable[NamedTensor]", dtypes: Dtypes) -> "Iterable[NamedTensor]":
-    """Return the tensors in these dtypes. Each is cast when it is taken. The result can be iterated as often as
-    `tensors`, and has the same `shapes`."""
-    if isinstance(tensors, Iterator):
-        return _as_they_come(tensors, dtypes)
-    shapes = announced(tensors)
-    return _Cast(tensors, dtypes) if shapes is None else _AnnouncedCast(tensors, dtypes, shapes)
+def cast(source: WeightSource, dtypes: Dtypes) -> WeightSource:
+    """Return the tensors in these dtypes. Each is cast when it is taken."""
+
+    def as_they_come(tensors: Iterator[NamedTensor]) -> Iterator[NamedTensor]:
+        for name, tensor in tensors:
+            yield name, dtypes.cast(name, tensor)
+
+    return source.converted(as_they_come)
 
 
 def folder_checksums_as(dtypes: Dtypes, folder: Path, checksums: Mapping[str, str]) -> dict[str, str]:
@@ -94,25 +93,3 @@ def folder_checksums_as(dtypes: Dtypes, folder: Path, checksums: Mapping[str, st
         return dict(checksums)
     casts = ((name, dtypes.cast(name, tensor)) for name, tensor in FolderTensors(folder, frozenset(changed)))
     return dict(checksums) | {name: tensor_checksum(tensor) for name, tensor in casts}
-
-
-def _as_they_come(tensors: "Iterator[NamedTensor]", dtypes: Dtypes) -> "Iterator[NamedTensor]":
-    for name, tensor in tensors:
-        yield name, dtypes.cast(name, tensor)
-
-
-@dataclass(frozen=True, slots=True)
-class _Cast:
-    tensors: "Iterable[NamedTensor]"
-    dtypes: Dtypes
-
-    def __iter__(self) -> "Iterator[NamedTensor]":
-        return _as_they_come(iter(self.tensors), self.dtypes)
-
-
-@dataclass(frozen=True, slots=True)
-class _AnnouncedCast(_Cast):
-    announced: Mapping[str, tuple[int, ...]]
-
-    def shapes(self) -> "Iterable[tuple[str, tuple[int, ...]]]":
-        return self.announced.items()

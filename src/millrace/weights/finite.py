@@ -2,38 +2,27 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 
 from millrace.errors import PublishError
 from millrace.weights.cast import Dtypes
-
-NamedTensor = tuple[str, torch.Tensor]
-
-
-@runtime_checkable
-class ChecksItself(Protocol):
-    """Tensors that find their own bad values, because iterating over them is expensive (`LedTensors`)."""
-
-    def not_finite(self, dtypes: Dtypes) -> list[str]:
-        """Return the names of the tensors that have a NaN or an infinite value after the cast to `dtypes`. Blocks."""
-        ...
+from millrace.weights.source import NamedTensor, WeightSource
 
 
-def only_finite(given: object, tensors: Iterable[NamedTensor], dtypes: Dtypes) -> Iterable[NamedTensor]:
-    """Check that every tensor is finite, also after its cast to the engines' `dtypes`, and return the tensors. Blocks.
+def only_finite(source: WeightSource, dtypes: Dtypes) -> WeightSource:
+    """Check that every tensor is finite, also after its cast to the engines' `dtypes`, and return the source. Blocks.
 
-    given: the trainer's tensors, which `tensors` are made from. If they check themselves (`ChecksItself`), `tensors`
-    is not iterated. An iterator can be consumed only once, so its tensors are checked as the caller takes them.
+    If the tensors can be iterated only once, each is checked when it is taken from the returned source.
 
     Raises:
         PublishError: a tensor has a NaN or an infinite value.
     """
-    if isinstance(tensors, Iterator):
-        return _checked_one_by_one(tensors, dtypes)
-    _require(given.not_finite(dtypes) if isinstance(given, ChecksItself) else not_finite(tensors, dtypes), dtypes)
-    return tensors
+    if source.once:
+        return source.converted(lambda tensors: _checked_one_by_one(tensors, dtypes))
+    find = source.not_finite
+    _require(find(dtypes) if find is not None else not_finite(source, dtypes), dtypes)
+    return source
 
 
 def not_finite(tensors: Iterable[NamedTensor], dtypes: Dtypes) -> list[str]:
@@ -78,9 +67,10 @@ def _checked_one_by_one(tensors: Iterator[NamedTensor], dtypes: Dtypes) -> Itera
 def _require(bad: list[str], dtypes: Dtypes) -> None:
     if not bad:
         return
-    more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+    more = len(bad) - 1
+    subject = f"{bad[0]} and {more} more tensor{'s' if more > 1 else ''} have" if more else f"{bad[0]} has"
     in_dtype = " in float16" if dtypes.usual == "float16" else ""
     raise PublishError(
-        f"{bad[0]}{more} has NaN or infinite values{in_dtype}, so the version was not published "
+        f"{subject} NaN or infinite values{in_dtype}, so the version was not published "
         "(require_finite=False publishes it anyway)"
     )

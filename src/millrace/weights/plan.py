@@ -1,16 +1,11 @@
-"""The names and shapes of the tensors to publish, and their distribution over buckets. Pure functions."""
+"""The distribution of tensors over buckets. Pure functions."""
 
 import itertools
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
-from millrace.errors import PublishError
 from millrace.types import TensorSpec
-
-if TYPE_CHECKING:
-    import torch
 
 # Every tensor starts on a cache line, which also satisfies every dtype.
 ALIGNMENT = 64
@@ -19,13 +14,6 @@ ALIGNMENT = 64
 class HasSize(Protocol):
     @property
     def nbytes(self) -> int: ...
-
-
-@runtime_checkable
-class Announcing(Protocol):
-    """Tensors whose names and shapes are known before any of them is computed or gathered."""
-
-    def shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]: ...
 
 
 T = TypeVar("T", bound=HasSize)
@@ -78,17 +66,3 @@ def layout(tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> tuple[Te
 def padded(nbytes: int) -> int:
     """Round up to a multiple of ALIGNMENT."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def announced(tensors: Iterable[tuple[str, "torch.Tensor"]]) -> dict[str, tuple[int, ...]] | None:
-    """Return the shape of each tensor by its name; None if that is unknown until the tensors are computed. Raises
-    PublishError if a name occurs twice."""
-    if isinstance(tensors, Announcing):
-        named = list(tensors.shapes())
-    elif isinstance(tensors, Collection):
-        named = [(name, tuple(tensor.shape)) for name, tensor in tensors]
-    else:
-        return None
-    if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
-        raise PublishError(f"the trainer named a tensor twice: {twice[0]}")
-    return dict(named)

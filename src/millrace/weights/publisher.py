@@ -7,10 +7,9 @@ serve until it holds a whole version. A bucket is overwritten only after every e
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.errors import (
@@ -25,12 +24,11 @@ from millrace.errors import (
 )
 from millrace.types import Capability
 from millrace.weights.fingerprint import Fingerprint, sampled
-from millrace.weights.plan import announced, buckets
+from millrace.weights.plan import buckets
 from millrace.weights.report import EngineReport, PublishReport
+from millrace.weights.source import WeightSource
+from millrace.weights.step import StepResult, take_step
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
-
-if TYPE_CHECKING:
-    import torch
 
 STEP_SHARE = 0.5  # of the time that is left for the whole transaction
 ROLLBACK_DEADLINE = 10.0  # seconds
@@ -56,7 +54,7 @@ class _Update:
     begun: bool = False
     committed: bool = False
     emptied: bool = False
-    failed_at: float = 0.0
+    blameless: bool = False
     collateral: bool = False
     paused_at: float | None = None
     legs: dict[str, float] = field(default_factory=dict)
@@ -70,6 +68,11 @@ class _Update:
         """A key that is equal for engines that lay out their tensors in the same way."""
         info = self.target.info
         return info.kind, info.engine_version, info.ranks
+
+    def take(self, leg: str, result: StepResult) -> None:
+        """Take over the result of a step."""
+        self.legs[leg] = self.legs.get(leg, 0.0) + result.seconds
+        self.error, self.blameless = result.error, result.blameless
 
     def report(self) -> EngineReport:
         return EngineReport(
@@ -97,29 +100,30 @@ Step = Callable[[_Update], Awaitable[None]]
 
 
 class Publish:
-    """One publish: sends `tensors` to every target as `version`.
+    """One publish: sends the tensors of `source` to every target as `version`.
 
     Before the commit, each engine's weights are compared with the tensors that were sent, by full or sampled checksums
     if the engine can compute them. Engines with the same layout must hold the same weights.
 
     An engine fails if it is not done within `deadline` seconds, or if one step takes half of the time that is left: the
     other engines need the rest. Engines that failed only because another engine broke their broadcast get the version
-    in a second pass, if `tensors` can be iterated again. The first pass sets `fingerprint`. If a later pass gives other
-    tensors, no engine commits and WeightsChanged is raised.
+    in a second pass, if the source can be iterated again. The first pass sets `fingerprint`. If a later pass gives
+    other tensors, no engine commits and WeightsChanged is raised.
 
     `on_outcome` is called with an engine's name, its outcome and its error. COMMITTED is reported as soon as the engine
     has committed. The other outcomes are reported if the engine's old weights could not be restored, or if other
     engines took the version and it did not. It may be called again with a worse outcome. Reported outcomes stay true if
     `run` raises.
 
-        publish = Publish(targets, model.state_dict().items(), 7, transport, bucket_bytes=2**28, deadline=60.0)
+        source = source_of(model.state_dict().items())
+        publish = Publish(targets, source, 7, transport, bucket_bytes=2**28, deadline=60.0)
         report = await publish.run()
     """
 
     def __init__(
         self,
         targets: Sequence[PublishTarget],
-        tensors: Iterable[tuple[str, "torch.Tensor"]],
+        source: WeightSource,
         version: int,
         transport: Transport,
         *,
@@ -131,7 +135,7 @@ class Publish:
         self.version = version
         self.nbytes, self.stage_seconds = 0, 0.0
         self._updates = [_Update(target) for target in targets]
-        self._tensors, self._transport, self._bucket_bytes = tensors, transport, bucket_bytes
+        self._source, self._transport, self._bucket_bytes = source, transport, bucket_bytes
         self._deadline, self._on_outcome, self._fingerprint = deadline, on_outcome, fingerprint
         self._started = time.monotonic()
         self._ends = self._started + deadline
@@ -166,15 +170,15 @@ class Publish:
                 self._fingerprint.require(self._samples)
             await self._attest(pending)
             await self._each(pending, "commit", self._commit)
-            pending = await self._bystanders(pending)
+            pending = [update for update in pending if update.blameless]
             restored = await asyncio.gather(*map(self._abandon, pending))
             pending = [update for update, healthy in zip(pending, restored, strict=True) if healthy]
             for update in pending:
                 update.collateral = True
-            if isinstance(self._tensors, Iterator):
+            if self._source.once:
                 return
             for update in pending:
-                update.error, update.failed_at = None, 0.0
+                update.error, update.blameless = None, False
 
     def _require_success(self) -> None:
         errors = [update.error for update in self._updates if update.error is not None]
@@ -199,7 +203,7 @@ class Publish:
     async def _reach(self, updates: Sequence[_Update]) -> bool:
         """Check which engines accept these tensors and can be reached, before any transaction begins. Return whether
         any engine is left."""
-        shapes = announced(self._tensors)
+        shapes = self._source.shapes()
         if shapes is not None:
             await self._each(updates, "check", lambda u: u.engine.check_tensors(shapes))
         targets = [update.target for update in updates if update.error is None]
@@ -210,7 +214,7 @@ class Publish:
 
     def _buckets(self, updates: Sequence[_Update]) -> Iterator[StagedBucket]:
         self._sent, self._samples = {}, {}
-        source: Iterator[NamedTensors] = buckets(self._tensors, self._bucket_bytes)
+        source: Iterator[NamedTensors] = buckets(self._source, self._bucket_bytes)
         if self._fingerprint is not None or any(u.target.can(Capability.SAMPLED_CHECKSUMS) for u in updates):
             source = sampled(source, self._samples)
         return self._transport.staged(source)
@@ -221,7 +225,7 @@ class Publish:
         source, nbytes = self._buckets(updates), 0
         arrival = await self._next_bucket(source, updates)
         _leave_out(updates, arrival)
-        await self._each(updates, "begin", self._interrupting(self._begin))
+        await self._each(updates, "begin", self._begin)
         while arrival is not None and any(update.error is None for update in updates):
             staged = arrival.staged
             self.stage_seconds += arrival.seconds
@@ -229,7 +233,7 @@ class Publish:
             self._record(staged)
             following = asyncio.create_task(self._next_bucket(source, updates))
             try:
-                await asyncio.gather(self._each(updates, "load", self._loading(staged)), self._transport.send(staged))
+                await self._load_bucket(updates, staged)
             except BaseException:
                 following.cancel()
                 # Its thread writes to a slot, which must not be freed before the thread has ended.
@@ -254,31 +258,11 @@ class Publish:
         unreached = await self._transport.deliver(targets, deadline=self._share())
         return _Arrival(staged, time.monotonic() - started, unreached)
 
-    def _loading(self, staged: StagedBucket) -> Step:
-        async def load(update: _Update) -> None:
-            if reason := self._transport.broken(update.engine):
-                raise EngineFailed(update.engine.name, reason)
-            await update.engine.load(staged.bucket_for(update.target), deadline=self._share())
-
-        return self._interrupting(load)
-
-    def _interrupting(self, step: Step) -> Step:
-        """Return the step; if it fails, the broadcasts of this engine end, so that no other engine waits for them."""
-
-        async def run(update: _Update) -> None:
-            try:
-                await step(update)
-            except BaseException:
-                self._transport.interrupt(update.engine)
-                raise
-
-        return run
-
-    async def _bystanders(self, updates: Sequence[_Update]) -> list[_Update]:
-        """Return the updates that failed only because another engine or a sidecar did."""
-        failed = sorted((u for u in updates if u.error is not None and u.failed_at), key=lambda u: u.failed_at)
-        collateral = await self._transport.collateral([update.engine for update in failed])
-        return [update for update in failed if update.engine.name in collateral]
+    async def _load_bucket(self, updates: Sequence[_Update], staged: StagedBucket) -> None:
+        loading = {update.engine.name: update for update in updates if update.error is None}
+        targets = [update.target for update in loading.values()]
+        for name, result in (await self._transport.load(targets, staged, deadline=self._share())).items():
+            loading[name].take("load", result)
 
     async def _begin(self, update: _Update) -> None:
         if not update.target.can(Capability.STAGED_UPDATE):
@@ -344,16 +328,7 @@ class Publish:
         """Take one step on every engine that has not failed. An engine's error ends only its own transaction."""
 
         async def guarded(update: _Update) -> None:
-            begun, share = time.monotonic(), self._share()
-            try:
-                async with asyncio.timeout(share):
-                    await step(update)
-            except EngineError as error:
-                update.error, update.failed_at = error, time.monotonic()
-            except TimeoutError:
-                late = f"{leg} took longer than {share:.1f} s, half of the time that was left"
-                update.error, update.failed_at = EngineTimeout(update.engine.name, late), time.monotonic()
-            update.legs[leg] = update.legs.get(leg, 0.0) + time.monotonic() - begun
+            update.take(leg, await take_step(update.engine.name, leg, step(update), self._share()))
 
         async with asyncio.TaskGroup() as group:
             for update in updates:

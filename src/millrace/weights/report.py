@@ -29,12 +29,14 @@ class EngineReport:
 class PublishReport:
     """The outcome of a publish.
 
+    version: the number of the version.
     nbytes: the size of the tensors.
     seconds: the duration of the whole publish.
     stage_seconds: the time spent on copying into buckets and on bringing these to the engines' hosts. Engines load at
         the same time.
     unstored: why this version, or the one before, is not in the store.
     left_out: the engines that were out of rotation, and why. Nothing was sent to them.
+    label: the trainer's own name for the version.
     """
 
     version: int
@@ -44,6 +46,7 @@ class PublishReport:
     engines: tuple[EngineReport, ...]
     unstored: str | None = None
     left_out: tuple[str, ...] = ()
+    label: str | int | None = None
 
     @property
     def failed(self) -> dict[str, EngineError]:

@@ -6,7 +6,7 @@ A version is a folder in Hugging Face's format, or a delta to the version before
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,6 +102,11 @@ class VersionStore:
     def versions(self) -> tuple[int, ...]:
         """The secured versions, the oldest first."""
         return tuple(entry.version for entry in self._secured)
+
+    def is_last(self, version: int, checksums: Mapping[str, str]) -> bool:
+        """Return whether this is the last secured version, with these checksums of its tensors."""
+        last = self._secured[-1] if self._secured else None
+        return last is not None and last.version == version and last.digest == digest_of(checksums)
 
     def write(self, version: int, tensors: "Iterator[NamedTensors]") -> WrittenFolder:
         """Write `version` to a folder on this host, and discard a version that was written and not secured.

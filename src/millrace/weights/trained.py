@@ -7,7 +7,7 @@ the folder, each once.
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
@@ -17,13 +17,11 @@ import torch
 from millrace.errors import DataError, PublishError
 from millrace.model_folder import StoredTensor, has_weights, stored_tensors
 from millrace.weights.folder import read_tensor
-from millrace.weights.plan import announced
+from millrace.weights.source import NamedTensor, Shape, WeightSource
 
 if TYPE_CHECKING:
     from millrace.checkpoint_names import CheckpointNames, Group
 
-NamedTensor = tuple[str, torch.Tensor]
-Shape = tuple[int, ...]
 T = TypeVar("T")
 
 # What DDP, torch.compile, FSDP, activation checkpointing and PEFT add to the names of a model's tensors. PEFT keeps the
@@ -53,10 +51,9 @@ class Trained:
     names: "CheckpointNames | None"
     kept: frozenset[str]
 
-    def tensors(self, given: Iterable[NamedTensor]) -> Iterable[NamedTensor]:
+    def tensors(self, given: WeightSource) -> WeightSource:
         """Return the checkpoint's tensors for the trainer's tensors `given`. They are converted lazily.
 
-        The result can be iterated as often as `given`. Its shapes are known in advance if those of `given` are.
         Tensors that the model does not have are passed on, and missing tensors are not added, because engines refuse
         both and name them.
 
@@ -64,17 +61,17 @@ class Trained:
         the model, a tensor is sharded, or a tensor belongs to an adapter. It is raised at once if the shapes are known,
         and during iteration otherwise.
         """
-        shapes = announced(given)
+        shapes = given.shapes()
         if shapes is None:
-            tensors = CheckpointTensors(self, given, None)
-            return iter(tensors) if isinstance(given, Iterator) else tensors
+            return given.converted(lambda tensors: _Walk(self, _Tensors(self), None).all(tensors))
         walk = _Walk(self, _Shapes(self), None)
         outputs = dict(walk.all(shapes.items()))
-        if isinstance(given, Collection):
+        if given.at_hand:
             self._require_sound(given)
         if walk.added:
             logger.info("tensors that the trainer did not give are sent from the model's folder: %s", shown(walk.added))
-        return AnnouncedTensors(self, given, frozenset(walk.given), outputs)
+        expected = frozenset(walk.given)
+        return given.converted(lambda tensors: _Walk(self, _Tensors(self), expected).all(tensors), outputs)
 
     def resolve(self, name: str) -> str | None:
         """Return the model's or the checkpoint's name of the trainer's tensor `name`; None if the tensor is not sent.
@@ -126,31 +123,6 @@ class Trained:
         for first, *others in alike.values():
             for other in others:
                 _require_same(first, other, _same)
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointTensors:
-    """The checkpoint's tensors, converted from a trainer's tensors `given`.
-
-    expected: the model's names of all tensors that the trainer gives; None if they are not known in advance.
-    """
-
-    trained: Trained
-    given: Iterable[NamedTensor]
-    expected: frozenset[str] | None
-
-    def __iter__(self) -> Iterator[NamedTensor]:
-        return _Walk(self.trained, _Tensors(self.trained), self.expected).all(self.given)
-
-
-@dataclass(frozen=True, slots=True)
-class AnnouncedTensors(CheckpointTensors):
-    """The checkpoint's tensors, with names and shapes that are known in advance."""
-
-    outputs: Mapping[str, Shape]
-
-    def shapes(self) -> list[tuple[str, Shape]]:
-        return list(self.outputs.items())
 
 
 def read_trained(folder: Path) -> Trained:

@@ -1,4 +1,4 @@
-"""A real server in a process of its own, on a tiny model, and a plain HTTP client."""
+"""A real server in a process of its own, with a tiny model, and a plain HTTP client."""
 
 import asyncio
 import os
@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 VOCAB = 300
 CONTEXT = 512
 EOS = 299
-START_LIMIT = 60.0  # seconds, on a machine that does other things too
+START_LIMIT = 60.0  # seconds; the machine may be busy with other work
 
 
 def make_model(folder: Path, seed: int) -> Path:
-    """A tiny Qwen3 with tied embeddings whose random weights are wide enough to have opinions."""
+    """Makes a tiny Qwen3 with tied embeddings. Its random weights are wide enough to give tokens clearly different
+    logits."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -47,7 +48,8 @@ def make_model(folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """For models this small a second thread of torch only waits, and the servers need the other core."""
+    """Limits torch to one thread. For models this small a second thread only waits, and the servers need the other
+    core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,7 +63,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same architecture with other weights."""
+    """A folder with the same architecture and other weights."""
     return make_model(tmp_path_factory.mktemp("models") / "other", seed=1)
 
 
@@ -117,7 +119,7 @@ class Server:
         raise AssertionError(f"not healthy within {START_LIMIT} s: {self.log.read_text()}")
 
     def end(self) -> int:
-        """Asks it to end; returns its status."""
+        """Asks the server to end and returns its exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=10)
 
@@ -127,7 +129,7 @@ StartServer = Callable[..., Server]
 
 @pytest.fixture(scope="session")
 def start_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
-    """Starts servers without waiting for them; whatever still runs at the end is killed."""
+    """Starts servers without waiting for them. Servers that still run at the end are killed."""
     started: list[Server] = []
 
     def start(*options: str, env: Mapping[str, str] = {}, model: Path = model_dir) -> Server:
@@ -150,7 +152,7 @@ def start_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 class Api:
-    """Calls of one server."""
+    """An HTTP client of one server."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None = None) -> None:
         self._session, self.url = session, url
@@ -173,7 +175,7 @@ class Api:
         return answer
 
     async def refused(self, path: str, body: object = None, status: int = 400) -> str:
-        """The message of a refusal."""
+        """Makes a call that must be refused and returns the message."""
         got, answer = await self.call("POST", path, {} if body is None else body)
         assert got == status, answer
         message = answer["error"]["message"]
@@ -226,7 +228,8 @@ def session_server(start_server: StartServer) -> Server:
 
 @pytest.fixture
 async def api(session_server: Server, model_dir: Path) -> AsyncIterator[Api]:
-    """The shared server, put back to how it started: base weights as version 0, nothing running, an empty cache."""
+    """A client of the shared server. It is reset to its first state: base weights as version 0, nothing running, an
+    empty cache."""
     await session_server.until_healthy()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
         api = Api(session, session_server.url)
@@ -242,7 +245,7 @@ async def api(session_server: Server, model_dir: Path) -> AsyncIterator[Api]:
 
 
 def logprobs_of(model: Any, prompt: list[int], output: list[int], temperature: float = 1.0) -> list[float]:
-    """What transformers' own full forward pass says of each output token."""
+    """Returns the logprob of each output token by transformers' own full forward pass."""
     with torch.no_grad():
         logits_TV = model(input_ids=torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1].float()
     logprobs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
@@ -256,7 +259,7 @@ def reported_logprobs(answer: Any) -> list[float]:
 
 
 def greedy_of(model: Any, prompt: list[int], count: int) -> list[int]:
-    """transformers' own greedy generation."""
+    """Returns the greedy tokens of transformers' own generation."""
     ids = torch.tensor([prompt])
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0

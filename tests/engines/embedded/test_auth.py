@@ -1,4 +1,4 @@
-"""Which key opens what."""
+"""Each key opens its own routes."""
 
 import pytest
 
@@ -10,7 +10,7 @@ A, B = "Bearer a", "Bearer b"
 @pytest.mark.parametrize(
     ("keys", "opens"),
     [
-        # header: what it may do, of: health, read, control
+        # For each header, whether it may use: health, read, control.
         (Keys(None, None), {None: "hrc", A: "hrc"}),
         (Keys("a", None), {None: "h", A: "hrc", B: "h"}),
         (Keys(None, "b"), {None: "hr", A: "hr", B: "hrc"}),

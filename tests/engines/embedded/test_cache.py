@@ -1,4 +1,4 @@
-"""Which slot holds what, and for whom."""
+"""The slots of the KV cache: what each holds, and which requests may reuse it."""
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ def make(running: int = 2, stored: int = 3, layers: int = 2) -> SlotCache:
 
 
 def fill(cache: SlotCache, slot: int, tokens: list[int], epoch: int = EPOCH) -> None:
-    """Keys and values whose content tells the token they belong to."""
+    """Fills a slot with keys and values that encode the tokens they belong to."""
     cache.write(slot, np.array(tokens, np.int64), epoch)
     assert cache.model_cache is not None
     for layer in cache.model_cache.layers:
@@ -32,7 +32,7 @@ def fill(cache: SlotCache, slot: int, tokens: list[int], epoch: int = EPOCH) -> 
 
 
 def content(cache: SlotCache, slot: int) -> list[int]:
-    """The tokens that keys and values of every layer agree on."""
+    """Returns the tokens of a slot, after checking that the keys and values of every layer encode them."""
     length = int(cache.lengths[slot])
     assert cache.model_cache is not None
     for layer in cache.model_cache.layers:
@@ -57,7 +57,7 @@ def test_a_stored_prefix_outlives_its_slot() -> None:
     assert content(cache, 1) == [1, 2, 3]
 
 
-def test_nothing_is_found_across_epochs_nor_in_slots_that_nobody_runs_in() -> None:
+def test_no_prefix_is_found_across_epochs_or_in_idle_slots() -> None:
     cache = make()
     fill(cache, 0, [1, 2, 3])
     assert find(cache, [1, 2, 3], running=1) == 3
@@ -67,7 +67,7 @@ def test_nothing_is_found_across_epochs_nor_in_slots_that_nobody_runs_in() -> No
     cache.taint()
     assert find(cache, [1, 2, 3], running=1) == 0
     assert cache.epochs[0] == MIXED
-    cache.store(0)  # made by two versions: not kept
+    cache.store(0)  # the slot was made by two versions, so it is not kept
     assert find(cache, [1, 2, 3], epoch=MIXED) == 0
 
 
@@ -88,7 +88,7 @@ def test_the_least_recently_used_prefix_leaves_first() -> None:
     for tokens in ([1, 1], [2, 2]):
         fill(cache, 0, tokens)
         cache.store(0)
-    cache.copy(cache.find(np.array([1, 1], np.int64), EPOCH, 0), 1)  # used again
+    cache.copy(cache.find(np.array([1, 1], np.int64), EPOCH, 0), 1)  # this uses the prefix again
     fill(cache, 0, [3, 3])
     cache.store(0)
     assert [find(cache, [t, t]) for t in (1, 2, 3)] == [2, 0, 2]
@@ -134,7 +134,7 @@ def test_layers_of_unlike_shapes_are_copied_together() -> None:
     stored=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=CONTEXT), max_size=8),
     asked=st.lists(st.integers(0, 1), min_size=1, max_size=CONTEXT),
 )
-def test_what_is_found_is_what_was_computed(stored: list[list[int]], asked: list[int]) -> None:
+def test_a_found_prefix_equals_what_was_computed(stored: list[list[int]], asked: list[int]) -> None:
     cache = make(layers=1)
     for tokens in stored:
         fill(cache, 0, tokens)
@@ -145,7 +145,7 @@ def test_what_is_found_is_what_was_computed(stored: list[list[int]], asked: list
         shared = next(
             (i for i, (a, b) in enumerate(zip(last, asked, strict=False)) if a != b), min(len(last), len(asked))
         )
-        assert prefix.length >= shared  # the last one is always kept
+        assert prefix.length >= shared  # the prefix that was stored last is always kept
     if prefix.length:
         cache.copy(prefix, 1)
         assert content(cache, 1) == asked[: prefix.length]

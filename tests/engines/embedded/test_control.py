@@ -1,4 +1,4 @@
-"""Abort, pause, flush, memory and what the server says about itself."""
+"""Abort, pause, flush, memory, and the server's reports about itself."""
 
 import asyncio
 from typing import Any
@@ -7,12 +7,12 @@ import pytest
 
 from tests.engines.embedded.conftest import CONTEXT, VOCAB, Api, Server, greedy_of, logprobs_of, reported_logprobs
 
-LONG = 400  # tokens: a request that is still running when the test gets to it
+LONG = 400  # tokens, enough for a request to be running still when the test gets to it
 PROMPT = [5, 17, 230, 44, 9, 121]
 
 
 async def begin(api: Api, *rids: str, **params: object) -> list[asyncio.Task[Any]]:
-    """Requests that generate slowly and have at least begun."""
+    """Starts requests that generate slowly, and returns once they run."""
     await api.post("/inject_fault", {"kind": "slow", "seconds": 0.01})
     params = {"max_new_tokens": LONG, "ignore_eos": True, **params}
     before = (await api.load())["num_running_reqs"]
@@ -76,7 +76,7 @@ async def test_pause_abort_brings_partial_answers_and_holds_new_requests(api: Ap
 async def test_a_pause_in_the_middle_changes_no_token(api: Api, base: Any, mode: str, retractions: int) -> None:
     (task,) = await begin(api, "r", max_new_tokens=60, temperature=0)
     await api.post("/pause_generation", {"mode": mode})
-    await api.post("/pause_generation", {"mode": mode})  # pausing what is paused changes nothing
+    await api.post("/pause_generation", {"mode": mode})  # a second pause changes nothing
     load = await api.load()
     assert (load["num_running_reqs"], load["num_waiting_reqs"]) == ((0, 1) if retractions else (1, 0))
     done, _ = await asyncio.wait([task], timeout=0.1)
@@ -139,7 +139,7 @@ async def test_memory_is_not_released_under_a_running_request(api: Api) -> None:
     assert "1 requests are running" in await api.refused("/release_memory_occupation", {"tags": ["kv_cache"]})
     await api.post("/pause_generation", {"mode": "in_place"})
     await api.refused("/release_memory_occupation", {"tags": ["weights"]})
-    await api.post("/pause_generation", {"mode": "retract"})  # now it holds no memory
+    await api.post("/pause_generation", {"mode": "retract"})  # now the request holds no memory
     await api.post("/release_memory_occupation", {"tags": ["kv_cache"]})
     await api.post("/resume_memory_occupation")
     await api.post("/inject_fault", {"kind": "slow", "seconds": 0})
@@ -148,7 +148,7 @@ async def test_memory_is_not_released_under_a_running_request(api: Api) -> None:
     assert "tags" in await api.refused("/release_memory_occupation", {"tags": ["cuda_graph"]})
 
 
-async def test_woken_weights_serve_nothing_until_they_are_brought(
+async def test_woken_weights_serve_nothing_until_they_are_loaded(
     api: Api, model_dir: Any, other_dir: Any, other: Any
 ) -> None:
     await api.post("/release_memory_occupation")
@@ -173,7 +173,7 @@ async def test_woken_weights_serve_nothing_until_they_are_brought(
     assert answer["meta_info"]["weight_versions"] == [{"version": "6", "start": 0, "end": 8}]
 
 
-async def test_it_says_what_it_is_and_how_it_stands(api: Api, model_dir: Any) -> None:
+async def test_the_server_reports_its_identity_and_state(api: Api, model_dir: Any) -> None:
     model = await api.get("/model_info")
     assert model["model_path"] == str(model_dir)
     assert (model["vocab_size"], model["context_length"], model["model_type"]) == (VOCAB, CONTEXT, "qwen3")

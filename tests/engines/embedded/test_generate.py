@@ -1,4 +1,4 @@
-"""What comes out of /generate, against transformers itself."""
+"""The answers of /generate, compared with transformers itself."""
 
 import asyncio
 import itertools
@@ -63,7 +63,7 @@ async def test_a_next_turn_reuses_the_prefix_and_keeps_its_logprobs(api: Api, ba
     assert turn["meta_info"]["cached_tokens"] == 0
     second = first + turn["output_ids"] + prompt_of(9, 8)
     answer = await api.generate(second, max_new_tokens=20, ignore_eos=True)
-    assert answer["meta_info"]["cached_tokens"] == len(first) + 19  # the last token drawn was never fed
+    assert answer["meta_info"]["cached_tokens"] == len(first) + 19  # the last token drawn was never fed to the model
     assert_logprobs(base, second, answer)
 
 
@@ -94,7 +94,7 @@ async def test_more_samples_than_slots_all_come_back(api: Api) -> None:
     assert [len(a["output_ids"]) for a in answers] == [6] * 50
 
 
-async def test_a_seed_draws_the_same_alone_and_in_company(api: Api) -> None:
+async def test_a_seed_draws_the_same_alone_and_in_a_batch(api: Api) -> None:
     prompt = prompt_of(20, 12)
     alone = await api.generate(prompt, max_new_tokens=30, sampling_seed=42, ignore_eos=True)
     company = [
@@ -108,7 +108,7 @@ async def test_a_seed_draws_the_same_alone_and_in_company(api: Api) -> None:
     assert other["output_ids"] != alone["output_ids"]
 
 
-async def test_no_seed_draws_anew(api: Api) -> None:
+async def test_without_a_seed_each_call_draws_differently(api: Api) -> None:
     prompt = prompt_of(20, 13)
     answers = [await api.generate(prompt, max_new_tokens=20, ignore_eos=True) for _ in range(2)]
     assert answers[0]["output_ids"] != answers[1]["output_ids"]
@@ -134,7 +134,7 @@ async def test_the_models_own_end_token_ends_unless_ignored(api: Api) -> None:
     assert all(len(a["output_ids"]) == 200 for a in ignored)
 
 
-async def test_the_context_ends_what_is_longer(api: Api, base: Any) -> None:
+async def test_the_context_ends_longer_requests(api: Api, base: Any) -> None:
     prompt = prompt_of(CONTEXT - 10, 14)
     answer = await api.generate(prompt, max_new_tokens=100, ignore_eos=True)
     assert len(answer["output_ids"]) == 10
@@ -164,7 +164,7 @@ async def test_a_stream_of_n_samples_tells_them_apart(api: Api) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_caller_who_goes_away_leaves_nothing_running(api: Api, stream: bool) -> None:
+async def test_a_caller_that_disconnects_leaves_nothing_running(api: Api, stream: bool) -> None:
     await api.post("/inject_fault", {"kind": "slow", "seconds": 0.02})
     body = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}, "stream": stream}
 
@@ -202,14 +202,14 @@ async def test_a_caller_who_goes_away_leaves_nothing_running(api: Api, stream: b
         ({"input_ids": [1], "rid": ""}, "rid"),
     ],
 )
-async def test_what_can_not_be_honoured_is_refused_by_name(api: Api, body: Any, names: str) -> None:
+async def test_an_unsupported_setting_is_refused_by_name(api: Api, body: Any, names: str) -> None:
     assert names in await api.refused("/generate", body)
 
 
 @pytest.mark.parametrize(
     "raw", [b'{"input_ids": [1', b'{"input_ids": [1], "sampling_params": {"temperature": NaN}}', b"[]"]
 )
-async def test_what_is_not_json_is_refused(api: Api, raw: bytes) -> None:
+async def test_a_body_that_is_not_json_is_refused(api: Api, raw: bytes) -> None:
     async with aiohttp.ClientSession() as session, session.post(f"{api.url}/generate", data=raw) as response:
         assert response.status == 400
         assert "message" in (await response.json())["error"]

@@ -1,4 +1,4 @@
-"""LoRA in the embedded engine: rows of one pass with different adapters, and folders that are none."""
+"""LoRA in the embedded engine: rows of one pass with different adapters, and folders that hold no usable adapter."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ async def unload(api: Api, *names: str) -> None:
 
 
 async def test_each_row_is_computed_by_its_own_adapter(api: Api, base: Any, folders: list[Path]) -> None:
-    """Prompts of different lengths, so that the pass over them is padded, some of which share a beginning."""
+    """The prompts have different lengths, so the pass over them is padded. Some share a beginning."""
     makers: dict[str | None, Any] = {None: base}
     for number, folder in enumerate(folders):
         await api.post("/load_lora_adapter", {"lora_name": f"row{number}", "lora_path": str(folder)})
@@ -39,15 +39,15 @@ async def test_each_row_is_computed_by_its_own_adapter(api: Api, base: Any, fold
         body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True, "lora_path": name}
         return await api.post("/generate", body)
 
-    for _ in range(2):  # the second time from cached prefixes
+    for _ in range(2):  # the second time uses cached prefixes
         answers = await asyncio.gather(*(ask(prompt, name) for prompt, name in asked))
         for (prompt, name), answer in zip(asked, answers, strict=True):
-            truth = logprobs_of(makers[name], prompt, answer["output_ids"])
-            assert reported_logprobs(answer) == pytest.approx(truth, abs=2e-3)
+            expected = logprobs_of(makers[name], prompt, answer["output_ids"])
+            assert reported_logprobs(answer) == pytest.approx(expected, abs=2e-3)
     await unload(api, "row0", "row1")
 
 
-async def test_an_adapter_is_gone_for_new_requests_and_not_for_those_that_run(
+async def test_an_unloaded_adapter_serves_running_requests_and_no_new_ones(
     api: Api, base: Any, folders: list[Path]
 ) -> None:
     await api.post("/load_lora_adapter", {"lora_name": "gone", "lora_path": str(folders[0])})
@@ -60,14 +60,14 @@ async def test_an_adapter_is_gone_for_new_requests_and_not_for_those_that_run(
     assert "no LoRA adapter gone is loaded" in await api.refused("/generate", body)
     assert "no LoRA adapter gone is loaded" in await api.refused("/unload_lora_adapter", {"lora_name": "gone"})
     answer = await running
-    truth = logprobs_of(merged(base, lora(base, 1)), [5, 9, 33], answer["output_ids"])
-    assert reported_logprobs(answer) == pytest.approx(truth, abs=2e-3)
+    expected = logprobs_of(merged(base, lora(base, 1)), [5, 9, 33], answer["output_ids"])
+    assert reported_logprobs(answer) == pytest.approx(expected, abs=2e-3)
 
 
-async def test_new_weights_go_on_without_the_adapter_of_the_old_ones(
+async def test_new_weights_continue_without_the_adapter_of_the_old_ones(
     api: Api, base: Any, other: Any, other_dir: Path, folders: list[Path]
 ) -> None:
-    """What ran is retracted, so that nothing is left of what the old ones had computed."""
+    """The running request is retracted, so that nothing remains of what the old weights had computed."""
     await api.post("/load_lora_adapter", {"lora_name": "old", "lora_path": str(folders[0])})
     await api.post("/inject_fault", {"kind": "slow", "seconds": 0.01})
     sampling = {"max_new_tokens": 60, "temperature": 0.0, "ignore_eos": True}
@@ -84,7 +84,7 @@ async def test_new_weights_go_on_without_the_adapter_of_the_old_ones(
     with_lora = logprobs_of(merged(base, lora(base, 1)), [5, 9, 33], output[:start])
     alone = logprobs_of(other, [5, 9, 33, *output[:start]], output[start:])
     assert reported_logprobs(answer) == pytest.approx(with_lora + alone, abs=2e-3)
-    late = await api.post("/generate", body)  # named the adapter before it knew
+    late = await api.post("/generate", body)  # this request names the old adapter, which is gone
     assert reported_logprobs(late) == pytest.approx(logprobs_of(other, [5, 9, 33], late["output_ids"]), abs=2e-3)
     await unload(api, "new")
 
@@ -100,7 +100,7 @@ async def test_new_weights_go_on_without_the_adapter_of_the_old_ones(
     ],
     ids=["rslora", "bias", "pattern", "rank", "number"],
 )
-async def test_an_adapter_that_would_mean_something_else_is_refused(
+async def test_an_adapter_with_an_unsupported_config_is_refused(
     api: Api, folders: list[Path], tmp_path: Path, config: dict[str, object], says: str
 ) -> None:
     written = json.loads((folders[0] / "adapter_config.json").read_text())

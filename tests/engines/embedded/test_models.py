@@ -1,4 +1,4 @@
-"""Other models of transformers than the one the server tests run, in this process."""
+"""Models of transformers other than the one of the server tests, in this process."""
 
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,15 @@ def make(folder: Path, kind: str, **config: Any) -> Any:
     ("kind", "config"),
     [
         ("llama", {**COMMON, "num_key_value_heads": 4, "tie_word_embeddings": False}),
-        ("gpt2", {**GPT2, "bos_token_id": None, "eos_token_id": None}),  # positions are learned
+        ("gpt2", {**GPT2, "bos_token_id": None, "eos_token_id": None}),  # learned positions
         ("mixtral", {**COMMON, "num_local_experts": 4}),
         (
             "gemma3_text",
             {**COMMON, "sliding_window": 128},
-        ),  # two kinds of attention, the window no shorter than the context
+        ),  # two kinds of attention; the window is no shorter than the context
         ("gpt_oss", {**COMMON, "num_local_experts": 4, "sliding_window": 128}),  # attention sinks
-        ("deepseek_v3", {**COMMON, **LATENT, **EXPERTS, "num_key_value_heads": 4}),  # keys and values of unlike width
+        # Keys and values of different widths.
+        ("deepseek_v3", {**COMMON, **LATENT, **EXPERTS, "num_key_value_heads": 4}),
     ],
 )
 def test_logprobs_are_those_of_a_full_forward(kind: str, config: Any, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_logprobs_are_those_of_a_full_forward(kind: str, config: Any, tmp_path: 
     assert set(ended) == set(prompts)
     for rid, output in ended.items():
         assert output.logprobs == pytest.approx(logprobs_of(model, prompts[rid], output.output_ids), abs=1e-5)
-    assert ended["c"].cached_tokens == 35  # from the request that ran beside it
+    assert ended["c"].cached_tokens == 35  # 35 tokens come from the request that ran beside it
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_logprobs_are_those_of_a_full_forward(kind: str, config: Any, tmp_path: 
         ("llama", COMMON, {"device": "cuda"}, "CUDA"),
     ],
 )
-def test_what_can_not_be_served_is_told_at_the_start(
+def test_an_unsupported_model_is_refused_at_the_start(
     kind: str, config: Any, changes: Any, says: str, tmp_path: Path
 ) -> None:
     if changes.get("device") == "cuda" and torch.cuda.is_available():
@@ -115,7 +116,7 @@ def test_a_window_as_long_as_the_context_is_no_window(tmp_path: Path) -> None:
 
 
 def test_a_file_that_changes_under_a_running_engine_does_not_change_its_weights(tmp_path: Path) -> None:
-    """transformers maps the file into memory; a trainer may write its next checkpoint over it."""
+    """transformers maps the file into memory, and a trainer may write its next checkpoint over it."""
     make(tmp_path, "llama", **COMMON)
     core = build(settings(tmp_path))
     before = core.weights.checksums()

@@ -1,4 +1,4 @@
-"""The process: how it starts and ends, who may call it, and the faults it makes on demand."""
+"""The server process: its start and end, its keys, and the faults that it makes on demand."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ def guarded(start_server: StartServer) -> Server:
 
 @pytest.fixture(scope="session")
 def expendable(start_server: StartServer) -> list[Server]:
-    """Started together, because a start costs seconds: each is broken by one test."""
+    """Servers that one test each breaks. They are started together, because a start costs seconds."""
     return [start_server("--faults") for _ in range(2)]
 
 
@@ -39,7 +39,7 @@ def test_a_port_in_use_is_one_clear_line(model_dir: Path) -> None:
         port = taken.getsockname()[1]
         begun = time.monotonic()
         result = run(*server_command(model_dir, port))
-        assert time.monotonic() - begun < 3  # before anything heavy is imported
+        assert time.monotonic() - begun < 3  # it ends before it imports anything heavy
     assert result.returncode != 0
     assert len(result.stderr.splitlines()) == 1
     assert str(port) in result.stderr
@@ -61,7 +61,7 @@ def test_a_folder_without_a_model_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def libraries_cpu_seconds() -> float:
-    """What importing torch and transformers' model takes, measured now."""
+    """Measures the CPU seconds of importing torch and transformers' model."""
     before = os.times()
     imported = "import torch; import transformers.models.qwen3.modeling_qwen3"
     subprocess.run([sys.executable, "-c", imported], check=True, timeout=120)
@@ -70,8 +70,8 @@ def libraries_cpu_seconds() -> float:
 
 
 async def test_it_is_healthy_within_6_seconds_and_ends_within_2(guarded: Server) -> None:
-    """The start is measured in seconds of the processor: on a machine that does nothing else these are wall seconds. A
-    busy one takes more of them for the same work, so there twice what importing the libraries takes is allowed."""
+    """The start is measured in CPU seconds. On an idle machine these are wall seconds. A busy machine takes more of
+    them for the same work, so it may take twice as long as importing the libraries."""
     await guarded.until_healthy()
     spent = guarded.cpu_seconds()
     assert spent < 6 or spent < 2 * libraries_cpu_seconds()
@@ -96,7 +96,7 @@ async def _check_keys(server: Server) -> None:
         reader = Api(session, server.url, KEYS["MILLRACE_API_KEY"])
         admin = Api(session, server.url, KEYS["MILLRACE_ADMIN_API_KEY"])
         control = "/pause_generation", "/continue_generation", "/begin_weight_update", "/abort_weight_update"
-        for stranger in (Api(session, server.url), Api(session, server.url, "key-of-nobody")):
+        for stranger in (Api(session, server.url), Api(session, server.url, "unknown-key")):
             assert (await stranger.call("GET", "/health"))[0] == 200
             for path in ("/model_info", "/server_info", "/v1/loads", "/health_generate"):
                 assert (await stranger.call("GET", path))[0] == 401
@@ -107,7 +107,7 @@ async def _check_keys(server: Server) -> None:
         for knower in (reader, admin):
             await knower.get("/model_info")
             await knower.generate([1], max_new_tokens=1)
-        assert (await admin.call("POST", "/inject_fault", {"kind": "crash"}))[0] == 404  # not without --faults
+        assert (await admin.call("POST", "/inject_fault", {"kind": "crash"}))[0] == 404  # the route needs --faults
 
 
 async def test_a_crash_after_so_many_tokens(expendable: list[Server]) -> None:
@@ -126,7 +126,7 @@ async def test_a_crash_after_so_many_tokens(expendable: list[Server]) -> None:
     assert await asyncio.to_thread(server.process.wait, 10) == -signal.SIGKILL
 
 
-async def test_a_hanging_model_still_ends_and_a_hanging_loop_answers_nobody(expendable: list[Server]) -> None:
+async def test_a_hanging_model_still_ends_and_a_hanging_loop_answers_no_request(expendable: list[Server]) -> None:
     server = expendable[1]
     await server.until_healthy()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=0.5)) as session:

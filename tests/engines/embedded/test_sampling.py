@@ -1,4 +1,4 @@
-"""Drawing tokens, against probabilities worked out in the plainest way."""
+"""Drawing tokens, compared with probabilities that are computed in the plainest way."""
 
 from typing import Any
 
@@ -23,20 +23,21 @@ def lanes_of(count: int, *, temperature: float = 1.0, top_k: int = -1, top_p: fl
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0.0}])
-def test_what_a_broken_model_says_is_a_token_all_the_same(filters: dict[str, Any]) -> None:
+def test_nan_logits_still_give_a_token(filters: dict[str, Any]) -> None:
     tokens, logprobs = sample(torch.full((2, 8), torch.nan), lanes_of(2, **filters))
     assert all(0 <= token < 8 for token in tokens)
     assert np.isnan(logprobs).all()
 
 
 def exact(temperature: float, top_k: int, top_p: float, min_p: float) -> NDArray[np.float64]:
-    """Each filter judges the full distribution; what all of them keep is scaled up to 1."""
+    """Computes the probabilities. Each filter judges the full distribution, and the tokens that all filters keep are
+    scaled up to 1."""
     logits = np.array(LOGITS) / temperature
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
     keep = np.zeros(len(probs), bool)
     before = 0.0
-    for rank, token in enumerate(sorted(range(len(probs)), key=lambda t: -probs[t])):  # a stable sort
+    for rank, token in enumerate(sorted(range(len(probs)), key=lambda t: -probs[t])):  # the sort is stable
         keep[token] = (
             (top_k < 0 or rank < top_k) and (top_p >= 1 or before < top_p) and probs[token] >= min_p * probs.max()
         )

@@ -1,4 +1,4 @@
-"""Who waits, who runs, and whose tokens are whose."""
+"""The scheduler's decisions: which requests wait, which run, and which tokens belong to which."""
 
 import itertools
 
@@ -37,7 +37,7 @@ prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=120), min_si
 
 
 @given(prompts=prompts, limit=st.integers(1, 400))
-def test_waves_take_everybody_once_and_keep_to_their_limit(prompts: list[list[int]], limit: int) -> None:
+def test_waves_take_every_request_once_and_keep_to_their_limit(prompts: list[list[int]], limit: int) -> None:
     pending = group([request(str(i), prompt) for i, prompt in enumerate(prompts)])
     assert len({p.tokens.tobytes() for p in pending}) == len(pending)
     served: list[str] = []
@@ -53,7 +53,7 @@ def test_waves_take_everybody_once_and_keep_to_their_limit(prompts: list[list[in
     assert sorted(served) == sorted(str(i) for i in range(len(prompts)))
 
 
-def test_whoever_has_a_prefix_already_need_not_wait_for_it() -> None:
+def test_a_request_that_has_the_prefix_already_need_not_wait_for_it() -> None:
     tokens = np.arange(100)
     first = Prefill([request()], tokens, source=1, reused=90)
     second = Prefill([request()], np.append(tokens, 7), source=1, reused=90)

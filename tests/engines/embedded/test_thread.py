@@ -1,4 +1,4 @@
-"""What becomes of the callers when the model thread dies."""
+"""When the model thread dies, its callers get an error."""
 
 import asyncio
 import threading
@@ -44,12 +44,12 @@ async def test_a_step_that_raises_ends_the_thread_and_every_wait(model_dir: Path
     info = thread.ready.result().info
 
     def sabotage(core: Core) -> None:
-        core.weights.release()  # behind the core's back: the next step finds empty tensors
+        core.weights.release()  # without the core's knowledge, so the next step finds empty tensors
         core.submit(to_requests(GenerateBody(input_ids=[1]), info, 0))
 
     thread.post(sabotage)
     with pytest.raises(Refused, match="ended"):
-        for _ in range(1000):  # one of these is queued when the step fails
+        for _ in range(1000):  # one of these calls is queued when the step fails
             await thread.call(Core.status, deadline=10)
             await asyncio.sleep(0)
             if ended.is_set():
@@ -58,7 +58,7 @@ async def test_a_step_that_raises_ends_the_thread_and_every_wait(model_dir: Path
     assert not thread.alive
 
 
-async def test_what_a_command_raises_reaches_its_caller_and_nobody_else(model_dir: Path) -> None:
+async def test_an_error_of_a_command_reaches_its_caller_and_no_other(model_dir: Path) -> None:
     thread, ended = await start(model_dir)
 
     def fail(core: Core) -> None:

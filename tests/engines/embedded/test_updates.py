@@ -1,4 +1,4 @@
-"""Weight updates: all or nothing, staged beside what serves, and told apart token by token."""
+"""Weight updates are all or nothing. They are staged beside the served weights, and each token names its version."""
 
 import asyncio
 import os
@@ -24,13 +24,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 def tensors_of(model: Any) -> Tensors:
-    """The state dict without the tied alias."""
+    """Returns the state dict without the tied alias."""
     return {name: tensor.detach() for name, tensor in model.state_dict().items() if name != TIED}
 
 
 @contextmanager
 def bucket(tensors: Tensors) -> Iterator[dict[str, Any]]:
-    """Tensors side by side in a memory file, as the body of a load. The file is gone when this ends."""
+    """Puts the tensors side by side in a memory file and yields the body of a load. The file is gone when the context
+    ends."""
     descriptor = os.memfd_create("bucket")
     try:
         specs, offset = [], 0
@@ -86,7 +87,7 @@ async def test_an_update_through_shared_memory_in_two_buckets(api: Api, base: An
     await api.post("/begin_weight_update")
     await load(api, dict(tensors[:5]))
     await load(api, dict(tensors[5:]))
-    assert await sums(api) == sums_of(other)  # what is staged
+    assert await sums(api) == sums_of(other)  # the checksums are those of the staged weights
     await api.post("/end_weight_update", {"weight_version": "1"})
     await assert_serves(api, other, "1")
     await publish(api, base, "2")  # into the tensors that served before
@@ -117,11 +118,12 @@ async def test_a_request_in_flight_across_a_commit_tells_which_version_made_whic
     assert (first["version"], first["start"], second["start"]) == ("0", 0, cut)
     assert (second["version"], second["end"]) == ("1", 80)
     assert answer["meta_info"]["weight_version"] == "1"
-    # Up to the commit everything is the old model's; the tokens after it are no model's alone, as the KV cache stays.
+    # Up to the commit, all tokens are the old model's. The tokens after it are not those of either model alone, since
+    # the KV cache stays.
     assert answer["output_ids"][:cut] == greedy_of(base, PROMPT, 80)[:cut]
     expected = logprobs_of(base, PROMPT, answer["output_ids"][:cut])
     assert reported_logprobs(answer)[:cut] == pytest.approx(expected, abs=1e-5)
-    # And its KV cache, made by two versions, is nobody's prefix.
+    # Two versions made its KV cache, so no request may reuse it as a prefix.
     again = await api.generate(PROMPT + answer["output_ids"], max_new_tokens=4)
     assert again["meta_info"]["cached_tokens"] == 0
 
@@ -152,9 +154,7 @@ async def test_no_prefix_of_another_version_is_reused(api: Api, base: Any, other
     assert (await api.generate(prompt, max_new_tokens=4))["meta_info"]["cached_tokens"] == 0
 
 
-async def test_what_does_not_fit_the_model_is_refused_and_the_session_stays_open(
-    api: Api, base: Any, other: Any
-) -> None:
+async def test_tensors_that_do_not_fit_are_refused_and_the_session_stays_open(api: Api, base: Any, other: Any) -> None:
     tensors = tensors_of(other)
     with bucket(tensors) as body:
         assert "no update is open" in await api.refused("/update_weights_from_shared_memory", body)
@@ -224,8 +224,8 @@ async def test_an_update_while_paused(api: Api, other: Any) -> None:
     assert [s["version"] for s in (await task)["meta_info"]["weight_versions"]] == ["0", "1"]
 
 
-async def test_generation_goes_on_while_a_load_takes_its_time(api: Api, other: Any) -> None:
-    """The broadcast of this load comes only after a generate has come and gone."""
+async def test_generation_goes_on_during_a_slow_load(api: Api, other: Any) -> None:
+    """The broadcast of this load starts only after a generate call has ended."""
     tensors = tensors_of(other)
     trainer = await Trainer.join(api)
     await api.post("/begin_weight_update")
@@ -255,7 +255,7 @@ async def test_an_update_from_a_process_group(api: Api, base: Any, other: Any) -
     await assert_serves(api, other, "1")
 
 
-async def test_a_trainer_who_never_comes_is_waited_for_until_the_deadline_only(api: Api, base: Any) -> None:
+async def test_waiting_for_a_trainer_ends_at_the_deadline(api: Api, base: Any) -> None:
     body = {**Trainer.group(free_port()), "timeout": 0.5}
     async with asyncio.timeout(10):
         assert "could not join" in await api.refused("/init_weights_update_group", body)
@@ -270,14 +270,14 @@ async def test_a_trainer_who_never_comes_is_waited_for_until_the_deadline_only(a
 
 
 class Trainer:
-    """Rank 0, in this process, joined the way that SGLang's users take: torch's own helper for groups of a name."""
+    """Rank 0 in this process. It joins as SGLang's users do, by torch's own helper for named groups."""
 
     def __init__(self, group: Any, name: str) -> None:
         self._group, self._name = group, name
 
     @staticmethod
     def name(port: int) -> str:
-        return f"weights-{port}"  # torch takes a name once in a process
+        return f"weights-{port}"  # a torch process can use a name only once
 
     @classmethod
     def group(cls, port: int) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What SGLang is started with: the settings, each once, and engine_args as they were given."""
+"""The command line of SGLang: each setting appears once, and engine_args arrive as they were given."""
 
 import argparse
 import json
@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, Ports, nodes
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options
 from millrace.errors import ConfigError
 
-# Names of SGLang's options that Millrace has no setting for, and never shorter than what tells them apart.
+# Names of SGLang's options that Millrace has no setting for. Each is long enough to be unambiguous.
 FREE = st.from_regex(r"x[a-z]{2,8}(_[a-z]{1,8}){0,3}", fullmatch=True)
-TEXTS = st.text("abc-=/. {}\"'", min_size=1).filter(lambda text: text != "--")  # which argparse takes for itself
+TEXTS = st.text("abc-=/. {}\"'", min_size=1).filter(lambda text: text != "--")  # argparse takes "--" for itself
 SCALARS = st.one_of(st.integers(), st.floats(allow_nan=False), TEXTS, st.booleans())
 LISTS = st.lists(st.one_of(st.integers(0, 99), st.from_regex(r"[a-z=/.]{1,9}", fullmatch=True)), min_size=1, max_size=4)
 
@@ -36,7 +36,7 @@ def plan(replica: int = 0, ports: Ports | None = None, **settings: Any) -> tuple
 
 
 def said(node: Node, name: str) -> str | None:
-    """What SGLang's parser would take for the option: the last value on the line."""
+    """Returns the value that SGLang's parser would take for the option: the last one on the line."""
     values = [argument.removeprefix(f"--{name}=") for argument in node.arguments if argument.startswith(f"--{name}=")]
     return values[-1] if values else None
 
@@ -74,7 +74,7 @@ def test_every_setting_reaches_the_server() -> None:
         "--ep-size=2",
         "--nnodes=1",
         "--node-rank=0",
-        "--base-gpu-id=17",  # after the eight GPUs of each of two replicas
+        "--base-gpu-id=17",  # it comes after the eight GPUs of each of two replicas
         "--max-running-requests=12",
         "--max-total-tokens=9000",
         "--mem-fraction-static=0.5",
@@ -136,7 +136,7 @@ def test_none_and_false_leave_the_engines_own_default() -> None:
     assert options({"a": None, "b": False, "c": True, "no_d": True, "e": 0}) == ["--c", "--no-d", "--e=0"]
 
 
-def test_node_0_publishes_what_its_cache_has() -> None:
+def test_node_0_publishes_kv_events() -> None:
     ports = Ports((4000, 4001), 5000, "127.0.0.1:6000", "ipc:///dev/shm/x")
     first, second = plan(ports=ports, kv_events=True, nnodes=2, tp_size=2)
     assert json.loads(said(first, "kv-events-config") or "") == {"publisher": "zmq", "endpoint": "ipc:///dev/shm/x"}
@@ -147,14 +147,14 @@ def test_node_0_publishes_what_its_cache_has() -> None:
     assert said(plan()[0], "page-size") is None
 
 
-def test_events_that_are_said_twice_are_refused() -> None:
+def test_kv_events_that_are_set_twice_are_refused() -> None:
     mine = {"publisher": "zmq", "endpoint": "tcp://*:5557"}
     with pytest.raises(ConfigError, match=r"engine_args.kv_events_config contradicts engine.kv_events; keep one"):
         plan(kv_events=True, engine_args={"kv_events_config": mine})
     assert json.loads(said(plan(engine_args={"kv_events_config": mine})[0], "kv-events-config") or "") == mine
 
 
-def test_events_that_tell_no_adapters_blocks_from_the_models_are_refused() -> None:
+def test_kv_events_are_refused_if_they_do_not_separate_adapters_from_the_model() -> None:
     with pytest.raises(
         ConfigError, match=r"KV events of SGLang 0.5.15 do not .*; leave out engine.kv_events, or .* --enable-lora"
     ):
@@ -170,13 +170,13 @@ def test_events_that_tell_no_adapters_blocks_from_the_models_are_refused() -> No
         ({"dp_size": 2}, "set replicas instead"),
     ],
 )
-def test_events_that_nobody_could_read_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_kv_events_that_could_not_be_read_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         SGLangEngineConfig(kind="sglang", kv_events=True, **settings)
 
 
 @pytest.mark.parametrize("known", sorted(SETTINGS))
-def test_a_setting_said_twice_is_refused_with_both_names(known: str) -> None:
+def test_a_setting_that_is_set_twice_is_refused_with_both_names(known: str) -> None:
     name = known.removeprefix("--").replace("-", "_")
     setting = f"engine.{SETTINGS[known]}"
     with pytest.raises(ConfigError) as error:
@@ -185,7 +185,7 @@ def test_a_setting_said_twice_is_refused_with_both_names(known: str) -> None:
 
 
 @pytest.mark.parametrize("known", sorted(OTHERS))
-def test_what_millrace_alone_sets_is_refused(known: str) -> None:
+def test_an_argument_that_only_millrace_sets_is_refused(known: str) -> None:
     with pytest.raises(ConfigError, match=f"engine.engine_args.{known} contradicts "):
         plan(engine_args={known: "x"})
 
@@ -193,14 +193,14 @@ def test_what_millrace_alone_sets_is_refused(known: str) -> None:
 @pytest.mark.parametrize(
     ("abbreviation", "setting"), [("tp", "tp_size"), ("dp", "dp_size"), ("tens", "tp_size"), ("log-l", "log_level")]
 )
-def test_so_is_a_beginning_that_sglangs_parser_takes_for_the_whole(abbreviation: str, setting: str) -> None:
+def test_an_abbreviation_that_sglangs_parser_accepts_is_refused(abbreviation: str, setting: str) -> None:
     with pytest.raises(ConfigError, match=f"engine_args.{abbreviation} contradicts engine.{setting}"):
         plan(engine_args={abbreviation: 2})
 
 
 @pytest.mark.parametrize("name", ["skip_tokenizer_init", "log_level_http", "tokenizer_path", "device_x", "max_total"])
 def test_other_arguments_pass(name: str) -> None:
-    if name == "max_total":  # the beginning of a setting's option is that option
+    if name == "max_total":  # the beginning of a setting's option counts as that option
         with pytest.raises(ConfigError):
             plan(engine_args={name: True})
     else:

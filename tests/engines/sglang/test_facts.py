@@ -1,4 +1,4 @@
-"""What an SGLang server can do, by what it says of itself."""
+"""The capabilities of an SGLang server, derived from what it reports."""
 
 from typing import Any
 
@@ -15,6 +15,7 @@ SERVER: dict[str, Any] = {
     "dp_size": 1,
     "enable_dp_attention": False,
     "enable_lora": False,
+    "disable_overlap_schedule": False,
     "enable_memory_saver": True,
     "load_format": "auto",
     "quantization": None,
@@ -35,3 +36,8 @@ GROUP = Capability.UPDATE_FROM_PROCESS_GROUP
 )
 def test_weights_come_only_by_ways_that_the_server_survives(settings: dict[str, Any], updates: set[Capability]) -> None:
     assert capabilities_of(PATHS, SERVED, SERVER | settings) & UPDATES == updates
+
+
+def test_penalties_are_right_only_without_overlap() -> None:
+    assert Capability.PENALTIES not in capabilities_of(PATHS, SERVED, SERVER)
+    assert Capability.PENALTIES in capabilities_of(PATHS, SERVED, SERVER | {"disable_overlap_schedule": True})

@@ -1,4 +1,5 @@
-"""What is refused before SGLang sees it. That a real server would die of it is for tests/conformance to show."""
+"""Requests that Millrace refuses before SGLang sees them. tests/conformance shows that a real server would die of
+them."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.state import InvalidStateError
 from millrace.types import GenerateRequest, SamplingParams
 
-LIMITS = Limits(vocab_size=100, context_length=50, seeds=False)
+LIMITS = Limits(vocab_size=100, context_length=50, seeds=False, penalties=False)
 SOUND = GenerateRequest((1, 2, 3), SamplingParams(8), request_id="r")
 
 
@@ -48,7 +49,7 @@ def test_a_request_passes_exactly_when_it_fits(ids: list[int], room: int) -> Non
         ((1, 2**63), "token 9223372036854775808"),
     ],
 )
-def test_a_prompt_that_the_server_would_die_of(ids: tuple[Any, ...], says: str) -> None:
+def test_a_prompt_that_the_server_would_die_of_is_refused(ids: tuple[Any, ...], says: str) -> None:
     with pytest.raises(InvalidStateError, match=says):
         check_request(replace(SOUND, input_ids=ids), LIMITS)
 
@@ -63,20 +64,19 @@ def test_a_prompt_that_the_server_would_die_of(ids: tuple[Any, ...], says: str) 
         extra(logprob_start_len=-2),
         extra(extra_key=["v"]),
         extra(sampling_params=[]),
-        further(logit_bias={"3": 1e308}),
-        further(logit_bias={"3": "x"}),
-        further(logit_bias=[1]),
-        further(repetition_penalty=1e-46),
-        further(skip_special_tokens="x"),
         replace(SOUND, request_id="HEALTH_CHECK_1"),
         replace(SOUND, sampling=SamplingParams(8, top_k=2**31)),
         replace(SOUND, sampling=SamplingParams(8, seed=1)),
         replace(SOUND, sampling=SamplingParams(8, stop_token_ids=(100,))),
         replace(SOUND, sampling=SamplingParams(0)),
+        replace(SOUND, sampling=SamplingParams(8, logit_bias={100: 1.0})),
+        replace(SOUND, sampling=SamplingParams(8, presence_penalty=0.1)),
+        replace(extra(logprob_start_len=2), prompt_logprobs=True),
+        replace(extra(image_data=["x"]), prompt_logprobs=True),
     ],
     ids=lambda r: f"{r.request_id} {r.sampling} {dict(r.extra)}"[:80],
 )
-def test_what_else_the_server_would_die_of_or_ignore(request_: GenerateRequest) -> None:
+def test_other_requests_that_the_server_would_die_of_or_ignore_are_refused(request_: GenerateRequest) -> None:
     with pytest.raises(InvalidStateError):
         check_request(request_, LIMITS)
 
@@ -86,9 +86,13 @@ def test_what_else_the_server_would_die_of_or_ignore(request_: GenerateRequest) 
     [
         SOUND,
         extra(top_logprobs_num=5, logprob_start_len=-1, extra_key="v1", return_routed_experts=True, routed_dp_rank=1),
-        further(logit_bias={"3": -100.0}, repetition_penalty=1.05, frequency_penalty=0.1, skip_special_tokens=False),
+        further(regex="[a-z]*"),
+        replace(SOUND, sampling=SamplingParams(8, stop=("a", "b"), logit_bias={99: -100.0})),
+        replace(SOUND, sampling=SamplingParams(8, min_new_tokens=8), prompt_logprobs=True),
     ],
 )
-def test_what_the_server_takes_passes(request_: GenerateRequest) -> None:
+def test_a_request_that_the_server_takes_passes(request_: GenerateRequest) -> None:
     check_request(request_, LIMITS)
     check_request(replace(request_, sampling=SamplingParams(8, seed=3)), replace(LIMITS, seeds=True))
+    penalized = SamplingParams(8, repetition_penalty=1.05, frequency_penalty=0.1)
+    check_request(replace(request_, sampling=penalized), replace(LIMITS, penalties=True))

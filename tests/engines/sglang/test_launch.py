@@ -1,4 +1,4 @@
-"""Real SGLang servers, launched: what they are told, what they keep to themselves, and that nothing of them is left."""
+"""Launches real SGLang servers. They get their settings, keep their keys secret, and leave nothing running."""
 
 import asyncio
 import json
@@ -15,13 +15,13 @@ from typing import Any
 import aiohttp
 import pytest
 
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.engines.sglang.launch import choose_ports, free_block, launch
 from millrace.engines.spec import LaunchSpec
 from millrace.errors import LaunchError
 from tests.engines.processes import below, command_lines, logs, processes, until_ended
 
-START_TIMEOUT = 240.0  # 20 s on a quiet machine
+START_TIMEOUT = 240.0  # seconds; a start takes 20 on a quiet machine
 
 SGLangPython = Callable[[str], Path]
 
@@ -43,7 +43,7 @@ async def generate(url: str, key: str | None) -> tuple[int, Any]:
 LAUNCHER = textwrap.dedent("""
     import asyncio, json, sys
     from pathlib import Path
-    from millrace.config.models import SGLangEngineConfig
+    from millrace.config.engines import SGLangEngineConfig
     from millrace.engines.sglang.launch import launch
     from millrace.engines.spec import LaunchSpec
 
@@ -66,7 +66,7 @@ LAUNCHER = textwrap.dedent("""
 
 @pytest.fixture
 def launcher(tiny_model: Path, sglang_python: SGLangPython, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own that launches an engine over two nodes and prints what it got, and how it ended."""
+    """A process that launches an engine over two nodes, and prints its URL and keys, and later how it ended."""
     config = cpu_config(
         version="0.5.15",
         nnodes=2,
@@ -86,7 +86,7 @@ def launcher(tiny_model: Path, sglang_python: SGLangPython, tmp_path: Path) -> I
 
 
 async def told(launcher: subprocess.Popen[str]) -> list[str]:
-    """The next line that it prints."""
+    """Reads the next line that the launcher prints."""
     assert launcher.stdout is not None
     words: list[str] = json.loads(await asyncio.to_thread(launcher.stdout.readline))
     return words
@@ -96,7 +96,7 @@ async def told(launcher: subprocess.Popen[str]) -> list[str]:
 async def test_an_engine_over_two_nodes_keeps_its_keys_and_dies_with_its_launcher(
     launcher: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    """Its first node is a whole server: what is told and kept here is so of an engine of one node."""
+    """The first node is a whole server, so these checks also hold for an engine of one node."""
     url, api_key, admin_key, shown = await told(launcher)
     tree = below(launcher.pid)
 
@@ -109,13 +109,13 @@ async def test_an_engine_over_two_nodes_keeps_its_keys_and_dies_with_its_launche
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as session:
         async with session.post(
             f"{url}/flush_cache", headers={"Authorization": f"Bearer {api_key}"}
-        ) as response:  # a control route
+        ) as response:  # this is a control route
             assert response.status == 401
         async with session.post(f"{url}/flush_cache", headers={"Authorization": f"Bearer {admin_key}"}) as response:
             assert response.status == 200
         async with session.get(f"{url}/server_info", headers={"Authorization": f"Bearer {api_key}"}) as response:
             info = await response.json()
-        async with session.get(f"{url}/metrics") as response:  # of engine_args
+        async with session.get(f"{url}/metrics") as response:  # engine_args enabled it
             assert "sglang" in await response.text()
     assert info["random_seed"] == 5
     assert info["max_total_tokens"] == 65536
@@ -134,8 +134,8 @@ async def test_an_engine_over_two_nodes_keeps_its_keys_and_dies_with_its_launche
     end, log_tail = await told(launcher)
     assert end == "sglang-0-node1 was killed by SIGKILL"
     assert str(tmp_path / "sglang-0-node1.log") in log_tail
-    # What ends the others where one has ended is tests/launch/test_nodes.py's. Here, that node's guard has ended its
-    # own, and the other's outlives the launcher just long enough to end the rest.
+    # tests/launch/test_nodes.py tests that the end of one node ends the others. Here, the guard of the killed node has
+    # ended its own processes. The other node outlives the launcher just long enough for its guard to end the rest.
     assert len(tree & processes().keys()) >= 4  # a guard, the server, its scheduler and its detokenizer
     os.kill(launcher.pid, signal.SIGKILL)
     await asyncio.to_thread(until_ended, tree, 15)
@@ -153,7 +153,7 @@ async def test_an_argument_that_sglang_does_not_know_ends_in_its_own_words(
 
 
 def is_serve(pid: int) -> bool:
-    """Whether it is a node's server itself, not its guard or one of its children."""
+    """Whether the process is a node's server itself, not its guard or one of its children."""
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1].endswith("serve.py")
 
 
@@ -177,7 +177,7 @@ def test_ranks_that_share_a_group_meet_where_the_ports_after_it_are_free() -> No
     assert len({*ports.http, ports.nccl, int(ports.rendezvous.rpartition(":")[2])}) == 3
 
 
-def test_every_launch_publishes_at_a_place_of_its_own() -> None:
+def test_every_launch_publishes_at_its_own_endpoint() -> None:
     one, two = (choose_ports(cpu_config(kv_events=True), 0).kv_events for _ in range(2))
     assert one is not None
     assert two not in (None, one)

@@ -1,4 +1,4 @@
-"""The payloads for SGLang, read by a real unpickler that knows where each name leads."""
+"""The payloads for SGLang, read by a real unpickler that resolves each name."""
 
 import base64
 import io
@@ -27,7 +27,8 @@ class Metadata(SimpleNamespace):
 
 
 class Reader(pickle.Unpickler):
-    """Knows what SGLang's allow-list knows of, and nothing else; a rebuild function gives its name and arguments."""
+    """An unpickler that knows only the names of SGLang's allow-list. A rebuild function returns its name and
+    arguments."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata"):
@@ -65,7 +66,7 @@ def test_the_metadata_says_where_each_tensor_lies() -> None:
     ]
 
 
-def test_a_share_too_few_is_told_before_anything_is_sent() -> None:
+def test_a_missing_share_is_reported_before_anything_is_sent() -> None:
     with pytest.raises(ValueError, match="1 shares for 2 ranks"):
         payloads(CudaIpcBucket((SHARE,), 4096, SPECS), ranks=2)
 
@@ -74,10 +75,10 @@ LEAVES = st.one_of(st.booleans(), st.integers(-(2**70), 2**70), st.text(), st.bi
 
 
 @given(st.recursive(LEAVES, lambda inner: st.lists(inner).map(tuple)))
-def test_what_is_encoded_is_what_is_read(value: object) -> None:
+def test_an_encoded_value_is_read_back_unchanged(value: object) -> None:
     assert pickle.loads(b"\x80\x03" + encode(value) + b".") == value
 
 
-def test_what_has_no_place_in_a_payload_is_an_error() -> None:
-    with pytest.raises(TypeError, match="can't hold a float"):
+def test_a_value_that_a_payload_can_not_hold_is_an_error() -> None:
+    with pytest.raises(TypeError, match="can't hold a value of type float"):
         encode(1.5)

@@ -1,4 +1,4 @@
-"""Batches of KV cache events, as the engines were seen to write them, become plain values."""
+"""Batches of KV cache events, in the forms that the engines really send, become plain values."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.config.models import VLLMEngineConfig
+from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start
 from millrace.engines.stock.kv_events import (
@@ -24,7 +24,7 @@ from millrace.engines.stock.kv_events import (
 )
 from millrace.errors import ConfigError
 
-# SGLang 0.5.23, here with pages of two tokens; it leaves out what is None.
+# SGLang 0.5.23, here with pages of two tokens. It leaves out fields that are None.
 BY_NAME: dict[str, Any] = {
     "type": "BlockStored",
     "block_hashes": [-213288480635909637, 8111311694873300564],
@@ -73,23 +73,23 @@ def test_the_forms_of_both_engines_say_the_same() -> None:
     [
         {"lora_id": 1},
         {"lora_name": "millrace-1-5320c0d1"},
-        {"cache_salt": "somebody"},
+        {"cache_salt": "salt"},
         {"extra_keys": [None, ["a picture", 0]]},
         {"medium": "CPU_PINNED"},
         {"group_idx": 1},
         {"token_ids": [5, 6, 7, 8, 9, 10]},
     ],
 )
-def test_what_does_not_speed_up_the_base_model_is_left_out(other: dict[str, Any]) -> None:
+def test_blocks_that_do_not_speed_up_the_base_model_are_left_out(other: dict[str, Any]) -> None:
     assert read({**WITH_MORE, **other}) == []
 
 
-def test_what_left_the_devices_memory_alone_is_gone_from_it() -> None:
+def test_only_a_removal_from_the_devices_own_cache_counts() -> None:
     assert read({"type": "BlockRemoved", "block_hashes": [1], "medium": "CPU_PINNED"}) == []
     assert read({"type": "BlockRemoved", "block_hashes": [1], "medium": "GPU", "group_idx": 1}) == []
 
 
-def test_kinds_and_fields_of_tomorrow_are_passed_over() -> None:
+def test_unknown_kinds_and_fields_are_ignored() -> None:
     assert read({"type": "BlockMoved", "where": 3}, ["BlockMoved", 3], {**BY_NAME, "colour": "red"}) == [STORED]
 
 
@@ -120,7 +120,7 @@ def test_a_long_run_of_blocks_comes_in_pieces_that_continue_each_other() -> None
         (batch({"type": "BlockRemoved"}), "block_hashes is not a list"),
     ],
 )
-def test_what_is_no_batch_is_told(payload: bytes, says: str) -> None:
+def test_a_message_that_is_no_batch_is_reported(payload: bytes, says: str) -> None:
     with pytest.raises(MalformedEvents, match=says):
         list(decode(payload))
 
@@ -134,7 +134,7 @@ fields = st.sampled_from([*WITH_MORE])
 
 
 @given(st.dictionaries(fields, values))
-def test_whatever_stands_in_a_field_is_read_or_refused(other: dict[str, object]) -> None:
+def test_any_value_of_a_field_is_read_or_refused(other: dict[str, object]) -> None:
     try:
         events = read({**WITH_MORE, **other})
     except MalformedEvents:
@@ -159,7 +159,7 @@ def test_noise_is_read_or_refused(noise: bytes) -> None:
 
 
 @pytest.mark.parametrize("missing", ["msgpack", "zmq.asyncio"])
-async def test_what_is_missing_is_told_before_anything_starts(
+async def test_a_missing_package_is_reported_before_anything_starts(
     missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     require_packages()

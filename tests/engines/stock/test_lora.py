@@ -1,4 +1,4 @@
-"""What becomes of requests that name an adapter, whatever was loaded, unloaded and committed before."""
+"""Requests that name an adapter, after any sequence of loads, unloads and commits."""
 
 import pytest
 from hypothesis import given
@@ -19,7 +19,7 @@ def asked(name: str) -> GenerateRequest:
 @given(steps)
 def test_a_request_has_its_adapter_none_or_is_refused(history: list[tuple[str, str]]) -> None:
     loras = LoadedLoras()
-    became: dict[str, str] = {}  # of each name: on, off (by the last commit), away
+    became: dict[str, str] = {}  # for each name: on, off (by the last commit), away
     there: set[str] = set()
     for step, name in history:
         if step == "load" and name not in there:

@@ -1,4 +1,4 @@
-"""The state machine that stands before an SGLang server."""
+"""The state machine that stands in front of a stock server."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ STEPS = st.one_of(
 
 @dataclass
 class Server:
-    """What a real server would go through; it dies where a real one does."""
+    """A model of a real server. It dies of the calls that a real one dies of."""
 
     released: set[MemoryTag] = field(default_factory=set)
     whole: bool = True

@@ -1,4 +1,4 @@
-"""Which tensors an update may bring."""
+"""The tensors that an update may have."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What vLLM is started with: the settings, each once, and engine_args as they were given."""
+"""The command line of vLLM: each setting appears once, and engine_args arrive as they were given."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from millrace.config.models import VLLMEngineConfig
+from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options
 from millrace.engines.vllm.arguments import ENVIRONMENT, OTHERS, SETTINGS, Ports, nodes
@@ -26,7 +26,7 @@ def plan(replica: int = 0, ports: Ports | None = None, visible: str | None = Non
 
 
 def said(node: Node, name: str) -> str | None:
-    """What vLLM's parser would take for the option: the last value on the line."""
+    """Returns the value that vLLM's parser would take for the option: the last one on the line."""
     values = [argument.removeprefix(f"--{name}=") for argument in node.arguments if argument.startswith(f"--{name}=")]
     return values[-1] if values else None
 
@@ -75,7 +75,7 @@ def test_every_setting_reaches_the_server() -> None:
     assert node.url == "http://10.0.0.1:4000"
     assert node.environment == {
         "NCCL_DEBUG": "INFO",
-        "CUDA_VISIBLE_DEVICES": "17,18,19,20,21,22,23,24",  # after the eight GPUs of each of two replicas
+        "CUDA_VISIBLE_DEVICES": "17,18,19,20,21,22,23,24",  # they come after the eight GPUs of each of two replicas
         "OMP_NUM_THREADS": "5",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_SERVER_DEV_MODE": "1",
@@ -124,7 +124,7 @@ def test_adapters_can_be_loaded_where_the_server_takes_them(settings: dict[str, 
     [({}, None), ({"enable_lora": True}, "3"), ({"enable_lora": True, "max-loras": 5}, "5")],
     ids=["without", "open", "said"],
 )
-def test_there_is_a_place_for_the_adapter_before_and_one_that_stays_empty(
+def test_the_server_has_room_for_the_last_adapter_and_a_spare_one(
     arguments: dict[str, Any], places: str | None
 ) -> None:
     (node,) = plan(device="cpu", engine_args=arguments)
@@ -141,7 +141,7 @@ def test_engine_args_win_over_the_defaults(spelling: str) -> None:
     assert [a for a in node.arguments if "enforce-eager" in a] == ["--no-enforce-eager"]
 
 
-def test_node_0_publishes_what_its_cache_has() -> None:
+def test_node_0_publishes_kv_events() -> None:
     ports = Ports(4000, "127.0.0.1:6000", None, "ipc:///dev/shm/x")
     first, second = plan(ports=ports, kv_events=True, nnodes=2, tp_size=2)
     config = {"publisher": "zmq", "endpoint": "ipc:///dev/shm/x", "enable_kv_cache_events": True}
@@ -150,7 +150,7 @@ def test_node_0_publishes_what_its_cache_has() -> None:
 
 
 @pytest.mark.parametrize("name", ["kv_events_config", "kv-events", "kv-events-config.topic"])
-def test_events_that_are_said_twice_are_refused(name: str) -> None:
+def test_kv_events_that_are_set_twice_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"contradicts engine.kv_events; keep one of them"):
         plan(kv_events=True, engine_args={name: "x"})
     assert said(plan(engine_args={name: "x"})[0], name.replace("_", "-")) == "x"
@@ -180,7 +180,7 @@ def test_false_switches_off_and_a_dictionary_is_json() -> None:
 
 @pytest.mark.parametrize("known", sorted(SETTINGS))
 @pytest.mark.parametrize("form", ["{}", "no_{}", "{}.inner"])
-def test_a_setting_said_twice_is_refused_with_both_names(known: str, form: str) -> None:
+def test_a_setting_that_is_set_twice_is_refused_with_both_names(known: str, form: str) -> None:
     name = form.format(known.removeprefix("--").replace("-", "_"))
     setting = f"engine.{SETTINGS[known]}"
     with pytest.raises(ConfigError) as error:
@@ -189,7 +189,7 @@ def test_a_setting_said_twice_is_refused_with_both_names(known: str, form: str) 
 
 
 @pytest.mark.parametrize("known", sorted(OTHERS))
-def test_what_millrace_alone_sets_is_refused(known: str) -> None:
+def test_an_argument_that_only_millrace_sets_is_refused(known: str) -> None:
     with pytest.raises(ConfigError, match=f"engine.engine_args.{known} contradicts "):
         plan(engine_args={known: "x"})
 
@@ -197,7 +197,7 @@ def test_what_millrace_alone_sets_is_refused(known: str) -> None:
 @pytest.mark.parametrize(
     ("abbreviation", "setting"), [("tens", "tp_size"), ("data-parallel-si", "dp_size"), ("max_num_s", "max_running")]
 )
-def test_so_is_a_beginning_that_vllms_parser_takes_for_the_whole(abbreviation: str, setting: str) -> None:
+def test_an_abbreviation_that_vllms_parser_accepts_is_refused(abbreviation: str, setting: str) -> None:
     with pytest.raises(ConfigError, match=f"engine_args.{abbreviation} contradicts engine.{setting}"):
         plan(engine_args={abbreviation: 2})
 
@@ -241,7 +241,7 @@ def test_on_several_hosts_each_starts_its_own_node() -> None:
     assert node.url is None
     assert said(node, "master-addr") == "10.0.0.1"
     assert said(node, "data-parallel-rpc-port") == "6001"
-    assert node.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"  # of eight ranks, four are on each host
+    assert node.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"  # four of the eight ranks are on each host
     assert "VLLM_HOST_IP" not in node.environment
 
 
@@ -249,7 +249,7 @@ def test_on_several_hosts_each_starts_its_own_node() -> None:
     ("visible", "settings", "expected"),
     [
         (None, {"tp_size": 2}, "2,3"),
-        ("4,5,6,7", {"tp_size": 2}, "6,7"),  # what this process may use
+        ("4,5,6,7", {"tp_size": 2}, "6,7"),  # the GPUs that this process may use
         ("4,5,6,7", {"cuda_visible_devices": "GPU-a,GPU-b"}, "GPU-b"),
         (None, {"engine_args": {"prefill_context_parallel_size": 2}}, "2,3"),
     ],
@@ -261,7 +261,7 @@ def test_the_second_replica_sees_the_gpus_after_those_of_the_first(
     assert node.environment["CUDA_VISIBLE_DEVICES"] == expected
 
 
-def test_too_few_gpus_are_told_before_the_start() -> None:
+def test_too_few_gpus_are_reported_before_the_start() -> None:
     with pytest.raises(ConfigError, match="replica 1 needs the GPUs 2 to 3 of those in .*, which has 3"):
         plan(replica=1, replicas=2, tp_size=2, visible="0,1,2")
 
@@ -280,6 +280,6 @@ def test_too_few_gpus_are_told_before_the_start() -> None:
         ({"urls": ("http://a:1",), "python": "/usr/bin/python"}, "give one of them"),
     ],
 )
-def test_what_vllm_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_a_config_that_vllm_can_not_have_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         VLLMEngineConfig(kind="vllm", **settings)

@@ -1,8 +1,8 @@
-"""The extension that vLLM's workers load, on a real server: what it loads is what a server started from the same
-weights has, and what it can't load it refuses, whatever is sent.
+"""The extension that vLLM's workers load, on a real server. After an update the server equals one that was started from
+the same weights. Anything that can't be loaded is refused.
 
-The model has all that makes loading hard: fused and sharded modules with biases, experts, tied embeddings, a vocabulary
-that vLLM pads, and weights in another dtype than the server's.
+The model has everything that makes loading hard: fused and sharded modules with biases, experts, tied embeddings, a
+vocabulary that vLLM pads, and weights in another dtype than the server's.
 """
 
 import asyncio
@@ -29,11 +29,11 @@ from millrace.launch.ports import free_port
 from millrace.launch.process import ServerProcess
 from millrace.train.tiny import make_tiny_tokenizer
 from millrace.weights.plan import layout, padded
-from millrace.weights.transports.process_group import SendingGroup
+from millrace.weights.transports.sending_group import SendingGroup
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-START_DEADLINE = 300.0  # 20 s on a quiet machine
+START_DEADLINE = 300.0  # seconds; a start takes 20 on a quiet machine
 PROMPTS = ([5, 9, 200, 17, 44, 3], [301, 8, 8, 120], [77])
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
 NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
@@ -43,7 +43,7 @@ Weights = dict[str, torch.Tensor]
 
 
 class SharedBucket:
-    """Tensors in a memory file, as a trainer lends them."""
+    """Tensors in a memory file, as a trainer provides them."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], name: str = "bucket") -> None:
         self.specs = layout(
@@ -61,13 +61,13 @@ class SharedBucket:
         return {"kind": "shared_memory", "path": f"/proc/{os.getpid()}/fd/{self._fd}", "tensors": tensors}
 
     def take_back(self) -> None:
-        """The memory has other content from here on: whoever still reads it gets that."""
+        """Overwrites the memory, so that any later read of it gets wrong content."""
         self._bytes.fill_(0x5A)
         os.close(self._fd)
 
 
 class Server:
-    """A vLLM server with the extension, asked by plain HTTP."""
+    """A vLLM server with the extension, and calls of it by plain HTTP."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
@@ -100,7 +100,7 @@ class Server:
         return str(result["error"])
 
     async def load(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
-        """One bucket, whose memory changes as soon as it is loaded."""
+        """Loads one bucket, and changes its memory right after."""
         bucket = SharedBucket(weights)
         result = await self.done("load", json.dumps(bucket.described()))
         bucket.take_back()
@@ -118,7 +118,7 @@ class Server:
         return sums
 
     async def outputs(self) -> list[tuple[list[int], list[float]]]:
-        """Greedy tokens and their logprobs."""
+        """Returns greedy tokens and their logprobs."""
         made = []
         for prompt in PROMPTS:
             sampling = {"max_tokens": 12, "temperature": 0.0, "logprobs": 1, "ignore_eos": True}
@@ -136,8 +136,8 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
-    """What a server does and holds that was started from a folder of weights."""
+class Reference:
+    """The outputs and checksums of a server that was started from a folder of weights."""
 
     folder: Path
     weights: Weights
@@ -148,8 +148,8 @@ class Truth:
 @dataclass(frozen=True, slots=True)
 class Subject:
     server: Server
-    first: Truth
-    second: Truth
+    first: Reference
+    second: Reference
 
 
 def make_model(seed: int, folder: Path) -> None:
@@ -169,7 +169,7 @@ def make_model(seed: int, folder: Path) -> None:
         shared_expert_intermediate_size=32,
         qkv_bias=True,
         tie_word_embeddings=True,
-        initializer_range=0.3,  # else experts and biases change no token
+        initializer_range=0.3,  # with less, experts and biases would change no token
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -178,7 +178,7 @@ def make_model(seed: int, folder: Path) -> None:
     model = Qwen2MoeForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases and norms are all 0 and 1
+            if parameter.ndim == 1:  # biases and norms are all 0 or 1
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -195,7 +195,7 @@ async def serving(folder: Path, python: Path, logs: Path) -> AsyncIterator[Serve
     process = await ServerProcess.start("vllm", command, logs / f"vllm-{port}.log", env=environment)
     try:
         timeout = aiohttp.ClientTimeout(60)
-        # vLLM closes a connection after an error of its own, while the next request may be on its way through it.
+        # vLLM closes a connection after an error of its own, while the next request may already be on its way.
         connector = aiohttp.TCPConnector(force_close=True)
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=connector, timeout=timeout) as session:
             server = Server(session)
@@ -205,26 +205,26 @@ async def serving(folder: Path, python: Path, logs: Path) -> AsyncIterator[Serve
         await process.end()
 
 
-async def truth(server: Server, folder: Path) -> Truth:
+async def reference_of(server: Server, folder: Path) -> Reference:
     weights = load_file(folder / "model.safetensors")
-    return Truth(folder, weights, await server.outputs(), await server.checksums())
+    return Reference(folder, weights, await server.outputs(), await server.checksums())
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def servers(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Subject]:
-    """A server of the first model, and what a server of the second did."""
+    """A server of the first model, and the references of both models."""
     folder = tmp_path_factory.mktemp("extension")
     for seed in (0, 1):
         make_model(seed, folder / str(seed))
 
-    async def second_alone() -> Truth:
+    async def second_alone() -> Reference:
         async with serving(folder / "1", vllm_python, folder) as server:
-            return await truth(server, folder / "1")
+            return await reference_of(server, folder / "1")
 
     second = asyncio.create_task(second_alone())
     try:
         async with serving(folder / "0", vllm_python, folder) as server:
-            yield Subject(server, await truth(server, folder / "0"), await second)
+            yield Subject(server, await reference_of(server, folder / "0"), await second)
     finally:
         second.cancel()
         await asyncio.wait([second])
@@ -232,7 +232,7 @@ async def servers(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def subject(servers: Subject) -> AsyncIterator[Subject]:
-    """The server, paused, without an open update, with the weights of the first model."""
+    """The server, paused, without an open update, and with the weights of the first model."""
     async with servers.server.paused():
         await servers.server.call("abandon")
         await servers.server.done("begin")
@@ -246,8 +246,8 @@ def disk(folder: Path) -> str:
     return json.dumps({"kind": "disk", "path": str(folder)})
 
 
-async def must_be(server: Server, expected: Truth) -> None:
-    """The server does and holds what one does that was started from these weights."""
+async def check_serves(server: Server, expected: Reference) -> None:
+    """Requires that the server has the outputs and checksums of a server that was started from these weights."""
     assert await server.checksums() == expected.checksums
     await server.post("/resume")
     assert await server.outputs() == expected.outputs
@@ -275,7 +275,7 @@ async def test_buckets_in_any_order_that_part_fused_modules_anywhere(subject: Su
     weights = list(subject.second.weights.items())
     random.Random(5).shuffle(weights)
     await update(subject.server, "7", [dict([weight]) for weight in weights])
-    await must_be(subject.server, subject.second)
+    await check_serves(subject.server, subject.second)
     state = await subject.server.done("state")
     assert state == {"version": "7", "updating": False, "rank": 0, "world_size": 1, "protocol": 1}
 
@@ -283,17 +283,17 @@ async def test_buckets_in_any_order_that_part_fused_modules_anywhere(subject: Su
 async def test_one_update_follows_another(subject: Subject) -> None:
     for version, wanted in (("1", subject.second), ("2", subject.first), ("3", subject.second)):
         await update(subject.server, version, [wanted.weights])
-        await must_be(subject.server, wanted)
+        await check_serves(subject.server, wanted)
 
 
 async def test_weights_from_a_folder(subject: Subject) -> None:
     await subject.server.done("begin")
     await subject.server.done("load", disk(subject.second.folder))
     await subject.server.done("commit", "1")
-    await must_be(subject.server, subject.second)
+    await check_serves(subject.server, subject.second)
 
 
-async def test_samples_tell_what_came_before_it_is_committed(subject: Subject) -> None:
+async def test_samples_show_an_update_before_it_is_committed(subject: Subject) -> None:
     server, weights = subject.server, subject.second.weights
     assert "no update is open" in await server.refusal("samples")
     await server.done("begin")
@@ -302,13 +302,13 @@ async def test_samples_tell_what_came_before_it_is_committed(subject: Subject) -
     samples = (await server.done("samples"))["samples"]
     assert samples == dict(zip(weights, sampled_checksums(list(weights.values())), strict=True))
     await server.done("commit", "1")
-    await must_be(server, subject.second)
+    await check_serves(server, subject.second)
 
 
 async def test_weights_in_the_servers_own_dtype_are_the_same(subject: Subject) -> None:
     weights = {name: tensor.bfloat16() for name, tensor in subject.second.weights.items()}
     await update(subject.server, "1", [weights])
-    await must_be(subject.server, subject.second)
+    await check_serves(subject.server, subject.second)
 
 
 async def test_weights_from_a_process_group(subject: Subject) -> None:
@@ -324,7 +324,7 @@ async def test_weights_from_a_process_group(subject: Subject) -> None:
         tensors = list(weights.values())
         await asyncio.gather(server.done("load", json.dumps(bucket)), sender.broadcast(tensors))
         await server.done("commit", "1")
-        await must_be(server, subject.second)
+        await check_serves(server, subject.second)
         await server.done("leave", "weights")
     finally:
         await asyncio.to_thread(sender.close)
@@ -350,7 +350,7 @@ async def test_waiting_for_a_sender_ends(subject: Subject) -> None:
         await server.done("leave", "late")
     finally:
         await asyncio.to_thread(sender.close)
-    await must_be(server, subject.first)
+    await check_serves(server, subject.first)
 
 
 async def test_a_buckets_memory_is_let_go(subject: Subject) -> None:
@@ -401,9 +401,9 @@ async def test_a_module_in_part_is_no_update(subject: Subject, sent: tuple[str, 
     assert "only parts of" in error
     assert module in error
     torn = (await server.done("abandon"))["torn"]
-    assert torn == (NORM in sent)  # nothing else was written
+    assert torn == (NORM in sent)  # this is the only tensor that was written
     if not torn:
-        await must_be(server, subject.first)
+        await check_serves(server, subject.first)
 
 
 async def test_the_rest_of_a_module_completes_it(subject: Subject) -> None:
@@ -413,10 +413,10 @@ async def test_the_rest_of_a_module_completes_it(subject: Subject) -> None:
     assert "only parts" in await server.refusal("commit", "1")
     await server.load(weights)
     await server.done("commit", "1")
-    await must_be(server, subject.second)
+    await check_serves(server, subject.second)
 
 
-async def test_what_an_abandoned_update_has_changed_must_come_again(subject: Subject) -> None:
+async def test_tensors_that_an_abandoned_update_has_changed_must_come_again(subject: Subject) -> None:
     server, second = subject.server, subject.second.weights
     lower = {name: tensor for name, tensor in second.items() if ".layers.0." in name}
     await server.done("begin")
@@ -424,21 +424,21 @@ async def test_what_an_abandoned_update_has_changed_must_come_again(subject: Sub
     assert await server.done("abandon") == {"torn": True}
     assert (await server.done("state"))["version"] is None
     await server.post("/resume")
-    await server.outputs()  # garbage, and yet answered: every module has its memory
+    await server.outputs()  # the output is garbage, but it shows that every module has its memory
     await server.post("/pause?mode=abort")
     await server.done("begin")
     await server.load({name: tensor for name, tensor in second.items() if name not in lower})
     assert "given up" in await server.refusal("commit", "2")
     await server.load(lower)
     await server.done("commit", "2")
-    await must_be(server, subject.second)
+    await check_serves(server, subject.second)
     assert await server.done("abandon") == {"torn": False}
 
 
 async def test_tied_embeddings_may_come_under_both_names(subject: Subject) -> None:
     server, weights = subject.server, subject.second.weights
     await update(server, "1", [{HEAD: weights[EMBEDDING]}, weights])
-    await must_be(server, subject.second)
+    await check_serves(server, subject.second)
     await server.done("begin")
     await server.load({HEAD: weights[EMBEDDING]})
     assert EMBEDDING in await server.refusal("commit", "2")
@@ -469,7 +469,7 @@ async def test_a_tensor_that_does_not_fit_changes_nothing(subject: Subject, name
     assert await server.done("abandon") == {"torn": False}
 
 
-async def test_a_name_without_a_place_is_told(subject: Subject) -> None:
+async def test_an_unknown_name_is_reported(subject: Subject) -> None:
     await subject.server.done("begin")
     unused = "model.layers.0.self_attn.o_proj.bias"
     assert await subject.server.load({unused: torch.zeros(64), NORM: subject.second.weights[NORM]}) == [unused]

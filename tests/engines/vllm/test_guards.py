@@ -1,4 +1,5 @@
-"""What is refused before vLLM sees it. That it would ignore, or die of it, is for tests/conformance to show."""
+"""Requests that Millrace refuses before vLLM sees them. tests/conformance shows that a real server would ignore them or
+die of them."""
 
 from dataclasses import replace
 
@@ -21,8 +22,8 @@ SERVER = Server(
     aborts=True,
     logprobs_mode="processed_logprobs",
     total_tokens=1000,
-    fields=OWN_FIELDS | {"sampling_params", "priority", "cache_salt"},
-    sampling=OWN_SAMPLING | {"min_tokens", "logit_bias"},
+    fields=OWN_FIELDS | {"sampling_params", "priority", "cache_salt", "content_parts"},
+    sampling=OWN_SAMPLING | {"bad_words", "allowed_token_ids"},
     on_cpu=True,
 )
 SOUND = GenerateRequest((1, 2, 3), SamplingParams(8), request_id="r")
@@ -32,11 +33,13 @@ SOUND = GenerateRequest((1, 2, 3), SamplingParams(8), request_id="r")
     "request_",
     [
         SOUND,
-        replace(SOUND, extra={"cache_salt": "s", "lora_path": "a", "sampling_params": {"min_tokens": 2}}),
+        replace(SOUND, extra={"cache_salt": "s", "lora_path": "a", "sampling_params": {"bad_words": ["x"]}}),
+        replace(SOUND, sampling=SamplingParams(8, stop=("a",), logit_bias={1: 2.0}, presence_penalty=-1.0)),
+        replace(SOUND, sampling=SamplingParams(8, min_new_tokens=3), prompt_logprobs=True),
         replace(SOUND, sampling=SamplingParams(8, temperature=0.3, top_k=5, seed=1, stop_token_ids=(4,))),
     ],
 )
-def test_what_the_server_takes_passes(request_: GenerateRequest) -> None:
+def test_a_request_that_the_server_takes_passes(request_: GenerateRequest) -> None:
     check_request(request_, LIMITS, SERVER)
 
 
@@ -49,11 +52,14 @@ def test_what_the_server_takes_passes(request_: GenerateRequest) -> None:
         (replace(SOUND, extra={"stream": True}), "extra.stream is set by Millrace"),
         (replace(SOUND, extra={"cache_slat": "s"}), "would ignore extra.cache_slat.*did you mean cache_salt"),
         (replace(SOUND, extra={"sampling_params": {"n": 2}}), "extra.sampling_params.n is set by Millrace"),
-        (replace(SOUND, extra={"sampling_params": {"logit_bais": {}}}), "did you mean logit_bias"),
+        (replace(SOUND, extra={"sampling_params": {"bad_wrods": []}}), "did you mean bad_words"),
+        (replace(SOUND, extra={"sampling_params": {"min_tokens": 2}}), "min_tokens is set by Millrace"),
+        (replace(SOUND, sampling=SamplingParams(8, logit_bias={100: 1.0})), "logit_bias has token 100"),
+        (replace(SOUND, extra={"content_parts": []}, prompt_logprobs=True), "prompts of text"),
         (replace(SOUND, extra={"sampling_params": 3}), "must be a mapping"),
     ],
 )
-def test_what_it_would_ignore_or_die_of_is_refused(request_: GenerateRequest, says: str) -> None:
+def test_a_request_that_the_server_would_ignore_or_die_of_is_refused(request_: GenerateRequest, says: str) -> None:
     with pytest.raises(InvalidStateError, match=says):
         check_request(request_, LIMITS, SERVER)
 
@@ -64,6 +70,8 @@ def test_logprobs_of_another_temperature_are_refused() -> None:
         check_request(replace(SOUND, sampling=SamplingParams(8, temperature=temperature)), LIMITS, raw)
     with pytest.raises(InvalidStateError, match="processed_logprobs"):
         check_request(replace(SOUND, sampling=SamplingParams(8, temperature=0.7)), LIMITS, raw)
+    with pytest.raises(InvalidStateError, match="processed_logprobs"):
+        check_request(replace(SOUND, sampling=SamplingParams(8, repetition_penalty=1.1)), LIMITS, raw)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Who may ask for what, without a server: the middleware is ASGI alone. `test_launch.py` has the real server."""
+"""Which key each route needs, without a server, since the middleware is plain ASGI. `test_launch.py` has the real
+server."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,7 +14,7 @@ Ask = Callable[..., str]
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Sends one request through the middleware: `passed`, or how it was refused."""
+    """Sends one request through the middleware. Returns `passed`, or how it was refused."""
     monkeypatch.setenv("MILLRACE_API_KEY", "data")
     monkeypatch.setenv("MILLRACE_ADMIN_API_KEY", "admin")
     sent: list[Any] = []
@@ -59,16 +60,17 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
         ("DELETE", "/v1/completions", "401", "401", "passed"),
     ],
 )
-def test_each_route_wants_its_key(ask: Ask, method: str, path: str, without: str, data: str, admin: str) -> None:
+def test_each_route_needs_its_key(ask: Ask, method: str, path: str, without: str, data: str, admin: str) -> None:
     assert ask(method, path) == without
     assert ask(method, path, "Bearer data") == data
     assert ask(method, path, "bearer admin") == admin
     for wrong in ("Bearer", "Bearer ", "Basic admin", "Bearer admin ", "Bearer adm\xedn", "admin"):
         assert ask(method, path, wrong) == without
-    assert ask(method, path, "Bearer admin", "Bearer admin") == without  # which of two would others look at?
+    # Servers may differ in which of two headers they read.
+    assert ask(method, path, "Bearer admin", "Bearer admin") == without
 
 
-def test_a_websocket_wants_one_too(ask: Ask) -> None:
+def test_a_websocket_needs_a_key_too(ask: Ask) -> None:
     assert ask("", "/v1/realtime", kind="websocket") == "websocket.close"
     assert ask("", "/v1/realtime", "Bearer data", kind="websocket") == "passed"
     assert ask("", "", kind="lifespan") == "passed"

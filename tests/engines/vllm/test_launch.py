@@ -1,4 +1,4 @@
-"""Real vLLM servers, launched: what they are told, what they keep to themselves, and that nothing of them is left."""
+"""Launches real vLLM servers. They get their settings, keep their keys secret, and leave nothing running."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from millrace.config.models import VLLMEngineConfig
+from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.join import join
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.vllm.extension.millrace_vllm_keys import DATA, OPEN
@@ -25,7 +25,7 @@ from millrace.errors import LaunchError
 from millrace.launch.ports import free_ports
 from tests.engines.processes import below, command_lines, logs, until_ended
 
-START_TIMEOUT = 300.0  # 20 s on a quiet machine
+START_TIMEOUT = 300.0  # seconds; a start takes 20 on a quiet machine
 
 
 def cpu_config(**settings: Any) -> VLLMEngineConfig:
@@ -58,7 +58,7 @@ async def statuses(url: str, key: str | None, routes: list[tuple[str, str]]) -> 
 LAUNCHER = textwrap.dedent("""
     import asyncio, json, sys
     from pathlib import Path
-    from millrace.config.models import VLLMEngineConfig
+    from millrace.config.engines import VLLMEngineConfig
     from millrace.engines.vllm.launch import launch
     from millrace.engines.spec import LaunchSpec
 
@@ -78,7 +78,7 @@ LAUNCHER = textwrap.dedent("""
 
 @pytest.fixture
 def nodes() -> tuple[VLLMEngineConfig, VLLMEngineConfig]:
-    """An engine over two nodes, as each of them is told."""
+    """Plans an engine over two nodes, as each node would."""
     (port,) = free_ports("127.0.0.1", 1)
     common = {
         "nnodes": 2,
@@ -94,7 +94,7 @@ def nodes() -> tuple[VLLMEngineConfig, VLLMEngineConfig]:
 def launcher(
     nodes: tuple[VLLMEngineConfig, VLLMEngineConfig], tiny_model: Path, vllm_python: Path, tmp_path: Path
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own that launches the first node and prints what it got."""
+    """A process that launches the first node and prints its URL and keys."""
     arguments = [nodes[0].model_dump_json(), str(tiny_model), str(vllm_python), str(tmp_path / "0")]
     process = subprocess.Popen([sys.executable, "-c", LAUNCHER, *arguments], stdout=subprocess.PIPE, text=True)
     yield process
@@ -110,7 +110,7 @@ async def test_a_node_joins_and_all_keep_the_keys_and_die_with_the_firsts_launch
     vllm_python: Path,
     tmp_path: Path,
 ) -> None:
-    """The first node is a whole server: what is told and kept here is so of an engine of one node."""
+    """The first node is a whole server, so these checks also hold for an engine of one node."""
     shared_before = shared_memory()
     joined = asyncio.Event()
     config = nodes[1].model_copy(update={"python": vllm_python})
@@ -143,11 +143,12 @@ async def test_a_node_joins_and_all_keep_the_keys_and_die_with_the_firsts_launch
 
 
 async def require_guarded(url: str, api_key: str, admin_key: str) -> str:
-    """It is told what the config says, and no route answers to the wrong key. Returns what it tells of itself."""
+    """Requires that the server has the config's settings and that no route accepts a wrong key. Returns the server's
+    description of itself."""
     status, answer = await generate(url, api_key)
     assert status == 200
     assert len(answer["choices"][0]["token_ids"]) == 4
-    assert answer["model"] == "tuned"  # of engine_args
+    assert answer["model"] == "tuned"  # from engine_args
 
     async with client(url, api_key) as session:
         async with session.get("/openapi.json") as response:

@@ -1,5 +1,6 @@
-"""What goes to vLLM and what its answers mean. That real servers speak so is for tests/conformance to show."""
+"""Requests to vLLM and the meaning of its answers. tests/conformance shows that real servers speak like this."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -45,13 +46,33 @@ def test_a_lora_adapter_is_a_model_and_extra_passes() -> None:
         (1,),
         SamplingParams(1),
         request_id="r",
-        extra={"lora_path": "a", "priority": 3, "sampling_params": {"min_tokens": 1}},
+        extra={"lora_path": "a", "priority": 3, "sampling_params": {"bad_words": ["x"]}},
     )
     body = encode(GENERATE, request)
     sampling = body["sampling_params"]
     assert isinstance(sampling, dict)
-    assert (body["model"], body["priority"], sampling["min_tokens"]) == ("a", 3, 1)
+    assert (body["model"], body["priority"], sampling["bad_words"]) == ("a", 3, ["x"])
     assert "lora_path" not in body
+
+
+def test_what_changes_the_distribution_is_sent_and_the_prompt_can_be_scored() -> None:
+    sampling = SamplingParams(8, stop=("a", "b"), min_new_tokens=2, presence_penalty=0.5, logit_bias={7: -1.5})
+    for path in (GENERATE, COMPLETIONS):
+        body: Any = encode(path, GenerateRequest((1, 2), sampling, prompt_logprobs=True))
+        params = body["sampling_params"] if path == GENERATE else body
+        assert (params["stop"], params["min_tokens"], params["presence_penalty"]) == (("a", "b"), 2, 0.5)
+        assert (params["logit_bias"], params["prompt_logprobs"]) == ({"7": -1.5}, 0)
+        assert params.get("detokenize", True)
+    scored = [None, {"2": {"logprob": -1.5}, "9": {"logprob": -0.1}}, {"3": {"logprob": -9999.0}}]
+    request = replace(REQUEST, prompt_logprobs=True)
+    for path, where in ((GENERATE, "body"), (COMPLETIONS, "choice")):
+        answer, one = Answer(), choice(path, [5], "length")
+        body = {"choices": [one | ({"prompt_logprobs": scored} if where == "choice" else {})]}
+        answer.take(path, body | ({"prompt_logprobs": scored} if where == "body" else {}))
+        made = answer.generation(request, 1).prompt_logprobs
+        assert made is not None
+        np.testing.assert_array_equal(made, np.array([np.nan, -1.5, np.nan], np.float32))
+        assert answer.generation(REQUEST, 1).prompt_logprobs is None
 
 
 @pytest.mark.parametrize("path", [GENERATE, COMPLETIONS])
@@ -68,7 +89,7 @@ def test_a_stream_comes_to_what_one_answer_would_be(path: str, ids: list[int], d
     assert streamed.version_spans == whole.version_spans == ((VersionSpan(4, 0, len(ids)),) if ids else ())
 
 
-def test_a_server_that_tells_its_versions_is_believed() -> None:
+def test_the_versions_that_a_server_reports_are_used() -> None:
     spans = [{"version": "6", "start": 0, "end": 1}, {"version": "default", "start": 1, "end": 3}]
     made = answered(GENERATE, choice(GENERATE, [5, 6, 7], "stop", weight_versions=spans))
     assert made.version_spans == (VersionSpan(6, 0, 1), VersionSpan(None, 1, 3))
@@ -78,7 +99,7 @@ def test_a_stream_without_an_end_was_aborted() -> None:
     assert answered(GENERATE, choice(GENERATE, [5])).finish_reason is FinishReason.ABORT
 
 
-def test_what_has_no_place_of_its_own_is_passed_on() -> None:
+def test_fields_that_millrace_does_not_use_are_passed_on() -> None:
     made = answered(GENERATE, choice(GENERATE, [5], "stop", routed_experts="...", sampling_mask=None, stop_reason=5))
     assert made.extra == {"routed_experts": "...", "stop_reason": 5}
 
@@ -97,7 +118,7 @@ def test_an_answer_that_makes_no_sense_is_an_error(body: dict[str, Any]) -> None
         answered(GENERATE, body)
 
 
-def test_what_the_server_calls_a_request() -> None:
+def test_the_servers_id_of_a_request() -> None:
     assert wire_id(GENERATE, "r#1") == "generate-tokens-r#1"
     assert wire_id(COMPLETIONS, "r#1") == "cmpl-r#1-0"
 

@@ -47,6 +47,13 @@ class EmbeddedEngine(HttpEngine):
 
     _update: int | None = None  # the version of the open update
 
+    async def initialize(self, version: int | None = None) -> None:
+        if version is None:
+            await self.rollback()
+            await self.resume()
+            await self.wake()
+            await self._remember_version()
+
     async def generate(self, request: GenerateRequest, *, deadline: float) -> Generation:
         try:
             body = await self._http.generate("/generate", self._encode(request), deadline=deadline)
@@ -99,6 +106,7 @@ class EmbeddedEngine(HttpEngine):
         await self._control("/resume_memory_occupation", {"tags": sorted(what)}, repeatable=True)
 
     async def begin_update(self, version: int) -> None:
+        await self._require_only_owner()
         await self._control("/begin_weight_update", {})
         self._update = version
 
@@ -118,8 +126,9 @@ class EmbeddedEngine(HttpEngine):
     async def commit(self) -> None:
         if self._update is None:
             raise EngineRefused(self.name, "commit without begin_update")
+        await self._require_only_owner()
         await self._control("/end_weight_update", {"weight_version": str(self._update)})
-        self._update = None
+        self._left_at, self._update = self._update, None
 
     async def rollback(self) -> None:
         self._update = None
@@ -166,6 +175,7 @@ class EmbeddedEngine(HttpEngine):
                 dtype=model["dtype"],
                 unusual_dtypes=model["unusual_dtypes"],
                 capabilities=frozenset(Capability(c) for c in server["capabilities"]),
+                max_running=server["max_running_requests"],
             )
         except KeyError as error:
             raise EngineFailed(self.name, f"{self.url} is not an embedded engine: its answer has no {error}") from error
@@ -200,4 +210,5 @@ class EmbeddedEngine(HttpEngine):
         for taken in (OWN_FIELDS & request.extra.keys(), OWN_SAMPLING & sampling.keys()):
             if taken:
                 raise EngineRefused(self.name, f"request {request.request_id}: Millrace sets {min(taken)}, not extra")
-        return encode_generate(request, stream=stream)
+        body = encode_generate(request, stream=stream)
+        return {**body, "continued_tokens": request.continued_tokens} if request.continued_tokens else body

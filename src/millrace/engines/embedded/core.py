@@ -19,6 +19,7 @@ from millrace.errors import MillraceError
 from millrace.types import FinishReason, MemoryTag, PauseMode
 
 PREFILL_TOKENS = 4096  # per forward pass, with padding; bounds the memory of a pass
+SCORED_TOKENS = 256  # per forward pass that returns the logits of every token
 UNKNOWN = "unknown"  # the version of weights without content
 RATE_WINDOW = 1.0  # seconds over which tokens per second are counted
 
@@ -245,13 +246,16 @@ class Core:
                 loras_B=self._loras_of(self._scheduler.running),
             )
             self.cache.extend(running, tokens_B)
-            self._accept(0, *sample(logits_BV, self._lanes[:running]))
+            self._accept(0, *self._sample(0, logits_BV))
         self._measure()
 
     def _prefill(self, fresh: list[Request]) -> None:
         for request in fresh:
             self.faults.at_prompt(request.prompt)
-        pending = group(fresh)
+        unscored = [request for request in fresh if request.unscored]
+        pending = group([request for request in fresh if not request.unscored])
+        for request in unscored:  # alone, and without a cached prefix, since they need the logits of every token
+            self._run_wave([Prefill([request], request.known())])
         while pending:
             found = []
             for prefill in pending:
@@ -281,7 +285,15 @@ class Core:
                 owners.append(i)
                 self._start(request, len(prefill.tokens) - 1)  # the last token counts as computed, as for every request
         logits_BV = logits if len(owners) == len(wave) else logits[owners]
-        self._accept(first, *sample(logits_BV, self._lanes[first : first + len(owners)]))
+        self._accept(first, *self._sample(first, logits_BV))
+
+    def _sample(self, first: int, logits_BV: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Sample a token for each of the B requests in the slots from `first` on."""
+        end = first + len(logits_BV)
+        for row, request in enumerate(self._scheduler.running[first:end]):
+            if request.changes is not None:
+                request.changes.apply(logits_BV[row], len(request.output))
+        return sample(logits_BV, self._lanes[first:end])
 
     def _start(self, request: Request, cached: int) -> None:
         """Give the request the next slot and fill in its lane."""
@@ -305,6 +317,8 @@ class Core:
     def _forward_new(self, wave: list[Prefill], first: int) -> torch.Tensor:
         """Return the logits [B, V] after each prefill's last token."""
         loras = self._loras_of([prefill.requests[0] for prefill in wave])
+        if wave[0].requests[0].unscored:
+            return self._forward_scored(wave[0].requests[0], first, loras)
         if len(wave) == 1:
             tokens = wave[0].tokens
             for start in range(wave[0].reused, len(tokens), PREFILL_TOKENS):
@@ -321,6 +335,17 @@ class Core:
             positions_BQ[row, own] = np.arange(prefill.reused, len(prefill.tokens))
             real_BQ[row, own] = True
         return self._runner.forward(tokens_BQ, positions_BQ, first, None if real_BQ.all() else real_BQ, loras)
+
+    def _forward_scored(self, request: Request, slot: int, loras: list[Lora | None]) -> torch.Tensor:
+        """Return the logits [1, V] after the last token of a request without output, and note its prompt's logprobs."""
+        tokens, found = request.prompt, [float("nan")]
+        for start in range(0, len(tokens), SCORED_TOKENS):
+            positions = np.arange(start, min(start + SCORED_TOKENS, len(tokens)))
+            following = tokens[start + 1 : start + 1 + len(positions)]
+            logits_1V, logprobs = self._runner.logprobs(tokens[positions], positions, slot, following, loras)
+            found += logprobs
+        request.prompt_logprobs = found
+        return logits_1V
 
     def _accept(self, first: int, tokens_B: NDArray[np.int64], logprobs_B: NDArray[np.float32]) -> None:
         """Append the sampled tokens to the requests in the slots from `first` on, and end those that are done."""

@@ -5,6 +5,8 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -14,7 +16,9 @@ from millrace.engines.embedded.faults import HttpFaults
 from millrace.engines.embedded.protocol import BadRequest, GenerateBody, SamplingBody, answer, parse, to_requests
 from millrace.engines.embedded.runner import ModelInfo
 from millrace.engines.embedded.scheduler import Output, Request
+from millrace.engines.embedded.text import load_tokenizer
 from millrace.engines.embedded.thread import ModelThread
+from millrace.errors import DataError
 from millrace.http.replies import reply
 
 
@@ -54,6 +58,7 @@ class Generate:
         self._thread, self._faults = thread, faults
         self._seeds = random.Random(seed)  # noqa: S311  # sampling, not cryptography
         self._sinks: dict[str, Sink] = {}
+        self._loaded: Any = None  # the model's tokenizer
 
     def deliver(self, outputs: list[tuple[str, Output]]) -> None:
         for request_id, output in outputs:
@@ -69,14 +74,18 @@ class Generate:
     async def handle(self, http: web.Request, info: ModelInfo) -> web.StreamResponse:
         begun = time.monotonic()
         body = parse(GenerateBody, await http.read())
-        requests = to_requests(body, info, self._seeds.getrandbits(63))
+        tokenizer = await self._tokenizer(info) if body.sampling_params.stop else None
+        requests = to_requests(body, info, self._seeds.getrandbits(63), tokenizer)
         if body.stream:
-            return await self._stream(http, requests, body.return_logprob, begun)
+            return await self._stream(http, requests, body, begun)
         ends = {request_id: output async for request_id, output in self._outputs(requests)}
         if self._faults.drops_answer() and http.transport is not None:
             http.transport.abort()
         seconds = time.monotonic() - begun
-        answers = [answer(r.id, ends[r.id], logprobs=body.return_logprob, seconds=seconds) for r in requests]
+        answers = [
+            answer(r.id, ends[r.id], prompt=body.input_ids, logprobs=body.return_logprob, seconds=seconds)
+            for r in requests
+        ]
         return reply(answers[0] if body.sampling_params.n == 1 else answers)
 
     async def probe(self, info: ModelInfo, deadline: float) -> None:
@@ -119,8 +128,17 @@ class Generate:
             if going:
                 self._thread.post(lambda core: core.abort(lambda request: request.id in going, "the caller has left"))
 
+    async def _tokenizer(self, info: ModelInfo) -> Any:
+        """Return the model's tokenizer, which is loaded once. Raises BadRequest if the model's folder has none."""
+        if self._loaded is None:
+            try:
+                self._loaded = await asyncio.to_thread(load_tokenizer, Path(info.path))
+            except DataError as error:
+                raise BadRequest(str(error)) from error
+        return self._loaded
+
     async def _stream(
-        self, http: web.Request, requests: list[Request], logprobs: bool, begun: float
+        self, http: web.Request, requests: list[Request], body: GenerateBody, begun: float
     ) -> web.StreamResponse:
         """Answer with server-sent events, each with the cumulative output. An event may add several tokens."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
@@ -128,7 +146,8 @@ class Generate:
         async for request_id, output in self._outputs(requests):
             if not response.prepared:
                 await response.prepare(http)
-            event = answer(request_id, output, logprobs=logprobs, seconds=time.monotonic() - begun)
+            seconds = time.monotonic() - begun
+            event = answer(request_id, output, prompt=body.input_ids, logprobs=body.return_logprob, seconds=seconds)
             if len(requests) > 1:
                 event["index"] = index[request_id]
             if self._faults.drops_answer() and http.transport is not None:

@@ -3,7 +3,7 @@
 import secrets
 import sys
 
-from millrace.config.models import EmbeddedEngineConfig
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.engines.spec import Launched, LaunchSpec
 from millrace.imports import require_modules

@@ -1,7 +1,7 @@
 """The wire protocol: request bodies as pydantic models, and answers in SGLang's format. Pure."""
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -9,9 +9,11 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
+from millrace.engines.embedded.penalties import LogitChanges
 from millrace.engines.embedded.runner import ModelInfo
 from millrace.engines.embedded.sampling import stream_key
 from millrace.engines.embedded.scheduler import Finish, Output, Request
+from millrace.engines.embedded.text import StopTexts
 from millrace.types import FinishReason, MemoryTag, SamplingParams, TensorSpec
 
 COLDEST = 1e-4  # the lowest temperature above 0; below it, logits / temperature overflows float32
@@ -37,6 +39,13 @@ class SamplingBody(Body):
     ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=4096)] = 1
     sampling_seed: int | None = None
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    skip_special_tokens: bool = True
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    repetition_penalty: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    frequency_penalty: FiniteFloat = 0.0
+    presence_penalty: FiniteFloat = 0.0
+    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]+$")], FiniteFloat] = {}
 
     @field_validator("temperature")
     @classmethod
@@ -57,6 +66,8 @@ class GenerateBody(Body):
     input_ids: list[int]
     sampling_params: SamplingBody = SamplingBody()
     return_logprob: bool = False
+    logprob_start_len: Literal[-1, 0] = -1  # 0: logprobs of the whole prompt
+    continued_tokens: Annotated[int, Field(ge=0)] = 0  # of the last input_ids: output of earlier calls (not in SGLang)
     rid: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     stream: bool = False
     lora_path: Annotated[str, Field(min_length=1)] | None = None  # a LoRA adapter's name, not a path; as in SGLang
@@ -189,12 +200,22 @@ def parse(model: type[B], raw: bytes) -> B:
         raise BadRequest("; ".join(faults)) from error
 
 
-def to_requests(body: GenerateBody, info: ModelInfo, fallback_seed: int) -> list[Request]:
-    """Return the n requests of one call. Their ids are the call's rid, with a number if n > 1. Raises BadRequest."""
+def to_requests(body: GenerateBody, info: ModelInfo, fallback_seed: int, tokenizer: Any = None) -> list[Request]:
+    """Return the n requests of one call. Their ids are the call's rid, with a number if n > 1. Raises BadRequest.
+
+    tokenizer: needed if there are stop texts.
+    """
     prompt = _prompt(body.input_ids, info)
     params = body.sampling_params
-    stop = frozenset(params.stop_token_ids or ())
-    _require_known("stop_token_ids", stop, info)
+    own_stop = frozenset(params.stop_token_ids or ())
+    _require_known("stop_token_ids", own_stop, info)
+    stop = own_stop if params.ignore_eos else own_stop | info.eos_token_ids
+    bias = {int(token): value for token, value in params.logit_bias.items()}
+    _require_known("logit_bias", bias, info)
+    if body.continued_tokens > len(body.input_ids):
+        raise BadRequest(f"continued_tokens: there are only {len(body.input_ids)} input_ids")
+    split = len(body.input_ids) - body.continued_tokens
+    asked, continued = body.input_ids[:split], body.input_ids[split:]
     sampling = SamplingParams(
         max_new_tokens=params.max_new_tokens,
         temperature=params.temperature,
@@ -202,8 +223,14 @@ def to_requests(body: GenerateBody, info: ModelInfo, fallback_seed: int) -> list
         top_k=params.top_k,
         min_p=params.min_p,
         seed=params.sampling_seed,
-        stop_token_ids=tuple(stop),
+        stop_token_ids=tuple(own_stop),
         ignore_eos=params.ignore_eos,
+        stop=tuple(params.stop),
+        min_new_tokens=params.min_new_tokens,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        logit_bias=bias,
     )
     seed = fallback_seed if sampling.seed is None else sampling.seed
     rid = body.rid or secrets.token_hex(16)
@@ -213,10 +240,15 @@ def to_requests(body: GenerateBody, info: ModelInfo, fallback_seed: int) -> list
             prompt=prompt,
             sampling=sampling,
             stream_key=stream_key(seed, index),
-            stop=stop if sampling.ignore_eos else stop | info.eos_token_ids,
+            stop=stop,
             limit=min(sampling.max_new_tokens, info.context_length - len(prompt)),
             streams=body.stream,
             lora_path=body.lora_path,
+            scored=body.logprob_start_len == 0,
+            changes=LogitChanges(sampling, asked, continued, stop) if LogitChanges.needed(sampling) else None,
+            texts=StopTexts(tokenizer, asked, continued, params.stop, skip_special_tokens=params.skip_special_tokens)
+            if params.stop
+            else None,
         )
         for index in range(params.n)
     ]
@@ -237,7 +269,7 @@ def _require_known(field: str, tokens: Collection[int], info: ModelInfo) -> None
         raise BadRequest(f"{field}: token {wrong} is outside the vocabulary of {info.vocab_size}")
 
 
-def answer(request_id: str, output: Output, *, logprobs: bool, seconds: float) -> dict[str, Any]:
+def answer(request_id: str, output: Output, *, prompt: Sequence[int], logprobs: bool, seconds: float) -> dict[str, Any]:
     """Return an output, final or not, in SGLang's format. seconds: since the call arrived."""
     meta: dict[str, Any] = {
         "id": request_id,
@@ -252,7 +284,9 @@ def answer(request_id: str, output: Output, *, logprobs: bool, seconds: float) -
     }
     if logprobs:
         meta["output_token_logprobs"] = [[p, t, None] for p, t in zip(output.logprobs, output.output_ids, strict=True)]
-    return {"output_ids": output.output_ids, "text": "", "meta_info": meta}
+    if output.prompt_logprobs is not None:
+        meta["input_token_logprobs"] = [[p, t, None] for p, t in zip(output.prompt_logprobs, prompt, strict=True)]
+    return {"output_ids": output.output_ids, "text": output.text, "meta_info": meta}
 
 
 def _finish(finish: Finish) -> dict[str, Any]:

@@ -135,6 +135,37 @@ class Runner:
         to position 0, so that its softmax is defined, and its keys and values are not stored. loras_B: the LoRA adapter
         of each row; empty if no row has one.
         """
+        return self._forward(tokens_BQ, positions_BQ, first_slot, real_BQ, loras_B, logits=1)[:, -1].float()
+
+    @torch.inference_mode()
+    def logprobs(
+        self,
+        tokens_Q: NDArray[np.int64],
+        positions_Q: NDArray[np.int64],
+        slot: int,
+        next_Q: NDArray[np.int64],
+        loras_B: Sequence[Lora | None] = (),
+    ) -> tuple[torch.Tensor, list[float]]:
+        """Run one row as `forward` does. Return its logits [1, V], and the logprob of each token's successor.
+
+        next_Q: [Q or Q - 1], the successors. The last token may have none.
+        """
+        logits_QV = self._forward(tokens_Q[None], positions_Q[None], slot, None, loras_B, logits=0)[0].float()
+        logprobs_QV = torch.log_softmax(logits_QV[: len(next_Q)], dim=-1)
+        picked_Q = logprobs_QV.gather(1, self._to_device(next_Q)[:, None])[:, 0]
+        return logits_QV[-1:].clone(), picked_Q.tolist()
+
+    def _forward(
+        self,
+        tokens_BQ: NDArray[np.int64],
+        positions_BQ: NDArray[np.int64],
+        first_slot: int,
+        real_BQ: NDArray[np.bool_] | None,
+        loras_B: Sequence[Lora | None],
+        *,
+        logits: int,
+    ) -> torch.Tensor:
+        """Return the logits of the last columns, [B, logits, V], or of all columns if `logits` is 0."""
         rows, columns = tokens_BQ.shape
         longest = int(positions_BQ[:, -1].max()) + 1
         context = min(self._cache.context_length, -(-longest // CONTEXT_STEP) * CONTEXT_STEP)
@@ -152,11 +183,11 @@ class Runner:
             attention_mask=bias[:, None],
             position_ids=positions,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=logits,
             **{self._cache_argument: self._cache.model_cache},
         )
-        logits_BV: torch.Tensor = output.logits[:, -1].float()
-        return logits_BV
+        logits_BQV: torch.Tensor = output.logits
+        return logits_BQV
 
     def warm_up(self) -> None:
         """Run a padded prefill and a decode step in the empty slots.

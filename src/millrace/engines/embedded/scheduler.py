@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millrace.engines.embedded.lora import LoadedLora
+from millrace.engines.embedded.penalties import LogitChanges
+from millrace.engines.embedded.text import StopTexts
 from millrace.types import FinishReason, SamplingParams
 
 # A request waits for another's prefill if that saves at least this many tokens, about the cost of a second, smaller
@@ -17,7 +19,7 @@ WORTH_WAITING_FOR = 32
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """How a request ended. detail: the stop token, the length limit, or the reason of the abort."""
+    """How a request ended. detail: the stop token or text, the length limit, or the reason of the abort."""
 
     reason: FinishReason
     detail: int | str
@@ -44,6 +46,8 @@ class Output:
     prompt_tokens: int
     cached_tokens: int
     retractions: int
+    text: str
+    prompt_logprobs: list[float] | None  # None before the end
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +55,8 @@ class Request:
     """One sample that waits or runs.
 
     stop: the token ids that end it. limit: the number of output tokens that ends it. lora_path: the name of the
-    requested LoRA adapter. lora: the adapter that it uses now.
+    requested LoRA adapter. lora: the adapter that it uses now. scored: whether the logprobs of its prompt are wanted.
+    prompt_logprobs: [P], computed with the prompt; the first is NaN. changes: to its logits. texts: its stop texts.
     """
 
     id: str
@@ -68,13 +73,26 @@ class Request:
     spans: list[Span] = field(default_factory=list)
     cached_tokens: int = 0
     retractions: int = 0
+    scored: bool = False
+    prompt_logprobs: list[float] | None = None
+    changes: LogitChanges | None = None
+    texts: StopTexts | None = None
+
+    @property
+    def unscored(self) -> bool:
+        """Whether the logprobs of its prompt are wanted and were not computed yet."""
+        return self.scored and self.prompt_logprobs is None
 
     def add(self, token: int, logprob: float) -> Finish | None:
         """Append a sampled token. Return how the request ended, or None if it continues."""
         self.output.append(token)
         self.logprobs.append(logprob)
+        if self.changes is not None:
+            self.changes.count(token)
         if token in self.stop:
             return Finish(FinishReason.STOP, token)
+        if self.texts is not None and (found := self.texts.add(token)) is not None:
+            return Finish(FinishReason.STOP, found)
         if len(self.output) >= self.limit:
             return Finish(FinishReason.LENGTH, self.limit)
         return None
@@ -97,6 +115,8 @@ class Request:
             prompt_tokens=len(self.prompt),
             cached_tokens=self.cached_tokens,
             retractions=self.retractions,
+            text="" if self.texts is None else self.texts.text,
+            prompt_logprobs=None if finish is None else self.prompt_logprobs,
         )
 
     def _spans(self, version: str) -> list[Span]:

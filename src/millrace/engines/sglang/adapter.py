@@ -46,7 +46,7 @@ PAUSE_DEADLINE = 60.0  # seconds; it waits for the requests of other clients to 
 WITHOUT_FLUSH = {"flush_cache": False, "abort_all_requests": False}  # the adapter did both before
 
 
-class SGLangEngine(StockEngine):
+class SGLangEngine(StockEngine[Facts]):
     """One SGLang server."""
 
     _session: bool | None = None  # whether the server has an update session open; None: unknown
@@ -56,9 +56,8 @@ class SGLangEngine(StockEngine):
         # collector, which takes half a second without it.
         await self._resume_server()
         await self._control("/freeze_gc", {}, repeatable=True)
-        self._dangling = version is None
         if version is None:
-            await self._unload_leftover_loras()
+            await self._attach()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
         await self._retry_until_idle("/flush_cache", {}, deadline)
@@ -95,6 +94,11 @@ class SGLangEngine(StockEngine):
         async for event in self._events("/generate", encode_generate(request, stream=True), deadline):
             made = self._decode_generation("/generate", partial(decode_generate, request, event))
             yield made, event["meta_info"]["finish_reason"] is not None
+
+    async def _detokenize(self, tokens: Sequence[int], deadline: float) -> str:
+        body = {"tokens": tokens, "skip_special_tokens": False}
+        answer = await self._http.generate("/v1/detokenize", body, deadline=deadline)
+        return self._decode("/v1/detokenize", lambda: str(answer["text"]))
 
     async def _abort(self, names: Sequence[str]) -> None:
         for name in names:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from millrace.config.base import option_owners, passed_options
-from millrace.config.models import EngineArgument, SGLangEngineConfig
+from millrace.config.engines import EngineArgument, SGLangEngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import (
     ADMIN_KEY,

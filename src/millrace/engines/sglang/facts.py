@@ -26,6 +26,7 @@ UPDATES = BREAKING | {
 }
 # SGLang's names of dtypes. It does not report what `auto` resolved to.
 DTYPES = {name: name for name in COMPUTE_DTYPES} | {"half": "float16", "float": "float32"}
+RUNNING = "effective_max_running_requests_per_dp"
 PAUSE_CAPABILITIES = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capability.PAUSE_KEEP}
 
 
@@ -48,9 +49,11 @@ def read_facts(
         capabilities=capabilities_of(paths, served, server),
         ranks=server["tp_size"] * server["pp_size"],
         dtype=DTYPES.get(server["dtype"]),
+        max_running=sum(rank.get(RUNNING, 0) for rank in server.get("internal_states", ())) or None,
     )
     seeds = bool(server["enable_deterministic_inference"])
-    return Facts(info, model, Limits(info.vocab_size, info.context_length, seeds))
+    penalties = Capability.PENALTIES in info.capabilities
+    return Facts(info, model, Limits(info.vocab_size, info.context_length, seeds, penalties))
 
 
 def capabilities_of(
@@ -71,6 +74,8 @@ def capabilities_of(
         found.add(Capability.SLEEP)
     if server["enable_lora"] and server["dp_size"] == 1:  # otherwise SGLang can't load adapters at runtime
         found.add(Capability.LORA)
+    if server["disable_overlap_schedule"]:  # otherwise penalties count a token when the next one is sampled already
+        found.add(Capability.PENALTIES)
     if served["has_image_understanding"]:
         found.add(Capability.IMAGES)
     return frozenset(found)

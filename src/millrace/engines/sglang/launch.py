@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from pathlib import Path
 
-from millrace.config.models import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.engines.sglang.arguments import Ports, attention_dp, nodes
 from millrace.engines.spec import Launched, LaunchSpec
 from millrace.engines.stock.arguments import local_ranks

@@ -67,6 +67,7 @@ def prepare_cpu() -> None:
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     if not torch.cuda.is_available():
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # or the first repetition penalty would compile for minutes
         torch.cuda.synchronize = lambda *_: None  # the route /weights_checker calls it on every device
         if "--enable-lora" in sys.argv:
             unpin(torch)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from millrace.config.models import EngineArgument, StockEngineConfig
+from millrace.config.engines import EngineArgument, StockEngineConfig
 from millrace.errors import ConfigError
 
 # What sets an option, and what the user should do if `engine_args` sets it too.

@@ -8,12 +8,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from millrace.engines.base import PUBLISHED_LORA
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.stock.calls import Call, Calls
-from millrace.engines.stock.facts import Facts, check_takes
+from millrace.engines.stock.facts import AnyFacts, check_takes
 from millrace.engines.stock.lora import LoadedLoras
 from millrace.engines.stock.model import Model, names_in, read_model
 from millrace.engines.stock.server import StockServer
@@ -37,7 +38,7 @@ from millrace.types import (
 DRAIN_DEADLINE = 30.0
 
 
-class StockEngine(StockServer):
+class StockEngine(StockServer[AnyFacts]):
     """A stock server. Nothing else may control it, but other clients may generate.
 
     model_path: the model's folder, which has the vocabulary size and the tensors' shapes. None: the folder that the
@@ -54,7 +55,6 @@ class StockEngine(StockServer):
         model_path: Path | None = None,
     ) -> None:
         super().__init__(name, url, api_key=api_key, admin_key=admin_key, model_path=model_path)
-        self._facts_read: Facts | None = None
         self._calls = Calls(name)
         self._loras = LoadedLoras()
         self._controls = asyncio.Lock()  # one control call at a time; `abort` and reads need no lock
@@ -62,6 +62,12 @@ class StockEngine(StockServer):
         self._dangling = False  # whether the server may have an update open that this adapter does not know of
         self._sent: set[str] = set()  # the tensors of the open update that were sent
         self._loaded: set[str] = set()  # those of them that the server confirmed
+
+    async def _attach(self) -> None:
+        """Prepare for a server that another process started, and whose last trainer may have died in an update."""
+        self._dangling = True
+        await self._remember_version()
+        await self._unload_leftover_loras()
 
     @property
     def state(self) -> ServerState:
@@ -72,9 +78,8 @@ class StockEngine(StockServer):
         end = time.monotonic() + deadline
         async with self._registered(request) as call:
             while await self._calls.may_send(call, end):
-                made = await self._generate(self._http, call.rest, end - time.monotonic())
-                call.continuation.add(made)
-            return call.continuation.result
+                call.continuation.add(await self._call(self._http, call.rest, end - time.monotonic()))
+            return await self._completed(request, call.continuation.result, end)
 
     async def generate_by(
         self, router: HttpClient, request: GenerateRequest, *, headers: Mapping[str, str], deadline: float
@@ -83,7 +88,8 @@ class StockEngine(StockServer):
             self._check(request, await self._facts())
         except InvalidStateError as error:
             raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
-        return await self._generate(router, request, deadline, headers)
+        end = time.monotonic() + deadline
+        return await self._completed(request, await self._call(router, request, deadline, headers), end)
 
     async def abort_by_router(self, request_id: str) -> None:
         await self._abort([request_id])
@@ -93,14 +99,14 @@ class StockEngine(StockServer):
         async with self._registered(request) as call:
             while await self._calls.may_send(call, end):
                 part = None
-                async for made, finished in self._stream(call.rest, end - time.monotonic()):
+                async for made, finished in self._stream_call(call.rest, end - time.monotonic()):
                     part = made
                     if not finished:
-                        yield call.continuation.with_part(part)
+                        yield replace(call.continuation.with_part(part), text=None)
                 if part is None:
                     raise EngineFailed(self.name, "generate answered with an empty stream")
                 call.continuation.add(part)
-            yield call.continuation.result
+            yield await self._completed(request, call.continuation.result, end)
 
     async def abort(self, request_id: str | None = None) -> None:
         served = await self._calls.abort(request_id)
@@ -155,7 +161,9 @@ class StockEngine(StockServer):
     async def begin_update(self, version: int) -> None:
         async with self._control_call():
             before = self.state
-            await self._calls.enter(before.beginning(version))
+            after = before.beginning(version)
+            await self._require_only_owner()
+            await self._calls.enter(after)
             try:
                 if not before.asleep:
                     await self._interrupt()
@@ -192,7 +200,9 @@ class StockEngine(StockServer):
             after, version = self.state.committing(), self.state.updating
             assert version is not None
             check_whole(self._loaded, (await self._facts()).model.shapes)
+            await self._require_only_owner()
             await self._commit(version)
+            self._left_at = version
             self._loras.detach_all()
             self._calls.rewrite(self._loras.served)
             await self._enter(after)
@@ -261,12 +271,6 @@ class StockEngine(StockServer):
         if self.state.asleep:
             return Health.ASLEEP
         return Health.READY if self.state.generating else Health.PAUSED
-
-    async def _facts(self) -> Facts:
-        """Return what the server is and can do. It is read once."""
-        if self._facts_read is None:
-            self._facts_read = await self._read_facts()
-        return self._facts_read
 
     async def _read_model(self, served: Path) -> Model:
         """Read the model's folder: `model_path`, or `served`, which the server names.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from millrace.engines.stock.model import Model
 from millrace.engines.stock.state import InvalidStateError
@@ -27,11 +28,12 @@ TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of a server on requests. seeds: whether it honours them."""
+    """The limits of a server on requests. seeds, penalties: whether it honours them."""
 
     vocab_size: int
     context_length: int
     seeds: bool
+    penalties: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,9 @@ class Facts:
     info: EngineInfo
     model: Model
     limits: Limits
+
+
+AnyFacts = TypeVar("AnyFacts", bound=Facts)
 
 
 def check_takes(bucket: Bucket, info: EngineInfo) -> None:

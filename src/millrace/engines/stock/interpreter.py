@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from millrace.config.models import SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
 from millrace.engines import environments
 from millrace.launch.interpreter import require_module
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from millrace.config.models import StockEngineConfig
+from millrace.config.engines import StockEngineConfig
 from millrace.engines.stock.arguments import Node
 from millrace.errors import DataError, EngineError, LaunchError, LocalError
 from millrace.http import HttpClient

@@ -3,28 +3,73 @@
 `StockEngine` makes them, and only in a state that each one allows. They do not check the state themselves.
 """
 
+import time
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Generic
 
 from millrace.engines.http_engine import HttpEngine
-from millrace.engines.stock.facts import Facts
+from millrace.engines.stock.carried import first_stop, with_carried_penalties, with_text
+from millrace.engines.stock.facts import AnyFacts
 from millrace.engines.stock.state import ServerState
 from millrace.http import HttpClient
-from millrace.types import Bucket, GenerateRequest, Generation, MemoryTag, PauseMode, ProcessGroup
+from millrace.types import Bucket, Capability, GenerateRequest, Generation, MemoryTag, PauseMode, ProcessGroup
 
 
-class StockServer(HttpEngine):
-    """The methods that the SGLang and vLLM adapters implement. `StockEngine` has the shared ones."""
+class StockServer(HttpEngine, Generic[AnyFacts]):
+    """The methods that the SGLang and vLLM adapters implement, and the calls that need nothing else."""
+
+    _facts_read: AnyFacts | None = None
+
+    async def _facts(self) -> AnyFacts:
+        """Return what the server is and can do. It is read once."""
+        if self._facts_read is None:
+            self._facts_read = await self._read_facts()
+        return self._facts_read
+
+    async def _call(
+        self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
+    ) -> Generation:
+        """Send one request to the server, or to the router that `by` connects to."""
+        sent, exact = await self._with_carried_penalties(request)
+        made = await self._generate(by, sent, deadline, headers)
+        return _of_call(request, made, exact)
+
+    async def _stream_call(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
+        """Stream one request. Yields the cumulative output, and whether it is final."""
+        sent, exact = await self._with_carried_penalties(request)
+        async for made, finished in self._stream(sent, deadline):
+            yield _of_call(request, made, exact), finished
+
+    async def _with_carried_penalties(self, request: GenerateRequest) -> tuple[GenerateRequest, bool]:
+        capabilities = (await self._facts()).info.capabilities
+        return with_carried_penalties(request, counts_prompt=Capability.PROMPT_PENALTY in capabilities)
+
+    async def _completed(self, request: GenerateRequest, made: Generation, end: float) -> Generation:
+        """Return the result of a request, made by one or more calls, with its text if the request has stop texts.
+
+        end: the deadline (time.monotonic). SGLang may overlook a stop text that came in more tokens than its tokenizer
+        would make of it.
+        """
+        stop = request.sampling.stop
+        if not stop or (made.text is not None and first_stop(made.text, stop) is None):
+            return made
+        return await with_text(request, made, lambda tokens: self._detokenize(tokens, end - time.monotonic()))
 
     @abstractmethod
     async def _generate(
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:
-        """Send one request to the server, or to the router that `by` connects to."""
+        """Send one request to the server, or to the router that `by` connects to. Penalties are those of one call."""
 
     @abstractmethod
     def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         """Stream one request. Yields the cumulative output, and whether it is final."""
+
+    @abstractmethod
+    async def _detokenize(self, tokens: Sequence[int], deadline: float) -> str:
+        """Return the text of the tokens, special tokens included. There is at least one."""
 
     @abstractmethod
     async def _abort(self, names: Sequence[str]) -> None:
@@ -55,7 +100,7 @@ class StockServer(HttpEngine):
         """Prepare the server for an update. It is paused and has no requests, or is asleep."""
 
     @abstractmethod
-    def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
+    def _loader(self, bucket: Bucket, facts: AnyFacts) -> Callable[[float], Awaitable[None]]:
         """Return a function that sends the bucket within a deadline in seconds.
 
         Raises InvalidStateError if the server can't load the bucket.
@@ -86,13 +131,20 @@ class StockServer(HttpEngine):
         """Call a route that the server answers in every state, without generating."""
 
     @abstractmethod
-    async def _read_facts(self) -> Facts:
+    async def _read_facts(self) -> AnyFacts:
         """Ask the server what it is and can do."""
 
     @abstractmethod
-    def _check(self, request: GenerateRequest, facts: Facts) -> None:
+    def _check(self, request: GenerateRequest, facts: AnyFacts) -> None:
         """Raise InvalidStateError for a request that would harm the server, or that it would not honour."""
 
     @abstractmethod
     def _why_no_sleep(self) -> str:
         """Say why the server can't release memory."""
+
+
+def _of_call(request: GenerateRequest, made: Generation, exact: bool) -> Generation:
+    """Return the answer to one call. It has no text if the request continues tokens: the server's lacks their text."""
+    if request.continued_tokens and made.text is not None:
+        made = replace(made, text=None)
+    return made if exact else replace(made, penalty_restarts=(0,))

@@ -8,6 +8,9 @@ from millrace.types import GenerateRequest
 
 INT32, INT64 = 2**31, 2**63  # upper bounds (exclusive) of token ids and of seeds, on any server
 LONGEST_ID = 480  # characters of a request id
+MOST_PENALTY = 2.0  # SGLang and vLLM refuse a larger frequency or presence penalty
+LEAST_REPETITION, MOST_REPETITION = 0.01, 2.0  # outside of them, SGLang refuses it or probabilities become NaN
+MOST_BIAS = 100.0  # vLLM cuts larger ones
 
 
 def check_values(request: GenerateRequest) -> None:
@@ -23,12 +26,32 @@ def check_values(request: GenerateRequest) -> None:
     require(sampling.top_k == -1 or 0 < sampling.top_k < INT32, "top_k must be 1 or more, or -1 for no limit")
     require(0 <= sampling.min_p <= 1, "min_p must be from 0 to 1")
     require(sampling.seed is None or 0 <= sampling.seed < INT64, "seed must be from 0 to 2**63 - 1")
+    require(all(sampling.stop), "stop has an empty text")
+    require(0 <= sampling.min_new_tokens <= sampling.max_new_tokens, "min_new_tokens must be from 0 to max_new_tokens")
+    require(not (sampling.min_new_tokens and sampling.stop), "min_new_tokens and stop can't be used together")
+    require(
+        LEAST_REPETITION <= sampling.repetition_penalty <= MOST_REPETITION,
+        f"repetition_penalty must be from {LEAST_REPETITION:g} to {MOST_REPETITION:g}",
+    )
+    for name in ("frequency_penalty", "presence_penalty"):
+        require(
+            abs(getattr(sampling, name)) <= MOST_PENALTY, f"{name} must be from {-MOST_PENALTY:g} to {MOST_PENALTY:g}"
+        )
+    _check_range("logit_bias", tuple(sampling.logit_bias), INT32)
+    require(
+        all(abs(bias) <= MOST_BIAS for bias in sampling.logit_bias.values()),
+        f"the values of logit_bias must be from {-MOST_BIAS:g} to {MOST_BIAS:g}",
+    )
+    require(
+        request.continued_tokens <= len(request.input_ids), "continued_tokens must be at most the number of input_ids"
+    )
 
 
 def check_ids(request: GenerateRequest, limits: Limits) -> None:
     """Raise InvalidStateError for token ids outside the model's vocabulary."""
     _check_range("input_ids", request.input_ids, limits.vocab_size)
     _check_range("stop_token_ids", request.sampling.stop_token_ids, limits.vocab_size)
+    _check_range("logit_bias", tuple(request.sampling.logit_bias), limits.vocab_size)
 
 
 def _check_range(name: str, ids: tuple[int, ...], end: int) -> None:

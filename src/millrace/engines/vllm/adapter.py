@@ -12,11 +12,10 @@ import orjson
 
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.stock.engine import StockEngine
-from millrace.engines.stock.facts import Facts
 from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
-from millrace.engines.vllm.facts import Server, read_facts, read_server
+from millrace.engines.vllm.facts import Server, VLLMFacts, read_facts
 from millrace.engines.vllm.guards import check_reload, check_request
 from millrace.engines.vllm.metrics import read_metrics
 from millrace.engines.vllm.payload import description, transfer
@@ -45,14 +44,13 @@ PAUSE_PATHS = {
 }
 
 
-class VLLMEngine(StockEngine):
+class VLLMEngine(StockEngine[VLLMFacts]):
     """One vLLM server in development mode (VLLM_SERVER_DEV_MODE=1), which opens its control routes.
 
-    Millrace loads an extension into the workers of the servers that it launches, and sends weights through that. A
+    Millrace loads an extension into the workers of the servers that it launches, and sends weights through it. A
     server without the extension is updated from disk, or by NCCL if it was started with --weight-transfer-config.
     """
 
-    _server: Server | None = None
     _version: int | None = None  # of the served weights, for servers that do not store it
     _receiving = False  # whether a session of vLLM's own transfer engine is open
     _counted: tuple[float, float] = (0.0, 0.0)  # the last reading of the token counter: time.monotonic() and count
@@ -64,8 +62,7 @@ class VLLMEngine(StockEngine):
             await self._name_version(version)
         else:
             self._version = await self._served_version()
-            self._dangling = True
-            await self._unload_leftover_loras()
+            await self._attach()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
         end = time.monotonic() + deadline
@@ -75,10 +72,10 @@ class VLLMEngine(StockEngine):
             await asyncio.sleep(IDLE_POLL_SECONDS)
 
     async def _flushed(self) -> bool:
-        """Try to drop the cached prefixes. Return whether it worked.
+        """Try to drop the cached prefixes. Return whether it worked: vLLM can't while a request runs.
 
-        It does not work while a request runs. vLLM reports that, but 0.23 does not, so 0.23 is asked to preempt running
-        requests. It then fails if the cache is not empty.
+        vLLM 0.23 does not report that. It is asked to preempt running requests, and its answer is an error if the cache
+        is not empty then.
         """
         answer = await self._control("/reset_prefix_cache", None)
         if answer is not None:
@@ -90,7 +87,7 @@ class VLLMEngine(StockEngine):
 
     async def leave_group(self, name: str) -> None:
         # Without the extension there is nothing to do: vLLM's transfer engine leaves a group when it joins the next.
-        if self._known.extension:
+        if (await self._server()).extension:
             await self._rpc("millrace_leave", name)
 
     async def checksums(self) -> Mapping[str, str]:
@@ -115,7 +112,7 @@ class VLLMEngine(StockEngine):
         return found
 
     async def loads(self) -> EngineLoad:
-        await self._facts()
+        total_tokens = (await self._server()).total_tokens
         text = await self._ask("/metrics")
         metrics = self._decode("/metrics", lambda: read_metrics(text))
         (then, before), now, made = self._counted, time.monotonic(), metrics["generation_tokens_total"]
@@ -123,8 +120,8 @@ class VLLMEngine(StockEngine):
         return EngineLoad(
             running_requests=int(metrics["num_requests_running"]),
             waiting_requests=int(metrics["num_requests_waiting"]),
-            used_tokens=int(metrics["kv_cache_usage_perc"] * self._known.total_tokens),
-            max_tokens=self._known.total_tokens,
+            used_tokens=int(metrics["kv_cache_usage_perc"] * total_tokens),
+            max_tokens=total_tokens,
             tokens_per_second=(made - before) / (now - then) if then else 0.0,
         )
 
@@ -135,18 +132,23 @@ class VLLMEngine(StockEngine):
     async def _generate(
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:
-        path, version = self._known.path, self._version
-        if by is not self._http and not self._known.versions:
+        server, version = await self._server(), self._version
+        if by is not self._http and not server.versions:
             raise EngineRefused(
                 self.name, "it does not report which weights made an answer, so it can't be used behind a router"
             )
+        path = server.path
         body = await by.generate(path, encode(path, request), deadline=deadline, headers=headers)
         answer = Answer()
         self._decode(path, lambda: answer.take(path, body))
         return self._decode_generation(path, lambda: answer.generation(request, version))
 
     async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
-        path, version = self._known.path, self._version
+        path, version = (await self._server()).path, self._version
+        if request.prompt_logprobs:
+            raise EngineRefused(
+                self.name, "its streams have no logprobs of the prompt; use generate, or ask without them"
+            )
         answer = Answer()
 
         def with_more(event: Mapping[str, Any]) -> Generation:
@@ -160,15 +162,20 @@ class VLLMEngine(StockEngine):
                 yield made, False
         yield made, True
 
+    async def _detokenize(self, tokens: Sequence[int], deadline: float) -> str:
+        answer = await self._http.generate("/detokenize", {"tokens": tokens}, deadline=deadline)
+        return self._decode("/detokenize", lambda: str(answer["prompt"]))
+
     async def _abort(self, names: Sequence[str]) -> None:
         # A server without this route ends a request when its connection closes.
-        if self._known.aborts:
-            body = {"request_ids": [wire_id(self._known.path, name) for name in names]}
+        server = await self._server()
+        if server.aborts:
+            body = {"request_ids": [wire_id(server.path, name) for name in names]}
             await self._control("/abort_requests", body, deadline=ABORT_DEADLINE, repeatable=True)
 
     async def _abort_all(self, names: Sequence[str]) -> None:
         # An empty list means all requests. In 0.23 it means none, so there only this client's requests are aborted.
-        if not self._known.aborts:
+        if not (await self._server()).aborts:
             raise EngineRefused(self.name, "it can't abort a request by its id; start it with --tokens-only")
         await self._control("/abort_requests", {"request_ids": []}, repeatable=True)
         if names:
@@ -188,7 +195,7 @@ class VLLMEngine(StockEngine):
         await self._control("/resume", None, repeatable=True)
 
     async def _release(self, before: ServerState, after: ServerState) -> None:
-        """Release memory. vLLM releases everything at once, and allocates by tag.
+        """Release memory. vLLM releases all of it at once, and allocates it by tag.
 
         At level 1, vLLM keeps a copy of the weights in host memory. While the weights are released, the KV cache stays
         released too, whatever the caller asked: it is useless without the weights, and if it is allocated before them,
@@ -214,19 +221,18 @@ class VLLMEngine(StockEngine):
             await self._control(f"/wake_up?tags={tag}", None)
 
     async def _open_update(self) -> None:
-        await self._facts()
-        if self._known.extension:
+        if (await self._server()).extension:
             await self._rpc("millrace_begin")
 
-    def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
-        if self._known.extension:
+    def _loader(self, bucket: Bucket, facts: VLLMFacts) -> Callable[[float], Awaitable[None]]:
+        if facts.server.extension:
             text = orjson.dumps(description(bucket, facts.info.ranks)).decode()
 
             async def send(deadline: float) -> None:
                 await self._rpc("millrace_load", text, deadline=deadline)
 
             return send
-        if self._known.transfer and isinstance(bucket, ProcessGroupBucket):
+        if facts.server.transfer and isinstance(bucket, ProcessGroupBucket):
             return partial(self._receive, transfer(bucket))
         if not isinstance(bucket, DiskBucket):
             raise InvalidStateError(
@@ -235,7 +241,7 @@ class VLLMEngine(StockEngine):
             )
         if self._receiving:
             raise InvalidStateError("this update already receives tensors by NCCL, and can't also load from disk")
-        check_reload(facts.model, self._known)
+        check_reload(facts.model, facts.server)
         body = {"method": "reload_weights", "kwargs": {"weights_path": bucket.path}}
 
         async def reload(deadline: float) -> None:
@@ -254,13 +260,13 @@ class VLLMEngine(StockEngine):
             raise
 
     async def _commit(self, version: int) -> None:
-        if self._known.extension:
+        if (await self._server()).extension:
             await self._rpc("millrace_commit", str(version))
         await self._end_receiving()
         await self._name_version(version)
 
     async def _abort_update(self) -> None:
-        if self._known.extension:
+        if (await self._server()).extension:
             await self._rpc("millrace_abandon")
         await self._end_receiving()
 
@@ -271,17 +277,18 @@ class VLLMEngine(StockEngine):
 
     async def _load_lora(self, name: str, path: str, deadline: float) -> int | None:
         # On the CPU, vLLM applies the adapter in the last slot to requests without one. That slot must stay empty.
+        server = await self._server()
         before: list[int | None] = []
-        if self._known.extension:
+        if server.extension:
             before = (await self._rpc("millrace_slots"))[0]["slots"]
-        if self._known.on_cpu and None not in before[:-1]:
+        if server.on_cpu and None not in before[:-1]:
             raise EngineRefused(
                 self.name,
                 f"it has {len(before)} slots for LoRA adapters, and on the CPU one must stay empty; unload one, or "
                 "start it with a higher max_loras and Millrace's extension",
             )
         await self._control("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, deadline=deadline)
-        if not self._known.extension:
+        if not server.extension:
             return None
         after = (await self._rpc("millrace_slots"))[0]["slots"]
         return next((number for number in after if number not in before), None)
@@ -292,7 +299,7 @@ class VLLMEngine(StockEngine):
             await self._rpc("millrace_forget", str(worker_id), deadline=deadline)
 
     async def _join(self, group: ProcessGroup, deadline: float) -> None:
-        if self._known.transfer:
+        if (await self._server()).transfer:
             place = {"master_address": group.address, "master_port": group.port}
             ranks = {"rank_offset": group.rank_offset, "world_size": group.world_size}
             await self._control("/init_weight_transfer_engine", {"init_info": place | ranks}, deadline=deadline)
@@ -303,7 +310,7 @@ class VLLMEngine(StockEngine):
     async def _probe(self, deadline: float) -> None:
         await self._http.control("GET", "/health", deadline=deadline)
 
-    async def _read_facts(self) -> Facts:
+    async def _read_facts(self) -> VLLMFacts:
         api = await self._ask("/openapi.json")
         if "/server_info" not in api["paths"]:
             raise EngineRefused(
@@ -315,32 +322,28 @@ class VLLMEngine(StockEngine):
         served = (await self._ask("/v1/models"))["data"][0]
         version = (await self._ask("/version"))["version"]
         model = await self._read_model(Path(served["root"]))
-        server = self._server = self._decode("/server_info", lambda: read_server(api, config))
-        return self._decode("/server_info", lambda: read_facts(version, served, config, api["paths"], server, model))
+        return self._decode("/server_info", lambda: read_facts(version, served, api, config, model))
 
-    def _check(self, request: GenerateRequest, facts: Facts) -> None:
-        check_request(request, facts.limits, self._known)
+    def _check(self, request: GenerateRequest, facts: VLLMFacts) -> None:
+        check_request(request, facts.limits, facts.server)
 
     def _why_no_sleep(self) -> str:
         return "it was started without --enable-sleep-mode, so it can't release memory"
 
-    @property
-    def _known(self) -> Server:
-        """The server's properties. They are read with the facts, before any other call."""
-        assert self._server is not None
-        return self._server
+    async def _server(self) -> Server:
+        """Return the server's properties, which are part of its facts."""
+        return (await self._facts()).server
 
     async def _name_version(self, version: int) -> None:
-        await self._facts()
-        if self._known.versions:
+        if (await self._server()).versions:
             await self._control("/update_weight_version", {"new_version": str(version)})
         self._version = version
 
     async def _served_version(self) -> int | None:
-        await self._facts()
-        if self._known.versions:
+        server = await self._server()
+        if server.versions:
             return decode_version((await self._ask("/weight_info"))["weight_version"])
-        if self._version is None and self._known.extension:
+        if self._version is None and server.extension:
             return decode_version((await self._rpc("millrace_state"))[0]["version"] or "")
         return self._version
 

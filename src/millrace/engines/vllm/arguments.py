@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from millrace.config.base import option_owners, passed_options
-from millrace.config.models import EngineArgument, VLLMEngineConfig
+from millrace.config.engines import EngineArgument, VLLMEngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import (
     ADMIN_KEY,

@@ -36,11 +36,15 @@ class Server:
     on_cpu: bool
 
 
-def read_server(api: Mapping[str, Any], config: Mapping[str, Any]) -> Server:
-    """Return the server's properties. Raises KeyError if the answers are not vLLM's.
+@dataclass(frozen=True, slots=True)
+class VLLMFacts(Facts):
+    """What a vLLM server is and can do."""
 
-    api: the answer of /openapi.json. config: the `vllm_config` of /server_info.
-    """
+    server: Server
+
+
+def read_server(api: Mapping[str, Any], config: Mapping[str, Any]) -> Server:
+    """Return the server's properties. The arguments are those of `read_facts`."""
     paths, cache = api["paths"], config["cache_config"]
     path = GENERATE if GENERATE in paths else COMPLETIONS
     fields = api["components"]["schemas"][SCHEMAS[path]]["properties"]
@@ -67,17 +71,16 @@ def read_server(api: Mapping[str, Any], config: Mapping[str, Any]) -> Server:
 def read_facts(
     version: str,
     served: Mapping[str, Any],
+    api: Mapping[str, Any],
     config: Mapping[str, Any],
-    paths: Mapping[str, object],
-    server: Server,
     model: Model,
-) -> Facts:
-    """Return the facts of a server.
+) -> VLLMFacts:
+    """Return the facts of a server. Raises KeyError if the answers are not vLLM's.
 
-    version: of /version. served: the first of /v1/models. config: of /server_info. paths: of /openapi.json. model: the
-    model's folder.
+    version: of /version. served: the first of /v1/models. api: the answer of /openapi.json. config: the `vllm_config`
+    of /server_info. model: the model's folder.
     """
-    parallel = config["parallel_config"]
+    server, parallel = read_server(api, config), config["parallel_config"]
     info = EngineInfo(
         kind="vllm",
         engine_version=version,
@@ -85,11 +88,12 @@ def read_facts(
         weight_version=None,
         vocab_size=model.vocab_size,
         context_length=served["max_model_len"],
-        capabilities=capabilities_of(config, server, paths),
+        capabilities=capabilities_of(config, server, api["paths"]),
         ranks=parallel["world_size"] * parallel["data_parallel_size"],
         dtype=str(config["model_config"]["dtype"]).removeprefix("torch."),
+        max_running=config["scheduler_config"]["max_num_seqs"] * parallel["data_parallel_size"],
     )
-    return Facts(info, model, Limits(info.vocab_size, info.context_length, seeds=True))
+    return VLLMFacts(info, model, Limits(info.vocab_size, info.context_length, seeds=True), server)
 
 
 def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[str, object]) -> frozenset[Capability]:
@@ -100,6 +104,8 @@ def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[st
         Capability.PAUSE_RETRACT,
         Capability.PAUSE_KEEP,
         Capability.UPDATE_FROM_DISK,
+        Capability.PENALTIES,
+        Capability.PROMPT_PENALTY,
     }
     if server.extension:
         found |= {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.OWN_CHECKSUMS, Capability.SAMPLED_CHECKSUMS}

@@ -14,8 +14,7 @@ from millrace.engines.vllm.facts import Server
 from millrace.types import GenerateRequest
 
 COLDEST, HOTTEST = 0.01, 2.0
-PENALTY_RANGE = (0.01, 100.0)
-BIAS_LIMIT = 100.0
+MEDIA = frozenset({"content_parts", "features"})  # they add tokens to the prompt
 OURS = frozenset({"sampling_params", "lora_path"})  # fields that are encoded differently on the wire
 
 # Fields that Millrace sets; `extra` must not have them.
@@ -26,9 +25,11 @@ OWN_SAMPLING = frozenset({
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos", "logprobs",
     "detokenize", "output_kind", "stream_interval",
     "n",  # one request is one sample
+    "stop", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "min_tokens",
+    "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "prompt_logprobs",
     "logprob_token_ids",  # replaces the sampled token's logprob
     "trace_decode_token_ids",
-    "prompt_logprobs", "prompt_logprob_token_ids",  # a Generation has no field for them
+    "prompt_logprob_start", "prompt_logprob_token_ids",  # a Generation has no field for them
 })  # fmt: skip
 
 
@@ -53,34 +54,18 @@ def check_request(request: GenerateRequest, limits: Limits, server: Server) -> N
         sampling.temperature == 0 or COLDEST <= sampling.temperature <= HOTTEST,
         f"temperature must be 0, or {COLDEST:g} to {HOTTEST:g}: vLLM would raise a lower value and refuse a higher one",
     )
+    plain = not (sampling.penalizes or sampling.logit_bias or sampling.min_new_tokens)
     require(
-        server.logprobs_mode == "processed_logprobs" or sampling.temperature in (0.0, 1.0),
-        f"the server's logprobs are those of temperature 1 ({server.logprobs_mode}); start it with --logprobs-mode "
-        "processed_logprobs",
+        server.logprobs_mode == "processed_logprobs" or (plain and sampling.temperature in (0.0, 1.0)),
+        f"the server's logprobs are those of temperature 1, without penalties and bias ({server.logprobs_mode}); start "
+        "it with --logprobs-mode processed_logprobs",
     )
+    require(not (request.prompt_logprobs and request.extra.keys() & MEDIA), "prompt_logprobs are for prompts of text")
     further = request.extra.get("sampling_params", {})
     require(isinstance(further, Mapping), "extra.sampling_params must be a mapping")
     assert isinstance(further, Mapping)
     _check_names("extra", request.extra, OWN_FIELDS, server.fields | OURS)
     _check_names("extra.sampling_params", further, OWN_SAMPLING, server.sampling)
-    _check_further(further, limits)
-
-
-def _check_further(sampling: Mapping[str, object], limits: Limits) -> None:
-    """Refuse values that make probabilities NaN: vLLM then answers with arbitrary tokens."""
-    low, high = PENALTY_RANGE
-    penalty = sampling.get("repetition_penalty", 1.0)
-    require(
-        isinstance(penalty, int | float) and low <= penalty <= high,
-        f"extra.sampling_params.repetition_penalty must be {low:g} to {high:g}",
-    )
-    bias = sampling.get("logit_bias") or {}
-    require(
-        isinstance(bias, Mapping)
-        and all(str(token).isdecimal() and int(token) < limits.vocab_size for token in bias)
-        and all(isinstance(value, int | float) and abs(value) <= BIAS_LIMIT for value in bias.values()),
-        f"extra.sampling_params.logit_bias must map tokens of the model to numbers of at most {BIAS_LIMIT:g}",
-    )
 
 
 def _check_names(where: str, given: Mapping[str, object], own: frozenset[str], known: frozenset[str]) -> None:

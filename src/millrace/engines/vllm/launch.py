@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from millrace.config.models import VLLMEngineConfig
+from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.spec import Launched, LaunchSpec
 from millrace.engines.stock.arguments import Node, local_ranks
 from millrace.engines.stock.interpreter import checked_interpreter

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from millrace.engines.versions import decode_spans
-from millrace.types import FinishReason, GenerateRequest, Generation, VersionSpan
+from millrace.types import FinishReason, Float32Array, GenerateRequest, Generation, VersionSpan
 
 GENERATE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
@@ -26,6 +26,7 @@ DECODED = frozenset({
     "weight_versions",
     "text",
     "prompt_token_ids",
+    "prompt_logprobs",
 })  # fmt: skip
 
 
@@ -42,7 +43,17 @@ def encode(path: str, request: GenerateRequest, *, stream: bool = False) -> dict
         "stop_token_ids": sampling.stop_token_ids,
         "ignore_eos": sampling.ignore_eos,
         "logprobs": 0,  # only the sampled token's
+        "min_tokens": sampling.min_new_tokens,
+        "repetition_penalty": sampling.repetition_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
     }
+    if sampling.logit_bias:
+        params["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
+    if sampling.stop:
+        params |= {"stop": sampling.stop, "skip_special_tokens": False}
+    if request.prompt_logprobs:
+        params["prompt_logprobs"] = 0  # only the prompt's own tokens
     rest = {name: value for name, value in request.extra.items() if name not in ("sampling_params", "lora_path")}
     if (lora := request.extra.get("lora_path")) is not None:
         rest["model"] = lora  # vLLM treats a LoRA adapter as a model
@@ -55,7 +66,7 @@ def encode(path: str, request: GenerateRequest, *, stream: bool = False) -> dict
     return {
         **body,
         "token_ids": request.input_ids,
-        "sampling_params": {**further, **params, "detokenize": False},
+        "sampling_params": {**further, **params, "detokenize": bool(sampling.stop)},
     }
 
 
@@ -72,6 +83,7 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
     spans: list[Mapping[str, Any]] | None = None
+    prompt_logprobs: list[Mapping[str, Any] | None] | None = None
     usage: Mapping[str, Any] = field(default_factory=dict)
     extra: dict[str, object] = field(default_factory=dict)
 
@@ -84,13 +96,14 @@ class Answer:
         if not body["choices"]:
             return
         choice = body["choices"][0]
+        self.prompt_logprobs = choice.get("prompt_logprobs") or body.get("prompt_logprobs") or self.prompt_logprobs
         self.token_ids += choice["token_ids"] or ()
         logprobs = choice["logprobs"] or {}
         if path == COMPLETIONS:
             fresh = logprobs.get("token_logprobs") or []
         else:
             fresh = [entry["logprob"] for entry in logprobs.get("content") or ()]
-        self.logprobs += [nan if logprob is None or logprob <= NAN_LOGPROB else logprob for logprob in fresh]
+        self.logprobs += map(_logprob, fresh)
         self.finish_reason = choice["finish_reason"] or self.finish_reason
         self.spans = choice.get("weight_versions") or self.spans
         self.extra |= {name: value for name, value in choice.items() if name not in DECODED and value is not None}
@@ -114,7 +127,15 @@ class Answer:
             prompt_tokens=self.usage.get("prompt_tokens", len(request.input_ids)),
             cached_tokens=details.get("cached_tokens") or 0,
             extra=self.extra,
+            prompt_logprobs=self._prompt_logprobs(request) if request.prompt_logprobs else None,
         )
+
+    def _prompt_logprobs(self, request: GenerateRequest) -> Float32Array | None:
+        if self.prompt_logprobs is None:  # the request was aborted first
+            return None
+        rows = zip(request.input_ids, self.prompt_logprobs, strict=True)
+        found = [nan if row is None else _logprob(row[str(token)]["logprob"]) for token, row in rows]
+        return np.array(found, dtype=np.float32)
 
     def _version_spans(self, version: int | None) -> tuple[VersionSpan, ...]:
         length = len(self.token_ids)
@@ -123,3 +144,8 @@ class Answer:
         if not self.spans or self.spans[-1]["end"] != length:  # a stream has them only in its last event
             return (VersionSpan(version, 0, length),)
         return decode_spans(self.spans, length)
+
+
+def _logprob(value: float | None) -> float:
+    """Return a logprob as vLLM wrote it, which has no NaN."""
+    return nan if value is None or value <= NAN_LOGPROB else value

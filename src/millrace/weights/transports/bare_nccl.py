@@ -9,7 +9,8 @@ import torch.distributed as dist
 from millrace.engines.vllm.payload import UNIQUE_ID_KEY, unique_id
 from millrace.types import Capability
 from millrace.weights.transports.base import TransportContext
-from millrace.weights.transports.process_group import ProcessGroupTransport, SendingGroup, nccl_device
+from millrace.weights.transports.process_group import ProcessGroupTransport, nccl_device
+from millrace.weights.transports.sending_group import SendingGroup
 
 ID_KEY = "0"  # the store key of the communicator's id, as torch writes it
 

@@ -1,5 +1,6 @@
 """The transport port: a transport moves weights from the trainer to the engines, bucket by bucket."""
 
+import asyncio
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from millrace.engines.base import Engine
 from millrace.errors import EngineError
 from millrace.types import Bucket, Capability, EngineInfo, TensorSpec
 from millrace.weights.plan import layout
+from millrace.weights.step import StepResult, take_step
 
 if TYPE_CHECKING:
     import torch
@@ -68,18 +70,15 @@ class TransportContext:
 class Transport(ABC):
     """Base class of the transports.
 
-    For each publish, the publisher calls `open` once, and then takes the buckets from `staged`. For each bucket it
-    calls `deliver`, and then `send` while the engines load the bucket:
+    For each publish, the publisher calls `open` once, and then takes the buckets from `staged`. It calls `deliver` and
+    `load` for each bucket:
 
         await transport.open(targets, version, deadline=60.0)
         for bucket in transport.staged(buckets):
             await transport.deliver(targets, deadline=60.0)
-            await asyncio.gather(
-                transport.send(bucket),
-                *(target.engine.load(bucket.bucket_for(target), deadline=60.0) for target in targets),
-            )
+            await transport.load(targets, bucket, deadline=60.0)
 
-    Only `staged`, `send` and `close` must be implemented. `open` and `deliver` return an error for each engine that the
+    Only `staged` and `close` must be implemented. `open` and `deliver` return an error for each engine that the
     transport cannot reach, by the engine's name; the publisher leaves these engines out.
 
     A subclass defines `needs`, the capabilities that an engine can receive its buckets with. An engine needs one of
@@ -125,22 +124,22 @@ class Transport(ABC):
         """
         return {}
 
-    @abstractmethod
-    async def send(self, staged: StagedBucket) -> None:
-        """Send the bucket while the engines load it, as a broadcast does. Does nothing if engines read the bucket by
-        themselves."""
+    async def load(
+        self, targets: Sequence[PublishTarget], staged: StagedBucket, *, deadline: float
+    ) -> Mapping[str, StepResult]:
+        """Have the engines load the bucket at the same time, each in at most `deadline` seconds. Return how it went, by
+        the engine's name.
 
-    def interrupt(self, engine: Engine) -> None:  # noqa: B027 (memory needs none)
-        """End a broadcast in which this engine failed, so that the other engines do not wait for it."""
+        targets: all engines that have not failed in this publish.
 
-    def broken(self, engine: Engine) -> str | None:  # noqa: ARG002
-        """Return why nothing more can be sent to the engine before the next `open`; None if it can."""
-        return None
-
-    async def collateral(self, failed: Sequence[Engine]) -> set[str]:  # noqa: ARG002
-        """Return the names of the engines that failed only because another engine, or a sidecar, did. `failed` is in
-        the order of the failures. The publisher sends the version to these engines again."""
-        return set()
+        Override this if the bucket must be sent while the engines load it, or if an engine can fail because of
+        something else (`StepResult.blameless`).
+        """
+        async with asyncio.TaskGroup() as group:
+            loading = {
+                target.engine.name: group.create_task(load_bucket(target, staged, deadline)) for target in targets
+            }
+        return {name: task.result() for name, task in loading.items()}
 
     @abstractmethod
     async def close(self) -> None:
@@ -157,6 +156,12 @@ class BucketTransport(Transport):
     @abstractmethod
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
         """Copy the tensors to where engines can reach them. Overwrites the earlier bucket in `slot` (0 or 1)."""
+
+
+async def load_bucket(target: PublishTarget, staged: StagedBucket, deadline: float) -> StepResult:
+    """Have one engine load the bucket in at most `deadline` seconds, and return how it went."""
+    loading = target.engine.load(staged.bucket_for(target), deadline=deadline)
+    return await take_step(target.engine.name, "load", loading, deadline)
 
 
 def specs_of(tensors: NamedTensors) -> tuple[TensorSpec, ...]:

@@ -167,9 +167,6 @@ class DeltaTransport(Transport):
     def _bucket_for(self, target: PublishTarget) -> DiskBucket:
         return DiskBucket(self._folders[self._sidecar_of[target.engine.name]])
 
-    async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the engines read by themselves)
-        return
-
     async def close(self) -> None:
         """Close the clients. The versions stay in the store and on the hosts of the sidecars."""
         await self._securing.ended()

@@ -43,8 +43,5 @@ class DiskTransport(Transport):
         bucket = DiskBucket(str(written.path))
         yield StagedBucket(lambda _: bucket, written.checksums, tuple(written.checksums), written.nbytes)
 
-    async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the engines read by themselves)
-        return
-
     async def close(self) -> None:
         """Does nothing: the versions stay in the store."""

@@ -22,8 +22,5 @@ class FolderTransport(Transport):
         bucket = DiskBucket(str(self._folder))
         yield StagedBucket(lambda _: bucket, self._checksums, tuple(self._checksums), nbytes)
 
-    async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the engines read by themselves)
-        return
-
     async def close(self) -> None:
         """Does nothing: the folder stays."""

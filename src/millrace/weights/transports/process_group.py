@@ -8,142 +8,32 @@ be used once one of its ranks is gone.
 
 import asyncio
 import secrets
-import socket
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
-import torch.distributed as dist
 
 from millrace.checksum import tensor_checksum
 from millrace.engines.base import Engine
 from millrace.errors import EngineError, EngineFailed, LocalError, PublishError
 from millrace.launch.ports import own_address
 from millrace.types import Capability, Health, ProcessGroup, ProcessGroupBucket
-from millrace.weights.environment import settings
+from millrace.weights.step import StepResult
 from millrace.weights.transports.base import (
     BucketTransport,
     NamedTensors,
     PublishTarget,
     StagedBucket,
     TransportContext,
+    load_bucket,
     specs_of,
 )
+from millrace.weights.transports.sending_group import SendingGroup
 
-POLL_SECONDS = 0.0005
 HEALTH_DEADLINE = LEAVE_DEADLINE = 2.0
 UNHEALTHY = (Health.BUSY, Health.DEAD)
-# Without these, torch's watchdog ends this process when an engine dies or is slow.
-NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
-
-T = TypeVar("T")
-
-
-class SendingGroup:
-    """Rank 0 of a process group, in this process. The engines are the other ranks.
-
-    name: the group's name.
-    device: where the tensors to send are; a GPU for NCCL, the CPU for gloo.
-    address: the address of this host that the ranks meet at. The port is `port`.
-    receivers: the number of the engines' ranks. All must join, and load, at the same time.
-    deadline: the seconds that joining may take. With gloo, sending one tensor may take no longer either; torch raises
-        RuntimeError when it does.
-    """
-
-    def __init__(self, name: str, device: torch.device, address: str, *, receivers: int, deadline: float) -> None:
-        self.name, self.backend, self._world = name, backend_of(device), 1 + receivers
-        self._device = device
-        self.broken: str | None = None  # why nothing more can be sent
-        self.seconds, self._deadline = deadline, timedelta(seconds=deadline)
-        self._address = address
-        self._group: Any = None
-        # The listener that torch creates listens on all of the host's addresses.
-        listener = socket.create_server((address, 0))
-        self.port: int = listener.getsockname()[1]
-        self._store: Any = dist.TCPStore(
-            address,
-            self.port,
-            self._world,
-            is_master=True,
-            timeout=self._deadline,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-
-    async def join(self) -> None:
-        """Wait until all ranks have joined. NCCL's ranks join during the first broadcast. Raises RuntimeError if they
-        do not join in time, or if `abort` is called."""
-        self._group = await self._in_thread(self._join)
-
-    def _join(self) -> Any:
-        """Create the group, with the store keys that torch uses for a group of this name."""
-        store = self._store
-        for prefix in (self.name, f"{self.name}/", f"{self._device.type}/"):
-            store = dist.PrefixStore(prefix, store)
-        if self.backend == "gloo":
-            options: Any = dist.ProcessGroupGloo._Options()
-            options._timeout = self._deadline
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
-            return dist.ProcessGroupGloo(store, 0, self._world, options)
-        return self._nccl(store)
-
-    def _nccl(self, store: Any) -> Any:
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = 2 * self._deadline + timedelta(minutes=1)
-        with settings(NCCL_SETTINGS):
-            return dist.ProcessGroupNCCL(store, 0, self._world, options)
-
-    async def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Send the tensors to all ranks. Each must be contiguous and on the group's device. Raises RuntimeError if the
-        broadcast fails, or if `abort` is called. It has no deadline of its own."""
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        # In a thread: NCCL's first broadcast waits until the engines have joined, by calls of this event loop.
-        for work in await self._in_thread(lambda: [self._group.broadcast([tensor], options) for tensor in tensors]):
-            await self._until(work.is_completed)  # NCCL's wait() ends when work is queued; gloo's can't be interrupted
-            work.wait()
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Run `work` in a thread, and return its result. If the group is aborted before, the thread is abandoned: NCCL
-        waits for a rank that never joins, and can't be interrupted."""
-        done: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(work())
-            except BaseException as error:
-                done.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
-        await self._until(done.done)
-        return done.result()
-
-    async def _until(self, done: Callable[[], bool]) -> None:
-        while not done():
-            if self.broken is not None:
-                raise RuntimeError(self.broken)
-            await asyncio.sleep(POLL_SECONDS)
-
-    def abort(self, reason: str) -> None:
-        """End the broadcast that is running. The group can't be used after that."""
-        if self.broken is None:
-            self.broken = reason
-            if self._group is not None:
-                threading.Thread(target=self._group.abort, daemon=True).start()  # NCCL's abort is slow
-
-    def close(self) -> None:
-        """Leave the group, and free it."""
-        group, self._group, self._store = self._group, None, None
-        if group is not None and self.broken is not None:
-            # In a thread: gloo's shutdown waits for the broadcast that was aborted.
-            threading.Thread(target=group.shutdown, daemon=True).start()
-        elif group is not None:
-            group.shutdown()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +45,22 @@ class BroadcastBucket(StagedBucket):
 
 @dataclass(slots=True)
 class _Joined:
-    """A group and the engines in it."""
+    """A group and the engines in it.
+
+    loaded: whether the engines have loaded a bucket in it since the last `open`.
+    failed: the engines that have failed since the last `open`, in the order of their failures.
+    """
 
     group: SendingGroup
     engines: list[Engine]
+    loaded: bool = False
+    failed: list[Engine] = field(default_factory=list)
+
+    def fail(self, engine: Engine) -> None:
+        """End the broadcast, so that the other engines do not wait for this one."""
+        if engine not in self.failed:
+            self.failed.append(engine)
+        self.group.abort(f"{engine.name} failed, which ended the broadcast to all engines in its group")
 
 
 class ProcessGroupTransport(BucketTransport):
@@ -185,10 +87,13 @@ class ProcessGroupTransport(BucketTransport):
         """Form a group for each engine that has no usable one. Return the engines that can't join, and why."""
         wanted = [list(targets)] if self._together else [[target] for target in targets]
         # A group keeps the deadline that it was created with. A publish with a much longer deadline replaces the group.
-        kept = [joined for joined in self._joined if joined.group.broken is None]
+        # So does a publish after one that loaded nothing, because its engines failed before.
+        kept = [joined for joined in self._joined if joined.group.broken is None and joined.loaded]
         kept = [joined for joined in kept if joined.group.seconds > deadline / 4]
         kept = [joined for joined in kept if joined.engines in [[t.engine for t in members] for members in wanted]]
         await self._leave([joined for joined in self._joined if joined not in kept])
+        for joined in kept:
+            joined.loaded = False
         self._joined = kept
         grouped = [joined.engines for joined in kept]
         failed: dict[str, EngineError] = {}
@@ -213,34 +118,30 @@ class ProcessGroupTransport(BucketTransport):
 
         return BroadcastBucket(bucket_for, checksums, names, sum(tensor.nbytes for tensor in sent), sent)
 
-    async def send(self, staged: StagedBucket) -> None:
-        """Broadcast the bucket in all groups. If that fails, the engines' `load` calls fail too and say so."""
+    async def load(
+        self, targets: Sequence[PublishTarget], staged: StagedBucket, *, deadline: float
+    ) -> Mapping[str, StepResult]:
+        """See `Transport.load`. Broadcasts the bucket in all groups meanwhile. If an engine of a group fails, or has
+        failed before, the others of the group fail too, and are blameless."""
         assert isinstance(staged, BroadcastBucket)
+        results: dict[str, StepResult] = {}
 
-        async def broadcast(group: SendingGroup) -> None:
-            try:
-                await group.broadcast(staged.tensors)
-            except RuntimeError as error:
-                group.abort(f"the broadcast failed: {_first_line(error)}")
-            except asyncio.CancelledError:
-                group.abort("the publish was cancelled")
-                raise
+        async def load(joined: _Joined) -> None:
+            members = [target for target in targets if target.engine in joined.engines]
+            for engine in joined.engines:
+                if engine not in [target.engine for target in members]:
+                    joined.fail(engine)
+            loaded = await _load_together(joined, members, staged, deadline)
+            failed = [name for name, result in loaded.items() if result.error is not None]
+            if failed and len(joined.failed) > 1:
+                at_fault = await _at_fault(joined.failed)
+                loaded |= {name: replace(loaded[name], blameless=name not in at_fault) for name in failed}
+            results.update(loaded)
 
-        await asyncio.gather(*(broadcast(joined.group) for joined in self._joined if joined.group.broken is None))
-
-    def broken(self, engine: Engine) -> str | None:
-        return self._group_of(engine).broken
-
-    def interrupt(self, engine: Engine) -> None:
-        self._group_of(engine).abort(f"{engine.name} failed, which ended the broadcast to all engines in its group")
-
-    async def collateral(self, failed: Sequence[Engine]) -> set[str]:
-        found = set()
-        for joined in self._joined:
-            lost = [engine for engine in failed if engine in joined.engines]
-            if len(lost) > 1 and joined.group.broken is not None:
-                found |= {engine.name for engine in lost} - await _at_fault(lost)
-        return found
+        async with asyncio.TaskGroup() as tasks:
+            for joined in self._joined:
+                tasks.create_task(load(joined))
+        return results
 
     async def close(self) -> None:
         await self._leave(self._joined)
@@ -320,9 +221,37 @@ class ProcessGroupTransport(BucketTransport):
             each.group.close()
 
 
-def backend_of(device: torch.device) -> str:
-    """Return torch's name of the backend for tensors on `device`."""
-    return "nccl" if device.type == "cuda" else "gloo"
+async def _load_together(
+    joined: _Joined, members: Sequence[PublishTarget], staged: BroadcastBucket, deadline: float
+) -> dict[str, StepResult]:
+    """Broadcast the bucket in one group while its engines load it. The first engine that fails ends the broadcast."""
+    group = joined.group
+
+    async def broadcast() -> None:
+        try:
+            await group.broadcast(staged.tensors)
+        except RuntimeError as error:
+            group.abort(f"the broadcast failed: {_first_line(error)}")
+
+    async def load(target: PublishTarget) -> StepResult:
+        if group.broken is not None:
+            result = StepResult(0.0, EngineFailed(target.engine.name, group.broken))
+        else:
+            result = await load_bucket(target, staged, deadline)
+        if result.error is not None:
+            joined.fail(target.engine)
+        return result
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            if group.broken is None:
+                tasks.create_task(broadcast())
+            loading = {target.engine.name: tasks.create_task(load(target)) for target in members}
+    except BaseException:
+        group.abort("the publish was cancelled")
+        raise
+    joined.loaded = True
+    return {name: task.result() for name, task in loading.items()}
 
 
 async def _at_fault(engines: Sequence[Engine]) -> set[str]:

@@ -55,9 +55,6 @@ class MemoryTransport(BucketTransport, Generic[S]):
 
         return StagedBucket(bucket_for, checksums, names, nbytes)
 
-    async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the engines read by themselves)
-        return
-
     async def close(self) -> None:
         for slot in self._slots.values():
             slot.close()

@@ -16,19 +16,19 @@ Memory is never overwritten or freed while it is read:
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import orjson
 import torch
 from pydantic import ValidationError
 
-from millrace.engines.base import Engine
 from millrace.errors import EngineError, EngineFailed, PublishError
 from millrace.http.client import HttpClient
 from millrace.types import Bucket, Capability, TensorSpec
 from millrace.weights.plan import padded
 from millrace.weights.sidecar.messages import FORMS, Form, PullBody, Pulled, Session
+from millrace.weights.step import StepResult
 from millrace.weights.transports.base import (
     BucketTransport,
     NamedTensors,
@@ -191,17 +191,20 @@ class UcxTransport(BucketTransport):
         self._unread = before and all(answered)
         return unreached
 
-    async def send(self, staged: StagedBucket) -> None:  # noqa: ARG002 (the sidecars have read it)
-        return
-
-    async def collateral(self, failed: Sequence[Engine]) -> set[str]:
-        """Return the names of the engines whose sidecar has died, so that they could not open its buckets."""
-        if self._endpoint is None:
-            return set()
-        sidecars = list({self._sidecar_of[engine.name] for engine in failed})
+    async def load(
+        self, targets: Sequence[PublishTarget], staged: StagedBucket, *, deadline: float
+    ) -> Mapping[str, StepResult]:
+        """See `Transport.load`. An engine is blameless if its sidecar has died, so that it could not open the
+        bucket."""
+        results = await super().load(targets, staged, deadline=deadline)
+        assert self._endpoint is not None
+        sidecars = list({self._sidecar_of[name] for name, result in results.items() if result.error is not None})
         holding = await asyncio.gather(*(sidecar.holds(self._endpoint.name) for sidecar in sidecars))
         lost = {sidecar for sidecar, holds in zip(sidecars, holding, strict=True) if not holds}
-        return {engine.name for engine in failed if self._sidecar_of[engine.name] in lost}
+        return {
+            name: replace(result, blameless=result.error is not None and self._sidecar_of[name] in lost)
+            for name, result in results.items()
+        }
 
     async def close(self) -> None:
         session = self._endpoint.name if self._endpoint is not None else None

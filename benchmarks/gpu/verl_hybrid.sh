@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# verl with rollout.name=millrace on two GPUs, which the actor and the engines use in turn (not run yet).
+#   MODEL=Qwen/Qwen3-0.6B DATA=train.parquet benchmarks/gpu/verl_hybrid.sh [verl's settings]
+# To check: every version is published to 2 engines, trajectory_staleness_worst/max is 0, rollout_corr/log_ppl_abs_diff is
+# that of bfloat16 (about 0.01) in every step, and nvidia-smi shows the engines' memory released while the actor trains.
+source "$(dirname "$0")/verl_common.sh"
+exec python -m verl.trainer.main_ppo "${common[@]}" trainer.n_gpus_per_node=2 \
+  data.train_batch_size=32 $R.actor.ppo_mini_batch_size=32 "$@"

@@ -1,0 +1,85 @@
+"""verl's sampling parameters as Millrace's, and Millrace's generations as verl's token outputs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from millrace.fleet.labels import Label
+from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams
+
+LIMITS = ("max_tokens", "max_new_tokens")  # vLLM's and SGLang's name, of which verl passes either
+OURS = frozenset({"temperature", "top_p", "min_p", "seed", "ignore_eos"})
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The lengths of verl's rollout, in tokens.
+
+    prompt, response: of a whole sample. context: of prompt and output together, for one call.
+    """
+
+    prompt: int
+    response: int
+    context: int
+
+    def of(self, prompt_tokens: int, asked: int | None) -> int:
+        """Return how many tokens a call may generate. Raises ValueError if the prompt leaves no room.
+
+        asked: what the caller asks for. None is what is left of the sample, as in verl's own servers.
+        """
+        room = self.context - prompt_tokens
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {prompt_tokens} tokens, and prompt and output together may have {self.context}; "
+                "shorten the prompts (data.max_prompt_length), or raise actor_rollout_ref.rollout.max_model_len"
+            )
+        if asked is None:
+            asked = min(self.response, self.prompt + self.response - prompt_tokens)
+        return max(1, min(asked, room))
+
+
+def request_of(
+    request_id: str, prompt_ids: Sequence[int], params: Mapping[str, Any], limits: Limits, *, ignore_eos: bool
+) -> GenerateRequest:
+    """Return the request for a call of verl.
+
+    Parameters that Millrace has no name for go to the engine in `extra.sampling_params`, and an engine that does not
+    know one refuses the request. Raises ValueError if the prompt leaves no room for output.
+    """
+    rest = dict(params)
+    rest.pop("logprobs", None)  # engines always return them
+    asked = [rest.pop(name) for name in LIMITS if name in rest]
+    top_k = rest.pop("top_k", -1)
+    stop_token_ids = rest.pop("stop_token_ids", None)
+    if rest.get("repetition_penalty") in (1.0, None):
+        rest.pop("repetition_penalty", None)
+    ours = {name: rest.pop(name) for name in OURS & rest.keys()}
+    sampling = SamplingParams(
+        limits.of(len(prompt_ids), asked[0] if asked else None),
+        top_k=-1 if top_k in (0, None) else top_k,
+        stop_token_ids=tuple(stop_token_ids or ()),
+        **{"ignore_eos": ignore_eos, **ours},
+    )
+    extra = {"sampling_params": rest} if rest else {}
+    return GenerateRequest(input_ids=tuple(prompt_ids), sampling=sampling, request_id=request_id, extra=extra)
+
+
+def output_of(generation: Generation, labels: Mapping[int, Label], *, logprobs: bool) -> dict[str, Any]:
+    """Return the fields of verl's TokenOutput for a generation.
+
+    labels: the trainer's steps, by version. A generation without tokens has the newest.
+    """
+    versions = {span.version for span in generation.version_spans} or {max(labels, default=None)}
+    known = [step for version, step in labels.items() if version in versions]
+    return {
+        "token_ids": list(generation.output_ids),
+        "log_probs": generation.logprobs.tolist() if logprobs else None,
+        "stop_reason": "aborted" if generation.finish_reason is FinishReason.ABORT else "completed",
+        "extra_fields": {
+            # verl takes one step for each part of a sample that it continues, so it is that of the oldest weights.
+            "global_steps": min(known, default=None),
+            "min_global_steps": min(known, default=None),
+            "max_global_steps": max(known, default=None),
+            "num_cached_tokens": generation.cached_tokens,
+        },
+    }

@@ -1,0 +1,1 @@
+"""Adapters that make environments and tools of other libraries' classes and servers."""

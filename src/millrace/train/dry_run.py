@@ -1,0 +1,58 @@
+"""What `millrace train --dry-run` looks at: the task and the chat template, without an engine or weights."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from millrace.config.models import PretrainedModelConfig, RunConfig
+from millrace.errors import DataError
+from millrace.rollout.chat import ChatFormat
+from millrace.rollout.sample import Problem
+from millrace.train.task import Task, load_task, task_chat_format, with_servers
+from millrace.train.tiny import make_tiny_tokenizer
+
+
+async def look(config: RunConfig) -> list[str]:
+    """Load the data and the user's code, check what can be checked before a run, and return what was found, in lines.
+
+    Nothing of the user's code runs but its imports. MCP servers are asked for their tools. Raises ConfigError or
+    DataError as the run would.
+    """
+    async with with_servers(load_task(config), config) as task:
+        pass
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(config.model, PretrainedModelConfig):
+            model = config.model.path
+        else:
+            make_tiny_tokenizer().save_pretrained(folder)
+            model = folder
+        chat = task_chat_format(config, task, model)
+    return [
+        f"data: {_problems(task.problems, task, chat, config)}",
+        f"evaluation: {_problems(task.held_out, task, chat, config)}",
+        *_code(task),
+    ]
+
+
+def _problems(problems: Sequence[Problem], task: Task, chat: ChatFormat, config: RunConfig) -> str:
+    count = f"{len(problems)} problems"
+    if task.environment is not None:
+        return f"{count}; the environment makes the prompts"
+    lengths = {problem.problem_id: len(chat.prompt_of(problem.messages)) for problem in problems}
+    longest = max(lengths, key=lengths.__getitem__)
+    most = config.rollout.max_sample_tokens
+    if lengths[longest] >= most:
+        raise DataError(
+            f"the prompt of problem {longest} has {lengths[longest]} tokens and leaves no room for an answer: "
+            f"rollout.max_sample_tokens is {most}; drop the problem or raise the limit"
+        )
+    return f"{count}; the longest prompt, {longest}, has {lengths[longest]} of the {most} tokens of a sample"
+
+
+def _code(task: Task) -> Iterator[str]:
+    if (environment := task.environment) is not None:
+        names = ", ".join(tool["function"]["name"] for tool in environment.tools) or "none"  # type: ignore[index]
+        yield f"environment: {environment.where}; its tools: {names}"
+        return
+    functions = (f"{f.where} x {f.weight:g}{' (whole groups)' if f.batch else ''}" for f in task.rewards.functions)
+    yield f"reward: {', '.join(functions)}"
+    yield f"tools: {', '.join(task.tools) or 'none'}"

@@ -1,0 +1,99 @@
+"""The task of a run: its problems, tools, rewards and environment, loaded before anything starts."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from millrace.config.models import RunConfig
+from millrace.config.tasks import RewardConfig, ToolConfig
+from millrace.rollout.calls import Calls
+from millrace.rollout.chat import ChatFormat, load_chat_format, load_dialogue_format, load_prompt_format
+from millrace.rollout.data import load_problems
+from millrace.rollout.environment import EnvironmentKind, load_environment
+from millrace.rollout.reward import require_number
+from millrace.rollout.sample import Problem
+from millrace.rollout.scoring import Rewards, load_rewards
+from millrace.rollout.toolbox import ToolKind, by_name, load_tools
+
+RULE = RewardConfig(path="millrace.rollout.reward", name="gsm8k")
+CALCULATOR = ToolConfig(name="calculator")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What the samples of a run work on, with what, and for which reward.
+
+    environment: if there is one, it takes the place of tools and rewards.
+    """
+
+    problems: Sequence[Problem]
+    held_out: Sequence[Problem]
+    tools: Mapping[str, ToolKind]
+    rewards: Rewards
+    environment: EnvironmentKind | None
+
+    @property
+    def schemas(self) -> list[Mapping[str, object]]:
+        """The JSON schemas of the tools that the prompts describe."""
+        if self.environment is not None:
+            return list(self.environment.tools)
+        return [tool.schema for tool in self.tools.values()]
+
+    def share(self, rank: int, ranks: int) -> "Task":
+        """Return the task with this rank's share of the problems."""
+        share = slice(rank, None, ranks)
+        return replace(self, problems=self.problems[share], held_out=self.held_out[share])
+
+
+def load_task(config: RunConfig) -> Task:
+    """Return the task of the settings, of which nothing runs yet.
+
+    Raises ConfigError or DataError, in one line, if part of it can't be used.
+    """
+    calls, alone = Calls(), config.environment is None
+    environment = None if config.environment is None else load_environment(config.environment, calls)
+    tools = config.rollout.tools if config.rollout.tools is not None else (CALCULATOR,) if alone else ()
+    rewards = load_rewards(config.reward if config.reward is not None else (RULE,) if alone else (), calls)
+
+    def check(problem: Problem) -> None:
+        if rewards.by_rule:
+            require_number(problem)
+        if problem.answer is None and config.judges is not None and "{reference}" in config.judges.template:
+            raise ValueError(
+                "it has no answer, which judges.template asks for as {reference}; name its column in `answer:`, or "
+                "give a template without it"
+            )
+
+    kinds = load_tools(tools, calls)
+    problems = load_problems(config.data, prompts=alone, check=check)
+    held_out = load_problems(config.evaluation.data, held_out=True, prompts=alone, check=check)
+    return Task(problems, held_out[: config.evaluation.problems], kinds, rewards, environment)
+
+
+@asynccontextmanager
+async def with_servers(task: Task, config: RunConfig) -> AsyncIterator[Task]:
+    """Yield the task with the tools of its MCP servers, to which it stays connected in the block.
+
+    Raises ConfigError if a server does not answer.
+    """
+    servers = [tool for tool in config.rollout.tools or () if tool.mcp is not None]
+    if not servers:
+        yield task
+        return
+    from millrace.rollout.adapters.mcp import served
+
+    async with served(servers) as kinds:
+        yield replace(task, tools=by_name([*task.tools.values(), *kinds]))
+
+
+def task_chat_format(config: RunConfig, task: Task, model: str) -> ChatFormat:
+    """Return the chat format of a model for a task. Raises DataError if the model's template can't write its turns.
+
+    model: a folder or a name on the Hub. The warm-up needs tool calls even if the rollouts have no tools.
+    """
+    kwargs = config.rollout.chat_template_kwargs
+    if task.environment is not None:
+        return load_dialogue_format(model, task.schemas, kwargs)
+    if not task.tools and config.warmup is None:
+        return load_prompt_format(model, kwargs)
+    return load_chat_format(model, task.schemas, kwargs)

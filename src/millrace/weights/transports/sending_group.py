@@ -1,0 +1,127 @@
+"""Rank 0 of a process group of torch.distributed, which sends tensors to the other ranks."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from millrace.weights.environment import settings
+
+POLL_SECONDS = 0.0005
+# Without these, torch's watchdog ends this process when an engine dies or is slow.
+NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+T = TypeVar("T")
+
+
+class SendingGroup:
+    """Rank 0 of a process group, in this process. The engines are the other ranks.
+
+    name: the group's name.
+    device: where the tensors to send are; a GPU for NCCL, the CPU for gloo.
+    address: the address of this host that the ranks meet at. The port is `port`.
+    receivers: the number of the engines' ranks. All must join, and load, at the same time.
+    deadline: the seconds that joining may take. With gloo, sending one tensor may take no longer either; torch raises
+        RuntimeError when it does.
+    """
+
+    def __init__(self, name: str, device: torch.device, address: str, *, receivers: int, deadline: float) -> None:
+        self.name, self.backend, self._world = name, backend_of(device), 1 + receivers
+        self._device = device
+        self.broken: str | None = None  # why nothing more can be sent
+        self.seconds, self._deadline = deadline, timedelta(seconds=deadline)
+        self._address = address
+        self._group: Any = None
+        # The listener that torch creates listens on all of the host's addresses.
+        listener = socket.create_server((address, 0))
+        self.port: int = listener.getsockname()[1]
+        self._store: Any = dist.TCPStore(
+            address,
+            self.port,
+            self._world,
+            is_master=True,
+            timeout=self._deadline,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    async def join(self) -> None:
+        """Wait until all ranks have joined. NCCL's ranks join during the first broadcast. Raises RuntimeError if they
+        do not join in time, or if `abort` is called."""
+        self._group = await self._in_thread(self._join)
+
+    def _join(self) -> Any:
+        """Create the group, with the store keys that torch uses for a group of this name."""
+        store = self._store
+        for prefix in (self.name, f"{self.name}/", f"{self._device.type}/"):
+            store = dist.PrefixStore(prefix, store)
+        if self.backend == "gloo":
+            options: Any = dist.ProcessGroupGloo._Options()
+            options._timeout = self._deadline
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
+            return dist.ProcessGroupGloo(store, 0, self._world, options)
+        return self._nccl(store)
+
+    def _nccl(self, store: Any) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = 2 * self._deadline + timedelta(minutes=1)
+        with settings(NCCL_SETTINGS):
+            return dist.ProcessGroupNCCL(store, 0, self._world, options)
+
+    async def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Send the tensors to all ranks. Each must be contiguous and on the group's device. Raises RuntimeError if the
+        broadcast fails, or if `abort` is called. It has no deadline of its own."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        # In a thread: NCCL's first broadcast waits until the engines have joined, by calls of this event loop.
+        for work in await self._in_thread(lambda: [self._group.broadcast([tensor], options) for tensor in tensors]):
+            await self._until(work.is_completed)  # NCCL's wait() ends when work is queued; gloo's can't be interrupted
+            work.wait()
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Run `work` in a thread, and return its result. If the group is aborted before, the thread is abandoned: NCCL
+        waits for a rank that never joins, and can't be interrupted."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        await self._until(done.done)
+        return done.result()
+
+    async def _until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            if self.broken is not None:
+                raise RuntimeError(self.broken)
+            await asyncio.sleep(POLL_SECONDS)
+
+    def abort(self, reason: str) -> None:
+        """End the broadcast that is running. The group can't be used after that."""
+        if self.broken is None:
+            self.broken = reason
+            if self._group is not None:
+                threading.Thread(target=self._group.abort, daemon=True).start()  # NCCL's abort is slow
+
+    def close(self) -> None:
+        """Leave the group, and free it."""
+        group, self._group, self._store = self._group, None, None
+        if group is not None and self.broken is not None:
+            # In a thread: gloo's shutdown waits for the broadcast that was aborted.
+            threading.Thread(target=group.shutdown, daemon=True).start()
+        elif group is not None:
+            group.shutdown()
+
+
+def backend_of(device: torch.device) -> str:
+    """Return torch's name of the backend for tensors on `device`."""
+    return "nccl" if device.type == "cuda" else "gloo"
