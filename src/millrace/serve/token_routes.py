@@ -159,17 +159,15 @@ class _Routes:
         """Hold new requests until `/resume`.
 
         mode: `keep` lets running requests continue: an update interrupts and continues them itself. `wait` returns when
-        they have ended. `abort` ends them now, with the tokens that they have.
+        they have ended. vLLM's `abort` is refused, since the fleet would continue the aborted requests.
         """
         mode = http.query.get("mode", "abort")
-        if mode not in ("keep", "wait", "abort"):
-            return _error(400, f"mode {mode!r} is unknown; valid here: abort, keep, wait")
+        if mode not in ("keep", "wait"):
+            return _error(400, f"mode {mode!r} is not supported; pause with mode=keep or mode=wait")
         self.open.clear()
-        if mode == "abort":
-            await asyncio.gather(*(engine.abort() for engine in self.fleet.engines.values()))
-        if mode != "keep":
-            async with self.ended:
-                await asyncio.wait_for(self.ended.wait_for(lambda: not self.running), self.timeout)
+        if mode == "wait":
+            async with asyncio.timeout(self.timeout), self.ended:
+                await self.ended.wait_for(lambda: not self.running)
         return reply({"status": "paused"})
 
     async def resume(self, http: web.Request) -> web.Response:  # noqa: ARG002
@@ -211,7 +209,8 @@ class _Routes:
                 raise DataError(
                     f"the prompt has {len(prompt)} tokens, and the context length is {self.fleet.context_length}"
                 )
-            requests.append(GenerateRequest(prompt, body.sampling.params(room)))
+            sampling, wanted = body.sampling.params(room), body.sampling.prompt_logprobs is not None
+            requests.append(GenerateRequest(prompt, sampling, prompt_logprobs=wanted))
         return requests
 
     async def _stream(

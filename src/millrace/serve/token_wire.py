@@ -1,7 +1,7 @@
 """The wire format of vLLM's token routes, from the server's side. Pure.
 
-`/inference/v1/generate` and `/v1/completions` take prompts as token ids. The bodies are those of vLLM 0.32; a field that
-Millrace can't honour is refused, and never ignored, unless ignoring it changes no token.
+`/inference/v1/generate` and `/v1/completions` take prompts as token ids. The bodies are those of vLLM 0.32. A field
+that a fleet can't honour is refused. Those that are ignored change no token.
 """
 
 import time
@@ -63,7 +63,6 @@ class Sampling(BaseModel):
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
             logit_bias=self.logit_bias or {},
-            prompt_logprobs=self.prompt_logprobs is not None,
         )
 
 
