@@ -33,7 +33,7 @@ async def serve(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
 
     app = web.Application()
     app.add_routes([web.get("/metrics", metrics), web.get("/fleet", fleet)])
-    with bind(host, port) as sock:
+    with bind(host, port, "metrics", "metrics.port") as sock:
         address, port = sock.getsockname()[:2]
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE)
         try:
@@ -44,12 +44,12 @@ async def serve(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
             await runner.cleanup()
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises ConfigError if the port can't be bound."""
+def bind(host: str, port: int, what: str, setting: str) -> socket.socket:
+    """Return a listening socket for `what`. Raises ConfigError, which names the setting, if the port can't be bound."""
     try:
         return bound(unbracketed(host), port)
     except OSError as error:
         reason = why_not_bound(host, error)
         raise ConfigError(
-            f"metrics can't be served at {host}:{port} ({reason}); set another metrics.port, or 0 for any free port"
+            f"{what} can't be served at {host}:{port} ({reason}); set another {setting}, or 0 for any free port"
         ) from error
