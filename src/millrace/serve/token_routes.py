@@ -119,13 +119,13 @@ class _Routes:
 
     @web.middleware
     async def guard(
-        self, http: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """Refuse requests without the key, and answer errors in OpenAI's form."""
-        if http.path not in OPEN and not has_key(http.headers.get("Authorization"), [self.key]):
+        if request.path not in OPEN and not has_key(request.headers.get("Authorization"), [self.key]):
             return _error(401, "this server needs its key, as `Authorization: Bearer KEY`")
         try:
-            return await handler(http)
+            return await handler(request)
         except web.HTTPException as error:
             return _error(error.status, error.reason)
         except (ArgumentError, DataError, EngineRefused, PublishError) as error:
@@ -210,7 +210,7 @@ class _Routes:
                     f"the prompt has {len(prompt)} tokens, and the context length is {self.fleet.context_length}"
                 )
             sampling, wanted = body.sampling.params(room), body.sampling.prompt_logprobs is not None
-            requests.append(GenerateRequest(prompt, sampling, prompt_logprobs=wanted))
+            requests.append(GenerateRequest(tuple(prompt), sampling, prompt_logprobs=wanted))
         return requests
 
     async def _stream(

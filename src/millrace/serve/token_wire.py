@@ -242,4 +242,7 @@ def _prompt_logprobs(request: GenerateRequest, made: Generation) -> list[dict[st
     if made.prompt_logprobs is None:
         return None
     pairs = zip(request.input_ids[1:], made.prompt_logprobs[1:].tolist(), strict=True)
-    return [None, *({str(token): {"logprob": logprob, "rank": None}} for token, logprob in pairs)]
+    scored: list[dict[str, object] | None] = [
+        {str(token): {"logprob": logprob, "rank": None}} for token, logprob in pairs
+    ]
+    return [None, *scored]
