@@ -52,8 +52,10 @@ def test_verl_s_parameters_become_millrace_s() -> None:
 
 
 def test_other_parameters_go_to_the_engine() -> None:
-    request = request_of("id", [1], {"repetition_penalty": 1.1, "stop": ["\n"]}, LIMITS, ignore_eos=False)
-    assert request.extra == {"sampling_params": {"repetition_penalty": 1.1, "stop": ["\n"]}}
+    params = {"repetition_penalty": 1.1, "stop": ["\n"], "min_tokens": 2, "skip_special_tokens": False, "seed": None}
+    request = request_of("id", [1], params, LIMITS, ignore_eos=False)
+    assert request.sampling == SamplingParams(50, repetition_penalty=1.1, stop=("\n",), min_new_tokens=2)
+    assert request.extra == {"sampling_params": {"skip_special_tokens": False}}
 
 
 def test_an_output_names_the_steps_of_its_oldest_and_newest_weights() -> None:

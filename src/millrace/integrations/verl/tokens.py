@@ -1,14 +1,14 @@
 """verl's sampling parameters as Millrace's, and Millrace's generations as verl's token outputs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from millrace.fleet.labels import Label
 from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams
 
-LIMITS = ("max_tokens", "max_new_tokens")  # vLLM's and SGLang's name, of which verl passes either
-OURS = frozenset({"temperature", "top_p", "min_p", "seed", "ignore_eos"})
+RENAMED = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}  # vLLM's names, which verl may pass
+OURS = frozenset(one.name for one in fields(SamplingParams))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +46,15 @@ def request_of(
     Parameters that Millrace has no name for go to the engine in `extra.sampling_params`, and an engine that does not
     know one refuses the request. Raises ValueError if the prompt leaves no room for output.
     """
-    rest = dict(params)
+    rest = {RENAMED.get(name, name): value for name, value in params.items() if value is not None}
     rest.pop("logprobs", None)  # engines always return them
-    asked = [rest.pop(name) for name in LIMITS if name in rest]
-    top_k = rest.pop("top_k", -1)
-    stop_token_ids = rest.pop("stop_token_ids", None)
-    if rest.get("repetition_penalty") in (1.0, None):
-        rest.pop("repetition_penalty", None)
     ours = {name: rest.pop(name) for name in OURS & rest.keys()}
-    sampling = SamplingParams(
-        limits.of(len(prompt_ids), asked[0] if asked else None),
-        top_k=-1 if top_k in (0, None) else top_k,
-        stop_token_ids=tuple(stop_token_ids or ()),
-        **{"ignore_eos": ignore_eos, **ours},
-    )
+    if ours.get("top_k") == 0:  # off, in other engines
+        ours["top_k"] = -1
+    limit = limits.of(len(prompt_ids), ours.pop("max_new_tokens", None))
+    sampling = SamplingParams(limit, **{"ignore_eos": ignore_eos, **ours})
     extra = {"sampling_params": rest} if rest else {}
-    return GenerateRequest(input_ids=tuple(prompt_ids), sampling=sampling, request_id=request_id, extra=extra)
+    return GenerateRequest(tuple(prompt_ids), sampling, request_id=request_id, extra=extra)
 
 
 def output_of(generation: Generation, labels: Mapping[int, Label], *, logprobs: bool) -> dict[str, Any]:
