@@ -34,7 +34,7 @@ def add_soon(left: int, right: int) -> Awaitable[int]:
 
 @pytest.mark.parametrize("function", [add, add_later, Adder(), add_soon, lambda left, right: left + right])
 async def test_sync_and_async_functions_return(function: Callable[..., object]) -> None:
-    assert await Calls().run(function, deadline=30, left=2, right=3) == 5
+    assert await Calls().run(function, {"left": 2, "right": 3}, deadline=30) == 5
 
 
 async def test_a_sync_function_runs_in_a_thread_of_its_own_and_sees_the_callers_context() -> None:
@@ -77,7 +77,7 @@ async def test_whatever_a_function_raises_reaches_the_caller_alone(error: BaseEx
         with pytest.raises(Exception, match=f"{type(error).__name__}|{error}") as raised:
             await calls.run(function, deadline=30)
         assert isinstance(raised.value, type(error) if isinstance(error, ValueError | TimeoutError) else RuntimeError)
-    assert await calls.run(add, deadline=30, left=1, right=1) == 2
+    assert await calls.run(add, {"left": 1, "right": 1}, deadline=30) == 2
 
 
 async def test_what_hangs_is_late_and_counted_until_it_returns() -> None:
@@ -93,13 +93,13 @@ async def test_what_hangs_is_late_and_counted_until_it_returns() -> None:
             await calls.run(hang, deadline=0.05)
         assert calls.stuck == number
     with pytest.raises(CallTimeout, match="can't begin: 2 earlier calls hang"):
-        await calls.run(add, deadline=30, left=1, right=1)
+        await calls.run(add, {"left": 1, "right": 1}, deadline=30)
     done.set()
     async with asyncio.timeout(30):
         await ended.wait()
         while calls.stuck:
             await asyncio.sleep(0)
-    assert await calls.run(add, deadline=30, left=1, right=1) == 2
+    assert await calls.run(add, {"left": 1, "right": 1}, deadline=30) == 2
 
 
 async def test_a_call_waits_for_a_free_thread_within_its_deadline() -> None:
@@ -107,8 +107,8 @@ async def test_a_call_waits_for_a_free_thread_within_its_deadline() -> None:
     first = asyncio.create_task(calls.run(done.wait, deadline=60))
     await asyncio.sleep(0)
     with pytest.raises(CallTimeout, match=r"did not begin within 0\.05 s, because 1 other calls were running"):
-        await calls.run(add, deadline=0.05, left=1, right=1)
-    second = asyncio.create_task(calls.run(add, deadline=60, left=1, right=1))
+        await calls.run(add, {"left": 1, "right": 1}, deadline=0.05)
+    second = asyncio.create_task(calls.run(add, {"left": 1, "right": 1}, deadline=60))
     done.set()
     assert list(await asyncio.gather(first, second)) == [True, 2]
 

@@ -256,6 +256,20 @@ async def test_a_cancelled_episode_is_closed_even_while_a_step_runs(tmp_path: Pa
     space["finish"].set()
 
 
+async def test_an_instance_whose_constructor_returns_too_late_is_closed(tmp_path: Path) -> None:
+    code = broken("reset", "return None").replace(
+        "class Game:\n", "finish, closed = threading.Event(), threading.Event()\n\nclass Game:\n"
+        "    def __init__(self):\n        finish.wait(60)\n",
+    ).replace("        pass\n", "        closed.set()\n")  # fmt: skip
+    game = kind(tmp_path, code, timeout=0.05)
+    made: Any = game.make
+    space = made.func.reset.__globals__
+    with pytest.raises(UserCodeError, match="env.py:Game hangs: it did not return within 0.05 s .in __init__, for row"):
+        await play(game, FakeModel())
+    space["finish"].set()
+    assert await asyncio.to_thread(space["closed"].wait, 60)
+
+
 async def test_an_observation_that_the_template_cant_write_fails(tmp_path: Path) -> None:
     game = kind(tmp_path, broken("step", 'return Step([{"role": "tool", "content": "x"}])'))
     with pytest.raises(DataError, match="this chat format has no form for tool messages after a turn"):

@@ -34,11 +34,12 @@ def search(text: str, most: int = 3) -> list[str]:
     threads.append(threading.get_ident())
     return [text] * most
 
-async def later(text: str) -> str:
+async def later(text: str, deadline: int = 0) -> str:
     """Repeats.
 
     Args:
         text: what is repeated
+        deadline: by when
     """
     await asyncio.sleep(0)
     return text
@@ -148,7 +149,7 @@ async def test_functions_are_tools(file: Path) -> None:
     }
     async with opened({name: kind.make for name, kind in loaded.items()}) as tools:
         assert await call(tools, "search", text="eggs", most=2) == '["eggs","eggs"]'
-        assert await call(tools, "later", text="eggs") == "eggs"
+        assert await call(tools, "later", text="eggs", deadline=7) == "eggs"
         assert await call(tools, "fails") == "Error: no network"
         assert "unexpected keyword argument 'word'" in await call(tools, "search", word="eggs")
     assert threading.get_ident() not in module(loaded["search"])["threads"]

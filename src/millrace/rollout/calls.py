@@ -10,7 +10,7 @@ import inspect
 import logging
 import queue
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from millrace.errors import MillraceError
 
 log = logging.getLogger(__name__)
 
+NOTHING: Mapping[str, object] = {}
 MOST_THREADS = 32
 GRACE = 1.0  # seconds in which an async function must end after it was cancelled
 
@@ -70,7 +71,9 @@ class Calls:
         self.stuck = 0
         self._free = asyncio.Semaphore(most)
 
-    async def run(self, function: Callable[..., object], *, deadline: float, **arguments: object) -> Any:
+    async def run(
+        self, function: Callable[..., object], arguments: Mapping[str, object] = NOTHING, *, deadline: float
+    ) -> Any:
         """Return what the function returns for these arguments.
 
         Raises CallTimeout if it does not return within `deadline` seconds, and whatever the function raises. Cancelling

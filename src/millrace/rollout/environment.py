@@ -62,19 +62,22 @@ class EnvironmentEpisode:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._instance is None and self._worker is not None:  # its constructor failed, or may return later
+            self._worker.run(self._close_late).add_done_callback(lambda ended: ended.exception())
+            self._worker.end()
+            return
         try:
             if (close := getattr(self._instance, "close", None)) is not None:
                 await self._call("close", close, CLOSE_TIMEOUT)
         except UserCodeError as error:  # the episode's result stands
             log.warning("%s", error)
         finally:
-            if self._worker is not None:
-                self._worker.end()
+            self._end_worker()
 
     async def reset(self) -> Sequence[Message]:
         """Make the instance and return the messages of the prompt. Raises UserCodeError."""
         kind = self.kind
-        self._instance = await self._call("__init__", kind.make, kind.timeout)
+        await self._call("__init__", self._make, kind.timeout)
         observation = await self._call("reset", self._instance.reset, kind.timeout, self.problem.row)
         return (*self.problem.messages, *self._messages("reset", observation))
 
@@ -91,6 +94,13 @@ class EnvironmentEpisode:
         if step.done:
             return EpisodeEnd.ENVIRONMENT_DONE
         return EpisodeEnd.TURN_LIMIT if turn.last else self._messages("step", step.observation)
+
+    def _make(self) -> None:
+        self._instance = self.kind.make()
+
+    def _close_late(self) -> None:
+        if hasattr(self._instance, "close"):
+            self._instance.close()
 
     def _number(self, value: Any) -> float:
         try:

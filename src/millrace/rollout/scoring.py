@@ -97,7 +97,7 @@ class RewardFunction:
 
     async def _call(self, calls: Calls, given: Mapping[str, object], row: str, deadline: float) -> Any:
         try:
-            return await calls.run(self.function, deadline=deadline, **given)
+            return await calls.run(self.function, given, deadline=deadline)
         except CallTimeout as error:
             raise UserCodeError(f"the reward {self.where} hangs for {row}: {error}") from None
         except Exception as error:  # the user's function may raise anything

@@ -41,7 +41,7 @@ class FunctionTool(Tool):
 
     async def call(self, arguments: Mapping[str, object]) -> str:
         # The caller's deadline comes first.
-        answer = await self._calls.run(self._function, deadline=2 * self.timeout, **arguments)
+        answer = await self._calls.run(self._function, arguments, deadline=2 * self.timeout)
         if isinstance(answer, str):
             return answer
         return orjson.dumps(answer, default=str, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS).decode()
