@@ -84,6 +84,7 @@ class Capability(StrEnum):
     SAMPLED_CHECKSUMS = "sampled_checksums"  # of an update's tensors, under the trainer's names, before its commit
     FILTERED_LOGPROBS = "filtered_logprobs"  # logprobs are those after top_k, top_p and min_p were applied
     PENALTIES = "penalties"  # repetition_penalty, frequency_penalty and presence_penalty; otherwise they are refused
+    STOP_TEXTS = "stop_texts"  # the server has a tokenizer, which `SamplingParams.stop` needs
     PROMPT_PENALTY = "prompt_penalty"  # repetition_penalty also counts the tokens of the prompt
     LORA = "lora"
     IMAGES = "images"

@@ -16,6 +16,7 @@ SERVER: dict[str, Any] = {
     "enable_dp_attention": False,
     "enable_lora": False,
     "disable_overlap_schedule": False,
+    "skip_tokenizer_init": False,
     "enable_memory_saver": True,
     "load_format": "auto",
     "quantization": None,
@@ -41,3 +42,10 @@ def test_weights_come_only_by_ways_that_the_server_survives(settings: dict[str, 
 def test_penalties_are_right_only_without_overlap() -> None:
     assert Capability.PENALTIES not in capabilities_of(PATHS, SERVED, SERVER)
     assert Capability.PENALTIES in capabilities_of(PATHS, SERVED, SERVER | {"disable_overlap_schedule": True})
+
+
+def test_stop_texts_need_a_tokenizer() -> None:
+    there = PATHS | {"/v1/detokenize": None}
+    assert Capability.STOP_TEXTS in capabilities_of(there, SERVED, SERVER)
+    assert Capability.STOP_TEXTS not in capabilities_of(there, SERVED, SERVER | {"skip_tokenizer_init": True})
+    assert Capability.STOP_TEXTS not in capabilities_of(PATHS, SERVED, SERVER)

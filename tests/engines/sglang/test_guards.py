@@ -96,3 +96,6 @@ def test_a_request_that_the_server_takes_passes(request_: GenerateRequest) -> No
     check_request(replace(request_, sampling=SamplingParams(8, seed=3)), replace(LIMITS, seeds=True))
     penalized = SamplingParams(8, repetition_penalty=1.05, frequency_penalty=0.1)
     check_request(replace(request_, sampling=penalized), replace(LIMITS, penalties=True))
+    with pytest.raises(InvalidStateError, match="no tokenizer"):
+        stopped = replace(request_, sampling=SamplingParams(8, stop=("a",)))
+        check_request(stopped, replace(LIMITS, stop_texts=False))

@@ -105,6 +105,7 @@ async def min_new_tokens(subject: Subject) -> None:
 @check(
     "sampling.stop",
     "a stop text ends the output at the token that completes it, and the text before it; without one there is no text",
+    Capability.STOP_TEXTS,
 )
 async def stop(subject: Subject) -> None:
     expect((await generate(subject, ask(subject, "textless"))).text is None, "there is a text without a stop text")
@@ -128,7 +129,11 @@ async def stop(subject: Subject) -> None:
     raise Lacking("no output has a text in which a stop text could be found")
 
 
-@check("sampling.stop_continued", "a stop text is found that began in tokens which the request continues")
+@check(
+    "sampling.stop_continued",
+    "a stop text is found that began in tokens which the request continues",
+    Capability.STOP_TEXTS,
+)
 async def stop_continued(subject: Subject) -> None:
     for number in range(LABELS):
         label = f"continued-{number}"

@@ -5,6 +5,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from aiohttp import web
 
@@ -16,6 +17,7 @@ from millrace.engines.embedded.generate import Generate
 from millrace.engines.embedded.protocol import AbortBody, BadRequest, EmptyBody, FaultBody, PauseBody, parse
 from millrace.engines.embedded.replies import done, refusal
 from millrace.engines.embedded.runner import ModelInfo
+from millrace.engines.embedded.text import TOKENIZER
 from millrace.engines.embedded.thread import Loaded, ModelThread
 from millrace.engines.embedded.updates import Handler, Updates
 from millrace.engines.embedded.weights import UpdateRefused
@@ -118,6 +120,11 @@ class Server:
     def _info(self) -> ModelInfo:
         return self.ready.result().info
 
+    @property
+    def _capabilities(self) -> frozenset[Capability]:
+        has_tokenizer = (Path(self._info.path) / TOKENIZER).is_file()
+        return CAPABILITIES if has_tokenizer else CAPABILITIES - {Capability.STOP_TEXTS}
+
     def _thread_ended(self) -> None:
         log.info("the model thread has ended")
         self._generate.fail()
@@ -189,7 +196,7 @@ class Server:
                 "asleep": sorted(status.asleep),
                 "weights_ready": status.weights_ready,
                 "weight_version": status.version,
-                "capabilities": sorted(CAPABILITIES),
+                "capabilities": sorted(self._capabilities),
             }
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 from millrace.errors import DataError
 
 CONTEXT_TOKENS = 5  # of the prompt before the output: a tokenizer may drop a space before the first token
+TOKENIZER = "tokenizer.json"
 UNFINISHED = "\ufffd"  # the end of a text whose last character lacks bytes, which the next token brings
 
 
@@ -14,7 +15,7 @@ def load_tokenizer(model: Path) -> Any:
     """Load the tokenizer of a model's folder. Raises DataError if it has none that can be read."""
     from tokenizers import Tokenizer  # here: only requests with stop texts need it
 
-    path = model / "tokenizer.json"
+    path = model / TOKENIZER
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain exceptions

@@ -149,11 +149,18 @@ class SGLangEngine(StockEngine[Facts]):
         return send
 
     async def _commit(self, version: int) -> None:
-        await self._abort_update()
+        await self._end_session()
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._control("/update_weight_version", body)
 
     async def _abort_update(self) -> None:
+        try:
+            await self._end_session()
+        except EngineRefused:  # another client has ended the session
+            self._session = False
+
+    async def _end_session(self) -> None:
+        """End the update session. Raises EngineRefused if it is known to be open, and the server has none."""
         if self._session is False:
             return
         try:

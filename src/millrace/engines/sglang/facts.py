@@ -52,8 +52,14 @@ def read_facts(
         max_running=sum(rank.get(RUNNING, 0) for rank in server.get("internal_states", ())) or None,
     )
     seeds = bool(server["enable_deterministic_inference"])
-    penalties = Capability.PENALTIES in info.capabilities
-    return Facts(info, model, Limits(info.vocab_size, info.context_length, seeds, penalties))
+    limits = Limits(
+        info.vocab_size,
+        info.context_length,
+        seeds,
+        penalties=Capability.PENALTIES in info.capabilities,
+        stop_texts=Capability.STOP_TEXTS in info.capabilities,
+    )
+    return Facts(info, model, limits)
 
 
 def capabilities_of(
@@ -74,6 +80,8 @@ def capabilities_of(
         found.add(Capability.SLEEP)
     if server["enable_lora"] and server["dp_size"] == 1:  # otherwise SGLang can't load adapters at runtime
         found.add(Capability.LORA)
+    if "/v1/detokenize" in paths and not server["skip_tokenizer_init"]:
+        found.add(Capability.STOP_TEXTS)
     if server["disable_overlap_schedule"]:  # otherwise penalties count a token when the next one is sampled already
         found.add(Capability.PENALTIES)
     if served["has_image_understanding"]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from millrace.engines.sglang_wire import PENALTIES
 from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.state import InvalidStateError, require
-from millrace.engines.stock.tokens import check_ids, check_length, check_values
+from millrace.engines.stock.tokens import check_ids, check_length, check_stop, check_values
 from millrace.types import GenerateRequest
 
 # Fields that Millrace sets; `extra` must not have them.
@@ -33,6 +33,7 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
     check_values(request)
     check_ids(request, limits)
     check_length(request, limits)
+    check_stop(request, limits)
     require(
         sampling.seed is None or limits.seeds,
         "the server would ignore the seed; start it with engine_args: {enable_deterministic_inference: true}",

@@ -28,12 +28,13 @@ TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of a server on requests. seeds, penalties: whether it honours them."""
+    """The limits of a server on requests. seeds, penalties, stop_texts: whether it honours them."""
 
     vocab_size: int
     context_length: int
     seeds: bool
     penalties: bool = True
+    stop_texts: bool = True
 
 
 @dataclass(frozen=True, slots=True)

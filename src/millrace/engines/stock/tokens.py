@@ -61,6 +61,14 @@ def _check_range(name: str, ids: tuple[int, ...], end: int) -> None:
         raise InvalidStateError(f"{name} has token {wrong}; {known}")
 
 
+def check_stop(request: GenerateRequest, limits: Limits) -> None:
+    """Raise InvalidStateError for a request with stop texts if the server can't find them."""
+    require(
+        limits.stop_texts or not request.sampling.stop,
+        "the server has no tokenizer, which stop texts need; start it with one, or use stop_token_ids",
+    )
+
+
 def check_length(request: GenerateRequest, limits: Limits) -> None:
     """Raise InvalidStateError for a request whose prompt and output do not fit into the context."""
     room = request.sampling.max_new_tokens

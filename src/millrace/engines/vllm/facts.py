@@ -93,7 +93,9 @@ def read_facts(
         dtype=str(config["model_config"]["dtype"]).removeprefix("torch."),
         max_running=config["scheduler_config"]["max_num_seqs"] * parallel["data_parallel_size"],
     )
-    return VLLMFacts(info, model, Limits(info.vocab_size, info.context_length, seeds=True), server)
+    stop_texts = Capability.STOP_TEXTS in info.capabilities
+    limits = Limits(info.vocab_size, info.context_length, seeds=True, stop_texts=stop_texts)
+    return VLLMFacts(info, model, limits, server)
 
 
 def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[str, object]) -> frozenset[Capability]:
@@ -107,6 +109,8 @@ def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[st
         Capability.PENALTIES,
         Capability.PROMPT_PENALTY,
     }
+    if "/detokenize" in paths and not config["model_config"]["skip_tokenizer_init"]:
+        found.add(Capability.STOP_TEXTS)
     if server.extension:
         found |= {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.OWN_CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
         found.add(Capability.UPDATE_FROM_SHARED_MEMORY if server.on_cpu else Capability.UPDATE_FROM_CUDA_IPC)

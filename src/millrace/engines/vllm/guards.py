@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.model import Model
 from millrace.engines.stock.state import InvalidStateError, require
-from millrace.engines.stock.tokens import check_ids, check_length, check_values
+from millrace.engines.stock.tokens import check_ids, check_length, check_stop, check_values
 from millrace.engines.vllm.facts import Server
 from millrace.types import GenerateRequest
 
@@ -50,6 +50,7 @@ def check_request(request: GenerateRequest, limits: Limits, server: Server) -> N
     check_values(request)
     check_ids(request, limits)
     check_length(request, limits)
+    check_stop(request, limits)
     require(
         sampling.temperature == 0 or COLDEST <= sampling.temperature <= HOTTEST,
         f"temperature must be 0, or {COLDEST:g} to {HOTTEST:g}: vLLM would raise a lower value and refuse a higher one",
