@@ -66,7 +66,7 @@ def test_what_changes_the_distribution_is_sent_and_the_prompt_can_be_scored() ->
     scored = [None, {"2": {"logprob": -1.5}, "9": {"logprob": -0.1}}, {"3": {"logprob": -9999.0}}]
     request = replace(REQUEST, prompt_logprobs=True)
     for path, where in ((GENERATE, "body"), (COMPLETIONS, "choice")):
-        answer, one = Answer(), choice(path, [5], "length")
+        answer, one = Answer(), choice(path, [5], "length")["choices"][0]
         body = {"choices": [one | ({"prompt_logprobs": scored} if where == "choice" else {})]}
         answer.take(path, body | ({"prompt_logprobs": scored} if where == "body" else {}))
         made = answer.generation(request, 1).prompt_logprobs
