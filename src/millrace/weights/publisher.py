@@ -259,10 +259,11 @@ class Publish:
         return _Arrival(staged, time.monotonic() - started, unreached)
 
     async def _load_bucket(self, updates: Sequence[_Update], staged: StagedBucket) -> None:
-        loading = {update.engine.name: update for update in updates if update.error is None}
-        targets = [update.target for update in loading.values()]
-        for name, result in (await self._transport.load(targets, staged, deadline=self._share())).items():
-            loading[name].take("load", result)
+        loading = [update for update in updates if update.error is None]
+        targets = [update.target for update in loading]
+        results = await self._transport.load(targets, staged, deadline=self._share())
+        for update in loading:
+            update.take("load", results[update.engine.name])
 
     async def _begin(self, update: _Update) -> None:
         if not update.target.can(Capability.STAGED_UPDATE):
