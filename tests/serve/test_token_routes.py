@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
-from millrace.errors import ConfigError
+from millrace.errors import ArgumentError, ConfigError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.follower import follow_fleet
 from millrace.fleet.local import open_fleet
@@ -210,6 +210,32 @@ async def test_a_follower_serves_requests_and_no_update(fleet: Fleet, tmp_path: 
         assert status == 200
         status, answer = await client.post("/update_weights", {"weight_dir": str(tmp_path)})
         assert (status, "only its owner can update weights" in answer["error"]["message"]) == (400, True)
+
+
+async def test_what_takes_too_long_is_one_line(fleet: Fleet) -> None:
+    async with (
+        serve_tokens(fleet, key=KEY, model="policy", timeout=0.5) as url,
+        aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {KEY}"}) as http,
+    ):
+        client = Client(http)
+        body = {"token_ids": PROMPT, "sampling_params": {**GREEDY, "max_tokens": 200}, "stream": True}
+        for engine in embedded(fleet):
+            await engine.inject_fault("slow", seconds=0.05)
+        async with http.post("/inference/v1/generate", json=body) as response:
+            lines = [line async for line in response.content if line.strip()]
+        for engine in embedded(fleet):
+            await engine.inject_fault("slow", seconds=0.0)
+        assert "choices" in json.loads(lines[0].removeprefix(b"data: "))
+        assert "error" in json.loads(lines[-1].removeprefix(b"data: "))
+        assert await client.post("/pause?mode=keep") == (200, {"status": "paused"})
+        status, answer = await client.post("/inference/v1/generate", {"token_ids": PROMPT, "sampling_params": GREEDY})
+        assert (status, answer["error"]["message"]) == (503, "not done within 0.5 s")
+
+
+async def test_an_empty_key_opens_nothing(fleet: Fleet) -> None:
+    with pytest.raises(ArgumentError, match="key must be ASCII text"):
+        async with serve_tokens(fleet, key="", model="policy"):
+            pass
 
 
 async def test_a_port_in_use_is_named(fleet: Fleet, client: Client) -> None:

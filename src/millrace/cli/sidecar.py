@@ -15,6 +15,7 @@ from millrace.cli.paths import expanded, path
 from millrace.cli.status import INTERRUPTED
 from millrace.errors import ConfigError
 from millrace.http.local import raise_file_limit
+from millrace.http.serving import serving
 from millrace.launch.ports import url_of
 from millrace.weights.sidecar.server import SIDECAR_KEY, Job, SidecarServer, bind
 
@@ -100,11 +101,9 @@ async def _serve(job: Job, sock: socket.socket, key: str | None) -> None:
     exit_status: asyncio.Queue[int] = asyncio.Queue()
     for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, INTERRUPTED)):
         asyncio.get_running_loop().add_signal_handler(number, exit_status.put_nowait, status)
-    runner = await SidecarServer(job, key=key).start(sock)
-    address, port = sock.getsockname()[:2]
-    print(f"{url_of(address, port)} {job.does}", flush=True)
-    status = await exit_status.get()
-    await runner.cleanup()
+    async with serving(SidecarServer(job, key=key).app(), sock):
+        print(f"{url_of(*sock.getsockname()[:2])} {job.does}", flush=True)
+        status = await exit_status.get()
     sys.stderr.flush()
     # Returning would wait for running copies. The next start removes an incomplete version.
     os._exit(status)

@@ -17,12 +17,11 @@ from millrace.engines.reach import address_of
 from millrace.errors import ArgumentError, ConfigError, EngineFailed
 from millrace.fleet.follower import POLL_SECONDS, Failure, FleetState
 from millrace.http.auth import has_key
+from millrace.http.serving import serving
 from millrace.launch.ports import bound, unbracketed, url_of, why_not_bound
 
 if TYPE_CHECKING:
     from millrace.fleet.client import FleetClient
-
-SHUTDOWN_GRACE = 0.5  # seconds for responses in flight when the sharing ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +52,8 @@ async def serve_followers(fleet: "FleetClient", host: str, port: int, key: str |
         owner = _Owner(fleet, key)
         app = web.Application(middlewares=[owner.guard])
         app.add_routes([web.get("/state", owner.get_state), web.post("/failure", owner.post_failure)])
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE)
-        try:
-            await runner.setup()
-            await web.SockSite(runner, sock).start()
+        async with serving(app, sock):
             yield SharedFleet(url_of(host, sock.getsockname()[1]), key)
-        finally:
-            await runner.cleanup()
 
 
 def checked_key(key: object) -> str:

@@ -9,11 +9,10 @@ from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from millrace.errors import ConfigError
+from millrace.http.serving import serving
 from millrace.launch.ports import bound, unbracketed, url_of, why_not_bound
 from millrace.serve.metrics import exposition
 from millrace.serve.view import Observer
-
-SHUTDOWN_GRACE = 0.5  # seconds for responses in flight when the run ends
 
 
 @asynccontextmanager
@@ -34,14 +33,8 @@ async def serve(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
     app = web.Application()
     app.add_routes([web.get("/metrics", metrics), web.get("/fleet", fleet)])
     with bind(host, port, "metrics", "metrics.port") as sock:
-        address, port = sock.getsockname()[:2]
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE)
-        try:
-            await runner.setup()
-            await web.SockSite(runner, sock).start()
-            yield url_of(address, port)
-        finally:
-            await runner.cleanup()
+        async with serving(app, sock):
+            yield url_of(*sock.getsockname()[:2])
 
 
 def bind(host: str, port: int, what: str, setting: str) -> socket.socket:

@@ -27,15 +27,16 @@ from millrace.errors import (
 )
 from millrace.fleet.client import FleetClient
 from millrace.fleet.fleet import Fleet
+from millrace.fleet.owner import checked_key
 from millrace.http.auth import has_key
 from millrace.http.replies import reply
+from millrace.http.serving import serving
 from millrace.launch.ports import url_of
 from millrace.serve.server import bind
 from millrace.serve.token_wire import CompletionBody, GenerateBody, answer, chunk, last_chunk
 from millrace.types import GenerateRequest, RoutingContext
 from millrace.weights.folder import FolderTensors
 
-SHUTDOWN_GRACE = 0.5  # seconds for responses in flight when the server ends
 RETRIES = 2  # a request survives as many failures of engines
 LARGEST_BODY = 64 * 2**20  # bytes: a prompt of some millions of tokens
 OPEN = frozenset({"/health", "/ping"})  # routes that need no key
@@ -70,6 +71,7 @@ async def serve_tokens(
 
     Raises:
         ConfigError: The port can't be bound.
+        ArgumentError: The key is empty, or an HTTP header can't carry it.
 
     Example:
 
@@ -77,7 +79,7 @@ async def serve_tokens(
             async with serve_tokens(fleet, key=key, port=8000, model="policy") as url:
                 await run_agents(url)
     """
-    routes = _Routes(fleet, key, model, timeout)
+    routes = _Routes(fleet, checked_key(key), model, timeout)
     app = web.Application(middlewares=[routes.guard], client_max_size=LARGEST_BODY)
     app.add_routes([
         web.get("/health", routes.health),
@@ -90,15 +92,8 @@ async def serve_tokens(
         web.post("/update_weights", routes.update_weights),
     ])  # fmt: skip
     with bind(host, port, "requests", "port") as sock:
-        address, port = sock.getsockname()[:2]
-        # A handler is cancelled when its client disconnects, which aborts the request on the engine.
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE, handler_cancellation=True)
-        try:
-            await runner.setup()
-            await web.SockSite(runner, sock).start()
-            yield url_of(address, port)
-        finally:
-            await runner.cleanup()
+        async with serving(app, sock, cancel=True):  # which aborts the requests of a client that disconnects
+            yield url_of(*sock.getsockname()[:2])
 
 
 @dataclass(slots=True)
@@ -132,6 +127,8 @@ class _Routes:
             return _error(400, str(error))
         except (NoEngineError, EngineTimeout) as error:
             return _error(503, str(error))
+        except TimeoutError:  # while the server was paused, or its requests did not end
+            return _error(503, f"not done within {self.timeout:g} s")
         except MillraceError as error:
             return _error(500, str(error))
 
@@ -225,13 +222,19 @@ class _Routes:
             return _error(400, "a stream has one prompt and n=1")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         [request], sent, made = requests, 0, None
-        async with aclosing(self.fleet.stream(request, deadline=self.timeout, routing=routing)) as parts:
-            async for made in parts:
-                if not response.prepared:  # an error before the first token still has its own status
-                    await response.prepare(http)
-                if len(made.output_ids) > sent:
-                    await _send(response, chunk(body, self.model, made, sent))
-                    sent = len(made.output_ids)
+        try:
+            async with aclosing(self.fleet.stream(request, deadline=self.timeout, routing=routing)) as parts:
+                async for made in parts:
+                    if not response.prepared:  # an error before the first token still has its own status
+                        await response.prepare(http)
+                    if len(made.output_ids) > sent:
+                        await _send(response, chunk(body, self.model, made, sent))
+                        sent = len(made.output_ids)
+        except MillraceError as error:
+            if not response.prepared:
+                raise
+            await _send(response, _described(500, str(error)))
+            return response
         assert made is not None, "a stream has a last item"
         await _send(response, last_chunk(body, self.model, request, made))
         await response.write(b"data: [DONE]\n\n")
@@ -266,5 +269,9 @@ async def _send(response: web.StreamResponse, event: object) -> None:
 
 
 def _error(status: int, message: str) -> web.Response:
+    return reply(_described(status, message), status)
+
+
+def _described(status: int, message: str) -> dict[str, object]:
     """Return an error in the form of OpenAI's API."""
-    return reply({"error": {"message": message, "type": "error", "param": None, "code": status}}, status)
+    return {"error": {"message": message, "type": "error", "param": None, "code": status}}

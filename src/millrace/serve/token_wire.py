@@ -111,7 +111,7 @@ class GenerateBody(Body):
 class CompletionBody(Body, Sampling):
     """The body of `/v1/completions`: one prompt or several, as token ids."""
 
-    prompt: TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: Annotated[list[TokenIds], Field(min_length=1)]  # a single prompt becomes a list of one
     max_tokens: PositiveInt | None = 16  # OpenAI's default
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
@@ -120,25 +120,24 @@ class CompletionBody(Body, Sampling):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_text(cls, body: Any) -> Any:
-        prompt = body.get("prompt") if isinstance(body, dict) else None
-        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], str)):
-            raise ValueError("prompt is text; this server takes prompts as token ids")
-        return body
+    def _as_prompts(cls, body: Any) -> Any:
+        match body:
+            case {"prompt": str() | [str(), *_]}:
+                raise ValueError("prompt is text; this server takes prompts as token ids")
+            case {"prompt": [int(), *_] as prompt}:
+                return {**body, "prompt": [prompt]}
+            case _:
+                return body
 
     @property
     def prompts(self) -> list[list[int]]:
         """The prompts, as token ids."""
-        return [list(prompt) if isinstance(prompt, list) else [prompt] for prompt in _nested(self.prompt)]
+        return self.prompt
 
     @property
     def sampling(self) -> Sampling:
         """The sampling parameters."""
         return self
-
-
-def _nested(prompt: Sequence[Any]) -> Sequence[Any]:
-    return prompt if isinstance(prompt[0], list) else [prompt]
 
 
 def answer(

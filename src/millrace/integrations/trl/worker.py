@@ -27,7 +27,7 @@ from millrace.types import RoutingContext
 logger = logging.getLogger(__name__)
 
 DROPPED = (EngineError, DataError, AbortedGeneration)  # what fails one group, and not all of them
-ROOM_SECONDS = 0.05  # between looks at the trainer's queue, which tells nobody when it gets shorter
+ROOM_SECONDS = 0.05  # between looks at the trainer's queue, which has no event for a free place
 DROPPED_SECONDS = 1.0  # between groups while groups are dropped, so that failures do not come in thousands
 STOP_DEADLINE = 30.0  # seconds for the rollouts to end
 

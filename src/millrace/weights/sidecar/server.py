@@ -15,7 +15,6 @@ from millrace.http.replies import reply
 from millrace.launch.ports import unbracketed, why_not_bound
 
 SIDECAR_KEY = "MILLRACE_SIDECAR_KEY"  # the environment variable that sidecar and trainer read the key from
-SHUTDOWN_GRACE = 0.5  # seconds that the server waits for running answers when it stops
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -36,14 +35,11 @@ class SidecarServer:
         self._job = job
         self._key = key
 
-    async def start(self, sock: socket.socket) -> web.AppRunner:
-        """Serve on a bound socket."""
+    def app(self) -> web.Application:
+        """Return the application to serve."""
         app = web.Application(middlewares=[self._guard])
         app.add_routes([web.get("/health", self._health), *self._job.routes()])
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_GRACE)
-        await runner.setup()
-        await web.SockSite(runner, sock).start()
-        return runner
+        return app
 
     @web.middleware
     async def _guard(
