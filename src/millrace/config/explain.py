@@ -40,9 +40,10 @@ def is_unquoted(error: Any) -> bool:
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
-    """Return a hint with the valid name that is nearest to `name`, or an empty string if none is near."""
-    found = difflib.get_close_matches(name.lower(), valid, n=1, cutoff=0.5)
-    return f"did you mean {found[0]!r}?" if found else ""
+    """Return a hint with the valid name that is nearest to `name` in any case; an empty string if none is near."""
+    by_lower = {one.lower(): one for one in valid}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f"did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
 def resolve(loc: Location, root: Any) -> tuple[Location, type[BaseModel] | None]:

@@ -1,6 +1,5 @@
 """The user's own functions and classes: loaded from a file or a module, and named in errors."""
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from millrace.config.explain import nearest
 from millrace.errors import ConfigError
 
 
@@ -32,7 +32,8 @@ def load_code(path: str, name: str, setting: str) -> Any:
             raise
         raise ConfigError(f"{where} can't be imported: {said(error)}") from error
     if not hasattr(module, name):
-        raise ConfigError(f"{where} has no {name!r}{_nearest(name, module)}")
+        hint = nearest(name, [other for other in vars(module) if not other.startswith("_")])
+        raise ConfigError(f"{where} has no {name!r}{f'; {hint}' if hint else ''}")
     return getattr(module, name)
 
 
@@ -114,9 +115,3 @@ def _module(path: str, where: str) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _nearest(name: str, module: ModuleType) -> str:
-    names = [other for other in vars(module) if not other.startswith("_")]
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""

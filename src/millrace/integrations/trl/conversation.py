@@ -21,7 +21,7 @@ ToolCode = type[Tool] | Callable[..., object]  # a subclass of Tool, or a functi
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class PlayedConversation:
     """A conversation that was played. prompt_tokens: the length of its prompt."""
 
     prompt_tokens: int
@@ -83,7 +83,7 @@ class Conversations:
         routing: RoutingContext,
         source: Any,
         on_progress: Callable[[], None] = lambda: None,
-    ) -> Played:
+    ) -> PlayedConversation:
         """Play one conversation after a prompt of chat messages.
 
         name: unique among the conversations in flight. source: the trainer or its config, for the sampling and
@@ -110,7 +110,7 @@ class Conversations:
                 sampling=sampling_params(source, wanted, ()),
                 on_tool_answer=lambda _: on_progress(),
             )
-        return Played(len(prompt), episode)
+        return PlayedConversation(len(prompt), episode)
 
 
 def _name(tool: object) -> str:

@@ -78,7 +78,9 @@ def sampling_params(source: Any, max_new_tokens: int, stop_token_ids: tuple[int,
     Raises ConfigError if a setting can't be honoured.
     """
     if source.repetition_penalty != 1.0:
-        raise ConfigError(f"repetition_penalty must be 1, and is {source.repetition_penalty:g}: a fleet applies none")
+        raise ConfigError(
+            f"repetition_penalty must be 1, and is {source.repetition_penalty:g}: it is not passed to the engines"
+        )
     return SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=source.temperature,

@@ -8,7 +8,7 @@ from trl import GRPOTrainer
 
 from millrace.errors import ConfigError
 from millrace.fleet.client import FleetClient
-from millrace.integrations.trl.conversation import Conversations, Played, ToolCode
+from millrace.integrations.trl.conversation import Conversations, PlayedConversation, ToolCode
 from millrace.integrations.trl.generation import FleetGeneration
 
 
@@ -76,8 +76,8 @@ class FleetRollout:
         per_prompt = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         batch = generation.batch(len(prompts), per_prompt)
 
-        async def every(fleet: FleetClient) -> list[Played]:
-            async def make(index: int) -> Played:
+        async def every(fleet: FleetClient) -> list[PlayedConversation]:
+            async def make(index: int) -> PlayedConversation:
                 return await self._conversations.play(
                     fleet, generation.sender, f"{batch.name}-{index}", prompts[index], batch.routing(index), trainer
                 )

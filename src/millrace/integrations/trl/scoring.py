@@ -9,7 +9,7 @@ import numpy as np
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
 from millrace.errors import ConfigError, RolloutError
-from millrace.integrations.trl.conversation import Played
+from millrace.integrations.trl.conversation import PlayedConversation
 from millrace.rollout.calls import Calls, CallTimeout
 
 Row = Mapping[str, Any]
@@ -28,7 +28,7 @@ class Scorer:
         self._calls, self._deadline = Calls(), deadline
 
     async def score(
-        self, row: Row, number: int, played: Sequence[Played], model_version: Callable[[int | None], int]
+        self, row: Row, number: int, played: Sequence[PlayedConversation], model_version: Callable[[int | None], int]
     ) -> list[RolloutSample]:
         """Return the samples of a group. number: of the group. model_version: the trainer's number of a version."""
         completion_ids = [list(one.episode.token_ids[one.prompt_tokens :]) for one in played]

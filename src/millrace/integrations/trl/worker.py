@@ -16,7 +16,7 @@ from trl.experimental.async_grpo import AsyncGRPOConfig
 
 from millrace.errors import ArgumentError, DataError, EngineError, MillraceError, RolloutError
 from millrace.fleet.client import FleetClient
-from millrace.integrations.trl.conversation import Conversations, Played, ToolCode
+from millrace.integrations.trl.conversation import Conversations, PlayedConversation, ToolCode
 from millrace.integrations.trl.requests import Sender, sampling_params
 from millrace.integrations.trl.scoring import Row, Scorer
 from millrace.integrations.trl.transfer import FleetWeights
@@ -214,8 +214,8 @@ class FleetRolloutWorker:
             self._progress = time.monotonic()
             self._unfinished -= self._config.num_generations
 
-    async def _play(self, fleet: FleetClient, number: int, row: Row) -> list[Played]:
-        async def play(sample: int) -> Played:
+    async def _play(self, fleet: FleetClient, number: int, row: Row) -> list[PlayedConversation]:
+        async def play(sample: int) -> PlayedConversation:
             name = f"trl-{number}-{sample}"
             routing = RoutingContext(session=name, group=f"trl-{number}")
             return await self._conversations.play(
@@ -232,7 +232,7 @@ class FleetRolloutWorker:
     def _progressed(self) -> None:
         self._progress = time.monotonic()
 
-    def _deliver(self, samples: Sequence[Any], played: Sequence[Played], seconds: float) -> None:
+    def _deliver(self, samples: Sequence[Any], played: Sequence[PlayedConversation], seconds: float) -> None:
         for sample in samples:
             sample.enqueued_at = time.time()
             self.rollout_buffer.put_nowait(sample)
