@@ -24,6 +24,7 @@ from millrace.rollout.chat import load_chat_format
 from millrace.rollout.tools import Calculator
 from millrace.sync import Fleet, open_fleet
 from millrace.train.tiny import CALL_TEXT, make_tiny_model
+from tests.integrations.trl_settings import ON_CPU
 from tests.torchrun import ROOT, run_two_ranks
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -116,14 +117,7 @@ def trainer_of(
     }
     config = GRPOConfig(
         output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32"},
+        **ON_CPU,
         **own,
     )
     prompts = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]

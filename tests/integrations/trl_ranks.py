@@ -17,6 +17,7 @@ from millrace.errors import DataError, LaunchError, PublishError
 from millrace.integrations.trl import fleet_of_ranks, use_fleet
 from millrace.integrations.trl.weights import shards
 from millrace.sync import Fleet, open_fleet
+from tests.integrations.trl_settings import ON_CPU
 
 STEPS = 3
 
@@ -31,19 +32,12 @@ def reward(completions: list[str], **_: object) -> list[float]:
 
 config = GRPOConfig(
     output_dir=folder,
-    use_cpu=True,
-    bf16=False,
+    **ON_CPU,
     per_device_train_batch_size=4,
     num_generations=8,  # a prompt's completions are divided between the ranks
     max_completion_length=8,
     max_steps=STEPS,
     learning_rate=1e-2,
-    logging_steps=1,
-    report_to=[],
-    save_strategy="no",
-    gradient_checkpointing=False,
-    disable_tqdm=True,
-    model_init_kwargs={"dtype": "float32"},
 )
 trainer = GRPOTrainer(
     model=model,

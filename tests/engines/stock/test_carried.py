@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.engines.stock.carried import cut, first_stop, with_carried_penalties, with_text
+from millrace.engines.stock.carried import cut, with_carried_penalties, with_text
 from millrace.engines.stock.tokens import check_values
+from millrace.engines.stop_texts import first_stop
 from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, VersionSpan
 
 EOS = 0

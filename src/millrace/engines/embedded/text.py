@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from millrace.engines.stop_texts import CONTEXT_TOKENS, first_stop
 from millrace.errors import DataError
 
-CONTEXT_TOKENS = 5  # of the prompt before the output: a tokenizer may drop a space before the first token
 TOKENIZER = "tokenizer.json"
 UNFINISHED = "\ufffd"  # the end of a text whose last character lacks bytes, which the next token brings
 
@@ -48,11 +48,11 @@ class StopTexts:
     def add(self, token: int) -> str | None:
         """Append a token. Return the stop text that its text completes."""
         self._extend(token)
-        places = {one: place for one in self._stop if (place := self.text.find(one)) >= 0}
-        if not places:
+        place = first_stop(self.text, self._stop)
+        if place is None:
             return None
-        found = min(places, key=lambda one: places[one])
-        self.text = self.text[: places[found]]
+        found = next(one for one in self._stop if self.text.startswith(one, place))
+        self.text = self.text[:place]
         return found
 
     def _extend(self, token: int) -> None:

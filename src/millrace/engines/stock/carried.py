@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from millrace.engines.stock.tokens import MOST_BIAS
+from millrace.engines.stop_texts import CONTEXT_TOKENS, first_stop
 from millrace.types import FinishReason, GenerateRequest, Generation
 
 Detokenize = Callable[[Sequence[int]], Awaitable[str]]
-CONTEXT_TOKENS = 5  # of the prompt before the output: a tokenizer may drop a space before the first token
 
 
 def with_carried_penalties(request: GenerateRequest, *, counts_prompt: bool) -> tuple[GenerateRequest, bool]:
@@ -32,11 +32,6 @@ def with_carried_penalties(request: GenerateRequest, *, counts_prompt: bool) -> 
         carried = bias.get(token, 0.0) - times * sampling.frequency_penalty
         bias[token] = min(max(carried, -MOST_BIAS), MOST_BIAS)
     return replace(request, sampling=replace(sampling, logit_bias=bias)), exact
-
-
-def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the first of the stop texts begins, or None if none is in the text."""
-    return min((place for one in stop if (place := text.find(one)) >= 0), default=None)
 
 
 async def with_text(request: GenerateRequest, made: Generation, detokenize: Detokenize) -> Generation:

@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import Generic
 
 from millrace.engines.http_engine import HttpEngine
-from millrace.engines.stock.carried import first_stop, with_carried_penalties, with_text
+from millrace.engines.stock.carried import with_carried_penalties, with_text
 from millrace.engines.stock.facts import AnyFacts
 from millrace.engines.stock.state import ServerState
+from millrace.engines.stop_texts import first_stop
 from millrace.http import HttpClient
 from millrace.types import Bucket, Capability, GenerateRequest, Generation, MemoryTag, PauseMode, ProcessGroup
 
