@@ -9,6 +9,7 @@ import operator
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -102,6 +103,16 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(text(f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
+def images(name: str, value: Any) -> tuple[bytes, ...]:
+    """Return images as the contents of image files: PIL images as PNG, paths as their files' contents, bytes unchanged.
+
+    Raises ArgumentError for anything else, for a single image, and for a file that can't be read.
+    """
+    if isinstance(value, str | bytes | PathLike) or not isinstance(value, Iterable):
+        raise ArgumentError(f"{name} must be a list of images, and is {shown(value)}; write [image]")
+    return tuple(_image(f"{name}[{index}]", item) for index, item in enumerate(value))
+
+
 def biases(name: str, value: Any) -> dict[int, float]:
     """Return a mapping of token ids to numbers as a dict. Raises ArgumentError for anything else."""
     if not isinstance(value, Mapping):
@@ -172,3 +183,21 @@ def _index(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def _image(name: str, value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str | PathLike):
+        try:
+            return Path(location(name, value)).read_bytes()
+        except OSError as error:
+            raise ArgumentError(f"{name}: the image file can't be read: {error}") from error
+    if not hasattr(value, "save"):
+        raise ArgumentError(
+            f"{name} must be a PIL image, a path, or the content of an image file, and is {shown(value)} "
+            f"({type(value).__name__})"
+        )
+    file = BytesIO()
+    value.save(file, "PNG")
+    return file.getvalue()

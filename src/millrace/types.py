@@ -149,7 +149,9 @@ class GenerateRequest:
     mapping with `input_ids` such as a BatchEncoding. They are stored as a tuple. sampling: how to sample. request_id:
     unique among the requests in flight, random by default. prompt_logprobs: return the prompt's logprobs, too.
     continued_tokens: how many of the last `input_ids` are output of an earlier call; for penalties and stop texts, they
-    count as output. extra: options for one kind of engine, sent to the engine unchanged.
+    count as output. images: one PIL image, path, or content of an image file for each image in the prompt, in order;
+    stored as the contents of image files. In `input_ids`, each image is one placeholder token, or the run of
+    placeholders that an engine made of it. extra: options for one kind of engine, sent to the engine unchanged.
 
     >>> GenerateRequest(tokenizer(prompt)["input_ids"], SamplingParams(max_new_tokens=256))
     """
@@ -160,6 +162,7 @@ class GenerateRequest:
     request_id: str = field(default_factory=lambda: uuid4().hex)
     prompt_logprobs: bool = False
     continued_tokens: int = 0
+    images: tuple[bytes, ...] = field(default=(), repr=False)
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -172,6 +175,7 @@ class GenerateRequest:
         _convert(self, arguments.text, "request_id")
         _convert(self, arguments.flag, "prompt_logprobs")
         _convert(self, arguments.count, "continued_tokens")
+        _convert(self, arguments.images, "images")
         _convert(self, arguments.mapping, "extra")
 
 
@@ -237,6 +241,8 @@ class Generation:
     unless the request has stop texts. prompt_logprobs: [P] float32 if requested, by the model's own distribution
     (temperature 1, without penalties and bias); the first is NaN. A stream has both in its last item only.
     penalty_restarts: positions in the output from which on penalties no longer count the tokens before.
+    prompt_ids: the prompt as the engine read it, with a run of placeholder tokens for each image; None unless the
+    request has images.
 
     >>> generation = await fleet.generate(request, deadline=60)
     >>> tokenizer.decode(generation.output_ids), generation.logprobs.mean()
@@ -253,6 +259,7 @@ class Generation:
     text: str | None = None
     prompt_logprobs: Float32Array | None = None
     penalty_restarts: tuple[int, ...] = ()
+    prompt_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
