@@ -51,7 +51,7 @@ def write_tokenizer(folder: Path) -> None:
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
     words = Tokenizer(WordLevel({f"w{number}": number for number in range(size)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0").save_pretrained(folder)
 
 
 def random_tensors(folder: Path, device: torch.device) -> list[tuple[str, torch.Tensor]]:
