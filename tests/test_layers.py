@@ -9,6 +9,7 @@ import millrace
 
 PACKAGE = Path(millrace.__file__).parent
 LAYERS = [
+    "lazy",
     "errors",
     "arguments",
     "types",

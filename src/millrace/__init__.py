@@ -1,60 +1,178 @@
 """Millrace: rollouts for reinforcement-learning trainers, served by stock inference engines over HTTP."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from millrace.lazy import exports
 
 if TYPE_CHECKING:
     from millrace.config.engines import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
+    from millrace.config.models import JudgeConfig
+    from millrace.config.routers import SGLangRouterConfig, VLLMRouterConfig
+    from millrace.engines.base import Engine
+    from millrace.errors import (
+        ArgumentError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        EngineError,
+        EngineFailed,
+        EngineRefused,
+        EnginesLost,
+        EngineTimeout,
+        EngineUnreachable,
+        JudgeError,
+        LaunchError,
+        LocalError,
+        MillraceError,
+        MonitorError,
+        NoEngineError,
+        NonFiniteLogprobs,
+        OwnerError,
+        PublishError,
+        RolloutError,
+        UserCodeError,
+        WeightsChanged,
+    )
+    from millrace.fleet.client import FleetClient
+    from millrace.fleet.event_log import EventLog
     from millrace.fleet.fleet import Fleet
     from millrace.fleet.follower import Follower, follow_fleet
     from millrace.fleet.local import open_fleet
     from millrace.fleet.many import Completion
-    from millrace.types import GenerateRequest, Generation, LoraConfig, RoutingContext, SamplingParams, VersionSpan
+    from millrace.fleet.owner import SharedFleet
+    from millrace.fleet.replica_state import Phase, ReplicaState, Snapshot
+    from millrace.types import (
+        Capability,
+        EngineInfo,
+        EngineLoad,
+        FinishReason,
+        GenerateRequest,
+        Generation,
+        Health,
+        LoraConfig,
+        MemoryTag,
+        PauseMode,
+        RoutingContext,
+        SamplingParams,
+        VersionSpan,
+    )
+    from millrace.weights.report import EngineReport, PublishReport
 
 __version__ = "0.1.0"
 
-# The module of each public name. It is imported on first use, so `import millrace` takes a few milliseconds.
-_MODULES = {
-    "Completion": "millrace.fleet.many",
-    "LoraConfig": "millrace.types",
-    "EmbeddedEngineConfig": "millrace.config.engines",
-    "Fleet": "millrace.fleet.fleet",
-    "Follower": "millrace.fleet.follower",
-    "GenerateRequest": "millrace.types",
-    "Generation": "millrace.types",
-    "RoutingContext": "millrace.types",
-    "SGLangEngineConfig": "millrace.config.engines",
-    "SamplingParams": "millrace.types",
-    "VersionSpan": "millrace.types",
-    "VLLMEngineConfig": "millrace.config.engines",
-    "follow_fleet": "millrace.fleet.follower",
-    "open_fleet": "millrace.fleet.local",
-}
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "millrace.config.engines": ["EmbeddedEngineConfig", "SGLangEngineConfig", "VLLMEngineConfig"],
+        "millrace.config.models": ["JudgeConfig"],
+        "millrace.config.routers": ["SGLangRouterConfig", "VLLMRouterConfig"],
+        "millrace.engines.base": ["Engine"],
+        "millrace.errors": [
+            "ArgumentError",
+            "CheckpointError",
+            "ConfigError",
+            "DataError",
+            "EngineError",
+            "EngineFailed",
+            "EngineRefused",
+            "EngineTimeout",
+            "EngineUnreachable",
+            "EnginesLost",
+            "JudgeError",
+            "LaunchError",
+            "LocalError",
+            "MillraceError",
+            "MonitorError",
+            "NoEngineError",
+            "NonFiniteLogprobs",
+            "OwnerError",
+            "PublishError",
+            "RolloutError",
+            "UserCodeError",
+            "WeightsChanged",
+        ],
+        "millrace.fleet.client": ["FleetClient"],
+        "millrace.fleet.event_log": ["EventLog"],
+        "millrace.fleet.fleet": ["Fleet"],
+        "millrace.fleet.follower": ["Follower", "follow_fleet"],
+        "millrace.fleet.local": ["open_fleet"],
+        "millrace.fleet.many": ["Completion"],
+        "millrace.fleet.owner": ["SharedFleet"],
+        "millrace.fleet.replica_state": ["Phase", "ReplicaState", "Snapshot"],
+        "millrace.types": [
+            "Capability",
+            "EngineInfo",
+            "EngineLoad",
+            "FinishReason",
+            "GenerateRequest",
+            "Generation",
+            "Health",
+            "LoraConfig",
+            "MemoryTag",
+            "PauseMode",
+            "RoutingContext",
+            "SamplingParams",
+            "VersionSpan",
+        ],
+        "millrace.weights.report": ["EngineReport", "PublishReport"],
+    },
+)
 
 __all__ = [
+    "ArgumentError",
+    "Capability",
+    "CheckpointError",
     "Completion",
+    "ConfigError",
+    "DataError",
     "EmbeddedEngineConfig",
+    "Engine",
+    "EngineError",
+    "EngineFailed",
+    "EngineInfo",
+    "EngineLoad",
+    "EngineRefused",
+    "EngineReport",
+    "EngineTimeout",
+    "EngineUnreachable",
+    "EnginesLost",
+    "EventLog",
+    "FinishReason",
     "Fleet",
+    "FleetClient",
     "Follower",
     "GenerateRequest",
     "Generation",
+    "Health",
+    "JudgeConfig",
+    "JudgeError",
+    "LaunchError",
+    "LocalError",
     "LoraConfig",
+    "MemoryTag",
+    "MillraceError",
+    "MonitorError",
+    "NoEngineError",
+    "NonFiniteLogprobs",
+    "OwnerError",
+    "PauseMode",
+    "Phase",
+    "PublishError",
+    "PublishReport",
+    "ReplicaState",
+    "RolloutError",
     "RoutingContext",
     "SGLangEngineConfig",
+    "SGLangRouterConfig",
     "SamplingParams",
+    "SharedFleet",
+    "Snapshot",
+    "UserCodeError",
     "VLLMEngineConfig",
+    "VLLMRouterConfig",
     "VersionSpan",
+    "WeightsChanged",
     "__version__",
     "follow_fleet",
     "open_fleet",
 ]
-
-
-def __dir__() -> list[str]:
-    return __all__
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'millrace' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)

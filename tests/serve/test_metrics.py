@@ -30,7 +30,7 @@ from millrace.fleet.replica_state import Phase
 from millrace.launch.ports import free_port
 from millrace.serve.metrics import exposition
 from millrace.serve.remote import Remote
-from millrace.serve.server import serve
+from millrace.serve.server import serve_metrics
 from millrace.serve.table import fleet_table
 from millrace.serve.view import EngineView, FleetView, Observer
 from millrace.types import EngineLoad, GenerateRequest, Health, MemoryTag, SamplingParams
@@ -57,7 +57,7 @@ async def show(model: Path, folder: Path) -> AsyncIterator[Shown]:
     with EventLog(events) as event_log:
         observer = Observer(event_log)
         async with (
-            serve(observer, "127.0.0.1", 0) as url,
+            serve_metrics(observer, "127.0.0.1", 0) as url,
             open_fleet(CONFIG, model, log_dir=folder, event_log=event_log) as fleet,
         ):
             observer.fleets = (fleet,)
@@ -269,7 +269,7 @@ async def test_an_engine_that_hangs_is_shown_as_silent_and_delays_the_view_only_
 
 
 async def test_before_the_engines_run_the_view_says_that_they_start() -> None:
-    async with serve(Observer(EventLog()), "127.0.0.1", 0) as url:
+    async with serve_metrics(Observer(EventLog()), "127.0.0.1", 0) as url:
         view = await look(url)
         assert (view.engines, view.newest_version) == ((), None)
         assert "the engines are being started" in drawn(view)
@@ -289,7 +289,7 @@ async def test_a_port_in_use_is_one_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port} .*Address already in use.*metrics.port"):
-            async with serve(Observer(EventLog()), "127.0.0.1", port):
+            async with serve_metrics(Observer(EventLog()), "127.0.0.1", port):
                 pass
 
 

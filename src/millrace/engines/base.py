@@ -28,20 +28,21 @@ PUBLISHED_LORA = "millrace-"  # prefix of the names of LoRA adapters that a flee
 class Engine(ABC):
     """One inference server.
 
-    Example::
+    Every call has a deadline. Deadlines are durations in seconds, counted from the call. Every call except `health` can
+    raise these errors.
 
-        request = GenerateRequest(input_ids=(1, 2, 3), sampling=SamplingParams(max_new_tokens=16))
-        generation = await engine.generate(request, deadline=60.0)
-        print(generation.output_ids, generation.finish_reason)
-
-    Every call has a deadline. Deadlines are durations in seconds, counted from the call.
-
-    Raises (every call except `health`):
+    Raises:
         EngineTimeout: the deadline passed.
         EngineUnreachable: no connection to the server.
         EngineRefused: the server, or the adapter on its behalf, refused the call.
         EngineFailed: the server failed, or its answer could not be understood.
         LocalError: this process could not make the call. The engine is not at fault.
+
+    Example:
+
+        request = GenerateRequest(input_ids=(1, 2, 3), sampling=SamplingParams(max_new_tokens=16))
+        generation = await engine.generate(request, deadline=60.0)
+        print(generation.output_ids, generation.finish_reason)
     """
 
     name: str

@@ -16,7 +16,7 @@ from millrace.serve.view import Observer
 
 
 @asynccontextmanager
-async def serve(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
+async def serve_metrics(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
     """Serve the metrics while the block runs, and yield the URL.
 
     port: 0 lets the kernel choose one. There is no authentication: all clients can read, and none can change anything.

@@ -21,7 +21,7 @@ from millrace.rollout.chat import ChatFormat
 from millrace.rollout.judge import Judge
 from millrace.rollout.runner import SampleRunner, sampling_params
 from millrace.rollout.sample import Problem
-from millrace.serve.server import serve
+from millrace.serve.server import serve_metrics
 from millrace.serve.view import Observer
 from millrace.train import checkpoint
 from millrace.train.batch import supervised_sample
@@ -193,7 +193,7 @@ async def _observer(metrics: MetricsConfig | None, event_log: EventLog, display:
     if metrics is None:
         yield observer
         return
-    async with serve(observer, metrics.host, metrics.port) as url:
+    async with serve_metrics(observer, metrics.host, metrics.port) as url:
         display.say(f"millrace status {url} shows the engines; metrics are at {url}/metrics")
         yield observer
 
