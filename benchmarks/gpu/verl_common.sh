@@ -16,4 +16,5 @@ common=(
   $R.rollout.calculate_log_probs=True $R.rollout.gpu_memory_utilization=0.5
   +$R.rollout.custom.engine.kind="${KIND:-sglang}"
 )
-export VERL_LOGGING_LEVEL=INFO RAY_USAGE_STATS_ENABLED=0
+# verl 0.9.1 itself fails below WARN in separate_async. Millrace's INFO says which version has which step's weights.
+export VERL_LOGGING_LEVEL=WARN MILLRACE_LOGGING_LEVEL=INFO RAY_USAGE_STATS_ENABLED=0

@@ -292,6 +292,7 @@ class EngineInfo:
     dtype: str | None = None  # torch's name of the compute dtype, as in `bfloat16`; None if it is not reported
     unusual_dtypes: Mapping[str, str] | None = None  # of weights that differ from `dtype`; None if not reported
     max_running: int | None = None  # requests that run at once; None if it is not reported
+    gpus: tuple[str, ...] = ()  # of each rank, in their order, as in the host's CUDA_VISIBLE_DEVICES; empty: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +346,10 @@ class CudaIpcShare:
 
 @dataclass(frozen=True, slots=True)
 class CudaIpcBucket:
-    """Tensors packed into GPU memory, with one handle for each of the engine's ranks."""
+    """Tensors packed into GPU memory, with one handle for each of the engine's ranks, in their order.
+
+    Each handle is of memory on its rank's GPU, if the rank's GPU is known (`EngineInfo.gpus`).
+    """
 
     shares: tuple[CudaIpcShare, ...]
     nbytes: int

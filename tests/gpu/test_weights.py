@@ -1,5 +1,5 @@
-"""Weights on GPUs: by CUDA IPC on one GPU, and by NCCL from one to the others. Without a GPU, shared memory and gloo
-take their place."""
+"""Weights on GPUs: by CUDA IPC on one GPU and on two, and by NCCL from one to the others. Without a GPU, shared memory
+and gloo take their place."""
 
 import asyncio
 import time
@@ -36,6 +36,23 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> list[Variant]:
 
 def test_by_cuda_ipc(config: StockConfig, variants: list[Variant], tmp_path: Path) -> None:
     asyncio.run(hold(config, "cuda_ipc" if config.device == "cuda" else "shm", variants, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        pytest.param({"base_gpu_id": 1}, id="on another GPU"),
+        pytest.param({"replicas": 2}, id="on the trainer's GPU and on another"),
+        pytest.param({"tp_size": 2}, id="over the trainer's GPU and another"),
+    ],
+)
+def test_by_cuda_ipc_on_two_gpus(
+    config: StockConfig, places: dict[str, int], variants: list[Variant], tmp_path: Path
+) -> None:
+    """The trainer has the first GPU. The engines' weights are in memory that other GPUs may not access."""
+    if config.device == "cpu" or torch.cuda.device_count() < 2:
+        pytest.skip("it takes two GPUs")
+    asyncio.run(hold(config.model_copy(update=places), "cuda_ipc", variants, tmp_path))
 
 
 def test_by_nccl(config: StockConfig, variants: list[Variant], tmp_path: Path) -> None:

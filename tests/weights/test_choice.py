@@ -69,6 +69,25 @@ def test_the_disk_is_the_last_choice() -> None:
     assert choose("auto", [both], trainer_has_gpu=True, folder=True).name == "shm"
 
 
+def test_cuda_ipc_needs_a_trainer_that_sees_the_gpus_of_all_engines() -> None:
+    engines = [
+        see(IPC, GROUP),
+        TransportCandidate("hidden", here=True, capabilities=frozenset({IPC, GROUP}), unseen=("1",)),
+    ]
+    choice = choose("auto", engines, trainer_has_gpu=True, folder=False)
+    assert choice.name == "gloo"
+    for why in (choice.why, refused("cuda_ipc", engines)):
+        assert "hidden is on GPU 1, which this process does not see" in why
+        assert "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1" in why
+    assert choose("gloo", engines, trainer_has_gpu=True, folder=False).name == "gloo"
+
+
+def refused(wanted: TransportName, engines: list[TransportCandidate]) -> str:
+    with pytest.raises(PublishError) as caught:
+        choose(wanted, engines, trainer_has_gpu=True, folder=False)
+    return str(caught.value)
+
+
 def test_sidecars_are_used_if_there_are_any() -> None:
     engines = [see(MEMORY_FILE, GROUP), see(TORCH, GROUP, here=False), see(IPC, GROUP, here=False)]
     choice = choose("auto", engines, trainer_has_gpu=True, folder=False, sidecars=True)

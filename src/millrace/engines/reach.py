@@ -43,8 +43,12 @@ async def reach(address: Address) -> Replica:
         raise
 
 
-async def take_over(address: Address, process: Server, kv_events: str | None, held: int | None) -> Replica:
-    """Take over the control of an engine whose owner has ended. `held`: the version that it holds, by its record.
+async def take_over(
+    address: Address, process: Server, kv_events: str | None, gpus: tuple[str, ...], held: int | None
+) -> Replica:
+    """Take over the control of an engine whose owner has ended.
+
+    gpus: those of its ranks, and held: the version that it holds, by its record.
 
     Raises EngineError if it does not answer, or serves another model.
     """
@@ -53,7 +57,8 @@ async def take_over(address: Address, process: Server, kv_events: str | None, he
     if replica.info.model_path != address.model_path:
         await engine.close()
         raise EngineRefused(engine.name, f"it serves {replica.info.model_path} and not {address.model_path}")
-    return replace(replica, kv_events=kv_events, found=True, held=held)
+    info = replace(replica.info, gpus=gpus)
+    return replace(replica, info=info, kv_events=kv_events, found=True, held=held)
 
 
 def _client(address: Address) -> HttpEngine:

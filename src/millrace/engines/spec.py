@@ -34,7 +34,7 @@ class Launched:
     """A healthy server that this process started.
 
     url: None if node 0, which answers HTTP, is on another host. kv_events: the endpoint at which the server publishes
-    the contents of its KV cache.
+    the contents of its KV cache. gpus: of each rank (`EngineInfo.gpus`).
     """
 
     name: str
@@ -43,3 +43,4 @@ class Launched:
     admin_key: str = field(repr=False)
     process: ServerProcess | Nodes
     kv_events: str | None = None
+    gpus: tuple[str, ...] = ()

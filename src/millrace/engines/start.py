@@ -68,7 +68,8 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
             model_path=spec.model_path,
         )
         replica = await initialized(engine, spec.version, launched.process)
-        return replace(replica, kv_events=launched.kv_events)
+        gpus = launched.gpus if len(launched.gpus) == replica.info.ranks else ()
+        return replace(replica, info=replace(replica.info, gpus=gpus), kv_events=launched.kv_events)
     except BaseException:
         await launched.process.end()
         raise

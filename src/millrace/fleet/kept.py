@@ -41,6 +41,7 @@ class Recorded(BaseModel):
     started: str
     log: Path
     kv_events: str | None
+    gpus: tuple[str, ...] = ()
     version: int | None = None
     asleep: frozenset[MemoryTag] = frozenset()
 
@@ -121,7 +122,7 @@ class KeptEngines:
             reason = "its memory is released"
         if reason is None:
             try:
-                replica = await take_over(left.address, process, left.kv_events, left.version)
+                replica = await take_over(left.address, process, left.kv_events, left.gpus, left.version)
             except EngineError as error:
                 reason = str(error)
             else:
@@ -148,6 +149,7 @@ class KeptEngines:
             started=started,
             log=process.log_path.absolute(),
             kv_events=replica.kv_events,
+            gpus=replica.info.gpus,
         )
         self._write()
         await process.keep(self._content.claim, self._seconds)

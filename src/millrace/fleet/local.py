@@ -37,6 +37,7 @@ from millrace.weights.cast import require_one_dtype
 from millrace.weights.folder import folder_checksums
 from millrace.weights.transports.base import TransportContext
 from millrace.weights.transports.choice import TransportCandidate, choose, in_common
+from millrace.weights.transports.gpus import VisibleGpus
 from millrace.weights.transports.registry import create
 
 if TYPE_CHECKING:
@@ -258,15 +259,23 @@ def transport_for(
     with needs_extra("publishing weights"):
         import torch
 
+    has_gpu = torch.cuda.is_available()
+    visible = VisibleGpus.here() if has_gpu and any(one.info.gpus for one in engines) else None
     candidates = [
-        TransportCandidate(one.engine.name, is_here(one.engine.url), one.info.capabilities) for one in engines
+        TransportCandidate(
+            one.engine.name,
+            is_here(one.engine.url),
+            one.info.capabilities,
+            unseen=visible.unseen(one.info.gpus) if visible is not None else (),
+        )
+        for one in engines
     ]
     if wanted == "auto" and sidecars and store is not None:
         raise PublishError("with sidecars and a store, both delta and ucx are possible; set transport to one of them")
     choice = choose(
         wanted,
         candidates,
-        trainer_has_gpu=torch.cuda.is_available(),
+        trainer_has_gpu=has_gpu,
         folder=store is not None and store.shared,
         sidecars=bool(sidecars),
     )

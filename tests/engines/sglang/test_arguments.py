@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from millrace.config.engines import SGLangEngineConfig
-from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, Ports, nodes
+from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, Ports, nodes, rank_gpus
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options
 from millrace.errors import ConfigError
@@ -249,6 +249,35 @@ def test_on_several_hosts_each_starts_its_own_node() -> None:
 def test_the_second_replica_starts_after_the_gpus_of_the_first(settings: dict[str, Any], gpus: int) -> None:
     (node,) = plan(replica=1, replicas=2, **settings)
     assert said(node, "base-gpu-id") == str(gpus)
+
+
+@pytest.mark.parametrize(
+    ("visible", "settings", "expected"),
+    [
+        (None, {}, ("1",)),
+        (None, {"tp_size": 2, "base_gpu_id": 1}, ("3", "4")),
+        (None, {"tp_size": 2, "engine_args": {"gpu_id_step": 2}}, ("4", "6")),
+        (None, {"tp_size": 2, "dp_size": 2, "engine_args": {"enable_dp_attention": True}}, ("2", "3")),
+        ("4,5, 6,7", {"tp_size": 2}, ("6", "7")),
+        ("4,5", {"cuda_visible_devices": "GPU-a,GPU-b"}, ("GPU-b",)),
+        ("4", {}, ()),  # the server will find that there are too few
+        (None, {"dp_size": 2}, ()),
+        (None, {"pp_size": 2}, ()),
+        (None, {"device": "cpu"}, ()),
+    ],
+)
+def test_the_gpu_of_each_rank_of_the_second_replica(
+    visible: str | None, settings: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    config = SGLangEngineConfig(kind="sglang", replicas=2, **settings)
+    assert rank_gpus(config, 1, visible) == expected
+
+
+def test_the_gpus_of_an_engine_over_several_nodes() -> None:
+    config = SGLangEngineConfig(kind="sglang", nnodes=2, tp_size=4, base_gpu_id=2)
+    assert rank_gpus(config, 0, None) == ("2", "3", "4", "5")
+    there = config.model_copy(update={"node_rank": 0, "dist_init_addr": "10.0.0.1:6000"})
+    assert rank_gpus(there, 0, None) == ()
 
 
 def test_on_the_cpu_every_replica_has_the_same_numa_nodes() -> None:

@@ -13,6 +13,7 @@ SERVED = {"has_image_understanding": False}
 SERVER: dict[str, Any] = {
     "device": "cuda",
     "dp_size": 1,
+    "pp_size": 1,
     "enable_dp_attention": False,
     "enable_lora": False,
     "disable_overlap_schedule": False,
@@ -31,6 +32,7 @@ GROUP = Capability.UPDATE_FROM_PROCESS_GROUP
         ({}, {GROUP, Capability.UPDATE_FROM_CUDA_IPC, Capability.UPDATE_FROM_DISK}),
         ({"device": "cpu"}, {GROUP, Capability.UPDATE_FROM_TORCH_STORAGE, Capability.UPDATE_FROM_DISK}),
         ({"dp_size": 2}, {Capability.UPDATE_FROM_DISK}),
+        ({"pp_size": 2}, {GROUP, Capability.UPDATE_FROM_DISK}),
         ({"quantization": "fp8"}, set()),
         ({"quantization": "fp8", "load_format": "flash_rl"}, {GROUP, Capability.UPDATE_FROM_CUDA_IPC}),
     ],

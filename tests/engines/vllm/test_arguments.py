@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options
-from millrace.engines.vllm.arguments import ENVIRONMENT, OTHERS, SETTINGS, Ports, nodes
+from millrace.engines.vllm.arguments import ENVIRONMENT, OTHERS, SETTINGS, Ports, nodes, rank_gpus
 from millrace.errors import ConfigError
 
 
@@ -259,6 +259,16 @@ def test_the_second_replica_sees_the_gpus_after_those_of_the_first(
 ) -> None:
     (node,) = plan(replica=1, replicas=2, visible=visible, **settings)
     assert node.environment["CUDA_VISIBLE_DEVICES"] == expected
+    config = VLLMEngineConfig(kind="vllm", replicas=2, **settings)
+    assert rank_gpus(config, 1, visible) == tuple(expected.split(","))
+
+
+def test_the_gpu_of_each_rank() -> None:
+    two = VLLMEngineConfig(kind="vllm", nnodes=2, tp_size=4, base_gpu_id=2)
+    assert rank_gpus(two, 0, "9,8,7, 6,5,4") == ("7", "6", "5", "4")
+    there = two.model_copy(update={"node_rank": 0, "dist_init_addr": "10.0.0.1:6000"})
+    assert rank_gpus(there, 0, None) == ()  # half of its ranks are on another host
+    assert rank_gpus(VLLMEngineConfig(kind="vllm", device="cpu"), 0, None) == ()
 
 
 def test_too_few_gpus_are_reported_before_the_start() -> None:

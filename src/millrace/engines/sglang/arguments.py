@@ -157,6 +157,23 @@ def environment(config: SGLangEngineConfig) -> dict[str, str]:
     return variables
 
 
+def rank_gpus(config: SGLangEngineConfig, replica: int, visible: str | None) -> tuple[str, ...]:
+    """Return the GPU of each rank of a replica, as CUDA_VISIBLE_DEVICES names it; empty if it is not known here.
+
+    visible: CUDA_VISIBLE_DEVICES of this process.
+    """
+    separate_dp = config.dp_size > 1 and not attention_dp(config)
+    if config.device == "cpu" or config.node_rank is not None or config.pp_size > 1 or separate_dp:
+        return ()
+    first = config.base_gpu_id + replica * gpus(config)
+    numbers = range(first, first + gpus(config), gpus(config) // config.tp_size)
+    device_ids = visible if config.cuda_visible_devices is None else config.cuda_visible_devices
+    if device_ids is None:
+        return tuple(map(str, numbers))
+    names = [name.strip() for name in device_ids.split(",") if name.strip()]
+    return tuple(names[number] for number in numbers) if numbers[-1] < len(names) else ()
+
+
 def attention_dp(config: SGLangEngineConfig) -> bool:
     """Whether the data-parallel ranks share the tensor-parallel group (DP attention), and so need no GPUs of their own.
 

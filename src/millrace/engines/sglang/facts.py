@@ -71,7 +71,10 @@ def capabilities_of(
     on_cpu = server["device"] == "cpu"
     single = server["dp_size"] == 1 or server["enable_dp_attention"]
     if "/update_weights_from_tensor" in paths and single:
-        found.add(Capability.UPDATE_FROM_TORCH_STORAGE if on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
+        if on_cpu:
+            found.add(Capability.UPDATE_FROM_TORCH_STORAGE)
+        elif server["pp_size"] == 1:  # otherwise the ranks of all stages open the same share, and it is for one rank
+            found.add(Capability.UPDATE_FROM_CUDA_IPC)
     if not single:
         found.discard(Capability.UPDATE_FROM_PROCESS_GROUP)
     if server["quantization"] is not None:

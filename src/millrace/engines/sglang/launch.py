@@ -1,10 +1,11 @@
 """Start an SGLang server: one process, or one process for each node."""
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
 from millrace.config.engines import SGLangEngineConfig
-from millrace.engines.sglang.arguments import Ports, attention_dp, nodes
+from millrace.engines.sglang.arguments import Ports, attention_dp, nodes, rank_gpus
 from millrace.engines.spec import Launched, LaunchSpec
 from millrace.engines.stock.arguments import local_ranks
 from millrace.engines.stock.interpreter import checked_interpreter
@@ -42,7 +43,9 @@ async def launch(config: SGLangEngineConfig, spec: LaunchSpec, *, python: Path |
         leftovers=(*LEFTOVERS, *leftovers(ports.kv_events)),
         deadline=config.start_timeout,
     )
-    return Launched(name, planned[0].url if planned[0].rank == 0 else None, api_key, admin_key, server, ports.kv_events)
+    url = planned[0].url if planned[0].rank == 0 else None
+    on = rank_gpus(config, spec.replica, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return Launched(name, url, api_key, admin_key, server, ports.kv_events, on)
 
 
 def choose_ports(config: SGLangEngineConfig, replica: int) -> Ports:

@@ -251,3 +251,14 @@ def node_gpus(config: VLLMEngineConfig, replica: int, index: int, visible: str |
             f"CUDA_VISIBLE_DEVICES, which has {len(names)} ({device_ids!r})"
         )
     return ",".join(names[first : first + count])
+
+
+def rank_gpus(config: VLLMEngineConfig, replica: int, visible: str | None) -> tuple[str, ...]:
+    """Return the GPU of each rank of a replica, as CUDA_VISIBLE_DEVICES names it; empty if it is not known here.
+
+    visible: CUDA_VISIBLE_DEVICES of this process. Raises ConfigError if there are too few.
+    """
+    if config.device == "cpu" or config.node_rank is not None:
+        return ()
+    nodes_gpus = (node_gpus(config, replica, index, visible) for index in range(config.nnodes))
+    return tuple(gpu.strip() for gpus_of_node in nodes_gpus for gpu in gpus_of_node.split(","))

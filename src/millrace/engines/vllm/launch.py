@@ -11,7 +11,7 @@ from millrace.engines.stock.arguments import Node, local_ranks
 from millrace.engines.stock.interpreter import checked_interpreter
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
 from millrace.engines.stock.launching import new_keys, start_nodes, with_dtype
-from millrace.engines.vllm.arguments import Ports, nodes
+from millrace.engines.vllm.arguments import Ports, nodes, rank_gpus
 from millrace.errors import DataError, LaunchError
 from millrace.launch.ports import free_port, free_ports, require_free
 from millrace.model_config import head_dim
@@ -37,15 +37,8 @@ async def launch(config: VLLMEngineConfig, spec: LaunchSpec, *, python: Path | N
         await asyncio.to_thread(require_heads, spec.model_path)
     config = await with_dtype(config, spec.model_path)
     api_key, admin_key = new_keys(spec.api_key)
-    ports = choose_ports(config, spec.replica)
-    planned = nodes(
-        config,
-        spec,
-        ports=ports,
-        api_key=api_key,
-        admin_key=admin_key,
-        visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
-    )
+    ports, visible = choose_ports(config, spec.replica), os.environ.get("CUDA_VISIBLE_DEVICES")
+    planned = nodes(config, spec, ports=ports, api_key=api_key, admin_key=admin_key, visible_gpus=visible)
     server = await start_nodes(
         name,
         [with_extension(node) for node in planned],
@@ -55,7 +48,8 @@ async def launch(config: VLLMEngineConfig, spec: LaunchSpec, *, python: Path | N
         leftovers=(*LEFTOVERS, *leftovers(ports.kv_events)),
         deadline=config.start_timeout,
     )
-    return Launched(name, planned[0].url, api_key, admin_key, server, ports.kv_events)
+    on = rank_gpus(config, spec.replica, visible)
+    return Launched(name, planned[0].url, api_key, admin_key, server, ports.kv_events, on)
 
 
 def require_heads(model_path: Path) -> None:

@@ -76,8 +76,10 @@ class MillraceCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # verl 
             for _ in weights:
                 pass
             return
+        from millrace.integrations.verl.owned import with_this_gpu
+
         assert self._owned is not None, "verl builds the process group before it sends weights"
-        await asyncio.to_thread(self._owned.publish, weights, global_steps)
+        await asyncio.to_thread(self._owned.publish, with_this_gpu(weights), global_steps)
 
     def receive_weights(self, global_steps: int | None = None) -> Iterator[Any]:  # noqa: ARG002  # verl passes it
         """Return no weights: the engines have them already."""

@@ -63,13 +63,14 @@ class OwnedFleet:
     def publish(self, weights: Iterable[NamedTensor], step: int | None) -> PublishReport:
         """Publish a version. `weights` is read to its end even after an error, because reading it is collective.
 
-        step: the trainer's step. None keeps the last one, as in verl's own servers.
+        weights: from `with_this_gpu`, since other threads read them. step: the trainer's step. None keeps the last one,
+        as in verl's own servers.
         """
         self.step = self.step if step is None else step
         publish, source = self.settings.publish, iter(weights)
         try:
             report = self.fleet.publish(
-                _in_any_thread(source),
+                source,
                 label=self.step,
                 bucket_bytes=publish.bucket_bytes,
                 deadline=publish.timeout,
@@ -101,9 +102,12 @@ def drain(weights: Iterable[Any]) -> None:
         pass
 
 
-def _in_any_thread(source: Iterator[NamedTensor]) -> Iterator[NamedTensor]:
-    """Yield the tensors with this thread's GPU as the current one, whichever thread asks for the next one."""
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+def with_this_gpu(weights: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+    """Return the tensors, which any thread may ask for: it gets this thread's GPU as its current one."""
+    return _on_gpu(iter(weights), torch.cuda.current_device() if torch.cuda.is_available() else None)
+
+
+def _on_gpu(source: Iterator[NamedTensor], device: int | None) -> Iterator[NamedTensor]:
     while True:
         if device is not None:
             torch.cuda.set_device(device)

@@ -16,15 +16,15 @@ from verl.workers.rollout.base import BaseRollout
 from millrace.config.models import PretrainedModelConfig
 from millrace.errors import ConfigError
 from millrace.fleet.owner import SharedFleet
-from millrace.integrations.verl.owned import OwnedFleet, drain
+from millrace.integrations.verl.owned import OwnedFleet, drain, with_this_gpu
 from millrace.integrations.verl.settings import RolloutSettings, engine_of, read_settings
 from millrace.integrations.verl.tested import require_tested
 from millrace.train.start import model_folder
 
 require_tested()  # verl imports this module when a run asks for it
 
-# verl's own variable for the level of its logs.
-logging.getLogger("millrace").setLevel(os.getenv("VERL_LOGGING_LEVEL", "WARN"))
+# The second is verl's own variable for the level of its logs.
+logging.getLogger("millrace").setLevel(os.getenv("MILLRACE_LOGGING_LEVEL", os.getenv("VERL_LOGGING_LEVEL", "WARN")))
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class MillraceRollout(BaseRollout):  # type: ignore[misc]  # verl comes without 
         if wire_format != "named_tensors":
             raise ValueError(f"rollout.name=millrace takes whole tensors, and not {wire_format}")
         if self._owns:
-            await asyncio.to_thread(self.owned.publish, weights, global_steps)
+            await asyncio.to_thread(self.owned.publish, with_this_gpu(weights), global_steps)
         else:
             drain(weights)
 

@@ -6,16 +6,21 @@ from dataclasses import dataclass
 from millrace.config.models import TransportName
 from millrace.errors import PublishError
 from millrace.types import Capability
+from millrace.weights.transports.gpus import why_unseen
 from millrace.weights.transports.registry import needs
 
 
 @dataclass(frozen=True, slots=True)
 class TransportCandidate:
-    """An engine as the trainer sees it. `here`: whether it runs on the trainer's host."""
+    """An engine as the trainer sees it.
+
+    here: whether it runs on the trainer's host. unseen: those of its GPUs that the trainer's process does not see.
+    """
 
     name: str
     here: bool
     capabilities: frozenset[Capability]
+    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,8 @@ def choose(
     broadcast from GPU to GPUs, a broadcast from CPU to CPUs, and the disk if there is a `folder` for it. Any other
     `wanted` transport is used even if hosts and GPUs seem to forbid it, because a container or a tunnel may hide them.
 
-    Raises PublishError if an engine cannot receive weights by the wanted transport.
+    Raises PublishError if an engine cannot receive weights by the wanted transport. `cuda_ipc` needs a process that
+    sees the GPUs of all engines.
     """
     why = "the config says so"
     if wanted == "auto" and sidecars:
@@ -48,15 +54,18 @@ def choose(
     if wanted != "auto":
         if lacking := [engine.name for engine in engines if not engine.capabilities & needs(wanted)]:
             raise PublishError(f"publish.transport is {wanted}, and {', '.join(lacking)} can't take weights by it")
+        if wanted == "cuda_ipc" and (hidden := why_hidden(engines)):
+            raise PublishError(hidden)
         return Choice(wanted, why)
     common = in_common(engines)
     away = [engine.name for engine in engines if not engine.here]
     if not away:
         if common & needs("shm"):
             return Choice("shm", "trainer and engines are on this host, and the engines on its CPU")
-        if trainer_has_gpu and common & needs("cuda_ipc"):
+        if trainer_has_gpu and common & needs("cuda_ipc") and not why_hidden(engines):
             return Choice("cuda_ipc", "trainer and engines are on this host, and the engines on a GPU")
-    where = f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} on another host" if away else "no memory is shared"
+    where = f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} on another host" if away else ""
+    where = where or why_hidden(engines) or "no memory is shared"
     # An engine on this host may use the trainer's GPU, and NCCL does not accept two ranks on one GPU.
     on_gpus = common & {Capability.UPDATE_FROM_CUDA_IPC, Capability.UPDATE_FROM_BARE_NCCL}
     if trainer_has_gpu and on_gpus and len(away) == len(engines) and common & needs("nccl"):
@@ -70,3 +79,8 @@ def choose(
 def in_common(engines: Sequence[TransportCandidate]) -> frozenset[Capability]:
     """Return the capabilities that all engines have."""
     return frozenset[Capability].intersection(*(engine.capabilities for engine in engines))
+
+
+def why_hidden(engines: Sequence[TransportCandidate]) -> str | None:
+    """Return why CUDA IPC does not reach an engine whose GPUs this process does not see; None if it sees them all."""
+    return next((why_unseen(engine.name, engine.unseen) for engine in engines if engine.unseen), None)

@@ -12,7 +12,7 @@ import torch
 
 from millrace.errors import PublishError
 from millrace.types import Capability, SharedMemoryBucket, TensorSpec
-from millrace.weights.transports.base import NamedTensors, TransportContext
+from millrace.weights.transports.base import NamedTensors, PublishTarget, TransportContext
 from millrace.weights.transports.slots import MemoryTransport, copy_to_host
 
 
@@ -57,6 +57,6 @@ class SharedMemoryTransport(MemoryTransport[MemoryFile]):
         slot: MemoryFile,
         specs: tuple[TensorSpec, ...],
         nbytes: int,  # noqa: ARG002 (the file has its own size)
-        ranks: int,  # noqa: ARG002 (any number may map it)
+        target: PublishTarget,  # noqa: ARG002 (any number of ranks may map it)
     ) -> SharedMemoryBucket:
         return SharedMemoryBucket(slot.path, specs)

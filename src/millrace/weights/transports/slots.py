@@ -40,8 +40,8 @@ class MemoryTransport(BucketTransport, Generic[S]):
         """Copy the tensors into `target`. Return their checksums by name; empty if the bytes are not read."""
 
     @abstractmethod
-    def _bucket(self, slot: S, specs: tuple[TensorSpec, ...], nbytes: int, ranks: int) -> Bucket:
-        """Return the bucket for one engine with `ranks` ranks."""
+    def _bucket(self, slot: S, specs: tuple[TensorSpec, ...], nbytes: int, target: PublishTarget) -> Bucket:
+        """Return the bucket for one engine, with what each of its ranks needs to open it."""
 
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
         specs = specs_of(tensors)
@@ -51,7 +51,7 @@ class MemoryTransport(BucketTransport, Generic[S]):
         names = tuple(spec.name for spec in specs)
 
         def bucket_for(target: PublishTarget) -> Bucket:
-            return self._bucket(memory, specs, nbytes, target.info.ranks)
+            return self._bucket(memory, specs, nbytes, target)
 
         return StagedBucket(bucket_for, checksums, names, nbytes)
 

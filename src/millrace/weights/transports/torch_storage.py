@@ -19,7 +19,7 @@ from millrace.errors import PublishError
 from millrace.launch.guard import short_place
 from millrace.types import Capability, TensorSpec, TorchStorageBucket
 from millrace.weights.environment import settings
-from millrace.weights.transports.base import NamedTensors, TransportContext
+from millrace.weights.transports.base import NamedTensors, PublishTarget, TransportContext
 from millrace.weights.transports.slots import MemoryTransport, copy_to_host
 
 
@@ -99,7 +99,7 @@ class TorchStorageTransport(MemoryTransport[SharedStorage]):
         slot: SharedStorage,
         specs: tuple[TensorSpec, ...],
         nbytes: int,  # noqa: ARG002 (the storage has its own size)
-        ranks: int,
+        target: PublishTarget,
     ) -> TorchStorageBucket:
-        slot.promise(openings=ranks)
+        slot.promise(openings=target.info.ranks)
         return TorchStorageBucket(slot.manager, slot.handle, slot.bytes.nbytes, specs)
