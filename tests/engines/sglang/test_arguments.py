@@ -86,6 +86,7 @@ def test_every_setting_reaches_the_server() -> None:
         "NCCL_DEBUG": "INFO",
         "CUDA_VISIBLE_DEVICES": "3,4",
         "OMP_NUM_THREADS": "5",
+        VISION_CACHE: "0",
         "MILLRACE_API_KEY": "the-key",
         "MILLRACE_ADMIN_API_KEY": "the-admin-key",
     }
