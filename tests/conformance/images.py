@@ -147,7 +147,7 @@ async def check_wrong_images_are_named(fleet: Fleet, folder: Path) -> None:
     request = reference.request([image])
     with pytest.raises(EngineRefused, match="HTTP 400"):
         await fleet.generate(reference.request([make_image(7, width=1000, height=1)]), deadline=DEADLINE)
-    with pytest.raises(EngineRefused, match="HTTP 400"):
+    with pytest.raises(EngineRefused, match=r"images\[0\] is damaged"):
         await fleet.generate(replace(request, images=(png(image)[:60],)), deadline=DEADLINE)
     with pytest.raises(EngineRefused, match="context"):
         long = replace(request, sampling=replace(request.sampling, max_new_tokens=470))

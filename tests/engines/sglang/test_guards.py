@@ -20,6 +20,7 @@ from millrace.engines.stock.state import InvalidStateError
 from millrace.types import GenerateRequest, SamplingParams
 
 LIMITS = Limits(vocab_size=100, context_length=50, seeds=False, penalties=False)
+PNG = b"\x89PNG\r\n\x1a\n...IEND"  # an engine would say that it is damaged
 SOUND = GenerateRequest((1, 2, 3), SamplingParams(8), request_id="r")
 
 
@@ -114,6 +115,6 @@ def test_a_request_that_the_server_takes_passes(request_: GenerateRequest) -> No
 def test_a_prompt_with_images_that_the_server_would_misread_is_refused(
     ids: tuple[int, ...], fields: dict[str, object], says: str | None
 ) -> None:
-    request = replace(SOUND, input_ids=ids, images=(b"\x89PNG\r\n\x1a\n",), extra=fields)
+    request = replace(SOUND, input_ids=ids, images=(PNG,), extra=fields)
     with nullcontext() if says is None else pytest.raises(InvalidStateError, match=says):
         check_request(request, replace(LIMITS, image_token=7))
