@@ -23,8 +23,8 @@ CALCULATOR = ToolConfig(name="calculator")
 class Task:
     """What the samples of a run work on, with what, and for which reward.
 
-    environment: if there is one, it takes the place of tools and rewards. It is None until its server is open, if it
-    has one. calls: what calls the user's code.
+    environment: if there is one, it takes the place of tools and rewards. One that needs a server, or has tasks of its
+    own, is not here before `with_servers`. calls: what calls the user's code.
     """
 
     problems: Sequence[Problem]
@@ -86,6 +86,14 @@ async def with_servers(task: Task, config: RunConfig) -> AsyncIterator[Task]:
 
             opening = openenv.opened(config.environment, task.calls)
             task = replace(task, environment=await servers.enter_async_context(opening))
+        if config.environment is not None and config.environment.verifiers is not None:
+            from millrace.rollout.adapters import verifiers
+
+            selections = [data.select for data in (config.data, config.evaluation.data) if data.kind == "tasks"]
+            opening_tasks = verifiers.opened(config.environment, task.calls, selections)
+            environment, (problems, held_out) = await servers.enter_async_context(opening_tasks)
+            held_out = held_out[: config.evaluation.problems]
+            task = replace(task, environment=environment, problems=problems, held_out=held_out)
         if tools := [tool for tool in config.rollout.tools or () if tool.mcp is not None]:
             from millrace.rollout.adapters import mcp
 

@@ -89,7 +89,7 @@ async def test_an_environment_that_fails_ends_the_sample_by_one_line(
     async with environment(url, timeout=3.0) as kind:
         with pytest.raises(UserCodeError) as raised:
             await play(kind, saying(turn), problem=replace(PROBLEM, row={"number": number}))
-        assert str(raised.value) == f"the environment of the OpenEnv server {url} {says}"
+        assert str(raised.value) == f"the environment {url} (OpenEnv) {says}"
         _, reward = await play(kind, saying("5"), problem=PROBLEM)  # the server goes on
         assert reward == 1.0
 

@@ -34,7 +34,7 @@ async def opened(config: EnvironmentConfig, calls: Calls) -> AsyncIterator[Envir
             reason = str(error) or f"it did not answer within {START_TIMEOUT:g} s"
             raise ConfigError(f"environment: no OpenEnv server answers at {url}: {reason}") from error
         make = partial(OpenEnvEpisode, http, url, required[0] if len(required) == 1 else None, config.arguments)
-        yield EnvironmentKind(f"of the OpenEnv server {url}", "", make, True, (), config.timeout, calls)
+        yield EnvironmentKind(f"{url} (OpenEnv)", "", make, True, (), config.timeout, calls)
 
 
 class OpenEnvEpisode:
