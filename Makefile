@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VERL_VENV := .venv-verl
+VERIFIERS_VENV := .venv-verifiers
+OPENENV_VENV := .venv-openenv
 VERL_PYTEST = $(VERL_VENV)/bin/python -m pytest -o addopts=-ra -W default
 # Compiling by itself, on all cores: pip takes one. What can't be compiled (templates) is not imported either.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
@@ -10,7 +12,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # The exact versions that this was tested with, and the CPU's torch. `make CONSTRAINTS=... ` names another set.
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: demo test test-all test-verl test-verl-all lint types unit clean
+.PHONY: demo test test-all test-verl test-verl-all test-environments lint types unit clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
@@ -29,6 +31,11 @@ test-verl: $(VERL_VENV)/verl.stamp
 test-verl-all: $(VERL_VENV)/verl.stamp
 	$(VERL_PYTEST) tests/integrations/verl
 
+# Environments of verifiers and OpenEnv, and verifiers' training client on a fleet. The two libraries need different
+# versions of mcp, so each has an environment; the harnesses of verifiers run by the uv in its own.
+test-environments: $(VERIFIERS_VENV)/verifiers.stamp $(OPENENV_VENV)/openenv.stamp
+	PATH="$(CURDIR)/$(VERIFIERS_VENV)/bin:$$PATH" python -m pytest -o addopts=-ra -W default tests/integrations/environments
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,7 +47,7 @@ unit: $(VENV)/dev.stamp
 	$(BIN)/pytest
 
 clean:
-	rm -rf $(VENV) $(VERL_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VERL_VENV) $(VERIFIERS_VENV) $(OPENENV_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -65,4 +72,20 @@ $(VERL_VENV)/verl.stamp: pyproject.toml constraints/verl-cpu.txt
 	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints/verl-cpu.txt \
 		-e '.[verl]' hypothesis pytest pytest-asyncio pytest-timeout
 	$(VERL_VENV)/bin/python -m compileall -qq -j 0 $(VERL_VENV)/lib || true
+	@touch $@
+
+$(VERIFIERS_VENV)/verifiers.stamp: pyproject.toml constraints/verifiers-cpu.txt
+	@echo "installing verifiers into $(VERIFIERS_VENV): two minutes or so"
+	$(PYTHON) -m venv $(VERIFIERS_VENV)
+	$(VERIFIERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-c constraints/verifiers-cpu.txt -e '.[train,verifiers]' hypothesis pytest pytest-asyncio pytest-timeout
+	$(VERIFIERS_VENV)/bin/python -m compileall -qq -j 0 $(VERIFIERS_VENV)/lib || true
+	@touch $@
+
+$(OPENENV_VENV)/openenv.stamp: constraints/openenv.txt
+	@echo "installing OpenEnv into $(OPENENV_VENV): a minute or so"
+	$(PYTHON) -m venv $(OPENENV_VENV)
+	$(OPENENV_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-c constraints/openenv.txt openenv
+	$(OPENENV_VENV)/bin/python -m compileall -qq -j 0 $(OPENENV_VENV)/lib || true
 	@touch $@

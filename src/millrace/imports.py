@@ -18,6 +18,7 @@ EXTRAS: Mapping[str, frozenset[str]] = {
     "parquet": frozenset({"pyarrow"}),
     "mcp": frozenset({"mcp"}),
     "kv-events": frozenset({"zmq", "msgpack"}),
+    "verifiers": frozenset({"verifiers"}),
     "trl": frozenset({"accelerate", "trl"}),
 }  # fmt: skip
 

@@ -89,6 +89,12 @@ def test_tools_have_many_forms_and_a_command_its_files(path: Path) -> None:
             "environment=own.py:G & rollout.tools=[calculator]",
             "rollout.tools can't be set together with environment",
         ),
+        (
+            "environment={openenv: 'http://127.0.0.1:8000', verifiers: gsm8k}",
+            "an environment is one of: path and name of a class, openenv, verifiers",
+        ),
+        ("environment={path: own.py}", "an environment is one of: path and name of a class, openenv, verifiers"),
+        ("environment={openenv: '127.0.0.1:8000'}", "environment.openenv"),
         ("data={kind: file, path: rows.jsonl, promt: task}", "unknown setting data.promt; did you mean 'prompt'?"),
     ],
 )

@@ -24,6 +24,7 @@ from millrace.rollout.chat import load_chat_format
 from millrace.rollout.tools import Calculator
 from millrace.sync import Fleet, open_fleet
 from millrace.train.tiny import CALL_TEXT, make_tiny_model
+from millrace.types import GenerateRequest, SamplingParams
 from tests.integrations.trl_settings import ON_CPU
 from tests.torchrun import ROOT, run_two_ranks
 
@@ -304,6 +305,27 @@ def test_an_engine_that_dies_in_a_step_does_not_end_the_run(model: Path, fleet: 
     assert on_policy(trainer)  # so the new engine got the weights of the step
 
 
+def test_the_repetition_penalty_is_passed_on(model: Path, fleet: Fleet, tmp_path: Path) -> None:
+    settings = {"repetition_penalty": 2.0, "top_k": 1, "max_completion_length": 16}
+    trainer = trainer_of(model, tmp_path, settings=settings)
+    use_fleet(trainer, fleet)
+    generation = trainer.vllm_generation
+    generation.sync_weights()
+    prompt = tuple(
+        trainer.processing_class.apply_chat_template(
+            [{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True, return_dict=False
+        )
+    )
+    _, [tokens], [logprobs], _ = generation.generate([prompt], None, 1)
+    [with_penalty, without] = [
+        fleet.generate(GenerateRequest(prompt, SamplingParams(16, top_k=1, repetition_penalty=penalty)), deadline=60.0)
+        for penalty in (2.0, 1.0)
+    ]
+    assert tuple(tokens) == with_penalty.output_ids[: len(tokens)]
+    np.testing.assert_allclose([logprob for [logprob] in logprobs], with_penalty.logprobs[: len(tokens)], atol=1e-5)
+    assert not np.allclose(with_penalty.logprobs, without.logprobs, atol=1e-4)
+
+
 def test_a_completion_that_fails_is_named(model: Path, fleet: Fleet, tmp_path: Path) -> None:
     long = [{"prompt": [{"role": "user", "content": QUESTIONS[0] * 50}]}] * 8
     trainer = trainer_of(model, tmp_path, train_dataset=Dataset.from_list(long))
@@ -325,7 +347,6 @@ def test_a_rollout_needs_a_fleet_and_the_tools_for_itself(model: Path, fleet: Fl
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"repetition_penalty": 1.1}, "repetition_penalty must be 1, and is 1.1"),
         ({"generation_kwargs": {"num_beams": 2}}, "because of its generation_kwargs"),
         ({"vllm_structured_outputs_regex": "[0-9]"}, "because of its vllm_structured_outputs_regex"),
         ({"loss_type": "vespo"}, "loss_type vespo needs vllm_importance_sampling_mode"),

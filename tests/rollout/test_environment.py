@@ -79,9 +79,11 @@ def log_of(kind: EnvironmentKind) -> list[tuple[Any, ...]]:
     return log
 
 
-async def play(kind: EnvironmentKind, model: FakeModel, limits: EpisodeLimits = LIMITS) -> tuple[Episode, float]:
+async def play(
+    kind: EnvironmentKind, model: FakeModel, limits: EpisodeLimits = LIMITS, problem: Problem = PROBLEM
+) -> tuple[Episode, float]:
     chat = CHAT if kind.tools else PLAIN
-    async with kind.episode(PROBLEM) as played:
+    async with kind.episode(problem) as played:
         prompt = chat.prompt_of(await played.reset())
         episode = await converse(
             "s7",
@@ -296,3 +298,46 @@ def test_classes_that_are_no_environments(tmp_path: Path, code: str, settings: M
     with pytest.raises(ConfigError) as raised:
         kind(tmp_path, code, **settings)
     assert says in str(raised.value)
+
+
+SCORED = """
+from millrace.rollout import Step
+
+class Scored:
+    def reset(self, row):
+        return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which word?"}]
+
+    def step(self, action):
+        return Step("No.", 0.25, action.text == "eggs", {"words": 1.0, "style": 0.5})
+
+    def finish(self):
+        return Step("", -1.0, parts={"late": -1.0})
+"""
+
+
+@pytest.mark.parametrize(
+    ("turns", "reward", "parts"),
+    [
+        (("cards", "eggs"), 0.5, {"words": 2.0, "style": 1.0}),
+        (("cards", "pens"), -0.5, {"words": 2.0, "style": 1.0, "late": -1.0}),  # the limit ends it
+    ],
+)
+async def test_an_environment_names_the_parts_of_its_reward(
+    tmp_path: Path, turns: tuple[str, ...], reward: float, parts: Mapping[str, float]
+) -> None:
+    limits = replace(LIMITS, max_turns=2)
+    async with kind(tmp_path, SCORED, "Scored").episode(replace(PROBLEM, messages=())) as played:
+        episode = await converse(
+            "s7",
+            PLAIN.prompt_of(await played.reset()),
+            played.respond,
+            generate=FakeModel(*map(PLAIN.turn, turns)),
+            chat=PLAIN,
+            calls_tools=False,
+            takes_cut_turns=True,
+            limits=limits,
+            sampling=SamplingParams(64),
+        )
+        await played.finish(episode.end)
+    assert PLAIN.decode(episode.token_ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nW")
+    assert (episode.turns, played.reward, played.parts) == (2, reward, parts)

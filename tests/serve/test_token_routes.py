@@ -66,7 +66,11 @@ async def client(fleet: Fleet) -> AsyncIterator[Client]:
 async def test_tokens_and_logprobs_are_the_fleets(fleet: Fleet, client: Client) -> None:
     request = GenerateRequest(PROMPT, SamplingParams(8, temperature=0.0, ignore_eos=True), prompt_logprobs=True)
     made = await fleet.generate(request, deadline=END)
-    body = {"model": "policy", "token_ids": PROMPT, "sampling_params": {**GREEDY, "prompt_logprobs": 1}}
+    body = {
+        "model": "policy",
+        "token_ids": PROMPT,
+        "sampling_params": {**GREEDY, "prompt_logprobs": 1, "routed_experts_prompt_start": 3},
+    }
     status, answer = await client.post("/inference/v1/generate", {**body, "request_id": "mine", "cache_salt": "v1"})
     assert (status, answer["request_id"]) == (200, "mine")
     [choice] = answer["choices"]

@@ -89,7 +89,18 @@ class HubDataConfig(ColumnsConfig):
     """Split of the data set, such as `train`."""
 
 
-DataConfig = Annotated[GeneratedDataConfig | FileDataConfig | HubDataConfig, Field(discriminator="kind")]
+class TasksDataConfig(Model):
+    """The tasks of the verifiers environment (`environment.verifiers`, docs/tasks.md)."""
+
+    kind: Literal["tasks"]
+    """The environment's own tasks."""
+    select: dict[str, Any] = Field(default_factory=dict)
+    """Which of them, as in verifiers' `select`: `include`, `exclude`, `shuffle`, `seed`, `skip` and `limit`."""
+
+
+DataConfig = Annotated[
+    GeneratedDataConfig | FileDataConfig | HubDataConfig | TasksDataConfig, Field(discriminator="kind")
+]
 
 
 class RolloutConfig(Model):
@@ -380,6 +391,10 @@ class RunConfig(Model):
                     "evaluation.data.prompt": getattr(self.evaluation.data, "prompt", None),
                 }
             )
+        has_tasks = self.environment is not None and self.environment.verifiers is not None
+        for setting, data in (("data", self.data), ("evaluation.data", self.evaluation.data)):
+            if isinstance(data, TasksDataConfig) is not has_tasks:
+                raise ValueError(f"{setting}.kind tasks and environment.verifiers need each other; set both or none")
         if self.judges is not None and self.judges.mode == "colocated":
             if self.mode != "hybrid":
                 raise ValueError(

@@ -108,13 +108,35 @@ class ToolConfig(Model):
         return self
 
 
-class EnvironmentConfig(CodeConfig):
-    """A class that answers the model's turns with observations and rewards (docs/tasks.md)."""
+class EnvironmentConfig(Model):
+    """What answers the model's turns with observations and rewards (docs/tasks.md): a class, an OpenEnv server, or a
+    verifiers environment. `file.py:name` is short for path and name."""
 
+    path: CodePath | None = None
+    """A Python file or module with the class, as in `reward`."""
+    name: str | None = None
+    """Name of the class."""
+    openenv: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    """URL of a running OpenEnv server, such as `http://127.0.0.1:8000`, in place of path and name."""
+    verifiers: str | None = None
+    """Id of an installed verifiers taskset, in place of path and name. It needs the extra `millrace[verifiers]`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments with which the class is made, once for each episode."""
+    """For a class, the keyword arguments with which each episode makes it. For an OpenEnv server, keyword arguments of
+    `reset`, to which those of the row are added. For verifiers, its `env` section."""
     timeout: PositiveFloat = 60.0
     """Seconds for each call of `reset` and `step`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return _from_text(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kinds = [self.path, self.openenv, self.verifiers]
+        if sum(kind is not None for kind in kinds) != 1 or (self.path is None) != (self.name is None):
+            raise ValueError("an environment is one of: path and name of a class, openenv, verifiers")
+        return self
 
 
 class RewardConfig(CodeConfig):

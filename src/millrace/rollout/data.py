@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 
 from millrace.arguments import shown
-from millrace.config.models import DataConfig, FileDataConfig, GeneratedDataConfig, HubDataConfig
+from millrace.config.models import DataConfig, FileDataConfig, GeneratedDataConfig, HubDataConfig, TasksDataConfig
 from millrace.config.tasks import ColumnsConfig
 from millrace.errors import DataError
 from millrace.imports import needs_extra
@@ -41,8 +41,8 @@ def load_problems(
     """Return all problems of a data set.
 
     held_out: the generator returns held-out problems, which training never sees. Files and Hub data sets are not
-    divided. prompts: whether the rows have prompts; if not, the messages are the system prompt alone. check: raises
-    ValueError if a problem can't be used.
+    divided. The tasks of an environment come from it later, so there are none here. prompts: whether the rows have
+    prompts; if not, the messages are the system prompt alone. check: raises ValueError if a problem can't be used.
 
     Raises DataError if the data set is missing or empty, a row lacks a column or has another shape, or `check` refuses
     it. The message names file and row.
@@ -55,6 +55,8 @@ def load_problems(
             problems = tuple(_problems(_read_file(config.path), config, prompts, check))
         case HubDataConfig():
             problems = tuple(_problems(_read_hub(config), config, prompts, check))
+        case TasksDataConfig():
+            return ()
     if not problems:
         raise DataError(f"the data set {config!r} has no problems")
     return problems

@@ -25,10 +25,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentKind:
-    """The environment of a run: a class of the user, of which each episode has an instance.
+    """The environment of a run: a class, of which each episode has an instance.
 
-    where, file: name and file of the class, for error messages. make: makes an instance. on_loop: whether its methods
-    are async. tools: JSON schemas for the prompts. timeout: seconds for each call of an instance.
+    where, file: name and file of the class, for error messages; an adapter's has no file. make: makes an instance.
+    on_loop: whether its methods are async. tools: JSON schemas for the prompts. timeout: seconds for each call of an
+    instance.
     """
 
     where: str
@@ -48,12 +49,13 @@ class EnvironmentKind:
 class EnvironmentEpisode:
     """One instance of an environment. It is an async context manager, which closes the instance.
 
-    reward: the sum so far.
+    reward: the sum so far. named: what the environment says it is made of, by name.
     """
 
     kind: EnvironmentKind
     problem: Problem
     reward: float = 0.0
+    named: dict[str, float] = field(default_factory=dict)
     _instance: Any = None
     _worker: Worker | None = None
     _running: "asyncio.Future[object] | None" = field(default=None, init=False)
@@ -87,13 +89,20 @@ class EnvironmentEpisode:
         calls = [typed(c, schemas.get(c.name, {})) for c in turn.calls if isinstance(c, ToolCall)]
         errors = tuple(call.reason for call in turn.calls if isinstance(call, BadToolCall))
         action = Action(turn.text, tuple(calls), errors, turn.cut)
-        step = await self._call("step", self._instance.step, self.kind.timeout, action)
-        if not isinstance(step, Step):
-            raise self._error("step", f"returned {shown(step)}; it must return Step(observation, reward, done)")
-        self.reward += self._number(step.reward)
+        step = self._counted("step", await self._call("step", self._instance.step, self.kind.timeout, action))
         if step.done:
             return EpisodeEnd.ENVIRONMENT_DONE
         return EpisodeEnd.TURN_LIMIT if turn.last else self._messages("step", step.observation)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The parts of the reward, for the records: one, if the environment names none."""
+        return self.named or {"environment": self.reward}
+
+    async def finish(self, end: EpisodeEnd) -> None:
+        """Ask the instance for the reward of an episode that a limit ended, if it gives one. Raises UserCodeError."""
+        if end is not EpisodeEnd.ENVIRONMENT_DONE and hasattr(self._instance, "finish"):
+            self._counted("finish", await self._call("finish", self._instance.finish, self.kind.timeout))
 
     def _make(self) -> None:
         self._instance = self.kind.make()
@@ -102,20 +111,29 @@ class EnvironmentEpisode:
         if hasattr(self._instance, "close"):
             self._instance.close()
 
-    def _number(self, value: Any) -> float:
+    def _counted(self, method: str, step: object) -> Step:
+        """Return what the method returned, and add its rewards. Raises UserCodeError if it is no Step."""
+        if not isinstance(step, Step):
+            raise self._error(method, f"returned {shown(step)}; it must return Step(observation, reward, done)")
+        self.reward += self._number(method, step.reward)
+        for name, part in step.parts.items():
+            self.named[name] = self.named.get(name, 0.0) + self._number(method, part)
+        return step
+
+    def _number(self, method: str, value: Any) -> float:
         try:
             reward = math.nan if isinstance(value, str) else float(value)
         except (TypeError, ValueError):
             reward = math.nan
         if not math.isfinite(reward):
-            raise self._error("step", f"returned the reward {shown(value)}; it must be a number")
+            raise self._error(method, f"returned the reward {shown(value)}; it must be a number")
         return reward
 
     def _messages(self, method: str, observation: object) -> Sequence[Message]:
         match observation:
             case str() if observation:
                 return ({"role": "user", "content": observation},)
-            case list() | tuple() if _can_follow(observation, {"user"} if method == "reset" else {"tool", "user"}):
+            case list() | tuple() if (_is_prompt if method == "reset" else _can_follow)(observation):
                 return tuple(observation)
         raise self._error(
             method,
@@ -137,6 +155,8 @@ class EnvironmentEpisode:
             return await calls.result(self._running, deadline, deadline)
         except CallTimeout as error:
             raise self._error(method, f"hangs: {error}") from None
+        except UserCodeError as error:  # of an adapter, whose place in the code says nothing
+            raise self._error(method, f"failed: {error}") from error
         except Exception as error:  # the user's code may raise anything
             raise self._error(method, f"failed: {said(error, self.kind.file)}") from error
 
@@ -149,16 +169,28 @@ class EnvironmentEpisode:
         return UserCodeError(f"the environment {self.kind.where} {what} (in {method}, for row {row})")
 
 
-def _can_follow(messages: Sequence[Any], roles: Collection[str]) -> bool:
-    """Return whether these are messages of these roles, those of tools first."""
-    if not all(isinstance(one, Mapping) and isinstance(one.get("content"), str) for one in messages):
-        return False
-    given = [one.get("role") for one in messages]
-    return bool(given) and set(given) <= set(roles) and given == sorted(given, key=lambda role: role == "user")
+def _is_prompt(messages: Sequence[Any]) -> bool:
+    """Return whether these messages can begin a conversation, whose next turn is the model's."""
+    return _have_roles(messages, {"system", "user", "assistant"}) and messages[-1]["role"] == "user"
+
+
+def _can_follow(messages: Sequence[Any]) -> bool:
+    """Return whether these messages can follow a turn of the model: those of tools first."""
+    given = [one.get("role") for one in messages if isinstance(one, Mapping)]
+    return _have_roles(messages, {"tool", "user"}) and given == sorted(given, key=lambda role: role == "user")
+
+
+def _have_roles(messages: Sequence[Any], roles: Collection[str]) -> bool:
+    return bool(messages) and all(
+        isinstance(one, Mapping) and isinstance(one.get("content"), str) and one.get("role") in roles
+        for one in messages
+    )
 
 
 def load_environment(config: EnvironmentConfig, calls: Calls) -> EnvironmentKind:
-    """Return the environment of the settings. Nothing of it is called. Raises ConfigError if it can't be used."""
+    """Return the environment of a class. Nothing of it is called. Raises ConfigError if it can't be used."""
+    assert config.path is not None
+    assert config.name is not None
     code, where = load_code(config.path, config.name, "environment"), place(config.path, config.name)
     if not inspect.isclass(code):
         raise ConfigError(f"environment: {where} is no class")

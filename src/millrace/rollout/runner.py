@@ -164,8 +164,9 @@ class SampleRunner:
                 limits=self.limits,
                 sampling=self.sampling,
             )
-        parts = {"environment": played.reward}
-        return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, played.reward, rewards=parts)
+            await played.finish(episode.end)
+        finished = SampleStatus.FINISHED
+        return Sample(sample_id, group_id, problem, finished, episode, played.reward, rewards=played.parts)
 
     async def _parts(self, problem: Problem, episode: Episode, deadline: float) -> dict[str, float]:
         """Return the parts of a sample's reward, without those of functions that see whole groups."""

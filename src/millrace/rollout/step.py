@@ -1,7 +1,7 @@
 """What a model and an environment say to each other: actions and steps."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from millrace.rollout.sample import Message
 from millrace.rollout.tools import ToolCall
@@ -26,9 +26,11 @@ class Step:
     """What an environment makes of an action.
 
     observation: a text, which becomes a user's message, or a list of messages of tools and a user. It is not used if
-    `done` ends the episode. reward: of this action; those of an episode are added up.
+    `done` ends the episode. reward: of this action; those of an episode are added up. parts: what the rewards are made
+    of, by name, for the records; those of an episode are added up, too.
     """
 
     observation: str | Sequence[Message] = ""
     reward: float = 0.0
     done: bool = False
+    parts: Mapping[str, float] = field(default_factory=dict)

@@ -19,7 +19,8 @@ class Sampling(BaseModel):
     """The sampling parameters of both routes.
 
     `skip_special_tokens`, `spaces_between_special_tokens`, `detokenize` and `include_stop_str_in_output` only change
-    the text of an answer, and these routes answer with token ids, so they have no effect.
+    the text of an answer, and these routes answer with token ids, so they have no effect. Nor has
+    `routed_experts_prompt_start`, which verifiers sends with each later turn: an answer has no routed experts.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -45,6 +46,7 @@ class Sampling(BaseModel):
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
     include_stop_str_in_output: bool = False
+    routed_experts_prompt_start: NonNegativeInt = 0
 
     def params(self, room: int) -> SamplingParams:
         """Return the parameters as Millrace's. `room`: the tokens that are left in the context."""

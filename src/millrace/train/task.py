@@ -1,7 +1,7 @@
 """The task of a run: its problems, tools, rewards and environment, loaded before anything starts."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from millrace.config.models import RunConfig
@@ -23,7 +23,8 @@ CALCULATOR = ToolConfig(name="calculator")
 class Task:
     """What the samples of a run work on, with what, and for which reward.
 
-    environment: if there is one, it takes the place of tools and rewards.
+    environment: if there is one, it takes the place of tools and rewards. One that needs a server, or has tasks of its
+    own, is not here before `with_servers`. calls: what calls the user's code.
     """
 
     problems: Sequence[Problem]
@@ -31,6 +32,7 @@ class Task:
     tools: Mapping[str, ToolKind]
     rewards: Rewards
     environment: EnvironmentKind | None
+    calls: Calls
 
     @property
     def schemas(self) -> list[Mapping[str, object]]:
@@ -51,7 +53,9 @@ def load_task(config: RunConfig) -> Task:
     Raises ConfigError or DataError, in one line, if part of it can't be used.
     """
     calls, alone = Calls(), config.environment is None
-    environment = None if config.environment is None else load_environment(config.environment, calls)
+    environment = None
+    if config.environment is not None and config.environment.path is not None:
+        environment = load_environment(config.environment, calls)
     tools = config.rollout.tools if config.rollout.tools is not None else (CALCULATOR,) if alone else ()
     rewards = load_rewards(config.reward if config.reward is not None else (RULE,) if alone else (), calls)
 
@@ -67,23 +71,35 @@ def load_task(config: RunConfig) -> Task:
     kinds = load_tools(tools, calls)
     problems = load_problems(config.data, prompts=alone, check=check)
     held_out = load_problems(config.evaluation.data, held_out=True, prompts=alone, check=check)
-    return Task(problems, held_out[: config.evaluation.problems], kinds, rewards, environment)
+    return Task(problems, held_out[: config.evaluation.problems], kinds, rewards, environment, calls)
 
 
 @asynccontextmanager
 async def with_servers(task: Task, config: RunConfig) -> AsyncIterator[Task]:
-    """Yield the task with the tools of its MCP servers, to which it stays connected in the block.
+    """Yield the task with its environment and the tools of its MCP servers, which stay open in the block.
 
     Raises ConfigError if a server does not answer.
     """
-    servers = [tool for tool in config.rollout.tools or () if tool.mcp is not None]
-    if not servers:
-        yield task
-        return
-    from millrace.rollout.adapters.mcp import served
+    async with AsyncExitStack() as servers:
+        if config.environment is not None and config.environment.openenv is not None:
+            from millrace.rollout.adapters import openenv
 
-    async with served(servers) as kinds:
-        yield replace(task, tools=by_name([*task.tools.values(), *kinds]))
+            opening = openenv.opened(config.environment, task.calls)
+            task = replace(task, environment=await servers.enter_async_context(opening))
+        if config.environment is not None and config.environment.verifiers is not None:
+            from millrace.rollout.adapters import verifiers
+
+            selections = [data.select for data in (config.data, config.evaluation.data) if data.kind == "tasks"]
+            opening_tasks = verifiers.opened(config.environment, task.calls, selections)
+            environment, (problems, held_out) = await servers.enter_async_context(opening_tasks)
+            held_out = held_out[: config.evaluation.problems]
+            task = replace(task, environment=environment, problems=problems, held_out=held_out)
+        if tools := [tool for tool in config.rollout.tools or () if tool.mcp is not None]:
+            from millrace.rollout.adapters import mcp
+
+            kinds = await servers.enter_async_context(mcp.served(tools))
+            task = replace(task, tools=by_name([*task.tools.values(), *kinds]))
+        yield task
 
 
 def task_chat_format(config: RunConfig, task: Task, model: str) -> ChatFormat:

@@ -164,7 +164,10 @@ def _require_served(trainer: GRPOTrainer) -> None:
     refused = {
         "use_vllm": (args.use_vllm, "construct the trainer without it; the fleet takes the place of TRL's vLLM"),
         "processing_class": (trainer._is_vlm, "it is a processor of images; pass a tokenizer, and train on text"),
-        "generation_kwargs": (args.generation_kwargs, "engines take temperature, top_p, top_k and min_p only"),
+        "generation_kwargs": (
+            args.generation_kwargs,
+            "engines get the sampling settings beside it only",
+        ),
         "vllm_structured_outputs_regex": (args.vllm_structured_outputs_regex, "a fleet has no structured outputs"),
         "sharding": (sharding.is_zero3 or sharding.fsdp_version == 1, "its weights can be gathered with FSDP 2 only"),
         "peft_config": (adapted and sharding.is_fsdp, "an adapter of a model that is sharded can't be merged"),

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from millrace.errors import ConfigError, DataError, MillraceError, RolloutError
+from millrace.errors import DataError, MillraceError, RolloutError
 from millrace.fleet.client import FleetClient
 from millrace.rollout.agent import AbortedGeneration
 from millrace.types import FinishReason, GenerateRequest, Generation, RoutingContext, SamplingParams
@@ -75,18 +75,15 @@ class Sender:
 def sampling_params(source: Any, max_new_tokens: int, stop_token_ids: tuple[int, ...]) -> SamplingParams:
     """Return the sampling parameters of a trainer or of its config, which have the same names.
 
-    Raises ConfigError if a setting can't be honoured.
+    Raises ArgumentError if one of them is invalid.
     """
-    if source.repetition_penalty != 1.0:
-        raise ConfigError(
-            f"repetition_penalty must be 1, and is {source.repetition_penalty:g}: it is not passed to the engines"
-        )
     return SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=source.temperature,
         top_p=source.top_p,
         top_k=source.top_k or -1,  # TRL's 0 is off, too
         min_p=source.min_p or 0.0,
+        repetition_penalty=source.repetition_penalty,
         stop_token_ids=stop_token_ids,
     )
 
