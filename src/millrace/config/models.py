@@ -242,8 +242,9 @@ class TrainConfig(OptimizerConfig):
     """Dtype of the forward pass. The master weights are float32."""
     device: str = "cpu"
     """The torch device: `cpu`, `cuda` or `cuda:N`."""
-    threads: PositiveInt | None = None
-    """Number of CPU threads that torch uses. None keeps torch's default."""
+    threads: PositiveInt | Literal["auto"] = "auto"
+    """Number of CPU threads that torch uses. `auto` uses all cores in hybrid mode, when the engines sleep, and those
+    that the engines leave free in standalone mode. If OMP_NUM_THREADS is set, `auto` keeps it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
 

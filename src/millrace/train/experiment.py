@@ -36,6 +36,7 @@ from millrace.train.resizing import resizable
 from millrace.train.start import model_folder
 from millrace.train.summary import Summary
 from millrace.train.task import Task, load_task, task_chat_format, with_servers
+from millrace.train.threads import trainer_threads
 from millrace.train.trainer import Trainer
 from millrace.train.warmup_data import warmup_conversations
 from millrace.train.world import World, join_world
@@ -76,8 +77,8 @@ async def _train(
     display: Display,
     reload: Callable[[], RunConfig] | None,
 ) -> Summary | None:
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    if (threads := trainer_threads(config)) is not None:
+        torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     with join_world(config.train.device) as world, ThreadPoolExecutor(1, "trainer") as pool:
         if world.size > 1 and config.judges is not None:
