@@ -378,6 +378,8 @@ class RunConfig(Model):
                     "warmup": self.warmup,
                     "data.prompt": getattr(self.data, "prompt", None),
                     "evaluation.data.prompt": getattr(self.evaluation.data, "prompt", None),
+                    "data.images": getattr(self.data, "images", None),
+                    "evaluation.data.images": getattr(self.evaluation.data, "images", None),
                 }
             )
         if self.judges is not None and self.judges.mode == "colocated":
