@@ -84,7 +84,6 @@ class Continuation:
             prompt_tokens=parts[0].prompt_tokens,
             cached_tokens=parts[0].cached_tokens,
             prompt_logprobs=self._prompt_logprobs(parts),
-            prompt_ids=parts[0].prompt_ids,
             penalty_restarts=_joined_restarts(parts),
         )
 

@@ -121,12 +121,18 @@ class ChatFormat:
 
     def _with_places(self, token_ids: tuple[int, ...], messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the token ids of messages. Raises DataError unless they have a placeholder for each image."""
-        if (images := len(images_in(messages))) and (places := token_ids.count(self._sight().placeholder)) != images:
+        images = len(images_in(messages))
+        if images and (places := token_ids.count(self._sight().placeholder)) != images:
             raise DataError(f"the chat template writes {places} placeholders for {images} images")
         return token_ids
 
     def _as_text(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
-        """Return the messages with a mark inserted into each control token of their texts, and the mark."""
+        """Return the messages with a mark inserted into each control token of their texts, and the mark.
+
+        Raises DataError if they have images and the model reads none.
+        """
+        if images_in(messages):
+            self._sight()
         mark = unused_mark(text for message in messages for text in _texts(message))
         return [self._broken(message, mark) for message in messages], mark
 

@@ -15,14 +15,16 @@ from millrace.rollout.sample import Message
 MARK = "<image>"  # verl's place of an image in a text
 SOURCES = ("image", "image_url", "url", "path", "bytes")  # the keys of an image part that may hold the image
 ORIENTATION = 0x0112  # of EXIF: how to turn an image
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # that engines take
 
 
 def read_image(value: Any, folder: Path) -> bytes:
     """Return an image as the content of an image file.
 
     value: a path, a data URL, the content of an image file, a PIL image, or a mapping with one of these as `bytes`,
-    `path` or `url`. folder: where relative paths begin. Transparent pixels become white, and rotated photos upright,
-    because engines and trainers would treat them differently; other files stay as they are.
+    `path` or `url`. folder: where relative paths begin. Transparent pixels become white, rotated photos upright, films
+    their first picture, and other formats PNG, because engines and trainers would treat them differently. Other files
+    stay as they are.
 
     Raises ValueError, in one line, if it is no image, and ConfigError without Pillow.
     """
@@ -130,7 +132,8 @@ def _plain(content: bytes, what: str) -> bytes:
     try:
         with Image.open(BytesIO(content)) as image:
             image.load()
-            if image.mode in ("RGB", "L") and image.getexif().get(ORIENTATION, 1) == 1:
+            still, turned = getattr(image, "n_frames", 1) == 1, image.getexif().get(ORIENTATION, 1) != 1
+            if image.format in FORMATS and image.mode in ("RGB", "L") and still and not turned:
                 return content
             upright = ImageOps.exif_transpose(image).convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

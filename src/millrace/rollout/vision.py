@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
+
+# Until 5.12, the name in `transformers` stood for an error without torchvision, which the backend "pil" does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from millrace.errors import DataError
+from millrace.rollout.chat_template import first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class Vision:
     def tokens(self, image: bytes) -> int:
         """Return the number of placeholders that an image takes. image: the content of an image file."""
         with Image.open(BytesIO(image)) as opened:
-            patches = self.processor.get_number_of_image_patches(opened.height, opened.width)
+            patches = self.processor.get_number_of_image_patches(opened.height, opened.width, {})
         return int(patches // self.processor.merge_size**2)
 
     def added(self, images: Sequence[bytes]) -> int:
@@ -68,13 +72,13 @@ def load_vision(path: str) -> Vision | str:
     try:
         placeholder = getattr(AutoConfig.from_pretrained(path), "image_token_id", None)
     except (OSError, ValueError, KeyError) as error:
-        return f"transformers can't read its config ({str(error).partition(chr(10))[0]})"
+        return f"transformers can't read its config ({first_line(error)})"
     if not isinstance(placeholder, int):
         return "it is a text model, whose config has no image_token_id"
     try:
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     except (OSError, ValueError, KeyError, ImportError) as error:
-        return f"its image processor can't be loaded ({str(error).partition(chr(10))[0]})"
+        return f"its image processor can't be loaded ({first_line(error)})"
     if not hasattr(processor, "get_number_of_image_patches") or not hasattr(processor, "merge_size"):
         return f"{type(processor).__name__} is not supported: images need a model of the form of Qwen2-VL to Qwen3.5"
     return Vision(placeholder, processor)
