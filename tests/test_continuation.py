@@ -106,3 +106,14 @@ def test_the_prompt_is_scored_once_and_penalties_say_where_they_began_again(part
 def test_the_text_is_that_of_the_last_part() -> None:
     parts = [replace(piece(2, 1), text="ab"), replace(piece(2, 1), text="abcd")]
     assert Continuation(REQUEST, parts).result.text == "abcd"
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=6))
+def test_the_prompt_of_images_is_that_of_the_request(parts: list[tuple[int, bool]]) -> None:
+    """The engine expands the one placeholder to two tokens. A part that was aborted early has no prompt."""
+    continuation = Continuation(REQUEST)
+    for length, read in parts:
+        expanded = (7, 8, 8, 9, *continuation.rest.input_ids[3:])
+        continuation.add(replace(piece(length, 1), prompt_ids=expanded if read else None))
+    read_any = any(read for _, read in parts)
+    assert continuation.result.prompt_ids == ((7, 8, 8, 9) if read_any else None)

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from millrace.engines.stock.model import read_model
 from millrace.errors import DataError
-from millrace.model_config import compute_dtype, folder_dtype, head_dim, vocab_size
+from millrace.model_config import compute_dtype, folder_dtype, head_dim, image_token, vocab_size
 
 WRAPPERS = ("gemma3", "llama4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava", "qwen2_5_omni")
 KINDS = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WRAPPERS} & {*CONFIG_MAPPING})
@@ -142,3 +142,16 @@ except DataError as error:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert "pip install 'millrace[train]'" in done.stdout
     assert "or write vocab_size into the file" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "token"),
+    [
+        ({"vision_config": {}, "image_token_id": 5}, 5),
+        ({"vision_config": {}, "image_token_index": 6}, 6),
+        ({"vision_config": {}, "model_type": "qwen3_vl"}, 151655),  # the default of its class
+        ({"vocab_size": 10}, None),
+    ],
+)
+def test_the_placeholder_of_an_image(config: dict[str, Any], token: int | None, tmp_path: Path) -> None:
+    assert image_token(write(tmp_path, config)) == token

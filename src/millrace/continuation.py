@@ -84,6 +84,7 @@ class Continuation:
             prompt_tokens=parts[0].prompt_tokens,
             cached_tokens=parts[0].cached_tokens,
             prompt_logprobs=self._prompt_logprobs(parts),
+            prompt_ids=_prompt_ids(parts),
             penalty_restarts=_joined_restarts(parts),
         )
 
@@ -120,6 +121,16 @@ def call_id(request_id: str, number: int) -> str:
     """Return the id of one of the calls that a request is made of. An engine must never see an id twice: it may still
     hold the earlier call, and SGLang aborts an id again two seconds after its stream has ended."""
     return f"{request_id}~{number}"
+
+
+def _prompt_ids(parts: list[Generation]) -> tuple[int, ...] | None:
+    """Return the prompt from the first part that has it, without the tokens of the parts before."""
+    made = 0
+    for part in parts:
+        if part.prompt_ids is not None:
+            return part.prompt_ids[: len(part.prompt_ids) - made]
+        made += len(part.output_ids)
+    return None
 
 
 def _joined_restarts(parts: list[Generation]) -> tuple[int, ...]:

@@ -49,6 +49,20 @@ def vocab_size(folder: Path) -> int:
     return size
 
 
+def image_token(folder: Path) -> int | None:
+    """Return the token that stands for an image in a prompt; None for a model of text.
+
+    Raises DataError if the config can't be read, or describes a vision tower and neither the file nor transformers
+    gives the token.
+    """
+    config = read_config(folder)
+    if "vision_config" not in config:
+        return None
+    token = config.get("image_token_id", config.get("image_token_index"))
+    token = token if token is not None else _by_transformers(folder, "image_token_id", of_text=False)
+    return token if isinstance(token, int) else None
+
+
 def head_dim(folder: Path) -> int | None:
     """Return the number of elements of one attention head; None if it is unknown.
 
@@ -116,8 +130,10 @@ def _stored_floats(folder: Path) -> dict[str, tuple[str, int]]:
     return {name: (tensor.float_dtype, prod(tensor.shape)) for name, tensor in stored if tensor.float_dtype is not None}
 
 
-def _by_transformers(folder: Path, name: str) -> object:
-    """Return an attribute of the language model's config with its class's defaults; None if the class lacks it.
+def _by_transformers(folder: Path, name: str, *, of_text: bool = True) -> object:
+    """Return an attribute of a config with its class's defaults; None if the class lacks it.
+
+    of_text: of the language model's config; otherwise of the whole model's.
 
     Raises DataError if transformers is not installed, or can't read the config.
     """
@@ -132,7 +148,7 @@ def _by_transformers(folder: Path, name: str) -> object:
         ) from error
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return getattr(config.get_text_config(), name, None)
+        return getattr(config.get_text_config() if of_text else config, name, None)
     except (  # RuntimeError: the config of a whole model has no value for what differs between its layers
         ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StrictDataclassError,
     ) as error:  # fmt: skip

@@ -241,8 +241,8 @@ class Generation:
     unless the request has stop texts. prompt_logprobs: [P] float32 if requested, by the model's own distribution
     (temperature 1, without penalties and bias); the first is NaN. A stream has both in its last item only.
     penalty_restarts: positions in the output from which on penalties no longer count the tokens before.
-    prompt_ids: the prompt as the engine read it, with a run of placeholder tokens for each image; None unless the
-    request has images.
+    prompt_ids: the prompt as the engine read it, with a run of placeholder tokens for each image; None if the request
+    has no images, or was aborted before the engine read it.
 
     >>> generation = await fleet.generate(request, deadline=60)
     >>> tokenizer.decode(generation.output_ids), generation.logprobs.mean()

@@ -101,6 +101,7 @@ def decode_generate(request: GenerateRequest, body: Mapping[str, Any]) -> Genera
         logprobs=logprobs,
         finish_reason=FinishReason(finish["type"]) if finish else FinishReason.ABORT,
         version_spans=decode_version_spans(meta, len(output_ids)),
+        prompt_ids=tuple(prompt) if request.images and (prompt := body.get("prompt_token_ids")) else None,
         prompt_tokens=meta.get("prompt_tokens", len(request.input_ids)),
         cached_tokens=meta.get("cached_tokens", 0),
         extra={key: value for key, value in meta.items() if key not in dropped},

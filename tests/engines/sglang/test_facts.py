@@ -1,11 +1,13 @@
 """The capabilities of an SGLang server, derived from what it reports."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from millrace.engines.sglang.facts import CAPABILITY_PATHS, capabilities_of
 from millrace.engines.stock.facts import TAKES
+from millrace.engines.stock.model import Model
 from millrace.types import Capability
 
 PATHS = dict.fromkeys([*CAPABILITY_PATHS.values(), "/update_weights_from_tensor"])
@@ -21,6 +23,7 @@ SERVER: dict[str, Any] = {
     "load_format": "auto",
     "quantization": None,
 }
+TEXT = Model(vocab_size=100, shapes=None)
 UPDATES = frozenset[Capability]().union(*TAKES.values())
 GROUP = Capability.UPDATE_FROM_PROCESS_GROUP
 
@@ -36,16 +39,23 @@ GROUP = Capability.UPDATE_FROM_PROCESS_GROUP
     ],
 )
 def test_weights_come_only_by_ways_that_the_server_survives(settings: dict[str, Any], updates: set[Capability]) -> None:
-    assert capabilities_of(PATHS, SERVED, SERVER | settings) & UPDATES == updates
+    assert capabilities_of(PATHS, SERVED, SERVER | settings, TEXT) & UPDATES == updates
 
 
 def test_penalties_are_right_only_without_overlap() -> None:
-    assert Capability.PENALTIES not in capabilities_of(PATHS, SERVED, SERVER)
-    assert Capability.PENALTIES in capabilities_of(PATHS, SERVED, SERVER | {"disable_overlap_schedule": True})
+    assert Capability.PENALTIES not in capabilities_of(PATHS, SERVED, SERVER, TEXT)
+    assert Capability.PENALTIES in capabilities_of(PATHS, SERVED, SERVER | {"disable_overlap_schedule": True}, TEXT)
 
 
 def test_stop_texts_need_a_tokenizer() -> None:
     there = PATHS | {"/v1/detokenize": None}
-    assert Capability.STOP_TEXTS in capabilities_of(there, SERVED, SERVER)
-    assert Capability.STOP_TEXTS not in capabilities_of(there, SERVED, SERVER | {"skip_tokenizer_init": True})
-    assert Capability.STOP_TEXTS not in capabilities_of(PATHS, SERVED, SERVER)
+    assert Capability.STOP_TEXTS in capabilities_of(there, SERVED, SERVER, TEXT)
+    assert Capability.STOP_TEXTS not in capabilities_of(there, SERVED, SERVER | {"skip_tokenizer_init": True}, TEXT)
+    assert Capability.STOP_TEXTS not in capabilities_of(PATHS, SERVED, SERVER, TEXT)
+
+
+@pytest.mark.parametrize("sees", [True, False])
+@pytest.mark.parametrize("model", [TEXT, replace(TEXT, image_token=7)])
+def test_images_need_a_placeholder_and_a_server_that_loaded_the_vision_tower(model: Model, *, sees: bool) -> None:
+    found = capabilities_of(PATHS, {"has_image_understanding": sees}, SERVER, model)
+    assert (Capability.IMAGES in found) == (sees and model.image_token is not None)

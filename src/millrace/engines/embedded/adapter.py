@@ -17,7 +17,7 @@ from millrace.engines.sglang_wire import (
     group_body,
     wire_id,
 )
-from millrace.engines.stock.state import InvalidStateError
+from millrace.engines.stock.state import InvalidStateError, require
 from millrace.engines.stock.tokens import check_values
 from millrace.engines.versions import decode_version
 from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout, LocalError
@@ -202,6 +202,7 @@ class EmbeddedEngine(HttpEngine):
         """Return the body of POST /generate. Raises EngineRefused if `extra` sets what the request itself sets."""
         try:
             check_values(request)
+            require(not request.images, "the embedded engine takes no images; use SGLang or vLLM")
         except InvalidStateError as error:
             raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
         sampling = request.extra.get("sampling_params", {})

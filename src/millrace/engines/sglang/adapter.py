@@ -20,6 +20,7 @@ from millrace.engines.sglang_wire import (
 )
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.facts import Facts
+from millrace.engines.stock.images import data_url
 from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
@@ -44,6 +45,14 @@ from millrace.types import (
 
 PAUSE_DEADLINE = 60.0  # seconds; it waits for the requests of other clients to end
 WITHOUT_FLUSH = {"flush_cache": False, "abort_all_requests": False}  # the adapter did both before
+
+
+def encode(request: GenerateRequest, *, stream: bool = False) -> Mapping[str, object]:
+    """Return the body of POST /generate, with the request's images."""
+    body = encode_generate(request, stream=stream)
+    if not request.images:
+        return body
+    return {**body, "image_data": [data_url(image) for image in request.images], "return_prompt_token_ids": True}
 
 
 class SGLangEngine(StockEngine[Facts]):
@@ -87,11 +96,11 @@ class SGLangEngine(StockEngine[Facts]):
     async def _generate(
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:
-        body = await by.generate("/generate", encode_generate(request), deadline=deadline, headers=headers)
+        body = await by.generate("/generate", encode(request), deadline=deadline, headers=headers)
         return self._decode_generation("/generate", lambda: decode_generate(request, body))
 
     async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
-        async for event in self._events("/generate", encode_generate(request, stream=True), deadline):
+        async for event in self._events("/generate", encode(request, stream=True), deadline):
             made = self._decode_generation("/generate", partial(decode_generate, request, event))
             yield made, event["meta_info"]["finish_reason"] is not None
 

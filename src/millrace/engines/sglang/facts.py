@@ -46,7 +46,7 @@ def read_facts(
         vocab_size=model.vocab_size,
         # Less than the model's: beyond it, SGLang refuses the prompt or silently cuts the output.
         context_length=server["max_req_input_len"],
-        capabilities=capabilities_of(paths, served, server),
+        capabilities=capabilities_of(paths, served, server, model),
         ranks=server["tp_size"] * server["pp_size"],
         dtype=DTYPES.get(server["dtype"]),
         max_running=sum(rank.get(RUNNING, 0) for rank in server.get("internal_states", ())) or None,
@@ -58,12 +58,13 @@ def read_facts(
         seeds,
         penalties=Capability.PENALTIES in info.capabilities,
         stop_texts=Capability.STOP_TEXTS in info.capabilities,
+        image_token=model.image_token if Capability.IMAGES in info.capabilities else None,
     )
     return Facts(info, model, limits)
 
 
 def capabilities_of(
-    paths: Mapping[str, object], served: Mapping[str, Any], server: Mapping[str, Any]
+    paths: Mapping[str, object], served: Mapping[str, Any], server: Mapping[str, Any], model: Model
 ) -> frozenset[Capability]:
     """Return the server's capabilities. The arguments are those of `read_facts`."""
     found = {capability for capability, path in CAPABILITY_PATHS.items() if path in paths}
@@ -84,6 +85,6 @@ def capabilities_of(
         found.add(Capability.STOP_TEXTS)
     if server["disable_overlap_schedule"]:  # otherwise penalties count a token when the next one is sampled already
         found.add(Capability.PENALTIES)
-    if served["has_image_understanding"]:
+    if served["has_image_understanding"] and model.image_token is not None:
         found.add(Capability.IMAGES)
     return frozenset(found)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from millrace.engines.sglang_wire import PENALTIES
 from millrace.engines.stock.facts import Limits
+from millrace.engines.stock.images import check_images
 from millrace.engines.stock.state import InvalidStateError, require
 from millrace.engines.stock.tokens import check_ids, check_length, check_stop, check_values
 from millrace.types import GenerateRequest
 
 # Fields that Millrace sets; `extra` must not have them.
-OWN_FIELDS = frozenset({"rid", "input_ids", "return_logprob", "stream"})
+OWN_FIELDS = frozenset({"rid", "input_ids", "return_logprob", "stream", "return_prompt_token_ids"})
 # They crash the server with any value, or replace the prompt.
 LETHAL_FIELDS = frozenset({"text", "input_embeds", "positional_embed_overrides", "lora_id", "http_worker_ipc"})
 # Crashes 0.5.15 if a request without it is in the same batch.
@@ -34,6 +35,7 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
     check_ids(request, limits)
     check_length(request, limits)
     check_stop(request, limits)
+    check_images(request, limits)
     require(
         sampling.seed is None or limits.seeds,
         "the server would ignore the seed; start it with engine_args: {enable_deterministic_inference: true}",
@@ -50,6 +52,11 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
     require(
         not (request.prompt_logprobs and request.extra.keys() & {*MEDIA, "logprob_start_len"}),
         "prompt_logprobs are for prompts of text, and set logprob_start_len; leave it and media out of extra",
+    )
+    require(not (request.images and request.extra.keys() & MEDIA), "give the media in images or in extra, not in both")
+    require(
+        not request.images or request.input_ids[0] != limits.image_token,
+        "input_ids begins with an image, and SGLang would tokenize the prompt again; begin it with another token",
     )
     require(
         not request.request_id.startswith(HEALTH_CHECK),

@@ -24,6 +24,13 @@ from typing import Any
 # Allocations between two runs of Python's garbage collector. With the default of 700, the collector takes a quarter of
 # the import time of each SGLang process.
 GC_THRESHOLD = 50_000
+# Operators of `sgl_kernel` that SGLang's Qwen3.5 names when it is imported, and its Qwen-VL processor imports Qwen3.5.
+NAMED_KERNELS = (
+    "fused_sigmoid_mul_cpu",
+    "fused_qk_gemma_rmsnorm_cpu",
+    "fused_qk_gemma_rmsnorm_with_gate_cpu",
+    "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+)
 
 KEYS = [key for name in ("MILLRACE_API_KEY", "MILLRACE_ADMIN_API_KEY") if (key := os.environ.get(name))]
 
@@ -76,6 +83,8 @@ def prepare_cpu() -> None:
         kernels.__path__ = []
         kernels.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)
         sys.modules["sgl_kernel"] = kernels
+        for name in NAMED_KERNELS:
+            torch.library.define(f"sgl_kernel::{name}", "() -> ()")
 
 
 def unpin(torch: Any) -> None:

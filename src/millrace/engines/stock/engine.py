@@ -18,7 +18,7 @@ from millrace.engines.stock.facts import AnyFacts, check_takes
 from millrace.engines.stock.lora import LoadedLoras
 from millrace.engines.stock.model import Model, names_in, read_model
 from millrace.engines.stock.server import StockServer
-from millrace.engines.stock.state import InvalidStateError, ServerState
+from millrace.engines.stock.state import InvalidStateError, ServerState, require
 from millrace.engines.stock.tensors import check_shapes, check_whole
 from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout, LocalError
 from millrace.http import HttpClient
@@ -84,10 +84,10 @@ class StockEngine(StockServer[AnyFacts]):
     async def generate_by(
         self, router: HttpClient, request: GenerateRequest, *, headers: Mapping[str, str], deadline: float
     ) -> Generation:
-        try:
-            self._check(request, await self._facts())
-        except InvalidStateError as error:
-            raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
+        facts = await self._facts()
+        with self._refusing(request):
+            self._check(request, facts)
+            require(not request.images, "requests with images can't go through a router")
         end = time.monotonic() + deadline
         return await self._completed(request, await self._call(router, request, deadline, headers), end)
 
@@ -292,11 +292,10 @@ class StockEngine(StockServer[AnyFacts]):
     @asynccontextmanager
     async def _registered(self, request: GenerateRequest) -> AsyncIterator[Call]:
         """Track a generation, and abort it on the server if the block raises or is cancelled."""
-        try:
-            self._check(request, await self._facts())
+        facts = await self._facts()
+        with self._refusing(request):
+            self._check(request, facts)
             request = self._loras.served(request)
-        except InvalidStateError as error:
-            raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
         with self._calls.register(request) as call:
             try:
                 yield call

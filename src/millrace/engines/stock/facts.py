@@ -28,13 +28,18 @@ TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of a server on requests. seeds, penalties, stop_texts: whether it honours them."""
+    """The limits of a server on requests.
+
+    seeds, penalties, stop_texts: whether it honours them. image_token: the placeholder of an image; None if the server
+    takes no images.
+    """
 
     vocab_size: int
     context_length: int
     seeds: bool
     penalties: bool = True
     stop_texts: bool = True
+    image_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

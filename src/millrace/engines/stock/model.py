@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from millrace.engines.stock.tensors import check_shapes, check_tensors
-from millrace.model_config import vocab_size
+from millrace.model_config import image_token, vocab_size
 from millrace.model_folder import has_weights, stored_tensors
 from millrace.types import (
     Bucket,
@@ -22,15 +22,20 @@ from millrace.types import (
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as its folder describes it. shapes: of every tensor, by name; None if the folder has no weights."""
+    """A model as its folder describes it.
+
+    shapes: of every tensor, by name; None if the folder has no weights. image_token: the placeholder of an image; None
+    for a model of text.
+    """
 
     vocab_size: int
     shapes: Mapping[str, tuple[int, ...]] | None
+    image_token: int | None = None
 
 
 def read_model(folder: Path) -> Model:
     """Read a model's folder. Raises DataError if it can't be read or is not a model's folder."""
-    return Model(vocab_size(folder), shapes_of(folder) if has_weights(folder) else None)
+    return Model(vocab_size(folder), shapes_of(folder) if has_weights(folder) else None, image_token(folder))
 
 
 def shapes_of(folder: Path) -> Mapping[str, tuple[int, ...]]:

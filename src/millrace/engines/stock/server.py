@@ -5,15 +5,18 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Generic
 
 from millrace.engines.http_engine import HttpEngine
 from millrace.engines.stock.carried import with_carried_penalties, with_text
 from millrace.engines.stock.facts import AnyFacts
-from millrace.engines.stock.state import ServerState
+from millrace.engines.stock.images import check_images, check_prompt, without_runs
+from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stop_texts import first_stop
+from millrace.errors import EngineRefused
 from millrace.http import HttpClient
 from millrace.types import Bucket, Capability, GenerateRequest, Generation, MemoryTag, PauseMode, ProcessGroup
 
@@ -33,19 +36,44 @@ class StockServer(HttpEngine, Generic[AnyFacts]):
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:
         """Send one request to the server, or to the router that `by` connects to."""
-        sent, exact = await self._with_carried_penalties(request)
+        sent, exact = await self._as_sent(request)
         made = await self._generate(by, sent, deadline, headers)
+        await self._check_prompt(request, made)
         return _of_call(request, made, exact)
 
     async def _stream_call(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         """Stream one request. Yields the cumulative output, and whether it is final."""
-        sent, exact = await self._with_carried_penalties(request)
+        sent, exact = await self._as_sent(request)
         async for made, finished in self._stream(sent, deadline):
+            if finished:
+                await self._check_prompt(request, made)
             yield _of_call(request, made, exact), finished
 
-    async def _with_carried_penalties(self, request: GenerateRequest) -> tuple[GenerateRequest, bool]:
-        capabilities = (await self._facts()).info.capabilities
-        return with_carried_penalties(request, counts_prompt=Capability.PROMPT_PENALTY in capabilities)
+    async def _as_sent(self, request: GenerateRequest) -> tuple[GenerateRequest, bool]:
+        """Return the request for the server, and whether its penalties count the continued tokens.
+
+        Raises EngineRefused if the continued tokens have a placeholder of images: the server would take it for one.
+        """
+        facts = await self._facts()
+        with self._refusing(request):
+            check_images(request, facts.limits)
+        counts_prompt = Capability.PROMPT_PENALTY in facts.info.capabilities
+        sent, exact = with_carried_penalties(request, counts_prompt=counts_prompt)
+        return without_runs(sent, facts.limits), exact
+
+    async def _check_prompt(self, request: GenerateRequest, made: Generation) -> None:
+        """Raise EngineRefused if the prompt does not fit its images, and EngineFailed if the server read another."""
+        limits = (await self._facts()).limits
+        with self._refusing(request):
+            self._decode("generate", lambda: check_prompt(request, made, limits))
+
+    @contextmanager
+    def _refusing(self, request: GenerateRequest) -> Iterator[None]:
+        """Raise EngineRefused for an InvalidStateError in the block."""
+        try:
+            yield
+        except InvalidStateError as error:
+            raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
 
     async def _completed(self, request: GenerateRequest, made: Generation, end: float) -> Generation:
         """Return the result of a request, made by one or more calls, with its text if the request has stop texts.

@@ -88,17 +88,20 @@ def read_facts(
         weight_version=None,
         vocab_size=model.vocab_size,
         context_length=served["max_model_len"],
-        capabilities=capabilities_of(config, server, api["paths"]),
+        capabilities=capabilities_of(config, server, api["paths"], model),
         ranks=parallel["world_size"] * parallel["data_parallel_size"],
         dtype=str(config["model_config"]["dtype"]).removeprefix("torch."),
         max_running=config["scheduler_config"]["max_num_seqs"] * parallel["data_parallel_size"],
     )
     stop_texts = Capability.STOP_TEXTS in info.capabilities
-    limits = Limits(info.vocab_size, info.context_length, seeds=True, stop_texts=stop_texts)
+    image_token = model.image_token if Capability.IMAGES in info.capabilities else None
+    limits = Limits(info.vocab_size, info.context_length, seeds=True, stop_texts=stop_texts, image_token=image_token)
     return VLLMFacts(info, model, limits, server)
 
 
-def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[str, object]) -> frozenset[Capability]:
+def capabilities_of(
+    config: Mapping[str, Any], server: Server, paths: Mapping[str, object], model: Model
+) -> frozenset[Capability]:
     """Return the server's capabilities."""
     found = {
         Capability.VERSION_SPANS,
@@ -122,6 +125,7 @@ def capabilities_of(config: Mapping[str, Any], server: Server, paths: Mapping[st
         found.add(Capability.SLEEP)
     if config["lora_config"] is not None and "/v1/load_lora_adapter" in paths:
         found.add(Capability.LORA)
-    if config["model_config"]["multimodal_config"] is not None:
+    multimodal = config["model_config"]["multimodal_config"] is not None
+    if multimodal and model.image_token is not None and "content_parts" in server.fields:
         found.add(Capability.IMAGES)
     return frozenset(found)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 
 from millrace.engines.stock.facts import Limits
+from millrace.engines.stock.images import check_images
 from millrace.engines.stock.model import Model
 from millrace.engines.stock.state import InvalidStateError, require
 from millrace.engines.stock.tokens import check_ids, check_length, check_stop, check_values
@@ -51,6 +52,7 @@ def check_request(request: GenerateRequest, limits: Limits, server: Server) -> N
     check_ids(request, limits)
     check_length(request, limits)
     check_stop(request, limits)
+    check_images(request, limits)
     require(
         sampling.temperature == 0 or COLDEST <= sampling.temperature <= HOTTEST,
         f"temperature must be 0, or {COLDEST:g} to {HOTTEST:g}: vLLM would raise a lower value and refuse a higher one",
@@ -62,6 +64,7 @@ def check_request(request: GenerateRequest, limits: Limits, server: Server) -> N
         "it with --logprobs-mode processed_logprobs",
     )
     require(not (request.prompt_logprobs and request.extra.keys() & MEDIA), "prompt_logprobs are for prompts of text")
+    require(not (request.images and request.extra.keys() & MEDIA), "give the media in images or in extra, not in both")
     further = request.extra.get("sampling_params", {})
     require(isinstance(further, Mapping), "extra.sampling_params must be a mapping")
     assert isinstance(further, Mapping)

@@ -4,13 +4,14 @@
 `--tokens-only`). Other servers are called by OpenAI's `/v1/completions`, also with token ids.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from typing import Any
 
 import numpy as np
 
+from millrace.engines.stock.images import data_url
 from millrace.engines.versions import decode_spans
 from millrace.types import FinishReason, Float32Array, GenerateRequest, Generation, VersionSpan
 
@@ -63,6 +64,9 @@ def encode(path: str, request: GenerateRequest, *, stream: bool = False) -> dict
         body["stream_options"] = {"include_usage": True}
     if path == COMPLETIONS:
         return {**body, "prompt": request.input_ids, "return_token_ids": True, **further, **params}
+    if request.images:
+        parts = [{"type": "image_url", "url": data_url(image)} for image in request.images]
+        body |= {"content_parts": parts, "return_token_ids": True}
     return {
         **body,
         "token_ids": request.input_ids,
@@ -84,6 +88,7 @@ class Answer:
     finish_reason: str | None = None
     spans: list[Mapping[str, Any]] | None = None
     prompt_logprobs: list[Mapping[str, Any] | None] | None = None
+    prompt_ids: Sequence[int] | None = None
     usage: Mapping[str, Any] = field(default_factory=dict)
     extra: dict[str, object] = field(default_factory=dict)
 
@@ -93,6 +98,7 @@ class Answer:
         Raises KeyError, IndexError, TypeError or ValueError if it does not have the shape that vLLM documents.
         """
         self.usage = body.get("usage") or self.usage
+        self.prompt_ids = body.get("prompt_token_ids") or self.prompt_ids
         if not body["choices"]:
             return
         choice = body["choices"][0]
@@ -127,6 +133,7 @@ class Answer:
             prompt_tokens=self.usage.get("prompt_tokens", len(request.input_ids)),
             cached_tokens=details.get("cached_tokens") or 0,
             extra=self.extra,
+            prompt_ids=tuple(self.prompt_ids) if request.images and self.prompt_ids else None,
             prompt_logprobs=self._prompt_logprobs(request) if request.prompt_logprobs else None,
         )
 
