@@ -19,6 +19,8 @@ from millrace.types import Capability, DiskBucket, GenerateRequest, SamplingPara
 START_TIMEOUT = 240.0  # seconds; a stock engine takes 20 on a quiet machine
 # These checks need a server that was started with LoRA enabled.
 WITHOUT_LORA = frozenset(check.name for check in CHECKS if Capability.LORA in check.needs)
+# These checks need a server of a vision-language model.
+WITHOUT_IMAGES = frozenset(check.name for check in CHECKS if Capability.IMAGES in check.needs)
 every_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 
 

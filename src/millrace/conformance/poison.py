@@ -42,6 +42,10 @@ def _no_room(info: EngineInfo, request: GenerateRequest) -> GenerateRequest:
     return replace(request, input_ids=request.input_ids[:1] * info.context_length)
 
 
+def _images(*images: bytes) -> Maker:
+    return lambda _info, request: replace(request, images=images)
+
+
 # Every engine must refuse these, since no answer could be right.
 REFUSED: Mapping[str, Maker] = {
     "a token beyond the vocabulary": _beyond,
@@ -51,6 +55,7 @@ REFUSED: Mapping[str, Maker] = {
     "an empty prompt": _tokens(),
     "a prompt longer than the context": _too_long,
     "a prompt that fills the context": _no_room,
+    "an image without a placeholder": _images(b"\x89PNG\r\n\x1a\n"),
     "no tokens to make": _sampling(max_new_tokens=0),
     "a negative temperature": _sampling(temperature=-1.0),
     "a top_p of 0": _sampling(temperature=1.0, top_p=0.0),

@@ -10,6 +10,7 @@ from millrace.conformance.checks import (
     crowding,
     generating,
     identity,
+    images,
     lora,
     pausing,
     refusing,
@@ -34,6 +35,7 @@ CHECKS: Sequence[Check] = (
     *updating.CHECKS,
     *versions.CHECKS,
     *lora.CHECKS,
+    *images.CHECKS,
     *crowding.CHECKS,
 )
 
