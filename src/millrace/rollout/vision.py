@@ -38,6 +38,17 @@ class Vision:
         """Return how many tokens a prompt gains when each image's placeholder becomes a run."""
         return sum(self.tokens(image) - 1 for image in images)
 
+    def expanded(self, token_ids: Sequence[int], images: Sequence[bytes]) -> tuple[int, ...]:
+        """Return token ids with a run of placeholders in place of each one, as an engine reads them.
+
+        Raises ValueError unless there is one placeholder for each image.
+        """
+        if (places := list(token_ids).count(self.placeholder)) != len(images):
+            raise ValueError(f"there are {places} placeholders for {len(images)} images")
+        lengths = map(self.tokens, images)
+        runs = ([token] * (next(lengths) if token == self.placeholder else 1) for token in token_ids)
+        return tuple(token for run in runs for token in run)
+
     def inputs(self, images: Sequence[bytes]) -> dict[str, Any]:
         """Return the model's inputs for images, as tensors on the CPU: `pixel_values` and `image_grid_thw`."""
         opened = [Image.open(BytesIO(image)).convert("RGB") for image in images]
