@@ -3,7 +3,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from millrace.config.engines import SGLangEngineConfig
-from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, Ports, nodes
+from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, VISION_CACHE, Ports, nodes
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options
 from millrace.errors import ConfigError
@@ -86,6 +86,7 @@ def test_every_setting_reaches_the_server() -> None:
         "NCCL_DEBUG": "INFO",
         "CUDA_VISIBLE_DEVICES": "3,4",
         "OMP_NUM_THREADS": "5",
+        VISION_CACHE: "0",
         "MILLRACE_API_KEY": "the-key",
         "MILLRACE_ADMIN_API_KEY": "the-admin-key",
     }
@@ -106,6 +107,12 @@ def test_the_cpu_gets_what_it_needs() -> None:
     assert node.environment["OMP_NUM_THREADS"] == "1"
     assert node.environment["SGLANG_USE_CPU_ENGINE"] == "1"
     assert node.environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_vision_towers_cache_which_outlives_updates_is_off(device: Literal["cpu", "cuda"]) -> None:
+    (node,) = plan(device=device)
+    assert node.environment[VISION_CACHE] == "0"
 
 
 @pytest.mark.parametrize("spelling", ["attention_backend", "attention-backend", "--attention-backend"])
@@ -212,9 +219,9 @@ def test_one_argument_in_two_spellings_is_refused() -> None:
         plan(engine_args={"lora_paths": "a=/x", "lora-paths": "b=/y"})
 
 
-@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SGLANG_USE_CPU_ENGINE"])
+@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SGLANG_USE_CPU_ENGINE", VISION_CACHE])
 def test_a_variable_that_repeats_a_setting_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"engine.env.{name} contradicts engine."):
+    with pytest.raises(ConfigError, match=f"engine.env.{name} contradicts "):
         plan(env={name: "1"})
 
 

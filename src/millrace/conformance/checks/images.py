@@ -18,7 +18,7 @@ from millrace.conformance.requests import (
     generate,
     prompt,
 )
-from millrace.conformance.weights import folder, next_version, one_way
+from millrace.conformance.weights import folder, folders, next_version, one_way
 from millrace.model_config import image_token, read_config
 from millrace.types import Capability, GenerateRequest, Generation, SamplingParams
 
@@ -92,6 +92,23 @@ async def across(subject: Subject) -> None:
         return len(made.version_spans) > 1
 
     await catch(subject, "images-across", look, with_image)
+
+
+@check("images.update", "after an update, the new vision tower reads an image that was read before", Capability.IMAGES)
+async def update(subject: Subject) -> None:
+    own, other = folders(subject)
+    seen = await generate(subject, _request(subject, "update", [_png("a")]))
+    await one_way(subject)(subject, other, await next_version(subject))
+    again, alike_image = _request(subject, "update", [_png("a")]), _request(subject, "update", [_png("a", other=True)])
+    stale, fresh = await generate(subject, again), await generate(subject, alike_image)
+    await one_way(subject)(subject, own, await next_version(subject))
+    difference = abs(float(stale.logprobs[0] - fresh.logprobs[0]))
+    expect(
+        stale.output_ids[0] == fresh.output_ids[0] and difference < CLOSE,
+        f"an image that was read before the update differs by {difference:.3f} nats from one with nearly its pixels; "
+        "SGLang must be started with SGLANG_VLM_CACHE_SIZE_MB=0",
+    )
+    expect(alike(await generate(subject, _request(subject, "update", [_png("a")])), seen), "the old weights differ now")
 
 
 @check("images.cache", "equal tokens with other images share no cached prefix after the image", Capability.IMAGES)
@@ -185,15 +202,20 @@ def _tokens(subject: Subject) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return token, (start,) if isinstance(start, int) else (), (end,) if isinstance(end, int) else ()
 
 
-def _png(label: str, width: int = SMALL, height: int | None = None) -> bytes:
-    """Return a PNG file of random pixels, which are always the same for the same label."""
-    draw, height = random.Random(label), height or width  # noqa: S311 (no secret)
-    rows = b"".join(b"\0" + draw.randbytes(3 * width) for _ in range(height))
-    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+def _png(label: str, width: int = SMALL, *, other: bool = False) -> bytes:
+    """Return a PNG file of random pixels, which are always the same for the same label.
+
+    other: one color of the last pixel is the next one.
+    """
+    draw = random.Random(label)  # noqa: S311 (no secret)
+    rows = b"".join(b"\0" + draw.randbytes(3 * width) for _ in range(width))
+    if other:
+        rows = rows[:-1] + bytes([rows[-1] ^ 1])
+    header = struct.pack(">2I5B", width, width, 8, 2, 0, 0, 0)  # 8 bits, RGB
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
 
 
-CHECKS: Sequence[Check] = (whole_prompt, turns, continues, across, cache, refuses)
+CHECKS: Sequence[Check] = (whole_prompt, turns, continues, across, update, cache, refuses)

@@ -49,10 +49,13 @@ OTHERS = {
     "--nccl-port": ("the free port that Millrace chooses", "leave it out"),
     "--config": ("engine.engine_args, the one place for SGLang's own arguments", "move the file's settings there"),
 }
+# The size of the cache of what the vision tower made of an image. SGLang keeps it across updates and flushes.
+VISION_CACHE = "SGLANG_VLM_CACHE_SIZE_MB"
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": ("engine.cuda_visible_devices", "set only engine.cuda_visible_devices"),
     "OMP_NUM_THREADS": ("engine.threads", "set only engine.threads"),
     "SGLANG_USE_CPU_ENGINE": ("engine.device", "set only engine.device"),
+    VISION_CACHE: ("what Millrace sets, as an update does not drop that cache", "leave it out"),
     API_KEY: KEYS,
     ADMIN_KEY: KEYS,
 }
@@ -145,7 +148,7 @@ def defaults(config: SGLangEngineConfig) -> dict[str, EngineArgument]:
 
 def environment(config: SGLangEngineConfig) -> dict[str, str]:
     """Return the variables to add to the environment of every node, without the keys."""
-    variables = dict(config.env)
+    variables = {**config.env, VISION_CACHE: "0"}
     if config.cuda_visible_devices is not None:
         variables["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
     if config.threads is not None:

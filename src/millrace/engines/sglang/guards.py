@@ -16,6 +16,8 @@ from millrace.types import GenerateRequest
 OWN_FIELDS = frozenset({"rid", "input_ids", "return_logprob", "stream", "return_prompt_token_ids"})
 # They crash the server with any value, or replace the prompt.
 LETHAL_FIELDS = frozenset({"text", "input_embeds", "positional_embed_overrides", "lora_id", "http_worker_ipc"})
+# Crashes 0.5.23 if an image of another hash is in the prefix cache.
+LETHAL_FIELDS |= {"mm_hashes"}
 # Crashes 0.5.15 if a request without it is in the same batch.
 LETHAL_FIELDS |= {"token_ids_logprob"}
 OWN_SAMPLING = frozenset({
