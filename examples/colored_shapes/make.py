@@ -1,4 +1,4 @@
-"""Draws shapes, and makes a tiny vision-language model that has learned to name their colours, but mostly wrong ones."""
+"""Draws shapes, and makes a tiny vision-language model that has learned to name colours, but mostly wrong ones."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def draw(data_set: str, number: int, dice: random.Random) -> None:
 
 
 def warm_up(steps: int, dice: random.Random) -> None:
-    """Make the model, and teach it by supervised steps to answer with a colour, which is wrong in two cases of three."""
+    """Make the model, and teach it by supervised steps to answer with a colour: in two cases of three, a wrong one."""
     folder, config = OUT / "model", TrainConfig(steps=steps, lr=3e-3, lr_warmup_steps=10)
     make_tiny_vision_model(folder, context_length=128)
     chat = load_prompt_format(str(folder))

@@ -176,16 +176,11 @@ class Seer:
 
     async def __call__(self, request: GenerateRequest) -> Generation:
         self.requests.append(request)
-        images, read = iter(request.images), []
-        for token in self.vision.folded(request.input_ids):
-            read += [token] * (self.vision.tokens(next(images)) if token == self.vision.placeholder else 1)
-        assert next(images, None) is None
+        read = self.vision.expanded(self.vision.folded(request.input_ids), request.images)
         ids = self.chat.turn(self.turns.pop(0))
         spans = (VersionSpan(1, 0, len(ids)),)
         logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32)
-        return Generation(
-            request.request_id, ids, logprobs, FinishReason.STOP, spans, len(read), 0, prompt_ids=tuple(read)
-        )
+        return Generation(request.request_id, ids, logprobs, FinishReason.STOP, spans, len(read), 0, prompt_ids=read)
 
 
 SHOW = """
@@ -257,6 +252,12 @@ async def test_the_limits_count_the_placeholders_to_come(folder: Path, chat: Cha
     prompt = len(seer.requests[0].input_ids) + 7
     with pytest.raises(DataError, match=f"its prompt has {prompt} tokens and leaves no room"):
         await show(folder, chat, Seer(chat), EpisodeLimits(4, 16, prompt, 512))
+
+
+async def test_a_placeholder_of_the_models_own(folder: Path, chat: ChatFormat) -> None:
+    seer = Seer(chat, "cards<|image_pad|>")
+    with pytest.raises(DataError, match="request s/0: the model itself generated a placeholder of images"):
+        await show(folder, chat, seer)
 
 
 async def test_an_observation_that_is_no_image(folder: Path, chat: ChatFormat) -> None:

@@ -1,6 +1,7 @@
 """The trainer on images: logprobs of padded batches, what a step changes, and what a publish sends."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,9 @@ def test_placeholders_that_do_not_fit_the_images(folder: Path, samples: list[Tra
     with pytest.raises(DataError, match=rf"runs of \[{tokens - 1}\] placeholders .* makes \[{tokens}\] of them"):
         trainer.train_step([samples[0], short], 1.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.policy).items())
+    stray = replace(samples[0], token_ids=np.full_like(samples[0].token_ids, vision.placeholder))
+    with pytest.raises(DataError, match=r"runs of \[5\] placeholders .* makes \[\] of them"):
+        trainer.train_step([stray, samples[1]], 1.0)
 
 
 def test_a_text_model_with_images(tiny_model: Path) -> None:

@@ -135,8 +135,8 @@ async def converse(
     the turns. sampling: each turn gets its own `max_new_tokens`, stop tokens and, if there is a seed, seed. images: the
     contents of the prompt's image files, each with one placeholder in `prompt_ids`.
 
-    Raises DataError if the prompt leaves no room for an answer or the engine read another prompt, AbortedGeneration if
-    the engine aborts a turn, and whatever `generate` and `respond` raise.
+    Raises DataError if the prompt leaves no room for an answer, the engine read another prompt, or the model generated
+    a placeholder of images; AbortedGeneration if the engine aborts a turn; and whatever `generate` and `respond` raise.
     """
     draft = _Draft(list(prompt_ids), list(images), added=chat.added(images))
     if draft.length >= limits.total:
@@ -153,6 +153,8 @@ async def converse(
         )
         if generation.finish_reason is FinishReason.ABORT:
             raise AbortedGeneration(request_id)
+        if chat.has_placeholder(generation.output_ids):
+            raise DataError(f"request {request_id}: the model itself generated a placeholder of images")
         thought, text = chat.split(generation.output_ids)
         calls = parse_tool_calls(text) if calls_tools else ()
         draft.append_turn(generation, _message(thought, text, calls))

@@ -114,6 +114,10 @@ class ChatFormat:
         """Return token ids with one placeholder in place of the run that an engine made of it."""
         return token_ids if isinstance(self.vision, str) else self.vision.folded(token_ids)
 
+    def has_placeholder(self, token_ids: Sequence[int]) -> bool:
+        """Return whether a token stands for an image."""
+        return not isinstance(self.vision, str) and self.vision.placeholder in token_ids
+
     def _sight(self) -> Vision:
         if isinstance(self.vision, str):
             raise DataError(f"the model reads no images: {self.vision}")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoConfig
 
-# Until 5.12, the name in `transformers` stood for an error without torchvision, which the backend "pil" does not need.
+# Without torchvision, the name in `transformers` 5.10 stands for an error, although Pillow is enough.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from millrace.errors import DataError
@@ -22,7 +22,8 @@ class Vision:
     """How one model reads images.
 
     placeholder: the id of the token that stands for an image; engines replace it by a run of them. processor: the
-    model's image processor, with which stock engines make the same pixels. It runs on NumPy and Pillow.
+    model's image processor, which stock engines use too. Like them it resizes by torchvision if that is installed, and
+    by Pillow otherwise.
     """
 
     placeholder: int
@@ -87,7 +88,7 @@ def load_vision(path: str) -> Vision | str:
     if not isinstance(placeholder, int):
         return "it is a text model, whose config has no image_token_id"
     try:
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         return f"its image processor can't be loaded ({first_line(error)})"
     if not hasattr(processor, "get_number_of_image_patches") or not hasattr(processor, "merge_size"):

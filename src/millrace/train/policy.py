@@ -128,8 +128,12 @@ class Policy:
         """Return the parameters by transformers' names; tied ones once."""
         return dict(self.model.named_parameters())
 
-    def sight(self) -> Vision:
-        """Return how the model reads images. Raises DataError if it reads none."""
+    def require_places(self, sample: TrainSample) -> None:
+        """Raise DataError unless a sample has a run of placeholders, of the right length, for each of its images."""
+        if sample.images or not isinstance(self.vision, str):
+            self._sight().require_runs(sample.token_ids, sample.images)
+
+    def _sight(self) -> Vision:
         if isinstance(self.vision, str):
             raise DataError(f"the model reads no images: {self.vision}")
         return self.vision
@@ -173,7 +177,7 @@ class Policy:
 
     def _image_inputs(self, token_ids_BT: Tensor, images: Sequence[bytes]) -> dict[str, Tensor]:
         """Return the model's inputs for images. From the kinds of tokens (1: image) it computes their positions."""
-        vision = self.sight()
+        vision = self._sight()
         inputs = {name: tensor.to(token_ids_BT.device) for name, tensor in vision.inputs(images).items()}
         return {**inputs, "mm_token_type_ids": (token_ids_BT == vision.placeholder).int()}
 

@@ -169,8 +169,7 @@ class Trainer:
             low, high = int(sample.token_ids.min()), int(sample.token_ids.max())
             if low < 0 or high >= vocabulary:
                 raise ValueError(f"a sample has token ids from {low} to {high}; the model has 0 to {vocabulary - 1}")
-            if sample.images:
-                self.policy.sight().require_runs(sample.token_ids, sample.images)
+            self.policy.require_places(sample)
         device = self.world.device
         self.world.make_current()
         shares = [[samples[i] for i in indices] for indices in plan_minibatches(len(samples), count)]
