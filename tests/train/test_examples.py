@@ -66,7 +66,7 @@ async def test_text_game(tmp_path: Path) -> None:
 @pytest.fixture
 def shapes(tmp_path: Path) -> Path:
     """The folder in which make.py has drawn its images and made its model."""
-    make = [sys.executable, EXAMPLES / "colored_shapes" / "make.py"]
+    make = [sys.executable, str(EXAMPLES / "colored_shapes" / "make.py")]
     subprocess.run(make, check=True, cwd=tmp_path, timeout=400, stdout=subprocess.DEVNULL)
     return tmp_path
 
