@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from millrace.conformance import select
+from millrace.engines.stock.engine import StockEngine
 from millrace.errors import EngineRefused
 from millrace.fleet.fleet import Fleet
 from millrace.types import Float32Array, GenerateRequest, Generation, SamplingParams
@@ -146,11 +147,15 @@ async def check_wrong_images_are_named(fleet: Fleet, folder: Path) -> None:
     request = reference.request([image])
     with pytest.raises(EngineRefused, match="HTTP 400"):
         await fleet.generate(reference.request([make_image(7, width=1000, height=1)]), deadline=DEADLINE)
-    with pytest.raises(EngineRefused, match="HTTP 400"):
+    with pytest.raises(EngineRefused, match=r"images\[0\] is damaged"):
         await fleet.generate(replace(request, images=(png(image)[:60],)), deadline=DEADLINE)
     with pytest.raises(EngineRefused, match="context"):
         long = replace(request, sampling=replace(request.sampling, max_new_tokens=470))
         await fleet.generate(replace(long, images=(png(make_image(7, width=224, height=224)),)), deadline=DEADLINE)
+    [engine] = fleet.engines.values()
+    assert isinstance(engine, StockEngine)
+    with pytest.raises(EngineRefused, match="can't go through a router"):
+        await engine.generate_by(engine._http, request, headers={}, deadline=DEADLINE)
     for small in (make_image(8, width=3, height=3), make_image(9, width=300, height=7)):
         made = await fleet.generate(reference.request([small]), deadline=DEADLINE)
         reference.require(reference.request([small]), made, [small], within=RESIZED)

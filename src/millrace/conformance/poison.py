@@ -55,7 +55,7 @@ REFUSED: Mapping[str, Maker] = {
     "an empty prompt": _tokens(),
     "a prompt longer than the context": _too_long,
     "a prompt that fills the context": _no_room,
-    "an image without a placeholder": _images(b"\x89PNG\r\n\x1a\n"),
+    "an image without a placeholder": _images(b"\x89PNG\r\n\x1a\n...IEND"),
     "no tokens to make": _sampling(max_new_tokens=0),
     "a negative temperature": _sampling(temperature=-1.0),
     "a top_p of 0": _sampling(temperature=1.0, top_p=0.0),

@@ -1,6 +1,7 @@
 """Requests that Millrace refuses before SGLang sees them. tests/conformance shows that a real server would die of
 them."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from millrace.engines.stock.state import InvalidStateError
 from millrace.types import GenerateRequest, SamplingParams
 
 LIMITS = Limits(vocab_size=100, context_length=50, seeds=False, penalties=False)
+PNG = b"\x89PNG\r\n\x1a\n...IEND"  # an engine would say that it is damaged
 SOUND = GenerateRequest((1, 2, 3), SamplingParams(8), request_id="r")
 
 
@@ -99,3 +101,20 @@ def test_a_request_that_the_server_takes_passes(request_: GenerateRequest) -> No
     with pytest.raises(InvalidStateError, match="no tokenizer"):
         stopped = replace(request_, sampling=SamplingParams(8, stop=("a",)))
         check_request(stopped, replace(LIMITS, stop_texts=False))
+
+
+@pytest.mark.parametrize(
+    ("ids", "fields", "says"),
+    [
+        ((1, 7, 2), {}, None),
+        ((7, 2), {}, "begins with an image"),
+        ((1, 7, 2), {"video_data": "x"}, "in images or in extra"),
+        ((1, 2), {}, "0 placeholders"),
+    ],
+)
+def test_a_prompt_with_images_that_the_server_would_misread_is_refused(
+    ids: tuple[int, ...], fields: dict[str, object], says: str | None
+) -> None:
+    request = replace(SOUND, input_ids=ids, images=(PNG,), extra=fields)
+    with nullcontext() if says is None else pytest.raises(InvalidStateError, match=says):
+        check_request(request, replace(LIMITS, image_token=7))

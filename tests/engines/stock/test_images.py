@@ -47,6 +47,8 @@ def test_a_file_is_sent_unchanged_with_its_media_type(kind: str) -> None:
     [
         (replace(SOUND, images=(b"GIF is no image",)), r"images\[0\] is no PNG, JPEG, GIF, BMP or WebP file"),
         (replace(SOUND, images=(IMAGE, b"")), r"images\[1\] is no PNG"),
+        (replace(SOUND, images=(IMAGE[:-8],)), r"images\[0\] is damaged: its PNG file has no end"),
+        (replace(SOUND, images=(file_of("JPEG")[:-2],)), r"images\[0\] is damaged: its JPEG file has no end"),
         (replace(SOUND, images=(IMAGE, IMAGE)), "has 1 placeholder of images .* the request has 2 images"),
         (replace(SOUND, input_ids=(1, 2)), "has 0 placeholders of images .* the request has 1 image$"),
         (replace(SOUND, input_ids=(PAD, 1, PAD, PAD)), "has 2 placeholders .* has 1 image$"),

@@ -26,6 +26,7 @@ SERVER = Server(
     sampling=OWN_SAMPLING | {"bad_words", "allowed_token_ids"},
     on_cpu=True,
 )
+PNG = b"\x89PNG\r\n\x1a\n...IEND"  # an engine would say that it is damaged
 SOUND = GenerateRequest((1, 2, 3), SamplingParams(8), request_id="r")
 
 
@@ -57,11 +58,20 @@ def test_a_request_that_the_server_takes_passes(request_: GenerateRequest) -> No
         (replace(SOUND, sampling=SamplingParams(8, logit_bias={100: 1.0})), "logit_bias has token 100"),
         (replace(SOUND, extra={"content_parts": []}, prompt_logprobs=True), "prompts of text"),
         (replace(SOUND, extra={"sampling_params": 3}), "must be a mapping"),
+        (replace(SOUND, images=(PNG,)), "takes no images"),
     ],
 )
 def test_a_request_that_the_server_would_ignore_or_die_of_is_refused(request_: GenerateRequest, says: str) -> None:
     with pytest.raises(InvalidStateError, match=says):
         check_request(request_, LIMITS, SERVER)
+
+
+def test_images_are_given_once() -> None:
+    limits = replace(LIMITS, image_token=7)
+    request = replace(SOUND, input_ids=(7, 2), images=(PNG,))
+    check_request(request, limits, SERVER)
+    with pytest.raises(InvalidStateError, match="in images or in extra"):
+        check_request(replace(request, extra={"content_parts": []}), limits, SERVER)
 
 
 def test_logprobs_of_another_temperature_are_refused() -> None:

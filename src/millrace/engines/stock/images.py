@@ -15,14 +15,14 @@ from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.state import InvalidStateError, require
 from millrace.types import FinishReason, GenerateRequest, Generation
 
-# The beginnings of image files, and their media types.
-SIGNATURES = (
-    (rb"\x89PNG\r\n\x1a\n", "png"),
-    (rb"\xff\xd8\xff", "jpeg"),
-    (rb"GIF8", "gif"),
-    (rb"BM", "bmp"),
-    (rb"RIFF....WEBP", "webp"),
-)
+# How a file of each media type begins, and what its end has.
+FORMATS = {
+    "png": (rb"\x89PNG\r\n\x1a\n", b"IEND"),
+    "jpeg": (rb"\xff\xd8\xff", b"\xff\xd9"),
+    "gif": (rb"GIF8", b""),
+    "bmp": (rb"BM", b""),
+    "webp": (rb"RIFF....WEBP", b""),
+}
 
 
 def check_images(request: GenerateRequest, limits: Limits) -> None:
@@ -33,7 +33,10 @@ def check_images(request: GenerateRequest, limits: Limits) -> None:
     if token is None:
         raise InvalidStateError("the server takes no images: its model has no vision tower, or it reads text only")
     for index, image in enumerate(request.images):
-        require(_kind(image) is not None, f"images[{index}] is no PNG, JPEG, GIF, BMP or WebP file")
+        kind = _kind(image)
+        if kind is None:
+            raise InvalidStateError(f"images[{index}] is no PNG, JPEG, GIF, BMP or WebP file")
+        require(FORMATS[kind][1] in image, f"images[{index}] is damaged: its {kind.upper()} file has no end")
     runs, images = len(_runs(request.input_ids, token)), len(request.images)
     require(
         runs == images,
@@ -104,7 +107,7 @@ def _collapsed(ids: Sequence[int], token: int) -> tuple[int, ...]:
 
 
 def _kind(image: bytes) -> str | None:
-    return next((kind for start, kind in SIGNATURES if re.match(start, image, re.DOTALL)), None)
+    return next((kind for kind, (start, _) in FORMATS.items() if re.match(start, image, re.DOTALL)), None)
 
 
 def _plural(noun: str, count: int) -> str:
