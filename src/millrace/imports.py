@@ -10,8 +10,8 @@ from millrace.errors import ConfigError
 # The top-level modules of pyproject's extras.
 EXTRAS: Mapping[str, frozenset[str]] = {
     "train": frozenset({
-        "fsspec", "huggingface_hub", "jinja2", "matplotlib", "safetensors", "tokenizers", "torch", "transformers",
-        "zstandard",
+        "PIL", "fsspec", "huggingface_hub", "jinja2", "matplotlib", "safetensors", "tokenizers", "torch",
+        "transformers", "zstandard",
     }),
     "ucx": frozenset({"nixl_cu12"}),
     "hub": frozenset({"datasets"}),

@@ -135,7 +135,8 @@ def test_rows_without_prompts_keep_their_system_prompt(tmp_path: Path) -> None:
      ('{"question": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "answer": "1"}',
       'last message of the column "question" has the role assistant'),
      ('{"question": [{"role": "person", "content": "?"}], "answer": "1"}', 'message 0 of the column "question" is'),
-     ('{"question": [{"role": "user", "content": [{"text": "?"}]}], "answer": "1"}', "has the content .*must be text")],
+     ('{"question": [{"role": "user", "content": 4}], "answer": "1"}', "has the content 4; it must be text, or a list"),
+     ('{"question": [{"role": "user", "content": [{"text": "?"}]}], "answer": "1"}', "has the content part {'text'")],
 )  # fmt: skip
 def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     config = write_lines(tmp_path / "bad.jsonl", NATALIA, HOUSE, line)

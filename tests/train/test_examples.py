@@ -1,7 +1,9 @@
 """The examples of tasks of one's own run, here for two steps, and the dry run says what they are."""
 
 import json
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,29 @@ async def test_text_game(tmp_path: Path) -> None:
         assert sample["text"].count("<|im_start|>assistant\n") == sample["turns"]
         assert sample["reward"] == pytest.approx(sample["rewards"]["environment"])
     assert any(sample["turns"] > 1 for sample in samples)
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    """The folder in which make.py has drawn its images and made its model."""
+    make = [sys.executable, str(EXAMPLES / "colored_shapes" / "make.py")]
+    subprocess.run(make, check=True, cwd=tmp_path, timeout=400, stdout=subprocess.DEVNULL)
+    return tmp_path
+
+
+@pytest.mark.slow
+async def test_colored_shapes(
+    shapes: Path, sglang_python: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On real SGLang. The trainer computes the logprobs that the engine sampled with, also after an update."""
+    monkeypatch.chdir(shapes)
+    engine = [f"engine.python={sglang_python('0.5.23')}", "engine.version=0.5.23", "engine.start_timeout=400"]
+    summary, samples = await run("colored_shapes", shapes, *engine)
+    assert all(len(sample["images"]) == 1 for sample in samples)
+    assert all(sample["text"].count("<|image_pad|>") == 1 for sample in samples)
+    assert len({sample["images"][0] for sample in samples}) == 4
+    gaps = [step.logprob_gap for step in summary.metrics[1:]]
+    assert all(gap is not None and gap < 1e-4 for gap in gaps)
 
 
 @pytest.mark.parametrize(

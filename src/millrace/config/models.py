@@ -390,6 +390,8 @@ class RunConfig(Model):
                     "warmup": self.warmup,
                     "data.prompt": getattr(self.data, "prompt", None),
                     "evaluation.data.prompt": getattr(self.evaluation.data, "prompt", None),
+                    "data.images": getattr(self.data, "images", None),
+                    "evaluation.data.images": getattr(self.evaluation.data, "images", None),
                 }
             )
         has_tasks = self.environment is not None and self.environment.verifiers is not None

@@ -39,6 +39,9 @@ class ColumnsConfig(Model):
     `messages` that the data have."""
     answer: str | None = None
     """Column of the reference answer: a text or a number. None takes `answer` if the data have it."""
+    images: str | None = None
+    """Column of the prompt's images: one, or a list of them (docs/tasks.md). None takes the first of `images` and
+    `image` that the data have."""
     system_prompt: str | None = None
     """System prompt that is put before each prompt."""
 
@@ -161,6 +164,8 @@ IN_PLACE_OF = {
     "warmup": "the warm-up teaches conversations with the calculator",
     "data.prompt": "the environment makes the prompt in `reset`",
     "evaluation.data.prompt": "the environment makes the prompt in `reset`",
+    "data.images": "the environment makes the prompt in `reset`",
+    "evaluation.data.images": "the environment makes the prompt in `reset`",
 }
 
 

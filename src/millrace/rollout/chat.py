@@ -10,7 +10,7 @@ import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from millrace.errors import DataError
 from millrace.rollout.chat_template import ChatTemplate, StandInTurn, first_line, stand_in_turn, turn_before_user
 from millrace.rollout.control_tokens import break_control_tokens, control_tokens, encode, encode_pieces, unused_mark
 from millrace.rollout.reasoning import QUESTION, Reasoning, find_reasoning
-from millrace.rollout.sample import Message
+from millrace.rollout.sample import Message, images_in
+from millrace.rollout.vision import Vision, load_vision
 
 log = logging.getLogger("millrace.rollout")
 
@@ -32,7 +33,8 @@ class ChatFormat:
     end_of_turn: the id of the token that ends each turn of the model. reasoning: how to separate reasoning and answer.
     control: the texts of the control tokens; in questions and tool answers they stay ordinary text.
     turn_before_answers: what tool answers can be appended to; None for a model without tools. turn_before_user: what a
-    user's messages can be appended to; None if the conversation has no second user message.
+    user's messages can be appended to; None if the conversation has no second user message. vision: how the model reads
+    images, or the reason why it reads none.
     """
 
     template: ChatTemplate
@@ -41,6 +43,7 @@ class ChatFormat:
     control: tuple[str, ...]
     turn_before_answers: StandInTurn | None = None
     turn_before_user: StandInTurn | None = None
+    vision: Vision | str = "its folder was not looked at"
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -53,12 +56,20 @@ class ChatFormat:
         return self.prompt_of([{"role": "system", "content": system_prompt}, *asked] if system_prompt else asked)
 
     def prompt_of(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Return the token ids of a conversation, up to the start of the model's first turn.
+        """Return the token ids of a conversation, up to the start of the model's first turn, with one placeholder for
+        each image.
 
-        Raises DataError if the template refuses the messages.
+        Raises DataError if the template refuses the messages, or the model reads no images and they have some.
         """
         texts, mark = self._as_text(messages)
-        return self._encode(self.template.render(texts), mark)
+        return self._with_places(self._encode(self.template.render(texts), mark), messages)
+
+    def added(self, images: Sequence[bytes]) -> int:
+        """Return how many tokens a prompt gains when the placeholder of each image becomes a run of them.
+
+        Raises DataError if the model reads no images and there are some.
+        """
+        return self._sight().added(images) if images else 0
 
     def continuation(self, tool_answers: Sequence[str], *, turn_ended: bool = True) -> tuple[int, ...]:
         """Return the token ids between a turn of the model and its next one, with tool answers as in `reply`."""
@@ -75,7 +86,7 @@ class ChatFormat:
         if turn is None:
             raise DataError(f"this chat format has no form for {'tool' if by_tools else 'user'} messages after a turn")
         texts, mark = self._as_text(messages)
-        ids = self._encode(turn.around(texts)[1], mark)
+        ids = self._with_places(self._encode(turn.around(texts)[1], mark), messages)
         return ids[1:] if turn_ended else ids
 
     def turn(self, text: str) -> tuple[int, ...]:
@@ -99,8 +110,33 @@ class ChatFormat:
         """Return the reasoning of a whole turn of the model, and the rest of its text as `answer` does."""
         return self.reasoning.split(self.decode(turn[:-1] if tuple(turn[-1:]) == (self.end_of_turn,) else turn))
 
+    def folded(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """Return token ids with one placeholder in place of the run that an engine made of it."""
+        return token_ids if isinstance(self.vision, str) else self.vision.folded(token_ids)
+
+    def has_placeholder(self, token_ids: Sequence[int]) -> bool:
+        """Return whether a token stands for an image."""
+        return not isinstance(self.vision, str) and self.vision.placeholder in token_ids
+
+    def _sight(self) -> Vision:
+        if isinstance(self.vision, str):
+            raise DataError(f"the model reads no images: {self.vision}")
+        return self.vision
+
+    def _with_places(self, token_ids: tuple[int, ...], messages: Sequence[Message]) -> tuple[int, ...]:
+        """Return the token ids of messages. Raises DataError unless they have a placeholder for each image."""
+        images = len(images_in(messages))
+        if images and (places := token_ids.count(self._sight().placeholder)) != images:
+            raise DataError(f"the chat template writes {places} placeholders for {images} images")
+        return token_ids
+
     def _as_text(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
-        """Return the messages with a mark inserted into each control token of their texts, and the mark."""
+        """Return the messages with a mark inserted into each control token of their texts, and the mark.
+
+        Raises DataError if they have images and the model reads none.
+        """
+        if images_in(messages):
+            self._sight()
         mark = unused_mark(text for message in messages for text in _texts(message))
         return [self._broken(message, mark) for message in messages], mark
 
@@ -131,7 +167,7 @@ def load_chat_format(
     can't write tool answers, rewrites earlier turns, does not end turns with a special token, or, with tools, writes
     calls in a form that `parse_tool_calls` does not read.
     """
-    return check_chat_format(_load_tokenizer(path), path, tools, template_kwargs)
+    return _seeing(check_chat_format(_load_tokenizer(path), path, tools, template_kwargs), path)
 
 
 def load_prompt_format(path: str, template_kwargs: Mapping[str, object] | None = None) -> ChatFormat:
@@ -139,7 +175,7 @@ def load_prompt_format(path: str, template_kwargs: Mapping[str, object] | None =
 
     Raises DataError if tokenizer or template is missing, or no token ends a turn.
     """
-    return check_prompt_format(_load_tokenizer(path), path, template_kwargs)
+    return _seeing(check_prompt_format(_load_tokenizer(path), path, template_kwargs), path)
 
 
 def load_dialogue_format(
@@ -153,7 +189,7 @@ def load_dialogue_format(
 
     Raises DataError as `load_chat_format` does, and if a user's message can't be appended.
     """
-    return check_dialogue_format(_load_tokenizer(path), path, tools, template_kwargs)
+    return _seeing(check_dialogue_format(_load_tokenizer(path), path, tools, template_kwargs), path)
 
 
 def check_chat_format(
@@ -253,6 +289,10 @@ def _check_calls(turn: StandInTurn, reasoning: Reasoning, name: str) -> None:
             '<tool_call>{"name": ..., "arguments": {...}}</tool_call> and <tool_call><function=...>. Use a model that '
             f"writes one of these, or leave rollout.tools empty. The template writes: {unread!r}"
         )
+
+
+def _seeing(chat: ChatFormat, path: str) -> ChatFormat:
+    return replace(chat, vision=load_vision(path))
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:

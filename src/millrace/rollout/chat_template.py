@@ -208,5 +208,5 @@ def _named(messages: Sequence[Message]) -> list[Message]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type's name if there is no message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """Return the first line of an error's message that is not empty, or its type's name if there is none."""
+    return next(filter(None, str(error).splitlines()), type(error).__name__)

@@ -6,6 +6,7 @@ from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -15,10 +16,12 @@ from millrace.config.models import DataConfig, FileDataConfig, GeneratedDataConf
 from millrace.config.tasks import ColumnsConfig
 from millrace.errors import DataError
 from millrace.imports import needs_extra
+from millrace.rollout.images import read_image, read_messages
 from millrace.rollout.problems import generate_problems
 from millrace.rollout.sample import Message, Problem
 
 PROMPT_COLUMNS = ("question", "prompt", "messages")
+IMAGE_COLUMNS = ("images", "image")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -52,9 +55,9 @@ def load_problems(
             made = generate_problems(config.seed, config.problems, held_out=held_out)
             problems = tuple(made if prompts else (replace(problem, messages=()) for problem in made))
         case FileDataConfig():
-            problems = tuple(_problems(_read_file(config.path), config, prompts, check))
+            problems = tuple(_problems(_read_file(config.path), config, prompts, check, config.path.parent))
         case HubDataConfig():
-            problems = tuple(_problems(_read_hub(config), config, prompts, check))
+            problems = tuple(_problems(_read_hub(config), config, prompts, check, Path()))
         case TasksDataConfig():
             return ()
     if not problems:
@@ -75,14 +78,15 @@ def problems_at(problems: Sequence[Problem], seed: int, position: int, count: in
 
 
 def _problems(
-    rows: Iterator[_Row], config: ColumnsConfig, prompts: bool, check: Callable[[Problem], None]
+    rows: Iterator[_Row], config: ColumnsConfig, prompts: bool, check: Callable[[Problem], None], folder: Path
 ) -> Iterator[Problem]:
+    """Yield the rows as problems. folder: where the relative paths of images begin."""
     columns: ColumnsConfig | None = None
     for row in rows:
         try:
             value = _columns_of(row.value)
             columns = columns or _complete(config, value, prompts)
-            problem = _problem(row.problem_id, value, columns)
+            problem = _problem(row.problem_id, value, columns, folder)
             check(problem)
         except ValueError as error:
             raise DataError(f"{row.where}: {error}") from error
@@ -109,12 +113,17 @@ def _complete(config: ColumnsConfig, row: Mapping[str, object], prompts: bool) -
             )
     if answer is None and "answer" in row:
         answer = "answer"
-    return ColumnsConfig(prompt=prompt, answer=answer, system_prompt=config.system_prompt)
+    images = config.images
+    if prompts and images is None:
+        images = next((name for name in IMAGE_COLUMNS if name in row), None)
+    return ColumnsConfig(prompt=prompt, answer=answer, images=images, system_prompt=config.system_prompt)
 
 
-def _problem(problem_id: str, row: Mapping[str, object], columns: ColumnsConfig) -> Problem:
+def _problem(problem_id: str, row: Mapping[str, object], columns: ColumnsConfig, folder: Path) -> Problem:
     """Return a row as a problem. Raises ValueError, whose message says what is wrong with which column."""
     messages = [] if columns.prompt is None else _messages(columns.prompt, _column(row, columns.prompt))
+    images = [] if columns.images is None else _images(_column(row, columns.images), folder)
+    messages = read_messages(messages, images, folder)
     if columns.system_prompt is not None:
         if messages and messages[0]["role"] == "system":
             raise ValueError(
@@ -147,6 +156,12 @@ def _answer(column: str, value: object) -> str:
     raise ValueError(f'the column "{column}" is {shown(value)}; an answer is a text or a number')
 
 
+def _images(value: object, folder: Path) -> list[bytes]:
+    """Return the images of a row, of which tables write one without a list, and none as None."""
+    images = value if isinstance(value, list) else [] if value is None else [value]
+    return [read_image(image, folder) for image in images]
+
+
 def _messages(column: str, value: object) -> list[Message]:
     """Return a prompt as chat messages. Values of None, with which tables fill missing keys, are left out."""
     match value:
@@ -172,9 +187,12 @@ def _message(where: str, value: object) -> Message:
             message: dict[str, object] = {"role": role, **{str(k): v for k, v in rest.items() if v is not None}}
             if message.get("tool_calls"):
                 message.setdefault("content", "")
-            if isinstance(message.get("content"), str):
+            if isinstance(message.get("content"), str | list):
                 return message
-            raise ValueError(f"{where} has the content {shown(message.get('content'))}; it must be text")
+            raise ValueError(
+                f"{where} has the content {shown(message.get('content'))}; it must be text, or a list of text and "
+                "image parts"
+            )
         case _:
             raise ValueError(f"{where} is {shown(value)}; it needs a role ({', '.join(ROLES)}) and a content")
 
@@ -239,9 +257,21 @@ def _read_hub(config: HubDataConfig) -> Iterator[_Row]:
         rows = datasets.load_dataset(config.path, config.name, split=config.split)
     except (OSError, ValueError) as error:
         raise DataError(f"the data set {config.path!r} (split {config.split!r}) can't be loaded: {error}") from error
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_with_image_files(rows)):
         where = f"the data set {config.path!r} (split {config.split!r}), row {number}"
         yield _Row(where, f"{config.path}-{config.split}-{number}", row)
+
+
+def _with_image_files(rows: Any) -> Any:
+    """Return a data set whose images are the contents of their files, not decoded ones, which are many times larger."""
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return rows
 
 
 def _undecoded(content: bytes) -> str | None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from millrace.arguments import shown
@@ -14,6 +15,7 @@ from millrace.config.tasks import EnvironmentConfig
 from millrace.errors import ConfigError, UserCodeError
 from millrace.rollout.agent import Turn
 from millrace.rollout.calls import Calls, CallTimeout, Worker, is_async
+from millrace.rollout.images import read_messages
 from millrace.rollout.sample import EpisodeEnd, Message, Problem
 from millrace.rollout.step import Action, Step
 from millrace.rollout.toolbox import CLOSE_TIMEOUT, name_in
@@ -134,7 +136,10 @@ class EnvironmentEpisode:
             case str() if observation:
                 return ({"role": "user", "content": observation},)
             case list() | tuple() if (_is_prompt if method == "reset" else _can_follow)(observation):
-                return tuple(observation)
+                try:
+                    return read_messages(observation, (), Path())
+                except ValueError as error:
+                    raise self._error(method, f"returned an observation that can't be read: {error}") from error
         raise self._error(
             method,
             f"returned the observation {shown(observation)}; it must be a text that is not empty, or a list of "
@@ -182,7 +187,7 @@ def _can_follow(messages: Sequence[Any]) -> bool:
 
 def _have_roles(messages: Sequence[Any], roles: Collection[str]) -> bool:
     return bool(messages) and all(
-        isinstance(one, Mapping) and isinstance(one.get("content"), str) and one.get("role") in roles
+        isinstance(one, Mapping) and isinstance(one.get("content"), str | list) and one.get("role") in roles
         for one in messages
     )
 

@@ -23,7 +23,7 @@ from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, Generate, c
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.environment import EnvironmentKind
 from millrace.rollout.judge import Judge
-from millrace.rollout.sample import Episode, Problem, Sample, SampleStatus
+from millrace.rollout.sample import Episode, Problem, Sample, SampleStatus, images_in
 from millrace.rollout.scoring import Played, Rewards
 from millrace.rollout.toolbox import MakeTool, opened
 from millrace.rollout.tools import ToolAnswer
@@ -75,7 +75,7 @@ class SampleRunner:
     last_chance: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def prompt(self, problem: Problem) -> tuple[int, ...]:
-        """Return the prompt of a problem as token ids."""
+        """Return the prompt of a problem as token ids, with one placeholder for each image."""
         return self.chat.prompt_of(problem.messages)
 
     async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
@@ -133,6 +133,7 @@ class SampleRunner:
                 limits=self.limits,
                 sampling=self.sampling,
                 on_tool_answer=self.tool_counts.count,
+                images=images_in(problem.messages),
             )
         ends = timer.when()
         assert ends is not None
@@ -163,6 +164,7 @@ class SampleRunner:
                 takes_cut_turns=True,
                 limits=self.limits,
                 sampling=self.sampling,
+                images=images_in(prompt),
             )
             await played.finish(episode.end)
         finished = SampleStatus.FINISHED

@@ -1,6 +1,6 @@
 """Problems, and the results of a rollout: groups of samples with their episodes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -9,7 +9,23 @@ from numpy.typing import NDArray
 
 from millrace.types import Float32Array, VersionSpan
 
-Message = Mapping[str, object]  # of a chat: `role`, `content`, and what else the chat template reads
+# Of a chat: `role`, `content`, and what else the chat template reads. The content is a text, or a list of parts:
+# `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`, with the content of an image file in bytes.
+Message = Mapping[str, object]
+
+
+def text_of(content: object) -> str:
+    """Return the text of a message's content. Its images are left out."""
+    if not isinstance(content, list | tuple):
+        return str(content)
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def images_in(messages: Sequence[Message]) -> tuple[bytes, ...]:
+    """Return the images of messages, in order."""
+    contents = [message["content"] for message in messages]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+    return tuple(part["image"] for part in parts if part["type"] == "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +50,7 @@ class Problem:
     @property
     def question(self) -> str:
         """The text of the last user message; empty if there is none."""
-        asked = (str(message["content"]) for message in reversed(self.messages) if message["role"] == "user")
+        asked = (text_of(message["content"]) for message in reversed(self.messages) if message["role"] == "user")
         return next(asked, "")
 
 
@@ -64,6 +80,8 @@ class Episode:
     at the time of sampling; 0 where loss_mask is False. version_spans: which weight versions generated which positions;
     they cover exactly the positions where loss_mask is True. turns: of the model. messages: the conversation after the
     prompt, as chat messages; a turn of the model has `content`, `reasoning` and, if there are any, `tool_calls`.
+    images: the contents of the image files in the conversation, in order; `token_ids` has for each the run of
+    placeholders that the engine read.
     """
 
     token_ids: tuple[int, ...]
@@ -73,6 +91,7 @@ class Episode:
     turns: int
     end: EpisodeEnd
     messages: tuple[Message, ...] = ()
+    images: tuple[bytes, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

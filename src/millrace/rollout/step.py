@@ -25,9 +25,10 @@ class Action:
 class Step:
     """What an environment makes of an action.
 
-    observation: a text, which becomes a user's message, or a list of messages of tools and a user. It is not used if
-    `done` ends the episode. reward: of this action; those of an episode are added up. parts: what the rewards are made
-    of, by name, for the records; those of an episode are added up, too.
+    observation: a text, which becomes a user's message, or a list of messages of tools and a user, whose contents may
+    have images as parts `{"type": "image", "image": ...}`. It is not used if `done` ends the episode. reward: of this
+    action; those of an episode are added up. parts: what the rewards are made of, by name, for the records; those of an
+    episode are added up, too.
     """
 
     observation: str | Sequence[Message] = ""

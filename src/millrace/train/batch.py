@@ -1,7 +1,7 @@
 """Samples as padded tensors. Pure functions of the samples' lengths decide which samples go together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,13 +17,15 @@ class TrainSample:
 
     token_ids: [T] integers. loss_mask: [T] bool, True for tokens to train on; False at position 0, which has no
     prediction. logprobs: [T] float32, the engine's at the sampling temperature; used only where loss_mask is True.
-    Raises ValueError if shapes or dtypes don't match.
+    images: the contents of image files; `token_ids` has a run of placeholders for each, as the engine read them. Raises
+    ValueError if shapes or dtypes don't match.
     """
 
     token_ids: NDArray[np.integer]
     loss_mask: NDArray[np.bool_]
     logprobs: Float32Array
     advantage: float
+    images: tuple[bytes, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         shapes = {self.token_ids.shape, self.loss_mask.shape, self.logprobs.shape}
@@ -43,28 +45,31 @@ class TrainSample:
         return int(self.loss_mask.sum())
 
 
-def supervised_sample(token_ids: Sequence[int], loss_mask: Sequence[bool]) -> TrainSample:
+def supervised_sample(token_ids: Sequence[int], loss_mask: Sequence[bool], images: Sequence[bytes] = ()) -> TrainSample:
     """Return a sample for supervised training. Its logprobs are zeros, which `supervised_step` does not use.
 
-    token_ids, loss_mask: [T], as in TrainSample, which raises ValueError.
+    token_ids, loss_mask: [T], and images, as in TrainSample, which raises ValueError.
     """
     ids = np.asarray(token_ids, dtype=np.int64)
-    return TrainSample(ids, np.asarray(loss_mask, dtype=np.bool_), np.zeros(ids.shape, dtype=np.float32), 1.0)
+    mask, logprobs = np.asarray(loss_mask, dtype=np.bool_), np.zeros(ids.shape, dtype=np.float32)
+    return TrainSample(ids, mask, logprobs, 1.0, tuple(images))
 
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
     """The samples of one forward and backward pass, padded on the right to the longest of them.
 
-    token_ids_BT: int64. engine_logprobs_BT: float32. mask_BT: bool. advantages_B: float32. All on one device. There
-    is no attention mask: in a causal model no token attends to the padding after it, and mask_BT excludes the padding
-    from the loss.
+    token_ids_BT: int64. engine_logprobs_BT: float32. mask_BT: bool. advantages_B: float32. All on one device. images:
+    the contents of the image files of all samples, in the order of their placeholders in `token_ids_BT`. There is no
+    attention mask: in a causal model no token attends to the padding after it, and mask_BT excludes the padding from
+    the loss.
     """
 
     token_ids_BT: Tensor
     engine_logprobs_BT: Tensor
     mask_BT: Tensor
     advantages_B: Tensor
+    images: tuple[bytes, ...] = field(default=(), repr=False)
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return the micro-batch on a device."""
@@ -73,6 +78,7 @@ class Microbatch:
             self.engine_logprobs_BT.to(device),
             self.mask_BT.to(device),
             self.advantages_B.to(device),
+            self.images,
         )
 
 
@@ -120,19 +126,22 @@ def collate(samples: Sequence[TrainSample]) -> Microbatch:
         torch.from_numpy(logprobs),
         torch.from_numpy(mask),
         torch.from_numpy(advantages),
+        tuple(image for sample in samples for image in sample.images),
     )
 
 
-def empty_microbatch() -> Microbatch:
-    """Return a micro-batch of two tokens without any to train on.
+NOTHING = supervised_sample([0, 0], [False, False])
 
-    A rank without samples runs it while other ranks have samples, because every rank must join every gather of weights
-    and every reduction of gradients.
+
+def make_microbatches(
+    samples: Sequence[TrainSample], tokens_per_microbatch: int, blank: TrainSample | None = None
+) -> list[Microbatch]:
+    """Return samples as micro-batches, planned by `plan_microbatches`.
+
+    blank: a sample with an image and without trained tokens, which is added to micro-batches without images.
     """
-    return collate([supervised_sample([0, 0], [False, False])])
-
-
-def make_microbatches(samples: Sequence[TrainSample], tokens_per_microbatch: int) -> list[Microbatch]:
-    """Return samples as micro-batches, planned by `plan_microbatches`."""
     plan = plan_microbatches([sample.token_ids.size for sample in samples], tokens_per_microbatch)
-    return [collate([samples[i] for i in indices]) for indices in plan]
+    batches = [[samples[i] for i in indices] for indices in plan]
+    if blank is not None:
+        batches = [batch if any(sample.images for sample in batch) else [*batch, blank] for batch in batches]
+    return [collate(batch) for batch in batches]

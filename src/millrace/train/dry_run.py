@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from millrace.config.models import PretrainedModelConfig, RunConfig
 from millrace.errors import DataError
 from millrace.rollout.chat import ChatFormat
-from millrace.rollout.sample import Problem
-from millrace.train.task import Task, load_task, task_chat_format, with_servers
+from millrace.rollout.sample import Problem, images_in
+from millrace.train.task import Task, load_task, prompt_length, task_chat_format, with_servers
 from millrace.train.tiny import make_tiny_tokenizer
 
 
@@ -37,7 +37,7 @@ def _problems(problems: Sequence[Problem], task: Task, chat: ChatFormat, config:
     count = f"{len(problems)} problems"
     if task.environment is not None:
         return f"{count}; the environment makes the prompts"
-    lengths = {problem.problem_id: len(chat.prompt_of(problem.messages)) for problem in problems}
+    lengths = {problem.problem_id: prompt_length(problem, chat) for problem in problems}
     longest = max(lengths, key=lengths.__getitem__)
     most = config.rollout.max_sample_tokens
     if lengths[longest] >= most:
@@ -45,6 +45,8 @@ def _problems(problems: Sequence[Problem], task: Task, chat: ChatFormat, config:
             f"the prompt of problem {longest} has {lengths[longest]} tokens and leaves no room for an answer: "
             f"rollout.max_sample_tokens is {most}; drop the problem or raise the limit"
         )
+    if images := sum(len(images_in(problem.messages)) for problem in problems):
+        count += f" with {images} images"
     return f"{count}; the longest prompt, {longest}, has {lengths[longest]} of the {most} tokens of a sample"
 
 

@@ -35,7 +35,7 @@ from millrace.train.record import RunFolder
 from millrace.train.resizing import resizable
 from millrace.train.start import model_folder
 from millrace.train.summary import Summary
-from millrace.train.task import Task, load_task, task_chat_format, with_servers
+from millrace.train.task import Task, load_task, prompt_length, task_chat_format, with_servers
 from millrace.train.threads import trainer_threads
 from millrace.train.trainer import Trainer
 from millrace.train.warmup_data import warmup_conversations
@@ -249,7 +249,7 @@ def _require_room(runner: SampleRunner, problems: Sequence[Problem], config: Run
     """Raise DataError, before the first step, if a prompt leaves no room for an answer."""
     limits = runner.limits
     for problem in problems:
-        length = len(runner.prompt(problem))
+        length = prompt_length(problem, runner.chat)
         if length >= limits.total:
             raise DataError(
                 f"the prompt of problem {problem.problem_id} has {length} tokens and leaves no room for an answer: a "

@@ -246,7 +246,7 @@ class TrainingLoop:
                 assert sample.episode is not None
                 episode = sample.episode
                 ids = np.asarray(episode.token_ids, dtype=np.int64)
-                samples.append(TrainSample(ids, episode.loss_mask, episode.logprobs, float(advantage)))
+                samples.append(TrainSample(ids, episode.loss_mask, episode.logprobs, float(advantage), episode.images))
         return self.trainer.train_step(samples, self.config.rollout.temperature)
 
     def _show_generating(self, complete: int) -> None:

@@ -1,5 +1,6 @@
-"""The policy: a causal language model that computes logprobs and returns its weights for publishing."""
+"""The policy: a language model that computes logprobs and returns its weights for publishing. It may read images."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import Parameter
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from millrace.checkpoint_names import load_config
 from millrace.config.models import TrainConfig
 from millrace.errors import DataError
+from millrace.rollout.vision import Vision, load_vision
+from millrace.train.batch import TrainSample, supervised_sample
 from millrace.train.world import World
 from millrace.weights.sharded import ShardedTensors
 
@@ -100,11 +104,12 @@ class Policy:
     """A causal model with float32 master weights, sharded over the ranks of the world.
 
     Dropout is off, because the engines sample without it, and the logprobs of a step must match theirs. Every method is
-    collective: all ranks call it in the same order.
+    collective: all ranks call it in the same order. vision: how the model reads images, or why it reads none.
     """
 
-    def __init__(self, model: PreTrainedModel, world: World, config: TrainConfig) -> None:
+    def __init__(self, model: PreTrainedModel, world: World, config: TrainConfig, vision: Vision | str) -> None:
         self.world = world
+        self.vision = vision
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self.model = _place(model, world, self.dtype)
@@ -123,28 +128,58 @@ class Policy:
         """Return the parameters by transformers' names; tied ones once."""
         return dict(self.model.named_parameters())
 
-    def token_logprobs(self, token_ids_BT: Tensor, temperature: float) -> TokenLogprobs:
+    def require_places(self, sample: TrainSample) -> None:
+        """Raise DataError unless a sample has a run of placeholders, of the right length, for each of its images."""
+        if sample.images or not isinstance(self.vision, str):
+            self._sight().require_runs(sample.token_ids, sample.images)
+
+    def _sight(self) -> Vision:
+        if isinstance(self.vision, str):
+            raise DataError(f"the model reads no images: {self.vision}")
+        return self.vision
+
+    def blank_sample(self) -> TrainSample | None:
+        """Return a sample with a small image and without trained tokens; None if it is never needed.
+
+        With several ranks, all of them must gather the weights of the vision tower in every forward pass.
+        """
+        if self.world.size == 1 or isinstance(self.vision, str):
+            return None
+        image, tokens = self.vision.blank()
+        return supervised_sample([self.vision.placeholder] * tokens, [False] * tokens, [image])
+
+    def token_logprobs(self, token_ids_BT: Tensor, temperature: float, images: Sequence[bytes] = ()) -> TokenLogprobs:
         """Return the policy's logprobs and entropies. They have a gradient unless the caller has disabled it.
 
-        token_ids_BT: [B, T] int64, on the world's device.
+        token_ids_BT: [B, T] int64, on the world's device. images: the contents of image files, in the order of their
+        runs of placeholders in `token_ids_BT`. Raises DataError if there are some and the model reads none.
         """
-        return self._forward(self.model, token_ids_BT, temperature)
+        return self._forward(self.model, token_ids_BT, temperature, images)
 
     @torch.no_grad()
-    def reference_logprobs(self, token_ids_BT: Tensor, temperature: float) -> Tensor:
+    def reference_logprobs(self, token_ids_BT: Tensor, temperature: float, images: Sequence[bytes] = ()) -> Tensor:
         """Return the frozen reference's logprobs: [B, T] float32, without gradient.
 
         Raises ValueError if there is no reference.
         """
         if self.reference is None:
             raise ValueError("the policy has no reference; call take_reference first")
-        return self._forward(self.reference, token_ids_BT, temperature).logprobs_BT
+        return self._forward(self.reference, token_ids_BT, temperature, images).logprobs_BT
 
-    def _forward(self, model: PreTrainedModel, token_ids_BT: Tensor, temperature: float) -> TokenLogprobs:
+    def _forward(
+        self, model: PreTrainedModel, token_ids_BT: Tensor, temperature: float, images: Sequence[bytes]
+    ) -> TokenLogprobs:
         self.world.make_current()
+        inputs = self._image_inputs(token_ids_BT, images) if images else {}
         with self._precision():
-            logits_BTV = model(input_ids=token_ids_BT, use_cache=False).logits
+            logits_BTV = model(input_ids=token_ids_BT, use_cache=False, **inputs).logits
         return gather_logprobs(logits_BTV, token_ids_BT, temperature)
+
+    def _image_inputs(self, token_ids_BT: Tensor, images: Sequence[bytes]) -> dict[str, Tensor]:
+        """Return the model's inputs for images. From the kinds of tokens (1: image) it computes their positions."""
+        vision = self._sight()
+        inputs = {name: tensor.to(token_ids_BT.device) for name, tensor in vision.inputs(images).items()}
+        return {**inputs, "mm_token_type_ids": (token_ids_BT == vision.placeholder).int()}
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32 or self.world.size > 1:  # FSDP has its own mixed precision
@@ -170,7 +205,7 @@ class Policy:
     def take_reference(self) -> None:
         """Make a frozen copy of the current weights the reference of the KL term."""
         if self.reference is None:
-            model = AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float32)
+            model = type(self.model)._from_config(self.model.config, dtype=torch.float32)
             self.reference = _place(model, self.world, self.dtype).requires_grad_(False)
         with torch.no_grad():
             present = self.state()
@@ -185,13 +220,17 @@ class Policy:
 def load_policy(path: str | Path, config: TrainConfig, world: World) -> Policy:
     """Load a policy from a folder in Hugging Face's format or a Hub name.
 
-    Raises DataError if there is no causal language model, or it is damaged.
+    A model whose architecture reads images is loaded with its vision tower. Raises DataError if there is no causal
+    language model, or it is damaged.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=load_config(path), dtype=torch.float32)
+        described = load_config(path)
+        sees = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(described.model_type) in (described.architectures or ())
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = kind.from_pretrained(path, config=described, dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"no causal language model can be loaded from {str(path)!r}: {error}") from error
-    return Policy(model, world, config)
+    return Policy(model, world, config, load_vision(str(path)))
 
 
 def _place(model: PreTrainedModel, world: World, dtype: torch.dtype) -> PreTrainedModel:

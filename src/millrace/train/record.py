@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,13 @@ def _as_record(step: int, sample: Sample, chat: ChatFormat) -> dict[str, Any]:
         record |= {
             "end": episode.end,
             "turns": episode.turns,
-            "text": chat.decode(episode.token_ids),
+            "text": chat.decode(chat.folded(episode.token_ids)),
             "token_ids": episode.token_ids,
             "loss_mask": episode.loss_mask.astype(int).tolist(),
             "version_spans": [[s.version, s.start, s.end] for s in episode.version_spans],
         }
+        if episode.images:
+            record["images"] = [sha256(image).hexdigest() for image in episode.images]
     return record
 
 

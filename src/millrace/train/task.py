@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 from millrace.config.models import RunConfig
 from millrace.config.tasks import RewardConfig, ToolConfig
+from millrace.errors import ConfigError, DataError
 from millrace.rollout.calls import Calls
 from millrace.rollout.chat import ChatFormat, load_chat_format, load_dialogue_format, load_prompt_format
 from millrace.rollout.data import load_problems
 from millrace.rollout.environment import EnvironmentKind, load_environment
 from millrace.rollout.reward import require_number
-from millrace.rollout.sample import Problem
+from millrace.rollout.sample import Problem, images_in
 from millrace.rollout.scoring import Rewards, load_rewards
 from millrace.rollout.toolbox import ToolKind, by_name, load_tools
 
@@ -71,6 +72,12 @@ def load_task(config: RunConfig) -> Task:
     kinds = load_tools(tools, calls)
     problems = load_problems(config.data, prompts=alone, check=check)
     held_out = load_problems(config.evaluation.data, held_out=True, prompts=alone, check=check)
+    for problem in (*problems, *held_out):
+        if config.engine.kind == "embedded" and images_in(problem.messages):
+            raise ConfigError(
+                f"problem {problem.problem_id} has images, which the embedded engine does not take; set engine.kind to "
+                "sglang or vllm"
+            )
     return Task(problems, held_out[: config.evaluation.problems], kinds, rewards, environment, calls)
 
 
@@ -100,6 +107,18 @@ async def with_servers(task: Task, config: RunConfig) -> AsyncIterator[Task]:
             kinds = await servers.enter_async_context(mcp.served(tools))
             task = replace(task, tools=by_name([*task.tools.values(), *kinds]))
         yield task
+
+
+def prompt_length(problem: Problem, chat: ChatFormat) -> int:
+    """Return the number of tokens of a problem's prompt, as an engine reads it.
+
+    Raises DataError, which names the problem, if the model's template refuses it, or it has images and the model reads
+    none.
+    """
+    try:
+        return len(chat.prompt_of(problem.messages)) + chat.added(images_in(problem.messages))
+    except DataError as error:
+        raise DataError(f"the prompt of problem {problem.problem_id}: {error}") from error
 
 
 def task_chat_format(config: RunConfig, task: Task, model: str) -> ChatFormat:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from millrace.config.models import TrainConfig
 from millrace.errors import MillraceError
-from millrace.train.batch import Microbatch, TrainSample, empty_microbatch, make_microbatches, plan_minibatches
+from millrace.train.batch import NOTHING, Microbatch, TrainSample, collate, make_microbatches, plan_minibatches
 from millrace.train.loss import LossSums, policy_loss, supervised_loss
 from millrace.train.optimizer import apply_gradients, global_grad_norm, learning_rate, make_optimizer
 from millrace.train.policy import Policy
@@ -122,7 +122,8 @@ class Trainer:
         """Take one reinforcement step and return its statistics. Collective.
 
         samples: this rank's, sampled at `temperature`; may be empty. Raises TrainingError if the loss or the gradients
-        are not finite, and ValueError if a token is not in the vocabulary.
+        are not finite, ValueError if a token is not in the vocabulary, and DataError if the placeholders of a sample do
+        not match its images.
         """
         self.ensure_reference()
         minibatches = self._minibatches(samples, self.config.minibatches, self.config.loss.average)
@@ -155,7 +156,7 @@ class Trainer:
             loss = torch.zeros((), device=self.world.device)
             for microbatch in minibatch.microbatches:
                 batch = microbatch.to(self.world.device)
-                logprobs_BT = self.policy.token_logprobs(batch.token_ids_BT, 1.0).logprobs_BT
+                logprobs_BT = self.policy.token_logprobs(batch.token_ids_BT, 1.0, batch.images).logprobs_BT
                 loss += self._backward(supervised_loss(logprobs_BT, batch.mask_BT, normalizer=minibatch.normalizer))
             global_loss, grad_norm = self._update(loss, lr)
         self.step += 1
@@ -168,13 +169,16 @@ class Trainer:
             low, high = int(sample.token_ids.min()), int(sample.token_ids.max())
             if low < 0 or high >= vocabulary:
                 raise ValueError(f"a sample has token ids from {low} to {high}; the model has 0 to {vocabulary - 1}")
+            self.policy.require_places(sample)
         device = self.world.device
         self.world.make_current()
         shares = [[samples[i] for i in indices] for indices in plan_minibatches(len(samples), count)]
-        plans = [make_microbatches(share, self.config.tokens_per_microbatch) for share in shares]
+        blank = self.policy.blank_sample()
+        plans = [make_microbatches(share, self.config.tokens_per_microbatch, blank) for share in shares]
         longest = self.world.max(torch.tensor([float(len(plan)) for plan in plans], device=device)).tolist()
         for plan, length in zip(plans, longest, strict=True):
-            plan.extend(empty_microbatch() for _ in range(int(length) - len(plan)))
+            # A rank without samples left must join every gather of weights and every reduction of gradients.
+            plan.extend(collate([blank or NOTHING]) for _ in range(int(length) - len(plan)))
         trained = [[sample.trained_tokens for sample in share] for share in shares]
         weights = [sum(tokens) if average == "token" else sum(n > 0 for n in tokens) for tokens in trained]
         normalizers = self.world.sum(torch.tensor(weights, dtype=torch.float64, device=device)).tolist()
@@ -188,8 +192,8 @@ class Trainer:
         """
         old: list[list[Tensor | None]] = [[None for _ in minibatches[0].microbatches]]
         for minibatch in minibatches[1:]:
-            on_device = (batch.token_ids_BT.to(self.world.device) for batch in minibatch.microbatches)
-            old.append([self.policy.token_logprobs(ids_BT, temperature).logprobs_BT for ids_BT in on_device])
+            on_device = ((batch.token_ids_BT.to(self.world.device), batch.images) for batch in minibatch.microbatches)
+            old.append([self.policy.token_logprobs(ids, temperature, images).logprobs_BT for ids, images in on_device])
         return old
 
     def _reinforce(
@@ -197,10 +201,10 @@ class Trainer:
     ) -> Tensor:
         """Run the forward and backward pass of one micro-batch. Returns its share of the loss, without gradient."""
         batch = microbatch.to(self.world.device)
-        logprobs_BT, entropy_BT = self.policy.token_logprobs(batch.token_ids_BT, temperature)
+        logprobs_BT, entropy_BT = self.policy.token_logprobs(batch.token_ids_BT, temperature, batch.images)
         reference_BT = None
         if self.config.loss.kl_coefficient > 0:
-            reference_BT = self.policy.reference_logprobs(batch.token_ids_BT, temperature)
+            reference_BT = self.policy.reference_logprobs(batch.token_ids_BT, temperature, batch.images)
         result = policy_loss(
             logprobs_BT,
             # Before the first update the old policy is the current one: the ratio is 1, but its gradient is not 0.
