@@ -21,7 +21,7 @@ PACKAGES = ["millrace", "millrace.rollout", "millrace.serve", "millrace.weights"
 INTERNAL = {
     "Asked", "Calls", "ChatTemplate", "CudaIpcBucket", "DiskBucket", "Dtypes", "Entry", "EnvironmentKind",
     "JudgeCounts", "ProcessGroup", "ProcessGroupBucket", "Publishing", "Reasoning", "SharedMemoryBucket", "StandInTurn",
-    "TorchStorageBucket", "Why",
+    "TorchStorageBucket", "Vision", "Why",
 }  # fmt: skip
 
 
