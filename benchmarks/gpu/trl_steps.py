@@ -24,8 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from benchmarks.gpu.models import QWEN2, write_config, write_tokenizer
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, TOKENS, MICROBATCH = 64, 8, 128, 512, 16
 MEMORY = 0.4  # the engine's share of its GPU
-PORT = 8765
+PORT, START_SECONDS = 8765, 150
 WAYS = ("colocate", "server", "vllm", "sglang", "vllm-2", "sglang-2")
 
 
@@ -72,6 +73,7 @@ def trl_server(model: Path) -> Iterator[None]:
             command, env={**os.environ, "CUDA_VISIBLE_DEVICES": "1"}, stdout=log, stderr=subprocess.STDOUT
         )
     try:
+        until_healthy(server)
         yield
     except BaseException:
         print((model / "server.log").read_text()[-3000:], flush=True)
@@ -79,6 +81,17 @@ def trl_server(model: Path) -> Iterator[None]:
     finally:
         server.terminate()
         server.wait(60)
+
+
+def until_healthy(server: subprocess.Popen[bytes]) -> None:
+    """Wait until the server answers. Raises RuntimeError if it ends before, or takes too long."""
+    for _ in range(START_SECONDS):
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5):
+            return
+        if server.poll() is not None:
+            raise RuntimeError(f"the server ended with status {server.returncode}")
+        time.sleep(1)
+    raise RuntimeError(f"the server is not healthy after {START_SECONDS} s")
 
 
 def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
