@@ -12,7 +12,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # The exact versions that this was tested with, and the CPU's torch. `make CONSTRAINTS=... ` names another set.
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: demo test test-all test-verl test-verl-all test-environments lint types unit clean
+.PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments lint types unit clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
@@ -24,17 +24,22 @@ test-all: lint types
 	$(BIN)/pytest -m "slow or not slow"
 
 # rollout.name=millrace in verl's own trainer, in an environment of its own, since verl needs older packages.
-test-verl: $(VERL_VENV)/verl.stamp
+test-verl: $(VERL_VENV)/compiled.stamp
 	$(VERL_PYTEST) -m "not slow" tests/integrations/verl
 
+# Without a run of the trainer: the plugin, its settings, and one completion.
+test-verl-short: $(VERL_VENV)/verl.stamp
+	$(VERL_PYTEST) $(addprefix tests/integrations/verl/,test_plugin.py test_settings.py \
+		test_server.py::test_a_completion_has_its_tokens_logprobs_and_step)
+
 # Also several ranks, tools and asynchronous training.
-test-verl-all: $(VERL_VENV)/verl.stamp
+test-verl-all: $(VERL_VENV)/compiled.stamp
 	$(VERL_PYTEST) tests/integrations/verl
 
 # Environments of verifiers and OpenEnv, and verifiers' training client on a fleet. The two libraries need different
 # versions of mcp, so each has an environment; the harnesses of verifiers run by the uv in its own.
 test-environments: $(VERIFIERS_VENV)/verifiers.stamp $(OPENENV_VENV)/openenv.stamp
-	PATH="$(CURDIR)/$(VERIFIERS_VENV)/bin:$$PATH" python -m pytest -o addopts=-ra -W default tests/integrations/environments
+	PATH="$(abspath $(VERIFIERS_VENV))/bin:$$PATH" OPENENV_PYTHON=$(abspath $(OPENENV_VENV))/bin/python python -m pytest -o addopts=-ra -W default tests/integrations/environments
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -67,10 +72,14 @@ $(VENV)/dev.stamp: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 	@touch $@ $(VENV)/train.stamp
 
 $(VERL_VENV)/verl.stamp: pyproject.toml constraints/verl-cpu.txt
-	@echo "installing verl into $(VERL_VENV): three minutes or so"
+	@echo "installing verl into $(VERL_VENV): two or three minutes"
 	$(PYTHON) -m venv $(VERL_VENV)
 	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints/verl-cpu.txt \
 		-e '.[verl]' hypothesis pytest pytest-asyncio pytest-timeout
+	@touch $@
+
+# The trainer's dozen processes would all compile the same modules.
+$(VERL_VENV)/compiled.stamp: $(VERL_VENV)/verl.stamp
 	$(VERL_VENV)/bin/python -m compileall -qq -j 0 $(VERL_VENV)/lib || true
 	@touch $@
 

@@ -1,13 +1,14 @@
 """An OpenEnv server, in the environment that has OpenEnv: the package's own classes and server, and a small game."""
 
 import asyncio
+import os
 import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-PYTHON = Path(__file__).parents[3] / ".venv-openenv" / "bin" / "python"
+PYTHON = Path(os.environ.get("OPENENV_PYTHON", ".venv-openenv/bin/python"))  # as `make test-environments` sets it
 START = 120.0  # seconds: the server imports Gradio
 SERVER = """
 import os, sys, time

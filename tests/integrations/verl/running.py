@@ -73,7 +73,8 @@ def _environment(metrics: Path) -> Mapping[str, str]:
         "VERL_PLATFORM": "cpu",
         "VERL_ENGINE_DEVICE": "cuda",  # the device that verl's engines are registered for
         "VERL_FILE_LOGGER_PATH": str(metrics),
-        "VERL_LOGGING_LEVEL": "INFO",
+        "VERL_LOGGING_LEVEL": "WARN",  # below, verl itself fails in separate_async without hybrid replicas
+        "MILLRACE_LOGGING_LEVEL": "INFO",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HYDRA_FULL_ERROR": "1",
