@@ -2,10 +2,13 @@
 
 import gc
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from millrace.errors import ConfigError
+
+POLICY = "OMP_WAIT_POLICY"
 
 # The top-level modules of pyproject's extras.
 EXTRAS: Mapping[str, frozenset[str]] = {
@@ -64,3 +67,20 @@ def without_collecting() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def passive_threads() -> Iterator[None]:
+    """Let the threads of a torch that is imported in the block sleep while they wait for each other.
+
+    By default OpenMP's threads keep their core busy. If another program needs a core, a step with two threads then
+    takes several times as long as with one. The user's OMP_WAIT_POLICY goes first.
+    """
+    if POLICY in os.environ:
+        yield
+        return
+    os.environ[POLICY] = "PASSIVE"  # OpenMP reads it when it is loaded
+    try:
+        yield
+    finally:
+        del os.environ[POLICY]  # the engines choose their own

@@ -22,7 +22,7 @@ from millrace.cli.watch import status
 from millrace.config import RunConfig, dump_config
 from millrace.config.describe import describe
 from millrace.errors import MillraceError
-from millrace.imports import missing_extra, without_collecting
+from millrace.imports import missing_extra, passive_threads, without_collecting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,7 +89,7 @@ def train(
     if dry_run:
         _look(settings)
         return
-    with interruptible(lambda: "nothing had been started"), without_collecting():
+    with interruptible(lambda: "nothing had been started"), without_collecting(), passive_threads():
         # Imported here, since these modules import torch.
         from transformers.utils import logging as transformers_logging
 
