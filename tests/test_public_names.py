@@ -16,7 +16,7 @@ import millrace
 from millrace import errors
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ["millrace", "millrace.rollout", "millrace.serve", "millrace.weights"]
+PACKAGES = ["millrace", "millrace.rollout", "millrace.serve", "millrace.train", "millrace.weights"]
 # What only those meet who write an adapter, a transport or a policy of their own (docs/architecture.md).
 INTERNAL = {
     "Asked", "Calls", "ChatTemplate", "CudaIpcBucket", "DiskBucket", "Dtypes", "Entry", "EnvironmentKind",

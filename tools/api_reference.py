@@ -16,6 +16,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+import millrace
+
 TARGET = Path(__file__).resolve().parent.parent / "docs/api.md"
 MODULES = {  # each public module, with a sentence about it
     "millrace": "The asynchronous API, its types and its errors.",
@@ -24,6 +28,7 @@ MODULES = {  # each public module, with a sentence about it
     "millrace.rollout": "Samples, and the parts of `millrace train` that a loop of your own can use "
     "([tasks.md](tasks.md)).",
     "millrace.rollout.adapters.gym": "Gymnasium's environments as Millrace's ([tasks.md](tasks.md#environments)).",
+    "millrace.train": "Models to try things with.",
     "millrace.weights": "Weights that are sharded over several trainer ranks ([weights.md](weights.md)).",
     "millrace.serve": "A fleet for other programs: metrics ([monitoring.md](monitoring.md)) and token routes "
     "([other_trainers.md](other_trainers.md)).",
@@ -38,7 +43,7 @@ from the module that they are listed under. Other modules may change in any vers
 SYNC = ".sync"  # its classes are those of the asynchronous API
 SECTION = re.compile(r"^(Args|Returns|Raises|Yields):$")
 HEADINGS: Counter[str] = Counter()  # of the page
-ITEM = re.compile(r"^(\w+): (.*)$")
+ITEM = re.compile(r"^(\w+(?:, \w+)*): (.*)$")
 
 
 def main() -> int:
@@ -101,17 +106,31 @@ def entry(name: str, value: Any, level: int = 3) -> Iterator[str]:
     if call := signature(name.rpartition(".")[2], value):
         yield f"```python\n{call}\n```\n"
     yield docstring(value)
+    if isinstance(value, type) and (
+        bases := [base.__name__ for base in value.__bases__ if base.__name__ in millrace.__all__]
+    ):
+        yield f"It also has the methods of {', '.join(f'`{base}`' for base in bases)}.\n"
+    if isinstance(value, type) and issubclass(value, BaseModel):
+        for setting, field in value.model_fields.items():
+            default = (
+                "required"
+                if field.is_required()
+                else f"default `{shown(field.get_default(call_default_factory=True))}`"
+            )
+            yield f"- `{setting}` ({default}): {' '.join((field.description or '').split())}"
+        yield ""
     if isinstance(value, type):
         for method, given in methods(value):
             yield from entry(f"{name}.{method}", given, level + 1)
 
 
 def methods(cls: type) -> Iterator[tuple[str, Any]]:
-    """The public methods and properties, those of Millrace's base classes included."""
+    """The public methods and properties of a class, without those of its public base classes."""
     for name, value in inspect.getmembers(cls):
         found = value.fget if isinstance(value, property) else value
         own = (getattr(found, "__module__", None) or "").startswith("millrace")
-        if name[0] != "_" and own and inspect.isroutine(found):
+        inherited = any(name in vars(base) for base in cls.__bases__ if base.__name__ in millrace.__all__)
+        if name[0] != "_" and own and not inherited and inspect.isroutine(found):
             yield name, value
 
 
@@ -146,6 +165,8 @@ def constructed(cls: type) -> bool:
 
 def shown(value: object) -> str:
     """A default value as code."""
+    if isinstance(value, type):
+        return value.__name__
     if isinstance(value, Enum):
         return f"{type(value).__name__}.{value.name}"
     if isinstance(value, (frozenset, set)):
@@ -159,7 +180,8 @@ def docstring(value: Any) -> str:
     """The docstring as Markdown: its sections as lists, its examples as code."""
     lines: list[str] = []
     section = ""
-    for line in (inspect.getdoc(value) or "").splitlines():
+    text = inspect.getdoc(value) or ""
+    for line in text.splitlines():
         indent = len(line) - len(line.lstrip())
         if found := SECTION.match(line):
             section = found[1]
@@ -174,13 +196,25 @@ def docstring(value: Any) -> str:
             lines.append(line[4:])
         elif section and indent == 4:
             item = ITEM.match(line.strip())
-            lines.append(f"- `{item[1]}`: {item[2]}" if item else f"- {line.strip()}" if _starts(lines) else line[4:])
+            lines.append(listed(item) if item else f"- {line.strip()}" if _starts(lines) else line[4:])
         elif section and line:
             lines.append("  " + line.strip())
+        elif (item := ITEM.match(line)) and fields(text):
+            lines.append(listed(item))
         else:
             lines.append(line)
     _closed(lines, section)
     return _examples("\n".join(lines)) + "\n"
+
+
+def listed(item: re.Match[str]) -> str:
+    """A field or an argument as an item of a list."""
+    return f"- {', '.join(f'`{name}`' for name in item[1].split(', '))}: {item[2]}"
+
+
+def fields(text: str) -> bool:
+    """Whether the docstring has a line for each field, with the first one after an empty line."""
+    return bool(re.search(r"\n\n\w+: .*\n(?:    .*\n)*\w+: ", text))
 
 
 def _starts(lines: list[str]) -> bool:

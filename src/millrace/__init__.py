@@ -6,7 +6,7 @@ from millrace.lazy import exports
 
 if TYPE_CHECKING:
     from millrace.config.engines import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
-    from millrace.config.models import JudgeConfig
+    from millrace.config.models import JudgeConfig, TinyModelConfig
     from millrace.config.routers import SGLangRouterConfig, VLLMRouterConfig
     from millrace.engines.base import Engine
     from millrace.errors import (
@@ -64,7 +64,7 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "millrace.config.engines": ["EmbeddedEngineConfig", "SGLangEngineConfig", "VLLMEngineConfig"],
-        "millrace.config.models": ["JudgeConfig"],
+        "millrace.config.models": ["JudgeConfig", "TinyModelConfig"],
         "millrace.config.routers": ["SGLangRouterConfig", "VLLMRouterConfig"],
         "millrace.engines.base": ["Engine"],
         "millrace.errors": [
@@ -167,6 +167,7 @@ __all__ = [
     "SamplingParams",
     "SharedFleet",
     "Snapshot",
+    "TinyModelConfig",
     "UserCodeError",
     "VLLMEngineConfig",
     "VLLMRouterConfig",

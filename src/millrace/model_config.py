@@ -85,6 +85,15 @@ def head_dim(folder: Path) -> int | None:
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
 
 
+def context_length(folder: Path) -> int | None:
+    """Return the longest sequence of the model in tokens; None if its config does not say.
+
+    Raises DataError if the config can't be read.
+    """
+    length = text_part(read_config(folder)).get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
 def folder_dtype(folder: Path) -> str | None:
     """Return torch's name of the dtype that the model should compute in, as in `bfloat16`.
 

@@ -1,6 +1,7 @@
 """Runs as a user starts them. Each failure ends in one clear message and an exit status, and leaves nothing running."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -200,6 +201,7 @@ def test_standalone_mode_needs_one_setting_and_keeps_its_staleness_bound(folder:
     ("arguments", "says"),
     [
         (("rollout.group=3",), "unknown setting rollout.group; did you mean"),
+        (("evaluation=null",), "evaluation: it must be a section with settings of its own (it is None)"),
         (("model.path=nowhere",), "nowhere is no model's folder"),
         (
             ("engine={kind: sglang, urls: [127.0.0.1:9]}",),
@@ -210,7 +212,7 @@ def test_standalone_mode_needs_one_setting_and_keeps_its_staleness_bound(folder:
             "tp: 2}}': engine.engine_args.tp contradicts engine.tp_size; set only engine.tp_size",
         ),
     ],
-    ids=["config", "model", "engine's URL", "engine's argument"],
+    ids=["config", "section", "model", "engine's URL", "engine's argument"],
 )
 def test_wrong_settings_are_reported_before_an_engine_starts(folder: Path, arguments: Sequence[str], says: str) -> None:
     status, _, err = finish(start(folder, *arguments), folder)
@@ -223,7 +225,10 @@ def test_wrong_settings_are_reported_before_an_engine_starts(folder: Path, argum
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
-        ("data={kind: file, path: none.jsonl}", "none.jsonl"),
+        (
+            "data={kind: file, path: none.jsonl}",
+            "none.jsonl can't be read: No such file or directory; it was looked",
+        ),
         (
             "model.path=no-such-owner/model",
             "no-such-owner/model is not a local folder, and can't be downloaded from the Hub",
@@ -285,6 +290,8 @@ def test_a_prompt_without_room_to_answer_is_reported_before_the_first_step(folde
     err = here.fails(folder, "data={kind: file, path: long.jsonl}")
     assert "the prompt of problem long-1 has" in err
     assert "leaves no room for an answer" in err
+    dry = here.fails(folder, "data={kind: file, path: long.jsonl}", "rollout.max_sample_tokens=9999", "--dry-run")
+    assert re.search(r"no room for an answer: (model.context_length|the model's max_position_embeddings) is \d+", dry)
     assert not steps(folder)
     assert not leftovers(folder)
 

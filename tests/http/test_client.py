@@ -35,6 +35,8 @@ class Server:
                 return web.Response(text="flushed")
             case "/refuse":
                 return web.json_response({"error": "no such thing"}, status=400)
+            case "/refuse-as-openai":
+                return web.json_response({"object": "error", "error": {"message": "too long", "code": 400}}, status=400)
             case "/fail":
                 return web.Response(status=500, text="boom")
             case "/not-json":
@@ -98,6 +100,7 @@ async def test_generating_and_asking_take_one_key_and_control_another(
     ("path", "error", "says"),
     [
         ("/refuse", EngineRefused, "stub.*HTTP 400.*no such thing"),
+        ("/refuse-as-openai", EngineRefused, "stub.*HTTP 400: too long$"),
         ("/fail", EngineFailed, "stub.*HTTP 500.*boom"),
         ("/not-json", EngineFailed, "not JSON.*<html>"),
     ],

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import re
 import subprocess
 import sys
 import threading
@@ -80,7 +81,7 @@ async def test_whatever_a_function_raises_reaches_the_caller_alone(error: BaseEx
     assert await calls.run(add, {"left": 1, "right": 1}, deadline=30) == 2
 
 
-async def test_what_hangs_is_late_and_counted_until_it_returns() -> None:
+async def test_what_hangs_is_late_and_counted_until_it_returns(caplog: pytest.LogCaptureFixture) -> None:
     calls, done, ended = Calls(most=2), threading.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -92,6 +93,9 @@ async def test_what_hangs_is_late_and_counted_until_it_returns() -> None:
         with pytest.raises(CallTimeout, match=r"did not return within 0\.05 s"):
             await calls.run(hang, deadline=0.05)
         assert calls.stuck == number
+    assert re.search(
+        r"2 calls of rewards, tools or environments hang, the last of them in \S+hang; no more", caplog.text
+    )
     with pytest.raises(CallTimeout, match="can't begin: 2 earlier calls hang"):
         await calls.run(add, {"left": 1, "right": 1}, deadline=30)
     done.set()

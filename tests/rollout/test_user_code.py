@@ -1,5 +1,6 @@
 """Code by path: what is loaded, and the one line for what can't be."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,11 +48,24 @@ def test_a_module_is_imported() -> None:
     assert place(config.path, config.name) == "millrace.rollout.reward:gsm8k"
 
 
+def test_a_module_may_be_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_rewards").mkdir()
+    (tmp_path / "own_rewards" / "__init__.py").write_text("def f():\n    return 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert load_code("own_rewards", "f", "reward")() == 3
+
+
 @pytest.mark.parametrize(
     ("file", "content", "name", "says"),
     [
         ("none.py", None, "f", "reward: {folder}/none.py: there is no such file beside the config or in the current"),
-        ("no.such.module", None, "f", "reward: no.such.module is no importable module; the path of a file ends in .py"),
+        (
+            "no.such.module",
+            None,
+            "f",
+            "reward: no.such.module is no importable module: it is neither installed nor in the",
+        ),
         ("rewards.py", None, "lenght", "reward: {folder}/rewards.py has no 'lenght'; did you mean 'length'?"),
         ("broken.py", "def f(:\n", "f", "reward: {folder}/broken.py:1: invalid syntax"),
         ("raising.py", "\nx = 1 / 0\n", "f", "can't be imported: ZeroDivisionError: division by zero (raising.py:2)"),

@@ -27,6 +27,8 @@ def explain(error: Any, root: Any, at: Location = ()) -> tuple[Location, str]:
     if error["type"] == "missing":
         return location, f"the setting {name} is missing"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "model_type":
+        message = "it must be a section with settings of its own"
     if not location:
         return location, message
     given = "" if isinstance(error["input"], dict) else f" (it is {error['input']!r})"

@@ -47,6 +47,9 @@ class Labels(Mapping[int, Label]):
     def __len__(self) -> int:
         return len(self._labels)
 
+    def __repr__(self) -> str:
+        return f"Labels({self._labels})"
+
     def put(self, version: int, label: Label | None) -> None:
         """Set the label of a version. None removes it. The label that was set first is forgotten if there are many."""
         self._labels.pop(version, None)

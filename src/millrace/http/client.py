@@ -283,7 +283,7 @@ class HttpClient:
     def _parse(self, path: str, status: int, data: bytes) -> Any:
         if status in (200, 202):
             return self._decode(path, data)
-        text = data.decode(errors="replace").strip()[:ERROR_TEXT_LIMIT]
+        text = _told(data)[:ERROR_TEXT_LIMIT]
         if 400 <= status < 500:
             raise EngineRefused(self.name, f"{path} was refused with HTTP {status}: {text}")
         raise EngineFailed(self.name, f"{path} failed with HTTP {status}: {text}")
@@ -358,6 +358,19 @@ async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
             parts.clear()
         parts.append(rest)
     yield b"".join(parts)
+
+
+def _told(body: bytes) -> str:
+    """Return what the body of a refusal says: its message, if it is JSON that has one as servers write it."""
+    text = body.decode(errors="replace").strip()
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return text
+    for part in (parsed, parsed.get("error")) if isinstance(parsed, dict) else ():
+        if isinstance(part, dict) and isinstance(message := part.get("message"), str) and message:
+            return message
+    return text
 
 
 def server_url(url: str) -> URL:

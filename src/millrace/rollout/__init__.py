@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from millrace.lazy import exports
 
 if TYPE_CHECKING:
-    from millrace.rollout.agent import EpisodeLimits, run_episode
+    from millrace.rollout.agent import EpisodeLimits, converse, run_episode
     from millrace.rollout.chat import ChatFormat, load_chat_format, load_prompt_format
     from millrace.rollout.judge import Judge
     from millrace.rollout.runner import SampleRunner, ToolCounts
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "millrace.rollout.agent": ["EpisodeLimits", "run_episode"],
+        "millrace.rollout.agent": ["EpisodeLimits", "converse", "run_episode"],
         "millrace.rollout.chat": ["ChatFormat", "load_chat_format", "load_prompt_format"],
         "millrace.rollout.judge": ["Judge"],
         "millrace.rollout.runner": ["SampleRunner", "ToolCounts"],
@@ -54,6 +54,7 @@ __all__ = [
     "ToolCall",
     "ToolCounts",
     "ToolError",
+    "converse",
     "load_chat_format",
     "load_prompt_format",
     "run_episode",

@@ -90,13 +90,15 @@ class Calls:
             raise CallTimeout(
                 f"it did not begin within {deadline:g} s, because {self.most} other calls were running"
             ) from None
-        worker = Worker(f"call of {getattr(function, '__name__', function)}")
+        worker = Worker(f"call of {_name(function)}")
         future = worker.run(lambda: function(**arguments))
         worker.end()
         future.add_done_callback(lambda _: self._free.release())  # when the thread is done, however late
-        return await self.result(future, ends - asyncio.get_running_loop().time(), deadline)
+        return await self.result(future, function, ends - asyncio.get_running_loop().time(), deadline)
 
-    async def result(self, future: asyncio.Future[object], left: float, deadline: float) -> Any:
+    async def result(
+        self, future: asyncio.Future[object], function: Callable[..., object], left: float, deadline: float
+    ) -> Any:
         """Return the result of a worker's function, within the `left` seconds of its deadline. A late one is stuck."""
         try:
             await asyncio.wait({future}, timeout=max(left, 0.0))
@@ -107,7 +109,12 @@ class Calls:
             if not future.done():
                 self.stuck += 1
                 if self.stuck == self.most:
-                    log.warning("%d calls of rewards, tools or environments hang; no more are started", self.most)
+                    log.warning(
+                        "%d calls of rewards, tools or environments hang, the last of them in %s; no more sync "
+                        "functions are started. Give what they wait for a timeout, or make them async",
+                        self.most,
+                        _name(function),
+                    )
                 future.add_done_callback(self._returned)
         return await _awaited(result, deadline) if inspect.isawaitable(result) else result
 
@@ -120,6 +127,10 @@ class Calls:
         """Raise CallTimeout if so many calls hang that no more threads are started."""
         if self.stuck >= self.most:
             raise CallTimeout(f"it can't begin: {self.stuck} earlier calls hang, and no more threads are started")
+
+
+def _name(function: Callable[..., object]) -> str:
+    return str(getattr(function, "__qualname__", function))
 
 
 def is_async(function: Callable[..., object]) -> bool:

@@ -204,7 +204,8 @@ def _read_file(path: Path) -> Iterator[_Row]:
     try:
         yield from readers[path.suffix](path)
     except OSError as error:
-        raise DataError(f"the data file {path} can't be read: {error.strerror or error}") from error
+        where = "; it was looked for beside the config and in the current folder" if not path.exists() else ""
+        raise DataError(f"the data file {path} can't be read: {error.strerror or error}{where}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[_Row]:

@@ -157,7 +157,7 @@ class EnvironmentEpisode:
                 self._end_worker()  # if there is one, it hangs
                 self._worker = Worker(self.kind.where)
             self._running = self._worker.run(bound)
-            return await calls.result(self._running, deadline, deadline)
+            return await calls.result(self._running, function, deadline, deadline)
         except CallTimeout as error:
             raise self._error(method, f"hangs: {error}") from None
         except UserCodeError as error:  # of an adapter, whose place in the code says nothing

@@ -90,11 +90,16 @@ def file_of(code: object) -> str | None:
 
 def _module(path: str, where: str) -> ModuleType:
     if not path.endswith(".py"):
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))  # as `python -m` does, but last, so it hides no other module
         try:
             return importlib.import_module(path)
         except ModuleNotFoundError as error:
             if error.name is not None and path.startswith(error.name):
-                raise ConfigError(f"{where} is no importable module; the path of a file ends in .py") from error
+                raise ConfigError(
+                    f"{where} is no importable module: it is neither installed nor in the current folder; the path of "
+                    "a file ends in .py"
+                ) from error
             raise
     file = Path(path).absolute()
     if not file.is_file():

@@ -2,9 +2,12 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.config.models import PretrainedModelConfig, RunConfig
 from millrace.errors import DataError
+from millrace.model_config import context_length
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.sample import Problem, images_in
 from millrace.train.task import Task, load_task, prompt_length, task_chat_format, with_servers
@@ -26,24 +29,36 @@ async def look(config: RunConfig) -> list[str]:
             make_tiny_tokenizer().save_pretrained(folder)
             model = folder
         chat = task_chat_format(config, task, model)
+        limit, why = _most_tokens(config, model)
     return [
-        f"data: {_problems(task.problems, task, chat, config)}",
-        f"evaluation: {_problems(task.held_out, task, chat, config)}",
+        f"data: {_problems(task.problems, task, chat, limit, why)}",
+        f"evaluation: {_problems(task.held_out, task, chat, limit, why)}",
         *_code(task),
     ]
 
 
-def _problems(problems: Sequence[Problem], task: Task, chat: ChatFormat, config: RunConfig) -> str:
+def _most_tokens(config: RunConfig, model: str) -> tuple[int, str]:
+    """Return the most tokens of a sample, and the setting that says so. An engine's own limit may be lower."""
+    limits = {config.rollout.max_sample_tokens: "rollout.max_sample_tokens"}
+    if isinstance(config.engine, EmbeddedEngineConfig) and config.engine.context_length is not None:
+        limits.setdefault(config.engine.context_length, "engine.context_length")
+    if not isinstance(config.model, PretrainedModelConfig):
+        limits.setdefault(config.model.context_length, "model.context_length")
+    elif Path(model).is_dir() and (positions := context_length(Path(model))) is not None:
+        limits.setdefault(positions, "the model's max_position_embeddings")
+    return min(limits.items())
+
+
+def _problems(problems: Sequence[Problem], task: Task, chat: ChatFormat, most: int, why: str) -> str:
     count = f"{len(problems)} problems"
     if task.environment is not None:
         return f"{count}; the environment makes the prompts"
     lengths = {problem.problem_id: prompt_length(problem, chat) for problem in problems}
     longest = max(lengths, key=lengths.__getitem__)
-    most = config.rollout.max_sample_tokens
     if lengths[longest] >= most:
         raise DataError(
             f"the prompt of problem {longest} has {lengths[longest]} tokens and leaves no room for an answer: "
-            f"rollout.max_sample_tokens is {most}; drop the problem or raise the limit"
+            f"{why} is {most}; drop the problem or raise the limit"
         )
     if images := sum(len(images_in(problem.messages)) for problem in problems):
         count += f" with {images} images"
