@@ -12,10 +12,10 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from millrace.config.models import TinyModelConfig
+from millrace import TinyModelConfig
 from millrace.integrations.trl import use_fleet
 from millrace.sync import open_fleet
-from millrace.train.tiny import make_tiny_model
+from millrace.train import make_tiny_model
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 30
 folder = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/trl")
