@@ -155,7 +155,7 @@ class ChatFormat:
 
 
 def load_chat_format(
-    path: str,
+    path: str | Path,
     tools: Sequence[Mapping[str, object]] = (),
     template_kwargs: Mapping[str, object] | None = None,
 ) -> ChatFormat:
@@ -167,14 +167,16 @@ def load_chat_format(
     can't write tool answers, rewrites earlier turns, does not end turns with a special token, or, with tools, writes
     calls in a form that `parse_tool_calls` does not read.
     """
+    path = str(path)
     return _seeing(check_chat_format(_load_tokenizer(path), path, tools, template_kwargs), path)
 
 
-def load_prompt_format(path: str, template_kwargs: Mapping[str, object] | None = None) -> ChatFormat:
+def load_prompt_format(path: str | Path, template_kwargs: Mapping[str, object] | None = None) -> ChatFormat:
     """Load tokenizer and chat template for conversations of one turn without tools.
 
     Raises DataError if tokenizer or template is missing, or no token ends a turn.
     """
+    path = str(path)
     return _seeing(check_prompt_format(_load_tokenizer(path), path, template_kwargs), path)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,12 +30,29 @@ async def opened(config: EnvironmentConfig, calls: Calls) -> AsyncIterator[Envir
         try:
             timeout = aiohttp.ClientTimeout(START_TIMEOUT)
             async with http.get(f"{url}/schema", timeout=timeout, raise_for_status=True) as answer:
-                required = (await answer.json())["action"].get("required", [])
+                field = required_field((await answer.json())["action"])
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, AttributeError) as error:
             reason = str(error) or f"it did not answer within {START_TIMEOUT:g} s"
             raise ConfigError(f"environment: no OpenEnv server answers at {url}: {reason}") from error
-        make = partial(OpenEnvEpisode, http, url, required[0] if len(required) == 1 else None, config.arguments)
+        make = partial(OpenEnvEpisode, http, url, field, config.arguments)
         yield EnvironmentKind(f"{url} (OpenEnv)", "", make, True, (), config.timeout, calls)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field of an action. is_text: it holds a string, so a number in the model's turn stays text."""
+
+    name: str
+    is_text: bool
+
+
+def required_field(schema: Mapping[str, Any]) -> Field | None:
+    """Return the one field that the JSON schema of actions requires, which a plain text becomes; None if it is not one
+    field."""
+    match schema.get("required", []):
+        case [str() as name]:
+            return Field(name, schema.get("properties", {}).get(name, {}).get("type") == "string")
+    return None
 
 
 class OpenEnvEpisode:
@@ -44,7 +62,7 @@ class OpenEnvEpisode:
     """
 
     def __init__(
-        self, http: aiohttp.ClientSession, url: str, field: str | None, arguments: Mapping[str, object]
+        self, http: aiohttp.ClientSession, url: str, field: Field | None, arguments: Mapping[str, object]
     ) -> None:
         self._http = http
         self._url = url
@@ -86,7 +104,7 @@ class OpenEnvEpisode:
             return value
         if self._field is None:
             raise _UnreadableAction("An action is a JSON object.")
-        return {self._field: value}
+        return {self._field.name: text if self._field.is_text else value}
 
     async def _ask(self, kind: str, data: Mapping[str, object]) -> dict[str, Any]:
         """Send a message and return the data of its answer. Raises UserCodeError, and _UnreadableAction."""

@@ -161,19 +161,17 @@ class VerifiersEpisode:
 
     async def step(self, action: Action) -> Step:
         """Answer the last request, and return what the next one adds, or the reward if the episode ends."""
-        assert self._open is not None
         before = self._said
-        self._open.set_result(answer(action, self._turn))
+        self._reply(answer(action, self._turn))
         self._turn += 1
         messages = await self._next()
         return self._scored() if messages is None else Step(continuation(before, messages))
 
     async def finish(self) -> Step:
         """Tell the harness that the context is full, and return the reward."""
-        assert self._open is not None
-        self._open.set_result(None)
+        self._reply(None)
         while await self._next() is not None:
-            self._open.set_result(None)
+            self._reply(None)
         return self._scored()
 
     async def close(self) -> None:
@@ -191,6 +189,12 @@ class VerifiersEpisode:
         made = asyncio.get_running_loop().create_future()
         await self._requests.put((body, made))
         return await made
+
+    def _reply(self, value: Any) -> None:
+        """Answer the last request, unless the harness has given it up."""
+        assert self._open is not None
+        if not self._open.done():
+            self._open.set_result(value)
 
     def _began(self, trace: Any) -> None:
         self._traces.append(trace.id)
