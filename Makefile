@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 VERL_VENV := .venv-verl
 VERIFIERS_VENV := .venv-verifiers
 OPENENV_VENV := .venv-openenv
+ENVIRONMENTS_PYTEST = PATH="$(abspath $(VERIFIERS_VENV))/bin:$$PATH" python -m pytest -o addopts=-ra -W default
 VERL_PYTEST = $(VERL_VENV)/bin/python -m pytest -o addopts=-ra -W default
 # Compiling by itself, on all cores: pip takes one. What can't be compiled (templates) is not imported either.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
@@ -12,7 +13,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # The exact versions that this was tested with, and the CPU's torch. `make CONSTRAINTS=... ` names another set.
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments lint types unit clean
+.PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments test-environments-short lint types unit clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
@@ -39,7 +40,12 @@ test-verl-all: $(VERL_VENV)/compiled.stamp
 # Environments of verifiers and OpenEnv, and verifiers' training client on a fleet. The two libraries need different
 # versions of mcp, so each has an environment; the harnesses of verifiers run by the uv in its own.
 test-environments: $(VERIFIERS_VENV)/verifiers.stamp $(OPENENV_VENV)/openenv.stamp
-	PATH="$(abspath $(VERIFIERS_VENV))/bin:$$PATH" OPENENV_PYTHON=$(abspath $(OPENENV_VENV))/bin/python python -m pytest -o addopts=-ra -W default tests/integrations/environments
+	OPENENV_PYTHON=$(abspath $(OPENENV_VENV))/bin/python $(ENVIRONMENTS_PYTEST) tests/integrations/environments
+
+# Without OpenEnv: an episode of verifiers, and its training client.
+test-environments-short: $(VERIFIERS_VENV)/verifiers.stamp
+	$(ENVIRONMENTS_PYTEST) $(addprefix tests/integrations/environments/,test_verifiers_client.py \
+		test_verifiers.py::test_an_episode_is_verifiers_own)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -88,7 +94,6 @@ $(VERIFIERS_VENV)/verifiers.stamp: pyproject.toml constraints/verifiers-cpu.txt
 	$(PYTHON) -m venv $(VERIFIERS_VENV)
 	$(VERIFIERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		-c constraints/verifiers-cpu.txt -e '.[train,verifiers]' hypothesis pytest pytest-asyncio pytest-timeout
-	$(VERIFIERS_VENV)/bin/python -m compileall -qq -j 0 $(VERIFIERS_VENV)/lib || true
 	@touch $@
 
 $(OPENENV_VENV)/openenv.stamp: constraints/openenv.txt
@@ -96,5 +101,4 @@ $(OPENENV_VENV)/openenv.stamp: constraints/openenv.txt
 	$(PYTHON) -m venv $(OPENENV_VENV)
 	$(OPENENV_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		-c constraints/openenv.txt openenv
-	$(OPENENV_VENV)/bin/python -m compileall -qq -j 0 $(OPENENV_VENV)/lib || true
 	@touch $@
