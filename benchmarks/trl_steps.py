@@ -181,7 +181,7 @@ def millrace_seconds(turns: str, threads: int, steps: int, model: Path, folder: 
             "max_sample_tokens": 500,
             "tools": ["calculator"] if multi else [],
         },
-        "train": {"steps": steps + 1, "lr": 1e-7, "threads": threads, "tokens_per_microbatch": 1 << 20},
+        "train": {"steps": steps + 1, "lr": 1e-7, "threads": threads, "tokens_per_microbatch": 1 << 13},
         "evaluation": {"data": {"kind": "file", "path": str(data)}, "problems": 1, "every": steps + 1},
     }
     path = folder / "run.json"
