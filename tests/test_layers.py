@@ -14,6 +14,7 @@ LAYERS = [
     "arguments",
     "types",
     "continuation",
+    "placeholders",
     "checksum",
     "model_folder",
     "model_config",

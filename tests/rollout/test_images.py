@@ -15,6 +15,7 @@ from PIL import Image
 from millrace.config.models import FileDataConfig, HubDataConfig
 from millrace.config.tasks import EnvironmentConfig
 from millrace.errors import DataError, UserCodeError
+from millrace.placeholders import collapsed
 from millrace.rollout import Problem
 from millrace.rollout.agent import EpisodeLimits, converse
 from millrace.rollout.calls import Calls
@@ -176,7 +177,7 @@ class Seer:
 
     async def __call__(self, request: GenerateRequest) -> Generation:
         self.requests.append(request)
-        read = self.vision.expanded(self.vision.folded(request.input_ids), request.images)
+        read = self.vision.expanded(collapsed(request.input_ids, self.vision.placeholder), request.images)
         ids = self.chat.turn(self.turns.pop(0))
         spans = (VersionSpan(1, 0, len(ids)),)
         logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32)

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from millrace.errors import DataError
+from millrace.placeholders import collapsed
 from millrace.rollout.chat_template import ChatTemplate, StandInTurn, first_line, stand_in_turn, turn_before_user
 from millrace.rollout.control_tokens import break_control_tokens, control_tokens, encode, encode_pieces, unused_mark
 from millrace.rollout.reasoning import QUESTION, Reasoning, find_reasoning
@@ -112,7 +113,7 @@ class ChatFormat:
 
     def folded(self, token_ids: Sequence[int]) -> Sequence[int]:
         """Return token ids with one placeholder in place of the run that an engine made of it."""
-        return token_ids if isinstance(self.vision, str) else self.vision.folded(token_ids)
+        return token_ids if isinstance(self.vision, str) else collapsed(token_ids, self.vision.placeholder)
 
     def has_placeholder(self, token_ids: Sequence[int]) -> bool:
         """Return whether a token stands for an image."""

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import groupby
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from transformers import AutoConfig
 
@@ -14,6 +12,7 @@ from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from millrace.errors import DataError
+from millrace.placeholders import runs
 from millrace.rollout.chat_template import first_line
 
 
@@ -61,22 +60,16 @@ class Vision:
         Image.new("RGB", (28, 28), "white").save(file, "PNG")
         return file.getvalue(), self.tokens(file.getvalue())
 
-    def require_runs(self, token_ids: Sequence[int] | np.ndarray[Any, Any], images: Sequence[bytes]) -> None:
+    def require_runs(self, token_ids: Sequence[int], images: Sequence[bytes]) -> None:
         """Raise DataError unless `token_ids` has a run of placeholders of the right length for each image."""
-        is_image = (np.asarray(token_ids) == self.placeholder).tolist()
-        runs = [len(list(run)) for placeholders, run in groupby(is_image) if placeholders]
+        found = [length for _, length in runs(token_ids, self.placeholder)]
         expected = [self.tokens(image) for image in images]
-        if runs != expected:
+        if found != expected:
             raise DataError(
-                f"a sample has runs of {runs} placeholders for its images, and the model's image processor makes "
+                f"a sample has runs of {found} placeholders for its images, and the model's image processor makes "
                 f"{expected} of them: the engine uses other settings. Start it with those of the model's "
                 "preprocessor_config.json, such as min_pixels and max_pixels"
             )
-
-    def folded(self, token_ids: Sequence[int]) -> list[int]:
-        """Return token ids with one placeholder in place of each run."""
-        before = [None, *token_ids][:-1]
-        return [token for token, last in zip(token_ids, before, strict=True) if not token == last == self.placeholder]
 
 
 def load_vision(path: str) -> Vision | str:

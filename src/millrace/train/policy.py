@@ -131,7 +131,7 @@ class Policy:
     def require_places(self, sample: TrainSample) -> None:
         """Raise DataError unless a sample has a run of placeholders, of the right length, for each of its images."""
         if sample.images or not isinstance(self.vision, str):
-            self._sight().require_runs(sample.token_ids, sample.images)
+            self._sight().require_runs(sample.token_ids.tolist(), sample.images)
 
     def _sight(self) -> Vision:
         if isinstance(self.vision, str):

@@ -8,11 +8,11 @@ request's.
 
 import base64
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.state import InvalidStateError, require
+from millrace.placeholders import collapsed, runs
 from millrace.types import FinishReason, GenerateRequest, Generation
 
 # How a file of each media type begins, and what its end has.
@@ -37,11 +37,11 @@ def check_images(request: GenerateRequest, limits: Limits) -> None:
         if kind is None:
             raise InvalidStateError(f"images[{index}] is no PNG, JPEG, GIF, BMP or WebP file")
         require(FORMATS[kind][1] in image, f"images[{index}] is damaged: its {kind.upper()} file has no end")
-    runs, images = len(_runs(request.input_ids, token)), len(request.images)
+    places, images = len(runs(request.input_ids, token)), len(request.images)
     require(
-        runs == images,
-        f"input_ids has {runs} {_plural('placeholder', runs)} of images (token {token}, alone or in a run), and the "
-        f"request has {images} {_plural('image', images)}",
+        places == images,
+        f"input_ids has {places} {_plural('placeholder', places)} of images (token {token}, alone or in a run), and "
+        f"the request has {images} {_plural('image', images)}",
     )
     require(not request.prompt_logprobs, "prompt_logprobs are for prompts of text")
 
@@ -50,7 +50,7 @@ def without_runs(request: GenerateRequest, limits: Limits) -> GenerateRequest:
     """Return the request with one placeholder for each image."""
     if not request.images or limits.image_token is None:
         return request
-    return replace(request, input_ids=_collapsed(request.input_ids, limits.image_token))
+    return replace(request, input_ids=collapsed(request.input_ids, limits.image_token))
 
 
 def data_url(image: bytes) -> str:
@@ -71,9 +71,9 @@ def check_prompt(request: GenerateRequest, made: Generation, limits: Limits) -> 
         if made.finish_reason is not FinishReason.ABORT:
             raise ValueError("the answer has no prompt_token_ids, which show how the server read the images")
         return
-    if _collapsed(prompt, token) != _collapsed(request.input_ids, token):
+    if collapsed(prompt, token) != collapsed(request.input_ids, token):
         raise ValueError("the server did not read the prompt's tokens as they were sent")
-    pairs = zip(_runs(request.input_ids, token), _runs(prompt, token), strict=True)
+    pairs = zip(runs(request.input_ids, token), runs(prompt, token), strict=True)
     for index, ((start, given), (_, needed)) in enumerate(pairs):
         require(
             given in (1, needed),
@@ -86,24 +86,6 @@ def check_prompt(request: GenerateRequest, made: Generation, limits: Limits) -> 
         f"{len(prompt)} prompt tokens with the images' and max_new_tokens {room} do not fit into the server's context "
         f"of {limits.context_length}",
     )
-
-
-def _runs(ids: Sequence[int], token: int) -> list[tuple[int, int]]:
-    """Return the start and the length of each run of `token`."""
-    runs: list[tuple[int, int]] = []
-    for place, one in enumerate(ids):
-        if one != token:
-            continue
-        if runs and sum(runs[-1]) == place:
-            runs[-1] = runs[-1][0], runs[-1][1] + 1
-        else:
-            runs.append((place, 1))
-    return runs
-
-
-def _collapsed(ids: Sequence[int], token: int) -> tuple[int, ...]:
-    """Return the tokens with one token for each run of `token`."""
-    return tuple(one for place, one in enumerate(ids) if one != token or not place or ids[place - 1] != token)
 
 
 def _kind(image: bytes) -> str | None:

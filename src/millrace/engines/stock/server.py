@@ -63,6 +63,8 @@ class StockServer(HttpEngine, Generic[AnyFacts]):
 
     async def _check_prompt(self, request: GenerateRequest, made: Generation) -> None:
         """Raise EngineRefused if the prompt does not fit its images, and EngineFailed if the server read another."""
+        if not request.images:
+            return
         limits = (await self._facts()).limits
         with self._refusing(request):
             self._decode("generate", lambda: check_prompt(request, made, limits))
