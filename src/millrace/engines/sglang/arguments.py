@@ -10,6 +10,7 @@ from millrace.engines.stock.arguments import (
     API_KEY,
     KEYS,
     Node,
+    device_names,
     given,
     kv_events_config,
     local_ranks,
@@ -173,7 +174,7 @@ def rank_gpus(config: SGLangEngineConfig, replica: int, visible: str | None) -> 
     device_ids = visible if config.cuda_visible_devices is None else config.cuda_visible_devices
     if device_ids is None:
         return tuple(map(str, numbers))
-    names = [name.strip() for name in device_ids.split(",") if name.strip()]
+    names = device_names(device_ids)
     return tuple(names[number] for number in numbers) if numbers[-1] < len(names) else ()
 
 

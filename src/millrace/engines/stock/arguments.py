@@ -29,6 +29,11 @@ class Node:
     environment: Mapping[str, str] = field(repr=False)
 
 
+def device_names(visible: str) -> list[str]:
+    """Return the GPUs that a value of CUDA_VISIBLE_DEVICES names, as indices or UUIDs."""
+    return [name.strip() for name in visible.split(",") if name.strip()]
+
+
 def local_ranks(config: StockEngineConfig) -> tuple[int, ...]:
     """Return the ranks of the nodes that run on this host."""
     return tuple(range(config.nnodes)) if config.node_rank is None else (config.node_rank,)

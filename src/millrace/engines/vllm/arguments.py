@@ -14,6 +14,7 @@ from millrace.engines.stock.arguments import (
     KEYS,
     Node,
     Owner,
+    device_names,
     given,
     kv_events_config,
     local_ranks,
@@ -244,7 +245,7 @@ def node_gpus(config: VLLMEngineConfig, replica: int, index: int, visible: str |
     device_ids = visible if config.cuda_visible_devices is None else config.cuda_visible_devices
     if device_ids is None:
         return ",".join(str(number) for number in range(first, first + count))
-    names = [name for name in device_ids.split(",") if name]
+    names = device_names(device_ids)
     if len(names) < first + count:
         raise ConfigError(
             f"engine: replica {replica} needs the GPUs {first} to {first + count - 1} of those in "
@@ -261,4 +262,4 @@ def rank_gpus(config: VLLMEngineConfig, replica: int, visible: str | None) -> tu
     if config.device == "cpu" or config.node_rank is not None:
         return ()
     nodes_gpus = (node_gpus(config, replica, index, visible) for index in range(config.nnodes))
-    return tuple(gpu.strip() for gpus_of_node in nodes_gpus for gpu in gpus_of_node.split(","))
+    return tuple(gpu for gpus_of_node in nodes_gpus for gpu in device_names(gpus_of_node))

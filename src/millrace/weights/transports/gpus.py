@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from millrace.engines.stock.arguments import device_names
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -57,7 +59,7 @@ def names_of(visible: str | None, count: int) -> tuple[str, ...]:
     """
     if visible is None:
         return tuple(map(str, range(count)))
-    names = tuple(name.strip() for name in visible.split(",") if name.strip())
+    names = tuple(device_names(visible))
     return names if len(names) == count else ()
 
 
