@@ -14,8 +14,8 @@ from millrace.errors import ConfigError, DataError, UserCodeError
 from millrace.rollout import Action, EpisodeEnd, Problem
 from millrace.rollout.agent import EpisodeLimits, converse
 from millrace.rollout.calls import Calls
-from millrace.rollout.chat import check_dialogue_format
-from millrace.rollout.environment import EnvironmentKind, load_environment
+from millrace.rollout.chat import ChatFormat, check_dialogue_format
+from millrace.rollout.environment import EnvironmentEpisode, EnvironmentKind, load_environment
 from millrace.rollout.sample import Episode
 from millrace.rollout.tools import Calculator
 from millrace.train.tiny import make_tiny_tokenizer
@@ -79,23 +79,30 @@ def log_of(kind: EnvironmentKind) -> list[tuple[Any, ...]]:
     return log
 
 
+async def turns_of(
+    played: EnvironmentEpisode, prompt: tuple[int, ...], model: FakeModel, chat: ChatFormat, limits: EpisodeLimits
+) -> Episode:
+    """Lets the model take its turns in an episode that has been reset."""
+    return await converse(
+        "s7",
+        prompt,
+        played.respond,
+        generate=model,
+        chat=chat,
+        calls_tools=bool(played.kind.tools),
+        takes_cut_turns=True,
+        limits=limits,
+        sampling=SamplingParams(64),
+    )
+
+
 async def play(
     kind: EnvironmentKind, model: FakeModel, limits: EpisodeLimits = LIMITS, problem: Problem = PROBLEM
 ) -> tuple[Episode, float]:
     chat = CHAT if kind.tools else PLAIN
     async with kind.episode(problem) as played:
         prompt = chat.prompt_of(await played.reset())
-        episode = await converse(
-            "s7",
-            prompt,
-            played.respond,
-            generate=model,
-            chat=chat,
-            calls_tools=bool(kind.tools),
-            takes_cut_turns=True,
-            limits=limits,
-            sampling=SamplingParams(64),
-        )
+        episode = await turns_of(played, prompt, model, chat, limits)
     check(episode, model, limits, prompt)
     return episode, played.reward
 

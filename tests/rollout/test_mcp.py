@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from millrace.rollout import Tool, ToolCall
 from millrace.rollout.adapters.mcp import served
 from millrace.rollout.toolbox import by_name
 from millrace.rollout.tools import answer_tool_call
+from tests.ports import free_port, listens
 
 pytest.importorskip("mcp", reason="the extra millrace[mcp] is not installed")
 
@@ -83,19 +83,12 @@ async def test_a_server_over_stdio() -> None:
 
 
 async def test_a_server_over_http() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([sys.executable, str(EXAMPLE), str(port)])  # noqa: ASYNC220
     try:
         async with asyncio.timeout(60):
-            while True:
-                try:
-                    _, writer = await asyncio.open_connection("127.0.0.1", port)
-                except OSError:
-                    await asyncio.sleep(0.05)
-                else:
-                    writer.close()
-                    break
+            while not await listens(port):
+                await asyncio.sleep(0.05)
         async with tools(McpConfig(url=f"http://127.0.0.1:{port}/mcp")) as own:
             await check_example(own)
     finally:
@@ -139,8 +132,7 @@ async def test_a_server_that_does_not_start_is_one_line(command: Sequence[str], 
 
 
 async def test_a_url_where_nothing_serves_is_one_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(ConfigError, match=rf"the MCP server http://127.0.0.1:{port}/mcp can't be used: "):
         async with tools(McpConfig(url=f"http://127.0.0.1:{port}/mcp")):
             raise AssertionError("it was opened")

@@ -2,11 +2,12 @@
 
 import asyncio
 import os
-import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+
+from tests.ports import free_port, listens
 
 PYTHON = Path(os.environ.get("OPENENV_PYTHON", ".venv-openenv/bin/python"))  # as `make test-environments` sets it
 START = 120.0  # seconds: the server imports Gradio
@@ -53,21 +54,14 @@ uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]))
 @asynccontextmanager
 async def openenv_server(log: Path) -> AsyncIterator[str]:
     """Run the server while the block runs, and yield its URL."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen([PYTHON, "-c", SERVER, str(port)], stdout=output, stderr=output)  # noqa: ASYNC220
     try:
         async with asyncio.timeout(START):
-            while True:
+            while not await listens(port):
                 assert process.poll() is None, f"the server ended; see {log}"
-                try:
-                    _, writer = await asyncio.open_connection("127.0.0.1", port)
-                except OSError:
-                    await asyncio.sleep(0.1)
-                else:
-                    writer.close()
-                    break
+                await asyncio.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()

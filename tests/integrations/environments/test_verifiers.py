@@ -15,7 +15,7 @@ from millrace.config.tasks import EnvironmentConfig
 from millrace.errors import ConfigError, UserCodeError
 from millrace.rollout import EpisodeEnd, Problem
 from millrace.rollout.adapters.verifiers import opened
-from millrace.rollout.agent import EpisodeLimits, converse
+from millrace.rollout.agent import EpisodeLimits
 from millrace.rollout.calls import Calls
 from millrace.rollout.chat import check_dialogue_format
 from millrace.rollout.environment import EnvironmentKind
@@ -24,8 +24,8 @@ from millrace.train.display import Display
 from millrace.train.dry_run import look
 from millrace.train.experiment import train
 from millrace.train.tiny import make_tiny_tokenizer
-from millrace.types import SamplingParams
 from tests.rollout.test_agent import FakeModel
+from tests.rollout.test_environment import turns_of
 
 ROOT = Path(__file__).parents[3]
 LIMITS = EpisodeLimits(max_turns=4, max_turn_tokens=64, max_sample_tokens=600, context_length=600)
@@ -51,17 +51,7 @@ async def play(
     chat = check_dialogue_format(make_tiny_tokenizer(), "tiny", kind.tools)
     async with kind.episode(problem) as played:
         prompt = chat.prompt_of(await played.reset())
-        episode = await converse(
-            "s7",
-            prompt,
-            played.respond,
-            generate=FakeModel(*map(chat.turn, turns)),
-            chat=chat,
-            calls_tools=bool(kind.tools),
-            takes_cut_turns=True,
-            limits=limits,
-            sampling=SamplingParams(64),
-        )
+        episode = await turns_of(played, prompt, FakeModel(*map(chat.turn, turns)), chat, limits)
         await played.finish(episode.end)
     return episode, played.reward, played.parts
 
