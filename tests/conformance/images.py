@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
-from millrace.conformance import select
+from millrace.conformance import Check, Runner, select
 from millrace.engines.stock.engine import StockEngine
 from millrace.errors import EngineRefused
 from millrace.fleet.fleet import Fleet
 from millrace.types import Float32Array, GenerateRequest, Generation, SamplingParams
+from tests.conformance.run_checks import run_check
 from tests.vision import make_image, make_tiny_vision_model, png
 
 CLOSE = 2e-3  # nats, in float32
@@ -23,9 +24,6 @@ RESIZED = 5e-2  # where the engine resizes the image: torchvision's filter is no
 TOKENS = 8
 DEADLINE = 120.0
 Pictures = Sequence[Image.Image]
-
-
-every_image_check = pytest.mark.parametrize("check", select("images.*"), ids=lambda check: check.name)
 
 
 def make_vision_folders(parent: Path, kind: str) -> tuple[Path, Path]:
@@ -159,3 +157,21 @@ async def check_wrong_images_are_named(fleet: Fleet, folder: Path) -> None:
     for small in (make_image(8, width=3, height=3), make_image(9, width=300, height=7)):
         made = await fleet.generate(reference.request([small]), deadline=DEADLINE)
         reference.require(reference.request([small]), made, [small], within=RESIZED)
+
+
+class ReadsImages:
+    """Tests of an engine that reads images, whose subclass is in a module with the fixtures `fleet`, `folders` and
+    `runner`."""
+
+    @pytest.mark.parametrize("check", select("images.*"), ids=lambda check: check.name)
+    async def test_it_does_what_the_contract_says(self, runner: Runner, check: Check) -> None:
+        await run_check(runner, check, frozenset())
+
+    async def test_it_reads_images_as_transformers_does(self, fleet: Fleet, folders: tuple[Path, Path]) -> None:
+        await check_images_as_transformers_reads_them(fleet, folders[0])
+
+    async def test_a_publish_reaches_the_vision_tower(self, fleet: Fleet, folders: tuple[Path, Path]) -> None:
+        await check_a_publish_reaches_the_vision_tower(fleet, folders[0], 2500)
+
+    async def test_wrong_images_are_named(self, fleet: Fleet, folders: tuple[Path, Path]) -> None:
+        await check_wrong_images_are_named(fleet, folders[0])

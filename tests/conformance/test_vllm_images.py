@@ -7,17 +7,11 @@ import pytest
 import pytest_asyncio
 
 from millrace.config.engines import VLLMEngineConfig
-from millrace.conformance import Check, Runner
+from millrace.conformance import Runner
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from tests.conformance.images import (
-    check_a_publish_reaches_the_vision_tower,
-    check_images_as_transformers_reads_them,
-    check_wrong_images_are_named,
-    every_image_check,
-    make_vision_folders,
-)
-from tests.conformance.run_checks import START_TIMEOUT, make_runner, run_check
+from tests.conformance.images import ReadsImages, make_vision_folders
+from tests.conformance.run_checks import START_TIMEOUT, make_runner
 from tests.torchvision import install_torchvision
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -47,18 +41,5 @@ async def runner(fleet: Fleet, folders: tuple[Path, Path]) -> Runner:
     return await make_runner(fleet, *folders)
 
 
-@every_image_check
-async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
-    await run_check(runner, check, frozenset())
-
-
-async def test_it_reads_images_as_transformers_does(fleet: Fleet, folders: tuple[Path, Path]) -> None:
-    await check_images_as_transformers_reads_them(fleet, folders[0])
-
-
-async def test_a_publish_reaches_the_vision_tower(fleet: Fleet, folders: tuple[Path, Path]) -> None:
-    await check_a_publish_reaches_the_vision_tower(fleet, folders[0], 2500)
-
-
-async def test_wrong_images_are_named(fleet: Fleet, folders: tuple[Path, Path]) -> None:
-    await check_wrong_images_are_named(fleet, folders[0])
+class TestVLLM(ReadsImages):
+    """The engine's image tests, with the fixtures of this module."""
