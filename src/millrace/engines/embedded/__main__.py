@@ -79,19 +79,18 @@ async def _serve(args: argparse.Namespace, sock: socket.socket) -> int:
     server = Server(
         lambda: build(settings), keys=keys, faults=args.faults, max_running=settings.max_running, seed=args.seed
     )
-    runner = await server.start(sock)
-    ending = asyncio.ensure_future(told_to_end.wait())
-    waited_for: set[asyncio.Future[Any]] = {ending, server.ready}
-    await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-    if server.ready.done():
-        error = server.ready.exception()
-        if error is not None:
-            print(f"can't serve {settings.model}: {type(error).__name__}: {error}", file=sys.stderr)
-            return 1
-        log.info("serving %s on %s", settings.model, url_of(args.host, args.port))
-        await ending
-    log.info("shutting down")
-    await runner.cleanup()
+    async with server.serving(sock):
+        ending = asyncio.ensure_future(told_to_end.wait())
+        waited_for: set[asyncio.Future[Any]] = {ending, server.ready}
+        await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+        if server.ready.done():
+            error = server.ready.exception()
+            if error is not None:
+                print(f"can't serve {settings.model}: {type(error).__name__}: {error}", file=sys.stderr)
+                return 1
+            log.info("serving %s on %s", settings.model, url_of(args.host, args.port))
+            await ending
+        log.info("shutting down")
     server.stop()
     return 0
 

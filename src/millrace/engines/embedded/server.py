@@ -4,7 +4,8 @@ import asyncio
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from aiohttp import web
@@ -22,11 +23,11 @@ from millrace.engines.embedded.thread import Loaded, ModelThread
 from millrace.engines.embedded.updates import Handler, Updates
 from millrace.engines.embedded.weights import UpdateRefused
 from millrace.http.replies import reply
+from millrace.http.serving import serving
 from millrace.types import Capability, PauseMode
 
 BODY_LIMIT = 256 * 1024 * 1024  # bytes; a prompt of a million tokens takes about 8 MB
 PROBE_DEADLINE = 20.0  # seconds for the token of /health_generate, as in SGLang
-SHUTDOWN_GRACE = 0.5  # seconds for answers in flight at shutdown
 PAUSE_MODES = {"abort": PauseMode.ABORT, "retract": PauseMode.RETRACT, "in_place": PauseMode.KEEP}
 # All capabilities except those of other engines only.
 CAPABILITIES = frozenset(Capability) - {
@@ -59,15 +60,14 @@ class Server:
         self._generate = Generate(self._thread, self._faults, seed=seed)
         self._updates = Updates(self._thread, self._faults)
 
-    async def start(self, sock: socket.socket) -> web.AppRunner:
-        """Serve on a bound socket. Every route answers 503 until the model is loaded."""
+    @asynccontextmanager
+    async def serving(self, sock: socket.socket) -> AsyncIterator[None]:
+        """Serve on a bound socket while the block runs. Every route answers 503 until the model is loaded."""
         app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._guard])
         app.add_routes(self._routes())
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_GRACE)
-        await runner.setup()
-        await web.SockSite(runner, sock).start()
-        self._thread.start()
-        return runner
+        async with serving(app, sock, cancel=True):
+            self._thread.start()
+            yield
 
     @property
     def ready(self) -> asyncio.Future[Loaded]:
