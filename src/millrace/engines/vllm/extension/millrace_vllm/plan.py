@@ -95,6 +95,9 @@ class Plan:
                     for name, tensor in {**kept, **loaded}.items():
                         if tensor is not None:
                             kept[name] = twin = twin_of(tensor, module)
+                            if name == "bias" and name not in loaded and recorded[0].get("weight") is not None:
+                                # vLLM widens the biases of packed layers to float32 (on CPUs with AMX).
+                                twin.data = twin.data.to(recorded[0]["weight"].dtype)
                             owners[storage_id(twin)] = (path, name, twin)
                 # vLLM has computed the parameters that it did not record, such as scales, from the weights.
                 made = module._parameters.keys() - recorded[0].keys() if recorded[0] else set()
