@@ -94,7 +94,7 @@ async def test_the_reward_is_the_weighted_sum_and_each_part_is_written_down(tmp_
         }
     groups = {sample["sample"].rpartition("-")[0] for sample in written if sample["rewards"]["longest"]}
     assert len(groups) == 4  # each group has a longest answer
-    [module] = [module for name, module in sys.modules.items() if name.startswith("millrace_user_rewards")]
+    [module] = [one for one in sys.modules.values() if getattr(one, "__file__", None) == str(tmp_path / "rewards.py")]
     assert sorted(module.calls) == [1] * 8 + [4] * 4  # once for each group, and for each problem of two evaluations
 
 
