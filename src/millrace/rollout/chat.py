@@ -62,8 +62,8 @@ class ChatFormat:
 
         Raises DataError if the template refuses the messages, or the model reads no images and they have some.
         """
-        texts, mark = self._as_text(messages)
-        return self._with_places(self._encode(self.template.render(texts), mark), messages)
+        texts, mark = self.as_text(messages)
+        return self.with_places(self.encode(self.template.render(texts), mark), messages)
 
     def added(self, images: Sequence[bytes]) -> int:
         """Return how many tokens a prompt gains when the placeholder of each image becomes a run of them.
@@ -86,8 +86,8 @@ class ChatFormat:
         turn = self.turn_before_answers if by_tools else self.turn_before_user
         if turn is None:
             raise DataError(f"this chat format has no form for {'tool' if by_tools else 'user'} messages after a turn")
-        texts, mark = self._as_text(messages)
-        ids = self._with_places(self._encode(turn.around(texts)[1], mark), messages)
+        texts, mark = self.as_text(messages)
+        ids = self.with_places(self.encode(turn.around(texts)[1], mark), messages)
         return ids[1:] if turn_ended else ids
 
     def turn(self, text: str) -> tuple[int, ...]:
@@ -115,6 +115,10 @@ class ChatFormat:
         """Return token ids with one placeholder in place of the run that an engine made of it."""
         return token_ids if isinstance(self.vision, str) else collapsed(token_ids, self.vision.placeholder)
 
+    def is_control(self, token_id: int) -> bool:
+        """Return whether a token is one of the control tokens."""
+        return self.tokenizer.convert_ids_to_tokens(token_id) in self.control
+
     def has_placeholder(self, token_ids: Sequence[int]) -> bool:
         """Return whether a token stands for an image."""
         return not isinstance(self.vision, str) and self.vision.placeholder in token_ids
@@ -124,14 +128,14 @@ class ChatFormat:
             raise DataError(f"the model reads no images: {self.vision}")
         return self.vision
 
-    def _with_places(self, token_ids: tuple[int, ...], messages: Sequence[Message]) -> tuple[int, ...]:
+    def with_places(self, token_ids: tuple[int, ...], messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the token ids of messages. Raises DataError unless they have a placeholder for each image."""
         images = len(images_in(messages))
         if images and (places := token_ids.count(self._sight().placeholder)) != images:
             raise DataError(f"the chat template writes {places} placeholders for {images} images")
         return token_ids
 
-    def _as_text(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+    def as_text(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
         """Return the messages with a mark inserted into each control token of their texts, and the mark.
 
         Raises DataError if they have images and the model reads none.
@@ -151,7 +155,8 @@ class ChatFormat:
                 return [self._broken(one, mark) for one in value]
         return value
 
-    def _encode(self, text: str, mark: str) -> tuple[int, ...]:
+    def encode(self, text: str, mark: str) -> tuple[int, ...]:
+        """Return the token ids of a text that was rendered from messages with this mark (`as_text`)."""
         return encode_pieces(self.tokenizer, text, mark, anchor=self.end_of_turn)
 
 
@@ -169,7 +174,7 @@ def load_chat_format(
     calls in a form that `parse_tool_calls` does not read.
     """
     path = str(path)
-    return _seeing(check_chat_format(_load_tokenizer(path), path, tools, template_kwargs), path)
+    return _seeing(check_chat_format(load_tokenizer(path), path, tools, template_kwargs), path)
 
 
 def load_prompt_format(path: str | Path, template_kwargs: Mapping[str, object] | None = None) -> ChatFormat:
@@ -178,7 +183,7 @@ def load_prompt_format(path: str | Path, template_kwargs: Mapping[str, object] |
     Raises DataError if tokenizer or template is missing, or no token ends a turn.
     """
     path = str(path)
-    return _seeing(check_prompt_format(_load_tokenizer(path), path, template_kwargs), path)
+    return _seeing(check_prompt_format(load_tokenizer(path), path, template_kwargs), path)
 
 
 def load_dialogue_format(
@@ -192,7 +197,7 @@ def load_dialogue_format(
 
     Raises DataError as `load_chat_format` does, and if a user's message can't be appended.
     """
-    return _seeing(check_dialogue_format(_load_tokenizer(path), path, tools, template_kwargs), path)
+    return _seeing(check_dialogue_format(load_tokenizer(path), path, tools, template_kwargs), path)
 
 
 def check_chat_format(
@@ -207,9 +212,9 @@ def check_chat_format(
     """
     template = ChatTemplate(tokenizer, tuple(tools), template_kwargs or {})
     try:
-        _check_kwargs(template)
+        check_kwargs(template)
         turn = stand_in_turn(template)
-        reasoning, control = _reading(template)
+        reasoning, control = find_markers(template)
         if tools:
             _check_calls(turn, reasoning, name)
         turn.check_answers(reasoning)
@@ -231,9 +236,9 @@ def check_dialogue_format(
     template = ChatTemplate(tokenizer, tuple(tools), template_kwargs or {})
     with_tools = check_chat_format(tokenizer, name, tools, template_kwargs).turn_before_answers if tools else None
     try:
-        _check_kwargs(template)
+        check_kwargs(template)
         turn = turn_before_user(template)
-        reasoning, control = _reading(template)
+        reasoning, control = find_markers(template)
         turn.check_user(reasoning)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
@@ -251,13 +256,13 @@ def check_prompt_format(
         raise DataError(f"{name}: the tokenizer has no end-of-sequence token, which must end each turn")
     template = ChatTemplate(tokenizer, (), template_kwargs or {})
     try:
-        _check_kwargs(template)
-        return ChatFormat(template, tokenizer.eos_token_id, *_reading(template))
+        check_kwargs(template)
+        return ChatFormat(template, tokenizer.eos_token_id, *find_markers(template))
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
 
 
-def _check_kwargs(template: ChatTemplate) -> None:
+def check_kwargs(template: ChatTemplate) -> None:
     """Raise DataError if the template does not use one of its keyword arguments."""
     parameters = inspect.signature(template.tokenizer.apply_chat_template).parameters
     for argument in template.kwargs:
@@ -267,7 +272,7 @@ def _check_kwargs(template: ChatTemplate) -> None:
             raise DataError(f"the chat template has no variable {argument} (rollout.chat_template_kwargs)")
 
 
-def _reading(template: ChatTemplate) -> tuple[Reasoning, tuple[str, ...]]:
+def find_markers(template: ChatTemplate) -> tuple[Reasoning, tuple[str, ...]]:
     """Return the reasoning markers and the control tokens.
 
     Raises DataError if the template does not write the text of a user's message.
@@ -298,7 +303,8 @@ def _seeing(chat: ChatFormat, path: str) -> ChatFormat:
     return replace(chat, vision=load_vision(path))
 
 
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or Hub name. Raises DataError if it has none, or no chat template."""
     if _means_a_folder(path) and not Path(path).is_dir():
         raise DataError(f"{path}: there is no such model folder")
     try:

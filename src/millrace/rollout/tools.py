@@ -23,6 +23,7 @@ _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"\s*<function=([^<>\s]+)>(.*)</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^<>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _THOUSANDS_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_PYTHON: Mapping[str, object] = {"True": True, "False": False, "None": None}  # as some chat templates write them
 _LONGEST_EXPRESSION = 500  # characters
 _LARGEST_EXPONENT = 1000
 _LARGEST_RESULT_BITS = 4096
@@ -229,7 +230,7 @@ def _value(text: str, schema: object) -> object:
             try:
                 return orjson.loads(text)
             except orjson.JSONDecodeError:
-                return text
+                return _PYTHON.get(text, text)
 
 
 def _evaluate(node: ast.expr) -> Number:

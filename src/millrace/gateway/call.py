@@ -1,0 +1,191 @@
+"""What an agent asks the model for, and what the model answers, in one form for all protocols."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import orjson
+
+from millrace.rollout.sample import Message
+
+Tool = Mapping[str, object]  # OpenAI's form, which chat templates take: {"type": "function", "function": {...}}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The sampling parameters that an agent gave. None: it gave none."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which tools the model may call. required: it must call one. name: it must call this one."""
+
+    allowed: bool = True
+    required: bool = False
+    name: str | None = None
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What the headers of known agents say about a request.
+
+    agent: id of the sub-agent that asks. parent: id of the session that started it. compaction: whether the request
+    makes a summary, or follows one: agents count their context windows.
+    """
+
+    agent: str | None = None
+    parent: str | None = None
+    compaction: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """One request of an agent.
+
+    messages: as chat templates take them. The turns of the model have `content`, and may have `reasoning` and
+    `tool_calls`, whose arguments are JSON texts. An image is a part `{"type": "image", "image": bytes}`. schema: a JSON
+    schema that the answer must match. dropped: the names of what the request asked for and does not get. stream_usage:
+    whether a stream ends with the token counts, where the protocol leaves the choice.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    choice: Choice = Choice()
+    wanted: Wanted = Wanted()
+    n: int = 1
+    stream: bool = False
+    logprobs: bool = False
+    schema: Mapping[str, object] | None = None
+    lineage: Lineage = Lineage()
+    dropped: tuple[str, ...] = ()
+    stream_usage: bool = False
+
+    @property
+    def identity(self) -> bytes:
+        """A digest of everything that decides the answer. Two requests with the same one are retries or resamples."""
+        said = [(fingerprint(message), reasoning_of(message)) for message in self.messages]
+        asked = (self.tools, self.choice, replace(self.wanted, logit_bias={}), dict(self.wanted.logit_bias), self.n)
+        return _digest(repr(said).encode(), _json(self.tools), repr(asked).encode(), _json(self.schema))
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """A tool call of the model. arguments: a JSON text. bad: why the call can't be used."""
+
+    id: str
+    name: str
+    arguments: str
+
+    @property
+    def message(self) -> dict[str, object]:
+        """The call as chat templates take it."""
+        return {
+            "id": self.id,
+            "type": "function",
+            "function": {"name": self.name, "arguments": self.arguments},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TurnText:
+    """A turn of the model as text.
+
+    malformed: why a tool call in it can't be read. Such a call stays in the content.
+    """
+
+    reasoning: str
+    content: str
+    calls: tuple[ToolUse, ...] = ()
+    malformed: str | None = None
+
+    @property
+    def message(self) -> Message:
+        """The turn as a chat message."""
+        message: dict[str, object] = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            message["reasoning"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = [call.message for call in self.calls]
+        return message
+
+
+def fingerprint(message: Message) -> bytes:
+    """Return a digest that is equal for two messages that differ only in how an agent wrote them down.
+
+    The order of JSON keys, white space around the text of a turn, parts of text or one text, and absent or empty
+    content make no difference. Reasoning is left out: agents drop it (`reasoning_of`). Images count by their contents.
+    """
+    role = str(message["role"])
+    texts, images = _content(message.get("content"))
+    calls = [
+        [call.get("id"), call["function"]["name"], parsed(call["function"]["arguments"])]
+        for call in _calls(message)
+    ]
+    text = texts.strip() if role == "assistant" else texts
+    return _digest(_json([role, text, images, calls, message.get("tool_call_id")]))
+
+
+def reasoning_of(message: Message) -> str | None:
+    """Return the reasoning in a turn of the model; None if the message has none."""
+    thought = message.get("reasoning")
+    return thought.strip() or None if isinstance(thought, str) else None
+
+
+def chain(tools: Sequence[Tool], messages: Sequence[Message]) -> list[bytes]:
+    """Return a digest of each prefix of a conversation: item i is of the tools and the first i messages."""
+    digests = [_digest(_json(tools))]
+    for message in messages:
+        digests.append(_digest(digests[-1], fingerprint(message)))
+    return digests
+
+
+def extended(digest: bytes, message: Message) -> bytes:
+    """Return the digest of a prefix and one more message, as in `chain`."""
+    return _digest(digest, fingerprint(message))
+
+
+def parsed(arguments: object) -> object:
+    """Return the arguments of a tool call as a value, or as they are if they are no JSON."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return orjson.loads(arguments)
+    except orjson.JSONDecodeError:
+        return arguments
+
+
+def _calls(message: Message) -> Iterator[Mapping[str, object]]:
+    calls = message.get("tool_calls")
+    yield from calls if isinstance(calls, list | tuple) else ()
+
+
+def _content(content: object) -> tuple[str, list[str]]:
+    if not isinstance(content, list | tuple):
+        return ("" if content is None else str(content)), []
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    images = [hashlib.sha256(part["image"]).hexdigest() for part in content if part["type"] == "image"]
+    return "".join(texts), images
+
+
+def _json(value: object) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+
+
+def _digest(*parts: bytes) -> bytes:
+    made = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        made.update(len(part).to_bytes(8, "little") + part)
+    return made.digest()

@@ -1,0 +1,375 @@
+"""How a model writes tool calls, learned from its own chat template.
+
+The template renders calls of stand-in functions. What stands around the names and the arguments is the form, by which
+the calls in the model's turns are read. Three kinds cover the families whose templates write calls as text:
+
+    object:   <tool_call>{"name": NAME, "arguments": {...}}</tool_call>     Hermes, Qwen2.5, Qwen3, Llama 3.1, Mistral
+    named:    [TOOL_CALLS]NAME[ARGS]{...}                                   Mistral, DeepSeek
+    markup:   <function=NAME><parameter=KEY>VALUE</parameter></function>    Qwen3-Coder, Qwen3.5, GLM, Nemotron
+"""
+
+import itertools
+import json
+import os.path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import orjson
+
+from millrace.errors import DataError
+from millrace.rollout.reasoning import QUESTION, reasoning_keys
+from millrace.rollout.sample import Message
+
+Render = Callable[[Sequence[Message], Sequence[Mapping[str, object]], bool], str]  # messages, tools, prompt follows
+
+_NAMES = ("millrace_first", "millrace_second")
+_KEYS, _VALUES = ("millrace_key_a", "millrace_key_b"), ("millrace value a", "millrace value b")
+_IDS = ("milrace01", "milrace02")  # Mistral takes ids of nine letters and digits
+_TEXT = "\N{SECTION SIGN}"  # the content of a turn without calls
+_DECODER = json.JSONDecoder(strict=False)  # it also takes the line breaks that models leave in texts
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCall:
+    """A tool call in a text: its name, its arguments as a JSON text, and where it starts and ends."""
+
+    name: str
+    arguments: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A text that starts as a tool call and can't be read as one."""
+
+    reason: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """The form of one model's tool calls. The texts are without the white space at their ends.
+
+    section: what comes before the first call only. opening: what comes before each call. closing: what comes after it.
+    separator: between calls. end: after the last call. keys: of the name and the arguments (kind object). before_args:
+    between name and arguments. before_key, before_value, after_value: around the parts of an argument (kind markup).
+    as_text: whether the template takes arguments as a JSON text in place of an object.
+    """
+
+    kind: Literal["object", "named", "markup"]
+    section: str = ""
+    opening: str = ""
+    closing: str = ""
+    separator: str = ""
+    end: str = ""
+    keys: tuple[str, str] = ("", "")
+    before_args: str = ""
+    before_key: str = ""
+    before_value: str = ""
+    after_value: str = ""
+    as_text: bool = False
+
+    @property
+    def start(self) -> str:
+        """The text with which calls begin; empty if a turn that is a call has no marker."""
+        return _first_word(self.section or self.opening)
+
+    def read(self, text: str, place: int = 0) -> tuple[list[ReadCall], Unreadable | None]:
+        """Return the tool calls in a text from `place` on, and the first thing that starts as a call and is none.
+
+        text: of a turn, without reasoning and end-of-turn token.
+        """
+        calls: list[ReadCall] = []
+        while (start := self._next(text, place, first=not calls)) is not None:
+            call = self._one(text, start)
+            if isinstance(call, Unreadable):
+                return calls, call
+            calls.append(call)
+            place = call.end
+        return calls, None
+
+    def _next(self, text: str, place: int, *, first: bool) -> int | None:
+        """Return where the next call starts, section included; None if there is none."""
+        if first and not self.start:  # a turn is a call, or text
+            return place if text[place:].lstrip().startswith("{") and self._fits(text, place) else None
+        if first:
+            found = text.find(self.start, place)
+            return None if found < 0 else found
+        after = _skip(text, place, self.separator)
+        if not self.opening:
+            return after if after > place and text[after : after + 1] == "{" else None
+        found = text.find(_first_word(self.opening), place)
+        return None if found < 0 else found
+
+    def _fits(self, text: str, place: int) -> bool:
+        return isinstance(self._one(text, place), ReadCall)
+
+    def _one(self, text: str, start: int) -> ReadCall | Unreadable:
+        opens = _skip(text, start, self.section)
+        place = _skip(text, opens, self.opening)
+        if self.opening and place == opens:
+            return Unreadable(f"a call starts with {self.opening!r}", start)
+        try:
+            name, arguments, place = self._parts(text, place)
+        except ValueError as error:
+            return Unreadable(str(error), start)
+        closed = _skip(text, place, self.closing)
+        if self.closing and closed == place and text[place:].strip():
+            return Unreadable(f"{self.closing} is missing after the arguments", start)
+        return ReadCall(name, arguments, start, _skip(text, closed, self.end))
+
+    def _parts(self, text: str, place: int) -> tuple[str, str, int]:
+        """Return name, arguments, and the place behind them. Raises ValueError."""
+        match self.kind:
+            case "object":
+                return self._object(text, _white(text, place))
+            case "named":
+                name, place = self._named(text, place, (self.before_args, "{"))
+                value, place = _decoded(text, text.find("{", place))
+                return name, _dumped(value), place
+            case "markup":
+                return self._markup(text, place)
+
+    def _object(self, text: str, place: int) -> tuple[str, str, int]:
+        value, end = _decoded(text, place)
+        match value:
+            case dict() if isinstance(name := value.get(self.keys[0]), str):
+                arguments = parsed_object(value.get(self.keys[1], {}))
+                return name, _dumped(arguments), end
+        raise ValueError(f"a call is an object with {self.keys[0]} and {self.keys[1]}")
+
+    def _named(self, text: str, place: int, ends: Sequence[str]) -> tuple[str, int]:
+        """Return the name at a place, and where it ends: before the first of these texts, or white space."""
+        found = [at for end in (*ends, "\n") if end and (at := text.find(end, place + 1)) >= 0]
+        end = min(found, default=len(text))
+        name = text[place:end].strip()
+        if not name or " " in name:
+            raise ValueError("a call has the name of a function")
+        return name, _skip(text, end, self.before_args)
+
+    def _markup(self, text: str, place: int) -> tuple[str, str, int]:
+        stop = self.closing or self.end
+        name, place = self._named(text, place, (self.before_args, self.before_key, stop))
+        limit = text.find(stop, place) if stop else len(text)
+        if limit < 0:
+            raise ValueError(f"{stop} is missing")
+        values: dict[str, str] = {}
+        while (at := _white(text, place)) < len(text) and text.startswith(self.before_key, at):
+            key_at = at + len(self.before_key)
+            value_at, value_end = text.find(self.before_value.strip(), key_at), -1
+            if value_at >= 0:
+                value_end = text.find(self.after_value.strip(), value_at + len(self.before_value.strip()))
+            if value_end < 0:
+                raise ValueError(f"an argument lacks {self.before_value.strip()} or {self.after_value.strip()}")
+            value = text[value_at + len(self.before_value.strip()) : value_end]
+            if self.before_value.endswith("\n"):
+                value = value.removeprefix("\n")
+            if self.after_value.startswith("\n"):
+                value = value.removesuffix("\n")
+            values[text[key_at:value_at].strip()] = value
+            place = value_end + len(self.after_value.strip())
+        return name, _dumped(values), place
+
+    def forced(self, name: str | None) -> str:
+        """Return the text that a turn begins with so that it becomes a call, of the function `name` if it is given."""
+        start = self.section + self.opening
+        if name is None:
+            return start
+        match self.kind:
+            case "object":
+                return f'{start}\n{{"{self.keys[0]}": "{name}", "{self.keys[1]}": '
+            case _:
+                return f"{start}{name}{self.before_args}"
+
+
+def parsed_object(value: object) -> object:
+    """Return arguments as an object. Some models write them as JSON in a string. Raises ValueError."""
+    if isinstance(value, str):
+        value = orjson.loads(value)
+    if not isinstance(value, dict):
+        raise ValueError("the arguments are no object")
+    return value
+
+
+def learn_call_form(render: Render) -> CallForm | None:
+    """Return the form in which a chat template writes tool calls; None if it writes none, or in no form that is known.
+
+    The form is checked: calls that the template writes with it are read as they were.
+    """
+    for as_text, rest in itertools.product((False, True), ({"content": "", **reasoning_keys(" ")}, {"content": None})):
+        with suppress(DataError, ValueError):
+            form = _learn(render, rest, as_text=as_text)
+            if form is not None and _reads_back(form, render, rest, as_text=as_text):
+                return replace(form, as_text=as_text)
+    return None
+
+
+def _learn(render: Render, rest: Mapping[str, object], *, as_text: bool) -> CallForm | None:
+    values = dict(zip(_KEYS, _VALUES, strict=True))
+    plain = _turn(render, {**rest, "content": _TEXT})
+    tail = plain.partition(_TEXT)[2]
+    one = _turn(render, _calling([(_NAMES[0], values)], rest, as_text=as_text)).removesuffix(tail)
+    if (core := _core(one, _NAMES[0], values)) is None:
+        return None
+    start, end, form = core
+    opening, closing = one[len(_common_prefix(one, plain)) : start], one[end:]
+    try:
+        two = _turn(render, _calling([(name, values) for name in _NAMES], rest, as_text=as_text)).removesuffix(tail)
+    except DataError:  # it takes one call only
+        two = ""
+    first, second = _core(two, _NAMES[0], values), _core(two, _NAMES[1], values)
+    if first is None or second is None:
+        return replace(form, opening=opening.strip(), closing=closing.strip())
+    between = two[first[1] : second[0]]
+    each = _common_suffix(between, opening)
+    shut = _common_prefix(between.removesuffix(each), closing)
+    return replace(
+        form,
+        section=opening.removesuffix(each).strip(),
+        opening=each.strip(),
+        closing=shut.strip(),
+        separator=between.removesuffix(each).removeprefix(shut).strip(),
+        end=closing.removeprefix(shut).strip(),
+    )
+
+
+def _core(text: str, name: str, values: Mapping[str, str]) -> tuple[int, int, CallForm] | None:
+    """Return where a call's name and arguments start and end, with the form of what is between."""
+    at = text.find(name)
+    if at < 0:
+        return None
+    for brace in [place for place, char in enumerate(text[:at]) if char == "{"]:
+        value, end = _tried(text, brace)
+        if isinstance(value, dict) and (keys := _keys(value, name, values)):
+            return brace, end, CallForm("object", keys=keys)
+    name_end = at + len(name)
+    brace = text.find("{", name_end)
+    value, end = _tried(text, brace)
+    if value == values:
+        return at, end, CallForm("named", before_args=text[name_end:brace].strip())
+    return _markup(text, at, name_end)
+
+
+def _markup(text: str, at: int, name_end: int) -> tuple[int, int, CallForm] | None:
+    """As `_core`, for arguments in markup."""
+    places = []
+    place = name_end
+    for one in (_KEYS[0], _VALUES[0], _KEYS[1], _VALUES[1]):
+        if (place := text.find(one, place)) < 0:
+            return None
+        places.append(place)
+        place += len(one)
+    key, value, next_key, next_value = places
+    before_first, between = text[name_end:key], text[value + len(_VALUES[0]) : next_key]
+    end = next_value + len(_VALUES[1])
+    after_value = _common_prefix(between, text[end:])
+    after_value = after_value[: after_value.rfind(">") + 1] or after_value  # the next tag may start in the same way
+    before_value, before_key = text[key + len(_KEYS[0]) : value], between.removeprefix(after_value)
+    if not before_key.strip() or not before_value or not after_value.strip():
+        return None
+    form = CallForm(
+        "markup",
+        before_args=before_first.removesuffix(before_key).removesuffix(before_key.lstrip()).strip(),
+        before_key=before_key.strip(),
+        before_value=before_value,
+        after_value=after_value,
+    )
+    return at, end + len(after_value), form
+
+
+def _reads_back(form: CallForm, render: Render, rest: Mapping[str, object], *, as_text: bool) -> bool:
+    """Return whether a call of every type of argument is read as it was written."""
+    values = {"text": 'a "quoted" <text>\nof two lines', "number": 7, "flag": True, "list": [1, "b"], "object": {"a": {}}}
+    plain = _turn(render, {**rest, "content": _TEXT})
+    turn = _turn(render, _calling([(_NAMES[0], values)], rest, as_text=as_text))
+    turn = turn[len(_common_prefix(turn, plain)) :].removesuffix(plain.partition(_TEXT)[2])
+    calls, bad = form.read(turn)
+    if bad is not None or len(calls) != 1 or calls[0].name != _NAMES[0]:
+        return False
+    read = orjson.loads(calls[0].arguments)
+    if form.kind == "markup":  # where the tool's schema gives the types
+        read = {key: one if key == "text" else literal(str(one)) for key, one in read.items()}
+    return bool(read == values)
+
+
+def _turn(render: Render, turn: Message) -> str:
+    """Return the text of a turn after a question, with what stands before it. Raises DataError."""
+    tools = [_tool(name) for name in _NAMES]
+    return render([{"role": "user", "content": QUESTION}, {"role": "assistant", **turn}], tools, False).rpartition(
+        QUESTION
+    )[2]
+
+
+def _tool(name: str) -> Mapping[str, object]:
+    parameters = {"type": "object", "properties": {key: {"type": "string"} for key in _KEYS}}
+    return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
+
+
+def _calling(
+    calls: Sequence[tuple[str, Mapping[str, object]]], rest: Mapping[str, object], *, as_text: bool
+) -> Message:
+    functions = [
+        {"name": name, "arguments": orjson.dumps(values).decode() if as_text else dict(values)}
+        for name, values in calls
+    ]
+    made = [{"id": _IDS[i], "type": "function", "function": one} for i, one in enumerate(functions)]
+    return {**rest, "tool_calls": made}
+
+
+def _keys(value: Mapping[str, object], name: str, values: Mapping[str, str]) -> tuple[str, str] | None:
+    names = [key for key, one in value.items() if one == name]
+    arguments = [key for key, one in value.items() if one == values or (isinstance(one, str) and literal(one) == values)]
+    return (names[0], arguments[0]) if names and arguments else None
+
+
+def literal(text: str) -> object:
+    """Return the value of a text: JSON, or Python's True, False and None, which some templates write. None if none."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {"True": True, "False": False}.get(text)
+
+
+def _decoded(text: str, place: int) -> tuple[object, int]:
+    """Return the JSON value at a place, and where it ends. Raises ValueError if there is none."""
+    if place < 0:
+        raise ValueError("the call has no arguments")
+    return _DECODER.raw_decode(text, place)
+
+
+def _tried(text: str, place: int) -> tuple[object, int]:
+    try:
+        return _decoded(text, place)
+    except ValueError:
+        return None, place
+
+
+def _first_word(text: str) -> str:
+    return text.split(maxsplit=1)[0] if text else ""
+
+
+def _dumped(value: object) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _skip(text: str, place: int, expected: str) -> int:
+    """Return the place after a text, if it is there, perhaps after white space. Otherwise the same place."""
+    at = _white(text, place)
+    return at + len(expected) if expected and text.startswith(expected, at) else place
+
+
+def _white(text: str, place: int) -> int:
+    while place < len(text) and text[place].isspace():
+        place += 1
+    return place
+
+
+def _common_prefix(one: str, other: str) -> str:
+    return os.path.commonprefix([one, other])
+
+
+def _common_suffix(one: str, other: str) -> str:
+    return os.path.commonprefix([one[::-1], other[::-1]])[::-1]

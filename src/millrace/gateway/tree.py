@@ -1,0 +1,241 @@
+"""The generations of one episode as a tree, in which a request attaches to the deepest node that it extends.
+
+A node is one generation: the tokens that the request added to its parent's, and the tokens that were sampled. The tree
+compares messages, not tokens. Sampled tokens are never made from text again.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from millrace.gateway.call import Lineage, ModelCall, Tool, TurnText, chain, extended, fingerprint, reasoning_of
+from millrace.rollout.sample import Message
+from millrace.types import FinishReason, Float32Array, VersionSpan
+
+
+class BranchReason(StrEnum):
+    """Why a generation does not simply continue the one before it."""
+
+    RESAMPLED = "resampled"  # the same request was answered before
+    FORKED = "forked"  # the agent went on from an earlier turn with other messages
+    HISTORY_EDITED = "history_edited"  # a turn of the model was changed by the agent
+    REASONING_CHANGED = "reasoning_changed"  # only the reasoning of a turn was changed
+    TOOLS_CHANGED = "tools_changed"
+    SYSTEM_CHANGED = "system_changed"  # another system prompt
+    COMPACTED = "compacted"  # the agent replaced its history by a summary
+    SUB_AGENT = "sub_agent"
+    OTHER_CONVERSATION = "other_conversation"  # it has no turn in common with those before
+    TEMPLATE_REWROTE = "template_rewrote"  # the chat template writes earlier turns in another way now
+    NO_BRIDGE = "no_bridge"  # the format can't append these messages to the turn
+
+
+@dataclass(slots=True)
+class Node:
+    """One generation.
+
+    number: position in the episode's order. context_ids: [C] tokens between the parent's and the output; the whole
+    prompt for a root. output_ids: [T]. logprobs: [T] float32. version_spans: positions in the output. added: the
+    messages after the parent's turn; all for a root. reason: why it branches; None if it continues its parent.
+    identity: of the request. delivered: whether the agent got the answer.
+    """
+
+    number: int
+    parent: "Node | None"
+    tools: tuple[Tool, ...]
+    added: tuple[Message, ...]
+    context_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    logprobs: Float32Array
+    version_spans: tuple[VersionSpan, ...]
+    finish: FinishReason
+    turn: TurnText
+    identity: bytes
+    reason: BranchReason | None = None
+    lineage: Lineage = Lineage()
+    temperature: float = 1.0
+    delivered: bool = False
+    images: tuple[bytes, ...] = ()
+    digest: bytes = b""  # of the conversation up to and including the turn
+    children: "list[Node]" = field(default_factory=list)
+
+    @property
+    def path(self) -> "list[Node]":
+        """The nodes from the root to this one."""
+        nodes, node = [], self
+        while True:
+            nodes.append(node)
+            if node.parent is None:
+                return nodes[::-1]
+            node = node.parent
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens of the whole path."""
+        return tuple(token for node in self.path for token in (*node.context_ids, *node.output_ids))
+
+    @property
+    def depth(self) -> int:
+        """The number of generations before this one on its path."""
+        return len(self.path) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request attaches.
+
+    parent: None for a new root. added: the messages after the parent's turn. reason: why it branches; None if it
+    continues its parent, or is the first.
+    """
+
+    parent: Node | None
+    added: tuple[Message, ...]
+    reason: BranchReason | None
+
+
+class Tree:
+    """The generations of one episode, in the order in which they ended."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self._ends: dict[bytes, list[Node]] = defaultdict(list)  # by digest of the conversation after the turn
+        self._asked: dict[bytes, list[Node]] = defaultdict(list)  # by identity of the request
+
+    def place(self, call: ModelCall) -> Place:
+        """Return the deepest node whose conversation the request extends."""
+        digests = chain(call.tools, call.messages)
+        for length in range(len(call.messages) - 1, 0, -1):
+            for node in reversed(self._ends.get(digests[length], ())):
+                if _same_reasoning(node, call.messages[:length]):
+                    added = call.messages[length:]
+                    return Place(node, added, self._reason(call, node, added))
+        return Place(None, call.messages, self.why_new(call))
+
+    def add(self, node: Node) -> Node:
+        """Add a generation that has ended, and number it."""
+        node.number = len(self.nodes)
+        before = node.parent.digest if node.parent else chain(node.tools, ())[0]
+        for message in (*node.added, node.turn.message):
+            before = extended(before, message)
+        node.digest = before
+        if node.reason is None:  # another one may have ended since it was placed
+            node.reason = self._late_reason(node)
+        self.nodes.append(node)
+        self._ends[node.digest].append(node)
+        self._asked[node.identity].append(node)
+        if node.parent:
+            node.parent.children.append(node)
+        return node
+
+    def answered(self, identity: bytes) -> Sequence[Node]:
+        """Return the generations that answered a request with this identity."""
+        return self._asked.get(identity, ())
+
+    @property
+    def leaves(self) -> list[Node]:
+        """The generations that nothing continues."""
+        return [node for node in self.nodes if not node.children]
+
+    def superseded(self, node: Node) -> bool:
+        """Return whether the agent went on from another answer to the same request, and never from this one.
+
+        The agent may have sent the request again because the answer got lost after it was sent.
+        """
+        others = [one for one in self._asked[node.identity] if one is not node]
+        return not node.children and any(one.children for one in others)
+
+    def _late_reason(self, node: Node) -> BranchReason | None:
+        siblings = node.parent.children if node.parent else self.nodes
+        if not siblings:
+            return None
+        if self._asked.get(node.identity):
+            return BranchReason.RESAMPLED
+        return BranchReason.FORKED if node.parent else BranchReason.OTHER_CONVERSATION
+
+    def _reason(self, call: ModelCall, parent: Node, added: Sequence[Message]) -> BranchReason | None:
+        if any(message["role"] == "assistant" for message in added):
+            return self._why_other_turn(parent, added)
+        if not parent.children:
+            return None
+        if self._asked.get(call.identity):
+            return BranchReason.RESAMPLED
+        return BranchReason.SUB_AGENT if _is_sub_agent(call, parent) else BranchReason.FORKED
+
+    def _why_other_turn(self, parent: Node | None, added: Sequence[Message]) -> BranchReason:
+        """Return the reason for messages with a turn of the model that was not sampled after `parent`."""
+        siblings = parent.children if parent else [node for node in self.nodes if node.parent is None]
+        place = next(i for i, message in enumerate(added) if message["role"] == "assistant")
+        before, turn = [fingerprint(m) for m in added[:place]], added[place]
+        for node in siblings:
+            if [fingerprint(m) for m in node.added] == before and fingerprint(node.turn.message) == fingerprint(turn):
+                return BranchReason.REASONING_CHANGED
+        return BranchReason.HISTORY_EDITED
+
+    def why_new(self, call: ModelCall) -> BranchReason | None:
+        """Return why a request extends none of the generations; None if it is the first."""
+        if not self.nodes:
+            return None
+        if self._asked.get(call.identity):
+            return BranchReason.RESAMPLED
+        if call.lineage.agent is not None and all(node.lineage.agent != call.lineage.agent for node in self.nodes):
+            return BranchReason.SUB_AGENT
+        if call.lineage.compaction is not None and any(
+            node.lineage.compaction != call.lineage.compaction for node in self.nodes
+        ):
+            return BranchReason.COMPACTED
+        roots = [node for node in self.nodes if node.parent is None]
+        said = [fingerprint(message) for message in call.messages]
+        for root in reversed(roots):
+            theirs = [fingerprint(message) for message in root.added]
+            if said[: len(theirs)] == theirs:
+                other_tools = chain(root.tools, ())[0] != chain(call.tools, ())[0]
+                return BranchReason.TOOLS_CHANGED if other_tools else self._why_other_turn(None, call.messages)
+            if _without_system(call.messages)[:1] == _without_system(root.added)[:1]:
+                return BranchReason.SYSTEM_CHANGED if said[0] != theirs[0] else BranchReason.FORKED
+        return BranchReason.OTHER_CONVERSATION
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One path through the tree, from a root to a leaf.
+
+    trained: the numbers of its nodes whose output is trained in this line. Each node is trained in one line only.
+    superseded: whether the leaf's answer probably never reached the agent (`Tree.superseded`).
+    """
+
+    nodes: tuple[Node, ...]
+    trained: frozenset[int]
+    superseded: bool
+
+    @property
+    def reasons(self) -> Mapping[int, BranchReason]:
+        """Why generations of the line branch, by their numbers."""
+        return {node.number: node.reason for node in self.nodes if node.reason is not None}
+
+
+def lines(tree: Tree) -> Iterator[Line]:
+    """Yield the paths of the tree, in the order in which their leaves ended."""
+    seen: set[int] = set()
+    for leaf in tree.leaves:
+        path = tuple(leaf.path)
+        trained = frozenset(node.number for node in path) - seen
+        seen |= trained
+        yield Line(path, trained, tree.superseded(leaf))
+
+
+def _same_reasoning(node: Node, messages: Sequence[Message]) -> bool:
+    """Return whether the reasoning in the turns of a conversation, where it is present, is that of the path."""
+    turns = [turn for one in node.path for turn in (*one.added, one.turn.message) if turn["role"] == "assistant"]
+    given = [message for message in messages if message["role"] == "assistant"]
+    return all(
+        (thought := reasoning_of(message)) is None or thought == reasoning_of(turn)
+        for message, turn in zip(given, turns, strict=True)
+    )
+
+
+def _is_sub_agent(call: ModelCall, parent: Node) -> bool:
+    return call.lineage.agent is not None and call.lineage.agent != parent.lineage.agent
+
+
+def _without_system(messages: Sequence[Message]) -> list[bytes]:
+    return [fingerprint(message) for message in messages if message["role"] != "system"]
