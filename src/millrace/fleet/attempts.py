@@ -1,14 +1,16 @@
 """Retries after an engine failure: the tokens so far are kept, and another engine generates the rest."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from millrace.continuation import call_id, generate_in_parts
+from millrace.continuation import Continuation, call_id, generate_in_parts
 from millrace.errors import EngineFailed, EngineUnreachable, LocalError
 from millrace.fleet.event_log import EventLog
-from millrace.types import GenerateRequest, Generation
+from millrace.types import FinishReason, GenerateRequest, Generation
 
 Send = Callable[[GenerateRequest], Awaitable[Generation]]
+Open = Callable[[GenerateRequest], AsyncGenerator[Generation, None]]
 
 
 @dataclass(slots=True)
@@ -57,3 +59,34 @@ async def generate_whole(
             return None
 
     return await generate_in_parts(request, call, goes_on=lambda: interrupted() or attempts.spend(None, continued=True))
+
+
+async def stream_whole(
+    request: GenerateRequest, open_stream: Open, attempts: Attempts, *, interrupted: Callable[[], bool] = lambda: False
+) -> AsyncGenerator[Generation, None]:
+    """Stream the cumulative output, and continue on another engine as `generate_whole` does."""
+    continuation, sent = Continuation(request), 0
+    while True:
+        rest = continuation.rest
+        part: Generation | None = None
+        failed: Exception | None = None
+        try:
+            async with aclosing(
+                open_stream(replace(rest, request_id=call_id(request.request_id, sent)) if sent else rest)
+            ) as stream:
+                async for part in stream:
+                    if part.finish_reason is FinishReason.ABORT:
+                        yield continuation.with_part(part)
+        except (EngineUnreachable, EngineFailed, LocalError) as error:
+            failed = error
+        sent += 1
+        if part is not None:
+            continuation.add(part if failed is None else replace(part, finish_reason=FinishReason.ABORT))
+        if part is not None and not continuation.aborted:
+            yield continuation.result
+            return
+        if (failed is not None or not interrupted()) and not attempts.spend(failed, continued=True):
+            if failed is not None:
+                raise failed
+            yield continuation.result
+            return

@@ -13,7 +13,7 @@ from typing import Literal, overload
 from millrace import arguments
 from millrace.engines.base import Engine
 from millrace.errors import ArgumentError, EngineFailed, EngineUnreachable, MillraceError, NoEngineError
-from millrace.fleet.attempts import Attempts, generate_whole
+from millrace.fleet.attempts import Attempts, generate_whole, stream_whole
 from millrace.fleet.event_log import Asked, EventLog
 from millrace.fleet.labels import Label
 from millrace.fleet.many import Completion, as_completed, samples_of
@@ -164,13 +164,12 @@ class FleetClient(ABC):
         return await generate_whole(request, send, attempts, interrupted=lambda: self.asleep)
 
     async def stream(
-        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE
+        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE, retries: int = 0
     ) -> AsyncGenerator[Generation, None]:
         """Like `generate`, but yields the cumulative output as it grows.
 
         Only the last item is final. The `finish_reason` of every item before it is ABORT. Closing the generator aborts
-        the request. A request that fails is not continued on another engine. Streams go straight to an engine, also if
-        the fleet has an external router.
+        the request. Streams go straight to an engine, also if the fleet has an external router.
 
         Args and errors are those of `generate`.
 
@@ -182,6 +181,23 @@ class FleetClient(ABC):
         self._require_open(deadline)
         _require(request, routing)
         self._require_published()
+        attempts, end = Attempts(arguments.count("retries", retries), self.event_log), time.monotonic() + deadline
+
+        def opened(rest: GenerateRequest) -> AsyncGenerator[Generation, None]:
+            return self._stream(rest, routing, end - time.monotonic())
+
+        if not retries:
+            parts = opened(request)
+        else:
+            parts = stream_whole(request, opened, attempts, interrupted=lambda: self.asleep)
+        async with aclosing(parts):
+            async for made in parts:
+                yield made
+
+    async def _stream(
+        self, request: GenerateRequest, routing: RoutingContext, deadline: float
+    ) -> AsyncGenerator[Generation, None]:
+        """Stream from the engine that the routing policy chooses."""
         async with (
             self._placed(request, routing, deadline) as placed,
             aclosing(placed.engine.stream(placed.request, deadline=placed.left)) as stream,

@@ -1,6 +1,6 @@
 """The answer to a request, in one form for all protocols."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -46,7 +46,7 @@ class Alternative:
     finish: Finish
     stop_text: str | None = None
     output_ids: tuple[int, ...] = ()
-    logprobs: Float32Array = np.empty(0, np.float32)
+    logprobs: Float32Array = field(default_factory=lambda: np.empty(0, np.float32))
     token_texts: tuple[str, ...] = ()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import orjson
 
@@ -51,6 +52,9 @@ class Lineage:
     compaction: str | None = None
 
 
+NO_LINEAGE = Lineage()
+
+
 @dataclass(frozen=True, slots=True)
 class ModelCall:
     """One request of an agent.
@@ -69,7 +73,7 @@ class ModelCall:
     stream: bool = False
     logprobs: bool = False
     schema: Mapping[str, object] | None = None
-    lineage: Lineage = Lineage()
+    lineage: Lineage = NO_LINEAGE
     dropped: tuple[str, ...] = ()
     stream_usage: bool = False
 
@@ -131,8 +135,7 @@ def fingerprint(message: Message) -> bytes:
     role = str(message["role"])
     texts, images = _content(message.get("content"))
     calls = [
-        [call.get("id"), call["function"]["name"], parsed(call["function"]["arguments"])]
-        for call in _calls(message)
+        [call.get("id"), call["function"]["name"], parsed(call["function"]["arguments"])] for call in _calls(message)
     ]
     text = texts.strip() if role == "assistant" else texts
     return _digest(_json([role, text, images, calls, message.get("tool_call_id")]))
@@ -167,7 +170,7 @@ def parsed(arguments: object) -> object:
         return arguments
 
 
-def _calls(message: Message) -> Iterator[Mapping[str, object]]:
+def _calls(message: Message) -> Iterator[Mapping[str, Any]]:
     calls = message.get("tool_calls")
     yield from calls if isinstance(calls, list | tuple) else ()
 

@@ -10,7 +10,6 @@ the calls in the model's turns are read. Three kinds cover the families whose te
 
 import itertools
 import json
-import os.path
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -199,7 +198,8 @@ def learn_call_form(render: Render) -> CallForm | None:
 
     The form is checked: calls that the template writes with it are read as they were.
     """
-    for as_text, rest in itertools.product((False, True), ({"content": "", **reasoning_keys(" ")}, {"content": None})):
+    turns: tuple[dict[str, object], ...] = ({"content": "", **reasoning_keys(" ")}, {"content": None})
+    for as_text, rest in itertools.product((False, True), turns):
         with suppress(DataError, ValueError):
             form = _learn(render, rest, as_text=as_text)
             if form is not None and _reads_back(form, render, rest, as_text=as_text):
@@ -282,7 +282,13 @@ def _markup(text: str, at: int, name_end: int) -> tuple[int, int, CallForm] | No
 
 def _reads_back(form: CallForm, render: Render, rest: Mapping[str, object], *, as_text: bool) -> bool:
     """Return whether a call of every type of argument is read as it was written."""
-    values = {"text": 'a "quoted" <text>\nof two lines', "number": 7, "flag": True, "list": [1, "b"], "object": {"a": {}}}
+    values = {
+        "text": 'a "quoted" <text>\nof two lines',
+        "number": 7,
+        "flag": True,
+        "list": [1, "b"],
+        "object": {"a": {}},
+    }
     plain = _turn(render, {**rest, "content": _TEXT})
     turn = _turn(render, _calling([(_NAMES[0], values)], rest, as_text=as_text))
     turn = turn[len(_common_prefix(turn, plain)) :].removesuffix(plain.partition(_TEXT)[2])
@@ -321,7 +327,9 @@ def _calling(
 
 def _keys(value: Mapping[str, object], name: str, values: Mapping[str, str]) -> tuple[str, str] | None:
     names = [key for key, one in value.items() if one == name]
-    arguments = [key for key, one in value.items() if one == values or (isinstance(one, str) and literal(one) == values)]
+    arguments = [
+        key for key, one in value.items() if one == values or (isinstance(one, str) and literal(one) == values)
+    ]
     return (names[0], arguments[0]) if names and arguments else None
 
 
@@ -368,8 +376,9 @@ def _white(text: str, place: int) -> int:
 
 
 def _common_prefix(one: str, other: str) -> str:
-    return os.path.commonprefix([one, other])
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))]
 
 
 def _common_suffix(one: str, other: str) -> str:
-    return os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+    return _common_prefix(one[::-1], other[::-1])[::-1]

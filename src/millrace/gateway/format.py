@@ -1,15 +1,18 @@
 """How a model's conversations become token ids, and its turns become text: the port, and the form by templates."""
 
+import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
+
 import orjson
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from millrace.errors import DataError
+from millrace.errors import ConfigError, DataError
 from millrace.gateway.call import Tool, ToolUse, TurnText, parsed
 from millrace.gateway.call_form import CallForm, ReadCall, learn_call_form
 from millrace.rollout.chat import ChatFormat, check_kwargs, find_markers, load_tokenizer
@@ -46,8 +49,11 @@ class TurnFormat(Protocol):
         """
         ...
 
-    def text(self, output_ids: Sequence[int]) -> str:
-        """Return the text of a turn, without the token that ended it."""
+    def decoder(self) -> Callable[[Sequence[int]], str]:
+        """Return a function that takes a turn's tokens bit by bit and returns what each bit adds to the text.
+
+        The token that ends a turn adds nothing.
+        """
         ...
 
     def read(self, text: str, tools: Sequence[Tool], *, ended: bool = True) -> TurnText:
@@ -114,9 +120,15 @@ class TemplateFormat:
             return ids[1:]
         return None if self.chat.is_control(last) else ids
 
-    def text(self, output_ids: Sequence[int]) -> str:
-        ended = output_ids and output_ids[-1] in (*self.stop_token_ids, self.chat.tokenizer.eos_token_id)
-        return self.chat.decode(output_ids[:-1] if ended else output_ids)
+    def decoder(self) -> Callable[[Sequence[int]], str]:
+        stream, tokenizer = DecodeStream(skip_special_tokens=False), self.chat.tokenizer.backend_tokenizer
+        ends = {*self.stop_token_ids, self.chat.tokenizer.eos_token_id}
+
+        def decode(token_ids: Sequence[int]) -> str:
+            steps = (stream.step(tokenizer, token) for token in token_ids if token not in ends)
+            return "".join(step for step in steps if step)
+
+        return decode
 
     def read(self, text: str, tools: Sequence[Tool], *, ended: bool = True) -> TurnText:
         thought, rest = split_reasoning(text, self.chat.reasoning, ended=ended)
@@ -211,9 +223,28 @@ class TemplateFormat:
         return orjson.dumps(typed(values, schema).arguments).decode()
 
 
-def load_template_format(
-    path: str | Path, template_kwargs: Mapping[str, object] | None = None
-) -> TemplateFormat:
+def load_format(
+    path: str | Path, name: str = "template", template_kwargs: Mapping[str, object] | None = None
+) -> TurnFormat:
+    """Load the format of a model folder or Hub name.
+
+    name: `template`, or `package.module:name` of a function that takes the path and returns a TurnFormat.
+
+    Raises ConfigError if there is no such function, and what `load_template_format` raises.
+    """
+    if name == "template":
+        return load_template_format(path, template_kwargs)
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(f"gateway.format: {name!r} is neither `template` nor `package.module:name`")
+    try:
+        made: TurnFormat = getattr(importlib.import_module(module), attribute)(str(path))
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"gateway.format: {name} can't be imported: {error}") from error
+    return made
+
+
+def load_template_format(path: str | Path, template_kwargs: Mapping[str, object] | None = None) -> TemplateFormat:
     """Load tokenizer and chat template of a model folder or Hub name, and learn and check how it writes turns.
 
     Raises DataError if tokenizer or template is missing, the template lacks a variable of `template_kwargs`, or it ends
@@ -234,7 +265,9 @@ def learn_format(
     try:
         check_kwargs(template)
         reasoning, control = find_markers(template)
-        form = learn_call_form(lambda messages, tools, prompt: replace(template, tools=tuple(tools)).render(messages, prompt))
+        form = learn_call_form(
+            lambda messages, tools, prompt: replace(template, tools=tuple(tools)).render(messages, prompt)
+        )
         ends = _ends(template, form)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
@@ -243,7 +276,9 @@ def learn_format(
     unproven = {role: why for role in ("user", "tool") if (why := _why_unproven(found, role)) is not None}
     for role, why in unproven.items():
         log.warning("%s: messages of the role %s can't be appended to a turn: %s", name, role, why)
-    return replace(found, unproven=unproven, stop_token_ids=tuple(dict.fromkeys(ends[:1] if "tool" in unproven else ends)))
+    return replace(
+        found, unproven=unproven, stop_token_ids=tuple(dict.fromkeys(ends[:1] if "tool" in unproven else ends))
+    )
 
 
 def _ends(template: ChatTemplate, form: CallForm | None) -> list[int]:
@@ -299,7 +334,9 @@ def _why_unproven(found: TemplateFormat, role: str) -> str | None:
         return str(error)
     if not bridge:
         return "no special token ends the turn before them"
-    return None if whole[-len(bridge) :] == bridge else "the template writes them in another way in a longer conversation"
+    return (
+        None if whole[-len(bridge) :] == bridge else "the template writes them in another way in a longer conversation"
+    )
 
 
 def _calling(form: CallForm, arguments: object) -> Message:

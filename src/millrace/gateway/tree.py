@@ -9,7 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from millrace.gateway.call import Lineage, ModelCall, Tool, TurnText, chain, extended, fingerprint, reasoning_of
+from millrace.gateway.call import (
+    NO_LINEAGE,
+    Lineage,
+    ModelCall,
+    Tool,
+    TurnText,
+    chain,
+    extended,
+    fingerprint,
+    reasoning_of,
+)
 from millrace.rollout.sample import Message
 from millrace.types import FinishReason, Float32Array, VersionSpan
 
@@ -37,7 +47,8 @@ class Node:
     number: position in the episode's order. context_ids: [C] tokens between the parent's and the output; the whole
     prompt for a root. output_ids: [T]. logprobs: [T] float32. version_spans: positions in the output. added: the
     messages after the parent's turn; all for a root. reason: why it branches; None if it continues its parent.
-    identity: of the request. delivered: whether the agent got the answer.
+    identity: of the request. delivered: whether the agent got the answer. images: of the messages in `added`.
+    temperature: with which it was sampled. digest: of the conversation up to and including the turn.
     """
 
     number: int
@@ -52,11 +63,11 @@ class Node:
     turn: TurnText
     identity: bytes
     reason: BranchReason | None = None
-    lineage: Lineage = Lineage()
+    lineage: Lineage = NO_LINEAGE
     temperature: float = 1.0
     delivered: bool = False
     images: tuple[bytes, ...] = ()
-    digest: bytes = b""  # of the conversation up to and including the turn
+    digest: bytes = b""
     children: "list[Node]" = field(default_factory=list)
 
     @property
@@ -107,6 +118,7 @@ class Tree:
         for length in range(len(call.messages) - 1, 0, -1):
             for node in reversed(self._ends.get(digests[length], ())):
                 if _same_reasoning(node, call.messages[:length]):
+                    node.delivered = True  # or the agent would not have it
                     added = call.messages[length:]
                     return Place(node, added, self._reason(call, node, added))
         return Place(None, call.messages, self.why_new(call))
@@ -133,8 +145,8 @@ class Tree:
 
     @property
     def leaves(self) -> list[Node]:
-        """The generations that nothing continues."""
-        return [node for node in self.nodes if not node.children]
+        """The generations that the agent got, and that nothing which it got continues."""
+        return [node for node in self.nodes if node.delivered and not any(child.delivered for child in node.children)]
 
     def superseded(self, node: Node) -> bool:
         """Return whether the agent went on from another answer to the same request, and never from this one.
@@ -143,6 +155,11 @@ class Tree:
         """
         others = [one for one in self._asked[node.identity] if one is not node]
         return not node.children and any(one.children for one in others)
+
+    @property
+    def undelivered(self) -> int:
+        """The number of generations that the agent did not get."""
+        return sum(not node.delivered for node in self.nodes)
 
     def _late_reason(self, node: Node) -> BranchReason | None:
         siblings = node.parent.children if node.parent else self.nodes

@@ -128,12 +128,12 @@ def message_of(message: object) -> Message:
             return {"role": "user", "content": content_of(content)}
         case {"role": "tool", "content": content, "tool_call_id": str(call_id)}:
             return {"role": "tool", "content": content_of(content), "tool_call_id": call_id}
-        case {"role": "assistant"}:
-            made: dict[str, object] = {"role": "assistant", "content": content_of(message.get("content"))}
-            thought = message.get("reasoning_content") or message.get("reasoning")
+        case {"role": "assistant", **rest}:
+            made: dict[str, object] = {"role": "assistant", "content": content_of(rest.get("content"))}
+            thought = rest.get("reasoning_content") or rest.get("reasoning")
             if isinstance(thought, str) and thought:
                 made["reasoning"] = thought
-            if calls := message.get("tool_calls"):
+            if calls := rest.get("tool_calls"):
                 made["tool_calls"] = [_tool_use(call).message for call in calls]
             return made
         case {"role": str(role)}:
@@ -161,7 +161,10 @@ def _part(part: object) -> dict[str, object]:
             return {"type": "text", "text": text}
         case {"type": "refusal", "refusal": str(text)}:
             return {"type": "text", "text": text}
-        case {"type": "image_url", "image_url": {"url": str(url)}} | {"type": "image_url" | "input_image", "image_url": str(url)}:
+        case {"type": "image_url", "image_url": {"url": str(url)}} | {
+            "type": "image_url" | "input_image",
+            "image_url": str(url),
+        }:
             return {"type": "image", "image": image_of(url)}
         case {"type": kind}:
             raise RequestError(f"parts of the type {kind!r} are not supported", code="unsupported_content")
@@ -229,7 +232,10 @@ def schema_of(response_format: object) -> Mapping[str, object] | None:
             return None
         case {"type": "json_object"}:
             return {"type": "object"}
-        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}} | {"type": "json_schema", "schema": dict(schema)}:
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}} | {
+            "type": "json_schema",
+            "schema": dict(schema),
+        }:
             return schema
     raise RequestError("response_format is text, json_object or json_schema with a schema")
 

@@ -1,0 +1,154 @@
+"""The control routes of the gateway, which ask for its key: episodes are opened, finished, read and deleted."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from millrace.errors import ConfigError
+from millrace.gateway.episode import Episode, EpisodeClosed
+from millrace.gateway.gateway import Gateway
+from millrace.gateway.samples import GatewaySample
+from millrace.http.auth import has_key
+from millrace.http.replies import reply
+
+
+class OpenBody(BaseModel):
+    """The body of `POST /episodes`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    metadata: dict[str, object] = Field(default_factory=dict)
+
+
+class FinishBody(BaseModel):
+    """The body of `POST /episodes/ID/finish`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reward: FiniteFloat | None = None
+    parts: dict[str, FiniteFloat] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ControlRoutes:
+    """The handlers."""
+
+    gateway: Gateway
+    key: str
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the routes."""
+        return [
+            web.post("/episodes", self._with_key(self._open)),
+            web.get("/episodes", self._with_key(self._list)),
+            web.get("/episodes/{id}", self._with_key(self._show)),
+            web.get("/episodes/{id}/samples", self._with_key(self._samples)),
+            web.post("/episodes/{id}/finish", self._with_key(self._finish)),
+            web.delete("/episodes/{id}", self._with_key(self._delete)),
+        ]
+
+    def _with_key(
+        self, handler: Callable[[web.Request], Awaitable[web.Response]]
+    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handle(http: web.Request) -> web.Response:
+            if not has_key(http.headers.get("Authorization"), [self.key]):
+                return _error(401, "this route needs the gateway's key, as `Authorization: Bearer KEY`")
+            try:
+                return await handler(http)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"]) or "the body"
+                return _error(400, f"{where}: {first['msg']}")
+            except EpisodeClosed as error:
+                return _error(error.status, str(error))
+            except ConfigError as error:
+                return _error(500, str(error))
+
+        return handle
+
+    async def _open(self, http: web.Request) -> web.Response:
+        body = OpenBody.model_validate_json(await http.read() or b"{}")
+        opened = self.gateway.open_episode(body.metadata)
+        return reply(
+            {"id": opened.id, "base_url": opened.base_url, "api_key": opened.api_key, "headers": opened.headers}
+        )
+
+    async def _list(self, http: web.Request) -> web.Response:  # noqa: ARG002
+        return reply({"episodes": [view(episode) for episode in self.gateway.episodes.values()]})
+
+    async def _show(self, http: web.Request) -> web.Response:
+        return reply(view(self._episode(http)))
+
+    async def _samples(self, http: web.Request) -> web.Response:
+        samples = [sample_view(sample) for sample in self._episode(http).samples()]
+        body = orjson.dumps({"samples": samples}, option=orjson.OPT_SERIALIZE_NUMPY)
+        return web.Response(body=body, content_type="application/json")
+
+    async def _finish(self, http: web.Request) -> web.Response:
+        body = FinishBody.model_validate_json(await http.read() or b"{}")
+        episode = self._episode(http)
+        await episode.close(body.reward, body.parts)
+        return reply(view(episode))
+
+    async def _delete(self, http: web.Request) -> web.Response:
+        self._episode(http)
+        await self.gateway.delete(http.match_info["id"])
+        return reply({"deleted": http.match_info["id"]})
+
+    def _episode(self, http: web.Request) -> Episode:
+        episode = self.gateway.episodes.get(http.match_info["id"])
+        if episode is None:
+            raise web.HTTPNotFound(
+                text=orjson.dumps({"error": {"message": "there is no such episode", "code": 404}}).decode(),
+                content_type="application/json",
+            )
+        return episode
+
+
+def view(episode: Episode) -> dict[str, object]:
+    """Return an episode as JSON values."""
+    tree = episode.tree
+    return {
+        "id": episode.id,
+        "metadata": episode.metadata,
+        "created": episode.created,
+        "status": "closed" if episode.closed else "open",
+        "reward": episode.reward,
+        "parts": episode.parts,
+        "running": sum(not turn.abandoned for turn in episode.turns),
+        "generations": len(tree.nodes),
+        "undelivered": tree.undelivered,
+        "output_tokens": sum(len(node.output_ids) for node in tree.nodes),
+        "counts": dict(sorted(episode.counts.items())),
+    }
+
+
+def sample_view(sample: GatewaySample) -> Mapping[str, object]:
+    """Return a sample as JSON values and arrays."""
+    episode = sample.episode
+    return {
+        "token_ids": episode.token_ids,
+        "loss_mask": episode.loss_mask.astype("uint8"),
+        "logprobs": episode.logprobs,
+        "version_spans": [[span.version, span.start, span.end] for span in episode.version_spans],
+        "finish": sample.finish,
+        "nodes": sample.nodes,
+        "reasons": {str(number): reason for number, reason in sample.reasons.items()},
+        "superseded": sample.superseded,
+        "temperatures": sample.temperatures,
+        "messages": [_without_images(message) for message in episode.messages],
+    }
+
+
+def _without_images(message: Mapping[str, object]) -> Mapping[str, object]:
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return message
+    return {**message, "content": [{"type": "image"} if part["type"] == "image" else part for part in content]}
+
+
+def _error(status: int, message: str) -> web.Response:
+    return reply({"error": {"message": message, "code": status}}, status)

@@ -1,0 +1,325 @@
+"""One episode of an agent: its requests, its tree of generations, and its end."""
+
+import asyncio
+import secrets
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+
+from millrace.config.gateway import GatewayConfig
+from millrace.errors import DataError
+from millrace.fleet.client import FleetClient
+from millrace.gateway.answer import Alternative, Answer
+from millrace.gateway.call import ModelCall
+from millrace.gateway.format import TurnFormat
+from millrace.gateway.journal import Journal
+from millrace.gateway.protocols.base import RequestError
+from millrace.gateway.samples import GatewaySample, samples_of
+from millrace.gateway.tree import BranchReason, Node, Place, Tree
+from millrace.gateway.turn import Reader, Turn, usage_of
+from millrace.rollout.sample import images_in
+from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
+
+T = TypeVar("T")
+
+ALLOWED_WHEN_STRICT = (None, BranchReason.RESAMPLED, BranchReason.SUB_AGENT, BranchReason.OTHER_CONVERSATION)
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """What all episodes of a gateway share: the fleet, the model's format, and the settings."""
+
+    fleet: FleetClient
+    format: TurnFormat
+    config: GatewayConfig
+
+
+class ContextFull(RequestError):
+    """The prompt leaves no room for an answer. tokens: of the prompt. limit: the context length."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. Your messages have {tokens} tokens.",
+            code="context_length_exceeded",
+        )
+        self.tokens = tokens
+        self.limit = limit
+
+
+class EpisodeClosed(RequestError):
+    """The episode has been finished."""
+
+    def __init__(self) -> None:
+        super().__init__("this episode is closed", status=409, code="episode_closed")
+
+
+@dataclass(slots=True)
+class Episode:
+    """One episode. `counts`: of what happened to its requests, by name; what was dropped is `dropped:NAME`.
+
+    id: public. group: the episodes of one group share a baseline. reward, parts: None and empty until it is finished.
+    """
+
+    id: str
+    engines: Engines
+    metadata: Mapping[str, object]
+    created: float
+    journal: Journal
+    tree: Tree = field(default_factory=Tree)
+    counts: Counter[str] = field(default_factory=Counter)
+    closed: bool = False
+    reward: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)  # that are being answered, or that the agent did not get
+
+    async def ask(self, call: ModelCall) -> Turn:
+        """Start to answer a request, or join the turn whose answer to the same request the agent did not get.
+
+        Raises EpisodeClosed, and RequestError if the request can't be answered.
+        """
+        if self.closed:
+            raise EpisodeClosed
+        identity = call.identity
+        for turn in self.turns:
+            if turn.abandoned and turn.identity == identity and not _failed(turn):
+                turn.abandoned = False
+                self.counts["retried"] += 1
+                return turn
+        self.counts["requests"] += 1
+        self.counts.update(f"dropped:{name}" for name in call.dropped)
+        turn = Turn(call, identity, secrets.token_hex(8), int(time.time()))
+        prepared = self._prepare(call)
+        self.turns.append(turn)
+        turn.task = asyncio.create_task(self._generate(turn, prepared), name=f"turn {turn.id}")
+        turn.task.add_done_callback(_seen)
+        return turn
+
+    def delivered(self, turn: Turn) -> None:
+        """Note that the agent has got the whole answer."""
+        if turn in self.turns:
+            self.turns.remove(turn)
+        for number in turn.numbers:
+            self.tree.nodes[number].delivered = True
+        self.journal.delivered(turn.numbers)
+
+    def abandon(self, turn: Turn) -> None:
+        """Note that the agent went away before it had the answer. The generation goes on, for a retry to join."""
+        turn.abandoned = True
+        self.counts["interrupted"] += 1
+        if _failed(turn) and turn in self.turns:
+            self.turns.remove(turn)
+
+    def drop(self, turn: Turn) -> None:
+        """Forget a turn that failed."""
+        if turn in self.turns:
+            self.turns.remove(turn)
+
+    async def close(self, reward: float | None, parts: Mapping[str, float]) -> None:
+        """Finish the episode. The requests that still run are cancelled."""
+        if self.closed:
+            raise EpisodeClosed
+        self.closed, self.reward, self.parts = True, reward, dict(parts)
+        await self.cancel()
+        self.journal.closed(reward, parts)
+
+    async def cancel(self) -> None:
+        """Cancel the requests that still run."""
+        tasks = [turn.task for turn in self.turns if turn.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.turns.clear()
+
+    def samples(self) -> list[GatewaySample]:
+        """Return the episode as sequences of tokens to train on, in which each sampled token is trained once."""
+        return samples_of(self.tree)
+
+    def count_tokens(self, call: ModelCall) -> int:
+        """Return the number of tokens of a request's prompt. Raises RequestError."""
+        return len(self._prepare(call).token_ids)
+
+    def _prepare(self, call: ModelCall) -> "_Prepared":
+        """Return where a request attaches and the tokens of its prompt. Raises RequestError."""
+        if call.messages[-1]["role"] == "assistant":
+            raise RequestError("the last message is of the assistant; the gateway does not continue a given turn")
+        try:
+            place, before, context = self._placed(call)
+        except DataError as error:
+            raise RequestError(f"the model can't read these messages: {error}") from error
+        if self.engines.config.drift == "strict" and place.reason not in ALLOWED_WHEN_STRICT:
+            raise RequestError(f"the request does not extend the conversation: {place.reason}", code="drift")
+        forced = self._forced(call)
+        if forced:
+            context = (*context, *self.engines.format.encode(forced))
+        path = place.parent.path if place.parent else []
+        images = tuple(image for node in path for image in node.images)
+        return _Prepared(place, before, context, (*images, *images_in(place.added)), forced)
+
+    def _placed(self, call: ModelCall) -> tuple[Place, tuple[int, ...], tuple[int, ...]]:
+        """Return where a request attaches, the tokens of the path there, and those that come behind it."""
+        place, turns = self.tree.place(call), self.engines.format
+        if place.parent is not None:
+            before = place.parent.token_ids
+            if self.engines.config.drift == "template":
+                whole = turns.prompt(call.messages, call.tools)
+                if whole[: len(before)] == before:
+                    return place, before, whole[len(before) :]
+                return Place(None, call.messages, BranchReason.TEMPLATE_REWROTE), (), whole
+            bridge = turns.bridge(before, place.parent.turn.message, place.added, call.tools)
+            if bridge is not None:
+                return place, before, bridge
+            place = Place(None, call.messages, BranchReason.NO_BRIDGE)
+        return place, (), turns.prompt(call.messages, call.tools)
+
+    def _forced(self, call: ModelCall) -> str:
+        """Return the text with which the turn must begin. Raises RequestError if the format has none."""
+        if not call.choice.required:
+            return ""
+        if not call.tools:
+            raise RequestError("tool_choice asks for a tool call, and the request has no tools")
+        text = self.engines.format.forced(call.choice.name)
+        if text is None:
+            raise RequestError("this model's format can't force a tool call; use tool_choice auto", code="unsupported")
+        return text
+
+    async def _generate(self, turn: Turn, prepared: "_Prepared") -> Answer:
+        call, config = turn.call, self.engines.config
+        requests = self._requests(turn, prepared)
+        texts = [secrets.token_hex(4)[:7] for _ in requests]
+        readers = [Reader(self.engines.format, call, index, prepared.forced, text) for index, text in enumerate(texts)]
+        routing = RoutingContext(session=self.id)
+        fleet = self.engines.fleet
+
+        async def one(request: GenerateRequest, reader: Reader) -> Generation:
+            if not call.stream:
+                return await fleet.generate(request, deadline=config.timeout, routing=routing, retries=config.retries)
+            made: Generation | None = None
+            stream = fleet.stream(request, deadline=config.timeout, routing=routing, retries=config.retries)
+            async with aclosing(stream) as parts:
+                async for made in parts:
+                    reader.take(made)
+                    turn.show(reader.grown())
+            assert made is not None, "a stream has a last item"
+            return made
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(*pair)) for pair in zip(requests, readers, strict=True)]
+        made = [task.result() for task in tasks]
+        alternatives, thoughts = [], 0
+        for generation, reader in zip(made, readers, strict=True):
+            alternative, deltas = reader.ended(generation)
+            turn.show(deltas)
+            alternatives.append(alternative)
+            thoughts += reader.reasoning_tokens(alternative.turn)
+        turn.numbers = tuple(
+            self._keep(turn, prepared, generation, alternative)
+            for generation, alternative in zip(made, alternatives, strict=True)
+        )
+        return Answer(turn.id, config.model, turn.created, tuple(alternatives), usage_of(made, thoughts))
+
+    def _requests(self, turn: Turn, prepared: "_Prepared") -> list[GenerateRequest]:
+        call, config, limit = turn.call, self.engines.config, self.engines.fleet.context_length
+        room = limit - len(prepared.token_ids)
+        if room < 1:
+            raise ContextFull(len(prepared.token_ids), limit)
+        wanted = call.wanted
+        most = min(one for one in (room, wanted.max_tokens, config.max_turn_tokens) if one is not None)
+        sampling = SamplingParams(
+            max_new_tokens=max(most, 1),
+            temperature=_first(config.temperature, wanted.temperature, 1.0),
+            top_p=_first(config.top_p, wanted.top_p, 1.0),
+            top_k=_first(config.top_k, wanted.top_k, -1),
+            min_p=_first(wanted.min_p, 0.0),
+            seed=wanted.seed,
+            stop=wanted.stop,
+            stop_token_ids=self.engines.format.stop_token_ids,
+            repetition_penalty=_first(wanted.repetition_penalty, 1.0),
+            frequency_penalty=_first(wanted.frequency_penalty, 0.0),
+            presence_penalty=_first(wanted.presence_penalty, 0.0),
+            logit_bias=dict(wanted.logit_bias),
+        )
+        request = GenerateRequest(
+            prepared.token_ids, sampling, request_id=f"{self.id}-{turn.id}", images=prepared.images
+        )
+        if call.n == 1:
+            return [request]
+        return [
+            replace(
+                request,
+                request_id=f"{request.request_id}-{index}",
+                sampling=sampling if wanted.seed is None else replace(sampling, seed=wanted.seed + index),
+            )
+            for index in range(call.n)
+        ]
+
+    def _keep(self, turn: Turn, prepared: "_Prepared", made: Generation, alternative: Alternative) -> int:
+        """Add a generation to the tree and the journal, and return its number."""
+        place, context = prepared.place, prepared.context
+        if made.prompt_ids is not None:  # as the engine read it, with a run of placeholders for each image
+            context = made.prompt_ids[len(prepared.before) :]
+        sampling_temperature = _first(self.engines.config.temperature, turn.call.wanted.temperature, 1.0)
+        node = self.tree.add(
+            Node(
+                number=0,
+                parent=place.parent,
+                tools=turn.call.tools,
+                added=place.added,
+                context_ids=context,
+                output_ids=made.output_ids,
+                logprobs=np.asarray(made.logprobs, np.float32),
+                version_spans=made.version_spans,
+                finish=made.finish_reason,
+                turn=alternative.turn,
+                identity=turn.identity,
+                reason=place.reason,
+                lineage=turn.call.lineage,
+                temperature=sampling_temperature,
+                images=images_in(place.added),
+            )
+        )
+        if node.reason is not None:
+            self.counts[f"branch:{node.reason}"] += 1
+        if alternative.turn.malformed is not None:
+            self.counts["malformed"] += 1
+        self.journal.added(node)
+        return node.number
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A request's prompt: the tokens of the path it attaches to, and those behind it, forced ones included."""
+
+    place: Place
+    before: tuple[int, ...]
+    context: tuple[int, ...]
+    images: tuple[bytes, ...]
+    forced: str
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return (*self.before, *self.context)
+
+
+def _first(*values: T | None) -> T:
+    return next(value for value in values if value is not None)
+
+
+def _failed(turn: Turn) -> bool:
+    task = turn.task
+    return task is not None and task.done() and (task.cancelled() or task.exception() is not None)
+
+
+def _seen(task: "asyncio.Task[Answer]") -> None:
+    """Read a task's error, which the agent may never ask for."""
+    if not task.cancelled():
+        task.exception()
+
+
+def counted(episodes: Sequence[Episode]) -> Counter[str]:
+    """Return the sum of the counts of episodes."""
+    return sum((episode.counts for episode in episodes), Counter())

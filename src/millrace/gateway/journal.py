@@ -1,0 +1,157 @@
+"""Episodes on disk: one file for each, so that agents go on after a restart of the gateway.
+
+A file has one JSON object a line: the episode, its generations, which of them the agent got, and its end. Keys of
+episodes are kept as digests only.
+"""
+
+import base64
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import orjson
+
+from millrace.errors import DataError
+from millrace.gateway.call import Lineage, ToolUse, TurnText
+from millrace.gateway.tree import BranchReason, Node, Tree
+from millrace.jsonl import drop_torn_tail
+from millrace.types import FinishReason, VersionSpan
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".jsonl"
+
+
+class Journal:
+    """Writes one episode's file. Without a path, it writes nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+        if path is not None:
+            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
+
+    def opened(self, episode_id: str, key_digest: str, metadata: Mapping[str, object], created: float) -> None:
+        """Write the episode's first line."""
+        self._write({"episode": episode_id, "key": key_digest, "metadata": metadata, "created": created})
+
+    def added(self, node: Node) -> None:
+        """Write a generation."""
+        if self._file is not None:
+            self._write({"node": node.number, **encoded(node)})
+
+    def delivered(self, numbers: Sequence[int]) -> None:
+        """Write that the agent got these generations."""
+        if numbers:
+            self._write({"delivered": list(numbers)})
+
+    def closed(self, reward: float | None, parts: Mapping[str, float]) -> None:
+        """Write the end of the episode."""
+        self._write({"closed": True, "reward": reward, "parts": dict(parts)})
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def delete(self) -> None:
+        """Close and remove the file."""
+        self.close()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _write(self, line: Mapping[str, object]) -> None:
+        if self._file is not None:
+            self._file.write(orjson.dumps(line) + b"\n")
+            self._file.flush()
+
+
+def read_journals(folder: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """Yield the lines of every episode in a folder. A file without a first line is left out, with a warning.
+
+    Raises DataError if a line is damaged, and OSError.
+    """
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        drop_torn_tail(path)
+        lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        if not lines or "episode" not in lines[0]:
+            log.warning("%s is no episode, and is left out", path)
+            continue
+        yield path, lines
+
+
+def encoded(node: Node) -> dict[str, object]:
+    """Return a generation as JSON values."""
+    return {
+        "parent": None if node.parent is None else node.parent.number,
+        "tools": node.tools,
+        "added": [_plain(message) for message in node.added],
+        "context_ids": node.context_ids,
+        "output_ids": node.output_ids,
+        "logprobs": base64.b64encode(node.logprobs.tobytes()).decode(),
+        "version_spans": [[span.version, span.start, span.end] for span in node.version_spans],
+        "finish": node.finish,
+        "reasoning": node.turn.reasoning,
+        "content": node.turn.content,
+        "calls": [[call.id, call.name, call.arguments] for call in node.turn.calls],
+        "malformed": node.turn.malformed,
+        "identity": node.identity.hex(),
+        "reason": node.reason,
+        "lineage": [node.lineage.agent, node.lineage.parent, node.lineage.compaction],
+        "temperature": node.temperature,
+        "images": [base64.b64encode(image).decode() for image in node.images],
+    }
+
+
+def decoded(tree: Tree, line: Mapping[str, Any]) -> Node:
+    """Return a generation of a line. Its parent is in the tree. Raises DataError if a field is missing."""
+    try:
+        images = [base64.b64decode(image) for image in line["images"]]
+        return Node(
+            number=line["node"],
+            parent=None if line["parent"] is None else tree.nodes[line["parent"]],
+            tools=tuple(line["tools"]),
+            added=_restored(line["added"], images),
+            context_ids=tuple(line["context_ids"]),
+            output_ids=tuple(line["output_ids"]),
+            logprobs=np.frombuffer(base64.b64decode(line["logprobs"]), np.float32),
+            version_spans=tuple(VersionSpan(*span) for span in line["version_spans"]),
+            finish=FinishReason(line["finish"]),
+            turn=TurnText(
+                line["reasoning"],
+                line["content"],
+                tuple(ToolUse(*call) for call in line["calls"]),
+                line["malformed"],
+            ),
+            identity=bytes.fromhex(line["identity"]),
+            reason=None if line["reason"] is None else BranchReason(line["reason"]),
+            lineage=Lineage(*line["lineage"]),
+            temperature=line["temperature"],
+            images=tuple(images),
+        )
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise DataError(f"an episode's line is damaged: {type(error).__name__}: {error}") from error
+
+
+def _plain(message: Mapping[str, object]) -> dict[str, object]:
+    """Return a message without the contents of its images, which stand beside it."""
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return dict(message)
+    return {**message, "content": [{"type": "image"} if part["type"] == "image" else part for part in content]}
+
+
+def _restored(messages: Sequence[Mapping[str, Any]], images: Sequence[bytes]) -> tuple[Mapping[str, object], ...]:
+    left = iter(images)
+    restored = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [{**part, "image": next(left)} if part["type"] == "image" else part for part in content]
+            message = {**message, "content": parts}
+        restored.append(message)
+    return tuple(restored)

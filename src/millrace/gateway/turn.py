@@ -1,0 +1,170 @@
+"""One request of an agent while it is answered: the generation, what is streamed of it, and who waits for it."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from millrace.engines.stop_texts import first_stop
+from millrace.gateway.answer import Alternative, Answer, Delta, Finish, Usage
+from millrace.gateway.call import ModelCall, ToolUse, TurnText
+from millrace.gateway.format import TurnFormat
+from millrace.types import FinishReason, Generation
+
+INTERVAL = 0.02  # seconds between two readings of a turn's text while it grows
+SHARE = 10  # at most one tenth of the time goes into reading a turn
+
+
+class Reader:
+    """Reads the text of one alternative while it grows, and finds what a stream may show of it.
+
+    forced: the text that the gateway put at the beginning of the turn. call_id: the start of the ids of its calls.
+    """
+
+    def __init__(self, turns: TurnFormat, call: ModelCall, index: int, forced: str, call_id: str) -> None:
+        self._format, self._call, self._index, self._call_id = turns, call, index, call_id
+        self._tools = call.tools if call.choice.allowed else ()
+        self._decode = turns.decoder()
+        self._text, self._read = forced, 0
+        self._shown = TurnText("", "")
+        self._next = 0.0
+        self.token_texts: list[str] = []
+
+    def take(self, made: Generation) -> None:
+        """Decode the tokens that are new."""
+        for token in made.output_ids[self._read :]:
+            text = self._decode((token,))
+            self._text += text
+            self.token_texts.append(text)
+        self._read = len(made.output_ids)
+
+    def grown(self) -> list[Delta]:
+        """Return what can be shown since the last time. Empty if that was a moment ago."""
+        now = time.monotonic()
+        if now < self._next:
+            return []
+        text, stop = self._cut()
+        turn = self._limited(self._format.read(held_for_stops(text, self._call, stop), self._tools, ended=False))
+        self._next = time.monotonic() + max(INTERVAL, SHARE * (time.monotonic() - now))
+        return self._difference(turn)
+
+    def ended(self, made: Generation) -> tuple[Alternative, list[Delta]]:
+        """Return the whole alternative, and what had not been shown of it."""
+        self.take(made)
+        text, stop = self._cut()
+        turn = self._limited(self._format.read(text, self._tools))
+        finish = Finish.LENGTH if made.finish_reason is FinishReason.LENGTH else Finish.STOP
+        if stop is not None and finish is Finish.STOP:
+            finish = Finish.STOP_TEXT
+        if turn.calls and finish is not Finish.LENGTH:
+            finish = Finish.TOOL_CALLS
+        alternative = Alternative(turn, finish, stop, made.output_ids, made.logprobs, tuple(self.token_texts))
+        return alternative, self._difference(turn)
+
+    def reasoning_tokens(self, turn: TurnText) -> int:
+        """Return how many of the output's tokens the reasoning takes."""
+        left, count = len(turn.reasoning), 0
+        for text in self.token_texts if left else ():
+            if left <= 0:
+                break
+            left -= len(text)
+            count += 1
+        return count
+
+    def _cut(self) -> tuple[str, str | None]:
+        """Return the text before a stop text of the request, and the stop text."""
+        stops = self._call.wanted.stop
+        if not stops or (place := first_stop(self._text, stops)) is None:
+            return self._text, None
+        return self._text[:place], next(one for one in stops if self._text.startswith(one, place))
+
+    def _limited(self, turn: TurnText) -> TurnText:
+        """Return the turn with ids for its calls, and only the first call if the request takes no parallel ones."""
+        calls = turn.calls if self._call.choice.parallel else turn.calls[:1]
+        named = tuple(ToolUse(c.id or f"{self._call_id}{i:02}", c.name, c.arguments) for i, c in enumerate(calls))
+        return TurnText(turn.reasoning, turn.content, named, turn.malformed)
+
+    def _difference(self, turn: TurnText) -> list[Delta]:
+        shown, self._shown = self._shown, turn
+        deltas = []
+        if thought := turn.reasoning[len(shown.reasoning) :]:
+            deltas.append(Delta(self._index, reasoning=thought))
+        if content := turn.content[len(shown.content) :]:
+            deltas.append(Delta(self._index, content=content))
+        for place, call in enumerate(turn.calls[len(shown.calls) :], len(shown.calls)):
+            deltas.append(Delta(self._index, call=call, call_index=place))
+        return deltas
+
+
+def held_for_stops(text: str, call: ModelCall, found: str | None) -> str:
+    """Return a text without an end that may become a stop text."""
+    if found is not None:
+        return text
+    longest = max((len(stop) for stop in call.wanted.stop), default=1)
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in call.wanted.stop):
+            return text[:-length]
+    return text
+
+
+@dataclass(slots=True)
+class Turn:
+    """One request that is being answered, or was.
+
+    task: makes the answer. deltas: what a stream shows, in order. abandoned: whether the agent went away before it had
+    the answer; then the same request joins this turn.
+    """
+
+    call: ModelCall
+    identity: bytes
+    id: str
+    created: int
+    deltas: list[Delta] = field(default_factory=list)
+    abandoned: bool = False
+    numbers: tuple[int, ...] = ()
+    task: "asyncio.Task[Answer] | None" = None
+    _grown: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def show(self, deltas: Sequence[Delta]) -> None:
+        """Add deltas for those who stream the answer."""
+        if deltas:
+            self.deltas.extend(deltas)
+            self._grown.set()
+
+    async def answer(self) -> Answer:
+        """Wait for the answer. Cancelling the wait leaves the generation running."""
+        assert self.task is not None
+        return await asyncio.shield(self.task)
+
+    async def follow(self, patience: float) -> AsyncIterator[Delta | None]:
+        """Yield all deltas from the first one on, and None whenever none has come for `patience` seconds.
+
+        Ends with the answer. Raises what the generation raises.
+        """
+        assert self.task is not None
+        shown = 0
+        while True:
+            while shown < len(self.deltas):
+                yield self.deltas[shown]
+                shown += 1
+            if self.task.done():
+                await self.answer()
+                return
+            self._grown.clear()
+            waiting = asyncio.ensure_future(self._grown.wait())
+            try:
+                done, _ = await asyncio.wait({waiting, self.task}, timeout=patience, return_when="FIRST_COMPLETED")
+            finally:
+                waiting.cancel()
+            if not done:
+                yield None
+
+
+def usage_of(made: Sequence[Generation], reasoning: int) -> Usage:
+    """Return the token counts of an answer's samples."""
+    return Usage(
+        prompt=max(one.prompt_tokens for one in made),
+        cached=max(one.cached_tokens for one in made),
+        output=sum(len(one.output_ids) for one in made),
+        reasoning=reasoning,
+    )
