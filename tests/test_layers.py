@@ -31,6 +31,7 @@ LAYERS = [
     "conformance",
     "rollout",
     "serve",
+    "gateway",
     "train",
     "integrations",
     "cli",

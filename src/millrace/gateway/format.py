@@ -30,7 +30,8 @@ class TurnFormat(Protocol):
     stop_token_ids: tokens that end a turn of the model.
     """
 
-    stop_token_ids: tuple[int, ...]
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]: ...
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[int, ...]:
         """Return the token ids of a conversation, up to the start of the model's next turn.
@@ -132,6 +133,7 @@ class TemplateFormat:
 
     def read(self, text: str, tools: Sequence[Tool], *, ended: bool = True) -> TurnText:
         thought, rest = split_reasoning(text, self.chat.reasoning, ended=ended)
+        thought = thought.strip()
         if self.form is None or not tools:
             return TurnText(thought, _shown(rest, "", ended=ended))
         calls, bad = self.form.read(rest)

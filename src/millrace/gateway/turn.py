@@ -1,6 +1,7 @@
 """One request of an agent while it is answered: the generation, what is streamed of it, and who waits for it."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Reader:
         self._format, self._call, self._index, self._call_id = turns, call, index, call_id
         self._tools = call.tools if call.choice.allowed else ()
         self._decode = turns.decoder()
-        self._text, self._read = forced, 0
+        self._forced, self._text, self._read = forced, forced, 0
         self._shown = TurnText("", "")
         self._next = 0.0
         self.token_texts: list[str] = []
@@ -62,14 +63,12 @@ class Reader:
         return alternative, self._difference(turn)
 
     def reasoning_tokens(self, turn: TurnText) -> int:
-        """Return how many of the output's tokens the reasoning takes."""
-        left, count = len(turn.reasoning), 0
-        for text in self.token_texts if left else ():
-            if left <= 0:
-                break
-            left -= len(text)
-            count += 1
-        return count
+        """Return how many of the output's tokens the reasoning takes, with its opening marker."""
+        if not turn.reasoning:
+            return 0
+        end = self._text.find(turn.reasoning) + len(turn.reasoning) - len(self._forced)
+        lengths = itertools.accumulate(len(text) for text in self.token_texts)
+        return sum(length < end for length in lengths) + 1
 
     def _cut(self) -> tuple[str, str | None]:
         """Return the text before a stop text of the request, and the stop text."""

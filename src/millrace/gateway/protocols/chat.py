@@ -133,7 +133,7 @@ def message_of(message: object) -> Message:
             thought = rest.get("reasoning_content") or rest.get("reasoning")
             if isinstance(thought, str) and thought:
                 made["reasoning"] = thought
-            if calls := rest.get("tool_calls"):
+            if isinstance(calls := rest.get("tool_calls"), list) and calls:
                 made["tool_calls"] = [_tool_use(call).message for call in calls]
             return made
         case {"role": str(role)}:

@@ -1,0 +1,86 @@
+"""A fleet whose engine writes what a script says, and keeps what it was asked and what it answered."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from millrace.types import ANYWHERE, FinishReason, GenerateRequest, Generation, RoutingContext, VersionSpan
+
+# What the model writes next: for the text of a prompt, its turn as text.
+Script = Callable[[str], str | Awaitable[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request and the tokens of its answer."""
+
+    request: GenerateRequest
+    output_ids: tuple[int, ...]
+
+
+@dataclass
+class ScriptedFleet:
+    """Stands for a fleet of one engine. tokenizer: of the model. end: the token that ends each turn, unless the script's
+    text is cut by max_new_tokens. version: of the weights, of which an answer may see two.
+
+    pace: awaited before each token of a stream, if given.
+    """
+
+    tokenizer: Any
+    end: int
+    script: Script
+    context_length: int = 100_000
+    version: int = 1
+    pace: Callable[[], Awaitable[None]] | None = None
+    asked: list[Asked] = field(default_factory=list)
+
+    async def generate(
+        self,
+        request: GenerateRequest,
+        *,
+        deadline: float,  # noqa: ARG002
+        routing: RoutingContext = ANYWHERE,  # noqa: ARG002
+        retries: int = 0,  # noqa: ARG002
+    ) -> Generation:
+        return self._made(request, await self._answer(request))
+
+    async def stream(
+        self,
+        request: GenerateRequest,
+        *,
+        deadline: float,  # noqa: ARG002
+        routing: RoutingContext = ANYWHERE,  # noqa: ARG002
+        retries: int = 0,  # noqa: ARG002
+    ) -> AsyncGenerator[Generation, None]:
+        output = await self._answer(request)
+        for length in range(1, len(output)):
+            if self.pace is not None:
+                await self.pace()
+            yield self._made(request, output[:length], FinishReason.ABORT)
+        await asyncio.sleep(0)
+        yield self._made(request, output)
+
+    async def _answer(self, request: GenerateRequest) -> tuple[int, ...]:
+        text = self.script(self.tokenizer.decode(list(request.input_ids)))
+        written = text if isinstance(text, str) else await text
+        ids = [*self.tokenizer.encode(written, add_special_tokens=False), self.end]
+        output = tuple(ids[: request.sampling.max_new_tokens])
+        self.asked.append(Asked(request, output))
+        return output
+
+    def _made(
+        self, request: GenerateRequest, output: tuple[int, ...], finish: FinishReason | None = None
+    ) -> Generation:
+        ended = FinishReason.STOP if output[-1:] == (self.end,) else FinishReason.LENGTH
+        return Generation(
+            request.request_id,
+            output,
+            np.linspace(-2.0, -0.1, len(output), dtype=np.float32),
+            finish or ended,
+            (VersionSpan(self.version, 0, len(output)),),
+            len(request.input_ids),
+            0,
+        )
