@@ -41,9 +41,9 @@ class ScriptedFleet:
         self,
         request: GenerateRequest,
         *,
-        deadline: float,  # noqa: ARG002
-        routing: RoutingContext = ANYWHERE,  # noqa: ARG002
-        retries: int = 0,  # noqa: ARG002
+        deadline: float,
+        routing: RoutingContext = ANYWHERE,
+        retries: int = 0,
     ) -> Generation:
         return self._made(request, await self._answer(request))
 
@@ -51,9 +51,9 @@ class ScriptedFleet:
         self,
         request: GenerateRequest,
         *,
-        deadline: float,  # noqa: ARG002
-        routing: RoutingContext = ANYWHERE,  # noqa: ARG002
-        retries: int = 0,  # noqa: ARG002
+        deadline: float,
+        routing: RoutingContext = ANYWHERE,
+        retries: int = 0,
     ) -> AsyncGenerator[Generation, None]:
         output = await self._answer(request)
         for length in range(1, len(output)):

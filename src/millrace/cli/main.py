@@ -15,6 +15,7 @@ from millrace import __version__
 from millrace.cli.doctor import doctor
 from millrace.cli.engines import engines_app
 from millrace.cli.paths import path
+from millrace.cli.serve import serve
 from millrace.cli.settings import load_settings
 from millrace.cli.sidecar import sidecar
 from millrace.cli.status import interruptible
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},  # for all commands
 )
 app.add_typer(engines_app, name="engines")
+app.command()(serve)
 app.command()(sidecar)
 app.command()(doctor)
 app.command()(status)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from millrace.config import RunConfig, load_config
 from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.serve import ServeConfig
 from millrace.engines.sglang import arguments as sglang
 from millrace.engines.vllm import arguments as vllm
 from millrace.errors import ConfigError
@@ -16,10 +17,11 @@ def load_settings(path: Path, overrides: Sequence[str]) -> RunConfig:
 
     Raises ConfigError, with the line of the setting.
     """
-    return load_config(path, overrides, check=_check_engine)
+    return load_config(path, overrides, check=check_engine)
 
 
-def _check_engine(config: RunConfig) -> None:
+def check_engine(config: RunConfig | ServeConfig) -> None:
+    """Check the URLs of a config and the engine's own arguments. Raises ConfigError."""
     named = [("publish.sidecars", url) for url in config.publish.sidecars]
     named += [("engine.urls", url) for url in config.engine.urls or ()]
     if config.router is not None and config.router.url is not None:

@@ -5,21 +5,40 @@ Every mistake gives one message with the line, the reason and the nearest valid 
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import ValidationError
 
+from millrace.config.base import Model
 from millrace.config.explain import explain, is_unquoted, resolve
 from millrace.config.models import RunConfig
 from millrace.config.reading import Location, parse_yaml, read_yaml
 from millrace.errors import ConfigError
 
+C = TypeVar("C", bound=Model)
 
+
+@overload
 def load_config(
     path: Path, overrides: Sequence[str] = (), *, check: Callable[[RunConfig], None] = lambda _: None
-) -> RunConfig:
-    """Load a run's settings from the YAML file at `path`.
+) -> RunConfig: ...
+
+
+@overload
+def load_config(
+    path: Path, overrides: Sequence[str] = (), *, check: Callable[[C], None] = lambda _: None, kind: type[C]
+) -> C: ...
+
+
+def load_config(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    check: Callable[[Any], None] = lambda _: None,
+    kind: type[Any] = RunConfig,
+) -> Any:
+    """Load a run's settings from the YAML file at `path`. kind: the model of the settings.
 
         config = load_config(Path("run.yaml"), ["train.lr=1e-5", "engine.replicas=2"])
 
@@ -33,15 +52,17 @@ def load_config(
     data, lines = read_yaml(path)
     if not isinstance(data, dict):
         what = "it is empty, and" if data is None else "it"
-        raise ConfigError(f"{path}:1: {what} must be a mapping of settings, with `name:` at its top")
+        raise ConfigError(
+            f"{path}:1: {what} must be a mapping of settings, with `{next(iter(kind.model_fields))}:` at its top"
+        )
     sources: dict[Location, str] = {location: f"{path}:{line}" for location, line in lines.items()}
     texts = dict(_apply(data, override, sources) for override in overrides)
     try:
-        config = _validate(data, texts, path.parent)
+        config = _validate(data, texts, path.parent, kind)
     except ValidationError as error:
         # Unknown keys come first: a missing key is often an unknown one, spelled correctly.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        explained = (explain(e, RunConfig) for e in errors)
+        explained = (explain(e, kind) for e in errors)
         messages = (f"{_source(location, sources, str(path))}: {text}" for location, text in explained)
         raise ConfigError("\n".join(messages)) from None
     try:
@@ -52,7 +73,7 @@ def load_config(
     return config
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: Model) -> str:
     """Return the config as YAML. `load_config` reads it back to an equal config."""
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
@@ -78,7 +99,7 @@ def _apply(data: dict[str, Any], override: str, sources: dict[Location, str]) ->
     return tuple(keys), text
 
 
-def _validate(data: dict[str, Any], texts: Mapping[Location, str], folder: Path) -> RunConfig:
+def _validate(data: dict[str, Any], texts: Mapping[Location, str], folder: Path, kind: type[Model]) -> Model:
     """Validate the data of a file in `folder`. If a setting is a string, its override is used as it was written
     (`texts`).
 
@@ -86,10 +107,10 @@ def _validate(data: dict[str, Any], texts: Mapping[Location, str], folder: Path)
     """
     context = {"folder": folder}
     try:
-        return RunConfig.model_validate(data, context=context)
+        return kind.model_validate(data, context=context)
     except ValidationError as error:
         unquoted = [e for e in error.errors() if is_unquoted(e)]
-        locations = [location for e in unquoted if (location := resolve(e["loc"], RunConfig)[0]) in texts]
+        locations = [location for e in unquoted if (location := resolve(e["loc"], kind)[0]) in texts]
         if not locations:
             raise
     for location in locations:
@@ -97,7 +118,7 @@ def _validate(data: dict[str, Any], texts: Mapping[Location, str], folder: Path)
         for key in location[:-1]:
             section = section[key]
         section[location[-1]] = texts[location]
-    return RunConfig.model_validate(data, context=context)
+    return kind.model_validate(data, context=context)
 
 
 def _source(location: Location, sources: Mapping[Location, str], path: str) -> str:

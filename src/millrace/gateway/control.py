@@ -2,17 +2,19 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import orjson
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from millrace.errors import ConfigError
+from millrace.errors import DataError, MillraceError, PublishError
 from millrace.gateway.episode import Episode, EpisodeClosed
 from millrace.gateway.gateway import Gateway
 from millrace.gateway.samples import GatewaySample
 from millrace.http.auth import has_key
 from millrace.http.replies import reply
+from millrace.serve.publishing import publish_folder
 
 
 class OpenBody(BaseModel):
@@ -32,6 +34,14 @@ class FinishBody(BaseModel):
     parts: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
+class UpdateBody(BaseModel):
+    """The body of `POST /update_weights`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weight_dir: Path
+
+
 @dataclass(frozen=True, slots=True)
 class ControlRoutes:
     """The handlers."""
@@ -48,6 +58,7 @@ class ControlRoutes:
             web.get("/episodes/{id}/samples", self._with_key(self._samples)),
             web.post("/episodes/{id}/finish", self._with_key(self._finish)),
             web.delete("/episodes/{id}", self._with_key(self._delete)),
+            web.post("/update_weights", self._with_key(self._update_weights)),
         ]
 
     def _with_key(
@@ -64,7 +75,9 @@ class ControlRoutes:
                 return _error(400, f"{where}: {first['msg']}")
             except EpisodeClosed as error:
                 return _error(error.status, str(error))
-            except ConfigError as error:
+            except (PublishError, DataError) as error:
+                return _error(400, str(error))
+            except MillraceError as error:
                 return _error(500, str(error))
 
         return handle
@@ -97,6 +110,11 @@ class ControlRoutes:
         self._episode(http)
         await self.gateway.delete(http.match_info["id"])
         return reply({"deleted": http.match_info["id"]})
+
+    async def _update_weights(self, http: web.Request) -> web.Response:
+        """Publish the weights of a folder in Hugging Face's format as the next version."""
+        body = UpdateBody.model_validate_json(await http.read())
+        return reply(await publish_folder(self.gateway.engines.fleet, body.weight_dir))
 
     def _episode(self, http: web.Request) -> Episode:
         episode = self.gateway.episodes.get(http.match_info["id"])

@@ -1,6 +1,7 @@
 """Checks the hosts in settings and arguments."""
 
 import asyncio
+import ipaddress
 from collections.abc import Iterable
 
 from millrace.errors import ConfigError
@@ -24,3 +25,11 @@ async def require_known(setting: str, urls: Iterable[str]) -> None:
             message = getattr(error, "strerror", None) or str(error)  # empty for a timeout
             reason = message or f"the name service did not answer within {RESOLVE_PATIENCE:g} s"
             raise ConfigError(f"{setting}: the host {parsed.host} of {url} can't be resolved: {reason}") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this host can reach a server that listens at `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

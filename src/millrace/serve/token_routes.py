@@ -26,16 +26,15 @@ from millrace.errors import (
     PublishError,
 )
 from millrace.fleet.client import FleetClient
-from millrace.fleet.fleet import Fleet
 from millrace.fleet.owner import checked_key
 from millrace.http.auth import has_key
 from millrace.http.replies import reply
 from millrace.http.serving import serving
 from millrace.launch.ports import url_of
+from millrace.serve.publishing import publish_folder
 from millrace.serve.server import bind
 from millrace.serve.token_wire import CompletionBody, GenerateBody, answer, chunk, last_chunk
 from millrace.types import GenerateRequest, RoutingContext
-from millrace.weights.folder import FolderTensors
 
 RETRIES = 2  # a request survives as many failures of engines
 LARGEST_BODY = 64 * 2**20  # bytes: a prompt of some millions of tokens
@@ -175,13 +174,9 @@ class _Routes:
     async def update_weights(self, http: web.Request) -> web.Response:
         """Publish the weights of a folder in Hugging Face's format as the next version."""
         body = await _read(http, UpdateBody)
-        if not isinstance(self.fleet, Fleet):
-            return _error(400, "this process follows the fleet of another, and only its owner can update weights")
         if body.weight_dir is None:
             return _error(400, "weight_dir is null: this server takes weights from a folder, and none by NCCL")
-        tensors = FolderTensors(body.weight_dir)
-        report = await self.fleet.publish(lambda: tensors, label=body.weight_dir.name)
-        return reply({"version": report.version, "failed": {name: str(why) for name, why in report.failed.items()}})
+        return reply(await publish_folder(self.fleet, body.weight_dir))
 
     async def _answer(self, http: web.Request, body: GenerateBody | CompletionBody) -> web.StreamResponse:
         """Generate, and answer with the whole or with a stream."""

@@ -1,0 +1,114 @@
+"""`millrace serve`: a fleet of engines with the gateway for agents."""
+
+import asyncio
+import os
+import secrets
+import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from millrace.cli.paths import path
+from millrace.cli.settings import check_engine
+from millrace.cli.status import INTERRUPTED
+from millrace.config.loading import load_config
+from millrace.config.serve import ServeConfig
+from millrace.errors import ConfigError
+from millrace.fleet.event_log import EventLog
+from millrace.fleet.local import open_fleet
+from millrace.http.hosts import is_loopback
+from millrace.imports import without_collecting
+from millrace.serve.server import serve_metrics
+from millrace.serve.view import Observer
+
+GATEWAY_KEY = "MILLRACE_GATEWAY_KEY"
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(parser=path, help="The settings (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings that take precedence over the file, such as gateway.port=0.", show_default=False),
+    ] = None,
+) -> None:
+    """Serve a model to agents that speak a protocol of OpenAI or Anthropic, and keep every token.
+
+    The control routes ask for the key in MILLRACE_GATEWAY_KEY. Without it, a new key is written to a file that only
+    this user can read. A gateway that other hosts can reach needs the variable.
+    """
+    settings = load_config(config, overrides or (), check=check_engine, kind=ServeConfig)
+    status = asyncio.run(_serve(settings))
+    if status:
+        raise typer.Exit(status)
+
+
+async def _serve(config: ServeConfig) -> int:
+    """Serve until a signal ends it, and return the exit status."""
+    with without_collecting():
+        # These import torch or transformers.
+        from millrace.gateway.format import load_format
+        from millrace.gateway.server import serve_gateway
+        from millrace.train.start import model_folder
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    ended: asyncio.Queue[int] = asyncio.Queue()
+    for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, INTERRUPTED)):
+        asyncio.get_running_loop().add_signal_handler(number, ended.put_nowait, status)
+    key, where = _key(config)
+    model = model_folder(config.model, config.folder / "model", seed=config.seed, fresh=True, setting="model.path")
+    turns = load_format(model, config.gateway.format, config.chat_template_kwargs)
+    print(f"starting {config.engine.replicas} engine(s); their logs are in {config.folder}", flush=True)
+    serving = asyncio.create_task(ended.get())
+    async with AsyncExitStack() as stack:
+        event_log = stack.enter_context(EventLog(config.folder / "events.jsonl"))
+        opening = asyncio.create_task(
+            stack.enter_async_context(
+                open_fleet(
+                    config.engine,
+                    model,
+                    log_dir=config.folder,
+                    seed=config.seed,
+                    transport=config.publish.transport,
+                    folder=config.publish.folder,
+                    keep=config.publish.keep,
+                    sidecars=config.publish.sidecars,
+                    restarts=config.restarts,
+                    event_log=event_log,
+                    router=config.router,
+                )
+            )
+        )
+        await asyncio.wait({opening, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if not opening.done():  # interrupted while the engines started
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+            return serving.result()
+        fleet = opening.result()
+        if config.metrics is not None:
+            observer = Observer(event_log)
+            observer.fleets = (fleet,)
+            url = await stack.enter_async_context(serve_metrics(observer, config.metrics.host, config.metrics.port))
+            print(f"millrace status {url} shows the engines; metrics are at {url}/metrics", flush=True)
+        gateway = await stack.enter_async_context(serve_gateway(fleet, turns, key=key, config=config.gateway))
+        print(f"agents are served at {gateway.url}; the key of its control routes is in {where}", flush=True)
+        return await serving
+
+
+def _key(config: ServeConfig) -> tuple[str, str]:
+    """Return the key of the control routes, and where the user finds it. Raises ConfigError."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if key := os.environ.get(GATEWAY_KEY):
+        return key, GATEWAY_KEY
+    if not is_loopback(config.gateway.host):
+        raise ConfigError(
+            f"gateway.host: other hosts can reach {config.gateway.host}, so set a key in the variable {GATEWAY_KEY}"
+        )
+    file = config.folder / "gateway.key"
+    file.unlink(missing_ok=True)
+    key = secrets.token_urlsafe(24)
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as written:
+        written.write(key)
+    return key, str(file)

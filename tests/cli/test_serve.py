@@ -1,0 +1,96 @@
+"""`millrace serve` as its user runs it: a real process with a real engine, asked by an SDK."""
+
+import asyncio
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import openai
+import pytest
+
+CONFIG = """
+folder: {folder}
+model: {{kind: pretrained, path: {model}}}
+engine: {{kind: embedded, replicas: 1}}
+gateway: {{port: 0, folder: {folder}/episodes}}
+"""
+START = 120.0  # seconds
+
+
+@asynccontextmanager
+async def served(folder: Path, *overrides: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Runs the command while the block runs, and yields the process and the gateway's URL."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "millrace", "serve", str(folder / "serve.yaml"), *overrides,
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(START):
+            async for line in process.stdout:
+                if found := re.search(rb"agents are served at (http://\S+);", line):
+                    yield process, found[1].decode()
+                    return
+        raise AssertionError("the command ended")
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(START):
+            assert await process.wait() == 0
+
+
+async def test_an_episode_from_its_opening_to_its_samples(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text(CONFIG.format(folder=tmp_path / "run", model=tiny_model))
+    async with served(tmp_path) as (_, url):
+        key = (tmp_path / "run" / "gateway.key").read_text()
+        control = aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"})
+        async with control:
+            async with control.post("/episodes", json={"metadata": {"task": 7}}) as response:
+                opened = await response.json()
+            client = openai.AsyncOpenAI(base_url=opened["base_url"], api_key=opened["api_key"])
+            messages: list[dict[str, str]] = [{"role": "user", "content": "What is 3 + 4?"}]
+            answer = await client.chat.completions.create(
+                model="any",
+                messages=messages,
+                max_tokens=8,
+                temperature=0.5,  # type: ignore[arg-type]
+            )
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 8
+            assert answer.choices[0].finish_reason == "length"
+            async with control.post("/update_weights", json={"weight_dir": str(tiny_model)}) as response:
+                assert (await response.json())["failed"] == {}
+            async with control.post(f"/episodes/{opened['id']}/finish", json={"reward": 0.5}) as response:
+                finished = await response.json()
+            assert (finished["status"], finished["reward"], finished["generations"]) == ("closed", 0.5, 1)
+            with pytest.raises(openai.ConflictError, match="closed"):
+                await client.with_options(max_retries=0).chat.completions.create(
+                    model="any",
+                    messages=messages,  # type: ignore[arg-type]
+                )
+            async with control.get(f"/episodes/{opened['id']}/samples") as response:
+                [sample] = (await response.json())["samples"]
+        assert sum(sample["loss_mask"]) == 8
+        assert sample["temperatures"] == [0.5]
+        assert sample["version_spans"] == [[0, len(sample["token_ids"]) - 8, len(sample["token_ids"])]]
+    async with served(tmp_path) as (_, url):  # the episode is still there
+        key = (tmp_path / "run" / "gateway.key").read_text()
+        async with aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"}) as control:
+            async with control.get("/episodes") as response:
+                assert [episode["id"] for episode in (await response.json())["episodes"]] == [opened["id"]]
+
+
+async def test_a_gateway_for_other_hosts_needs_a_key(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text(CONFIG.format(folder=tmp_path / "run", model=tiny_model))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "millrace", "serve", str(tmp_path / "serve.yaml"), "gateway.host=0.0.0.0",
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(START):
+        _, error = await process.communicate()
+    assert process.returncode == 1
+    assert b"set a key in the variable MILLRACE_GATEWAY_KEY" in error
