@@ -43,6 +43,17 @@ async def served(folder: Path, *overrides: str) -> AsyncIterator[tuple[asyncio.s
             assert await process.wait() == 0
 
 
+async def ask(base_url: str, key: str) -> None:
+    """Asks the model by OpenAI's SDK, for an answer of eight tokens."""
+    async with openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0) as client:
+        answer = await client.chat.completions.create(
+            model="any", messages=[{"role": "user", "content": "3 + 4?"}], max_tokens=8, temperature=0.5
+        )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+    assert answer.choices[0].finish_reason == "length"
+
+
 async def test_an_episode_from_its_opening_to_its_samples(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "serve.yaml").write_text(CONFIG.format(folder=tmp_path / "run", model=tiny_model))
     async with served(tmp_path) as (_, url):
@@ -51,27 +62,14 @@ async def test_an_episode_from_its_opening_to_its_samples(tiny_model: Path, tmp_
         async with control:
             async with control.post("/episodes", json={"metadata": {"task": 7}}) as response:
                 opened = await response.json()
-            client = openai.AsyncOpenAI(base_url=opened["base_url"], api_key=opened["api_key"])
-            messages: list[dict[str, str]] = [{"role": "user", "content": "What is 3 + 4?"}]
-            answer = await client.chat.completions.create(
-                model="any",
-                messages=messages,
-                max_tokens=8,
-                temperature=0.5,  # type: ignore[arg-type]
-            )
-            assert answer.usage is not None
-            assert answer.usage.completion_tokens == 8
-            assert answer.choices[0].finish_reason == "length"
+            await ask(opened["base_url"], opened["api_key"])
             async with control.post("/update_weights", json={"weight_dir": str(tiny_model)}) as response:
                 assert (await response.json())["failed"] == {}
             async with control.post(f"/episodes/{opened['id']}/finish", json={"reward": 0.5}) as response:
                 finished = await response.json()
             assert (finished["status"], finished["reward"], finished["generations"]) == ("closed", 0.5, 1)
             with pytest.raises(openai.ConflictError, match="closed"):
-                await client.with_options(max_retries=0).chat.completions.create(
-                    model="any",
-                    messages=messages,  # type: ignore[arg-type]
-                )
+                await ask(opened["base_url"], opened["api_key"])
             async with control.get(f"/episodes/{opened['id']}/samples") as response:
                 [sample] = (await response.json())["samples"]
         assert sum(sample["loss_mask"]) == 8
@@ -79,9 +77,9 @@ async def test_an_episode_from_its_opening_to_its_samples(tiny_model: Path, tmp_
         assert sample["version_spans"] == [[0, len(sample["token_ids"]) - 8, len(sample["token_ids"])]]
     async with served(tmp_path) as (_, url):  # the episode is still there
         key = (tmp_path / "run" / "gateway.key").read_text()
-        async with aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"}) as control:
-            async with control.get("/episodes") as response:
-                assert [episode["id"] for episode in (await response.json())["episodes"]] == [opened["id"]]
+        headers = {"Authorization": f"Bearer {key}"}
+        async with aiohttp.ClientSession(url, headers=headers) as control, control.get("/episodes") as response:
+            assert [episode["id"] for episode in (await response.json())["episodes"]] == [opened["id"]]
 
 
 async def test_a_gateway_for_other_hosts_needs_a_key(tiny_model: Path, tmp_path: Path) -> None:

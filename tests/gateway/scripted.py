@@ -23,8 +23,9 @@ class Asked:
 
 @dataclass
 class ScriptedFleet:
-    """Stands for a fleet of one engine. tokenizer: of the model. end: the token that ends each turn, unless the script's
-    text is cut by max_new_tokens. version: of the weights, of which an answer may see two.
+    """Stands for a fleet of one engine.
+
+    tokenizer: of the model. end: the token that ends each turn, unless max_new_tokens cuts it. version: of the weights.
 
     pace: awaited before each token of a stream, if given.
     """
