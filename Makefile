@@ -42,9 +42,9 @@ test-verl-all: $(VERL_VENV)/compiled.stamp
 test-environments: $(VERIFIERS_VENV)/verifiers.stamp $(OPENENV_VENV)/openenv.stamp
 	OPENENV_PYTHON=$(abspath $(OPENENV_VENV))/bin/python $(ENVIRONMENTS_PYTEST) tests/integrations/environments
 
-# Without OpenEnv: an episode of verifiers, and its training client.
+# Without OpenEnv: an episode of verifiers, its training client, and the gateway's format by `renderers`.
 test-environments-short: $(VERIFIERS_VENV)/verifiers.stamp
-	$(ENVIRONMENTS_PYTEST) $(addprefix tests/integrations/environments/,test_verifiers_client.py \
+	$(ENVIRONMENTS_PYTEST) $(addprefix tests/integrations/environments/,test_verifiers_client.py test_renderers_format.py \
 		test_verifiers.py::test_an_episode_is_verifiers_own)
 
 lint: $(VENV)/dev.stamp
@@ -93,7 +93,7 @@ $(VERIFIERS_VENV)/verifiers.stamp: pyproject.toml constraints/verifiers-cpu.txt
 	@echo "installing verifiers into $(VERIFIERS_VENV): two minutes or so"
 	$(PYTHON) -m venv $(VERIFIERS_VENV)
 	$(VERIFIERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-		-c constraints/verifiers-cpu.txt -e '.[train,verifiers]' hypothesis pytest pytest-asyncio pytest-timeout
+		-c constraints/verifiers-cpu.txt -e '.[train,verifiers,renderers]' hypothesis pytest pytest-asyncio pytest-timeout
 	@touch $@
 
 $(OPENENV_VENV)/openenv.stamp: constraints/openenv.txt

@@ -20,6 +20,7 @@ EXTRAS: Mapping[str, frozenset[str]] = {
     "hub": frozenset({"datasets"}),
     "parquet": frozenset({"pyarrow"}),
     "mcp": frozenset({"mcp"}),
+    "renderers": frozenset({"httpx", "renderers"}),
     "kv-events": frozenset({"zmq", "msgpack"}),
     "verifiers": frozenset({"verifiers"}),
     "trl": frozenset({"accelerate", "trl"}),

@@ -230,15 +230,20 @@ def load_format(
 ) -> TurnFormat:
     """Load the format of a model folder or Hub name.
 
-    name: `template`, or `package.module:name` of a function that takes the path and returns a TurnFormat.
+    name: `template`, `renderers`, `renderers:NAME` with the name of a renderer, or `package.module:name` of a function
+    that takes the path and returns a TurnFormat.
 
-    Raises ConfigError if there is no such function, and what `load_template_format` raises.
+    Raises ConfigError if there is no such function or renderer, and DataError if the model's files don't suffice.
     """
     if name == "template":
         return load_template_format(path, template_kwargs)
     module, colon, attribute = name.partition(":")
+    if module == "renderers":
+        from millrace.gateway.renderers_format import load_renderers_format  # the package is an extra
+
+        return load_renderers_format(str(path), attribute or "auto", template_kwargs)
     if not colon:
-        raise ConfigError(f"gateway.format: {name!r} is neither `template` nor `package.module:name`")
+        raise ConfigError(f"gateway.format: {name!r} is neither `template`, `renderers` nor `package.module:name`")
     try:
         made: TurnFormat = getattr(importlib.import_module(module), attribute)(str(path))
     except (ImportError, AttributeError) as error:
