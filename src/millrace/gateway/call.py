@@ -61,8 +61,11 @@ class ModelCall:
 
     messages: as chat templates take them. The turns of the model have `content`, and may have `reasoning` and
     `tool_calls`, whose arguments are JSON texts. An image is a part `{"type": "image", "image": bytes}`. schema: a JSON
-    schema that the answer must match. dropped: the names of what the request asked for and does not get. stream_usage:
-    whether a stream ends with the token counts, where the protocol leaves the choice.
+    schema that the answer must match. dropped: the names of what the request asked for and does not get. model: the
+    name that the agent uses, which the answer repeats; empty if it gave none. stream_usage: whether a stream ends with
+    the token counts. reasoning: whether the agent gets the reasoning. summary: whether also as a summary. prompt: a
+    text or token ids that the model continues as they are, without a chat template; then the only message stands for
+    it, with a role that no chat has.
     """
 
     messages: tuple[Message, ...]
@@ -75,7 +78,11 @@ class ModelCall:
     schema: Mapping[str, object] | None = None
     lineage: Lineage = NO_LINEAGE
     dropped: tuple[str, ...] = ()
+    model: str = ""
     stream_usage: bool = False
+    reasoning: bool = True
+    summary: bool = False
+    prompt: str | tuple[int, ...] | None = None
 
     @property
     def identity(self) -> bytes:
@@ -129,13 +136,15 @@ class TurnText:
 def fingerprint(message: Message) -> bytes:
     """Return a digest that is equal for two messages that differ only in how an agent wrote them down.
 
-    The order of JSON keys, white space around the text of a turn, parts of text or one text, and absent or empty
-    content make no difference. Reasoning is left out: agents drop it (`reasoning_of`). Images count by their contents.
+    The order of JSON keys, 1 or 1.0, white space around the text of a turn, parts of text or one text, and absent or
+    empty content make no difference. Reasoning is left out: agents drop it (`reasoning_of`). Images count by their
+    contents.
     """
     role = str(message["role"])
     texts, images = _content(message.get("content"))
     calls = [
-        [call.get("id"), call["function"]["name"], parsed(call["function"]["arguments"])] for call in _calls(message)
+        [call.get("id"), call["function"]["name"], _same_numbers(parsed(call["function"]["arguments"]))]
+        for call in _calls(message)
     ]
     text = texts.strip() if role == "assistant" else texts
     return _digest(_json([role, text, images, calls, message.get("tool_call_id")]))
@@ -168,6 +177,20 @@ def parsed(arguments: object) -> object:
         return orjson.loads(arguments)
     except orjson.JSONDecodeError:
         return arguments
+
+
+def _same_numbers(value: object) -> object:
+    """Return a JSON value with all numbers as JavaScript has them: agents in it write 5.0 as 5."""
+    match value:
+        case bool():
+            return value
+        case int() | float():
+            return value + 0.0  # -0.0 becomes 0.0
+        case list():
+            return [_same_numbers(one) for one in value]
+        case dict():
+            return {key: _same_numbers(one) for key, one in value.items()}
+    return value
 
 
 def _calls(message: Message) -> Iterator[Mapping[str, Any]]:

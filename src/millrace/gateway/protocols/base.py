@@ -20,6 +20,18 @@ class RequestError(MillraceError):
         self.code = code
 
 
+class ContextFull(RequestError):
+    """The prompt leaves no room for an answer. tokens: of the prompt. limit: the context length."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. Your messages have {tokens} tokens.",
+            code="context_length_exceeded",
+        )
+        self.tokens = tokens
+        self.limit = limit
+
+
 class Stream(Protocol):
     """Writes the events of one streamed answer."""
 

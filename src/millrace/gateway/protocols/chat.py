@@ -1,7 +1,5 @@
 """OpenAI's chat completions: `/v1/chat/completions`."""
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,16 +7,30 @@ from typing import Any
 import orjson
 
 from millrace.gateway.answer import Alternative, Answer, Delta, Finish, Usage
-from millrace.gateway.call import Choice, ModelCall, Tool, ToolUse, Wanted
+from millrace.gateway.call import Choice, ModelCall, Tool, ToolUse
 from millrace.gateway.lineage import lineage_of
 from millrace.gateway.protocols.base import RequestError, dropped, event
+from millrace.gateway.protocols.fields import (
+    arguments_of,
+    checked,
+    content_of,
+    function_tool,
+    listed,
+    model_of,
+    nested,
+    turn_of,
+    unknown,
+    wanted_of,
+    whole,
+)
 from millrace.rollout.sample import Message
 
 KNOWN = (
     "model", "messages", "tools", "tool_choice", "parallel_tool_calls", "max_tokens", "max_completion_tokens",
     "temperature", "top_p", "top_k", "min_p", "seed", "stop", "repetition_penalty", "frequency_penalty",
-    "presence_penalty", "logit_bias", "n", "stream", "stream_options", "logprobs", "top_logprobs", "response_format",
+    "presence_penalty", "logit_bias", "n", "stream", "stream_options", "logprobs", "response_format",
 )  # fmt: skip
+STREAM = ("include_usage", "include_obfuscation")
 WITHOUT_MEANING = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
 FINISHES = {
     Finish.STOP: "stop", Finish.STOP_TEXT: "stop", Finish.LENGTH: "length", Finish.TOOL_CALLS: "tool_calls"
@@ -29,21 +41,23 @@ class ChatCompletions:
     """The protocol."""
 
     def read(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> ModelCall:
-        tools, hosted = tools_of(body.get("tools") or ())
-        options = body.get("stream_options") or {}
+        tools, hosted = tools_of(listed(body, "tools"))
+        longest = whole(body, "max_completion_tokens")
         call = ModelCall(
-            messages=tuple(message_of(one) for one in _list(body, "messages")),
+            messages=tuple(message_of(one) for one in listed(body, "messages")),
             tools=tools,
             choice=replace(choice_of(body.get("tool_choice")), parallel=body.get("parallel_tool_calls") is not False),
-            wanted=wanted_of(body, body.get("max_completion_tokens") or body.get("max_tokens")),
-            n=whole(body, "n", 1),
+            wanted=wanted_of(body, whole(body, "max_tokens") if longest is None else longest, body.get("stop")),
+            n=whole(body, "n") or 1,
             stream=bool(body.get("stream")),
             logprobs=bool(body.get("logprobs")),
             schema=schema_of(body.get("response_format")),
             lineage=lineage_of(headers),
-            dropped=(*dropped(body, (*KNOWN, *WITHOUT_MEANING)), *hosted),
+            model=model_of(body),
+            dropped=(*dropped(body, (*KNOWN, *WITHOUT_MEANING)), *unknown(body, "stream_options", STREAM), *hosted),
+            stream_usage=bool(nested(body, "stream_options").get("include_usage")),
         )
-        return replace(call, stream_usage=bool(options.get("include_usage")))
+        return checked(call)
 
     def answer(self, call: ModelCall, answer: Answer) -> Mapping[str, object]:
         choices = [
@@ -59,7 +73,7 @@ class ChatCompletions:
             "id": f"chatcmpl-{answer.id}",
             "object": "chat.completion",
             "created": answer.created,
-            "model": answer.model,
+            "model": call.model or answer.model,
             "choices": choices,
             "usage": usage(answer.usage),
         }
@@ -75,7 +89,7 @@ class ChatStream:
     """The events of one answer."""
 
     def __init__(self, call: ModelCall, model: str) -> None:
-        self._call, self._model = call, model
+        self._call, self._model = call, call.model or model
         self._head: dict[str, object] = {}
 
     def begin(self, answer_id: str, created: int) -> bytes:
@@ -119,7 +133,7 @@ class ChatStream:
         return event(orjson.dumps({**self._head, "choices": [choice]}))
 
 
-def message_of(message: object) -> Message:
+def message_of(message: Any) -> Message:
     """Return a chat message in the gateway's form. Raises RequestError."""
     match message:
         case {"role": "system" | "developer", "content": content}:
@@ -128,63 +142,13 @@ def message_of(message: object) -> Message:
             return {"role": "user", "content": content_of(content)}
         case {"role": "tool", "content": content, "tool_call_id": str(call_id)}:
             return {"role": "tool", "content": content_of(content), "tool_call_id": call_id}
-        case {"role": "assistant", **rest}:
-            made: dict[str, object] = {"role": "assistant", "content": content_of(rest.get("content"))}
-            thought = rest.get("reasoning_content") or rest.get("reasoning")
-            if isinstance(thought, str) and thought:
-                made["reasoning"] = thought
-            if isinstance(calls := rest.get("tool_calls"), list) and calls:
-                made["tool_calls"] = [_tool_use(call).message for call in calls]
-            return made
+        case {"role": "assistant"}:
+            thought = message.get("reasoning_content") or message.get("reasoning")
+            calls = [_tool_use(call) for call in listed(message, "tool_calls")]
+            return turn_of(content_of(message.get("content"), ""), thought if isinstance(thought, str) else "", calls)
         case {"role": str(role)}:
             raise RequestError(f"a message of the role {role!r} is not supported, or lacks a field")
     raise RequestError("each message needs a role and a content")
-
-
-def content_of(content: object) -> str | list[dict[str, object]]:
-    """Return the content of a message: a text, or parts if it has images. Raises RequestError."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, Sequence):
-        raise RequestError("the content of a message is a text or a list of parts")
-    parts = [_part(part) for part in content]
-    if all(part["type"] == "text" for part in parts):
-        return "".join(str(part["text"]) for part in parts)
-    return parts
-
-
-def _part(part: object) -> dict[str, object]:
-    match part:
-        case str():
-            return {"type": "text", "text": part}
-        case {"type": "text" | "input_text" | "output_text", "text": str(text)}:
-            return {"type": "text", "text": text}
-        case {"type": "refusal", "refusal": str(text)}:
-            return {"type": "text", "text": text}
-        case {"type": "image_url", "image_url": {"url": str(url)}} | {
-            "type": "image_url" | "input_image",
-            "image_url": str(url),
-        }:
-            return {"type": "image", "image": image_of(url)}
-        case {"type": kind}:
-            raise RequestError(f"parts of the type {kind!r} are not supported", code="unsupported_content")
-    raise RequestError("a part of a message needs a type")
-
-
-def image_of(url: str) -> bytes:
-    """Return the content of the image in a data URL. Raises RequestError: nothing is downloaded for an agent."""
-    head, comma, data = url.partition(",")
-    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
-        raise RequestError("images are sent as base64 data URLs; the gateway downloads none", code="unsupported_image")
-    return decoded(data)
-
-
-def decoded(data: str) -> bytes:
-    """Return the bytes of a base64 text. Raises RequestError."""
-    try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise RequestError(f"an image is no base64: {error}") from error
 
 
 def tools_of(tools: Sequence[object]) -> tuple[tuple[Tool, ...], list[str]]:
@@ -195,20 +159,11 @@ def tools_of(tools: Sequence[object]) -> tuple[tuple[Tool, ...], list[str]]:
         match tool:
             case {"type": "function", "function": {"name": str(name), **rest}}:
                 functions.append(function_tool(name, rest.get("description"), rest.get("parameters")))
-            case {"type": str(kind)}:
+            case {"type": str(kind)} if kind != "function":
                 hosted.append(f"tool:{kind}")
             case _:
-                raise RequestError("a tool needs a type and a function")
+                raise RequestError("a tool needs a type, and a function with a name")
     return tuple(functions), hosted
-
-
-def function_tool(name: str, description: object, parameters: object) -> Tool:
-    """Return a function as chat templates take it."""
-    schema = parameters if isinstance(parameters, Mapping) else {"type": "object", "properties": {}}
-    return {
-        "type": "function",
-        "function": {"name": name, "description": str(description or ""), "parameters": schema},
-    }
 
 
 def choice_of(choice: object) -> Choice:
@@ -240,37 +195,6 @@ def schema_of(response_format: object) -> Mapping[str, object] | None:
     raise RequestError("response_format is text, json_object or json_schema with a schema")
 
 
-def wanted_of(body: Mapping[str, Any], max_tokens: object) -> Wanted:
-    """Return the sampling parameters of a body. Raises RequestError."""
-    stop = body.get("stop") or ()
-    try:
-        return Wanted(
-            max_tokens=None if max_tokens is None else int(max_tokens),  # type: ignore[call-overload]
-            temperature=_real(body, "temperature"),
-            top_p=_real(body, "top_p"),
-            top_k=None if body.get("top_k") is None else int(body["top_k"]),
-            min_p=_real(body, "min_p"),
-            seed=None if body.get("seed") is None else int(body["seed"]),
-            stop=(stop,) if isinstance(stop, str) else tuple(str(one) for one in stop),
-            repetition_penalty=_real(body, "repetition_penalty"),
-            frequency_penalty=_real(body, "frequency_penalty"),
-            presence_penalty=_real(body, "presence_penalty"),
-            logit_bias={int(token): float(bias) for token, bias in (body.get("logit_bias") or {}).items()},
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        raise RequestError(f"a sampling parameter has the wrong type: {error}") from error
-
-
-def whole(body: Mapping[str, Any], name: str, default: int) -> int:
-    """Return a positive integer of the body. Raises RequestError."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RequestError(f"{name} is a positive integer")
-    return value
-
-
 def usage(counts: Usage) -> dict[str, object]:
     """Return token counts in OpenAI's form."""
     return {
@@ -288,21 +212,10 @@ def openai_error(error: RequestError) -> dict[str, object]:
     return {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}
 
 
-def _real(body: Mapping[str, Any], name: str) -> float | None:
-    return None if body.get(name) is None else float(body[name])
-
-
-def _list(body: Mapping[str, Any], name: str) -> Sequence[object]:
-    value = body.get(name)
-    if not isinstance(value, list) or not value:
-        raise RequestError(f"{name} is a list that is not empty")
-    return value
-
-
 def _tool_use(call: object) -> ToolUse:
     match call:
         case {"id": str(call_id), "function": {"name": str(name), "arguments": arguments}}:
-            return ToolUse(call_id, name, arguments if isinstance(arguments, str) else orjson.dumps(arguments).decode())
+            return ToolUse(call_id, name, arguments_of(arguments))
     raise RequestError("a tool call needs an id and a function with name and arguments")
 
 
