@@ -18,7 +18,7 @@ from millrace.gateway.answer import Alternative, Answer
 from millrace.gateway.call import ModelCall
 from millrace.gateway.format import TurnFormat
 from millrace.gateway.journal import Journal
-from millrace.gateway.protocols.base import RequestError
+from millrace.gateway.protocols.base import ContextFull, RequestError
 from millrace.gateway.samples import GatewaySample, samples_of
 from millrace.gateway.tree import BranchReason, Node, Place, Tree
 from millrace.gateway.turn import Reader, Turn, usage_of
@@ -37,18 +37,6 @@ class Engines:
     fleet: FleetClient
     format: TurnFormat
     config: GatewayConfig
-
-
-class ContextFull(RequestError):
-    """The prompt leaves no room for an answer. tokens: of the prompt. limit: the context length."""
-
-    def __init__(self, tokens: int, limit: int) -> None:
-        super().__init__(
-            f"This model's maximum context length is {limit} tokens. Your messages have {tokens} tokens.",
-            code="context_length_exceeded",
-        )
-        self.tokens = tokens
-        self.limit = limit
 
 
 class EpisodeClosed(RequestError):
