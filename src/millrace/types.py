@@ -17,9 +17,8 @@ from millrace import arguments
 from millrace.errors import ArgumentError
 
 Float32Array = NDArray[np.float32]
-OPTIONAL = frozenset(
-    {"json_schema", "seed", "session", "group", "min_version", "exact_version"}
-)  # arguments that may be None
+# Arguments that may be None.
+OPTIONAL = frozenset({"json_schema", "seed", "session", "group", "min_version", "exact_version"})
 
 
 def _convert(instance: object, how: Callable[[str, Any], object], *names: str) -> None:
@@ -109,8 +108,8 @@ class SamplingParams:
 
     stop: texts that end the generation. min_new_tokens: no end-of-sequence or stop token is sampled before.
     repetition_penalty, frequency_penalty, presence_penalty: make tokens less likely that have occurred. logit_bias: is
-    added to the logits of these tokens. json_schema: a JSON schema that the output matches, as a mapping or text; stored
-    as text. docs/generating.md has definitions, ranges, and what each engine supports.
+    added to the logits of these tokens. json_schema: a JSON schema that the output matches, as a mapping or
+    text; stored as text. docs/generating.md has definitions, ranges, and what each engine supports.
 
     >>> SamplingParams(max_new_tokens=256, temperature=0.7, seed=1)
     """

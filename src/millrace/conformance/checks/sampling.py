@@ -4,6 +4,7 @@ The expected logprobs follow from the engine's own logprobs of a prompt: a bias 
 exp(b), and a penalty is a negative bias.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import exp, log, log1p
@@ -161,7 +162,8 @@ async def stop_continued(subject: Subject) -> None:
 )
 async def json_schema(subject: Subject) -> None:
     for number, choices in enumerate((["red", "green"], ["one", "two"], ["red", "green"])):
-        sampling = SamplingParams(64, temperature=1.0, stop=(NEVER,), json_schema={"enum": choices})  # type: ignore[arg-type]
+        schema = json.dumps({"enum": choices})
+        sampling = SamplingParams(64, temperature=1.0, stop=(NEVER,), json_schema=schema)
         made = await _sound(subject, ask(subject, f"schema-{number}", sampling=sampling))
         expect(made.finish_reason is FinishReason.STOP, f"the finish reason is {made.finish_reason}, not stop")
         text = _text(made).strip()
@@ -171,7 +173,7 @@ async def json_schema(subject: Subject) -> None:
 @check("sampling.schema_refused", "a request with a JSON schema is refused by an engine that can't follow one")
 async def schema_refused(subject: Subject) -> None:
     if Capability.JSON_SCHEMA in subject.info.capabilities:
-        raise Lacking("the engine follows JSON schemas")
+        return
     sampling = replace(GREEDY, json_schema='{"enum": ["red"]}')
     async with refused("a request with a JSON schema"):
         await subject.engine.generate(ask(subject, "schema", sampling=sampling), deadline=GENERATE_DEADLINE)

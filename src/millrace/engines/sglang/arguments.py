@@ -22,7 +22,7 @@ from millrace.errors import ConfigError
 from millrace.launch.ports import unbracketed, url_of
 
 CPU_TOTAL_TOKENS = 65536
-# Defaults that engine_args can override. torch_native and pytorch are the backends that need no kernel package; xgrammar runs on the CPU.
+# Defaults that engine_args can override. torch_native, pytorch and xgrammar are backends that need no kernel package.
 # On a CPU, the warm-up and busy waiting cost more than they gain.
 CPU_DEFAULTS: dict[str, EngineArgument] = {
     "attention_backend": "torch_native",

@@ -27,7 +27,8 @@ OWN_SAMPLING = frozenset({
     "detokenize", "output_kind", "stream_interval",
     "n",  # one request is one sample
     "stop", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "min_tokens",
-    "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "prompt_logprobs", "structured_outputs",
+    "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "prompt_logprobs",
+    "structured_outputs",
     "logprob_token_ids",  # replaces the sampled token's logprob
     "trace_decode_token_ids",
     "prompt_logprob_start", "prompt_logprob_token_ids",  # a Generation has no field for them
