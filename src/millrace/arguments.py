@@ -15,6 +15,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from millrace.errors import ArgumentError
 
 TEXT_SHOWN = 60  # characters of a wrong value that an error message quotes
@@ -118,6 +120,17 @@ def biases(name: str, value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise ArgumentError(f"{name} must be a mapping of token ids to numbers, and is {shown(value)}")
     return {whole(f"a token of {name}", token): real(f"{name}[{token}]", bias) for token, bias in value.items()}
+
+
+def json_schema(name: str, value: Any) -> str:
+    """Return a JSON schema, a mapping or a JSON text, as text. Raises ArgumentError for anything else."""
+    try:
+        schema = orjson.loads(value) if isinstance(value, str) else value
+        if isinstance(schema, Mapping):
+            return orjson.dumps(dict(schema)).decode()
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError) as error:
+        raise ArgumentError(f"{name} is no JSON: {error}") from error
+    raise ArgumentError(f"{name} must be a JSON schema, a mapping or text, and is {shown(value)}")
 
 
 def path(name: str, value: Any) -> Path:

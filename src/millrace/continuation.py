@@ -55,7 +55,14 @@ class Continuation:
         made = sum(len(one.output_ids) for one in self.parts) + len(part.output_ids)
         if part.finish_reason is FinishReason.ABORT and made >= self.request.sampling.max_new_tokens:
             part = replace(part, finish_reason=FinishReason.LENGTH)
+        if self._begins_anew(part):
+            part = replace(part, output_ids=(), logprobs=part.logprobs[:0], version_spans=(), penalty_restarts=())
         self.parts.append(part)
+
+    def _begins_anew(self, part: Generation) -> bool:
+        """Return whether a part's tokens are dropped: an engine's grammar begins with the first token that it samples,
+        so it can't match an output that another call began."""
+        return part.finish_reason is FinishReason.ABORT and self.request.sampling.json_schema is not None
 
     @property
     def aborted(self) -> bool:

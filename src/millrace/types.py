@@ -17,7 +17,8 @@ from millrace import arguments
 from millrace.errors import ArgumentError
 
 Float32Array = NDArray[np.float32]
-OPTIONAL = frozenset({"seed", "session", "group", "min_version", "exact_version"})  # arguments that may be None
+# Arguments that may be None.
+OPTIONAL = frozenset({"json_schema", "seed", "session", "group", "min_version", "exact_version"})
 
 
 def _convert(instance: object, how: Callable[[str, Any], object], *names: str) -> None:
@@ -85,6 +86,7 @@ class Capability(StrEnum):
     FILTERED_LOGPROBS = "filtered_logprobs"  # logprobs are those after top_k, top_p and min_p were applied
     PENALTIES = "penalties"  # repetition_penalty, frequency_penalty and presence_penalty; otherwise they are refused
     STOP_TEXTS = "stop_texts"  # the server has a tokenizer, which `SamplingParams.stop` needs
+    JSON_SCHEMA = "json_schema"  # the output can be made to match `SamplingParams.json_schema`
     PROMPT_PENALTY = "prompt_penalty"  # repetition_penalty also counts the tokens of the prompt
     LORA = "lora"
     IMAGES = "images"
@@ -106,7 +108,8 @@ class SamplingParams:
 
     stop: texts that end the generation. min_new_tokens: no end-of-sequence or stop token is sampled before.
     repetition_penalty, frequency_penalty, presence_penalty: make tokens less likely that have occurred. logit_bias: is
-    added to the logits of these tokens. docs/generating.md has definitions, ranges, and what each engine supports.
+    added to the logits of these tokens. json_schema: a JSON schema that the output matches, as a mapping or
+    text; stored as text. docs/generating.md has definitions, ranges, and what each engine supports.
 
     >>> SamplingParams(max_new_tokens=256, temperature=0.7, seed=1)
     """
@@ -125,6 +128,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         _convert(self, arguments.whole, "max_new_tokens", "top_k", "seed", "min_new_tokens")
@@ -134,6 +138,7 @@ class SamplingParams:
         _convert(self, arguments.flag, "ignore_eos")
         _convert(self, arguments.texts, "stop")
         _convert(self, arguments.biases, "logit_bias")
+        _convert(self, arguments.json_schema, "json_schema")
 
     @property
     def penalizes(self) -> bool:

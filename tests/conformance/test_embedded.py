@@ -15,6 +15,7 @@ from tests.conformance.sampling import check_samples_as_transformers_would
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LACKING = WITHOUT_IMAGES | frozenset({
+    "sampling.json_schema",
     "update.bare_nccl",
     "update.cuda_ipc",
     "update.own_checksums",

@@ -51,6 +51,8 @@ def encode_generate(request: GenerateRequest, *, stream: bool = False) -> dict[s
         params |= {"stop": sampling.stop, "skip_special_tokens": False}
     if sampling.min_new_tokens:
         params["min_new_tokens"] = sampling.min_new_tokens
+    if sampling.json_schema is not None:
+        params["json_schema"] = sampling.json_schema
     if sampling.penalizes:
         params |= {name: getattr(sampling, name) for name in PENALTIES}
     if sampling.logit_bias:

@@ -4,6 +4,7 @@ The expected logprobs follow from the engine's own logprobs of a prompt: a bias 
 exp(b), and a penalty is a negative bias.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import exp, log, log1p
@@ -153,6 +154,31 @@ async def stop_continued(subject: Subject) -> None:
     raise Lacking("no output has a text in which a stop text could be cut")
 
 
+@check(
+    "sampling.json_schema",
+    "the output matches the request's JSON schema, and ends by itself",
+    Capability.JSON_SCHEMA,
+    Capability.STOP_TEXTS,
+)
+async def json_schema(subject: Subject) -> None:
+    for number, choices in enumerate((["red", "green"], ["one", "two"], ["red", "green"])):
+        schema = json.dumps({"enum": choices})
+        sampling = SamplingParams(64, temperature=1.0, stop=(NEVER,), json_schema=schema)
+        made = await _sound(subject, ask(subject, f"schema-{number}", sampling=sampling))
+        expect(made.finish_reason is FinishReason.STOP, f"the finish reason is {made.finish_reason}, not stop")
+        text = _text(made).strip()
+        expect(text in [f'"{choice}"' for choice in choices], f"{text!r} is none of {choices} as JSON")
+
+
+@check("sampling.schema_refused", "a request with a JSON schema is refused by an engine that can't follow one")
+async def schema_refused(subject: Subject) -> None:
+    if Capability.JSON_SCHEMA in subject.info.capabilities:
+        return
+    sampling = replace(GREEDY, json_schema='{"enum": ["red"]}')
+    async with refused("a request with a JSON schema"):
+        await subject.engine.generate(ask(subject, "schema", sampling=sampling), deadline=GENERATE_DEADLINE)
+
+
 def _stopped(subject: Subject, label: str, *stops: str, tokens: int = 10) -> GenerateRequest:
     return ask(subject, label, sampling=SamplingParams(tokens, temperature=0.0, ignore_eos=True, stop=stops))
 
@@ -214,4 +240,6 @@ CHECKS: Sequence[Check] = (
     min_new_tokens,
     stop,
     stop_continued,
+    json_schema,
+    schema_refused,
 )

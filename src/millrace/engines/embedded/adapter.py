@@ -203,6 +203,8 @@ class EmbeddedEngine(HttpEngine):
         try:
             check_values(request)
             require(not request.images, "the embedded engine takes no images; use SGLang or vLLM")
+            no_schema = request.sampling.json_schema is None
+            require(no_schema, "the embedded engine follows no json_schema; use SGLang or vLLM")
         except InvalidStateError as error:
             raise EngineRefused(self.name, f"request {request.request_id}: {error}") from error
         sampling = request.extra.get("sampling_params", {})

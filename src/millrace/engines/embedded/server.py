@@ -38,6 +38,7 @@ CAPABILITIES = frozenset(Capability) - {
     Capability.OWN_CHECKSUMS,
     Capability.SAMPLED_CHECKSUMS,
     Capability.IMAGES,
+    Capability.JSON_SCHEMA,
 }
 
 log = logging.getLogger("millrace.embedded")

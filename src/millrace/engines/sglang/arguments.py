@@ -22,12 +22,12 @@ from millrace.errors import ConfigError
 from millrace.launch.ports import unbracketed, url_of
 
 CPU_TOTAL_TOKENS = 65536
-# Defaults that engine_args can override. torch_native, pytorch and none are the backends that need no kernel package.
+# Defaults that engine_args can override. torch_native, pytorch and xgrammar are backends that need no kernel package.
 # On a CPU, the warm-up and busy waiting cost more than they gain.
 CPU_DEFAULTS: dict[str, EngineArgument] = {
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
-    "grammar_backend": "none",
+    "grammar_backend": "xgrammar",
     "skip_server_warmup": True,
     "sleep_on_idle": True,
     "lora_backend": "torch_native",

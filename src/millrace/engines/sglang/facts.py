@@ -58,6 +58,7 @@ def read_facts(
         seeds,
         penalties=Capability.PENALTIES in info.capabilities,
         stop_texts=Capability.STOP_TEXTS in info.capabilities,
+        json_schema=Capability.JSON_SCHEMA in info.capabilities,
         image_token=model.image_token if Capability.IMAGES in info.capabilities else None,
     )
     return Facts(info, model, limits)
@@ -86,6 +87,8 @@ def capabilities_of(
         found.add(Capability.LORA)
     if "/v1/detokenize" in paths and not server["skip_tokenizer_init"]:
         found.add(Capability.STOP_TEXTS)
+        if server["grammar_backend"] not in (None, "none"):
+            found.add(Capability.JSON_SCHEMA)
     if server["disable_overlap_schedule"]:  # otherwise penalties count a token when the next one is sampled already
         found.add(Capability.PENALTIES)
     if served["has_image_understanding"] and model.image_token is not None:

@@ -9,7 +9,7 @@ from millrace.engines.sglang_wire import PENALTIES
 from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.images import check_images
 from millrace.engines.stock.state import InvalidStateError, require
-from millrace.engines.stock.tokens import check_ids, check_length, check_stop, check_values
+from millrace.engines.stock.tokens import check_ids, check_length, check_schema, check_stop, check_values
 from millrace.types import GenerateRequest
 
 # Fields that Millrace sets; `extra` must not have them.
@@ -22,7 +22,7 @@ LETHAL_FIELDS |= {"mm_hashes"}
 LETHAL_FIELDS |= {"token_ids_logprob"}
 OWN_SAMPLING = frozenset({
     "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos", "sampling_seed",
-    "stop", "no_stop_trim", "skip_special_tokens", "min_new_tokens", "logit_bias", *PENALTIES,
+    "stop", "no_stop_trim", "skip_special_tokens", "min_new_tokens", "logit_bias", "json_schema", *PENALTIES,
     "n",  # one request is one sample
     "is_normalized",  # crashes the server
 })  # fmt: skip
@@ -37,6 +37,7 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
     check_ids(request, limits)
     check_length(request, limits)
     check_stop(request, limits)
+    check_schema(request, limits)
     check_images(request, limits)
     require(
         sampling.seed is None or limits.seeds,

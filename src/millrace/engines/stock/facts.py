@@ -30,8 +30,8 @@ TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
 class Limits:
     """The limits of a server on requests.
 
-    seeds, penalties, stop_texts: whether it honours them. image_token: the placeholder of an image; None if the server
-    takes no images.
+    seeds, penalties, stop_texts, json_schema: whether it honours them. image_token: the placeholder of an image; None
+    if the server takes no images.
     """
 
     vocab_size: int
@@ -39,6 +39,7 @@ class Limits:
     seeds: bool
     penalties: bool = True
     stop_texts: bool = True
+    json_schema: bool = True
     image_token: int | None = None
 
 

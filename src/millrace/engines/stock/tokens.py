@@ -69,6 +69,17 @@ def check_stop(request: GenerateRequest, limits: Limits) -> None:
     )
 
 
+def check_schema(request: GenerateRequest, limits: Limits) -> None:
+    """Raise InvalidStateError for a request with a JSON schema if the server can't follow one."""
+    if request.sampling.json_schema is None:
+        return
+    require(
+        limits.json_schema,
+        "the server has no grammar backend or no tokenizer, which a json_schema needs; start it with both",
+    )
+    require(not request.continued_tokens, "an output with a json_schema can't be continued; ask for all of it at once")
+
+
 def check_length(request: GenerateRequest, limits: Limits) -> None:
     """Raise InvalidStateError for a request whose prompt and output do not fit into the context."""
     room = request.sampling.max_new_tokens

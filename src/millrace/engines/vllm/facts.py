@@ -95,7 +95,14 @@ def read_facts(
     )
     stop_texts = Capability.STOP_TEXTS in info.capabilities
     image_token = model.image_token if Capability.IMAGES in info.capabilities else None
-    limits = Limits(info.vocab_size, info.context_length, seeds=True, stop_texts=stop_texts, image_token=image_token)
+    limits = Limits(
+        info.vocab_size,
+        info.context_length,
+        seeds=True,
+        stop_texts=stop_texts,
+        json_schema=Capability.JSON_SCHEMA in info.capabilities,
+        image_token=image_token,
+    )
     return VLLMFacts(info, model, limits, server)
 
 
@@ -113,7 +120,7 @@ def capabilities_of(
         Capability.PROMPT_PENALTY,
     }
     if "/detokenize" in paths and not config["model_config"]["skip_tokenizer_init"]:
-        found.add(Capability.STOP_TEXTS)
+        found |= {Capability.STOP_TEXTS, Capability.JSON_SCHEMA}
     if server.extension:
         found |= {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.OWN_CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
         found.add(Capability.UPDATE_FROM_SHARED_MEMORY if server.on_cpu else Capability.UPDATE_FROM_CUDA_IPC)

@@ -10,7 +10,7 @@ from millrace.engines.stock.facts import Limits
 from millrace.engines.stock.images import check_images
 from millrace.engines.stock.model import Model
 from millrace.engines.stock.state import InvalidStateError, require
-from millrace.engines.stock.tokens import check_ids, check_length, check_stop, check_values
+from millrace.engines.stock.tokens import check_ids, check_length, check_schema, check_stop, check_values
 from millrace.engines.vllm.facts import Server
 from millrace.types import GenerateRequest
 
@@ -28,6 +28,7 @@ OWN_SAMPLING = frozenset({
     "n",  # one request is one sample
     "stop", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "min_tokens",
     "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "prompt_logprobs",
+    "structured_outputs",
     "logprob_token_ids",  # replaces the sampled token's logprob
     "trace_decode_token_ids",
     "prompt_logprob_start", "prompt_logprob_token_ids",  # a Generation has no field for them
@@ -52,6 +53,7 @@ def check_request(request: GenerateRequest, limits: Limits, server: Server) -> N
     check_ids(request, limits)
     check_length(request, limits)
     check_stop(request, limits)
+    check_schema(request, limits)
     check_images(request, limits)
     require(
         sampling.temperature == 0 or COLDEST <= sampling.temperature <= HOTTEST,

@@ -51,6 +51,8 @@ def encode(path: str, request: GenerateRequest, *, stream: bool = False) -> dict
     }
     if sampling.logit_bias:
         params["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
+    if sampling.json_schema is not None:
+        params["structured_outputs"] = {"json": sampling.json_schema}
     if sampling.stop:
         params |= {"stop": sampling.stop, "skip_special_tokens": False}
     if request.prompt_logprobs:
