@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -77,7 +78,7 @@ class TurnFormat(Protocol):
         ...
 
 
-_STAND_IN, _NAME = "millrace-stand-in-for-the-turn", "millrace_tool"
+_STAND_IN, _NAME = f"millrace-{secrets.token_hex(8)}", "millrace_tool"  # no text of an agent has it
 _QUESTION: Message = {"role": "user", "content": "question"}
 _ANSWERED: Message = {"role": "assistant", "content": "an answer", **reasoning_keys(" ")}
 _ANSWER: Message = {"role": "tool", "content": "an answer", "name": _NAME, "tool_call_id": "milrace01"}
@@ -143,7 +144,7 @@ class TemplateFormat:
             marker = "" if calls or bad else self.form.start
             if not marker and not calls and rest.lstrip()[:1] == "{":  # it may become a call without a marker
                 before = ""
-            done = () if not self.form.closing and not calls else calls
+            done = [call for call in calls if call.closed]
             return TurnText(thought, _shown(before, marker, ended=False), self._uses(done, tools))
         content = "\n".join(filter(None, (before.strip(), after.strip())))
         return TurnText(thought, content, self._uses(calls, tools), bad.reason if bad else None)
@@ -275,6 +276,9 @@ def learn_format(
         raise DataError(f"{name}: {error}") from error
     chat = ChatFormat(template, ends[0], reasoning, control, vision=vision)
     found = TemplateFormat(chat, form, _takes_late_system(template), tuple(dict.fromkeys(ends)))
+    if not _reads_behind_reasoning(found):
+        log.warning("%s: tool calls behind reasoning can't be told from it, so no tool calls are read", name)
+        found = replace(found, form=None)
     unproven = {role: why for role in ("user", "tool") if (why := _why_unproven(found, role)) is not None}
     for role, why in unproven.items():
         log.warning("%s: messages of the role %s can't be appended to a turn: %s", name, role, why)
@@ -341,6 +345,21 @@ def _why_unproven(found: TemplateFormat, role: str) -> str | None:
     )
 
 
+def _reads_behind_reasoning(found: TemplateFormat) -> bool:
+    """Return whether a call that the template writes behind reasoning is read as one."""
+    if found.form is None:
+        return True
+    turn = {**_calling(found.form, {"argument": "value"}), **reasoning_keys(_STAND_IN)}
+    try:
+        text = replace(found.chat.template, tools=(_TOOL,)).render([_QUESTION, turn], False)
+    except DataError:  # it takes no such turn
+        return True
+    _, written, rest = text.rpartition(_STAND_IN)
+    reasoning = found.chat.reasoning
+    read = found.read(("" if reasoning.opened else reasoning.opening) + _STAND_IN + rest, [_TOOL])
+    return not written or (read.reasoning == _STAND_IN and [call.name for call in read.calls] == [_NAME])
+
+
 def _calling(form: CallForm, arguments: object) -> Message:
     if form.as_text:
         arguments = orjson.dumps(arguments).decode()
@@ -349,17 +368,18 @@ def _calling(form: CallForm, arguments: object) -> Message:
 
 
 def split_reasoning(text: str, reasoning: Reasoning, *, ended: bool) -> tuple[str, str]:
-    """Return the reasoning of a turn, and the rest. ended: whether the text is whole; otherwise nothing is returned
-    that a marker which has only begun could take away."""
-    if ended:
-        return reasoning.split(text)
+    """Return the reasoning at the start of a turn, and the rest, where markers are text.
+
+    ended: whether the text is whole; otherwise nothing is returned that a marker which has only begun could take away.
+    """
     if reasoning.opened:
         text = reasoning.opening + text
     start = text.lstrip()
     if not start.startswith(reasoning.opening):
-        return "", "" if reasoning.opening.startswith(start) else text
+        begun = not ended and reasoning.opening.startswith(start)
+        return "", "" if begun else text
     thought, closed, rest = start.removeprefix(reasoning.opening).partition(reasoning.closing)
-    return (thought, rest) if closed else (held_back(thought, reasoning.closing), "")
+    return (thought, rest) if closed or ended else (held_back(thought, reasoning.closing), "")
 
 
 def held_back(text: str, marker: str) -> str:
