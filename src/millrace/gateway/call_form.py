@@ -11,6 +11,7 @@ the calls in the model's turns are read. Three kinds cover the families whose te
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ Render = Callable[[Sequence[Message], Sequence[Mapping[str, object]], bool], str
 _NAMES = ("millrace_first", "millrace_second")
 _KEYS, _VALUES = ("millrace_key_a", "millrace_key_b"), ("millrace value a", "millrace value b")
 _IDS = ("milrace01", "milrace02")  # Mistral takes ids of nine letters and digits
+_FUNCTION = re.compile(r"[\w.:/-]+")
 _TEXT = "\N{SECTION SIGN}"  # the content of a turn without calls
 
 
@@ -150,7 +152,7 @@ class CallForm:
         found = [at for end in (*ends, "\n") if end and (at := text.find(end, place + 1)) >= 0]
         end = min(found, default=len(text))
         name = text[place:end].strip()
-        if not name or " " in name:
+        if not _FUNCTION.fullmatch(name):
             raise ValueError("a call has the name of a function")
         return name, _skip(text, end, self.before_args)
 

@@ -142,11 +142,11 @@ class TemplateFormat:
         before, after = rest[:start], rest[calls[-1].end if calls else start :]
         if not ended:
             marker = "" if calls or bad else self.form.start
-            if not marker and not calls and rest.lstrip()[:1] == "{":  # it may become a call without a marker
+            if not self.form.start and not calls and rest.lstrip()[:1] == "{":  # it may become a call without a marker
                 before = ""
             done = [call for call in calls if call.closed]
             return TurnText(thought, _shown(before, marker, ended=False), self._uses(done, tools))
-        content = "\n".join(filter(None, (before.strip(), after.strip())))
+        content = "\n".join(filter(None, (before.strip(), after.strip()))) if calls else rest.strip()
         return TurnText(thought, content, self._uses(calls, tools), bad.reason if bad else None)
 
     def forced(self, name: str | None) -> str | None:
@@ -330,12 +330,16 @@ def _why_unproven(found: TemplateFormat, role: str) -> str | None:
         return "the template writes no tool calls that can be read"
     turn = _calling(found.form, {"argument": "value"}) if role == "tool" and found.form else _ANSWERED
     added = _ANSWER if role == "tool" else {"role": "user", "content": "another question"}
-    asked = [{"role": "system", "content": "a system prompt"}, {"role": "user", "content": "a first question"}]
+    asked: list[Message] = [{"role": "user", "content": "a first question"}]
+    with suppress(DataError):  # Gemma's template refuses system messages
+        system: Message = {"role": "system", "content": "a system prompt"}
+        found.prompt([system, *asked], [_TOOL])
+        asked.insert(0, system)
     try:
         bridge = found.bridge((found.chat.end_of_turn,), turn, [added], [_TOOL])
         for ends in found.stop_token_ids:
             bridge = bridge or found.bridge((ends,), turn, [added], [_TOOL])
-        whole = found.prompt([*asked, turn, added], [_TOOL])
+        whole = found.prompt([*asked, turn, added, turn, added], [_TOOL])
     except DataError as error:
         return str(error)
     if not bridge:
