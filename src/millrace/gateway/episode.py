@@ -103,9 +103,7 @@ class Episode:
         """Note that the agent has got the whole answer."""
         if turn in self.turns:
             self.turns.remove(turn)
-        for number in turn.numbers:
-            self.tree.nodes[number].delivered = True
-        self.journal.delivered(turn.numbers)
+        self._arrived([self.tree.nodes[number] for number in turn.numbers])
 
     def abandon(self, turn: Turn) -> None:
         """Note that the agent went away before it had the answer. The generation goes on, for a retry to join."""
@@ -164,6 +162,7 @@ class Episode:
         """Return where a request attaches, the tokens of the path there, and those that come behind it."""
         place, turns = self.tree.place(call), self.engines.format
         if place.parent is not None:
+            self._arrived([place.parent])  # or the agent could not extend it
             before = place.parent.token_ids
             if self.engines.config.drift == "template":
                 whole = turns.prompt(call.messages, call.tools)
@@ -175,6 +174,13 @@ class Episode:
                 return place, before, bridge
             place = Place(None, call.messages, BranchReason.NO_BRIDGE)
         return place, (), turns.prompt(call.messages, call.tools)
+
+    def _arrived(self, nodes: Sequence[Node]) -> None:
+        """Note that the agent has the answers of these generations."""
+        new = [node for node in nodes if not node.delivered]
+        for node in new:
+            node.delivered = True
+        self.journal.delivered([node.number for node in new])
 
     def _forced(self, call: ModelCall) -> str:
         """Return the text with which the turn must begin. Raises RequestError if the format has none."""

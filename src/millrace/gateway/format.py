@@ -120,7 +120,7 @@ class TemplateFormat:
         last = token_ids[-1]
         if last == ids[0]:
             return ids[1:]
-        return None if self.chat.is_control(last) else ids
+        return None if is_special(self.chat.tokenizer, last) else ids
 
     def decoder(self) -> Callable[[Sequence[int]], str]:
         stream, tokenizer = DecodeStream(skip_special_tokens=False), self.chat.tokenizer.backend_tokenizer

@@ -113,12 +113,12 @@ class Tree:
         self._asked: dict[bytes, list[Node]] = defaultdict(list)  # by identity of the request
 
     def place(self, call: ModelCall) -> Place:
-        """Return the deepest node whose conversation the request extends."""
+        """Return the deepest node whose conversation the request extends; of equal ones, one that the agent got."""
         digests = chain(call.tools, call.messages)
         for length in range(len(call.messages) - 1, 0, -1):
-            for node in reversed(self._ends.get(digests[length], ())):
+            ends = self._ends.get(digests[length], ())
+            for node in sorted(reversed(ends), key=lambda one: not one.delivered):
                 if _same_reasoning(node, call.messages[:length]):
-                    node.delivered = True  # or the agent would not have it
                     added = call.messages[length:]
                     return Place(node, added, self._reason(call, node, added))
         return Place(None, call.messages, self.why_new(call))
@@ -181,7 +181,9 @@ class Tree:
     def _why_other_turn(self, parent: Node | None, added: Sequence[Message]) -> BranchReason:
         """Return the reason for messages with a turn of the model that was not sampled after `parent`."""
         siblings = parent.children if parent else [node for node in self.nodes if node.parent is None]
-        place = next(i for i, message in enumerate(added) if message["role"] == "assistant")
+        place = next((i for i, message in enumerate(added) if message["role"] == "assistant"), None)
+        if place is None:
+            return BranchReason.FORKED
         before, turn = [fingerprint(m) for m in added[:place]], added[place]
         for node in siblings:
             if [fingerprint(m) for m in node.added] == before and fingerprint(node.turn.message) == fingerprint(turn):
