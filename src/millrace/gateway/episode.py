@@ -94,8 +94,9 @@ class Episode:
         self.counts.update(f"dropped:{name}" for name in call.dropped)
         turn = Turn(call, identity, secrets.token_hex(8), int(time.time()))
         prepared = self._prepare(call)
+        requests = self._requests(turn, prepared)
         self.turns.append(turn)
-        turn.task = asyncio.create_task(self._generate(turn, prepared), name=f"turn {turn.id}")
+        turn.task = asyncio.create_task(self._generate(turn, prepared, requests), name=f"turn {turn.id}")
         turn.task.add_done_callback(_seen)
         return turn
 
@@ -193,9 +194,8 @@ class Episode:
             raise RequestError("this model's format can't force a tool call; use tool_choice auto", code="unsupported")
         return text
 
-    async def _generate(self, turn: Turn, prepared: "_Prepared") -> Answer:
+    async def _generate(self, turn: Turn, prepared: "_Prepared", requests: Sequence[GenerateRequest]) -> Answer:
         call, config = turn.call, self.engines.config
-        requests = self._requests(turn, prepared)
         texts = [secrets.token_hex(4)[:7] for _ in requests]
         readers = [Reader(self.engines.format, call, index, prepared.forced, text) for index, text in enumerate(texts)]
         routing = RoutingContext(session=self.id)

@@ -202,15 +202,17 @@ class Tree:
             node.lineage.compaction != call.lineage.compaction for node in self.nodes
         ):
             return BranchReason.COMPACTED
-        roots = [node for node in self.nodes if node.parent is None]
         said = [fingerprint(message) for message in call.messages]
-        for root in reversed(roots):
-            theirs = [fingerprint(message) for message in root.added]
-            if said[: len(theirs)] == theirs:
-                other_tools = chain(root.tools, ())[0] != chain(call.tools, ())[0]
-                return BranchReason.TOOLS_CHANGED if other_tools else self._why_other_turn(None, call.messages)
+        tools = chain(call.tools, ())[0]
+        roots = [node for node in reversed(self.nodes) if node.parent is None]
+        longer = [root for root in roots if said[: len(root.added)] == [fingerprint(one) for one in root.added]]
+        if any(chain(root.tools, ())[0] == tools for root in longer):
+            return self._why_other_turn(None, call.messages)
+        if longer:
+            return BranchReason.TOOLS_CHANGED
+        for root in roots:
             if _without_system(call.messages)[:1] == _without_system(root.added)[:1]:
-                return BranchReason.SYSTEM_CHANGED if said[0] != theirs[0] else BranchReason.FORKED
+                return BranchReason.SYSTEM_CHANGED if said[0] != fingerprint(root.added[0]) else BranchReason.FORKED
         return BranchReason.OTHER_CONVERSATION
 
 
