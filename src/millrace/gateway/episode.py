@@ -21,7 +21,7 @@ from millrace.gateway.journal import Journal
 from millrace.gateway.protocols.base import RequestError
 from millrace.gateway.samples import GatewaySample, samples_of
 from millrace.gateway.tree import BranchReason, Node, Place, Tree
-from millrace.gateway.turn import Reader, Turn, usage_of
+from millrace.gateway.turn import EpisodeClosed, Reader, Turn, usage_of
 from millrace.rollout.sample import images_in
 from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
 
@@ -49,13 +49,6 @@ class ContextFull(RequestError):
         )
         self.tokens = tokens
         self.limit = limit
-
-
-class EpisodeClosed(RequestError):
-    """The episode has been finished."""
-
-    def __init__(self) -> None:
-        super().__init__("this episode is closed", status=409, code="episode_closed")
 
 
 @dataclass(slots=True)

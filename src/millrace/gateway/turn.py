@@ -10,6 +10,7 @@ from millrace.engines.stop_texts import first_stop
 from millrace.gateway.answer import Alternative, Answer, Delta, Finish, Usage
 from millrace.gateway.call import ModelCall, ToolUse, TurnText
 from millrace.gateway.format import TurnFormat
+from millrace.gateway.protocols.base import RequestError
 from millrace.types import FinishReason, Generation
 
 INTERVAL = 0.02  # seconds between two readings of a turn's text while it grows
@@ -106,6 +107,13 @@ def held_for_stops(text: str, call: ModelCall, found: str | None) -> str:
     return text
 
 
+class EpisodeClosed(RequestError):
+    """The episode has been finished."""
+
+    def __init__(self) -> None:
+        super().__init__("this episode is closed", status=409, code="episode_closed")
+
+
 @dataclass(slots=True)
 class Turn:
     """One request that is being answered, or was.
@@ -131,9 +139,18 @@ class Turn:
             self._grown.set()
 
     async def answer(self) -> Answer:
-        """Wait for the answer. Cancelling the wait leaves the generation running."""
+        """Wait for the answer. Cancelling the wait leaves the generation running.
+
+        Raises EpisodeClosed if the generation is cancelled, and what it raises.
+        """
         assert self.task is not None
-        return await asyncio.shield(self.task)
+        try:
+            return await asyncio.shield(self.task)
+        except asyncio.CancelledError:
+            waiting = asyncio.current_task()
+            if self.task.cancelled() and waiting is not None and not waiting.cancelling():
+                raise EpisodeClosed from None
+            raise
 
     async def follow(self, patience: float) -> AsyncIterator[Delta | None]:
         """Yield all deltas from the first one on, and None whenever none has come for `patience` seconds.
