@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from millrace.types import ANYWHERE, FinishReason, GenerateRequest, Generation, RoutingContext, VersionSpan
+from millrace.types import ANYWHERE, Capability, FinishReason, GenerateRequest, Generation, RoutingContext, VersionSpan
 
 # What the model writes next: for the text of a prompt, its turn as text.
 Script = Callable[[str], str | Awaitable[str]]
@@ -35,6 +35,7 @@ class ScriptedFleet:
     script: Script
     context_length: int = 100_000
     version: int = 1
+    capabilities: frozenset[Capability] = frozenset()
     pace: Callable[[], Awaitable[None]] | None = None
     asked: list[Asked] = field(default_factory=list)
 

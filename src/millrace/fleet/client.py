@@ -20,7 +20,7 @@ from millrace.fleet.many import Completion, as_completed, samples_of
 from millrace.fleet.replica_state import ReplicaState, Snapshot
 from millrace.fleet.replicas import ReplicaSet
 from millrace.fleet.routing import RoutingPolicy, admissible, with_lora
-from millrace.types import ANYWHERE, GenerateRequest, Generation, RoutingContext
+from millrace.types import ANYWHERE, Capability, GenerateRequest, Generation, RoutingContext
 
 ASSUMED_RUNNING = 256  # requests that an engine runs at once if it does not say
 
@@ -64,6 +64,11 @@ class FleetClient(ABC):
     def context_length(self) -> int:
         """The tokens of prompt and output together that a request may have on every engine."""
         return min(replica.info.context_length for replica in self.replicas.by_name.values())
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What every engine can do."""
+        return frozenset.intersection(*(replica.info.capabilities for replica in self.replicas.by_name.values()))
 
     @property
     def engines(self) -> Mapping[str, Engine]:

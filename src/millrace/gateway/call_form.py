@@ -10,6 +10,8 @@ the calls in the model's turns are read. Three kinds cover the families whose te
 
 import itertools
 import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,18 +28,22 @@ Render = Callable[[Sequence[Message], Sequence[Mapping[str, object]], bool], str
 _NAMES = ("millrace_first", "millrace_second")
 _KEYS, _VALUES = ("millrace_key_a", "millrace_key_b"), ("millrace value a", "millrace value b")
 _IDS = ("milrace01", "milrace02")  # Mistral takes ids of nine letters and digits
+_FUNCTION = re.compile(r"[\w.:/-]+")
 _TEXT = "\N{SECTION SIGN}"  # the content of a turn without calls
-_DECODER = json.JSONDecoder(strict=False)  # it also takes the line breaks that models leave in texts
 
 
 @dataclass(frozen=True, slots=True)
 class ReadCall:
-    """A tool call in a text: its name, its arguments as a JSON text, and where it starts and ends."""
+    """A tool call in a text: its name, its arguments as a JSON text, and where it starts and ends.
+
+    closed: whether its end is certain. A call without its closing marker is one only if the text ends there.
+    """
 
     name: str
     arguments: str
     start: int
     end: int
+    closed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +124,8 @@ class CallForm:
         closed = _skip(text, place, self.closing)
         if self.closing and closed == place and text[place:].strip():
             return Unreadable(f"{self.closing} is missing after the arguments", start)
-        return ReadCall(name, arguments, start, _skip(text, closed, self.end))
+        end = _skip(text, closed, self.end)
+        return ReadCall(name, arguments, start, end, closed=not self.closing or closed > place)
 
     def _parts(self, text: str, place: int) -> tuple[str, str, int]:
         """Return name, arguments, and the place behind them. Raises ValueError."""
@@ -145,7 +152,7 @@ class CallForm:
         found = [at for end in (*ends, "\n") if end and (at := text.find(end, place + 1)) >= 0]
         end = min(found, default=len(text))
         name = text[place:end].strip()
-        if not name or " " in name:
+        if not _FUNCTION.fullmatch(name):
             raise ValueError("a call has the name of a function")
         return name, _skip(text, end, self.before_args)
 
@@ -345,7 +352,10 @@ def _decoded(text: str, place: int) -> tuple[object, int]:
     """Return the JSON value at a place, and where it ends. Raises ValueError if there is none."""
     if place < 0:
         raise ValueError("the call has no arguments")
-    return _DECODER.raw_decode(text, place)
+    try:
+        return _DECODER.raw_decode(text, place)
+    except RecursionError as error:
+        raise ValueError("the arguments are nested too deeply") from error
 
 
 def _tried(text: str, place: int) -> tuple[object, int]:
@@ -360,7 +370,30 @@ def _first_word(text: str) -> str:
 
 
 def _dumped(value: object) -> str:
-    return orjson.dumps(value).decode()
+    """Return a value as JSON. Raises ValueError if other parsers of JSON would not take it."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:  # a whole number of more than 64 bits, half of a surrogate pair, or too many levels
+        text = json.dumps(value)
+    try:
+        orjson.dumps(orjson.loads(text))
+    except TypeError as error:
+        raise ValueError("the arguments are nested too deeply") from error
+    return text
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text} is too large a number")
+    return number
+
+
+def _refused(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+# It also takes the line breaks that models leave in texts.
+_DECODER = json.JSONDecoder(strict=False, parse_float=_finite, parse_constant=_refused)
 
 
 def _skip(text: str, place: int, expected: str) -> int:

@@ -9,9 +9,10 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from millrace.errors import DataError, MillraceError, PublishError
-from millrace.gateway.episode import Episode, EpisodeClosed
+from millrace.gateway.episode import Episode
 from millrace.gateway.gateway import Gateway
 from millrace.gateway.samples import GatewaySample
+from millrace.gateway.turn import EpisodeClosed
 from millrace.http.auth import has_key
 from millrace.http.replies import reply
 from millrace.serve.publishing import publish_folder

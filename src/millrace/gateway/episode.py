@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
+import orjson
 
 from millrace.config.gateway import GatewayConfig
 from millrace.errors import DataError
@@ -21,9 +22,9 @@ from millrace.gateway.journal import Journal
 from millrace.gateway.protocols.base import ContextFull, RequestError
 from millrace.gateway.samples import GatewaySample, samples_of
 from millrace.gateway.tree import BranchReason, Node, Place, Tree
-from millrace.gateway.turn import Reader, Turn, usage_of
+from millrace.gateway.turn import EpisodeClosed, Reader, Turn, usage_of
 from millrace.rollout.sample import images_in
-from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
+from millrace.types import Capability, GenerateRequest, Generation, RoutingContext, SamplingParams
 
 T = TypeVar("T")
 
@@ -38,12 +39,10 @@ class Engines:
     format: TurnFormat
     config: GatewayConfig
 
-
-class EpisodeClosed(RequestError):
-    """The episode has been finished."""
-
-    def __init__(self) -> None:
-        super().__init__("this episode is closed", status=409, code="episode_closed")
+    @property
+    def follow_schemas(self) -> bool:
+        """Whether the engines can make an answer match a JSON schema."""
+        return Capability.JSON_SCHEMA in self.fleet.capabilities
 
 
 @dataclass(slots=True)
@@ -80,10 +79,13 @@ class Episode:
                 return turn
         self.counts["requests"] += 1
         self.counts.update(f"dropped:{name}" for name in call.dropped)
+        if call.schema is not None and not self.engines.follow_schemas:
+            self.counts["dropped:json_schema"] += 1
         turn = Turn(call, identity, secrets.token_hex(8), int(time.time()))
         prepared = self._prepare(call)
+        requests = self._requests(turn, prepared)
         self.turns.append(turn)
-        turn.task = asyncio.create_task(self._generate(turn, prepared), name=f"turn {turn.id}")
+        turn.task = asyncio.create_task(self._generate(turn, prepared, requests), name=f"turn {turn.id}")
         turn.task.add_done_callback(_seen)
         return turn
 
@@ -91,9 +93,7 @@ class Episode:
         """Note that the agent has got the whole answer."""
         if turn in self.turns:
             self.turns.remove(turn)
-        for number in turn.numbers:
-            self.tree.nodes[number].delivered = True
-        self.journal.delivered(turn.numbers)
+        self._arrived([self.tree.nodes[number] for number in turn.numbers])
 
     def abandon(self, turn: Turn) -> None:
         """Note that the agent went away before it had the answer. The generation goes on, for a retry to join."""
@@ -133,8 +133,6 @@ class Episode:
 
     def _prepare(self, call: ModelCall) -> "_Prepared":
         """Return where a request attaches and the tokens of its prompt. Raises RequestError."""
-        if call.messages[-1]["role"] == "assistant":
-            raise RequestError("the last message is of the assistant; the gateway does not continue a given turn")
         try:
             place, before, context = self._placed(call)
         except DataError as error:
@@ -151,7 +149,11 @@ class Episode:
     def _placed(self, call: ModelCall) -> tuple[Place, tuple[int, ...], tuple[int, ...]]:
         """Return where a request attaches, the tokens of the path there, and those that come behind it."""
         place, turns = self.tree.place(call), self.engines.format
+        if call.prompt is not None:
+            prompt = turns.encode(call.prompt) if isinstance(call.prompt, str) else call.prompt
+            return Place(None, call.messages, self.tree.why_new(call)), (), prompt
         if place.parent is not None:
+            self._arrived([place.parent])  # or the agent could not extend it
             before = place.parent.token_ids
             if self.engines.config.drift == "template":
                 whole = turns.prompt(call.messages, call.tools)
@@ -164,10 +166,18 @@ class Episode:
             place = Place(None, call.messages, BranchReason.NO_BRIDGE)
         return place, (), turns.prompt(call.messages, call.tools)
 
+    def _arrived(self, nodes: Sequence[Node]) -> None:
+        """Note that the agent has the answers of these generations."""
+        new = [node for node in nodes if not node.delivered]
+        for node in new:
+            node.delivered = True
+        self.journal.delivered([node.number for node in new])
+
     def _forced(self, call: ModelCall) -> str:
         """Return the text with which the turn must begin. Raises RequestError if the format has none."""
         if not call.choice.required:
-            return ""
+            schema = call.schema is not None and self.engines.follow_schemas
+            return self.engines.format.unreasoned() if schema else ""
         if not call.tools:
             raise RequestError("tool_choice asks for a tool call, and the request has no tools")
         text = self.engines.format.forced(call.choice.name)
@@ -175,16 +185,15 @@ class Episode:
             raise RequestError("this model's format can't force a tool call; use tool_choice auto", code="unsupported")
         return text
 
-    async def _generate(self, turn: Turn, prepared: "_Prepared") -> Answer:
+    async def _generate(self, turn: Turn, prepared: "_Prepared", requests: Sequence[GenerateRequest]) -> Answer:
         call, config = turn.call, self.engines.config
-        requests = self._requests(turn, prepared)
         texts = [secrets.token_hex(4)[:7] for _ in requests]
         readers = [Reader(self.engines.format, call, index, prepared.forced, text) for index, text in enumerate(texts)]
         routing = RoutingContext(session=self.id)
         fleet = self.engines.fleet
 
         async def one(request: GenerateRequest, reader: Reader) -> Generation:
-            if not call.stream:
+            if not call.stream or request.sampling.json_schema is not None:  # which may start anew
                 return await fleet.generate(request, deadline=config.timeout, routing=routing, retries=config.retries)
             made: Generation | None = None
             stream = fleet.stream(request, deadline=config.timeout, routing=routing, retries=config.retries)
@@ -230,6 +239,7 @@ class Episode:
             frequency_penalty=_first(wanted.frequency_penalty, 0.0),
             presence_penalty=_first(wanted.presence_penalty, 0.0),
             logit_bias=dict(wanted.logit_bias),
+            json_schema=orjson.dumps(call.schema).decode() if call.schema and self.engines.follow_schemas else None,
         )
         request = GenerateRequest(
             prepared.token_ids, sampling, request_id=f"{self.id}-{turn.id}", images=prepared.images

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,10 @@ class TurnFormat(Protocol):
         """
         ...
 
+    def unreasoned(self) -> str:
+        """Return the text with which a turn begins so that it has no reasoning; empty if it needs none."""
+        ...
+
     def forced(self, name: str | None) -> str | None:
         """Return the text with which a turn begins so that it calls the tool `name`, or any tool if it is None.
 
@@ -77,7 +82,7 @@ class TurnFormat(Protocol):
         ...
 
 
-_STAND_IN, _NAME = "millrace-stand-in-for-the-turn", "millrace_tool"
+_STAND_IN, _NAME = f"millrace-{secrets.token_hex(8)}", "millrace_tool"  # no text of an agent has it
 _QUESTION: Message = {"role": "user", "content": "question"}
 _ANSWERED: Message = {"role": "assistant", "content": "an answer", **reasoning_keys(" ")}
 _ANSWER: Message = {"role": "tool", "content": "an answer", "name": _NAME, "tool_call_id": "milrace01"}
@@ -119,7 +124,7 @@ class TemplateFormat:
         last = token_ids[-1]
         if last == ids[0]:
             return ids[1:]
-        return None if self.chat.is_control(last) else ids
+        return None if is_special(self.chat.tokenizer, last) else ids
 
     def decoder(self) -> Callable[[Sequence[int]], str]:
         stream, tokenizer = DecodeStream(skip_special_tokens=False), self.chat.tokenizer.backend_tokenizer
@@ -141,18 +146,21 @@ class TemplateFormat:
         before, after = rest[:start], rest[calls[-1].end if calls else start :]
         if not ended:
             marker = "" if calls or bad else self.form.start
-            if not marker and not calls and rest.lstrip()[:1] == "{":  # it may become a call without a marker
+            if not self.form.start and not calls and rest.lstrip()[:1] == "{":  # it may become a call without a marker
                 before = ""
-            done = () if not self.form.closing and not calls else calls
+            done = [call for call in calls if call.closed]
             return TurnText(thought, _shown(before, marker, ended=False), self._uses(done, tools))
-        content = "\n".join(filter(None, (before.strip(), after.strip())))
+        content = "\n".join(filter(None, (before.strip(), after.strip()))) if calls else rest.strip()
         return TurnText(thought, content, self._uses(calls, tools), bad.reason if bad else None)
+
+    def unreasoned(self) -> str:
+        reasoning = self.chat.reasoning
+        return f"\n{reasoning.closing}\n\n" if reasoning.opened else ""
 
     def forced(self, name: str | None) -> str | None:
         if self.form is None or (name is None and not self.form.start):
             return None
-        reasoning = self.chat.reasoning
-        return (f"\n{reasoning.closing}\n\n" if reasoning.opened else "") + self.form.forced(name)
+        return self.unreasoned() + self.form.forced(name)
 
     def encode(self, text: str) -> tuple[int, ...]:
         return self.chat.turn(text)[:-1]
@@ -280,6 +288,9 @@ def learn_format(
         raise DataError(f"{name}: {error}") from error
     chat = ChatFormat(template, ends[0], reasoning, control, vision=vision)
     found = TemplateFormat(chat, form, _takes_late_system(template), tuple(dict.fromkeys(ends)))
+    if not _reads_behind_reasoning(found):
+        log.warning("%s: tool calls behind reasoning can't be told from it, so no tool calls are read", name)
+        found = replace(found, form=None)
     unproven = {role: why for role in ("user", "tool") if (why := _why_unproven(found, role)) is not None}
     for role, why in unproven.items():
         log.warning("%s: messages of the role %s can't be appended to a turn: %s", name, role, why)
@@ -331,12 +342,16 @@ def _why_unproven(found: TemplateFormat, role: str) -> str | None:
         return "the template writes no tool calls that can be read"
     turn = _calling(found.form, {"argument": "value"}) if role == "tool" and found.form else _ANSWERED
     added = _ANSWER if role == "tool" else {"role": "user", "content": "another question"}
-    asked = [{"role": "system", "content": "a system prompt"}, {"role": "user", "content": "a first question"}]
+    asked: list[Message] = [{"role": "user", "content": "a first question"}]
+    with suppress(DataError):  # Gemma's template refuses system messages
+        system: Message = {"role": "system", "content": "a system prompt"}
+        found.prompt([system, *asked], [_TOOL])
+        asked.insert(0, system)
     try:
         bridge = found.bridge((found.chat.end_of_turn,), turn, [added], [_TOOL])
         for ends in found.stop_token_ids:
             bridge = bridge or found.bridge((ends,), turn, [added], [_TOOL])
-        whole = found.prompt([*asked, turn, added], [_TOOL])
+        whole = found.prompt([*asked, turn, added, turn, added], [_TOOL])
     except DataError as error:
         return str(error)
     if not bridge:
@@ -344,6 +359,21 @@ def _why_unproven(found: TemplateFormat, role: str) -> str | None:
     return (
         None if whole[-len(bridge) :] == bridge else "the template writes them in another way in a longer conversation"
     )
+
+
+def _reads_behind_reasoning(found: TemplateFormat) -> bool:
+    """Return whether a call that the template writes behind reasoning is read as one."""
+    if found.form is None:
+        return True
+    turn = {**_calling(found.form, {"argument": "value"}), **reasoning_keys(_STAND_IN)}
+    try:
+        text = replace(found.chat.template, tools=(_TOOL,)).render([_QUESTION, turn], False)
+    except DataError:  # it takes no such turn
+        return True
+    _, written, rest = text.rpartition(_STAND_IN)
+    reasoning = found.chat.reasoning
+    read = found.read(("" if reasoning.opened else reasoning.opening) + _STAND_IN + rest, [_TOOL])
+    return not written or (read.reasoning == _STAND_IN and [call.name for call in read.calls] == [_NAME])
 
 
 def _calling(form: CallForm, arguments: object) -> Message:
@@ -354,17 +384,18 @@ def _calling(form: CallForm, arguments: object) -> Message:
 
 
 def split_reasoning(text: str, reasoning: Reasoning, *, ended: bool) -> tuple[str, str]:
-    """Return the reasoning of a turn, and the rest. ended: whether the text is whole; otherwise nothing is returned
-    that a marker which has only begun could take away."""
-    if ended:
-        return reasoning.split(text)
+    """Return the reasoning at the start of a turn, and the rest, where markers are text.
+
+    ended: whether the text is whole; otherwise nothing is returned that a marker which has only begun could take away.
+    """
     if reasoning.opened:
         text = reasoning.opening + text
     start = text.lstrip()
     if not start.startswith(reasoning.opening):
-        return "", "" if reasoning.opening.startswith(start) else text
+        begun = not ended and reasoning.opening.startswith(start)
+        return "", "" if begun else text
     thought, closed, rest = start.removeprefix(reasoning.opening).partition(reasoning.closing)
-    return (thought, rest) if closed else (held_back(thought, reasoning.closing), "")
+    return (thought, rest) if closed or ended else (held_back(thought, reasoning.closing), "")
 
 
 def held_back(text: str, marker: str) -> str:

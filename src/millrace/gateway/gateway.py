@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from millrace.config.gateway import GatewayConfig
-from millrace.errors import ConfigError
+from millrace.errors import ConfigError, DataError
 from millrace.fleet.client import FleetClient
 from millrace.gateway.episode import Engines, Episode
 from millrace.gateway.format import TurnFormat
@@ -73,10 +74,7 @@ class Gateway:
     def open_episode(self, metadata: Mapping[str, object] | None = None) -> OpenEpisode:
         """Open an episode. Raises ConfigError if its file can't be written."""
         episode_id, key = secrets.token_hex(8), secrets.token_urlsafe(24)
-        try:
-            journal = Journal(self._folder / f"{episode_id}{SUFFIX}" if self._folder else None)
-        except OSError as error:
-            raise ConfigError(f"gateway.folder: {self._folder} can't be written: {error.strerror}") from error
+        journal = Journal(self._folder / f"{episode_id}{SUFFIX}" if self._folder else None)
         episode = Episode(episode_id, self.engines, dict(metadata or {}), time.time(), journal)
         digest = _digest(key)
         journal.opened(episode_id, digest.hex(), episode.metadata, episode.created)
@@ -115,23 +113,29 @@ class Gateway:
         return True
 
     async def close(self) -> None:
-        """Cancel what runs, and close the files. Open episodes stay open for the next gateway on the same folder."""
+        """Cancel what runs. Open episodes stay open for the next gateway on the same folder."""
         for episode in self.episodes.values():
             await episode.cancel()
-            episode.journal.close()
 
     def _restore(self, folder: Path) -> None:
         for path, lines in read_journals(folder):
-            first = lines[0]
-            episode = Episode(first["episode"], self.engines, first["metadata"], first["created"], Journal(path))
-            for line in lines[1:]:
-                if "node" in line:
-                    episode.tree.add(decoded(episode.tree, line))
-                for number in line.get("delivered", ()):
-                    episode.tree.nodes[number].delivered = True
-                if "closed" in line:
-                    episode.closed, episode.reward, episode.parts = True, line["reward"], line["parts"]
-            self.episodes[episode.id] = self._by_key[bytes.fromhex(first["key"])] = episode
+            try:
+                first = lines[0]
+                episode = Episode(first["episode"], self.engines, first["metadata"], first["created"], Journal(path))
+                for line in lines[1:]:
+                    _replay(episode, line)
+                self.episodes[episode.id] = self._by_key[bytes.fromhex(first["key"])] = episode
+            except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+                raise DataError(f"{path}: a line is damaged: {type(error).__name__}: {error}") from error
+
+
+def _replay(episode: Episode, line: Mapping[str, Any]) -> None:
+    if "node" in line:
+        episode.tree.add(decoded(episode.tree, line))
+    for number in line.get("delivered", ()):
+        episode.tree.nodes[number].delivered = True
+    if "closed" in line:
+        episode.closed, episode.reward, episode.parts = True, line["reward"], line["parts"]
 
 
 def _digest(key: str) -> bytes:

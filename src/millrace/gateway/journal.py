@@ -9,12 +9,12 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import orjson
 
-from millrace.errors import DataError
+from millrace.errors import ConfigError, DataError
 from millrace.gateway.call import Lineage, ToolUse, TurnText
 from millrace.gateway.tree import BranchReason, Node, Tree
 from millrace.jsonl import drop_torn_tail
@@ -26,13 +26,13 @@ SUFFIX = ".jsonl"
 
 
 class Journal:
-    """Writes one episode's file. Without a path, it writes nothing."""
+    """Writes one episode's file, which is open only meanwhile: there may be more episodes than file descriptors.
+
+    path: None if nothing is written.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._file: IO[bytes] | None = None
-        if path is not None:
-            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
 
     def opened(self, episode_id: str, key_digest: str, metadata: Mapping[str, object], created: float) -> None:
         """Write the episode's first line."""
@@ -40,7 +40,7 @@ class Journal:
 
     def added(self, node: Node) -> None:
         """Write a generation."""
-        if self._file is not None:
+        if self.path is not None:
             self._write({"node": node.number, **encoded(node)})
 
     def delivered(self, numbers: Sequence[int]) -> None:
@@ -52,22 +52,25 @@ class Journal:
         """Write the end of the episode."""
         self._write({"closed": True, "reward": reward, "parts": dict(parts)})
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def delete(self) -> None:
-        """Close and remove the file."""
-        self.close()
+        """Remove the file. Nothing is written any more."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+            self.path = None
 
     def _write(self, line: Mapping[str, object]) -> None:
-        if self._file is not None:
-            self._file.write(orjson.dumps(line) + b"\n")
-            self._file.flush()
+        """Raises ConfigError."""
+        if self.path is None:
+            return
+        try:
+            with open(self.path, "ab", opener=_private) as file:
+                file.write(orjson.dumps(line) + b"\n")
+        except OSError as error:
+            raise ConfigError(f"gateway.folder: {self.path} can't be written: {error.strerror}") from error
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def read_journals(folder: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
@@ -77,7 +80,10 @@ def read_journals(folder: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         drop_torn_tail(path)
-        lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        try:
+            lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        except orjson.JSONDecodeError as error:
+            raise DataError(f"{path}: a line is damaged: {error}") from error
         if not lines or "episode" not in lines[0]:
             log.warning("%s is no episode, and is left out", path)
             continue
@@ -108,33 +114,30 @@ def encoded(node: Node) -> dict[str, object]:
 
 
 def decoded(tree: Tree, line: Mapping[str, Any]) -> Node:
-    """Return a generation of a line. Its parent is in the tree. Raises DataError if a field is missing."""
-    try:
-        images = [base64.b64decode(image) for image in line["images"]]
-        return Node(
-            number=line["node"],
-            parent=None if line["parent"] is None else tree.nodes[line["parent"]],
-            tools=tuple(line["tools"]),
-            added=_restored(line["added"], images),
-            context_ids=tuple(line["context_ids"]),
-            output_ids=tuple(line["output_ids"]),
-            logprobs=np.frombuffer(base64.b64decode(line["logprobs"]), np.float32),
-            version_spans=tuple(VersionSpan(*span) for span in line["version_spans"]),
-            finish=FinishReason(line["finish"]),
-            turn=TurnText(
-                line["reasoning"],
-                line["content"],
-                tuple(ToolUse(*call) for call in line["calls"]),
-                line["malformed"],
-            ),
-            identity=bytes.fromhex(line["identity"]),
-            reason=None if line["reason"] is None else BranchReason(line["reason"]),
-            lineage=Lineage(*line["lineage"]),
-            temperature=line["temperature"],
-            images=tuple(images),
-        )
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise DataError(f"an episode's line is damaged: {type(error).__name__}: {error}") from error
+    """Return a generation of a line. Its parent is in the tree. Raises what a line that lacks a field makes."""
+    images = [base64.b64decode(image) for image in line["images"]]
+    return Node(
+        number=line["node"],
+        parent=None if line["parent"] is None else tree.nodes[line["parent"]],
+        tools=tuple(line["tools"]),
+        added=_restored(line["added"], images),
+        context_ids=tuple(line["context_ids"]),
+        output_ids=tuple(line["output_ids"]),
+        logprobs=np.frombuffer(base64.b64decode(line["logprobs"]), np.float32),
+        version_spans=tuple(VersionSpan(*span) for span in line["version_spans"]),
+        finish=FinishReason(line["finish"]),
+        turn=TurnText(
+            line["reasoning"],
+            line["content"],
+            tuple(ToolUse(*call) for call in line["calls"]),
+            line["malformed"],
+        ),
+        identity=bytes.fromhex(line["identity"]),
+        reason=None if line["reason"] is None else BranchReason(line["reason"]),
+        lineage=Lineage(*line["lineage"]),
+        temperature=line["temperature"],
+        images=tuple(images),
+    )
 
 
 def _plain(message: Mapping[str, object]) -> dict[str, object]:

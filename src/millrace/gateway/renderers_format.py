@@ -79,6 +79,10 @@ class RenderersFormat:
         malformed = None if bad is None else f"the renderer could not read the call ({bad.status})"
         return TurnText((made.reasoning_content or "").strip(), content.strip(), calls, malformed)
 
+    def unreasoned(self) -> str:
+        """As TurnFormat. A renderer does not tell."""
+        return ""
+
     def forced(self, name: str | None) -> str | None:  # noqa: ARG002
         """As TurnFormat. Renderers have no text that begins a call."""
         return None

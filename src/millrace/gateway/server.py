@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from aiohttp import web
@@ -20,19 +20,30 @@ from millrace.gateway.control import ControlRoutes
 from millrace.gateway.episode import Episode
 from millrace.gateway.format import TurnFormat
 from millrace.gateway.gateway import Gateway
+from millrace.gateway.protocols.anthropic import AnthropicMessages
 from millrace.gateway.protocols.base import AgentProtocol, RequestError, Stream
 from millrace.gateway.protocols.chat import ChatCompletions
+from millrace.gateway.protocols.completions import Completions
+from millrace.gateway.protocols.responses import Responses
 from millrace.gateway.turn import Turn
 from millrace.http.replies import reply
 from millrace.http.serving import serving
 from millrace.launch.ports import url_of
 from millrace.serve.server import bind
 
+S = TypeVar("S", bound=AgentProtocol)
+
 log = logging.getLogger(__name__)
 
 LARGEST_BODY = 64 * 2**20  # bytes: a conversation of some millions of tokens, or some images
 PATIENCE = 5.0  # seconds without a token after which a stream sends a ping
-PROTOCOLS: Mapping[str, AgentProtocol] = {"/chat/completions": ChatCompletions()}
+ANTHROPIC = AnthropicMessages()
+PROTOCOLS: Mapping[str, AgentProtocol] = {
+    "/chat/completions": ChatCompletions(),
+    "/responses": Responses(),
+    "/messages": ANTHROPIC,
+    "/completions": Completions(),
+}
 
 
 @asynccontextmanager
@@ -86,15 +97,19 @@ class AgentRoutes:
         for prefix in ("/v1", "/e/{secret}/v1", "/e/{secret}"):
             found.append(web.get(f"{prefix}/models", self._models))
             found.append(web.get(f"{prefix}/models/{{model:.+}}", self._model))
-            found.extend(web.post(prefix + path, self._handler(spoken)) for path, spoken in PROTOCOLS.items())
+            for path, spoken in PROTOCOLS.items():
+                found.append(web.post(prefix + path, self._handler(spoken, self._answer)))
+            found.append(web.post(f"{prefix}/messages/count_tokens", self._handler(ANTHROPIC, self._count)))
         found.append(web.get("/e/{secret}", self._alive))
         found.append(web.get("/e/{secret}/", self._alive))
         return found
 
-    def _handler(self, spoken: AgentProtocol) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _handler(
+        self, spoken: S, answer: Callable[[web.Request, S], Awaitable[web.StreamResponse]]
+    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(http: web.Request) -> web.StreamResponse:
             try:
-                return await self._answer(http, spoken)
+                return await answer(http, spoken)
             except RequestError as error:
                 return reply(spoken.error(error), error.status)
             except MillraceError as error:
@@ -127,10 +142,21 @@ class AgentRoutes:
             "max_model_len": length,
         }
 
-    async def _answer(self, http: web.Request, spoken: AgentProtocol) -> web.StreamResponse:
+    def _episode(self, http: web.Request) -> Episode:
+        """Return the episode of a request. Raises RequestError if there is none."""
         episode = self.gateway.find(secret_of(http))
         if episode is None:
             raise RequestError(NO_EPISODE, status=401, code="no_episode")
+        return episode
+
+    async def _count(self, http: web.Request, spoken: AnthropicMessages) -> web.StreamResponse:
+        """Answer how many tokens a prompt has."""
+        episode = self._episode(http)
+        tokens = episode.count_tokens(spoken.read_prompt(await body_of(http), http.headers))
+        return reply(spoken.counted(tokens))
+
+    async def _answer(self, http: web.Request, spoken: AgentProtocol) -> web.StreamResponse:
+        episode = self._episode(http)
         call = spoken.read(await body_of(http), http.headers)
         turn = await episode.ask(call)
         try:

@@ -113,12 +113,12 @@ class Tree:
         self._asked: dict[bytes, list[Node]] = defaultdict(list)  # by identity of the request
 
     def place(self, call: ModelCall) -> Place:
-        """Return the deepest node whose conversation the request extends."""
+        """Return the deepest node whose conversation the request extends; of equal ones, one that the agent got."""
         digests = chain(call.tools, call.messages)
         for length in range(len(call.messages) - 1, 0, -1):
-            for node in reversed(self._ends.get(digests[length], ())):
+            ends = self._ends.get(digests[length], ())
+            for node in sorted(ends, key=lambda one: (not one.delivered, -one.number)):
                 if _same_reasoning(node, call.messages[:length]):
-                    node.delivered = True  # or the agent would not have it
                     added = call.messages[length:]
                     return Place(node, added, self._reason(call, node, added))
         return Place(None, call.messages, self.why_new(call))
@@ -181,7 +181,9 @@ class Tree:
     def _why_other_turn(self, parent: Node | None, added: Sequence[Message]) -> BranchReason:
         """Return the reason for messages with a turn of the model that was not sampled after `parent`."""
         siblings = parent.children if parent else [node for node in self.nodes if node.parent is None]
-        place = next(i for i, message in enumerate(added) if message["role"] == "assistant")
+        place = next((i for i, message in enumerate(added) if message["role"] == "assistant"), None)
+        if place is None:
+            return BranchReason.FORKED
         before, turn = [fingerprint(m) for m in added[:place]], added[place]
         for node in siblings:
             if [fingerprint(m) for m in node.added] == before and fingerprint(node.turn.message) == fingerprint(turn):
@@ -200,15 +202,17 @@ class Tree:
             node.lineage.compaction != call.lineage.compaction for node in self.nodes
         ):
             return BranchReason.COMPACTED
-        roots = [node for node in self.nodes if node.parent is None]
         said = [fingerprint(message) for message in call.messages]
-        for root in reversed(roots):
-            theirs = [fingerprint(message) for message in root.added]
-            if said[: len(theirs)] == theirs:
-                other_tools = chain(root.tools, ())[0] != chain(call.tools, ())[0]
-                return BranchReason.TOOLS_CHANGED if other_tools else self._why_other_turn(None, call.messages)
+        tools = chain(call.tools, ())[0]
+        roots = [node for node in reversed(self.nodes) if node.parent is None]
+        longer = [root for root in roots if said[: len(root.added)] == [fingerprint(one) for one in root.added]]
+        if any(chain(root.tools, ())[0] == tools for root in longer):
+            return self._why_other_turn(None, call.messages)
+        if longer:
+            return BranchReason.TOOLS_CHANGED
+        for root in roots:
             if _without_system(call.messages)[:1] == _without_system(root.added)[:1]:
-                return BranchReason.SYSTEM_CHANGED if said[0] != theirs[0] else BranchReason.FORKED
+                return BranchReason.SYSTEM_CHANGED if said[0] != fingerprint(root.added[0]) else BranchReason.FORKED
         return BranchReason.OTHER_CONVERSATION
 
 

@@ -10,6 +10,7 @@ from millrace.engines.stop_texts import first_stop
 from millrace.gateway.answer import Alternative, Answer, Delta, Finish, Usage
 from millrace.gateway.call import ModelCall, ToolUse, TurnText
 from millrace.gateway.format import TurnFormat
+from millrace.gateway.protocols.base import RequestError
 from millrace.types import FinishReason, Generation
 
 INTERVAL = 0.02  # seconds between two readings of a turn's text while it grows
@@ -45,7 +46,7 @@ class Reader:
         if now < self._next:
             return []
         text, stop = self._cut()
-        turn = self._limited(self._format.read(held_for_stops(text, self._call, stop), self._tools, ended=False))
+        turn = self._limited(self._parsed(held_for_stops(text, self._call, stop), ended=False))
         self._next = time.monotonic() + max(INTERVAL, SHARE * (time.monotonic() - now))
         return self._difference(turn)
 
@@ -53,7 +54,7 @@ class Reader:
         """Return the whole alternative, and what had not been shown of it."""
         self.take(made)
         text, stop = self._cut()
-        turn = self._limited(self._format.read(text, self._tools))
+        turn = self._limited(self._parsed(text))
         finish = Finish.LENGTH if made.finish_reason is FinishReason.LENGTH else Finish.STOP
         if stop is not None and finish is Finish.STOP:
             finish = Finish.STOP_TEXT
@@ -69,6 +70,12 @@ class Reader:
         end = self._text.find(turn.reasoning) + len(turn.reasoning) - len(self._forced)
         lengths = itertools.accumulate(len(text) for text in self.token_texts)
         return sum(length < end for length in lengths) + 1
+
+    def _parsed(self, text: str, *, ended: bool = True) -> TurnText:
+        """Return the parts of the turn. What continues a prompt without a template has none."""
+        if self._call.prompt is not None:
+            return TurnText("", text)
+        return self._format.read(text, self._tools, ended=ended)
 
     def _cut(self) -> tuple[str, str | None]:
         """Return the text before a stop text of the request, and the stop text."""
@@ -106,6 +113,13 @@ def held_for_stops(text: str, call: ModelCall, found: str | None) -> str:
     return text
 
 
+class EpisodeClosed(RequestError):
+    """The episode has been finished."""
+
+    def __init__(self) -> None:
+        super().__init__("this episode is closed", status=409, code="episode_closed")
+
+
 @dataclass(slots=True)
 class Turn:
     """One request that is being answered, or was.
@@ -131,9 +145,18 @@ class Turn:
             self._grown.set()
 
     async def answer(self) -> Answer:
-        """Wait for the answer. Cancelling the wait leaves the generation running."""
+        """Wait for the answer. Cancelling the wait leaves the generation running.
+
+        Raises EpisodeClosed if the generation is cancelled, and what it raises.
+        """
         assert self.task is not None
-        return await asyncio.shield(self.task)
+        try:
+            return await asyncio.shield(self.task)
+        except asyncio.CancelledError:
+            waiting = asyncio.current_task()
+            if self.task.cancelled() and waiting is not None and not waiting.cancelling():
+                raise EpisodeClosed from None
+            raise
 
     async def follow(self, patience: float) -> AsyncIterator[Delta | None]:
         """Yield all deltas from the first one on, and None whenever none has come for `patience` seconds.

@@ -115,10 +115,6 @@ class ChatFormat:
         """Return token ids with one placeholder in place of the run that an engine made of it."""
         return token_ids if isinstance(self.vision, str) else collapsed(token_ids, self.vision.placeholder)
 
-    def is_control(self, token_id: int) -> bool:
-        """Return whether a token is one of the control tokens."""
-        return self.tokenizer.convert_ids_to_tokens(token_id) in self.control
-
     def has_placeholder(self, token_ids: Sequence[int]) -> bool:
         """Return whether a token stands for an image."""
         return not isinstance(self.vision, str) and self.vision.placeholder in token_ids

@@ -1,0 +1,222 @@
+"""Where requests attach, and why generations branch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from millrace.config.gateway import GatewayConfig
+from millrace.gateway.episode import Episode
+from millrace.gateway.gateway import Gateway
+from millrace.gateway.protocols.base import RequestError
+from millrace.gateway.protocols.chat import ChatCompletions
+from millrace.gateway.tree import Node
+from millrace.types import FinishReason
+from tests.gateway.formats import format_of, tool
+from tests.gateway.scripted import ScriptedFleet
+
+pytestmark = pytest.mark.asyncio
+ADD, NOW = tool("add", a="integer"), tool("now")
+CALL = '<think>\nI add.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+SYSTEM = {"role": "system", "content": "Be terse."}
+QUESTION = {"role": "user", "content": "1 + 1?"}
+MORE = {"role": "user", "content": "And more?"}
+
+
+class Chat:
+    """An agent's side of one episode, whose model says what is next in `says`."""
+
+    def __init__(self, name: str = "qwen3", config: GatewayConfig | None = None) -> None:
+        turns = format_of(name)
+        self.says: list[str] = []
+        self.fleet = ScriptedFleet(turns.chat.tokenizer, turns.stop_token_ids[0], lambda _: self.says.pop(0))
+        gateway = Gateway(self.fleet, turns, config or GatewayConfig())  # type: ignore[arg-type]
+        self.episode: Episode = gateway.open_episode().episode
+
+    async def ask(
+        self, *messages: Mapping[str, Any], says: str = "Two.", headers: Mapping[str, str] | None = None, **more: object
+    ) -> dict[str, Any]:
+        """Ask, get the answer, and return its message."""
+        self.says.append(says)
+        body = {"messages": [dict(message) for message in messages], **more}
+        turn = await self.episode.ask(ChatCompletions().read(body, headers or {}))
+        answer = await turn.answer()
+        self.episode.delivered(turn)
+        choices: Any = ChatCompletions().answer(turn.call, answer)["choices"]
+        return dict(choices[0]["message"])
+
+    @property
+    def last(self) -> Node:
+        return self.episode.tree.nodes[-1]
+
+    @property
+    def reasons(self) -> list[str | None]:
+        return [node.reason for node in self.episode.tree.nodes]
+
+
+def answer_of(message: Mapping[str, Any], text: str = "2") -> dict[str, object]:
+    return {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": text}
+
+
+async def test_a_conversation_is_one_line_of_tokens() -> None:
+    chat = Chat()
+    first = await chat.ask(SYSTEM, QUESTION, says=CALL, tools=[ADD])
+    second = await chat.ask(SYSTEM, QUESTION, first, answer_of(first), tools=[ADD])
+    await chat.ask(SYSTEM, QUESTION, first, answer_of(first), second, MORE, tools=[ADD])
+    [sample] = chat.episode.samples()
+    assert (sample.nodes, sample.reasons, sample.episode.turns) == ((0, 1, 2), {}, 3)
+    asked = chat.fleet.asked[-1]
+    assert sample.episode.token_ids == (*asked.request.input_ids, *asked.output_ids)
+    assert sample.episode.loss_mask.sum() == sum(len(one.output_ids) for one in chat.fleet.asked)
+    assert [message["role"] for message in sample.episode.messages] == [
+        "system", "user", "assistant", "tool", "assistant", "user", "assistant",
+    ]  # fmt: skip
+
+
+async def test_what_agents_do_to_what_they_replay_makes_no_difference() -> None:
+    chat = Chat()
+    first = await chat.ask(SYSTEM, QUESTION, says=CALL, tools=[ADD])
+    call = first["tool_calls"][0]
+    written = {**call, "function": {"name": "add", "arguments": '{\n  "a":1}'}}
+    cached = {"type": "text", "text": "1 + 1?", "cache_control": {"type": "ephemeral"}}
+    for content in ("", None, []):
+        turn = {"role": "assistant", "content": content, "tool_calls": [written]}
+        await chat.ask(SYSTEM, {**QUESTION, "content": [cached]}, turn, answer_of(first, str(content)), tools=[ADD])
+        assert chat.last.parent is chat.episode.tree.nodes[0]
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-claude-code-agent-id": "a1"}])
+async def test_a_turn_is_continued_in_two_ways(headers: Mapping[str, str]) -> None:
+    chat = Chat()
+    first = await chat.ask(QUESTION)
+    await chat.ask(QUESTION, first, MORE)
+    await chat.ask(QUESTION, first, {**MORE, "content": "Or less?"}, headers=headers)
+    assert chat.reasons == [None, None, "sub_agent" if headers else "forked"]
+    one, other = chat.episode.samples()
+    assert (one.nodes, other.nodes) == ((0, 1), (0, 2))
+    assert (one.episode.turns, other.episode.turns) == (2, 1)  # what they share is trained once
+    assert other.episode.loss_mask.sum() == len(chat.last.output_ids)
+
+
+async def test_the_reasons_for_new_roots() -> None:
+    chat = Chat()
+    first = await chat.ask(SYSTEM, QUESTION, tools=[ADD])
+    asked: list[tuple[str, list[Mapping[str, Any]], Mapping[str, Any]]] = [
+        ("tools_changed", [SYSTEM, QUESTION, first, MORE], {"tools": [ADD, NOW]}),
+        ("system_changed", [{**SYSTEM, "content": "Be long."}, QUESTION, first, MORE], {"tools": [ADD]}),
+        ("history_edited", [SYSTEM, QUESTION, {**first, "content": "Three."}, MORE], {"tools": [ADD]}),
+        ("forked", [SYSTEM, QUESTION, MORE], {"tools": [ADD]}),
+        ("other_conversation", [{"role": "user", "content": "A title?"}], {}),
+        ("sub_agent", [SYSTEM, MORE], {"headers": {"x-claude-code-agent-id": "a1"}}),
+        ("compacted", [SYSTEM, {"role": "user", "content": "So far: 2."}], {"headers": {"x-codex-window-id": "w:1"}}),
+        ("resampled", [SYSTEM, QUESTION], {"tools": [ADD]}),
+    ]
+    for reason, messages, more in asked:
+        await chat.ask(*messages, **more)
+        assert (chat.last.reason, chat.last.parent) == (reason, None)
+    assert len(chat.episode.samples()) == len(chat.episode.tree.nodes)
+    assert chat.episode.counts["branch:history_edited"] == 1
+
+
+async def test_changed_reasoning_branches_and_dropped_reasoning_does_not() -> None:
+    chat = Chat()
+    first = await chat.ask(QUESTION, says=CALL, tools=[ADD])
+    kept = {key: value for key, value in first.items() if "reasoning" not in key}
+    await chat.ask(QUESTION, {**kept, "reasoning": "I guess."}, answer_of(first), tools=[ADD])
+    assert chat.last.reason == "reasoning_changed"
+    await chat.ask(QUESTION, kept, answer_of(first), tools=[ADD])
+    assert (chat.last.reason, chat.last.parent) == (None, chat.episode.tree.nodes[0])
+
+
+async def test_equal_answers_are_told_by_what_the_agent_got() -> None:
+    chat = Chat()
+    for got in (True, False):
+        chat.says.append("Two.")
+        turn = await chat.episode.ask(ChatCompletions().read({"messages": [QUESTION]}, {}))
+        await turn.answer()
+        if got:
+            chat.episode.delivered(turn)
+    await chat.ask(QUESTION, {"role": "assistant", "content": "Two."}, MORE)
+    assert chat.last.parent is chat.episode.tree.nodes[0]
+    assert [sample.nodes for sample in chat.episode.samples()] == [(0, 2)]
+
+
+async def test_an_answer_that_got_lost_behind_the_gateway_is_superseded() -> None:
+    chat = Chat()
+    await chat.ask(QUESTION)
+    second = await chat.ask(QUESTION, says="It is two.")
+    assert [sample.superseded for sample in chat.episode.samples()] == [False, False]
+    await chat.ask(QUESTION, second, MORE)
+    assert [(sample.nodes, sample.superseded) for sample in chat.episode.samples()] == [((0,), True), ((1, 2), False)]
+
+
+async def test_the_template_policy_branches_where_qwen3_drops_reasoning() -> None:
+    """A tool's answer keeps the reasoning of the turn before it; a user's message drops it."""
+    chat = Chat(config=GatewayConfig(drift="template"))
+    first = await chat.ask(QUESTION, says=CALL, tools=[ADD])
+    second = await chat.ask(QUESTION, first, answer_of(first), says="<think>\nIt is.\n</think>\n\nTwo.", tools=[ADD])
+    await chat.ask(QUESTION, first, answer_of(first), second, MORE, tools=[ADD])
+    assert chat.reasons == [None, None, "template_rewrote"]
+    assert "I add." not in chat.fleet.tokenizer.decode(list(chat.fleet.asked[-1].request.input_ids))
+    assert [sample.nodes for sample in chat.episode.samples()] == [(0, 1), (2,)]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_8"])
+async def test_the_template_policy_appends_where_the_template_does(name: str) -> None:
+    chat = Chat(name, GatewayConfig(drift="template"))
+    opened = format_of(name).chat.reasoning.opened
+    first = await chat.ask(QUESTION, says="It is so.\n</think>\n\nTwo." if opened else "Two.")
+    await chat.ask(QUESTION, first, MORE, says="It is so.\n</think>\n\nTwo." if opened else "Two.")
+    assert chat.reasons == [None, None]
+
+
+async def test_the_strict_policy_refuses_an_edited_history() -> None:
+    chat = Chat(config=GatewayConfig(drift="strict"))
+    first = await chat.ask(QUESTION)
+    with pytest.raises(RequestError, match="does not extend the conversation: history_edited"):
+        await chat.ask(QUESTION, {**first, "content": "Three."}, MORE)
+    chat.says.clear()
+    await chat.ask({"role": "user", "content": "A title?"})
+    assert chat.reasons == [None, "other_conversation"]
+
+
+@pytest.mark.parametrize("says", ["Two and two", "<think>\nI add the numbers", "<tool_call>\n{"])
+async def test_a_turn_that_was_cut_is_continued_with_its_tokens(says: str) -> None:
+    chat = Chat()
+    tokens = chat.fleet.tokenizer.encode(says, add_special_tokens=False)
+    first = await chat.ask(QUESTION, says=says, max_tokens=len(tokens), tools=[ADD])
+    assert chat.last.finish is FinishReason.LENGTH
+    await chat.ask(QUESTION, first, MORE, tools=[ADD])
+    [sample] = chat.episode.samples()
+    assert sample.nodes == (0, 1)
+    assert chat.last.context_ids[0] == chat.fleet.end
+
+
+async def test_a_forced_call_is_context_and_not_trained() -> None:
+    chat = Chat()
+    rest = '{"a": 1}}\n</tool_call>'
+    choice = {"type": "function", "function": {"name": "add"}}
+    first = await chat.ask(QUESTION, says=rest, tools=[ADD], tool_choice=choice)
+    assert first["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a":1}'}
+    await chat.ask(QUESTION, first, answer_of(first), tools=[ADD])
+    [sample] = chat.episode.samples()
+    trained = [token for token, on in zip(sample.episode.token_ids, sample.episode.loss_mask, strict=True) if on]
+    assert chat.fleet.tokenizer.decode(trained).startswith(rest)
+
+
+async def test_two_samples_are_siblings() -> None:
+    chat = Chat()
+    chat.says.append("It is two.")
+    first = await chat.ask(QUESTION, n=2)
+    assert chat.reasons == [None, "resampled"]
+    await chat.ask(QUESTION, first, MORE)
+    assert [sample.nodes for sample in chat.episode.samples()] == [(1,), (0, 2)]
+
+
+async def test_a_full_context_is_the_protocols_own_error() -> None:
+    chat = Chat()
+    chat.fleet.context_length = 10
+    with pytest.raises(RequestError, match="maximum context length is 10 tokens") as raised:
+        await chat.ask(QUESTION)
+    assert (raised.value.status, raised.value.code) == (400, "context_length_exceeded")
+    assert chat.episode.turns == []
