@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from millrace.errors import DataError
 from millrace.rollout.sample import Message
 
 Tool = Mapping[str, object]  # OpenAI's form, which chat templates take: {"type": "function", "function": {...}}
@@ -207,7 +208,10 @@ def _content(content: object) -> tuple[str, list[str]]:
 
 
 def _json(value: object) -> bytes:
-    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    except TypeError as error:
+        raise DataError(f"the request is no JSON: {error}") from error
 
 
 def _digest(*parts: bytes) -> bytes:

@@ -80,6 +80,8 @@ class ControlRoutes:
                 return _error(400, str(error))
             except MillraceError as error:
                 return _error(500, str(error))
+            except web.HTTPRequestEntityTooLarge as error:
+                return _error(error.status, "the body is too large")
 
         return handle
 

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -28,6 +28,7 @@ from millrace.types import Capability, GenerateRequest, Generation, RoutingConte
 
 T = TypeVar("T")
 
+MOST_SAMPLES = 128  # of one request, as at OpenAI
 ALLOWED_WHEN_STRICT = (None, BranchReason.RESAMPLED, BranchReason.SUB_AGENT, BranchReason.OTHER_CONVERSATION)
 
 
@@ -129,10 +130,12 @@ class Episode:
 
     def count_tokens(self, call: ModelCall) -> int:
         """Return the number of tokens of a request's prompt. Raises RequestError."""
-        return len(self._prepare(call).token_ids)
+        return self._prepare(call).length
 
     def _prepare(self, call: ModelCall) -> "_Prepared":
         """Return where a request attaches and the tokens of its prompt. Raises RequestError."""
+        if call.n > MOST_SAMPLES:
+            raise RequestError(f"n is at most {MOST_SAMPLES}")
         try:
             place, before, context = self._placed(call)
         except DataError as error:
@@ -204,9 +207,7 @@ class Episode:
             assert made is not None, "a stream has a last item"
             return made
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(*pair)) for pair in zip(requests, readers, strict=True)]
-        made = [task.result() for task in tasks]
+        made = await _all([one(*pair) for pair in zip(requests, readers, strict=True)])
         alternatives, thoughts = [], 0
         for generation, reader in zip(made, readers, strict=True):
             alternative, deltas = reader.ended(generation)
@@ -221,9 +222,9 @@ class Episode:
 
     def _requests(self, turn: Turn, prepared: "_Prepared") -> list[GenerateRequest]:
         call, config, limit = turn.call, self.engines.config, self.engines.fleet.context_length
-        room = limit - len(prepared.token_ids)
+        room = limit - prepared.length
         if room < 1:
-            raise ContextFull(len(prepared.token_ids), limit)
+            raise ContextFull(prepared.length, limit)
         wanted = call.wanted
         most = min(one for one in (room, wanted.max_tokens, config.max_turn_tokens) if one is not None)
         sampling = SamplingParams(
@@ -300,7 +301,23 @@ class _Prepared:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        return (*self.before, *self.context)
+        return self.before + self.context
+
+    @property
+    def length(self) -> int:
+        return len(self.before) + len(self.context)
+
+
+async def _all(answers: Sequence[Coroutine[None, None, T]]) -> list[T]:
+    """Wait for all. Raises the first error, and cancels the others."""
+    if len(answers) == 1:
+        return [await answers[0]]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(answer) for answer in answers]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def _first(*values: T | None) -> T:

@@ -115,6 +115,11 @@ class AgentRoutes:
             except MillraceError as error:
                 found = described(error)
                 return reply(spoken.error(found), found.status)
+            except (ConnectionError, web.HTTPException):
+                raise
+            except Exception:
+                log.exception("a request failed")
+                return reply(spoken.error(INTERNAL), INTERNAL.status)
 
         return handle
 
@@ -123,9 +128,19 @@ class AgentRoutes:
         return web.Response()
 
     async def _models(self, http: web.Request) -> web.Response:
-        if self.gateway.find(secret_of(http)) is None:
-            return reply({"error": {"message": NO_EPISODE, "type": "authentication_error", "code": "no_episode"}}, 401)
+        try:
+            self._episode(http)
+        except RequestError as error:
+            return reply({"error": {"message": str(error), "type": "authentication_error", "code": error.code}}, 401)
         return reply({"object": "list", "data": [self._card(self.gateway.engines.config.model)], "has_more": False})
+
+    def _episode(self, http: web.Request) -> Episode:
+        """Return the episode of a request. Raises RequestError if there is none, or its headers name two."""
+        found = {episode.id: episode for key in secrets_of(http) if (episode := self.gateway.find(key)) is not None}
+        if len(found) != 1:
+            message = "the headers have different keys" if found else NO_EPISODE
+            raise RequestError(message, status=401, code="no_episode")
+        return next(iter(found.values()))
 
     async def _model(self, http: web.Request) -> web.Response:
         return reply(self._card(http.match_info["model"]))
@@ -141,13 +156,6 @@ class AgentRoutes:
             "owned_by": "millrace",
             "max_model_len": length,
         }
-
-    def _episode(self, http: web.Request) -> Episode:
-        """Return the episode of a request. Raises RequestError if there is none."""
-        episode = self.gateway.find(secret_of(http))
-        if episode is None:
-            raise RequestError(NO_EPISODE, status=401, code="no_episode")
-        return episode
 
     async def _count(self, http: web.Request, spoken: AnthropicMessages) -> web.StreamResponse:
         """Answer how many tokens a prompt has."""
@@ -192,11 +200,13 @@ class AgentRoutes:
                 async for delta in deltas:
                     await begun()
                     await response.write(events.ping() if delta is None else events.delta(delta))
-        except MillraceError as error:
+        except (MillraceError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             if not response.prepared:
                 raise
             episode.drop(turn)
-            await response.write(events.error(described(error)))
+            if not isinstance(error, MillraceError):
+                log.exception("a request failed")
+            await response.write(events.error(described(error) if isinstance(error, MillraceError) else INTERNAL))
             await response.write_eof()
             return response
         await begun()
@@ -207,16 +217,16 @@ class AgentRoutes:
 
 
 NO_EPISODE = "no episode has this key; open one with POST /episodes"
+INTERNAL = RequestError("the gateway failed; its log says more", status=500, code="internal_error")
 
 
-def secret_of(http: web.Request) -> str | None:
-    """Return the secret of a request: from its path, or else from a header."""
+def secrets_of(http: web.Request) -> set[str]:
+    """Return the secrets of a request: the one in its path, or else those in its headers."""
     if (secret := http.match_info.get("secret")) is not None:
-        return secret
-    scheme, _, key = http.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and key:
-        return key.strip()
-    return http.headers.get("x-api-key") or http.headers.get("api-key")
+        return {secret}
+    bearers = [one.partition(" ") for one in http.headers.getall("Authorization", ())]
+    keys = [key.strip() for scheme, _, key in bearers if scheme.lower() == "bearer"]
+    return {*keys, *http.headers.getall("x-api-key", ()), *http.headers.getall("api-key", ())}
 
 
 async def body_of(http: web.Request) -> Mapping[str, Any]:
