@@ -205,7 +205,7 @@ async def test_keys_stand_in_no_log_repr_or_error(site: Served, caplog: pytest.L
         repr(site.opened.episode),
         str(site.gateway.__dict__),
     ]
-    assert not any(text for text in shown if secret in text or KEY in text)
+    assert [text for text in shown if secret in text or KEY in text] == []
 
 
 async def test_an_error_within_the_gateway_is_told_without_its_inside(

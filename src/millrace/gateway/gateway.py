@@ -28,7 +28,7 @@ class OpenEpisode:
 
     episode: Episode = field(repr=False)
     id: str
-    base_url: str
+    base_url: str = field(repr=False)
     api_key: str = field(repr=False)
 
     @property
