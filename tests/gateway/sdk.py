@@ -11,7 +11,7 @@ import openai
 import orjson
 
 from millrace.gateway.answer import Alternative, Answer, Delta, Finish, Usage
-from millrace.gateway.call import ModelCall, ToolUse, TurnText, chain, extended, fingerprint, reasoning_of
+from millrace.gateway.call import ModelCall, ToolUse, TurnText, extended, fingerprint, reasoning_of
 from millrace.gateway.protocols.base import AgentProtocol, RequestError
 
 USAGE = Usage(prompt=100, cached=40, output=20, reasoning=5)
@@ -102,8 +102,8 @@ def assert_replayed(before: ModelCall, turn: TurnText, after: ModelCall, *, reas
     replayed = after.messages[length - 1]
     assert fingerprint(replayed) == fingerprint(turn.message)
     assert reasoning_of(replayed) == (reasoning_of(turn.message) if reasoning else None)
-    digest = extended(chain(before.tools, before.messages)[-1], turn.message)
-    assert chain(after.tools, after.messages)[length] == digest
+    digest = extended(before.prefixes[-1], turn.message)
+    assert after.prefixes[length] == digest
 
 
 def logged(turn: TurnText, texts: Sequence[str]) -> Alternative:

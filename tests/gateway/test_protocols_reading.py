@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.gateway.call import chain
 from millrace.gateway.protocols.anthropic import AnthropicMessages
 from millrace.gateway.protocols.base import AgentProtocol, RequestError
 from millrace.gateway.protocols.chat import ChatCompletions
@@ -68,4 +67,4 @@ def test_any_body_is_read_or_refused(protocol: AgentProtocol, body: Any, data: s
     with suppress(RequestError):
         call = protocol.read(changed, {})
         assert call.identity
-        assert chain(call.tools, call.messages)
+        assert len(call.prefixes) == len(call.messages) + 1

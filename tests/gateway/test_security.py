@@ -143,7 +143,7 @@ async def test_bad_bodies_are_refused_in_the_protocols_form(
 @pytest.mark.parametrize("model", ["/etc/passwd", "../../secret", "file:///etc/passwd", "x" * 5000, ""])
 async def test_names_of_models_open_nothing(site: Served, model: str) -> None:
     status, answer = await site.ask({**ASKED, "model": model})
-    assert (status, answer["model"]) == (200, "policy")
+    assert (status, answer["model"]) == (200, model or "policy")
 
 
 async def test_the_control_routes_need_the_gateways_key(site: Served) -> None:

@@ -1,6 +1,7 @@
 """What an agent asks the model for, and what the model answers, in one form for all protocols."""
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -67,6 +68,10 @@ class ModelCall:
     the token counts. reasoning: whether the agent gets the reasoning. summary: whether also as a summary. prompt: a
     text or token ids that the model continues as they are, without a chat template; then the only message stands for
     it, with a role that no chat has.
+
+    fingerprints: of the messages. prefixes: a digest of each prefix of the conversation; item i is of the tools and the
+    first i messages. identity: a digest of everything that decides the answer; two requests with the same one are
+    retries or resamples. Making a request raises DataError if it is nested too deeply for that.
     """
 
     messages: tuple[Message, ...]
@@ -84,13 +89,19 @@ class ModelCall:
     reasoning: bool = True
     summary: bool = False
     prompt: str | tuple[int, ...] | None = None
+    fingerprints: tuple[bytes, ...] = field(init=False, repr=False, compare=False)
+    prefixes: tuple[bytes, ...] = field(init=False, repr=False, compare=False)
+    identity: bytes = field(init=False, repr=False, compare=False)
 
-    @property
-    def identity(self) -> bytes:
-        """A digest of everything that decides the answer. Two requests with the same one are retries or resamples."""
-        said = [(fingerprint(message), reasoning_of(message)) for message in self.messages]
-        asked = (self.tools, self.choice, replace(self.wanted, logit_bias={}), dict(self.wanted.logit_bias), self.n)
-        return _digest(repr(said).encode(), _json(self.tools), repr(asked).encode(), _json(self.schema))
+    def __post_init__(self) -> None:
+        prints = tuple(fingerprint(message) for message in self.messages)
+        prefixes = tuple(itertools.accumulate(prints, _digest, initial=tools_digest(self.tools)))
+        thoughts = [reasoning_of(message) for message in self.messages if message["role"] == "assistant"]
+        wanted = replace(self.wanted, logit_bias={})
+        asked = repr((thoughts, self.choice, wanted, sorted(self.wanted.logit_bias.items()), self.n)).encode()
+        object.__setattr__(self, "fingerprints", prints)
+        object.__setattr__(self, "prefixes", prefixes)
+        object.__setattr__(self, "identity", _digest(prefixes[-1], asked, _json(self.schema)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +168,13 @@ def reasoning_of(message: Message) -> str | None:
     return thought.strip() or None if isinstance(thought, str) else None
 
 
-def chain(tools: Sequence[Tool], messages: Sequence[Message]) -> list[bytes]:
-    """Return a digest of each prefix of a conversation: item i is of the tools and the first i messages."""
-    digests = [_digest(_json(tools))]
-    for message in messages:
-        digests.append(_digest(digests[-1], fingerprint(message)))
-    return digests
+def tools_digest(tools: Sequence[Tool]) -> bytes:
+    """Return the digest with which the prefixes of a conversation with these tools begin."""
+    return _digest(_json(tools))
 
 
 def extended(digest: bytes, message: Message) -> bytes:
-    """Return the digest of a prefix and one more message, as in `chain`."""
+    """Return the digest of a prefix and one more message, as in `ModelCall.prefixes`."""
     return _digest(digest, fingerprint(message))
 
 

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,7 @@ class TurnFormat(Protocol):
 
 
 _STAND_IN, _NAME = f"millrace-{secrets.token_hex(8)}", "millrace_tool"  # no text of an agent has it
+ROLES = ("user", "tool")  # of the messages behind a turn
 _QUESTION: Message = {"role": "user", "content": "question"}
 _ANSWERED: Message = {"role": "assistant", "content": "an answer", **reasoning_keys(" ")}
 _ANSWER: Message = {"role": "tool", "content": "an answer", "name": _NAME, "tool_call_id": "milrace01"}
@@ -93,6 +95,23 @@ _TOOL: Tool = {
 log = logging.getLogger(__name__)
 
 
+class Heads:
+    """The tokens of the texts with which conversations begin: the tools and the system prompt, which many share."""
+
+    def __init__(self, most: int = 64) -> None:
+        self._kept: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._most = most
+
+    def get(self, text: str, make: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the tokens of a text, which are made if they are not known."""
+        ids = self._kept.pop(text, None)
+        ids = make() if ids is None else ids
+        self._kept[text] = ids
+        if len(self._kept) > self._most:
+            self._kept.popitem(last=False)
+        return ids
+
+
 @dataclass(frozen=True, slots=True)
 class TemplateFormat:
     """The format of a model with a chat template, which it follows by rule: no model's name is known here.
@@ -100,7 +119,8 @@ class TemplateFormat:
     chat: how conversations become token ids. form: of its tool calls; None if the template writes none that can be
     read. system_anywhere: whether the template takes system messages after the first one; otherwise they become user
     messages. stop_token_ids: the tokens that end a turn before a user's message and before a tool's answer. unproven:
-    the roles whose messages can't be appended to a turn, and why.
+    the roles whose messages can't be appended to a turn, and why. tools_behind: whether what is appended depends on the
+    tools; otherwise they are not rendered for it.
     """
 
     chat: ChatFormat
@@ -108,9 +128,19 @@ class TemplateFormat:
     system_anywhere: bool
     stop_token_ids: tuple[int, ...]
     unproven: Mapping[str, str] = field(default_factory=dict)
+    tools_behind: bool = True
+    heads: "Heads" = field(default_factory=lambda: Heads(), repr=False, compare=False)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[int, ...]:
-        return self._with(tools).prompt_of(self._templated(messages))
+        chat = self._with(tools)
+        texts, mark = chat.as_text(self._templated(messages))
+        text = chat.template.render(texts)
+        end = str(chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn))
+        head, found, rest = text.partition(end)
+        if not found:
+            return chat.with_places(chat.encode(text, mark), messages)
+        first = self.heads.get(head + found, lambda: chat.encode(head + found, mark))
+        return chat.with_places(first + chat.encode(mark + rest, mark), messages)
 
     def bridge(
         self, token_ids: Sequence[int], turn: Message, added: Sequence[Message], tools: Sequence[Tool]
@@ -171,7 +201,7 @@ class TemplateFormat:
 
     def _after(self, turn: Message, added: Sequence[Message], tools: Sequence[Tool]) -> tuple[int, ...]:
         """Return the token ids that the template writes behind a turn; they start with the token that ends it."""
-        chat = self._with(tools)
+        chat = self._with(tools if self.tools_behind else ())
         texts, mark = chat.as_text(self._templated(added))
         calls = turn.get("tool_calls")
         stand_in = self._stand_in(calls if isinstance(calls, list | tuple) else ())
@@ -291,12 +321,12 @@ def learn_format(
     if not _reads_behind_reasoning(found):
         log.warning("%s: tool calls behind reasoning can't be told from it, so no tool calls are read", name)
         found = replace(found, form=None)
-    unproven = {role: why for role in ("user", "tool") if (why := _why_unproven(found, role)) is not None}
+    unproven = {role: why for role in ROLES if (why := _why_unproven(found, role)) is not None}
     for role, why in unproven.items():
         log.warning("%s: messages of the role %s can't be appended to a turn: %s", name, role, why)
-    return replace(
-        found, unproven=unproven, stop_token_ids=tuple(dict.fromkeys(ends[:1] if "tool" in unproven else ends))
-    )
+    stops = ends[:1] if "tool" in unproven else ends
+    found = replace(found, unproven=unproven, stop_token_ids=tuple(dict.fromkeys(stops)))
+    return replace(found, tools_behind=_differs_without_tools(found))
 
 
 def _ends(template: ChatTemplate, form: CallForm | None) -> list[int]:
@@ -340,17 +370,14 @@ def _why_unproven(found: TemplateFormat, role: str) -> str | None:
     """Return why messages of a role can't be appended; None if what is appended is what the template writes there."""
     if role == "tool" and found.form is None:
         return "the template writes no tool calls that can be read"
-    turn = _calling(found.form, {"argument": "value"}) if role == "tool" and found.form else _ANSWERED
-    added = _ANSWER if role == "tool" else {"role": "user", "content": "another question"}
+    turn, added = _turn_before(found, role)
     asked: list[Message] = [{"role": "user", "content": "a first question"}]
     with suppress(DataError):  # Gemma's template refuses system messages
         system: Message = {"role": "system", "content": "a system prompt"}
         found.prompt([system, *asked], [_TOOL])
         asked.insert(0, system)
     try:
-        bridge = found.bridge((found.chat.end_of_turn,), turn, [added], [_TOOL])
-        for ends in found.stop_token_ids:
-            bridge = bridge or found.bridge((ends,), turn, [added], [_TOOL])
+        bridge = _by_role(found, role, [_TOOL])
         whole = found.prompt([*asked, turn, added, turn, added], [_TOOL])
     except DataError as error:
         return str(error)
@@ -359,6 +386,28 @@ def _why_unproven(found: TemplateFormat, role: str) -> str | None:
     return (
         None if whole[-len(bridge) :] == bridge else "the template writes them in another way in a longer conversation"
     )
+
+
+def _turn_before(found: TemplateFormat, role: str) -> tuple[Message, Message]:
+    """Return a turn, and a message of a role that may follow it."""
+    if role == "tool" and found.form is not None:
+        return _calling(found.form, {"argument": "value"}), _ANSWER
+    return _ANSWERED, {"role": "user", "content": "another question"}
+
+
+def _differs_without_tools(found: TemplateFormat) -> bool:
+    """Return whether what is appended to a turn depends on the tools."""
+    try:
+        return any(_by_role(found, role, [_TOOL]) != _by_role(found, role, []) for role in ROLES)
+    except DataError:
+        return True
+
+
+def _by_role(found: TemplateFormat, role: str, tools: Sequence[Tool]) -> tuple[int, ...] | None:
+    """Return the bridge to a message of a role; None if there is none. Raises DataError."""
+    turn, added = _turn_before(found, role)
+    bridges = (found.bridge((end,), turn, [added], tools) for end in found.stop_token_ids)
+    return next(filter(None, bridges), None)
 
 
 def _reads_behind_reasoning(found: TemplateFormat) -> bool:

@@ -15,10 +15,10 @@ from millrace.gateway.call import (
     ModelCall,
     Tool,
     TurnText,
-    chain,
     extended,
     fingerprint,
     reasoning_of,
+    tools_digest,
 )
 from millrace.rollout.sample import Message
 from millrace.types import FinishReason, Float32Array, VersionSpan
@@ -83,7 +83,11 @@ class Node:
     @property
     def token_ids(self) -> tuple[int, ...]:
         """The tokens of the whole path."""
-        return tuple(token for node in self.path for token in (*node.context_ids, *node.output_ids))
+        tokens: list[int] = []
+        for node in self.path:
+            tokens += node.context_ids
+            tokens += node.output_ids
+        return tuple(tokens)
 
     @property
     def depth(self) -> int:
@@ -114,9 +118,8 @@ class Tree:
 
     def place(self, call: ModelCall) -> Place:
         """Return the deepest node whose conversation the request extends; of equal ones, one that the agent got."""
-        digests = chain(call.tools, call.messages)
         for length in range(len(call.messages) - 1, 0, -1):
-            ends = self._ends.get(digests[length], ())
+            ends = self._ends.get(call.prefixes[length], ())
             for node in sorted(ends, key=lambda one: (not one.delivered, -one.number)):
                 if _same_reasoning(node, call.messages[:length]):
                     added = call.messages[length:]
@@ -126,7 +129,7 @@ class Tree:
     def add(self, node: Node) -> Node:
         """Add a generation that has ended, and number it."""
         node.number = len(self.nodes)
-        before = node.parent.digest if node.parent else chain(node.tools, ())[0]
+        before = node.parent.digest if node.parent else tools_digest(node.tools)
         for message in (*node.added, node.turn.message):
             before = extended(before, message)
         node.digest = before
@@ -202,11 +205,10 @@ class Tree:
             node.lineage.compaction != call.lineage.compaction for node in self.nodes
         ):
             return BranchReason.COMPACTED
-        said = [fingerprint(message) for message in call.messages]
-        tools = chain(call.tools, ())[0]
+        said, tools = list(call.fingerprints), call.prefixes[0]
         roots = [node for node in reversed(self.nodes) if node.parent is None]
         longer = [root for root in roots if said[: len(root.added)] == [fingerprint(one) for one in root.added]]
-        if any(chain(root.tools, ())[0] == tools for root in longer):
+        if any(tools_digest(root.tools) == tools for root in longer):
             return self._why_other_turn(None, call.messages)
         if longer:
             return BranchReason.TOOLS_CHANGED
