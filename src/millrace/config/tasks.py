@@ -46,7 +46,7 @@ class ColumnsConfig(Model):
     """System prompt that is put before each prompt."""
 
 
-def _from_text(value: Any) -> Any:
+def from_text(value: Any) -> Any:
     """Return the shorthand `file.py:name` as a mapping."""
     if isinstance(value, str):
         path, _, name = value.rpartition(":")
@@ -67,7 +67,7 @@ class CodeConfig(Model):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
-        return _from_text(value)
+        return from_text(value)
 
 
 class McpConfig(Model):
@@ -102,7 +102,7 @@ class ToolConfig(Model):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) and ":" not in value else _from_text(value)
+        return {"name": value} if isinstance(value, str) and ":" not in value else from_text(value)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -132,7 +132,7 @@ class EnvironmentConfig(Model):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
-        return _from_text(value)
+        return from_text(value)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
