@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from millrace.agents.base import AgentCommand, AgentRunner, Ended, Job
+from millrace.agents.base import AgentCommand, AgentRunner
+from millrace.agents.job import Ended, Job
 from millrace.agents.local import LocalRunner
 from millrace.arguments import shown
 from millrace.config.agents import AgentConfig

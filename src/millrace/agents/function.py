@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from millrace.agents.base import Ended, Job
+from millrace.agents.job import Ended, Job
 from millrace.arguments import shown
 from millrace.config.agents import AgentConfig
 from millrace.errors import ConfigError, UserCodeError

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from millrace.agents.base import Agent, Ended, Job
 from millrace.agents.command import load_command
 from millrace.agents.function import load_function
+from millrace.agents.job import Agent, Ended, Job
 from millrace.config.agents import AgentConfig
 from millrace.errors import UserCodeError
 from millrace.fleet.client import FleetClient

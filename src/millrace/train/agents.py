@@ -4,7 +4,7 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from millrace.agents.base import Agent
+from millrace.agents.job import Agent
 from millrace.agents.player import AgentPlayer
 from millrace.config.gateway import GatewayConfig
 from millrace.config.models import RunConfig

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
-from millrace.agents.base import Agent
+from millrace.agents.job import Agent
 from millrace.agents.player import load_agent
 from millrace.config.models import RunConfig
 from millrace.config.tasks import RewardConfig, ToolConfig
