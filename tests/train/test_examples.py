@@ -63,6 +63,17 @@ async def test_text_game(tmp_path: Path) -> None:
     assert any(sample["turns"] > 1 for sample in samples)
 
 
+@pytest.mark.parametrize("form", ["function", "command"])
+async def test_openai_agent(tmp_path: Path, form: str) -> None:
+    pytest.importorskip("openai")
+    short = ["warmup.steps=2", "rollout.samples_per_group=8"]
+    if form == "command":
+        short += ["agent={command: [python, agent.py], reward: functions}", "agent.concurrency=2"]
+    _, samples = await run("agents/openai_agent", tmp_path, *short)
+    assert all("Tools: calculator" in sample["text"] for sample in samples)
+    assert all(sample["counts"]["requests"] == sample["turns"] for sample in samples)
+
+
 @pytest.fixture
 def shapes(tmp_path: Path) -> Path:
     """The folder in which make.py has drawn its images and made its model."""
@@ -96,6 +107,9 @@ async def test_colored_shapes(
                       "# reward: millrace.rollout.reward:gsm8k x 1", "# tools: note, calculator"]),
         ("text_game", ["# data: 8 problems; the environment makes the prompts",
                        "# environment: env.py:GuessNumber; its tools: none"]),
+        ("agents/openai_agent", ["# data: 4096 problems; the agent makes the prompts",
+                                 "# agent: agent.py:solve, 64 at once",
+                                 "# reward: millrace.rollout.reward:gsm8k x 1"]),
         ("gsm8k_multiturn", ["# data: 4096 problems; the longest prompt", "# tools: calculator"]),
     ],
 )  # fmt: skip

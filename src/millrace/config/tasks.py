@@ -20,8 +20,11 @@ def _beside_config(path: str | Path, info: ValidationInfo) -> str | Path:
 
 def _file_beside_config(part: str, info: ValidationInfo) -> str:
     """As `_beside_config`, for files only: a module may have the name of a folder."""
-    found = Path(_beside_config(part, info))
-    return str(found) if found.is_file() else part
+    try:
+        found = Path(_beside_config(part, info))
+        return str(found) if found.is_file() else part
+    except OSError:  # it is too long for a path: a program's text, as in `bash -c TEXT`
+        return part
 
 
 # Data, a Python file or a module, and a part of a command. Files are looked for beside the config, or else in the
