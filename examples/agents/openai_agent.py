@@ -13,15 +13,15 @@ CALCULATOR = {"name": "calculator", "description": "Evaluates `a + b`.", "parame
 CLIENT = AsyncOpenAI(api_key=os.environ.get("OPENAI_API_KEY", "the episode's"))
 
 
-def calculate(arguments):
+def calculate(arguments: str) -> str:
     try:
         left, sign, right = json.loads(arguments)["expression"].split()
         return f"{OPERATORS[sign](float(left), float(right)):g}"
-    except Exception as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         return f"Error: {error}"
 
 
-async def solve(prompt, base_url=None, api_key=None):
+async def solve(prompt: str, base_url: str | None = None, api_key: str | None = None) -> str | None:
     model, messages = CLIENT.with_options(base_url=base_url, api_key=api_key), [{"role": "user", "content": prompt}]
     while True:
         answer = await model.chat.completions.create(
