@@ -4,8 +4,9 @@ import asyncio
 import operator
 import os
 
-from agents import Agent, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
 from openai import AsyncOpenAI
+
+from agents import Agent, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 CLIENT = AsyncOpenAI(api_key=os.environ.get("OPENAI_API_KEY", "the episode's"))

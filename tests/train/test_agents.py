@@ -22,6 +22,7 @@ from millrace.types import VersionSpan
 from tests.agents.test_player import ASK
 from tests.train.test_own_rewards import run, samples, settings
 
+GENERATED = {"kind": "generated", "seed": 1, "problems": 2}
 LOOP = """
 asked = ["Say anything."]
 asked += [ask(*asked), "And now?"]
@@ -122,8 +123,8 @@ async def test_the_warm_up_teaches_the_calculator(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"environment": {"openenv": "http://127.0.0.1:1"}, "data.prompt": None, "evaluation.data": {"kind": "generated",
-          "seed": 1, "problems": 2}}, "environment can't be set together with"),
+        ({"environment": {"openenv": "http://127.0.0.1:1"}, "data.prompt": None, "evaluation.data": GENERATED},
+         "environment can't be set together with"),
         ({"judges": {"model": {"kind": "tiny"}, "engine": {"kind": "embedded"}}}, "judges can't be set together with"),
         ({"rollout.tools": ["calculator"]}, "rollout.tools can't be set together with agent: the agent has its own"),
         ({"rollout.partial_rollouts": False}, "rollout.partial_rollouts can't be set together with agent"),

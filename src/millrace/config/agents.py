@@ -28,7 +28,7 @@ class AgentLimitsConfig(Model):
 
 
 class AgentConfig(Model):
-    """An agent that talks to the gateway (docs/agents.md): a command for each sample, or a Python function.
+    """An agent that talks to the gateway (docs/tasks.md): a command for each sample, or a Python function.
     `file.py:name` is short for path and name."""
 
     command: Annotated[tuple[CommandPart, ...], Field(min_length=1)] | None = None

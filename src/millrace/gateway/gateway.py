@@ -72,9 +72,7 @@ class Gateway:
         if self._folder is not None:
             self._restore(self._folder)
 
-    def open_episode(
-        self, metadata: Mapping[str, object] | None = None, rules: EpisodeRules = NO_RULES
-    ) -> OpenEpisode:
+    def open_episode(self, metadata: Mapping[str, object] | None = None, rules: EpisodeRules = NO_RULES) -> OpenEpisode:
         """Open an episode. Raises ConfigError if its file can't be written."""
         episode_id, key = secrets.token_hex(8), secrets.token_urlsafe(24)
         journal = Journal(self._folder / f"{episode_id}{SUFFIX}" if self._folder else None)
