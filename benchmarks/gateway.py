@@ -22,15 +22,35 @@ import aiohttp
 import numpy as np
 import orjson
 from aiohttp import web
+from tests.rollout.test_templates import tokenizer_of
 
 from millrace.gateway import serve_gateway
 from millrace.gateway.format import TemplateFormat, learn_format
 from millrace.types import FinishReason, GenerateRequest, Generation, VersionSpan
-from tests.rollout.test_templates import tokenizer_of
 
 KEY = "the gateway's key"
 TURN = '<think>\nI look at the file first.\n</think>\n\nLet me see.\n<tool_call>\n{"name": "read", "arguments": {"path": "src/main.py", "lines": [1, 200]}}\n</tool_call>'
-WORDS = "the server reads one line of each file and writes what changed since the last time it was asked ".split()
+WORDS = [
+    "the",
+    "server",
+    "reads",
+    "one",
+    "line",
+    "of",
+    "each",
+    "file",
+    "and",
+    "writes",
+    "what",
+    "changed",
+    "since",
+    "the",
+    "last",
+    "time",
+    "it",
+    "was",
+    "asked",
+]
 PARTS = 16  # items of a stream
 
 

@@ -32,6 +32,7 @@ LAYERS = [
     "rollout",
     "serve",
     "gateway",
+    "agents",
     "train",
     "integrations",
     "cli",

@@ -114,7 +114,7 @@ async def test_bodies_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         {"messages": [QUESTION, {"role": "assistant", "tool_calls": [{"id": "a"}]}, QUESTION]},
         {**ASKED, "tools": 5}, {**ASKED, "tools": [1]}, {**ASKED, "tools": [{"type": "function"}]},
         {**ASKED, "n": 0}, {**ASKED, "n": "many"}, {**ASKED, "n": 10**6}, {**ASKED, "max_tokens": "x"}, {**ASKED, "max_tokens": -1},
-        {**ASKED, "temperature": "hot"}, 
+        {**ASKED, "temperature": "hot"},
         {**ASKED, "stop": 5}, {**ASKED, "stop": [1, None]}, {**ASKED, "logit_bias": [1]}, {**ASKED, "logit_bias": {"a": 1}},
         {**ASKED, "tool_choice": "never"}, {**ASKED, "tool_choice": "required"},
         {**ASKED, "response_format": {"type": "xml"}}, {**ASKED, "seed": "x"},

@@ -63,6 +63,20 @@ async def test_text_game(tmp_path: Path) -> None:
     assert any(sample["turns"] > 1 for sample in samples)
 
 
+@pytest.mark.parametrize(
+    ("name", "package"), [("openai_agent", "openai"), ("anthropic_agent", "anthropic"), ("agents_sdk", "agents")]
+)
+async def test_agents(tmp_path: Path, name: str, package: str) -> None:
+    pytest.importorskip(package)
+    short = ["warmup.steps=2", "rollout.samples_per_group=8", f"agent={name}.py:solve"]
+    summary, samples = await run("agents", tmp_path, *short)
+    assert all("Tools: calculator" in sample["text"] for sample in samples)
+    assert all(sample["counts"]["requests"] == sample["turns"] for sample in samples)
+    assert [step.requests for step in summary.metrics[1:]] == [
+        sum(sample["turns"] for sample in samples if sample["step"] == step) for step in (1, 2)
+    ]
+
+
 @pytest.fixture
 def shapes(tmp_path: Path) -> Path:
     """The folder in which make.py has drawn its images and made its model."""
@@ -96,6 +110,8 @@ async def test_colored_shapes(
                       "# reward: millrace.rollout.reward:gsm8k x 1", "# tools: note, calculator"]),
         ("text_game", ["# data: 8 problems; the environment makes the prompts",
                        "# environment: env.py:GuessNumber; its tools: none"]),
+        ("agents", ["# data: 4096 problems; the agent makes the prompts", "# agent: openai_agent.py:solve, 64 at once",
+                    "# reward: millrace.rollout.reward:gsm8k x 1"]),
         ("gsm8k_multiturn", ["# data: 4096 problems; the longest prompt", "# tools: calculator"]),
     ],
 )  # fmt: skip

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from millrace.config.agents import AgentConfig, check_agent
 from millrace.config.base import Model
 from millrace.config.engines import EngineConfig
+from millrace.config.gateway import GatewayConfig
 from millrace.config.judging import TEMPLATE, VERDICT, check_template, check_verdict
 from millrace.config.paths import LocalPath, PathOrName
 from millrace.config.routers import RouterConfig, check_router
@@ -342,6 +344,10 @@ class RunConfig(Model):
     `millrace.rollout.reward:gsm8k`."""
     environment: EnvironmentConfig | None = None
     """A class that plays with the model and gives the reward, in place of tools and `reward`."""
+    agent: AgentConfig | None = None
+    """An agent that talks to the gateway, in place of tools: a command for each sample, or a function."""
+    gateway: GatewayConfig | None = None
+    """The gateway for `agent`. None is one with the default settings."""
     rollout: RolloutConfig
     """How rollouts are sampled."""
     warmup: WarmupConfig | None = None
@@ -394,6 +400,7 @@ class RunConfig(Model):
                     "evaluation.data.images": getattr(self.evaluation.data, "images", None),
                 }
             )
+        check_agent(self)
         has_tasks = self.environment is not None and self.environment.verifiers is not None
         for setting, data in (("data", self.data), ("evaluation.data", self.evaluation.data)):
             if isinstance(data, TasksDataConfig) is not has_tasks:

@@ -20,8 +20,11 @@ def _beside_config(path: str | Path, info: ValidationInfo) -> str | Path:
 
 def _file_beside_config(part: str, info: ValidationInfo) -> str:
     """As `_beside_config`, for files only: a module may have the name of a folder."""
-    found = Path(_beside_config(part, info))
-    return str(found) if found.is_file() else part
+    try:
+        found = Path(_beside_config(part, info))
+        return str(found) if found.is_file() else part
+    except OSError:  # it is too long for a path: a program's text, as in `bash -c TEXT`
+        return part
 
 
 # Data, a Python file or a module, and a part of a command. Files are looked for beside the config, or else in the
@@ -46,7 +49,7 @@ class ColumnsConfig(Model):
     """System prompt that is put before each prompt."""
 
 
-def _from_text(value: Any) -> Any:
+def from_text(value: Any) -> Any:
     """Return the shorthand `file.py:name` as a mapping."""
     if isinstance(value, str):
         path, _, name = value.rpartition(":")
@@ -67,7 +70,7 @@ class CodeConfig(Model):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
-        return _from_text(value)
+        return from_text(value)
 
 
 class McpConfig(Model):
@@ -102,7 +105,7 @@ class ToolConfig(Model):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) and ":" not in value else _from_text(value)
+        return {"name": value} if isinstance(value, str) and ":" not in value else from_text(value)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -132,7 +135,7 @@ class EnvironmentConfig(Model):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
-        return _from_text(value)
+        return from_text(value)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

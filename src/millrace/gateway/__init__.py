@@ -7,6 +7,7 @@ from millrace.lazy import exports
 if TYPE_CHECKING:
     from millrace.gateway.format import TurnFormat, load_format
     from millrace.gateway.gateway import Gateway, OpenEpisode
+    from millrace.gateway.rules import EpisodeRules
     from millrace.gateway.samples import GatewaySample
     from millrace.gateway.server import serve_gateway
 
@@ -15,9 +16,10 @@ __getattr__, __dir__ = exports(
     {
         "millrace.gateway.format": ["TurnFormat", "load_format"],
         "millrace.gateway.gateway": ["Gateway", "OpenEpisode"],
+        "millrace.gateway.rules": ["EpisodeRules"],
         "millrace.gateway.samples": ["GatewaySample"],
         "millrace.gateway.server": ["serve_gateway"],
     },
 )
 
-__all__ = ["Gateway", "GatewaySample", "OpenEpisode", "TurnFormat", "load_format", "serve_gateway"]
+__all__ = ["EpisodeRules", "Gateway", "GatewaySample", "OpenEpisode", "TurnFormat", "load_format", "serve_gateway"]

@@ -20,15 +20,17 @@ from millrace.gateway.call import ModelCall
 from millrace.gateway.format import TurnFormat
 from millrace.gateway.journal import Journal
 from millrace.gateway.protocols.base import ContextFull, RequestError
+from millrace.gateway.rules import NO_RULES, EpisodeRules, overruled, sampling_of
 from millrace.gateway.samples import GatewaySample, samples_of
 from millrace.gateway.tree import BranchReason, Node, Place, Tree
 from millrace.gateway.turn import EpisodeClosed, Reader, Turn, usage_of
+from millrace.rollout.agent import AbortedGeneration
 from millrace.rollout.sample import images_in
-from millrace.types import Capability, GenerateRequest, Generation, RoutingContext, SamplingParams
-
-T = TypeVar("T")
+from millrace.types import Capability, FinishReason, GenerateRequest, Generation, RoutingContext
 
 MOST_SAMPLES = 128  # of one request, as at OpenAI
+T = TypeVar("T")
+
 ALLOWED_WHEN_STRICT = (None, BranchReason.RESAMPLED, BranchReason.SUB_AGENT, BranchReason.OTHER_CONVERSATION)
 
 
@@ -46,11 +48,19 @@ class Engines:
         return Capability.JSON_SCHEMA in self.fleet.capabilities
 
 
+class TurnsUsed(RequestError):
+    """The episode has had all of its generations. The code is one after which agents stop."""
+
+    def __init__(self, turns: int) -> None:
+        super().__init__(f"this episode has used its {turns} turns", code="context_length_exceeded")
+
+
 @dataclass(slots=True)
 class Episode:
     """One episode. `counts`: of what happened to its requests, by name; what was dropped is `dropped:NAME`.
 
-    id: public. group: the episodes of one group share a baseline. reward, parts: None and empty until it is finished.
+    id: public. reward, parts: None and empty until it is finished. started: how many generations were asked for.
+    failures: of the engines, by the identities of the requests that were not answered later.
     """
 
     id: str
@@ -64,6 +74,9 @@ class Episode:
     reward: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)  # that are being answered, or that the agent did not get
+    rules: EpisodeRules = NO_RULES
+    started: int = 0
+    failures: dict[bytes, BaseException] = field(default_factory=dict)
 
     async def ask(self, call: ModelCall) -> Turn:
         """Start to answer a request, or join the turn whose answer to the same request the agent did not get.
@@ -78,8 +91,12 @@ class Episode:
                 turn.abandoned = False
                 self.counts["retried"] += 1
                 return turn
+        if self.rules.max_turns is not None and self.started + call.n > self.rules.max_turns:
+            self.counts["limit:turns"] += 1
+            raise TurnsUsed(self.rules.max_turns)
+        self.started += call.n
         self.counts["requests"] += 1
-        self.counts.update(f"dropped:{name}" for name in call.dropped)
+        self.counts.update(f"dropped:{name}" for name in (*call.dropped, *overruled(call.wanted, self.rules)))
         if call.schema is not None and not self.engines.follow_schemas:
             self.counts["dropped:json_schema"] += 1
         turn = Turn(call, identity, secrets.token_hex(8), int(time.time()))
@@ -87,7 +104,7 @@ class Episode:
         requests = self._requests(turn, prepared)
         self.turns.append(turn)
         turn.task = asyncio.create_task(self._generate(turn, prepared, requests), name=f"turn {turn.id}")
-        turn.task.add_done_callback(_seen)
+        turn.task.add_done_callback(lambda task: self._note(identity, task))
         return turn
 
     def delivered(self, turn: Turn) -> None:
@@ -131,6 +148,18 @@ class Episode:
     def count_tokens(self, call: ModelCall) -> int:
         """Return the number of tokens of a request's prompt. Raises RequestError."""
         return self._prepare(call).length
+
+    def _note(self, identity: bytes, task: "asyncio.Task[Answer]") -> None:
+        """Note whether a request failed by no fault of the agent. The agent may never ask for the error."""
+        if task.cancelled():
+            return
+        match task.exception():
+            case None:
+                self.failures.pop(identity, None)
+            case RequestError():
+                pass
+            case error:
+                self.failures[identity] = error
 
     def _prepare(self, call: ModelCall) -> "_Prepared":
         """Return where a request attaches and the tokens of its prompt. Raises RequestError."""
@@ -197,7 +226,8 @@ class Episode:
 
         async def one(request: GenerateRequest, reader: Reader) -> Generation:
             if not call.stream or request.sampling.json_schema is not None:  # which may start anew
-                return await fleet.generate(request, deadline=config.timeout, routing=routing, retries=config.retries)
+                whole = await fleet.generate(request, deadline=config.timeout, routing=routing, retries=config.retries)
+                return _unless_aborted(whole)
             made: Generation | None = None
             stream = fleet.stream(request, deadline=config.timeout, routing=routing, retries=config.retries)
             async with aclosing(stream) as parts:
@@ -205,7 +235,7 @@ class Episode:
                     reader.take(made)
                     turn.show(reader.grown())
             assert made is not None, "a stream has a last item"
-            return made
+            return _unless_aborted(made)
 
         made = await _all([one(*pair) for pair in zip(requests, readers, strict=True)])
         alternatives, thoughts = [], 0
@@ -215,31 +245,22 @@ class Episode:
             alternatives.append(alternative)
             thoughts += reader.reasoning_tokens(alternative.turn)
         turn.numbers = tuple(
-            self._keep(turn, prepared, generation, alternative)
+            self._keep(turn, prepared, generation, alternative, requests[0].sampling.temperature)
             for generation, alternative in zip(made, alternatives, strict=True)
         )
         return Answer(turn.id, config.model, turn.created, tuple(alternatives), usage_of(made, thoughts))
 
     def _requests(self, turn: Turn, prepared: "_Prepared") -> list[GenerateRequest]:
-        call, config, limit = turn.call, self.engines.config, self.engines.fleet.context_length
+        call, limit = turn.call, self.engines.fleet.context_length
+        if self.rules.max_sample_tokens is not None:
+            limit = min(limit, self.rules.max_sample_tokens)
         room = limit - prepared.length
         if room < 1:
+            self.counts["limit:tokens"] += 1
             raise ContextFull(prepared.length, limit)
-        wanted = call.wanted
-        most = min(one for one in (room, wanted.max_tokens, config.max_turn_tokens) if one is not None)
-        sampling = SamplingParams(
-            max_new_tokens=max(most, 1),
-            temperature=_first(config.temperature, wanted.temperature, 1.0),
-            top_p=_first(config.top_p, wanted.top_p, 1.0),
-            top_k=_first(config.top_k, wanted.top_k, -1),
-            min_p=_first(wanted.min_p, 0.0),
-            seed=wanted.seed,
-            stop=wanted.stop,
+        sampling = replace(
+            sampling_of(call.wanted, self.engines.config, self.rules, room),
             stop_token_ids=self.engines.format.stop_token_ids,
-            repetition_penalty=_first(wanted.repetition_penalty, 1.0),
-            frequency_penalty=_first(wanted.frequency_penalty, 0.0),
-            presence_penalty=_first(wanted.presence_penalty, 0.0),
-            logit_bias=dict(wanted.logit_bias),
             json_schema=orjson.dumps(call.schema).decode() if call.schema and self.engines.follow_schemas else None,
         )
         request = GenerateRequest(
@@ -251,17 +272,18 @@ class Episode:
             replace(
                 request,
                 request_id=f"{request.request_id}-{index}",
-                sampling=sampling if wanted.seed is None else replace(sampling, seed=wanted.seed + index),
+                sampling=sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index),
             )
             for index in range(call.n)
         ]
 
-    def _keep(self, turn: Turn, prepared: "_Prepared", made: Generation, alternative: Alternative) -> int:
+    def _keep(
+        self, turn: Turn, prepared: "_Prepared", made: Generation, alternative: Alternative, temperature: float
+    ) -> int:
         """Add a generation to the tree and the journal, and return its number."""
         place, context = prepared.place, prepared.context
         if made.prompt_ids is not None:  # as the engine read it, with a run of placeholders for each image
             context = made.prompt_ids[len(prepared.before) :]
-        sampling_temperature = _first(self.engines.config.temperature, turn.call.wanted.temperature, 1.0)
         node = self.tree.add(
             Node(
                 number=0,
@@ -277,7 +299,7 @@ class Episode:
                 identity=turn.identity,
                 reason=place.reason,
                 lineage=turn.call.lineage,
-                temperature=sampling_temperature,
+                temperature=temperature,
                 images=images_in(place.added),
             )
         )
@@ -320,19 +342,16 @@ async def _all(answers: Sequence[Coroutine[None, None, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-def _first(*values: T | None) -> T:
-    return next(value for value in values if value is not None)
+def _unless_aborted(made: Generation) -> Generation:
+    """Raise AbortedGeneration if an engine gave the request up, and no retry was left."""
+    if made.finish_reason is FinishReason.ABORT:
+        raise AbortedGeneration(made.request_id)
+    return made
 
 
 def _failed(turn: Turn) -> bool:
     task = turn.task
     return task is not None and task.done() and (task.cancelled() or task.exception() is not None)
-
-
-def _seen(task: "asyncio.Task[Answer]") -> None:
-    """Read a task's error, which the agent may never ask for."""
-    if not task.cancelled():
-        task.exception()
 
 
 def counted(episodes: Sequence[Episode]) -> Counter[str]:

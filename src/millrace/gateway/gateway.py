@@ -15,6 +15,7 @@ from millrace.fleet.client import FleetClient
 from millrace.gateway.episode import Engines, Episode
 from millrace.gateway.format import TurnFormat
 from millrace.gateway.journal import SUFFIX, Journal, decoded, read_journals
+from millrace.gateway.rules import NO_RULES, EpisodeRules
 from millrace.gateway.samples import GatewaySample
 
 
@@ -71,18 +72,20 @@ class Gateway:
         if self._folder is not None:
             self._restore(self._folder)
 
-    def open_episode(self, metadata: Mapping[str, object] | None = None) -> OpenEpisode:
+    def open_episode(self, metadata: Mapping[str, object] | None = None, rules: EpisodeRules = NO_RULES) -> OpenEpisode:
         """Open an episode. Raises ConfigError if its file can't be written."""
         episode_id, key = secrets.token_hex(8), secrets.token_urlsafe(24)
         journal = Journal(self._folder / f"{episode_id}{SUFFIX}" if self._folder else None)
-        episode = Episode(episode_id, self.engines, dict(metadata or {}), time.time(), journal)
+        episode = Episode(episode_id, self.engines, dict(metadata or {}), time.time(), journal, rules=rules)
         digest = _digest(key)
         journal.opened(episode_id, digest.hex(), episode.metadata, episode.created)
         self.episodes[episode_id] = self._by_key[digest] = episode
         return OpenEpisode(episode, episode_id, f"{self.url}/e/{key}", key)
 
     @asynccontextmanager
-    async def episode(self, metadata: Mapping[str, object] | None = None) -> AsyncIterator[OpenEpisode]:
+    async def episode(
+        self, metadata: Mapping[str, object] | None = None, rules: EpisodeRules = NO_RULES
+    ) -> AsyncIterator[OpenEpisode]:
         """Open an episode for the block, and close it behind it, unless the block did.
 
         Example:
@@ -91,7 +94,7 @@ class Gateway:
                 await run_agent(episode.base_url, episode.api_key)
             samples = episode.samples()
         """
-        opened = self.open_episode(metadata)
+        opened = self.open_episode(metadata, rules)
         try:
             yield opened
         finally:

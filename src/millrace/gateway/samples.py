@@ -29,7 +29,7 @@ class GatewaySample:
 
 
 def samples_of(tree: Tree) -> list[GatewaySample]:
-    """Return the samples of an episode, in the order in which their last answers ended."""
+    """Return the samples of an episode, in the order in which their last answers ended, but superseded ones last."""
     return [_sample(line) for line in lines(tree)]
 
 

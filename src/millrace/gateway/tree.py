@@ -237,9 +237,12 @@ class Line:
 
 
 def lines(tree: Tree) -> Iterator[Line]:
-    """Yield the paths of the tree, in the order in which their leaves ended."""
+    """Yield the paths of the tree, in the order in which their leaves ended, but superseded ones last.
+
+    So no generation is trained in a superseded path that is also in another one.
+    """
     seen: set[int] = set()
-    for leaf in tree.leaves:
+    for leaf in sorted(tree.leaves, key=tree.superseded):
         path = tuple(leaf.path)
         trained = frozenset(node.number for node in path) - seen
         seen |= trained

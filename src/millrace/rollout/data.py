@@ -39,13 +39,15 @@ def load_problems(
     *,
     held_out: bool = False,
     prompts: bool = True,
+    optional: bool = False,
     check: Callable[[Problem], None] = lambda _: None,
 ) -> tuple[Problem, ...]:
     """Return all problems of a data set.
 
     held_out: the generator returns held-out problems, which training never sees. Files and Hub data sets are not
     divided. The tasks of an environment come from it later, so there are none here. prompts: whether the rows have
-    prompts; if not, the messages are the system prompt alone. check: raises ValueError if a problem can't be used.
+    prompts; if not, the messages are the system prompt alone. optional: whether there may be no column of prompts,
+    which has the same effect. check: raises ValueError if a problem can't be used.
 
     Raises DataError if the data set is missing or empty, a row lacks a column or has another shape, or `check` refuses
     it. The message names file and row.
@@ -55,9 +57,10 @@ def load_problems(
             made = generate_problems(config.seed, config.problems, held_out=held_out)
             problems = tuple(made if prompts else (replace(problem, messages=()) for problem in made))
         case FileDataConfig():
-            problems = tuple(_problems(_read_file(config.path), config, prompts, check, config.path.parent))
+            rows = _read_file(config.path)
+            problems = tuple(_problems(rows, config, prompts, optional, check, config.path.parent))
         case HubDataConfig():
-            problems = tuple(_problems(_read_hub(config), config, prompts, check, Path()))
+            problems = tuple(_problems(_read_hub(config), config, prompts, optional, check, Path()))
         case TasksDataConfig():
             return ()
     if not problems:
@@ -78,14 +81,19 @@ def problems_at(problems: Sequence[Problem], seed: int, position: int, count: in
 
 
 def _problems(
-    rows: Iterator[_Row], config: ColumnsConfig, prompts: bool, check: Callable[[Problem], None], folder: Path
+    rows: Iterator[_Row],
+    config: ColumnsConfig,
+    prompts: bool,
+    optional: bool,
+    check: Callable[[Problem], None],
+    folder: Path,
 ) -> Iterator[Problem]:
     """Yield the rows as problems. folder: where the relative paths of images begin."""
     columns: ColumnsConfig | None = None
     for row in rows:
         try:
             value = _columns_of(row.value)
-            columns = columns or _complete(config, value, prompts)
+            columns = columns or _complete(config, value, prompts, optional)
             problem = _problem(row.problem_id, value, columns, folder)
             check(problem)
         except ValueError as error:
@@ -101,12 +109,12 @@ def _columns_of(row: object) -> Mapping[str, object]:
             raise ValueError("it is not a JSON object whose keys are the columns")
 
 
-def _complete(config: ColumnsConfig, row: Mapping[str, object], prompts: bool) -> ColumnsConfig:
+def _complete(config: ColumnsConfig, row: Mapping[str, object], prompts: bool, optional: bool) -> ColumnsConfig:
     """Return the columns with names in place of None, by those of the first row. No prompt stays None."""
     prompt, answer = config.prompt, config.answer
     if prompts and prompt is None:
         prompt = next((name for name in PROMPT_COLUMNS if name in row), None)
-        if prompt is None:
+        if prompt is None and not optional:
             raise ValueError(
                 f'it has no column "question", "prompt" or "messages"; name the column of the prompt in `prompt:`. '
                 f"It has: {_names(row)}"

@@ -13,6 +13,7 @@ from millrace.errors import (
     EngineTimeout,
     EngineUnreachable,
     JudgeError,
+    LaunchError,
     LocalError,
     NonFiniteLogprobs,
     UserCodeError,
@@ -23,7 +24,8 @@ from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, Generate, c
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.environment import EnvironmentKind
 from millrace.rollout.judge import Judge
-from millrace.rollout.sample import Episode, Problem, Sample, SampleStatus, images_in
+from millrace.rollout.player import Player
+from millrace.rollout.sample import Episode, Problem, Sample, SampleStatus, images_in, text_of
 from millrace.rollout.scoring import Played, Rewards
 from millrace.rollout.toolbox import MakeTool, opened
 from millrace.rollout.tools import ToolAnswer
@@ -56,8 +58,8 @@ class SampleRunner:
     sample, without the time in which the fleet sleeps. retries: how many engine failures one sample survives. partial:
     whether a sample keeps its tokens when an engine fails, and another engine continues it. rewards: the functions that
     give the reward. judge: grades each sample as soon as it has ended; None if there is no judge, or it grades later.
-    environment: plays the episodes in place of tools and rewards. last_chance: the lock under which requests without a
-    retry left are sent.
+    environment: plays the episodes in place of tools and rewards. player: plays whole samples, in place of tools.
+    last_chance: the lock under which requests without a retry left are sent.
     """
 
     fleet: FleetClient
@@ -71,6 +73,7 @@ class SampleRunner:
     rewards: Rewards = field(default_factory=Rewards)
     judge: Judge | None = None
     environment: EnvironmentKind | None = None
+    player: Player | None = None
     tool_counts: ToolCounts = field(default_factory=ToolCounts)
     last_chance: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -85,12 +88,39 @@ class SampleRunner:
         engine refused the request, or the weights gave NaN. Raises NoEngineError, which would fail every sample.
         """
         try:
+            if self.player is not None:
+                return await self._play_by(self.player, sample_id, group_id, problem)
             async with asyncio.timeout(self.timeout) as timer:
                 return await self._try(sample_id, group_id, problem, timer)
         except (TimeoutError, EngineTimeout):
             return _failed(sample_id, group_id, problem, f"not done within {self.timeout:g} s")
         except (EngineRefused, NonFiniteLogprobs, DataError, JudgeError, UserCodeError) as error:
             return _failed(sample_id, group_id, problem, str(error))
+
+    async def _play_by(self, player: Player, sample_id: str, group_id: str, problem: Problem) -> Sample:
+        """Play a sample once. The gateway retries requests whose engines fail, so what is raised is final."""
+        try:
+            played = await player.play(
+                sample_id, problem, sampling=self.sampling, limits=self.limits, timeout=self.timeout
+            )
+        except (EngineUnreachable, EngineFailed, LocalError, LaunchError, AbortedGeneration) as error:
+            return _failed(sample_id, group_id, problem, str(error))
+        parts, reward = dict(played.parts), played.reward
+        if reward is None:
+            parts |= await self._parts(problem, played.episode, self.timeout)
+            reward = self._total(parts)
+        finished = SampleStatus.FINISHED
+        return Sample(
+            sample_id,
+            group_id,
+            problem,
+            finished,
+            played.episode,
+            reward,
+            rewards=parts,
+            branches=played.branches,
+            counts=played.counts,
+        )
 
     async def _try(self, sample_id: str, group_id: str, problem: Problem, timer: asyncio.Timeout) -> Sample:
         attempts = Attempts(self.retries, self.fleet.event_log)
@@ -180,6 +210,9 @@ class SampleRunner:
         return parts
 
     def _played(self, problem: Problem, episode: Episode) -> Played:
+        if self.player is not None:  # the messages are the whole conversation, and the last one is a turn of the model
+            answer = text_of(episode.messages[-1].get("content"))
+            return Played(episode.messages, answer, problem.row, problem, episode)
         return Played.of(problem, episode, last_answer(episode, self.chat))
 
     def _total(self, parts: Mapping[str, float]) -> float:

@@ -99,7 +99,9 @@ class Sample:
     """One attempt at a problem.
 
     episode: None unless the status is FINISHED. reward: 0 without an episode. reason: why there is no episode. rewards:
-    the parts of the reward before they are weighted, by the names of their functions.
+    the parts of the reward before they are weighted, by the names of their functions. branches: of an agent's sample,
+    the token sequences besides the episode, in which each generated token is trained once. counts: of an agent's
+    sample, what happened to its requests, by name.
     """
 
     sample_id: str
@@ -110,11 +112,23 @@ class Sample:
     reward: float
     reason: str | None = None
     rewards: Mapping[str, float] = field(default_factory=dict)
+    branches: tuple[Episode, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def sequences(self) -> tuple[Episode, ...]:
+        """All token sequences to train on; each has the sample's advantage. Empty without an episode."""
+        return (*self.branches, self.episode) if self.episode is not None else ()
+
+    @property
+    def generated_tokens(self) -> int:
+        """The number of tokens that the model generated, in all sequences."""
+        return sum(int(one.loss_mask.sum()) for one in self.sequences)
 
     @property
     def oldest_version(self) -> int | None:
         """The oldest weight version of its tokens; None if no published version generated any."""
-        versions = [s.version for s in self.episode.version_spans if s.version is not None] if self.episode else []
+        versions = [s.version for one in self.sequences for s in one.version_spans if s.version is not None]
         return min(versions, default=None)
 
 

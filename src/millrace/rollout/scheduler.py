@@ -157,5 +157,11 @@ async def _ended(running: _Running, runner: Runner) -> list[Sample]:
 
 def _aborted(sample: Sample) -> Sample:
     return replace(
-        sample, status=SampleStatus.ABORTED, episode=None, reward=0.0, rewards={}, reason="cancelled: too old"
+        sample,
+        status=SampleStatus.ABORTED,
+        episode=None,
+        branches=(),
+        reward=0.0,
+        rewards={},
+        reason="cancelled: too old",
     )

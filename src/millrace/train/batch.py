@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from millrace.rollout.sample import Group
+from millrace.train.loss import group_advantages
 from millrace.types import Float32Array
 
 
@@ -17,7 +19,8 @@ class TrainSample:
 
     token_ids: [T] integers. loss_mask: [T] bool, True for tokens to train on; False at position 0, which has no
     prediction. logprobs: [T] float32, the engine's at the sampling temperature; used only where loss_mask is True.
-    images: the contents of image files; `token_ids` has a run of placeholders for each, as the engine read them. Raises
+    images: the contents of image files; `token_ids` has a run of placeholders for each, as the engine read them.
+    of_tokens: the trained tokens of the whole sample that this is a sequence of; None if it is the whole. Raises
     ValueError if shapes or dtypes don't match.
     """
 
@@ -26,6 +29,7 @@ class TrainSample:
     logprobs: Float32Array
     advantage: float
     images: tuple[bytes, ...] = field(default=(), repr=False)
+    of_tokens: int | None = None
 
     def __post_init__(self) -> None:
         shapes = {self.token_ids.shape, self.loss_mask.shape, self.logprobs.shape}
@@ -44,6 +48,32 @@ class TrainSample:
         """The number of tokens to train on."""
         return int(self.loss_mask.sum())
 
+    @property
+    def share(self) -> float:
+        """Its share of the sample's trained tokens: 1 if it is the whole; 0 without any."""
+        return 0.0 if not self.trained_tokens else self.trained_tokens / (self.of_tokens or self.trained_tokens)
+
+
+def sequences_of(group: Group, *, normalize: bool) -> list[TrainSample]:
+    """Return the token sequences of a group's samples, all of which are finished, with their advantages.
+
+    A sample counts once in the group's baseline however many sequences it has, and each of them has its advantage.
+    normalize: as in `group_advantages`.
+    """
+    advantages = group_advantages([sample.reward for sample in group.samples], normalize=normalize)
+    return [
+        TrainSample(
+            np.asarray(one.token_ids, dtype=np.int64),
+            one.loss_mask,
+            one.logprobs,
+            float(advantage),
+            one.images,
+            sample.generated_tokens if sample.branches else None,
+        )
+        for sample, advantage in zip(group.samples, advantages, strict=True)
+        for one in sample.sequences
+    ]
+
 
 def supervised_sample(token_ids: Sequence[int], loss_mask: Sequence[bool], images: Sequence[bytes] = ()) -> TrainSample:
     """Return a sample for supervised training. Its logprobs are zeros, which `supervised_step` does not use.
@@ -59,16 +89,17 @@ def supervised_sample(token_ids: Sequence[int], loss_mask: Sequence[bool], image
 class Microbatch:
     """The samples of one forward and backward pass, padded on the right to the longest of them.
 
-    token_ids_BT: int64. engine_logprobs_BT: float32. mask_BT: bool. advantages_B: float32. All on one device. images:
-    the contents of the image files of all samples, in the order of their placeholders in `token_ids_BT`. There is no
-    attention mask: in a causal model no token attends to the padding after it, and mask_BT excludes the padding from
-    the loss.
+    token_ids_BT: int64. engine_logprobs_BT: float32. mask_BT: bool. advantages_B: float32. tokens_B: int64, the trained
+    tokens of the sample that each row belongs to. All on one device. images: the contents of the image files of all
+    samples, in the order of their placeholders in `token_ids_BT`. There is no attention mask: in a causal model no
+    token attends to the padding after it, and mask_BT excludes the padding from the loss.
     """
 
     token_ids_BT: Tensor
     engine_logprobs_BT: Tensor
     mask_BT: Tensor
     advantages_B: Tensor
+    tokens_B: Tensor
     images: tuple[bytes, ...] = field(default=(), repr=False)
 
     def to(self, device: torch.device) -> "Microbatch":
@@ -78,6 +109,7 @@ class Microbatch:
             self.engine_logprobs_BT.to(device),
             self.mask_BT.to(device),
             self.advantages_B.to(device),
+            self.tokens_B.to(device),
             self.images,
         )
 
@@ -121,11 +153,13 @@ def collate(samples: Sequence[TrainSample]) -> Microbatch:
         logprobs[row, :length] = np.where(sample.loss_mask, sample.logprobs, 0.0)
         mask[row, :length] = sample.loss_mask
     advantages = np.array([sample.advantage for sample in samples], dtype=np.float32)
+    tokens = np.array([sample.of_tokens or sample.trained_tokens for sample in samples], dtype=np.int64)
     return Microbatch(
         torch.from_numpy(token_ids),
         torch.from_numpy(logprobs),
         torch.from_numpy(mask),
         torch.from_numpy(advantages),
+        torch.from_numpy(tokens),
         tuple(image for sample in samples for image in sample.images),
     )
 

@@ -10,6 +10,7 @@ from millrace.errors import DataError
 from millrace.model_config import context_length
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.sample import Problem, images_in
+from millrace.train.agents import agent_format
 from millrace.train.task import Task, load_task, prompt_length, task_chat_format, with_servers
 from millrace.train.tiny import make_tiny_tokenizer
 
@@ -29,11 +30,12 @@ async def look(config: RunConfig) -> list[str]:
             make_tiny_tokenizer().save_pretrained(folder)
             model = folder
         chat = task_chat_format(config, task, model)
+        agent_format(config, model)
         limit, why = _most_tokens(config, model)
     return [
         f"data: {_problems(task.problems, task, chat, limit, why)}",
         f"evaluation: {_problems(task.held_out, task, chat, limit, why)}",
-        *_code(task),
+        *_code(task, config),
     ]
 
 
@@ -53,6 +55,8 @@ def _problems(problems: Sequence[Problem], task: Task, chat: ChatFormat, most: i
     count = f"{len(problems)} problems"
     if task.environment is not None:
         return f"{count}; the environment makes the prompts"
+    if task.agent is not None:
+        return f"{count}; the agent makes the prompts"
     lengths = {problem.problem_id: prompt_length(problem, chat) for problem in problems}
     longest = max(lengths, key=lengths.__getitem__)
     if lengths[longest] >= most:
@@ -65,11 +69,18 @@ def _problems(problems: Sequence[Problem], task: Task, chat: ChatFormat, most: i
     return f"{count}; the longest prompt, {longest}, has {lengths[longest]} of the {most} tokens of a sample"
 
 
-def _code(task: Task) -> Iterator[str]:
+def _code(task: Task, config: RunConfig) -> Iterator[str]:
     if (environment := task.environment) is not None:
         names = ", ".join(tool["function"]["name"] for tool in environment.tools) or "none"  # type: ignore[index]
         yield f"environment: {environment.where}; its tools: {names}"
         return
+    if task.agent is not None and config.agent is not None:
+        settings = config.agent.rewarded(functions=config.reward is not None)
+        yield f"agent: {task.agent.where}, {settings.concurrency} at once"
+        if settings.reward != "functions":
+            yield f"reward: {settings.reward}"
+            return
     functions = (f"{f.where} x {f.weight:g}{' (whole groups)' if f.batch else ''}" for f in task.rewards.functions)
     yield f"reward: {', '.join(functions)}"
-    yield f"tools: {', '.join(task.tools) or 'none'}"
+    if task.agent is None:
+        yield f"tools: {', '.join(task.tools) or 'none'}"

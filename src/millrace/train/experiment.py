@@ -19,11 +19,13 @@ from millrace.fleet.local import open_fleet
 from millrace.rollout.agent import EpisodeLimits
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.judge import Judge
+from millrace.rollout.player import Player
 from millrace.rollout.runner import SampleRunner, sampling_params
 from millrace.rollout.sample import Problem
 from millrace.serve.server import serve_metrics
 from millrace.serve.view import Observer
 from millrace.train import checkpoint
+from millrace.train.agents import agent_format, open_player
 from millrace.train.batch import supervised_sample
 from millrace.train.curves import draw_curves
 from millrace.train.display import Display
@@ -90,15 +92,17 @@ async def _train(
             model_path = await _starting_model(config, folder, world, thread, fresh=not resume)
             content = Content(task_chat_format(config, task, str(model_path)), task.share(world.rank, world.size))
             judge_of = judge_model(config.judges, folder.path, fresh=not resume)
+            turns = agent_format(config, str(model_path))
             with EventLog(folder.events_path) as event_log:
-                async with _engines(
-                    config, model_path, judge_of, content, world, thread, folder, event_log, display
-                ) as (
-                    fleet,
-                    judge,
+                async with (
+                    _engines(config, model_path, judge_of, content, world, thread, folder, event_log, display) as (
+                        fleet,
+                        judge,
+                    ),
+                    open_player(config, task.agent, turns, fleet, world.size) as player,
                 ):
-                    runner = _runner(config, fleet, content, judge)
-                    if task.environment is None:  # which makes the prompts later
+                    runner = _runner(config, fleet, content, judge, player)
+                    if task.environment is None and task.agent is None:  # which make the prompts later
                         _require_room(runner, [*content.task.problems, *content.task.held_out], config)
                     ranks = Ranks(world, thread, fleet)
                     loop = _assemble(config, model_path, ranks, runner, judge, content, folder, display)
@@ -225,7 +229,9 @@ def starting_model(config: RunConfig, run: Path, *, fresh: bool) -> Path:
     return model_folder(config.model, run / "model", seed=config.seed, fresh=fresh, setting="model.path")
 
 
-def _runner(config: RunConfig, fleet: FleetClient, content: Content, judge: Judge | None) -> SampleRunner:
+def _runner(
+    config: RunConfig, fleet: FleetClient, content: Content, judge: Judge | None, player: Player | None
+) -> SampleRunner:
     rollout = config.rollout
     at_once = judge is not None and judge.config.mode == "standalone"  # otherwise after all samples have ended
     return SampleRunner(
@@ -241,6 +247,7 @@ def _runner(config: RunConfig, fleet: FleetClient, content: Content, judge: Judg
         partial=rollout.partial_rollouts,
         rewards=content.task.rewards,
         environment=content.task.environment,
+        player=player,
         judge=judge if at_once else None,
     )
 

@@ -7,6 +7,7 @@ generating, as far ahead as `max_staleness` allows.
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,9 +24,8 @@ from millrace.rollout.runner import SampleRunner, ToolCounts, greedy
 from millrace.rollout.sample import Group, Problem, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler, SampleCounts
 from millrace.train import checkpoint
-from millrace.train.batch import TrainSample
+from millrace.train.batch import sequences_of
 from millrace.train.display import Display
-from millrace.train.loss import group_advantages
 from millrace.train.ranks import Ranks
 from millrace.train.record import RunFolder, StepMetrics, mean_parts
 from millrace.train.trainer import StepStats, Trainer
@@ -238,15 +238,8 @@ class TrainingLoop:
         await self.in_trainer(checkpoint.save, self.folder.path, self.trainer, state, keep=self.config.checkpoint.keep)
 
     def _train(self, groups: Sequence[Group]) -> StepStats:
-        samples = []
-        for group in groups:
-            rewards = [sample.reward for sample in group.samples]
-            advantages = group_advantages(rewards, normalize=self.config.train.loss.normalize_advantages)
-            for sample, advantage in zip(group.samples, advantages, strict=True):
-                assert sample.episode is not None
-                episode = sample.episode
-                ids = np.asarray(episode.token_ids, dtype=np.int64)
-                samples.append(TrainSample(ids, episode.loss_mask, episode.logprobs, float(advantage), episode.images))
+        normalize = self.config.train.loss.normalize_advantages
+        samples = [one for group in groups for one in sequences_of(group, normalize=normalize)]
         return self.trainer.train_step(samples, self.config.rollout.temperature)
 
     def _show_generating(self, complete: int) -> None:
@@ -338,7 +331,8 @@ def _metrics(
 
     # In standalone mode the engines generate all the time; in hybrid mode only while the trainer waits.
     generating = max(watch.seconds["step" if standalone else "rollout"], 1e-9)
-    tokens = sum(int(s.episode.loss_mask.sum()) for s in batch.all_samples if s.episode is not None)
+    tokens = sum(sample.generated_tokens for sample in batch.all_samples)
+    counts: Counter[str] = sum((Counter(sample.counts) for sample in batch.all_samples), Counter())
     return StepMetrics(
         step=progress.step,
         weight_version=progress.version,
@@ -373,4 +367,9 @@ def _metrics(
         grade=grades.mean,
         grades=grades.graded,
         grades_unread=grades.unread,
+        branches=float(np.mean([len(sample.sequences) for sample in batch.samples])),
+        requests=counts["requests"],
+        malformed_calls=counts["malformed"],
+        duplicated_tokens=counts["duplicated_tokens"],
+        agents_failed=counts["agent_failed"],
     )

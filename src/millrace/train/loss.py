@@ -85,18 +85,21 @@ def importance_weights(old_BT: Tensor, engine_BT: Tensor, mask_BT: Tensor, cap: 
     return log_ratio(old_BT, engine_BT, mask_BT).exp().clamp(max=cap).detach()
 
 
-def masked_average(values_BT: Tensor, mask_BT: Tensor, average: str, normalizer: float) -> Tensor:
+def masked_average(
+    values_BT: Tensor, mask_BT: Tensor, average: str, normalizer: float, tokens_B: Tensor | None = None
+) -> Tensor:
     """Return this micro-batch's share of the average over all micro-batches and ranks, a scalar.
 
     average: `token` weighs all tokens equally (DAPO, arXiv:2503.14476); `sequence` averages over the tokens of a
     sample, then over samples (GRPO). normalizer: the number of trained tokens for `token`, and of samples with a
     trained token for `sequence`. It counts all micro-batches of all ranks, so the shares add up to the exact average.
+    tokens_B: the trained tokens of the sample that each row belongs to, if a sample may have several rows.
     """
     kept_BT = torch.where(mask_BT, values_BT, 0.0)
     if average == "token":
         return kept_BT.sum() / normalizer
-    tokens_B = mask_BT.sum(dim=1).clamp(min=1)
-    return (kept_BT.sum(dim=1) / tokens_B).sum() / normalizer
+    tokens_B = mask_BT.sum(dim=1) if tokens_B is None else tokens_B
+    return (kept_BT.sum(dim=1) / tokens_B.clamp(min=1)).sum() / normalizer
 
 
 def policy_loss(
@@ -109,12 +112,13 @@ def policy_loss(
     *,
     config: LossConfig,
     normalizer: float,
+    tokens_B: Tensor | None = None,
 ) -> PolicyLoss:
     """Return the clipped policy loss (PPO, arXiv:1707.06347) with GRPO's advantages and KL term.
 
     logprobs_BT: [B, T] the policy's logprobs, with gradient. old_BT: those before this step's first update, without
     gradient. engine_BT: the engine's at sampling. reference_BT: the reference model's; needed if `kl_coefficient` is
-    above 0. mask_BT: [B, T] bool, the trained tokens. advantages_B: [B]. normalizer: as in `masked_average`.
+    above 0. mask_BT: [B, T] bool, the trained tokens. advantages_B: [B]. normalizer, tokens_B: as in `masked_average`.
     """
     ratio_BT = log_ratio(logprobs_BT, old_BT, mask_BT).exp()
     clipped_BT = ratio_BT.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -129,7 +133,7 @@ def policy_loss(
     if reference_BT is not None:
         kl_reference_BT = k3(log_ratio(reference_BT, logprobs_BT, mask_BT))
         loss_BT = loss_BT + config.kl_coefficient * kl_reference_BT
-    loss = masked_average(loss_BT, mask_BT, config.average, normalizer)
+    loss = masked_average(loss_BT, mask_BT, config.average, normalizer, tokens_B)
 
     with torch.no_grad():
         gap_BT = torch.where(mask_BT, (engine_BT.float() - old_BT.float()).abs(), 0.0)

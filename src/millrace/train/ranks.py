@@ -30,9 +30,12 @@ R = TypeVar("R")
 
 SUMS = (
     "tokens_per_second", "tokens", "samples_finished", "samples_failed", "samples_aborted", "groups_dropped",
-    "groups_with_signal", "tool_calls", "tool_errors", "grades", "grades_unread",
+    "groups_with_signal", "tool_calls", "tool_errors", "grades", "grades_unread", "requests", "malformed_calls",
+    "duplicated_tokens", "agents_failed",
 )  # fmt: skip
-MEANS = {"reward": "samples_finished", "staleness": "samples_finished", "grade": "grades"}  # and their weights
+MEANS = {  # and their weights
+    "reward": "samples_finished", "staleness": "samples_finished", "grade": "grades", "branches": "samples_finished",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from millrace.errors import ConfigError, DataError
 from millrace.jsonl import drop_torn_tail, read_objects
 from millrace.model_folder import to_disk
 from millrace.rollout.chat import ChatFormat
-from millrace.rollout.sample import Sample
+from millrace.rollout.sample import Episode, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,11 @@ class StepMetrics:
     grade: float | None = None  # mean of the judge's grades since the step before
     grades: int = 0  # how many the judge gave
     grades_unread: int = 0  # of these, replies without a grade, which count as 0
+    branches: float | None = None  # mean token sequences of a sample; 1 unless an agent's conversation branched
+    requests: int = 0  # that agents sent
+    malformed_calls: int = 0  # tool calls of agents' models that could not be read
+    duplicated_tokens: int = 0  # that several sequences of one sample have in common
+    agents_failed: int = 0  # agents that ended with a failure, whose samples have a reward all the same
 
 
 class RunFolder:
@@ -176,17 +181,25 @@ def _as_record(step: int, sample: Sample, chat: ChatFormat) -> dict[str, Any]:
         "rewards": dict(sample.rewards),
     }
     if episode := sample.episode:
-        record |= {
-            "end": episode.end,
-            "turns": episode.turns,
-            "text": chat.decode(chat.folded(episode.token_ids)),
-            "token_ids": episode.token_ids,
-            "loss_mask": episode.loss_mask.astype(int).tolist(),
-            "version_spans": [[s.version, s.start, s.end] for s in episode.version_spans],
-        }
+        record |= _as_tokens(episode, chat)
+        if sample.branches:
+            record["branches"] = [_as_tokens(one, chat) for one in sample.branches]
+        if sample.counts:
+            record["counts"] = dict(sorted(sample.counts.items()))
         if episode.images:
             record["images"] = [sha256(image).hexdigest() for image in episode.images]
     return record
+
+
+def _as_tokens(episode: Episode, chat: ChatFormat) -> dict[str, Any]:
+    return {
+        "end": episode.end,
+        "turns": episode.turns,
+        "text": chat.decode(chat.folded(episode.token_ids)),
+        "token_ids": episode.token_ids,
+        "loss_mask": episode.loss_mask.astype(int).tolist(),
+        "version_spans": [[s.version, s.start, s.end] for s in episode.version_spans],
+    }
 
 
 def mean_parts(samples: Sequence[Sample]) -> dict[str, float]:

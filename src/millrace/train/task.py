@@ -1,9 +1,11 @@
-"""The task of a run: its problems, tools, rewards and environment, loaded before anything starts."""
+"""The task of a run: its problems, tools, rewards, environment and agent, loaded before anything starts."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
+from millrace.agents.job import Agent
+from millrace.agents.player import load_agent
 from millrace.config.models import RunConfig
 from millrace.config.tasks import RewardConfig, ToolConfig
 from millrace.errors import ConfigError, DataError
@@ -15,6 +17,7 @@ from millrace.rollout.reward import require_number
 from millrace.rollout.sample import Problem, images_in
 from millrace.rollout.scoring import Rewards, load_rewards
 from millrace.rollout.toolbox import ToolKind, by_name, load_tools
+from millrace.train.agents import FOLDER
 
 RULE = RewardConfig(path="millrace.rollout.reward", name="gsm8k")
 CALCULATOR = ToolConfig(name="calculator")
@@ -25,7 +28,8 @@ class Task:
     """What the samples of a run work on, with what, and for which reward.
 
     environment: if there is one, it takes the place of tools and rewards. One that needs a server, or has tasks of its
-    own, is not here before `with_servers`. calls: what calls the user's code.
+    own, is not here before `with_servers`. calls: what calls the user's code. agent: if there is one, it takes the
+    place of tools.
     """
 
     problems: Sequence[Problem]
@@ -34,6 +38,7 @@ class Task:
     rewards: Rewards
     environment: EnvironmentKind | None
     calls: Calls
+    agent: Agent | None = None
 
     @property
     def schemas(self) -> list[Mapping[str, object]]:
@@ -57,8 +62,13 @@ def load_task(config: RunConfig) -> Task:
     environment = None
     if config.environment is not None and config.environment.path is not None:
         environment = load_environment(config.environment, calls)
-    tools = config.rollout.tools if config.rollout.tools is not None else (CALCULATOR,) if alone else ()
-    rewards = load_rewards(config.reward if config.reward is not None else (RULE,) if alone else (), calls)
+    agent, own_tools, functions = None, alone, alone
+    if config.agent is not None:
+        settings = config.agent.rewarded(functions=config.reward is not None)
+        agent = load_agent(settings, config.output_dir / config.name / FOLDER)
+        own_tools, functions = False, settings.reward == "functions"
+    tools = config.rollout.tools if config.rollout.tools is not None else (CALCULATOR,) if own_tools else ()
+    rewards = load_rewards(config.reward if config.reward is not None else (RULE,) if functions else (), calls)
 
     def check(problem: Problem) -> None:
         if rewards.by_rule:
@@ -70,15 +80,16 @@ def load_task(config: RunConfig) -> Task:
             )
 
     kinds = load_tools(tools, calls)
-    problems = load_problems(config.data, prompts=alone, check=check)
-    held_out = load_problems(config.evaluation.data, held_out=True, prompts=alone, check=check)
+    optional = agent is not None
+    problems = load_problems(config.data, prompts=alone, optional=optional, check=check)
+    held_out = load_problems(config.evaluation.data, held_out=True, prompts=alone, optional=optional, check=check)
     for problem in (*problems, *held_out):
         if config.engine.kind == "embedded" and images_in(problem.messages):
             raise ConfigError(
                 f"problem {problem.problem_id} has images, which the embedded engine does not take; set engine.kind to "
                 "sglang or vllm"
             )
-    return Task(problems, held_out[: config.evaluation.problems], kinds, rewards, environment, calls)
+    return Task(problems, held_out[: config.evaluation.problems], kinds, rewards, environment, calls, agent)
 
 
 @asynccontextmanager
@@ -124,9 +135,12 @@ def prompt_length(problem: Problem, chat: ChatFormat) -> int:
 def task_chat_format(config: RunConfig, task: Task, model: str) -> ChatFormat:
     """Return the chat format of a model for a task. Raises DataError if the model's template can't write its turns.
 
-    model: a folder or a name on the Hub. The warm-up needs tool calls even if the rollouts have no tools.
+    model: a folder or a name on the Hub. The warm-up needs tool calls even if the rollouts have no tools, and the
+    calculator if an agent has it.
     """
     kwargs = config.rollout.chat_template_kwargs
+    if task.agent is not None and config.warmup is not None:
+        return load_chat_format(model, [tool.schema for tool in load_tools((CALCULATOR,), task.calls).values()], kwargs)
     if task.environment is not None:
         return load_dialogue_format(model, task.schemas, kwargs)
     if not task.tools and config.warmup is None:

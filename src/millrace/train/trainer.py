@@ -179,8 +179,7 @@ class Trainer:
         for plan, length in zip(plans, longest, strict=True):
             # A rank without samples left must join every gather of weights and every reduction of gradients.
             plan.extend(collate([blank or NOTHING]) for _ in range(int(length) - len(plan)))
-        trained = [[sample.trained_tokens for sample in share] for share in shares]
-        weights = [sum(tokens) if average == "token" else sum(n > 0 for n in tokens) for tokens in trained]
+        weights = [sum(s.trained_tokens if average == "token" else s.share for s in share) for share in shares]
         normalizers = self.world.sum(torch.tensor(weights, dtype=torch.float64, device=device)).tolist()
         return [_Minibatch(plan, normalizer) for plan, normalizer in zip(plans, normalizers, strict=True)]
 
@@ -215,6 +214,7 @@ class Trainer:
             batch.advantages_B,
             config=self.config.loss,
             normalizer=normalizer,
+            tokens_B=batch.tokens_B,
         )
         entropy = torch.where(batch.mask_BT, entropy_BT, 0.0).double().sum()
         tally.add(result.sums, entropy, result.largest_gap)
