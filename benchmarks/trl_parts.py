@@ -5,25 +5,25 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-PARTS = ("generate", "publish", "score", "train")
-
-Step = dict[str, float]  # the seconds of PARTS and of the `step`; `tokens` and `positions` of its batch
+from benchmarks.trl_steps import Step
 
 
 class Parts(TrainerCallback):  # type: ignore[misc] # untyped
     """Measures the steps of a trainer: `generate` with its tools, `publish`, `score` and `train`.
 
     `score` is what follows in TRL before the loss: the engine's samples are computed again for the importance ratios,
-    and rewarded. `train` is the rest of the step. `positions` are those of the padded batch.
+    and rewarded. `train` is the rest of the step. `positions` are those of the padded batch. `cpu` are the seconds
+    that this process and its engines computed: other programs on the machine prolong the step, but not these.
     """
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self.steps: list[Step] = []
         self._spent: dict[str, float] = defaultdict(float)
-        self._began = time.perf_counter()
+        self._began, self._cpu = time.perf_counter(), cpu_seconds()
         self._batch: Step = {}
         trainer.add_callback(self)
         trainer._generate = self._timed("generation", trainer._generate)
@@ -35,7 +35,7 @@ class Parts(TrainerCallback):  # type: ignore[misc] # untyped
 
     def on_step_end(self, *_: object, **__: object) -> None:
         """Add the step to `steps`."""
-        now, spent = time.perf_counter(), self._spent
+        now, cpu, spent = time.perf_counter(), cpu_seconds(), self._spent
         step = now - self._began
         self.steps.append({
             "step": step,
@@ -43,10 +43,11 @@ class Parts(TrainerCallback):  # type: ignore[misc] # untyped
             "publish": spent["publish"],
             "score": spent["prepared"] - spent["generation"],
             "train": step - spent["prepared"],
+            "cpu": cpu - self._cpu,
             **self._batch,
         })  # fmt: skip
         spent.clear()
-        self._began = now
+        self._began, self._cpu = now, cpu
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -69,3 +70,10 @@ class Parts(TrainerCallback):  # type: ignore[misc] # untyped
             return batch
 
         return call
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process and of those that it has started, so far."""
+    own = psutil.Process()
+    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+    return sum(float(each.user + each.system) for each in times)

@@ -22,7 +22,7 @@ one thread each. Rounds are interleaved, and each run is a process of its own. T
 count.
 
 What is printed, for each way: the median seconds of a step, TRL's over it, the medians of the parts of a step
-(benchmarks/trl_parts.py), and the tokens of a batch with the positions that TRL pads it to.
+(benchmarks/trl_parts.py) and of its CPU seconds, and the tokens of a batch with the positions that TRL pads it to.
 """
 
 import argparse
@@ -47,7 +47,7 @@ WAYS = {
     "multi": ("trl", "use_fleet", "use_fleet-short", "rollout", "rollout-short", "millrace"),
 }
 PARTS = ("generate", "publish", "score", "train")  # of a step
-Step = dict[str, float]  # seconds of `step` and its parts, `tokens` of the batch, `positions` with its padding
+Step = dict[str, float]  # of `step` and PARTS the seconds, `cpu` seconds; `tokens` and padded `positions` of the batch
 ENGINES = {"kind": "embedded", "replicas": 2, "threads": 1}
 
 
@@ -232,8 +232,9 @@ def medians(steps: list[Step]) -> Step:
 def told(way: str, step: Step, floor: float) -> str:
     """Return the line that is printed for one run. floor: the seconds of TRL's step."""
     seconds = ", ".join(f"{part} {step[part]:.2f}" for part in PARTS if part in step)
-    padded = f"; {step['tokens']:.0f} tokens in {step['positions']:.0f} positions" if "tokens" in step else ""
-    return f"  {way:16} {step['step']:.2f} s ({floor / step['step']:.2f}): {seconds}{padded}"
+    if "cpu" in step:
+        seconds += f"; CPU {step['cpu']:.2f}; {step['tokens']:.0f} tokens in {step['positions']:.0f} positions"
+    return f"  {way:16} {step['step']:.2f} s ({floor / step['step']:.2f}): {seconds}"
 
 
 def main() -> None:

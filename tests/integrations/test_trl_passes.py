@@ -49,7 +49,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, int]:
 
 def gradients(model: Any, scores: tuple[torch.Tensor, torch.Tensor | None, Any]) -> list[torch.Tensor]:
     model.zero_grad()
-    (scores[0] * torch.linspace(0.5, 2, scores[0].numel()).view_as(scores[0])).sum().backward()
+    (scores[0] * torch.linspace(0.5, 2, scores[0].numel()).view_as(scores[0])).sum().backward()  # type: ignore[no-untyped-call]
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 

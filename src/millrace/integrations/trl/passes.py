@@ -17,7 +17,7 @@ def shorten_passes(trainer: GRPOTrainer, tokens_per_pass: int) -> None:
 
     TRL pads all samples of a step to the longest one. Loss and gradients stay the same but for rounding. With several
     ranks, all must run as many passes, so the samples of a pass are as many as TRL's, and `tokens_per_pass` is not
-    used. A batch stays as it is if its model has an auxiliary loss, which depends on the batch, or inputs beside tokens.
+    used. A batch stays as it is if there is an auxiliary loss, which depends on the batch, or an input beside tokens.
     """
     if trainer.pad_to_multiple_of is None:  # otherwise the user wants few different shapes
         several = trainer.accelerator.num_processes > 1
