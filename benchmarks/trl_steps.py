@@ -7,14 +7,25 @@ All have the same tiny model, prompts, batch (16 groups of 8) and learning rate.
 few of them large, so that conversations have a long tail of turns. The model has learnt that before, by supervised
 steps.
 
-`threads` are the trainer's, and those of TRL's own generation. The fleet has two engines of one thread each. Rounds are
-interleaved, and each run is a process of its own. The first step of each run does not count.
+The ways:
 
-What is printed: the median seconds of a step in each round, and the ratios to TRL alone of the same round.
+    trl          TRL alone
+    use_fleet    TRL, with its own tool loop, on a fleet
+    rollout      TRL, with FleetRollout
+    millrace     `millrace train`
+
+Ways that end in -short have `tokens_per_pass`, and leave out TRL's correction of its loss by the engine's logprobs, as
+TRL alone does: the embedded engine computes like the trainer.
+
+`threads` are the trainer's, and those of TRL's own generation. They sleep while they wait. The fleet has two engines of
+one thread each. Rounds are interleaved, and each run is a process of its own. The first step of each run does not
+count.
+
+What is printed, for each way: the median seconds of a step, TRL's over it, the medians of the parts of a step
+(benchmarks/trl_parts.py) and of its CPU seconds, and the tokens of a batch with the positions that TRL pads it to.
 """
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -22,18 +33,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 GROUPS, SAMPLES = 16, 8
 HIGHEST = 8  # to count down from
+PASS = 1 << 13  # tokens in a forward pass of `millrace` and of the ways that end in -short
+TEMPERATURE = 0.3  # so that the model makes no mistakes, and all ways have the same conversations
 COMPLETION = {"single": 28, "multi": 420}  # tokens
 WAYS = {
-    "single": ("trl", "use_fleet", "millrace"),
-    "multi": ("trl", "use_fleet", "rollout", "millrace"),
+    "single": ("trl", "use_fleet", "use_fleet-short", "millrace"),
+    "multi": ("trl", "use_fleet", "use_fleet-short", "rollout", "rollout-short", "millrace"),
 }
+PARTS = ("generate", "publish", "score", "train")  # of a step
+Step = dict[str, float]  # of `step` and PARTS the seconds, `cpu` seconds; `tokens` and padded `positions` of the batch
 ENGINES = {"kind": "embedded", "replicas": 2, "threads": 1}
 
 
@@ -103,31 +117,27 @@ def calculator(expression: str) -> str:
     return format_number(evaluate(expression))
 
 
-def step_seconds(way: str, turns: str, steps: int, model: Path, folder: Path) -> list[float]:
-    """Train with TRL in this process, and return the seconds of the steps after the first."""
+def trl_steps(way: str, turns: str, steps: int, model: Path, folder: Path) -> list[Step]:
+    """Train with TRL in this process, and return the steps after the first."""
     from contextlib import nullcontext
 
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
     from trl.chat_template_utils import qwen3_template
 
+    from benchmarks.trl_parts import Parts
     from millrace.integrations.trl import FleetRollout, use_fleet
     from millrace.sync import open_fleet
 
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc] # untyped
-        def on_step_end(self, *_: object, **__: object) -> None:
-            ends.append(time.perf_counter())
-
+    short = way.endswith("-short")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.response_template = qwen3_template
     prompts = [[{"role": "user", "content": question(number)}] for number in numbers(1, 1024)]
     extra: dict[str, Any] = {}
     if turns == "multi":
         own = {"rollout_func": FleetRollout(tokenizer, [calculator], max_turns=HIGHEST + 2)}
-        extra = own if way == "rollout" else {"tools": [calculator]}
+        extra = own if way.startswith("rollout") else {"tools": [calculator]}
     reward: Callable[..., list[float]] = lambda completions, **_: [float(len(str(c)) % 7) for c in completions]  # noqa: E731
     reward.__name__ = "reward"
     config = GRPOConfig(
@@ -137,6 +147,8 @@ def step_seconds(way: str, turns: str, steps: int, model: Path, folder: Path) ->
         per_device_train_batch_size=GROUPS * SAMPLES,
         num_generations=SAMPLES,
         max_completion_length=COMPLETION[turns],
+        temperature=TEMPERATURE,
+        vllm_importance_sampling_correction=not short,
         max_steps=steps + 1,
         learning_rate=1e-7,  # all steps do the same
         report_to=[],
@@ -151,18 +163,18 @@ def step_seconds(way: str, turns: str, steps: int, model: Path, folder: Path) ->
         reward_funcs=reward,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         processing_class=tokenizer,
-        callbacks=[Clock()],
         **extra,
     )
     with nullcontext() if way == "trl" else open_fleet(ENGINES, model, log_dir=folder / "logs") as fleet:
         if fleet is not None:
-            use_fleet(trainer, fleet)
+            use_fleet(trainer, fleet, tokens_per_pass=PASS if short else None)
+        parts = Parts(trainer)
         trainer.train()
-    return [end - begin for begin, end in itertools.pairwise(ends)]
+    return parts.steps[1:]
 
 
-def millrace_seconds(turns: str, threads: int, steps: int, model: Path, folder: Path) -> list[float]:
-    """Train with `millrace train`, and return the seconds of the steps after the first."""
+def millrace_steps(turns: str, threads: int, steps: int, model: Path, folder: Path) -> list[Step]:
+    """Train with `millrace train`, and return the steps after the first."""
     rows = [{"question": question(number), "answer": "#### 0"} for number in numbers(1, 1024)]
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -179,28 +191,50 @@ def millrace_seconds(turns: str, threads: int, steps: int, model: Path, folder: 
             "max_turns": HIGHEST + 2 if multi else 1,
             "max_turn_tokens": COMPLETION["multi"] if multi else COMPLETION["single"],
             "max_sample_tokens": 500,
+            "temperature": TEMPERATURE,
             "tools": ["calculator"] if multi else [],
         },
-        "train": {"steps": steps + 1, "lr": 1e-7, "threads": threads, "tokens_per_microbatch": 1 << 13},
+        "train": {"steps": steps + 1, "lr": 1e-7, "threads": threads, "tokens_per_microbatch": PASS},
         "evaluation": {"data": {"kind": "file", "path": str(data)}, "problems": 1, "every": steps + 1},
     }
     path = folder / "run.json"
     path.write_text(json.dumps(config))
     subprocess.run([sys.executable, "-m", "millrace", "train", str(path)], check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [line["step_seconds"] - line["evaluation_seconds"] for line in lines[2:]]
+    return [
+        {
+            "step": line["step_seconds"] - line["evaluation_seconds"],
+            "generate": line["rollout_seconds"],
+            "publish": line["publish_seconds"],
+            "train": line["train_seconds"],
+        }
+        for line in lines[2:]
+    ]
 
 
-def measure(way: str, turns: str, threads: int, steps: int, model: Path) -> float:
-    """Return the median seconds of a step, in a new process."""
+def measure(way: str, turns: str, threads: int, steps: int, model: Path) -> Step:
+    """Return the medians of the steps of a new process."""
     with tempfile.TemporaryDirectory() as folder:
         if way == "millrace":
-            return statistics.median(millrace_seconds(turns, threads, steps, model, Path(folder)))
+            return medians(millrace_steps(turns, threads, steps, model, Path(folder)))
         own = [sys.executable, "-m", "benchmarks.trl_steps", "--one", way, "--turns", turns, "--steps", str(steps)]
         own += ["--threads", str(threads), "--model", str(model), "--folder", folder]
-        environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "OMP_NUM_THREADS": str(threads)}
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        environment |= {"TRL_EXPERIMENTAL_SILENCE": "1", "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(own, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-        return float(statistics.median(json.loads(done.stdout.splitlines()[-1])))
+        return medians(json.loads(done.stdout.splitlines()[-1]))
+
+
+def medians(steps: list[Step]) -> Step:
+    return {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+
+
+def told(way: str, step: Step, floor: float) -> str:
+    """Return the line that is printed for one run. floor: the seconds of TRL's step."""
+    seconds = ", ".join(f"{part} {step[part]:.2f}" for part in PARTS if part in step)
+    if "cpu" in step:
+        seconds += f"; CPU {step['cpu']:.2f}; {step['tokens']:.0f} tokens in {step['positions']:.0f} positions"
+    return f"  {way:16} {step['step']:.2f} s ({floor / step['step']:.2f}): {seconds}"
 
 
 def main() -> None:
@@ -209,6 +243,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--turns", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", help="by default all; the first one is what the others are compared with")
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir(), "millrace-benchmark-trl"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -217,7 +252,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(given.threads[0])
-        print(json.dumps(step_seconds(given.one, given.turns[0], given.steps, given.model, given.folder)))
+        print(json.dumps(trl_steps(given.one, given.turns[0], given.steps, given.model, given.folder)))
         return
     if not (given.model / "model.safetensors").exists():
         print("teaching the model to count down ...", flush=True)
@@ -225,10 +260,12 @@ def main() -> None:
     for turns in given.turns:
         for threads in given.threads:
             for number in range(given.rounds):
-                seconds = {way: measure(way, turns, threads, given.steps, given.model) for way in WAYS[turns]}
-                floor = seconds["trl"]
-                told = ", ".join(f"{way} {took:.2f} s ({floor / took:.2f})" for way, took in seconds.items())
-                print(f"{turns}, {threads} thread(s), round {number + 1}: {told}", flush=True)
+                print(f"{turns}, {threads} thread(s), round {number + 1}, load {os.getloadavg()[0]:.1f}:", flush=True)
+                floor = 0.0
+                for way in given.ways or WAYS[turns]:
+                    step = measure(way, turns, threads, given.steps, given.model)
+                    floor = floor or step["step"]
+                    print(told(way, step, floor), flush=True)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ async def test_a_connection_that_broke_behind_the_last_byte(site: Served, body: 
     turn = {"role": "assistant", "content": content(again)}
     await site.ask({**body, "messages": [QUESTION, turn, MORE]})
     await until(lambda: site.opened.episode.tree.nodes[2].delivered)
-    first, second = site.opened.samples()
+    second, first = site.opened.samples()
     assert (first.nodes, first.superseded) == ((0,), True)
     assert (second.nodes, second.superseded, second.reasons) == ((1, 2), False, {1: "resampled"})
 

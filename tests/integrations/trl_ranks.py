@@ -55,7 +55,7 @@ with (
 
 with fleet_of_ranks(lambda: open_fleet({"kind": "embedded", "threads": 1}, model, log_dir=folder)) as fleet:
     assert isinstance(fleet, Fleet) is (rank == 0)
-    use_fleet(trainer, fleet)
+    use_fleet(trainer, fleet, tokens_per_pass=16)
     trainer.train()
     assert trainer.vllm_generation.version == STEPS
     if rank == 0:  # rank 1 does not log

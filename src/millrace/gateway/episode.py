@@ -102,6 +102,7 @@ class Episode:
         turn = Turn(call, identity, secrets.token_hex(8), int(time.time()))
         prepared = self._prepare(call)
         requests = self._requests(turn, prepared)
+        turn.parent = prepared.place.parent
         self.turns.append(turn)
         turn.task = asyncio.create_task(self._generate(turn, prepared, requests), name=f"turn {turn.id}")
         turn.task.add_done_callback(lambda task: self._note(identity, task))
@@ -167,6 +168,7 @@ class Episode:
             raise RequestError(f"n is at most {MOST_SAMPLES}")
         try:
             place, before, context = self._placed(call)
+            place = self._beside_running(place, call)
         except DataError as error:
             raise RequestError(f"the model can't read these messages: {error}") from error
         if self.engines.config.drift == "strict" and place.reason not in ALLOWED_WHEN_STRICT:
@@ -177,6 +179,16 @@ class Episode:
         path = place.parent.path if place.parent else []
         images = tuple(image for node in path for image in node.images)
         return _Prepared(place, before, context, (*images, *images_in(place.added)), forced)
+
+    def _beside_running(self, place: Place, call: ModelCall) -> Place:
+        """Return the place with a reason to branch if another request that runs extends the same node."""
+        if place.reason is not None or place.parent is None:
+            return place
+        beside = [turn for turn in self.turns if turn.parent is place.parent]
+        if not beside:
+            return place
+        same = any(turn.identity == call.identity for turn in beside)
+        return replace(place, reason=BranchReason.RESAMPLED if same else BranchReason.FORKED)
 
     def _placed(self, call: ModelCall) -> tuple[Place, tuple[int, ...], tuple[int, ...]]:
         """Return where a request attaches, the tokens of the path there, and those that come behind it."""

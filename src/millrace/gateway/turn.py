@@ -11,6 +11,7 @@ from millrace.gateway.answer import Alternative, Answer, Delta, Finish, Usage
 from millrace.gateway.call import ModelCall, ToolUse, TurnText
 from millrace.gateway.format import TurnFormat
 from millrace.gateway.protocols.base import RequestError
+from millrace.gateway.tree import Node
 from millrace.types import FinishReason, Generation
 
 INTERVAL = 0.02  # seconds between two readings of a turn's text while it grows
@@ -125,7 +126,8 @@ class Turn:
     """One request that is being answered, or was.
 
     task: makes the answer. deltas: what a stream shows, in order. abandoned: whether the agent went away before it had
-    the answer; then the same request joins this turn.
+    the answer; then the same request joins this turn. parent: the node that the request extends. numbers: of the
+    generations in the tree, once the answer is there.
     """
 
     call: ModelCall
@@ -134,6 +136,7 @@ class Turn:
     created: int
     deltas: list[Delta] = field(default_factory=list)
     abandoned: bool = False
+    parent: Node | None = None
     numbers: tuple[int, ...] = ()
     task: "asyncio.Task[Answer] | None" = None
     _grown: asyncio.Event = field(default_factory=asyncio.Event)

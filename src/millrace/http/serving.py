@@ -30,7 +30,7 @@ async def serving(app: web.Application, sock: socket.socket, *, cancel: bool = F
 
 
 def _tells_headers(record: logging.LogRecord) -> bool:
-    return bool(record.exc_info) and isinstance(record.exc_info[1], HttpProcessingError)
+    return record.exc_info is not None and isinstance(record.exc_info[1], HttpProcessingError)
 
 
 log.addFilter(lambda record: not _tells_headers(record))  # a header that can't be read may hold a key

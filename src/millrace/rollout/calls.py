@@ -33,7 +33,12 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def rename(self, name: str) -> None:
+        """Give the thread another name, for debuggers."""
+        self._thread.name = name
 
     def run(self, function: Callable[[], object]) -> asyncio.Future[object]:
         """Run a function after those before it, and return the future of its result."""
@@ -70,6 +75,11 @@ class Calls:
         self.most = most
         self.stuck = 0
         self._free = asyncio.Semaphore(most)
+        self._idle: list[Worker] = []  # starting a thread keeps the event loop waiting
+
+    def __del__(self) -> None:
+        for worker in self._idle:
+            worker.end()
 
     async def run(
         self, function: Callable[..., object], arguments: Mapping[str, object] = NOTHING, *, deadline: float
@@ -90,11 +100,22 @@ class Calls:
             raise CallTimeout(
                 f"it did not begin within {deadline:g} s, because {self.most} other calls were running"
             ) from None
-        worker = Worker(f"call of {_name(function)}")
+        worker = self._worker(f"call of {_name(function)}")
         future = worker.run(lambda: function(**arguments))
-        worker.end()
-        future.add_done_callback(lambda _: self._free.release())  # when the thread is done, however late
+
+        def done(_: object) -> None:  # when the thread is done, however late
+            self._idle.append(worker)
+            self._free.release()
+
+        future.add_done_callback(done)
         return await self.result(future, function, ends - asyncio.get_running_loop().time(), deadline)
+
+    def _worker(self, name: str) -> Worker:
+        if not self._idle:
+            return Worker(name)
+        worker = self._idle.pop()
+        worker.rename(name)
+        return worker
 
     async def result(
         self, future: asyncio.Future[object], function: Callable[..., object], left: float, deadline: float

@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 
 from millrace.errors import ArgumentError, ConfigError, MillraceError, PublishError
 from millrace.fleet.client import FleetClient
+from millrace.integrations.trl.passes import shorten_passes
 from millrace.integrations.trl.requests import Batch, Sender, room, sampling_params
 from millrace.integrations.trl.weights import check_publishable, shards, whole_weights
 from millrace.sync import Fleet, Follower
@@ -19,7 +20,14 @@ from millrace.weights.sharded import follow, leading
 logger = logging.getLogger(__name__)
 
 
-def use_fleet(trainer: GRPOTrainer, fleet: Fleet | Follower, *, deadline: float = 600.0, retries: int = 3) -> None:
+def use_fleet(
+    trainer: GRPOTrainer,
+    fleet: Fleet | Follower,
+    *,
+    deadline: float = 600.0,
+    retries: int = 3,
+    tokens_per_pass: int | None = None,
+) -> None:
     """Make a trainer generate on a fleet.
 
     Before the first generation of each step, the trainer's weights are published to the fleet. TRL's own tools and
@@ -31,6 +39,9 @@ def use_fleet(trainer: GRPOTrainer, fleet: Fleet | Follower, *, deadline: float 
         fleet: The fleet. It must stay open while the trainer generates. With several ranks, `fleet_of_ranks` opens it.
         deadline: Seconds for one completion, retries included.
         retries: How many engine failures one completion survives. It keeps its tokens.
+        tokens_per_pass: If given, the trainer's model computes samples of similar length together, about this many
+            tokens in a pass. Otherwise it computes TRL's batch, which is padded to its longest sample. Loss and
+            gradients are the same but for rounding. With several ranks, passes have as many samples as in TRL.
 
     Raises:
         ConfigError: A setting of the trainer can't be honoured on a fleet. The message names it.
@@ -50,6 +61,8 @@ def use_fleet(trainer: GRPOTrainer, fleet: Fleet | Follower, *, deadline: float 
     trainer.vllm_generation = FleetGeneration(trainer, fleet, Sender(deadline, retries))
     trainer.use_vllm, trainer.vllm_mode = True, "server"
     trainer._last_loaded_step = -1  # so the first generation publishes, also after a checkpoint was loaded
+    if tokens_per_pass is not None:
+        shorten_passes(trainer, tokens_per_pass)
 
 
 class FleetGeneration:
