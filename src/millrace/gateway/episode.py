@@ -309,6 +309,7 @@ class Episode:
                 finish=made.finish_reason,
                 turn=alternative.turn,
                 identity=turn.identity,
+                request=turn.id,
                 reason=place.reason,
                 lineage=turn.call.lineage,
                 temperature=temperature,

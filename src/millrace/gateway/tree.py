@@ -47,7 +47,7 @@ class Node:
     number: position in the episode's order. context_ids: [C] tokens between the parent's and the output; the whole
     prompt for a root. output_ids: [T]. logprobs: [T] float32. version_spans: positions in the output. added: the
     messages after the parent's turn; all for a root. reason: why it branches; None if it continues its parent.
-    identity: of the request. delivered: whether the agent got the answer. images: of the messages in `added`.
+    identity: of the request. request: its id, which the samples of one request share. delivered: whether the agent got the answer. images: of the messages in `added`.
     temperature: with which it was sampled. digest: of the conversation up to and including the turn.
     """
 
@@ -62,6 +62,7 @@ class Node:
     finish: FinishReason
     turn: TurnText
     identity: bytes
+    request: str
     reason: BranchReason | None = None
     lineage: Lineage = NO_LINEAGE
     temperature: float = 1.0
@@ -156,7 +157,7 @@ class Tree:
 
         The agent may have sent the request again because the answer got lost after it was sent.
         """
-        others = [one for one in self._asked[node.identity] if one is not node]
+        others = [one for one in self._asked[node.identity] if one.request != node.request]
         return not node.children and any(one.children for one in others)
 
     @property
