@@ -133,6 +133,7 @@ def decoded(tree: Tree, line: Mapping[str, Any]) -> Node:
             line["malformed"],
         ),
         identity=bytes.fromhex(line["identity"]),
+        request=line["request"],
         reason=None if line["reason"] is None else BranchReason(line["reason"]),
         lineage=Lineage(*line["lineage"]),
         temperature=line["temperature"],

@@ -47,8 +47,9 @@ class Node:
     number: position in the episode's order. context_ids: [C] tokens between the parent's and the output; the whole
     prompt for a root. output_ids: [T]. logprobs: [T] float32. version_spans: positions in the output. added: the
     messages after the parent's turn; all for a root. reason: why it branches; None if it continues its parent.
-    identity: of the request. request: its id, which the samples of one request share. delivered: whether the agent got the answer. images: of the messages in `added`.
-    temperature: with which it was sampled. digest: of the conversation up to and including the turn.
+    identity: of the request. request: its id, which the samples of one request share. delivered: whether the agent got
+    the answer. images: of the messages in `added`. temperature: with which it was sampled. digest: of the conversation
+    up to and including the turn.
     """
 
     number: int
