@@ -126,8 +126,8 @@ async def test_changed_reasoning_branches_and_dropped_reasoning_does_not() -> No
     await chat.ask(QUESTION, {**kept, "reasoning": "I guess."}, answer_of(first), tools=[ADD])
     assert chat.last.reason == "reasoning_changed"
     await chat.ask(QUESTION, kept, answer_of(first), tools=[ADD])
-    assert chat.last.reason is None
-    assert chat.last.parent is chat.episode.tree.nodes[0]
+    assert chat.reasons[-1] is None
+    assert chat.episode.tree.nodes[-1].parent is chat.episode.tree.nodes[0]
 
 
 async def test_equal_answers_are_told_by_what_the_agent_got() -> None:

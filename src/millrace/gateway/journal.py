@@ -106,6 +106,7 @@ def encoded(node: Node) -> dict[str, object]:
         "calls": [[call.id, call.name, call.arguments] for call in node.turn.calls],
         "malformed": node.turn.malformed,
         "identity": node.identity.hex(),
+        "request": node.request,
         "reason": node.reason,
         "lineage": [node.lineage.agent, node.lineage.parent, node.lineage.compaction],
         "temperature": node.temperature,
