@@ -22,6 +22,7 @@ from millrace.cli.status import interruptible
 from millrace.cli.watch import status
 from millrace.config import RunConfig, dump_config
 from millrace.config.describe import describe
+from millrace.config.serve import ServeConfig
 from millrace.errors import MillraceError
 from millrace.imports import missing_extra, passive_threads, without_collecting
 
@@ -65,9 +66,10 @@ def config(
         str,
         typer.Argument(help="A section or a setting, such as rollout, engine.sglang or train.lr.", show_default=False),
     ] = "",
+    for_serve: Annotated[bool, typer.Option("--serve", help="The settings of `millrace serve`.")] = False,
 ) -> None:
     """Print all settings with their types, defaults and meanings."""
-    print(describe(name))
+    print(describe(name, ServeConfig if for_serve else RunConfig))
 
 
 @app.command()

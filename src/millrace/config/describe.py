@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 
+from millrace.config.base import Model
 from millrace.config.explain import nearest
 from millrace.config.models import RunConfig
 from millrace.errors import ConfigError
@@ -16,13 +17,13 @@ BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at mos
 Schema = Mapping[str, Any]
 
 
-def describe(name: str = "") -> str:
-    """Return a description of the settings: their types, defaults and meanings.
+def describe(name: str = "", kind: type[Model] = RunConfig) -> str:
+    """Return a description of the settings of a config: their types, defaults and meanings.
 
     `name` selects one section (`rollout`, or `engine.sglang` for one kind) or one setting (`train.lr`). All settings
     are described if it is empty. Raises ConfigError if no section or setting has this name.
     """
-    schema = RunConfig.model_json_schema()
+    schema = kind.model_json_schema()
     entries = list(_entries(schema, schema["$defs"]))
     found = [text for names, text in entries if not name or any(f"{one}.".startswith(f"{name}.") for one in names)]
     if not found:
