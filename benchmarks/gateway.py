@@ -9,6 +9,7 @@ agent has tools, a system prompt and a conversation that grows, and it begins at
 
 import argparse
 import asyncio
+import gc
 import multiprocessing
 import random
 import statistics
@@ -154,6 +155,8 @@ async def floor(pipe: Connection, seconds: float) -> None:
 
 
 async def answering(pipe: Connection, url: str) -> None:
+    gc.collect()
+    gc.freeze()  # what was imported, as `millrace serve` does
     pipe.send(url)
     loop = asyncio.get_running_loop()
     while await loop.run_in_executor(None, pipe.recv):
