@@ -2,13 +2,14 @@
 
     python -m benchmarks.gateway [--episodes 1000] [--turns 6] [--seconds 4] [--stream]
 
-The gateway is one process, and its agents are another one. Its fleet is scripted: it answers in `--seconds` with a tool
-call. The floor is a bare aiohttp server that reads the same bodies and answers in the same time with the same JSON. Each
-agent has tools, a system prompt and a conversation that grows, and it begins at a time of its own.
+The gateway is one process, and its agents are another one. Its fleet is scripted: it answers in `--seconds` with a
+tool call. The floor is a bare aiohttp server that reads the same bodies and answers in the same time with equal JSON.
+Each agent has tools, a system prompt and a conversation that grows, and it begins at a time of its own.
 """
 
 import argparse
 import asyncio
+import gc
 import multiprocessing
 import random
 import statistics
@@ -29,7 +30,10 @@ from millrace.gateway.format import TemplateFormat, learn_format
 from millrace.types import FinishReason, GenerateRequest, Generation, VersionSpan
 
 KEY = "the gateway's key"
-TURN = '<think>\nI look at the file first.\n</think>\n\nLet me see.\n<tool_call>\n{"name": "read", "arguments": {"path": "src/main.py", "lines": [1, 200]}}\n</tool_call>'
+TURN = (
+    "<think>\nI look at the file first.\n</think>\n\nLet me see.\n<tool_call>\n"
+    '{"name": "read", "arguments": {"path": "src/main.py", "lines": [1, 200]}}\n</tool_call>'
+)
 WORDS = [
     "the",
     "server",
@@ -154,6 +158,8 @@ async def floor(pipe: Connection, seconds: float) -> None:
 
 
 async def answering(pipe: Connection, url: str) -> None:
+    gc.collect()
+    gc.freeze()  # what was imported, as `millrace serve` does
     pipe.send(url)
     loop = asyncio.get_running_loop()
     while await loop.run_in_executor(None, pipe.recv):
@@ -263,14 +269,17 @@ def main() -> None:
             server.join()
         median, most, cpu, client = (1000 * value for value in found[name])
         print(
-            f"{name:8} latency beyond the engine's: median {median:.2f} ms, p99 {most:.2f} ms; CPU per call: server {cpu:.3f} ms, agents {client:.3f} ms"
+            f"{name:8} latency beyond the engine's: median {median:.2f} ms, p99 {most:.2f} ms; "
+            f"CPU per call: server {cpu:.3f} ms, agents {client:.3f} ms"
         )
     (median, most, cpu, client), (ours, our_most, our_cpu, _) = found["floor"], found["gateway"]
     print(
-        f"added: median {1000 * (ours - median):.2f} ms, p99 {1000 * (our_most - most):.2f} ms, CPU {1000 * (our_cpu - cpu):.3f} ms"
+        f"added: median {1000 * (ours - median):.2f} ms, p99 {1000 * (our_most - most):.2f} ms, "
+        f"CPU {1000 * (our_cpu - cpu):.3f} ms"
     )
     print(
-        f"CPU of the gateway to that of the bare server {our_cpu / cpu:.2f}, to that of the agents' client {our_cpu / client:.2f}"
+        f"CPU of the gateway to that of the bare server {our_cpu / cpu:.2f}, "
+        f"to that of the agents' client {our_cpu / client:.2f}"
     )
 
 

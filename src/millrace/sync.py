@@ -26,6 +26,7 @@ from millrace.types import (
     ALL_MEMORY,
     ANYWHERE,
     Bucket,
+    Capability,
     EngineInfo,
     EngineLoad,
     GenerateRequest,
@@ -399,6 +400,11 @@ class Fleet:
         return self._wrapped.context_length
 
     @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What every engine can do."""
+        return self._wrapped.capabilities
+
+    @property
     def outstanding(self) -> Mapping[str, int]:
         """The tokens of this process's running requests (prompts, and room for output), by engine."""
         return self._wrapped.outstanding
@@ -468,13 +474,12 @@ class Fleet:
         return self._portal.call(self._wrapped.generate(request, deadline=deadline, routing=routing, retries=retries))
 
     def stream(
-        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE
+        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE, retries: int = 0
     ) -> Iterator[Generation]:
         """Like `generate`, but yields the cumulative output as it grows.
 
         Only the last item is final. The `finish_reason` of every item before it is ABORT. Closing the generator aborts
-        the request. A request that fails is not continued on another engine. Streams go straight to an engine, also if
-        the fleet has an external router.
+        the request. Streams go straight to an engine, also if the fleet has an external router.
 
         Args and errors are those of `generate`.
 
@@ -484,7 +489,7 @@ class Fleet:
                 print(tokenizer.decode(generation.output_ids))
         """
 
-        stream = self._wrapped.stream(request, deadline=deadline, routing=routing)
+        stream = self._wrapped.stream(request, deadline=deadline, routing=routing, retries=retries)
 
         async def following() -> Generation | None:
             return await anext(stream, None)
@@ -884,6 +889,11 @@ class Follower:
         return self._wrapped.context_length
 
     @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What every engine can do."""
+        return self._wrapped.capabilities
+
+    @property
     def outstanding(self) -> Mapping[str, int]:
         """The tokens of this process's running requests (prompts, and room for output), by engine."""
         return self._wrapped.outstanding
@@ -953,13 +963,12 @@ class Follower:
         return self._portal.call(self._wrapped.generate(request, deadline=deadline, routing=routing, retries=retries))
 
     def stream(
-        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE
+        self, request: GenerateRequest, *, deadline: float, routing: RoutingContext = ANYWHERE, retries: int = 0
     ) -> Iterator[Generation]:
         """Like `generate`, but yields the cumulative output as it grows.
 
         Only the last item is final. The `finish_reason` of every item before it is ABORT. Closing the generator aborts
-        the request. A request that fails is not continued on another engine. Streams go straight to an engine, also if
-        the fleet has an external router.
+        the request. Streams go straight to an engine, also if the fleet has an external router.
 
         Args and errors are those of `generate`.
 
@@ -969,7 +978,7 @@ class Follower:
                 print(tokenizer.decode(generation.output_ids))
         """
 
-        stream = self._wrapped.stream(request, deadline=deadline, routing=routing)
+        stream = self._wrapped.stream(request, deadline=deadline, routing=routing, retries=retries)
 
         async def following() -> Generation | None:
             return await anext(stream, None)

@@ -141,7 +141,8 @@ class Simulation:
         try:
             return await self.episode.ask(ChatCompletions().read(body, agent.headers))
         except RequestError as error:
-            assert error.code == "drift"
+            if error.code != "drift":
+                raise
             self.refused += 1
             return None
 
@@ -321,6 +322,7 @@ def check(simulation: Simulation) -> list[GatewaySample]:
     assert trained == got, "what the agents got is not trained exactly once"
     config, stops = simulation.episode.engines.config, simulation.fleet.turns.stop_token_ids
     if len(simulation.agents) == 1 and simulation.agents[0].honest and config.drift == "append":
+        # The same conversation with another limit is a fork.
         wrong_end = {"no_bridge"} if len(stops) > 1 else set()  # a turn of GLM may end as if another role came next
-        assert {node.reason for node in simulation.episode.tree.nodes} <= {None, "resampled", *wrong_end}
+        assert {node.reason for node in simulation.episode.tree.nodes} <= {None, "resampled", "forked", *wrong_end}
     return samples

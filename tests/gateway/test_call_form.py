@@ -121,12 +121,16 @@ ADD = ("add", {"a": 1})
             [ADD, ("write", {"text": "one\ntwo </tool_call>"})],
         ),
         (HERMES, "I call nothing. {}", []),
-        (CODER, "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", [("add", {"a": "1"})]),
+        (
+            CODER,
+            "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+            [("add", {"a": "1"})],
+        ),
         (CODER, "<tool_call>\n<function=now>\n</function>\n</tool_call>", [("now", {})]),
         (
             CODER,
-            "Now.\n<tool_call>\n<function=write>\n<parameter=text>\n  if a < b:\n    pass\n\n</parameter>\n<parameter=path>\n"
-            "a.py\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+            "Now.\n<tool_call>\n<function=write>\n<parameter=text>\n  if a < b:\n    pass\n\n</parameter>\n"
+            "<parameter=path>\na.py\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
             [("write", {"text": "  if a < b:\n    pass\n", "path": "a.py"}), ("now", {})],
         ),
         (GLM, "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>", [("add", {"a": "1"})]),
@@ -137,7 +141,8 @@ ADD = ("add", {"a": 1})
         (LLAMA, '{"a": 1}', []),  # an answer in JSON
         (
             DEEPSEEK,
-            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{\"a\": 1}\n```<｜tool▁call▁end｜>\n"
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{\"a\": 1}\n```"
+            "<｜tool▁call▁end｜>\n"
             "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
             [ADD, ("now", {})],
         ),
@@ -158,8 +163,8 @@ def test_what_models_write(name: str, text: str, calls: list[tuple[str, object]]
         (HERMES, '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>', "NaN is no JSON"),
         (HERMES, '<tool_call>{"name": "add", "arguments": {"a": 1e999}}</tool_call>', "1e999 is too large a number"),
         (HERMES, '<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>', "surrogate"),
-        (HERMES, '<tool_call>{"name": "add", "arguments": {"a": ' + "[" * 500 + "]" * 500 + "}}", "nested too deeply"),
-        (HERMES, '<tool_call>{"name": "add", "arguments": {"a": ' + "[" * 9000 + "]" * 9000 + "}}", "nested too deeply"),
+        (HERMES, '<tool_call>{"name": "add", "arguments": {"a": ' + "[" * 500 + "]" * 500 + "}}", "too deeply"),
+        (HERMES, '<tool_call>{"name": "add", "arguments": {"a": ' + "[" * 9000 + "]" * 9000 + "}}", "too deeply"),
         (HERMES, '<tool_call>{"name": "add", "arguments": {}} and <tool_call>', "</tool_call> is missing"),
         (HERMES, "<tool_call>add</tool_call>", "Expecting value"),
         (HERMES, "<tool_call>", "Expecting value"),

@@ -187,7 +187,7 @@ async def test_weights_that_are_published_within_a_turn_have_their_own_span(
     assert (status, len(tokens), report.failed) == (200, TOKENS, {})
     spans = sample.episode.version_spans
     assert fleet.version is not None
-    assert [span.version for span in spans] == [fleet.version - 1, fleet.version]
+    assert [span.version for span in spans] == [old, old + 1]
     first = int(sample.episode.loss_mask.argmax())
     assert [(span.start, span.end) for span in spans] == [(first, spans[0].end), (spans[0].end, first + TOKENS)]
 

@@ -99,14 +99,15 @@ PIECES = st.lists(
             "{", "<", "STOP", "ST", "é✓", "<arg_key>a</arg_key>\n<arg_value>", "</arg_value>", "add", "<|eom|>",
             '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>',
             "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
-            "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n{}\n```", "<｜tool▁call▁end｜>",
+            "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+            "\n```json\n{}\n```", "<｜tool▁call▁end｜>",
         ]
     ),
     max_size=12,
 ).map("".join)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(KINDS) + ["gemma4", "cohere2", "gptoss"])
+@pytest.mark.parametrize("name", [*sorted(KINDS), "gemma4", "cohere2", "gptoss"])
 @settings(max_examples=60)
 @given(text=PIECES, with_tools=st.booleans())
 def test_what_is_certain_of_a_turn_stays(name: str, text: str, with_tools: bool) -> None:

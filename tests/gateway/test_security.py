@@ -103,28 +103,38 @@ async def test_bodies_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await small.ask(b"", small.control(), "/episodes"))[0] == 200
 
 
+DEEP = json.loads('{"a":' * 300 + "1" + "}" * 300)
+
+
+def image(url: str) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
 @pytest.mark.parametrize(
     "body",
     [
         b"", b"[]", b"{", b"\xff", b"null", b'"text"', b"[" * 5000, b'{"messages": ' + b"[" * 900 + b"]" * 900 + b"}",
-        {"messages": []}, {"messages": "text"}, {"messages": [1]}, {"messages": [{}]}, {"messages": [{"role": "user"}]},
+        {"messages": []}, {"messages": "text"}, {"messages": [1]}, {"messages": [{}]},
+        {"messages": [{"role": "user"}]},
         {"messages": [{"role": "user", "content": 5}]}, {"messages": [{"role": "user", "content": {"type": "text"}}]},
-        {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, {"messages": [{"role": "root", "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        {"messages": [{"role": "root", "content": "a"}]},
         {"messages": [{"role": "assistant", "content": "a"}]},
         {"messages": [QUESTION, {"role": "assistant", "tool_calls": [{"id": "a"}]}, QUESTION]},
         {**ASKED, "tools": 5}, {**ASKED, "tools": [1]}, {**ASKED, "tools": [{"type": "function"}]},
-        {**ASKED, "n": 0}, {**ASKED, "n": "many"}, {**ASKED, "n": 10**6}, {**ASKED, "max_tokens": "x"}, {**ASKED, "max_tokens": -1},
+        {**ASKED, "n": 0}, {**ASKED, "n": "many"}, {**ASKED, "n": 10**6},
+        {**ASKED, "max_tokens": "x"}, {**ASKED, "max_tokens": -1},
         {**ASKED, "temperature": "hot"},
-        {**ASKED, "stop": 5}, {**ASKED, "stop": [1, None]}, {**ASKED, "logit_bias": [1]}, {**ASKED, "logit_bias": {"a": 1}},
+        {**ASKED, "stop": 5}, {**ASKED, "stop": [1, None]},
+        {**ASKED, "logit_bias": [1]}, {**ASKED, "logit_bias": {"a": 1}},
         {**ASKED, "tool_choice": "never"}, {**ASKED, "tool_choice": "required"},
         {**ASKED, "response_format": {"type": "xml"}}, {**ASKED, "seed": "x"},
-        {**ASKED, "tools": [{"type": "function", "function": {"name": "a" , "parameters": json.loads('{"a":' * 300 + "1" + "}" * 300)}}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a"}}]}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "/etc/passwd"}]}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,!!"}}]}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"
-                                                    + base64.b64encode(b"no image").decode()}}]}]},
+        {**ASKED, "tools": [{"type": "function", "function": {"name": "a", "parameters": DEEP}}]},
+        image("file:///etc/passwd"),
+        image("http://127.0.0.1/a"),
+        image("/etc/passwd"),
+        image("data:image/png;base64,!!"),
+        image("data:image/png;base64," + base64.b64encode(b"no image").decode()),
         {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "/etc/passwd"}}]}]},
     ],
 )  # fmt: skip
@@ -219,7 +229,7 @@ async def test_an_error_within_the_gateway_is_told_without_its_inside(
     assert status == 500
     assert "inside" not in str(answer)
     assert (answer["error"]["type"], site.opened.episode.turns) == ("server_error", [])
-    status, events = await site.ask({**ASKED, "stream": True})
+    status, _ = await site.ask({**ASKED, "stream": True})
     assert status == 500
     assert "the inside" in caplog.text  # for the one who runs the gateway
 

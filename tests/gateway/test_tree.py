@@ -114,7 +114,8 @@ async def test_the_reasons_for_new_roots() -> None:
     ]
     for reason, messages, more in asked:
         await chat.ask(*messages, **more)
-        assert (chat.last.reason, chat.last.parent) == (reason, None)
+        assert chat.last.reason == reason
+        assert chat.last.parent is None
     assert len(chat.episode.samples()) == len(chat.episode.tree.nodes)
     assert chat.episode.counts["branch:history_edited"] == 1
 

@@ -2,10 +2,8 @@
 
 import importlib
 import logging
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +14,20 @@ from transformers import PreTrainedTokenizerBase
 
 from millrace.errors import ConfigError, DataError
 from millrace.gateway.call import Tool, ToolUse, TurnText, parsed
-from millrace.gateway.call_form import CallForm, ReadCall, learn_call_form
+from millrace.gateway.call_form import CallForm, ReadCall
+from millrace.gateway.format_proofs import (
+    ROLES,
+    STAND_IN,
+    differs_without_tools,
+    reads_behind_reasoning,
+    takes_late_system,
+    turn_ends,
+    why_unproven,
+)
+from millrace.gateway.learn_call_form import learn_call_form
 from millrace.rollout.chat import ChatFormat, check_kwargs, find_markers, load_tokenizer
 from millrace.rollout.chat_template import ChatTemplate
-from millrace.rollout.control_tokens import encode, is_special
+from millrace.rollout.control_tokens import is_special
 from millrace.rollout.reasoning import Reasoning, reasoning_keys
 from millrace.rollout.sample import Message, images_in, text_of
 from millrace.rollout.tools import ToolCall, typed
@@ -83,15 +91,6 @@ class TurnFormat(Protocol):
         ...
 
 
-_STAND_IN, _NAME = f"millrace-{secrets.token_hex(8)}", "millrace_tool"  # no text of an agent has it
-ROLES = ("user", "tool")  # of the messages behind a turn
-_QUESTION: Message = {"role": "user", "content": "question"}
-_ANSWERED: Message = {"role": "assistant", "content": "an answer", **reasoning_keys(" ")}
-_ANSWER: Message = {"role": "tool", "content": "an answer", "name": _NAME, "tool_call_id": "milrace01"}
-_TOOL: Tool = {
-    "type": "function",
-    "function": {"name": _NAME, "description": "", "parameters": {"type": "object", "properties": {}}},
-}
 log = logging.getLogger(__name__)
 
 
@@ -206,7 +205,7 @@ class TemplateFormat:
         calls = turn.get("tool_calls")
         stand_in = self._stand_in(calls if isinstance(calls, list | tuple) else ())
         text = chat.template.render([{"role": "user", "content": "question"}, stand_in, *texts])
-        _, found, rest = text.rpartition(_STAND_IN)
+        _, found, rest = text.rpartition(STAND_IN)
         if not found:
             return ()
         ids = chat.with_places(chat.encode(rest, mark), added)
@@ -219,8 +218,8 @@ class TemplateFormat:
         Its reasoning is a space, because some templates write turns without reasoning in another form.
         """
         if not calls or self.form is None:
-            return {"role": "assistant", "content": _STAND_IN, **reasoning_keys(" ")}
-        arguments: object = {"argument": _STAND_IN}
+            return {"role": "assistant", "content": STAND_IN, **reasoning_keys(" ")}
+        arguments: object = {"argument": STAND_IN}
         if self.form.as_text:
             arguments = orjson.dumps(arguments).decode()
         made = [{**call, "function": {"name": call["function"]["name"], "arguments": arguments}} for call in calls]
@@ -313,123 +312,20 @@ def learn_format(
         form = learn_call_form(
             lambda messages, tools, prompt: replace(template, tools=tuple(tools)).render(messages, prompt)
         )
-        ends = _ends(template, form)
+        ends = turn_ends(template, form)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     chat = ChatFormat(template, ends[0], reasoning, control, vision=vision)
-    found = TemplateFormat(chat, form, _takes_late_system(template), tuple(dict.fromkeys(ends)))
-    if not _reads_behind_reasoning(found):
+    found = TemplateFormat(chat, form, takes_late_system(template), tuple(dict.fromkeys(ends)))
+    if not reads_behind_reasoning(found):
         log.warning("%s: tool calls behind reasoning can't be told from it, so no tool calls are read", name)
         found = replace(found, form=None)
-    unproven = {role: why for role in ROLES if (why := _why_unproven(found, role)) is not None}
+    unproven = {role: why for role in ROLES if (why := why_unproven(found, role)) is not None}
     for role, why in unproven.items():
         log.warning("%s: messages of the role %s can't be appended to a turn: %s", name, role, why)
     stops = ends[:1] if "tool" in unproven else ends
     found = replace(found, unproven=unproven, stop_token_ids=tuple(dict.fromkeys(stops)))
-    return replace(found, tools_behind=_differs_without_tools(found))
-
-
-def _ends(template: ChatTemplate, form: CallForm | None) -> list[int]:
-    """Return the special tokens that follow a turn before a user's message, and before a tool's answer.
-
-    Raises DataError if there is none before a user's message.
-    """
-    plain = template.render([_QUESTION, {"role": "assistant", "content": _STAND_IN, **reasoning_keys(" ")}, _QUESTION])
-    ends = [_first_special(template, plain.rpartition(_STAND_IN)[2])]
-    if form is not None:
-        arguments: object = {"argument": _STAND_IN}
-        turn = _calling(form, arguments)
-        with suppress(DataError):
-            rest = replace(template, tools=(_TOOL,)).render([_QUESTION, turn, _ANSWER]).rpartition(_STAND_IN)[2]
-            for marker in (form.closing, form.end):
-                rest = rest.partition(marker)[2] if marker and marker in rest else rest
-            ends.append(_first_special(template, rest))
-        header = template.render([_QUESTION]).rpartition("question")[2]
-        if ends[-1] not in ends[:1] and ends[-1] in encode(template.tokenizer, header):  # it starts the next turn
-            ends[-1:] = [_first_special(template, form.closing + form.end)]
-    return ends
-
-
-def _first_special(template: ChatTemplate, text: str) -> int:
-    tokenizer = template.tokenizer
-    for token in encode(tokenizer, text):
-        if is_special(tokenizer, token):
-            return token
-    raise DataError("the chat template ends the model's turn with no special token")
-
-
-def _takes_late_system(template: ChatTemplate) -> bool:
-    late = {"role": "system", "content": _STAND_IN}
-    try:
-        return _STAND_IN in template.render([_QUESTION, late, _QUESTION])
-    except DataError:
-        return False
-
-
-def _why_unproven(found: TemplateFormat, role: str) -> str | None:
-    """Return why messages of a role can't be appended; None if what is appended is what the template writes there."""
-    if role == "tool" and found.form is None:
-        return "the template writes no tool calls that can be read"
-    turn, added = _turn_before(found, role)
-    asked: list[Message] = [{"role": "user", "content": "a first question"}]
-    with suppress(DataError):  # Gemma's template refuses system messages
-        system: Message = {"role": "system", "content": "a system prompt"}
-        found.prompt([system, *asked], [_TOOL])
-        asked.insert(0, system)
-    try:
-        bridge = _by_role(found, role, [_TOOL])
-        whole = found.prompt([*asked, turn, added, turn, added], [_TOOL])
-    except DataError as error:
-        return str(error)
-    if not bridge:
-        return "no special token ends the turn before them"
-    return (
-        None if whole[-len(bridge) :] == bridge else "the template writes them in another way in a longer conversation"
-    )
-
-
-def _turn_before(found: TemplateFormat, role: str) -> tuple[Message, Message]:
-    """Return a turn, and a message of a role that may follow it."""
-    if role == "tool" and found.form is not None:
-        return _calling(found.form, {"argument": "value"}), _ANSWER
-    return _ANSWERED, {"role": "user", "content": "another question"}
-
-
-def _differs_without_tools(found: TemplateFormat) -> bool:
-    """Return whether what is appended to a turn depends on the tools."""
-    try:
-        return any(_by_role(found, role, [_TOOL]) != _by_role(found, role, []) for role in ROLES)
-    except DataError:
-        return True
-
-
-def _by_role(found: TemplateFormat, role: str, tools: Sequence[Tool]) -> tuple[int, ...] | None:
-    """Return the bridge to a message of a role; None if there is none. Raises DataError."""
-    turn, added = _turn_before(found, role)
-    bridges = (found.bridge((end,), turn, [added], tools) for end in found.stop_token_ids)
-    return next(filter(None, bridges), None)
-
-
-def _reads_behind_reasoning(found: TemplateFormat) -> bool:
-    """Return whether a call that the template writes behind reasoning is read as one."""
-    if found.form is None:
-        return True
-    turn = {**_calling(found.form, {"argument": "value"}), **reasoning_keys(_STAND_IN)}
-    try:
-        text = replace(found.chat.template, tools=(_TOOL,)).render([_QUESTION, turn], False)
-    except DataError:  # it takes no such turn
-        return True
-    _, written, rest = text.rpartition(_STAND_IN)
-    reasoning = found.chat.reasoning
-    read = found.read(("" if reasoning.opened else reasoning.opening) + _STAND_IN + rest, [_TOOL])
-    return not written or (read.reasoning == _STAND_IN and [call.name for call in read.calls] == [_NAME])
-
-
-def _calling(form: CallForm, arguments: object) -> Message:
-    if form.as_text:
-        arguments = orjson.dumps(arguments).decode()
-    call = {"id": "milrace01", "type": "function", "function": {"name": _NAME, "arguments": arguments}}
-    return {"role": "assistant", "content": "", "tool_calls": [call], **reasoning_keys(" ")}
+    return replace(found, tools_behind=differs_without_tools(found))
 
 
 def split_reasoning(text: str, reasoning: Reasoning, *, ended: bool) -> tuple[str, str]:
