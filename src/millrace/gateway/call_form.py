@@ -1,8 +1,7 @@
 """How a model writes tool calls, and how they are read. `learn_call_form` learns it from the model's chat template.
 
-What stands around the names and the arguments is the form. Three kinds cover the families whose templates write calls
-as
-text:
+What stands around the names and the arguments is the form. Three kinds cover the families whose templates write
+calls as text:
 
     object:   <tool_call>{"name": NAME, "arguments": {...}}</tool_call>     Hermes, Qwen2.5, Qwen3, Llama 3.1, Mistral
     named:    [TOOL_CALLS]NAME[ARGS]{...}                                   Mistral, DeepSeek

@@ -97,7 +97,7 @@ class Episode:
         self.started += call.n
         self.counts["requests"] += 1
         self.counts.update(f"dropped:{name}" for name in (*call.dropped, *overruled(call.wanted, self.rules)))
-        if call.schema is not None and not self.engines.follow_schemas:
+        if call.schema is not None and not self._follows(call):
             self.counts["dropped:json_schema"] += 1
         turn = Turn(call, identity, secrets.token_hex(8), int(time.time()))
         prepared = self._prepare(call)
@@ -217,11 +217,17 @@ class Episode:
             node.delivered = True
         self.journal.delivered([node.number for node in new])
 
+    def _follows(self, call: ModelCall) -> bool:
+        """Return whether the answer is made to match the request's JSON schema.
+
+        Not if a trainer fixes the sampling: the schema would change the distribution that it computes.
+        """
+        return call.schema is not None and self.rules.sampling is None and self.engines.follow_schemas
+
     def _forced(self, call: ModelCall) -> str:
         """Return the text with which the turn must begin. Raises RequestError if the format has none."""
         if not call.choice.required:
-            schema = call.schema is not None and self.engines.follow_schemas
-            return self.engines.format.unreasoned() if schema else ""
+            return self.engines.format.unreasoned() if self._follows(call) else ""
         if not call.tools:
             raise RequestError("tool_choice asks for a tool call, and the request has no tools")
         text = self.engines.format.forced(call.choice.name)
@@ -273,7 +279,7 @@ class Episode:
         sampling = replace(
             sampling_of(call.wanted, self.engines.config, self.rules, room),
             stop_token_ids=self.engines.format.stop_token_ids,
-            json_schema=orjson.dumps(call.schema).decode() if call.schema and self.engines.follow_schemas else None,
+            json_schema=orjson.dumps(call.schema).decode() if self._follows(call) else None,
         )
         request = GenerateRequest(
             prepared.token_ids, sampling, request_id=f"{self.id}-{turn.id}", images=prepared.images
