@@ -172,7 +172,9 @@ class Tree:
             return None
         if self._asked.get(node.identity):
             return BranchReason.RESAMPLED
-        return BranchReason.FORKED if node.parent else BranchReason.OTHER_CONVERSATION
+        said = [fingerprint(message) for message in node.added]
+        again = any([fingerprint(message) for message in one.added] == said for one in siblings if not one.parent)
+        return BranchReason.FORKED if node.parent or again else BranchReason.OTHER_CONVERSATION
 
     def _reason(self, call: ModelCall, parent: Node, added: Sequence[Message]) -> BranchReason | None:
         if any(message["role"] == "assistant" for message in added):
