@@ -20,6 +20,7 @@ SERVER: dict[str, Any] = {
     "enable_lora": False,
     "disable_overlap_schedule": False,
     "skip_tokenizer_init": False,
+    "grammar_backend": "xgrammar",
     "enable_memory_saver": True,
     "load_format": "auto",
     "quantization": None,
@@ -54,6 +55,20 @@ def test_stop_texts_need_a_tokenizer() -> None:
     assert Capability.STOP_TEXTS in capabilities_of(there, SERVED, SERVER, TEXT)
     assert Capability.STOP_TEXTS not in capabilities_of(there, SERVED, SERVER | {"skip_tokenizer_init": True}, TEXT)
     assert Capability.STOP_TEXTS not in capabilities_of(PATHS, SERVED, SERVER, TEXT)
+
+
+@pytest.mark.parametrize(
+    ("settings", "follows"),
+    [
+        ({}, True),
+        ({"grammar_backend": "none"}, False),
+        ({"grammar_backend": None}, False),
+        ({"skip_tokenizer_init": True}, False),
+    ],
+)
+def test_json_schemas_need_a_grammar_backend_and_a_tokenizer(settings: dict[str, Any], *, follows: bool) -> None:
+    there = PATHS | {"/v1/detokenize": None}
+    assert (Capability.JSON_SCHEMA in capabilities_of(there, SERVED, SERVER | settings, TEXT)) == follows
 
 
 @pytest.mark.parametrize("sees", [True, False])
