@@ -156,6 +156,11 @@ def reasoning_of(message: Message) -> str | None:
     return thought.strip() or None if isinstance(thought, str) else None
 
 
+def text_of(message: Message) -> str:
+    """Return the text of a message."""
+    return _content(message.get("content"))[0]
+
+
 def chain(tools: Sequence[Tool], messages: Sequence[Message]) -> list[bytes]:
     """Return a digest of each prefix of a conversation: item i is of the tools and the first i messages."""
     digests = [_digest(_json(tools))]
