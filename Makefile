@@ -6,10 +6,10 @@ VERL_VENV := .venv-verl
 VERIFIERS_VENV := .venv-verifiers
 OPENENV_VENV := .venv-openenv
 SDKS_VENV := .venv-sdks
-AGENTS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/millrace/agents-$(shell cat tests/gateway/agents/package-lock.json \
+AGENTS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/millrace/agents-$(shell cat tests/gateway/agents/package.json \
 	constraints/mini-swe-agent.txt | sha256sum | cut -c1-12)
 ENVIRONMENTS_PYTEST = PATH="$(abspath $(VERIFIERS_VENV))/bin:$$PATH" python -m pytest -o addopts=-ra -W default
-SDKS_PYTEST = SDKS_PYTHON=$(abspath $(SDKS_VENV))/bin/python $(BIN)/pytest -n2
+SDKS_PYTEST = SDKS_PYTHON=$(abspath $(SDKS_VENV))/bin/python $(BIN)/pytest -n2 --dist=load
 VERL_PYTEST = $(VERL_VENV)/bin/python -m pytest -o addopts=-ra -W default
 # Compiling by itself, on all cores: pip takes one. What can't be compiled (templates) is not imported either.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
@@ -135,8 +135,8 @@ $(SDKS_VENV)/sdks.stamp: $(SDKS_VENV)/short.stamp
 $(AGENTS)/agents.stamp:
 	@echo "installing agents into $(AGENTS): three minutes or so"
 	mkdir -p $(AGENTS)
-	cp tests/gateway/agents/package.json tests/gateway/agents/package-lock.json $(AGENTS)
-	npm ci --prefix $(AGENTS) --no-audit --no-fund
+	cp tests/gateway/agents/package.json $(AGENTS)
+	npm install --prefix $(AGENTS) --no-audit --no-fund
 	$(PYTHON) -m venv $(AGENTS)/mini-swe-agent
 	$(AGENTS)/mini-swe-agent/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		-c constraints/mini-swe-agent.txt mini-swe-agent
