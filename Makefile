@@ -5,15 +5,21 @@ BIN := $(VENV)/bin
 VERL_VENV := .venv-verl
 VERIFIERS_VENV := .venv-verifiers
 OPENENV_VENV := .venv-openenv
+SDKS_VENV := .venv-sdks
+AGENTS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/millrace/agents-$(shell cat tests/gateway/agents/package.json \
+	constraints/mini-swe-agent.txt | sha256sum | cut -c1-12)
 ENVIRONMENTS_PYTEST = PATH="$(abspath $(VERIFIERS_VENV))/bin:$$PATH" python -m pytest -o addopts=-ra -W default
+SDKS_PYTEST = SDKS_PYTHON=$(abspath $(SDKS_VENV))/bin/python $(BIN)/pytest -n2 --dist=load
 VERL_PYTEST = $(VERL_VENV)/bin/python -m pytest -o addopts=-ra -W default
 # Compiling by itself, on all cores: pip takes one. What can't be compiled (templates) is not imported either.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
+SDKS_PIP = $(SDKS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints/sdks.txt
 COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # The exact versions that this was tested with, and the CPU's torch. `make CONSTRAINTS=... ` names another set.
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments test-environments-short lint types unit clean
+.PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments test-environments-short test-sdks \
+	test-sdks-short test-agents lint types unit clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
@@ -47,6 +53,18 @@ test-environments-short: $(VERIFIERS_VENV)/verifiers.stamp
 	$(ENVIRONMENTS_PYTEST) $(addprefix tests/integrations/environments/,test_verifiers_client.py test_renderers_format.py \
 		test_verifiers.py::test_an_episode_is_verifiers_own)
 
+# Clients of agents before the gateway, in an environment of their own.
+test-sdks: $(VENV)/dev.stamp $(SDKS_VENV)/sdks.stamp
+	$(SDKS_PYTEST) tests/gateway/test_sdks.py
+
+# Without the clients that need many packages.
+test-sdks-short: $(VENV)/dev.stamp $(SDKS_VENV)/short.stamp
+	$(SDKS_PYTEST) tests/gateway/test_sdks.py -k "openai or anthropic or pydantic_ai"
+
+# Real agents before the gateway: 1.7 GB, which stay in the cache. It needs npm, and the right to make namespaces.
+test-agents: $(VENV)/dev.stamp $(AGENTS)/agents.stamp
+	MILLRACE_AGENTS=$(AGENTS) $(BIN)/pytest -n0 tests/gateway/test_agents.py
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,7 +76,7 @@ unit: $(VENV)/dev.stamp
 	$(BIN)/pytest
 
 clean:
-	rm -rf $(VENV) $(VERL_VENV) $(VERIFIERS_VENV) $(OPENENV_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VERL_VENV) $(VERIFIERS_VENV) $(OPENENV_VENV) $(SDKS_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -101,4 +119,25 @@ $(OPENENV_VENV)/openenv.stamp: constraints/openenv.txt
 	$(PYTHON) -m venv $(OPENENV_VENV)
 	$(OPENENV_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		-c constraints/openenv.txt openenv
+	@touch $@
+
+$(SDKS_VENV)/short.stamp: constraints/sdks.txt
+	@echo "installing clients of agents into $(SDKS_VENV): a minute or so"
+	$(PYTHON) -m venv $(SDKS_VENV)
+	$(SDKS_PIP) openai anthropic openai-agents 'pydantic-ai-slim[openai,anthropic]'
+	@touch $@
+
+$(SDKS_VENV)/sdks.stamp: $(SDKS_VENV)/short.stamp
+	@echo "installing more clients of agents into $(SDKS_VENV): two minutes or so"
+	$(SDKS_PIP) langgraph langchain-openai langchain-anthropic litellm smolagents
+	@touch $@
+
+$(AGENTS)/agents.stamp:
+	@echo "installing agents into $(AGENTS): three minutes or so"
+	mkdir -p $(AGENTS)
+	cp tests/gateway/agents/package.json $(AGENTS)
+	npm install --prefix $(AGENTS) --no-audit --no-fund
+	$(PYTHON) -m venv $(AGENTS)/mini-swe-agent
+	$(AGENTS)/mini-swe-agent/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-c constraints/mini-swe-agent.txt mini-swe-agent
 	@touch $@

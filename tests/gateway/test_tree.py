@@ -1,11 +1,13 @@
 """Where requests attach, and why generations branch."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from millrace.config.gateway import GatewayConfig
+from millrace.gateway.call import NO_LINEAGE
 from millrace.gateway.episode import Episode
 from millrace.gateway.gateway import Gateway
 from millrace.gateway.protocols.base import RequestError
@@ -118,6 +120,46 @@ async def test_the_reasons_for_new_roots() -> None:
         assert chat.last.parent is None
     assert len(chat.episode.samples()) == len(chat.episode.tree.nodes)
     assert chat.episode.counts["branch:history_edited"] == 1
+
+
+async def test_a_conversation_that_begins_with_a_summary_is_compacted() -> None:
+    """Also without labels, with other words around the summary. An agent with other tools may quote it too."""
+    chat = Chat()
+    first = await chat.ask(SYSTEM, QUESTION, tools=[ADD])
+    summary = "<summary>\nThe user asked for 1 + 1, which is 2.\n</summary>"
+    await chat.ask(SYSTEM, QUESTION, first, {"role": "user", "content": "Summarize."}, tools=[ADD], says=summary)
+    for tools, reason in (([NOW], "other_conversation"), ([ADD], "compacted")):
+        said = f"Summary for {reason}:\nThe user asked for 1 + 1, which is 2.\nGo on."
+        await chat.ask(SYSTEM, {"role": "user", "content": said}, tools=tools)
+        assert (chat.last.reason, chat.last.parent) == (reason, None)
+
+
+@pytest.mark.parametrize(
+    ("headers", "reasons"),
+    [
+        ([("t", 0, "turn"), ("t", 0, "compaction"), ("t", 1, "turn")], [None, "compacted", "compacted"]),
+        ([("t", 0, "turn"), ("u", 0, "turn"), ("u", 1, "turn")], [None, "sub_agent", "compacted"]),
+        ([("t", 0, "turn"), ("t", 0, "turn"), ("t", 1, "turn")], [None, "other_conversation", "compacted"]),
+    ],
+)
+async def test_codex_labels_its_windows(headers: list[tuple[str, int, str]], reasons: list[str | None]) -> None:
+    chat = Chat()
+    for place, (thread, window, kind) in enumerate(headers):
+        labels = {
+            "session-id": "t",
+            "thread-id": thread,
+            "x-codex-window-id": f"{thread}:{window}",
+            "x-codex-turn-metadata": json.dumps({"request_kind": kind}),
+        }
+        await chat.ask({"role": "user", "content": f"Question {place}"}, headers=labels)
+    assert chat.reasons == reasons
+
+
+@pytest.mark.parametrize("metadata", ["", "{", "[]", "1", '"x"'])
+async def test_labels_that_say_nothing_are_no_labels(metadata: str) -> None:
+    chat = Chat()
+    await chat.ask(QUESTION, headers={"x-codex-turn-metadata": metadata, "thread-id": "t"})
+    assert chat.last.lineage == NO_LINEAGE
 
 
 async def test_changed_reasoning_branches_and_dropped_reasoning_does_not() -> None:

@@ -173,6 +173,11 @@ def tools_digest(tools: Sequence[Tool]) -> bytes:
     return _digest(_json(tools))
 
 
+def text_of(message: Message) -> str:
+    """Return the text of a message."""
+    return _content(message.get("content"))[0]
+
+
 def extended(digest: bytes, message: Message) -> bytes:
     """Return the digest of a prefix and one more message, as in `ModelCall.prefixes`."""
     return _digest(digest, fingerprint(message))

@@ -18,10 +18,13 @@ from millrace.gateway.call import (
     extended,
     fingerprint,
     reasoning_of,
+    text_of,
     tools_digest,
 )
 from millrace.rollout.sample import Message
 from millrace.types import FinishReason, Float32Array, VersionSpan
+
+SHORTEST_SUMMARY = 20  # characters of its longest line
 
 
 class BranchReason(StrEnum):
@@ -205,9 +208,8 @@ class Tree:
             return BranchReason.RESAMPLED
         if call.lineage.agent is not None and all(node.lineage.agent != call.lineage.agent for node in self.nodes):
             return BranchReason.SUB_AGENT
-        if call.lineage.compaction is not None and any(
-            node.lineage.compaction != call.lineage.compaction for node in self.nodes
-        ):
+        windows = {node.lineage.compaction for node in self.nodes if node.lineage.agent == call.lineage.agent}
+        if call.lineage.compaction is not None and windows and call.lineage.compaction not in windows:
             return BranchReason.COMPACTED
         said, tools = list(call.fingerprints), call.prefixes[0]
         roots = [node for node in reversed(self.nodes) if node.parent is None]
@@ -216,10 +218,20 @@ class Tree:
             return self._why_other_turn(None, call.messages)
         if longer:
             return BranchReason.TOOLS_CHANGED
+        if any(tools_digest(root.tools) == tools for root in roots) and self._has_summary(call.messages):
+            return BranchReason.COMPACTED
         for root in roots:
             if _without_system(call.messages)[:1] == _without_system(root.added)[:1]:
                 return BranchReason.SYSTEM_CHANGED if said[0] != fingerprint(root.added[0]) else BranchReason.FORKED
         return BranchReason.OTHER_CONVERSATION
+
+    def _has_summary(self, messages: Sequence[Message]) -> bool:
+        """Return whether the user's first messages have a line of a last answer: agents without labels compact so."""
+        turn = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+        said = "\n".join(text_of(message) for message in messages[:turn] if message["role"] == "user")
+        answers = (node.turn.content for node in self.nodes if not node.children and not node.turn.calls)
+        lines = (max(answer.splitlines(), key=len).strip() for answer in answers if answer.strip())
+        return any(len(line) >= SHORTEST_SUMMARY and line in said for line in lines)
 
 
 @dataclass(frozen=True, slots=True)
