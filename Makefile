@@ -57,9 +57,9 @@ test-environments-short: $(VERIFIERS_VENV)/verifiers.stamp
 test-sdks: $(VENV)/dev.stamp $(SDKS_VENV)/sdks.stamp
 	$(SDKS_PYTEST) tests/gateway/test_sdks.py
 
-# Without the clients that need many packages.
+# Without the clients that need many packages, and without a real engine.
 test-sdks-short: $(VENV)/dev.stamp $(SDKS_VENV)/short.stamp
-	$(SDKS_PYTEST) tests/gateway/test_sdks.py -k "openai or anthropic or pydantic_ai"
+	$(SDKS_PYTEST) tests/gateway/test_sdks.py -k "tool_loop and (openai or anthropic or pydantic_ai)"
 
 # Real agents before the gateway: 1.7 GB, which stay in the cache. It needs npm, and the right to make namespaces.
 test-agents: $(VENV)/dev.stamp $(AGENTS)/agents.stamp

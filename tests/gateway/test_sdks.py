@@ -133,7 +133,8 @@ async def test_smolagents_branches_at_each_turn(client: str) -> None:
 @pytest.mark.parametrize("client", CLIENTS, indirect=True)
 @pytest.mark.asyncio(loop_scope="module")
 async def test_clients_get_the_token_counts_of_a_real_engine(client: str, real: Gateway) -> None:
-    jobs = [(real.open_episode(), protocol, "once") for protocol in CLIENTS[client]]
+    protocols = ["chat"] if client == "openai_agents" else CLIENTS[client]  # its other one takes no answer that was cut
+    jobs = [(real.open_episode(), protocol, "once") for protocol in protocols]
     counts = await run(client, jobs)
     for (opened, protocol, _), (prompt, output) in zip(jobs, counts, strict=True):
         [node] = opened.episode.tree.nodes
