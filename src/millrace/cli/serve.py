@@ -17,7 +17,6 @@ from millrace.config.loading import load_config
 from millrace.config.serve import ServeConfig
 from millrace.errors import ConfigError
 from millrace.fleet.event_log import EventLog
-from millrace.fleet.local import open_fleet
 from millrace.http.hosts import is_loopback
 from millrace.imports import without_collecting
 from millrace.serve.server import serve_metrics
@@ -50,7 +49,7 @@ async def _serve(config: ServeConfig) -> int:
         # These import torch or transformers.
         from millrace.gateway.format import load_format
         from millrace.gateway.server import serve_gateway
-        from millrace.train.start import model_folder
+        from millrace.train.start import configured_fleet, model_folder
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -65,21 +64,7 @@ async def _serve(config: ServeConfig) -> int:
     async with AsyncExitStack() as stack:
         event_log = stack.enter_context(EventLog(config.folder / "events.jsonl"))
         opening = asyncio.create_task(
-            stack.enter_async_context(
-                open_fleet(
-                    config.engine,
-                    model,
-                    log_dir=config.folder,
-                    seed=config.seed,
-                    transport=config.publish.transport,
-                    folder=config.publish.folder,
-                    keep=config.publish.keep,
-                    sidecars=config.publish.sidecars,
-                    restarts=config.restarts,
-                    event_log=event_log,
-                    router=config.router,
-                )
-            )
+            stack.enter_async_context(configured_fleet(config, model, log_dir=config.folder, event_log=event_log))
         )
         await asyncio.wait({opening, serving}, return_when=asyncio.FIRST_COMPLETED)
         if not opening.done():  # interrupted while the engines started

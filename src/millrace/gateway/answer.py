@@ -28,15 +28,6 @@ class Usage:
     output: int = 0
     reasoning: int = 0
 
-    def __add__(self, other: "Usage") -> "Usage":
-        """Return the counts of two samples of one prompt."""
-        return Usage(
-            self.prompt or other.prompt,
-            max(self.cached, other.cached),
-            self.output + other.output,
-            self.reasoning + other.reasoning,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Alternative:

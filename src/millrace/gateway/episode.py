@@ -115,7 +115,7 @@ class Episode:
         self._arrived([self.tree.nodes[number] for number in turn.numbers])
 
     def abandon(self, turn: Turn) -> None:
-        """Note that the agent went away before it had the answer. The generation goes on, for a retry to join."""
+        """Note that the agent disconnected before it had the answer. The generation continues, and a retry joins it."""
         turn.abandoned = True
         self.counts["interrupted"] += 1
         if _failed(turn) and turn in self.turns:
@@ -243,7 +243,7 @@ class Episode:
         fleet = self.engines.fleet
 
         async def one(request: GenerateRequest, reader: Reader) -> Generation:
-            if not call.stream or request.sampling.json_schema is not None:  # which may start anew
+            if not call.stream or request.sampling.json_schema is not None:  # its tokens may be dropped
                 whole = await fleet.generate(request, deadline=config.timeout, routing=routing, retries=config.retries)
                 return _unless_aborted(whole)
             made: Generation | None = None
@@ -371,8 +371,3 @@ def _unless_aborted(made: Generation) -> Generation:
 def _failed(turn: Turn) -> bool:
     task = turn.task
     return task is not None and task.done() and (task.cancelled() or task.exception() is not None)
-
-
-def counted(episodes: Sequence[Episode]) -> Counter[str]:
-    """Return the sum of the counts of episodes."""
-    return sum((episode.counts for episode in episodes), Counter())

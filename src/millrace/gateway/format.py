@@ -343,10 +343,11 @@ def split_reasoning(text: str, reasoning: Reasoning, *, ended: bool) -> tuple[st
     return (thought, rest) if closed or ended else (held_back(thought, reasoning.closing), "")
 
 
-def held_back(text: str, marker: str) -> str:
-    """Return a text without an end that may become the marker."""
-    for length in range(min(len(marker) - 1, len(text)), 0, -1):
-        if text.endswith(marker[:length]):
+def held_back(text: str, *markers: str) -> str:
+    """Return a text without an end that may become one of the markers."""
+    longest = max(map(len, markers), default=0)
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        if any(length < len(marker) and text.endswith(marker[:length]) for marker in markers):
             return text[:-length]
     return text
 

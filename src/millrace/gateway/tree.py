@@ -94,11 +94,6 @@ class Node:
             tokens += node.output_ids
         return tuple(tokens)
 
-    @property
-    def depth(self) -> int:
-        """The number of generations before this one on its path."""
-        return len(self.path) - 1
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -258,11 +253,11 @@ def lines(tree: Tree) -> Iterator[Line]:
     So no generation is trained in a superseded path that is also in another one.
     """
     seen: set[int] = set()
-    for leaf in sorted(tree.leaves, key=tree.superseded):
+    for superseded, leaf in sorted(((tree.superseded(leaf), leaf) for leaf in tree.leaves), key=lambda one: one[0]):
         path = tuple(leaf.path)
         trained = frozenset(node.number for node in path) - seen
         seen |= trained
-        yield Line(path, trained, tree.superseded(leaf))
+        yield Line(path, trained, superseded)
 
 
 def _same_reasoning(node: Node, messages: Sequence[Message]) -> bool:

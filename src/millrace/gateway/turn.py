@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from millrace.engines.stop_texts import first_stop
 from millrace.gateway.answer import Alternative, Answer, Delta, Finish, Usage
 from millrace.gateway.call import ModelCall, ToolUse, TurnText
-from millrace.gateway.format import TurnFormat
+from millrace.gateway.format import TurnFormat, held_back
 from millrace.gateway.protocols.base import RequestError
 from millrace.gateway.tree import Node
 from millrace.types import FinishReason, Generation
@@ -47,7 +47,8 @@ class Reader:
         if now < self._next:
             return []
         text, stop = self._cut()
-        turn = self._limited(self._parsed(held_for_stops(text, self._call, stop), ended=False))
+        certain = held_back(text, *self._call.wanted.stop) if stop is None else text
+        turn = self._limited(self._parsed(certain, ended=False))
         self._next = time.monotonic() + max(INTERVAL, SHARE * (time.monotonic() - now))
         return self._difference(turn)
 
@@ -101,17 +102,6 @@ class Reader:
         for place, call in enumerate(turn.calls[len(shown.calls) :], len(shown.calls)):
             deltas.append(Delta(self._index, call=call, call_index=place))
         return deltas
-
-
-def held_for_stops(text: str, call: ModelCall, found: str | None) -> str:
-    """Return a text without an end that may become a stop text."""
-    if found is not None:
-        return text
-    longest = max((len(stop) for stop in call.wanted.stop), default=1)
-    for length in range(min(longest - 1, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in call.wanted.stop):
-            return text[:-length]
-    return text
 
 
 class EpisodeClosed(RequestError):

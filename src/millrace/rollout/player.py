@@ -1,4 +1,4 @@
-"""The port to whoever plays whole samples by other means than `converse`: an agent that talks to the gateway."""
+"""The port to a player of whole samples: an agent that talks to the gateway, in place of `converse`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

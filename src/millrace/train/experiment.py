@@ -15,7 +15,6 @@ from millrace.errors import CheckpointError, ConfigError, DataError
 from millrace.fleet.client import FleetClient
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
-from millrace.fleet.local import open_fleet
 from millrace.rollout.agent import EpisodeLimits
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.judge import Judge
@@ -35,7 +34,7 @@ from millrace.train.policy import load_policy
 from millrace.train.ranks import Ranks, TrainerThread, shared
 from millrace.train.record import RunFolder
 from millrace.train.resizing import resizable
-from millrace.train.start import model_folder
+from millrace.train.start import configured_fleet, model_folder
 from millrace.train.summary import Summary
 from millrace.train.task import Task, load_task, prompt_length, task_chat_format, with_servers
 from millrace.train.threads import trainer_threads
@@ -137,20 +136,7 @@ async def _engines(
     """Start the policy's engines, which all ranks share, and the judge's engines."""
 
     def start() -> AbstractAsyncContextManager[Fleet]:
-        return open_fleet(
-            config.engine,
-            model_path,
-            log_dir=folder.logs,
-            version=0,
-            seed=config.seed,
-            transport=config.publish.transport,
-            folder=config.publish.folder,
-            keep=config.publish.keep,
-            sidecars=config.publish.sidecars,
-            restarts=config.restarts,
-            event_log=event_log,
-            router=config.router,
-        )
+        return configured_fleet(config, model_path, log_dir=folder.logs, event_log=event_log)
 
     engines = config.engine.replicas + (config.judges.engine.replicas if config.judges is not None else 0)
     display.say(f"starting {engines} engine(s); their logs are in {folder.logs}")

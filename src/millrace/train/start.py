@@ -1,13 +1,21 @@
-"""The folder of a model: a local one, a download from the Hub, or one that the run creates."""
+"""What a config starts from: the folder of its model, and the fleet of its engines.
+
+A model's folder is a local one, a download from the Hub, or one that the run creates.
+"""
 
 import re
 import shutil
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from millrace.config.models import ModelConfig, PretrainedModelConfig, TinyModelConfig
+from millrace.config.models import ModelConfig, PretrainedModelConfig, RunConfig, TinyModelConfig
+from millrace.config.serve import ServeConfig
 from millrace.errors import DataError
+from millrace.fleet.event_log import EventLog
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.local import open_fleet
 from millrace.train.tiny import make_tiny_model
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -34,6 +42,25 @@ def model_folder(model: ModelConfig, created: Path, *, seed: int, fresh: bool, s
             if not created.exists():
                 make_tiny_model(model, seed, created)
             return created
+
+
+def configured_fleet(
+    config: RunConfig | ServeConfig, model: Path, *, log_dir: Path, event_log: EventLog
+) -> AbstractAsyncContextManager[Fleet]:
+    """Return the fleet of a config's engines, as `open_fleet` does. model: the folder of their starting model."""
+    return open_fleet(
+        config.engine,
+        model,
+        log_dir=log_dir,
+        seed=config.seed,
+        transport=config.publish.transport,
+        folder=config.publish.folder,
+        keep=config.publish.keep,
+        sidecars=config.publish.sidecars,
+        restarts=config.restarts,
+        event_log=event_log,
+        router=config.router,
+    )
 
 
 def _download(name: str, setting: str) -> Path:

@@ -3,24 +3,10 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from tests.gateway.agents.scenario import Place, Scenario
-from tests.gateway.qwen import answered, call, last_question, results, said_in, turn
+from tests.gateway.agents.scenario import DELEGATE, SHELL, Place, Scenario, shell_and_sub_agent
+from tests.gateway.qwen import call
 
-SHELL = "Run three commands."
-DELEGATE = "Let an agent work."
-
-
-def script(prompt: str) -> str:
-    """What the model writes."""
-    said = said_in(prompt)
-    last, done = last_question(said), answered(said)
-    if "SUBTASK" in last:
-        return turn("It said so.") if done else turn("", shell("sub"))
-    if DELEGATE in last and not done:
-        return turn("", call("task", description="sub", prompt="SUBTASK: run it.", subagent_type="general"))
-    if SHELL in last and not done:
-        return turn("Let me run them.", *(shell(str(i)) for i in range(3)))
-    return turn(f"Done after {results(said)} results.")
+SUB_AGENT = call("task", description="sub", prompt="SUBTASK: run it.", subagent_type="general")
 
 
 def shell(word: str) -> str:
@@ -50,4 +36,4 @@ def files(place: Place) -> Mapping[str, str]:
     return {".config/opencode/opencode.json": json.dumps({**settings, "autoupdate": False, "share": "disabled"})}
 
 
-SCENARIO = Scenario(script, commands, environment, files)
+SCENARIO = Scenario(shell_and_sub_agent(shell, SUB_AGENT), commands, environment, files)

@@ -85,12 +85,30 @@ class ChatCompletions:
         return openai_error(error)
 
 
-class ChatStream:
-    """The events of one answer."""
+class ChunkStream:
+    """What the streams of chat completions and completions share: all chunks of one begin with the same fields."""
 
     def __init__(self, call: ModelCall, model: str) -> None:
         self._call, self._model = call, call.model or model
         self._head: dict[str, object] = {}
+
+    def ping(self) -> bytes:
+        return b": ping\n\n"
+
+    def error(self, error: RequestError) -> bytes:
+        return event(orjson.dumps(openai_error(error)))
+
+    def _event(self, *choices: Mapping[str, object], **fields: object) -> bytes:
+        return event(orjson.dumps({**self._head, "choices": choices, **fields}))
+
+    def _closed(self, chunks: Sequence[bytes], counts: Usage) -> bytes:
+        """Return the last chunks, with the token counts if the request asks for them, and the end of the stream."""
+        counted = [self._event(usage=usage(counts))] if self._call.stream_usage else []
+        return b"".join([*chunks, *counted, b"data: [DONE]\n\n"])
+
+
+class ChatStream(ChunkStream):
+    """The events of one answer."""
 
     def begin(self, answer_id: str, created: int) -> bytes:
         self._head = {
@@ -116,21 +134,12 @@ class ChatStream:
             self._chunk(index, {}, FINISHES[one.finish], _logprobs(one) if self._call.logprobs else None)
             for index, one in enumerate(answer.alternatives)
         ]
-        if self._call.stream_usage:
-            chunks.append(event(orjson.dumps({**self._head, "choices": [], "usage": usage(answer.usage)})))
-        return b"".join(chunks) + b"data: [DONE]\n\n"
-
-    def ping(self) -> bytes:
-        return b": ping\n\n"
-
-    def error(self, error: RequestError) -> bytes:
-        return event(orjson.dumps(openai_error(error)))
+        return self._closed(chunks, answer.usage)
 
     def _chunk(
         self, index: int, delta: Mapping[str, object], finish: str | None = None, logprobs: object = None
     ) -> bytes:
-        choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
-        return event(orjson.dumps({**self._head, "choices": [choice]}))
+        return self._event({"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs})
 
 
 def message_of(message: Any) -> Message:

@@ -7,13 +7,11 @@ root of its own, and a request that is sent again is found like any other.
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
-
 from millrace.gateway.answer import Alternative, Answer, Delta, Finish
 from millrace.gateway.call import ModelCall
 from millrace.gateway.lineage import lineage_of
-from millrace.gateway.protocols.base import RequestError, dropped, event
-from millrace.gateway.protocols.chat import STREAM, WITHOUT_MEANING, openai_error, usage
+from millrace.gateway.protocols.base import RequestError, dropped
+from millrace.gateway.protocols.chat import STREAM, WITHOUT_MEANING, ChunkStream, openai_error, usage
 from millrace.gateway.protocols.fields import model_of, nested, unknown, wanted_of, whole
 from millrace.rollout.sample import Message
 
@@ -67,37 +65,22 @@ class Completions:
         return openai_error(error)
 
 
-class CompletionStream:
+class CompletionStream(ChunkStream):
     """The events of one answer."""
-
-    def __init__(self, call: ModelCall, model: str) -> None:
-        self._call, self._model = call, call.model or model
-        self._head: dict[str, object] = {}
 
     def begin(self, answer_id: str, created: int) -> bytes:
         self._head = head(answer_id, created, self._model)
         return b""
 
     def delta(self, delta: Delta) -> bytes:
-        return self._chunk(choice(delta.index, delta.content))
+        return self._event(choice(delta.index, delta.content))
 
     def end(self, answer: Answer) -> bytes:
         chunks = [
-            self._chunk(choice(index, "", _finish(one.finish), logprobs_of(one) if self._call.logprobs else None))
+            self._event(choice(index, "", _finish(one.finish), logprobs_of(one) if self._call.logprobs else None))
             for index, one in enumerate(answer.alternatives)
         ]
-        if self._call.stream_usage:
-            chunks.append(event(orjson.dumps({**self._head, "choices": [], "usage": usage(answer.usage)})))
-        return b"".join(chunks) + b"data: [DONE]\n\n"
-
-    def ping(self) -> bytes:
-        return b": ping\n\n"
-
-    def error(self, error: RequestError) -> bytes:
-        return event(orjson.dumps(openai_error(error)))
-
-    def _chunk(self, made: Mapping[str, object]) -> bytes:
-        return event(orjson.dumps({**self._head, "choices": [made]}))
+        return self._closed(chunks, answer.usage)
 
 
 def prompt_of(prompt: Any) -> str | tuple[int, ...]:

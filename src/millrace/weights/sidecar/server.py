@@ -1,6 +1,5 @@
 """The HTTP server of every sidecar, whose routes are protected by a key. Its `Job` does the work."""
 
-import ipaddress
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from millrace.errors import ConfigError
 from millrace.http.auth import has_key
+from millrace.http.hosts import is_loopback
 from millrace.http.replies import reply
 from millrace.launch.ports import unbracketed, why_not_bound
 
@@ -67,7 +67,7 @@ def bind(host: str, port: int, *, key: str | None) -> socket.socket:
     could reach it and there is no key."""
     try:
         family, _, _, _, address = socket.getaddrinfo(unbracketed(host), port, type=socket.SOCK_STREAM)[0]
-        if key is None and not ipaddress.ip_address(address[0]).is_loopback:
+        if key is None and not is_loopback(str(address[0])):
             raise ConfigError(
                 f"other hosts can reach {host}: set {SIDECAR_KEY}, here and for the trainer, or use 127.0.0.1"
             )
