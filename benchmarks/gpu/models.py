@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 # The shapes of Qwen2.5 (arXiv:2412.15115), and a small one to try the scripts.
@@ -47,11 +46,15 @@ def write_config(size: str, folder: Path) -> Path:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer of the model's vocabulary, with one word for each token."""
+    """Writes a tokenizer of the model's vocabulary. Each byte of a text is one token. transformers takes the class of
+    Qwen's tokenizer for such a folder, whatever is written there, and that class reads nothing but byte-level BPE."""
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(size)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0").save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<pad>", "<eos>", *alphabet, *(f"w{number}" for number in range(len(alphabet) + 2, size))]
+    tokenizer = Tokenizer(BPE({word: number for number, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
 
 
 def random_tensors(folder: Path, device: torch.device) -> list[tuple[str, torch.Tensor]]:

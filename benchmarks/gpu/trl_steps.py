@@ -20,6 +20,7 @@ import json
 import os
 import random
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ WAYS = ("colocate", "server", "vllm", "sglang", "vllm-2", "sglang-2")
 
 
 def make_model(size: str, folder: Path, device: str) -> None:
-    """Write a model with random weights and a tokenizer with one word for each token."""
+    """Write a model with random weights and a tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -125,7 +126,8 @@ def measure(way: str, given: argparse.Namespace, folder: Path) -> dict[str, list
             ends.append(time.perf_counter())
 
     draw = random.Random(0)
-    prompts = [" ".join(f"w{draw.randrange(2, 1000)}" for _ in range(PROMPT_TOKENS)) for _ in range(1024)]
+    prompts = ["".join(draw.choices(string.ascii_letters, k=PROMPT_TOKENS)) for _ in range(1024)]
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
     reward: Callable[..., list[float]] = lambda completions, **_: [float(len(c) % 7) for c in completions]  # noqa: E731
     reward.__name__ = "reward"
     own = {} if way not in ("colocate", "server") else {
@@ -159,7 +161,7 @@ def measure(way: str, given: argparse.Namespace, folder: Path) -> dict[str, list
             args=config,
             reward_funcs=reward,
             train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-            processing_class=AutoTokenizer.from_pretrained(given.model),
+            processing_class=tokenizer,
             callbacks=[Clock()],
         )
         logs = folder / "logs"
@@ -170,6 +172,7 @@ def measure(way: str, given: argparse.Namespace, folder: Path) -> dict[str, list
             generation.generate = timed(generation.generate, generate)
             generation.sync_weights = timed(generation.sync_weights, publish)
             trainer.train()
+    assert {len(ids) for ids in tokenizer(prompts)["input_ids"]} == {PROMPT_TOKENS}
     steps = [end - begin for begin, end in itertools.pairwise(ends)]
     return {"generate": generate[1:], "publish": publish[1:], "step": steps}
 

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# verl's separate asynchronous trainer with rollout.name=millrace: the actor on one GPU and an engine on another
-# (its first run was cut off after the first publish).
+# verl's separate asynchronous trainer with rollout.name=millrace: the actor on one GPU and an engine on another.
 #   MODEL=Qwen/Qwen3-0.6B DATA=train.parquet benchmarks/gpu/verl_separate.sh [verl's settings]
 # To check: weights go by nccl, each step publishes one version, and trajectory_staleness stays at one or two steps.
 source "$(dirname "$0")/verl_common.sh"
