@@ -16,10 +16,11 @@ from millrace.config.gateway import GatewayConfig
 from millrace.errors import DataError
 from millrace.fleet.client import FleetClient
 from millrace.gateway.answer import Alternative, Answer
-from millrace.gateway.call import ModelCall
+from millrace.gateway.call import ModelCall, Tool
 from millrace.gateway.format import TurnFormat
 from millrace.gateway.journal import Journal
 from millrace.gateway.protocols.base import ContextFull, RequestError
+from millrace.gateway.recent import Recent
 from millrace.gateway.rules import NO_RULES, EpisodeRules, overruled, sampling_of
 from millrace.gateway.samples import GatewaySample, samples_of
 from millrace.gateway.tree import BranchReason, Node, Place, Tree
@@ -36,11 +37,16 @@ ALLOWED_WHEN_STRICT = (None, BranchReason.RESAMPLED, BranchReason.SUB_AGENT, Bra
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """What all episodes of a gateway share: the fleet, the model's format, and the settings."""
+    """What all episodes of a gateway share: the fleet, the model's format, and the settings.
+
+    tools: those of the latest requests, by their digest. Each request brings its own copy of the same tools, and
+    thousands of kept copies would make garbage collection slow.
+    """
 
     fleet: FleetClient
     format: TurnFormat
     config: GatewayConfig
+    tools: Recent[bytes, tuple[Tool, ...]] = field(default_factory=Recent, repr=False)
 
     @property
     def follow_schemas(self) -> bool:
@@ -276,11 +282,9 @@ class Episode:
         if room < 1:
             self.counts["limit:tokens"] += 1
             raise ContextFull(prepared.length, limit)
-        sampling = replace(
-            sampling_of(call.wanted, self.engines.config, self.rules, room),
-            stop_token_ids=self.engines.format.stop_token_ids,
-            json_schema=orjson.dumps(call.schema).decode() if self._follows(call) else None,
-        )
+        schema = orjson.dumps(call.schema).decode() if self._follows(call) else None
+        ends = self.engines.format.stop_token_ids
+        sampling = sampling_of(call.wanted, self.engines.config, self.rules, room, ends=ends, json_schema=schema)
         request = GenerateRequest(
             prepared.token_ids, sampling, request_id=f"{self.id}-{turn.id}", images=prepared.images
         )
@@ -306,7 +310,7 @@ class Episode:
             Node(
                 number=0,
                 parent=place.parent,
-                tools=turn.call.tools,
+                tools=self.engines.tools.get(turn.call.prefixes[0], lambda: turn.call.tools),
                 added=place.added,
                 context_ids=context,
                 output_ids=made.output_ids,

@@ -2,7 +2,6 @@
 
 import importlib
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from millrace.gateway.format_proofs import (
     why_unproven,
 )
 from millrace.gateway.learn_call_form import learn_call_form
+from millrace.gateway.recent import Recent
 from millrace.rollout.chat import ChatFormat, check_kwargs, find_markers, load_tokenizer
 from millrace.rollout.chat_template import ChatTemplate
 from millrace.rollout.control_tokens import is_special
@@ -94,23 +94,6 @@ class TurnFormat(Protocol):
 log = logging.getLogger(__name__)
 
 
-class Heads:
-    """The tokens of the texts with which conversations begin: the tools and the system prompt, which many share."""
-
-    def __init__(self, most: int = 64) -> None:
-        self._kept: OrderedDict[str, tuple[int, ...]] = OrderedDict()
-        self._most = most
-
-    def get(self, text: str, make: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the tokens of a text, which are made if they are not known."""
-        ids = self._kept.pop(text, None)
-        ids = make() if ids is None else ids
-        self._kept[text] = ids
-        if len(self._kept) > self._most:
-            self._kept.popitem(last=False)
-        return ids
-
-
 @dataclass(frozen=True, slots=True)
 class TemplateFormat:
     """The format of a model with a chat template, which it follows by rule: no model's name is known here.
@@ -119,7 +102,8 @@ class TemplateFormat:
     read. system_anywhere: whether the template takes system messages after the first one; otherwise they become user
     messages. stop_token_ids: the tokens that end a turn before a user's message and before a tool's answer. unproven:
     the roles whose messages can't be appended to a turn, and why. tools_behind: whether what is appended depends on the
-    tools; otherwise they are not rendered for it.
+    tools; otherwise they are not rendered for it. heads: the tokens of the texts with which conversations begin, the
+    tools and the system prompt, which many share.
     """
 
     chat: ChatFormat
@@ -128,7 +112,7 @@ class TemplateFormat:
     stop_token_ids: tuple[int, ...]
     unproven: Mapping[str, str] = field(default_factory=dict)
     tools_behind: bool = True
-    heads: "Heads" = field(default_factory=lambda: Heads(), repr=False, compare=False)
+    heads: Recent[str, tuple[int, ...]] = field(default_factory=Recent, repr=False, compare=False)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[int, ...]:
         chat = self._with(tools)

@@ -91,10 +91,11 @@ def read_journals(folder: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
 
 
 def encoded(node: Node) -> dict[str, object]:
-    """Return a generation as JSON values."""
+    """Return a generation as JSON values. Its tools are left out if they are its parent's."""
+    same = node.parent is not None and node.parent.tools is node.tools
     return {
         "parent": None if node.parent is None else node.parent.number,
-        "tools": node.tools,
+        "tools": None if same else node.tools,
         "added": [_plain(message) for message in node.added],
         "context_ids": node.context_ids,
         "output_ids": node.output_ids,
@@ -117,10 +118,11 @@ def encoded(node: Node) -> dict[str, object]:
 def decoded(tree: Tree, line: Mapping[str, Any]) -> Node:
     """Return a generation of a line. Its parent is in the tree. Raises what a line that lacks a field makes."""
     images = [base64.b64decode(image) for image in line["images"]]
+    parent = None if line["parent"] is None else tree.nodes[line["parent"]]
     return Node(
         number=line["node"],
-        parent=None if line["parent"] is None else tree.nodes[line["parent"]],
-        tools=tuple(line["tools"]),
+        parent=parent,
+        tools=parent.tools if parent and line["tools"] is None else tuple(line["tools"]),
         added=_restored(line["added"], images),
         context_ids=tuple(line["context_ids"]),
         output_ids=tuple(line["output_ids"]),

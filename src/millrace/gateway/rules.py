@@ -34,12 +34,25 @@ class EpisodeRules:
 NO_RULES = EpisodeRules()
 
 
-def sampling_of(wanted: Wanted, config: GatewayConfig, rules: EpisodeRules, room: int) -> SamplingParams:
-    """Return the sampling parameters of a request. room: the most output tokens, at least 1."""
+def sampling_of(
+    wanted: Wanted,
+    config: GatewayConfig,
+    rules: EpisodeRules,
+    room: int,
+    *,
+    ends: tuple[int, ...] = (),
+    json_schema: str | None = None,
+) -> SamplingParams:
+    """Return the sampling parameters of a request.
+
+    room: the most output tokens, at least 1. ends: the tokens that end a turn. json_schema: that the answer must match.
+    """
     limits = (room, wanted.max_tokens, config.max_turn_tokens, rules.max_turn_tokens)
     most = max(min(one for one in limits if one is not None), 1)
     if rules.sampling is not None:
-        return replace(rules.sampling, max_new_tokens=most, stop=wanted.stop)
+        return replace(
+            rules.sampling, max_new_tokens=most, stop=wanted.stop, stop_token_ids=ends, json_schema=json_schema
+        )
     return SamplingParams(
         max_new_tokens=most,
         temperature=_first(config.temperature, wanted.temperature, 1.0),
@@ -48,6 +61,8 @@ def sampling_of(wanted: Wanted, config: GatewayConfig, rules: EpisodeRules, room
         min_p=_first(wanted.min_p, 0.0),
         seed=wanted.seed,
         stop=wanted.stop,
+        stop_token_ids=ends,
+        json_schema=json_schema,
         repetition_penalty=_first(wanted.repetition_penalty, 1.0),
         frequency_penalty=_first(wanted.frequency_penalty, 0.0),
         presence_penalty=_first(wanted.presence_penalty, 0.0),
