@@ -110,8 +110,8 @@ class Episode:
         requests = self._requests(turn, prepared)
         turn.parent = prepared.place.parent
         self.turns.append(turn)
-        turn.task = asyncio.create_task(self._generate(turn, prepared, requests), name=f"turn {turn.id}")
-        turn.task.add_done_callback(lambda task: self._note(identity, task))
+        task = turn.start(self._generate(turn, prepared, requests))
+        task.add_done_callback(lambda task: self._note(identity, task))
         return turn
 
     def delivered(self, turn: Turn) -> None:

@@ -3,8 +3,9 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from millrace.engines.stop_texts import first_stop
 from millrace.gateway.answer import Alternative, Answer, Delta, Finish, Usage
@@ -131,6 +132,12 @@ class Turn:
     task: "asyncio.Task[Answer] | None" = None
     _grown: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def start(self, generation: "Coroutine[Any, Any, Answer]") -> "asyncio.Task[Answer]":
+        """Start to generate. Those who stream the answer learn of its end."""
+        self.task = asyncio.create_task(generation, name=f"turn {self.id}")
+        self.task.add_done_callback(lambda _: self._grown.set())
+        return self.task
+
     def show(self, deltas: Sequence[Delta]) -> None:
         """Add deltas for those who stream the answer."""
         if deltas:
@@ -166,12 +173,10 @@ class Turn:
                 await self.answer()
                 return
             self._grown.clear()
-            waiting = asyncio.ensure_future(self._grown.wait())
             try:
-                done, _ = await asyncio.wait({waiting, self.task}, timeout=patience, return_when="FIRST_COMPLETED")
-            finally:
-                waiting.cancel()
-            if not done:
+                async with asyncio.timeout(patience):
+                    await self._grown.wait()
+            except TimeoutError:
                 yield None
 
 
