@@ -232,7 +232,8 @@ async def test_a_key_in_a_header(site: Served, headers: str) -> None:
     assert len(site.opened.samples()) == 1
 
 
-async def test_a_gateway_that_restarts_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_gateway_that_restarts_goes_on(tmp_path: Path, stream: bool) -> None:
     folder = tmp_path / "episodes"
     async with served(in_folder(folder)) as first:
         first.engine.let_go()
@@ -262,15 +263,20 @@ async def test_a_gateway_that_restarts_goes_on(tmp_path: Path) -> None:
         assert_equal(episode.samples(), before)
         over = second.gateway.episodes[finished.id]
         assert (over.closed, over.reward, over.parts) == (True, 1.0, {"a": 0.5})
-        second.engine.let_go()
-        status, _ = await second.ask({**ASKED, "messages": [QUESTION, turn, MORE]}, path=first.path)
-        assert status == 200
+        undelivered = episode.tree.nodes[1]
+        again = {**ASKED, "messages": [QUESTION, turn, MORE], "stream": stream}
+        status, response = await second.ask(again, path=first.path)
+        assert (status, content(response)) == (200, undelivered.turn.content)
+        assert not second.engine.asked  # it is the answer that the first gateway could not deliver
+        await until(lambda: undelivered.delivered)
         [sample] = episode.samples()
-        assert (sample.nodes, sample.reasons) == ((0, 2), {2: "resampled"})
-        asked = second.engine.asked[-1]
-        assert sample.episode.token_ids == (*asked.request.input_ids, *asked.output_ids)
+        assert (sample.nodes, sample.reasons, episode.counts["retried"]) == ((0, 1), {}, 1)
+        second.engine.let_go()
+        await second.ask(again, path=first.path)  # it has been delivered, so this is a new sample
+        assert [one.reasons for one in episode.samples()] == [{}, {2: "resampled"}]
+        [sample, _] = episode.samples()
     async with served(in_folder(folder)) as third:
-        assert_equal(third.gateway.episodes[first.opened.id].samples(), [sample])
+        assert_equal(third.gateway.episodes[first.opened.id].samples()[:1], [sample])
 
 
 def assert_equal(samples: list[Any], others: list[Any]) -> None:

@@ -24,7 +24,7 @@ from millrace.gateway.recent import Recent
 from millrace.gateway.rules import NO_RULES, EpisodeRules, overruled, sampling_of
 from millrace.gateway.samples import GatewaySample, samples_of
 from millrace.gateway.tree import BranchReason, Node, Place, Tree
-from millrace.gateway.turn import EpisodeClosed, Reader, Turn, usage_of
+from millrace.gateway.turn import EpisodeClosed, Reader, Turn, answer_again, usage_of
 from millrace.rollout.agent import AbortedGeneration
 from millrace.rollout.sample import images_in
 from millrace.types import Capability, FinishReason, GenerateRequest, Generation, RoutingContext
@@ -93,10 +93,13 @@ class Episode:
             raise EpisodeClosed
         identity = call.identity
         for turn in self.turns:
-            if turn.abandoned and turn.identity == identity and not _failed(turn):
+            if turn.abandoned and turn.identity == identity and not turn.failed:
                 turn.abandoned = False
                 self.counts["retried"] += 1
                 return turn
+        if (kept := self._kept(call)) is not None:
+            self.counts["retried"] += 1
+            return kept
         if self.rules.max_turns is not None and self.started + call.n > self.rules.max_turns:
             self.counts["limit:turns"] += 1
             raise TurnsUsed(self.rules.max_turns)
@@ -124,7 +127,7 @@ class Episode:
         """Note that the agent disconnected before it had the answer. The generation continues, and a retry joins it."""
         turn.abandoned = True
         self.counts["interrupted"] += 1
-        if _failed(turn) and turn in self.turns:
+        if turn.failed and turn in self.turns:
             self.turns.remove(turn)
 
     def drop(self, turn: Turn) -> None:
@@ -155,6 +158,29 @@ class Episode:
     def count_tokens(self, call: ModelCall) -> int:
         """Return the number of tokens of a request's prompt. Raises RequestError."""
         return self._prepare(call).length
+
+    def _kept(self, call: ModelCall) -> Turn | None:
+        """Return a turn with the answer to the same request that an earlier gateway of this folder could not deliver."""
+        answering = {number for turn in self.turns for number in turn.numbers}
+        found: dict[str, list[Node]] = {}
+        for node in self.tree.answered(call.identity):
+            if not node.delivered and node.number not in answering:
+                found.setdefault(node.request, []).append(node)
+        for request, nodes in found.items():
+            if len(nodes) == call.n:
+                return self._turn_again(Turn(call, call.identity, request, int(time.time())), nodes)
+        return None
+
+    def _turn_again(self, turn: Turn, nodes: Sequence[Node]) -> Turn:
+        engines, forced = self.engines, self._forced(turn.call)
+        turn.parent = nodes[0].parent
+
+        async def answer() -> Answer:
+            return answer_again(turn, engines.format, forced, nodes, engines.config.model)
+
+        self.turns.append(turn)
+        turn.start(answer())
+        return turn
 
     def _note(self, identity: bytes, task: "asyncio.Task[Answer]") -> None:
         """Note whether a request failed by no fault of the agent. The agent may never ask for the error."""
@@ -370,8 +396,3 @@ def _unless_aborted(made: Generation) -> Generation:
     if made.finish_reason is FinishReason.ABORT:
         raise AbortedGeneration(made.request_id)
     return made
-
-
-def _failed(turn: Turn) -> bool:
-    task = turn.task
-    return task is not None and task.done() and (task.cancelled() or task.exception() is not None)

@@ -132,6 +132,12 @@ class Turn:
     task: "asyncio.Task[Answer] | None" = None
     _grown: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def failed(self) -> bool:
+        """Whether it ended without an answer."""
+        task = self.task
+        return task is not None and task.done() and (task.cancelled() or task.exception() is not None)
+
     def start(self, generation: "Coroutine[Any, Any, Answer]") -> "asyncio.Task[Answer]":
         """Start to generate. Those who stream the answer learn of its end."""
         self.task = asyncio.create_task(generation, name=f"turn {self.id}")
@@ -178,6 +184,27 @@ class Turn:
                     await self._grown.wait()
             except TimeoutError:
                 yield None
+
+
+def answer_again(turn: Turn, turns: TurnFormat, forced: str, nodes: Sequence[Node], model: str) -> Answer:
+    """Return the answer of which these generations are the samples, and show it to those who stream it.
+
+    forced: the text with which the gateway began the turns.
+    """
+    made, alternatives, thoughts = [], [], 0
+    for index, node in enumerate(nodes):
+        calls = node.turn.calls
+        reader = Reader(turns, turn.call, index, forced, calls[0].id[:-2] if calls else "")  # so that ids are the same
+        prompt = len(node.token_ids) - len(node.output_ids)
+        made.append(
+            Generation(node.request, node.output_ids, node.logprobs, node.finish, node.version_spans, prompt, 0)
+        )
+        alternative, deltas = reader.ended(made[-1])
+        turn.show(deltas)
+        alternatives.append(alternative)
+        thoughts += reader.reasoning_tokens(alternative.turn)
+    turn.numbers = tuple(node.number for node in nodes)
+    return Answer(turn.id, model, turn.created, tuple(alternatives), usage_of(made, thoughts))
 
 
 def usage_of(made: Sequence[Generation], reasoning: int) -> Usage:
