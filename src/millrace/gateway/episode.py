@@ -160,7 +160,7 @@ class Episode:
         return self._prepare(call).length
 
     def _kept(self, call: ModelCall) -> Turn | None:
-        """Return a turn with the answer to the same request that an earlier gateway of this folder could not deliver."""
+        """Return a turn with the answer to the same request that a gateway before a restart could not deliver."""
         answering = {number for turn in self.turns for number in turn.numbers}
         found: dict[str, list[Node]] = {}
         for node in self.tree.answered(call.identity):
