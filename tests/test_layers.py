@@ -15,6 +15,7 @@ LAYERS = [
     "types",
     "continuation",
     "placeholders",
+    "extension",
     "checksum",
     "model_folder",
     "model_config",

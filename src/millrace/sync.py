@@ -310,7 +310,8 @@ class Engine:
 
         Needs Capability.SAMPLED_CHECKSUMS. Call it after the last `load` and before `commit`. The values are those of
         `millrace.checksum.sampled_checksums`, of the tensor that the engine holds. If the engine holds it in another
-        form (packed, sharded, cast), they are of the tensor that arrived.
+        form (packed, sharded, cast), they are of the tensor that arrived. Empty if the engine makes none for an update
+        that came in this way.
         """
         return self._portal.call(self._wrapped.sampled_checksums())
 

@@ -48,7 +48,6 @@ LACKING = WITHOUT_IMAGES | frozenset({
     "update.checksums",
     "update.cuda_ipc",  # on the CPU
     "update.rollback",
-    "update.sampled_checksums",
     "update.shared_memory",
 })  # fmt: skip
 

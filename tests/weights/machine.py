@@ -88,7 +88,7 @@ class Machine:
 
     def __init__(self, fleet: Fleet, oracle: Oracle, place: Path, deadline: float) -> None:
         self._fleet, self._oracle, self._place, self._deadline = fleet, oracle, place, deadline
-        self._transport = self._corrupting("auto")
+        self._transport_name, self._transport = "auto", self._corrupting("auto")
 
     async def begin(self) -> None:
         self._fleet._versions.transport = self._transport
@@ -252,7 +252,7 @@ class Machine:
         """Corrupts a publish. Engines that are not compared with the sent weights are compared with each other. That
         does not show which of them is wrong. It does not find a corruption of all engines or of the only one, so this
         step skips those."""
-        if not self._oracle.attests and (name is None or len(self._oracle.usable) == 1):
+        if not self._oracle.attests(self._transport_name) and (name is None or len(self._oracle.usable) == 1):
             return self._oracle.unchanged()
         self._transport.corruption = Corruption(name, whole=not self._oracle.can_roll_back)
         failed = await self._publish()
@@ -296,6 +296,7 @@ class Machine:
 
     async def _switch_transport(self, name: TransportName) -> Statuses:
         before, self._transport = self._transport, self._corrupting(name)
+        self._transport_name = name
         self._fleet._versions.transport = self._transport
         await before.close()
         return self._oracle.unchanged()

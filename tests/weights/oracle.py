@@ -47,7 +47,7 @@ class Oracle:
 
     `published` is the version that the fleet serves, `variant` the index of its weights, and `statuses` the status of
     each engine. `store_corrupted` says that the stored copy of the version was damaged. `can_roll_back` says that the
-    engines can undo an update. `attests` says that loaded weights are compared with the weights that were sent."""
+    engines can undo an update."""
 
     def __init__(self, fleet: Fleet, variants: Sequence[Variant], references: Sequence[Tokens]) -> None:
         self.fleet, self.variants, self._references = fleet, variants, references
@@ -58,7 +58,12 @@ class Oracle:
         infos = [replica.info for replica in fleet.replicas.by_name.values()]
         self.can_roll_back = all(Capability.ROLLBACK in info.capabilities for info in infos)
         sums = {Capability.CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
-        self.attests = all(sums & info.capabilities for info in infos)
+        self._makes_sums = all(sums & info.capabilities for info in infos)
+        self._by_loader = any(info.kind == "sglang" for info in infos)
+
+    def attests(self, transport: str) -> bool:
+        """Whether engines compare weights that come by this transport. SGLang's weight loader gets those in memory."""
+        return self._makes_sums and not (self._by_loader and transport in ("gloo", "disk"))
 
     def record_publish(self, version: int, variant: int) -> None:
         self.published, self.variant, self.store_corrupted = version, variant, False

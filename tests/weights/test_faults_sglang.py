@@ -59,6 +59,17 @@ def test_everything_happens_once(
     asyncio.run(run(ALL, config, variants, asyncio.run(ask_servers(quick, variants, place)), place, deadline=DEADLINE))
 
 
+def test_a_single_server_is_compared_with_what_was_sent(
+    config: SGLangEngineConfig, variants: list[Variant], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its weight loader reports what arrived, so that it needs no other server to be compared with."""
+    place = tmp_path_factory.mktemp("fleet")
+    alone = config.model_copy(update={"replicas": 1})
+    quick = EmbeddedEngineConfig(kind="embedded", threads=1)
+    steps: list[Step] = [Publish(), Corrupt(None), Publish(), Bad("older"), Publish()]
+    asyncio.run(run(steps, alone, variants, asyncio.run(ask_servers(quick, variants, place)), place, deadline=DEADLINE))
+
+
 @at_random(ENGINES, least=12, most=24)
 def test_anything_happens(
     config: SGLangEngineConfig,

@@ -98,6 +98,26 @@ async def load_disk(subject: Subject, source: Path) -> None:
     await subject.engine.load(DiskBucket(str(source)), deadline=LOAD_DEADLINE)
 
 
+async def load_memory(subject: Subject, tensors: "Mapping[str, torch.Tensor]") -> None:
+    """Load tensors in the open update, in one bucket in memory. Raises Lacking if the engine can't load from memory."""
+    kinds = memory_kinds(subject)
+    if not kinds:
+        raise Lacking("the engine can't load tensors from memory")
+    if kinds[0] is Capability.UPDATE_FROM_CUDA_IPC:
+        require_gpu()
+    name, target = (
+        next(name for name in CLASSES if kinds[0] in needs(name)),
+        PublishTarget(subject.engine, subject.info),
+    )
+    transport = create(name, TransportContext(capabilities=frozenset({kinds[0]})))
+    try:
+        await transport.open([target], 0, deadline=LOAD_DEADLINE)
+        for staged in transport.staged(iter([list(tensors.items())])):
+            await subject.engine.load(staged.bucket_for(target), deadline=LOAD_DEADLINE)
+    finally:
+        await transport.close()
+
+
 async def by_disk(subject: Subject, source: Path, version: int) -> None:
     """Update the engine to the weights of a folder, which it loads from disk."""
     async with update(subject, version):

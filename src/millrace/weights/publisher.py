@@ -285,8 +285,8 @@ class Publish:
             if target.can(Capability.CHECKSUMS) and all(self._sent.values()):
                 _require_same(engine.name, await engine.checksums(), self._sent)
                 return
-            if target.can(Capability.SAMPLED_CHECKSUMS):
-                _require_same(engine.name, await engine.sampled_checksums(), self._samples)
+            if target.can(Capability.SAMPLED_CHECKSUMS) and (samples := await engine.sampled_checksums()):
+                _require_same(engine.name, samples, self._samples)
             if target.can(Capability.OWN_CHECKSUMS) and layouts[update.layout] > 1:
                 reported[engine.name] = await engine.checksums()
 

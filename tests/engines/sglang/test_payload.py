@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.engines.opcodes import encode
-from millrace.engines.sglang.payload import payloads
+from millrace.engines.sglang.payload import loader_payloads, payloads
 from millrace.types import CudaIpcBucket, CudaIpcShare, TorchStorageBucket
 from millrace.weights.plan import layout
 
@@ -64,6 +64,14 @@ def test_the_metadata_says_where_each_tensor_lies() -> None:
     assert [(m.start_idx, m.end_idx, m.numel) for m in metadata] == [
         (s.offset, s.offset + s.nbytes, s.nbytes) for s in SPECS
     ]
+
+
+def test_the_loader_of_each_rank_gets_its_order_and_the_bytes() -> None:
+    [[(order, tensor)]] = map(read, loader_payloads(TorchStorageBucket(b"/manager", b"/name", 300000, SPECS), ["{}"]))
+    assert (order, tensor[0], tensor[-1][1]) == ("{}", "rebuild_tensor", torch.Size([300000]))
+    other = CudaIpcShare("GPU-2", b"other", 4096, 0, b"counter", 4, b"event", event_sync_required=False)
+    shares = loader_payloads(CudaIpcBucket((SHARE, other), 4096, SPECS), ["one", "two"])
+    assert [(order, tensor[7]) for [(order, tensor)] in map(read, shares)] == [("one", "GPU-1"), ("two", "GPU-2")]
 
 
 def test_a_missing_share_is_reported_before_anything_is_sent() -> None:

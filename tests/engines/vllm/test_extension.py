@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from millrace.checksum import sampled_checksums
-from millrace.engines.vllm.launch import EXTENSION
+from millrace.engines.stock.launching import EXTENSION
 from millrace.launch.ports import free_port
 from millrace.launch.process import ServerProcess
 from millrace.train.tiny import make_tiny_tokenizer

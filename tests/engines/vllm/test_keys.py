@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from millrace.engines.vllm.extension.millrace_vllm_keys import Keys
+from millrace.extension.millrace_vllm_keys import Keys
 
 Ask = Callable[..., str]
 

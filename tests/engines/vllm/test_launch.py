@@ -19,9 +19,9 @@ import pytest
 from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.join import join
 from millrace.engines.spec import LaunchSpec
-from millrace.engines.vllm.extension.millrace_vllm_keys import DATA, OPEN
 from millrace.engines.vllm.launch import choose_ports, launch
 from millrace.errors import LaunchError
+from millrace.extension.millrace_vllm_keys import DATA, OPEN
 from millrace.launch.ports import free_ports
 from tests.engines.processes import below, command_lines, logs, until_ended
 

@@ -15,6 +15,7 @@ from millrace.conformance.weights import (
     folder,
     folders,
     load_disk,
+    load_memory,
     memory_kinds,
     next_version,
     one_way,
@@ -133,7 +134,7 @@ async def sampled_sums(subject: Subject) -> None:
     for loaded in (other, source):
         tensors = await read_tensors(loaded)
         async with update(subject, await next_version(subject)):
-            await load_disk(subject, loaded)
+            await load_memory(subject, tensors)
             held = await subject.engine.sampled_checksums()
             await subject.engine.commit()
         sent = dict(zip(tensors, sampled_checksums(list(tensors.values())), strict=True))

@@ -4,11 +4,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from millrace.engines.http_engine import ABORT_DEADLINE
 from millrace.engines.sglang.facts import read_facts
 from millrace.engines.sglang.guards import check_request
-from millrace.engines.sglang.payload import payloads
+from millrace.engines.sglang.loading import LOADER, LoaderUpdate
+from millrace.engines.sglang.payload import loader_payloads, payloads
 from millrace.engines.sglang_wire import (
     PAUSE_MODES,
     decode_generate,
@@ -26,6 +28,7 @@ from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
 from millrace.errors import EngineFailed, EngineRefused
 from millrace.http import HttpClient
+from millrace.http.hosts import is_loopback
 from millrace.types import (
     Bucket,
     Capability,
@@ -59,6 +62,7 @@ class SGLangEngine(StockEngine[Facts]):
     """One SGLang server."""
 
     _session: bool | None = None  # whether the server has an update session open; None: unknown
+    _by_loader: LoaderUpdate | None = None  # what the server's weight loader has done in the open update
 
     async def initialize(self, version: int | None = None) -> None:
         # /freeze_gc excludes the objects made at startup from garbage collection. On the CPU every cache flush runs the
@@ -81,6 +85,17 @@ class SGLangEngine(StockEngine[Facts]):
         """
         body = await self._control("/weights_checker", {"action": "checksum"}, repeatable=True)
         return checksums_by_rank(body["ranks"])
+
+    async def sampled_checksums(self) -> Mapping[str, str]:
+        if Capability.SAMPLED_CHECKSUMS not in (await self._facts()).info.capabilities:
+            raise EngineRefused(self.name, "it does not have Millrace's weight loader, which makes the checksums")
+        if self.state.updating is None:
+            raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
+        return self._by_loader.samples if self._by_loader is not None else {}
+
+    async def close(self) -> None:
+        self._forget_loader()
+        await super().close()
 
     async def loads(self) -> EngineLoad:
         body = await self._ask("/v1/loads")
@@ -133,14 +148,22 @@ class SGLangEngine(StockEngine[Facts]):
         await self._control("/resume_memory_occupation", {"tags": sorted(what)})
 
     async def _open_update(self) -> None:
+        self._forget_loader()
         if Capability.UPDATE_SESSION in (await self._facts()).info.capabilities:
             self._session = None  # unknown until the answer arrives
             await self._control("/begin_weight_update", {})
             self._session = True
 
+    def _forget_loader(self) -> None:
+        if self._by_loader is not None:
+            self._by_loader.close()
+        self._by_loader = None
+
     def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
         body: Mapping[str, object]
         match bucket:
+            case CudaIpcBucket() | TorchStorageBucket() if Capability.SAMPLED_CHECKSUMS in facts.info.capabilities:
+                return partial(self._load_by_loader, bucket, facts.info.ranks)
             case CudaIpcBucket() | TorchStorageBucket():
                 path = "/update_weights_from_tensor"
                 shares = payloads(bucket, facts.info.ranks)
@@ -157,7 +180,17 @@ class SGLangEngine(StockEngine[Facts]):
 
         return send
 
+    async def _load_by_loader(self, bucket: CudaIpcBucket | TorchStorageBucket, ranks: int, deadline: float) -> None:
+        """Have the server's weight loader load a bucket, and read its answers."""
+        update = self._by_loader = self._by_loader or LoaderUpdate(self.name, ranks)
+        shares = loader_payloads(bucket, update.orders(bucket.tensors))
+        body = {"serialized_named_tensors": shares, "load_format": LOADER, **WITHOUT_FLUSH}
+        await self._control("/update_weights_from_tensor", body, deadline=deadline)
+        update.take()
+
     async def _commit(self, version: int) -> None:
+        if self._by_loader is not None and self._by_loader.missing:
+            raise InvalidStateError(self._by_loader.missing)
         await self._end_session()
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._control("/update_weight_version", body)
@@ -200,7 +233,8 @@ class SGLangEngine(StockEngine[Facts]):
     async def _read_facts(self) -> Facts:
         served, server = await self._ask("/model_info"), await self._ask("/server_info")
         paths = (await self._ask("/openapi.json"))["paths"]
-        return read_facts(paths, served, server, await self._read_model(Path(served["model_path"])))
+        model = await self._read_model(Path(served["model_path"]))
+        return read_facts(paths, served, server, model, here=is_loopback(str(urlsplit(self.url).hostname)))
 
     def _check(self, request: GenerateRequest, facts: Facts) -> None:
         check_request(request, facts.limits)

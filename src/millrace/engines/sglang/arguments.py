@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from millrace.config.base import option_owners, passed_options
 from millrace.config.engines import EngineArgument, SGLangEngineConfig
+from millrace.engines.sglang.loading import LOADER
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import (
     ADMIN_KEY,
@@ -31,6 +32,7 @@ CPU_DEFAULTS: dict[str, EngineArgument] = {
     "skip_server_warmup": True,
     "sleep_on_idle": True,
     "lora_backend": "torch_native",
+    "custom_weight_loader": LOADER,  # on a GPU, it was tried as a prototype only
 }
 # SGLang's default page size is 1, which makes an event entry for each token. It stays the default on the CPU, because
 # 0.5.15 crashes with larger pages there.

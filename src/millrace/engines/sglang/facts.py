@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from millrace.engines.sglang.loading import LOADER
 from millrace.engines.stock.facts import Facts, Limits
 from millrace.engines.stock.model import Model
 from millrace.model_config import COMPUTE_DTYPES
@@ -31,13 +32,21 @@ PAUSE_CAPABILITIES = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capabili
 
 
 def read_facts(
-    paths: Mapping[str, object], served: Mapping[str, Any], server: Mapping[str, Any], model: Model
+    paths: Mapping[str, object],
+    served: Mapping[str, Any],
+    server: Mapping[str, Any],
+    model: Model,
+    *,
+    here: bool = False,
 ) -> Facts:
     """Return the facts of a server.
 
     paths: of /openapi.json. served: the answer of /model_info. server: the answer of /server_info. model: the model's
-    folder. Raises KeyError if the answers are not SGLang's.
+    folder. here: whether the server runs on this host. Raises KeyError if the answers are not SGLang's.
     """
+    capabilities = capabilities_of(paths, served, server, model)
+    if here and has_loader(server):
+        capabilities |= {Capability.SAMPLED_CHECKSUMS}
     info = EngineInfo(
         kind="sglang",
         engine_version=server["version"],
@@ -46,7 +55,7 @@ def read_facts(
         vocab_size=model.vocab_size,
         # Less than the model's: beyond it, SGLang refuses the prompt or silently cuts the output.
         context_length=server["max_req_input_len"],
-        capabilities=capabilities_of(paths, served, server, model),
+        capabilities=capabilities,
         ranks=server["tp_size"] * server["pp_size"],
         dtype=DTYPES.get(server["dtype"]),
         max_running=sum(rank.get(RUNNING, 0) for rank in server.get("internal_states", ())) or None,
@@ -62,6 +71,11 @@ def read_facts(
         image_token=model.image_token if Capability.IMAGES in info.capabilities else None,
     )
     return Facts(info, model, limits)
+
+
+def has_loader(server: Mapping[str, Any]) -> bool:
+    """Return whether a server has Millrace's weight loader. Its ranks answer by their tensor-parallel numbers."""
+    return LOADER in (server.get("custom_weight_loader") or ()) and server["pp_size"] == 1
 
 
 def capabilities_of(

@@ -10,7 +10,7 @@ from millrace.engines.spec import Launched, LaunchSpec
 from millrace.engines.stock.arguments import local_ranks
 from millrace.engines.stock.interpreter import checked_interpreter
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
-from millrace.engines.stock.launching import new_keys, start_nodes, with_dtype
+from millrace.engines.stock.launching import new_keys, start_nodes, with_dtype, with_extension
 from millrace.errors import LaunchError
 from millrace.launch.ports import bound, free_port, free_ports, require_free
 
@@ -36,7 +36,7 @@ async def launch(config: SGLangEngineConfig, spec: LaunchSpec, *, python: Path |
     planned = nodes(config, spec, ports=ports, api_key=api_key, admin_key=admin_key)
     server = await start_nodes(
         name,
-        planned,
+        [with_extension(node) for node in planned],
         python=python,
         serve=SERVE,
         log_dir=spec.log_dir,

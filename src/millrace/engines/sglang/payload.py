@@ -6,6 +6,7 @@ allow-list accepts.
 """
 
 import base64
+from collections.abc import Sequence
 
 from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
 from millrace.types import CudaIpcBucket, CudaIpcShare, TensorSpec, TorchStorageBucket
@@ -19,19 +20,31 @@ REBUILD_CUDA = ("sglang.srt.utils.patch_torch", "_rebuild_cuda_tensor_modified")
 def payloads(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[str]:
     """Return the payload of each rank, in base64."""
     metadata = b"](" + b"".join(map(_metadata, bucket.tensors)) + b"e"
-    match bucket:
-        case CudaIpcBucket(shares=shares, nbytes=nbytes):
-            if len(shares) != ranks:
-                raise ValueError(f"{len(shares)} shares for {ranks} ranks")
-            tensors = [_cuda_tensor(share, nbytes) for share in shares]
-        case TorchStorageBucket():
-            tensors = [_cpu_tensor(bucket)] * ranks
     return [
         base64.b64encode(
             PROTOCOL + b"}(" + encode("flattened_tensor") + encode(tensor) + encode("metadata") + metadata + b"u" + STOP
         ).decode()
-        for tensor in tensors
+        for tensor in _tensors(bucket, ranks)
     ]
+
+
+def loader_payloads(bucket: CudaIpcBucket | TorchStorageBucket, orders: Sequence[str]) -> list[str]:
+    """Return the payload of each rank for Millrace's weight loader, in base64: [(its order, the bucket's bytes)]."""
+    return [
+        base64.b64encode(PROTOCOL + b"](" + encode((order, tensor)) + b"e" + STOP).decode()
+        for order, tensor in zip(orders, _tensors(bucket, len(orders)), strict=True)
+    ]
+
+
+def _tensors(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[Call]:
+    """Return the call that makes the tensor of the bucket's bytes, for each rank."""
+    match bucket:
+        case CudaIpcBucket(shares=shares, nbytes=nbytes):
+            if len(shares) != ranks:
+                raise ValueError(f"{len(shares)} shares for {ranks} ranks")
+            return [_cuda_tensor(share, nbytes) for share in shares]
+        case TorchStorageBucket():
+            return [_cpu_tensor(bucket)] * ranks
 
 
 def _metadata(spec: TensorSpec) -> bytes:

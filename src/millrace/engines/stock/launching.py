@@ -5,6 +5,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from millrace.model_config import compute_dtype
 
 StockConfig = TypeVar("StockConfig", bound=StockEngineConfig)
 
+EXTENSION = Path(__file__).parents[2] / "extension"  # not imported: it runs on the engines' interpreters
 PROBE_DEADLINE = 10.0  # seconds for GET /health, for which SGLang generates a token: a second on an idle CPU
 
 
@@ -43,6 +45,13 @@ async def with_dtype(config: StockConfig, model_path: Path) -> StockConfig:
     if config.dtype == "auto" and config.device == "cuda" and dtype == "float32":
         dtype = "bfloat16"
     return config.model_copy(update={"dtype": dtype})
+
+
+def with_extension(node: Node) -> Node:
+    """Return the node with the folder of Millrace's extensions first on its PYTHONPATH."""
+    path = node.environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
+    path = f"{EXTENSION}{os.pathsep}{path}" if path else str(EXTENSION)
+    return replace(node, environment={**node.environment, "PYTHONPATH": path})
 
 
 async def start_nodes(

@@ -2,23 +2,21 @@
 
 import asyncio
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.spec import Launched, LaunchSpec
-from millrace.engines.stock.arguments import Node, local_ranks
+from millrace.engines.stock.arguments import local_ranks
 from millrace.engines.stock.interpreter import checked_interpreter
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
-from millrace.engines.stock.launching import new_keys, start_nodes, with_dtype
+from millrace.engines.stock.launching import new_keys, start_nodes, with_dtype, with_extension
 from millrace.engines.vllm.arguments import Ports, nodes, rank_gpus
 from millrace.errors import DataError, LaunchError
 from millrace.launch.ports import free_port, free_ports, require_free
 from millrace.model_config import head_dim
 
-# Not imported: they run on the engine's interpreter.
+# Not imported: it runs on the engine's interpreter.
 SERVE = Path(__file__).with_name("serve.py")
-EXTENSION = Path(__file__).with_name("extension")
 # Head sizes, in elements, for which vLLM's CPU attention has a kernel.
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 # Files in shared memory that a killed server of several ranks leaves: of collectives, then of message queues.
@@ -64,13 +62,6 @@ def require_heads(model_path: Path) -> None:
     if size and size not in CPU_HEADS:
         known = ", ".join(map(str, CPU_HEADS))
         raise LaunchError(f"vLLM on the CPU has no attention kernel for heads of {size} elements, only for {known}")
-
-
-def with_extension(node: Node) -> Node:
-    """Return the node with the extension's folder first on its PYTHONPATH."""
-    path = node.environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
-    path = f"{EXTENSION}{os.pathsep}{path}" if path else str(EXTENSION)
-    return replace(node, environment={**node.environment, "PYTHONPATH": path})
 
 
 def choose_ports(config: VLLMEngineConfig, replica: int) -> Ports:

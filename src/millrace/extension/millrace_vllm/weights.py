@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from millrace_samples import sampled_checksums
 
-from .digest import digest, sampled_checksums
+from .digest import digest
 from .dry_run import Region
 from .errors import RpcError, listed
 from .messages import TensorSpec

@@ -1,21 +1,19 @@
-"""Checksums: of every tensor in memory, and of samples of the tensors that a sender sent.
+"""Checksums of every tensor in memory. Those of samples are in `millrace_samples`, which the sender has too.
 
 A checksum is two sums modulo 2^64 in 32 hex digits: the sum of the data as integers, and that sum with each integer
 weighted by its position. A changed element changes the first sum, an element that moved far changes the second.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from millrace_samples import hexadecimal
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 SUM_LANES = 1 << 22  # integers of 8 bytes that are summed at once: 32 MiB
 PROBE_ROWS = 256
-SAMPLE_BLOCKS, SAMPLE_WIDTH = 128, 64
-SAMPLE = SAMPLE_BLOCKS * SAMPLE_WIDTH  # elements of a tensor
-SAMPLED_TOGETHER = 256  # tensors
 
 
 class StoredTensors:
@@ -75,40 +73,3 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
         total = some.sum()
         sums += torch.stack((total, (some * places[: len(some)]).sum() + start * total))
     return sums
-
-
-def sampled_checksums(tensors: list[torch.Tensor]) -> list[str]:
-    """The checksum of up to 8,192 elements of each contiguous tensor, with an element as one integer.
-
-    A larger tensor is sampled in blocks that are spread evenly. The sender computes the same checksums of the tensors
-    that it sends (`millrace.checksum.sampled_checksums`)."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    alike: dict[tuple[torch.dtype, bool], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        alike.setdefault((kinds[tensor.itemsize], tensor.numel() > SAMPLE), []).append(index)
-
-    def blocks(tensor: torch.Tensor) -> torch.Tensor:
-        step = (tensor.numel() - SAMPLE_WIDTH) // (SAMPLE_BLOCKS - 1)
-        return tensor.as_strided((SAMPLE_BLOCKS, SAMPLE_WIDTH), (step, 1))
-
-    def whole(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.as_strided((tensor.numel(),), (1,))
-
-    # Tensors are summed together: there are hundreds, and the engine generates nothing in the meantime.
-    sums: dict[int, list[int]] = {}
-    with torch.no_grad():
-        for (kind, large), indices in alike.items():
-            for start in range(0, len(indices), SAMPLED_TOGETHER):
-                some = indices[start : start + SAMPLED_TOGETHER]
-                views = [(blocks if large else whole)(tensors[index]).view(kind) for index in some]
-                stacked = torch.stack(views) if large else torch.nn.utils.rnn.pad_sequence(views, batch_first=True)
-                samples_NE = stacked.flatten(1).to(torch.int64)
-                places_E = torch.arange(1, samples_NE.shape[1] + 1, device=samples_NE.device)
-                made = torch.stack((samples_NE.sum(1), (samples_NE * places_E).sum(1)), 1).tolist()
-                sums.update(zip(some, made, strict=True))
-    return [hexadecimal(sums[index]) for index in range(len(tensors))]
-
-
-def hexadecimal(sums: Iterable[int]) -> str:
-    """16 hex digits for each sum."""
-    return "".join(f"{number & (2**64 - 1):016x}" for number in sums)

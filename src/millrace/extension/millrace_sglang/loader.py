@@ -1,0 +1,167 @@
+"""Loads the buckets of an update into one model, and answers the sender."""
+
+import json
+import logging
+import os
+import stat
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from millrace_samples import sampled_checksums
+
+from .plan import Plan, plan_of
+from .recording import Memory, Recorder
+
+log = logging.getLogger(__name__)
+
+LISTED = 5  # names in an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the sender says about a bucket.
+
+    update: a name that is new for each update. tensors: name, dtype, shape and offset in bytes of each tensor in the
+    bucket. answer: an open file of the sender, for this rank. layout: the text by which equal layouts are recognised.
+    """
+
+    update: str
+    tensors: tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
+    answer: str
+    layout: str
+
+    @classmethod
+    def read(cls, text: str) -> "Order":
+        """Read an order. Raises what a text in another form makes."""
+        body = json.loads(text)
+        tensors = tuple(
+            (str(name), getattr(torch, dtype), tuple(shape), int(offset))
+            for name, dtype, shape, offset in body["tensors"]
+        )
+        return cls(str(body["update"]), tensors, str(body["answer"]), json.dumps(body["tensors"]))
+
+
+@dataclass(slots=True)
+class Loader:
+    """Loads buckets into one model.
+
+    plans: by layout; a text is why there is none. addresses: of the parameters when the plans were made. written: how
+    many elements of each parameter the open update has written; None if that is not known.
+    """
+
+    model: torch.nn.Module
+    plans: dict[str, Plan | str] = field(default_factory=dict)
+    addresses: Mapping[str, int] = field(default_factory=dict)
+    update: str = ""
+    written: Counter[str] | None = field(default_factory=Counter)
+
+    def load(self, order: Order, bucket: torch.Tensor) -> Mapping[str, object]:
+        """Load a bucket, [nbytes] uint8, and return the answer."""
+        if order.update != self.update:
+            self.update, self.written = order.update, Counter()
+        parameters = dict(self.model.named_parameters())
+        addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+        if addresses != self.addresses:
+            self.plans.clear()
+            self.addresses = addresses
+        views = views_of(order, bucket)
+        samples = sampled_checksums([tensor for _, tensor in views])
+        plan = self.plans.get(order.layout)
+        if isinstance(plan, Plan):
+            sources = plan.run(bucket)
+        else:
+            plan = self._record(views, bucket, known=plan)
+            self.plans[order.layout] = plan
+            sources = plan.sources(bucket) if isinstance(plan, Plan) else []
+        names = [name for name, _ in views]
+        answer: dict[str, object] = {"samples": dict(zip(names, samples, strict=True))}
+        if isinstance(plan, str):
+            self.written = None
+            return {**answer, "unplanned": plan}
+        if wrong := plan.differing(sources):
+            raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
+        if self.written is not None:
+            self.written.update(plan.elements)
+            missing = [name for name, one in parameters.items() if self.written[name] < one.numel()]
+            answer |= {"missing": len(missing), "such as": sorted(missing)[:LISTED]}
+        return answer
+
+    def _record(self, views: Sequence[tuple[str, torch.Tensor]], bucket: torch.Tensor, known: str | None) -> Plan | str:
+        """Load by the model's own loader. Return the plan of the layout, or why there is none.
+
+        known: why there is none, if that was found before.
+        """
+        load: Any = self.model.load_weights
+        if known is not None:
+            load(views)
+            return known
+        recorder = Recorder(Memory(self.model.named_parameters()), bucket)
+        with recorder:
+            load(views)
+        plan = plan_of(recorder.recording)
+        if isinstance(plan, str):
+            log.warning(
+                "weights are loaded by the model's own loader each time, because it does more than copy: %s", plan
+            )
+        return plan
+
+
+LOADERS: "weakref.WeakKeyDictionary[torch.nn.Module, Loader]" = weakref.WeakKeyDictionary()
+
+
+def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Load one bucket: SGLang calls this in each rank.
+
+    named_tensors: one pair, the order as JSON and the bucket's bytes. Raises nothing that the order can cause: an
+    exception would end the server. The sender reads in the answer what failed.
+    """
+    [(text, bucket)] = named_tensors
+    try:
+        order = Order.read(text)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        log.exception("an order could not be read")
+        return
+    loader = LOADERS.setdefault(model, Loader(model))
+    try:
+        answer = loader.load(order, bucket)
+    except Exception as error:
+        log.exception("a bucket could not be loaded")
+        loader.written = None
+        answer = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"}
+    finally:
+        if bucket.is_cuda:
+            torch.cuda.synchronize(bucket.device)  # after this, nothing reads the bucket's memory
+    write_answer(order.answer, answer)
+
+
+def views_of(order: Order, bucket: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Return the tensors in a bucket's bytes, without a copy. Raises ValueError if one is not inside."""
+    views = []
+    for name, dtype, shape, offset in order.tensors:
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if offset % dtype.itemsize or not 0 <= offset <= offset + nbytes <= bucket.nbytes:
+            raise ValueError(f"{name} can't be at offset {offset} of a bucket of {bucket.nbytes} bytes")
+        views.append((name, bucket[offset : offset + nbytes].view(dtype).view(shape)))
+    return views
+
+
+def write_answer(path: str, answer: Mapping[str, object]) -> None:
+    """Write an answer to a file that the sender has made. Does nothing if there is none, as on another host."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        log.warning("the answer can't be written to %s: %s", path, error.strerror)
+        return
+    with os.fdopen(descriptor, "wb") as file:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            file.write(json.dumps(answer).encode())
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names in alphabetical order, and the number of the others."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:LISTED]) + (f" and {len(ordered) - LISTED} more" if len(ordered) > LISTED else "")
