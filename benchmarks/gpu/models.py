@@ -2,6 +2,7 @@
 downloaded."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,11 +17,19 @@ QWEN2 = {
     "7b": {"hidden_size": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "intermediate_size": 18944},
     "tiny": {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 128},
 }
+# Mixtures of experts: the shape of Qwen3-30B-A3B (arXiv:2505.09388), half of its layers, and a small one.
+QWEN3_MOE = {
+    "moe-30b": {"hidden_size": 2048, "layers": 48, "heads": 32, "kv_heads": 4, "experts": 128, "expert_size": 768},
+    "moe-15b": {"hidden_size": 2048, "layers": 24, "heads": 32, "kv_heads": 4, "experts": 128, "expert_size": 768},
+    "moe-tiny": {"hidden_size": 64, "layers": 8, "heads": 2, "kv_heads": 1, "experts": 64, "expert_size": 32},
+}
 
 
 def write_config(size: str, folder: Path) -> Path:
     """Writes a model folder that an engine starts from with `load_format: dummy`. It has no weights and no
     tokenizer."""
+    if size in QWEN3_MOE:
+        return write_moe_config(size, folder)
     shape = QWEN2[size]
     config = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -45,6 +54,63 @@ def write_config(size: str, folder: Path) -> Path:
     return folder
 
 
+def write_moe_config(size: str, folder: Path) -> Path:
+    """As `write_config`, for a mixture of experts."""
+    shape = QWEN3_MOE[size]
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": shape["hidden_size"],
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["kv_heads"],
+        "head_dim": 32 if size == "moe-tiny" else 128,
+        "intermediate_size": 3 * shape["hidden_size"],
+        "moe_intermediate_size": shape["expert_size"],
+        "num_experts": shape["experts"],
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "vocab_size": 1024 if size == "moe-tiny" else 151936,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def moe_shapes(config: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields names and shapes of a mixture of experts as they are in a checkpoint, with each expert apart."""
+    hidden, expert, head = config["hidden_size"], config["moe_intermediate_size"], config["head_dim"]
+    heads, kv_heads = (config[name] * head for name in ("num_attention_heads", "num_key_value_heads"))
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        of = f"model.layers.{layer}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{of}.{name}.weight", (hidden,)
+        for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            yield f"{of}.self_attn.{name}_proj.weight", (rows, hidden)
+        yield f"{of}.self_attn.o_proj.weight", (hidden, heads)
+        for name in ("q_norm", "k_norm"):
+            yield f"{of}.self_attn.{name}.weight", (head,)
+        yield f"{of}.mlp.gate.weight", (config["num_experts"], hidden)
+        for number in range(config["num_experts"]):
+            for name in ("gate_proj", "up_proj"):
+                yield f"{of}.mlp.experts.{number}.{name}.weight", (expert, hidden)
+            yield f"{of}.mlp.experts.{number}.down_proj.weight", (hidden, expert)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
 def write_tokenizer(folder: Path) -> None:
     """Writes a tokenizer of the model's vocabulary. Each byte of a text is one token. transformers takes the class of
     Qwen's tokenizer for such a folder, whatever is written there, and that class reads nothing but byte-level BPE."""
@@ -58,12 +124,15 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def random_tensors(folder: Path, device: torch.device) -> list[tuple[str, torch.Tensor]]:
-    """Returns every tensor of the model in `folder` in bfloat16, with the names that transformers gives them."""
+    """Returns every tensor of the model in `folder` in bfloat16. They have the names that transformers gives them, and
+    for a mixture of experts those of a checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return [
-        (name, (torch.randn(parameter.shape, device=device) * 0.02).to(torch.bfloat16))
-        for name, parameter in model.named_parameters()
-    ]
+    config = json.loads((folder / "config.json").read_text())
+    if "num_experts" in config:
+        shapes = list(moe_shapes(config))
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    return [(name, (torch.randn(shape, device=device) * 0.02).to(torch.bfloat16)) for name, shape in shapes]

@@ -79,6 +79,15 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=make) for name, shape in shapes.items()}
 
 
+def packed(tensors: Tensors) -> torch.Tensor:
+    """The bytes of a bucket, with some that belong to no tensor."""
+    specs = specs_of(list(tensors.items()))
+    bucket = torch.zeros(specs[-1].offset + specs[-1].nbytes + 3, dtype=torch.uint8)
+    for spec, tensor in zip(specs, tensors.values(), strict=True):
+        bucket[spec.offset : spec.offset + spec.nbytes] = tensor.reshape(-1).view(torch.uint8)
+    return bucket
+
+
 class Sender:
     """Sends buckets to the loader of a model, as the adapter does."""
 
@@ -92,11 +101,7 @@ class Sender:
 
     def send(self, tensors: Tensors) -> Mapping[str, Any]:
         """Send one bucket, and return the answer."""
-        specs = specs_of(list(tensors.items()))
-        bucket = torch.zeros(specs[-1].offset + specs[-1].nbytes + 3, dtype=torch.uint8)
-        for spec, tensor in zip(specs, tensors.values(), strict=True):
-            bucket[spec.offset : spec.offset + spec.nbytes] = tensor.reshape(-1).view(torch.uint8)
-        return self.order(specs, bucket)
+        return self.order(specs_of(list(tensors.items())), packed(tensors))
 
     def order(self, specs: tuple[TensorSpec, ...], bucket: torch.Tensor) -> Mapping[str, Any]:
         [order] = self.update.orders(specs)
@@ -190,10 +195,10 @@ def test_content_that_does_not_arrive_is_found(sender: Sender) -> None:
     assert isinstance(sender.model, Model)
     sender.send(weights(0))
     [plan] = sys.modules["millrace_sglang.loader"].LOADERS[sender.model].plans.values()
-    sources = [copy.target.clone() for copy in plan.copies]
-    assert plan.differing(sources) == []
+    bucket = packed(weights(0))
+    assert plan.differing(bucket) == []
     sender.model.out.data[3, 1] += 1
-    assert plan.differing(sources) == ["out"]
+    assert plan.differing(bucket) == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -222,5 +227,5 @@ def test_a_loader_that_does_not_answer_is_an_error(sender: Sender) -> None:
 
 
 def test_an_order_that_can_not_be_read_raises_nothing(sender: Sender) -> None:
-    for text in ("", "[]", "{}", '{"update": 1, "tensors": [["q", "no dtype", [1], 0]], "answer": ""}'):
+    for text in ("", "[]", "{}", '{"update": 1, "layout": "[[1]]", "answer": ""}'):
         sender.load(sender.model, [(text, torch.zeros(1, dtype=torch.uint8))])

@@ -56,9 +56,9 @@ class LoaderUpdate:
             self.files.append(AnswerFile())
         for file in self.files:
             file.clear()
-        layout = [[spec.name, spec.dtype, spec.shape, spec.offset] for spec in tensors]
-        common = orjson.dumps({"update": self.name, "tensors": layout}).decode()
-        return [f'{common[:-1]},"answer":"{file.path}"}}' for file in self.files]
+        layout = orjson.dumps([[spec.name, spec.dtype, spec.shape, spec.offset] for spec in tensors]).decode()
+        orders = ({"update": self.name, "answer": file.path, "layout": layout} for file in self.files)
+        return [orjson.dumps(order).decode() for order in orders]
 
     def take(self) -> None:
         """Read the answers to the last order.

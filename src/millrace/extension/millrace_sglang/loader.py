@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import stat
 import weakref
@@ -19,18 +20,18 @@ from .recording import Memory, Recorder
 log = logging.getLogger(__name__)
 
 LISTED = 5  # names in an answer
+Spec = tuple[str, torch.dtype, tuple[int, ...], int]  # of a tensor: name, dtype, shape, offset in bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
     """What the sender says about a bucket.
 
-    update: a name that is new for each update. tensors: name, dtype, shape and offset in bytes of each tensor in the
-    bucket. answer: an open file of the sender, for this rank. layout: the text by which equal layouts are recognised.
+    update: a name that is new for each update. answer: an open file of the sender, for this rank. layout: name, dtype,
+    shape and offset in bytes of each tensor in the bucket, as JSON.
     """
 
     update: str
-    tensors: tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
     answer: str
     layout: str
 
@@ -38,22 +39,20 @@ class Order:
     def read(cls, text: str) -> "Order":
         """Read an order. Raises what a text in another form makes."""
         body = json.loads(text)
-        tensors = tuple(
-            (str(name), getattr(torch, dtype), tuple(shape), int(offset))
-            for name, dtype, shape, offset in body["tensors"]
-        )
-        return cls(str(body["update"]), tensors, str(body["answer"]), json.dumps(body["tensors"]))
+        return cls(str(body["update"]), str(body["answer"]), str(body["layout"]))
 
 
 @dataclass(slots=True)
 class Loader:
     """Loads buckets into one model.
 
-    plans: by layout; a text is why there is none. addresses: of the parameters when the plans were made. written: how
-    many elements of each parameter the open update has written; None if that is not known.
+    layouts: those that arrived, read. plans: by layout; a text is why there is none. addresses: of the parameters when
+    the plans were made. written: how many elements of each parameter the open update has written; None if that is not
+    known.
     """
 
     model: torch.nn.Module
+    layouts: dict[str, tuple[Spec, ...]] = field(default_factory=dict)
     plans: dict[str, Plan | str] = field(default_factory=dict)
     addresses: Mapping[str, int] = field(default_factory=dict)
     update: str = ""
@@ -68,21 +67,21 @@ class Loader:
         if addresses != self.addresses:
             self.plans.clear()
             self.addresses = addresses
-        views = views_of(order, bucket)
+        specs = self.layouts.get(order.layout) or read_layout(order.layout)
+        self.layouts[order.layout] = specs
+        views = views_of(specs, bucket)
         samples = sampled_checksums([tensor for _, tensor in views])
         plan = self.plans.get(order.layout)
         if isinstance(plan, Plan):
-            sources = plan.run(bucket)
+            plan.run(bucket)
         else:
-            plan = self._record(views, bucket, known=plan)
-            self.plans[order.layout] = plan
-            sources = plan.sources(bucket) if isinstance(plan, Plan) else []
+            plan = self.plans[order.layout] = self._record(views, bucket, known=plan)
         names = [name for name, _ in views]
         answer: dict[str, object] = {"samples": dict(zip(names, samples, strict=True))}
         if isinstance(plan, str):
             self.written = None
             return {**answer, "unplanned": plan}
-        if wrong := plan.differing(sources):
+        if wrong := plan.differing(bucket):
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         if self.written is not None:
             self.written.update(plan.elements)
@@ -138,11 +137,16 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
     write_answer(order.answer, answer)
 
 
-def views_of(order: Order, bucket: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+def read_layout(text: str) -> tuple[Spec, ...]:
+    """Read a layout. Raises what a text in another form makes."""
+    return tuple((str(n), getattr(torch, dtype), tuple(shape), int(at)) for n, dtype, shape, at in json.loads(text))
+
+
+def views_of(specs: Sequence[Spec], bucket: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """Return the tensors in a bucket's bytes, without a copy. Raises ValueError if one is not inside."""
     views = []
-    for name, dtype, shape, offset in order.tensors:
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
+    for name, dtype, shape, offset in specs:
+        nbytes = math.prod(shape) * dtype.itemsize
         if offset % dtype.itemsize or not 0 <= offset <= offset + nbytes <= bucket.nbytes:
             raise ValueError(f"{name} can't be at offset {offset} of a bucket of {bucket.nbytes} bytes")
         views.append((name, bucket[offset : offset + nbytes].view(dtype).view(shape)))

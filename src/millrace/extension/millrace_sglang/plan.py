@@ -1,63 +1,62 @@
 """The plan of one bucket layout: the copies into this rank's parameters that load it."""
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from .recording import Copy, Recording
 
-SAMPLED = {1: (2048,), 2: (32, 64), 3: (8, 8, 32)}  # about so many places along each dimension of a copy are compared
-COMPARED_TOGETHER = 256  # copies
+SAMPLED = {1: (128,), 2: (8, 16), 3: (4, 4, 8)}  # about so many places along each dimension of a copy are compared
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Evenly spread elements of a parameter, and where they come from.
+
+    held: positions of the elements in the parameter's memory. sent: their positions in the bucket, in elements.
+    """
+
+    parameter: str
+    target: torch.Tensor
+    dtype: torch.dtype
+    held: torch.Tensor
+    sent: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The copies of one layout. elements: how many of each parameter they write."""
+    """The copies of one layout. elements: how many of each parameter they write. samples: what is compared."""
 
     copies: tuple[Copy, ...]
     elements: Mapping[str, int]
+    samples: tuple[Samples, ...] = field(repr=False)
 
-    def run(self, bucket: torch.Tensor) -> list[torch.Tensor]:
-        """Copy a bucket's tensors into the parameters. Returns the sources, views of the bucket.
-
-        bucket: [nbytes] uint8.
-        """
-        sources = self.sources(bucket)
+    def run(self, bucket: torch.Tensor) -> None:
+        """Copy a bucket's tensors into the parameters. bucket: [nbytes] uint8."""
+        typed = {dtype: as_dtype(bucket, dtype) for dtype in {copy.dtype for copy in self.copies}}
+        sources = [
+            typed[copy.dtype].as_strided(
+                copy.shape, copy.stride, (bucket.storage_offset() + copy.offset) // copy.dtype.itemsize
+            )
+            for copy in self.copies
+        ]
         with torch.no_grad():
             torch._foreach_copy_([copy.target for copy in self.copies], sources)
-        return sources
 
-    def sources(self, bucket: torch.Tensor) -> list[torch.Tensor]:
-        """Return the source of each copy, a view of the bucket."""
-        typed: dict[torch.dtype, torch.Tensor] = {}
-        for dtype in {copy.dtype for copy in self.copies}:
-            typed[dtype] = bucket[: len(bucket) // dtype.itemsize * dtype.itemsize].view(dtype)
-        return [
-            typed[copy.dtype].as_strided(copy.shape, copy.stride, self._place(bucket, copy)) for copy in self.copies
-        ]
-
-    def differing(self, sources: Sequence[torch.Tensor]) -> list[str]:
+    def differing(self, bucket: torch.Tensor) -> list[str]:
         """Return the parameters whose content differs from what was copied into them, by samples of each copy."""
-        wrong = []
-        groups: dict[tuple[torch.dtype, tuple[int, ...]], list[int]] = {}
-        for index, copy in enumerate(self.copies):
-            groups.setdefault((copy.target.dtype, copy.shape), []).append(index)
-        for indices in groups.values():
-            for start in range(0, len(indices), COMPARED_TOGETHER):
-                some = indices[start : start + COMPARED_TOGETHER]
-                held = torch.stack([sample(self.copies[index].target) for index in some])
-                sent = torch.stack([sample(sources[index]).to(held.dtype) for index in some])
-                unlike = (bits(held) != bits(sent)).flatten(1).any(1).tolist()
-                wrong += [self.copies[index].parameter for index, differs in zip(some, unlike, strict=True) if differs]
-        return sorted(set(wrong))
-
-    @staticmethod
-    def _place(bucket: torch.Tensor, copy: Copy) -> int:
-        """Return a source's offset in elements, as `as_strided` takes it."""
-        return (bucket.storage_offset() + copy.offset) // copy.dtype.itemsize
+        unlike = []
+        for one in self.samples:
+            memory = one.target.as_strided((one.target.untyped_storage().nbytes() // one.target.itemsize,), (1,), 0)
+            held = memory[one.held]
+            sent = as_dtype(bucket, one.dtype)[one.sent].to(held.dtype)
+            unlike.append((bits(held) != bits(sent)).any())
+        found = torch.stack(unlike).tolist() if unlike else []
+        return sorted({one.parameter for one, differs in zip(self.samples, found, strict=True) if differs})
 
 
 def plan_of(recording: Recording) -> Plan | str:
@@ -72,14 +71,35 @@ def plan_of(recording: Recording) -> Plan | str:
         if copy.offset % copy.dtype.itemsize:
             return f"a copy into {copy.parameter} from an odd address"
         elements[copy.parameter] += math.prod(copy.shape)
-    return Plan(tuple(recording.copies), elements)
+    return Plan(tuple(recording.copies), elements, tuple(samples_of(recording.copies)))
 
 
-def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Return evenly spread elements of a tensor, flat. Which ones depends on its shape only."""
-    most = SAMPLED.get(tensor.ndim, (tensor.numel(),) * tensor.ndim)
-    steps = (max(1, size // count) for size, count in zip(tensor.shape, most, strict=True))
-    return tensor[tuple(slice(None, None, step) for step in steps)].reshape(-1)
+def samples_of(copies: Sequence[Copy]) -> Iterator[Samples]:
+    """Yield the samples of the copies, those into one parameter together."""
+    key = lambda copy: (copy.parameter, str(copy.dtype))  # noqa: E731
+    for _, group in itertools.groupby(sorted(copies, key=key), key=key):
+        some = list(group)
+        first = some[0].target
+        held = [positions(copy.shape, copy.target.stride(), int(copy.target.storage_offset())) for copy in some]
+        sent = [positions(copy.shape, copy.stride, copy.offset // copy.dtype.itemsize) for copy in some]
+        indices = (torch.cat(one).to(first.device) for one in (held, sent))
+        yield Samples(some[0].parameter, first, some[0].dtype, *indices)
+
+
+def positions(shape: Sequence[int], stride: Sequence[int], start: int) -> torch.Tensor:
+    """Return where evenly spread elements of a strided tensor lie, in elements: [n] int64. Which elements these are
+    depends on the shape only."""
+    most = SAMPLED.get(len(shape), (math.prod(shape),) * len(shape))
+    found = torch.tensor([start])
+    for size, step, count in zip(shape, stride, most, strict=True):
+        places = torch.arange(0, size, max(1, size // count)) * step
+        found = (found[:, None] + places).flatten()
+    return found
+
+
+def as_dtype(bucket: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a bucket's bytes as elements of a dtype, without those at the end that make no whole element."""
+    return bucket[: len(bucket) // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
