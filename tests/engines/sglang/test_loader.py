@@ -118,6 +118,11 @@ def sender(load: Callable[[torch.nn.Module, Any], None]) -> Iterator[Sender]:
     sender.update.close()
 
 
+def layouts_of(model: torch.nn.Module) -> list[Any]:
+    """Those that the loader keeps."""
+    return list(sys.modules["millrace_sglang.loader"].LOADERS[model].layouts.values())
+
+
 def loaded(tensors: Tensors) -> Model:
     model = Model()
     model.load_weights(tensors.items())
@@ -139,6 +144,14 @@ def test_later_buckets_are_loaded_without_the_models_own_loader(sender: Sender) 
         assert answer["samples"] == dict(zip(tensors, sampled_checksums(list(tensors.values())), strict=True))
         assert (answer["missing"], sender.update.missing) == (0, "")
     assert sender.model.loads == 1
+
+
+def test_layouts_that_are_not_used_again_are_forgotten(sender: Sender) -> None:
+    for start in range(4):  # in buckets that are others each time
+        sender.begin()
+        items = list(weights(0).items())
+        sender.send(dict(items[start:]))
+        assert len(layouts_of(sender.model)) == min(start + 1, 2)
 
 
 def test_an_update_in_several_buckets_is_complete_with_the_last(sender: Sender) -> None:
@@ -194,7 +207,8 @@ def test_content_that_does_not_arrive_is_found(sender: Sender) -> None:
     """Something changes a parameter behind the copies."""
     assert isinstance(sender.model, Model)
     sender.send(weights(0))
-    [plan] = sys.modules["millrace_sglang.loader"].LOADERS[sender.model].plans.values()
+    [layout] = layouts_of(sender.model)
+    plan = layout.plan
     bucket = packed(weights(0))
     assert plan.differing(bucket) == []
     sender.model.out.data[3, 1] += 1

@@ -43,17 +43,25 @@ class Order:
 
 
 @dataclass(slots=True)
+class Layout:
+    """One layout of a bucket. plan: None before the first bucket; a text is why there is none. update: the last one
+    that had such a bucket."""
+
+    specs: tuple[Spec, ...]
+    plan: Plan | str | None = None
+    update: str = ""
+
+
+@dataclass(slots=True)
 class Loader:
     """Loads buckets into one model.
 
-    layouts: those that arrived, read. plans: by layout; a text is why there is none. addresses: of the parameters when
-    the plans were made. written: how many elements of each parameter the open update has written; None if that is not
-    known.
+    layouts: of the open update and the one before. addresses: of the parameters when the plans were made. written: how
+    many elements of each parameter the open update has written; None if that is not known.
     """
 
     model: torch.nn.Module
-    layouts: dict[str, tuple[Spec, ...]] = field(default_factory=dict)
-    plans: dict[str, Plan | str] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)
     addresses: Mapping[str, int] = field(default_factory=dict)
     update: str = ""
     written: Counter[str] | None = field(default_factory=Counter)
@@ -61,30 +69,29 @@ class Loader:
     def load(self, order: Order, bucket: torch.Tensor) -> Mapping[str, object]:
         """Load a bucket, [nbytes] uint8, and return the answer."""
         if order.update != self.update:
+            self.layouts = {text: one for text, one in self.layouts.items() if one.update == self.update}
             self.update, self.written = order.update, Counter()
         parameters = dict(self.model.named_parameters())
         addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
         if addresses != self.addresses:
-            self.plans.clear()
+            self.layouts.clear()
             self.addresses = addresses
-        specs = self.layouts.get(order.layout) or read_layout(order.layout)
-        self.layouts[order.layout] = specs
-        views = views_of(specs, bucket)
+        layout = self.layouts.get(order.layout) or Layout(read_layout(order.layout))
+        self.layouts[order.layout], layout.update = layout, order.update
+        views = views_of(layout.specs, bucket)
         samples = sampled_checksums([tensor for _, tensor in views])
-        plan = self.plans.get(order.layout)
-        if isinstance(plan, Plan):
-            plan.run(bucket)
+        if isinstance(layout.plan, Plan):
+            layout.plan.run(bucket)
         else:
-            plan = self.plans[order.layout] = self._record(views, bucket, known=plan)
-        names = [name for name, _ in views]
-        answer: dict[str, object] = {"samples": dict(zip(names, samples, strict=True))}
-        if isinstance(plan, str):
+            layout.plan = self._record(views, bucket, known=layout.plan)
+        answer: dict[str, object] = {"samples": dict(zip([name for name, _ in views], samples, strict=True))}
+        if isinstance(layout.plan, str):
             self.written = None
-            return {**answer, "unplanned": plan}
-        if wrong := plan.differing(bucket):
+            return {**answer, "unplanned": layout.plan}
+        if wrong := layout.plan.differing(bucket):
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         if self.written is not None:
-            self.written.update(plan.elements)
+            self.written.update(layout.plan.elements)
             missing = [name for name, one in parameters.items() if self.written[name] < one.numel()]
             answer |= {"missing": len(missing), "such as": sorted(missing)[:LISTED]}
         return answer
