@@ -49,18 +49,21 @@ class Engines:
 
 
 class TurnsUsed(RequestError):
-    """The episode has had all of its generations. The code is one after which agents stop."""
+    """The episode has had all of its generations. After this code agents stop; litellm looks for the first words."""
 
     def __init__(self, turns: int) -> None:
-        super().__init__(f"this episode has used its {turns} turns", code="context_length_exceeded")
+        super().__init__(
+            f"This model's maximum context length is reached: the episode has used its {turns} turns.",
+            code="context_length_exceeded",
+        )
 
 
 @dataclass(slots=True)
 class Episode:
     """One episode. `counts`: of what happened to its requests, by name; what was dropped is `dropped:NAME`.
 
-    id: public. reward, parts: None and empty until it is finished. started: how many generations were asked for.
-    failures: of the engines, by the identities of the requests that were not answered later.
+    id: public. reward, parts: None and empty until it is finished. failures: of the
+    engines, by the identities of the requests that were not answered later.
     """
 
     id: str
@@ -75,7 +78,6 @@ class Episode:
     parts: Mapping[str, float] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)  # that are being answered, or that the agent did not get
     rules: EpisodeRules = NO_RULES
-    started: int = 0
     failures: dict[bytes, BaseException] = field(default_factory=dict)
 
     async def ask(self, call: ModelCall) -> Turn:
@@ -91,10 +93,9 @@ class Episode:
                 turn.abandoned = False
                 self.counts["retried"] += 1
                 return turn
-        if self.rules.max_turns is not None and self.started + call.n > self.rules.max_turns:
+        if self.rules.max_turns is not None and self._generations + call.n > self.rules.max_turns:
             self.counts["limit:turns"] += 1
             raise TurnsUsed(self.rules.max_turns)
-        self.started += call.n
         self.counts["requests"] += 1
         self.counts.update(f"dropped:{name}" for name in (*call.dropped, *overruled(call.wanted, self.rules)))
         if call.schema is not None and not self._follows(call):
@@ -149,6 +150,12 @@ class Episode:
     def count_tokens(self, call: ModelCall) -> int:
         """Return the number of tokens of a request's prompt. Raises RequestError."""
         return self._prepare(call).length
+
+    @property
+    def _generations(self) -> int:
+        """How many generations there are, with those that run. Requests that were refused, or failed, made none."""
+        running = (turn.call.n for turn in self.turns if turn.task is not None and not turn.task.done())
+        return len(self.tree.nodes) + sum(running)
 
     def _note(self, identity: bytes, task: "asyncio.Task[Answer]") -> None:
         """Note whether a request failed by no fault of the agent. The agent may never ask for the error."""
