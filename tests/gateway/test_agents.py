@@ -1,8 +1,6 @@
 """Real agents before the gateway, each in a namespace without a network: `make test-agents`."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -10,25 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from tests.gateway.agents.alone import AGENTS, ALONE, NEEDS_AGENTS
 from tests.gateway.trained import assert_trained_once
 
-AGENTS = Path(os.environ.get("MILLRACE_AGENTS", "no-agents"))  # as `make test-agents` sets it
-ALONE = ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-
-
-def missing() -> str | None:
-    """Why these tests can't run here."""
-    if not (AGENTS / "node_modules").is_dir():
-        return "no agents are installed: make test-agents"
-    if shutil.which("unshare") is None or subprocess.run([*ALONE, "true"], capture_output=True).returncode:
-        return "this user may not make namespaces (unshare)"
-    return None
-
-
-REASON = missing()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+pytestmark = NEEDS_AGENTS
 
 
 @dataclass(frozen=True)
