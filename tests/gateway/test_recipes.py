@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ SOLVE = "echo 42 > answer.txt"
 ROW = {"task": "Write 42 to answer.txt.", "test": "assert open('answer.txt').read() == '42\\n'"}
 SHORT = [
     "engine={kind: embedded, threads: 1, cached_prefixes: 4}", "rollout.groups_per_step=1",
-    "rollout.samples_per_group=4", "rollout.max_turns=6", "train.steps=2", "train.lr=1e-3", "train.device=cpu",
+    "rollout.samples_per_group=3", "rollout.max_turns=6", "train.steps=1", "train.lr=1e-3", "train.device=cpu",
     "train.dtype=float32", "evaluation.problems=1", "agent.concurrency=2", "agent.keep=all",
 ]  # fmt: skip
 
@@ -42,7 +41,7 @@ class Trained:
 
 
 def train(name: str, folder: Path, turns: list[str]) -> Trained:
-    """Trains by a recipe for two steps, on one task."""
+    """Trains by a recipe for one step, on one task."""
     make_policy(folder / "model", turns)
     (folder / "tasks.jsonl").write_text(f"{json.dumps(ROW)}\n")
     path = [str(AGENTS / "node_modules" / ".bin"), str(AGENTS / "mini-swe-agent" / "bin"), os.environ["PATH"]]
@@ -68,9 +67,8 @@ def check(trained: Trained, branches: set[str]) -> None:
     branches: the reasons that it may have. The trainer computes the logprobs of the sampled tokens again, and they are
     the engine's only if it reads what the engine read.
     """
-    assert [step["weight_version"] for step in trained.metrics] == [1, 2, 3]
-    assert Counter(sample["step"] for sample in trained.samples) == {1: 4, 2: 4}
-    assert {sample["status"] for sample in trained.samples} == {"finished"}
+    assert [step["weight_version"] for step in trained.metrics] == [1, 2]
+    assert [sample["status"] for sample in trained.samples] == ["finished"] * 3
     for sample in trained.samples:
         sequences = (*sample.get("branches", ()), sample)
         assert sample["reward"] == float("answer.txt" in " ".join(calls_of(sequences)))
@@ -79,12 +77,12 @@ def check(trained: Trained, branches: set[str]) -> None:
         for one in sequences:
             assert len(one["token_ids"]) == len(one["loss_mask"])
             assert sum(end - start for _, start, end in one["version_spans"]) >= sum(one["loss_mask"]) > 0
-            assert {version for version, _, _ in one["version_spans"]} == {sample["step"]}
-    for step in trained.metrics[1:]:
-        assert step["logprob_gap"] < 1e-4
-        assert step["malformed_calls"] == 0
+            assert {version for version, _, _ in one["version_spans"]} == {1}
+    step = trained.metrics[-1]
+    assert step["logprob_gap"] < 1e-4
+    assert step["malformed_calls"] == 0
     trained_tokens = sum(sum(one["loss_mask"]) for s in trained.samples for one in (*s.get("branches", ()), s))
-    assert sum(step["tokens"] for step in trained.metrics[1:]) == trained_tokens
+    assert step["tokens"] == trained_tokens
 
 
 def calls_of(sequences: Any) -> list[str]:

@@ -1,0 +1,137 @@
+"""Images through the gateway, on a real engine, over two turns and in each protocol.
+
+transformers computes the logprobs of the sample's tokens with the sample's images. They are the engine's only if the
+sample has the tokens and the images that the engine read.
+"""
+
+import base64
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+
+from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
+from millrace.fleet.fleet import Fleet
+from millrace.fleet.local import open_fleet
+from millrace.gateway import EpisodeRules, load_format, serve_gateway
+from millrace.types import SamplingParams
+from tests.conformance.images import CLOSE, Reference
+from tests.conformance.run_checks import START_TIMEOUT
+from tests.torchvision import install_torchvision
+from tests.vision import make_tiny_vision_model, png
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+TOKENS = 12
+ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 1, "start_timeout": START_TIMEOUT}
+Message = Mapping[str, Any]
+
+
+def data_url(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+def chat(image: bytes, text: str) -> Message:
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}}, {"type": "text", "text": text}]
+    return {"role": "user", "content": parts}
+
+
+def responses(image: bytes, text: str) -> Message:
+    parts = [{"type": "input_image", "image_url": data_url(image)}, {"type": "input_text", "text": text}]
+    return {"role": "user", "content": parts}
+
+
+def messages(image: bytes, text: str) -> Message:
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(image).decode()}
+    return {"role": "user", "content": [{"type": "image", "source": source}, {"type": "text", "text": text}]}
+
+
+def chat_turn(answer: Any) -> list[Message]:
+    return [answer["choices"][0]["message"]]
+
+
+def responses_turn(answer: Any) -> list[Message]:
+    return list(answer["output"])
+
+
+def messages_turn(answer: Any) -> list[Message]:
+    return [{"role": "assistant", "content": answer["content"]}]
+
+
+# The route, the name of the conversation in a body, and how a question is written and an answer is sent back.
+PROTOCOLS = {
+    "chat/completions": ("messages", chat, chat_turn),
+    "responses": ("input", responses, responses_turn),
+    "messages": ("messages", messages, messages_turn),
+}
+
+
+@pytest.fixture(scope="module", params=["sglang", pytest.param("vllm", marks=pytest.mark.slow)])
+def engine(request: pytest.FixtureRequest) -> str:
+    """The engine's kind."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    make_tiny_vision_model(folder, "qwen3_vl" if engine == "sglang" else "qwen2_5_vl")
+    return folder
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fleet(
+    engine: str, model: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Fleet]:
+    config: SGLangEngineConfig | VLLMEngineConfig
+    with pytest.MonkeyPatch.context() as patch:
+        if engine == "sglang":
+            python = request.getfixturevalue("sglang_python")("0.5.23")
+            config = SGLangEngineConfig(kind="sglang", version="0.5.23", python=python, **ON_CPU)
+        else:
+            python = request.getfixturevalue("vllm_python")
+            config = VLLMEngineConfig(kind="vllm", python=python, **ON_CPU)
+            # The lock file of vLLM for the CPU has no torchvision, which the processors of images need.
+            patch.setenv("PYTHONPATH", str(install_torchvision(python, tmp_path_factory.mktemp("torchvision"))))
+        async with open_fleet(config, model, log_dir=tmp_path_factory.mktemp("logs")) as fleet:
+            yield fleet
+
+
+@pytest.mark.parametrize("path", PROTOCOLS)
+async def test_a_conversation_with_images(fleet: Fleet, model: Path, path: str) -> None:
+    reference, turns = Reference(model), load_format(str(model))
+    pictures = [reference.image(1), reference.image(2, 2)]
+    field, question, turn = PROTOCOLS[path]
+    said: list[Message] = []
+    rules = EpisodeRules(SamplingParams(TOKENS, temperature=1.0), max_turn_tokens=TOKENS)
+    async with (
+        serve_gateway(fleet, turns, key="key") as gateway,
+        gateway.episode({}, rules) as episode,
+        aiohttp.ClientSession() as http,
+    ):
+        for picture, text in zip(pictures, ("What is it?", "And now?"), strict=True):
+            said.append(question(png(picture), text))
+            body = {"model": "any", field: said, "max_tokens" if path != "responses" else "max_output_tokens": TOKENS}
+            async with http.post(f"{episode.base_url}/v1/{path}", json=body) as response:
+                answer = await response.json()
+                assert response.status == 200, answer
+            said += turn(answer)
+    [sample] = episode.samples()
+    assert sample.reasons == {}
+    played = sample.episode
+    assert played.images == tuple(map(png, pictures))
+    assert played.turns == 2
+    assert played.token_ids.count(reference.image_token) == sum(map(reference.tokens_of, pictures))
+    batch = torch.tensor([played.token_ids])
+    kinds = (batch == reference.image_token).int()
+    pixels = reference.processor(pictures, return_tensors="pt")
+    with torch.no_grad():
+        logits = reference.model(input_ids=batch, mm_token_type_ids=kinds, **pixels).logits[0].float()
+    places = np.flatnonzero(played.loss_mask)
+    logprobs = torch.log_softmax(logits, -1)[places - 1, batch[0, places]]
+    np.testing.assert_allclose(played.logprobs[places], logprobs.numpy(), atol=CLOSE)
