@@ -67,12 +67,17 @@ def test_claude_code(tmp_path: Path) -> None:
 
 def test_codex(tmp_path: Path) -> None:
     seen = play("codex", tmp_path)
-    assert seen.outputs() == ["Done after the summary."]
-    assert [node["reason"] for node in seen.nodes] == [None, None, None, "compacted", "compacted", None]
-    assert len(seen.samples) == 3
+    assert seen.outputs() == ["Done after the summary.", "The agent: True."]
+    assert [node["reason"] for node in seen.nodes][:6] == [None, None, None, "compacted", "compacted", None]
+    assert seen.reasons == {
+        "compacted": 2,
+        "forked": 1,
+        "sub_agent": 1,
+    }  # the second command is a conversation of its own
+    assert len(seen.samples) == 5
     assert all(f"héllo-{i}" in seen.prompts[1] for i in range(3))
     assert "héllo-again" in seen.prompts[5]
-    assert seen.dropped == {"dropped:tool:namespace", "dropped:tool:web_search"}
+    assert seen.dropped == {"dropped:tool:web_search"}
     assert seen.looked_up == []
 
 
