@@ -19,9 +19,12 @@ from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.gateway import EpisodeRules, load_format, serve_gateway
+from millrace.gateway.format import TemplateFormat
+from millrace.train.tiny_vision import VISION_TOKENS
 from millrace.types import SamplingParams
 from tests.conformance.images import CLOSE, Reference
 from tests.conformance.run_checks import START_TIMEOUT
+from tests.gateway.scripted import ScriptedFleet
 from tests.torchvision import install_torchvision
 from tests.vision import make_tiny_vision_model, png
 
@@ -102,13 +105,21 @@ async def fleet(
             yield fleet
 
 
+def load_template(folder: Path) -> TemplateFormat:
+    turns = load_format(str(folder))
+    assert isinstance(turns, TemplateFormat)
+    return turns
+
+
 @pytest.mark.parametrize("path", PROTOCOLS)
 async def test_a_conversation_with_images(fleet: Fleet, model: Path, path: str) -> None:
-    reference, turns = Reference(model), load_format(str(model))
+    reference, turns = Reference(model), load_template(model)
     pictures = [reference.image(1), reference.image(2, 2)]
     field, question, turn = PROTOCOLS[path]
     said: list[Message] = []
-    rules = EpisodeRules(SamplingParams(TOKENS, temperature=1.0), max_turn_tokens=TOKENS)
+    # Random weights also write the tokens of images, which no model does.
+    never = dict.fromkeys(turns.chat.tokenizer.convert_tokens_to_ids(VISION_TOKENS), -100.0)
+    rules = EpisodeRules(SamplingParams(TOKENS, temperature=1.0, logit_bias=never), max_turn_tokens=TOKENS)
     async with (
         serve_gateway(fleet, turns, key="key") as gateway,
         gateway.episode({}, rules) as episode,
@@ -132,6 +143,27 @@ async def test_a_conversation_with_images(fleet: Fleet, model: Path, path: str) 
     pixels = reference.processor(pictures, return_tensors="pt")
     with torch.no_grad():
         logits = reference.model(input_ids=batch, mm_token_type_ids=kinds, **pixels).logits[0].float()
+    logits[:, list(never)] -= 100.0
     places = np.flatnonzero(played.loss_mask)
     logprobs = torch.log_softmax(logits, -1)[places - 1, batch[0, places]]
     np.testing.assert_allclose(played.logprobs[places], logprobs.numpy(), atol=CLOSE)
+
+
+async def test_a_placeholder_that_the_model_writes_is_refused(tmp_path: Path) -> None:
+    """The engine would look for an image in the next turn. The sample fails, unless the agent asks again."""
+    make_tiny_vision_model(tmp_path / "model", "qwen3_vl")
+    turns = load_template(tmp_path / "model")
+    written = iter(["I see <|image_pad|>.", "I see it."])
+    engines = ScriptedFleet(turns.chat.tokenizer, turns.stop_token_ids[0], lambda _: next(written))
+    async with (
+        serve_gateway(engines, turns, key="key") as gateway,  # type: ignore[arg-type]
+        gateway.episode() as episode,
+        aiohttp.ClientSession() as http,
+    ):
+        for status, failures in ((400, 1), (200, 0)):
+            body = {"model": "any", "messages": [{"role": "user", "content": "What is it?"}]}
+            async with http.post(f"{episode.base_url}/v1/chat/completions", json=body) as response:
+                answer = await response.text()
+            assert (response.status, len(episode.episode.failures)) == (status, failures)
+            assert ("generated a placeholder of images" in answer) == (status == 400)
+        assert len(episode.samples()) == 1

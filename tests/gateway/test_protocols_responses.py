@@ -93,6 +93,7 @@ def test_a_call_within_a_namespace(stream: bool) -> None:
     call = PROTOCOL.read(CODEX, {})
     use = ToolUse("call_9", "multi_agent_v1__exec_command", "{}")
     answer: Any = Answer("a1", "m", 1, (alternative(TurnText("", "", (use,))),), USAGE)
+    item: Any
     if stream:
         events = sent_events(b"".join(events_of(PROTOCOL, call, answer, piece=9)))
         [item] = [data["item"] for name, data in events if name == "response.output_item.done"]

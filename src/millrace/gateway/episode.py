@@ -252,7 +252,7 @@ class Episode:
         async def one(request: GenerateRequest, reader: Reader) -> Generation:
             if not call.stream or request.sampling.json_schema is not None:  # its tokens may be dropped
                 whole = await fleet.generate(request, deadline=config.timeout, routing=routing, retries=config.retries)
-                return _unless_aborted(whole)
+                return self._usable(whole)
             made: Generation | None = None
             stream = fleet.stream(request, deadline=config.timeout, routing=routing, retries=config.retries)
             async with aclosing(stream) as parts:
@@ -260,7 +260,7 @@ class Episode:
                     reader.take(made)
                     turn.show(reader.grown())
             assert made is not None, "a stream has a last item"
-            return _unless_aborted(made)
+            return self._usable(made)
 
         made = await _all([one(*pair) for pair in zip(requests, readers, strict=True)])
         alternatives, thoughts = [], 0
@@ -274,6 +274,14 @@ class Episode:
             for generation, alternative in zip(made, alternatives, strict=True)
         )
         return Answer(turn.id, config.model, turn.created, tuple(alternatives), usage_of(made, thoughts))
+
+    def _usable(self, made: Generation) -> Generation:
+        """Return a generation that can become a node. Raises AbortedGeneration if no retry was left, and DataError."""
+        if made.finish_reason is FinishReason.ABORT:
+            raise AbortedGeneration(made.request_id)
+        if self.engines.format.has_placeholder(made.output_ids):  # the next request would have more of them than images
+            raise DataError(f"request {made.request_id}: the model itself generated a placeholder of images")
+        return made
 
     def _requests(self, turn: Turn, prepared: "_Prepared") -> list[GenerateRequest]:
         call, limit = turn.call, self.engines.fleet.context_length
@@ -366,13 +374,6 @@ async def _all(answers: Sequence[Coroutine[None, None, T]]) -> list[T]:
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-def _unless_aborted(made: Generation) -> Generation:
-    """Raise AbortedGeneration if an engine gave the request up, and no retry was left."""
-    if made.finish_reason is FinishReason.ABORT:
-        raise AbortedGeneration(made.request_id)
-    return made
 
 
 def _failed(turn: Turn) -> bool:

@@ -31,7 +31,8 @@ def make_policy(folder: Path, turns: Sequence[str], *, context_length: int = 655
     pieces = dict.fromkeys(piece for turn in written for piece in turn)
     tokenizer.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in pieces])
     tokenizer.save_pretrained(folder)
-    start = _ids(tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True))[-1]
+    question = [{"role": "user", "content": "?"}]
+    start = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)[-1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _model(tokenizer, context_length)
@@ -81,8 +82,3 @@ def _model(tokenizer: PreTrainedTokenizerFast, context_length: int) -> Qwen3ForC
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-
-
-def _ids(rendered: object) -> list[int]:
-    """Returns the tokens of a rendered template, which is a list or, in newer transformers, a mapping."""
-    return list(rendered["input_ids"] if hasattr(rendered, "keys") else rendered)  # type: ignore[index,call-overload]
