@@ -98,7 +98,7 @@ async def test_all_processes_end_with_the_agent(tmp_path: Path) -> None:
         playing_it.cancel()
         with pytest.raises(asyncio.CancelledError):
             await playing_it
-    assert not named(str(script))
+    await until(lambda: not named(str(script)))
 
 
 def test_what_is_no_runner_is_refused(tmp_path: Path) -> None:
