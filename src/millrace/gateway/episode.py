@@ -89,7 +89,8 @@ class Episode:
             raise EpisodeClosed
         identity = call.identity
         for turn in self.turns:
-            if turn.abandoned and turn.identity == identity and not _failed(turn):
+            same = turn.identity == identity and turn.call.lineage.agent == call.lineage.agent
+            if turn.abandoned and same and not _failed(turn):
                 turn.abandoned = False
                 self.counts["retried"] += 1
                 return turn
