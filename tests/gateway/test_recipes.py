@@ -71,7 +71,7 @@ def check(trained: Trained, branches: set[str]) -> None:
     assert [sample["status"] for sample in trained.samples] == ["finished"] * 3
     for sample in trained.samples:
         sequences = (*sample.get("branches", ()), sample)
-        assert sample["reward"] == float("answer.txt" in " ".join(calls_of(sequences)))
+        assert sample["reward"] == float(SOLVE in " ".join(calls_of(sequences)))
         assert sum(one["turns"] for one in sequences) <= 6
         assert {name.removeprefix("branch:") for name in sample["counts"] if name.startswith("branch:")} <= branches
         for one in sequences:
