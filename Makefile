@@ -63,7 +63,7 @@ test-sdks-short: $(VENV)/dev.stamp $(SDKS_VENV)/short.stamp
 
 # Real agents before the gateway: 1.7 GB, which stay in the cache. It needs npm, and the right to make namespaces.
 test-agents: $(VENV)/dev.stamp $(AGENTS)/agents.stamp
-	MILLRACE_AGENTS=$(AGENTS) $(BIN)/pytest -n0 tests/gateway/test_agents.py
+	MILLRACE_AGENTS=$(AGENTS) $(BIN)/pytest -n0 tests/gateway/test_agents.py tests/gateway/test_recipes.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -1,8 +1,6 @@
 """Real agents before the gateway, each in a namespace without a network: `make test-agents`."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -10,25 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from tests.gateway.agents.alone import AGENTS, ALONE, NEEDS_AGENTS
 from tests.gateway.trained import assert_trained_once
 
-AGENTS = Path(os.environ.get("MILLRACE_AGENTS", "no-agents"))  # as `make test-agents` sets it
-ALONE = ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-
-
-def missing() -> str | None:
-    """Why these tests can't run here."""
-    if not (AGENTS / "node_modules").is_dir():
-        return "no agents are installed: make test-agents"
-    if shutil.which("unshare") is None or subprocess.run([*ALONE, "true"], capture_output=True).returncode:
-        return "this user may not make namespaces (unshare)"
-    return None
-
-
-REASON = missing()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+pytestmark = NEEDS_AGENTS
 
 
 @dataclass(frozen=True)
@@ -84,12 +67,17 @@ def test_claude_code(tmp_path: Path) -> None:
 
 def test_codex(tmp_path: Path) -> None:
     seen = play("codex", tmp_path)
-    assert seen.outputs() == ["Done after the summary."]
-    assert [node["reason"] for node in seen.nodes] == [None, None, None, "compacted", "compacted", None]
-    assert len(seen.samples) == 3
+    assert seen.outputs() == ["Done after the summary.", "The agent: True."]
+    assert [node["reason"] for node in seen.nodes][:6] == [None, None, None, "compacted", "compacted", None]
+    assert seen.reasons == {
+        "compacted": 2,
+        "forked": 1,
+        "sub_agent": 1,
+    }  # the second command is a conversation of its own
+    assert len(seen.samples) == 5
     assert all(f"héllo-{i}" in seen.prompts[1] for i in range(3))
     assert "héllo-again" in seen.prompts[5]
-    assert seen.dropped == {"dropped:tool:namespace", "dropped:tool:web_search"}
+    assert seen.dropped == {"dropped:tool:web_search"}
     assert seen.looked_up == []
 
 

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from millrace.gateway.answer import Answer, Finish
-from millrace.gateway.call import Choice, TurnText
+from millrace.gateway.call import Choice, ToolUse, TurnText
 from millrace.gateway.protocols.base import ContextFull, RequestError
 from millrace.gateway.protocols.responses import Responses
 from tests.gateway.sdk import (
@@ -79,11 +79,32 @@ def test_codex() -> None:
         {"role": "tool", "content": "Output:\n1\n", "tool_call_id": "call_1"},
         {"role": "tool", "content": "Output:\n2\n", "tool_call_id": "call_2"},
     ]
-    (tool,) = call.tools
-    assert tool["function"] == {key: SHELL[key] for key in ("name", "description", "parameters")}
-    assert call.dropped == ("tool:namespace", "tool:custom", "tool:web_search")
+    shell, agent = call.tools
+    function = {key: SHELL[key] for key in ("name", "description", "parameters")}
+    assert shell["function"] == function
+    assert agent["function"] == function | {"name": "multi_agent_v1__exec_command"}
+    assert call.dropped == ("tool:custom", "tool:web_search")
     assert (call.stream, call.summary, call.model) == (True, True, "gpt-5.1-codex")
     assert call.lineage.compaction == "3"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_within_a_namespace(stream: bool) -> None:
+    call = PROTOCOL.read(CODEX, {})
+    use = ToolUse("call_9", "multi_agent_v1__exec_command", "{}")
+    answer: Any = Answer("a1", "m", 1, (alternative(TurnText("", "", (use,))),), USAGE)
+    item: Any
+    if stream:
+        events = sent_events(b"".join(events_of(PROTOCOL, call, answer, piece=9)))
+        [item] = [data["item"] for name, data in events if name == "response.output_item.done"]
+        [done] = [data for name, data in events if name == "response.function_call_arguments.done"]
+        assert done["name"] == "exec_command"
+    else:
+        [item] = PROTOCOL.answer(call, answer)["output"]  # type: ignore[misc]
+    assert (item["namespace"], item["name"]) == ("multi_agent_v1", "exec_command")
+    result = {"type": "function_call_output", "call_id": "call_9", "output": "1"}
+    again = PROTOCOL.read({**CODEX, "input": [*CODEX["input"], item, result]}, {})
+    assert again.messages[-2]["tool_calls"] == [use.message]
 
 
 def test_instructions_come_first_and_input_may_be_a_text() -> None:

@@ -325,6 +325,8 @@ async def test_an_empty_file_is_left_out(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / "torn.jsonl").write_bytes(b'{"episo')
     async with served(in_folder(tmp_path)) as site:
         assert list(site.gateway.episodes) == [site.opened.id]
+        assert await site.gateway.delete(site.opened.id)
+        assert not await site.gateway.delete(site.opened.id)
     assert "torn.jsonl is no episode" in caplog.text
 
 

@@ -1,5 +1,7 @@
 """What a trainer fixes for an episode: the sampling of its requests, and its limits."""
 
+import asyncio
+
 import aiohttp
 import pytest
 
@@ -58,10 +60,31 @@ async def test_the_limits_end_agents_by_the_error_of_their_protocol() -> None:
         status, answer = await ask(episode, "hello " * 30)
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")  # type: ignore[index]
         assert "maximum context length is 30 tokens" in answer["error"]["message"]  # type: ignore[index]
-        assert (await ask(episode, "hello"))[0] == 200
+        assert (await ask(episode, "hello", temperature="hot"))[0] == 400
+        assert [(await ask(episode, text))[0] for text in ("hello", "again")] == [200, 200]  # those before do not count
         status, answer = await ask(episode, "more")
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")  # type: ignore[index]
-        assert episode.episode.counts == {"requests": 2, "limit:tokens": 1, "limit:turns": 1}
+        assert episode.episode.counts["limit:turns"] == episode.episode.counts["limit:tokens"] == 1
+
+
+async def test_requests_that_run_count_as_turns() -> None:
+    go_on = asyncio.Event()
+
+    async def script(_: str) -> str:
+        await go_on.wait()
+        return "#### 7"
+
+    engines = ScriptedFleet(TOKENIZER, FORMAT.stop_token_ids[0], script)
+    rules = EpisodeRules(max_turns=3)
+    async with serve_gateway(engines, FORMAT, key="k") as gateway, gateway.episode({}, rules) as episode:  # type: ignore[arg-type]
+        running = asyncio.create_task(ask(episode, "hello", n=2))
+        async with asyncio.timeout(30):
+            while not episode.episode.turns:
+                await asyncio.sleep(0)
+        assert (await ask(episode, "hello", n=2))[0] == 400
+        go_on.set()
+        assert (await running)[0] == 200
+        assert [(await ask(episode, text))[0] for text in ("again", "more")] == [200, 400]
 
 
 class BrokenFleet(ScriptedFleet):
@@ -74,8 +97,8 @@ class BrokenFleet(ScriptedFleet):
 
 
 async def test_a_failure_of_the_engines_is_noted_until_the_request_is_answered() -> None:
-    engines = BrokenFleet(TOKENIZER, FORMAT.stop_token_ids[0], lambda _: "#### 7")
-    async with serve_gateway(engines, FORMAT, key="k") as gateway, gateway.episode() as episode:  # type: ignore[arg-type]
+    engines, once = BrokenFleet(TOKENIZER, FORMAT.stop_token_ids[0], lambda _: "#### 7"), EpisodeRules(max_turns=1)
+    async with serve_gateway(engines, FORMAT, key="k") as gateway, gateway.episode({}, once) as episode:  # type: ignore[arg-type]
         status, answer = await ask(episode, "hello")
         assert (status, answer["error"]["message"]) == (503, "all engines are down")  # type: ignore[index]
         assert [str(error) for error in episode.episode.failures.values()] == ["all engines are down"]

@@ -195,6 +195,20 @@ async def test_an_answer_that_got_lost_behind_the_gateway_is_superseded() -> Non
     assert [(sample.nodes, sample.superseded) for sample in chat.episode.samples()] == [((1, 2), False), ((0,), True)]
 
 
+async def test_sub_agents_with_the_same_question_do_not_supersede_each_other() -> None:
+    """Claude Code's sub-agent may start another one with its own task."""
+    chat = Chat()
+    await chat.ask(QUESTION)
+    for agent, says in (("a1", "Two."), ("a2", "It is two.")):
+        labels = {"x-claude-code-agent-id": agent}
+        last = await chat.ask(SYSTEM, MORE, says=says, headers=labels)
+    await chat.ask(SYSTEM, MORE, last, QUESTION, headers=labels)
+    assert chat.reasons == [None, "sub_agent", "sub_agent", None]
+    assert [(one.nodes, one.superseded) for one in chat.episode.samples()] == [
+        ((0,), False), ((1,), False), ((2, 3), False),
+    ]  # fmt: skip
+
+
 async def test_the_template_policy_branches_where_qwen3_drops_reasoning() -> None:
     """A tool's answer keeps the reasoning of the turn before it; a user's message drops it."""
     chat = Chat(config=GatewayConfig(drift="template"))

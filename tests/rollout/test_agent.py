@@ -101,6 +101,7 @@ def check(episode: Episode, model: FakeModel, limits: EpisodeLimits, prompt: tup
     assert episode.version_spans == tuple(expected_version_spans)
     covered = [place for s in episode.version_spans for place in range(s.start, s.end)]
     assert covered == np.flatnonzero(episode.loss_mask).tolist()
+    assert limits.max_turns is not None
     assert 1 <= episode.turns == len(model.generations) <= limits.max_turns
     assert len(episode.token_ids) <= min(limits.max_sample_tokens, limits.context_length)
 

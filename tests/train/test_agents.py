@@ -103,6 +103,19 @@ async def test_functions_are_trained_by_what_they_return_or_by_reward_functions(
     assert all(sample["turns"] == 1 and "Write about" in sample["text"] for sample in samples(tmp_path))
 
 
+async def test_turns_have_no_limit_unless_one_is_set(tmp_path: Path) -> None:
+    config = agent_settings(tmp_path, command(tmp_path, "[ask(str(i)) for i in range(6)]"))
+    given = config.model_dump()
+    del given["rollout"]["max_turns"]
+    free = RunConfig.model_validate(given)
+    assert (config.max_turns, free.max_turns) == (4, None)
+    assert settings(tmp_path, rollout=free.rollout).max_turns == 4
+    summary = await run(free)
+    assert summary.metrics[-1].requests == 6 * 8
+    assert all(sample["counts"] == {"duplicated_tokens": sample["counts"]["duplicated_tokens"], "requests": 6,
+                                    "branch:other_conversation": 5} for sample in samples(tmp_path))  # fmt: skip
+
+
 async def test_a_run_whose_agents_all_crash_ends_with_the_reason(tmp_path: Path) -> None:
     agent = command(tmp_path, 'raise ValueError("a bug")')
     with pytest.raises(

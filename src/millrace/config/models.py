@@ -105,6 +105,9 @@ DataConfig = Annotated[
 ]
 
 
+TURNS = 4  # of a sample without an agent, by default
+
+
 class RolloutConfig(Model):
     """How rollouts are sampled."""
 
@@ -112,8 +115,9 @@ class RolloutConfig(Model):
     """Number of groups (problems) that one step trains on."""
     samples_per_group: Annotated[int, Field(ge=2)]
     """Number of samples for each problem."""
-    max_turns: PositiveInt = 4
-    """Maximum number of turns in one sample."""
+    max_turns: PositiveInt | None = None
+    """Maximum number of turns in one sample. None is 4, and with `agent:` no limit: an agent's turns include those of
+    its sub-agents, and it decides itself when it is done."""
     max_turn_tokens: PositiveInt
     """Maximum number of tokens in one turn."""
     max_sample_tokens: PositiveInt
@@ -369,6 +373,11 @@ class RunConfig(Model):
     """A model that grades the answers. None uses only the functions of `reward`."""
     metrics: MetricsConfig | None = None
     """Metrics for Prometheus and `millrace status`. None is off."""
+
+    @property
+    def max_turns(self) -> int | None:
+        """The turns of the model in one sample; None is no limit."""
+        return self.rollout.max_turns or (TURNS if self.agent is None else None)
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

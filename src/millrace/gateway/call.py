@@ -67,7 +67,8 @@ class ModelCall:
     name that the agent uses, which the answer repeats; empty if it gave none. stream_usage: whether a stream ends with
     the token counts. reasoning: whether the agent gets the reasoning. summary: whether also as a summary. prompt: a
     text or token ids that the model continues as they are, without a chat template; then the only message stands for
-    it, with a role that no chat has.
+    it, with a role that no chat has. namespaces: of the tools that the agent knows by a namespace and a name, by their
+    names here.
 
     fingerprints: of the messages. prefixes: a digest of each prefix of the conversation; item i is of the tools and the
     first i messages. identity: a digest of everything that decides the answer; two requests with the same one are
@@ -89,6 +90,7 @@ class ModelCall:
     reasoning: bool = True
     summary: bool = False
     prompt: str | tuple[int, ...] | None = None
+    namespaces: Mapping[str, str] = field(default_factory=dict)
     fingerprints: tuple[bytes, ...] = field(init=False, repr=False, compare=False)
     prefixes: tuple[bytes, ...] = field(init=False, repr=False, compare=False)
     identity: bytes = field(init=False, repr=False, compare=False)

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -24,7 +24,7 @@ from millrace.gateway.recent import Recent
 from millrace.gateway.rules import NO_RULES, EpisodeRules, overruled, sampling_of
 from millrace.gateway.samples import GatewaySample, samples_of
 from millrace.gateway.tree import BranchReason, Node, Place, Tree
-from millrace.gateway.turn import EpisodeClosed, Reader, Turn, answer_again, usage_of
+from millrace.gateway.turn import EpisodeClosed, Prepared, Reader, Turn, all_of, answer_again, usage_of
 from millrace.rollout.agent import AbortedGeneration
 from millrace.rollout.sample import images_in
 from millrace.types import Capability, FinishReason, GenerateRequest, Generation, RoutingContext
@@ -55,18 +55,21 @@ class Engines:
 
 
 class TurnsUsed(RequestError):
-    """The episode has had all of its generations. The code is one after which agents stop."""
+    """The episode has had all of its generations. After this code agents stop; litellm looks for the first words."""
 
     def __init__(self, turns: int) -> None:
-        super().__init__(f"this episode has used its {turns} turns", code="context_length_exceeded")
+        super().__init__(
+            f"This model's maximum context length is reached: the episode has used its {turns} turns.",
+            code="context_length_exceeded",
+        )
 
 
 @dataclass(slots=True)
 class Episode:
     """One episode. `counts`: of what happened to its requests, by name; what was dropped is `dropped:NAME`.
 
-    id: public. reward, parts: None and empty until it is finished. started: how many generations were asked for.
-    failures: of the engines, by the identities of the requests that were not answered later.
+    id: public. reward, parts: None and empty until it is finished. failures: of the
+    engines, by the identities of the requests that were not answered later.
     """
 
     id: str
@@ -81,7 +84,6 @@ class Episode:
     parts: Mapping[str, float] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)  # that are being answered, or that the agent did not get
     rules: EpisodeRules = NO_RULES
-    started: int = 0
     failures: dict[bytes, BaseException] = field(default_factory=dict)
 
     async def ask(self, call: ModelCall) -> Turn:
@@ -93,17 +95,17 @@ class Episode:
             raise EpisodeClosed
         identity = call.identity
         for turn in self.turns:
-            if turn.abandoned and turn.identity == identity and not turn.failed:
+            same = turn.identity == identity and turn.call.lineage.agent == call.lineage.agent
+            if turn.abandoned and same and not turn.failed:
                 turn.abandoned = False
                 self.counts["retried"] += 1
                 return turn
         if (kept := self._kept(call)) is not None:
             self.counts["retried"] += 1
             return kept
-        if self.rules.max_turns is not None and self.started + call.n > self.rules.max_turns:
+        if self.rules.max_turns is not None and self._generations + call.n > self.rules.max_turns:
             self.counts["limit:turns"] += 1
             raise TurnsUsed(self.rules.max_turns)
-        self.started += call.n
         self.counts["requests"] += 1
         self.counts.update(f"dropped:{name}" for name in (*call.dropped, *overruled(call.wanted, self.rules)))
         if call.schema is not None and not self._follows(call):
@@ -163,7 +165,7 @@ class Episode:
         """Return a turn with the answer to the same request that a gateway before a restart could not deliver."""
         answering = {number for turn in self.turns for number in turn.numbers}
         found: dict[str, list[Node]] = {}
-        for node in self.tree.answered(call.identity):
+        for node in self.tree.answered(call):
             if not node.delivered and node.number not in answering:
                 found.setdefault(node.request, []).append(node)
         for request, nodes in found.items():
@@ -182,6 +184,12 @@ class Episode:
         turn.start(answer())
         return turn
 
+    @property
+    def _generations(self) -> int:
+        """How many generations there are, with those that run. Requests that were refused, or failed, made none."""
+        running = (turn.call.n for turn in self.turns if turn.task is not None and not turn.task.done())
+        return len(self.tree.nodes) + sum(running)
+
     def _note(self, identity: bytes, task: "asyncio.Task[Answer]") -> None:
         """Note whether a request failed by no fault of the agent. The agent may never ask for the error."""
         if task.cancelled():
@@ -194,7 +202,7 @@ class Episode:
             case error:
                 self.failures[identity] = error
 
-    def _prepare(self, call: ModelCall) -> "_Prepared":
+    def _prepare(self, call: ModelCall) -> Prepared:
         """Return where a request attaches and the tokens of its prompt. Raises RequestError."""
         if call.n > MOST_SAMPLES:
             raise RequestError(f"n is at most {MOST_SAMPLES}")
@@ -210,7 +218,7 @@ class Episode:
             context = (*context, *self.engines.format.encode(forced))
         path = place.parent.path if place.parent else []
         images = tuple(image for node in path for image in node.images)
-        return _Prepared(place, before, context, (*images, *images_in(place.added)), forced)
+        return Prepared(place, before, context, (*images, *images_in(place.added)), forced)
 
     def _beside_running(self, place: Place, call: ModelCall) -> Place:
         """Return the place with a reason to branch if another request that runs extends the same node."""
@@ -267,7 +275,7 @@ class Episode:
             raise RequestError("this model's format can't force a tool call; use tool_choice auto", code="unsupported")
         return text
 
-    async def _generate(self, turn: Turn, prepared: "_Prepared", requests: Sequence[GenerateRequest]) -> Answer:
+    async def _generate(self, turn: Turn, prepared: Prepared, requests: Sequence[GenerateRequest]) -> Answer:
         call, config = turn.call, self.engines.config
         texts = [secrets.token_hex(4)[:7] for _ in requests]
         readers = [Reader(self.engines.format, call, index, prepared.forced, text) for index, text in enumerate(texts)]
@@ -277,7 +285,7 @@ class Episode:
         async def one(request: GenerateRequest, reader: Reader) -> Generation:
             if not call.stream or request.sampling.json_schema is not None:  # its tokens may be dropped
                 whole = await fleet.generate(request, deadline=config.timeout, routing=routing, retries=config.retries)
-                return _unless_aborted(whole)
+                return self._usable(whole)
             made: Generation | None = None
             stream = fleet.stream(request, deadline=config.timeout, routing=routing, retries=config.retries)
             async with aclosing(stream) as parts:
@@ -285,9 +293,9 @@ class Episode:
                     reader.take(made)
                     turn.show(reader.grown())
             assert made is not None, "a stream has a last item"
-            return _unless_aborted(made)
+            return self._usable(made)
 
-        made = await _all([one(*pair) for pair in zip(requests, readers, strict=True)])
+        made = await all_of([one(*pair) for pair in zip(requests, readers, strict=True)])
         alternatives, thoughts = [], 0
         for generation, reader in zip(made, readers, strict=True):
             alternative, deltas = reader.ended(generation)
@@ -300,7 +308,15 @@ class Episode:
         )
         return Answer(turn.id, config.model, turn.created, tuple(alternatives), usage_of(made, thoughts))
 
-    def _requests(self, turn: Turn, prepared: "_Prepared") -> list[GenerateRequest]:
+    def _usable(self, made: Generation) -> Generation:
+        """Return a generation that can become a node. Raises AbortedGeneration if no retry was left, and DataError."""
+        if made.finish_reason is FinishReason.ABORT:
+            raise AbortedGeneration(made.request_id)
+        if self.engines.format.has_placeholder(made.output_ids):  # the next request would have more of them than images
+            raise DataError(f"request {made.request_id}: the model itself generated a placeholder of images")
+        return made
+
+    def _requests(self, turn: Turn, prepared: Prepared) -> list[GenerateRequest]:
         call, limit = turn.call, self.engines.fleet.context_length
         if self.rules.max_sample_tokens is not None:
             limit = min(limit, self.rules.max_sample_tokens)
@@ -326,7 +342,7 @@ class Episode:
         ]
 
     def _keep(
-        self, turn: Turn, prepared: "_Prepared", made: Generation, alternative: Alternative, temperature: float
+        self, turn: Turn, prepared: Prepared, made: Generation, alternative: Alternative, temperature: float
     ) -> int:
         """Add a generation to the tree and the journal, and return its number."""
         place, context = prepared.place, prepared.context
@@ -358,41 +374,3 @@ class Episode:
             self.counts["malformed"] += 1
         self.journal.added(node)
         return node.number
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A request's prompt: the tokens of the path it attaches to, and those behind it, forced ones included."""
-
-    place: Place
-    before: tuple[int, ...]
-    context: tuple[int, ...]
-    images: tuple[bytes, ...]
-    forced: str
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return self.before + self.context
-
-    @property
-    def length(self) -> int:
-        return len(self.before) + len(self.context)
-
-
-async def _all(answers: Sequence[Coroutine[None, None, T]]) -> list[T]:
-    """Wait for all. Raises the first error, and cancels the others."""
-    if len(answers) == 1:
-        return [await answers[0]]
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(answer) for answer in answers]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
-
-
-def _unless_aborted(made: Generation) -> Generation:
-    """Raise AbortedGeneration if an engine gave the request up, and no retry was left."""
-    if made.finish_reason is FinishReason.ABORT:
-        raise AbortedGeneration(made.request_id)
-    return made

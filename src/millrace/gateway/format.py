@@ -90,6 +90,10 @@ class TurnFormat(Protocol):
         """Return the token ids of a text with which a turn begins."""
         ...
 
+    def has_placeholder(self, token_ids: Sequence[int]) -> bool:
+        """Return whether a token stands for an image."""
+        ...
+
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +181,9 @@ class TemplateFormat:
 
     def encode(self, text: str) -> tuple[int, ...]:
         return self.chat.turn(text)[:-1]
+
+    def has_placeholder(self, token_ids: Sequence[int]) -> bool:
+        return self.chat.has_placeholder(token_ids)
 
     def _with(self, tools: Sequence[Tool]) -> ChatFormat:
         chat = self.chat

@@ -68,6 +68,7 @@ class Gateway:
         self.url = ""
         self.episodes: dict[str, Episode] = {}
         self._by_key: dict[bytes, Episode] = {}  # by the digest of the secret, so that no comparison tells about it
+        self._digests: dict[str, bytes] = {}  # the other way round, by the episode's id
         self._folder = _made(config.folder)
         if self._folder is not None:
             self._restore(self._folder)
@@ -79,7 +80,7 @@ class Gateway:
         episode = Episode(episode_id, self.engines, dict(metadata or {}), time.time(), journal, rules=rules)
         digest = _digest(key)
         journal.opened(episode_id, digest.hex(), episode.metadata, episode.created)
-        self.episodes[episode_id] = self._by_key[digest] = episode
+        self._add(episode, digest)
         return OpenEpisode(episode, episode_id, f"{self.url}/e/{key}", key)
 
     @asynccontextmanager
@@ -110,7 +111,7 @@ class Gateway:
         episode = self.episodes.pop(episode_id, None)
         if episode is None:
             return False
-        self._by_key = {digest: one for digest, one in self._by_key.items() if one is not episode}
+        del self._by_key[self._digests.pop(episode_id)]
         await episode.cancel()
         episode.journal.delete()
         return True
@@ -120,6 +121,10 @@ class Gateway:
         for episode in self.episodes.values():
             await episode.cancel()
 
+    def _add(self, episode: Episode, digest: bytes) -> None:
+        self.episodes[episode.id] = self._by_key[digest] = episode
+        self._digests[episode.id] = digest
+
     def _restore(self, folder: Path) -> None:
         for path, lines in read_journals(folder):
             try:
@@ -127,7 +132,7 @@ class Gateway:
                 episode = Episode(first["episode"], self.engines, first["metadata"], first["created"], Journal(path))
                 for line in lines[1:]:
                     _replay(episode, line)
-                self.episodes[episode.id] = self._by_key[bytes.fromhex(first["key"])] = episode
+                self._add(episode, bytes.fromhex(first["key"]))
             except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
                 raise DataError(f"{path}: a line is damaged: {type(error).__name__}: {error}") from error
 

@@ -91,6 +91,10 @@ class RenderersFormat:
         """As TurnFormat."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def has_placeholder(self, token_ids: Sequence[int]) -> bool:  # noqa: ARG002
+        """As TurnFormat. It takes no images."""
+        return False
+
 
 def load_renderers_format(path: str, name: str, template_kwargs: Mapping[str, object] | None = None) -> RenderersFormat:
     """Load the format of a model folder or Hub name by a renderer.

@@ -114,7 +114,8 @@ class Tree:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self._ends: dict[bytes, list[Node]] = defaultdict(list)  # by digest of the conversation after the turn
-        self._asked: dict[bytes, list[Node]] = defaultdict(list)  # by identity of the request
+        # By identity of the request, and the agent that its headers name: sub-agents may ask the same.
+        self._asked: dict[tuple[bytes, str | None], list[Node]] = defaultdict(list)
 
     def place(self, call: ModelCall) -> Place:
         """Return the deepest node whose conversation the request extends; of equal ones, one that the agent got."""
@@ -137,14 +138,14 @@ class Tree:
             node.reason = self._late_reason(node)
         self.nodes.append(node)
         self._ends[node.digest].append(node)
-        self._asked[node.identity].append(node)
+        self._asked[node.identity, node.lineage.agent].append(node)
         if node.parent:
             node.parent.children.append(node)
         return node
 
-    def answered(self, identity: bytes) -> Sequence[Node]:
-        """Return the generations that answered a request with this identity."""
-        return self._asked.get(identity, ())
+    def answered(self, call: ModelCall) -> Sequence[Node]:
+        """Return the generations that answered an equal request of the same agent."""
+        return self._asked.get((call.identity, call.lineage.agent), ())
 
     @property
     def leaves(self) -> list[Node]:
@@ -156,7 +157,8 @@ class Tree:
 
         The agent may have sent the request again because the answer got lost after it was sent.
         """
-        others = [one for one in self._asked[node.identity] if one.request != node.request]
+        asked = self._asked[node.identity, node.lineage.agent]
+        others = [one for one in asked if one.request != node.request]
         return not node.children and any(one.children for one in others)
 
     @property
@@ -168,7 +170,7 @@ class Tree:
         siblings = node.parent.children if node.parent else self.nodes
         if not siblings:
             return None
-        if self._asked.get(node.identity):
+        if self._asked.get((node.identity, node.lineage.agent)):
             return BranchReason.RESAMPLED
         said = [fingerprint(message) for message in node.added]
         again = any([fingerprint(message) for message in one.added] == said for one in siblings if not one.parent)
@@ -179,7 +181,7 @@ class Tree:
             return self._why_other_turn(parent, added)
         if not parent.children:
             return None
-        if self._asked.get(call.identity):
+        if self.answered(call):
             return BranchReason.RESAMPLED
         return BranchReason.SUB_AGENT if _is_sub_agent(call, parent) else BranchReason.FORKED
 
@@ -199,7 +201,7 @@ class Tree:
         """Return why a request extends none of the generations; None if it is the first."""
         if not self.nodes:
             return None
-        if self._asked.get(call.identity):
+        if self.answered(call):
             return BranchReason.RESAMPLED
         if call.lineage.agent is not None and all(node.lineage.agent != call.lineage.agent for node in self.nodes):
             return BranchReason.SUB_AGENT

@@ -5,15 +5,17 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from millrace.engines.stop_texts import first_stop
 from millrace.gateway.answer import Alternative, Answer, Delta, Finish, Usage
 from millrace.gateway.call import ModelCall, ToolUse, TurnText
 from millrace.gateway.format import TurnFormat, held_back
 from millrace.gateway.protocols.base import RequestError
-from millrace.gateway.tree import Node
+from millrace.gateway.tree import Node, Place
 from millrace.types import FinishReason, Generation
+
+T = TypeVar("T")
 
 INTERVAL = 0.02  # seconds between two readings of a turn's text while it grows
 SHARE = 10  # at most one tenth of the time goes into reading a turn
@@ -215,3 +217,34 @@ def usage_of(made: Sequence[Generation], reasoning: int) -> Usage:
         output=sum(len(one.output_ids) for one in made),
         reasoning=reasoning,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request's prompt: the tokens of the path it attaches to, and those behind it, forced ones included."""
+
+    place: Place
+    before: tuple[int, ...]
+    context: tuple[int, ...]
+    images: tuple[bytes, ...]
+    forced: str
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.before + self.context
+
+    @property
+    def length(self) -> int:
+        return len(self.before) + len(self.context)
+
+
+async def all_of(answers: Sequence[Coroutine[None, None, T]]) -> list[T]:
+    """Wait for all. Raises the first error, and cancels the others."""
+    if len(answers) == 1:
+        return [await answers[0]]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(answer) for answer in answers]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

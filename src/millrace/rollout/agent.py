@@ -35,11 +35,11 @@ class AbortedGeneration(MillraceError):
 class EpisodeLimits:
     """The limits of one episode.
 
-    max_turns: turns of the model. max_turn_tokens: output tokens of one turn. max_sample_tokens: tokens of the whole
-    conversation. context_length: of the engine, in tokens.
+    max_turns: turns of the model; None is no limit. max_turn_tokens: output tokens of one turn. max_sample_tokens:
+    tokens of the whole conversation. context_length: of the engine, in tokens.
     """
 
-    max_turns: int
+    max_turns: int | None
     max_turn_tokens: int
     max_sample_tokens: int
     context_length: int

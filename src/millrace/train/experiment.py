@@ -225,7 +225,7 @@ def _runner(
         chat=content.chat,
         tools={name: tool.make for name, tool in content.task.tools.items()},
         limits=EpisodeLimits(
-            rollout.max_turns, rollout.max_turn_tokens, rollout.max_sample_tokens, fleet.context_length
+            config.max_turns, rollout.max_turn_tokens, rollout.max_sample_tokens, fleet.context_length
         ),
         sampling=sampling_params(rollout),
         timeout=rollout.sample_timeout,

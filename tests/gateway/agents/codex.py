@@ -1,11 +1,13 @@
-"""Codex: parallel calls, and a compaction when the conversation is long."""
+"""Codex: parallel calls, a compaction when the conversation is long, and a sub-agent."""
 
+import json
 from collections.abc import Mapping, Sequence
 
 from tests.gateway.agents.scenario import Place, Scenario
-from tests.gateway.qwen import answered, call, last_question, said_in, turn
+from tests.gateway.qwen import Said, answered, call, last_question, said_in, turn
 
 TASK = "Run some commands."
+DELEGATE = "Let an agent work."
 SUMMARY = "Three commands were run, and each of them said hello to somebody."
 CONFIG = """
 model = "policy"
@@ -33,6 +35,10 @@ plugins = false
 def script(prompt: str) -> str:
     """What the model writes."""
     said = said_in(prompt)
+    if "SUBTASK" in last_question(said):
+        return turn("It said so.") if answered(said) else turn("", shell("echo héllo-sub"))
+    if any(DELEGATE in one.text for one in said if one.role == "user"):
+        return delegating(said)
     if "CONTEXT CHECKPOINT COMPACTION" in last_question(said):
         return turn(SUMMARY)
     if SUMMARY in last_question(said):
@@ -42,12 +48,23 @@ def script(prompt: str) -> str:
     return turn("Now a long one.", shell("seq 1 3000"))
 
 
+def delegating(said: Sequence[Said]) -> str:
+    """What the model writes to start a sub-agent and to wait for it. Its tools are in a namespace."""
+    results = [one.text for one in said if one.role == "tool"]
+    if not results:
+        return turn("", call("multi_agent_v1__spawn_agent", message="SUBTASK: run it."))
+    if len(results) == 1:
+        return turn("", call("multi_agent_v1__wait_agent", targets=[json.loads(results[0])["agent_id"]]))
+    return turn(f"The agent: {'It said so.' in results[1]}.")
+
+
 def shell(command: str) -> str:
     return call("exec_command", cmd=command)
 
 
 def commands(place: Place) -> Sequence[Sequence[str]]:
-    return [[place.command("codex"), "exec", "--skip-git-repo-check", TASK]]
+    head = [place.command("codex"), "exec", "--skip-git-repo-check"]
+    return [[*head, TASK], [*head, DELEGATE]]
 
 
 def environment(place: Place) -> Mapping[str, str]:

@@ -1,10 +1,12 @@
 """qwen-code: parallel calls, a sub-agent, and a title for the session."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from tests.gateway.agents.scenario import DELEGATE, SHELL, Place, Scenario, shell_and_sub_agent
 from tests.gateway.qwen import call
 
+SETTINGS = Path(__file__).parents[3] / "examples" / "cli_agents" / ".qwen" / "settings.json"
 SUB_AGENT = call("agent", description="sub", prompt="SUBTASK: run it.", subagent_type="general-purpose")
 
 
@@ -26,9 +28,7 @@ def environment(place: Place) -> Mapping[str, str]:
 
 
 def files(_: Place) -> Mapping[str, str]:
-    return {
-        ".qwen/settings.json": '{"privacy": {"usageStatisticsEnabled": false}, "general": {"disableAutoUpdate": true}}'
-    }
+    return {".qwen/settings.json": SETTINGS.read_text()}
 
 
 SCENARIO = Scenario(shell_and_sub_agent(shell, SUB_AGENT), commands, environment, files)

@@ -18,6 +18,7 @@ import orjson
 
 from millrace.gateway import serve_gateway
 from millrace.gateway.control import sample_view, view
+from tests.gateway.agents.alone import isolate
 from tests.gateway.agents.scenario import Place, Scenario
 from tests.gateway.formats import format_of
 from tests.gateway.scripted import ScriptedFleet
@@ -97,14 +98,6 @@ async def play(scenario: Scenario, folder: Path, installed: Path) -> dict[str, o
             "nodes": [{"reason": node.reason, "root": node.parent is None} for node in tree.nodes],
             "looked_up": names.asked,
         }
-
-
-def isolate(folder: Path) -> None:
-    """Prepares the namespace: its loopback, and a server of names of its own."""
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    file = folder / "resolv.conf"
-    file.write_text("nameserver 127.0.0.1\noptions attempts:1 timeout:1\n")
-    subprocess.run(["mount", "--bind", str(file), str(Path("/etc/resolv.conf").resolve())], check=True)
 
 
 def main(name: str, folder: Path, installed: Path) -> None:

@@ -46,7 +46,7 @@ def items_of(answer_id: str, call: ModelCall, one: Alternative) -> list[Item]:
         status = "incomplete" if one.finish is Finish.LENGTH and not turn.calls else "completed"
         part = text_part(turn.content, logprobs_of(one) if call.logprobs else [])
         items.append(message_item(f"msg_{answer_id}_{len(items)}", [part], status))
-    items.extend(call_item(f"fc_{answer_id}_{place}", use) for place, use in enumerate(turn.calls, len(items)))
+    items.extend(call_item(call, f"fc_{answer_id}_{place}", use) for place, use in enumerate(turn.calls, len(items)))
     return items
 
 
@@ -67,16 +67,25 @@ def text_part(text: str, logprobs: list[Item]) -> Item:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
-def call_item(item_id: str, use: ToolUse, arguments: str | None = None, status: str = "completed") -> Item:
+def call_item(
+    call: ModelCall, item_id: str, use: ToolUse, arguments: str | None = None, status: str = "completed"
+) -> Item:
     """Return a function call. arguments: None for those of the call."""
+    space = call.namespaces.get(use.name)
     return {
         "id": item_id,
         "type": "function_call",
         "status": status,
         "call_id": use.id,
-        "name": use.name,
+        "name": use.name.removeprefix(flat_name("", space)),
+        **({} if space is None else {"namespace": space}),
         "arguments": use.arguments if arguments is None else arguments,
     }
+
+
+def flat_name(name: str, namespace: object) -> str:
+    """Return the name of a function with its namespace, if it has one."""
+    return f"{namespace}__{name}" if isinstance(namespace, str) else name
 
 
 def logprobs_of(one: Alternative) -> list[Item]:
@@ -92,7 +101,7 @@ def _message(item: Any) -> Message:
         case {"type": "reasoning"}:
             return turn_of("", _thought(item))
         case {"type": "function_call", "call_id": str(call_id), "name": str(name), "arguments": str(arguments)}:
-            return turn_of("", calls=[ToolUse(call_id, name, arguments)])
+            return turn_of("", calls=[ToolUse(call_id, flat_name(name, item.get("namespace")), arguments)])
         case {"type": "function_call_output", "call_id": str(call_id), "output": output}:
             return {"role": "tool", "content": content_of(output), "tool_call_id": call_id}
         case {"type": "item_reference"}:

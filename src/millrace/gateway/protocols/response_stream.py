@@ -97,13 +97,14 @@ class ResponseStream:
         place = len(self._items)
         item_id = f"fc_{self._id}_{place}"
         where: Item = {"item_id": item_id, "output_index": place}
-        done = call_item(item_id, use)
+        done = call_item(self._call, item_id, use)
+        added = call_item(self._call, item_id, use, "", "in_progress")
         self._items.append(done)
         return self._events(
             [
-                ("output_item.added", {"output_index": place, "item": call_item(item_id, use, "", "in_progress")}),
+                ("output_item.added", {"output_index": place, "item": added}),
                 ("function_call_arguments.delta", {**where, "delta": use.arguments}),
-                ("function_call_arguments.done", {**where, "name": use.name, "arguments": use.arguments}),
+                ("function_call_arguments.done", {**where, "name": done["name"], "arguments": use.arguments}),
                 ("output_item.done", {"output_index": place, "item": done}),
             ]
         )

@@ -19,7 +19,7 @@ from millrace.gateway.protocols.fields import (
     wanted_of,
     whole,
 )
-from millrace.gateway.protocols.response_items import items_of, messages_of, system_of
+from millrace.gateway.protocols.response_items import flat_name, items_of, messages_of, system_of
 from millrace.gateway.protocols.response_stream import ResponseStream, response_of
 
 KNOWN = (
@@ -44,7 +44,7 @@ class Responses:
         for name, why in REFUSED.items():
             if body.get(name):
                 raise RequestError(f"{name} is not supported: {why}", code="unsupported_parameter")
-        tools, hosted = tools_of(listed(body, "tools"))
+        tools, hosted, namespaces = tools_of(listed(body, "tools"))
         reasoning, text = nested(body, "reasoning"), nested(body, "text")
         call = ModelCall(
             messages=(*system_of(body.get("instructions")), *messages_of(body.get("input"))),
@@ -60,6 +60,7 @@ class Responses:
             model=model_of(body),
             dropped=(*dropped_of(body), *hosted),
             summary=bool(reasoning.get("summary") or reasoning.get("generate_summary")),
+            namespaces=namespaces,
         )
         return checked(call)
 
@@ -89,19 +90,34 @@ def dropped_of(body: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def tools_of(tools: Sequence[object]) -> tuple[tuple[Tool, ...], list[str]]:
-    """Return the functions among the tools, and the names of other kinds of tools, which are dropped."""
+def tools_of(tools: Sequence[object]) -> tuple[tuple[Tool, ...], list[str], dict[str, str]]:
+    """Return the functions among the tools, the names of other kinds of tools, which are dropped, and the namespaces.
+
+    The functions of a namespace get names with it (`flat_name`), because chat templates know no namespaces.
+    """
     functions: list[Tool] = []
-    others = []
+    others: list[str] = []
+    namespaces: dict[str, str] = {}
     for tool in tools:
         match tool:
             case {"type": "function", "name": str(name), **rest}:
                 functions.append(function_tool(name, rest.get("description"), rest.get("parameters")))
+            case {"type": "namespace", "name": str(space), "tools": list(inner)}:
+                for one in inner:
+                    match one:
+                        case {"type": "function", "name": str(name), **rest}:
+                            named = flat_name(name, space)
+                            namespaces[named] = space
+                            functions.append(function_tool(named, rest.get("description"), rest.get("parameters")))
+                        case {"type": str(kind)} if kind != "function":
+                            others.append(f"tool:{kind}")
+                        case _:
+                            raise RequestError(f"a tool of the namespace {space} needs a type, and a function a name")
             case {"type": str(kind)} if kind != "function":
                 others.append(f"tool:{kind}")
             case _:
                 raise RequestError("a tool needs a type, and a function a name")
-    return tuple(functions), others
+    return tuple(functions), others, namespaces
 
 
 def response_choice(choice: object) -> Choice:
