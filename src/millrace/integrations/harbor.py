@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.action == "tasks":
             print("".join(f"{json.dumps({'task': str(task)})}\n" for task in tasks_in(given.folders)), end="")
             return 0
-        return asyncio.run(play(given.settings, Path("row.json"), given.gateway))
+        return asyncio.run(play(settings_of(given.settings, Path("row.json")), given.gateway))
     except asyncio.CancelledError:
         return 128 + signal.SIGTERM
     except Exception as error:  # Harbor's code, and that of its tasks' authors, may raise anything
@@ -60,18 +60,25 @@ def tasks_in(folders: Sequence[Path]) -> list[Path]:
     return found
 
 
-async def play(settings: Path, row: Path, gateway: str | None) -> int:
-    """Run the trial, write its reward, and return the exit status. SIGTERM cancels it, and Harbor stops what it runs."""
+def settings_of(trial: Path, row: Path) -> Any:
+    """Return Harbor's TrialConfig, of the file with the settings and the one with the row. Raises ValueError."""
     import yaml
     from harbor.models.trial.config import TrialConfig
-    from harbor.trial.trial import Trial
 
     task = json.loads(row.read_bytes()).get("task")
     if not isinstance(task, str | Mapping):
         raise ValueError(f"{row} has no column `task`, the path of a task or a mapping with Harbor's settings of one")
-    given = yaml.safe_load(settings.read_text()) or {}
     own = {"task": {"path": task} if isinstance(task, str) else task, "trials_dir": TRIALS}
-    config = TrialConfig.model_validate({**given, **own})
+    return TrialConfig.model_validate({**(yaml.safe_load(trial.read_text()) or {}), **own})
+
+
+async def play(config: Any, gateway: str | None) -> int:
+    """Run a trial (Harbor's TrialConfig), write its reward, and return the exit status.
+
+    SIGTERM cancels it, and Harbor stops what it has started.
+    """
+    from harbor.trial.trial import Trial
+
     point_to_gateway(config.agent, gateway)
     trial = await Trial.create(config)
     running = asyncio.ensure_future(trial.run())
@@ -129,7 +136,8 @@ def reward_of(rewards: Mapping[str, float]) -> tuple[float, dict[str, float]]:
 
 def failed(kind: str, message: str) -> int:
     """Say what failed, in one line, and return the exit status."""
-    print(f"harbor: {kind}: {' '.join(message.split())}"[:LONGEST_LINE], file=sys.stderr)
+    line = f"harbor: {kind}: {' '.join(message.split())}".removesuffix(": ")
+    print(line[:LONGEST_LINE], file=sys.stderr)
     return 1
 
 

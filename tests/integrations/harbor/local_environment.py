@@ -3,10 +3,12 @@
 Commands and uploaded scripts name the paths of a container, such as /logs; here these are below the folder.
 """
 
+# ruff: noqa: ASYNC240
 # Harbor is untyped where mypy runs.
 # mypy: disable-error-code="misc, no-any-return"
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
@@ -51,16 +53,17 @@ class LocalEnvironment(BaseEnvironment):
 
     async def start(self, force_build: bool) -> None:
         self.note("start")
-        if self.broken:
-            raise RuntimeError("no space left\non the device")
         for folder in ("app", "logs/agent", "logs/verifier", "logs/artifacts", "tests"):
             (self.root / folder).mkdir(parents=True)
+        if self.broken:
+            raise RuntimeError("no space left\non the device")
 
     async def stop(self, delete: bool) -> None:
         await asyncio.sleep(self.slow_stop)
         await self.exec("tmux kill-server")
         for pid in self.running:
-            os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
         shutil.rmtree(self.root, ignore_errors=True)
         self.note("stop")
 

@@ -1,6 +1,7 @@
 """Real trials of Harbor, with its own agents, as samples: `make test-harbor`."""
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from millrace.agents.player import AgentPlayer, load_agent
 from millrace.config.agents import AgentConfig
+from millrace.config.models import RolloutConfig, TinyModelConfig, TrainConfig
 from millrace.errors import UserCodeError
 from millrace.gateway import serve_gateway
 from millrace.integrations.harbor import main, reached_through, reward_of
@@ -28,7 +30,7 @@ from tests.train.test_own_rewards import run, samples, settings
 HERE = Path(__file__).parent
 TURNS = format_of("qwen3")
 LIMITS = EpisodeLimits(8, 400, 20_000, 100_000)
-TERMINUS = {"name": "terminus-2", "kwargs": {"record_terminal_session": False}}
+TERMINUS = {"name": "terminus-2", "kwargs": {"record_terminal_session": False, "enable_summarize": False}}
 MINI = {"name": "mini-swe-agent", "kwargs": {"skip_install": True}}
 TEST = """
 mkdir -p /logs/verifier
@@ -118,15 +120,130 @@ def mini(prompt: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("agent", "script", "turns"), [(TERMINUS, terminus, 3), (MINI, mini, 2)], ids=["terminus-2", "mini-swe-agent"]
+    ("agent", "script", "turns", "gateway"),
+    [(TERMINUS, terminus, 3, "unreachable.invalid"), (MINI, mini, 2, "localhost")],
+    ids=["terminus-2", "mini-swe-agent"],
 )
 async def test_a_trial_is_a_sample(
-    tmp_path: Path, agent: dict[str, Any], script: Callable[[str], str], turns: int
+    tmp_path: Path, agent: dict[str, Any], script: Callable[[str], str], turns: int, gateway: str
 ) -> None:
+    """terminus-2 runs in Harbor's process, and mini-swe-agent in the environment, with another way to the gateway."""
     task(tmp_path)
-    played = await play(tmp_path, agent_config(tmp_path, agent), script)
+    played = await play(tmp_path, agent_config(tmp_path, agent, "--gateway", gateway), script)
     assert (played.reward, played.parts) == (1.0, {"reward": 1.0, "short": 0.5})
     assert (played.episode.turns, played.branches) == (turns, ())
     assert "Write the number of eggs" in str(played.episode.messages)
     assert "agent_failed" not in played.counts
     assert journal(tmp_path) == ["start", "stop"]
+    assert not (tmp_path / FOLDER / "sample-0").exists()
+
+
+async def test_an_agent_that_is_too_late_for_harbor_has_failed_and_keeps_its_reward(tmp_path: Path) -> None:
+    task(tmp_path, timeout=5)
+    waits = json.dumps(
+        {"analysis": "a", "plan": "p", "commands": [{"keystrokes": "echo 7 > answer.txt; sleep 60\n", "duration": 60}]}
+    )
+    played = await play(tmp_path, agent_config(tmp_path, TERMINUS), lambda _: turn(waits))
+    assert (played.reward, played.counts["agent_failed"]) == (1.0, 1)
+    assert journal(tmp_path) == ["start", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("test", "environment", "says"),
+    [
+        ("true", {}, "harbor: RewardFileNotFoundError: No reward file found at "),
+        (TEST.replace("reward\\", "right\\"), {}, "ValueError: the verifier gave several rewards (right, short)"),
+        (TEST, {"broken": True}, "harbor: RuntimeError: no space left on the device"),
+    ],
+)  # fmt: skip
+async def test_what_fails_is_the_last_line(tmp_path: Path, test: str, environment: dict[str, Any], says: str) -> None:
+    task(tmp_path, test)
+    with pytest.raises(UserCodeError, match="ended with status 1") as raised:
+        await play(tmp_path, agent_config(tmp_path, TERMINUS, **environment), terminus)
+    assert says in str(raised.value).splitlines()[-1]
+    assert journal(tmp_path) == ["start", "stop"]
+    assert (tmp_path / FOLDER / "sample-0" / "trial").is_dir()
+
+
+async def test_the_limits_of_the_rollout_end_a_trial(tmp_path: Path) -> None:
+    task(tmp_path)
+    limits = EpisodeLimits(1, 400, 20_000, 100_000)
+    played = await play(tmp_path, agent_config(tmp_path, TERMINUS), terminus, limits=limits)
+    assert played.episode.end is EpisodeEnd.TURN_LIMIT
+    assert (played.reward, played.counts["agent_failed"]) == (1.0, 1)
+
+
+async def test_a_cancelled_sample_stops_its_environment(tmp_path: Path) -> None:
+    task(tmp_path)
+    asked, never = asyncio.Event(), asyncio.Event()
+
+    async def script(prompt: str) -> str:
+        asked.set()
+        await never.wait()
+        return ""
+
+    config = agent_config(tmp_path, TERMINUS, slow_stop=4)
+    playing = asyncio.create_task(play(tmp_path, config, script))
+    async with asyncio.timeout(60):
+        await asked.wait()
+    playing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await playing
+    assert journal(tmp_path) == ["start", "stop"]
+    root = (tmp_path / "journal").read_text().split()[1].removeprefix("/tmp/")
+    assert root not in os.listdir("/tmp")
+    assert not [one for one in commands_of_processes() if root in one or str(tmp_path) in one]
+
+
+def commands_of_processes() -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return found
+
+
+async def test_a_training_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task(tmp_path)
+    assert main(["tasks", str(tmp_path / "tasks")]) == 0
+    (tmp_path / "tasks.jsonl").write_text(rows := capsys.readouterr().out)
+    assert json.loads(rows) == {"task": str(tmp_path / "tasks" / "eggs")}
+    changes = {
+        "data": {"kind": "file", "path": tmp_path / "tasks.jsonl"},
+        "evaluation": {"data": {"kind": "file", "path": tmp_path / "tasks.jsonl"}, "problems": 1},
+        "agent": agent_config(tmp_path, TERMINUS),
+        "model": TinyModelConfig(kind="tiny", hidden_size=64, heads=2, context_length=8192),
+        "rollout": RolloutConfig(
+            groups_per_step=1, samples_per_group=2, max_turns=2, max_turn_tokens=8, max_sample_tokens=8000
+        ),
+        "train": TrainConfig(steps=1, lr=1e-3),
+    }
+    summary = await run(settings(tmp_path, **changes))
+    assert summary.metrics[-1].rewards == {"reward": 0.0, "short": 0.5}
+    for sample in samples(tmp_path):
+        assert sample["counts"]["requests"] == 2
+        assert "Write the number of eggs" in sample["text"]
+
+
+def test_what_can_not_be_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tasks", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        f"harbor: FileNotFoundError: neither {tmp_path} nor a folder in it has a task.toml\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("gateway", "url"),
+    [
+        ("172.17.0.1", "http://172.17.0.1:8321/e/secret/v1"),
+        ("https://policy.example.org", "https://policy.example.org/e/secret/v1"),
+        ("http://proxy:80/gateway/", "http://proxy:80/gateway/e/secret/v1"),
+    ],
+)
+def test_the_way_to_the_gateway(gateway: str, url: str) -> None:
+    assert reached_through(gateway, "http://127.0.0.1:8321/e/secret/v1") == url
+
+
+def test_the_reward_is_the_only_one_or_the_one_of_this_name() -> None:
+    assert reward_of({"tests": 1}) == (1.0, {"tests": 1.0})
+    assert reward_of({"tests": 1, "reward": 0.5}) == (0.5, {"tests": 1.0, "reward": 0.5})
