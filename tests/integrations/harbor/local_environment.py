@@ -59,6 +59,7 @@ class LocalEnvironment(BaseEnvironment):
             raise RuntimeError("no space left\non the device")
 
     async def stop(self, delete: bool) -> None:
+        self.note("stopping")
         await asyncio.sleep(self.slow_stop)
         await self.exec("tmux kill-server")
         for pid in self.running:

@@ -134,7 +134,7 @@ async def test_a_trial_is_a_sample(
     assert (played.episode.turns, played.branches) == (turns, ())
     assert "Write the number of eggs" in str(played.episode.messages)
     assert "agent_failed" not in played.counts
-    assert journal(tmp_path) == ["start", "stop"]
+    assert journal(tmp_path) == ["start", "stopping", "stop"]
     assert not (tmp_path / FOLDER / "sample-0").exists()
 
 
@@ -145,7 +145,7 @@ async def test_an_agent_that_is_too_late_for_harbor_has_failed_and_keeps_its_rew
     )
     played = await play(tmp_path, agent_config(tmp_path, TERMINUS), lambda _: turn(waits))
     assert (played.reward, played.counts["agent_failed"]) == (1.0, 1)
-    assert journal(tmp_path) == ["start", "stop"]
+    assert journal(tmp_path) == ["start", "stopping", "stop"]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ async def test_what_fails_is_the_last_line(tmp_path: Path, test: str, environmen
     with pytest.raises(UserCodeError, match="ended with status 1") as raised:
         await play(tmp_path, agent_config(tmp_path, TERMINUS, **environment), terminus)
     assert says in str(raised.value).splitlines()[-1]
-    assert journal(tmp_path) == ["start", "stop"]
+    assert journal(tmp_path) == ["start", "stopping", "stop"]
     assert (tmp_path / FOLDER / "sample-0" / "trial").is_dir()
 
 
@@ -173,23 +173,25 @@ async def test_the_limits_of_the_rollout_end_a_trial(tmp_path: Path) -> None:
     assert (played.reward, played.counts["agent_failed"]) == (1.0, 1)
 
 
-async def test_a_cancelled_sample_stops_its_environment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["start", "stopping"])
+async def test_a_cancelled_sample_stops_its_environment(tmp_path: Path, when: str) -> None:
     task(tmp_path)
-    asked, never = asyncio.Event(), asyncio.Event()
+    never = asyncio.Event()
 
     async def script(prompt: str) -> str:
-        asked.set()
-        await never.wait()
-        return ""
+        if when == "start":
+            await never.wait()
+        return terminus(prompt)
 
     config = agent_config(tmp_path, TERMINUS, slow_stop=4)
     playing = asyncio.create_task(play(tmp_path, config, script))
     async with asyncio.timeout(60):
-        await asked.wait()
+        while not (tmp_path / "journal").exists() or journal(tmp_path)[-1] != when:
+            await asyncio.sleep(0.02)
     playing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await playing
-    assert journal(tmp_path) == ["start", "stop"]
+    assert journal(tmp_path) == ["start", "stopping", "stop"]
     root = (tmp_path / "journal").read_text().split()[1].removeprefix("/tmp/")
     assert root not in os.listdir("/tmp")
     assert not [one for one in commands_of_processes() if root in one or str(tmp_path) in one]
