@@ -1,4 +1,4 @@
-"""Tasks of Harbor as samples of `millrace train` (docs/harbor.md). It runs in a Python that has Harbor, 3.12 or newer.
+"""Tasks of Harbor as samples of `millrace train` (docs/agent_tasks.md). It runs in a Python with Harbor, 3.12 or newer.
 
     python -m millrace.integrations.harbor tasks FOLDER [FOLDER ...] > tasks.jsonl
     python -m millrace.integrations.harbor trial TRIAL.yaml [--gateway HOST_OR_URL]
@@ -13,17 +13,17 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from millrace.integrations.one_sample import TERMINATED, failed, row_of_sample, until_terminated, write_reward
+
 BASE_URLS = ("OPENAI_BASE_URL", "OPENAI_API_BASE", "ANTHROPIC_BASE_URL")
 PROTOCOLS = ("openai", "anthropic")  # the providers whose protocols the gateway speaks
 QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HARBOR_TELEMETRY": "0"}  # neither looks anything up
-LONGEST_LINE = 1000  # characters
 TRIALS = "trial"  # the folder, in the sample's, for what Harbor writes
 
 
@@ -42,11 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.action == "tasks":
             print("".join(f"{json.dumps({'task': str(task)})}\n" for task in tasks_in(given.folders)), end="")
             return 0
-        return asyncio.run(play(settings_of(given.settings, Path("row.json")), given.gateway))
+        return asyncio.run(play(settings_of(given.settings, row_of_sample()["task"]), given.gateway))
     except asyncio.CancelledError:
-        return 128 + signal.SIGTERM
+        return TERMINATED
     except Exception as error:  # Harbor's code, and that of its tasks' authors, may raise anything
-        return failed(type(error).__name__, str(error))
+        return failed("harbor", type(error).__name__, str(error))
 
 
 def tasks_in(folders: Sequence[Path]) -> list[Path]:
@@ -60,31 +60,24 @@ def tasks_in(folders: Sequence[Path]) -> list[Path]:
     return found
 
 
-def settings_of(trial: Path, row: Path) -> Any:
-    """Return Harbor's TrialConfig, of the file with the settings and the one with the row. Raises ValueError."""
+def settings_of(trial: Path, task: str | Mapping[str, object]) -> Any:
+    """Return Harbor's TrialConfig. trial: the file with the settings. task: the path of a task, or Harbor's settings of
+    one. Raises ValueError."""
     import yaml
     from harbor.models.trial.config import TrialConfig
 
-    task = json.loads(row.read_bytes()).get("task")
-    if not isinstance(task, str | Mapping):
-        raise ValueError(f"{row} has no column `task`, the path of a task or a mapping with Harbor's settings of one")
     own = {"task": {"path": task} if isinstance(task, str) else task, "trials_dir": TRIALS}
     return TrialConfig.model_validate({**(yaml.safe_load(trial.read_text()) or {}), **own})
 
 
 async def play(config: Any, gateway: str | None) -> int:
-    """Run a trial (Harbor's TrialConfig), write its reward, and return the exit status.
-
-    SIGTERM cancels it, and Harbor stops what it has started.
-    """
+    """Run a trial (Harbor's TrialConfig), write its reward, and return the exit status."""
     from harbor.trial.trial import Trial
 
     point_to_gateway(config.agent, gateway)
     trial = await Trial.create(config)
-    running = asyncio.ensure_future(trial.run())
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
     try:
-        return finish(await running)
+        return finish(await until_terminated(trial.run()))
     finally:
         # Harbor protects the stop of an environment from the cancellation, and does not always wait for it.
         stops = [one for one in asyncio.all_tasks() if getattr(one.get_coro(), "__name__", "") == "stop"]
@@ -119,11 +112,10 @@ def reached_through(gateway: str, url: str) -> str:
 def finish(result: Any) -> int:
     """Write the reward of a trial (Harbor's TrialResult), if there is one that counts, and return the exit status."""
     if result.reward_valid:
-        reward, parts = reward_of(result.verifier_result.rewards)
-        Path("reward.json").write_text(json.dumps({"reward": reward, "parts": parts}))
+        write_reward(*reward_of(result.verifier_result.rewards))
     if errors := result.recorded_exceptions():
-        return failed(errors[0].exception_type, errors[0].exception_message)
-    return 0 if result.reward_valid else failed("no reward", "the verifier gave none")
+        return failed("harbor", errors[0].exception_type, errors[0].exception_message)
+    return 0 if result.reward_valid else failed("harbor", "no reward", "the verifier gave none")
 
 
 def reward_of(rewards: Mapping[str, float]) -> tuple[float, dict[str, float]]:
@@ -132,13 +124,6 @@ def reward_of(rewards: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     if len(parts) > 1 and "reward" not in parts:
         raise ValueError(f"the verifier gave several rewards ({', '.join(parts)}), and none is named `reward`")
     return parts.get("reward", next(iter(parts.values()))), parts
-
-
-def failed(kind: str, message: str) -> int:
-    """Say what failed, in one line, and return the exit status."""
-    line = f"harbor: {kind}: {' '.join(message.split())}".removesuffix(": ")
-    print(line[:LONGEST_LINE], file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

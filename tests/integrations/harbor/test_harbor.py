@@ -1,7 +1,6 @@
 """Real trials of Harbor, with its own agents, as samples: `make test-harbor`."""
 
 import asyncio
-import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from tests.agents.test_player import Fleet
 from tests.gateway.formats import format_of
 from tests.gateway.qwen import call, results, said_in, turn
 from tests.integrations.harbor import PYTHON
+from tests.integrations.processes import command_lines
 from tests.train.test_own_rewards import run, samples, settings
 
 HERE = Path(__file__).parent
@@ -194,15 +194,7 @@ async def test_a_cancelled_sample_stops_its_environment(tmp_path: Path, when: st
     assert journal(tmp_path) == ["start", "stopping", "stop"]
     root = (tmp_path / "journal").read_text().split()[1].removeprefix("/tmp/")
     assert root not in os.listdir("/tmp")
-    assert not [one for one in commands_of_processes() if root in one or str(tmp_path) in one]
-
-
-def commands_of_processes() -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended
-            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return found
+    assert not [one for one in command_lines() if root in one or str(tmp_path) in one]
 
 
 async def test_a_training_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
