@@ -84,7 +84,7 @@ class LocalEnvironment(BaseEnvironment):
         process = await asyncio.create_subprocess_exec(
             *("bash", "-c", self.inside(command)),
             cwd=self.inside(cwd or "/app"),
-            env={**own, **(self._merge_env(env) or {})},
+            env={name: self.inside(value) for name, value in {**own, **(self._merge_env(env) or {})}.items()},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
