@@ -67,9 +67,11 @@ test-sdks-short: $(VENV)/dev.stamp $(SDKS_VENV)/short.stamp
 test-agents: $(VENV)/dev.stamp $(AGENTS)/agents.stamp
 	MILLRACE_AGENTS=$(AGENTS) $(BIN)/pytest -n0 tests/gateway/test_agents.py
 
-# Trials of Harbor, which needs Python 3.12 or newer, with two of its agents. It needs tmux.
+# Trials of Harbor, which needs Python 3.12 or newer. It needs tmux. With the agents of `make test-agents`, if they are
+# installed, four more of Harbor's agents run.
 test-harbor: $(VENV)/dev.stamp $(HARBOR_VENV)/harbor.stamp
-	HARBOR_PYTHON=$(abspath $(HARBOR_VENV))/bin/python $(BIN)/pytest -n2 --dist=load tests/integrations/harbor
+	HARBOR_PYTHON=$(abspath $(HARBOR_VENV))/bin/python MILLRACE_AGENTS=$(AGENTS) \
+		$(BIN)/pytest -n2 --dist=load tests/integrations/harbor
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,14 @@ from millrace.types import SamplingParams
 from tests.agents.test_player import Fleet
 from tests.gateway.formats import format_of
 from tests.gateway.qwen import call, results, said_in, turn
+from tests.gateway.test_agents import AGENTS, ALONE, REASON
 from tests.integrations.harbor import PYTHON
 from tests.integrations.processes import command_lines
 from tests.train.test_own_rewards import run, samples, settings
 
 HERE = Path(__file__).parent
 TURNS = format_of("qwen3")
-LIMITS = EpisodeLimits(8, 400, 20_000, 100_000)
+LIMITS = EpisodeLimits(8, 400, 50_000, 100_000)
 TERMINUS = {"name": "terminus-2", "kwargs": {"record_terminal_session": False, "enable_summarize": False}}
 MINI = {"name": "mini-swe-agent", "kwargs": {"skip_install": True}}
 TEST = """
@@ -136,6 +139,20 @@ async def test_a_trial_is_a_sample(
     assert "agent_failed" not in played.counts
     assert journal(tmp_path) == ["start", "stopping", "stop"]
     assert not (tmp_path / FOLDER / "sample-0").exists()
+
+
+@pytest.mark.skipif(REASON is not None, reason=REASON or "")
+@pytest.mark.parametrize(("name", "branches"), [("claude-code", 0), ("codex", 0), ("opencode", 1), ("qwen-coder", 0)])
+def test_an_agent_in_the_environment_finds_the_gateway(tmp_path: Path, name: str, branches: int) -> None:
+    """opencode asks for a title, too."""
+    done = subprocess.run(
+        [*ALONE, sys.executable, "-m", "tests.integrations.harbor.cli_agents", name, str(tmp_path)],
+        env={**os.environ, "PATH": f"{AGENTS}/node_modules/.bin:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=300,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [1.0, 2, branches]
 
 
 async def test_an_agent_that_is_too_late_for_harbor_has_failed_and_keeps_its_reward(tmp_path: Path) -> None:
