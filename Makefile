@@ -141,7 +141,7 @@ $(SDKS_VENV)/sdks.stamp: $(SDKS_VENV)/short.stamp
 	@touch $@
 
 $(HARBOR_VENV)/harbor.stamp: constraints/harbor.txt
-	@echo "installing Harbor into $(HARBOR_VENV): two minutes or so"
+	@echo "installing Harbor into $(HARBOR_VENV): two to five minutes"
 	$(HARBOR_BASE) -m venv $(HARBOR_VENV)
 	$(HARBOR_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/harbor.txt \
 		harbor mini-swe-agent
