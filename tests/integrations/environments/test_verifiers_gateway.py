@@ -38,7 +38,7 @@ async def play(
     fleet = Fleet(TOKENIZER, FORMAT.stop_token_ids[0], lambda _: next(turns))
     async with playing(agent, folder / "agents", fleet) as player:
         problem = Problem("word", (), {"task": task})
-        return await player.play("sample-0", problem, sampling=SamplingParams(48), limits=limits, timeout=120.0)
+        return await player.play("sample-0", problem, sampling=SamplingParams(48), limits=limits, timeout=400.0)
 
 
 @pytest.mark.parametrize("protocol", ["chat", "responses", "messages"])
@@ -90,9 +90,9 @@ async def test_a_cancelled_episode_leaves_no_process(tmp_path: Path) -> None:
     async with playing(agent, tmp_path / "agents", Fleet(TOKENIZER, FORMAT.stop_token_ids[0], script)) as player:
         problem = Problem("word", (), {"task": 0})
         running = asyncio.create_task(
-            player.play("sample-0", problem, sampling=SamplingParams(48), limits=LIMITS, timeout=120.0)
+            player.play("sample-0", problem, sampling=SamplingParams(48), limits=LIMITS, timeout=400.0)
         )
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(200):
             await asked.wait()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -42,7 +42,7 @@ echo "{\\"reward\\": $right, \\"short\\": 0.5}" > /logs/verifier/reward.json
 """
 
 
-def task(folder: Path, test: str = TEST, *, timeout: float = 60.0) -> Path:
+def task(folder: Path, test: str = TEST, *, timeout: float = 300.0) -> Path:
     """A task of Harbor."""
     made = folder / "tasks" / "eggs"
     for name, text in {
@@ -86,7 +86,7 @@ async def play(
     script: Callable[[str], Any],
     *,
     limits: EpisodeLimits = LIMITS,
-    timeout: float = 120.0,
+    timeout: float = 400.0,
 ) -> PlayedByAgent:
     fleet = Fleet(TURNS.chat.tokenizer, TURNS.stop_token_ids[0], script)
     problem = Problem("eggs", (), {"task": str(folder / "tasks" / "eggs")})
@@ -150,13 +150,13 @@ def test_an_agent_in_the_environment_finds_the_gateway(tmp_path: Path, name: str
         env={**os.environ, "PATH": f"{AGENTS}/node_modules/.bin:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         check=True,
-        timeout=300,
+        timeout=400,
     )
     assert json.loads(done.stdout.splitlines()[-1]) == [1.0, 2, branches]
 
 
 async def test_an_agent_that_is_too_late_for_harbor_has_failed_and_keeps_its_reward(tmp_path: Path) -> None:
-    task(tmp_path, timeout=5)
+    task(tmp_path, timeout=15)
     waits = json.dumps(
         {"analysis": "a", "plan": "p", "commands": [{"keystrokes": "echo 7 > answer.txt; sleep 60\n", "duration": 60}]}
     )
@@ -202,7 +202,7 @@ async def test_a_cancelled_sample_stops_its_environment(tmp_path: Path, when: st
 
     config = agent_config(tmp_path, TERMINUS, slow_stop=4)
     playing = asyncio.create_task(play(tmp_path, config, script))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(200):
         while not (tmp_path / "journal").exists() or journal(tmp_path)[-1] != when:
             await asyncio.sleep(0.02)
     playing.cancel()
