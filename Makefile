@@ -6,6 +6,8 @@ VERL_VENV := .venv-verl
 VERIFIERS_VENV := .venv-verifiers
 OPENENV_VENV := .venv-openenv
 SDKS_VENV := .venv-sdks
+HARBOR_VENV := .venv-harbor
+HARBOR_BASE ?= python3.12
 AGENTS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/millrace/agents-$(shell cat tests/gateway/agents/package.json \
 	constraints/mini-swe-agent.txt | sha256sum | cut -c1-12)
 ENVIRONMENTS_PYTEST = PATH="$(abspath $(VERIFIERS_VENV))/bin:$$PATH" python -m pytest -o addopts=-ra -W default
@@ -19,7 +21,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 CONSTRAINTS ?= constraints/cpu.txt
 
 .PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments test-environments-short test-sdks \
-	test-sdks-short test-agents lint types unit clean
+	test-sdks-short test-agents test-harbor lint types unit clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
@@ -65,6 +67,12 @@ test-sdks-short: $(VENV)/dev.stamp $(SDKS_VENV)/short.stamp
 test-agents: $(VENV)/dev.stamp $(AGENTS)/agents.stamp
 	MILLRACE_AGENTS=$(AGENTS) $(BIN)/pytest -n0 tests/gateway/test_agents.py tests/gateway/test_recipes.py
 
+# Trials of Harbor, which needs Python 3.12 or newer. It needs tmux. With the agents of `make test-agents`, if they are
+# installed, four more of Harbor's agents run.
+test-harbor: $(VENV)/dev.stamp $(HARBOR_VENV)/harbor.stamp
+	HARBOR_PYTHON=$(abspath $(HARBOR_VENV))/bin/python MILLRACE_AGENTS=$(AGENTS) \
+		$(BIN)/pytest -n2 --dist=load tests/integrations/harbor
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,7 +84,7 @@ unit: $(VENV)/dev.stamp
 	$(BIN)/pytest
 
 clean:
-	rm -rf $(VENV) $(VERL_VENV) $(VERIFIERS_VENV) $(OPENENV_VENV) $(SDKS_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VERL_VENV) $(VERIFIERS_VENV) $(OPENENV_VENV) $(SDKS_VENV) $(HARBOR_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -130,6 +138,13 @@ $(SDKS_VENV)/short.stamp: constraints/sdks.txt
 $(SDKS_VENV)/sdks.stamp: $(SDKS_VENV)/short.stamp
 	@echo "installing more clients of agents into $(SDKS_VENV): two minutes or so"
 	$(SDKS_PIP) langgraph langchain-openai langchain-anthropic litellm smolagents
+	@touch $@
+
+$(HARBOR_VENV)/harbor.stamp: constraints/harbor.txt
+	@echo "installing Harbor into $(HARBOR_VENV): two to five minutes"
+	$(HARBOR_BASE) -m venv $(HARBOR_VENV)
+	$(HARBOR_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/harbor.txt \
+		harbor mini-swe-agent
 	@touch $@
 
 $(AGENTS)/agents.stamp:

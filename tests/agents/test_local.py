@@ -59,6 +59,25 @@ async def test_cancelling_ends_the_whole_tree(tmp_path: Path, limits: dict[str, 
     assert not any(alive(pid) for pid in read_pids(pids))
 
 
+async def test_a_cancelled_command_may_clean_up(tmp_path: Path) -> None:
+    code = """
+        import signal, sys, time
+        def clean(*_):
+            time.sleep(3)
+            sys.exit(print("cleaned", flush=True))
+        signal.signal(signal.SIGTERM, clean)
+        print("ready", flush=True)
+        time.sleep(600)
+    """
+    asked = python(tmp_path, code, grace=30.0)
+    running = asyncio.create_task(run(asked))
+    await asyncio.to_thread(wait_until, lambda: asked.log.exists() and asked.log.read_text() == "ready\n")
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert asked.log.read_text() == "ready\ncleaned\n"
+
+
 def test_the_tree_ends_when_the_trainer_is_killed(tmp_path: Path) -> None:
     script, pids = tmp_path / "tree.py", tmp_path / "pids"
     script.write_text(STUBBORN_TREE)

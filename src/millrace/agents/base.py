@@ -12,6 +12,7 @@ class AgentCommand:
 
     name: of the sample. folder: its working folder, with its files. environment: all of its variables. log: the file
     for its output. memory: bytes that each process may allocate, and processes: how many it may have; None is no limit.
+    grace: seconds between SIGTERM, with which it is ended early, and SIGKILL.
     """
 
     name: str
@@ -21,6 +22,7 @@ class AgentCommand:
     log: Path
     memory: int | None = None
     processes: int | None = None
+    grace: float = 2.0
 
 
 class AgentRunner(Protocol):

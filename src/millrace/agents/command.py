@@ -57,6 +57,7 @@ class CommandAgent:
             folder / LOG,
             self.config.limits.memory,
             self.config.limits.processes,
+            self.config.grace,
         )
         status = await self.runner.run(command)
         return Ended() if status == 0 else Ended(f"it ended with status {status}; {self._log(job)}")

@@ -8,7 +8,7 @@ from millrace.agents import confine
 from millrace.agents.base import AgentCommand
 from millrace.errors import LaunchError
 from millrace.http.local import lacking
-from millrace.launch.process import GRACE_SECONDS, guarded, open_private
+from millrace.launch.process import guarded, open_private
 
 
 class LocalRunner:
@@ -31,7 +31,7 @@ class LocalRunner:
         try:
             with open_private(command.log) as log:
                 return await asyncio.create_subprocess_exec(
-                    *guarded(_confined(command), grace=GRACE_SECONDS),
+                    *guarded(_confined(command), grace=command.grace),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=log,
                     stderr=log,

@@ -45,6 +45,8 @@ class AgentConfig(Model):
     timeout: PositiveFloat | None = None
     """Seconds for the agent. One that takes longer is ended, which counts as its failure. None leaves
     `rollout.sample_timeout`, at which the sample is left out."""
+    grace: PositiveFloat = 2.0
+    """Seconds that a command has to clean up after it gets SIGTERM, when it is late or given up. Then it is killed."""
     concurrency: PositiveInt = 64
     """Number of agents that run at once."""
     files: tuple[FilePath, ...] = ()
@@ -80,7 +82,7 @@ class AgentConfig(Model):
     def _check(self) -> Self:
         if (self.command is None) == (self.path is None) or (self.path is None) != (self.name is None):
             raise ValueError("an agent has either a command, or path and name of a function")
-        for_commands = ("files", "environment", "pass_environment", "limits", "keep", "runner")
+        for_commands = ("grace", "files", "environment", "pass_environment", "limits", "keep", "runner")
         if self.command is None and (given := [name for name in for_commands if _differs(self, name)]):
             raise ValueError(f"{given[0]} is for an agent with a command, and this one is a function")
         if self.reward in (("return",) if self.command is not None else ("exit", "file")):

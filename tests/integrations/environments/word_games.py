@@ -1,4 +1,4 @@
-"""A verifiers environment of the tests: a taskset and its own harness, a program that plays in chat completions."""
+"""A verifiers environment of the tests: a taskset and its own harness, a program that plays in one of the protocols."""
 
 # verifiers is untyped where mypy runs.
 # mypy: disable-error-code="misc, untyped-decorator, no-any-return"
@@ -12,14 +12,30 @@ import verifiers.v1 as vf
 PROGRAM = """
 import json, sys, urllib.request
 
-url, key, word, tries = sys.argv[1:5]
+url, key, word, tries, protocol = sys.argv[1:6]
+def request(route, **body):
+    headers = {"Authorization": f"Bearer {key}", "x-api-key": key, "Content-Type": "application/json"}
+    return urllib.request.urlopen(urllib.request.Request(url + route, json.dumps(body).encode(), headers))
+
+def asked(protocol, messages):
+    if protocol == "chat":
+        with request("/chat/completions", model="policy", messages=messages) as answer:
+            return json.load(answer)["choices"][0]["message"]
+    if protocol == "responses":
+        with request("/responses", model="policy", input=messages) as answer:
+            text = json.load(answer)["output"][-1]["content"][0]["text"]
+    if protocol == "messages":
+        system, *rest = messages
+        body = {"model": "policy", "system": system["content"], "messages": rest, "max_tokens": 32}
+        with request("/messages", stream=True, **body) as answer:
+            events = [json.loads(line[6:]) for line in answer if line.startswith(b"data: ")]
+        text = "".join(event["delta"].get("text", "") for event in events if event["type"] == "content_block_delta")
+    return {"role": "assistant", "content": text}
+
 messages = [{"role": "system", "content": "Guess."}, {"role": "user", "content": "Which word?"}]
 for _ in range(int(tries)):
-    body = json.dumps({"model": "policy", "messages": messages}).encode()
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/chat/completions", body, headers)) as answer:
-            message = json.load(answer)["choices"][0]["message"]
+        message = asked(protocol, messages)
     except urllib.error.HTTPError as error:
         sys.exit(0 if error.code == 400 and b"context_length_exceeded" in error.read() else 3)
     messages.append(message)
@@ -68,6 +84,7 @@ class Words(vf.Taskset[WordTask, WordsConfig]):
 
 class WordHarnessConfig(vf.HarnessConfig):
     tries: int = 3
+    protocol: str = "chat"  # or responses, or messages, which are streamed
 
 
 class WordHarness(vf.Harness[WordHarnessConfig]):
@@ -84,7 +101,7 @@ class WordHarness(vf.Harness[WordHarnessConfig]):
         mcp_urls: dict[str, str],
         data: WordData,
     ) -> vf.ProgramResult:
-        arguments = [endpoint, secret, data.word, str(self.config.tries)]
+        arguments = [endpoint, secret, data.word, str(self.config.tries), self.config.protocol]
         return await runtime.run_program([sys.executable, "-c", PROGRAM, *arguments], {})
 
 

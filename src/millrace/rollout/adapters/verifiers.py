@@ -42,12 +42,15 @@ async def opened(
     Plays the first task up to its first request, which says what tools there are. Raises ConfigError, in one line, if
     the environment can't be loaded or does not ask.
     """
+    assert config.verifiers is not None
     where = f"environment: the verifiers environment {config.verifiers}"
     with needs_extra(where):
         import verifiers.v1 as vf
     async with AsyncExitStack() as open_parts:
         try:
-            loaded = vf.load_environment(vf.resolve_env_config(_settings(config)))
+            loaded = vf.load_environment(
+                vf.resolve_env_config(environment_settings(config.verifiers, config.arguments))
+            )
             views = [loaded.taskset.select(vf.SelectConfig(**selection)) for selection in selections]
             if not all(view.bounded for view in views):
                 raise ValueError("its tasks have no end; set select.limit in data and evaluation.data")
@@ -65,16 +68,15 @@ async def opened(
         yield kind, [tuple(_problem(task) for task in tasks) for tasks in chosen]
 
 
-def _settings(config: EnvironmentConfig) -> dict[str, Any]:
+def environment_settings(taskset: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return verifiers' own settings: by default, programs run on this host, and run no commands of the model."""
     from verifiers.v1 import default_harness_id, env_config_type
 
-    assert config.verifiers is not None
-    settings = dict(config.arguments)
-    settings["taskset"] = {**settings.get("taskset", {}), "id": config.verifiers}
-    if "agent" in env_config_type(config.verifiers, settings.get("id", "")).model_fields:
+    settings = dict(arguments)
+    settings["taskset"] = {**settings.get("taskset", {}), "id": taskset}
+    if "agent" in env_config_type(taskset, settings.get("id", "")).model_fields:
         agent = {"runtime": {"type": "subprocess"}, **settings.get("agent", {})}
-        if "harness" not in agent and default_harness_id(config.verifiers) == "bash":
+        if "harness" not in agent and default_harness_id(taskset) == "bash":
             agent["harness"] = {"id": "null"}
         settings["agent"] = agent
     return settings
@@ -224,13 +226,24 @@ class VerifiersEpisode:
         assert self._run is not None
         episode = self._run.result()
         traces = [trace for trace in episode.traces if trace.id in self._traces]
-        if not episode.ok:
-            errors = [*(error for trace in traces for error in trace.errors), *episode.errors]
-            said = f"{errors[-1].type}: {errors[-1].message}" if errors else "it says no reason"
-            raise UserCodeError(" ".join(said.split()))
-        rewards = {name: reward for trace in traces for name, reward in trace.rewards.items() if reward is not None}
-        total = sum(reward.value for reward in rewards.values())
-        return Step("", total, True, {name: reward.score for name, reward in rewards.items()})
+        if (error := error_of(episode, traces)) is not None:
+            raise UserCodeError(" ".join(": ".join(error).split()))
+        total, parts = reward_of(traces)
+        return Step("", total, True, parts)
+
+
+def error_of(episode: Any, traces: Sequence[Any]) -> tuple[str, str] | None:
+    """Return the type and the message of what failed last in an episode of verifiers; None if it did not fail."""
+    if episode.ok:
+        return None
+    errors = [*(error for trace in traces for error in trace.errors), *episode.errors]
+    return (errors[-1].type, errors[-1].message) if errors else ("it failed", "it says no reason")
+
+
+def reward_of(traces: Sequence[Any]) -> tuple[float, dict[str, float]]:
+    """Return the weighted sum of the rewards in traces of verifiers, and each of them without its weight."""
+    rewards = {name: reward for trace in traces for name, reward in trace.rewards.items() if reward is not None}
+    return sum(reward.value for reward in rewards.values()), {name: one.score for name, one in rewards.items()}
 
 
 async def _tools(endpoint: Endpoint, idx: int, timeout: float) -> tuple[Mapping[str, object], ...]:
