@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.gateway.agents.serve import isolate
+from tests.gateway.agents.alone import isolate
 from tests.gateway.qwen import call, results, said_in, turn
 from tests.integrations.harbor.test_harbor import agent_config, play, task
 

@@ -23,9 +23,9 @@ from millrace.rollout.sample import EpisodeEnd, Problem
 from millrace.train.agents import FOLDER
 from millrace.types import SamplingParams
 from tests.agents.test_player import Fleet
+from tests.gateway.agents.alone import AGENTS, ALONE, NEEDS_AGENTS
 from tests.gateway.formats import format_of
 from tests.gateway.qwen import call, results, said_in, turn
-from tests.gateway.test_agents import AGENTS, ALONE, REASON
 from tests.integrations.harbor import PYTHON
 from tests.integrations.processes import command_lines
 from tests.train.test_own_rewards import run, samples, settings
@@ -141,7 +141,7 @@ async def test_a_trial_is_a_sample(
     assert not (tmp_path / FOLDER / "sample-0").exists()
 
 
-@pytest.mark.skipif(REASON is not None, reason=REASON or "")
+@NEEDS_AGENTS
 @pytest.mark.parametrize(("name", "branches"), [("claude-code", 0), ("codex", 0), ("opencode", 1), ("qwen-coder", 0)])
 def test_an_agent_in_the_environment_finds_the_gateway(tmp_path: Path, name: str, branches: int) -> None:
     """opencode asks for a title, too."""
