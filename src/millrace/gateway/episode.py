@@ -227,7 +227,7 @@ class Episode:
         beside = [turn for turn in self.turns if turn.parent is place.parent]
         if not beside:
             return place
-        same = any(turn.identity == call.identity for turn in beside)
+        same = any(turn.call.prefixes[-1] == call.prefixes[-1] for turn in beside)
         return replace(place, reason=BranchReason.RESAMPLED if same else BranchReason.FORKED)
 
     def _placed(self, call: ModelCall) -> tuple[Place, tuple[int, ...], tuple[int, ...]]:

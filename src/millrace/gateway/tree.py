@@ -30,7 +30,7 @@ SHORTEST_SUMMARY = 20  # characters of its longest line
 class BranchReason(StrEnum):
     """Why a generation does not simply continue the one before it."""
 
-    RESAMPLED = "resampled"  # the same request was answered before
+    RESAMPLED = "resampled"  # the same conversation was answered before
     FORKED = "forked"  # the agent went on from an earlier turn with other messages
     HISTORY_EDITED = "history_edited"  # a turn of the model was changed by the agent
     REASONING_CHANGED = "reasoning_changed"  # only the reasoning of a turn was changed
@@ -116,6 +116,7 @@ class Tree:
         self._ends: dict[bytes, list[Node]] = defaultdict(list)  # by digest of the conversation after the turn
         # By identity of the request, and the agent that its headers name: sub-agents may ask the same.
         self._asked: dict[tuple[bytes, str | None], list[Node]] = defaultdict(list)
+        self._prompts: set[tuple[bytes, str | None]] = set()  # digests of the conversations before turns, and the agent
 
     def place(self, call: ModelCall) -> Place:
         """Return the deepest node whose conversation the request extends; of equal ones, one that the agent got."""
@@ -131,11 +132,13 @@ class Tree:
         """Add a generation that has ended, and number it."""
         node.number = len(self.nodes)
         before = node.parent.digest if node.parent else tools_digest(node.tools)
-        for message in (*node.added, node.turn.message):
+        for message in node.added:
             before = extended(before, message)
-        node.digest = before
+        prompt = before, node.lineage.agent
+        node.digest = extended(before, node.turn.message)
         if node.reason is None:  # another one may have ended since it was placed
-            node.reason = self._late_reason(node)
+            node.reason = self._late_reason(node, again=prompt in self._prompts)
+        self._prompts.add(prompt)
         self.nodes.append(node)
         self._ends[node.digest].append(node)
         self._asked[node.identity, node.lineage.agent].append(node)
@@ -166,22 +169,24 @@ class Tree:
         """The number of generations that the agent did not get."""
         return sum(not node.delivered for node in self.nodes)
 
-    def _late_reason(self, node: Node) -> BranchReason | None:
+    def _late_reason(self, node: Node, *, again: bool) -> BranchReason | None:
         siblings = node.parent.children if node.parent else self.nodes
         if not siblings:
             return None
-        if self._asked.get((node.identity, node.lineage.agent)):
+        if again:
             return BranchReason.RESAMPLED
-        said = [fingerprint(message) for message in node.added]
-        again = any([fingerprint(message) for message in one.added] == said for one in siblings if not one.parent)
-        return BranchReason.FORKED if node.parent or again else BranchReason.OTHER_CONVERSATION
+        return BranchReason.FORKED if node.parent else BranchReason.OTHER_CONVERSATION
+
+    def _was_asked(self, call: ModelCall) -> bool:
+        """Return whether the same agent asked with the same conversation before, perhaps for another sampling."""
+        return (call.prefixes[-1], call.lineage.agent) in self._prompts
 
     def _reason(self, call: ModelCall, parent: Node, added: Sequence[Message]) -> BranchReason | None:
         if any(message["role"] == "assistant" for message in added):
             return self._why_other_turn(parent, added)
         if not parent.children:
             return None
-        if self.answered(call):
+        if self._was_asked(call):
             return BranchReason.RESAMPLED
         return BranchReason.SUB_AGENT if _is_sub_agent(call, parent) else BranchReason.FORKED
 
@@ -201,7 +206,7 @@ class Tree:
         """Return why a request extends none of the generations; None if it is the first."""
         if not self.nodes:
             return None
-        if self.answered(call):
+        if self._was_asked(call):
             return BranchReason.RESAMPLED
         if call.lineage.agent is not None and all(node.lineage.agent != call.lineage.agent for node in self.nodes):
             return BranchReason.SUB_AGENT
