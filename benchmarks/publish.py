@@ -28,8 +28,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks.sidecar import sidecar
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.models import TransportName
+from millrace.extension.millrace_environment import settings
 from millrace.fleet.local import open_fleet
-from millrace.weights.environment import settings
 from millrace.weights.ucx import TCP_SETTINGS, load
 
 

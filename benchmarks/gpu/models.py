@@ -28,42 +28,41 @@ QWEN3_MOE = {
 def write_config(size: str, folder: Path) -> Path:
     """Writes a model folder that an engine starts from with `load_format: dummy`. It has no weights and no
     tokenizer."""
-    if size in QWEN3_MOE:
-        return write_moe_config(size, folder)
-    shape = QWEN2[size]
+    shape = {**QWEN2, **QWEN3_MOE}[size]
     config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
         "hidden_size": shape["hidden_size"],
         "num_hidden_layers": shape["layers"],
         "num_attention_heads": shape["heads"],
         "num_key_value_heads": shape["kv_heads"],
-        "intermediate_size": shape["intermediate_size"],
-        "vocab_size": 1024 if size == "tiny" else 151936,
+        "vocab_size": 1024 if size.endswith("tiny") else 151936,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
         "hidden_act": "silu",
-        "tie_word_embeddings": size != "7b",
         "torch_dtype": "bfloat16",
         "bos_token_id": 0,
         "eos_token_id": 1,
+        **(_experts(size) if size in QWEN3_MOE else _dense(size)),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def write_moe_config(size: str, folder: Path) -> Path:
-    """As `write_config`, for a mixture of experts."""
+def _dense(size: str) -> dict[str, object]:
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "intermediate_size": QWEN2[size]["intermediate_size"],
+        "tie_word_embeddings": size != "7b",
+    }
+
+
+def _experts(size: str) -> dict[str, object]:
     shape = QWEN3_MOE[size]
-    config = {
+    return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "hidden_size": shape["hidden_size"],
-        "num_hidden_layers": shape["layers"],
-        "num_attention_heads": shape["heads"],
-        "num_key_value_heads": shape["kv_heads"],
         "head_dim": 32 if size == "moe-tiny" else 128,
         "intermediate_size": 3 * shape["hidden_size"],
         "moe_intermediate_size": shape["expert_size"],
@@ -72,20 +71,9 @@ def write_moe_config(size: str, folder: Path) -> Path:
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "vocab_size": 1024 if size == "moe-tiny" else 151936,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 0,
-        "eos_token_id": 1,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def moe_shapes(config: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:

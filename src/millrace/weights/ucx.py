@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from millrace.errors import ConfigError, PublishError
-from millrace.weights.environment import settings
+from millrace.extension.millrace_environment import settings
 from millrace.weights.transports.slots import Slot
 
 POLL_SECONDS = 0.0005

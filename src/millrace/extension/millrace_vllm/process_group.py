@@ -1,14 +1,12 @@
 """Buckets that a sender broadcasts to a torch process group, over Gloo or NCCL."""
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from millrace_environment import settings
 
 from .errors import RpcError, first_line
 from .messages import TensorSpec, take
@@ -40,7 +38,7 @@ class ReceivingGroup:
             else:
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = 2 * deadline + timedelta(minutes=1)
-                with environment(NCCL_SETTINGS):
+                with settings(NCCL_SETTINGS):
                     self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
         except RuntimeError as error:  # torch's DistError is one
             raise RpcError(f"could not join group {self._name} at {address}:{port}: {first_line(error)}") from error
@@ -75,18 +73,3 @@ class ReceivingGroup:
 
     def close(self) -> None:
         self._group.shutdown()
-
-
-@contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set environment variables while the block runs."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from millrace.weights.environment import settings
+from millrace.extension.millrace_environment import settings
 
 POLL_SECONDS = 0.0005
 # Without these, torch's watchdog ends this process when an engine dies or is slow.

@@ -16,9 +16,9 @@ from typing import Self
 import torch
 
 from millrace.errors import PublishError
+from millrace.extension.millrace_environment import settings
 from millrace.launch.guard import short_place
 from millrace.types import Capability, TensorSpec, TorchStorageBucket
-from millrace.weights.environment import settings
 from millrace.weights.transports.base import NamedTensors, PublishTarget, TransportContext
 from millrace.weights.transports.slots import MemoryTransport, copy_to_host
 

@@ -1,4 +1,4 @@
-"""Environment variables for libraries that can be configured in no other way."""
+"""Environment variables for libraries that can be configured in no other way. Engines run this file too."""
 
 import os
 from collections.abc import Iterator, Mapping
