@@ -54,24 +54,23 @@ class Layout:
 
 @dataclass(slots=True)
 class Loader:
-    """Loads buckets into one model.
+    """What is known of one model and its open update.
 
     layouts: of the open update and the one before. addresses: of the parameters when the plans were made. written: how
     many elements of each parameter the open update has written; None if that is not known.
     """
 
-    model: torch.nn.Module
     layouts: dict[str, Layout] = field(default_factory=dict)
     addresses: Mapping[str, int] = field(default_factory=dict)
     update: str = ""
     written: Counter[str] | None = field(default_factory=Counter)
 
-    def load(self, order: Order, bucket: torch.Tensor) -> Mapping[str, object]:
-        """Load a bucket, [nbytes] uint8, and return the answer."""
+    def load(self, model: torch.nn.Module, order: Order, bucket: torch.Tensor) -> Mapping[str, object]:
+        """Load a bucket, [nbytes] uint8, into the model, and return the answer."""
         if order.update != self.update:
             self.layouts = {text: one for text, one in self.layouts.items() if one.update == self.update}
             self.update, self.written = order.update, Counter()
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(model.named_parameters())
         addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
         if addresses != self.addresses:
             self.layouts.clear()
@@ -83,7 +82,7 @@ class Loader:
         if isinstance(layout.plan, Plan):
             layout.plan.run(bucket)
         else:
-            layout.plan = self._record(views, bucket, known=layout.plan)
+            layout.plan = record(model, views, bucket, known=layout.plan)
         answer: dict[str, object] = {"samples": dict(zip([name for name, _ in views], samples, strict=True))}
         if isinstance(layout.plan, str):
             self.written = None
@@ -96,24 +95,25 @@ class Loader:
             answer |= {"missing": len(missing), "such as": sorted(missing)[:LISTED]}
         return answer
 
-    def _record(self, views: Sequence[tuple[str, torch.Tensor]], bucket: torch.Tensor, known: str | None) -> Plan | str:
-        """Load by the model's own loader. Return the plan of the layout, or why there is none.
 
-        known: why there is none, if that was found before.
-        """
-        load: Any = self.model.load_weights
-        if known is not None:
-            load(views)
-            return known
-        recorder = Recorder(Memory(self.model.named_parameters()), bucket)
-        with recorder:
-            load(views)
-        plan = plan_of(recorder.recording)
-        if isinstance(plan, str):
-            log.warning(
-                "weights are loaded by the model's own loader each time, because it does more than copy: %s", plan
-            )
-        return plan
+def record(
+    model: torch.nn.Module, views: Sequence[tuple[str, torch.Tensor]], bucket: torch.Tensor, known: str | None
+) -> Plan | str:
+    """Load by the model's own loader. Return the plan of the layout, or why there is none.
+
+    known: why there is none, if that was found before.
+    """
+    load: Any = model.load_weights
+    if known is not None:
+        load(views)
+        return known
+    recorder = Recorder(Memory(model.named_parameters()), bucket)
+    with recorder:
+        load(views)
+    plan = plan_of(recorder.recording)
+    if isinstance(plan, str):
+        log.warning("the model's own loader loads such buckets each time, because it does more than copy: %s", plan)
+    return plan
 
 
 LOADERS: "weakref.WeakKeyDictionary[torch.nn.Module, Loader]" = weakref.WeakKeyDictionary()
@@ -131,9 +131,9 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
     except (KeyError, TypeError, ValueError, AttributeError):
         log.exception("an order could not be read")
         return
-    loader = LOADERS.setdefault(model, Loader(model))
+    loader = LOADERS.setdefault(model, Loader())
     try:
-        answer = loader.load(order, bucket)
+        answer = loader.load(model, order, bucket)
     except Exception as error:
         log.exception("a bucket could not be loaded")
         loader.written = None
