@@ -172,6 +172,13 @@ async def test_the_folders_that_are_kept(tmp_path: Path, keep: str, left: set[st
     assert set(os.listdir(tmp_path)) == left
 
 
+async def test_the_folder_of_a_failed_agent_is_kept_if_its_sample_has_a_reward(tmp_path: Path) -> None:
+    played = await play(config("ask('hello'); sys.exit(3)", keep="failed"), tmp_path)
+    assert (played.reward, played.counts["agent_failed"]) == (0.0, 1)
+    [folder] = os.listdir(tmp_path)
+    assert "agent.log" in os.listdir(tmp_path / folder)
+
+
 async def test_the_agents_own_timeout_is_its_failure_and_the_samples_is_not(tmp_path: Path) -> None:
     code = "ask('hello'); time.sleep(600)"
     for reward in ("exit", "file"):
@@ -326,7 +333,7 @@ async def test_at_most_so_many_agents_run_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        ("def agent(prompt):\n    raise ValueError('a bug')", r"agent.py:agent failed: it failed: ValueError: a bug"),
+        ("def agent(prompt):\n    raise ValueError('a bug')", r"agent.py:agent failed: ValueError: a bug"),
         ("async def agent(row):\n    return 'much'", r"returned 'much' for row row-1; it must return the reward"),
         ("def agent(api_key):\n    return None", r"returned None for row row-1"),
     ],

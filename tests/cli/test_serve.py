@@ -75,11 +75,22 @@ async def test_an_episode_from_its_opening_to_its_samples(tiny_model: Path, tmp_
         assert sum(sample["loss_mask"]) == 8
         assert sample["temperatures"] == [0.5]
         assert sample["version_spans"] == [[0, len(sample["token_ids"]) - 8, len(sample["token_ids"])]]
-    async with served(tmp_path) as (_, url):  # the episode is still there
-        key = (tmp_path / "run" / "gateway.key").read_text()
+        await check_the_folder_is_in_use(tmp_path)
+    async with served(tmp_path) as (_, url):  # the episode is still there, and the key is the same
         headers = {"Authorization": f"Bearer {key}"}
         async with aiohttp.ClientSession(url, headers=headers) as control, control.get("/episodes") as response:
             assert [episode["id"] for episode in (await response.json())["episodes"]] == [opened["id"]]
+
+
+async def check_the_folder_is_in_use(folder: Path) -> None:
+    """A second server from the same folder would take the first one's episodes and key."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "millrace", "serve", str(folder / "serve.yaml"), stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(START):
+        _, error = await process.communicate()
+    assert process.returncode == 1
+    assert b"run is in use by another `millrace serve`; give another name=..." in error
 
 
 async def test_a_gateway_for_other_hosts_needs_a_key(tiny_model: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class FunctionAgent:
         try:
             value = await self.calls.run(self.function, given, deadline=NO_DEADLINE)
         except Exception as error:  # the user's function may raise anything
-            return Ended(f"it failed: {said(error, file_of(self.function))}")
+            return Ended(said(error, file_of(self.function)))
         return Ended(reward=self._reward(value, job)) if self.returns else Ended()
 
     def result(self, job: Job, ended: Ended) -> Ended:  # noqa: ARG002

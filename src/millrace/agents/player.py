@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+MOST_WARNINGS = 5  # of failed agents
 STEP = 1.0  # seconds between two looks at whether the fleet is interrupted
 
 
@@ -39,7 +40,7 @@ class AgentPlayer:
     agent: Agent
     config: AgentConfig
     _free: asyncio.Semaphore = field(init=False, repr=False)
-    _warned: bool = field(default=False, init=False)
+    _warned: set[str] = field(default_factory=set, init=False)  # the first lines of failures
 
     def __post_init__(self) -> None:
         self._free = asyncio.Semaphore(self.config.concurrency)
@@ -56,7 +57,7 @@ class AgentPlayer:
                 ended, late = await self._run(job, timeout)
                 await opened.finish()
                 played = self._played(job, ended, limits, late=late)
-                failed = False
+                failed = bool(played.counts.get("agent_failed"))
                 return played
             finally:
                 await self.gateway.delete(opened.id)
@@ -96,9 +97,10 @@ class AgentPlayer:
         return PlayedByAgent(last, tuple(branches), ended.reward, ended.parts, +counts)
 
     def _warn(self, job: Job, failure: str) -> None:
-        """Log the first failure of a run. `agents_failed` in the metrics counts all."""
-        if not self._warned:
-            self._warned = True
+        """Log the first failures of a run that are unlike. `agents_failed` in the metrics counts all."""
+        kind = failure.partition("\n")[0].replace(job.sample_id, "")
+        if kind not in self._warned and len(self._warned) < MOST_WARNINGS:
+            self._warned.add(kind)
             log.warning("sample %s: %s", job.sample_id, failure)
 
 

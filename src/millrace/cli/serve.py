@@ -1,10 +1,12 @@
 """`millrace serve`: a fleet of engines with the gateway for agents."""
 
 import asyncio
+import fcntl
 import os
 import secrets
 import signal
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -34,11 +36,12 @@ def serve(
 ) -> None:
     """Serve a model to agents that speak a protocol of OpenAI or Anthropic, and keep every token.
 
-    The control routes ask for the key in MILLRACE_GATEWAY_KEY. Without it, a new key is written to a file that only
-    this user can read. A gateway that other hosts can reach needs the variable.
+    The control routes ask for the key in MILLRACE_GATEWAY_KEY. Without it, a key is written to a file that only this
+    user can read, and is kept for the next start. A gateway that other hosts can reach needs the variable.
     """
     settings = load_config(config, overrides or (), check=check_engine, kind=ServeConfig)
-    status = asyncio.run(_serve(settings))
+    with _held(settings.folder):
+        status = asyncio.run(_serve(settings))
     if status:
         raise typer.Exit(status)
 
@@ -82,9 +85,23 @@ async def _serve(config: ServeConfig) -> int:
         return await serving
 
 
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Make the folder, and hold it while the block runs. Raises ConfigError if another process serves from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder} is in use by another `millrace serve`; give another name=...") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _key(config: ServeConfig) -> tuple[str, str]:
     """Return the key of the control routes, and where the user finds it. Raises ConfigError."""
-    config.folder.mkdir(parents=True, exist_ok=True)
     if key := os.environ.get(GATEWAY_KEY):
         return key, GATEWAY_KEY
     if not is_loopback(config.gateway.host):
@@ -92,8 +109,9 @@ def _key(config: ServeConfig) -> tuple[str, str]:
             f"gateway.host: other hosts can reach {config.gateway.host}, so set a key in the variable {GATEWAY_KEY}"
         )
     file = config.folder / "gateway.key"
-    file.unlink(missing_ok=True)
-    key = secrets.token_urlsafe(24)
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as written:
-        written.write(key)
+    with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), "r+") as kept:
+        key = kept.read()
+        if not key:
+            key = secrets.token_urlsafe(24)
+            kept.write(key)
     return key, str(file)

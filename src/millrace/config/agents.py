@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from millrace.config.base import Model
 from millrace.config.tasks import CodeConfig, CodePath, CommandPart, FilePath, from_text
@@ -58,7 +58,7 @@ class AgentConfig(Model):
     limits: AgentLimitsConfig = AgentLimitsConfig()
     """Limits on the command's processes."""
     keep: Literal["all", "failed", "none"] = "failed"
-    """Which folders of commands are kept: all, those of samples that failed, or none."""
+    """Which folders of commands are kept: all, those of agents and samples that failed, or none."""
     runner: CodeConfig | None = None
     """A class or function without arguments that makes a `millrace.agents.AgentRunner`, which runs commands elsewhere
     than in processes of this host: in containers, for example."""
@@ -67,6 +67,13 @@ class AgentConfig(Model):
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
         return from_text(value)
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError("a command is a list of its words, such as [python, agent.py]")
+        return value
 
     @property
     def title(self) -> str:
@@ -112,6 +119,11 @@ IN_PLACE_OF = {
 def check_agent(run: "RunConfig") -> None:
     """Raise ValueError if the settings of a run do not go together with its agent."""
     agent, gateway = run.agent, run.gateway
+    if agent is not None and agent.timeout is not None and agent.timeout > run.rollout.sample_timeout:
+        raise ValueError(
+            f"agent.timeout is {agent.timeout:g} s, but rollout.sample_timeout ends a sample after "
+            f"{run.rollout.sample_timeout:g} s; raise it"
+        )
     if agent is None:
         if gateway is not None:
             raise ValueError("gateway is for an agent, and there is none; set agent, or leave it out")
