@@ -145,6 +145,8 @@ async def test_the_warm_up_teaches_the_calculator(tmp_path: Path) -> None:
         ({"gateway": {"folder": "x"}}, "gateway.folder can't be set together with agent"),
         ({"agent": None, "gateway": {}}, "gateway is for an agent, and there is none"),
         ({"agent": {"command": ["a"], "path": "b.py", "name": "c"}}, "an agent has either a command, or path and name"),
+        ({"agent": {"command": ["a"], "timeout": 301}}, "rollout.sample_timeout ends a sample after 300 s; raise it"),
+        ({"agent": {"command": "python agent.py"}}, "a command is a list of its words, such as [python, agent.py]"),
         ({"agent": {"command": ["a"], "reward": "return"}}, "the reward of this agent can't be 'return'"),
         ({"agent": {"path": "a.py", "name": "b", "files": ["c"]}}, "files is for an agent with a command"),
         ({"agent": {"command": ["a"], "environment": {"HOME": "/"}}}, "HOME is set by Millrace"),
