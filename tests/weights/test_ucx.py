@@ -230,7 +230,7 @@ async def trainer(url: str) -> AsyncIterator[Trainer]:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
         trainer = Trainer(session, url)
         yield trainer
-        trainer.endpoint.close()
+        trainer.endpoint.close(unread=True)
 
 
 def slots_of(process: subprocess.Popen[str]) -> int:
@@ -295,8 +295,8 @@ async def test_a_sidecar_holds_only_open_sessions(sidecar: Start) -> None:
 
 
 async def test_memory_outlives_its_reader(sidecar: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over TCP, a thread of UCX copies from the slot. If the slot were freed during the copy, the thread would kill
-    this process."""
+    """Over TCP, a thread of UCX copies from the slot. If the slot or the agent were freed during the copy, this process
+    could die."""
     monkeypatch.setenv("UCX_TLS", "tcp")
     nbytes = 128 * 2**20
     process = sidecar()
@@ -325,12 +325,10 @@ async def test_memory_outlives_its_reader(sidecar: Start, monkeypatch: pytest.Mo
         assert theirs[:] == bytes([value]) * nbytes
 
         value, pulling = await stopped_halfway()
-        one.endpoint.close()
+        one.endpoint.close(unread=False)
         process.send_signal(signal.SIGCONT)
-        status, text = await pulling
-        assert status == 500
-        assert "the bucket was not read: NIXL_ERR_REMOTE_DISCONNECT" in text
-        assert theirs[nbytes - 1] != value
+        assert (await pulling)[0] == 200
+        assert theirs[:] == bytes([value]) * nbytes
         theirs.close()
         one.endpoint = Endpoint(MemoryFile, CPU)
         await one.pull(one.fill(99, nbytes))

@@ -2,10 +2,11 @@
 
 A READ is one-sided: the owner of the memory takes no part in it, except for the library's own thread. Only the reader
 knows when a READ is over. Over TCP, that thread copies from the memory, so freeing the memory during a READ kills the
-process. Therefore an `Endpoint` is closed as a whole: first the agent, which ends every READ and makes every address
-invalid, and then the memory.
+process. Freeing the agent during a READ can do that too (a segmentation fault, seen with NIXL 1.5.1 on a busy machine).
+Therefore an `Endpoint` that may still be read is kept until the process ends.
 """
 
+import ctypes
 import logging
 import os
 import secrets
@@ -25,6 +26,8 @@ POLL_SECONDS = 0.0005
 TCP_SETTINGS = {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"}
 
 S = TypeVar("S", bound=Slot)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,8 @@ class Endpoint(Generic[S]):
         source: the other endpoint's memory.
         why_not: called while the READ runs; if it returns a reason, the READ is abandoned.
 
-        After a failure, close this endpoint: the slot may be written to until then. The reason is returned and not
+        After a failure, close this endpoint: the slot may be written to until then. `close` frees it, since the READ
+        was released. The reason is returned and not
         raised, because an exception's traceback would keep the agent open.
         """
         self._make_current()
@@ -145,12 +149,25 @@ class Endpoint(Generic[S]):
             reason = reason or str(error)
         return reason
 
-    def close(self) -> None:
-        """End all READs by this endpoint and from its memory, and free the slots."""
-        self._registered.clear()
-        del self._agent
-        for slot in [*self._slots.values(), *self._retired]:
-            slot.close()
+    def close(self, *, unread: bool) -> None:
+        """Free the agent and the slots.
+
+        unread: whether it is certain that no READ of the slots is running. Otherwise both are kept until this process
+            ends, and a running READ is completed.
+        """
+        slots = [*self._slots.values(), *self._retired]
+        if unread:
+            self._registered.clear()
+            del self._agent
+            for slot in slots:
+                slot.close()
+        else:
+            logger.warning(
+                "%.0f MiB of memory for buckets are kept until this process ends, because a sidecar that has not "
+                "answered may still read them", sum(slot.bytes.nbytes for slot in slots) / 2**20,
+            )  # fmt: skip
+            _keep((self._agent, slots))
+            del self._agent
         self._slots.clear()
         self._retired.clear()
 
@@ -159,6 +176,11 @@ class Endpoint(Generic[S]):
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             torch.cuda.synchronize(self._device)
+
+
+def _keep(value: object) -> None:
+    """Never free a value, not even when the interpreter ends."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 def load() -> Any:

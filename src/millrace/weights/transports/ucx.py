@@ -15,7 +15,6 @@ Memory is never overwritten or freed while it is read:
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -23,7 +22,7 @@ import orjson
 import torch
 from pydantic import ValidationError
 
-from millrace.errors import EngineError, EngineFailed, PublishError
+from millrace.errors import EngineError, EngineFailed, EngineTimeout, PublishError
 from millrace.http.client import HttpClient
 from millrace.types import Bucket, Capability, TensorSpec
 from millrace.weights.plan import padded
@@ -70,13 +69,20 @@ class UcxSidecar:
             return False
         return bool(answer == {"session": session})
 
-    async def close(self, session: str | None) -> None:
-        """Have the sidecar free the buckets of this session. A dead sidecar has nothing to free."""
+    async def close(self, session: str | None) -> bool:
+        """Have the sidecar free the buckets of this session. A dead sidecar has nothing to free.
+
+        Returns whether it is certain that the sidecar reads no bucket any more.
+        """
+        certain = True
         if session is not None:
-            with suppress(EngineError):
+            try:
                 body = Session(session=session).model_dump(mode="json")
                 await self._http.control("POST", "/end", body, deadline=SHORT_DEADLINE)
+            except EngineError as error:
+                certain = not isinstance(error, EngineTimeout)
         await self._http.close()
+        return certain
 
 
 @dataclass(slots=True)
@@ -142,9 +148,9 @@ class UcxTransport(BucketTransport):
         *,
         deadline: float,  # noqa: ARG002
     ) -> Mapping[str, EngineError]:
-        """Close the endpoint if a sidecar may still be reading a bucket of an earlier publish."""
+        """Take a new endpoint if a sidecar may still be reading a bucket of an earlier publish."""
         if self._endpoint is not None and not self._unread:
-            await asyncio.to_thread(self._endpoint.close)
+            self._endpoint.close(unread=False)
             self._endpoint = None
         self._unread = True
         return {}
@@ -179,7 +185,7 @@ class UcxTransport(BucketTransport):
                 for target in here:
                     name = target.engine.name
                     unreached[name] = EngineFailed(name, f"{sidecar.name} did not bring a bucket: {reason_of(error)}")
-                return False
+                return not isinstance(error, EngineTimeout)  # one that has answered, or is dead, reads no more
             start = 0
             for target in here:
                 bucket.pulled[target.engine.name] = pulled, start
@@ -208,9 +214,9 @@ class UcxTransport(BucketTransport):
 
     async def close(self) -> None:
         session = self._endpoint.name if self._endpoint is not None else None
-        await asyncio.gather(*(sidecar.close(session) for sidecar in self._sidecars.values()))
+        ended = await asyncio.gather(*(sidecar.close(session) for sidecar in self._sidecars.values()))
         if self._endpoint is not None:
-            await asyncio.to_thread(self._endpoint.close)
+            await asyncio.to_thread(self._endpoint.close, unread=all(ended))
             self._endpoint = None
 
     def _body(self, bucket: _InFlightBucket, here: Sequence[PublishTarget], seconds: float) -> PullBody:
