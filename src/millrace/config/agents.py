@@ -119,15 +119,15 @@ IN_PLACE_OF = {
 def check_agent(run: "RunConfig") -> None:
     """Raise ValueError if the settings of a run do not go together with its agent."""
     agent, gateway = run.agent, run.gateway
-    if agent is not None and agent.timeout is not None and agent.timeout > run.rollout.sample_timeout:
-        raise ValueError(
-            f"agent.timeout is {agent.timeout:g} s, but rollout.sample_timeout ends a sample after "
-            f"{run.rollout.sample_timeout:g} s; raise it"
-        )
     if agent is None:
         if gateway is not None:
             raise ValueError("gateway is for an agent, and there is none; set agent, or leave it out")
         return
+    if agent.timeout is not None and agent.timeout > run.rollout.sample_timeout:
+        raise ValueError(
+            f"agent.timeout is {agent.timeout:g} s, but rollout.sample_timeout ends a sample after "
+            f"{run.rollout.sample_timeout:g} s; raise it"
+        )
     settings = {
         "environment": run.environment,
         "judges": run.judges,

@@ -15,7 +15,7 @@ from millrace.weights.cast import cast, dtypes_of
 from millrace.weights.folder import FolderTensors
 from millrace.weights.publisher import Publish
 from millrace.weights.source import source_of
-from millrace.weights.transports.base import PublishTarget, TransportContext
+from millrace.weights.transports.base import PublishTarget, Transport, TransportContext
 from millrace.weights.transports.registry import CLASSES, create, needs
 
 if TYPE_CHECKING:
@@ -98,6 +98,12 @@ async def load_disk(subject: Subject, source: Path) -> None:
     await subject.engine.load(DiskBucket(str(source)), deadline=LOAD_DEADLINE)
 
 
+def transport_for(kind: Capability) -> Transport:
+    """Return a new transport whose buckets an engine with this capability can load."""
+    name = next(name for name in CLASSES if kind in needs(name))
+    return create(name, TransportContext(capabilities=frozenset({kind})))
+
+
 async def load_memory(subject: Subject, tensors: "Mapping[str, torch.Tensor]") -> None:
     """Load tensors in the open update, in one bucket in memory. Raises Lacking if the engine can't load from memory."""
     kinds = memory_kinds(subject)
@@ -105,11 +111,7 @@ async def load_memory(subject: Subject, tensors: "Mapping[str, torch.Tensor]") -
         raise Lacking("the engine can't load tensors from memory")
     if kinds[0] is Capability.UPDATE_FROM_CUDA_IPC:
         require_gpu()
-    name, target = (
-        next(name for name in CLASSES if kinds[0] in needs(name)),
-        PublishTarget(subject.engine, subject.info),
-    )
-    transport = create(name, TransportContext(capabilities=frozenset({kinds[0]})))
+    transport, target = transport_for(kinds[0]), PublishTarget(subject.engine, subject.info)
     try:
         await transport.open([target], 0, deadline=LOAD_DEADLINE)
         for staged in transport.staged(iter([list(tensors.items())])):
@@ -150,8 +152,7 @@ async def by_bare_nccl(subject: Subject, source: Path, version: int) -> None:
 
 async def send(kind: Capability, subject: Subject, tensors: "Mapping[str, torch.Tensor]", version: int) -> None:
     """Publish tensors in several buckets, with the transport that needs this capability."""
-    name = next(name for name in CLASSES if kind in needs(name))
-    transport = create(name, TransportContext(capabilities=frozenset({kind})))
+    transport = transport_for(kind)
     size = sum(tensor.nbytes for tensor in tensors.values())
 
     try:

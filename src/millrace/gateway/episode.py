@@ -24,7 +24,7 @@ from millrace.gateway.recent import Recent
 from millrace.gateway.rules import NO_RULES, EpisodeRules, overruled, sampling_of
 from millrace.gateway.samples import GatewaySample, samples_of
 from millrace.gateway.tree import BranchReason, Node, Place, Tree
-from millrace.gateway.turn import EpisodeClosed, Prepared, Reader, Turn, all_of, answer_again, usage_of
+from millrace.gateway.turn import EpisodeClosed, Prepared, Reader, Turn, all_of, answer_again, answer_of
 from millrace.rollout.agent import AbortedGeneration
 from millrace.rollout.sample import images_in
 from millrace.types import Capability, FinishReason, GenerateRequest, Generation, RoutingContext
@@ -68,8 +68,8 @@ class TurnsUsed(RequestError):
 class Episode:
     """One episode. `counts`: of what happened to its requests, by name; what was dropped is `dropped:NAME`.
 
-    id: public. reward, parts: None and empty until it is finished. failures: of the
-    engines, by the identities of the requests that were not answered later.
+    id: public. reward, parts: None and empty until it is finished. failures: of the engines, by the identities of the
+    requests that were not answered later.
     """
 
     id: str
@@ -296,17 +296,12 @@ class Episode:
             return self._usable(made)
 
         made = await all_of([one(*pair) for pair in zip(requests, readers, strict=True)])
-        alternatives, thoughts = [], 0
-        for generation, reader in zip(made, readers, strict=True):
-            alternative, deltas = reader.ended(generation)
-            turn.show(deltas)
-            alternatives.append(alternative)
-            thoughts += reader.reasoning_tokens(alternative.turn)
+        answer = answer_of(turn, readers, made, config.model)
         turn.numbers = tuple(
             self._keep(turn, prepared, generation, alternative, requests[0].sampling.temperature)
-            for generation, alternative in zip(made, alternatives, strict=True)
+            for generation, alternative in zip(made, answer.alternatives, strict=True)
         )
-        return Answer(turn.id, config.model, turn.created, tuple(alternatives), usage_of(made, thoughts))
+        return answer
 
     def _usable(self, made: Generation) -> Generation:
         """Return a generation that can become a node. Raises AbortedGeneration if no retry was left, and DataError."""

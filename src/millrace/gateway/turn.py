@@ -188,25 +188,35 @@ class Turn:
                 yield None
 
 
+def answer_of(turn: Turn, readers: Sequence[Reader], made: Sequence[Generation], model: str) -> Answer:
+    """Return the answer of which these generations are the samples, and show those who stream it the rest.
+
+    readers: of the generations.
+    """
+    alternatives, thoughts = [], 0
+    for generation, reader in zip(made, readers, strict=True):
+        alternative, deltas = reader.ended(generation)
+        turn.show(deltas)
+        alternatives.append(alternative)
+        thoughts += reader.reasoning_tokens(alternative.turn)
+    return Answer(turn.id, model, turn.created, tuple(alternatives), usage_of(made, thoughts))
+
+
 def answer_again(turn: Turn, turns: TurnFormat, forced: str, nodes: Sequence[Node], model: str) -> Answer:
-    """Return the answer of which these generations are the samples, and show it to those who stream it.
+    """Return the answer of which the generations in these nodes are the samples, and show it to those who stream it.
 
     forced: the text with which the gateway began the turns.
     """
-    made, alternatives, thoughts = [], [], 0
+    readers, made = [], []
     for index, node in enumerate(nodes):
         calls = node.turn.calls
-        reader = Reader(turns, turn.call, index, forced, calls[0].id[:-2] if calls else "")  # so that ids are the same
+        readers.append(Reader(turns, turn.call, index, forced, calls[0].id[:-2] if calls else ""))  # with the same ids
         prompt = len(node.token_ids) - len(node.output_ids)
         made.append(
             Generation(node.request, node.output_ids, node.logprobs, node.finish, node.version_spans, prompt, 0)
         )
-        alternative, deltas = reader.ended(made[-1])
-        turn.show(deltas)
-        alternatives.append(alternative)
-        thoughts += reader.reasoning_tokens(alternative.turn)
     turn.numbers = tuple(node.number for node in nodes)
-    return Answer(turn.id, model, turn.created, tuple(alternatives), usage_of(made, thoughts))
+    return answer_of(turn, readers, made, model)
 
 
 def usage_of(made: Sequence[Generation], reasoning: int) -> Usage:

@@ -122,8 +122,7 @@ class Endpoint(Generic[S]):
         source: the other endpoint's memory.
         why_not: called while the READ runs; if it returns a reason, the READ is abandoned.
 
-        After a failure, close this endpoint: the slot may be written to until then. `close` frees it, since the READ
-        was released. The reason is returned and not
+        After a failure, close this endpoint: UCX may write to the slot until then. The reason is returned and not
         raised, because an exception's traceback would keep the agent open.
         """
         self._make_current()

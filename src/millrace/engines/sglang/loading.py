@@ -51,7 +51,7 @@ class LoaderUpdate:
     missing: str = ""
 
     def orders(self, tensors: Sequence[TensorSpec]) -> list[str]:
-        """Return what the loader of each rank is told about a bucket, as JSON. Earlier answers are forgotten."""
+        """Return the order for the loader of each rank, as JSON, and clear the answers to the last one."""
         while len(self.files) < self.ranks:
             self.files.append(AnswerFile())
         for file in self.files:

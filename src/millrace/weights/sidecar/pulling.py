@@ -131,7 +131,7 @@ class Pulling(Job):
 
     def _close(self) -> None:
         if self._endpoint is not None:
-            self._endpoint.close(unread=True)  # nobody reads from a sidecar
+            self._endpoint.close(unread=True)  # other endpoints never read a sidecar's slots
         self._endpoint, self._session = None, None
         if self._device.type == "cuda":
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
