@@ -21,6 +21,7 @@ LAYERS = [
     "model_config",
     "imports",
     "jsonl",
+    "locks",
     "checkpoint_names",
     "config",
     "http",

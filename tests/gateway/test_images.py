@@ -16,6 +16,7 @@ import pytest_asyncio
 import torch
 
 from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
+from millrace.engines.stock.images import data_url
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.gateway import EpisodeRules, load_format, serve_gateway
@@ -24,6 +25,7 @@ from millrace.train.tiny_vision import VISION_TOKENS
 from millrace.types import SamplingParams
 from tests.conformance.images import CLOSE, Reference
 from tests.conformance.run_checks import START_TIMEOUT
+from tests.gateway.replay import replayed_anthropic, replayed_chat, replayed_responses
 from tests.gateway.scripted import ScriptedFleet
 from tests.torchvision import install_torchvision
 from tests.vision import make_tiny_vision_model, png
@@ -33,10 +35,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 TOKENS = 12
 ON_CPU: dict[str, Any] = {"device": "cpu", "threads": 1, "start_timeout": START_TIMEOUT}
 Message = Mapping[str, Any]
-
-
-def data_url(image: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
 def chat(image: bytes, text: str) -> Message:
@@ -54,23 +52,11 @@ def messages(image: bytes, text: str) -> Message:
     return {"role": "user", "content": [{"type": "image", "source": source}, {"type": "text", "text": text}]}
 
 
-def chat_turn(answer: Any) -> list[Message]:
-    return [answer["choices"][0]["message"]]
-
-
-def responses_turn(answer: Any) -> list[Message]:
-    return list(answer["output"])
-
-
-def messages_turn(answer: Any) -> list[Message]:
-    return [{"role": "assistant", "content": answer["content"]}]
-
-
 # The route, the name of the conversation in a body, and how a question is written and an answer is sent back.
 PROTOCOLS = {
-    "chat/completions": ("messages", chat, chat_turn),
-    "responses": ("input", responses, responses_turn),
-    "messages": ("messages", messages, messages_turn),
+    "chat/completions": ("messages", chat, replayed_chat),
+    "responses": ("input", responses, replayed_responses),
+    "messages": ("messages", messages, replayed_anthropic),
 }
 
 

@@ -15,6 +15,7 @@ from millrace.gateway.protocols.anthropic import AnthropicMessages
 from millrace.gateway.protocols.base import AgentProtocol
 from millrace.gateway.protocols.chat import ChatCompletions
 from millrace.gateway.protocols.responses import Responses
+from tests.gateway.replay import replayed_anthropic, replayed_chat, replayed_responses
 from tests.gateway.sdk import (
     TWO_CALLS,
     USAGE,
@@ -32,18 +33,6 @@ Body = Mapping[str, Any]
 
 QUESTION: Any = {"role": "user", "content": "What is the weather?"}
 THINKING: Any = {"type": "enabled", "budget_tokens": 1024}
-
-
-def replayed_chat(answer: Body) -> list[Any]:
-    return [answer["choices"][0]["message"]]
-
-
-def replayed_responses(answer: Body) -> list[Any]:
-    return list(answer["output"])
-
-
-def replayed_anthropic(answer: Body) -> list[Any]:
-    return [{"role": "assistant", "content": answer["content"]}]
 
 
 PROTOCOLS = [

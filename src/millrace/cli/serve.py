@@ -1,7 +1,6 @@
 """`millrace serve`: a fleet of engines with the gateway for agents."""
 
 import asyncio
-import fcntl
 import os
 import secrets
 import signal
@@ -21,6 +20,7 @@ from millrace.errors import ConfigError
 from millrace.fleet.event_log import EventLog
 from millrace.http.hosts import is_loopback
 from millrace.imports import without_collecting
+from millrace.locks import try_lock
 from millrace.serve.server import serve_metrics
 from millrace.serve.view import Observer
 
@@ -91,10 +91,8 @@ def _held(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder} is in use by another `millrace serve`; give another name=...") from None
+        if not try_lock(descriptor):
+            raise ConfigError(f"{folder} is in use by another `millrace serve`; give another name=...")
         yield
     finally:
         os.close(descriptor)

@@ -26,10 +26,9 @@ def sampled_checksums(tensors: "Sequence[torch.Tensor]") -> list[str]:
     """
     import torch
 
-    integer_dtypes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     alike: dict[tuple[torch.dtype, bool], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        alike.setdefault((integer_dtypes[tensor.itemsize], tensor.numel() > SAMPLE), []).append(index)
+        alike.setdefault((integer_dtype(tensor.itemsize), tensor.numel() > SAMPLE), []).append(index)
 
     def blocks(tensor: torch.Tensor) -> torch.Tensor:
         step = (tensor.numel() - SAMPLE_WIDTH) // (SAMPLE_BLOCKS - 1)
@@ -51,6 +50,13 @@ def sampled_checksums(tensors: "Sequence[torch.Tensor]") -> list[str]:
                 pairs = torch.stack((samples_NE.sum(1), (samples_NE * positions_E).sum(1)), 1).tolist()
                 sums.update(zip(batch, pairs, strict=True))
     return [hexadecimal(sums[index]) for index in range(len(tensors))]
+
+
+def integer_dtype(itemsize: int) -> "torch.dtype":
+    """Return the dtype of integers of this many bytes. As integers, elements that are NaN can be compared."""
+    import torch
+
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
 
 
 def hexadecimal(sums: Iterable[int]) -> str:

@@ -1,6 +1,5 @@
 """The records of a run: its folder, the metrics of each step, and all conversations."""
 
-import fcntl
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from millrace.config import RunConfig, dump_config
 from millrace.config.reading import parse_yaml
 from millrace.errors import ConfigError, DataError
 from millrace.jsonl import drop_torn_tail, read_objects
+from millrace.locks import try_lock
 from millrace.model_folder import to_disk
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.sample import Episode, Sample
@@ -96,12 +96,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{self.path} is in use by another run; wait until it ends, or give another name=..."
-                ) from None
+            if not try_lock(lock.fileno()):
+                raise ConfigError(f"{self.path} is in use by another run; wait until it ends, or give another name=...")
             settings = self.path / "config.yaml"
             with _explained(self.path):
                 if self.metrics_path.exists() and settings.exists():

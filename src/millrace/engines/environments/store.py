@@ -1,6 +1,5 @@
 """The installed environments: their folders, the marker of a finished one, and the lock for changing one."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from millrace.arguments import expand
 from millrace.engines.environments.recipes import RECIPES, Recipes, requirements
 from millrace.errors import ConfigError, LaunchError
+from millrace.locks import try_lock
 
 MARKER = "millrace.json"
 LOCK_POLL_SECONDS = 0.2
@@ -167,7 +167,7 @@ def locked(environment: Environment, *, deadline: float, waiting: Callable[[], N
         raise LaunchError(f"can't create environments in {environments_home()} ({error}); set MILLRACE_HOME") from error
     try:
         end, told = time.monotonic() + deadline, False
-        while not _try_lock(descriptor):
+        while not try_lock(descriptor):
             if time.monotonic() >= end:
                 raise LaunchError(f"another process is installing {environment} in {environment.path}")
             if not told:
@@ -177,11 +177,3 @@ def locked(environment: Environment, *, deadline: float, waiting: Callable[[], N
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from millrace_samples import sampled_checksums
+from millrace_words import first_line, listed
 
 from .plan import Plan, plan_of
 from .recording import Memory, Recorder
@@ -137,7 +138,7 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
     except Exception as error:
         log.exception("a bucket could not be loaded")
         loader.written = None
-        answer = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"}
+        answer = {"error": f"{type(error).__name__}: {first_line(error)}"}
     finally:
         if bucket.is_cuda:
             torch.cuda.synchronize(bucket.device)  # after this, nothing reads the bucket's memory
@@ -170,9 +171,3 @@ def write_answer(path: str, answer: Mapping[str, object]) -> None:
     with os.fdopen(descriptor, "wb") as file:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             file.write(json.dumps(answer).encode())
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return the first names in alphabetical order, and the number of the others."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:LISTED]) + (f" and {len(ordered) - LISTED} more" if len(ordered) > LISTED else "")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from millrace_samples import integer_dtype
 
 from .recording import Copy, Recording
 
@@ -54,7 +55,8 @@ class Plan:
             memory = one.target.as_strided((one.target.untyped_storage().nbytes() // one.target.itemsize,), (1,), 0)
             held = memory[one.held]
             sent = as_dtype(bucket, one.dtype)[one.sent].to(held.dtype)
-            unlike.append((bits(held) != bits(sent)).any())
+            integers = integer_dtype(held.itemsize)
+            unlike.append((held.view(integers) != sent.view(integers)).any())
         found = torch.stack(unlike).tolist() if unlike else []
         return sorted({one.parameter for one, differs in zip(self.samples, found, strict=True) if differs})
 
@@ -100,9 +102,3 @@ def positions(shape: Sequence[int], stride: Sequence[int], start: int) -> torch.
 def as_dtype(bucket: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a bucket's bytes as elements of a dtype, without those at the end that make no whole element."""
     return bucket[: len(bucket) // dtype.itemsize * dtype.itemsize].view(dtype)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's content as integers, so that NaN equals itself."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(kinds[tensor.dtype.itemsize])

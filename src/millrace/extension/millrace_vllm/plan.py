@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from millrace_words import first_line, listed
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from .dry_run import Owners, Recorder, Region, storage_id, twin_of, without_loras
-from .errors import RpcError, first_line, listed
+from .errors import RpcError
 from .messages import FLOATS, TensorSpec
 
 

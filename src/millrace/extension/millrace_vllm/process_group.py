@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from millrace_environment import settings
+from millrace_words import first_line
 
-from .errors import RpcError, first_line
+from .errors import RpcError
 from .messages import TensorSpec, take
 
 # With these off, torch's watchdog does not end this process when the trainer dies.

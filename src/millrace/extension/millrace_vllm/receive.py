@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from millrace_words import first_line
 from safetensors import SafetensorError, safe_open
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from .errors import RpcError, first_line
+from .errors import RpcError
 from .messages import TensorSpec, take, take_bytes
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from millrace_words import first_line
 from vllm.distributed import get_pp_group, get_tp_group
 
-from .errors import RpcError, first_line
+from .errors import RpcError
 from .messages import parse_object
 from .rank import Rank
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 from millrace_samples import sampled_checksums
+from millrace_words import listed
 
 from .digest import digest
 from .dry_run import Region
-from .errors import RpcError, listed
+from .errors import RpcError
 from .messages import TensorSpec
 from .plan import Plan, Target
 from .writing import Part, Writer

@@ -1,6 +1,6 @@
 """OpenAI's responses: `/v1/responses`. The gateway keeps no responses: each request has the whole conversation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -98,26 +98,29 @@ def tools_of(tools: Sequence[object]) -> tuple[tuple[Tool, ...], list[str], dict
     functions: list[Tool] = []
     others: list[str] = []
     namespaces: dict[str, str] = {}
-    for tool in tools:
+    for tool, space in _with_namespaces(tools):
         match tool:
             case {"type": "function", "name": str(name), **rest}:
+                if space is not None:
+                    name = flat_name(name, space)
+                    namespaces[name] = space
                 functions.append(function_tool(name, rest.get("description"), rest.get("parameters")))
-            case {"type": "namespace", "name": str(space), "tools": list(inner)}:
-                for one in inner:
-                    match one:
-                        case {"type": "function", "name": str(name), **rest}:
-                            named = flat_name(name, space)
-                            namespaces[named] = space
-                            functions.append(function_tool(named, rest.get("description"), rest.get("parameters")))
-                        case {"type": str(kind)} if kind != "function":
-                            others.append(f"tool:{kind}")
-                        case _:
-                            raise RequestError(f"a tool of the namespace {space} needs a type, and a function a name")
             case {"type": str(kind)} if kind != "function":
                 others.append(f"tool:{kind}")
             case _:
-                raise RequestError("a tool needs a type, and a function a name")
+                of = "" if space is None else f" of the namespace {space}"
+                raise RequestError(f"a tool{of} needs a type, and a function a name")
     return tuple(functions), others, namespaces
+
+
+def _with_namespaces(tools: Sequence[object]) -> Iterator[tuple[object, str | None]]:
+    """Yield the tools, those in a namespace one by one with its name."""
+    for tool in tools:
+        match tool:
+            case {"type": "namespace", "name": str(space), "tools": list(inner)}:
+                yield from ((one, space) for one in inner)
+            case _:
+                yield tool, None
 
 
 def response_choice(choice: object) -> Choice:
