@@ -27,15 +27,17 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.models import QWEN2, write_config, write_tokenizer
+from millrace.config.models import TransportName
+from millrace.sync import Fleet, open_fleet
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, TOKENS, MICROBATCH = 64, 8, 128, 512, 16
 MEMORY = 0.4  # the engine's share of its GPU
-PORT, START_SECONDS = 8765, 150
+PORT, START_SECONDS = 8765, 300
 WAYS = ("colocate", "server", "vllm", "sglang", "vllm-2", "sglang-2")
 
 
@@ -63,16 +65,22 @@ def engine(way: str, given: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def fleet_of(way: str, given: argparse.Namespace, logs: Path) -> AbstractContextManager[Fleet]:
+    """Open the fleet. Its engine is on the trainer's GPU, or on a second one."""
+    sends: TransportName = "nccl" if way.endswith("-2") else "auto"
+    return open_fleet(engine(way, given), given.model, log_dir=logs, transport=sends)
+
+
 @contextmanager
 def trl_server(model: Path) -> Iterator[None]:
-    """Run the server that TRL starts, on the second GPU."""
-    command = [sys.executable, "-m", "trl.cli", "vllm-serve", "--model", str(model), "--port", str(PORT)]
-    command += ["--host", "127.0.0.1", "--gpu_memory_utilization", str(MEMORY), "--max_model_len", "4096"]
-    command += ["--max-num-seqs", str(PROMPTS * SAMPLES)]
+    """Run vLLM's server on the second GPU, as `trl vllm-serve` of TRL 1.16 does."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(PORT)]
+    command += ["--host", "127.0.0.1", "--gpu-memory-utilization", str(MEMORY), "--max-model-len", "4096"]
+    command += ["--max-num-seqs", str(PROMPTS * SAMPLES), "--weight-transfer-config", '{"backend": "nccl"}']
+    command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1"}
     with (model / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            command, env={**os.environ, "CUDA_VISIBLE_DEVICES": "1"}, stdout=log, stderr=subprocess.STDOUT
-        )
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         until_healthy(server)
         yield
@@ -117,7 +125,6 @@ def measure(way: str, given: argparse.Namespace, folder: Path) -> dict[str, list
     from trl import GRPOConfig, GRPOTrainer
 
     from millrace.integrations.trl import use_fleet
-    from millrace.sync import open_fleet
 
     ends: list[float] = []
 
@@ -164,8 +171,7 @@ def measure(way: str, given: argparse.Namespace, folder: Path) -> dict[str, list
             processing_class=tokenizer,
             callbacks=[Clock()],
         )
-        logs = folder / "logs"
-        with nullcontext() if own else open_fleet(engine(way, given), given.model, log_dir=logs) as fleet:
+        with nullcontext() if own else fleet_of(way, given, folder / "logs") as fleet:
             if fleet is not None:
                 use_fleet(trainer, fleet)
             generation, generate, publish = trainer.vllm_generation, list[float](), list[float]()
@@ -198,7 +204,9 @@ def main() -> None:
         for way in given.ways:
             started = time.perf_counter()
             command = [sys.executable, "-m", "benchmarks.gpu.trl_steps", *sys.argv[1:], "--one", way, "--model", place]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            # The trainer would use every GPU that it sees.
+            environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 print(f"{given.size}, {way}: failed, {done.returncode}", flush=True)
                 continue
