@@ -257,3 +257,23 @@ async def test_an_agent_reads_no_other_episode(site: Served) -> None:
     assert sample.nodes == (0,)
     ids = {one.request.request_id.partition("-")[0] for one in site.engine.asked}
     assert ids == {site.opened.id, other.id}  # sessions of engines are apart too
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "told"),
+    [
+        ("POST", "/v1/chat", {}, 404, "there is no route /v1/chat; docs/gateway.md lists the routes"),
+        ("POST", "/episodes/none/finish", {}, 404, "there is no such episode"),
+        ("PUT", "/episodes", {}, 405, "/episodes takes GET, HEAD, POST, not PUT"),
+        ("POST", "/episodes", {"metdata": {}}, 400, "unknown field metdata; did you mean 'metadata'?"),
+        ("POST", "/episodes", {"x": 1}, 400, "unknown field x; valid: metadata"),
+        ("POST", "/update_weights", {}, 400, "weight_dir: Field required"),
+    ],
+)  # fmt: skip
+async def test_a_mistaken_request_is_told_what_is_wrong(
+    site: Served, method: str, path: str, body: dict[str, object], status: int, told: str
+) -> None:
+    async with site.wire() as wire:
+        await wire.send(path, json.dumps(body).encode(), site.control(), method)
+        found, answer = await wire.response()
+    assert (found, answer["error"]) == (status, {"message": told, "code": status})

@@ -3,11 +3,13 @@
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from millrace.config.explain import nearest
 from millrace.errors import DataError, MillraceError, PublishError
 from millrace.gateway.episode import Episode
 from millrace.gateway.gateway import Gateway
@@ -16,6 +18,8 @@ from millrace.gateway.turn import EpisodeClosed
 from millrace.http.auth import has_key
 from millrace.http.replies import reply
 from millrace.serve.publishing import publish_folder
+
+B = TypeVar("B", bound=BaseModel)
 
 
 class OpenBody(BaseModel):
@@ -70,10 +74,6 @@ class ControlRoutes:
                 return _error(401, "this route needs the gateway's key, as `Authorization: Bearer KEY`")
             try:
                 return await handler(http)
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"]) or "the body"
-                return _error(400, f"{where}: {first['msg']}")
             except EpisodeClosed as error:
                 return _error(error.status, str(error))
             except (PublishError, DataError) as error:
@@ -86,7 +86,7 @@ class ControlRoutes:
         return handle
 
     async def _open(self, http: web.Request) -> web.Response:
-        body = OpenBody.model_validate_json(await http.read() or b"{}")
+        body = await _read(http, OpenBody)
         opened = self.gateway.open_episode(body.metadata)
         return reply(
             {"id": opened.id, "base_url": opened.base_url, "api_key": opened.api_key, "headers": opened.headers}
@@ -99,12 +99,14 @@ class ControlRoutes:
         return reply(view(self._episode(http)))
 
     async def _samples(self, http: web.Request) -> web.Response:
-        samples = [sample_view(sample) for sample in self._episode(http).samples()]
-        body = orjson.dumps({"samples": samples}, option=orjson.OPT_SERIALIZE_NUMPY)
+        episode = self._episode(http)
+        samples = [sample_view(sample) for sample in episode.samples()]
+        found = {"reward": episode.reward, "parts": episode.parts, "samples": samples}
+        body = orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
         return web.Response(body=body, content_type="application/json")
 
     async def _finish(self, http: web.Request) -> web.Response:
-        body = FinishBody.model_validate_json(await http.read() or b"{}")
+        body = await _read(http, FinishBody)
         episode = self._episode(http)
         await episode.close(body.reward, body.parts)
         return reply(view(episode))
@@ -116,17 +118,41 @@ class ControlRoutes:
 
     async def _update_weights(self, http: web.Request) -> web.Response:
         """Publish the weights of a folder in Hugging Face's format as the next version."""
-        body = UpdateBody.model_validate_json(await http.read())
+        body = await _read(http, UpdateBody)
         return reply(await publish_folder(self.gateway.engines.fleet, body.weight_dir))
 
     def _episode(self, http: web.Request) -> Episode:
         episode = self.gateway.episodes.get(http.match_info["id"])
         if episode is None:
-            raise web.HTTPNotFound(
-                text=orjson.dumps({"error": {"message": "there is no such episode", "code": 404}}).decode(),
-                content_type="application/json",
-            )
+            raise web.HTTPNotFound(reason="there is no such episode")
         return episode
+
+
+@web.middleware
+async def errors_as_json(
+    http: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Answer an unknown path, method or episode as the other errors are answered."""
+    try:
+        return await handler(http)
+    except web.HTTPMethodNotAllowed as error:
+        return _error(405, f"{http.path} takes {', '.join(sorted(error.allowed_methods))}, not {http.method}")
+    except web.HTTPNotFound as error:
+        no_route = f"there is no route {http.path}; docs/gateway.md lists the routes"
+        return _error(404, no_route if error.reason == "Not Found" else error.reason)
+
+
+async def _read(http: web.Request, form: type[B]) -> B:
+    """Return the body of a request; an empty one has the defaults. Raises DataError."""
+    try:
+        return form.model_validate_json(await http.read() or b"{}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            hint = nearest(where, list(form.model_fields)) or f"valid: {', '.join(form.model_fields)}"
+            raise DataError(f"unknown field {where}; {hint}") from error
+        raise DataError(f"{where or 'the body'}: {first['msg']}") from error
 
 
 def view(episode: Episode) -> dict[str, object]:

@@ -16,7 +16,7 @@ from millrace.errors import ArgumentError, DataError, EngineRefused, EngineTimeo
 from millrace.fleet.client import FleetClient
 from millrace.fleet.owner import checked_key
 from millrace.gateway.call import ModelCall
-from millrace.gateway.control import ControlRoutes
+from millrace.gateway.control import ControlRoutes, errors_as_json
 from millrace.gateway.episode import Episode
 from millrace.gateway.format import TurnFormat
 from millrace.gateway.gateway import Gateway
@@ -73,7 +73,7 @@ async def serve_gateway(
     config = config or GatewayConfig()
     gateway = Gateway(fleet, turns, config)
     routes, control = AgentRoutes(gateway), ControlRoutes(gateway, checked_key(key))
-    app = web.Application(client_max_size=LARGEST_BODY)
+    app = web.Application(client_max_size=LARGEST_BODY, middlewares=[errors_as_json])
     app.add_routes([*routes.routes(), *control.routes()])
     try:
         with bind(config.host, config.port, "the gateway", "gateway.port") as sock:
