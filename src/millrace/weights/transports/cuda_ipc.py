@@ -16,7 +16,7 @@ from millrace.errors import EngineError, EngineRefused, PublishError
 from millrace.types import Capability, CudaIpcBucket, CudaIpcShare, TensorSpec
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, TransportContext
 from millrace.weights.transports.gpus import VisibleGpus, why_unseen
-from millrace.weights.transports.slots import MemoryTransport
+from millrace.weights.transports.slots import MemoryTransport, copy_together
 
 
 class DeviceSlot:
@@ -137,7 +137,5 @@ class CudaIpcTransport(MemoryTransport[CopiedSlot]):
 
 def copy_on_gpu(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> None:
     """Copy the tensors into `target`, a uint8 tensor of shape [nbytes] on a GPU, and wait for the copies."""
-    for spec, (_, tensor) in zip(specs, tensors, strict=True):
-        place = target[spec.offset : spec.offset + spec.nbytes]
-        place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+    copy_together(tensors, specs, target)
     torch.cuda.current_stream(target.device).synchronize()  # engines must not read the bucket before it is written
