@@ -56,9 +56,9 @@ class SharedBucket:
         for spec, tensor in zip(self.specs, weights.values(), strict=True):
             self._bytes[spec.offset : spec.offset + spec.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
 
-    def described(self) -> dict[str, Any]:
-        tensors = [{key: getattr(s, key) for key in ("name", "dtype", "shape", "offset", "nbytes")} for s in self.specs]
-        return {"kind": "shared_memory", "path": f"/proc/{os.getpid()}/fd/{self._fd}", "tensors": tensors}
+    def described(self) -> tuple[str, str]:
+        place = {"kind": "shared_memory", "path": f"/proc/{os.getpid()}/fd/{self._fd}"}
+        return json.dumps(place), json.dumps([(s.name, s.dtype, s.shape, s.offset, s.nbytes) for s in self.specs])
 
     def take_back(self) -> None:
         """Overwrites the memory, so that any later read of it gets wrong content."""
@@ -102,14 +102,14 @@ class Server:
     async def load(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
         """Loads one bucket, and changes its memory right after."""
         bucket = SharedBucket(weights)
-        result = await self.done("load", json.dumps(bucket.described()))
+        result = await self.done("load", *bucket.described())
         bucket.take_back()
         ignored: list[str] = result["ignored"]
         return ignored
 
     async def refused_load(self, weights: Mapping[str, torch.Tensor]) -> str:
         bucket = SharedBucket(weights)
-        error = await self.refusal("load", json.dumps(bucket.described()))
+        error = await self.refusal("load", *bucket.described())
         bucket.take_back()
         return error
 
@@ -277,7 +277,8 @@ async def test_buckets_in_any_order_that_part_fused_modules_anywhere(subject: Su
     await update(subject.server, "7", [dict([weight]) for weight in weights])
     await check_serves(subject.server, subject.second)
     state = await subject.server.done("state")
-    assert state == {"version": "7", "updating": False, "rank": 0, "world_size": 1, "protocol": 1}
+    assert state.pop("planned") > 0
+    assert state == {"version": "7", "updating": False, "rank": 0, "world_size": 1, "protocol": 2}
 
 
 async def test_one_update_follows_another(subject: Subject) -> None:
@@ -316,13 +317,13 @@ async def test_weights_from_a_process_group(subject: Subject) -> None:
     sender = SendingGroup("weights", torch.device("cpu"), "127.0.0.1", receivers=1, deadline=30)
     group = {"name": "weights", "backend": "gloo", "address": "127.0.0.1", "port": sender.port, "rank_offset": 1}
     group |= {"world_size": 2, "timeout": 30}
-    bucket = {"kind": "process_group", "group": "weights", "tensors": SharedBucket(weights).described()["tensors"]}
+    bucket = json.dumps({"kind": "process_group", "group": "weights"}), SharedBucket(weights).described()[1]
     try:
         await asyncio.gather(server.done("join", json.dumps(group)), sender.join())
         assert "joined already" in await server.refusal("join", json.dumps(group))
         await server.done("begin")
         tensors = list(weights.values())
-        await asyncio.gather(server.done("load", json.dumps(bucket)), sender.broadcast(tensors))
+        await asyncio.gather(server.done("load", *bucket), sender.broadcast(tensors))
         await server.done("commit", "1")
         await check_serves(server, subject.second)
         await server.done("leave", "weights")
@@ -330,7 +331,7 @@ async def test_weights_from_a_process_group(subject: Subject) -> None:
         await asyncio.to_thread(sender.close)
     assert "no group weights" in await server.refusal("leave", "weights")
     await server.done("begin")
-    assert "no group weights" in await server.refusal("load", json.dumps(bucket))
+    assert "no group weights" in await server.refusal("load", *bucket)
 
 
 async def test_waiting_for_a_sender_ends(subject: Subject) -> None:
@@ -340,12 +341,11 @@ async def test_waiting_for_a_sender_ends(subject: Subject) -> None:
     assert "could not join group alone" in await server.refusal("join", json.dumps(group))
     sender = SendingGroup("late", torch.device("cpu"), "127.0.0.1", receivers=1, deadline=30)
     group |= {"name": "late", "port": sender.port, "timeout": 1}
-    tensors = SharedBucket(subject.second.weights).described()["tensors"]
-    bucket = {"kind": "process_group", "group": "late", "tensors": tensors}
+    bucket = json.dumps({"kind": "process_group", "group": "late"}), SharedBucket(subject.second.weights).described()[1]
     try:
         await asyncio.gather(server.done("join", json.dumps(group)), sender.join())
         await server.done("begin")
-        assert "the broadcast did not come" in await server.refusal("load", json.dumps(bucket))
+        assert "the broadcast did not come" in await server.refusal("load", *bucket)
         assert await server.done("abandon") == {"torn": False}
         await server.done("leave", "late")
     finally:
@@ -367,7 +367,7 @@ async def test_a_buckets_memory_is_let_go(subject: Subject) -> None:
     await subject.server.done("begin")
     for weights in ({Q: subject.second.weights[Q]}, {NORM: subject.second.weights[NORM]}, {NORM: torch.zeros(3)}):
         bucket = SharedBucket(weights, name)
-        await subject.server.call("load", json.dumps(bucket.described()))
+        await subject.server.call("load", *bucket.described())
         assert not mapped(name)
         bucket.take_back()
 
@@ -492,49 +492,56 @@ async def test_calls_out_of_order_are_refused(subject: Subject) -> None:
     assert (await server.done("state"))["updating"] is True
 
 
-def tensor(**changes: Any) -> dict[str, Any]:
-    return {"name": NORM, "dtype": "float32", "shape": [64], "offset": 0, "nbytes": 256, **changes}
+def row(
+    name: object = NORM, dtype: object = "float32", shape: object = (64,), offset: object = 0, nbytes: object = 256
+) -> tuple[object, ...]:
+    return name, dtype, shape, offset, nbytes
 
 
 SHARE = {"device": "GPU-0", "handle": "", "storage_bytes": 256, "storage_offset": 0, "ref_counter_handle": ""}
 SHARE |= {"ref_counter_offset": 0, "event_handle": "", "event_sync_required": False}
+FILE = json.dumps({"kind": "shared_memory", "path": __file__})
 
 
 @pytest.mark.parametrize(
     "bucket",
     [
-        "no json",
-        "[]",
-        "{}",
-        '{"kind": "pickle"}',
-        '{"kind": "disk", "path": "/nowhere"}',
-        '{"kind": "disk"}',
-        '{"kind": "shared_memory", "path": "/proc/1/fd/12345", "tensors": []}',
-        '{"kind": "shared_memory", "path": "/dev/null", "tensors": []}',
-        '{"kind": "shared_memory", "path": "/proc", "tensors": []}',
-        '{"kind": "shared_memory", "path": ["/proc"], "tensors": []}',
+        ("no json",),
+        ("[]",),
+        ("{}",),
+        ('{"kind": "pickle"}',),
+        ('{"kind": "disk", "path": "/nowhere"}',),
+        ('{"kind": "disk"}',),
         *(
-            json.dumps({"kind": "shared_memory", "path": __file__, "tensors": [described]})
+            (json.dumps({"kind": "shared_memory", "path": path}),)
+            for path in ("/proc/1/fd/12345", "/dev/null", "/proc", ["/proc"])
+        ),
+        (FILE, "no json"),
+        (FILE, "{}"),
+        *(
+            (FILE, json.dumps([described]))
             for described in (
                 "tensor",
-                tensor(dtype="quaternion"),
-                tensor(dtype=None),
-                tensor(shape=[65]),
-                tensor(shape=[-64, -1]),
-                tensor(shape="64"),
-                tensor(offset=-256),
-                tensor(offset=2),
-                tensor(offset=1 << 40),
-                tensor(offset=True),
-                tensor(nbytes=255),
+                [NORM],
+                row(dtype="quaternion"),
+                row(dtype=None),
+                row(shape=[65]),
+                row(shape=[-64, -1]),
+                row(shape="64"),
+                row(offset=-256),
+                row(offset=2),
+                row(offset=1 << 40),
+                row(offset=True),
+                row(nbytes=255),
             )
         ),
-        json.dumps({"kind": "cuda_ipc", "shares": [], "nbytes": 256, "tensors": [tensor()]}),
-        json.dumps({"kind": "cuda_ipc", "shares": [SHARE], "nbytes": 256, "tensors": [tensor()]}),
+        (FILE, json.dumps([row(), row(offset=256)])),
+        (json.dumps({"kind": "cuda_ipc", "shares": [], "nbytes": 256}), json.dumps([row()])),
+        (json.dumps({"kind": "cuda_ipc", "shares": [SHARE], "nbytes": 256}), json.dumps([row()])),
     ],
 )
-async def test_a_bad_bucket_is_an_error(subject: Subject, bucket: str) -> None:
+async def test_a_bad_bucket_is_an_error(subject: Subject, bucket: tuple[str, ...]) -> None:
     await subject.server.done("begin")
-    assert len(await subject.server.refusal("load", bucket)) < 400
+    assert len(await subject.server.refusal("load", *bucket)) < 400
     assert await subject.server.done("abandon") == {"torn": False}
     assert await subject.server.checksums() == subject.first.checksums

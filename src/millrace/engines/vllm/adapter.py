@@ -226,10 +226,12 @@ class VLLMEngine(StockEngine[VLLMFacts]):
 
     def _loader(self, bucket: Bucket, facts: VLLMFacts) -> Callable[[float], Awaitable[None]]:
         if facts.server.extension:
-            text = orjson.dumps(description(bucket, facts.info.ranks)).decode()
+            place, tensors = description(bucket, facts.info.ranks)
+            rows = [(t.name, t.dtype, t.shape, t.offset, t.nbytes) for t in tensors]
+            texts = [orjson.dumps(value).decode() for value in (place, rows)]
 
             async def send(deadline: float) -> None:
-                await self._rpc("millrace_load", text, deadline=deadline)
+                await self._rpc("millrace_load", *texts, deadline=deadline)
 
             return send
         if facts.server.transfer and isinstance(bucket, ProcessGroupBucket):

@@ -4,7 +4,7 @@ Millrace's extension takes JSON, so nothing is unpickled. vLLM's own transfer en
 """
 
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
@@ -16,32 +16,31 @@ from millrace.types import (
     DiskBucket,
     ProcessGroupBucket,
     SharedMemoryBucket,
+    TensorSpec,
     TorchStorageBucket,
 )
 
 UNIQUE_ID_KEY = "broadcast_from/0/0"
 
 
-def description(bucket: Bucket, ranks: int) -> Mapping[str, object]:
-    """Return the argument of `millrace_load`. Raises InvalidStateError for a bucket that it can't read."""
+def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Sequence[TensorSpec]]:
+    """Return the arguments of `millrace_load`: where the bucket is, and what it contains; nothing for a folder.
+
+    Raises InvalidStateError for a bucket that the extension can't read.
+    """
     match bucket:
-        case SharedMemoryBucket():
-            return {"kind": "shared_memory", **asdict(bucket)}
+        case SharedMemoryBucket(path, tensors):
+            return {"kind": "shared_memory", "path": path}, tensors
         case CudaIpcBucket(shares, nbytes, tensors):
             if len(shares) != ranks:
                 raise InvalidStateError(
                     f"the bucket has {len(shares)} shares for {ranks} ranks; each rank needs its own"
                 )
-            return {
-                "kind": "cuda_ipc",
-                "shares": [_share(share) for share in shares],
-                "nbytes": nbytes,
-                "tensors": [asdict(tensor) for tensor in tensors],
-            }
+            return {"kind": "cuda_ipc", "shares": [_share(share) for share in shares], "nbytes": nbytes}, tensors
         case ProcessGroupBucket(group, tensors):
-            return {"kind": "process_group", "group": group, "tensors": [asdict(tensor) for tensor in tensors]}
+            return {"kind": "process_group", "group": group}, tensors
         case DiskBucket(path):
-            return {"kind": "disk", "path": path}
+            return {"kind": "disk", "path": path}, ()
         case TorchStorageBucket():
             raise InvalidStateError("it can't open torch storage; send the tensors by shared memory")
 

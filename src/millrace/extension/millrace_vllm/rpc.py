@@ -17,7 +17,7 @@ from .errors import RpcError
 from .messages import parse_object
 from .rank import Rank
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 log = logging.getLogger("vllm.millrace")
 
@@ -73,7 +73,8 @@ class Extension:
         """The state of this rank.
 
         `rank` counts through all data-parallel replicas; `world_size` is the number of ranks in this replica.
-        `version` is None before the first commit, and while modules contain weights of an abandoned update."""
+        `version` is None before the first commit, and while modules contain weights of an abandoned update. `planned`
+        is the number of buckets whose layout had to be planned; all others replayed a plan."""
         this = self._millrace()
         return {
             "version": this.weights.version,
@@ -81,18 +82,21 @@ class Extension:
             "rank": this.rank,
             "world_size": self.vllm_config.parallel_config.world_size,
             "protocol": PROTOCOL,
+            "planned": this.planned,
         }
 
     @returns_errors
     def millrace_begin(self) -> dict[str, Any]:
-        self._millrace().weights.begin()
+        self._millrace().begin()
         return {}
 
     @returns_errors
-    def millrace_load(self, bucket: str) -> dict[str, Any]:
-        """Load one bucket. `ignored` names the tensors that this rank does not use: those of another rank, and those
-        that the model leaves out."""
-        return {"ignored": self._millrace().load(parse_object(bucket))}
+    def millrace_load(self, bucket: str, tensors: str = "[]") -> dict[str, Any]:
+        """Load one bucket. `tensors`: what it contains, a JSON list of [name, dtype, shape, offset, nbytes].
+
+        `ignored` names the tensors that this rank does not use: those of another rank, and those that the model leaves
+        out."""
+        return {"ignored": self._millrace().load(parse_object(bucket), tensors)}
 
     @returns_errors
     def millrace_commit(self, version: str) -> dict[str, Any]:

@@ -1,0 +1,171 @@
+"""What a bucket of one layout does to this rank's model: worked out once, and replayed for each such bucket."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+import torch
+from millrace_copies import Fused, Slice, fused
+from millrace_words import listed
+
+from .dry_run import Region, View
+from .errors import RpcError
+from .messages import TensorSpec
+from .plan import Plan, Target
+
+Origin: TypeAlias = Slice | float  # of the elements of a region; a number fills the whole region
+
+
+class Part(NamedTuple):
+    """A sent tensor that the model's own loader must load. place: its index in the bucket."""
+
+    place: int
+    module: str
+    dtype: torch.dtype  # the model's
+
+
+class Held(NamedTuple):
+    """A tensor of the model, and where its memory was when a layout was planned."""
+
+    module: torch.nn.Module
+    name: str
+    tensor: torch.Tensor
+    address: int
+
+    @property
+    def is_there(self) -> bool:
+        return tensor_of(self.module, self.name) is self.tensor and self.tensor.data_ptr() == self.address
+
+
+@dataclass(slots=True)
+class Layout:
+    """The plan of one layout.
+
+    nbytes: the least size of the bucket. ignored: the sent names that this rank does not use. ties: for each tensor of
+    a parameter that several modules have, the parameter's name and the index in the bucket. regions, counts: of each
+    module, the regions that the bucket fills and the elements of each tensor. direct, fills: copies and constants that
+    are written into the model. staged: by module, what is written into memory beside the model, where vLLM processes
+    it. parts: what the model's own loader loads. unchanged: the model's own tensors that receive a sent tensor
+    unchanged, by the sent name. arrived: the indices of all other tensors. held: the model's tensors in `direct`.
+    """
+
+    specs: Sequence[TensorSpec]
+    names: frozenset[str]
+    nbytes: int
+    ignored: list[str] = field(default_factory=list)
+    ties: list[tuple[str, int]] = field(default_factory=list)
+    regions: Mapping[str, frozenset[Region]] = field(default_factory=dict)
+    counts: Mapping[str, Counter[str]] = field(default_factory=dict)
+    direct: list[Fused] = field(default_factory=list)
+    fills: list[tuple[torch.Tensor, float]] = field(default_factory=list)
+    staged: dict[str, list[tuple[Region, Origin]]] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
+    unchanged: dict[str, torch.Tensor] = field(default_factory=dict)
+    arrived: list[int] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the model's tensors are where they were when the layout was planned."""
+        return all(one.is_there for one in self.held)
+
+
+def layout_of(specs: Sequence[TensorSpec], plan: Plan, in_place: Callable[[str], bool], last: set[str]) -> Layout:
+    """Plan a layout. Raises RpcError if the model cannot load one of the tensors.
+
+    in_place: whether tensors are written into a module of the model itself. last: modules that vLLM processes last.
+    """
+    targets = plan.targets(specs)
+    layout = Layout(specs, frozenset(spec.name for spec in specs), max((s.offset + s.nbytes for s in specs), default=0))
+    if len(layout.names) < len(specs):
+        names = Counter(spec.name for spec in specs)
+        raise RpcError(f"sent twice in one update: {listed(name for name in names if names[name] > 1)}")
+    regions: dict[str, set[Region]] = {}
+    direct: list[tuple[torch.Tensor, Slice]] = []
+    for index, (spec, target) in enumerate(zip(specs, targets, strict=True)):
+        if target.shared is not None:
+            layout.ties.append((target.shared, index))
+        if target.module is None:
+            layout.arrived.append(index)
+            if target.shared is None:
+                layout.ignored.append(spec.name)
+            continue
+        regions.setdefault(target.module, set()).update(target.regions)
+        writes = [(region, origin_of(spec, region, origin)) for region, origin in target.regions.items()]
+        module, direct_here = plan.modules[target.module], in_place(target.module)
+        if target.unplanned is not None or target.module in last:
+            layout.parts.append(Part(index, target.module, target.dtype))
+        elif direct_here:
+            for region, origin in writes:
+                into = region_of(live_tensor(module, region.name), region)
+                if isinstance(origin, Slice):
+                    direct.append((into, origin))
+                else:
+                    layout.fills.append((into, origin))
+        else:
+            layout.staged.setdefault(target.module, []).extend(writes)
+        view = unchanged(spec, target, writes, module) if direct_here else None
+        if view is None:
+            layout.arrived.append(index)
+        else:
+            layout.unchanged[spec.name] = view
+    layout.direct = fused(direct)
+    layout.regions = {module: frozenset(some) for module, some in regions.items()}
+    layout.counts = {module: count(some) for module, some in layout.regions.items()}
+    layout.held = [
+        Held(plan.modules[path], name, tensor, tensor.data_ptr())
+        for path, counts in layout.counts.items()
+        if in_place(path)
+        for name in counts
+        if (tensor := tensor_of(plan.modules[path], name)) is not None
+    ]
+    return layout
+
+
+def origin_of(spec: TensorSpec, region: Region, origin: View | float) -> Origin:
+    """Where the elements of a region are in the bucket."""
+    if not isinstance(origin, View):
+        return origin
+    return Slice(spec.offset + origin.offset * spec.dtype.itemsize, region.sizes, origin.strides, spec.dtype)
+
+
+def unchanged(
+    spec: TensorSpec, target: Target, writes: Sequence[tuple[Region, Origin]], module: torch.nn.Module
+) -> torch.Tensor | None:
+    """The tensor in the model that receives a sent tensor without any change, or None."""
+    whole = [
+        region
+        for region, origin in writes
+        if isinstance(origin, Slice) and region.sizes == spec.shape and origin.is_contiguous
+    ]
+    if len(whole) != 1 or target.unplanned is not None:
+        return None
+    tensor = live_tensor(module, whole[0].name)
+    view = region_of(tensor, whole[0])
+    return view if tensor.dtype is spec.dtype and view.is_contiguous() else None
+
+
+def region_of(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    """The elements of a tensor that a region names."""
+    return tensor.detach().as_strided(region.sizes, region.strides, tensor.storage_offset() + region.offset)
+
+
+def tensor_of(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter or buffer of a module itself."""
+    return module._parameters.get(name, module._buffers.get(name))
+
+
+def live_tensor(module: torch.nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer that the module has."""
+    tensor = tensor_of(module, name)
+    assert tensor is not None
+    return tensor
+
+
+def count(regions: frozenset[Region] | set[Region]) -> Counter[str]:
+    """The elements of each tensor in some regions of a module."""
+    counts: Counter[str] = Counter()
+    for region in regions:
+        counts[region.name] += region.elements
+    return counts
