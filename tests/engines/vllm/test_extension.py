@@ -294,15 +294,29 @@ async def test_weights_from_a_folder(subject: Subject) -> None:
     await check_serves(subject.server, subject.second)
 
 
-async def test_samples_show_an_update_before_it_is_committed(subject: Subject) -> None:
+async def test_samples_of_each_bucket_are_those_of_what_was_sent(subject: Subject) -> None:
     server, weights = subject.server, subject.second.weights
-    assert "no update is open" in await server.refusal("samples")
     await server.done("begin")
     for name, tensor in weights.items():
-        assert await server.load({name: tensor}) == []
-    samples = (await server.done("samples"))["samples"]
-    assert samples == dict(zip(weights, sampled_checksums(list(weights.values())), strict=True))
+        bucket = SharedBucket({name: tensor})
+        result = await server.done("load", *bucket.described())
+        bucket.take_back()
+        assert result == {"samples": sampled_checksums([tensor])[0], "ignored": []}
     await server.done("commit", "1")
+    await check_serves(server, subject.second)
+
+
+async def test_the_second_publish_replays_the_plan_of_the_first(subject: Subject) -> None:
+    server, weights = subject.server, list(subject.second.weights.items())
+    buckets = [dict(weights[: len(weights) // 2]), dict(weights[len(weights) // 2 :])]
+    await update(server, "1", buckets)
+    planned = (await server.done("state"))["planned"]
+    await server.done("begin")
+    await server.done("load", disk(subject.first.folder))
+    await server.done("commit", "2")
+    await check_serves(server, subject.first)
+    await update(server, "3", buckets)
+    assert (await server.done("state"))["planned"] == planned
     await check_serves(server, subject.second)
 
 
@@ -408,8 +422,10 @@ async def test_a_module_in_part_is_no_update(subject: Subject, sent: tuple[str, 
 
 async def test_the_rest_of_a_module_completes_it(subject: Subject) -> None:
     server, weights = subject.server, dict(subject.second.weights)
-    await server.done("begin")
-    await server.load({Q: weights.pop(Q)})
+    bucket = SharedBucket({Q: weights.pop(Q)})
+    place, tensors = bucket.described()
+    await server.done("load", json.dumps({**json.loads(place), "begin": True}), tensors)  # the bucket also begins
+    bucket.take_back()
     assert "only parts" in await server.refusal("commit", "1")
     await server.load(weights)
     await server.done("commit", "1")

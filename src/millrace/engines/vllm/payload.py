@@ -54,6 +54,20 @@ def transfer(bucket: ProcessGroupBucket) -> Mapping[str, object]:
     }
 
 
+def samples_of(names: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+    """Return the sampled checksum of each tensor in a bucket, from the ranks' answers to `millrace_load`.
+
+    Raises ValueError if the ranks received different values, or if there are not as many checksums as names.
+    """
+    first, *others = (
+        dict(zip(names, (text[at : at + 32] for at in range(0, len(text), 32)), strict=True))
+        for text in (rank["samples"] for rank in ranks)
+    )
+    if differing := sorted(name for other in others for name, value in other.items() if value != first[name]):
+        raise ValueError(f"its ranks received different values of {differing[0]}")
+    return first
+
+
 def unique_id(value: bytes) -> bytes:
     """Return the value that vLLM's transfer engine reads from the sender's store under UNIQUE_ID_KEY.
 

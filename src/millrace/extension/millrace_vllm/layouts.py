@@ -46,8 +46,8 @@ class Layout:
     a parameter that several modules have, the parameter's name and the index in the bucket. regions, counts: of each
     module, the regions that the bucket fills and the elements of each tensor. direct, fills: copies and constants that
     are written into the model. staged: by module, what is written into memory beside the model, where vLLM processes
-    it. parts: what the model's own loader loads. unchanged: the model's own tensors that receive a sent tensor
-    unchanged, by the sent name. arrived: the indices of all other tensors. held: the model's tensors in `direct`.
+    it. parts: what the model's own loader loads. unchanged: for each sent tensor, the model's own that receives it
+    unchanged, or None. held: the model's tensors in `direct`.
     """
 
     specs: Sequence[TensorSpec]
@@ -61,8 +61,7 @@ class Layout:
     fills: list[tuple[torch.Tensor, float]] = field(default_factory=list)
     staged: dict[str, list[tuple[Region, Origin]]] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
-    unchanged: dict[str, torch.Tensor] = field(default_factory=dict)
-    arrived: list[int] = field(default_factory=list)
+    unchanged: list[torch.Tensor | None] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
 
     @property
@@ -87,7 +86,7 @@ def layout_of(specs: Sequence[TensorSpec], plan: Plan, in_place: Callable[[str],
         if target.shared is not None:
             layout.ties.append((target.shared, index))
         if target.module is None:
-            layout.arrived.append(index)
+            layout.unchanged.append(None)
             if target.shared is None:
                 layout.ignored.append(spec.name)
             continue
@@ -105,11 +104,7 @@ def layout_of(specs: Sequence[TensorSpec], plan: Plan, in_place: Callable[[str],
                     layout.fills.append((into, origin))
         else:
             layout.staged.setdefault(target.module, []).extend(writes)
-        view = unchanged(spec, target, writes, module) if direct_here else None
-        if view is None:
-            layout.arrived.append(index)
-        else:
-            layout.unchanged[spec.name] = view
+        layout.unchanged.append(unchanged(spec, target, writes, module) if direct_here else None)
     layout.direct = fused(direct)
     layout.regions = {module: frozenset(some) for module, some in regions.items()}
     layout.counts = {module: count(some) for module, some in layout.regions.items()}

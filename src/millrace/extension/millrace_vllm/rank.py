@@ -1,6 +1,6 @@
 """One rank of the server: its weights, and the transports that bring buckets to it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ class Rank:
         self.weights = Weights(self._plan, self._writer)
         self.stored = StoredTensors(self._plan.modules)
         self.planned = 0
-        self._layouts: dict[str, Layout] = {}  # of the open update's buckets, and of the one's before
-        self._used: set[str] = set()  # those of the open update, or the last one
+        self._layouts: dict[str, Layout] = {}  # of the last two updates that came in buckets
+        self._used: set[str] = set()  # by the last one
         self._device = device
         self._groups: dict[str, ReceivingGroup] = {}
 
@@ -50,11 +50,14 @@ class Rank:
     def begin(self) -> None:
         """Open an update."""
         self.weights.begin()
-        self._layouts = {text: layout for text, layout in self._layouts.items() if text in self._used}
-        self._used.clear()
+        if self._used:
+            self._layouts = {text: layout for text, layout in self._layouts.items() if text in self._used}
+            self._used.clear()
 
-    def load(self, bucket: dict[str, Any], tensors: str) -> list[str]:
-        """Load a bucket. `tensors`: what it contains, as JSON. Returns the names that this rank does not use."""
+    def load(self, bucket: dict[str, Any], tensors: str) -> dict[str, Any]:
+        """Load a bucket. `tensors`: what it contains, as JSON. Returns what `Extension.millrace_load` answers."""
+        if bucket.get("begin") is True:
+            self.begin()
         self.weights.open_update()
         kind = take(bucket, "kind", str)
         if kind == "disk":
@@ -62,18 +65,23 @@ class Rank:
         if kind not in ("shared_memory", "cuda_ipc", "process_group"):
             raise RpcError(f"unknown kind of bucket: {kind}")
         layout = self._layout(tensors)
+        samples = self.weights.load(layout, self._fetching(kind, bucket, layout))
+        return {"samples": "".join(samples), "ignored": layout.ignored}
+
+    def _fetching(self, kind: str, bucket: dict[str, Any], layout: Layout) -> Callable[[], torch.Tensor]:
+        """What returns the bytes of a bucket."""
         if kind == "shared_memory":
             path = take(bucket, "path", str)
-            return self.weights.load(layout, lambda: mapped_file(path))
+            return lambda: mapped_file(path)
         if kind == "cuda_ipc":
             shares, nbytes = take(bucket, "shares", list), take(bucket, "nbytes", int)
             if self.rank >= len(shares) or not isinstance(shares[self.rank], dict):
                 raise RpcError(f"the bucket has {len(shares)} shares, and none for rank {self.rank}")
-            return self.weights.load(layout, lambda: opened_ipc(shares[self.rank], nbytes, self._device))
+            return lambda: opened_ipc(shares[self.rank], nbytes, self._device)
         name = take(bucket, "group", str)
         if name not in self._groups:
             raise RpcError(f"no group {name} has been joined; join it first")
-        return self.weights.load(layout, lambda: self._groups[name].receive(layout.specs, layout.nbytes, self._device))
+        return lambda: self._groups[name].receive(layout.specs, layout.nbytes, self._device)
 
     def _layout(self, text: str) -> Layout:
         """What a bucket with these tensors does to the model. It is planned once, and again if the model has moved."""
@@ -87,12 +95,14 @@ class Rank:
     def _planned(self, specs: Sequence[TensorSpec]) -> Layout:
         return layout_of(specs, self._plan, self._writer.in_place, self._writer.processed_last)
 
-    def _load_folder(self, folder: Path) -> list[str]:
+    def _load_folder(self, folder: Path) -> dict[str, Any]:
         """Load a checkpoint on this host, one tensor at a time."""
         tensors = read_folder(folder)
         specs = [TensorSpec(name, t.dtype, tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()]
-        layouts = [self._planned([spec]) for spec in specs] if self._plan.targets(specs) else []
-        ignored = []
-        for layout, tensor in zip(layouts, tensors.values(), strict=True):
-            ignored += self.weights.load(layout, lambda: tensor.reshape(-1).view(torch.uint8))  # noqa: B023
-        return ignored
+        self._plan.targets(specs)  # nothing is written if one of them does not fit
+        samples, ignored = [], []
+        for spec, tensor in zip(specs, tensors.values(), strict=True):
+            layout, content = self._planned([spec]), tensor.reshape(-1).view(torch.uint8)
+            samples += self.weights.load(layout, lambda: content)  # noqa: B023
+            ignored += layout.ignored
+        return {"names": list(tensors), "samples": "".join(samples), "ignored": ignored}

@@ -92,11 +92,14 @@ class Extension:
 
     @returns_errors
     def millrace_load(self, bucket: str, tensors: str = "[]") -> dict[str, Any]:
-        """Load one bucket. `tensors`: what it contains, a JSON list of [name, dtype, shape, offset, nbytes].
+        """Load one bucket, and begin an update first if the bucket's `begin` is true.
 
-        `ignored` names the tensors that this rank does not use: those of another rank, and those that the model leaves
-        out."""
-        return {"ignored": self._millrace().load(parse_object(bucket), tensors)}
+        tensors: what the bucket contains, a JSON list of [name, dtype, shape, offset, nbytes].
+
+        `samples`: the sampled checksum of each tensor in turn, 32 hex digits. It is of the tensor in the model, if the
+        model contains it unchanged, or else of the one that arrived. `names`: the tensors of a folder. `ignored` names
+        the tensors that this rank does not use: those of another rank, and those that the model leaves out."""
+        return self._millrace().load(parse_object(bucket), tensors)
 
     @returns_errors
     def millrace_commit(self, version: str) -> dict[str, Any]:
@@ -125,11 +128,6 @@ class Extension:
     def millrace_checksums(self) -> dict[str, Any]:
         """The checksums of this rank's tensors in memory, under the model's names."""
         return {"checksums": self._millrace().stored.checksums()}
-
-    @returns_errors
-    def millrace_samples(self) -> dict[str, Any]:
-        """The sampled checksums of the tensors in the open update, under the sender's names."""
-        return {"samples": self._millrace().weights.sampled_checksums()}
 
     @returns_errors
     def millrace_slots(self) -> dict[str, Any]:

@@ -32,8 +32,6 @@ class Update:
     staged: dict[str, Staged] = field(default_factory=dict)
     overwritten: set[str] = field(default_factory=set)
     shared: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    unchanged: dict[str, torch.Tensor] = field(default_factory=dict)  # the model's own, equal to the sent tensors
-    samples: dict[str, str] = field(default_factory=dict)  # of all other sent tensors
     failed: bool = False  # a load failed half-way, so the content of the model is not known
 
     def fill(self, layout: Layout) -> None:
@@ -59,8 +57,9 @@ class Weights:
         self.update = Update()
 
     def load(self, layout: Layout, fetch: Callable[[], torch.Tensor]) -> list[str]:
-        """Load the bucket that `fetch` returns, [nbytes] uint8. Returns the names that this rank does not use.
+        """Load the bucket that `fetch` returns, [nbytes] uint8. Returns a checksum of a sample of each of its tensors.
 
+        The sample is of the tensor in the model, if the model contains it unchanged, or else of the one that arrived.
         The bucket's memory belongs to the sender, and nothing uses it after the call."""
         update = self.open_update()
         if twice := update.sent & layout.names:
@@ -73,15 +72,12 @@ class Weights:
         for parameter, index in layout.ties:
             spec = layout.specs[index]
             update.shared.setdefault(parameter, {})[spec.name] = digest(view(bucket, spec)).cpu()
-        update.unchanged |= layout.unchanged
-        arrived = [layout.specs[index] for index in layout.arrived]
-        sums = sampled_checksums([view(bucket, spec) for spec in arrived])
-        update.samples |= {spec.name: value for spec, value in zip(arrived, sums, strict=True)}
         update.fill(layout)
         self._write(update, layout, bucket)
+        samples = self._samples(layout, bucket)
         self._writer.synchronize()
         update.failed = False
-        return layout.ignored
+        return samples
 
     def _write(self, update: Update, layout: Layout, bucket: torch.Tensor) -> None:
         """Write a bucket into the model, and into memory beside it for the modules that are not complete."""
@@ -135,13 +131,6 @@ class Weights:
             self.version = None
         return bool(self._stale)
 
-    def sampled_checksums(self) -> dict[str, str]:
-        """A checksum of a sample of each sent tensor, by its name. It is taken from the model if the model contains the
-        tensor unchanged; otherwise it was taken when the tensor arrived."""
-        update = self.open_update()
-        in_model = sampled_checksums(list(update.unchanged.values()))
-        return update.samples | dict(zip(update.unchanged, in_model, strict=True))
-
     def open_update(self) -> Update:
         """The open update. Raises RpcError if there is none, or if it can't go on."""
         if self.update is None:
@@ -149,6 +138,17 @@ class Weights:
         if self.update.failed:
             raise RpcError("a load of this update failed half-way; abandon it")
         return self.update
+
+    def _samples(self, layout: Layout, bucket: torch.Tensor) -> list[str]:
+        """The sampled checksum of each tensor: of those in the model, and of those that can be read in the bucket only,
+        which can be on another device."""
+        samples = [""] * len(layout.specs)
+        for here in (True, False):
+            chosen = [index for index, tensor in enumerate(layout.unchanged) if (tensor is not None) is here]
+            tensors = [layout.unchanged[i] if here else view(bucket, layout.specs[i]) for i in chosen]
+            for index, value in zip(chosen, sampled_checksums(tensors), strict=True):
+                samples[index] = value
+        return samples
 
     def _require_complete(self, update: Update) -> None:
         incomplete = {module for module in update.regions if not self._is_complete(update, module)}
