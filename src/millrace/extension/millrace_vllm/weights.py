@@ -115,7 +115,7 @@ class Weights:
             raise RpcError("nothing was loaded; load the weights, or abandon the update")
         self._require_complete(update)
         update.failed = True
-        last = self._writer.processed_last
+        last = self._writer.processed_last - (self._writer.inert - update.staged.keys())
         update.overwritten |= last & update.regions.keys()
         self._writer.process({module: update.staged.pop(module, Staged()) for module in last})
         self._writer.synchronize()

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from millrace_copies import Slice, copy_out, fused
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
+from vllm.v1.attention.backend import AttentionImplBase
 
 from .dry_run import Region, without_loras
 from .layouts import Origin, region_of
@@ -48,6 +50,7 @@ class Writer:
         self.processed_last = {
             path for path, module in plan.modules.items() if hasattr(module, "process_weights_after_loading")
         }
+        self.inert = {path for path in self.processed_last if is_inert(plan.modules[path])}  # if nothing is sent to them
         self._in_place: dict[str, bool] = {}
 
     def in_place(self, path: str) -> bool:
@@ -164,6 +167,12 @@ def place(module: torch.nn.Module, staged: Staged) -> None:
         for region in staged.regions:
             if region.name == name:
                 region_of(before, region).copy_(region_of(tensor, region))
+
+
+def is_inert(module: torch.nn.Module) -> bool:
+    """Whether vLLM's processing of an attention module reads no weights and only sets constants again."""
+    nothing = AttentionImplBase.process_weights_after_loading
+    return type(module) is Attention and type(module.impl).process_weights_after_loading is nothing
 
 
 class Only(torch.nn.Module):
