@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from millrace_copies import Fused, Slice, fused
@@ -13,8 +13,6 @@ from .dry_run import Region, View
 from .errors import RpcError
 from .messages import TensorSpec
 from .plan import Plan, Target
-
-Origin: TypeAlias = Slice | float  # of the elements of a region; a number fills the whole region
 
 
 class Part(NamedTuple):
@@ -39,6 +37,15 @@ class Held(NamedTuple):
 
 
 @dataclass(slots=True)
+class Writes:
+    """What is written into memory beside the model, for one module. copies: by the name of the module's tensor, into
+    tensors without memory that have its form. fills: regions that are filled with a number."""
+
+    copies: dict[str, list[Fused]] = field(default_factory=dict)
+    fills: list[tuple[Region, float]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Layout:
     """The plan of one layout.
 
@@ -59,7 +66,7 @@ class Layout:
     counts: Mapping[str, Counter[str]] = field(default_factory=dict)
     direct: list[Fused] = field(default_factory=list)
     fills: list[tuple[torch.Tensor, float]] = field(default_factory=list)
-    staged: dict[str, list[tuple[Region, Origin]]] = field(default_factory=dict)
+    staged: dict[str, Writes] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
     unchanged: list[torch.Tensor | None] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
@@ -81,7 +88,7 @@ def layout_of(specs: Sequence[TensorSpec], plan: Plan, in_place: Callable[[str],
         names = Counter(spec.name for spec in specs)
         raise RpcError(f"sent twice in one update: {listed(name for name in names if names[name] > 1)}")
     regions: dict[str, set[Region]] = {}
-    direct: list[tuple[torch.Tensor, Slice]] = []
+    copies: dict[tuple[str, str], list[tuple[torch.Tensor, Slice]]] = {}
     for index, (spec, target) in enumerate(zip(specs, targets, strict=True)):
         if target.shared is not None:
             layout.ties.append((target.shared, index))
@@ -90,49 +97,43 @@ def layout_of(specs: Sequence[TensorSpec], plan: Plan, in_place: Callable[[str],
             if target.shared is None:
                 layout.ignored.append(spec.name)
             continue
-        regions.setdefault(target.module, set()).update(target.regions)
-        writes = [(region, origin_of(spec, region, origin)) for region, origin in target.regions.items()]
-        module, direct_here = plan.modules[target.module], in_place(target.module)
-        if target.unplanned is not None or target.module in last:
-            layout.parts.append(Part(index, target.module, target.dtype))
-        elif direct_here:
-            for region, origin in writes:
-                into = region_of(live_tensor(module, region.name), region)
-                if isinstance(origin, Slice):
-                    direct.append((into, origin))
-                else:
-                    layout.fills.append((into, origin))
-        else:
-            layout.staged.setdefault(target.module, []).extend(writes)
-        layout.unchanged.append(unchanged(spec, target, writes, module) if direct_here else None)
-    layout.direct = fused(direct)
-    layout.regions = {module: frozenset(some) for module, some in regions.items()}
-    layout.counts = {module: count(some) for module, some in layout.regions.items()}
-    layout.held = [
-        Held(plan.modules[path], name, tensor, tensor.data_ptr())
-        for path, counts in layout.counts.items()
-        if in_place(path)
-        for name in counts
-        if (tensor := tensor_of(plan.modules[path], name)) is not None
-    ]
+        path, here = target.module, in_place(target.module)
+        regions.setdefault(path, set()).update(target.regions)
+        layout.unchanged.append(unchanged(spec, target, plan.modules[path]) if here else None)
+        if target.unplanned is not None or path in last:
+            layout.parts.append(Part(index, path, target.dtype))
+            continue
+        for region, origin in target.regions.items():
+            into = live_tensor(plan.modules[path], region.name) if here else plan.forms[path, region.name]
+            if isinstance(origin, View):
+                pair = region_of(into, region), slice_of(spec, region, origin)
+                copies.setdefault(("", "") if here else (path, region.name), []).append(pair)
+            elif here:
+                layout.fills.append((region_of(into, region), origin))
+            else:
+                layout.staged.setdefault(path, Writes()).fills.append((region, origin))
+    layout.direct = fused(copies.pop(("", ""), ()))
+    for (path, name), pairs in copies.items():
+        layout.staged.setdefault(path, Writes()).copies[name] = fused(pairs)
+    layout.regions = {path: frozenset(some) for path, some in regions.items()}
+    layout.counts = {path: count(some) for path, some in layout.regions.items()}
+    live = ((plan.modules[path], name) for path in layout.counts if in_place(path) for name in layout.counts[path])
+    tensors = [(module, name, live_tensor(module, name)) for module, name in live]
+    layout.held = [Held(module, name, tensor, tensor.data_ptr()) for module, name, tensor in tensors]
     return layout
 
 
-def origin_of(spec: TensorSpec, region: Region, origin: View | float) -> Origin:
-    """Where the elements of a region are in the bucket."""
-    if not isinstance(origin, View):
-        return origin
-    return Slice(spec.offset + origin.offset * spec.dtype.itemsize, region.sizes, origin.strides, spec.dtype)
+def slice_of(spec: TensorSpec, region: Region, view: View) -> Slice:
+    """The elements of a bucket that are copied into a region."""
+    return Slice(spec.offset + view.offset * spec.dtype.itemsize, region.sizes, view.strides, spec.dtype)
 
 
-def unchanged(
-    spec: TensorSpec, target: Target, writes: Sequence[tuple[Region, Origin]], module: torch.nn.Module
-) -> torch.Tensor | None:
+def unchanged(spec: TensorSpec, target: Target, module: torch.nn.Module) -> torch.Tensor | None:
     """The tensor in the model that receives a sent tensor without any change, or None."""
     whole = [
         region
-        for region, origin in writes
-        if isinstance(origin, Slice) and region.sizes == spec.shape and origin.is_contiguous
+        for region, origin in target.regions.items()
+        if region.sizes == spec.shape and isinstance(origin, View) and slice_of(spec, region, origin).is_contiguous
     ]
     if len(whole) != 1 or target.unplanned is not None:
         return None

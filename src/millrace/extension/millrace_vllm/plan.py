@@ -42,7 +42,7 @@ class Plan:
         self._model, self._dtype, self._shards = model, dtype, shards
         self.modules = dict(model.named_modules())
         self.needed: dict[str, dict[str, int]] = {}  # module -> parameter -> elements that make it complete
-        self._forms: dict[tuple[str, str], torch.Tensor] = {}  # without memory, as a checkpoint fills them
+        self.forms: dict[tuple[str, str], torch.Tensor] = {}  # without memory, as a checkpoint fills them
         self._targets: dict[tuple[str, torch.dtype, tuple[int, ...]], Target] = {}
         holders: dict[int, list[tuple[str, str]]] = {}
         for path, module in self.modules.items():
@@ -57,11 +57,6 @@ class Plan:
             self._learn(unknown)
         return [self._targets[spec.name, spec.dtype, spec.shape] for spec in specs]
 
-    def empty(self, path: str, name: str, device: torch.device) -> torch.Tensor:
-        """New memory in the form in which a checkpoint fills a module's tensor, which is the target of a sent one."""
-        form = self._forms[path, name]
-        return torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device=device)
-
     def sharers(self, path: str) -> set[str]:
         """The other modules that have a parameter in common with this module."""
         groups = (group for (holder, _), group in self._shared.items() if holder == path)
@@ -75,7 +70,7 @@ class Plan:
                 # The loaders of some hundred models raise any of these for a tensor that they do not know.
                 reason = first_line(error).partition(". The available parameters")[0] or type(error).__name__
                 raise RpcError(f"{recorder.current} does not fit the model: {reason}") from error
-        self._forms.update({(path, name): twin for path, name, twin in owners.values()})
+        self.forms.update({(path, name): twin for path, name, twin in owners.values()})
         found = {spec: self._target(spec, recorder) for spec in specs}
         if unplanned := {spec.name: target.unplanned for spec, target in found.items() if target.unplanned}:
             reasons = ", ".join(sorted(set(unplanned.values())))

@@ -95,8 +95,9 @@ class Weights:
         self._writer.load(sent)
         together: dict[str, Staged] = {}
         for module in layout.regions.keys() - in_place:
-            staged = update.staged.setdefault(module, Staged())
-            self._writer.stage(module, staged, layout.staged.get(module, ()), bucket)
+            staged = update.staged.setdefault(module, Staged(update.regions[module]))
+            if module in layout.staged:
+                self._writer.stage(module, staged, layout.staged[module], bucket)
             complete = self._is_complete(update, module) and module not in self._writer.processed_last
             parts = waiting.get(module, [])
             staged.parts += parts if complete else [p._replace(tensor=p.tensor.clone()) for p in parts]
@@ -117,7 +118,7 @@ class Weights:
         update.failed = True
         last = self._writer.processed_last - (self._writer.inert - update.staged.keys())
         update.overwritten |= last & update.regions.keys()
-        self._writer.process({module: update.staged.pop(module, Staged()) for module in last})
+        self._writer.process({module: update.staged.pop(module, Staged(set())) for module in last})
         self._writer.synchronize()
         self.update, self.version = None, version
         self._stale.clear()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from millrace_copies import Slice, copy_out, fused
+from millrace_copies import Fused, copy_out
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process
 from vllm.v1.attention.backend import AttentionImplBase
 
 from .dry_run import Region, without_loras
-from .layouts import Origin, region_of
+from .layouts import Writes, region_of
 from .plan import Plan
 
 UNCONVERTED = ("TRITON", "BATCHED_TRITON")  # kernels that use the experts of a checkpoint as they are
@@ -34,10 +34,10 @@ class Sent(NamedTuple):
 class Staged:
     """The parts of a module that have arrived: its tensors as a checkpoint fills them, and what must still be loaded.
 
-    regions: of `tensors`, those that were written."""
+    regions: those that have arrived."""
 
+    regions: set[Region]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    regions: list[Region] = field(default_factory=list)
     parts: list[Sent] = field(default_factory=list)
 
 
@@ -50,7 +50,9 @@ class Writer:
         self.processed_last = {
             path for path, module in plan.modules.items() if hasattr(module, "process_weights_after_loading")
         }
-        self.inert = {path for path in self.processed_last if is_inert(plan.modules[path])}  # if nothing is sent to them
+        self.inert = {
+            path for path in self.processed_last if is_inert(plan.modules[path])
+        }  # if nothing is sent to them
         self._in_place: dict[str, bool] = {}
 
     def in_place(self, path: str) -> bool:
@@ -78,19 +80,21 @@ class Writer:
             for name, before in loaded.items()
         )
 
-    def stage(self, path: str, staged: Staged, writes: Sequence[tuple[Region, Origin]], bucket: torch.Tensor) -> None:
+    def stage(self, path: str, staged: Staged, writes: Writes, bucket: torch.Tensor) -> None:
         """Write parts of a module into memory beside the model, from where `process` takes them."""
-        pairs: list[tuple[torch.Tensor, Slice]] = []
-        for region, origin in writes:
-            if region.name not in staged.tensors:
-                staged.tensors[region.name] = self._plan.empty(path, region.name, self._device)
-            into = region_of(staged.tensors[region.name], region)
-            if isinstance(origin, Slice):
-                pairs.append((into, origin))
-            else:
-                into.fill_(origin)
-            staged.regions.append(region)
-        copy_out(bucket, fused(pairs))
+        for name in writes.copies.keys() | {region.name for region, _ in writes.fills}:
+            if name not in staged.tensors:
+                form = self._plan.forms[path, name]
+                staged.tensors[name] = torch.empty_strided(
+                    form.shape, form.stride(), dtype=form.dtype, device=self._device
+                )
+        for name, copies in writes.copies.items():
+            into = staged.tensors[name]
+            for targets, sources in copies:
+                here = [into.as_strided(target.shape, target.stride(), target.storage_offset()) for target in targets]
+                copy_out(bucket, [Fused(here, sources)])
+        for region, value in writes.fills:
+            region_of(staged.tensors[region.name], region).fill_(value)
 
     def load(self, parts: Sequence[Sent]) -> None:
         """Let the model's own loader load tensors in place."""
@@ -171,8 +175,8 @@ def place(module: torch.nn.Module, staged: Staged) -> None:
 
 def is_inert(module: torch.nn.Module) -> bool:
     """Whether vLLM's processing of an attention module reads no weights and only sets constants again."""
-    nothing = AttentionImplBase.process_weights_after_loading
-    return type(module) is Attention and type(module.impl).process_weights_after_loading is nothing
+    nothing: Any = AttentionImplBase.process_weights_after_loading
+    return type(module) is Attention and getattr(type(module.impl), nothing.__name__) is nothing
 
 
 class Only(torch.nn.Module):
