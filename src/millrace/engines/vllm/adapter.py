@@ -44,13 +44,15 @@ PAUSE_PATHS = {
     PauseMode.RETRACT: "/pause?mode=keep&at_once=true",
     PauseMode.KEEP: "/pause?mode=keep&clear_cache=false&at_once=true",
 }
+CHECKER_DEADLINE = 600.0  # seconds; vLLM copies every tensor to the host and hashes it there
 
 
 class VLLMEngine(StockEngine[VLLMFacts]):
     """One vLLM server in development mode (VLLM_SERVER_DEV_MODE=1), which opens its control routes.
 
     Millrace loads an extension into the workers of the servers that it launches, and sends weights through it. A
-    server without the extension is updated from disk, or by NCCL if it was started with --weight-transfer-config.
+    server without the extension is updated from disk, or by NCCL if it was started with --weight-transfer-config. Its
+    checksums are vLLM's own, if it has any (0.32).
     """
 
     _version: int | None = None  # of the served weights, for servers that do not store it
@@ -97,11 +99,19 @@ class VLLMEngine(StockEngine[VLLMFacts]):
     async def checksums(self) -> Mapping[str, str]:
         """Return digests of the tensors as each rank holds them: fused, sharded and packed.
 
-        Names begin with the rank.
+        Names begin with the rank. Without the extension they are vLLM's own, which leave out layers that vLLM has
+        packed for the CPU.
         """
-        if Capability.OWN_CHECKSUMS not in (await self._facts()).info.capabilities:
-            raise EngineRefused(self.name, "its workers do not have Millrace's extension, which makes the checksums")
-        return checksums_by_rank(await self._rpc("millrace_checksums"))
+        server = await self._server()
+        if server.extension:
+            return checksums_by_rank(await self._rpc("millrace_checksums"))
+        if not server.checker:
+            raise EngineRefused(
+                self.name, "its workers do not have Millrace's extension, and it has no /weight_checker (vLLM 0.32)"
+            )
+        await self._end_receiving()  # before, some tensors have no memory
+        body = await self._control("/weight_checker", {"action": "checksum"}, deadline=CHECKER_DEADLINE)
+        return self._decode("/weight_checker", lambda: dict(body["checksums"]))
 
     async def sampled_checksums(self) -> Mapping[str, str]:
         if Capability.SAMPLED_CHECKSUMS not in (await self._facts()).info.capabilities:
