@@ -64,10 +64,10 @@ class _Update:
         return self.target.engine
 
     @property
-    def layout(self) -> tuple[str, str, int]:
-        """A key that is equal for engines that lay out their tensors in the same way."""
+    def layout(self) -> tuple[str, str, int, bool]:
+        """A key that is equal for engines that lay out their tensors and make their own checksums in the same way."""
         info = self.target.info
-        return info.kind, info.engine_version, info.ranks
+        return info.kind, info.engine_version, info.ranks, self.target.can(Capability.SAMPLED_CHECKSUMS)
 
     def take(self, leg: str, result: StepResult) -> None:
         """Take over the result of a step."""

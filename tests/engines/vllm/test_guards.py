@@ -18,6 +18,7 @@ SERVER = Server(
     path=GENERATE,
     extension=True,
     transfer=False,
+    checker=False,
     versions=True,
     aborts=True,
     logprobs_mode="processed_logprobs",

@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from millrace.continuation import Continuation, call_id
@@ -50,6 +50,7 @@ class Calls:
         self._calls: dict[str, Call] = {}
         self._turns = itertools.count()
         self._changed = asyncio.Condition()
+        self._returned = asyncio.Event()  # set when the server has answered a request
 
     @contextmanager
     def register(self, request: GenerateRequest) -> Iterator[Call]:
@@ -64,11 +65,20 @@ class Calls:
             yield call
         finally:
             del self._calls[request.request_id]
+            self._returned.set()
 
     @property
     def sent(self) -> Sequence[str]:
         """The ids on the server of the requests that it has now."""
         return [call.served_as for call in self._calls.values() if call.sent]
+
+    async def until_returned(self, served: Sequence[str], seconds: float) -> None:
+        """Wait until the server has answered these requests, at most for some seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not set(served).isdisjoint(self.sent):
+                    self._returned.clear()
+                    await self._returned.wait()
 
     async def may_send(self, call: Call, end: float) -> bool:
         """Wait for admission, and return whether to send the (next) request to the server.
@@ -77,6 +87,7 @@ class Calls:
         weights are a mixture of versions.
         """
         call.sent = False
+        self._returned.set()
         if call.continuation.parts:
             if not (call.continuation.aborted and call.interrupted):
                 return False

@@ -332,7 +332,7 @@ class StockEngine(StockServer[AnyFacts]):
         end, awaited = time.monotonic() + ABORT_DEADLINE, set(served)
         while (left := [name for name in self._calls.sent if name in awaited]) and time.monotonic() < end:
             await abort(left)
-            await asyncio.sleep(IDLE_POLL_SECONDS)
+            await self._calls.until_returned(left, IDLE_POLL_SECONDS)
 
     async def _enter(self, state: ServerState) -> None:
         """Enter `state`. Resume the server if the new state allows it."""

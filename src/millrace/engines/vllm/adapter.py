@@ -18,7 +18,7 @@ from millrace.engines.versions import decode_version
 from millrace.engines.vllm.facts import Server, VLLMFacts, read_facts
 from millrace.engines.vllm.guards import check_reload, check_request
 from millrace.engines.vllm.metrics import read_metrics
-from millrace.engines.vllm.payload import description, transfer
+from millrace.engines.vllm.payload import description, samples_of, transfer
 from millrace.engines.vllm.wire import Answer, encode, wire_id
 from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
 from millrace.http import HttpClient
@@ -35,23 +35,29 @@ from millrace.types import (
     PauseMode,
     ProcessGroup,
     ProcessGroupBucket,
+    TensorSpec,
 )
 
+# at_once: see `millrace_vllm_pause`. A server without Millrace's middleware ignores it.
 PAUSE_PATHS = {
-    PauseMode.ABORT: "/pause?mode=abort",
-    PauseMode.RETRACT: "/pause?mode=keep",
-    PauseMode.KEEP: "/pause?mode=keep&clear_cache=false",
+    PauseMode.ABORT: "/pause?mode=abort&at_once=true",
+    PauseMode.RETRACT: "/pause?mode=keep&at_once=true",
+    PauseMode.KEEP: "/pause?mode=keep&clear_cache=false&at_once=true",
 }
+CHECKER_DEADLINE = 600.0  # seconds; vLLM copies every tensor to the host and hashes it there
 
 
 class VLLMEngine(StockEngine[VLLMFacts]):
     """One vLLM server in development mode (VLLM_SERVER_DEV_MODE=1), which opens its control routes.
 
     Millrace loads an extension into the workers of the servers that it launches, and sends weights through it. A
-    server without the extension is updated from disk, or by NCCL if it was started with --weight-transfer-config.
+    server without the extension is updated from disk, or by NCCL if it was started with --weight-transfer-config. Its
+    checksums are vLLM's own, if it has any (0.32).
     """
 
     _version: int | None = None  # of the served weights, for servers that do not store it
+    _samples: dict[str, str]  # of the tensors in the open update
+    _to_open = False  # whether the next bucket opens the update in the extension
     _receiving = False  # whether a session of vLLM's own transfer engine is open
     _counted: tuple[float, float] = (0.0, 0.0)  # the last reading of the token counter: time.monotonic() and count
 
@@ -93,23 +99,26 @@ class VLLMEngine(StockEngine[VLLMFacts]):
     async def checksums(self) -> Mapping[str, str]:
         """Return digests of the tensors as each rank holds them: fused, sharded and packed.
 
-        Names begin with the rank.
+        Names begin with the rank. Without the extension they are vLLM's own, which leave out layers that vLLM has
+        packed for the CPU.
         """
-        if Capability.OWN_CHECKSUMS not in (await self._facts()).info.capabilities:
-            raise EngineRefused(self.name, "its workers do not have Millrace's extension, which makes the checksums")
-        return checksums_by_rank(await self._rpc("millrace_checksums"))
+        server = await self._server()
+        if server.extension:
+            return checksums_by_rank(await self._rpc("millrace_checksums"))
+        if not server.checker:
+            raise EngineRefused(
+                self.name, "its workers do not have Millrace's extension, and it has no /weight_checker (vLLM 0.32)"
+            )
+        await self._end_receiving()  # before, some tensors have no memory
+        body = await self._control("/weight_checker", {"action": "checksum"}, deadline=CHECKER_DEADLINE)
+        return self._decode("/weight_checker", lambda: dict(body["checksums"]))
 
     async def sampled_checksums(self) -> Mapping[str, str]:
         if Capability.SAMPLED_CHECKSUMS not in (await self._facts()).info.capabilities:
             raise EngineRefused(self.name, "its workers do not have Millrace's extension, which makes the checksums")
         if self.state.updating is None:
             raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
-        found: dict[str, str] = {}
-        for result in await self._rpc("millrace_samples"):
-            for name, value in result["samples"].items():
-                if found.setdefault(name, value) != value:
-                    raise EngineFailed(self.name, f"its ranks received different values of {name}")
-        return found
+        return dict(self._samples)
 
     async def loads(self) -> EngineLoad:
         total_tokens = (await self._server()).total_tokens
@@ -185,8 +194,10 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         # vLLM's mode `keep` drops the KV cache unless clear_cache=false. Dropping it is what RETRACT means.
         await self._control(PAUSE_PATHS[mode], None, repeatable=True)
         if mode is PauseMode.ABORT:
+            sent = self._calls.sent
+            await self._calls.until_returned(sent, IDLE_POLL_SECONDS)
             # Requests that came too late for the pause wait in the server.
-            await self._abort_until_ended(self._calls.sent, self._abort)
+            await self._abort_until_ended(sent, self._abort)
 
     async def _drop_cache(self) -> None:
         """Do nothing: vLLM's pause in mode `abort` has dropped the cache, or has failed."""
@@ -221,17 +232,12 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             await self._control(f"/wake_up?tags={tag}", None)
 
     async def _open_update(self) -> None:
-        if (await self._server()).extension:
-            await self._rpc("millrace_begin")
+        self._samples = {}
+        self._to_open = True  # with the first bucket, which saves a call
 
     def _loader(self, bucket: Bucket, facts: VLLMFacts) -> Callable[[float], Awaitable[None]]:
         if facts.server.extension:
-            text = orjson.dumps(description(bucket, facts.info.ranks)).decode()
-
-            async def send(deadline: float) -> None:
-                await self._rpc("millrace_load", text, deadline=deadline)
-
-            return send
+            return partial(self._load_by_extension, *description(bucket, facts.info.ranks))
         if facts.server.transfer and isinstance(bucket, ProcessGroupBucket):
             return partial(self._receive, transfer(bucket))
         if not isinstance(bucket, DiskBucket):
@@ -248,6 +254,17 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             await self._control("/collective_rpc", body, deadline=deadline)
 
         return reload
+
+    async def _load_by_extension(
+        self, place: Mapping[str, object], tensors: Sequence[TensorSpec], deadline: float
+    ) -> None:
+        rows = [(t.name, t.dtype, t.shape, t.offset, t.nbytes) for t in tensors]
+        texts = [orjson.dumps(value).decode() for value in ({**place, "begin": self._to_open}, rows)]
+        self._to_open = False
+        results = await self._rpc("millrace_load", *texts, deadline=deadline)
+        self._samples |= self._decode(
+            "millrace_load", lambda: samples_of([tensor.name for tensor in tensors] or results[0]["names"], results)
+        )
 
     async def _receive(self, tensors: Mapping[str, object], deadline: float) -> None:
         if not self._receiving:

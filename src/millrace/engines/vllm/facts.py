@@ -18,7 +18,8 @@ class Server:
     """The properties of a vLLM server that its adapter depends on.
 
     path: the generate route. extension: whether the workers have Millrace's extension and every worker's answer is
-    returned. transfer: whether there is no extension, but vLLM's weight transfer by NCCL. versions: whether the server
+    returned. transfer: whether there is no extension, but vLLM's weight transfer by NCCL. checker: whether there is no
+    extension, but vLLM's own checksums. versions: whether the server
     stores the weight version. aborts: whether it has a route that aborts requests. logprobs_mode: vLLM's own setting.
     total_tokens: the size of the KV cache. fields, sampling: the fields of a request and of its sampling parameters
     that the server's API description has; the server silently ignores others.
@@ -27,6 +28,7 @@ class Server:
     path: str
     extension: bool
     transfer: bool
+    checker: bool
     versions: bool
     aborts: bool
     logprobs_mode: str
@@ -58,6 +60,7 @@ def read_server(api: Mapping[str, Any], config: Mapping[str, Any]) -> Server:
         path=path,
         extension=extension,
         transfer=transfer and not extension and not on_cpu,
+        checker="/weight_checker" in paths and not extension,
         versions="/update_weight_version" in paths,
         aborts="/abort_requests" in paths,
         logprobs_mode=config["model_config"]["logprobs_mode"],
@@ -126,6 +129,8 @@ def capabilities_of(
         found.add(Capability.UPDATE_FROM_SHARED_MEMORY if server.on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
     if server.transfer:
         found.add(Capability.UPDATE_FROM_BARE_NCCL)
+    if server.checker:
+        found.add(Capability.OWN_CHECKSUMS)
     if server.logprobs_mode == "processed_logprobs":
         found.add(Capability.FILTERED_LOGPROBS)
     if server.on_cpu or config["model_config"]["enable_sleep_mode"]:

@@ -4,7 +4,7 @@ Millrace's extension takes JSON, so nothing is unpickled. vLLM's own transfer en
 """
 
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
@@ -16,32 +16,31 @@ from millrace.types import (
     DiskBucket,
     ProcessGroupBucket,
     SharedMemoryBucket,
+    TensorSpec,
     TorchStorageBucket,
 )
 
 UNIQUE_ID_KEY = "broadcast_from/0/0"
 
 
-def description(bucket: Bucket, ranks: int) -> Mapping[str, object]:
-    """Return the argument of `millrace_load`. Raises InvalidStateError for a bucket that it can't read."""
+def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Sequence[TensorSpec]]:
+    """Return the arguments of `millrace_load`: where the bucket is, and what it contains; nothing for a folder.
+
+    Raises InvalidStateError for a bucket that the extension can't read.
+    """
     match bucket:
-        case SharedMemoryBucket():
-            return {"kind": "shared_memory", **asdict(bucket)}
+        case SharedMemoryBucket(path, tensors):
+            return {"kind": "shared_memory", "path": path}, tensors
         case CudaIpcBucket(shares, nbytes, tensors):
             if len(shares) != ranks:
                 raise InvalidStateError(
                     f"the bucket has {len(shares)} shares for {ranks} ranks; each rank needs its own"
                 )
-            return {
-                "kind": "cuda_ipc",
-                "shares": [_share(share) for share in shares],
-                "nbytes": nbytes,
-                "tensors": [asdict(tensor) for tensor in tensors],
-            }
+            return {"kind": "cuda_ipc", "shares": [_share(share) for share in shares], "nbytes": nbytes}, tensors
         case ProcessGroupBucket(group, tensors):
-            return {"kind": "process_group", "group": group, "tensors": [asdict(tensor) for tensor in tensors]}
+            return {"kind": "process_group", "group": group}, tensors
         case DiskBucket(path):
-            return {"kind": "disk", "path": path}
+            return {"kind": "disk", "path": path}, ()
         case TorchStorageBucket():
             raise InvalidStateError("it can't open torch storage; send the tensors by shared memory")
 
@@ -53,6 +52,20 @@ def transfer(bucket: ProcessGroupBucket) -> Mapping[str, object]:
         "dtype_names": [tensor.dtype for tensor in bucket.tensors],
         "shapes": [tensor.shape for tensor in bucket.tensors],
     }
+
+
+def samples_of(names: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+    """Return the sampled checksum of each tensor in a bucket, from the ranks' answers to `millrace_load`.
+
+    Raises ValueError if the ranks received different values, or if there are not as many checksums as names.
+    """
+    first, *others = (
+        dict(zip(names, (text[at : at + 32] for at in range(0, len(text), 32)), strict=True))
+        for text in (rank["samples"] for rank in ranks)
+    )
+    if differing := sorted(name for other in others for name, value in other.items() if value != first[name]):
+        raise ValueError(f"its ranks received different values of {differing[0]}")
+    return first
 
 
 def unique_id(value: bytes) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from millrace_copies import Fused, Slice, as_dtype, copy_out, fused
 from millrace_samples import integer_dtype
 
 from .recording import Copy, Recording
@@ -32,21 +33,13 @@ class Samples:
 class Plan:
     """The copies of one layout. elements: how many of each parameter they write. samples: what is compared."""
 
-    copies: tuple[Copy, ...]
+    copies: tuple[Fused, ...]
     elements: Mapping[str, int]
     samples: tuple[Samples, ...] = field(repr=False)
 
     def run(self, bucket: torch.Tensor) -> None:
         """Copy a bucket's tensors into the parameters. bucket: [nbytes] uint8."""
-        typed = {dtype: as_dtype(bucket, dtype) for dtype in {copy.dtype for copy in self.copies}}
-        sources = [
-            typed[copy.dtype].as_strided(
-                copy.shape, copy.stride, (bucket.storage_offset() + copy.offset) // copy.dtype.itemsize
-            )
-            for copy in self.copies
-        ]
-        with torch.no_grad():
-            torch._foreach_copy_([copy.target for copy in self.copies], sources)
+        copy_out(bucket, self.copies)
 
     def differing(self, bucket: torch.Tensor) -> list[str]:
         """Return the parameters whose content differs from what was copied into them, by samples of each copy."""
@@ -73,7 +66,8 @@ def plan_of(recording: Recording) -> Plan | str:
         if copy.offset % copy.dtype.itemsize:
             return f"a copy into {copy.parameter} from an odd address"
         elements[copy.parameter] += math.prod(copy.shape)
-    return Plan(tuple(recording.copies), elements, tuple(samples_of(recording.copies)))
+    pairs = [(copy.target, Slice(copy.offset, copy.shape, copy.stride, copy.dtype)) for copy in recording.copies]
+    return Plan(tuple(fused(pairs)), elements, tuple(samples_of(recording.copies)))
 
 
 def samples_of(copies: Sequence[Copy]) -> Iterator[Samples]:
@@ -97,8 +91,3 @@ def positions(shape: Sequence[int], stride: Sequence[int], start: int) -> torch.
         places = torch.arange(0, size, max(1, size // count)) * step
         found = (found[:, None] + places).flatten()
     return found
-
-
-def as_dtype(bucket: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a bucket's bytes as elements of a dtype, without those at the end that make no whole element."""
-    return bucket[: len(bucket) // dtype.itemsize * dtype.itemsize].view(dtype)

@@ -36,9 +36,18 @@ class TensorSpec:
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
-def parse_spec(tensor: Any) -> TensorSpec:
-    if not isinstance(tensor, dict):
-        raise RpcError("a tensor's description must be a JSON object")
+def parse_specs(text: str) -> list[TensorSpec]:
+    """The tensors of a bucket: a JSON list of [name, dtype, shape, offset, nbytes]."""
+    rows = parsed(text)
+    if not isinstance(rows, list):
+        raise RpcError("the tensors must be a JSON list")
+    return [parse_spec(row) for row in rows]
+
+
+def parse_spec(row: Any) -> TensorSpec:
+    if not isinstance(row, list) or len(row) != 5:
+        raise RpcError("a tensor's description must be a JSON list of 5")
+    tensor = dict(zip(("name", "dtype", "shape", "offset", "nbytes"), row, strict=True))
     name, dtype = take(tensor, "name", str), take(tensor, "dtype", str)
     shape, offset, nbytes = take(tensor, "shape", list), take(tensor, "offset", int), take(tensor, "nbytes", int)
     if dtype not in DTYPES:
@@ -48,18 +57,25 @@ def parse_spec(tensor: Any) -> TensorSpec:
     spec = TensorSpec(name, DTYPES[dtype], tuple(shape), offset, nbytes)
     if nbytes != math.prod(shape) * spec.dtype.itemsize:
         raise RpcError(f"{spec} does not have {nbytes} bytes")
+    if offset % spec.dtype.itemsize:
+        raise RpcError(f"{spec} cannot be at offset {offset} of a bucket")
     return spec
 
 
 def parse_object(text: str) -> dict[str, Any]:
     """The JSON object in `text`."""
-    try:
-        content = json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise RpcError(f"invalid JSON: {error}") from error
+    content = parsed(text)
     if not isinstance(content, dict):
         raise RpcError("the argument must be a JSON object")
     return content
+
+
+def parsed(text: str) -> Any:
+    """The JSON value in `text`."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise RpcError(f"invalid JSON: {error}") from error
 
 
 def take(content: dict[str, Any], key: str, *kinds: type[T]) -> T:

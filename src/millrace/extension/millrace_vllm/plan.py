@@ -1,7 +1,8 @@
 """Where each element of a sent tensor goes in this rank's model."""
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,23 +11,27 @@ from millrace_words import first_line, listed
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from .dry_run import Owners, Recorder, Region, storage_id, twin_of, without_loras
+from .dry_run import Origins, Owners, Recorder, storage_id, twin_of, without_loras
 from .errors import RpcError
 from .messages import FLOATS, TensorSpec
+
+log = logging.getLogger("vllm.millrace")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """The elements of this rank's model that a sent tensor fills.
 
-    regions: of `module`, with the number of elements in each. module: None if this rank does not use the tensor.
-    dtype: the dtype that the tensor is cast to. shared: the name of the parameter if several modules have it in common,
-    as lm_head and embed_tokens can."""
+    module: None if this rank does not use the tensor. dtype: the dtype that the tensor is cast to. regions: of the
+    module, and where their elements come from. shared: the name of the parameter if several modules have it in common,
+    as lm_head and embed_tokens can. unplanned: why the model's own loader must load the tensor; None if the elements
+    need only be copied."""
 
     module: str | None
     dtype: torch.dtype
-    regions: dict[Region, int] = field(default_factory=dict)
+    regions: Origins = field(default_factory=dict)
     shared: str | None = None
+    unplanned: str | None = None
 
 
 class Plan:
@@ -37,6 +42,7 @@ class Plan:
         self._model, self._dtype, self._shards = model, dtype, shards
         self.modules = dict(model.named_modules())
         self.needed: dict[str, dict[str, int]] = {}  # module -> parameter -> elements that make it complete
+        self.forms: dict[tuple[str, str], torch.Tensor] = {}  # without memory, as a checkpoint fills them
         self._targets: dict[tuple[str, torch.dtype, tuple[int, ...]], Target] = {}
         holders: dict[int, list[tuple[str, str]]] = {}
         for path, module in self.modules.items():
@@ -44,7 +50,7 @@ class Plan:
                 holders.setdefault(id(parameter), []).append((path, name))
         self._shared = {holder: group for group in holders.values() if len(group) > 1 for holder in group}
 
-    def targets(self, specs: list[TensorSpec]) -> list[Target]:
+    def targets(self, specs: Sequence[TensorSpec]) -> list[Target]:
         """The target of each tensor. Raises RpcError if the model cannot load one of them."""
         unknown = [spec for spec in specs if (spec.name, spec.dtype, spec.shape) not in self._targets]
         if unknown:
@@ -64,24 +70,29 @@ class Plan:
                 # The loaders of some hundred models raise any of these for a tensor that they do not know.
                 reason = first_line(error).partition(". The available parameters")[0] or type(error).__name__
                 raise RpcError(f"{recorder.current} does not fit the model: {reason}") from error
-        found = {spec: self._target(spec, recorder.writes.get(spec.name, {})) for spec in specs}
+        self.forms.update({(path, name): twin for path, name, twin in owners.values()})
+        found = {spec: self._target(spec, recorder) for spec in specs}
+        if unplanned := {spec.name: target.unplanned for spec, target in found.items() if target.unplanned}:
+            reasons = ", ".join(sorted(set(unplanned.values())))
+            log.warning("the model's own loader loads %s each time: %s", listed(unplanned), reasons)
         self._targets.update({(spec.name, spec.dtype, spec.shape): target for spec, target in found.items()})
 
-    def _target(self, spec: TensorSpec, writes: dict[str, tuple[torch.dtype, dict[Region, int]]]) -> Target:
+    def _target(self, spec: TensorSpec, recorder: Recorder) -> Target:
+        writes = recorder.writes.get(spec.name)
         if not writes:
             return Target(None, spec.dtype)
         if len(writes) > 1:
             raise RpcError(f"{spec} belongs to several modules ({listed(writes)}); such a tensor cannot be loaded")
         [(path, (dtype, regions))] = writes.items()
         embedding = isinstance(self.modules[path], VocabParallelEmbedding)
-        if not embedding and sum(regions.values()) * self._shards < math.prod(spec.shape):
+        if not embedding and sum(region.elements for region in regions) * self._shards < math.prod(spec.shape):
             raise RpcError(f"{spec} is larger than what {path} takes of it")  # vLLM's loaders would cut it silently
         group = self._shared.get((path, next(iter(regions)).name))
         shared = ".".join(group[0]) if group else None
         if embedding and group and group[0][0] != path:
             return Target(None, spec.dtype, shared=shared)  # vLLM loads it under the first name only
         kept = dtype if dtype in FLOATS and spec.dtype in FLOATS else spec.dtype
-        return Target(path, kept, regions, shared)
+        return Target(path, kept, regions, shared, recorder.unplanned.get(spec.name))
 
     @contextmanager
     def _twin(self) -> Iterator[Owners]:

@@ -1,6 +1,7 @@
 """Buckets that a sender broadcasts to a torch process group, over Gloo or NCCL."""
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ from millrace_words import first_line
 
 from .errors import RpcError
 from .messages import TensorSpec, take
+from .receive import view
 
 # With these off, torch's watchdog does not end this process when the trainer dies.
 NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
@@ -44,22 +46,23 @@ class ReceivingGroup:
         except RuntimeError as error:  # torch's DistError is one
             raise RpcError(f"could not join group {self._name} at {address}:{port}: {first_line(error)}") from error
 
-    def receive(self, specs: list[TensorSpec], device: torch.device) -> list[torch.Tensor]:
-        """The next tensors that rank 0 broadcasts: one for each spec, in their order."""
-        place = torch.device("cpu") if self._backend == "gloo" else device
-        tensors = [torch.empty(spec.shape, dtype=spec.dtype, device=place) for spec in specs]
+    def receive(self, specs: Sequence[TensorSpec], nbytes: int, device: torch.device) -> torch.Tensor:
+        """A bucket of `nbytes` bytes with the next tensors that rank 0 broadcasts: one for each spec, in their order.
+
+        It is in the host's memory with Gloo, and on the device with NCCL."""
+        bucket = torch.empty(nbytes, dtype=torch.uint8, device="cpu" if self._backend == "gloo" else device)
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         try:
             works = []
-            for tensor in tensors:
-                works.append(self._group.broadcast([tensor], options))
+            for spec in specs:
+                works.append(self._group.broadcast([view(bucket, spec)], options))
                 if self._backend == "gloo":
                     works.pop().wait()
             self._await(works)
         except RuntimeError as error:
             raise RpcError(f"group {self._name}: the broadcast did not come: {first_line(error)}") from error
-        return tensors
+        return bucket
 
     def _await(self, works: list[Any]) -> None:
         """Wait until the tensors have arrived. NCCL's own wait returns when the transfer is queued."""

@@ -1,5 +1,6 @@
 """One rank of the server: its weights, and the transports that bring buckets to it."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,24 +8,31 @@ import torch
 
 from .digest import StoredTensors
 from .errors import RpcError
-from .messages import TensorSpec, parse_spec, take
+from .layouts import Layout, layout_of
+from .messages import TensorSpec, parse_specs, take
 from .plan import Plan
 from .process_group import ReceivingGroup
-from .receive import mapped_file, opened_ipc, read_folder, views
+from .receive import mapped_file, opened_ipc, read_folder
 from .weights import Weights
 from .writing import Writer
 
 
 class Rank:
-    """The state that the extension keeps in one worker."""
+    """The state that the extension keeps in one worker.
+
+    planned: how many layouts of buckets were planned since the start; all other buckets replayed one of them."""
 
     def __init__(self, model: torch.nn.Module, config: Any, device: torch.device, rank: int) -> None:
         parallel = config.parallel_config
         shards = parallel.tensor_parallel_size * parallel.data_parallel_size
-        plan = Plan(model, config.model_config.dtype, shards)
+        self._plan = Plan(model, config.model_config.dtype, shards)
+        self._writer = Writer(model, config, device, self._plan)
         self.rank = parallel.data_parallel_index * parallel.world_size + rank
-        self.weights = Weights(plan, Writer(model, config, device, plan))
-        self.stored = StoredTensors(plan.modules)
+        self.weights = Weights(self._plan, self._writer)
+        self.stored = StoredTensors(self._plan.modules)
+        self.planned = 0
+        self._layouts: dict[str, Layout] = {}  # of the last two updates that came in buckets
+        self._used: set[str] = set()  # by the last one
         self._device = device
         self._groups: dict[str, ReceivingGroup] = {}
 
@@ -39,25 +47,62 @@ class Rank:
             raise RpcError(f"no group {name} has been joined")
         self._groups.pop(name).close()
 
-    def load(self, bucket: dict[str, Any]) -> list[str]:
-        """Load a bucket. Returns the names that this rank does not use."""
+    def begin(self) -> None:
+        """Open an update."""
+        self.weights.begin()
+        if self._used:
+            self._layouts = {text: layout for text, layout in self._layouts.items() if text in self._used}
+            self._used.clear()
+
+    def load(self, bucket: dict[str, Any], tensors: str) -> dict[str, Any]:
+        """Load a bucket. `tensors`: what it contains, as JSON. Returns what `Extension.millrace_load` answers."""
+        if bucket.get("begin") is True:
+            self.begin()
+        self.weights.open_update()
         kind = take(bucket, "kind", str)
         if kind == "disk":
-            tensors = read_folder(Path(take(bucket, "path", str)))
-            specs = [TensorSpec(name, t.dtype, tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()]
-            return self.weights.load(specs, lambda: list(tensors.values()))
+            return self._load_folder(Path(take(bucket, "path", str)))
         if kind not in ("shared_memory", "cuda_ipc", "process_group"):
             raise RpcError(f"unknown kind of bucket: {kind}")
-        specs = [parse_spec(tensor) for tensor in take(bucket, "tensors", list)]
+        layout = self._layout(tensors)
+        samples = self.weights.load(layout, self._fetching(kind, bucket, layout))
+        return {"samples": "".join(samples), "ignored": layout.ignored}
+
+    def _fetching(self, kind: str, bucket: dict[str, Any], layout: Layout) -> Callable[[], torch.Tensor]:
+        """What returns the bytes of a bucket."""
         if kind == "shared_memory":
             path = take(bucket, "path", str)
-            return self.weights.load(specs, lambda: views(mapped_file(path), specs))
+            return lambda: mapped_file(path)
         if kind == "cuda_ipc":
             shares, nbytes = take(bucket, "shares", list), take(bucket, "nbytes", int)
             if self.rank >= len(shares) or not isinstance(shares[self.rank], dict):
                 raise RpcError(f"the bucket has {len(shares)} shares, and none for rank {self.rank}")
-            return self.weights.load(specs, lambda: views(opened_ipc(shares[self.rank], nbytes, self._device), specs))
+            return lambda: opened_ipc(shares[self.rank], nbytes, self._device)
         name = take(bucket, "group", str)
         if name not in self._groups:
             raise RpcError(f"no group {name} has been joined; join it first")
-        return self.weights.load(specs, lambda: self._groups[name].receive(specs, self._device))
+        return lambda: self._groups[name].receive(layout.specs, layout.nbytes, self._device)
+
+    def _layout(self, text: str) -> Layout:
+        """What a bucket with these tensors does to the model. It is planned once, and again if the model has moved."""
+        layout = self._layouts.get(text)
+        if layout is None or not layout.fits:
+            layout = self._layouts[text] = self._planned(parse_specs(text))
+            self.planned += 1
+        self._used.add(text)
+        return layout
+
+    def _planned(self, specs: Sequence[TensorSpec]) -> Layout:
+        return layout_of(specs, self._plan, self._writer.in_place, self._writer.processed_last)
+
+    def _load_folder(self, folder: Path) -> dict[str, Any]:
+        """Load a checkpoint on this host, one tensor at a time."""
+        tensors = read_folder(folder)
+        specs = [TensorSpec(name, t.dtype, tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()]
+        self._plan.targets(specs)  # nothing is written if one of them does not fit
+        samples, ignored = [], []
+        for spec, tensor in zip(specs, tensors.values(), strict=True):
+            layout, content = self._planned([spec]), tensor.reshape(-1).view(torch.uint8)
+            samples += self.weights.load(layout, lambda: content)  # noqa: B023
+            ignored += layout.ignored
+        return {"names": list(tensors), "samples": "".join(samples), "ignored": ignored}

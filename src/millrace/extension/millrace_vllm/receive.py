@@ -53,12 +53,9 @@ def opened_ipc(share: dict[str, Any], nbytes: int, device: torch.device) -> torc
     return memory
 
 
-def views(buffer: torch.Tensor, specs: list[TensorSpec]) -> list[torch.Tensor]:
-    """The tensors in a bucket's bytes, without a copy."""
-    for spec in specs:
-        if spec.offset + spec.nbytes > buffer.nbytes or spec.offset % spec.dtype.itemsize:
-            raise RpcError(f"{spec} cannot be at offset {spec.offset} of a bucket of {buffer.nbytes} bytes")
-    return [buffer[s.offset : s.offset + s.nbytes].view(s.dtype).view(s.shape) for s in specs]
+def view(bucket: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """A tensor in a bucket's bytes, without a copy."""
+    return bucket[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from .errors import RpcError
 from .messages import parse_object
 from .rank import Rank
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 log = logging.getLogger("vllm.millrace")
 
@@ -73,7 +73,8 @@ class Extension:
         """The state of this rank.
 
         `rank` counts through all data-parallel replicas; `world_size` is the number of ranks in this replica.
-        `version` is None before the first commit, and while modules contain weights of an abandoned update."""
+        `version` is None before the first commit, and while modules contain weights of an abandoned update. `planned`
+        is the number of buckets whose layout had to be planned; all others replayed a plan."""
         this = self._millrace()
         return {
             "version": this.weights.version,
@@ -81,18 +82,24 @@ class Extension:
             "rank": this.rank,
             "world_size": self.vllm_config.parallel_config.world_size,
             "protocol": PROTOCOL,
+            "planned": this.planned,
         }
 
     @returns_errors
     def millrace_begin(self) -> dict[str, Any]:
-        self._millrace().weights.begin()
+        self._millrace().begin()
         return {}
 
     @returns_errors
-    def millrace_load(self, bucket: str) -> dict[str, Any]:
-        """Load one bucket. `ignored` names the tensors that this rank does not use: those of another rank, and those
-        that the model leaves out."""
-        return {"ignored": self._millrace().load(parse_object(bucket))}
+    def millrace_load(self, bucket: str, tensors: str = "[]") -> dict[str, Any]:
+        """Load one bucket, and begin an update first if the bucket's `begin` is true.
+
+        tensors: what the bucket contains, a JSON list of [name, dtype, shape, offset, nbytes].
+
+        `samples`: the sampled checksum of each tensor in turn, 32 hex digits. It is of the tensor in the model, if the
+        model contains it unchanged, or else of the one that arrived. `names`: the tensors of a folder. `ignored` names
+        the tensors that this rank does not use: those of another rank, and those that the model leaves out."""
+        return self._millrace().load(parse_object(bucket), tensors)
 
     @returns_errors
     def millrace_commit(self, version: str) -> dict[str, Any]:
@@ -121,11 +128,6 @@ class Extension:
     def millrace_checksums(self) -> dict[str, Any]:
         """The checksums of this rank's tensors in memory, under the model's names."""
         return {"checksums": self._millrace().stored.checksums()}
-
-    @returns_errors
-    def millrace_samples(self) -> dict[str, Any]:
-        """The sampled checksums of the tensors in the open update, under the sender's names."""
-        return {"samples": self._millrace().weights.sampled_checksums()}
 
     @returns_errors
     def millrace_slots(self) -> dict[str, Any]:

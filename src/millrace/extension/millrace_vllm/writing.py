@@ -1,30 +1,48 @@
-"""Writes tensors into this rank's model, in place or through vLLM's layer-wise reload."""
+"""Writes into this rank's model: by copies, and by vLLM's layer-wise reload and the model's own loader if needed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from millrace_copies import Fused, copy_out
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
+from vllm.v1.attention.backend import AttentionImplBase
 
-from .dry_run import without_loras
+from .dry_run import Region, without_loras
+from .layouts import Writes, region_of
 from .plan import Plan
 
+UNCONVERTED = ("TRITON", "BATCHED_TRITON")  # kernels that use the experts of a checkpoint as they are
 
-class Part(NamedTuple):
-    """A sent tensor that fills a module or a part of one."""
+
+class Sent(NamedTuple):
+    """A sent tensor that the model's own loader must load."""
 
     name: str  # the sender's
-    tensor: torch.Tensor
-    dtype: torch.dtype  # the model's
+    tensor: torch.Tensor  # in the model's dtype
+
+
+@dataclass(slots=True)
+class Staged:
+    """The parts of a module that have arrived: its tensors as a checkpoint fills them, and what must still be loaded.
+
+    regions: those that have arrived."""
+
+    regions: set[Region]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    parts: list[Sent] = field(default_factory=list)
 
 
 class Writer:
-    """Loads parts into the model, and lets vLLM process the modules that need it."""
+    """Writes into the model, and lets vLLM process the modules that need it."""
 
     def __init__(self, model: torch.nn.Module, config: Any, device: torch.device, plan: Plan) -> None:
         self._model, self._config, self._device, self._plan = model, config, device, plan
@@ -32,42 +50,99 @@ class Writer:
         self.processed_last = {
             path for path, module in plan.modules.items() if hasattr(module, "process_weights_after_loading")
         }
+        self.inert = {
+            path for path in self.processed_last if is_inert(plan.modules[path])
+        }  # if nothing is sent to them
+        self._in_place: dict[str, bool] = {}
 
     def in_place(self, path: str) -> bool:
         """Whether a module uses its tensors as they were loaded, so that they can be written in place."""
-        module = self._plan.modules[path]
-        if path in self.processed_last:
-            return False
-        if not hasattr(module, "quant_method") or module.quant_method is None:
-            return True
-        plain = type(module.quant_method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-        return plain and self._device.type == "cuda"
+        if path not in self._in_place:
+            self._in_place[path] = path not in self.processed_last and self._uses_as_loaded(self._plan.modules[path])
+        return self._in_place[path]
 
-    def write(self, complete: set[str], parts: list[Part]) -> None:
-        """Load `parts`. The modules in `complete` go through vLLM's reload, all others are written in place."""
-        modules = [self._plan.modules[path] for path in complete]
+    def _uses_as_loaded(self, module: torch.nn.Module) -> bool:
+        method = getattr(module, "quant_method", None)
+        if method is None:
+            return True
+        if self._device.type != "cuda":
+            return False
+        if type(method) is UnquantizedFusedMoEMethod:
+            return method.unquantized_backend.name in UNCONVERTED and self._has_loaded_form(module)
+        return type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+
+    def _has_loaded_form(self, module: torch.nn.Module) -> bool:
+        """Whether a module's parameters have the shapes, strides and dtypes that a checkpoint fills."""
+        loaded = get_layerwise_info(module).restore_metadata[0]
+        return bool(loaded) and all(
+            (now := module._parameters.get(name)) is not None
+            and (now.shape, now.stride(), now.dtype) == (before.shape, before.stride(), before.dtype)
+            for name, before in loaded.items()
+        )
+
+    def stage(self, path: str, staged: Staged, writes: Writes, bucket: torch.Tensor) -> None:
+        """Write parts of a module into memory beside the model, from where `process` takes them."""
+        for name in writes.copies.keys() | {region.name for region, _ in writes.fills}:
+            if name not in staged.tensors:
+                form = self._plan.forms[path, name]
+                staged.tensors[name] = torch.empty_strided(
+                    form.shape, form.stride(), dtype=form.dtype, device=self._device
+                )
+        for name, copies in writes.copies.items():
+            into = staged.tensors[name]
+            for targets, sources in copies:
+                here = [into.as_strided(target.shape, target.stride(), target.storage_offset()) for target in targets]
+                copy_out(bucket, [Fused(here, sources)])
+        for region, value in writes.fills:
+            region_of(staged.tensors[region.name], region).fill_(value)
+
+    def load(self, parts: Sequence[Sent]) -> None:
+        """Let the model's own loader load tensors in place."""
+        if parts:
+            with set_current_vllm_config(self._config), torch.no_grad(), without_loras(self._model):
+                self._model.load_weights(parts)  # type: ignore[operator]
+
+    def process(self, staged: Mapping[str, Staged]) -> None:
+        """Let vLLM load and process modules of which all parts have arrived.
+
+        Modules without parts go through one at a time, so that no more memory is needed than for one."""
+        alone = [path for path, one in staged.items() if not one.parts and one.tensors]
+        together = staged.keys() - set(alone)
+        for some in (*({path: staged[path]} for path in alone), {path: staged[path] for path in together}):
+            if some:
+                self._process(some)
+                for one in some.values():
+                    one.tensors.clear()
+
+    def _process(self, staged: Mapping[str, Staged]) -> None:
+        modules = [self._plan.modules[path] for path in staged]
+        parts = [part for one in staged.values() for part in one.parts]
         chosen = Only(modules)
-        try:
-            with set_current_vllm_config(self._config), torch.no_grad(), self._without_kernels(modules):
-                initialize_layerwise_reload(chosen)
-                try:
-                    if parts:
-                        weights = ((part.name, part.tensor.to(part.dtype)) for part in parts)
-                        with without_loras(self._model):
-                            self._model.load_weights(weights)  # type: ignore[operator]
-                except BaseException:
-                    for info in map(get_layerwise_info, modules):  # they get their old memory and its content back
-                        info.load_numel = 0
-                        info.loaded_weights.clear()
-                    raise
-                finally:
-                    finalize_layerwise_reload(chosen, self._config.model_config)
-                for sharer in {self._plan.modules[other] for path in complete for other in self._plan.sharers(path)}:
-                    if hasattr(sharer, "quant_method"):  # on the CPU, a tied lm_head has a packed copy of its own
-                        sharer.quant_method.process_weights_after_loading(sharer)
-        finally:
-            if self._device.type != "cpu":
-                torch.accelerator.synchronize(self._device)  # after this, nothing reads the bucket's memory
+        with set_current_vllm_config(self._config), torch.no_grad(), self._without_kernels(modules):
+            initialize_layerwise_reload(chosen)
+            try:
+                if parts:
+                    with without_loras(self._model):
+                        self._model.load_weights(parts)  # type: ignore[operator]
+                for module, one in zip(modules, staged.values(), strict=True):
+                    if one.tensors:
+                        place(module, one)
+                        _layerwise_process(module, get_layerwise_info(module))
+            except BaseException:
+                for info in map(get_layerwise_info, modules):  # they get their old memory and its content back
+                    info.load_numel = 0
+                    info.loaded_weights.clear()
+                raise
+            finally:
+                finalize_layerwise_reload(chosen, self._config.model_config)
+            for sharer in {self._plan.modules[other] for path in staged for other in self._plan.sharers(path)}:
+                if hasattr(sharer, "quant_method"):  # on the CPU, a tied lm_head has a packed copy of its own
+                    sharer.quant_method.process_weights_after_loading(sharer)
+
+    def synchronize(self) -> None:
+        """Wait until nothing reads a bucket's memory any more."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
 
     @contextmanager
     def _without_kernels(self, modules: list[torch.nn.Module]) -> Iterator[None]:
@@ -83,6 +158,25 @@ class Writer:
             for method, kernel in kernels:
                 method.moe_kernel = kernel
             raise
+
+
+def place(module: torch.nn.Module, staged: Staged) -> None:
+    """Make staged tensors those of a module that vLLM reloads. Tensors that vLLM does not replace are written."""
+    for name, tensor in staged.tensors.items():
+        before = getattr(module, name)
+        if before.is_meta:
+            tensor.__class__, tensor.__dict__ = before.__class__, before.__dict__.copy()
+            setattr(module, name, tensor)
+            continue
+        for region in staged.regions:
+            if region.name == name:
+                region_of(before, region).copy_(region_of(tensor, region))
+
+
+def is_inert(module: torch.nn.Module) -> bool:
+    """Whether vLLM's processing of an attention module reads no weights and only sets constants again."""
+    nothing: Any = AttentionImplBase.process_weights_after_loading
+    return type(module) is Attention and getattr(type(module.impl), nothing.__name__) is nothing
 
 
 class Only(torch.nn.Module):
