@@ -1,7 +1,9 @@
 """Start a replica from its settings: launch a server, or attach to one."""
 
+import asyncio
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from millrace.config.engines import EmbeddedEngineConfig, EngineConfig
 from millrace.engines.base import Engine
@@ -9,9 +11,10 @@ from millrace.engines.http_engine import HttpEngine
 from millrace.engines.kinds import ENGINE_KINDS, launch
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.kv_events import require_packages
+from millrace.engines.stock.model import read_model
 from millrace.errors import ConfigError, EngineError, EngineRefused, LaunchError
 from millrace.launch.process import Server
-from millrace.types import EngineInfo
+from millrace.types import Capability, EngineInfo
 
 # Environment variables with the keys of attached servers. Not settings: every run writes its config to its folder.
 API_KEY, ADMIN_KEY = "MILLRACE_ENGINE_API_KEY", "MILLRACE_ENGINE_ADMIN_API_KEY"
@@ -52,6 +55,7 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
         return await _attach(config, config.urls[spec.replica], spec)
     if not isinstance(config, EmbeddedEngineConfig) and config.kv_events:
         require_packages()
+    await _require_experts(config, spec.model_path)
     launched = await launch(config, spec)
     try:
         if launched.url is None:
@@ -87,6 +91,13 @@ async def _attach(config: EngineConfig, url: str, spec: LaunchSpec) -> Replica:
         replica = replace(await initialized(engine, None, None), found=True)
     except EngineError as error:
         raise LaunchError(f"can't attach to {url}: {error}{about_keys(error)}") from error
+    wanted = not isinstance(config, EmbeddedEngineConfig) and config.return_routed_experts
+    if wanted and Capability.ROUTED_EXPERTS not in replica.info.capabilities:
+        await replica.end()
+        raise ConfigError(
+            f"engine.return_routed_experts is set, and the server at {url} does not return them; start it with "
+            "--enable-return-routed-experts, or leave it out"
+        )
     if config.dtype not in ("auto", replica.info.dtype):
         await replica.end()
         has = replica.info.dtype or "a dtype that it does not report (it was started with `--dtype auto`)"
@@ -95,6 +106,16 @@ async def _attach(config: EngineConfig, url: str, spec: LaunchSpec) -> Replica:
             f"start the server with --dtype {config.dtype}"
         )
     return replica
+
+
+async def _require_experts(config: EngineConfig, model: Path) -> None:
+    """Raise ConfigError if routed experts are wanted of a model without experts, of which servers die obscurely."""
+    if isinstance(config, EmbeddedEngineConfig) or not config.return_routed_experts:
+        return
+    if (await asyncio.to_thread(read_model, model)).experts is None:
+        raise ConfigError(
+            f"engine.return_routed_experts is for a mixture of experts, and {model} has no experts; leave it out"
+        )
 
 
 def about_keys(error: EngineError) -> str:

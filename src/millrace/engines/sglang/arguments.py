@@ -138,6 +138,7 @@ def settings(config: SGLangEngineConfig, spec: LaunchSpec) -> dict[str, EngineAr
         "--weight-version": str(spec.version),
         "--host": unbracketed(config.host),
         "--max-total-tokens": max_total_tokens,
+        "--enable-return-routed-experts": config.return_routed_experts,
         "--enable-memory-saver": config.memory_saver and config.device == "cuda",
     }
 

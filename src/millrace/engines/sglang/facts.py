@@ -105,6 +105,9 @@ def capabilities_of(
             found.add(Capability.JSON_SCHEMA)
     if server["disable_overlap_schedule"]:  # otherwise penalties count a token when the next one is sampled already
         found.add(Capability.PENALTIES)
+    returned = server.get("enable_return_routed_experts") and model.experts is not None
+    if returned and server["pp_size"] == 1:  # otherwise the last stage's layers only
+        found.add(Capability.ROUTED_EXPERTS)
     if served["has_image_understanding"] and model.image_token is not None:
         found.add(Capability.IMAGES)
     return frozenset(found)
