@@ -1,8 +1,8 @@
-"""Measures how far the trainer's logprobs of a mixture of experts are from the engine's, with routing replay and without.
+"""Measures how far the trainer's logprobs of a mixture of experts are from the engine's, with and without replay.
 
     python -m benchmarks.routing_replay [--engine JSON] [--device cpu] [--size tiny] [--requests 32] [--tokens 128]
 
-The model is a Qwen3-MoE with random weights in bfloat16. The engine computes in bfloat16 and the trainer in the dtype of
+The model is a Qwen3-MoE with random weights in bfloat16. The engine computes in bfloat16, the trainer in that of
 --dtype. `moved`: the share of a token's experts in a layer that the trainer's own routers do not choose.
 """
 
@@ -65,7 +65,9 @@ def make_model(size: str, folder: Path) -> int:
     return config.vocab_size
 
 
-async def sample(engine: dict[str, Any], folder: Path, vocabulary: int, requests: int, tokens: int) -> list[TrainSample]:
+async def sample(
+    engine: dict[str, Any], folder: Path, vocabulary: int, requests: int, tokens: int
+) -> list[TrainSample]:
     """Generate with the engine, and return what it made as samples."""
     draw = np.random.default_rng(0)
     config: EngineConfig = TypeAdapter(EngineConfig).validate_python({**engine, "return_routed_experts": True})
