@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from millrace.conformance import Check, Runner, select
 from millrace.fleet.fleet import Fleet
 from millrace.train.batch import TrainSample, collate
-from millrace.types import GenerateRequest, Generation, SamplingParams
+from millrace.types import GenerateRequest, Generation, PauseMode, SamplingParams
 from tests.architectures import make_moe_folder
 from tests.conformance.run_checks import run_check
 from tests.train.small_models import make_config, make_policy
@@ -39,7 +39,7 @@ def make_expert_folders(parent: Path) -> tuple[Path, Path]:
 async def sampled(fleet: Fleet, count: int) -> list[TrainSample]:
     draw = np.random.default_rng(0)
     sampling = SamplingParams(TOKENS, temperature=0.0, ignore_eos=True)
-    asked = [GenerateRequest(draw.integers(20, 200, PROMPT), sampling) for _ in range(count)]
+    asked = [GenerateRequest(tuple(draw.integers(20, 200, PROMPT)), sampling) for _ in range(count)]
     return [
         TrainSample(
             np.array(request.input_ids + made.output_ids),
@@ -92,7 +92,7 @@ class ReturnsExperts:
         the others those that the new weights choose for the same tokens."""
         room = fleet.context_length - PROMPT - 2
         own, other = (AutoModelForCausalLM.from_pretrained(one, dtype=torch.bfloat16) for one in folders)
-        request = GenerateRequest(range(30, 30 + PROMPT), SamplingParams(room, temperature=0.0, ignore_eos=True))
+        request = GenerateRequest(tuple(range(30, 30 + PROMPT)), SamplingParams(room, temperature=0.0, ignore_eos=True))
         before = await fleet.generate(request, deadline=DEADLINE)
         running = asyncio.Event()
 
@@ -102,9 +102,12 @@ class ReturnsExperts:
                     running.set()
             return made
 
+        [engine] = fleet.engines.values()
         task = asyncio.create_task(stream())
         await running.wait()
+        await engine.pause(PauseMode.KEEP)  # or it might end before the publish begins
         await fleet.publish(list(other.named_parameters()), 2600)
+        await engine.resume()
         made = await task
         [_, second] = made.version_spans
         known = PROMPT + second.start - 1

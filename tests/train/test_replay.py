@@ -133,11 +133,11 @@ def test_gradients_flow_into_the_router_through_the_weights(name: str) -> None:
         assert router.grad is not None
         step = 1e-3 * router.grad / router.grad.norm()
         with torch.no_grad():
-            router += step
+            router.add_(step)
             above = total()
-            router -= 2 * step
+            router.sub_(2 * step)
             below = total()
-            router += step
+            router.add_(step)
         assert float((above - below) / 2e-3) == pytest.approx(float(router.grad.norm()), rel=0.05)
 
 

@@ -72,6 +72,9 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
             model_path=spec.model_path,
         )
         replica = await initialized(engine, spec.version, launched.process)
+        if lacking := _lacks_experts(config, replica.info):
+            await engine.close()
+            raise ConfigError(f"{lacking}; leave out what disables that from engine.engine_args")
         gpus = launched.gpus if len(launched.gpus) == replica.info.ranks else ()
         return replace(replica, info=replace(replica.info, gpus=gpus), kv_events=launched.kv_events)
     except BaseException:
@@ -91,13 +94,9 @@ async def _attach(config: EngineConfig, url: str, spec: LaunchSpec) -> Replica:
         replica = replace(await initialized(engine, None, None), found=True)
     except EngineError as error:
         raise LaunchError(f"can't attach to {url}: {error}{about_keys(error)}") from error
-    wanted = not isinstance(config, EmbeddedEngineConfig) and config.return_routed_experts
-    if wanted and Capability.ROUTED_EXPERTS not in replica.info.capabilities:
+    if lacking := _lacks_experts(config, replica.info):
         await replica.end()
-        raise ConfigError(
-            f"engine.return_routed_experts is set, and the server at {url} does not return them; start it with "
-            "--enable-return-routed-experts, or leave it out"
-        )
+        raise ConfigError(f"{lacking}; start the server with --enable-return-routed-experts")
     if config.dtype not in ("auto", replica.info.dtype):
         await replica.end()
         has = replica.info.dtype or "a dtype that it does not report (it was started with `--dtype auto`)"
@@ -116,6 +115,14 @@ async def _require_experts(config: EngineConfig, model: Path) -> None:
         raise ConfigError(
             f"engine.return_routed_experts is for a mixture of experts, and {model} has no experts; leave it out"
         )
+
+
+def _lacks_experts(config: EngineConfig, info: EngineInfo) -> str | None:
+    """Return what is wrong if routed experts are wanted of a server that does not return them; otherwise None."""
+    wanted = not isinstance(config, EmbeddedEngineConfig) and config.return_routed_experts
+    if not wanted or Capability.ROUTED_EXPERTS in info.capabilities:
+        return None
+    return f"engine.return_routed_experts is set, and {info.kind} {info.engine_version} does not return them correctly"
 
 
 def about_keys(error: EngineError) -> str:
