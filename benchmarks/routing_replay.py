@@ -62,7 +62,7 @@ def make_model(size: str, folder: Path) -> int:
                 parameter.normal_(std=1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
         model.lm_head.weight.mul_(2)
     model.to(torch.bfloat16).save_pretrained(folder)
-    return config.vocab_size
+    return SIZES[size]["vocab_size"]
 
 
 async def sample(
@@ -72,7 +72,7 @@ async def sample(
     draw = np.random.default_rng(0)
     config: EngineConfig = TypeAdapter(EngineConfig).validate_python({**engine, "return_routed_experts": True})
     sampling = SamplingParams(tokens, ignore_eos=True)
-    asked = [GenerateRequest(draw.integers(0, vocabulary, PROMPT), sampling) for _ in range(requests)]
+    asked = [GenerateRequest(tuple(draw.integers(0, vocabulary, PROMPT)), sampling) for _ in range(requests)]
     async with open_fleet(config, folder, log_dir=folder / "logs") as fleet:
         made = await fleet.generate_all(asked, deadline=600.0)
     return [

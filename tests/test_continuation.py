@@ -72,7 +72,7 @@ def test_a_token_keeps_the_experts_of_the_first_call_that_read_it(calls: list[tu
 
 
 def test_tokens_that_a_grammar_drops_take_their_experts_along() -> None:
-    request = GenerateRequest((7,), SamplingParams(8, json_schema={}), request_id="r")
+    request = GenerateRequest((7,), SamplingParams(8, json_schema="{}"), request_id="r")
     continuation = Continuation(request)
     continuation.add(replace(piece(3, 0), routed_experts=np.zeros((3, 2, 4), np.uint8)))
     assert continuation.rest.routed_experts_start == 0

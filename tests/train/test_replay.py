@@ -23,9 +23,9 @@ MIXTURES = ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "glm4_moe",
 ROWS, LENGTH, CHOSEN, COUNT = 2, 7, 2, 4
 
 
-def mixture(name: str, **changes: object) -> PreTrainedModel:
+def mixture(name: str, chosen: int = CHOSEN) -> PreTrainedModel:
     """A mixture of experts with weights so large that each expert matters."""
-    model = make_model(name, **{"num_experts_per_tok": CHOSEN, **changes}).eval()
+    model: PreTrainedModel = make_model(name, num_experts_per_tok=chosen).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -206,7 +206,7 @@ def test_experts_of_another_model_are_refused() -> None:
 
 def test_a_router_that_works_in_another_way_is_refused() -> None:
     """Two experts a token are replayed in a model that routes to three."""
-    policy = Policy(mixture("qwen3_moe", num_experts_per_tok=3), CPU, make_config(), "it reads text")
+    policy = Policy(mixture("qwen3_moe", chosen=3), CPU, make_config(), "it reads text")
     with pytest.raises(DataError, match="does not know how qwen3_moe routes: a layer has 0 top-k"):
         policy.token_logprobs(tokens(), 1.0, experts_BTLK=drawn(2))
 
