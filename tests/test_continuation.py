@@ -50,6 +50,35 @@ def test_a_continuation_asks_for_exactly_what_is_missing(sizes: list[tuple[int, 
     assert continuation.aborted
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=6), st.integers(0, 3))
+def test_a_token_keeps_the_experts_of_the_first_call_that_read_it(calls: list[tuple[int, bool]], start: int) -> None:
+    """Each call returns rows that name it, from where it was asked to on, or none because it was lost."""
+    continuation = Continuation(replace(REQUEST, routed_experts_start=start))
+    expected: list[int] = []
+    for number, (length, returned) in enumerate(calls):
+        rest = continuation.rest
+        end = len(rest.input_ids) + length - 1
+        rows = None
+        if returned and length:
+            rows = np.full((end - rest.routed_experts_start, 2, 4), number, np.uint8)
+            expected += [number] * len(rows)
+        assert rest.routed_experts_start == start + len(expected) - (0 if rows is None else len(rows))
+        continuation.add(replace(piece(length, 0), routed_experts=rows))
+    whole = continuation.result.routed_experts
+    assert ([] if whole is None else whole[:, 0, 0].tolist()) == expected
+    last = max((i for i, (length, returned) in enumerate(calls) if length and returned), default=None)
+    if last is not None:
+        assert start + len(expected) == 3 + sum(length for length, _ in calls[: last + 1]) - 1
+
+
+def test_tokens_that_a_grammar_drops_take_their_experts_along() -> None:
+    request = GenerateRequest((7,), SamplingParams(8, json_schema="{}"), request_id="r")
+    continuation = Continuation(request)
+    continuation.add(replace(piece(3, 0), routed_experts=np.zeros((3, 2, 4), np.uint8)))
+    assert continuation.rest.routed_experts_start == 0
+    assert continuation.result.routed_experts is None
+
+
 def test_a_generation_cut_off_after_its_last_token_is_full() -> None:
     request = GenerateRequest((7,), SamplingParams(max_new_tokens=4), request_id="r")
     continuation = Continuation(request)

@@ -4,12 +4,12 @@ A call may end early because weights are updated, a router is interrupted, or an
 are kept, and the next call asks for the rest.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from millrace.types import FinishReason, Float32Array, GenerateRequest, Generation, VersionSpan
+from millrace.types import ExpertArray, FinishReason, Float32Array, GenerateRequest, Generation, VersionSpan
 
 SEEDS = 2**63
 
@@ -33,7 +33,8 @@ class Continuation:
         increased by their number, or the engine would draw the same random numbers again."""
         made = tuple(token for part in self.parts for token in part.output_ids)
         scored = self._prompt_logprobs(self.parts) is not None
-        if not made and not scored:
+        routed = joined_experts(part.routed_experts for part in self.parts)
+        if not made and not scored and routed is None:
             return self.request
         sampling = self.request.sampling
         seed = None if sampling.seed is None else (sampling.seed + len(made)) % SEEDS
@@ -48,6 +49,7 @@ class Continuation:
             ),
             continued_tokens=self.request.continued_tokens + len(made),
             prompt_logprobs=self.request.prompt_logprobs and not scored,
+            routed_experts_start=self.request.routed_experts_start + (0 if routed is None else len(routed)),
         )
 
     def add(self, part: Generation) -> None:
@@ -56,7 +58,10 @@ class Continuation:
         if part.finish_reason is FinishReason.ABORT and made >= self.request.sampling.max_new_tokens:
             part = replace(part, finish_reason=FinishReason.LENGTH)
         if self._begins_anew(part):
-            part = replace(part, output_ids=(), logprobs=part.logprobs[:0], version_spans=(), penalty_restarts=())
+            nothing = part.logprobs[:0]
+            part = replace(
+                part, output_ids=(), logprobs=nothing, version_spans=(), penalty_restarts=(), routed_experts=None
+            )
         self.parts.append(part)
 
     def _begins_anew(self, part: Generation) -> bool:
@@ -93,12 +98,25 @@ class Continuation:
             prompt_logprobs=self._prompt_logprobs(parts),
             prompt_ids=_prompt_ids(parts),
             penalty_restarts=_joined_restarts(parts),
+            routed_experts=joined_experts(part.routed_experts for part in parts),
         )
 
     def _prompt_logprobs(self, parts: list[Generation]) -> Float32Array | None:
         """The prompt's logprobs from the first part that has them. A later part's prompt ends in tokens of others."""
         found = next((one.prompt_logprobs for one in parts if one.prompt_logprobs is not None), None)
         return None if found is None else found[: len(self.request.input_ids)]
+
+
+def joined_experts(arrays: Iterable[ExpertArray | None]) -> ExpertArray | None:
+    """Return routed experts [N, L, K] of successive calls, one after the other; None if no call has any.
+
+    Each call was asked for those that the calls before it left open, so a token has the experts of the first call that
+    read it.
+    """
+    found = [one for one in arrays if one is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return np.concatenate(found)
 
 
 async def generate_in_parts(

@@ -94,6 +94,18 @@ def context_length(folder: Path) -> int | None:
     return length if isinstance(length, int) else None
 
 
+def decoder_layers(folder: Path) -> int:
+    """Return the number of decoder layers of the language model.
+
+    Raises DataError if the config can't be read, or if neither the file nor transformers gives the number.
+    """
+    count = text_part(read_config(folder)).get("num_hidden_layers")
+    count = count if count is not None else _by_transformers(folder, "num_hidden_layers")
+    if not isinstance(count, int):
+        raise DataError(f"{folder / 'config.json'} describes no decoder: its num_hidden_layers is {count}")
+    return count
+
+
 def folder_dtype(folder: Path) -> str | None:
     """Return torch's name of the dtype that the model should compute in, as in `bfloat16`.
 

@@ -17,6 +17,7 @@ from millrace import arguments
 from millrace.errors import ArgumentError
 
 Float32Array = NDArray[np.float32]
+ExpertArray = NDArray[np.unsignedinteger]
 # Arguments that may be None.
 OPTIONAL = frozenset({"json_schema", "seed", "session", "group", "min_version", "exact_version"})
 
@@ -90,6 +91,7 @@ class Capability(StrEnum):
     PROMPT_PENALTY = "prompt_penalty"  # repetition_penalty also counts the tokens of the prompt
     LORA = "lora"
     IMAGES = "images"
+    ROUTED_EXPERTS = "routed_experts"  # a generation has the experts that each token was routed to
     PAUSE_ABORT = "pause_abort"
     PAUSE_RETRACT = "pause_retract"
     PAUSE_KEEP = "pause_keep"
@@ -156,7 +158,9 @@ class GenerateRequest:
     continued_tokens: how many of the last `input_ids` are output of an earlier call; for penalties and stop texts, they
     count as output. images: one PIL image, path, or content of an image file for each image in the prompt, in order;
     stored as the contents of image files. In `input_ids`, each image is one placeholder token, or the run of
-    placeholders that an engine made of it. extra: options for one kind of engine, sent to the engine unchanged.
+    placeholders that an engine made of it. routed_experts_start: the first position of `Generation.routed_experts`; at
+    most the prompt's length. Without the capability it has no effect. extra: options for one kind of engine, sent to
+    the engine unchanged.
 
     >>> GenerateRequest(tokenizer(prompt)["input_ids"], SamplingParams(max_new_tokens=256))
     """
@@ -168,6 +172,7 @@ class GenerateRequest:
     prompt_logprobs: bool = False
     continued_tokens: int = 0
     images: tuple[bytes, ...] = field(default=(), repr=False)
+    routed_experts_start: int = 0
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -179,7 +184,7 @@ class GenerateRequest:
             )
         _convert(self, arguments.text, "request_id")
         _convert(self, arguments.flag, "prompt_logprobs")
-        _convert(self, arguments.count, "continued_tokens")
+        _convert(self, arguments.count, "continued_tokens", "routed_experts_start")
         _convert(self, arguments.images, "images")
         _convert(self, arguments.mapping, "extra")
 
@@ -249,6 +254,12 @@ class Generation:
     prompt_ids: the prompt as the engine read it, with a run of placeholder tokens for each image; None if the request
     has no images, or was aborted before the engine read it.
 
+    routed_experts: [N, L, K] uint8, or uint16 for models of more than 256 experts: the K experts that each token was
+    routed to in each of the L layers that have experts. Row i is of the token at position `routed_experts_start + i` of
+    the prompt and the output, up to the output's last token but one, because no layer has read the last. A token that
+    several calls read has the experts of the first. A row takes L x K x itemsize bytes. None unless the engine has
+    Capability.ROUTED_EXPERTS, and before the last item of a stream.
+
     >>> generation = await fleet.generate(request, deadline=60)
     >>> tokenizer.decode(generation.output_ids), generation.logprobs.mean()
     """
@@ -265,6 +276,7 @@ class Generation:
     prompt_logprobs: Float32Array | None = None
     penalty_restarts: tuple[int, ...] = ()
     prompt_ids: tuple[int, ...] | None = None
+    routed_experts: ExpertArray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,11 @@ def test_a_routers_name_alone_is_enough(path: Path, text: str) -> None:
     assert load_config(with_router(path, text)).router == SGLangRouterConfig(kind="sglang")
 
 
+def test_a_router_that_drops_what_asks_for_routed_experts_is_refused(path: Path) -> None:
+    with pytest.raises(ConfigError, match="router sglang drops the fields that ask for routed experts"):
+        load_config(path, ["router=sglang", "engine.kind=sglang", "engine.return_routed_experts=true"])
+
+
 def test_a_router_may_be_set_by_an_override(path: Path) -> None:
     assert load_config(path, ["router=vllm", "engine.kind=vllm"]).router == VLLMRouterConfig(kind="vllm")
     config = load_config(path, ["router.kind=sglang", "router.fallback=none"]).router

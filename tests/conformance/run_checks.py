@@ -21,6 +21,8 @@ START_TIMEOUT = 240.0  # seconds; a stock engine takes 20 on a quiet machine
 WITHOUT_LORA = frozenset(check.name for check in CHECKS if Capability.LORA in check.needs)
 # These checks need a server of a vision-language model.
 WITHOUT_IMAGES = frozenset(check.name for check in CHECKS if Capability.IMAGES in check.needs)
+# These checks need a server of a mixture of experts that returns the routed experts.
+WITHOUT_EXPERTS = frozenset(check.name for check in CHECKS if Capability.ROUTED_EXPERTS in check.needs)
 every_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 
 

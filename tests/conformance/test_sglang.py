@@ -26,6 +26,7 @@ from tests.conformance.lora import (
 from tests.conformance.nan import check_nan_weights
 from tests.conformance.run_checks import (
     START_TIMEOUT,
+    WITHOUT_EXPERTS,
     WITHOUT_IMAGES,
     WITHOUT_LORA,
     check_dtype_is_read,
@@ -41,7 +42,7 @@ from tests.routers.check_router import check_router
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LACKING = WITHOUT_IMAGES | frozenset({
+LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | frozenset({
     "generate.seed",
     "generate.stop_ignoring_eos",
     "update.bare_nccl",  # on the CPU

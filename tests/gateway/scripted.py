@@ -1,13 +1,22 @@
 """A fleet whose engine writes what a script says, and keeps what it was asked and what it answered."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from millrace.types import ANYWHERE, Capability, FinishReason, GenerateRequest, Generation, RoutingContext, VersionSpan
+from millrace.types import (
+    ANYWHERE,
+    Capability,
+    ExpertArray,
+    FinishReason,
+    GenerateRequest,
+    Generation,
+    RoutingContext,
+    VersionSpan,
+)
 
 # What the model writes next: for the text of a prompt, its turn as text.
 Script = Callable[[str], str | Awaitable[str]]
@@ -21,13 +30,20 @@ class Asked:
     output_ids: tuple[int, ...]
 
 
+def experts_naming(token_ids: Sequence[int], start: int = 0) -> ExpertArray:
+    """Routed experts of all tokens but the last, from `start` on, by which each token can be told: [N, 2, 1]."""
+    named = np.array(token_ids[start:-1], np.int64) % 251
+    return np.repeat(named.astype(np.uint8), 2).reshape(-1, 2, 1)
+
+
 @dataclass
 class ScriptedFleet:
     """Stands for a fleet of one engine.
 
     tokenizer: of the model. end: the token that ends each turn, unless max_new_tokens cuts it. version: of the weights.
 
-    pace: awaited before each token of a stream, if given.
+    pace: awaited before each token of a stream, if given. routed: whether whole answers have routed experts, which name
+    their token (`experts_naming`).
     """
 
     tokenizer: Any
@@ -37,6 +53,7 @@ class ScriptedFleet:
     version: int = 1
     capabilities: frozenset[Capability] = frozenset()
     pace: Callable[[], Awaitable[None]] | None = None
+    routed: bool = False
     asked: list[Asked] = field(default_factory=list)
 
     async def generate(
@@ -85,4 +102,7 @@ class ScriptedFleet:
             (VersionSpan(self.version, 0, len(output)),),
             len(request.input_ids),
             0,
+            routed_experts=experts_naming(request.input_ids + output, request.routed_experts_start)
+            if self.routed and finish is None
+            else None,
         )

@@ -4,18 +4,21 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import orjson
 import pytest
 
 from millrace.config.gateway import GatewayConfig
 from millrace.gateway.call import NO_LINEAGE
 from millrace.gateway.episode import Episode
 from millrace.gateway.gateway import Gateway
+from millrace.gateway.journal import decoded, encoded
 from millrace.gateway.protocols.base import RequestError
 from millrace.gateway.protocols.chat import ChatCompletions
-from millrace.gateway.tree import Node
+from millrace.gateway.tree import Node, Tree
 from millrace.types import FinishReason
 from tests.gateway.formats import format_of, tool
-from tests.gateway.scripted import ScriptedFleet
+from tests.gateway.scripted import ScriptedFleet, experts_naming
 
 pytestmark = pytest.mark.asyncio
 ADD, NOW = tool("add", a="integer"), tool("now")
@@ -99,6 +102,31 @@ async def test_a_turn_is_continued_in_two_ways(headers: Mapping[str, str]) -> No
     assert (one.nodes, other.nodes) == ((0, 1), (0, 2))
     assert (one.episode.turns, other.episode.turns) == (2, 1)  # what they share is trained once
     assert other.episode.loss_mask.sum() == len(chat.last.output_ids)
+
+
+async def test_the_samples_have_the_routed_experts_of_their_path() -> None:
+    """Each request asks for those that the generations before it left open. A journal keeps them."""
+    chat = Chat()
+    chat.fleet.routed = True
+    first = await chat.ask(QUESTION)
+    await chat.ask(QUESTION, first, MORE)
+    await chat.ask(QUESTION, first, {**MORE, "content": "Or less?"})
+    starts = [one.request.routed_experts_start for one in chat.fleet.asked]
+    asked = chat.fleet.asked[0]
+    assert starts == [0, *[len(asked.request.input_ids) + len(asked.output_ids) - 1] * 2]
+    for sample in chat.episode.samples():
+        assert sample.episode.routed_experts is not None
+        assert np.array_equal(sample.episode.routed_experts, experts_naming(sample.episode.token_ids))
+    restored = Tree()
+    for number, node in enumerate(chat.episode.tree.nodes):
+        line = orjson.loads(orjson.dumps({**encoded(node), "node": number}))
+        kept = restored.add(decoded(restored, line)).routed_experts
+        assert kept is not None
+        assert node.routed_experts is not None
+        assert kept.dtype == np.uint8
+        assert np.array_equal(kept, node.routed_experts)
+        del line["routed_experts"]  # of an earlier Millrace
+        assert decoded(restored, line).routed_experts is None
 
 
 async def test_the_reasons_for_new_roots() -> None:

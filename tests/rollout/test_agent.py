@@ -16,6 +16,7 @@ from millrace.rollout.sample import Episode, EpisodeEnd
 from millrace.rollout.tools import Calculator, Tool, ToolAnswer
 from millrace.train.tiny import ANSWER_TEXT, CALL_TEXT, make_tiny_tokenizer
 from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, VersionSpan
+from tests.gateway.scripted import experts_naming
 
 TOOLS: Mapping[str, Tool] = {"calculator": Calculator()}
 CHAT = check_chat_format(make_tiny_tokenizer(), "tiny", [Calculator().schema])
@@ -49,7 +50,14 @@ class FakeModel:
             else (VersionSpan(None, 0, len(ids)),)
         )
         generation = Generation(
-            request.request_id, ids, logprobs, finish, version_spans if ids else (), len(request.input_ids), 0
+            request.request_id,
+            ids,
+            logprobs,
+            finish,
+            version_spans if ids else (),
+            len(request.input_ids),
+            0,
+            routed_experts=experts_naming(request.input_ids + ids, request.routed_experts_start),
         )
         self.generations.append(generation)
         return generation
@@ -98,6 +106,8 @@ def check(episode: Episode, model: FakeModel, limits: EpisodeLimits, prompt: tup
     np.testing.assert_array_equal(episode.loss_mask, expected_mask)
     np.testing.assert_array_equal(episode.logprobs, expected_logprobs)
     assert episode.logprobs.dtype == np.float32
+    assert episode.routed_experts is not None
+    np.testing.assert_array_equal(episode.routed_experts, experts_naming(episode.token_ids))
     assert episode.version_spans == tuple(expected_version_spans)
     covered = [place for s in episode.version_spans for place in range(s.start, s.end)]
     assert covered == np.flatnonzero(episode.loss_mask).tolist()

@@ -128,6 +128,12 @@ class StockEngineConfig(ReplicatedConfig):
         Flag("vllm", "--log-level", passed=False),
     ] = "info"
     """Level of the servers' logs."""
+    return_routed_experts: Annotated[
+        bool,
+        Flag("sglang", "--enable-return-routed-experts", passed=False),
+        Flag("vllm", "--enable-return-routed-experts", passed=False),
+    ] = False
+    """Return the experts that each token was routed to, for routing replay. The model must be a mixture of experts."""
     kv_events: bool = False
     """Route by the KV cache events that the engine publishes. They report the prefixes in its cache. It needs the extra
     `millrace[kv-events]`."""
@@ -182,6 +188,11 @@ class SGLangEngineConfig(StockEngineConfig):
     def _check_ranks(self) -> Self:
         if self.tp_size * self.pp_size % self.nnodes:
             raise ValueError(f"tp_size {self.tp_size} x pp_size {self.pp_size} can't be split over {self.nnodes} nodes")
+        if self.return_routed_experts and self.pp_size > 1:
+            raise ValueError(
+                "SGLang returns the routed experts of the last pipeline stage only; set pp_size to 1, or leave out "
+                "return_routed_experts"
+            )
         return self
 
 

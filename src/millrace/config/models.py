@@ -385,7 +385,7 @@ class RunConfig(Model):
         if rollout.max_turn_tokens > rollout.max_sample_tokens:
             raise ValueError("rollout.max_turn_tokens is above rollout.max_sample_tokens; no turn could be that long")
         if self.router is not None:
-            check_router(self.router, self.engine.kind)
+            check_router(self.router, self.engine)
         if rollout.recycle:
             if self.mode != "hybrid":
                 raise ValueError(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
 from millrace.config.base import ForeignArgument, Model
+from millrace.config.engines import EngineConfig, SGLangEngineConfig
 from millrace.config.paths import LocalPath
 
 # The kinds of engines that each router can serve without dropping parts of the requests.
@@ -103,11 +104,16 @@ RouterConfig = Annotated[
 ]
 
 
-def check_router(router: SGLangRouterConfig | VLLMRouterConfig, engine: str) -> None:
-    """Raise ValueError if the router can't serve engines of the kind `engine`."""
-    if engine not in SERVES[router.kind]:
-        able = [kind for kind, engines in SERVES.items() if engine in engines]
+def check_router(router: SGLangRouterConfig | VLLMRouterConfig, engine: EngineConfig) -> None:
+    """Raise ValueError if the router can't serve engines with these settings."""
+    if isinstance(engine, SGLangEngineConfig) and engine.return_routed_experts:
         raise ValueError(
-            f"router {router.kind} drops parts of the requests to {engine} engines; "
+            f"router {router.kind} drops the fields that ask for routed experts; leave out "
+            "engine.return_routed_experts, or the router: requests then go straight to the engines"
+        )
+    if engine.kind not in SERVES[router.kind]:
+        able = [kind for kind, engines in SERVES.items() if engine.kind in engines]
+        raise ValueError(
+            f"router {router.kind} drops parts of the requests to {engine.kind} engines; "
             f"use {' or '.join(able)}, or no router: requests then go straight to the engines"
         )

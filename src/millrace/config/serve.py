@@ -40,5 +40,5 @@ class ServeConfig(Model):
     @model_validator(mode="after")
     def _check(self) -> "ServeConfig":
         if self.router is not None:
-            check_router(self.router, self.engine.kind)
+            check_router(self.router, self.engine)
         return self

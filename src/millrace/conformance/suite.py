@@ -8,6 +8,7 @@ from millrace.conformance.checks import (
     aborting,
     caching,
     crowding,
+    experts,
     generating,
     identity,
     images,
@@ -36,6 +37,7 @@ CHECKS: Sequence[Check] = (
     *versions.CHECKS,
     *lora.CHECKS,
     *images.CHECKS,
+    *experts.CHECKS,
     *crowding.CHECKS,
 )
 

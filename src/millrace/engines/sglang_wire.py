@@ -1,10 +1,12 @@
 """Encode and decode SGLang's native wire format, which the embedded engine has too. Pure."""
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from millrace.engines.experts import Experts, asked_from, with_experts
 from millrace.engines.versions import decode_spans, decode_version
 from millrace.types import (
     EngineLoad,
@@ -21,7 +23,8 @@ PROMPT_LOGPROBS = "input_token_logprobs"
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 PAUSE_MODES = {PauseMode.ABORT: "abort", PauseMode.RETRACT: "retract", PauseMode.KEEP: "in_place"}
 
-# Fields of an answer that are decoded. The others (routed experts, hidden states, ...) are passed through as `extra`.
+ROUTED_EXPERTS = "routed_experts"
+# Fields of an answer that are decoded. The others (hidden states, ...) are passed through as `extra`.
 DECODED = frozenset({
     "id",
     "finish_reason",
@@ -33,8 +36,8 @@ DECODED = frozenset({
 })  # fmt: skip
 
 
-def encode_generate(request: GenerateRequest, *, stream: bool = False) -> dict[str, object]:
-    """Return the body of POST /generate."""
+def encode_generate(request: GenerateRequest, *, stream: bool = False, experts: bool = False) -> dict[str, object]:
+    """Return the body of POST /generate. experts: whether to ask for the routed experts."""
     sampling = request.sampling
     params: dict[str, object] = {
         "max_new_tokens": sampling.max_new_tokens,
@@ -59,9 +62,11 @@ def encode_generate(request: GenerateRequest, *, stream: bool = False) -> dict[s
         params["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
     further: Any = request.extra.get("sampling_params", {})
     scored = {"logprob_start_len": 0} if request.prompt_logprobs else {}
+    routed = {"return_routed_experts": True, "routed_experts_start_len": asked_from(request)} if experts else {}
     return {
         **request.extra,
         **scored,
+        **routed,
         "rid": wire_id(request.request_id),
         "input_ids": request.input_ids,
         "sampling_params": {**further, **params},
@@ -78,10 +83,11 @@ def wire_id(request_id: str) -> str:
     return f"{request_id}#"
 
 
-def decode_generate(request: GenerateRequest, body: Mapping[str, Any]) -> Generation:
+def decode_generate(request: GenerateRequest, body: Mapping[str, Any], experts: Experts | None = None) -> Generation:
     """Decode the answer to POST /generate, or one cumulative event of its stream.
 
-    A request that was aborted in the waiting queue has no token counts.
+    A request that was aborted in the waiting queue has no token counts. experts: of the model, if the request asked for
+    the routed ones, which come at the end.
 
     Raises KeyError, TypeError or ValueError if the answer does not have the shape that SGLang documents.
     """
@@ -93,11 +99,12 @@ def decode_generate(request: GenerateRequest, body: Mapping[str, Any]) -> Genera
         raise ValueError(f"{len(output_ids)} tokens came with {len(logprobs)} logprobs")
     finish = meta["finish_reason"]
     dropped = DECODED | {PROMPT_LOGPROBS} if request.prompt_logprobs else DECODED
+    dropped |= {ROUTED_EXPERTS} if experts is not None else set()
     scored = meta.get(PROMPT_LOGPROBS) if request.prompt_logprobs else None  # a request aborted in the queue has none
     prompt_logprobs = np.array([entry[0] for entry in scored], dtype=np.float32) if scored else None
     if prompt_logprobs is not None and len(prompt_logprobs) != len(request.input_ids):
         raise ValueError(f"{len(request.input_ids)} tokens of the prompt came with {len(prompt_logprobs)} logprobs")
-    return Generation(
+    made = Generation(
         request_id=request.request_id,
         output_ids=output_ids,
         logprobs=logprobs,
@@ -110,6 +117,11 @@ def decode_generate(request: GenerateRequest, body: Mapping[str, Any]) -> Genera
         text=body["text"] if finish and request.sampling.stop else None,
         prompt_logprobs=prompt_logprobs,
     )
+    if experts is None or not finish:
+        return made
+    text = meta.get(ROUTED_EXPERTS)
+    table = None if text is None else np.frombuffer(base64.b64decode(text), dtype=np.int32)
+    return with_experts(request, made, table, experts)
 
 
 def decode_version_spans(meta: Mapping[str, Any], length: int) -> tuple[VersionSpan, ...]:

@@ -1,7 +1,9 @@
 """Start a replica from its settings: launch a server, or attach to one."""
 
+import asyncio
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from millrace.config.engines import EmbeddedEngineConfig, EngineConfig
 from millrace.engines.base import Engine
@@ -9,9 +11,10 @@ from millrace.engines.http_engine import HttpEngine
 from millrace.engines.kinds import ENGINE_KINDS, launch
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.kv_events import require_packages
+from millrace.engines.stock.model import read_model
 from millrace.errors import ConfigError, EngineError, EngineRefused, LaunchError
 from millrace.launch.process import Server
-from millrace.types import EngineInfo
+from millrace.types import Capability, EngineInfo
 
 # Environment variables with the keys of attached servers. Not settings: every run writes its config to its folder.
 API_KEY, ADMIN_KEY = "MILLRACE_ENGINE_API_KEY", "MILLRACE_ENGINE_ADMIN_API_KEY"
@@ -52,6 +55,7 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
         return await _attach(config, config.urls[spec.replica], spec)
     if not isinstance(config, EmbeddedEngineConfig) and config.kv_events:
         require_packages()
+    await _require_experts(config, spec.model_path)
     launched = await launch(config, spec)
     try:
         if launched.url is None:
@@ -68,6 +72,9 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
             model_path=spec.model_path,
         )
         replica = await initialized(engine, spec.version, launched.process)
+        if lacking := _lacks_experts(config, replica.info):
+            await engine.close()
+            raise ConfigError(f"{lacking}; leave out what disables that from engine.engine_args")
         gpus = launched.gpus if len(launched.gpus) == replica.info.ranks else ()
         return replace(replica, info=replace(replica.info, gpus=gpus), kv_events=launched.kv_events)
     except BaseException:
@@ -87,6 +94,9 @@ async def _attach(config: EngineConfig, url: str, spec: LaunchSpec) -> Replica:
         replica = replace(await initialized(engine, None, None), found=True)
     except EngineError as error:
         raise LaunchError(f"can't attach to {url}: {error}{about_keys(error)}") from error
+    if lacking := _lacks_experts(config, replica.info):
+        await replica.end()
+        raise ConfigError(f"{lacking}; start the server with --enable-return-routed-experts")
     if config.dtype not in ("auto", replica.info.dtype):
         await replica.end()
         has = replica.info.dtype or "a dtype that it does not report (it was started with `--dtype auto`)"
@@ -95,6 +105,24 @@ async def _attach(config: EngineConfig, url: str, spec: LaunchSpec) -> Replica:
             f"start the server with --dtype {config.dtype}"
         )
     return replica
+
+
+async def _require_experts(config: EngineConfig, model: Path) -> None:
+    """Raise ConfigError if routed experts are wanted of a model without experts, of which servers die obscurely."""
+    if isinstance(config, EmbeddedEngineConfig) or not config.return_routed_experts:
+        return
+    if (await asyncio.to_thread(read_model, model)).experts is None:
+        raise ConfigError(
+            f"engine.return_routed_experts is for a mixture of experts, and {model} has no experts; leave it out"
+        )
+
+
+def _lacks_experts(config: EngineConfig, info: EngineInfo) -> str | None:
+    """Return what is wrong if routed experts are wanted of a server that does not return them; otherwise None."""
+    wanted = not isinstance(config, EmbeddedEngineConfig) and config.return_routed_experts
+    if not wanted or Capability.ROUTED_EXPERTS in info.capabilities:
+        return None
+    return f"engine.return_routed_experts is set, and {info.kind} {info.engine_version} does not return them correctly"
 
 
 def about_keys(error: EngineError) -> str:

@@ -123,7 +123,7 @@ async def open_fleet(
         raise ConfigError(f"transport {transport!r} is unknown; valid here: {', '.join(get_args(TransportName))}")
     if router is not None:
         try:
-            check_router(router, engine.kind)
+            check_router(router, engine)
         except ValueError as error:
             raise ConfigError(str(error)) from None
     if keep_running is not None and isinstance(router, VLLMRouterConfig):

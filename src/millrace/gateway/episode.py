@@ -323,7 +323,11 @@ class Episode:
         ends = self.engines.format.stop_token_ids
         sampling = sampling_of(call.wanted, self.engines.config, self.rules, room, ends=ends, json_schema=schema)
         request = GenerateRequest(
-            prepared.token_ids, sampling, request_id=f"{self.id}-{turn.id}", images=prepared.images
+            prepared.token_ids,
+            sampling,
+            request_id=f"{self.id}-{turn.id}",
+            images=prepared.images,
+            routed_experts_start=prepared.routed,
         )
         if call.n == 1:
             return [request]
@@ -361,6 +365,7 @@ class Episode:
                 lineage=turn.call.lineage,
                 temperature=temperature,
                 images=images_in(place.added),
+                routed_experts=made.routed_experts,
             )
         )
         if node.reason is not None:

@@ -18,7 +18,7 @@ from millrace.errors import ConfigError, DataError
 from millrace.gateway.call import Lineage, ToolUse, TurnText
 from millrace.gateway.tree import BranchReason, Node, Tree
 from millrace.jsonl import drop_torn_tail
-from millrace.types import FinishReason, VersionSpan
+from millrace.types import ExpertArray, FinishReason, VersionSpan
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ def encoded(node: Node) -> dict[str, object]:
         "lineage": [node.lineage.agent, node.lineage.parent, node.lineage.compaction],
         "temperature": node.temperature,
         "images": [base64.b64encode(image).decode() for image in node.images],
+        "routed_experts": None if node.routed_experts is None else _encoded_experts(node.routed_experts),
     }
 
 
@@ -141,7 +142,20 @@ def decoded(tree: Tree, line: Mapping[str, Any]) -> Node:
         lineage=Lineage(*line["lineage"]),
         temperature=line["temperature"],
         images=tuple(images),
+        routed_experts=_decoded_experts(line.get("routed_experts")),  # journals of earlier versions have none
     )
+
+
+def _encoded_experts(experts: ExpertArray) -> list[object]:
+    return [experts.dtype.name, experts.shape, base64.b64encode(experts.tobytes()).decode()]
+
+
+def _decoded_experts(stored: Any) -> ExpertArray | None:
+    if stored is None:
+        return None
+    name, shape, data = stored
+    experts: ExpertArray = np.frombuffer(base64.b64decode(data), np.dtype(name)).reshape(shape)
+    return experts
 
 
 def _plain(message: Mapping[str, object]) -> dict[str, object]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from millrace.continuation import joined_experts
 from millrace.gateway.tree import BranchReason, Line, Tree, lines
 from millrace.rollout.sample import Episode, EpisodeEnd
 from millrace.types import FinishReason, VersionSpan
@@ -57,6 +58,7 @@ def _sample(line: Line) -> GatewaySample:
         end=EpisodeEnd.TOKEN_LIMIT if last.finish is FinishReason.LENGTH else EpisodeEnd.ANSWERED,
         messages=messages,
         images=tuple(image for node in line.nodes for image in node.images),
+        routed_experts=joined_experts(node.routed_experts for node in line.nodes),
     )
     return GatewaySample(
         episode,

@@ -22,7 +22,7 @@ from millrace.gateway.call import (
     tools_digest,
 )
 from millrace.rollout.sample import Message
-from millrace.types import FinishReason, Float32Array, VersionSpan
+from millrace.types import ExpertArray, FinishReason, Float32Array, VersionSpan
 
 SHORTEST_SUMMARY = 20  # characters of its longest line
 
@@ -52,7 +52,8 @@ class Node:
     messages after the parent's turn; all for a root. reason: why it branches; None if it continues its parent.
     identity: of the request. request: its id, which the samples of one request share. delivered: whether the agent got
     the answer. images: of the messages in `added`. temperature: with which it was sampled. digest: of the conversation
-    up to and including the turn.
+    up to and including the turn. routed_experts: [N, L, K], as in `Generation`, from where those of the parent's path
+    end.
     """
 
     number: int
@@ -73,6 +74,7 @@ class Node:
     delivered: bool = False
     images: tuple[bytes, ...] = ()
     digest: bytes = b""
+    routed_experts: ExpertArray | None = field(default=None, repr=False)
     children: "list[Node]" = field(default_factory=list)
 
     @property
@@ -84,6 +86,11 @@ class Node:
             if node.parent is None:
                 return nodes[::-1]
             node = node.parent
+
+    @property
+    def routed(self) -> int:
+        """How many tokens of the whole path have their routed experts."""
+        return sum(len(node.routed_experts) for node in self.path if node.routed_experts is not None)
 
     @property
     def token_ids(self) -> tuple[int, ...]:

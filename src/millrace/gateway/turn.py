@@ -247,6 +247,11 @@ class Prepared:
     def length(self) -> int:
         return len(self.before) + len(self.context)
 
+    @property
+    def routed(self) -> int:
+        """How many of the tokens have their routed experts, by the generations before."""
+        return self.place.parent.routed if self.place.parent else 0
+
 
 async def all_of(answers: Sequence[Coroutine[None, None, T]]) -> list[T]:
     """Wait for all. Raises the first error, and cancels the others."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from millrace.continuation import joined_experts
 from millrace.errors import DataError, MillraceError
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.sample import Episode, EpisodeEnd, Message, images_in
@@ -18,7 +19,15 @@ from millrace.rollout.tools import (
     parse_tool_calls,
     without_tool_calls,
 )
-from millrace.types import FinishReason, Float32Array, GenerateRequest, Generation, SamplingParams, VersionSpan
+from millrace.types import (
+    ExpertArray,
+    FinishReason,
+    Float32Array,
+    GenerateRequest,
+    Generation,
+    SamplingParams,
+    VersionSpan,
+)
 
 Generate = Callable[[GenerateRequest], Awaitable[Generation]]
 
@@ -149,7 +158,13 @@ async def converse(
         request_id = f"{sample_id}/{draft.turns}"
         turn_sampling = _turn_sampling(sampling, draft.turns, room, chat.end_of_turn)
         generation = await generate(
-            GenerateRequest(tuple(draft.token_ids), turn_sampling, request_id=request_id, images=tuple(draft.images))
+            GenerateRequest(
+                tuple(draft.token_ids),
+                turn_sampling,
+                request_id=request_id,
+                images=tuple(draft.images),
+                routed_experts_start=draft.routed,
+            )
         )
         if generation.finish_reason is FinishReason.ABORT:
             raise AbortedGeneration(request_id)
@@ -202,7 +217,13 @@ class _Draft:
     messages: list[Message] = field(default_factory=list)
     turn_logprobs: list[tuple[int, Float32Array]] = field(default_factory=list)  # (first position, [T] logprobs)
     version_spans: list[VersionSpan] = field(default_factory=list)
+    routed_experts: list[ExpertArray] = field(default_factory=list)  # one after the other, from the first token on
     turns: int = 0
+
+    @property
+    def routed(self) -> int:
+        """How many of the tokens have their routed experts."""
+        return sum(map(len, self.routed_experts))
 
     @property
     def length(self) -> int:
@@ -226,6 +247,8 @@ class _Draft:
         self.version_spans.extend(
             VersionSpan(s.version, s.start + start, s.end + start) for s in generation.version_spans
         )
+        if generation.routed_experts is not None:
+            self.routed_experts.append(generation.routed_experts)
         self.messages.append(message)
         self.turns += 1
         self.read = len(self.token_ids)
@@ -253,6 +276,7 @@ class _Draft:
             end=end,
             messages=tuple(self.messages),
             images=tuple(self.images),
+            routed_experts=joined_experts(self.routed_experts),
         )
 
 

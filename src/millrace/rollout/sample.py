@@ -7,7 +7,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from millrace.types import Float32Array, VersionSpan
+from millrace.types import ExpertArray, Float32Array, VersionSpan
 
 # Of a chat: `role`, `content`, and what else the chat template reads. The content is a text, or a list of parts:
 # `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`, with the content of an image file in bytes.
@@ -81,7 +81,8 @@ class Episode:
     they cover exactly the positions where loss_mask is True. turns: of the model. messages: the conversation after the
     prompt, as chat messages; a turn of the model has `content`, `reasoning` and, if there are any, `tool_calls`.
     images: the contents of the image files in the conversation, in order; `token_ids` has for each the run of
-    placeholders that the engine read.
+    placeholders that the engine read. routed_experts: [N, L, K] uint8 or uint16, of the first N tokens, as in
+    `Generation`; None if the engine does not return them.
     """
 
     token_ids: tuple[int, ...]
@@ -92,6 +93,7 @@ class Episode:
     end: EpisodeEnd
     messages: tuple[Message, ...] = ()
     images: tuple[bytes, ...] = field(default=(), repr=False)
+    routed_experts: ExpertArray | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

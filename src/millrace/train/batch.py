@@ -10,7 +10,7 @@ from torch import Tensor
 
 from millrace.rollout.sample import Group
 from millrace.train.loss import group_advantages
-from millrace.types import Float32Array
+from millrace.types import ExpertArray, Float32Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,8 @@ class TrainSample:
     token_ids: [T] integers. loss_mask: [T] bool, True for tokens to train on; False at position 0, which has no
     prediction. logprobs: [T] float32, the engine's at the sampling temperature; used only where loss_mask is True.
     images: the contents of image files; `token_ids` has a run of placeholders for each, as the engine read them.
-    of_tokens: the trained tokens of the whole sample that this is a sequence of; None if it is the whole. Raises
+    of_tokens: the trained tokens of the whole sample that this is a sequence of; None if it is the whole.
+    routed_experts: [N, L, K] integers, N <= T: the experts that the engine routed the first N tokens to. Raises
     ValueError if shapes or dtypes don't match.
     """
 
@@ -30,6 +31,7 @@ class TrainSample:
     advantage: float
     images: tuple[bytes, ...] = field(default=(), repr=False)
     of_tokens: int | None = None
+    routed_experts: ExpertArray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         shapes = {self.token_ids.shape, self.loss_mask.shape, self.logprobs.shape}
@@ -42,6 +44,11 @@ class TrainSample:
             raise ValueError(f"loss_mask must be bool, not {self.loss_mask.dtype}")
         if self.loss_mask[0]:
             raise ValueError("the first token of a sample has no prediction; its loss_mask must be False")
+        routed = self.routed_experts
+        if routed is not None and (routed.ndim != 3 or len(routed) > self.token_ids.size):
+            raise ValueError(
+                f"routed_experts must be [N, L, K] with at most {self.token_ids.size} tokens, not {routed.shape}"
+            )
 
     @property
     def trained_tokens(self) -> int:
@@ -69,6 +76,7 @@ def sequences_of(group: Group, *, normalize: bool) -> list[TrainSample]:
             float(advantage),
             one.images,
             sample.generated_tokens if sample.branches else None,
+            one.routed_experts,
         )
         for sample, advantage in zip(group.samples, advantages, strict=True)
         for one in sample.sequences
@@ -91,8 +99,9 @@ class Microbatch:
 
     token_ids_BT: int64. engine_logprobs_BT: float32. mask_BT: bool. advantages_B: float32. tokens_B: int64, the trained
     tokens of the sample that each row belongs to. All on one device. images: the contents of the image files of all
-    samples, in the order of their placeholders in `token_ids_BT`. There is no attention mask: in a causal model no
-    token attends to the padding after it, and mask_BT excludes the padding from the loss.
+    samples, in the order of their placeholders in `token_ids_BT`. experts_BTLK: int16, the routed experts, -1 where
+    they are not known; None if they are known of no token. There is no attention mask: in a causal model no token
+    attends to the padding after it, and mask_BT excludes the padding from the loss.
     """
 
     token_ids_BT: Tensor
@@ -101,6 +110,7 @@ class Microbatch:
     advantages_B: Tensor
     tokens_B: Tensor
     images: tuple[bytes, ...] = field(default=(), repr=False)
+    experts_BTLK: Tensor | None = None
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return the micro-batch on a device."""
@@ -111,6 +121,7 @@ class Microbatch:
             self.advantages_B.to(device),
             self.tokens_B.to(device),
             self.images,
+            None if self.experts_BTLK is None else self.experts_BTLK.to(device),
         )
 
 
@@ -161,7 +172,26 @@ def collate(samples: Sequence[TrainSample]) -> Microbatch:
         torch.from_numpy(advantages),
         torch.from_numpy(tokens),
         tuple(image for sample in samples for image in sample.images),
+        _experts(samples, shape[1]),
     )
+
+
+def _experts(samples: Sequence[TrainSample], length: int) -> Tensor | None:
+    """Return the routed experts of samples, padded to a length: [B, length, L, K] int16; None if no sample has any.
+
+    Raises ValueError if samples have different numbers of layers, or of experts a token.
+    """
+    known = [sample.routed_experts for sample in samples if sample.routed_experts is not None]
+    if not known:
+        return None
+    shapes = {one.shape[1:] for one in known}
+    if len(shapes) > 1:
+        raise ValueError(f"the routed experts of the samples have different layers and experts: {sorted(shapes)}")
+    experts = np.full((len(samples), length, *known[0].shape[1:]), -1, np.int16)
+    for row, sample in zip(experts, samples, strict=True):
+        if sample.routed_experts is not None:
+            row[: len(sample.routed_experts)] = sample.routed_experts
+    return torch.from_numpy(experts)
 
 
 NOTHING = supervised_sample([0, 0], [False, False])

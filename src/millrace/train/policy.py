@@ -20,6 +20,7 @@ from millrace.config.models import TrainConfig
 from millrace.errors import DataError
 from millrace.rollout.vision import Vision, load_vision
 from millrace.train.batch import TrainSample, supervised_sample
+from millrace.train.replay import RoutingReplay
 from millrace.train.world import World
 from millrace.weights.sharded import ShardedTensors
 
@@ -113,6 +114,7 @@ class Policy:
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self.model = _place(model, world, self.dtype)
+        self._replay = RoutingReplay(self.model)
         self.reference: PreTrainedModel | None = None
         if config.gradient_checkpointing:
             # transformers 5.24 renamed the method.
@@ -148,17 +150,25 @@ class Policy:
         image, tokens = self.vision.blank()
         return supervised_sample([self.vision.placeholder] * tokens, [False] * tokens, [image])
 
-    def token_logprobs(self, token_ids_BT: Tensor, temperature: float, images: Sequence[bytes] = ()) -> TokenLogprobs:
+    def token_logprobs(
+        self,
+        token_ids_BT: Tensor,
+        temperature: float,
+        images: Sequence[bytes] = (),
+        experts_BTLK: Tensor | None = None,
+    ) -> TokenLogprobs:
         """Return the policy's logprobs and entropies. They have a gradient unless the caller has disabled it.
 
         token_ids_BT: [B, T] int64, on the world's device. images: the contents of image files, in the order of their
         runs of placeholders in `token_ids_BT`. Raises DataError if there are some and the model reads none.
+        experts_BTLK: the experts to route the tokens to, as in `RoutingReplay.replaying`, which raises DataError.
         """
-        return self._forward(self.model, token_ids_BT, temperature, images)
+        with self._replay.replaying(experts_BTLK):
+            return self._forward(self.model, token_ids_BT, temperature, images)
 
     @torch.no_grad()
     def reference_logprobs(self, token_ids_BT: Tensor, temperature: float, images: Sequence[bytes] = ()) -> Tensor:
-        """Return the frozen reference's logprobs: [B, T] float32, without gradient.
+        """Return the frozen reference's logprobs: [B, T] float32, without gradient. Its routers choose by themselves.
 
         Raises ValueError if there is no reference.
         """

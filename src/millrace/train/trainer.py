@@ -191,8 +191,13 @@ class Trainer:
         """
         old: list[list[Tensor | None]] = [[None for _ in minibatches[0].microbatches]]
         for minibatch in minibatches[1:]:
-            on_device = ((batch.token_ids_BT.to(self.world.device), batch.images) for batch in minibatch.microbatches)
-            old.append([self.policy.token_logprobs(ids, temperature, images).logprobs_BT for ids, images in on_device])
+            on_device = (batch.to(self.world.device) for batch in minibatch.microbatches)
+            old.append(
+                [
+                    self.policy.token_logprobs(one.token_ids_BT, temperature, one.images, one.experts_BTLK).logprobs_BT
+                    for one in on_device
+                ]
+            )
         return old
 
     def _reinforce(
@@ -200,7 +205,9 @@ class Trainer:
     ) -> Tensor:
         """Run the forward and backward pass of one micro-batch. Returns its share of the loss, without gradient."""
         batch = microbatch.to(self.world.device)
-        logprobs_BT, entropy_BT = self.policy.token_logprobs(batch.token_ids_BT, temperature, batch.images)
+        logprobs_BT, entropy_BT = self.policy.token_logprobs(
+            batch.token_ids_BT, temperature, batch.images, batch.experts_BTLK
+        )
         reference_BT = None
         if self.config.loss.kl_coefficient > 0:
             reference_BT = self.policy.reference_logprobs(batch.token_ids_BT, temperature, batch.images)

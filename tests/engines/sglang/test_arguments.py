@@ -143,6 +143,15 @@ def test_none_and_false_leave_the_engines_own_default() -> None:
     assert options({"a": None, "b": False, "c": True, "no_d": True, "e": 0}) == ["--c", "--no-d", "--e=0"]
 
 
+def test_routed_experts_are_asked_for() -> None:
+    assert "--enable-return-routed-experts" not in plan()[0].arguments
+    assert "--enable-return-routed-experts" in plan(return_routed_experts=True)[0].arguments
+    overlapping = [plan(return_routed_experts=True, version=version)[0].arguments for version in ("0.5.23", "0.5.15")]
+    assert ["--disable-overlap-schedule" in arguments for arguments in overlapping] == [False, True]
+    with pytest.raises(ValidationError, match="routed experts of the last pipeline stage only; set pp_size to 1"):
+        plan(return_routed_experts=True, pp_size=2)
+
+
 def test_node_0_publishes_kv_events() -> None:
     ports = Ports((4000, 4001), 5000, "127.0.0.1:6000", "ipc:///dev/shm/x")
     first, second = plan(ports=ports, kv_events=True, nnodes=2, tp_size=2)

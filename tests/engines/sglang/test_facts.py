@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from millrace.engines.experts import Experts
 from millrace.engines.sglang.facts import CAPABILITY_PATHS, capabilities_of
 from millrace.engines.stock.facts import TAKES
 from millrace.engines.stock.model import Model
@@ -26,6 +27,7 @@ SERVER: dict[str, Any] = {
     "quantization": None,
 }
 TEXT = Model(vocab_size=100, shapes=None)
+MIXTURE = replace(TEXT, experts=Experts(layers=(0,), decoder_layers=1, count=4))
 UPDATES = frozenset[Capability]().union(*TAKES.values())
 GROUP = Capability.UPDATE_FROM_PROCESS_GROUP
 
@@ -48,6 +50,24 @@ def test_weights_come_only_by_ways_that_the_server_survives(settings: dict[str, 
 def test_penalties_are_right_only_without_overlap() -> None:
     assert Capability.PENALTIES not in capabilities_of(PATHS, SERVED, SERVER, TEXT)
     assert Capability.PENALTIES in capabilities_of(PATHS, SERVED, SERVER | {"disable_overlap_schedule": True}, TEXT)
+
+
+@pytest.mark.parametrize(
+    ("settings", "experts", "there"),
+    [
+        ({}, MIXTURE, False),
+        ({"enable_return_routed_experts": True}, MIXTURE, True),
+        ({"enable_return_routed_experts": True}, TEXT, False),
+        ({"enable_return_routed_experts": True, "pp_size": 2}, MIXTURE, False),
+        ({"enable_return_routed_experts": True, "version": "0.5.15"}, MIXTURE, False),
+        ({"enable_return_routed_experts": True, "version": "0.5.15", "disable_overlap_schedule": True}, MIXTURE, True),
+    ],
+)
+def test_routed_experts_are_returned_only_where_they_are_right(
+    settings: dict[str, Any], experts: Model, there: bool
+) -> None:
+    found = capabilities_of(PATHS, SERVED, SERVER | {"version": "0.5.23"} | settings, experts)
+    assert (Capability.ROUTED_EXPERTS in found) is there
 
 
 def test_stop_texts_need_a_tokenizer() -> None:

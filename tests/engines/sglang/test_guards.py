@@ -87,7 +87,7 @@ def test_other_requests_that_the_server_would_die_of_or_ignore_are_refused(reque
     "request_",
     [
         SOUND,
-        extra(top_logprobs_num=5, logprob_start_len=-1, extra_key="v1", return_routed_experts=True, routed_dp_rank=1),
+        extra(top_logprobs_num=5, logprob_start_len=-1, extra_key="v1", return_hidden_states=True, routed_dp_rank=1),
         further(regex="[a-z]*"),
         replace(SOUND, sampling=SamplingParams(8, stop=("a", "b"), logit_bias={99: -100.0})),
         replace(SOUND, sampling=SamplingParams(8, min_new_tokens=8), prompt_logprobs=True),

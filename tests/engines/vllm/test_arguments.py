@@ -141,6 +141,15 @@ def test_engine_args_win_over_the_defaults(spelling: str) -> None:
     assert [a for a in node.arguments if "enforce-eager" in a] == ["--no-enforce-eager"]
 
 
+def test_routed_experts_are_asked_for() -> None:
+    """On the CPU with the runner that returns them, which vLLM does not choose there."""
+    gpu, cpu = plan(return_routed_experts=True)[0], plan(return_routed_experts=True, device="cpu")[0]
+    assert "--enable-return-routed-experts" in gpu.arguments
+    assert "--enable-return-routed-experts" in cpu.arguments
+    assert [node.environment.get("VLLM_USE_V2_MODEL_RUNNER") for node in (gpu, cpu)] == [None, "1"]
+    assert not [argument for argument in plan()[0].arguments if "routed-experts" in argument]
+
+
 def test_node_0_publishes_kv_events() -> None:
     ports = Ports(4000, "127.0.0.1:6000", None, "ipc:///dev/shm/x")
     first, second = plan(ports=ports, kv_events=True, nnodes=2, tp_size=2)

@@ -1,5 +1,7 @@
 """Requests to vLLM and the meaning of its answers. tests/conformance shows that real servers speak like this."""
 
+import base64
+import io
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from millrace.engines.experts import Experts
 from millrace.engines.vllm.metrics import read_metrics
 from millrace.engines.vllm.wire import COMPLETIONS, GENERATE, Answer, encode, wire_id
 from millrace.types import FinishReason, GenerateRequest, Generation, SamplingParams, VersionSpan
@@ -102,6 +105,24 @@ def test_a_stream_without_an_end_was_aborted() -> None:
 def test_fields_that_millrace_does_not_use_are_passed_on() -> None:
     made = answered(GENERATE, choice(GENERATE, [5], "stop", routed_experts="...", sampling_mask=None, stop_reason=5))
     assert made.extra == {"routed_experts": "...", "stop_reason": 5}
+
+
+def test_routed_experts_are_decoded_at_the_end_of_an_answer() -> None:
+    table = np.arange(16, dtype=np.uint8).reshape(4, 2, 2) % 4
+    file = io.BytesIO()
+    np.save(file, table)
+    text = base64.b64encode(file.getvalue()).decode()
+    answer, experts = Answer(), Experts(layers=(1,), decoder_layers=2, count=4)
+    answer.take(GENERATE, choice(GENERATE, [5, 6]))
+    assert answer.generation(REQUEST, 4, experts).routed_experts is None
+    answer.take(GENERATE, choice(GENERATE, [], "length", routed_experts=text))
+    made = answer.generation(REQUEST, 4, experts)
+    assert made.routed_experts is not None
+    assert made.routed_experts.tolist() == table[:, 1:].tolist()
+    assert made.extra == {}
+    later = encode(GENERATE, replace(REQUEST, routed_experts_start=2))["sampling_params"]
+    assert isinstance(later, dict)
+    assert later["routed_experts_prompt_start"] == 2
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ PAUSE_DEADLINE = 60.0  # seconds; it waits for the requests of other clients to 
 WITHOUT_FLUSH = {"flush_cache": False, "abort_all_requests": False}  # the adapter did both before
 
 
-def encode(request: GenerateRequest, *, stream: bool = False) -> Mapping[str, object]:
-    """Return the body of POST /generate, with the request's images."""
-    body = encode_generate(request, stream=stream)
+def encode(request: GenerateRequest, *, stream: bool = False, experts: bool = False) -> Mapping[str, object]:
+    """Return the body of POST /generate, with the request's images. experts: whether to ask for the routed experts."""
+    body = encode_generate(request, stream=stream, experts=experts)
     if not request.images:
         return body
     return {**body, "image_data": [data_url(image) for image in request.images], "return_prompt_token_ids": True}
@@ -111,12 +111,16 @@ class SGLangEngine(StockEngine[Facts]):
     async def _generate(
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:
-        body = await by.generate("/generate", encode(request), deadline=deadline, headers=headers)
-        return self._decode_generation("/generate", lambda: decode_generate(request, body))
+        experts = (await self._facts()).experts if by is self._http else None  # a router drops what asks for them
+        sent = encode(request, experts=experts is not None)
+        body = await by.generate("/generate", sent, deadline=deadline, headers=headers)
+        return self._decode_generation("/generate", lambda: decode_generate(request, body, experts))
 
     async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
-        async for event in self._events("/generate", encode(request, stream=True), deadline):
-            made = self._decode_generation("/generate", partial(decode_generate, request, event))
+        experts = (await self._facts()).experts
+        sent = encode(request, stream=True, experts=experts is not None)
+        async for event in self._events("/generate", sent, deadline):
+            made = self._decode_generation("/generate", partial(decode_generate, request, event, experts))
             yield made, event["meta_info"]["finish_reason"] is not None
 
     async def _detokenize(self, tokens: Sequence[int], deadline: float) -> str:

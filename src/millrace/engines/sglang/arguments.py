@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from millrace.config.base import option_owners, passed_options
 from millrace.config.engines import EngineArgument, SGLangEngineConfig
+from millrace.engines.sglang.facts import MIXED_UP_EXPERTS
 from millrace.engines.sglang.loading import LOADER
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import (
@@ -138,6 +139,7 @@ def settings(config: SGLangEngineConfig, spec: LaunchSpec) -> dict[str, EngineAr
         "--weight-version": str(spec.version),
         "--host": unbracketed(config.host),
         "--max-total-tokens": max_total_tokens,
+        "--enable-return-routed-experts": config.return_routed_experts,
         "--enable-memory-saver": config.memory_saver and config.device == "cuda",
     }
 
@@ -145,7 +147,9 @@ def settings(config: SGLangEngineConfig, spec: LaunchSpec) -> dict[str, EngineAr
 def defaults(config: SGLangEngineConfig) -> dict[str, EngineArgument]:
     """Return Millrace's defaults for options that engine_args does not set."""
     by_device = {"cpu": CPU_DEFAULTS, "cuda": KV_EVENTS_DEFAULTS if config.kv_events else {}}
-    left_open = by_device[config.device]
+    left_open = dict(by_device[config.device])
+    if config.return_routed_experts and config.version in MIXED_UP_EXPERTS:
+        left_open["disable_overlap_schedule"] = True
     return {name: value for name, value in left_open.items() if option(name) not in given(config)}
 
 

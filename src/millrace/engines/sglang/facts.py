@@ -28,6 +28,8 @@ UPDATES = BREAKING | {
 # SGLang's names of dtypes. It does not report what `auto` resolved to.
 DTYPES = {name: name for name in COMPUTE_DTYPES} | {"half": "float16", "float": "float32"}
 RUNNING = "effective_max_running_requests_per_dp"
+# Versions that, with overlap, return the experts of another batch: the next one has overwritten them by then.
+MIXED_UP_EXPERTS = frozenset({"0.5.15"})
 PAUSE_CAPABILITIES = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capability.PAUSE_KEEP}
 
 
@@ -105,6 +107,10 @@ def capabilities_of(
             found.add(Capability.JSON_SCHEMA)
     if server["disable_overlap_schedule"]:  # otherwise penalties count a token when the next one is sampled already
         found.add(Capability.PENALTIES)
+    if server.get("enable_return_routed_experts") and model.experts is not None:
+        mixed_up = server["version"] in MIXED_UP_EXPERTS and not server["disable_overlap_schedule"]
+        if not mixed_up and server["pp_size"] == 1:  # with several stages, it returns those of the last one's layers
+            found.add(Capability.ROUTED_EXPERTS)
     if served["has_image_understanding"] and model.image_token is not None:
         found.add(Capability.IMAGES)
     return frozenset(found)

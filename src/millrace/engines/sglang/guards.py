@@ -13,7 +13,10 @@ from millrace.engines.stock.tokens import check_ids, check_length, check_schema,
 from millrace.types import GenerateRequest
 
 # Fields that Millrace sets; `extra` must not have them.
-OWN_FIELDS = frozenset({"rid", "input_ids", "return_logprob", "stream", "return_prompt_token_ids"})
+OWN_FIELDS = frozenset({
+    "rid", "input_ids", "return_logprob", "stream", "return_prompt_token_ids", "return_routed_experts",
+    "routed_experts_start_len",
+})  # fmt: skip
 # They crash the server with any value, or replace the prompt.
 LETHAL_FIELDS = frozenset({"text", "input_embeds", "positional_embed_overrides", "lora_id", "http_worker_ipc"})
 # Crashes 0.5.23 if an image of another hash is in the prefix cache.

@@ -32,6 +32,9 @@ NAMED_KERNELS = (
     "fused_qkvzba_split_reshape_cat_contiguous_cpu",
 )
 
+# Options whose code in SGLang pins host memory, also on a CPU.
+UNPINNED = {"--enable-lora", "--enable-return-routed-experts"}
+
 KEYS = [key for name in ("MILLRACE_API_KEY", "MILLRACE_ADMIN_API_KEY") if (key := os.environ.get(name))]
 
 
@@ -61,6 +64,16 @@ class MissingKernels(types.ModuleType):
         return missing
 
 
+class PageableMemory:
+    """A stand-in for CUDA's runtime, where nothing pins memory. Both calls succeed."""
+
+    def cudaHostRegister(self, *_: object) -> int:
+        return 0
+
+    def cudaHostUnregister(self, *_: object) -> int:
+        return 0
+
+
 def prepare_cpu() -> None:
     """Make SGLang work on a CPU with the packages from PyPI."""
     gc.set_threshold(GC_THRESHOLD)
@@ -76,7 +89,7 @@ def prepare_cpu() -> None:
     if not torch.cuda.is_available():
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # or the first repetition penalty would compile for minutes
         torch.cuda.synchronize = lambda *_: None  # the route /weights_checker calls it on every device
-        if "--enable-lora" in sys.argv:
+        if UNPINNED & set(sys.argv):
             unpin(torch)
     if importlib.util.find_spec("sgl_kernel") is None:
         kernels = MissingKernels("sgl_kernel")
@@ -88,7 +101,8 @@ def prepare_cpu() -> None:
 
 
 def unpin(torch: Any) -> None:
-    """Make torch ignore `pin_memory`. SGLang's LoRA pins memory on every device, which fails without a GPU."""
+    """Make torch ignore `pin_memory`, and CUDA's runtime do nothing. SGLang's LoRA and its buffer of routed experts pin
+    memory on every device, which fails without a GPU."""
 
     def unpinned(make: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any, **kwargs: Any) -> Any:
@@ -99,6 +113,7 @@ def unpin(torch: Any) -> None:
     for name in ("tensor", "empty", "zeros"):
         setattr(torch, name, unpinned(getattr(torch, name)))
     torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    torch.cuda.cudart = PageableMemory
 
 
 def main() -> None:

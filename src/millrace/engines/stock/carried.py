@@ -69,10 +69,12 @@ async def with_text(request: GenerateRequest, made: Generation, detokenize: Deto
 
 def cut(made: Generation, count: int) -> Generation:
     """Return the generation with its first `count` tokens."""
+    experts = made.routed_experts
     return replace(
         made,
         output_ids=made.output_ids[:count],
         logprobs=made.logprobs[:count],
         version_spans=tuple(replace(s, end=min(s.end, count)) for s in made.version_spans if s.start < count),
         penalty_restarts=tuple(place for place in made.penalty_restarts if place < count),
+        routed_experts=None if experts is None else experts[: len(experts) - (len(made.output_ids) - count)],
     )

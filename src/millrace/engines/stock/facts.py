@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from millrace.engines.experts import Experts
 from millrace.engines.stock.model import Model
 from millrace.engines.stock.state import InvalidStateError
 from millrace.types import (
@@ -50,6 +51,11 @@ class Facts:
     info: EngineInfo
     model: Model
     limits: Limits
+
+    @property
+    def experts(self) -> Experts | None:
+        """The experts that the server's answers name; None if it does not return them."""
+        return self.model.experts if Capability.ROUTED_EXPERTS in self.info.capabilities else None
 
 
 AnyFacts = TypeVar("AnyFacts", bound=Facts)

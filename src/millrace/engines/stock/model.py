@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from millrace.engines.experts import TENSOR, Experts, experts_of
 from millrace.engines.stock.tensors import check_shapes, check_tensors
-from millrace.model_config import image_token, vocab_size
+from millrace.model_config import decoder_layers, image_token, vocab_size
 from millrace.model_folder import has_weights, stored_tensors
 from millrace.types import (
     Bucket,
@@ -25,17 +26,21 @@ class Model:
     """A model as its folder describes it.
 
     shapes: of every tensor, by name; None if the folder has no weights. image_token: the placeholder of an image; None
-    for a model of text.
+    for a model of text. experts: None for a model without them, and for a folder without weights.
     """
 
     vocab_size: int
     shapes: Mapping[str, tuple[int, ...]] | None
     image_token: int | None = None
+    experts: Experts | None = None
 
 
 def read_model(folder: Path) -> Model:
     """Read a model's folder. Raises DataError if it can't be read or is not a model's folder."""
-    return Model(vocab_size(folder), shapes_of(folder) if has_weights(folder) else None, image_token(folder))
+    shapes = shapes_of(folder) if has_weights(folder) else None
+    mixture = shapes is not None and any(TENSOR.search(name) for name in shapes)
+    experts = experts_of(shapes, decoder_layers(folder)) if shapes is not None and mixture else None
+    return Model(vocab_size(folder), shapes, image_token(folder), experts)
 
 
 def shapes_of(folder: Path) -> Mapping[str, tuple[int, ...]]:

@@ -150,7 +150,8 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         body = await by.generate(path, encode(path, request), deadline=deadline, headers=headers)
         answer = Answer()
         self._decode(path, lambda: answer.take(path, body))
-        return self._decode_generation(path, lambda: answer.generation(request, version))
+        experts = (await self._facts()).experts
+        return self._decode_generation(path, lambda: answer.generation(request, version, experts))
 
     async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         path, version = (await self._server()).path, self._version
@@ -158,11 +159,11 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             raise EngineRefused(
                 self.name, "its streams have no logprobs of the prompt; use generate, or ask without them"
             )
-        answer = Answer()
+        answer, experts = Answer(), (await self._facts()).experts
 
         def with_more(event: Mapping[str, Any]) -> Generation:
             answer.take(path, event)
-            return answer.generation(request, version)
+            return answer.generation(request, version, experts)
 
         made = answer.generation(request, version)
         async for event in self._events(path, encode(path, request, stream=True), deadline):

@@ -150,6 +150,7 @@ def settings(config: VLLMEngineConfig, model_path: Path) -> dict[str, EngineArgu
     return passed_options(config, "vllm") | {
         "model": str(model_path),
         "enable_expert_parallel": True if config.ep_size > 1 else None,
+        "enable_return_routed_experts": True if config.return_routed_experts else None,
         "kv_cache_memory_bytes": kv_cache,
         "enable_sleep_mode": True if config.sleep_mode and config.device == "cuda" else None,
         # One process on the CPU: a second one has nothing to do and doubles the startup time.
@@ -224,6 +225,8 @@ def environment(config: VLLMEngineConfig) -> dict[str, str]:
         variables.setdefault("CUDA_VISIBLE_DEVICES", "")
         # Otherwise the first request compiles two small functions in C++: half a minute on a busy machine.
         variables.setdefault("TORCHDYNAMO_DISABLE", "1")
+        if config.return_routed_experts:  # vLLM returns them with this runner only, and says what it needs
+            variables.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
         if alone_on_cpu(config):
             variables.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # otherwise vLLM overrides the executor
     return variables

@@ -135,6 +135,10 @@ def capabilities_of(
         found.add(Capability.FILTERED_LOGPROBS)
     if server.on_cpu or config["model_config"]["enable_sleep_mode"]:
         found.add(Capability.SLEEP)
+    # Before 0.24, the setting was the model's.
+    returned = (config.get("aux_output_config") or config["model_config"]).get("enable_return_routed_experts")
+    if returned and model.experts is not None and server.path == GENERATE:
+        found.add(Capability.ROUTED_EXPERTS)
     if config["lora_config"] is not None and "/v1/load_lora_adapter" in paths:
         found.add(Capability.LORA)
     multimodal = config["model_config"]["multimodal_config"] is not None

@@ -30,7 +30,7 @@ OWN_SAMPLING = frozenset({
     "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "prompt_logprobs",
     "structured_outputs",
     "logprob_token_ids",  # replaces the sampled token's logprob
-    "trace_decode_token_ids",
+    "trace_decode_token_ids", "routed_experts_prompt_start",
     "prompt_logprob_start", "prompt_logprob_token_ids",  # a Generation has no field for them
 })  # fmt: skip
 

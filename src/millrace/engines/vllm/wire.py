@@ -4,19 +4,24 @@
 `--tokens-only`). Other servers are called by OpenAI's `/v1/completions`, also with token ids.
 """
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from millrace.engines.experts import Experts, asked_from, with_experts
 from millrace.engines.stock.images import data_url
 from millrace.engines.versions import decode_spans
 from millrace.types import FinishReason, Float32Array, GenerateRequest, Generation, VersionSpan
 
 GENERATE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
+ROUTED_EXPERTS = "routed_experts"
 NAN_LOGPROB = -9999.0  # what vLLM writes for NaN
 # Fields of an answer that are decoded or not needed. The others are passed through as `extra`.
 DECODED = frozenset({
@@ -32,7 +37,7 @@ DECODED = frozenset({
 
 
 def encode(path: str, request: GenerateRequest, *, stream: bool = False) -> dict[str, object]:
-    """Return the body of a POST to `path`."""
+    """Return the body of a POST to `path`. A server that returns routed experts always does, from the start on."""
     sampling = request.sampling
     params: dict[str, object] = {
         "max_tokens": sampling.max_new_tokens,
@@ -57,6 +62,8 @@ def encode(path: str, request: GenerateRequest, *, stream: bool = False) -> dict
         params |= {"stop": sampling.stop, "skip_special_tokens": False}
     if request.prompt_logprobs:
         params["prompt_logprobs"] = 0  # only the prompt's own tokens
+    if start := asked_from(request):
+        params["routed_experts_prompt_start"] = start
     rest = {name: value for name, value in request.extra.items() if name not in ("sampling_params", "lora_path")}
     if (lora := request.extra.get("lora_path")) is not None:
         rest["model"] = lora  # vLLM treats a LoRA adapter as a model
@@ -116,17 +123,19 @@ class Answer:
         self.spans = choice.get("weight_versions") or self.spans
         self.extra |= {name: value for name, value in choice.items() if name not in DECODED and value is not None}
 
-    def generation(self, request: GenerateRequest, version: int | None) -> Generation:
+    def generation(self, request: GenerateRequest, version: int | None, experts: Experts | None = None) -> Generation:
         """Return the answer so far as a Generation.
 
-        version: of the served weights, for a server that does not report it. Without a `finish_reason`, the request is
+        version: of the served weights, for a server that does not report it. experts: of the model, if the server
+        returns the routed ones, which come with the finish reason. Without a `finish_reason`, the request is
         still running, or was aborted before its first token; the result says ABORT then. Raises ValueError if the parts
         are inconsistent.
         """
         if len(self.logprobs) != len(self.token_ids):
             raise ValueError(f"{len(self.token_ids)} tokens came with {len(self.logprobs)} logprobs")
         details = self.usage.get("prompt_tokens_details") or {}
-        return Generation(
+        extra = {name: value for name, value in self.extra.items() if experts is None or name != ROUTED_EXPERTS}
+        made = Generation(
             request_id=request.request_id,
             output_ids=tuple(self.token_ids),
             logprobs=np.array(self.logprobs, dtype=np.float32),
@@ -134,10 +143,13 @@ class Answer:
             version_spans=self._version_spans(version),
             prompt_tokens=self.usage.get("prompt_tokens", len(request.input_ids)),
             cached_tokens=details.get("cached_tokens") or 0,
-            extra=self.extra,
+            extra=extra,
             prompt_ids=tuple(self.prompt_ids) if request.images and self.prompt_ids else None,
             prompt_logprobs=self._prompt_logprobs(request) if request.prompt_logprobs else None,
         )
+        if experts is None or self.finish_reason is None:
+            return made
+        return with_experts(request, made, _table(self.extra.get(ROUTED_EXPERTS)), experts)
 
     def _prompt_logprobs(self, request: GenerateRequest) -> Float32Array | None:
         if self.prompt_logprobs is None:  # the request was aborted first
@@ -153,6 +165,14 @@ class Answer:
         if not self.spans or self.spans[-1]["end"] != length:  # a stream has them only in its last event
             return (VersionSpan(version, 0, length),)
         return decode_spans(self.spans, length)
+
+
+def _table(text: Any) -> NDArray[Any] | None:
+    """Return the array that vLLM wrote as the base64 text of a NumPy file. Raises ValueError if it is none."""
+    if text is None:
+        return None
+    table: NDArray[Any] = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
+    return table
 
 
 def _logprob(value: float | None) -> float:
