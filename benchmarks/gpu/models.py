@@ -17,11 +17,13 @@ QWEN2 = {
     "7b": {"hidden_size": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "intermediate_size": 18944},
     "tiny": {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 128},
 }
-# Mixtures of experts: the shape of Qwen3-30B-A3B (arXiv:2505.09388), half of its layers, and a small one.
+# Mixtures of experts: the shape of Qwen3-30B-A3B (arXiv:2505.09388), half of its layers, a small one, and one that is
+# small but has thousands of tensors.
 QWEN3_MOE = {
     "moe-30b": {"hidden_size": 2048, "layers": 48, "heads": 32, "kv_heads": 4, "experts": 128, "expert_size": 768},
     "moe-15b": {"hidden_size": 2048, "layers": 24, "heads": 32, "kv_heads": 4, "experts": 128, "expert_size": 768},
     "moe-tiny": {"hidden_size": 64, "layers": 8, "heads": 2, "kv_heads": 1, "experts": 64, "expert_size": 32},
+    "moe-deep-tiny": {"hidden_size": 64, "layers": 48, "heads": 2, "kv_heads": 1, "experts": 64, "expert_size": 32},
 }
 
 
@@ -63,7 +65,7 @@ def _experts(size: str) -> dict[str, object]:
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "head_dim": 32 if size == "moe-tiny" else 128,
+        "head_dim": 32 if size.endswith("tiny") else 128,
         "intermediate_size": 3 * shape["hidden_size"],
         "moe_intermediate_size": shape["expert_size"],
         "num_experts": shape["experts"],

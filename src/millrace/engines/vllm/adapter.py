@@ -118,7 +118,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             raise EngineRefused(self.name, "its workers do not have Millrace's extension, which makes the checksums")
         if self.state.updating is None:
             raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
-        return dict(self._samples)
+        return self._samples
 
     async def loads(self) -> EngineLoad:
         total_tokens = (await self._server()).total_tokens
