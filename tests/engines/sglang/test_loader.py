@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from millrace.checksum import sampled_checksums
-from millrace.engines.sglang.loading import LoaderUpdate
+from millrace.engines.sglang.loading import AnswerFiles, LoaderUpdate
 from millrace.engines.stock.launching import EXTENSION
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
@@ -92,22 +92,22 @@ class Sender:
     """Sends buckets to the loader of a model, as the adapter does."""
 
     def __init__(self, load: Callable[[torch.nn.Module, Any], None], model: torch.nn.Module) -> None:
-        self.load, self.model = load, model
-        self.update = LoaderUpdate("sglang-0", 1)
+        self.load, self.model, self.files = load, model, AnswerFiles(1)
+        self.begin()
 
     def begin(self) -> None:
-        self.update.close()
-        self.update = LoaderUpdate("sglang-0", 1)
+        self.update = LoaderUpdate("sglang-0")
 
     def send(self, tensors: Tensors) -> Mapping[str, Any]:
         """Send one bucket, and return the answer."""
         return self.order(specs_of(list(tensors.items())), packed(tensors))
 
     def order(self, specs: tuple[TensorSpec, ...], bucket: torch.Tensor) -> Mapping[str, Any]:
-        [order] = self.update.orders(specs)
+        [order] = self.update.orders(specs, self.files.places())
         self.load(self.model, [(order, bucket)])
-        answer: Mapping[str, Any] = json.loads(self.update.files[0].read())
-        self.update.take()
+        [text] = self.files.read()
+        answer: Mapping[str, Any] = json.loads(text)
+        self.update.take([text])
         return answer
 
 
@@ -115,7 +115,7 @@ class Sender:
 def sender(load: Callable[[torch.nn.Module, Any], None]) -> Iterator[Sender]:
     sender = Sender(load, Model())
     yield sender
-    sender.update.close()
+    sender.files.close()
 
 
 def layouts_of(model: torch.nn.Module) -> list[Any]:
@@ -234,12 +234,12 @@ def test_what_can_not_be_loaded_is_the_answer(sender: Sender, change: dict[str, 
 
 
 def test_a_loader_that_does_not_answer_is_an_error(sender: Sender) -> None:
-    [order] = sender.update.orders(())
+    [order] = sender.update.orders((), sender.files.places())
     sender.load(sender.model, [(order.replace("/proc/", "/nowhere/"), torch.zeros(1, dtype=torch.uint8))])
     with pytest.raises(EngineFailed, match="rank 0 has not answered"):
-        sender.update.take()
+        sender.update.take(sender.files.read())
 
 
 def test_an_order_that_can_not_be_read_raises_nothing(sender: Sender) -> None:
-    for text in ("", "[]", "{}", '{"update": 1, "layout": "[[1]]", "answer": ""}'):
+    for text in ("", "[]", "{}", '{"update": 1, "layout": "[[1]]"}', '{"update": 1, "layout": "[[1]]", "file": ""}'):
         sender.load(sender.model, [(text, torch.zeros(1, dtype=torch.uint8))])

@@ -16,6 +16,7 @@ from millrace_samples import sampled_checksums
 from millrace_words import first_line, listed
 
 from .plan import Plan, plan_of
+from .receiving import Group, ReceivingGroup
 from .recording import Memory, Recorder
 
 log = logging.getLogger(__name__)
@@ -28,19 +29,26 @@ Spec = tuple[str, torch.dtype, tuple[int, ...], int]  # of a tensor: name, dtype
 class Order:
     """What the sender says about a bucket.
 
-    update: a name that is new for each update. answer: an open file of the sender, for this rank. layout: name, dtype,
-    shape and offset in bytes of each tensor in the bucket, as JSON.
+    update: a name that is new for each update. layout: name, dtype, shape and offset in bytes of each tensor in the
+    bucket, as JSON. file: an open file of the sender for this rank's answer; empty if the bucket comes by `group`,
+    under `number` and within `seconds`.
     """
 
     update: str
-    answer: str
     layout: str
+    file: str = ""
+    group: Group | None = None
+    number: int = 0
+    seconds: float = 0.0
 
     @classmethod
     def read(cls, text: str) -> "Order":
         """Read an order. Raises what a text in another form makes."""
         body = json.loads(text)
-        return cls(str(body["update"]), str(body["answer"]), str(body["layout"]))
+        update, layout = str(body["update"]), str(body["layout"])
+        if "file" in body:
+            return cls(update, layout, str(body["file"]))
+        return cls(update, layout, "", Group.read(body["group"]), int(body["number"]), float(body["seconds"]))
 
 
 @dataclass(slots=True)
@@ -58,13 +66,27 @@ class Loader:
     """What is known of one model and its open update.
 
     layouts: of the open update and the one before. addresses: of the parameters when the plans were made. written: how
-    many elements of each parameter the open update has written; None if that is not known.
+    many elements of each parameter the open update has written; None if that is not known. receiving: the process group
+    by which buckets come.
     """
 
     layouts: dict[str, Layout] = field(default_factory=dict)
     addresses: Mapping[str, int] = field(default_factory=dict)
     update: str = ""
     written: Counter[str] | None = field(default_factory=Counter)
+    receiving: ReceivingGroup | None = None
+
+    def group(self, wanted: Group) -> ReceivingGroup:
+        """Return the membership of a group, which begins now if this rank is not in it. It ends that of another group.
+
+        Raises RuntimeError if the group's store can't be reached.
+        """
+        if self.receiving is None or self.receiving.group.name != wanted.name:
+            if self.receiving is not None:
+                self.receiving.close()
+            self.receiving = None
+            self.receiving = ReceivingGroup(wanted)
+        return self.receiving
 
     def load(self, model: torch.nn.Module, order: Order, bucket: torch.Tensor) -> Mapping[str, object]:
         """Load a bucket, [nbytes] uint8, into the model, and return the answer."""
@@ -123,8 +145,9 @@ LOADERS: "weakref.WeakKeyDictionary[torch.nn.Module, Loader]" = weakref.WeakKeyD
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     """Load one bucket: SGLang calls this in each rank.
 
-    named_tensors: one pair, the order as JSON and the bucket's bytes. Raises nothing that the order can cause: an
-    exception would end the server. The sender reads in the answer what failed.
+    named_tensors: one pair, the order as JSON and the bucket's bytes; no bytes if the bucket comes by a process group.
+    Raises nothing that the order can cause: an exception would end the server. The sender reads in the answer what
+    failed.
     """
     [(text, bucket)] = named_tensors
     try:
@@ -134,15 +157,24 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
         return
     loader = LOADERS.setdefault(model, Loader())
     try:
+        if order.group is not None:
+            bucket = loader.group(order.group).bucket(order.number, order.seconds).to(bucket.device)
         answer = loader.load(model, order, bucket)
     except Exception as error:
         log.exception("a bucket could not be loaded")
         loader.written = None
         answer = {"error": f"{type(error).__name__}: {first_line(error)}"}
     finally:
-        if bucket.is_cuda:
-            torch.cuda.synchronize(bucket.device)  # after this, nothing reads the bucket's memory
-    write_answer(order.answer, answer)
+        if bucket.is_cuda:  # after this, nothing reads the bucket's memory; the next one may still be arriving
+            torch.cuda.current_stream(bucket.device).synchronize()
+    content = json.dumps(answer).encode()
+    if order.group is None:
+        write_answer(order.file, content)
+    elif loader.receiving is not None:
+        try:
+            loader.receiving.answer(order.number, content)
+        except RuntimeError as error:
+            log.warning("the answer can't be sent: %s", first_line(error))
 
 
 def read_layout(text: str) -> tuple[Spec, ...]:
@@ -161,8 +193,8 @@ def views_of(specs: Sequence[Spec], bucket: torch.Tensor) -> list[tuple[str, tor
     return views
 
 
-def write_answer(path: str, answer: Mapping[str, object]) -> None:
-    """Write an answer to a file that the sender has made. Does nothing if there is none, as on another host."""
+def write_answer(path: str, content: bytes) -> None:
+    """Write an answer to a file that the sender has made. Does nothing if there is none."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -170,4 +202,4 @@ def write_answer(path: str, answer: Mapping[str, object]) -> None:
         return
     with os.fdopen(descriptor, "wb") as file:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            file.write(json.dumps(answer).encode())
+            file.write(content)
