@@ -60,6 +60,7 @@ class _Joined:
     engines: list[Engine]
     loaded: bool = False
     sent: int | None = None
+    sending: asyncio.Lock = field(default_factory=asyncio.Lock)
     failed: list[Engine] = field(default_factory=list)
 
     def fail(self, engine: Engine) -> None:
@@ -69,20 +70,22 @@ class _Joined:
         self.group.abort(f"{engine.name} failed, which ended the broadcast to all engines in its group")
 
     async def send(self, staged: BroadcastBucket) -> None:
-        """Broadcast a bucket, unless that has begun before. If it fails, `group.broken` says why."""
-        if staged.number is not None and staged.number == self.sent:
-            return
-        self.sent = staged.number
-        try:
-            if staged.number is None:
-                await self.group.broadcast(staged.tensors)
-            else:
-                await self.group.broadcast_bucket(staged.number, staged.tensors[0])
-        except RuntimeError as error:
-            self.group.abort(f"the broadcast failed: {_first_line(error)}")
-        except BaseException:
-            self.group.abort("the publish was cancelled")
-            raise
+        """Broadcast a bucket after the one before it, unless that was done ahead. If it fails, `group.broken` says
+        why."""
+        async with self.sending:
+            if staged.number is not None and staged.number == self.sent:
+                return
+            self.sent = staged.number
+            try:
+                if staged.number is None:
+                    await self.group.broadcast(staged.tensors)
+                else:
+                    await self.group.broadcast_bucket(staged.number, staged.tensors[0])
+            except RuntimeError as error:
+                self.group.abort(f"the broadcast failed: {_first_line(error)}")
+            except BaseException:
+                self.group.abort("the publish was cancelled")
+                raise
 
 
 class ProcessGroupTransport(BucketTransport):

@@ -5,8 +5,8 @@ time of a thousand small ones. There are two such pieces here and two in each ra
 """
 
 import asyncio
-import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Self
 
 import torch
@@ -30,8 +30,16 @@ class WholeBroadcastTransport(ProcessGroupTransport):
     def __init__(self, kind: type[SendingGroup], device: torch.device, *, together: bool) -> None:
         super().__init__(kind, device, together=together)
         self._slots: dict[int, DeviceSlot] = {}
-        self._numbers = itertools.count()
+        self._number = 0  # of the next bucket
         self._staged: BroadcastBucket | None = None  # the last one
+        self._first = 0  # the number of this publish's first bucket
+
+    async def open(
+        self, targets: Sequence[PublishTarget], version: int, *, deadline: float
+    ) -> Mapping[str, EngineError]:
+        """See ProcessGroupTransport."""
+        self._first = self._number
+        return await super().open(targets, version, deadline=deadline)
 
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
         specs = specs_of(tensors)
@@ -46,7 +54,7 @@ class WholeBroadcastTransport(ProcessGroupTransport):
             checksums = copy_to_host(tensors, specs, memory)
         else:
             copy_on_gpu(tensors, specs, memory)
-        number = next(self._numbers)
+        number, self._number = self._number, self._number + 1
 
         def bucket_for(target: PublishTarget) -> ProcessGroupBucket:
             return ProcessGroupBucket(self._group_of(target.engine).name, specs, number)
@@ -56,18 +64,24 @@ class WholeBroadcastTransport(ProcessGroupTransport):
         return self._staged
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
-        """Broadcast the bucket that was staged last, except for the first one, with which the engines join. They fail
-        in `load` if it fails."""
-        assert self._staged is not None
-        engines = [target.engine for target in targets]
-        ahead = [joined for joined in self._joined if joined.loaded and joined.group.broken is None]
-        try:
+        """Broadcast the bucket that was staged last, while the engines load the one before.
+
+        The first one has to wait for `load`: the engines still generate, and NCCL must not run beside what they do. If
+        the broadcast fails, so does `load`.
+        """
+        staged, number, engines = self._staged, self._number - 1, [target.engine for target in targets]
+        if staged is None or number == self._first:
+            return {}
+        ahead = [
+            joined
+            for joined in self._joined
+            # Buckets are broadcast in order. If that before has not begun yet, this one has to wait for `load`.
+            if joined.group.broken is None and joined.sent == number - 1
+            if any(engine in engines for engine in joined.engines)
+        ]
+        with suppress(TimeoutError):  # a group whose broadcast was under way is broken then
             async with asyncio.timeout(deadline):
-                await asyncio.gather(
-                    *(joined.send(self._staged) for joined in ahead if any(one in engines for one in joined.engines))
-                )
-        except TimeoutError:  # the groups whose broadcast was under way are broken
-            pass
+                await asyncio.gather(*(joined.send(staged) for joined in ahead))
         return {}
 
     async def close(self) -> None:
