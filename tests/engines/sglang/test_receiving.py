@@ -73,7 +73,7 @@ async def test_later_buckets_are_loaded_by_the_plan(sender: Sender) -> None:
         sender.update = LoaderUpdate("sglang-0")
         tensors = weights(number)
         answer = await sender.send(number, tensors)
-        assert answer["samples"] == dict(zip(tensors, sampled_checksums(list(tensors.values())), strict=True))
+        assert answer["samples"] == "".join(sampled_checksums(list(tensors.values())))
         assert answer["missing"] == 0
         require_same(sender.model, loaded(tensors))
     assert sender.model.loads == 1

@@ -194,7 +194,7 @@ class SGLangEngine(StockEngine[Facts]):
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         files = self._files = self._files or AnswerFiles(ranks)
         await self._order(loader_payloads(bucket, update.orders(bucket.tensors, files.places())), deadline)
-        update.take(files.read())
+        update.take(bucket.tensors, files.read())
 
     async def _load_by_group(self, bucket: ProcessGroupBucket, store: AnswerStore, deadline: float) -> None:
         """Have the server's weight loader load a bucket that its ranks receive, and read its answers."""
@@ -203,7 +203,7 @@ class SGLangEngine(StockEngine[Facts]):
         places = store.places(bucket.number, deadline)
         await self._order(group_payloads(update.orders(bucket.tensors, places)), deadline)
         try:
-            update.take(await asyncio.to_thread(store.read, bucket.number))
+            update.take(bucket.tensors, await asyncio.to_thread(store.read, bucket.number))
         except RuntimeError as error:  # torch's
             raise EngineFailed(self.name, f"the answers of its weight loader can't be read: {error}") from error
 

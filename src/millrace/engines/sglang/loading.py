@@ -14,6 +14,7 @@ from millrace.errors import EngineFailed
 from millrace.types import ProcessGroup, TensorSpec
 
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
+SAMPLE_DIGITS = 32  # of a tensor's sampled checksum
 
 
 class AnswerFiles:
@@ -94,24 +95,26 @@ class LoaderUpdate:
         layout = orjson.dumps([[spec.name, spec.dtype, spec.shape, spec.offset] for spec in tensors]).decode()
         return [orjson.dumps({"update": self.name, "layout": layout, **place}).decode() for place in places]
 
-    def take(self, answers: Sequence[bytes]) -> None:
-        """Take the answers of all ranks to the last order.
+    def take(self, tensors: Sequence[TensorSpec], answers: Sequence[bytes]) -> None:
+        """Take the answers of all ranks to the order for these tensors.
 
         Raises EngineFailed if a rank has not answered or holds other content than it was sent, and InvalidStateError if
         it could not load the bucket.
         """
         self.missing = ""
+        received: list[list[str]] = []
         for rank, text in enumerate(answers):
             if not text:
                 raise EngineFailed(self.engine, f"the weight loader of its rank {rank} has not answered; see its log")
-            self._take_one(rank, orjson.loads(text))
-
-    def _take_one(self, rank: int, answer: Mapping[str, Any]) -> None:
-        if "error" in answer:
-            raise InvalidStateError(f"its rank {rank} could not load the tensors: {answer['error']}")
-        for name, value in answer["samples"].items():
-            if self.samples.setdefault(name, value) != value:
-                raise EngineFailed(self.engine, f"its ranks received different values of {name}")
-        if answer.get("missing"):
-            names = ", ".join(answer["such as"])
-            self.missing = f"{answer['missing']} of its parameters lack content of this version, such as {names}"
+            answer: Mapping[str, Any] = orjson.loads(text)
+            if "error" in answer:
+                raise InvalidStateError(f"its rank {rank} could not load the tensors: {answer['error']}")
+            samples: str = answer["samples"]
+            received.append([samples[start : start + SAMPLE_DIGITS] for start in range(0, len(samples), SAMPLE_DIGITS)])
+            if answer.get("missing"):
+                names = ", ".join(answer["such as"])
+                self.missing = f"{answer['missing']} of its parameters lack content of this version, such as {names}"
+        for spec, *samples_of in zip(tensors, *received, strict=True):
+            if len(set(samples_of)) > 1:
+                raise EngineFailed(self.engine, f"its ranks received different values of {spec.name}")
+            self.samples[spec.name] = samples_of[0]

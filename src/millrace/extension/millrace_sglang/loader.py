@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from millrace_samples import sampled_checksums
+from millrace_samples import SampledPlaces
 from millrace_words import first_line, listed
 
 from .plan import Plan, plan_of
@@ -53,24 +53,49 @@ class Order:
 
 @dataclass(slots=True)
 class Layout:
-    """One layout of a bucket. plan: None before the first bucket; a text is why there is none. update: the last one
-    that had such a bucket."""
+    """One layout of a bucket. places: what the checksums read. plan: None before the first bucket; a text is why there
+    is none. update: the last one that had such a bucket."""
 
     specs: tuple[Spec, ...]
+    places: SampledPlaces
     plan: Plan | str | None = None
     update: str = ""
+
+    @classmethod
+    def of(cls, text: str, bucket: torch.Tensor) -> "Layout":
+        """Read a layout for buckets of this size, on this device. Raises ValueError if a tensor is not inside, and what
+        a text in another form makes."""
+        specs = tuple(
+            (str(n), getattr(torch, dtype), tuple(shape), int(at)) for n, dtype, shape, at in json.loads(text)
+        )
+        for name, dtype, shape, offset in specs:
+            if (
+                offset % dtype.itemsize
+                or not 0 <= offset <= offset + math.prod(shape) * dtype.itemsize <= bucket.nbytes
+            ):
+                raise ValueError(f"{name} can't be at offset {offset} of a bucket of {bucket.nbytes} bytes")
+        sizes = [(dtype.itemsize, math.prod(shape), offset) for _, dtype, shape, offset in specs]
+        return cls(specs, SampledPlaces(sizes, bucket.device))
+
+    def views(self, bucket: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """Return the tensors in a bucket's bytes, without a copy."""
+        return [
+            (name, bucket[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+            for name, dtype, shape, offset in self.specs
+        ]
 
 
 @dataclass(slots=True)
 class Loader:
     """What is known of one model and its open update.
 
-    layouts: of the open update and the one before. addresses: of the parameters when the plans were made. written: how
-    many elements of each parameter the open update has written; None if that is not known. receiving: the process group
-    by which buckets come.
+    layouts: of the open update and the one before. parameters: of the model when the update began. addresses: of the
+    parameters when the plans were made. written: how many elements of each parameter the open update has written; None
+    if that is not known. receiving: the process group by which buckets come.
     """
 
-    layouts: dict[str, Layout] = field(default_factory=dict)
+    layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
     addresses: Mapping[str, int] = field(default_factory=dict)
     update: str = ""
     written: Counter[str] | None = field(default_factory=Counter)
@@ -91,22 +116,23 @@ class Loader:
     def load(self, model: torch.nn.Module, order: Order, bucket: torch.Tensor) -> Mapping[str, object]:
         """Load a bucket, [nbytes] uint8, into the model, and return the answer."""
         if order.update != self.update:
-            self.layouts = {text: one for text, one in self.layouts.items() if one.update == self.update}
+            self.layouts = {key: one for key, one in self.layouts.items() if one.update == self.update}
             self.update, self.written = order.update, Counter()
-        parameters = dict(model.named_parameters())
-        addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+            self.parameters = dict(model.named_parameters())
+        addresses = {name: parameter.data_ptr() for name, parameter in self.parameters.items()}
         if addresses != self.addresses:
             self.layouts.clear()
             self.addresses = addresses
-        layout = self.layouts.get(order.layout) or Layout(read_layout(order.layout))
-        self.layouts[order.layout], layout.update = layout, order.update
-        views = views_of(layout.specs, bucket)
-        samples = sampled_checksums([tensor for _, tensor in views])
+        key = order.layout, bucket.nbytes
+        layout = self.layouts.get(key) or Layout.of(order.layout, bucket)
+        self.layouts[key], layout.update = layout, order.update
+        samples = layout.places.checksums(bucket)
         if isinstance(layout.plan, Plan):
             layout.plan.run(bucket)
         else:
-            layout.plan = record(model, views, bucket, known=layout.plan)
-        answer: dict[str, object] = {"samples": dict(zip([name for name, _ in views], samples, strict=True))}
+            layout.plan = record(model, layout.views(bucket), bucket, known=layout.plan)
+            self.parameters = dict(model.named_parameters())  # the model's own loader may replace some
+        answer: dict[str, object] = {"samples": samples}
         if isinstance(layout.plan, str):
             self.written = None
             return {**answer, "unplanned": layout.plan}
@@ -114,7 +140,7 @@ class Loader:
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         if self.written is not None:
             self.written.update(layout.plan.elements)
-            missing = [name for name, one in parameters.items() if self.written[name] < one.numel()]
+            missing = [name for name, one in self.parameters.items() if self.written[name] < one.numel()]
             answer |= {"missing": len(missing), "such as": sorted(missing)[:LISTED]}
         return answer
 
@@ -175,22 +201,6 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
             loader.receiving.answer(order.number, content)
         except RuntimeError as error:
             log.warning("the answer can't be sent: %s", first_line(error))
-
-
-def read_layout(text: str) -> tuple[Spec, ...]:
-    """Read a layout. Raises what a text in another form makes."""
-    return tuple((str(n), getattr(torch, dtype), tuple(shape), int(at)) for n, dtype, shape, at in json.loads(text))
-
-
-def views_of(specs: Sequence[Spec], bucket: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Return the tensors in a bucket's bytes, without a copy. Raises ValueError if one is not inside."""
-    views = []
-    for name, dtype, shape, offset in specs:
-        nbytes = math.prod(shape) * dtype.itemsize
-        if offset % dtype.itemsize or not 0 <= offset <= offset + nbytes <= bucket.nbytes:
-            raise ValueError(f"{name} can't be at offset {offset} of a bucket of {bucket.nbytes} bytes")
-        views.append((name, bucket[offset : offset + nbytes].view(dtype).view(shape)))
-    return views
 
 
 def write_answer(path: str, content: bytes) -> None:

@@ -16,49 +16,58 @@ SAMPLED = {1: (128,), 2: (8, 16), 3: (4, 4, 8)}  # about so many places along ea
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Evenly spread elements of a parameter, and where they come from.
+    """Evenly spread elements of parameters of one dtype, and where they come from.
 
-    held: positions of the elements in the parameter's memory. sent: their positions in the bucket, in elements.
+    held: for each parameter its name, its memory as [elements], and the positions of its samples there. sent: the
+    positions of all samples in the bucket, in elements of `dtype`.
     """
 
-    parameter: str
-    target: torch.Tensor
     dtype: torch.dtype
-    held: torch.Tensor
+    held: tuple[tuple[str, torch.Tensor, torch.Tensor], ...]
     sent: torch.Tensor
+
+    def unlike(self, bucket: torch.Tensor) -> torch.Tensor:
+        """Return which samples differ from the bucket's content, as it is in the parameters' dtype: [n] bool."""
+        held = torch.cat([memory.index_select(0, places) for _, memory, places in self.held])
+        sent = as_dtype(bucket, self.dtype).index_select(0, self.sent).to(held.dtype)
+        integers = integer_dtype(held.itemsize)
+        return held.view(integers) != sent.view(integers)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The copies of one layout. elements: how many of each parameter they write. samples: what is compared."""
+    """The copies of one layout.
 
-    copies: tuple[Copy, ...]
+    copies: those that torch makes in one call together. elements: how many of each parameter they write. samples: what
+    is compared.
+    """
+
+    copies: tuple[tuple[Copy, ...], ...]
     elements: Mapping[str, int]
     samples: tuple[Samples, ...] = field(repr=False)
 
     def run(self, bucket: torch.Tensor) -> None:
         """Copy a bucket's tensors into the parameters. bucket: [nbytes] uint8."""
-        typed = {dtype: as_dtype(bucket, dtype) for dtype in {copy.dtype for copy in self.copies}}
-        sources = [
-            typed[copy.dtype].as_strided(
-                copy.shape, copy.stride, (bucket.storage_offset() + copy.offset) // copy.dtype.itemsize
-            )
-            for copy in self.copies
-        ]
+        start = bucket.storage_offset()
         with torch.no_grad():
-            torch._foreach_copy_([copy.target for copy in self.copies], sources)
+            for some in self.copies:
+                itemsize = some[0].dtype.itemsize
+                typed = as_dtype(bucket, some[0].dtype)
+                sources = [
+                    typed.as_strided(copy.shape, copy.stride, (start + copy.offset) // itemsize) for copy in some
+                ]
+                torch._foreach_copy_([copy.target for copy in some], sources)
 
     def differing(self, bucket: torch.Tensor) -> list[str]:
         """Return the parameters whose content differs from what was copied into them, by samples of each copy."""
-        unlike = []
-        for one in self.samples:
-            memory = one.target.as_strided((one.target.untyped_storage().nbytes() // one.target.itemsize,), (1,), 0)
-            held = memory[one.held]
-            sent = as_dtype(bucket, one.dtype)[one.sent].to(held.dtype)
-            integers = integer_dtype(held.itemsize)
-            unlike.append((held.view(integers) != sent.view(integers)).any())
-        found = torch.stack(unlike).tolist() if unlike else []
-        return sorted({one.parameter for one, differs in zip(self.samples, found, strict=True) if differs})
+        unlike = [one.unlike(bucket) for one in self.samples]
+        if not unlike or not torch.stack([one.any() for one in unlike]).any().item():
+            return []
+        names = []
+        for samples, found in zip(self.samples, unlike, strict=True):
+            parts = found.split([len(places) for _, _, places in samples.held])
+            names += [name for (name, _, _), part in zip(samples.held, parts, strict=True) if part.any()]
+        return sorted(set(names))
 
 
 def plan_of(recording: Recording) -> Plan | str:
@@ -73,19 +82,33 @@ def plan_of(recording: Recording) -> Plan | str:
         if copy.offset % copy.dtype.itemsize:
             return f"a copy into {copy.parameter} from an odd address"
         elements[copy.parameter] += math.prod(copy.shape)
-    return Plan(tuple(recording.copies), elements, tuple(samples_of(recording.copies)))
+    return Plan(tuple(together(recording.copies)), elements, tuple(samples_of(recording.copies)))
+
+
+def together(copies: Sequence[Copy]) -> Iterator[tuple[Copy, ...]]:
+    """Yield the copies that torch makes in one call. A single one of another kind would make it copy one by one."""
+
+    def kind(copy: Copy) -> tuple[str, str, bool]:
+        dense = copy.target.is_contiguous() and copy.target.stride() == copy.stride
+        return str(copy.dtype), str(copy.target.dtype), dense
+
+    for _, group in itertools.groupby(sorted(copies, key=kind), key=kind):
+        yield tuple(group)
 
 
 def samples_of(copies: Sequence[Copy]) -> Iterator[Samples]:
-    """Yield the samples of the copies, those into one parameter together."""
-    key = lambda copy: (copy.parameter, str(copy.dtype))  # noqa: E731
-    for _, group in itertools.groupby(sorted(copies, key=key), key=key):
-        some = list(group)
-        first = some[0].target
-        held = [positions(copy.shape, copy.target.stride(), int(copy.target.storage_offset())) for copy in some]
-        sent = [positions(copy.shape, copy.stride, copy.offset // copy.dtype.itemsize) for copy in some]
-        indices = (torch.cat(one).to(first.device) for one in (held, sent))
-        yield Samples(some[0].parameter, first, some[0].dtype, *indices)
+    """Yield the samples of the copies, those of the same dtypes together."""
+    key = lambda copy: (str(copy.dtype), str(copy.target.dtype), copy.parameter)  # noqa: E731
+    for _, alike in itertools.groupby(sorted(copies, key=key), key=lambda copy: key(copy)[:2]):
+        held, sent = [], []
+        for parameter, group in itertools.groupby(alike, key=lambda copy: copy.parameter):
+            some = list(group)
+            target, dtype = some[0].target, some[0].dtype
+            places = [positions(one.shape, one.target.stride(), int(one.target.storage_offset())) for one in some]
+            memory = target.as_strided((target.untyped_storage().nbytes() // target.itemsize,), (1,), 0)
+            held.append((parameter, memory, torch.cat(places).to(target.device)))
+            sent += [positions(one.shape, one.stride, one.offset // dtype.itemsize) for one in some]
+        yield Samples(dtype, tuple(held), torch.cat(sent).to(target.device))
 
 
 def positions(shape: Sequence[int], stride: Sequence[int], start: int) -> torch.Tensor:
