@@ -193,6 +193,31 @@ def test_a_source_that_is_no_part_of_the_bucket_makes_no_plan(load: Callable[[to
         require_same(sender.model, loaded({name: tensor * 2 for name, tensor in weights(seed).items()}))
 
 
+def test_a_tensor_may_go_to_several_parameters(load: Callable[[torch.nn.Module, Any], None]) -> None:
+    """As a head of keys does that several ranks' heads of queries share, or a cast of it in a parameter of its own."""
+
+    class Copying(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice = torch.nn.Parameter(torch.zeros(2, HIDDEN, HIDDEN), requires_grad=False)
+            self.cast = torch.nn.Parameter(torch.zeros(HIDDEN, HIDDEN, dtype=torch.bfloat16), requires_grad=False)
+
+        def load_weights(self, weights: Any) -> None:
+            super().load_weights(weights := dict(weights).items())
+            for parameter in (*self.twice.data, self.cast.data):
+                parameter.copy_(dict(weights)["q"])
+
+    sender, plain = Sender(load, Copying()), Copying()
+    for seed in range(3):
+        sender.begin()
+        assert sender.send(weights(seed))["missing"] == 0
+        plain.load_weights(weights(seed).items())
+        require_same(sender.model, plain)
+    assert isinstance(sender.model, Model)
+    assert sender.model.loads == 1
+    sender.files.close()
+
+
 def test_parameters_with_new_memory_get_a_new_plan(sender: Sender) -> None:
     assert isinstance(sender.model, Model)
     sender.send(weights(0))

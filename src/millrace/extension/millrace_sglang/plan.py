@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from millrace_pieces import Pieces
 from millrace_samples import integer_dtype
 
 from .recording import Copy, Recording
@@ -35,14 +36,30 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True)
+class Stretches:
+    """Copies of stretches of the bucket into targets without gaps, which torch makes in one kernel.
+
+    targets: flat. pieces: where their content is in the bucket, in elements of `dtype`.
+    """
+
+    dtype: torch.dtype
+    targets: tuple[torch.Tensor, ...]
+    pieces: Pieces
+
+    def run(self, bucket: torch.Tensor) -> None:
+        torch._foreach_copy_(self.targets, self.pieces.of(as_dtype(bucket, self.dtype)))
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The copies of one layout.
 
-    copies: those that torch makes in one call together. elements: how many of each parameter they write. samples: what
-    is compared.
+    stretches: those that take few calls. others: the rest. elements: how many of each parameter they write. samples:
+    what is compared.
     """
 
-    copies: tuple[tuple[Copy, ...], ...]
+    stretches: tuple[Stretches, ...]
+    others: tuple[Copy, ...]
     elements: Mapping[str, int]
     samples: tuple[Samples, ...] = field(repr=False)
 
@@ -50,13 +67,11 @@ class Plan:
         """Copy a bucket's tensors into the parameters. bucket: [nbytes] uint8."""
         start = bucket.storage_offset()
         with torch.no_grad():
-            for some in self.copies:
-                itemsize = some[0].dtype.itemsize
-                typed = as_dtype(bucket, some[0].dtype)
-                sources = [
-                    typed.as_strided(copy.shape, copy.stride, (start + copy.offset) // itemsize) for copy in some
-                ]
-                torch._foreach_copy_([copy.target for copy in some], sources)
+            for some in self.stretches:
+                some.run(bucket)
+            for copy in self.others:
+                typed, place = as_dtype(bucket, copy.dtype), (start + copy.offset) // copy.dtype.itemsize
+                copy.target.copy_(typed.as_strided(copy.shape, copy.stride, place))
 
     def differing(self, bucket: torch.Tensor) -> list[str]:
         """Return the parameters whose content differs from what was copied into them, by samples of each copy."""
@@ -65,7 +80,7 @@ class Plan:
             return []
         names = []
         for samples, found in zip(self.samples, unlike, strict=True):
-            parts = found.split([len(places) for _, _, places in samples.held])
+            parts = found.split_with_sizes([len(places) for _, _, places in samples.held])
             names += [name for (name, _, _), part in zip(samples.held, parts, strict=True) if part.any()]
         return sorted(set(names))
 
@@ -82,24 +97,40 @@ def plan_of(recording: Recording) -> Plan | str:
         if copy.offset % copy.dtype.itemsize:
             return f"a copy into {copy.parameter} from an odd address"
         elements[copy.parameter] += math.prod(copy.shape)
-    return Plan(tuple(together(recording.copies)), elements, tuple(samples_of(recording.copies)))
+    return Plan(*parted(recording.copies), elements, tuple(samples_of(recording.copies)))
 
 
-def together(copies: Sequence[Copy]) -> Iterator[tuple[Copy, ...]]:
-    """Yield the copies that torch makes in one call. A single one of another kind would make it copy one by one."""
-
-    def kind(copy: Copy) -> tuple[str, str, bool]:
-        dense = copy.target.is_contiguous() and copy.target.stride() == copy.stride
-        return str(copy.dtype), str(copy.target.dtype), dense
-
-    for _, group in itertools.groupby(sorted(copies, key=kind), key=kind):
-        yield tuple(group)
+def parted(copies: Sequence[Copy]) -> tuple[tuple[Stretches, ...], tuple[Copy, ...]]:
+    """Return the copies of stretches, those of the same dtypes together, and the others."""
+    alike: dict[tuple[torch.dtype, torch.dtype], list[Copy]] = {}
+    others, ends = [], Counter[tuple[torch.dtype, torch.dtype]]()
+    for copy in sorted(copies, key=lambda copy: copy.offset):
+        dtypes, nbytes = (copy.dtype, copy.target.dtype), copy.target.numel() * copy.dtype.itemsize
+        flat = copy.target.is_contiguous() and copy.target.stride() == copy.stride
+        if flat and copy.offset >= ends[dtypes]:  # a stretch that goes to two places is copied apart
+            alike.setdefault(dtypes, []).append(copy)
+            ends[dtypes] = copy.offset + nbytes
+        else:
+            others.append(copy)
+    stretches = (
+        Stretches(
+            dtype,
+            tuple(copy.target.view(-1) for copy in some),
+            Pieces([(copy.offset // dtype.itemsize, copy.target.numel()) for copy in some]),
+        )
+        for (dtype, _), some in alike.items()
+    )
+    return tuple(stretches), tuple(others)
 
 
 def samples_of(copies: Sequence[Copy]) -> Iterator[Samples]:
     """Yield the samples of the copies, those of the same dtypes together."""
-    key = lambda copy: (str(copy.dtype), str(copy.target.dtype), copy.parameter)  # noqa: E731
-    for _, alike in itertools.groupby(sorted(copies, key=key), key=lambda copy: key(copy)[:2]):
+
+    def dtypes(copy: Copy) -> tuple[str, str]:
+        return str(copy.dtype), str(copy.target.dtype)
+
+    ordered = sorted(copies, key=lambda copy: (dtypes(copy), copy.parameter))
+    for _, alike in itertools.groupby(ordered, key=dtypes):
         held, sent = [], []
         for parameter, group in itertools.groupby(alike, key=lambda copy: copy.parameter):
             some = list(group)
