@@ -5,6 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.checksum import SAMPLE, sampled_checksums, tensor_checksum
+from millrace.extension.millrace_samples import SampledPlaces
+from millrace.weights.transports.base import specs_of
 
 SIZES = st.one_of(st.integers(0, 40), st.integers(SAMPLE - 2, SAMPLE + 130), st.integers(3 * SAMPLE, 4 * SAMPLE))
 DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.bool])
@@ -44,6 +46,19 @@ def test_many_tensors_at_once_have_the_checksums_of_each() -> None:
     tensors = [make(size, torch.float32, size) for size in range(600)]
     assert sampled_checksums(tensors) == [sampled_checksums([tensor])[0] for tensor in tensors]
     assert not sampled_checksums([])
+
+
+@given(st.lists(st.tuples(SIZES, DTYPES), max_size=12), st.integers(0, 9))
+def test_tensors_in_a_bucket_have_the_checksums_of_each(kinds: list[tuple[int, torch.dtype]], seed: int) -> None:
+    tensors = [make(size, dtype, seed) for size, dtype in kinds]
+    specs = specs_of([(str(index), tensor) for index, tensor in enumerate(tensors)])
+    bucket = torch.zeros(sum(spec.nbytes for spec in specs) + 64 * len(specs) + 3, dtype=torch.uint8)
+    for spec, tensor in zip(specs, tensors, strict=True):
+        bucket[spec.offset : spec.offset + spec.nbytes] = tensor.view(torch.uint8)
+    places = SampledPlaces(
+        [(t.itemsize, t.numel(), s.offset) for t, s in zip(tensors, specs, strict=True)], bucket.device
+    )
+    assert places.checksums(bucket) == "".join(sampled_checksums(tensors))
 
 
 def test_one_element_of_any_stride() -> None:

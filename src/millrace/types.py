@@ -77,6 +77,9 @@ class Capability(StrEnum):
     SLEEP = "sleep"
     UPDATE_FROM_DISK = "update_from_disk"
     UPDATE_FROM_PROCESS_GROUP = "update_from_process_group"
+    WHOLE_BROADCASTS = (
+        "whole_broadcasts"  # in a group, it receives the bytes of a bucket at once, and ahead of the load
+    )
     UPDATE_FROM_BARE_NCCL = "update_from_bare_nccl"  # an NCCL communicator without a torch.distributed group
     UPDATE_FROM_SHARED_MEMORY = "update_from_shared_memory"
     UPDATE_FROM_TORCH_STORAGE = "update_from_torch_storage"  # CPU memory shared by torch, on the engine's host
@@ -397,7 +400,8 @@ class LoraConfig:
 class ProcessGroup:
     """A torch.distributed group in which rank 0, the sender, broadcasts weights.
 
-    The engine's ranks have the numbers from `rank_offset` on.
+    The engine's ranks have the numbers from `rank_offset` on. by_bucket: whether buckets are broadcast as a whole,
+    which needs Capability.WHOLE_BROADCASTS. The ranks then join with the first bucket.
     """
 
     name: str
@@ -406,14 +410,19 @@ class ProcessGroup:
     port: int
     rank_offset: int
     world_size: int
+    by_bucket: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroupBucket:
-    """Tensors that rank 0 of a process group broadcasts, in this order. The engine must have joined the group."""
+    """Tensors that rank 0 of a process group broadcasts, in this order. The engine must have joined the group.
+
+    number: under which rank 0 announces the bucket, if it broadcasts its bytes as a whole. None: one tensor at a time.
+    """
 
     group_name: str
     tensors: tuple[TensorSpec, ...]
+    number: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

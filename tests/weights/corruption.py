@@ -12,7 +12,7 @@ from millrace.errors import EngineError
 from millrace.model_folder import stored_tensors
 from millrace.types import Bucket, DiskBucket, ProcessGroupBucket, SharedMemoryBucket, TensorSpec, TorchStorageBucket
 from millrace.weights.step import StepResult
-from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
+from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport, specs_of
 from millrace.weights.transports.process_group import BroadcastBucket
 
 SIGN = 0x80  # the sign bit, in the last byte of a little-endian float
@@ -35,6 +35,7 @@ class CorruptingTransport(Transport):
     def __init__(self, inner: Transport, scratch: Path) -> None:
         self._inner, self._scratch = inner, scratch
         self.corruption: Corruption | None = None
+        self._specs: Sequence[TensorSpec] = ()  # of the last bucket
 
     @property
     def done(self) -> bool:
@@ -46,8 +47,17 @@ class CorruptingTransport(Transport):
         return await self._inner.open(targets, version, deadline=deadline)
 
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
-        for staged in self._inner.staged(buckets):
+        for staged in self._inner.staged(self._placed(buckets)):
             yield self._corrupted(staged)
+
+    def _placed(self, buckets: Iterator[NamedTensors]) -> Iterator[NamedTensors]:
+        for tensors in buckets:
+            self._specs = specs_of(tensors)
+            yield tensors
+
+    async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
+        # A corrupted bucket is a copy that `load` sends.
+        return await self._inner.deliver(targets, deadline=deadline) if self.corruption is None else {}
 
     async def load(
         self, targets: Sequence[PublishTarget], staged: StagedBucket, *, deadline: float
@@ -60,7 +70,8 @@ class CorruptingTransport(Transport):
     def _corrupted(self, staged: StagedBucket) -> StagedBucket:
         """Returns the corrupted bucket. Every engine gets its bucket before the first one reads its bytes."""
         if self.corruption is not None and self.corruption.engine is None and isinstance(staged, BroadcastBucket):
-            tensors = corrupted_broadcast(staged, self.corruption)
+            whole = staged.number is not None
+            tensors = corrupted_broadcast(staged, self._specs if whole else None, self.corruption)
             if tensors is not None:
                 self.corruption = None
                 return replace(staged, tensors=tensors)
@@ -109,17 +120,28 @@ def corrupt_bucket(bucket: Bucket, corruption: Corruption) -> Bucket | None:
     return bucket
 
 
-def corrupted_broadcast(staged: BroadcastBucket, corruption: Corruption) -> tuple[torch.Tensor, ...] | None:
-    """Returns the tensors to broadcast, one of them replaced by a corrupted copy. The originals may be the trainer's
-    own, so they stay as they are."""
-    chosen = next(
-        (index for index, name in enumerate(staged.names) if is_inner_weight(name, staged.tensors[index].dim())), None
-    )
-    if chosen is None:
-        return None
-    copy = staged.tensors[chosen].clone()
-    copy.reshape(-1)[: None if corruption.whole else 1].neg_()
-    return (*staged.tensors[:chosen], copy, *staged.tensors[chosen + 1 :])
+def corrupted_broadcast(
+    staged: BroadcastBucket, specs: Sequence[TensorSpec] | None, corruption: Corruption
+) -> tuple[torch.Tensor, ...] | None:
+    """Returns what to broadcast, with one tensor corrupted. specs: of the tensors in the bucket, if it is broadcast as
+    a whole. The originals may be the trainer's own, so they stay as they are."""
+    sent = list(staged.tensors)
+    if specs is not None:
+        sent = [sent[0].clone()]
+        spec = first_inner_weight(specs)
+        if spec is None:
+            return None
+        place = sent[0][spec.offset : spec.offset + spec.nbytes].view(torch.float32)
+    else:
+        chosen = next(
+            (index for index, name in enumerate(staged.names) if is_inner_weight(name, sent[index].dim())), -1
+        )
+        if chosen < 0:
+            return None
+        sent[chosen] = sent[chosen].clone()
+        place = sent[chosen].reshape(-1)
+    place[: None if corruption.whole else 1].neg_()
+    return tuple(sent)
 
 
 def corrupt_folder(folder: Path, corruption: Corruption) -> None:

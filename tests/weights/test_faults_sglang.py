@@ -67,6 +67,7 @@ def test_a_single_server_is_compared_with_what_was_sent(
     alone = config.model_copy(update={"replicas": 1})
     quick = EmbeddedEngineConfig(kind="embedded", threads=1)
     steps: list[Step] = [Publish(), Corrupt(None), Publish(), Bad("older"), Publish()]
+    steps += [SwitchTransport("gloo"), Publish(), Corrupt(None), Publish(), Bad("missing"), Publish()]
     asyncio.run(run(steps, alone, variants, asyncio.run(ask_servers(quick, variants, place)), place, deadline=DEADLINE))
 
 

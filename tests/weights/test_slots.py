@@ -1,36 +1,37 @@
-"""Copying tensors into a bucket."""
+"""Copying tensors into the memory of a bucket."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.weights.plan import padded
+from millrace.checksum import tensor_checksum
+from millrace.extension.millrace_pieces import Pieces
 from millrace.weights.transports.base import specs_of
-from millrace.weights.transports.slots import copy_together
+from millrace.weights.transports.cuda_ipc import copy_together
+from millrace.weights.transports.slots import copy_to_host
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8]
-
-
-@st.composite
-def tensors(draw: st.DrawFn) -> torch.Tensor:
-    """Any dtype and shape, also transposed, a slice, empty, with gradients or without a dimension."""
-    shape = draw(st.lists(st.integers(0, 4), max_size=3))
-    dtype = draw(st.sampled_from(DTYPES))
-    made = torch.randint(0, 100, (*shape, 2)).to(dtype)
-    if dtype.is_floating_point and draw(st.booleans()):
-        made.requires_grad_()
-    made = made[..., draw(st.integers(0, 1))]
-    return made.transpose(0, -1) if shape and draw(st.booleans()) else made
+SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.uint8])
 
 
-@given(st.lists(tensors(), min_size=1, max_size=8), st.integers(0, 100), st.integers(0, 1))
-def test_together_as_one_by_one(given: list[torch.Tensor], room: int, start: int) -> None:
-    named = [(str(number), tensor) for number, tensor in enumerate(given)]
-    specs = specs_of(named)
-    nbytes = specs[-1].offset + padded(specs[-1].nbytes) + room
-    together, one_by_one = torch.zeros(64 * start + nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
-    copy_together(named, specs, together[64 * start :])
-    for spec, (_, tensor) in zip(specs, named, strict=True):
-        place = one_by_one[spec.offset : spec.offset + spec.nbytes]
-        place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-    assert torch.equal(together[64 * start :], one_by_one)
+@given(st.lists(st.tuples(SHAPES, DTYPES, st.booleans()), min_size=1, max_size=12))
+def test_both_ways_to_copy_write_the_same_bytes(kinds: list[tuple[tuple[int, ...], torch.dtype, bool]]) -> None:
+    make = torch.Generator().manual_seed(0)
+    tensors = []
+    for shape, dtype, turned in kinds:
+        tensor = torch.randint(0, 99, shape, generator=make).to(dtype)
+        tensors.append((str(len(tensors)), tensor.mT if turned and tensor.ndim > 1 else tensor))
+    specs = specs_of(tensors)
+    together, one_by_one = (torch.zeros(specs[-1].offset + specs[-1].nbytes + 1, dtype=torch.uint8) for _ in range(2))
+    copy_together(tensors, specs, together)
+    checksums = copy_to_host(tensors, specs, one_by_one)
+    assert torch.equal(together, one_by_one)
+    assert checksums == {name: tensor_checksum(tensor.contiguous()) for name, tensor in tensors}
+
+
+def test_stretches_that_overlap_are_refused() -> None:
+    first, last = Pieces([(1, 2), (4, 3)]).of(torch.arange(9))
+    assert (first.tolist(), last.tolist()) == ([1, 2], [4, 5, 6])
+    with pytest.raises(ValueError, match="begins at 2, before the end of the last one, 3"):
+        Pieces([(1, 2), (2, 3)])

@@ -56,6 +56,14 @@ def make_variants(place: Path, count: int, *, context_length: int = 256) -> list
     return variants
 
 
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a model's folder."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
 def louder(tensors: Iterable[NamedTensor]) -> list[NamedTensor]:
     """Scales the inner weights. A new small model just repeats the last token of the prompt."""
     return [(name, tensor * LOUDER if ".layers." in name and tensor.ndim == 2 else tensor) for name, tensor in tensors]

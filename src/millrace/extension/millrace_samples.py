@@ -1,5 +1,10 @@
 """Sampled checksums of tensors. The trainer computes them of what it sends, and the engines of what they hold.
 
+At most 8,192 elements of a tensor are read, as integers: all of them, or 128 evenly spread blocks of 64, which include
+the first and the last. The checksum is their sum and their sum weighted by position, both modulo 2^64. It distinguishes
+weight versions, and detects tensors that were not written, written in part or written to the wrong place. It may miss a
+single changed element of a large tensor.
+
 The engines' interpreters run this file too, so it imports nothing of Millrace.
 """
 
@@ -11,45 +16,94 @@ if TYPE_CHECKING:
 
 SAMPLE_BLOCKS, SAMPLE_WIDTH = 128, 64
 SAMPLE = SAMPLE_BLOCKS * SAMPLE_WIDTH  # elements of a tensor
-SAMPLED_TOGETHER = 256  # tensors
+SAMPLED_TOGETHER = 128  # tensors; their samples take 8 MiB as integers of 8 bytes
 
 
 def sampled_checksums(tensors: "Sequence[torch.Tensor]") -> list[str]:
     """Return a checksum of each tensor as 32 hex digits, computed on the tensors' device.
 
     tensors: contiguous, of any dtype, all on one device.
-
-    At most 8,192 elements of a tensor are read, as integers: all of them, or 128 evenly spread blocks of 64, which
-    include the first and the last. The checksum is their sum and their sum weighted by position, both modulo 2^64. It
-    distinguishes weight versions, and detects tensors that were not written, written in part or written to the wrong
-    place. It may miss a single changed element of a large tensor.
     """
     import torch
 
-    alike: dict[tuple[torch.dtype, bool], list[int]] = {}
+    alike: dict[tuple[int, int], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        alike.setdefault((integer_dtype(tensor.itemsize), tensor.numel() > SAMPLE), []).append(index)
+        alike.setdefault((tensor.itemsize, min(tensor.numel(), SAMPLE + 1)), []).append(index)
 
-    def blocks(tensor: torch.Tensor) -> torch.Tensor:
-        step = (tensor.numel() - SAMPLE_WIDTH) // (SAMPLE_BLOCKS - 1)
-        return tensor.as_strided((SAMPLE_BLOCKS, SAMPLE_WIDTH), (step, 1))
+    def samples(index: int) -> "torch.Tensor":
+        tensor = tensors[index]
+        starts, width = _blocks(tensor.numel())
+        step = starts[1] if len(starts) > 1 else 0
+        return tensor.as_strided((len(starts), width), (step, 1)).view(integer_dtype(tensor.itemsize))
 
-    def whole(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.as_strided((tensor.numel(),), (1,))
-
-    # Tensors are batched to make few torch calls: there are hundreds of tensors, and the engine waits meanwhile.
+    # Tensors are batched to make few torch calls: there are thousands of tensors, and the engine waits meanwhile.
     sums: dict[int, list[int]] = {}
     with torch.no_grad():
-        for (kind, large), indices in alike.items():
+        for indices in alike.values():
             for start in range(0, len(indices), SAMPLED_TOGETHER):
                 batch = indices[start : start + SAMPLED_TOGETHER]
-                views = [(blocks if large else whole)(tensors[index]).view(kind) for index in batch]
-                stacked = torch.stack(views) if large else torch.nn.utils.rnn.pad_sequence(views, batch_first=True)
-                samples_NE = stacked.flatten(1).to(torch.int64)
-                positions_E = torch.arange(1, samples_NE.shape[1] + 1, device=samples_NE.device)
-                pairs = torch.stack((samples_NE.sum(1), (samples_NE * positions_E).sum(1)), 1).tolist()
-                sums.update(zip(batch, pairs, strict=True))
+                stacked = torch.stack([samples(index) for index in batch])
+                sums.update(zip(batch, _sums(stacked.flatten(1)).tolist(), strict=True))
     return [hexadecimal(sums[index]) for index in range(len(tensors))]
+
+
+class SampledPlaces:
+    """The places in a bucket that `checksums` reads, for tensors whose sizes and places stay the same.
+
+    tensors: itemsize, number of elements and offset in bytes of each, which is a multiple of the itemsize. device: of
+    the buckets.
+    """
+
+    def __init__(self, tensors: "Sequence[tuple[int, int, int]]", device: "torch.device") -> None:
+        import torch
+
+        alike: dict[tuple[int, int], list[int]] = {}
+        for index, (itemsize, elements, _) in enumerate(tensors):
+            alike.setdefault((itemsize, min(elements, SAMPLE + 1)), []).append(index)
+        self._batches: list[tuple[int, int, torch.Tensor]] = []  # itemsize, width and starts of the blocks
+        order: list[int] = []
+        for (itemsize, _), indices in alike.items():
+            for start in range(0, len(indices), SAMPLED_TOGETHER):
+                batch = indices[start : start + SAMPLED_TOGETHER]
+                width = _blocks(tensors[batch[0]][1])[1]
+                blocks = [tensors[i][2] // itemsize + block for i in batch for block in _blocks(tensors[i][1])[0]]
+                self._batches.append((itemsize, width, torch.tensor(blocks, device=device).view(len(batch), -1)))
+                order += batch
+        self._order = torch.tensor(order).argsort()
+
+    def checksums(self, bucket: "torch.Tensor") -> str:
+        """Return the checksums of the tensors in a bucket, [nbytes] uint8, as 32 hex digits for each in their order."""
+        import torch
+
+        if not self._batches:
+            return ""
+        found = []
+        with torch.no_grad():
+            for itemsize, width, starts in self._batches:
+                elements = bucket[: len(bucket) // itemsize * itemsize].view(integer_dtype(itemsize))
+                windows = elements.as_strided((len(elements) - width + 1, width), (1, 1))
+                found.append(_sums(windows.index_select(0, starts.flatten()).view(len(starts), -1)))
+        sums = torch.cat(found).cpu()[self._order]
+        return sums.numpy().astype(">i8").tobytes().hex()
+
+
+def _blocks(elements: int) -> tuple[Sequence[int], int]:
+    """Return where the blocks begin that are read of a tensor, and their width, in elements."""
+    if elements <= SAMPLE:
+        return (0,), elements
+    step = (elements - SAMPLE_WIDTH) // (SAMPLE_BLOCKS - 1)
+    return range(0, step * SAMPLE_BLOCKS, step), SAMPLE_WIDTH
+
+
+def _sums(samples_NE: "torch.Tensor") -> "torch.Tensor":
+    """Return the two sums of each row: [N, 2] int64."""
+    import torch
+
+    wide_NE = samples_NE.to(torch.int64)
+    first_N = wide_NE.sum(1)
+    if wide_NE is samples_NE:  # it may be a tensor's own memory
+        wide_NE = wide_NE.clone()
+    return torch.stack((first_N, wide_NE.mul_(torch.arange(1, wide_NE.shape[1] + 1, device=wide_NE.device)).sum(1)), 1)
 
 
 def integer_dtype(itemsize: int) -> "torch.dtype":

@@ -1,5 +1,6 @@
 """The adapter for stock SGLang."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,8 +10,8 @@ from urllib.parse import urlsplit
 from millrace.engines.http_engine import ABORT_DEADLINE
 from millrace.engines.sglang.facts import read_facts
 from millrace.engines.sglang.guards import check_request
-from millrace.engines.sglang.loading import LOADER, LoaderUpdate
-from millrace.engines.sglang.payload import loader_payloads, payloads
+from millrace.engines.sglang.loading import LOADER, AnswerFiles, AnswerStore, LoaderUpdate
+from millrace.engines.sglang.payload import group_payloads, loader_payloads, payloads
 from millrace.engines.sglang_wire import (
     PAUSE_MODES,
     decode_generate,
@@ -26,7 +27,7 @@ from millrace.engines.stock.images import data_url
 from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
-from millrace.errors import EngineFailed, EngineRefused
+from millrace.errors import EngineFailed, EngineRefused, LocalError
 from millrace.http import HttpClient
 from millrace.http.hosts import is_loopback
 from millrace.types import (
@@ -63,6 +64,8 @@ class SGLangEngine(StockEngine[Facts]):
 
     _session: bool | None = None  # whether the server has an update session open; None: unknown
     _by_loader: LoaderUpdate | None = None  # what the server's weight loader has done in the open update
+    _files: AnswerFiles | None = None  # of the weight loader, if it has got buckets in memory
+    _groups: Mapping[str, AnswerStore] = {}  # of the weight loader, by the name of the group
 
     async def initialize(self, version: int | None = None) -> None:
         # /freeze_gc excludes the objects made at startup from garbage collection. On the CPU every cache flush runs the
@@ -76,6 +79,9 @@ class SGLangEngine(StockEngine[Facts]):
         await self._retry_until_idle("/flush_cache", {}, deadline)
 
     async def leave_group(self, name: str) -> None:
+        if name in self._groups:  # the weight loader leaves when the sender's store ends
+            self._groups = {other: store for other, store in self._groups.items() if other != name}
+            return
         await self._control("/destroy_weights_update_group", {"group_name": name})
 
     async def checksums(self) -> Mapping[str, str]:
@@ -94,7 +100,9 @@ class SGLangEngine(StockEngine[Facts]):
         return self._by_loader.samples if self._by_loader is not None else {}
 
     async def close(self) -> None:
-        self._forget_loader()
+        if self._files is not None:
+            self._files.close()
+        self._files, self._groups = None, {}
         await super().close()
 
     async def loads(self) -> EngineLoad:
@@ -152,21 +160,18 @@ class SGLangEngine(StockEngine[Facts]):
         await self._control("/resume_memory_occupation", {"tags": sorted(what)})
 
     async def _open_update(self) -> None:
-        self._forget_loader()
+        self._by_loader = None
         if Capability.UPDATE_SESSION in (await self._facts()).info.capabilities:
             self._session = None  # unknown until the answer arrives
             await self._control("/begin_weight_update", {})
             self._session = True
 
-    def _forget_loader(self) -> None:
-        if self._by_loader is not None:
-            self._by_loader.close()
-        self._by_loader = None
-
     def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
         body: Mapping[str, object]
         match bucket:
-            case CudaIpcBucket() | TorchStorageBucket() if Capability.SAMPLED_CHECKSUMS in facts.info.capabilities:
+            case ProcessGroupBucket(group_name=name) if name in self._groups:
+                return partial(self._load_by_group, bucket, self._groups[name])
+            case CudaIpcBucket() | TorchStorageBucket() if self._answers_in_files(facts):
                 return partial(self._load_by_loader, bucket, facts.info.ranks)
             case CudaIpcBucket() | TorchStorageBucket():
                 path = "/update_weights_from_tensor"
@@ -184,13 +189,32 @@ class SGLangEngine(StockEngine[Facts]):
 
         return send
 
+    def _answers_in_files(self, facts: Facts) -> bool:
+        """Return whether the server has the weight loader, and is on this host."""
+        return Capability.SAMPLED_CHECKSUMS in facts.info.capabilities and is_loopback(str(urlsplit(self.url).hostname))
+
     async def _load_by_loader(self, bucket: CudaIpcBucket | TorchStorageBucket, ranks: int, deadline: float) -> None:
-        """Have the server's weight loader load a bucket, and read its answers."""
-        update = self._by_loader = self._by_loader or LoaderUpdate(self.name, ranks)
-        shares = loader_payloads(bucket, update.orders(bucket.tensors))
+        """Have the server's weight loader load a bucket in memory, and read its answers."""
+        update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
+        files = self._files = self._files or AnswerFiles(ranks)
+        await self._order(loader_payloads(bucket, update.orders(bucket.tensors, files.places())), deadline)
+        update.take(bucket.tensors, files.read())
+
+    async def _load_by_group(self, bucket: ProcessGroupBucket, store: AnswerStore, deadline: float) -> None:
+        """Have the server's weight loader load a bucket that its ranks receive, and read its answers."""
+        assert bucket.number is not None
+        update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
+        places = store.places(bucket.number, deadline)
+        await self._order(group_payloads(update.orders(bucket.tensors, places)), deadline)
+        try:
+            update.take(bucket.tensors, await asyncio.to_thread(store.read, bucket.number))
+        except RuntimeError as error:  # torch's
+            raise EngineFailed(self.name, f"the answers of its weight loader can't be read: {error}") from error
+
+    async def _order(self, shares: Sequence[str], deadline: float) -> None:
+        """Send an order to the weight loader of each rank."""
         body = {"serialized_named_tensors": shares, "load_format": LOADER, **WITHOUT_FLUSH}
         await self._control("/update_weights_from_tensor", body, deadline=deadline)
-        update.take()
 
     async def _commit(self, version: int) -> None:
         if self._by_loader is not None and self._by_loader.missing:
@@ -228,6 +252,14 @@ class SGLangEngine(StockEngine[Facts]):
         await self._control("/unload_lora_adapter", {"lora_name": name}, deadline=deadline)
 
     async def _join(self, group: ProcessGroup, deadline: float) -> None:
+        if group.by_bucket:
+            ranks = (await self._facts()).info.ranks
+            try:
+                store = await asyncio.to_thread(AnswerStore, group, ranks, deadline)
+            except RuntimeError as error:  # torch's
+                raise LocalError(self.name, f"the store of group {group.name} can't be reached: {error}") from error
+            self._groups = {**self._groups, group.name: store}
+            return
         await self._control("/init_weights_update_group", group_body(group, deadline), deadline=deadline)
 
     async def _probe(self, deadline: float) -> None:
@@ -238,7 +270,7 @@ class SGLangEngine(StockEngine[Facts]):
         served, server = await self._ask("/model_info"), await self._ask("/server_info")
         paths = (await self._ask("/openapi.json"))["paths"]
         model = await self._read_model(Path(served["model_path"]))
-        return read_facts(paths, served, server, model, here=is_loopback(str(urlsplit(self.url).hostname)))
+        return read_facts(paths, served, server, model)
 
     def _check(self, request: GenerateRequest, facts: Facts) -> None:
         check_request(request, facts.limits)

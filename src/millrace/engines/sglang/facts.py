@@ -24,6 +24,7 @@ UPDATES = BREAKING | {
     Capability.UPDATE_FROM_PROCESS_GROUP,
     Capability.UPDATE_FROM_TORCH_STORAGE,
     Capability.UPDATE_FROM_CUDA_IPC,
+    Capability.WHOLE_BROADCASTS,
 }
 # SGLang's names of dtypes. It does not report what `auto` resolved to.
 DTYPES = {name: name for name in COMPUTE_DTYPES} | {"half": "float16", "float": "float32"}
@@ -38,17 +39,13 @@ def read_facts(
     served: Mapping[str, Any],
     server: Mapping[str, Any],
     model: Model,
-    *,
-    here: bool = False,
 ) -> Facts:
     """Return the facts of a server.
 
     paths: of /openapi.json. served: the answer of /model_info. server: the answer of /server_info. model: the model's
-    folder. here: whether the server runs on this host. Raises KeyError if the answers are not SGLang's.
+    folder. Raises KeyError if the answers are not SGLang's.
     """
     capabilities = capabilities_of(paths, served, server, model)
-    if here and has_loader(server):
-        capabilities |= {Capability.SAMPLED_CHECKSUMS}
     info = EngineInfo(
         kind="sglang",
         engine_version=server["version"],
@@ -95,6 +92,8 @@ def capabilities_of(
             found.add(Capability.UPDATE_FROM_CUDA_IPC)
     if not single:
         found.discard(Capability.UPDATE_FROM_PROCESS_GROUP)
+    if "/update_weights_from_tensor" in paths and single and has_loader(server):
+        found |= {Capability.SAMPLED_CHECKSUMS, Capability.WHOLE_BROADCASTS}
     if server["quantization"] is not None:
         found -= BREAKING if server["load_format"] == REQUANTISING_FORMAT else UPDATES
     if on_cpu or server["enable_memory_saver"]:

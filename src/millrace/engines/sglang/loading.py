@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from secrets import token_hex
 from typing import Any
 
@@ -10,85 +11,110 @@ import orjson
 
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
-from millrace.types import TensorSpec
+from millrace.types import ProcessGroup, TensorSpec
 
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
+SAMPLE_DIGITS = 32  # of a tensor's sampled checksum
 
 
-class AnswerFile:
-    """A file in memory, which a rank of a server on this host opens by its path and writes its answer to."""
+class AnswerFiles:
+    """Files in memory, one for each rank of a server on this host. A rank opens its file by path and writes its answer
+    to it."""
 
-    def __init__(self) -> None:
-        self._descriptor = os.memfd_create("millrace-answer", os.MFD_CLOEXEC)
-        self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+    def __init__(self, ranks: int) -> None:
+        self._descriptors = [os.memfd_create("millrace-answer", os.MFD_CLOEXEC) for _ in range(ranks)]
 
-    def clear(self) -> None:
-        """Forget the last answer."""
-        os.ftruncate(self._descriptor, 0)
+    def places(self) -> list[Mapping[str, object]]:
+        """Return what the order for each rank says about its answer, and forget the last answers."""
+        for descriptor in self._descriptors:
+            os.ftruncate(descriptor, 0)
+        return [{"file": f"/proc/{os.getpid()}/fd/{descriptor}"} for descriptor in self._descriptors]
 
-    def read(self) -> bytes:
-        """Return the answer; empty if there is none."""
-        return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+    def read(self) -> list[bytes]:
+        """Return the answer of each rank; empty if there is none."""
+        return [os.pread(one, os.fstat(one).st_size, 0) for one in self._descriptors]
 
     def close(self) -> None:
         """Free the memory."""
-        os.close(self._descriptor)
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+class AnswerStore:
+    """The store of a process group, to which the ranks of a server on any host write their answers.
+
+    group: the group. ranks: of the server. deadline: the seconds that joining it, and each bucket in it, may take.
+    Raises RuntimeError if the store can't be reached.
+    """
+
+    def __init__(self, group: ProcessGroup, ranks: int, deadline: float) -> None:
+        from torch.distributed import TCPStore
+
+        self._name, self._numbers = group.name, range(group.rank_offset, group.rank_offset + ranks)
+        body = {key: value for key, value in asdict(group).items() if key not in ("rank_offset", "by_bucket")}
+        self._groups = [{**body, "rank": number, "seconds": deadline} for number in self._numbers]
+        self._store: Any = TCPStore(
+            *(group.address, group.port, group.world_size),
+            is_master=False,
+            timeout=timedelta(seconds=deadline),
+            wait_for_workers=False,
+        )
+
+    def places(self, number: int, deadline: float) -> list[Mapping[str, object]]:
+        """Return what the order for each rank says about a bucket that comes by the group, under this number."""
+        return [{"group": group, "number": number, "seconds": deadline} for group in self._groups]
+
+    def read(self, number: int) -> list[bytes]:
+        """Take each rank's answer about a bucket; empty if there is none. Raises RuntimeError if the store is gone."""
+        return [self._take(f"{self._name}/answer/{number}/{rank}") for rank in self._numbers]
+
+    def _take(self, key: str) -> bytes:
+        if not self._store.check([key]):
+            return b""
+        answer: bytes = self._store.get(key)
+        self._store.delete_key(key)
+        return answer
 
 
 @dataclass(slots=True)
 class LoaderUpdate:
     """What a server's loader has answered in one update.
 
-    engine: its name. ranks: how many of them answer. samples: the sampled checksums of the tensors that arrived, by
-    name. missing: what to say about parameters that have no content of this update yet; empty if all have.
+    engine: its name. samples: the sampled checksums of the tensors that arrived, by name. missing: what to say about
+    parameters that have no content of this update yet; empty if all have.
     """
 
     engine: str
-    ranks: int
-    files: list[AnswerFile] = field(default_factory=list)
     name: str = field(default_factory=lambda: token_hex(8))
     samples: dict[str, str] = field(default_factory=dict)
     missing: str = ""
 
-    def orders(self, tensors: Sequence[TensorSpec]) -> list[str]:
-        """Return the order for the loader of each rank, as JSON, and clear the answers to the last one."""
-        while len(self.files) < self.ranks:
-            self.files.append(AnswerFile())
-        for file in self.files:
-            file.clear()
+    def orders(self, tensors: Sequence[TensorSpec], places: Sequence[Mapping[str, object]]) -> list[str]:
+        """Return the order for the loader of each rank, as JSON. places: where it answers, and by what it receives."""
         layout = orjson.dumps([[spec.name, spec.dtype, spec.shape, spec.offset] for spec in tensors]).decode()
-        orders = ({"update": self.name, "answer": file.path, "layout": layout} for file in self.files)
-        return [orjson.dumps(order).decode() for order in orders]
+        return [orjson.dumps({"update": self.name, "layout": layout, **place}).decode() for place in places]
 
-    def take(self) -> None:
-        """Read the answers to the last order.
+    def take(self, tensors: Sequence[TensorSpec], answers: Sequence[bytes]) -> None:
+        """Take the answers of all ranks to the order for these tensors.
 
         Raises EngineFailed if a rank has not answered or holds other content than it was sent, and InvalidStateError if
         it could not load the bucket.
         """
         self.missing = ""
-        for rank, file in enumerate(self.files):
-            self._take_one(rank, self._answer(rank, file))
-
-    def close(self) -> None:
-        """Free the memory of the answers."""
-        for file in self.files:
-            file.close()
-        self.files.clear()
-
-    def _answer(self, rank: int, file: AnswerFile) -> Mapping[str, Any]:
-        text = file.read()
-        if not text:
-            raise EngineFailed(self.engine, f"the weight loader of its rank {rank} has not answered; see its log")
-        answer: Mapping[str, Any] = orjson.loads(text)
-        return answer
-
-    def _take_one(self, rank: int, answer: Mapping[str, Any]) -> None:
-        if "error" in answer:
-            raise InvalidStateError(f"its rank {rank} could not load the tensors: {answer['error']}")
-        for name, value in answer["samples"].items():
-            if self.samples.setdefault(name, value) != value:
-                raise EngineFailed(self.engine, f"its ranks received different values of {name}")
-        if answer.get("missing"):
-            names = ", ".join(answer["such as"])
-            self.missing = f"{answer['missing']} of its parameters lack content of this version, such as {names}"
+        received: list[list[str]] = []
+        for rank, text in enumerate(answers):
+            if not text:
+                raise EngineFailed(self.engine, f"the weight loader of its rank {rank} has not answered; see its log")
+            answer: Mapping[str, Any] = orjson.loads(text)
+            if "error" in answer:
+                raise InvalidStateError(f"its rank {rank} could not load the tensors: {answer['error']}")
+            samples: str = answer["samples"]
+            received.append([samples[start : start + SAMPLE_DIGITS] for start in range(0, len(samples), SAMPLE_DIGITS)])
+            if answer.get("missing"):
+                names = ", ".join(answer["such as"])
+                self.missing = f"{answer['missing']} of its parameters lack content of this version, such as {names}"
+        for spec, *samples_of in zip(tensors, *received, strict=True):
+            if len(set(samples_of)) > 1:
+                raise EngineFailed(self.engine, f"its ranks received different values of {spec.name}")
+            self.samples[spec.name] = samples_of[0]

@@ -30,10 +30,17 @@ def payloads(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[str
 
 def loader_payloads(bucket: CudaIpcBucket | TorchStorageBucket, orders: Sequence[str]) -> list[str]:
     """Return the payload of each rank for Millrace's weight loader, in base64: [(its order, the bucket's bytes)]."""
-    return [
-        base64.b64encode(PROTOCOL + b"](" + encode((order, tensor)) + b"e" + STOP).decode()
-        for order, tensor in zip(orders, _tensors(bucket, len(orders)), strict=True)
-    ]
+    return [_order(*pair) for pair in zip(orders, _tensors(bucket, len(orders)), strict=True)]
+
+
+def group_payloads(orders: Sequence[str]) -> list[str]:
+    """Return the payload of each rank for a bucket that comes by a process group: [(its order, an empty tensor)]."""
+    return [_order(order, Call(Name("torch", "ByteTensor"), ())) for order in orders]
+
+
+def _order(order: str, tensor: Call) -> str:
+    """Return the payload of one rank, in base64."""
+    return base64.b64encode(PROTOCOL + b"](" + encode((order, tensor)) + b"e" + STOP).decode()
 
 
 def _tensors(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[Call]:

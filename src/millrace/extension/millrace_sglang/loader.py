@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from millrace_samples import sampled_checksums
+from millrace_samples import SampledPlaces
 from millrace_words import first_line, listed
 
 from .plan import Plan, plan_of
+from .receiving import Group, ReceivingGroup
 from .recording import Memory, Recorder
 
 log = logging.getLogger(__name__)
@@ -28,63 +29,110 @@ Spec = tuple[str, torch.dtype, tuple[int, ...], int]  # of a tensor: name, dtype
 class Order:
     """What the sender says about a bucket.
 
-    update: a name that is new for each update. answer: an open file of the sender, for this rank. layout: name, dtype,
-    shape and offset in bytes of each tensor in the bucket, as JSON.
+    update: a name that is new for each update. layout: name, dtype, shape and offset in bytes of each tensor in the
+    bucket, as JSON. file: an open file of the sender for this rank's answer; empty if the bucket comes by `group`,
+    under `number` and within `seconds`.
     """
 
     update: str
-    answer: str
     layout: str
+    file: str = ""
+    group: Group | None = None
+    number: int = 0
+    seconds: float = 0.0
 
     @classmethod
     def read(cls, text: str) -> "Order":
         """Read an order. Raises what a text in another form makes."""
         body = json.loads(text)
-        return cls(str(body["update"]), str(body["answer"]), str(body["layout"]))
+        update, layout = str(body["update"]), str(body["layout"])
+        if "file" in body:
+            return cls(update, layout, str(body["file"]))
+        return cls(update, layout, "", Group.read(body["group"]), int(body["number"]), float(body["seconds"]))
 
 
 @dataclass(slots=True)
 class Layout:
-    """One layout of a bucket. plan: None before the first bucket; a text is why there is none. update: the last one
-    that had such a bucket."""
+    """One layout of a bucket. places: what the checksums read. plan: None before the first bucket; a text is why there
+    is none. update: the last one that had such a bucket."""
 
     specs: tuple[Spec, ...]
+    places: SampledPlaces
     plan: Plan | str | None = None
     update: str = ""
+
+    @classmethod
+    def of(cls, text: str, bucket: torch.Tensor) -> "Layout":
+        """Read a layout for buckets of this size, on this device. Raises ValueError if a tensor is not inside, and what
+        a text in another form makes."""
+        specs = tuple(
+            (str(n), getattr(torch, dtype), tuple(shape), int(at)) for n, dtype, shape, at in json.loads(text)
+        )
+        for name, dtype, shape, offset in specs:
+            if (
+                offset % dtype.itemsize
+                or not 0 <= offset <= offset + math.prod(shape) * dtype.itemsize <= bucket.nbytes
+            ):
+                raise ValueError(f"{name} can't be at offset {offset} of a bucket of {bucket.nbytes} bytes")
+        sizes = [(dtype.itemsize, math.prod(shape), offset) for _, dtype, shape, offset in specs]
+        return cls(specs, SampledPlaces(sizes, bucket.device))
+
+    def views(self, bucket: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """Return the tensors in a bucket's bytes, without a copy."""
+        return [
+            (name, bucket[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+            for name, dtype, shape, offset in self.specs
+        ]
 
 
 @dataclass(slots=True)
 class Loader:
     """What is known of one model and its open update.
 
-    layouts: of the open update and the one before. addresses: of the parameters when the plans were made. written: how
-    many elements of each parameter the open update has written; None if that is not known.
+    layouts: of the open update and the one before. parameters: of the model when the update began. addresses: of the
+    parameters when the plans were made. written: how many elements of each parameter the open update has written; None
+    if that is not known. receiving: the process group by which buckets come.
     """
 
-    layouts: dict[str, Layout] = field(default_factory=dict)
+    layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
     addresses: Mapping[str, int] = field(default_factory=dict)
     update: str = ""
     written: Counter[str] | None = field(default_factory=Counter)
+    receiving: ReceivingGroup | None = None
+
+    def group(self, wanted: Group) -> ReceivingGroup:
+        """Return the membership of a group, which begins now if this rank is not in it. It ends that of another group.
+
+        Raises RuntimeError if the group's store can't be reached.
+        """
+        if self.receiving is None or self.receiving.group.name != wanted.name:
+            if self.receiving is not None:
+                self.receiving.close()
+            self.receiving = None
+            self.receiving = ReceivingGroup(wanted)
+        return self.receiving
 
     def load(self, model: torch.nn.Module, order: Order, bucket: torch.Tensor) -> Mapping[str, object]:
         """Load a bucket, [nbytes] uint8, into the model, and return the answer."""
         if order.update != self.update:
-            self.layouts = {text: one for text, one in self.layouts.items() if one.update == self.update}
+            self.layouts = {key: one for key, one in self.layouts.items() if one.update == self.update}
             self.update, self.written = order.update, Counter()
-        parameters = dict(model.named_parameters())
-        addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+            self.parameters = dict(model.named_parameters())
+        addresses = {name: parameter.data_ptr() for name, parameter in self.parameters.items()}
         if addresses != self.addresses:
             self.layouts.clear()
             self.addresses = addresses
-        layout = self.layouts.get(order.layout) or Layout(read_layout(order.layout))
-        self.layouts[order.layout], layout.update = layout, order.update
-        views = views_of(layout.specs, bucket)
-        samples = sampled_checksums([tensor for _, tensor in views])
+        key = order.layout, bucket.nbytes
+        layout = self.layouts.get(key) or Layout.of(order.layout, bucket)
+        self.layouts[key], layout.update = layout, order.update
+        samples = layout.places.checksums(bucket)
         if isinstance(layout.plan, Plan):
             layout.plan.run(bucket)
         else:
-            layout.plan = record(model, views, bucket, known=layout.plan)
-        answer: dict[str, object] = {"samples": dict(zip([name for name, _ in views], samples, strict=True))}
+            layout.plan = record(model, layout.views(bucket), bucket, known=layout.plan)
+            self.parameters = dict(model.named_parameters())  # the model's own loader may replace some
+        answer: dict[str, object] = {"samples": samples}
         if isinstance(layout.plan, str):
             self.written = None
             return {**answer, "unplanned": layout.plan}
@@ -92,7 +140,7 @@ class Loader:
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         if self.written is not None:
             self.written.update(layout.plan.elements)
-            missing = [name for name, one in parameters.items() if self.written[name] < one.numel()]
+            missing = [name for name, one in self.parameters.items() if self.written[name] < one.numel()]
             answer |= {"missing": len(missing), "such as": sorted(missing)[:LISTED]}
         return answer
 
@@ -123,8 +171,9 @@ LOADERS: "weakref.WeakKeyDictionary[torch.nn.Module, Loader]" = weakref.WeakKeyD
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     """Load one bucket: SGLang calls this in each rank.
 
-    named_tensors: one pair, the order as JSON and the bucket's bytes. Raises nothing that the order can cause: an
-    exception would end the server. The sender reads in the answer what failed.
+    named_tensors: one pair, the order as JSON and the bucket's bytes; no bytes if the bucket comes by a process group.
+    Raises nothing that the order can cause: an exception would end the server. The sender reads in the answer what
+    failed.
     """
     [(text, bucket)] = named_tensors
     try:
@@ -134,35 +183,28 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
         return
     loader = LOADERS.setdefault(model, Loader())
     try:
+        if order.group is not None:
+            bucket = loader.group(order.group).bucket(order.number, order.seconds).to(bucket.device)
         answer = loader.load(model, order, bucket)
     except Exception as error:
         log.exception("a bucket could not be loaded")
         loader.written = None
         answer = {"error": f"{type(error).__name__}: {first_line(error)}"}
     finally:
-        if bucket.is_cuda:
-            torch.cuda.synchronize(bucket.device)  # after this, nothing reads the bucket's memory
-    write_answer(order.answer, answer)
+        if bucket.is_cuda:  # after this, nothing reads the bucket's memory; the next one may still be arriving
+            torch.cuda.current_stream(bucket.device).synchronize()
+    content = json.dumps(answer).encode()
+    if order.group is None:
+        write_answer(order.file, content)
+    elif loader.receiving is not None:
+        try:
+            loader.receiving.answer(order.number, content)
+        except RuntimeError as error:
+            log.warning("the answer can't be sent: %s", first_line(error))
 
 
-def read_layout(text: str) -> tuple[Spec, ...]:
-    """Read a layout. Raises what a text in another form makes."""
-    return tuple((str(n), getattr(torch, dtype), tuple(shape), int(at)) for n, dtype, shape, at in json.loads(text))
-
-
-def views_of(specs: Sequence[Spec], bucket: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Return the tensors in a bucket's bytes, without a copy. Raises ValueError if one is not inside."""
-    views = []
-    for name, dtype, shape, offset in specs:
-        nbytes = math.prod(shape) * dtype.itemsize
-        if offset % dtype.itemsize or not 0 <= offset <= offset + nbytes <= bucket.nbytes:
-            raise ValueError(f"{name} can't be at offset {offset} of a bucket of {bucket.nbytes} bytes")
-        views.append((name, bucket[offset : offset + nbytes].view(dtype).view(shape)))
-    return views
-
-
-def write_answer(path: str, answer: Mapping[str, object]) -> None:
-    """Write an answer to a file that the sender has made. Does nothing if there is none, as on another host."""
+def write_answer(path: str, content: bytes) -> None:
+    """Write an answer to a file that the sender has made. Does nothing if there is none."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -170,4 +212,4 @@ def write_answer(path: str, answer: Mapping[str, object]) -> None:
         return
     with os.fdopen(descriptor, "wb") as file:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            file.write(json.dumps(answer).encode())
+            file.write(content)

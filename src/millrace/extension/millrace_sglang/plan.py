@@ -17,16 +17,23 @@ SAMPLED = {1: (128,), 2: (8, 16), 3: (4, 4, 8)}  # about so many places along ea
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Evenly spread elements of a parameter, and where they come from.
+    """Evenly spread elements of parameters of one dtype, and where they come from.
 
-    held: positions of the elements in the parameter's memory. sent: their positions in the bucket, in elements.
+    held: for each parameter its name, its memory as [elements], and the positions of its samples there. sent: the
+    positions of all samples in the bucket, in elements of `dtype`.
     """
 
-    parameter: str
-    target: torch.Tensor
     dtype: torch.dtype
-    held: torch.Tensor
+    held: tuple[tuple[str, torch.Tensor, torch.Tensor], ...]
     sent: torch.Tensor
+
+    def unlike(self, bucket: torch.Tensor) -> torch.Tensor:
+        """Return which samples differ from the bucket's content, as it is in the parameters' dtype: [n] bool."""
+        held = torch.cat([memory.index_select(0, places) for _, memory, places in self.held])
+        sent = as_dtype(bucket, self.dtype).index_select(0, self.sent).to(held.dtype)
+        integers = integer_dtype(held.itemsize)
+        differs: torch.Tensor = held.view(integers) != sent.view(integers)
+        return differs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +50,14 @@ class Plan:
 
     def differing(self, bucket: torch.Tensor) -> list[str]:
         """Return the parameters whose content differs from what was copied into them, by samples of each copy."""
-        unlike = []
-        for one in self.samples:
-            memory = one.target.as_strided((one.target.untyped_storage().nbytes() // one.target.itemsize,), (1,), 0)
-            held = memory[one.held]
-            sent = as_dtype(bucket, one.dtype)[one.sent].to(held.dtype)
-            integers = integer_dtype(held.itemsize)
-            unlike.append((held.view(integers) != sent.view(integers)).any())
-        found = torch.stack(unlike).tolist() if unlike else []
-        return sorted({one.parameter for one, differs in zip(self.samples, found, strict=True) if differs})
+        unlike = [one.unlike(bucket) for one in self.samples]
+        if not unlike or not torch.stack([one.any() for one in unlike]).any().item():
+            return []
+        names = []
+        for samples, found in zip(self.samples, unlike, strict=True):
+            parts = found.split_with_sizes([len(places) for _, _, places in samples.held])
+            names += [name for (name, _, _), part in zip(samples.held, parts, strict=True) if part.any()]
+        return sorted(set(names))
 
 
 def plan_of(recording: Recording) -> Plan | str:
@@ -71,15 +77,22 @@ def plan_of(recording: Recording) -> Plan | str:
 
 
 def samples_of(copies: Sequence[Copy]) -> Iterator[Samples]:
-    """Yield the samples of the copies, those into one parameter together."""
-    key = lambda copy: (copy.parameter, str(copy.dtype))  # noqa: E731
-    for _, group in itertools.groupby(sorted(copies, key=key), key=key):
-        some = list(group)
-        first = some[0].target
-        held = [positions(copy.shape, copy.target.stride(), int(copy.target.storage_offset())) for copy in some]
-        sent = [positions(copy.shape, copy.stride, copy.offset // copy.dtype.itemsize) for copy in some]
-        indices = (torch.cat(one).to(first.device) for one in (held, sent))
-        yield Samples(some[0].parameter, first, some[0].dtype, *indices)
+    """Yield the samples of the copies, those of the same dtypes together."""
+
+    def dtypes(copy: Copy) -> tuple[str, str]:
+        return str(copy.dtype), str(copy.target.dtype)
+
+    ordered = sorted(copies, key=lambda copy: (dtypes(copy), copy.parameter))
+    for _, alike in itertools.groupby(ordered, key=dtypes):
+        held, sent = [], []
+        for parameter, group in itertools.groupby(alike, key=lambda copy: copy.parameter):
+            some = list(group)
+            target, dtype = some[0].target, some[0].dtype
+            places = [positions(one.shape, one.target.stride(), int(one.target.storage_offset())) for one in some]
+            memory = target.as_strided((target.untyped_storage().nbytes() // target.itemsize,), (1,), 0)
+            held.append((parameter, memory, torch.cat(places).to(target.device)))
+            sent += [positions(one.shape, one.stride, one.offset // dtype.itemsize) for one in some]
+        yield Samples(dtype, tuple(held), torch.cat(sent).to(target.device))
 
 
 def positions(shape: Sequence[int], stride: Sequence[int], start: int) -> torch.Tensor:

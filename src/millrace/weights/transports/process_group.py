@@ -1,4 +1,4 @@
-"""Transports that broadcast buckets in a process group of torch.distributed: by gloo over TCP, or by NCCL between GPUs.
+"""Transports that broadcast tensors in a process group of torch.distributed: by gloo over TCP, or by NCCL between GPUs.
 Trainer and engines may be on any hosts.
 
 The trainer is rank 0. Engines join before the first update begins, while they generate. A group is kept from one
@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -38,9 +38,13 @@ UNHEALTHY = (Health.BUSY, Health.DEAD)
 
 @dataclass(frozen=True, slots=True)
 class BroadcastBucket(StagedBucket):
-    """A bucket and the tensors to broadcast. They are not copied if they are contiguous and on the group's device."""
+    """A bucket and the tensors to broadcast, which are on the group's device.
+
+    number: with one, there is one tensor, the bytes of the bucket, and the ranks know it by this number.
+    """
 
     tensors: tuple[torch.Tensor, ...]
+    number: int | None = None
 
 
 @dataclass(slots=True)
@@ -48,12 +52,15 @@ class _Joined:
     """A group and the engines in it.
 
     loaded: whether the engines have loaded a bucket in it since the last `open`.
+    sent: the number of the bucket whose broadcast was begun last.
     failed: the engines that have failed since the last `open`, in the order of their failures.
     """
 
     group: SendingGroup
     engines: list[Engine]
     loaded: bool = False
+    sent: int | None = None
+    sending: asyncio.Lock = field(default_factory=asyncio.Lock)
     failed: list[Engine] = field(default_factory=list)
 
     def fail(self, engine: Engine) -> None:
@@ -61,6 +68,24 @@ class _Joined:
         if engine not in self.failed:
             self.failed.append(engine)
         self.group.abort(f"{engine.name} failed, which ended the broadcast to all engines in its group")
+
+    async def send(self, staged: BroadcastBucket) -> None:
+        """Broadcast a bucket after the one before it, unless that was done ahead. If it fails, `group.broken` says
+        why."""
+        async with self.sending:
+            if staged.number is not None and staged.number == self.sent:
+                return
+            self.sent = staged.number
+            try:
+                if staged.number is None:
+                    await self.group.broadcast(staged.tensors)
+                else:
+                    await self.group.broadcast_bucket(staged.number, staged.tensors[0])
+            except RuntimeError as error:
+                self.group.abort(f"the broadcast failed: {_first_line(error)}")
+            except BaseException:
+                self.group.abort("the publish was cancelled")
+                raise
 
 
 class ProcessGroupTransport(BucketTransport):
@@ -72,6 +97,7 @@ class ProcessGroupTransport(BucketTransport):
     """
 
     needs = frozenset({Capability.UPDATE_FROM_PROCESS_GROUP})
+    by_bucket: ClassVar[bool] = False  # see `ProcessGroup`
 
     def __init__(self, kind: type[SendingGroup], device: torch.device, *, together: bool) -> None:
         self._kind, self._device, self._together = kind, device, together
@@ -177,7 +203,8 @@ class ProcessGroupTransport(BucketTransport):
         joined = _Joined(sending, list(engines.values()))
 
         async def join(engine: Engine, offset: int) -> None:
-            group = ProcessGroup(name, sending.backend, address, sending.port, offset, 1 + sum(ranks))
+            place = address, sending.port, offset, 1 + sum(ranks)
+            group = ProcessGroup(name, sending.backend, *place, by_bucket=self.by_bucket)
             try:
                 await engine.join_group(group, deadline=seconds)
             except EngineError as error:
@@ -186,7 +213,8 @@ class ProcessGroupTransport(BucketTransport):
 
         async def join_as_sender() -> str | None:
             try:
-                await sending.join()
+                if not self.by_bucket:
+                    await sending.join()
             except RuntimeError as error:
                 sending.abort(reason := _first_line(error))  # ends the threads that still wait
                 return reason
@@ -227,12 +255,6 @@ async def _load_together(
     """Broadcast the bucket in one group while its engines load it. The first engine that fails ends the broadcast."""
     group = joined.group
 
-    async def broadcast() -> None:
-        try:
-            await group.broadcast(staged.tensors)
-        except RuntimeError as error:
-            group.abort(f"the broadcast failed: {_first_line(error)}")
-
     async def load(target: PublishTarget) -> StepResult:
         if group.broken is not None:
             result = StepResult(0.0, EngineFailed(target.engine.name, group.broken))
@@ -245,7 +267,7 @@ async def _load_together(
     try:
         async with asyncio.TaskGroup() as tasks:
             if group.broken is None:
-                tasks.create_task(broadcast())
+                tasks.create_task(joined.send(staged))
             loading = {target.engine.name: tasks.create_task(load(target)) for target in members}
     except BaseException:
         group.abort("the publish was cancelled")

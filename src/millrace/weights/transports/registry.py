@@ -11,8 +11,8 @@ from millrace.weights.transports.base import Transport, TransportContext
 CLASSES: dict[TransportName, tuple[str, ...]] = {
     "shm": ("shared_memory:SharedMemoryTransport", "torch_storage:TorchStorageTransport"),
     "cuda_ipc": ("cuda_ipc:CudaIpcTransport",),
-    "gloo": ("process_group:GlooTransport",),
-    "nccl": ("process_group:NcclTransport", "bare_nccl:BareNcclTransport"),
+    "gloo": ("whole_broadcast:GlooTransport", "process_group:GlooTransport"),
+    "nccl": ("whole_broadcast:NcclTransport", "process_group:NcclTransport", "bare_nccl:BareNcclTransport"),
     "disk": ("disk:DiskTransport",),
     "delta": ("delta:DeltaTransport",),
     "ucx": ("ucx:UcxTransport",),

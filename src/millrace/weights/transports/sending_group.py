@@ -38,6 +38,7 @@ class SendingGroup:
         self.seconds, self._deadline = deadline, timedelta(seconds=deadline)
         self._address = address
         self._group: Any = None
+        self._announced = 0  # buckets
         # The listener that torch creates listens on all of the host's addresses.
         listener = socket.create_server((address, 0))
         self.port: int = listener.getsockname()[1]
@@ -77,10 +78,34 @@ class SendingGroup:
     async def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Send the tensors to all ranks. Each must be contiguous and on the group's device. Raises RuntimeError if the
         broadcast fails, or if `abort` is called. It has no deadline of its own."""
+        await self._send(lambda: [self._begin(tensor) for tensor in tensors])
+
+    async def broadcast_bucket(self, number: int, bucket: torch.Tensor) -> None:
+        """Announce a bucket in the store under this number, and send its bytes: [nbytes] uint8 on the group's device.
+
+        The ranks join with the first bucket. The one before the last must have been loaded. Raises RuntimeError as
+        `broadcast` does.
+        """
+        if self._group is None:
+            await self.join()
+        key, old = (f"{self.name}/bucket/{self._announced - back}" for back in (0, 2))
+        self._announced += 1
+
+        def announce_and_begin() -> list[Any]:
+            self._store.set(key, f"{number} {bucket.nbytes}")
+            self._store.delete_key(old)  # all ranks have read it
+            return [self._begin(bucket)]
+
+        await self._send(announce_and_begin)
+
+    def _begin(self, tensor: torch.Tensor) -> Any:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
+        return self._group.broadcast([tensor], options)
+
+    async def _send(self, begin: Callable[[], Sequence[Any]]) -> None:
         # In a thread: NCCL's first broadcast waits until the engines have joined, by calls of this event loop.
-        for work in await self._in_thread(lambda: [self._group.broadcast([tensor], options) for tensor in tensors]):
+        for work in await self._in_thread(begin):
             await self._until(work.is_completed)  # NCCL's wait() ends when work is queued; gloo's can't be interrupted
             work.wait()
 
@@ -114,6 +139,8 @@ class SendingGroup:
 
     def close(self) -> None:
         """Leave the group, and free it."""
+        if self._announced and self.broken is None and self._store is not None:
+            self._store.set(f"{self.name}/bucket/{self._announced}", "")  # ranks that wait for a bucket leave too
         group, self._group, self._store = self._group, None, None
         if group is not None and self.broken is not None:
             # In a thread: gloo's shutdown waits for the broadcast that was aborted.

@@ -77,22 +77,6 @@ def copy_to_host(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: t
     }
 
 
-def copy_together(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> None:
-    """Copy the tensors into `target`, a uint8 tensor of shape [nbytes], by one call: a bucket of a mixture of experts
-    has thousands of tensors. On a GPU, the copies may not be finished when this returns."""
-    memory = {
-        dtype: target[: len(target) // dtype.itemsize * dtype.itemsize].view(dtype)
-        for dtype in {tensor.dtype for _, tensor in tensors}
-    }
-    places = []
-    for spec, (_, tensor) in zip(specs, tensors, strict=True):
-        typed = memory[tensor.dtype]
-        strides = tensor.stride() if tensor.is_contiguous() else torch.empty(tensor.shape, device="meta").stride()
-        places.append(typed.as_strided(tensor.shape, strides, typed.storage_offset() + spec.offset // tensor.itemsize))
-    with torch.no_grad():
-        torch._foreach_copy_(places, [tensor for _, tensor in tensors], non_blocking=True)
-
-
 def _copy(tensor: torch.Tensor, target: torch.Tensor) -> str:
     """Copy the tensor's bytes into `target`, a uint8 tensor of shape [nbytes]. Return their checksum."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():

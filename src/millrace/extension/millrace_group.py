@@ -1,0 +1,59 @@
+"""Membership of an engine's process in a sender's process group of torch. The engines' interpreters run this file."""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from millrace_environment import settings
+
+# With these off, torch's watchdog does not end this process when the sender dies.
+NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+POLL_SECONDS = 0.0005
+
+
+def connect(address: str, port: int, world_size: int, seconds: float) -> Any:
+    """Return a client of the sender's store. Its own waits end after `seconds`. Raises RuntimeError if nothing answers
+    by then."""
+    return dist.TCPStore(address, port, world_size, is_master=False, timeout=timedelta(seconds=seconds))
+
+
+def join(store: Any, name: str, backend: str, rank: int, world_size: int, seconds: float) -> Any:
+    """Join the group of that name. The store's keys have the prefixes that torch gives to such a group.
+
+    With gloo, returns when all ranks have joined, and each later wait ends after `seconds`. With NCCL, the ranks meet
+    in the first broadcast. Raises RuntimeError if the ranks do not meet in time.
+    """
+    if backend not in ("gloo", "nccl") or not 0 < rank < world_size:
+        raise RuntimeError(f"rank {rank} of {world_size} can't receive over {backend}")
+    for prefix in (name, f"{name}/", "cpu/" if backend == "gloo" else "cuda/"):
+        store = dist.PrefixStore(prefix, store)
+    deadline = timedelta(seconds=seconds)
+    if backend == "gloo":
+        return dist.ProcessGroupGloo(store, rank, world_size, deadline)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = 2 * deadline + timedelta(minutes=1)
+    with settings(NCCL_SETTINGS):
+        return dist.ProcessGroupNCCL(store, rank, world_size, options)
+
+
+def receive(group: Any, tensor: torch.Tensor) -> Any:
+    """Begin to receive a broadcast of rank 0, and return torch's handle of the work."""
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    return group.broadcast([tensor], options)
+
+
+def wait(group: Any, work: Any, seconds: float) -> None:
+    """Wait until all that was received has arrived. NCCL's own wait returns when the transfer is queued.
+
+    work: the last one. Raises RuntimeError if it takes longer than `seconds`; the group is then broken.
+    """
+    ends = time.monotonic() + seconds
+    while not work.is_completed():
+        if time.monotonic() > ends:
+            group.abort()
+            raise RuntimeError(f"not within {seconds:.0f} s; the group is broken, leave it")
+        time.sleep(POLL_SECONDS)
+    work.wait()

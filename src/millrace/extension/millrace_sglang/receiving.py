@@ -1,0 +1,152 @@
+"""Buckets that a sender broadcasts in a process group, each received while the one before is loaded."""
+
+import contextlib
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from millrace_group import connect, join, receive, wait
+from millrace_words import first_line
+
+log = logging.getLogger(__name__)
+
+UNTIL_ANNOUNCED = timedelta(days=20)  # a wait on the store that ends by the sender's end
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A process group with this rank's number in it. seconds: in which the ranks must meet, and each bucket arrive."""
+
+    name: str
+    backend: str
+    address: str
+    port: int
+    rank: int
+    world_size: int
+    seconds: float
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> "Group":
+        """Read a group. Raises what a body in another form makes."""
+        place = str(body["address"]), int(body["port"])
+        return cls(
+            *(str(body["name"]), str(body["backend"]), *place),
+            *(int(body["rank"]), int(body["world_size"]), float(body["seconds"])),
+        )
+
+
+class ReceivingGroup:
+    """A sender's process group with this rank as a member. Rank 0, the sender, broadcasts.
+
+    The sender writes each bucket's number and size to its store, under `NAME/bucket/0`, `NAME/bucket/1` and so on, and
+    then broadcasts the bucket's bytes. An empty text means that none will follow. A thread of this rank joins the group
+    and receives, into two buffers in turn. The sender broadcasts a bucket only after the one before the last was
+    loaded. The thread ends and the buffers are freed when the sender's store is gone.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        # Each of the two stores is one connection, and a wait occupies it.
+        announced, self._answers = (
+            connect(group.address, group.port, group.world_size, group.seconds) for _ in range(2)
+        )
+        self._arrived: queue.Queue[tuple[int, torch.Tensor] | Exception] = queue.Queue()
+        self._last: tuple[int, torch.Tensor] | None = None
+        self._joined: Any = None
+        self._closed = False
+        device = torch.device("cuda", torch.cuda.current_device()) if group.backend == "nccl" else torch.device("cpu")
+        threading.Thread(target=self._run, args=(announced, device), name="millrace-receive", daemon=True).start()
+
+    def bucket(self, number: int, seconds: float) -> torch.Tensor:
+        """Return the bytes of the bucket with this number, [nbytes] uint8 on the CPU (gloo) or this rank's GPU (NCCL).
+
+        Earlier ones that were not asked for are dropped. Raises RuntimeError if it does not arrive in `seconds` or the
+        group is broken; the group is then closed.
+        """
+        ends, last = time.monotonic() + seconds, self._last
+        while last is None or last[0] != number:
+            try:
+                got = self._arrived.get(timeout=0 if self._closed else max(0.0, ends - time.monotonic()))
+            except queue.Empty:
+                got = RuntimeError("the group is closed" if self._closed else f"not within {seconds:.0f} s")
+            if isinstance(got, Exception):
+                self.close()
+                raise RuntimeError(f"group {self.group.name}: bucket {number} did not come: {first_line(got)}") from got
+            last = self._last = got
+        return last[1]
+
+    def answer(self, number: int, content: bytes) -> None:
+        """Write this rank's answer about a bucket to the sender's store. Raises RuntimeError if the store is gone."""
+        failed: list[RuntimeError] = []
+
+        def write() -> None:
+            try:
+                self._answers.set(f"{self.group.name}/answer/{number}/{self.group.rank}", content)
+            except RuntimeError as error:
+                failed.append(error)
+
+        writing = threading.Thread(target=write, daemon=True)  # it would wait for a sender that has stopped
+        writing.start()
+        writing.join(self.group.seconds)
+        if failed or writing.is_alive():
+            raise failed[0] if failed else RuntimeError(f"the sender did not read it in {self.group.seconds:.0f} s")
+
+    def close(self) -> None:
+        """Leave the group, in whatever state it is, and free the buffers."""
+        if not self._closed:
+            self._closed, self._last = True, None
+            if self._joined is not None:  # in a thread: it waits for a broadcast that is under way
+                threading.Thread(target=self._joined.abort, daemon=True).start()
+
+    def _run(self, announced: Any, device: torch.device) -> None:
+        try:
+            with on_own_stream(device):
+                self._receive(announced, device)
+            self._closed = True
+        except Exception as error:  # it is the answer to the next order
+            log.warning("process group %s has ended: %s", self.group.name, first_line(error))
+            self._arrived.put(error)
+        self._free(device)
+
+    def _free(self, device: torch.device) -> None:
+        """Let go of what this rank keeps of a group that has ended."""
+        left, self._last, self._joined = self._joined, None, None
+        if left is not None:
+            left.abort()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _receive(self, announced: Any, device: torch.device) -> None:
+        """Join, and receive one bucket after the other until the sender has no more."""
+        group = self.group
+        self._joined = join(announced, group.name, group.backend, group.rank, group.world_size, group.seconds)
+        buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2)]
+        for index in itertools.count():
+            announced.wait([key := f"{group.name}/bucket/{index}"], UNTIL_ANNOUNCED)
+            text = announced.get(key).decode()
+            if not text or self._closed:
+                return
+            number, nbytes = map(int, text.split())
+            if buffers[index % 2].nbytes < nbytes:
+                buffers[index % 2] = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+                buffers[index % 2] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            bucket = buffers[index % 2][:nbytes]
+            wait(self._joined, receive(self._joined, bucket), group.seconds)
+            self._arrived.put((number, bucket))
+
+
+@contextlib.contextmanager
+def on_own_stream(device: torch.device) -> Iterator[None]:
+    """Run the block on a stream of its own, so that a broadcast does not wait for what the model does."""
+    if device.type == "cpu":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        yield
