@@ -55,6 +55,11 @@ class Server:
             assert response.status == 200, await response.text()
             return await response.json(content_type=None) if response.content_length else None
 
+    async def get(self, path: str) -> Any:
+        async with self._session.get(path) as response:
+            assert response.status == 200, await response.text()
+            return await response.json()
+
     async def healthy(self) -> bool:
         try:
             async with self._session.get("/health") as response:
@@ -77,12 +82,12 @@ class Server:
         assert set(result) == {"error"}, result
         return str(result["error"])
 
-    async def load(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
-        """Loads one bucket, and changes its memory right after."""
+    async def load(self, weights: Mapping[str, torch.Tensor]) -> str:
+        """Loads one bucket, and changes its memory right after. Returns which tensors the server ignored."""
         bucket = SharedBucket(weights)
         result = await self.done("load", *bucket.described())
         bucket.take_back()
-        ignored: list[str] = result["ignored"]
+        ignored: str = result["ignored"]
         return ignored
 
     async def refused_load(self, weights: Mapping[str, torch.Tensor]) -> str:
@@ -107,7 +112,7 @@ class Server:
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
-        await self.post("/pause?mode=abort")
+        await self.post("/pause?mode=abort&at_once=true")
         await self.post("/reset_prefix_cache")
         yield
         await self.post("/resume")
@@ -115,22 +120,24 @@ class Server:
 
 @asynccontextmanager
 async def serving(folder: Path, python: Path, logs: Path, *, extension: bool = True) -> AsyncIterator[Server]:
-    """Starts a server on the CPU, with Millrace's extension or without."""
+    """Starts a server on the CPU, with Millrace's extension and middleware or without."""
     port = free_port("127.0.0.1")
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--enforce-eager", "--kv-cache-memory-bytes", str(2**26), "--enable-scale-out"]
     command += ["--distributed-executor-backend", "uni"]
     if extension:
-        command += ["--worker-extension-cls", "millrace_vllm.Extension"]
+        command += ["--worker-extension-cls", "millrace_vllm.Extension", "--middleware", "millrace_vllm_keys.Keys"]
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(EXTENSION)}
+    environment |= {"MILLRACE_API_KEY": "data", "MILLRACE_ADMIN_API_KEY": "admin"}
     url = f"http://127.0.0.1:{port}"
     process = await ServerProcess.start("vllm", command, logs / f"vllm-{port}.log", env=environment)
     try:
         timeout = aiohttp.ClientTimeout(60)
         # vLLM closes a connection after an error of its own, while the next request may already be on its way.
         connector = aiohttp.TCPConnector(force_close=True)
-        async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
+        headers = {"Authorization": "Bearer admin"}
+        async with aiohttp.ClientSession(url, connector=connector, timeout=timeout, headers=headers) as session:
             server = Server(session, url)
             await process.until_healthy(server.healthy, deadline=START_DEADLINE)
             yield server

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import random
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ async def check_serves(server: Server, expected: Reference) -> None:
 async def update(server: Server, version: str, buckets: list[Weights]) -> None:
     await server.done("begin")
     for bucket in buckets:
-        assert await server.load(bucket) == []
+        assert await server.load(bucket) == ""
     assert await server.done("commit", version) == {"version": version}
 
 
@@ -160,6 +161,27 @@ async def test_buckets_in_any_order_that_part_fused_modules_anywhere(subject: Su
     assert state == {"version": "7", "updating": False, "rank": 0, "world_size": 1, "protocol": 2}
 
 
+async def test_a_pause_at_once_interrupts_without_vllms_wait(servers: Subject) -> None:
+    server = servers.server
+
+    async def pause(path: str) -> float:
+        """Pauses a server that generates, and returns the seconds that the call took."""
+        sampling = {"max_tokens": 200, "temperature": 0.0, "ignore_eos": True}
+        body = {"token_ids": [5, 9], "sampling_params": sampling}
+        request = asyncio.create_task(server.post("/inference/v1/generate", body))
+        await asyncio.sleep(0)
+        started = time.monotonic()
+        await server.post(path)
+        seconds = time.monotonic() - started
+        assert await server.get("/is_paused") == {"is_paused": True}
+        await server.post("/resume")
+        await request
+        return seconds
+
+    assert min([await pause("/pause?mode=abort") for _ in range(10)]) > 0.02
+    assert min([await pause("/pause?mode=abort&at_once=true") for _ in range(10)]) < 0.02
+
+
 async def test_one_update_follows_another(subject: Subject) -> None:
     for version, wanted in (("1", subject.second), ("2", subject.first), ("3", subject.second)):
         await update(subject.server, version, [wanted.weights])
@@ -180,7 +202,7 @@ async def test_samples_of_each_bucket_are_those_of_what_was_sent(subject: Subjec
         bucket = SharedBucket({name: tensor})
         result = await server.done("load", *bucket.described())
         bucket.take_back()
-        assert result == {"samples": sampled_checksums([tensor])[0], "ignored": []}
+        assert result == {"samples": sampled_checksums([tensor])[0], "ignored": ""}
     await server.done("commit", "1")
     await check_serves(server, subject.second)
 
@@ -367,7 +389,7 @@ async def test_a_tensor_that_does_not_fit_changes_nothing(subject: Subject, name
 async def test_an_unknown_name_is_reported(subject: Subject) -> None:
     await subject.server.done("begin")
     unused = "model.layers.0.self_attn.o_proj.bias"
-    assert await subject.server.load({unused: torch.zeros(64), NORM: subject.second.weights[NORM]}) == [unused]
+    assert await subject.server.load({unused: torch.zeros(64), NORM: subject.second.weights[NORM]}) == unused
 
 
 async def test_a_tensor_comes_once(subject: Subject) -> None:

@@ -3,6 +3,7 @@ server."""
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,3 +90,46 @@ def test_a_server_without_keys_does_not_start(ask: Ask, name: str, monkeypatch: 
     monkeypatch.delenv(name)
     with pytest.raises(KeyError, match=name):
         Keys(lambda *_: asyncio.sleep(0))
+
+
+class Engine:
+    """Stands for vLLM's engine client, as far as a pause uses it. Records the calls."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.renderer = self.engine_core = self
+        self._error = error
+
+    async def clear_mm_cache_async(self) -> None:
+        self.calls.append(("clear",))
+
+    async def pause_scheduler_async(self, *, mode: str, clear_cache: bool) -> None:
+        if self._error is not None:
+            raise self._error
+        self.calls.append((mode, clear_cache))
+
+
+@pytest.mark.parametrize(
+    ("query", "calls"),
+    [
+        (b"mode=abort&at_once=true", [("clear",), ("abort", True)]),
+        (b"mode=keep&clear_cache=false&at_once=true", [("keep", False)]),
+        (b"mode=abort", []),
+        (b"at_once=true", [("clear",)]),  # without a mode, vLLM's own route answers
+        (b"", []),
+    ],
+)
+def test_a_pause_at_once_is_answered_here(ask: Ask, query: bytes, calls: list[tuple[Any, ...]]) -> None:
+    engine = Engine()
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=engine))
+    answer = ask("POST", "/pause", "Bearer admin", query_string=query, app=app)
+    assert engine.calls == calls
+    assert answer == ("200" if ("abort", True) in calls or ("keep", False) in calls else "passed")
+    assert ask("POST", "/pause", "Bearer data", query_string=query, app=app) == "401"
+    assert engine.calls == calls
+
+
+def test_vllm_answers_a_pause_that_fails_here(ask: Ask) -> None:
+    failing = SimpleNamespace(state=SimpleNamespace(engine_client=Engine(RuntimeError("the engine is dead"))))
+    for app in (failing, SimpleNamespace(state=SimpleNamespace())):
+        assert ask("POST", "/pause", "Bearer admin", query_string=b"mode=abort&at_once=true", app=app) == "passed"

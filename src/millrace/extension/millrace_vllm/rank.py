@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from millrace_words import listed
 
 from .digest import StoredTensors
 from .errors import RpcError
@@ -66,7 +67,7 @@ class Rank:
             raise RpcError(f"unknown kind of bucket: {kind}")
         layout = self._layout(tensors)
         samples = self.weights.load(layout, self._fetching(kind, bucket, layout))
-        return {"samples": "".join(samples), "ignored": layout.ignored}
+        return {"samples": "".join(samples), "ignored": listed(layout.ignored)}
 
     def _fetching(self, kind: str, bucket: dict[str, Any], layout: Layout) -> Callable[[], torch.Tensor]:
         """What returns the bytes of a bucket."""
@@ -105,4 +106,4 @@ class Rank:
             layout, content = self._planned([spec]), tensor.reshape(-1).view(torch.uint8)
             samples += self.weights.load(layout, lambda: content)  # noqa: B023
             ignored += layout.ignored
-        return {"names": list(tensors), "samples": "".join(samples), "ignored": ignored}
+        return {"names": list(tensors), "samples": "".join(samples), "ignored": listed(ignored)}

@@ -97,8 +97,9 @@ class Extension:
         tensors: what the bucket contains, a JSON list of [name, dtype, shape, offset, nbytes].
 
         `samples`: the sampled checksum of each tensor in turn, 32 hex digits. It is of the tensor in the model, if the
-        model contains it unchanged, or else of the one that arrived. `names`: the tensors of a folder. `ignored` names
-        the tensors that this rank does not use: those of another rank, and those that the model leaves out."""
+        model contains it unchanged, or else of the one that arrived. `names`: the tensors of a folder. `ignored`: the
+        first of the tensors that this rank does not use, and how many others there are. Those are of another rank, or
+        the model leaves them out."""
         return self._millrace().load(parse_object(bucket), tensors)
 
     @returns_errors
