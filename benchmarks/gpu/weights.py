@@ -4,10 +4,11 @@
         [--trainer-gpu 1] [--engine '{"kind": "vllm", "python": "...", "engine_args": {...}}']
 
 Trainer and server are on one GPU, and the tensors travel by CUDA IPC. On the CPU (--engine '{"device": "cpu"}') they
-travel by shared memory. NCCL takes two GPUs: with --trainer-gpu 1, the server has the first. With ucx, a sidecar is
-started whose memory is on the server's GPU. That makes one more copy, within the GPU or, with --trainer-gpu, over
-NVLink. The floor of a publish is two device-to-device copies of the model (into the bucket, out of it) at the bandwidth
-measured in the same run. With two GPUs it is one copy from one to the other.
+travel by shared memory. NCCL takes two GPUs: with --trainer-gpu 1, the server has the first. SGLang loads by Millrace's
+weight loader with "engine_args": {"custom_weight_loader": ["millrace_sglang.load"]}. With ucx, a sidecar is started
+whose memory is on the server's GPU. That makes one more copy, within the GPU or, with --trainer-gpu, over NVLink. The
+floor of a publish is two device-to-device copies of the model (into the bucket, out of it) at the bandwidth measured in
+the same run. With two GPUs it is one copy from one to the other.
 """
 
 import argparse

@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from millrace.config.engines import SGLangEngineConfig
 from millrace.config.models import TransportName
+from millrace.engines.sglang.loading import LOADER
 from millrace.engines.stock.interpreter import StockConfig
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.types import VersionSpan
+from millrace.types import Capability, VersionSpan
 from tests.fleet.signals import kill_engine
 from tests.weights.faults import Source, damaged
 from tests.weights.variants import Prompt, Variant, greedy, greedy_request, make_variants
@@ -55,24 +57,40 @@ def test_by_cuda_ipc_on_two_gpus(
     asyncio.run(hold(config.model_copy(update=places), "cuda_ipc", variants, tmp_path))
 
 
-def test_by_nccl(config: StockConfig, variants: list[Variant], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "loader", [pytest.param(False, id="single tensors"), pytest.param(True, id="whole buckets, by the weight loader")]
+)
+def test_by_nccl(config: StockConfig, loader: bool, variants: list[Variant], tmp_path: Path) -> None:
     """The trainer has the first GPU, and each other GPU has an engine."""
+    if isinstance(config, SGLangEngineConfig):
+        arguments = {**config.engine_args, "custom_weight_loader": [LOADER] if loader else None}
+        config = config.model_copy(update={"engine_args": arguments})
+    elif loader:
+        pytest.skip("the weight loader is SGLang's")
+    needs = frozenset({Capability.WHOLE_BROADCASTS} if loader else ())
     if config.device == "cpu":
-        asyncio.run(hold(config.model_copy(update={"replicas": 2}), "gloo", variants, tmp_path))
+        asyncio.run(hold(config.model_copy(update={"replicas": 2}), "gloo", variants, tmp_path, needs))
         return
     if torch.cuda.device_count() < 2:
         pytest.skip("NCCL takes two GPUs, and here is one")
     others = config.model_copy(update={"replicas": torch.cuda.device_count() - 1, "base_gpu_id": 1})
-    asyncio.run(hold(others, "nccl", variants, tmp_path))
+    asyncio.run(hold(others, "nccl", variants, tmp_path, needs))
 
 
-async def hold(config: StockConfig, transport: TransportName, variants: list[Variant], place: Path) -> None:
+async def hold(
+    config: StockConfig,
+    transport: TransportName,
+    variants: list[Variant],
+    place: Path,
+    needs: frozenset[Capability] = frozenset(),
+) -> None:
     """Publishes a version to all engines while they generate, has one version refused, kills an engine in the middle of
     a publish, restarts it from the store, and publishes once more."""
     first, second = ((variant, first_tokens(variant)) for variant in variants)
     async with open_fleet(
         config, variants[0].folder, log_dir=place, transport=transport, folder=place / "versions"
     ) as fleet:
+        assert needs <= fleet.capabilities
         await serves(fleet, 0, *first, second)
         across = asyncio.create_task(fleet.generate(greedy_request((5, 6, 7), "across", 4000), deadline=DEADLINE))
         while not sum([(await engine.loads()).running_requests for engine in fleet.engines.values()]):

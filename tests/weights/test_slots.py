@@ -18,7 +18,7 @@ DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.uint8])
 @given(st.lists(st.tuples(SHAPES, DTYPES, st.booleans()), min_size=1, max_size=12))
 def test_both_ways_to_copy_write_the_same_bytes(kinds: list[tuple[tuple[int, ...], torch.dtype, bool]]) -> None:
     make = torch.Generator().manual_seed(0)
-    tensors = []
+    tensors: list[tuple[str, torch.Tensor]] = []
     for shape, dtype, turned in kinds:
         tensor = torch.randint(0, 99, shape, generator=make).to(dtype)
         tensors.append((str(len(tensors)), tensor.mT if turned and tensor.ndim > 1 else tensor))

@@ -127,14 +127,16 @@ class ReceivingGroup:
         """Join, and receive one bucket after the other until the sender has no more."""
         group = self.group
         self._joined = join(announced, group.name, group.backend, group.rank, group.world_size, group.seconds)
-        buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2)]
+        buffers: list[torch.Tensor] = []
         for index in itertools.count():
             announced.wait([key := f"{group.name}/bucket/{index}"], UNTIL_ANNOUNCED)
             text = announced.get(key).decode()
             if not text or self._closed:
                 return
             number, nbytes = map(int, text.split())
-            if buffers[index % 2].nbytes < nbytes:
+            if index == 0:  # both, so that the first order's answer says it if there is no room
+                buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+            elif buffers[index % 2].nbytes < nbytes:
                 buffers[index % 2] = torch.empty(0, dtype=torch.uint8)  # the old one goes first
                 buffers[index % 2] = torch.empty(nbytes, dtype=torch.uint8, device=device)
             bucket = buffers[index % 2][:nbytes]
