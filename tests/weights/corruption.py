@@ -36,6 +36,7 @@ class CorruptingTransport(Transport):
         self._inner, self._scratch = inner, scratch
         self.corruption: Corruption | None = None
         self._specs: Sequence[TensorSpec] = ()  # of the last bucket
+        self._copied = False  # whether the last bucket is a corrupted copy
 
     @property
     def done(self) -> bool:
@@ -52,12 +53,12 @@ class CorruptingTransport(Transport):
 
     def _placed(self, buckets: Iterator[NamedTensors]) -> Iterator[NamedTensors]:
         for tensors in buckets:
-            self._specs = specs_of(tensors)
+            self._specs, self._copied = specs_of(tensors), False
             yield tensors
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
-        # A corrupted bucket is a copy that `load` sends.
-        return await self._inner.deliver(targets, deadline=deadline) if self.corruption is None else {}
+        # A corrupted bucket is a copy, which only `load` sends.
+        return {} if self._copied else await self._inner.deliver(targets, deadline=deadline)
 
     async def load(
         self, targets: Sequence[PublishTarget], staged: StagedBucket, *, deadline: float
@@ -73,7 +74,7 @@ class CorruptingTransport(Transport):
             whole = staged.number is not None
             tensors = corrupted_broadcast(staged, self._specs if whole else None, self.corruption)
             if tensors is not None:
-                self.corruption = None
+                self.corruption, self._copied = None, True
                 return replace(staged, tensors=tensors)
 
         def bucket_for(target: PublishTarget) -> Bucket:
