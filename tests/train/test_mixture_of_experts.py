@@ -13,7 +13,12 @@ from safetensors import safe_open
 from tests.architectures import make_moe_folder
 
 STEPS = 3
-VERSIONS = {"embedded": None, "sglang": "0.5.23", "vllm": "0.32.0"}
+ENGINES: dict[str, dict[str, object]] = {
+    "embedded": {"kind": "embedded"},
+    "sglang": {"kind": "sglang", "version": "0.5.23"},
+    "sglang, replayed": {"kind": "sglang", "version": "0.5.23", "return_routed_experts": True},
+    "vllm": {"kind": "vllm", "version": "0.32.0"},
+}
 CONFIG = f"""
 name: run
 model: {{kind: pretrained, path: model}}
@@ -39,16 +44,15 @@ def test_it_is_stored_as_stock_engines_expect(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if version else []) for kind, version in VERSIONS.items()]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "embedded" else []) for name in ENGINES]
 )
 def test_three_steps(
-    kind: str, folder: Path, tmp_path: Path, sglang_python: Callable[[str], Path], vllm_python: Path
+    name: str, folder: Path, tmp_path: Path, sglang_python: Callable[[str], Path], vllm_python: Path
 ) -> None:
-    version = VERSIONS[kind]
-    engine: dict[str, object] = {"kind": kind, "device": "cpu", "threads": 1}
-    if version is not None:
-        python = vllm_python if kind == "vllm" else sglang_python(version)
-        engine |= {"version": version, "python": str(python)}
+    engine = {**ENGINES[name], "device": "cpu", "threads": 1}
+    if name != "embedded":
+        python = vllm_python if name == "vllm" else sglang_python(str(engine["version"]))
+        engine["python"] = str(python)
     command = [sys.executable, "-m", "millrace", "train", "config.yaml"]
     command += [f"engine={json.dumps(engine)}", f"output_dir={json.dumps(str(tmp_path))}"]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)

@@ -39,6 +39,7 @@ CAPABILITIES = frozenset(Capability) - {
     Capability.SAMPLED_CHECKSUMS,
     Capability.IMAGES,
     Capability.JSON_SCHEMA,
+    Capability.ROUTED_EXPERTS,
 }
 
 log = logging.getLogger("millrace.embedded")

@@ -45,6 +45,10 @@ def check_values(request: GenerateRequest) -> None:
     require(
         request.continued_tokens <= len(request.input_ids), "continued_tokens must be at most the number of input_ids"
     )
+    require(
+        request.routed_experts_start <= len(request.input_ids),
+        "routed_experts_start must be at most the number of input_ids",
+    )
 
 
 def check_ids(request: GenerateRequest, limits: Limits) -> None:
