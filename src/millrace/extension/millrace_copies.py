@@ -3,10 +3,9 @@
 A bucket is a tensor of bytes, [nbytes] uint8, that holds other tensors.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
-
-from millrace_pieces import Pieces
 
 if TYPE_CHECKING:
     import torch
@@ -31,45 +30,25 @@ class Slice(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """Copies that torch makes in one call: of `sources` of a bucket into the targets, in this order.
-
-    sources: stretches of the bucket's elements in `dtype`, or slices of any shape.
-    """
+    """Copies that torch makes in one call: `sources[i]` of a bucket into `targets[i]`."""
 
     targets: "Sequence[torch.Tensor]"
-    dtype: "torch.dtype"
-    sources: Pieces | Sequence[Slice]
+    sources: Sequence[Slice]
 
 
 def fused(pairs: "Iterable[tuple[torch.Tensor, Slice]]") -> list[Fused]:
     """Group copies, each into a tensor of the slice's shape, so that each group is one call.
 
     On a GPU, torch makes copies in one kernel only if all have the same two dtypes and each has the same strides on
-    both sides. So contiguous elements become one dimension, and all other copies are groups of their own. A stretch
-    that goes to two places is copied with those.
+    both sides. So contiguous elements become one dimension, and all other copies are a group of their own.
     """
-    flat: dict[tuple[torch.dtype, torch.dtype], list[tuple[torch.Tensor, Slice]]] = {}
-    others: dict[tuple[torch.dtype, torch.dtype], list[tuple[torch.Tensor, Slice]]] = {}
-    ends: dict[tuple[torch.dtype, torch.dtype], int] = {}
-    for target, source in sorted(pairs, key=lambda pair: pair[1].offset):
-        dtypes = source.dtype, target.dtype
-        if target.is_contiguous() and source.is_contiguous and source.offset >= ends.get(dtypes, 0):
-            flat.setdefault(dtypes, []).append((target, source))
-            ends[dtypes] = source.offset + target.numel() * source.dtype.itemsize
-        else:
-            others.setdefault(dtypes, []).append((target, source))
-    return [
-        *(Fused([target.view(-1) for target, _ in some], dtype, pieces(some)) for (dtype, _), some in flat.items()),
-        *(
-            Fused([target for target, _ in some], dtype, [source for _, source in some])
-            for (dtype, _), some in others.items()
-        ),
-    ]
-
-
-def pieces(pairs: "Sequence[tuple[torch.Tensor, Slice]]") -> Pieces:
-    """Return the stretches of the bucket that the slices are, in elements."""
-    return Pieces([(source.offset // source.dtype.itemsize, target.numel()) for target, source in pairs])
+    groups: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[torch.Tensor], list[Slice]]] = {}
+    for target, source in pairs:
+        flat = target.is_contiguous() and source.is_contiguous
+        targets, sources = groups.setdefault((target.dtype, source.dtype, flat), ([], []))
+        targets.append(target.view(-1) if flat else target)
+        sources.append(Slice(source.offset, (math.prod(source.shape),), (1,), source.dtype) if flat else source)
+    return [Fused(targets, sources) for targets, sources in groups.values()]
 
 
 def copy_out(bucket: "torch.Tensor", copies: Iterable[Fused]) -> None:
@@ -77,18 +56,11 @@ def copy_out(bucket: "torch.Tensor", copies: Iterable[Fused]) -> None:
     import torch
 
     with torch.no_grad():
-        for targets, dtype, sources in copies:
-            elements = as_dtype(bucket, dtype)
-            torch._foreach_copy_(list(targets), list(views_of(elements, sources)))
-
-
-def views_of(elements: "torch.Tensor", sources: Pieces | Sequence[Slice]) -> "Sequence[torch.Tensor]":
-    """Return the parts of a bucket, given as elements of one dtype, without a copy."""
-    if isinstance(sources, Pieces):
-        views: Sequence[torch.Tensor] = sources.of(elements)
-        return views
-    first, size = elements.storage_offset(), elements.itemsize
-    return [elements.as_strided(one.shape, one.stride, first + one.offset // size) for one in sources]
+        for targets, sources in copies:
+            elements = as_dtype(bucket, sources[0].dtype)
+            first, size = elements.storage_offset(), elements.itemsize
+            views = [elements.as_strided(s.shape, s.stride, first + s.offset // size) for s in sources]
+            torch._foreach_copy_(list(targets), views)
 
 
 def as_dtype(bucket: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":

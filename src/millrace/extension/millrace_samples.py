@@ -33,8 +33,7 @@ def sampled_checksums(tensors: "Sequence[torch.Tensor]") -> list[str]:
     def samples(index: int) -> "torch.Tensor":
         tensor = tensors[index]
         starts, width = _blocks(tensor.numel())
-        step = starts[1] if len(starts) > 1 else 0
-        return tensor.as_strided((len(starts), width), (step, 1)).view(integer_dtype(tensor.itemsize))
+        return tensor.as_strided((len(starts), width), (_step(tensor.numel()), 1)).view(integer_dtype(tensor.itemsize))
 
     # Tensors are batched to make few torch calls: there are thousands of tensors, and the engine waits meanwhile.
     sums: dict[int, list[int]] = {}
@@ -65,9 +64,11 @@ class SampledPlaces:
         for (itemsize, _), indices in alike.items():
             for start in range(0, len(indices), SAMPLED_TOGETHER):
                 batch = indices[start : start + SAMPLED_TOGETHER]
-                width = _blocks(tensors[batch[0]][1])[1]
-                blocks = [tensors[i][2] // itemsize + block for i in batch for block in _blocks(tensors[i][1])[0]]
-                self._batches.append((itemsize, width, torch.tensor(blocks, device=device).view(len(batch), -1)))
+                blocks, width = _blocks(tensors[batch[0]][1])
+                firsts_N = torch.tensor([tensors[index][2] // itemsize for index in batch])
+                steps_N = torch.tensor([_step(tensors[index][1]) for index in batch])
+                starts_NB = firsts_N[:, None] + steps_N[:, None] * torch.arange(len(blocks))
+                self._batches.append((itemsize, width, starts_NB.to(device)))
                 order += batch
         self._order = torch.tensor(order).argsort()
 
@@ -91,8 +92,13 @@ def _blocks(elements: int) -> tuple[Sequence[int], int]:
     """Return where the blocks begin that are read of a tensor, and their width, in elements."""
     if elements <= SAMPLE:
         return (0,), elements
-    step = (elements - SAMPLE_WIDTH) // (SAMPLE_BLOCKS - 1)
+    step = _step(elements)
     return range(0, step * SAMPLE_BLOCKS, step), SAMPLE_WIDTH
+
+
+def _step(elements: int) -> int:
+    """Return the distance between the begins of two blocks of a tensor, in elements; 0 if it is read whole."""
+    return (elements - SAMPLE_WIDTH) // (SAMPLE_BLOCKS - 1) if elements > SAMPLE else 0
 
 
 def _sums(samples_NE: "torch.Tensor") -> "torch.Tensor":

@@ -215,9 +215,18 @@ class Publish:
     def _buckets(self, updates: Sequence[_Update]) -> Iterator[StagedBucket]:
         self._sent, self._samples = {}, {}
         source: Iterator[NamedTensors] = buckets(self._source, self._bucket_bytes)
-        if self._fingerprint is not None or any(u.target.can(Capability.SAMPLED_CHECKSUMS) for u in updates):
-            source = sampled(source, self._samples)
-        return self._transport.staged(source)
+        if self._fingerprint is None and not any(u.target.can(Capability.SAMPLED_CHECKSUMS) for u in updates):
+            return self._transport.staged(source)
+        if self._transport.samples_buckets:
+            return self._sampled(self._transport.staged(source))
+        return self._transport.staged(sampled(source, self._samples))
+
+    def _sampled(self, staged: Iterator[StagedBucket]) -> Iterator[StagedBucket]:
+        """Yield the same buckets, and remember the sampled checksums of their tensors."""
+        for bucket in staged:
+            assert bucket.samples is not None
+            self._samples |= bucket.samples()
+            yield bucket
 
     async def _load(self, updates: Sequence[_Update]) -> None:
         """Send the buckets. The next bucket is staged and delivered while the engines load the current one. The

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from millrace_copies import copy_out
+from millrace_copies import Fused, copy_out
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -90,9 +90,9 @@ class Writer:
                 )
         for name, copies in writes.copies.items():
             into = staged.tensors[name]
-            for some in copies:
-                here = [into.as_strided(one.shape, one.stride(), one.storage_offset()) for one in some.targets]
-                copy_out(bucket, [some._replace(targets=here)])
+            for targets, sources in copies:
+                here = [into.as_strided(target.shape, target.stride(), target.storage_offset()) for target in targets]
+                copy_out(bucket, [Fused(here, sources)])
         for region, value in writes.fills:
             region_of(staged.tensors[region.name], region).fill_(value)
 

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from millrace.engines.base import Engine
@@ -41,12 +41,15 @@ class StagedBucket:
         bytes.
     names: the names of the tensors, in order.
     nbytes: the size of the tensors.
+    samples: returns the sampled checksum of each tensor by name, computed of the bucket; None if the transport has no
+        `samples_buckets`.
     """
 
     bucket_for: Callable[[PublishTarget], Bucket]
     checksums: Mapping[str, str]
     names: tuple[str, ...]
     nbytes: int
+    samples: Callable[[], Mapping[str, str]] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +85,12 @@ class Transport(ABC):
     transport cannot reach, by the engine's name; the publisher leaves these engines out.
 
     A subclass defines `needs`, the capabilities that an engine can receive its buckets with. An engine needs one of
-    them.
+    them. If a bucket is in one piece of memory here, the subclass sets `samples_buckets` and gives its buckets
+    `samples`; otherwise the publisher computes sampled checksums tensor by tensor, which takes several times as long.
     """
 
     needs: ClassVar[frozenset[Capability]] = frozenset()
+    samples_buckets: ClassVar[bool] = False
 
     @classmethod
     def create(cls, context: TransportContext) -> Self:

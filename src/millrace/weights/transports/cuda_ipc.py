@@ -13,7 +13,6 @@ from typing import Self
 import torch
 
 from millrace.errors import EngineError, EngineRefused, PublishError
-from millrace.extension.millrace_pieces import Pieces
 from millrace.types import Capability, CudaIpcBucket, CudaIpcShare, TensorSpec
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, TransportContext
 from millrace.weights.transports.gpus import VisibleGpus, why_unseen
@@ -143,18 +142,21 @@ def copy_on_gpu(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: to
 
 
 def copy_together(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> None:
-    """Copy the tensors into `target`, a uint8 tensor of shape [nbytes], in one kernel for each of their dtypes."""
-    alike: dict[torch.dtype, list[tuple[TensorSpec, torch.Tensor]]] = {}
+    """Copy the tensors into `target`, a uint8 tensor of shape [nbytes], in one kernel for each of their dtypes.
+
+    A tensor with gaps or in another order of dimensions takes a kernel of its own.
+    """
+    alike: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    memory: dict[torch.dtype, torch.Tensor] = {}
     for spec, (_, tensor) in zip(specs, tensors, strict=True):
-        alike.setdefault(tensor.dtype, []).append((spec, tensor.detach()))
-    for dtype, some in alike.items():
-        stretches = [(spec.offset // dtype.itemsize, tensor.numel()) for spec, tensor in some]
-        pieces = Pieces(stretches).of(target[: len(target) // dtype.itemsize * dtype.itemsize].view(dtype))
-        # torch refuses to flatten without a copy what has gaps or another order; such a tensor is copied as it is.
-        flat = [tensor.is_contiguous() for _, tensor in some]
-        sources = [tensor.view(-1) if is_flat else tensor for (_, tensor), is_flat in zip(some, flat, strict=True)]
-        places = [
-            piece if is_flat else piece.view(tensor.shape)
-            for piece, (_, tensor), is_flat in zip(pieces, some, flat, strict=True)
-        ]
-        torch._foreach_copy_(places, sources, non_blocking=True)
+        dtype = tensor.dtype
+        if dtype not in memory:
+            memory[dtype] = target[: len(target) // dtype.itemsize * dtype.itemsize].view(dtype)
+        strides = tensor.stride() if tensor.is_contiguous() else torch.empty(tensor.shape, device="meta").stride()
+        start = memory[dtype].storage_offset() + spec.offset // dtype.itemsize
+        places, some = alike.setdefault(dtype, ([], []))
+        places.append(memory[dtype].as_strided(tensor.shape, strides, start))
+        some.append(tensor)
+    with torch.no_grad():
+        for places, some in alike.values():
+            torch._foreach_copy_(places, some, non_blocking=True)

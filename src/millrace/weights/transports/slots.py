@@ -1,12 +1,15 @@
 """The base of the transports through memory: two slots, which grow to the size of the largest bucket."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from millrace.checksum import Checksum, checksum
+from millrace.extension.millrace_samples import SampledPlaces
 from millrace.types import Bucket, TensorSpec
 from millrace.weights.plan import padded
 from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket, specs_of
@@ -28,6 +31,8 @@ S = TypeVar("S", bound=Slot)
 class MemoryTransport(BucketTransport, Generic[S]):
     """A transport with two slots of memory, which it keeps from one publish to the next."""
 
+    samples_buckets = True
+
     def __init__(self) -> None:
         self._slots: dict[int, S] = {}
 
@@ -48,12 +53,12 @@ class MemoryTransport(BucketTransport, Generic[S]):
         nbytes = specs[-1].offset + padded(specs[-1].nbytes)
         memory = self._slot(slot, nbytes)
         checksums = self._copy(tensors, specs, memory.bytes)
-        names = tuple(spec.name for spec in specs)
+        names, samples = tuple(spec.name for spec in specs), partial(samples_in, memory.bytes, specs)
 
         def bucket_for(target: PublishTarget) -> Bucket:
             return self._bucket(memory, specs, nbytes, target)
 
-        return StagedBucket(bucket_for, checksums, names, nbytes)
+        return StagedBucket(bucket_for, checksums, names, nbytes, samples=samples)
 
     async def close(self) -> None:
         for slot in self._slots.values():
@@ -67,6 +72,16 @@ class MemoryTransport(BucketTransport, Generic[S]):
                 slot.close()
             slot = self._slots[index] = self._new_slot(size)
         return slot
+
+
+def samples_in(bucket: torch.Tensor, specs: Sequence[TensorSpec]) -> dict[str, str]:
+    """Return the sampled checksum of each tensor in a bucket, [nbytes] uint8, by its name."""
+    tensors = []
+    for spec in specs:
+        itemsize = getattr(torch, spec.dtype).itemsize
+        tensors.append((itemsize, spec.nbytes // itemsize, spec.offset))
+    digits = SampledPlaces(tensors, bucket.device).checksums(bucket)
+    return {spec.name: digits[32 * index : 32 * index + 32] for index, spec in enumerate(specs)}
 
 
 def copy_to_host(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:

@@ -16,6 +16,7 @@ Memory is never overwritten or freed while it is read:
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 import orjson
@@ -39,7 +40,7 @@ from millrace.weights.transports.base import (
 from millrace.weights.transports.cuda_ipc import DeviceSlot, copy_on_gpu
 from millrace.weights.transports.shared_memory import MemoryFile
 from millrace.weights.transports.sidecars import reason_of
-from millrace.weights.transports.slots import copy_to_host
+from millrace.weights.transports.slots import copy_to_host, samples_in
 from millrace.weights.ucx import Endpoint, load
 
 READ_SHARE = 0.9  # of a call's deadline, so that a sidecar that gives up can still answer
@@ -117,6 +118,7 @@ class UcxTransport(BucketTransport):
         Capability.UPDATE_FROM_TORCH_STORAGE,
         Capability.UPDATE_FROM_CUDA_IPC,
     })  # fmt: skip
+    samples_buckets = True
 
     @classmethod
     def create(cls, context: TransportContext) -> Self:
@@ -167,7 +169,8 @@ class UcxTransport(BucketTransport):
         else:
             copy_on_gpu(tensors, specs, memory)
         bucket = self._staged = _InFlightBucket(slot, nbytes, specs)
-        return StagedBucket(bucket.bucket_for, checksums, tuple(spec.name for spec in specs), nbytes)
+        names, samples = tuple(spec.name for spec in specs), partial(samples_in, memory, specs)
+        return StagedBucket(bucket.bucket_for, checksums, names, nbytes, samples=samples)
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
         """Have all sidecars read the bucket at the same time. If a sidecar fails, the engines of its host fail."""

@@ -7,6 +7,7 @@ time of a thousand small ones. There are two such pieces here and two in each ra
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Self
 
 import torch
@@ -18,7 +19,7 @@ from millrace.weights.transports.base import NamedTensors, PublishTarget, Staged
 from millrace.weights.transports.cuda_ipc import DeviceSlot, copy_on_gpu
 from millrace.weights.transports.process_group import BroadcastBucket, ProcessGroupTransport, nccl_device
 from millrace.weights.transports.sending_group import SendingGroup
-from millrace.weights.transports.slots import copy_to_host
+from millrace.weights.transports.slots import copy_to_host, samples_in
 
 
 class WholeBroadcastTransport(ProcessGroupTransport):
@@ -26,6 +27,7 @@ class WholeBroadcastTransport(ProcessGroupTransport):
 
     needs = frozenset({Capability.WHOLE_BROADCASTS})
     by_bucket = True
+    samples_buckets = True
 
     def __init__(self, kind: type[SendingGroup], device: torch.device, *, together: bool) -> None:
         super().__init__(kind, device, together=together)
@@ -59,8 +61,8 @@ class WholeBroadcastTransport(ProcessGroupTransport):
         def bucket_for(target: PublishTarget) -> ProcessGroupBucket:
             return ProcessGroupBucket(self._group_of(target.engine).name, specs, number)
 
-        names = tuple(spec.name for spec in specs)
-        self._staged = BroadcastBucket(bucket_for, checksums, names, nbytes, (memory,), number)
+        names, samples = tuple(spec.name for spec in specs), partial(samples_in, memory, specs)
+        self._staged = BroadcastBucket(bucket_for, checksums, names, nbytes, (memory,), number, samples=samples)
         return self._staged
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
