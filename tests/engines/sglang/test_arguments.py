@@ -76,6 +76,8 @@ def test_every_setting_reaches_the_server() -> None:
         "--node-rank=0",
         "--base-gpu-id=17",  # it comes after the eight GPUs of each of two replicas
         "--max-running-requests=12",
+        "--cuda-graph-max-bs-decode=12",
+        "--custom-weight-loader=millrace_sglang.load",
         "--max-total-tokens=9000",
         "--mem-fraction-static=0.5",
         "--enable-memory-saver",
@@ -150,6 +152,21 @@ def test_routed_experts_are_asked_for() -> None:
     assert ["--disable-overlap-schedule" in arguments for arguments in overlapping] == [False, True]
     with pytest.raises(ValidationError, match="routed experts of the last pipeline stage only; set pp_size to 1"):
         plan(return_routed_experts=True, pp_size=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "largest"),
+    [
+        ({"max_running_requests": 300}, "300"),
+        ({"max_running_requests": 2000}, "512"),
+        ({"max_running_requests": 300, "device": "cpu"}, None),
+        ({"max_running_requests": 300, "engine_args": {"cuda_graph_max_bs_decode": 64}}, "64"),
+        ({"max_running_requests": 300, "engine_args": {"disable_cuda_graph": True}}, None),
+    ],
+)
+def test_cuda_graphs_are_as_large_as_the_batches(settings: dict[str, Any], largest: str | None) -> None:
+    (node,) = plan(**settings)
+    assert said(node, "cuda-graph-max-bs-decode") == largest
 
 
 def test_node_0_publishes_kv_events() -> None:
