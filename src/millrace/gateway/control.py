@@ -130,15 +130,15 @@ class ControlRoutes:
 
 @web.middleware
 async def errors_as_json(
-    http: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Answer an unknown path, method or episode as the other errors are answered."""
     try:
-        return await handler(http)
+        return await handler(request)
     except web.HTTPMethodNotAllowed as error:
-        return _error(405, f"{http.path} takes {', '.join(sorted(error.allowed_methods))}, not {http.method}")
+        return _error(405, f"{request.path} takes {', '.join(sorted(error.allowed_methods))}, not {request.method}")
     except web.HTTPNotFound as error:
-        no_route = f"there is no route {http.path}; docs/gateway.md lists the routes"
+        no_route = f"there is no route {request.path}; docs/gateway.md lists the routes"
         return _error(404, no_route if error.reason == "Not Found" else error.reason)
 
 
