@@ -99,7 +99,8 @@ def _copy(tensor: torch.Tensor, target: torch.Tensor) -> str:
         return checksum(target.numpy().data)
     # Copied in pieces, so that the bytes are hashed while they are in the cache. numpy copies in one thread; torch's
     # threads would take the cores from the engine that loads the bucket before this one.
-    source, copy, digest = tensor.reshape(-1).view(torch.uint8).numpy(), target.numpy(), Checksum()
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # reshape keeps the stride of a single element, which can be any
+    source, copy, digest = flat.view(torch.uint8).numpy(), target.numpy(), Checksum()
     for start in range(0, len(copy), PIECE_BYTES):
         piece = copy[start : start + PIECE_BYTES]
         np.copyto(piece, source[start : start + PIECE_BYTES])
