@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 from millrace.engines.http_engine import ABORT_DEADLINE
 from millrace.engines.sglang.facts import read_facts
 from millrace.engines.sglang.guards import check_request
-from millrace.engines.sglang.loading import LOADER, LoaderUpdate
-from millrace.engines.sglang.payload import loader_payloads, payloads
+from millrace.engines.sglang.loading import LOADER, LoaderUpdate, NeededParts
+from millrace.engines.sglang.payload import loader_payloads, order_payloads, parts_payloads, payloads
 from millrace.engines.sglang_wire import (
     PAUSE_MODES,
     decode_generate,
@@ -39,10 +39,12 @@ from millrace.types import (
     GenerateRequest,
     Generation,
     MemoryTag,
+    PartsBucket,
     PauseMode,
     ProcessGroup,
     ProcessGroupBucket,
     SharedMemoryBucket,
+    TensorSpec,
     TorchStorageBucket,
 )
 
@@ -63,6 +65,7 @@ class SGLangEngine(StockEngine[Facts]):
 
     _session: bool | None = None  # whether the server has an update session open; None: unknown
     _by_loader: LoaderUpdate | None = None  # what the server's weight loader has done in the open update
+    _needs: tuple[object, NeededParts] | None = None  # the tensors that it was asked about, and the parts it needs
 
     async def initialize(self, version: int | None = None) -> None:
         # /freeze_gc excludes the objects made at startup from garbage collection. On the CPU every cache flush runs the
@@ -92,6 +95,35 @@ class SGLangEngine(StockEngine[Facts]):
         if self.state.updating is None:
             raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
         return self._by_loader.samples if self._by_loader is not None else {}
+
+    async def needed_parts(self, tensors: Sequence[TensorSpec], *, deadline: float) -> NeededParts:
+        info = (await self._facts()).info
+        if Capability.UPDATE_FROM_PARTS not in info.capabilities:
+            raise EngineRefused(self.name, "it does not have Millrace's weight loader, which takes parts of tensors")
+        asked = tuple((spec.name, spec.dtype, spec.shape) for spec in tensors)
+        if self._needs is None or self._needs[0] != asked:
+            torn = self.state.torn
+            await self.begin_update(0)  # the server takes no order outside of an update
+            try:
+                async with self._control_call():
+                    self._needs = asked, await self._ask_needs(tensors, info.ranks, deadline)
+            finally:
+                try:
+                    await self.rollback()
+                except EngineRefused:
+                    if not torn:  # otherwise the weights are as they were: not whole
+                        raise
+        return self._needs[1]
+
+    async def _ask_needs(self, tensors: Sequence[TensorSpec], ranks: int, deadline: float) -> NeededParts:
+        question = LoaderUpdate(self.name, ranks)
+        try:
+            shares = order_payloads(question.questions(tensors))
+            body = {"serialized_named_tensors": shares, "load_format": LOADER, **WITHOUT_FLUSH}
+            await self._control("/update_weights_from_tensor", body, deadline=deadline)
+            return question.needs()
+        finally:
+            question.close()
 
     async def close(self) -> None:
         self._forget_loader()
@@ -162,6 +194,8 @@ class SGLangEngine(StockEngine[Facts]):
     def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
         body: Mapping[str, object]
         match bucket:
+            case PartsBucket():
+                return partial(self._load_parts, bucket, facts.info.ranks)
             case CudaIpcBucket() | TorchStorageBucket() if Capability.SAMPLED_CHECKSUMS in facts.info.capabilities:
                 return partial(self._load_by_loader, bucket, facts.info.ranks)
             case CudaIpcBucket() | TorchStorageBucket():
@@ -183,7 +217,15 @@ class SGLangEngine(StockEngine[Facts]):
     async def _load_by_loader(self, bucket: CudaIpcBucket | TorchStorageBucket, ranks: int, deadline: float) -> None:
         """Have the server's weight loader load a bucket, and read its answers."""
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name, ranks)
-        shares = loader_payloads(bucket, update.orders(bucket.tensors))
+        await self._order(update, loader_payloads(bucket, update.orders(bucket.tensors)), deadline)
+
+    async def _load_parts(self, bucket: PartsBucket, ranks: int, deadline: float) -> None:
+        """Have the server's weight loader load a bucket of parts in each rank, and read its answers."""
+        update = self._by_loader = self._by_loader or LoaderUpdate(self.name, ranks)
+        orders = update.orders_of_parts([rank.parts for rank in bucket.ranks])
+        await self._order(update, parts_payloads(bucket.ranks, orders), deadline)
+
+    async def _order(self, update: LoaderUpdate, shares: Sequence[str], deadline: float) -> None:
         body = {"serialized_named_tensors": shares, "load_format": LOADER, **WITHOUT_FLUSH}
         await self._control("/update_weights_from_tensor", body, deadline=deadline)
         update.take()

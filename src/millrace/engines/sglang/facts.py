@@ -25,6 +25,7 @@ UPDATES = BREAKING | {
     Capability.UPDATE_FROM_TORCH_STORAGE,
     Capability.UPDATE_FROM_CUDA_IPC,
 }
+MEMORY = {Capability.UPDATE_FROM_TORCH_STORAGE, Capability.UPDATE_FROM_CUDA_IPC}
 # SGLang's names of dtypes. It does not report what `auto` resolved to.
 DTYPES = {name: name for name in COMPUTE_DTYPES} | {"half": "float16", "float": "float32"}
 RUNNING = "effective_max_running_requests_per_dp"
@@ -47,6 +48,8 @@ def read_facts(
     capabilities = capabilities_of(paths, served, server, model)
     if here and has_loader(server):
         capabilities |= {Capability.SAMPLED_CHECKSUMS}
+        if capabilities & MEMORY:
+            capabilities |= {Capability.UPDATE_FROM_PARTS}
     info = EngineInfo(
         kind="sglang",
         engine_version=server["version"],

@@ -10,8 +10,9 @@ import orjson
 
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
-from millrace.types import TensorSpec
+from millrace.types import TensorPart, TensorSpec
 
+NeededParts = Sequence[Sequence[Sequence[tuple[tuple[int, int], ...]]]]  # by rank and tensor, as boxes
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
 
 
@@ -51,13 +52,30 @@ class LoaderUpdate:
     missing: str = ""
 
     def orders(self, tensors: Sequence[TensorSpec]) -> list[str]:
-        """Return the order for the loader of each rank, as JSON, and clear the answers to the last one."""
+        """Return the order for the loader of each rank to load a bucket, as JSON, and clear the answers to the last
+        one."""
+        layout = orjson.dumps([[spec.name, spec.dtype, spec.shape, spec.offset] for spec in tensors]).decode()
+        return self._orders([layout] * self.ranks)
+
+    def questions(self, tensors: Sequence[TensorSpec]) -> list[str]:
+        """Like `orders`, but each rank answers which parts of these tensors it needs."""
+        needs = orjson.dumps({"needs": [[spec.name, spec.dtype, spec.shape] for spec in tensors]}).decode()
+        return self._orders([needs] * self.ranks)
+
+    def orders_of_parts(self, parts: Sequence[Sequence[TensorPart]]) -> list[str]:
+        """Like `orders`, but each rank loads a bucket of its own, with these parts."""
+        rows = ([[part.name, part.dtype, part.box, part.offset] for part in of_rank] for of_rank in parts)
+        return self._orders([orjson.dumps({"parts": of_rank}).decode() for of_rank in rows])
+
+    def _orders(self, layouts: Sequence[str]) -> list[str]:
         while len(self.files) < self.ranks:
             self.files.append(AnswerFile())
         for file in self.files:
             file.clear()
-        layout = orjson.dumps([[spec.name, spec.dtype, spec.shape, spec.offset] for spec in tensors]).decode()
-        orders = ({"update": self.name, "answer": file.path, "layout": layout} for file in self.files)
+        orders = (
+            {"update": self.name, "answer": file.path, "layout": layout}
+            for file, layout in zip(self.files, layouts, strict=True)
+        )
         return [orjson.dumps(order).decode() for order in orders]
 
     def take(self) -> None:
@@ -69,6 +87,19 @@ class LoaderUpdate:
         self.missing = ""
         for rank, file in enumerate(self.files):
             self._take_one(rank, self._answer(rank, file))
+
+    def needs(self) -> NeededParts:
+        """Read the answers to `questions`.
+
+        Raises EngineFailed if a rank has not answered, and InvalidStateError if it can't say which parts it needs.
+        """
+        needed = []
+        for rank, file in enumerate(self.files):
+            answer = self._answer(rank, file)
+            if why := answer.get("error") or answer.get("unplanned"):
+                raise InvalidStateError(f"its rank {rank} can't say which parts of the tensors it needs: {why}")
+            needed.append([[box_of(box) for box in boxes] for boxes in answer["boxes"]])
+        return needed
 
     def close(self) -> None:
         """Free the memory of the answers."""
@@ -92,3 +123,8 @@ class LoaderUpdate:
         if answer.get("missing"):
             names = ", ".join(answer["such as"])
             self.missing = f"{answer['missing']} of its parameters lack content of this version, such as {names}"
+
+
+def box_of(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """Return the box that a rank has written as JSON."""
+    return tuple((start, end) for start, end in rows)

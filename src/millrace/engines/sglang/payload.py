@@ -9,7 +9,7 @@ import base64
 from collections.abc import Sequence
 
 from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
-from millrace.types import CudaIpcBucket, CudaIpcShare, TensorSpec, TorchStorageBucket
+from millrace.types import CudaIpcBucket, CudaIpcShare, RankBucket, TensorSpec, TorchStorageBucket
 
 REDUCTIONS = "torch.multiprocessing.reductions"
 BUCKET_MODULE = b"sglang.srt.weight_sync.tensor_bucket"
@@ -34,6 +34,19 @@ def loader_payloads(bucket: CudaIpcBucket | TorchStorageBucket, orders: Sequence
         base64.b64encode(PROTOCOL + b"](" + encode((order, tensor)) + b"e" + STOP).decode()
         for order, tensor in zip(orders, _tensors(bucket, len(orders)), strict=True)
     ]
+
+
+def parts_payloads(ranks: Sequence[RankBucket], orders: Sequence[str]) -> list[str]:
+    """Return the payload of each rank for Millrace's weight loader, in base64: [(its order, its bucket's bytes)]."""
+    return [
+        payload for rank, order in zip(ranks, orders, strict=True) for payload in loader_payloads(rank.memory, [order])
+    ]
+
+
+def order_payloads(orders: Sequence[str]) -> list[str]:
+    """Return the payload of each rank for Millrace's weight loader, in base64: [(its order, an empty tensor)]."""
+    nothing = Call(Name("torch", "Tensor"), ())
+    return [base64.b64encode(PROTOCOL + b"](" + encode((order, nothing)) + b"e" + STOP).decode() for order in orders]
 
 
 def _tensors(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[Call]:

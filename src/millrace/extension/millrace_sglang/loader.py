@@ -15,6 +15,7 @@ import torch
 from millrace_samples import sampled_checksums
 from millrace_words import first_line, listed
 
+from . import parts
 from .plan import Plan, plan_of
 from .recording import Memory, Recorder
 
@@ -29,7 +30,7 @@ class Order:
     """What the sender says about a bucket.
 
     update: a name that is new for each update. answer: an open file of the sender, for this rank. layout: name, dtype,
-    shape and offset in bytes of each tensor in the bucket, as JSON.
+    shape and offset in bytes of each tensor in the bucket, as JSON; or an object, which is for `parts`.
     """
 
     update: str
@@ -134,7 +135,10 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
         return
     loader = LOADERS.setdefault(model, Loader())
     try:
-        answer = loader.load(model, order, bucket)
+        if order.layout.startswith("{"):
+            answer = parts.answer(model, order.update, order.layout, bucket)
+        else:
+            answer = loader.load(model, order, bucket)
     except Exception as error:
         log.exception("a bucket could not be loaded")
         loader.written = None
