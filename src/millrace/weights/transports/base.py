@@ -49,6 +49,18 @@ class StagedBucket:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class ExchangedBucket(StagedBucket):
+    """A bucket of parts of tensors, for each rank its own. `names` has the tensors of which no part follows.
+
+    samples: the sampled checksum of each part by its name. exchanged: the bytes that ranks of the trainer have sent
+        each other for it.
+    """
+
+    samples: Mapping[str, str]
+    exchanged: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportContext:
     """The arguments of `Transport.create`. A transport that needs a GPU uses torch's current device.

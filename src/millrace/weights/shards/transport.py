@@ -1,0 +1,193 @@
+"""A transport for sharded tensors: each rank of the trainer fills buckets for the ranks of engines beside it.
+
+Rank 0 plans the exchange, leads it, and tells the engines where each rank's bucket is.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from millrace.errors import EngineError
+from millrace.extension.millrace_boxes import Box, common, disjoint
+from millrace.types import (
+    Capability,
+    CudaIpcBucket,
+    PartsBucket,
+    RankBucket,
+    TensorPart,
+    TensorSpec,
+    TorchStorageBucket,
+)
+from millrace.weights.sharded import LedTensors
+from millrace.weights.shards.exchange import Exchange, Filled, RankPlace, plan_text
+from millrace.weights.shards.schedule import Round, ShardedView, read_schedule, written
+from millrace.weights.shards.views import NotExchangeable, views_of
+from millrace.weights.source import WeightSource
+from millrace.weights.transports.base import (
+    ExchangedBucket,
+    NamedTensors,
+    PublishTarget,
+    StagedBucket,
+    Transport,
+)
+from millrace.weights.transports.cuda_ipc import CudaIpcTransport
+from millrace.weights.transports.gpus import VisibleGpus
+from millrace.weights.transports.torch_storage import TorchStorageTransport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRank:
+    """A rank of an engine.
+
+    beside: the trainer's rank that fills its buckets. share: its number among the ranks of engines beside that one.
+    needs: the boxes of each view that it needs.
+    """
+
+    beside: int
+    share: int
+    needs: Sequence[Sequence[Box]]
+
+
+class ExchangeTransport(Transport):
+    """Brings one version. It takes no tensors from the publisher.
+
+    ranks: of each engine, by the engine's name.
+    """
+
+    def __init__(self, led: LedTensors, exchange: Exchange, ranks: Mapping[str, Sequence[EngineRank]]) -> None:
+        self._led, self._exchange, self._ranks = led, exchange, ranks
+        self._views = exchange.schedule.views
+
+    def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:  # noqa: ARG002
+        specs = {view.name: _spec(view) for view in self._views}
+        for number, one in enumerate(self._exchange.schedule.rounds):
+            filled = self._led.fill(self._exchange, number)
+            tensors = tuple(specs[name] for name in one.names)
+            made = {
+                name: PartsBucket(tuple(self._bucket(one, rank, filled) for rank in ranks), tensors)
+                for name, ranks in self._ranks.items()
+            }
+            yield ExchangedBucket(
+                lambda target, made=made: made[target.engine.name],  # type: ignore[misc]
+                {},
+                one.names,
+                sum(spec.nbytes for spec in tensors),
+                {name: value for of_rank in filled for name, value in of_rank.samples.items()},
+                sum(of_rank.exchanged for of_rank in filled),
+            )
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._led.end_exchange, self._exchange)
+
+    def _bucket(self, one: Round, rank: EngineRank, filled: Sequence[Filled]) -> RankBucket:
+        parts = tuple(
+            TensorPart(self._views[piece.tensor].name, self._views[piece.tensor].dtype, piece.box, offset)
+            for piece, offset in one.bucket(rank.beside, self._exchange.schedule.ranks)
+            if any(common(piece.box, box) is not None for box in rank.needs[piece.tensor])
+        )
+        memory = filled[rank.beside].handle.bucket((), one.nbytes(rank.beside), rank.share, 1)
+        assert isinstance(memory, TorchStorageBucket | CudaIpcBucket)
+        return RankBucket(memory, parts)
+
+
+async def exchanging(
+    source: WeightSource, targets: Sequence[PublishTarget], transport: Transport, *, bucket_bytes: int, deadline: float
+) -> ExchangeTransport | None:
+    """Return a transport by which the trainer's ranks exchange the parts of `source` that the engines need, to be used
+    once instead of `transport`, and closed. None if the tensors must be gathered; the log says why.
+
+    bucket_bytes: half of the memory that a rank may use besides its shards. deadline: seconds for the engines to say
+    what they need. Raises PublishError if a rank has no room, or as iterating over the source does.
+    """
+    led = source.led
+    memory = isinstance(transport, TorchStorageTransport | CudaIpcTransport)
+    if not isinstance(led, LedTensors) or not memory:
+        return None
+    try:
+        return await _begin(led, source, targets, isinstance(transport, CudaIpcTransport), bucket_bytes, deadline)
+    except (NotExchangeable, EngineError) as error:
+        logger.info("the trainer's ranks gather the weights, because %s", error)
+        return None
+
+
+async def _begin(
+    led: LedTensors,
+    source: WeightSource,
+    targets: Sequence[PublishTarget],
+    on_gpus: bool,
+    bucket_bytes: int,
+    deadline: float,
+) -> ExchangeTransport:
+    if lacking := [target.engine.name for target in targets if not target.can(Capability.UPDATE_FROM_PARTS)]:
+        raise NotExchangeable(f"{', '.join(lacking)} can't take parts of tensors")
+    ends = time.monotonic() + deadline
+    views = await asyncio.to_thread(views_of, source, led.local)
+    ranks = await asyncio.to_thread(led.places)
+    beside = {target.engine.name: beside_each(target, ranks, on_gpus=on_gpus) for target in targets}
+    specs = [_spec(view) for view in views]
+    needs = {
+        target.engine.name: await target.engine.needed_parts(specs, deadline=ends - time.monotonic())
+        for target in targets
+    }
+    if len({str(needed) for needed in needs.values()}) > 1:
+        raise NotExchangeable("the engines need different parts of the tensors")
+    engine_ranks, wants, shares = _joined(beside, needs, len(ranks), len(views))
+
+    def begin() -> ExchangeTransport:
+        schedule = written(views, [rank.boxes for rank in ranks], wants, bucket_bytes)
+        read_schedule(schedule)  # raises before the other ranks take part
+        return ExchangeTransport(led, led.begin_exchange(plan_text(shares, schedule)), engine_ranks)
+
+    return await asyncio.to_thread(begin)
+
+
+def beside_each(target: PublishTarget, ranks: Sequence[RankPlace], *, on_gpus: bool) -> list[int]:
+    """Return the trainer's rank beside each rank of an engine: on the same GPU or, on the CPU, on this host.
+
+    Raises NotExchangeable if there is none.
+    """
+    name, info = target.engine.name, target.info
+    if any((rank.gpu is not None) != on_gpus for rank in ranks):
+        raise NotExchangeable(
+            f"{name} is {'on' if on_gpus else 'not on'} GPUs, and the trainer's tensors are elsewhere"
+        )
+    if not on_gpus:
+        here = [number for number, rank in enumerate(ranks) if rank.host == ranks[0].host]
+        return [here[number % len(here)] for number in range(info.ranks)]
+    visible = VisibleGpus.here()
+    uuids = [visible.uuids[index] for index in visible.indices(info.gpus)]
+    on = {rank.gpu: number for number, rank in reversed(list(enumerate(ranks))) if rank.host == ranks[0].host}
+    if len(uuids) != info.ranks or not on.keys() >= set(uuids):
+        raise NotExchangeable(f"not every rank of {name} is on a GPU of one of the trainer's ranks")
+    return [on[uuid] for uuid in uuids]
+
+
+def _joined(
+    beside: Mapping[str, Sequence[int]],
+    needs: Mapping[str, Sequence[Sequence[Sequence[Box]]]],
+    ranks: int,
+    views: int,
+) -> tuple[dict[str, list[EngineRank]], list[list[list[Box]]], list[int]]:
+    """Return the ranks of each engine, the boxes of each view that each of the trainer's ranks puts into its buckets,
+    and how many ranks of engines open these."""
+    shares = [0] * ranks
+    wants: list[list[list[Box]]] = [[[] for _ in range(views)] for _ in range(ranks)]
+    found: dict[str, list[EngineRank]] = {}
+    for name, places in beside.items():
+        for place, needed in zip(places, needs[name], strict=True):
+            found.setdefault(name, []).append(EngineRank(place, shares[place], needed))
+            shares[place] += 1
+            for index, boxes in enumerate(needed):
+                wants[place][index] += boxes
+    return found, [[disjoint(boxes) for boxes in of_rank] for of_rank in wants], shares
+
+
+def _spec(view: ShardedView) -> TensorSpec:
+    nbytes = view.itemsize
+    for size in view.shape:
+        nbytes *= size
+    return TensorSpec(view.name, view.dtype, view.shape, 0, nbytes)
