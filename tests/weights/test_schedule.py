@@ -96,10 +96,7 @@ def problems(
             order = [dim for dim in draw(st.permutations(range(len(shape)))) if shape_of(box)[dim] > 1]
             dtype, itemsize = draw(st.sampled_from([("bfloat16", 2), ("float32", 4)]))
             views.append(ShardedView(f"{index}.{number}", dtype, itemsize, index, box, tuple(order)))
-    wants = [
-        [disjoint(draw(st.lists(boxes(view.shape), max_size=2))) if view.shape else [()] for view in views]
-        for _ in range(ranks)
-    ]
+    wants = [[disjoint(draw(st.lists(boxes(view.shape), max_size=2))) for view in views] for _ in range(ranks)]
     return views, owners, wants, sources
 
 

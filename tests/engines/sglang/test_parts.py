@@ -131,6 +131,14 @@ def test_parts_that_are_left_out_are_missing(sender: Sender) -> None:
     assert sender.update.missing == "1 of its parameters lack content of this version, such as experts"
 
 
+def test_a_bucket_may_have_no_part_for_a_rank(sender: Sender) -> None:
+    sender.needs(weights(0))
+    [order] = sender.update.orders_of_parts([()])
+    sender.load(sender.model, [(order, torch.empty(1, dtype=torch.uint8))])
+    sender.update.take()
+    assert sender.update.missing.startswith("4 of its parameters lack content")
+
+
 def test_parameters_with_new_memory_get_a_new_plan(sender: Sender) -> None:
     assert isinstance(sender.model, Model)
     needs = sender.needs(weights(0))
