@@ -144,7 +144,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     sharded = sharded_model(folder)
-    spoiling = exchange.handle_of = Spoiling()  # type: ignore[attr-defined,assignment]
+    spoiling = exchange.handle_of = Spoiling()  # type: ignore[attr-defined]
 
     def together(version: int) -> None:
         """What both ranks do before a version is published."""

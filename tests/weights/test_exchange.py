@@ -46,7 +46,8 @@ def test_each_rank_gets_the_parts_that_it_needs(
     expected = not_local(*found["needs"])
     assert 0 < expected < found["nbytes"]["1"]
     assert found["exchanged"] == {"1": expected, "2": expected, "4": None}
-    assert "tensors are not what was sent" in found["spoilt"]
+    # The spoilt part may be one that both ranks of the engine need, and they compare.
+    assert re.search(r"tensors are not what was sent|its ranks received different values", found["spoilt"])
     (line,) = found["log"]
     assert re.fullmatch(
         r"the trainer's ranks gather the weights, because .* is the sum of its shards \(Partial\)", line

@@ -185,9 +185,9 @@ def plan_text(shares: Sequence[int], schedule: bytes) -> bytes:
 def copy_all(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy each second tensor into the first, which may have another dtype. Contiguous tensors are copied in few calls:
     one that is not would make torch copy all tensors of a call one by one."""
-    groups: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Tensor]]] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[Tensor, Tensor]]] = {}
     for target, source in copies:
-        groups.setdefault((source.dtype, source.is_contiguous()), []).append((target, source))
+        groups.setdefault((target.dtype, source.dtype, source.is_contiguous()), []).append((target, source))
     with torch.no_grad():
         for group in groups.values():
             torch._foreach_copy_([target for target, _ in group], [source for _, source in group])

@@ -66,7 +66,7 @@ def views_of(source: WeightSource, tensors: Mapping[str, torch.Tensor]) -> list[
     try:
         with casts:
             converted = list(source.convert(iter(given.items())))
-    except NotImplementedError as error:  # it needs values
+    except RuntimeError as error:  # tensors of the meta device have none
         raise NotExchangeable(f"the conversion to the checkpoint reads the tensors' values: {error}") from error
     for name, tensor in converted:
         view = casts.origins.get(_memory(tensor), tensor)
