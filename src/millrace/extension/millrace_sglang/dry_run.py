@@ -34,15 +34,31 @@ class Need:
     along: tuple[int | None, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """A place in a parameter that the loader sets to a constant, such as padding. value: a number, or a scalar."""
+
+    parameter: str
+    target: torch.Tensor
+    value: Any
+
+
 @dataclass(slots=True)
 class Description:
-    """What this rank copies of an update's tensors.
-
-    needs: by the tensor's name. filled: how many elements of each parameter the loader sets to a constant.
-    """
+    """What this rank copies of an update's tensors, by the tensor's name, and what it sets to constants."""
 
     needs: dict[str, list[Need]] = field(default_factory=dict)
-    filled: Counter[str] = field(default_factory=Counter)
+    fills: list[Fill] = field(default_factory=list)
+
+    def fill(self) -> Counter[str]:
+        """Set the constants, which a parameter does not have if its memory was released. Return how many elements of
+        each parameter they are."""
+        filled: Counter[str] = Counter()
+        with torch.no_grad():
+            for one in self.fills:
+                one.target.fill_(one.value)
+                filled[one.parameter] += one.target.numel()
+        return filled
 
     def boxes(self, name: str) -> list[Box]:
         """Return the boxes of a tensor that this rank needs, which do not overlap. Empty if it needs none of it."""
@@ -79,7 +95,7 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note(owner, args[0], args[1])
             return args[0]
         if func in FILLS:
-            self.description.filled[owner] += args[0].numel()
+            self.description.fills.append(Fill(owner, args[0].detach(), args[1] if len(args) > 1 else 0))
             return args[0]
         if func._schema.is_mutable:
             raise NotPlainError(f"{func} of {owner}")

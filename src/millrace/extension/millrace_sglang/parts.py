@@ -66,7 +66,7 @@ class Parts:
             raise ValueError("this rank has not said which parts it needs")
         if update != self.update:
             self.layouts = {key: one for key, one in self.layouts.items() if one.update == self.update}
-            self.update, self.written = update, Counter(self.description.filled)
+            self.update, self.written = update, self.description.fill()
         if text not in self.layouts:
             parts = read_parts(text)
             self.layouts[text] = Layout(parts, plan_of_parts(parts, self.description))
