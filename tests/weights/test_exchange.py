@@ -11,9 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from millrace.config.models import TinyModelConfig
-from millrace.train.tiny import make_tiny_model
-from tests.architectures import make_moe_folder
+from tests.architectures import OVER_TWO, make_moe_folder
 from tests.torchrun import run_two_ranks
 from tests.weights.exchanging_ranks import TOKENS
 from tests.weights.variants import PROMPTS, louder
@@ -22,10 +20,7 @@ EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def make_folder(kind: str, folder: Path) -> None:
-    if kind == "moe":
-        make_moe_folder(folder)
-    else:
-        make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 0, folder)
+    make_moe_folder(folder, architecture="qwen3_moe" if kind == "moe" else "qwen3", **OVER_TWO)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.load_state_dict(dict(louder(model.state_dict().items())))
     model.save_pretrained(folder)
@@ -44,7 +39,10 @@ def test_each_rank_gets_the_parts_that_it_needs(
         model.load_state_dict(torch.load(tmp_path / f"{version}.pt"), strict=False)
         assert found["tokens"][version] == [greedy_tokens(model, prompt) for prompt in PROMPTS[:2]], version
     expected = not_local(*found["needs"])
+    elements = sum(math.prod(shape) for _, _, shape in found["needs"][0])
     assert 0 < expected < found["nbytes"]["1"]
+    for of_rank in found["needs"][1]:  # the engine divides the model
+        assert sum(math.prod(end - start for start, end in box) for boxes in of_rank for box in boxes) < 0.6 * elements
     assert found["exchanged"] == {"1": expected, "2": expected, "4": None}
     # The spoilt part may be one that both ranks of the engine need, and they compare.
     assert re.search(r"tensors are not what was sent|its ranks received different values", found["spoilt"])

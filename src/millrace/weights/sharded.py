@@ -75,11 +75,6 @@ class LedTensors:
     sharded: ShardedTensors
     dtypes: Dtypes | None = None
 
-    @property
-    def local(self) -> Mapping[str, Tensor]:
-        """The tensors by name. Those that are sharded are DTensors."""
-        return self.sharded.tensors
-
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         return self.sharded.shapes()
 
@@ -87,29 +82,6 @@ class LedTensors:
         """Return the names of the tensors that have a NaN or an infinite value. All ranks check their own shards."""
         _broadcast(self.sharded, CHECK, CASTS.index(torch.float16 if dtypes.usual == "float16" else None))
         return _not_finite(self.sharded, Dtypes(dtypes.usual, {}))
-
-    def places(self) -> list[RankPlace]:
-        """Return what each rank has. Raises NotExchangeable if a rank's part of a tensor is no box."""
-        _broadcast(self.sharded, PLACES)
-        return places(self.local, _on_device(self.sharded))
-
-    def begin_exchange(self, plan: bytes) -> Exchange:
-        """Begin an exchange on all ranks, and return rank 0's. End it by `end_exchange`.
-
-        plan: from `shards.exchange.plan_text`. Raises PublishError if a rank has no room for its buckets.
-        """
-        _broadcast(self.sharded, BEGIN)
-        return Exchange.begin(self.local, _on_device(self.sharded), plan)
-
-    def fill(self, exchange: Exchange, number: int) -> list[Filled]:
-        """Fill the buckets of all ranks for one round, and return them."""
-        _broadcast(self.sharded, FILL, number)
-        return exchange.fill(number)
-
-    def end_exchange(self, exchange: Exchange) -> None:
-        """Free the memory of the exchange on all ranks."""
-        _broadcast(self.sharded, RELEASE)
-        exchange.close()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         # Nothing is cast here if some tensors have an unusual dtype: these are known by the checkpoint's names, and the
@@ -148,6 +120,36 @@ def follow(sharded: ShardedTensors) -> None:
     finally:
         if exchange is not None:
             exchange.close()
+
+
+# What rank 0 does in an exchange. All other ranks do the same in `follow`.
+
+
+def ask_places(led: LedTensors) -> list[RankPlace]:
+    """Return what each rank has. Raises NotExchangeable if a rank's part of a tensor is no box."""
+    _broadcast(led.sharded, PLACES)
+    return places(led.sharded.tensors, _on_device(led.sharded))
+
+
+def begin_exchange(led: LedTensors, plan: bytes) -> Exchange:
+    """Begin an exchange on all ranks, and return rank 0's. End it by `end_exchange`.
+
+    plan: from `shards.exchange.plan_text`. Raises PublishError if a rank has no room for its buckets.
+    """
+    _broadcast(led.sharded, BEGIN)
+    return Exchange.begin(led.sharded.tensors, _on_device(led.sharded), plan)
+
+
+def fill_buckets(led: LedTensors, exchange: Exchange, number: int) -> list[Filled]:
+    """Fill the buckets of all ranks for one round, and return them."""
+    _broadcast(led.sharded, FILL, number)
+    return exchange.fill(number)
+
+
+def end_exchange(led: LedTensors, exchange: Exchange) -> None:
+    """Free the memory of the exchange on all ranks."""
+    _broadcast(led.sharded, RELEASE)
+    exchange.close()
 
 
 def _do(sharded: ShardedTensors, what: int, value: int, exchange: Exchange | None) -> Exchange | None:

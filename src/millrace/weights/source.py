@@ -39,8 +39,8 @@ class Led(Protocol):
     """Tensors that are sharded over the trainer's ranks, which take part in a publish (`LedTensors`)."""
 
     @property
-    def local(self) -> Mapping[str, "torch.Tensor"]:
-        """The tensors by name. Those that are sharded are DTensors."""
+    def sharded(self) -> object:
+        """The tensors of all ranks (`ShardedTensors`)."""
         ...
 
 

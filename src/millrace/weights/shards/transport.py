@@ -20,7 +20,7 @@ from millrace.types import (
     TensorSpec,
     TorchStorageBucket,
 )
-from millrace.weights.sharded import LedTensors
+from millrace.weights.sharded import LedTensors, ask_places, begin_exchange, end_exchange, fill_buckets
 from millrace.weights.shards.exchange import Exchange, Filled, RankPlace, plan_text
 from millrace.weights.shards.schedule import Round, ShardedView, read_schedule, written
 from millrace.weights.shards.views import NotExchangeable, views_of
@@ -65,7 +65,7 @@ class ExchangeTransport(Transport):
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:  # noqa: ARG002
         specs = {view.name: _spec(view) for view in self._views}
         for number, one in enumerate(self._exchange.schedule.rounds):
-            filled = self._led.fill(self._exchange, number)
+            filled = fill_buckets(self._led, self._exchange, number)
             tensors = tuple(specs[name] for name in one.names)
             made = {
                 name: PartsBucket(tuple(self._bucket(one, rank, filled) for rank in ranks), tensors)
@@ -81,7 +81,7 @@ class ExchangeTransport(Transport):
             )
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._led.end_exchange, self._exchange)
+        await asyncio.to_thread(end_exchange, self._led, self._exchange)
 
     def _bucket(self, one: Round, rank: EngineRank, filled: Sequence[Filled]) -> RankBucket:
         parts = tuple(
@@ -125,8 +125,8 @@ async def _begin(
     if lacking := [target.engine.name for target in targets if not target.can(Capability.UPDATE_FROM_PARTS)]:
         raise NotExchangeable(f"{', '.join(lacking)} can't take parts of tensors")
     ends = time.monotonic() + deadline
-    views = await asyncio.to_thread(views_of, source, led.local)
-    ranks = await asyncio.to_thread(led.places)
+    views = await asyncio.to_thread(views_of, source, led.sharded.tensors)
+    ranks = await asyncio.to_thread(ask_places, led)
     beside = {target.engine.name: beside_each(target, ranks, on_gpus=on_gpus) for target in targets}
     specs = [_spec(view) for view in views]
     needs = {
@@ -140,7 +140,7 @@ async def _begin(
     def begin() -> ExchangeTransport:
         schedule = written(views, [rank.boxes for rank in ranks], wants, bucket_bytes)
         read_schedule(schedule)  # raises before the other ranks take part
-        return ExchangeTransport(led, led.begin_exchange(plan_text(shares, schedule)), engine_ranks)
+        return ExchangeTransport(led, begin_exchange(led, plan_text(shares, schedule)), engine_ranks)
 
     return await asyncio.to_thread(begin)
 
