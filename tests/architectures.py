@@ -68,8 +68,8 @@ def make_moe_folder(
     **changes: object,
 ) -> PreTrainedModel:
     """Makes a Qwen3-MoE, or a model of another architecture, that can be served and trained, with the tiny tokenizer
-    and its chat template. Its heads and its experts have 32 elements, the fewest that vLLM's CPU kernels support. SGLang's
-    GPU kernels need heads of 64."""
+    and its chat template. Its heads and its experts have 32 elements, the fewest that vLLM's CPU kernels support.
+    SGLang's GPU kernels need heads of 64."""
     tokenizer = make_tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     sizes = {

@@ -16,7 +16,7 @@ from millrace.extension.millrace_boxes import Box, common, disjoint, elements, w
 from millrace.train.world import end_rank
 from millrace.weights.cast import Dtypes, cast
 from millrace.weights.sharded import ShardedTensors
-from millrace.weights.shards.exchange import Exchange, RankPlace, places, plan_text
+from millrace.weights.shards.exchange import Exchange, RankPlace, places
 from millrace.weights.shards.schedule import ShardedView, written
 from millrace.weights.shards.views import views_of
 from millrace.weights.source import NamedTensor, WeightSource, source_of
@@ -94,12 +94,11 @@ def check_exchange(source: WeightSource, sharded: Mapping[str, Tensor], held: li
     wants = [[drawn_boxes(draw, view.shape) for view in views] for _ in range(RANKS)]
     if seed == 0:
         wants = [[[whole(view.shape)] for view in views] for _ in range(RANKS)]
-    plan = plan_text([1] * RANKS, written(views, [place.boxes for place in held], wants, BUCKET)) if rank == 0 else b""
-    exchange = Exchange.begin(sharded, CPU, plan)
+    exchange = Exchange.begin(sharded, CPU, written(views, [place.boxes for place in held], wants, BUCKET))
     assert exchange.held_bytes <= 2 * BUCKET
     received, seen = 0, 0
     for number, one in enumerate(exchange.schedule.rounds):
-        filled = exchange.fill(number)[rank]
+        filled = exchange.fill(number, [0] * RANKS)[rank]
         received += filled.exchanged
         memory = exchange._slots[number % 2].bytes
         for piece, offset in one.bucket(rank, RANKS):

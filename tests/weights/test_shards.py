@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from millrace.engines.sglang.adapter import SGLangEngine
+from millrace.extension.millrace_boxes import whole
 from millrace.types import Capability, EngineInfo
 from millrace.weights.cast import Dtypes, cast
 from millrace.weights.shards.exchange import RankPlace
+from millrace.weights.shards.plans import EngineRank, Plans
+from millrace.weights.shards.schedule import read_schedule
 from millrace.weights.shards.transport import beside_each
 from millrace.weights.shards.views import NotExchangeable, views_of
 from millrace.weights.source import NamedTensor, source_of
@@ -33,6 +36,24 @@ def test_views_are_found_without_values() -> None:
     assert (matrix.name, matrix.dtype, matrix.shape) == ("model.w", "bfloat16", (6, 2))
     assert (matrix.source, matrix.box, matrix.along) == (0, ((1, 3), (0, 6)), (1, 0))
     assert (bias.dtype, bias.itemsize, bias.shape, bias.source) == ("float32", 4, (4,), 1)
+
+
+def test_plans_are_made_again_if_the_question_is_another() -> None:
+    plans, source = Plans(), source_of(TENSORS.items())
+    views = plans.views(source, TENSORS)
+    assert plans.views(source, TENSORS) is views
+    tied = {**TENSORS, "again": TENSORS["w"]}
+    assert [view.source for view in plans.views(source_of(tied.items()), tied)] == [0, 1, 0]
+    untied = {**TENSORS, "again": TENSORS["w"].clone()}
+    assert [view.source for view in plans.views(source_of(untied.items()), untied)] == [0, 1, 2]
+
+    ranks = [RankPlace((whole((4, 6)), whole((4,))), "host", None)]
+    engines = {"sglang-0": [EngineRank(0, [[whole((4, 6))], []])]}
+    first = plans.schedule(views, ranks, engines, 1024)
+    assert plans.schedule(views, list(ranks), dict(engines), 1024) is first
+    other = {**engines, "sglang-1": [EngineRank(0, [[((0, 2), (0, 6))], [((1, 3),)]])]}
+    (one,) = read_schedule(plans.schedule(views, ranks, other, 1024)).rounds
+    assert [piece.box for piece in one.pieces] == [whole((4, 6)), ((1, 3),)]
 
 
 def computed(name: str, tensor: torch.Tensor) -> torch.Tensor:

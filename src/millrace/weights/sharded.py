@@ -12,7 +12,7 @@ part:
         follow(sharded)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -131,19 +131,22 @@ def ask_places(led: LedTensors) -> list[RankPlace]:
     return places(led.sharded.tensors, _on_device(led.sharded))
 
 
-def begin_exchange(led: LedTensors, plan: bytes) -> Exchange:
+def begin_exchange(led: LedTensors, schedule: bytes) -> Exchange:
     """Begin an exchange on all ranks, and return rank 0's. End it by `end_exchange`.
 
-    plan: from `shards.exchange.plan_text`. Raises PublishError if a rank has no room for its buckets.
+    schedule: from `shards.schedule.written`. Raises PublishError if a rank has no room for its buckets.
     """
     _broadcast(led.sharded, BEGIN)
-    return Exchange.begin(led.sharded.tensors, _on_device(led.sharded), plan)
+    return Exchange.begin(led.sharded.tensors, _on_device(led.sharded), schedule)
 
 
-def fill_buckets(led: LedTensors, exchange: Exchange, number: int) -> list[Filled]:
-    """Fill the buckets of all ranks for one round, and return them."""
+def fill_buckets(led: LedTensors, exchange: Exchange, number: int, shares: Sequence[int]) -> list[Filled]:
+    """Fill the buckets of all ranks for one round, and return them.
+
+    shares: how many ranks of engines will open the bucket of each rank.
+    """
     _broadcast(led.sharded, FILL, number)
-    return exchange.fill(number)
+    return exchange.fill(number, shares)
 
 
 def end_exchange(led: LedTensors, exchange: Exchange) -> None:

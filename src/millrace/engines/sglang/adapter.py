@@ -223,7 +223,11 @@ class SGLangEngine(StockEngine[Facts]):
         """Have the server's weight loader load a bucket of parts in each rank, and read its answers."""
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name, ranks)
         orders = update.orders_of_parts([rank.parts for rank in bucket.ranks])
-        await self._order(update, parts_payloads(bucket.ranks, orders), deadline)
+        try:
+            await self._order(update, parts_payloads(bucket.ranks, orders), deadline)
+        except BaseException:
+            self._needs = None  # ask again, because the server may not remember the question
+            raise
 
     async def _order(self, update: LoaderUpdate, shares: Sequence[str], deadline: float) -> None:
         body = {"serialized_named_tensors": shares, "load_format": LOADER, **WITHOUT_FLUSH}

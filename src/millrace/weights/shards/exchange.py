@@ -70,27 +70,22 @@ def places(tensors: Mapping[str, Tensor], device: torch.device) -> list[RankPlac
 
 @dataclass(slots=True)
 class Exchange:
-    """One version's exchange on this rank.
-
-    shares: how many ranks of engines open this rank's buckets.
-    """
+    """One version's exchange on this rank. tensors: this rank's shards."""
 
     tensors: Sequence[Tensor]
     schedule: Schedule
     device: torch.device
-    shares: int
     rank: int = field(default_factory=dist.get_rank)
     _slots: list[SharedStorage | DeviceSlot] = field(default_factory=list)
     _outgoing: Tensor | None = None
 
     @classmethod
-    def begin(cls, tensors: Mapping[str, Tensor], device: torch.device, plan: bytes = b"") -> "Exchange":
+    def begin(cls, tensors: Mapping[str, Tensor], device: torch.device, schedule: bytes = b"") -> "Exchange":
         """Return the exchange that rank 0 has planned, with its memory.
 
-        plan: on rank 0, the lines of `plan_text`. Raises PublishError on all ranks if one of them has no room.
+        schedule: on rank 0, from `schedule.written`. Raises PublishError on all ranks if one of them has no room.
         """
-        first, _, second = spread(plan, device).partition(b"\n")
-        exchange = cls(shards_of(tensors), read_schedule(second), device, orjson.loads(first)[dist.get_rank()])
+        exchange = cls(shards_of(tensors), read_schedule(spread(schedule, device)), device)
         why = ""
         try:
             exchange._allocate()
@@ -107,9 +102,13 @@ class Exchange:
         outgoing = 0 if self._outgoing is None else self._outgoing.nbytes
         return outgoing + sum(slot.bytes.nbytes for slot in self._slots)
 
-    def fill(self, number: int) -> list[Filled]:
+    def fill(self, number: int, shares: Sequence[int] = ()) -> list[Filled]:
         """Fill each rank's bucket of a round, and return what all ranks have filled. Overwrites the bucket of the round
-        before the last."""
+        before the last.
+
+        shares: on rank 0, how many ranks of engines will open the bucket of each rank.
+        """
+        openings = orjson.loads(spread(orjson.dumps(list(shares)), self.device))[self.rank]
         one, slot = self.schedule.rounds[number], self._slots[number % len(self._slots)]
         self._pack(one)
         received = one.received(self.rank, self.schedule.ranks)
@@ -130,7 +129,7 @@ class Exchange:
         samples = dict(zip(views, sampled_checksums(list(views.values())), strict=True))
         if self.device.type == "cuda":  # engines must not read the bucket before it is written
             torch.cuda.current_stream(self.device).synchronize()
-        handle = handle_of(slot, self.shares)
+        handle = handle_of(slot, openings)
         assert not isinstance(handle, MemoryFileHandle)
         made = Filled(handle=handle, samples=samples, exchanged=exchanged)
         return [Filled.model_validate_json(text) for text in gathered(made.model_dump_json().encode(), self.device)]
@@ -172,14 +171,6 @@ class Exchange:
         owned = self.schedule.owners[self.rank][view.source]
         assert owned is not None
         return local_piece(self.tensors[view.source], owned, view, box)
-
-
-def plan_text(shares: Sequence[int], schedule: bytes) -> bytes:
-    """Return what rank 0 passes to `Exchange.begin`.
-
-    shares: for each rank, how many ranks of engines open its buckets. schedule: from `schedule.written`.
-    """
-    return orjson.dumps(shares) + b"\n" + schedule
 
 
 def copy_all(copies: Sequence[tuple[Tensor, Tensor]]) -> None:

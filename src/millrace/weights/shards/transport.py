@@ -7,10 +7,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from millrace.errors import EngineError
-from millrace.extension.millrace_boxes import Box, common, disjoint
+from millrace.extension.millrace_boxes import common
 from millrace.types import (
     Capability,
     CudaIpcBucket,
@@ -21,10 +20,12 @@ from millrace.types import (
     TorchStorageBucket,
 )
 from millrace.weights.sharded import LedTensors, ask_places, begin_exchange, end_exchange, fill_buckets
-from millrace.weights.shards.exchange import Exchange, Filled, RankPlace, plan_text
-from millrace.weights.shards.schedule import Round, ShardedView, read_schedule, written
-from millrace.weights.shards.views import NotExchangeable, views_of
+from millrace.weights.shards.exchange import Exchange, Filled, RankPlace
+from millrace.weights.shards.plans import PLANS, EngineRank, Plans
+from millrace.weights.shards.schedule import Round, ShardedView
+from millrace.weights.shards.views import NotExchangeable
 from millrace.weights.source import WeightSource
+from millrace.weights.step import StepResult
 from millrace.weights.transports.base import (
     ExchangedBucket,
     NamedTensors,
@@ -39,19 +40,6 @@ from millrace.weights.transports.torch_storage import TorchStorageTransport
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineRank:
-    """A rank of an engine.
-
-    beside: the trainer's rank that fills its buckets. share: its number among the ranks of engines beside that one.
-    needs: the boxes of each view that it needs.
-    """
-
-    beside: int
-    share: int
-    needs: Sequence[Sequence[Box]]
-
-
 class ExchangeTransport(Transport):
     """Brings one version. It takes no tensors from the publisher.
 
@@ -61,15 +49,20 @@ class ExchangeTransport(Transport):
     def __init__(self, led: LedTensors, exchange: Exchange, ranks: Mapping[str, Sequence[EngineRank]]) -> None:
         self._led, self._exchange, self._ranks = led, exchange, ranks
         self._views = exchange.schedule.views
+        self._loading = set(ranks)  # the engines that have not failed
 
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:  # noqa: ARG002
-        specs = {view.name: _spec(view) for view in self._views}
+        specs = {view.name: spec_of(view) for view in self._views}
         for number, one in enumerate(self._exchange.schedule.rounds):
-            filled = fill_buckets(self._led, self._exchange, number)
+            # A share that no rank opens would keep the memory, so engines that have failed get none.
+            loading = {name: ranks for name, ranks in self._ranks.items() if name in self._loading}
+            shares = [0] * self._exchange.schedule.ranks
+            numbered = {name: [(rank, _next(shares, rank.beside)) for rank in ranks] for name, ranks in loading.items()}
+            filled = fill_buckets(self._led, self._exchange, number, shares)
             tensors = tuple(specs[name] for name in one.names)
             made = {
-                name: PartsBucket(tuple(self._bucket(one, rank, filled) for rank in ranks), tensors)
-                for name, ranks in self._ranks.items()
+                name: PartsBucket(tuple(self._bucket(one, rank, filled[rank.beside], n) for rank, n in ranks), tensors)
+                for name, ranks in numbered.items()
             }
             yield ExchangedBucket(
                 lambda target, made=made: made[target.engine.name],  # type: ignore[misc]
@@ -80,16 +73,23 @@ class ExchangeTransport(Transport):
                 sum(of_rank.exchanged for of_rank in filled),
             )
 
+    async def load(
+        self, targets: Sequence[PublishTarget], staged: StagedBucket, *, deadline: float
+    ) -> Mapping[str, StepResult]:
+        results = await super().load(targets, staged, deadline=deadline)
+        self._loading = {name for name, result in results.items() if result.error is None}
+        return results
+
     async def close(self) -> None:
         await asyncio.to_thread(end_exchange, self._led, self._exchange)
 
-    def _bucket(self, one: Round, rank: EngineRank, filled: Sequence[Filled]) -> RankBucket:
+    def _bucket(self, one: Round, rank: EngineRank, filled: Filled, share: int) -> RankBucket:
         parts = tuple(
             TensorPart(self._views[piece.tensor].name, self._views[piece.tensor].dtype, piece.box, offset)
             for piece, offset in one.bucket(rank.beside, self._exchange.schedule.ranks)
             if any(common(piece.box, box) is not None for box in rank.needs[piece.tensor])
         )
-        memory = filled[rank.beside].handle.bucket((), one.nbytes(rank.beside), rank.share, 1)
+        memory = filled.handle.bucket((), one.nbytes(rank.beside), share, 1)
         assert isinstance(memory, TorchStorageBucket | CudaIpcBucket)
         return RankBucket(memory, parts)
 
@@ -108,7 +108,7 @@ async def exchanging(
     if not isinstance(led, LedTensors) or not memory:
         return None
     try:
-        return await _begin(led, source, targets, isinstance(transport, CudaIpcTransport), bucket_bytes, deadline)
+        return await _begin(led, source, targets, transport, bucket_bytes, deadline)
     except (NotExchangeable, EngineError) as error:
         logger.info("the trainer's ranks gather the weights, because %s", error)
         return None
@@ -118,29 +118,29 @@ async def _begin(
     led: LedTensors,
     source: WeightSource,
     targets: Sequence[PublishTarget],
-    on_gpus: bool,
+    transport: Transport,
     bucket_bytes: int,
     deadline: float,
 ) -> ExchangeTransport:
     if lacking := [target.engine.name for target in targets if not target.can(Capability.UPDATE_FROM_PARTS)]:
         raise NotExchangeable(f"{', '.join(lacking)} can't take parts of tensors")
-    ends = time.monotonic() + deadline
-    views = await asyncio.to_thread(views_of, source, led.sharded.tensors)
+    ends, on_gpus = time.monotonic() + deadline, isinstance(transport, CudaIpcTransport)
+    plans = PLANS.setdefault(transport, Plans())
+    views = await asyncio.to_thread(plans.views, source, led.sharded.tensors)
     ranks = await asyncio.to_thread(ask_places, led)
     beside = {target.engine.name: beside_each(target, ranks, on_gpus=on_gpus) for target in targets}
-    specs = [_spec(view) for view in views]
-    needs = {
-        target.engine.name: await target.engine.needed_parts(specs, deadline=ends - time.monotonic())
-        for target in targets
-    }
-    if len({str(needed) for needed in needs.values()}) > 1:
+    specs = [spec_of(view) for view in views]
+    needs = [await target.engine.needed_parts(specs, deadline=ends - time.monotonic()) for target in targets]
+    if any(needed != needs[0] for needed in needs):
         raise NotExchangeable("the engines need different parts of the tensors")
-    engine_ranks, wants, shares = _joined(beside, needs, len(ranks), len(views))
+    engine_ranks = {
+        name: [EngineRank(place, needed) for place, needed in zip(places, needs[0], strict=True)]
+        for name, places in beside.items()
+    }
 
     def begin() -> ExchangeTransport:
-        schedule = written(views, [rank.boxes for rank in ranks], wants, bucket_bytes)
-        read_schedule(schedule)  # raises before the other ranks take part
-        return ExchangeTransport(led, begin_exchange(led, plan_text(shares, schedule)), engine_ranks)
+        schedule = plans.schedule(views, ranks, engine_ranks, bucket_bytes)
+        return ExchangeTransport(led, begin_exchange(led, schedule), engine_ranks)
 
     return await asyncio.to_thread(begin)
 
@@ -166,27 +166,13 @@ def beside_each(target: PublishTarget, ranks: Sequence[RankPlace], *, on_gpus: b
     return [on[uuid] for uuid in uuids]
 
 
-def _joined(
-    beside: Mapping[str, Sequence[int]],
-    needs: Mapping[str, Sequence[Sequence[Sequence[Box]]]],
-    ranks: int,
-    views: int,
-) -> tuple[dict[str, list[EngineRank]], list[list[list[Box]]], list[int]]:
-    """Return the ranks of each engine, the boxes of each view that each of the trainer's ranks puts into its buckets,
-    and how many ranks of engines open these."""
-    shares = [0] * ranks
-    wants: list[list[list[Box]]] = [[[] for _ in range(views)] for _ in range(ranks)]
-    found: dict[str, list[EngineRank]] = {}
-    for name, places in beside.items():
-        for place, needed in zip(places, needs[name], strict=True):
-            found.setdefault(name, []).append(EngineRank(place, shares[place], needed))
-            shares[place] += 1
-            for index, boxes in enumerate(needed):
-                wants[place][index] += boxes
-    return found, [[disjoint(boxes) for boxes in of_rank] for of_rank in wants], shares
+def _next(counts: list[int], index: int) -> int:
+    """Count one more, and return how many there were before."""
+    counts[index] += 1
+    return counts[index] - 1
 
 
-def _spec(view: ShardedView) -> TensorSpec:
+def spec_of(view: ShardedView) -> TensorSpec:
     nbytes = view.itemsize
     for size in view.shape:
         nbytes *= size
