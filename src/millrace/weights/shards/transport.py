@@ -6,7 +6,8 @@ Rank 0 plans the exchange, leads it, and tells the engines where each rank's buc
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ParamSpec, TypeVar
 
 from millrace.errors import EngineError
 from millrace.extension.millrace_boxes import common
@@ -36,6 +37,9 @@ from millrace.weights.transports.base import (
 from millrace.weights.transports.cuda_ipc import CudaIpcTransport
 from millrace.weights.transports.gpus import VisibleGpus
 from millrace.weights.transports.torch_storage import TorchStorageTransport
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +85,7 @@ class ExchangeTransport(Transport):
         return results
 
     async def close(self) -> None:
-        await asyncio.to_thread(end_exchange, self._led, self._exchange)
+        await to_its_end(end_exchange, self._led, self._exchange)
 
     def _bucket(self, one: Round, rank: EngineRank, filled: Filled, share: int) -> RankBucket:
         parts = tuple(
@@ -126,8 +130,8 @@ async def _begin(
         raise NotExchangeable(f"{', '.join(lacking)} can't take parts of tensors")
     ends, on_gpus = time.monotonic() + deadline, isinstance(transport, CudaIpcTransport)
     plans = PLANS.setdefault(transport, Plans())
-    views = await asyncio.to_thread(plans.views, source, led.sharded.tensors)
-    ranks = await asyncio.to_thread(ask_places, led)
+    views = await to_its_end(plans.views, source, led.sharded.tensors)
+    ranks = await to_its_end(ask_places, led)
     beside = {target.engine.name: beside_each(target, ranks, on_gpus=on_gpus) for target in targets}
     specs = [spec_of(view) for view in views]
     needs = [await target.engine.needed_parts(specs, deadline=ends - time.monotonic()) for target in targets]
@@ -142,7 +146,18 @@ async def _begin(
         schedule = plans.schedule(views, ranks, engine_ranks, bucket_bytes)
         return ExchangeTransport(led, begin_exchange(led, schedule), engine_ranks)
 
-    return await asyncio.to_thread(begin)
+    return await to_its_end(begin)
+
+
+async def to_its_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function in a thread, and wait for it even if this is cancelled. The ranks must make their collectives in
+    one order, so none may begin before it has ended."""
+    running = asyncio.create_task(asyncio.to_thread(function, *args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 def beside_each(target: PublishTarget, ranks: Sequence[RankPlace], *, on_gpus: bool) -> list[int]:
