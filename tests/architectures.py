@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -58,9 +59,17 @@ def make_model(architecture: str, seed: int = 0, **changes: object) -> PreTraine
     return model
 
 
-def make_moe_folder(folder: Path, *, dtype: torch.dtype = torch.float32, head_dim: int = 32) -> PreTrainedModel:
-    """Makes a Qwen3-MoE that can be served and trained, with the tiny tokenizer and its chat template. Its heads and
-    its experts have 32 elements, the fewest that vLLM's CPU kernels support. SGLang's GPU kernels need heads of 64."""
+def make_moe_folder(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 32,
+    architecture: str = "qwen3_moe",
+    **changes: object,
+) -> PreTrainedModel:
+    """Makes a Qwen3-MoE, or a model of another architecture, that can be served and trained, with the tiny tokenizer
+    and its chat template. Its heads and its experts have 32 elements, the fewest that vLLM's CPU kernels support.
+    SGLang's GPU kernels need heads of 64."""
     tokenizer = make_tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     sizes = {
@@ -75,6 +84,10 @@ def make_moe_folder(folder: Path, *, dtype: torch.dtype = torch.float32, head_di
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    model = make_model("qwen3_moe", **sizes).to(dtype)
+    model = make_model(architecture, **{**sizes, **changes}).to(dtype)
     model.save_pretrained(folder)
     return model
+
+
+# Sizes that SGLang divides over two ranks without padding. Otherwise one of them would have nothing but zeros.
+OVER_TWO: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 64}

@@ -20,8 +20,8 @@ PACKAGES = ["millrace", "millrace.rollout", "millrace.serve", "millrace.train", 
 # What only those meet who write an adapter, a transport or a policy of their own (docs/architecture.md).
 INTERNAL = {
     "Asked", "Calls", "ChatTemplate", "CudaIpcBucket", "DiskBucket", "Dtypes", "Entry", "EnvironmentKind",
-    "JudgeCounts", "Player", "ProcessGroup", "ProcessGroupBucket", "Publishing", "Reasoning", "SharedMemoryBucket",
-    "StandInTurn", "TorchStorageBucket", "Vision", "Why",
+    "JudgeCounts", "PartsBucket", "Player", "ProcessGroup", "ProcessGroupBucket", "Publishing", "Reasoning",
+    "SharedMemoryBucket", "StandInTurn", "TensorSpec", "TorchStorageBucket", "Vision", "Why",
 }  # fmt: skip
 
 

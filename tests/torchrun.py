@@ -13,10 +13,10 @@ def run_two_ranks(script: str, *arguments: str) -> None:
     torchrun(f"tests/{script}", *arguments)
 
 
-def torchrun(*command: str) -> str:
-    """Runs the command on two ranks and returns their output."""
+def torchrun(*command: str, ranks: int = 2) -> str:
+    """Runs the command on that many ranks and returns their output."""
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,

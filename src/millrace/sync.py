@@ -37,6 +37,7 @@ from millrace.types import (
     PauseMode,
     ProcessGroup,
     RoutingContext,
+    TensorSpec,
 )
 from millrace.weights.cast import Dtypes
 from millrace.weights.report import PublishReport
@@ -275,6 +276,23 @@ class Engine:
     def load(self, bucket: Bucket, *, deadline: float) -> None:
         """Read one bucket of tensors. The caller may reuse the bucket's memory when this returns."""
         self._portal.call(self._wrapped.load(bucket, deadline=deadline))
+
+    def needed_parts(
+        self, tensors: Sequence[TensorSpec], *, deadline: float
+    ) -> Sequence[Sequence[Sequence[tuple[tuple[int, int], ...]]]]:
+        """Return, for each rank and each of the tensors, the parts of it that the rank needs, as boxes that do not
+        overlap: the start and the end along each dimension.
+
+        Needs Capability.UPDATE_FROM_PARTS. No update may be open. The engine may interrupt its requests for it, which
+        then continue, as for an update. It remembers the answer to the last question. After it, PartsBuckets of these
+        tensors can be loaded in updates.
+
+        tensors: all tensors of an update. Their offsets mean nothing.
+
+        Raises:
+            EngineRefused: the engine loads its weights in another way than by copying parts of them.
+        """
+        return self._portal.call(self._wrapped.needed_parts(tensors, deadline=deadline))
 
     def commit(self) -> None:
         """End the transaction: the engine now serves and reports the new version, without LoRA adapters."""

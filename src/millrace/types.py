@@ -84,6 +84,7 @@ class Capability(StrEnum):
     UPDATE_FROM_SHARED_MEMORY = "update_from_shared_memory"
     UPDATE_FROM_TORCH_STORAGE = "update_from_torch_storage"  # CPU memory shared by torch, on the engine's host
     UPDATE_FROM_CUDA_IPC = "update_from_cuda_ipc"
+    UPDATE_FROM_PARTS = "update_from_parts"  # by memory of one of these kinds, for each rank the parts that it needs
     CHECKSUMS = "checksums"  # per tensor, under the trainer's names
     OWN_CHECKSUMS = "own_checksums"  # per tensor as the engine stores it (fused, sharded), to compare equal engines
     SAMPLED_CHECKSUMS = "sampled_checksums"  # of an update's tensors, under the trainer's names, before its commit
@@ -432,4 +433,36 @@ class DiskBucket:
     path: str
 
 
-Bucket = SharedMemoryBucket | TorchStorageBucket | CudaIpcBucket | ProcessGroupBucket | DiskBucket
+@dataclass(frozen=True, slots=True)
+class TensorPart:
+    """A rectangular part of a named tensor, and its position in a bucket, where it is contiguous.
+
+    box: the start and the end along each dimension of the tensor. offset: bytes from the start of the bucket.
+    """
+
+    name: str
+    dtype: str
+    box: tuple[tuple[int, int], ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankBucket:
+    """Memory for one rank of an engine, and the parts in it that this rank reads. `memory` names no tensors."""
+
+    memory: "TorchStorageBucket | CudaIpcBucket"
+    parts: tuple[TensorPart, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartsBucket:
+    """For each of an engine's ranks, in their order, a bucket of the parts of tensors that this rank needs.
+
+    tensors: the tensors of which no part follows in a later bucket. Their offsets mean nothing.
+    """
+
+    ranks: tuple[RankBucket, ...]
+    tensors: tuple[TensorSpec, ...]
+
+
+Bucket = SharedMemoryBucket | TorchStorageBucket | CudaIpcBucket | PartsBucket | ProcessGroupBucket | DiskBucket

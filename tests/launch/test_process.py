@@ -55,6 +55,19 @@ def tree(tmp_path: Path) -> tuple[list[str], Path]:
     return [sys.executable, str(script), "2", str(pids)], pids
 
 
+async def test_a_server_is_no_rank_of_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With torchrun's variables, an SGLang of several ranks would wait for a store that only torchrun has."""
+    for name in ("RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RANKING", "kept")
+    shown = (
+        "import os; print(sorted(name for name in os.environ if 'RANK' in name or 'TORCHEL' in name or 'PORT' in name))"
+    )
+    process = await ServerProcess.start("server", [sys.executable, "-c", shown], tmp_path / "log", env={"MY_PORT": "1"})
+    await process.wait()
+    assert (tmp_path / "log").read_text() == "['MY_PORT', 'RANKING']\n"
+
+
 async def test_ending_a_server_ends_its_whole_tree(tree: tuple[list[str], Path], tmp_path: Path) -> None:
     command, pids = tree
     process = await ServerProcess.start("tree", command, tmp_path / "log")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from millrace.config.engines import EngineConfig
 from millrace.config.models import TinyModelConfig
@@ -75,6 +76,15 @@ async def greedy(engine: Engine, prompt: Prompt, name: str, tokens: int, *, dead
 
 def greedy_request(prompt: Prompt, name: str, tokens: int) -> GenerateRequest:
     return GenerateRequest(prompt, SamplingParams(tokens, temperature=0.0, ignore_eos=True), request_id=name)
+
+
+def greedy_tokens(folder: Path, tensors: Mapping[str, torch.Tensor], prompt: Prompt, count: int) -> tuple[int, ...]:
+    """Returns the greedy tokens of the transformers model of `folder` with these weights, which its file gets."""
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    made = AutoModelForCausalLM.from_pretrained(folder).generate(
+        torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False
+    )
+    return tuple(made[0, len(prompt) :].tolist())
 
 
 async def ask(engine: Engine) -> Tokens:

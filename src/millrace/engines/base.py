@@ -6,7 +6,7 @@ their adapters track the state. Nothing else may then control the server.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from millrace.errors import EngineRefused
 from millrace.types import (
@@ -20,6 +20,7 @@ from millrace.types import (
     MemoryTag,
     PauseMode,
     ProcessGroup,
+    TensorSpec,
 )
 
 PUBLISHED_LORA = "millrace-"  # prefix of the names of LoRA adapters that a fleet publishes
@@ -130,6 +131,26 @@ class Engine(ABC):
     @abstractmethod
     async def load(self, bucket: Bucket, *, deadline: float) -> None:
         """Read one bucket of tensors. The caller may reuse the bucket's memory when this returns."""
+
+    async def needed_parts(
+        self,
+        tensors: Sequence[TensorSpec],  # noqa: ARG002
+        *,
+        deadline: float,  # noqa: ARG002
+    ) -> Sequence[Sequence[Sequence[tuple[tuple[int, int], ...]]]]:
+        """Return, for each rank and each of the tensors, the parts of it that the rank needs, as boxes that do not
+        overlap: the start and the end along each dimension.
+
+        Needs Capability.UPDATE_FROM_PARTS. No update may be open. The engine may interrupt its requests for it, which
+        then continue, as for an update. It remembers the answer to the last question. After it, PartsBuckets of these
+        tensors can be loaded in updates.
+
+        tensors: all tensors of an update. Their offsets mean nothing.
+
+        Raises:
+            EngineRefused: the engine loads its weights in another way than by copying parts of them.
+        """
+        raise EngineRefused(self.name, "it takes no parts of tensors")
 
     @abstractmethod
     async def commit(self) -> None:

@@ -24,6 +24,7 @@ from millrace.weights.folder import FolderTensors
 from millrace.weights.plan import buckets
 from millrace.weights.publisher import Outcome, Publish
 from millrace.weights.report import PublishReport
+from millrace.weights.shards import way_for
 from millrace.weights.source import WeightSource, source_of
 from millrace.weights.transports.base import PublishTarget, Transport
 from millrace.weights.transports.folder import FolderTransport
@@ -318,17 +319,21 @@ class Versions:
                 case Outcome.UNTRUSTED:
                     await self._apply(name, Quarantined(str(error)))
 
-        publish = Publish(
-            targets,
-            source,
-            version,
-            transport,
-            bucket_bytes=bucket_bytes,
-            deadline=deadline,
-            on_outcome=on_outcome,
-            fingerprint=fingerprint,
-        )
-        report = await publish.run()
+        ends = time.monotonic() + deadline
+        if fingerprint is not None:  # it is of whole tensors
+            source = replace(source, led=None)
+        async with way_for(source, targets, transport, bucket_bytes=bucket_bytes, deadline=deadline) as way:
+            publish = Publish(
+                targets,
+                source,
+                version,
+                way,
+                bucket_bytes=bucket_bytes,
+                deadline=max(ends - time.monotonic(), 0.0),
+                on_outcome=on_outcome,
+                fingerprint=fingerprint,
+            )
+            report = await publish.run()
         for name, error in report.failed.items():
             logger.error("version %d: %s is out of rotation: %s", version, name, error)
         return report

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,6 +19,10 @@ LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 16_384
 # Servers write UTF-8 to their logs, even if this process's terminal can't show it, and read UTF-8 from models' folders.
 LOG_ENCODING = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+# The variables that torchrun sets for one of its ranks.
+OF_TORCHRUN = re.compile(
+    r"TORCHELASTIC_\w+|MASTER_(ADDR|PORT)|((GROUP_|LOCAL_|ROLE_)?RANK|(GROUP_|LOCAL_|ROLE_)?WORLD_SIZE|ROLE_NAME)"
+)
 GRACE_SECONDS = 2.0  # between SIGTERM and SIGKILL
 END_DEADLINE = GRACE_SECONDS + 28.0  # the guard kills processes that ignore SIGTERM, which takes time on a busy machine
 
@@ -111,11 +116,14 @@ class ServerProcess:
     ) -> "ServerProcess":
         """Start `command` with `env` added to this process's environment. Its output goes to `log_path`.
 
+        What torchrun has set for this process is left out: a server of several ranks would join the trainer's store.
+
         Calls of the server to its own host use no proxy (`millrace.http.proxies`). `leftovers` are name patterns of
         files that the server leaves in /dev/shm. The guard removes them at the end. Raises LaunchError if this process
         can't start the command.
         """
-        environment = {**os.environ, **account_environment(), **LOG_ENCODING, **(env or {})}
+        inherited = {name: value for name, value in os.environ.items() if not OF_TORCHRUN.fullmatch(name)}
+        environment = {**inherited, **account_environment(), **LOG_ENCODING, **(env or {})}
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
             with open_private(log_path) as log:

@@ -28,7 +28,13 @@ from millrace.weights.plan import buckets
 from millrace.weights.report import EngineReport, PublishReport
 from millrace.weights.source import WeightSource
 from millrace.weights.step import StepResult, take_step
-from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
+from millrace.weights.transports.base import (
+    ExchangedBucket,
+    NamedTensors,
+    PublishTarget,
+    StagedBucket,
+    Transport,
+)
 
 STEP_SHARE = 0.5  # of the time that is left for the whole transaction
 ROLLBACK_DEADLINE = 10.0  # seconds
@@ -140,7 +146,8 @@ class Publish:
         self._started = time.monotonic()
         self._ends = self._started + deadline
         self._sent: dict[str, str] = {}  # each tensor's checksum in this pass, empty if the transport reads no bytes
-        self._samples: dict[str, str] = {}  # each tensor's sampled checksum in this pass
+        self._samples: dict[str, str] = {}  # each tensor's (or part's) sampled checksum in this pass
+        self._exchanged: int | None = None
 
     async def run(self) -> PublishReport:
         """Publish, and return the report. Raises PublishError if no engine took the version, and EnginesLost if the
@@ -159,8 +166,14 @@ class Publish:
         self._require_success()
         for update in self._updates:
             await self._report_failure(update)
-        reports = tuple(update.report() for update in self._updates)
-        return PublishReport(self.version, self.nbytes, time.monotonic() - self._started, self.stage_seconds, reports)
+        return PublishReport(
+            self.version,
+            self.nbytes,
+            time.monotonic() - self._started,
+            self.stage_seconds,
+            tuple(update.report() for update in self._updates),
+            exchanged=self._exchanged,
+        )
 
     async def _run_passes(self) -> None:
         pending: Sequence[_Update] = self._updates
@@ -258,6 +271,8 @@ class Publish:
         if twice := sorted(repeated | (self._sent.keys() & set(staged.names))):
             raise PublishError(f"the trainer named a tensor twice: {twice[0]}")
         self._sent |= {name: staged.checksums.get(name, "") for name in staged.names}
+        if isinstance(staged, ExchangedBucket):
+            self._exchanged = (self._exchanged or 0) + staged.exchanged
 
     async def _next_bucket(self, source: Iterator[StagedBucket], updates: Sequence[_Update]) -> _Arrival | None:
         started = time.monotonic()

@@ -1,7 +1,8 @@
 """Weights that are sharded over a trainer's ranks.
 
-A tensor is gathered when it is needed, so no rank ever holds more than one whole tensor. Rank 0 publishes; the other
-ranks take part in gathering:
+If the engines can say which parts they need, the ranks exchange these (`weights/shards`). Otherwise a tensor is
+gathered when it is needed, so no rank ever holds more than one whole tensor. Rank 0 publishes; the other ranks take
+part:
 
     sharded = ShardedTensors(dict(model.named_parameters()))
     if dist.get_rank() == 0:
@@ -11,8 +12,8 @@ ranks take part in gathering:
         follow(sharded)
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from millrace.errors import PublishError
 from millrace.model_folder import FLOATS
 from millrace.weights.cast import Dtypes
 from millrace.weights.finite import not_finite
+from millrace.weights.shards.exchange import Exchange, Filled, RankPlace, places
+from millrace.weights.shards.views import NotExchangeable
 
-END, CHECK = -1, -2  # broadcast in place of a tensor's index
+# What rank 0 broadcasts in place of a tensor's index.
+END, CHECK, PLACES, BEGIN, FILL, RELEASE = -1, -2, -3, -4, -5, -6
 CASTS: tuple[torch.dtype | None, ...] = (None, *(getattr(torch, name) for name in FLOATS.values()))  # sent by index
 
 
@@ -75,7 +80,7 @@ class LedTensors:
 
     def not_finite(self, dtypes: Dtypes) -> list[str]:
         """Return the names of the tensors that have a NaN or an infinite value. All ranks check their own shards."""
-        _broadcast(self.sharded, CHECK, torch.float16 if dtypes.usual == "float16" else None)
+        _broadcast(self.sharded, CHECK, CASTS.index(torch.float16 if dtypes.usual == "float16" else None))
         return _not_finite(self.sharded, Dtypes(dtypes.usual, {}))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -85,7 +90,7 @@ class LedTensors:
         for index, (name, tensor) in enumerate(self.sharded.tensors.items()):
             is_matrix = isinstance(tensor, DTensor) and tensor.ndim > 1
             dtype = dtypes.cast_to(name, tensor.dtype) if is_matrix and dtypes is not None else None
-            _broadcast(self.sharded, index, dtype)
+            _broadcast(self.sharded, index, CASTS.index(dtype))
             yield name, self.sharded.whole(name, dtype)
 
 
@@ -103,18 +108,73 @@ def leading(sharded: ShardedTensors, dtypes: Dtypes | None = None) -> Iterator[L
 
 
 def follow(sharded: ShardedTensors) -> None:
-    """Take part in gathering the tensors that rank 0 publishes, until its `leading` context ends. All ranks but 0 must
+    """Take part in sending the tensors that rank 0 publishes, until its `leading` context ends. All ranks but 0 must
     call this.
 
     Like every collective, it raises if rank 0 does nothing for longer than the process group's timeout.
     """
-    names = list(sharded.tensors)
-    while (received := _broadcast(sharded, END))[0] != END:
-        index, dtype = received
-        if index == CHECK:
-            _not_finite(sharded, Dtypes(None if dtype is None else str(dtype).removeprefix("torch."), {}))
-        else:
-            sharded.whole(names[index], dtype)
+    exchange: Exchange | None = None
+    try:
+        while (received := _broadcast(sharded, END))[0] != END:
+            exchange = _do(sharded, *received, exchange)
+    finally:
+        if exchange is not None:
+            exchange.close()
+
+
+# What rank 0 does in an exchange. All other ranks do the same in `follow`.
+
+
+def ask_places(led: LedTensors) -> list[RankPlace]:
+    """Return what each rank has. Raises NotExchangeable if a rank's part of a tensor is no box."""
+    _broadcast(led.sharded, PLACES)
+    return places(led.sharded.tensors, _on_device(led.sharded))
+
+
+def begin_exchange(led: LedTensors, schedule: bytes) -> Exchange:
+    """Begin an exchange on all ranks, and return rank 0's. End it by `end_exchange`.
+
+    schedule: from `shards.schedule.written`. Raises PublishError if a rank has no room for its buckets.
+    """
+    _broadcast(led.sharded, BEGIN)
+    return Exchange.begin(led.sharded.tensors, _on_device(led.sharded), schedule)
+
+
+def fill_buckets(led: LedTensors, exchange: Exchange, number: int, shares: Sequence[int]) -> list[Filled]:
+    """Fill the buckets of all ranks for one round, and return them.
+
+    shares: how many ranks of engines will open the bucket of each rank.
+    """
+    _broadcast(led.sharded, FILL, number)
+    return exchange.fill(number, shares)
+
+
+def end_exchange(led: LedTensors, exchange: Exchange) -> None:
+    """Free the memory of the exchange on all ranks."""
+    _broadcast(led.sharded, RELEASE)
+    exchange.close()
+
+
+def _do(sharded: ShardedTensors, what: int, value: int, exchange: Exchange | None) -> Exchange | None:
+    """Do on this rank what rank 0 has broadcast. Return the exchange that is open after it."""
+    if what >= 0:
+        sharded.whole(list(sharded.tensors)[what], CASTS[value])
+    elif what == CHECK:
+        dtype = CASTS[value]
+        _not_finite(sharded, Dtypes(None if dtype is None else str(dtype).removeprefix("torch."), {}))
+    elif what == PLACES:
+        with suppress(NotExchangeable):  # rank 0 says it
+            places(sharded.tensors, _on_device(sharded))
+    elif what == BEGIN:
+        with suppress(PublishError):  # rank 0 raises it
+            return Exchange.begin(sharded.tensors, _on_device(sharded))
+    elif what == FILL:
+        assert exchange is not None
+        exchange.fill(value)
+    elif exchange is not None:  # RELEASE
+        exchange.close()
+        return None
+    return exchange
 
 
 def _not_finite(sharded: ShardedTensors, dtypes: Dtypes) -> list[str]:
@@ -128,12 +188,12 @@ def _not_finite(sharded: ShardedTensors, dtypes: Dtypes) -> list[str]:
     return [name for name, is_bad in zip(sharded.tensors, found.tolist(), strict=True) if is_bad]
 
 
-def _broadcast(sharded: ShardedTensors, index: int, dtype: torch.dtype | None = None) -> tuple[int, torch.dtype | None]:
+def _broadcast(sharded: ShardedTensors, what: int, value: int = 0) -> tuple[int, int]:
     """Return rank 0's arguments, on every rank."""
-    message = torch.tensor((index, CASTS.index(dtype)), device=_on_device(sharded))
+    message = torch.tensor((what, value), device=_on_device(sharded))
     dist.broadcast(message, src=0)
-    index, cast = message.tolist()
-    return index, CASTS[cast]
+    what, value = message.tolist()
+    return what, value
 
 
 def _on_device(sharded: ShardedTensors) -> torch.device:

@@ -34,6 +34,16 @@ class ChecksItself(Protocol):
         ...
 
 
+@runtime_checkable
+class Led(Protocol):
+    """Tensors that are sharded over the trainer's ranks, which take part in a publish (`LedTensors`)."""
+
+    @property
+    def sharded(self) -> object:
+        """The tensors of all ranks (`ShardedTensors`)."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSource:
     """Named tensors, each of which may be computed or gathered only when it is taken.
@@ -45,6 +55,8 @@ class WeightSource:
     not_finite: returns the names of the tensors that have a NaN or an infinite value after a cast. None if the tensors
         must be iterated to find them.
     function: the trainer's function that returns the tensors, between publishes too; None if there is none.
+    led: the sharded tensors that `pairs` gathers and converts; None if it gathers none.
+    convert: what is done to the trainer's tensors, so also to others of the same names and shapes.
     """
 
     pairs: Callable[[], Iterator[NamedTensor]]
@@ -53,6 +65,8 @@ class WeightSource:
     at_hand: bool = False
     not_finite: Callable[["Dtypes"], list[str]] | None = None
     function: Callable[[], Tensors] | None = None
+    led: Led | None = None
+    convert: Callable[[Iterator[NamedTensor]], Iterator[NamedTensor]] = iter
 
     def __iter__(self) -> Iterator[NamedTensor]:
         return self.pairs()
@@ -98,7 +112,14 @@ class WeightSource:
         shapes: the shape of each converted tensor by name; None if the conversion keeps names and shapes.
         """
         announce = self.announce if shapes is None else shapes.items
-        return WeightSource(lambda: convert(iter(self)), announce, self.once, not_finite=self.not_finite)
+        return WeightSource(
+            lambda: convert(iter(self)),
+            announce,
+            self.once,
+            not_finite=self.not_finite,
+            led=self.led,
+            convert=lambda tensors: convert(self.convert(tensors)),
+        )
 
 
 def weight_source(given: object) -> WeightSource:
@@ -134,6 +155,7 @@ def source_of(given: object) -> WeightSource:
         once=isinstance(given, Iterator),
         at_hand=at_hand,
         not_finite=given.not_finite if isinstance(given, ChecksItself) else None,
+        led=given if isinstance(given, Led) else None,
     )
 
 

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from millrace.engines.http_engine import ABORT_DEADLINE
 from millrace.engines.sglang.facts import read_facts
 from millrace.engines.sglang.guards import check_request
-from millrace.engines.sglang.loading import LOADER, AnswerFiles, AnswerStore, LoaderUpdate
-from millrace.engines.sglang.payload import group_payloads, loader_payloads, payloads
+from millrace.engines.sglang.loading import LOADER, AnswerFiles, AnswerStore, LoaderUpdate, NeededParts
+from millrace.engines.sglang.payload import loader_payloads, order_payloads, parts_payloads, payloads
 from millrace.engines.sglang_wire import (
     PAUSE_MODES,
     decode_generate,
@@ -40,10 +40,12 @@ from millrace.types import (
     GenerateRequest,
     Generation,
     MemoryTag,
+    PartsBucket,
     PauseMode,
     ProcessGroup,
     ProcessGroupBucket,
     SharedMemoryBucket,
+    TensorSpec,
     TorchStorageBucket,
 )
 
@@ -66,6 +68,7 @@ class SGLangEngine(StockEngine[Facts]):
     _by_loader: LoaderUpdate | None = None  # what the server's weight loader has done in the open update
     _files: AnswerFiles | None = None  # of the weight loader, if it has got buckets in memory
     _groups: Mapping[str, AnswerStore] = {}  # of the weight loader, by the name of the group
+    _needs: tuple[object, NeededParts] | None = None  # the tensors that it was asked about, and the parts it needs
 
     async def initialize(self, version: int | None = None) -> None:
         # /freeze_gc excludes the objects made at startup from garbage collection. On the CPU every cache flush runs the
@@ -98,6 +101,30 @@ class SGLangEngine(StockEngine[Facts]):
         if self.state.updating is None:
             raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
         return self._by_loader.samples if self._by_loader is not None else {}
+
+    async def needed_parts(self, tensors: Sequence[TensorSpec], *, deadline: float) -> NeededParts:
+        info = (await self._facts()).info
+        if Capability.UPDATE_FROM_PARTS not in info.capabilities:
+            raise EngineRefused(self.name, "it does not have Millrace's weight loader, which takes parts of tensors")
+        asked = tuple((spec.name, spec.dtype, spec.shape) for spec in tensors)
+        if self._needs is None or self._needs[0] != asked:
+            torn = self.state.torn
+            await self.begin_update(0)  # the server takes no order outside of an update
+            try:
+                async with self._control_call():
+                    self._needs = asked, await self._ask_needs(tensors, info.ranks, deadline)
+            finally:
+                try:
+                    await self.rollback()
+                except EngineRefused:
+                    if not torn:  # otherwise the weights are as they were: not whole
+                        raise
+        return self._needs[1]
+
+    async def _ask_needs(self, tensors: Sequence[TensorSpec], ranks: int, deadline: float) -> NeededParts:
+        question, files = LoaderUpdate(self.name), self._answer_files(ranks)
+        await self._order(order_payloads(question.questions(tensors, files.places())), deadline)
+        return question.needs(files.read())
 
     async def close(self) -> None:
         if self._files is not None:
@@ -171,6 +198,8 @@ class SGLangEngine(StockEngine[Facts]):
         match bucket:
             case ProcessGroupBucket(group_name=name) if name in self._groups:
                 return partial(self._load_by_group, bucket, self._groups[name])
+            case PartsBucket():
+                return partial(self._load_parts, bucket)
             case CudaIpcBucket() | TorchStorageBucket() if self._answers_in_files(facts):
                 return partial(self._load_by_loader, bucket, facts.info.ranks)
             case CudaIpcBucket() | TorchStorageBucket():
@@ -196,20 +225,37 @@ class SGLangEngine(StockEngine[Facts]):
     async def _load_by_loader(self, bucket: CudaIpcBucket | TorchStorageBucket, ranks: int, deadline: float) -> None:
         """Have the server's weight loader load a bucket in memory, and read its answers."""
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
-        files = self._files = self._files or AnswerFiles(ranks)
+        files = self._answer_files(ranks)
         await self._order(loader_payloads(bucket, update.orders(bucket.tensors, files.places())), deadline)
         update.take(bucket.tensors, files.read())
+
+    async def _load_parts(self, bucket: PartsBucket, deadline: float) -> None:
+        """Have the server's weight loader load a bucket of parts in each rank, and read its answers."""
+        update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
+        files = self._answer_files(len(bucket.ranks))
+        orders = update.orders_of_parts([rank.parts for rank in bucket.ranks], files.places())
+        try:
+            await self._order(parts_payloads(bucket.ranks, orders), deadline)
+            update.take_parts(files.read())
+        except BaseException:
+            self._needs = None  # ask again, because the server may not remember the question
+            raise
 
     async def _load_by_group(self, bucket: ProcessGroupBucket, store: AnswerStore, deadline: float) -> None:
         """Have the server's weight loader load a bucket that its ranks receive, and read its answers."""
         assert bucket.number is not None
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         places = store.places(bucket.number, deadline)
-        await self._order(group_payloads(update.orders(bucket.tensors, places)), deadline)
+        await self._order(order_payloads(update.orders(bucket.tensors, places)), deadline)
         try:
             update.take(bucket.tensors, await asyncio.to_thread(store.read, bucket.number))
         except RuntimeError as error:  # torch's
             raise EngineFailed(self.name, f"the answers of its weight loader can't be read: {error}") from error
+
+    def _answer_files(self, ranks: int) -> AnswerFiles:
+        """Return the files that the weight loader's ranks write their answers to."""
+        self._files = self._files or AnswerFiles(ranks)
+        return self._files
 
     async def _order(self, shares: Sequence[str], deadline: float) -> None:
         """Send an order to the weight loader of each rank."""

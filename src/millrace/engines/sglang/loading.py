@@ -11,8 +11,9 @@ import orjson
 
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
-from millrace.types import ProcessGroup, TensorSpec
+from millrace.types import ProcessGroup, TensorPart, TensorSpec
 
+NeededParts = Sequence[Sequence[Sequence[tuple[tuple[int, int], ...]]]]  # by rank and tensor, as boxes
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
 SAMPLE_DIGITS = 32  # of a tensor's sampled checksum
 
@@ -91,9 +92,28 @@ class LoaderUpdate:
     missing: str = ""
 
     def orders(self, tensors: Sequence[TensorSpec], places: Sequence[Mapping[str, object]]) -> list[str]:
-        """Return the order for the loader of each rank, as JSON. places: where it answers, and by what it receives."""
+        """Return the order for the loader of each rank to load a bucket, as JSON. places: where it answers, and by what
+        it receives."""
         layout = orjson.dumps([[spec.name, spec.dtype, spec.shape, spec.offset] for spec in tensors]).decode()
-        return [orjson.dumps({"update": self.name, "layout": layout, **place}).decode() for place in places]
+        return self._orders([layout] * len(places), places)
+
+    def questions(self, tensors: Sequence[TensorSpec], places: Sequence[Mapping[str, object]]) -> list[str]:
+        """Like `orders`, but each rank answers which parts of these tensors it needs."""
+        needs = orjson.dumps({"needs": [[spec.name, spec.dtype, spec.shape] for spec in tensors]}).decode()
+        return self._orders([needs] * len(places), places)
+
+    def orders_of_parts(
+        self, parts: Sequence[Sequence[TensorPart]], places: Sequence[Mapping[str, object]]
+    ) -> list[str]:
+        """Like `orders`, but each rank loads a bucket of its own, with these parts."""
+        rows = ([[part.name, part.dtype, part.box, part.offset] for part in of_rank] for of_rank in parts)
+        return self._orders([orjson.dumps({"parts": of_rank}).decode() for of_rank in rows], places)
+
+    def _orders(self, layouts: Sequence[str], places: Sequence[Mapping[str, object]]) -> list[str]:
+        return [
+            orjson.dumps({"update": self.name, "layout": layout, **place}).decode()
+            for layout, place in zip(layouts, places, strict=True)
+        ]
 
     def take(self, tensors: Sequence[TensorSpec], answers: Sequence[bytes]) -> None:
         """Take the answers of all ranks to the order for these tensors.
@@ -104,17 +124,47 @@ class LoaderUpdate:
         self.missing = ""
         received: list[list[str]] = []
         for rank, text in enumerate(answers):
-            if not text:
-                raise EngineFailed(self.engine, f"the weight loader of its rank {rank} has not answered; see its log")
-            answer: Mapping[str, Any] = orjson.loads(text)
-            if "error" in answer:
-                raise InvalidStateError(f"its rank {rank} could not load the tensors: {answer['error']}")
-            samples: str = answer["samples"]
+            samples: str = self._answer(rank, text)["samples"]
             received.append([samples[start : start + SAMPLE_DIGITS] for start in range(0, len(samples), SAMPLE_DIGITS)])
-            if answer.get("missing"):
-                names = ", ".join(answer["such as"])
-                self.missing = f"{answer['missing']} of its parameters lack content of this version, such as {names}"
         for spec, *samples_of in zip(tensors, *received, strict=True):
             if len(set(samples_of)) > 1:
                 raise EngineFailed(self.engine, f"its ranks received different values of {spec.name}")
             self.samples[spec.name] = samples_of[0]
+
+    def take_parts(self, answers: Sequence[bytes]) -> None:
+        """Take the answers of all ranks to an order for parts. Raises as `take` does."""
+        self.missing = ""
+        for rank, text in enumerate(answers):
+            for name, value in self._answer(rank, text)["samples"].items():
+                if self.samples.setdefault(name, value) != value:
+                    raise EngineFailed(self.engine, f"its ranks received different values of {name}")
+
+    def needs(self, answers: Sequence[bytes]) -> NeededParts:
+        """Return what all ranks have answered to `questions`.
+
+        Raises EngineFailed if a rank has not answered, and InvalidStateError if it can't say which parts it needs.
+        """
+        needed = []
+        for rank, text in enumerate(answers):
+            answer = self._answer(rank, text)
+            if why := answer.get("unplanned"):
+                raise InvalidStateError(f"its rank {rank} can't say which parts of the tensors it needs: {why}")
+            needed.append([[box_of(box) for box in boxes] for boxes in answer["boxes"]])
+        return needed
+
+    def _answer(self, rank: int, text: bytes) -> Mapping[str, Any]:
+        """Return the answer of a rank, and note which parameters lack content."""
+        if not text:
+            raise EngineFailed(self.engine, f"the weight loader of its rank {rank} has not answered; see its log")
+        answer: Mapping[str, Any] = orjson.loads(text)
+        if "error" in answer:
+            raise InvalidStateError(f"its rank {rank} could not load the tensors: {answer['error']}")
+        if answer.get("missing"):
+            names = ", ".join(answer["such as"])
+            self.missing = f"{answer['missing']} of its parameters lack content of this version, such as {names}"
+        return answer
+
+
+def box_of(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """Return the box that a rank has written as JSON."""
+    return tuple((start, end) for start, end in rows)

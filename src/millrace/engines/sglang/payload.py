@@ -9,7 +9,7 @@ import base64
 from collections.abc import Sequence
 
 from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
-from millrace.types import CudaIpcBucket, CudaIpcShare, TensorSpec, TorchStorageBucket
+from millrace.types import CudaIpcBucket, CudaIpcShare, RankBucket, TensorSpec, TorchStorageBucket
 
 REDUCTIONS = "torch.multiprocessing.reductions"
 BUCKET_MODULE = b"sglang.srt.weight_sync.tensor_bucket"
@@ -33,14 +33,21 @@ def loader_payloads(bucket: CudaIpcBucket | TorchStorageBucket, orders: Sequence
     return [_order(*pair) for pair in zip(orders, _tensors(bucket, len(orders)), strict=True)]
 
 
-def group_payloads(orders: Sequence[str]) -> list[str]:
-    """Return the payload of each rank for a bucket that comes by a process group: [(its order, an empty tensor)]."""
+def order_payloads(orders: Sequence[str]) -> list[str]:
+    """Return the payload of each rank for an order without a bucket in memory: [(its order, an empty tensor)]."""
     return [_order(order, Call(Name("torch", "ByteTensor"), ())) for order in orders]
 
 
 def _order(order: str, tensor: Call) -> str:
     """Return the payload of one rank, in base64."""
     return base64.b64encode(PROTOCOL + b"](" + encode((order, tensor)) + b"e" + STOP).decode()
+
+
+def parts_payloads(ranks: Sequence[RankBucket], orders: Sequence[str]) -> list[str]:
+    """Return the payload of each rank for Millrace's weight loader, in base64: [(its order, its bucket's bytes)]."""
+    return [
+        payload for rank, order in zip(ranks, orders, strict=True) for payload in loader_payloads(rank.memory, [order])
+    ]
 
 
 def _tensors(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[Call]:

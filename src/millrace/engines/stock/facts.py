@@ -13,6 +13,7 @@ from millrace.types import (
     CudaIpcBucket,
     DiskBucket,
     EngineInfo,
+    PartsBucket,
     ProcessGroupBucket,
     SharedMemoryBucket,
     TorchStorageBucket,
@@ -21,6 +22,7 @@ from millrace.types import (
 TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
     CudaIpcBucket: frozenset({Capability.UPDATE_FROM_CUDA_IPC}),
     TorchStorageBucket: frozenset({Capability.UPDATE_FROM_TORCH_STORAGE}),
+    PartsBucket: frozenset({Capability.UPDATE_FROM_PARTS}),
     SharedMemoryBucket: frozenset({Capability.UPDATE_FROM_SHARED_MEMORY}),
     ProcessGroupBucket: frozenset({Capability.UPDATE_FROM_PROCESS_GROUP, Capability.UPDATE_FROM_BARE_NCCL}),
     DiskBucket: frozenset({Capability.UPDATE_FROM_DISK}),

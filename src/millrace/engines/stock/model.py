@@ -15,6 +15,7 @@ from millrace.types import (
     Bucket,
     CudaIpcBucket,
     DiskBucket,
+    PartsBucket,
     ProcessGroupBucket,
     SharedMemoryBucket,
     TorchStorageBucket,
@@ -61,6 +62,7 @@ def names_in(bucket: Bucket, model: Model) -> set[str]:
             CudaIpcBucket(tensors=tensors)
             | TorchStorageBucket(tensors=tensors)
             | SharedMemoryBucket(tensors=tensors)
+            | PartsBucket(tensors=tensors)
             | ProcessGroupBucket(tensors=tensors)
         ):
             check_tensors(tensors, model.shapes)

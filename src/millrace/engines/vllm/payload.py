@@ -14,6 +14,7 @@ from millrace.types import (
     CudaIpcBucket,
     CudaIpcShare,
     DiskBucket,
+    PartsBucket,
     ProcessGroupBucket,
     SharedMemoryBucket,
     TensorSpec,
@@ -43,6 +44,8 @@ def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Seque
             return {"kind": "disk", "path": path}, ()
         case TorchStorageBucket():
             raise InvalidStateError("it can't open torch storage; send the tensors by shared memory")
+        case PartsBucket():
+            raise InvalidStateError("it takes no parts of tensors; send whole tensors")
 
 
 def transfer(bucket: ProcessGroupBucket) -> Mapping[str, object]:

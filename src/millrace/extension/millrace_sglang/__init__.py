@@ -11,6 +11,9 @@ A bucket is memory of the sender, or comes by a process group, ahead of the orde
 
 After each bucket, the loader writes an answer for the sender: checksums of the tensors that arrived, whether the
 parameters hold the same content, and which parameters have no content of this update yet (`loader`).
+
+A sender with sharded tensors asks each rank which parts of the tensors it needs (`dry_run`), and sends only these
+(`parts`).
 """
 
 from .loader import load

@@ -12,16 +12,8 @@ from aiohttp import web
 
 from millrace.errors import MillraceError, PublishError
 from millrace.http.replies import reply
-from millrace.weights.sidecar.messages import (
-    CudaIpcHandle,
-    Form,
-    Handle,
-    MemoryFileHandle,
-    PullBody,
-    Pulled,
-    Session,
-    TorchStorageHandle,
-)
+from millrace.weights.sidecar.handles import AnySlot, handle_of
+from millrace.weights.sidecar.messages import Form, Handle, PullBody, Pulled, Session
 from millrace.weights.sidecar.server import Job, body_of
 from millrace.weights.transports.cuda_ipc import DeviceSlot
 from millrace.weights.transports.shared_memory import MemoryFile
@@ -31,8 +23,6 @@ from millrace.weights.ucx import Endpoint, Region, load
 IDLE_SECONDS = 600.0  # the memory of a trainer that sends nothing for this time is freed
 
 logger = logging.getLogger(__name__)
-
-AnySlot = MemoryFile | SharedStorage | DeviceSlot
 
 
 class Pulling(Job):
@@ -123,7 +113,7 @@ class Pulling(Job):
             self._close()
             raise PublishError(f"the bucket was not read: {reason}")
         logger.debug("%.1f MB in %.3f s", body.nbytes / 1e6, time.monotonic() - begun)
-        return _handle_of(slot, body.shares)
+        return handle_of(slot, body.shares)
 
     def _forget(self, session: str) -> None:
         if self._session is not None and self._session[0] == session:
@@ -144,15 +134,3 @@ class Pulling(Job):
                 return SharedStorage(size)
             case Form.CUDA_IPC:
                 return DeviceSlot(size, self._device)
-
-
-def _handle_of(slot: AnySlot, shares: int) -> Handle:
-    """Return a handle that engines can open `shares` times."""
-    match slot:
-        case MemoryFile():
-            return MemoryFileHandle(path=slot.path)
-        case SharedStorage():
-            slot.promise(openings=shares)
-            return TorchStorageHandle(manager=slot.manager, handle=slot.handle, storage_bytes=slot.bytes.nbytes)
-        case DeviceSlot():
-            return CudaIpcHandle(shares=tuple(slot.share() for _ in range(shares)))

@@ -52,6 +52,17 @@ class StagedBucket:
     samples: Callable[[], Mapping[str, str]] | None = field(default=None, kw_only=True)
 
 
+@dataclass(frozen=True, slots=True)
+class ExchangedBucket(StagedBucket):
+    """A bucket of parts of tensors, for each rank its own. `names` has the tensors of which no part follows, and
+    `samples` the parts by their names.
+
+    exchanged: the bytes that ranks of the trainer have sent each other for it.
+    """
+
+    exchanged: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportContext:
     """The arguments of `Transport.create`. A transport that needs a GPU uses torch's current device.

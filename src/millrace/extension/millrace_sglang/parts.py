@@ -1,0 +1,150 @@
+"""Updates that bring each rank only the parts of the tensors that it needs.
+
+First the sender asks which parts those are (`dry_run`). Then it sends buckets of parts. The copies of each bucket
+layout are planned once, as for whole tensors.
+"""
+
+import json
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from millrace_boxes import Box, common, label, shape_of, strides_of
+from millrace_samples import sampled_checksums
+from millrace_words import listed
+
+from .dry_run import Description, Sent, described
+from .plan import Plan, plan_of
+from .recording import Copy, Recording
+
+LISTED = 5  # names in an answer
+Part = tuple[str, torch.dtype, Box, int]  # of a bucket: the tensor's name and dtype, the box, the offset in bytes
+
+
+@dataclass(slots=True)
+class Layout:
+    """One layout of a bucket, and its plan. update: the last one that had such a bucket."""
+
+    parts: tuple[Part, ...]
+    plan: Plan
+    update: str = ""
+
+
+@dataclass(slots=True)
+class Parts:
+    """What is known of one model and its open update.
+
+    sent: the tensors of an update. description: what this rank copies of them, found when the parameters had these
+    `addresses`. written: how many elements of each parameter the open update has written.
+    """
+
+    sent: tuple[Sent, ...] = ()
+    description: Description | None = None
+    addresses: Mapping[str, int] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    update: str = ""
+    written: Counter[str] = field(default_factory=Counter)
+
+    def describe(self, model: torch.nn.Module, sent: Sequence[Sent]) -> Mapping[str, object]:
+        """Return the boxes of each tensor that this rank needs, in the tensors' order, or why that can't be said."""
+        self.sent, self.addresses, self.update = tuple(sent), addresses_of(model), ""
+        self.layouts.clear()
+        found = described(model, sent)
+        if isinstance(found, str):
+            self.description = None
+            return {"unplanned": found}
+        self.description = found
+        return {"boxes": [found.boxes(name) for name, _, _ in sent]}
+
+    def load(self, model: torch.nn.Module, update: str, text: str, bucket: torch.Tensor) -> Mapping[str, object]:
+        """Load a bucket of parts, [nbytes] uint8, and return the answer. Raises ValueError if it can't be loaded."""
+        if self.description is not None and self.addresses != addresses_of(model):
+            self.describe(model, self.sent)
+        if self.description is None:
+            raise ValueError("this rank has not said which parts it needs")
+        if update != self.update:
+            self.layouts = {key: one for key, one in self.layouts.items() if one.update == self.update}
+            self.update, self.written = update, self.description.fill()
+        if text not in self.layouts:
+            parts = read_parts(text)
+            self.layouts[text] = Layout(parts, plan_of_parts(parts, self.description))
+        layout = self.layouts[text]
+        layout.update = update
+        views = {label(name, box): view_of(bucket, dtype, box, at) for name, dtype, box, at in layout.parts}
+        samples = sampled_checksums(list(views.values()))
+        if layout.plan.copies:  # another rank may have a part in a bucket that has none for this one
+            layout.plan.run(bucket)
+        if wrong := layout.plan.differing(bucket):
+            raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
+        self.written.update(layout.plan.elements)
+        missing = sorted(name for name, one in model.named_parameters() if self.written[name] < one.numel())
+        return {"samples": dict(zip(views, samples, strict=True)), "missing": len(missing), "such as": missing[:LISTED]}
+
+
+OF_MODELS: "weakref.WeakKeyDictionary[torch.nn.Module, Parts]" = weakref.WeakKeyDictionary()
+
+
+def answer(model: torch.nn.Module, update: str, text: str, bucket: torch.Tensor) -> Mapping[str, object]:
+    """Do what an order about parts says, and return the answer.
+
+    text: {"needs": [[name, dtype, shape], ...]} asks for this rank's parts, and {"parts": [[name, dtype, box, offset],
+    ...]} loads the bucket. Raises what can't be done.
+    """
+    parts = OF_MODELS.setdefault(model, Parts())
+    if text.startswith('{"needs"'):
+        asked = json.loads(text)["needs"]
+        return parts.describe(model, [(str(name), getattr(torch, dtype), tuple(shape)) for name, dtype, shape in asked])
+    return parts.load(model, update, text, bucket)
+
+
+def read_parts(text: str) -> tuple[Part, ...]:
+    """Read the parts of a bucket. Raises what a text in another form makes."""
+    return tuple(
+        (str(name), getattr(torch, dtype), tuple((int(start), int(end)) for start, end in box), int(at))
+        for name, dtype, box, at in json.loads(text)["parts"]
+    )
+
+
+def plan_of_parts(parts: Sequence[Part], description: Description) -> Plan:
+    """Return the copies that load a bucket. Raises ValueError if it has a part of a tensor that this rank does not
+    need."""
+    recording = Recording()
+    for name, dtype, box, at in parts:
+        if name not in description.needs:
+            raise ValueError(f"this rank does not need {label(name, box)}")
+        steps = strides_of(shape_of(box))
+        for need in description.needs[name]:
+            both = common(box, need.box)
+            if both is None:
+                continue
+            target, strides = need.target, []
+            for dim, along in enumerate(need.along):
+                strides.append(1 if along is None else steps[along])
+                if along is not None:
+                    start, end = both[along]
+                    target = target.narrow(dim, start - need.box[along][0], end - start)
+            ahead = sum((b[0] - o[0]) * step for b, o, step in zip(both, box, steps, strict=True))
+            offset = at + ahead * dtype.itemsize
+            recording.copies.append(Copy(need.parameter, target, offset, tuple(target.shape), tuple(strides), dtype))
+    plan = plan_of(recording)
+    if isinstance(plan, str):
+        raise ValueError(plan)
+    return plan
+
+
+def view_of(bucket: torch.Tensor, dtype: torch.dtype, box: Box, at: int) -> torch.Tensor:
+    """Return a part as a contiguous tensor in a bucket's bytes. Raises ValueError if it is not inside."""
+    shape = shape_of(box)
+    nbytes = dtype.itemsize
+    for size in shape:
+        nbytes *= size
+    if at % dtype.itemsize or not 0 <= at <= at + nbytes <= bucket.nbytes:
+        raise ValueError(f"a part can't be at offset {at} of a bucket of {bucket.nbytes} bytes")
+    return bucket[at : at + nbytes].view(dtype).view(shape)
+
+
+def addresses_of(model: torch.nn.Module) -> dict[str, int]:
+    """Return where the model's parameters are in memory."""
+    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}

@@ -1,0 +1,204 @@
+"""A transport for sharded tensors: each rank of the trainer fills buckets for the ranks of engines beside it.
+
+Rank 0 plans the exchange, leads it, and tells the engines where each rank's bucket is.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from millrace.errors import EngineError
+from millrace.extension.millrace_boxes import common
+from millrace.types import (
+    Capability,
+    CudaIpcBucket,
+    PartsBucket,
+    RankBucket,
+    TensorPart,
+    TensorSpec,
+    TorchStorageBucket,
+)
+from millrace.weights.sharded import LedTensors, ask_places, begin_exchange, end_exchange, fill_buckets
+from millrace.weights.shards.exchange import Exchange, Filled, RankPlace
+from millrace.weights.shards.plans import PLANS, EngineRank, Plans
+from millrace.weights.shards.schedule import Round, ShardedView
+from millrace.weights.shards.views import NotExchangeable
+from millrace.weights.source import WeightSource
+from millrace.weights.step import StepResult
+from millrace.weights.transports.base import (
+    ExchangedBucket,
+    NamedTensors,
+    PublishTarget,
+    StagedBucket,
+    Transport,
+)
+from millrace.weights.transports.cuda_ipc import CudaIpcTransport
+from millrace.weights.transports.gpus import VisibleGpus
+from millrace.weights.transports.torch_storage import TorchStorageTransport
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+# CudaIpcTransport is missing until an exchange has been run on GPUs, which benchmarks/gpu/shards.py does.
+EXCHANGED: tuple[type[Transport], ...] = (TorchStorageTransport,)
+
+
+class ExchangeTransport(Transport):
+    """Brings one version. It takes no tensors from the publisher.
+
+    ranks: of each engine, by the engine's name.
+    """
+
+    samples_buckets = True
+
+    def __init__(self, led: LedTensors, exchange: Exchange, ranks: Mapping[str, Sequence[EngineRank]]) -> None:
+        self._led, self._exchange, self._ranks = led, exchange, ranks
+        self._views = exchange.schedule.views
+        self._loading = set(ranks)  # the engines that have not failed
+
+    def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:  # noqa: ARG002
+        specs = {view.name: spec_of(view) for view in self._views}
+        for number, one in enumerate(self._exchange.schedule.rounds):
+            # A share that no rank opens would keep the memory, so engines that have failed get none.
+            loading = {name: ranks for name, ranks in self._ranks.items() if name in self._loading}
+            shares = [0] * self._exchange.schedule.ranks
+            numbered = {name: [(rank, _next(shares, rank.beside)) for rank in ranks] for name, ranks in loading.items()}
+            filled = fill_buckets(self._led, self._exchange, number, shares)
+            tensors = tuple(specs[name] for name in one.names)
+            made = {
+                name: PartsBucket(tuple(self._bucket(one, rank, filled[rank.beside], n) for rank, n in ranks), tensors)
+                for name, ranks in numbered.items()
+            }
+            yield ExchangedBucket(
+                lambda target, made=made: made[target.engine.name],  # type: ignore[misc]
+                {},
+                one.names,
+                sum(spec.nbytes for spec in tensors),
+                sum(of_rank.exchanged for of_rank in filled),
+                samples=partial(_samples, filled),
+            )
+
+    async def load(
+        self, targets: Sequence[PublishTarget], staged: StagedBucket, *, deadline: float
+    ) -> Mapping[str, StepResult]:
+        results = await super().load(targets, staged, deadline=deadline)
+        self._loading = {name for name, result in results.items() if result.error is None}
+        return results
+
+    async def close(self) -> None:
+        await to_its_end(end_exchange, self._led, self._exchange)
+
+    def _bucket(self, one: Round, rank: EngineRank, filled: Filled, share: int) -> RankBucket:
+        parts = tuple(
+            TensorPart(self._views[piece.tensor].name, self._views[piece.tensor].dtype, piece.box, offset)
+            for piece, offset in one.bucket(rank.beside, self._exchange.schedule.ranks)
+            if any(common(piece.box, box) is not None for box in rank.needs[piece.tensor])
+        )
+        memory = filled.handle.bucket((), one.nbytes(rank.beside), share, 1)
+        assert isinstance(memory, TorchStorageBucket | CudaIpcBucket)
+        return RankBucket(memory, parts)
+
+
+async def exchanging(
+    source: WeightSource, targets: Sequence[PublishTarget], transport: Transport, *, bucket_bytes: int, deadline: float
+) -> ExchangeTransport | None:
+    """Return a transport by which the trainer's ranks exchange the parts of `source` that the engines need, to be used
+    once instead of `transport`, and closed. None if the tensors must be gathered; the log says why.
+
+    bucket_bytes: half of the memory that a rank may use besides its shards. deadline: seconds for the engines to say
+    what they need. Raises PublishError if a rank has no room, or as iterating over the source does.
+    """
+    led = source.led
+    if not isinstance(led, LedTensors) or not isinstance(transport, EXCHANGED):
+        return None
+    try:
+        return await _begin(led, source, targets, transport, bucket_bytes, deadline)
+    except (NotExchangeable, EngineError) as error:
+        logger.info("the trainer's ranks gather the weights, because %s", error)
+        return None
+
+
+async def _begin(
+    led: LedTensors,
+    source: WeightSource,
+    targets: Sequence[PublishTarget],
+    transport: Transport,
+    bucket_bytes: int,
+    deadline: float,
+) -> ExchangeTransport:
+    if lacking := [target.engine.name for target in targets if not target.can(Capability.UPDATE_FROM_PARTS)]:
+        raise NotExchangeable(f"{', '.join(lacking)} can't take parts of tensors")
+    ends, on_gpus = time.monotonic() + deadline, isinstance(transport, CudaIpcTransport)
+    plans = PLANS.setdefault(transport, Plans())
+    views = await to_its_end(plans.views, source, led.sharded.tensors)
+    ranks = await to_its_end(ask_places, led)
+    beside = {target.engine.name: beside_each(target, ranks, on_gpus=on_gpus) for target in targets}
+    specs = [spec_of(view) for view in views]
+    needs = [await target.engine.needed_parts(specs, deadline=ends - time.monotonic()) for target in targets]
+    if any(needed != needs[0] for needed in needs):
+        raise NotExchangeable("the engines need different parts of the tensors")
+    engine_ranks = {
+        name: [EngineRank(place, needed) for place, needed in zip(places, needs[0], strict=True)]
+        for name, places in beside.items()
+    }
+
+    def begin() -> ExchangeTransport:
+        schedule = plans.schedule(views, ranks, engine_ranks, bucket_bytes)
+        return ExchangeTransport(led, begin_exchange(led, schedule), engine_ranks)
+
+    return await to_its_end(begin)
+
+
+async def to_its_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function in a thread, and wait for it even if this is cancelled. The ranks must make their collectives in
+    one order, so none may begin before it has ended."""
+    running = asyncio.create_task(asyncio.to_thread(function, *args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+def beside_each(target: PublishTarget, ranks: Sequence[RankPlace], *, on_gpus: bool) -> list[int]:
+    """Return the trainer's rank beside each rank of an engine: on the same GPU or, on the CPU, on this host.
+
+    Raises NotExchangeable if there is none.
+    """
+    name, info = target.engine.name, target.info
+    if any((rank.gpu is not None) != on_gpus for rank in ranks):
+        raise NotExchangeable(
+            f"{name} is {'on' if on_gpus else 'not on'} GPUs, and the trainer's tensors are elsewhere"
+        )
+    if not on_gpus:
+        here = [number for number, rank in enumerate(ranks) if rank.host == ranks[0].host]
+        return [here[number % len(here)] for number in range(info.ranks)]
+    visible = VisibleGpus.here()
+    uuids = [visible.uuids[index] for index in visible.indices(info.gpus)]
+    on = {rank.gpu: number for number, rank in reversed(list(enumerate(ranks))) if rank.host == ranks[0].host}
+    if len(uuids) != info.ranks or not on.keys() >= set(uuids):
+        raise NotExchangeable(f"not every rank of {name} is on a GPU of one of the trainer's ranks")
+    return [on[uuid] for uuid in uuids]
+
+
+def _samples(filled: Sequence[Filled]) -> dict[str, str]:
+    """Return the sampled checksums of the parts in all ranks' buckets, by the parts' names."""
+    return {name: value for of_rank in filled for name, value in of_rank.samples.items()}
+
+
+def _next(counts: list[int], index: int) -> int:
+    """Count one more, and return how many there were before."""
+    counts[index] += 1
+    return counts[index] - 1
+
+
+def spec_of(view: ShardedView) -> TensorSpec:
+    nbytes = view.itemsize
+    for size in view.shape:
+        nbytes *= size
+    return TensorSpec(view.name, view.dtype, view.shape, 0, nbytes)
