@@ -1,5 +1,5 @@
-"""The script of each rank in test_exchange.py: `torchrun exchanging_ranks.py MODEL PYTHON OUT`. Two ranks shard a model
-by FSDP2, and publish it to an SGLang of two ranks."""
+"""The script of each rank in test_exchange.py: `torchrun exchanging_ranks.py MODEL PYTHON OUT SETTINGS`. Two ranks
+shard a model by FSDP2, and publish it to SGLangs with these settings."""
 
 import asyncio
 import json
@@ -61,14 +61,14 @@ def with_partial(sharded: ShardedTensors) -> ShardedTensors:
 
 
 class Spoiling:
-    """Changes a byte of the bucket that rank 1 has filled, before the engine reads it."""
+    """Changes a byte of each bucket that a rank has filled, before an engine reads it."""
 
     def __init__(self) -> None:
         self._real = handle_of
         self.armed = False
 
     def __call__(self, slot: Any, shares: int) -> Any:
-        if self.armed and dist.get_rank() == 1:
+        if self.armed:
             slot.bytes[0] ^= 1
         return self._real(slot, shares)
 
@@ -83,7 +83,7 @@ class Lines(logging.Handler):
 
 
 async def lead(
-    sharded: ShardedTensors, folder: Path, python: Path, out: Path, together: Callable[[int], object]
+    sharded: ShardedTensors, folder: Path, python: Path, out: Path, settings: str, together: Callable[[int], object]
 ) -> Any:
     """What rank 0 does, and what it found."""
     log = Lines()
@@ -92,12 +92,11 @@ async def lead(
     config = SGLangEngineConfig(
         kind="sglang",
         device="cpu",
-        tp_size=2,
         python=python,
         version="0.5.23",
         threads=1,
         start_timeout=START_TIMEOUT,
-        env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+        **json.loads(settings),
     )
     found: dict[str, Any] = {"tokens": {}, "exchanged": {}, "nbytes": {}}
     async with open_fleet(config, folder, log_dir=out) as fleet:
@@ -108,9 +107,7 @@ async def lead(
                 note(found, version, await fleet.publish(led, version, bucket_bytes=BUCKET))
             found["tokens"][version] = await tokens(fleet)
             torch.save(whole, out / f"{version}.pt")
-        (engine,) = fleet.engines.values()
-        needs, shapes = engine._needs, {name: list(t.shape) for name, t in whole.items()}  # type: ignore[attr-defined]
-        found |= {"needs": needs, "shapes": shapes}
+        found["needs"] = next(iter(fleet.engines.values()))._needs  # type: ignore[attr-defined]
         together(3)
         with leading(sharded, fleet.dtypes) as led:
             try:
@@ -130,9 +127,12 @@ def note(found: dict[str, Any], version: int, report: PublishReport) -> None:
     found["exchanged"][version], found["nbytes"][version] = report.exchanged, report.nbytes
 
 
-async def tokens(fleet: Fleet) -> list[list[int]]:
-    (engine,) = fleet.engines.values()
-    return [list((await greedy(engine, prompt, "after", TOKENS)).output_ids) for prompt in PROMPTS[:2]]
+async def tokens(fleet: Fleet) -> list[list[list[int]]]:
+    """Those of each engine, for two prompts."""
+    return [
+        [list((await greedy(engine, prompt, "after", TOKENS)).output_ids) for prompt in PROMPTS[:2]]
+        for engine in fleet.engines.values()
+    ]
 
 
 def gathered(sharded: ShardedTensors) -> Mapping[str, Tensor]:
@@ -140,7 +140,7 @@ def gathered(sharded: ShardedTensors) -> Mapping[str, Tensor]:
 
 
 def main() -> None:
-    folder, python, out = map(Path, sys.argv[1:])
+    folder, python, out = map(Path, sys.argv[1:4])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     sharded = sharded_model(folder)
@@ -152,7 +152,7 @@ def main() -> None:
         spoiling.armed = version == 3
 
     if dist.get_rank() == 0:
-        found = asyncio.run(lead(sharded, folder, python, out, together))
+        found = asyncio.run(lead(sharded, folder, python, out, sys.argv[4], together))
         (out / "found.json").write_text(json.dumps(found))
     else:
         for version in (1, 2, 3, 4):

@@ -1,9 +1,9 @@
-"""A trainer of two ranks with FSDP2 publishes to an SGLang of two ranks, without a gather."""
+"""A trainer of two ranks with FSDP2 publishes to SGLangs without a gather: to one of two ranks, and to two of one."""
 
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,39 @@ def make_folder(kind: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", ["moe", pytest.param("dense", marks=pytest.mark.slow)])
+OF_TWO_RANKS = {"tp_size": 2, "env": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        pytest.param("moe", OF_TWO_RANKS, id="experts, one engine of two ranks"),
+        pytest.param("dense", OF_TWO_RANKS, id="one engine of two ranks", marks=pytest.mark.slow),
+        pytest.param("moe", {"replicas": 2}, id="experts, two engines of one rank", marks=pytest.mark.slow),
+    ],
+)
 def test_each_rank_gets_the_parts_that_it_needs(
-    kind: str, sglang_python: Callable[[str], Path], tmp_path: Path
+    kind: str, settings: Mapping[str, Any], sglang_python: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     make_folder(kind, folder)
-    run_two_ranks("weights/exchanging_ranks.py", str(folder), str(sglang_python("0.5.23")), str(tmp_path))
+    run_two_ranks(
+        "weights/exchanging_ranks.py", str(folder), str(sglang_python("0.5.23")), str(tmp_path), json.dumps(settings)
+    )
     found = json.loads((tmp_path / "found.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
     for version in ("1", "2", "4"):
         model.load_state_dict(torch.load(tmp_path / f"{version}.pt"), strict=False)
-        assert found["tokens"][version] == [greedy_tokens(model, prompt) for prompt in PROMPTS[:2]], version
-    expected = not_local(*found["needs"])
-    elements = sum(math.prod(shape) for _, _, shape in found["needs"][0])
+        expected_tokens = [greedy_tokens(model, prompt) for prompt in PROMPTS[:2]]
+        assert all(made == expected_tokens for made in found["tokens"][version]), version
+    tensors, needs = found["needs"]
+    expected = not_local(tensors, needs)
+    elements = sum(math.prod(shape) for _, _, shape in tensors)
     assert 0 < expected < found["nbytes"]["1"]
-    for of_rank in found["needs"][1]:  # the engine divides the model
-        assert sum(math.prod(end - start for start, end in box) for boxes in of_rank for box in boxes) < 0.6 * elements
+    shares = [
+        sum(math.prod(end - start for start, end in box) for boxes in of for box in boxes) / elements for of in needs
+    ]
+    assert shares == [1] if "replicas" in settings else max(shares) < 0.6
     assert found["exchanged"] == {"1": expected, "2": expected, "4": None}
     # The spoilt part may be one that both ranks of the engine need, and they compare.
     assert re.search(r"tensors are not what was sent|its ranks received different values", found["spoilt"])
