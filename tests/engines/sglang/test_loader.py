@@ -146,6 +146,28 @@ def test_later_buckets_are_loaded_without_the_models_own_loader(sender: Sender) 
     assert sender.model.loads == 1
 
 
+def test_constants_are_written_again(sender: Sender) -> None:
+    """A parameter loses its padding too when its memory is released."""
+    sender.send(weights(0))
+    assert isinstance(sender.model, Model)
+    sender.model.embed.data.fill_(7)
+    sender.begin()
+    sender.send(weights(1))
+    assert sender.model.loads == 1
+    require_same(sender.model, loaded(weights(1)))
+
+
+def test_a_constant_over_a_copy_makes_no_plan(load: Callable[[torch.nn.Module, Any], None]) -> None:
+    class Erasing(Model):
+        def load_weights(self, weights: Any) -> None:
+            super().load_weights(weights)
+            self.embed.data[VOCAB - 1 :].fill_(0)
+
+    sender = Sender(load, Erasing())
+    assert sender.send(weights(0))["unplanned"] == "a constant over a copy into embed"
+    sender.files.close()
+
+
 def test_layouts_that_are_not_used_again_are_forgotten(sender: Sender) -> None:
     for start in range(4):  # in buckets that are others each time
         sender.begin()

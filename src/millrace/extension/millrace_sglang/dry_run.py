@@ -14,7 +14,7 @@ from millrace_boxes import Box, box_of, disjoint
 from millrace_words import first_line
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .recording import COPY, FILLS, Memory, tensors_in
+from .recording import COPY, FILLS, Fill, Memory, tensors_in
 
 TO = torch.ops.aten._to_copy.default
 Sent = tuple[str, torch.dtype, tuple[int, ...]]  # a tensor of the update: name, dtype, shape
@@ -32,15 +32,6 @@ class Need:
     target: torch.Tensor
     box: Box
     along: tuple[int | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """A place in a parameter that the loader sets to a constant, such as padding. value: a number, or a scalar."""
-
-    parameter: str
-    target: torch.Tensor
-    value: Any
 
 
 @dataclass(slots=True)

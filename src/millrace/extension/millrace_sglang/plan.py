@@ -10,7 +10,7 @@ import torch
 from millrace_copies import Fused, Slice, as_dtype, copy_out, fused
 from millrace_samples import integer_dtype
 
-from .recording import Copy, Recording
+from .recording import Copy, Fill, Recording
 
 SAMPLED = {1: (128,), 2: (8, 16), 3: (4, 4, 8)}  # about so many places along each dimension of a copy are compared
 
@@ -38,14 +38,19 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The copies of one layout. elements: how many of each parameter they write. samples: what is compared."""
+    """The copies of one layout, and the constants to write before. elements: how many of each parameter both write.
+    samples: what is compared."""
 
     copies: tuple[Fused, ...]
+    fills: tuple[Fill, ...]
     elements: Mapping[str, int]
     samples: tuple[Samples, ...] = field(repr=False)
 
     def run(self, bucket: torch.Tensor) -> None:
         """Copy a bucket's tensors into the parameters. bucket: [nbytes] uint8."""
+        with torch.no_grad():
+            for fill in self.fills:
+                fill.target.fill_(fill.value)
         copy_out(bucket, self.copies)
 
     def differing(self, bucket: torch.Tensor) -> list[str]:
@@ -64,7 +69,9 @@ def plan_of(recording: Recording) -> Plan | str:
     """Return the plan of a recording, or why there is none."""
     if recording.other is not None:
         return recording.other
-    elements = Counter(recording.filled)
+    elements = Counter[str]()
+    for fill in recording.fills:
+        elements[fill.parameter] += fill.target.numel()
     places = Counter((copy.target.data_ptr(), copy.shape) for copy in recording.copies)
     for copy in recording.copies:
         if places[copy.target.data_ptr(), copy.shape] > 1:
@@ -73,7 +80,7 @@ def plan_of(recording: Recording) -> Plan | str:
             return f"a copy into {copy.parameter} from an odd address"
         elements[copy.parameter] += math.prod(copy.shape)
     pairs = [(copy.target, Slice(copy.offset, copy.shape, copy.stride, copy.dtype)) for copy in recording.copies]
-    return Plan(tuple(fused(pairs)), elements, tuple(samples_of(recording.copies)))
+    return Plan(tuple(fused(pairs)), tuple(recording.fills), elements, tuple(samples_of(recording.copies)))
 
 
 def samples_of(copies: Sequence[Copy]) -> Iterator[Samples]:

@@ -44,16 +44,25 @@ class Copy:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """A constant that is written into elements of a parameter, such as the padding of an embedding."""
+
+    parameter: str
+    target: torch.Tensor
+    value: Any
+
+
 @dataclass(slots=True)
 class Recording:
     """What was recorded.
 
-    copies: from the bucket into parameters, in order. filled: elements of parameters that were set to a constant.
-    other: what else happened to parameters; None if nothing.
+    copies: from the bucket into parameters, in order. fills: constants, none of them over an earlier copy. other: what
+    else happened to parameters; None if nothing.
     """
 
     copies: list[Copy] = field(default_factory=list)
-    filled: dict[str, int] = field(default_factory=dict)
+    fills: list[Fill] = field(default_factory=list)
     other: str | None = None
 
 
@@ -80,13 +89,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is COPY and self._memory.owner(args[0]) is not None:
             self._note_copy(args[0], args[1])
         elif func in FILLS:
-            self.recording.filled[owner] = self.recording.filled.get(owner, 0) + args[0].numel()
+            self._note_fill(owner, args[0], args[1] if len(args) > 1 else 0)
         elif func._schema.is_mutable or not self._is_view(result):
             self.recording.other = f"{func} of {owner}"
 
     def _is_view(self, result: Any) -> bool:
         """Return whether an operation has only made views of parameters."""
         return all(self._memory.owner(one) is not None for one in tensors_in((result,)) if one.numel())
+
+    def _note_fill(self, owner: str, target: torch.Tensor, value: Any) -> None:
+        first, end = span(target)
+        for copy in self.recording.copies:
+            start, stop = span(copy.target)
+            if first < stop and start < end:  # the plan writes constants first
+                self.recording.other = f"a constant over a copy into {owner}"
+                return
+        self.recording.fills.append(Fill(owner, target.detach(), value))
 
     def _note_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         owner = self._memory.owner(target)
@@ -98,6 +116,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         offset = source.data_ptr() - self._start
         made = Copy(owner, target.detach(), offset, tuple(source.shape), source.stride(), source.dtype)
         self.recording.copies.append(made)
+
+
+def span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the addresses of a tensor's first byte and of the end of its last one."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
 
 
 def tensors_in(values: Sequence[Any]) -> Iterable[torch.Tensor]:
