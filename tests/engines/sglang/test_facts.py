@@ -7,6 +7,7 @@ import pytest
 
 from millrace.engines.experts import Experts
 from millrace.engines.sglang.facts import CAPABILITY_PATHS, capabilities_of
+from millrace.engines.sglang.loading import LOADER
 from millrace.engines.stock.facts import TAKES
 from millrace.engines.stock.model import Model
 from millrace.types import Capability
@@ -45,6 +46,22 @@ GROUP = Capability.UPDATE_FROM_PROCESS_GROUP
 )
 def test_weights_come_only_by_ways_that_the_server_survives(settings: dict[str, Any], updates: set[Capability]) -> None:
     assert capabilities_of(PATHS, SERVED, SERVER | settings, TEXT) & UPDATES == updates
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"device": "cpu"}, {Capability.UPDATE_FROM_PARTS, Capability.WHOLE_BROADCASTS, Capability.SAMPLED_CHECKSUMS}),
+        ({}, {Capability.UPDATE_FROM_PARTS, Capability.SAMPLED_CHECKSUMS}),
+        ({"pp_size": 2}, set()),
+        ({"quantization": "fp8", "load_format": "flash_rl"}, set()),
+        ({"device": "cpu", "custom_weight_loader": None}, set()),
+    ],
+)
+def test_what_the_weight_loader_adds(settings: dict[str, Any], found: set[Capability]) -> None:
+    by_loader = {Capability.UPDATE_FROM_PARTS, Capability.WHOLE_BROADCASTS, Capability.SAMPLED_CHECKSUMS}
+    server = SERVER | {"custom_weight_loader": [LOADER]} | settings
+    assert capabilities_of(PATHS, SERVED, server, TEXT) & by_loader == found
 
 
 def test_penalties_are_right_only_without_overlap() -> None:

@@ -75,8 +75,10 @@ def read_facts(
 
 
 def has_loader(server: Mapping[str, Any]) -> bool:
-    """Return whether a server has Millrace's weight loader. Its ranks answer by their tensor-parallel numbers."""
-    return LOADER in (server.get("custom_weight_loader") or ()) and server["pp_size"] == 1
+    """Return whether a server has Millrace's weight loader and can use it. Its ranks answer by their tensor-parallel
+    numbers. A server that quantises has a way of its own to load."""
+    named = LOADER in (server.get("custom_weight_loader") or ())
+    return named and server["pp_size"] == 1 and server["quantization"] is None
 
 
 def capabilities_of(
@@ -95,7 +97,9 @@ def capabilities_of(
     if not single:
         found.discard(Capability.UPDATE_FROM_PROCESS_GROUP)
     if "/update_weights_from_tensor" in paths and single and has_loader(server):
-        found |= {Capability.SAMPLED_CHECKSUMS, Capability.WHOLE_BROADCASTS}
+        found.add(Capability.SAMPLED_CHECKSUMS)
+        if on_cpu:  # the loader has not received on GPUs yet
+            found.add(Capability.WHOLE_BROADCASTS)
         if found & MEMORY:
             found.add(Capability.UPDATE_FROM_PARTS)
     if server["quantization"] is not None:

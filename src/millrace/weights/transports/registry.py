@@ -12,8 +12,7 @@ CLASSES: dict[TransportName, tuple[str, ...]] = {
     "shm": ("shared_memory:SharedMemoryTransport", "torch_storage:TorchStorageTransport"),
     "cuda_ipc": ("cuda_ipc:CudaIpcTransport",),
     "gloo": ("whole_broadcast:GlooTransport", "process_group:GlooTransport"),
-    # Whole buckets by NCCL have not been received on GPUs yet, so single tensors come first.
-    "nccl": ("process_group:NcclTransport", "whole_broadcast:NcclTransport", "bare_nccl:BareNcclTransport"),
+    "nccl": ("whole_broadcast:NcclTransport", "process_group:NcclTransport", "bare_nccl:BareNcclTransport"),
     "disk": ("disk:DiskTransport",),
     "delta": ("delta:DeltaTransport",),
     "ucx": ("ucx:UcxTransport",),
