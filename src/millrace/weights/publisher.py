@@ -158,7 +158,7 @@ class Publish:
         except TimeoutError:
             for update in self._updates:
                 if not update.committed:
-                    late = f"it did not take version {self.version} within {self._deadline:g} s"
+                    late = f"it did not take version {self.version} within {round(self._deadline, 2):g} s"
                     update.error = update.error or EngineTimeout(update.engine.name, late)
         finally:
             # No transaction stays open, even if the source of tensors raised or the caller was cancelled.

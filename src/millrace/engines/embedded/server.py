@@ -29,18 +29,26 @@ from millrace.types import Capability, PauseMode
 BODY_LIMIT = 256 * 1024 * 1024  # bytes; a prompt of a million tokens takes about 8 MB
 PROBE_DEADLINE = 20.0  # seconds for the token of /health_generate, as in SGLang
 PAUSE_MODES = {"abort": PauseMode.ABORT, "retract": PauseMode.RETRACT, "in_place": PauseMode.KEEP}
-# All capabilities except those of other engines only.
-CAPABILITIES = frozenset(Capability) - {
-    Capability.FILTERED_LOGPROBS,
-    Capability.UPDATE_FROM_TORCH_STORAGE,
-    Capability.UPDATE_FROM_CUDA_IPC,
-    Capability.UPDATE_FROM_BARE_NCCL,
-    Capability.OWN_CHECKSUMS,
-    Capability.SAMPLED_CHECKSUMS,
-    Capability.IMAGES,
-    Capability.JSON_SCHEMA,
-    Capability.ROUTED_EXPERTS,
-}
+CAPABILITIES = frozenset(
+    {
+        Capability.VERSION_SPANS,
+        Capability.UPDATE_SESSION,
+        Capability.ROLLBACK,
+        Capability.STAGED_UPDATE,
+        Capability.SLEEP,
+        Capability.UPDATE_FROM_DISK,
+        Capability.UPDATE_FROM_PROCESS_GROUP,
+        Capability.UPDATE_FROM_SHARED_MEMORY,
+        Capability.CHECKSUMS,
+        Capability.PENALTIES,
+        Capability.STOP_TEXTS,
+        Capability.PROMPT_PENALTY,
+        Capability.LORA,
+        Capability.PAUSE_ABORT,
+        Capability.PAUSE_RETRACT,
+        Capability.PAUSE_KEEP,
+    }
+)
 
 log = logging.getLogger("millrace.embedded")
 
