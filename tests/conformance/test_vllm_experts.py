@@ -18,7 +18,8 @@ from tests.conformance.experts import ReturnsExperts, make_expert_folders
 from tests.conformance.run_checks import START_TIMEOUT, make_runner
 from tests.triton import install_triton
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+# Slow: the interpreter makes 20 tokens a second.
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

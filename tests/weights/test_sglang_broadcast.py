@@ -93,7 +93,7 @@ class Trainer:
         assert await self.made() == self.tokens
 
 
-@pytest.mark.parametrize("version", ["0.5.23", "0.5.15"])
+@pytest.mark.parametrize("version", ["0.5.23", pytest.param("0.5.15", marks=pytest.mark.slow)])
 async def test_versions_come_by_whole_buckets(
     version: str, sglang_python: Callable[[str], Path], folder: Path, tmp_path: Path
 ) -> None:

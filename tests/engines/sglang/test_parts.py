@@ -229,6 +229,7 @@ async def load_parts(engine: Engine, tensors: Tensors, deadline: float) -> list[
     return sizes
 
 
+@pytest.mark.slow  # tests/weights/test_exchange.py runs the second case too, beside a trainer
 @pytest.mark.parametrize(("kind", "ranks", "version"), [("dense", 1, "0.5.15"), ("moe", 2, "0.5.23")])
 async def test_real_ranks_load_their_parts(
     kind: str, ranks: int, version: str, sglang_python: Callable[[str], Path], tmp_path: Path
