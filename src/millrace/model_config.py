@@ -42,11 +42,7 @@ def vocab_size(folder: Path) -> int:
 
     Raises DataError if the config can't be read, or if neither the file nor transformers gives the size.
     """
-    size = text_part(read_config(folder)).get("vocab_size")
-    size = size if size is not None else _by_transformers(folder, "vocab_size")
-    if not isinstance(size, int):
-        raise DataError(f"{folder / 'config.json'} describes no language model: its vocab_size is {size}")
-    return size
+    return _number(folder, "vocab_size", "language model")
 
 
 def image_token(folder: Path) -> int | None:
@@ -99,11 +95,16 @@ def decoder_layers(folder: Path) -> int:
 
     Raises DataError if the config can't be read, or if neither the file nor transformers gives the number.
     """
-    count = text_part(read_config(folder)).get("num_hidden_layers")
-    count = count if count is not None else _by_transformers(folder, "num_hidden_layers")
-    if not isinstance(count, int):
-        raise DataError(f"{folder / 'config.json'} describes no decoder: its num_hidden_layers is {count}")
-    return count
+    return _number(folder, "num_hidden_layers", "decoder")
+
+
+def _number(folder: Path, name: str, what: str) -> int:
+    """Return a number of the language model. Raises DataError if neither the file nor transformers has it."""
+    number = text_part(read_config(folder)).get(name)
+    number = number if number is not None else _by_transformers(folder, name)
+    if not isinstance(number, int):
+        raise DataError(f"{folder / 'config.json'} describes no {what}: its {name} is {number}")
+    return number
 
 
 def folder_dtype(folder: Path) -> str | None:

@@ -9,6 +9,11 @@ from collections.abc import Iterable, Sequence
 Box = tuple[tuple[int, int], ...]  # the start and the end along each dimension of the tensor
 
 
+def read_box(rows: Iterable[Iterable[int]]) -> Box:
+    """Return a box that was read from JSON. Raises ValueError or TypeError if it is none."""
+    return tuple((int(start), int(end)) for start, end in rows)
+
+
 def whole(shape: Sequence[int]) -> Box:
     """Return the box of all elements of a tensor."""
     return tuple((0, size) for size in shape)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SAMPLE_BLOCKS, SAMPLE_WIDTH = 128, 64
 SAMPLE = SAMPLE_BLOCKS * SAMPLE_WIDTH  # elements of a tensor
+DIGITS = 32  # of a checksum
 SAMPLED_TOGETHER = 128  # tensors; their samples take 8 MiB as integers of 8 bytes
 
 
@@ -117,6 +118,11 @@ def integer_dtype(itemsize: int) -> "torch.dtype":
     import torch
 
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
+
+
+def separated(checksums: str) -> list[str]:
+    """Return the checksums that `SampledPlaces.checksums` or a join has written one after the other."""
+    return [checksums[start : start + DIGITS] for start in range(0, len(checksums), DIGITS)]
 
 
 def hexadecimal(sums: Iterable[int]) -> str:

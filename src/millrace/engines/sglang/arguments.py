@@ -34,7 +34,7 @@ CPU_DEFAULTS: dict[str, EngineArgument] = {
     "sleep_on_idle": True,
     "lora_backend": "torch_native",
 }
-# SGLang's own default on most GPUs is 256. It decodes a larger batch without CUDA graphs, at half the speed or less.
+# SGLang's own default on most GPUs is 256. It decodes a larger batch without CUDA graphs, at about half the speed.
 LARGEST_CUDA_GRAPH = 512
 # SGLang's default page size is 1, which makes an event entry for each token. It stays the default on the CPU, because
 # 0.5.15 crashes with larger pages there.
@@ -150,7 +150,7 @@ def defaults(config: SGLangEngineConfig) -> dict[str, EngineArgument]:
     by_device = {"cpu": CPU_DEFAULTS, "cuda": KV_EVENTS_DEFAULTS if config.kv_events else {}}
     left_open = {"custom_weight_loader": LOADER, **by_device[config.device]}
     graphs_set = any(name.startswith(("--cuda-graph", "--disable-cuda-graph")) for name in given(config))
-    if config.device == "cuda" and config.max_running_requests and not graphs_set:
+    if config.device == "cuda" and not graphs_set:
         left_open["cuda_graph_max_bs_decode"] = min(config.max_running_requests, LARGEST_CUDA_GRAPH)
     if config.return_routed_experts and config.version in MIXED_UP_EXPERTS:
         left_open["disable_overlap_schedule"] = True

@@ -27,7 +27,6 @@ UPDATES = BREAKING | {
     Capability.UPDATE_FROM_PARTS,
     Capability.WHOLE_BROADCASTS,
 }
-MEMORY = {Capability.UPDATE_FROM_TORCH_STORAGE, Capability.UPDATE_FROM_CUDA_IPC}
 # SGLang's names of dtypes. It does not report what `auto` resolved to.
 DTYPES = {name: name for name in COMPUTE_DTYPES} | {"half": "float16", "float": "float32"}
 RUNNING = "effective_max_running_requests_per_dp"
@@ -97,11 +96,9 @@ def capabilities_of(
     if not single:
         found.discard(Capability.UPDATE_FROM_PROCESS_GROUP)
     if "/update_weights_from_tensor" in paths and single and has_loader(server):
-        found.add(Capability.SAMPLED_CHECKSUMS)
+        found |= {Capability.SAMPLED_CHECKSUMS, Capability.UPDATE_FROM_PARTS}
         if on_cpu:  # the loader has not received on GPUs yet
             found.add(Capability.WHOLE_BROADCASTS)
-        if found & MEMORY:
-            found.add(Capability.UPDATE_FROM_PARTS)
     if server["quantization"] is not None:
         found -= BREAKING if server["load_format"] == REQUANTISING_FORMAT else UPDATES
     if on_cpu or server["enable_memory_saver"]:

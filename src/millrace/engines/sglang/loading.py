@@ -11,11 +11,12 @@ import orjson
 
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
+from millrace.extension.millrace_boxes import Box, read_box
+from millrace.extension.millrace_samples import separated
 from millrace.types import ProcessGroup, TensorPart, TensorSpec
 
-NeededParts = Sequence[Sequence[Sequence[tuple[tuple[int, int], ...]]]]  # by rank and tensor, as boxes
+NeededParts = Sequence[Sequence[Sequence[Box]]]  # by rank and tensor, as boxes
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
-SAMPLE_DIGITS = 32  # of a tensor's sampled checksum
 
 
 class AnswerFiles:
@@ -124,8 +125,7 @@ class LoaderUpdate:
         self.missing = ""
         received: list[list[str]] = []
         for rank, text in enumerate(answers):
-            samples: str = self._answer(rank, text)["samples"]
-            received.append([samples[start : start + SAMPLE_DIGITS] for start in range(0, len(samples), SAMPLE_DIGITS)])
+            received.append(separated(self._answer(rank, text)["samples"]))
         for spec, *samples_of in zip(tensors, *received, strict=True):
             if len(set(samples_of)) > 1:
                 raise EngineFailed(self.engine, f"its ranks received different values of {spec.name}")
@@ -149,7 +149,7 @@ class LoaderUpdate:
             answer = self._answer(rank, text)
             if why := answer.get("unplanned"):
                 raise InvalidStateError(f"its rank {rank} can't say which parts of the tensors it needs: {why}")
-            needed.append([[box_of(box) for box in boxes] for boxes in answer["boxes"]])
+            needed.append([[read_box(box) for box in boxes] for boxes in answer["boxes"]])
         return needed
 
     def _answer(self, rank: int, text: bytes) -> Mapping[str, Any]:
@@ -163,8 +163,3 @@ class LoaderUpdate:
             names = ", ".join(answer["such as"])
             self.missing = f"{answer['missing']} of its parameters lack content of this version, such as {names}"
         return answer
-
-
-def box_of(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    """Return the box that a rank has written as JSON."""
-    return tuple((start, end) for start, end in rows)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
 from millrace.engines.stock.state import InvalidStateError
+from millrace.extension.millrace_samples import separated
 from millrace.types import (
     Bucket,
     CudaIpcBucket,
@@ -62,10 +63,7 @@ def samples_of(names: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> Mapp
 
     Raises ValueError if the ranks received different values, or if there are not as many checksums as names.
     """
-    first, *others = (
-        dict(zip(names, (text[at : at + 32] for at in range(0, len(text), 32)), strict=True))
-        for text in (rank["samples"] for rank in ranks)
-    )
+    first, *others = (dict(zip(names, separated(rank["samples"]), strict=True)) for rank in ranks)
     if differing := sorted(name for other in others for name, value in other.items() if value != first[name]):
         raise ValueError(f"its ranks received different values of {differing[0]}")
     return first

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from millrace_boxes import Box, common, label, shape_of, strides_of
+from millrace_boxes import Box, common, label, read_box, shape_of, strides_of
 from millrace_samples import sampled_checksums
 from millrace_words import listed
 
@@ -102,8 +102,7 @@ def answer(model: torch.nn.Module, update: str, text: str, bucket: torch.Tensor)
 def read_parts(text: str) -> tuple[Part, ...]:
     """Read the parts of a bucket. Raises what a text in another form makes."""
     return tuple(
-        (str(name), getattr(torch, dtype), tuple((int(start), int(end)) for start, end in box), int(at))
-        for name, dtype, box, at in json.loads(text)["parts"]
+        (str(name), getattr(torch, dtype), read_box(box), int(at)) for name, dtype, box, at in json.loads(text)["parts"]
     )
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from millrace.checksum import sampled_checksums
 from millrace.errors import PublishError
-from millrace.extension.millrace_boxes import Box, label, shape_of
-from millrace.weights.shards.schedule import Round, Schedule, box_of, read_schedule
+from millrace.extension.millrace_boxes import Box, label, read_box, shape_of
+from millrace.weights.shards.schedule import Round, Schedule, read_schedule
 from millrace.weights.shards.views import NotExchangeable, local_piece, own_boxes, shards_of
 from millrace.weights.sidecar.handles import handle_of
 from millrace.weights.sidecar.messages import CudaIpcHandle, MemoryFileHandle, Message, TorchStorageHandle
@@ -63,7 +63,7 @@ def places(tensors: Mapping[str, Tensor], device: torch.device) -> list[RankPlac
     if reasons := [why for why, *_ in answers if why]:
         raise NotExchangeable(reasons[0])
     return [
-        RankPlace(tuple(None if box is None else box_of(box) for box in boxes), host, gpu)
+        RankPlace(tuple(None if box is None else read_box(box) for box in boxes), host, gpu)
         for _, boxes, host, gpu in answers
     ]
 

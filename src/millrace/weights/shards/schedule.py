@@ -8,12 +8,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import orjson
 
 from millrace.errors import PublishError
-from millrace.extension.millrace_boxes import Box, common, shape_of, without
+from millrace.extension.millrace_boxes import Box, common, read_box, shape_of, without
 from millrace.weights.plan import ALIGNMENT, padded
 
 # A rank holds two buckets and what it sends to other ranks for the next one. Together these are two buckets of the
@@ -242,14 +241,9 @@ def read_schedule(text: bytes) -> Schedule:
     """Return the schedule for what `written` made. Remembers the last one, because trainers publish again and again."""
     rows, owners, wants, bucket_bytes = orjson.loads(text)
     views = [
-        ShardedView(name, dtype, itemsize, source, box_of(box), tuple(along))
+        ShardedView(name, dtype, itemsize, source, read_box(box), tuple(along))
         for name, dtype, itemsize, source, box, along in rows
     ]
-    held = [[None if box is None else box_of(box) for box in of_rank] for of_rank in owners]
-    wanted = [[[box_of(box) for box in boxes] for boxes in of_rank] for of_rank in wants]
+    held = [[None if box is None else read_box(box) for box in of_rank] for of_rank in owners]
+    wanted = [[[read_box(box) for box in boxes] for boxes in of_rank] for of_rank in wants]
     return schedule(views, held, wanted, bucket_bytes)
-
-
-def box_of(rows: Any) -> Box:
-    """Return a box that was read from JSON."""
-    return tuple((start, end) for start, end in rows)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from millrace.checksum import Checksum, checksum
-from millrace.extension.millrace_samples import SampledPlaces
+from millrace.extension.millrace_samples import SampledPlaces, separated
 from millrace.types import Bucket, TensorSpec
 from millrace.weights.plan import padded
 from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket, specs_of
@@ -80,8 +80,8 @@ def samples_in(bucket: torch.Tensor, specs: Sequence[TensorSpec]) -> dict[str, s
     for spec in specs:
         itemsize = getattr(torch, spec.dtype).itemsize
         tensors.append((itemsize, spec.nbytes // itemsize, spec.offset))
-    digits = SampledPlaces(tensors, bucket.device).checksums(bucket)
-    return {spec.name: digits[32 * index : 32 * index + 32] for index, spec in enumerate(specs)}
+    found = separated(SampledPlaces(tensors, bucket.device).checksums(bucket))
+    return {spec.name: checksum for spec, checksum in zip(specs, found, strict=True)}
 
 
 def copy_to_host(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:

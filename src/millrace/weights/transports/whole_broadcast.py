@@ -8,16 +8,16 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Self
 
 import torch
 
 from millrace.errors import EngineError
 from millrace.types import Capability, ProcessGroupBucket
 from millrace.weights.plan import padded
-from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, TransportContext, specs_of
+from millrace.weights.transports import process_group
+from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, specs_of
 from millrace.weights.transports.cuda_ipc import DeviceSlot, copy_on_gpu
-from millrace.weights.transports.process_group import BroadcastBucket, ProcessGroupTransport, nccl_device
+from millrace.weights.transports.process_group import BroadcastBucket, ProcessGroupTransport
 from millrace.weights.transports.sending_group import SendingGroup
 from millrace.weights.transports.slots import copy_to_host, samples_in
 
@@ -93,18 +93,9 @@ class WholeBroadcastTransport(ProcessGroupTransport):
         self._slots.clear()
 
 
-class GlooTransport(WholeBroadcastTransport):
-    """A broadcast from the trainer's CPU memory, over TCP."""
-
-    @classmethod
-    def create(cls, context: TransportContext) -> Self:  # noqa: ARG003
-        return cls(SendingGroup, torch.device("cpu"), together=False)
+class GlooTransport(WholeBroadcastTransport, process_group.GlooTransport):
+    """A broadcast of whole buckets from the trainer's CPU memory, over TCP."""
 
 
-class NcclTransport(WholeBroadcastTransport):
-    """A broadcast by NCCL from the trainer's GPU."""
-
-    @classmethod
-    def create(cls, context: TransportContext) -> Self:
-        # As for the transport of single tensors: on one host, an engine that dies must not hold up the others.
-        return cls(SendingGroup, nccl_device(), together=not context.here)
+class NcclTransport(WholeBroadcastTransport, process_group.NcclTransport):
+    """A broadcast of whole buckets by NCCL from the trainer's GPU."""
