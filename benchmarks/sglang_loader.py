@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.gpu.models import moe_shapes, write_config
 from millrace.checksum import sampled_checksums
-from millrace.engines.sglang.loading import AnswerFiles, LoaderUpdate
+from millrace.engines.answers import AnswerFiles
+from millrace.engines.sglang.loading import LoaderUpdate, in_files
 from millrace.engines.stock.launching import EXTENSION
 from millrace.types import TensorSpec
 from millrace.weights.plan import buckets
@@ -95,7 +96,7 @@ def main() -> None:
     for tensors in buckets(made, arguments.bucket_mb * 2**20):
         specs, count = specs_of(tensors), count + len(tensors)
         bucket = torch.randint(0, 255, (specs[-1].offset + specs[-1].nbytes,), dtype=torch.uint8, device=device)
-        [order] = update.orders(specs, files.places())
+        [order] = update.orders(specs, in_files(files.answers()))
         for name, work in measured(loader, model, order, bucket, specs, [tensor for _, tensor in tensors]).items():
             legs.setdefault(name, []).append(median_ms(work, arguments.repeats, device))
         update.take(specs, files.read())

@@ -4,7 +4,7 @@ The types that callers construct (GenerateRequest, SamplingParams, RoutingContex
 their arguments, such as arrays and NumPy numbers. They raise ArgumentError for arguments of other types.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -336,16 +336,30 @@ class SharedMemoryBucket:
 
 
 @dataclass(frozen=True, slots=True)
+class RankAnswers:
+    """Files on an engine's host that its ranks write answers to, one for each rank in their order.
+
+    read: takes the seconds that it may need, and returns what each rank has written; empty if nothing. Raises
+        EngineError.
+    """
+
+    files: tuple[str, ...]
+    read: Callable[[float], Awaitable[Sequence[bytes]]] = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class TorchStorageBucket:
     """Tensors packed into CPU memory that torch shares by name (its sharing strategy `file_system`).
 
     manager, handle, nbytes: as `UntypedStorage._share_filename_cpu_` returns them.
+    answers: where the ranks can answer, if the memory is not this process's.
     """
 
     manager: bytes
     handle: bytes
     nbytes: int
     tensors: tuple[TensorSpec, ...]
+    answers: RankAnswers | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,11 +384,13 @@ class CudaIpcBucket:
     """Tensors packed into GPU memory, with one handle for each of the engine's ranks, in their order.
 
     Each handle is of memory on its rank's GPU, if the rank's GPU is known (`EngineInfo.gpus`).
+    answers: where the ranks can answer, if the memory is not this process's.
     """
 
     shares: tuple[CudaIpcShare, ...]
     nbytes: int
     tensors: tuple[TensorSpec, ...]
+    answers: RankAnswers | None = None
 
 
 @dataclass(frozen=True, slots=True)

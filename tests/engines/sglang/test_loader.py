@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from millrace.checksum import sampled_checksums
-from millrace.engines.sglang.loading import AnswerFiles, LoaderUpdate
+from millrace.engines.answers import AnswerFiles
+from millrace.engines.sglang.loading import LoaderUpdate, in_files
 from millrace.engines.stock.launching import EXTENSION
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
@@ -103,7 +104,7 @@ class Sender:
         return self.order(specs_of(list(tensors.items())), packed(tensors))
 
     def order(self, specs: tuple[TensorSpec, ...], bucket: torch.Tensor) -> Mapping[str, Any]:
-        [order] = self.update.orders(specs, self.files.places())
+        [order] = self.update.orders(specs, in_files(self.files.answers()))
         self.load(self.model, [(order, bucket)])
         [text] = self.files.read()
         answer: Mapping[str, Any] = json.loads(text)
@@ -281,7 +282,7 @@ def test_what_can_not_be_loaded_is_the_answer(sender: Sender, change: dict[str, 
 
 
 def test_a_loader_that_does_not_answer_is_an_error(sender: Sender) -> None:
-    [order] = sender.update.orders((), sender.files.places())
+    [order] = sender.update.orders((), in_files(sender.files.answers()))
     sender.load(sender.model, [(order.replace("/proc/", "/nowhere/"), torch.zeros(1, dtype=torch.uint8))])
     with pytest.raises(EngineFailed, match="rank 0 has not answered"):
         sender.update.take((), sender.files.read())

@@ -9,8 +9,9 @@ import torch
 
 from millrace.checksum import sampled_checksums
 from millrace.config.engines import SGLangEngineConfig
+from millrace.engines.answers import AnswerFiles
 from millrace.engines.base import Engine
-from millrace.engines.sglang.loading import AnswerFiles, LoaderUpdate
+from millrace.engines.sglang.loading import LoaderUpdate, in_files
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start
 from millrace.engines.stock.launching import EXTENSION
@@ -66,14 +67,14 @@ class Sender:
         self.update = LoaderUpdate("sglang-0")
 
     def needs(self, tensors: Tensors) -> list[tuple[str, Box]]:
-        [question] = self.update.questions(specs(tensors), self.files.places())
+        [question] = self.update.questions(specs(tensors), in_files(self.files.answers()))
         self.load(self.model, [(question, torch.empty(0))])
         [of_rank] = self.update.needs(self.files.read())
         return [(name, box) for name, boxes in zip(tensors, of_rank, strict=True) for box in boxes]
 
     def send(self, tensors: Tensors, boxes: Sequence[tuple[str, Box]]) -> None:
         bucket, parts = packed(tensors, boxes)
-        [order] = self.update.orders_of_parts([parts], self.files.places())
+        [order] = self.update.orders_of_parts([parts], in_files(self.files.answers()))
         self.load(self.model, [(order, bucket)])
         self.update.take_parts(self.files.read())
 
@@ -131,7 +132,7 @@ def test_parts_that_are_left_out_are_missing(sender: Sender) -> None:
 
 def test_a_bucket_may_have_no_part_for_a_rank(sender: Sender) -> None:
     sender.needs(weights(0))
-    [order] = sender.update.orders_of_parts([()], sender.files.places())
+    [order] = sender.update.orders_of_parts([()], in_files(sender.files.answers()))
     sender.load(sender.model, [(order, torch.empty(1, dtype=torch.uint8))])
     sender.update.take_parts(sender.files.read())
     assert sender.update.missing.startswith("4 of its parameters lack content")

@@ -1,16 +1,18 @@
 """The adapter for stock SGLang."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from millrace.engines.answers import AnswerFiles
 from millrace.engines.http_engine import ABORT_DEADLINE
 from millrace.engines.sglang.facts import read_facts
 from millrace.engines.sglang.guards import check_request
-from millrace.engines.sglang.loading import LOADER, AnswerFiles, AnswerStore, LoaderUpdate, NeededParts
+from millrace.engines.sglang.loading import LOADER, AnswerStore, LoaderUpdate, NeededParts, in_files
 from millrace.engines.sglang.payload import loader_payloads, order_payloads, parts_payloads, payloads
 from millrace.engines.sglang_wire import (
     PAUSE_MODES,
@@ -27,7 +29,7 @@ from millrace.engines.stock.images import data_url
 from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
-from millrace.errors import EngineFailed, EngineRefused, LocalError
+from millrace.errors import EngineError, EngineFailed, EngineRefused, LocalError
 from millrace.http import HttpClient
 from millrace.http.hosts import is_loopback
 from millrace.types import (
@@ -44,6 +46,7 @@ from millrace.types import (
     PauseMode,
     ProcessGroup,
     ProcessGroupBucket,
+    RankAnswers,
     SharedMemoryBucket,
     TensorSpec,
     TorchStorageBucket,
@@ -123,7 +126,7 @@ class SGLangEngine(StockEngine[Facts]):
 
     async def _ask_needs(self, tensors: Sequence[TensorSpec], ranks: int, deadline: float) -> NeededParts:
         question, files = LoaderUpdate(self.name), self._answer_files(ranks)
-        await self._order(order_payloads(question.questions(tensors, files.places())), deadline)
+        await self._order(order_payloads(question.questions(tensors, in_files(files.answers()))), deadline)
         return question.needs(files.read())
 
     async def close(self) -> None:
@@ -200,7 +203,7 @@ class SGLangEngine(StockEngine[Facts]):
                 return partial(self._load_by_group, bucket, self._groups[name])
             case PartsBucket():
                 return partial(self._load_parts, bucket)
-            case CudaIpcBucket() | TorchStorageBucket() if self._answers_in_files(facts):
+            case CudaIpcBucket() | TorchStorageBucket() if self._can_answer(bucket, facts):
                 return partial(self._load_by_loader, bucket, facts.info.ranks)
             case CudaIpcBucket() | TorchStorageBucket():
                 path = "/update_weights_from_tensor"
@@ -218,22 +221,31 @@ class SGLangEngine(StockEngine[Facts]):
 
         return send
 
-    def _answers_in_files(self, facts: Facts) -> bool:
-        """Return whether the server has the weight loader, and is on this host."""
-        return Capability.SAMPLED_CHECKSUMS in facts.info.capabilities and is_loopback(str(urlsplit(self.url).hostname))
+    def _can_answer(self, bucket: CudaIpcBucket | TorchStorageBucket, facts: Facts) -> bool:
+        """Return whether the server has the weight loader, and there are files on its host for the loader's answers."""
+        here = is_loopback(str(urlsplit(self.url).hostname))
+        return Capability.SAMPLED_CHECKSUMS in facts.info.capabilities and (bucket.answers is not None or here)
 
     async def _load_by_loader(self, bucket: CudaIpcBucket | TorchStorageBucket, ranks: int, deadline: float) -> None:
         """Have the server's weight loader load a bucket in memory, and read its answers."""
+        ends = time.monotonic() + deadline
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
-        files = self._answer_files(ranks)
-        await self._order(loader_payloads(bucket, update.orders(bucket.tensors, files.places())), deadline)
-        update.take(bucket.tensors, files.read())
+        answers = bucket.answers or self._answer_files(ranks).answers()
+        await self._order(loader_payloads(bucket, update.orders(bucket.tensors, in_files(answers))), deadline)
+        update.take(bucket.tensors, await self._read(answers, ends - time.monotonic()))
+
+    async def _read(self, answers: RankAnswers, deadline: float) -> Sequence[bytes]:
+        """Return the answers of the weight loader's ranks. Raises EngineFailed if they can't be read."""
+        try:
+            return await answers.read(max(deadline, 0.001))
+        except EngineError as error:
+            raise EngineFailed(self.name, f"the answers of its weight loader can't be read: {error}") from error
 
     async def _load_parts(self, bucket: PartsBucket, deadline: float) -> None:
         """Have the server's weight loader load a bucket of parts in each rank, and read its answers."""
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         files = self._answer_files(len(bucket.ranks))
-        orders = update.orders_of_parts([rank.parts for rank in bucket.ranks], files.places())
+        orders = update.orders_of_parts([rank.parts for rank in bucket.ranks], in_files(files.answers()))
         try:
             await self._order(parts_payloads(bucket.ranks, orders), deadline)
             update.take_parts(files.read())

@@ -1,6 +1,5 @@
 """The sender's side of the weight loader that SGLang's processes run (`extension/millrace_sglang`)."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -13,34 +12,10 @@ from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
 from millrace.extension.millrace_boxes import Box, read_box
 from millrace.extension.millrace_samples import separated
-from millrace.types import ProcessGroup, TensorPart, TensorSpec
+from millrace.types import ProcessGroup, RankAnswers, TensorPart, TensorSpec
 
 NeededParts = Sequence[Sequence[Sequence[Box]]]  # by rank and tensor, as boxes
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
-
-
-class AnswerFiles:
-    """Files in memory, one for each rank of a server on this host. A rank opens its file by path and writes its answer
-    to it."""
-
-    def __init__(self, ranks: int) -> None:
-        self._descriptors = [os.memfd_create("millrace-answer", os.MFD_CLOEXEC) for _ in range(ranks)]
-
-    def places(self) -> list[Mapping[str, object]]:
-        """Return what the order for each rank says about its answer, and forget the last answers."""
-        for descriptor in self._descriptors:
-            os.ftruncate(descriptor, 0)
-        return [{"file": f"/proc/{os.getpid()}/fd/{descriptor}"} for descriptor in self._descriptors]
-
-    def read(self) -> list[bytes]:
-        """Return the answer of each rank; empty if there is none."""
-        return [os.pread(one, os.fstat(one).st_size, 0) for one in self._descriptors]
-
-    def close(self) -> None:
-        """Free the memory."""
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors.clear()
 
 
 class AnswerStore:
@@ -77,6 +52,11 @@ class AnswerStore:
         answer: bytes = self._store.get(key)
         self._store.delete_key(key)
         return answer
+
+
+def in_files(answers: RankAnswers) -> list[Mapping[str, object]]:
+    """Return what the order for each rank says about its answer, if it writes that to a file."""
+    return [{"file": path} for path in answers.files]
 
 
 @dataclass(slots=True)

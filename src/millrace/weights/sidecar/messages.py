@@ -64,6 +64,24 @@ class PullBody(Message):
     seconds: PositiveFloat
 
 
+class AnswersBody(Message):
+    """The body of `POST /answers`: what have the ranks of an engine written about the bucket in a slot?
+
+    start, ranks: the index of the engine's first file, and their number.
+    """
+
+    session: str
+    slot: Annotated[int, Field(ge=0, le=1)]
+    start: NonNegativeInt
+    ranks: PositiveInt
+
+
+class Answers(Message):
+    """The answer to AnswersBody: the text of each rank, empty if it has written none."""
+
+    texts: tuple[bytes, ...]
+
+
 class Session(Message):
     """The body of `POST /end`: the trainer needs the session's buckets no more."""
 
@@ -104,6 +122,10 @@ Handle = MemoryFileHandle | TorchStorageHandle | CudaIpcHandle
 
 class Pulled(Message):
     """The answer to a pull. `handle.bucket` returns the bucket for one engine, whose ranks use the shares from index
-    `start` on."""
+    `start` on.
+
+    answers: for each share, the path of a file that its rank can write an answer to.
+    """
 
     handle: Handle
+    answers: tuple[str, ...]

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from millrace.errors import MillraceError, PublishError
 from millrace.http.replies import reply
+from millrace.weights.sidecar.answers import Answering
 from millrace.weights.sidecar.handles import AnySlot, handle_of
 from millrace.weights.sidecar.messages import Form, Handle, PullBody, Pulled, Session
 from millrace.weights.sidecar.server import Job, body_of
@@ -41,6 +42,7 @@ class Pulling(Job):
         self._thread = ThreadPoolExecutor(1, "sidecar")
         self._latest = ""  # the session that asked last
         self._release_timer: asyncio.TimerHandle | None = None
+        self._answering = Answering()
         # Used by the thread only:
         self._session: tuple[str, Form] | None = None
         self._endpoint: Endpoint[AnySlot] | None = None
@@ -50,6 +52,7 @@ class Pulling(Job):
             web.post("/pull", self._pull),
             web.post("/end", self._end),
             web.get("/session", self._report_session),
+            *self._answering.routes(),
         ]
 
     async def _report_session(self, http: web.Request) -> web.Response:  # noqa: ARG002
@@ -74,7 +77,8 @@ class Pulling(Job):
         except MillraceError as error:
             logger.error("%s", error)
             return web.Response(text=str(error), status=500)
-        return web.Response(text=Pulled(handle=handle).model_dump_json(), content_type="application/json")
+        pulled = Pulled(handle=handle, answers=self._answering.paths(body.session, body.slot, body.shares))
+        return web.Response(text=pulled.model_dump_json(), content_type="application/json")
 
     async def _end(self, http: web.Request) -> web.Response:
         await self._release((await body_of(http, Session)).session)
@@ -84,6 +88,7 @@ class Pulling(Job):
         """Abandon the session's READ, and free its memory."""
         if self._latest == session:
             self._latest = ""
+            self._answering.close()
         return asyncio.get_running_loop().run_in_executor(self._thread, self._forget, session)
 
     # The methods below run in the thread.

@@ -17,7 +17,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import Self, TypeVar
 
 import orjson
 import torch
@@ -25,9 +25,9 @@ from pydantic import ValidationError
 
 from millrace.errors import EngineError, EngineFailed, EngineTimeout, PublishError
 from millrace.http.client import HttpClient
-from millrace.types import Bucket, Capability, TensorSpec
+from millrace.types import Bucket, Capability, CudaIpcBucket, RankAnswers, TensorSpec, TorchStorageBucket
 from millrace.weights.plan import padded
-from millrace.weights.sidecar.messages import FORMS, Form, PullBody, Pulled, Session
+from millrace.weights.sidecar.messages import FORMS, Answers, AnswersBody, Form, Message, PullBody, Pulled, Session
 from millrace.weights.step import StepResult
 from millrace.weights.transports.base import (
     BucketTransport,
@@ -46,6 +46,8 @@ from millrace.weights.ucx import Endpoint, load
 READ_SHARE = 0.9  # of a call's deadline, so that a sidecar that gives up can still answer
 SHORT_DEADLINE = 5.0  # seconds, for calls that do no work
 
+M = TypeVar("M", bound=Message)
+
 
 class UcxSidecar:
     """A client of the `millrace sidecar` at `url`. Its errors name the sidecar."""
@@ -56,9 +58,16 @@ class UcxSidecar:
 
     async def pull(self, body: PullBody, *, deadline: float) -> Pulled:
         """Have the sidecar read a bucket, and return handles of the sidecar's copy. Raises EngineError if it fails."""
-        answer = await self._http.control("POST", "/pull", body.model_dump(mode="json"), deadline=deadline)
+        return await self._ask("/pull", body, Pulled, deadline)
+
+    async def answers(self, body: AnswersBody, *, deadline: float) -> Sequence[bytes]:
+        """Return what the ranks of an engine have written about a bucket. Raises EngineError if it can't be read."""
+        return (await self._ask("/answers", body, Answers, deadline)).texts
+
+    async def _ask(self, path: str, body: Message, answers: type[M], deadline: float) -> M:
+        answer = await self._http.control("POST", path, body.model_dump(mode="json"), deadline=deadline)
         try:
-            return Pulled.model_validate_json(orjson.dumps(answer))
+            return answers.model_validate_json(orjson.dumps(answer))
         except ValidationError as error:
             raise EngineFailed(self.name, f"unexpected answer {answer!r}") from error
 
@@ -90,17 +99,27 @@ class UcxSidecar:
 class _InFlightBucket:
     """A bucket in one of the trainer's slots, and its copies on the engines' hosts.
 
-    pulled: for each engine, the answer of its sidecar, and the index of the engine's first share in the answer.
+    pulled: for each engine, its sidecar, the sidecar's answer, and the index of the engine's first share in the answer.
     """
 
+    session: str
     slot: int
     nbytes: int
     specs: tuple[TensorSpec, ...]
-    pulled: dict[str, tuple[Pulled, int]] = field(default_factory=dict)
+    pulled: dict[str, tuple[UcxSidecar, Pulled, int]] = field(default_factory=dict)
 
     def bucket_for(self, target: PublishTarget) -> Bucket:
-        pulled, start = self.pulled[target.engine.name]
-        return pulled.handle.bucket(self.specs, self.nbytes, start, target.info.ranks)
+        sidecar, pulled, start = self.pulled[target.engine.name]
+        ranks = target.info.ranks
+        bucket = pulled.handle.bucket(self.specs, self.nbytes, start, ranks)
+        if not isinstance(bucket, TorchStorageBucket | CudaIpcBucket):  # its engines answer by themselves
+            return bucket
+        body = AnswersBody(session=self.session, slot=self.slot, start=start, ranks=ranks)
+
+        async def read(deadline: float) -> Sequence[bytes]:
+            return await sidecar.answers(body, deadline=deadline)
+
+        return replace(bucket, answers=RankAnswers(pulled.answers[start : start + ranks], read))
 
 
 class UcxTransport(BucketTransport):
@@ -168,7 +187,7 @@ class UcxTransport(BucketTransport):
             checksums = copy_to_host(tensors, specs, memory)
         else:
             copy_on_gpu(tensors, specs, memory)
-        bucket = self._staged = _InFlightBucket(slot, nbytes, specs)
+        bucket = self._staged = _InFlightBucket(self._endpoint.name, slot, nbytes, specs)
         names, samples = tuple(spec.name for spec in specs), partial(samples_in, memory, specs)
         return StagedBucket(bucket.bucket_for, checksums, names, nbytes, samples=samples)
 
@@ -191,7 +210,7 @@ class UcxTransport(BucketTransport):
                 return not isinstance(error, EngineTimeout)  # one that has answered, or is dead, reads no more
             start = 0
             for target in here:
-                bucket.pulled[target.engine.name] = pulled, start
+                bucket.pulled[target.engine.name] = sidecar, pulled, start
                 start += target.info.ranks
             return True
 
