@@ -1,7 +1,7 @@
 """The names and byte ranges of the tensors in a model folder in Hugging Face's format, read without torch."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +102,21 @@ def _read(path: Path) -> dict[str, StoredTensor]:
         return tensors
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a complete safetensors file: {error}") from error
+
+
+def file_header(tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a safetensors file, behind which the tensors' bytes follow in this order.
+
+    tensors: safetensors' name of the dtype, the shape and the size in bytes of each, by name.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape, nbytes) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    written = orjson.dumps(header)
+    written += b" " * (-len(written) % HEADER_LENGTH_BYTES)
+    return len(written).to_bytes(HEADER_LENGTH_BYTES, "little") + written
 
 
 def to_disk(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Publishing to real SGLang by sidecars, loaded by Millrace's weight loader.
 
-The server has this machine's own address, as on another host, so the loader does not answer to the trainer's process."""
+The server has this machine's own address, as on another host, so the loader does not answer to the trainer's process.
+"""
 
 import os
 import socket

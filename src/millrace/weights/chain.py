@@ -193,12 +193,27 @@ def kept(entries: Sequence[Entry], keep: int) -> list[Entry]:
 def read_version(
     folder: Path, anchor: Entry, deltas: Sequence[tuple[Entry, Path]]
 ) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Yield every tensor of the last delta's version, or of the anchor's if there are no deltas.
+    """Yield every tensor of the last delta's version, or of the anchor's if there are no deltas. The arguments and
+    errors are those of `opened_version`; a tensor is compared with its checksum before it is yielded."""
+    whole, opened = opened_version(folder, anchor, deltas)
+    if not opened:
+        yield from whole.compared()
+        return
+    for name in opened[-1].tensors:
+        tensor = applied(whole, opened, name)
+        assert tensor is not None  # the last delta has this name
+        yield name, tensor
+
+
+def opened_version(
+    folder: Path, anchor: Entry, deltas: Sequence[tuple[Entry, Path]]
+) -> tuple[FullCheckpoint, list[Delta]]:
+    """Return a whole version and the deltas to apply to each of its tensors in turn.
 
     folder: the folder of the anchor, which is memory-mapped.
-    deltas: applied to each tensor in turn, each with the path of its file.
+    deltas: each with the path of its file.
 
-    Raises DataError if anything does not match its checksum.
+    Raises DataError if they are not the versions that the entries name.
     """
     whole = FullCheckpoint(folder)
     _require_digest(whole.checksums, anchor, folder)
@@ -207,17 +222,16 @@ def read_version(
         delta = read_delta(path)
         _require_digest({name: tensor.checksum for name, tensor in delta.tensors.items()}, entry, path)
         opened.append(delta)
-    return _applied(whole, opened) if opened else whole.compared()
+    return whole, opened
 
 
-def _applied(whole: FullCheckpoint, deltas: Sequence[Delta]) -> "Iterator[tuple[str, torch.Tensor]]":
-    # A delta verifies the tensor that it is applied to, and the result.
-    for name in deltas[-1].tensors:
-        tensor = whole.get(name)
-        for delta in deltas:
-            tensor = delta.apply(name, tensor) if name in delta.tensors else None
-        assert tensor is not None  # the last has this name
-        yield name, tensor
+def applied(whole: FullCheckpoint, deltas: Sequence[Delta], name: str) -> "torch.Tensor | None":
+    """Return a tensor after these deltas; None if their version does not have it. A delta verifies the tensor that it
+    is applied to, and the result."""
+    tensor = whole.get(name)
+    for delta in deltas:
+        tensor = delta.apply(name, tensor) if name in delta.tensors else None
+    return tensor
 
 
 def _require_digest(checksums: Mapping[str, str], entry: Entry, path: Path) -> None:

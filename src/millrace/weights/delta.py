@@ -19,22 +19,21 @@ import itertools
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import torch
 import zstandard
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
-from millrace.checksum import Checksum, checksum
+from millrace.checksum import Checksum, checksum, tensor_checksum
 from millrace.errors import DataError, PublishError
-from millrace.model_folder import HEADER_LENGTH_BYTES, to_disk
+from millrace.model_folder import file_header, to_disk
 
 CHUNK = 1 << 20  # elements, few enough for the processor's cache
 IN_MEMORY = 1 << 28  # bytes of payloads; more are written to a temporary file
@@ -221,10 +220,23 @@ class Delta:
 
         Allocates `tensors[name].nbytes` and a chunk. If a tensor has no base, compare that size with the model first.
 
-        Raises DataError if `old` is not the tensor that the delta was made from, or if the file is damaged.
+        Raises DataError if the result is not the tensor that was written, because `old` is not the tensor that the
+        delta was made from, or because the file is damaged.
 
             delta = read_delta(path)
             new = {name: delta.apply(name, old.get(name)) for name in delta.tensors}
+        """
+        entry = self.tensors[name]
+        tensor = torch.empty(entry.shape, dtype=entry.torch_dtype)
+        bits = _bits(tensor)
+        for piece in self.pieces(name, old):
+            bits[piece.begin : piece.begin + piece.bits.size] = piece.bits
+        return tensor
+
+    def pieces(self, name: str, old: torch.Tensor | None) -> Iterator["Piece"]:
+        """Yield the new tensor of that name in pieces, in order. Blocks. The arguments and errors are those of `apply`.
+
+        Allocates a chunk. Whether the pieces are right is known only after the last one.
         """
         entry = self.tensors[name]
         if entry.base is None:
@@ -232,28 +244,43 @@ class Delta:
         elif old is None or old.dtype != entry.torch_dtype or tuple(old.shape) != entry.shape:
             given = "none" if old is None else f"{old.dtype} {list(old.shape)}"
             raise DataError(f"{self._path} changes {name} of {entry.dtype} {list(entry.shape)}, but was given {given}")
-        tensor = torch.empty(entry.shape, dtype=entry.torch_dtype)
-        new_bits, old_bits = _bits(tensor), None if old is None else _bits(old)
-        base, result = Checksum(), Checksum()
-        payload = self._file.get_slice(name) if entry.payload_nbytes else ()
-        offset = 0
+        old_bits = None if old is None else _bits(old)
+        payload = memoryview(self._file.get_tensor(name) if entry.payload_nbytes else b"")
+        space = np.empty(min(CHUNK, entry.elements), f"u{entry.torch_dtype.itemsize}")
+        result, offset = Checksum(), 0
         try:
             for chunk, (begin, end) in zip(entry.chunks, _spans(entry.elements), strict=True):
                 ends = list(itertools.accumulate((*chunk.gaps, *chunk.bits), initial=offset))
-                frames = [bytes(payload[start:stop]) for start, stop in itertools.pairwise(ends)]
+                frames = [payload[start:stop] for start, stop in itertools.pairwise(ends)]
                 offset = ends[-1]
-                new_part, old_part = new_bits[begin:end], None if old_bits is None else old_bits[begin:end]
-                _decode(chunk, frames, old_part, new_part)
-                result.update(new_part.data)
-                if old_part is not None:
-                    base.update(old_part.data)
+                piece = _decode(
+                    chunk, frames, begin, None if old_bits is None else old_bits[begin:end], space[: end - begin]
+                )
+                result.update(piece.bits.data)
+                yield piece
         except (zstandard.ZstdError, ValueError) as error:
             raise DataError(f"{self._path} is damaged at {name}: {error}") from error
-        if entry.base is not None and base.hexdigest() != entry.base:
+        if result.hexdigest() == entry.checksum:  # so the old tensor was the right one too
+            return
+        if old is not None and tensor_checksum(old.contiguous()) != entry.base:
             raise DataError(f"{self._path} changes version {self.base_version}, but was given another {name}")
-        if result.hexdigest() != entry.checksum:
-            raise DataError(f"{self._path} is damaged: its {name} is not that of version {self.version}")
-        return tensor
+        raise DataError(f"{self._path} is damaged: its {name} is not that of version {self.version}")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements of a new tensor, from element `begin` on.
+
+    bits: the elements as unsigned integers. They change when the next piece is taken.
+    changed: the positions in `bits` of the elements that have changed, [changed] int64, ascending; None if they are not
+        known.
+    values: these elements, [changed].
+    """
+
+    begin: int
+    bits: Bits
+    changed: npt.NDArray[np.int64] | None
+    values: Bits
 
 
 def _encode_tensor(old: torch.Tensor | None, new: torch.Tensor, payloads: IO[bytes]) -> TensorDelta:
@@ -307,18 +334,25 @@ def _whole(new: Bits, changed: int, compressor: zstandard.ZstdCompressor) -> Enc
     return Chunk(form="whole", changed=changed, bits=tuple(map(len, planes))), planes
 
 
-def _decode(chunk: Chunk, frames: list[bytes], old: Bits | None, new: Bits) -> None:
-    """Write the new elements to `new`. Raises ValueError or ZstdError if the frames are not the chunk's."""
+def _decode(chunk: Chunk, frames: Sequence[memoryview], begin: int, old: Bits | None, new: Bits) -> Piece:
+    """Return a chunk's new elements, in `new` or, if none has changed, in `old`. Raises ValueError or ZstdError if the
+    frames are not the chunk's."""
     if chunk.form == "whole" or old is None:
         new[:] = _joined(frames, new.size, new.dtype)
-        return
+        return Piece(begin, new, None, new[:0])
+    if not chunk.changed:
+        return Piece(begin, old, np.empty(0, np.int64), old[:0])
     gaps = _joined(frames[: len(chunk.gaps)], chunk.changed, np.dtype(np.uint32))
-    folded = _joined(frames[len(chunk.gaps) :], chunk.changed, new.dtype)
-    positions = np.cumsum(gaps, dtype=np.int64) + np.arange(chunk.changed)
-    if chunk.changed and positions[-1] >= new.size:
+    folded = _joined(frames[len(chunk.gaps) :], chunk.changed, old.dtype)
+    positions = np.cumsum(gaps, dtype=np.int64)
+    positions += np.arange(chunk.changed)
+    if positions[-1] >= old.size:
         raise ValueError("a position is outside of the tensor")
     new[:] = old
-    new[positions] += (folded >> 1) ^ -(folded & 1)
+    values = new[positions]
+    values += (folded >> 1) ^ -(folded & 1)
+    new[positions] = values
+    return Piece(begin, new, positions, values)
 
 
 def _planes(values: Bits, compressor: zstandard.ZstdCompressor) -> list[bytes]:
@@ -329,7 +363,7 @@ def _planes(values: Bits, compressor: zstandard.ZstdCompressor) -> list[bytes]:
     return [compressor.compress(np.ascontiguousarray(by_byte[:, number]).data) for number in range(used)]
 
 
-def _joined(frames: list[bytes], count: int, dtype: np.dtype[np.unsignedinteger]) -> Bits:
+def _joined(frames: Sequence[memoryview], count: int, dtype: np.dtype[np.unsignedinteger]) -> Bits:
     """Return the values that `_planes` split. A frame is decompressed only if it declares a size of `count` bytes."""
     by_byte = np.zeros((count, dtype.itemsize), np.uint8)
     for number, frame in enumerate(frames):
@@ -359,13 +393,8 @@ def _spans(elements: int) -> Iterator[tuple[int, int]]:
 def _header(manifest: Manifest) -> bytes:
     """Return the header of a safetensors file with the manifest's payloads, in their order."""
     text = manifest.model_dump_json(exclude_defaults=True)
-    header: dict[str, object] = {
-        "__metadata__": {"manifest": text, "checksum": checksum(memoryview(text.encode()))},
-    }
     sizes = {name: tensor.payload_nbytes for name, tensor in manifest.tensors.items() if tensor.payload_nbytes}
-    ends = itertools.accumulate(sizes.values())
-    for (name, size), end in zip(sizes.items(), ends, strict=True):
-        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end - size, end]}
-    written = orjson.dumps(header)
-    written += b" " * (-len(written) % HEADER_LENGTH_BYTES)
-    return len(written).to_bytes(HEADER_LENGTH_BYTES, "little") + written
+    return file_header(
+        {name: ("U8", [size], size) for name, size in sizes.items()},
+        {"manifest": text, "checksum": checksum(memoryview(text.encode()))},
+    )

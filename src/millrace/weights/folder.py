@@ -112,9 +112,7 @@ def write_folder(place: Path, buckets: "Iterator[NamedTensors]", model_path: Pat
             raise PublishError("the trainer gave no tensors")
         index = {"metadata": {"total_size": nbytes}, "weight_map": files}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index))
-        for path in model_path.iterdir():
-            if path.is_file() and not path.name.endswith(WEIGHTS):
-                shutil.copyfile(path, partial / path.name)
+        copy_other_files(model_path, partial)
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
     except (OSError, SafetensorError) as error:
@@ -122,3 +120,10 @@ def write_folder(place: Path, buckets: "Iterator[NamedTensors]", model_path: Pat
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return WrittenFolder(place, checksums, nbytes)
+
+
+def copy_other_files(model_path: Path, place: Path) -> None:
+    """Copy the files of a model's folder that have no weights, such as config and tokenizer. Raises OSError."""
+    for path in model_path.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHTS):
+            shutil.copyfile(path, place / path.name)

@@ -10,6 +10,7 @@ from pathlib import Path
 import orjson
 
 from millrace.errors import DataError, PublishError
+from millrace.weights.building import build
 from millrace.weights.chain import (
     CHECKSUMS,
     PREFIX,
@@ -17,14 +18,13 @@ from millrace.weights.chain import (
     Source,
     digest_of,
     folder_name,
+    opened_version,
     read_checksums,
-    read_version,
     way_to,
 )
-from millrace.weights.folder import folder_checksums, write_folder
-from millrace.weights.plan import buckets
+from millrace.weights.folder import folder_checksums
 
-FILE_BYTES = 64 * 2**20  # of each safetensors file; up to four files are in memory while one is written
+FILE_BYTES = 64 * 2**20  # of each safetensors file
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class CheckpointMirror:
             raise DataError(f"{self._folder} is in use by another sidecar; give this one its own folder") from error
         self._digests: dict[int, str] = {}  # of the versions in the folder; the last one brought comes last
         self._verified: set[int] = set()  # the versions that this process has compared with their checksums
+        self._changes: dict[int, str] = {}  # the digest of the base of each version that has a file of its changes
         self._scan()
 
     def bring(self, version: int) -> tuple[Path, str]:
@@ -83,6 +84,14 @@ class CheckpointMirror:
             while version not in self._digests:
                 self._build(entries, wanted)
             return self._path(version), wanted.digest
+
+    def changes(self, version: int) -> tuple[Path, str] | None:
+        """Return a file of what has changed in a version that was brought (`building.ChangesFile`), and the digest of
+        the version that the changes are from. None if there is no such file. It stays as long as the version's
+        folder."""
+        with self._serial:
+            base = self._changes.get(version)
+            return None if base is None else (self._changes_path(version), base)
 
     def close(self) -> None:
         """Release the folder. The versions stay in it."""
@@ -120,20 +129,22 @@ class CheckpointMirror:
         """Write a new folder beside the old one, tensor by tensor."""
         place, entry = self._clear_place(), deltas[-1]
         files = [(delta, self._folder / f".{delta.name}") for delta in deltas]
+        changes = self._changes_path(entry.version)
         try:
             for delta, path in files:
                 self._source.fetch(delta, path)
-            tensors = read_version(self._path(start.version), start, files)
-            written = write_folder(place, buckets(tensors, FILE_BYTES), self._path(start.version))
-            if digest_of(written.checksums) != entry.digest:
-                raise DataError(f"version {entry.version} was damaged while it was written to {self._folder}")
-            (place / CHECKSUMS).write_bytes(orjson.dumps(dict(written.checksums)))
+            whole, opened = opened_version(self._path(start.version), start, files)
+            build(place, whole, opened, FILE_BYTES, changes)
+            checksums = {name: tensor.checksum for name, tensor in opened[-1].tensors.items()}
+            (place / CHECKSUMS).write_bytes(orjson.dumps(checksums))
             self._add(place, entry)
+            if len(deltas) == 1:
+                self._changes[entry.version] = start.digest
         except OSError as error:
             raise self._failed(entry, error) from error
         finally:
             shutil.rmtree(place, ignore_errors=True)
-            for _, path in files:
+            for path in (*(path for _, path in files), *([] if entry.version in self._changes else [changes])):
                 path.unlink(missing_ok=True)
 
     def _failed(self, entry: Entry, error: OSError) -> PublishError:
@@ -174,6 +185,8 @@ class CheckpointMirror:
     def _remove(self, version: int) -> None:
         del self._digests[version]
         self._verified.discard(version)
+        self._changes.pop(version, None)
+        self._changes_path(version).unlink(missing_ok=True)
         shutil.rmtree(self._path(version), ignore_errors=True)
 
     def _scan(self) -> None:
@@ -192,9 +205,11 @@ class CheckpointMirror:
 
     def _clear_place(self) -> Path:
         """Return an empty place to build a version in."""
-        for name in (".making", "..making.partial"):
-            shutil.rmtree(self._folder / name, ignore_errors=True)
+        shutil.rmtree(self._folder / ".making", ignore_errors=True)
         return self._folder / ".making"
 
     def _path(self, version: int) -> Path:
         return self._folder / folder_name(version)
+
+    def _changes_path(self, version: int) -> Path:
+        return self._folder / f".{folder_name(version)}.changes"
