@@ -58,7 +58,7 @@ def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise DataError(f"{folder} has no *.safetensors file; give a model's folder in Hugging Face's format")
-    return {name: tensor for path in files for name, tensor in _read(path).items()}
+    return {name: tensor for path in files for name, tensor in file_tensors(path).items()}
 
 
 def _indexed(folder: Path) -> Mapping[str, StoredTensor]:
@@ -74,14 +74,15 @@ def _indexed(folder: Path) -> Mapping[str, StoredTensor]:
     for file, names in wanted.items():
         if not file.is_file():
             raise DataError(f"{file} is missing, but {path.name} lists it")
-        held = _read(file)
+        held = file_tensors(file)
         if lacking := [name for name in names if name not in held]:
             raise DataError(f"{file} has no tensor {lacking[0]}, which {path.name} places there")
         tensors |= {name: held[name] for name in names}
     return tensors
 
 
-def _read(path: Path) -> dict[str, StoredTensor]:
+def file_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a safetensors file, by name. Raises DataError if it is damaged."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

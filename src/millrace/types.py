@@ -443,10 +443,28 @@ class ProcessGroupBucket:
 
 
 @dataclass(frozen=True, slots=True)
-class DiskBucket:
-    """A folder of safetensors files on a path that the engine's host can read."""
+class Changes:
+    """A file on the engine's host with what has changed in a version (`weights.building.ChangesFile`).
+
+    base: the digest of the version that it has changed from.
+    """
 
     path: str
+    base: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiskBucket:
+    """A folder of safetensors files on a path that the engine's host can read.
+
+    digest: identifies the folder's weights; empty if it is not known. changes: an engine that holds their base needs
+    to read only what has changed. answers: where its ranks can answer, if they are not on this process's host.
+    """
+
+    path: str
+    digest: str = ""
+    changes: Changes | None = None
+    answers: RankAnswers | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from millrace.weights.transports.sidecars import assign
 Tensors = list[tuple[str, torch.Tensor]]
 HOSTS = ("127.0.0.1", "127.0.0.2")
 PROMPT = (5, 17, 300)
+BRING = {"session": "one", "version": 7, "ranks": 0}
 
 
 @pytest.fixture(scope="module")
@@ -245,14 +246,14 @@ async def test_the_command(tensors: Tensors, tiny_model: Path, tmp_path: Path, s
         async with session.get(f"{url}/health") as response:
             assert response.status == 200
         for key in (None, "wrong"):
-            assert (await ask({"version": 7}, key))[0] == 401
+            assert (await ask(BRING, key))[0] == 401
         bodies: list[object] = [{}, {"version": "7"}, {"version": -1}, {"version": 7, "folder": "/"}, []]
         for body in bodies:
             assert (await ask(body))[0] == 400
-        status, text = await ask({"version": 8})
+        status, text = await ask({**BRING, "version": 8})
         assert status == 500
         assert "has no version 8; it has (7,)" in text
-        answers = await asyncio.gather(*(ask({"version": 7}) for _ in range(3)))
+        answers = await asyncio.gather(*(ask(BRING) for _ in range(3)))
         assert len(set(answers)) == 1
         assert str(tmp_path / "replica" / "version-00000007") in answers[0][1]
         assert stored_tensors(tmp_path / "replica" / "version-00000007")
@@ -261,7 +262,7 @@ async def test_the_command(tensors: Tensors, tiny_model: Path, tmp_path: Path, s
         pipe = tmp_path / "versions" / "index.json"
         pipe.unlink()
         os.mkfifo(pipe)
-        hanging = asyncio.create_task(ask({"version": 8}))
+        hanging = asyncio.create_task(ask({**BRING, "version": 8}))
         async with session.get(f"{url}/health") as response:
             assert response.status == 200
         running.process.send_signal(signal.SIGTERM)

@@ -7,26 +7,30 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import torch
 
 from millrace.config.engines import SGLangEngineConfig
 from millrace.config.models import TinyModelConfig
 from millrace.engines.base import Engine
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start
-from millrace.errors import PublishError
+from millrace.errors import EngineError, PublishError
+from millrace.model_folder import file_tensors
 from millrace.train.tiny import make_tiny_model
-from millrace.types import Capability
+from millrace.types import Capability, DiskBucket
 from millrace.weights.publisher import Publish
 from millrace.weights.report import PublishReport
 from millrace.weights.sidecar.server import SIDECAR_KEY
 from millrace.weights.source import source_of
+from millrace.weights.store import VersionStore
 from millrace.weights.transports.base import PublishTarget, Transport, TransportContext
+from millrace.weights.transports.delta import DeltaTransport
 from millrace.weights.transports.registry import create
 from tests.conformance.run_checks import START_TIMEOUT
 from tests.weights.corruption import CorruptingTransport, Corruption
@@ -47,10 +51,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(
-    sglang_python: Callable[[str], Path], folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Engine]:
+async def engine(sglang_python: Callable[[str], Path], folder: Path, logs: Path) -> AsyncIterator[Engine]:
     config = SGLangEngineConfig(
         kind="sglang",
         device="cpu",
@@ -60,7 +67,7 @@ async def engine(
         threads=1,
         start_timeout=START_TIMEOUT,
     )
-    started = await start(config, LaunchSpec(model_path=folder, log_dir=tmp_path_factory.mktemp("logs")))
+    started = await start(config, LaunchSpec(model_path=folder, log_dir=logs))
     yield started.engine
     await started.end()
 
@@ -110,3 +117,89 @@ async def test_buckets_over_ucx_are_loaded_and_checked_by_the_loader(
         await publish(engine, own, 3, transport)
         assert await made(engine) == tokens
         await transport.close()
+
+
+def stepped(tensors: list[NamedTensor], version: int) -> list[NamedTensor]:
+    """As after a step: a few elements of most tensors have changed, most of one tensor has, and one is as it was."""
+    noise = torch.Generator().manual_seed(version)
+    new = []
+    for number, (name, tensor) in enumerate(tensors):
+        flat = tensor.clone().reshape(-1)
+        every = {0: 2, 1: flat.numel() + 1}.get((number + version) % 4, 64)
+        flat[version % 64 :: every] += 0.3 * torch.randn(flat[version % 64 :: every].shape, generator=noise)
+        new.append((name, flat.reshape(tensor.shape)))
+    return new
+
+
+class WatchedTransport(DeltaTransport):
+    """Counts the versions that come as changes, and calls `on_delivery` with the file of the next one's changes."""
+
+    on_delivery: Callable[[Path], None] | None = None
+    changed = 0
+
+    async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
+        unreached = await super().deliver(targets, deadline=deadline)
+        changes = [b.changes for target in targets if (b := self._bucket_for(target)).changes is not None]
+        if changes and changes[0] is not None and self.on_delivery is not None:
+            self.on_delivery(Path(changes[0].path))
+            self.on_delivery = None
+        return unreached
+
+
+def negated(path: Path) -> None:
+    """Changes the sign of all values in a file of changes."""
+    values = [one for name, one in file_tensors(path).items() if name.startswith("to/")]
+    content = bytearray(path.read_bytes())
+    for one in values:
+        for index in range(one.begin + 3, one.end, 4):
+            content[index] ^= 0x80
+    path.write_bytes(content)
+
+
+def reads_from_disk(log: Path) -> int:
+    return log.read_text().count("POST /update_weights_from_disk")
+
+
+async def test_a_delta_changes_only_what_has_changed(engine: Engine, folder: Path, logs: Path, tmp_path: Path) -> None:
+    log = logs / "sglang-0.log"
+    version = (await engine.info()).weight_version or 0
+    tensors = louder(list(read_folder(folder).items()))
+    store = VersionStore(str(tmp_path / "versions"), folder, keep=2, anchor_every=100)
+    with sidecar("--store", str(tmp_path / "versions"), "--folder", str(tmp_path / "replica")) as url:
+        transport = WatchedTransport(store, {engine.name: url}, key=KEY)
+
+        async def step() -> Mapping[str, str]:
+            """Publishes a version, and returns the engine's checksums."""
+            nonlocal version, tensors
+            version, tensors = version + 1, stepped(tensors, version + 1)
+            await publish(engine, tensors, version, transport)
+            store.secure(version)
+            return await engine.checksums()
+
+        before = reads_from_disk(log)
+        await step()
+        assert reads_from_disk(log) == before + 1
+        checksums = [await step() for _ in range(3)]
+        assert reads_from_disk(log) == before + 1
+        assert len({tuple(one.items()) for one in checksums}) == 3
+
+        await engine.sleep()
+        await engine.wake()
+        await step()
+        assert reads_from_disk(log) == before + 2
+        by_changes = await step()
+        assert reads_from_disk(log) == before + 2
+        version += 1
+        await engine.begin_update(version)
+        await engine.load(DiskBucket(str(tmp_path / "replica" / f"version-{version - 1:08d}")), deadline=60.0)
+        await engine.commit()
+        assert await engine.checksums() == by_changes
+
+        transport.on_delivery = negated
+        await step()  # whole, because the server has read the folder by itself
+        with pytest.raises(PublishError, match="tensors are not what was sent"):
+            await step()
+        assert transport.on_delivery is None
+        await step()
+        await transport.close()
+    store.close()

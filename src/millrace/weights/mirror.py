@@ -85,13 +85,12 @@ class CheckpointMirror:
                 self._build(entries, wanted)
             return self._path(version), wanted.digest
 
-    def changes(self, version: int) -> tuple[Path, str] | None:
-        """Return a file of what has changed in a version that was brought (`building.ChangesFile`), and the digest of
-        the version that the changes are from. None if there is no such file. It stays as long as the version's
-        folder."""
-        with self._serial:
-            base = self._changes.get(version)
-            return None if base is None else (self._changes_path(version), base)
+    def changes(self, version: int) -> tuple[str, str]:
+        """Return the path of a file of what has changed in a version that was brought (`building.ChangesFile`), and the
+        digest of the version that it has changed from; two empty texts if there is no such file. It stays as long as
+        the version's folder."""
+        base = self._changes.get(version)
+        return ("", "") if base is None else (str(self._changes_path(version)), base)
 
     def close(self) -> None:
         """Release the folder. The versions stay in it."""

@@ -1,6 +1,7 @@
 """The adapter for stock SGLang."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -53,6 +54,8 @@ from millrace.types import (
 )
 
 PAUSE_DEADLINE = 60.0  # seconds; it waits for the requests of other clients to end
+logger = logging.getLogger(__name__)
+
 WITHOUT_FLUSH = {"flush_cache": False, "abort_all_requests": False}  # the adapter did both before
 
 
@@ -71,6 +74,7 @@ class SGLangEngine(StockEngine[Facts]):
     _by_loader: LoaderUpdate | None = None  # what the server's weight loader has done in the open update
     _files: AnswerFiles | None = None  # of the weight loader, if it has got buckets in memory
     _groups: Mapping[str, AnswerStore] = {}  # of the weight loader, by the name of the group
+    _loads_changes: bool | None = None  # whether the weight loader can write what has changed; None: not known yet
     _needs: tuple[object, NeededParts] | None = None  # the tensors that it was asked about, and the parts it needs
 
     async def initialize(self, version: int | None = None) -> None:
@@ -211,8 +215,8 @@ class SGLangEngine(StockEngine[Facts]):
                 body = {"serialized_named_tensors": shares, "load_format": "flattened_bucket"}
             case ProcessGroupBucket():
                 path, body = "/update_weights_from_distributed", distributed_body(bucket)
-            case DiskBucket(path=folder):
-                path, body = "/update_weights_from_disk", {"model_path": folder}
+            case DiskBucket():
+                return partial(self._load_folder, bucket, self._holds, facts)
             case SharedMemoryBucket():
                 raise InvalidStateError("it can't open a memory file; send the tensors by torch storage")
 
@@ -221,7 +225,7 @@ class SGLangEngine(StockEngine[Facts]):
 
         return send
 
-    def _can_answer(self, bucket: CudaIpcBucket | TorchStorageBucket, facts: Facts) -> bool:
+    def _can_answer(self, bucket: CudaIpcBucket | TorchStorageBucket | DiskBucket, facts: Facts) -> bool:
         """Return whether the server has the weight loader, and there are files on its host for the loader's answers."""
         here = is_loopback(str(urlsplit(self.url).hostname))
         return Capability.SAMPLED_CHECKSUMS in facts.info.capabilities and (bucket.answers is not None or here)
@@ -240,6 +244,30 @@ class SGLangEngine(StockEngine[Facts]):
             return await answers.read(max(deadline, 0.001))
         except EngineError as error:
             raise EngineFailed(self.name, f"the answers of its weight loader can't be read: {error}") from error
+
+    async def _load_folder(self, bucket: DiskBucket, holds: str, facts: Facts, deadline: float) -> None:
+        """Have the server read a folder, or its weight loader write only what has changed, if it holds the version
+        before. The loader then compares the parameters with the folder."""
+        ends = time.monotonic() + deadline
+        changes = bucket.changes if self._loads_changes else None
+        if changes is not None and changes.base != holds:
+            changes = None
+        if changes is None:
+            body = {"model_path": bucket.path, **WITHOUT_FLUSH}
+            await self._control("/update_weights_from_disk", body, deadline=deadline)
+        if not bucket.digest or self._loads_changes is False or not self._can_answer(bucket, facts):
+            return
+        update, answers = LoaderUpdate(self.name), bucket.answers or self._answer_files(facts.info.ranks).answers()
+        places = in_files(answers)
+        orders = update.orders_of_folder(bucket.path, changes.path if changes is not None else None, places)
+        await self._order(order_payloads(orders), ends - time.monotonic())
+        texts = await self._read(answers, ends - time.monotonic())
+        if changes is None and (why := update.why_no_folder(texts)) is not None:
+            logger.warning("engine %s reads each version whole, because %s", self.name, why)
+            self._loads_changes = False
+            return
+        update.take_parts(texts)
+        self._by_loader, self._loads_changes = update, True
 
     async def _load_parts(self, bucket: PartsBucket, deadline: float) -> None:
         """Have the server's weight loader load a bucket of parts in each rank, and read its answers."""

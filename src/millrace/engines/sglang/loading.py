@@ -90,6 +90,12 @@ class LoaderUpdate:
         rows = ([[part.name, part.dtype, part.box, part.offset] for part in of_rank] for of_rank in parts)
         return self._orders([orjson.dumps({"parts": of_rank}).decode() for of_rank in rows], places)
 
+    def orders_of_folder(self, folder: str, changes: str | None, places: Sequence[Mapping[str, object]]) -> list[str]:
+        """Return the order for each rank to compare its parameters with the folder of a version. changes: the file from
+        which it writes what has changed before; None after the server has read the folder."""
+        text = orjson.dumps({"folder": folder} if changes is None else {"folder": folder, "changes": changes}).decode()
+        return self._orders([text] * len(places), places)
+
     def _orders(self, layouts: Sequence[str], places: Sequence[Mapping[str, object]]) -> list[str]:
         return [
             orjson.dumps({"update": self.name, "layout": layout, **place}).decode()
@@ -112,12 +118,21 @@ class LoaderUpdate:
             self.samples[spec.name] = samples_of[0]
 
     def take_parts(self, answers: Sequence[bytes]) -> None:
-        """Take the answers of all ranks to an order for parts. Raises as `take` does."""
+        """Take the answers of all ranks to an order for parts or for a folder. Raises as `take` does."""
         self.missing = ""
         for rank, text in enumerate(answers):
             for name, value in self._answer(rank, text)["samples"].items():
                 if self.samples.setdefault(name, value) != value:
                     raise EngineFailed(self.engine, f"its ranks received different values of {name}")
+
+    def why_no_folder(self, answers: Sequence[bytes]) -> str | None:
+        """Return why a rank can't compare its parameters with a folder; None if all ranks can."""
+        for rank, text in enumerate(answers):
+            if not text:
+                return f"its rank {rank} can't write to the files for the answers of its weight loader"
+            if why := orjson.loads(text).get("unplanned"):
+                return f"{why}"
+        return None
 
     def needs(self, answers: Sequence[bytes]) -> NeededParts:
         """Return what all ranks have answered to `questions`.

@@ -27,6 +27,7 @@ from millrace.types import (
     ALL_MEMORY,
     Bucket,
     Capability,
+    DiskBucket,
     GenerateRequest,
     Generation,
     Health,
@@ -62,6 +63,8 @@ class StockEngine(StockServer[AnyFacts]):
         self._dangling = False  # whether the server may have an update open that this adapter does not know of
         self._sent: set[str] = set()  # the tensors of the open update that were sent
         self._loaded: set[str] = set()  # those of them that the server confirmed
+        self._holds = ""  # the digest of the served version, if it came as a folder and is whole
+        self._arrived = ""  # that of the folder that the open update has loaded
 
     async def _attach(self) -> None:
         """Prepare for a server that another process started, and whose last trainer may have died in an update."""
@@ -136,6 +139,7 @@ class StockEngine(StockServer[AnyFacts]):
             if Capability.SLEEP not in (await self._facts()).info.capabilities:
                 raise EngineRefused(self.name, self._why_no_sleep())
             await self._calls.enter(after)
+            self._holds = self._holds if MemoryTag.WEIGHTS not in what else ""
             if not before.asleep:
                 try:
                     await self._drain()
@@ -178,6 +182,7 @@ class StockEngine(StockServer[AnyFacts]):
                 raise
             self._sent.clear()
             self._loaded.clear()
+            self._arrived = ""
 
     async def load(self, bucket: Bucket, *, deadline: float) -> None:
         async with self._control_call():
@@ -192,7 +197,9 @@ class StockEngine(StockServer[AnyFacts]):
             send = self._loader(bucket, facts)
             self._sent |= names
             await self._calls.enter(after)  # before the call: even if it fails, the weights may have changed
+            self._holds = ""
             await send(deadline)
+            self._arrived = bucket.digest if isinstance(bucket, DiskBucket) and names == self._sent else ""
             self._loaded |= names
 
     async def commit(self) -> None:
@@ -202,7 +209,7 @@ class StockEngine(StockServer[AnyFacts]):
             check_whole(self._loaded, (await self._facts()).model.shapes)
             await self._require_only_owner()
             await self._commit(version)
-            self._left_at = version
+            self._holds, self._left_at = self._arrived, version
             self._loras.detach_all()
             self._calls.rewrite(self._loras.served)
             await self._enter(after)

@@ -1,5 +1,5 @@
-"""The sidecar job that brings versions from a store. Stock engines can't apply a delta; they read the whole version
-from the folder that the sidecar returns."""
+"""The sidecar job that brings versions from a store. Engines read the whole version from the folder that the sidecar
+returns, or only what has changed."""
 
 import asyncio
 import logging
@@ -7,22 +7,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from millrace.errors import MillraceError
-from millrace.http.replies import reply
 from millrace.weights.mirror import CheckpointMirror
+from millrace.weights.sidecar.answers import Answering
+from millrace.weights.sidecar.messages import BringBody, BroughtVersion
 from millrace.weights.sidecar.server import Job, body_of
 
 logger = logging.getLogger(__name__)
-
-
-class BringBody(BaseModel):
-    """The body of `POST /bring`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    version: NonNegativeInt
 
 
 class Bringing(Job):
@@ -32,16 +24,21 @@ class Bringing(Job):
         self.does = f"brings versions from {store}"
         self._mirror = mirror
         self._thread = ThreadPoolExecutor(1, "sidecar")
+        self._answering = Answering()
 
     def routes(self) -> Sequence[web.RouteDef]:
-        return [web.post("/bring", self._bring)]
+        return [web.post("/bring", self._bring), *self._answering.routes()]
 
     async def _bring(self, http: web.Request) -> web.Response:
-        version = (await body_of(http, BringBody)).version
+        body = await body_of(http, BringBody)
+        version = body.version
         try:
             path, digest = await asyncio.get_running_loop().run_in_executor(self._thread, self._mirror.bring, version)
         except MillraceError as error:
             logger.error("version %d: %s", version, error)
             return web.Response(text=str(error), status=500)
         logger.info("version %d is in %s", version, path)
-        return reply({"path": str(path), "digest": digest})
+        answers = self._answering.paths(body.session, 0, body.ranks)
+        changes, base = self._mirror.changes(version)
+        found = BroughtVersion(path=str(path), digest=digest, changes=changes, base=base, answers=answers)
+        return web.Response(text=found.model_dump_json(), content_type="application/json")

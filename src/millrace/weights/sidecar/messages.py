@@ -64,6 +64,31 @@ class PullBody(Message):
     seconds: PositiveFloat
 
 
+class BringBody(Message):
+    """The body of `POST /bring`: bring a version from the store.
+
+    session: of the trainer, for the answers. ranks: the number of all ranks of all engines that will load it.
+    """
+
+    session: str
+    version: NonNegativeInt
+    ranks: NonNegativeInt
+
+
+class BroughtVersion(Message):
+    """The answer to BringBody.
+
+    path: the version's folder. digest: that of its checksums. changes, base: a file of what has changed since the
+    version with the digest `base`; empty if there is none. answers: for each rank, a file that it can answer to.
+    """
+
+    path: str
+    digest: str
+    changes: str = ""
+    base: str = ""
+    answers: tuple[str, ...] = ()
+
+
 class AnswersBody(Message):
     """The body of `POST /answers`: what have the ranks of an engine written about the bucket in a slot?
 

@@ -5,6 +5,8 @@ whole version from it, and its engines read that from their own disk.
 """
 
 import asyncio
+import itertools
+import secrets
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +15,11 @@ from typing import Any, Self, TypeVar
 
 from millrace.errors import DataError, EngineError, EngineFailed, EngineTimeout, PublishError
 from millrace.http.client import HttpClient
-from millrace.types import Capability, DiskBucket
+from millrace.types import Capability, Changes, DiskBucket, RankAnswers
 from millrace.weights.chain import digest_of
 from millrace.weights.mirror import CheckpointMirror
+from millrace.weights.sidecar.asking import ask
+from millrace.weights.sidecar.messages import Answers, AnswersBody, BringBody, BroughtVersion
 from millrace.weights.store import VersionStore
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport, TransportContext
 from millrace.weights.transports.sidecars import reason_of
@@ -29,8 +33,12 @@ class Sidecar(ABC):
     name: str
 
     @abstractmethod
-    async def bring(self, version: int, *, deadline: float) -> tuple[str, str]:
-        """Bring the version to the host, and return its folder there and its digest. Raises EngineError."""
+    async def bring(self, version: int, ranks: int, *, deadline: float) -> BroughtVersion:
+        """Bring the version to the host for engines with this number of ranks in all. Raises EngineError."""
+
+    @abstractmethod
+    async def answers(self, start: int, ranks: int, *, deadline: float) -> Sequence[bytes]:
+        """Return what the ranks of an engine have answered, of which the first has this number. Raises EngineError."""
 
     @abstractmethod
     async def close(self) -> None: ...
@@ -42,14 +50,15 @@ class RemoteSidecar(Sidecar):
     def __init__(self, url: str, key: str | None) -> None:
         self.name = f"sidecar {url}"
         self._http = HttpClient(self.name, url, api_key=key)
+        self._session = secrets.token_hex(8)
 
-    async def bring(self, version: int, *, deadline: float) -> tuple[str, str]:
-        body = {"version": version}
-        match await self._http.control("POST", "/bring", body, deadline=deadline, repeatable=True):
-            case {"path": str(path), "digest": str(digest)}:
-                return path, digest
-            case answer:
-                raise EngineFailed(self.name, f"unexpected answer {answer!r}")
+    async def bring(self, version: int, ranks: int, *, deadline: float) -> BroughtVersion:
+        body = BringBody(session=self._session, version=version, ranks=ranks)
+        return await ask(self._http, "/bring", body, BroughtVersion, deadline, repeatable=True)
+
+    async def answers(self, start: int, ranks: int, *, deadline: float) -> Sequence[bytes]:
+        body = AnswersBody(session=self._session, slot=0, start=start, ranks=ranks)
+        return (await ask(self._http, "/answers", body, Answers, deadline)).texts
 
     async def close(self) -> None:
         await self._http.close()
@@ -65,7 +74,7 @@ class LocalSidecar(Sidecar):
         self._mirror = CheckpointMirror(store_url, Path(self._folder.name))
         self._bringing = _Thread()
 
-    async def bring(self, version: int, *, deadline: float) -> tuple[str, str]:
+    async def bring(self, version: int, ranks: int, *, deadline: float) -> BroughtVersion:  # noqa: ARG002
         try:
             async with asyncio.timeout(deadline):
                 path, digest = await self._bringing.run(lambda: self._mirror.bring(version))
@@ -73,7 +82,11 @@ class LocalSidecar(Sidecar):
             raise EngineTimeout(self.name, f"it did not bring version {version} within {deadline:.1f} s") from None
         except (PublishError, DataError) as error:
             raise EngineFailed(self.name, str(error)) from error
-        return str(path), digest
+        changes, base = self._mirror.changes(version)
+        return BroughtVersion(path=str(path), digest=digest, changes=changes, base=base)
+
+    async def answers(self, start: int, ranks: int, *, deadline: float) -> Sequence[bytes]:
+        raise NotImplementedError("the engines answer to this process")
 
     async def close(self) -> None:
         await self._bringing.ended()
@@ -105,7 +118,8 @@ class DeltaTransport(Transport):
         self._sidecar_of = {engine: self._sidecars[url] for engine, url in sidecars.items()}
         self._securing = _Thread()
         self._version, self._digest = 0, ""
-        self._folders: dict[Sidecar, str] = {}
+        # By engine: its sidecar, what it has brought, and the number of the engine's first rank there.
+        self._brought: dict[str, tuple[Sidecar, BroughtVersion, int]] = {}
 
     async def open(
         self,
@@ -120,7 +134,7 @@ class DeltaTransport(Transport):
                 await self._securing.ended()
         except TimeoutError:
             raise PublishError(f"the store did not finish the version before {version}") from None
-        self._version, self._folders = version, {}
+        self._version, self._brought = version, {}
         return {}
 
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
@@ -143,20 +157,25 @@ class DeltaTransport(Transport):
             raise PublishError(f"the store did not take version {version} within {deadline:.1f} s") from None
         failed: dict[Sidecar, str] = {}
 
-        async def bring(sidecar: Sidecar) -> None:
+        async def bring(sidecar: Sidecar, here: Sequence[PublishTarget]) -> None:
             try:
                 left = ends - asyncio.get_running_loop().time()
-                folder, digest = await sidecar.bring(version, deadline=left)
+                ranks = [target.info.ranks for target in here]
+                found = await sidecar.bring(version, sum(ranks), deadline=left)
             except EngineError as error:
                 failed[sidecar] = reason_of(error)
                 return
-            if digest != self._digest:
+            if found.digest != self._digest:
                 failed[sidecar] = f"the version {version} in its store has other weights"
-            self._folders[sidecar] = folder
+            starts = itertools.accumulate(ranks, initial=0)
+            self._brought |= {t.engine.name: (sidecar, found, start) for t, start in zip(here, starts, strict=False)}
 
+        at: dict[Sidecar, list[PublishTarget]] = {}
+        for target in targets:
+            at.setdefault(self._sidecar_of[target.engine.name], []).append(target)
         async with asyncio.TaskGroup() as group:
-            for sidecar in {self._sidecar_of[target.engine.name] for target in targets}:
-                group.create_task(bring(sidecar))
+            for sidecar, here in at.items():
+                group.create_task(bring(sidecar, here))
         unreached: dict[str, EngineError] = {}
         for target in targets:
             name = target.engine.name
@@ -165,7 +184,15 @@ class DeltaTransport(Transport):
         return unreached
 
     def _bucket_for(self, target: PublishTarget) -> DiskBucket:
-        return DiskBucket(self._folders[self._sidecar_of[target.engine.name]])
+        sidecar, found, start = self._brought[target.engine.name]
+        ranks = target.info.ranks
+
+        async def read(deadline: float) -> Sequence[bytes]:
+            return await sidecar.answers(start, ranks, deadline=deadline)
+
+        changes = Changes(found.changes, found.base) if found.changes else None
+        answers = RankAnswers(found.answers[start : start + ranks], read) if found.answers else None
+        return DiskBucket(found.path, found.digest, changes, answers)
 
     async def close(self) -> None:
         """Close the clients. The versions stay in the store and on the hosts of the sidecars."""

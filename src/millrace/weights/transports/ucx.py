@@ -17,17 +17,16 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self, TypeVar
+from typing import Self
 
-import orjson
 import torch
-from pydantic import ValidationError
 
 from millrace.errors import EngineError, EngineFailed, EngineTimeout, PublishError
 from millrace.http.client import HttpClient
 from millrace.types import Bucket, Capability, CudaIpcBucket, RankAnswers, TensorSpec, TorchStorageBucket
 from millrace.weights.plan import padded
-from millrace.weights.sidecar.messages import FORMS, Answers, AnswersBody, Form, Message, PullBody, Pulled, Session
+from millrace.weights.sidecar.asking import ask
+from millrace.weights.sidecar.messages import FORMS, Answers, AnswersBody, Form, PullBody, Pulled, Session
 from millrace.weights.step import StepResult
 from millrace.weights.transports.base import (
     BucketTransport,
@@ -46,8 +45,6 @@ from millrace.weights.ucx import Endpoint, load
 READ_SHARE = 0.9  # of a call's deadline, so that a sidecar that gives up can still answer
 SHORT_DEADLINE = 5.0  # seconds, for calls that do no work
 
-M = TypeVar("M", bound=Message)
-
 
 class UcxSidecar:
     """A client of the `millrace sidecar` at `url`. Its errors name the sidecar."""
@@ -58,18 +55,11 @@ class UcxSidecar:
 
     async def pull(self, body: PullBody, *, deadline: float) -> Pulled:
         """Have the sidecar read a bucket, and return handles of the sidecar's copy. Raises EngineError if it fails."""
-        return await self._ask("/pull", body, Pulled, deadline)
+        return await ask(self._http, "/pull", body, Pulled, deadline)
 
     async def answers(self, body: AnswersBody, *, deadline: float) -> Sequence[bytes]:
         """Return what the ranks of an engine have written about a bucket. Raises EngineError if it can't be read."""
-        return (await self._ask("/answers", body, Answers, deadline)).texts
-
-    async def _ask(self, path: str, body: Message, answers: type[M], deadline: float) -> M:
-        answer = await self._http.control("POST", path, body.model_dump(mode="json"), deadline=deadline)
-        try:
-            return answers.model_validate_json(orjson.dumps(answer))
-        except ValidationError as error:
-            raise EngineFailed(self.name, f"unexpected answer {answer!r}") from error
+        return (await ask(self._http, "/answers", body, Answers, deadline)).texts
 
     async def holds(self, session: str) -> bool:
         """Return whether the sidecar still has the buckets of this session."""
