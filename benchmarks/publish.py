@@ -147,7 +147,7 @@ async def measure(transport: TransportName, replicas: int, repeats: int) -> None
         print(f"{nbytes / 1e9:.2f} GB to {replicas} engine(s) by {transport}")
         config = EmbeddedEngineConfig(kind="embedded", replicas=replicas, max_running_requests=2, cached_prefixes=0)
         async with AsyncExitStack() as stack:
-            sidecars = [stack.enter_context(sidecar("cpu"))] if transport == "ucx" else []
+            sidecars = [stack.enter_context(sidecar("--device", "cpu"))] if transport == "ucx" else []
             fleet = await stack.enter_async_context(
                 open_fleet(config, folder, log_dir=folder / "logs", transport=transport, sidecars=sidecars)
             )

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def sidecar(device: str) -> Iterator[str]:
-    """Starts a sidecar and yields its URL, for publish.transport ucx."""
-    command = [sys.executable, "-m", "millrace", "sidecar", "--device", device]
+def sidecar(*arguments: str) -> Iterator[str]:
+    """Starts a sidecar with these arguments and yields its URL."""
+    command = [sys.executable, "-m", "millrace", "sidecar", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

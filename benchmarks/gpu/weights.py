@@ -162,7 +162,7 @@ async def run(arguments: argparse.Namespace) -> None:
             info = await engine.info()
             tensors = random_tensors(folder, device)
             await measure_sleep(engine, arguments.repeats, device)  # sleep comes first, since it leaves no weights
-            with sidecar(config.device) if arguments.transport == "ucx" else nullcontext("") as url:
+            with sidecar("--device", config.device) if arguments.transport == "ucx" else nullcontext("") as url:
                 await measure_publish(PublishTarget(engine, info), tensors, arguments, device, {engine.name: url})
             request = GenerateRequest((5, 6, 7), SamplingParams(8, ignore_eos=True), request_id="after")
             generation = await engine.generate(request, deadline=60)

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -102,9 +102,11 @@ async def test_buckets_over_ucx_are_loaded_and_checked_by_the_loader(
     own, tokens = list(read_folder(folder).items()), await made(engine)
     capabilities = (await engine.info()).capabilities
     assert Capability.SAMPLED_CHECKSUMS in capabilities
-    with sidecar("--device", "cpu") as url:
+    async with AsyncExitStack() as stack:
+        url = stack.enter_context(sidecar("--device", "cpu"))
         context = TransportContext(capabilities=capabilities, sidecars={engine.name: url}, sidecar_key=KEY)
         transport = CorruptingTransport(create("ucx", context), tmp_path)
+        stack.push_async_callback(transport.close)
         await publish(engine, louder(own), 1, transport)
         assert await made(engine) != tokens
         await publish(engine, own, 2, transport)
@@ -116,7 +118,6 @@ async def test_buckets_over_ucx_are_loaded_and_checked_by_the_loader(
         assert transport.done
         await publish(engine, own, 3, transport)
         assert await made(engine) == tokens
-        await transport.close()
 
 
 def stepped(tensors: list[NamedTensor], version: int) -> list[NamedTensor]:
@@ -132,16 +133,15 @@ def stepped(tensors: list[NamedTensor], version: int) -> list[NamedTensor]:
 
 
 class WatchedTransport(DeltaTransport):
-    """Counts the versions that come as changes, and calls `on_delivery` with the file of the next one's changes."""
+    """Calls `on_delivery` once, with the file of the next version's changes, before an engine reads it."""
 
     on_delivery: Callable[[Path], None] | None = None
-    changed = 0
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
         unreached = await super().deliver(targets, deadline=deadline)
-        changes = [b.changes for target in targets if (b := self._bucket_for(target)).changes is not None]
-        if changes and changes[0] is not None and self.on_delivery is not None:
-            self.on_delivery(Path(changes[0].path))
+        changes = self._bucket_for(targets[0]).changes
+        if changes is not None and self.on_delivery is not None:
+            self.on_delivery(Path(changes.path))
             self.on_delivery = None
         return unreached
 
@@ -165,8 +165,10 @@ async def test_a_delta_changes_only_what_has_changed(engine: Engine, folder: Pat
     version = (await engine.info()).weight_version or 0
     tensors = louder(list(read_folder(folder).items()))
     store = VersionStore(str(tmp_path / "versions"), folder, keep=2, anchor_every=100)
-    with sidecar("--store", str(tmp_path / "versions"), "--folder", str(tmp_path / "replica")) as url:
+    async with AsyncExitStack() as stack:
+        url = stack.enter_context(sidecar("--store", str(tmp_path / "versions"), "--folder", str(tmp_path / "replica")))
         transport = WatchedTransport(store, {engine.name: url}, key=KEY)
+        stack.push_async_callback(transport.close)
 
         async def step() -> Mapping[str, str]:
             """Publishes a version, and returns the engine's checksums."""
@@ -195,11 +197,9 @@ async def test_a_delta_changes_only_what_has_changed(engine: Engine, folder: Pat
         await engine.commit()
         assert await engine.checksums() == by_changes
 
-        transport.on_delivery = negated
         await step()  # whole, because the server has read the folder by itself
+        transport.on_delivery = negated
         with pytest.raises(PublishError, match="tensors are not what was sent"):
             await step()
-        assert transport.on_delivery is None
         await step()
-        await transport.close()
     store.close()

@@ -24,9 +24,9 @@ class Answering:
         if session != self._session:
             self.close()
             self._session = session
-        if len(self._files.get(slot, ())) < ranks:
-            if slot in self._files:
-                self._files.pop(slot).close()
+        if slot in self._files and len(self._files[slot]) < ranks:
+            self._files.pop(slot).close()
+        if slot not in self._files:
             self._files[slot] = AnswerFiles(ranks)
         return self._files[slot].paths()[:ranks]
 
