@@ -1,22 +1,24 @@
-"""Measures how long a publish by delta pauses a real SGLang: if it reads each version's folder, and if its weight loader
-writes only what has changed.
+"""Measures how long a publish by delta pauses a real SGLang: if it reads each version's folder, and if its weight
+loader writes only what has changed.
 
     python -m benchmarks.delta_pause [--size 0.5b] [--share 0.02] [--repeats 5] [--folder /dev/shm]
         [--engine '{"device": "cpu"}']
 
-Trainer, sidecar and server are on one host. Each version differs from the one before in a share of the elements of every
-tensor, by one in their bits. The versions and the sidecar's folders are below --folder. The two ways take turns. After a
-folder was read, an unmeasured version lets the loader compare what the server holds.
+Trainer, sidecar and server are on one host. Each version differs from the one before in a share of the elements of
+every tensor, by one in their bits. The versions and the sidecar's folders are below --folder. The two ways take turns.
+After a folder was read, an unmeasured version lets the loader compare what the server holds.
 """
 
 import argparse
 import asyncio
+import json
 import statistics
 import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.gpu.engines import engine_config, served
 from benchmarks.gpu.models import random_tensors, write_config
@@ -48,13 +50,17 @@ def step(tensors: list[tuple[str, torch.Tensor]], share: float) -> None:
 
 
 async def run(arguments: argparse.Namespace) -> None:
-    config = engine_config(arguments.engine)
+    settings = json.loads(arguments.engine)
+    arguments_of_server = {"load_format": "auto", **settings.get("engine_args", {})}
+    config = engine_config(json.dumps({**settings, "engine_args": arguments_of_server}))
     async with AsyncExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder)))
         tempfile.tempdir = str(scratch)  # the store's own copies are there too
         folder = write_config(arguments.size, scratch / "model")
+        tensors = random_tensors(folder, torch.device("cpu"))
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         _, engine = await stack.enter_async_context(served(config, folder, scratch))
-        target, tensors = PublishTarget(engine, await engine.info()), random_tensors(folder, torch.device("cpu"))
+        target = PublishTarget(engine, await engine.info())
         store = VersionStore(str(scratch / "store"), folder, keep=2, anchor_every=1000)
         stack.callback(store.close)
         url = stack.enter_context(sidecar("--store", str(scratch / "store"), "--folder", str(scratch / "replica")))
