@@ -12,9 +12,13 @@ another share of it changes.
 A delta is written to a file and read from it on one thread, including the checksums of both sides. The floor of writing
 is to read both versions once and compare them. The floor of applying is to copy the old version into memory that was
 touched before. `apply` returns new memory, whose pages are faulted in.
+
+A sidecar applies the delta to a folder and writes the next version's folder, in CPU seconds of one thread. Its floor
+is to copy the old folder's files. All files are below TMPDIR.
 """
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
@@ -31,6 +35,9 @@ from millrace.config.models import LossConfig, OptimizerConfig
 from millrace.train.loss import group_advantages, policy_loss
 from millrace.train.optimizer import apply_gradients, global_grad_norm, make_optimizer
 from millrace.weights.delta import read_delta, write_delta
+from millrace.weights.mirror import CheckpointMirror
+from millrace.weights.plan import buckets
+from millrace.weights.store import VersionStore
 
 WARMUP_STEPS = 4
 SAMPLES, TOKENS = 8, 32  # samples of a group, tokens of a sample
@@ -96,6 +103,40 @@ def apply(path: Path, old: Weights) -> None:
         delta.apply(name, tensor)
 
 
+def bring(store: VersionStore, place: Path) -> tuple[float, float]:
+    """Has a new sidecar bring both versions, and copies the folder of the first one. Returns the CPU seconds of the
+    second version, and of the copy."""
+    mirror = CheckpointMirror(store.url, place / "replica")
+    first, _ = mirror.bring(1)
+    started = time.process_time()
+    mirror.bring(2)
+    brought = time.process_time()
+    shutil.copytree(first, place / "copy")
+    copied = time.process_time()
+    mirror.close()
+    shutil.rmtree(place)
+    return brought - started, copied - brought
+
+
+def measure_sidecar(old: Weights, new: Weights, repeats: int, place: Path) -> None:
+    (place / "model").mkdir(parents=True)
+    (place / "model" / "config.json").write_text("{}")
+    store = VersionStore(str(place / "store"), place / "model", keep=2, anchor_every=10)
+    for version, weights in ((1, old), (2, new)):
+        store.write(version, buckets(weights.items(), 2**28))
+        store.secure(version)
+    brought, copied = zip(*(bring(store, place / "sidecar") for _ in range(repeats)), strict=True)
+    store.close()
+    gigabytes = sum(tensor.nbytes for tensor in old.values()) / 1e9
+    spent, floor = statistics.median(brought), statistics.median(copied)
+    print(
+        f"  sidecar {spent:.3f} s of CPU ({gigabytes / spent:.2f} GB/s a core; least {min(brought):.3f} s), copy of "
+        f"files {floor:.3f} s ({gigabytes / floor:.2f}), ratio {spent / floor:.2f}",
+        flush=True,
+    )
+    shutil.rmtree(place)
+
+
 def in_turns(repeats: int, *works: Callable[[], object]) -> list[float]:
     """Runs the works in turns. Returns the median seconds of each."""
     seconds: list[list[float]] = [[] for _ in works]
@@ -151,7 +192,9 @@ def main() -> None:
         for lr in arguments.lr:
             old = cast(model)
             step(model, optimizer, lr, rng)
-            measure(old, cast(model), lr, arguments.repeats, Path(made) / "delta.safetensors")
+            new = cast(model)
+            measure(old, new, lr, arguments.repeats, Path(made) / "delta.safetensors")
+            measure_sidecar(old, new, arguments.repeats, Path(made) / "sidecar")
 
 
 if __name__ == "__main__":
