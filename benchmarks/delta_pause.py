@@ -1,10 +1,10 @@
 """Measures how long a publish by delta pauses a real SGLang: if it reads each version's folder, and if its weight
 loader writes only what has changed.
 
-    python -m benchmarks.delta_pause [--size 0.5b] [--share 0.02] [--repeats 5] [--folder /dev/shm]
+    python -m benchmarks.delta_pause [--size 0.5b] [--part 4] [--share 0.02] [--repeats 5] [--folder /dev/shm]
         [--engine '{"device": "cpu"}']
 
-Trainer, sidecar and server are on one host. Each version differs from the one before in a share of the elements of
+`--part 4` keeps a quarter of the layers and of the vocabulary. Trainer, sidecar and server are on one host. Each version differs from the one before in a share of the elements of
 every tensor, by one in their bits. The versions and the sidecar's folders are below --folder. The two ways take turns.
 After a folder was read, an unmeasured version lets the loader compare what the server holds.
 """
@@ -49,6 +49,16 @@ def step(tensors: list[tuple[str, torch.Tensor]], share: float) -> None:
         bits += (torch.rand(bits.shape) < share).to(bits.dtype)
 
 
+def write_part(size: str, part: int, folder: Path) -> Path:
+    """Writes the config of a model with this part of the layers and of the vocabulary."""
+    path = write_config(size, folder) / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("num_hidden_layers", "vocab_size"):
+        config[key] = max(1, config[key] // part)
+    path.write_text(json.dumps(config))
+    return folder
+
+
 async def run(arguments: argparse.Namespace) -> None:
     settings = json.loads(arguments.engine)
     arguments_of_server = {"load_format": "auto", **settings.get("engine_args", {})}
@@ -56,7 +66,7 @@ async def run(arguments: argparse.Namespace) -> None:
     async with AsyncExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder)))
         tempfile.tempdir = str(scratch)  # the store's own copies are there too
-        folder = write_config(arguments.size, scratch / "model")
+        folder = write_part(arguments.size, arguments.part, scratch / "model")
         tensors = random_tensors(folder, torch.device("cpu"))
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         _, engine = await stack.enter_async_context(served(config, folder, scratch))
@@ -99,6 +109,7 @@ async def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", default="0.5b")
+    parser.add_argument("--part", type=int, default=1)
     parser.add_argument("--share", type=float, default=0.02)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
