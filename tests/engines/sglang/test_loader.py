@@ -288,6 +288,15 @@ def test_a_loader_that_does_not_answer_is_an_error(sender: Sender) -> None:
         sender.update.take((), sender.files.read())
 
 
+def test_an_answer_is_written_to_no_other_file(sender: Sender, tmp_path: Path) -> None:
+    """In another container, the number of the sender's process can be another one's."""
+    other = tmp_path / "other"
+    other.write_text("content")
+    order = json.dumps({"update": "one", "layout": "[]", "file": str(other)})
+    sender.load(sender.model, [(order, torch.zeros(1, dtype=torch.uint8))])
+    assert other.read_text() == "content"
+
+
 def test_an_order_that_can_not_be_read_raises_nothing(sender: Sender) -> None:
     for text in ("", "[]", "{}", '{"update": 1, "layout": "[[1]]"}', '{"update": 1, "layout": "[[1]]", "file": ""}'):
         sender.load(sender.model, [(text, torch.zeros(1, dtype=torch.uint8))])

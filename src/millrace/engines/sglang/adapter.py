@@ -260,7 +260,7 @@ class SGLangEngine(StockEngine[Facts]):
         update, answers = LoaderUpdate(self.name), bucket.answers or self._answer_files(facts.info.ranks).answers()
         places = in_files(answers)
         orders = update.orders_of_folder(bucket.path, changes.path if changes is not None else None, places)
-        await self._order(order_payloads(orders), ends - time.monotonic())
+        await self._order(order_payloads(orders), max(ends - time.monotonic(), 0.001))
         texts = await self._read(answers, ends - time.monotonic())
         if changes is None and (why := update.why_no_folder(texts)) is not None:
             logger.warning("engine %s reads each version whole, because %s", self.name, why)
