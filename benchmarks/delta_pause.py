@@ -4,8 +4,8 @@ loader writes only what has changed.
     python -m benchmarks.delta_pause [--size 0.5b] [--part 4] [--share 0.02] [--repeats 5] [--folder /dev/shm]
         [--engine '{"device": "cpu"}']
 
-`--part 4` keeps a quarter of the layers and of the vocabulary. Trainer, sidecar and server are on one host. Each version
-differs from the one before in a share of the elements of every tensor, by one in their bits. The versions and the
+`--part 4` keeps a quarter of the layers and of the vocabulary. Trainer, sidecar and server are on one host. Versions
+differ from the one before in a share of the elements of every tensor, by one in their bits. The versions and the
 sidecar's folders are below --folder. The two ways take turns. After a folder was read, an unmeasured version lets the
 loader compare what the server holds.
 """
