@@ -15,7 +15,7 @@ from millrace.engines.stock.launching import EXTENSION
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
 from millrace.types import TensorSpec
-from millrace.weights.transports.base import specs_of
+from millrace.weights.transports.layouts import layout_of
 
 Tensors = Mapping[str, torch.Tensor]
 VOCAB, PADDED, HIDDEN = 10, 16, 8
@@ -81,7 +81,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 def packed(tensors: Tensors) -> torch.Tensor:
     """The bytes of a bucket, with some that belong to no tensor."""
-    specs = specs_of(list(tensors.items()))
+    specs = layout_of(list(tensors.items())).specs
     bucket = torch.zeros(specs[-1].offset + specs[-1].nbytes + 3, dtype=torch.uint8)
     for spec, tensor in zip(specs, tensors.values(), strict=True):
         bucket[spec.offset : spec.offset + spec.nbytes] = tensor.reshape(-1).view(torch.uint8)
@@ -100,7 +100,7 @@ class Sender:
 
     def send(self, tensors: Tensors) -> Mapping[str, Any]:
         """Send one bucket, and return the answer."""
-        return self.order(specs_of(list(tensors.items())), packed(tensors))
+        return self.order(layout_of(list(tensors.items())).specs, packed(tensors))
 
     def order(self, specs: tuple[TensorSpec, ...], bucket: torch.Tensor) -> Mapping[str, Any]:
         [order] = self.update.orders(specs, self.files.places())

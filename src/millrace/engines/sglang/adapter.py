@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from urllib.parse import urlsplit
 from millrace.engines.http_engine import ABORT_DEADLINE
 from millrace.engines.sglang.facts import read_facts
 from millrace.engines.sglang.guards import check_request
-from millrace.engines.sglang.loading import LOADER, AnswerFiles, AnswerStore, LoaderUpdate, NeededParts
+from millrace.engines.sglang.loading import LOADER, AnswerFiles, AnswerFilesPool, AnswerStore, LoaderUpdate, NeededParts
 from millrace.engines.sglang.payload import loader_payloads, order_payloads, parts_payloads, payloads
 from millrace.engines.sglang_wire import (
     PAUSE_MODES,
@@ -66,7 +67,7 @@ class SGLangEngine(StockEngine[Facts]):
 
     _session: bool | None = None  # whether the server has an update session open; None: unknown
     _by_loader: LoaderUpdate | None = None  # what the server's weight loader has done in the open update
-    _files: AnswerFiles | None = None  # of the weight loader, if it has got buckets in memory
+    _files: AnswerFilesPool | None = None  # of the weight loader, if it has got buckets in memory
     _groups: Mapping[str, AnswerStore] = {}  # of the weight loader, by the name of the group
     _needs: tuple[object, NeededParts] | None = None  # the tensors that it was asked about, and the parts it needs
 
@@ -122,9 +123,10 @@ class SGLangEngine(StockEngine[Facts]):
         return self._needs[1]
 
     async def _ask_needs(self, tensors: Sequence[TensorSpec], ranks: int, deadline: float) -> NeededParts:
-        question, files = LoaderUpdate(self.name), self._answer_files(ranks)
-        await self._order(order_payloads(question.questions(tensors, files.places())), deadline)
-        return question.needs(files.read())
+        question = LoaderUpdate(self.name)
+        with self._answer_files(ranks) as files:
+            await self._order(order_payloads(question.questions(tensors, files.places())), deadline)
+            return question.needs(files.read())
 
     async def close(self) -> None:
         if self._files is not None:
@@ -225,18 +227,18 @@ class SGLangEngine(StockEngine[Facts]):
     async def _load_by_loader(self, bucket: CudaIpcBucket | TorchStorageBucket, ranks: int, deadline: float) -> None:
         """Have the server's weight loader load a bucket in memory, and read its answers."""
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
-        files = self._answer_files(ranks)
-        await self._order(loader_payloads(bucket, update.orders(bucket.tensors, files.places())), deadline)
-        update.take(bucket.tensors, files.read())
+        with self._answer_files(ranks) as files:
+            await self._order(loader_payloads(bucket, update.orders(bucket.tensors, files.places())), deadline)
+            update.take(bucket.tensors, files.read())
 
     async def _load_parts(self, bucket: PartsBucket, deadline: float) -> None:
         """Have the server's weight loader load a bucket of parts in each rank, and read its answers."""
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
-        files = self._answer_files(len(bucket.ranks))
-        orders = update.orders_of_parts([rank.parts for rank in bucket.ranks], files.places())
         try:
-            await self._order(parts_payloads(bucket.ranks, orders), deadline)
-            update.take_parts(files.read())
+            with self._answer_files(len(bucket.ranks)) as files:
+                orders = update.orders_of_parts([rank.parts for rank in bucket.ranks], files.places())
+                await self._order(parts_payloads(bucket.ranks, orders), deadline)
+                update.take_parts(files.read())
         except BaseException:
             self._needs = None  # ask again, because the server may not remember the question
             raise
@@ -252,10 +254,10 @@ class SGLangEngine(StockEngine[Facts]):
         except RuntimeError as error:  # torch's
             raise EngineFailed(self.name, f"the answers of its weight loader can't be read: {error}") from error
 
-    def _answer_files(self, ranks: int) -> AnswerFiles:
-        """Return the files that the weight loader's ranks write their answers to."""
-        self._files = self._files or AnswerFiles(ranks)
-        return self._files
+    def _answer_files(self, ranks: int) -> AbstractContextManager[AnswerFiles]:
+        """Return files that the weight loader's ranks write their answers to, for one order."""
+        self._files = self._files or AnswerFilesPool(ranks)
+        return self._files.taken()
 
     async def _order(self, shares: Sequence[str], deadline: float) -> None:
         """Send an order to the weight loader of each rank."""

@@ -96,9 +96,7 @@ def capabilities_of(
     if not single:
         found.discard(Capability.UPDATE_FROM_PROCESS_GROUP)
     if "/update_weights_from_tensor" in paths and single and has_loader(server):
-        found |= {Capability.SAMPLED_CHECKSUMS, Capability.UPDATE_FROM_PARTS}
-        if on_cpu:  # the loader has not received on GPUs yet
-            found.add(Capability.WHOLE_BROADCASTS)
+        found |= {Capability.SAMPLED_CHECKSUMS, Capability.UPDATE_FROM_PARTS, Capability.WHOLE_BROADCASTS}
     if server["quantization"] is not None:
         found -= BREAKING if server["load_format"] == REQUANTISING_FORMAT else UPDATES
     if on_cpu or server["enable_memory_saver"]:

@@ -1,7 +1,8 @@
 """The sender's side of the weight loader that SGLang's processes run (`extension/millrace_sglang`)."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from secrets import token_hex
@@ -41,6 +42,32 @@ class AnswerFiles:
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()
+
+
+class AnswerFilesPool:
+    """The answer files of the orders that a server works on, each of which has its own. ranks: of the server."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._made: list[AnswerFiles] = []
+        self._free: list[AnswerFiles] = []
+
+    @contextmanager
+    def taken(self) -> Iterator[AnswerFiles]:
+        """Yield files that no other order uses. They are not used again if the block raises, because ranks that have
+        not answered in time may still write to them."""
+        if not self._free:
+            self._free.append(AnswerFiles(self._ranks))
+            self._made.append(self._free[0])
+        files = self._free.pop()
+        yield files
+        self._free.append(files)
+
+    def close(self) -> None:
+        """Free the memory."""
+        for files in self._made:
+            files.close()
+        self._made, self._free = [], []
 
 
 class AnswerStore:
@@ -83,14 +110,22 @@ class AnswerStore:
 class LoaderUpdate:
     """What a server's loader has answered in one update.
 
-    engine: its name. samples: the sampled checksums of the tensors that arrived, by name. missing: what to say about
-    parameters that have no content of this update yet; empty if all have.
+    engine: its name. samples: the sampled checksums of the tensors that arrived, by name. lacking: for each rank, how
+    many parameters have no content of this update yet, and names of some.
     """
 
     engine: str
     name: str = field(default_factory=lambda: token_hex(8))
     samples: dict[str, str] = field(default_factory=dict)
-    missing: str = ""
+    lacking: dict[int, tuple[int, Sequence[str]]] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> str:
+        """What to say about parameters that have no content of this update yet; empty if all have."""
+        for count, some in self.lacking.values():
+            if count:
+                return f"{count} of its parameters lack content of this version, such as {', '.join(some)}"
+        return ""
 
     def orders(self, tensors: Sequence[TensorSpec], places: Sequence[Mapping[str, object]]) -> list[str]:
         """Return the order for the loader of each rank to load a bucket, as JSON. places: where it answers, and by what
@@ -122,20 +157,18 @@ class LoaderUpdate:
         Raises EngineFailed if a rank has not answered or holds other content than it was sent, and InvalidStateError if
         it could not load the bucket.
         """
-        self.missing = ""
-        received: list[list[str]] = []
-        for rank, text in enumerate(answers):
-            received.append(separated(self._answer(rank, text)["samples"]))
-        for spec, *samples_of in zip(tensors, *received, strict=True):
-            if len(set(samples_of)) > 1:
-                raise EngineFailed(self.engine, f"its ranks received different values of {spec.name}")
-            self.samples[spec.name] = samples_of[0]
+        first, *others = (self._samples_of(rank, text) for rank, text in enumerate(answers))
+        names, samples = [spec.name for spec in tensors], separated(first)
+        for other in others:
+            for name, one, value in zip(names, samples, separated(other), strict=True) if other != first else ():
+                if one != value:
+                    raise EngineFailed(self.engine, f"its ranks received different values of {name}")
+        self.samples.update(zip(names, samples, strict=True))
 
     def take_parts(self, answers: Sequence[bytes]) -> None:
         """Take the answers of all ranks to an order for parts. Raises as `take` does."""
-        self.missing = ""
         for rank, text in enumerate(answers):
-            for name, value in self._answer(rank, text)["samples"].items():
+            for name, value in self._samples_of(rank, text).items():
                 if self.samples.setdefault(name, value) != value:
                     raise EngineFailed(self.engine, f"its ranks received different values of {name}")
 
@@ -152,14 +185,20 @@ class LoaderUpdate:
             needed.append([[read_box(box) for box in boxes] for boxes in answer["boxes"]])
         return needed
 
+    def _samples_of(self, rank: int, text: bytes) -> Any:
+        """Return the samples in a rank's answer, and note which parameters lack content."""
+        answer = self._answer(rank, text)
+        # They only become fewer, and the answers to two orders may be read in either order.
+        found = answer.get("missing", 0), answer.get("such as", ())
+        self.lacking[rank] = min(found, self.lacking.get(rank, found), key=lambda one: one[0])
+        return answer["samples"]
+
     def _answer(self, rank: int, text: bytes) -> Mapping[str, Any]:
-        """Return the answer of a rank, and note which parameters lack content."""
+        """Return the answer of a rank. Raises EngineFailed if there is none, and InvalidStateError if it is an
+        error."""
         if not text:
             raise EngineFailed(self.engine, f"the weight loader of its rank {rank} has not answered; see its log")
         answer: Mapping[str, Any] = orjson.loads(text)
         if "error" in answer:
             raise InvalidStateError(f"its rank {rank} could not load the tensors: {answer['error']}")
-        if answer.get("missing"):
-            names = ", ".join(answer["such as"])
-            self.missing = f"{answer['missing']} of its parameters lack content of this version, such as {names}"
         return answer

@@ -58,6 +58,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
     _version: int | None = None  # of the served weights, for servers that do not store it
     _samples: dict[str, str]  # of the tensors in the open update
     _to_open = False  # whether the next bucket opens the update in the extension
+    _opening: asyncio.Lock  # held while the first bucket opens it
     _receiving = False  # whether a session of vLLM's own transfer engine is open
     _counted: tuple[float, float] = (0.0, 0.0)  # the last reading of the token counter: time.monotonic() and count
 
@@ -234,7 +235,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
 
     async def _open_update(self) -> None:
         self._samples = {}
-        self._to_open = True  # with the first bucket, which saves a call
+        self._to_open, self._opening = True, asyncio.Lock()  # with the first bucket, which saves a call
 
     def _loader(self, bucket: Bucket, facts: VLLMFacts) -> Callable[[float], Awaitable[None]]:
         if facts.server.extension:
@@ -260,9 +261,17 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         self, place: Mapping[str, object], tensors: Sequence[TensorSpec], deadline: float
     ) -> None:
         rows = [(t.name, t.dtype, t.shape, t.offset, t.nbytes) for t in tensors]
-        texts = [orjson.dumps(value).decode() for value in ({**place, "begin": self._to_open}, rows)]
-        self._to_open = False
-        results = await self._rpc("millrace_load", *texts, deadline=deadline)
+
+        async def call(*, begin: bool) -> Any:
+            texts = [orjson.dumps(value).decode() for value in ({**place, "begin": begin}, rows)]
+            return await self._rpc("millrace_load", *texts, deadline=deadline)
+
+        async with self._opening:  # no other bucket may overtake the first one
+            if opens := self._to_open:
+                self._to_open = False
+                results = await call(begin=True)
+        if not opens:
+            results = await call(begin=False)
         self._samples |= self._decode(
             "millrace_load", lambda: samples_of([tensor.name for tensor in tensors] or results[0]["names"], results)
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from millrace_copies import Fused, Slice, fused
+from millrace_copies import Copies, Slice, fused
 from millrace_words import listed
 
 from .dry_run import Region, View
@@ -41,7 +41,7 @@ class Writes:
     """What is written into memory beside the model, for one module. copies: by the name of the module's tensor, into
     tensors without memory that have its form. fills: regions that are filled with a number."""
 
-    copies: dict[str, list[Fused]] = field(default_factory=dict)
+    copies: dict[str, list[Copies]] = field(default_factory=dict)
     fills: list[tuple[Region, float]] = field(default_factory=list)
 
 
@@ -64,7 +64,7 @@ class Layout:
     ties: list[tuple[str, int]] = field(default_factory=list)
     regions: Mapping[str, frozenset[Region]] = field(default_factory=dict)
     counts: Mapping[str, Counter[str]] = field(default_factory=dict)
-    direct: list[Fused] = field(default_factory=list)
+    direct: list[Copies] = field(default_factory=list)
     fills: list[tuple[torch.Tensor, float]] = field(default_factory=list)
     staged: dict[str, Writes] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)

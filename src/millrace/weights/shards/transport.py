@@ -54,7 +54,7 @@ class ExchangeTransport(Transport):
     ranks: of each engine, by the engine's name.
     """
 
-    samples_buckets = True
+    samples_buckets = loads_ahead = True
 
     def __init__(self, led: LedTensors, exchange: Exchange, ranks: Mapping[str, Sequence[EngineRank]]) -> None:
         self._led, self._exchange, self._ranks = led, exchange, ranks

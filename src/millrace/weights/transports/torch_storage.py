@@ -20,6 +20,7 @@ from millrace.extension.millrace_environment import settings
 from millrace.launch.guard import short_place
 from millrace.types import Capability, TensorSpec, TorchStorageBucket
 from millrace.weights.transports.base import NamedTensors, PublishTarget, TransportContext
+from millrace.weights.transports.layouts import BucketLayout
 from millrace.weights.transports.slots import MemoryTransport, copy_to_host
 
 
@@ -91,8 +92,8 @@ class TorchStorageTransport(MemoryTransport[SharedStorage]):
     def _new_slot(self, size: int) -> SharedStorage:
         return SharedStorage(size)
 
-    def _copy(self, tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:
-        return copy_to_host(tensors, specs, target)
+    def _copy(self, tensors: NamedTensors, layout: BucketLayout, target: torch.Tensor) -> dict[str, str]:
+        return copy_to_host(tensors, layout.specs, target)
 
     def _bucket(
         self,

@@ -1,0 +1,34 @@
+"""Two kernels in Triton, for work on thousands of tensors that would otherwise take a few calls of torch for each.
+
+The trainer and the engines' processes run this file, so it imports nothing of Millrace. Import it only where there is a
+GPU: torch brings Triton there.
+"""
+
+import triton.language as tl
+
+import triton
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def copy_chunks(sources, targets, words, source_base, target_base, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Copy one run of words: `words[i]` from `source_base + sources[i]` to `target_base + targets[i]`, in bytes."""
+    one = tl.program_id(0)
+    source = (tl.load(sources + one) + source_base).to(tl.pointer_type(tl.int64))
+    target = (tl.load(targets + one) + target_base).to(tl.pointer_type(tl.int64))
+    places = tl.arange(0, CHUNK)
+    inside = places < tl.load(words + one)
+    tl.store(target + places, tl.load(source + places, mask=inside), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def sum_samples(memory, firsts, steps, width, count, sums, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write two sums of one tensor's samples: of the values, and of each value times its number, from 1.
+
+    The samples are `count` elements in blocks of `width`, which begin `steps[i]` elements apart, from `firsts[i]` on.
+    """
+    one = tl.program_id(0)
+    numbers = tl.arange(0, MOST)
+    places = tl.load(firsts + one) + (numbers // width) * tl.load(steps + one) + numbers % width
+    values = tl.load(memory + places, mask=numbers < count, other=0).to(tl.int64)
+    tl.store(sums + 2 * one, tl.sum(values, 0))
+    tl.store(sums + 2 * one + 1, tl.sum(values * (numbers + 1), 0))
