@@ -27,10 +27,12 @@ from millrace.weights.cast import Dtypes
 from millrace.weights.finite import not_finite
 from millrace.weights.shards.exchange import Exchange, Filled, RankPlace, places
 from millrace.weights.shards.views import NotExchangeable
+from millrace.weights.sidecar.messages import Form
 
 # What rank 0 broadcasts in place of a tensor's index.
 END, CHECK, PLACES, BEGIN, FILL, RELEASE = -1, -2, -3, -4, -5, -6
 CASTS: tuple[torch.dtype | None, ...] = (None, *(getattr(torch, name) for name in FLOATS.values()))  # sent by index
+BUCKET_FORMS = tuple(Form)  # sent by index
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +133,14 @@ def ask_places(led: LedTensors) -> list[RankPlace]:
     return places(led.sharded.tensors, _on_device(led.sharded))
 
 
-def begin_exchange(led: LedTensors, schedule: bytes) -> Exchange:
+def begin_exchange(led: LedTensors, schedule: bytes, form: Form) -> Exchange:
     """Begin an exchange on all ranks, and return rank 0's. End it by `end_exchange`.
 
-    schedule: from `shards.schedule.written`. Raises PublishError if a rank has no room for its buckets.
+    schedule: from `shards.schedule.written`. form: of the buckets' memory. Raises PublishError if a rank has no room
+    for its buckets.
     """
-    _broadcast(led.sharded, BEGIN)
-    return Exchange.begin(led.sharded.tensors, _on_device(led.sharded), schedule)
+    _broadcast(led.sharded, BEGIN, BUCKET_FORMS.index(form))
+    return Exchange.begin(led.sharded.tensors, _on_device(led.sharded), form, schedule)
 
 
 def fill_buckets(led: LedTensors, exchange: Exchange, number: int, shares: Sequence[int]) -> list[Filled]:
@@ -167,7 +170,7 @@ def _do(sharded: ShardedTensors, what: int, value: int, exchange: Exchange | Non
             places(sharded.tensors, _on_device(sharded))
     elif what == BEGIN:
         with suppress(PublishError):  # rank 0 raises it
-            return Exchange.begin(sharded.tensors, _on_device(sharded))
+            return Exchange.begin(sharded.tensors, _on_device(sharded), BUCKET_FORMS[value])
     elif what == FILL:
         assert exchange is not None
         exchange.fill(value)
