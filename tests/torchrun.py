@@ -34,14 +34,14 @@ def environment() -> dict[str, str]:
 
 
 def run_apart(script: str, *arguments: str, log: Path) -> list[int]:
-    """Runs `tests/<script>` on two ranks which live on if the other one dies; torchrun would end both. Returns their exit
-    statuses. `log` gets their output."""
+    """Runs `tests/<script>` on two ranks, and returns their exit statuses. If one dies, the other one goes on; torchrun
+    would end both. `log` gets their output."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1")), "WORLD_SIZE": "2"}
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         with log.open("wb") as output:
-            for rank in ("0", "1"):
-                variables = environment() | meeting | {"RANK": rank, "LOCAL_RANK": rank}
+            for number in ("0", "1"):
+                variables = environment() | meeting | {"RANK": number, "LOCAL_RANK": number}
                 command = [sys.executable, f"tests/{script}", *arguments]
                 ranks.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=output, stderr=output))
         return [rank.wait(timeout=600) for rank in ranks]  # a minute on a quiet machine

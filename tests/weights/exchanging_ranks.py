@@ -1,8 +1,8 @@
-"""The script of each rank in test_exchange.py: `exchanging_ranks.py MODEL OUT SETTINGS`. Two ranks shard a model by FSDP2,
-and publish it to engines with these settings:
+"""The script of each rank in test_exchange.py: `exchanging_ranks.py MODEL OUT SETTINGS`.
 
-1, 2, 5: exchanged; 5 has the weights of 4. 3: a byte of each bucket changes before an engine reads it. 4: gathered.
-6: rank 1 dies while it fills its second bucket. 7: rank 0 alone publishes whole tensors, those of 4.
+Two ranks shard a model by FSDP2, and publish it to engines with these settings. Versions 1, 2 and 5 are exchanged.
+While 3 is, a byte of each bucket changes before an engine reads it. 4 is gathered, and has the weights of 5. While 6 is
+exchanged, rank 1 dies as it fills its second bucket. 7 are the whole tensors of 4, and rank 0 publishes them alone.
 """
 
 import asyncio
