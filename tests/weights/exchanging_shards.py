@@ -19,6 +19,7 @@ from millrace.weights.sharded import ShardedTensors
 from millrace.weights.shards.exchange import Exchange, RankPlace, places
 from millrace.weights.shards.schedule import ShardedView, written
 from millrace.weights.shards.views import views_of
+from millrace.weights.sidecar.messages import Form
 from millrace.weights.source import NamedTensor, WeightSource, source_of
 
 RANKS, BUCKET = 4, 512
@@ -94,7 +95,8 @@ def check_exchange(source: WeightSource, sharded: Mapping[str, Tensor], held: li
     wants = [[drawn_boxes(draw, view.shape) for view in views] for _ in range(RANKS)]
     if seed == 0:
         wants = [[[whole(view.shape)] for view in views] for _ in range(RANKS)]
-    exchange = Exchange.begin(sharded, CPU, written(views, [place.boxes for place in held], wants, BUCKET))
+    schedule = written(views, [place.boxes for place in held], wants, BUCKET)
+    exchange = Exchange.begin(sharded, CPU, (Form.TORCH_STORAGE, Form.MEMORY_FILE)[seed % 2], schedule)
     assert exchange.held_bytes <= 2 * BUCKET
     received, seen = 0, 0
     for number, one in enumerate(exchange.schedule.rounds):

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from millrace.engines.http_engine import ABORT_DEADLINE
 from millrace.engines.sglang.facts import read_facts
 from millrace.engines.sglang.guards import check_request
-from millrace.engines.sglang.loading import LOADER, AnswerFiles, AnswerFilesPool, AnswerStore, LoaderUpdate, NeededParts
+from millrace.engines.sglang.loading import LOADER, AnswerFiles, AnswerFilesPool, AnswerStore, LoaderUpdate
 from millrace.engines.sglang.payload import loader_payloads, order_payloads, parts_payloads, payloads
 from millrace.engines.sglang_wire import (
     PAUSE_MODES,
@@ -25,6 +25,7 @@ from millrace.engines.sglang_wire import (
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.facts import Facts
 from millrace.engines.stock.images import data_url
+from millrace.engines.stock.parts import NeededParts
 from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version

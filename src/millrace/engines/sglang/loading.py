@@ -10,13 +10,12 @@ from typing import Any
 
 import orjson
 
+from millrace.engines.stock.parts import NeededParts, needs_of
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
-from millrace.extension.millrace_boxes import Box, read_box
 from millrace.extension.millrace_samples import separated
 from millrace.types import ProcessGroup, TensorPart, TensorSpec
 
-NeededParts = Sequence[Sequence[Sequence[Box]]]  # by rank and tensor, as boxes
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
 
 
@@ -177,13 +176,7 @@ class LoaderUpdate:
 
         Raises EngineFailed if a rank has not answered, and InvalidStateError if it can't say which parts it needs.
         """
-        needed = []
-        for rank, text in enumerate(answers):
-            answer = self._answer(rank, text)
-            if why := answer.get("unplanned"):
-                raise InvalidStateError(f"its rank {rank} can't say which parts of the tensors it needs: {why}")
-            needed.append([[read_box(box) for box in boxes] for boxes in answer["boxes"]])
-        return needed
+        return needs_of([self._answer(rank, text) for rank, text in enumerate(answers)])
 
     def _samples_of(self, rank: int, text: bytes) -> Any:
         """Return the samples in a rank's answer, and note which parameters lack content."""

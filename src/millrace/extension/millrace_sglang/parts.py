@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from millrace_boxes import Box, common, label, read_box, shape_of, strides_of
+from millrace_boxes import read_box, shape_of
+from millrace_parts import Part, piece_of
 from millrace_samples import sampled_checksums
 from millrace_words import listed
 
@@ -20,7 +21,6 @@ from .plan import Plan, plan_of
 from .recording import Copy, Recording
 
 LISTED = 5  # names in an answer
-Part = tuple[str, torch.dtype, Box, int]  # of a bucket: the tensor's name and dtype, the box, the offset in bytes
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class Parts:
             self.layouts[text] = Layout(parts, plan_of_parts(parts, self.description))
         layout = self.layouts[text]
         layout.update = update
-        views = {label(name, box): view_of(bucket, dtype, box, at) for name, dtype, box, at in layout.parts}
+        views = {part.label: view_of(bucket, part) for part in layout.parts}
         samples = sampled_checksums(list(views.values()))
         if layout.plan.copies:  # another rank may have a part in a bucket that has none for this one
             layout.plan.run(bucket)
@@ -102,7 +102,8 @@ def answer(model: torch.nn.Module, update: str, text: str, bucket: torch.Tensor)
 def read_parts(text: str) -> tuple[Part, ...]:
     """Read the parts of a bucket. Raises what a text in another form makes."""
     return tuple(
-        (str(name), getattr(torch, dtype), read_box(box), int(at)) for name, dtype, box, at in json.loads(text)["parts"]
+        Part(str(name), getattr(torch, dtype), read_box(box), int(at))
+        for name, dtype, box, at in json.loads(text)["parts"]
     )
 
 
@@ -110,38 +111,30 @@ def plan_of_parts(parts: Sequence[Part], description: Description) -> Plan:
     """Return the copies that load a bucket. Raises ValueError if it has a part of a tensor that this rank does not
     need."""
     recording = Recording()
-    for name, dtype, box, at in parts:
-        if name not in description.needs:
-            raise ValueError(f"this rank does not need {label(name, box)}")
-        steps = strides_of(shape_of(box))
-        for need in description.needs[name]:
-            both = common(box, need.box)
-            if both is None:
+    for part in parts:
+        if part.name not in description.needs:
+            raise ValueError(f"this rank does not need {part.label}")
+        for need in description.needs[part.name]:
+            if (piece := piece_of(part, need.box, need.along)) is None:
                 continue
-            target, strides = need.target, []
-            for dim, along in enumerate(need.along):
-                strides.append(1 if along is None else steps[along])
-                if along is not None:
-                    start, end = both[along]
-                    target = target.narrow(dim, start - need.box[along][0], end - start)
-            ahead = sum((b[0] - o[0]) * step for b, o, step in zip(both, box, steps, strict=True))
-            offset = at + ahead * dtype.itemsize
-            recording.copies.append(Copy(need.parameter, target, offset, tuple(target.shape), tuple(strides), dtype))
+            target, source = need.target, piece.source
+            for dim, (start, size) in enumerate(zip(piece.starts, source.shape, strict=True)):
+                target = target.narrow(dim, start, size)
+            recording.copies.append(
+                Copy(need.parameter, target, source.offset, source.shape, source.stride, source.dtype)
+            )
     plan = plan_of(recording)
     if isinstance(plan, str):
         raise ValueError(plan)
     return plan
 
 
-def view_of(bucket: torch.Tensor, dtype: torch.dtype, box: Box, at: int) -> torch.Tensor:
+def view_of(bucket: torch.Tensor, part: Part) -> torch.Tensor:
     """Return a part as a contiguous tensor in a bucket's bytes. Raises ValueError if it is not inside."""
-    shape = shape_of(box)
-    nbytes = dtype.itemsize
-    for size in shape:
-        nbytes *= size
-    if at % dtype.itemsize or not 0 <= at <= at + nbytes <= bucket.nbytes:
-        raise ValueError(f"a part can't be at offset {at} of a bucket of {bucket.nbytes} bytes")
-    return bucket[at : at + nbytes].view(dtype).view(shape)
+    ends = part.offset + part.nbytes
+    if part.offset % part.dtype.itemsize or not 0 <= part.offset <= ends <= bucket.nbytes:
+        raise ValueError(f"a part can't be at offset {part.offset} of a bucket of {bucket.nbytes} bytes")
+    return bucket[part.offset : ends].view(part.dtype).view(shape_of(part.box))
 
 
 def addresses_of(model: torch.nn.Module) -> dict[str, int]:

@@ -54,7 +54,8 @@ class Layout:
     module, the regions that the bucket fills and the elements of each tensor. direct, fills: copies and constants that
     are written into the model. staged: by module, what is written into memory beside the model, where vLLM processes
     it. parts: what the model's own loader loads. unchanged: for each sent tensor, the model's own that receives it
-    unchanged, or None. held: the model's tensors in `direct`.
+    unchanged, or None. held: the model's tensors in `direct`. due: modules that the update must fill, besides
+    those that it fills in part.
     """
 
     specs: Sequence[TensorSpec]
@@ -70,6 +71,7 @@ class Layout:
     parts: list[Part] = field(default_factory=list)
     unchanged: list[torch.Tensor | None] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
+    due: frozenset[str] = frozenset()
 
     @property
     def fits(self) -> bool:
@@ -77,12 +79,18 @@ class Layout:
         return all(one.is_there for one in self.held)
 
 
-def layout_of(specs: Sequence[TensorSpec], plan: Plan, in_place: Callable[[str], bool], last: set[str]) -> Layout:
-    """Plan a layout. Raises RpcError if the model cannot load one of the tensors.
+def layout_of(
+    specs: Sequence[TensorSpec],
+    targets: Sequence[Target],
+    plan: Plan,
+    in_place: Callable[[str], bool],
+    last: set[str],
+) -> Layout:
+    """Plan a layout. Raises RpcError if a tensor comes twice.
 
-    in_place: whether tensors are written into a module of the model itself. last: modules that vLLM processes last.
+    targets: of the tensors. in_place: whether tensors are written into a module of the model itself. last: modules that
+    vLLM processes last.
     """
-    targets = plan.targets(specs)
     layout = Layout(specs, frozenset(spec.name for spec in specs), max((s.offset + s.nbytes for s in specs), default=0))
     if len(layout.names) < len(specs):
         names = Counter(spec.name for spec in specs)

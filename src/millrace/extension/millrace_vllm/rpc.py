@@ -103,6 +103,25 @@ class Extension:
         return self._millrace().load(parse_object(bucket), tensors)
 
     @returns_errors
+    def millrace_needs(self, tensors: str) -> dict[str, Any]:
+        """Say which parts of an update's tensors this rank needs, and load nothing. After this, `millrace_load_parts`
+        can bring parts of these tensors.
+
+        tensors: all tensors of an update, a JSON list of [name, dtype, shape, offset, nbytes].
+
+        `boxes`: for each tensor in turn, the boxes that this rank needs, which do not overlap. A box is the start and
+        the end along each dimension. `unplanned`: why this can't be said, if it can't."""
+        return self._millrace().needs(tensors)
+
+    @returns_errors
+    def millrace_load_parts(self, bucket: str, *parts: str) -> dict[str, Any]:
+        """Load one bucket of parts, of its own in each rank. `begin` and `samples` are those of `millrace_load`.
+
+        bucket: `ranks` has the place of each rank's bucket. parts: for each rank, what its bucket contains, a JSON list
+        of [name, dtype, box, offset]. The rank reads no other text."""
+        return self._millrace().load_parts(parse_object(bucket), parts)
+
+    @returns_errors
     def millrace_commit(self, version: str) -> dict[str, Any]:
         self._millrace().weights.commit(version)
         self.model_runner.reset_encoder_cache()  # image embeddings that the old weights made

@@ -24,7 +24,8 @@ class Update:
 
     regions: those that they fill in each module. counts: the elements of each of the module's tensors in these regions.
     staged: the parts of incomplete modules. overwritten: the modules that no longer contain the old version. shared:
-    for a parameter that can arrive under several names, the digest under each name."""
+    for a parameter that can arrive under several names, the digest under each name. due: modules that the update must
+    fill."""
 
     sent: set[str] = field(default_factory=set)
     regions: dict[str, set[Region]] = field(default_factory=dict)
@@ -32,10 +33,12 @@ class Update:
     staged: dict[str, Staged] = field(default_factory=dict)
     overwritten: set[str] = field(default_factory=set)
     shared: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    due: frozenset[str] = frozenset()
     failed: bool = False  # a load failed half-way, so the content of the model is not known
 
     def fill(self, layout: Layout) -> None:
         """Count what a bucket of this layout fills."""
+        self.due |= layout.due
         for module, regions in layout.regions.items():
             known, counts = self.regions.setdefault(module, set()), self.counts.setdefault(module, Counter())
             counts.update(layout.counts[module] if known.isdisjoint(regions) else count(regions - known))
@@ -152,13 +155,13 @@ class Weights:
         return samples
 
     def _require_complete(self, update: Update) -> None:
-        incomplete = {module for module in update.regions if not self._is_complete(update, module)}
+        incomplete = {module for module in update.regions.keys() | update.due if not self._is_complete(update, module)}
         if incomplete:
             module = min(incomplete)
             lacking = ", ".join(
                 f"{name} has {have} of {needed} elements"
                 for name, needed in self._plan.needed[module].items()
-                if (have := update.counts[module][name]) < needed
+                if (have := update.counts.get(module, Counter[str]())[name]) < needed
             )
             raise RpcError(f"the update has only parts of {listed(incomplete)} (of {module}: {lacking})")
         if left := self._stale - update.regions.keys():
@@ -170,4 +173,5 @@ class Weights:
                 raise RpcError(f"{listed(digests)} are one tensor in the model, but differ in the update")
 
     def _is_complete(self, update: Update, module: str) -> bool:
-        return all(update.counts[module][name] >= needed for name, needed in self._plan.needed[module].items())
+        counts = update.counts.get(module, Counter[str]())
+        return all(counts[name] >= needed for name, needed in self._plan.needed[module].items())

@@ -19,10 +19,8 @@ from millrace.errors import PublishError
 from millrace.extension.millrace_boxes import Box, label, read_box, shape_of
 from millrace.weights.shards.schedule import Round, Schedule, read_schedule
 from millrace.weights.shards.views import NotExchangeable, local_piece, own_boxes, shards_of
-from millrace.weights.sidecar.handles import handle_of
-from millrace.weights.sidecar.messages import CudaIpcHandle, MemoryFileHandle, Message, TorchStorageHandle
-from millrace.weights.transports.cuda_ipc import DeviceSlot
-from millrace.weights.transports.torch_storage import SharedStorage
+from millrace.weights.sidecar.handles import AnySlot, handle_of, new_slot
+from millrace.weights.sidecar.messages import Form, Handle, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ class Filled(Message):
     the parts that other ranks have sent.
     """
 
-    handle: TorchStorageHandle | CudaIpcHandle
+    handle: Handle
     samples: dict[str, str]
     exchanged: int
 
@@ -70,22 +68,25 @@ def places(tensors: Mapping[str, Tensor], device: torch.device) -> list[RankPlac
 
 @dataclass(slots=True)
 class Exchange:
-    """One version's exchange on this rank. tensors: this rank's shards."""
+    """One version's exchange on this rank. tensors: this rank's shards. form: of the buckets' memory."""
 
     tensors: Sequence[Tensor]
     schedule: Schedule
     device: torch.device
+    form: Form
     rank: int = field(default_factory=dist.get_rank)
-    _slots: list[SharedStorage | DeviceSlot] = field(default_factory=list)
+    _slots: list[AnySlot] = field(default_factory=list)
     _outgoing: Tensor | None = None
 
     @classmethod
-    def begin(cls, tensors: Mapping[str, Tensor], device: torch.device, schedule: bytes = b"") -> "Exchange":
+    def begin(
+        cls, tensors: Mapping[str, Tensor], device: torch.device, form: Form, schedule: bytes = b""
+    ) -> "Exchange":
         """Return the exchange that rank 0 has planned, with its memory.
 
         schedule: on rank 0, from `schedule.written`. Raises PublishError on all ranks if one of them has no room.
         """
-        exchange = cls(shards_of(tensors), read_schedule(spread(schedule, device)), device)
+        exchange = cls(shards_of(tensors), read_schedule(spread(schedule, device)), device, form)
         why = ""
         try:
             exchange._allocate()
@@ -129,9 +130,7 @@ class Exchange:
         samples = dict(zip(views, sampled_checksums(list(views.values())), strict=True))
         if self.device.type == "cuda":  # engines must not read the bucket before it is written
             torch.cuda.current_stream(self.device).synchronize()
-        handle = handle_of(slot, openings)
-        assert not isinstance(handle, MemoryFileHandle)
-        made = Filled(handle=handle, samples=samples, exchanged=exchanged)
+        made = Filled(handle=handle_of(slot, openings), samples=samples, exchanged=exchanged)
         return [Filled.model_validate_json(text) for text in gathered(made.model_dump_json().encode(), self.device)]
 
     def close(self) -> None:
@@ -146,9 +145,7 @@ class Exchange:
     def _allocate(self) -> None:
         size, outgoing = self.schedule.slot_bytes(self.rank), self.schedule.outgoing_bytes(self.rank)
         for _ in range(min(2, len(self.schedule.rounds))):
-            self._slots.append(
-                DeviceSlot(max(size, 1), self.device) if self.device.type == "cuda" else SharedStorage(max(size, 1))
-            )
+            self._slots.append(new_slot(self.form, max(size, 1), self.device))
         try:
             self._outgoing = torch.empty(outgoing, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:

@@ -17,6 +17,7 @@ from millrace.types import (
     CudaIpcBucket,
     PartsBucket,
     RankBucket,
+    SharedMemoryBucket,
     TensorPart,
     TensorSpec,
     TorchStorageBucket,
@@ -26,6 +27,7 @@ from millrace.weights.shards.exchange import Exchange, Filled, RankPlace
 from millrace.weights.shards.plans import PLANS, EngineRank, Plans
 from millrace.weights.shards.schedule import Round, ShardedView
 from millrace.weights.shards.views import NotExchangeable
+from millrace.weights.sidecar.messages import FORMS
 from millrace.weights.source import WeightSource
 from millrace.weights.step import StepResult
 from millrace.weights.transports.base import (
@@ -37,6 +39,7 @@ from millrace.weights.transports.base import (
 )
 from millrace.weights.transports.cuda_ipc import CudaIpcTransport
 from millrace.weights.transports.gpus import VisibleGpus
+from millrace.weights.transports.shared_memory import SharedMemoryTransport
 from millrace.weights.transports.torch_storage import TorchStorageTransport
 
 P = ParamSpec("P")
@@ -45,7 +48,7 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 # CudaIpcTransport is missing until an exchange has been run on GPUs, which benchmarks/gpu/shards.py does.
-EXCHANGED: tuple[type[Transport], ...] = (TorchStorageTransport,)
+EXCHANGED: tuple[type[Transport], ...] = (TorchStorageTransport, SharedMemoryTransport)
 
 
 class ExchangeTransport(Transport):
@@ -99,8 +102,8 @@ class ExchangeTransport(Transport):
             for piece, offset in one.bucket(rank.beside, self._exchange.schedule.ranks)
             if any(common(piece.box, box) is not None for box in rank.needs[piece.tensor])
         )
-        memory = filled.handle.bucket((), one.nbytes(rank.beside), share, 1)
-        assert isinstance(memory, TorchStorageBucket | CudaIpcBucket)
+        memory = filled.handle.bucket((), max(one.nbytes(rank.beside), 1), share, 1)  # engines open no empty memory
+        assert isinstance(memory, TorchStorageBucket | SharedMemoryBucket | CudaIpcBucket)
         return RankBucket(memory, parts)
 
 
@@ -147,9 +150,11 @@ async def _begin(
         for name, places in beside.items()
     }
 
+    (capability,) = transport.needs
+
     def begin() -> ExchangeTransport:
         schedule = plans.schedule(views, ranks, engine_ranks, bucket_bytes)
-        return ExchangeTransport(led, begin_exchange(led, schedule), engine_ranks)
+        return ExchangeTransport(led, begin_exchange(led, schedule, FORMS[capability]), engine_ranks)
 
     return await to_its_end(begin)
 
