@@ -40,16 +40,11 @@ from millrace.weights.cast import Dtypes, cast
 from millrace.weights.publisher import Publish
 from millrace.weights.report import PublishReport
 from millrace.weights.sharded import LedTensors, ShardedTensors, follow, leading
-from millrace.weights.shards import transport as shards_transport
 from millrace.weights.shards import way_for
 from millrace.weights.source import WeightSource, source_of
 from millrace.weights.trained import Trained, read_trained
 from millrace.weights.transports.base import PublishTarget, Transport, TransportContext
-from millrace.weights.transports.cuda_ipc import CudaIpcTransport
 from millrace.weights.transports.registry import create
-
-# A fleet gathers tensors on GPUs until this benchmark was run there.
-shards_transport.EXCHANGED = (*shards_transport.EXCHANGED, CudaIpcTransport)
 
 MIB, GB = 2**20, 1e9
 DEADLINE = 300.0

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.checksum import sampled_checksums, tensor_checksum
+from millrace.weights.packing import Packing, Place, copy_together
 from millrace.weights.plan import padded
-from millrace.weights.transports.layouts import copy_together, layout_of
+from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.slots import copy_to_host
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8]
@@ -34,7 +35,8 @@ def test_a_bucket_has_the_bytes_and_the_samples_of_its_tensors(
     specs = layout_of(named).specs
     nbytes = specs[-1].offset + padded(specs[-1].nbytes) + room
     together = torch.zeros(64 * start + nbytes, dtype=torch.uint8)[64 * start :]
-    copy_together(named, specs, together)
+    places = [Place(spec.offset, tensor.dtype, spec.shape) for spec, tensor in zip(specs, given, strict=True)]
+    Packing(given, places, together.device).run(together, given.__getitem__)
     for spec, tensor in zip(specs, given, strict=True):
         held = together[spec.offset : spec.offset + spec.nbytes].view(tensor.dtype).view(tensor.shape)
         assert torch.equal(held.float(), tensor.float())
@@ -50,6 +52,8 @@ def test_on_the_host_each_tensor_has_a_checksum(given: list[torch.Tensor]) -> No
     specs = layout_of(named).specs
     one_by_one, together = (torch.zeros(specs[-1].offset + specs[-1].nbytes, dtype=torch.uint8) for _ in range(2))
     checksums = copy_to_host(named, specs, one_by_one)
-    copy_together(named, specs, together)
+    sources = [tensor for _, tensor in named]
+    places = [Place(spec.offset, tensor.dtype, spec.shape) for spec, tensor in zip(specs, sources, strict=True)]
+    copy_together(sources, places, together)
     assert torch.equal(together, one_by_one)
     assert checksums == {name: tensor_checksum(tensor.detach().contiguous()) for name, tensor in named}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from millrace_chunks import Chunks, fits, usable
+from millrace_chunks import Chunks, Rows, rows_of, usable
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +47,8 @@ class Fused(NamedTuple):
         torch._foreach_copy_(list(self.targets), views)
 
 
-class Plain(NamedTuple):
-    """Copies of contiguous bytes of a bucket, as one kernel. targets: keeps their memory."""
+class ByKernel(NamedTuple):
+    """Copies out of a bucket that a kernel of ours makes. targets: keeps their memory."""
 
     chunks: Chunks
     targets: "Sequence[torch.Tensor]"
@@ -58,35 +58,35 @@ class Plain(NamedTuple):
         self.chunks.run(source_base=bucket.data_ptr())
 
 
-Copies = Fused | Plain
+Copies = Fused | ByKernel
 
 
 def fused(pairs: "Iterable[tuple[torch.Tensor, Slice]]") -> list[Copies]:
     """Group copies, each into a tensor of the slice's shape, so that each group is one call.
 
-    On a GPU, contiguous elements of one dtype are copied by a kernel of ours, and torch makes the other copies. Torch
-    uses one kernel only if all have the same two dtypes and each has the same strides on both sides. So contiguous
-    elements become one dimension, and copies with other strides are a group of their own.
+    On a GPU, a kernel of ours copies rows of elements of one dtype, and torch makes the other copies. Torch uses one
+    kernel only if all have the same two dtypes and each has the same strides on both sides. So contiguous elements
+    become one dimension, and copies with other strides are a group of their own.
     """
     groups: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[torch.Tensor], list[Slice]]] = {}
-    plain: list[tuple[torch.Tensor, Slice]] = []
+    rows: list[Rows] = []
+    by_kernel: list[torch.Tensor] = []
     for target, source in pairs:
+        if target.dtype == source.dtype and usable(target.device):
+            into = target.stride()
+            copy = rows_of(source.offset, target.data_ptr(), target.itemsize, source.shape, source.stride, into)
+            if copy is not None and copy.fits:
+                rows.append(copy)
+                by_kernel.append(target)
+                continue
         flat = target.is_contiguous() and source.is_contiguous
-        if flat and target.dtype == source.dtype and usable(target.device) and _fits(target, source):
-            plain.append((target, source))
-            continue
         targets, sources = groups.setdefault((target.dtype, source.dtype, flat), ([], []))
         targets.append(target.view(-1) if flat else target)
         sources.append(Slice(source.offset, (math.prod(source.shape),), (1,), source.dtype) if flat else source)
     found: list[Copies] = [Fused(targets, sources) for targets, sources in groups.values()]
-    if plain:
-        table = [(source.offset, target.data_ptr(), target.nbytes) for target, source in plain]
-        found.append(Plain(Chunks(table, plain[0][0].device), [target for target, _ in plain]))
+    if rows:
+        found.append(ByKernel(Chunks(rows, by_kernel[0].device), by_kernel))
     return found
-
-
-def _fits(target: "torch.Tensor", source: Slice) -> bool:
-    return bool(fits(source.offset, target.nbytes) and fits(target.data_ptr(), target.nbytes))
 
 
 def copy_out(bucket: "torch.Tensor", copies: Iterable[Copies]) -> None:

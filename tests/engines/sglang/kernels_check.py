@@ -7,7 +7,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import millrace_chunks
 import millrace_copies
-from millrace_copies import Plain, Slice, copy_out, fused
+from millrace_copies import ByKernel, Slice, copy_out, fused
 from millrace_samples import SampledPlaces, sampled_checksums, separated
 
 DTYPES = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.int64}
@@ -33,8 +33,23 @@ pairs = [
     for target, (itemsize, elements, at) in zip(targets, places, strict=True)
 ]
 copies = fused(pairs)
-assert sum(isinstance(one, Plain) for one in copies) == 1, copies
+assert sum(isinstance(one, ByKernel) for one in copies) == 1, copies
 copy_out(bucket, copies)
 for target, tensor in zip(targets, tensors, strict=True):
     assert torch.equal(target.view(torch.uint8), tensor.view(torch.uint8))
+
+# Columns out of a matrix in the bucket, into columns of another matrix; and transposed, which is for torch.
+matrix = bucket[: 64 * 3000 * 2].view(torch.bfloat16).view(3000, 64)
+target = torch.zeros(3000, 100, dtype=torch.bfloat16)
+turned = torch.zeros(16, 3000, dtype=torch.bfloat16)
+copies = fused([
+    (target[:, 8:40], Slice(32, (3000, 32), (64, 1), torch.bfloat16)),
+    (turned, Slice(96, (16, 3000), (1, 64), torch.bfloat16)),
+])  # fmt: skip
+assert [type(one).__name__ for one in copies] == ["Fused", "ByKernel"], copies
+copy_out(bucket, copies)
+expected_2 = torch.zeros_like(target)
+expected_2[:, 8:40] = matrix[:, 16:48]
+assert torch.equal(target.view(torch.int16), expected_2.view(torch.int16))
+assert torch.equal(turned.view(torch.int16), matrix[:, 48:64].T.view(torch.int16))
 print("alike")

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from millrace_boxes import read_box, shape_of
+from millrace_boxes import read_box
 from millrace_parts import Part, piece_of
-from millrace_samples import sampled_checksums
+from millrace_samples import SampledPlaces, separated
 from millrace_words import listed
 
 from .dry_run import Description, Sent, described
@@ -25,11 +25,23 @@ LISTED = 5  # names in an answer
 
 @dataclass(slots=True)
 class Layout:
-    """One layout of a bucket, and its plan. update: the last one that had such a bucket."""
+    """One layout of a bucket: the labels of its parts, what the checksums read, and its plan. update: the last one that
+    had such a bucket."""
 
-    parts: tuple[Part, ...]
+    labels: tuple[str, ...]
+    places: SampledPlaces
     plan: Plan
     update: str = ""
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], bucket: torch.Tensor, description: Description) -> "Layout":
+        """Plan a layout, for buckets of this size. Raises ValueError if a part is not inside, or not needed."""
+        for part in parts:
+            if part.offset % part.dtype.itemsize or not 0 <= part.offset <= part.offset + part.nbytes <= bucket.nbytes:
+                raise ValueError(f"a part can't be at offset {part.offset} of a bucket of {bucket.nbytes} bytes")
+        sizes = [(part.dtype.itemsize, part.nbytes // part.dtype.itemsize, part.offset) for part in parts]
+        labels = tuple(part.label for part in parts)
+        return cls(labels, SampledPlaces(sizes, bucket.device), plan_of_parts(parts, description))
 
 
 @dataclass(slots=True)
@@ -43,7 +55,7 @@ class Parts:
     sent: tuple[Sent, ...] = ()
     description: Description | None = None
     addresses: Mapping[str, int] = field(default_factory=dict)
-    layouts: dict[str, Layout] = field(default_factory=dict)
+    layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
     update: str = ""
     written: Counter[str] = field(default_factory=Counter)
 
@@ -67,20 +79,18 @@ class Parts:
         if update != self.update:
             self.layouts = {key: one for key, one in self.layouts.items() if one.update == self.update}
             self.update, self.written = update, self.description.fill()
-        if text not in self.layouts:
-            parts = read_parts(text)
-            self.layouts[text] = Layout(parts, plan_of_parts(parts, self.description))
-        layout = self.layouts[text]
-        layout.update = update
-        views = {part.label: view_of(bucket, part) for part in layout.parts}
-        samples = sampled_checksums(list(views.values()))
+        key = text, bucket.nbytes
+        layout = self.layouts.get(key) or Layout.of(read_parts(text), bucket, self.description)
+        self.layouts[key], layout.update = layout, update
+        samples = layout.places.checksums(bucket)
         if layout.plan.copies:  # another rank may have a part in a bucket that has none for this one
             layout.plan.run(bucket)
         if wrong := layout.plan.differing(bucket):
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         self.written.update(layout.plan.elements)
         missing = sorted(name for name, one in model.named_parameters() if self.written[name] < one.numel())
-        return {"samples": dict(zip(views, samples, strict=True)), "missing": len(missing), "such as": missing[:LISTED]}
+        samples_of = dict(zip(layout.labels, separated(samples), strict=True))
+        return {"samples": samples_of, "missing": len(missing), "such as": missing[:LISTED]}
 
 
 OF_MODELS: "weakref.WeakKeyDictionary[torch.nn.Module, Parts]" = weakref.WeakKeyDictionary()
@@ -127,14 +137,6 @@ def plan_of_parts(parts: Sequence[Part], description: Description) -> Plan:
     if isinstance(plan, str):
         raise ValueError(plan)
     return plan
-
-
-def view_of(bucket: torch.Tensor, part: Part) -> torch.Tensor:
-    """Return a part as a contiguous tensor in a bucket's bytes. Raises ValueError if it is not inside."""
-    ends = part.offset + part.nbytes
-    if part.offset % part.dtype.itemsize or not 0 <= part.offset <= ends <= bucket.nbytes:
-        raise ValueError(f"a part can't be at offset {part.offset} of a bucket of {bucket.nbytes} bytes")
-    return bucket[part.offset : ends].view(part.dtype).view(shape_of(part.box))
 
 
 def addresses_of(model: torch.nn.Module) -> dict[str, int]:
