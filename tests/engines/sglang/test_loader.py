@@ -288,5 +288,5 @@ def test_a_loader_that_does_not_answer_is_an_error(sender: Sender) -> None:
 
 
 def test_an_order_that_can_not_be_read_raises_nothing(sender: Sender) -> None:
-    for text in ("", "[]", "{}", '{"update": 1, "layout": "[[1]]"}', '{"update": 1, "layout": "[[1]]", "file": ""}'):
+    for text in ("", "[]", "{}", '{"update": 1}\n[[1]]', '{"update": 1, "file": ""}\n[[1]]'):
         sender.load(sender.model, [(text, torch.zeros(1, dtype=torch.uint8))])

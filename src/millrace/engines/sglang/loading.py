@@ -127,8 +127,11 @@ class LoaderUpdate:
         return ""
 
     def orders(self, tensors: Sequence[TensorSpec], places: Sequence[Mapping[str, object]]) -> list[str]:
-        """Return the order for the loader of each rank to load a bucket, as JSON. places: where it answers, and by what
-        it receives."""
+        """Return the order for the loader of each rank to load a bucket: a line of JSON, and the layout as JSON. The
+        loader knows a layout again by its text, and does not read it twice.
+
+        places: where a rank answers, and by what it receives.
+        """
         layout = orjson.dumps([[spec.name, spec.dtype, spec.shape, spec.offset] for spec in tensors]).decode()
         return self._orders([layout] * len(places), places)
 
@@ -146,7 +149,7 @@ class LoaderUpdate:
 
     def _orders(self, layouts: Sequence[str], places: Sequence[Mapping[str, object]]) -> list[str]:
         return [
-            orjson.dumps({"update": self.name, "layout": layout, **place}).decode()
+            f"{orjson.dumps({'update': self.name, **place}).decode()}\n{layout}"
             for layout, place in zip(layouts, places, strict=True)
         ]
 
