@@ -66,8 +66,11 @@ def parse_spec(row: Any) -> TensorSpec:
 
 def parse_parts(text: str) -> list[Part]:
     """The parts of tensors in a bucket: a JSON list of [name, dtype, box, offset]."""
+    rows = parsed(text)
+    if not isinstance(rows, list):
+        raise RpcError("the parts must be a JSON list")
     try:
-        parts = [Part(str(name), DTYPES[dtype], read_box(box), int(at)) for name, dtype, box, at in parsed(text)]
+        parts = [Part(str(name), DTYPES[dtype], read_box(box), int(at)) for name, dtype, box, at in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise RpcError(f"a part's description must be a JSON list of a name, dtype, box and offset: {error}") from error
     for part in parts:
