@@ -7,6 +7,7 @@ not have. A plugin of vLLM adds the collectives, over gloo, and hides the other 
 Everything else is as on a GPU.
 """
 
+import sys
 from pathlib import Path
 
 PLUGIN = """
@@ -69,3 +70,7 @@ def install_collectives(folder: Path) -> dict[str, str]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return {"PYTHONPATH": str(folder)}
+
+
+if __name__ == "__main__":
+    install_collectives(Path(sys.argv[1]))

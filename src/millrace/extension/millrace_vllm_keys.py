@@ -177,7 +177,7 @@ async def body_of(receive: Receive) -> bytes:
         message = await receive()
         if message["type"] != "http.request":
             raise ValueError("the client has left")
-        body += message.get("body", b"")
+        body += bytes(message.get("body", b""))
         if not message.get("more_body"):
             return body
 

@@ -18,11 +18,11 @@ class Server:
     """The properties of a vLLM server that its adapter depends on.
 
     path: the generate route. extension: whether the workers have Millrace's extension and every worker's answer is
-    returned. replicas: the number of data-parallel ranks, each with a KV cache of its own. transfer: whether there is no extension, but vLLM's weight transfer by NCCL. checker: whether there is no
-    extension, but vLLM's own checksums. versions: whether the server
-    stores the weight version. aborts: whether it has a route that aborts requests. logprobs_mode: vLLM's own setting.
-    total_tokens: the size of the KV cache. fields, sampling: the fields of a request and of its sampling parameters
-    that the server's API description has; the server silently ignores others.
+    returned. replicas: the number of data-parallel ranks, each with a KV cache of its own. transfer: whether there is
+    no extension, but vLLM's weight transfer by NCCL. checker: whether there is no extension, but vLLM's own checksums.
+    versions: whether the server stores the weight version. aborts: whether it has a route that aborts requests.
+    logprobs_mode: vLLM's own setting. total_tokens: the size of all KV caches. fields, sampling: the fields of a
+    request and of its sampling parameters that the server's API description has; the server silently ignores others.
     """
 
     path: str
