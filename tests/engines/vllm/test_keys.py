@@ -178,7 +178,7 @@ CALL = b'{"method": "millrace_state", "args": ["a", "b"]}'
 def test_a_call_has_the_answers_of_every_rank() -> None:
     client = Cores([{"rank": 0}, {"rank": 1}], [{"rank": 2}, {"rank": 3}])
     assert called(client, CALL) == (200, {"results": [{"rank": 0}, {"rank": 1}, {"rank": 2}, {"rank": 3}]})
-    sent = ("collective_rpc", "millrace_state", None, ("a", "b"), {})
+    sent: tuple[object, ...] = ("collective_rpc", "millrace_state", None, ("a", "b"), {})
     assert client.calls == [(b"zero", *sent), (b"one", *sent)]
 
 
