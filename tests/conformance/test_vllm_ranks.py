@@ -5,31 +5,28 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-import torch
-from benchmarks.sidecar import sidecar
-from transformers import AutoModelForCausalLM
 
 from millrace.config.engines import VLLMEngineConfig
 from millrace.config.models import TransportName
 from millrace.conformance import Check, Runner
-from millrace.engines.base import Engine
 from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.errors import EngineFailed, PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.types import Capability, FinishReason, GenerateRequest, Generation, Health, SamplingParams
-from millrace.weights.publisher import Publish
+from millrace.types import FinishReason, GenerateRequest, Generation, Health, SamplingParams
 from millrace.weights.sidecar.server import SIDECAR_KEY
-from millrace.weights.source import source_of
-from millrace.weights.transports.base import PublishTarget, TransportContext
-from millrace.weights.transports.registry import create
-from tests.architectures import OVER_TWO, make_moe_folder
 from tests.collectives import install_collectives
+from tests.conformance.ranks import (
+    DEADLINE,
+    RANKS,
+    check_ranks_hold_their_experts,
+    check_weights_come,
+    make_spread_folders,
+)
 from tests.conformance.run_checks import (
     START_TIMEOUT,
     WITHOUT_EXPERTS,
@@ -39,15 +36,12 @@ from tests.conformance.run_checks import (
     make_runner,
     run_check,
 )
-from tests.conformance.sampling import check_samples_as_transformers_would, require_expected
+from tests.conformance.sampling import check_samples_as_transformers_would
 from tests.engines.processes import below, command_lines
 from tests.weights.variants import read_folder
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-RANKS = 2
-DEADLINE = 60.0
-BUCKET = 64 * 1024  # bytes; a version has several buckets
 LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | WITHOUT_LORA | frozenset({
     "update.bare_nccl",  # on the CPU
     "update.checksums",
@@ -59,17 +53,7 @@ LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | WITHOUT_LORA | frozenset({
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two mixtures of experts with other weights, which are so large that experts matter."""
-    folders = tmp_path_factory.mktemp("own") / "model", tmp_path_factory.mktemp("other") / "model"
-    for seed, folder in enumerate(folders):
-        model = make_moe_folder(folder, **OVER_TWO)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(std=1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
-        model.save_pretrained(folder)
-    return folders
+    return make_spread_folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -102,21 +86,9 @@ def engine(fleet: Fleet) -> VLLMEngine:
     return engine
 
 
-async def test_every_rank_has_its_experts_and_answers_for_them(fleet: Fleet, engine: VLLMEngine) -> None:
-    info = await engine.info()
-    assert info.ranks == RANKS
-    assert {Capability.UPDATE_FROM_SHARED_MEMORY, Capability.SAMPLED_CHECKSUMS} <= info.capabilities
-    states = await engine._rpc("millrace_state")
-    assert [state["rank"] for state in states] == [0, 1]
-    checksums = await engine.checksums()
-    of_ranks = [
-        {name: value for key, value in checksums.items() if (name := key.removeprefix(f"rank{rank}:")) != key}
-        for rank in range(RANKS)
-    ]
-    first, second = of_ranks
-    assert first.keys() == second.keys()
-    assert first
-    assert {name for name in first if first[name] != second[name]} == {name for name in first if ".experts." in name}
+async def test_every_rank_has_its_experts_and_answers_for_them(engine: VLLMEngine) -> None:
+    await check_ranks_hold_their_experts(engine)
+    assert [state["rank"] for state in await engine._rpc("millrace_state")] == [0, 1]
     load = await engine.loads()
     assert 0 <= load.used_tokens <= load.max_tokens
 
@@ -137,32 +109,8 @@ async def test_weights_come_by_every_transport(
     name: TransportName, engine: VLLMEngine, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(SIDECAR_KEY, "the key")
-    target = PublishTarget(engine, await engine.info())
-    version = target.info.weight_version or 0
-    with ExitStack() as stack:
-        sidecars = {engine.name: stack.enter_context(sidecar("cpu"))} if name == "ucx" else {}
-        way = create(name, TransportContext(capabilities=target.info.capabilities, sidecars=sidecars))
-        try:
-            for folder in reversed(folders):
-                version += 1
-                source = source_of(list(read_folder(folder).items()))
-                publish = Publish([target], source, version, way, bucket_bytes=BUCKET, deadline=DEADLINE)
-                assert not (await publish.run()).failed
-                await require_served(engine, folder, version)
-        finally:
-            await way.close()
+    version = await check_weights_come(engine, name, folders)
     assert [state["version"] for state in await engine._rpc("millrace_state")] == [str(version)] * RANKS
-
-
-async def require_served(engine: Engine, folder: Path, version: int) -> None:
-    """Requires what the folder's model in transformers would generate, of requests that vLLM spreads over its ranks."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    sampling = SamplingParams(8, temperature=0.0, ignore_eos=True)
-    asked = [GenerateRequest((5 + number, 17, 300, 42), sampling) for number in range(6)]
-    made = await asyncio.gather(*(engine.generate(one, deadline=DEADLINE) for one in asked))
-    for request, generation in zip(asked, made, strict=True):
-        assert [span.version for span in generation.version_spans] == [version]
-        require_expected(model, request, generation, counts_prompt=True)
 
 
 async def test_a_rank_that_refuses_is_named(engine: VLLMEngine) -> None:
