@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import faulthandler
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -41,6 +42,7 @@ from millrace.weights.transports.base import PublishTarget, TransportContext
 from millrace.weights.transports.registry import create
 
 CHECKED = "moe-small"  # the size of the model that the checks run on
+SHOWN, WIDTH = 15, 240  # lines of a log, and their length
 ENDING = 30.0  # seconds that servers have to end after the time is up
 LEGS = ("begin", "load", "attest", "commit")
 
@@ -58,19 +60,51 @@ def spread_config(settings: str, *, tokenizer: bool = False, load_format: str = 
     return engine_config(json.dumps(given), tokenizer=tokenizer)
 
 
+class Steps:
+    """Runs steps one after another, and keeps which of them failed."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    async def run(self, name: str, step: Awaitable[None], deadline: float) -> None:
+        """Prints the error of a step that fails, with where it was raised."""
+        print(f"--- {name}", flush=True)
+        try:
+            async with asyncio.timeout(deadline):
+                await step
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            sys.stdout.flush()
+            self.failed.append(name)
+
+
 @asynccontextmanager
-async def spread_server(config: StockConfig, folder: Path, logs: Path) -> AsyncIterator[PublishTarget]:
-    """Starts the server, and says how long that took and what it is."""
-    began = time.perf_counter()
-    async with served(config, folder, logs) as (launched, engine):
-        info: EngineInfo = await engine.info()
-        info = replace(info, gpus=launched.gpus if len(launched.gpus) == info.ranks else ())
-        print(
-            f"{info.kind} {info.engine_version} started in {time.perf_counter() - began:.1f} s: {info.ranks} ranks on "
-            f"GPUs {', '.join(info.gpus) or 'that are not known'}; {', '.join(sorted(info.capabilities))}",
-            flush=True,
-        )
-        yield PublishTarget(engine, info)
+async def spread_server(config: StockConfig, folder: Path, logs: Path, steps: Steps) -> AsyncIterator[PublishTarget]:
+    """Starts the server, and says how long that took and what it is. If a step fails meanwhile, the errors in the
+    server's log are printed, and its end."""
+    began, failed = time.perf_counter(), len(steps.failed)
+    try:
+        async with served(config, folder, logs) as (launched, engine):
+            info: EngineInfo = await engine.info()
+            info = replace(info, gpus=launched.gpus if len(launched.gpus) == info.ranks else ())
+            print(
+                f"{info.kind} {info.engine_version} started in {time.perf_counter() - began:.1f} s: {info.ranks} ranks "
+                f"on GPUs {', '.join(info.gpus) or 'that are not known'}; {', '.join(sorted(info.capabilities))}",
+                flush=True,
+            )
+            yield PublishTarget(engine, info)
+            began = 0.0
+    finally:
+        if len(steps.failed) > failed or began:
+            show_logs(logs)
+
+
+def show_logs(folder: Path) -> None:
+    """Prints the first errors in each log, and its end."""
+    for log in folder.glob("*.log"):
+        lines = [line[:WIDTH] for line in log.read_text(errors="replace").splitlines()]
+        errors = [line for line in lines if re.search(r"[A-Za-z]Error\b", line)]
+        print(f"--- {log}: errors", *errors[:SHOWN], "--- and its end", *lines[-SHOWN:], sep="\n", flush=True)
 
 
 async def measure_generation(target: PublishTarget, count: int = 64, tokens: int = 128) -> None:
@@ -179,29 +213,12 @@ def write_weights(folder: Path, seed: int) -> Path:
     return folder
 
 
-class Steps:
-    """Runs steps one after another, and keeps which of them failed."""
-
-    def __init__(self) -> None:
-        self.failed: list[str] = []
-
-    async def run(self, name: str, step: Awaitable[None], deadline: float) -> None:
-        """Prints the error of a step that fails, with where it was raised."""
-        print(f"--- {name}", flush=True)
-        try:
-            async with asyncio.timeout(deadline):
-                await step
-        except Exception:
-            traceback.print_exc(file=sys.stdout)
-            sys.stdout.flush()
-            self.failed.append(name)
-
-
 async def figures(arguments: argparse.Namespace, steps: Steps, scratch: Path) -> None:
+    """Generates, sleeps and publishes with random weights."""
     config = spread_config(arguments.engine)
     device = torch.device("cpu" if config.device == "cpu" else "cuda:0")
-    folder = write_config(arguments.size, scratch / "figures")
-    async with spread_server(config, folder, scratch) as target:
+    folder = write_config(arguments.size, scratch / "model")
+    async with spread_server(config, folder, arguments.logs or scratch, steps) as target:
         await steps.run("generate", measure_generation(target), 480)
         await steps.run("sleep", measure_sleep(target, arguments.repeats), 240)
         tensors = random_tensors(folder, device)
@@ -211,9 +228,10 @@ async def figures(arguments: argparse.Namespace, steps: Steps, scratch: Path) ->
 
 
 async def checks(arguments: argparse.Namespace, steps: Steps, scratch: Path) -> None:
+    """Runs the conformance checks on a small model."""
     config = spread_config(arguments.engine, tokenizer=True, load_format="auto")
     folder, other = (write_weights(scratch / name, seed) for seed, name in enumerate(("own", "other")))
-    async with spread_server(config, folder, scratch) as target:
+    async with spread_server(config, folder, arguments.logs or scratch, steps) as target:
         await steps.run("check", check(target, folder, other), 900)
 
 
@@ -222,7 +240,7 @@ async def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as made:
         for name, part in (("figures", figures), ("checks", checks)):
             if arguments.only in (None, name):
-                await steps.run(name, part(arguments, steps, Path(made)), arguments.seconds)
+                await steps.run(name, part(arguments, steps, Path(made, name)), arguments.seconds)
     print(f"failed: {', '.join(steps.failed) or 'nothing'}", flush=True)
     return 1 if steps.failed else 0
 
@@ -233,6 +251,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bucket-mb", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--seconds", type=float, default=540, help="for the figures, and again for the checks")
+    parser.add_argument("--logs", type=Path, help="folder of the servers' logs; by default they are removed")
     parser.add_argument("--only", choices=["figures", "checks"])
     parser.add_argument("--engine", required=True)
     arguments = parser.parse_args()
