@@ -25,7 +25,7 @@ from millrace.engines.sglang.loading import LoaderUpdate, in_files
 from millrace.engines.stock.launching import EXTENSION
 from millrace.types import TensorSpec
 from millrace.weights.plan import buckets
-from millrace.weights.transports.base import specs_of
+from millrace.weights.transports.layouts import layout_of
 
 QKV, EXPERT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
@@ -94,7 +94,7 @@ def main() -> None:
     made = ((name, torch.empty(shape, dtype=torch.bfloat16, device=device)) for name, shape in shapes)
     count = 0
     for tensors in buckets(made, arguments.bucket_mb * 2**20):
-        specs, count = specs_of(tensors), count + len(tensors)
+        specs, count = layout_of(tensors).specs, count + len(tensors)
         bucket = torch.randint(0, 255, (specs[-1].offset + specs[-1].nbytes,), dtype=torch.uint8, device=device)
         [order] = update.orders(specs, in_files(files.answers()))
         for name, work in measured(loader, model, order, bucket, specs, [tensor for _, tensor in tensors]).items():

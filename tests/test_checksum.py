@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from millrace.checksum import SAMPLE, sampled_checksums, tensor_checksum
 from millrace.extension.millrace_samples import SampledPlaces
-from millrace.weights.transports.base import specs_of
+from millrace.weights.transports.layouts import layout_of
 
 SIZES = st.one_of(st.integers(0, 40), st.integers(SAMPLE - 2, SAMPLE + 130), st.integers(3 * SAMPLE, 4 * SAMPLE))
 DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.bool])
@@ -51,7 +51,7 @@ def test_many_tensors_at_once_have_the_checksums_of_each() -> None:
 @given(st.lists(st.tuples(SIZES, DTYPES), max_size=12), st.integers(0, 9))
 def test_tensors_in_a_bucket_have_the_checksums_of_each(kinds: list[tuple[int, torch.dtype]], seed: int) -> None:
     tensors = [make(size, dtype, seed) for size, dtype in kinds]
-    specs = specs_of([(str(index), tensor) for index, tensor in enumerate(tensors)])
+    specs = layout_of([(str(index), tensor) for index, tensor in enumerate(tensors)]).specs
     bucket = torch.zeros(sum(spec.nbytes for spec in specs) + 64 * len(specs) + 3, dtype=torch.uint8)
     for spec, tensor in zip(specs, tensors, strict=True):
         bucket[spec.offset : spec.offset + spec.nbytes] = tensor.view(torch.uint8)

@@ -1,13 +1,14 @@
 """Measures a publish of a sharded trainer whose ranks share GPUs with those of an engine, exchanged and gathered.
 
     python -m benchmarks.gpu.shards [--size moe-15b] [--ranks 2] [--repeats 5] [--bucket-mb 1024]
-        [--engine '{"python": "...", "version": "0.5.15"}']
+        [--engine '{"kind": "vllm", "python": "...", "version": "0.23.0"}']
 
 It starts itself under torchrun, with one rank on each GPU. The ranks shard the model by FSDP2 in bfloat16, as
-transformers has it (experts fused). Rank 0 starts one SGLang with Millrace's weight loader over the same GPUs. The two
-ways take turns: in the first, each rank of the engine gets the parts that it needs from the rank beside it; in the
-second, rank 0 gathers each tensor and copies it to all GPUs. After each, the engine must have the same checksums of its
-own tensors. Without GPUs: --engine '{"device": "cpu", ...}'.
+transformers has it (experts fused). Rank 0 starts one engine over the same GPUs: an SGLang (the default) with
+Millrace's weight loader, or a vLLM with Millrace's extension. The two ways take turns: in the first, each rank of the
+engine gets the parts that it needs from the rank beside it; in the second, rank 0 gathers each tensor and copies it to
+all GPUs. After each, the engine must have the same checksums of its own tensors. Without GPUs: --engine '{"device":
+"cpu", ...}'.
 """
 
 import argparse
@@ -30,24 +31,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu.engines import engine_config, served
 from benchmarks.gpu.models import write_config
-from millrace.config.engines import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
 from millrace.engines.sglang.loading import LOADER
+from millrace.engines.stock.interpreter import StockConfig
 from millrace.train.world import World, end_rank, join_world
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.cast import Dtypes, cast
 from millrace.weights.publisher import Publish
 from millrace.weights.report import PublishReport
 from millrace.weights.sharded import LedTensors, ShardedTensors, follow, leading
-from millrace.weights.shards import transport as shards_transport
 from millrace.weights.shards import way_for
 from millrace.weights.source import WeightSource, source_of
 from millrace.weights.trained import Trained, read_trained
 from millrace.weights.transports.base import PublishTarget, Transport, TransportContext
-from millrace.weights.transports.cuda_ipc import CudaIpcTransport
 from millrace.weights.transports.registry import create
-
-# A fleet gathers tensors on GPUs until this benchmark was run there.
-shards_transport.EXCHANGED = (*shards_transport.EXCHANGED, CudaIpcTransport)
 
 MIB, GB = 2**20, 1e9
 DEADLINE = 300.0
@@ -125,21 +122,28 @@ def show(way: str, reports: Sequence[PublishReport], peaks: Sequence[Sequence[fl
     )
 
 
-async def lead(sharded: ShardedTensors, world: World, folder: Path, arguments: argparse.Namespace) -> None:
-    """Runs on rank 0."""
-    config = engine_config(arguments.engine)
-    assert isinstance(config, SGLangEngineConfig)
+def over_all_ranks(config: StockConfig, ranks: int) -> StockConfig:
+    """Returns the settings of one engine with a rank beside each rank of the trainer. On GPUs it leaves the trainer
+    more than half of the memory."""
+    shared = {"tp_size": ranks, "dtype": "bfloat16"}
     on_cpu = config.device == "cpu"
-    threads = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(world.size)))} if on_cpu else {}
-    config = config.model_copy(
-        update={
-            "tp_size": world.size,
-            "dtype": "bfloat16",
+    if isinstance(config, SGLangEngineConfig):
+        threads = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if on_cpu else {}
+        own = {
             "engine_args": {**config.engine_args, "custom_weight_loader": [LOADER]},
-            "env": {**config.env, **threads},
             "mem_fraction_static": None if on_cpu else config.mem_fraction_static or 0.4,
         }
-    )
+    else:
+        assert isinstance(config, VLLMEngineConfig)
+        threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if on_cpu else {}
+        own = {"gpu_memory_utilization": None if on_cpu else config.gpu_memory_utilization or 0.4}
+    return config.model_copy(update={**shared, **own, "env": {**config.env, **threads}})
+
+
+async def lead(sharded: ShardedTensors, world: World, folder: Path, arguments: argparse.Namespace) -> None:
+    """Runs on rank 0."""
+    config = over_all_ranks(engine_config(arguments.engine), world.size)
+    on_cpu = config.device == "cpu"
     trained, memory, nbytes = read_trained(folder), Memory(world), 0
     reports: dict[bool, list[PublishReport]] = {False: [], True: []}
     peaks: dict[bool, list[list[float]]] = {False: [], True: []}

@@ -484,7 +484,7 @@ class TensorPart:
 class RankBucket:
     """Memory for one rank of an engine, and the parts in it that this rank reads. `memory` names no tensors."""
 
-    memory: "TorchStorageBucket | CudaIpcBucket"
+    memory: "TorchStorageBucket | SharedMemoryBucket | CudaIpcBucket"
     parts: tuple[TensorPart, ...]
 
 

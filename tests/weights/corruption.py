@@ -12,7 +12,8 @@ from millrace.errors import EngineError
 from millrace.model_folder import stored_tensors
 from millrace.types import Bucket, DiskBucket, ProcessGroupBucket, SharedMemoryBucket, TensorSpec, TorchStorageBucket
 from millrace.weights.step import StepResult
-from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport, specs_of
+from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
+from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.process_group import BroadcastBucket
 
 SIGN = 0x80  # the sign bit, in the last byte of a little-endian float
@@ -53,7 +54,7 @@ class CorruptingTransport(Transport):
 
     def _placed(self, buckets: Iterator[NamedTensors]) -> Iterator[NamedTensors]:
         for tensors in buckets:
-            self._specs, self._copied = specs_of(tensors), False
+            self._specs, self._copied = layout_of(tensors).specs, False
             yield tensors
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:

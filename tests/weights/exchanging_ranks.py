@@ -1,9 +1,15 @@
-"""The script of each rank in test_exchange.py: `torchrun exchanging_ranks.py MODEL PYTHON OUT SETTINGS`. Two ranks
-shard a model by FSDP2, and publish it to SGLangs with these settings."""
+"""The script of each rank in test_exchange.py: `exchanging_ranks.py MODEL OUT SETTINGS`.
+
+Two ranks shard a model by FSDP2, and publish it to engines with these settings. Versions 1, 2 and 5 are exchanged.
+While 3 is, a byte of each bucket changes before an engine reads it. 4 is gathered, and has the weights of 5. While 6 is
+exchanged, rank 1 dies as it fills its second bucket. 7 are the whole tensors of 4, and rank 0 publishes them alone.
+"""
 
 import asyncio
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,13 +17,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from transformers import AutoModelForCausalLM
 
-from millrace.config.engines import SGLangEngineConfig
+from millrace.config.engines import EngineConfig
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
@@ -60,16 +67,22 @@ def with_partial(sharded: ShardedTensors) -> ShardedTensors:
     return ShardedTensors({**sharded.tensors, name: summed})
 
 
-class Spoiling:
-    """Changes a byte of each bucket that a rank has filled, before an engine reads it."""
+class Faults:
+    """What happens to each bucket that a rank has filled, before an engine reads it."""
 
     def __init__(self) -> None:
         self._real = handle_of
-        self.armed = False
+        self._version = self._filled = 0
+
+    def begin(self, version: int) -> None:
+        self._version, self._filled = version, 0
 
     def __call__(self, slot: Any, shares: int) -> Any:
-        if self.armed:
+        self._filled += 1
+        if self._version == 3:
             slot.bytes[0] ^= 1
+        if self._version == 6 and dist.get_rank() == 1 and self._filled == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
         return self._real(slot, shares)
 
 
@@ -83,22 +96,15 @@ class Lines(logging.Handler):
 
 
 async def lead(
-    sharded: ShardedTensors, folder: Path, python: Path, out: Path, settings: str, together: Callable[[int], object]
+    sharded: ShardedTensors, folder: Path, out: Path, settings: str, together: Callable[[int], object]
 ) -> Any:
     """What rank 0 does, and what it found."""
     log = Lines()
     logging.getLogger("millrace.weights.shards").addHandler(log)
     logging.getLogger("millrace.weights.shards").setLevel(logging.INFO)
-    config = SGLangEngineConfig(
-        kind="sglang",
-        device="cpu",
-        python=python,
-        version="0.5.23",
-        threads=1,
-        start_timeout=START_TIMEOUT,
-        **json.loads(settings),
-    )
-    found: dict[str, Any] = {"tokens": {}, "exchanged": {}, "nbytes": {}}
+    given = {"device": "cpu", "threads": 1, "start_timeout": START_TIMEOUT, **json.loads(settings)}
+    config: EngineConfig = TypeAdapter(EngineConfig).validate_python(given)
+    found: dict[str, Any] = {"tokens": {}, "exchanged": {}, "nbytes": {}, "held": {}}
     async with open_fleet(config, folder, log_dir=out) as fleet:
         for version in (1, 2):
             together(version)
@@ -109,17 +115,37 @@ async def lead(
             torch.save(whole, out / f"{version}.pt")
         found["needs"] = next(iter(fleet.engines.values()))._needs  # type: ignore[attr-defined]
         together(3)
-        with leading(sharded, fleet.dtypes) as led:
-            try:
-                await fleet.publish(led, 3, bucket_bytes=BUCKET)
-            except PublishError as error:
-                found["spoilt"] = str(error)
+        found["spoilt"] = await refused(sharded, fleet, 3)
         together(4)
-        torch.save(gathered(sharded), out / "4.pt")
+        whole = gathered(sharded)
+        torch.save(whole, out / "4.pt")
         with leading(with_partial(sharded), fleet.dtypes) as led:
             note(found, 4, await fleet.publish(led, 4, bucket_bytes=BUCKET))
-        found["tokens"][4] = await tokens(fleet)
+        found["tokens"][4], found["held"][4] = await tokens(fleet), await held(fleet)
+        with leading(sharded, fleet.dtypes) as led:
+            note(found, 5, await fleet.publish(led, 5, bucket_bytes=BUCKET))
+        found["held"][5] = await held(fleet)
+        together(6)
+        found["died"] = await refused(sharded, fleet, 6)
+        found["routable"] = sorted(fleet.snapshot.routable)
+        await fleet.publish(list(whole.items()), 7)
+        found["held"][7], found["routable again"] = await held(fleet), sorted(fleet.snapshot.routable)
     return found | {"log": log.lines}
+
+
+async def refused(sharded: ShardedTensors, fleet: Fleet, version: int) -> str:
+    """Publishes a version that no engine takes, and returns why."""
+    try:
+        with leading(sharded, fleet.dtypes) as led:
+            await fleet.publish(led, version, bucket_bytes=BUCKET)
+    except PublishError as error:
+        return str(error)
+    raise AssertionError(f"version {version} was published")
+
+
+async def held(fleet: Fleet) -> list[Mapping[str, str]]:
+    """The checksums of what each engine holds."""
+    return [await engine.checksums() for engine in fleet.engines.values()]
 
 
 def note(found: dict[str, Any], version: int, report: PublishReport) -> None:
@@ -140,28 +166,27 @@ def gathered(sharded: ShardedTensors) -> Mapping[str, Tensor]:
 
 
 def main() -> None:
-    folder, python, out = map(Path, sys.argv[1:4])
+    folder, out = map(Path, sys.argv[1:3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     sharded = sharded_model(folder)
-    spoiling = exchange.handle_of = Spoiling()  # type: ignore[attr-defined]
+    faults = exchange.handle_of = Faults()  # type: ignore[attr-defined]
 
     def together(version: int) -> None:
         """What both ranks do before a version is published."""
         change(sharded, version)
-        spoiling.armed = version == 3
+        faults.begin(version)
 
     if dist.get_rank() == 0:
-        found = asyncio.run(lead(sharded, folder, python, out, sys.argv[4], together))
+        found = asyncio.run(lead(sharded, folder, out, sys.argv[3], together))
         (out / "found.json").write_text(json.dumps(found))
-    else:
-        for version in (1, 2, 3, 4):
+        end_rank()
+    for version in (1, 2, 3, 4, 5, 6):
+        if version != 5:
             together(version)
-            if version != 3:
-                gathered(sharded)
-            follow(with_partial(sharded) if version == 4 else sharded)
-    dist.destroy_process_group()
-    end_rank()
+        if version in (1, 2, 4):
+            gathered(sharded)
+        follow(with_partial(sharded) if version == 4 else sharded)
 
 
 if __name__ == "__main__":

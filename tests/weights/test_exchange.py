@@ -1,8 +1,9 @@
-"""A trainer of two ranks with FSDP2 publishes to SGLangs without a gather: to one of two ranks, and to two of one."""
+"""A trainer of two ranks with FSDP2 publishes to engines without a gather: to one of two ranks, and to two of one."""
 
 import json
 import math
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.architectures import OVER_TWO, make_moe_folder
-from tests.torchrun import run_two_ranks
+from tests.torchrun import run_apart
 from tests.weights.exchanging_ranks import TOKENS
 from tests.weights.variants import PROMPTS, louder
 
@@ -26,29 +27,56 @@ def make_folder(kind: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-OF_TWO_RANKS = {"tp_size": 2, "env": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
+OVER_TWO_CORES = {
+    "sglang": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+    "vllm": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},  # otherwise it wants a NUMA node for each rank
+}
+VERSIONS = {"sglang": "0.5.23", "vllm": "0.32.0"}
 
 
-@pytest.mark.parametrize(
+def run(kind: str, settings: Mapping[str, Any], python: Path, place: Path) -> None:
+    """Runs the trainer in `place`, and checks what it found."""
+    folder = place / "model"
+    make_folder(kind, folder)
+    engine = {**settings, "python": str(python), "version": VERSIONS[settings["kind"]]}
+    arguments = str(folder), str(place), json.dumps(engine)
+    statuses = run_apart("weights/exchanging_ranks.py", *arguments, log=place / "ranks.log")
+    assert statuses == [0, -signal.SIGKILL], (place / "ranks.log").read_text()[-8000:]
+    found = json.loads((place / "found.json").read_text())
+    check_versions(found, folder, place, whole="replicas" in settings)
+    check_faults(found, [f"{settings['kind']}-{number}" for number in range(settings.get("replicas", 1))])
+
+
+sharded = pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        pytest.param("moe", OF_TWO_RANKS, id="experts, one engine of two ranks"),
-        pytest.param("dense", OF_TWO_RANKS, id="one engine of two ranks", marks=pytest.mark.slow),
+        pytest.param("moe", {"tp_size": 2}, id="experts, one engine of two ranks"),
+        pytest.param("dense", {"tp_size": 2}, id="one engine of two ranks", marks=pytest.mark.slow),
         pytest.param("moe", {"replicas": 2}, id="experts, two engines of one rank", marks=pytest.mark.slow),
     ],
 )
-def test_each_rank_gets_the_parts_that_it_needs(
+
+
+@sharded
+def test_each_rank_of_sglang_gets_the_parts_that_it_needs(
     kind: str, settings: Mapping[str, Any], sglang_python: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "model"
-    make_folder(kind, folder)
-    run_two_ranks(
-        "weights/exchanging_ranks.py", str(folder), str(sglang_python("0.5.23")), str(tmp_path), json.dumps(settings)
-    )
-    found = json.loads((tmp_path / "found.json").read_text())
+    run(kind, {"kind": "sglang", **settings, "env": OVER_TWO_CORES["sglang"]}, sglang_python("0.5.23"), tmp_path)
+
+
+@sharded
+def test_each_rank_of_vllm_gets_the_parts_that_it_needs(
+    kind: str, settings: Mapping[str, Any], vllm_python: Path, tmp_path: Path
+) -> None:
+    run(kind, {"kind": "vllm", **settings, "env": OVER_TWO_CORES["vllm"]}, vllm_python, tmp_path)
+
+
+def check_versions(found: Mapping[str, Any], folder: Path, place: Path, *, whole: bool) -> None:
+    """Requires the tokens of the published weights, the same content however it came, and that no byte travelled
+    without need. whole: whether each of the engine's ranks needs all."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     for version in ("1", "2", "4"):
-        model.load_state_dict(torch.load(tmp_path / f"{version}.pt"), strict=False)
+        model.load_state_dict(torch.load(place / f"{version}.pt"), strict=False)
         expected_tokens = [greedy_tokens(model, prompt) for prompt in PROMPTS[:2]]
         assert all(made == expected_tokens for made in found["tokens"][version]), version
     tensors, needs = found["needs"]
@@ -58,10 +86,23 @@ def test_each_rank_gets_the_parts_that_it_needs(
     shares = [
         sum(math.prod(end - start for start, end in box) for boxes in of for box in boxes) / elements for of in needs
     ]
-    assert shares == [1] if "replicas" in settings else max(shares) < 0.6
-    assert found["exchanged"] == {"1": expected, "2": expected, "4": None}
+    assert shares == [1] if whole else max(shares) < 0.6
+    assert found["exchanged"] == {"1": expected, "2": expected, "4": None, "5": expected}
+    held = found["held"]
+    assert held["4"] == held["5"] == held["7"]
+    assert all(len(of_engine) > 10 for of_engine in held["4"])
+
+
+def check_faults(found: Mapping[str, Any], engines: Sequence[str]) -> None:
     # The spoilt part may be one that both ranks of the engine need, and they compare.
     assert re.search(r"tensors are not what was sent|its ranks received different values", found["spoilt"])
+    # An engine that has loaded a part of a version serves again after a whole one.
+    assert re.fullmatch(
+        r"the trainer's ranks could not exchange the weights: .*; if a rank has ended, start the trainer again",
+        found["died"],
+    )
+    assert found["routable"] == []
+    assert found["routable again"] == engines
     (line,) = found["log"]
     assert re.fullmatch(
         r"the trainer's ranks gather the weights, because .* is the sum of its shards \(Partial\)", line

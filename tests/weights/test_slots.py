@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.checksum import sampled_checksums, tensor_checksum
+from millrace.weights.packing import Packing, Place, copy_together
 from millrace.weights.plan import padded
-from millrace.weights.transports.base import specs_of
-from millrace.weights.transports.cuda_ipc import copy_together
-from millrace.weights.transports.slots import copy_to_host, samples_in
+from millrace.weights.transports.layouts import layout_of
+from millrace.weights.transports.slots import copy_to_host
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8]
 SIZES = st.sampled_from([0, 1, 2, 3, 7, 90])
@@ -32,15 +32,16 @@ def test_a_bucket_has_the_bytes_and_the_samples_of_its_tensors(
     given: list[torch.Tensor], room: int, start: int
 ) -> None:
     named = [(str(number), tensor) for number, tensor in enumerate(given)]
-    specs = specs_of(named)
+    specs = layout_of(named).specs
     nbytes = specs[-1].offset + padded(specs[-1].nbytes) + room
     together = torch.zeros(64 * start + nbytes, dtype=torch.uint8)[64 * start :]
-    copy_together(named, specs, together)
+    places = [Place(spec.offset, tensor.dtype, spec.shape) for spec, tensor in zip(specs, given, strict=True)]
+    Packing(given, places, together.device).run(together, given.__getitem__)
     for spec, tensor in zip(specs, given, strict=True):
         held = together[spec.offset : spec.offset + spec.nbytes].view(tensor.dtype).view(tensor.shape)
         assert torch.equal(held.float(), tensor.float())
     contiguous = [tensor.detach().contiguous() for tensor in given]
-    assert list(samples_in(together, specs).values()) == sampled_checksums(contiguous)
+    assert list(layout_of(named).samples_in(together).values()) == sampled_checksums(contiguous)
 
 
 @given(st.lists(tensors(), min_size=1, max_size=6))
@@ -48,9 +49,11 @@ def test_on_the_host_each_tensor_has_a_checksum(given: list[torch.Tensor]) -> No
     named = [(str(number), tensor) for number, tensor in enumerate(given) if tensor.numel()]
     if not named:
         return
-    specs = specs_of(named)
+    specs = layout_of(named).specs
     one_by_one, together = (torch.zeros(specs[-1].offset + specs[-1].nbytes, dtype=torch.uint8) for _ in range(2))
     checksums = copy_to_host(named, specs, one_by_one)
-    copy_together(named, specs, together)
+    sources = [tensor for _, tensor in named]
+    places = [Place(spec.offset, tensor.dtype, spec.shape) for spec, tensor in zip(specs, sources, strict=True)]
+    copy_together(sources, places, together)
     assert torch.equal(together, one_by_one)
     assert checksums == {name: tensor_checksum(tensor.detach().contiguous()) for name, tensor in named}

@@ -10,6 +10,8 @@ import pytest
 SHARE = """
 import os, sys
 from millrace.weights.transports.torch_storage import SharedStorage
+reading, writing = os.pipe()
+os.set_inheritable(writing, True)  # as are a process group's connections
 storage = SharedStorage(64)
 print(storage.manager.decode(), file=sys.stderr)
 holders = []
@@ -18,14 +20,15 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
         held = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
     except OSError:
         continue
-    if os.readlink("/proc/self/fd/2") in held or os.readlink("/proc/self/fd/1") in held:
+    if held & {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2, writing)}:
         holders.append(open(f"/proc/{pid}/comm").read().strip())
+assert os.get_inheritable(writing)
 print(holders)
 """
 
 
 @pytest.mark.parametrize("length", [0, 90])
-def test_the_helper_holds_no_output_of_ours_and_starts_below_any_tmpdir(length: int, tmp_path: Path) -> None:
+def test_the_helper_holds_no_file_of_ours_and_starts_below_any_tmpdir(length: int, tmp_path: Path) -> None:
     place = tmp_path / ("x" * length)
     place.mkdir(exist_ok=True)
     done = subprocess.run(

@@ -1,6 +1,8 @@
 """Files in memory that the ranks of an engine write answers to."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from millrace.types import RankAnswers
 
@@ -37,3 +39,29 @@ class AnswerFiles:
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()
+
+
+class AnswerFilesPool:
+    """The answer files of the orders that a server works on, each of which has its own. ranks: of the server."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._made: list[AnswerFiles] = []
+        self._free: list[AnswerFiles] = []
+
+    @contextmanager
+    def taken(self) -> Iterator[AnswerFiles]:
+        """Yield files that no other order uses. They are not used again if the block raises, because ranks that have
+        not answered in time may still write to them."""
+        if not self._free:
+            self._free.append(AnswerFiles(self._ranks))
+            self._made.append(self._free[0])
+        files = self._free.pop()
+        yield files
+        self._free.append(files)
+
+    def close(self) -> None:
+        """Free the memory."""
+        for files in self._made:
+            files.close()
+        self._made, self._free = [], []

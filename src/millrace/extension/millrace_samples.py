@@ -9,7 +9,8 @@ The engines' interpreters run this file too, so it imports nothing of Millrace.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -60,16 +61,19 @@ class SampledPlaces:
         alike: dict[tuple[int, int], list[int]] = {}
         for index, (itemsize, elements, _) in enumerate(tensors):
             alike.setdefault((itemsize, min(elements, SAMPLE + 1)), []).append(index)
-        self._batches: list[tuple[int, int, torch.Tensor]] = []  # itemsize, width and starts of the blocks
+        self.device = device
+        chunks = _beside("millrace_chunks")
+        self._kernel: Any = chunks.kernels().sum_samples if chunks.usable(device) else None
+        together = len(tensors) if self._kernel else SAMPLED_TOGETHER
+        self._batches: list[_Places] = []
         order: list[int] = []
         for (itemsize, _), indices in alike.items():
-            for start in range(0, len(indices), SAMPLED_TOGETHER):
-                batch = indices[start : start + SAMPLED_TOGETHER]
+            for start in range(0, len(indices), together):
+                batch = indices[start : start + together]
                 blocks, width = _blocks(tensors[batch[0]][1])
                 firsts_N = torch.tensor([tensors[index][2] // itemsize for index in batch])
                 steps_N = torch.tensor([_step(tensors[index][1]) for index in batch])
-                starts_NB = firsts_N[:, None] + steps_N[:, None] * torch.arange(len(blocks))
-                self._batches.append((itemsize, width, starts_NB.to(device)))
+                self._batches.append(_Places(itemsize, len(blocks), width, firsts_N.to(device), steps_N.to(device)))
                 order += batch
         self._order = torch.tensor(order).argsort()
 
@@ -79,14 +83,67 @@ class SampledPlaces:
 
         if not self._batches:
             return ""
-        found = []
         with torch.no_grad():
-            for itemsize, width, starts in self._batches:
-                elements = bucket[: len(bucket) // itemsize * itemsize].view(integer_dtype(itemsize))
-                windows = elements.as_strided((len(elements) - width + 1, width), (1, 1))
-                found.append(_sums(windows.index_select(0, starts.flatten()).view(len(starts), -1)))
+            found = [one.sums_by(self._kernel, bucket) if self._kernel else one.sums(bucket) for one in self._batches]
         sums = torch.cat(found).cpu()[self._order]
         return sums.numpy().astype(">i8").tobytes().hex()
+
+
+class SampledTensors:
+    """Tensors that stay where they are in memory, for checksums again and again. All are contiguous, on one device."""
+
+    def __init__(self, tensors: "Sequence[torch.Tensor]") -> None:
+        self._tensors = tensors
+        self._places: SampledPlaces | None = None
+        if tensors and _beside("millrace_chunks").usable(tensors[0].device):
+            # A kernel reads at any distance from the first tensor.
+            first, device = tensors[0].data_ptr(), tensors[0].device
+            self._places = SampledPlaces(
+                [(one.itemsize, one.numel(), one.data_ptr() - first) for one in tensors], device
+            )
+
+    def checksums(self) -> list[str]:
+        """Return the sampled checksum of each tensor."""
+        import torch
+
+        if self._places is None:
+            return sampled_checksums(self._tensors)
+        return separated(self._places.checksums(self._tensors[0].detach().view(-1).view(torch.uint8)))
+
+
+class _Places(NamedTuple):
+    """The samples of tensors that are read alike.
+
+    Each has so many blocks of `width` elements. The first begins at `firsts[i]`, and each other one `steps[i]` elements
+    after the one before.
+    """
+
+    itemsize: int
+    blocks: int
+    width: int
+    firsts: "torch.Tensor"
+    steps: "torch.Tensor"
+
+    def sums(self, bucket: "torch.Tensor") -> "torch.Tensor":
+        """Return the two sums of each tensor: [N, 2] int64."""
+        import torch
+
+        elements = bucket[: len(bucket) // self.itemsize * self.itemsize].view(integer_dtype(self.itemsize))
+        windows = elements.as_strided((len(elements) - self.width + 1, self.width), (1, 1))
+        starts_NB = self.firsts[:, None] + self.steps[:, None] * torch.arange(self.blocks, device=bucket.device)
+        return _sums(windows.index_select(0, starts_NB.flatten()).view(len(self.firsts), -1))
+
+    def sums_by(self, kernel: Any, bucket: "torch.Tensor") -> "torch.Tensor":
+        """Like `sums`, by `millrace_kernels.sum_samples`."""
+        import torch
+
+        elements = bucket[: len(bucket) // self.itemsize * self.itemsize].view(integer_dtype(self.itemsize))
+        sums_N2 = torch.empty(len(self.firsts), 2, dtype=torch.int64, device=bucket.device)
+        count = self.blocks * self.width
+        with torch.cuda.device_of(bucket):  # type: ignore[no-untyped-call]
+            launch = kernel[(len(self.firsts),)]
+            launch(elements, self.firsts, self.steps, self.width, count, sums_N2, MOST=SAMPLE, num_warps=8)
+        return sums_N2
 
 
 def _blocks(elements: int) -> tuple[Sequence[int], int]:
@@ -123,6 +180,11 @@ def integer_dtype(itemsize: int) -> "torch.dtype":
 def separated(checksums: str) -> list[str]:
     """Return the checksums that `SampledPlaces.checksums` or a join has written one after the other."""
     return [checksums[start : start + DIGITS] for start in range(0, len(checksums), DIGITS)]
+
+
+def _beside(module: str) -> Any:
+    """Import a module beside this file as this one was imported: by a name of its own, or as a part of Millrace."""
+    return import_module(__name__.rpartition("millrace_")[0] + module)
 
 
 def hexadecimal(sums: Iterable[int]) -> str:

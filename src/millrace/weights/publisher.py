@@ -63,6 +63,7 @@ class _Update:
     blameless: bool = False
     collateral: bool = False
     paused_at: float | None = None
+    loading_since: float | None = None
     legs: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -76,9 +77,10 @@ class _Update:
         return info.kind, info.engine_version, info.ranks, self.target.can(Capability.SAMPLED_CHECKSUMS)
 
     def take(self, leg: str, result: StepResult) -> None:
-        """Take over the result of a step."""
+        """Take over the result of a step. The first error stays: two buckets may be loaded at the same time."""
         self.legs[leg] = self.legs.get(leg, 0.0) + result.seconds
-        self.error, self.blameless = result.error, result.blameless
+        if self.error is None:
+            self.error, self.blameless = result.error, result.blameless
 
     def report(self) -> EngineReport:
         return EngineReport(
@@ -242,27 +244,37 @@ class Publish:
             yield bucket
 
     async def _load(self, updates: Sequence[_Update]) -> None:
-        """Send the buckets. The next bucket is staged and delivered while the engines load the current one. The
-        transactions begin when the first bucket is ready, because some engines stop generating then."""
-        source, nbytes = self._buckets(updates), 0
+        """Send the buckets. The transactions begin when the first bucket is ready, because some engines stop generating
+        then.
+
+        While the engines load a bucket, the next one is staged and delivered. If the transport allows it, the request
+        to load that is sent too, so that the engines need not wait for it. There are two slots, so the bucket after it
+        is staged when all engines have loaded the first.
+        """
+        source, running = self._buckets(updates), list[asyncio.Task[None]]()
         arrival = await self._next_bucket(source, updates)
         _leave_out(updates, arrival)
         await self._each(updates, "begin", self._begin)
-        while arrival is not None and any(update.error is None for update in updates):
-            staged = arrival.staged
-            self.stage_seconds += arrival.seconds
-            nbytes += staged.nbytes
-            self._record(staged)
-            following = asyncio.create_task(self._next_bucket(source, updates))
-            try:
-                await self._load_bucket(updates, staged)
-            except BaseException:
-                following.cancel()
-                # Its thread writes to a slot, which must not be freed before the thread has ended.
-                await asyncio.gather(following, return_exceptions=True)
-                raise
-            arrival = await following
-            _leave_out(updates, arrival)
+        nbytes = 0
+        try:
+            while arrival is not None and any(update.error is None for update in updates):
+                self.stage_seconds += arrival.seconds
+                nbytes += arrival.staged.nbytes
+                self._record(arrival.staged)
+                if not self._transport.loads_ahead:
+                    await _until(running, 0)
+                running.append(asyncio.create_task(self._load_bucket(updates, arrival.staged)))
+                await _until(running, 1)
+                arrival = await self._next_bucket(source, updates)
+                _leave_out(updates, arrival)
+            await _until(running, 0)
+        except asyncio.CancelledError:
+            for task in running:
+                task.cancel()
+            raise
+        finally:
+            # No engine may load while its transaction is rolled back, or while its slot is freed.
+            await asyncio.gather(*running, return_exceptions=True)
         self.nbytes = max(self.nbytes, nbytes)
 
     def _record(self, staged: StagedBucket) -> None:
@@ -285,9 +297,12 @@ class Publish:
     async def _load_bucket(self, updates: Sequence[_Update], staged: StagedBucket) -> None:
         loading = [update for update in updates if update.error is None]
         targets = [update.target for update in loading]
+        began = time.monotonic()
         results = await self._transport.load(targets, staged, deadline=self._share())
         for update in loading:
             update.take("load", results[update.engine.name])
+            update.loading_since = update.loading_since or began
+            update.legs["load"] = time.monotonic() - update.loading_since
 
     async def _begin(self, update: _Update) -> None:
         if not update.target.can(Capability.STAGED_UPDATE):
@@ -363,6 +378,13 @@ class Publish:
     def _share(self) -> float:
         """Return the seconds that one step on one engine may take."""
         return max(self._ends - time.monotonic(), 0.0) * STEP_SHARE
+
+
+async def _until(running: list[asyncio.Task[None]], left: int) -> None:
+    """Wait for the first of the loads that run, and forget them, until only so many are left."""
+    while len(running) > left:
+        await running[0]
+        del running[0]
 
 
 async def _next_of(source: Iterator[StagedBucket]) -> StagedBucket | None:

@@ -22,15 +22,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from millrace.errors import PublishError
+from millrace.extension.millrace_words import first_line
 from millrace.model_folder import FLOATS
 from millrace.weights.cast import Dtypes
 from millrace.weights.finite import not_finite
 from millrace.weights.shards.exchange import Exchange, Filled, RankPlace, places
 from millrace.weights.shards.views import NotExchangeable
+from millrace.weights.sidecar.messages import Form
 
 # What rank 0 broadcasts in place of a tensor's index.
 END, CHECK, PLACES, BEGIN, FILL, RELEASE = -1, -2, -3, -4, -5, -6
 CASTS: tuple[torch.dtype | None, ...] = (None, *(getattr(torch, name) for name in FLOATS.values()))  # sent by index
+BUCKET_FORMS = tuple(Form)  # sent by index
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +83,9 @@ class LedTensors:
 
     def not_finite(self, dtypes: Dtypes) -> list[str]:
         """Return the names of the tensors that have a NaN or an infinite value. All ranks check their own shards."""
-        _broadcast(self.sharded, CHECK, CASTS.index(torch.float16 if dtypes.usual == "float16" else None))
-        return _not_finite(self.sharded, Dtypes(dtypes.usual, {}))
+        with _together("check the weights' values"):
+            _broadcast(self.sharded, CHECK, CASTS.index(torch.float16 if dtypes.usual == "float16" else None))
+            return _not_finite(self.sharded, Dtypes(dtypes.usual, {}))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         # Nothing is cast here if some tensors have an unusual dtype: these are known by the checkpoint's names, and the
@@ -90,8 +94,10 @@ class LedTensors:
         for index, (name, tensor) in enumerate(self.sharded.tensors.items()):
             is_matrix = isinstance(tensor, DTensor) and tensor.ndim > 1
             dtype = dtypes.cast_to(name, tensor.dtype) if is_matrix and dtypes is not None else None
-            _broadcast(self.sharded, index, CASTS.index(dtype))
-            yield name, self.sharded.whole(name, dtype)
+            with _together("gather the weights"):
+                _broadcast(self.sharded, index, CASTS.index(dtype))
+                whole = self.sharded.whole(name, dtype)
+            yield name, whole
 
 
 @contextmanager
@@ -103,8 +109,11 @@ def leading(sharded: ShardedTensors, dtypes: Dtypes | None = None) -> Iterator[L
     """
     try:
         yield LedTensors(sharded, dtypes)
-    finally:
-        _broadcast(sharded, END)
+    except BaseException:
+        with suppress(RuntimeError):  # if a rank has ended, the error on its way says it
+            _broadcast(sharded, END)
+        raise
+    _broadcast(sharded, END)
 
 
 def follow(sharded: ShardedTensors) -> None:
@@ -127,17 +136,20 @@ def follow(sharded: ShardedTensors) -> None:
 
 def ask_places(led: LedTensors) -> list[RankPlace]:
     """Return what each rank has. Raises NotExchangeable if a rank's part of a tensor is no box."""
-    _broadcast(led.sharded, PLACES)
-    return places(led.sharded.tensors, _on_device(led.sharded))
+    with _together("exchange the weights"):
+        _broadcast(led.sharded, PLACES)
+        return places(led.sharded.tensors, _on_device(led.sharded))
 
 
-def begin_exchange(led: LedTensors, schedule: bytes) -> Exchange:
+def begin_exchange(led: LedTensors, schedule: bytes, form: Form) -> Exchange:
     """Begin an exchange on all ranks, and return rank 0's. End it by `end_exchange`.
 
-    schedule: from `shards.schedule.written`. Raises PublishError if a rank has no room for its buckets.
+    schedule: from `shards.schedule.written`. form: of the buckets' memory. Raises PublishError if a rank has no room
+    for its buckets.
     """
-    _broadcast(led.sharded, BEGIN)
-    return Exchange.begin(led.sharded.tensors, _on_device(led.sharded), schedule)
+    with _together("exchange the weights"):
+        _broadcast(led.sharded, BEGIN, BUCKET_FORMS.index(form))
+        return Exchange.begin(led.sharded.tensors, _on_device(led.sharded), form, schedule)
 
 
 def fill_buckets(led: LedTensors, exchange: Exchange, number: int, shares: Sequence[int]) -> list[Filled]:
@@ -145,14 +157,27 @@ def fill_buckets(led: LedTensors, exchange: Exchange, number: int, shares: Seque
 
     shares: how many ranks of engines will open the bucket of each rank.
     """
-    _broadcast(led.sharded, FILL, number)
-    return exchange.fill(number, shares)
+    with _together("exchange the weights"):
+        _broadcast(led.sharded, FILL, number)
+        return exchange.fill(number, shares)
 
 
 def end_exchange(led: LedTensors, exchange: Exchange) -> None:
-    """Free the memory of the exchange on all ranks."""
-    _broadcast(led.sharded, RELEASE)
+    """Free the memory of the exchange on all ranks. A rank that has ended needs no notice."""
+    with suppress(RuntimeError):
+        _broadcast(led.sharded, RELEASE)
     exchange.close()
+
+
+@contextmanager
+def _together(what: str) -> Iterator[None]:
+    """Raise PublishError if the ranks' collectives in this block fail. what: to do."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's
+        raise PublishError(
+            f"the trainer's ranks could not {what}: {first_line(error)}; if a rank has ended, start the trainer again"
+        ) from error
 
 
 def _do(sharded: ShardedTensors, what: int, value: int, exchange: Exchange | None) -> Exchange | None:
@@ -167,7 +192,7 @@ def _do(sharded: ShardedTensors, what: int, value: int, exchange: Exchange | Non
             places(sharded.tensors, _on_device(sharded))
     elif what == BEGIN:
         with suppress(PublishError):  # rank 0 raises it
-            return Exchange.begin(sharded.tensors, _on_device(sharded))
+            return Exchange.begin(sharded.tensors, _on_device(sharded), BUCKET_FORMS[value])
     elif what == FILL:
         assert exchange is not None
         exchange.fill(value)

@@ -16,7 +16,7 @@ from millrace.engines.stock.launching import EXTENSION
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
 from millrace.types import TensorSpec
-from millrace.weights.transports.base import specs_of
+from millrace.weights.transports.layouts import layout_of
 
 Tensors = Mapping[str, torch.Tensor]
 VOCAB, PADDED, HIDDEN = 10, 16, 8
@@ -82,7 +82,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 def packed(tensors: Tensors) -> torch.Tensor:
     """The bytes of a bucket, with some that belong to no tensor."""
-    specs = specs_of(list(tensors.items()))
+    specs = layout_of(list(tensors.items())).specs
     bucket = torch.zeros(specs[-1].offset + specs[-1].nbytes + 3, dtype=torch.uint8)
     for spec, tensor in zip(specs, tensors.values(), strict=True):
         bucket[spec.offset : spec.offset + spec.nbytes] = tensor.reshape(-1).view(torch.uint8)
@@ -101,7 +101,7 @@ class Sender:
 
     def send(self, tensors: Tensors) -> Mapping[str, Any]:
         """Send one bucket, and return the answer."""
-        return self.order(specs_of(list(tensors.items())), packed(tensors))
+        return self.order(layout_of(list(tensors.items())).specs, packed(tensors))
 
     def order(self, specs: tuple[TensorSpec, ...], bucket: torch.Tensor) -> Mapping[str, Any]:
         [order] = self.update.orders(specs, in_files(self.files.answers()))
@@ -292,11 +292,11 @@ def test_an_answer_is_written_to_no_other_file(sender: Sender, tmp_path: Path) -
     """In another container, the number of the sender's process can be another one's."""
     other = tmp_path / "other"
     other.write_text("content")
-    order = json.dumps({"update": "one", "layout": "[]", "file": str(other)})
+    order = json.dumps({"update": "one", "file": str(other)}) + "\n[]"
     sender.load(sender.model, [(order, torch.zeros(1, dtype=torch.uint8))])
     assert other.read_text() == "content"
 
 
 def test_an_order_that_can_not_be_read_raises_nothing(sender: Sender) -> None:
-    for text in ("", "[]", "{}", '{"update": 1, "layout": "[[1]]"}', '{"update": 1, "layout": "[[1]]", "file": ""}'):
+    for text in ("", "[]", "{}", '{"update": 1}\n[[1]]', '{"update": 1, "file": ""}\n[[1]]'):
         sender.load(sender.model, [(text, torch.zeros(1, dtype=torch.uint8))])

@@ -13,7 +13,7 @@ import torch
 from millrace.checksum import sampled_checksums
 from millrace.engines.sglang.loading import AnswerStore, LoaderUpdate
 from millrace.types import ProcessGroup
-from millrace.weights.transports.base import specs_of
+from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.sending_group import SendingGroup
 from tests.engines.sglang.test_loader import Model, Tensors, load, loaded, packed, require_same, weights
 
@@ -37,7 +37,7 @@ class Sender:
 
     async def order(self, number: int, tensors: Tensors, *, seconds: float = DEADLINE) -> Mapping[str, Any]:
         """Have the loader load a bucket, and return its answer."""
-        specs = specs_of(list(tensors.items()))
+        specs = layout_of(list(tensors.items())).specs
         [order] = self.update.orders(specs, self.answers.places(number, seconds))
         await asyncio.to_thread(self._load, self.model, [(order, NOTHING)])
         [text] = await asyncio.to_thread(self.answers.read, number)

@@ -3,7 +3,7 @@
 import json
 import mmap
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import aiohttp
 import torch
 
+from millrace.checksum import sampled_checksums
 from millrace.engines.stock.launching import EXTENSION
+from millrace.extension.millrace_boxes import Box, label, read_box
 from millrace.launch.ports import free_port
 from millrace.launch.process import ServerProcess
 from millrace.weights.plan import layout, padded
@@ -42,6 +44,27 @@ class SharedBucket:
         """Overwrites the memory, so that any later read of it gets wrong content."""
         self._bytes.fill_(0x5A)
         os.close(self._fd)
+
+
+def rows(tensors: Mapping[str, torch.Tensor]) -> str:
+    """What the extension is told about the tensors of an update."""
+    return json.dumps([(n, str(t.dtype).removeprefix("torch."), t.shape, 0, t.nbytes) for n, t in tensors.items()])
+
+
+class BucketOfParts(SharedBucket):
+    """Boxes of tensors in a memory file, for the only rank of a server."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], boxes: Sequence[tuple[str, Box]]) -> None:
+        self.pieces = {
+            label(name, box): weights[name][tuple(slice(start, end) for start, end in box)] for name, box in boxes
+        }
+        super().__init__(self.pieces)
+        self._boxes = boxes
+
+    def described(self) -> tuple[str, str]:
+        place, _ = super().described()
+        parts = [(n, s.dtype, box, s.offset) for (n, box), s in zip(self._boxes, self.specs, strict=True)]
+        return json.dumps({"ranks": [json.loads(place)]}), json.dumps(parts)
 
 
 class Server:
@@ -89,6 +112,18 @@ class Server:
         bucket.take_back()
         ignored: str = result["ignored"]
         return ignored
+
+    async def needs(self, weights: Mapping[str, torch.Tensor]) -> list[tuple[str, Box]]:
+        """Returns the boxes of these tensors that the server's only rank needs."""
+        found = (await self.done("needs", rows(weights)))["boxes"]
+        return [(name, box) for name, boxes in zip(weights, found, strict=True) for box in map(read_box, boxes)]
+
+    async def load_parts(self, weights: Mapping[str, torch.Tensor], boxes: Sequence[tuple[str, Box]]) -> None:
+        """Loads one bucket of parts, and compares the server's samples of them."""
+        bucket = BucketOfParts(weights, boxes)
+        samples = (await self.done("load_parts", *bucket.described()))["samples"]
+        assert samples == "".join(sampled_checksums([piece.contiguous() for piece in bucket.pieces.values()]))
+        bucket.take_back()
 
     async def refused_load(self, weights: Mapping[str, torch.Tensor]) -> str:
         bucket = SharedBucket(weights)

@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from transformers import BloomConfig, BloomForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from millrace.checksum import sampled_checksums
+from millrace.extension.millrace_boxes import whole
 from millrace.launch.ports import free_port
 from millrace.train.tiny import make_tiny_tokenizer
 from millrace.weights.transports.sending_group import SendingGroup
-from tests.engines.vllm.server import Server, SharedBucket, serving
+from tests.engines.vllm.server import BucketOfParts, Server, SharedBucket, rows, serving
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -153,7 +154,11 @@ async def test_the_two_models_differ(servers: Subject) -> None:
 
 async def test_buckets_in_any_order_that_part_fused_modules_anywhere(subject: Subject) -> None:
     weights = list(subject.second.weights.items())
-    random.Random(5).shuffle(weights)
+    for seed in range(5):  # a bias may be the last part of its module
+        random.Random(seed).shuffle(weights)
+        await update(subject.server, "7", [dict([weight]) for weight in weights])
+        assert await subject.server.checksums() == subject.second.checksums
+        await update(subject.server, "6", [subject.first.weights])
     await update(subject.server, "7", [dict([weight]) for weight in weights])
     await check_serves(subject.server, subject.second)
     state = await subject.server.done("state")
@@ -219,6 +224,53 @@ async def test_the_second_publish_replays_the_plan_of_the_first(subject: Subject
     await update(server, "3", buckets)
     assert (await server.done("state"))["planned"] == planned
     await check_serves(server, subject.second)
+
+
+async def test_parts_in_any_cut_load_what_whole_tensors_load(subject: Subject) -> None:
+    server, weights = subject.server, subject.second.weights
+    needs = await server.needs({**weights, HEAD: weights[EMBEDDING]})
+    assert needs == [(name, whole(tensor.shape)) for name, tensor in weights.items()]  # the head is tied
+    slabs = [
+        (name, ((first, min(first + 24, box[0][1])), *box[1:])) for name, box in needs for first in range(*box[0], 24)
+    ]
+    assert await server.checksums() == subject.first.checksums
+    for seed in range(4):
+        random.Random(seed).shuffle(slabs)
+        for version in ("1", "2"):  # the second replays the plans of the first
+            await update(server, "0", [subject.first.weights])
+            await server.done("begin")
+            for first in range(0, len(slabs), 16):
+                await server.load_parts(weights, slabs[first : first + 16])
+            await server.done("commit", version)
+            assert await server.checksums() == subject.second.checksums
+    await check_serves(server, subject.second)
+
+
+async def test_parts_that_are_left_out_are_missing(subject: Subject) -> None:
+    server, weights = subject.server, subject.second.weights
+    needs = await server.needs(weights)
+    for lacking, module in ((NORM, "model.norm"), (EXPERT, "mlp.experts"), (EMBEDDING, "embed_tokens")):
+        await server.done("begin")
+        await server.load_parts(weights, [(name, box) for name, box in needs if name != lacking])
+        error = await server.refusal("commit", "1")
+        assert f"only parts of model.{module}" in error or f"{module}" in error, error
+        assert await server.done("abandon") == {"torn": True}
+
+
+async def test_a_part_that_the_rank_does_not_need_is_refused(subject: Subject) -> None:
+    server, weights = subject.server, subject.second.weights
+    await server.needs({NORM: weights[NORM]})
+    await server.done("begin")
+    for name, box in ((Q, whole(weights[Q].shape)), (NORM, ((64, 66),))):
+        bucket = BucketOfParts({**weights, NORM: torch.zeros(66)}, [(name, box)])
+        assert "this rank does not need" in await server.refusal("load_parts", *bucket.described())
+    bucket = BucketOfParts(weights, [(NORM, ((0, 64),))])
+    assert "nothing for rank 0" in await server.refusal("load_parts", '{"ranks": []}', bucket.described()[1])
+    assert "none for rank 0" in await server.refusal("load_parts", bucket.described()[0])
+    for described in ("{}", "[[1]]", '[["n", "float32", [[2, 1]], 0]]', '[["n", "float32", [[0, 1]], 2]]'):
+        assert len(await server.refusal("load_parts", bucket.described()[0], described)) < 400
+    assert await server.done("abandon") == {"torn": False}
+    assert await server.checksums() == subject.first.checksums
 
 
 async def test_weights_in_the_servers_own_dtype_are_the_same(subject: Subject) -> None:
@@ -479,6 +531,10 @@ async def test_a_loader_that_computes_loads_its_tensors_each_time(vllm_python: P
         BloomForCausalLM(config).save_pretrained(tmp_path / str(seed))
         tokenizer.save_pretrained(tmp_path / str(seed))
     async with serving(tmp_path / "0", vllm_python, tmp_path) as server, server.paused():
+        asked = rows(load_file(tmp_path / "0" / "model.safetensors"))
+        why = (await server.done("needs", asked))["unplanned"]
+        assert why.startswith("transformer.h.0.self_attention.query_key_value")
+        assert "the loader c" in why
         first = await server.checksums()
         for seed in (1, 0, 1):
             weights = load_file(tmp_path / str(seed) / "model.safetensors")

@@ -3,17 +3,18 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from millrace.engines.answers import AnswerFiles
-from millrace.engines.http_engine import ABORT_DEADLINE
-from millrace.engines.sglang.facts import read_facts
+from millrace.engines.answers import AnswerFiles, AnswerFilesPool
+from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS
+from millrace.engines.sglang.facts import SGLangFacts, read_facts
 from millrace.engines.sglang.guards import check_request
-from millrace.engines.sglang.loading import LOADER, AnswerStore, LoaderUpdate, NeededParts, in_files
+from millrace.engines.sglang.loading import LOADER, AnswerStore, LoaderUpdate, in_files
 from millrace.engines.sglang.payload import loader_payloads, order_payloads, parts_payloads, payloads
 from millrace.engines.sglang_wire import (
     PAUSE_MODES,
@@ -25,12 +26,12 @@ from millrace.engines.sglang_wire import (
     wire_id,
 )
 from millrace.engines.stock.engine import StockEngine
-from millrace.engines.stock.facts import Facts
 from millrace.engines.stock.images import data_url
+from millrace.engines.stock.parts import NeededParts
 from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
-from millrace.errors import EngineError, EngineFailed, EngineRefused, LocalError
+from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout, LocalError
 from millrace.http import HttpClient
 from millrace.http.hosts import is_loopback
 from millrace.types import (
@@ -53,6 +54,7 @@ from millrace.types import (
     TorchStorageBucket,
 )
 
+IDLE_DEADLINE = 10.0  # seconds in which a rank without requests is idle
 PAUSE_DEADLINE = 60.0  # seconds; it waits for the requests of other clients to end
 logger = logging.getLogger(__name__)
 
@@ -67,12 +69,12 @@ def encode(request: GenerateRequest, *, stream: bool = False, experts: bool = Fa
     return {**body, "image_data": [data_url(image) for image in request.images], "return_prompt_token_ids": True}
 
 
-class SGLangEngine(StockEngine[Facts]):
+class SGLangEngine(StockEngine[SGLangFacts]):
     """One SGLang server."""
 
     _session: bool | None = None  # whether the server has an update session open; None: unknown
     _by_loader: LoaderUpdate | None = None  # what the server's weight loader has done in the open update
-    _files: AnswerFiles | None = None  # of the weight loader, if it has got buckets in memory
+    _files: AnswerFilesPool | None = None  # of the weight loader, if it has got buckets in memory
     _groups: Mapping[str, AnswerStore] = {}  # of the weight loader, by the name of the group
     _loads_changes: bool | None = None  # whether the weight loader can write what has changed; None: not known yet
     _needs: tuple[object, NeededParts] | None = None  # the tensors that it was asked about, and the parts it needs
@@ -86,7 +88,16 @@ class SGLangEngine(StockEngine[Facts]):
             await self._attach()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
-        await self._retry_until_idle("/flush_cache", {}, deadline)
+        end, path = time.monotonic() + deadline, "/flush_cache"
+        if (await self._facts()).caches > 1:
+            # SGLang returns the answer of only one data-parallel rank. So no rank may have a request before, and each
+            # waits until its last step has ended.
+            while (load := await self.loads()).running_requests + load.waiting_requests:
+                if time.monotonic() + IDLE_POLL_SECONDS >= end:
+                    raise EngineTimeout(self.name, f"{path}: requests still ran after {deadline:.0f} s")
+                await asyncio.sleep(IDLE_POLL_SECONDS)
+            path += f"?timeout={IDLE_DEADLINE:.0f}"
+        await self._retry_until_idle(path, {}, end - time.monotonic())
 
     async def leave_group(self, name: str) -> None:
         if name in self._groups:  # the weight loader leaves when the sender's store ends
@@ -129,9 +140,10 @@ class SGLangEngine(StockEngine[Facts]):
         return self._needs[1]
 
     async def _ask_needs(self, tensors: Sequence[TensorSpec], ranks: int, deadline: float) -> NeededParts:
-        question, files = LoaderUpdate(self.name), self._answer_files(ranks)
-        await self._order(order_payloads(question.questions(tensors, in_files(files.answers()))), deadline)
-        return question.needs(files.read())
+        question = LoaderUpdate(self.name)
+        with self._answer_files(ranks) as files:
+            await self._order(order_payloads(question.questions(tensors, in_files(files.answers()))), deadline)
+            return question.needs(files.read())
 
     async def close(self) -> None:
         if self._files is not None:
@@ -200,7 +212,7 @@ class SGLangEngine(StockEngine[Facts]):
             await self._control("/begin_weight_update", {})
             self._session = True
 
-    def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
+    def _loader(self, bucket: Bucket, facts: SGLangFacts) -> Callable[[float], Awaitable[None]]:
         body: Mapping[str, object]
         match bucket:
             case ProcessGroupBucket(group_name=name) if name in self._groups:
@@ -225,7 +237,7 @@ class SGLangEngine(StockEngine[Facts]):
 
         return send
 
-    def _can_answer(self, bucket: CudaIpcBucket | TorchStorageBucket | DiskBucket, facts: Facts) -> bool:
+    def _can_answer(self, bucket: CudaIpcBucket | TorchStorageBucket | DiskBucket, facts: SGLangFacts) -> bool:
         """Return whether the server has the weight loader, and there are files on its host for the loader's answers."""
         here = is_loopback(str(urlsplit(self.url).hostname))
         return Capability.SAMPLED_CHECKSUMS in facts.info.capabilities and (bucket.answers is not None or here)
@@ -234,9 +246,18 @@ class SGLangEngine(StockEngine[Facts]):
         """Have the server's weight loader load a bucket in memory, and read its answers."""
         ends = time.monotonic() + deadline
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
-        answers = bucket.answers or self._answer_files(ranks).answers()
-        await self._order(loader_payloads(bucket, update.orders(bucket.tensors, in_files(answers))), deadline)
-        update.take(bucket.tensors, await self._read(answers, ends - time.monotonic()))
+        with self._answers(bucket.answers, ranks) as answers:
+            await self._order(loader_payloads(bucket, update.orders(bucket.tensors, in_files(answers))), deadline)
+            update.take(bucket.tensors, await self._read(answers, ends - time.monotonic()))
+
+    @contextmanager
+    def _answers(self, given: RankAnswers | None, ranks: int) -> Iterator[RankAnswers]:
+        """Yield where the weight loader's ranks answer: the given files, or some of this process."""
+        if given is not None:
+            yield given
+            return
+        with self._answer_files(ranks) as files:
+            yield files.answers()
 
     async def _read(self, answers: RankAnswers, deadline: float) -> Sequence[bytes]:
         """Return the answers of the weight loader's ranks. Raises EngineFailed if they can't be read."""
@@ -245,7 +266,7 @@ class SGLangEngine(StockEngine[Facts]):
         except EngineError as error:
             raise EngineFailed(self.name, f"the answers of its weight loader can't be read: {error}") from error
 
-    async def _load_folder(self, bucket: DiskBucket, holds: str, facts: Facts, deadline: float) -> None:
+    async def _load_folder(self, bucket: DiskBucket, holds: str, facts: SGLangFacts, deadline: float) -> None:
         """Have the server read a folder, or its weight loader write only what has changed, if it holds the version
         before. The loader then compares the parameters with the folder."""
         ends = time.monotonic() + deadline
@@ -257,11 +278,11 @@ class SGLangEngine(StockEngine[Facts]):
             await self._control("/update_weights_from_disk", body, deadline=deadline)
         if not bucket.digest or self._loads_changes is False or not self._can_answer(bucket, facts):
             return
-        update, answers = LoaderUpdate(self.name), bucket.answers or self._answer_files(facts.info.ranks).answers()
-        places = in_files(answers)
-        orders = update.orders_of_folder(bucket.path, changes.path if changes is not None else None, places)
-        await self._order(order_payloads(orders), max(ends - time.monotonic(), 0.001))
-        texts = await self._read(answers, ends - time.monotonic())
+        update, file = LoaderUpdate(self.name), changes.path if changes is not None else None
+        with self._answers(bucket.answers, facts.info.ranks) as answers:
+            orders = update.orders_of_folder(bucket.path, file, in_files(answers))
+            await self._order(order_payloads(orders), max(ends - time.monotonic(), 0.001))
+            texts = await self._read(answers, ends - time.monotonic())
         if changes is None and (why := update.why_no_folder(texts)) is not None:
             logger.warning("engine %s reads each version whole, because %s", self.name, why)
             self._loads_changes = False
@@ -272,11 +293,11 @@ class SGLangEngine(StockEngine[Facts]):
     async def _load_parts(self, bucket: PartsBucket, deadline: float) -> None:
         """Have the server's weight loader load a bucket of parts in each rank, and read its answers."""
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
-        files = self._answer_files(len(bucket.ranks))
-        orders = update.orders_of_parts([rank.parts for rank in bucket.ranks], in_files(files.answers()))
         try:
-            await self._order(parts_payloads(bucket.ranks, orders), deadline)
-            update.take_parts(files.read())
+            with self._answer_files(len(bucket.ranks)) as files:
+                orders = update.orders_of_parts([rank.parts for rank in bucket.ranks], in_files(files.answers()))
+                await self._order(parts_payloads(bucket.ranks, orders), deadline)
+                update.take_parts(files.read())
         except BaseException:
             self._needs = None  # ask again, because the server may not remember the question
             raise
@@ -292,10 +313,10 @@ class SGLangEngine(StockEngine[Facts]):
         except RuntimeError as error:  # torch's
             raise EngineFailed(self.name, f"the answers of its weight loader can't be read: {error}") from error
 
-    def _answer_files(self, ranks: int) -> AnswerFiles:
-        """Return the files that the weight loader's ranks write their answers to."""
-        self._files = self._files or AnswerFiles(ranks)
-        return self._files
+    def _answer_files(self, ranks: int) -> AbstractContextManager[AnswerFiles]:
+        """Return files that the weight loader's ranks write their answers to, for one order."""
+        self._files = self._files or AnswerFilesPool(ranks)
+        return self._files.taken()
 
     async def _order(self, shares: Sequence[str], deadline: float) -> None:
         """Send an order to the weight loader of each rank."""
@@ -352,13 +373,13 @@ class SGLangEngine(StockEngine[Facts]):
         # Not /health: it generates a token, which fails while the server is paused or asleep.
         await self._http.control("GET", "/server_info", deadline=deadline)
 
-    async def _read_facts(self) -> Facts:
+    async def _read_facts(self) -> SGLangFacts:
         served, server = await self._ask("/model_info"), await self._ask("/server_info")
         paths = (await self._ask("/openapi.json"))["paths"]
         model = await self._read_model(Path(served["model_path"]))
         return read_facts(paths, served, server, model)
 
-    def _check(self, request: GenerateRequest, facts: Facts) -> None:
+    def _check(self, request: GenerateRequest, facts: SGLangFacts) -> None:
         check_request(request, facts.limits)
 
     def _why_no_sleep(self) -> str:

@@ -8,13 +8,12 @@ from typing import Any
 
 import orjson
 
+from millrace.engines.stock.parts import NeededParts, needs_of
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
-from millrace.extension.millrace_boxes import Box, read_box
 from millrace.extension.millrace_samples import separated
 from millrace.types import ProcessGroup, RankAnswers, TensorPart, TensorSpec
 
-NeededParts = Sequence[Sequence[Sequence[Box]]]  # by rank and tensor, as boxes
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
 
 
@@ -63,18 +62,29 @@ def in_files(answers: RankAnswers) -> list[Mapping[str, object]]:
 class LoaderUpdate:
     """What a server's loader has answered in one update.
 
-    engine: its name. samples: the sampled checksums of the tensors that arrived, by name. missing: what to say about
-    parameters that have no content of this update yet; empty if all have.
+    engine: its name. samples: the sampled checksums of the tensors that arrived, by name. lacking: for each rank, how
+    many parameters have no content of this update yet, and names of some.
     """
 
     engine: str
     name: str = field(default_factory=lambda: token_hex(8))
     samples: dict[str, str] = field(default_factory=dict)
-    missing: str = ""
+    lacking: dict[int, tuple[int, Sequence[str]]] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> str:
+        """What to say about parameters that have no content of this update yet; empty if all have."""
+        for count, some in self.lacking.values():
+            if count:
+                return f"{count} of its parameters lack content of this version, such as {', '.join(some)}"
+        return ""
 
     def orders(self, tensors: Sequence[TensorSpec], places: Sequence[Mapping[str, object]]) -> list[str]:
-        """Return the order for the loader of each rank to load a bucket, as JSON. places: where it answers, and by what
-        it receives."""
+        """Return the order for the loader of each rank to load a bucket: a line of JSON, and the layout as JSON. The
+        loader knows a layout again by its text, and does not read it twice.
+
+        places: where a rank answers, and by what it receives.
+        """
         layout = orjson.dumps([[spec.name, spec.dtype, spec.shape, spec.offset] for spec in tensors]).decode()
         return self._orders([layout] * len(places), places)
 
@@ -98,7 +108,7 @@ class LoaderUpdate:
 
     def _orders(self, layouts: Sequence[str], places: Sequence[Mapping[str, object]]) -> list[str]:
         return [
-            orjson.dumps({"update": self.name, "layout": layout, **place}).decode()
+            f"{orjson.dumps({'update': self.name, **place}).decode()}\n{layout}"
             for layout, place in zip(layouts, places, strict=True)
         ]
 
@@ -108,20 +118,18 @@ class LoaderUpdate:
         Raises EngineFailed if a rank has not answered or holds other content than it was sent, and InvalidStateError if
         it could not load the bucket.
         """
-        self.missing = ""
-        received: list[list[str]] = []
-        for rank, text in enumerate(answers):
-            received.append(separated(self._answer(rank, text)["samples"]))
-        for spec, *samples_of in zip(tensors, *received, strict=True):
-            if len(set(samples_of)) > 1:
-                raise EngineFailed(self.engine, f"its ranks received different values of {spec.name}")
-            self.samples[spec.name] = samples_of[0]
+        first, *others = (self._samples_of(rank, text) for rank, text in enumerate(answers))
+        names, samples = [spec.name for spec in tensors], separated(first)
+        for other in others:
+            for name, one, value in zip(names, samples, separated(other), strict=True) if other != first else ():
+                if one != value:
+                    raise EngineFailed(self.engine, f"its ranks received different values of {name}")
+        self.samples.update(zip(names, samples, strict=True))
 
     def take_parts(self, answers: Sequence[bytes]) -> None:
         """Take the answers of all ranks to an order for parts or for a folder. Raises as `take` does."""
-        self.missing = ""
         for rank, text in enumerate(answers):
-            for name, value in self._answer(rank, text)["samples"].items():
+            for name, value in self._samples_of(rank, text).items():
                 if self.samples.setdefault(name, value) != value:
                     raise EngineFailed(self.engine, f"its ranks received different values of {name}")
 
@@ -139,22 +147,22 @@ class LoaderUpdate:
 
         Raises EngineFailed if a rank has not answered, and InvalidStateError if it can't say which parts it needs.
         """
-        needed = []
-        for rank, text in enumerate(answers):
-            answer = self._answer(rank, text)
-            if why := answer.get("unplanned"):
-                raise InvalidStateError(f"its rank {rank} can't say which parts of the tensors it needs: {why}")
-            needed.append([[read_box(box) for box in boxes] for boxes in answer["boxes"]])
-        return needed
+        return needs_of([self._answer(rank, text) for rank, text in enumerate(answers)])
+
+    def _samples_of(self, rank: int, text: bytes) -> Any:
+        """Return the samples in a rank's answer, and note which parameters lack content."""
+        answer = self._answer(rank, text)
+        # They only become fewer, and the answers to two orders may be read in either order.
+        found = answer.get("missing", 0), answer.get("such as", ())
+        self.lacking[rank] = min(found, self.lacking.get(rank, found), key=lambda one: one[0])
+        return answer["samples"]
 
     def _answer(self, rank: int, text: bytes) -> Mapping[str, Any]:
-        """Return the answer of a rank, and note which parameters lack content."""
+        """Return the answer of a rank. Raises EngineFailed if there is none, and InvalidStateError if it is an
+        error."""
         if not text:
             raise EngineFailed(self.engine, f"the weight loader of its rank {rank} has not answered; see its log")
         answer: Mapping[str, Any] = orjson.loads(text)
         if "error" in answer:
             raise InvalidStateError(f"its rank {rank} could not load the tensors: {answer['error']}")
-        if answer.get("missing"):
-            names = ", ".join(answer["such as"])
-            self.missing = f"{answer['missing']} of its parameters lack content of this version, such as {names}"
         return answer

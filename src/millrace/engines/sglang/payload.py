@@ -9,7 +9,15 @@ import base64
 from collections.abc import Sequence
 
 from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
-from millrace.types import CudaIpcBucket, CudaIpcShare, RankBucket, TensorSpec, TorchStorageBucket
+from millrace.engines.stock.state import InvalidStateError
+from millrace.types import (
+    CudaIpcBucket,
+    CudaIpcShare,
+    RankBucket,
+    SharedMemoryBucket,
+    TensorSpec,
+    TorchStorageBucket,
+)
 
 REDUCTIONS = "torch.multiprocessing.reductions"
 BUCKET_MODULE = b"sglang.srt.weight_sync.tensor_bucket"
@@ -44,10 +52,16 @@ def _order(order: str, tensor: Call) -> str:
 
 
 def parts_payloads(ranks: Sequence[RankBucket], orders: Sequence[str]) -> list[str]:
-    """Return the payload of each rank for Millrace's weight loader, in base64: [(its order, its bucket's bytes)]."""
-    return [
-        payload for rank, order in zip(ranks, orders, strict=True) for payload in loader_payloads(rank.memory, [order])
-    ]
+    """Return the payload of each rank for Millrace's weight loader, in base64: [(its order, its bucket's bytes)].
+
+    Raises InvalidStateError for memory that SGLang can't open.
+    """
+    payloads = []
+    for rank, order in zip(ranks, orders, strict=True):
+        if isinstance(rank.memory, SharedMemoryBucket):
+            raise InvalidStateError("it can't open a memory file; send the parts by torch storage")
+        payloads += loader_payloads(rank.memory, [order])
+    return payloads
 
 
 def _tensors(bucket: CudaIpcBucket | TorchStorageBucket, ranks: int) -> list[Call]:

@@ -6,8 +6,8 @@ unsafe calls. A subclass makes the HTTP calls.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +59,7 @@ class StockEngine(StockServer[AnyFacts]):
         self._calls = Calls(name)
         self._loras = LoadedLoras()
         self._controls = asyncio.Lock()  # one control call at a time; `abort` and reads need no lock
+        self._loads: set[asyncio.Future[None]] = set()  # the loads that run; control calls wait for them
         self._stopped = False  # whether the server itself is paused
         self._dangling = False  # whether the server may have an update open that this adapter does not know of
         self._sent: set[str] = set()  # the tensors of the open update that were sent
@@ -185,7 +186,7 @@ class StockEngine(StockServer[AnyFacts]):
             self._arrived = ""
 
     async def load(self, bucket: Bucket, *, deadline: float) -> None:
-        async with self._control_call():
+        async with self._control_call(beside_loads=True):
             after = self.state.loading()
             facts = await self._facts()
             check_takes(bucket, facts.info)
@@ -198,9 +199,15 @@ class StockEngine(StockServer[AnyFacts]):
             self._sent |= names
             await self._calls.enter(after)  # before the call: even if it fails, the weights may have changed
             self._holds = ""
-            await send(deadline)
-            self._arrived = bucket.digest if isinstance(bucket, DiskBucket) and names == self._sent else ""
-            self._loaded |= names
+            self._loads.add(ended := asyncio.get_running_loop().create_future())
+        try:
+            with self._as_refusal():
+                await send(deadline)
+        finally:
+            self._loads.discard(ended)
+            ended.set_result(None)
+        self._loaded |= names
+        self._arrived = bucket.digest if isinstance(bucket, DiskBucket) and names == self._sent else ""
 
     async def commit(self) -> None:
         async with self._control_call():
@@ -314,19 +321,35 @@ class StockEngine(StockServer[AnyFacts]):
                 raise
 
     @asynccontextmanager
-    async def _control_call(self) -> AsyncIterator[None]:
-        """Hold the control lock. An InvalidStateError or DataError in the block becomes EngineRefused."""
+    async def _control_call(self, *, beside_loads: bool = False) -> AsyncIterator[None]:
+        """Hold the control lock. An InvalidStateError or DataError in the block becomes EngineRefused.
+
+        beside_loads: do not wait for loads that run.
+        """
         try:
             async with asyncio.timeout(CONTROL_DEADLINE):
                 await self._controls.acquire()
+                try:
+                    while self._loads and not beside_loads:
+                        await asyncio.wait(self._loads)
+                except BaseException:
+                    self._controls.release()
+                    raise
         except TimeoutError:
             raise EngineTimeout(self.name, "another control call is still running") from None
+        try:
+            with self._as_refusal():
+                yield
+        finally:
+            self._controls.release()
+
+    @contextmanager
+    def _as_refusal(self) -> Iterator[None]:
+        """Raise EngineRefused instead of InvalidStateError or DataError."""
         try:
             yield
         except (InvalidStateError, DataError) as error:
             raise EngineRefused(self.name, str(error)) from error
-        finally:
-            self._controls.release()
 
     async def _abort_until_ended(
         self, served: Sequence[str], abort: Callable[[Sequence[str]], Awaitable[None]]

@@ -12,13 +12,14 @@ import orjson
 
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.stock.engine import StockEngine
-from millrace.engines.stock.state import InvalidStateError, ServerState
+from millrace.engines.stock.parts import NeededParts, needs_of
+from millrace.engines.stock.state import InvalidStateError, ServerState, require
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
-from millrace.engines.vllm.facts import Server, VLLMFacts, read_facts
+from millrace.engines.vllm.facts import Server, VLLMFacts, has_extension, read_facts
 from millrace.engines.vllm.guards import check_reload, check_request
 from millrace.engines.vllm.metrics import read_metrics
-from millrace.engines.vllm.payload import description, samples_of, transfer
+from millrace.engines.vllm.payload import description, parts, rows_of, samples_of, samples_of_parts, transfer
 from millrace.engines.vllm.wire import Answer, encode, wire_id
 from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
 from millrace.http import HttpClient
@@ -32,18 +33,20 @@ from millrace.types import (
     GenerateRequest,
     Generation,
     MemoryTag,
+    PartsBucket,
     PauseMode,
     ProcessGroup,
     ProcessGroupBucket,
     TensorSpec,
 )
 
-# at_once: see `millrace_vllm_pause`. A server without Millrace's middleware ignores it.
+# at_once: see `millrace_vllm_keys`. A server without Millrace's middleware ignores it.
 PAUSE_PATHS = {
     PauseMode.ABORT: "/pause?mode=abort&at_once=true",
     PauseMode.RETRACT: "/pause?mode=keep&at_once=true",
     PauseMode.KEEP: "/pause?mode=keep&clear_cache=false&at_once=true",
 }
+RPC_PATH = "/collective_rpc?every_rank=true"  # see `millrace_vllm_keys`
 CHECKER_DEADLINE = 600.0  # seconds; vLLM copies every tensor to the host and hashes it there
 
 
@@ -58,7 +61,9 @@ class VLLMEngine(StockEngine[VLLMFacts]):
     _version: int | None = None  # of the served weights, for servers that do not store it
     _samples: dict[str, str]  # of the tensors in the open update
     _to_open = False  # whether the next bucket opens the update in the extension
+    _opening: asyncio.Lock  # held while the first bucket opens it
     _receiving = False  # whether a session of vLLM's own transfer engine is open
+    _needs: tuple[object, NeededParts] | None = None  # the tensors that it was asked about, and the parts it needs
     _counted: tuple[float, float] = (0.0, 0.0)  # the last reading of the token counter: time.monotonic() and count
 
     async def initialize(self, version: int | None = None) -> None:
@@ -120,8 +125,19 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
         return self._samples
 
+    async def needed_parts(self, tensors: Sequence[TensorSpec], *, deadline: float) -> NeededParts:
+        if Capability.UPDATE_FROM_PARTS not in (await self._facts()).info.capabilities:
+            raise EngineRefused(self.name, "its workers do not have Millrace's extension, which takes parts of tensors")
+        asked = tuple((spec.name, spec.dtype, spec.shape) for spec in tensors)
+        if self._needs is None or self._needs[0] != asked:
+            async with self._control_call():
+                require(self.state.updating is None, "an update is open; commit it or roll it back first")
+                answers = await self._rpc("millrace_needs", orjson.dumps(rows_of(tensors)).decode(), deadline=deadline)
+                self._needs = asked, self._decode("millrace_needs", lambda: needs_of(answers))
+        return self._needs[1]
+
     async def loads(self) -> EngineLoad:
-        total_tokens = (await self._server()).total_tokens
+        server = await self._server()
         text = await self._ask("/metrics")
         metrics = self._decode("/metrics", lambda: read_metrics(text))
         (then, before), now, made = self._counted, time.monotonic(), metrics["generation_tokens_total"]
@@ -129,8 +145,8 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         return EngineLoad(
             running_requests=int(metrics["num_requests_running"]),
             waiting_requests=int(metrics["num_requests_waiting"]),
-            used_tokens=int(metrics["kv_cache_usage_perc"] * total_tokens),
-            max_tokens=total_tokens,
+            used_tokens=int(metrics["kv_cache_usage_perc"] / server.replicas * server.total_tokens),
+            max_tokens=server.total_tokens,
             tokens_per_second=(made - before) / (now - then) if then else 0.0,
         )
 
@@ -234,9 +250,11 @@ class VLLMEngine(StockEngine[VLLMFacts]):
 
     async def _open_update(self) -> None:
         self._samples = {}
-        self._to_open = True  # with the first bucket, which saves a call
+        self._to_open, self._opening = True, asyncio.Lock()  # with the first bucket, which saves a call
 
     def _loader(self, bucket: Bucket, facts: VLLMFacts) -> Callable[[float], Awaitable[None]]:
+        if facts.server.extension and isinstance(bucket, PartsBucket):
+            return partial(self._load_parts, bucket, *parts(bucket, facts.info.ranks))
         if facts.server.extension:
             return partial(self._load_by_extension, *description(bucket, facts.info.ranks))
         if facts.server.transfer and isinstance(bucket, ProcessGroupBucket):
@@ -250,22 +268,38 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             raise InvalidStateError("this update already receives tensors by NCCL, and can't also load from disk")
         check_reload(facts.model, facts.server)
         body = {"method": "reload_weights", "kwargs": {"weights_path": bucket.path}}
-
-        async def reload(deadline: float) -> None:
-            await self._control("/collective_rpc", body, deadline=deadline)
-
-        return reload
+        return lambda deadline: self._control("/collective_rpc", body, deadline=deadline)
 
     async def _load_by_extension(
         self, place: Mapping[str, object], tensors: Sequence[TensorSpec], deadline: float
     ) -> None:
-        rows = [(t.name, t.dtype, t.shape, t.offset, t.nbytes) for t in tensors]
-        texts = [orjson.dumps(value).decode() for value in ({**place, "begin": self._to_open}, rows)]
-        self._to_open = False
-        results = await self._rpc("millrace_load", *texts, deadline=deadline)
+        results = await self._order("millrace_load", place, [rows_of(tensors)], deadline)
         self._samples |= self._decode(
             "millrace_load", lambda: samples_of([tensor.name for tensor in tensors] or results[0]["names"], results)
         )
+
+    async def _load_parts(
+        self, bucket: PartsBucket, place: Mapping[str, object], rows: Sequence[object], deadline: float
+    ) -> None:
+        try:
+            results = await self._order("millrace_load_parts", place, rows, deadline)
+        except BaseException:
+            self._needs = None  # ask again, because the server may not remember the question
+            raise
+        self._samples |= self._decode("millrace_load_parts", lambda: samples_of_parts(bucket, results))
+
+    async def _order(self, method: str, place: Mapping[str, object], rows: Sequence[object], deadline: float) -> Any:
+        """Have the extension load a bucket, and open the update first if that is due."""
+
+        async def call(*, begin: bool) -> Any:
+            texts = [orjson.dumps(value).decode() for value in ({**place, "begin": begin}, *rows)]
+            return await self._rpc(method, *texts, deadline=deadline)
+
+        async with self._opening:  # no other bucket may overtake the first one
+            if self._to_open:
+                self._to_open = False
+                return await call(begin=True)
+        return await call(begin=False)
 
     async def _receive(self, tensors: Mapping[str, object], deadline: float) -> None:
         if not self._receiving:
@@ -340,7 +374,8 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         served = (await self._ask("/v1/models"))["data"][0]
         version = (await self._ask("/version"))["version"]
         model = await self._read_model(Path(served["root"]))
-        return self._decode("/server_info", lambda: read_facts(version, served, api, config, model))
+        answers = len(await self._call_extension("millrace_state")) if has_extension(config) else 0
+        return self._decode("/server_info", lambda: read_facts(version, served, api, config, model, answers))
 
     def _check(self, request: GenerateRequest, facts: VLLMFacts) -> None:
         check_request(request, facts.limits, facts.server)
@@ -367,9 +402,16 @@ class VLLMEngine(StockEngine[VLLMFacts]):
 
     async def _rpc(self, method: str, *arguments: str, deadline: float = CONTROL_DEADLINE) -> Any:
         """Call a method of the extension on every rank. Return the answers. Raises EngineFailed if a rank fails."""
-        body = {"method": method, "args": arguments}
-        results = (await self._control("/collective_rpc", body, deadline=deadline))["results"]
+        results = await self._call_extension(method, *arguments, deadline=deadline)
         for rank, result in enumerate(results):
             if error := result.get("error"):
                 raise EngineFailed(self.name, f"rank {rank}: {error}")
+        ranks = (await self._facts()).info.ranks
+        if len(results) != ranks:
+            raise EngineFailed(self.name, f"{method}: {len(results)} of its {ranks} ranks have answered")
         return results
+
+    async def _call_extension(self, method: str, *arguments: str, deadline: float = CONTROL_DEADLINE) -> Any:
+        """Call a method of the extension. Return the answers of the ranks that the server reports."""
+        body = {"method": method, "args": arguments}
+        return (await self._control(RPC_PATH, body, deadline=deadline))["results"]

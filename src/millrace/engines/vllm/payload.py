@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
 from millrace.engines.stock.state import InvalidStateError
+from millrace.extension.millrace_boxes import label
 from millrace.extension.millrace_samples import separated
 from millrace.types import (
     Bucket,
@@ -46,7 +47,35 @@ def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Seque
         case TorchStorageBucket():
             raise InvalidStateError("it can't open torch storage; send the tensors by shared memory")
         case PartsBucket():
-            raise InvalidStateError("it takes no parts of tensors; send whole tensors")
+            raise InvalidStateError("parts of tensors are no whole tensors")  # see `parts`
+
+
+def rows_of(tensors: Sequence[TensorSpec]) -> Sequence[object]:
+    """Return what the extension is told about tensors."""
+    return [(tensor.name, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes) for tensor in tensors]
+
+
+def parts(bucket: PartsBucket, ranks: int) -> tuple[Mapping[str, object], Sequence[Sequence[object]]]:
+    """Return the arguments of `millrace_load_parts`: where each rank's bucket is, and for each rank the rows that say
+    what its bucket contains.
+
+    Raises InvalidStateError for a bucket that the extension can't read.
+    """
+    if len(bucket.ranks) != ranks:
+        raise InvalidStateError(f"the bucket is for {len(bucket.ranks)} ranks, and it has {ranks}")
+    rows = [[(part.name, part.dtype, part.box, part.offset) for part in rank.parts] for rank in bucket.ranks]
+    return {"ranks": [_place(rank.memory) for rank in bucket.ranks]}, rows
+
+
+def samples_of_parts(bucket: PartsBucket, ranks: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+    """Return the sampled checksum of each part in a bucket, by the part's name, from the ranks' answers to
+    `millrace_load_parts`. Raises ValueError as `samples_of` does."""
+    found: dict[str, str] = {}
+    for of_rank, answer in zip(bucket.ranks, ranks, strict=True):
+        for part, value in zip(of_rank.parts, separated(answer["samples"]), strict=True):
+            if found.setdefault(name := label(part.name, part.box), value) != value:
+                raise ValueError(f"its ranks received different values of {name}")
+    return found
 
 
 def transfer(bucket: ProcessGroupBucket) -> Mapping[str, object]:
@@ -76,6 +105,17 @@ def unique_id(value: bytes) -> bytes:
     """
     kind = Name("vllm.distributed.device_communicators.pynccl_wrapper", "ncclUniqueId")
     return PROTOCOL + encode(Call(Name("_ctypes", "_unpickle"), (kind, ({}, value)))) + STOP
+
+
+def _place(memory: SharedMemoryBucket | TorchStorageBucket | CudaIpcBucket) -> Mapping[str, object]:
+    """Return where the bucket of one rank is."""
+    match memory:
+        case SharedMemoryBucket(path):
+            return {"kind": "shared_memory", "path": path}
+        case CudaIpcBucket((share,), nbytes):
+            return {"kind": "cuda_ipc", "share": _share(share), "nbytes": nbytes}
+        case _:
+            raise InvalidStateError("each rank's parts must be in a memory file, or in GPU memory with one share")
 
 
 def _share(share: CudaIpcShare) -> Mapping[str, object]:

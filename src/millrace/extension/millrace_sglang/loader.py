@@ -44,9 +44,10 @@ class Order:
 
     @classmethod
     def read(cls, text: str) -> "Order":
-        """Read an order. Raises what a text in another form makes."""
-        body = json.loads(text)
-        update, layout = str(body["update"]), str(body["layout"])
+        """Read an order: a line of JSON, and the layout. Raises what a text in another form makes."""
+        head, _, layout = text.partition("\n")
+        body = json.loads(head)
+        update = str(body["update"])
         if "file" in body:
             return cls(update, layout, str(body["file"]))
         return cls(update, layout, "", Group.read(body["group"]), int(body["number"]), float(body["seconds"]))
@@ -172,7 +173,7 @@ LOADERS: "weakref.WeakKeyDictionary[torch.nn.Module, Loader]" = weakref.WeakKeyD
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     """Load one bucket: SGLang calls this in each rank.
 
-    named_tensors: one pair, the order as JSON and the bucket's bytes; no bytes if the bucket comes by a process group.
+    named_tensors: one pair, the order and the bucket's bytes; no bytes if the bucket comes by a process group.
     Raises nothing that the order can cause: an exception would end the server. The sender reads in the answer what
     failed.
     """

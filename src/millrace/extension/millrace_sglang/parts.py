@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from millrace_boxes import Box, common, label, read_box, shape_of, strides_of
-from millrace_samples import sampled_checksums
+from millrace_boxes import read_box
+from millrace_parts import Part, piece_of
+from millrace_samples import SampledPlaces, separated
 from millrace_words import listed
 
 from .dry_run import Description, Sent, described
@@ -20,16 +21,27 @@ from .plan import Plan, plan_of
 from .recording import Copy, Recording
 
 LISTED = 5  # names in an answer
-Part = tuple[str, torch.dtype, Box, int]  # of a bucket: the tensor's name and dtype, the box, the offset in bytes
 
 
 @dataclass(slots=True)
 class Layout:
-    """One layout of a bucket, and its plan. update: the last one that had such a bucket."""
+    """One layout of a bucket: the labels of its parts, what the checksums read, and its plan. update: the last one that
+    had such a bucket."""
 
-    parts: tuple[Part, ...]
+    labels: tuple[str, ...]
+    places: SampledPlaces
     plan: Plan
     update: str = ""
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], bucket: torch.Tensor, description: Description) -> "Layout":
+        """Plan a layout, for buckets of this size. Raises ValueError if a part is not inside, or not needed."""
+        for part in parts:
+            if part.offset % part.dtype.itemsize or not 0 <= part.offset <= part.offset + part.nbytes <= bucket.nbytes:
+                raise ValueError(f"a part can't be at offset {part.offset} of a bucket of {bucket.nbytes} bytes")
+        sizes = [(part.dtype.itemsize, part.nbytes // part.dtype.itemsize, part.offset) for part in parts]
+        labels = tuple(part.label for part in parts)
+        return cls(labels, SampledPlaces(sizes, bucket.device), plan_of_parts(parts, description))
 
 
 @dataclass(slots=True)
@@ -43,7 +55,7 @@ class Parts:
     sent: tuple[Sent, ...] = ()
     description: Description | None = None
     addresses: Mapping[str, int] = field(default_factory=dict)
-    layouts: dict[str, Layout] = field(default_factory=dict)
+    layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
     update: str = ""
     written: Counter[str] = field(default_factory=Counter)
 
@@ -67,20 +79,18 @@ class Parts:
         if update != self.update:
             self.layouts = {key: one for key, one in self.layouts.items() if one.update == self.update}
             self.update, self.written = update, self.description.fill()
-        if text not in self.layouts:
-            parts = read_parts(text)
-            self.layouts[text] = Layout(parts, plan_of_parts(parts, self.description))
-        layout = self.layouts[text]
-        layout.update = update
-        views = {label(name, box): view_of(bucket, dtype, box, at) for name, dtype, box, at in layout.parts}
-        samples = sampled_checksums(list(views.values()))
+        key = text, bucket.nbytes
+        layout = self.layouts.get(key) or Layout.of(read_parts(text), bucket, self.description)
+        self.layouts[key], layout.update = layout, update
+        samples = layout.places.checksums(bucket)
         if layout.plan.copies:  # another rank may have a part in a bucket that has none for this one
             layout.plan.run(bucket)
         if wrong := layout.plan.differing(bucket):
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         self.written.update(layout.plan.elements)
         missing = sorted(name for name, one in model.named_parameters() if self.written[name] < one.numel())
-        return {"samples": dict(zip(views, samples, strict=True)), "missing": len(missing), "such as": missing[:LISTED]}
+        samples_of = dict(zip(layout.labels, separated(samples), strict=True))
+        return {"samples": samples_of, "missing": len(missing), "such as": missing[:LISTED]}
 
 
 OF_MODELS: "weakref.WeakKeyDictionary[torch.nn.Module, Parts]" = weakref.WeakKeyDictionary()
@@ -102,7 +112,8 @@ def answer(model: torch.nn.Module, update: str, text: str, bucket: torch.Tensor)
 def read_parts(text: str) -> tuple[Part, ...]:
     """Read the parts of a bucket. Raises what a text in another form makes."""
     return tuple(
-        (str(name), getattr(torch, dtype), read_box(box), int(at)) for name, dtype, box, at in json.loads(text)["parts"]
+        Part(str(name), getattr(torch, dtype), read_box(box), int(at))
+        for name, dtype, box, at in json.loads(text)["parts"]
     )
 
 
@@ -110,38 +121,22 @@ def plan_of_parts(parts: Sequence[Part], description: Description) -> Plan:
     """Return the copies that load a bucket. Raises ValueError if it has a part of a tensor that this rank does not
     need."""
     recording = Recording()
-    for name, dtype, box, at in parts:
-        if name not in description.needs:
-            raise ValueError(f"this rank does not need {label(name, box)}")
-        steps = strides_of(shape_of(box))
-        for need in description.needs[name]:
-            both = common(box, need.box)
-            if both is None:
+    for part in parts:
+        if part.name not in description.needs:
+            raise ValueError(f"this rank does not need {part.label}")
+        for need in description.needs[part.name]:
+            if (piece := piece_of(part, need.box, need.along)) is None:
                 continue
-            target, strides = need.target, []
-            for dim, along in enumerate(need.along):
-                strides.append(1 if along is None else steps[along])
-                if along is not None:
-                    start, end = both[along]
-                    target = target.narrow(dim, start - need.box[along][0], end - start)
-            ahead = sum((b[0] - o[0]) * step for b, o, step in zip(both, box, steps, strict=True))
-            offset = at + ahead * dtype.itemsize
-            recording.copies.append(Copy(need.parameter, target, offset, tuple(target.shape), tuple(strides), dtype))
+            target, source = need.target, piece.source
+            for dim, (start, size) in enumerate(zip(piece.starts, source.shape, strict=True)):
+                target = target.narrow(dim, start, size)
+            recording.copies.append(
+                Copy(need.parameter, target, source.offset, source.shape, source.stride, source.dtype)
+            )
     plan = plan_of(recording)
     if isinstance(plan, str):
         raise ValueError(plan)
     return plan
-
-
-def view_of(bucket: torch.Tensor, dtype: torch.dtype, box: Box, at: int) -> torch.Tensor:
-    """Return a part as a contiguous tensor in a bucket's bytes. Raises ValueError if it is not inside."""
-    shape = shape_of(box)
-    nbytes = dtype.itemsize
-    for size in shape:
-        nbytes *= size
-    if at % dtype.itemsize or not 0 <= at <= at + nbytes <= bucket.nbytes:
-        raise ValueError(f"a part can't be at offset {at} of a bucket of {bucket.nbytes} bytes")
-    return bucket[at : at + nbytes].view(dtype).view(shape)
 
 
 def addresses_of(model: torch.nn.Module) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from millrace_copies import Fused, Slice, as_dtype, copy_out, fused
+from millrace_copies import Copies, Slice, as_dtype, copy_out, fused
 from millrace_samples import integer_dtype
 
 from .recording import Copy, Fill, Recording
@@ -41,7 +41,7 @@ class Plan:
     """The copies of one layout, and the constants to write before. elements: how many of each parameter both write.
     samples: what is compared."""
 
-    copies: tuple[Fused, ...]
+    copies: tuple[Copies, ...]
     fills: tuple[Fill, ...]
     elements: Mapping[str, int]
     samples: tuple[Samples, ...] = field(repr=False)

@@ -58,7 +58,7 @@ class ReceivingGroup:
             connect(group.address, group.port, group.world_size, group.seconds) for _ in range(2)
         )
         self._arrived: queue.Queue[tuple[int, torch.Tensor] | Exception] = queue.Queue()
-        self._last: tuple[int, torch.Tensor] | None = None
+        self._taken: dict[int, torch.Tensor] = {}  # from the queue, by number; the last two
         self._joined: Any = None
         self._closed = False
         device = torch.device("cuda", torch.cuda.current_device()) if group.backend == "nccl" else torch.device("cpu")
@@ -67,11 +67,11 @@ class ReceivingGroup:
     def bucket(self, number: int, seconds: float) -> torch.Tensor:
         """Return the bytes of the bucket with this number, [nbytes] uint8 on the CPU (gloo) or this rank's GPU (NCCL).
 
-        Earlier ones that were not asked for are dropped. Raises RuntimeError if it does not arrive in `seconds` or the
+        Only the last two that have arrived are kept. Raises RuntimeError if it does not arrive in `seconds` or the
         group is broken; the group is then closed.
         """
-        ends, last = time.monotonic() + seconds, self._last
-        while last is None or last[0] != number:
+        ends = time.monotonic() + seconds
+        while number not in self._taken:
             try:
                 got = self._arrived.get(timeout=0 if self._closed else max(0.0, ends - time.monotonic()))
             except queue.Empty:
@@ -79,8 +79,10 @@ class ReceivingGroup:
             if isinstance(got, Exception):
                 self.close()
                 raise RuntimeError(f"group {self.group.name}: bucket {number} did not come: {first_line(got)}") from got
-            last = self._last = got
-        return last[1]
+            self._taken[got[0]] = got[1]
+            if len(self._taken) > 2:
+                del self._taken[next(iter(self._taken))]
+        return self._taken[number]
 
     def answer(self, number: int, content: bytes) -> None:
         """Write this rank's answer about a bucket to the sender's store. Raises RuntimeError if the store is gone."""
@@ -101,7 +103,7 @@ class ReceivingGroup:
     def close(self) -> None:
         """Leave the group, in whatever state it is, and free the buffers."""
         if not self._closed:
-            self._closed, self._last = True, None
+            self._closed, self._taken = True, {}
             if self._joined is not None:  # in a thread: it waits for a broadcast that is under way
                 threading.Thread(target=self._joined.abort, daemon=True).start()
 
@@ -117,7 +119,7 @@ class ReceivingGroup:
 
     def _free(self, device: torch.device) -> None:
         """Let go of what this rank keeps of a group that has ended."""
-        left, self._last, self._joined = self._joined, None, None
+        left, self._taken, self._joined = self._joined, {}, None
         if left is not None:
             left.abort()
         if device.type == "cuda":

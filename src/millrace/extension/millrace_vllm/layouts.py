@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from millrace_copies import Fused, Slice, fused
+from millrace_copies import Copies, Slice, fused
+from millrace_samples import SampledPlaces, SampledTensors, separated
 from millrace_words import listed
 
 from .dry_run import Region, View
@@ -36,12 +37,16 @@ class Held(NamedTuple):
         return tensor_of(self.module, self.name) is self.tensor and self.tensor.data_ptr() == self.address
 
 
+# Tensors of a layout by their numbers, and what returns their checksums for a bucket.
+Sampled = tuple[list[int], Callable[[torch.Tensor], list[str]]]
+
+
 @dataclass(slots=True)
 class Writes:
     """What is written into memory beside the model, for one module. copies: by the name of the module's tensor, into
     tensors without memory that have its form. fills: regions that are filled with a number."""
 
-    copies: dict[str, list[Fused]] = field(default_factory=dict)
+    copies: dict[str, list[Copies]] = field(default_factory=dict)
     fills: list[tuple[Region, float]] = field(default_factory=list)
 
 
@@ -54,7 +59,8 @@ class Layout:
     module, the regions that the bucket fills and the elements of each tensor. direct, fills: copies and constants that
     are written into the model. staged: by module, what is written into memory beside the model, where vLLM processes
     it. parts: what the model's own loader loads. unchanged: for each sent tensor, the model's own that receives it
-    unchanged, or None. held: the model's tensors in `direct`.
+    unchanged, or None. held: the model's tensors in `direct`. due: modules that the update must fill, besides
+    those that it fills in part.
     """
 
     specs: Sequence[TensorSpec]
@@ -64,12 +70,34 @@ class Layout:
     ties: list[tuple[str, int]] = field(default_factory=list)
     regions: Mapping[str, frozenset[Region]] = field(default_factory=dict)
     counts: Mapping[str, Counter[str]] = field(default_factory=dict)
-    direct: list[Fused] = field(default_factory=list)
+    direct: list[Copies] = field(default_factory=list)
     fills: list[tuple[torch.Tensor, float]] = field(default_factory=list)
     staged: dict[str, Writes] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
     unchanged: list[torch.Tensor | None] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
+    due: frozenset[str] = frozenset()
+    _samples: tuple[Sampled, ...] = ()
+
+    def samples(self, bucket: torch.Tensor) -> str:
+        """The sampled checksum of each tensor, one after the other: of the tensor in the model, if it receives the sent
+        one unchanged, and else of the one in the bucket, which can be on another device."""
+        if not self._samples:
+            self._samples = self._sampled(bucket.device)
+        found = [""] * len(self.specs)
+        for indices, checksums in self._samples:
+            for index, value in zip(indices, checksums(bucket), strict=True):
+                found[index] = value
+        return "".join(found)
+
+    def _sampled(self, device: torch.device) -> tuple[Sampled, Sampled]:
+        here = [index for index, tensor in enumerate(self.unchanged) if tensor is not None]
+        others = [index for index, tensor in enumerate(self.unchanged) if tensor is None]
+        held = SampledTensors([tensor for tensor in self.unchanged if tensor is not None])
+        sent = [self.specs[index] for index in others]
+        sizes = [(spec.dtype.itemsize, spec.nbytes // spec.dtype.itemsize, spec.offset) for spec in sent]
+        arrived = SampledPlaces(sizes, device)
+        return (here, lambda _: held.checksums()), (others, lambda bucket: separated(arrived.checksums(bucket)))
 
     @property
     def fits(self) -> bool:
@@ -77,12 +105,18 @@ class Layout:
         return all(one.is_there for one in self.held)
 
 
-def layout_of(specs: Sequence[TensorSpec], plan: Plan, in_place: Callable[[str], bool], last: set[str]) -> Layout:
-    """Plan a layout. Raises RpcError if the model cannot load one of the tensors.
+def layout_of(
+    specs: Sequence[TensorSpec],
+    targets: Sequence[Target],
+    plan: Plan,
+    in_place: Callable[[str], bool],
+    last: set[str],
+) -> Layout:
+    """Plan a layout. Raises RpcError if a tensor comes twice.
 
-    in_place: whether tensors are written into a module of the model itself. last: modules that vLLM processes last.
+    targets: of the tensors. in_place: whether tensors are written into a module of the model itself. last: modules that
+    vLLM processes last.
     """
-    targets = plan.targets(specs)
     layout = Layout(specs, frozenset(spec.name for spec in specs), max((s.offset + s.nbytes for s in specs), default=0))
     if len(layout.names) < len(specs):
         names = Counter(spec.name for spec in specs)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from millrace_boxes import read_box
+from millrace_parts import Part
 
 from .errors import RpcError
 
@@ -60,6 +62,23 @@ def parse_spec(row: Any) -> TensorSpec:
     if offset % spec.dtype.itemsize:
         raise RpcError(f"{spec} cannot be at offset {offset} of a bucket")
     return spec
+
+
+def parse_parts(text: str) -> list[Part]:
+    """The parts of tensors in a bucket: a JSON list of [name, dtype, box, offset]."""
+    rows = parsed(text)
+    if not isinstance(rows, list):
+        raise RpcError("the parts must be a JSON list")
+    try:
+        parts = [Part(str(name), DTYPES[dtype], read_box(box), int(at)) for name, dtype, box, at in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RpcError(f"a part's description must be a JSON list of a name, dtype, box and offset: {error}") from error
+    for part in parts:
+        if any(start < 0 or start >= end for start, end in part.box) or part.offset < 0:
+            raise RpcError(f"{part.label} at {part.offset} is no part of a tensor")
+        if part.offset % part.dtype.itemsize:
+            raise RpcError(f"{part.label} cannot be at offset {part.offset} of a bucket")
+    return parts
 
 
 def parse_object(text: str) -> dict[str, Any]:

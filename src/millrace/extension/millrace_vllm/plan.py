@@ -15,6 +15,8 @@ from .dry_run import Origins, Owners, Recorder, storage_id, twin_of, without_lor
 from .errors import RpcError
 from .messages import FLOATS, TensorSpec
 
+UNRECORDED = {"bias", "e_score_correction_bias"}  # of a checkpoint, and yet vLLM does not record them (0.32)
+
 log = logging.getLogger("vllm.millrace")
 
 
@@ -112,7 +114,7 @@ class Plan:
                                 twin.data = twin.data.to(recorded[0]["weight"].dtype)
                             owners[storage_id(twin)] = (path, name, twin)
                 # vLLM has computed the parameters that it did not record, such as scales, from the weights.
-                made = module._parameters.keys() - recorded[0].keys() if recorded[0] else set()
+                made = module._parameters.keys() - recorded[0].keys() - UNRECORDED if recorded[0] else set()
                 self.needed[path] = {
                     # weight_loader_numel: set by vLLM if a checkpoint does not contain all elements
                     name: vars(parameter).get("weight_loader_numel", parameter.numel())

@@ -10,8 +10,9 @@ from millrace_words import listed
 from .digest import StoredTensors
 from .errors import RpcError
 from .layouts import Layout, layout_of
-from .messages import TensorSpec, parse_specs, take
-from .plan import Plan
+from .messages import TensorSpec, parse_parts, parse_specs, take
+from .parts import Needs, NotPlainError
+from .plan import Plan, Target
 from .process_group import ReceivingGroup
 from .receive import mapped_file, opened_ipc, read_folder
 from .weights import Weights
@@ -32,6 +33,8 @@ class Rank:
         self.weights = Weights(self._plan, self._writer)
         self.stored = StoredTensors(self._plan.modules)
         self.planned = 0
+        self._quantised = str(config.model_config.quantization) if config.quant_config is not None else None
+        self._needs: Needs | None = None
         self._layouts: dict[str, Layout] = {}  # of the last two updates that came in buckets
         self._used: set[str] = set()  # by the last one
         self._device = device
@@ -65,9 +68,45 @@ class Rank:
             return self._load_folder(Path(take(bucket, "path", str)))
         if kind not in ("shared_memory", "cuda_ipc", "process_group"):
             raise RpcError(f"unknown kind of bucket: {kind}")
-        layout = self._layout(tensors)
+        if kind == "cuda_ipc":
+            bucket["share"] = self._own(take(bucket, "shares", list))
+        layout = self._layout(tensors, self._planned)
         samples = self.weights.load(layout, self._fetching(kind, bucket, layout))
-        return {"samples": "".join(samples), "ignored": listed(layout.ignored)}
+        return {"samples": samples, "ignored": listed(layout.ignored)}
+
+    def needs(self, tensors: str) -> dict[str, Any]:
+        """Return what `Extension.millrace_needs` answers."""
+        self._layouts.clear()
+        self._needs = None
+        if self._quantised is not None:
+            return {"unplanned": f"its layers are quantised ({self._quantised})"}
+        specs = parse_specs(tensors)
+        try:
+            self._needs = needs = Needs(specs, self._plan.targets(specs), self._writer.processed_last)
+        except NotPlainError as error:
+            return {"unplanned": str(error)}
+        return {"boxes": [needs.boxes(spec.name) for spec in specs]}
+
+    def load_parts(self, bucket: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+        """Load a bucket of parts. Returns what `Extension.millrace_load_parts` answers."""
+        if bucket.get("begin") is True:
+            self.begin()
+        self.weights.open_update()
+        place = self._own(take(bucket, "ranks", list))
+        kind = take(place, "kind", str)
+        if kind not in ("shared_memory", "cuda_ipc"):
+            raise RpcError(f"parts can't come in a bucket of kind {kind}")
+        if len(parts) <= self.rank:
+            raise RpcError(f"the bucket has parts for {len(parts)} ranks, and none for rank {self.rank}")
+        layout = self._layout(parts[self.rank], self._planned_parts)
+        return {"samples": self.weights.load(layout, self._fetching(kind, place, layout))}
+
+    def _own(self, ranks: list[Any]) -> dict[str, Any]:
+        """What a bucket has for this rank."""
+        if self.rank >= len(ranks) or not isinstance(ranks[self.rank], dict):
+            raise RpcError(f"the bucket is for {len(ranks)} ranks, and has nothing for rank {self.rank}")
+        own: dict[str, Any] = ranks[self.rank]
+        return own
 
     def _fetching(self, kind: str, bucket: dict[str, Any], layout: Layout) -> Callable[[], torch.Tensor]:
         """What returns the bytes of a bucket."""
@@ -75,35 +114,45 @@ class Rank:
             path = take(bucket, "path", str)
             return lambda: mapped_file(path)
         if kind == "cuda_ipc":
-            shares, nbytes = take(bucket, "shares", list), take(bucket, "nbytes", int)
-            if self.rank >= len(shares) or not isinstance(shares[self.rank], dict):
-                raise RpcError(f"the bucket has {len(shares)} shares, and none for rank {self.rank}")
-            return lambda: opened_ipc(shares[self.rank], nbytes, self._device)
+            share, nbytes = take(bucket, "share", dict), take(bucket, "nbytes", int)
+            return lambda: opened_ipc(share, nbytes, self._device)
         name = take(bucket, "group", str)
         if name not in self._groups:
             raise RpcError(f"no group {name} has been joined; join it first")
         return lambda: self._groups[name].receive(layout.specs, layout.nbytes, self._device)
 
-    def _layout(self, text: str) -> Layout:
+    def _layout(self, text: str, plan: Callable[[str], Layout]) -> Layout:
         """What a bucket with these tensors does to the model. It is planned once, and again if the model has moved."""
         layout = self._layouts.get(text)
         if layout is None or not layout.fits:
-            layout = self._layouts[text] = self._planned(parse_specs(text))
+            layout = self._layouts[text] = plan(text)
             self.planned += 1
         self._used.add(text)
         return layout
 
-    def _planned(self, specs: Sequence[TensorSpec]) -> Layout:
-        return layout_of(specs, self._plan, self._writer.in_place, self._writer.processed_last)
+    def _planned(self, text: str) -> Layout:
+        specs = parse_specs(text)
+        return self._layout_of(specs, self._plan.targets(specs))
+
+    def _planned_parts(self, text: str) -> Layout:
+        if self._needs is None:
+            raise RpcError("this rank has not said which parts it needs")
+        parts = parse_parts(text)
+        layout = self._layout_of(self._needs.specs(parts), self._needs.targets(parts))
+        layout.due = self._needs.modules
+        return layout
+
+    def _layout_of(self, specs: Sequence[TensorSpec], targets: Sequence[Target]) -> Layout:
+        return layout_of(specs, targets, self._plan, self._writer.in_place, self._writer.processed_last)
 
     def _load_folder(self, folder: Path) -> dict[str, Any]:
         """Load a checkpoint on this host, one tensor at a time."""
         tensors = read_folder(folder)
         specs = [TensorSpec(name, t.dtype, tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()]
-        self._plan.targets(specs)  # nothing is written if one of them does not fit
-        samples, ignored = [], []
-        for spec, tensor in zip(specs, tensors.values(), strict=True):
-            layout, content = self._planned([spec]), tensor.reshape(-1).view(torch.uint8)
+        targets = self._plan.targets(specs)  # nothing is written if one of them does not fit
+        samples, ignored = "", list[str]()
+        for spec, target, tensor in zip(specs, targets, tensors.values(), strict=True):
+            layout, content = self._layout_of([spec], [target]), tensor.reshape(-1).view(torch.uint8)
             samples += self.weights.load(layout, lambda: content)  # noqa: B023
             ignored += layout.ignored
-        return {"names": list(tensors), "samples": "".join(samples), "ignored": listed(ignored)}
+        return {"names": list(tensors), "samples": samples, "ignored": listed(ignored)}

@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from millrace_words import first_line
-from vllm.distributed import get_pp_group, get_tp_group
 
 from .errors import RpcError
 from .messages import parse_object
@@ -38,26 +36,9 @@ def returns_errors(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[
         except Exception as error:  # the boundary: see above
             log.exception("%s failed", method.__name__)
             result = {"error": f"{type(error).__name__}: {first_line(error)} (the server's log has the trace)"}
-        raise_in_later_replica(result, self.rank, self.vllm_config.parallel_config)
         return result
 
     return answer
-
-
-def raise_in_later_replica(result: dict[str, Any], rank: int, parallel: Any) -> None:
-    """Raise RuntimeError in the last rank of a replica other than the first, if any rank of that replica failed.
-
-    With data parallelism, vLLM returns only the answers of the first replica, but it reports the exceptions of all
-    replicas. The last rank raises because vLLM has then read the answers of all ranks before it."""
-    if parallel.data_parallel_index == 0:
-        return
-    failed = torch.tensor(int("error" in result), device="cpu")
-    for group in (get_tp_group(), get_pp_group()):
-        if group.world_size > 1:
-            dist.all_reduce(failed, dist.ReduceOp.MAX, group=group.cpu_group)
-    if failed and rank == parallel.world_size - 1:
-        detail = result.get("error", "another rank of the replica failed; the server's log says why")
-        raise RuntimeError(f"replica {parallel.data_parallel_index}: {detail}")
 
 
 class Extension:
@@ -101,6 +82,25 @@ class Extension:
         first of the tensors that this rank does not use, and how many others there are. Those are of another rank, or
         the model leaves them out."""
         return self._millrace().load(parse_object(bucket), tensors)
+
+    @returns_errors
+    def millrace_needs(self, tensors: str) -> dict[str, Any]:
+        """Say which parts of an update's tensors this rank needs, and load nothing. After this, `millrace_load_parts`
+        can bring parts of these tensors.
+
+        tensors: all tensors of an update, a JSON list of [name, dtype, shape, offset, nbytes].
+
+        `boxes`: for each tensor in turn, the boxes that this rank needs, which do not overlap. A box is the start and
+        the end along each dimension. `unplanned`: why this can't be said, if it can't."""
+        return self._millrace().needs(tensors)
+
+    @returns_errors
+    def millrace_load_parts(self, bucket: str, *parts: str) -> dict[str, Any]:
+        """Load one bucket of parts, of its own in each rank. `begin` and `samples` are those of `millrace_load`.
+
+        bucket: `ranks` has the place of each rank's bucket. parts: for each rank, what its bucket contains, a JSON list
+        of [name, dtype, box, offset]. The rank reads no other text."""
+        return self._millrace().load_parts(parse_object(bucket), parts)
 
     @returns_errors
     def millrace_commit(self, version: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 from millrace_copies import copy_out
-from millrace_samples import sampled_checksums
 from millrace_words import listed
 
 from .digest import digest
@@ -24,7 +23,8 @@ class Update:
 
     regions: those that they fill in each module. counts: the elements of each of the module's tensors in these regions.
     staged: the parts of incomplete modules. overwritten: the modules that no longer contain the old version. shared:
-    for a parameter that can arrive under several names, the digest under each name."""
+    for a parameter that can arrive under several names, the digest under each name. due: modules that the update must
+    fill."""
 
     sent: set[str] = field(default_factory=set)
     regions: dict[str, set[Region]] = field(default_factory=dict)
@@ -32,10 +32,12 @@ class Update:
     staged: dict[str, Staged] = field(default_factory=dict)
     overwritten: set[str] = field(default_factory=set)
     shared: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    due: frozenset[str] = frozenset()
     failed: bool = False  # a load failed half-way, so the content of the model is not known
 
     def fill(self, layout: Layout) -> None:
         """Count what a bucket of this layout fills."""
+        self.due |= layout.due
         for module, regions in layout.regions.items():
             known, counts = self.regions.setdefault(module, set()), self.counts.setdefault(module, Counter())
             counts.update(layout.counts[module] if known.isdisjoint(regions) else count(regions - known))
@@ -56,10 +58,9 @@ class Weights:
             raise RpcError("an update is open already; commit or abandon it first")
         self.update = Update()
 
-    def load(self, layout: Layout, fetch: Callable[[], torch.Tensor]) -> list[str]:
-        """Load the bucket that `fetch` returns, [nbytes] uint8. Returns a checksum of a sample of each of its tensors.
+    def load(self, layout: Layout, fetch: Callable[[], torch.Tensor]) -> str:
+        """Load the bucket that `fetch` returns, [nbytes] uint8. Returns `layout.samples`.
 
-        The sample is of the tensor in the model, if the model contains it unchanged, or else of the one that arrived.
         The bucket's memory belongs to the sender, and nothing uses it after the call."""
         update = self.open_update()
         if twice := update.sent & layout.names:
@@ -74,7 +75,7 @@ class Weights:
             update.shared.setdefault(parameter, {})[spec.name] = digest(view(bucket, spec)).cpu()
         update.fill(layout)
         self._write(update, layout, bucket)
-        samples = self._samples(layout, bucket)
+        samples = layout.samples(bucket)
         self._writer.synchronize()
         update.failed = False
         return samples
@@ -140,25 +141,14 @@ class Weights:
             raise RpcError("a load of this update failed half-way; abandon it")
         return self.update
 
-    def _samples(self, layout: Layout, bucket: torch.Tensor) -> list[str]:
-        """The sampled checksum of each tensor: of those in the model, and of those that can be read in the bucket only,
-        which can be on another device."""
-        samples = [""] * len(layout.specs)
-        for here in (True, False):
-            chosen = [index for index, tensor in enumerate(layout.unchanged) if (tensor is not None) is here]
-            tensors = [layout.unchanged[i] if here else view(bucket, layout.specs[i]) for i in chosen]
-            for index, value in zip(chosen, sampled_checksums(tensors), strict=True):
-                samples[index] = value
-        return samples
-
     def _require_complete(self, update: Update) -> None:
-        incomplete = {module for module in update.regions if not self._is_complete(update, module)}
+        incomplete = {module for module in update.regions.keys() | update.due if not self._is_complete(update, module)}
         if incomplete:
             module = min(incomplete)
             lacking = ", ".join(
                 f"{name} has {have} of {needed} elements"
                 for name, needed in self._plan.needed[module].items()
-                if (have := update.counts[module][name]) < needed
+                if (have := update.counts.get(module, Counter[str]())[name]) < needed
             )
             raise RpcError(f"the update has only parts of {listed(incomplete)} (of {module}: {lacking})")
         if left := self._stale - update.regions.keys():
@@ -170,4 +160,5 @@ class Weights:
                 raise RpcError(f"{listed(digests)} are one tensor in the model, but differ in the update")
 
     def _is_complete(self, update: Update, module: str) -> bool:
-        return all(update.counts[module][name] >= needed for name, needed in self._plan.needed[module].items())
+        counts = update.counts.get(module, Counter[str]())
+        return all(counts[name] >= needed for name, needed in self._plan.needed[module].items())

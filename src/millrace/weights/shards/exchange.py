@@ -14,15 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from millrace.checksum import sampled_checksums
 from millrace.errors import PublishError
-from millrace.extension.millrace_boxes import Box, label, read_box, shape_of
-from millrace.weights.shards.schedule import Round, Schedule, read_schedule
-from millrace.weights.shards.views import NotExchangeable, local_piece, own_boxes, shards_of
-from millrace.weights.sidecar.handles import handle_of
-from millrace.weights.sidecar.messages import CudaIpcHandle, MemoryFileHandle, Message, TorchStorageHandle
-from millrace.weights.transports.cuda_ipc import DeviceSlot
-from millrace.weights.transports.torch_storage import SharedStorage
+from millrace.extension.millrace_boxes import Box, read_box
+from millrace.weights.shards.filling import Filling
+from millrace.weights.shards.schedule import Schedule, read_schedule
+from millrace.weights.shards.views import NotExchangeable, own_boxes, shards_of
+from millrace.weights.sidecar.handles import AnySlot, handle_of, new_slot
+from millrace.weights.sidecar.messages import Form, Handle, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +39,12 @@ class RankPlace:
 class Filled(Message):
     """A rank's bucket of one round.
 
-    handle: for the engines' ranks beside it. samples: the sampled checksum of each part in it. exchanged: the bytes of
-    the parts that other ranks have sent.
+    handle: for the engines' ranks beside it. samples: the sampled checksums of the parts in it, one after the other.
+    exchanged: the bytes of the parts that other ranks have sent.
     """
 
-    handle: TorchStorageHandle | CudaIpcHandle
-    samples: dict[str, str]
+    handle: Handle
+    samples: str
     exchanged: int
 
 
@@ -70,22 +68,25 @@ def places(tensors: Mapping[str, Tensor], device: torch.device) -> list[RankPlac
 
 @dataclass(slots=True)
 class Exchange:
-    """One version's exchange on this rank. tensors: this rank's shards."""
+    """One version's exchange on this rank. tensors: this rank's shards. form: of the buckets' memory."""
 
     tensors: Sequence[Tensor]
     schedule: Schedule
     device: torch.device
+    form: Form
     rank: int = field(default_factory=dist.get_rank)
-    _slots: list[SharedStorage | DeviceSlot] = field(default_factory=list)
+    _slots: list[AnySlot] = field(default_factory=list)
     _outgoing: Tensor | None = None
 
     @classmethod
-    def begin(cls, tensors: Mapping[str, Tensor], device: torch.device, schedule: bytes = b"") -> "Exchange":
+    def begin(
+        cls, tensors: Mapping[str, Tensor], device: torch.device, form: Form, schedule: bytes = b""
+    ) -> "Exchange":
         """Return the exchange that rank 0 has planned, with its memory.
 
         schedule: on rank 0, from `schedule.written`. Raises PublishError on all ranks if one of them has no room.
         """
-        exchange = cls(shards_of(tensors), read_schedule(spread(schedule, device)), device)
+        exchange = cls(shards_of(tensors), read_schedule(spread(schedule, device)), device, form)
         why = ""
         try:
             exchange._allocate()
@@ -109,29 +110,16 @@ class Exchange:
         shares: on rank 0, how many ranks of engines will open the bucket of each rank.
         """
         openings = orjson.loads(spread(orjson.dumps(list(shares)), self.device))[self.rank]
-        one, slot = self.schedule.rounds[number], self._slots[number % len(self._slots)]
-        self._pack(one)
-        received = one.received(self.rank, self.schedule.ranks)
-        sent = one.sent(self.rank, self.schedule.ranks)
+        filling, slot = self._filling(number), self._slots[number % len(self._slots)]
         assert self._outgoing is not None
+        filling.pack(self.tensors, self._outgoing)
+        received, sent = filling.received, filling.sent
         dist.all_to_all_single(slot.bytes[: sum(received)], self._outgoing[: sum(sent)], received, sent)
-        views, exchanged = dict[str, Tensor](), 0
-        here: list[tuple[Tensor, Tensor]] = []
-        for piece, offset in one.bucket(self.rank, self.schedule.ranks):
-            view = self.schedule.views[piece.tensor]
-            target = _view(slot.bytes, offset, piece.nbytes, view.dtype, piece.box)
-            views[label(view.name, piece.box)] = target
-            if piece.sender == self.rank:
-                here.append((target, self._local(piece.tensor, piece.box)))
-            else:
-                exchanged += piece.nbytes
-        copy_all(here)
-        samples = dict(zip(views, sampled_checksums(list(views.values())), strict=True))
+        filling.copy_own(self.tensors, slot.bytes)
+        samples = filling.checksums(slot.bytes)
         if self.device.type == "cuda":  # engines must not read the bucket before it is written
             torch.cuda.current_stream(self.device).synchronize()
-        handle = handle_of(slot, openings)
-        assert not isinstance(handle, MemoryFileHandle)
-        made = Filled(handle=handle, samples=samples, exchanged=exchanged)
+        made = Filled(handle=handle_of(slot, openings), samples=samples, exchanged=filling.exchanged)
         return [Filled.model_validate_json(text) for text in gathered(made.model_dump_json().encode(), self.device)]
 
     def close(self) -> None:
@@ -146,9 +134,7 @@ class Exchange:
     def _allocate(self) -> None:
         size, outgoing = self.schedule.slot_bytes(self.rank), self.schedule.outgoing_bytes(self.rank)
         for _ in range(min(2, len(self.schedule.rounds))):
-            self._slots.append(
-                DeviceSlot(max(size, 1), self.device) if self.device.type == "cuda" else SharedStorage(max(size, 1))
-            )
+            self._slots.append(new_slot(self.form, max(size, 1), self.device))
         try:
             self._outgoing = torch.empty(outgoing, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
@@ -156,32 +142,14 @@ class Exchange:
                 f"no {outgoing / 2**20:.0f} MiB on {self.device} for what it sends; lower publish.bucket_bytes"
             ) from error
 
-    def _pack(self, one: Round) -> None:
-        """Copy what other ranks get into `_outgoing`."""
-        assert self._outgoing is not None
-        copies = []
-        for piece, offset in one.outgoing(self.rank, self.schedule.ranks):
-            dtype = self.schedule.views[piece.tensor].dtype
-            target = _view(self._outgoing, offset, piece.nbytes, dtype, piece.box)
-            copies.append((target, self._local(piece.tensor, piece.box)))
-        copy_all(copies)
-
-    def _local(self, tensor: int, box: Box) -> Tensor:
-        view = self.schedule.views[tensor]
-        owned = self.schedule.owners[self.rank][view.source]
-        assert owned is not None
-        return local_piece(self.tensors[view.source], owned, view, box)
-
-
-def copy_all(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy each second tensor into the first, which may have another dtype. Contiguous tensors are copied in few calls:
-    one that is not would make torch copy all tensors of a call one by one."""
-    groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[Tensor, Tensor]]] = {}
-    for target, source in copies:
-        groups.setdefault((target.dtype, source.dtype, source.is_contiguous()), []).append((target, source))
-    with torch.no_grad():
-        for group in groups.values():
-            torch._foreach_copy_([target for target, _ in group], [source for _, source in group])
+    def _filling(self, number: int) -> Filling:
+        """Return this rank's copies of a round. They are kept for the next version."""
+        where = [(tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in self.tensors]
+        found, filling = self.schedule.prepared.get(number, (None, None))
+        if found != where or not isinstance(filling, Filling):
+            filling = Filling(self.schedule, number, self.rank, self.tensors, self.device)
+            self.schedule.prepared[number] = where, filling
+        return filling
 
 
 def spread(text: bytes, device: torch.device) -> bytes:
@@ -207,8 +175,3 @@ def gathered(text: bytes, device: torch.device) -> list[bytes]:
 
 def _as_tensor(text: bytes, length: int, device: torch.device) -> Tensor:
     return torch.frombuffer(bytearray(text.ljust(length, b"\0")), dtype=torch.uint8).to(device)
-
-
-def _view(memory: Tensor, offset: int, nbytes: int, dtype: str, box: Box) -> Tensor:
-    """Return a part as a contiguous tensor in the bytes of a bucket."""
-    return memory[offset : offset + nbytes].view(getattr(torch, dtype)).view(shape_of(box))

@@ -1,8 +1,9 @@
 """The plan of a fleet's last exchange, which the next one usually repeats. Making it takes seconds for a model of many
 experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from millrace.weights.shards.schedule import ShardedView, read_schedule, written
 from millrace.weights.shards.views import metas, views_of
 from millrace.weights.source import WeightSource
 from millrace.weights.transports.base import Transport
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Plans:
         self._views: list[ShardedView] = []
         self._asked: object = None
         self._schedule = b""
+        self._made: dict[object, object] = {}
 
     def views(self, source: WeightSource, tensors: Mapping[str, Tensor]) -> list[ShardedView]:
         """Return what `views_of` returns. All sources of a fleet convert the same tensors in the same way."""
@@ -56,9 +60,15 @@ class Plans:
         if asked != self._asked:
             wants = wants_of(engines, len(ranks), len(views))
             self._schedule = written(views, [rank.boxes for rank in ranks], wants, bucket_bytes)
-            self._asked = asked
+            self._asked, self._made = asked, {}
         read_schedule(self._schedule)  # raises before the other ranks take part
         return self._schedule
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Return what `make` has returned for this key since the schedule was made."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(T, self._made[key])
 
 
 PLANS: "WeakKeyDictionary[Transport, Plans]" = WeakKeyDictionary()  # by the fleet's transport

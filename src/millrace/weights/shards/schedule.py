@@ -144,6 +144,11 @@ class Schedule:
     def ranks(self) -> int:
         return len(self.owners)
 
+    @cached_property
+    def prepared(self) -> dict[int, tuple[object, object]]:
+        """What this rank has prepared for each round, and for which shards. Empty at first."""
+        return {}
+
     def slot_bytes(self, rank: int) -> int:
         """Return the size of the largest bucket of `rank`."""
         return max(one.nbytes(rank) for one in self.rounds)

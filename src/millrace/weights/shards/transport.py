@@ -12,20 +12,24 @@ from typing import ParamSpec, TypeVar
 
 from millrace.errors import EngineError
 from millrace.extension.millrace_boxes import common
+from millrace.extension.millrace_samples import separated
 from millrace.types import (
     Capability,
     CudaIpcBucket,
     PartsBucket,
     RankBucket,
+    SharedMemoryBucket,
     TensorPart,
     TensorSpec,
     TorchStorageBucket,
 )
 from millrace.weights.sharded import LedTensors, ask_places, begin_exchange, end_exchange, fill_buckets
 from millrace.weights.shards.exchange import Exchange, Filled, RankPlace
+from millrace.weights.shards.filling import labels
 from millrace.weights.shards.plans import PLANS, EngineRank, Plans
 from millrace.weights.shards.schedule import Round, ShardedView
 from millrace.weights.shards.views import NotExchangeable
+from millrace.weights.sidecar.messages import FORMS
 from millrace.weights.source import WeightSource
 from millrace.weights.step import StepResult
 from millrace.weights.transports.base import (
@@ -37,32 +41,35 @@ from millrace.weights.transports.base import (
 )
 from millrace.weights.transports.cuda_ipc import CudaIpcTransport
 from millrace.weights.transports.gpus import VisibleGpus
+from millrace.weights.transports.shared_memory import SharedMemoryTransport
 from millrace.weights.transports.torch_storage import TorchStorageTransport
 
+Memory = TorchStorageBucket | SharedMemoryBucket | CudaIpcBucket
 P = ParamSpec("P")
 R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
-# CudaIpcTransport is missing until an exchange has been run on GPUs, which benchmarks/gpu/shards.py does.
-EXCHANGED: tuple[type[Transport], ...] = (TorchStorageTransport,)
+EXCHANGED: tuple[type[Transport], ...] = (TorchStorageTransport, SharedMemoryTransport, CudaIpcTransport)
 
 
 class ExchangeTransport(Transport):
     """Brings one version. It takes no tensors from the publisher.
 
-    ranks: of each engine, by the engine's name.
+    ranks: of each engine, by the engine's name. plans: of the fleet; what is made of the schedule is kept there.
     """
 
-    samples_buckets = True
+    samples_buckets = loads_ahead = True
 
-    def __init__(self, led: LedTensors, exchange: Exchange, ranks: Mapping[str, Sequence[EngineRank]]) -> None:
-        self._led, self._exchange, self._ranks = led, exchange, ranks
+    def __init__(
+        self, led: LedTensors, exchange: Exchange, ranks: Mapping[str, Sequence[EngineRank]], plans: Plans
+    ) -> None:
+        self._led, self._exchange, self._ranks, self._plans = led, exchange, ranks, plans
         self._views = exchange.schedule.views
         self._loading = set(ranks)  # the engines that have not failed
 
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:  # noqa: ARG002
-        specs = {view.name: spec_of(view) for view in self._views}
+        specs = self._plans.once("specs", lambda: {view.name: spec_of(view) for view in self._views})
         for number, one in enumerate(self._exchange.schedule.rounds):
             # A share that no rank opens would keep the memory, so engines that have failed get none.
             loading = {name: ranks for name, ranks in self._ranks.items() if name in self._loading}
@@ -71,7 +78,13 @@ class ExchangeTransport(Transport):
             filled = fill_buckets(self._led, self._exchange, number, shares)
             tensors = tuple(specs[name] for name in one.names)
             made = {
-                name: PartsBucket(tuple(self._bucket(one, rank, filled[rank.beside], n) for rank, n in ranks), tensors)
+                name: PartsBucket(
+                    tuple(
+                        RankBucket(memory_of(one, rank, filled[rank.beside], share), self._parts(number, name, index))
+                        for index, (rank, share) in enumerate(ranks)
+                    ),
+                    tensors,
+                )
                 for name, ranks in numbered.items()
             }
             yield ExchangedBucket(
@@ -80,7 +93,7 @@ class ExchangeTransport(Transport):
                 one.names,
                 sum(spec.nbytes for spec in tensors),
                 sum(of_rank.exchanged for of_rank in filled),
-                samples=partial(_samples, filled),
+                samples=partial(self._samples, number, filled),
             )
 
     async def load(
@@ -93,15 +106,26 @@ class ExchangeTransport(Transport):
     async def close(self) -> None:
         await to_its_end(end_exchange, self._led, self._exchange)
 
-    def _bucket(self, one: Round, rank: EngineRank, filled: Filled, share: int) -> RankBucket:
-        parts = tuple(
-            TensorPart(self._views[piece.tensor].name, self._views[piece.tensor].dtype, piece.box, offset)
-            for piece, offset in one.bucket(rank.beside, self._exchange.schedule.ranks)
-            if any(common(piece.box, box) is not None for box in rank.needs[piece.tensor])
-        )
-        memory = filled.handle.bucket((), one.nbytes(rank.beside), share, 1)
-        assert isinstance(memory, TorchStorageBucket | CudaIpcBucket)
-        return RankBucket(memory, parts)
+    def _parts(self, number: int, engine: str, index: int) -> tuple[TensorPart, ...]:
+        """Return the parts in a round's bucket that a rank of an engine needs."""
+        schedule, rank = self._exchange.schedule, self._ranks[engine][index]
+
+        def make() -> tuple[TensorPart, ...]:
+            return tuple(
+                TensorPart(self._views[piece.tensor].name, self._views[piece.tensor].dtype, piece.box, offset)
+                for piece, offset in schedule.rounds[number].bucket(rank.beside, schedule.ranks)
+                if any(common(piece.box, box) is not None for box in rank.needs[piece.tensor])
+            )
+
+        return self._plans.once((number, engine, index), make)
+
+    def _samples(self, number: int, filled: Sequence[Filled]) -> dict[str, str]:
+        """Return the sampled checksums of the parts in all ranks' buckets of a round, by the parts' labels."""
+        samples: dict[str, str] = {}
+        for rank, of_rank in enumerate(filled):
+            names = self._plans.once((number, rank), partial(labels, self._exchange.schedule, number, rank))
+            samples.update(zip(names, separated(of_rank.samples), strict=True))
+        return samples
 
 
 async def exchanging(
@@ -147,9 +171,11 @@ async def _begin(
         for name, places in beside.items()
     }
 
+    (capability,) = transport.needs
+
     def begin() -> ExchangeTransport:
         schedule = plans.schedule(views, ranks, engine_ranks, bucket_bytes)
-        return ExchangeTransport(led, begin_exchange(led, schedule), engine_ranks)
+        return ExchangeTransport(led, begin_exchange(led, schedule, FORMS[capability]), engine_ranks, plans)
 
     return await to_its_end(begin)
 
@@ -186,9 +212,11 @@ def beside_each(target: PublishTarget, ranks: Sequence[RankPlace], *, on_gpus: b
     return [on[uuid] for uuid in uuids]
 
 
-def _samples(filled: Sequence[Filled]) -> dict[str, str]:
-    """Return the sampled checksums of the parts in all ranks' buckets, by the parts' names."""
-    return {name: value for of_rank in filled for name, value in of_rank.samples.items()}
+def memory_of(one: Round, rank: EngineRank, filled: Filled, share: int) -> Memory:
+    """Return the bucket of a round as a rank of an engine opens it. share: the number of its handle."""
+    memory = filled.handle.bucket((), max(one.nbytes(rank.beside), 1), share, 1)  # engines open no empty memory
+    assert isinstance(memory, TorchStorageBucket | SharedMemoryBucket | CudaIpcBucket)
+    return memory
 
 
 def _next(counts: list[int], index: int) -> int:

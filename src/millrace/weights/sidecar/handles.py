@@ -1,11 +1,25 @@
 """Memory that other processes open, and the messages that tell them how."""
 
-from millrace.weights.sidecar.messages import CudaIpcHandle, Handle, MemoryFileHandle, TorchStorageHandle
+import torch
+
+from millrace.weights.sidecar.messages import CudaIpcHandle, Form, Handle, MemoryFileHandle, TorchStorageHandle
 from millrace.weights.transports.cuda_ipc import DeviceSlot
 from millrace.weights.transports.shared_memory import MemoryFile
 from millrace.weights.transports.torch_storage import SharedStorage
 
 AnySlot = MemoryFile | SharedStorage | DeviceSlot
+
+
+def new_slot(form: Form, size: int, device: torch.device) -> AnySlot:
+    """Return memory of `size` bytes. device: the GPU that it is on, for CUDA IPC. Raises PublishError if there is no
+    room."""
+    match form:
+        case Form.MEMORY_FILE:
+            return MemoryFile(size)
+        case Form.TORCH_STORAGE:
+            return SharedStorage(size)
+        case Form.CUDA_IPC:
+            return DeviceSlot(size, device)
 
 
 def handle_of(slot: AnySlot, shares: int) -> Handle:

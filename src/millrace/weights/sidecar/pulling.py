@@ -13,12 +13,9 @@ from aiohttp import web
 from millrace.errors import MillraceError, PublishError
 from millrace.http.replies import reply
 from millrace.weights.sidecar.answers import Answering
-from millrace.weights.sidecar.handles import AnySlot, handle_of
+from millrace.weights.sidecar.handles import AnySlot, handle_of, new_slot
 from millrace.weights.sidecar.messages import Form, Handle, PullBody, Pulled, Session
 from millrace.weights.sidecar.server import Job, body_of
-from millrace.weights.transports.cuda_ipc import DeviceSlot
-from millrace.weights.transports.shared_memory import MemoryFile
-from millrace.weights.transports.torch_storage import SharedStorage
 from millrace.weights.ucx import Endpoint, Region, load
 
 IDLE_SECONDS = 600.0  # the memory of a trainer that sends nothing for this time is freed
@@ -106,7 +103,7 @@ class Pulling(Job):
             raise PublishError(f"the bucket was not read: {reason}")
         if self._session != (body.session, body.form):
             self._close()
-            self._endpoint = Endpoint(lambda size: self._new_slot(body.form, size), self._device)
+            self._endpoint = Endpoint(lambda size: new_slot(body.form, size, self._device), self._device)
             self._session = (body.session, body.form)
             logger.info("session %s begins", body.session)
         assert self._endpoint is not None
@@ -130,12 +127,3 @@ class Pulling(Job):
         self._endpoint, self._session = None, None
         if self._device.type == "cuda":
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
-
-    def _new_slot(self, form: Form, size: int) -> AnySlot:
-        match form:
-            case Form.MEMORY_FILE:
-                return MemoryFile(size)
-            case Form.TORCH_STORAGE:
-                return SharedStorage(size)
-            case Form.CUDA_IPC:
-                return DeviceSlot(size, self._device)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from millrace.engines.base import Engine
 from millrace.errors import EngineError
-from millrace.types import Bucket, Capability, EngineInfo, TensorSpec
-from millrace.weights.plan import layout
+from millrace.types import Bucket, Capability, EngineInfo
 from millrace.weights.step import StepResult, take_step
 
 if TYPE_CHECKING:
@@ -98,10 +97,12 @@ class Transport(ABC):
     A subclass defines `needs`, the capabilities that an engine can receive its buckets with. An engine needs one of
     them. If a bucket is in one piece of memory here, the subclass sets `samples_buckets` and gives its buckets
     `samples`; otherwise the publisher computes sampled checksums tensor by tensor, which takes several times as long.
+    If `load` may be called for the next bucket while it runs, the subclass sets `loads_ahead`.
     """
 
     needs: ClassVar[frozenset[Capability]] = frozenset()
     samples_buckets: ClassVar[bool] = False
+    loads_ahead: ClassVar[bool] = False
 
     @classmethod
     def create(cls, context: TransportContext) -> Self:
@@ -178,8 +179,3 @@ async def load_bucket(target: PublishTarget, staged: StagedBucket, deadline: flo
     """Have one engine load the bucket in at most `deadline` seconds, and return how it went."""
     loading = target.engine.load(staged.bucket_for(target), deadline=deadline)
     return await take_step(target.engine.name, "load", loading, deadline)
-
-
-def specs_of(tensors: NamedTensors) -> tuple[TensorSpec, ...]:
-    """Return the place of each tensor in a bucket."""
-    return layout([(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for name, t in tensors])

@@ -16,6 +16,7 @@ from millrace.errors import EngineError, EngineRefused, PublishError
 from millrace.types import Capability, CudaIpcBucket, CudaIpcShare, TensorSpec
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, TransportContext
 from millrace.weights.transports.gpus import VisibleGpus, why_unseen
+from millrace.weights.transports.layouts import BucketLayout
 from millrace.weights.transports.slots import MemoryTransport
 
 
@@ -120,8 +121,8 @@ class CudaIpcTransport(MemoryTransport[CopiedSlot]):
     def _new_slot(self, size: int) -> CopiedSlot:
         return CopiedSlot(size, self._home)
 
-    def _copy(self, tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:
-        copy_on_gpu(tensors, specs, target)
+    def _copy(self, tensors: NamedTensors, layout: BucketLayout, target: torch.Tensor) -> dict[str, str]:
+        layout.pack_on_gpu(tensors, target)
         return {}
 
     def _bucket(
@@ -133,30 +134,3 @@ class CudaIpcTransport(MemoryTransport[CopiedSlot]):
     async def close(self) -> None:
         await super().close()
         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
-
-
-def copy_on_gpu(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> None:
-    """Copy the tensors into `target`, a uint8 tensor of shape [nbytes] on a GPU, and wait for the copies."""
-    copy_together(tensors, specs, target)
-    torch.cuda.current_stream(target.device).synchronize()  # engines must not read the bucket before it is written
-
-
-def copy_together(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> None:
-    """Copy the tensors into `target`, a uint8 tensor of shape [nbytes], in one kernel for each of their dtypes.
-
-    A tensor with gaps or in another order of dimensions takes a kernel of its own.
-    """
-    alike: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-    memory: dict[torch.dtype, torch.Tensor] = {}
-    for spec, (_, tensor) in zip(specs, tensors, strict=True):
-        dtype = tensor.dtype
-        if dtype not in memory:
-            memory[dtype] = target[: len(target) // dtype.itemsize * dtype.itemsize].view(dtype)
-        strides = tensor.stride() if tensor.is_contiguous() else torch.empty(tensor.shape, device="meta").stride()
-        start = memory[dtype].storage_offset() + spec.offset // dtype.itemsize
-        places, some = alike.setdefault(dtype, ([], []))
-        places.append(memory[dtype].as_strided(tensor.shape, strides, start))
-        some.append(tensor)
-    with torch.no_grad():
-        for places, some in alike.values():
-            torch._foreach_copy_(places, some, non_blocking=True)

@@ -28,8 +28,8 @@ from millrace.weights.transports.base import (
     StagedBucket,
     TransportContext,
     load_bucket,
-    specs_of,
 )
+from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.sending_group import SendingGroup
 
 HEALTH_DEADLINE = LEAVE_DEADLINE = 2.0
@@ -52,14 +52,12 @@ class _Joined:
     """A group and the engines in it.
 
     loaded: whether the engines have loaded a bucket in it since the last `open`.
-    sent: the number of the bucket whose broadcast was begun last.
     failed: the engines that have failed since the last `open`, in the order of their failures.
     """
 
     group: SendingGroup
     engines: list[Engine]
     loaded: bool = False
-    sent: int | None = None
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
     failed: list[Engine] = field(default_factory=list)
 
@@ -70,12 +68,8 @@ class _Joined:
         self.group.abort(f"{engine.name} failed, which ended the broadcast to all engines in its group")
 
     async def send(self, staged: BroadcastBucket) -> None:
-        """Broadcast a bucket after the one before it, unless that was done ahead. If it fails, `group.broken` says
-        why."""
+        """Broadcast a bucket after the one before it. If it fails, `group.broken` says why."""
         async with self.sending:
-            if staged.number is not None and staged.number == self.sent:
-                return
-            self.sent = staged.number
             try:
                 if staged.number is None:
                     await self.group.broadcast(staged.tensors)
@@ -130,7 +124,7 @@ class ProcessGroupTransport(BucketTransport):
         return failed
 
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:  # noqa: ARG002 (nothing is copied to a slot)
-        specs = specs_of(tensors)
+        specs = layout_of(tensors).specs
         sent = tuple(tensor.detach().to(self._device).contiguous() for _, tensor in tensors)
         names = tuple(spec.name for spec in specs)
         checksums = {}

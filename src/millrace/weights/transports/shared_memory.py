@@ -13,6 +13,7 @@ import torch
 from millrace.errors import PublishError
 from millrace.types import Capability, SharedMemoryBucket, TensorSpec
 from millrace.weights.transports.base import NamedTensors, PublishTarget, TransportContext
+from millrace.weights.transports.layouts import BucketLayout
 from millrace.weights.transports.slots import MemoryTransport, copy_to_host
 
 
@@ -49,8 +50,8 @@ class SharedMemoryTransport(MemoryTransport[MemoryFile]):
     def _new_slot(self, size: int) -> MemoryFile:
         return MemoryFile(size)
 
-    def _copy(self, tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:
-        return copy_to_host(tensors, specs, target)
+    def _copy(self, tensors: NamedTensors, layout: BucketLayout, target: torch.Tensor) -> dict[str, str]:
+        return copy_to_host(tensors, layout.specs, target)
 
     def _bucket(
         self,

@@ -1,7 +1,6 @@
 """The base of the transports through memory: two slots, which grow to the size of the largest bucket."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -9,10 +8,9 @@ import numpy as np
 import torch
 
 from millrace.checksum import Checksum, checksum
-from millrace.extension.millrace_samples import SampledPlaces, separated
 from millrace.types import Bucket, TensorSpec
-from millrace.weights.plan import padded
-from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket, specs_of
+from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket
+from millrace.weights.transports.layouts import BucketLayout, layout_of
 
 PIECE_BYTES = 256 * 1024
 
@@ -31,7 +29,7 @@ S = TypeVar("S", bound=Slot)
 class MemoryTransport(BucketTransport, Generic[S]):
     """A transport with two slots of memory, which it keeps from one publish to the next."""
 
-    samples_buckets = True
+    samples_buckets = loads_ahead = True
 
     def __init__(self) -> None:
         self._slots: dict[int, S] = {}
@@ -41,7 +39,7 @@ class MemoryTransport(BucketTransport, Generic[S]):
         """Return a slot of `size` bytes. Raises PublishError if there is no room."""
 
     @abstractmethod
-    def _copy(self, tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:
+    def _copy(self, tensors: NamedTensors, layout: BucketLayout, target: torch.Tensor) -> dict[str, str]:
         """Copy the tensors into `target`. Return their checksums by name; empty if the bytes are not read."""
 
     @abstractmethod
@@ -49,16 +47,15 @@ class MemoryTransport(BucketTransport, Generic[S]):
         """Return the bucket for one engine, with what each of its ranks needs to open it."""
 
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
-        specs = specs_of(tensors)
-        nbytes = specs[-1].offset + padded(specs[-1].nbytes)
-        memory = self._slot(slot, nbytes)
-        checksums = self._copy(tensors, specs, memory.bytes)
-        names, samples = tuple(spec.name for spec in specs), partial(samples_in, memory.bytes, specs)
+        layout = layout_of(tensors)
+        memory = self._slot(slot, layout.nbytes)
+        checksums = self._copy(tensors, layout, memory.bytes)
 
         def bucket_for(target: PublishTarget) -> Bucket:
-            return self._bucket(memory, specs, nbytes, target)
+            return self._bucket(memory, layout.specs, layout.nbytes, target)
 
-        return StagedBucket(bucket_for, checksums, names, nbytes, samples=samples)
+        samples = partial(layout.samples_in, memory.bytes)
+        return StagedBucket(bucket_for, checksums, layout.names, layout.nbytes, samples=samples)
 
     async def close(self) -> None:
         for slot in self._slots.values():
@@ -72,16 +69,6 @@ class MemoryTransport(BucketTransport, Generic[S]):
                 slot.close()
             slot = self._slots[index] = self._new_slot(size)
         return slot
-
-
-def samples_in(bucket: torch.Tensor, specs: Sequence[TensorSpec]) -> dict[str, str]:
-    """Return the sampled checksum of each tensor in a bucket, [nbytes] uint8, by its name."""
-    tensors = []
-    for spec in specs:
-        itemsize = getattr(torch, spec.dtype).itemsize
-        tensors.append((itemsize, spec.nbytes // itemsize, spec.offset))
-    found = separated(SampledPlaces(tensors, bucket.device).checksums(bucket))
-    return {spec.name: checksum for spec, checksum in zip(specs, found, strict=True)}
 
 
 def copy_to_host(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:

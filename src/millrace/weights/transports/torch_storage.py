@@ -10,7 +10,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Self
 
 import torch
@@ -20,6 +20,7 @@ from millrace.extension.millrace_environment import settings
 from millrace.launch.guard import short_place
 from millrace.types import Capability, TensorSpec, TorchStorageBucket
 from millrace.weights.transports.base import NamedTensors, PublishTarget, TransportContext
+from millrace.weights.transports.layouts import BucketLayout
 from millrace.weights.transports.slots import MemoryTransport, copy_to_host
 
 
@@ -42,15 +43,33 @@ def _own_stderr() -> Iterator[None]:
         os.close(aside)
 
 
+@contextmanager
+def _inheriting_nothing() -> Iterator[None]:
+    """Keep a process that starts while the block runs from inheriting any file but the standard ones."""
+    inherited = []
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # it is closed by now, as that of the list itself
+            if descriptor > 2 and os.get_inheritable(descriptor):
+                os.set_inheritable(descriptor, False)
+                inherited.append(descriptor)
+    try:
+        yield
+    finally:
+        for descriptor in inherited:
+            with suppress(OSError):
+                os.set_inheritable(descriptor, True)
+
+
 @functools.cache
 def start_helper() -> None:
     """Start torch's helper process, once.
 
     The helper runs until no engine uses the memory, even if this process has ended. It must not inherit our standard
-    error: a pipe at the other end would stay open. The path of its socket must be short.
+    error or our connections, such as those of a process group: the other end would not notice that this process has
+    ended. The path of its socket must be short.
     """
     place = short_place()
-    with _own_stderr(), settings({"TMPDIR": place} if place != tempfile.gettempdir() else {}):
+    with _own_stderr(), _inheriting_nothing(), settings({"TMPDIR": place} if place != tempfile.gettempdir() else {}):
         torch.UntypedStorage._new_using_filename_cpu(1)
 
 
@@ -91,8 +110,8 @@ class TorchStorageTransport(MemoryTransport[SharedStorage]):
     def _new_slot(self, size: int) -> SharedStorage:
         return SharedStorage(size)
 
-    def _copy(self, tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:
-        return copy_to_host(tensors, specs, target)
+    def _copy(self, tensors: NamedTensors, layout: BucketLayout, target: torch.Tensor) -> dict[str, str]:
+        return copy_to_host(tensors, layout.specs, target)
 
     def _bucket(
         self,

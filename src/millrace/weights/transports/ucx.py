@@ -24,7 +24,6 @@ import torch
 from millrace.errors import EngineError, EngineFailed, EngineTimeout, PublishError
 from millrace.http.client import HttpClient
 from millrace.types import Bucket, Capability, CudaIpcBucket, RankAnswers, TensorSpec, TorchStorageBucket
-from millrace.weights.plan import padded
 from millrace.weights.sidecar.asking import ask
 from millrace.weights.sidecar.messages import FORMS, Answers, AnswersBody, Form, PullBody, Pulled, Session
 from millrace.weights.step import StepResult
@@ -34,12 +33,12 @@ from millrace.weights.transports.base import (
     PublishTarget,
     StagedBucket,
     TransportContext,
-    specs_of,
 )
-from millrace.weights.transports.cuda_ipc import DeviceSlot, copy_on_gpu
+from millrace.weights.transports.cuda_ipc import DeviceSlot
+from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.shared_memory import MemoryFile
 from millrace.weights.transports.sidecars import reason_of
-from millrace.weights.transports.slots import copy_to_host, samples_in
+from millrace.weights.transports.slots import copy_to_host
 from millrace.weights.ucx import Endpoint, load
 
 READ_SHARE = 0.9  # of a call's deadline, so that a sidecar that gives up can still answer
@@ -127,7 +126,7 @@ class UcxTransport(BucketTransport):
         Capability.UPDATE_FROM_TORCH_STORAGE,
         Capability.UPDATE_FROM_CUDA_IPC,
     })  # fmt: skip
-    samples_buckets = True
+    samples_buckets = loads_ahead = True
 
     @classmethod
     def create(cls, context: TransportContext) -> Self:
@@ -169,17 +168,16 @@ class UcxTransport(BucketTransport):
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
         if self._endpoint is None:
             self._endpoint = Endpoint(self._new_slot, self._device)
-        specs = specs_of(tensors)
-        nbytes = specs[-1].offset + padded(specs[-1].nbytes)
-        memory = self._endpoint.slot(slot, nbytes, unread=self._unread).bytes
+        layout = layout_of(tensors)
+        memory = self._endpoint.slot(slot, layout.nbytes, unread=self._unread).bytes
         checksums: dict[str, str] = {}
         if self._device.type == "cpu":
-            checksums = copy_to_host(tensors, specs, memory)
+            checksums = copy_to_host(tensors, layout.specs, memory)
         else:
-            copy_on_gpu(tensors, specs, memory)
-        bucket = self._staged = _InFlightBucket(self._endpoint.name, slot, nbytes, specs)
-        names, samples = tuple(spec.name for spec in specs), partial(samples_in, memory, specs)
-        return StagedBucket(bucket.bucket_for, checksums, names, nbytes, samples=samples)
+            layout.pack_on_gpu(tensors, memory)
+        bucket = self._staged = _InFlightBucket(self._endpoint.name, slot, layout.nbytes, layout.specs)
+        samples = partial(layout.samples_in, memory)
+        return StagedBucket(bucket.bucket_for, checksums, layout.names, layout.nbytes, samples=samples)
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
         """Have all sidecars read the bucket at the same time. If a sidecar fails, the engines of its host fail."""

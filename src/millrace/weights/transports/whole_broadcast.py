@@ -4,22 +4,18 @@ The tensors of a bucket are copied into one piece of memory, since one broadcast
 time of a thousand small ones. There are two such pieces here and two in each rank of an engine.
 """
 
-import asyncio
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 
 import torch
 
-from millrace.errors import EngineError
 from millrace.types import Capability, ProcessGroupBucket
-from millrace.weights.plan import padded
 from millrace.weights.transports import process_group
-from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, specs_of
-from millrace.weights.transports.cuda_ipc import DeviceSlot, copy_on_gpu
+from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket
+from millrace.weights.transports.cuda_ipc import DeviceSlot
+from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.process_group import BroadcastBucket, ProcessGroupTransport
 from millrace.weights.transports.sending_group import SendingGroup
-from millrace.weights.transports.slots import copy_to_host, samples_in
+from millrace.weights.transports.slots import copy_to_host
 
 
 class WholeBroadcastTransport(ProcessGroupTransport):
@@ -27,64 +23,32 @@ class WholeBroadcastTransport(ProcessGroupTransport):
 
     needs = frozenset({Capability.WHOLE_BROADCASTS})
     by_bucket = True
-    samples_buckets = True
+    samples_buckets = loads_ahead = True
 
     def __init__(self, kind: type[SendingGroup], device: torch.device, *, together: bool) -> None:
         super().__init__(kind, device, together=together)
         self._slots: dict[int, DeviceSlot] = {}
         self._number = 0  # of the next bucket
-        self._staged: BroadcastBucket | None = None  # the last one
-        self._first = 0  # the number of this publish's first bucket
-
-    async def open(
-        self, targets: Sequence[PublishTarget], version: int, *, deadline: float
-    ) -> Mapping[str, EngineError]:
-        """See ProcessGroupTransport."""
-        self._first = self._number
-        return await super().open(targets, version, deadline=deadline)
 
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
-        specs = specs_of(tensors)
-        nbytes = specs[-1].offset + padded(specs[-1].nbytes)
-        if slot not in self._slots or self._slots[slot].bytes.nbytes < nbytes:
+        layout = layout_of(tensors)
+        if slot not in self._slots or self._slots[slot].bytes.nbytes < layout.nbytes:
             if slot in self._slots:
                 self._slots[slot].close()
-            self._slots[slot] = DeviceSlot(nbytes, self._device)
-        memory = self._slots[slot].bytes[:nbytes]
+            self._slots[slot] = DeviceSlot(layout.nbytes, self._device)
+        memory = self._slots[slot].bytes[: layout.nbytes]
         checksums = {}
         if self._device.type == "cpu":
-            checksums = copy_to_host(tensors, specs, memory)
+            checksums = copy_to_host(tensors, layout.specs, memory)
         else:
-            copy_on_gpu(tensors, specs, memory)
+            layout.pack_on_gpu(tensors, memory)
         number, self._number = self._number, self._number + 1
 
         def bucket_for(target: PublishTarget) -> ProcessGroupBucket:
-            return ProcessGroupBucket(self._group_of(target.engine).name, specs, number)
+            return ProcessGroupBucket(self._group_of(target.engine).name, layout.specs, number)
 
-        names, samples = tuple(spec.name for spec in specs), partial(samples_in, memory, specs)
-        self._staged = BroadcastBucket(bucket_for, checksums, names, nbytes, (memory,), number, samples=samples)
-        return self._staged
-
-    async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
-        """Broadcast the bucket that was staged last, while the engines load the one before.
-
-        The first one has to wait for `load`: the engines still generate, and NCCL must not run beside what they do. If
-        the broadcast fails, so does `load`.
-        """
-        staged, number, engines = self._staged, self._number - 1, [target.engine for target in targets]
-        if staged is None or number == self._first:
-            return {}
-        ahead = [
-            joined
-            for joined in self._joined
-            # Buckets are broadcast in order. If that before has not begun yet, this one has to wait for `load`.
-            if joined.group.broken is None and joined.sent == number - 1
-            if any(engine in engines for engine in joined.engines)
-        ]
-        with suppress(TimeoutError):  # a group whose broadcast was under way is broken then
-            async with asyncio.timeout(deadline):
-                await asyncio.gather(*(joined.send(staged) for joined in ahead))
-        return {}
+        samples = partial(layout.samples_in, memory)
+        return BroadcastBucket(bucket_for, checksums, layout.names, layout.nbytes, (memory,), number, samples=samples)
 
     async def close(self) -> None:
         await super().close()
