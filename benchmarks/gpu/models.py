@@ -17,12 +17,13 @@ QWEN2 = {
     "7b": {"hidden_size": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "intermediate_size": 18944},
     "tiny": {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 128},
 }
-# Mixtures of experts: the shape of Qwen3-30B-A3B (arXiv:2505.09388), half of its layers, a small one, and one that is
-# small but has thousands of tensors.
+# Mixtures of experts: the shape of Qwen3-30B-A3B (arXiv:2505.09388), half of its layers, a small one, one that is small
+# but has thousands of tensors, and one that GPU kernels take and that is quickly written to files.
 QWEN3_MOE = {
     "moe-30b": {"hidden_size": 2048, "layers": 48, "heads": 32, "kv_heads": 4, "experts": 128, "expert_size": 768},
     "moe-15b": {"hidden_size": 2048, "layers": 24, "heads": 32, "kv_heads": 4, "experts": 128, "expert_size": 768},
     "moe-tiny": {"hidden_size": 64, "layers": 8, "heads": 2, "kv_heads": 1, "experts": 64, "expert_size": 32},
+    "moe-small": {"hidden_size": 256, "layers": 4, "heads": 4, "kv_heads": 2, "experts": 16, "expert_size": 128},
     "moe-deep-tiny": {"hidden_size": 64, "layers": 48, "heads": 2, "kv_heads": 1, "experts": 64, "expert_size": 32},
 }
 
@@ -36,7 +37,7 @@ def write_config(size: str, folder: Path) -> Path:
         "num_hidden_layers": shape["layers"],
         "num_attention_heads": shape["heads"],
         "num_key_value_heads": shape["kv_heads"],
-        "vocab_size": 1024 if size.endswith("tiny") else 151936,
+        "vocab_size": 151936 if shape["hidden_size"] > 256 else 1024,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,

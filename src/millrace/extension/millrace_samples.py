@@ -89,6 +89,28 @@ class SampledPlaces:
         return sums.numpy().astype(">i8").tobytes().hex()
 
 
+class SampledTensors:
+    """Tensors that stay where they are in memory, for checksums again and again. All are contiguous, on one device."""
+
+    def __init__(self, tensors: "Sequence[torch.Tensor]") -> None:
+        self._tensors = tensors
+        self._places: SampledPlaces | None = None
+        if tensors and _beside("millrace_chunks").usable(tensors[0].device):
+            # A kernel reads at any distance from the first tensor.
+            first, device = tensors[0].data_ptr(), tensors[0].device
+            self._places = SampledPlaces(
+                [(one.itemsize, one.numel(), one.data_ptr() - first) for one in tensors], device
+            )
+
+    def checksums(self) -> list[str]:
+        """Return the sampled checksum of each tensor."""
+        import torch
+
+        if self._places is None:
+            return sampled_checksums(self._tensors)
+        return separated(self._places.checksums(self._tensors[0].detach().view(-1).view(torch.uint8)))
+
+
 class _Places(NamedTuple):
     """The samples of tensors that are read alike.
 

@@ -1,5 +1,5 @@
-"""Middleware that checks API keys and pauses at once, loaded into a vLLM server by `--middleware
-millrace_vllm_keys.Keys`.
+"""Middleware that checks API keys, and answers two control routes better than vLLM, loaded into a vLLM server by
+`--middleware millrace_vllm_keys.Keys`.
 
 vLLM's own key guards the routes that generate, but every program that reaches the port can use the control routes of
 its development mode. With this middleware every route needs a key, as `Authorization: Bearer KEY`, except the routes
@@ -11,12 +11,15 @@ does not show those. A server without them does not start.
 
 vLLM's `/pause` waits for 20 ms after the scheduler has paused, so that the answers of interrupted requests come before
 its own. By vLLM's own comment that is not needed for correctness, and Millrace waits for these answers itself. It
-therefore asks for `/pause?...&at_once=true`, which the middleware answers without the wait. A server without the
-middleware ignores the parameter.
+therefore asks for `/pause?...&at_once=true`, which the middleware answers without the wait.
 
-The file imports only the standard library.
+vLLM's `/collective_rpc` calls a method in all of its workers, but returns the answers of only the first data-parallel
+rank's. Millrace asks for `/collective_rpc?every_rank=true`, which the middleware answers with those of all.
+
+A server without the middleware ignores these parameters. The file imports only the standard library.
 """
 
+import asyncio
 import hmac
 import json
 import logging
@@ -65,9 +68,7 @@ class Keys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self._is_allowed(scope):
-            if self._path(scope) == "/pause" and await paused_at_once(scope):
-                await answer(send, 200, {"status": "paused"})
-            else:
+            if not await answered_here(self._path(scope), scope, receive, send):
                 await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
@@ -102,13 +103,34 @@ def bearer(headers: list[tuple[bytes, bytes]]) -> bytes:
     return key if scheme.lower() == b"bearer" else b""
 
 
+async def answered_here(path: str, scope: Scope, receive: Receive, send: Send) -> bool:
+    """Answer a request that is answered here, and return whether it was; if not, vLLM must answer."""
+    if scope.get("method") != "POST":
+        return False
+    if path == "/pause" and await paused_at_once(scope):
+        await answer(send, 200, {"status": "paused"})
+        return True
+    if path == "/collective_rpc" and query_of(scope).get("every_rank") == "true":
+        client, cores = cores_of(scope)
+        if cores:
+            await answer(send, *await called_in_every_rank(client, cores, receive))
+            return True
+    return False
+
+
+def query_of(scope: Scope) -> dict[str, str]:
+    """The parameters of a request's query."""
+    query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+    return {name: values[-1] for name, values in query.items()}
+
+
 async def paused_at_once(scope: Scope) -> bool:
     """Pause the server if this request of `/pause` asks for it. Return whether that was done; if not, vLLM must answer.
 
     The calls are those that `AsyncLLM.pause_generation` of vLLM 0.23 and 0.32 makes before it waits.
     """
-    query = {name: values[-1] for name, values in parse_qs(scope.get("query_string", b"").decode("latin-1")).items()}
-    if scope.get("method") != "POST" or query.get("at_once") != "true":
+    query = query_of(scope)
+    if query.get("at_once") != "true":
         return False
     clear = query.get("clear_cache", "true") == "true"
     try:
@@ -122,7 +144,45 @@ async def paused_at_once(scope: Scope) -> bool:
     return True
 
 
-async def answer(send: Send, status: int, body: dict[str, str], *headers: tuple[bytes, bytes]) -> None:
+def cores_of(scope: Scope) -> tuple[Any, list[Any]]:
+    """Return vLLM's client of its engine cores, and the cores' ids in the order of the data-parallel ranks. There are
+    no ids if there is one core."""
+    client = scope["app"].state.engine_client.engine_core
+    cores = list(getattr(client, "core_engines", ()))
+    return client, cores if len(cores) > 1 else []
+
+
+async def called_in_every_rank(client: Any, cores: list[Any], receive: Receive) -> tuple[int, dict[str, Any]]:
+    """Carry out a request of `/collective_rpc` in the cores, as vLLM 0.23 and 0.32 do. Return the status and the body
+    of the answer: `results` has the workers' results, ordered by data-parallel rank and then by rank.
+
+    It waits for all cores, also if one raises: a worker may still be in the call otherwise.
+    """
+    try:
+        call = json.loads(await body_of(receive))
+        method, arguments = str(call["method"]), tuple(map(str, call.get("args", ())))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return 400, {"error": f"the body is no call: {type(error).__name__}: {error}"}
+    calls = [client._call_utility_async("collective_rpc", method, None, arguments, {}, engine=core) for core in cores]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    if errors := [f"data-parallel rank {i}: {one}" for i, one in enumerate(answers) if isinstance(one, BaseException)]:
+        return 500, {"error": "; ".join(errors)}
+    return 200, {"results": [result for one in answers if isinstance(one, list) for result in one]}
+
+
+async def body_of(receive: Receive) -> bytes:
+    """Return the body of a request. Raises ValueError if its client leaves before it has sent all of it."""
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ValueError("the client has left")
+        body += bytes(message.get("body", b""))
+        if not message.get("more_body"):
+            return body
+
+
+async def answer(send: Send, status: int, body: dict[str, Any], *headers: tuple[bytes, bytes]) -> None:
     """Send a whole answer in JSON."""
     content = json.dumps(body).encode()
     about = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()), *headers]

@@ -419,9 +419,10 @@ class Versions:
             with needs_extra("publishing weights"):
                 import torch  # noqa: F401
             raise PublishError(
-                "no transport reaches all of the engines from this process; engines with dp_size above 1, and a vLLM "
-                "that was started without Millrace's extension, take weights only from disk: set publish.folder to a "
-                "path that they and the trainer share; an SGLang that quantises takes weights only with load_format "
+                "no transport reaches all of the engines from this process; an SGLang with dp_size above 1 and without "
+                "enable_dp_attention, and a vLLM that was started without Millrace's extension, or with dp_size above "
+                "1 and without Millrace's middleware, take weights only from disk: set publish.folder to a path that "
+                "they and the trainer share; an SGLang that quantises takes weights only with load_format "
                 "flash_rl"
             )
         return self.transport

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from millrace.engines.experts import Experts
-from millrace.engines.sglang.facts import CAPABILITY_PATHS, capabilities_of
+from millrace.engines.sglang.facts import CAPABILITY_PATHS, capabilities_of, read_facts
 from millrace.engines.sglang.loading import LOADER
 from millrace.engines.stock.facts import TAKES
 from millrace.engines.stock.model import Model
@@ -113,3 +113,19 @@ def test_json_schemas_need_a_grammar_backend_and_a_tokenizer(settings: dict[str,
 def test_images_need_a_placeholder_and_a_server_that_loaded_the_vision_tower(model: Model, *, sees: bool) -> None:
     found = capabilities_of(PATHS, {"has_image_understanding": sees}, SERVER, model)
     assert (Capability.IMAGES in found) == (sees and model.image_token is not None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "caches"),
+    [
+        ({}, 1),
+        ({"dp_size": 2}, 2),
+        ({"dp_size": 2, "enable_dp_attention": True}, 2),  # 0.5.15
+        ({"attn_dp_size": 2, "enable_dp_attention": True}, 2),  # 0.5.23
+    ],
+)
+def test_each_data_parallel_rank_has_a_cache(settings: dict[str, Any], caches: int) -> None:
+    about = {"version": "0.5.23", "tp_size": 2, "max_req_input_len": 100, "dtype": "auto"}
+    served = {**SERVED, "model_path": "/model"}
+    server = {**SERVER, **about, "enable_deterministic_inference": False, **settings}
+    assert read_facts(PATHS, served, server, TEXT).caches == caches

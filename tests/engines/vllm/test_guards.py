@@ -17,6 +17,7 @@ LIMITS = Limits(vocab_size=100, context_length=50, seeds=True)
 SERVER = Server(
     path=GENERATE,
     extension=True,
+    replicas=1,
     transfer=False,
     checker=False,
     versions=True,

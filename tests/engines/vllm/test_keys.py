@@ -2,13 +2,14 @@
 server."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from millrace.extension.millrace_vllm_keys import Keys
+from millrace.extension.millrace_vllm_keys import Keys, answered_here
 
 Ask = Callable[..., str]
 
@@ -133,3 +134,73 @@ def test_vllm_answers_a_pause_that_fails_here(ask: Ask) -> None:
     failing = SimpleNamespace(state=SimpleNamespace(engine_client=Engine(RuntimeError("the engine is dead"))))
     for app in (failing, SimpleNamespace(state=SimpleNamespace())):
         assert ask("POST", "/pause", "Bearer admin", query_string=b"mode=abort&at_once=true", app=app) == "passed"
+
+
+class Cores:
+    """Stands for vLLM's client of two engine cores, as far as a call of every rank uses it. Records the calls."""
+
+    core_engines = (b"zero", b"one")
+
+    def __init__(self, *answers: Any) -> None:
+        self._answers = dict(zip(self.core_engines, answers, strict=True))
+        self.calls: list[tuple[Any, ...]] = []
+
+    async def _call_utility_async(self, *call: Any, engine: bytes) -> Any:
+        if isinstance(answer := self._answers[engine], Exception):
+            raise answer
+        await asyncio.sleep(0)
+        self.calls.append((engine, *call))
+        return answer
+
+
+def called(client: Any, body: bytes, query: bytes = b"every_rank=true") -> tuple[int, Any] | None:
+    """Returns the status and the body of the answer to a call of every rank. None if vLLM must answer."""
+    sent: list[Any] = []
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=SimpleNamespace(engine_core=client)))
+    parts = [{"type": "http.request", "body": body[:5], "more_body": True}, {"type": "http.request", "body": body[5:]}]
+
+    async def receive() -> Any:
+        return parts.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "app": app, "query_string": query}
+    if not asyncio.run(answered_here("/collective_rpc", scope, receive, send)):
+        assert len(parts) == 2, "vLLM would miss the body"
+        return None
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+CALL = b'{"method": "millrace_state", "args": ["a", "b"]}'
+
+
+def test_a_call_has_the_answers_of_every_rank() -> None:
+    client = Cores([{"rank": 0}, {"rank": 1}], [{"rank": 2}, {"rank": 3}])
+    assert called(client, CALL) == (200, {"results": [{"rank": 0}, {"rank": 1}, {"rank": 2}, {"rank": 3}]})
+    sent: tuple[object, ...] = ("collective_rpc", "millrace_state", None, ("a", "b"), {})
+    assert client.calls == [(b"zero", *sent), (b"one", *sent)]
+
+
+def test_a_rank_that_raises_is_named_when_all_have_answered() -> None:
+    client = Cores(RuntimeError("out of memory"), [{}])
+    assert called(client, CALL) == (500, {"error": "data-parallel rank 0: out of memory"})
+    assert len(client.calls) == 1
+
+
+@pytest.mark.parametrize("body", [b"not JSON", b"[1, 2]", b"{}", b'{"method": "a", "args": 3}', b"null"])
+def test_a_call_of_every_rank_in_another_form_is_refused(body: bytes) -> None:
+    client = Cores([], [])
+    answer = called(client, body)
+    assert answer is not None
+    assert answer[0] == 400
+    assert not client.calls
+
+
+def test_vllm_answers_other_calls() -> None:
+    client = Cores([], [])
+    assert called(client, CALL, query=b"") is None
+    assert called(SimpleNamespace(), CALL) is None  # a client of one core
+    client.core_engines = (b"zero",)  # type: ignore[assignment]
+    assert called(client, CALL) is None
+    assert not client.calls

@@ -1,6 +1,7 @@
 """The adapter for stock SGLang."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -8,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from millrace.engines.http_engine import ABORT_DEADLINE
-from millrace.engines.sglang.facts import read_facts
+from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS
+from millrace.engines.sglang.facts import SGLangFacts, read_facts
 from millrace.engines.sglang.guards import check_request
 from millrace.engines.sglang.loading import LOADER, AnswerFiles, AnswerFilesPool, AnswerStore, LoaderUpdate
 from millrace.engines.sglang.payload import loader_payloads, order_payloads, parts_payloads, payloads
@@ -23,13 +24,12 @@ from millrace.engines.sglang_wire import (
     wire_id,
 )
 from millrace.engines.stock.engine import StockEngine
-from millrace.engines.stock.facts import Facts
 from millrace.engines.stock.images import data_url
 from millrace.engines.stock.parts import NeededParts
 from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
-from millrace.errors import EngineFailed, EngineRefused, LocalError
+from millrace.errors import EngineFailed, EngineRefused, EngineTimeout, LocalError
 from millrace.http import HttpClient
 from millrace.http.hosts import is_loopback
 from millrace.types import (
@@ -51,6 +51,7 @@ from millrace.types import (
     TorchStorageBucket,
 )
 
+IDLE_DEADLINE = 10.0  # seconds in which a rank without requests is idle
 PAUSE_DEADLINE = 60.0  # seconds; it waits for the requests of other clients to end
 WITHOUT_FLUSH = {"flush_cache": False, "abort_all_requests": False}  # the adapter did both before
 
@@ -63,7 +64,7 @@ def encode(request: GenerateRequest, *, stream: bool = False, experts: bool = Fa
     return {**body, "image_data": [data_url(image) for image in request.images], "return_prompt_token_ids": True}
 
 
-class SGLangEngine(StockEngine[Facts]):
+class SGLangEngine(StockEngine[SGLangFacts]):
     """One SGLang server."""
 
     _session: bool | None = None  # whether the server has an update session open; None: unknown
@@ -81,7 +82,16 @@ class SGLangEngine(StockEngine[Facts]):
             await self._attach()
 
     async def flush_cache(self, *, deadline: float = 30.0) -> None:
-        await self._retry_until_idle("/flush_cache", {}, deadline)
+        end, path = time.monotonic() + deadline, "/flush_cache"
+        if (await self._facts()).caches > 1:
+            # SGLang returns the answer of only one data-parallel rank. So no rank may have a request before, and each
+            # waits until its last step has ended.
+            while (load := await self.loads()).running_requests + load.waiting_requests:
+                if time.monotonic() + IDLE_POLL_SECONDS >= end:
+                    raise EngineTimeout(self.name, f"{path}: requests still ran after {deadline:.0f} s")
+                await asyncio.sleep(IDLE_POLL_SECONDS)
+            path += f"?timeout={IDLE_DEADLINE:.0f}"
+        await self._retry_until_idle(path, {}, end - time.monotonic())
 
     async def leave_group(self, name: str) -> None:
         if name in self._groups:  # the weight loader leaves when the sender's store ends
@@ -196,7 +206,7 @@ class SGLangEngine(StockEngine[Facts]):
             await self._control("/begin_weight_update", {})
             self._session = True
 
-    def _loader(self, bucket: Bucket, facts: Facts) -> Callable[[float], Awaitable[None]]:
+    def _loader(self, bucket: Bucket, facts: SGLangFacts) -> Callable[[float], Awaitable[None]]:
         body: Mapping[str, object]
         match bucket:
             case ProcessGroupBucket(group_name=name) if name in self._groups:
@@ -221,7 +231,7 @@ class SGLangEngine(StockEngine[Facts]):
 
         return send
 
-    def _answers_in_files(self, facts: Facts) -> bool:
+    def _answers_in_files(self, facts: SGLangFacts) -> bool:
         """Return whether the server has the weight loader, and is on this host."""
         return Capability.SAMPLED_CHECKSUMS in facts.info.capabilities and is_loopback(str(urlsplit(self.url).hostname))
 
@@ -315,13 +325,13 @@ class SGLangEngine(StockEngine[Facts]):
         # Not /health: it generates a token, which fails while the server is paused or asleep.
         await self._http.control("GET", "/server_info", deadline=deadline)
 
-    async def _read_facts(self) -> Facts:
+    async def _read_facts(self) -> SGLangFacts:
         served, server = await self._ask("/model_info"), await self._ask("/server_info")
         paths = (await self._ask("/openapi.json"))["paths"]
         model = await self._read_model(Path(served["model_path"]))
         return read_facts(paths, served, server, model)
 
-    def _check(self, request: GenerateRequest, facts: Facts) -> None:
+    def _check(self, request: GenerateRequest, facts: SGLangFacts) -> None:
         check_request(request, facts.limits)
 
     def _why_no_sleep(self) -> str:

@@ -1,6 +1,7 @@
 """Read what an SGLang server is and can do from its own answers. Pure."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from millrace.engines.sglang.loading import LOADER
@@ -35,12 +36,22 @@ MIXED_UP_EXPERTS = frozenset({"0.5.15"})
 PAUSE_CAPABILITIES = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capability.PAUSE_KEEP}
 
 
+@dataclass(frozen=True, slots=True)
+class SGLangFacts(Facts):
+    """What an SGLang server is and can do.
+
+    caches: the number of data-parallel ranks, each with a KV cache of its own.
+    """
+
+    caches: int
+
+
 def read_facts(
     paths: Mapping[str, object],
     served: Mapping[str, Any],
     server: Mapping[str, Any],
     model: Model,
-) -> Facts:
+) -> SGLangFacts:
     """Return the facts of a server.
 
     paths: of /openapi.json. served: the answer of /model_info. server: the answer of /server_info. model: the model's
@@ -70,7 +81,8 @@ def read_facts(
         json_schema=Capability.JSON_SCHEMA in info.capabilities,
         image_token=model.image_token if Capability.IMAGES in info.capabilities else None,
     )
-    return Facts(info, model, limits)
+    # Before 0.5.23, dp_size also counted the ranks of DP attention.
+    return SGLangFacts(info, model, limits, server["dp_size"] * server.get("attn_dp_size", 1))
 
 
 def has_loader(server: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from millrace.engines.stock.parts import NeededParts, needs_of
 from millrace.engines.stock.state import InvalidStateError, ServerState, require
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
-from millrace.engines.vllm.facts import Server, VLLMFacts, read_facts
+from millrace.engines.vllm.facts import Server, VLLMFacts, has_extension, read_facts
 from millrace.engines.vllm.guards import check_reload, check_request
 from millrace.engines.vllm.metrics import read_metrics
 from millrace.engines.vllm.payload import description, parts, rows_of, samples_of, samples_of_parts, transfer
@@ -40,12 +40,13 @@ from millrace.types import (
     TensorSpec,
 )
 
-# at_once: see `millrace_vllm_pause`. A server without Millrace's middleware ignores it.
+# at_once: see `millrace_vllm_keys`. A server without Millrace's middleware ignores it.
 PAUSE_PATHS = {
     PauseMode.ABORT: "/pause?mode=abort&at_once=true",
     PauseMode.RETRACT: "/pause?mode=keep&at_once=true",
     PauseMode.KEEP: "/pause?mode=keep&clear_cache=false&at_once=true",
 }
+RPC_PATH = "/collective_rpc?every_rank=true"  # see `millrace_vllm_keys`
 CHECKER_DEADLINE = 600.0  # seconds; vLLM copies every tensor to the host and hashes it there
 
 
@@ -136,7 +137,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         return self._needs[1]
 
     async def loads(self) -> EngineLoad:
-        total_tokens = (await self._server()).total_tokens
+        server = await self._server()
         text = await self._ask("/metrics")
         metrics = self._decode("/metrics", lambda: read_metrics(text))
         (then, before), now, made = self._counted, time.monotonic(), metrics["generation_tokens_total"]
@@ -144,8 +145,8 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         return EngineLoad(
             running_requests=int(metrics["num_requests_running"]),
             waiting_requests=int(metrics["num_requests_waiting"]),
-            used_tokens=int(metrics["kv_cache_usage_perc"] * total_tokens),
-            max_tokens=total_tokens,
+            used_tokens=int(metrics["kv_cache_usage_perc"] / server.replicas * server.total_tokens),
+            max_tokens=server.total_tokens,
             tokens_per_second=(made - before) / (now - then) if then else 0.0,
         )
 
@@ -373,7 +374,8 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         served = (await self._ask("/v1/models"))["data"][0]
         version = (await self._ask("/version"))["version"]
         model = await self._read_model(Path(served["root"]))
-        return self._decode("/server_info", lambda: read_facts(version, served, api, config, model))
+        answers = len(await self._call_extension("millrace_state")) if has_extension(config) else 0
+        return self._decode("/server_info", lambda: read_facts(version, served, api, config, model, answers))
 
     def _check(self, request: GenerateRequest, facts: VLLMFacts) -> None:
         check_request(request, facts.limits, facts.server)
@@ -400,9 +402,16 @@ class VLLMEngine(StockEngine[VLLMFacts]):
 
     async def _rpc(self, method: str, *arguments: str, deadline: float = CONTROL_DEADLINE) -> Any:
         """Call a method of the extension on every rank. Return the answers. Raises EngineFailed if a rank fails."""
-        body = {"method": method, "args": arguments}
-        results = (await self._control("/collective_rpc", body, deadline=deadline))["results"]
+        results = await self._call_extension(method, *arguments, deadline=deadline)
         for rank, result in enumerate(results):
             if error := result.get("error"):
                 raise EngineFailed(self.name, f"rank {rank}: {error}")
+        ranks = (await self._facts()).info.ranks
+        if len(results) != ranks:
+            raise EngineFailed(self.name, f"{method}: {len(results)} of its {ranks} ranks have answered")
         return results
+
+    async def _call_extension(self, method: str, *arguments: str, deadline: float = CONTROL_DEADLINE) -> Any:
+        """Call a method of the extension. Return the answers of the ranks that the server reports."""
+        body = {"method": method, "args": arguments}
+        return (await self._control(RPC_PATH, body, deadline=deadline))["results"]

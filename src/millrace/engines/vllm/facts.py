@@ -18,15 +18,16 @@ class Server:
     """The properties of a vLLM server that its adapter depends on.
 
     path: the generate route. extension: whether the workers have Millrace's extension and every worker's answer is
-    returned. transfer: whether there is no extension, but vLLM's weight transfer by NCCL. checker: whether there is no
-    extension, but vLLM's own checksums. versions: whether the server
-    stores the weight version. aborts: whether it has a route that aborts requests. logprobs_mode: vLLM's own setting.
-    total_tokens: the size of the KV cache. fields, sampling: the fields of a request and of its sampling parameters
-    that the server's API description has; the server silently ignores others.
+    returned. replicas: the number of data-parallel ranks, each with a KV cache of its own. transfer: whether there is
+    no extension, but vLLM's weight transfer by NCCL. checker: whether there is no extension, but vLLM's own checksums.
+    versions: whether the server stores the weight version. aborts: whether it has a route that aborts requests.
+    logprobs_mode: vLLM's own setting. total_tokens: the size of all KV caches. fields, sampling: the fields of a
+    request and of its sampling parameters that the server's API description has; the server silently ignores others.
     """
 
     path: str
     extension: bool
+    replicas: int
     transfer: bool
     checker: bool
     versions: bool
@@ -45,20 +46,32 @@ class VLLMFacts(Facts):
     server: Server
 
 
-def read_server(api: Mapping[str, Any], config: Mapping[str, Any]) -> Server:
+def has_extension(config: Mapping[str, Any]) -> bool:
+    """Return whether the workers have Millrace's extension. config: the `vllm_config` of /server_info."""
+    return bool(config["parallel_config"]["worker_extension_cls"] == EXTENSION)
+
+
+def ranks_of(config: Mapping[str, Any]) -> int:
+    """Return the number of workers. config: the `vllm_config` of /server_info."""
+    parallel = config["parallel_config"]
+    return int(parallel["world_size"] * parallel["data_parallel_size"])
+
+
+def read_server(api: Mapping[str, Any], config: Mapping[str, Any], answers: int) -> Server:
     """Return the server's properties. The arguments are those of `read_facts`."""
     paths, cache = api["paths"], config["cache_config"]
     path = GENERATE if GENERATE in paths else COMPLETIONS
     fields = api["components"]["schemas"][SCHEMAS[path]]["properties"]
     sampling = fields["sampling_params"]["properties"] if path == GENERATE else fields
-    parallel = config["parallel_config"]
-    # With several data-parallel ranks, vLLM returns the answer of only one: an error of another would be lost.
-    extension = parallel["worker_extension_cls"] == EXTENSION and parallel["data_parallel_size"] == 1
+    # Without Millrace's middleware, vLLM returns the answers of only one of several data-parallel ranks: an error of
+    # another would be lost.
+    extension = has_extension(config) and answers == ranks_of(config)
     on_cpu = config["device_config"]["device"] == "cpu"
     transfer = (config["weight_transfer_config"] or {}).get("backend") == "nccl"
     return Server(
         path=path,
         extension=extension,
+        replicas=config["parallel_config"]["data_parallel_size"],
         transfer=transfer and not extension and not on_cpu,
         checker="/weight_checker" in paths and not extension,
         versions="/update_weight_version" in paths,
@@ -77,13 +90,14 @@ def read_facts(
     api: Mapping[str, Any],
     config: Mapping[str, Any],
     model: Model,
+    answers: int,
 ) -> VLLMFacts:
     """Return the facts of a server. Raises KeyError if the answers are not vLLM's.
 
     version: of /version. served: the first of /v1/models. api: the answer of /openapi.json. config: the `vllm_config`
-    of /server_info. model: the model's folder.
+    of /server_info. model: the model's folder. answers: how many workers answer a call of Millrace's extension.
     """
-    server, parallel = read_server(api, config), config["parallel_config"]
+    server = read_server(api, config, answers)
     info = EngineInfo(
         kind="vllm",
         engine_version=version,
@@ -92,9 +106,9 @@ def read_facts(
         vocab_size=model.vocab_size,
         context_length=served["max_model_len"],
         capabilities=capabilities_of(config, server, api["paths"], model),
-        ranks=parallel["world_size"] * parallel["data_parallel_size"],
+        ranks=ranks_of(config),
         dtype=str(config["model_config"]["dtype"]).removeprefix("torch."),
-        max_running=config["scheduler_config"]["max_num_seqs"] * parallel["data_parallel_size"],
+        max_running=config["scheduler_config"]["max_num_seqs"] * server.replicas,
     )
     stop_texts = Capability.STOP_TEXTS in info.capabilities
     image_token = model.image_token if Capability.IMAGES in info.capabilities else None

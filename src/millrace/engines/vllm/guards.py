@@ -42,7 +42,7 @@ def check_reload(model: Model, server: Server) -> None:
     require(
         not server.on_cpu or not (tied or any(".experts." in name for name in shapes)),
         "on the CPU, vLLM's own reload gives wrong weights if the model has tied embeddings or experts; start the "
-        "server with Millrace's extension and one data-parallel rank",
+        "server with Millrace's extension, and with its middleware if it has several data-parallel ranks",
     )
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from millrace_copies import Copies, Slice, fused
+from millrace_samples import SampledPlaces, SampledTensors, separated
 from millrace_words import listed
 
 from .dry_run import Region, View
@@ -34,6 +35,10 @@ class Held(NamedTuple):
     @property
     def is_there(self) -> bool:
         return tensor_of(self.module, self.name) is self.tensor and self.tensor.data_ptr() == self.address
+
+
+# Tensors of a layout by their numbers, and what returns their checksums for a bucket.
+Sampled = tuple[list[int], Callable[[torch.Tensor], list[str]]]
 
 
 @dataclass(slots=True)
@@ -72,6 +77,27 @@ class Layout:
     unchanged: list[torch.Tensor | None] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
     due: frozenset[str] = frozenset()
+    _samples: tuple[Sampled, ...] = ()
+
+    def samples(self, bucket: torch.Tensor) -> str:
+        """The sampled checksum of each tensor, one after the other: of the tensor in the model, if it receives the sent
+        one unchanged, and else of the one in the bucket, which can be on another device."""
+        if not self._samples:
+            self._samples = self._sampled(bucket.device)
+        found = [""] * len(self.specs)
+        for indices, checksums in self._samples:
+            for index, value in zip(indices, checksums(bucket), strict=True):
+                found[index] = value
+        return "".join(found)
+
+    def _sampled(self, device: torch.device) -> tuple[Sampled, Sampled]:
+        here = [index for index, tensor in enumerate(self.unchanged) if tensor is not None]
+        others = [index for index, tensor in enumerate(self.unchanged) if tensor is None]
+        held = SampledTensors([tensor for tensor in self.unchanged if tensor is not None])
+        sent = [self.specs[index] for index in others]
+        sizes = [(spec.dtype.itemsize, spec.nbytes // spec.dtype.itemsize, spec.offset) for spec in sent]
+        arrived = SampledPlaces(sizes, device)
+        return (here, lambda _: held.checksums()), (others, lambda bucket: separated(arrived.checksums(bucket)))
 
     @property
     def fits(self) -> bool:

@@ -72,7 +72,7 @@ class Rank:
             bucket["share"] = self._own(take(bucket, "shares", list))
         layout = self._layout(tensors, self._planned)
         samples = self.weights.load(layout, self._fetching(kind, bucket, layout))
-        return {"samples": "".join(samples), "ignored": listed(layout.ignored)}
+        return {"samples": samples, "ignored": listed(layout.ignored)}
 
     def needs(self, tensors: str) -> dict[str, Any]:
         """Return what `Extension.millrace_needs` answers."""
@@ -99,7 +99,7 @@ class Rank:
         if len(parts) <= self.rank:
             raise RpcError(f"the bucket has parts for {len(parts)} ranks, and none for rank {self.rank}")
         layout = self._layout(parts[self.rank], self._planned_parts)
-        return {"samples": "".join(self.weights.load(layout, self._fetching(kind, place, layout)))}
+        return {"samples": self.weights.load(layout, self._fetching(kind, place, layout))}
 
     def _own(self, ranks: list[Any]) -> dict[str, Any]:
         """What a bucket has for this rank."""
@@ -150,9 +150,9 @@ class Rank:
         tensors = read_folder(folder)
         specs = [TensorSpec(name, t.dtype, tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()]
         targets = self._plan.targets(specs)  # nothing is written if one of them does not fit
-        samples, ignored = [], []
+        samples, ignored = "", list[str]()
         for spec, target, tensor in zip(specs, targets, tensors.values(), strict=True):
             layout, content = self._layout_of([spec], [target]), tensor.reshape(-1).view(torch.uint8)
             samples += self.weights.load(layout, lambda: content)  # noqa: B023
             ignored += layout.ignored
-        return {"names": list(tensors), "samples": "".join(samples), "ignored": listed(ignored)}
+        return {"names": list(tensors), "samples": samples, "ignored": listed(ignored)}

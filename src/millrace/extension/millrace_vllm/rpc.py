@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from millrace_words import first_line
-from vllm.distributed import get_pp_group, get_tp_group
 
 from .errors import RpcError
 from .messages import parse_object
@@ -38,26 +36,9 @@ def returns_errors(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[
         except Exception as error:  # the boundary: see above
             log.exception("%s failed", method.__name__)
             result = {"error": f"{type(error).__name__}: {first_line(error)} (the server's log has the trace)"}
-        raise_in_later_replica(result, self.rank, self.vllm_config.parallel_config)
         return result
 
     return answer
-
-
-def raise_in_later_replica(result: dict[str, Any], rank: int, parallel: Any) -> None:
-    """Raise RuntimeError in the last rank of a replica other than the first, if any rank of that replica failed.
-
-    With data parallelism, vLLM returns only the answers of the first replica, but it reports the exceptions of all
-    replicas. The last rank raises because vLLM has then read the answers of all ranks before it."""
-    if parallel.data_parallel_index == 0:
-        return
-    failed = torch.tensor(int("error" in result), device="cpu")
-    for group in (get_tp_group(), get_pp_group()):
-        if group.world_size > 1:
-            dist.all_reduce(failed, dist.ReduceOp.MAX, group=group.cpu_group)
-    if failed and rank == parallel.world_size - 1:
-        detail = result.get("error", "another rank of the replica failed; the server's log says why")
-        raise RuntimeError(f"replica {parallel.data_parallel_index}: {detail}")
 
 
 class Extension:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 from millrace_copies import copy_out
-from millrace_samples import sampled_checksums
 from millrace_words import listed
 
 from .digest import digest
@@ -59,10 +58,9 @@ class Weights:
             raise RpcError("an update is open already; commit or abandon it first")
         self.update = Update()
 
-    def load(self, layout: Layout, fetch: Callable[[], torch.Tensor]) -> list[str]:
-        """Load the bucket that `fetch` returns, [nbytes] uint8. Returns a checksum of a sample of each of its tensors.
+    def load(self, layout: Layout, fetch: Callable[[], torch.Tensor]) -> str:
+        """Load the bucket that `fetch` returns, [nbytes] uint8. Returns `layout.samples`.
 
-        The sample is of the tensor in the model, if the model contains it unchanged, or else of the one that arrived.
         The bucket's memory belongs to the sender, and nothing uses it after the call."""
         update = self.open_update()
         if twice := update.sent & layout.names:
@@ -77,7 +75,7 @@ class Weights:
             update.shared.setdefault(parameter, {})[spec.name] = digest(view(bucket, spec)).cpu()
         update.fill(layout)
         self._write(update, layout, bucket)
-        samples = self._samples(layout, bucket)
+        samples = layout.samples(bucket)
         self._writer.synchronize()
         update.failed = False
         return samples
@@ -142,17 +140,6 @@ class Weights:
         if self.update.failed:
             raise RpcError("a load of this update failed half-way; abandon it")
         return self.update
-
-    def _samples(self, layout: Layout, bucket: torch.Tensor) -> list[str]:
-        """The sampled checksum of each tensor: of those in the model, and of those that can be read in the bucket only,
-        which can be on another device."""
-        samples = [""] * len(layout.specs)
-        for here in (True, False):
-            chosen = [index for index, tensor in enumerate(layout.unchanged) if (tensor is not None) is here]
-            tensors = [layout.unchanged[i] if here else view(bucket, layout.specs[i]) for i in chosen]
-            for index, value in zip(chosen, sampled_checksums(tensors), strict=True):
-                samples[index] = value
-        return samples
 
     def _require_complete(self, update: Update) -> None:
         incomplete = {module for module in update.regions.keys() | update.due if not self._is_complete(update, module)}
