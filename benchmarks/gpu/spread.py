@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from benchmarks.gpu.engines import engine_config, served
 from benchmarks.gpu.models import random_tensors, write_config, write_tokenizer
 from benchmarks.gpu.weights import MIB, copy_bandwidth, timed
-from millrace.conformance import CHECKS, Outcome, Runner, Subject
+from millrace.conformance import CHECKS, Outcome, Result, Runner, Subject
 from millrace.engines.stock.interpreter import StockConfig
 from millrace.types import EngineInfo, GenerateRequest, MemoryTag, SamplingParams
 from millrace.weights.publisher import Publish
@@ -188,14 +188,18 @@ async def measure_publish(
 
 
 async def check(target: PublishTarget, folder: Path, other: Path) -> None:
-    """Runs the conformance checks. Prints the failed ones, those that can't be run, and the counts."""
-    runner = Runner(Subject(target.engine, target.info, folder, other))
-    results = [result async for result in runner.run(CHECKS)]
-    for result in results:
-        if result.outcome is not Outcome.PASSED:
-            print(f"{result.outcome} {result.check} ({result.seconds:.1f} s): {result.reason}", flush=True)
-    counts = ", ".join(f"{sum(one.outcome is outcome for one in results)} {outcome}" for outcome in Outcome)
-    print(f"conformance: {counts}, in {sum(one.seconds for one in results):.1f} s", flush=True)
+    """Runs the conformance checks. Prints the failed ones and those that can't be run, and how many there were, also if
+    the time is up."""
+    runner, results = Runner(Subject(target.engine, target.info, folder, other)), list[Result]()
+    try:
+        async for result in runner.run(CHECKS):
+            results.append(result)
+            if result.outcome is not Outcome.PASSED:
+                print(f"{result.outcome} {result.check} ({result.seconds:.1f} s): {result.reason}", flush=True)
+    finally:
+        counts = ", ".join(f"{sum(one.outcome is outcome for one in results)} {outcome}" for outcome in Outcome)
+        seconds = sum(one.seconds for one in results)
+        print(f"conformance: {len(results)} of {len(CHECKS)} checks, {counts}, in {seconds:.1f} s", flush=True)
     assert not runner.lost, runner.lost
     assert not any(one.outcome is Outcome.FAILED for one in results)
 
