@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE
 from millrace.engines.sglang.facts import read_facts
 from millrace.engines.sglang.guards import check_request
@@ -125,6 +126,19 @@ class SGLangEngine(StockEngine[Facts]):
         question, files = LoaderUpdate(self.name), self._answer_files(ranks)
         await self._order(order_payloads(question.questions(tensors, files.places())), deadline)
         return question.needs(files.read())
+
+    async def audit(
+        self, samples: Sequence[WeightSample], *, deadline: float
+    ) -> tuple[Sequence[HeldLayer], Sequence[int]] | None:
+        if not is_loopback(str(urlsplit(self.url).hostname)):
+            return None
+        answers, question = Answers(), LoaderUpdate(self.name)
+        async with self._control_call():
+            files = self._answer_files((await self._facts()).info.ranks)
+            for first, text in texts_of(samples):
+                await self._order(order_payloads(question.audits(text, files.places())), deadline)
+                answers.add(first, question.audited(files.read()))
+        return answers.layers(), answers.unplaced()
 
     async def close(self) -> None:
         if self._files is not None:

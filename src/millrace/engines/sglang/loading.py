@@ -103,6 +103,10 @@ class LoaderUpdate:
         needs = orjson.dumps({"needs": [[spec.name, spec.dtype, spec.shape] for spec in tensors]}).decode()
         return self._orders([needs] * len(places), places)
 
+    def audits(self, samples: str, places: Sequence[Mapping[str, object]]) -> list[str]:
+        """Like `orders`, but each rank compares what it holds with samples of the trainer's weights, given as JSON."""
+        return self._orders([samples] * len(places), places)
+
     def orders_of_parts(
         self, parts: Sequence[Sequence[TensorPart]], places: Sequence[Mapping[str, object]]
     ) -> list[str]:
@@ -151,6 +155,14 @@ class LoaderUpdate:
                 raise InvalidStateError(f"its rank {rank} can't say which parts of the tensors it needs: {why}")
             needed.append([[read_box(box) for box in boxes] for boxes in answer["boxes"]])
         return needed
+
+    def audited(self, answers: Sequence[bytes]) -> list[Mapping[str, Any]]:
+        """Return what all ranks have answered to `audits`. Raises as `take` does."""
+        found = [self._answer(rank, text) for rank, text in enumerate(answers)]
+        for rank, answer in enumerate(found):
+            if why := answer.get("unplanned"):
+                raise InvalidStateError(f"its rank {rank} can't say where it keeps the tensors: {why}")
+        return found
 
     def _answer(self, rank: int, text: bytes) -> Mapping[str, Any]:
         """Return the answer of a rank, and note which parameters lack content."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.state import InvalidStateError, ServerState
@@ -119,6 +120,15 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         if self.state.updating is None:
             raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
         return self._samples
+
+    async def audit(
+        self, samples: Sequence[WeightSample], *, deadline: float
+    ) -> tuple[Sequence[HeldLayer], Sequence[int]]:
+        answers = Answers()
+        async with self._control_call():
+            for first, text in texts_of(samples):
+                answers.add(first, await self._rpc("millrace_audit", text, deadline=deadline))
+        return answers.layers(), answers.unplaced()
 
     async def loads(self) -> EngineLoad:
         total_tokens = (await self._server()).total_tokens

@@ -8,6 +8,7 @@ from millrace.engines.stock.facts import Facts, Limits
 from millrace.engines.stock.model import Model
 from millrace.engines.vllm.arguments import EXTENSION
 from millrace.engines.vllm.wire import COMPLETIONS, GENERATE
+from millrace.quantisation import quantisation_of
 from millrace.types import Capability, EngineInfo
 
 SCHEMAS = {GENERATE: "GenerateRequest", COMPLETIONS: "CompletionRequest"}
@@ -94,6 +95,7 @@ def read_facts(
         capabilities=capabilities_of(config, server, api["paths"], model),
         ranks=parallel["world_size"] * parallel["data_parallel_size"],
         dtype=str(config["model_config"]["dtype"]).removeprefix("torch."),
+        quantisation=quantisation_of(quantization_option(config), model.quantization),
         max_running=config["scheduler_config"]["max_num_seqs"] * parallel["data_parallel_size"],
     )
     stop_texts = Capability.STOP_TEXTS in info.capabilities
@@ -107,6 +109,12 @@ def read_facts(
         image_token=image_token,
     )
     return VLLMFacts(info, model, limits, server)
+
+
+def quantization_option(config: Mapping[str, Any]) -> str | None:
+    """Return the server's option `quantization`."""
+    option = config["model_config"].get("quantization")
+    return None if option is None else str(option)
 
 
 def capabilities_of(
@@ -125,7 +133,8 @@ def capabilities_of(
     if "/detokenize" in paths and not config["model_config"]["skip_tokenizer_init"]:
         found |= {Capability.STOP_TEXTS, Capability.JSON_SCHEMA}
     if server.extension:
-        found |= {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.OWN_CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
+        found |= {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.OWN_CHECKSUMS}
+        found |= {Capability.SAMPLED_CHECKSUMS, Capability.AUDIT}
         found.add(Capability.UPDATE_FROM_SHARED_MEMORY if server.on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
     if server.transfer:
         found.add(Capability.UPDATE_FROM_BARE_NCCL)
