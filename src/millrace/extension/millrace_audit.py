@@ -19,6 +19,7 @@ from millrace_boxes import Box
 from millrace_words import first_line
 
 TOGETHER = 64  # columns that are measured by one call
+LARGEST = 1e300  # stands for differences that JSON can't express
 STATIC = 256.0  # a power of two that every quantised dtype holds exactly
 PLAIN = ("TRITON", "BATCHED_TRITON", "DEEPGEMM", "triton", "deep_gemm")  # kernels of experts that use them as they are
 
@@ -156,7 +157,8 @@ def compare(wanted: Wanted, module: torch.nn.Module, layers: dict[str, Layer]) -
     if isinstance(held, str):
         layer.note = layer.note or held
         return
-    layer.difference += float((held.cpu().double() - sent).square().sum())
+    difference = float((held.cpu().double() - sent).square().sum())
+    layer.difference += difference if difference < LARGEST else LARGEST
     layer.norm += float(sent.square().sum())
     layer.elements += len(sent)
 
@@ -284,4 +286,5 @@ def grid_of(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         if down == 1 and across == height:
             return grid.transpose(1, 2)
         return grid.transpose(1, 2) if turned else grid
-    return scale.reshape(experts, each, 1)
+    several = each > height and each % height == 0  # in a kernel's own order
+    return scale.reshape(experts, height, -1) if several else scale.reshape(experts, each, 1)

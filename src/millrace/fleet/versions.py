@@ -19,7 +19,7 @@ from millrace.fleet.republish import Republishable
 from millrace.imports import needs_extra
 from millrace.model_config import read_quantization
 from millrace.types import Capability, LoraConfig
-from millrace.weights.audit import Samples, experts_in
+from millrace.weights.audit import Samples, samples_for
 from millrace.weights.cast import Dtypes, cast, dtypes_of
 from millrace.weights.fingerprint import Fingerprint
 from millrace.weights.folder import FolderTensors
@@ -164,7 +164,7 @@ class Versions:
             unstored = await self.secured(deadline)
             if self.store is not None:
                 await asyncio.to_thread(self.store.discard)  # an unfinished version of a failed publish
-            samples = self._samples(version, engines)
+            samples = samples_for(version, {target.engine.name: target.info for target in engines})
             source = await asyncio.to_thread(self._as_checkpoint, source, engines, require_finite, samples)
             again = Republishable(given, version) if given.function is not None else None
             fingerprint = again.fingerprint if again is not None else None
@@ -249,7 +249,7 @@ class Versions:
         transport, fingerprint = self.transport, again.fingerprint
 
         async def bring(source: WeightSource) -> None:
-            samples = self._samples(version, [target])
+            samples = samples_for(version, {name: target.info})
             source = await asyncio.to_thread(self._as_checkpoint, source, [target], False, samples)
             await self._bring(transport, [target], source, brought, bucket_bytes, deadline, fingerprint, samples)
 
@@ -392,7 +392,7 @@ class Versions:
         Raises PublishError if the trainer's tensors are not the model's, or not finite.
         """
         from millrace.weights.finite import only_finite  # imports torch
-        from millrace.weights.quantised import quantised, recipes_of
+        from millrace.weights.quantised import as_in_folder
         from millrace.weights.trained import read_trained
 
         try:
@@ -403,26 +403,11 @@ class Versions:
             if require_finite:
                 source = only_finite(source, dtypes)
             if samples is not None:
-                recipes = recipes_of(self._trained.stored, read_quantization(self._model_folder(engines)))
-                samples.sent = {name: recipe.sent_as for name, recipe in recipes.items()}
-                samples.experts = experts_in(self._trained.stored)
-                source = quantised(samples.keep(source), recipes)
+                quantization = read_quantization(self._model_folder(engines))
+                source = as_in_folder(source, self._trained.stored, quantization, samples)
             return cast(source, dtypes)
         except DataError as error:
             raise PublishError(str(error)) from error
-
-    def _samples(self, version: int, engines: Sequence[PublishTarget]) -> Samples | None:
-        """Return what keeps samples of a publish; None if no engine should quantise."""
-        if all(target.info.quantisation is None for target in engines):
-            return None
-        for target in engines:
-            if target.info.quantisation is not None and not target.can(Capability.AUDIT):
-                logger.warning(
-                    "%s should quantise (%s), and without Millrace's loader it can't say what its layers hold",
-                    target.engine.name,
-                    target.info.quantisation,
-                )
-        return Samples(version)
 
     def _dtypes_of(self, engines: Sequence[PublishTarget]) -> Dtypes:
         if self._origin is not None:

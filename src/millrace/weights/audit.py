@@ -5,19 +5,24 @@ before the commit, each engine compares them with its layers (`millrace.engines.
 than was asked for, or too far from what was sent, is an error of the engine.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from millrace.engines.audit import HeldLayer, WeightSample
+from millrace.engines.base import Engine
 from millrace.engines.experts import TENSOR
 from millrace.model_folder import CASTABLE
 from millrace.quantisation import Quantisation
+from millrace.types import Capability, EngineInfo
 from millrace.weights.source import NamedTensor, WeightSource
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 ROWS, COLUMNS = 64, 16  # of a matrix that are compared
 EXPERTS = 4  # of a layer, other ones in each publish
@@ -44,6 +49,13 @@ class EngineAudit:
     asked: Quantisation | None
     layers: tuple[HeldLayer, ...]
     unaudited: tuple[str, ...] = ()
+
+    @property
+    def fault(self) -> str | None:
+        """One line on the first layer that is wrong; None if all are sound."""
+        faults = self.faults()
+        more = f" (and {len(faults) - 1} more layers)" if len(faults) > 1 else ""
+        return f"its layer {faults[0]}{more}" if faults else None
 
     def faults(self) -> list[str]:
         """Return what is wrong with layers, one line for each."""
@@ -74,6 +86,35 @@ class EngineAudit:
         if self.unaudited:
             lines.append(f"{len(self.unaudited)} matrices not found, such as {self.unaudited[0]}")
         return "; ".join(lines)
+
+
+async def audited(
+    engine: Engine, info: EngineInfo, samples: Sequence[WeightSample], *, deadline: float
+) -> EngineAudit | None:
+    """Ask an engine with an open update what its layers hold. None if it can't say. Raises as `Engine.audit` does."""
+    if not samples or Capability.AUDIT not in info.capabilities:
+        return None
+    held = await engine.audit(samples, deadline=deadline)
+    if held is None:
+        return None
+    layers, unplaced = held
+    return EngineAudit(info.quantisation, tuple(layers), tuple(samples[number].name for number in unplaced))
+
+
+def samples_for(version: int, infos: Mapping[str, EngineInfo]) -> "Samples | None":
+    """Return what keeps samples of a publish to these engines; None if none of them should quantise.
+
+    infos: by the engine's name.
+    """
+    quantising = {name: info for name, info in infos.items() if info.quantisation is not None}
+    for name, info in quantising.items():
+        if Capability.AUDIT not in info.capabilities:
+            logger.warning(
+                "%s should quantise (%s), and without Millrace's loader it can't say what its layers hold",
+                name,
+                info.quantisation,
+            )
+    return Samples(version) if quantising else None
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from millrace.errors import (
     PublishError,
 )
 from millrace.types import Capability
-from millrace.weights.audit import EngineAudit, Samples
+from millrace.weights.audit import EngineAudit, Samples, audited
 from millrace.weights.fingerprint import Fingerprint, sampled
 from millrace.weights.plan import buckets
 from millrace.weights.report import EngineReport, PublishReport
@@ -189,8 +189,7 @@ class Publish:
             if self._fingerprint is not None and any(update.error is None for update in pending):
                 self._fingerprint.require(self._samples)
             await self._attest(pending)
-            if self._audit_samples is not None:
-                await self._each(pending, "attest", self._audit)
+            await self._each(pending, "attest", self._audit)
             await self._each(pending, "commit", self._commit)
             pending = [update for update in pending if update.blameless]
             restored = await asyncio.gather(*map(self._abandon, pending))
@@ -334,19 +333,10 @@ class Publish:
 
     async def _audit(self, update: _Update) -> None:
         """Compare the layers with the trainer's weights. Raises EngineFailed if they are not what was asked for."""
-        assert self._audit_samples is not None
-        engine, samples = update.engine, self._audit_samples.all()
-        if not samples or not update.target.can(Capability.AUDIT):
-            return
-        held = await engine.audit(samples, deadline=self._share())
-        if held is None:
-            return
-        layers, unplaced = held
-        names = tuple(samples[number].name for number in unplaced)
-        update.audit = EngineAudit(update.target.info.quantisation, tuple(layers), names)
-        if faults := update.audit.faults():
-            more = f" (and {len(faults) - 1} more layers)" if len(faults) > 1 else ""
-            raise EngineFailed(engine.name, f"its layer {faults[0]}{more}")
+        samples = self._audit_samples.all() if self._audit_samples is not None else ()
+        update.audit = await audited(update.engine, update.target.info, samples, deadline=self._share())
+        if update.audit is not None and update.audit.fault is not None:
+            raise EngineFailed(update.engine.name, update.audit.fault)
 
     async def _commit(self, update: _Update) -> None:
         await update.engine.commit()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from millrace.errors import PublishError
 from millrace.model_folder import StoredTensor
-from millrace.weights.audit import SentAs
+from millrace.weights.audit import Samples, SentAs, experts_in
 from millrace.weights.source import NamedTensor, Shape, WeightSource
 
 if TYPE_CHECKING:
@@ -102,6 +102,22 @@ def _block(shape: Shape, scales: Shape) -> tuple[int, int]:
 def _bits(quantization: Mapping[str, Any] | None) -> object:
     groups = list(((quantization or {}).get("config_groups") or {}).values())
     return (groups[0].get("weights") or {}).get("num_bits") if groups else None
+
+
+def as_in_folder(
+    source: WeightSource,
+    stored: Mapping[str, StoredTensor],
+    quantization: Mapping[str, Any] | None,
+    samples: Samples,
+) -> WeightSource:
+    """Return the tensors, quantised as the folder has them. `samples` keeps elements of them as they were before.
+
+    The arguments are those of `recipes_of`. Raises PublishError as `recipes_of` and `quantised` do.
+    """
+    recipes = recipes_of(stored, quantization)
+    samples.sent = {name: recipe.sent_as for name, recipe in recipes.items()}
+    samples.experts = experts_in(stored)
+    return quantised(samples.keep(source), recipes)
 
 
 def quantised(source: WeightSource, recipes: Mapping[str, Recipe]) -> WeightSource:
