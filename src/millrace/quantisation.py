@@ -21,6 +21,7 @@ METHODS: Mapping[str, tuple[int, Block | None]] = {
     "modelopt_fp8": (8, None),
     "mxfp8": (8, (1, 32)),
     "w8a8_int8": (8, CHANNEL),
+    "experts_int8": (8, CHANNEL),
     "int8_per_channel_weight_only": (8, CHANNEL),
     "blockwise_int8": (8, None),
     "mxfp4": (4, (1, 32)),
@@ -30,6 +31,7 @@ METHODS: Mapping[str, tuple[int, Block | None]] = {
     "awq": (4, None),
     "gptq": (4, None),
 }
+EXPERTS_ONLY = frozenset({"experts_int8", "int8_per_channel_weight_only", "nvfp4"})  # vLLM's, on experts alone
 # Modules that engines leave unquantised, or quantise, without being asked: embeddings, heads, norms, routers, vision.
 FREE = re.compile(r"(^|\.)(lm_head|embed_\w+|wte|\w*norm\w*|gate|router|shared_expert_gate|visual|vision\w*)(\.|$)")
 
@@ -82,7 +84,8 @@ class Quantisation:
         """Return whether the layer that this tensor of the checkpoint belongs to must be quantised."""
         layer = tensor.removesuffix(".weight")
         free = FREE.search(layer) is not None or any(_ignores(one, layer) for one in self.ignored)
-        return self.bits is not None and not free
+        beside = self.method in EXPERTS_ONLY and ".experts." not in f"{layer}."
+        return self.bits is not None and not free and not beside
 
     def admits(self, form: LayerForm) -> bool:
         """Return whether a layer in this form is quantised as it should be. Scales for smaller blocks are too: engines

@@ -40,6 +40,13 @@ def test_a_layer_that_is_not_quantised_is_a_fault() -> None:
     ]
 
 
+@pytest.mark.parametrize("option", ["int8_per_channel_weight_only", "of_tomorrow"])
+def test_an_engine_of_which_no_layer_is_quantised_is_found(option: str) -> None:
+    """vLLM has accepted the first of these for a dense model, and has quantised nothing."""
+    [fault] = EngineAudit(asked(option), (mlp(PLAIN, 0.0), HEAD)).faults()
+    assert "is bfloat16, as are all others, and" in fault
+
+
 @pytest.mark.parametrize("error", [0.5, inf, nan])
 def test_an_implausible_error_is_a_fault(error: float) -> None:
     [fault] = EngineAudit(None, (mlp(FP8, error),)).faults()

@@ -109,7 +109,9 @@ async def test_sglang_gets_fp8_in_blocks(sglang_python: Callable[[str], Path], t
         assert await target.engine.checksums() != own
         require_sound(await audited_publish(fleet, second, 2), BLOCK, 0.04)
         assert await target.engine.checksums() == own
-        with pytest.raises(PublishError, match=r"its layer model.layers.1.mlp.down_proj, in float8_e4m3fn .* is 0\.5"):
+        with pytest.raises(
+            PublishError, match=r"its layer model.layers.1.mlp.down_proj, in float8_e4m3fn .* is 0\.[45]"
+        ):
             await publish_with_wrong_scales(target, folder, second, 1.5)
 
 

@@ -68,6 +68,9 @@ class EngineAudit:
                     f"{one.layer}, in {one.form}, is {one.error:.3g} away from the trainer's weights, where at most "
                     f"{one.form.bound:g} is plausible"
                 )
+        if not found and self.asked is not None and self.layers and all(one.form.bits >= 16 for one in self.layers):
+            first = self.layers[0]
+            found.append(f"{first.layer} is {first.form}, as are all others, and {self.asked} was asked for")
         return found
 
     def __str__(self) -> str:
