@@ -117,10 +117,9 @@ def capabilities_of(
         found |= {Capability.SAMPLED_CHECKSUMS, Capability.UPDATE_FROM_PARTS}
         if on_cpu:  # the loader has not received on GPUs yet
             found.add(Capability.WHOLE_BROADCASTS)
-    if server["load_format"] == REQUANTISING_FORMAT:
-        found -= BREAKING
-    elif quantises(server, model):
-        found -= UPDATES - (COPIED if Capability.SAMPLED_CHECKSUMS in found else set())
+    if quantises(server, model):
+        left = COPIED if Capability.SAMPLED_CHECKSUMS in found else set[Capability]()
+        found -= BREAKING if server["load_format"] == REQUANTISING_FORMAT else UPDATES - left
     if on_cpu or server["enable_memory_saver"]:
         found.add(Capability.SLEEP)
     if server["enable_lora"] and server["dp_size"] == 1:  # otherwise SGLang can't load adapters at runtime
