@@ -27,7 +27,7 @@ from millrace.weights.transports.base import PublishTarget, TransportContext
 from millrace.weights.transports.registry import create
 from tests.quantised_models import QUANTISED, make_dense_folder, make_moe, save_quantised
 
-START_TIMEOUT = 300.0
+START_TIMEOUT = 600.0
 KERNELS = Path(__file__).parents[1] / "sglang_kernels"
 BLOCK = LayerForm("float8_e4m3fn", 8, (128, 128))
 PLAIN = LayerForm("bfloat16", 16, None)
