@@ -41,7 +41,7 @@ class LayerForm:
     """The form in which a layer holds its weights.
 
     dtype: torch's name of the dtype in memory. bits: of one weight. block: the rows and columns of the weight that have
-    a scale in common, where -1 stands for all of them; None without scales.
+    a scale in common, where -1 stands for all of them; None without scales, (0, 0) if a kernel has packed the scales.
     """
 
     dtype: str
@@ -106,6 +106,8 @@ def scaled(block: Block | None) -> str:
             return " with one scale"
         case (1, -1):
             return " with a scale for each row"
+        case (0, 0):
+            return " with packed scales"
     return f" with scales for blocks of {'x'.join('all' if size < 0 else str(size) for size in block)}"
 
 
@@ -155,7 +157,7 @@ def _ignores(pattern: str, layer: str) -> bool:
 
 def _divides(held: Block | None, wanted: Block | None) -> bool:
     """Return whether blocks of the size `held` are parts of blocks of the size `wanted`."""
-    if wanted is None:
+    if wanted is None or held == (0, 0):
         return True
     if held is None:
         return False

@@ -218,7 +218,7 @@ def read_values(
         return held.cpu()
     grid = grid_of(scale, shape)
     height, width = shape[-2:]
-    down, across = -(-height // grid.shape[1]), -(-width // grid.shape[2])
+    down, across = block_size(height, grid.shape[1]), block_size(width, grid.shape[2])
     return (held * grid[at[0], at[1] // down, at[2] // across].float()).cpu()
 
 
@@ -254,14 +254,23 @@ def form_of(module: Any, name: str, shape: tuple[int, ...]) -> tuple[str, int, t
         dtype, bits = ("unknown", 0) if scale is not None else (str(where(module)[1]).removeprefix("torch."), 16)
     if scale is None:
         return dtype, bits, None
+    if not scale.is_floating_point():  # packed by a kernel
+        return dtype, bits, (0, 0)
     grid = grid_of(scale, shape)
     down, across = grid.shape[1:]
     shards = len(getattr(module, "logical_widths", None) or ())
     if across == 1 and down <= max(1, shards):
         return dtype, bits, (-1, -1)
     height, width = shape[-2:]
-    rows, columns = -(-height // down), -(-width // across)
-    return dtype, bits, (rows, -1 if across == 1 else columns)
+    return dtype, bits, (block_size(height, down), -1 if across == 1 else block_size(width, across))
+
+
+def block_size(size: int, count: int) -> int:
+    """Return the size of `count` blocks in a dimension of this size: a power of two, if the last block may be shorter
+    than the others."""
+    least = -(-size // count)
+    power = 1 << (least - 1).bit_length()
+    return power if -(-size // power) == count else least
 
 
 def scale_of(module: Any, name: str) -> torch.Tensor | None:
