@@ -10,12 +10,14 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-# The shapes of Qwen2.5 (arXiv:2412.15115), and a small one to try the scripts.
+# The shapes of Qwen2.5 (arXiv:2412.15115), and small ones to try the scripts: the second can be divided into blocks of
+# 128x128.
 QWEN2 = {
     "0.5b": {"hidden_size": 896, "layers": 24, "heads": 14, "kv_heads": 2, "intermediate_size": 4864},
     "1.5b": {"hidden_size": 1536, "layers": 28, "heads": 12, "kv_heads": 2, "intermediate_size": 8960},
     "7b": {"hidden_size": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "intermediate_size": 18944},
     "tiny": {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 128},
+    "blocks-tiny": {"hidden_size": 256, "layers": 2, "heads": 8, "kv_heads": 4, "intermediate_size": 512},
 }
 # Mixtures of experts: the shape of Qwen3-30B-A3B (arXiv:2505.09388), half of its layers, a small one, one that is small
 # but has thousands of tensors, and one that GPU kernels take and that is quickly written to files.

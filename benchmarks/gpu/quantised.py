@@ -1,8 +1,12 @@
-"""Checks that an engine that quantises its weights serves the published version. Millrace publishes bfloat16, and the
-greedy answers are compared with those of servers that were started from the version's own folder.
+"""Checks that an engine with quantised weights serves the published version: by the audit of its layers, and by its
+greedy answers, which are compared with those of servers that were started from the version's own folder.
 
     python -m benchmarks.gpu.quantised --engine '{"kind": "vllm", "python": "...", "engine_args": {"quantization":
-        "fp8"}}' [--size 0.5b] [--transport cuda_ipc disk] [--again]
+        "fp8"}}' [--size 0.5b] [--transport cuda_ipc disk] [--folder plain] [--again]
+
+With `--folder plain` the folders have bfloat16, and the engine quantises by itself as its option `quantization` says.
+With `--folder fp8_block` they have fp8 with scales for blocks of 128x128, and Millrace quantises before it sends; leave
+`quantization` out then.
 """
 
 import argparse
@@ -18,8 +22,12 @@ from benchmarks.gpu.engines import engine_config, served
 from benchmarks.gpu.models import random_tensors, write_config
 from millrace.engines.base import Engine
 from millrace.errors import EngineError, PublishError
+from millrace.model_config import read_quantization
+from millrace.model_folder import stored_tensors
 from millrace.types import GenerateRequest, SamplingParams
+from millrace.weights.audit import Samples
 from millrace.weights.publisher import Publish
+from millrace.weights.quantised import Recipe, as_in_folder, quantise
 from millrace.weights.source import source_of
 from millrace.weights.store import VersionStore
 from millrace.weights.transports.base import PublishTarget, TransportContext
@@ -28,17 +36,34 @@ from millrace.weights.transports.registry import create
 PROMPTS, LENGTH = 256, 24
 BUCKET_BYTES = 64 * 2**20  # small, so that tensors that an engine fuses come in different buckets
 LOUDER = 4.0
+BLOCK = (128, 128)
 Answers = list[tuple[int, float]]
 Tensors = list[tuple[str, torch.Tensor]]
 
 
-def make_version(folder: Path, size: str, seed: int, device: torch.device) -> Tensors:
-    """Makes a version: a folder with its own weights, and the same tensors on the device."""
+def make_version(folder: Path, size: str, seed: int, device: torch.device, form: str) -> Tensors:
+    """Makes a version: a folder with its own weights, and the same tensors in bfloat16 on the device."""
     torch.manual_seed(seed)
     write_config(size, folder)
     tensors = [(name, _telling(name, tensor)) for name, tensor in random_tensors(folder, device)]
-    save_file({name: tensor.cpu() for name, tensor in tensors}, folder / "model.safetensors", metadata={"format": "pt"})
+    content = {key: value for name, tensor in tensors for key, value in stored_as(form, name, tensor).items()}
+    save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+    if form == "fp8_block":
+        config = json.loads((folder / "config.json").read_text())
+        asked = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": asked}))
     return tensors
+
+
+def stored_as(form: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns what the folder has for a tensor, on the CPU."""
+    if form == "plain" or not name.endswith("_proj.weight"):
+        return {name: tensor.cpu()}
+    (height, width), (rows, columns) = tensor.shape, BLOCK
+    grid = -(-height // rows), -(-width // columns)
+    stem = name.removesuffix("weight")
+    recipe = Recipe("fp8", stem, (height, width), BLOCK, "weight_scale_inv", grid, "float32")
+    return {key: value.cpu() for key, value in quantise(tensor, recipe).items()}
 
 
 def _telling(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -80,8 +105,8 @@ async def run(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if given.get("device", "cuda") == "cuda" else "cpu")
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        first = make_version(scratch / "first", arguments.size, 1, device)
-        second = make_version(scratch / "second", arguments.size, 2, device)
+        first = make_version(scratch / "first", arguments.size, 1, device, arguments.folder)
+        second = make_version(scratch / "second", arguments.size, 2, device, arguments.folder)
         own = await started_from(settings, scratch / "second", scratch, "own")
         if arguments.again:
             compare(
@@ -98,22 +123,31 @@ async def run(arguments: argparse.Namespace) -> None:
                 transport = create(transport_name, TransportContext(capabilities=target.info.capabilities, store=store))
                 for label, tensors, expected in (("second", second, own), ("first", first, before)):
                     version += 1
+                    samples, folder = Samples(version), scratch / "first"
                     try:
                         publish = Publish(
                             [target],
-                            source_of(tensors),
+                            as_in_folder(
+                                source_of(tensors), stored_tensors(folder), read_quantization(folder), samples
+                            ),
                             version,
                             transport,
                             bucket_bytes=BUCKET_BYTES,
                             deadline=120,
+                            samples=samples,
                         )
                         report = await publish.run()
                     except (PublishError, EngineError) as error:
                         print(f"{transport_name}: {label} failed: {str(error)[:600]}", flush=True)
                         break
+                    [outcome] = report.engines
+                    print(
+                        f"{transport_name}: {label}, {report.nbytes / 1e6:.1f} MB; audit: {outcome.audit}", flush=True
+                    )
                     compare(
                         f"{transport_name}: {label}, published in {report.seconds:.3f} s (pause "
-                        f"{report.engines[0].pause_seconds:.3f} s), and started from its folder",
+                        f"{outcome.pause_seconds:.3f} s, attesting {outcome.attest_seconds:.3f} s of it), and started "
+                        "from its folder",
                         await ask(engine, f"{version}"),
                         expected,
                     )
@@ -125,6 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", default="0.5b")
     parser.add_argument("--transport", nargs="+", default=["cuda_ipc"], choices=["cuda_ipc", "disk", "shm"])
+    parser.add_argument(
+        "--folder", default="plain", choices=["plain", "fp8_block"], help="how the folders have weights"
+    )
     parser.add_argument("--again", action="store_true", help="start the reference twice: what does a start change?")
     parser.add_argument("--engine", required=True)
     asyncio.run(run(parser.parse_args()))

@@ -31,6 +31,15 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
+def read_quantization(folder: Path) -> Mapping[str, Any] | None:
+    """Return the `quantization_config` of a folder whose weights are quantised; None for others, and if the folder is
+    not on this host. Raises DataError if its config can't be read."""
+    if not (folder / "config.json").is_file():
+        return None
+    found = read_config(folder).get("quantization_config")
+    return found if isinstance(found, dict) else None
+
+
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the part that describes the language model: `text_config` if there is one, otherwise the whole config."""
     nested = config.get("text_config")

@@ -13,6 +13,7 @@ from millrace.config.engines import EngineConfig
 from millrace.config.models import TransportName
 from millrace.config.routers import RouterConfig
 from millrace.engines import base
+from millrace.engines.audit import HeldLayer, WeightSample
 from millrace.errors import MillraceError
 from millrace.fleet import fleet, follower, local
 from millrace.fleet.event_log import EventLog
@@ -332,6 +333,19 @@ class Engine:
         that came in this way.
         """
         return self._portal.call(self._wrapped.sampled_checksums())
+
+    def audit(
+        self, samples: Sequence[WeightSample], *, deadline: float
+    ) -> tuple[Sequence[HeldLayer], Sequence[int]] | None:
+        """Compare what the layers hold with samples of the trainer's weights.
+
+        Needs Capability.AUDIT. Call it after the last `load` and before `commit`.
+
+        Returns:
+            The layers, and the numbers of the samples that no layer holds. None if the server is on another host and
+            can't be asked there.
+        """
+        return self._portal.call(self._wrapped.audit(samples, deadline=deadline))
 
     def load_lora(self, name: str, path: str, *, deadline: float = 30.0) -> None:
         """Load a LoRA adapter from a folder in PEFT's format, while the engine generates.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from millrace import arguments
 from millrace.errors import ArgumentError
+from millrace.quantisation import Quantisation
 
 Float32Array = NDArray[np.float32]
 ExpertArray = NDArray[np.unsignedinteger]
@@ -88,6 +89,7 @@ class Capability(StrEnum):
     CHECKSUMS = "checksums"  # per tensor, under the trainer's names
     OWN_CHECKSUMS = "own_checksums"  # per tensor as the engine stores it (fused, sharded), to compare equal engines
     SAMPLED_CHECKSUMS = "sampled_checksums"  # of an update's tensors, under the trainer's names, before its commit
+    AUDIT = "audit"  # it can say what its layers hold, and how far that is from samples of the trainer's weights
     FILTERED_LOGPROBS = "filtered_logprobs"  # logprobs are those after top_k, top_p and min_p were applied
     PENALTIES = "penalties"  # repetition_penalty, frequency_penalty and presence_penalty; otherwise they are refused
     STOP_TEXTS = "stop_texts"  # the server has a tokenizer, which `SamplingParams.stop` needs
@@ -313,6 +315,7 @@ class EngineInfo:
     dtype: str | None = None  # torch's name of the compute dtype, as in `bfloat16`; None if it is not reported
     unusual_dtypes: Mapping[str, str] | None = None  # of weights that differ from `dtype`; None if not reported
     max_running: int | None = None  # requests that run at once; None if it is not reported
+    quantisation: Quantisation | None = None  # how its layers should be quantised; None if nothing asks for it
     gpus: tuple[str, ...] = ()  # of each rank, in their order, as in the host's CUDA_VISIBLE_DEVICES; empty: unknown
 
 

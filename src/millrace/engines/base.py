@@ -8,6 +8,7 @@ their adapters track the state. Nothing else may then control the server.
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
+from millrace.engines.audit import HeldLayer, WeightSample
 from millrace.errors import EngineRefused
 from millrace.types import (
     ALL_MEMORY,
@@ -190,6 +191,22 @@ class Engine(ABC):
         that came in this way.
         """
         raise EngineRefused(self.name, "it makes no sampled checksums")
+
+    async def audit(
+        self,
+        samples: Sequence[WeightSample],  # noqa: ARG002
+        *,
+        deadline: float,  # noqa: ARG002
+    ) -> tuple[Sequence[HeldLayer], Sequence[int]] | None:
+        """Compare what the layers hold with samples of the trainer's weights.
+
+        Needs Capability.AUDIT. Call it after the last `load` and before `commit`.
+
+        Returns:
+            The layers, and the numbers of the samples that no layer holds. None if the server is on another host and
+            can't be asked there.
+        """
+        raise EngineRefused(self.name, "it can't say what its layers hold")
 
     async def load_lora(self, name: str, path: str, *, deadline: float = 30.0) -> None:  # noqa: ARG002
         """Load a LoRA adapter from a folder in PEFT's format, while the engine generates.

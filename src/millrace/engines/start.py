@@ -10,10 +10,13 @@ from millrace.engines.base import Engine
 from millrace.engines.http_engine import HttpEngine
 from millrace.engines.kinds import ENGINE_KINDS, launch
 from millrace.engines.spec import LaunchSpec
+from millrace.engines.stock.arguments import given
 from millrace.engines.stock.kv_events import require_packages
 from millrace.engines.stock.model import read_model
 from millrace.errors import ConfigError, EngineError, EngineRefused, LaunchError
 from millrace.launch.process import Server
+from millrace.model_config import read_quantization
+from millrace.quantisation import quantisation_of
 from millrace.types import Capability, EngineInfo
 
 # Environment variables with the keys of attached servers. Not settings: every run writes its config to its folder.
@@ -75,6 +78,7 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
         if lacking := _lacks_experts(config, replica.info):
             await engine.close()
             raise ConfigError(f"{lacking}; leave out what disables that from engine.engine_args")
+        replica = _asked(config, replica, spec.model_path)
         gpus = launched.gpus if len(launched.gpus) == replica.info.ranks else ()
         return replace(replica, info=replace(replica.info, gpus=gpus), kv_events=launched.kv_events)
     except BaseException:
@@ -104,7 +108,16 @@ async def _attach(config: EngineConfig, url: str, spec: LaunchSpec) -> Replica:
             f"engine.dtype is {config.dtype}, and the server at {url} computes in {has}; leave engine.dtype out, or "
             f"start the server with --dtype {config.dtype}"
         )
-    return replica
+    return _asked(config, replica, spec.model_path)
+
+
+def _asked(config: EngineConfig, replica: Replica, model: Path) -> Replica:
+    """Return the replica, with the quantisation that the config asks for, whatever the server reports."""
+    option = None if isinstance(config, EmbeddedEngineConfig) else given(config).get("--quantization")
+    if not isinstance(option, str):
+        return replica
+    asked = quantisation_of(option, read_quantization(model))
+    return replace(replica, info=replace(replica.info, quantisation=asked))
 
 
 async def _require_experts(config: EngineConfig, model: Path) -> None:

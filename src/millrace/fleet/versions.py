@@ -17,7 +17,9 @@ from millrace.fleet.origin import Origin
 from millrace.fleet.replica_state import Attested, Based, Event, Quarantined, WeightsLost, verdict
 from millrace.fleet.republish import Republishable
 from millrace.imports import needs_extra
+from millrace.model_config import read_quantization
 from millrace.types import Capability, LoraConfig
+from millrace.weights.audit import Samples, samples_for
 from millrace.weights.cast import Dtypes, cast, dtypes_of
 from millrace.weights.fingerprint import Fingerprint
 from millrace.weights.folder import FolderTensors
@@ -162,11 +164,12 @@ class Versions:
             unstored = await self.secured(deadline)
             if self.store is not None:
                 await asyncio.to_thread(self.store.discard)  # an unfinished version of a failed publish
-            source = await asyncio.to_thread(self._as_checkpoint, source, engines, require_finite)
+            samples = samples_for(version, {target.engine.name: target.info for target in engines})
+            source = await asyncio.to_thread(self._as_checkpoint, source, engines, require_finite, samples)
             again = Republishable(given, version) if given.function is not None else None
             fingerprint = again.fingerprint if again is not None else None
             report = await self._bring(
-                transport, engines, source, Attested(version), bucket_bytes, deadline, fingerprint
+                transport, engines, source, Attested(version), bucket_bytes, deadline, fingerprint, samples
             )
             self._republishable = again
             unstored = await self._keep(version, source, bucket_bytes) or unstored
@@ -246,8 +249,9 @@ class Versions:
         transport, fingerprint = self.transport, again.fingerprint
 
         async def bring(source: WeightSource) -> None:
-            source = await asyncio.to_thread(self._as_checkpoint, source, [target], require_finite=False)
-            await self._bring(transport, [target], source, brought, bucket_bytes, deadline, fingerprint)
+            samples = samples_for(version, {name: target.info})
+            source = await asyncio.to_thread(self._as_checkpoint, source, [target], False, samples)
+            await self._bring(transport, [target], source, brought, bucket_bytes, deadline, fingerprint, samples)
 
         return await again.publish(name, bring)
 
@@ -302,6 +306,7 @@ class Versions:
         bucket_bytes: int,
         deadline: float,
         fingerprint: Fingerprint | None = None,
+        samples: Samples | None = None,
     ) -> PublishReport:
         """Publish to these engines. `brought`: the event for those that take the version; the others leave rotation."""
         version = brought.version
@@ -320,7 +325,7 @@ class Versions:
                     await self._apply(name, Quarantined(str(error)))
 
         ends = time.monotonic() + deadline
-        if fingerprint is not None:  # it is of whole tensors
+        if fingerprint is not None or samples is not None:  # they are of whole tensors
             source = replace(source, led=None)
         async with way_for(source, targets, transport, bucket_bytes=bucket_bytes, deadline=deadline) as way:
             publish = Publish(
@@ -332,10 +337,14 @@ class Versions:
                 deadline=max(ends - time.monotonic(), 0.0),
                 on_outcome=on_outcome,
                 fingerprint=fingerprint,
+                samples=samples,
             )
             report = await publish.run()
         for name, error in report.failed.items():
             logger.error("version %d: %s is out of rotation: %s", version, name, error)
+        for engine in report.engines:
+            if engine.audit is not None:
+                logger.info("version %d: %s holds %s", version, engine.engine, engine.audit)
         return report
 
     async def _keep(self, version: int, source: WeightSource, bucket_bytes: int) -> str | None:
@@ -370,13 +379,20 @@ class Versions:
         return None
 
     def _as_checkpoint(
-        self, given: WeightSource, engines: Sequence[PublishTarget], require_finite: bool
+        self,
+        given: WeightSource,
+        engines: Sequence[PublishTarget],
+        require_finite: bool,
+        samples: Samples | None,
     ) -> WeightSource:
-        """Return the tensors with the checkpoint's names, in the engines' dtypes.
+        """Return the tensors with the checkpoint's names, in the engines' dtypes, quantised where the folder is.
+
+        samples: keeps elements of them before they are quantised.
 
         Raises PublishError if the trainer's tensors are not the model's, or not finite.
         """
         from millrace.weights.finite import only_finite  # imports torch
+        from millrace.weights.quantised import as_in_folder
         from millrace.weights.trained import read_trained
 
         try:
@@ -384,7 +400,12 @@ class Versions:
                 self._trained = read_trained(self._model_folder(engines))
             dtypes = self._dtypes_of(engines)
             source = self._trained.tensors(given)
-            return cast(only_finite(source, dtypes) if require_finite else source, dtypes)
+            if require_finite:
+                source = only_finite(source, dtypes)
+            if samples is not None:
+                quantization = read_quantization(self._model_folder(engines))
+                source = as_in_folder(source, self._trained.stored, quantization, samples)
+            return cast(source, dtypes)
         except DataError as error:
             raise PublishError(str(error)) from error
 

@@ -23,6 +23,7 @@ from millrace.errors import (
     PublishError,
 )
 from millrace.types import Capability
+from millrace.weights.audit import EngineAudit, Samples, audited
 from millrace.weights.fingerprint import Fingerprint, sampled
 from millrace.weights.plan import buckets
 from millrace.weights.report import EngineReport, PublishReport
@@ -65,6 +66,7 @@ class _Update:
     paused_at: float | None = None
     loading_since: float | None = None
     legs: dict[str, float] = field(default_factory=dict)
+    audit: EngineAudit | None = None
 
     @property
     def engine(self) -> Engine:
@@ -92,6 +94,7 @@ class _Update:
             attest_seconds=self.legs.get("attest", 0.0),
             commit_seconds=self.legs.get("commit", 0.0),
             pause_seconds=self.legs.get("pause", 0.0),
+            audit=self.audit,
         )
 
 
@@ -118,6 +121,8 @@ class Publish:
     in a second pass, if the source can be iterated again. The first pass sets `fingerprint`. If a later pass gives
     other tensors, no engine commits and WeightsChanged is raised.
 
+    With `samples`, which the source fills, each engine's layers are audited before the commit (`weights/audit.py`).
+
     `on_outcome` is called with an engine's name, its outcome and its error. COMMITTED is reported as soon as the engine
     has committed. The other outcomes are reported if the engine's old weights could not be restored, or if other
     engines took the version and it did not. It may be called again with a worse outcome. Reported outcomes stay true if
@@ -139,12 +144,14 @@ class Publish:
         deadline: float,
         on_outcome: OnOutcome | None = None,
         fingerprint: Fingerprint | None = None,
+        samples: Samples | None = None,
     ) -> None:
         self.version = version
         self.nbytes, self.stage_seconds = 0, 0.0
         self._updates = [_Update(target) for target in targets]
         self._source, self._transport, self._bucket_bytes = source, transport, bucket_bytes
         self._deadline, self._on_outcome, self._fingerprint = deadline, on_outcome, fingerprint
+        self._audit_samples = samples
         self._started = time.monotonic()
         self._ends = self._started + deadline
         self._sent: dict[str, str] = {}  # each tensor's checksum in this pass, empty if the transport reads no bytes
@@ -184,6 +191,7 @@ class Publish:
             if self._fingerprint is not None and any(update.error is None for update in pending):
                 self._fingerprint.require(self._samples)
             await self._attest(pending)
+            await self._each(pending, "attest", self._audit)
             await self._each(pending, "commit", self._commit)
             pending = [update for update in pending if update.blameless]
             restored = await asyncio.gather(*map(self._abandon, pending))
@@ -337,6 +345,13 @@ class Publish:
                 if reported[update.engine.name] != reported[other.engine.name]:  # either of the two may be wrong
                     for wrong, peer in ((update, other), (other, update)):
                         wrong.error = EngineFailed(wrong.engine.name, f"it holds other weights than {peer.engine.name}")
+
+    async def _audit(self, update: _Update) -> None:
+        """Compare the layers with the trainer's weights. Raises EngineFailed if they are not what was asked for."""
+        samples = self._audit_samples.all() if self._audit_samples is not None else ()
+        update.audit = await audited(update.engine, update.target.info, samples, deadline=self._share())
+        if update.audit is not None and update.audit.fault is not None:
+            raise EngineFailed(update.engine.name, update.audit.fault)
 
     async def _commit(self, update: _Update) -> None:
         await update.engine.commit()

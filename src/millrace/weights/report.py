@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from millrace.errors import EngineError
+from millrace.weights.audit import EngineAudit
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +14,7 @@ class EngineReport:
     error: why it did not take the version; None if it did.
     collateral: the engine is healthy; another engine in its broadcast, or its host's sidecar, failed.
     pause_seconds: how long the update kept it from generating.
+    audit: what its layers hold, if they should be quantised; None if they should not, or can't be audited.
     """
 
     engine: str
@@ -23,6 +25,7 @@ class EngineReport:
     attest_seconds: float
     commit_seconds: float
     pause_seconds: float
+    audit: EngineAudit | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,25 @@ def test_what_the_weight_loader_adds(settings: dict[str, Any], found: set[Capabi
     assert capabilities_of(PATHS, SERVED, server, TEXT) & by_loader == found
 
 
+@pytest.mark.parametrize(
+    ("config", "loader", "updates"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, [LOADER], {Capability.UPDATE_FROM_CUDA_IPC}),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, None, set()),
+        ({"quant_method": "fp8"}, [LOADER], set()),
+        ({"quant_method": "compressed-tensors"}, [LOADER], set()),
+    ],
+)
+def test_of_quantised_folders_the_loader_takes_those_that_the_server_uses_as_they_are(
+    config: dict[str, Any], loader: list[str] | None, updates: set[Capability]
+) -> None:
+    """The server reports no quantisation: only the folder says it."""
+    server, model = SERVER | {"custom_weight_loader": loader}, replace(TEXT, quantization=config)
+    found = capabilities_of(PATHS, SERVED, server, model)
+    assert found & UPDATES == updates
+    assert (Capability.AUDIT in found) is (loader is not None)
+
+
 def test_penalties_are_right_only_without_overlap() -> None:
     assert Capability.PENALTIES not in capabilities_of(PATHS, SERVED, SERVER, TEXT)
     assert Capability.PENALTIES in capabilities_of(PATHS, SERVED, SERVER | {"disable_overlap_schedule": True}, TEXT)

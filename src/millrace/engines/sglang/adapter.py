@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from millrace.engines.answers import AnswerFiles, AnswerFilesPool
+from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.sglang.facts import SGLangFacts, read_facts
 from millrace.engines.sglang.guards import check_request
@@ -144,6 +145,19 @@ class SGLangEngine(StockEngine[SGLangFacts]):
         with self._answer_files(ranks) as files:
             await self._order(order_payloads(question.questions(tensors, in_files(files.answers()))), deadline)
             return question.needs(files.read())
+
+    async def audit(
+        self, samples: Sequence[WeightSample], *, deadline: float
+    ) -> tuple[Sequence[HeldLayer], Sequence[int]] | None:
+        if not is_loopback(str(urlsplit(self.url).hostname)):
+            return None
+        answers, question = Answers(), LoaderUpdate(self.name)
+        async with self._control_call():
+            with self._answer_files((await self._facts()).info.ranks) as files:
+                for first, text in texts_of(samples):
+                    await self._order(order_payloads(question.audits(text, in_files(files.answers()))), deadline)
+                    answers.add(first, question.audited(files.read()))
+        return answers.layers(), answers.unplaced()
 
     async def close(self) -> None:
         if self._files is not None:

@@ -8,6 +8,7 @@ from millrace.engines.sglang.loading import LOADER
 from millrace.engines.stock.facts import Facts, Limits
 from millrace.engines.stock.model import Model
 from millrace.model_config import COMPUTE_DTYPES
+from millrace.quantisation import quantisation_of
 from millrace.types import Capability, EngineInfo
 
 # Capability to the route that provides it. Routes are read from the server, so forks and later versions work too.
@@ -20,6 +21,8 @@ CAPABILITY_PATHS = {
 # An SGLang with quantised weights crashes on an update, because the weights do not arrive quantised. With this load
 # format it quantises them again, but still crashes on an update from disk.
 REQUANTISING_FORMAT = "flash_rl"
+# How a server with fp8 in blocks gets weights, if it has Millrace's loader, which copies them and their scales.
+COPIED = {Capability.UPDATE_FROM_TORCH_STORAGE, Capability.UPDATE_FROM_CUDA_IPC}
 BREAKING = {Capability.UPDATE_FROM_DISK}
 UPDATES = BREAKING | {
     Capability.UPDATE_FROM_PROCESS_GROUP,
@@ -69,6 +72,7 @@ def read_facts(
         capabilities=capabilities,
         ranks=server["tp_size"] * server["pp_size"],
         dtype=DTYPES.get(server["dtype"]),
+        quantisation=quantisation_of(server["quantization"], model.quantization),
         max_running=sum(rank.get(RUNNING, 0) for rank in server.get("internal_states", ())) or None,
     )
     seeds = bool(server["enable_deterministic_inference"])
@@ -86,10 +90,21 @@ def read_facts(
 
 
 def has_loader(server: Mapping[str, Any]) -> bool:
-    """Return whether a server has Millrace's weight loader and can use it. Its ranks answer by their tensor-parallel
-    numbers. A server that quantises has a way of its own to load."""
-    named = LOADER in (server.get("custom_weight_loader") or ())
-    return named and server["pp_size"] == 1 and server["quantization"] is None
+    """Return whether a server has Millrace's weight loader. Its ranks answer by their tensor-parallel numbers."""
+    return LOADER in (server.get("custom_weight_loader") or ()) and server["pp_size"] == 1
+
+
+def quantises(server: Mapping[str, Any], model: Model) -> bool:
+    """Return whether a server has quantised weights. It does not report what a folder alone asks for."""
+    return server["quantization"] is not None or model.quantization is not None
+
+
+def uses_as_loaded(server: Mapping[str, Any], model: Model) -> bool:
+    """Return whether a server uses its weights as they were loaded, so that Millrace's loader can copy them."""
+    if not quantises(server, model):
+        return True
+    config = model.quantization or {}
+    return config.get("quant_method") == "fp8" and config.get("weight_block_size") is not None
 
 
 def capabilities_of(
@@ -107,10 +122,14 @@ def capabilities_of(
             found.add(Capability.UPDATE_FROM_CUDA_IPC)
     if not single:
         found.discard(Capability.UPDATE_FROM_PROCESS_GROUP)
-    if "/update_weights_from_tensor" in paths and single and has_loader(server):
+    loader = "/update_weights_from_tensor" in paths and single and has_loader(server)
+    if loader:
+        found.add(Capability.AUDIT)
+    if loader and uses_as_loaded(server, model):
         found |= {Capability.SAMPLED_CHECKSUMS, Capability.UPDATE_FROM_PARTS, Capability.WHOLE_BROADCASTS}
-    if server["quantization"] is not None:
-        found -= BREAKING if server["load_format"] == REQUANTISING_FORMAT else UPDATES
+    if quantises(server, model):
+        left = COPIED if Capability.SAMPLED_CHECKSUMS in found else set[Capability]()
+        found -= BREAKING if server["load_format"] == REQUANTISING_FORMAT else UPDATES - left
     if on_cpu or server["enable_memory_saver"]:
         found.add(Capability.SLEEP)
     if server["enable_lora"] and server["dp_size"] == 1:  # otherwise SGLang can't load adapters at runtime

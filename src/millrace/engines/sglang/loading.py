@@ -93,6 +93,10 @@ class LoaderUpdate:
         needs = orjson.dumps({"needs": [[spec.name, spec.dtype, spec.shape] for spec in tensors]}).decode()
         return self._orders([needs] * len(places), places)
 
+    def audits(self, samples: str, places: Sequence[Mapping[str, object]]) -> list[str]:
+        """Like `orders`, but each rank compares what it holds with samples of the trainer's weights, given as JSON."""
+        return self._orders([samples] * len(places), places)
+
     def orders_of_parts(
         self, parts: Sequence[Sequence[TensorPart]], places: Sequence[Mapping[str, object]]
     ) -> list[str]:
@@ -156,6 +160,14 @@ class LoaderUpdate:
         found = answer.get("missing", 0), answer.get("such as", ())
         self.lacking[rank] = min(found, self.lacking.get(rank, found), key=lambda one: one[0])
         return answer["samples"]
+
+    def audited(self, answers: Sequence[bytes]) -> list[Mapping[str, Any]]:
+        """Return what all ranks have answered to `audits`. Raises as `take` does."""
+        found = [self._answer(rank, text) for rank, text in enumerate(answers)]
+        for rank, answer in enumerate(found):
+            if why := answer.get("unplanned"):
+                raise InvalidStateError(f"its rank {rank} can't say where it keeps the tensors: {why}")
+        return found
 
     def _answer(self, rank: int, text: bytes) -> Mapping[str, Any]:
         """Return the answer of a rank. Raises EngineFailed if there is none, and InvalidStateError if it is an

@@ -6,10 +6,11 @@ A server does not report them, and crashes on a request or an update that does n
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from millrace.engines.experts import TENSOR, Experts, experts_of
 from millrace.engines.stock.tensors import check_shapes, check_tensors
-from millrace.model_config import decoder_layers, image_token, vocab_size
+from millrace.model_config import decoder_layers, image_token, read_quantization, vocab_size
 from millrace.model_folder import has_weights, stored_tensors
 from millrace.types import (
     Bucket,
@@ -27,13 +28,15 @@ class Model:
     """A model as its folder describes it.
 
     shapes: of every tensor, by name; None if the folder has no weights. image_token: the placeholder of an image; None
-    for a model of text. experts: None for a model without them, and for a folder without weights.
+    for a model of text. experts: None for a model without them, and for a folder without weights. quantization: the
+    `quantization_config` of a folder whose weights are quantised.
     """
 
     vocab_size: int
     shapes: Mapping[str, tuple[int, ...]] | None
     image_token: int | None = None
     experts: Experts | None = None
+    quantization: Mapping[str, Any] | None = None
 
 
 def read_model(folder: Path) -> Model:
@@ -41,7 +44,7 @@ def read_model(folder: Path) -> Model:
     shapes = shapes_of(folder) if has_weights(folder) else None
     mixture = shapes is not None and any(TENSOR.search(name) for name in shapes)
     experts = experts_of(shapes, decoder_layers(folder)) if shapes is not None and mixture else None
-    return Model(vocab_size(folder), shapes, image_token(folder), experts)
+    return Model(vocab_size(folder), shapes, image_token(folder), experts, read_quantization(folder))
 
 
 def shapes_of(folder: Path) -> Mapping[str, tuple[int, ...]]:

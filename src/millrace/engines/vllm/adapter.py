@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.parts import NeededParts, needs_of
@@ -135,6 +136,15 @@ class VLLMEngine(StockEngine[VLLMFacts]):
                 answers = await self._rpc("millrace_needs", orjson.dumps(rows_of(tensors)).decode(), deadline=deadline)
                 self._needs = asked, self._decode("millrace_needs", lambda: needs_of(answers))
         return self._needs[1]
+
+    async def audit(
+        self, samples: Sequence[WeightSample], *, deadline: float
+    ) -> tuple[Sequence[HeldLayer], Sequence[int]]:
+        answers = Answers()
+        async with self._control_call():
+            for first, text in texts_of(samples):
+                answers.add(first, await self._rpc("millrace_audit", text, deadline=deadline))
+        return answers.layers(), answers.unplaced()
 
     async def loads(self) -> EngineLoad:
         server = await self._server()

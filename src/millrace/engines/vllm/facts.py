@@ -8,6 +8,7 @@ from millrace.engines.stock.facts import Facts, Limits
 from millrace.engines.stock.model import Model
 from millrace.engines.vllm.arguments import EXTENSION
 from millrace.engines.vllm.wire import COMPLETIONS, GENERATE
+from millrace.quantisation import quantisation_of
 from millrace.types import Capability, EngineInfo
 
 SCHEMAS = {GENERATE: "GenerateRequest", COMPLETIONS: "CompletionRequest"}
@@ -108,6 +109,7 @@ def read_facts(
         capabilities=capabilities_of(config, server, api["paths"], model),
         ranks=ranks_of(config),
         dtype=str(config["model_config"]["dtype"]).removeprefix("torch."),
+        quantisation=quantisation_of(quantization_option(config), model.quantization),
         max_running=config["scheduler_config"]["max_num_seqs"] * server.replicas,
     )
     stop_texts = Capability.STOP_TEXTS in info.capabilities
@@ -121,6 +123,12 @@ def read_facts(
         image_token=image_token,
     )
     return VLLMFacts(info, model, limits, server)
+
+
+def quantization_option(config: Mapping[str, Any]) -> str | None:
+    """Return the server's option `quantization`."""
+    option = config["model_config"].get("quantization")
+    return None if option is None else str(option)
 
 
 def capabilities_of(
@@ -140,7 +148,7 @@ def capabilities_of(
         found |= {Capability.STOP_TEXTS, Capability.JSON_SCHEMA}
     if server.extension:
         found |= {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.OWN_CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
-        found.add(Capability.UPDATE_FROM_PARTS)
+        found |= {Capability.UPDATE_FROM_PARTS, Capability.AUDIT}
         found.add(Capability.UPDATE_FROM_SHARED_MEMORY if server.on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
     if server.transfer:
         found.add(Capability.UPDATE_FROM_BARE_NCCL)

@@ -46,6 +46,11 @@ sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.a
 
 if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # on the CPU, where fast startup matters most
     gc.set_threshold(GC_THRESHOLD)
+    import torch
+
+    # A process must ask the kernel before it uses AMX's tiles. vLLM's attention in bfloat16 uses them without asking,
+    # and the process dies of an illegal instruction. Where there is no AMX, this does nothing.
+    torch.cpu._init_amx()
 
 if __name__ == "__main__":
     main()

@@ -105,11 +105,13 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.description.needs.setdefault(name, []).append(Need(owner, target.detach(), *found))
 
 
-def described(model: torch.nn.Module, sent: Sequence[Sent]) -> Description | str:
-    """Return what this rank would copy of an update's tensors, or why that can't be said. Loads nothing."""
-    load: Any = getattr(model, "load_weights", None)
+def described(load: Any, memory: Memory, sent: Sequence[Sent]) -> Description | str:
+    """Return what this rank would copy of an update's tensors, or why that can't be said. Loads nothing.
+
+    load: the model's own `load_weights`. memory: of its parameters.
+    """
     sources = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in sent}
-    dry = DryRun(Memory(model.named_parameters()), sources)
+    dry = DryRun(memory, sources)
     try:
         with torch.no_grad(), dry:
             load(list(sources.items()))

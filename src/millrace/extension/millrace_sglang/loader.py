@@ -15,6 +15,7 @@ from millrace_samples import SampledPlaces
 from millrace_words import first_line, listed
 
 from . import folders, parts
+from .audit import audit
 from .plan import Plan, plan_of
 from .receiving import Group, ReceivingGroup
 from .recording import Memory, Recorder
@@ -31,8 +32,8 @@ class Order:
     """What the sender says about a bucket.
 
     update: a name that is new for each update. layout: name, dtype, shape and offset in bytes of each tensor in the
-    bucket, as JSON; or an object, which is for `folders` or `parts`. file: an open file of the sender for this rank's
-    answer; empty if the bucket comes by `group`, under `number` and within `seconds`.
+    bucket, as JSON; or an object, which is for `folders`, `parts` or `audit`. file: an open file of the sender for this
+    rank's answer; empty if the bucket comes by `group`, under `number` and within `seconds`.
     """
 
     update: str
@@ -189,6 +190,8 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
             bucket = loader.group(order.group).bucket(order.number, order.seconds).to(bucket.device)
         if order.layout.startswith('{"folder"'):
             answer = folders.answer(model, order.layout)
+        elif order.layout.startswith('{"audit"'):
+            answer = audit(model, order.layout)
         elif order.layout.startswith("{"):
             answer = parts.answer(model, order.update, order.layout, bucket)
         else:

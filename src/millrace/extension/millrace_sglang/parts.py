@@ -18,7 +18,7 @@ from millrace_words import listed
 
 from .dry_run import Description, Sent, described
 from .plan import Plan, plan_of
-from .recording import Copy, Recording
+from .recording import Copy, Memory, Recording
 
 LISTED = 5  # names in an answer
 
@@ -63,7 +63,7 @@ class Parts:
         """Return the boxes of each tensor that this rank needs, in the tensors' order, or why that can't be said."""
         self.sent, self.addresses, self.update = tuple(sent), addresses_of(model), ""
         self.layouts.clear()
-        found = described(model, sent)
+        found = described(getattr(model, "load_weights", None), Memory(model.named_parameters()), sent)
         if isinstance(found, str):
             self.description = None
             return {"unplanned": found}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from millrace_words import listed
 
+from .audit import audit
 from .digest import StoredTensors
 from .errors import RpcError
 from .layouts import Layout, layout_of
@@ -29,6 +30,7 @@ class Rank:
         shards = parallel.tensor_parallel_size * parallel.data_parallel_size
         self._plan = Plan(model, config.model_config.dtype, shards)
         self._writer = Writer(model, config, device, self._plan)
+        self._config = config
         self.rank = parallel.data_parallel_index * parallel.world_size + rank
         self.weights = Weights(self._plan, self._writer)
         self.stored = StoredTensors(self._plan.modules)
@@ -107,6 +109,10 @@ class Rank:
             raise RpcError(f"the bucket is for {len(ranks)} ranks, and has nothing for rank {self.rank}")
         own: dict[str, Any] = ranks[self.rank]
         return own
+
+    def audit(self, samples: str) -> dict[str, Any]:
+        """Compare what the layers hold with samples of the trainer's weights, given as JSON."""
+        return audit(samples, self._plan, self._config)
 
     def _fetching(self, kind: str, bucket: dict[str, Any], layout: Layout) -> Callable[[], torch.Tensor]:
         """What returns the bytes of a bucket."""

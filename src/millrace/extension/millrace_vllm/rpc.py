@@ -103,6 +103,11 @@ class Extension:
         return self._millrace().load_parts(parse_object(bucket), parts)
 
     @returns_errors
+    def millrace_audit(self, samples: str) -> dict[str, Any]:
+        """What the layers hold, compared with samples of the trainer's weights. `millrace_audit` describes both."""
+        return self._millrace().audit(samples)
+
+    @returns_errors
     def millrace_commit(self, version: str) -> dict[str, Any]:
         self._millrace().weights.commit(version)
         self.model_runner.reset_encoder_cache()  # image embeddings that the old weights made
