@@ -1,11 +1,12 @@
 """Measures weights and memory on a real server: a publish compared with its floor, sleep and wake.
 
-    python -m benchmarks.gpu.weights [--size 1.5b] [--repeats 7] [--bucket-mb 512 2048 4096] [--transport nccl]
-        [--trainer-gpu 1] [--engine '{"kind": "vllm", "python": "...", "engine_args": {...}}']
+    python -m benchmarks.gpu.weights [--size 1.5b] [--repeats 7] [--bucket-mb 512 2048 4096]
+        [--transport cuda_ipc nccl] [--trainer-gpu 0 1] [--engine '{"kind": "vllm", "python": "...", ...}']
 
 Trainer and server are on one GPU, and the tensors travel by CUDA IPC. On the CPU (--engine '{"device": "cpu"}') they
-travel by shared memory. NCCL takes two GPUs: with --trainer-gpu 1, the server has the first. SGLang loads by Millrace's
-weight loader with "engine_args": {"custom_weight_loader": ["millrace_sglang.load"]}. With ucx, a sidecar is started
+travel by shared memory. NCCL takes two GPUs: with --trainer-gpu 1, the server has the first. Several transports, with a
+GPU for each, take turns on one server. SGLang loads in its own way with "engine_args": {"custom_weight_loader": null}.
+With ucx, a sidecar is started
 whose memory is on the server's GPU. That makes one more copy, within the GPU or, with --trainer-gpu, over NVLink. The
 floor of a publish is two device-to-device copies of the model (into the bucket, out of it) at the bandwidth measured in
 the same run. With two GPUs it is one copy from one to the other.
@@ -67,12 +68,13 @@ async def measure_publish(
     target: PublishTarget,
     tensors: list[tuple[str, torch.Tensor]],
     arguments: argparse.Namespace,
-    device: torch.device,
+    name: str,
     sidecars: Mapping[str, str],
 ) -> None:
-    """Prints one line for each size of bucket. The version starts at 1 and grows by one with each publish."""
-    nbytes = sum(tensor.nbytes for _, tensor in tensors)
-    across = device.index == arguments.trainer_gpu != 0
+    """Prints one line for each size of bucket. name: the transport. The version starts at 1 and grows by one with each
+    publish."""
+    nbytes, device = sum(tensor.nbytes for _, tensor in tensors), tensors[0][1].device
+    across = device.type == "cuda" and device.index != 0
     bandwidth = copy_bandwidth(device, torch.device("cuda", 0) if across else device, min(nbytes, 2 * GIB))
     floor = (1 if across else 2) * nbytes / bandwidth
     print(
@@ -83,10 +85,7 @@ async def measure_publish(
 
     version = 0
     for mebibytes in arguments.bucket_mb:
-        transport = create(
-            arguments.transport or ("cuda_ipc" if device.type == "cuda" else "shm"),
-            TransportContext(capabilities=target.info.capabilities, sidecars=sidecars),
-        )
+        transport = create(name, TransportContext(capabilities=target.info.capabilities, sidecars=sidecars))
         reports: list[PublishReport] = []
         for _ in range(arguments.repeats + 2):
             version += 1
@@ -152,18 +151,24 @@ async def timed(legs: dict[str, list[float]], name: str, call: object) -> None:
 
 async def run(arguments: argparse.Namespace) -> None:
     config = engine_config(arguments.engine)
-    device = torch.device("cpu")
-    if config.device == "cuda":
-        device = torch.device("cuda", arguments.trainer_gpu)
-        torch.cuda.set_device(device)
+    on_gpu = config.device == "cuda"
+    transports = arguments.transport or ["cuda_ipc" if on_gpu else "shm"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_config(arguments.size, Path(scratch, "model"))
         async with served(config, folder, Path(scratch)) as (_, engine):
-            info = await engine.info()
-            tensors = random_tensors(folder, device)
-            await measure_sleep(engine, arguments.repeats, device)  # sleep comes first, since it leaves no weights
-            with sidecar("--device", config.device) if arguments.transport == "ucx" else nullcontext("") as url:
-                await measure_publish(PublishTarget(engine, info), tensors, arguments, device, {engine.name: url})
+            target = PublishTarget(engine, await engine.info())
+            # Sleep comes first, since it leaves no weights.
+            await measure_sleep(engine, arguments.repeats, torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
+            for name, gpu in zip(transports, arguments.trainer_gpu, strict=True):
+                device = torch.device("cpu")
+                if on_gpu:
+                    device = torch.device("cuda", gpu)
+                    torch.cuda.set_device(device)
+                print(f"{name}, from {device}", flush=True)
+                tensors = random_tensors(folder, device)
+                with sidecar(config.device) if name == "ucx" else nullcontext("") as url:
+                    await measure_publish(target, tensors, arguments, name, {engine.name: url})
+                del tensors
             request = GenerateRequest((5, 6, 7), SamplingParams(8, ignore_eos=True), request_id="after")
             generation = await engine.generate(request, deadline=60)
             print(f"afterwards it generates, as version {generation.version_spans[-1].version}", flush=True)
@@ -174,8 +179,8 @@ def main() -> None:
     parser.add_argument("--size", default="1.5b")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--bucket-mb", type=int, nargs="+", default=[512, 2048, 4096])
-    parser.add_argument("--transport", choices=["shm", "cuda_ipc", "gloo", "nccl", "ucx"])
-    parser.add_argument("--trainer-gpu", type=int, default=0)
+    parser.add_argument("--transport", choices=["shm", "cuda_ipc", "gloo", "nccl", "ucx"], nargs="+")
+    parser.add_argument("--trainer-gpu", type=int, nargs="+", default=[0])
     parser.add_argument("--engine", default="{}")
     asyncio.run(run(parser.parse_args()))
 

@@ -13,6 +13,7 @@ class EngineReport:
     engine: the engine's name.
     error: why it did not take the version; None if it did.
     collateral: the engine is healthy; another engine in its broadcast, or its host's sidecar, failed.
+    load_seconds: from the request to load the first bucket to the answer to the last one.
     pause_seconds: how long the update kept it from generating.
     audit: what its layers hold, if they should be quantised; None if they should not, or can't be audited.
     """
