@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from .dry_run import Description, Need, Sent, described
 from .plan import positions
+from .recording import Memory
 
 Tensors = dict[str, torch.Tensor]
 
@@ -60,7 +61,9 @@ class Folders:
         sent = tuple((name, one.dtype, tuple(one.shape)) for name, one in tensors.items())
         addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
         if (sent, addresses) != (self.sent, self.addresses):
-            self.sent, self.addresses, self.description = sent, addresses, described(model, sent)
+            memory = Memory(model.named_parameters())
+            self.description = described(getattr(model, "load_weights", None), memory, sent)
+            self.sent, self.addresses = sent, addresses
 
 
 OF_MODELS: "weakref.WeakKeyDictionary[torch.nn.Module, Folders]" = weakref.WeakKeyDictionary()
