@@ -12,6 +12,7 @@ LAYERS = [
     "lazy",
     "errors",
     "arguments",
+    "quantisation",
     "types",
     "continuation",
     "placeholders",

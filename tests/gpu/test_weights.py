@@ -74,8 +74,6 @@ def test_by_nccl(config: StockConfig, loader: bool, variants: list[Variant], tmp
     if config.device == "cpu":
         asyncio.run(hold(config.model_copy(update={"replicas": 2}), "gloo", variants, tmp_path, needs))
         return
-    if loader:
-        pytest.skip("servers on GPUs do not report the capability yet, because it was not tried there")
     if torch.cuda.device_count() < 2:
         pytest.skip("NCCL takes two GPUs, and here is one")
     others = config.model_copy(update={"replicas": torch.cuda.device_count() - 1, "base_gpu_id": 1})

@@ -52,7 +52,7 @@ def test_weights_come_only_by_ways_that_the_server_survives(settings: dict[str, 
     ("settings", "found"),
     [
         ({"device": "cpu"}, {Capability.UPDATE_FROM_PARTS, Capability.WHOLE_BROADCASTS, Capability.SAMPLED_CHECKSUMS}),
-        ({}, {Capability.UPDATE_FROM_PARTS, Capability.SAMPLED_CHECKSUMS}),
+        ({}, {Capability.UPDATE_FROM_PARTS, Capability.WHOLE_BROADCASTS, Capability.SAMPLED_CHECKSUMS}),
         ({"pp_size": 2}, set()),
         ({"quantization": "fp8", "load_format": "flash_rl"}, set()),
         ({"device": "cpu", "custom_weight_loader": None}, set()),

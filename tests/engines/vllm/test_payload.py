@@ -29,7 +29,9 @@ BUCKET = PartsBucket(
 def test_each_rank_gets_its_place_and_its_rows() -> None:
     place, rows = parts(BUCKET, ranks=2)
     norm = ("n", "float32", ((0, 4),), 64)
-    file, memory = place["ranks"]  # type: ignore[misc,attr-defined]
+    ranks = place["ranks"]
+    assert isinstance(ranks, list)
+    file, memory = ranks
     assert file == {"kind": "shared_memory", "path": "/proc/1/fd/3"}
     assert (memory["kind"], memory["nbytes"], memory["share"]["handle"]) == ("cuda_ipc", 128, "aA==")
     assert rows == [[("w", "float32", ((0, 2), (0, 4)), 0), norm], [norm]]
