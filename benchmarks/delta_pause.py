@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from benchmarks.gpu.engines import engine_config, served
 from benchmarks.gpu.models import random_tensors, write_config
 from benchmarks.sidecar import sidecar
-from millrace.types import DiskBucket
+from millrace.buckets import DiskBucket
 from millrace.weights.publisher import Publish
 from millrace.weights.report import EngineReport
 from millrace.weights.source import source_of

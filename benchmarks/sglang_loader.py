@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.models import moe_shapes, write_config
+from millrace.buckets import TensorSpec
 from millrace.checksum import sampled_checksums
 from millrace.engines.answers import AnswerFiles
 from millrace.engines.sglang.loading import LoaderUpdate, in_files
 from millrace.engines.stock.launching import EXTENSION
-from millrace.types import TensorSpec
 from millrace.weights.plan import buckets
 from millrace.weights.transports.layouts import layout_of
 

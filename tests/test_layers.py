@@ -14,6 +14,7 @@ LAYERS = [
     "arguments",
     "quantisation",
     "types",
+    "buckets",
     "continuation",
     "placeholders",
     "extension",

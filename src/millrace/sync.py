@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
+from millrace.buckets import Bucket, ProcessGroup, TensorSpec
 from millrace.config.engines import EngineConfig
 from millrace.config.models import TransportName
 from millrace.config.routers import RouterConfig
@@ -26,7 +27,6 @@ from millrace.http.portal import Portal
 from millrace.types import (
     ALL_MEMORY,
     ANYWHERE,
-    Bucket,
     Capability,
     EngineInfo,
     EngineLoad,
@@ -36,9 +36,7 @@ from millrace.types import (
     LoraConfig,
     MemoryTag,
     PauseMode,
-    ProcessGroup,
     RoutingContext,
-    TensorSpec,
 )
 from millrace.weights.cast import Dtypes
 from millrace.weights.report import PublishReport

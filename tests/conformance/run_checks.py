@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from millrace.buckets import DiskBucket
 from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
 from millrace.conformance import CHECKS, Check, Outcome, Runner, Subject
 from millrace.conformance.attach import find_kind
@@ -14,7 +15,7 @@ from millrace.engines.start import ADMIN_KEY, API_KEY, start
 from millrace.engines.stock.engine import StockEngine
 from millrace.errors import ConfigError, EngineRefused
 from millrace.fleet.fleet import Fleet
-from millrace.types import Capability, DiskBucket, GenerateRequest, SamplingParams
+from millrace.types import Capability, GenerateRequest, SamplingParams
 
 START_TIMEOUT = 240.0  # seconds; a stock engine takes 20 on a quiet machine
 # These checks need a server that was started with LoRA enabled.

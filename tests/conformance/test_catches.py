@@ -9,19 +9,10 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from millrace.buckets import Bucket, DiskBucket
 from millrace.conformance import Outcome, Runner, Subject, select
 from millrace.engines.embedded.adapter import EmbeddedEngine
-from millrace.types import (
-    Bucket,
-    DiskBucket,
-    EngineInfo,
-    GenerateRequest,
-    Generation,
-    Health,
-    MemoryTag,
-    PauseMode,
-    VersionSpan,
-)
+from millrace.types import EngineInfo, GenerateRequest, Generation, Health, MemoryTag, PauseMode, VersionSpan
 from tests.conformance.conftest import ADMIN_KEY, API_KEY, embedded_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

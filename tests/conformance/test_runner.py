@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from millrace.buckets import DiskBucket
 from millrace.conformance import CHECKS, Check, Outcome, Runner, Subject, checks, select
 from millrace.conformance.check import CheckFailed, Examine, Lacking
 from millrace.conformance.requests import alike, fingerprint
 from millrace.conformance.weights import by_disk, next_version
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import ConfigError, EngineError
-from millrace.types import Capability, DiskBucket, EngineInfo, Health, PauseMode
+from millrace.types import Capability, EngineInfo, Health, PauseMode
 from tests.conformance.conftest import ADMIN_KEY, API_KEY, embedded_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

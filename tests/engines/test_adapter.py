@@ -13,13 +13,14 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from millrace import EmbeddedEngineConfig, open_fleet
+from millrace.buckets import DiskBucket, ProcessGroup, ProcessGroupBucket
 from millrace.checksum import checksum
 from millrace.config.models import TinyModelConfig
 from millrace.engines.base import Engine
 from millrace.errors import EngineRefused
 from millrace.launch.ports import free_port
 from millrace.train.tiny import make_tiny_model
-from millrace.types import DiskBucket, Health, PauseMode, ProcessGroup, ProcessGroupBucket
+from millrace.types import Health, PauseMode
 from millrace.weights.folder import folder_checksums
 from millrace.weights.plan import layout
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from millrace.buckets import Bucket, DiskBucket, ProcessGroupBucket, SharedMemoryBucket, TensorSpec, TorchStorageBucket
 from millrace.errors import EngineError
 from millrace.model_folder import stored_tensors
-from millrace.types import Bucket, DiskBucket, ProcessGroupBucket, SharedMemoryBucket, TensorSpec, TorchStorageBucket
 from millrace.weights.step import StepResult
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport
 from millrace.weights.transports.layouts import layout_of

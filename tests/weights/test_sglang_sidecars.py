@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 import torch
 
+from millrace.buckets import DiskBucket
 from millrace.config.engines import SGLangEngineConfig
 from millrace.config.models import TinyModelConfig
 from millrace.engines.base import Engine
@@ -23,7 +24,7 @@ from millrace.engines.start import start
 from millrace.errors import EngineError, PublishError
 from millrace.model_folder import file_tensors
 from millrace.train.tiny import make_tiny_model
-from millrace.types import Capability, DiskBucket
+from millrace.types import Capability
 from millrace.weights.publisher import Publish
 from millrace.weights.report import PublishReport
 from millrace.weights.sidecar.server import SIDECAR_KEY

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from millrace.buckets import DiskBucket
 from millrace.conformance.check import Lacking, Subject
 from millrace.errors import EngineError
-from millrace.types import Capability, DiskBucket
+from millrace.types import Capability
 from millrace.weights.cast import cast, dtypes_of
 from millrace.weights.folder import FolderTensors
 from millrace.weights.publisher import Publish

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from millrace.types import RankAnswers
+from millrace.buckets import RankAnswers
 
 
 class AnswerFiles:

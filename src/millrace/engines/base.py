@@ -8,21 +8,10 @@ their adapters track the state. Nothing else may then control the server.
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
+from millrace.buckets import Bucket, ProcessGroup, TensorSpec
 from millrace.engines.audit import HeldLayer, WeightSample
 from millrace.errors import EngineRefused
-from millrace.types import (
-    ALL_MEMORY,
-    Bucket,
-    EngineInfo,
-    EngineLoad,
-    GenerateRequest,
-    Generation,
-    Health,
-    MemoryTag,
-    PauseMode,
-    ProcessGroup,
-    TensorSpec,
-)
+from millrace.types import ALL_MEMORY, EngineInfo, EngineLoad, GenerateRequest, Generation, Health, MemoryTag, PauseMode
 
 PUBLISHED_LORA = "millrace-"  # prefix of the names of LoRA adapters that a fleet publishes
 

@@ -6,18 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from millrace.buckets import ProcessGroup, ProcessGroupBucket
 from millrace.engines.experts import Experts, asked_from, with_experts
 from millrace.engines.versions import decode_spans, decode_version
-from millrace.types import (
-    EngineLoad,
-    FinishReason,
-    GenerateRequest,
-    Generation,
-    PauseMode,
-    ProcessGroup,
-    ProcessGroupBucket,
-    VersionSpan,
-)
+from millrace.types import EngineLoad, FinishReason, GenerateRequest, Generation, PauseMode, VersionSpan
 
 PROMPT_LOGPROBS = "input_token_logprobs"
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")

@@ -29,15 +29,7 @@ from millrace.fleet.owner import SharedFleet, serve_followers
 from millrace.fleet.replica_state import Phase, ReplicaState, Slept, Woke
 from millrace.fleet.replicas import OwnedReplicaSet, ReplicaSet
 from millrace.fleet.versions import Versions
-from millrace.types import (
-    ALL_MEMORY,
-    Capability,
-    GenerateRequest,
-    Generation,
-    LoraConfig,
-    MemoryTag,
-    RoutingContext,
-)
+from millrace.types import ALL_MEMORY, Capability, GenerateRequest, Generation, LoraConfig, MemoryTag, RoutingContext
 from millrace.weights.cast import Dtypes, dtypes_of, folder_checksums_as
 from millrace.weights.report import PublishReport
 from millrace.weights.source import Tensors, source_of, weight_source

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
-from millrace.types import TensorSpec
+from millrace.buckets import TensorSpec
 
 # Every tensor starts on a cache line, which also satisfies every dtype.
 ALIGNMENT = 64

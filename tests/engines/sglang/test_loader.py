@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from millrace.buckets import TensorSpec
 from millrace.checksum import sampled_checksums
 from millrace.engines.answers import AnswerFiles
 from millrace.engines.sglang.loading import LoaderUpdate, in_files
 from millrace.engines.stock.launching import EXTENSION
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
-from millrace.types import TensorSpec
 from millrace.weights.transports.layouts import layout_of
 
 Tensors = Mapping[str, torch.Tensor]

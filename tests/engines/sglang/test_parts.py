@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from millrace.buckets import PartsBucket, RankBucket, TensorPart, TensorSpec, TorchStorageBucket
 from millrace.checksum import sampled_checksums
 from millrace.config.engines import SGLangEngineConfig
 from millrace.engines.answers import AnswerFiles
@@ -18,7 +19,6 @@ from millrace.engines.stock.launching import EXTENSION
 from millrace.engines.stock.state import InvalidStateError
 from millrace.extension.millrace_boxes import Box, label
 from millrace.model_folder import stored_tensors
-from millrace.types import PartsBucket, RankBucket, TensorPart, TensorSpec, TorchStorageBucket
 from millrace.weights.folder import FolderTensors
 from millrace.weights.transports.torch_storage import SharedStorage
 from tests.architectures import OVER_TWO, make_moe_folder

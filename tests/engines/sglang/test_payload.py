@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from millrace.buckets import CudaIpcBucket, CudaIpcShare, TorchStorageBucket
 from millrace.engines.opcodes import encode
 from millrace.engines.sglang.payload import loader_payloads, payloads
-from millrace.types import CudaIpcBucket, CudaIpcShare, TorchStorageBucket
 from millrace.weights.plan import layout
 
 SHARE = CudaIpcShare("GPU-1", b"handle", 4096, 512, b"counter", 3, b"event", event_sync_required=True)

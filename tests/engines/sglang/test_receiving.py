@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from millrace.buckets import ProcessGroup
 from millrace.checksum import sampled_checksums
 from millrace.engines.sglang.loading import AnswerStore, LoaderUpdate
-from millrace.types import ProcessGroup
 from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.sending_group import SendingGroup
 from tests.engines.sglang.test_loader import Model, Tensors, load, loaded, packed, require_same, weights

@@ -2,9 +2,7 @@
 
 import pytest
 
-from millrace.engines.stock.state import InvalidStateError
-from millrace.engines.vllm.payload import description, parts, samples_of_parts
-from millrace.types import (
+from millrace.buckets import (
     CudaIpcBucket,
     CudaIpcShare,
     PartsBucket,
@@ -13,6 +11,8 @@ from millrace.types import (
     TensorPart,
     TorchStorageBucket,
 )
+from millrace.engines.stock.state import InvalidStateError
+from millrace.engines.vllm.payload import description, parts, samples_of_parts
 
 SHARE = CudaIpcShare("GPU-0", b"h", 64, 0, b"c", 0, b"e", False)
 ROWS = TensorPart("w", "float32", ((0, 2), (0, 4)), 0)

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from millrace.buckets import DiskBucket
 from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.errors import EngineRefused
 from millrace.train.tiny import make_tiny_tokenizer
-from millrace.types import Capability, DiskBucket
+from millrace.types import Capability
 from tests.architectures import make_model
 from tests.engines.vllm.server import serving
 

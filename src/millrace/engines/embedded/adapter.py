@@ -6,6 +6,15 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 
+from millrace.buckets import (
+    Bucket,
+    CudaIpcBucket,
+    DiskBucket,
+    ProcessGroup,
+    ProcessGroupBucket,
+    SharedMemoryBucket,
+    TorchStorageBucket,
+)
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, HttpEngine
 from millrace.engines.sglang.guards import OWN_FIELDS, OWN_SAMPLING
 from millrace.engines.sglang_wire import (
@@ -24,10 +33,7 @@ from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTime
 from millrace.http import HttpClient
 from millrace.types import (
     ALL_MEMORY,
-    Bucket,
     Capability,
-    CudaIpcBucket,
-    DiskBucket,
     EngineInfo,
     EngineLoad,
     GenerateRequest,
@@ -35,10 +41,6 @@ from millrace.types import (
     Health,
     MemoryTag,
     PauseMode,
-    ProcessGroup,
-    ProcessGroupBucket,
-    SharedMemoryBucket,
-    TorchStorageBucket,
 )
 
 

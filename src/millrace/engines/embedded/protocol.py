@@ -9,12 +9,13 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
+from millrace.buckets import TensorSpec
 from millrace.engines.embedded.penalties import LogitChanges
 from millrace.engines.embedded.runner import ModelInfo
 from millrace.engines.embedded.sampling import stream_key
 from millrace.engines.embedded.scheduler import Finish, Output, Request
 from millrace.engines.embedded.text import StopTexts
-from millrace.types import FinishReason, MemoryTag, SamplingParams, TensorSpec
+from millrace.types import FinishReason, MemoryTag, SamplingParams
 
 COLDEST = 1e-4  # the lowest temperature above 0; below it, logits / temperature overflows float32
 

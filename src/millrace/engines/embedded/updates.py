@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
+from millrace.buckets import TensorSpec
 from millrace.checksum import checksum
 from millrace.engines.embedded.core import Refused
 from millrace.engines.embedded.faults import HttpFaults
@@ -33,7 +34,6 @@ from millrace.engines.embedded.replies import done
 from millrace.engines.embedded.thread import ModelThread
 from millrace.engines.embedded.weights import UpdateRefused, WeightStore
 from millrace.http.replies import reply
-from millrace.types import TensorSpec
 
 log = logging.getLogger("millrace.embedded")
 

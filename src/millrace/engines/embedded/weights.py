@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from millrace.buckets import TensorSpec
 from millrace.checkpoint_names import View, names_of
 from millrace.checksum import Checksum, checksum
 from millrace.errors import DataError, MillraceError
 from millrace.model_folder import CASTABLE, StoredTensor, stored_tensors
-from millrace.types import TensorSpec
 
 CHUNK_BYTES = 1 << 20  # each chunk is hashed after it is read, while its bytes are in the CPU cache
 

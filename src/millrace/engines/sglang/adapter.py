@@ -10,6 +10,18 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from millrace.buckets import (
+    Bucket,
+    CudaIpcBucket,
+    DiskBucket,
+    PartsBucket,
+    ProcessGroup,
+    ProcessGroupBucket,
+    RankAnswers,
+    SharedMemoryBucket,
+    TensorSpec,
+    TorchStorageBucket,
+)
 from millrace.engines.answers import AnswerFiles, AnswerFilesPool
 from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS
@@ -35,25 +47,7 @@ from millrace.engines.versions import decode_version
 from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout, LocalError
 from millrace.http import HttpClient
 from millrace.http.hosts import is_loopback
-from millrace.types import (
-    Bucket,
-    Capability,
-    CudaIpcBucket,
-    DiskBucket,
-    EngineInfo,
-    EngineLoad,
-    GenerateRequest,
-    Generation,
-    MemoryTag,
-    PartsBucket,
-    PauseMode,
-    ProcessGroup,
-    ProcessGroupBucket,
-    RankAnswers,
-    SharedMemoryBucket,
-    TensorSpec,
-    TorchStorageBucket,
-)
+from millrace.types import Capability, EngineInfo, EngineLoad, GenerateRequest, Generation, MemoryTag, PauseMode
 
 IDLE_DEADLINE = 10.0  # seconds in which a rank without requests is idle
 PAUSE_DEADLINE = 60.0  # seconds; it waits for the requests of other clients to end

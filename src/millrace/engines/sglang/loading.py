@@ -8,11 +8,11 @@ from typing import Any
 
 import orjson
 
+from millrace.buckets import ProcessGroup, RankAnswers, TensorPart, TensorSpec
 from millrace.engines.stock.parts import NeededParts, needs_of
 from millrace.engines.stock.state import InvalidStateError
 from millrace.errors import EngineFailed
 from millrace.extension.millrace_samples import separated
-from millrace.types import ProcessGroup, RankAnswers, TensorPart, TensorSpec
 
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
 

@@ -8,16 +8,9 @@ allow-list accepts.
 import base64
 from collections.abc import Sequence
 
+from millrace.buckets import CudaIpcBucket, CudaIpcShare, RankBucket, SharedMemoryBucket, TensorSpec, TorchStorageBucket
 from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
 from millrace.engines.stock.state import InvalidStateError
-from millrace.types import (
-    CudaIpcBucket,
-    CudaIpcShare,
-    RankBucket,
-    SharedMemoryBucket,
-    TensorSpec,
-    TorchStorageBucket,
-)
 
 REDUCTIONS = "torch.multiprocessing.reductions"
 BUCKET_MODULE = b"sglang.srt.weight_sync.tensor_bucket"

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from millrace.buckets import Bucket, DiskBucket, ProcessGroup
 from millrace.engines.base import PUBLISHED_LORA
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.stock.calls import Call, Calls
@@ -23,18 +24,7 @@ from millrace.engines.stock.tensors import check_shapes, check_whole
 from millrace.errors import DataError, EngineError, EngineFailed, EngineRefused, EngineTimeout, LocalError
 from millrace.http import HttpClient
 from millrace.launch.ports import listens
-from millrace.types import (
-    ALL_MEMORY,
-    Bucket,
-    Capability,
-    DiskBucket,
-    GenerateRequest,
-    Generation,
-    Health,
-    MemoryTag,
-    PauseMode,
-    ProcessGroup,
-)
+from millrace.types import ALL_MEMORY, Capability, GenerateRequest, Generation, Health, MemoryTag, PauseMode
 
 DRAIN_DEADLINE = 30.0
 

@@ -4,20 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from millrace.engines.experts import Experts
-from millrace.engines.stock.model import Model
-from millrace.engines.stock.state import InvalidStateError
-from millrace.types import (
+from millrace.buckets import (
     Bucket,
-    Capability,
     CudaIpcBucket,
     DiskBucket,
-    EngineInfo,
     PartsBucket,
     ProcessGroupBucket,
     SharedMemoryBucket,
     TorchStorageBucket,
 )
+from millrace.engines.experts import Experts
+from millrace.engines.stock.model import Model
+from millrace.engines.stock.state import InvalidStateError
+from millrace.types import Capability, EngineInfo
 
 TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
     CudaIpcBucket: frozenset({Capability.UPDATE_FROM_CUDA_IPC}),

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from millrace.engines.experts import TENSOR, Experts, experts_of
-from millrace.engines.stock.tensors import check_shapes, check_tensors
-from millrace.model_config import decoder_layers, image_token, read_quantization, vocab_size
-from millrace.model_folder import has_weights, stored_tensors
-from millrace.types import (
+from millrace.buckets import (
     Bucket,
     CudaIpcBucket,
     DiskBucket,
@@ -21,6 +17,10 @@ from millrace.types import (
     SharedMemoryBucket,
     TorchStorageBucket,
 )
+from millrace.engines.experts import TENSOR, Experts, experts_of
+from millrace.engines.stock.tensors import check_shapes, check_tensors
+from millrace.model_config import decoder_layers, image_token, read_quantization, vocab_size
+from millrace.model_folder import has_weights, stored_tensors
 
 
 @dataclass(frozen=True, slots=True)

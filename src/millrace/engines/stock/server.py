@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Generic
 
+from millrace.buckets import Bucket, ProcessGroup
 from millrace.engines.http_engine import HttpEngine
 from millrace.engines.stock.carried import with_carried_penalties, with_text
 from millrace.engines.stock.facts import AnyFacts
@@ -18,7 +19,7 @@ from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stop_texts import first_stop
 from millrace.errors import EngineRefused
 from millrace.http import HttpClient
-from millrace.types import Bucket, Capability, GenerateRequest, Generation, MemoryTag, PauseMode, ProcessGroup
+from millrace.types import Capability, GenerateRequest, Generation, MemoryTag, PauseMode
 
 
 class StockServer(HttpEngine, Generic[AnyFacts]):

@@ -5,8 +5,8 @@ The servers silently drop a tensor of unknown name, crash on a wrong shape, and 
 
 from collections.abc import Iterable, Mapping
 
+from millrace.buckets import TensorSpec
 from millrace.engines.stock.state import InvalidStateError
-from millrace.types import TensorSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from millrace.buckets import Bucket, DiskBucket, PartsBucket, ProcessGroup, ProcessGroupBucket, TensorSpec
 from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.stock.engine import StockEngine
@@ -26,19 +27,13 @@ from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
 from millrace.http import HttpClient
 from millrace.types import (
     ALL_MEMORY,
-    Bucket,
     Capability,
-    DiskBucket,
     EngineInfo,
     EngineLoad,
     GenerateRequest,
     Generation,
     MemoryTag,
-    PartsBucket,
     PauseMode,
-    ProcessGroup,
-    ProcessGroupBucket,
-    TensorSpec,
 )
 
 # at_once: see `millrace_vllm_keys`. A server without Millrace's middleware ignores it.

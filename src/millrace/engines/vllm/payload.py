@@ -7,11 +7,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
-from millrace.engines.stock.state import InvalidStateError
-from millrace.extension.millrace_boxes import label
-from millrace.extension.millrace_samples import separated
-from millrace.types import (
+from millrace.buckets import (
     Bucket,
     CudaIpcBucket,
     CudaIpcShare,
@@ -22,6 +18,10 @@ from millrace.types import (
     TensorSpec,
     TorchStorageBucket,
 )
+from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
+from millrace.engines.stock.state import InvalidStateError
+from millrace.extension.millrace_boxes import label
+from millrace.extension.millrace_samples import separated
 
 UNIQUE_ID_KEY = "broadcast_from/0/0"
 

@@ -10,11 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from millrace.errors import EngineError
-from millrace.extension.millrace_boxes import common
-from millrace.extension.millrace_samples import separated
-from millrace.types import (
-    Capability,
+from millrace.buckets import (
     CudaIpcBucket,
     PartsBucket,
     RankBucket,
@@ -23,6 +19,10 @@ from millrace.types import (
     TensorSpec,
     TorchStorageBucket,
 )
+from millrace.errors import EngineError
+from millrace.extension.millrace_boxes import common
+from millrace.extension.millrace_samples import separated
+from millrace.types import Capability
 from millrace.weights.sharded import LedTensors, ask_places, begin_exchange, end_exchange, fill_buckets
 from millrace.weights.shards.exchange import Exchange, Filled, RankPlace
 from millrace.weights.shards.filling import labels

@@ -6,15 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from millrace.types import (
-    Bucket,
-    Capability,
-    CudaIpcBucket,
-    CudaIpcShare,
-    SharedMemoryBucket,
-    TensorSpec,
-    TorchStorageBucket,
-)
+from millrace.buckets import Bucket, CudaIpcBucket, CudaIpcShare, SharedMemoryBucket, TensorSpec, TorchStorageBucket
+from millrace.types import Capability
 
 
 class Form(StrEnum):

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from millrace.buckets import Bucket
 from millrace.engines.base import Engine
 from millrace.errors import EngineError
-from millrace.types import Bucket, Capability, EngineInfo
+from millrace.types import Capability, EngineInfo
 from millrace.weights.step import StepResult, take_step
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import Self
 
 import torch
 
+from millrace.buckets import CudaIpcBucket, CudaIpcShare, TensorSpec
 from millrace.errors import EngineError, EngineRefused, PublishError
-from millrace.types import Capability, CudaIpcBucket, CudaIpcShare, TensorSpec
+from millrace.types import Capability
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, TransportContext
 from millrace.weights.transports.gpus import VisibleGpus, why_unseen
 from millrace.weights.transports.layouts import BucketLayout

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from millrace.buckets import Changes, DiskBucket, RankAnswers
 from millrace.errors import DataError, EngineError, EngineFailed, EngineTimeout, PublishError
 from millrace.http.client import HttpClient
-from millrace.types import Capability, Changes, DiskBucket, RankAnswers
+from millrace.types import Capability
 from millrace.weights.chain import digest_of
 from millrace.weights.mirror import CheckpointMirror
 from millrace.weights.sidecar.asking import ask

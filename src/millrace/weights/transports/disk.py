@@ -4,8 +4,9 @@ store."""
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
+from millrace.buckets import DiskBucket
 from millrace.errors import EngineError, PublishError
-from millrace.types import Capability, DiskBucket
+from millrace.types import Capability
 from millrace.weights.store import VersionStore
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport, TransportContext
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from millrace.types import DiskBucket
+from millrace.buckets import DiskBucket
 from millrace.weights.transports.base import NamedTensors, StagedBucket, Transport
 
 

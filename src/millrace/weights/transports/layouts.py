@@ -4,8 +4,8 @@ from functools import lru_cache
 
 import torch
 
+from millrace.buckets import TensorSpec
 from millrace.extension.millrace_samples import SampledPlaces, separated
-from millrace.types import TensorSpec
 from millrace.weights.packing import Packing, Place
 from millrace.weights.plan import layout, padded
 from millrace.weights.transports.base import NamedTensors

@@ -15,11 +15,12 @@ from typing import ClassVar, Self
 
 import torch
 
+from millrace.buckets import ProcessGroup, ProcessGroupBucket
 from millrace.checksum import tensor_checksum
 from millrace.engines.base import Engine
 from millrace.errors import EngineError, EngineFailed, LocalError, PublishError
 from millrace.launch.ports import own_address
-from millrace.types import Capability, Health, ProcessGroup, ProcessGroupBucket
+from millrace.types import Capability, Health
 from millrace.weights.step import StepResult
 from millrace.weights.transports.base import (
     BucketTransport,

@@ -10,8 +10,9 @@ from typing import Self
 
 import torch
 
+from millrace.buckets import SharedMemoryBucket, TensorSpec
 from millrace.errors import PublishError
-from millrace.types import Capability, SharedMemoryBucket, TensorSpec
+from millrace.types import Capability
 from millrace.weights.transports.base import NamedTensors, PublishTarget, TransportContext
 from millrace.weights.transports.layouts import BucketLayout
 from millrace.weights.transports.slots import MemoryTransport, copy_to_host

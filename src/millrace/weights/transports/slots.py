@@ -7,8 +7,8 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
+from millrace.buckets import Bucket, TensorSpec
 from millrace.checksum import Checksum, checksum
-from millrace.types import Bucket, TensorSpec
 from millrace.weights.transports.base import BucketTransport, NamedTensors, PublishTarget, StagedBucket
 from millrace.weights.transports.layouts import BucketLayout, layout_of
 

@@ -15,10 +15,11 @@ from typing import Self
 
 import torch
 
+from millrace.buckets import TensorSpec, TorchStorageBucket
 from millrace.errors import PublishError
 from millrace.extension.millrace_environment import settings
 from millrace.launch.guard import short_place
-from millrace.types import Capability, TensorSpec, TorchStorageBucket
+from millrace.types import Capability
 from millrace.weights.transports.base import NamedTensors, PublishTarget, TransportContext
 from millrace.weights.transports.layouts import BucketLayout
 from millrace.weights.transports.slots import MemoryTransport, copy_to_host

@@ -21,9 +21,10 @@ from typing import Self
 
 import torch
 
+from millrace.buckets import Bucket, CudaIpcBucket, RankAnswers, TensorSpec, TorchStorageBucket
 from millrace.errors import EngineError, EngineFailed, EngineTimeout, PublishError
 from millrace.http.client import HttpClient
-from millrace.types import Bucket, Capability, CudaIpcBucket, RankAnswers, TensorSpec, TorchStorageBucket
+from millrace.types import Capability
 from millrace.weights.sidecar.asking import ask
 from millrace.weights.sidecar.messages import FORMS, Answers, AnswersBody, Form, PullBody, Pulled, Session
 from millrace.weights.step import StepResult

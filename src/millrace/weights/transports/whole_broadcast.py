@@ -8,7 +8,8 @@ from functools import partial
 
 import torch
 
-from millrace.types import Capability, ProcessGroupBucket
+from millrace.buckets import ProcessGroupBucket
+from millrace.types import Capability
 from millrace.weights.transports import process_group
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket
 from millrace.weights.transports.cuda_ipc import DeviceSlot
