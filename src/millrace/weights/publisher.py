@@ -8,10 +8,9 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
-from millrace.engines.base import Engine
 from millrace.errors import (
     EngineError,
     EngineFailed,
@@ -23,12 +22,12 @@ from millrace.errors import (
     PublishError,
 )
 from millrace.types import Capability
-from millrace.weights.audit import EngineAudit, Samples, audited
+from millrace.weights.audit import Samples, audited
 from millrace.weights.fingerprint import Fingerprint, sampled
 from millrace.weights.plan import buckets
-from millrace.weights.report import EngineReport, PublishReport
+from millrace.weights.report import PublishReport
 from millrace.weights.source import WeightSource
-from millrace.weights.step import StepResult, take_step
+from millrace.weights.step import take_step
 from millrace.weights.transports.base import (
     ExchangedBucket,
     NamedTensors,
@@ -36,6 +35,7 @@ from millrace.weights.transports.base import (
     StagedBucket,
     Transport,
 )
+from millrace.weights.update import Update
 
 STEP_SHARE = 0.5  # of the time that is left for the whole transaction
 ROLLBACK_DEADLINE = 10.0  # seconds
@@ -52,52 +52,6 @@ class Outcome(StrEnum):
 OnOutcome = Callable[[str, Outcome, EngineError | None], Awaitable[None]]
 
 
-@dataclass(slots=True)
-class _Update:
-    """One engine's transaction."""
-
-    target: PublishTarget
-    error: EngineError | None = None
-    begun: bool = False
-    committed: bool = False
-    emptied: bool = False
-    blameless: bool = False
-    collateral: bool = False
-    paused_at: float | None = None
-    loading_since: float | None = None
-    legs: dict[str, float] = field(default_factory=dict)
-    audit: EngineAudit | None = None
-
-    @property
-    def engine(self) -> Engine:
-        return self.target.engine
-
-    @property
-    def layout(self) -> tuple[str, str, int, bool]:
-        """A key that is equal for engines that lay out their tensors and make their own checksums in the same way."""
-        info = self.target.info
-        return info.kind, info.engine_version, info.ranks, self.target.can(Capability.SAMPLED_CHECKSUMS)
-
-    def take(self, leg: str, result: StepResult) -> None:
-        """Take over the result of a step. The first error stays: two buckets may be loaded at the same time."""
-        self.legs[leg] = self.legs.get(leg, 0.0) + result.seconds
-        if self.error is None:
-            self.error, self.blameless = result.error, result.blameless
-
-    def report(self) -> EngineReport:
-        return EngineReport(
-            engine=self.engine.name,
-            error=self.error,
-            collateral=self.collateral,
-            begin_seconds=self.legs.get("begin", 0.0),
-            load_seconds=self.legs.get("load", 0.0),
-            attest_seconds=self.legs.get("attest", 0.0),
-            commit_seconds=self.legs.get("commit", 0.0),
-            pause_seconds=self.legs.get("pause", 0.0),
-            audit=self.audit,
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class _Arrival:
     """A staged bucket, the seconds that staging it took, and an error for each engine that it did not reach."""
@@ -107,7 +61,7 @@ class _Arrival:
     unreached: Mapping[str, EngineError]
 
 
-Step = Callable[[_Update], Awaitable[None]]
+Step = Callable[[Update], Awaitable[None]]
 
 
 class Publish:
@@ -148,7 +102,7 @@ class Publish:
     ) -> None:
         self.version = version
         self.nbytes, self.stage_seconds = 0, 0.0
-        self._updates = [_Update(target) for target in targets]
+        self._updates = [Update(target) for target in targets]
         self._source, self._transport, self._bucket_bytes = source, transport, bucket_bytes
         self._deadline, self._on_outcome, self._fingerprint = deadline, on_outcome, fingerprint
         self._audit_samples = samples
@@ -185,7 +139,7 @@ class Publish:
         )
 
     async def _run_passes(self) -> None:
-        pending: Sequence[_Update] = self._updates
+        pending: Sequence[Update] = self._updates
         while pending and await self._reach(pending):
             await self._load(pending)
             if self._fingerprint is not None and any(update.error is None for update in pending):
@@ -211,7 +165,7 @@ class Publish:
         lost = [error for error in errors if isinstance(error, EngineUnreachable)]
         raise EnginesLost(message, lost) if len(lost) == len(errors) else PublishError(message)
 
-    async def _report_failure(self, update: _Update) -> None:
+    async def _report_failure(self, update: Update) -> None:
         """Report the outcome of an engine that did not take the version, although other engines did."""
         error = update.error
         if error is None or (update.emptied and isinstance(error, EngineRefused)):
@@ -219,11 +173,11 @@ class Publish:
         empty = update.collateral or isinstance(error, LocalError)
         await self._report(update, Outcome.EMPTY if empty else Outcome.UNTRUSTED, error)
 
-    async def _report(self, update: _Update, outcome: Outcome, error: EngineError | None = None) -> None:
+    async def _report(self, update: Update, outcome: Outcome, error: EngineError | None = None) -> None:
         if self._on_outcome is not None:
             await self._on_outcome(update.engine.name, outcome, error)
 
-    async def _reach(self, updates: Sequence[_Update]) -> bool:
+    async def _reach(self, updates: Sequence[Update]) -> bool:
         """Check which engines accept these tensors and can be reached, before any transaction begins. Return whether
         any engine is left."""
         shapes = self._source.shapes()
@@ -235,7 +189,7 @@ class Publish:
             update.error = update.error or unreached.get(update.engine.name)
         return any(update.error is None for update in updates)
 
-    def _buckets(self, updates: Sequence[_Update]) -> Iterator[StagedBucket]:
+    def _buckets(self, updates: Sequence[Update]) -> Iterator[StagedBucket]:
         self._sent, self._samples = {}, {}
         source: Iterator[NamedTensors] = buckets(self._source, self._bucket_bytes)
         if self._fingerprint is None and not any(u.target.can(Capability.SAMPLED_CHECKSUMS) for u in updates):
@@ -251,7 +205,7 @@ class Publish:
             self._samples |= bucket.samples()
             yield bucket
 
-    async def _load(self, updates: Sequence[_Update]) -> None:
+    async def _load(self, updates: Sequence[Update]) -> None:
         """Send the buckets. The transactions begin when the first bucket is ready, because some engines stop generating
         then.
 
@@ -294,7 +248,7 @@ class Publish:
         if isinstance(staged, ExchangedBucket):
             self._exchanged = (self._exchanged or 0) + staged.exchanged
 
-    async def _next_bucket(self, source: Iterator[StagedBucket], updates: Sequence[_Update]) -> _Arrival | None:
+    async def _next_bucket(self, source: Iterator[StagedBucket], updates: Sequence[Update]) -> _Arrival | None:
         started = time.monotonic()
         if (staged := await _next_of(source)) is None:
             return None
@@ -302,7 +256,7 @@ class Publish:
         unreached = await self._transport.deliver(targets, deadline=self._share())
         return _Arrival(staged, time.monotonic() - started, unreached)
 
-    async def _load_bucket(self, updates: Sequence[_Update], staged: StagedBucket) -> None:
+    async def _load_bucket(self, updates: Sequence[Update], staged: StagedBucket) -> None:
         loading = [update for update in updates if update.error is None]
         targets = [update.target for update in loading]
         began = time.monotonic()
@@ -312,7 +266,7 @@ class Publish:
             update.loading_since = update.loading_since or began
             update.legs["load"] = time.monotonic() - update.loading_since
 
-    async def _begin(self, update: _Update) -> None:
+    async def _begin(self, update: Update) -> None:
         if not update.target.can(Capability.STAGED_UPDATE):
             update.paused_at = update.paused_at or time.monotonic()
         update.begun = True  # even if the answer is lost
@@ -322,12 +276,12 @@ class Publish:
             update.begun = False
             raise
 
-    async def _attest(self, updates: Sequence[_Update]) -> None:
+    async def _attest(self, updates: Sequence[Update]) -> None:
         """Compare the engines' weights with the tensors that were sent, and with engines of the same layout."""
         reported: dict[str, Mapping[str, str]] = {}
         layouts = Counter(update.layout for update in updates if update.error is None)
 
-        async def ask(update: _Update) -> None:
+        async def ask(update: Update) -> None:
             engine, target = update.engine, update.target
             if target.can(Capability.CHECKSUMS) and all(self._sent.values()):
                 _require_same(engine.name, await engine.checksums(), self._sent)
@@ -338,7 +292,7 @@ class Publish:
                 reported[engine.name] = await engine.checksums()
 
         await self._each(updates, "attest", ask)
-        first: dict[object, _Update] = {}
+        first: dict[object, Update] = {}
         for update in updates:
             if update.error is None and update.engine.name in reported:
                 other = first.setdefault(update.layout, update)
@@ -346,21 +300,21 @@ class Publish:
                     for wrong, peer in ((update, other), (other, update)):
                         wrong.error = EngineFailed(wrong.engine.name, f"it holds other weights than {peer.engine.name}")
 
-    async def _audit(self, update: _Update) -> None:
+    async def _audit(self, update: Update) -> None:
         """Compare the layers with the trainer's weights. Raises EngineFailed if they are not what was asked for."""
         samples = self._audit_samples.all() if self._audit_samples is not None else ()
         update.audit = await audited(update.engine, update.target.info, samples, deadline=self._share())
         if update.audit is not None and update.audit.fault is not None:
             raise EngineFailed(update.engine.name, update.audit.fault)
 
-    async def _commit(self, update: _Update) -> None:
+    async def _commit(self, update: Update) -> None:
         await update.engine.commit()
         update.begun, update.committed = False, True
         if update.paused_at is not None:
             update.legs["pause"] = time.monotonic() - update.paused_at
         await self._report(update, Outcome.COMMITTED)
 
-    async def _abandon(self, update: _Update) -> bool:
+    async def _abandon(self, update: Update) -> bool:
         """Roll back a transaction that was not committed. Return whether the engine is healthy. An engine that refuses,
         because it can't restore its old weights, is healthy."""
         if not update.begun:
@@ -379,10 +333,10 @@ class Publish:
             return refused
         return True
 
-    async def _each(self, updates: Sequence[_Update], leg: str, step: Step) -> None:
+    async def _each(self, updates: Sequence[Update], leg: str, step: Step) -> None:
         """Take one step on every engine that has not failed. An engine's error ends only its own transaction."""
 
-        async def guarded(update: _Update) -> None:
+        async def guarded(update: Update) -> None:
             update.take(leg, await take_step(update.engine.name, leg, step(update), self._share()))
 
         async with asyncio.TaskGroup() as group:
@@ -412,7 +366,7 @@ async def _next_of(source: Iterator[StagedBucket]) -> StagedBucket | None:
         raise
 
 
-def _leave_out(updates: Sequence[_Update], arrival: _Arrival | None) -> None:
+def _leave_out(updates: Sequence[Update], arrival: _Arrival | None) -> None:
     """Fail the engines whose host the bucket did not reach."""
     unreached = arrival.unreached if arrival is not None else {}
     for update in updates:
