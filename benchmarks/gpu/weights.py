@@ -26,6 +26,7 @@ import torch
 from benchmarks.gpu.engines import engine_config, served
 from benchmarks.gpu.models import random_tensors, write_config
 from benchmarks.sidecar import sidecar
+from millrace.config.models import TransportName
 from millrace.engines.base import Engine
 from millrace.types import GenerateRequest, MemoryTag, SamplingParams
 from millrace.weights.publisher import Publish
@@ -68,7 +69,7 @@ async def measure_publish(
     target: PublishTarget,
     tensors: list[tuple[str, torch.Tensor]],
     arguments: argparse.Namespace,
-    name: str,
+    name: TransportName,
     sidecars: Mapping[str, str],
 ) -> None:
     """Prints one line for each size of bucket. name: the transport. The version starts at 1 and grows by one with each
