@@ -27,7 +27,7 @@ from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.sglang.facts import SGLangFacts, read_facts
 from millrace.engines.sglang.guards import check_request
-from millrace.engines.sglang.loading import LOADER, AnswerStore, LoaderUpdate, in_files
+from millrace.engines.sglang.loading import LOADER, MISSING_LOADER, AnswerStore, LoaderUpdate, in_files
 from millrace.engines.sglang.payload import loader_payloads, order_payloads, parts_payloads, payloads
 from millrace.engines.sglang_wire import (
     PAUSE_MODES,
@@ -44,7 +44,7 @@ from millrace.engines.stock.parts import NeededParts
 from millrace.engines.stock.state import InvalidStateError, ServerState
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
-from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout, LocalError
+from millrace.errors import EngineError, EngineFailed, EngineRefused, EngineTimeout, EngineUnreachable, LocalError
 from millrace.http import HttpClient
 from millrace.http.hosts import is_loopback
 from millrace.types import Capability, EngineInfo, EngineLoad, GenerateRequest, Generation, MemoryTag, PauseMode
@@ -67,6 +67,7 @@ def encode(request: GenerateRequest, *, stream: bool = False, experts: bool = Fa
 class SGLangEngine(StockEngine[SGLangFacts]):
     """One SGLang server."""
 
+    _has_ordered = False  # whether the weight loader has done anything
     _session: bool | None = None  # whether the server has an update session open; None: unknown
     _by_loader: LoaderUpdate | None = None  # what the server's weight loader has done in the open update
     _files: AnswerFilesPool | None = None  # of the weight loader, if it has got buckets in memory
@@ -329,7 +330,13 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     async def _order(self, shares: Sequence[str], deadline: float) -> None:
         """Send an order to the weight loader of each rank."""
         body = {"serialized_named_tensors": shares, "load_format": LOADER, **WITHOUT_FLUSH}
-        await self._control("/update_weights_from_tensor", body, deadline=deadline)
+        try:
+            await self._control("/update_weights_from_tensor", body, deadline=deadline)
+        except EngineUnreachable as error:
+            if not self._attached or self._has_ordered:
+                raise
+            raise EngineUnreachable(self.name, MISSING_LOADER, sent=error.sent) from error
+        self._has_ordered = True
 
     async def _commit(self, version: int) -> None:
         if self._by_loader is not None and self._by_loader.missing:

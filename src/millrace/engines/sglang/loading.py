@@ -15,6 +15,10 @@ from millrace.errors import EngineFailed
 from millrace.extension.millrace_samples import separated
 
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
+MISSING_LOADER = (
+    "it ended with its first order to the weight loader; if its log says that there is no module named "
+    "millrace_sglang, put the folder that has it on the server's PYTHONPATH (docs/sglang.md)"
+)
 
 
 class AnswerStore:
