@@ -40,7 +40,7 @@ from tests.conformance.sampling import check_samples_as_transformers_would
 from tests.engines.processes import below, command_lines
 from tests.weights.variants import read_folder
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | WITHOUT_LORA | frozenset({
     "update.bare_nccl",  # on the CPU
@@ -94,17 +94,15 @@ async def test_every_rank_has_its_experts_and_answers_for_them(engine: VLLMEngin
 
 
 @every_check
-@pytest.mark.slow
 async def test_it_does_what_the_contract_says(runner: Runner, check: Check) -> None:
     await run_check(runner, check, LACKING)
 
 
-@pytest.mark.slow
 async def test_it_samples_as_transformers_would(engine: VLLMEngine, folders: tuple[Path, Path]) -> None:
     await check_samples_as_transformers_would(engine, folders[0])
 
 
-@pytest.mark.parametrize("name", ["shm", "gloo", pytest.param("ucx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["shm", "gloo", "ucx"])
 async def test_weights_come_by_every_transport(
     name: TransportName, engine: VLLMEngine, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

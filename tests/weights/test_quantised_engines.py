@@ -97,6 +97,7 @@ async def publish_with_wrong_scales(target: PublishTarget, folder: Path, model: 
         await transport.close()
 
 
+@pytest.mark.slow
 async def test_sglang_gets_fp8_in_blocks(sglang_python: Callable[[str], Path], tmp_path: Path) -> None:
     """It holds the same bytes as a server that was started from a folder with these weights, and a layer with wrong
     scales is found before it serves."""
