@@ -27,8 +27,8 @@ from millrace.http.line import Line
 from millrace.http.local import data_socket, lacking
 
 # uvicorn, which serves the stock engines, closes an idle connection after 5 s. A client that keeps one for longer
-# eventually sends a request into a connection that is being closed, and can't know whether it arrived. On a busy host, it
-# may write seconds after it has taken the connection.
+# eventually sends a request into a connection that is being closed, and can't know whether it arrived. On a busy host,
+# it may write seconds after it has taken the connection.
 KEEPALIVE_SECONDS = 1.0
 JSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 RETRY_PAUSES = (0.05, 0.2, 0.8)
