@@ -2,13 +2,11 @@
 the conformance checks and uses the same server."""
 
 import asyncio
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from benchmarks.sidecar import sidecar
 from transformers import AutoModelForCausalLM
 
 from millrace.config.models import TransportName
@@ -61,7 +59,7 @@ async def check_weights_come(engine: Engine, name: TransportName, folders: tuple
     target = PublishTarget(engine, await engine.info())
     version = target.info.weight_version or 0
     with ExitStack() as stack:
-        sidecars = {engine.name: stack.enter_context(running_sidecar())} if name == "ucx" else {}
+        sidecars = {engine.name: stack.enter_context(sidecar())} if name == "ucx" else {}
         way = create(name, TransportContext(capabilities=target.info.capabilities, sidecars=sidecars))
         try:
             for folder in reversed(folders):
@@ -73,18 +71,6 @@ async def check_weights_come(engine: Engine, name: TransportName, folders: tuple
         finally:
             await way.close()
     return version
-
-
-@contextmanager
-def running_sidecar() -> Iterator[str]:
-    """Starts a sidecar on this host and yields its URL."""
-    command = [sys.executable, "-m", "millrace", "sidecar"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process.stdout.readline().split()[0]
-        finally:
-            process.kill()
 
 
 async def require_served(engine: Engine, folder: Path, version: int) -> None:

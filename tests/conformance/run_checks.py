@@ -23,6 +23,13 @@ WITHOUT_LORA = frozenset(check.name for check in CHECKS if Capability.LORA in ch
 # These checks need a server of a vision-language model.
 WITHOUT_IMAGES = frozenset(check.name for check in CHECKS if Capability.IMAGES in check.needs)
 # These checks need a server of a mixture of experts that returns the routed experts.
+VLLM_UPDATES = frozenset({  # the checks of updates that vLLM on the CPU can't run
+    "update.bare_nccl",  # on the CPU
+    "update.checksums",
+    "update.cuda_ipc",  # on the CPU
+    "update.rollback",
+    "update.torch_storage",
+})  # fmt: skip
 WITHOUT_EXPERTS = frozenset(check.name for check in CHECKS if Capability.ROUTED_EXPERTS in check.needs)
 every_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 

@@ -21,6 +21,7 @@ from tests.conformance.lora import (
 from tests.conformance.nan import check_nan_weights
 from tests.conformance.run_checks import (
     START_TIMEOUT,
+    VLLM_UPDATES,
     WITHOUT_EXPERTS,
     WITHOUT_IMAGES,
     check_dtype_is_read,
@@ -35,13 +36,7 @@ from tests.routers.check_router import check_router
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | frozenset({
-    "update.bare_nccl",  # on the CPU
-    "update.checksums",
-    "update.cuda_ipc",  # on the CPU
-    "update.rollback",
-    "update.torch_storage",
-})  # fmt: skip
+LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | VLLM_UPDATES
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -29,6 +29,7 @@ from tests.conformance.ranks import (
 )
 from tests.conformance.run_checks import (
     START_TIMEOUT,
+    VLLM_UPDATES,
     WITHOUT_EXPERTS,
     WITHOUT_IMAGES,
     WITHOUT_LORA,
@@ -42,13 +43,7 @@ from tests.weights.variants import read_folder
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
-LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | WITHOUT_LORA | frozenset({
-    "update.bare_nccl",  # on the CPU
-    "update.checksums",
-    "update.cuda_ipc",  # on the CPU
-    "update.rollback",
-    "update.torch_storage",
-})  # fmt: skip
+LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | WITHOUT_LORA | VLLM_UPDATES
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,18 @@ async def publish_with_wrong_scales(target: PublishTarget, folder: Path, model: 
         await transport.close()
 
 
+async def check_both(
+    fleet: Fleet, first: PreTrainedModel, second: PreTrainedModel, held: LayerForm, error: float
+) -> None:
+    """Publishes other weights and then the engine's own. The audits are sound, and it then holds the bytes that it was
+    started with."""
+    engine = target_of(fleet).engine
+    own = await engine.checksums()
+    require_sound(await audited_publish(fleet, first, 1), held, error)
+    require_sound(await audited_publish(fleet, second, 2), held, error)
+    assert await engine.checksums() == own
+
+
 @pytest.mark.slow
 async def test_sglang_gets_fp8_in_blocks(sglang_python: Callable[[str], Path], tmp_path: Path) -> None:
     """It holds the same bytes as a server that was started from a folder with these weights, and a layer with wrong
@@ -121,11 +133,7 @@ async def test_sglang_gets_experts_in_fp8(sglang_python: Callable[[str], Path], 
     first, second = (make_moe(tmp_path / str(seed), seed) for seed in range(2))
     folder = save_quantised(tmp_path / "1", tmp_path / "fp8", "fp8_block")
     async with open_fleet(sglang(sglang_python("0.5.23")), folder, log_dir=tmp_path / "logs") as fleet:
-        engine = target_of(fleet).engine
-        own = await engine.checksums()
-        require_sound(await audited_publish(fleet, first, 1), BLOCK, 0.04)
-        require_sound(await audited_publish(fleet, second, 2), BLOCK, 0.04)
-        assert await engine.checksums() == own
+        await check_both(fleet, first, second, BLOCK, 0.04)
 
 
 @pytest.mark.slow
@@ -155,11 +163,7 @@ async def test_vllm_gets_quantised_weights(
     first, second = (make_dense_folder(tmp_path / str(seed), seed) for seed in range(2))
     folder = save_quantised(tmp_path / "1", tmp_path / "quantised", form)
     async with open_fleet(vllm(vllm_python), folder, log_dir=tmp_path / "logs") as fleet:
-        engine = target_of(fleet).engine
-        own = await engine.checksums()
-        require_sound(await audited_publish(fleet, first, 1), held, error)
-        require_sound(await audited_publish(fleet, second, 2), held, error)
-        assert await engine.checksums() == own
+        await check_both(fleet, first, second, held, error)
 
 
 @pytest.mark.slow
@@ -172,11 +176,7 @@ async def test_vllm_quantises_by_itself(option: str, held: LayerForm, vllm_pytho
     first, second = (make_dense_folder(tmp_path / str(seed), seed) for seed in range(2))
     config = vllm(vllm_python, quantization=option)
     async with open_fleet(config, tmp_path / "1", log_dir=tmp_path / "logs") as fleet:
-        engine = target_of(fleet).engine
-        own = await engine.checksums()
-        require_sound(await audited_publish(fleet, first, 1), held, 0.04)
-        require_sound(await audited_publish(fleet, second, 2), held, 0.04)
-        assert await engine.checksums() == own
+        await check_both(fleet, first, second, held, 0.04)
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Seque
 
 
 def rows_of(tensors: Sequence[TensorSpec]) -> Sequence[object]:
-    """Return what the extension is told about tensors."""
+    """Return the rows that describe tensors to the extension: name, dtype, shape, offset and size, both in bytes."""
     return [(tensor.name, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes) for tensor in tensors]
 
 

@@ -71,6 +71,14 @@ class MemoryTransport(BucketTransport, Generic[S]):
         return slot
 
 
+def fill(memory: torch.Tensor, layout: BucketLayout, tensors: NamedTensors) -> dict[str, str]:
+    """Copy the tensors into a bucket, [nbytes] uint8. Return their checksums by name; empty on a GPU."""
+    if memory.is_cuda:
+        layout.pack_on_gpu(tensors, memory)
+        return {}
+    return copy_to_host(tensors, layout.specs, memory)
+
+
 def copy_to_host(tensors: NamedTensors, specs: tuple[TensorSpec, ...], target: torch.Tensor) -> dict[str, str]:
     """Copy the tensors into `target`, a uint8 tensor of shape [nbytes] on the CPU. Return their checksums by name."""
     return {

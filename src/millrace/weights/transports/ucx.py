@@ -39,7 +39,7 @@ from millrace.weights.transports.cuda_ipc import DeviceSlot
 from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.shared_memory import MemoryFile
 from millrace.weights.transports.sidecars import reason_of
-from millrace.weights.transports.slots import copy_to_host
+from millrace.weights.transports.slots import fill
 from millrace.weights.ucx import Endpoint, load
 
 READ_SHARE = 0.9  # of a call's deadline, so that a sidecar that gives up can still answer
@@ -171,11 +171,7 @@ class UcxTransport(BucketTransport):
             self._endpoint = Endpoint(self._new_slot, self._device)
         layout = layout_of(tensors)
         memory = self._endpoint.slot(slot, layout.nbytes, unread=self._unread).bytes
-        checksums: dict[str, str] = {}
-        if self._device.type == "cpu":
-            checksums = copy_to_host(tensors, layout.specs, memory)
-        else:
-            layout.pack_on_gpu(tensors, memory)
+        checksums = fill(memory, layout, tensors)
         bucket = self._staged = _InFlightBucket(self._endpoint.name, slot, layout.nbytes, layout.specs)
         samples = partial(layout.samples_in, memory)
         return StagedBucket(bucket.bucket_for, checksums, layout.names, layout.nbytes, samples=samples)

@@ -16,7 +16,7 @@ from millrace.weights.transports.cuda_ipc import DeviceSlot
 from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.process_group import BroadcastBucket, ProcessGroupTransport
 from millrace.weights.transports.sending_group import SendingGroup
-from millrace.weights.transports.slots import copy_to_host
+from millrace.weights.transports.slots import fill
 
 
 class WholeBroadcastTransport(ProcessGroupTransport):
@@ -38,11 +38,7 @@ class WholeBroadcastTransport(ProcessGroupTransport):
                 self._slots[slot].close()
             self._slots[slot] = DeviceSlot(layout.nbytes, self._device)
         memory = self._slots[slot].bytes[: layout.nbytes]
-        checksums = {}
-        if self._device.type == "cpu":
-            checksums = copy_to_host(tensors, layout.specs, memory)
-        else:
-            layout.pack_on_gpu(tensors, memory)
+        checksums = fill(memory, layout, tensors)
         number, self._number = self._number, self._number + 1
 
         def bucket_for(target: PublishTarget) -> ProcessGroupBucket:
