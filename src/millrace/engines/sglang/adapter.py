@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from millrace.buckets import (
 from millrace.engines.answers import AnswerFiles, AnswerFilesPool
 from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS
+from millrace.engines.sglang.channel import Orders
 from millrace.engines.sglang.facts import SGLangFacts, read_facts
 from millrace.engines.sglang.guards import check_request
 from millrace.engines.sglang.loading import LOADER, MISSING_LOADER, AnswerStore, LoaderUpdate, in_files
@@ -68,6 +69,7 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     """One SGLang server."""
 
     _has_ordered = False  # whether the weight loader has done anything
+    _orders: Orders | None = None  # what sends it the orders of loads
     _session: bool | None = None  # whether the server has an update session open; None: unknown
     _by_loader: LoaderUpdate | None = None  # what the server's weight loader has done in the open update
     _files: AnswerFilesPool | None = None  # of the weight loader, if it has got buckets in memory
@@ -106,7 +108,8 @@ class SGLangEngine(StockEngine[SGLangFacts]):
 
         Names begin with the rank.
         """
-        body = await self._control("/weights_checker", {"action": "checksum"}, repeatable=True)
+        async with self._control_call():
+            body = await self._control("/weights_checker", {"action": "checksum"}, repeatable=True)
         return checksums_by_rank(body["ranks"])
 
     async def sampled_checksums(self) -> Mapping[str, str]:
@@ -144,7 +147,7 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     async def audit(
         self, samples: Sequence[WeightSample], *, deadline: float
     ) -> tuple[Sequence[HeldLayer], Sequence[int]] | None:
-        if not is_loopback(str(urlsplit(self.url).hostname)):
+        if not self._here:
             return None
         answers, question = Answers(), LoaderUpdate(self.name)
         async with self._control_call():
@@ -157,7 +160,9 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     async def close(self) -> None:
         if self._files is not None:
             self._files.close()
-        self._files, self._groups = None, {}
+        if self._orders is not None:
+            self._orders.close()
+        self._files, self._groups, self._orders = None, {}, None
         await super().close()
 
     async def loads(self) -> EngineLoad:
@@ -248,15 +253,14 @@ class SGLangEngine(StockEngine[SGLangFacts]):
 
     def _can_answer(self, bucket: CudaIpcBucket | TorchStorageBucket | DiskBucket, facts: SGLangFacts) -> bool:
         """Return whether the server has the weight loader, and there are files on its host for the loader's answers."""
-        here = is_loopback(str(urlsplit(self.url).hostname))
-        return Capability.SAMPLED_CHECKSUMS in facts.info.capabilities and (bucket.answers is not None or here)
+        return Capability.SAMPLED_CHECKSUMS in facts.info.capabilities and (bucket.answers is not None or self._here)
 
     async def _load_by_loader(self, bucket: CudaIpcBucket | TorchStorageBucket, ranks: int, deadline: float) -> None:
         """Have the server's weight loader load a bucket in memory, and read its answers."""
         ends = time.monotonic() + deadline
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         with self._answers(bucket.answers, ranks) as answers:
-            await self._order(loader_payloads(bucket, update.orders(bucket.tensors, in_files(answers))), deadline)
+            await self._order_load(loader_payloads(bucket, update.orders(bucket.tensors, in_files(answers))), deadline)
             update.take(bucket.tensors, await self._read(answers, ends - time.monotonic()))
 
     @contextmanager
@@ -305,7 +309,7 @@ class SGLangEngine(StockEngine[SGLangFacts]):
         try:
             with self._answer_files(len(bucket.ranks)) as files:
                 orders = update.orders_of_parts([rank.parts for rank in bucket.ranks], in_files(files.answers()))
-                await self._order(parts_payloads(bucket.ranks, orders), deadline)
+                await self._order_load(parts_payloads(bucket.ranks, orders), deadline)
                 update.take_parts(files.read())
         except BaseException:
             self._needs = None  # ask again, because the server may not remember the question
@@ -316,7 +320,7 @@ class SGLangEngine(StockEngine[SGLangFacts]):
         assert bucket.number is not None
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         places = store.places(bucket.number, deadline)
-        await self._order(order_payloads(update.orders(bucket.tensors, places)), deadline)
+        await self._order_load(order_payloads(update.orders(bucket.tensors, places)), deadline)
         try:
             update.take(bucket.tensors, await asyncio.to_thread(store.read, bucket.number))
         except RuntimeError as error:  # torch's
@@ -327,8 +331,25 @@ class SGLangEngine(StockEngine[SGLangFacts]):
         self._files = self._files or AnswerFilesPool(ranks)
         return self._files.taken()
 
+    async def _order_load(self, shares: Sequence[str], deadline: float) -> None:
+        """Send an order to load a bucket, beside which others may be under way."""
+        self._orders = self._orders or Orders(self.name, self._order, by_channel=self._here)
+        await self._orders.send(shares, deadline)
+
+    @asynccontextmanager
+    async def _control_call(self, *, beside_loads: bool = False) -> AsyncIterator[None]:
+        async with super()._control_call(beside_loads=beside_loads):
+            if self._orders is not None and not beside_loads:
+                await self._orders.end()
+            yield
+
+    @property
+    def _here(self) -> bool:
+        """Whether the server runs on this host."""
+        return is_loopback(str(urlsplit(self.url).hostname))
+
     async def _order(self, shares: Sequence[str], deadline: float) -> None:
-        """Send an order to the weight loader of each rank."""
+        """Send an order to the weight loader of each rank by HTTP."""
         body = {"serialized_named_tensors": shares, "load_format": LOADER, **WITHOUT_FLUSH}
         try:
             await self._control("/update_weights_from_tensor", body, deadline=deadline)

@@ -16,6 +16,7 @@ from millrace_words import first_line, listed
 
 from . import folders, parts
 from .audit import audit
+from .channel import serve
 from .plan import Plan, plan_of
 from .receiving import Group, ReceivingGroup
 from .recording import Memory, Recorder
@@ -172,13 +173,17 @@ LOADERS: "weakref.WeakKeyDictionary[torch.nn.Module, Loader]" = weakref.WeakKeyD
 
 
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Load one bucket: SGLang calls this in each rank.
+    """Load one bucket, or all buckets that come by a channel: SGLang calls this in each rank.
 
-    named_tensors: one pair, the order and the bucket's bytes; no bytes if the bucket comes by a process group.
+    named_tensors: one pair, the order and the bucket's bytes; no bytes if the bucket comes by a process group or a
+        channel.
     Raises nothing that the order can cause: an exception would end the server. The sender reads in the answer what
     failed.
     """
     [(text, bucket)] = named_tensors
+    if text.startswith('{"channel"'):
+        load_from_channel(model, json.loads(text), bucket.device)
+        return
     try:
         order = Order.read(text)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -211,6 +216,21 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
             loader.receiving.answer(order.number, content)
         except RuntimeError as error:
             log.warning("the answer can't be sent: %s", first_line(error))
+
+
+def load_from_channel(model: torch.nn.Module, head: Mapping[str, Any], device: torch.device) -> None:
+    """Load the buckets that come by a channel. head: where it is, and the first order."""
+    from sglang.srt.utils import MultiprocessingSerializer  # type: ignore[import-not-found,unused-ignore]
+
+    def do(payload: str) -> object:
+        [(text, bucket)] = MultiprocessingSerializer.deserialize(payload)
+        load(model, [(text, bucket.to(device))])
+        return bucket
+
+    try:
+        serve(head["channel"], head["rank"], head["order"], do)
+    except Exception:  # the sender sees that the connection ends
+        log.exception("the orders of a channel could not be taken")
 
 
 def write_answer(path: str, content: bytes) -> None:
