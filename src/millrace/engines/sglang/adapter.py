@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -69,7 +69,6 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     """One SGLang server."""
 
     _has_ordered = False  # whether the weight loader has done anything
-    _orders: Orders | None = None  # what sends it the orders of loads
     _session: bool | None = None  # whether the server has an update session open; None: unknown
     _by_loader: LoaderUpdate | None = None  # what the server's weight loader has done in the open update
     _files: AnswerFilesPool | None = None  # of the weight loader, if it has got buckets in memory
@@ -160,9 +159,8 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     async def close(self) -> None:
         if self._files is not None:
             self._files.close()
-        if self._orders is not None:
-            self._orders.close()
-        self._files, self._groups, self._orders = None, {}, None
+        self._orders.close()
+        self._files, self._groups = None, {}
         await super().close()
 
     async def loads(self) -> EngineLoad:
@@ -333,15 +331,19 @@ class SGLangEngine(StockEngine[SGLangFacts]):
 
     async def _order_load(self, shares: Sequence[str], deadline: float) -> None:
         """Send an order to load a bucket, beside which others may be under way."""
-        self._orders = self._orders or Orders(self.name, self._order, by_channel=self._here)
         await self._orders.send(shares, deadline)
 
     @asynccontextmanager
     async def _control_call(self, *, beside_loads: bool = False) -> AsyncIterator[None]:
         async with super()._control_call(beside_loads=beside_loads):
-            if self._orders is not None and not beside_loads:
-                await self._orders.end()
+            if not beside_loads:
+                self._orders.release()
             yield
+
+    @cached_property
+    def _orders(self) -> Orders:
+        """What sends the orders to load a bucket."""
+        return Orders(self.name, self._order, by_channel=self._here)
 
     @property
     def _here(self) -> bool:
@@ -362,11 +364,16 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     async def _commit(self, version: int) -> None:
         if self._by_loader is not None and self._by_loader.missing:
             raise InvalidStateError(self._by_loader.missing)
-        await self._end_session()
-        body = {"new_version": str(version), "abort_all_requests": False}
-        await self._control("/update_weight_version", body)
+        ending = asyncio.create_task(self._orders.end())
+        try:
+            await self._end_session()
+            body = {"new_version": str(version), "abort_all_requests": False}
+            await self._control("/update_weight_version", body)
+        finally:
+            await ending
 
     async def _abort_update(self) -> None:
+        await self._orders.end()
         try:
             await self._end_session()
         except EngineRefused:  # another client has ended the session

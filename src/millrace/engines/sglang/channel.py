@@ -72,7 +72,7 @@ class Channel:
             if not connected.done():
                 raise EngineTimeout(self._engine, f"its weight loader did not connect within {deadline:.1f} s")
         except BaseException:
-            self._cut()
+            self.release()
             raise
         finally:
             connected.cancel()
@@ -103,23 +103,23 @@ class Channel:
                 return
             if not done.done() and not self._first.done():
                 raise EngineTimeout(self._engine, f"its weight loader did not answer within {deadline:.1f} s")
-            self._cut()  # the other ranks end too
+            self.release()  # the other ranks end too
             with suppress(TimeoutError):
                 async with asyncio.timeout(END_SECONDS):
                     await asyncio.shield(self._first)  # it says why, if the server has ended
             raise EngineFailed(self._engine, "its weight loader has ended; see its log")
         except BaseException:
-            self._cut()
+            self.release()
             raise
         finally:
             done.cancel()
             self._under_way -= 1
             if not self._under_way and self.is_open:
-                self._idle = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._cut)
+                self._idle = asyncio.get_running_loop().call_later(IDLE_SECONDS, self.release)
 
     async def end(self) -> None:
         """Let the ranks go, and wait until the server is free for other calls. Raises what the first order raises."""
-        self._cut()
+        self.release()
         if self._first is None:
             return
         try:
@@ -131,9 +131,17 @@ class Channel:
             ) from None
         self._first = None
 
+    def release(self) -> None:
+        """Let the ranks go, which ends the first order."""
+        if self._idle is not None:
+            self._idle.cancel()
+        for _, writer in self._connections.values():
+            writer.close()
+        self._connections = {}
+
     def close(self) -> None:
-        """Let the ranks go, without waiting for them."""
-        self._cut()
+        """Let the ranks go, and do not wait for the answer to the first order."""
+        self.release()
         if self._first is not None:
             self._first.cancel()
 
@@ -167,14 +175,6 @@ class Channel:
             for rank in range(self._ranks):
                 await self._connections[rank][0].readexactly(1)
 
-    def _cut(self) -> None:
-        """Close the connections, which ends the first order."""
-        if self._idle is not None:
-            self._idle.cancel()
-        for _, writer in self._connections.values():
-            writer.close()
-        self._connections = {}
-
 
 class Orders:
     """Sends orders to the weight loader of one server: by a channel if it is on this host, and by HTTP otherwise.
@@ -198,8 +198,13 @@ class Orders:
         else:
             await channel.send(payloads, ends - time.monotonic())
 
+    def release(self) -> None:
+        """Let the server do other things. No order may be under way."""
+        if self._channel is not None:
+            self._channel.release()
+
     async def end(self) -> None:
-        """Wait until the server is free for other calls. No order may be under way."""
+        """Let the server do other things, and wait until it can. Raises the error with which the orders have ended."""
         channel, self._channel = self._channel, None
         if channel is not None:
             await channel.end()

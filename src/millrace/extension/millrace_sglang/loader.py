@@ -130,17 +130,18 @@ class Loader:
         key = order.layout, bucket.nbytes
         layout = self.layouts.get(key) or Layout.of(order.layout, bucket)
         self.layouts[key], layout.update = layout, order.update
-        samples = layout.places.checksums(bucket)
+        samples = layout.places.begin(bucket)
         if isinstance(layout.plan, Plan):
             layout.plan.run(bucket)
         else:
             layout.plan = record(model, layout.views(bucket), bucket, known=layout.plan)
             self.parameters = dict(model.named_parameters())  # the model's own loader may replace some
-        answer: dict[str, object] = {"samples": samples}
         if isinstance(layout.plan, str):
             self.written = None
-            return {**answer, "unplanned": layout.plan}
-        if wrong := layout.plan.differing(bucket):
+            return {"samples": samples(), "unplanned": layout.plan}
+        differing = layout.plan.compare(bucket)
+        answer: dict[str, object] = {"samples": samples()}  # the GPU has got all its work before this waits for it
+        if wrong := differing():
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         if self.written is not None:
             self.written.update(layout.plan.elements)
