@@ -295,9 +295,10 @@ class VLLMEngine(StockEngine[VLLMFacts]):
 
     async def _order(self, method: str, place: Mapping[str, object], rows: Sequence[object], deadline: float) -> Any:
         """Have the extension load a bucket, and open the update first if that is due."""
+        head = {**place, "seconds": deadline}
 
         async def call(*, begin: bool) -> Any:
-            texts = [orjson.dumps(value).decode() for value in ({**place, "begin": begin}, *rows)]
+            texts = [orjson.dumps(value).decode() for value in (head | {"begin": begin}, *rows)]
             return await self._rpc(method, *texts, deadline=deadline)
 
         async with self._opening:  # no other bucket may overtake the first one
@@ -361,7 +362,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             ranks = {"rank_offset": group.rank_offset, "world_size": group.world_size}
             await self._control("/init_weight_transfer_engine", {"init_info": place | ranks}, deadline=deadline)
             return
-        text = orjson.dumps({**asdict(group), "timeout": deadline}).decode()
+        text = orjson.dumps({**asdict(group), "seconds": deadline}).decode()
         await self._rpc("millrace_join", text, deadline=deadline)
 
     async def _probe(self, deadline: float) -> None:
