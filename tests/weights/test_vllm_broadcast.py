@@ -26,6 +26,7 @@ async def test_versions_come_by_whole_buckets(ranks: int, vllm_python: Path, tmp
         threads=1,
         start_timeout=START_TIMEOUT,
         tp_size=ranks,
+        env={"VLLM_CPU_OMP_THREADS_BIND": "nobind"},  # otherwise it wants a NUMA node for each rank
     )
     started = await start(config, LaunchSpec(model_path=folder, log_dir=tmp_path))
     try:
