@@ -23,7 +23,9 @@ TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
     TorchStorageBucket: frozenset({Capability.UPDATE_FROM_TORCH_STORAGE}),
     PartsBucket: frozenset({Capability.UPDATE_FROM_PARTS}),
     SharedMemoryBucket: frozenset({Capability.UPDATE_FROM_SHARED_MEMORY}),
-    ProcessGroupBucket: frozenset({Capability.UPDATE_FROM_PROCESS_GROUP, Capability.UPDATE_FROM_BARE_NCCL}),
+    ProcessGroupBucket: frozenset(
+        {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.WHOLE_BROADCASTS, Capability.UPDATE_FROM_BARE_NCCL}
+    ),
     DiskBucket: frozenset({Capability.UPDATE_FROM_DISK}),
 }
 

@@ -40,8 +40,10 @@ def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Seque
                     f"the bucket has {len(shares)} shares for {ranks} ranks; each rank needs its own"
                 )
             return {"kind": "cuda_ipc", "shares": [_share(share) for share in shares], "nbytes": nbytes}, tensors
-        case ProcessGroupBucket(group, tensors):
-            return {"kind": "process_group", "group": group}, tensors
+        case ProcessGroupBucket(group, tensors, number) if number is not None:
+            return {"kind": "process_group", "group": group, "number": number}, tensors
+        case ProcessGroupBucket():
+            raise InvalidStateError("by a process group it takes whole buckets, and no single tensors")
         case DiskBucket(path):
             return {"kind": "disk", "path": path}, ()
         case TorchStorageBucket():
