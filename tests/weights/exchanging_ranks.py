@@ -25,6 +25,8 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import AutoModelForCausalLM
 
 from millrace.config.engines import EngineConfig
+from millrace.engines.sglang.adapter import SGLangEngine
+from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
@@ -113,7 +115,9 @@ async def lead(
                 note(found, version, await fleet.publish(led, version, bucket_bytes=BUCKET))
             found["tokens"][version] = await tokens(fleet)
             torch.save(whole, out / f"{version}.pt")
-        found["needs"] = next(iter(fleet.engines.values()))._needs  # type: ignore[attr-defined]
+        [engine] = fleet.engines.values()
+        assert isinstance(engine, SGLangEngine | VLLMEngine)
+        found["needs"] = engine._needs if isinstance(engine, SGLangEngine) else engine._extension._needs
         together(3)
         found["spoilt"] = await refused(sharded, fleet, 3)
         together(4)

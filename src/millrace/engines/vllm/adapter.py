@@ -327,6 +327,8 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             ranks = {"rank_offset": group.rank_offset, "world_size": group.world_size}
             await self._control("/init_weight_transfer_engine", {"init_info": place | ranks}, deadline=deadline)
             return
+        if not group.by_bucket:
+            raise EngineRefused(self.name, "its extension takes whole buckets by a process group (`by_bucket`)")
         text = orjson.dumps({**asdict(group), "seconds": deadline}).decode()
         await self._rpc("millrace_join", text, deadline=deadline)
 
