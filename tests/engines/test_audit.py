@@ -172,12 +172,14 @@ def test_experts_are_read_from_memory_if_their_kernel_uses_them_as_they_are(audi
 @pytest.mark.parametrize(
     ("shape", "grid", "block"),
     [((256, 384), (2, 3), (128, 128)), ((300, 200), (3, 2), (128, 128)), ((192, 256), (192, 8), (1, 32)),
-     ((96, 64), (1, 96), (1, -1)), ((96, 256), (2, 96), (1, 128)), ((96, 64), (), (-1, -1))],
+     ((96, 64), (1, 96), (1, -1)), ((96, 256), (2, 96), (1, 128)), ((96, 64), (), (-1, -1)),
+     ((384, 128), (3, 1), (128, 128)), ((384, 128), (3,), (128, -1))],
 )  # fmt: skip
 def test_the_block_of_scales_follows_from_their_shape(
     audit: Any, shape: tuple[int, int], grid: tuple[int, ...], block: tuple[int, int]
 ) -> None:
-    """Also where the last block is not full, and where a kernel keeps the scales transposed."""
+    """Also where the last block is not full, where a block is as wide as the weight, and where a kernel keeps the
+    scales transposed."""
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter(torch.zeros(shape).to(torch.float8_e4m3fn), requires_grad=False)
     layer.weight_scale = torch.nn.Parameter(torch.ones(grid), requires_grad=False)

@@ -256,13 +256,13 @@ def form_of(module: Any, name: str, shape: tuple[int, ...]) -> tuple[str, int, t
         return dtype, bits, None
     if not scale.is_floating_point():  # packed by a kernel
         return dtype, bits, (0, 0)
-    grid = grid_of(scale, shape)
-    down, across = grid.shape[1:]
-    shards = len(getattr(module, "logical_widths", None) or ())
-    if across == 1 and down <= max(1, shards):
-        return dtype, bits, (-1, -1)
+    down, across = grid_of(scale, shape).shape[1:]
     height, width = shape[-2:]
-    return dtype, bits, (block_size(height, down), -1 if across == 1 else block_size(width, across))
+    blocks = scale.dim() == len(shape) and (down * across > 1 or hasattr(module, f"{name}_scale_inv"))
+    if across == 1 and not (blocks and down < height):
+        shards = len(getattr(module, "logical_widths", None) or ())
+        return dtype, bits, (-1 if down <= max(1, shards) else block_size(height, down), -1)
+    return dtype, bits, (block_size(height, down), block_size(width, across))
 
 
 def block_size(size: int, count: int) -> int:
