@@ -27,7 +27,9 @@ from millrace.model_folder import stored_tensors
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.audit import Samples
 from millrace.weights.publisher import Publish
-from millrace.weights.quantised import Recipe, as_in_folder, quantise
+from millrace.weights.quantised import as_in_folder
+from millrace.weights.recipes import Recipe
+from millrace.weights.rounding import quantise
 from millrace.weights.source import source_of
 from millrace.weights.store import VersionStore
 from millrace.weights.transports.base import PublishTarget, TransportContext
