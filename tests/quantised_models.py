@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from millrace.train.tiny import make_tiny_tokenizer
 from millrace.weights.recipes import FUSED, Recipe
@@ -28,7 +28,6 @@ DENSE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 32,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
@@ -43,11 +42,14 @@ MOE: dict[str, Any] = {
 
 
 def make_dense_folder(folder: Path, seed: int = 0) -> PreTrainedModel:
-    """Makes a Qwen3 in bfloat16 whose matrices have whole blocks of 128x128."""
+    """Makes a Qwen2 in bfloat16 whose matrices have whole blocks of 128x128. It has biases, which stay as they are."""
     tokenizer = make_tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **DENSE)).to(torch.bfloat16)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **DENSE)).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter)
     model.save_pretrained(folder)
     return model
 

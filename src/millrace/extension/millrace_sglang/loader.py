@@ -18,7 +18,7 @@ from . import folders, parts
 from .audit import audit
 from .plan import Plan, plan_of
 from .receiving import Group, ReceivingGroup
-from .recording import Memory, Recorder
+from .recording import Memory, Recorder, is_needed
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Loader:
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         if self.written is not None:
             self.written.update(layout.plan.elements)
-            missing = [name for name, one in self.parameters.items() if self.written[name] < one.numel()]
+            missing = [n for n, one in self.parameters.items() if self.written[n] < one.numel() and is_needed(one)]
             answer |= {"missing": len(missing), "such as": sorted(missing)[:LISTED]}
         return answer
 
