@@ -1,5 +1,6 @@
 """Matrices are quantised as the model's folder has them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from millrace.weights.quantised import as_in_folder, quantised
 from millrace.weights.recipes import Recipe, recipes_of
 from millrace.weights.rounding import in_blocks, out_of_blocks, pack, quantise
 from millrace.weights.source import source_of
-from tests.quantised_models import make_dense_folder, recipe_for, save_quantised
+from tests.quantised_models import config_of, make_dense_folder, recipe_for, save_quantised
 
 FORMS = ["fp8_block", "fp8_tensor", "fp8_channel", "int8", "int4", "mxfp8", "modelopt_mxfp8", "nvfp4", "nvfp4a16",
          "modelopt_nvfp4"]  # fmt: skip
@@ -83,6 +84,14 @@ def test_a_folder_says_how_its_matrices_are_quantised(form: str, tmp_path: Path)
     assert all(made[name].dtype == one.dtype and torch.equal(made[name], one) for name, one in held.items())
     name = "model.layers.0.self_attn.q_proj.weight"
     assert recipes[name] == recipe_for(form, name, (256, 256))
+
+
+def test_modelopts_own_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert read_quantization(tmp_path) is None
+    config = config_of("modelopt_nvfp4")
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": config["quantization"]}))
+    assert read_quantization(tmp_path) == config
 
 
 def test_a_plain_folder_asks_for_nothing(tmp_path: Path) -> None:
