@@ -69,7 +69,8 @@ def _telling(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 async def ask(engine: Engine, label: str) -> Answers:
-    """Asks for the first greedy token after each prompt, and its logprob."""
+    """Asks for the first greedy token after each prompt, and its logprob. No prefix is in the cache."""
+    await engine.flush_cache()
     drawn = torch.Generator().manual_seed(0)
 
     async def first(number: int) -> tuple[int, float]:
@@ -133,11 +134,14 @@ async def run_form(arguments: argparse.Namespace, form: str, settings: str, scra
     folders = [scratch / "first", scratch / "second"]
     first, second = (make_version(folder, arguments.size, seed, device, form) for seed, folder in enumerate(folders, 1))
     lines = []
-    own = await started_from(settings, folders[1], scratch) if arguments.again else None
+    own = None
+    if arguments.again:
+        own = await started_from(settings, folders[1], scratch)
+        compare("started from its folder twice", own, await started_from(settings, folders[1], scratch))
     async with served(engine_config(settings), folders[0], scratch) as (_, engine):
         target = PublishTarget(engine, await engine.info())
         print("can:", ", ".join(sorted(target.info.capabilities)), flush=True)
-        before = await ask(engine, "before")
+        before, bytes_before = await ask(engine, "before"), await engine.checksums()
         compare(f"{form}: asked twice", await ask(engine, "twice"), before)
         version = 0
         for name in arguments.transport:
@@ -150,12 +154,14 @@ async def run_form(arguments: argparse.Namespace, form: str, settings: str, scra
                 except MillraceError as failure:
                     lines.append(f"{head} failed: {str(failure)[:300]}")
                     break
-                alike = "-"
+                answers, alike = await ask(engine, f"{version}"), ""
                 if expected is not None:
-                    alike = compare(f"{form}, published by {name}", await ask(engine, f"{version}"), expected)
+                    alike = f"  same tokens {compare(f'{form}, published by {name}', answers, expected)}"
                 else:
-                    compare(f"{form}: another version", await ask(engine, f"{version}"), before)
-                lines.append(f"{head} {took}  worst layer {error}  same tokens {alike}")
+                    compare(f"{form}: another version", answers, before)
+                if tensors is first:
+                    alike += f"  same bytes {'yes' if await engine.checksums() == bytes_before else 'no'}"
+                lines.append(f"{head} {took}  worst layer {error}{alike}")
             store.close()
     return lines
 
@@ -169,8 +175,9 @@ async def run(arguments: argparse.Namespace) -> Sequence[str]:
             try:
                 made = await run_form(arguments, form, settings, Path(name))
             except MillraceError as error:
-                made = [f"{form:14} not served: {str(error)[:600]}"]
-                print(made[-1], flush=True)
+                print(f"{form}: {error}", flush=True)
+                first, *_, last = [*str(error).splitlines(), ""]
+                made = [f"{form:14} not served: {first} {last.strip()}"]
         lines += [f"{given['kind']:6} {line}" for line in made]
     return lines
 
@@ -180,7 +187,7 @@ def main() -> None:
     parser.add_argument("--size", default="0.5b")
     parser.add_argument("--transport", nargs="+", default=["cuda_ipc"], choices=["cuda_ipc", "disk", "shm"])
     parser.add_argument("--folder", nargs="+", default=["plain"], choices=FORMS, help="how the folders have weights")
-    parser.add_argument("--again", action="store_true", help="also start a server from the second folder")
+    parser.add_argument("--again", action="store_true", help="also start two servers from the second folder")
     parser.add_argument("--engine", nargs="+", required=True)
     print("\n".join(["", *asyncio.run(run(parser.parse_args()))]))
 

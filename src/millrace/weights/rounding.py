@@ -110,7 +110,9 @@ def pack_float4(weight: torch.Tensor) -> torch.Tensor:
     """
     middles = torch.tensor(MIDDLES, device=weight.device)
     size = weight.abs()
-    above = torch.bucketize(size, middles)  # of values in the middle, the number of the lower neighbour
-    codes = torch.where((above % 2 == 1) & (size == middles[above.clamp_max(6)]), above + 1, above)
-    codes = codes.to(torch.uint8) | (torch.signbit(weight).to(torch.uint8) << 3)
+    # They differ for a value in the middle: there they are the numbers of its two neighbours.
+    lower, upper = (
+        torch.bucketize(size, middles, out_int32=True, right=side).to(torch.uint8) for side in (False, True)
+    )
+    codes = torch.where(lower % 2 == 0, lower, upper) | (torch.signbit(weight).to(torch.uint8) << 3)
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
