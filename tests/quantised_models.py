@@ -65,7 +65,7 @@ def config_of(form: str) -> dict[str, Any]:
         sizes = {"weight_block_size": [128, 128]} if form == "fp8_block" else {}
         return {"quant_method": "fp8", "activation_scheme": "dynamic", **sizes}
     if form in MODELOPT:
-        fields = {"kv_cache_quant_algo": None, "exclude_modules": ["lm_head"], "group_size": 16}
+        fields = {"kv_cache_quant_algo": None, "exclude_modules": ["lm_head", "*mlp.gate"], "group_size": 16}
         return {"quant_method": "modelopt", "quantization": {"quant_algo": MODELOPT[form], **fields}}
     dynamic = {"num_bits": 8, "strategy": "token", "symmetric": True, "dynamic": True}
     weights: dict[str, Any] = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}

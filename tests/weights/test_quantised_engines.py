@@ -184,6 +184,25 @@ async def test_vllm_gets_quantised_weights(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("form", "held", "error"),
+    [
+        ("mxfp8", LayerForm("float8_e4m3fn", 8, (1, 32)), 0.04),
+        ("nvfp4", LayerForm("uint8", 4, (1, 16)), 0.15),
+        ("modelopt_nvfp4", LayerForm("uint8", 4, (1, 16)), 0.15),
+    ],
+)
+async def test_vllm_gets_quantised_experts(
+    form: str, held: LayerForm, error: float, vllm_python: Path, tmp_path: Path
+) -> None:
+    """Its kernels for experts in the other forms need a CPU with AMX."""
+    first, second = (make_moe(tmp_path / str(seed), seed) for seed in range(2))
+    folder = save_quantised(tmp_path / "1", tmp_path / "quantised", form)
+    async with open_fleet(vllm(vllm_python), folder, log_dir=tmp_path / "logs") as fleet:
+        await check_both(fleet, first, second, held, error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("option", "held"),
     [("fp8_per_block", BLOCK), ("fp8_per_channel", LayerForm("float8_e4m3fn", 8, (1, -1)))],
 )
