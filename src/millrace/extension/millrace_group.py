@@ -1,6 +1,7 @@
 """Membership of an engine's process in a sender's process group of torch. The engines' interpreters run this file."""
 
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ from millrace_environment import settings
 # With these off, torch's watchdog does not end this process when the sender dies.
 NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 POLL_SECONDS = 0.0005
+CHECK_SECONDS = 0.2  # between two calls of `check`
 
 
 def connect(address: str, port: int, world_size: int, seconds: float) -> Any:
@@ -45,15 +47,31 @@ def receive(group: Any, tensor: torch.Tensor) -> Any:
     return group.broadcast([tensor], options)
 
 
-def wait(group: Any, work: Any, seconds: float) -> None:
+def receive_parts(group: Any, bucket: torch.Tensor, sizes: Sequence[int]) -> Any:
+    """Begin to receive a bucket, [nbytes] uint8, from the first ranks, and return torch's handle of the work.
+
+    sizes: how many bytes each of them sends. They lie in the bucket in the order of the ranks.
+    """
+    nothing = [0] * group.size()
+    incoming = [*sizes, *nothing[len(sizes) :]]
+    return group.alltoall_base(bucket, bucket.new_empty(0), incoming, nothing, dist.AllToAllOptions())
+
+
+def wait(group: Any, work: Any, seconds: float, check: Callable[[], object] = bool) -> None:
     """Wait until all that was received has arrived. NCCL's own wait returns when the transfer is queued.
 
-    work: the last one. Raises RuntimeError if it takes longer than `seconds`; the group is then broken.
+    work: the last one. check: raises RuntimeError when there is nothing to wait for any more. Raises RuntimeError if it
+    takes longer than `seconds`; the group is then broken.
     """
-    ends = time.monotonic() + seconds
+    checked = time.monotonic()
+    ends = checked + seconds
     while not work.is_completed():
-        if time.monotonic() > ends:
+        now = time.monotonic()
+        if now > ends:
             group.abort()
             raise RuntimeError(f"not within {seconds:.0f} s; the group is broken, leave it")
+        if now > checked + CHECK_SECONDS:
+            check()
+            checked = now
         time.sleep(POLL_SECONDS)
     work.wait()

@@ -18,6 +18,7 @@ from millrace.buckets import (
     ProcessGroup,
     ProcessGroupBucket,
     RankAnswers,
+    SentPartsBucket,
     SharedMemoryBucket,
     TensorSpec,
     TorchStorageBucket,
@@ -27,7 +28,7 @@ from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.sglang.facts import SGLangFacts, read_facts
 from millrace.engines.sglang.guards import check_request
-from millrace.engines.sglang.loading import LOADER, MISSING_LOADER, AnswerStore, LoaderUpdate, in_files
+from millrace.engines.sglang.loading import LOADER, MISSING_LOADER, NO_BUCKET, AnswerStore, LoaderUpdate, in_files
 from millrace.engines.sglang.payload import loader_payloads, order_payloads, parts_payloads, payloads
 from millrace.engines.sglang_wire import (
     PAUSE_MODES,
@@ -116,17 +117,19 @@ class SGLangEngine(StockEngine[SGLangFacts]):
             raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
         return self._by_loader.samples if self._by_loader is not None else {}
 
-    async def needed_parts(self, tensors: Sequence[TensorSpec], *, deadline: float) -> NeededParts:
+    async def needed_parts(
+        self, tensors: Sequence[TensorSpec], *, deadline: float, group: str | None = None
+    ) -> NeededParts:
         info = (await self._facts()).info
         if Capability.UPDATE_FROM_PARTS not in info.capabilities:
             raise EngineRefused(self.name, "it does not have Millrace's weight loader, which takes parts of tensors")
-        asked = tuple((spec.name, spec.dtype, spec.shape) for spec in tensors)
+        asked = group, tuple((spec.name, spec.dtype, spec.shape) for spec in tensors)
         if self._needs is None or self._needs[0] != asked:
             torn = self.state.torn
             await self.begin_update(0)  # the server takes no order outside of an update
             try:
                 async with self._control_call():
-                    self._needs = asked, await self._ask_needs(tensors, info.ranks, deadline)
+                    self._needs = asked, await self._ask_needs(tensors, info.ranks, group, deadline)
             finally:
                 try:
                     await self.rollback()
@@ -135,8 +138,15 @@ class SGLangEngine(StockEngine[SGLangFacts]):
                         raise
         return self._needs[1]
 
-    async def _ask_needs(self, tensors: Sequence[TensorSpec], ranks: int, deadline: float) -> NeededParts:
+    async def _ask_needs(
+        self, tensors: Sequence[TensorSpec], ranks: int, group: str | None, deadline: float
+    ) -> NeededParts:
         question = LoaderUpdate(self.name)
+        if group is not None:
+            store = self._groups[group]
+            orders = question.questions(tensors, store.places(NO_BUCKET, deadline))
+            await self._order(order_payloads(orders), deadline)
+            return question.needs(await self._stored(store, NO_BUCKET))
         with self._answer_files(ranks) as files:
             await self._order(order_payloads(question.questions(tensors, in_files(files.answers()))), deadline)
             return question.needs(files.read())
@@ -228,6 +238,8 @@ class SGLangEngine(StockEngine[SGLangFacts]):
                 return partial(self._load_by_group, bucket, self._groups[name])
             case PartsBucket():
                 return partial(self._load_parts, bucket)
+            case SentPartsBucket():
+                return partial(self._load_sent_parts, bucket, self._groups[bucket.group_name])
             case CudaIpcBucket() | TorchStorageBucket() if self._can_answer(bucket, facts):
                 return partial(self._load_by_loader, bucket, facts.info.ranks)
             case CudaIpcBucket() | TorchStorageBucket():
@@ -317,8 +329,24 @@ class SGLangEngine(StockEngine[SGLangFacts]):
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         places = store.places(bucket.number, deadline)
         await self._order(order_payloads(update.orders(bucket.tensors, places)), deadline)
+        update.take(bucket.tensors, await self._stored(store, bucket.number))
+
+    async def _load_sent_parts(self, bucket: SentPartsBucket, store: AnswerStore, deadline: float) -> None:
+        """Have the server's weight loader load the parts that each rank receives, and read its answers."""
+        update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         try:
-            update.take(bucket.tensors, await asyncio.to_thread(store.read, bucket.number))
+            orders = update.orders_of_parts(bucket.parts, store.places(bucket.number, deadline))
+            await self._order(order_payloads(orders), deadline)
+            update.take_parts(await self._stored(store, bucket.number))
+        except BaseException:
+            self._needs = None  # ask again, because the server may not remember the question
+            raise
+
+    async def _stored(self, store: AnswerStore, number: int) -> Sequence[bytes]:
+        """Return the answers of the weight loader's ranks in the store of a group. Raises EngineFailed if they can't be
+        read."""
+        try:
+            return await asyncio.to_thread(store.read, number)
         except RuntimeError as error:  # torch's
             raise EngineFailed(self.name, f"the answers of its weight loader can't be read: {error}") from error
 

@@ -15,6 +15,7 @@ from millrace.errors import EngineFailed
 from millrace.extension.millrace_samples import separated
 
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
+NO_BUCKET = -1  # in place of a bucket's number
 MISSING_LOADER = (
     "it ended with its first order to the weight loader; if its log says that there is no module named "
     "millrace_sglang, put the folder that has it on the server's PYTHONPATH (docs/sglang.md)"
@@ -42,7 +43,8 @@ class AnswerStore:
         )
 
     def places(self, number: int, deadline: float) -> list[Mapping[str, object]]:
-        """Return what the order for each rank says about a bucket that comes by the group, under this number."""
+        """Return what the order for each rank says about a bucket that comes by the group, under this number. With
+        NO_BUCKET, the ranks only join and answer."""
         return [{"group": group, "number": number, "seconds": deadline} for group in self._groups]
 
     def read(self, number: int) -> list[bytes]:

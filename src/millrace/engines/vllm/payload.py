@@ -14,6 +14,7 @@ from millrace.buckets import (
     DiskBucket,
     PartsBucket,
     ProcessGroupBucket,
+    SentPartsBucket,
     SharedMemoryBucket,
     TensorSpec,
     TorchStorageBucket,
@@ -46,7 +47,7 @@ def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Seque
             return {"kind": "disk", "path": path}, ()
         case TorchStorageBucket():
             raise InvalidStateError("it can't open torch storage; send the tensors by shared memory")
-        case PartsBucket():
+        case PartsBucket() | SentPartsBucket():
             raise InvalidStateError("parts of tensors are no whole tensors")  # see `parts`
 
 

@@ -1,7 +1,9 @@
-"""Buckets that a sender broadcasts in a process group, each received while the one before is loaded."""
+"""Buckets that come by a process group, each received while the one before is loaded: whole ones that rank 0
+broadcasts, or parts that several ranks send."""
 
 import contextlib
 import itertools
+import json
 import logging
 import queue
 import threading
@@ -9,10 +11,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
-from millrace_group import connect, join, receive, wait
+from millrace_group import connect, join, receive, receive_parts, wait
 from millrace_words import first_line
 
 log = logging.getLogger(__name__)
@@ -22,7 +25,11 @@ UNTIL_ANNOUNCED = timedelta(days=20)  # a wait on the store that ends by the sen
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A process group with this rank's number in it. seconds: in which the ranks must meet, and each bucket arrive."""
+    """A process group with this rank's number in it.
+
+    seconds: in which the ranks must meet, and each bucket arrive. senders: how many of the first ranks send this one
+    its parts; 0 if rank 0 broadcasts whole buckets.
+    """
 
     name: str
     backend: str
@@ -31,6 +38,7 @@ class Group:
     rank: int
     world_size: int
     seconds: float
+    senders: int = 0
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> "Group":
@@ -39,16 +47,42 @@ class Group:
         return cls(
             *(str(body["name"]), str(body["backend"]), *place),
             *(int(body["rank"]), int(body["world_size"]), float(body["seconds"])),
+            int(body["senders"]),
         )
 
 
-class ReceivingGroup:
-    """A sender's process group with this rank as a member. Rank 0, the sender, broadcasts.
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What the sender's store says about the next bucket.
 
-    The sender writes each bucket's number and size to its store, under `NAME/bucket/0`, `NAME/bucket/1` and so on, and
-    then broadcasts the bucket's bytes. An empty text means that none will follow. A thread of this rank joins the group
-    and receives, into two buffers in turn. The sender broadcasts a bucket only after the one before the last was
-    loaded. The thread ends and the buffers are freed when the sender's store is gone.
+    number: by which orders name it. nbytes: its size. room: that of the largest one of the update. sizes: how many of
+    its bytes each of the first ranks sends; empty if rank 0 broadcasts it.
+    """
+
+    number: int
+    nbytes: int
+    room: int
+    sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def read(cls, text: str, group: Group) -> "Announcement":
+        """Read an announcement. It is "NUMBER NBYTES", or with several senders the JSON of the number, the room, and
+        the sizes for each rank that receives. Raises what a text in another form makes."""
+        if not group.senders:
+            number, nbytes = map(int, text.split())
+            return cls(number, nbytes, nbytes)
+        number, room, of_ranks = json.loads(text)
+        sizes = tuple(map(int, of_ranks[group.rank - group.senders]))
+        return cls(int(number), sum(sizes), int(room), sizes)
+
+
+class ReceivingGroup:
+    """A sender's process group with this rank as a member. Rank 0 is the sender, or leads several senders.
+
+    It writes to its store what each bucket is, under `NAME/bucket/0`, `NAME/bucket/1` and so on, and then the senders
+    send the bucket's bytes. An empty text means that none will follow. A thread of this rank joins the group and
+    receives, into two buffers in turn. A bucket is announced only after the one before the last was loaded. The thread
+    ends and the buffers are freed when the sender's store is gone.
     """
 
     def __init__(self, group: Group) -> None:
@@ -129,21 +163,25 @@ class ReceivingGroup:
         """Join, and receive one bucket after the other until the sender has no more."""
         group = self.group
         self._joined = join(announced, group.name, group.backend, group.rank, group.world_size, group.seconds)
+        if group.senders:  # they wait until all ranks have met, which NCCL's do in the first broadcast
+            wait(self._joined, receive(self._joined, torch.empty(1, device=device)), group.seconds)
         buffers: list[torch.Tensor] = []
         for index in itertools.count():
             announced.wait([key := f"{group.name}/bucket/{index}"], UNTIL_ANNOUNCED)
             text = announced.get(key).decode()
             if not text or self._closed:
                 return
-            number, nbytes = map(int, text.split())
+            coming = Announcement.read(text, group)
             if index == 0:  # both, so that the first order's answer says it if there is no room
-                buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
-            elif buffers[index % 2].nbytes < nbytes:
+                buffers = [torch.empty(coming.room, dtype=torch.uint8, device=device) for _ in range(2)]
+            elif buffers[index % 2].nbytes < coming.room:
                 buffers[index % 2] = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-                buffers[index % 2] = torch.empty(nbytes, dtype=torch.uint8, device=device)
-            bucket = buffers[index % 2][:nbytes]
-            wait(self._joined, receive(self._joined, bucket), group.seconds)
-            self._arrived.put((number, bucket))
+                buffers[index % 2] = torch.empty(coming.room, dtype=torch.uint8, device=device)
+            bucket = buffers[index % 2][: coming.nbytes]
+            sizes = coming.sizes
+            work = receive_parts(self._joined, bucket, sizes) if sizes else receive(self._joined, bucket)
+            wait(self._joined, work, group.seconds, partial(announced.check, [key]))  # raises if the store is gone
+            self._arrived.put((coming.number, bucket))
 
 
 @contextlib.contextmanager
