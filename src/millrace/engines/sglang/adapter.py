@@ -74,7 +74,8 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     _files: AnswerFilesPool | None = None  # of the weight loader, if it has got buckets in memory
     _groups: Mapping[str, AnswerStore] = {}  # of the weight loader, by the name of the group
     _loads_changes: bool | None = None  # whether the weight loader can write what has changed; None: not known yet
-    _needs: tuple[object, NeededParts] | None = None  # the tensors that it was asked about, and the parts it needs
+    # The tensors that it was asked about, the parts it needs, and the group in whose store it said so.
+    _needs: tuple[object, NeededParts, str | None] | None = None
 
     async def initialize(self, version: int | None = None) -> None:
         # /freeze_gc excludes the objects made at startup from garbage collection. On the CPU every cache flush runs the
@@ -123,13 +124,13 @@ class SGLangEngine(StockEngine[SGLangFacts]):
         info = (await self._facts()).info
         if Capability.UPDATE_FROM_PARTS not in info.capabilities:
             raise EngineRefused(self.name, "it does not have Millrace's weight loader, which takes parts of tensors")
-        asked = group, tuple((spec.name, spec.dtype, spec.shape) for spec in tensors)
-        if self._needs is None or self._needs[0] != asked:
+        asked = tuple((spec.name, spec.dtype, spec.shape) for spec in tensors)
+        if self._needs is None or (self._needs[0], self._needs[2]) != (asked, group):
             torn = self.state.torn
             await self.begin_update(0)  # the server takes no order outside of an update
             try:
                 async with self._control_call():
-                    self._needs = asked, await self._ask_needs(tensors, info.ranks, group, deadline)
+                    self._needs = asked, await self._ask_needs(tensors, info.ranks, group, deadline), group
             finally:
                 try:
                     await self.rollback()

@@ -19,6 +19,7 @@ from millrace.buckets import ProcessGroup
 from millrace.extension.millrace_words import first_line
 from millrace.launch.ports import own_address, url_of
 from millrace.weights.shards.exchange import gathered, spread
+from millrace.weights.transports.parts_groups import END
 from millrace.weights.transports.sending_group import POLL_SECONDS, new_group
 
 UNTIL_CLOSED = timedelta(days=20)  # a wait on the store that ends by rank 0's end
@@ -102,7 +103,7 @@ class Member:
         else:
             self._met.set_result(None)
             with suppress(RuntimeError):  # the store is gone
-                ends.wait([f"{self.group.name}/end"], UNTIL_CLOSED)
+                ends.wait([f"{self.group.name}/{END}"], UNTIL_CLOSED)
         self.leave()
 
     def _join(self) -> Any:

@@ -20,6 +20,7 @@ from millrace.weights.transports.base import PublishTarget
 from millrace.weights.transports.sending_group import hosted_store
 
 LOOPBACK = "127."
+END = "end"  # the key that is set when a group ends
 
 
 class PartsGroup:
@@ -56,10 +57,13 @@ class PartsGroup:
         return number
 
     def close(self) -> None:
-        """End the group. The ranks notice it by the end of the store."""
+        """End the group. Ranks that wait for a bucket leave at once; those that receive one notice the end of the
+        store."""
         store, self._store = self._store, None
         if store is not None:
-            store.set(f"{self.name}/bucket/{self._announced}", "")
+            for key in (f"{self.name}/bucket/{self._announced}", end := f"{self.name}/{END}"):
+                store.set(key, "")
+            store.check([end])  # so that those who wait have an answer before the store is gone
 
 
 class PartsGroups:
