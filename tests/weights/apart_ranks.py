@@ -1,7 +1,8 @@
 """The script of each rank in test_apart.py: `apart_ranks.py MODEL OUT SETTINGS`.
 
 Two ranks shard a model by FSDP2, and send its parts to two SGLangs that are apart. While version 2 is sent, the second
-one is killed. It misses version 3, and gets 4 after a restart. While 5 is sent, it stops. The first one gets all versions.
+one is killed. It misses version 3, and gets 4 after a restart. While 5 is sent, it stops, and misses 6. The first
+one gets all versions.
 """
 
 import asyncio

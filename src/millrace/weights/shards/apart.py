@@ -59,7 +59,8 @@ class ApartTransport(Transport):
         schedule = self._sending.schedule
         specs = self._plans.once("specs", lambda: {view.name: spec_of(view) for view in schedule.views})
         for number, one in enumerate(schedule.rounds):
-            gets = {rank.beside for name, group in self._groups.items() if not group.closed for rank in self._ranks[name]}
+            still = [name for name, group in self._groups.items() if not group.closed]
+            gets = {rank.beside for name in still for rank in self._ranks[name]}
             numbers = {name: self._announce(number, name) for name in self._groups}
             try:
                 samples = send_round(self._led, self._sending, number)
