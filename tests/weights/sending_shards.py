@@ -1,5 +1,5 @@
 """The script of each rank in test_shards.py: `torchrun sending_shards.py`. Four ranks with tensors in all placements
-send parts of them to the ranks of two engines. These are threads of rank 0 with the receiving half of SGLang's loader."""
+send parts of them to the ranks of two engines, which are threads of rank 0 with the receiving half of the loader."""
 
 import random
 import sys
