@@ -78,6 +78,15 @@ def test_each_rank_of_an_sglang_that_is_apart_gets_the_parts_that_it_needs(
 
 @pytest.mark.slow
 @sharded
+def test_each_rank_of_a_vllm_that_is_apart_gets_the_parts_that_it_needs(
+    kind: str, settings: Mapping[str, Any], vllm_python: Path, tmp_path: Path
+) -> None:
+    given = {"kind": "vllm", **settings, "env": OVER_TWO_CORES["vllm"]}
+    run(kind, given, vllm_python, tmp_path, transport="gloo")
+
+
+@pytest.mark.slow
+@sharded
 def test_each_rank_of_vllm_gets_the_parts_that_it_needs(
     kind: str, settings: Mapping[str, Any], vllm_python: Path, tmp_path: Path
 ) -> None:

@@ -1,9 +1,10 @@
 """Membership of an engine's process in a sender's process group of torch. The engines' interpreters run this file."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,31 @@ def receive_parts(group: Any, bucket: torch.Tensor, sizes: Sequence[int]) -> Any
     nothing = [0] * group.size()
     incoming = [*sizes, *nothing[len(sizes) :]]
     return group.alltoall_base(bucket, bucket.new_empty(0), incoming, nothing, dist.AllToAllOptions())
+
+
+def meet(group: Any, seconds: float, device: torch.device | str) -> None:
+    """Wait until all ranks of a group of several senders have met. NCCL's do in the first collective. Raises
+    RuntimeError if they do not within `seconds`."""
+    wait(group, receive(group, torch.empty(1, device=device)), seconds)
+
+
+class Announcement(NamedTuple):
+    """What rank 0's store says about the next bucket of parts.
+
+    number: by which orders name it. room: the size of the largest bucket of the update. sizes: how many of its bytes
+    each of the first ranks sends to this one.
+    """
+
+    number: int
+    room: int
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def read(cls, text: str, receiver: int) -> "Announcement":
+        """Read an announcement for a rank, by its place among those that receive. Raises what a text in another form
+        makes."""
+        number, room, of_ranks = json.loads(text)
+        return cls(int(number), int(room), tuple(map(int, of_ranks[receiver])))
 
 
 def wait(group: Any, work: Any, seconds: float, check: Callable[[], object] = bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from millrace.buckets import Bucket, DiskBucket, PartsBucket, ProcessGroup, ProcessGroupBucket, TensorSpec
+from millrace.buckets import Bucket, DiskBucket, ProcessGroup, ProcessGroupBucket, TensorSpec
 from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.stock.engine import StockEngine
@@ -21,7 +21,7 @@ from millrace.engines.versions import decode_version
 from millrace.engines.vllm.facts import Server, VLLMFacts, has_extension, read_facts
 from millrace.engines.vllm.guards import check_reload, check_request
 from millrace.engines.vllm.metrics import read_metrics
-from millrace.engines.vllm.payload import description, parts, rows_of, samples_of, samples_of_parts, transfer
+from millrace.engines.vllm.payload import AnyParts, description, parts, rows_of, samples_of, samples_of_parts, transfer
 from millrace.engines.vllm.wire import Answer, encode, wire_id
 from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
 from millrace.http import HttpClient
@@ -264,7 +264,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         self._to_open, self._opening = True, asyncio.Lock()  # with the first bucket, which saves a call
 
     def _loader(self, bucket: Bucket, facts: VLLMFacts) -> Callable[[float], Awaitable[None]]:
-        if facts.server.extension and isinstance(bucket, PartsBucket):
+        if facts.server.extension and isinstance(bucket, AnyParts):
             return partial(self._load_parts, bucket, *parts(bucket, facts.info.ranks))
         if facts.server.extension:
             return partial(self._load_by_extension, *description(bucket, facts.info.ranks))
@@ -290,7 +290,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         )
 
     async def _load_parts(
-        self, bucket: PartsBucket, place: Mapping[str, object], rows: Sequence[object], deadline: float
+        self, bucket: AnyParts, place: Mapping[str, object], rows: Sequence[object], deadline: float
     ) -> None:
         try:
             results = await self._order("millrace_load_parts", place, rows, deadline)

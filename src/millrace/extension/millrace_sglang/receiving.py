@@ -3,7 +3,6 @@ broadcasts, or parts that several ranks send."""
 
 import contextlib
 import itertools
-import json
 import logging
 import queue
 import threading
@@ -15,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from millrace_group import connect, join, receive, receive_parts, wait
+from millrace_group import Announcement, connect, join, meet, receive, receive_parts, wait
 from millrace_words import first_line
 
 log = logging.getLogger(__name__)
@@ -49,31 +48,6 @@ class Group:
             *(int(body["rank"]), int(body["world_size"]), float(body["seconds"])),
             int(body["senders"]),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Announcement:
-    """What the sender's store says about the next bucket.
-
-    number: by which orders name it. nbytes: its size. room: that of the largest one of the update. sizes: how many of
-    its bytes each of the first ranks sends; empty if rank 0 broadcasts it.
-    """
-
-    number: int
-    nbytes: int
-    room: int
-    sizes: tuple[int, ...] = ()
-
-    @classmethod
-    def read(cls, text: str, group: Group) -> "Announcement":
-        """Read an announcement. It is "NUMBER NBYTES", or with several senders the JSON of the number, the room, and
-        the sizes for each rank that receives. Raises what a text in another form makes."""
-        if not group.senders:
-            number, nbytes = map(int, text.split())
-            return cls(number, nbytes, nbytes)
-        number, room, of_ranks = json.loads(text)
-        sizes = tuple(map(int, of_ranks[group.rank - group.senders]))
-        return cls(int(number), sum(sizes), int(room), sizes)
 
 
 class ReceivingGroup:
@@ -163,25 +137,30 @@ class ReceivingGroup:
         """Join, and receive one bucket after the other until the sender has no more."""
         group = self.group
         self._joined = join(announced, group.name, group.backend, group.rank, group.world_size, group.seconds)
-        if group.senders:  # they wait until all ranks have met, which NCCL's do in the first broadcast
-            wait(self._joined, receive(self._joined, torch.empty(1, device=device)), group.seconds)
+        if group.senders:  # they wait for all ranks
+            meet(self._joined, group.seconds, device)
         buffers: list[torch.Tensor] = []
         for index in itertools.count():
             announced.wait([key := f"{group.name}/bucket/{index}"], UNTIL_ANNOUNCED)
             text = announced.get(key).decode()
             if not text or self._closed:
                 return
-            coming = Announcement.read(text, group)
+            sizes: tuple[int, ...] = ()
+            if group.senders:
+                number, room, sizes = Announcement.read(text, group.rank - group.senders)
+                nbytes = sum(sizes)
+            else:
+                number, nbytes = map(int, text.split())
+                room = nbytes
             if index == 0:  # both, so that the first order's answer says it if there is no room
-                buffers = [torch.empty(coming.room, dtype=torch.uint8, device=device) for _ in range(2)]
-            elif buffers[index % 2].nbytes < coming.room:
+                buffers = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(2)]
+            elif buffers[index % 2].nbytes < room:
                 buffers[index % 2] = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-                buffers[index % 2] = torch.empty(coming.room, dtype=torch.uint8, device=device)
-            bucket = buffers[index % 2][: coming.nbytes]
-            sizes = coming.sizes
+                buffers[index % 2] = torch.empty(room, dtype=torch.uint8, device=device)
+            bucket = buffers[index % 2][:nbytes]
             work = receive_parts(self._joined, bucket, sizes) if sizes else receive(self._joined, bucket)
             wait(self._joined, work, group.seconds, partial(announced.check, [key]))  # raises if the store is gone
-            self._arrived.put((coming.number, bucket))
+            self._arrived.put((number, bucket))
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ class Rank:
         name = take(group, "name", str)
         if name in self._groups:
             raise RpcError(f"group {name} is joined already; leave it first")
-        self._groups[name] = ReceivingGroup(group, self.rank)
+        self._groups[name] = ReceivingGroup(group, self.rank, self._device)
 
     def leave(self, name: str) -> None:
         if name not in self._groups:
@@ -96,7 +96,7 @@ class Rank:
         self.weights.open_update()
         place = self._own(take(bucket, "ranks", list))
         kind = take(place, "kind", str)
-        if kind not in ("shared_memory", "cuda_ipc"):
+        if kind not in ("shared_memory", "cuda_ipc", "sent_parts"):
             raise RpcError(f"parts can't come in a bucket of kind {kind}")
         if len(parts) <= self.rank:
             raise RpcError(f"the bucket has parts for {len(parts)} ranks, and none for rank {self.rank}")
@@ -125,7 +125,10 @@ class Rank:
         name = take(bucket, "group", str)
         if name not in self._groups:
             raise RpcError(f"no group {name} has been joined; join it first")
-        return lambda: self._groups[name].receive(layout.specs, layout.nbytes, self._device)
+        if kind == "sent_parts":
+            number = take(bucket, "number", int)
+            return lambda: self._groups[name].receive_parts(number)
+        return lambda: self._groups[name].receive(layout.specs, layout.nbytes)
 
     def _layout(self, text: str, plan: Callable[[str], Layout]) -> Layout:
         """What a bucket with these tensors does to the model. It is planned once, and again if the model has moved."""

@@ -4,11 +4,13 @@ parts that it has and the other needs, by a process group of all these ranks.
 Rank 0 plans it, leads it, and tells the engines what comes from whom.
 """
 
+import asyncio
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
-from millrace.buckets import SentPartsBucket, TensorPart
+from millrace.buckets import SentPartsBucket, TensorPart, TensorSpec
+from millrace.engines.stock.parts import NeededParts
 from millrace.errors import PublishError
 from millrace.extension.millrace_samples import separated
 from millrace.extension.millrace_words import first_line
@@ -32,7 +34,6 @@ from millrace.weights.step import StepResult
 from millrace.weights.transports.base import ExchangedBucket, NamedTensors, PublishTarget, StagedBucket, Transport
 from millrace.weights.transports.parts_groups import PartsGroup
 from millrace.weights.transports.process_group import ProcessGroupTransport
-from millrace.weights.transports.whole_broadcast import WholeBroadcastTransport
 
 
 class ApartTransport(Transport):
@@ -141,7 +142,6 @@ async def begin_apart(
     Raises NotExchangeable or EngineError if the tensors must be gathered, and PublishError as `exchanging` does.
     """
     require(Capability.SENT_PARTS, targets)
-    assert isinstance(transport, WholeBroadcastTransport)  # which all such engines get
     ends = time.monotonic() + deadline
     plans = PLANS.setdefault(transport, Plans())
     views = await to_its_end(plans.views, source, led.sharded.tensors)
@@ -149,16 +149,9 @@ async def begin_apart(
     if any((rank.gpu is not None) != (transport.device.type == "cuda") for rank in ranks):
         raise NotExchangeable(f"{transport.device.type} memory is sent, and the trainer's tensors are elsewhere")
     groups = await _groups(targets, transport, ranks, deadline)
-    specs = [spec_of(view) for view in views]
     try:
-        needs = [
-            await target.engine.needed_parts(specs, deadline=ends - time.monotonic(), group=group.name)
-            for target, group in zip(targets, groups, strict=True)
-        ]
+        needs = await _join(led, [spec_of(view) for view in views], groups, ends)
         require_equal(needs)
-        failed = await to_its_end(join_groups, led, [group.group for group in groups], deadline / 2)
-        for why in failed.values():
-            raise NotExchangeable(f"a process group of their ranks and the engines' did not form: {why}")
         engine_ranks, first = dict[str, list[EngineRank]](), len(ranks)
         for target, needed in zip(targets, needs, strict=True):
             engine_ranks[target.engine.name] = [EngineRank(first + index, of) for index, of in enumerate(needed)]
@@ -177,13 +170,43 @@ async def begin_apart(
         raise
 
 
+async def _join(
+    led: LedTensors, specs: Sequence[TensorSpec], groups: Sequence[PartsGroup], ends: float
+) -> list[NeededParts]:
+    """Have all ranks join the groups, and return which parts the ranks of each engine need.
+
+    They join at the same time: an engine may answer only when it has met the trainer's ranks. If one can't join, its
+    group is closed, so that these do not wait for it. Raises NotExchangeable or EngineError then.
+    """
+
+    async def enter(group: PartsGroup) -> NeededParts:
+        await group.enter()
+        try:
+            return await group.engine.needed_parts(specs, deadline=ends - time.monotonic(), group=group.name)
+        except BaseException:
+            group.close()
+            raise
+
+    seconds = (ends - time.monotonic()) / 2
+    joining = asyncio.create_task(to_its_end(join_groups, led, [group.group for group in groups], seconds))
+    try:
+        entered = await asyncio.gather(*map(enter, groups), return_exceptions=True)
+    finally:
+        failed = await joining
+    if errors := [error for error in entered if isinstance(error, BaseException)]:
+        raise errors[0]
+    for why in failed.values():
+        raise NotExchangeable(f"a process group of their ranks and the engines' did not form: {why}")
+    return [needs for needs in entered if not isinstance(needs, BaseException)]
+
+
 async def _groups(
     targets: Sequence[PublishTarget],
-    transport: WholeBroadcastTransport,
+    transport: ProcessGroupTransport,
     ranks: Sequence[RankPlace],
     deadline: float,
 ) -> list[PartsGroup]:
-    """Return a group for each engine. Raises NotExchangeable or EngineError if one can't be made."""
+    """Return a group for each engine. Raises NotExchangeable if one can't be made."""
     several_hosts = len({rank.host for rank in ranks}) > 1
     try:
         return await transport.parts_groups(targets, len(ranks), several_hosts=several_hosts, deadline=deadline)

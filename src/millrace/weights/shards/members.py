@@ -40,6 +40,7 @@ class Member:
         self.group, self._rank, self._seconds, self._device = group, rank, seconds, device
         self._joined: Any = None  # torch's group, until it ends
         self._met: Future[None] = Future()
+        MEMBERS[group.name] = self
         threading.Thread(target=self._run, name="millrace-member", daemon=True).start()
 
     @property
@@ -139,13 +140,10 @@ def join_all(device: torch.device, groups: Sequence[ProcessGroup] = (), seconds:
     """
     rows, seconds = orjson.loads(spread(orjson.dumps([[asdict(group) for group in groups], seconds]), device))
     rank, failed = dist.get_rank(), dict[str, str]()
-    for row in rows:
-        group = ProcessGroup(**row)
-        member = MEMBERS.get(group.name)
-        if member is None:
-            member = MEMBERS[group.name] = Member(group, rank, seconds, device)
+    members = [MEMBERS.get(row["name"]) or Member(ProcessGroup(**row), rank, seconds, device) for row in rows]
+    for member in members:
         if why := member.why_not_met():
-            failed[group.name] = f"rank {rank} of the trainer: {why}"
+            failed[member.group.name] = f"rank {rank} of the trainer: {why}"
     answers = [orjson.loads(text) for text in gathered(orjson.dumps(failed), device)]
     return {name: why for answer in reversed(answers) for name, why in answer.items()}
 

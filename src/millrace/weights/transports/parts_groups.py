@@ -4,6 +4,7 @@ Each engine is in a group of its own, so that no engine waits for another. The f
 and the trainer's rank 0 hosts the store at which all meet.
 """
 
+import asyncio
 import os
 import secrets
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from millrace.launch.ports import own_address
 from millrace.weights.transports.base import PublishTarget
 from millrace.weights.transports.sending_group import hosted_store
 
+LEAVE_DEADLINE = 2.0
 LOOPBACK = "127."
 END = "end"  # the key that is set when a group ends
 
@@ -33,6 +35,7 @@ class PartsGroup:
         self.group, self.engine, self.seconds = group, engine, seconds
         self._store = store
         self._announced = 0
+        self._entered = False
 
     @property
     def name(self) -> str:
@@ -41,6 +44,16 @@ class PartsGroup:
     @property
     def closed(self) -> bool:
         return self._store is None
+
+    async def enter(self) -> None:
+        """Have the engine join, if it has not yet. The group is closed if it can't. Raises EngineError then."""
+        if not self._entered:
+            self._entered = True
+            try:
+                await self.engine.join_group(self.group, deadline=self.seconds)
+            except BaseException:
+                self.close()
+                raise
 
     def announce(self, room: int, sizes: Sequence[Sequence[int]]) -> int:
         """Say in the store how many bytes of the next bucket each rank of the trainer sends to each rank of the engine,
@@ -76,10 +89,10 @@ class PartsGroups:
     async def opened(
         self, targets: Sequence[PublishTarget], senders: int, *, several_hosts: bool, deadline: float
     ) -> list[PartsGroup]:
-        """Return a group for each engine. The ranks of the trainer must still join those that are new.
+        """Return a group for each engine. All must `enter` it, and the ranks of the trainer join it.
 
-        several_hosts: whether the trainer's ranks are on several. Raises EngineError if an engine can't reach the
-        store of its group, and OSError or RuntimeError if this process can't host one.
+        several_hosts: whether the trainer's ranks are on several. Raises OSError or RuntimeError if this process can't
+        host the store of a group.
         """
         seconds = deadline / 2  # a group keeps the deadline that it was created with
         engines = [target.engine for target in targets]
@@ -95,11 +108,6 @@ class PartsGroups:
                 continue
             made = new_parts_group(target, self._backend, senders, several_hosts=several_hosts, seconds=seconds)
             self._groups.append(made)
-            try:
-                await target.engine.join_group(made.group, deadline=seconds)
-            except BaseException:
-                made.close()
-                raise
         return [next(one for one in self._groups if one.engine is engine) for engine in engines]
 
     async def close(self) -> None:
@@ -109,8 +117,9 @@ class PartsGroups:
     async def _leave(self, groups: Sequence[PartsGroup]) -> None:
         for one in groups:
             one.close()
-            with suppress(EngineError):  # an engine that can't leave a group has lost it already
-                await one.engine.leave_group(one.name)
+            with suppress(EngineError, TimeoutError):  # an engine that can't leave a group has lost it already
+                async with asyncio.timeout(LEAVE_DEADLINE):
+                    await one.engine.leave_group(one.name)
 
 
 def new_parts_group(
