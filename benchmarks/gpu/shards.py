@@ -11,7 +11,7 @@ engine gets the parts that it needs from the rank beside it; in the second, rank
 all GPUs. After each, the engine must have the same checksums of its own tensors. Without GPUs: --engine '{"device":
 "cpu", ...}'.
 
-With `--transport nccl` the engine, an SGLang, has the GPUs behind those of the trainer's ranks. In the first way, each
+With `--transport nccl` the engine has the GPUs behind those of the trainer's ranks. In the first way, each
 rank of the trainer sends each rank of the engine what it needs; in the second, rank 0 gathers and broadcasts. The two
 ways do not take turns then, because an engine is in the process group of one way at a time. Without GPUs: `gloo`.
 """
@@ -130,14 +130,21 @@ def show(way: str, reports: Sequence[PublishReport], peaks: Sequence[Sequence[fl
 
 
 def apart(config: StockConfig, first: int, ranks: int) -> StockConfig:
-    """Returns the settings of one SGLang on the GPUs from `first` on."""
-    assert isinstance(config, SGLangEngineConfig)
+    """Returns the settings of one engine on the GPUs from `first` on."""
     on_cpu = config.device == "cpu"
-    # SGLang's NCCL must allocate memory as that of this process does.
-    environment = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if on_cpu else {CUMEM: "-2"}
-    own = {"engine_args": {**config.engine_args, "custom_weight_loader": [LOADER]}}
     place = {"tp_size": ranks, "dtype": "bfloat16", "base_gpu_id": 0 if on_cpu else first}
-    return config.model_copy(update={**place, **own, "env": {**environment, **config.env}})
+    if isinstance(config, SGLangEngineConfig):
+        place["engine_args"] = {**config.engine_args, "custom_weight_loader": [LOADER]}
+    # SGLang's NCCL must allocate memory as that of this process does.
+    environment = threads_of(config, ranks) if on_cpu else {CUMEM: "-2"}
+    return config.model_copy(update={**place, "env": {**environment, **config.env}})
+
+
+def threads_of(config: StockConfig, ranks: int) -> dict[str, str]:
+    """Returns the variables by which an engine on the CPU has several ranks."""
+    if isinstance(config, SGLangEngineConfig):
+        return {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def over_all_ranks(config: StockConfig, ranks: int) -> StockConfig:
@@ -146,16 +153,16 @@ def over_all_ranks(config: StockConfig, ranks: int) -> StockConfig:
     shared = {"tp_size": ranks, "dtype": "bfloat16"}
     on_cpu = config.device == "cpu"
     if isinstance(config, SGLangEngineConfig):
-        threads = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if on_cpu else {}
         own = {
             "engine_args": {**config.engine_args, "custom_weight_loader": [LOADER]},
             "mem_fraction_static": None if on_cpu else config.mem_fraction_static or 0.4,
         }
     else:
         assert isinstance(config, VLLMEngineConfig)
-        threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if on_cpu else {}
         own = {"gpu_memory_utilization": None if on_cpu else config.gpu_memory_utilization or 0.4}
-    return config.model_copy(update={**shared, **own, "env": {**config.env, **threads}})
+    return config.model_copy(
+        update={**shared, **own, "env": {**config.env, **(threads_of(config, ranks) if on_cpu else {})}}
+    )
 
 
 async def lead(sharded: ShardedTensors, world: World, folder: Path, arguments: argparse.Namespace) -> None:
