@@ -41,7 +41,7 @@ def test_a_bucket_has_the_bytes_and_the_samples_of_its_tensors(
         held = together[spec.offset : spec.offset + spec.nbytes].view(tensor.dtype).view(tensor.shape)
         assert torch.equal(held.float(), tensor.float())
     contiguous = [tensor.detach().contiguous() for tensor in given]
-    assert list(layout_of(named).samples_in(together).values()) == sampled_checksums(contiguous)
+    assert list(layout_of(named).samples_in(together)().values()) == sampled_checksums(contiguous)
 
 
 @given(st.lists(tensors(), min_size=1, max_size=6))

@@ -8,7 +8,7 @@ single changed element of a large tensor.
 The engines' interpreters run this file too, so it imports nothing of Millrace.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,14 +79,22 @@ class SampledPlaces:
 
     def checksums(self, bucket: "torch.Tensor") -> str:
         """Return the checksums of the tensors in a bucket, [nbytes] uint8, as 32 hex digits for each in their order."""
+        return self.begin(bucket)()
+
+    def begin(self, bucket: "torch.Tensor") -> Callable[[], str]:
+        """Begin to compute `checksums`, on a GPU in the current stream. Return a function that waits for them."""
         import torch
 
         if not self._batches:
-            return ""
+            return str
         with torch.no_grad():
             found = [one.sums_by(self._kernel, bucket) if self._kernel else one.sums(bucket) for one in self._batches]
-        sums = torch.cat(found).cpu()[self._order]
-        return sums.numpy().astype(">i8").tobytes().hex()
+            sums = torch.cat(found)
+
+        def read() -> str:
+            return sums.cpu()[self._order].numpy().astype(">i8").tobytes().hex()
+
+        return read
 
 
 class SampledTensors:

@@ -191,19 +191,27 @@ class Publish:
 
     def _buckets(self, updates: Sequence[Update]) -> Iterator[StagedBucket]:
         self._sent, self._samples = {}, {}
-        source: Iterator[NamedTensors] = buckets(self._source, self._bucket_bytes)
+        source = self._grouped()
         if self._fingerprint is None and not any(u.target.can(Capability.SAMPLED_CHECKSUMS) for u in updates):
             return self._transport.staged(source)
         if self._transport.samples_buckets:
             return self._sampled(self._transport.staged(source))
         return self._transport.staged(sampled(source, self._samples))
 
+    def _grouped(self) -> Iterator[NamedTensors]:
+        """Yield the tensors of each bucket. If all exist already, they are grouped before the engines pause."""
+        found: Iterator[NamedTensors] = buckets(self._source, self._bucket_bytes)
+        yield from list(found) if self._source.at_hand else found
+
     def _sampled(self, staged: Iterator[StagedBucket]) -> Iterator[StagedBucket]:
-        """Yield the same buckets, and remember the sampled checksums of their tensors."""
+        """Yield the same buckets, and remember the sampled checksums of their tensors when all have been taken."""
+        begun = []
         for bucket in staged:
             assert bucket.samples is not None
-            self._samples |= bucket.samples()
+            begun.append(bucket.samples())  # a GPU computes them while the engines load the bucket
             yield bucket
+        for samples in begun:
+            self._samples |= samples()
 
     async def _load(self, updates: Sequence[Update]) -> None:
         """Send the buckets. The transactions begin when the first bucket is ready, because some engines stop generating

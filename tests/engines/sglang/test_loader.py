@@ -258,9 +258,9 @@ def test_content_that_does_not_arrive_is_found(sender: Sender) -> None:
     [layout] = layouts_of(sender.model)
     plan = layout.plan
     bucket = packed(weights(0))
-    assert plan.differing(bucket) == []
+    assert plan.compare(bucket)() == []
     sender.model.out.data[3, 1] += 1
-    assert plan.differing(bucket) == ["out"]
+    assert plan.compare(bucket)() == ["out"]
 
 
 @pytest.mark.parametrize(

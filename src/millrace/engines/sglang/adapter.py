@@ -4,9 +4,9 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,6 +26,7 @@ from millrace.buckets import (
 from millrace.engines.answers import AnswerFiles, AnswerFilesPool
 from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS
+from millrace.engines.sglang.channel import Orders
 from millrace.engines.sglang.facts import SGLangFacts, read_facts
 from millrace.engines.sglang.guards import check_request
 from millrace.engines.sglang.loading import LOADER, MISSING_LOADER, NO_BUCKET, AnswerStore, LoaderUpdate, in_files
@@ -108,7 +109,8 @@ class SGLangEngine(StockEngine[SGLangFacts]):
 
         Names begin with the rank.
         """
-        body = await self._control("/weights_checker", {"action": "checksum"}, repeatable=True)
+        async with self._control_call():
+            body = await self._control("/weights_checker", {"action": "checksum"}, repeatable=True)
         return checksums_by_rank(body["ranks"])
 
     async def sampled_checksums(self) -> Mapping[str, str]:
@@ -147,7 +149,7 @@ class SGLangEngine(StockEngine[SGLangFacts]):
             store = self._groups[group]
             orders = question.questions(tensors, store.places(NO_BUCKET, deadline))
             await self._order(order_payloads(orders), deadline)
-            return question.needs(await self._stored(store, NO_BUCKET))
+            return question.needs(await store.answers(self.name, NO_BUCKET))
         with self._answer_files(ranks) as files:
             await self._order(order_payloads(question.questions(tensors, in_files(files.answers()))), deadline)
             return question.needs(files.read())
@@ -155,7 +157,7 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     async def audit(
         self, samples: Sequence[WeightSample], *, deadline: float
     ) -> tuple[Sequence[HeldLayer], Sequence[int]] | None:
-        if not is_loopback(str(urlsplit(self.url).hostname)):
+        if not self._here:
             return None
         answers, question = Answers(), LoaderUpdate(self.name)
         async with self._control_call():
@@ -168,6 +170,7 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     async def close(self) -> None:
         if self._files is not None:
             self._files.close()
+        self._orders.close()
         self._files, self._groups = None, {}
         await super().close()
 
@@ -261,15 +264,14 @@ class SGLangEngine(StockEngine[SGLangFacts]):
 
     def _can_answer(self, bucket: CudaIpcBucket | TorchStorageBucket | DiskBucket, facts: SGLangFacts) -> bool:
         """Return whether the server has the weight loader, and there are files on its host for the loader's answers."""
-        here = is_loopback(str(urlsplit(self.url).hostname))
-        return Capability.SAMPLED_CHECKSUMS in facts.info.capabilities and (bucket.answers is not None or here)
+        return Capability.SAMPLED_CHECKSUMS in facts.info.capabilities and (bucket.answers is not None or self._here)
 
     async def _load_by_loader(self, bucket: CudaIpcBucket | TorchStorageBucket, ranks: int, deadline: float) -> None:
         """Have the server's weight loader load a bucket in memory, and read its answers."""
         ends = time.monotonic() + deadline
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         with self._answers(bucket.answers, ranks) as answers:
-            await self._order(loader_payloads(bucket, update.orders(bucket.tensors, in_files(answers))), deadline)
+            await self._order_load(loader_payloads(bucket, update.orders(bucket.tensors, in_files(answers))), deadline)
             update.take(bucket.tensors, await self._read(answers, ends - time.monotonic()))
 
     @contextmanager
@@ -318,7 +320,7 @@ class SGLangEngine(StockEngine[SGLangFacts]):
         try:
             with self._answer_files(len(bucket.ranks)) as files:
                 orders = update.orders_of_parts([rank.parts for rank in bucket.ranks], in_files(files.answers()))
-                await self._order(parts_payloads(bucket.ranks, orders), deadline)
+                await self._order_load(parts_payloads(bucket.ranks, orders), deadline)
                 update.take_parts(files.read())
         except BaseException:
             self._needs = None  # ask again, because the server may not remember the question
@@ -329,35 +331,48 @@ class SGLangEngine(StockEngine[SGLangFacts]):
         assert bucket.number is not None
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         places = store.places(bucket.number, deadline)
-        await self._order(order_payloads(update.orders(bucket.tensors, places)), deadline)
-        update.take(bucket.tensors, await self._stored(store, bucket.number))
+        await self._order_load(order_payloads(update.orders(bucket.tensors, places)), deadline)
+        update.take(bucket.tensors, await store.answers(self.name, bucket.number))
 
     async def _load_sent_parts(self, bucket: SentPartsBucket, store: AnswerStore, deadline: float) -> None:
         """Have the server's weight loader load the parts that each rank receives, and read its answers."""
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         try:
             orders = update.orders_of_parts(bucket.parts, store.places(bucket.number, deadline))
-            await self._order(order_payloads(orders), deadline)
-            update.take_parts(await self._stored(store, bucket.number))
+            await self._order_load(order_payloads(orders), deadline)
+            update.take_parts(await store.answers(self.name, bucket.number))
         except BaseException:
             self._needs = None  # ask again, because the server may not remember the question
             raise
-
-    async def _stored(self, store: AnswerStore, number: int) -> Sequence[bytes]:
-        """Return the answers of the weight loader's ranks in the store of a group. Raises EngineFailed if they can't be
-        read."""
-        try:
-            return await asyncio.to_thread(store.read, number)
-        except RuntimeError as error:  # torch's
-            raise EngineFailed(self.name, f"the answers of its weight loader can't be read: {error}") from error
 
     def _answer_files(self, ranks: int) -> AbstractContextManager[AnswerFiles]:
         """Return files that the weight loader's ranks write their answers to, for one order."""
         self._files = self._files or AnswerFilesPool(ranks)
         return self._files.taken()
 
+    async def _order_load(self, shares: Sequence[str], deadline: float) -> None:
+        """Send an order to load a bucket, beside which others may be under way."""
+        await self._orders.send(shares, deadline)
+
+    @asynccontextmanager
+    async def _control_call(self, *, beside_loads: bool = False) -> AsyncIterator[None]:
+        async with super()._control_call(beside_loads=beside_loads):
+            if not beside_loads:
+                self._orders.release()
+            yield
+
+    @cached_property
+    def _orders(self) -> Orders:
+        """What sends the orders to load a bucket."""
+        return Orders(self.name, self._order, by_channel=self._here)
+
+    @property
+    def _here(self) -> bool:
+        """Whether the server runs on this host."""
+        return is_loopback(str(urlsplit(self.url).hostname))
+
     async def _order(self, shares: Sequence[str], deadline: float) -> None:
-        """Send an order to the weight loader of each rank."""
+        """Send an order to the weight loader of each rank by HTTP."""
         body = {"serialized_named_tensors": shares, "load_format": LOADER, **WITHOUT_FLUSH}
         try:
             await self._control("/update_weights_from_tensor", body, deadline=deadline)
@@ -370,11 +385,16 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     async def _commit(self, version: int) -> None:
         if self._by_loader is not None and self._by_loader.missing:
             raise InvalidStateError(self._by_loader.missing)
-        await self._end_session()
-        body = {"new_version": str(version), "abort_all_requests": False}
-        await self._control("/update_weight_version", body)
+        ending = asyncio.create_task(self._orders.end())
+        try:
+            await self._end_session()
+            body = {"new_version": str(version), "abort_all_requests": False}
+            await self._control("/update_weight_version", body)
+        finally:
+            await ending
 
     async def _abort_update(self) -> None:
+        await self._orders.end()
         try:
             await self._end_session()
         except EngineRefused:  # another client has ended the session

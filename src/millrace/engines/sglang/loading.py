@@ -1,5 +1,6 @@
 """The sender's side of the weight loader that SGLang's processes run (`extension/millrace_sglang`)."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -46,6 +47,13 @@ class AnswerStore:
         """Return what the order for each rank says about a bucket that comes by the group, under this number. With
         NO_BUCKET, the ranks only join and answer."""
         return [{"group": group, "number": number, "seconds": deadline} for group in self._groups]
+
+    async def answers(self, engine: str, number: int) -> list[bytes]:
+        """Return what `read` returns, without blocking. engine: its name. Raises EngineFailed if the store is gone."""
+        try:
+            return await asyncio.to_thread(self.read, number)
+        except RuntimeError as error:  # torch's
+            raise EngineFailed(engine, f"the answers of its weight loader can't be read: {error}") from error
 
     def read(self, number: int) -> list[bytes]:
         """Take each rank's answer about a bucket; empty if there is none. Raises RuntimeError if the store is gone."""

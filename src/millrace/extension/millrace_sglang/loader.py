@@ -16,6 +16,7 @@ from millrace_words import first_line, listed
 
 from . import folders, parts
 from .audit import audit
+from .channel import serve
 from .plan import Plan, plan_of
 from .receiving import Group, ReceivingGroup
 from .recording import Memory, Recorder
@@ -130,17 +131,18 @@ class Loader:
         key = order.layout, bucket.nbytes
         layout = self.layouts.get(key) or Layout.of(order.layout, bucket)
         self.layouts[key], layout.update = layout, order.update
-        samples = layout.places.checksums(bucket)
+        samples = layout.places.begin(bucket)
         if isinstance(layout.plan, Plan):
             layout.plan.run(bucket)
         else:
             layout.plan = record(model, layout.views(bucket), bucket, known=layout.plan)
             self.parameters = dict(model.named_parameters())  # the model's own loader may replace some
-        answer: dict[str, object] = {"samples": samples}
         if isinstance(layout.plan, str):
             self.written = None
-            return {**answer, "unplanned": layout.plan}
-        if wrong := layout.plan.differing(bucket):
+            return {"samples": samples(), "unplanned": layout.plan}
+        differing = layout.plan.compare(bucket)
+        answer: dict[str, object] = {"samples": samples()}  # the GPU has got all its work before this waits for it
+        if wrong := differing():
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         if self.written is not None:
             self.written.update(layout.plan.elements)
@@ -173,13 +175,17 @@ LOADERS: "weakref.WeakKeyDictionary[torch.nn.Module, Loader]" = weakref.WeakKeyD
 
 
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Load one bucket: SGLang calls this in each rank.
+    """Load one bucket, or all buckets that come by a channel: SGLang calls this in each rank.
 
-    named_tensors: one pair, the order and the bucket's bytes; no bytes if the bucket comes by a process group.
+    named_tensors: one pair, the order and the bucket's bytes; no bytes if the bucket comes by a process group or a
+        channel.
     Raises nothing that the order can cause: an exception would end the server. The sender reads in the answer what
     failed.
     """
     [(text, bucket)] = named_tensors
+    if text.startswith('{"channel"'):
+        load_from_channel(model, json.loads(text), bucket.device)
+        return
     try:
         order = Order.read(text)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -214,6 +220,21 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
             loader.receiving.answer(order.number, content)
         except RuntimeError as error:
             log.warning("the answer can't be sent: %s", first_line(error))
+
+
+def load_from_channel(model: torch.nn.Module, head: Mapping[str, Any], device: torch.device) -> None:
+    """Load the buckets that come by a channel. head: where it is, and the first order."""
+    from sglang.srt.utils import MultiprocessingSerializer  # type: ignore[import-not-found,unused-ignore]
+
+    def do(payload: str) -> object:
+        [(text, bucket)] = MultiprocessingSerializer.deserialize(payload)
+        load(model, [(text, bucket.to(device))])
+        return bucket
+
+    try:
+        serve(head["channel"], head["rank"], head["order"], do)
+    except Exception:  # the sender sees that the connection ends
+        log.exception("the orders of a channel could not be taken")
 
 
 def write_answer(path: str, content: bytes) -> None:

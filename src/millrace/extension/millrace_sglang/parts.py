@@ -82,14 +82,14 @@ class Parts:
         key = text, bucket.nbytes
         layout = self.layouts.get(key) or Layout.of(read_parts(text), bucket, self.description)
         self.layouts[key], layout.update = layout, update
-        samples = layout.places.checksums(bucket)
+        samples = layout.places.begin(bucket)
         if layout.plan.copies:  # another rank may have a part in a bucket that has none for this one
             layout.plan.run(bucket)
-        if wrong := layout.plan.differing(bucket):
+        if wrong := layout.plan.compare(bucket)():
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         self.written.update(layout.plan.elements)
         missing = sorted(name for name, one in model.named_parameters() if self.written[name] < one.numel())
-        samples_of = dict(zip(layout.labels, separated(samples), strict=True))
+        samples_of = dict(zip(layout.labels, separated(samples()), strict=True))
         return {"samples": samples_of, "missing": len(missing), "such as": missing[:LISTED]}
 
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,16 +53,22 @@ class Plan:
                 fill.target.fill_(fill.value)
         copy_out(bucket, self.copies)
 
-    def differing(self, bucket: torch.Tensor) -> list[str]:
-        """Return the parameters whose content differs from what was copied into them, by samples of each copy."""
+    def compare(self, bucket: torch.Tensor) -> Callable[[], list[str]]:
+        """Begin to compare samples of each copy with the content of the parameters. Return a function that waits for it
+        and returns the parameters whose content differs from what was copied into them."""
         unlike = [one.unlike(bucket) for one in self.samples]
-        if not unlike or not torch.stack([one.any() for one in unlike]).any().item():
-            return []
-        names = []
-        for samples, found in zip(self.samples, unlike, strict=True):
-            parts = found.split_with_sizes([len(places) for _, _, places in samples.held])
-            names += [name for (name, _, _), part in zip(samples.held, parts, strict=True) if part.any()]
-        return sorted(set(names))
+        any_unlike = torch.stack([one.any() for one in unlike]).any() if unlike else torch.tensor(False)
+
+        def differing() -> list[str]:
+            if not any_unlike.item():
+                return []
+            names = []
+            for samples, found in zip(self.samples, unlike, strict=True):
+                parts = found.split_with_sizes([len(places) for _, _, places in samples.held])
+                names += [name for (name, _, _), part in zip(samples.held, parts, strict=True) if part.any()]
+            return sorted(set(names))
+
+        return differing
 
 
 def plan_of(recording: Recording) -> Plan | str:

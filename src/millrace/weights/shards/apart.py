@@ -79,7 +79,7 @@ class ApartTransport(Transport):
                 one.names,
                 sum(spec.nbytes for spec in tensors),
                 sum(piece.nbytes for piece in one.pieces if piece.receiver in gets),
-                samples=partial(self._samples, number, samples),
+                samples=lambda number=number, samples=samples: partial(self._samples, number, samples),  # type: ignore[misc]
             )
 
     async def load(

@@ -90,7 +90,7 @@ class ExchangeTransport(Transport):
                 one.names,
                 sum(spec.nbytes for spec in tensors),
                 sum(of_rank.exchanged for of_rank in filled),
-                samples=partial(self._samples, number, filled),
+                samples=lambda number=number, filled=filled: partial(self._samples, number, filled),  # type: ignore[misc]
             )
 
     async def load(

@@ -41,15 +41,15 @@ class StagedBucket:
         bytes.
     names: the names of the tensors, in order.
     nbytes: the size of the tensors.
-    samples: returns the sampled checksum of each tensor by name, computed of the bucket; None if the transport has no
-        `samples_buckets`.
+    samples: begins to compute sampled checksums of the bucket, and returns a function that returns them by the tensors'
+        names; None if the transport has no `samples_buckets`.
     """
 
     bucket_for: Callable[[PublishTarget], Bucket]
     checksums: Mapping[str, str]
     names: tuple[str, ...]
     nbytes: int
-    samples: Callable[[], Mapping[str, str]] | None = field(default=None, kw_only=True)
+    samples: Callable[[], Callable[[], Mapping[str, str]]] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The layouts of buckets. What is computed of a layout is kept, because a trainer publishes the same tensors again."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -26,24 +27,26 @@ class BucketLayout:
         self._places: SampledPlaces | None = None
         self._packing: tuple[object, torch.device, Packing] | None = None  # and for tensors where
 
-    def samples_in(self, bucket: torch.Tensor) -> dict[str, str]:
-        """Return the sampled checksum of each tensor in a bucket, [nbytes] uint8, by its name."""
+    def samples_in(self, bucket: torch.Tensor) -> Callable[[], dict[str, str]]:
+        """Begin to compute the sampled checksum of each tensor in a bucket, [nbytes] uint8. Return a function that
+        returns them by the tensors' names. The bucket may be filled again before that is called."""
         places = self._places
         if places is None or places.device != bucket.device:
             sizes = [(getattr(torch, spec.dtype).itemsize, spec) for spec in self.specs]
             tensors = [(itemsize, spec.nbytes // itemsize, spec.offset) for itemsize, spec in sizes]
             places = self._places = SampledPlaces(tensors, bucket.device)
-        return dict(zip(self.names, separated(places.checksums(bucket)), strict=True))
+        computed = places.begin(bucket)
+        return lambda: dict(zip(self.names, separated(computed()), strict=True))
 
     def pack_on_gpu(self, tensors: NamedTensors, target: torch.Tensor) -> None:
-        """Copy the tensors into `target`, a uint8 tensor of at least [nbytes] on a GPU, and wait for the copies."""
+        """Copy the tensors into `target`, a uint8 tensor of at least [nbytes] on a GPU, in its current stream. Does not
+        wait for the copies."""
         where = _where(tensors)
         if self._packing is None or self._packing[:2] != (where, target.device):
             places = [Place(spec.offset, getattr(torch, spec.dtype), spec.shape) for spec in self.specs]
             packing = Packing((tensor for _, tensor in tensors), places, target.device)
             self._packing = where, target.device, packing
         self._packing[2].run(target, lambda index: tensors[index][1])
-        torch.cuda.current_stream(target.device).synchronize()  # engines must not read it before it is written
 
 
 def _where(tensors: NamedTensors) -> list[tuple[int, bool, torch.device]]:

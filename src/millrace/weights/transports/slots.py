@@ -72,9 +72,11 @@ class MemoryTransport(BucketTransport, Generic[S]):
 
 
 def fill(memory: torch.Tensor, layout: BucketLayout, tensors: NamedTensors) -> dict[str, str]:
-    """Copy the tensors into a bucket, [nbytes] uint8. Return their checksums by name; empty on a GPU."""
+    """Copy the tensors into a bucket, [nbytes] uint8, and wait for the copies. Return their checksums by name; empty on
+    a GPU."""
     if memory.is_cuda:
         layout.pack_on_gpu(tensors, memory)
+        torch.cuda.current_stream(memory.device).synchronize()  # nothing may send it before it is written
         return {}
     return copy_to_host(tensors, layout.specs, memory)
 
