@@ -34,7 +34,7 @@ from millrace.train.world import end_rank
 from millrace.weights.report import PublishReport
 from millrace.weights.sharded import ShardedTensors, follow, leading
 from millrace.weights.shards import exchange
-from millrace.weights.shards.members import Member
+from millrace.weights.shards.members import MEMBERS, Member
 from millrace.weights.sidecar.handles import handle_of
 from tests.conformance.run_checks import START_TIMEOUT
 from tests.weights.variants import PROMPTS, greedy
@@ -85,14 +85,15 @@ class Faults:
         return self._handle_of(slot, shares)
 
     def send(self, member: Member, memory: Tensor, sizes: Sequence[int]) -> Any:
-        self._happen(memory)
+        self._happen(memory, in_round=len(MEMBERS))
         return self._begin(member, memory, sizes)
 
-    def _happen(self, memory: Tensor) -> None:
+    def _happen(self, memory: Tensor, in_round: int = 1) -> None:
+        """in_round: how many buckets there are in one."""
         self._filled += 1
         if self._version == 3:
             memory[:1] ^= 1
-        if self._version == 6 and dist.get_rank() == 1 and self._filled == 2:
+        if self._version == 6 and dist.get_rank() == 1 and self._filled == 2 * in_round:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
