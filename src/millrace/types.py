@@ -77,7 +77,7 @@ class Capability(StrEnum):
     STAGED_UPDATE = "staged_update"  # generation continues during loading; otherwise it stops from begin to commit
     SLEEP = "sleep"
     UPDATE_FROM_DISK = "update_from_disk"
-    UPDATE_FROM_PROCESS_GROUP = "update_from_process_group"
+    UPDATE_FROM_PROCESS_GROUP = "update_from_process_group"  # it receives one tensor after the other
     WHOLE_BROADCASTS = (
         "whole_broadcasts"  # in a group, it receives the bytes of a bucket at once, and ahead of the load
     )

@@ -2,6 +2,7 @@
 the conformance checks and uses the same server."""
 
 import asyncio
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from millrace.config.models import TransportName
 from millrace.engines.base import Engine
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.publisher import Publish
+from millrace.weights.sidecar.server import SIDECAR_KEY
 from millrace.weights.source import source_of
 from millrace.weights.transports.base import PublishTarget, TransportContext
 from millrace.weights.transports.registry import create
@@ -60,7 +62,9 @@ async def check_weights_come(engine: Engine, name: TransportName, folders: tuple
     version = target.info.weight_version or 0
     with ExitStack() as stack:
         sidecars = {engine.name: stack.enter_context(sidecar())} if name == "ucx" else {}
-        way = create(name, TransportContext(capabilities=target.info.capabilities, sidecars=sidecars))
+        key = os.environ.get(SIDECAR_KEY)
+        context = TransportContext(capabilities=target.info.capabilities, sidecars=sidecars, sidecar_key=key)
+        way = create(name, context)
         try:
             for folder in reversed(folders):
                 version += 1

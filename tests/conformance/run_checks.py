@@ -27,6 +27,7 @@ VLLM_UPDATES = frozenset({  # the checks of updates that vLLM on the CPU can't r
     "update.bare_nccl",  # on the CPU
     "update.checksums",
     "update.cuda_ipc",  # on the CPU
+    "update.process_group",  # it takes whole buckets
     "update.rollback",
     "update.torch_storage",
 })  # fmt: skip

@@ -23,6 +23,7 @@ LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | frozenset({
     "update.told_before",
     "update.torch_storage",
     "update.torn",
+    "update.whole_broadcasts",
 })  # fmt: skip
 
 

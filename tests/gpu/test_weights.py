@@ -60,17 +60,15 @@ def test_by_cuda_ipc_on_two_gpus(
     asyncio.run(hold(config.model_copy(update=places), "cuda_ipc", variants, tmp_path))
 
 
-@pytest.mark.parametrize(
-    "loader", [pytest.param(False, id="single tensors"), pytest.param(True, id="whole buckets, by the weight loader")]
-)
-def test_by_nccl(config: StockConfig, loader: bool, variants: list[Variant], tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [pytest.param(False, id="single tensors"), pytest.param(True, id="whole buckets")])
+def test_by_nccl(config: StockConfig, whole: bool, variants: list[Variant], tmp_path: Path) -> None:
     """The trainer has the first GPU, and each other GPU has an engine."""
     if isinstance(config, SGLangEngineConfig):
-        arguments = {**config.engine_args, "custom_weight_loader": [LOADER] if loader else None}
+        arguments = {**config.engine_args, "custom_weight_loader": [LOADER] if whole else None}
         config = config.model_copy(update={"engine_args": arguments})
-    elif loader:
-        pytest.skip("the weight loader is SGLang's")
-    needs = frozenset({Capability.WHOLE_BROADCASTS} if loader else ())
+    elif not whole:
+        pytest.skip("vLLM's extension takes whole buckets")
+    needs = frozenset({Capability.WHOLE_BROADCASTS} if whole else ())
     if config.device == "cpu":
         asyncio.run(hold(config.model_copy(update={"replicas": 2}), "gloo", variants, tmp_path, needs))
         return

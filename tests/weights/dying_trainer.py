@@ -1,19 +1,23 @@
-"""A trainer that is killed in the middle of a publish to a running SGLang: by gloo, at the broadcast with this number.
+"""A trainer that is killed in the middle of a publish to a running server: by gloo, at the broadcast with this number.
 
-python -m tests.weights.dying_trainer URL KEY ADMIN_KEY FOLDER VERSION NUMBER
+python -m tests.weights.dying_trainer KIND URL KEY ADMIN_KEY FOLDER VERSION NUMBER
 
-At number 0, the server's rank waits for the bucket that it was ordered to load. Later ones come ahead of their order.
+KIND is sglang or vllm. At number 0, the server's rank waits for the bucket that it was ordered to load. Later ones come
+ahead of their order.
 """
 
 import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from millrace.engines.sglang.adapter import SGLangEngine
+from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.weights.publisher import Publish
 from millrace.weights.source import source_of
 from millrace.weights.transports.base import PublishTarget
@@ -22,24 +26,24 @@ from millrace.weights.transports.whole_broadcast import GlooTransport
 from tests.weights.variants import read_folder
 
 BUCKET = 100 * 1024  # bytes
+ENGINES: dict[str, type[SGLangEngine | VLLMEngine]] = {"sglang": SGLangEngine, "vllm": VLLMEngine}
 
 
 class Dying(SendingGroup):
-    """Kills this process instead of sending the bucket with the number `last`."""
+    """Kills this process instead of sending the bucket with the number `last`. The first one has been announced then,
+    and the server's rank has joined."""
 
     last = 0
 
-    async def broadcast_bucket(self, number: int, bucket: torch.Tensor) -> None:
-        if number == self.last:
-            if self._group is None:
-                await self.join()  # the rank joins when it has the order
+    async def _send(self, begin: Callable[[], Sequence[Any]]) -> None:
+        if self._announced > self.last:
             print("dies", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        await super().broadcast_bucket(number, bucket)
+        await super()._send(begin)
 
 
-async def run(url: str, key: str, admin_key: str, folder: Path, version: int) -> None:
-    engine = SGLangEngine("sglang-0", url, api_key=key, admin_key=admin_key, model_path=folder)
+async def run(kind: str, url: str, key: str, admin_key: str, folder: Path, version: int) -> None:
+    engine = ENGINES[kind](f"{kind}-0", url, api_key=key, admin_key=admin_key, model_path=folder)
     await engine.initialize()
     transport = GlooTransport(Dying, torch.device("cpu"), together=False)
     target = PublishTarget(engine, await engine.info())
@@ -49,5 +53,6 @@ async def run(url: str, key: str, admin_key: str, folder: Path, version: int) ->
 
 
 if __name__ == "__main__":
-    Dying.last = int(sys.argv[6])
-    asyncio.run(run(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]), int(sys.argv[5])))
+    kind, url, key, admin_key, folder, version, number = sys.argv[1:]
+    Dying.last = int(number)
+    asyncio.run(run(kind, url, key, admin_key, Path(folder), int(version)))

@@ -65,6 +65,8 @@ def ways(subject: Subject) -> dict[str, Way]:
         supported["memory"] = partial(by_memory, kinds[0])
     if Capability.UPDATE_FROM_PROCESS_GROUP in can:
         supported["process group"] = by_group
+    if Capability.WHOLE_BROADCASTS in can:
+        supported["whole broadcasts"] = by_whole_broadcasts
     if Capability.UPDATE_FROM_BARE_NCCL in can and "NCCL_HOSTID" in os.environ:
         supported["bare NCCL"] = by_bare_nccl
     return supported
@@ -136,8 +138,13 @@ async def by_memory(kind: Capability, subject: Subject, source: Path, version: i
 
 
 async def by_group(subject: Subject, source: Path, version: int) -> None:
-    """Publish the weights by a gloo broadcast, which works on CPUs and GPUs."""
+    """Publish the weights by gloo broadcasts of single tensors, which work on CPUs and GPUs."""
     await send(Capability.UPDATE_FROM_PROCESS_GROUP, subject, await read_tensors(source), version)
+
+
+async def by_whole_broadcasts(subject: Subject, source: Path, version: int) -> None:
+    """Publish the weights by gloo broadcasts of whole buckets."""
+    await send(Capability.WHOLE_BROADCASTS, subject, await read_tensors(source), version)
 
 
 async def by_bare_nccl(subject: Subject, source: Path, version: int) -> None:

@@ -82,10 +82,8 @@ def join_world(device: str, *, timeout: float = 1800.0) -> Iterator[World]:
     # gloo is used beside nccl, because dcp exchanges a checkpoint's metadata on the CPU.
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+    yield world
+    dist.destroy_process_group()  # not after an error: NCCL would wait for a collective that other ranks are in
 
 
 def end_rank() -> None:

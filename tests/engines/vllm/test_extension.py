@@ -25,7 +25,9 @@ from millrace.checksum import sampled_checksums
 from millrace.extension.millrace_boxes import whole
 from millrace.launch.ports import free_port
 from millrace.train.tiny import make_tiny_tokenizer
+from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.sending_group import SendingGroup
+from millrace.weights.transports.slots import fill
 from tests.engines.vllm.server import BucketOfParts, Server, SharedBucket, rows, serving
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -163,7 +165,7 @@ async def test_buckets_in_any_order_that_part_fused_modules_anywhere(subject: Su
     await check_serves(subject.server, subject.second)
     state = await subject.server.done("state")
     assert state.pop("planned") > 0
-    assert state == {"version": "7", "updating": False, "rank": 0, "world_size": 1, "protocol": 2}
+    assert state == {"version": "7", "updating": False, "rank": 0, "world_size": 1, "protocol": 3}
 
 
 async def test_a_pause_at_once_interrupts_without_vllms_wait(servers: Subject) -> None:
@@ -279,45 +281,133 @@ async def test_weights_in_the_servers_own_dtype_are_the_same(subject: Subject) -
     await check_serves(subject.server, subject.second)
 
 
+class Sender:
+    """Rank 0 of a group of its own, whose other rank is the server's."""
+
+    def __init__(self, name: str, seconds: float = 30) -> None:
+        self._group = SendingGroup(name, torch.device("cpu"), "127.0.0.1", receivers=1, deadline=30)
+        self.joining = joining(name, self._group.port, seconds)
+        self._name = name
+
+    async def broadcast(self, number: int, weights: Weights) -> None:
+        layout = layout_of(list(weights.items()))
+        bucket = torch.empty(layout.nbytes, dtype=torch.uint8)
+        fill(bucket, layout, list(weights.items()))
+        await self._group.broadcast_bucket(number, bucket)
+
+    def described(self, number: int, weights: Weights, seconds: float = 30) -> tuple[str, str]:
+        """Returns what the extension is told about a bucket."""
+        place = {"kind": "process_group", "group": self._name, "number": number, "seconds": seconds}
+        return json.dumps(place), SharedBucket(weights).described()[1]
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._group.close)
+
+    async def die(self) -> None:
+        """Ends in the middle of a bucket, as the server sees it."""
+        self._group.abort("it is gone")
+        await self.close()
+
+
+def joining(name: str, port: int, seconds: float) -> str:
+    """Returns what the extension is told about a group."""
+    group = {"name": name, "backend": "gloo", "address": "127.0.0.1", "port": port, "rank_offset": 1}
+    return json.dumps({**group, "world_size": 2, "seconds": seconds})
+
+
+def halves(weights: Weights) -> tuple[Weights, Weights]:
+    """Returns two buckets."""
+    items = list(weights.items())
+    return dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])
+
+
+async def send_ahead(server: Server, sender: Sender, first: int, weights: Weights) -> None:
+    """Loads two buckets with the numbers `first` and the one after it. Each has arrived before the call to load it."""
+    await server.done("begin")
+    buckets = list(enumerate(halves(weights), first))
+    for number, bucket in buckets:
+        await sender.broadcast(number, bucket)  # it ends when the rank has received it
+    for number, bucket in buckets:
+        answer = await server.done("load", *sender.described(number, bucket))
+        assert answer["samples"] == "".join(sampled_checksums([tensor.contiguous() for tensor in bucket.values()]))
+
+
 async def test_weights_from_a_process_group(subject: Subject) -> None:
-    server, weights = subject.server, subject.second.weights
-    sender = SendingGroup("weights", torch.device("cpu"), "127.0.0.1", receivers=1, deadline=30)
-    group = {"name": "weights", "backend": "gloo", "address": "127.0.0.1", "port": sender.port, "rank_offset": 1}
-    group |= {"world_size": 2, "timeout": 30}
-    bucket = json.dumps({"kind": "process_group", "group": "weights"}), SharedBucket(weights).described()[1]
+    server = subject.server
+    sender = Sender("weights")
     try:
-        await asyncio.gather(server.done("join", json.dumps(group)), sender.join())
-        assert "joined already" in await server.refusal("join", json.dumps(group))
-        await server.done("begin")
-        tensors = list(weights.values())
-        await asyncio.gather(server.done("load", *bucket), sender.broadcast(tensors))
-        await server.done("commit", "1")
-        await check_serves(server, subject.second)
+        await server.done("join", sender.joining)
+        for first, wanted in ((0, subject.second), (2, subject.first), (4, subject.second)):
+            await send_ahead(server, sender, first, wanted.weights)
+            await server.done("commit", str(first))
+            await check_serves(server, wanted)
         await server.done("leave", "weights")
     finally:
-        await asyncio.to_thread(sender.close)
+        await sender.close()
     assert "no group weights" in await server.refusal("leave", "weights")
     await server.done("begin")
-    assert "no group weights" in await server.refusal("load", *bucket)
+    assert "no group weights" in await server.refusal("load", *sender.described(6, subject.second.weights))
+
+
+async def test_the_next_group_ends_the_one_before(subject: Subject) -> None:
+    server, wanted = subject.server, subject.second
+    senders = Sender("one"), Sender("two")
+    try:
+        for sender in senders:
+            await server.done("join", sender.joining)
+            await send_ahead(server, sender, 0, wanted.weights)
+            await server.done("commit", "1")
+        assert "no group one" in await server.refusal("leave", "one")
+        await server.done("leave", "two")
+    finally:
+        for sender in senders:
+            await sender.close()
+    await check_serves(server, wanted)
 
 
 async def test_waiting_for_a_sender_ends(subject: Subject) -> None:
-    server = subject.server
-    group: dict[str, Any] = {"name": "alone", "backend": "gloo", "address": "127.0.0.1", "rank_offset": 1}
-    group |= {"port": free_port("127.0.0.1"), "world_size": 2, "timeout": 0.5}
-    assert "could not join group alone" in await server.refusal("join", json.dumps(group))
-    sender = SendingGroup("late", torch.device("cpu"), "127.0.0.1", receivers=1, deadline=30)
-    group |= {"name": "late", "port": sender.port, "timeout": 1}
-    bucket = json.dumps({"kind": "process_group", "group": "late"}), SharedBucket(subject.second.weights).described()[1]
+    server, weights = subject.server, subject.second.weights
+    assert "could not join group no" in await server.refusal("join", joining("no", free_port("127.0.0.1"), 0.5))
+    assert "not complete: KeyError" in await server.refusal("join", '{"name": "no"}')
+    sender = Sender("late", seconds=1)
     try:
-        await asyncio.gather(server.done("join", json.dumps(group)), sender.join())
+        await server.done("join", sender.joining)
         await server.done("begin")
-        assert "the broadcast did not come" in await server.refusal("load", *bucket)
+        error = await server.refusal("load", *sender.described(0, weights, seconds=0.5))
+        assert error == "group late: bucket 0 did not come: not within 0 s"
+        error = await server.refusal("load", *sender.described(0, weights))
+        assert error == "group late: bucket 0 did not come: the group is closed"
         assert await server.done("abandon") == {"torn": False}
-        await server.done("leave", "late")
     finally:
-        await asyncio.to_thread(sender.close)
+        await sender.close()
     await check_serves(server, subject.first)
+
+
+async def test_a_sender_dies(subject: Subject) -> None:
+    """Before its second bucket, and before its first one. The server goes on, and takes the next version."""
+    server, (first, second) = subject.server, halves(subject.second.weights)
+    for sent in (1, 0):
+        sender = Sender(f"after {sent}")
+        await server.done("join", sender.joining)
+        await server.done("begin")
+        for number, bucket in enumerate((first, second)[:sent]):
+            await sender.broadcast(number, bucket)
+            await server.done("load", *sender.described(number, bucket))
+        waiting = asyncio.create_task(server.refusal("load", *sender.described(sent, second)))
+        await asyncio.sleep(0)
+        started = time.monotonic()
+        await sender.die()
+        assert f"group after {sent}: bucket {sent} did not come" in await waiting
+        assert time.monotonic() - started < 10
+        await server.done("abandon")
+    sender = Sender("next")
+    try:
+        await server.done("join", sender.joining)
+        await send_ahead(server, sender, 0, subject.second.weights)
+        await server.done("commit", "1")
+    finally:
+        await sender.close()
+    await check_serves(server, subject.second)
 
 
 async def test_a_buckets_memory_is_let_go(subject: Subject) -> None:

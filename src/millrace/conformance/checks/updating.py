@@ -12,6 +12,7 @@ from millrace.conformance.weights import (
     by_disk,
     by_group,
     by_memory,
+    by_whole_broadcasts,
     folder,
     folders,
     load_disk,
@@ -71,6 +72,7 @@ WAYS = (
     _memory("torch storage", Capability.UPDATE_FROM_TORCH_STORAGE),
     _memory("CUDA IPC", Capability.UPDATE_FROM_CUDA_IPC),
     _way("process group", Capability.UPDATE_FROM_PROCESS_GROUP, by_group),
+    _way("whole broadcasts", Capability.WHOLE_BROADCASTS, by_whole_broadcasts),
     _way("bare NCCL", Capability.UPDATE_FROM_BARE_NCCL, by_bare_nccl),
 )
 

@@ -25,7 +25,9 @@ TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
     PartsBucket: frozenset({Capability.UPDATE_FROM_PARTS}),
     SentPartsBucket: frozenset({Capability.SENT_PARTS}),
     SharedMemoryBucket: frozenset({Capability.UPDATE_FROM_SHARED_MEMORY}),
-    ProcessGroupBucket: frozenset({Capability.UPDATE_FROM_PROCESS_GROUP, Capability.UPDATE_FROM_BARE_NCCL}),
+    ProcessGroupBucket: frozenset(
+        {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.WHOLE_BROADCASTS, Capability.UPDATE_FROM_BARE_NCCL}
+    ),
     DiskBucket: frozenset({Capability.UPDATE_FROM_DISK}),
 }
 

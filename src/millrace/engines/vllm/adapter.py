@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from millrace.buckets import Bucket, DiskBucket, ProcessGroup, ProcessGroupBucke
 from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
 from millrace.engines.stock.engine import StockEngine
-from millrace.engines.stock.parts import NeededParts, needs_of
+from millrace.engines.stock.parts import NeededParts
 from millrace.engines.stock.state import InvalidStateError, ServerState, require
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
 from millrace.engines.vllm.facts import Server, VLLMFacts, has_extension, read_facts
 from millrace.engines.vllm.guards import check_reload, check_request
+from millrace.engines.vllm.loading import ExtensionLoader
 from millrace.engines.vllm.metrics import read_metrics
-from millrace.engines.vllm.payload import AnyParts, description, parts, rows_of, samples_of, samples_of_parts, transfer
+from millrace.engines.vllm.payload import transfer
 from millrace.engines.vllm.wire import Answer, encode, wire_id
 from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
 from millrace.http import HttpClient
@@ -55,16 +56,19 @@ class VLLMEngine(StockEngine[VLLMFacts]):
     """
 
     _version: int | None = None  # of the served weights, for servers that do not store it
-    _samples: dict[str, str]  # of the tensors in the open update
-    _to_open = False  # whether the next bucket opens the update in the extension
-    _opening: asyncio.Lock  # held while the first bucket opens it
     _receiving = False  # whether a session of vLLM's own transfer engine is open
-    _needs: tuple[object, NeededParts] | None = None  # the tensors that it was asked about, and the parts it needs
     _counted: tuple[float, float] = (0.0, 0.0)  # the last reading of the token counter: time.monotonic() and count
+
+    @cached_property
+    def _extension(self) -> ExtensionLoader:
+        """What the extension is asked in updates. A server without one has no use for it."""
+        return ExtensionLoader(self._rpc, self._decode)
 
     async def initialize(self, version: int | None = None) -> None:
         await self._facts()  # first: it raises a clear error if the control routes are closed
-        await self._resume_server()
+        # Data-parallel ranks that resume wait for each other. One that runs does not come, and the call would hang.
+        if (await self._ask("/is_paused"))["is_paused"]:
+            await self._resume_server()
         if version is not None:
             await self._name_version(version)
         else:
@@ -119,7 +123,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             raise EngineRefused(self.name, "its workers do not have Millrace's extension, which makes the checksums")
         if self.state.updating is None:
             raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
-        return self._samples
+        return self._extension.samples
 
     async def needed_parts(
         self,
@@ -130,13 +134,9 @@ class VLLMEngine(StockEngine[VLLMFacts]):
     ) -> NeededParts:
         if Capability.UPDATE_FROM_PARTS not in (await self._facts()).info.capabilities:
             raise EngineRefused(self.name, "its workers do not have Millrace's extension, which takes parts of tensors")
-        asked = tuple((spec.name, spec.dtype, spec.shape) for spec in tensors)
-        if self._needs is None or self._needs[0] != asked:
-            async with self._control_call():
-                require(self.state.updating is None, "an update is open; commit it or roll it back first")
-                answers = await self._rpc("millrace_needs", orjson.dumps(rows_of(tensors)).decode(), deadline=deadline)
-                self._needs = asked, self._decode("millrace_needs", lambda: needs_of(answers))
-        return self._needs[1]
+        async with self._control_call():
+            require(self.state.updating is None, "an update is open; commit it or roll it back first")
+            return await self._extension.needs(tensors, deadline)
 
     async def audit(
         self, samples: Sequence[WeightSample], *, deadline: float
@@ -260,14 +260,11 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             await self._control(f"/wake_up?tags={tag}", None)
 
     async def _open_update(self) -> None:
-        self._samples = {}
-        self._to_open, self._opening = True, asyncio.Lock()  # with the first bucket, which saves a call
+        self._extension.open()
 
     def _loader(self, bucket: Bucket, facts: VLLMFacts) -> Callable[[float], Awaitable[None]]:
-        if facts.server.extension and isinstance(bucket, AnyParts):
-            return partial(self._load_parts, bucket, *parts(bucket, facts.info.ranks))
         if facts.server.extension:
-            return partial(self._load_by_extension, *description(bucket, facts.info.ranks))
+            return self._extension.loading(bucket, facts.info.ranks)
         if facts.server.transfer and isinstance(bucket, ProcessGroupBucket):
             return partial(self._receive, transfer(bucket))
         if not isinstance(bucket, DiskBucket):
@@ -280,37 +277,6 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         check_reload(facts.model, facts.server)
         body = {"method": "reload_weights", "kwargs": {"weights_path": bucket.path}}
         return lambda deadline: self._control("/collective_rpc", body, deadline=deadline)
-
-    async def _load_by_extension(
-        self, place: Mapping[str, object], tensors: Sequence[TensorSpec], deadline: float
-    ) -> None:
-        results = await self._order("millrace_load", place, [rows_of(tensors)], deadline)
-        self._samples |= self._decode(
-            "millrace_load", lambda: samples_of([tensor.name for tensor in tensors] or results[0]["names"], results)
-        )
-
-    async def _load_parts(
-        self, bucket: AnyParts, place: Mapping[str, object], rows: Sequence[object], deadline: float
-    ) -> None:
-        try:
-            results = await self._order("millrace_load_parts", place, rows, deadline)
-        except BaseException:
-            self._needs = None  # ask again, because the server may not remember the question
-            raise
-        self._samples |= self._decode("millrace_load_parts", lambda: samples_of_parts(bucket, results))
-
-    async def _order(self, method: str, place: Mapping[str, object], rows: Sequence[object], deadline: float) -> Any:
-        """Have the extension load a bucket, and open the update first if that is due."""
-
-        async def call(*, begin: bool) -> Any:
-            texts = [orjson.dumps(value).decode() for value in ({**place, "begin": begin}, *rows)]
-            return await self._rpc(method, *texts, deadline=deadline)
-
-        async with self._opening:  # no other bucket may overtake the first one
-            if self._to_open:
-                self._to_open = False
-                return await call(begin=True)
-        return await call(begin=False)
 
     async def _receive(self, tensors: Mapping[str, object], deadline: float) -> None:
         if not self._receiving:
@@ -367,7 +333,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             ranks = {"rank_offset": group.rank_offset, "world_size": group.world_size}
             await self._control("/init_weight_transfer_engine", {"init_info": place | ranks}, deadline=deadline)
             return
-        text = orjson.dumps({**asdict(group), "timeout": deadline}).decode()
+        text = orjson.dumps({**asdict(group), "seconds": deadline}).decode()
         await self._rpc("millrace_join", text, deadline=deadline)
 
     async def _probe(self, deadline: float) -> None:

@@ -147,7 +147,7 @@ def capabilities_of(
     if "/detokenize" in paths and not config["model_config"]["skip_tokenizer_init"]:
         found |= {Capability.STOP_TEXTS, Capability.JSON_SCHEMA}
     if server.extension:
-        found |= {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.OWN_CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
+        found |= {Capability.WHOLE_BROADCASTS, Capability.OWN_CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
         found |= {Capability.UPDATE_FROM_PARTS, Capability.SENT_PARTS, Capability.AUDIT}
         found.add(Capability.UPDATE_FROM_SHARED_MEMORY if server.on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
     if server.transfer:

@@ -43,8 +43,10 @@ def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Seque
                     f"the bucket has {len(shares)} shares for {ranks} ranks; each rank needs its own"
                 )
             return {"kind": "cuda_ipc", "shares": [_share(share) for share in shares], "nbytes": nbytes}, tensors
-        case ProcessGroupBucket(group, tensors):
-            return {"kind": "process_group", "group": group}, tensors
+        case ProcessGroupBucket(group, tensors, number) if number is not None:
+            return {"kind": "process_group", "group": group, "number": number}, tensors
+        case ProcessGroupBucket():
+            raise InvalidStateError("by a process group it takes whole buckets, and no single tensors")
         case DiskBucket(path):
             return {"kind": "disk", "path": path}, ()
         case TorchStorageBucket():
@@ -68,7 +70,7 @@ def parts(bucket: AnyParts, ranks: int) -> tuple[Mapping[str, object], Sequence[
         raise InvalidStateError(f"the bucket is for {len(_parts_of(bucket))} ranks, and it has {ranks}")
     rows = [[(part.name, part.dtype, part.box, part.offset) for part in of_rank] for of_rank in _parts_of(bucket)]
     if isinstance(bucket, SentPartsBucket):
-        return {"ranks": [{"kind": "sent_parts", "group": bucket.group_name, "number": bucket.number}] * ranks}, rows
+        return {"ranks": [{"kind": "process_group", "group": bucket.group_name, "number": bucket.number}] * ranks}, rows
     return {"ranks": [_place(rank.memory) for rank in bucket.ranks]}, rows
 
 

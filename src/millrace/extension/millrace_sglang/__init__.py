@@ -7,10 +7,12 @@ parameter is recorded (`recording`). The recorded copies are the plan of this la
 layout the copies are made again, in few fused calls (`plan`). A model whose loader does more than copy is loaded by its
 own `load_weights` each time.
 
-A bucket is memory of the sender, or comes by a process group, ahead of the order to load it (`receiving`).
+A bucket is memory of the sender, or comes by a process group, ahead of the order to load it
+(`millrace_receiving`).
 
 After each bucket, the loader writes an answer for the sender: checksums of the tensors that arrived, whether the
-parameters hold the same content, and which parameters have no content of this update yet (`loader`).
+parameters hold the same content, and which parameters have no content of this update yet (`loader`,
+`answers`).
 
 A sender with sharded tensors asks each rank which parts of the tensors it needs (`dry_run`), and sends only these
 (`parts`).

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,20 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from millrace_receiving import Group, ReceivingGroup
 from millrace_samples import SampledPlaces
 from millrace_words import first_line, listed
 
 from . import folders, parts
+from .answers import AnswerStore, write_answer
 from .audit import audit
 from .channel import serve
 from .plan import Plan, plan_of
-from .receiving import Group, ReceivingGroup
 from .recording import Memory, Recorder
 
 log = logging.getLogger(__name__)
 
 LISTED = 5  # names in an answer
-ANSWER = "memfd:millrace-answer"  # what the files for answers are called
 Spec = tuple[str, torch.dtype, tuple[int, ...], int]  # of a tensor: name, dtype, shape, offset in bytes
 
 
@@ -96,7 +95,8 @@ class Loader:
 
     layouts: of the open update and the one before. parameters: of the model when the update began. addresses: of the
     parameters when the plans were made. written: how many elements of each parameter the open update has written; None
-    if that is not known. receiving: the process group by which buckets come.
+    if that is not known. receiving: the process group by which buckets come. answers: where this
+    rank answers about these buckets.
     """
 
     layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
@@ -105,6 +105,7 @@ class Loader:
     update: str = ""
     written: Counter[str] | None = field(default_factory=Counter)
     receiving: ReceivingGroup | None = None
+    answers: AnswerStore | None = None
 
     def group(self, wanted: Group) -> ReceivingGroup:
         """Return the membership of a group, which begins now if this rank is not in it. It ends that of another group.
@@ -114,8 +115,8 @@ class Loader:
         if self.receiving is None or self.receiving.group.name != wanted.name:
             if self.receiving is not None:
                 self.receiving.close()
-            self.receiving = None
-            self.receiving = ReceivingGroup(wanted)
+            self.receiving = self.answers = None
+            self.answers, self.receiving = AnswerStore(wanted), ReceivingGroup(wanted)
         return self.receiving
 
     def load(self, model: torch.nn.Module, order: Order, bucket: torch.Tensor) -> Mapping[str, object]:
@@ -215,9 +216,9 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
     content = json.dumps(answer).encode()
     if order.group is None:
         write_answer(order.file, content)
-    elif loader.receiving is not None:
+    elif loader.answers is not None:
         try:
-            loader.receiving.answer(order.number, content)
+            loader.answers.write(order.number, content)
         except RuntimeError as error:
             log.warning("the answer can't be sent: %s", first_line(error))
 
@@ -235,17 +236,3 @@ def load_from_channel(model: torch.nn.Module, head: Mapping[str, Any], device: t
         serve(head["channel"], head["rank"], head["order"], do)
     except Exception:  # the sender sees that the connection ends
         log.exception("the orders of a channel could not be taken")
-
-
-def write_answer(path: str, content: bytes) -> None:
-    """Write an answer to a file that the sender has made. Does nothing if there is none."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        log.warning("the answer can't be written to %s: %s", path, error.strerror)
-        return
-    with os.fdopen(descriptor, "wb") as file:
-        if ANSWER in os.readlink(f"/proc/self/fd/{descriptor}"):
-            file.write(content)
-        else:  # the sender is in another container, where its number is another process's
-            log.warning("the answer can't be written to %s: it is no file for answers", path)

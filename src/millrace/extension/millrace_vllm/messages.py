@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from millrace_boxes import read_box
 from millrace_parts import Part
+from millrace_receiving import Group
 
 from .errors import RpcError
 
@@ -79,6 +80,14 @@ def parse_parts(text: str) -> list[Part]:
         if part.offset % part.dtype.itemsize:
             raise RpcError(f"{part.label} cannot be at offset {part.offset} of a bucket")
     return parts
+
+
+def parse_group(body: dict[str, Any], rank: int) -> Group:
+    """A sender's process group, in which this server's ranks have the numbers from `rank_offset` on."""
+    try:
+        return Group.read({**body, "rank": int(body["rank_offset"]) + rank})
+    except (KeyError, TypeError, ValueError) as error:
+        raise RpcError(f"the description of a process group is not complete: {error!r:.80}") from error
 
 
 def parse_object(text: str) -> dict[str, Any]:

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from millrace_words import listed
+from millrace_receiving import ReceivingGroup
+from millrace_words import first_line, listed
 
 from .audit import audit
 from .digest import StoredTensors
 from .errors import RpcError
 from .layouts import Layout, layout_of
-from .messages import TensorSpec, parse_parts, parse_specs, take
+from .messages import TensorSpec, parse_group, parse_parts, parse_specs, take
 from .parts import Needs, NotPlainError
 from .plan import Plan, Target
-from .process_group import ReceivingGroup
 from .receive import mapped_file, opened_ipc, read_folder
 from .weights import Weights
 from .writing import Writer
@@ -40,18 +40,28 @@ class Rank:
         self._layouts: dict[str, Layout] = {}  # of the last two updates that came in buckets
         self._used: set[str] = set()  # by the last one
         self._device = device
-        self._groups: dict[str, ReceivingGroup] = {}
+        self._receiving: ReceivingGroup | None = None  # the process group by which buckets come
 
-    def join(self, group: dict[str, Any]) -> None:
-        name = take(group, "name", str)
-        if name in self._groups:
-            raise RpcError(f"group {name} is joined already; leave it first")
-        self._groups[name] = ReceivingGroup(group, self.rank, self._device)
+    def join(self, body: dict[str, Any]) -> None:
+        """Become a member of a process group. It ends the membership of another one."""
+        group = parse_group(body, self.rank)
+        if self._receiving is not None:
+            self._receiving.close()
+            self._receiving = None
+        try:
+            self._receiving = ReceivingGroup(group)
+        except RuntimeError as error:  # torch's DistError is one
+            place = f"{group.address}:{group.port}"
+            raise RpcError(f"could not join group {group.name} at {place}: {first_line(error)}") from error
 
     def leave(self, name: str) -> None:
-        if name not in self._groups:
-            raise RpcError(f"no group {name} has been joined")
-        self._groups.pop(name).close()
+        self._group(name).close()
+        self._receiving = None
+
+    def _group(self, name: str) -> ReceivingGroup:
+        if self._receiving is None or self._receiving.group.name != name:
+            raise RpcError(f"no group {name} has been joined; join it first")
+        return self._receiving
 
     def begin(self) -> None:
         """Open an update."""
@@ -73,7 +83,7 @@ class Rank:
         if kind == "cuda_ipc":
             bucket["share"] = self._own(take(bucket, "shares", list))
         layout = self._layout(tensors, self._planned)
-        samples = self.weights.load(layout, self._fetching(kind, bucket, layout))
+        samples = self.weights.load(layout, self._fetching(kind, bucket))
         return {"samples": samples, "ignored": listed(layout.ignored)}
 
     def needs(self, tensors: str) -> dict[str, Any]:
@@ -94,14 +104,14 @@ class Rank:
         if bucket.get("begin") is True:
             self.begin()
         self.weights.open_update()
-        place = self._own(take(bucket, "ranks", list))
+        place = {**self._own(take(bucket, "ranks", list)), "seconds": bucket.get("seconds")}
         kind = take(place, "kind", str)
-        if kind not in ("shared_memory", "cuda_ipc", "sent_parts"):
+        if kind not in ("shared_memory", "cuda_ipc", "process_group"):
             raise RpcError(f"parts can't come in a bucket of kind {kind}")
         if len(parts) <= self.rank:
             raise RpcError(f"the bucket has parts for {len(parts)} ranks, and none for rank {self.rank}")
         layout = self._layout(parts[self.rank], self._planned_parts)
-        return {"samples": self.weights.load(layout, self._fetching(kind, place, layout))}
+        return {"samples": self.weights.load(layout, self._fetching(kind, place))}
 
     def _own(self, ranks: list[Any]) -> dict[str, Any]:
         """What a bucket has for this rank."""
@@ -114,7 +124,7 @@ class Rank:
         """Compare what the layers hold with samples of the trainer's weights, given as JSON."""
         return audit(samples, self._plan, self._config)
 
-    def _fetching(self, kind: str, bucket: dict[str, Any], layout: Layout) -> Callable[[], torch.Tensor]:
+    def _fetching(self, kind: str, bucket: dict[str, Any]) -> Callable[[], torch.Tensor]:
         """What returns the bytes of a bucket."""
         if kind == "shared_memory":
             path = take(bucket, "path", str)
@@ -122,13 +132,17 @@ class Rank:
         if kind == "cuda_ipc":
             share, nbytes = take(bucket, "share", dict), take(bucket, "nbytes", int)
             return lambda: opened_ipc(share, nbytes, self._device)
-        name = take(bucket, "group", str)
-        if name not in self._groups:
-            raise RpcError(f"no group {name} has been joined; join it first")
-        if kind == "sent_parts":
-            number = take(bucket, "number", int)
-            return lambda: self._groups[name].receive_parts(number)
-        return lambda: self._groups[name].receive(layout.specs, layout.nbytes)
+        group = self._group(take(bucket, "group", str))
+        number, seconds = take(bucket, "number", int), take(bucket, "seconds", int, float)
+        return lambda: self._received(group, number, seconds)
+
+    def _received(self, group: ReceivingGroup, number: int, seconds: float) -> torch.Tensor:
+        """The bytes of a bucket that a sender broadcasts."""
+        try:
+            arrived: torch.Tensor = group.bucket(number, seconds)
+        except RuntimeError as error:
+            raise RpcError(str(error)) from error
+        return arrived.to(self._device)
 
     def _layout(self, text: str, plan: Callable[[str], Layout]) -> Layout:
         """What a bucket with these tensors does to the model. It is planned once, and again if the model has moved."""

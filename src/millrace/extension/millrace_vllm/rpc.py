@@ -15,7 +15,7 @@ from .errors import RpcError
 from .messages import parse_object
 from .rank import Rank
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 log = logging.getLogger("vllm.millrace")
 
@@ -75,6 +75,10 @@ class Extension:
     def millrace_load(self, bucket: str, tensors: str = "[]") -> dict[str, Any]:
         """Load one bucket, and begin an update first if the bucket's `begin` is true.
 
+        bucket: a JSON object with `kind` and the place of the bucket. Of kind process_group, `group` is the name of the
+        group, `number` the number under which rank 0 announces the bucket, and `seconds` the time in which it must
+        come.
+
         tensors: what the bucket contains, a JSON list of [name, dtype, shape, offset, nbytes].
 
         `samples`: the sampled checksum of each tensor in turn, 32 hex digits. It is of the tensor in the model, if the
@@ -122,6 +126,12 @@ class Extension:
 
     @returns_errors
     def millrace_join(self, group: str) -> dict[str, Any]:
+        """Become a member of a process group, which ends the membership of another one. The rank then receives the
+        buckets that rank 0 broadcasts there, each ahead of the call that loads it.
+
+        group: a JSON object with name, backend (gloo or nccl), address, port, world_size, rank_offset and seconds.
+        `rank_offset`: the number of this server's first rank. `seconds`: in which the ranks must meet with the first
+        bucket, and each bucket must arrive."""
         self._millrace().join(parse_object(group))
         return {}
 

@@ -70,7 +70,7 @@ def choose(
     on_gpus = common & {Capability.UPDATE_FROM_CUDA_IPC, Capability.UPDATE_FROM_BARE_NCCL}
     if trainer_has_gpu and on_gpus and len(away) == len(engines) and common & needs("nccl"):
         return Choice("nccl", f"{where}, and all have a GPU")
-    if Capability.UPDATE_FROM_PROCESS_GROUP not in common:
+    if not common & needs("gloo"):
         where = f"{where}, and not every engine can join a process group"
         return Choice("disk" if folder and common & needs("disk") else None, where)
     return Choice("gloo", where)

@@ -4,8 +4,8 @@ it.
 A tensor is copied into the bucket on the trainer's GPU, and out of the bucket on the engine's. The engines' weights are
 in memory that other GPUs may not access (torch_memory_saver, vLLM's sleep mode), so each GPU with a rank of an engine
 has a bucket: a copy of the trainer's, from GPU to GPU. Torch counts how often a share (`_share_cuda_`) is opened, so
-every rank of every engine gets its own share, for one use. The trainer does not wait until a bucket is full: a share
-contains a CUDA event, which the process that opens it waits for.
+every rank of every engine gets its own share, for one use. The trainer does not wait until its own bucket is full: a
+share contains a CUDA event, which the process that opens it waits for.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,11 +52,11 @@ class CopiedSlot:
         own = DeviceSlot(size, home)
         self.bytes = own.bytes
         self._on = {home: own}
-        self._filled: dict[torch.device, torch.cuda.Event] = {}  # when a GPU's memory has what it should have
+        self._filled: torch.cuda.Event | None = None  # after the last copy into `bytes`
 
     def copy_to(self, gpus: Iterable[torch.device], nbytes: int) -> None:
-        """Copy the first `nbytes` bytes to each of these GPUs, after what the current stream does before. Does not wait
-        for the copies.
+        """Copy the first `nbytes` bytes to each of these GPUs, after what the current stream does before, and wait for
+        the copies to other GPUs.
 
         Raises PublishError if there is no room.
         """
@@ -65,14 +65,15 @@ class CopiedSlot:
             if gpu not in self._on:
                 self._on[gpu] = DeviceSlot(self.bytes.nbytes, gpu)
             self._on[gpu].bytes[:nbytes].copy_(self.bytes[:nbytes], non_blocking=True)
-        for gpu in self._on:
-            self._filled[gpu] = torch.cuda.current_stream(gpu).record_event()
+        for gpu in others:
+            torch.cuda.current_stream(gpu).synchronize()  # it waits for the copy, which the source's stream makes
+        self._filled = torch.cuda.current_stream(self.bytes.device).record_event()
 
     def share(self, gpu: torch.device) -> CudaIpcShare:
         """Return a handle of the memory on this GPU, for one process to open once, after `copy_to`."""
-        torch.cuda.current_stream(gpu).wait_event(
-            self._filled[gpu]
-        )  # it is another thread's, and the share has its event
+        if gpu == self.bytes.device and self._filled is not None:
+            # Another thread has filled it. The share's own event, in this thread's stream, comes after that.
+            torch.cuda.current_stream(gpu).wait_event(self._filled)
         return self._on[gpu].share()
 
     def close(self) -> None:

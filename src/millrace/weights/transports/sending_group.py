@@ -57,19 +57,23 @@ class SendingGroup:
     async def broadcast_bucket(self, number: int, bucket: torch.Tensor) -> None:
         """Announce a bucket in the store under this number, and send its bytes: [nbytes] uint8 on the group's device.
 
-        The ranks join with the first bucket. The one before the last must have been loaded. Raises RuntimeError as
-        `broadcast` does.
+        The ranks join when they have read the first announcement. The bucket before the last must have been loaded.
+        Raises RuntimeError as `broadcast` does.
         """
-        if self._group is None:
-            await self.join()
         key, old = (f"{self.name}/bucket/{self._announced - back}" for back in (0, 2))
         self._announced += 1
 
-        def announce_and_begin() -> list[Any]:
+        def announce() -> None:
             self._store.set(key, f"{number} {bucket.nbytes}")
             self._store.delete_key(old)  # all ranks have read it
+
+        def announce_and_begin() -> list[Any]:
+            announce()
             return [self._begin(bucket)]
 
+        if self._group is None:
+            await self._in_thread(announce)
+            await self.join()
         await self._send(announce_and_begin)
 
     def _begin(self, tensor: torch.Tensor) -> Any:

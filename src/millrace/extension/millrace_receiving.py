@@ -1,5 +1,5 @@
 """Buckets that come by a process group, each received while the one before is loaded: whole ones that rank 0
-broadcasts, or parts that several ranks send."""
+broadcasts, or parts that several ranks send. Extensions of engines run this file."""
 
 import contextlib
 import itertools
@@ -54,17 +54,17 @@ class ReceivingGroup:
     """A sender's process group with this rank as a member. Rank 0 is the sender, or leads several senders.
 
     It writes to its store what each bucket is, under `NAME/bucket/0`, `NAME/bucket/1` and so on, and then the senders
-    send the bucket's bytes. An empty text means that none will follow. A thread of this rank joins the group and
-    receives, into two buffers in turn. A bucket is announced only after the one before the last was loaded. The thread
-    ends and the buffers are freed when the sender's store is gone.
+    send the bucket's bytes. An empty text means that none will follow. A thread of this rank waits for the first
+    number, joins the group and receives, into two buffers in turn. With several senders it joins at once. A bucket is
+    announced only after the one before the last was loaded. The thread ends and the buffers are freed when the sender's
+    store is gone.
+
+    Raises RuntimeError if the store can't be reached.
     """
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        # Each of the two stores is one connection, and a wait occupies it.
-        announced, self._answers = (
-            connect(group.address, group.port, group.world_size, group.seconds) for _ in range(2)
-        )
+        announced = connect(group.address, group.port, group.world_size, group.seconds)
         self._arrived: queue.Queue[tuple[int, torch.Tensor] | Exception] = queue.Queue()
         self._taken: dict[int, torch.Tensor] = {}  # from the queue, by number; the last two
         self._joined: Any = None
@@ -79,7 +79,7 @@ class ReceivingGroup:
         group is broken; the group is then closed.
         """
         ends = time.monotonic() + seconds
-        while number not in self._taken:
+        while (bucket := self._taken.get(number)) is None:
             try:
                 got = self._arrived.get(timeout=0 if self._closed else max(0.0, ends - time.monotonic()))
             except queue.Empty:
@@ -90,23 +90,7 @@ class ReceivingGroup:
             self._taken[got[0]] = got[1]
             if len(self._taken) > 2:
                 del self._taken[next(iter(self._taken))]
-        return self._taken[number]
-
-    def answer(self, number: int, content: bytes) -> None:
-        """Write this rank's answer about a bucket to the sender's store. Raises RuntimeError if the store is gone."""
-        failed: list[RuntimeError] = []
-
-        def write() -> None:
-            try:
-                self._answers.set(f"{self.group.name}/answer/{number}/{self.group.rank}", content)
-            except RuntimeError as error:
-                failed.append(error)
-
-        writing = threading.Thread(target=write, daemon=True)  # it would wait for a sender that has stopped
-        writing.start()
-        writing.join(self.group.seconds)
-        if failed or writing.is_alive():
-            raise failed[0] if failed else RuntimeError(f"the sender did not read it in {self.group.seconds:.0f} s")
+        return bucket
 
     def close(self) -> None:
         """Leave the group, in whatever state it is, and free the buffers."""
@@ -116,28 +100,36 @@ class ReceivingGroup:
                 threading.Thread(target=self._joined.abort, daemon=True).start()
 
     def _run(self, announced: Any, device: torch.device) -> None:
+        ended: Exception = RuntimeError("the sender has closed the group")
         try:
             with on_own_stream(device):
                 self._receive(announced, device)
-            self._closed = True
         except Exception as error:  # it is the answer to the next order
             log.warning("process group %s has ended: %s", self.group.name, first_line(error))
-            self._arrived.put(error)
-        self._free(device)
+            ended = error.with_traceback(None)  # that would keep the buffers
+        self._free(device, ended)
 
-    def _free(self, device: torch.device) -> None:
-        """Let go of what this rank keeps of a group that has ended."""
+    def _free(self, device: torch.device, ended: Exception) -> None:
+        """Let go of what this rank keeps of a group that has ended. ended: why, for the next order."""
         left, self._taken, self._joined = self._joined, {}, None
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._arrived.get_nowait()
+        self._arrived.put(ended)
         if left is not None:
             left.abort()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _receive(self, announced: Any, device: torch.device) -> None:
-        """Join, and receive one bucket after the other until the sender has no more."""
+    def _join(self, announced: Any) -> Any:
         group = self.group
-        self._joined = join(announced, group.name, group.backend, group.rank, group.world_size, group.seconds)
+        return join(announced, group.name, group.backend, group.rank, group.world_size, group.seconds)
+
+    def _receive(self, announced: Any, device: torch.device) -> None:
+        """Receive one bucket after the other until the sender has no more."""
+        group = self.group
         if group.senders:  # they wait for all ranks
+            self._joined = self._join(announced)
             meet(self._joined, group.seconds, device)
         buffers: list[torch.Tensor] = []
         for index in itertools.count():
@@ -152,7 +144,9 @@ class ReceivingGroup:
             else:
                 number, nbytes = map(int, text.split())
                 room = nbytes
-            if index == 0:  # both, so that the first order's answer says it if there is no room
+            if index == 0:
+                self._joined = self._joined or self._join(announced)
+                # Both, so that the first order's answer says it if there is no room.
                 buffers = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(2)]
             elif buffers[index % 2].nbytes < room:
                 buffers[index % 2] = torch.empty(0, dtype=torch.uint8)  # the old one goes first
