@@ -42,7 +42,7 @@ class Engines:
 
     def __init__(self, engines: Mapping[str, int], senders: int, device: torch.device) -> None:
         sys.path.append(str(EXTENSION))
-        from millrace_receiving import Group, ReceivingGroup  # type: ignore[import-not-found]
+        from millrace_receiving import Group, ReceivingGroup
 
         self.groups, self.ranks = list[PartsGroup](), list[list[Any]]()
         self._senders, backend, first = senders, backend_of(device), senders  # the engines' first GPU

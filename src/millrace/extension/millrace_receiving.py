@@ -46,7 +46,7 @@ class Group:
         return cls(
             *(str(body["name"]), str(body["backend"]), *place),
             *(int(body["rank"]), int(body["world_size"]), float(body["seconds"])),
-            int(body["senders"]),
+            int(body.get("senders", 0)),
         )
 
 
