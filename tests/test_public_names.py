@@ -21,7 +21,8 @@ PACKAGES = ["millrace", "millrace.rollout", "millrace.serve", "millrace.train", 
 INTERNAL = {
     "Asked", "Calls", "ChatTemplate", "CudaIpcBucket", "DiskBucket", "Dtypes", "Entry", "EnvironmentKind",
     "JudgeCounts", "PartsBucket", "Player", "ProcessGroup", "ProcessGroupBucket", "Publishing", "Reasoning",
-    "SharedMemoryBucket", "StandInTurn", "TensorSpec", "TorchStorageBucket", "Vision", "WeightSample", "Why",
+    "SentPartsBucket", "SharedMemoryBucket", "StandInTurn", "TensorSpec", "TorchStorageBucket", "Vision",
+    "WeightSample", "Why",
 }  # fmt: skip
 
 

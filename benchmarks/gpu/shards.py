@@ -1,7 +1,8 @@
-"""Measures a publish of a sharded trainer whose ranks share GPUs with those of an engine, exchanged and gathered.
+"""Measures a publish of a sharded trainer without a gather and with one.
 
     python -m benchmarks.gpu.shards [--size moe-15b] [--ranks 2] [--repeats 5] [--bucket-mb 1024]
         [--engine '{"kind": "vllm", "python": "...", "version": "0.23.0"}']
+    python -m benchmarks.gpu.shards --transport nccl --ranks 1 --engine-ranks 1    # on two GPUs
 
 It starts itself under torchrun, with one rank on each GPU. The ranks shard the model by FSDP2 in bfloat16, as
 transformers has it (experts fused). Rank 0 starts one engine over the same GPUs: an SGLang (the default) with
@@ -9,6 +10,10 @@ Millrace's weight loader, or a vLLM with Millrace's extension. The two ways take
 engine gets the parts that it needs from the rank beside it; in the second, rank 0 gathers each tensor and copies it to
 all GPUs. After each, the engine must have the same checksums of its own tensors. Without GPUs: --engine '{"device":
 "cpu", ...}'.
+
+With `--transport nccl` the engine has the GPUs behind those of the trainer's ranks. In the first way, each
+rank of the trainer sends each rank of the engine what it needs; in the second, rank 0 gathers and broadcasts. The two
+ways do not take turns then, because an engine is in the process group of one way at a time. Without GPUs: `gloo`.
 """
 
 import argparse
@@ -34,6 +39,7 @@ from benchmarks.gpu.models import write_config
 from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
 from millrace.engines.sglang.loading import LOADER
 from millrace.engines.stock.interpreter import StockConfig
+from millrace.fleet.local import CUMEM
 from millrace.train.world import World, end_rank, join_world
 from millrace.types import GenerateRequest, SamplingParams
 from millrace.weights.cast import Dtypes, cast
@@ -49,6 +55,7 @@ from millrace.weights.transports.registry import create
 MIB, GB = 2**20, 1e9
 DEADLINE = 300.0
 ENGINE: Callable[[PublishReport], object] = lambda report: report.engines[0]  # noqa: E731
+BESIDE = "shm", "cuda_ipc"
 WARM = 2  # publishes of each way that are not counted: the first one makes plans and allocates
 
 
@@ -122,28 +129,46 @@ def show(way: str, reports: Sequence[PublishReport], peaks: Sequence[Sequence[fl
     )
 
 
+def apart(config: StockConfig, first: int, ranks: int) -> StockConfig:
+    """Returns the settings of one engine on the GPUs from `first` on."""
+    on_cpu = config.device == "cpu"
+    place = {"tp_size": ranks, "dtype": "bfloat16", "base_gpu_id": 0 if on_cpu else first}
+    if isinstance(config, SGLangEngineConfig):
+        place["engine_args"] = {**config.engine_args, "custom_weight_loader": [LOADER]}
+    # SGLang's NCCL must allocate memory as that of this process does.
+    environment = threads_of(config, ranks) if on_cpu else {CUMEM: "-2"}
+    return config.model_copy(update={**place, "env": {**environment, **config.env}})
+
+
+def threads_of(config: StockConfig, ranks: int) -> dict[str, str]:
+    """Returns the variables by which an engine on the CPU has several ranks."""
+    if isinstance(config, SGLangEngineConfig):
+        return {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
 def over_all_ranks(config: StockConfig, ranks: int) -> StockConfig:
     """Returns the settings of one engine with a rank beside each rank of the trainer. On GPUs it leaves the trainer
     more than half of the memory."""
     shared = {"tp_size": ranks, "dtype": "bfloat16"}
     on_cpu = config.device == "cpu"
     if isinstance(config, SGLangEngineConfig):
-        threads = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if on_cpu else {}
         own = {
             "engine_args": {**config.engine_args, "custom_weight_loader": [LOADER]},
             "mem_fraction_static": None if on_cpu else config.mem_fraction_static or 0.4,
         }
     else:
         assert isinstance(config, VLLMEngineConfig)
-        threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if on_cpu else {}
         own = {"gpu_memory_utilization": None if on_cpu else config.gpu_memory_utilization or 0.4}
-    return config.model_copy(update={**shared, **own, "env": {**config.env, **threads}})
+    return config.model_copy(
+        update={**shared, **own, "env": {**config.env, **(threads_of(config, ranks) if on_cpu else {})}}
+    )
 
 
 async def lead(sharded: ShardedTensors, world: World, folder: Path, arguments: argparse.Namespace) -> None:
     """Runs on rank 0."""
-    config = over_all_ranks(engine_config(arguments.engine), world.size)
-    on_cpu = config.device == "cpu"
+    config, beside = engine_config(arguments.engine), arguments.transport in BESIDE
+    config = over_all_ranks(config, world.size) if beside else apart(config, world.size, arguments.engine_ranks)
     trained, memory, nbytes = read_trained(folder), Memory(world), 0
     reports: dict[bool, list[PublishReport]] = {False: [], True: []}
     peaks: dict[bool, list[list[float]]] = {False: [], True: []}
@@ -151,17 +176,22 @@ async def lead(sharded: ShardedTensors, world: World, folder: Path, arguments: a
     async with served(config, folder, folder.parent) as (launched, engine):
         info = replace(await engine.info(), gpus=launched.gpus)
         target = PublishTarget(engine, info)
-        for turn in range(2 * (arguments.repeats + WARM)):
-            whole = turn % 2 == 1
-            transport = create("shm" if on_cpu else "cuda_ipc", TransportContext(capabilities=info.capabilities))
+        each = arguments.repeats + WARM
+        ways = [False, True] * each if beside else [False] * each + [True] * each
+        transport = None
+        for turn, whole in enumerate(ways):
+            context = TransportContext(capabilities=info.capabilities, here=True)
+            transport = transport or create(arguments.transport, context)
             memory.begin()
             with leading(sharded) as led:
                 source = converted(led, trained)
                 bucket_bytes = arguments.bucket_mb * MIB
                 report = await publish(target, source, turn + 1, transport, bucket_bytes, whole=whole)
-                await transport.close()
+                if ways[turn : turn + 2] != [whole, whole]:  # otherwise its groups are kept for the next publish
+                    await transport.close()
+                    transport = None
             of_ranks, nbytes = memory.end(), report.nbytes
-            if turn < 2 * WARM:
+            if ways[:turn].count(whole) < WARM:
                 held.append(await engine.checksums())
                 continue
             reports[whole].append(report)
@@ -173,9 +203,10 @@ async def lead(sharded: ShardedTensors, world: World, folder: Path, arguments: a
     print(f"{nbytes / GB:.2f} GB in {len(sharded.tensors)} tensors, buckets of {arguments.bucket_mb} MiB", flush=True)
     exchanged = reports[False][-1].exchanged
     assert exchanged is not None
-    show("exchanged", reports[False], peaks[False], exchanged)
-    # All ranks gather all tensors, and rank 0 copies its buckets to the other GPUs.
-    show("gathered", reports[True], peaks[True], 2 * (world.size - 1) * nbytes)
+    show("exchanged" if beside else "sent", reports[False], peaks[False], exchanged)
+    # All ranks gather all tensors, and rank 0 copies its buckets to the engine's other GPUs.
+    copies = world.size - 1 if beside else arguments.engine_ranks
+    show("gathered", reports[True], peaks[True], (world.size - 1 + copies) * nbytes)
     print(f"afterwards it generates, as version {generation.version_spans[-1].version}", flush=True)
 
 
@@ -186,11 +217,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bucket-mb", type=int, default=1024)
     parser.add_argument("--engine", default="{}")
+    parser.add_argument("--transport", choices=(*BESIDE, "nccl", "gloo"), help="default: beside the trainer's ranks")
+    parser.add_argument("--engine-ranks", type=int, default=2, help="of an engine apart")
     arguments = parser.parse_args()
     if "RANK" not in os.environ:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}"]
         os.execv(sys.executable, [sys.executable, *torchrun, "-m", "benchmarks.gpu.shards", *sys.argv[1:]])
     device = engine_config(arguments.engine).device
+    arguments.transport = arguments.transport or BESIDE[device == "cuda"]
     with join_world(device) as world, tempfile.TemporaryDirectory() as scratch:
         folder = write_config(arguments.size, Path(scratch, "model"))
         sharded = sharded_model(folder, world)

@@ -83,10 +83,11 @@ class CudaIpcBucket:
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """A torch.distributed group in which rank 0, the sender, broadcasts weights.
+    """A torch.distributed group in which rank 0, the sender, broadcasts weights, or several ranks send parts of them.
 
-    The engine's ranks have the numbers from `rank_offset` on. by_bucket: whether buckets are broadcast as a whole,
-    which needs Capability.WHOLE_BROADCASTS. The ranks then join with the first bucket.
+    The engine's ranks have the numbers from `rank_offset` on. by_bucket: whether buckets are sent as a whole, which
+    needs Capability.WHOLE_BROADCASTS. The ranks then join with the first bucket. senders: how many of the first ranks
+    send parts; 0 if rank 0 broadcasts.
     """
 
     name: str
@@ -96,6 +97,7 @@ class ProcessGroup:
     rank_offset: int
     world_size: int
     by_bucket: bool = False
+    senders: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,4 +169,27 @@ class PartsBucket:
     tensors: tuple[TensorSpec, ...]
 
 
-Bucket = SharedMemoryBucket | TorchStorageBucket | CudaIpcBucket | PartsBucket | ProcessGroupBucket | DiskBucket
+@dataclass(frozen=True, slots=True)
+class SentPartsBucket:
+    """Parts of tensors that the first ranks of a process group send to an engine's ranks, to each the parts that it
+    needs. The engine must have joined the group.
+
+    number: under which rank 0 announces the bucket. parts: of each of the engine's ranks, in their order. tensors: as
+    in PartsBucket.
+    """
+
+    group_name: str
+    number: int
+    parts: tuple[tuple[TensorPart, ...], ...]
+    tensors: tuple[TensorSpec, ...]
+
+
+Bucket = (
+    SharedMemoryBucket
+    | TorchStorageBucket
+    | CudaIpcBucket
+    | PartsBucket
+    | SentPartsBucket
+    | ProcessGroupBucket
+    | DiskBucket
+)

@@ -277,7 +277,7 @@ class Engine:
         self._portal.call(self._wrapped.load(bucket, deadline=deadline))
 
     def needed_parts(
-        self, tensors: Sequence[TensorSpec], *, deadline: float
+        self, tensors: Sequence[TensorSpec], *, deadline: float, group: str | None = None
     ) -> Sequence[Sequence[Sequence[tuple[tuple[int, int], ...]]]]:
         """Return, for each rank and each of the tensors, the parts of it that the rank needs, as boxes that do not
         overlap: the start and the end along each dimension.
@@ -286,12 +286,14 @@ class Engine:
         then continue, as for an update. It remembers the answer to the last question. After it, PartsBuckets of these
         tensors can be loaded in updates.
 
-        tensors: all tensors of an update. Their offsets mean nothing.
+        tensors: all tensors of an update. Their offsets mean nothing. group: the name of a process group of several
+            senders that the engine has joined (`ProcessGroup`). Its ranks then answer in the group's store, and begin
+            to receive; SentPartsBuckets can be loaded. This needs Capability.SENT_PARTS.
 
         Raises:
             EngineRefused: the engine loads its weights in another way than by copying parts of them.
         """
-        return self._portal.call(self._wrapped.needed_parts(tensors, deadline=deadline))
+        return self._portal.call(self._wrapped.needed_parts(tensors, deadline=deadline, group=group))
 
     def commit(self) -> None:
         """End the transaction: the engine now serves and reports the new version, without LoRA adapters."""

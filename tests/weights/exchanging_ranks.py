@@ -1,8 +1,9 @@
-"""The script of each rank in test_exchange.py: `exchanging_ranks.py MODEL OUT SETTINGS`.
+"""The script of each rank in test_exchange.py: `exchanging_ranks.py MODEL OUT TRANSPORT SETTINGS`.
 
-Two ranks shard a model by FSDP2, and publish it to engines with these settings. Versions 1, 2 and 5 are exchanged.
-While 3 is, a byte of each bucket changes before an engine reads it. 4 is gathered, and has the weights of 5. While 6 is
-exchanged, rank 1 dies as it fills its second bucket. 7 are the whole tensors of 4, and rank 0 publishes them alone.
+Two ranks shard a model by FSDP2, and publish it to engines with these settings. Versions 1, 2 and 5 are exchanged, or
+sent to the engines' ranks with a transport for engines that are apart. While 3 is, a byte of each bucket changes before
+an engine reads it. 4 is gathered, and has the weights of 5. While 6 is exchanged, rank 1 dies as it fills its second
+bucket. 7 are the whole tensors of 4, and rank 0 publishes them alone.
 """
 
 import asyncio
@@ -11,9 +12,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import AutoModelForCausalLM
 
 from millrace.config.engines import EngineConfig
+from millrace.config.models import TransportName
 from millrace.engines.sglang.adapter import SGLangEngine
 from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.errors import PublishError
@@ -34,6 +36,7 @@ from millrace.train.world import end_rank
 from millrace.weights.report import PublishReport
 from millrace.weights.sharded import ShardedTensors, follow, leading
 from millrace.weights.shards import exchange
+from millrace.weights.shards.members import MEMBERS, Member
 from millrace.weights.sidecar.handles import handle_of
 from tests.conformance.run_checks import START_TIMEOUT
 from tests.weights.variants import PROMPTS, greedy
@@ -70,22 +73,30 @@ def with_partial(sharded: ShardedTensors) -> ShardedTensors:
 
 
 class Faults:
-    """What happens to each bucket that a rank has filled, before an engine reads it."""
+    """What happens to each bucket that a rank has filled, before an engine reads it or it is sent."""
 
     def __init__(self) -> None:
-        self._real = handle_of
+        self._handle_of, self._begin = handle_of, Member.begin
         self._version = self._filled = 0
 
     def begin(self, version: int) -> None:
         self._version, self._filled = version, 0
 
-    def __call__(self, slot: Any, shares: int) -> Any:
+    def handle_of(self, slot: Any, shares: int) -> Any:
+        self._happen(slot.bytes)
+        return self._handle_of(slot, shares)
+
+    def send(self, member: Member, memory: Tensor, sizes: Sequence[int]) -> Any:
+        self._happen(memory, in_round=len(MEMBERS))
+        return self._begin(member, memory, sizes)
+
+    def _happen(self, memory: Tensor, in_round: int = 1) -> None:
+        """in_round: how many buckets there are in one."""
         self._filled += 1
         if self._version == 3:
-            slot.bytes[0] ^= 1
-        if self._version == 6 and dist.get_rank() == 1 and self._filled == 2:
+            memory[:1] ^= 1
+        if self._version == 6 and dist.get_rank() == 1 and self._filled == 2 * in_round:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self._real(slot, shares)
 
 
 class Lines(logging.Handler):
@@ -98,7 +109,12 @@ class Lines(logging.Handler):
 
 
 async def lead(
-    sharded: ShardedTensors, folder: Path, out: Path, settings: str, together: Callable[[int], object]
+    sharded: ShardedTensors,
+    folder: Path,
+    out: Path,
+    transport: TransportName,
+    settings: str,
+    together: Callable[[int], object],
 ) -> Any:
     """What rank 0 does, and what it found."""
     log = Lines()
@@ -106,18 +122,20 @@ async def lead(
     logging.getLogger("millrace.weights.shards").setLevel(logging.INFO)
     given = {"device": "cpu", "threads": 1, "start_timeout": START_TIMEOUT, **json.loads(settings)}
     config: EngineConfig = TypeAdapter(EngineConfig).validate_python(given)
-    found: dict[str, Any] = {"tokens": {}, "exchanged": {}, "nbytes": {}, "held": {}}
-    async with open_fleet(config, folder, log_dir=out) as fleet:
+    found: dict[str, Any] = {"tokens": {}, "exchanged": {}, "nbytes": {}, "held": {}, "groups": {}}
+    async with open_fleet(config, folder, transport=transport, log_dir=out) as fleet:
         for version in (1, 2):
             together(version)
             whole = gathered(sharded)
             with leading(sharded, fleet.dtypes) as led:
                 note(found, version, await fleet.publish(led, version, bucket_bytes=BUCKET))
-            found["tokens"][version] = await tokens(fleet)
+            found["tokens"][version], found["groups"][version] = await tokens(fleet), groups(fleet)
             torch.save(whole, out / f"{version}.pt")
         [engine] = fleet.engines.values()
         assert isinstance(engine, SGLangEngine | VLLMEngine)
-        found["needs"] = engine._needs if isinstance(engine, SGLangEngine) else engine._extension._needs
+        needs = engine._needs if isinstance(engine, SGLangEngine) else engine._extension._needs
+        assert needs is not None
+        found["needs"] = needs[:2]
         together(3)
         found["spoilt"] = await refused(sharded, fleet, 3)
         together(4)
@@ -128,7 +146,7 @@ async def lead(
         found["tokens"][4], found["held"][4] = await tokens(fleet), await held(fleet)
         with leading(sharded, fleet.dtypes) as led:
             note(found, 5, await fleet.publish(led, 5, bucket_bytes=BUCKET))
-        found["held"][5] = await held(fleet)
+        found["held"][5], found["groups"][5] = await held(fleet), groups(fleet)
         together(6)
         found["died"] = await refused(sharded, fleet, 6)
         found["routable"] = sorted(fleet.snapshot.routable)
@@ -152,6 +170,11 @@ async def held(fleet: Fleet) -> list[Mapping[str, str]]:
     return [await engine.checksums() for engine in fleet.engines.values()]
 
 
+def groups(fleet: Fleet) -> list[list[str]]:
+    """The process groups of each engine."""
+    return [list(getattr(engine, "_groups", ())) for engine in fleet.engines.values()]
+
+
 def note(found: dict[str, Any], version: int, report: PublishReport) -> None:
     assert not report.failed, report.failed
     found["exchanged"][version], found["nbytes"][version] = report.exchanged, report.nbytes
@@ -171,10 +194,13 @@ def gathered(sharded: ShardedTensors) -> Mapping[str, Tensor]:
 
 def main() -> None:
     folder, out = map(Path, sys.argv[1:3])
+    transport = cast(TransportName, sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     sharded = sharded_model(folder)
-    faults = exchange.handle_of = Faults()  # type: ignore[attr-defined]
+    faults = Faults()
+    exchange.handle_of = faults.handle_of  # type: ignore[attr-defined]
+    Member.begin = lambda *given: faults.send(*given)  # type: ignore[method-assign]
 
     def together(version: int) -> None:
         """What both ranks do before a version is published."""
@@ -182,7 +208,7 @@ def main() -> None:
         faults.begin(version)
 
     if dist.get_rank() == 0:
-        found = asyncio.run(lead(sharded, folder, out, sys.argv[3], together))
+        found = asyncio.run(lead(sharded, folder, out, transport, sys.argv[4], together))
         (out / "found.json").write_text(json.dumps(found))
         end_rank()
     for version in (1, 2, 3, 4, 5, 6):

@@ -143,6 +143,33 @@ def test_every_wanted_element_comes_once_and_from_the_rank_itself_if_it_has_it(
     assert read_schedule(written(views, owners, wants, bucket_bytes)) == made
 
 
+@given(problems(), st.data(), st.integers(64, 400))
+def test_ranks_of_engines_that_are_apart_get_every_element_once(
+    problem: tuple[list[ShardedView], list[list[Box | None]], list[list[list[Box]]], list[Shape]],
+    data: st.DataObject,
+    bucket_bytes: int,
+) -> None:
+    views, owners, of_engines, _ = problem
+    receivers = data.draw(st.integers(1, 3))
+    nothing: list[list[list[Box]]] = [[[] for _ in views] for _ in owners]
+    wants = nothing + [of_engines[number % len(of_engines)] for number in range(receivers)]
+    made = schedule(views, owners, wants, bucket_bytes)
+    pieces = [piece for one in made.rounds for piece in one.pieces]
+    assert all(piece.sender < len(owners) <= piece.receiver for piece in pieces)
+    arrived = Counter((p.receiver, p.tensor, place) for p in pieces for place in inside(p.box))
+    wanted = (
+        (rank, index, place)
+        for rank, of_rank in enumerate(wants)
+        for index, of_view in enumerate(of_rank)
+        for box in of_view
+        for place in inside(box)
+    )
+    assert arrived == Counter(wanted)
+    for rank in range(made.ranks):
+        assert max(made.slot_bytes(rank), made.outgoing_bytes(rank)) <= bucket_bytes
+    require_places(made)
+
+
 def not_local(view: ShardedView, held: Sequence[Box | None], place: tuple[int, ...]) -> int:
     """The bytes of one element of a view that this rank does not have."""
     own = held[view.source]

@@ -26,6 +26,10 @@ def test_four_ranks_exchange_parts_of_tensors_in_all_placements() -> None:
     torchrun("tests/weights/exchanging_shards.py", ranks=4)
 
 
+def test_four_ranks_send_parts_to_the_ranks_of_two_engines() -> None:
+    torchrun("tests/weights/sending_shards.py", "cpu", ranks=4)
+
+
 def test_views_are_found_without_values() -> None:
     def convert(tensors: Iterator[NamedTensor]) -> Iterator[NamedTensor]:
         for name, tensor in tensors:

@@ -127,6 +127,7 @@ class Engine(ABC):
         tensors: Sequence[TensorSpec],  # noqa: ARG002
         *,
         deadline: float,  # noqa: ARG002
+        group: str | None = None,  # noqa: ARG002
     ) -> Sequence[Sequence[Sequence[tuple[tuple[int, int], ...]]]]:
         """Return, for each rank and each of the tensors, the parts of it that the rank needs, as boxes that do not
         overlap: the start and the end along each dimension.
@@ -135,7 +136,9 @@ class Engine(ABC):
         then continue, as for an update. It remembers the answer to the last question. After it, PartsBuckets of these
         tensors can be loaded in updates.
 
-        tensors: all tensors of an update. Their offsets mean nothing.
+        tensors: all tensors of an update. Their offsets mean nothing. group: the name of a process group of several
+            senders that the engine has joined (`ProcessGroup`). Its ranks then answer in the group's store, and begin
+            to receive; SentPartsBuckets can be loaded. This needs Capability.SENT_PARTS.
 
         Raises:
             EngineRefused: the engine loads its weights in another way than by copying parts of them.

@@ -1,8 +1,10 @@
 """Membership of an engine's process in a sender's process group of torch. The engines' interpreters run this file."""
 
+import json
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from millrace_environment import settings
 # With these off, torch's watchdog does not end this process when the sender dies.
 NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 POLL_SECONDS = 0.0005
+CHECK_SECONDS = 0.2  # between two calls of `check`
 
 
 def connect(address: str, port: int, world_size: int, seconds: float) -> Any:
@@ -45,15 +48,56 @@ def receive(group: Any, tensor: torch.Tensor) -> Any:
     return group.broadcast([tensor], options)
 
 
-def wait(group: Any, work: Any, seconds: float) -> None:
+def receive_parts(group: Any, bucket: torch.Tensor, sizes: Sequence[int]) -> Any:
+    """Begin to receive a bucket, [nbytes] uint8, from the first ranks, and return torch's handle of the work.
+
+    sizes: how many bytes each of them sends. They lie in the bucket in the order of the ranks.
+    """
+    nothing = [0] * group.size()
+    incoming = [*sizes, *nothing[len(sizes) :]]
+    return group.alltoall_base(bucket, bucket.new_empty(0), incoming, nothing, dist.AllToAllOptions())
+
+
+def meet(group: Any, seconds: float, device: torch.device | str) -> None:
+    """Wait until all ranks of a group of several senders have met. NCCL's do in the first collective. Raises
+    RuntimeError if they do not within `seconds`."""
+    wait(group, receive(group, torch.empty(1, device=device)), seconds)
+
+
+class Announcement(NamedTuple):
+    """What rank 0's store says about the next bucket of parts.
+
+    number: by which orders name it. room: the size of the largest bucket of the update. sizes: how many of its bytes
+    each of the first ranks sends to this one.
+    """
+
+    number: int
+    room: int
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def read(cls, text: str, receiver: int) -> "Announcement":
+        """Read an announcement for a rank, by its place among those that receive. Raises what a text in another form
+        makes."""
+        number, room, of_ranks = json.loads(text)
+        return cls(int(number), int(room), tuple(map(int, of_ranks[receiver])))
+
+
+def wait(group: Any, work: Any, seconds: float, check: Callable[[], object] = bool) -> None:
     """Wait until all that was received has arrived. NCCL's own wait returns when the transfer is queued.
 
-    work: the last one. Raises RuntimeError if it takes longer than `seconds`; the group is then broken.
+    work: the last one. check: raises RuntimeError when there is nothing to wait for any more. Raises RuntimeError if it
+    takes longer than `seconds`; the group is then broken.
     """
-    ends = time.monotonic() + seconds
+    checked = time.monotonic()
+    ends = checked + seconds
     while not work.is_completed():
-        if time.monotonic() > ends:
+        now = time.monotonic()
+        if now > ends:
             group.abort()
             raise RuntimeError(f"not within {seconds:.0f} s; the group is broken, leave it")
+        if now > checked + CHECK_SECONDS:
+            check()
+            checked = now
         time.sleep(POLL_SECONDS)
     work.wait()

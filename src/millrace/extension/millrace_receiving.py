@@ -1,5 +1,5 @@
-"""Buckets that a sender broadcasts in a process group, each received while the one before is loaded. Extensions of
-engines run this file."""
+"""Buckets that come by a process group, each received while the one before is loaded: whole ones that rank 0
+broadcasts, or parts that several ranks send. Extensions of engines run this file."""
 
 import contextlib
 import itertools
@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
-from millrace_group import connect, join, receive, wait
+from millrace_group import Announcement, connect, join, meet, receive, receive_parts, wait
 from millrace_words import first_line
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,11 @@ UNTIL_ANNOUNCED = timedelta(days=20)  # a wait on the store that ends by the sen
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A process group with this rank's number in it. seconds: in which the ranks must meet, and each bucket arrive."""
+    """A process group with this rank's number in it.
+
+    seconds: in which the ranks must meet, and each bucket arrive. senders: how many of the first ranks send this one
+    its parts; 0 if rank 0 broadcasts whole buckets.
+    """
 
     name: str
     backend: str
@@ -32,6 +37,7 @@ class Group:
     rank: int
     world_size: int
     seconds: float
+    senders: int = 0
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> "Group":
@@ -40,16 +46,18 @@ class Group:
         return cls(
             *(str(body["name"]), str(body["backend"]), *place),
             *(int(body["rank"]), int(body["world_size"]), float(body["seconds"])),
+            int(body.get("senders", 0)),
         )
 
 
 class ReceivingGroup:
-    """A sender's process group with this rank as a member. Rank 0, the sender, broadcasts.
+    """A sender's process group with this rank as a member. Rank 0 is the sender, or leads several senders.
 
-    The sender writes each bucket's number and size to its store, under `NAME/bucket/0`, `NAME/bucket/1` and so on, and
-    then broadcasts the bucket's bytes. An empty text means that none will follow. A thread of this rank waits for the
-    first number, joins the group and receives, into two buffers in turn. The sender broadcasts a bucket only after the
-    one before the last was loaded. The thread ends and the buffers are freed when the sender's store is gone.
+    It writes to its store what each bucket is, under `NAME/bucket/0`, `NAME/bucket/1` and so on, and then the senders
+    send the bucket's bytes. An empty text means that none will follow. A thread of this rank waits for the first
+    number, joins the group and receives, into two buffers in turn. With several senders it joins at once. A bucket is
+    announced only after the one before the last was loaded. The thread ends and the buffers are freed when the sender's
+    store is gone.
 
     Raises RuntimeError if the store can't be reached.
     """
@@ -113,25 +121,39 @@ class ReceivingGroup:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _receive(self, announced: Any, device: torch.device) -> None:
-        """Receive one bucket after the other until the sender has no more. Join with the first one."""
+    def _join(self, announced: Any) -> Any:
         group = self.group
+        return join(announced, group.name, group.backend, group.rank, group.world_size, group.seconds)
+
+    def _receive(self, announced: Any, device: torch.device) -> None:
+        """Receive one bucket after the other until the sender has no more."""
+        group = self.group
+        if group.senders:  # they wait for all ranks
+            self._joined = self._join(announced)
+            meet(self._joined, group.seconds, device)
         buffers: list[torch.Tensor] = []
         for index in itertools.count():
             announced.wait([key := f"{group.name}/bucket/{index}"], UNTIL_ANNOUNCED)
             text = announced.get(key).decode()
             if not text or self._closed:
                 return
-            number, nbytes = map(int, text.split())
+            sizes: tuple[int, ...] = ()
+            if group.senders:
+                number, room, sizes = Announcement.read(text, group.rank - group.senders)
+                nbytes = sum(sizes)
+            else:
+                number, nbytes = map(int, text.split())
+                room = nbytes
             if index == 0:
-                self._joined = join(announced, group.name, group.backend, group.rank, group.world_size, group.seconds)
+                self._joined = self._joined or self._join(announced)
                 # Both, so that the first order's answer says it if there is no room.
-                buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
-            elif buffers[index % 2].nbytes < nbytes:
+                buffers = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(2)]
+            elif buffers[index % 2].nbytes < room:
                 buffers[index % 2] = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-                buffers[index % 2] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+                buffers[index % 2] = torch.empty(room, dtype=torch.uint8, device=device)
             bucket = buffers[index % 2][:nbytes]
-            wait(self._joined, receive(self._joined, bucket), group.seconds)
+            work = receive_parts(self._joined, bucket, sizes) if sizes else receive(self._joined, bucket)
+            wait(self._joined, work, group.seconds, partial(announced.check, [key]))  # raises if the store is gone
             self._arrived.put((number, bucket))
 
 

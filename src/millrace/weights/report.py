@@ -41,8 +41,8 @@ class PublishReport:
     unstored: why this version, or the one before, is not in the store.
     left_out: the engines that were out of rotation, and why. Nothing was sent to them.
     label: the trainer's own name for the version.
-    exchanged: the bytes that the trainer's ranks sent each other, if each rank of an engine got only the parts of
-        sharded tensors that it needs; None if tensors were gathered.
+    exchanged: the bytes that the trainer's ranks sent each other, or engines that are apart, if each rank of an engine
+        got only the parts of sharded tensors that it needs; None if tensors were gathered.
     """
 
     version: int

@@ -21,17 +21,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from millrace.buckets import ProcessGroup
 from millrace.errors import PublishError
 from millrace.extension.millrace_words import first_line
 from millrace.model_folder import FLOATS
 from millrace.weights.cast import Dtypes
 from millrace.weights.finite import not_finite
 from millrace.weights.shards.exchange import Exchange, Filled, RankPlace, places
+from millrace.weights.shards.members import join_all
+from millrace.weights.shards.sending import Sending
 from millrace.weights.shards.views import NotExchangeable
 from millrace.weights.sidecar.messages import Form
 
 # What rank 0 broadcasts in place of a tensor's index.
-END, CHECK, PLACES, BEGIN, FILL, RELEASE = -1, -2, -3, -4, -5, -6
+END, CHECK, PLACES, BEGIN, FILL, RELEASE, JOIN, SEND = -1, -2, -3, -4, -5, -6, -7, -8
 CASTS: tuple[torch.dtype | None, ...] = (None, *(getattr(torch, name) for name in FLOATS.values()))  # sent by index
 BUCKET_FORMS = tuple(Form)  # sent by index
 
@@ -122,7 +125,7 @@ def follow(sharded: ShardedTensors) -> None:
 
     Like every collective, it raises if rank 0 does nothing for longer than the process group's timeout.
     """
-    exchange: Exchange | None = None
+    exchange: Exchange | Sending | None = None
     try:
         while (received := _broadcast(sharded, END))[0] != END:
             exchange = _do(sharded, *received, exchange)
@@ -162,7 +165,30 @@ def fill_buckets(led: LedTensors, exchange: Exchange, number: int, shares: Seque
         return exchange.fill(number, shares)
 
 
-def end_exchange(led: LedTensors, exchange: Exchange) -> None:
+def join_groups(led: LedTensors, groups: Sequence[ProcessGroup], seconds: float) -> Mapping[str, str]:
+    """Have all ranks join these groups, each in at most so many seconds. Return why some did not form, by their
+    names."""
+    with _together("join the engines"):
+        _broadcast(led.sharded, JOIN)
+        return join_all(_on_device(led.sharded), groups, seconds)
+
+
+def begin_sending(led: LedTensors, groups: Sequence[str], schedule: bytes) -> Sending:
+    """Begin to send parts on all ranks, in the groups of these names, and return rank 0's part of it. End it by
+    `end_exchange`. The arguments and errors are those of `Sending.begin`."""
+    with _together("send the weights"):
+        _broadcast(led.sharded, SEND)
+        return Sending.begin(led.sharded.tensors, _on_device(led.sharded), groups, schedule)
+
+
+def send_round(led: LedTensors, sending: Sending, number: int) -> list[str]:
+    """Have all ranks send the parts of one round, and return the samples of each rank's (`Sending.fill`)."""
+    with _together("send the weights"):
+        _broadcast(led.sharded, FILL, number)
+        return sending.fill(number)
+
+
+def end_exchange(led: LedTensors, exchange: Exchange | Sending) -> None:
     """Free the memory of the exchange on all ranks. A rank that has ended needs no notice."""
     with suppress(RuntimeError):
         _broadcast(led.sharded, RELEASE)
@@ -180,7 +206,9 @@ def _together(what: str) -> Iterator[None]:
         ) from error
 
 
-def _do(sharded: ShardedTensors, what: int, value: int, exchange: Exchange | None) -> Exchange | None:
+def _do(
+    sharded: ShardedTensors, what: int, value: int, exchange: Exchange | Sending | None
+) -> Exchange | Sending | None:
     """Do on this rank what rank 0 has broadcast. Return the exchange that is open after it."""
     if what >= 0:
         sharded.whole(list(sharded.tensors)[what], CASTS[value])
@@ -193,6 +221,11 @@ def _do(sharded: ShardedTensors, what: int, value: int, exchange: Exchange | Non
     elif what == BEGIN:
         with suppress(PublishError):  # rank 0 raises it
             return Exchange.begin(sharded.tensors, _on_device(sharded), BUCKET_FORMS[value])
+    elif what == JOIN:
+        join_all(_on_device(sharded))
+    elif what == SEND:
+        with suppress(PublishError):  # rank 0 raises it
+            return Sending.begin(sharded.tensors, _on_device(sharded))
     elif what == FILL:
         assert exchange is not None
         exchange.fill(value)

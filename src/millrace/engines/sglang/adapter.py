@@ -18,6 +18,7 @@ from millrace.buckets import (
     ProcessGroup,
     ProcessGroupBucket,
     RankAnswers,
+    SentPartsBucket,
     SharedMemoryBucket,
     TensorSpec,
     TorchStorageBucket,
@@ -28,7 +29,7 @@ from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS, MEMO
 from millrace.engines.sglang.channel import Orders
 from millrace.engines.sglang.facts import SGLangFacts, read_facts
 from millrace.engines.sglang.guards import check_request
-from millrace.engines.sglang.loading import LOADER, MISSING_LOADER, AnswerStore, LoaderUpdate, in_files
+from millrace.engines.sglang.loading import LOADER, MISSING_LOADER, NO_BUCKET, AnswerStore, LoaderUpdate, in_files
 from millrace.engines.sglang.payload import loader_payloads, order_payloads, parts_payloads, payloads
 from millrace.engines.sglang_wire import (
     PAUSE_MODES,
@@ -74,7 +75,8 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     _files: AnswerFilesPool | None = None  # of the weight loader, if it has got buckets in memory
     _groups: Mapping[str, AnswerStore] = {}  # of the weight loader, by the name of the group
     _loads_changes: bool | None = None  # whether the weight loader can write what has changed; None: not known yet
-    _needs: tuple[object, NeededParts] | None = None  # the tensors that it was asked about, and the parts it needs
+    # The tensors that it was asked about, the parts it needs, and the group in whose store it said so.
+    _needs: tuple[object, NeededParts, str | None] | None = None
 
     async def initialize(self, version: int | None = None) -> None:
         # /freeze_gc excludes the objects made at startup from garbage collection. On the CPU every cache flush runs the
@@ -118,17 +120,19 @@ class SGLangEngine(StockEngine[SGLangFacts]):
             raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
         return self._by_loader.samples if self._by_loader is not None else {}
 
-    async def needed_parts(self, tensors: Sequence[TensorSpec], *, deadline: float) -> NeededParts:
+    async def needed_parts(
+        self, tensors: Sequence[TensorSpec], *, deadline: float, group: str | None = None
+    ) -> NeededParts:
         info = (await self._facts()).info
         if Capability.UPDATE_FROM_PARTS not in info.capabilities:
             raise EngineRefused(self.name, "it does not have Millrace's weight loader, which takes parts of tensors")
         asked = tuple((spec.name, spec.dtype, spec.shape) for spec in tensors)
-        if self._needs is None or self._needs[0] != asked:
+        if self._needs is None or (self._needs[0], self._needs[2]) != (asked, group):
             torn = self.state.torn
             await self.begin_update(0)  # the server takes no order outside of an update
             try:
                 async with self._control_call():
-                    self._needs = asked, await self._ask_needs(tensors, info.ranks, deadline)
+                    self._needs = asked, await self._ask_needs(tensors, info.ranks, group, deadline), group
             finally:
                 try:
                     await self.rollback()
@@ -137,8 +141,15 @@ class SGLangEngine(StockEngine[SGLangFacts]):
                         raise
         return self._needs[1]
 
-    async def _ask_needs(self, tensors: Sequence[TensorSpec], ranks: int, deadline: float) -> NeededParts:
+    async def _ask_needs(
+        self, tensors: Sequence[TensorSpec], ranks: int, group: str | None, deadline: float
+    ) -> NeededParts:
         question = LoaderUpdate(self.name)
+        if group is not None:
+            store = self._groups[group]
+            orders = question.questions(tensors, store.places(NO_BUCKET, deadline))
+            await self._order(order_payloads(orders), deadline)
+            return question.needs(await store.answers(self.name, NO_BUCKET))
         with self._answer_files(ranks) as files:
             await self._order(order_payloads(question.questions(tensors, in_files(files.answers()))), deadline)
             return question.needs(files.read())
@@ -232,6 +243,8 @@ class SGLangEngine(StockEngine[SGLangFacts]):
                 return partial(self._load_by_group, bucket, self._groups[name])
             case PartsBucket():
                 return partial(self._load_parts, bucket)
+            case SentPartsBucket():
+                return partial(self._load_sent_parts, bucket, self._groups[bucket.group_name])
             case CudaIpcBucket() | TorchStorageBucket() if self._can_answer(bucket, facts):
                 return partial(self._load_by_loader, bucket, facts.info.ranks)
             case CudaIpcBucket() | TorchStorageBucket():
@@ -320,10 +333,18 @@ class SGLangEngine(StockEngine[SGLangFacts]):
         update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         places = store.places(bucket.number, deadline)
         await self._order_load(order_payloads(update.orders(bucket.tensors, places)), deadline)
+        update.take(bucket.tensors, await store.answers(self.name, bucket.number))
+
+    async def _load_sent_parts(self, bucket: SentPartsBucket, store: AnswerStore, deadline: float) -> None:
+        """Have the server's weight loader load the parts that each rank receives, and read its answers."""
+        update = self._by_loader = self._by_loader or LoaderUpdate(self.name)
         try:
-            update.take(bucket.tensors, await asyncio.to_thread(store.read, bucket.number))
-        except RuntimeError as error:  # torch's
-            raise EngineFailed(self.name, f"the answers of its weight loader can't be read: {error}") from error
+            orders = update.orders_of_parts(bucket.parts, store.places(bucket.number, deadline))
+            await self._order_load(order_payloads(orders), deadline)
+            update.take_parts(await store.answers(self.name, bucket.number))
+        except BaseException:
+            self._needs = None  # ask again, because the server may not remember the question
+            raise
 
     def _answer_files(self, ranks: int) -> AbstractContextManager[AnswerFiles]:
         """Return files that the weight loader's ranks write their answers to, for one order."""

@@ -23,6 +23,12 @@ CAPABILITY_PATHS = {
 REQUANTISING_FORMAT = "flash_rl"
 # How a server with fp8 in blocks gets weights, if it has Millrace's loader, which copies them and their scales.
 COPIED = {Capability.UPDATE_FROM_TORCH_STORAGE, Capability.UPDATE_FROM_CUDA_IPC}
+BY_LOADER = {
+    Capability.SAMPLED_CHECKSUMS,
+    Capability.UPDATE_FROM_PARTS,
+    Capability.WHOLE_BROADCASTS,
+    Capability.SENT_PARTS,
+}
 BREAKING = {Capability.UPDATE_FROM_DISK}
 UPDATES = BREAKING | {
     Capability.UPDATE_FROM_PROCESS_GROUP,
@@ -30,6 +36,7 @@ UPDATES = BREAKING | {
     Capability.UPDATE_FROM_CUDA_IPC,
     Capability.UPDATE_FROM_PARTS,
     Capability.WHOLE_BROADCASTS,
+    Capability.SENT_PARTS,
 }
 # SGLang's names of dtypes. It does not report what `auto` resolved to.
 DTYPES = {name: name for name in COMPUTE_DTYPES} | {"half": "float16", "float": "float32"}
@@ -126,7 +133,7 @@ def capabilities_of(
     if loader:
         found.add(Capability.AUDIT)
     if loader and uses_as_loaded(server, model):
-        found |= {Capability.SAMPLED_CHECKSUMS, Capability.UPDATE_FROM_PARTS, Capability.WHOLE_BROADCASTS}
+        found |= BY_LOADER
     if quantises(server, model):
         left = COPIED if Capability.SAMPLED_CHECKSUMS in found else set[Capability]()
         found -= BREAKING if server["load_format"] == REQUANTISING_FORMAT else UPDATES - left

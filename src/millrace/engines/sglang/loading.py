@@ -1,5 +1,6 @@
 """The sender's side of the weight loader that SGLang's processes run (`extension/millrace_sglang`)."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -15,6 +16,7 @@ from millrace.errors import EngineFailed
 from millrace.extension.millrace_samples import separated
 
 LOADER = "millrace_sglang.load"  # as --custom-weight-loader and `load_format` name it
+NO_BUCKET = -1  # in place of a bucket's number
 MISSING_LOADER = (
     "it ended with its first order to the weight loader; if its log says that there is no module named "
     "millrace_sglang, put the folder that has it on the server's PYTHONPATH (docs/sglang.md)"
@@ -42,8 +44,16 @@ class AnswerStore:
         )
 
     def places(self, number: int, deadline: float) -> list[Mapping[str, object]]:
-        """Return what the order for each rank says about a bucket that comes by the group, under this number."""
+        """Return what the order for each rank says about a bucket that comes by the group, under this number. With
+        NO_BUCKET, the ranks only join and answer."""
         return [{"group": group, "number": number, "seconds": deadline} for group in self._groups]
+
+    async def answers(self, engine: str, number: int) -> list[bytes]:
+        """Return what `read` returns, without blocking. engine: its name. Raises EngineFailed if the store is gone."""
+        try:
+            return await asyncio.to_thread(self.read, number)
+        except RuntimeError as error:  # torch's
+            raise EngineFailed(engine, f"the answers of its weight loader can't be read: {error}") from error
 
     def read(self, number: int) -> list[bytes]:
         """Take each rank's answer about a bucket; empty if there is none. Raises RuntimeError if the store is gone."""

@@ -10,6 +10,7 @@ from millrace.buckets import (
     DiskBucket,
     PartsBucket,
     ProcessGroupBucket,
+    SentPartsBucket,
     SharedMemoryBucket,
     TorchStorageBucket,
 )
@@ -22,6 +23,7 @@ TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
     CudaIpcBucket: frozenset({Capability.UPDATE_FROM_CUDA_IPC}),
     TorchStorageBucket: frozenset({Capability.UPDATE_FROM_TORCH_STORAGE}),
     PartsBucket: frozenset({Capability.UPDATE_FROM_PARTS}),
+    SentPartsBucket: frozenset({Capability.SENT_PARTS}),
     SharedMemoryBucket: frozenset({Capability.UPDATE_FROM_SHARED_MEMORY}),
     ProcessGroupBucket: frozenset(
         {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.WHOLE_BROADCASTS, Capability.UPDATE_FROM_BARE_NCCL}

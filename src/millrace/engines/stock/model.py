@@ -14,6 +14,7 @@ from millrace.buckets import (
     DiskBucket,
     PartsBucket,
     ProcessGroupBucket,
+    SentPartsBucket,
     SharedMemoryBucket,
     TorchStorageBucket,
 )
@@ -66,6 +67,7 @@ def names_in(bucket: Bucket, model: Model) -> set[str]:
             | TorchStorageBucket(tensors=tensors)
             | SharedMemoryBucket(tensors=tensors)
             | PartsBucket(tensors=tensors)
+            | SentPartsBucket(tensors=tensors)
             | ProcessGroupBucket(tensors=tensors)
         ):
             check_tensors(tensors, model.shapes)

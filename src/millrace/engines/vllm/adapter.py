@@ -125,7 +125,13 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             raise EngineRefused(self.name, "no update is open; sampled checksums are of an update's tensors")
         return self._extension.samples
 
-    async def needed_parts(self, tensors: Sequence[TensorSpec], *, deadline: float) -> NeededParts:
+    async def needed_parts(
+        self,
+        tensors: Sequence[TensorSpec],
+        *,
+        deadline: float,
+        group: str | None = None,  # noqa: ARG002
+    ) -> NeededParts:
         if Capability.UPDATE_FROM_PARTS not in (await self._facts()).info.capabilities:
             raise EngineRefused(self.name, "its workers do not have Millrace's extension, which takes parts of tensors")
         async with self._control_call():

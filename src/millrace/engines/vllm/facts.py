@@ -148,7 +148,7 @@ def capabilities_of(
         found |= {Capability.STOP_TEXTS, Capability.JSON_SCHEMA}
     if server.extension:
         found |= {Capability.WHOLE_BROADCASTS, Capability.OWN_CHECKSUMS, Capability.SAMPLED_CHECKSUMS}
-        found |= {Capability.UPDATE_FROM_PARTS, Capability.AUDIT}
+        found |= {Capability.UPDATE_FROM_PARTS, Capability.SENT_PARTS, Capability.AUDIT}
         found.add(Capability.UPDATE_FROM_SHARED_MEMORY if server.on_cpu else Capability.UPDATE_FROM_CUDA_IPC)
     if server.transfer:
         found.add(Capability.UPDATE_FROM_BARE_NCCL)

@@ -7,9 +7,9 @@ from typing import Any
 
 import orjson
 
-from millrace.buckets import Bucket, PartsBucket, TensorSpec
+from millrace.buckets import Bucket, TensorSpec
 from millrace.engines.stock.parts import NeededParts, needs_of
-from millrace.engines.vllm.payload import description, parts, rows_of, samples_of, samples_of_parts
+from millrace.engines.vllm.payload import AnyParts, description, parts, rows_of, samples_of, samples_of_parts
 
 
 class ExtensionLoader:
@@ -44,7 +44,7 @@ class ExtensionLoader:
 
         Raises InvalidStateError for a bucket that the extension can't read.
         """
-        if isinstance(bucket, PartsBucket):
+        if isinstance(bucket, AnyParts):
             return partial(self._load_parts, bucket, *parts(bucket, ranks))
         return partial(self._load, *description(bucket, ranks))
 
@@ -55,7 +55,7 @@ class ExtensionLoader:
         )
 
     async def _load_parts(
-        self, bucket: PartsBucket, place: Mapping[str, object], rows: Sequence[object], deadline: float
+        self, bucket: AnyParts, place: Mapping[str, object], rows: Sequence[object], deadline: float
     ) -> None:
         try:
             results = await self._order("millrace_load_parts", place, rows, deadline)

@@ -14,7 +14,9 @@ from millrace.buckets import (
     DiskBucket,
     PartsBucket,
     ProcessGroupBucket,
+    SentPartsBucket,
     SharedMemoryBucket,
+    TensorPart,
     TensorSpec,
     TorchStorageBucket,
 )
@@ -23,6 +25,7 @@ from millrace.engines.stock.state import InvalidStateError
 from millrace.extension.millrace_boxes import label
 from millrace.extension.millrace_samples import separated
 
+AnyParts = PartsBucket | SentPartsBucket
 UNIQUE_ID_KEY = "broadcast_from/0/0"
 
 
@@ -48,7 +51,7 @@ def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Seque
             return {"kind": "disk", "path": path}, ()
         case TorchStorageBucket():
             raise InvalidStateError("it can't open torch storage; send the tensors by shared memory")
-        case PartsBucket():
+        case PartsBucket() | SentPartsBucket():
             raise InvalidStateError("parts of tensors are no whole tensors")  # see `parts`
 
 
@@ -57,24 +60,30 @@ def rows_of(tensors: Sequence[TensorSpec]) -> Sequence[object]:
     return [(tensor.name, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes) for tensor in tensors]
 
 
-def parts(bucket: PartsBucket, ranks: int) -> tuple[Mapping[str, object], Sequence[Sequence[object]]]:
+def parts(bucket: AnyParts, ranks: int) -> tuple[Mapping[str, object], Sequence[Sequence[object]]]:
     """Return the arguments of `millrace_load_parts`: where each rank's bucket is, and for each rank the rows that say
     what its bucket contains.
 
     Raises InvalidStateError for a bucket that the extension can't read.
     """
-    if len(bucket.ranks) != ranks:
-        raise InvalidStateError(f"the bucket is for {len(bucket.ranks)} ranks, and it has {ranks}")
-    rows = [[(part.name, part.dtype, part.box, part.offset) for part in rank.parts] for rank in bucket.ranks]
+    if len(_parts_of(bucket)) != ranks:
+        raise InvalidStateError(f"the bucket is for {len(_parts_of(bucket))} ranks, and it has {ranks}")
+    rows = [[(part.name, part.dtype, part.box, part.offset) for part in of_rank] for of_rank in _parts_of(bucket)]
+    if isinstance(bucket, SentPartsBucket):
+        return {"ranks": [{"kind": "process_group", "group": bucket.group_name, "number": bucket.number}] * ranks}, rows
     return {"ranks": [_place(rank.memory) for rank in bucket.ranks]}, rows
 
 
-def samples_of_parts(bucket: PartsBucket, ranks: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+def _parts_of(bucket: AnyParts) -> Sequence[Sequence[TensorPart]]:
+    return bucket.parts if isinstance(bucket, SentPartsBucket) else [rank.parts for rank in bucket.ranks]
+
+
+def samples_of_parts(bucket: AnyParts, ranks: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
     """Return the sampled checksum of each part in a bucket, by the part's name, from the ranks' answers to
     `millrace_load_parts`. Raises ValueError as `samples_of` does."""
     found: dict[str, str] = {}
-    for of_rank, answer in zip(bucket.ranks, ranks, strict=True):
-        for part, value in zip(of_rank.parts, separated(answer["samples"]), strict=True):
+    for of_rank, answer in zip(_parts_of(bucket), ranks, strict=True):
+        for part, value in zip(of_rank, separated(answer["samples"]), strict=True):
             if found.setdefault(name := label(part.name, part.box), value) != value:
                 raise ValueError(f"its ranks received different values of {name}")
     return found

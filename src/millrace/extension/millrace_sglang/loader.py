@@ -33,7 +33,8 @@ class Order:
 
     update: a name that is new for each update. layout: name, dtype, shape and offset in bytes of each tensor in the
     bucket, as JSON; or an object, which is for `folders`, `parts` or `audit`. file: an open file of the sender for this
-    rank's answer; empty if the bucket comes by `group`, under `number` and within `seconds`.
+    rank's answer; empty if this rank answers in the store of `group`. By it comes the bucket too, under `number` and
+    within `seconds`, if the number is not negative.
     """
 
     update: str
@@ -194,7 +195,9 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
     loader = LOADERS.setdefault(model, Loader())
     try:
         if order.group is not None:
-            bucket = loader.group(order.group).bucket(order.number, order.seconds).to(bucket.device)
+            receiving = loader.group(order.group)
+            if order.number >= 0:
+                bucket = receiving.bucket(order.number, order.seconds).to(bucket.device)
         if order.layout.startswith('{"folder"'):
             answer = folders.answer(model, order.layout)
         elif order.layout.startswith('{"audit"'):

@@ -104,9 +104,9 @@ class Rank:
         if bucket.get("begin") is True:
             self.begin()
         self.weights.open_update()
-        place = self._own(take(bucket, "ranks", list))
+        place = {**self._own(take(bucket, "ranks", list)), "seconds": bucket.get("seconds")}
         kind = take(place, "kind", str)
-        if kind not in ("shared_memory", "cuda_ipc"):
+        if kind not in ("shared_memory", "cuda_ipc", "process_group"):
             raise RpcError(f"parts can't come in a bucket of kind {kind}")
         if len(parts) <= self.rank:
             raise RpcError(f"the bucket has parts for {len(parts)} ranks, and none for rank {self.rank}")

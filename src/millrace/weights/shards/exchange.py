@@ -16,7 +16,7 @@ from torch import Tensor
 
 from millrace.errors import PublishError
 from millrace.extension.millrace_boxes import Box, read_box
-from millrace.weights.shards.filling import Filling
+from millrace.weights.shards.filling import Filling, prepared
 from millrace.weights.shards.schedule import Schedule, read_schedule
 from millrace.weights.shards.views import NotExchangeable, own_boxes, shards_of
 from millrace.weights.sidecar.handles import AnySlot, handle_of, new_slot
@@ -110,7 +110,8 @@ class Exchange:
         shares: on rank 0, how many ranks of engines will open the bucket of each rank.
         """
         openings = orjson.loads(spread(orjson.dumps(list(shares)), self.device))[self.rank]
-        filling, slot = self._filling(number), self._slots[number % len(self._slots)]
+        filling = prepared(self.schedule, number, self.tensors, lambda: self._filling(number))
+        slot = self._slots[number % len(self._slots)]
         assert self._outgoing is not None
         filling.pack(self.tensors, self._outgoing)
         received, sent = filling.received, filling.sent
@@ -143,13 +144,7 @@ class Exchange:
             ) from error
 
     def _filling(self, number: int) -> Filling:
-        """Return this rank's copies of a round. They are kept for the next version."""
-        where = [(tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in self.tensors]
-        found, filling = self.schedule.prepared.get(number, (None, None))
-        if found != where or not isinstance(filling, Filling):
-            filling = Filling(self.schedule, number, self.rank, self.tensors, self.device)
-            self.schedule.prepared[number] = where, filling
-        return filling
+        return Filling(self.schedule, number, self.rank, self.tensors, self.device)
 
 
 def spread(text: bytes, device: torch.device) -> bytes:

@@ -22,7 +22,8 @@ T = TypeVar("T")
 class EngineRank:
     """A rank of an engine.
 
-    beside: the trainer's rank that fills its buckets. needs: the boxes of each view that it needs.
+    beside: the rank whose bucket it reads: of the trainer, or its own number if it is apart. needs: the boxes of each
+    view that it needs.
     """
 
     beside: int
@@ -58,7 +59,8 @@ class Plans:
         """Return the schedule as JSON. Raises PublishError as `schedule.schedule` does."""
         asked = list(views), list(ranks), dict(engines), bucket_bytes
         if asked != self._asked:
-            wants = wants_of(engines, len(ranks), len(views))
+            receivers = max(1 + rank.beside for of_engine in engines.values() for rank in of_engine)
+            wants = wants_of(engines, max(receivers, len(ranks)), len(views))
             self._schedule = written(views, [rank.boxes for rank in ranks], wants, bucket_bytes)
             self._asked, self._made = asked, {}
         read_schedule(self._schedule)  # raises before the other ranks take part
@@ -75,7 +77,7 @@ PLANS: "WeakKeyDictionary[Transport, Plans]" = WeakKeyDictionary()  # by the fle
 
 
 def wants_of(engines: Mapping[str, Sequence[EngineRank]], ranks: int, views: int) -> list[list[list[Box]]]:
-    """Return the boxes of each view that each of the trainer's ranks puts into its buckets. They do not overlap."""
+    """Return the boxes of each view that go into the buckets of each rank. They do not overlap."""
     wants: list[list[list[Box]]] = [[[] for _ in range(views)] for _ in range(ranks)]
     for of_engine in engines.values():
         for rank in of_engine:

@@ -1,7 +1,8 @@
 """Who sends which part of which tensor to whom, and in which bucket. Pure functions.
 
 A trainer's rank fills buckets for the ranks of engines beside it: those on its GPU or, on the CPU, on its host. What it
-does not have itself, another rank of the trainer sends it.
+does not have itself, another rank of the trainer sends it. To ranks of engines that are apart, the trainer's ranks send
+everything. In a schedule these have the numbers behind the trainer's.
 """
 
 import math
@@ -15,8 +16,8 @@ from millrace.errors import PublishError
 from millrace.extension.millrace_boxes import Box, common, read_box, shape_of, without
 from millrace.weights.plan import ALIGNMENT, padded
 
-# A rank holds two buckets and what it sends to other ranks for the next one. Together these are two buckets of the
-# size that the caller has set.
+# Beside an engine, a rank holds two buckets and what it sends to other ranks for the next one. Together these are two
+# buckets of the size that the caller has set. Apart from it, a rank holds what it sends for two rounds.
 SHARE = 2 / 3
 
 
@@ -132,17 +133,14 @@ class Round:
 class Schedule:
     """How a version travels.
 
-    views: the checkpoint's tensors. owners: for each rank and each of the trainer's tensors, the box that the rank has;
-    None if it has nothing of it.
+    views: the checkpoint's tensors. owners: for each of the trainer's ranks and tensors, the box that the rank has;
+    None if it has nothing of it. ranks: how many there are, with those of engines apart.
     """
 
     views: tuple[ShardedView, ...]
     owners: tuple[tuple[Box | None, ...], ...]
     rounds: tuple[Round, ...]
-
-    @property
-    def ranks(self) -> int:
-        return len(self.owners)
+    ranks: int
 
     @cached_property
     def prepared(self) -> dict[int, tuple[object, object]]:
@@ -166,12 +164,14 @@ def schedule(
 ) -> Schedule:
     """Return how each rank gets the boxes that it wants: every element once, from itself if it has it.
 
-    owners: for each rank and trainer's tensor, the box that the rank has. wants: for each rank and view, boxes of the
-    view that do not overlap. A rank's two buckets, and what it sends meanwhile, have at most twice `bucket_bytes`.
+    owners: for each of the trainer's ranks and tensors, the box that the rank has. wants: for each rank and view, boxes
+    of the view that do not overlap; with more ranks than the trainer has, the trainer's own want nothing. What a rank
+    holds besides its shards or parameters has at most twice `bucket_bytes`.
 
     Raises PublishError if no rank has an element, or a bucket has no room for one element.
     """
-    limit = int(bucket_bytes * SHARE) // ALIGNMENT * ALIGNMENT
+    share = 1 if len(wants) > len(owners) else SHARE
+    limit = int(bucket_bytes * share) // ALIGNMENT * ALIGNMENT
     if limit == 0:
         raise PublishError(f"publish.bucket_bytes is {bucket_bytes}, and a bucket of parts needs at least 96")
     rounds: list[list[Piece]] = [[]]
@@ -195,14 +195,14 @@ def schedule(
     for view, number in zip(views, last, strict=True):
         names[number].append(view.name)
     made = tuple(Round(tuple(pieces), tuple(of)) for pieces, of in zip(rounds, names, strict=True))
-    return Schedule(tuple(views), tuple(map(tuple, owners)), made)
+    return Schedule(tuple(views), tuple(map(tuple, owners)), made, len(wants))
 
 
 def _sources(
     view: ShardedView, box: Box, owners: Sequence[Sequence[Box | None]], receiver: int
 ) -> Iterator[tuple[int, Box]]:
     """Yield from which rank each part of a box comes. The receiver is asked first, and then the ranks after it, so that
-    ranks that have the same do not all ask one."""
+    ranks that want the same do not all ask one. A rank of an engine asks the trainer's ranks in turn."""
     left = [view.to_source(box)]
     for step in range(len(owners)):
         rank = (receiver + step) % len(owners)

@@ -3,12 +3,10 @@
 Rank 0 plans the exchange, leads it, and tells the engines where each rank's bucket is.
 """
 
-import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import ParamSpec, TypeVar
 
 from millrace.buckets import (
     CudaIpcBucket,
@@ -16,18 +14,18 @@ from millrace.buckets import (
     RankBucket,
     SharedMemoryBucket,
     TensorPart,
-    TensorSpec,
     TorchStorageBucket,
 )
 from millrace.errors import EngineError
-from millrace.extension.millrace_boxes import common
 from millrace.extension.millrace_samples import separated
 from millrace.types import Capability
 from millrace.weights.sharded import LedTensors, ask_places, begin_exchange, end_exchange, fill_buckets
+from millrace.weights.shards.apart import ApartTransport, begin_apart
 from millrace.weights.shards.exchange import Exchange, Filled, RankPlace
 from millrace.weights.shards.filling import labels
+from millrace.weights.shards.leading import parts_of, require, require_equal, spec_of, to_its_end
 from millrace.weights.shards.plans import PLANS, EngineRank, Plans
-from millrace.weights.shards.schedule import Round, ShardedView
+from millrace.weights.shards.schedule import Round
 from millrace.weights.shards.views import NotExchangeable
 from millrace.weights.sidecar.messages import FORMS
 from millrace.weights.source import WeightSource
@@ -41,12 +39,11 @@ from millrace.weights.transports.base import (
 )
 from millrace.weights.transports.cuda_ipc import CudaIpcTransport
 from millrace.weights.transports.gpus import VisibleGpus
+from millrace.weights.transports.process_group import ProcessGroupTransport
 from millrace.weights.transports.shared_memory import SharedMemoryTransport
 from millrace.weights.transports.torch_storage import TorchStorageTransport
 
 Memory = TorchStorageBucket | SharedMemoryBucket | CudaIpcBucket
-P = ParamSpec("P")
-R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -107,40 +104,38 @@ class ExchangeTransport(Transport):
         await to_its_end(end_exchange, self._led, self._exchange)
 
     def _parts(self, number: int, engine: str, index: int) -> tuple[TensorPart, ...]:
-        """Return the parts in a round's bucket that a rank of an engine needs."""
-        schedule, rank = self._exchange.schedule, self._ranks[engine][index]
-
-        def make() -> tuple[TensorPart, ...]:
-            return tuple(
-                TensorPart(self._views[piece.tensor].name, self._views[piece.tensor].dtype, piece.box, offset)
-                for piece, offset in schedule.rounds[number].bucket(rank.beside, schedule.ranks)
-                if any(common(piece.box, box) is not None for box in rank.needs[piece.tensor])
-            )
-
-        return self._plans.once((number, engine, index), make)
+        rank = self._ranks[engine][index]
+        return self._plans.once((number, engine, index), partial(parts_of, self._exchange.schedule, number, rank))
 
     def _samples(self, number: int, filled: Sequence[Filled]) -> dict[str, str]:
         """Return the sampled checksums of the parts in all ranks' buckets of a round, by the parts' labels."""
         samples: dict[str, str] = {}
         for rank, of_rank in enumerate(filled):
-            names = self._plans.once((number, rank), partial(labels, self._exchange.schedule, number, rank))
+            names = self._plans.once((number, rank), partial(self._labels, number, rank))
             samples.update(zip(names, separated(of_rank.samples), strict=True))
         return samples
+
+    def _labels(self, number: int, rank: int) -> list[str]:
+        schedule = self._exchange.schedule
+        return labels(schedule, schedule.rounds[number].bucket(rank, schedule.ranks))
 
 
 async def exchanging(
     source: WeightSource, targets: Sequence[PublishTarget], transport: Transport, *, bucket_bytes: int, deadline: float
-) -> ExchangeTransport | None:
-    """Return a transport by which the trainer's ranks exchange the parts of `source` that the engines need, to be used
-    once instead of `transport`, and closed. None if the tensors must be gathered; the log says why.
+) -> ExchangeTransport | ApartTransport | None:
+    """Return a transport by which the trainer's ranks exchange the parts of `source` that the engines need, or send
+    them to engines that are apart. It is used once instead of `transport`, and closed. None if the tensors must be
+    gathered; the log says why.
 
     bucket_bytes: half of the memory that a rank may use besides its shards. deadline: seconds for the engines to say
     what they need. Raises PublishError if a rank has no room, or as iterating over the source does.
     """
     led = source.led
-    if not isinstance(led, LedTensors) or not isinstance(transport, EXCHANGED):
+    if not isinstance(led, LedTensors) or not isinstance(transport, (*EXCHANGED, ProcessGroupTransport)):
         return None
     try:
+        if isinstance(transport, ProcessGroupTransport):
+            return await begin_apart(led, source, targets, transport, bucket_bytes, deadline)
         return await _begin(led, source, targets, transport, bucket_bytes, deadline)
     except (NotExchangeable, EngineError) as error:
         logger.info("the trainer's ranks gather the weights, because %s", error)
@@ -155,8 +150,7 @@ async def _begin(
     bucket_bytes: int,
     deadline: float,
 ) -> ExchangeTransport:
-    if lacking := [target.engine.name for target in targets if not target.can(Capability.UPDATE_FROM_PARTS)]:
-        raise NotExchangeable(f"{', '.join(lacking)} can't take parts of tensors")
+    require(Capability.UPDATE_FROM_PARTS, targets)
     ends, on_gpus = time.monotonic() + deadline, isinstance(transport, CudaIpcTransport)
     plans = PLANS.setdefault(transport, Plans())
     views = await to_its_end(plans.views, source, led.sharded.tensors)
@@ -164,8 +158,7 @@ async def _begin(
     beside = {target.engine.name: beside_each(target, ranks, on_gpus=on_gpus) for target in targets}
     specs = [spec_of(view) for view in views]
     needs = [await target.engine.needed_parts(specs, deadline=ends - time.monotonic()) for target in targets]
-    if any(needed != needs[0] for needed in needs):
-        raise NotExchangeable("the engines need different parts of the tensors")
+    require_equal(needs)
     engine_ranks = {
         name: [EngineRank(place, needed) for place, needed in zip(places, needs[0], strict=True)]
         for name, places in beside.items()
@@ -178,17 +171,6 @@ async def _begin(
         return ExchangeTransport(led, begin_exchange(led, schedule, FORMS[capability]), engine_ranks, plans)
 
     return await to_its_end(begin)
-
-
-async def to_its_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a function in a thread, and wait for it even if this is cancelled. The ranks must make their collectives in
-    one order, so none may begin before it has ended."""
-    running = asyncio.create_task(asyncio.to_thread(function, *args, **kwargs))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
 
 
 def beside_each(target: PublishTarget, ranks: Sequence[RankPlace], *, on_gpus: bool) -> list[int]:
@@ -223,10 +205,3 @@ def _next(counts: list[int], index: int) -> int:
     """Count one more, and return how many there were before."""
     counts[index] += 1
     return counts[index] - 1
-
-
-def spec_of(view: ShardedView) -> TensorSpec:
-    nbytes = view.itemsize
-    for size in view.shape:
-        nbytes *= size
-    return TensorSpec(view.name, view.dtype, view.shape, 0, nbytes)

@@ -1,6 +1,7 @@
 """A broadcast by NCCL to receivers that use NCCL without torch.distributed, such as vLLM's own transfer engine."""
 
 import asyncio
+from datetime import timedelta
 from typing import Any, Self
 
 import torch
@@ -10,7 +11,7 @@ from millrace.engines.vllm.payload import UNIQUE_ID_KEY, unique_id
 from millrace.types import Capability
 from millrace.weights.transports.base import TransportContext
 from millrace.weights.transports.process_group import ProcessGroupTransport, nccl_device
-from millrace.weights.transports.sending_group import SendingGroup
+from millrace.weights.transports.sending_group import SendingGroup, nccl_group
 
 ID_KEY = "0"  # the store key of the communicator's id, as torch writes it
 
@@ -21,7 +22,7 @@ class BareNcclGroup(SendingGroup):
 
     async def join(self) -> None:
         ids = dist.HashStore()
-        self._group = self._nccl(ids)
+        self._group = nccl_group(ids, 0, self._world, self.seconds)
         entering = self._in_thread(self._enter)
         sharing = self._in_thread(lambda: self._share_id(ids))
         await asyncio.gather(entering, sharing)
@@ -32,7 +33,7 @@ class BareNcclGroup(SendingGroup):
         torch.cuda.synchronize(self._device)
 
     def _share_id(self, ids: Any) -> None:
-        ids.wait([ID_KEY], self._deadline)
+        ids.wait([ID_KEY], timedelta(seconds=self.seconds))
         self._store.set(UNIQUE_ID_KEY, unique_id(bytes(ids.get(ID_KEY))))
 
 

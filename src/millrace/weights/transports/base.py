@@ -57,7 +57,7 @@ class ExchangedBucket(StagedBucket):
     """A bucket of parts of tensors, for each rank its own. `names` has the tensors of which no part follows, and
     `samples` the parts by their names.
 
-    exchanged: the bytes that ranks of the trainer have sent each other for it.
+    exchanged: the bytes that ranks of the trainer have sent each other for it, or engines that are apart.
     """
 
     exchanged: int

@@ -31,9 +31,10 @@ from millrace.weights.transports.base import (
     load_bucket,
 )
 from millrace.weights.transports.layouts import layout_of
-from millrace.weights.transports.sending_group import SendingGroup
+from millrace.weights.transports.parts_groups import LEAVE_DEADLINE, PartsGroup, PartsGroups
+from millrace.weights.transports.sending_group import SendingGroup, backend_of
 
-HEALTH_DEADLINE = LEAVE_DEADLINE = 2.0
+HEALTH_DEADLINE = 2.0
 UNHEALTHY = (Health.BUSY, Health.DEAD)
 
 
@@ -89,6 +90,9 @@ class ProcessGroupTransport(BucketTransport):
     kind: the class of the groups.
     together: whether all engines are in one group, which needs the least bandwidth. Otherwise each engine is in its own
         group, so that no engine waits for another.
+
+    If the ranks of the trainer send parts themselves (`weights/shards/apart.py`), their groups are kept here too. An
+    engine is in one group at a time.
     """
 
     needs = frozenset({Capability.UPDATE_FROM_PROCESS_GROUP})
@@ -97,6 +101,20 @@ class ProcessGroupTransport(BucketTransport):
     def __init__(self, kind: type[SendingGroup], device: torch.device, *, together: bool) -> None:
         self._kind, self._device, self._together = kind, device, together
         self._joined: list[_Joined] = []
+        self._parts = PartsGroups(backend_of(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are that are sent."""
+        return self._device
+
+    async def parts_groups(
+        self, targets: Sequence[PublishTarget], senders: int, *, several_hosts: bool, deadline: float
+    ) -> list[PartsGroup]:
+        """Leave the groups of broadcasts, and return a group of several senders for each engine. The arguments and
+        errors are those of `PartsGroups.opened`."""
+        await self._end()
+        return await self._parts.opened(targets, senders, several_hosts=several_hosts, deadline=deadline)
 
     async def open(
         self,
@@ -106,6 +124,7 @@ class ProcessGroupTransport(BucketTransport):
         deadline: float,
     ) -> Mapping[str, EngineError]:
         """Form a group for each engine that has no usable one. Return the engines that can't join, and why."""
+        await self._parts.close()
         wanted = [list(targets)] if self._together else [[target] for target in targets]
         # A group keeps the deadline that it was created with. A publish with a much longer deadline replaces the group.
         # So does a publish after one that loaded nothing, because its engines failed before.
@@ -165,6 +184,11 @@ class ProcessGroupTransport(BucketTransport):
         return results
 
     async def close(self) -> None:
+        await self._parts.close()
+        await self._end()
+
+    async def _end(self) -> None:
+        """End all broadcasts, and free what they need."""
         await self._leave(self._joined)
         self._joined = []
 

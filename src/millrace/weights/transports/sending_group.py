@@ -35,22 +35,11 @@ class SendingGroup:
         self.name, self.backend, self._world = name, backend_of(device), 1 + receivers
         self._device = device
         self.broken: str | None = None  # why nothing more can be sent
-        self.seconds, self._deadline = deadline, timedelta(seconds=deadline)
+        self.seconds = deadline
         self._address = address
         self._group: Any = None
         self._announced = 0  # buckets
-        # The listener that torch creates listens on all of the host's addresses.
-        listener = socket.create_server((address, 0))
-        self.port: int = listener.getsockname()[1]
-        self._store: Any = dist.TCPStore(
-            address,
-            self.port,
-            self._world,
-            is_master=True,
-            timeout=self._deadline,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        self._store, self.port = hosted_store(address, self._world, deadline)
 
     async def join(self) -> None:
         """Wait until all ranks have joined. NCCL's ranks join during the first broadcast. Raises RuntimeError if they
@@ -58,22 +47,7 @@ class SendingGroup:
         self._group = await self._in_thread(self._join)
 
     def _join(self) -> Any:
-        """Create the group, with the store keys that torch uses for a group of this name."""
-        store = self._store
-        for prefix in (self.name, f"{self.name}/", f"{self._device.type}/"):
-            store = dist.PrefixStore(prefix, store)
-        if self.backend == "gloo":
-            options: Any = dist.ProcessGroupGloo._Options()
-            options._timeout = self._deadline
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
-            return dist.ProcessGroupGloo(store, 0, self._world, options)
-        return self._nccl(store)
-
-    def _nccl(self, store: Any) -> Any:
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = 2 * self._deadline + timedelta(minutes=1)
-        with settings(NCCL_SETTINGS):
-            return dist.ProcessGroupNCCL(store, 0, self._world, options)
+        return new_group(self._store, self.name, self._device, self._address, 0, self._world, self.seconds)
 
     async def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Send the tensors to all ranks. Each must be contiguous and on the group's device. Raises RuntimeError if the
@@ -151,6 +125,51 @@ class SendingGroup:
             threading.Thread(target=group.shutdown, daemon=True).start()
         elif group is not None:
             group.shutdown()
+
+
+def hosted_store(address: str, world_size: int, seconds: float) -> tuple[Any, int]:
+    """Return a store of this process that the ranks of a group meet at, and its port. Each wait in it ends after
+    `seconds`. Raises OSError or RuntimeError if it can't listen at `address`."""
+    # The listener that torch creates listens on all of the host's addresses.
+    listener = socket.create_server((address, 0))
+    port: int = listener.getsockname()[1]
+    store = dist.TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timedelta(seconds=seconds),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return store, port
+
+
+def new_group(
+    store: Any, name: str, device: torch.device, address: str, rank: int, world_size: int, seconds: float
+) -> Any:
+    """Join a group with the store keys that torch uses for a group of this name.
+
+    address: of this host, for gloo. With gloo, waits at most `seconds` for the other ranks; with NCCL, they meet in the
+    first collective. Raises RuntimeError if they do not.
+    """
+    for prefix in (name, f"{name}/", f"{device.type}/"):
+        store = dist.PrefixStore(prefix, store)
+    options: Any
+    if backend_of(device) == "gloo":
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=seconds)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        return dist.ProcessGroupGloo(store, rank, world_size, options)
+    return nccl_group(store, rank, world_size, seconds)
+
+
+def nccl_group(store: Any, rank: int, world_size: int, seconds: float) -> Any:
+    """Return a group of NCCL over a store of its own. Its users need more than `seconds` for nothing."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=2 * seconds + 60)
+    with settings(NCCL_SETTINGS):
+        return dist.ProcessGroupNCCL(store, rank, world_size, options)
 
 
 def backend_of(device: torch.device) -> str:

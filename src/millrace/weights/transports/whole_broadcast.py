@@ -47,8 +47,8 @@ class WholeBroadcastTransport(ProcessGroupTransport):
         samples = partial(layout.samples_in, memory)
         return BroadcastBucket(bucket_for, checksums, layout.names, layout.nbytes, (memory,), number, samples=samples)
 
-    async def close(self) -> None:
-        await super().close()
+    async def _end(self) -> None:
+        await super()._end()
         for slot in self._slots.values():
             slot.close()
         self._slots.clear()
