@@ -131,7 +131,7 @@ async def lead(
                 note(found, version, await fleet.publish(led, version, bucket_bytes=BUCKET))
             found["tokens"][version], found["groups"][version] = await tokens(fleet), groups(fleet)
             torch.save(whole, out / f"{version}.pt")
-        [engine] = fleet.engines.values()
+        engine = next(iter(fleet.engines.values()))
         assert isinstance(engine, SGLangEngine | VLLMEngine)
         needs = engine._needs if isinstance(engine, SGLangEngine) else engine._extension._needs
         assert needs is not None
