@@ -133,7 +133,7 @@ async def lead(
             torch.save(whole, out / f"{version}.pt")
         engine = next(iter(fleet.engines.values()))
         assert isinstance(engine, SGLangEngine | VLLMEngine)
-        needs = engine._needs if isinstance(engine, SGLangEngine) else engine._extension._needs
+        needs = (engine._weight_loader if isinstance(engine, SGLangEngine) else engine._extension)._needs
         assert needs is not None
         found["needs"] = needs[:2]
         together(3)
