@@ -129,7 +129,8 @@ async def lead(
                 note(found, version, await fleet.publish(led, version, bucket_bytes=BUCKET))
             found["tokens"][version], found["groups"][version] = await tokens(fleet), groups(fleet)
             torch.save(whole, out / f"{version}.pt")
-        found["needs"] = next(iter(fleet.engines.values()))._needs[:2]  # type: ignore[attr-defined]
+        engine: Any = next(iter(fleet.engines.values()))
+        found["needs"] = getattr(engine, "_extension", engine)._needs[:2]
         together(3)
         found["spoilt"] = await refused(sharded, fleet, 3)
         together(4)
