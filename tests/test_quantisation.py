@@ -30,12 +30,40 @@ def test_a_folder_says_blocks_and_what_it_leaves_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "bits", "block"), [("int8", 8, (1, -1)), ("int4", 4, (1, 128)), ("fp8_channel", 8, (1, -1))]
-)
+    ("form", "bits", "block"),
+    [("int8", 8, (1, -1)), ("int4", 4, (1, 128)), ("fp8_channel", 8, (1, -1)), ("mxfp8", 8, (1, 32)),
+     ("nvfp4", 4, (1, 16)), ("nvfp4a16", 4, (1, 16))],
+)  # fmt: skip
 def test_compressed_tensors_are_read(form: str, bits: int, block: tuple[int, int]) -> None:
     found = asked("compressed-tensors", config_of(form))
     assert (found.bits, found.block) == (bits, block)
     assert not found.covers("model.layers.0.mlp.gate.weight")  # by the pattern in its `ignore`
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "bits"),
+    [
+        ("modelopt_mxfp8", "mxfp8 (modelopt) with scales for blocks of 1x32", 8),
+        ("modelopt_nvfp4", "nvfp4 (modelopt) with scales for blocks of 1x16", 4),
+    ],
+)
+def test_modelopts_folders_are_read(form: str, text: str, bits: int) -> None:
+    """In both of the places where it has written its table, and with its patterns."""
+    nested = config_of(form)
+    nested["quantization"]["exclude_modules"] = ["lm_head", "model.layers.0.*"]
+    for config in (nested, {**nested["quantization"], "quant_method": "modelopt"}):
+        found = asked(None, config)
+        assert (str(found), found.bits) == (text, bits)
+        assert found.covers("model.layers.1.mlp.up_proj.weight")
+        assert not found.covers("model.layers.0.mlp.up_proj.weight")
+
+
+def test_formats_of_four_and_eight_bits_are_told_apart() -> None:
+    mxfp8 = asked("compressed-tensors", config_of("mxfp8"))
+    assert mxfp8.admits(LayerForm("float8_e4m3fn", 8, (1, 32)))
+    assert mxfp8.admits(LayerForm("int32", 8, (1, 32)))  # as Marlin packs them
+    assert not mxfp8.admits(LayerForm("int8", 8, (1, 32)))
+    assert not mxfp8.admits(LayerForm("uint8", 4, (1, 16)))
 
 
 @pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens", "model.norm", "model.layers.0.input_layernorm",

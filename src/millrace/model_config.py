@@ -21,7 +21,10 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 def read_config(folder: Path) -> Mapping[str, Any]:
     """Return the content of config.json. Raises DataError if it can't be read."""
-    path = folder / "config.json"
+    return _read(folder / "config.json")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
     try:
         config = orjson.loads(path.read_bytes())
     except (OSError, orjson.JSONDecodeError) as error:
@@ -32,12 +35,15 @@ def read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def read_quantization(folder: Path) -> Mapping[str, Any] | None:
-    """Return the `quantization_config` of a folder whose weights are quantised; None for others, and if the folder is
-    not on this host. Raises DataError if its config can't be read."""
+    """Return the `quantization_config` of a folder whose weights are quantised, or what ModelOpt has written to a file
+    of its own; None for others, and if the folder is not on this host. Raises DataError if its config can't be read."""
     if not (folder / "config.json").is_file():
         return None
     found = read_config(folder).get("quantization_config")
-    return found if isinstance(found, dict) else None
+    if isinstance(found, dict):
+        return found
+    path = folder / "hf_quant_config.json"
+    return {**_read(path), "quant_method": "modelopt"} if path.is_file() else None
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 Block = tuple[int, int]
@@ -30,6 +31,13 @@ METHODS: Mapping[str, tuple[int, Block | None]] = {
     "modelopt_fp4": (4, (1, 16)),
     "awq": (4, None),
     "gptq": (4, None),
+}
+# What ModelOpt calls its methods.
+MODELOPT: Mapping[str, tuple[int, Block | None]] = {
+    "FP8": (8, TENSOR),
+    "MXFP8": (8, (1, 32)),
+    "NVFP4": (4, (1, 16)),
+    "W4A16_NVFP4": (4, (1, 16)),
 }
 EXPERTS_ONLY = frozenset({"experts_int8", "int8_per_channel_weight_only", "nvfp4"})  # vLLM's, on experts alone
 # Modules that engines leave unquantised, or quantise, without being asked: embeddings, heads, norms, routers, vision.
@@ -69,7 +77,7 @@ class Quantisation:
 
     method: the engine's name for it. bits: of one weight; None if the method is not known here. block: the rows and
     columns with a scale in common; None if the engine may choose. ignored: patterns of layers that stay as they are: a
-    part of the name or, after `re:`, a regular expression.
+    part of the name, a pattern of a shell or, after `re:`, a regular expression.
     """
 
     method: str
@@ -121,11 +129,17 @@ def quantisation_of(option: str | None, config: Mapping[str, Any] | None) -> Qua
         bits, block = METHODS.get(option or "", (None, None))
         return None if option is None else Quantisation(option, bits, block)
     method = str(config.get("quant_method", option))
+    if method == "modelopt":  # older folders have a table in the table
+        config = {**config, **(config.get("quantization") or {})}
     names = (config.get(key) or () for key in ("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules"))
     ignored = tuple(str(name) for several in names for name in several)
     if method == "compressed-tensors":
         bits, block, kind = _compressed(config)
         return Quantisation(f"{kind} ({method})", bits, block, ignored)
+    if method == "modelopt":
+        algorithm = str(config.get("quant_algo"))
+        bits, block = MODELOPT.get(algorithm.upper(), (None, None))
+        return Quantisation(f"{algorithm.lower()} ({method})", bits, block, ignored)
     bits, block = METHODS.get(method, (None, None))
     sizes = config.get("weight_block_size")
     if isinstance(sizes, list) and len(sizes) == 2:
@@ -142,8 +156,9 @@ def _compressed(config: Mapping[str, Any]) -> tuple[int | None, Block | None, st
         return None, None, "mixed"
     group, sizes = weights.get("group_size"), weights.get("block_structure")
     block: Block | None = {"tensor": TENSOR, "channel": CHANNEL}.get(str(weights.get("strategy")))
-    if weights.get("strategy") == "group" and isinstance(group, int):
+    if weights.get("strategy") in ("group", "tensor_group") and isinstance(group, int):
         block = (1, group)
+        kind = {(8, 32): "mxfp", (4, 16): "nvfp"}.get((bits, group), kind) if kind == "fp" else kind
     elif isinstance(sizes, list) and len(sizes) == 2:
         block = int(sizes[0]), int(sizes[1])
     return int(bits), block, f"{kind}{bits}"
@@ -152,7 +167,7 @@ def _compressed(config: Mapping[str, Any]) -> tuple[int | None, Block | None, st
 def _ignores(pattern: str, layer: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), layer) is not None
-    return pattern in layer
+    return pattern in layer or fnmatchcase(layer, pattern)
 
 
 def _divides(held: Block | None, wanted: Block | None) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
 from millrace.engines.stock.launching import EXTENSION
 from millrace.quantisation import LayerForm
 from millrace.weights.audit import Samples
-from millrace.weights.quantised import quantise
+from millrace.weights.rounding import quantise
 from millrace.weights.source import source_of
 from tests.quantised_models import recipe_for
 
@@ -170,14 +171,58 @@ def test_experts_are_read_from_memory_if_their_kernel_uses_them_as_they_are(audi
 
 
 @pytest.mark.parametrize(
+    ("form", "kernel", "held_as", "least", "most"),
+    [
+        ("mxfp8", "mxfp8_backend", LayerForm("float8_e4m3fn", 8, (1, 32)), 0.01, 0.04),
+        ("modelopt_nvfp4", "nvfp4_backend", LayerForm("uint8", 4, (1, 16)), 0.05, 0.13),
+    ],
+)
+def test_experts_in_formats_of_small_blocks_are_dequantised(
+    audit: Any, form: str, kernel: str, held_as: LayerForm, least: float, most: float
+) -> None:
+    """As vLLM's emulation keeps them: bytes as scales, two weights in a byte, and a scale of the whole."""
+    weights = [torch.randn(SHAPE).bfloat16() * 2**number for number in range(4)]
+    recipe = recipe_for(form, "w2_weight", SHAPE)
+    made = [quantise(one, recipe) for one in weights]
+    experts = torch.nn.Module()
+    for name in made[0]:
+        stacked = torch.nn.Parameter(torch.stack([one[name] for one in made]), requires_grad=False)
+        experts.register_parameter(name, stacked)
+    experts.quant_method = SimpleNamespace(**{kernel: SimpleNamespace(name="EMULATION")})  # type: ignore[assignment]
+    sent = recipe.sent_as
+    width = sent.shape[1]
+
+    def places(sample: Any) -> list[Any]:
+        box = (0, SHAPE[0]), (0, width)
+        number = int(sample.name.split(".")[-2])
+        return [audit.Place("experts", "w2_weight", box, (0, 1), number * SHAPE[0] * width, (width, 1),
+                            (4, SHAPE[0], width))]  # fmt: skip
+
+    tensors = {f"layers.0.mlp.experts.{number}.w": one for number, one in enumerate(weights)}
+    samples = Samples(1, {name: replace(sent, name=name) for name in tensors}, experts=4)
+    list(samples.keep(source_of(list(tensors.items()))))
+    [layer] = held(audit, list(samples.all()), [({"experts": experts}, places)]).layers()
+    assert layer.form == held_as
+    assert layer.error is not None
+    assert least < layer.error < most
+    scales = experts.get_parameter("w2_weight_scale")
+    scales.view(torch.uint8)[2] += 1 if form == "mxfp8" else 4
+    [layer] = held(audit, list(samples.all()), [({"experts": experts}, places)]).layers()
+    assert layer.error is not None
+    assert layer.error > held_as.bound
+
+
+@pytest.mark.parametrize(
     ("shape", "grid", "block"),
     [((256, 384), (2, 3), (128, 128)), ((300, 200), (3, 2), (128, 128)), ((192, 256), (192, 8), (1, 32)),
-     ((96, 64), (1, 96), (1, -1)), ((96, 256), (2, 96), (1, 128)), ((96, 64), (), (-1, -1))],
+     ((96, 64), (1, 96), (1, -1)), ((96, 256), (2, 96), (1, 128)), ((96, 64), (), (-1, -1)),
+     ((384, 128), (3, 1), (128, 128)), ((384, 128), (3,), (128, -1))],
 )  # fmt: skip
 def test_the_block_of_scales_follows_from_their_shape(
     audit: Any, shape: tuple[int, int], grid: tuple[int, ...], block: tuple[int, int]
 ) -> None:
-    """Also where the last block is not full, and where a kernel keeps the scales transposed."""
+    """Also where the last block is not full, where a block is as wide as the weight, and where a kernel keeps the
+    scales transposed."""
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter(torch.zeros(shape).to(torch.float8_e4m3fn), requires_grad=False)
     layer.weight_scale = torch.nn.Parameter(torch.ones(grid), requires_grad=False)

@@ -27,6 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from millrace.config.engines import EngineConfig
 from millrace.config.models import TransportName
+from millrace.engines.sglang.adapter import SGLangEngine
+from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
@@ -129,8 +131,11 @@ async def lead(
                 note(found, version, await fleet.publish(led, version, bucket_bytes=BUCKET))
             found["tokens"][version], found["groups"][version] = await tokens(fleet), groups(fleet)
             torch.save(whole, out / f"{version}.pt")
-        engine: Any = next(iter(fleet.engines.values()))
-        found["needs"] = getattr(engine, "_extension", engine)._needs[:2]
+        engine = next(iter(fleet.engines.values()))
+        assert isinstance(engine, SGLangEngine | VLLMEngine)
+        needs = engine._needs if isinstance(engine, SGLangEngine) else engine._extension._needs
+        assert needs is not None
+        found["needs"] = needs[:2]
         together(3)
         found["spoilt"] = await refused(sharded, fleet, 3)
         together(4)

@@ -1,20 +1,26 @@
 """Matrices are quantised as the model's folder has them."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from millrace.errors import PublishError
 from millrace.model_config import read_quantization
-from millrace.model_folder import stored_tensors
-from millrace.weights.quantised import Recipe, in_blocks, out_of_blocks, pack, quantise, quantised, recipes_of
+from millrace.model_folder import StoredTensor, stored_tensors
+from millrace.weights.audit import Samples
+from millrace.weights.quantised import as_in_folder, quantised
+from millrace.weights.recipes import Recipe, recipes_of
+from millrace.weights.rounding import in_blocks, out_of_blocks, pack, quantise
 from millrace.weights.source import source_of
-from tests.quantised_models import make_dense_folder, recipe_for, save_quantised
+from tests.quantised_models import config_of, make_dense_folder, recipe_for, save_quantised
 
-FORMS = ["fp8_block", "fp8_tensor", "fp8_channel", "int8", "int4"]
+FORMS = ["fp8_block", "fp8_tensor", "fp8_channel", "int8", "int4", "mxfp8", "modelopt_mxfp8", "nvfp4", "nvfp4a16",
+         "modelopt_nvfp4"]  # fmt: skip
 
 
 def dequantised(made: dict[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
@@ -71,12 +77,21 @@ def test_a_folder_says_how_its_matrices_are_quantised(form: str, tmp_path: Path)
     recipes = recipes_of(stored, read_quantization(folder))
     assert len(recipes) == 14
     tensors = list(model.state_dict().items())
-    source = quantised(source_of(tensors), recipes)
+    source = as_in_folder(source_of(tensors), stored, read_quantization(folder), Samples(1))
     assert source.shapes() == {name: one.shape for name, one in stored.items()}
-    made = dict(source)
+    made, held = dict(source), load_file(folder / "model.safetensors")
     assert {name: tuple(one.shape) for name, one in made.items()} == source.shapes()
+    assert all(made[name].dtype == one.dtype and torch.equal(made[name], one) for name, one in held.items())
     name = "model.layers.0.self_attn.q_proj.weight"
     assert recipes[name] == recipe_for(form, name, (256, 256))
+
+
+def test_modelopts_own_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert read_quantization(tmp_path) is None
+    config = config_of("modelopt_nvfp4")
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": config["quantization"]}))
+    assert read_quantization(tmp_path) == config
 
 
 def test_a_plain_folder_asks_for_nothing(tmp_path: Path) -> None:
@@ -96,3 +111,39 @@ def test_a_form_that_is_not_known_is_refused(tmp_path: Path) -> None:
     eight = {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}}
     with pytest.raises(PublishError, match=r"with 8 bits; Millrace packs 4"):
         recipes_of(stored_tensors(folder), eight)
+
+
+def test_matrices_of_one_layer_have_one_global_scale() -> None:
+    """They come in any order, and none of them is sent before the last has come."""
+    names = [f"layers.0.self_attn.{one}_proj.weight" for one in "kqv"]
+    tensors = [(name, torch.randn(32, 64) * 2**number) for number, name in enumerate(names)]
+    recipes = {name: recipe_for("nvfp4a16", name, (32, 64)) for name in names}
+    tensors.insert(1, ("norm", torch.ones(64)))
+    made = dict(quantised(source_of(tensors), recipes))
+    assert next(iter(made)) == "norm"
+    [scale] = {float(made[f"{recipe.stem}weight_global_scale"]) for recipe in recipes.values()}
+    assert scale == pytest.approx(448 * 6 / float(tensors[-1][1].abs().max()))
+
+
+def test_a_matrix_without_those_of_its_layer_is_refused() -> None:
+    recipes = {name: recipe_for("nvfp4a16", name, (32, 64)) for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight")}
+    given = [("mlp.up_proj.weight", torch.randn(32, 64))]
+    with pytest.raises(
+        PublishError, match=r"mlp.up_proj.weight has a scale in common with mlp.gate_proj.weight, which"
+    ):
+        list(quantised(source_of(given), recipes))
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"),
+    [("U8", "U8"), ("F8_E5M2", "F32"), ("U8", "F8_E4M3"), ("I8", "U8"), ("F8_E4M3", "I32"), ("U8", None)],
+)
+def test_other_pairs_of_dtypes_are_refused(weight: str, scale: str | None) -> None:
+    """Among them MXFP4, and NVFP4 without a global scale."""
+    stored = {"w.weight": StoredTensor(Path("f"), weight, (32, 64), 0, 0)}
+    if scale is not None:
+        stored["w.weight_scale"] = StoredTensor(Path("f"), scale, (32, 4), 0, 0)
+    with pytest.raises(
+        PublishError, match=f"has w.weight in {weight}, and Millrace can't quantise weights in this way"
+    ):
+        recipes_of(stored, None)

@@ -15,6 +15,7 @@ from millrace.http import HttpClient
 from millrace.types import GenerateRequest, Generation
 
 CONTROL_DEADLINE = 30.0  # seconds; a control call waits for at most one forward pass: seconds on a slow CPU
+MEMORY_DEADLINE = 600.0  # seconds; vLLM copies the weights to the host at a gigabyte a second or less
 ABORT_DEADLINE = 5.0
 IDLE_POLL_SECONDS = 0.02
 

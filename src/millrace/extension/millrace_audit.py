@@ -21,7 +21,10 @@ from millrace_words import first_line
 TOGETHER = 64  # columns that are measured by one call
 LARGEST = 1e300  # stands for differences that JSON can't express
 STATIC = 256.0  # a power of two that every quantised dtype holds exactly
-PLAIN = ("TRITON", "BATCHED_TRITON", "DEEPGEMM", "triton", "deep_gemm")  # kernels of experts that use them as they are
+FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what the three lower bits of float4_e2m1fn stand for
+BIAS = 127  # of a scale that is the exponent of a power of two
+# Kernels of experts that use them as they are.
+PLAIN = ("TRITON", "BATCHED_TRITON", "DEEPGEMM", "EMULATION", "triton", "deep_gemm")
 
 
 class Sample(NamedTuple):
@@ -68,11 +71,13 @@ class Layer:
 
 @dataclass(slots=True)
 class Wanted:
-    """Samples in one parameter: for each its place in the parameter, as expert, rows and columns, and its values."""
+    """Samples in one parameter: for each its place in the parameter, as expert, rows and columns, and its values.
+
+    such_as: one of the tensors that were sent for the parameter.
+    """
 
     place: Place
-    packed: int
-    such_as: str
+    such_as: Sample
     spots: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
@@ -100,7 +105,7 @@ def audited(
             spot = spot_of(sample, place)
             if spot is not None:
                 found = True
-                one = wanted.setdefault((place.module, place.parameter), Wanted(place, sample.packed, sample.name))
+                one = wanted.setdefault((place.module, place.parameter), Wanted(place, sample))
                 one.spots.append(spot)
         if not found:
             elsewhere.append(number)
@@ -142,9 +147,9 @@ def spot_of(sample: Sample, place: Place) -> tuple[torch.Tensor, torch.Tensor, t
 def compare(wanted: Wanted, module: torch.nn.Module, layers: dict[str, Layer]) -> None:
     """Measure one parameter, and add it to what is known of its layer."""
     place = wanted.place
-    shape = (*place.shape[:-1], place.shape[-1] * wanted.packed)
-    form = form_of(module, place.parameter, shape)
-    layer = layers.setdefault(place.module, Layer(wanted.such_as, form))
+    shape = (*place.shape[:-1], place.shape[-1] * wanted.such_as.packed)
+    form = form_of(module, place.parameter, shape, wanted.such_as)
+    layer = layers.setdefault(place.module, Layer(wanted.such_as.name, form))
     if form[1] > layer.form[1]:  # of a layer's parameters, the one that is quantised least
         layer.form = form
     experts, rows, columns = (torch.cat([spot[part].flatten() for spot in wanted.spots]) for part in range(3))
@@ -173,15 +178,29 @@ def held_values(
     columns: torch.Tensor,
 ) -> torch.Tensor | str:
     """Return what a layer holds at these places of its weight, or why it can't be said."""
-    tensor: Any = getattr(module, name, None)
-    unchanged = isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == shape and not is_packed(module)
+    tensor = weight_of(module, name)
+    unchanged = tensor is not None and not is_packed(module) and tuple(tensor.shape) in (shape, in_bytes(shape, tensor))
     if len(shape) > 2 and not (unchanged and uses_as_loaded(module, form)):
         return "its kernel has rearranged the experts, and they can't be read"
-    if unchanged and (form[1] >= 16 or len(shape) > 2):
+    if tensor is not None and unchanged and (form[1] >= 16 or len(shape) > 2):
         return read_values(module, name, shape, tensor, experts, rows, columns)
     if not hasattr(module, "quant_method"):
         return "it is in another form than a checkpoint, and it is no linear layer"
     return measured(module, shape, rows, columns)
+
+
+def weight_of(module: Any, name: str) -> torch.Tensor | None:
+    """Return a layer's weight, which a kernel may have renamed; None if a kernel keeps it."""
+    for one in (name, name.removesuffix("_packed")):
+        tensor = getattr(module, one, None)
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            return tensor
+    return None
+
+
+def in_bytes(shape: tuple[int, ...], tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the shape that a tensor of bytes has with two weights in each; None for tensors of others."""
+    return (*shape[:-1], shape[-1] // 2) if tensor.dtype == torch.uint8 else None
 
 
 def is_packed(module: Any) -> bool:
@@ -193,7 +212,8 @@ def uses_as_loaded(module: Any, form: tuple[str, int, tuple[int, int] | None]) -
     """Return whether experts are used as they were loaded, by the name of their kernel."""
     method = module.quant_method
     runner = getattr(getattr(method, "runner", None), "runner_backend", None)  # SGLang
-    kernels = (getattr(method, "fp8_backend", None), getattr(method, "unquantized_backend", None), runner)
+    backends = ("fp8_backend", "mxfp8_backend", "nvfp4_backend", "unquantized_backend")
+    kernels = (*(getattr(method, backend, None) for backend in backends), runner)
     names = [str(getattr(one, "value", one)) for one in kernels if one is not None]
     names += [str(getattr(one, "name", one)) for one in kernels if one is not None]
     return any(name in PLAIN for name in names) or (not names and form[1] >= 16)
@@ -210,24 +230,41 @@ def read_values(
 ) -> torch.Tensor:
     """Read elements of a weight, times their scales: [n] float32 on the CPU."""
     at = [one.to(tensor.device) for one in (experts, rows, columns)]
-    places = at if len(shape) > 2 else at[1:]
-    held = tensor.view(torch.uint8)[tuple(places)] if tensor.itemsize == 1 else tensor[tuple(places)]
-    held = held.view(tensor.dtype).float()
+    held = elements(tensor, shape, at if len(shape) > 2 else at[1:])
     scale = scale_of(module, name)
     if scale is None:
         return held.cpu()
     grid = grid_of(scale, shape)
     height, width = shape[-2:]
     down, across = block_size(height, grid.shape[1]), block_size(width, grid.shape[2])
-    return (held * grid[at[0], at[1] // down, at[2] // across].float()).cpu()
+    held = held * scale_values(grid[at[0], at[1] // down, at[2] // across])
+    whole = getattr(module, f"{name.removesuffix('_packed')}_scale_2", None)
+    if isinstance(whole, torch.Tensor):
+        held = held * whole.reshape(math.prod(shape[:-2]), -1)[at[0], 0]
+    return held.cpu()
+
+
+def elements(tensor: torch.Tensor, shape: tuple[int, ...], places: list[torch.Tensor]) -> torch.Tensor:
+    """Return elements of a weight of this shape, without their scales: [n] float32."""
+    if tensor.shape[-1] == shape[-1]:
+        held = tensor.view(torch.uint8)[tuple(places)] if tensor.itemsize == 1 else tensor[tuple(places)]
+        return held.view(tensor.dtype).float()
+    *before, columns = places
+    codes = tensor[(*before, columns // 2)].int() >> (4 * (columns % 2))
+    values = torch.tensor(FLOAT4, device=tensor.device)[codes & 7]
+    return torch.where(codes & 8 > 0, -values, values)
+
+
+def scale_values(scales: torch.Tensor) -> torch.Tensor:
+    """Return scales as float32. Bytes are exponents of powers of two."""
+    return torch.exp2(scales.float() - BIAS) if scales.dtype == torch.uint8 else scales.float()
 
 
 def measured(module: Any, shape: tuple[int, ...], rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Return elements of the weight of a linear layer by applying the layer to rows of the identity: [n] float32."""
     some, number_of = torch.unique(columns, return_inverse=True)
     device, dtype = where(module)
-    static = getattr(module, "input_scale", None)
-    one = float(static.max()) * STATIC if isinstance(static, torch.Tensor) and static.numel() else 1.0
+    one = exact_input(module)
     made = []
     for start in range(0, len(some), TOGETHER):
         chosen = some[start : start + TOGETHER].to(device)
@@ -237,6 +274,15 @@ def measured(module: Any, shape: tuple[int, ...], rows: torch.Tensor, columns: t
     return torch.cat(made)[number_of, rows]
 
 
+def exact_input(module: Any) -> float:
+    """Return a value that a layer's kernel rounds to itself if it quantises what the layer is applied to."""
+    for name, factor in (("input_scale", STATIC), ("input_global_scale", STATIC * FLOAT4[-1])):
+        static = getattr(module, name, None)
+        if isinstance(static, torch.Tensor) and static.numel():
+            return float(static.max()) * factor
+    return 1.0
+
+
 def where(module: Any) -> tuple[torch.device, torch.dtype]:
     """Return the device of a layer, and the dtype of what it is applied to."""
     device = next((one.device for one in module.parameters()), torch.device("cpu"))
@@ -244,25 +290,32 @@ def where(module: Any) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-def form_of(module: Any, name: str, shape: tuple[int, ...]) -> tuple[str, int, tuple[int, int] | None]:
-    """Return the dtype in memory of a weight of this shape, its bits, and the block that has a scale in common."""
-    tensor, scale = getattr(module, name, None), scale_of(module, name)
+def form_of(
+    module: Any, name: str, shape: tuple[int, ...], sent: Sample | None = None
+) -> tuple[str, int, tuple[int, int] | None]:
+    """Return the dtype in memory of a weight of this shape, its bits, and the block that has a scale in common. If a
+    kernel keeps the weight, they are those of the tensor that was sent, if that has scales too."""
+    tensor, scale = weight_of(module, name), scale_of(module, name)
     count = math.prod(shape)
-    if isinstance(tensor, torch.Tensor) and tensor.numel():
+    if tensor is not None:
         dtype, bits = str(tensor.dtype).removeprefix("torch."), round(8 * tensor.nbytes / count)
-    else:  # a kernel keeps it
-        dtype, bits = ("unknown", 0) if scale is not None else (str(where(module)[1]).removeprefix("torch."), 16)
+    elif scale is None:
+        dtype, bits = str(where(module)[1]).removeprefix("torch."), 16
+    elif sent is not None and (sent.packed > 1 or sent.dtype.itemsize == 1):
+        dtype, bits = str(sent.dtype).removeprefix("torch."), 8 * sent.dtype.itemsize // sent.packed
+    else:
+        dtype, bits = "unknown", 0
     if scale is None:
         return dtype, bits, None
-    if not scale.is_floating_point():  # packed by a kernel
+    if not scale.is_floating_point() and scale.dtype != torch.uint8:  # packed by a kernel
         return dtype, bits, (0, 0)
-    grid = grid_of(scale, shape)
-    down, across = grid.shape[1:]
-    shards = len(getattr(module, "logical_widths", None) or ())
-    if across == 1 and down <= max(1, shards):
-        return dtype, bits, (-1, -1)
+    down, across = grid_of(scale, shape).shape[1:]
     height, width = shape[-2:]
-    return dtype, bits, (block_size(height, down), -1 if across == 1 else block_size(width, across))
+    blocks = scale.dim() == len(shape) and (down * across > 1 or hasattr(module, f"{name}_scale_inv"))
+    if across == 1 and not (blocks and down < height):
+        shards = len(getattr(module, "logical_widths", None) or ())
+        return dtype, bits, (-1 if down <= max(1, shards) else block_size(height, down), -1)
+    return dtype, bits, (block_size(height, down), block_size(width, across))
 
 
 def block_size(size: int, count: int) -> int:

@@ -4,7 +4,7 @@ import itertools
 import json
 import mmap
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +55,18 @@ def read_tensor(stored: StoredTensor, name: str) -> "torch.Tensor":
     with safe_open(stored.file, framework="pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
     return tensor
+
+
+def read_tensors(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> "dict[str, torch.Tensor]":
+    """Return several tensors of a folder by name, on the CPU, memory-mapped. Each file is opened once."""
+    from safetensors import safe_open
+
+    found: dict[str, torch.Tensor] = {}
+    in_order = sorted(names, key=lambda name: stored[name].file)
+    for path, several in itertools.groupby(in_order, lambda name: stored[name].file):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in several}
+    return found
 
 
 @dataclass(frozen=True, slots=True)

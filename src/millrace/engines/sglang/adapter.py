@@ -25,7 +25,7 @@ from millrace.buckets import (
 )
 from millrace.engines.answers import AnswerFiles, AnswerFilesPool
 from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
-from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS
+from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS, MEMORY_DEADLINE
 from millrace.engines.sglang.channel import Orders
 from millrace.engines.sglang.facts import SGLangFacts, read_facts
 from millrace.engines.sglang.guards import check_request
@@ -222,11 +222,12 @@ class SGLangEngine(StockEngine[SGLangFacts]):
         await self._control("/continue_generation", {}, repeatable=True)
 
     async def _release(self, before: ServerState, after: ServerState) -> None:
-        await self._control("/release_memory_occupation", {"tags": sorted(after.asleep - before.asleep)})
+        tags = sorted(after.asleep - before.asleep)
+        await self._control("/release_memory_occupation", {"tags": tags}, deadline=MEMORY_DEADLINE)
 
     async def _reallocate(self, what: frozenset[MemoryTag]) -> None:
         # Not repeatable: allocating a tag twice kills the server.
-        await self._control("/resume_memory_occupation", {"tags": sorted(what)})
+        await self._control("/resume_memory_occupation", {"tags": sorted(what)}, deadline=MEMORY_DEADLINE)
 
     async def _open_update(self) -> None:
         self._by_loader = None

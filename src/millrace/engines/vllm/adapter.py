@@ -12,7 +12,7 @@ import orjson
 
 from millrace.buckets import Bucket, DiskBucket, ProcessGroup, ProcessGroupBucket, TensorSpec
 from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
-from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS
+from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS, MEMORY_DEADLINE
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.parts import NeededParts
 from millrace.engines.stock.state import InvalidStateError, ServerState, require
@@ -244,9 +244,9 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             return
         await self._wake_up(before.asleep)
         if MemoryTag.WEIGHTS in after.asleep:
-            await self._control("/sleep?level=2", None)
+            await self._control("/sleep?level=2", None, deadline=MEMORY_DEADLINE)
         else:
-            await self._control("/sleep?level=1", None)
+            await self._control("/sleep?level=1", None, deadline=MEMORY_DEADLINE)
             await self._wake_up({MemoryTag.WEIGHTS})
 
     async def _reallocate(self, what: frozenset[MemoryTag]) -> None:
@@ -257,7 +257,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
 
     async def _wake_up(self, tags: Set[MemoryTag]) -> None:
         for tag in sorted(tags, reverse=True):  # the weights first
-            await self._control(f"/wake_up?tags={tag}", None)
+            await self._control(f"/wake_up?tags={tag}", None, deadline=MEMORY_DEADLINE)
 
     async def _open_update(self) -> None:
         self._extension.open()
@@ -333,6 +333,8 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             ranks = {"rank_offset": group.rank_offset, "world_size": group.world_size}
             await self._control("/init_weight_transfer_engine", {"init_info": place | ranks}, deadline=deadline)
             return
+        if not group.by_bucket:
+            raise EngineRefused(self.name, "its extension takes whole buckets by a process group (`by_bucket`)")
         text = orjson.dumps({**asdict(group), "seconds": deadline}).decode()
         await self._rpc("millrace_join", text, deadline=deadline)
 

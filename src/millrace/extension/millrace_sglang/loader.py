@@ -19,7 +19,7 @@ from .answers import AnswerStore, write_answer
 from .audit import audit
 from .channel import serve
 from .plan import Plan, plan_of
-from .recording import Memory, Recorder
+from .recording import Memory, Recorder, is_needed
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Loader:
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         if self.written is not None:
             self.written.update(layout.plan.elements)
-            missing = [name for name, one in self.parameters.items() if self.written[name] < one.numel()]
+            missing = [n for n, one in self.parameters.items() if self.written[n] < one.numel() and is_needed(one)]
             answer |= {"missing": len(missing), "such as": sorted(missing)[:LISTED]}
         return answer
 

@@ -18,7 +18,7 @@ from millrace_words import listed
 
 from .dry_run import Description, Sent, described
 from .plan import Plan, plan_of
-from .recording import Copy, Memory, Recording
+from .recording import Copy, Memory, Recording, is_needed
 
 LISTED = 5  # names in an answer
 
@@ -88,7 +88,8 @@ class Parts:
         if wrong := layout.plan.compare(bucket)():
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         self.written.update(layout.plan.elements)
-        missing = sorted(name for name, one in model.named_parameters() if self.written[name] < one.numel())
+        parameters = model.named_parameters()
+        missing = sorted(n for n, one in parameters if self.written[n] < one.numel() and is_needed(one))
         samples_of = dict(zip(layout.labels, separated(samples()), strict=True))
         return {"samples": samples_of, "missing": len(missing), "such as": missing[:LISTED]}
 

@@ -17,7 +17,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # each c
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
-        *(*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     )
 }

@@ -111,7 +111,8 @@ class Plan:
                             kept[name] = twin = twin_of(tensor, module)
                             if name == "bias" and name not in loaded and recorded[0].get("weight") is not None:
                                 # vLLM widens the biases of packed layers to float32 (on CPUs with AMX).
-                                twin.data = twin.data.to(recorded[0]["weight"].dtype)
+                                of_weight = recorded[0]["weight"].dtype
+                                twin.data = twin.data.to(of_weight if of_weight in FLOATS else self._dtype)
                             owners[storage_id(twin)] = (path, name, twin)
                 # vLLM has computed the parameters that it did not record, such as scales, from the weights.
                 made = module._parameters.keys() - recorded[0].keys() - UNRECORDED if recorded[0] else set()

@@ -1,6 +1,6 @@
 """Writes into this rank's model: by copies, and by vLLM's layer-wise reload and the model's own loader if needed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -54,6 +54,7 @@ class Writer:
             path for path in self.processed_last if is_inert(plan.modules[path])
         }  # if nothing is sent to them
         self._in_place: dict[str, bool] = {}
+        self._scales: dict[torch.nn.Module, torch.Tensor] = {}  # that kernels on the CPU have the addresses of
 
     def in_place(self, path: str) -> bool:
         """Whether a module uses its tensors as they were loaded, so that they can be written in place."""
@@ -118,7 +119,12 @@ class Writer:
         modules = [self._plan.modules[path] for path in staged]
         parts = [part for one in staged.values() for part in one.parts]
         chosen = Only(modules)
-        with set_current_vllm_config(self._config), torch.no_grad(), self._without_kernels(modules):
+        with (
+            set_current_vllm_config(self._config),
+            torch.no_grad(),
+            self._without_kernels(modules),
+            self._keeping_scales(modules),
+        ):
             initialize_layerwise_reload(chosen)
             try:
                 if parts:
@@ -143,6 +149,32 @@ class Writer:
         """Wait until nothing reads a bucket's memory any more."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
+
+    @contextmanager
+    def _keeping_scales(self, modules: list[torch.nn.Module]) -> Iterator[None]:
+        """Keep the scales that int8 layers are processed with on the CPU. oneDNN's kernel reads them at their address
+        (CPUInt8ScaledMMLinearKernel without AMX), and vLLM's reload frees them when it has copied them."""
+        scaled = [module for module in modules if self._device.type == "cpu" and hasattr(module, "weight_scale")]
+        methods: set[Any] = {module.quant_method for module in scaled}
+
+        def processed_by(method: Any) -> Callable[[torch.nn.Module], None]:
+            process = method.process_weights_after_loading
+
+            def keeping(module: torch.nn.Module) -> None:
+                process(module)
+                scale = getattr(module, "weight_scale", None)
+                if isinstance(scale, torch.Tensor):
+                    self._scales[module] = scale
+
+            return keeping
+
+        for method in methods:
+            method.process_weights_after_loading = processed_by(method)
+        try:
+            yield
+        finally:
+            for method in methods:
+                del method.process_weights_after_loading  # the class's own is visible again
 
     @contextmanager
     def _without_kernels(self, modules: list[torch.nn.Module]) -> Iterator[None]:
