@@ -68,6 +68,7 @@ def test_each_rank_of_sglang_gets_the_parts_that_it_needs(
     run(kind, {"kind": "sglang", **settings, "env": OVER_TWO_CORES["sglang"]}, sglang_python("0.5.23"), tmp_path)
 
 
+@pytest.mark.slow
 @sharded
 def test_each_rank_of_an_sglang_that_is_apart_gets_the_parts_that_it_needs(
     kind: str, settings: Mapping[str, Any], sglang_python: Callable[[str], Path], tmp_path: Path
