@@ -255,6 +255,19 @@ async def test_an_update_from_a_process_group(api: Api, base: Any, other: Any) -
     await assert_serves(api, other, "1")
 
 
+async def test_a_later_trainer_replaces_one_that_has_not_left(api: Api, other: Any) -> None:
+    tensors = tensors_of(other)
+    gone, trainer = await Trainer.join(api), await Trainer.join(api)
+    await api.post("/begin_weight_update")
+    assert "has been joined" in await api.refused("/update_weights_from_distributed", gone.body(tensors))
+    call = asyncio.create_task(api.post("/update_weights_from_distributed", trainer.body(tensors)))
+    await trainer.broadcast(tensors)
+    await call
+    await api.post("/end_weight_update", {"weight_version": "1"})
+    await trainer.leave(api)
+    await assert_serves(api, other, "1")
+
+
 async def test_waiting_for_a_trainer_ends_at_the_deadline(api: Api, base: Any) -> None:
     body = {**Trainer.group(free_port()), "timeout": 0.5}
     async with asyncio.timeout(10):

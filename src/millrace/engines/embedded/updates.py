@@ -158,8 +158,9 @@ class Updates:
     async def _join(self, http: web.Request) -> web.Response:
         body = parse(GroupBody, await http.read())
         async with self._exclusive():
-            if self._group is not None:
-                raise UpdateRefused(f"group {self._group.name} is already joined; destroy it first")
+            if self._group is not None:  # its trainer could not say that it has ended, or is gone
+                left, self._group = self._group, None
+                await self._run_in_loader(left.close)
             self._group = await self._run_in_loader(
                 lambda: UpdateGroup(
                     body.master_address,
