@@ -127,5 +127,5 @@ def _host(number: int, index: int, bridge: str) -> Iterator[Host]:
         holder.stdout.close()
         holder.stderr.close()
         if host is not None and Path(f"/sys/class/net/{host.cable}").exists():
-            # The kernel removes it with the namespace, which unfinished connections over a pulled cable keep for minutes.
+            # The kernel removes it with the namespace, which connections over a pulled cable keep for minutes.
             subprocess.run(["ip", "link", "delete", host.cable], check=False, capture_output=True, timeout=DEADLINE)
