@@ -39,7 +39,7 @@ from millrace.weights.transports.base import (
 )
 from millrace.weights.transports.cuda_ipc import CudaIpcTransport
 from millrace.weights.transports.gpus import VisibleGpus
-from millrace.weights.transports.process_group import ProcessGroupTransport
+from millrace.weights.transports.process_group import GlooTransport, ProcessGroupTransport
 from millrace.weights.transports.shared_memory import SharedMemoryTransport
 from millrace.weights.transports.torch_storage import TorchStorageTransport
 
@@ -47,7 +47,13 @@ Memory = TorchStorageBucket | SharedMemoryBucket | CudaIpcBucket
 
 logger = logging.getLogger(__name__)
 
-EXCHANGED: tuple[type[Transport], ...] = (TorchStorageTransport, SharedMemoryTransport, CudaIpcTransport)
+# NCCL is not one of them: sending parts by it has not run on GPUs yet. benchmarks/gpu/shards.py adds it.
+EXCHANGED: tuple[type[Transport], ...] = (
+    TorchStorageTransport,
+    SharedMemoryTransport,
+    CudaIpcTransport,
+    GlooTransport,
+)
 
 
 class ExchangeTransport(Transport):
@@ -131,7 +137,7 @@ async def exchanging(
     what they need. Raises PublishError if a rank has no room, or as iterating over the source does.
     """
     led = source.led
-    if not isinstance(led, LedTensors) or not isinstance(transport, (*EXCHANGED, ProcessGroupTransport)):
+    if not isinstance(led, LedTensors) or not isinstance(transport, EXCHANGED):
         return None
     try:
         if isinstance(transport, ProcessGroupTransport):
