@@ -39,5 +39,5 @@ class Republishable:
                 "%s serves after the next publish: the trainer's function failed for version %d", engine, self.version
             )
             return False
-        logger.warning("version %d was published again, to %s", self.version, engine)
+        logger.info("%s got version %d again after its restart", engine, self.version)
         return True

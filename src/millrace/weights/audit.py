@@ -69,7 +69,7 @@ class EngineAudit:
                     f"{one.form.bound:g} is plausible"
                 )
         if not found and self.asked is not None and self.layers and all(one.form.bits >= 16 for one in self.layers):
-            first = self.layers[0]
+            first = next((one for one in self.layers if "_proj" in one.tensor), self.layers[0])
             found.append(f"{first.layer} is {first.form}, as are all others, and {self.asked} was asked for")
         return found
 

@@ -104,7 +104,11 @@ def find(engine: str, version: str, device: str, *, recipes: Recipes = RECIPES) 
     found = environment(engine, version, device)
     if not is_whole(found, wanted.sha256):
         state = "is unfinished or outdated" if found.path.exists() else "is not installed"
-        raise LaunchError(f"{found} {state} in {found.path}; run: millrace engines install {found.arguments}")
+        hint = f"run: millrace engines install {found.arguments}"
+        other = environment(engine, version, "cpu" if device == "cuda" else "cuda")
+        if other.path.exists():
+            hint += f"; or set device to {other.device}, for which it is installed"
+        raise LaunchError(f"{found} {state} in {found.path}; {hint}")
     return found
 
 
