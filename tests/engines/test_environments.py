@@ -144,6 +144,11 @@ def test_an_environment_is_made_once_and_again_when_its_packages_change(shelf: S
     ):
         find("toy", "1.0", "cpu", recipes=recipes)
 
+    (other := environments_home() / "toy-1.0-cuda").mkdir(parents=True)
+    with pytest.raises(LaunchError, match="--cpu; or set device to cuda, for which it is installed"):
+        find("toy", "1.0", "cpu", recipes=recipes)
+    other.rmdir()
+
     steps: list[tuple[str, int, int]] = []
     made = install("toy", "1.0", "cpu", progress=lambda *step: steps.append(step), recipes=recipes)
 
