@@ -138,7 +138,12 @@ async def test_engines_elsewhere_are_not_kept_running(tmp_path: Path, tiny_model
 async def test_the_launcher_of_the_docs_pins_each_engine_to_a_core(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = (Path(__file__).parents[2] / "docs/clusters.md").read_text().split("```python\n")[1].partition("```")[0]
+    code = (
+        (Path(__file__).parents[2] / "docs/clusters.md")
+        .read_text()
+        .partition("```python\n# pinned.py")[2]
+        .partition("```")[0]
+    )
     (tmp_path / "pinned.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     async with open_fleet(config(replicas=2, launch="pinned:cores"), tiny_model, log_dir=tmp_path):

@@ -7,11 +7,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from millrace.errors import ConfigError
 from millrace.launch.base import Launcher
 from millrace.launch.local import LOCAL
+from millrace.launch.ray_cluster.launcher import open_ray
 
 
 @asynccontextmanager
 async def open_launcher(name: str, cluster: str | None) -> AsyncIterator[Launcher]:
-    """Yield the launcher of this name: `local`, or `module:attribute`.
+    """Yield the launcher of this name: `local`, `ray`, or `module:attribute`.
 
     An attribute is a function that takes `cluster` and returns an async context manager of a `Launcher`. cluster: the
     address of the cluster, for launchers that have one.
@@ -20,6 +21,10 @@ async def open_launcher(name: str, cluster: str | None) -> AsyncIterator[Launche
     """
     if name == "local":
         yield LOCAL
+        return
+    if name == "ray":
+        async with open_ray(cluster) as on_ray:
+            yield on_ray
         return
     async with _own(name)(cluster) as launcher:
         yield launcher

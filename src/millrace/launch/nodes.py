@@ -42,17 +42,20 @@ class Nodes:
                 task.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
         self._note_end(next(process for task, process in waits.items() if task in done))
-        await self.end()
+        await self._end_all()
 
     async def end(self) -> None:
         """End all nodes. Raises LaunchError if a node can't be ended, after trying them all."""
-        if (ended := self._ended()) is not None:
-            self._note_end(ended)
         try:
-            results = await asyncio.gather(*(process.end() for process in self._processes), return_exceptions=True)
+            await self._end_all()
         finally:
             if self._release is not None:
                 await self._release()
+
+    async def _end_all(self) -> None:
+        if (ended := self._ended()) is not None:
+            self._note_end(ended)
+        results = await asyncio.gather(*(process.end() for process in self._processes), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result

@@ -29,6 +29,7 @@ async def launch(config: EmbeddedEngineConfig, spec: LaunchSpec) -> Launched:
             port = config.ports[spec.replica]
             require_free(config.host, port)
         return await _launch(config, spec, LocalPlace(config.host), port)
+    spec = replace(spec, model_path=spec.model_path.absolute())
     need = Need(gpus=int(config.device.startswith("cuda")), cpus=config.threads or 1)
     places = await spec.launcher.reserve(spec.name(config.kind), need, 1, deadline=config.start_timeout)
     try:
