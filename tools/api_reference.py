@@ -32,6 +32,7 @@ MODULES = {  # each public module, with a sentence about it
     "millrace.weights": "Weights that are sharded over several trainer ranks ([weights.md](weights.md)).",
     "millrace.serve": "A fleet for other programs: metrics ([monitoring.md](monitoring.md)) and token routes "
     "([other_trainers.md](other_trainers.md)).",
+    "millrace.launch.base": "What a launcher of your own is ([clusters.md](clusters.md)).",
     "millrace.integrations.trl": "TRL's trainers on a fleet ([trl.md](trl.md)).",
 }
 HEAD = """\

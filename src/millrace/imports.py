@@ -23,6 +23,7 @@ EXTRAS: Mapping[str, frozenset[str]] = {
     "renderers": frozenset({"httpx", "renderers"}),
     "kv-events": frozenset({"zmq", "msgpack"}),
     "verifiers": frozenset({"verifiers"}),
+    "ray": frozenset({"ray"}),
     "trl": frozenset({"accelerate", "trl"}),
 }  # fmt: skip
 

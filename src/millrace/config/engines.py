@@ -8,6 +8,11 @@ from millrace.config.base import Flag, ForeignArgument, Model
 from millrace.config.paths import LocalPath
 
 EngineArgument = ForeignArgument
+# Settings that say where engines are, which another launcher than `local` finds out itself.
+OF_THIS_HOST = (
+    "host", "ports", "urls", "node_rank", "dist_init_addr", "data_parallel_rpc_port", "base_gpu_id",
+    "cuda_visible_devices", "kv_events",
+)  # fmt: skip
 
 
 class ReplicatedConfig(Model):
@@ -35,8 +40,25 @@ class ReplicatedConfig(Model):
     urls: tuple[str, ...] | None = None
     """Running servers to attach to, one for each replica. Their keys come from MILLRACE_ENGINE_API_KEY and
     MILLRACE_ENGINE_ADMIN_API_KEY."""
+    launch: Annotated[str, Field(pattern=r"^(local|ray|[\w.]+:\w+)$")] = "local"
+    """What starts the servers (docs/clusters.md): `local` starts them on this host, and `ray` on a Ray cluster.
+    `module:attribute` is a launcher of your own."""
+    cluster: str | None = None
+    """Address of the cluster, for a launcher that has one. Ray's is the host:port of its head node; None uses
+    RAY_ADDRESS, or a cluster that runs on this host, or starts Ray on this host."""
     start_timeout: PositiveFloat = 60.0
-    """Seconds until a server must be healthy."""
+    """Seconds until a server must be healthy. On a cluster it also has so many seconds to get its place."""
+
+    @model_validator(mode="after")
+    def _check_launch(self) -> Self:
+        if self.launch == "local":
+            if self.cluster is not None:
+                raise ValueError("cluster is for a launcher that has one, and launch is local; set launch")
+            return self
+        for name in OF_THIS_HOST:
+            if name in type(self).model_fields and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for launch: local, and launch is {self.launch}; leave {name} out")
+        return self
 
     @model_validator(mode="after")
     def _check_places(self) -> Self:

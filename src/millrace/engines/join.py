@@ -10,7 +10,7 @@ from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.interpreter import StockConfig
 from millrace.errors import ConfigError, LaunchError
 from millrace.launch.ports import listens, parted
-from millrace.launch.process import Server
+from millrace.launch.process import Server, until_healthy
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ async def join(
     launched = await launch(config, LaunchSpec(model_path=model_path, log_dir=log_dir, seed=seed))
     try:
         # An SGLang node is healthy only after all ranks have met. A vLLM node has no HTTP, so this waits for node 0.
-        await launched.process.until_healthy(lambda: listens(host, port), deadline=config.start_timeout)
+        await until_healthy(launched.process, lambda: listens(host, port), deadline=config.start_timeout)
         ready()
         ended = asyncio.create_task(launched.process.wait())
         lost = asyncio.create_task(_until_gone(host, port))

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from millrace.launch.nodes import Nodes
-from millrace.launch.process import ServerProcess
+from millrace.launch.base import Launcher
+from millrace.launch.local import LOCAL
+from millrace.launch.process import Server
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +14,7 @@ class LaunchSpec:
 
     model_path: the folder of the model, which the replica serves as weight version `version`. replica: its number; its
     name is `PREFIX-REPLICA`, with the engine's kind as the default prefix. api_key: the key for data calls; None makes
-    a new one.
+    a new one. launcher: what starts its processes; the default is this host.
     """
 
     model_path: Path
@@ -23,6 +24,7 @@ class LaunchSpec:
     seed: int = 0
     prefix: str | None = None
     api_key: str | None = field(default=None, repr=False)
+    launcher: Launcher = LOCAL
 
     def name(self, kind: str, replica: int | None = None) -> str:
         """Return the name of this replica, or of another one."""
@@ -41,6 +43,6 @@ class Launched:
     url: str | None
     api_key: str = field(repr=False)
     admin_key: str = field(repr=False)
-    process: ServerProcess | Nodes
+    process: Server
     kv_events: str | None = None
     gpus: tuple[str, ...] = ()

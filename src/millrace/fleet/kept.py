@@ -88,6 +88,8 @@ class KeptEngines:
             raise ConfigError(
                 "keep_running is for engines that Millrace starts; those at engine.urls outlive it anyway"
             )
+        if config.launch != "local":
+            raise ConfigError(f"keep_running is for engines on this host, and engine.launch is {config.launch}")
         if not isinstance(config, EmbeddedEngineConfig) and config.nnodes > 1:
             raise ConfigError("keep_running does not work for an engine over several nodes")
         settings = sha256(f"{model.resolve()} {config.model_dump_json(exclude={'replicas'})}".encode()).hexdigest()

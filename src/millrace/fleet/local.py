@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,7 @@ from millrace.http.hosts import require_known
 from millrace.http.local import raise_file_limit
 from millrace.imports import needs_extra
 from millrace.launch.claims import claimed_servers
+from millrace.launch.launchers import open_launcher
 from millrace.launch.ports import is_here
 from millrace.routers.start import start_router
 from millrace.weights.cast import require_one_dtype
@@ -154,7 +156,8 @@ async def open_fleet(
         if keep_running is not None:
             record = arguments.path("keep_running", keep_running)
             kept = owned.enter_context(KeptEngines.open(record, orphan_seconds, engine, model))
-        starter = Starter(engine, spec, kept)
+        launcher = await owned.enter_async_context(open_launcher(engine.launch, engine.cluster))
+        starter = Starter(engine, replace(spec, launcher=launcher), kept)
         started = await starter.start_all()
         try:
             if not frozen:

@@ -3,16 +3,22 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from millrace.launch.process import ServerProcess, until_healthy
+from millrace.launch.process import Server, until_healthy
 
 
 class Nodes:
-    """The processes of one server, with the interface of a single `ServerProcess`. Its creator must call `end`."""
+    """The processes of one server, with the interface of a single one. Its creator must call `end`.
 
-    def __init__(self, name: str, processes: Sequence[ServerProcess]) -> None:
+    release: called after all of them have ended, each time that `end` is called.
+    """
+
+    def __init__(
+        self, name: str, processes: Sequence[Server], release: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         self.name = name
         self._processes = tuple(processes)
-        self._first: ServerProcess | None = None  # the first node that ended, while all others were running
+        self._release = release
+        self._first: Server | None = None  # the first node that ended, while all others were running
 
     @property
     def running(self) -> bool:
@@ -36,10 +42,17 @@ class Nodes:
                 task.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
         self._note_end(next(process for task, process in waits.items() if task in done))
-        await self.end()
+        await self._end_all()
 
     async def end(self) -> None:
         """End all nodes. Raises LaunchError if a node can't be ended, after trying them all."""
+        try:
+            await self._end_all()
+        finally:
+            if self._release is not None:
+                await self._release()
+
+    async def _end_all(self) -> None:
         if (ended := self._ended()) is not None:
             self._note_end(ended)
         results = await asyncio.gather(*(process.end() for process in self._processes), return_exceptions=True)
@@ -57,8 +70,8 @@ class Nodes:
         ended = self._first or self._ended()
         return "\n".join(process.log_tail() for process in (self._processes if ended is None else (ended,)))
 
-    def _ended(self) -> ServerProcess | None:
+    def _ended(self) -> Server | None:
         return next((process for process in self._processes if not process.running), None)
 
-    def _note_end(self, process: ServerProcess) -> None:
+    def _note_end(self, process: Server) -> None:
         self._first = self._first or process

@@ -1,25 +1,26 @@
 """Start an SGLang server: one process, or one process for each node."""
 
 import os
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 
 from millrace.config.engines import SGLangEngineConfig
-from millrace.engines.sglang.arguments import Ports, attention_dp, nodes, rank_gpus
+from millrace.engines.sglang.arguments import Ports, attention_dp, gpus, nodes, rank_gpus
 from millrace.engines.spec import Launched, LaunchSpec
-from millrace.engines.stock.arguments import local_ranks
+from millrace.engines.stock.arguments import Node, local_ranks
 from millrace.engines.stock.interpreter import checked_interpreter
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
 from millrace.engines.stock.launching import new_keys, start_nodes, with_dtype, with_extension
-from millrace.errors import LaunchError
-from millrace.launch.ports import bound, free_port, free_ports, require_free
+from millrace.engines.stock.placed import Planning, launch_at_places
+from millrace.launch.base import Place
+from millrace.launch.local import LOCAL, free_block
+from millrace.launch.ports import free_port, free_ports, joined, require_free
 
 SERVE = Path(__file__).with_name("serve.py")  # not imported: it runs on the engine's interpreter
 # Files in shared memory. SGLang never removes the first, and a killed server removes none: 25 MB with several ranks.
 LEFTOVERS = ("sglang_loads_*", "sgl_shm_mq_*", "sem.mp-*")
 # With DP attention, SGLang also uses this many ports after the rendezvous port.
 DERIVED_PORTS = 13
-BLOCK_ATTEMPTS = 50
 
 
 async def launch(config: SGLangEngineConfig, spec: LaunchSpec, *, python: Path | None = None) -> Launched:
@@ -28,6 +29,8 @@ async def launch(config: SGLangEngineConfig, spec: LaunchSpec, *, python: Path |
     The logs are `NAME.log`, or `NAME-nodeN.log` for each node. The keys are new. python: an interpreter that has the
     engine; None for the config's, or that of the installed environment.
     """
+    if spec.launcher is not LOCAL:
+        return await launch_at_places(config, spec, Planning(gpus, _ports_at, _plan, _gpus_of), leftovers=LEFTOVERS)
     python = python or await checked_interpreter(config)
     name = spec.name(config.kind)
     config = await with_dtype(config, spec.model_path)
@@ -67,15 +70,20 @@ def choose_ports(config: SGLangEngineConfig, replica: int) -> Ports:
     return Ports(tuple(http), nccl, rendezvous, kv_events)
 
 
-def free_block(host: str, count: int) -> int:
-    """Return the first of `count` consecutive ports that were all free a moment ago."""
-    for _ in range(BLOCK_ATTEMPTS):
-        first = free_port(host)
-        with ExitStack() as held:
-            try:
-                for port in range(first, first + count):
-                    held.enter_context(bound(host, port))
-            except (OSError, OverflowError):
-                continue  # one is in use, or beyond the last port
-            return first
-    raise LaunchError(f"{host} has no {count} consecutive free ports; set engine.dist_init_addr to a host:port")
+async def _ports_at(config: SGLangEngineConfig, places: Sequence[Place]) -> Sequence[Ports]:
+    """Return the ports of each node: two at its place, and on node 0's host also those where the ranks meet."""
+    shares_ranks = attention_dp(config)
+    meet = config.nnodes > 1 or shares_ranks
+    firsts = [await place.free_ports(2 if rank or not meet else DERIVED_PORTS + 3) for rank, place in enumerate(places)]
+    rendezvous = joined(places[0].host, firsts[0] + 2) if meet else None
+    own_nccl = config.dp_size > 1 and not shares_ranks
+    return [Ports((first,), None if own_nccl else first + 1, rendezvous) for first in firsts]
+
+
+def _plan(config: SGLangEngineConfig, spec: LaunchSpec, ports: Ports, api_key: str, admin_key: str) -> Node:
+    (node,) = nodes(config, spec, ports=ports, api_key=api_key, admin_key=admin_key)
+    return node
+
+
+def _gpus_of(config: SGLangEngineConfig) -> tuple[str, ...]:
+    return rank_gpus(config, 0, None)

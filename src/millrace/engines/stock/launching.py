@@ -4,7 +4,7 @@ import asyncio
 import os
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -14,8 +14,10 @@ from millrace.engines.stock.arguments import Node
 from millrace.errors import DataError, EngineError, LaunchError, LocalError
 from millrace.http import HttpClient
 from millrace.launch.account import account_name
+from millrace.launch.base import Place
+from millrace.launch.local import LocalPlace
 from millrace.launch.nodes import Nodes
-from millrace.launch.process import ServerProcess
+from millrace.launch.process import Server, until_healthy
 from millrace.model_config import compute_dtype
 
 StockConfig = TypeVar("StockConfig", bound=StockEngineConfig)
@@ -63,31 +65,47 @@ async def start_nodes(
     log_dir: Path,
     leftovers: Sequence[str],
     deadline: float,
-) -> ServerProcess | Nodes:
-    """Start the program `serve` for each node, and wait until all nodes that answer HTTP are healthy.
-
-    The logs are `NAME.log`, or `NAME-nodeN.log` for each node. python: the interpreter. leftovers: patterns of the
-    files in shared memory that a killed server leaves. deadline: seconds until it must be healthy.
-
-    Raises LaunchError, with the end of the server's log, if it does not come up. No process is left then.
-    """
+) -> Server:
+    """Start the program `serve` on this host for each node. See `start_at`. python: the interpreter."""
     interpreter, path = programs_of(python)
     # Torch's compilation cache must outlive the server's own temporary folder.
     compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{account_name()}")
-    processes: list[ServerProcess] = []
+    env = {"PATH": path, "TORCHINDUCTOR_CACHE_DIR": compiled}
+    return await start_at(
+        name,
+        [(LocalPlace(), replace(node, environment={**env, **node.environment})) for node in planned],
+        lambda _: [str(interpreter), str(serve)],
+        log_dir=log_dir,
+        leftovers=leftovers,
+        deadline=deadline,
+    )
+
+
+async def start_at(
+    name: str,
+    planned: Sequence[tuple[Place, Node]],
+    program: Callable[[Place], Sequence[str]],
+    *,
+    log_dir: Path,
+    leftovers: Sequence[str],
+    deadline: float,
+) -> Server:
+    """Start each node at its place, and wait until all nodes that answer HTTP are healthy.
+
+    The logs are `NAME.log`, or `NAME-nodeN.log` for each node. program: the command at a place, before the node's
+    arguments. leftovers: patterns of the files in shared memory that a killed server leaves. deadline: seconds until it
+    must be healthy.
+
+    Raises LaunchError, with the end of the server's log, if it does not come up. No process is left then.
+    """
+    processes: list[Server] = []
     clients: list[HttpClient] = []
     try:
-        for node in planned:
+        for place, node in planned:
             label = name if len(planned) == 1 else f"{name}-node{node.rank}"
-            processes.append(
-                await ServerProcess.start(
-                    label,
-                    [str(interpreter), str(serve), *node.arguments],
-                    log_dir / f"{label}.log",
-                    env={"PATH": path, "TORCHINDUCTOR_CACHE_DIR": compiled, **node.environment},
-                    leftovers=leftovers,
-                )
-            )
+            command = [*program(place), *node.arguments]
+            log = log_dir / f"{label}.log"
+            processes.append(await place.start(label, command, log, env=node.environment, leftovers=leftovers))
             if node.url is not None:
                 clients.append(HttpClient(label, node.url))
         server = processes[0] if len(processes) == 1 else Nodes(name, processes)
@@ -95,7 +113,7 @@ async def start_nodes(
         async def healthy() -> bool:  # another server may have taken the port, and answer although ours is dead
             return await all_healthy(clients) and server.running
 
-        await server.until_healthy(healthy, deadline=deadline)
+        await until_healthy(server, healthy, deadline=deadline)
         return server
     except BaseException:
         await Nodes(name, processes).end()

@@ -2,17 +2,21 @@
 
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.spec import Launched, LaunchSpec
-from millrace.engines.stock.arguments import local_ranks
+from millrace.engines.stock.arguments import Node, local_ranks
 from millrace.engines.stock.interpreter import checked_interpreter
 from millrace.engines.stock.kv_events import leftovers, new_endpoint
 from millrace.engines.stock.launching import new_keys, start_nodes, with_dtype, with_extension
-from millrace.engines.vllm.arguments import Ports, nodes, rank_gpus
+from millrace.engines.stock.placed import Planning, launch_at_places
+from millrace.engines.vllm.arguments import Ports, gpus, nodes, rank_gpus
 from millrace.errors import DataError, LaunchError
-from millrace.launch.ports import free_port, free_ports, require_free
+from millrace.launch.base import Place
+from millrace.launch.local import LOCAL
+from millrace.launch.ports import free_port, free_ports, joined, require_free
 from millrace.model_config import head_dim
 
 # Not imported: it runs on the engine's interpreter.
@@ -29,10 +33,12 @@ async def launch(config: VLLMEngineConfig, spec: LaunchSpec, *, python: Path | N
     The logs are `NAME.log`, or `NAME-nodeN.log` for each node. The keys are new. python: an interpreter that has the
     engine; None for the config's, or that of the installed environment.
     """
-    python = python or await checked_interpreter(config)
-    name = spec.name(config.kind)
     if config.device == "cpu":
         await asyncio.to_thread(require_heads, spec.model_path)
+    if spec.launcher is not LOCAL:
+        return await launch_at_places(config, spec, Planning(gpus, _ports_at, _plan, _gpus_of), leftovers=LEFTOVERS)
+    python = python or await checked_interpreter(config)
+    name = spec.name(config.kind)
     config = await with_dtype(config, spec.model_path)
     api_key, admin_key = new_keys(spec.api_key)
     ports, visible = choose_ports(config, spec.replica), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -83,3 +89,21 @@ def choose_ports(config: VLLMEngineConfig, replica: int) -> Ports:
         (config.data_parallel_rpc_port or data_parallel) if config.dp_size > 1 else None,
         kv_events,
     )
+
+
+async def _ports_at(config: VLLMEngineConfig, places: Sequence[Place]) -> Sequence[Ports]:
+    """Return the ports of each node. All of them are on node 0's host."""
+    several = config.nnodes > 1
+    http = await places[0].free_ports(3 if several else 1)
+    rendezvous = joined(places[0].host, http + 1) if several else None
+    data_parallel = http + 2 if several and config.dp_size > 1 else None
+    return [Ports(None if rank else http, rendezvous, data_parallel) for rank in range(len(places))]
+
+
+def _plan(config: VLLMEngineConfig, spec: LaunchSpec, ports: Ports, api_key: str, admin_key: str) -> Node:
+    (node,) = nodes(config, spec, ports=ports, api_key=api_key, admin_key=admin_key, visible_gpus=None)
+    return node
+
+
+def _gpus_of(config: VLLMEngineConfig) -> tuple[str, ...]:
+    return rank_gpus(config, 0, None)

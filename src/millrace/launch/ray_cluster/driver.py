@@ -1,0 +1,221 @@
+"""The process that speaks to Ray for the fleet's process, its parent. It ends when its standard input closes.
+
+    python -m millrace.launch.ray_cluster.driver [ADDRESS]
+
+Each line that it reads is a call in JSON, `{"id": 1, "call": "reserve", ...}`. Each line that it writes is an answer,
+`{"id": 1, "result": ...}` or `{"id": 1, "error": "..."}`, or says how a server stands. The first line says that it has
+joined the cluster. The actors belong to this process: Ray ends them when it ends.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any, BinaryIO
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from millrace.errors import LaunchError
+from millrace.launch.process import END_DEADLINE
+from millrace.launch.ray_cluster.actor import NodeActor
+
+NOTE_SECONDS = 10.0  # until a reservation that waits is mentioned
+ACTOR_DEADLINE = 120.0  # seconds until an actor runs: its process imports Millrace, perhaps from a slow disk
+UNAVAILABLE_SECONDS = 15.0  # an actor that does not answer for so long is gone
+# Ray would kill the guard together with the actor, and the guard is to end the server's process tree in order.
+ACTOR_ENVIRONMENT = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "false"}}
+
+
+class Driver:
+    """Answers the calls. Each public coroutine is one call, and its arguments are the fields of the call."""
+
+    def __init__(self, out: BinaryIO, address: str) -> None:
+        self._out, self._address = out, address
+        self._groups: dict[int, tuple[PlacementGroup, list[Any]]] = {}
+        self._watches: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._count = 0
+
+    def say(self, **message: object) -> None:
+        """Write one line."""
+        self._out.write(json.dumps(message).encode() + b"\n")
+        self._out.flush()
+
+    async def answer(self, line: bytes) -> None:
+        """Carry out one call."""
+        call = json.loads(line)
+        number, name = call.pop("id"), call.pop("call")
+        try:
+            self.say(id=number, result=await getattr(self, name)(**call))
+        except LaunchError as error:
+            self.say(id=number, error=str(error))
+        except Exception as error:  # whatever it is, the caller waits for an answer
+            self.say(id=number, error=f"Ray at {self._address}: {name} failed: {said(error)}")
+
+    async def reserve(self, name: str, gpus: int, cpus: int, nodes: int, need: str, deadline: float) -> dict[str, Any]:
+        """Get a placement group with an actor for each node."""
+        bundle = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
+        group = await asyncio.to_thread(placement_group, [bundle] * nodes, "PACK" if nodes > 1 else "SPREAD")
+        self._count += 1
+        number, actors = self._count, list[Any]()
+        self._groups[number] = group, actors
+        try:
+            await self._wait(group, f"{name} asks Ray for {nodes} x ({need})", deadline)
+            actor = ray.remote(NodeActor)
+            for index in range(nodes):
+                strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+                actors.append(
+                    actor.options(
+                        num_cpus=cpus, num_gpus=gpus, scheduling_strategy=strategy, runtime_env=ACTOR_ENVIRONMENT
+                    ).remote()
+                )
+            async with asyncio.timeout(ACTOR_DEADLINE):
+                places = await asyncio.gather(*(one.where.remote() for one in actors))
+        except RayError as error:
+            await self.release(number)
+            raise LaunchError(
+                f"{name}: Ray's actor can't start: {said(error)}; Millrace must be installed in Ray's interpreter on "
+                "all hosts"
+            ) from error
+        except BaseException:
+            await self.release(number)
+            raise
+        return {"group": number, "places": places}
+
+    async def free_ports(self, group: int, index: int, host: str, count: int) -> int:
+        """Return the first of some consecutive ports that are free at a place."""
+        first = await self._actor(group, index).free_ports.remote(host, count)
+        if isinstance(first, str):
+            raise LaunchError(first)
+        return int(first)
+
+    async def start(
+        self,
+        group: int,
+        index: int,
+        name: str,
+        command: list[str],
+        log_path: str,
+        env: dict[str, str],
+        leftovers: list[str],
+    ) -> None:
+        """Start a server at a place, and say from now on how it stands."""
+        actor = self._actor(group, index)
+        if wrong := await actor.start.remote(name, command, log_path, env, leftovers):
+            raise LaunchError(wrong)
+        self._watches[group, index] = asyncio.create_task(self._watch(group, index, actor, name))
+
+    async def end(self, group: int, index: int) -> None:
+        """End the server at a place."""
+        if group not in self._groups or (watch := self._watches.get((group, index))) is None or watch.done():
+            return  # it is released, or has ended
+        async with asyncio.timeout(END_DEADLINE + UNAVAILABLE_SECONDS):
+            wrong = await self._actor(group, index).end.remote()
+            if wrong is not None:
+                raise LaunchError(wrong)
+            await watch
+
+    async def release(self, group: int) -> None:
+        """End the actors of a placement group, and give its resources back."""
+        if group not in self._groups:
+            return
+        placed, actors = self._groups.pop(group)
+        for index, actor in enumerate(actors):
+            if (watch := self._watches.pop((group, index), None)) is not None:
+                watch.cancel()
+            await asyncio.to_thread(ray.kill, actor)
+        await asyncio.to_thread(remove_placement_group, placed)
+
+    def _actor(self, group: int, index: int) -> Any:
+        if group not in self._groups:
+            raise LaunchError("its place on the Ray cluster is given back")
+        return self._groups[group][1][index]
+
+    async def _wait(self, group: PlacementGroup, asked: str, deadline: float) -> None:
+        begun, noted = time.monotonic(), False
+        while not await asyncio.to_thread(group.wait, 1.0):
+            waited = time.monotonic() - begun
+            if waited >= deadline:
+                has = await asyncio.to_thread(self._has)
+                raise LaunchError(f"{asked}, and did not get it within {deadline:.0f} s; {has}")
+            if waited >= NOTE_SECONDS and not noted:
+                self.say(note=f"{asked}, and waits; {await asyncio.to_thread(self._has)}")
+                noted = True
+
+    def _has(self) -> str:
+        """Return what the cluster has and what of it is free, in words."""
+        total, free = ray.cluster_resources(), ray.available_resources()
+        hosts = sum(node["Alive"] for node in ray.nodes())
+        counts = [f"{total.get(one, 0):g} {one}s, {free.get(one, 0):g} of them free" for one in ("GPU", "CPU")]
+        return f"the cluster at {self._address} has {hosts} hosts with {' and '.join(counts)}"
+
+    async def _watch(self, group: int, index: int, actor: Any, name: str) -> None:
+        """Say how a server stands, until it has ended."""
+        told, answered = "", time.monotonic()
+        while True:
+            try:
+                running, end, tail = await actor.watch.remote()
+                answered = time.monotonic()
+            except ActorUnavailableError as error:
+                if time.monotonic() - answered < UNAVAILABLE_SECONDS:
+                    await asyncio.sleep(1.0)
+                    continue
+                running, end, tail = (
+                    False,
+                    f"{name} ended with its Ray actor, which does not answer: {said(error)}",
+                    told,
+                )
+            except RayError as error:
+                running, end, tail = False, f"{name} ended with its Ray actor: {said(error)}", told
+            if tail != told or not running:
+                self.say(group=group, index=index, running=running, end=end, tail=tail)
+            told = tail
+            if not running:
+                return
+
+
+def said(error: BaseException) -> str:
+    """Return what an error of Ray says, in one line: the last line that is neither a traceback nor an id."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [
+        line for line in lines if line.startswith(("The actor is dead", "The actor died", "ModuleNotFoundError"))
+    ]
+    return (reasons or lines or [type(error).__name__])[-1][:300]
+
+
+async def lines() -> AsyncIterator[bytes]:
+    """Yield the lines of the standard input."""
+    reader = asyncio.StreamReader(limit=2**24)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    while line := await reader.readline():
+        yield line
+
+
+async def serve(out: BinaryIO, address: str | None) -> None:
+    """Join the cluster, or start one, and answer calls until the input ends."""
+    context = ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
+    driver = Driver(out, context.address_info["gcs_address"])
+    driver.say(joined=context.address_info["gcs_address"])
+    tasks: set[asyncio.Task[None]] = set()
+    async for line in lines():
+        task = asyncio.create_task(driver.answer(line))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+
+def main() -> None:
+    # Ray writes to the standard output, which is for answers here.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    try:
+        asyncio.run(serve(out, sys.argv[1] if len(sys.argv) > 1 else None))
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

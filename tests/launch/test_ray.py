@@ -1,0 +1,248 @@
+"""Engines on a real Ray cluster: three Ray nodes of this machine, each with an address of its own.
+
+They run where Ray is installed: `make test-ray`.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from millrace import Fleet, open_fleet
+from millrace.errors import ConfigError, LaunchError, NoEngineError
+from millrace.launch.base import Need
+from millrace.launch.ray_cluster.launcher import RayLauncher, open_ray
+from millrace.types import GenerateRequest, SamplingParams
+from tests.launch.processes import alive, processes_with
+
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+pytestmark = pytest.mark.filterwarnings("default")
+REQUEST = GenerateRequest((5, 6, 7), SamplingParams(max_new_tokens=4, temperature=0.0))
+HOSTS = ("127.0.0.2", "127.0.0.3")
+
+
+class RayCluster:
+    """A head without CPUs, and a node with two CPUs and two GPUs (by name only) at each of HOSTS."""
+
+    def __init__(self) -> None:
+        self.cluster = cluster_utils.Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
+        self.address: str = self.cluster.address
+        self.nodes = [self.add(host) for host in HOSTS]
+
+    def add(self, host: str, **resources: int) -> Any:
+        return self.cluster.add_node(node_ip_address=host, **{"num_cpus": 2, "num_gpus": 2, **resources})
+
+    def config(self, **settings: object) -> dict[str, object]:
+        return {"kind": "embedded", "launch": "ray", "cluster": self.address, "threads": 1, **settings}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    made = RayCluster()
+    yield made
+    made.cluster.shutdown()
+
+
+@asynccontextmanager
+async def joined(cluster: RayCluster) -> AsyncIterator[RayLauncher]:
+    async with open_ray(cluster.address) as launcher:
+        yield launcher
+
+
+async def until(condition: Callable[[], bool], what: str, deadline: float = 60.0) -> None:
+    try:
+        async with asyncio.timeout(deadline):
+            while not condition():
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        pytest.fail(f"{what} within {deadline:.0f} s")
+
+
+def engine_hosts(fleet: Fleet) -> list[str]:
+    return sorted(one.engine.url.split("/")[2].rpartition(":")[0] for one in fleet.replicas.by_name.values())
+
+
+def served(model: Path) -> str:
+    """What the command line of an engine with this model has, and that of its guard."""
+    return f"millrace.engines.embedded --model {model}"
+
+
+async def shows(log: Path, text: str) -> None:
+    await until(lambda: log.exists() and text in log.read_text(), f"{log} shows {text!r}")
+
+
+async def test_replicas_are_spread_serve_and_take_weights_across_hosts(
+    cluster: RayCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    async with open_fleet(cluster.config(replicas=2), tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
+        assert engine_hosts(fleet) == list(HOSTS)
+        before = await fleet.generate(REQUEST, deadline=60)
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        report = await fleet.publish(lambda: list(model.named_parameters()))
+        after = await fleet.generate(REQUEST, deadline=60)
+        assert len(after.output_ids) == 4
+        assert before.version_spans[-1].version == 0
+        assert after.version_spans[-1].version == report.version
+    assert not processes_with(served(tiny_model)), "the engines run on"
+
+
+async def test_an_engine_whose_server_or_actor_dies_is_restarted(
+    cluster: RayCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    async with open_fleet(cluster.config(), tiny_model, log_dir=tmp_path, restarts=3) as fleet:
+        for victim in (served(tiny_model), "ray::NodeActor"):
+            old = fleet.replicas.by_name["embedded-0"]
+            (pid,) = processes_with(victim, without="guard.py")
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda old=old: fleet.replicas.by_name["embedded-0"] is not old, f"{victim} is restarted", 120)  # type: ignore[misc]
+            assert (await fleet.generate(REQUEST, deadline=60)).output_ids
+            assert not alive(pid)
+            await until(lambda: len(processes_with(served(tiny_model), without="guard.py")) == 1, "the old one ends")
+    assert not processes_with(served(tiny_model))
+
+
+async def test_why_a_server_ended_comes_back_with_the_end_of_its_log(cluster: RayCluster, tmp_path: Path) -> None:
+    async with joined(cluster) as launcher:
+        (place,) = await launcher.reserve("broken", Need(0, 1), 1, deadline=30)
+        code = "print('no such model'); raise SystemExit(5)"
+        server = await place.start("broken", [place.python, "-c", code], tmp_path / "broken.log", env={}, leftovers=())
+        async with asyncio.timeout(30):
+            await server.wait()
+        assert not server.running
+        assert server.describe_end() == f"broken ended with status 5 (on {place.host})"
+        assert server.log_tail().endswith("  no such model")
+        await server.end()
+        await launcher.release([place])
+
+
+async def test_ray_assigns_the_gpus_and_packs_the_nodes_of_an_engine(cluster: RayCluster, tmp_path: Path) -> None:
+    show = "import os; print('GPUs', os.environ['CUDA_VISIBLE_DEVICES'])"
+    async with joined(cluster) as launcher:
+        places = [*await launcher.reserve("two", Need(1, 1), 2, deadline=30)]
+        assert places[0].host == places[1].host
+        assert sorted(place.gpus or "" for place in places) == ["0", "1"]
+        others = await launcher.reserve("other", Need(2, 1), 1, deadline=30)
+        assert others[0].host != places[0].host
+        assert others[0].gpus == "0,1"
+        await others[0].start("other", [sys.executable, "-c", show], tmp_path / "log", env={}, leftovers=())
+        await shows(tmp_path / "log", "GPUs 0,1")
+        await launcher.release(places)
+        await launcher.release(places)  # as when an engine is ended twice
+        again = await launcher.reserve("again", Need(2, 1), 1, deadline=30)
+        assert again[0].host == places[0].host
+
+
+async def test_a_lack_of_resources_says_what_was_asked_and_what_there_is(
+    cluster: RayCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Also to the second of two owners, whose clusters are the same."""
+    wanted = r"^embedded-0 asks Ray for 1 x \(0 GPUs and 2 CPUs\), and did not get it within 3 s; the cluster at "
+    async with open_fleet(cluster.config(replicas=2), tiny_model, log_dir=tmp_path) as fleet:
+        with pytest.raises(LaunchError, match=wanted + r".* 3 hosts with 4 GPUs, 4 of them free and 4 CPUs, 2 of them"):
+            async with open_fleet(cluster.config(threads=2, start_timeout=3.0), tiny_model, log_dir=tmp_path / "b"):
+                pass
+        assert (await fleet.generate(REQUEST, deadline=60)).output_ids
+    async with joined(cluster) as launcher:
+        with pytest.raises(LaunchError, match=r"^big asks Ray for 2 x \(3 GPUs and 1 CPU\), and did not get it within"):
+            await launcher.reserve("big", Need(3, 1), 2, deadline=2)
+
+
+async def test_a_host_without_the_engines_environment_is_named(
+    cluster: RayCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    home = {"MILLRACE_HOME": str(tmp_path / "home")}
+    settings = cluster.config(kind="sglang", device="cpu", env=home)
+    says = r"sglang 0.5.23 \(cpu\) is not installed in .*home.*; run: millrace engines install sglang"
+    with pytest.raises(LaunchError, match=says):
+        async with open_fleet(settings, tiny_model, log_dir=tmp_path):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "says"),
+    [
+        ("127.0.0.1:1", LaunchError, "^no Ray cluster answers at 127.0.0.1:1; start it with: ray start --head"),
+        ("ray://127.0.0.1:10001", ConfigError, "is not a host:port of Ray's head node"),
+        ("nonsense", ConfigError, "is not a host:port of Ray's head node"),
+    ],
+)
+async def test_an_address_without_a_cluster_is_one_line(address: str, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        async with open_ray(address):
+            pass
+
+
+OWNER = """
+    import asyncio, sys
+    from millrace import open_fleet
+
+    async def main():
+        config = {"kind": "embedded", "launch": "ray", "cluster": sys.argv[1], "replicas": 2, "threads": 1}
+        async with open_fleet(config, sys.argv[2], log_dir=sys.argv[3]):
+            print("up", flush=True)
+            await asyncio.sleep(600)
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+async def test_nothing_is_left_when_the_owner_ends(
+    cluster: RayCluster, tiny_model: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(OWNER), cluster.address, str(tiny_model), str(tmp_path)]
+    with (tmp_path / "owner").open("wb") as errors:
+        owner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)  # noqa: ASYNC220 # it returns at once
+    try:
+        assert owner.stdout is not None
+        assert await asyncio.to_thread(owner.stdout.readline) == "up\n", (tmp_path / "owner").read_text()
+        assert len(processes_with(served(tiny_model), without="guard.py")) == 2
+        owner.send_signal(signum)
+        await until(lambda: owner.poll() is not None, "the owner ends")
+        for left in (served(tiny_model), "ray::NodeActor", "ray_cluster.driver"):
+            await until(lambda left=left: not processes_with(left), f"no {left} is left")  # type: ignore[misc]
+    finally:
+        owner.kill()
+        owner.communicate()
+    async with joined(cluster) as launcher:  # and Ray has everything back
+        await launcher.release(await launcher.reserve("all", Need(2, 2), 2, deadline=30))
+
+
+@pytest.mark.slow
+async def test_a_stock_engine_runs_on_the_cluster(cluster: RayCluster, tiny_model: Path, tmp_path: Path) -> None:
+    settings = cluster.config(kind="sglang", device="cpu", start_timeout=240.0)
+    async with open_fleet(settings, tiny_model, log_dir=tmp_path) as fleet:
+        assert engine_hosts(fleet)[0] in HOSTS
+        assert len((await fleet.generate(REQUEST, deadline=60)).output_ids) == 4
+    await until(lambda: not processes_with("sglang"), "SGLang ends")
+
+
+async def test_a_cluster_that_goes_away_is_one_line_and_ends_the_engines(tiny_model: Path, tmp_path: Path) -> None:
+    own = RayCluster()
+    try:
+        async with open_fleet(own.config(), tiny_model, log_dir=tmp_path) as fleet:
+            await asyncio.to_thread(own.cluster.shutdown)
+            await until(lambda: not fleet.replicas.snapshot.usable, "the engine is dead", 120)
+            (state,) = fleet.replicas.snapshot.replicas
+            assert "embedded-0 ended with its Ray actor" in str(state) or "is gone" in str(state)
+            with pytest.raises(NoEngineError):
+                await fleet.generate(REQUEST, deadline=60)
+            await until(lambda: not processes_with(served(tiny_model)), "the server ends")
+    finally:
+        own.cluster.shutdown()
