@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from millrace.config import EmbeddedEngineConfig
-from millrace.config.engines import SGLangEngineConfig
+from millrace.config.engines import EngineArgument, SGLangEngineConfig, VLLMEngineConfig
 from millrace.config.models import TinyModelConfig
 from millrace.engines.base import Engine
+from millrace.engines.vllm.adapter import VLLMEngine
+from millrace.engines.vllm.metrics import read_metrics
 from millrace.fleet.follower import follow_fleet
 from millrace.fleet.local import open_fleet
 from millrace.train.tiny import make_tiny_model
@@ -32,7 +34,7 @@ PROMPT = 64  # tokens
 MOST = 512  # output tokens
 MODEL = TinyModelConfig(kind="tiny", hidden_size=64, heads=2, context_length=2048)
 END, VOCAB = 5, 200
-CACHE = 8192  # tokens; SGLang's, the embedded engine has a slot of the whole context for each running request
+CACHE = 8192  # tokens; the embedded engine has a slot of the whole context for each of 64 requests instead
 # Of SGLang's own admission, 1.0 by default. With that, it reserves so much of a cache of this size that it keeps most
 # samples in its own queue, whatever the limit is.
 CONSERVATIVE = 0.3
@@ -41,12 +43,12 @@ DEADLINE = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """waits: seconds of each sample before it was sent to the engine."""
+    """waited: the mean of the seconds before a sample was sent to the engine."""
 
     seconds: float
     tokens: int
     retractions: int
-    waits: list[float]
+    waited: float
 
 
 def samples(seed: int, count: int) -> list[tuple[GenerateRequest, RoutingContext]]:
@@ -62,17 +64,20 @@ def samples(seed: int, count: int) -> list[tuple[GenerateRequest, RoutingContext
     return made
 
 
-def result(started: float, made: list[Generation], waits: list[float]) -> Result:
-    def retractions(one: Generation) -> int:
-        count = one.extra.get("num_retractions", 0)
-        return count if isinstance(count, int) else 0
+async def preempted(engine: Engine) -> int:
+    """Return how often vLLM has preempted a request so far. Other engines count that in their answers."""
+    if not isinstance(engine, VLLMEngine):
+        return 0
+    return int(read_metrics(await engine._ask("/metrics"))["num_preemptions_total"])
 
-    tokens, retracted = sum(len(one.output_ids) for one in made), sum(map(retractions, made))
-    return Result(time.monotonic() - started, tokens, retracted, waits)
+
+def retractions(made: list[Generation]) -> int:
+    counts = [one.extra.get("num_retractions", 0) for one in made]
+    return sum(count for count in counts if isinstance(count, int))
 
 
 async def fixed(engine: Engine, limit: int, seed: int, count: int) -> Result:
-    free, started, waits = asyncio.Semaphore(limit), time.monotonic(), list[float]()
+    free, before, started, waits = asyncio.Semaphore(limit), await preempted(engine), time.monotonic(), list[float]()
 
     async def ask(request: GenerateRequest) -> Generation:
         async with free:
@@ -80,56 +85,62 @@ async def fixed(engine: Engine, limit: int, seed: int, count: int) -> Result:
             return await engine.generate(request, deadline=DEADLINE)
 
     made = await asyncio.gather(*(ask(request) for request, _ in samples(seed, count)))
-    return result(started, list(made), waits)
+    seconds, retracted = time.monotonic() - started, retractions(made) + await preempted(engine) - before
+    return Result(seconds, sum(len(one.output_ids) for one in made), retracted, statistics.mean(waits))
 
 
-async def headroom(url: str, key: str, seed: int, count: int) -> Result:
+async def headroom(engine: Engine, url: str, key: str, seed: int, count: int) -> Result:
     async with follow_fleet(url, key, seed=0) as fleet:
-        started = time.monotonic()
+        before, started = await preempted(engine), time.monotonic()
         asked = samples(seed, count)
         made = await asyncio.gather(*(fleet.generate(one, deadline=DEADLINE, routing=where) for one, where in asked))
+        seconds, retracted = time.monotonic() - started, retractions(made) + await preempted(engine) - before
         waits = fleet.event_log.metrics.waits
-        return result(started, list(made), [waits.seconds / waits.count])
+        return Result(seconds, sum(len(one.output_ids) for one in made), retracted, waits.seconds / waits.count)
+
+
+def engine_config(kind: str) -> EmbeddedEngineConfig | SGLangEngineConfig | VLLMEngineConfig:
+    match kind:
+        case "sglang":
+            arguments: dict[str, EngineArgument] = {"schedule_conservativeness": CONSERVATIVE}
+            return SGLangEngineConfig(
+                kind="sglang", device="cpu", threads=1, max_total_tokens=CACHE, engine_args=arguments
+            )
+        case "vllm":
+            size = CACHE * 2 * MODEL.layers * MODEL.hidden_size * 4  # bytes
+            return VLLMEngineConfig(
+                kind="vllm", device="cpu", threads=1, kv_cache_memory_bytes=size, engine_args={"block_size": 32}
+            )
+    return EmbeddedEngineConfig(kind="embedded", threads=1, context_length=PROMPT + MOST)
 
 
 async def compare(kind: str, count: int, repeats: int) -> None:
     results: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory() as place:
         make_tiny_model(MODEL, 0, model := Path(place) / "model")
-        config: EmbeddedEngineConfig | SGLangEngineConfig
-        if kind == "sglang":
-            config = SGLangEngineConfig(
-                kind="sglang",
-                device="cpu",
-                threads=1,
-                max_total_tokens=CACHE,
-                engine_args={"schedule_conservativeness": CONSERVATIVE},
-            )
-        else:
-            config = EmbeddedEngineConfig(kind="embedded", threads=1, context_length=PROMPT + MOST)
-        async with open_fleet(config, model, log_dir=Path(place)) as fleet, fleet.share() as shared:
+        async with open_fleet(engine_config(kind), model, log_dir=Path(place)) as fleet, fleet.share() as shared:
             [engine] = fleet.engines.values()
             await fixed(engine, 32, -1, 32)  # warms the engine up
             for seed in range(repeats):
                 for limit in LIMITS:
                     results.setdefault(str(limit), []).append(await fixed(engine, limit, seed, count))
-                results.setdefault("headroom", []).append(await headroom(shared.url, shared.key, seed, count))
+                results.setdefault("headroom", []).append(await headroom(engine, shared.url, shared.key, seed, count))
     ours = statistics.median(one.seconds for one in results["headroom"])
     print(f"{kind}, {count} samples, medians of {repeats}")
     for name, rounds in results.items():
         seconds = statistics.median(one.seconds for one in rounds)
         rate = statistics.median(one.tokens / one.seconds for one in rounds)
-        waited = statistics.median(statistics.mean(one.waits) for one in rounds)
-        retractions = [one.retractions for one in rounds]
+        waited = statistics.median(one.waited for one in rounds)
+        retracted = [one.retractions for one in rounds]
         print(
             f"{name:<9} {seconds:6.1f} s ({seconds / ours:.2f} of headroom), {rate:6.0f} tokens/s, "
-            f"retractions {retractions}, a sample waited {waited:5.1f} s"
+            f"retractions {retracted}, a sample waited {waited:5.1f} s"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=("embedded", "sglang"), default="embedded")
+    parser.add_argument("--engine", choices=("embedded", "sglang", "vllm"), default="embedded")
     parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()

@@ -148,8 +148,10 @@ async def compare(engines: int, steps: int, repeats: int) -> None:
             publisher = Publisher(fleet, model)
             for _ in range(repeats):
                 floors.append(await floor(publisher, steps))
+                print(f"floor: {floors[-1]:.1f} s", flush=True)
                 for name, policy in POLICIES.items():
                     results[name].append(await run(publisher, policy, steps))
+                    print(f"{name}: {results[name][-1]}", flush=True)
     print(f"{steps} steps of {GROUPS} groups of {SAMPLES}, {engines} embedded engines, medians of {repeats}")
     print(f"floor: the engines' work alone {statistics.median(floors):.1f} s; training {steps * TRAINING:.1f} s")
     larger = max(statistics.median(floors), steps * TRAINING)

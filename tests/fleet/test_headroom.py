@@ -156,22 +156,37 @@ def test_the_forecast_is_as_good_as_the_best_constant(capacity: int) -> None:
 def test_a_report_corrects_what_running_requests_hold() -> None:
     flights = [flight(key=i) for i in range(4)]
     alike = dict.fromkeys(range(4), 1)
-    found = compared(flights, alike, load(4, used=4 * 150), asked=1.0, now=1.0, speed=20.0)
-    assert found == Correction(more=30.0, until=1.0)
-    assert flights[0].held(1.0, 20.0, more=found.more) == Held(150.0, 50.0, LIMIT)
+    found = compared(flights, alike, load(4, used=4 * 150), asked=1.0, on_engine=4, now=1.0, speed=20.0)
+    assert found == Correction(more=30.0)
+    assert flights[0].held(1.0, 20.0, more=found.more) == Held(150.0, 20.0, LIMIT)
+    unknown = compared(flights, alike, load(4, used=4 * 150), asked=1.0, on_engine=4, now=1.0, speed=None)
+    assert flights[0].held(1.0, None, more=unknown.more) == Held(150.0, 50.0, LIMIT)
+
+
+def test_a_report_of_less_is_a_shared_part_of_the_prompts() -> None:
+    flights = [flight(key=i) for i in range(4)]
+    found = compared(
+        flights, dict.fromkeys(range(4), 1), load(4, used=4 * 50), asked=1.0, on_engine=4, now=1.0, speed=10.0
+    )
+    assert flights[0].held(1.0, 10.0, more=found.more) == Held(50.0, 10.0, LIMIT)
 
 
 def test_a_report_with_other_clients_requests_gives_them_the_rest() -> None:
     flights = [flight(key=i) for i in range(2)]
-    found = compared(flights, {0: 1, 1: 1}, load(4, 1, used=800), asked=1.0, now=1.0, speed=100.0)
+    found = compared(flights, {0: 1, 1: 1}, load(4, 1, used=800), asked=1.0, on_engine=2, now=1.0, speed=100.0)
     assert found.others == 3
     assert found.tokens == pytest.approx((800 - 400) / 3)
 
 
 def test_requests_sent_after_the_question_do_not_count() -> None:
     flights = [flight(key=0), flight(key=1, sent=2.0)]
-    found = compared(flights, {0: 1, 1: 1}, load(1, used=150), asked=1.0, now=2.0, speed=0.0)
-    assert found == Correction(more=50.0, until=1.0)
+    found = compared(flights, {0: 1, 1: 1}, load(1, used=150), asked=1.0, on_engine=1, now=2.0, speed=0.0)
+    assert found == Correction(more=50.0)
+
+
+def test_requests_that_ended_during_a_report_are_not_other_clients() -> None:
+    found = compared([flight(key=0)], {0: 1}, load(3, used=300), asked=1.0, on_engine=3, now=2.0, speed=0.0)
+    assert found.others == 0
 
 
 def test_a_shared_prompt_is_held_once_and_stays() -> None:

@@ -14,13 +14,14 @@ from operator import attrgetter
 from millrace.engines.start import Replica
 from millrace.errors import EngineError, EngineTimeout, NoEngineError
 from millrace.fleet.event_log import EventLog
-from millrace.fleet.headroom import Correction, Flight, Forecast, Held, OutputLengths, compared, most_requests
+from millrace.fleet.headroom import Correction, Flight, Forecast, Held, OutputLengths, Survival, compared, most_requests
 from millrace.fleet.replicas import ReplicaSet
 from millrace.fleet.routing import Choice, RoutingPolicy, admissible
 from millrace.types import EngineLoad, FinishReason, GenerateRequest, Generation, RoutingContext
 
 REPORT_SECONDS = 0.5  # between two reports of an engine's load, while requests run or wait
 REPORT_DEADLINE = 2.0  # seconds for one report
+SURVIVAL_SECONDS = 0.25  # for which the shares of longer outputs are used again: they change slowly
 TIMED = 64  # newest finished requests of an engine that give its speed
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,15 @@ class _Room:
     correction: Correction = field(default_factory=Correction)
     timed: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=TIMED))
     forecast: Forecast | None = None  # None: it must be computed again
+    refused: Flight | None = None  # did not fit, and the forecast has not become better since
+    survival: Survival | None = None
+    survival_at: float = 0.0  # when it was computed (time.monotonic)
 
     @property
-    def speed(self) -> float:
-        """The output tokens per second of one request; 0 if none has finished."""
-        return sum(made for made, _ in self.timed) / max(sum(seconds for _, seconds in self.timed), 1e-6)
+    def speed(self) -> float | None:
+        """The output tokens per second of one request; None if none has finished."""
+        seconds = sum(seconds for _, seconds in self.timed)
+        return sum(made for made, _ in self.timed) / seconds if seconds else None
 
     @property
     def capacity(self) -> int | None:
@@ -63,15 +68,13 @@ class _Room:
     def held(self, now: float) -> list[Held]:
         """Return what all requests on the engine hold, those of other clients included."""
         fix, speed = self.correction, self.speed
-        own = [
-            one.held(now, speed, self.alike[one.key], fix.more if one.sent < fix.until else 0.0)
-            for one in self.places.values()
-        ]
+        own = [one.held(now, speed, self.alike[one.key], fix.more) for one in self.places.values()]
         return own + [Held(fix.tokens, 0.0, self.most)] * fix.others
 
     def candidate(self, flight: Flight) -> Held:
         """Return what a request would hold at its start. A prompt that is there already takes no room."""
-        return replace(flight, prompt=0 if self.alike[flight.key] else flight.prompt).held(flight.sent, 0.0)
+        prompt = 0 if self.alike[flight.key] else flight.prompt
+        return replace(flight, prompt=prompt).held(flight.sent, 0.0, more=self.correction.more)
 
     def fits(self, flight: Flight, lengths: OutputLengths) -> bool:
         """Return whether there is room for a request. An engine without requests has room for any."""
@@ -85,21 +88,37 @@ class _Room:
             return True
         if not others and self.worst + flight.worst <= capacity:
             return True
+        last, shared = self.refused, bool(self.alike[flight.key])
+        if last is not None and not shared and last.prompt <= flight.prompt and last.most <= flight.most:
+            return False
         if flight.before + flight.most > self.most:
-            self.most, self.forecast = flight.before + flight.most, None
-        return self.forecasted(capacity, lengths).admits(self.candidate(flight))
+            self.most = flight.before + flight.most
+            self.change()
+        fits = self.forecasted(capacity, lengths).admits(self.candidate(flight))
+        if not fits and not shared:
+            self.refused = flight
+        return fits
 
     def forecasted(self, capacity: int, lengths: OutputLengths) -> Forecast:
         """Return the forecast of what its requests will hold."""
         if self.forecast is None:
-            running = self.held(time.monotonic())
-            self.forecast = Forecast(capacity, lengths.survival(running, self.most), self.most, running)
+            now = time.monotonic()
+            running = self.held(now)
+            if self.survival is None or now - self.survival_at > SURVIVAL_SECONDS:
+                self.survival, self.survival_at = lengths.survival(running, self.most), now
+            self.forecast = Forecast(capacity, self.survival, self.most, running)
         return self.forecast
+
+    def change(self) -> None:
+        """Record that there may be more room than the forecast says, or less."""
+        self.forecast = self.refused = None
 
     def add(self, place: Place) -> None:
         """Count a request that was sent."""
         flight = place.flight
-        self.most = max(self.most, flight.before + flight.most)
+        if flight.before + flight.most > self.most:
+            self.most = flight.before + flight.most
+            self.change()
         if self.forecast is not None:
             self.forecast.add(self.candidate(flight))
         self.places[place] = flight
@@ -111,7 +130,7 @@ class _Room:
         flight = self.places.pop(place)
         self.alike -= Counter([flight.key])
         self.worst -= flight.worst
-        self.forecast = None
+        self.change()
         if not self.places and not self.correction.others:
             self.load, self.correction = None, Correction()  # it has no queue any more
         if made is not None:
@@ -119,7 +138,8 @@ class _Room:
 
     async def report(self) -> None:
         """Read the engine's load. Without an answer, the last one counts."""
-        asked = self.read = time.monotonic()
+        asked, on_engine = time.monotonic(), len(self.places)
+        self.read = asked
         try:
             async with asyncio.timeout(REPORT_DEADLINE):
                 load = await self.replica.engine.loads()
@@ -127,8 +147,11 @@ class _Room:
             logger.debug("admission continues without a report of the load: %s", error)
             return
         now, flights = time.monotonic(), list(self.places.values())
-        self.correction = compared(flights, self.alike, load, asked=asked, now=now, speed=self.speed)
-        self.load, self.forecast = load, None
+        self.correction = compared(
+            flights, self.alike, load, asked=asked, on_engine=on_engine, now=now, speed=self.speed
+        )
+        self.load = load
+        self.change()
 
 
 @dataclass(slots=True, eq=False)
@@ -207,9 +230,9 @@ class Admission:
 
     def leave(self, place: Place, made: Generation | None) -> None:
         """End a request's stay on its engine. made: its result; None if it failed."""
-        flight, room = place.flight, self._rooms[place.engine]
+        flight, room = place.flight, self._rooms.get(place.engine)
         self.outstanding[place.engine] -= place.size
-        if place in room.places:  # otherwise the engine was started again
+        if room is not None and place in room.places:  # otherwise the engine was started again
             room.drop(place, made)
         if made is not None and not flight.certain:
             self._lengths.add(flight.before + len(made.output_ids), ended=made.finish_reason is FinishReason.STOP)
@@ -301,6 +324,7 @@ class Admission:
                     await self._replicas.changed.wait()
             old = time.monotonic() - REPORT_SECONDS
             routable = self._replicas.snapshot.routable
+            self._rooms = {name: room for name, room in self._rooms.items() if name in routable or room.places}
             rooms = [room for name, room in self._rooms.items() if name in routable and room.read < old]
             await asyncio.gather(*(room.report() for room in rooms))
             self._admit()

@@ -20,7 +20,7 @@ REMEMBERED = 512  # finished requests whose lengths count
 UNKNOWN = 4  # lengths spread evenly up to the limit count as seen, so that few finished requests do not decide alone
 CAUTION = 2.0  # standard deviations above the mean that must fit, too
 USABLE = 0.97  # of a KV cache: engines keep some tokens for the next step, and count in blocks
-MOMENTS = 48  # at which the future is computed; their distances grow, as does what is uncertain
+MOMENTS = 32  # at which the future is computed; their distances grow, as does what is uncertain
 SPARE = 2, 1 / 8  # requests that may wait on an engine so that it never starves: at least so many, or this share
 
 FloatArray = NDArray[np.float64]
@@ -148,15 +148,18 @@ class Flight:
         """The tokens that it holds at its end if it makes the most that it may."""
         return self.prompt + self.most
 
-    def held(self, now: float, speed: float, alike: int = 1, more: float = 0.0) -> Held:
+    def held(self, now: float, speed: float | None, alike: int = 1, more: float = 0.0) -> Held:
         """Return what it holds now.
 
-        speed: its output tokens per second. alike: the running requests with its prompt, which engines keep once. more:
-        tokens by which it differs from that; a lack is one of its prompt, since engines also share parts of prompts.
+        speed: its output tokens per second; None if it is not known, and `more` is then what it has made. alike: the
+        running requests with its prompt, which engines keep once. more: tokens by which it differs: the rest of a
+        block, or less of its prompt, because engines also share parts of prompts.
         """
-        made = min(max(speed * (now - self.sent) + max(more, 0.0), 0.0), max(self.most - 1.0, 0.0))
+        made = max(more, 0.0) if speed is None else speed * (now - self.sent)
+        made = min(made, max(self.most - 1.0, 0.0))
+        extra = 0.0 if speed is None else max(more, 0.0)
         prompt = max(self.prompt / alike + min(more, 0.0), 0.0)
-        tokens, stays = (made, prompt) if alike > 1 else (prompt + made, 0.0)
+        tokens, stays = (made + extra, prompt) if alike > 1 else (made + extra + prompt, 0.0)
         return Held(tokens, made + self.before, self.most + self.before, self.certain, stays)
 
 
@@ -164,12 +167,10 @@ class Flight:
 class Correction:
     """What an engine's report adds to the estimate of this process.
 
-    more: tokens by which each request that runs differs. until: it is for requests that were sent before. others: the
-    requests of other clients. tokens: of one of these.
+    more: tokens by which each request differs. others: the requests of other clients. tokens: of one of these.
     """
 
     more: float = 0.0
-    until: float = 0.0
     others: int = 0
     tokens: float = 0.0
 
@@ -180,22 +181,24 @@ def compared(
     load: EngineLoad,
     *,
     asked: float,
+    on_engine: int,
     now: float,
-    speed: float,
+    speed: float | None,
 ) -> Correction:
     """Compare an engine's report with the requests of this process that are on it, in the order in which they came.
 
-    alike: running requests with the same prompt, by its key. asked: when the report was asked for. What differs in
-    tokens belongs to the other clients' requests if there are any, and otherwise to this process's requests that run.
+    alike: running requests with the same prompt, by its key. asked: when the report was asked for. on_engine: how many
+    requests of this process were there then. What differs in tokens belongs to the other clients' requests if there are
+    any, and otherwise to this process's requests that run.
     """
     sent = [one for one in flights if one.sent < asked]
-    others = max(load.running_requests + load.waiting_requests - len(flights), 0)
+    others = max(load.running_requests + load.waiting_requests - max(len(flights), on_engine), 0)
     running = sent[: load.running_requests]
     held = [one.held(now, speed, alike[one.key]) for one in running]
     rest = load.used_tokens - sum(one.tokens + one.stays for one in held)
     if others:
         return Correction(others=others, tokens=max(rest, 0.0) / others)
-    return Correction(more=rest / len(running), until=asked) if running else Correction()
+    return Correction(more=rest / len(running)) if running else Correction()
 
 
 def most_requests(max_running: int | None, load: EngineLoad | None) -> float:
