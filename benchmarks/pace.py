@@ -8,9 +8,12 @@ the training step, since training would not use the engines' hardware. A publish
 
 - barrier: a step starts its groups, waits for all of them, trains, and publishes (on-policy);
 - over-sampling: a step starts half as many groups more, takes the first complete, and gives up the rest (on-policy);
-- pace: engines go on generating while the trainer trains, at most one version ahead (`max_staleness` 1).
+- recycled: a step starts twice as many groups, takes the first complete, and interrupts the rest, which continue in the
+  next step with the tokens that they have (the engines generate nothing while the trainer trains);
+- pace 1, 2, 4, 8: engines go on generating while the trainer trains, at most so many versions ahead (`max_staleness`).
 
-The floor is the engines' work alone: all samples of all steps at once, without a trainer.
+The floor is the larger of two times: the engines' work alone (all samples of all steps at once, without a trainer), and
+the training alone.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from millrace.fleet.local import open_fleet
 from millrace.rollout.buffer import RolloutBuffer, StalenessPolicy
 from millrace.rollout.sample import Episode, EpisodeEnd, Problem, Sample, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler
-from millrace.types import GenerateRequest, RoutingContext, SamplingParams
+from millrace.types import GenerateRequest, MemoryTag, RoutingContext, SamplingParams
 
 GROUPS, SAMPLES = 8, 4
 PROMPT = 64  # tokens
@@ -42,7 +45,8 @@ PROBLEMS = [Problem.of_question(str(i), str(i), str(i)) for i in range(1024)]
 POLICIES = {
     "barrier": StalenessPolicy(GROUPS, SAMPLES),
     "over-sampling": StalenessPolicy(GROUPS, SAMPLES, extra=GROUPS // 2),
-    "pace": StalenessPolicy(GROUPS, SAMPLES, max_staleness=1, ahead=1),
+    "recycled": StalenessPolicy(GROUPS, SAMPLES, max_staleness=4, extra=GROUPS),
+    **{f"pace {n}": StalenessPolicy(GROUPS, SAMPLES, max_staleness=n, ahead=n) for n in (1, 2, 4, 8)},
 }
 
 
@@ -57,7 +61,8 @@ class LongTail:
         prompt = tuple(random.Random(group_id).randrange(VOCAB) for _ in range(PROMPT))
         length = min(1024, max(16, int(draw.lognormvariate(4.2, 0.9))))
         request = GenerateRequest(prompt, SamplingParams(length, ignore_eos=True), request_id=sample_id)
-        made = await self.fleet.generate(request, deadline=600.0, routing=RoutingContext(sample_id, group_id))
+        routing = RoutingContext(sample_id, group_id)
+        made = await self.fleet.generate(request, deadline=600.0, routing=routing, retries=1)
         tokens = prompt + made.output_ids
         episode = Episode(
             tokens,
@@ -81,6 +86,7 @@ class Result:
     tokens: int
     waited: float
     staleness: float
+    most_stale: int
 
 
 class Publisher:
@@ -100,7 +106,7 @@ async def run(publisher: Publisher, policy: StalenessPolicy, steps: int) -> Resu
     runner, tokens, waited, lags = LongTail(publisher.fleet), 0, 0.0, list[int]()
     started = time.monotonic()
     async with RolloutScheduler(runner, SAMPLES) as scheduler:
-        buffer = RolloutBuffer(scheduler, PROBLEMS, policy, seed=0, position=0, version=publisher.version)
+        buffer = RolloutBuffer(scheduler, PROBLEMS, policy, seed=0, position=0, version=publisher.version, steps=steps)
         for _ in range(steps):
             asked = time.monotonic()
             taken = await buffer.take(publisher.version, lambda _: None)
@@ -111,12 +117,16 @@ async def run(publisher: Publisher, policy: StalenessPolicy, steps: int) -> Resu
                 assert sample.oldest_version is not None
                 tokens += int(sample.episode.loss_mask.sum())
                 lags.append(publisher.version - sample.oldest_version)
+            if interrupted := policy.max_staleness > policy.ahead:
+                await publisher.fleet.sleep(frozenset({MemoryTag.KV_CACHE}), interrupt=True)
             await asyncio.sleep(TRAINING)  # stands for the training step
             await publisher.publish()
+            if interrupted:
+                await publisher.fleet.wake()
             if policy.ahead:
                 buffer.top_up(publisher.version)
         seconds = time.monotonic() - started
-    return Result(seconds, tokens, waited, statistics.mean(lags))
+    return Result(seconds, tokens, waited, statistics.mean(lags), max(lags))
 
 
 async def floor(publisher: Publisher, steps: int) -> float:
@@ -133,24 +143,29 @@ async def compare(engines: int, steps: int, repeats: int) -> None:
     floors = []
     with tempfile.TemporaryDirectory() as place:
         make_model(model := Path(place) / "model")
-        config = EmbeddedEngineConfig(kind="embedded", replicas=engines, threads=1)
+        config = EmbeddedEngineConfig(kind="embedded", replicas=engines, threads=1, context_length=PROMPT + 1024)
         async with open_fleet(config, model, log_dir=Path(place)) as fleet:
             publisher = Publisher(fleet, model)
             for _ in range(repeats):
                 floors.append(await floor(publisher, steps))
+                print(f"floor: {floors[-1]:.1f} s", flush=True)
                 for name, policy in POLICIES.items():
                     results[name].append(await run(publisher, policy, steps))
+                    print(f"{name}: {results[name][-1]}", flush=True)
     print(f"{steps} steps of {GROUPS} groups of {SAMPLES}, {engines} embedded engines, medians of {repeats}")
     print(f"floor: the engines' work alone {statistics.median(floors):.1f} s; training {steps * TRAINING:.1f} s")
-    best = statistics.median(result.seconds for result in results["pace"])
+    larger = max(statistics.median(floors), steps * TRAINING)
+    barrier = statistics.median(result.seconds for result in results["barrier"])
     for name, rounds in results.items():
         seconds = statistics.median(one.seconds for one in rounds)
         rate = statistics.median(one.tokens / one.seconds for one in rounds)
         waited = statistics.median(one.waited for one in rounds)
         lag = statistics.mean(one.staleness for one in rounds)
+        longest = max(one.most_stale for one in rounds)
         print(
-            f"{name:<14} {seconds:6.1f} s ({seconds / best:.2f} of pace), the trainer waited {waited:5.1f} s, "
-            f"{rate:6.0f} trained tokens/s, staleness {lag:.2f}"
+            f"{name:<14} {seconds:6.1f} s ({seconds / larger:.2f} of the floor, the barrier is {barrier / seconds:.2f} "
+            f"times as slow), the trainer waited {waited:5.1f} s, "
+            f"{rate:6.0f} trained tokens/s, staleness {lag:.2f}, at most {longest}"
         )
 
 

@@ -443,6 +443,19 @@ class Fleet:
         return self._wrapped.outstanding
 
     @property
+    def waiting(self) -> int:
+        """The requests of this process that wait for room on an engine."""
+        return self._wrapped.waiting
+
+    @property
+    def headroom(self) -> Mapping[str, int | None]:
+        """By engine, the tokens of its KV cache that stay free at the fullest moment of its requests (docs/routing.md).
+
+        None if the engine does not report the size of its cache.
+        """
+        return self._wrapped.headroom
+
+    @property
     def asleep(self) -> bool:
         """Whether memory of the engines is released, so that they do not generate."""
         return self._wrapped.asleep
@@ -546,7 +559,7 @@ class Fleet:
 
         A request that fails does not end the others: its Completion has the error. Closing the generator aborts the
         requests that still run. `requests` may be a generator of any length. It is read in the event loop, and only as
-        fast as completions are taken: at most twice as many requests are sent as the engines run at once.
+        fast as completions are taken: at most twice as many requests are under way as the engines run at once.
 
         With n > 1, the samples of a request have the ids ID-0, ID-1 and so on, and share a routing group
         (docs/routing.md). If the request has a seed, sample 0 keeps it and each other sample gets one that is derived
@@ -932,6 +945,19 @@ class Follower:
         return self._wrapped.outstanding
 
     @property
+    def waiting(self) -> int:
+        """The requests of this process that wait for room on an engine."""
+        return self._wrapped.waiting
+
+    @property
+    def headroom(self) -> Mapping[str, int | None]:
+        """By engine, the tokens of its KV cache that stay free at the fullest moment of its requests (docs/routing.md).
+
+        None if the engine does not report the size of its cache.
+        """
+        return self._wrapped.headroom
+
+    @property
     def asleep(self) -> bool:
         """Whether memory of the engines is released, so that they do not generate."""
         return self._wrapped.asleep
@@ -1035,7 +1061,7 @@ class Follower:
 
         A request that fails does not end the others: its Completion has the error. Closing the generator aborts the
         requests that still run. `requests` may be a generator of any length. It is read in the event loop, and only as
-        fast as completions are taken: at most twice as many requests are sent as the engines run at once.
+        fast as completions are taken: at most twice as many requests are under way as the engines run at once.
 
         With n > 1, the samples of a request have the ids ID-0, ID-1 and so on, and share a routing group
         (docs/routing.md). If the request has a seed, sample 0 keeps it and each other sample gets one that is derived

@@ -316,6 +316,7 @@ class EngineInfo:
     dtype: str | None = None  # torch's name of the compute dtype, as in `bfloat16`; None if it is not reported
     unusual_dtypes: Mapping[str, str] | None = None  # of weights that differ from `dtype`; None if not reported
     max_running: int | None = None  # requests that run at once; None if it is not reported
+    cache_tokens: int | None = None  # tokens that fit into its KV cache; None if it is not reported
     quantisation: Quantisation | None = None  # how its layers should be quantised; None if nothing asks for it
     gpus: tuple[str, ...] = ()  # of each rank, in their order, as in the host's CUDA_VISIBLE_DEVICES; empty: unknown
 

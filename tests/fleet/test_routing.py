@@ -248,3 +248,18 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(router._homes) == 4
     assert len(router._blocks) == 6
     assert router.choose(snapshot, Counter({"e0": 9}), asked(), RoutingContext("19")) is not None
+
+
+def test_a_session_waits_for_its_engine_and_others_go_where_there_is_room() -> None:
+    router, both = RoutingPolicy(), replicas(2)
+    outstanding = Counter({"e0": 100, "e1": 100})
+    turn = RoutingContext(session="s")
+    first = router.choose(both, outstanding, asked(), turn)
+    assert first is not None
+    assert router.home(turn) == first.engine
+    other = ({"e0", "e1"} - {first.engine}).pop()
+    assert router.choose(both, outstanding, asked(), turn, among={other}) is None
+    assert router.choose(both, outstanding, asked(), among={other}) == Choice(other, Why.LEAST_LOADED)
+    outstanding[first.engine] = 1000
+    assert router.choose(both, outstanding, asked(), turn, among={other}) == Choice(other, Why.SPILL)
+    assert router.choose(both, outstanding, asked(), turn, among=set()) is None

@@ -58,6 +58,23 @@ def ids(taken: list[RolloutBatch]) -> Counter[str]:
     return Counter(sample.sample_id for one in taken for sample in one.all_samples)
 
 
+@given(policies, st.integers(0, 9), st.integers(1, 4))
+@settings(deadline=None)
+def test_no_group_is_started_that_no_step_takes(policy: StalenessPolicy, seed: int, count: int) -> None:
+    async def steps() -> None:
+        runner = Drawn(seed, failing=0.0)
+        async with RolloutScheduler(runner, policy.samples_per_group) as scheduler:
+            buffer = RolloutBuffer(scheduler, PROBLEMS, policy, seed=0, position=0, version=0, steps=count)
+            for version in range(count):
+                runner.version = version
+                one = await buffer.take(version, lambda _: None)
+                buffer.give_up_old(version + 1)
+                assert len(one.groups) == policy.groups_per_step
+            assert scheduler.in_flight <= policy.extra
+
+    asyncio.run(steps())
+
+
 @given(policies, st.integers(0, 9), st.integers(0, 20))
 @settings(deadline=None)
 def test_every_step_is_full_fresh_and_new(policy: StalenessPolicy, seed: int, position: int) -> None:

@@ -144,6 +144,7 @@ async def test_the_counts_match_what_was_done(shown: Shown) -> None:
     assert over_engines("millrace_cached_tokens_total") == sum(g.cached_tokens for g in made)
     assert over_engines("millrace_output_tokens_total") == 6 * 4
     assert over_engines("millrace_request_seconds_count") == 6
+    assert since("millrace_wait_seconds_count") == 8
     assert over_engines("millrace_request_seconds_bucket", "+Inf") == 6
 
 
@@ -159,6 +160,8 @@ async def test_engines_are_shown_with_their_versions_and_their_own_metrics(shown
     for name, state in zip(shown.fleet.engines, shown.fleet.snapshot.replicas, strict=True):
         assert metrics["millrace_engine_running_requests", name] == 1
         assert metrics["millrace_engine_outstanding_tokens", name] == len(PROMPT) + 150
+        room = metrics["millrace_engine_max_tokens", name]
+        assert 0.9 * room - len(PROMPT) - 150 < metrics["millrace_engine_headroom_tokens", name] < room - 150
         assert metrics["millrace_engine_weight_version", name] == state.version
         assert metrics["millrace_engine_version_lag", name] == 0
         assert metrics["millrace_engine_routable", name] == 1

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Literal, overload
 from millrace import arguments
 from millrace.engines.base import Engine
 from millrace.errors import ArgumentError, EngineFailed, EngineUnreachable, MillraceError, NoEngineError
+from millrace.fleet.admission import Admission
 from millrace.fleet.attempts import Attempts, generate_whole, stream_whole
 from millrace.fleet.event_log import Asked, EventLog
 from millrace.fleet.labels import Label
@@ -35,7 +35,7 @@ class FleetClient(ABC):
         self.event_log = event_log
         self.replicas = replicas
         self._router = RoutingPolicy(seed)
-        self._outstanding: Counter[str] = Counter()
+        self._admission = Admission(replicas, self._router, event_log)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.replicas.counts()}>"
@@ -78,7 +78,20 @@ class FleetClient(ABC):
     @property
     def outstanding(self) -> Mapping[str, int]:
         """The tokens of this process's running requests (prompts, and room for output), by engine."""
-        return {name: self._outstanding[name] for name in self.replicas.by_name}
+        return {name: self._admission.outstanding[name] for name in self.replicas.by_name}
+
+    @property
+    def waiting(self) -> int:
+        """The requests of this process that wait for room on an engine."""
+        return self._admission.waiting
+
+    @property
+    def headroom(self) -> Mapping[str, int | None]:
+        """By engine, the tokens of its KV cache that stay free at the fullest moment of its requests (docs/routing.md).
+
+        None if the engine does not report the size of its cache.
+        """
+        return {name: self._admission.headroom(name) for name in self.replicas.by_name}
 
     @property
     def asleep(self) -> bool:
@@ -224,7 +237,7 @@ class FleetClient(ABC):
 
         A request that fails does not end the others: its Completion has the error. Closing the generator aborts the
         requests that still run. `requests` may be a generator of any length. It is read in the event loop, and only as
-        fast as completions are taken: at most twice as many requests are sent as the engines run at once.
+        fast as completions are taken: at most twice as many requests are under way as the engines run at once.
 
         With n > 1, the samples of a request have the ids ID-0, ID-1 and so on, and share a routing group
         (docs/routing.md). If the request has a seed, sample 0 keeps it and each other sample gets one that is derived
@@ -343,13 +356,12 @@ class FleetClient(ABC):
         """Choose an engine for the request. In the block, the request counts as running there."""
         end = time.monotonic() + deadline
         with self.event_log.waiting():
-            name = await self._route(request, routing, deadline)
+            place = await self._admission.enter(request, routing, deadline)
+        name, asked = place.engine, Asked(place.engine)
         state, own = self.snapshot.get(name), "lora_path" in request.extra
         lora = None if own else state.lora
         if lora is not None:
             request = replace(request, extra={**request.extra, "lora_path": lora})
-        tokens = len(request.input_ids) + request.sampling.max_new_tokens
-        self._outstanding[name] += tokens
         try:
             with self.event_log.request(name) as asked, self._using(name, lora, request.request_id):
                 engine = self.replicas.by_name[name].engine
@@ -359,21 +371,12 @@ class FleetClient(ABC):
             await self.replicas.suspect(name, error)
             raise
         finally:
-            self._outstanding[name] -= tokens
-            if not self._outstanding[name]:
+            self._admission.leave(place, asked.made)
+            if not self._admission.outstanding[name]:
                 await self.replicas.notify()
 
-    async def _route(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> str:
-        """Wait for an engine that may serve the request, and return the name of the chosen one."""
-        wanted = routing.describe()
-        await self.replicas.until(lambda: bool(admissible(self.snapshot, routing)), deadline, wanted)
-        choice = self._router.choose(self.snapshot, self._outstanding, request, routing)
-        assert choice is not None
-        self.event_log.routed(choice.why)
-        return choice.engine
-
     def _most_at_once(self) -> int:
-        """Return how many requests `generate_many` sends: twice as many as the engines run, so that some wait there."""
+        """Return how many requests of `generate_many` run or wait: twice as many as the engines run at once."""
         running = [replica.info.max_running or ASSUMED_RUNNING for replica in self.replicas.by_name.values()]
         return 2 * max(sum(running), 1)
 

@@ -108,6 +108,7 @@ class Metrics:
 
     requests: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
     request_spans: dict[str, Spans] = field(default_factory=dict)  # of those that finished
+    waits: Spans = field(default_factory=Spans)  # of requests for room on an engine
     prompt_tokens: Counter[str] = field(default_factory=Counter)
     cached_tokens: Counter[str] = field(default_factory=Counter)  # of the prompts
     output_tokens: Counter[str] = field(default_factory=Counter)
@@ -261,6 +262,10 @@ class EventLog:
     def routed(self, why: Why) -> None:
         """Record the reason for which an engine was chosen."""
         self.metrics.routed[why] += 1
+
+    def waited(self, seconds: float) -> None:
+        """Record how long a request waited for room on an engine."""
+        self.metrics.waits.add(seconds)
 
     def retried(self, engine: str | None, *, attempt: int, continued: bool) -> None:
         """Record that a request or a sample is tried again after `engine` failed. `continued`: its tokens were kept."""

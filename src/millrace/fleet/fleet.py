@@ -119,6 +119,7 @@ class Fleet(FleetClient):
         finally:
             fleet.replicas.closed = True
             await fleet._lifecycle.close()
+            await fleet._admission.close()
             fleet._feeds.close()
             await fleet._versions.close()
             await asyncio.gather(*(replica.end() for replica in fleet.replicas.by_name.values()))
@@ -528,4 +529,4 @@ class _Observer:
 
     def is_idle(self, name: str) -> bool:
         router = self._fleet.external_router
-        return not (self._fleet._outstanding[name] or (router is not None and router.uses(name)))
+        return not (self._fleet.outstanding.get(name) or (router is not None and router.uses(name)))

@@ -244,7 +244,12 @@ async def follow_fleet(
         except EngineError as error:
             raise not_owner(url, error) from error
         following = asyncio.create_task(followed.follow())
-        yield Follower(followed, url, event_log if event_log is not None else EventLog(), seed)
+        follower = Follower(followed, url, event_log if event_log is not None else EventLog(), seed)
+        try:
+            yield follower
+        finally:
+            followed.closed = True
+            await follower._admission.close()
     finally:
         followed.closed = True
         if following is not None:

@@ -8,7 +8,7 @@ cache events say what it has computed; for an engine that sends no events, the p
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -72,24 +72,36 @@ class RoutingPolicy:
         outstanding: Mapping[str, int],
         request: GenerateRequest,
         routing: RoutingContext = ANYWHERE,
+        *,
+        among: Set[str] | None = None,
     ) -> Choice | None:
-        """Return the engine for the request, or None if no engine may serve it.
+        """Return the engine for the request, or None if no engine may serve it or it should wait for its session's.
 
-        `outstanding`: by engine, the tokens of its running requests (prompts, and room for output).
+        `outstanding`: by engine, the tokens of its running requests (prompts, and room for output). `among`: the
+        engines that have room; by default all have.
         """
         engines = admissible(snapshot, routing)
-        if not engines:
+        free = engines.keys() if among is None else engines.keys() & among
+        if not free:
             return None
         need = len(request.input_ids) + request.sampling.max_new_tokens
-        least = min(map(outstanding.__getitem__, engines))
+        least = min(map(outstanding.__getitem__, free))
         blocks: list[int] = []
         why = Why.LEAST_LOADED
         for affinity, engine in self._affine(request, routing, engines, outstanding, blocks):
             if outstanding[engine] + need <= SPILL * (least + need):
-                return self._noted(Choice(engine, affinity), routing, self._unreported(engines[engine], blocks))
+                if engine in free:
+                    return self._noted(Choice(engine, affinity), routing, self._unreported(engines[engine], blocks))
+                if affinity is Why.SESSION:
+                    return None
             why = Why.SPILL
-        idlest = min((engine for engine in engines if outstanding[engine] == least), key=self._rank)
+        idlest = min((engine for engine in free if outstanding[engine] == least), key=self._rank)
         return self._noted(Choice(idlest, why), routing, self._unreported(engines[idlest], blocks))
+
+    def home(self, routing: RoutingContext) -> str | None:
+        """Return the engine that has the tokens of the request's session; None if none has."""
+        home = None if routing.session is None else self._homes.get((Why.SESSION, routing.session))
+        return home.engine if home is not None and home.life == self._lives.get(home.engine, 0) else None
 
     def forget(self, engine: str) -> None:
         """Record that the engine lost its KV cache: its weights changed, it fell asleep, or it ended."""

@@ -55,7 +55,8 @@ class RolloutBuffer:
     """Starts groups on a scheduler and collects those of each training step.
 
     problems: repeated without end, in an order that depends on `seed`. position: where in this order to start. version:
-    the weight version that the trainer has published last. prefix: of the group ids.
+    the weight version that the trainer has published last. prefix: of the group ids. steps: how many steps will take
+    groups; none are started that only later steps would take.
 
     >>> async with RolloutScheduler(runner, policy.samples_per_group) as scheduler:
     ...     buffer = RolloutBuffer(scheduler, problems, policy, seed=0, position=0, version=1)
@@ -72,11 +73,13 @@ class RolloutBuffer:
         position: int,
         version: int,
         prefix: str = "",
+        steps: int | None = None,
     ) -> None:
         self._scheduler, self._problems, self._policy = scheduler, problems, policy
         self._seed, self._prefix = seed, prefix
         self._position = position
         self._first_version = version
+        self._steps = steps
         self._started = 0  # groups, without those that were replaced by others
 
     @property
@@ -111,8 +114,10 @@ class RolloutBuffer:
     def top_up(self, version: int) -> None:
         """Start as many groups as the staleness policy allows for a trainer at `version`."""
         policy = self._policy
-        allowed = admissible_groups(version, self._first_version, policy.groups_per_step, policy.ahead) + policy.extra
-        count = allowed - self._started
+        allowed = admissible_groups(version, self._first_version, policy.groups_per_step, policy.ahead)
+        if self._steps is not None:
+            allowed = min(allowed, self._steps * policy.groups_per_step)
+        count = allowed + policy.extra - self._started
         if count <= 0:
             return
         problems = problems_at(self._problems, self._seed, self._position, count)

@@ -14,7 +14,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from millrace.fleet.event_log import REQUEST_BOUNDS, Metrics
+from millrace.fleet.event_log import REQUEST_BOUNDS, Metrics, Spans
 from millrace.fleet.replica_state import Phase
 from millrace.fleet.routing import Why
 from millrace.serve.view import EngineView, FleetView
@@ -60,6 +60,13 @@ def _engines(view: FleetView) -> Iterator[Metric]:
         "Prompt tokens and maximum output tokens of the requests in flight.",
         lambda e: e.outstanding_tokens,
     )
+    yield of_each(
+        "millrace_engine_headroom_tokens",
+        "Tokens of its KV cache that stay free at the fullest moment of its requests, as forecast.",
+        lambda e: e.headroom_tokens,
+    )
+    waiting = "Requests of this process that wait for room on an engine."
+    yield _gauge("millrace_waiting_requests", waiting, [], [([], float(view.waiting))])
     yield of_loads("millrace_engine_running_requests", "Requests that it runs.", lambda x: x.running_requests)
     yield of_loads("millrace_engine_waiting_requests", "Requests in its queue.", lambda x: x.waiting_requests)
     yield of_loads("millrace_engine_used_tokens", "Tokens in its KV cache.", lambda x: x.used_tokens)
@@ -91,10 +98,12 @@ def _requests(metrics: Metrics) -> Iterator[Metric]:
     )
     seconds = HistogramMetricFamily("millrace_request_seconds", "Duration of finished calls.", labels=["engine"])
     for engine, spans in metrics.request_spans.items():
-        bounds = [*map(str, REQUEST_BOUNDS), "+Inf"]
-        below = itertools.accumulate(spans.below)
-        seconds.add_metric([engine], [(b, float(n)) for b, n in zip(bounds, below, strict=True)], spans.seconds)
+        seconds.add_metric([engine], _buckets(spans), spans.seconds)
     yield seconds
+    waits = HistogramMetricFamily("millrace_wait_seconds", "Wait of sent requests for room on an engine.")
+    if metrics.waits.count:
+        waits.add_metric([], _buckets(metrics.waits), metrics.waits.seconds)
+    yield waits
     for name, help_text, counted in (
         ("millrace_prompt_tokens_total", "Prompt tokens of answered requests.", metrics.prompt_tokens),
         ("millrace_cached_tokens_total", "Of these, tokens found in the prefix cache.", metrics.cached_tokens),
@@ -141,6 +150,11 @@ def _weights(metrics: Metrics) -> Iterator[Metric]:
     lost = float(metrics.unwritten)
     help_text = "Events missing in events.jsonl because the disk was full."
     yield _counter("millrace_events_unwritten_total", help_text, [], [([], lost)])
+
+
+def _buckets(spans: Spans) -> list[tuple[str, float]]:
+    bounds = [*map(str, REQUEST_BOUNDS), "+Inf"]
+    return [(b, float(n)) for b, n in zip(bounds, itertools.accumulate(spans.below), strict=True)]
 
 
 def _outcome(sound: bool) -> str:

@@ -25,7 +25,8 @@ class EngineView:
     it is behind the newest. asleep: the parts of its memory that are released. reason: why it is in this state.
     outstanding_tokens: prompt tokens and maximum output tokens of the requests in flight. load: as the engine reports
     it; None if it did not answer, and `silence` says why. cache_hit_share: the share of all prompt tokens so far that
-    were in the prefix cache.
+    were in the prefix cache. headroom_tokens: of its KV cache, the tokens that stay free at the fullest moment of its
+    requests, as forecast (docs/routing.md).
     """
 
     name: str
@@ -42,19 +43,22 @@ class EngineView:
     silence: str | None
     cache_hit_share: float | None
     restarts: int
+    headroom_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FleetView:
     """The view of a fleet.
 
-    at: Unix time in seconds. engines: empty while they are being started. events: the newest come last.
+    at: Unix time in seconds. engines: empty while they are being started. events: the newest come last. waiting:
+    requests of this process that wait for room on an engine.
     """
 
     at: float
     newest_version: int | None
     engines: tuple[EngineView, ...]
     events: tuple[Entry, ...]
+    waiting: int = 0
 
 
 class Observer:
@@ -75,8 +79,14 @@ class Observer:
         answers = await self._ask()
         newest = self.event_log.metrics.newest
         # There is no await after the answers, so that the parts of the view belong to the same moment.
-        engines = [_view(state, fleet, self.event_log, answers) for fleet, state in self._states]
-        return FleetView(time.time(), newest, tuple(engines), tuple(self.event_log.newest)[-SHOWN_EVENTS:])
+        engines = [
+            _view(state, fleet, self.event_log, answers, headroom.get(state.name))
+            for fleet in self.fleets
+            for headroom in (fleet.headroom,)
+            for state in fleet.snapshot.replicas
+        ]
+        waiting = sum(fleet.waiting for fleet in self.fleets)
+        return FleetView(time.time(), newest, tuple(engines), tuple(self.event_log.newest)[-SHOWN_EVENTS:], waiting)
 
     @property
     def _states(self) -> list[tuple[Fleet, ReplicaState]]:
@@ -105,7 +115,11 @@ async def load_of(engine: Engine) -> EngineLoad | str:
 
 
 def _view(
-    state: ReplicaState, fleet: Fleet, event_log: EventLog, answers: Mapping[str, EngineLoad | str]
+    state: ReplicaState,
+    fleet: Fleet,
+    event_log: EventLog,
+    answers: Mapping[str, EngineLoad | str],
+    headroom: int | None,
 ) -> EngineView:
     answer = answers.get(state.name) if state.phase is not Phase.DEAD else None
     metrics = event_log.metrics
@@ -125,4 +139,5 @@ def _view(
         silence=answer if isinstance(answer, str) else None,
         cache_hit_share=metrics.cache_hit_share(state.name),
         restarts=metrics.restarts[state.name, True],
+        headroom_tokens=headroom if state.phase is not Phase.DEAD else None,
     )

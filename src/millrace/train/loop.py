@@ -120,6 +120,7 @@ class TrainingLoop:
                 position=self.progress.position,
                 version=self.progress.version,
                 prefix=self.ranks.prefix,
+                steps=self.config.train.steps - self.progress.step,
             )
             while self.progress.step < self.config.train.steps:
                 await self._step(buffer)

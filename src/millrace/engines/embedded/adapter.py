@@ -178,6 +178,7 @@ class EmbeddedEngine(HttpEngine):
                 unusual_dtypes=model["unusual_dtypes"],
                 capabilities=frozenset(Capability(c) for c in server["capabilities"]),
                 max_running=server["max_running_requests"],
+                cache_tokens=server["max_running_requests"] * model["context_length"],
             )
         except KeyError as error:
             raise EngineFailed(self.name, f"{self.url} is not an embedded engine: its answer has no {error}") from error

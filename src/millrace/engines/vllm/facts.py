@@ -111,6 +111,7 @@ def read_facts(
         dtype=str(config["model_config"]["dtype"]).removeprefix("torch."),
         quantisation=quantisation_of(quantization_option(config), model.quantization),
         max_running=config["scheduler_config"]["max_num_seqs"] * server.replicas,
+        cache_tokens=server.total_tokens or None,
     )
     stop_texts = Capability.STOP_TEXTS in info.capabilities
     image_token = model.image_token if Capability.IMAGES in info.capabilities else None
