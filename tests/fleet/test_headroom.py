@@ -157,10 +157,8 @@ def test_a_report_corrects_what_running_requests_hold() -> None:
     flights = [flight(key=i) for i in range(4)]
     alike = dict.fromkeys(range(4), 1)
     found = compared(flights, alike, load(4, used=4 * 150), asked=1.0, on_engine=4, now=1.0, speed=20.0)
-    assert found == Correction(more=30.0)
-    assert flights[0].held(1.0, 20.0, more=found.more) == Held(150.0, 20.0, LIMIT)
-    unknown = compared(flights, alike, load(4, used=4 * 150), asked=1.0, on_engine=4, now=1.0, speed=None)
-    assert flights[0].held(1.0, None, more=unknown.more) == Held(150.0, 50.0, LIMIT)
+    assert found == Correction(speed=50.0)
+    assert flights[0].held(1.0, 50.0) == Held(150.0, 50.0, LIMIT)
 
 
 def test_a_report_of_less_is_a_shared_part_of_the_prompts() -> None:
@@ -168,7 +166,7 @@ def test_a_report_of_less_is_a_shared_part_of_the_prompts() -> None:
     found = compared(
         flights, dict.fromkeys(range(4), 1), load(4, used=4 * 50), asked=1.0, on_engine=4, now=1.0, speed=10.0
     )
-    assert flights[0].held(1.0, 10.0, more=found.more) == Held(50.0, 10.0, LIMIT)
+    assert flights[0].held(1.0, 10.0, less=found.less) == Held(50.0, 10.0, LIMIT)
 
 
 def test_a_report_with_other_clients_requests_gives_them_the_rest() -> None:
@@ -181,7 +179,7 @@ def test_a_report_with_other_clients_requests_gives_them_the_rest() -> None:
 def test_requests_sent_after_the_question_do_not_count() -> None:
     flights = [flight(key=0), flight(key=1, sent=2.0)]
     found = compared(flights, {0: 1, 1: 1}, load(1, used=150), asked=1.0, on_engine=1, now=2.0, speed=0.0)
-    assert found == Correction(more=50.0)
+    assert found == Correction(speed=25.0)
 
 
 def test_requests_that_ended_during_a_report_are_not_other_clients() -> None:

@@ -55,10 +55,9 @@ class _Room:
     survival_at: float = 0.0  # when it was computed (time.monotonic)
 
     @property
-    def speed(self) -> float | None:
-        """The output tokens per second of one request; None if none has finished."""
-        seconds = sum(seconds for _, seconds in self.timed)
-        return sum(made for made, _ in self.timed) / seconds if seconds else None
+    def speed(self) -> float:
+        """The output tokens per second of one request by those that have finished; 0 if none has."""
+        return sum(made for made, _ in self.timed) / max(sum(seconds for _, seconds in self.timed), 1e-6)
 
     @property
     def capacity(self) -> int | None:
@@ -67,14 +66,15 @@ class _Room:
 
     def held(self, now: float) -> list[Held]:
         """Return what all requests on the engine hold, those of other clients included."""
-        fix, speed = self.correction, self.speed
-        own = [one.held(now, speed, self.alike[one.key], fix.more) for one in self.places.values()]
+        fix = self.correction
+        speed = self.speed if fix.speed is None else fix.speed
+        own = [one.held(now, speed, self.alike[one.key], fix.less) for one in self.places.values()]
         return own + [Held(fix.tokens, 0.0, self.most)] * fix.others
 
     def candidate(self, flight: Flight) -> Held:
         """Return what a request would hold at its start. A prompt that is there already takes no room."""
         prompt = 0 if self.alike[flight.key] else flight.prompt
-        return replace(flight, prompt=prompt).held(flight.sent, 0.0, more=self.correction.more)
+        return replace(flight, prompt=prompt).held(flight.sent, 0.0, less=self.correction.less)
 
     def fits(self, flight: Flight, lengths: OutputLengths) -> bool:
         """Return whether there is room for a request. An engine without requests has room for any."""

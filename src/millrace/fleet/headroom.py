@@ -148,18 +148,15 @@ class Flight:
         """The tokens that it holds at its end if it makes the most that it may."""
         return self.prompt + self.most
 
-    def held(self, now: float, speed: float | None, alike: int = 1, more: float = 0.0) -> Held:
+    def held(self, now: float, speed: float, alike: int = 1, less: float = 0.0) -> Held:
         """Return what it holds now.
 
-        speed: its output tokens per second; None if it is not known, and `more` is then what it has made. alike: the
-        running requests with its prompt, which engines keep once. more: tokens by which it differs: the rest of a
-        block, or less of its prompt, because engines also share parts of prompts.
+        speed: its output tokens per second. alike: the running requests with its prompt, which engines keep once. less:
+        tokens of its prompt that it does not hold, because engines also share parts of prompts.
         """
-        made = max(more, 0.0) if speed is None else speed * (now - self.sent)
-        made = min(made, max(self.most - 1.0, 0.0))
-        extra = 0.0 if speed is None else max(more, 0.0)
-        prompt = max(self.prompt / alike + min(more, 0.0), 0.0)
-        tokens, stays = (made + extra, prompt) if alike > 1 else (made + extra + prompt, 0.0)
+        made = min(speed * (now - self.sent), max(self.most - 1.0, 0.0))
+        prompt = max(self.prompt / alike - less, 0.0)
+        tokens, stays = (made, prompt) if alike > 1 else (made + prompt, 0.0)
         return Held(tokens, made + self.before, self.most + self.before, self.certain, stays)
 
 
@@ -167,10 +164,12 @@ class Flight:
 class Correction:
     """What an engine's report adds to the estimate of this process.
 
-    more: tokens by which each request differs. others: the requests of other clients. tokens: of one of these.
+    speed: output tokens per second of one request, if the finished ones show too few. less: tokens of its prompt that
+    each does not hold. others: the requests of other clients. tokens: of one of these.
     """
 
-    more: float = 0.0
+    speed: float | None = None
+    less: float = 0.0
     others: int = 0
     tokens: float = 0.0
 
@@ -183,7 +182,7 @@ def compared(
     asked: float,
     on_engine: int,
     now: float,
-    speed: float | None,
+    speed: float,
 ) -> Correction:
     """Compare an engine's report with the requests of this process that are on it, in the order in which they came.
 
@@ -198,7 +197,9 @@ def compared(
     rest = load.used_tokens - sum(one.tokens + one.stays for one in held)
     if others:
         return Correction(others=others, tokens=max(rest, 0.0) / others)
-    return Correction(more=rest / len(running)) if running else Correction()
+    if rest > 0 and (age := sum(now - one.sent for one in running)) > 0:
+        return Correction(speed=speed + rest / age)
+    return Correction(less=-rest / len(running)) if rest < 0 and running else Correction()
 
 
 def most_requests(max_running: int | None, load: EngineLoad | None) -> float:
