@@ -104,12 +104,22 @@ def engine_config(kind: str) -> EmbeddedEngineConfig | SGLangEngineConfig | VLLM
         case "sglang":
             arguments: dict[str, EngineArgument] = {"schedule_conservativeness": CONSERVATIVE}
             return SGLangEngineConfig(
-                kind="sglang", device="cpu", threads=1, max_total_tokens=CACHE, engine_args=arguments
+                kind="sglang",
+                device="cpu",
+                threads=1,
+                max_running_requests=max(LIMITS),
+                max_total_tokens=CACHE,
+                engine_args=arguments,
             )
         case "vllm":
             size = CACHE * 2 * MODEL.layers * MODEL.hidden_size * 4  # bytes
             return VLLMEngineConfig(
-                kind="vllm", device="cpu", threads=1, kv_cache_memory_bytes=size, engine_args={"block_size": 32}
+                kind="vllm",
+                device="cpu",
+                threads=1,
+                max_running_requests=max(LIMITS),
+                kv_cache_memory_bytes=size,
+                engine_args={"block_size": 32},
             )
     return EmbeddedEngineConfig(kind="embedded", threads=1, context_length=PROMPT + MOST)
 

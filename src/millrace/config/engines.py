@@ -25,6 +25,10 @@ class ReplicatedConfig(Model):
     ] = "auto"
     """Dtype of the engine's weights and computation. `auto` uses the dtype of the model's folder, except that SGLang
     and vLLM on a GPU serve a float32 folder in bfloat16."""
+    max_running_requests: Annotated[
+        PositiveInt, Flag("sglang", "--max-running-requests"), Flag("vllm", "--max-num-seqs")
+    ] = 64
+    """Requests that one server runs at the same time. Further requests wait in its queue."""
     threads: PositiveInt | None = None
     """Number of CPU threads that torch uses. None keeps torch's default."""
     host: Annotated[str, Flag("sglang", "--host", passed=False), Flag("vllm", "--host", passed=False)] = "127.0.0.1"
@@ -74,9 +78,6 @@ class EmbeddedEngineConfig(ReplicatedConfig):
 
     kind: Literal["embedded"]
     """Millrace's own engine."""
-    max_running_requests: PositiveInt = 64
-    """Requests that one server runs at the same time. Each has a part of the KV cache of its own, as long as the
-    context."""
     device: str = "cpu"
     """The torch device: `cpu`, `cuda` or `cuda:N`."""
     cached_prefixes: Annotated[int, Field(ge=0)] = 64
@@ -96,11 +97,6 @@ class StockEngineConfig(ReplicatedConfig):
 
     version: str
     """Version of the engine. It selects the environment that `millrace engines install` made."""
-    max_running_requests: Annotated[
-        PositiveInt | None, Flag("sglang", "--max-running-requests"), Flag("vllm", "--max-num-seqs")
-    ] = None
-    """The most requests that one server runs at the same time. None keeps the engine's own limit: how many run is then
-    decided by the room in its KV cache (docs/routing.md)."""
     device: Annotated[Literal["cuda", "cpu"], Flag("sglang", "--device")] = "cuda"
     """Device that the engine runs on."""
     python: LocalPath | None = None

@@ -159,7 +159,6 @@ def test_routed_experts_are_asked_for() -> None:
     [
         ({"max_running_requests": 300}, "300"),
         ({"max_running_requests": 2000}, "512"),
-        ({}, None),
         ({"max_running_requests": 300, "device": "cpu"}, None),
         ({"max_running_requests": 300, "engine_args": {"cuda_graph_max_bs_decode": 64}}, "64"),
         ({"max_running_requests": 300, "engine_args": {"disable_cuda_graph": True}}, None),

@@ -150,7 +150,7 @@ def defaults(config: SGLangEngineConfig) -> dict[str, EngineArgument]:
     by_device = {"cpu": CPU_DEFAULTS, "cuda": KV_EVENTS_DEFAULTS if config.kv_events else {}}
     left_open = {"custom_weight_loader": LOADER, **by_device[config.device]}
     graphs_set = any(name.startswith(("--cuda-graph", "--disable-cuda-graph")) for name in given(config))
-    if config.device == "cuda" and config.max_running_requests is not None and not graphs_set:
+    if config.device == "cuda" and not graphs_set:
         left_open["cuda_graph_max_bs_decode"] = min(config.max_running_requests, LARGEST_CUDA_GRAPH)
     if config.return_routed_experts and config.version in MIXED_UP_EXPERTS:
         left_open["disable_overlap_schedule"] = True
