@@ -10,6 +10,7 @@ joined the cluster. The actors belong to this process: Ray ends them when it end
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from millrace.errors import LaunchError
+from millrace.launch import guard
 from millrace.launch.process import END_DEADLINE
 from millrace.launch.ray_cluster.actor import NodeActor
 
@@ -197,7 +199,9 @@ async def lines() -> AsyncIterator[bytes]:
 
 async def serve(out: BinaryIO, address: str | None) -> None:
     """Join the cluster, or start one, and answer calls until the input ends."""
+    guard.prctl(guard.PR_SET_PDEATHSIG, signal.SIGKILL)  # the input is not read while Ray looks for its cluster
     context = ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
+    guard.prctl(guard.PR_SET_PDEATHSIG, 0)
     driver = Driver(out, context.address_info["gcs_address"])
     driver.say(joined=context.address_info["gcs_address"])
     tasks: set[asyncio.Task[None]] = set()

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -17,10 +18,11 @@ from millrace.launch.base import Need, Place
 from millrace.launch.ports import is_here, joined, listens, parted
 from millrace.launch.process import END_DEADLINE
 
-JOIN_DEADLINE = 120.0  # seconds to join a cluster, or to start Ray on this host
+JOIN_DEADLINE = 60.0  # seconds to join a cluster, or to start Ray on this host
 CALL_DEADLINE = 150.0  # seconds for a call that has no deadline of its own; the first one waits for the actor's process
 END_SECONDS = 30.0  # for Ray's own end, if it was started here
 MOST_BYTES = 2**24  # in a line of the driver
+OF_A_LOG = re.compile(r"^\[[^]]*\] \S+:\d+: ")  # how a line of Ray's own log begins
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,10 @@ class RayLauncher:
             async with asyncio.timeout(JOIN_DEADLINE):
                 await self._joined.wait()
         except TimeoutError:
-            raise LaunchError(f"Ray could not be joined or started within {JOIN_DEADLINE:.0f} s") from None
+            raise LaunchError(
+                f"Ray could not be joined or started within {JOIN_DEADLINE:.0f} s{self._last_words()}; if no cluster "
+                "runs on this host, `ray stop` makes Ray forget the last one"
+            ) from None
         if self._gone is not None:
             raise LaunchError(self._gone)
 
@@ -191,7 +196,7 @@ class RayLauncher:
         """Return the last line that the driver wrote about an error."""
         self._errors.seek(0)
         lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return f": {lines[-1].strip()[:300]}" if lines else ""
+        return f": {OF_A_LOG.sub('', lines[-1]).strip()[:300]}" if lines else ""
 
 
 class RayPlace:
