@@ -17,7 +17,7 @@ from millrace.types import GenerateRequest, Generation, SamplingParams
 
 async def main(model: str, logs: str, host: str, files: int, requests: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    config = EmbeddedEngineConfig(kind="embedded", threads=1, host=host)
+    config = EmbeddedEngineConfig(kind="embedded", threads=1, host=host, max_running_requests=2 * files)
     async with open_fleet(config, Path(model), log_dir=Path(logs)) as fleet:
         sampling = SamplingParams(4, ignore_eos=True)
         asked = (

@@ -80,7 +80,7 @@ def read_facts(
         ranks=server["tp_size"] * server["pp_size"],
         dtype=DTYPES.get(server["dtype"]),
         quantisation=quantisation_of(server["quantization"], model.quantization),
-        cache_tokens=server["max_total_num_tokens"] * server["dp_size"],
+        cache_tokens=server.get("max_total_num_tokens", 0) * server["dp_size"] or None,
         max_running=sum(rank.get(RUNNING, 0) for rank in server.get("internal_states", ())) or None,
     )
     seeds = bool(server["enable_deterministic_inference"])
