@@ -10,18 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from millrace.config import EmbeddedEngineConfig
-from millrace.config.models import TransportName
 from millrace.engines.start import ADMIN_KEY, API_KEY
 from millrace.engines.stock.launching import all_healthy
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.http import HttpClient
-from millrace.launch.ports import listens
-from millrace.weights.sidecar.server import SIDECAR_KEY
 from tests.fleet.test_fleet import expected, greedy, tensors
 from tests.hosts.network import Host, network, why_no_hosts
 
-PORT, SIDECAR_PORT = 8000, 8400
+PORT = 8000
 BUCKET = 64 * 1024  # bytes; the tiny model takes several buckets
 DEADLINE = 12.0  # of a publish in which a host is lost
 REQUESTS, TOKENS = 16, 200
@@ -39,7 +36,6 @@ def hosts() -> Iterator[list[Host]]:
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(API_KEY, "data")
     monkeypatch.setenv(ADMIN_KEY, "control")
-    monkeypatch.setenv(SIDECAR_KEY, "sidecar")
 
 
 @pytest.fixture
@@ -48,17 +44,15 @@ def model(tiny_model: Path) -> PreTrainedModel:
 
 
 async def start_engine(host: Host, model: Path, logs: Path) -> str:
-    """Start an engine on a host, and a sidecar beside it. Return the engine's URL."""
+    """Start an engine on a host. Return its URL."""
     keys = {"MILLRACE_API_KEY": "data", "MILLRACE_ADMIN_API_KEY": "control", "OMP_NUM_THREADS": "1"}
     place = ["--host", host.address, "--port", str(PORT)]
     log = logs / f"{host.address}.log"
     host.python("millrace.engines.embedded", "--model", str(model), *place, log=log, environment=keys)
-    sidecar = ["sidecar", "--host", host.address, "--port", str(SIDECAR_PORT)]
-    host.python("millrace", *sidecar, log=logs / f"{host.address}-sidecar.log")
     url = f"http://{host.address}:{PORT}"
     client = HttpClient(host.address, url)
     async with asyncio.timeout(120):
-        while not (await listens(host.address, SIDECAR_PORT) and await all_healthy([client])):
+        while not await all_healthy([client]):
             await asyncio.sleep(0.05)
     await client.close()
     return url
@@ -78,18 +72,14 @@ async def until_serving(fleet: Fleet, count: int) -> None:
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.parametrize("transport", ["gloo", pytest.param("ucx", marks=pytest.mark.slow)])
 async def test_a_host_is_cut_off_in_the_middle_of_a_publish_and_comes_back(
-    transport: TransportName, hosts: list[Host], tiny_model: Path, model: PreTrainedModel, tmp_path: Path
+    hosts: list[Host], tiny_model: Path, model: PreTrainedModel, tmp_path: Path
 ) -> None:
     """The other host has the version, no request is lost or answered twice, and the first one catches up."""
     urls = await asyncio.gather(*(start_engine(host, tiny_model, tmp_path) for host in hosts))
     config = EmbeddedEngineConfig(kind="embedded", urls=tuple(urls), replicas=2)
-    sidecars = [f"http://{host.address}:{SIDECAR_PORT}" for host in hosts] if transport == "ucx" else []
     here, away = "embedded-0", "embedded-1"
-    async with open_fleet(
-        config, tiny_model, log_dir=tmp_path, transport=transport, sidecars=sidecars, restarts=8
-    ) as fleet:
+    async with open_fleet(config, tiny_model, log_dir=tmp_path, transport="gloo", restarts=8) as fleet:
         await fleet.publish(tensors(model, 1.0), bucket_bytes=BUCKET)
         requests = [greedy(f"r{number}", TOKENS) for number in range(REQUESTS)]
         asked = asyncio.create_task(fleet.generate_all(requests, deadline=300, retries=3))
