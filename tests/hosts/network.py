@@ -6,7 +6,6 @@ be pulled and put back. It takes root and iproute2.
 
 import itertools
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,14 +71,10 @@ class Host:
         """Put the cable back."""
         command("ip", "link", "set", self.cable, "up")
 
-    def crash(self) -> None:
-        """End all processes at once."""
-        os.kill(self.pid, signal.SIGKILL)
-
 
 @contextmanager
 def network(count: int) -> Iterator[list[Host]]:
-    """Yield so many hosts. `trainer_address` of one of them is the address of this process in their network.
+    """Yield so many hosts.
 
     Raises OSError or CalledProcessError if they can't be made.
     """
@@ -91,11 +86,6 @@ def network(count: int) -> Iterator[list[Host]]:
         command("ip", "address", "add", f"10.213.{number}.1/24", "dev", bridge)
         command("ip", "link", "set", bridge, "up")
         yield [stack.enter_context(_host(number, index, bridge)) for index in range(count)]
-
-
-def trainer_address(host: Host) -> str:
-    """Return the address at which a host reaches this process."""
-    return host.address.rpartition(".")[0] + ".1"
 
 
 @contextmanager
