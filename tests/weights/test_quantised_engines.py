@@ -107,6 +107,16 @@ async def publish_with_wrong_scales(target: PublishTarget, folder: Path, model: 
         await transport.close()
 
 
+async def check_vllm(
+    make: Callable[[Path, int], PreTrainedModel], form: str, held: LayerForm, error: float, python: Path, place: Path
+) -> None:
+    """Starts vLLM from a folder in this form, and does `check_both`. make: makes a model in a folder, from a seed."""
+    first, second = (make(place / str(seed), seed) for seed in range(2))
+    folder = save_quantised(place / "1", place / "quantised", form)
+    async with open_fleet(vllm(python), folder, log_dir=place / "logs") as fleet:
+        await check_both(fleet, first, second, held, error)
+
+
 async def check_both(
     fleet: Fleet, first: PreTrainedModel, second: PreTrainedModel, held: LayerForm, error: float
 ) -> None:
@@ -176,10 +186,7 @@ async def test_sglang_quantises_by_itself(sglang_python: Callable[[str], Path], 
 async def test_vllm_gets_quantised_weights(
     form: str, held: LayerForm, error: float, vllm_python: Path, tmp_path: Path
 ) -> None:
-    first, second = (make_dense_folder(tmp_path / str(seed), seed) for seed in range(2))
-    folder = save_quantised(tmp_path / "1", tmp_path / "quantised", form)
-    async with open_fleet(vllm(vllm_python), folder, log_dir=tmp_path / "logs") as fleet:
-        await check_both(fleet, first, second, held, error)
+    await check_vllm(make_dense_folder, form, held, error, vllm_python, tmp_path)
 
 
 @pytest.mark.slow
@@ -195,10 +202,7 @@ async def test_vllm_gets_quantised_experts(
     form: str, held: LayerForm, error: float, vllm_python: Path, tmp_path: Path
 ) -> None:
     """Its kernels for experts in the other forms need a CPU with AMX."""
-    first, second = (make_moe(tmp_path / str(seed), seed) for seed in range(2))
-    folder = save_quantised(tmp_path / "1", tmp_path / "quantised", form)
-    async with open_fleet(vllm(vllm_python), folder, log_dir=tmp_path / "logs") as fleet:
-        await check_both(fleet, first, second, held, error)
+    await check_vllm(make_moe, form, held, error, vllm_python, tmp_path)
 
 
 @pytest.mark.slow

@@ -302,7 +302,7 @@ class Admission:
         return place
 
     def _room(self, name: str) -> _Room:
-        """Return what is known of an engine. It begins anew when the engine was started again."""
+        """Return what this process knows of an engine. A restarted engine gets a new, empty record."""
         replica, room = self._replicas.by_name[name], self._rooms.get(name)
         if room is None or room.replica is not replica:
             room = self._rooms[name] = _Room(replica)

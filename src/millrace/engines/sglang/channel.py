@@ -1,8 +1,9 @@
 """A channel to the weight loader of a server on this host, for the many orders of one publish.
 
 An order by HTTP takes a few milliseconds on its way through SGLang's processes. So the first order of a publish also
-names a Unix socket. The loader of each rank connects to it, and takes the orders that follow from there, until the
-channel ends. SGLang does nothing else meanwhile, so a channel that nobody uses ends after IDLE_SECONDS.
+names a Unix socket. The loader of each rank connects to it, and takes the later orders from there, until the channel
+ends. While a channel is open, SGLang does nothing else. So this process closes a channel that has had no order for
+IDLE_SECONDS.
 """
 
 import asyncio
