@@ -1,14 +1,6 @@
 """Ports of servers that tests start."""
 
 import asyncio
-import socket
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 async def listens(port: int) -> bool:

@@ -14,7 +14,7 @@ from millrace.config.engines import EmbeddedEngineConfig, SGLangEngineConfig
 from millrace.errors import ConfigError, LaunchError
 from millrace.launch import guard
 from millrace.launch.base import Launcher, Need, Place
-from millrace.launch.local import free_block
+from millrace.launch.ports import free_block
 from millrace.launch.process import Server, ServerProcess
 from millrace.types import GenerateRequest, SamplingParams
 
@@ -146,8 +146,10 @@ async def test_the_launcher_of_the_docs_pins_each_engine_to_a_core(
     )
     (tmp_path / "pinned.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
+    others = children("millrace.engines.embedded")  # those of other tests, which are kept
     async with open_fleet(config(replicas=2, launch="pinned:cores"), tiny_model, log_dir=tmp_path):
-        cores = [os.sched_getaffinity(pid) for pid in children("millrace.engines.embedded")]
+        started = set(children("millrace.engines.embedded")).difference(others)
+        cores = [os.sched_getaffinity(pid) for pid in started]
     assert sorted(cores, key=min) == [{0}, {1}]
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from millrace.errors import LaunchError
-from millrace.launch.ports import free_port, require_free
 from millrace.launch.process import ServerProcess
 
 # A server with a child and a grandchild that ignore SIGTERM and left its session. It writes their ids to a file.
@@ -173,17 +172,6 @@ async def test_a_program_that_is_not_there_is_a_clear_error(tmp_path: Path) -> N
     process = await ServerProcess.start("ghost", ["/no/such/program"], tmp_path / "log")
     await process.wait()
     assert "could not be started" in process.log_tail()
-
-
-def test_ports_are_the_kernels_and_a_taken_one_is_refused() -> None:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(LaunchError, match=f"port {port} of 127.0.0.1 can't be used"):
-            require_free("127.0.0.1", port)
-        assert free_port("127.0.0.1") != port
-    require_free("127.0.0.1", port)
 
 
 LITTERING = textwrap.dedent("""

@@ -14,11 +14,12 @@ import pytest
 
 from millrace.config.tasks import McpConfig, ToolConfig
 from millrace.errors import ConfigError
+from millrace.launch.ports import free_port
 from millrace.rollout import Tool, ToolCall
 from millrace.rollout.adapters.mcp import served
 from millrace.rollout.toolbox import by_name
 from millrace.rollout.tools import answer_tool_call
-from tests.ports import free_port, listens
+from tests.ports import listens
 
 pytest.importorskip("mcp", reason="the extra millrace[mcp] is not installed")
 
@@ -83,7 +84,7 @@ async def test_a_server_over_stdio() -> None:
 
 
 async def test_a_server_over_http() -> None:
-    port = free_port()
+    port = free_port("127.0.0.1")
     process = subprocess.Popen([sys.executable, str(EXAMPLE), str(port)])  # noqa: ASYNC220
     try:
         async with asyncio.timeout(60):
@@ -132,7 +133,7 @@ async def test_a_server_that_does_not_start_is_one_line(command: Sequence[str], 
 
 
 async def test_a_url_where_nothing_serves_is_one_line() -> None:
-    port = free_port()
+    port = free_port("127.0.0.1")
     with pytest.raises(ConfigError, match=rf"the MCP server http://127.0.0.1:{port}/mcp can't be used: "):
         async with tools(McpConfig(url=f"http://127.0.0.1:{port}/mcp")):
             raise AssertionError("it was opened")

@@ -2,16 +2,12 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from millrace.errors import LaunchError
 from millrace.launch.base import Need, Place
-from millrace.launch.ports import bound, free_port
+from millrace.launch.ports import free_block
 from millrace.launch.process import ServerProcess
-
-BLOCK_ATTEMPTS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +19,7 @@ class LocalPlace:
     python: str = sys.executable
 
     async def free_ports(self, count: int) -> int:
-        """Return the first of `count` consecutive ports that were all free a moment ago."""
+        """Return the first of `count` consecutive free ports."""
         return free_block(self.host, count)
 
     async def start(
@@ -45,17 +41,3 @@ class LocalLauncher:
 
 
 LOCAL = LocalLauncher()
-
-
-def free_block(host: str, count: int) -> int:
-    """Return the first of `count` consecutive ports that were all free a moment ago. Raises LaunchError."""
-    for _ in range(BLOCK_ATTEMPTS):
-        first = free_port(host)
-        with ExitStack() as held:
-            try:
-                for port in range(first, first + count):
-                    held.enter_context(bound(host, port))
-            except (OSError, OverflowError):
-                continue  # one is in use, or beyond the last port
-            return first
-    raise LaunchError(f"{host} has no {count} consecutive free ports; set engine.dist_init_addr to a host:port")

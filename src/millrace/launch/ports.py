@@ -1,8 +1,16 @@
-"""TCP ports and server addresses. A port comes from the kernel or the config, and is never base + rank."""
+"""TCP ports and server addresses. A port comes from the kernel or the config, and is never base + rank.
+
+A server takes up to minutes from its start until it listens. So this process holds the ports that it hands out: each by
+a socket that is bound and does not listen. The kernel then gives the port to no other process that asks for a free one
+or connects to somewhere. The server itself can listen on it, because servers set SO_REUSEADDR.
+"""
 
 import asyncio
 import errno
+import os
 import socket
+from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
@@ -12,25 +20,58 @@ from millrace.http.local import lacking
 CONNECT_SECONDS = 1.0
 
 
-def free_port(host: str, setting: str = "") -> int:
-    """Return a port that is free at this moment. The kernel cycles through its range before it reuses a port.
+MOST_HELD = 128  # the ports handed out before these are no longer held
+BLOCK_ATTEMPTS = 50
+_held: deque[int] = deque()  # file descriptors, because Python warns of sockets that are open at its end
 
-    Raises the same errors as `free_ports`.
-    """
+
+def free_port(host: str, setting: str = "") -> int:
+    """Return a free port, and hold it. See `free_ports`."""
     return free_ports(host, 1, setting)[0]
 
 
 def free_ports(host: str, count: int, setting: str = "") -> list[int]:
-    """Return `count` different ports that are free at this moment.
+    """Return `count` different free ports, and hold them.
 
     Raises LaunchError, which names `setting`, if `host` is not an address of this host or no port is free.
     """
     try:
-        with ExitStack() as held:
-            return [held.enter_context(bound(host, 0)).getsockname()[1] for _ in range(count)]
+        return _hold(host, [0] * count)
     except OSError as error:
         where = f"{setting} {host}" if setting else host
         raise LaunchError(f"no port of {where} is available: {why_not_bound(host, error)}") from error
+
+
+def free_block(host: str, count: int) -> int:
+    """Return the first of `count` consecutive free ports, and hold them. Raises LaunchError."""
+    for _ in range(BLOCK_ATTEMPTS):
+        first = free_port(host)
+        try:
+            _hold(host, range(first + 1, first + count))
+        except (OSError, OverflowError):
+            continue  # one is in use, or beyond the last port
+        return first
+    raise LaunchError(f"{host} has no {count} consecutive free ports; set engine.dist_init_addr to a host:port")
+
+
+def _hold(host: str, ports: Sequence[int]) -> list[int]:
+    """Bind these ports, and keep them bound until MOST_HELD others are held. 0: any free port.
+
+    Raises OSError if one is in use or held, by this process or another.
+    """
+    family, (address, _) = _address(host, 0)
+    with ExitStack() as opened:
+        sockets = []
+        for port in ports:
+            sockets.append(held := opened.enter_context(socket.socket(family, socket.SOCK_STREAM)))
+            held.bind((address, port))
+            # Only now: a port that another socket has bound with SO_REUSEADDR must not look free.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        numbers: list[int] = [held.getsockname()[1] for held in sockets]
+        _held.extend(held.detach() for held in sockets)
+    while len(_held) > MOST_HELD:
+        os.close(_held.popleft())
+    return numbers
 
 
 def require_free(host: str, port: int) -> None:
@@ -47,8 +88,14 @@ def require_free(host: str, port: int) -> None:
 
 def bound(host: str, port: int) -> socket.socket:
     """Return a listening socket at an address or name of this host, IPv4 or IPv6. Raises OSError."""
+    family, address = _address(host, port)
+    return socket.create_server(address, family=family)
+
+
+def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """Return the family and the address that a server at `host` binds. Raises OSError."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server(address[:2], family=family)
+    return family, (str(address[0]), port)
 
 
 def why_not_bound(host: str, error: OSError) -> str:

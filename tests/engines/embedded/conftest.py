@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ import orjson
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from millrace.launch.ports import free_port
 
 VOCAB = 300
 CONTEXT = 512
@@ -81,12 +82,6 @@ def other(other_dir: Path) -> Any:
     return _load(other_dir)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def server_command(model: Path, port: int, *options: str) -> list[str]:
     return [sys.executable, "-m", "millrace.engines.embedded", "--model", str(model), "--port", str(port), *options]
 
@@ -133,7 +128,7 @@ def start_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     started: list[Server] = []
 
     def start(*options: str, env: Mapping[str, str] = {}, model: Path = model_dir) -> Server:
-        port = free_port()
+        port = free_port("127.0.0.1")
         log = tmp_path_factory.mktemp("server") / "log"
         with log.open("wb") as file:
             process = subprocess.Popen(

@@ -12,7 +12,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.engines.embedded.conftest import Api, Server, StartServer, free_port, server_command
+from millrace.launch.ports import free_port
+from tests.engines.embedded.conftest import Api, Server, StartServer, server_command
 
 KEYS = {"MILLRACE_API_KEY": "key-of-the-readers", "MILLRACE_ADMIN_API_KEY": "key-of-the-admins"}
 
@@ -53,7 +54,7 @@ def test_port_0_is_refused(model_dir: Path) -> None:
 
 
 def test_a_folder_without_a_model_is_one_clear_line(tmp_path: Path) -> None:
-    result = run(*server_command(tmp_path, free_port()))
+    result = run(*server_command(tmp_path, free_port("127.0.0.1")))
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
     assert str(tmp_path) in result.stderr

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from millrace.checksum import checksum
-from tests.engines.embedded.conftest import Api, free_port, greedy_of, logprobs_of, reported_logprobs
+from millrace.launch.ports import free_port
+from tests.engines.embedded.conftest import Api, greedy_of, logprobs_of, reported_logprobs
 from tests.engines.embedded.test_control import LONG, PROMPT, begin
 
 TIED = "lm_head.weight"
@@ -269,7 +270,7 @@ async def test_a_later_trainer_replaces_one_that_has_not_left(api: Api, other: A
 
 
 async def test_waiting_for_a_trainer_ends_at_the_deadline(api: Api, base: Any) -> None:
-    body = {**Trainer.group(free_port()), "timeout": 0.5}
+    body = {**Trainer.group(free_port("127.0.0.1")), "timeout": 0.5}
     async with asyncio.timeout(10):
         assert "could not join" in await api.refused("/init_weights_update_group", body)
     trainer = await Trainer.join(api, timeout=0.5)
@@ -313,7 +314,7 @@ class Trainer:
 
     @classmethod
     async def join(cls, api: Api, timeout: float = 30.0) -> "Trainer":
-        port = free_port()
+        port = free_port("127.0.0.1")
         call = asyncio.create_task(api.post("/init_weights_update_group", {**cls.group(port), "timeout": timeout}))
 
         def meet() -> Any:

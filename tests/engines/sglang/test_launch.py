@@ -19,7 +19,7 @@ from millrace.config.engines import SGLangEngineConfig
 from millrace.engines.sglang.launch import choose_ports, launch
 from millrace.engines.spec import LaunchSpec
 from millrace.errors import LaunchError
-from millrace.launch.local import free_block
+from millrace.launch.ports import free_block
 from tests.engines.processes import below, command_lines, logs, processes, until_ended
 
 START_TIMEOUT = 240.0  # seconds; a start takes 20 on a quiet machine

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tests.ports import free_port, listens
+from millrace.launch.ports import free_port
+from tests.ports import listens
 
 PYTHON = Path(os.environ.get("OPENENV_PYTHON", ".venv-openenv/bin/python"))  # as `make test-environments` sets it
 START = 120.0  # seconds: the server imports Gradio
@@ -54,7 +55,7 @@ uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]))
 @asynccontextmanager
 async def openenv_server(log: Path) -> AsyncIterator[str]:
     """Run the server while the block runs, and yield its URL."""
-    port = free_port()
+    port = free_port("127.0.0.1")
     with log.open("wb") as output:
         process = subprocess.Popen([PYTHON, "-c", SERVER, str(port)], stdout=output, stderr=output)  # noqa: ASYNC220
     try:

@@ -13,8 +13,8 @@ from millrace.engines.stock.kv_events import leftovers, new_endpoint
 from millrace.engines.stock.launching import new_keys, start_nodes, with_dtype, with_extension
 from millrace.engines.stock.placed import Planning, launch_at_places
 from millrace.launch.base import Place
-from millrace.launch.local import LOCAL, free_block
-from millrace.launch.ports import free_port, free_ports, joined, require_free
+from millrace.launch.local import LOCAL
+from millrace.launch.ports import free_block, free_port, free_ports, joined, require_free
 
 SERVE = Path(__file__).with_name("serve.py")  # not imported: it runs on the engine's interpreter
 # Files in shared memory. SGLang never removes the first, and a killed server removes none: 25 MB with several ranks.

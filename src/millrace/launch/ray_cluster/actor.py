@@ -8,7 +8,7 @@ from pathlib import Path
 import ray.util
 
 from millrace.errors import LaunchError
-from millrace.launch.local import free_block
+from millrace.launch.ports import free_block
 from millrace.launch.process import ServerProcess
 
 WATCH_SECONDS = 1.0
