@@ -35,6 +35,7 @@ from millrace.types import FinishReason, GenerateRequest, Generation, Health, Me
 POLL_SECONDS = 20.0  # for which the owner delays its answer while nothing changes
 ANSWER_DEADLINE = 10.0  # seconds for the owner to answer
 RETRY_SECONDS = 0.5  # after a failed poll
+CONNECTED_AT_ONCE = 32  # engines
 
 logger = logging.getLogger(__name__)
 
@@ -159,12 +160,19 @@ class Followed(ReplicaSet):
         for name in list(self.by_name):
             if wanted.get(name) != self._addresses[name]:
                 await self.by_name.pop(name).end()
-        for name in wanted.keys() - self.by_name.keys():
+        free = asyncio.Semaphore(CONNECTED_AT_ONCE)
+
+        async def connect(address: Address) -> None:
             try:
-                self.by_name[name] = await reach(wanted[name])
-                self._addresses[name] = wanted[name]
+                async with free:
+                    self.by_name[address.name] = await reach(address)
+                self._addresses[address.name] = address
             except EngineError as error:
-                logger.warning("no requests are sent to %s for now, since it can't be reached: %s", name, error)
+                logger.warning("no requests are sent to %s for now, since it can't be reached: %s", address.name, error)
+
+        async with asyncio.TaskGroup() as group:
+            for name in wanted.keys() - self.by_name.keys():
+                group.create_task(connect(wanted[name]))
 
 
 class Follower(FleetClient):

@@ -70,6 +70,8 @@ class _Owner:
     def __init__(self, fleet: "FleetClient", key: str) -> None:
         self._fleet, self._key, self._id = fleet, key, secrets.token_hex(8)
         self._state, self._failure = TypeAdapter(FleetState), TypeAdapter(Failure)
+        self._shown: tuple[object, ...] = ()  # what `_body` was made of
+        self._body = b""
 
     @web.middleware
     async def guard(
@@ -88,7 +90,7 @@ class _Owner:
             return web.Response(text="`after` is the number of a snapshot", status=400)
         if http.query.get("owner") == self._id:
             await self._fleet.replicas.changed_since(after, deadline=POLL_SECONDS)
-        return web.Response(body=self._state.dump_json(self._current()), content_type="application/json")
+        return web.Response(body=self._current(), content_type="application/json")
 
     async def post_failure(self, http: web.Request) -> web.Response:
         """Suspect an engine that failed a follower's request."""
@@ -99,16 +101,28 @@ class _Owner:
         await self._fleet.replicas.suspect(failure.engine, EngineFailed(failure.engine, failure.reason))
         return web.Response(status=204)
 
-    def _current(self) -> FleetState:
+    def _current(self) -> bytes:
+        """Return the state in JSON. It is made once, however many followers ask for it."""
         replicas = self._fleet.replicas
-        addresses = (address_of(replica) for replica in replicas.by_name.values())
-        return FleetState(
-            owner=self._id,
-            number=replicas.snapshot.number,
-            version=self._fleet.version,
-            labels=dict(replicas.labels),
-            members=replicas.snapshot.replicas,
-            coming=tuple(sorted(replicas.coming)),
-            asleep=tuple(sorted(replicas.asleep)),
-            engines=tuple(address for address in addresses if address is not None),
+        shown = (
+            replicas.snapshot.number,
+            self._fleet.version,
+            dict(replicas.labels),
+            tuple(sorted(replicas.coming)),
+            tuple(sorted(replicas.asleep)),
         )
+        if shown != self._shown:
+            number, version, labels, coming, asleep = self._shown = shown
+            addresses = (address_of(replica) for replica in replicas.by_name.values())
+            state = FleetState(
+                owner=self._id,
+                number=number,
+                version=version,
+                labels=labels,
+                members=replicas.snapshot.replicas,
+                coming=coming,
+                asleep=asleep,
+                engines=tuple(address for address in addresses if address is not None),
+            )
+            self._body = self._state.dump_json(state)
+        return self._body
