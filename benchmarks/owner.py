@@ -16,10 +16,10 @@ import asyncio
 import json
 import os
 import resource
-import signal
 import sys
 import tempfile
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -42,16 +42,19 @@ def has_version(fleet: FleetClient, version: int) -> bool:
     return all(state.version == version for state in fleet.snapshot.replicas)
 
 
+async def told_to_end() -> None:
+    """Wait until the parent closes this process's standard input, or dies."""
+    await asyncio.to_thread(sys.stdin.read)
+
+
 async def serve(model: Path, count: int) -> None:
-    """Serve `count` engines until SIGTERM. Prints their URLs."""
+    """Serve `count` engines until told to end. Prints their URLs."""
     from millrace.engines.embedded.auth import Keys
     from millrace.engines.embedded.build import Settings, build
     from millrace.engines.embedded.server import Server
     from millrace.launch.ports import bound
 
     settings = Settings(model, "cpu", "auto", 1, 0, None, 1, "default")
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     async with AsyncExitStack() as stack:
         urls = []
         for _ in range(count):
@@ -61,14 +64,12 @@ async def serve(model: Path, count: int) -> None:
             await server.ready
             urls.append(f"http://127.0.0.1:{sock.getsockname()[1]}")
         print(json.dumps(urls), flush=True)
-        await ended.wait()
+        await told_to_end()
         os._exit(0)  # without waiting for the engines' threads
 
 
 async def follow(url: str, key: str, count: int) -> None:
-    """Follow the fleet `count` times until SIGTERM. Prints when each version was seen by all of them."""
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+    """Follow the fleet `count` times until told to end. Prints when each version was seen by all of them."""
 
     async def version(fleet: FleetClient, number: int) -> float:
         await fleet.replicas.until(lambda: has_version(fleet, number), DEADLINE)
@@ -83,7 +84,7 @@ async def follow(url: str, key: str, count: int) -> None:
         followers: list[FleetClient] = [await stack.enter_async_context(follow_fleet(url, key)) for _ in range(count)]
         print("following", flush=True)
         task = asyncio.create_task(report(followers))
-        await ended.wait()
+        await told_to_end()
         task.cancel()
 
 
@@ -96,16 +97,14 @@ async def processes(count: int, *command: str, key: str = "") -> AsyncIterator[l
         for first in range(0, count, EACH):
             arguments = ["-m", "benchmarks.owner", *command, str(min(EACH, count - first))]
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *arguments,
-                stdout=asyncio.subprocess.PIPE,
-                env=environment,
+                sys.executable, *arguments, stdin=PIPE, stdout=PIPE, env=environment
             )
             started.append(process)
         yield started
     finally:
         for process in started:
-            process.terminate()
+            assert process.stdin is not None
+            process.stdin.close()
         for process in started:
             await process.wait()
 

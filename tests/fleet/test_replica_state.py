@@ -125,7 +125,7 @@ def test_a_draining_replica_serves_no_more_and_dies_at_last() -> None:
 
 def test_a_description_says_all_that_matters() -> None:
     state = after(after(ReplicaState("e0", "u"), Attested(3)), Slept(ALL_MEMORY))
-    assert state.describe() == "e0 (ready; asleep: kv_cache, weights; without weights until the next publish)"
+    assert state.describe() == "e0 (ready; asleep: kv_cache, weights; without weights; publish a version)"
     assert "killed" in after(state, Died("killed by SIGKILL")).describe()
 
 

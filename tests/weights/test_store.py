@@ -131,7 +131,7 @@ async def test_without_a_store_it_serves_after_the_next_publish(
         await fleet.publish(tensors, 1)
         await fleet.restart(one)
         request = GenerateRequest((5, 17, 300), SamplingParams(8), request_id="one")
-        with pytest.raises(NoEngineError, match="without weights until the next publish"):
+        with pytest.raises(NoEngineError, match="without weights; publish a version"):
             await fleet.generate(request, deadline=0.2)
         await fleet.publish(tensors, 2)
         assert (await fleet.generate(request, deadline=20)).version_spans[-1].version == 2

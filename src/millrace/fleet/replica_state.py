@@ -68,7 +68,7 @@ class ReplicaState:
         elif self.phase is Phase.CATCHING_UP:
             details.append("receiving the weights that the others serve")
         elif self.usable:
-            details.append("without weights until the next publish")
+            details.append("without weights; publish a version")
         if self.reason:
             details.append(self.reason)
         return f"{self.name} ({'; '.join(details)})"

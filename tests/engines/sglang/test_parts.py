@@ -127,7 +127,7 @@ def test_parts_that_are_left_out_are_missing(sender: Sender) -> None:
     sender.send(weights(0), needs)
     sender.begin()
     sender.send(weights(0), needs[:-1])
-    assert sender.update.missing == "1 of its parameters lack content of this version, such as experts"
+    assert sender.update.missing == "1 of its parameters lacks content of this version, such as experts"
 
 
 def test_a_bucket_may_have_no_part_for_a_rank(sender: Sender) -> None:

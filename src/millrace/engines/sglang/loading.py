@@ -90,7 +90,8 @@ class LoaderUpdate:
         """What to say about parameters that have no content of this update yet; empty if all have."""
         for count, some in self.lacking.values():
             if count:
-                return f"{count} of its parameters lack content of this version, such as {', '.join(some)}"
+                lack = "lacks" if count == 1 else "lack"
+                return f"{count} of its parameters {lack} content of this version, such as {', '.join(some)}"
         return ""
 
     def orders(self, tensors: Sequence[TensorSpec], places: Sequence[Mapping[str, object]]) -> list[str]:

@@ -140,9 +140,13 @@ async def exchanging(
     if not isinstance(led, LedTensors) or not isinstance(transport, EXCHANGED):
         return None
     try:
+        begun: ExchangeTransport | ApartTransport
         if isinstance(transport, ProcessGroupTransport):
-            return await begin_apart(led, source, targets, transport, bucket_bytes, deadline)
-        return await _begin(led, source, targets, transport, bucket_bytes, deadline)
+            begun = await begin_apart(led, source, targets, transport, bucket_bytes, deadline)
+        else:
+            begun = await _begin(led, source, targets, transport, bucket_bytes, deadline)
+        logger.info("each of the trainer's ranks sends the parts that it has, without a gather")
+        return begun
     except (NotExchangeable, EngineError) as error:
         logger.info("the trainer's ranks gather the weights, because %s", error)
         return None

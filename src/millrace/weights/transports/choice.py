@@ -53,7 +53,9 @@ def choose(
         wanted, why = "ucx", "there are sidecars, and no store that they could read versions from"
     if wanted != "auto":
         if lacking := [engine.name for engine in engines if not engine.capabilities & needs(wanted)]:
-            raise PublishError(f"publish.transport is {wanted}, and {', '.join(lacking)} can't take weights by it")
+            raise PublishError(
+                f"{', '.join(lacking)} can't take weights by the transport {wanted}; choose another, or auto"
+            )
         if wanted == "cuda_ipc" and (hidden := why_hidden(engines)):
             raise PublishError(hidden)
         return Choice(wanted, why)

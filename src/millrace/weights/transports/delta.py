@@ -108,7 +108,7 @@ class DeltaTransport(Transport):
     @classmethod
     def create(cls, context: TransportContext) -> Self:
         if context.store is None or context.sidecars is None:
-            raise PublishError("publish.transport is delta, which needs a store in publish.folder")
+            raise PublishError("the transport delta needs a store; set publish.folder, or pass folder to open_fleet")
         return cls(context.store, context.sidecars, key=context.sidecar_key)
 
     def __init__(self, store: VersionStore, sidecars: Mapping[str, str | None], *, key: str | None) -> None:

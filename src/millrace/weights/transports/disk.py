@@ -19,7 +19,10 @@ class DiskTransport(Transport):
     @classmethod
     def create(cls, context: TransportContext) -> Self:
         if context.store is None or not context.store.shared:
-            raise PublishError("publish.transport is disk, which needs a publish.folder that the engines can read")
+            raise PublishError(
+                "the transport disk needs a folder that the engines can read; set publish.folder, or pass folder to "
+                "open_fleet"
+            )
         return cls(context.store)
 
     def __init__(self, store: VersionStore) -> None:

@@ -327,5 +327,5 @@ class NcclTransport(ProcessGroupTransport):
 def nccl_device() -> torch.device:
     """Return torch's current GPU. Raises PublishError if there is none."""
     if not torch.cuda.is_available():
-        raise PublishError("publish.transport is nccl, and torch finds no GPU in the trainer's process")
+        raise PublishError("the transport nccl needs a GPU in the trainer's process, and torch finds none there")
     return torch.device("cuda", torch.cuda.current_device())
