@@ -1,7 +1,7 @@
 """Hosts on one machine: network namespaces on a bridge. This process is on the bridge too, as the trainer's host.
 
-A host has its own address, loopback, processes and /dev/shm; the file system is shared. Its cable can
-be pulled and put back. It takes root and iproute2.
+A host has its own address, loopback, processes, /dev/shm and /sys (where UCX looks for network devices). The rest of
+the file system is shared. Its cable can be pulled and put back. It takes root and iproute2.
 """
 
 import itertools
@@ -15,7 +15,8 @@ from pathlib import Path
 
 NUMBERS = itertools.count(os.getpid() % 200)  # of networks, so that runs beside each other have different ones
 DEADLINE = 20.0
-READY = "mount -t tmpfs none /dev/shm && ip link set lo up && echo ready && exec sleep infinity"
+MOUNTS = "mount -t tmpfs none /dev/shm && mount -t sysfs none /sys"
+READY = f"{MOUNTS} && ip link set lo up && echo ready && exec sleep infinity"
 
 
 def why_no_hosts() -> str | None:
@@ -83,7 +84,12 @@ def network(count: int) -> Iterator[list[Host]]:
     with ExitStack() as stack:
         command("ip", "link", "add", bridge, "type", "bridge")
         stack.callback(command, "ip", "link", "delete", bridge)
-        command("ip", "address", "add", f"10.213.{number}.1/24", "dev", bridge)
+        # UCX leaves bridges out, so this host has a cable to it too.
+        command("ip", "link", "add", f"{bridge}h", "type", "veth", "peer", "name", f"{bridge}g")
+        stack.callback(command, "ip", "link", "delete", f"{bridge}h")
+        command("ip", "link", "set", f"{bridge}h", "master", bridge, "up")
+        command("ip", "address", "add", f"10.213.{number}.1/24", "dev", f"{bridge}g")
+        command("ip", "link", "set", f"{bridge}g", "up")
         command("ip", "link", "set", bridge, "up")
         yield [stack.enter_context(_host(number, index, bridge)) for index in range(count)]
 

@@ -10,17 +10,20 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from millrace.config import EmbeddedEngineConfig
+from millrace.config.models import TransportName
 from millrace.engines.start import ADMIN_KEY, API_KEY
 from millrace.engines.stock.launching import all_healthy
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.http import HttpClient
+from millrace.launch.ports import listens
+from millrace.weights.sidecar.server import SIDECAR_KEY
 from tests.fleet.test_fleet import expected, greedy, tensors
 from tests.hosts.network import Host, network, why_no_hosts
 
-PORT = 8000
+PORT, SIDECAR_PORT = 8000, 8400
 BUCKET = 64 * 1024  # bytes; the tiny model takes several buckets
-DEADLINE = 12.0  # of a publish in which a host is lost
+DEADLINE = 20.0  # of a publish in which a host is lost
 REQUESTS, TOKENS = 16, 200
 
 
@@ -36,6 +39,7 @@ def hosts() -> Iterator[list[Host]]:
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(API_KEY, "data")
     monkeypatch.setenv(ADMIN_KEY, "control")
+    monkeypatch.setenv(SIDECAR_KEY, "sidecars")
 
 
 @pytest.fixture
@@ -58,6 +62,16 @@ async def start_engine(host: Host, model: Path, logs: Path) -> str:
     return url
 
 
+async def start_sidecar(host: Host, logs: Path) -> str:
+    """Start a sidecar on a host. Return its URL."""
+    place = ["--host", host.address, "--port", str(SIDECAR_PORT)]
+    host.python("millrace", "sidecar", *place, log=logs / f"{host.address}-sidecar.log")
+    async with asyncio.timeout(60):
+        while not await listens(host.address, SIDECAR_PORT):
+            await asyncio.sleep(0.05)
+    return f"http://{host.address}:{SIDECAR_PORT}"
+
+
 def cutting(pairs: Sequence[tuple[str, torch.Tensor]], host: Host) -> Iterator[tuple[str, torch.Tensor]]:
     """A model's tensors, once. The host is cut off when half of them have been taken."""
     for number, pair in enumerate(pairs):
@@ -72,14 +86,18 @@ async def until_serving(fleet: Fleet, count: int) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.parametrize("transport", ["gloo", pytest.param("ucx", marks=pytest.mark.slow)])
 async def test_a_host_is_cut_off_in_the_middle_of_a_publish_and_comes_back(
-    hosts: list[Host], tiny_model: Path, model: PreTrainedModel, tmp_path: Path
+    transport: TransportName, hosts: list[Host], tiny_model: Path, model: PreTrainedModel, tmp_path: Path
 ) -> None:
     """The other host has the version, no request is lost or answered twice, and the first one catches up."""
     urls = await asyncio.gather(*(start_engine(host, tiny_model, tmp_path) for host in hosts))
+    sidecars = [await start_sidecar(host, tmp_path) for host in hosts] if transport == "ucx" else []
     config = EmbeddedEngineConfig(kind="embedded", urls=tuple(urls), replicas=2)
     here, away = "embedded-0", "embedded-1"
-    async with open_fleet(config, tiny_model, log_dir=tmp_path, transport="gloo", restarts=8) as fleet:
+    async with open_fleet(
+        config, tiny_model, log_dir=tmp_path, transport=transport, sidecars=sidecars, restarts=8
+    ) as fleet:
         await fleet.publish(tensors(model, 1.0), bucket_bytes=BUCKET)
         requests = [greedy(f"r{number}", TOKENS) for number in range(REQUESTS)]
         asked = asyncio.create_task(fleet.generate_all(requests, deadline=300, retries=3))

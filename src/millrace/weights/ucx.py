@@ -146,6 +146,8 @@ class Endpoint(Generic[S]):
                 transfer.release()
         except self._errors as error:
             reason = reason or str(error)
+        if reason is not None and "NIXL_ERR_BACKEND" in reason:
+            reason = f"{reason}; with UCX_LOG_LEVEL=info, UCX writes to the sidecar's standard output why"
         return reason
 
     def close(self, *, unread: bool) -> None:
