@@ -6,6 +6,7 @@ the file system is shared. Its cable can be pulled and put back. It takes root a
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +64,16 @@ class Host:
     ) -> subprocess.Popen[bytes]:
         """Start a module of Python on the host."""
         return self.start([sys.executable, "-m", module, *arguments], log, environment)
+
+    def end_processes(self) -> None:
+        """Kill the programs that were started on the host, as a loss of power does."""
+        for process in self.processes:
+            if process.poll() is None:
+                inside = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                for pid in map(int, inside):  # nsenter's child, which is in the host's namespace of processes
+                    os.kill(pid, signal.SIGKILL)
+                process.wait(DEADLINE)
+        self.processes.clear()
 
     def cut(self) -> None:
         """Pull the cable: packets are lost in both directions, and no connection is closed."""

@@ -50,7 +50,7 @@ def model(tiny_model: Path) -> PreTrainedModel:
 async def start_engine(host: Host, model: Path, logs: Path) -> str:
     """Start an engine on a host. Return its URL."""
     keys = {"MILLRACE_API_KEY": "data", "MILLRACE_ADMIN_API_KEY": "control", "OMP_NUM_THREADS": "1"}
-    place = ["--host", host.address, "--port", str(PORT)]
+    place = ["--host", host.address, "--port", str(PORT), "--weight-version", "0"]
     log = logs / f"{host.address}.log"
     host.python("millrace.engines.embedded", "--model", str(model), *place, log=log, environment=keys)
     url = f"http://{host.address}:{PORT}"
