@@ -13,14 +13,11 @@ from millrace.fleet.local import open_fleet
 from tests.conformance.images import ReadsImages, make_vision_folders
 from tests.conformance.run_checks import START_TIMEOUT, make_runner
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+# tests/gateway/test_images.py is quicker, and sends images to SGLang too.
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 
-VARIANTS = [
-    ("0.5.23", "qwen3_vl"),
-    pytest.param(("0.5.23", "qwen2_5_vl"), marks=pytest.mark.slow),
-    pytest.param(("0.5.15", "qwen2_5_vl"), marks=pytest.mark.slow),
-]
+VARIANTS = [("0.5.23", "qwen3_vl"), ("0.5.23", "qwen2_5_vl"), ("0.5.15", "qwen2_5_vl")]
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids="-".join)

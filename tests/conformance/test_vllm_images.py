@@ -14,10 +14,10 @@ from tests.conformance.images import ReadsImages, make_vision_folders
 from tests.conformance.run_checks import START_TIMEOUT, make_runner
 from tests.torchvision import install_torchvision
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_vision_folders(tmp_path_factory.mktemp("models"), request.param)
 

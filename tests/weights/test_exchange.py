@@ -55,12 +55,13 @@ sharded = pytest.mark.parametrize(
     ("kind", "settings"),
     [
         pytest.param("moe", {"tp_size": 2}, id="experts, one engine of two ranks"),
-        pytest.param("dense", {"tp_size": 2}, id="one engine of two ranks", marks=pytest.mark.slow),
-        pytest.param("moe", {"replicas": 2}, id="experts, two engines of one rank", marks=pytest.mark.slow),
+        pytest.param("dense", {"tp_size": 2}, id="one engine of two ranks"),
+        pytest.param("moe", {"replicas": 2}, id="experts, two engines of one rank"),
     ],
 )
 
 
+@pytest.mark.slow
 @sharded
 def test_each_rank_of_sglang_gets_the_parts_that_it_needs(
     kind: str, settings: Mapping[str, Any], sglang_python: Callable[[str], Path], tmp_path: Path

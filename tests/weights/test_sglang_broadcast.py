@@ -55,6 +55,7 @@ async def test_versions_come_by_whole_buckets(
         await check_goes_on_after_dead_trainers(engine, folder, trainer)
 
 
+@pytest.mark.slow
 async def test_a_server_without_the_loader_gets_single_tensors(
     sglang_python: Callable[[str], Path], folder: Path, tmp_path: Path
 ) -> None:

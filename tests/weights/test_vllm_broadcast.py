@@ -14,7 +14,8 @@ from tests.conformance.run_checks import START_TIMEOUT
 from tests.weights.broadcasts import Trainer, check_goes_on_after_dead_trainers
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 async def test_versions_come_by_whole_buckets(ranks: int, vllm_python: Path, tmp_path: Path) -> None:
     """The server is a mixture of experts, whose layers are divided between the ranks."""
     folder = tmp_path / "model"

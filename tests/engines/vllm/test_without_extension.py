@@ -23,6 +23,7 @@ def make_folder(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@pytest.mark.slow
 async def test_equal_weights_have_equal_checksums(vllm_python: Path, tmp_path: Path) -> None:
     folders = [tmp_path / str(seed) for seed in (0, 1)]
     for seed, folder in enumerate(folders):
