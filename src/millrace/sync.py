@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 from millrace.buckets import Bucket, ProcessGroup, TensorSpec
-from millrace.config.engines import EngineConfig
+from millrace.config.engines import EngineConfig, ReplicaRange
 from millrace.config.models import TransportName
 from millrace.config.routers import RouterConfig
 from millrace.engines import base
 from millrace.engines.audit import HeldLayer, WeightSample
 from millrace.errors import MillraceError
 from millrace.fleet import fleet, follower, local
+from millrace.fleet.autoscaler import FleetSize
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.labels import Label
 from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE
@@ -79,7 +80,7 @@ def open_fleet(
 
     Args:
         config: The engines: a config object, or a mapping with the same settings. `config.replicas` engines are
-            started.
+            started. If it is a range, the fleet chooses their number by its load (docs/clusters.md).
         model_path: The folder of the model.
         log_dir: Where the engines' logs go.
         version: The number of the weight version that the folder contains.
@@ -498,7 +499,8 @@ class Fleet:
 
         With `retries`, a request whose engine fails or aborts it continues on an engine with the tokens that it has.
         Each failure costs a retry. An abort by `sleep(interrupt=True)` costs none: the request continues when the fleet
-        is awake. To end a request, cancel the call.
+        is awake. A request whose engine leaves the fleet continues on another one, also without retries. To end a
+        request, cancel the call.
 
         Args:
             request: The prompt as token ids, and how to sample.
@@ -787,10 +789,40 @@ class Fleet:
     def remove(self, name: str, *, deadline: float = 60.0) -> None:
         """Remove an engine from the fleet, and end its process.
 
-        It gets no more requests. Its running requests are aborted if they have not completed within `deadline` seconds.
-        Raises NoEngineError if no engine has this name.
+        It gets no more requests. Requests that have not completed within `deadline` seconds are aborted, and continue
+        on another engine with the tokens that they have. This costs no retry. Without another engine, they return
+        these tokens with the finish reason `abort`.
+
+        Raises NoEngineError if no engine has this name, or if it is being restarted or leaves.
         """
         self._portal.call(self._wrapped.remove(name, deadline=deadline))
+
+    def preempt(self, name: str, *, deadline: float = 30.0) -> None:
+        """Remove an engine whose host goes away in `deadline` seconds, and start another in its place.
+
+        It gets no more requests. Its running requests are aborted as soon as another engine serves, and continue there
+        with the tokens that they have (see `remove`). The replacement starts at once. If there is no room for it, the
+        fleet goes on without, and tries again with growing delays. A fleet that does not start its engines gets none.
+
+        Raises NoEngineError if no engine has this name, or if it is being restarted or leaves.
+
+        Example:
+
+            fleet.preempt("sglang-1", deadline=25.0)
+        """
+        self._portal.call(self._wrapped.preempt(name, deadline=deadline))
+
+    def autoscale(self, limits: ReplicaRange | None) -> None:
+        """Let the fleet choose the number of its engines by its load (docs/clusters.md). None ends that.
+
+        Raises NoEngineError if this fleet does not start its engines.
+        """
+        self._wrapped.autoscale(limits)
+
+    @property
+    def size(self) -> FleetSize:
+        """The number of engines that the fleet should have, that serve, and that are being started."""
+        return self._wrapped.size
 
     def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY, *, interrupt: bool = False) -> None:
         """Release memory of every usable engine, to lend it to the trainer.
@@ -1000,7 +1032,8 @@ class Follower:
 
         With `retries`, a request whose engine fails or aborts it continues on an engine with the tokens that it has.
         Each failure costs a retry. An abort by `sleep(interrupt=True)` costs none: the request continues when the fleet
-        is awake. To end a request, cancel the call.
+        is awake. A request whose engine leaves the fleet continues on another one, also without retries. To end a
+        request, cancel the call.
 
         Args:
             request: The prompt as token ids, and how to sample.

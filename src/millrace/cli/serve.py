@@ -62,7 +62,7 @@ async def _serve(config: ServeConfig) -> int:
     key, where = _key(config)
     model = model_folder(config.model, config.folder / "model", seed=config.seed, fresh=True, setting="model.path")
     turns = load_format(model, config.gateway.format, config.chat_template_kwargs)
-    print(f"starting {config.engine.replicas} engine(s); their logs are in {config.folder}", flush=True)
+    print(f"starting {config.engine.first_replicas} engine(s); their logs are in {config.folder}", flush=True)
     serving = asyncio.create_task(ended.get())
     async with AsyncExitStack() as stack:
         event_log = stack.enter_context(EventLog(config.folder / "events.jsonl"))

@@ -53,6 +53,8 @@ def _entries(
         # The schema omits a description that is equal to the model's own.
         meaning = field.get("description", choices[0].get("description", ""))
         what = "a section" if _is_section(field) else "a section or a list of sections"
+        if plain := [part for part in _parts(field)[1:] if part.get("type") not in (None, "array", "null")]:
+            what, default = f"{_type(plain[0])} or a section", f"default {_default(field)}"
         yield (place, named), _paragraph(f"{place}: {what}, {default}", meaning)
         for inner in choices:
             inner_kind = inner["properties"].get("kind", {}).get("const", "")

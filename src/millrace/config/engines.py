@@ -1,8 +1,9 @@
 """The settings of the engines, as pydantic models (`engine` and `judges.engine` of a run)."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
 
 from millrace.config.base import Flag, ForeignArgument, Model
 from millrace.config.paths import LocalPath
@@ -13,13 +14,40 @@ OF_THIS_HOST = (
     "host", "ports", "urls", "node_rank", "dist_init_addr", "data_parallel_rpc_port", "base_gpu_id",
     "cuda_visible_devices", "kv_events",
 )  # fmt: skip
+# Settings that give each of the engines its own place, so that none is left for one more.
+OF_FIXED_ENGINES = ("ports", "urls", "base_gpu_id", "node_rank", "dist_init_addr", "data_parallel_rpc_port")
+
+
+class ReplicaRange(Model):
+    """The bounds between which a fleet chooses its number of servers by its load (docs/clusters.md)."""
+
+    min: NonNegativeInt = 1
+    """Smallest number of servers. 0 ends all of them while nothing is asked."""
+    max: PositiveInt
+    """Largest number of servers."""
+    idle_seconds: PositiveFloat = 300.0
+    """Seconds for which fewer servers must have been enough before one is ended. The stabilisation window of
+    Kubernetes' autoscaler."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max is {self.max}; set max to {self.min} or more")
+        return self
+
+
+# A part of an error's location in angle brackets is no setting (config/explain.py).
+Replicas = Annotated[
+    Annotated[PositiveInt, Tag("<number>")] | Annotated[ReplicaRange, Tag("<range>")],
+    Discriminator(lambda given: "<range>" if isinstance(given, Mapping | ReplicaRange) else "<number>"),
+]
 
 
 class ReplicatedConfig(Model):
     """The settings that all kinds of engines share."""
 
-    replicas: PositiveInt = 1
-    """Number of servers. Each has the whole model."""
+    replicas: Replicas = 1
+    """Number of servers, each with the whole model. `{min: 1, max: 4}` lets the fleet choose it by its load."""
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Flag("sglang", "--dtype"), Flag("vllm", "--dtype")
     ] = "auto"
@@ -58,6 +86,31 @@ class ReplicatedConfig(Model):
         for name in OF_THIS_HOST:
             if name in type(self).model_fields and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is for launch: local, and launch is {self.launch}; leave {name} out")
+        return self
+
+    @property
+    def scale(self) -> ReplicaRange | None:
+        """The bounds of the number of servers; None if it is fixed."""
+        return self.replicas if isinstance(self.replicas, ReplicaRange) else None
+
+    @property
+    def first_replicas(self) -> int:
+        """The number of servers that are started at first. The first one shows what the others will be."""
+        return max(self.replicas.min, 1) if isinstance(self.replicas, ReplicaRange) else self.replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """The largest number of servers."""
+        return self.replicas.max if isinstance(self.replicas, ReplicaRange) else self.replicas
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> Self:
+        for name in OF_FIXED_ENGINES if self.scale is not None else ():
+            if name in type(self).model_fields and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"replicas is a range, and {name} is for a fixed number of engines; leave {name} out, or set "
+                    "replicas to a number"
+                )
         return self
 
     @model_validator(mode="after")
@@ -175,7 +228,7 @@ class StockEngineConfig(ReplicatedConfig):
             raise ValueError(f"node_rank {self.node_rank} is not below nnodes {self.nnodes}")
         if self.node_rank is not None and self.nnodes > 1 and self.dist_init_addr is None:
             raise ValueError("an engine on several hosts needs dist_init_addr (host:port of node 0); it is missing")
-        if self.nnodes > 1 and self.replicas > 1:
+        if self.nnodes > 1 and self.most_replicas > 1:
             raise ValueError("an engine over several nodes is launched alone; set replicas to 1")
         if self.kv_events and self.urls is not None:
             raise ValueError(

@@ -54,6 +54,8 @@ def resolve(loc: Location, root: Any) -> tuple[Location, type[BaseModel] | None]
     cleaned: list[str | int] = []
     choices = models_in(root)
     for index, part in enumerate(loc):
+        if str(part).startswith("<"):  # the tag of a value that may have several types
+            continue
         if len(choices) > 1:
             model = next((m for m in choices if part in _kinds(m)), None)
             choices = []

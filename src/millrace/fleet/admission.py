@@ -184,6 +184,7 @@ class Admission:
         self._rooms: dict[str, _Room] = {}
         self._lengths = OutputLengths()
         self._queue: list[_Waiting] = []
+        self._unplaced = 0  # requests that no engine may serve now
         self._numbers = itertools.count()
         self._reading: asyncio.Task[None] | None = None
 
@@ -191,6 +192,16 @@ class Admission:
     def waiting(self) -> int:
         """The number of requests that wait for room on an engine."""
         return len(self._queue)
+
+    @property
+    def demand(self) -> int:
+        """The number of requests that one more engine could serve: those that wait for room, and while no engine takes
+        requests, those that wait for one."""
+        return len(self._queue) + (0 if self._replicas.snapshot.routable else self._unplaced)
+
+    def running(self, name: str) -> int:
+        """Return the number of this process's requests on the engine."""
+        return len(self._room(name).places)
 
     def headroom(self, name: str) -> int | None:
         """Return the tokens of the engine's KV cache that its requests will leave free; None if it does not say."""
@@ -207,7 +218,11 @@ class Admission:
         while True:
             left = deadline - (time.monotonic() - started)
             admits = partial(self._admits, routing)
-            await self._replicas.until(admits, left, routing.describe())
+            self._unplaced += 1
+            try:
+                await self._replicas.until(admits, left, routing.describe())
+            finally:
+                self._unplaced -= 1
             new = request.continued_tokens == 0 and self._router.home(routing) is None
             turn: asyncio.Future[Place | None] = asyncio.get_running_loop().create_future()
             waiting = _Waiting(request, routing, key, (new, number), turn)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Literal, overload
 
 from millrace import arguments
+from millrace.continuation import call_id, generate_in_parts
 from millrace.engines.base import Engine
 from millrace.errors import ArgumentError, EngineFailed, EngineUnreachable, MillraceError, NoEngineError
 from millrace.fleet.admission import Admission
@@ -17,10 +18,10 @@ from millrace.fleet.attempts import Attempts, generate_whole, stream_whole
 from millrace.fleet.event_log import Asked, EventLog
 from millrace.fleet.labels import Label
 from millrace.fleet.many import Completion, as_completed, samples_of
-from millrace.fleet.replica_state import ReplicaState, Snapshot
+from millrace.fleet.replica_state import Phase, ReplicaState, Snapshot
 from millrace.fleet.replicas import ReplicaSet
 from millrace.fleet.routing import RoutingPolicy, admissible, with_lora
-from millrace.types import ANYWHERE, Capability, GenerateRequest, Generation, RoutingContext
+from millrace.types import ANYWHERE, Capability, FinishReason, GenerateRequest, Generation, RoutingContext
 
 ASSUMED_RUNNING = 256  # requests that an engine runs at once if it does not say
 
@@ -63,12 +64,12 @@ class FleetClient(ABC):
     @property
     def context_length(self) -> int:
         """The tokens of prompt and output together that a request may have on every engine."""
-        return min(replica.info.context_length for replica in self.replicas.by_name.values())
+        return min(info.context_length for info in self.replicas.infos)
 
     @property
     def capabilities(self) -> frozenset[Capability]:
         """What every engine can do."""
-        return frozenset.intersection(*(replica.info.capabilities for replica in self.replicas.by_name.values()))
+        return frozenset.intersection(*(info.capabilities for info in self.replicas.infos))
 
     @property
     def engines(self) -> Mapping[str, Engine]:
@@ -150,7 +151,8 @@ class FleetClient(ABC):
 
         With `retries`, a request whose engine fails or aborts it continues on an engine with the tokens that it has.
         Each failure costs a retry. An abort by `sleep(interrupt=True)` costs none: the request continues when the fleet
-        is awake. To end a request, cancel the call.
+        is awake. A request whose engine leaves the fleet continues on another one, also without retries. To end a
+        request, cancel the call.
 
         Args:
             request: The prompt as token ids, and how to sample.
@@ -199,30 +201,26 @@ class FleetClient(ABC):
         self._require_open(deadline)
         _require(request, routing)
         self._require_published()
-        attempts, end = Attempts(arguments.count("retries", retries), self.event_log), time.monotonic() + deadline
+        retries, end = arguments.count("retries", retries), time.monotonic() + deadline
+        attempts = Attempts(retries, self.event_log)
+        leaves = False  # the engine that aborted the request leaves the fleet
 
-        def opened(rest: GenerateRequest) -> AsyncGenerator[Generation, None]:
-            return self._stream(rest, routing, end - time.monotonic())
+        async def opened(rest: GenerateRequest) -> AsyncGenerator[Generation, None]:
+            nonlocal leaves
+            leaves = False
+            async with (
+                self._placed(rest, routing, end - time.monotonic()) as placed,
+                aclosing(placed.engine.stream(placed.request, deadline=placed.left)) as stream,
+            ):
+                async for made in stream:
+                    placed.asked.made = made
+                    yield placed.renamed(made)
+            leaves = await self._moves(placed)
 
-        if not retries:
-            parts = opened(request)
-        else:
-            parts = stream_whole(request, opened, attempts, interrupted=lambda: self.asleep)
+        parts = stream_whole(request, opened, attempts, interrupted=lambda: leaves or (retries > 0 and self.asleep))
         async with aclosing(parts):
             async for made in parts:
                 yield made
-
-    async def _stream(
-        self, request: GenerateRequest, routing: RoutingContext, deadline: float
-    ) -> AsyncGenerator[Generation, None]:
-        """Stream from the engine that the routing policy chooses."""
-        async with (
-            self._placed(request, routing, deadline) as placed,
-            aclosing(placed.engine.stream(placed.request, deadline=placed.left)) as stream,
-        ):
-            async for made in stream:
-                placed.asked.made = made
-                yield placed.renamed(made)
 
     def generate_many(
         self,
@@ -344,10 +342,31 @@ class FleetClient(ABC):
         return await self._send_direct(request, routing, deadline)
 
     async def _send_direct(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
-        """Send the request to the engine that the routing policy chooses."""
-        async with self._placed(request, routing, deadline) as placed:
-            placed.asked.made = await placed.engine.generate(placed.request, deadline=placed.left)
-        return placed.renamed(placed.asked.made)
+        """Send the request to the engine that the routing policy chooses. It moves to another if this one leaves."""
+        end, sent, moves = time.monotonic() + deadline, 0, False
+
+        async def call(rest: GenerateRequest) -> Generation:
+            nonlocal sent, moves
+            if sent:
+                rest = replace(rest, request_id=call_id(request.request_id, sent))
+            sent += 1
+            async with self._placed(rest, routing, end - time.monotonic()) as placed:
+                placed.asked.made = await placed.engine.generate(placed.request, deadline=placed.left)
+            moves = await self._moves(placed)
+            return placed.renamed(placed.asked.made)
+
+        return await generate_in_parts(request, call, goes_on=lambda: moves)
+
+    async def _moves(self, placed: "_Placed") -> bool:
+        """Return whether the request was aborted because its engine leaves, so that it continues on another one."""
+        made = placed.asked.made
+        if made is None or made.finish_reason is not FinishReason.ABORT or not await self._leaves(placed.engine.name):
+            return False
+        return bool(self.snapshot.usable or self.replicas.coming or self.replicas.elastic)
+
+    async def _leaves(self, engine: str) -> bool:
+        """Return whether the engine leaves the fleet, or has left it."""
+        return not self.snapshot.has(engine) or self.snapshot.get(engine).phase is Phase.DRAINING
 
     @asynccontextmanager
     async def _placed(

@@ -118,6 +118,7 @@ class Metrics:
     published_bytes: int = 0  # each version counts once, for any number of engines
     legs: dict[tuple[str, str], Spans] = field(default_factory=dict)  # steps of a publish
     routed: Counter[Why] = field(default_factory=Counter)  # requests, by the reason for the choice of their engine
+    scalings: Counter[tuple[str, bool]] = field(default_factory=Counter)  # up or down, with whether it succeeded
     retries: Counter[bool] = field(
         default_factory=Counter
     )  # of requests and samples, by whether their tokens were kept
@@ -258,6 +259,12 @@ class EventLog:
             self._restarted(engine, started, reason_of(error))
             raise
         self._restarted(engine, started, None)
+
+    def scaled(self, direction: str, engine: str | None, seconds: float, reason: str | None) -> None:
+        """Record that the fleet has grown (`up`) or shrunk (`down`) by an engine, or the reason why it could not."""
+        self.metrics.scalings[direction, reason is None] += 1
+        kind = f"scale_{direction}" if reason is None else f"scale_{direction}_failed"
+        self.emit(kind, engine, seconds=round(seconds, 3), reason=reason)
 
     def routed(self, why: Why) -> None:
         """Record the reason for which an engine was chosen."""

@@ -30,6 +30,7 @@ from millrace.errors import (
     NoEngineError,
 )
 from millrace.fleet.event_log import EventLog
+from millrace.fleet.replica_state import Phase
 from millrace.fleet.replicas import ReplicaSet
 from millrace.fleet.routing import admissible
 from millrace.fleet.supervisor import SETTLED_SECONDS, delay_before
@@ -138,7 +139,7 @@ class ExternalRouter:
         Raises what `Engine.generate` raises, and NoEngineError if the router is down and `fallback` is off.
         """
         end = time.monotonic() + deadline
-        interrupted = False  # the last call ran while a publish interrupted the engines
+        interrupted = False  # the last call ran while a publish interrupted the engines, or one of them leaves
 
         async def call(rest: GenerateRequest) -> Generation | None:
             nonlocal interrupted
@@ -151,7 +152,8 @@ class ExternalRouter:
             except _NotSentError:
                 return None
             finally:
-                interrupted = bool(before % 2) or before != self._publishes
+                leaving = any(state.phase is Phase.DRAINING for state in self._replicas.snapshot.replicas)
+                interrupted = bool(before % 2) or before != self._publishes or leaving
 
         return await generate_in_parts(request, call, goes_on=lambda: interrupted)
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace import arguments
+from millrace.config.engines import ReplicaRange
 from millrace.engines.start import Replica
 from millrace.errors import ArgumentError, EnginesLost, NoEngineError, PublishError
+from millrace.fleet.autoscaler import Autoscaler, FleetSize
 from millrace.fleet.client import FleetClient
 from millrace.fleet.event_log import EventLog, Publishing
 from millrace.fleet.external_router import ExternalRouter
@@ -77,6 +79,9 @@ class Fleet(FleetClient):
         self._newest_before = 0  # the newest version that an earlier owner of these engines published, as far as known
         self.external_router: ExternalRouter | None = None
         self._lifecycle = Lifecycle(self.replicas, self._versions, start, restarts)
+        self._autoscaler = Autoscaler(
+            self.replicas, self._admission, self._lifecycle, event_log, lambda: self._versions.recoverable
+        )
 
     @classmethod
     @asynccontextmanager
@@ -93,6 +98,7 @@ class Fleet(FleetClient):
         frozen: bool = False,
         kept: KeptEngines | None = None,
         router: "Callable[[ReplicaSet, EventLog], AbstractAsyncContextManager[ExternalRouter]] | None" = None,
+        scale: ReplicaRange | None = None,
     ) -> "AsyncIterator[Fleet]":
         """Open a fleet of these replicas. When the context ends, the replicas, the transport and the store are closed.
 
@@ -107,9 +113,11 @@ class Fleet(FleetClient):
             frozen: Refuse every publish.
             kept: Records the engines, which outlive this process.
             router: Opens an external router in front of the engines.
+            scale: Bounds between which the fleet chooses the number of engines by its load.
         """
         fleet = cls(replicas, transport, store, start, restarts, event_log, seed, frozen=frozen, kept=kept)
         fleet._lifecycle.begin()
+        fleet._autoscaler.begin(scale)
         try:
             if router is None:
                 yield fleet
@@ -118,6 +126,7 @@ class Fleet(FleetClient):
                 yield fleet
         finally:
             fleet.replicas.closed = True
+            await fleet._autoscaler.close()
             await fleet._lifecycle.close()
             await fleet._admission.close()
             fleet._feeds.close()
@@ -180,8 +189,9 @@ class Fleet(FleetClient):
         wanted, label = version_number(version), label_value(label)
         source = weight_source(tensors)
         while True:
-            await self.replicas.recovered()
-            await self.replicas.until(lambda: self.snapshot.usable, deadline)
+            with self._autoscaler.wanting():
+                await self.replicas.recovered()
+                await self.replicas.until(lambda: self.snapshot.usable, deadline)
             left_out, number = self._left_out(), self._number(wanted)
             try:
                 with self._interrupting(), self._publishing(number, label) as publishing:
@@ -331,11 +341,47 @@ class Fleet(FleetClient):
     async def remove(self, name: str, *, deadline: float = 60.0) -> None:
         """Remove an engine from the fleet, and end its process.
 
-        It gets no more requests. Its running requests are aborted if they have not completed within `deadline` seconds.
-        Raises NoEngineError if no engine has this name.
+        It gets no more requests. Requests that have not completed within `deadline` seconds are aborted, and continue
+        on another engine with the tokens that they have. This costs no retry. Without another engine, they return
+        these tokens with the finish reason `abort`.
+
+        Raises NoEngineError if no engine has this name, or if it is being restarted or leaves.
         """
         self._require_open(deadline)
         await self._lifecycle.remove(name, deadline)
+
+    async def preempt(self, name: str, *, deadline: float = 30.0) -> None:
+        """Remove an engine whose host goes away in `deadline` seconds, and start another in its place.
+
+        It gets no more requests. Its running requests are aborted as soon as another engine serves, and continue there
+        with the tokens that they have (see `remove`). The replacement starts at once. If there is no room for it, the
+        fleet goes on without, and tries again with growing delays. A fleet that does not start its engines gets none.
+
+        Raises NoEngineError if no engine has this name, or if it is being restarted or leaves.
+
+        Example:
+
+            await fleet.preempt("sglang-1", deadline=25.0)
+        """
+        self._require_open(deadline)
+        if self.snapshot.has(name):
+            self._autoscaler.replace_one()
+        await self._lifecycle.remove(name, deadline, at_once=True)
+
+    def autoscale(self, limits: ReplicaRange | None) -> None:
+        """Let the fleet choose the number of its engines by its load (docs/clusters.md). None ends that.
+
+        Raises NoEngineError if this fleet does not start its engines.
+        """
+        self._require_open()
+        if limits is not None and not self._lifecycle.starts:
+            raise NoEngineError("this fleet does not start its engines, and can't be scaled")
+        self._autoscaler.limit(limits)
+
+    @property
+    def size(self) -> FleetSize:
+        """The number of engines that the fleet should have, that serve, and that are being started."""
+        return self._autoscaler.size
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY, *, interrupt: bool = False) -> None:
         """Release memory of every usable engine, to lend it to the trainer.
@@ -497,7 +543,7 @@ class Fleet(FleetClient):
         """Raises NoEngineError if all engines are up and awake, and none serves before the first publish."""
         states = self.snapshot.replicas
         waits = self.replicas.coming or self.asleep or self._versions.published or self._versions.publishing
-        if not waits and all(state.version is None and state.phase is Phase.STARTING for state in states):
+        if not waits and states and all(state.version is None and state.phase is Phase.STARTING for state in states):
             raise NoEngineError(
                 "no engine serves before the first publish, since the engines' weights could not be compared with the "
                 f"model's folder; publish a version, or open the fleet with frozen=True; {self.snapshot.describe()}"

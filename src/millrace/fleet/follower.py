@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -30,12 +30,13 @@ from millrace.fleet.replicas import ReplicaSet
 from millrace.http.client import HttpClient
 from millrace.http.hosts import require_known
 from millrace.http.local import raise_file_limit
-from millrace.types import FinishReason, GenerateRequest, Generation, Health, MemoryTag, RoutingContext
+from millrace.types import EngineInfo, FinishReason, GenerateRequest, Generation, Health, MemoryTag, RoutingContext
 
 POLL_SECONDS = 20.0  # for which the owner delays its answer while nothing changes
 ANSWER_DEADLINE = 10.0  # seconds for the owner to answer
 RETRY_SECONDS = 0.5  # after a failed poll
 CONNECTED_AT_ONCE = 32  # engines
+DEMAND_SECONDS = 1.0  # between two reports of the requests that wait
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class FleetState:
     """The state of a fleet that its owner sends to its followers.
 
     `owner`: distinguishes this owner from an earlier one at the same URL. `number` and `members` are those of its
-    snapshot. `version`: the last published version. `labels`: the labels of the published versions.
+    snapshot. `version`: the last published version. `labels`: the labels of the published versions. `elastic`: whether
+    engines are started when requests wait. `last_info`: what the last engine reported, while there is none.
     """
 
     owner: str
@@ -56,6 +58,16 @@ class FleetState:
     coming: tuple[str, ...]
     asleep: tuple[MemoryTag, ...]
     engines: tuple[Address, ...]
+    elastic: bool = False
+    last_info: EngineInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """The number of a follower's requests that wait for an engine. `process` identifies the follower."""
+
+    process: str
+    waiting: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +134,7 @@ class Followed(ReplicaSet):
                 return
             await self._connect(received.engines)
             self.coming, self.asleep = set(received.coming), frozenset(received.asleep)
+            self.elastic, self._last_info = received.elastic, received.last_info or self._last_info
             self._owner_id, self.version = received.owner, received.version
             for version, label in received.labels.items():  # those of an earlier owner stay
                 self.labels.put(version, label)
@@ -142,6 +155,18 @@ class Followed(ReplicaSet):
                 await self._recheck()
                 await asyncio.sleep(RETRY_SECONDS)
 
+    async def tell_demand(self, waiting: Callable[[], int]) -> None:
+        """Tell the owner of an elastic fleet how many requests wait here for an engine, until cancelled."""
+        process, told = secrets.token_hex(8), 0
+        while True:
+            now = waiting() if self.elastic else 0
+            if now or told:
+                with suppress(EngineError):  # `follow` logs that the owner is silent
+                    body = {"process": process, "waiting": now}
+                    await self._owner.control("POST", "/demand", body, deadline=ANSWER_DEADLINE, repeatable=True)
+                    told = now
+            await asyncio.sleep(DEMAND_SECONDS)
+
     async def _recheck(self) -> None:
         """Send requests again to suspect engines that are ready, since no owner probes them."""
         for name in [state.name for state in self.snapshot.replicas if state.phase is Phase.SUSPECT]:
@@ -159,7 +184,7 @@ class Followed(ReplicaSet):
         wanted = {address.name: address for address in addresses}
         for name in list(self.by_name):
             if wanted.get(name) != self._addresses[name]:
-                await self.by_name.pop(name).end()
+                await self.forget(name).end()
         free = asyncio.Semaphore(CONNECTED_AT_ONCE)
 
         async def connect(address: Address) -> None:
@@ -200,6 +225,11 @@ class Follower(FleetClient):
                 # So that `asleep` shows whether the owner aborted it, and `labels` has the label of its version.
                 await self._followed.refresh()
         return made
+
+    async def _leaves(self, engine: str) -> bool:
+        with suppress(EngineError):  # the owner does not answer, which `follow` logs
+            await self._followed.refresh()
+        return await super()._leaves(engine)
 
     async def publish(self, *args: object, **kwargs: object) -> NoReturn:  # noqa: ARG002
         """Raise PublishError: only the process that owns the fleet can publish."""
@@ -245,14 +275,15 @@ async def follow_fleet(
     await require_known("url", [url])
     raise_file_limit()
     followed = Followed(url, key)
-    following: asyncio.Task[None] | None = None
+    tasks: list[asyncio.Task[None]] = []
     try:
         try:
             await followed.refresh()
         except EngineError as error:
             raise not_owner(url, error) from error
-        following = asyncio.create_task(followed.follow())
         follower = Follower(followed, url, event_log if event_log is not None else EventLog(), seed)
+        tasks.append(asyncio.create_task(followed.follow()))
+        tasks.append(asyncio.create_task(followed.tell_demand(lambda: follower._admission.demand)))
         try:
             yield follower
         finally:
@@ -260,9 +291,9 @@ async def follow_fleet(
             await follower._admission.close()
     finally:
         followed.closed = True
-        if following is not None:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await followed.close()
 
 

@@ -8,7 +8,7 @@ none.
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -110,6 +110,11 @@ class KeptEngines:
                 finally:
                     if not kept._left:  # otherwise the fleet was not opened, and its engines run on
                         kept._path.unlink(missing_ok=True)
+
+    @property
+    def left(self) -> Collection[str]:
+        """The names of the engines that an earlier owner left, and that are neither taken over nor ended yet."""
+        return self._left.keys()
 
     async def take_over(self, name: str) -> Replica | None:
         """Return the recorded engine of this name if it is as it was left. Otherwise end it, and return None."""

@@ -1,12 +1,13 @@
 """The lifecycle of a fleet's engines: starting, restarting, adding and removing them."""
 
 import asyncio
-import logging
+import itertools
+import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 from millrace.engines.start import Replica
-from millrace.errors import EngineError, NoEngineError
+from millrace.errors import NoEngineError
+from millrace.fleet.draining import drained, moved
 from millrace.fleet.replica_state import CatchingUp, Died, Leaving, Phase, ReplicaState, Slept, WeightsLost
 from millrace.fleet.replicas import OwnedReplicaSet
 from millrace.fleet.supervisor import Supervisor
@@ -14,8 +15,7 @@ from millrace.fleet.versions import Versions
 
 BUCKET_BYTES = 256 * 2**20
 CATCH_UP_DEADLINE = 120.0
-
-logger = logging.getLogger(__name__)
+MOVE_SECONDS = 5.0  # for the requests of an engine that leaves to come back, once they are aborted
 
 
 class Lifecycle:
@@ -31,6 +31,7 @@ class Lifecycle:
     ) -> None:
         self._replicas, self._versions, self._start = replicas, versions, start
         self._numbers = {name: number for number, name in enumerate(replicas.by_name)}
+        self._starting: set[int] = set()  # the numbers of engines that are being added
         self._ending: set[str] = set()  # engines that are ended on purpose: they are restarted, or leave
         self._supervisor = Supervisor(replicas, restarts if start is not None else 0, self._restart)
 
@@ -62,38 +63,58 @@ class Lifecycle:
         """See `Fleet.add`."""
         if self._start is None:
             raise NoEngineError("this fleet does not start its engines, and can't start one more")
-        await self._replicas.weights_awake()
-        number = max(self._numbers.values(), default=-1) + 1
-        started = await self._start(number)
-        self._numbers[started.engine.name] = number
-        await self._begin(started, bucket_bytes, deadline)
-        return started.engine.name
+        taken = self._starting.union(self._numbers.values())
+        number = next(number for number in itertools.count() if number not in taken)
+        expected = f"engine {number}"
+        self._starting.add(number)
+        await self._replicas.expect(expected)
+        try:
+            await self._replicas.weights_awake()
+            started = await self._start(number)
+            self._numbers[started.engine.name] = number
+            self._replicas.coming.discard(expected)
+            expected = started.engine.name
+            self._replicas.coming.add(expected)
+            await self._begin(started, bucket_bytes, deadline)
+        finally:
+            self._starting.discard(number)
+            await self._replicas.expect(expected, coming=False)
+        return expected
 
-    async def remove(self, name: str, deadline: float) -> None:
-        """See `Fleet.remove`."""
+    async def remove(self, name: str, deadline: float, *, at_once: bool = False) -> None:
+        """See `Fleet.remove` and, with `at_once`, `Fleet.preempt`."""
         replicas = self._replicas
         self._require(name)
+        ends = time.monotonic() + deadline
         await self._supervisor.forget(name)
+        self._require_free(name)
         self._ending.add(name)
         try:
             await replicas.apply(name, Leaving())
-            try:
-                async with asyncio.timeout(deadline), replicas.changed:
-                    await replicas.changed.wait_for(lambda: replicas.observer.is_idle(name))
-            except TimeoutError:
-                logger.warning("%s leaves, and its requests are aborted", name)
-                with suppress(EngineError):
-                    await replicas.by_name[name].engine.abort()
+            # An engine that is preempted gives its requests back as soon as another takes them, and early enough.
+            grace = max(deadline - MOVE_SECONDS, 0.0) if at_once else deadline
+            others = (lambda: bool(replicas.snapshot.routable)) if at_once else (lambda: False)
+            if not await drained(replicas, name, grace, otherwise=others):
+                await moved(replicas, name, max(ends - time.monotonic(), MOVE_SECONDS))
             await self._end(name, "it has left")
             await replicas.remove(name)
             self._numbers.pop(name)
         finally:
             self._ending.discard(name)
 
+    @property
+    def starts(self) -> bool:
+        """Whether this fleet starts engines."""
+        return self._start is not None
+
+    def is_lost(self, state: ReplicaState) -> bool:
+        """Return whether an engine has ended, or must not serve, and nothing is done about it."""
+        known = state.name in self._ending or state.name in self._replicas.coming
+        return state.phase in (Phase.DEAD, Phase.QUARANTINED) and not known
+
     async def _restart(self, name: str, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE) -> None:
         assert self._start is not None
-        if name in self._ending:
-            raise NoEngineError(f"{name} is being restarted, or leaves")
+        self._require_free(name)
         self._ending.add(name)
         try:
             with self._replicas.event_log.restarting(name):
@@ -128,3 +149,7 @@ class Lifecycle:
     def _require(self, name: str) -> None:
         if not self._replicas.snapshot.has(name):
             raise NoEngineError(f"no engine is called {name}: {self._replicas.snapshot.describe()}")
+
+    def _require_free(self, name: str) -> None:
+        if name in self._ending:
+            raise NoEngineError(f"{name} is being restarted, or leaves")

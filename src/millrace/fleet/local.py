@@ -80,7 +80,7 @@ async def open_fleet(
 
     Args:
         config: The engines: a config object, or a mapping with the same settings. `config.replicas` engines are
-            started.
+            started. If it is a range, the fleet chooses their number by its load (docs/clusters.md).
         model_path: The folder of the model.
         log_dir: Where the engines' logs go.
         version: The number of the weight version that the folder contains.
@@ -179,6 +179,7 @@ async def open_fleet(
                 frozen=frozen,
                 kept=kept,
                 router=before,
+                scale=engine.scale,
             )
         )
         await fleet.attest(checksums, version, model)

@@ -15,13 +15,14 @@ from pydantic import TypeAdapter, ValidationError
 from millrace import arguments
 from millrace.engines.reach import address_of
 from millrace.errors import ArgumentError, ConfigError, EngineFailed
-from millrace.fleet.follower import POLL_SECONDS, Failure, FleetState
+from millrace.fleet.follower import POLL_SECONDS, Demand, Failure, FleetState
 from millrace.http.auth import has_key
+from millrace.http.replies import reply
 from millrace.http.serving import serving
 from millrace.launch.ports import bound, unbracketed, url_of, why_not_bound
 
 if TYPE_CHECKING:
-    from millrace.fleet.client import FleetClient
+    from millrace.fleet.fleet import Fleet
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class SharedFleet:
 
 
 @asynccontextmanager
-async def serve_followers(fleet: "FleetClient", host: str, port: int, key: str | None) -> AsyncIterator[SharedFleet]:
+async def serve_followers(fleet: "Fleet", host: str, port: int, key: str | None) -> AsyncIterator[SharedFleet]:
     """Answer the followers of a fleet while the block runs. See `Fleet.share`."""
     host, port = arguments.text("host", host), arguments.whole("port", port)
     key = secrets.token_urlsafe(24) if key is None else checked_key(key)
@@ -51,7 +52,11 @@ async def serve_followers(fleet: "FleetClient", host: str, port: int, key: str |
     with sock:
         owner = _Owner(fleet, key)
         app = web.Application(middlewares=[owner.guard])
-        app.add_routes([web.get("/state", owner.get_state), web.post("/failure", owner.post_failure)])
+        app.add_routes([
+            web.get("/state", owner.get_state),
+            web.post("/failure", owner.post_failure),
+            web.post("/demand", owner.post_demand),
+        ])  # fmt: skip
         async with serving(app, sock):
             yield SharedFleet(url_of(host, sock.getsockname()[1]), key)
 
@@ -67,9 +72,10 @@ def checked_key(key: object) -> str:
 class _Owner:
     """The handlers of the routes. `id` distinguishes this owner from an earlier one at the same URL."""
 
-    def __init__(self, fleet: "FleetClient", key: str) -> None:
+    def __init__(self, fleet: "Fleet", key: str) -> None:
         self._fleet, self._key, self._id = fleet, key, secrets.token_hex(8)
         self._state, self._failure = TypeAdapter(FleetState), TypeAdapter(Failure)
+        self._demand = TypeAdapter(Demand)
         self._shown: tuple[object, ...] = ()  # what `_body` was made of
         self._body = b""
 
@@ -99,7 +105,16 @@ class _Owner:
         except ValidationError as error:
             return web.Response(text=str(error.errors()[0]["msg"]), status=400)
         await self._fleet.replicas.suspect(failure.engine, EngineFailed(failure.engine, failure.reason))
-        return web.Response(status=204)
+        return reply({})
+
+    async def post_demand(self, http: web.Request) -> web.Response:
+        """Remember how many requests wait in a follower."""
+        try:
+            demand = self._demand.validate_json(await http.read())
+        except ValidationError as error:
+            return web.Response(text=str(error.errors()[0]["msg"]), status=400)
+        self._fleet.replicas.note_demand(demand.process, demand.waiting)
+        return reply({})
 
     def _current(self) -> bytes:
         """Return the state in JSON. It is made once, however many followers ask for it."""
@@ -110,9 +125,10 @@ class _Owner:
             dict(replicas.labels),
             tuple(sorted(replicas.coming)),
             tuple(sorted(replicas.asleep)),
+            replicas.elastic,
         )
         if shown != self._shown:
-            number, version, labels, coming, asleep = self._shown = shown
+            number, version, labels, coming, asleep, elastic = self._shown = shown
             addresses = (address_of(replica) for replica in replicas.by_name.values())
             state = FleetState(
                 owner=self._id,
@@ -123,6 +139,8 @@ class _Owner:
                 coming=coming,
                 asleep=asleep,
                 engines=tuple(address for address in addresses if address is not None),
+                elastic=elastic,
+                last_info=None if replicas.by_name else replicas.infos[0],
             )
             self._body = self._state.dump_json(state)
         return self._body

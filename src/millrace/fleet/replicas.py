@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import replace
 from typing import Protocol
 
 from millrace.engines.start import Replica
@@ -13,8 +15,9 @@ from millrace.errors import EngineError, LocalError, NoEngineError
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.labels import Labels
 from millrace.fleet.replica_state import Answered, CallFailed, Died, Event, Quarantined, ReplicaState, Snapshot, after
-from millrace.types import Health, MemoryTag
+from millrace.types import EngineInfo, Health, MemoryTag
 
+DEMAND_COUNTS = 5.0  # seconds for which a follower's report of its waiting requests counts
 PROCESS_END_DEADLINE = 3.0  # seconds from a closed port to the end of the process, whose log says more about the reason
 
 logger = logging.getLogger(__name__)
@@ -24,8 +27,9 @@ class ReplicaSet(ABC):
     """This process's view of the replicas: the snapshot used for routing, and a condition to wait for changes.
 
     All of it belongs to one event loop. `by_name`: the replicas by their names. `changed` is notified of every new
-    snapshot. `coming`: the names of the replicas that are being started again. `asleep`: the memory that the fleet was
-    asked to release. `labels`: the labels of the published versions. `closed`: whether the fleet's context has ended.
+    snapshot. `coming`: the names of the replicas that are being started. `elastic`: whether replicas are started when
+    requests wait, so that there is hope without any. `asleep`: the memory that the fleet was asked to release.
+    `labels`: the labels of the published versions. `closed`: whether the fleet's context has ended.
     """
 
     def __init__(self, snapshot: Snapshot, replicas: Mapping[str, Replica]) -> None:
@@ -33,6 +37,8 @@ class ReplicaSet(ABC):
         self.by_name = dict(replicas)
         self.changed = asyncio.Condition()
         self.coming: set[str] = set()
+        self.elastic = False
+        self._last_info: EngineInfo | None = None  # of a replica that has left
         self.asleep: frozenset[MemoryTag] = frozenset()
         self.labels = Labels()
         self.closed = False
@@ -46,6 +52,23 @@ class ReplicaSet(ABC):
         number = phases.total()
         counted = ", ".join(f"{count} {phase}" for phase, count in phases.items())
         return f"{number} engine{'' if number == 1 else 's'}{': ' if counted else ''}{counted}"
+
+    @property
+    def infos(self) -> Sequence[EngineInfo]:
+        """What the replicas report about themselves. While there are none, that of the last one which left.
+
+        Raises NoEngineError if there has been none."""
+        if self.by_name:
+            return [replica.info for replica in self.by_name.values()]
+        if self._last_info is None:
+            raise NoEngineError("the fleet has no engine now, and this process has not seen one yet")
+        return [self._last_info]
+
+    def forget(self, name: str) -> Replica:
+        """Forget and return a replica that has left."""
+        replica = self.by_name.pop(name)
+        self._last_info = replica.info
+        return replica
 
     @abstractmethod
     async def suspect(self, name: str, error: EngineError) -> None:
@@ -98,8 +121,8 @@ class ReplicaSet(ABC):
             await self.changed.wait_for(lambda: MemoryTag.WEIGHTS not in self.asleep)
 
     def require_hope(self) -> None:
-        """Raises NoEngineError if no engine is left and none is being started again."""
-        if not self.snapshot.usable and not self.coming:
+        """Raises NoEngineError if no engine is left, and none is being started or will be for requests that wait."""
+        if not (self.snapshot.usable or self.coming or self.elastic):
             raise NoEngineError(f"no engine is left: {self.snapshot.describe()}")
 
 
@@ -128,6 +151,7 @@ class OwnedReplicaSet(ReplicaSet):
         self.event_log = event_log
         self.observer = observer
         self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._demands: dict[str, tuple[int, float]] = {}  # of followers: the requests that wait, and when they said so
         for state in self.snapshot.replicas:
             event_log.changed(None, state)
 
@@ -142,6 +166,22 @@ class OwnedReplicaSet(ReplicaSet):
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
 
+    async def expect(self, name: str, *, coming: bool = True) -> None:
+        """Record that a replica is being started, or that this has ended."""
+        (self.coming.add if coming else self.coming.discard)(name)
+        await self.show(replace(self.snapshot, number=self.snapshot.number + 1))
+
+    def note_demand(self, process: str, waiting: int) -> None:
+        """Record how many requests wait in a follower."""
+        self._demands[process] = waiting, time.monotonic()
+
+    @property
+    def followers_waiting(self) -> int:
+        """The requests that wait in followers, as those said that were heard of lately."""
+        old = time.monotonic() - DEMAND_COUNTS
+        self._demands = {process: told for process, told in self._demands.items() if told[0] and told[1] > old}
+        return sum(waiting for waiting, _ in self._demands.values())
+
     async def add(self, replica: Replica) -> None:
         """Add a new replica, or the new process of one."""
         name = replica.engine.name
@@ -155,7 +195,7 @@ class OwnedReplicaSet(ReplicaSet):
         """Forget a replica that has left."""
         self.event_log.removed(name)
         await self.show(self.snapshot.without(name))
-        self.by_name.pop(name)
+        self.forget(name)
 
     async def apply(self, name: str, event: Event) -> None:
         """Apply an event to a replica's state. Does nothing for a replica that has left."""

@@ -26,8 +26,13 @@ class Starter:
         self._config, self._spec, self._kept = config, spec, kept
 
     async def start_all(self) -> Sequence[Replica]:
-        """Start `config.replicas` engines, or take over those that an earlier owner left. Others of its are ended."""
-        names = {self._spec.name(self._config.kind, number): number for number in range(self._config.replicas)}
+        """Start `config.first_replicas` engines, or take over those that an earlier owner left, up to
+        `config.most_replicas`. Others of its are ended."""
+        recorded = () if self._kept is None else self._kept.left
+        numbers = range(self._config.most_replicas)
+        left = [number for number in numbers if self._spec.name(self._config.kind, number) in recorded]
+        first = max(self._config.first_replicas, *(number + 1 for number in left), 0)
+        names = {self._spec.name(self._config.kind, number): number for number in numbers[:first]}
         starts = {name: self._find_or_start(name, number) for name, number in names.items()}
         started = await start_all(starts, self._spec.log_dir)
         if self._kept is not None:

@@ -90,6 +90,13 @@ class Versions:
         return self.loras.current.version if self.loras.current is not None else self._base
 
     @property
+    def recoverable(self) -> bool:
+        """Whether an engine that starts gets the last version although no other engine has it: it is stored, or in the
+        model's folder. The trainer's weights may have changed."""
+        own = self._origin is not None and self._base == self._origin.version
+        return own or (self.transport is not None and self._base in self.stored)
+
+    @property
     def publishing(self) -> bool:
         """Whether a version is being published."""
         return self._publishing

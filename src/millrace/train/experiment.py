@@ -138,7 +138,7 @@ async def _engines(
     def start() -> AbstractAsyncContextManager[Fleet]:
         return configured_fleet(config, model_path, log_dir=folder.logs, event_log=event_log)
 
-    engines = config.engine.replicas + (config.judges.engine.replicas if config.judges is not None else 0)
+    engines = config.engine.first_replicas + (config.judges.engine.first_replicas if config.judges is not None else 0)
     display.say(f"starting {engines} engine(s); their logs are in {folder.logs}")
     async with (
         _observer(config.metrics if world.rank == 0 else None, event_log, display) as observer,

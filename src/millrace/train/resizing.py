@@ -39,7 +39,9 @@ async def _follow(fleet: Fleet, config: RunConfig, reload: Callable[[], RunConfi
         try:
             reloaded = reload()
             require_only_replicas(config, reloaded)
-            await bring_to(fleet, reloaded.engine.replicas)
+            fleet.autoscale(reloaded.engine.scale)
+            if isinstance(replicas := reloaded.engine.replicas, int):
+                await bring_to(fleet, replicas)
         except MillraceError as error:
             logger.error("the new settings were not applied, and the run continues unchanged: %s", error)
 

@@ -25,4 +25,4 @@ def busy_threads(config: RunConfig) -> int:
     engine = config.engine
     if config.mode == "hybrid" or engine.device != "cpu" or engine.urls is not None:
         return 0
-    return engine.replicas * (engine.threads or 1)
+    return engine.most_replicas * (engine.threads or 1)

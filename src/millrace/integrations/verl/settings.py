@@ -102,6 +102,10 @@ def engine_of(
         engine: EngineConfig = TypeAdapter(EngineConfig).validate_python(whole)
     except ValidationError as error:
         raise ConfigError(explain(error.errors()[0], EngineConfig, (WHERE, "custom", "engine"))[1]) from None
+    if engine.scale is not None:
+        raise ConfigError(
+            f"{WHERE}.custom.engine.replicas is a range, and verl's number of replicas is fixed; leave it out"
+        )
     engine_tp = 1 if isinstance(engine, EmbeddedEngineConfig) else engine.tp_size
     if engine_tp != tp_size and not attached:
         raise ConfigError(
