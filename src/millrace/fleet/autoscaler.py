@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from millrace.config.engines import ReplicaRange
-from millrace.errors import EngineError, MillraceError
+from millrace.errors import EngineError, MillraceError, NoEngineError
 from millrace.fleet.admission import Admission
 from millrace.fleet.event_log import EventLog, reason_of
 from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE, Lifecycle
@@ -78,10 +78,20 @@ class Autoscaler:
         self._target = None
         self._replicas.elastic = limits is not None
 
-    def replace_one(self) -> None:
-        """Start an engine for one that is preempted. A fleet with bounds does that by itself."""
-        if self._scaling is None and self._lifecycle.starts:
-            self._owed += 1
+    async def remove(self, name: str, deadline: float) -> None:
+        """See `Fleet.remove`. The engine leaves even if the caller stops waiting."""
+        await asyncio.shield(self._run(self._removing, self._lifecycle.remove(name, deadline)))
+
+    async def preempt(self, name: str, deadline: float) -> None:
+        """See `Fleet.preempt`. The engine leaves even if the caller stops waiting."""
+        # A fleet with bounds starts what is missing by itself.
+        owed = int(self._scaling is None and self._lifecycle.starts and self._replicas.snapshot.has(name))
+        self._owed += owed
+        try:
+            await asyncio.shield(self._run(self._removing, self._lifecycle.remove(name, deadline, at_once=True)))
+        except NoEngineError:  # it leaves already, or is being restarted
+            self._owed -= owed
+            raise
 
     @contextmanager
     def wanting(self) -> Iterator[None]:
@@ -100,6 +110,11 @@ class Autoscaler:
         starting = len({s.name for s in states if s.phase in (Phase.STARTING, Phase.CATCHING_UP)} | coming)
         wanted = self._present + max(self._owed - len(self._adding), 0) if self._target is None else self._target
         return FleetSize(wanted, serving, starting)
+
+    @property
+    def demand(self) -> int:
+        """The requests that wait for room on an engine, or for the first engine, those of followers included."""
+        return self._admission.demand + self._replicas.followers_waiting
 
     @property
     def _present(self) -> int:
@@ -151,7 +166,7 @@ class Autoscaler:
         known = {name: load for name, load in loads.items() if load is not None}
         if len(known) < len(loads):
             return None
-        waiting, now = self._admission.demand + replicas.followers_waiting, time.monotonic()
+        waiting, now = self.demand, time.monotonic()
         self._waiting_since = (self._waiting_since or now) if waiting else None
         limits = [replicas.by_name[name].info.max_running for name in known]
         own = {name: self._admission.running(name) for name in known}
@@ -218,10 +233,11 @@ class Autoscaler:
         self._event_log.scaled("down", name, time.monotonic() - started, None)
         logger.info("%s has left the fleet", name)
 
-    def _run(self, tasks: set[asyncio.Task[None]], work: Coroutine[None, None, None]) -> None:
+    def _run(self, tasks: set[asyncio.Task[None]], work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+        return task
 
 
 def _last(name: str) -> int:

@@ -348,7 +348,7 @@ class Fleet(FleetClient):
         Raises NoEngineError if no engine has this name, or if it is being restarted or leaves.
         """
         self._require_open(deadline)
-        await self._lifecycle.remove(name, deadline)
+        await self._autoscaler.remove(name, deadline)
 
     async def preempt(self, name: str, *, deadline: float = 30.0) -> None:
         """Remove an engine whose host goes away in `deadline` seconds, and start another in its place.
@@ -364,9 +364,7 @@ class Fleet(FleetClient):
             await fleet.preempt("sglang-1", deadline=25.0)
         """
         self._require_open(deadline)
-        if self.snapshot.has(name):
-            self._autoscaler.replace_one()
-        await self._lifecycle.remove(name, deadline, at_once=True)
+        await self._autoscaler.preempt(name, deadline)
 
     def autoscale(self, limits: ReplicaRange | None) -> None:
         """Let the fleet choose the number of its engines by its load (docs/clusters.md). None ends that.
@@ -382,6 +380,11 @@ class Fleet(FleetClient):
     def size(self) -> FleetSize:
         """The number of engines that the fleet should have, that serve, and that are being started."""
         return self._autoscaler.size
+
+    @property
+    def demand(self) -> int:
+        """The requests of this process and its followers that wait for room on an engine, or for the first engine."""
+        return self._autoscaler.demand
 
     async def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY, *, interrupt: bool = False) -> None:
         """Release memory of every usable engine, to lend it to the trainer.

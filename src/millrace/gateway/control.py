@@ -3,20 +3,21 @@
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import orjson
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from millrace.config.explain import nearest
-from millrace.errors import DataError, MillraceError, PublishError
+from millrace.errors import ArgumentError, DataError, MillraceError, NoEngineError, PublishError
 from millrace.gateway.episode import Episode
 from millrace.gateway.gateway import Gateway
 from millrace.gateway.samples import GatewaySample
 from millrace.gateway.turn import EpisodeClosed
 from millrace.http.auth import has_key
 from millrace.http.replies import reply
+from millrace.serve.preempting import preempt
 from millrace.serve.publishing import publish_folder
 
 B = TypeVar("B", bound=BaseModel)
@@ -47,6 +48,16 @@ class UpdateBody(BaseModel):
     weight_dir: Path
 
 
+class PreemptBody(BaseModel):
+    """The body of `POST /preempt`. engine: its name; host: its address, for all engines there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    engine: str | None = None
+    host: str | None = None
+    deadline: Annotated[FiniteFloat, Field(gt=0)] = 30.0
+
+
 @dataclass(frozen=True, slots=True)
 class ControlRoutes:
     """The handlers."""
@@ -64,6 +75,7 @@ class ControlRoutes:
             web.post("/episodes/{id}/finish", self._with_key(self._finish)),
             web.delete("/episodes/{id}", self._with_key(self._delete)),
             web.post("/update_weights", self._with_key(self._update_weights)),
+            web.post("/preempt", self._with_key(self._preempt)),
         ]
 
     def _with_key(
@@ -76,8 +88,9 @@ class ControlRoutes:
                 return await handler(http)
             except EpisodeClosed as error:
                 return _error(error.status, str(error))
-            except (PublishError, DataError) as error:
+            except (ArgumentError, PublishError, DataError) as error:
                 return _error(400, str(error))
+
             except MillraceError as error:
                 return _error(500, str(error))
             except web.HTTPRequestEntityTooLarge as error:
@@ -120,6 +133,14 @@ class ControlRoutes:
         """Publish the weights of a folder in Hugging Face's format as the next version."""
         body = await _read(http, UpdateBody)
         return reply(await publish_folder(self.gateway.engines.fleet, body.weight_dir))
+
+    async def _preempt(self, http: web.Request) -> web.Response:
+        """Remove the engines whose host goes away, and return their names when they are out."""
+        body = await _read(http, PreemptBody)
+        try:
+            return reply(await preempt(self.gateway.engines.fleet, body.engine, body.host, body.deadline))
+        except NoEngineError as error:
+            return _error(404, str(error))
 
     def _episode(self, http: web.Request) -> Episode:
         episode = self.gateway.episodes.get(http.match_info["id"])

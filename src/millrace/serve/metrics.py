@@ -65,8 +65,15 @@ def _engines(view: FleetView) -> Iterator[Metric]:
         "Tokens of its KV cache that stay free at the fullest moment of its requests, as forecast.",
         lambda e: e.headroom_tokens,
     )
-    waiting = "Requests of this process that wait for room on an engine."
+    waiting = "Requests that wait for room on an engine, or for the first engine."
     yield _gauge("millrace_waiting_requests", waiting, [], [([], float(view.waiting))])
+    size = view.size
+    for name, help_text, number in (
+        ("wanted", "Engines that there should be by the load, or by the settings.", size.wanted if size else None),
+        ("serving", "Engines that get requests.", size.serving if size else None),
+        ("starting", "Engines that are being started, or get their weights.", size.starting if size else None),
+    ):
+        yield _gauge(f"millrace_engines_{name}", help_text, [], [([], number)])
     yield of_loads("millrace_engine_running_requests", "Requests that it runs.", lambda x: x.running_requests)
     yield of_loads("millrace_engine_waiting_requests", "Requests in its queue.", lambda x: x.waiting_requests)
     yield of_loads("millrace_engine_used_tokens", "Tokens in its KV cache.", lambda x: x.used_tokens)
@@ -119,6 +126,12 @@ def _requests(metrics: Metrics) -> Iterator[Metric]:
 
 
 def _weights(metrics: Metrics) -> Iterator[Metric]:
+    yield _counter(
+        "millrace_scale_events_total",
+        "Engines that the fleet has added (up) or removed (down) by its load, by whether that succeeded.",
+        ["direction", "outcome"],
+        (([direction, _outcome(sound)], count) for (direction, sound), count in metrics.scalings.items()),
+    )
     yield _counter(
         "millrace_engine_state_entered_total",
         "How often the engine entered the state.",

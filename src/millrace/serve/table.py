@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from millrace.fleet.autoscaler import FleetSize
 from millrace.fleet.event_log import Entry, Value
 from millrace.fleet.replica_state import Phase
 from millrace.serve.view import EngineView, FleetView
@@ -22,15 +23,24 @@ def fleet_table(view: FleetView, *, events: int, trouble: str | None = None) -> 
 
     trouble: why the view is out of date.
     """
-    if not view.engines:
-        parts: list[RenderableType] = [Text("the engines are being started")]
-    else:
+    parts: list[RenderableType] = []
+    if view.engines:
         parts = [_engines(view.engines), *(_remark(e) for e in view.engines if e.reason or e.silence)]
+    elif view.size is None:
+        parts = [Text("the engines are being started")]
+    if (size := view.size) is not None and (not view.engines or size.wanted != size.serving or view.waiting):
+        parts.append(Text(_size(size, view.waiting)))
     if latest := view.events[-events:] if events else ():
         parts += [Text(), *(_event(entry) for entry in latest)]
     if trouble is not None:
         parts.append(Text(trouble, style="bold red"))
     return Group(*parts)
+
+
+def _size(size: FleetSize, waiting: int) -> str:
+    """Return the numbers of engines and of waiting requests in words."""
+    engines = f"{size.serving} of {size.wanted} engine{'' if size.wanted == 1 else 's'} serving"
+    return f"{engines}, {size.starting} starting; {waiting} request{'' if waiting == 1 else 's'} waiting"
 
 
 def _engines(engines: Sequence[EngineView]) -> Table:

@@ -132,8 +132,9 @@ class _Routes:
             return _error(500, str(error))
 
     async def health(self, http: web.Request) -> web.Response:  # noqa: ARG002
-        """Return 200 if an engine takes requests, or will once an update, a sleep or a restart is over."""
-        if self.fleet.snapshot.routable or self.fleet.interrupted:
+        """Return 200 if an engine takes requests, or will once an update, a sleep or a restart is over, or when a
+        request comes."""
+        if self.fleet.snapshot.routable or self.fleet.interrupted or self.fleet.replicas.elastic:
             return web.Response()
         return _error(503, f"no engine takes requests: {self.fleet.snapshot.describe()}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from millrace.engines.base import Engine
 from millrace.errors import EngineError
+from millrace.fleet.autoscaler import FleetSize
 from millrace.fleet.event_log import Entry, EventLog
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.replica_state import Phase, ReplicaState
@@ -51,7 +52,8 @@ class FleetView:
     """The view of a fleet.
 
     at: Unix time in seconds. engines: empty while they are being started. events: the newest come last. waiting:
-    requests of this process that wait for room on an engine.
+    requests that wait for room on an engine, or for the first engine. size: the number of engines, of all fleets
+    together; None while they are being opened.
     """
 
     at: float
@@ -59,6 +61,7 @@ class FleetView:
     engines: tuple[EngineView, ...]
     events: tuple[Entry, ...]
     waiting: int = 0
+    size: FleetSize | None = None
 
 
 class Observer:
@@ -85,8 +88,13 @@ class Observer:
             for headroom in (fleet.headroom,)
             for state in fleet.snapshot.replicas
         ]
-        waiting = sum(fleet.waiting for fleet in self.fleets)
-        return FleetView(time.time(), newest, tuple(engines), tuple(self.event_log.newest)[-SHOWN_EVENTS:], waiting)
+        waiting = sum(fleet.demand for fleet in self.fleets)
+        sizes = [fleet.size for fleet in self.fleets]
+        size = FleetSize(
+            sum(one.wanted for one in sizes), sum(one.serving for one in sizes), sum(one.starting for one in sizes)
+        )
+        events = tuple(self.event_log.newest)[-SHOWN_EVENTS:]
+        return FleetView(time.time(), newest, tuple(engines), events, waiting, size if sizes else None)
 
     @property
     def _states(self) -> list[tuple[Fleet, ReplicaState]]:
