@@ -138,6 +138,18 @@ class DiskBucket:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerBucket:
+    """All tensors of a version, which another engine at `url` serves. The ticket is secret, and good for one reading.
+
+    version: that of the other engine when it offered its weights; None if it has none.
+    """
+
+    url: str
+    ticket: str = field(repr=False)
+    version: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class TensorPart:
     """A rectangular part of a named tensor, and its position in a bucket, where it is contiguous.
 
@@ -192,4 +204,5 @@ Bucket = (
     | SentPartsBucket
     | ProcessGroupBucket
     | DiskBucket
+    | PeerBucket
 )

@@ -87,6 +87,7 @@ class Capability(StrEnum):
     UPDATE_FROM_CUDA_IPC = "update_from_cuda_ipc"
     UPDATE_FROM_PARTS = "update_from_parts"  # by memory of one of these kinds, for each rank the parts that it needs
     SENT_PARTS = "sent_parts"  # in a group, several ranks send each of its ranks the parts that it needs
+    UPDATE_FROM_PEER = "update_from_peer"  # from another engine that offers its weights; it also offers its own
     CHECKSUMS = "checksums"  # per tensor, under the trainer's names
     OWN_CHECKSUMS = "own_checksums"  # per tensor as the engine stores it (fused, sharded), to compare equal engines
     SAMPLED_CHECKSUMS = "sampled_checksums"  # of an update's tensors, under the trainer's names, before its commit

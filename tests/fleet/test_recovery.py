@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,10 @@ from millrace.fleet.local import open_fleet
 from millrace.fleet.replica_state import Phase
 from millrace.fleet.supervisor import FIRST_DELAY, LONGEST_DELAY, delay_before
 from millrace.launch.ports import free_port
-from millrace.types import FinishReason, VersionSpan
+from millrace.types import FinishReason, Generation, VersionSpan
 from tests.engines.processes import below, command_lines
 from tests.fleet.signals import send_signal
-from tests.fleet.test_fleet import CONFIG, busy, embedded, expected, greedy, tensors
+from tests.fleet.test_fleet import CONFIG, busy, embedded, expected, greedy, slow_down, tensors
 
 ONE = CONFIG.model_copy(update={"replicas": 1})
 
@@ -26,6 +27,10 @@ ONE = CONFIG.model_copy(update={"replicas": 1})
 @pytest.fixture
 def model(tiny_model: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+
+async def last_of(parts: AsyncIterator[Generation]) -> Generation:
+    return [made async for made in parts][-1]
 
 
 async def until_serving(fleet: Fleet, count: int) -> None:
@@ -119,16 +124,30 @@ async def test_an_engine_joins_with_the_current_version_and_one_leaves_when_it_i
         assert not (await fleet.publish(tensors(model), 2)).failed
         with pytest.raises(NoEngineError, match="no engine is called embedded-0"):
             await fleet.remove("embedded-0")
-        assert await fleet.add() == "embedded-2"
+        assert await fleet.add() == "embedded-0"
     assert below(os.getpid()) <= before
 
 
-async def test_a_request_that_does_not_end_in_time_is_aborted_when_its_engine_leaves(
-    tiny_model: Path, tmp_path: Path
+async def test_a_request_that_does_not_end_in_time_moves_when_its_engine_leaves(
+    tiny_model: Path, tmp_path: Path, model: PreTrainedModel
 ) -> None:
     async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path) as fleet:
-        for engine in embedded(fleet):
-            await engine.inject_fault("slow", seconds=0.2)
+        await slow_down(fleet, 0.2)
+        running = [asyncio.create_task(fleet.generate(greedy(f"slow-{i}", 40), deadline=60)) for i in range(2)]
+        streamed = asyncio.create_task(last_of(fleet.stream(greedy("stream", 40), deadline=60)))
+        await busy(fleet)
+        await fleet.remove("embedded-0", deadline=0.5)
+        await slow_down(fleet, 0.0)
+        for made in [*await asyncio.gather(*running), await streamed]:
+            assert (made.finish_reason, made.output_ids) == (FinishReason.LENGTH, expected(model, 40))
+            assert len(made.logprobs) == 40
+            assert made.version_spans == (VersionSpan(0, 0, 40),)
+        assert not any(fleet.event_log.metrics.retries.values())
+
+
+async def test_the_last_engine_that_leaves_gives_its_tokens_back(tiny_model: Path, tmp_path: Path) -> None:
+    async with open_fleet(ONE, tiny_model, log_dir=tmp_path) as fleet:
+        await slow_down(fleet, 0.2)
         running = asyncio.create_task(fleet.generate(greedy("slow", 200), deadline=60))
         await busy(fleet)
         await fleet.remove("embedded-0", deadline=0.5)

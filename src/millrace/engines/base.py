@@ -8,7 +8,7 @@ their adapters track the state. Nothing else may then control the server.
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
-from millrace.buckets import Bucket, ProcessGroup, TensorSpec
+from millrace.buckets import Bucket, PeerBucket, ProcessGroup, TensorSpec
 from millrace.engines.audit import HeldLayer, WeightSample
 from millrace.errors import EngineRefused
 from millrace.types import ALL_MEMORY, EngineInfo, EngineLoad, GenerateRequest, Generation, Health, MemoryTag, PauseMode
@@ -121,6 +121,13 @@ class Engine(ABC):
     @abstractmethod
     async def load(self, bucket: Bucket, *, deadline: float) -> None:
         """Read one bucket of tensors. The caller may reuse the bucket's memory when this returns."""
+
+    async def offer_weights(self, names: Sequence[str]) -> PeerBucket:  # noqa: ARG002
+        """Offer tensors that are served, by the names of an update, to another engine, which loads them as the bucket.
+
+        Needs Capability.UPDATE_FROM_PEER. The engine serves meanwhile.
+        """
+        raise EngineRefused(self.name, "it does not give its weights to other engines")
 
     async def needed_parts(
         self,

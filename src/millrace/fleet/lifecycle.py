@@ -136,12 +136,17 @@ class Lifecycle:
         async with self._versions.changing:
             if self._state(name).phase is Phase.STARTING:  # otherwise a publish came first
                 await self._replicas.apply(name, CatchingUp())
-                await self._versions.catch_up(started, bucket_bytes, deadline)
+                await self._versions.catch_up(started, self._serving, bucket_bytes, deadline)
             if self._state(name).phase is Phase.CATCHING_UP:  # neither the store nor the trainer has the version
                 await self._replicas.apply(name, WeightsLost())
             if (asleep := self._replicas.asleep) and self._state(name).usable:  # the fleet fell asleep meanwhile
                 await self._replicas.apply(name, Slept(asleep))
                 await started.engine.sleep(asleep)
+
+    def _serving(self, base: int) -> list[Replica]:
+        """Return the engines that serve this whole version, or an adapter over it."""
+        names = [name for name, state in self._replicas.snapshot.routable.items() if state.base == base]
+        return [self._replicas.by_name[name] for name in names]
 
     def _state(self, name: str) -> ReplicaState:
         return self._replicas.snapshot.get(name)

@@ -30,6 +30,7 @@ from millrace.weights.shards import way_for
 from millrace.weights.source import WeightSource, source_of
 from millrace.weights.transports.base import PublishTarget, Transport
 from millrace.weights.transports.folder import FolderTransport
+from millrace.weights.transports.peer import PeerTransport
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from millrace.weights.store import VersionStore
     from millrace.weights.trained import Trained
 
+PEER_SHARE = 0.5  # of the time for an engine to catch up: the rest is for the other ways
 STORE_DEADLINE = 120.0  # seconds for the store to make a version durable
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class Versions:
         self._origin: Origin | None = None
         self._trained: Trained | None = None  # read when the first version is published
         self._base: int | None = None  # the last whole version
+        self._record: tuple[int, Mapping[str, str]] | None = None  # a published version's checksums, by tensor
         self._republishable: Republishable | None = None  # the trainer's current weights
         self.loras = PublishedLoras(store.folder if store is not None else None, apply)
 
@@ -213,10 +216,12 @@ class Versions:
         finally:
             self._publishing = False
 
-    async def catch_up(self, started: Replica, bucket_bytes: int, deadline: float) -> None:
+    async def catch_up(
+        self, started: Replica, peers: Callable[[int], Sequence[Replica]], bucket_bytes: int, deadline: float
+    ) -> None:
         """Bring an engine what the others serve: the last whole version, and the adapter over it.
 
-        The caller holds the lock `changing`.
+        peers: returns the engines that serve a whole version. The caller holds the lock `changing`.
         """
         ends = time.monotonic() + deadline
         await self.secured(deadline)
@@ -232,6 +237,8 @@ class Versions:
             except EngineError as error:
                 await self._apply(name, verdict(error))
                 raise
+        elif await self._bring_from_peer(target, peers(base), brought, deadline):
+            pass
         elif self.transport is not None and self.store is not None and base in self.store.versions:
             source = source_of(self.store.tensors(base))
             await self._bring(self.transport, [target], source, brought, bucket_bytes, deadline)
@@ -239,6 +246,30 @@ class Versions:
             return
         if lora is not None:
             await self.loras.lay_over([target], lora, base, {name: base}, ends)
+
+    async def _bring_from_peer(
+        self, target: PublishTarget, peers: Sequence[Replica], brought: Attested | Based, deadline: float
+    ) -> bool:
+        """Bring an engine the last whole version from another engine. Return False if none can give it.
+
+        Its checksums are compared with those that were recorded when the version was published."""
+        giving = [one for one in peers if Capability.UPDATE_FROM_PEER in one.info.capabilities]
+        known = self._record is not None and self._record[0] == brought.version
+        if not giving or not known or not target.can(Capability.UPDATE_FROM_PEER):
+            return False
+        assert self._record is not None
+        name, peer, record = target.engine.name, giving[0].engine, self._record[1]
+        try:
+            offered = await peer.offer_weights(list(record))
+            if offered.version != brought.version:
+                raise EngineFailed(peer.name, f"it reports version {offered.version}")
+            way = PeerTransport(offered, record)
+            await self._bring(way, [target], source_of(()), brought, 0, deadline * PEER_SHARE)
+        except (EngineError, PublishError) as error:
+            logger.warning("%s does not get version %d from %s: %s", name, brought.version, peer.name, error)
+            return False
+        logger.info("%s got version %d from %s", name, brought.version, peer.name)
+        return True
 
     async def _publish_again(
         self, target: PublishTarget, brought: Attested | Based, bucket_bytes: int, deadline: float
@@ -347,6 +378,8 @@ class Versions:
                 samples=samples,
             )
             report = await publish.run()
+        if publish.record is not None:
+            self._record = version, publish.record
         for name, error in report.failed.items():
             logger.error("version %d: %s is out of rotation: %s", version, name, error)
         for engine in report.engines:

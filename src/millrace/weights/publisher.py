@@ -112,6 +112,11 @@ class Publish:
         self._samples: dict[str, str] = {}  # each tensor's (or part's) sampled checksum in this pass
         self._exchanged: int | None = None
 
+    @property
+    def record(self) -> Mapping[str, str] | None:
+        """The checksum of each tensor that was sent, by name; None if the transport reads no bytes."""
+        return self._sent if self._sent and all(self._sent.values()) else None
+
     async def run(self) -> PublishReport:
         """Publish, and return the report. Raises PublishError if no engine took the version, and EnginesLost if the
         reason is that none could be reached."""
@@ -291,7 +296,7 @@ class Publish:
 
         async def ask(update: Update) -> None:
             engine, target = update.engine, update.target
-            if target.can(Capability.CHECKSUMS) and all(self._sent.values()):
+            if target.can(Capability.CHECKSUMS) and self.record is not None:
                 _require_same(engine.name, await engine.checksums(), self._sent)
                 return
             if target.can(Capability.SAMPLED_CHECKSUMS) and (samples := await engine.sampled_checksums()):

@@ -1,7 +1,7 @@
 """The adapter for the embedded engine, whose protocol is SGLang's with some additions."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -10,6 +10,7 @@ from millrace.buckets import (
     Bucket,
     CudaIpcBucket,
     DiskBucket,
+    PeerBucket,
     ProcessGroup,
     ProcessGroupBucket,
     SharedMemoryBucket,
@@ -122,8 +123,15 @@ class EmbeddedEngine(HttpEngine):
                 await self._control("/update_weights_from_distributed", distributed_body(bucket), deadline=deadline)
             case DiskBucket(path):
                 await self._control("/update_weights_from_disk", {"model_path": path}, deadline=deadline)
+            case PeerBucket(url, ticket):
+                body = {"url": url, "ticket": ticket, "timeout": deadline}
+                await self._control("/update_weights_from_peer", body, deadline=deadline)
             case TorchStorageBucket() | CudaIpcBucket():
                 raise EngineRefused(self.name, "it can't open torch storage or CUDA IPC; send tensors by shared memory")
+
+    async def offer_weights(self, names: Sequence[str]) -> PeerBucket:
+        body = await self._control("/offer_weights", {"names": list(names)})
+        return PeerBucket(self.url, body["ticket"], decode_version(body["weight_version"]))
 
     async def commit(self) -> None:
         if self._update is None:

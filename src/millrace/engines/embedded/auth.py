@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from millrace.http.auth import has_key
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/offered_weights"})  # the second asks for a ticket instead
 READ_PATHS = frozenset({"/generate", "/health_generate", "/model_info", "/server_info", "/v1/loads"})
 
 

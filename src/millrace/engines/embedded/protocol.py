@@ -153,6 +153,21 @@ class DiskBody(Body):
     weight_version: str | None = None
 
 
+class OfferBody(Body):
+    """The body of /offer_weights (not in SGLang). names: of the tensors that another engine may read."""
+
+    names: list[str]
+
+
+class PeerBody(Body):
+    """The body of /update_weights_from_peer (not in SGLang). url, ticket: of an engine that offers its weights.
+    timeout: seconds for all of them."""
+
+    url: str
+    ticket: str
+    timeout: Annotated[FiniteFloat, Field(gt=0)]
+
+
 class VersionBody(Body):
     weight_version: str
 

@@ -15,6 +15,7 @@ from millrace.engines.embedded.auth import Keys, allowed
 from millrace.engines.embedded.core import Core, Refused
 from millrace.engines.embedded.faults import HttpFaults, StepFaults, crash
 from millrace.engines.embedded.generate import Generate
+from millrace.engines.embedded.peers import OFFERED
 from millrace.engines.embedded.protocol import AbortBody, BadRequest, EmptyBody, FaultBody, PauseBody, parse
 from millrace.engines.embedded.replies import done, refusal
 from millrace.engines.embedded.runner import ModelInfo
@@ -39,6 +40,7 @@ CAPABILITIES = frozenset(
         Capability.UPDATE_FROM_DISK,
         Capability.UPDATE_FROM_PROCESS_GROUP,
         Capability.UPDATE_FROM_SHARED_MEMORY,
+        Capability.UPDATE_FROM_PEER,
         Capability.CHECKSUMS,
         Capability.PENALTIES,
         Capability.STOP_TEXTS,
@@ -105,6 +107,7 @@ class Server:
             "/server_info": self._server_info,
             "/v1/loads": self._loads,
             "/flush_cache": self._flush_cache,
+            OFFERED: self._updates.give,
         }
         return [web.post(path, handler) for path, handler in post.items()] + [
             web.get(path, handler) for path, handler in get.items()

@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from millrace.checksum import checksum
 from millrace.engines.embedded.core import Refused
 from millrace.engines.embedded.faults import HttpFaults
 from millrace.engines.embedded.groups import UpdateGroup
+from millrace.engines.embedded.peers import Tickets, chunks_of, header_of, load_from_peer
 from millrace.engines.embedded.protocol import (
     CheckBody,
     DiskBody,
@@ -23,6 +25,8 @@ from millrace.engines.embedded.protocol import (
     GroupBody,
     GroupNameBody,
     LoadLoraBody,
+    OfferBody,
+    PeerBody,
     RenameBody,
     SharedMemoryBody,
     TagsBody,
@@ -30,7 +34,7 @@ from millrace.engines.embedded.protocol import (
     VersionBody,
     parse,
 )
-from millrace.engines.embedded.replies import done
+from millrace.engines.embedded.replies import done, refusal
 from millrace.engines.embedded.thread import ModelThread
 from millrace.engines.embedded.weights import UpdateRefused, WeightStore
 from millrace.http.replies import reply
@@ -54,6 +58,7 @@ class Updates:
         self._turn = asyncio.Lock()
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._group: UpdateGroup | None = None
+        self._tickets = Tickets()
 
     def routes(self) -> dict[str, Handler]:
         return {
@@ -61,6 +66,8 @@ class Updates:
             "/update_weights_from_shared_memory": self._load_shared_memory,
             "/update_weights_from_distributed": self._load_broadcast,
             "/update_weights_from_disk": self._load_disk,
+            "/update_weights_from_peer": self._load_peer,
+            "/offer_weights": self._offer,
             "/end_weight_update": self._end,
             "/abort_weight_update": self._abort,
             "/init_weights_update_group": self._join,
@@ -141,6 +148,36 @@ class Updates:
                 if not committed:  # dropped before the next operation, also if this caller has left
                     await asyncio.shield(self._run_in_loader(weights.abort))
         return _done(f"{folder} is served as version {version}")
+
+    async def _load_peer(self, http: web.Request) -> web.Response:
+        body = parse(PeerBody, await http.read())
+        async with self._exclusive() as weights:
+            if self._faults.refuses_load():
+                raise Refused("injected fault: this load failed", status=500)
+            count = await self._run_in_loader(lambda: load_from_peer(weights, body))
+        return done(f"{count} tensors are staged")
+
+    async def _offer(self, http: web.Request) -> web.Response:
+        """Return a ticket with which another engine can read served tensors once."""
+        names = parse(OfferBody, await http.read()).names
+        return reply({"ticket": self._tickets.new(names), "weight_version": self._thread.current().version})
+
+    async def give(self, http: web.Request) -> web.StreamResponse:
+        """Send the tensors that were offered. If they change meanwhile, the receiver's checksums are wrong, and it
+        drops them."""
+        names = self._tickets.take(http.headers.get("Authorization"))
+        if names is None:
+            return refusal("this route needs a ticket of /offer_weights, as in: Authorization: Bearer TICKET", 401)
+        weights = self._thread.ready.result().weights
+        tensors = await self._run_in_loader(lambda: weights.served(names))
+        response = web.StreamResponse()
+        await response.prepare(http)
+        await response.write(header_of(tensors))
+        for tensor in tensors.values():
+            for chunk in await self._run_in_loader(partial(chunks_of, tensor)):
+                await response.write(chunk)
+        await response.write_eof()
+        return response
 
     async def _end(self, http: web.Request) -> web.Response:
         body = parse(VersionBody, await http.read())

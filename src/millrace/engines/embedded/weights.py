@@ -5,7 +5,7 @@ by pointer, between two steps. The old set is kept as the staging set of the nex
 """
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,7 +121,7 @@ class WeightStore:
                             f"{spec.name}: {spec.nbytes} bytes at offset {spec.offset} of a file with {size} bytes; "
                             f"the tensor has {tensor.nbytes} bytes"
                         )
-                    self._record(session, spec.name, tensor, _read(file.fileno(), spec.offset, tensor))
+                    self._record(session, spec.name, tensor, _read(_file_at(file.fileno(), spec.offset), tensor))
         except OSError as error:
             raise UpdateRefused(f"could not read {path}: {error.strerror}") from error
 
@@ -136,6 +136,12 @@ class WeightStore:
                 receive(received)
                 tensor.copy_(received)
             self._record(session, spec.name, tensor, None)
+
+    def load_stream(self, specs: Sequence[TensorSpec], read: Callable[[memoryview], int]) -> None:
+        """Read tensors that follow each other. `read` fills memory in part, and returns how much; 0 at the end."""
+        for spec in specs:
+            session, [tensor] = self._open([spec])
+            self._record(session, spec.name, tensor, _read(lambda chunk, _: read(chunk), tensor))
 
     def load_folder(self, path: Path) -> None:
         """Read a model's folder. Floats of another dtype are cast to the model's, as when the engine starts."""
@@ -175,10 +181,17 @@ class WeightStore:
                 if digest is None:
                     self._session.staged[name] = _checksum(self._staged(name))
             return {name: digest for name, digest in self._session.staged.items() if digest is not None}
-        if self._asleep:
-            raise UpdateRefused("the weights are released; they have no checksums")
-        served = {name: part.view.of(self._live[part.live].data) for name, part in self._named.items()}
+        served = self.served(self._named)
         return {name: _checksum(tensor) for name, tensor in served.items() if tensor.numel()}
+
+    def served(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return the served tensors of these names, which may be those of any checkpoint."""
+        if self._asleep:
+            raise UpdateRefused("the weights are released; they can't be read")
+        if unknown := [name for name in names if name not in self._parts]:
+            raise UpdateRefused(f"the model has no tensor {unknown[0]}")
+        parts = {name: self._parts[name] for name in names}
+        return {name: part.view.of(self._live[part.live].data) for name, part in parts.items()}
 
     def swap(self) -> None:
         """Swap the served and the staged tensors, and close the update."""
@@ -266,8 +279,15 @@ def _checksum(tensor: torch.Tensor) -> str:
     return checksum(byte_view(tensor.cpu()))
 
 
-def _read(descriptor: int, offset: int, tensor: torch.Tensor) -> str | None:
-    """Fill the tensor from a file. Return the checksum of a CPU tensor, or None for one on another device."""
+def _file_at(descriptor: int, offset: int) -> Callable[[memoryview, int], int]:
+    """Return a function that reads from a file: it takes memory, and the position after `offset`."""
+    return lambda chunk, position: os.preadv(descriptor, [chunk], offset + position)
+
+
+def _read(read: Callable[[memoryview, int], int], tensor: torch.Tensor) -> str | None:
+    """Fill the tensor. `read` takes memory to fill and a position, and returns how many bytes it has read.
+
+    Return the checksum of a CPU tensor, or None for one on another device."""
     on_cpu = tensor.device.type == "cpu"
     in_place = on_cpu and tensor.is_contiguous()
     target = tensor if in_place else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not on_cpu)
@@ -276,9 +296,9 @@ def _read(descriptor: int, offset: int, tensor: torch.Tensor) -> str | None:
     position = 0
     while position < len(view):
         chunk = view[position : position + CHUNK_BYTES]
-        count = os.preadv(descriptor, [chunk], offset + position)
+        count = read(chunk, position)
         if count == 0:
-            raise UpdateRefused(f"the memory file ends at {offset + position}; its owner has truncated it")
+            raise UpdateRefused(f"the tensors end {len(view) - position} bytes too early; their owner has ended")
         if on_cpu:
             digest.update(chunk[:count])
         position += count

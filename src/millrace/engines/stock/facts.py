@@ -9,6 +9,7 @@ from millrace.buckets import (
     CudaIpcBucket,
     DiskBucket,
     PartsBucket,
+    PeerBucket,
     ProcessGroupBucket,
     SentPartsBucket,
     SharedMemoryBucket,
@@ -29,6 +30,7 @@ TAKES: Mapping[type[Bucket], frozenset[Capability]] = {
         {Capability.UPDATE_FROM_PROCESS_GROUP, Capability.WHOLE_BROADCASTS, Capability.UPDATE_FROM_BARE_NCCL}
     ),
     DiskBucket: frozenset({Capability.UPDATE_FROM_DISK}),
+    PeerBucket: frozenset({Capability.UPDATE_FROM_PEER}),
 }
 
 

@@ -13,12 +13,14 @@ from millrace.buckets import (
     CudaIpcBucket,
     DiskBucket,
     PartsBucket,
+    PeerBucket,
     ProcessGroupBucket,
     SentPartsBucket,
     SharedMemoryBucket,
     TorchStorageBucket,
 )
 from millrace.engines.experts import TENSOR, Experts, experts_of
+from millrace.engines.stock.state import InvalidStateError
 from millrace.engines.stock.tensors import check_shapes, check_tensors
 from millrace.model_config import decoder_layers, image_token, read_quantization, vocab_size
 from millrace.model_folder import has_weights, stored_tensors
@@ -72,3 +74,5 @@ def names_in(bucket: Bucket, model: Model) -> set[str]:
         ):
             check_tensors(tensors, model.shapes)
             return {tensor.name for tensor in tensors}
+        case PeerBucket():
+            raise InvalidStateError("it takes no weights from another engine")

@@ -13,6 +13,7 @@ from millrace.buckets import (
     CudaIpcShare,
     DiskBucket,
     PartsBucket,
+    PeerBucket,
     ProcessGroupBucket,
     SentPartsBucket,
     SharedMemoryBucket,
@@ -53,6 +54,8 @@ def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Seque
             raise InvalidStateError("it can't open torch storage; send the tensors by shared memory")
         case PartsBucket() | SentPartsBucket():
             raise InvalidStateError("parts of tensors are no whole tensors")  # see `parts`
+        case PeerBucket():
+            raise InvalidStateError("it takes no weights from another engine")
 
 
 def rows_of(tensors: Sequence[TensorSpec]) -> Sequence[object]:
