@@ -162,7 +162,8 @@ async def open_fleet(
         try:
             if not frozen:
                 require_one_dtype(started)
-            chosen = None if frozen else transport_for(transport, started, store, sidecars)
+            spare = engine.scale is not None  # engines may start on the hosts of sidecars later
+            chosen = None if frozen else transport_for(transport, started, store, sidecars, spare=spare)
         except BaseException:
             await asyncio.gather(*(one.end() for one in started))
             raise
@@ -250,9 +251,16 @@ def _shared_key(config: EngineConfig, router: SGLangRouterConfig | VLLMRouterCon
 
 
 def transport_for(
-    wanted: TransportName, engines: Sequence[Replica], store: "VersionStore | None", sidecars: Sequence[str] = ()
+    wanted: TransportName,
+    engines: Sequence[Replica],
+    store: "VersionStore | None",
+    sidecars: Sequence[str] = (),
+    *,
+    spare: bool = False,
 ) -> "Transport | None":
     """Return the transport by which this process publishes to these engines, and log the choice.
+
+    spare: whether a sidecar may be on a host without an engine.
 
     Returns None if `wanted` is "auto" and no transport reaches all engines. Raises PublishError if the wanted transport
     is not possible.
@@ -295,10 +303,12 @@ def transport_for(
     from millrace.weights.sidecar.server import SIDECAR_KEY
     from millrace.weights.transports.sidecars import assign
 
+    assigned = assign({one.engine.name: one.engine.url for one in engines}, sidecars, spare=spare)
     context = TransportContext(
         capabilities=in_common(candidates),
         store=store,
-        sidecars=assign({one.engine.name: one.engine.url for one in engines}, sidecars),
+        sidecars=assigned,
+        spare_sidecars=tuple(url for url in sidecars if url not in assigned.values()),
         sidecar_key=os.environ.get(SIDECAR_KEY),
     )
     return create(choice.name, context)

@@ -71,6 +71,7 @@ class TransportContext:
     here: whether all engines run on the trainer's host.
     store: the version store; None if the run has none.
     sidecars: the URL of each engine's sidecar, by the engine's name; None for an engine on this host without a sidecar.
+    spare_sidecars: the URLs of sidecars on hosts where engines may be started later.
     sidecar_key: the API key of the sidecars.
     """
 
@@ -78,6 +79,7 @@ class TransportContext:
     here: bool = False
     store: "VersionStore | None" = None
     sidecars: Mapping[str, str | None] | None = None
+    spare_sidecars: Sequence[str] = ()
     sidecar_key: str | None = None
 
 

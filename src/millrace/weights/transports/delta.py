@@ -23,7 +23,7 @@ from millrace.weights.sidecar.asking import ask
 from millrace.weights.sidecar.messages import Answers, AnswersBody, BringBody, BroughtVersion
 from millrace.weights.store import VersionStore
 from millrace.weights.transports.base import NamedTensors, PublishTarget, StagedBucket, Transport, TransportContext
-from millrace.weights.transports.sidecars import reason_of
+from millrace.weights.transports.sidecars import EngineSidecars, reason_of
 
 T = TypeVar("T")
 
@@ -101,6 +101,7 @@ class DeltaTransport(Transport):
     sidecars: the URL of each engine's sidecar, by the engine's name; None for engines that this process itself brings
         versions to.
     key: the API key of the sidecars.
+    spare: the URLs of further sidecars, for engines that join.
     """
 
     needs = frozenset({Capability.UPDATE_FROM_DISK})
@@ -109,14 +110,17 @@ class DeltaTransport(Transport):
     def create(cls, context: TransportContext) -> Self:
         if context.store is None or context.sidecars is None:
             raise PublishError("the transport delta needs a store; set publish.folder, or pass folder to open_fleet")
-        return cls(context.store, context.sidecars, key=context.sidecar_key)
+        return cls(context.store, context.sidecars, key=context.sidecar_key, spare=context.spare_sidecars)
 
-    def __init__(self, store: VersionStore, sidecars: Mapping[str, str | None], *, key: str | None) -> None:
+    def __init__(
+        self, store: VersionStore, sidecars: Mapping[str, str | None], *, key: str | None, spare: Sequence[str] = ()
+    ) -> None:
         self._store = store
         self._sidecars: dict[str | None, Sidecar] = {
-            url: LocalSidecar(store.url) if url is None else RemoteSidecar(url, key) for url in set(sidecars.values())
+            url: LocalSidecar(store.url) if url is None else RemoteSidecar(url, key)
+            for url in {*sidecars.values(), *spare}
         }
-        self._sidecar_of = {engine: self._sidecars[url] for engine, url in sidecars.items()}
+        self._sidecar_of = EngineSidecars({name: self._sidecars[url] for name, url in sidecars.items()}, self._sidecars)
         self._securing = _Thread()
         self._version, self._digest = 0, ""
         # By engine: its sidecar, what it has brought, and the number of the engine's first rank there.
@@ -124,7 +128,7 @@ class DeltaTransport(Transport):
 
     async def open(
         self,
-        targets: Sequence[PublishTarget],  # noqa: ARG002 (sidecars are called when the version is delivered)
+        targets: Sequence[PublishTarget],
         version: int,
         *,
         deadline: float,
@@ -136,7 +140,7 @@ class DeltaTransport(Transport):
         except TimeoutError:
             raise PublishError(f"the store did not finish the version before {version}") from None
         self._version, self._brought = version, {}
-        return {}
+        return await self._sidecar_of.place(targets)
 
     def staged(self, buckets: Iterator[NamedTensors]) -> Iterator[StagedBucket]:
         """Yield one bucket, after the whole version was written to this host. Raises PublishError if it can't be

@@ -38,7 +38,7 @@ from millrace.weights.transports.base import (
 from millrace.weights.transports.cuda_ipc import DeviceSlot
 from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.shared_memory import MemoryFile
-from millrace.weights.transports.sidecars import reason_of
+from millrace.weights.transports.sidecars import EngineSidecars, reason_of
 from millrace.weights.transports.slots import fill
 from millrace.weights.ucx import Endpoint, load
 
@@ -141,12 +141,16 @@ class UcxTransport(BucketTransport):
         # Full checksums are computed on the CPU. If the engines are compared by them, the buckets must be there.
         on_gpu = torch.cuda.is_available() and Capability.CHECKSUMS not in context.capabilities
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        return cls(urls, device, key=context.sidecar_key)
+        return cls(urls, device, key=context.sidecar_key, spare=context.spare_sidecars)
 
-    def __init__(self, sidecars: Mapping[str, str], device: torch.device, *, key: str | None) -> None:
+    def __init__(
+        self, sidecars: Mapping[str, str], device: torch.device, *, key: str | None, spare: Sequence[str] = ()
+    ) -> None:
         load()
-        self._sidecars = {url: UcxSidecar(url, key) for url in set(sidecars.values())}
-        self._sidecar_of = {engine: self._sidecars[url] for engine, url in sidecars.items()}
+        self._sidecars = {url: UcxSidecar(url, key) for url in {*sidecars.values(), *spare}}
+        self._sidecar_of = EngineSidecars(
+            {name: self._sidecars[url] for name, url in sidecars.items()}, dict(self._sidecars.items())
+        )
         self._device = device
         self._endpoint: Endpoint[MemoryFile | DeviceSlot] | None = None
         self._unread = True  # whether no sidecar can still be reading an earlier bucket
@@ -154,17 +158,18 @@ class UcxTransport(BucketTransport):
 
     async def open(
         self,
-        targets: Sequence[PublishTarget],  # noqa: ARG002 (sidecars are called when a bucket is delivered)
+        targets: Sequence[PublishTarget],
         version: int,  # noqa: ARG002
         *,
         deadline: float,  # noqa: ARG002
     ) -> Mapping[str, EngineError]:
-        """Take a new endpoint if a sidecar may still be reading a bucket of an earlier publish."""
+        """Find the sidecars of engines that have joined, and take a new endpoint if a sidecar may still be reading a
+        bucket of an earlier publish."""
         if self._endpoint is not None and not self._unread:
             self._endpoint.close(unread=False)
             self._endpoint = None
         self._unread = True
-        return {}
+        return await self._sidecar_of.place(targets)
 
     def stage(self, tensors: NamedTensors, slot: int) -> StagedBucket:
         if self._endpoint is None:
