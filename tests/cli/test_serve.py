@@ -82,6 +82,34 @@ async def test_an_episode_from_its_opening_to_its_samples(tiny_model: Path, tmp_
             assert [episode["id"] for episode in (await response.json())["episodes"]] == [opened["id"]]
 
 
+async def test_a_preemption_notice_takes_the_engines_of_a_host_out_and_others_come(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "serve.yaml").write_text(CONFIG.format(folder=tmp_path / "run", model=tiny_model))
+    async with served(tmp_path, "engine.replicas={min: 1, max: 2}", "metrics.port=0") as (_, url):
+        key = (tmp_path / "run" / "gateway.key").read_text()
+        async with (
+            aiohttp.ClientSession(url) as other,
+            other.post("/preempt", json={"engine": "embedded-0"}) as refused,
+        ):
+            assert refused.status == 401
+        async with aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"}) as control:
+            for body, status, words in (
+                ({}, 400, "give either the name of an engine or the host"),
+                ({"engine": "embedded-7"}, 404, "there is no engine embedded-7: embedded-0 (ready"),
+                ({"engine": "embedded-0", "deadline": 0}, 400, "deadline: Input should be greater than 0"),
+                ({"host": "10.0.0.1"}, 404, "there is no engine at 10.0.0.1"),
+            ):
+                async with control.post("/preempt", json=body) as response:
+                    assert response.status == status
+                    assert words in (await response.json())["error"]["message"]
+            async with control.post("/preempt", json={"host": "127.0.0.1", "deadline": 5}) as response:
+                assert await response.json() == {"preempted": ["embedded-0"]}
+            async with control.post("/episodes", json={}) as response:
+                opened = await response.json()
+            await ask(opened["base_url"], opened["api_key"])  # waits for the engine that comes
+
+
 async def check_the_folder_is_in_use(folder: Path) -> None:
     """A second server from the same folder would take the first one's episodes and key."""
     process = await asyncio.create_subprocess_exec(

@@ -190,8 +190,9 @@ async def test_all_engines_die_at_once_and_no_sample_is_lost_or_doubled(
         await until_each_runs(fleet)
         for name in list(fleet.engines):
             send_signal(fleet, name, signal.SIGKILL)
-        await until_serving(fleet, 2)
+        await until_serving(fleet, 0)
         require_whole(await asked, scaled(model, tiny_model, 1.5), 60)
+        await until_serving(fleet, 2)
         assert [state.version for state in fleet.snapshot.replicas] == [1, 1]
 
 
@@ -230,7 +231,7 @@ async def test_a_joiner_gets_the_weights_of_another_engine_which_serves_meanwhil
     caplog.set_level(logging.INFO)
     async with open_fleet(ONE, tiny_model, log_dir=tmp_path) as fleet:
         await fleet.publish(iter(tensors(model, 1.5)), 1)
-        await slow_down(fleet, 0.05)
+        await slow_down(fleet, 0.2)
         running = asyncio.create_task(fleet.generate(greedy("running", 200), deadline=60))
         await busy(fleet)
         assert await fleet.add() == "embedded-1"

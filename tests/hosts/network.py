@@ -34,7 +34,7 @@ def command(*words: str) -> None:
     subprocess.run(words, check=True, capture_output=True, text=True, timeout=DEADLINE)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Host:
     """One host. address: its own. pid: of its first process, with which all others end. cable: this end of its link."""
 
@@ -47,10 +47,9 @@ class Host:
         self, words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
         """Start a program on the host. It ends with the network at the latest."""
-        inside = ["nsenter", f"--target={self.pid}", "--net", "--mount", "--ipc", "--uts", "--pid", "--", *words]
         with log.open("ab") as output:
             process = subprocess.Popen(
-                inside,
+                self.inside(words),
                 env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -58,6 +57,19 @@ class Host:
             )
         self.processes.append(process)
         return process
+
+    def inside(self, words: Sequence[str]) -> list[str]:
+        """Return the command that runs a program on the host."""
+        return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--ipc", "--uts", "--pid", "--", *words]
+
+    @property
+    def alive(self) -> bool:
+        """Whether the host runs."""
+        return Path(f"/proc/{self.pid}").exists()
+
+    def end(self) -> None:
+        """End the host with all of its processes, as when a spot instance is taken away."""
+        os.kill(self.pid, signal.SIGKILL)
 
     def python(
         self, module: str, *arguments: str, log: Path, environment: Mapping[str, str] | None = None

@@ -21,8 +21,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from millrace.config import EmbeddedEngineConfig
+from millrace.config.engines import ReplicaRange
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import ConfigError, EngineError, MonitorError
+from millrace.fleet.autoscaler import FleetSize
 from millrace.fleet.event_log import Entry, EventLog, Metrics
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
@@ -204,6 +206,37 @@ async def test_a_sleeping_engine_is_shown_asleep_and_counts_as_ready(shown: Show
     assert not any(e.routable for e in view.engines)
     assert all(metrics["millrace_engine_asleep", name] == 1 for name in shown.fleet.engines)
     assert ("millrace_engine_weight_version", "embedded-0") not in metrics  # it has no version; 0 would be one
+
+
+async def test_a_fleet_that_is_scaled_shows_what_is_wanted_and_what_there_is(shown: Shown) -> None:
+    before = await scrape(shown.url)
+    assert [before[f"millrace_engines_{what}",] for what in ("wanted", "serving", "starting")] == [2, 2, 0]
+    _, out, _ = await millrace("status", shown.url, "--once", "--events", "0")
+    assert "requests waiting" not in out  # nothing is amiss
+    shown.fleet.autoscale(ReplicaRange(min=1, max=1, idle_seconds=0.5))
+    try:
+        async with asyncio.timeout(30):
+            while len(shown.fleet.snapshot.replicas) > 1:
+                await asyncio.sleep(0.02)
+        shown.fleet.autoscale(ReplicaRange(min=3, max=3))
+        async with asyncio.timeout(30):
+            while (view := await look(shown.url)).size != FleetSize(3, 1, 2):
+                await asyncio.sleep(0.02)
+        _, out, _ = await millrace("status", shown.url, "--once", "--events", "0")
+        assert "1 of 3 engines serving, 2 starting; 0 requests waiting" in out
+        assert view.waiting == 0
+        async with asyncio.timeout(60):
+            while len(shown.fleet.snapshot.routable) < 3:
+                await asyncio.sleep(0.02)
+    finally:
+        shown.fleet.autoscale(None)
+    await shown.fleet.remove("embedded-2")
+    since = grown(await scrape(shown.url), before)
+    assert since("millrace_scale_events_total", "down", "ok") == 1
+    assert since("millrace_scale_events_total", "up", "ok") == 2
+    written = [orjson.loads(line) for line in shown.events.read_bytes().splitlines()]
+    assert [e["wanted"] for e in written if e["kind"] == "scale"] == [1, 3]
+    assert [e["engine"] for e in written if e["kind"] == "scale_down"] == ["embedded-1"]
 
 
 async def test_status_prints_the_fleet_once_and_ends(shown: Shown) -> None:

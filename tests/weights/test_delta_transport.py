@@ -18,19 +18,21 @@ from transformers import AutoModelForCausalLM
 
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.models import PublishConfig
+from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import Replica, start
 from millrace.errors import PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet, transport_for
 from millrace.model_folder import stored_tensors
-from millrace.types import GenerateRequest, SamplingParams
+from millrace.types import EngineInfo, GenerateRequest, SamplingParams
 from millrace.weights.folder import folder_checksums
 from millrace.weights.mirror import CheckpointMirror
 from millrace.weights.sidecar.server import SIDECAR_KEY
 from millrace.weights.store import VersionStore
+from millrace.weights.transports.base import PublishTarget
 from millrace.weights.transports.delta import DeltaTransport
-from millrace.weights.transports.sidecars import assign
+from millrace.weights.transports.sidecars import EngineSidecars, assign
 
 Tensors = list[tuple[str, torch.Tensor]]
 HOSTS = ("127.0.0.1", "127.0.0.2")
@@ -290,6 +292,30 @@ def test_each_engine_has_its_hosts_sidecar() -> None:
     ):
         with pytest.raises(PublishError, match=words):
             assign(engines, sidecars)
+
+
+async def test_an_engine_that_joins_or_moves_uses_the_sidecar_of_its_host() -> None:
+    def target(name: str, url: str) -> PublishTarget:
+        return PublishTarget(EmbeddedEngine(name, url), EngineInfo("embedded", "1", "model", None, 1, 1, frozenset()))
+
+    sidecars = EngineSidecars(
+        {"a": "first"}, {"http://127.0.0.2:9": "first", "http://127.0.0.3:9": "second", None: "own"}
+    )
+    places = {
+        "a": "http://127.0.0.2:1",
+        "b": "http://127.0.0.3:1",
+        "c": "http://localhost:1",
+        "d": "http://127.0.0.4:1",
+    }
+    lacking = await sidecars.place([target(name, url) for name, url in places.items()])
+    assert [sidecars[name] for name in "abc"] == ["first", "second", "own"]
+    assert list(lacking) == ["d"]
+    assert "has no sidecar on its host (http://127.0.0.4:1); start `millrace sidecar` there" in str(lacking["d"])
+    assert not await sidecars.place([target("a", "http://127.0.0.3:2")])  # started again on another host
+    assert sidecars["a"] == "second"
+    assert assign({"a": "http://127.0.0.2:1"}, ["http://127.0.0.2:9", "http://127.0.0.3:9"], spare=True) == {
+        "a": "http://127.0.0.2:9"
+    }
 
 
 def test_sidecars_are_for_some_and_delta_needs_a_store() -> None:
