@@ -99,7 +99,7 @@ async def test_a_fleet_takes_right_arguments_and_names_wrong_ones(tiny_model: Pa
         "generate": (REQUEST,), "generate_all": ([REQUEST],), "serving": (), "reached": (1,), "awake": (), "slept": (),
         "resumed": (),
         "publish": (tensors, 3), "publish_lora": (tensors, 3), "restart": ("embedded-0",), "add": (),
-        "remove": ("embedded-0",), "sleep": (), "wake": (), "restore": (),
+        "remove": ("embedded-0",), "preempt": ("embedded-0",), "sleep": (), "wake": (), "restore": (),
     }  # fmt: skip
     public = {name for name, _ in inspect.getmembers(type(fleet), inspect.iscoroutinefunction) if name[0] != "_"}
     assert public == calls.keys() | {"attest"}

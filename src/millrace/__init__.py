@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from millrace.lazy import exports
 
 if TYPE_CHECKING:
-    from millrace.config.engines import EmbeddedEngineConfig, SGLangEngineConfig, VLLMEngineConfig
+    from millrace.config.engines import EmbeddedEngineConfig, ReplicaRange, SGLangEngineConfig, VLLMEngineConfig
     from millrace.config.models import JudgeConfig, TinyModelConfig
     from millrace.config.routers import SGLangRouterConfig, VLLMRouterConfig
     from millrace.engines.base import Engine
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UserCodeError,
         WeightsChanged,
     )
+    from millrace.fleet.autoscaler import FleetSize
     from millrace.fleet.client import FleetClient
     from millrace.fleet.event_log import EventLog
     from millrace.fleet.fleet import Fleet
@@ -63,7 +64,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "millrace.config.engines": ["EmbeddedEngineConfig", "SGLangEngineConfig", "VLLMEngineConfig"],
+        "millrace.config.engines": ["EmbeddedEngineConfig", "ReplicaRange", "SGLangEngineConfig", "VLLMEngineConfig"],
         "millrace.config.models": ["JudgeConfig", "TinyModelConfig"],
         "millrace.config.routers": ["SGLangRouterConfig", "VLLMRouterConfig"],
         "millrace.engines.base": ["Engine"],
@@ -91,6 +92,7 @@ __getattr__, __dir__ = exports(
             "UserCodeError",
             "WeightsChanged",
         ],
+        "millrace.fleet.autoscaler": ["FleetSize"],
         "millrace.fleet.client": ["FleetClient"],
         "millrace.fleet.event_log": ["EventLog"],
         "millrace.fleet.fleet": ["Fleet"],
@@ -140,6 +142,7 @@ __all__ = [
     "FinishReason",
     "Fleet",
     "FleetClient",
+    "FleetSize",
     "Follower",
     "GenerateRequest",
     "Generation",
@@ -159,6 +162,7 @@ __all__ = [
     "Phase",
     "PublishError",
     "PublishReport",
+    "ReplicaRange",
     "ReplicaState",
     "RolloutError",
     "RoutingContext",

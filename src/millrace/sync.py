@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
-from millrace.buckets import Bucket, ProcessGroup, TensorSpec
+from millrace.buckets import Bucket, PeerBucket, ProcessGroup, TensorSpec
 from millrace.config.engines import EngineConfig, ReplicaRange
 from millrace.config.models import TransportName
 from millrace.config.routers import RouterConfig
@@ -276,6 +276,13 @@ class Engine:
     def load(self, bucket: Bucket, *, deadline: float) -> None:
         """Read one bucket of tensors. The caller may reuse the bucket's memory when this returns."""
         self._portal.call(self._wrapped.load(bucket, deadline=deadline))
+
+    def offer_weights(self, names: Sequence[str]) -> PeerBucket:
+        """Offer tensors that are served, by the names of an update, to another engine, which loads them as the bucket.
+
+        Needs Capability.UPDATE_FROM_PEER. The engine serves meanwhile.
+        """
+        return self._portal.call(self._wrapped.offer_weights(names))
 
     def needed_parts(
         self, tensors: Sequence[TensorSpec], *, deadline: float, group: str | None = None
@@ -823,6 +830,11 @@ class Fleet:
     def size(self) -> FleetSize:
         """The number of engines that the fleet should have, that serve, and that are being started."""
         return self._wrapped.size
+
+    @property
+    def demand(self) -> int:
+        """The requests of this process and its followers that wait for room on an engine, or for the first engine."""
+        return self._wrapped.demand
 
     def sleep(self, what: frozenset[MemoryTag] = ALL_MEMORY, *, interrupt: bool = False) -> None:
         """Release memory of every usable engine, to lend it to the trainer.

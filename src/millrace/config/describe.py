@@ -54,7 +54,8 @@ def _entries(
         meaning = field.get("description", choices[0].get("description", ""))
         what = "a section" if _is_section(field) else "a section or a list of sections"
         if plain := [part for part in _parts(field)[1:] if part.get("type") not in (None, "array", "null")]:
-            what, default = f"{_type(plain[0])} or a section", f"default {_default(field)}"
+            of = f" (kind: {kind})" if kind else ""
+            what, default = f"{_type(plain[0])} or a section", f"default {_default(field)}{of}"
         yield (place, named), _paragraph(f"{place}: {what}, {default}", meaning)
         for inner in choices:
             inner_kind = inner["properties"].get("kind", {}).get("const", "")
@@ -62,7 +63,7 @@ def _entries(
             if inner_kind:
                 head = f"{place} with kind: {inner_kind}"
                 yield (inner_named, inner_named), _paragraph(head, inner.get("description", ""))
-            yield from _entries(inner, definitions, place, inner_named, inner_kind)
+            yield from _entries(inner, definitions, place, inner_named, inner_kind or kind)
 
 
 def _references(field: Schema) -> list[str]:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from millrace.fleet.replica_state import Phase
 from millrace.fleet.replicas import OwnedReplicaSet
 from millrace.fleet.scaling import Load, Scaling
 from millrace.fleet.supervisor import delay_before
+from millrace.fleet.versions import Versions
 from millrace.types import EngineLoad
 
 LOOK_SECONDS = 0.5  # between two looks at the load
@@ -35,21 +36,18 @@ class FleetSize:
 
 
 class Autoscaler:
-    """Keeps the number of engines of a fleet where its load needs it. Open and end it with `begin` and `close`.
-
-    recoverable: returns whether an engine that starts gets the weights that are served now, also if no other has them.
-    """
+    """Keeps the number of engines of a fleet where its load needs it. Open and end it with `begin` and `close`."""
 
     def __init__(
         self,
         replicas: OwnedReplicaSet,
         admission: Admission,
         lifecycle: Lifecycle,
+        versions: Versions,
         event_log: EventLog,
-        recoverable: Callable[[], bool],
     ) -> None:
         self._replicas, self._admission, self._lifecycle = replicas, admission, lifecycle
-        self._event_log, self._recoverable = event_log, recoverable
+        self._versions, self._event_log = versions, event_log
         self._scaling: Scaling | None = None
         self._owed = 0  # replacements of preempted engines that are not started yet, in a fleet of a fixed size
         self._wanted = 0  # what else needs an engine now, such as a publish
@@ -142,8 +140,8 @@ class Autoscaler:
             return
         now = time.monotonic()
         wanted, engines = self._scaling.engines(load, now), load.serving + load.starting
-        if not wanted and not self._recoverable():
-            wanted = 1  # it would come back without the weights
+        if not wanted and not self._versions.recoverable:
+            wanted = 1  # the next engine would come without the weights
         if wanted != self._target and wanted != engines:
             what = f"{load.waiting} requests wait, {load.running} run"
             logger.info("the fleet should have %d engines and has %d: %s", wanted, engines, what)
@@ -151,8 +149,13 @@ class Autoscaler:
         self._target = wanted
         if wanted > engines:
             self._add(wanted - engines)
-        elif wanted < engines and not self._adding and not self._removing and self._replicas.snapshot.routable:
-            name = min(self._replicas.snapshot.routable, key=lambda one: (self._admission.outstanding[one], _last(one)))
+        elif wanted < engines and not (self._adding or self._removing or self._versions.changing.locked()):
+            self._remove_one()
+
+    def _remove_one(self) -> None:
+        """Begin to remove the engine that serves with the least work; of equal ones the last one."""
+        if routable := self._replicas.snapshot.routable:
+            name = min(routable, key=lambda one: (self._admission.outstanding[one], _last(one)))
             self._run(self._removing, self._remove(name, GRACE_SECONDS))
 
     async def _load(self) -> Load | None:
@@ -241,6 +244,6 @@ class Autoscaler:
 
 
 def _last(name: str) -> int:
-    """Return the engine's number, negated: of equal engines the last one leaves."""
+    """Return the engine's number, negated."""
     number = name.rpartition("-")[2]
     return -int(number) if number.isdigit() else 0

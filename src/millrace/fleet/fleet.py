@@ -79,9 +79,7 @@ class Fleet(FleetClient):
         self._newest_before = 0  # the newest version that an earlier owner of these engines published, as far as known
         self.external_router: ExternalRouter | None = None
         self._lifecycle = Lifecycle(self.replicas, self._versions, start, restarts)
-        self._autoscaler = Autoscaler(
-            self.replicas, self._admission, self._lifecycle, event_log, lambda: self._versions.recoverable
-        )
+        self._autoscaler = Autoscaler(self.replicas, self._admission, self._lifecycle, self._versions, event_log)
 
     @classmethod
     @asynccontextmanager
@@ -189,9 +187,7 @@ class Fleet(FleetClient):
         wanted, label = version_number(version), label_value(label)
         source = weight_source(tensors)
         while True:
-            with self._autoscaler.wanting():
-                await self.replicas.recovered()
-                await self.replicas.until(lambda: self.snapshot.usable, deadline)
+            await self._an_engine(deadline)
             left_out, number = self._left_out(), self._number(wanted)
             try:
                 with self._interrupting(), self._publishing(number, label) as publishing:
@@ -260,6 +256,7 @@ class Fleet(FleetClient):
         if not isinstance(config, LoraConfig):
             raise ArgumentError(f"config must be a LoraConfig, and is {arguments.shown(config)}")
         source = source_of(tensors)
+        await self._an_engine(deadline)
         left_out = self._left_out()
         with self._publishing(number, label, lora=True) as publishing:
             report = await self._versions.publish_lora(
@@ -273,6 +270,13 @@ class Fleet(FleetClient):
             )
             report = publishing.report = replace(report, label=label, left_out=left_out)
         return report
+
+    async def _an_engine(self, deadline: float) -> None:
+        """Wait for an engine to publish to. Raises NoEngineError if none comes."""
+        if not self.snapshot.usable:
+            with self._autoscaler.wanting():
+                await self.replicas.recovered()
+                await self.replicas.until(lambda: self.snapshot.usable, deadline)
 
     def _number(self, wanted: int | None) -> int:
         """Return the number of the version that is published next."""
