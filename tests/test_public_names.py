@@ -20,8 +20,8 @@ PACKAGES = ["millrace", "millrace.rollout", "millrace.serve", "millrace.train", 
 # What only those meet who write an adapter, a transport or a policy of their own (docs/architecture.md).
 INTERNAL = {
     "Asked", "Calls", "ChatTemplate", "CudaIpcBucket", "DiskBucket", "Dtypes", "Entry", "EnvironmentKind",
-    "JudgeCounts", "PartsBucket", "PeerBucket", "Player", "ProcessGroup", "ProcessGroupBucket", "Publishing", "Reasoning",
-    "SentPartsBucket", "SharedMemoryBucket", "StandInTurn", "TensorSpec", "TorchStorageBucket", "Vision",
+    "JudgeCounts", "PartsBucket", "PeerBucket", "Player", "ProcessGroup", "ProcessGroupBucket", "Publishing",
+    "Reasoning", "SentPartsBucket", "SharedMemoryBucket", "StandInTurn", "TensorSpec", "TorchStorageBucket", "Vision",
     "WeightSample", "Why",
 }  # fmt: skip
 

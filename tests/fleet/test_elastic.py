@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 import signal
+import sys
+from asyncio.subprocess import PIPE
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -276,6 +278,15 @@ async def test_a_ticket_is_good_for_one_reading(tiny_model: Path, tmp_path: Path
             await taker.begin_update(1)
             await taker.load(await giver.offer_weights(["other"]), deadline=30)
         await taker.rollback()
+
+
+async def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
+    docs = (Path(__file__).parents[2] / "docs/clusters.md").read_text()
+    code = docs.partition("```python\n# elastic.py")[2].partition("```")[0]
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=tmp_path, stdout=PIPE)
+    async with asyncio.timeout(120):
+        output, _ = await process.communicate()
+    assert output.decode().splitlines()[-2:] == ["FleetSize(wanted=0, serving=0, starting=0)", "4 tokens"]
 
 
 @asynccontextmanager

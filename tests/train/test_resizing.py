@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from millrace.config.engines import EmbeddedEngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, ReplicaRange
 from millrace.config.models import (
     EvaluationConfig,
     GeneratedDataConfig,
@@ -26,7 +26,7 @@ from tests.fleet.test_fleet import greedy
 DATA = GeneratedDataConfig(kind="generated", seed=1, problems=4)
 
 
-def settings(replicas: int, lr: float = 1e-3) -> RunConfig:
+def settings(replicas: int | ReplicaRange, lr: float = 1e-3) -> RunConfig:
     return RunConfig(
         name="run",
         model=TinyModelConfig(kind="tiny"),
@@ -67,6 +67,15 @@ async def test_the_fleet_follows_the_file(tiny_model: Path, tmp_path: Path, capl
         os.kill(os.getpid(), signal.SIGHUP)
         await until(lambda: [state.name for state in fleet.snapshot.replicas] == ["embedded-0"])
         assert len((await fleet.generate(greedy("after"), deadline=20)).output_ids) == 12
+
+        now = settings(ReplicaRange(min=2, max=3))
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: len(fleet.snapshot.routable) == 2)
+        now = settings(1)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: [state.name for state in fleet.snapshot.replicas] == ["embedded-0"])
+        await asyncio.sleep(1.5)  # some looks at the load
+        assert len(fleet.snapshot.replicas) == 1
 
 
 def test_nothing_else_changes_under_way() -> None:

@@ -72,9 +72,8 @@ class Autoscaler:
 
     def limit(self, limits: ReplicaRange | None) -> None:
         """Change the bounds of the number of engines. None leaves the number as it is."""
-        self._scaling = None if limits is None else Scaling(limits)
-        self._target = None
-        self._replicas.elastic = limits is not None
+        self._scaling, self._target = None if limits is None else Scaling(limits), None
+        self._owe(0)
 
     async def remove(self, name: str, deadline: float) -> None:
         """See `Fleet.remove`. The engine leaves even if the caller stops waiting."""
@@ -84,12 +83,16 @@ class Autoscaler:
         """See `Fleet.preempt`. The engine leaves even if the caller stops waiting."""
         # A fleet with bounds starts what is missing by itself.
         owed = int(self._scaling is None and self._lifecycle.starts and self._replicas.snapshot.has(name))
-        self._owed += owed
+        self._owe(owed)
         try:
             await asyncio.shield(self._run(self._removing, self._lifecycle.remove(name, deadline, at_once=True)))
         except NoEngineError:  # it leaves already, or is being restarted
-            self._owed -= owed
+            self._owe(-owed)
             raise
+
+    def _owe(self, more: int) -> None:
+        self._owed = max(self._owed + more, 0)
+        self._replicas.elastic = self._scaling is not None or self._owed > 0
 
     @contextmanager
     def wanting(self) -> Iterator[None]:
@@ -222,7 +225,8 @@ class Autoscaler:
                 self._not_before = time.monotonic() + delay_before(self._failures)
                 self._failures += 1
             return
-        self._failures, self._owed = 0, max(self._owed - 1, 0)
+        self._failures = 0
+        self._owe(-1)
         self._event_log.scaled("up", name, time.monotonic() - started, None)
         logger.info("%s has joined the fleet", name)
 
