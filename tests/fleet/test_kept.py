@@ -99,6 +99,25 @@ async def test_a_changed_setting_and_an_engine_too_many_end_what_is_there(tiny_m
         assert len(fleet.engines) == 1
 
 
+async def test_the_next_owner_takes_all_engines_of_an_elastic_fleet_and_no_one_that_has_left(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder, port = tmp_path / "kept", free_port("127.0.0.1")
+    async with owning(
+        tiny_model, port, {**CONFIG, "replicas": {"min": 2, "max": 3}}, keep_running=str(folder)
+    ) as owner:
+        await owner.read()
+        engines = json.loads((folder / FILE).read_bytes())["engines"]
+        await owner.kill()
+    fewer = {**CONFIG, "replicas": {"min": 1, "max": 3, "idle_seconds": 2}}
+    async with millrace.open_fleet(fewer, tiny_model, log_dir=tmp_path, keep_running=folder) as fleet:
+        assert json.loads((folder / FILE).read_bytes())["engines"].keys() == engines.keys() == fleet.engines.keys()
+        assert all(alive(engine["pid"]) for engine in engines.values())
+        await until(lambda: len(fleet.engines) == 1, deadline=30)
+        assert json.loads((folder / FILE).read_bytes())["engines"].keys() == fleet.engines.keys()
+        assert alive(recorded(folder)["pid"])
+
+
 async def test_what_can_not_be_kept_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{}")
     stock = {"kind": "sglang", "device": "cpu"}

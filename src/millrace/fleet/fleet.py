@@ -577,6 +577,10 @@ class _Observer:
         if self._fleet._kept is not None:
             self._fleet._kept.changed(after)
 
+    def replica_removed(self, name: str) -> None:
+        if self._fleet._kept is not None:
+            self._fleet._kept.forget(name)
+
     def watching(self, replica: Replica) -> AbstractAsyncContextManager[None]:
         return self._fleet._feeds.listening(replica.engine.name, replica.kv_events)
 

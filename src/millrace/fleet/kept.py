@@ -180,6 +180,11 @@ class KeptEngines:
             recorded.version, recorded.asleep = holds, state.asleep
             self._rewrite()
 
+    def forget(self, name: str) -> None:
+        """Record that an engine has left, so that the next owner does not look for it."""
+        if self._content.engines.pop(name, None) is not None:
+            self._rewrite()
+
     def publishing(self, version: int) -> None:
         """Record that engines are being updated to this version. Raises DataError if that fails."""
         self._updating = version

@@ -133,6 +133,10 @@ class FleetObserver(Protocol):
         """Called with every change of state, before the snapshot shows it. Must not wait."""
         ...
 
+    def replica_removed(self, name: str) -> None:
+        """Called when a replica has left. Must not wait."""
+        ...
+
     def watching(self, replica: Replica) -> AbstractAsyncContextManager[None]:
         """Return a context that is open while the replica's process is watched."""
         ...
@@ -194,6 +198,7 @@ class OwnedReplicaSet(ReplicaSet):
     async def remove(self, name: str) -> None:
         """Forget a replica that has left."""
         self.event_log.removed(name)
+        self.observer.replica_removed(name)
         await self.show(self.snapshot.without(name))
         self.forget(name)
 
