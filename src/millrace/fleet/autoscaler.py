@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FleetSize:
-    """The number of engines of a fleet: wanted, serving, and starting (or getting their weights)."""
+    """The number of engines of a fleet: wanted, serving, and starting (or getting their weights).
+
+    wanted: by the load; in a fleet of a fixed size, its engines, those that have died included.
+    """
 
     wanted: int
     serving: int
@@ -109,8 +112,10 @@ class Autoscaler:
         states, coming = self._replicas.snapshot.replicas, self._replicas.coming
         serving = len(self._replicas.snapshot.routable)
         starting = len({s.name for s in states if s.phase in (Phase.STARTING, Phase.CATCHING_UP)} | coming)
-        wanted = self._present + max(self._owed - len(self._adding), 0) if self._target is None else self._target
-        return FleetSize(wanted, serving, starting)
+        if self._target is not None:
+            return FleetSize(self._target, serving, starting)
+        members = {state.name for state in states if state.phase is not Phase.DRAINING} | coming
+        return FleetSize(len(members) + max(self._owed - len(self._adding), 0), serving, starting)
 
     @property
     def demand(self) -> int:
