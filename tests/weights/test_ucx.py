@@ -1,4 +1,4 @@
-"""Publishes over UCX to real engines by sidecars. Two addresses of this machine stand for two hosts."""
+"""Publishes over UCX to real engines by sidecars. Two addresses of this machine stand for hosts."""
 
 import asyncio
 import base64
@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import aiohttp
 import orjson
@@ -30,17 +32,26 @@ from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import transport_for
 from millrace.types import Capability
 from millrace.weights.folder import folder_checksums
-from millrace.weights.sidecar.messages import Form, Handle, MemoryFileHandle, PullBody, Pulled, TorchStorageHandle
+from millrace.weights.sidecar.messages import (
+    Form,
+    Handle,
+    MemoryFileHandle,
+    PullBody,
+    Pulled,
+    Source,
+    TorchStorageHandle,
+)
 from millrace.weights.sidecar.pulling import Pulling
 from millrace.weights.sidecar.server import SIDECAR_KEY
 from millrace.weights.transports.base import PublishTarget, TransportContext
+from millrace.weights.transports.fan_out import LEAST_PATIENCE
 from millrace.weights.transports.registry import create
 from millrace.weights.transports.shared_memory import MemoryFile
 from millrace.weights.transports.ucx import UcxSidecar, UcxTransport
 from millrace.weights.ucx import Endpoint
 
 Tensors = list[tuple[str, torch.Tensor]]
-HOSTS = ("127.0.0.1", "127.0.0.2")
+HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 KEY = "the key"
 CPU = torch.device("cpu")
 SMALL = 64 * 1024  # bytes of a bucket; a version has several buckets, and some tensors are larger
@@ -107,16 +118,14 @@ class InterceptedTransport(UcxTransport):
 
 
 @asynccontextmanager
-async def on_two_hosts(
-    model: Path, logs: Path, sidecars: list[str]
-) -> AsyncIterator[tuple[Fleet, InterceptedTransport]]:
-    """Like `open_fleet`, with an engine on each host."""
+async def on_hosts(model: Path, logs: Path, sidecars: list[str]) -> AsyncIterator[tuple[Fleet, InterceptedTransport]]:
+    """Like `open_fleet`, with an engine on the host of each sidecar."""
 
     async def start_one(replica: int) -> Replica:
-        config = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, host=HOSTS[replica])
+        config = EmbeddedEngineConfig(kind="embedded", replicas=len(sidecars), threads=1, host=HOSTS[replica])
         return await start(config, LaunchSpec(model_path=model, replica=replica, log_dir=logs))
 
-    started = await asyncio.gather(*(start_one(replica) for replica in range(2)))
+    started = await asyncio.gather(*(start_one(replica) for replica in range(len(sidecars))))
     chosen = transport_for("auto", started, None, sidecars)
     assert isinstance(chosen, UcxTransport)
     await chosen.close()
@@ -149,7 +158,7 @@ async def test_two_hosts_and_sidecars_that_die(
     tensors: Tensors, tiny_model: Path, tmp_path: Path, sidecar: Start, key: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert any(tensor.nbytes > SMALL for _, tensor in tensors)
-    started = [sidecar("--host", host) for host in HOSTS]
+    started = [sidecar("--host", host) for host in HOSTS[:2]]
     urls = [url_of(one) for one in started]
 
     def kill() -> None:
@@ -157,7 +166,7 @@ async def test_two_hosts_and_sidecars_that_die(
         started[1].wait(timeout=10)
 
     with caplog.at_level("INFO", "millrace"):
-        async with on_two_hosts(tiny_model, tmp_path, urls) as (fleet, transport):
+        async with on_hosts(tiny_model, tmp_path, urls) as (fleet, transport):
             assert "weights go by ucx: there are sidecars" in caplog.text
             one, two = fleet.engines
             version = 0
@@ -197,6 +206,56 @@ async def test_two_hosts_and_sidecars_that_die(
                 await publish()
 
 
+class WatchedSidecar(UcxSidecar):
+    """Notes what each sidecar is asked to read, and calls `on_pulled` with the sidecar's URL when it has read."""
+
+    asked: ClassVar[list[PullBody]] = []
+    on_pulled: ClassVar[Callable[[str], object]] = lambda url: None
+
+    async def pull(self, body: PullBody, *, deadline: float) -> Pulled:
+        self.asked.append(body)
+        pulled = await super().pull(body, deadline=deadline)
+        type(self).on_pulled(self.name.removeprefix("sidecar "))
+        return pulled
+
+
+@pytest.mark.slow
+async def test_hosts_read_from_each_other_and_from_the_trainer_if_one_hangs(
+    tensors: Tensors, tiny_model: Path, tmp_path: Path, sidecar: Start, key: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("millrace.weights.transports.ucx.UcxSidecar", WatchedSidecar)
+    started = [sidecar("--host", host) for host in HOSTS]
+    urls = [url_of(one) for one in started]
+    hung: list[str] = []
+
+    def stop(url: str) -> None:
+        if not hung:
+            hung.append(url)
+            started[urls.index(url)].send_signal(signal.SIGSTOP)
+
+    async with on_hosts(tiny_model, tmp_path, urls) as (fleet, transport):
+        with monkeypatch.context() as patient:  # on a busy machine too, nobody gives up waiting for a source
+            patient.setattr("millrace.weights.transports.fan_out.LEAST_PATIENCE", 60.0)
+            transport._patience = 60.0
+            await fleet.publish(tensors, 1, bucket_bytes=SMALL, deadline=60)
+        asked = WatchedSidecar.asked
+        addresses = Counter((body.slot, body.source.address) for body in asked)
+        of_trainer = sum(count for _, count in addresses.most_common(2))  # from each of its two slots
+        assert len(asked) % 3 == 0
+        assert of_trainer == len(asked) * 2 // 3
+        transport._patience = LEAST_PATIENCE
+        monkeypatch.setattr(WatchedSidecar, "on_pulled", stop)
+        sent = stepped(tensors, 2)
+        report = await fleet.publish(sent, 2, bucket_bytes=SMALL, deadline=40)
+        [failed] = report.failed
+        assert failed == f"embedded-{urls.index(hung[0])}"
+        for name in set(fleet.engines) - {failed}:
+            assert serving(fleet)[name] == 2
+            assert await fleet.engines[name].checksums() == {n: tensor_checksum(t) for n, t in sent}
+        started[urls.index(hung[0])].send_signal(signal.SIGCONT)
+        assert not (await fleet.publish(sent, 3, bucket_bytes=SMALL, deadline=40)).failed
+
+
 class Trainer:
     """The trainer's side of a sidecar. Each of its slots is filled with one number."""
 
@@ -207,10 +266,10 @@ class Trainer:
     def fill(self, value: int, nbytes: int, slot: int = 0) -> dict[str, object]:
         """Fills a slot and returns the body of a pull."""
         self.endpoint.slot(slot, nbytes, unread=True).bytes.fill_(value)
+        source = Source(agent=self.endpoint.metadata(), address=self.endpoint.region(slot).address, gpu=None)
         body = PullBody(
-            session=self.endpoint.name, agent=self.endpoint.metadata(), slot=slot,
-            address=self.endpoint.region(slot).address, nbytes=nbytes, gpu=None, form=Form.MEMORY_FILE, shares=1,
-            seconds=20.0,
+            session=self.endpoint.name, source=source, slot=slot, nbytes=nbytes, form=Form.MEMORY_FILE, shares=1,
+            seconds=20.0, readable=0.001, unread=True,
         )  # fmt: skip
         return body.model_dump(mode="json")
 
@@ -220,9 +279,12 @@ class Trainer:
             return response.status, await response.text()
 
     async def pull(self, body: object) -> Handle:
+        return (await self.pulled(body)).handle
+
+    async def pulled(self, body: object) -> Pulled:
         status, text = await self.ask(body)
         assert status == 200, text
-        return Pulled.model_validate_json(text).handle
+        return Pulled.model_validate_json(text)
 
 
 @asynccontextmanager
@@ -256,18 +318,26 @@ async def test_a_sidecar_holds_only_open_sessions(sidecar: Start) -> None:
         stranger = UcxSidecar(url, "another key")
         with pytest.raises(EngineRefused, match=f"needs the key in {SIDECAR_KEY}"):
             await stranger.pull(PullBody.model_validate_json(orjson.dumps(body)), deadline=5.0)
-        await stranger.close(None)
+        await stranger.close(None, unread=True)
         assert (await one.ask(body, key="wrong"))[0] == 401
-        assert (await one.ask({"session": one.endpoint.name}, "/end", key="wrong"))[0] == 401
-        wrong: list[dict[str, object]] = [{"slot": 2}, {"nbytes": 0}, {"address": "1"}, {"gpu": -1}, {"file": "/"}]
+        assert (await one.ask({"session": one.endpoint.name, "unread": True}, "/end", key="wrong"))[0] == 401
+        source = body["source"]
+        assert isinstance(source, dict)
+        wrong: list[dict[str, object]] = [
+            {"slot": 2},
+            {"nbytes": 0},
+            {"source": {**source, "address": "1"}},
+            {"source": {**source, "gpu": -1}},
+            {"file": "/"},
+        ]
         for change in wrong:
             assert (await one.ask({**body, **change}))[0] == 400
         status, text = await one.ask({**body, "form": "cuda_ipc"})
         assert status == 400
         assert "its memory is on the cpu, but the engines here open cuda_ipc: start it with --device cuda" in text
         unreadable: list[dict[str, object]] = [
-            {"agent": base64.b64encode(b"rubbish").decode()},
-            {"address": 4096},
+            {"source": {**source, "agent": base64.b64encode(b"rubbish").decode()}},
+            {"source": {**source, "address": 4096}},
             {"seconds": 1e-9},
         ]
         for change in unreadable:
@@ -290,8 +360,40 @@ async def test_a_sidecar_holds_only_open_sessions(sidecar: Start) -> None:
         assert slots_of(process) == 1
         assert await one.ask({"session": one.endpoint.name}, "/end") == (200, '{"success":true}')
         assert slots_of(process) == 1
-        assert (await two.ask({"session": two.endpoint.name}, "/end"))[0] == 200
+        assert (await two.ask({"session": two.endpoint.name, "unread": True}, "/end"))[0] == 200
         assert slots_of(process) == 0
+
+
+async def test_a_sidecar_reads_from_another_one(sidecar: Start) -> None:
+    """If that one has ended, the engines beside the reader can still load the bucket before."""
+    first, second = sidecar("--host", HOSTS[0]), sidecar("--host", HOSTS[1])
+    async with trainer(url_of(first)) as one, trainer(url_of(second)) as two:
+        nbytes = 65536
+        of_first = (await one.pulled({**one.fill(1, nbytes), "readable": 60.0})).source
+        relayed = {**one.fill(2, nbytes), "source": of_first.model_dump(mode="json")}  # the trainer's slot has changed
+        handle = await two.pull(relayed)
+        assert isinstance(handle, MemoryFileHandle)
+        assert content(handle.path, nbytes) == bytes([1]) * nbytes
+        first.kill()
+        first.wait(timeout=10)
+        status, text = await two.ask({**relayed, "slot": 1})
+        assert status == 500
+        assert "the bucket was not read: " in text
+        assert content(handle.path, nbytes) == bytes([1]) * nbytes
+        again = await two.pull(one.fill(3, nbytes, 1))
+        assert isinstance(again, MemoryFileHandle)
+        assert content(again.path, nbytes) == bytes([3]) * nbytes
+
+
+async def test_what_another_sidecar_may_read_is_kept_until_it_can_not(sidecar: Start) -> None:
+    process = sidecar()
+    async with trainer(url_of(process)) as one, trainer(one._url) as two:
+        await one.pull({**one.fill(1, 4096), "readable": 3.0})
+        await two.pull(two.fill(2, 4096))  # another trainer
+        assert slots_of(process) == 2
+        async with asyncio.timeout(60):
+            while slots_of(process) > 1:
+                await asyncio.sleep(0.05)
 
 
 async def test_memory_outlives_its_reader(sidecar: Start, monkeypatch: pytest.MonkeyPatch) -> None:

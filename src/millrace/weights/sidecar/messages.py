@@ -33,28 +33,42 @@ class Message(BaseModel):
     )
 
 
+class Source(Message):
+    """Where a bucket can be read: in the trainer's memory, or in another sidecar's.
+
+    agent: NIXL's metadata of the endpoint.
+    address: of the bucket.
+    gpu: the index of the GPU that it is on; None for the CPU.
+    """
+
+    agent: bytes
+    address: NonNegativeInt
+    gpu: NonNegativeInt | None
+
+
 class PullBody(Message):
-    """The body of `POST /pull`: read a bucket from the trainer's memory into a slot of the sidecar.
+    """The body of `POST /pull`: read a bucket into a slot of the sidecar.
 
     session: the name of the trainer's endpoint. The sidecar frees the buckets of any other session.
-    agent: NIXL's metadata of the trainer's endpoint.
+    source: where the bucket is.
     slot: the index of the sidecar's slot.
-    address, nbytes: the trainer's memory to read.
-    gpu: the index of the trainer's GPU that the memory is on; None for the CPU.
+    nbytes: the bucket's size.
     form: the form of memory that the engines open.
     shares: how often the bucket will be opened, once by each rank of each engine.
     seconds: the time that the sidecar has.
+    readable: seconds from now in which other sidecars may read the slot.
+    unread: whether it is certain that no other sidecar is reading a slot now.
     """
 
     session: str
-    agent: bytes
+    source: Source
     slot: Annotated[int, Field(ge=0, le=1)]
-    address: NonNegativeInt
     nbytes: PositiveInt
-    gpu: NonNegativeInt | None
     form: Form
     shares: PositiveInt
     seconds: PositiveFloat
+    readable: PositiveFloat
+    unread: bool
 
 
 class BringBody(Message):
@@ -101,9 +115,13 @@ class Answers(Message):
 
 
 class Session(Message):
-    """The body of `POST /end`: the trainer needs the session's buckets no more."""
+    """The body of `POST /end`: the trainer needs the session's buckets no more.
+
+    unread: whether it is certain that no other sidecar is reading them.
+    """
 
     session: str
+    unread: bool
 
 
 class MemoryFileHandle(Message):
@@ -142,8 +160,10 @@ class Pulled(Message):
     """The answer to a pull. `handle.bucket` returns the bucket for one engine, whose ranks use the shares from index
     `start` on.
 
+    source: where other sidecars can read the bucket.
     answers: for each share, the path of a file that its rank can write an answer to.
     """
 
     handle: Handle
+    source: Source
     answers: tuple[str, ...]

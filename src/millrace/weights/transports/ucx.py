@@ -1,7 +1,8 @@
 """A transport for a trainer and engines on different hosts, over UCX (RDMA or TCP). It needs no process group.
 
-The trainer keeps a bucket in memory that other hosts can read. A sidecar on each host of engines reads the bucket once.
-The engines of that host open the sidecar's memory in the same way as they open the memory of a local trainer.
+The trainer keeps a bucket in memory that other hosts can read. A sidecar on each host of engines reads the bucket once,
+from the trainer or from another sidecar that has it (`fan_out`). The engines of that host open the sidecar's memory in
+the same way as they open the memory of a local trainer.
 
 Memory is never overwritten or freed while it is read:
 
@@ -10,11 +11,14 @@ Memory is never overwritten or freed while it is read:
 - If a failed sidecar may still be reading, the trainer keeps all memory until it closes the endpoint, which ends all
   READs. It does so before the next publish, which creates a new endpoint.
 - A sidecar has two slots too. It fills a slot again when the bucket after the next one is delivered. By then its
-  engines have loaded the slot's earlier bucket, or have failed.
+  engines have loaded the slot's earlier bucket, or have failed, and other sidecars have read it. If one of them may
+  still be reading, memory is freed only when the time for that is over.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
@@ -26,7 +30,7 @@ from millrace.errors import EngineError, EngineFailed, EngineTimeout, PublishErr
 from millrace.http.client import HttpClient
 from millrace.types import Capability
 from millrace.weights.sidecar.asking import ask
-from millrace.weights.sidecar.messages import FORMS, Answers, AnswersBody, Form, PullBody, Pulled, Session
+from millrace.weights.sidecar.messages import FORMS, Answers, AnswersBody, Form, PullBody, Pulled, Session, Source
 from millrace.weights.step import StepResult
 from millrace.weights.transports.base import (
     BucketTransport,
@@ -36,6 +40,7 @@ from millrace.weights.transports.base import (
     TransportContext,
 )
 from millrace.weights.transports.cuda_ipc import DeviceSlot
+from millrace.weights.transports.fan_out import LEAST_PATIENCE, FanOut, patience_after
 from millrace.weights.transports.layouts import layout_of
 from millrace.weights.transports.shared_memory import MemoryFile
 from millrace.weights.transports.sidecars import EngineSidecars, reason_of
@@ -44,6 +49,8 @@ from millrace.weights.ucx import Endpoint, load
 
 READ_SHARE = 0.9  # of a call's deadline, so that a sidecar that gives up can still answer
 SHORT_DEADLINE = 5.0  # seconds, for calls that do no work
+
+logger = logging.getLogger(__name__)
 
 
 class UcxSidecar:
@@ -69,15 +76,17 @@ class UcxSidecar:
             return False
         return bool(answer == {"session": session})
 
-    async def close(self, session: str | None) -> bool:
+    async def close(self, session: str | None, *, unread: bool) -> bool:
         """Have the sidecar free the buckets of this session. A dead sidecar has nothing to free.
+
+        unread: whether it is certain that no other sidecar is reading them.
 
         Returns whether it is certain that the sidecar reads no bucket any more.
         """
         certain = True
         if session is not None:
             try:
-                body = Session(session=session).model_dump(mode="json")
+                body = Session(session=session, unread=unread).model_dump(mode="json")
                 await self._http.control("POST", "/end", body, deadline=SHORT_DEADLINE)
             except EngineError as error:
                 certain = not isinstance(error, EngineTimeout)
@@ -155,6 +164,8 @@ class UcxTransport(BucketTransport):
         self._endpoint: Endpoint[MemoryFile | DeviceSlot] | None = None
         self._unread = True  # whether no sidecar can still be reading an earlier bucket
         self._staged: _InFlightBucket | None = None  # the bucket that was staged last
+        self._patience = LEAST_PATIENCE  # seconds for which a sidecar waits for someone to read from
+        self._direct: set[UcxSidecar] = set()  # sidecars that could not read from another one
 
     async def open(
         self,
@@ -182,32 +193,55 @@ class UcxTransport(BucketTransport):
         return StagedBucket(bucket.bucket_for, checksums, layout.names, layout.nbytes, samples=samples)
 
     async def deliver(self, targets: Sequence[PublishTarget], *, deadline: float) -> Mapping[str, EngineError]:
-        """Have all sidecars read the bucket at the same time. If a sidecar fails, the engines of its host fail."""
+        """Have all sidecars read the bucket. If a sidecar fails, the engines of its host fail."""
         assert self._staged is not None
-        bucket = self._staged
+        bucket, ends = self._staged, time.monotonic() + deadline
+        unread, self._unread = self._unread, False  # stays False if this task is cancelled
+        fan_out = FanOut(self._source(bucket), self._patience)
         at: dict[UcxSidecar, list[PublishTarget]] = {}
         for target in targets:
             at.setdefault(self._sidecar_of[target.engine.name], []).append(target)
         unreached: dict[str, EngineError] = {}
 
         async def pull(sidecar: UcxSidecar, here: Sequence[PublishTarget]) -> bool:
+            body = partial(self._body, bucket, here, ends=ends, unread=unread)
             try:
-                pulled = await sidecar.pull(self._body(bucket, here, deadline * READ_SHARE), deadline=deadline)
+                pulled = await self._pull(sidecar, body, fan_out, ends)
             except EngineError as error:
                 for target in here:
                     name = target.engine.name
                     unreached[name] = EngineFailed(name, f"{sidecar.name} did not bring a bucket: {reason_of(error)}")
                 return not isinstance(error, EngineTimeout)  # one that has answered, or is dead, reads no more
+            fan_out.add(pulled.source)
             start = 0
             for target in here:
                 bucket.pulled[target.engine.name] = sidecar, pulled, start
                 start += target.info.ranks
             return True
 
-        before, self._unread = self._unread, False  # stays False if this task is cancelled
         answered = await asyncio.gather(*(pull(sidecar, here) for sidecar, here in at.items()))
-        self._unread = before and all(answered)
+        self._unread = unread and all(answered)
+        self._patience = patience_after(fan_out.slowest)
         return unreached
+
+    async def _pull(
+        self, sidecar: UcxSidecar, body: Callable[[Source, float], PullBody], fan_out: FanOut[Source], ends: float
+    ) -> Pulled:
+        """Have a sidecar read the bucket: from another one, or if that fails, from the trainer."""
+        if sidecar not in self._direct:
+            try:
+                async with fan_out.source() as source:
+                    left = ends - time.monotonic()
+                    # A source may die. Then there must be time for the trainer.
+                    deadline = left if source is fan_out.trainer else left / 2
+                    return await sidecar.pull(body(source, deadline * READ_SHARE), deadline=deadline)
+            except EngineError as error:
+                if source is fan_out.trainer or not isinstance(error, EngineFailed):
+                    raise
+                logger.warning("%s reads from the trainer from now on: %s", sidecar.name, reason_of(error))
+                self._direct.add(sidecar)
+        left = ends - time.monotonic()
+        return await sidecar.pull(body(fan_out.trainer, left * READ_SHARE), deadline=left)
 
     async def load(
         self, targets: Sequence[PublishTarget], staged: StagedBucket, *, deadline: float
@@ -226,24 +260,38 @@ class UcxTransport(BucketTransport):
 
     async def close(self) -> None:
         session = self._endpoint.name if self._endpoint is not None else None
-        ended = await asyncio.gather(*(sidecar.close(session) for sidecar in self._sidecars.values()))
+        ended = await asyncio.gather(
+            *(sidecar.close(session, unread=self._unread) for sidecar in self._sidecars.values())
+        )
         if self._endpoint is not None:
             await asyncio.to_thread(self._endpoint.close, unread=all(ended))
             self._endpoint = None
 
-    def _body(self, bucket: _InFlightBucket, here: Sequence[PublishTarget], seconds: float) -> PullBody:
+    def _source(self, bucket: _InFlightBucket) -> Source:
         assert self._endpoint is not None
         region = self._endpoint.region(bucket.slot)
+        return Source(agent=self._endpoint.metadata(), address=region.address, gpu=region.gpu)
+
+    def _body(
+        self,
+        bucket: _InFlightBucket,
+        here: Sequence[PublishTarget],
+        source: Source,
+        seconds: float,
+        *,
+        ends: float,
+        unread: bool,
+    ) -> PullBody:
         return PullBody(
-            session=self._endpoint.name,
-            agent=self._endpoint.metadata(),
+            session=bucket.session,
+            source=source,
             slot=bucket.slot,
-            address=region.address,
             nbytes=bucket.nbytes,
-            gpu=region.gpu,
             form=_form(here),
             shares=sum(target.info.ranks for target in here),
             seconds=max(seconds, 0.001),
+            readable=max(ends - time.monotonic(), 0.001),
+            unread=unread,
         )
 
     def _new_slot(self, size: int) -> MemoryFile | DeviceSlot:
