@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from tests.hosts.network import Host, network
 
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.launch.ports import listens
@@ -24,7 +25,6 @@ from millrace.types import Capability, EngineInfo
 from millrace.weights.sidecar.server import SIDECAR_KEY
 from millrace.weights.transports.base import PublishTarget
 from millrace.weights.transports.ucx import UcxTransport
-from tests.hosts.network import Host, network
 
 PORT = 8400
 KEY = "fan-out"
@@ -43,7 +43,7 @@ def limit(host: Host | None, device: str, megabits: int) -> None:
 async def reach(host: Host) -> PublishTarget:
     """Wait for the host's sidecar. Return an engine beside it, which gets no requests here."""
     async with asyncio.timeout(DEADLINE):
-        while not await listens(host.address, PORT):
+        while not await listens(host.address, PORT):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     capabilities = frozenset({Capability.UPDATE_FROM_SHARED_MEMORY})
     info = EngineInfo("embedded", "", "", None, 0, 0, capabilities)
