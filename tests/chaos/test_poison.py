@@ -41,7 +41,7 @@ async def test_a_poisonous_sample_kills_a_limited_number_of_engines_and_they_com
         await started.engine.inject_fault("poison", tokens=poison)
         return started
 
-    started = await asyncio.gather(*map(start_one, range(CONFIG.replicas)))
+    started = await asyncio.gather(*map(start_one, range(CONFIG.first_replicas)))
     async with Fleet.open(started, None, start=start_one, restarts=5) as fleet:
         await fleet.attest(folder_checksums(tiny_model), 0, tiny_model)
         runner = replace(make_runner(fleet, tiny_model), retries=RETRIES)
