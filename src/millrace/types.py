@@ -76,6 +76,7 @@ class Capability(StrEnum):
     ROLLBACK = "rollback"  # an update can be dropped after its begin, and the old weights keep serving
     STAGED_UPDATE = "staged_update"  # generation continues during loading; otherwise it stops from begin to commit
     SLEEP = "sleep"
+    KV_OFFLOAD = "kv_offload"  # KV cache that leaves the device is kept in host memory; a flush drops it there too
     UPDATE_FROM_DISK = "update_from_disk"
     UPDATE_FROM_PROCESS_GROUP = "update_from_process_group"  # it receives one tensor after the other
     WHOLE_BROADCASTS = (

@@ -20,6 +20,8 @@ from millrace.types import Capability, GenerateRequest, SamplingParams
 START_TIMEOUT = 240.0  # seconds; a stock engine takes 20 on a quiet machine
 # These checks need a server that was started with LoRA enabled.
 WITHOUT_LORA = frozenset(check.name for check in CHECKS if Capability.LORA in check.needs)
+# This check needs a server that keeps KV cache in host memory.
+WITHOUT_OFFLOAD = frozenset(check.name for check in CHECKS if Capability.KV_OFFLOAD in check.needs)
 # These checks need a server of a vision-language model.
 WITHOUT_IMAGES = frozenset(check.name for check in CHECKS if Capability.IMAGES in check.needs)
 # These checks need a server of a mixture of experts that returns the routed experts.

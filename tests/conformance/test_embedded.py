@@ -9,12 +9,12 @@ import pytest_asyncio
 from millrace.config.engines import EmbeddedEngineConfig
 from millrace.conformance import Check, Runner
 from tests.conformance.conftest import examined
-from tests.conformance.run_checks import WITHOUT_EXPERTS, WITHOUT_IMAGES, every_check, run_check
+from tests.conformance.run_checks import WITHOUT_EXPERTS, WITHOUT_IMAGES, WITHOUT_OFFLOAD, every_check, run_check
 from tests.conformance.sampling import check_samples_as_transformers_would
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | frozenset({
+LACKING = WITHOUT_IMAGES | WITHOUT_OFFLOAD | WITHOUT_EXPERTS | frozenset({
     "sampling.json_schema",
     "update.bare_nccl",
     "update.cuda_ipc",

@@ -29,6 +29,7 @@ from tests.conformance.run_checks import (
     WITHOUT_EXPERTS,
     WITHOUT_IMAGES,
     WITHOUT_LORA,
+    WITHOUT_OFFLOAD,
     check_dtype_is_read,
     check_kind_is_found,
     check_update_after_a_trainer_died,
@@ -42,7 +43,7 @@ from tests.routers.check_router import check_router
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | frozenset({
+LACKING = WITHOUT_IMAGES | WITHOUT_OFFLOAD | WITHOUT_EXPERTS | frozenset({
     "generate.seed",
     "generate.stop_ignoring_eos",
     "update.bare_nccl",  # on the CPU

@@ -24,6 +24,7 @@ from tests.conformance.run_checks import (
     VLLM_UPDATES,
     WITHOUT_EXPERTS,
     WITHOUT_IMAGES,
+    WITHOUT_OFFLOAD,
     check_dtype_is_read,
     check_kind_is_found,
     check_update_after_a_trainer_died,
@@ -36,7 +37,7 @@ from tests.routers.check_router import check_router
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | VLLM_UPDATES
+LACKING = WITHOUT_IMAGES | WITHOUT_OFFLOAD | WITHOUT_EXPERTS | VLLM_UPDATES
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -33,6 +33,7 @@ from tests.conformance.run_checks import (
     WITHOUT_EXPERTS,
     WITHOUT_IMAGES,
     WITHOUT_LORA,
+    WITHOUT_OFFLOAD,
     every_check,
     make_runner,
     run_check,
@@ -43,7 +44,7 @@ from tests.weights.variants import read_folder
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
-LACKING = WITHOUT_IMAGES | WITHOUT_EXPERTS | WITHOUT_LORA | VLLM_UPDATES
+LACKING = WITHOUT_IMAGES | WITHOUT_OFFLOAD | WITHOUT_EXPERTS | WITHOUT_LORA | VLLM_UPDATES
 
 
 @pytest.fixture(scope="module")

@@ -212,6 +212,19 @@ class StockEngineConfig(ReplicatedConfig):
     kv_events: bool = False
     """Route by the KV cache events that the engine publishes. They report the prefixes in its cache. It needs the extra
     `millrace[kv-events]`."""
+    kv_offload_gb: Annotated[
+        PositiveInt | None,
+        Flag(
+            "sglang",
+            "--hicache-size",
+            "--enable-hierarchical-cache",
+            "--enable-hicache",
+            "--hicache-ratio",
+            passed=False,
+        ),
+        Flag("vllm", "--kv-offloading-size", passed=False),
+    ] = None
+    """Host memory of each rank, in gigabytes, that keeps KV cache for which the device has no room. None keeps none."""
     start_timeout: PositiveFloat = 600.0
     """Seconds until a server must be healthy. A large model on a slow disk takes minutes, a small one on the CPU 20 to
     60 s."""

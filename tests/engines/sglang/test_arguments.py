@@ -316,3 +316,17 @@ def test_the_gpus_of_an_engine_over_several_nodes() -> None:
 def test_on_the_cpu_every_replica_has_the_same_numa_nodes() -> None:
     (node,) = plan(replica=1, replicas=2, device="cpu")
     assert said(node, "base-gpu-id") == "0"
+
+
+def test_host_memory_for_kv_cache_is_of_each_rank() -> None:
+    (node,) = plan(kv_offload_gb=40, tp_size=2, engine_args={"hicache_write_policy": "write_back"})
+    assert {"--enable-hierarchical-cache", "--hicache-size=40", "--hicache-write-policy=write_back"} <= {
+        *node.arguments
+    }
+    assert not [argument for argument in plan()[0].arguments if "hi" in argument and "cache" in argument]
+
+
+@pytest.mark.parametrize("name", ["hicache_storage_backend", "enable_lmcache", "enable_flexkv"])
+def test_caches_that_a_flush_does_not_reach_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} contradicts the publishes, which can't drop the prefixes"):
+        plan(engine_args={name: "file"})

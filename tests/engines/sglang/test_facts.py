@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from millrace.engines.experts import Experts
-from millrace.engines.sglang.facts import CAPABILITY_PATHS, capabilities_of, read_facts
+from millrace.engines.sglang.facts import CAPABILITY_PATHS, capabilities_of, kept_after_flush, read_facts
 from millrace.engines.sglang.loading import LOADER
 from millrace.engines.stock.facts import TAKES
 from millrace.engines.stock.model import Model
@@ -148,3 +148,11 @@ def test_each_data_parallel_rank_has_a_cache(settings: dict[str, Any], caches: i
     served = {**SERVED, "model_path": "/model"}
     server = {**SERVER, **about, "enable_deterministic_inference": False, **settings}
     assert read_facts(PATHS, served, server, TEXT).caches == caches
+
+
+def test_a_cache_that_a_flush_does_not_reach_is_found() -> None:
+    offloading = SERVER | {"enable_hierarchical_cache": True, "hicache_storage_backend": None, "enable_lmcache": False}
+    assert Capability.KV_OFFLOAD in capabilities_of(PATHS, SERVED, offloading, TEXT)
+    assert Capability.KV_OFFLOAD not in capabilities_of(PATHS, SERVED, SERVER, TEXT)
+    assert kept_after_flush(offloading) is None
+    assert kept_after_flush(offloading | {"hicache_storage_backend": "file"}) == "--hicache-storage-backend"

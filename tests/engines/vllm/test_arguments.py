@@ -11,6 +11,7 @@ from millrace.config.engines import VLLMEngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options
 from millrace.engines.vllm.arguments import ENVIRONMENT, OTHERS, SETTINGS, Ports, nodes, rank_gpus
+from millrace.engines.vllm.connectors import kept_after_flush, offloads
 from millrace.errors import ConfigError
 
 
@@ -302,3 +303,48 @@ def test_too_few_gpus_are_reported_before_the_start() -> None:
 def test_a_config_that_vllm_can_not_have_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         VLLMEngineConfig(kind="vllm", **settings)
+
+
+def test_host_memory_for_kv_cache_is_of_all_ranks_of_a_core() -> None:
+    (node,) = plan(kv_offload_gb=40, tp_size=2, dp_size=2)
+    assert said(node, "kv-offloading-size") == "74.506"  # 80 GB in GiB
+    assert said(plan()[0], "kv-offloading-size") is None
+
+
+def connector(name: str, **extra: object) -> dict[str, Any]:
+    return {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+@pytest.mark.parametrize(
+    ("transfer", "kept"),
+    [
+        (connector("OffloadingConnector", cpu_bytes_to_use=1), None),
+        (connector("SimpleCPUOffloadConnector"), None),
+        (connector("NixlConnector"), None),
+        (connector("ExampleConnector"), "ExampleConnector"),
+        (connector("LMCacheMPConnector"), "LMCacheMPConnector"),
+        (
+            connector("OffloadingConnector", spec_name="TieringOffloadingSpec"),
+            "OffloadingConnector with TieringOffloadingSpec",
+        ),
+        (
+            connector("MultiConnector", connectors=[connector("NixlConnector"), connector("MooncakeStoreConnector")]),
+            "MooncakeStoreConnector",
+        ),
+    ],
+)
+def test_a_connector_that_may_keep_old_prefixes_is_refused(transfer: dict[str, Any], kept: str | None) -> None:
+    assert kept_after_flush(transfer) == kept
+    if kept is None:
+        plan(engine_args={"kv_transfer_config": transfer})
+    else:
+        with pytest.raises(ConfigError, match=f"kv_transfer_config: {kept} keeps prefixes of old weights"):
+            plan(engine_args={"kv_transfer_config": transfer})
+
+
+def test_only_connectors_that_keep_something_offload() -> None:
+    assert offloads(connector("OffloadingConnector"))
+    assert not offloads(connector("NixlConnector"))
+    assert not offloads({})
+    with pytest.raises(ConfigError, match=r"kv_transfer_config contradicts engine\.kv_offload_gb"):
+        plan(kv_offload_gb=1, engine_args={"kv_transfer_config": connector("NixlConnector")})

@@ -21,7 +21,7 @@ from millrace.buckets import (
 )
 from millrace.engines.audit import HeldLayer, WeightSample
 from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS, MEMORY_DEADLINE
-from millrace.engines.sglang.facts import SGLangFacts, read_facts
+from millrace.engines.sglang.facts import SGLangFacts, kept_after_flush, read_facts
 from millrace.engines.sglang.guards import check_request
 from millrace.engines.sglang.loading import LOADER, MISSING_LOADER
 from millrace.engines.sglang.payload import payloads
@@ -313,6 +313,8 @@ class SGLangEngine(StockEngine[SGLangFacts]):
 
     async def _read_facts(self) -> SGLangFacts:
         served, server = await self._ask("/model_info"), await self._ask("/server_info")
+        if option := kept_after_flush(server):
+            raise EngineRefused(self.name, f"{option} keeps prefixes of old weights after a publish; start it without")
         paths = (await self._ask("/openapi.json"))["paths"]
         model = await self._read_model(Path(served["model_path"]))
         return read_facts(paths, served, server, model)

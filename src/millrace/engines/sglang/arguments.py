@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from millrace.config.base import option_owners, passed_options
 from millrace.config.engines import EngineArgument, SGLangEngineConfig
-from millrace.engines.sglang.facts import MIXED_UP_EXPERTS
+from millrace.engines.sglang.facts import KEEPING, MIXED_UP_EXPERTS
 from millrace.engines.sglang.loading import LOADER
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import (
@@ -52,6 +52,7 @@ OTHERS = {
     "--api-key": KEYS,
     "--admin-api-key": KEYS,
     "--nccl-port": ("the free port that Millrace chooses", "leave it out"),
+    **dict.fromkeys(KEEPING, ("the publishes, which can't drop the prefixes that it keeps", "leave it out")),
     "--config": ("engine.engine_args, the one place for SGLang's own arguments", "move the file's settings there"),
 }
 # The size of the cache of what the vision tower made of an image. SGLang keeps it across updates and flushes.
@@ -141,6 +142,8 @@ def settings(config: SGLangEngineConfig, spec: LaunchSpec) -> dict[str, EngineAr
         "--host": unbracketed(config.host),
         "--max-total-tokens": max_total_tokens,
         "--enable-return-routed-experts": config.return_routed_experts,
+        "--enable-hierarchical-cache": config.kv_offload_gb is not None,
+        "--hicache-size": config.kv_offload_gb,
         "--enable-memory-saver": config.memory_saver and config.device == "cuda",
     }
 

@@ -43,6 +43,14 @@ DTYPES = {name: name for name in COMPUTE_DTYPES} | {"half": "float16", "float": 
 RUNNING = "effective_max_running_requests_per_dp"
 # Versions that, with overlap, return the experts of another batch: the next one has overwritten them by then.
 MIXED_UP_EXPERTS = frozenset({"0.5.15"})
+# Options of caches that /flush_cache does not reach. They would give an old version's prefixes to the next one.
+KEEPING = (
+    "--hicache-storage-backend",
+    "--enable-lmcache",
+    "--enable-flexkv",
+    "--enable-unified-cache-external-linker",
+    "--disaggregation-decode-enable-offload-kvcache",
+)
 PAUSE_CAPABILITIES = {Capability.PAUSE_ABORT, Capability.PAUSE_RETRACT, Capability.PAUSE_KEEP}
 
 
@@ -97,6 +105,11 @@ def read_facts(
     return SGLangFacts(info, model, limits, server["dp_size"] * server.get("attn_dp_size", 1))
 
 
+def kept_after_flush(server: Mapping[str, Any]) -> str | None:
+    """Return the option of a cache that a flush does not reach, if the server has one."""
+    return next((option for option in KEEPING if server.get(option.removeprefix("--").replace("-", "_"))), None)
+
+
 def has_loader(server: Mapping[str, Any]) -> bool:
     """Return whether a server has Millrace's weight loader. Its ranks answer by their tensor-parallel numbers."""
     return LOADER in (server.get("custom_weight_loader") or ()) and server["pp_size"] == 1
@@ -140,6 +153,8 @@ def capabilities_of(
         found -= BREAKING if server["load_format"] == REQUANTISING_FORMAT else UPDATES - left
     if on_cpu or server["enable_memory_saver"]:
         found.add(Capability.SLEEP)
+    if server.get("enable_hierarchical_cache"):
+        found.add(Capability.KV_OFFLOAD)
     if server["enable_lora"] and server["dp_size"] == 1:  # otherwise SGLang can't load adapters at runtime
         found.add(Capability.LORA)
     if "/v1/detokenize" in paths and not server["skip_tokenizer_init"]:

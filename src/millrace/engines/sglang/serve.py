@@ -33,7 +33,7 @@ NAMED_KERNELS = (
 )
 
 # Options whose code in SGLang pins host memory, also on a CPU.
-UNPINNED = {"--enable-lora", "--enable-return-routed-experts"}
+UNPINNED = {"--enable-lora", "--enable-return-routed-experts", "--enable-hierarchical-cache"}
 
 KEYS = [key for name in ("MILLRACE_API_KEY", "MILLRACE_ADMIN_API_KEY") if (key := os.environ.get(name))]
 

@@ -18,7 +18,8 @@ from millrace.engines.stock.parts import NeededParts
 from millrace.engines.stock.state import InvalidStateError, ServerState, require
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
-from millrace.engines.vllm.facts import Server, VLLMFacts, has_extension, read_facts
+from millrace.engines.vllm.connectors import require_dropping
+from millrace.engines.vllm.facts import Server, VLLMFacts, has_extension, read_facts, transfer_config
 from millrace.engines.vllm.guards import check_reload, check_request
 from millrace.engines.vllm.loading import ExtensionLoader
 from millrace.engines.vllm.metrics import read_metrics
@@ -70,6 +71,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         if (await self._ask("/is_paused"))["is_paused"]:
             await self._resume_server()
         if version is not None:
+            await self._drop_cache()  # nothing runs yet; it raises if this can't be done
             await self._name_version(version)
         else:
             self._version = await self._served_version()
@@ -86,11 +88,16 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         """Try to drop the cached prefixes. Return whether it worked: vLLM can't while a request runs.
 
         vLLM 0.23 does not report that. It is asked to preempt running requests, and its answer is an error if the cache
-        is not empty then.
+        is not empty then. So it can't show that it has dropped what it keeps elsewhere than on the device.
         """
-        answer = await self._control("/reset_prefix_cache", None)
+        path, offloads = "/reset_prefix_cache", (await self._server()).offloads
+        answer = await self._control(f"{path}?reset_external=true" if offloads else path, None)
         if answer is not None:
             return bool(answer["success"])
+        if offloads:
+            raise EngineRefused(
+                self.name, "it does not report whether it dropped its offloaded KV cache; use vLLM 0.32"
+            )
         if self._calls.sent:
             return False
         await self._control("/reset_prefix_cache?reset_running_requests=true", None)
@@ -228,7 +235,9 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             await self._abort_until_ended(sent, self._abort)
 
     async def _drop_cache(self) -> None:
-        """Do nothing: vLLM's pause in mode `abort` has dropped the cache, or has failed."""
+        """Drop what is kept in host memory. vLLM's pause in mode `abort` has dropped the rest, or has failed."""
+        if (await self._server()).offloads:
+            await self.flush_cache()
 
     async def _resume_server(self) -> None:
         await self._control("/resume", None, repeatable=True)
@@ -350,6 +359,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
                 "environment, and make sure that no other host can reach it",
             )
         config = (await self._ask("/server_info?config_format=json"))["vllm_config"]
+        require_dropping(self.name, transfer_config(config))
         served = (await self._ask("/v1/models"))["data"][0]
         version = (await self._ask("/version"))["version"]
         model = await self._read_model(Path(served["root"]))

@@ -22,6 +22,7 @@ from millrace.engines.stock.arguments import (
     options,
     require_set_once,
 )
+from millrace.engines.vllm.connectors import kept_after_flush
 from millrace.errors import ConfigError
 from millrace.launch.ports import parted, unbracketed, url_of
 
@@ -133,8 +134,22 @@ def nodes(
 
 
 def require_no_contradiction(config: VLLMEngineConfig) -> None:
-    """Raise ConfigError for an engine argument or variable that Millrace sets itself."""
+    """Raise ConfigError for an engine argument or variable that Millrace sets itself, or for a KV connector that would
+    keep prefixes of old weights."""
     require_set_once(config, settings=both_ways(SETTINGS), others=both_ways(OTHERS), environment=ENVIRONMENT)
+    checked_connector(config)
+
+
+def checked_connector(config: VLLMEngineConfig) -> None:
+    """Raise ConfigError for a KV connector that would keep prefixes of old weights, or beside `kv_offload_gb`."""
+    transfer = given(config).get("--kv-transfer-config")
+    if transfer is not None and config.kv_offload_gb is not None:
+        raise ConfigError("engine.engine_args.kv_transfer_config contradicts engine.kv_offload_gb; keep one of them")
+    if isinstance(transfer, dict) and (connector := kept_after_flush(transfer)):
+        raise ConfigError(
+            f"engine.engine_args.kv_transfer_config: {connector} keeps prefixes of old weights after a publish; leave "
+            "it out, or set engine.kv_offload_gb"
+        )
 
 
 def both_ways(names: Mapping[str, Value]) -> dict[str, Value]:
@@ -152,6 +167,7 @@ def settings(config: VLLMEngineConfig, model_path: Path) -> dict[str, EngineArgu
         "enable_expert_parallel": True if config.ep_size > 1 else None,
         "enable_return_routed_experts": True if config.return_routed_experts else None,
         "kv_cache_memory_bytes": kv_cache,
+        "kv_offloading_size": offloading_gib(config),
         "enable_sleep_mode": True if config.sleep_mode and config.device == "cuda" else None,
         # One process on the CPU: a second one has nothing to do and doubles the startup time.
         "distributed_executor_backend": "uni" if alone_on_cpu(config) else None,
@@ -161,6 +177,13 @@ def settings(config: VLLMEngineConfig, model_path: Path) -> dict[str, EngineArgu
         "enable_prompt_tokens_details": True,
         "worker_extension_cls": EXTENSION,
     }
+
+
+def offloading_gib(config: VLLMEngineConfig) -> float | None:
+    """Return the host memory for KV cache in vLLM's unit: GiB of all ranks of one engine core."""
+    if config.kv_offload_gb is None:
+        return None
+    return round(config.kv_offload_gb * 10**9 / 2**30 * config.tp_size * config.pp_size, 3)
 
 
 def rendezvous(config: VLLMEngineConfig, rank: int, ports: Ports) -> dict[str, EngineArgument]:

@@ -7,6 +7,7 @@ from typing import Any
 from millrace.engines.stock.facts import Facts, Limits
 from millrace.engines.stock.model import Model
 from millrace.engines.vllm.arguments import EXTENSION
+from millrace.engines.vllm.connectors import offloads
 from millrace.engines.vllm.wire import COMPLETIONS, GENERATE
 from millrace.quantisation import quantisation_of
 from millrace.types import Capability, EngineInfo
@@ -24,6 +25,7 @@ class Server:
     versions: whether the server stores the weight version. aborts: whether it has a route that aborts requests.
     logprobs_mode: vLLM's own setting. total_tokens: the size of all KV caches. fields, sampling: the fields of a
     request and of its sampling parameters that the server's API description has; the server silently ignores others.
+    offloads: whether KV cache that leaves the device is kept elsewhere.
     """
 
     path: str
@@ -38,6 +40,7 @@ class Server:
     fields: frozenset[str]
     sampling: frozenset[str]
     on_cpu: bool
+    offloads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,11 @@ def ranks_of(config: Mapping[str, Any]) -> int:
     """Return the number of workers. config: the `vllm_config` of /server_info."""
     parallel = config["parallel_config"]
     return int(parallel["world_size"] * parallel["data_parallel_size"])
+
+
+def transfer_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the server's KV connector, as vLLM's option describes it; empty if it has none."""
+    return config.get("kv_transfer_config") or {}
 
 
 def read_server(api: Mapping[str, Any], config: Mapping[str, Any], answers: int) -> Server:
@@ -82,6 +90,7 @@ def read_server(api: Mapping[str, Any], config: Mapping[str, Any], answers: int)
         fields=frozenset(fields),
         sampling=frozenset(sampling),
         on_cpu=on_cpu,
+        offloads=offloads(transfer_config(config)),
     )
 
 
@@ -157,6 +166,8 @@ def capabilities_of(
         found.add(Capability.OWN_CHECKSUMS)
     if server.logprobs_mode == "processed_logprobs":
         found.add(Capability.FILTERED_LOGPROBS)
+    if server.offloads:
+        found.add(Capability.KV_OFFLOAD)
     if server.on_cpu or config["model_config"]["enable_sleep_mode"]:
         found.add(Capability.SLEEP)
     # Before 0.24, the setting was the model's.
