@@ -284,6 +284,15 @@ class SGLangEngineConfig(StockEngineConfig):
         return self
 
 
+class PrefillDecodeConfig(Model):
+    """The servers of one replica that computes prompts and generates on different servers."""
+
+    prefill: PositiveInt = 1
+    """Servers that compute prompts."""
+    decode: PositiveInt = 1
+    """Servers that generate."""
+
+
 class VLLMEngineConfig(StockEngineConfig):
     """Stock vLLM."""
 
@@ -304,6 +313,21 @@ class VLLMEngineConfig(StockEngineConfig):
     """Release GPU memory when the engine sleeps. It has no effect on the CPU."""
     data_parallel_rpc_port: Annotated[PositiveInt | None, Flag("vllm", "--data-parallel-rpc-port", passed=False)] = None
     """Port on node 0 for data-parallel ranks on other hosts, in addition to dist_init_addr."""
+
+    prefill_decode: PrefillDecodeConfig | None = None
+    """Compute prompts and generate on different servers, which are one replica (docs/vllm.md). Each has `tp_size` x
+    `pp_size` GPUs. None: one server does both."""
+
+    @model_validator(mode="after")
+    def _check_prefill_decode(self) -> Self:
+        if self.prefill_decode is None:
+            return self
+        needs = {"urls": None, "ports": None, "launch": "local", "nnodes": 1, "node_rank": None, "dp_size": 1}
+        needs |= {"kv_events": False, "kv_offload_gb": None, "return_routed_experts": False}
+        for name, value in needs.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} does not work with prefill_decode; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Self:

@@ -5,14 +5,15 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from millrace.config.engines import EmbeddedEngineConfig, EngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig, VLLMEngineConfig
 from millrace.engines.base import Engine
 from millrace.engines.http_engine import HttpEngine
 from millrace.engines.kinds import ENGINE_KINDS, launch
-from millrace.engines.spec import LaunchSpec
+from millrace.engines.spec import Launched, LaunchSpec
 from millrace.engines.stock.arguments import given
 from millrace.engines.stock.kv_events import require_packages
 from millrace.engines.stock.model import read_model
+from millrace.engines.vllm.pair_launch import launch_pair
 from millrace.errors import ConfigError, EngineError, EngineRefused, LaunchError
 from millrace.launch.process import Server
 from millrace.model_config import read_quantization
@@ -59,7 +60,7 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
     if not isinstance(config, EmbeddedEngineConfig) and config.kv_events:
         require_packages()
     await _require_experts(config, spec.model_path)
-    launched = await launch(config, spec)
+    pair, launched = await _launched(config, spec)
     try:
         if launched.url is None:
             assert not isinstance(config, EmbeddedEngineConfig)
@@ -67,7 +68,7 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
                 f"node {config.node_rank} answers no HTTP; start it by `millrace engines join`, and the trainer on the "
                 "host whose engine.node_rank is 0"
             )
-        engine = ENGINE_KINDS[config.kind].client(
+        engine = pair or ENGINE_KINDS[config.kind].client(
             launched.name,
             launched.url,
             api_key=launched.api_key,
@@ -84,6 +85,13 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
     except BaseException:
         await launched.process.end()
         raise
+
+
+async def _launched(config: EngineConfig, spec: LaunchSpec) -> tuple[HttpEngine | None, Launched]:
+    """Launch a replica. Return its engine too, if that is more than one server."""
+    if isinstance(config, VLLMEngineConfig) and config.prefill_decode is not None:
+        return await launch_pair(config, spec)
+    return None, await launch(config, spec)
 
 
 async def _attach(config: EngineConfig, url: str, spec: LaunchSpec) -> Replica:

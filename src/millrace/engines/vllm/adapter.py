@@ -180,12 +180,19 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             raise EngineRefused(
                 self.name, "it does not report which weights made an answer, so it can't be used behind a router"
             )
-        path = server.path
-        body = await by.generate(path, encode(path, request), deadline=deadline, headers=headers)
-        answer = Answer()
+        path, answer = server.path, Answer()
+        if (sent := await self._body(path, request, deadline)) is None:
+            return answer.generation(request, version)
+        body = await by.generate(path, sent, deadline=deadline, headers=headers)
         self._decode(path, lambda: answer.take(path, body))
         experts = (await self._facts()).experts
         return self._decode_generation(path, lambda: answer.generation(request, version, experts))
+
+    async def _body(
+        self, path: str, request: GenerateRequest, _deadline: float, *, stream: bool = False
+    ) -> Mapping[str, object] | None:
+        """Return what to send for a request. None: it was aborted before."""
+        return encode(path, request, stream=stream)
 
     async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         path, version = (await self._server()).path, self._version
@@ -200,10 +207,11 @@ class VLLMEngine(StockEngine[VLLMFacts]):
             return answer.generation(request, version, experts)
 
         made = answer.generation(request, version)
-        async for event in self._events(path, encode(path, request, stream=True), deadline):
-            made = self._decode_generation(path, partial(with_more, event))
-            if answer.finish_reason is None:
-                yield made, False
+        if (sent := await self._body(path, request, deadline, stream=True)) is not None:
+            async for event in self._events(path, sent, deadline):
+                made = self._decode_generation(path, partial(with_more, event))
+                if answer.finish_reason is None:
+                    yield made, False
         yield made, True
 
     async def _detokenize(self, tokens: Sequence[int], deadline: float) -> str:

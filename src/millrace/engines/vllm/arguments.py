@@ -143,8 +143,9 @@ def require_no_contradiction(config: VLLMEngineConfig) -> None:
 def checked_connector(config: VLLMEngineConfig) -> None:
     """Raise ConfigError for a KV connector that would keep prefixes of old weights, or beside `kv_offload_gb`."""
     transfer = given(config).get("--kv-transfer-config")
-    if transfer is not None and config.kv_offload_gb is not None:
-        raise ConfigError("engine.engine_args.kv_transfer_config contradicts engine.kv_offload_gb; keep one of them")
+    for setting in ("kv_offload_gb", "prefill_decode"):
+        if transfer is not None and getattr(config, setting) is not None:
+            raise ConfigError(f"engine.engine_args.kv_transfer_config contradicts engine.{setting}; keep one of them")
     if isinstance(transfer, dict) and (connector := kept_after_flush(transfer)):
         raise ConfigError(
             f"engine.engine_args.kv_transfer_config: {connector} keeps prefixes of old weights after a publish; leave "
