@@ -20,7 +20,8 @@ import torch
 from millrace import Fleet, open_fleet
 from millrace.errors import ConfigError, LaunchError, NoEngineError
 from millrace.launch.base import Need
-from millrace.launch.ray_cluster.launcher import RayLauncher, open_ray
+from millrace.launch.driven import DrivenLauncher
+from millrace.launch.ray_cluster.launcher import open_ray
 from millrace.types import GenerateRequest, SamplingParams
 from tests.launch.processes import alive, processes_with
 
@@ -55,7 +56,7 @@ def cluster() -> Iterator[RayCluster]:
 
 
 @asynccontextmanager
-async def joined(cluster: RayCluster) -> AsyncIterator[RayLauncher]:
+async def joined(cluster: RayCluster) -> AsyncIterator[DrivenLauncher]:
     async with open_ray(cluster.address) as launcher:
         yield launcher
 
@@ -152,7 +153,7 @@ async def test_a_lack_of_resources_says_what_was_asked_and_what_there_is(
     cluster: RayCluster, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Also to the second of two owners, whose clusters are the same."""
-    wanted = r"^embedded-0 asks Ray for 1 x \(0 GPUs and 2 CPUs\), and did not get it within 3 s; the cluster at "
+    wanted = r"^embedded-0 asks Ray for 1 x \(0 GPUs and 2 CPUs\), and did not get it within 3 s; the Ray cluster at "
     async with open_fleet(cluster.config(replicas=2), tiny_model, log_dir=tmp_path) as fleet:
         with pytest.raises(LaunchError, match=wanted + r".* 3 hosts with 4 GPUs, 4 of them free and 4 CPUs, 2 of them"):
             async with open_fleet(cluster.config(threads=2, start_timeout=3.0), tiny_model, log_dir=tmp_path / "b"):

@@ -68,12 +68,13 @@ class ReplicatedConfig(Model):
     urls: tuple[str, ...] | None = None
     """Running servers to attach to, one for each replica. Their keys come from MILLRACE_ENGINE_API_KEY and
     MILLRACE_ENGINE_ADMIN_API_KEY."""
-    launch: Annotated[str, Field(pattern=r"^(local|ray|[\w.]+:\w+)$")] = "local"
-    """What starts the servers (docs/clusters.md): `local` starts them on this host, and `ray` on a Ray cluster.
-    `module:attribute` is a launcher of your own."""
+    launch: Annotated[str, Field(pattern=r"^(local|ray|slurm|[\w.]+:\w+)$")] = "local"
+    """What starts the servers (docs/clusters.md): `local` starts them on this host, `ray` on a Ray cluster, and
+    `slurm` as steps of a Slurm job. `module:attribute` is a launcher of your own."""
     cluster: str | None = None
-    """Address of the cluster, for a launcher that has one. Ray's is the host:port of its head node; None uses
-    RAY_ADDRESS, or a cluster that runs on this host, or starts Ray on this host."""
+    """The cluster, for a launcher that has one. Ray's is the host:port of its head node; None uses RAY_ADDRESS, or a
+    cluster that runs on this host, or starts Ray on this host. Slurm's is the id of a running job; None is the job that
+    this process runs in."""
     start_timeout: PositiveFloat = 60.0
     """Seconds until a server must be healthy. On a cluster it also has so many seconds to get its place."""
 

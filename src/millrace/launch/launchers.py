@@ -8,11 +8,12 @@ from millrace.errors import ConfigError
 from millrace.launch.base import Launcher
 from millrace.launch.local import LOCAL
 from millrace.launch.ray_cluster.launcher import open_ray
+from millrace.launch.slurm.launcher import open_slurm
 
 
 @asynccontextmanager
 async def open_launcher(name: str, cluster: str | None) -> AsyncIterator[Launcher]:
-    """Yield the launcher of this name: `local`, `ray`, or `module:attribute`.
+    """Yield the launcher of this name: `local`, `ray`, `slurm`, or `module:attribute`.
 
     An attribute is a function that takes `cluster` and returns an async context manager of a `Launcher`. cluster: the
     address of the cluster, for launchers that have one.
@@ -22,9 +23,9 @@ async def open_launcher(name: str, cluster: str | None) -> AsyncIterator[Launche
     if name == "local":
         yield LOCAL
         return
-    if name == "ray":
-        async with open_ray(cluster) as on_ray:
-            yield on_ray
+    if (opened := {"ray": open_ray, "slurm": open_slurm}.get(name)) is not None:
+        async with opened(cluster) as on_cluster:
+            yield on_cluster
         return
     async with _own(name)(cluster) as launcher:
         yield launcher

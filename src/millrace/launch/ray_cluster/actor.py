@@ -1,34 +1,25 @@
 """The Ray actor of one node of an engine. It starts the node's server below a guard, on the actor's host."""
 
-import asyncio
-import os
-import sys
-from pathlib import Path
-
 import ray.util
 
 from millrace.errors import LaunchError
-from millrace.launch.ports import free_block
-from millrace.launch.process import ServerProcess
-
-WATCH_SECONDS = 1.0
+from millrace.launch.remote import RemoteNode
 
 
 class NodeActor:
-    """One node. The guard ends its server when this process ends. Errors are returned as text."""
+    """One node. Errors are returned as text, since Ray would wrap them."""
 
     def __init__(self) -> None:
-        self._process: ServerProcess | None = None
+        self._node = RemoteNode()
 
-    async def where(self) -> dict[str, str]:
+    async def where(self) -> dict[str, str | None]:
         """Return the host's address, the assigned GPUs, and the interpreter."""
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return {"host": ray.util.get_node_ip_address(), "gpus": gpus, "python": sys.executable}
+        return {"host": ray.util.get_node_ip_address(), **await self._node.where()}
 
     async def free_ports(self, host: str, count: int) -> int | str:
-        """Return the first of `count` consecutive free ports."""
+        """Return the first of `count` consecutive free ports, or what is wrong."""
         try:
-            return free_block(host, count)
+            return await self._node.free_ports(host, count)
         except LaunchError as error:
             return str(error)
 
@@ -37,26 +28,19 @@ class NodeActor:
     ) -> str | None:
         """Start the server. Returns what is wrong if it can't be started."""
         try:
-            self._process = await ServerProcess.start(name, command, Path(log_path), env=env, leftovers=leftovers)
+            await self._node.start(name, command, log_path, env, leftovers)
         except LaunchError as error:
             return str(error)
         return None
 
     async def watch(self) -> tuple[bool, str, str]:
-        """Wait for the end of the server, or a second. Returns whether it runs, how it ended, and the log's end."""
-        assert self._process is not None
-        try:
-            async with asyncio.timeout(WATCH_SECONDS):
-                await self._process.wait()
-        except TimeoutError:
-            pass  # it runs
-        return self._process.running, self._process.describe_end(), self._process.log_tail()
+        """Wait for the end of the server, or a second. See `RemoteNode.watch`."""
+        return await self._node.watch()
 
     async def end(self) -> str | None:
         """End the server. Returns what is wrong if it does not end."""
         try:
-            if self._process is not None:
-                await self._process.end()
+            await self._node.end()
         except LaunchError as error:
             return str(error)
         return None

@@ -2,18 +2,14 @@
 
     python -m millrace.launch.ray_cluster.driver [ADDRESS]
 
-Each line that it reads is a call in JSON, `{"id": 1, "call": "reserve", ...}`. Each line that it writes is an answer,
-`{"id": 1, "result": ...}` or `{"id": 1, "error": "..."}`, or says how a server stands. The first line says that it has
-joined the cluster. The actors belong to this process: Ray ends them when it ends.
+It answers the calls of `millrace.launch.driven`. The actors belong to this process: Ray ends them when it ends.
 """
 
 import asyncio
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
 from typing import Any, BinaryIO
 
 import ray
@@ -23,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from millrace.errors import LaunchError
 from millrace.launch import guard
+from millrace.launch.calls import Answerer
 from millrace.launch.process import END_DEADLINE
 from millrace.launch.ray_cluster.actor import NodeActor
 
@@ -33,30 +30,18 @@ UNAVAILABLE_SECONDS = 15.0  # an actor that does not answer for so long is gone
 ACTOR_ENVIRONMENT = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "false"}}
 
 
-class Driver:
+class Driver(Answerer):
     """Answers the calls. Each public coroutine is one call, and its arguments are the fields of the call."""
 
     def __init__(self, out: BinaryIO, address: str) -> None:
-        self._out, self._address = out, address
+        super().__init__(out, f"the Ray cluster at {address}")
         self._groups: dict[int, tuple[PlacementGroup, list[Any]]] = {}
         self._watches: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._count = 0
 
-    def say(self, **message: object) -> None:
-        """Write one line."""
-        self._out.write(json.dumps(message).encode() + b"\n")
-        self._out.flush()
-
-    async def answer(self, line: bytes) -> None:
-        """Carry out one call."""
-        call = json.loads(line)
-        number, name = call.pop("id"), call.pop("call")
-        try:
-            self.say(id=number, result=await getattr(self, name)(**call))
-        except LaunchError as error:
-            self.say(id=number, error=str(error))
-        except Exception as error:  # whatever it is, the caller waits for an answer
-            self.say(id=number, error=f"Ray at {self._address}: {name} failed: {said(error)}")
+    def said(self, error: BaseException) -> str:
+        """Return what an error of Ray says."""
+        return said(error)
 
     async def reserve(self, name: str, gpus: int, cpus: int, nodes: int, need: str, deadline: float) -> dict[str, Any]:
         """Get a placement group with an actor for each node."""
@@ -153,7 +138,7 @@ class Driver:
         total, free = ray.cluster_resources(), ray.available_resources()
         hosts = sum(node["Alive"] for node in ray.nodes())
         counts = [f"{total.get(one, 0):g} {one}s, {free.get(one, 0):g} of them free" for one in ("GPU", "CPU")]
-        return f"the cluster at {self._address} has {hosts} hosts with {' and '.join(counts)}"
+        return f"{self.who} has {hosts} hosts with {' and '.join(counts)}"
 
     async def _watch(self, group: int, index: int, actor: Any, name: str) -> None:
         """Say how a server stands, until it has ended."""
@@ -189,26 +174,14 @@ def said(error: BaseException) -> str:
     return (reasons or lines or [type(error).__name__])[-1][:300]
 
 
-async def lines() -> AsyncIterator[bytes]:
-    """Yield the lines of the standard input."""
-    reader = asyncio.StreamReader(limit=2**24)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while line := await reader.readline():
-        yield line
-
-
 async def serve(out: BinaryIO, address: str | None) -> None:
     """Join the cluster, or start one, and answer calls until the input ends."""
     guard.prctl(guard.PR_SET_PDEATHSIG, signal.SIGKILL)  # the input is not read while Ray looks for its cluster
     context = ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
     guard.prctl(guard.PR_SET_PDEATHSIG, 0)
     driver = Driver(out, context.address_info["gcs_address"])
-    driver.say(joined=context.address_info["gcs_address"])
-    tasks: set[asyncio.Task[None]] = set()
-    async for line in lines():
-        task = asyncio.create_task(driver.answer(line))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+    driver.say(joined=driver.who)
+    await driver.serve()
 
 
 def main() -> None:

@@ -1,0 +1,159 @@
+"""The process that speaks to Slurm for the fleet's process, its parent. It ends when its standard input closes.
+
+    python -m millrace.launch.slurm.driver JOB
+
+It answers the calls of `millrace.launch.driven`. The steps belong to this process: each has an srun below it, and ends
+when this process ends.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from typing import Any, BinaryIO
+
+from millrace.errors import LaunchError
+from millrace.launch.base import Need
+from millrace.launch.calls import Answerer
+from millrace.launch.process import END_DEADLINE
+from millrace.launch.slurm.job import Job, JobNode, address_of, possible, ranked, read_job, with_step
+from millrace.launch.slurm.step import NoRoom, Step
+
+NOTE_SECONDS = 10.0  # until a reservation that waits is mentioned
+RETRY_SECONDS = 3.0  # between two attempts to get a place
+CALL_DEADLINE = 120.0
+
+
+class Driver(Answerer):
+    """Answers the calls. Each public coroutine is one call, and its arguments are the fields of the call."""
+
+    def __init__(self, out: BinaryIO, job: int) -> None:
+        super().__init__(out, f"Slurm job {job}")
+        self._job = job
+        self._groups: dict[int, list[Step]] = {}
+        self._asked: list[tuple[JobNode, Need]] = []  # of the steps that run or are about to
+        self._count = 0
+
+    async def reserve(self, name: str, gpus: int, cpus: int, nodes: int, need: str, deadline: float) -> dict[str, Any]:
+        """Get a step for each node."""
+        asked = f"{name} asks Slurm for {nodes} x ({need})"
+        begun, noted = time.monotonic(), False
+        until = begun + deadline
+        while True:
+            job = await read_job(self._job)
+            if not possible(job, Need(gpus, cpus), nodes):
+                raise LaunchError(f"{asked}, and the job has too little; {job}")
+            steps, reason = await self._steps(job, Need(gpus, cpus), nodes, name, until)
+            if steps:
+                break
+            has = f"{job}; {self._taken(job)}{reason}"
+            waited = time.monotonic() - begun
+            if waited >= deadline:
+                raise LaunchError(f"{asked}, and did not get it within {deadline:.0f} s; {has}")
+            if waited >= NOTE_SECONDS and not noted:
+                self.say(note=f"{asked}, and waits; {has}")
+                noted = True
+            await asyncio.sleep(min(RETRY_SECONDS, deadline - waited))
+        self._count += 1
+        number = self._count
+        self._groups[number] = steps
+        try:
+            hosts = [await address_of(step.node.name) for step in steps]
+        except BaseException:
+            await self.release(number)
+            raise
+        places = [
+            {"host": host, "gpus": step.gpus, "python": step.python} for host, step in zip(hosts, steps, strict=True)
+        ]
+        return {"group": number, "places": places}
+
+    async def free_ports(self, group: int, index: int, host: str, count: int) -> object:
+        """Return the first of some consecutive ports that are free at a place."""
+        return await self._step(group, index).call("free_ports", CALL_DEADLINE, host=host, count=count)
+
+    async def start(self, group: int, index: int, **server: object) -> None:
+        """Start a server at a place, and say from now on how it stands."""
+        step = self._step(group, index)
+        step.stands = lambda running, end, tail: self.say(group=group, index=index, running=running, end=end, tail=tail)
+        await step.call("start", CALL_DEADLINE, **server)
+
+    async def end(self, group: int, index: int) -> None:
+        """End the server at a place."""
+        if group in self._groups:  # otherwise it is released, and has ended
+            await self._step(group, index).call("end", END_DEADLINE + CALL_DEADLINE)
+
+    async def release(self, group: int) -> None:
+        """End the steps of an engine."""
+        await self._close(self._groups.pop(group, []))
+
+    async def close(self) -> None:
+        """End all steps."""
+        await asyncio.gather(*map(self.release, list(self._groups)), return_exceptions=True)
+
+    def _step(self, group: int, index: int) -> Step:
+        if group not in self._groups:
+            raise LaunchError("its place in the Slurm job is given back")
+        return self._groups[group][index]
+
+    async def _steps(self, job: Job, need: Need, nodes: int, name: str, until: float) -> tuple[list[Step], str]:
+        """Return a step for each node, or none and what Slurm says. Tries no further node after `until`."""
+        steps: list[Step] = []
+        reason = ""
+        for _ in range(nodes):
+            near = [step.node.name for step in steps]
+            for node in ranked(job, need, self._used(), near):
+                self._asked.append((node, need))  # before the wait, so that engines beside this one go elsewhere
+                try:
+                    steps.append(await Step.open(job, node, need, name))
+                    break
+                except BaseException as error:
+                    self._asked.remove((node, need))
+                    if not isinstance(error, NoRoom):
+                        await self._close(steps)
+                        raise
+                    reason = f"; Slurm says of {node.name}: {error}"
+                    if time.monotonic() >= until:
+                        break
+            if len(steps) == len(near):
+                await self._close(steps)
+                return [], reason
+        return steps, reason
+
+    async def _close(self, steps: list[Step]) -> None:
+        ends = await asyncio.gather(*(step.close() for step in steps), return_exceptions=True)
+        for step in steps:
+            self._asked.remove((step.node, step.need))
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
+
+    def _used(self) -> dict[str, Need]:
+        used: dict[str, Need] = {}
+        for node, need in self._asked:
+            used = with_step(used, node, need)
+        return used
+
+    def _taken(self, job: Job) -> str:
+        used = self._used()
+        taken = [f"{used[node.name]} of {node.name}" for node in job.nodes if node.name in used]
+        return f"this fleet's engines have {' and '.join(taken) or 'nothing'}"
+
+
+async def serve(out: BinaryIO, job: int) -> None:
+    """Answer calls until the input ends, and end all steps."""
+    driver = Driver(out, job)
+    driver.say(joined=driver.who)
+    try:
+        await driver.serve()
+    finally:
+        await driver.close()
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    asyncio.run(serve(out, int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
