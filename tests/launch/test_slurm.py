@@ -1,0 +1,319 @@
+"""Engines in jobs of a real Slurm, whose three nodes are on this machine.
+
+They run where Slurm is installed: `make test-slurm`.
+"""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import millrace
+from millrace import open_fleet
+from millrace.errors import ConfigError, LaunchError
+from millrace.fleet.fleet import Fleet
+from millrace.launch.base import Need
+from millrace.launch.slurm.agent import SILENT_SECONDS
+from millrace.launch.slurm.launcher import open_slurm
+from millrace.types import GenerateRequest, SamplingParams
+from tests.launch.processes import alive, processes_with
+from tests.launch.slurm_cluster import NODES, SlurmCluster, slurm_cluster, until, why_no_slurm
+
+pytestmark = pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))
+REQUEST = GenerateRequest((5, 6, 7), SamplingParams(max_new_tokens=4, temperature=0.0))
+ONE_NODE = ("--nodes=1", "--ntasks=1", "--cpus-per-task=2", "--gpus-per-node=2")
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=2")
+AGENT = "-m millrace.launch.slurm.agent"  # what the command line of a step's agent has, and that of its srun
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm"), Path(millrace.__file__).parent) as cluster:
+        yield cluster
+
+
+def config(job: str, **settings: object) -> dict[str, object]:
+    return {"kind": "embedded", "launch": "slurm", "cluster": job, "threads": 1, **settings}
+
+
+def engine_hosts(fleet: Fleet) -> list[str]:
+    return sorted(one.engine.url.split("/")[2].rpartition(":")[0] for one in fleet.replicas.by_name.values())
+
+
+def served(model: Path) -> str:
+    """What the command line of an engine with this model has, and that of its guard."""
+    return f"millrace.engines.embedded --model {model}"
+
+
+def variables_of(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+async def eventually(condition: object, what: str, deadline: float = 60.0) -> None:
+    await asyncio.to_thread(until, condition, what, deadline)  # type: ignore[arg-type]
+
+
+async def test_replicas_are_spread_serve_and_take_weights(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with slurm.job(*TWO_NODES) as job:
+        async with open_fleet(config(job, replicas=2), tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
+            assert engine_hosts(fleet) == [NODES["n1"], NODES["n2"]]
+            assert len(slurm.steps(job)) == 2
+            before = await fleet.generate(REQUEST, deadline=60)
+            model = AutoModelForCausalLM.from_pretrained(tiny_model)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            report = await fleet.publish(lambda: list(model.named_parameters()))
+            after = await fleet.generate(REQUEST, deadline=60)
+            assert len(after.output_ids) == 4
+            assert before.version_spans[-1].version == 0
+            assert after.version_spans[-1].version == report.version
+        assert not slurm.steps(job)
+        assert not processes_with(served(tiny_model)), "the engines run on"
+
+
+async def test_an_engine_whose_step_or_server_is_killed_is_restarted(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    with slurm.job(*ONE_NODE) as job:
+        async with open_fleet(config(job), tiny_model, log_dir=tmp_path, restarts=3) as fleet:
+            for victim in ("step", "server"):
+                old = fleet.replicas.by_name["embedded-0"]
+                (pid,) = processes_with(served(tiny_model), without="guard.py")
+                (step,) = slurm.steps(job)
+                if victim == "step":
+                    slurm.run("scancel", step)
+                else:
+                    os.kill(pid, signal.SIGKILL)
+                await eventually(
+                    lambda old=old: fleet.replicas.by_name["embedded-0"] is not old, f"the {victim} is replaced", 120
+                )
+                assert (await fleet.generate(REQUEST, deadline=60)).output_ids
+                assert not alive(pid)
+                assert slurm.steps(job) != [step]
+        assert not processes_with(served(tiny_model))
+
+
+async def test_a_cancelled_step_says_so(slurm: SlurmCluster, tmp_path: Path) -> None:
+    with slurm.job(*ONE_NODE) as job:
+        async with open_slurm(job) as launcher:
+            (place,) = await launcher.reserve("sleeper", Need(0, 1), 1, deadline=30)
+            code = "import time; print('it sleeps', flush=True); time.sleep(600)"
+            command = [place.python, "-c", code]
+            server = await place.start("sleeper", command, tmp_path / "log", env={}, leftovers=())
+            await eventually(lambda: "it sleeps" in server.log_tail(), "the log's end comes back")
+            (step,) = slurm.steps(job)
+            slurm.run("scancel", step)
+            async with asyncio.timeout(30):
+                await server.wait()
+            assert re.search(rf"sleeper ended with its Slurm step {step}: .*CANCELLED", server.describe_end())
+            assert server.log_tail().endswith("  it sleeps")
+            await launcher.release([place])
+
+
+async def test_why_a_server_ended_comes_back_with_the_end_of_its_log(slurm: SlurmCluster, tmp_path: Path) -> None:
+    with slurm.job(*ONE_NODE) as job:
+        async with open_slurm(job) as launcher:
+            (place,) = await launcher.reserve("broken", Need(0, 1), 1, deadline=30)
+            code = "print('no such model'); raise SystemExit(5)"
+            server = await place.start(
+                "broken", [place.python, "-c", code], tmp_path / "broken.log", env={}, leftovers=()
+            )
+            async with asyncio.timeout(30):
+                await server.wait()
+            assert server.describe_end() == f"broken ended with status 5 (on {place.host})"
+            assert server.log_tail().endswith("  no such model")
+            await server.end()
+            await launcher.release([place])
+        assert not slurm.steps(job)
+
+
+async def test_slurm_assigns_the_gpus_and_packs_the_nodes_of_an_engine(slurm: SlurmCluster, tmp_path: Path) -> None:
+    show = "import os; print('GPUs', os.environ['CUDA_VISIBLE_DEVICES'])"
+    with slurm.job(*TWO_NODES) as job:
+        async with open_slurm(job) as launcher:
+            places = [*await launcher.reserve("two", Need(1, 1), 2, deadline=30)]
+            assert places[0].host == places[1].host
+            assert sorted(place.gpus or "" for place in places) == ["0", "1"]
+            others = await launcher.reserve("other", Need(2, 1), 1, deadline=30)
+            assert others[0].host != places[0].host
+            assert others[0].gpus == "0,1"
+            await others[0].start("other", [sys.executable, "-c", show], tmp_path / "log", env={}, leftovers=())
+            await eventually(lambda: "GPUs 0,1" in (tmp_path / "log").read_text(), "the server sees its GPUs")
+            await launcher.release(places)
+            await launcher.release(places)  # as when an engine is ended twice
+            again = await launcher.reserve("again", Need(2, 1), 1, deadline=30)
+            assert again[0].host == places[0].host
+
+
+async def test_a_lack_of_room_says_what_was_asked_and_what_the_job_has(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Also to the second of two owners in one job, since Slurm counts for both."""
+    asked = r"^embedded-0 asks Slurm for 1 x \(0 GPUs and 2 CPUs\), and did not get it within 3 s; Slurm job "
+    has = r"\d+ has n1 with 2 GPUs and 2 CPUs; this fleet's engines have nothing; Slurm says of n1: .* busy$"
+    with slurm.job(*ONE_NODE) as job:
+        async with open_fleet(config(job), tiny_model, log_dir=tmp_path) as fleet:
+            with pytest.raises(LaunchError, match=asked + has):
+                async with open_fleet(
+                    config(job, threads=2, start_timeout=3.0), tiny_model, log_dir=tmp_path / "second"
+                ):
+                    pass
+            assert (await fleet.generate(REQUEST, deadline=60)).output_ids
+        async with open_slurm(job) as launcher:
+            (place,) = await launcher.reserve("all", Need(0, 2), 1, deadline=30)
+            with pytest.raises(LaunchError, match=r"this fleet's engines have 0 GPUs and 2 CPUs of n1$"):
+                await launcher.reserve("more", Need(0, 1), 1, deadline=1)
+            await launcher.release([place])
+            with pytest.raises(LaunchError, match=r"^big asks Slurm for 2 x \(3 GPUs and 1 CPU\), and the job has too"):
+                await launcher.reserve("big", Need(3, 1), 2, deadline=600)
+
+
+async def test_a_node_without_millrace_is_named(slurm: SlurmCluster) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can hide a folder from a node")
+    with slurm.job("--partition=bare", *ONE_NODE) as job:
+        async with open_slurm(job) as launcher:
+            says = r"^engine: its step on bare ended at once: .*; Millrace must be installed in .* on all nodes"
+            with pytest.raises(LaunchError, match=says):
+                await launcher.reserve("engine", Need(0, 1), 1, deadline=30)
+            assert not slurm.steps(job)
+
+
+async def test_a_node_without_the_engines_environment_is_named(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    with slurm.job(*ONE_NODE) as job:
+        settings = config(job, kind="sglang", device="cpu", env={"MILLRACE_HOME": str(tmp_path / "home")})
+        says = r"sglang 0.5.23 \(cpu\) is not installed in .*home.*; run: millrace engines install sglang"
+        with pytest.raises(LaunchError, match=says):
+            async with open_fleet(settings, tiny_model, log_dir=tmp_path):
+                pass
+
+
+async def test_a_job_that_is_not_there_or_not_named_is_one_line(
+    slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with slurm.job(*ONE_NODE) as job:
+        pass
+    for number, error, says in (
+        (None, ConfigError, r"^engine.launch: slurm needs a job: run this in one \(sbatch, salloc\), or set"),
+        ("n1:6379", ConfigError, "^engine.cluster: 'n1:6379' is not the id of a Slurm job, such as 4711$"),
+        ("999999", LaunchError, "^`scontrol .* show job 999999` failed: .*Invalid job id"),
+        (job, LaunchError, rf"^Slurm job {job} is not running: (CANCELLED|COMPLETING)$"),
+    ):
+        with pytest.raises(error, match=says):
+            async with open_slurm(number):
+                pass
+
+
+async def test_keys_are_in_no_command_line_and_not_in_slurms_records(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    with slurm.job(*ONE_NODE) as job:
+        async with open_fleet(config(job), tiny_model, log_dir=tmp_path) as fleet:
+            (replica,) = fleet.replicas.by_name.values()
+            (pid,) = processes_with(served(tiny_model), without="guard.py")
+            environment = variables_of(pid)
+            keys = [environment["MILLRACE_API_KEY"], environment["MILLRACE_ADMIN_API_KEY"]]
+            assert all(len(key) > 20 for key in keys)
+            shown = slurm.run("scontrol", "--details", "show", "steps") + slurm.run("scontrol", "show", "job", job)
+            assert replica.engine.name in shown
+            for key in keys:
+                assert not processes_with(key)
+                assert key not in shown
+
+
+OWNER = """
+    import asyncio, sys
+    from millrace import open_fleet
+
+    async def main():
+        config = {"kind": "embedded", "launch": "slurm", "cluster": sys.argv[1], "replicas": 2, "threads": 1}
+        async with open_fleet(config, sys.argv[2], log_dir=sys.argv[3]):
+            print("up", flush=True)
+            await asyncio.sleep(600)
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT", "SIGKILL of all"])
+async def test_nothing_is_left_when_the_owner_ends(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, end: str
+) -> None:
+    """`all` are the owner, its driver and every srun: then only the agents notice, by the driver's silence."""
+    with slurm.job(*TWO_NODES) as job:
+        command = [sys.executable, "-c", textwrap.dedent(OWNER), job, str(tiny_model), str(tmp_path)]
+        with (tmp_path / "owner").open("wb") as errors:
+            owner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)  # noqa: ASYNC220 # it returns at once
+        try:
+            assert owner.stdout is not None
+            assert await asyncio.to_thread(owner.stdout.readline) == "up\n", (tmp_path / "owner").read_text()
+            assert len(slurm.steps(job)) == 2
+            assert len(processes_with(served(tiny_model), without="guard.py")) == 2
+            if end == "SIGKILL of all":
+                for name in ("millrace.launch.slurm.driver", f"srun --jobid={job} "):
+                    for pid in processes_with(name):
+                        os.kill(pid, signal.SIGKILL)
+            owner.send_signal(signal.SIGINT if end == "SIGINT" else signal.SIGKILL)
+            await eventually(lambda: owner.poll() is not None, "the owner ends")
+            deadline = SILENT_SECONDS + 30.0
+            await eventually(lambda: not slurm.steps(job), "the steps end", deadline)
+            for left in (served(tiny_model), AGENT, "millrace.launch.slurm.driver"):
+                await eventually(lambda left=left: not processes_with(left), f"no {left} is left")
+        finally:
+            owner.kill()
+            owner.communicate()
+        async with open_slurm(job) as launcher:  # and Slurm has everything back
+            await launcher.release(await launcher.reserve("all", Need(2, 2), 2, deadline=30))
+
+
+async def test_a_job_that_ends_ends_its_engines_and_not_their_owner(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    with slurm.job(*ONE_NODE) as job:
+        async with open_fleet(config(job), tiny_model, log_dir=tmp_path) as fleet:
+            slurm.run("scancel", job)
+            await eventually(lambda: not fleet.replicas.snapshot.usable, "the engine is dead")
+            assert "embedded-0 ended with its Slurm step" in fleet.snapshot.describe()
+            await eventually(lambda: not processes_with(served(tiny_model)), "the server ends")
+
+
+async def test_the_parts_of_a_heterogeneous_job_have_engines(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    first = ("--nodes=1", "--ntasks=1", "--cpus-per-task=1", "--nodelist=n1")
+    with slurm.job(*first, ":", "--nodes=1", "--ntasks=1", "--cpus-per-task=1", "--gpus-per-node=2") as job:
+        async with open_slurm(job) as launcher:
+            (place,) = await launcher.reserve("gpu", Need(2, 1), 1, deadline=30)
+            assert (place.host, place.gpus) == (NODES["n2"], "0,1")
+            await launcher.release([place])
+        async with open_fleet(config(job, replicas=2), tiny_model, log_dir=tmp_path) as fleet:
+            assert engine_hosts(fleet) == [NODES["n1"], NODES["n2"]]
+            assert (await fleet.generate(REQUEST, deadline=60)).output_ids
+
+
+@pytest.mark.slow
+async def test_a_stock_engine_runs_in_a_job(slurm: SlurmCluster, tiny_model: Path, tmp_path: Path) -> None:
+    with slurm.job(*ONE_NODE) as job:
+        settings = config(job, kind="sglang", device="cpu", start_timeout=240.0)
+        async with open_fleet(settings, tiny_model, log_dir=tmp_path) as fleet:
+            assert engine_hosts(fleet) == [NODES["n1"]]
+            assert len((await fleet.generate(REQUEST, deadline=60)).output_ids) == 4
+        assert not processes_with(str(tiny_model))
+        assert not slurm.steps(job)
