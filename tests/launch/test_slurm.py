@@ -4,6 +4,7 @@ They run where Slurm is installed: `make test-slurm`.
 """
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -317,3 +318,54 @@ async def test_a_stock_engine_runs_in_a_job(slurm: SlurmCluster, tiny_model: Pat
             assert len((await fleet.generate(REQUEST, deadline=60)).output_ids) == 4
         assert not processes_with(str(tiny_model))
         assert not slurm.steps(job)
+
+
+RUN = """\
+model: {{kind: pretrained, path: {model}}}
+engine: {{kind: embedded, replicas: 2, threads: 1}}
+data: {{kind: generated, seed: 1, problems: 64}}
+rollout: {{groups_per_step: 2, samples_per_group: 2, max_turns: 2, max_turn_tokens: 16, max_sample_tokens: 160}}
+train: {{steps: 12, lr: 1e-3, device: cpu}}
+evaluation: {{data: {{kind: generated, seed: 3, problems: 4}}, every: 1000}}
+checkpoint: {{every: 1}}
+"""
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, tmp_path: Path) -> Path:
+    """The script of docs/clusters.md in a folder with a run's settings."""
+    docs = (Path(__file__).parents[2] / "docs/clusters.md").read_text()
+    found = re.search(r"`train.sbatch`:\n\n```bash\n(.*?)```", docs, re.DOTALL)
+    assert found is not None
+    (tmp_path / "train.sbatch").write_text(found[1])
+    (tmp_path / "run.yaml").write_text(RUN.format(model=tiny_model))
+    return tmp_path
+
+
+def submit(slurm: SlurmCluster, recipe: Path, *options: str) -> str:
+    """Submit the script, and return the job's id."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    small = ("--cpus-per-task=2", "--gpus-per-node=2", f"--chdir={recipe}", *options)
+    return slurm.run("sbatch", "--parsable", *small, str(recipe / "train.sbatch"), PATH=path).strip()
+
+
+def resumed(slurm: SlurmCluster, recipe: Path, job: str) -> None:
+    """Wait for the end of a job that was requeued, and check that its run has resumed and ended."""
+    log, run = recipe / f"gsm8k-{job}.log", recipe / f"runs/gsm8k-{job}"
+    until(lambda: slurm.state(job) == "PENDING", "the job is requeued")
+    assert not processes_with(f"{recipe}/runs"), "what the first run had started runs on"
+    until(lambda: "resumed after step" in log.read_text() or not slurm.state(job), "the run resumes", 180)
+    until(lambda: not slurm.state(job), "the job ends", 180)
+    assert "resumed after step" in log.read_text(), log.read_text()
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(13)), log.read_text()
+
+
+def test_a_requeued_run_of_the_recipe_resumes_from_its_last_checkpoint(slurm: SlurmCluster, recipe: Path) -> None:
+    job = submit(slurm, recipe)
+    log, run = recipe / f"gsm8k-{job}.log", recipe / f"runs/gsm8k-{job}"
+    until(lambda: any(run.glob("checkpoints/step-*")) or not slurm.state(job), "a checkpoint is written", 180)
+    assert slurm.state(job) == "RUNNING", log.read_text()
+    assert len(slurm.steps(job)) == 2
+    slurm.run("scontrol", "requeue", job)
+    resumed(slurm, recipe, job)
