@@ -8,6 +8,7 @@ OPENENV_VENV := .venv-openenv
 SDKS_VENV := .venv-sdks
 HARBOR_VENV := .venv-harbor
 HARBOR_BASE ?= python3.12
+SLURM := slurmctld slurmd slurm-client munge
 AGENTS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/millrace/agents-$(shell cat tests/gateway/agents/package.json \
 	constraints/mini-swe-agent.txt | sha256sum | cut -c1-12)
 ENVIRONMENTS_PYTEST = PATH="$(abspath $(VERIFIERS_VENV))/bin:$$PATH" python -m pytest -o addopts=-ra -W default
@@ -21,7 +22,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 CONSTRAINTS ?= constraints/cpu.txt
 
 .PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments test-environments-short test-sdks \
-	test-sdks-short test-agents test-harbor test-ray lint types unit clean
+	test-sdks-short test-agents test-harbor test-ray test-slurm lint types unit clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
@@ -76,6 +77,15 @@ test-harbor: $(VENV)/dev.stamp $(HARBOR_VENV)/harbor.stamp
 # Engines on a Ray cluster of three nodes, all on this host. Ray comes into $(VENV): 79 MB, 240 MB unpacked.
 test-ray: $(VENV)/ray.stamp
 	$(BIN)/pytest -n0 -m "slow or not slow" tests/launch/test_ray.py
+
+# Engines in jobs of a Slurm with three nodes, all on this host. Slurm comes from the distribution's packages (Debian's).
+test-slurm: $(VENV)/dev.stamp
+	@export PATH="$$PATH:/usr/sbin"; for program in munged slurmctld slurmd srun sbatch; do \
+		command -v $$program > /dev/null && continue; \
+		[ "$$(id -u)" = 0 ] || { echo "$$program is missing; as root, run: apt-get install $(SLURM)"; exit 1; }; \
+		apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends $(SLURM) && break || exit 1; \
+	done
+	PATH="$$PATH:/usr/sbin" MILLRACE_SLURM=1 $(BIN)/pytest -n0 -m "slow or not slow" tests/launch/test_slurm.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

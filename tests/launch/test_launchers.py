@@ -164,6 +164,10 @@ def test_a_cluster_needs_a_launcher_that_has_one() -> None:
         config(launch="local", cluster="10.0.0.1:6379")
 
 
+def test_the_id_of_a_job_may_be_a_number() -> None:
+    assert config(launch="slurm", cluster=4711).cluster == "4711"
+
+
 @pytest.mark.slow
 async def test_a_stock_engine_runs_at_a_place(tmp_path: Path, tiny_model: Path) -> None:
     """It finds its interpreter and Millrace's extension where it runs."""

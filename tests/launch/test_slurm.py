@@ -361,11 +361,32 @@ def resumed(slurm: SlurmCluster, recipe: Path, job: str) -> None:
     assert steps == list(range(13)), log.read_text()
 
 
-def test_a_requeued_run_of_the_recipe_resumes_from_its_last_checkpoint(slurm: SlurmCluster, recipe: Path) -> None:
+def begun(slurm: SlurmCluster, recipe: Path) -> str:
+    """Submit the script, wait until its run has a checkpoint, and return the job's id."""
     job = submit(slurm, recipe)
     log, run = recipe / f"gsm8k-{job}.log", recipe / f"runs/gsm8k-{job}"
     until(lambda: any(run.glob("checkpoints/step-*")) or not slurm.state(job), "a checkpoint is written", 180)
     assert slurm.state(job) == "RUNNING", log.read_text()
     assert len(slurm.steps(job)) == 2
-    slurm.run("scontrol", "requeue", job)
+    return job
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("requeue", [("scontrol", "requeue"), ("scancel", "--signal=USR1", "--batch")])
+def test_a_requeued_run_of_the_recipe_resumes_from_its_last_checkpoint(
+    slurm: SlurmCluster, recipe: Path, requeue: tuple[str, ...]
+) -> None:
+    """Slurm requeues a job that it preempts. Before the time limit, it sends SIGUSR1."""
+    job = begun(slurm, recipe)
+    slurm.run(*requeue, job)
     resumed(slurm, recipe, job)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_recipe_ends_its_run_and_engines(slurm: SlurmCluster, recipe: Path) -> None:
+    job = begun(slurm, recipe)
+    slurm.run("scancel", "--signal=TERM", "--batch", job)
+    until(lambda: not slurm.state(job), "the job ends")
+    shown = slurm.run("scontrol", "show", "job", job)
+    assert "ExitCode=143:0" in shown
+    assert not processes_with(str(recipe))

@@ -71,7 +71,7 @@ class ReplicatedConfig(Model):
     launch: Annotated[str, Field(pattern=r"^(local|ray|slurm|[\w.]+:\w+)$")] = "local"
     """What starts the servers (docs/clusters.md): `local` starts them on this host, `ray` on a Ray cluster, and
     `slurm` as steps of a Slurm job. `module:attribute` is a launcher of your own."""
-    cluster: str | None = None
+    cluster: Annotated[str, Field(coerce_numbers_to_str=True)] | None = None
     """The cluster, for a launcher that has one. Ray's is the host:port of its head node; None uses RAY_ADDRESS, or a
     cluster that runs on this host, or starts Ray on this host. Slurm's is the id of a running job; None is the job that
     this process runs in."""

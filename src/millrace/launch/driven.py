@@ -25,7 +25,7 @@ from millrace.launch.process import END_DEADLINE
 
 JOIN_DEADLINE = 60.0  # seconds to join a cluster, or to start it on this host
 CALL_DEADLINE = 150.0  # seconds for a call that has no deadline of its own; the first one waits for a process elsewhere
-END_SECONDS = 45.0  # for the end of the driver
+END_SECONDS = 30.0  # for the end of the driver
 OF_A_LOG = re.compile(r"^\[[^]]*\] \S+:\d+: ")  # how a line of Ray's own log begins
 
 logger = logging.getLogger(__name__)
