@@ -23,6 +23,7 @@ from millrace.errors import ConfigError, LaunchError
 from millrace.fleet.fleet import Fleet
 from millrace.launch.base import Need
 from millrace.launch.slurm.agent import SILENT_SECONDS
+from millrace.launch.slurm.job import read_job
 from millrace.launch.slurm.launcher import open_slurm
 from millrace.types import GenerateRequest, SamplingParams
 from tests.launch.processes import alive, processes_with
@@ -307,6 +308,39 @@ async def test_the_parts_of_a_heterogeneous_job_have_engines(
         async with open_fleet(config(job, replicas=2), tiny_model, log_dir=tmp_path) as fleet:
             assert engine_hosts(fleet) == [NODES["n1"], NODES["n2"]]
             assert (await fleet.generate(REQUEST, deadline=60)).output_ids
+
+
+async def test_a_fleet_that_is_a_step_itself_keeps_its_own_gpu(slurm: SlurmCluster) -> None:
+    """As docs/clusters.md says for trainers on GPUs. Slurm counts what the trainer's step has."""
+    show = """
+    import asyncio, os, sys
+    from millrace.launch.base import Need
+    from millrace.launch.slurm.launcher import open_slurm
+
+    async def main():
+        async with open_slurm(None) as launcher:
+            places = [*await launcher.reserve("a", Need(1, 1), 1, deadline=30)]
+            places += await launcher.reserve("b", Need(2, 2), 1, deadline=30)
+            print("own", os.environ["CUDA_VISIBLE_DEVICES"], "others", *(place.gpus for place in places))
+
+    asyncio.run(main())
+    """
+    with slurm.job(*TWO_NODES) as job:
+        step = ("--exact", "--nodes=1", "--ntasks=1", "--gres=gpu:1", "--cpus-per-task=1", "--nodelist=n1")
+        said = slurm.run("srun", f"--jobid={job}", *step, sys.executable, "-c", textwrap.dedent(show))
+        assert "own 0 others 1 0,1" in said
+
+
+async def test_the_tasks_of_a_job_array_are_jobs_of_their_own(slurm: SlurmCluster) -> None:
+    number = slurm.run("sbatch", "--parsable", "--array=0-1", "--cpus-per-task=2", "--wrap=sleep 60").strip()
+    try:
+        await eventually(lambda: slurm.run("squeue", "--noheader", "--format=%T").split() == ["RUNNING"] * 2, "it runs")
+        jobs = [await read_job(one) for one in slurm.run("squeue", "--noheader", "--format=%A").split()]
+        assert number in [str(job.number) for job in jobs]
+        assert sorted(node.name for job in jobs for node in job.nodes) == ["n1", "n2"]
+    finally:
+        slurm.run("scancel", number)
+        await eventually(lambda: not slurm.run("squeue", "--noheader"), "it ends")
 
 
 @pytest.mark.slow

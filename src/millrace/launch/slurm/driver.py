@@ -27,7 +27,7 @@ CALL_DEADLINE = 120.0
 class Driver(Answerer):
     """Answers the calls. Each public coroutine is one call, and its arguments are the fields of the call."""
 
-    def __init__(self, out: BinaryIO, job: int) -> None:
+    def __init__(self, out: BinaryIO, job: str) -> None:
         super().__init__(out, f"Slurm job {job}")
         self._job = job
         self._groups: dict[int, list[Step]] = {}
@@ -139,7 +139,7 @@ class Driver(Answerer):
         return f"this fleet's engines have {' and '.join(taken) or 'nothing'}"
 
 
-async def serve(out: BinaryIO, job: int) -> None:
+async def serve(out: BinaryIO, job: str) -> None:
     """Answer calls until the input ends, and end all steps."""
     driver = Driver(out, job)
     driver.say(joined=driver.who)
@@ -152,7 +152,7 @@ async def serve(out: BinaryIO, job: int) -> None:
 def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    asyncio.run(serve(out, int(sys.argv[1])))
+    asyncio.run(serve(out, sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -105,22 +105,25 @@ def _count(ids: str) -> int:
     return sum(int(last or first) - int(first) + 1 for first, _, last in ends)
 
 
-async def read_job(number: int | str) -> Job:
+async def read_job(number: str) -> Job:
     """Return what a job has. Raises LaunchError if there is no such job, or if it does not run."""
-    output = await slurm("scontrol", "--details", "--oneliner", "show", "job", str(number))
+    output = await slurm("scontrol", "--details", "--oneliner", "show", "job", number)
     parts = [parse(line) for line in output.splitlines() if line.strip()]
-    if len(parts) == 1 and parts[0][0].get("HetJobId", number) != str(number) and "HetJobOffset" in parts[0][0]:
-        return await read_job(parts[0][0]["HetJobId"])
+    leader = next((fields.get("HetJobId", number) for fields, _ in parts if fields["JobId"] == number), number)
+    if leader != number:
+        return await read_job(leader)
     nodes: list[JobNode] = []
     for fields, found in parts:
-        if fields.get("JobState") != "RUNNING":
-            raise LaunchError(f"Slurm job {fields.get('JobId', number)} is not running: {fields.get('JobState')}")
+        if number not in (fields["JobId"], fields.get("HetJobId")):
+            continue  # another task of the array whose id is that of one of its tasks
+        if fields["JobState"] != "RUNNING":
+            raise LaunchError(f"Slurm job {fields['JobId']} is not running: {fields['JobState']}")
         group = int(fields["HetJobOffset"]) if "HetJobOffset" in fields else None
         for names, cpus, gpus in found:
             nodes += [JobNode(name, cpus, gpus, group) for name in await _hostnames(names)]
     if not nodes:
         raise LaunchError(f"scontrol does not say which nodes Slurm job {number} has")
-    return Job(int(parts[0][0]["JobId"]), tuple(nodes))
+    return Job(int(number), tuple(nodes))
 
 
 async def address_of(node: str) -> str:

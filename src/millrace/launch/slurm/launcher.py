@@ -30,6 +30,6 @@ async def open_slurm(cluster: str | None) -> AsyncIterator[DrivenLauncher]:
         )
     if not number.isdecimal():
         raise ConfigError(f"engine.cluster: {number!r} is not the id of a Slurm job, such as 4711")
-    job = await read_job(number)
+    job = await read_job(str(int(number)))
     async with open_driver("millrace.launch.slurm.driver", [str(job.number)], NOT_JOINED) as launcher:
         yield launcher
