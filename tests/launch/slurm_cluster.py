@@ -45,8 +45,11 @@ JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
 ReturnToService=2
 KillWait=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE PriorityTier=1 State=UP
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE PriorityTier=2 State=UP
 PartitionName=bare Nodes=bare MaxTime=INFINITE State=UP
 """
 NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs=2 RealMemory=4000 Gres=gpu:2"
@@ -155,7 +158,7 @@ def slurm_cluster(folder: Path, hidden: Path) -> Iterator[SlurmCluster]:
 
 def _idle(cluster: SlurmCluster) -> bool:
     with suppress(AssertionError):  # the controller does not answer yet
-        return cluster.run("sinfo", "--noheader", "--Node", "--format=%t").split() == ["idle"] * len(NODES)
+        return set(cluster.run("sinfo", "--noheader", "--Node", "--format=%t").split()) == {"idle"}
     return False
 
 

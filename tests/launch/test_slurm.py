@@ -383,11 +383,15 @@ def submit(slurm: SlurmCluster, recipe: Path, *options: str) -> str:
     return slurm.run("sbatch", "--parsable", *small, str(recipe / "train.sbatch"), PATH=path).strip()
 
 
+def requeued(slurm: SlurmCluster, recipe: Path, job: str) -> None:
+    """Wait until a job is requeued, and check that nothing of it runs on."""
+    until(lambda: slurm.state(job) == "PENDING", "the job is requeued")
+    assert not processes_with(f"{recipe}/runs"), "what the first run had started runs on"
+
+
 def resumed(slurm: SlurmCluster, recipe: Path, job: str) -> None:
     """Wait for the end of a job that was requeued, and check that its run has resumed and ended."""
     log, run = recipe / f"gsm8k-{job}.log", recipe / f"runs/gsm8k-{job}"
-    until(lambda: slurm.state(job) == "PENDING", "the job is requeued")
-    assert not processes_with(f"{recipe}/runs"), "what the first run had started runs on"
     until(lambda: "resumed after step" in log.read_text() or not slurm.state(job), "the run resumes", 180)
     until(lambda: not slurm.state(job), "the job ends", 180)
     assert "resumed after step" in log.read_text(), log.read_text()
@@ -406,13 +410,18 @@ def begun(slurm: SlurmCluster, recipe: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("requeue", [("scontrol", "requeue"), ("scancel", "--signal=USR1", "--batch")])
-def test_a_requeued_run_of_the_recipe_resumes_from_its_last_checkpoint(
-    slurm: SlurmCluster, recipe: Path, requeue: tuple[str, ...]
-) -> None:
-    """Slurm requeues a job that it preempts. Before the time limit, it sends SIGUSR1."""
+def test_a_preempted_run_of_the_recipe_resumes_from_its_last_checkpoint(slurm: SlurmCluster, recipe: Path) -> None:
     job = begun(slurm, recipe)
-    slurm.run(*requeue, job)
+    with slurm.job("--partition=urgent", *TWO_NODES):
+        requeued(slurm, recipe, job)
+    resumed(slurm, recipe, job)
+
+
+@pytest.mark.slow
+def test_the_recipe_requeues_its_job_before_the_time_limit(slurm: SlurmCluster, recipe: Path) -> None:
+    job = begun(slurm, recipe)
+    slurm.run("scancel", "--signal=USR1", "--batch", job)  # as Slurm does by --signal=B:USR1@120
+    requeued(slurm, recipe, job)
     resumed(slurm, recipe, job)
 
 
