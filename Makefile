@@ -85,7 +85,7 @@ test-slurm: $(VENV)/dev.stamp
 		[ "$$(id -u)" = 0 ] || { echo "$$program is missing; as root, run: apt-get install $(SLURM)"; exit 1; }; \
 		apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends $(SLURM) && break || exit 1; \
 	done
-	PATH="$$PATH:/usr/sbin" MILLRACE_SLURM=1 $(BIN)/pytest -n0 -m "slow or not slow" tests/launch/test_slurm.py
+	PATH="$$PATH:/usr/sbin" MILLRACE_SLURM=1 $(BIN)/pytest -n0 -m "slow or not slow" tests/launch/slurm
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -4,20 +4,17 @@ They run where Slurm is installed: `make test-slurm`.
 """
 
 import asyncio
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-import millrace
 from millrace import open_fleet
 from millrace.errors import ConfigError, LaunchError
 from millrace.fleet.fleet import Fleet
@@ -27,19 +24,11 @@ from millrace.launch.slurm.job import read_job
 from millrace.launch.slurm.launcher import open_slurm
 from millrace.types import GenerateRequest, SamplingParams
 from tests.launch.processes import alive, processes_with
-from tests.launch.slurm_cluster import NODES, SlurmCluster, slurm_cluster, until, why_no_slurm
+from tests.launch.slurm.cluster import NODES, ONE_NODE, TWO_NODES, SlurmCluster, until, why_no_slurm
 
 pytestmark = pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))
 REQUEST = GenerateRequest((5, 6, 7), SamplingParams(max_new_tokens=4, temperature=0.0))
-ONE_NODE = ("--nodes=1", "--ntasks=1", "--cpus-per-task=2", "--gpus-per-node=2")
-TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=2")
 AGENT = "-m millrace.launch.slurm.agent"  # what the command line of a step's agent has, and that of its srun
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    with slurm_cluster(tmp_path_factory.mktemp("slurm"), Path(millrace.__file__).parent) as cluster:
-        yield cluster
 
 
 def config(job: str, **settings: object) -> dict[str, object]:
@@ -254,7 +243,7 @@ OWNER = """
 """
 
 
-@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT", "SIGKILL of all"])
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT", pytest.param("SIGKILL of all", marks=pytest.mark.slow)])
 async def test_nothing_is_left_when_the_owner_ends(
     slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, end: str
 ) -> None:
@@ -352,83 +341,3 @@ async def test_a_stock_engine_runs_in_a_job(slurm: SlurmCluster, tiny_model: Pat
             assert len((await fleet.generate(REQUEST, deadline=60)).output_ids) == 4
         assert not processes_with(str(tiny_model))
         assert not slurm.steps(job)
-
-
-RUN = """\
-model: {{kind: pretrained, path: {model}}}
-engine: {{kind: embedded, replicas: 2, threads: 1}}
-data: {{kind: generated, seed: 1, problems: 64}}
-rollout: {{groups_per_step: 2, samples_per_group: 2, max_turns: 2, max_turn_tokens: 16, max_sample_tokens: 160}}
-train: {{steps: 12, lr: 1e-3, device: cpu}}
-evaluation: {{data: {{kind: generated, seed: 3, problems: 4}}, every: 1000}}
-checkpoint: {{every: 1}}
-"""
-
-
-@pytest.fixture
-def recipe(tiny_model: Path, tmp_path: Path) -> Path:
-    """The script of docs/clusters.md in a folder with a run's settings."""
-    docs = (Path(__file__).parents[2] / "docs/clusters.md").read_text()
-    found = re.search(r"`train.sbatch`:\n\n```bash\n(.*?)```", docs, re.DOTALL)
-    assert found is not None
-    (tmp_path / "train.sbatch").write_text(found[1])
-    (tmp_path / "run.yaml").write_text(RUN.format(model=tiny_model))
-    return tmp_path
-
-
-def submit(slurm: SlurmCluster, recipe: Path, *options: str) -> str:
-    """Submit the script, and return the job's id."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    small = ("--cpus-per-task=2", "--gpus-per-node=2", f"--chdir={recipe}", *options)
-    return slurm.run("sbatch", "--parsable", *small, str(recipe / "train.sbatch"), PATH=path).strip()
-
-
-def requeued(slurm: SlurmCluster, recipe: Path, job: str) -> None:
-    """Wait until a job is requeued, and check that nothing of it runs on."""
-    until(lambda: slurm.state(job) == "PENDING", "the job is requeued")
-    assert not processes_with(f"{recipe}/runs"), "what the first run had started runs on"
-
-
-def resumed(slurm: SlurmCluster, recipe: Path, job: str) -> None:
-    """Wait for the end of a job that was requeued, and check that its run has resumed and ended."""
-    log, run = recipe / f"gsm8k-{job}.log", recipe / f"runs/gsm8k-{job}"
-    until(lambda: "resumed after step" in log.read_text() or not slurm.state(job), "the run resumes", 180)
-    until(lambda: not slurm.state(job), "the job ends", 180)
-    assert "resumed after step" in log.read_text(), log.read_text()
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(13)), log.read_text()
-
-
-def begun(slurm: SlurmCluster, recipe: Path) -> str:
-    """Submit the script, wait until its run has a checkpoint, and return the job's id."""
-    job = submit(slurm, recipe)
-    log, run = recipe / f"gsm8k-{job}.log", recipe / f"runs/gsm8k-{job}"
-    until(lambda: any(run.glob("checkpoints/step-*")) or not slurm.state(job), "a checkpoint is written", 180)
-    assert slurm.state(job) == "RUNNING", log.read_text()
-    assert len(slurm.steps(job)) == 3  # the trainer's and two engines'
-    return job
-
-
-@pytest.mark.slow
-def test_a_preempted_run_of_the_recipe_resumes_from_its_last_checkpoint(slurm: SlurmCluster, recipe: Path) -> None:
-    job = begun(slurm, recipe)
-    with slurm.job("--partition=urgent", *TWO_NODES):
-        requeued(slurm, recipe, job)
-    resumed(slurm, recipe, job)
-
-
-@pytest.mark.slow
-def test_the_recipe_requeues_its_job_before_the_time_limit(slurm: SlurmCluster, recipe: Path) -> None:
-    job = begun(slurm, recipe)
-    slurm.run("scancel", "--signal=USR1", "--batch", job)  # as Slurm does by --signal=B:USR1@120
-    requeued(slurm, recipe, job)
-    resumed(slurm, recipe, job)
-
-
-@pytest.mark.slow
-def test_sigterm_to_the_recipe_ends_its_run_and_engines(slurm: SlurmCluster, recipe: Path) -> None:
-    job = begun(slurm, recipe)
-    slurm.run("scancel", "--signal=TERM", "--batch", job)
-    until(lambda: not slurm.state(job), "the job ends")
-    assert "ExitCode=0:0" not in slurm.run("scontrol", "show", "job", job).split()
-    assert not processes_with(str(recipe))

@@ -17,6 +17,9 @@ from millrace.launch.ports import free_ports
 DEADLINE = 60.0
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 NODES = {"n1": "127.0.0.2", "n2": "127.0.0.3", "bare": "127.0.0.4"}
+# The options of a job with a whole node, and of one with both.
+ONE_NODE = ("--nodes=1", "--ntasks=1", "--cpus-per-task=2", "--gpus-per-node=2")
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=2")
 CONF = """\
 ClusterName=test
 SlurmctldHost=localhost

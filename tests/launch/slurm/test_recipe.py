@@ -1,0 +1,90 @@
+"""The script for sbatch in docs/clusters.md trains, is requeued and resumes, on a real Slurm: `make test-slurm`."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.processes import processes_with
+from tests.launch.slurm.cluster import TWO_NODES, SlurmCluster, until, why_no_slurm
+
+pytestmark = [pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm())), pytest.mark.slow]
+
+RUN = """\
+model: {{kind: pretrained, path: {model}}}
+engine: {{kind: embedded, replicas: 2, threads: 1}}
+data: {{kind: generated, seed: 1, problems: 64}}
+rollout: {{groups_per_step: 2, samples_per_group: 2, max_turns: 2, max_turn_tokens: 16, max_sample_tokens: 160}}
+train: {{steps: 12, lr: 1e-3, device: cpu}}
+evaluation: {{data: {{kind: generated, seed: 3, problems: 4}}, every: 1000}}
+checkpoint: {{every: 1}}
+"""
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, tmp_path: Path) -> Path:
+    """The script of docs/clusters.md in a folder with a run's settings."""
+    docs = (Path(__file__).parents[3] / "docs/clusters.md").read_text()
+    found = re.search(r"`train.sbatch`:\n\n```bash\n(.*?)```", docs, re.DOTALL)
+    assert found is not None
+    (tmp_path / "train.sbatch").write_text(found[1])
+    (tmp_path / "run.yaml").write_text(RUN.format(model=tiny_model))
+    return tmp_path
+
+
+def submit(slurm: SlurmCluster, recipe: Path, *options: str) -> str:
+    """Submit the script, and return the job's id."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    small = ("--cpus-per-task=2", "--gpus-per-node=2", f"--chdir={recipe}", *options)
+    return slurm.run("sbatch", "--parsable", *small, str(recipe / "train.sbatch"), PATH=path).strip()
+
+
+def requeued(slurm: SlurmCluster, recipe: Path, job: str) -> None:
+    """Wait until a job is requeued, and check that nothing of it runs on."""
+    until(lambda: slurm.state(job) == "PENDING", "the job is requeued")
+    assert not processes_with(f"{recipe}/runs"), "what the first run had started runs on"
+
+
+def resumed(slurm: SlurmCluster, recipe: Path, job: str) -> None:
+    """Wait for the end of a job that was requeued, and check that its run has resumed and ended."""
+    log, run = recipe / f"gsm8k-{job}.log", recipe / f"runs/gsm8k-{job}"
+    until(lambda: "resumed after step" in log.read_text() or not slurm.state(job), "the run resumes", 180)
+    until(lambda: not slurm.state(job), "the job ends", 180)
+    assert "resumed after step" in log.read_text(), log.read_text()
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(13)), log.read_text()
+
+
+def begun(slurm: SlurmCluster, recipe: Path) -> str:
+    """Submit the script, wait until its run has a checkpoint, and return the job's id."""
+    job = submit(slurm, recipe)
+    log, run = recipe / f"gsm8k-{job}.log", recipe / f"runs/gsm8k-{job}"
+    until(lambda: any(run.glob("checkpoints/step-*")) or not slurm.state(job), "a checkpoint is written", 180)
+    assert slurm.state(job) == "RUNNING", log.read_text()
+    assert len(slurm.steps(job)) == 3  # the trainer's and two engines'
+    return job
+
+
+def test_a_preempted_run_of_the_recipe_resumes_from_its_last_checkpoint(slurm: SlurmCluster, recipe: Path) -> None:
+    job = begun(slurm, recipe)
+    with slurm.job("--partition=urgent", *TWO_NODES):
+        requeued(slurm, recipe, job)
+    resumed(slurm, recipe, job)
+
+
+def test_the_recipe_requeues_its_job_before_the_time_limit(slurm: SlurmCluster, recipe: Path) -> None:
+    job = begun(slurm, recipe)
+    slurm.run("scancel", "--signal=USR1", "--batch", job)  # as Slurm does by --signal=B:USR1@120
+    requeued(slurm, recipe, job)
+    resumed(slurm, recipe, job)
+
+
+def test_sigterm_to_the_recipe_ends_its_run_and_engines(slurm: SlurmCluster, recipe: Path) -> None:
+    job = begun(slurm, recipe)
+    slurm.run("scancel", "--signal=TERM", "--batch", job)
+    until(lambda: not slurm.state(job), "the job ends")
+    assert "ExitCode=0:0" not in slurm.run("scontrol", "show", "job", job).split()
+    assert not processes_with(str(recipe))
