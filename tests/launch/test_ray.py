@@ -190,8 +190,10 @@ async def test_an_address_without_a_cluster_is_one_line(address: str, error: typ
 
 
 OWNER = """
-    import asyncio, sys
+    import asyncio, signal, sys
     from millrace import open_fleet
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
 
     async def main():
         config = {"kind": "embedded", "launch": "ray", "cluster": sys.argv[1], "replicas": 2, "threads": 1}

@@ -230,8 +230,10 @@ async def test_keys_are_in_no_command_line_and_not_in_slurms_records(
 
 
 OWNER = """
-    import asyncio, sys
+    import asyncio, signal, sys
     from millrace import open_fleet
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
 
     async def main():
         config = {"kind": "embedded", "launch": "slurm", "cluster": sys.argv[1], "replicas": 2, "threads": 1}
