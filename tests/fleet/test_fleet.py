@@ -426,7 +426,7 @@ async def test_an_impossible_transport_ends_the_started_engines(tiny_model: Path
 
     port = free_port("127.0.0.1")
     config = CONFIG.model_copy(update={"replicas": 1, "ports": (port,)})
-    with pytest.raises(PublishError, match=r"embedded-0 can't take weights by it"):
+    with pytest.raises(PublishError, match=r"embedded-0 can't take weights by the transport cuda_ipc"):
         async with open_fleet(config, tiny_model, log_dir=tmp_path, transport="cuda_ipc"):
             raise AssertionError("it must not start")
     with pytest.raises(ConfigError, match=r"publish.folder nosuch://x can't be used"):

@@ -358,7 +358,7 @@ async def test_a_sidecar_holds_only_open_sessions(sidecar: Start) -> None:
 
         await two.pull(two.fill(6, 4096))  # the trainer has started again, and its old session is gone
         assert slots_of(process) == 1
-        assert await one.ask({"session": one.endpoint.name}, "/end") == (200, '{"success":true}')
+        assert await one.ask({"session": one.endpoint.name, "unread": True}, "/end") == (200, '{"success":true}')
         assert slots_of(process) == 1
         assert (await two.ask({"session": two.endpoint.name, "unread": True}, "/end"))[0] == 200
         assert slots_of(process) == 0
