@@ -808,8 +808,8 @@ class Fleet:
         """Remove an engine whose host goes away in `deadline` seconds, and start another in its place.
 
         It gets no more requests. Its running requests are aborted as soon as another engine serves, and continue there
-        with the tokens that they have (see `remove`). The replacement starts at once. If there is no room for it, the
-        fleet goes on without, and tries again with growing delays. A fleet that does not start its engines gets none.
+        with the tokens that they have (see `remove`). The fleet starts the replacement at once. If there is no room for
+        it, the fleet tries again after growing delays. A fleet that does not start its engines gets no replacement.
 
         Raises NoEngineError if no engine has this name, or if it is being restarted or leaves.
 

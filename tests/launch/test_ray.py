@@ -6,28 +6,24 @@ They run where Ray is installed: `make test-ray`.
 import asyncio
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from millrace import Fleet, open_fleet
+from millrace import open_fleet
 from millrace.errors import ConfigError, LaunchError, NoEngineError
 from millrace.launch.base import Need
 from millrace.launch.driven import DrivenLauncher
 from millrace.launch.ray_cluster.launcher import open_ray
-from millrace.types import GenerateRequest, SamplingParams
+from tests.launch.fleets import REQUEST, engine_hosts, owner, require_takes_weights, served
 from tests.launch.processes import alive, processes_with
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 pytestmark = pytest.mark.filterwarnings("default")
-REQUEST = GenerateRequest((5, 6, 7), SamplingParams(max_new_tokens=4, temperature=0.0))
 HOSTS = ("127.0.0.2", "127.0.0.3")
 
 
@@ -70,15 +66,6 @@ async def until(condition: Callable[[], bool], what: str, deadline: float = 60.0
         pytest.fail(f"{what} within {deadline:.0f} s")
 
 
-def engine_hosts(fleet: Fleet) -> list[str]:
-    return sorted(one.engine.url.split("/")[2].rpartition(":")[0] for one in fleet.replicas.by_name.values())
-
-
-def served(model: Path) -> str:
-    """What the command line of an engine with this model has, and that of its guard."""
-    return f"millrace.engines.embedded --model {model}"
-
-
 async def shows(log: Path, text: str) -> None:
     await until(lambda: log.exists() and text in log.read_text(), f"{log} shows {text!r}")
 
@@ -86,20 +73,9 @@ async def shows(log: Path, text: str) -> None:
 async def test_replicas_are_spread_serve_and_take_weights_across_hosts(
     cluster: RayCluster, tiny_model: Path, tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     async with open_fleet(cluster.config(replicas=2), tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
         assert engine_hosts(fleet) == list(HOSTS)
-        before = await fleet.generate(REQUEST, deadline=60)
-        model = AutoModelForCausalLM.from_pretrained(tiny_model)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        report = await fleet.publish(lambda: list(model.named_parameters()))
-        after = await fleet.generate(REQUEST, deadline=60)
-        assert len(after.output_ids) == 4
-        assert before.version_spans[-1].version == 0
-        assert after.version_spans[-1].version == report.version
+        await require_takes_weights(fleet, tiny_model)
     assert not processes_with(served(tiny_model)), "the engines run on"
 
 
@@ -189,40 +165,16 @@ async def test_an_address_without_a_cluster_is_one_line(address: str, error: typ
             pass
 
 
-OWNER = """
-    import asyncio, signal, sys
-    from millrace import open_fleet
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
-
-    async def main():
-        config = {"kind": "embedded", "launch": "ray", "cluster": sys.argv[1], "replicas": 2, "threads": 1}
-        async with open_fleet(config, sys.argv[2], log_dir=sys.argv[3]):
-            print("up", flush=True)
-            await asyncio.sleep(600)
-
-    asyncio.run(main())
-"""
-
-
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
 async def test_nothing_is_left_when_the_owner_ends(
     cluster: RayCluster, tiny_model: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(OWNER), cluster.address, str(tiny_model), str(tmp_path)]
-    with (tmp_path / "owner").open("wb") as errors:
-        owner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)  # noqa: ASYNC220 # it returns at once
-    try:
-        assert owner.stdout is not None
-        assert await asyncio.to_thread(owner.stdout.readline) == "up\n", (tmp_path / "owner").read_text()
+    async with owner("ray", cluster.address, tiny_model, tmp_path) as process:
         assert len(processes_with(served(tiny_model), without="guard.py")) == 2
-        owner.send_signal(signum)
-        await until(lambda: owner.poll() is not None, "the owner ends")
+        process.send_signal(signum)
+        await until(lambda: process.poll() is not None, "the owner ends")
         for left in (served(tiny_model), "ray::NodeActor", "ray_cluster.driver"):
             await until(lambda left=left: not processes_with(left), f"no {left} is left")  # type: ignore[misc]
-    finally:
-        owner.kill()
-        owner.communicate()
     async with joined(cluster) as launcher:  # and Ray has everything back
         await launcher.release(await launcher.reserve("all", Need(2, 2), 2, deadline=30))
 

@@ -223,9 +223,7 @@ class Autoscaler:
         except MillraceError as error:
             self._event_log.scaled("up", None, time.monotonic() - started, reason_of(error))
             if not self._failures:
-                logger.warning(
-                    "the fleet goes on with %d engines, and tries again to start one: %s", self.size.serving, error
-                )
+                logger.warning("the fleet has %d engines, and tries again to start one: %s", self.size.serving, error)
             if time.monotonic() >= self._not_before:  # several starts may fail at the same time
                 self._not_before = time.monotonic() + delay_before(self._failures)
                 self._failures += 1

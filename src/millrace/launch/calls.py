@@ -100,6 +100,18 @@ class Answerer:
             task.add_done_callback(tasks.discard)
 
 
+async def ends_within(process: asyncio.subprocess.Process, seconds: float) -> bool:
+    """Close the standard input of a process that answers calls. Return whether it ends within so many seconds."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        async with asyncio.timeout(seconds):
+            await process.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
 async def lines() -> AsyncIterator[bytes]:
     """Yield the lines of the standard input."""
     reader = asyncio.StreamReader(limit=MOST_BYTES)

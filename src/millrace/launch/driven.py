@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from millrace.errors import LaunchError
 from millrace.launch.base import Need, Place
-from millrace.launch.calls import MOST_BYTES, Caller
+from millrace.launch.calls import MOST_BYTES, Caller, ends_within
 from millrace.launch.ports import is_here, joined
 from millrace.launch.process import END_DEADLINE
 
@@ -112,12 +112,7 @@ class DrivenLauncher:
 
     async def close(self) -> None:
         """End the driver, and with it what it had started."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            async with asyncio.timeout(END_SECONDS):
-                await self._process.wait()
-        except TimeoutError:
+        if not await ends_within(self._process, END_SECONDS):
             self._process.kill()
             await self._process.wait()
         if self._reader is not None:

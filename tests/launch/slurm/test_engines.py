@@ -7,41 +7,28 @@ import asyncio
 import os
 import re
 import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-import torch
 
 from millrace import open_fleet
 from millrace.errors import ConfigError, LaunchError
-from millrace.fleet.fleet import Fleet
 from millrace.launch.base import Need
 from millrace.launch.slurm.agent import SILENT_SECONDS
 from millrace.launch.slurm.job import read_job
 from millrace.launch.slurm.launcher import open_slurm
-from millrace.types import GenerateRequest, SamplingParams
+from tests.launch.fleets import REQUEST, engine_hosts, owner, require_takes_weights, served
 from tests.launch.processes import alive, processes_with
 from tests.launch.slurm.cluster import NODES, ONE_NODE, TWO_NODES, SlurmCluster, until, why_no_slurm
 
 pytestmark = pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))
-REQUEST = GenerateRequest((5, 6, 7), SamplingParams(max_new_tokens=4, temperature=0.0))
 AGENT = "-m millrace.launch.slurm.agent"  # what the command line of a step's agent has, and that of its srun
 
 
 def config(job: str, **settings: object) -> dict[str, object]:
     return {"kind": "embedded", "launch": "slurm", "cluster": job, "threads": 1, **settings}
-
-
-def engine_hosts(fleet: Fleet) -> list[str]:
-    return sorted(one.engine.url.split("/")[2].rpartition(":")[0] for one in fleet.replicas.by_name.values())
-
-
-def served(model: Path) -> str:
-    """What the command line of an engine with this model has, and that of its guard."""
-    return f"millrace.engines.embedded --model {model}"
 
 
 def variables_of(pid: int) -> dict[str, str]:
@@ -56,22 +43,11 @@ async def eventually(condition: object, what: str, deadline: float = 60.0) -> No
 async def test_replicas_are_spread_serve_and_take_weights(
     slurm: SlurmCluster, tiny_model: Path, tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     with slurm.job(*TWO_NODES) as job:
         async with open_fleet(config(job, replicas=2), tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
             assert engine_hosts(fleet) == [NODES["n1"], NODES["n2"]]
             assert len(slurm.steps(job)) == 2
-            before = await fleet.generate(REQUEST, deadline=60)
-            model = AutoModelForCausalLM.from_pretrained(tiny_model)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-            report = await fleet.publish(lambda: list(model.named_parameters()))
-            after = await fleet.generate(REQUEST, deadline=60)
-            assert len(after.output_ids) == 4
-            assert before.version_spans[-1].version == 0
-            assert after.version_spans[-1].version == report.version
+            await require_takes_weights(fleet, tiny_model)
         assert not slurm.steps(job)
         assert not processes_with(served(tiny_model)), "the engines run on"
 
@@ -229,49 +205,25 @@ async def test_keys_are_in_no_command_line_and_not_in_slurms_records(
                 assert key not in shown
 
 
-OWNER = """
-    import asyncio, signal, sys
-    from millrace import open_fleet
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
-
-    async def main():
-        config = {"kind": "embedded", "launch": "slurm", "cluster": sys.argv[1], "replicas": 2, "threads": 1}
-        async with open_fleet(config, sys.argv[2], log_dir=sys.argv[3]):
-            print("up", flush=True)
-            await asyncio.sleep(600)
-
-    asyncio.run(main())
-"""
-
-
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGINT", pytest.param("SIGKILL of all", marks=pytest.mark.slow)])
 async def test_nothing_is_left_when_the_owner_ends(
     slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, end: str
 ) -> None:
     """`all` are the owner, its driver and every srun: then only the agents notice, by the driver's silence."""
     with slurm.job(*TWO_NODES) as job:
-        command = [sys.executable, "-c", textwrap.dedent(OWNER), job, str(tiny_model), str(tmp_path)]
-        with (tmp_path / "owner").open("wb") as errors:
-            owner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)  # noqa: ASYNC220 # it returns at once
-        try:
-            assert owner.stdout is not None
-            assert await asyncio.to_thread(owner.stdout.readline) == "up\n", (tmp_path / "owner").read_text()
+        async with owner("slurm", job, tiny_model, tmp_path) as process:
             assert len(slurm.steps(job)) == 2
             assert len(processes_with(served(tiny_model), without="guard.py")) == 2
             if end == "SIGKILL of all":
                 for name in ("millrace.launch.slurm.driver", f"srun --jobid={job} "):
                     for pid in processes_with(name):
                         os.kill(pid, signal.SIGKILL)
-            owner.send_signal(signal.SIGINT if end == "SIGINT" else signal.SIGKILL)
-            await eventually(lambda: owner.poll() is not None, "the owner ends")
+            process.send_signal(signal.SIGINT if end == "SIGINT" else signal.SIGKILL)
+            await eventually(lambda: process.poll() is not None, "the owner ends")
             deadline = SILENT_SECONDS + 30.0
             await eventually(lambda: not slurm.steps(job), "the steps end", deadline)
             for left in (served(tiny_model), AGENT, "millrace.launch.slurm.driver"):
                 await eventually(lambda left=left: not processes_with(left), f"no {left} is left")
-        finally:
-            owner.kill()
-            owner.communicate()
         async with open_slurm(job) as launcher:  # and Slurm has everything back
             await launcher.release(await launcher.reserve("all", Need(2, 2), 2, deadline=30))
 

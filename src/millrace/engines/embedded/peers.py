@@ -16,7 +16,7 @@ from millrace.engines.embedded.weights import UpdateRefused, WeightStore, byte_v
 from millrace.http.auth import has_key
 
 OFFERED = "/offered_weights"
-TICKET_SECONDS = 600.0  # for which a ticket can be used, once
+TICKET_SECONDS = 600.0  # for which a ticket can be used, once, and for which the tensors are then sent
 CHUNK_BYTES = 4 << 20
 LONGEST_HEADER = 64 << 20  # bytes
 

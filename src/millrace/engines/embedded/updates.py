@@ -16,7 +16,7 @@ from millrace.checksum import checksum
 from millrace.engines.embedded.core import Refused
 from millrace.engines.embedded.faults import HttpFaults
 from millrace.engines.embedded.groups import UpdateGroup
-from millrace.engines.embedded.peers import Tickets, chunks_of, header_of, load_from_peer
+from millrace.engines.embedded.peers import TICKET_SECONDS, Tickets, chunks_of, header_of, load_from_peer
 from millrace.engines.embedded.protocol import (
     CheckBody,
     DiskBody,
@@ -171,12 +171,13 @@ class Updates:
         weights = self._thread.ready.result().weights
         tensors = await self._run_in_loader(lambda: weights.served(names))
         response = web.StreamResponse()
-        await response.prepare(http)
-        await response.write(header_of(tensors))
-        for tensor in tensors.values():
-            for chunk in await self._run_in_loader(partial(chunks_of, tensor)):
-                await response.write(chunk)
-        await response.write_eof()
+        async with asyncio.timeout(TICKET_SECONDS):  # for a receiver that has stopped reading
+            await response.prepare(http)
+            await response.write(header_of(tensors))
+            for tensor in tensors.values():
+                for chunk in await self._run_in_loader(partial(chunks_of, tensor)):
+                    await response.write(chunk)
+            await response.write_eof()
         return response
 
     async def _end(self, http: web.Request) -> web.Response:

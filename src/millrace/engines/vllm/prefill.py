@@ -146,9 +146,13 @@ class Decode(VLLMEngine):
         return await completed(*(one.count_expired() for one in self.prefills))
 
     async def _pause_server(self, mode: PauseMode) -> None:
-        """Pause the server, after its requests have ended. They continue afterwards, as after an update, unless they
-        were aborted: a prefill server keeps their KV cache for seconds only. A server that is not paused yet tells it
-        at once which KV cache is no longer needed; it would keep it until it expires, and not pause before."""
+        """End the server's requests, and pause it. Unless the mode is ABORT, the requests begin again afterwards,
+        because a prefill server keeps their KV cache for seconds only.
+
+        The requests end before the pause. A server that is not paused tells the prefill server at once which KV cache
+        it no longer needs. Otherwise the prefill server would keep this KV cache, and would not pause before it
+        expires.
+        """
         if mode is not PauseMode.ABORT:
             self._calls.interrupt()
         await self._abort_until_ended(self._calls.sent, self._abort)

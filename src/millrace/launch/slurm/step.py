@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from millrace.errors import LaunchError
 from millrace.launch.base import Need
-from millrace.launch.calls import MOST_BYTES, Caller
+from millrace.launch.calls import MOST_BYTES, Caller, ends_within
 from millrace.launch.process import END_DEADLINE
 from millrace.launch.slurm.agent import BEAT_SECONDS
 from millrace.launch.slurm.job import Job, JobNode, slurm
@@ -103,19 +103,14 @@ class Step:
 
     async def close(self) -> None:
         """End the step. Raises LaunchError if it does not end in time."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
         try:
-            async with asyncio.timeout(END_SECONDS):
-                await self._process.wait()
-        except TimeoutError:
+            if await ends_within(self._process, END_SECONDS):
+                return
             with suppress(LaunchError):  # what matters is that it did not end
                 await slurm("scancel", self.id)
             self._process.kill()
             await self._process.wait()
-            raise LaunchError(
-                f"{self.name}: its step on {self.node.name} did not end within {END_SECONDS:.0f} s"
-            ) from None
+            raise LaunchError(f"{self.name}: its step on {self.node.name} did not end within {END_SECONDS:.0f} s")
         finally:
             self._tasks[2].cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,8 +1,8 @@
 """The order in which hosts read a bucket: from the trainer, and from each other.
 
-Whoever has the bucket serves one reader at a time, and a reader serves others when it has the bucket. So the number of
-copies doubles in the time of one copy (a binomial tree): N hosts take about log2(N + 1) times as long as one, and not N
-times, if the network of the trainer's host is the limit.
+Each host that has the bucket sends it to one other host at a time. So the number of copies doubles in the time of one
+copy (a binomial tree). If the network of the trainer's host is the limit, N hosts take about log2(N + 1) times as long
+as one host, and not N times.
 """
 
 import asyncio

@@ -1,0 +1,69 @@
+"""What the tests of all launchers for clusters do with a fleet."""
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from millrace import Fleet
+from millrace.types import GenerateRequest, SamplingParams
+
+REQUEST = GenerateRequest((5, 6, 7), SamplingParams(max_new_tokens=4, temperature=0.0))
+OWNER = """
+    import asyncio, signal, sys
+    from millrace import open_fleet
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
+
+    async def main():
+        config = {"kind": "embedded", "launch": sys.argv[1], "cluster": sys.argv[2], "replicas": 2, "threads": 1}
+        async with open_fleet(config, sys.argv[3], log_dir=sys.argv[4]):
+            print("up", flush=True)
+            await asyncio.sleep(600)
+
+    asyncio.run(main())
+"""
+
+
+def engine_hosts(fleet: Fleet) -> list[str]:
+    return sorted(one.engine.url.split("/")[2].rpartition(":")[0] for one in fleet.replicas.by_name.values())
+
+
+def served(model: Path) -> str:
+    """What the command line of an engine with this model has, and that of its guard."""
+    return f"millrace.engines.embedded --model {model}"
+
+
+async def require_takes_weights(fleet: Fleet, model_path: Path) -> None:
+    """Requires that a fleet which has published nothing generates, takes a version, and generates by it."""
+    before = await fleet.generate(REQUEST, deadline=60)
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    report = await fleet.publish(lambda: list(model.named_parameters()))
+    after = await fleet.generate(REQUEST, deadline=60)
+    assert len(after.output_ids) == 4
+    assert before.version_spans[-1].version == 0
+    assert after.version_spans[-1].version == report.version
+
+
+@asynccontextmanager
+async def owner(launch: str, cluster: str, model: Path, logs: Path) -> AsyncIterator["subprocess.Popen[str]"]:
+    """A process that has opened a fleet of two engines. It is killed when the block ends."""
+    command = [sys.executable, "-c", textwrap.dedent(OWNER), launch, cluster, str(model), str(logs)]
+    with (logs / "owner").open("wb") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)  # noqa: ASYNC220 # it returns at once
+    try:
+        assert process.stdout is not None
+        assert await asyncio.to_thread(process.stdout.readline) == "up\n", (logs / "owner").read_text()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
