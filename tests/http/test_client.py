@@ -1,6 +1,7 @@
 """The HTTP client against a real server that misbehaves on request."""
 
 import asyncio
+import gc
 import os
 import resource
 import time
@@ -239,3 +240,19 @@ async def test_an_event_may_be_of_any_length(client: HttpClient) -> None:
     async with asyncio.timeout(30):
         lengths = [len(event["text"]) async for event in client.events("/long-events", {}, deadline=30)]
     assert tuple(lengths) == LENGTHS
+
+
+async def test_a_close_that_was_cancelled_is_finished_by_the_next(server: tuple[Server, str]) -> None:
+    """Otherwise a session is garbage with open connections, and aiohttp warns of it, which is an error here."""
+    for wait in (0, 1, 2, 3):
+        one = HttpClient("stub", server[1])
+        await one.control("POST", "/echo", {}, deadline=5)
+        await one.generate("/echo", {}, deadline=5)
+        closing = asyncio.create_task(one.close())
+        for _ in range(wait):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        await one.close()
+        del one, closing
+        gc.collect()

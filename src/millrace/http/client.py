@@ -125,10 +125,9 @@ class HttpClient:
         """Close the connections. Later calls raise LocalError."""
         self._closed = True
         self._line.close()
-        sessions = list(self._sessions.values())
-        self._sessions.clear()
-        for session in sessions:
+        for channel, session in list(self._sessions.items()):
             await session.close()
+            self._sessions.pop(channel, None)  # only now: if this is cancelled, the next close closes the rest
 
     async def _call(
         self,

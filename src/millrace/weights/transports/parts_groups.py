@@ -111,12 +111,13 @@ class PartsGroups:
         return [next(one for one in self._groups if one.engine is engine) for engine in engines]
 
     async def close(self) -> None:
-        left, self._groups = self._groups, []
-        await self._leave(left)
+        await self._leave(self._groups)
+        self._groups = []
 
     async def _leave(self, groups: Sequence[PartsGroup]) -> None:
         for one in groups:
             one.close()
+        for one in groups:
             with suppress(EngineError, TimeoutError):  # an engine that can't leave a group has lost it already
                 async with asyncio.timeout(LEAVE_DEADLINE):
                     await one.engine.leave_group(one.name)
