@@ -100,21 +100,30 @@ def train(
         from millrace.train.display import Display
         from millrace.train.experiment import how_to_go_on
         from millrace.train.experiment import train as run_training
+        from millrace.train.stopping import Stop
         from millrace.train.summary import print_summary
         from millrace.train.world import end_rank
     transformers_logging.disable_progress_bar()
     console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun, only rank 0 prints
+    summary, stop = None, Stop()
     with (
         interruptible(lambda: f"the run's processes have been ended; {how_to_go_on(settings)}"),
         Display(console).show() as display,
     ):
-        summary = asyncio.run(
-            run_training(
-                settings, resume=resume, display=display, reload=lambda: load_settings(config, overrides or ())
-            )
+        running = run_training(
+            settings, resume=resume, display=display, reload=lambda: load_settings(config, overrides or ()), stop=stop
         )
+        try:
+            summary = asyncio.run(running)
+        except asyncio.CancelledError:  # by a signal
+            if stop.signal is None:
+                raise
     if summary is not None:
         print_summary(summary, console)
+    if stop.signal is not None:
+        print(f"ended by {stop.signal.name}: {how_to_go_on(settings)}", file=sys.stderr)
+        end_rank(128 + stop.signal)
+        raise typer.Exit(128 + stop.signal)
     end_rank()
 
 

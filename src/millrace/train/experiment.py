@@ -35,6 +35,7 @@ from millrace.train.ranks import Ranks, TrainerThread, shared
 from millrace.train.record import RunFolder
 from millrace.train.resizing import resizable
 from millrace.train.start import configured_fleet, model_folder
+from millrace.train.stopping import Stop
 from millrace.train.summary import Summary
 from millrace.train.task import Task, load_task, prompt_length, task_chat_format, with_servers
 from millrace.train.threads import trainer_threads
@@ -53,20 +54,27 @@ class Content:
 
 
 async def train(
-    config: RunConfig, *, resume: bool, display: Display, reload: Callable[[], RunConfig] | None = None
+    config: RunConfig,
+    *,
+    resume: bool,
+    display: Display,
+    reload: Callable[[], RunConfig] | None = None,
+    stop: Stop | None = None,
 ) -> Summary | None:
     """Run a whole training run, whose results are in its folder, and return its summary.
 
     Under torchrun every rank calls it, and only rank 0 gets the summary; the others get None. resume: continue from the
     last checkpoint. reload: if given, SIGHUP resizes the fleet to the `engine.replicas` of the settings that it
-    returns; this needs the main thread.
+    returns. stop: if given, SIGTERM and SIGUSR1 end the run with a checkpoint, and `stop.signal` says so. These two
+    need the main thread.
 
     Raises MillraceError if anything fails. All processes that it started have ended when it returns or raises.
     """
     started = time.monotonic()
     last = _last_checkpoint(config)
-    async with with_servers(load_task(config), config) as task:
-        return await _train(config, task, last if resume else None, started, resume, display, reload)
+    with nullcontext() if stop is None else stop.on_signals():
+        async with with_servers(load_task(config), config) as task:
+            return await _train(config, task, last if resume else None, started, resume, display, reload, stop)
 
 
 async def _train(
@@ -77,6 +85,7 @@ async def _train(
     resume: bool,
     display: Display,
     reload: Callable[[], RunConfig] | None,
+    stop: Stop | None,
 ) -> Summary | None:
     if (threads := trainer_threads(config)) is not None:
         torch.set_num_threads(threads)
@@ -104,7 +113,7 @@ async def _train(
                     if task.environment is None and task.agent is None:  # which make the prompts later
                         _require_room(runner, [*content.task.problems, *content.task.held_out], config)
                     ranks = Ranks(world, thread, fleet)
-                    loop = _assemble(config, model_path, ranks, runner, judge, content, folder, display)
+                    loop = _assemble(config, model_path, ranks, runner, judge, content, folder, display, stop or Stop())
                     loop.watch.seconds["set-up"] = time.monotonic() - started
                     async with (
                         resizable(fleet, config, reload)
@@ -260,6 +269,7 @@ def _assemble(
     content: Content,
     folder: RunFolder,
     display: Display,
+    stop: Stop,
 ) -> TrainingLoop:
     trainer = Trainer(load_policy(model_path, config.train, ranks.world), config.train)
     return TrainingLoop(
@@ -273,6 +283,7 @@ def _assemble(
         folder=folder,
         display=display,
         progress=Progress(),
+        stop=stop,
     )
 
 
@@ -283,7 +294,7 @@ async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Conten
         loop.progress.step = loop.trainer.step
         loop.progress.version = int(str(state["version"])) - 1
         loop.progress.position = int(str(state["position"])) // loop.ranks.world.size
-        loop.folder.forget_after(loop.trainer.step)
+        loop.folder.forget_after(loop.trainer.step or -1)  # step 0, the evaluation, is done again
         loop.display.say(f"resumed after step {loop.trainer.step} from {last}")
     elif config.warmup is not None:
         await _warm_up(loop, config.warmup, config, content)

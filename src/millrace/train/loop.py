@@ -6,9 +6,10 @@ generating, as far ahead as `max_staleness` allows.
 
 import logging
 import math
+import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from millrace.config.models import RunConfig
-from millrace.errors import ConfigError, WeightsChanged
+from millrace.errors import ConfigError, MillraceError, WeightsChanged
 from millrace.rollout.buffer import RolloutBatch, RolloutBuffer, StalenessPolicy, has_signal, require_some
 from millrace.rollout.judge import Judge, JudgeCounts, grade_in_turn
 from millrace.rollout.runner import SampleRunner, ToolCounts, greedy
@@ -28,6 +29,7 @@ from millrace.train.batch import sequences_of
 from millrace.train.display import Display
 from millrace.train.ranks import Ranks
 from millrace.train.record import RunFolder, StepMetrics, mean_parts
+from millrace.train.stopping import Stop
 from millrace.train.trainer import StepStats, Trainer
 from millrace.types import MemoryTag
 from millrace.weights.sharded import ShardedTensors
@@ -84,6 +86,7 @@ class TrainingLoop:
         folder: RunFolder,
         display: Display,
         progress: Progress,
+        stop: Stop,
     ) -> None:
         self.config = config
         self.trainer = trainer
@@ -95,17 +98,21 @@ class TrainingLoop:
         self.folder = folder
         self.display = display
         self.progress = progress
+        self.stop = stop
         self.watch = Stopwatch()  # of the whole run, by this process
         self.counts = SampleCounts()
         self._policy = staleness_policy(config, ranks.world.size)
         self._training = False
+        self._saved: int | None = None  # the step of the last checkpoint
         self._warned_of_no_signal = False
 
     async def run(self) -> None:
         """Evaluate if no step has been done, and run the steps up to `train.steps`.
 
-        Raises MillraceError, such as RolloutError if all samples of a step failed.
+        If a rank is asked to stop, all ranks save a checkpoint of the last complete step, and return. Raises
+        MillraceError, such as RolloutError if all samples of a step failed.
         """
+        self.stop.saves = True
         if self.progress.step == 0:
             with self.watch("evaluation"):
                 accuracy = await self.evaluate()
@@ -122,8 +129,19 @@ class TrainingLoop:
                 prefix=self.ranks.prefix,
                 steps=self.config.train.steps - self.progress.step,
             )
-            while self.progress.step < self.config.train.steps:
-                await self._step(buffer)
+            position = buffer.position
+            while self.progress.step < self.config.train.steps and not await self._stopping():
+                if await self._step(buffer):
+                    position = buffer.position
+            if self.progress.step < self.config.train.steps and self._saved != self.progress.step:
+                await self.save(position)
+
+    async def _stopping(self) -> bool:
+        """Return whether a rank was asked to stop. All ranks call it together, and get the same answer."""
+        number = await self.ranks.largest(self.stop.signal or 0)
+        if number:
+            self.stop.ask(signal.Signals(number))
+        return bool(number)
 
     async def update_engines(self) -> None:
         """Publish the trainer's weights to the engines as the next version. Raises PublishError."""
@@ -146,8 +164,8 @@ class TrainingLoop:
         await self.ranks.wake(frozenset({MemoryTag.KV_CACHE}))
         await self.ranks.reached(self.progress.version, deadline=self.config.publish.timeout)
 
-    async def evaluate(self) -> float:
-        """Return the mean reward of greedy samples on the held-out problems.
+    async def evaluate(self) -> float | None:
+        """Return the mean reward of greedy samples on the held-out problems; None if the run is asked to stop.
 
         It is the reward of the functions alone, even if there is a judge. With the rule this is the accuracy, from 0 to
         1. Failed samples count as 0. Raises RolloutError if all samples failed.
@@ -159,25 +177,28 @@ class TrainingLoop:
             version = self.progress.version
             names = f"{self.ranks.prefix}eval-{version}"
             scheduler.start(((f"{names}-{i}", problem) for i, problem in enumerate(self.held_out)), version)
-            groups = [await scheduler.next_group() for _ in self.held_out]
+            groups = await self.stop.unless_asked(_next(scheduler, len(self.held_out)))
+            if await self._stopping() or groups is None:
+                return None
         samples = [sample for group in groups for sample in group.samples]
         require_some(samples, "the evaluation")
         correct, count = await self.ranks.sums(sum(sample.reward for sample in samples), len(samples))
         return correct / count
 
-    async def _step(self, buffer: RolloutBuffer) -> None:
+    async def _step(self, buffer: RolloutBuffer) -> bool:
+        """Run one step. Return False if the run is asked to stop before it has the step's samples."""
         config, watch = self.config, Stopwatch()
         with watch("step"):
             with watch("rollout"):
-                batch = await buffer.take(self.progress.version, self._show_generating)
+                batch = await self.stop.unless_asked(buffer.take(self.progress.version, self._show_generating))
+            if await self._stopping() or batch is None:
+                return False
             lag = [self.progress.version - s.oldest_version for s in batch.samples if s.oldest_version is not None]
             buffer.give_up_old(self.progress.version + 1)  # the version at which the next step begins
-            freed = 0.0
-            if config.mode == "hybrid":
-                awake = self._used_gib()
-                with watch("sleep"):
-                    await self.ranks.sleep(interrupt=config.rollout.recycle)
-                freed = awake - self._used_gib()
+            awake = self._used_gib()
+            if not await self._with_engines(self._sleep(watch)):
+                return False
+            freed = awake - self._used_gib() if config.mode == "hybrid" else 0.0
             if self.judge is not None and self.judge.config.mode == "colocated":
                 with watch("judge"):
                     await self._grade(self.judge, batch)
@@ -186,20 +207,15 @@ class TrainingLoop:
                 self._training = True
                 stats = await self.in_trainer(self._train, batch.groups)
                 self._training = False
-            if config.mode == "hybrid":
-                with watch("sleep"):
-                    await self.ranks.wake(frozenset({MemoryTag.WEIGHTS}))
-            with watch("publish"):
-                await self.update_engines()
-            if config.mode == "hybrid":
-                with watch("sleep"):
-                    await self.wake_cache()
+            stopping, version = await self._stopping(), self.progress.version + 1
+            if stopping or not await self._with_engines(self._publish(watch)):
+                self.progress.version = version  # it is published when the run is resumed
             self.progress.step += 1
             step, last = self.progress.step, self.progress.step == config.train.steps
-            if config.mode == "standalone" and not last:
+            if config.mode == "standalone" and not (last or stopping):
                 buffer.top_up(self.progress.version)
             accuracy = None
-            if last or step % config.evaluation.every == 0:
+            if not stopping and (last or step % config.evaluation.every == 0):
                 with watch("evaluation"):
                     accuracy = await self.evaluate()
         self.folder.add_samples(step, batch.all_samples, self.runner.chat)
@@ -220,6 +236,39 @@ class TrainingLoop:
         if last or step % config.checkpoint.every == 0:
             with self.watch("checkpoint"):
                 await self.save(buffer.position)
+        return True
+
+    async def _sleep(self, watch: Stopwatch) -> None:
+        """Put the engines of a hybrid run to sleep."""
+        if self.config.mode == "hybrid":
+            with watch("sleep"):
+                await self.ranks.sleep(interrupt=self.config.rollout.recycle)
+
+    async def _publish(self, watch: Stopwatch) -> None:
+        """Publish the step's weights, to engines that a hybrid run wakes."""
+        hybrid = self.config.mode == "hybrid"
+        if hybrid:
+            with watch("sleep"):
+                await self.ranks.wake(frozenset({MemoryTag.WEIGHTS}))
+        with watch("publish"):
+            await self.update_engines()
+        if hybrid:
+            with watch("sleep"):
+                await self.wake_cache()
+
+    async def _with_engines(self, work: Coroutine[None, None, None]) -> bool:
+        """Do a part of a step, and return whether it succeeded.
+
+        It may only fail if the single rank is asked to stop: then the signal may have ended the engines, too.
+        """
+        try:
+            await work
+        except MillraceError as error:
+            if self.stop.signal is None or self.ranks.world.size > 1:
+                raise
+            logger.warning("the run ends, and its engines are gone: %s", error)
+            return False
+        return True
 
     async def _grade(self, judge: Judge, batch: RolloutBatch) -> None:
         """Have a colocated judge grade the samples while the engines sleep. Samples without a grade become FAILED."""
@@ -237,6 +286,7 @@ class TrainingLoop:
         [over_all] = await self.ranks.sums(position)
         state = {"version": self.progress.version, "position": int(over_all)}
         await self.in_trainer(checkpoint.save, self.folder.path, self.trainer, state, keep=self.config.checkpoint.keep)
+        self._saved = self.progress.step
 
     def _train(self, groups: Sequence[Group]) -> StepStats:
         normalize = self.config.train.loss.normalize_advantages
@@ -286,6 +336,10 @@ class TrainingLoop:
             self.folder.add_metrics(metrics)
         self.display.step(metrics)
         self.display.progress("steps", self.progress.step, self.config.train.steps)
+
+
+async def _next(scheduler: RolloutScheduler, count: int) -> list[Group]:
+    return [await scheduler.next_group() for _ in range(count)]
 
 
 def _warn_of_unread(grades: JudgeCounts) -> None:

@@ -150,6 +150,13 @@ class Ranks:
         if self.owned is None:
             await self.fleet.reached(version, deadline=deadline)
 
+    async def largest(self, number: int) -> int:
+        """Return the largest number of all ranks."""
+        if self.world.size == 1:
+            return number
+        largest = await self.thread.run(self.world.max, torch.tensor(float(number), device=self.world.device))
+        return int(largest.item())
+
     async def sums(self, *values: float) -> list[float]:
         """Return the sum of each value over all ranks."""
         summed = await self.thread.run(self.world.sum, torch.tensor(values, dtype=torch.float64))

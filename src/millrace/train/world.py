@@ -86,8 +86,8 @@ def join_world(device: str, *, timeout: float = 1800.0) -> Iterator[World]:
     dist.destroy_process_group()  # not after an error: NCCL would wait for a collective that other ranks are in
 
 
-def end_rank() -> None:
-    """End this process at once, with success, if torchrun started it. Call it last.
+def end_rank(status: int = 0) -> None:
+    """End this process at once, with this exit status, if torchrun started it. Call it last.
 
     Gloo's threads may still be releasing the memory of the last collective, and torch 2.13 aborts an interpreter that
     exits meanwhile. torchrun would then report a failure of a rank that has done all its work.
@@ -96,4 +96,4 @@ def end_rank() -> None:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)

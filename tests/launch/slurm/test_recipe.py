@@ -79,6 +79,7 @@ def test_the_recipe_requeues_its_job_before_the_time_limit(slurm: SlurmCluster, 
     job = begun(slurm, recipe)
     slurm.run("scancel", "--signal=USR1", "--batch", job)  # as Slurm does by --signal=B:USR1@120
     requeued(slurm, recipe, job)
+    assert "ended by SIGUSR1: --resume continues" in (recipe / f"gsm8k-{job}.log").read_text()
     resumed(slurm, recipe, job)
 
 
@@ -86,5 +87,6 @@ def test_sigterm_to_the_recipe_ends_its_run_and_engines(slurm: SlurmCluster, rec
     job = begun(slurm, recipe)
     slurm.run("scancel", "--signal=TERM", "--batch", job)
     until(lambda: not slurm.state(job), "the job ends")
+    assert "ended by SIGUSR1: --resume continues" in (recipe / f"gsm8k-{job}.log").read_text()
     assert "ExitCode=0:0" not in slurm.run("scontrol", "show", "job", job).split()
     assert not processes_with(str(recipe))
