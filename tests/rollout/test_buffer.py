@@ -15,7 +15,7 @@ from millrace.errors import RolloutError
 from millrace.rollout.buffer import RolloutBatch, RolloutBuffer, StalenessPolicy, has_signal
 from millrace.rollout.sample import Episode, EpisodeEnd, Problem, Sample, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler
-from millrace.rollout.staleness import staleness
+from millrace.rollout.staleness import leaves_room, staleness
 from millrace.types import VersionSpan
 
 PROBLEMS = [Problem.of_question(str(i), f"question {i}", str(i)) for i in range(7)]
@@ -70,7 +70,7 @@ def test_no_group_is_started_that_no_step_takes(policy: StalenessPolicy, seed: i
                 one = await buffer.take(version, lambda _: None)
                 buffer.give_up_old(version + 1)
                 assert len(one.groups) == policy.groups_per_step
-            assert scheduler.in_flight <= policy.extra
+            assert buffer.in_flight <= policy.extra
 
     asyncio.run(steps())
 
@@ -94,15 +94,52 @@ def test_every_step_is_full_fresh_and_new(policy: StalenessPolicy, seed: int, po
                 assert not any(map(has_signal, finished))
                 assert {sample.status for sample in one.samples} == {SampleStatus.FINISHED}
                 ahead = (policy.ahead + 1) * policy.groups_per_step + policy.extra - len(one.groups)
-                assert 0 <= scheduler.in_flight <= ahead
+                assert 0 <= buffer.in_flight <= ahead
                 # The ended samples and the running ones are all that were asked for.
-                assert ids(taken).total() == scheduler.counts.asked - scheduler.in_flight * policy.samples_per_group
+                assert ids(taken).total() == scheduler.counts.asked - buffer.in_flight * policy.samples_per_group
                 done = ids(taken).total() // policy.samples_per_group
                 assert buffer.position == position + done
         assert set(ids(taken).values()) == {1}
         assert set(runner.asked.values()) == {1}
 
     asyncio.run(steps())
+
+
+@given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 99))
+@settings(deadline=None)
+def test_no_group_is_given_up_because_it_is_slow(groups: int, ahead: int, seed: int) -> None:
+    async def steps() -> None:
+        policy = StalenessPolicy(groups, 2, max_staleness=ahead, ahead=ahead)
+        runner = Drawn(seed, failing=0.0)
+        async with RolloutScheduler(runner, 2) as scheduler:
+            buffer = RolloutBuffer(scheduler, PROBLEMS, policy, seed=0, position=0, version=0)
+            for version in range(8):
+                runner.version = version
+                one = await buffer.take(version, lambda _: None)
+                buffer.give_up_old(version + 1)
+                assert not one.discarded
+                assert max(staleness(group, version) for group in one.groups) <= ahead
+
+    asyncio.run(steps())
+
+
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(0, 5), st.integers(1, 3), st.integers(1, 3))
+def test_a_group_is_taken_only_if_the_others_can_be_taken_in_time(
+    others: list[int], last: int, slots: int, groups: int
+) -> None:
+    """The rule is the same as trying to take all others, those with the least time first."""
+    slots = min(slots, groups)
+    sooner = sorted(other for other in others if other < last)
+    room = [slots - 1, *[groups] * 5]
+    for other in sooner:
+        step = next((step for step, left in enumerate(room[: other + 1]) if left), None)
+        if step is None:
+            break
+        room[step] -= 1
+    else:
+        assert leaves_room(last, others, 0, slots=slots, groups_per_step=groups)
+        return
+    assert not leaves_room(last, others, 0, slots=slots, groups_per_step=groups)
 
 
 async def test_the_rest_of_a_step_is_given_up_unless_it_may_be_staler() -> None:

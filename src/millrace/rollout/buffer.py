@@ -7,7 +7,7 @@ from millrace.errors import RolloutError
 from millrace.rollout.data import problems_at
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler
-from millrace.rollout.staleness import admissible_groups, staleness
+from millrace.rollout.staleness import admissible_groups, leaves_room, staleness
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +81,23 @@ class RolloutBuffer:
         self._first_version = version
         self._steps = steps
         self._started = 0  # groups, without those that were replaced by others
+        self._begun: dict[str, int] = {}  # the trainer's version at the start of each group that was not taken yet
+        self._held: list[Group] = []  # complete groups that wait for older ones
 
     @property
     def position(self) -> int:
         """The position from which a resumed run continues. It starts the groups in flight again."""
-        return self._position - self._scheduler.in_flight
+        return self._position - self.in_flight
+
+    @property
+    def in_flight(self) -> int:
+        """The number of groups that were started and not taken yet."""
+        return self._scheduler.in_flight + len(self._held)
 
     async def take(self, version: int, on_progress: Callable[[int], None]) -> RolloutBatch:
         """Wait for the groups of the step that starts at `version`, and return them.
+
+        They are the first complete ones, as long as the others can still be taken before they are too old.
 
         on_progress: called with the number of complete groups whenever it may have changed. Raises RolloutError if as
         many samples as a step takes have ended and all of them failed, and whatever `next_group` raises.
@@ -97,7 +106,12 @@ class RolloutBuffer:
         while len(batch.groups) < policy.groups_per_step:
             self.top_up(version)
             on_progress(len(batch.groups))
-            group = await self._scheduler.next_group()
+            slots = policy.groups_per_step - len(batch.groups)
+            group = self._next_held(version, slots) or await self._scheduler.next_group()
+            if not self._may_take(group, version, slots):
+                self._held.append(group)
+                continue
+            del self._begun[group.group_id]
             finished = tuple(s for s in group.samples if s.status is SampleStatus.FINISHED)
             if not finished or staleness(group, version) > policy.max_staleness:
                 batch.discarded += group.samples
@@ -121,14 +135,34 @@ class RolloutBuffer:
         if count <= 0:
             return
         problems = problems_at(self._problems, self._seed, self._position, count)
-        named = ((f"{self._prefix}{self._position + i}", problem) for i, problem in enumerate(problems))
-        self._scheduler.start(named, version)
+        named = {f"{self._prefix}{self._position + i}": problem for i, problem in enumerate(problems)}
+        self._scheduler.start(named.items(), version)
+        self._begun.update(dict.fromkeys(named, version))
         self._position += count
         self._started += count
 
     def give_up_old(self, version: int) -> None:
         """Cancel the groups that are too old for a trainer at `version`."""
         self._scheduler.cancel_older_than(version - self._policy.max_staleness)
+
+    def _next_held(self, version: int, slots: int) -> Group | None:
+        """Return the oldest held group, which is held no longer; None if it may not be taken, and so none may."""
+        oldest = min(self._held, key=lambda group: self._begun[group.group_id], default=None)
+        if oldest is None or not self._may_take(oldest, version, slots):
+            return None
+        self._held.remove(oldest)
+        return oldest
+
+    def _may_take(self, group: Group, version: int, slots: int) -> bool:
+        """Return whether a step that starts at `version`, and still takes `slots` groups, may take this one."""
+        policy = self._policy
+        if not policy.ahead:  # the rest of a step is given up on purpose
+            return True
+        last = {name: begun + policy.max_staleness for name, begun in self._begun.items()}
+        own = last.pop(group.group_id)
+        return leaves_room(
+            own, last.values(), version, slots=slots, groups_per_step=policy.groups_per_step, spare=policy.extra
+        )
 
 
 def has_signal(samples: Sequence[Sample]) -> bool:
