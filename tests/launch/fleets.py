@@ -8,10 +8,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from millrace import Fleet
+from millrace.launch.base import Need
+from millrace.launch.driven import DrivenLauncher
 from millrace.types import GenerateRequest, SamplingParams
 
 REQUEST = GenerateRequest((5, 6, 7), SamplingParams(max_new_tokens=4, temperature=0.0))
@@ -52,6 +55,25 @@ async def require_takes_weights(fleet: Fleet, model_path: Path) -> None:
     assert len(after.output_ids) == 4
     assert before.version_spans[-1].version == 0
     assert after.version_spans[-1].version == report.version
+
+
+async def require_gives_back_what_comes_too_late(launcher: DrivenLauncher) -> None:
+    """Requires that a place is free again which came when nobody waited for it any more.
+
+    The cluster has two GPUs on each of its two hosts.
+    """
+    taken = [await launcher.reserve(name, Need(2, 1), 1, deadline=60) for name in ("first", "second")]
+    waiting = asyncio.create_task(launcher.reserve("waiting", Need(2, 1), 1, deadline=60))
+    with pytest.raises(TimeoutError):  # there is no room
+        await asyncio.wait_for(asyncio.shield(waiting), 1.0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    for places in taken:
+        await launcher.release(places)
+    async with asyncio.timeout(60):
+        await asyncio.gather(*launcher.unwanted)  # the cluster has given the place, and got it back
+    for name in ("third", "fourth"):
+        await launcher.reserve(name, Need(2, 1), 1, deadline=10)
 
 
 @asynccontextmanager

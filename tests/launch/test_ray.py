@@ -19,7 +19,14 @@ from millrace.errors import ConfigError, LaunchError, NoEngineError
 from millrace.launch.base import Need
 from millrace.launch.driven import DrivenLauncher
 from millrace.launch.ray_cluster.launcher import open_ray
-from tests.launch.fleets import REQUEST, engine_hosts, owner, require_takes_weights, served
+from tests.launch.fleets import (
+    REQUEST,
+    engine_hosts,
+    owner,
+    require_gives_back_what_comes_too_late,
+    require_takes_weights,
+    served,
+)
 from tests.launch.processes import alive, processes_with
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -123,6 +130,11 @@ async def test_ray_assigns_the_gpus_and_packs_the_nodes_of_an_engine(cluster: Ra
         await launcher.release(places)  # as when an engine is ended twice
         again = await launcher.reserve("again", Need(2, 1), 1, deadline=30)
         assert again[0].host == places[0].host
+
+
+async def test_a_place_that_comes_too_late_is_given_back(cluster: RayCluster) -> None:
+    async with joined(cluster) as launcher:
+        await require_gives_back_what_comes_too_late(launcher)
 
 
 async def test_a_lack_of_resources_says_what_was_asked_and_what_there_is(

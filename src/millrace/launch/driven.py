@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,7 +55,10 @@ async def open_driver(module: str, arguments: Sequence[str], not_joined: str) ->
 
 
 class DrivenLauncher:
-    """Places on a cluster. Open it with `open_driver`."""
+    """Places on a cluster. Open it with `open_driver`.
+
+    unwanted: the tasks that give back places which come too late.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process, errors: BinaryIO) -> None:
         assert process.stdin is not None
@@ -64,6 +67,7 @@ class DrivenLauncher:
         self._servers: dict[tuple[int, int], DrivenServer] = {}
         self._joined = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
+        self.unwanted: set[asyncio.Task[None]] = set()
 
     async def join(self, not_joined: str) -> None:
         """Wait until the driver has joined the cluster. Raises LaunchError."""
@@ -79,7 +83,16 @@ class DrivenLauncher:
     async def reserve(self, name: str, need: Need, nodes: int, *, deadline: float) -> Sequence["DrivenPlace"]:
         """Get a place for each node. See `Launcher.reserve`."""
         asked = {"gpus": need.gpus, "cpus": need.cpus, "nodes": nodes, "need": str(need)}
-        placed = await self.call("reserve", deadline + CALL_DEADLINE, name=name, **asked, deadline=deadline)
+        reserving = asyncio.create_task(
+            self.call("reserve", deadline + CALL_DEADLINE, name=name, **asked, deadline=deadline)
+        )
+        try:
+            placed = await asyncio.shield(reserving)
+        except asyncio.CancelledError:
+            late = asyncio.create_task(self._give_back(reserving))
+            self.unwanted.add(late)
+            late.add_done_callback(self.unwanted.discard)
+            raise
         hosts = [one["host"] for one in placed["places"]]
         if all(is_here(f"http://{joined(host, 80)}") for host in hosts):
             hosts = ["127.0.0.1"] * nodes  # so that no other host reaches the servers
@@ -101,6 +114,11 @@ class DrivenLauncher:
             if (server := self._servers.pop((place.group, place.index), None)) is not None:
                 server.stands(False, f"{server.name} was ended", server.log_tail())
 
+    async def _give_back(self, reserving: "asyncio.Task[Any]") -> None:
+        """Release what a reservation gets that nobody waits for any more."""
+        with suppress(LaunchError):  # it got nothing, or the cluster is gone
+            await self.call("release", CALL_DEADLINE, group=(await reserving)["group"])
+
     async def call(self, call: str, within: float, **arguments: object) -> Any:
         """Return the driver's answer to a call. Raises LaunchError."""
         return await self._driver.call(call, within, **arguments)
@@ -116,7 +134,8 @@ class DrivenLauncher:
             self._process.kill()
             await self._process.wait()
         if self._reader is not None:
-            await self._reader
+            await self._reader  # which fails all calls
+        await asyncio.gather(*self.unwanted)
 
     async def _read(self) -> None:
         assert self._process.stdout is not None

@@ -19,7 +19,14 @@ from millrace.launch.base import Need
 from millrace.launch.slurm.agent import SILENT_SECONDS
 from millrace.launch.slurm.job import read_job
 from millrace.launch.slurm.launcher import open_slurm
-from tests.launch.fleets import REQUEST, engine_hosts, owner, require_takes_weights, served
+from tests.launch.fleets import (
+    REQUEST,
+    engine_hosts,
+    owner,
+    require_gives_back_what_comes_too_late,
+    require_takes_weights,
+    served,
+)
 from tests.launch.processes import alive, processes_with
 from tests.launch.slurm.cluster import NODES, ONE_NODE, TWO_NODES, SlurmCluster, until, why_no_slurm
 
@@ -124,6 +131,12 @@ async def test_slurm_assigns_the_gpus_and_packs_the_nodes_of_an_engine(slurm: Sl
             await launcher.release(places)  # as when an engine is ended twice
             again = await launcher.reserve("again", Need(2, 1), 1, deadline=30)
             assert again[0].host == places[0].host
+
+
+async def test_a_place_that_comes_too_late_is_given_back(slurm: SlurmCluster) -> None:
+    with slurm.job(*TWO_NODES) as job:
+        async with open_slurm(job) as launcher:
+            await require_gives_back_what_comes_too_late(launcher)
 
 
 async def test_a_lack_of_room_says_what_was_asked_and_what_the_job_has(
