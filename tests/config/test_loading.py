@@ -86,6 +86,7 @@ def test_all_mistakes_are_reported_at_once(path: Path) -> None:
         ("train.learning=1", "override 'train.learning=1': unknown setting train.learning"),
         ("train.step=2", r"override 'train.step=2': unknown setting train.step; did you mean 'steps'\?"),
         ("engine.KIND=sglang", r"unknown setting engine.KIND; did you mean 'kind'\?"),
+        ("engine.launch=pinned", r"engine.launch: it must be local, ray or slurm, or module:attribute .*'pinned'"),
         ("train.lr=fast", "override 'train.lr=fast': train.lr: .*number"),
         ("train.lr", "not of the form section.key=value"),
         ("name.x=1", "needs a section at name, which is a single value"),

@@ -65,7 +65,8 @@ async def test_the_fleet_follows_the_file(tiny_model: Path, tmp_path: Path, capl
 
         now = settings(1)
         os.kill(os.getpid(), signal.SIGHUP)
-        await until(lambda: [state.name for state in fleet.snapshot.replicas] == ["embedded-0"])
+        await until(lambda: "SIGHUP: the settings were read again, and engine.replicas is 1" in caplog.text)
+        assert [state.name for state in fleet.snapshot.replicas] == ["embedded-0"]
         assert len((await fleet.generate(greedy("after"), deadline=20)).output_ids) == 12
 
         now = settings(ReplicaRange(min=2, max=3))

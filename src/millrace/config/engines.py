@@ -1,9 +1,19 @@
 """The settings of the engines, as pydantic models (`engine` and `judges.engine` of a run)."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from millrace.config.base import Flag, ForeignArgument, Model
 from millrace.config.paths import LocalPath
@@ -34,6 +44,13 @@ class ReplicaRange(Model):
         if self.min > self.max:
             raise ValueError(f"min is {self.min} and max is {self.max}; set max to {self.min} or more")
         return self
+
+
+def _launcher(name: str) -> str:
+    """Return the name of a launcher, if it is a known one, or may be an import path."""
+    if name not in ("local", "ray", "slurm") and re.fullmatch(r"[\w.]+:\w+", name) is None:
+        raise ValueError("it must be local, ray or slurm, or module:attribute for a launcher of your own")
+    return name
 
 
 # A part of an error's location in angle brackets is no setting (config/explain.py).
@@ -68,7 +85,7 @@ class ReplicatedConfig(Model):
     urls: tuple[str, ...] | None = None
     """Running servers to attach to, one for each replica. Their keys come from MILLRACE_ENGINE_API_KEY and
     MILLRACE_ENGINE_ADMIN_API_KEY."""
-    launch: Annotated[str, Field(pattern=r"^(local|ray|slurm|[\w.]+:\w+)$")] = "local"
+    launch: Annotated[str, AfterValidator(_launcher)] = "local"
     """What starts the servers (docs/clusters.md): `local` starts them on this host, `ray` on a Ray cluster, and
     `slurm` as steps of a Slurm job. `module:attribute` is a launcher of your own."""
     cluster: Annotated[str, Field(coerce_numbers_to_str=True)] | None = None

@@ -42,6 +42,8 @@ async def _follow(fleet: Fleet, config: RunConfig, reload: Callable[[], RunConfi
             fleet.autoscale(reloaded.engine.scale)
             if isinstance(replicas := reloaded.engine.replicas, int):
                 await bring_to(fleet, replicas)
+            now = f"{replicas}" if isinstance(replicas, int) else f"from {replicas.min} to {replicas.max}"
+            logger.warning("SIGHUP: the settings were read again, and engine.replicas is %s", now)
         except MillraceError as error:
             logger.error("the new settings were not applied, and the run continues unchanged: %s", error)
 
