@@ -119,10 +119,10 @@ async def test_released_memory_is_really_free_and_nothing_generates_meanwhile(
     api: Api, session_server: Server, base: Any
 ) -> None:
     kv_bytes = (16 + 8) * CONTEXT * 2 * 16 * 4 * 2 * 2  # slots, tokens, heads, width, float32, keys and values, layers
-    before = session_server.resident_bytes()
+    before = session_server.mapped_bytes()
     await api.post("/release_memory_occupation", {"tags": ["kv_cache"]})
     await api.post("/release_memory_occupation", {"tags": ["kv_cache"]})  # idempotent
-    assert session_server.resident_bytes() < before - kv_bytes // 2
+    assert session_server.mapped_bytes() < before - kv_bytes // 2
     assert (await api.get("/server_info"))["asleep"] == ["kv_cache"]
     held = asyncio.create_task(api.generate(PROMPT, max_new_tokens=10, temperature=0))
     done, _ = await asyncio.wait([held], timeout=0.2)

@@ -7,6 +7,8 @@ Each slot has an epoch, which says which weights computed it. Every change of th
 is reused in its own epoch only. A slot that two epochs computed is MIXED and never reused.
 """
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,7 +156,7 @@ class SlotCache:
         self._homes = [(unlike.index(kind), members[unlike.index(kind)].index(i)) for i, kind in enumerate(kinds)]
         context = self.context_length | 1  # odd, so that slots do not all map to the same few sets of the CPU cache
         self._buffers = [
-            torch.zeros((len(rows), len(self.lengths), heads, context, dim), dtype=self._dtype, device=self._device)
+            _zeros((len(rows), len(self.lengths), heads, context, dim), self._dtype, self._device)
             for rows, (heads, dim) in zip(members, unlike, strict=True)
         ]
         tensors = [self._buffers[buffer][row] for buffer, row in self._homes]
@@ -269,3 +271,11 @@ class SlotCache:
     def _touch(self, slot: int) -> None:
         self._clock += 1
         self._used[slot] = self._clock
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros. On the CPU, the kernel makes each page when it is first written, so that waking takes no time."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # the tensor keeps it
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
