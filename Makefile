@@ -7,6 +7,7 @@ VERIFIERS_VENV := .venv-verifiers
 OPENENV_VENV := .venv-openenv
 SDKS_VENV := .venv-sdks
 HARBOR_VENV := .venv-harbor
+RELEASE_VENV := .venv-release
 HARBOR_BASE ?= python3.12
 SLURM := slurmctld slurmd slurm-client munge
 AGENTS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/millrace/agents-$(shell cat tests/gateway/agents/package.json \
@@ -22,7 +23,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 CONSTRAINTS ?= constraints/cpu.txt
 
 .PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments test-environments-short test-sdks \
-	test-sdks-short test-agents test-harbor test-ray test-slurm lint types unit clean
+	test-sdks-short test-agents test-harbor test-ray test-slurm release release-short lint types unit clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
@@ -87,6 +88,14 @@ test-slurm: $(VENV)/dev.stamp
 	done
 	PATH="$$PATH:/usr/sbin" MILLRACE_SLURM=1 $(BIN)/pytest -n0 -m "slow or not slow" tests/launch/slurm
 
+# The files of a release in dist/, tried out on every Python from 3.11 to 3.14 that is here.
+release: $(RELEASE_VENV)/release.stamp
+	$(RELEASE_VENV)/bin/python tools/release.py dist
+
+# On one Python.
+release-short: $(RELEASE_VENV)/release.stamp
+	$(RELEASE_VENV)/bin/python tools/release.py dist --short
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -98,7 +107,7 @@ unit: $(VENV)/dev.stamp
 	$(BIN)/pytest
 
 clean:
-	rm -rf $(VENV) $(VERL_VENV) $(VERIFIERS_VENV) $(OPENENV_VENV) $(SDKS_VENV) $(HARBOR_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VERL_VENV) $(VERIFIERS_VENV) $(OPENENV_VENV) $(SDKS_VENV) $(HARBOR_VENV) $(RELEASE_VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -156,6 +165,13 @@ $(SDKS_VENV)/short.stamp: constraints/sdks.txt
 $(SDKS_VENV)/sdks.stamp: $(SDKS_VENV)/short.stamp
 	@echo "installing more clients of agents into $(SDKS_VENV): two minutes or so"
 	$(SDKS_PIP) langgraph langchain-openai langchain-anthropic litellm smolagents
+	@touch $@
+
+$(RELEASE_VENV)/release.stamp: constraints/release.txt
+	@echo "installing build and twine into $(RELEASE_VENV)"
+	$(PYTHON) -m venv $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/release.txt \
+		build twine cyclonedx-bom
 	@touch $@
 
 $(HARBOR_VENV)/harbor.stamp: constraints/harbor.txt

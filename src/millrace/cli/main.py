@@ -14,6 +14,7 @@ from rich.console import Console
 from millrace import __version__
 from millrace.cli.doctor import doctor
 from millrace.cli.engines import engines_app
+from millrace.cli.examples import examples
 from millrace.cli.paths import path
 from millrace.cli.serve import serve
 from millrace.cli.settings import load_settings
@@ -28,7 +29,6 @@ from millrace.imports import missing_extra, passive_threads, without_collecting
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},  # for all commands
 )
@@ -36,6 +36,7 @@ app.add_typer(engines_app, name="engines")
 app.command()(serve)
 app.command()(sidecar)
 app.command()(doctor)
+app.command()(examples)
 app.command()(status)
 
 
