@@ -42,7 +42,11 @@ def require_resumable(folder: Path, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "mode"), [(signal.SIGTERM, "hybrid"), (signal.SIGUSR1, "standalone")], ids=["SIGTERM", "SIGUSR1"]
+    ("number", "mode"),
+    [
+        pytest.param(signal.SIGTERM, "hybrid", id="SIGTERM"),
+        pytest.param(signal.SIGUSR1, "standalone", id="SIGUSR1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_a_run_with_a_checkpoint(folder: Path, number: signal.Signals, mode: str) -> None:
     process = begun(folder, 2, f"mode={mode}")
@@ -59,9 +63,8 @@ def test_a_signal_ends_a_run_with_a_checkpoint(folder: Path, number: signal.Sign
 @pytest.mark.parametrize(
     ("mode", "delay"),
     [
-        ("hybrid", 0.1),
         ("standalone", 0.0),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(MODES, (0.05, 0.15, 0.2, 0.3))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(MODES, (0.05, 0.1, 0.2, 0.3))),
     ],
 )
 def test_the_checkpoint_is_written_although_the_engines_got_the_signal_too(

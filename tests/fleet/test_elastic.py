@@ -180,6 +180,7 @@ async def test_the_only_engine_keeps_its_requests_until_its_replacement_serves(
         assert not any(fleet.event_log.metrics.retries.values())
 
 
+@pytest.mark.slow
 async def test_all_engines_die_at_once_and_no_sample_is_lost_or_doubled(
     tiny_model: Path, tmp_path: Path, model: PreTrainedModel
 ) -> None:
@@ -198,6 +199,7 @@ async def test_all_engines_die_at_once_and_no_sample_is_lost_or_doubled(
         assert [state.version for state in fleet.snapshot.replicas] == [1, 1]
 
 
+@pytest.mark.slow
 async def test_an_engine_that_comes_back_after_a_publish_never_serves_its_old_weights(
     tiny_model: Path, tmp_path: Path, model: PreTrainedModel
 ) -> None:
@@ -246,6 +248,7 @@ async def test_a_joiner_gets_the_weights_of_another_engine_which_serves_meanwhil
         assert len((await running).output_ids) == 200
 
 
+@pytest.mark.slow
 async def test_a_joiner_takes_no_weights_that_differ_from_those_that_were_published(
     tiny_model: Path, tmp_path: Path, model: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -280,6 +283,7 @@ async def test_a_ticket_is_good_for_one_reading(tiny_model: Path, tmp_path: Path
         await taker.rollback()
 
 
+@pytest.mark.slow
 async def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
     docs = (Path(__file__).parents[2] / "docs/clusters.md").read_text()
     code = docs.partition("```python\n# elastic.py")[2].partition("```")[0]

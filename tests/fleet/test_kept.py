@@ -87,6 +87,7 @@ async def test_an_engine_ends_if_no_owner_comes_back(tiny_model: Path, tmp_path:
         assert recorded(folder)["pid"] != engine["pid"]
 
 
+@pytest.mark.slow
 async def test_a_changed_setting_and_an_engine_too_many_end_what_is_there(tiny_model: Path, tmp_path: Path) -> None:
     folder, port = tmp_path / "kept", free_port("127.0.0.1")
     async with owning(tiny_model, port, {**CONFIG, "replicas": 2}, keep_running=str(folder)) as owner:

@@ -389,6 +389,7 @@ def test_the_example(tmp_path: Path) -> None:
     assert re.fullmatch(r"reward: 0\.\d+ in the first step, 0\.\d+ in the last", done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_two_ranks(tiny_model: Path, tmp_path: Path) -> None:
     run_two_ranks("integrations/trl_ranks.py", str(tiny_model), str(tmp_path))
 

@@ -64,7 +64,12 @@ async def test_text_game(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("openai_agent", "openai"), ("anthropic_agent", "anthropic"), ("agents_sdk", "agents")]
+    ("name", "package"),
+    [
+        ("openai_agent", "openai"),
+        pytest.param("anthropic_agent", "anthropic", marks=pytest.mark.slow),
+        pytest.param("agents_sdk", "agents", marks=pytest.mark.slow),
+    ],
 )
 async def test_agents(tmp_path: Path, name: str, package: str) -> None:
     pytest.importorskip(package)
