@@ -99,6 +99,7 @@ class Continuation:
             prompt_ids=_prompt_ids(parts),
             penalty_restarts=_joined_restarts(parts),
             routed_experts=joined_experts(part.routed_experts for part in parts),
+            queue_seconds=sum(one.queue_seconds for one in parts),
         )
 
     def _prompt_logprobs(self, parts: list[Generation]) -> Float32Array | None:

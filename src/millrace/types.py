@@ -261,7 +261,8 @@ class Generation:
     (temperature 1, without penalties and bias); the first is NaN. A stream has both in its last item only.
     penalty_restarts: positions in the output from which on penalties no longer count the tokens before.
     prompt_ids: the prompt as the engine read it, with a run of placeholder tokens for each image; None if the request
-    has no images, or was aborted before the engine read it.
+    has no images, or was aborted before the engine read it. queue_seconds: how long the request waited for an engine of
+    the fleet with room for it; 0 if an external router chose the engine.
 
     routed_experts: [N, L, K] uint8, or uint16 for models of more than 256 experts: the K experts that each token was
     routed to in each of the L layers that have experts. Row i is of the token at position `routed_experts_start + i` of
@@ -286,6 +287,7 @@ class Generation:
     penalty_restarts: tuple[int, ...] = ()
     prompt_ids: tuple[int, ...] | None = None
     routed_experts: ExpertArray | None = None
+    queue_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from millrace.gateway.rules import EpisodeRules
 from millrace.rollout.agent import EpisodeLimits
 from millrace.rollout.player import PlayedByAgent
 from millrace.rollout.sample import Episode, EpisodeEnd, Problem
+from millrace.rollout.timings import Stopwatch
 from millrace.types import SamplingParams
 
 T = TypeVar("T")
@@ -50,18 +51,24 @@ class AgentPlayer:
     ) -> PlayedByAgent:
         """Play a sample, as `Player.play` says. The wait for other agents to end does not count to the timeout."""
         rules = EpisodeRules(sampling, limits.max_turns, limits.max_turn_tokens, limits.max_sample_tokens)
-        async with self._free:
+        watch = Stopwatch()
+        with watch("agent_queue"):
+            await self._free.acquire()
+        try:
             opened = self.gateway.open_episode({"sample": sample_id, "problem": problem.problem_id}, rules)
             job, failed = Job(sample_id, problem, opened), True
             try:
-                ended, late = await self._run(job, timeout)
+                with watch("tools"):
+                    ended, late = await self._run(job, timeout)
                 await opened.finish()
                 played = self._played(job, ended, limits, late=late)
                 failed = bool(played.counts.get("agent_failed"))
-                return played
+                return replace(played, seconds=_shares(watch, opened.episode.seconds))
             finally:
                 await self.gateway.delete(opened.id)
                 await self.agent.clean(job, failed=failed)
+        finally:
+            self._free.release()
 
     async def _run(self, job: Job, timeout: float) -> tuple[Ended, bool]:
         """Run the agent. Returns how it ended, and whether its own timeout ended it. Raises TimeoutError."""
@@ -131,6 +138,12 @@ async def within(fleet: FleetClient, work: Coroutine[Any, Any, T], seconds: floa
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+def _shares(watch: Stopwatch, requests: Mapping[str, float]) -> dict[str, float]:
+    """Return where an agent's time went: its requests, and as `tools` the rest of it."""
+    rest = max(watch.seconds["tools"] - sum(requests.values()), 0.0)
+    return {**watch.seconds, **requests, "tools": rest}
 
 
 def duplicated(sequences: Sequence[tuple[int, ...]]) -> int:

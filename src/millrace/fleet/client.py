@@ -373,9 +373,10 @@ class FleetClient(ABC):
         self, request: GenerateRequest, routing: RoutingContext, deadline: float
     ) -> "AsyncIterator[_Placed]":
         """Choose an engine for the request. In the block, the request counts as running there."""
-        end = time.monotonic() + deadline
+        started = time.monotonic()
         with self.event_log.waiting():
             place = await self._admission.enter(request, routing, deadline)
+        queued = time.monotonic() - started
         name, asked = place.engine, Asked(place.engine)
         state, own = self.snapshot.get(name), "lora_path" in request.extra
         lora = None if own else state.lora
@@ -384,7 +385,7 @@ class FleetClient(ABC):
         try:
             with self.event_log.request(name) as asked, self._using(name, lora, request.request_id):
                 engine = self.replicas.by_name[name].engine
-                yield _Placed(engine, request, end, asked, None if lora is None else state)
+                yield _Placed(engine, request, started + deadline, asked, None if lora is None else state, queued)
             await self.replicas.answered(name)
         except (EngineUnreachable, EngineFailed) as error:
             await self.replicas.suspect(name, error)
@@ -412,7 +413,7 @@ class _Placed:
     """A request on the engine that was chosen for it.
 
     end: its deadline (time.monotonic). asked: where its result is recorded. adapted: the engine's state, if it serves
-    the request with a published LoRA adapter.
+    the request with a published LoRA adapter. queued: the seconds that it waited for the engine.
     """
 
     engine: Engine
@@ -420,6 +421,7 @@ class _Placed:
     end: float
     asked: Asked
     adapted: ReplicaState | None
+    queued: float
 
     @property
     def left(self) -> float:
@@ -427,7 +429,8 @@ class _Placed:
         return self.end - time.monotonic()
 
     def renamed(self, made: Generation) -> Generation:
-        """Return the generation with the version of the adapter that made it."""
+        """Return the generation with its wait, and with the version of the adapter that made it."""
+        made = replace(made, queue_seconds=self.queued)
         return made if self.adapted is None else with_lora(made, self.adapted.version)
 
 

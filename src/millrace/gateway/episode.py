@@ -84,6 +84,7 @@ class Episode:
     parts: Mapping[str, float] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)  # that are being answered, or that the agent did not get
     rules: EpisodeRules = NO_RULES
+    seconds: Counter[str] = field(default_factory=Counter)  # of all requests: `queue` for room, `generate` on engines
     failures: dict[bytes, BaseException] = field(default_factory=dict)
 
     async def ask(self, call: ModelCall) -> Turn:
@@ -284,8 +285,7 @@ class Episode:
 
         async def one(request: GenerateRequest, reader: Reader) -> Generation:
             if not call.stream or request.sampling.json_schema is not None:  # its tokens may be dropped
-                whole = await fleet.generate(request, deadline=config.timeout, routing=routing, retries=config.retries)
-                return self._usable(whole)
+                return await fleet.generate(request, deadline=config.timeout, routing=routing, retries=config.retries)
             made: Generation | None = None
             stream = fleet.stream(request, deadline=config.timeout, routing=routing, retries=config.retries)
             async with aclosing(stream) as parts:
@@ -293,9 +293,16 @@ class Episode:
                     reader.take(made)
                     turn.show(reader.grown())
             assert made is not None, "a stream has a last item"
+            return made
+
+        async def timed(request: GenerateRequest, reader: Reader) -> Generation:
+            started = time.monotonic()
+            made = await one(request, reader)
+            self.seconds["queue"] += made.queue_seconds
+            self.seconds["generate"] += time.monotonic() - started - made.queue_seconds
             return self._usable(made)
 
-        made = await all_of([one(*pair) for pair in zip(requests, readers, strict=True)])
+        made = await all_of([timed(*pair) for pair in zip(requests, readers, strict=True)])
         answer = answer_of(turn, readers, made, config.model)
         turn.numbers = tuple(
             self._keep(turn, prepared, generation, alternative, requests[0].sampling.temperature)

@@ -9,7 +9,7 @@ import numpy as np
 from millrace.continuation import joined_experts
 from millrace.errors import DataError, MillraceError
 from millrace.rollout.chat import ChatFormat
-from millrace.rollout.sample import Episode, EpisodeEnd, Message, images_in
+from millrace.rollout.sample import Episode, EpisodeEnd, Message, images_in, unmarked
 from millrace.rollout.tools import (
     BadToolCall,
     Tool,
@@ -181,7 +181,7 @@ async def converse(
         if isinstance(response, EpisodeEnd):
             return draft.finish(response)
         turn_ended = generation.output_ids[-1:] == (chat.end_of_turn,)
-        appended, new_images = chat.reply(response, turn_ended=turn_ended), images_in(response)
+        appended, new_images = chat.reply(unmarked(response), turn_ended=turn_ended), images_in(response)
         added = chat.added(new_images)
         if draft.length + len(appended) + added >= limits.total:
             return draft.finish(limits.end_when_full())

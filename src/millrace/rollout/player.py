@@ -15,6 +15,7 @@ class PlayedByAgent:
 
     episode: with the last answer; its messages have the whole conversation, prompt included. branches: the other token
     sequences. reward: None leaves it to the reward functions. parts: of the reward, by name. counts: for the records.
+    seconds: where its time went, by the names of `Timings`.
     """
 
     episode: Episode
@@ -22,6 +23,7 @@ class PlayedByAgent:
     reward: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Player(Protocol):

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from millrace.config.models import RolloutConfig
 from millrace.continuation import call_id
@@ -20,13 +22,14 @@ from millrace.errors import (
 )
 from millrace.fleet.attempts import Attempts, Send, generate_whole
 from millrace.fleet.client import FleetClient
-from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, Generate, converse, last_answer, run_episode
+from millrace.rollout.agent import AbortedGeneration, EpisodeLimits, Generate, Turn, converse, last_answer, run_episode
 from millrace.rollout.chat import ChatFormat
 from millrace.rollout.environment import EnvironmentKind
 from millrace.rollout.judge import Judge
 from millrace.rollout.player import Player
-from millrace.rollout.sample import Episode, Problem, Sample, SampleStatus, images_in, text_of
+from millrace.rollout.sample import Episode, EpisodeEnd, Message, Problem, Sample, SampleStatus, images_in, text_of
 from millrace.rollout.scoring import Played, Rewards
+from millrace.rollout.timings import Stopwatch
 from millrace.rollout.toolbox import MakeTool, opened
 from millrace.rollout.tools import ToolAnswer
 from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
@@ -41,8 +44,9 @@ class ToolCounts:
     calls: int = 0
     errors: int = 0
 
-    def count(self, answer: ToolAnswer) -> None:
-        """Count a tool call by its answer."""
+    def count(self, answer: ToolAnswer, watch: Stopwatch) -> None:
+        """Count a tool call by its answer, and its seconds as the sample's."""
+        watch.count("tools", answer.seconds)
         self.calls += 1
         self.errors += answer.failed
 
@@ -87,17 +91,24 @@ class SampleRunner:
         Failures that concern this sample become its status: more than `retries` engines failed, the timeout passed, an
         engine refused the request, or the weights gave NaN. Raises NoEngineError, which would fail every sample.
         """
+        watch = Stopwatch()
+        sample = await self._run(sample_id, group_id, problem, watch)
+        return replace(sample, timings=watch.timings())
+
+    async def _run(self, sample_id: str, group_id: str, problem: Problem, watch: Stopwatch) -> Sample:
         try:
             if self.player is not None:
-                return await self._play_by(self.player, sample_id, group_id, problem)
+                return await self._play_by(self.player, sample_id, group_id, problem, watch)
             async with asyncio.timeout(self.timeout) as timer:
-                return await self._try(sample_id, group_id, problem, timer)
+                return await self._try(sample_id, group_id, problem, timer, watch)
         except (TimeoutError, EngineTimeout):
             return _failed(sample_id, group_id, problem, f"not done within {self.timeout:g} s")
         except (EngineRefused, NonFiniteLogprobs, DataError, JudgeError, UserCodeError) as error:
             return _failed(sample_id, group_id, problem, str(error))
 
-    async def _play_by(self, player: Player, sample_id: str, group_id: str, problem: Problem) -> Sample:
+    async def _play_by(
+        self, player: Player, sample_id: str, group_id: str, problem: Problem, watch: Stopwatch
+    ) -> Sample:
         """Play a sample once. The gateway retries requests whose engines fail, so what is raised is final."""
         try:
             played = await player.play(
@@ -105,9 +116,11 @@ class SampleRunner:
             )
         except (EngineUnreachable, EngineFailed, LocalError, LaunchError, AbortedGeneration) as error:
             return _failed(sample_id, group_id, problem, str(error))
+        for name, seconds in played.seconds.items():
+            watch.count(name, seconds)
         parts, reward = dict(played.parts), played.reward
         if reward is None:
-            parts |= await self._parts(problem, played.episode, self.timeout)
+            parts |= await self._parts(problem, played.episode, self.timeout, watch)
             reward = self._total(parts)
         finished = SampleStatus.FINISHED
         return Sample(
@@ -120,27 +133,41 @@ class SampleRunner:
             rewards=parts,
             branches=played.branches,
             counts=played.counts,
+            prompt=(),
         )
 
-    async def _try(self, sample_id: str, group_id: str, problem: Problem, timer: asyncio.Timeout) -> Sample:
+    async def _try(
+        self, sample_id: str, group_id: str, problem: Problem, timer: asyncio.Timeout, watch: Stopwatch
+    ) -> Sample:
         attempts = Attempts(self.retries, self.fleet.event_log)
         while True:
             try:
-                return await self._play(sample_id, group_id, problem, attempts, timer)
+                return await self._play(sample_id, group_id, problem, attempts, timer, watch)
             except (EngineUnreachable, EngineFailed, LocalError, AbortedGeneration) as error:
                 if not attempts.spend(error, continued=False):
                     reason = f"gave up after {attempts.used + 1} attempts: {error}"
                     return _failed(sample_id, group_id, problem, reason)
 
     async def _play(
-        self, sample_id: str, group_id: str, problem: Problem, attempts: Attempts, timer: asyncio.Timeout
+        self,
+        sample_id: str,
+        group_id: str,
+        problem: Problem,
+        attempts: Attempts,
+        timer: asyncio.Timeout,
+        watch: Stopwatch,
     ) -> Sample:
         attempt_id = call_id(sample_id, attempts.used) if attempts.used else sample_id
         routing = RoutingContext(session=sample_id, group=group_id)
 
         async def send(request: GenerateRequest) -> Generation:
-            left = await self._time_left(timer)
-            return await self.fleet.generate(request, deadline=left, routing=routing)
+            with watch("paused") if self.fleet.interrupted else nullcontext():
+                left = await self._time_left(timer)
+            with watch("generate"):
+                made = await self.fleet.generate(request, deadline=left, routing=routing)
+            watch.count("queue", made.queue_seconds)
+            watch.count("generate", -made.queue_seconds)
+            return made
 
         async def send_with_care(request: GenerateRequest) -> Generation:
             last = attempts.used > 0 and not attempts.left
@@ -152,7 +179,7 @@ class SampleRunner:
             return await generate_whole(request, send_with_care, attempts, interrupted=lambda: self.fleet.asleep)
 
         if self.environment is not None:
-            return await self._play_in(self.environment, sample_id, group_id, problem, attempt_id, generate)
+            return await self._play_in(self.environment, sample_id, group_id, problem, attempt_id, generate, watch)
         async with opened(self.tools) as tools:
             episode = await run_episode(
                 attempt_id,
@@ -162,14 +189,14 @@ class SampleRunner:
                 tools=tools,
                 limits=self.limits,
                 sampling=self.sampling,
-                on_tool_answer=self.tool_counts.count,
+                on_tool_answer=partial(self.tool_counts.count, watch=watch),
                 images=images_in(problem.messages),
             )
         ends = timer.when()
         assert ends is not None
         left = max(ends - asyncio.get_running_loop().time(), 0.0)
         timer.reschedule(None)  # the reward has its own deadline, and its error says what it waited for
-        parts = await self._parts(problem, episode, left)
+        parts = await self._parts(problem, episode, left, watch)
         reward = self._total(parts)
         return Sample(sample_id, group_id, problem, SampleStatus.FINISHED, episode, reward, rewards=parts)
 
@@ -181,13 +208,20 @@ class SampleRunner:
         problem: Problem,
         attempt_id: str,
         generate: Generate,
+        watch: Stopwatch,
     ) -> Sample:
         async with environment.episode(problem) as played:
-            prompt = await played.reset()
+
+            async def respond(turn: Turn) -> Sequence[Message] | EpisodeEnd:
+                with watch("environment"):
+                    return await played.respond(turn)
+
+            with watch("environment"):
+                prompt = tuple(await played.reset())
             episode = await converse(
                 attempt_id,
                 self.chat.prompt_of(prompt),
-                played.respond,
+                respond,
                 generate=generate,
                 chat=self.chat,
                 calls_tools=bool(environment.tools),
@@ -196,17 +230,19 @@ class SampleRunner:
                 sampling=self.sampling,
                 images=images_in(prompt),
             )
-            await played.finish(episode.end)
-        finished = SampleStatus.FINISHED
-        return Sample(sample_id, group_id, problem, finished, episode, played.reward, rewards=played.parts)
+            with watch("environment"):
+                await played.finish(episode.end)
+        finished, parts = SampleStatus.FINISHED, played.parts
+        return Sample(sample_id, group_id, problem, finished, episode, played.reward, rewards=parts, prompt=prompt)
 
-    async def _parts(self, problem: Problem, episode: Episode, deadline: float) -> dict[str, float]:
+    async def _parts(self, problem: Problem, episode: Episode, deadline: float, watch: Stopwatch) -> dict[str, float]:
         """Return the parts of a sample's reward, without those of functions that see whole groups."""
         now = asyncio.get_running_loop().time
         ends, played = now() + deadline, self._played(problem, episode)
-        parts = await self.rewards.for_sample(played, deadline=deadline)
-        if self.judge is not None:
-            parts["judge"] = await self.judge.grade(problem, played.answer, deadline=max(ends - now(), 0.0))
+        with watch("reward"):
+            parts = await self.rewards.for_sample(played, deadline=deadline)
+            if self.judge is not None:
+                parts["judge"] = await self.judge.grade(problem, played.answer, deadline=max(ends - now(), 0.0))
         return parts
 
     def _played(self, problem: Problem, episode: Episode) -> Played:
@@ -230,6 +266,7 @@ class SampleRunner:
         played = {s.sample_id: self._played(s.problem, s.episode) for s in samples if s.episode is not None}
         if not played:
             return list(samples)
+        watch = Stopwatch()
         try:
             values = await self.rewards.for_group(list(played.values()), deadline=self.timeout)
         except UserCodeError as error:
@@ -237,11 +274,16 @@ class SampleRunner:
             return [
                 _failed(s.sample_id, s.group_id, s.problem, reason) if s.sample_id in played else s for s in samples
             ]
-        parts = {s.sample_id: {**s.rewards} for s in samples}
+        seconds, parts = watch.timings().seconds, {s.sample_id: {**s.rewards} for s in samples}
         for sample_id, value in zip(played, values, strict=True):
             parts[sample_id] |= value
         return [
-            replace(s, rewards=parts[s.sample_id], reward=self._total(parts[s.sample_id]))
+            replace(
+                s,
+                rewards=parts[s.sample_id],
+                reward=self._total(parts[s.sample_id]),
+                timings=s.timings.with_part("reward", seconds),
+            )
             if s.sample_id in played
             else s
             for s in samples

@@ -7,6 +7,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from millrace.rollout.timings import Timings
 from millrace.types import ExpertArray, Float32Array, VersionSpan
 
 # Of a chat: `role`, `content`, and what else the chat template reads. The content is a text, or a list of parts:
@@ -26,6 +27,14 @@ def images_in(messages: Sequence[Message]) -> tuple[bytes, ...]:
     contents = [message["content"] for message in messages]
     parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
     return tuple(part["image"] for part in parts if part["type"] == "image")
+
+
+def unmarked(messages: Sequence[Message]) -> list[Message]:
+    """Return messages as the model reads them: those of tools without the mark of an error."""
+    return [
+        {key: value for key, value in message.items() if key != "error"} if message["role"] == "tool" else message
+        for message in messages
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +88,8 @@ class Episode:
     token_ids: [T]. loss_mask: [T] bool, True for tokens that the model generated. logprobs: [T] float32, the engine's
     at the time of sampling; 0 where loss_mask is False. version_spans: which weight versions generated which positions;
     they cover exactly the positions where loss_mask is True. turns: of the model. messages: the conversation after the
-    prompt, as chat messages; a turn of the model has `content`, `reasoning` and, if there are any, `tool_calls`.
-    images: the contents of the image files in the conversation, in order; `token_ids` has for each the run of
+    prompt, as chat messages; a turn of the model has `content`, `reasoning` and, if there are any, `tool_calls`; the
+    answer of a tool that failed has `error`, which is True. images: the contents of the image files in the conversation, in order; `token_ids` has for each the run of
     placeholders that the engine read. routed_experts: [N, L, K] uint8 or uint16, of the first N tokens, as in
     `Generation`; None if the engine does not return them.
     """
@@ -103,7 +112,8 @@ class Sample:
     episode: None unless the status is FINISHED. reward: 0 without an episode. reason: why there is no episode. rewards:
     the parts of the reward before they are weighted, by the names of their functions. branches: of an agent's sample,
     the token sequences besides the episode, in which each generated token is trained once. counts: of an agent's
-    sample, what happened to its requests, by name.
+    sample, what happened to its requests, by name. prompt: the messages before the episode's, if they are not the
+    problem's. timings: when it ran, and where its time went.
     """
 
     sample_id: str
@@ -116,6 +126,14 @@ class Sample:
     rewards: Mapping[str, float] = field(default_factory=dict)
     branches: tuple[Episode, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+    prompt: tuple[Message, ...] | None = None
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The chat messages of prompt and episode. Without an episode, those of the prompt."""
+        prompt = self.problem.messages if self.prompt is None else self.prompt
+        return prompt if self.episode is None else (*prompt, *self.episode.messages)
 
     @property
     def sequences(self) -> tuple[Episode, ...]:
@@ -130,8 +148,16 @@ class Sample:
     @property
     def oldest_version(self) -> int | None:
         """The oldest weight version of its tokens; None if no published version generated any."""
-        versions = [s.version for one in self.sequences for s in one.version_spans if s.version is not None]
-        return min(versions, default=None)
+        return min(self._versions, default=None)
+
+    @property
+    def newest_version(self) -> int | None:
+        """The newest weight version of its tokens; None if no published version generated any."""
+        return max(self._versions, default=None)
+
+    @property
+    def _versions(self) -> list[int]:
+        return [s.version for one in self.sequences for s in one.version_spans if s.version is not None]
 
 
 @dataclass(frozen=True, slots=True)

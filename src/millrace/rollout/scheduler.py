@@ -1,12 +1,14 @@
 """Runs every sample as a task and returns groups in the order in which they complete, without a barrier."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from millrace.rollout.sample import Group, Problem, Sample, SampleStatus
+from millrace.rollout.timings import Timings
 
 
 class Runner(Protocol):
@@ -29,6 +31,7 @@ class _Running:
     problem: Problem
     version: int  # the trainer's when the group was started: none of its tokens is older
     tasks: list[asyncio.Task[Sample]]
+    started_at: float = field(default_factory=time.time)
     finishing: asyncio.Task[list[Sample]] | None = None
     cancelled: bool = False
 
@@ -137,7 +140,9 @@ async def _ended(running: _Running, runner: Runner) -> list[Sample]:
     for index, result in enumerate(results):
         if isinstance(result, asyncio.CancelledError):
             sample_id = f"{running.group_id}-{index}"
-            result = _aborted(Sample(sample_id, running.group_id, running.problem, SampleStatus.ABORTED, None, 0.0))
+            timings = Timings(running.started_at, time.time() - running.started_at)
+            problem, aborted = running.problem, SampleStatus.ABORTED
+            result = _aborted(Sample(sample_id, running.group_id, problem, aborted, None, 0.0, timings=timings))
         elif isinstance(result, BaseException):
             raise result
         samples.append(result)

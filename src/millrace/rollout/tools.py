@@ -9,10 +9,11 @@ import asyncio
 import math
 import operator
 import re
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import orjson
 
@@ -114,17 +115,19 @@ class BadToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolAnswer:
-    """The answer to a tool call, which the model reads. `tool` is None if the call could not be parsed."""
+    """The answer to a tool call, which the model reads. `tool` is None if the call could not be parsed. `seconds`: how
+    long it took."""
 
     tool: str | None
     text: str
     failed: bool
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def message(self) -> Message:
-        """The answer as a chat message."""
+        """The answer as a chat message. That of a failed call has `error`, which chat templates don't get to see."""
         name = {} if self.tool is None else {"name": self.tool}
-        return {"role": "tool", "content": self.text, **name}
+        return {"role": "tool", "content": self.text, **name, **({"error": True} if self.failed else {})}
 
 
 def parse_tool_calls(text: str) -> tuple[ToolCall | BadToolCall, ...]:
@@ -147,6 +150,12 @@ def without_tool_calls(text: str) -> str:
 
 async def answer_tool_call(call: ToolCall | BadToolCall, tools: Mapping[str, Tool]) -> ToolAnswer:
     """Run one call within the tool's timeout. Raises nothing: every failure becomes an answer for the model."""
+    started = time.monotonic()
+    answer = await _answer(call, tools)
+    return replace(answer, seconds=time.monotonic() - started)
+
+
+async def _answer(call: ToolCall | BadToolCall, tools: Mapping[str, Tool]) -> ToolAnswer:
     if isinstance(call, BadToolCall):
         return ToolAnswer(None, f"Error: {call.reason}", failed=True)
     tool = tools.get(call.name)

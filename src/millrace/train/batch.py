@@ -101,7 +101,8 @@ class Microbatch:
     tokens of the sample that each row belongs to. All on one device. images: the contents of the image files of all
     samples, in the order of their placeholders in `token_ids_BT`. experts_BTLK: int16, the routed experts, -1 where
     they are not known; None if they are known of no token. There is no attention mask: in a causal model no token
-    attends to the padding after it, and mask_BT excludes the padding from the loss.
+    attends to the padding after it, and mask_BT excludes the padding from the loss. places: of the first rows, the
+    places of their samples in what was planned; later rows are blank.
     """
 
     token_ids_BT: Tensor
@@ -111,6 +112,7 @@ class Microbatch:
     tokens_B: Tensor
     images: tuple[bytes, ...] = field(default=(), repr=False)
     experts_BTLK: Tensor | None = None
+    places: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return the micro-batch on a device."""
@@ -122,6 +124,7 @@ class Microbatch:
             self.tokens_B.to(device),
             self.images,
             None if self.experts_BTLK is None else self.experts_BTLK.to(device),
+            self.places,
         )
 
 
@@ -152,8 +155,11 @@ def plan_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> lis
     return batches
 
 
-def collate(samples: Sequence[TrainSample]) -> Microbatch:
-    """Return samples as one padded micro-batch on the CPU. The padding is token 0, with mask False."""
+def collate(samples: Sequence[TrainSample], places: Sequence[int] = ()) -> Microbatch:
+    """Return samples as one padded micro-batch on the CPU. The padding is token 0, with mask False.
+
+    places: as in Microbatch.
+    """
     shape = (len(samples), max(sample.token_ids.size for sample in samples))
     token_ids = np.zeros(shape, dtype=np.int64)
     logprobs = np.zeros(shape, dtype=np.float32)
@@ -173,6 +179,7 @@ def collate(samples: Sequence[TrainSample]) -> Microbatch:
         torch.from_numpy(tokens),
         tuple(image for sample in samples for image in sample.images),
         _experts(samples, shape[1]),
+        tuple(places),
     )
 
 
@@ -198,14 +205,19 @@ NOTHING = supervised_sample([0, 0], [False, False])
 
 
 def make_microbatches(
-    samples: Sequence[TrainSample], tokens_per_microbatch: int, blank: TrainSample | None = None
+    samples: Sequence[TrainSample],
+    tokens_per_microbatch: int,
+    blank: TrainSample | None = None,
+    places: Sequence[int] | None = None,
 ) -> list[Microbatch]:
     """Return samples as micro-batches, planned by `plan_microbatches`.
 
-    blank: a sample with an image and without trained tokens, which is added to micro-batches without images.
+    blank: a sample with an image and without trained tokens, which is added to micro-batches without images. places:
+    of the samples, for the micro-batches; None numbers them.
     """
+    places = range(len(samples)) if places is None else places
     plan = plan_microbatches([sample.token_ids.size for sample in samples], tokens_per_microbatch)
     batches = [[samples[i] for i in indices] for indices in plan]
     if blank is not None:
         batches = [batch if any(sample.images for sample in batch) else [*batch, blank] for batch in batches]
-    return [collate(batch) for batch in batches]
+    return [collate(batch, [places[i] for i in indices]) for batch, indices in zip(batches, plan, strict=True)]

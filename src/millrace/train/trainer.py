@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from millrace.train.loss import LossSums, policy_loss, supervised_loss
 from millrace.train.optimizer import apply_gradients, global_grad_norm, learning_rate, make_optimizer
 from millrace.train.policy import Policy
 from millrace.train.world import World
+from millrace.types import Float32Array
 
 
 class TrainingError(MillraceError):
@@ -37,6 +39,9 @@ class StepStats:
     lr: float
     tokens: int  # trained ones
     microbatches: int  # forward-backward passes of this rank
+    # Of each of this rank's samples, the policy's before the step's first update: [T] float32; 0 where loss_mask is
+    # False.
+    logprobs: tuple[Float32Array, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class _Tally:
     largest_gap: Tensor = field(init=False)
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    logprobs: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)  # (the samples' places, [B, T])
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(len(LossSums._fields) + 1, dtype=torch.float64, device=self.device)
@@ -76,7 +82,17 @@ class _Tally:
         self.sums += torch.stack([*sums, entropy])
         self.largest_gap = torch.maximum(self.largest_gap, largest_gap)
 
-    def stats(self, world: World, *, step: int, lr: float, microbatches: int) -> StepStats:
+    def logprobs_of(self, samples: Sequence[TrainSample]) -> tuple[Float32Array, ...]:
+        """Return the logprobs of each sample, on the CPU. This is the only copy that they are."""
+        of_samples = [np.zeros(sample.token_ids.size, np.float32) for sample in samples]
+        for places, logprobs_BT in self.logprobs:
+            for place, logprobs_T in zip(places, logprobs_BT.cpu().numpy(), strict=False):  # blank rows come last
+                of_samples[place][:] = logprobs_T[: of_samples[place].size]
+        return tuple(of_samples)
+
+    def stats(
+        self, world: World, samples: Sequence[TrainSample], *, step: int, lr: float, microbatches: int
+    ) -> StepStats:
         *values, entropy = world.sum(self.sums).tolist()
         sums = dict(zip(LossSums._fields, values, strict=True))
         tokens = max(1.0, sums["tokens"])
@@ -95,6 +111,7 @@ class _Tally:
             lr=lr,
             tokens=int(sums["tokens"]),
             microbatches=microbatches,
+            logprobs=self.logprobs_of(samples),
         )
 
 
@@ -141,7 +158,7 @@ class Trainer:
             tally.grad_norms.append(grad_norm)
         self.step += 1
         passes = sum(len(minibatch.microbatches) for minibatch in minibatches)
-        return tally.stats(self.world, step=self.step, lr=lr, microbatches=passes)
+        return tally.stats(self.world, samples, step=self.step, lr=lr, microbatches=passes)
 
     def supervised_step(self, samples: Sequence[TrainSample]) -> SupervisedStats:
         """Take one supervised step, with one update, and return its statistics. Collective.
@@ -172,9 +189,10 @@ class Trainer:
             self.policy.require_places(sample)
         device = self.world.device
         self.world.make_current()
-        shares = [[samples[i] for i in indices] for indices in plan_minibatches(len(samples), count)]
-        blank = self.policy.blank_sample()
-        plans = [make_microbatches(share, self.config.tokens_per_microbatch, blank) for share in shares]
+        dealt = plan_minibatches(len(samples), count)
+        shares = [[samples[i] for i in indices] for indices in dealt]
+        blank, size = self.policy.blank_sample(), self.config.tokens_per_microbatch
+        plans = [make_microbatches(share, size, blank, places) for share, places in zip(shares, dealt, strict=True)]
         longest = self.world.max(torch.tensor([float(len(plan)) for plan in plans], device=device)).tolist()
         for plan, length in zip(plans, longest, strict=True):
             # A rank without samples left must join every gather of weights and every reduction of gradients.
@@ -211,10 +229,13 @@ class Trainer:
         reference_BT = None
         if self.config.loss.kl_coefficient > 0:
             reference_BT = self.policy.reference_logprobs(batch.token_ids_BT, temperature, batch.images)
+        if old_BT is None:  # before the first update it is the current one: the ratio is 1, but its gradient is not 0
+            old_BT = logprobs_BT.detach()
+        # On the device until the step ends: a copy to the CPU would wait for it.
+        tally.logprobs.append((batch.places, torch.where(batch.mask_BT, old_BT.float(), 0.0)))
         result = policy_loss(
             logprobs_BT,
-            # Before the first update the old policy is the current one: the ratio is 1, but its gradient is not 0.
-            logprobs_BT.detach() if old_BT is None else old_BT,
+            old_BT,
             batch.engine_logprobs_BT,
             reference_BT,
             batch.mask_BT,
