@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "datasets", "matplotlib", "sglang", "vllm", "zmq", "msgpack")
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pyarrow", "duckdb", "sglang", "vllm", "zmq", "msgpack")
 
 
 def run(code: str) -> str:

@@ -13,12 +13,12 @@ POLICY = "OMP_WAIT_POLICY"
 # The top-level modules of pyproject's extras.
 EXTRAS: Mapping[str, frozenset[str]] = {
     "train": frozenset({
-        "PIL", "fsspec", "huggingface_hub", "jinja2", "matplotlib", "safetensors", "tokenizers", "torch",
+        "PIL", "fsspec", "huggingface_hub", "jinja2", "matplotlib", "pyarrow", "safetensors", "tokenizers", "torch",
         "transformers", "zstandard",
     }),
     "ucx": frozenset({"nixl_cu12"}),
     "hub": frozenset({"datasets"}),
-    "parquet": frozenset({"pyarrow"}),
+    "view": frozenset({"duckdb"}),
     "mcp": frozenset({"mcp"}),
     "renderers": frozenset({"httpx", "renderers"}),
     "kv-events": frozenset({"zmq", "msgpack"}),

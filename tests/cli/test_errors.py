@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from millrace import __version__
 from millrace.cli import app, main
 from millrace.config import load_config
+from millrace.train.samples import read_samples
 
 CONFIG = """\
 name: run
@@ -173,16 +174,17 @@ def test_a_run_leaves_its_folder(ended: Ended, here: Here) -> None:
     assert "first and last" in ended.out
     assert "weights go by shm: trainer and engines are on this host" in ended.err
     run = ended.folder / "run"
-    left = {"config.yaml", "metrics.jsonl", "events.jsonl", "samples.jsonl", "curves.png", "checkpoints", "logs"}
+    left = {"config.yaml", "metrics.jsonl", "events.jsonl", "samples", "curves.png", "checkpoints", "logs"}
     assert left <= set(os.listdir(run))
     assert load_config(run / "config.yaml").train.steps == 2
     metrics = records(ended.folder)
     assert [m["weight_version"] for m in metrics] == [1, 2, 3]
     wanted = "step reward accuracy weight_version staleness rollout_seconds publish_seconds train_seconds tokens kl"
     assert {*wanted.split(), "clip_fraction", "logprob_gap"} <= metrics[-1].keys()
-    samples = [orjson.loads(line) for line in (run / "samples.jsonl").read_bytes().splitlines()]
+    assert sorted(os.listdir(run / "samples")) == ["step-000001.parquet", "step-000002.parquet"]
+    samples = list(read_samples(run))
     assert len(samples) == 2 * 2 * 2
-    assert all(s["status"] == "finished" and "<|im_start|>assistant" in s["text"] for s in samples)
+    assert all(s["status"] == "finished" and "<|im_start|>assistant" in s["sequences"][-1]["text"] for s in samples)
     assert all(m["logprob_gap"] < 1e-4 for m in metrics[1:])
     assert all(m["staleness"] == 0 for m in metrics[1:])
     assert "holds a run already; give --resume" in here.fails(ended.folder)
@@ -354,7 +356,7 @@ def test_after_sigkill_of_the_trainer_nothing_is_left(folder: Path) -> None:
 
 def test_a_run_whose_files_are_all_torn_goes_on_and_says_what_it_dropped(copied: Path) -> None:
     run = copied / "run"
-    for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl"):
+    for name in ("metrics.jsonl", "advice.jsonl", "events.jsonl"):
         with (run / name).open("ab") as file:
             file.write(b'{"step": 3, "weig' + bytes(512))
     settings = (run / "config.yaml").read_bytes()
@@ -364,7 +366,8 @@ def test_a_run_whose_files_are_all_torn_goes_on_and_says_what_it_dropped(copied:
     status, _, err = finish(start(copied, "train.steps=3", "--resume"), copied)
     assert status == 0, err
     assert steps(copied) == [0, 1, 2, 3]
-    for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl"):
+    assert {sample["step"] for sample in read_samples(run)} == {1, 2, 3}
+    for name in ("metrics.jsonl", "advice.jsonl", "events.jsonl"):
         assert f"{name}: the end of the file was torn; dropped 529 bytes" in err
         assert all(orjson.loads(line) for line in (run / name).read_bytes().splitlines())
     assert "step-00000002 can't be read" in err

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from millrace.train.samples import read_samples
 from tests.gateway.agents.alone import AGENTS, ALONE, NEEDS_AGENTS
 from tests.gateway.agents.policy import make_policy
 from tests.gateway.qwen import call
@@ -54,11 +55,8 @@ def train(name: str, folder: Path, turns: list[str]) -> Trained:
         timeout=500,
         env={**os.environ, "PATH": os.pathsep.join(path)},
     )
-    metrics, samples = (
-        [json.loads(line) for line in (folder / "run" / file).read_text().splitlines()]
-        for file in ("metrics.jsonl", "samples.jsonl")
-    )
-    return Trained(metrics, samples, folder / "run")
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return Trained(metrics, list(read_samples(folder / "run")), folder / "run")
 
 
 def check(trained: Trained, branches: set[str]) -> None:
@@ -70,18 +68,18 @@ def check(trained: Trained, branches: set[str]) -> None:
     assert [step["weight_version"] for step in trained.metrics] == [1, 2]
     assert [sample["status"] for sample in trained.samples] == ["finished"] * 3
     for sample in trained.samples:
-        sequences = (*sample.get("branches", ()), sample)
+        sequences = sample["sequences"]
         assert sample["reward"] == float(SOLVE in " ".join(calls_of(sequences)))
-        assert sum(one["turns"] for one in sequences) <= 6
+        assert sample["turns"] == sum(one["turns"] for one in sequences) <= 6
         assert {name.removeprefix("branch:") for name in sample["counts"] if name.startswith("branch:")} <= branches
         for one in sequences:
             assert len(one["token_ids"]) == len(one["loss_mask"])
-            assert sum(end - start for _, start, end in one["version_spans"]) >= sum(one["loss_mask"]) > 0
-            assert {version for version, _, _ in one["version_spans"]} == {1}
+            assert sum(span["end"] - span["start"] for span in one["version_spans"]) >= sum(one["loss_mask"]) > 0
+            assert {span["version"] for span in one["version_spans"]} == {1}
     step = trained.metrics[-1]
     assert step["logprob_gap"] < 1e-4
     assert step["malformed_calls"] == 0
-    trained_tokens = sum(sum(one["loss_mask"]) for s in trained.samples for one in (*s.get("branches", ()), s))
+    trained_tokens = sum(sum(one["loss_mask"]) for s in trained.samples for one in s["sequences"])
     assert step["tokens"] == trained_tokens
 
 

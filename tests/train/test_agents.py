@@ -67,8 +67,12 @@ async def test_commands_are_trained_by_what_they_write(tmp_path: Path) -> None:
     assert step.logprob_gap < 1e-4
     for sample in samples(tmp_path):
         assert sample["turns"] == 2
-        assert sample["text"].count("<|im_start|>assistant\n") == 2
-        assert sample["text"].startswith("<|im_start|>user\nSay anything.")
+        [sequence] = sample["sequences"]
+        assert sequence["text"].count("<|im_start|>assistant\n") == 2
+        assert sequence["text"].startswith("<|im_start|>user\nSay anything.")
+        assert [message["role"] for message in sample["messages"]] == ["user", "assistant"] * 2
+        assert {"queue", "generate", "tools", "agent_queue"} <= sample["timings"].keys()
+        assert sum(sample["timings"].values()) <= sample["seconds"]
         assert sample["counts"] == {"requests": 2}
     assert list((tmp_path / "run" / "agents").iterdir()) == []
 
@@ -80,11 +84,11 @@ async def test_branches_are_trained_with_the_reward_of_their_sample(tmp_path: Pa
     assert {sample["reward"] for sample in written} <= {0.0, 1.0}
     assert all(sample["reward"] == sample["rewards"]["exit"] for sample in written)
     for sample in written:
-        assert [one["turns"] for one in (*sample["branches"], sample)] == [2, 1]
-        assert sample["text"].startswith("<|im_start|>user\nAnother one.")
+        assert [one["turns"] for one in sample["sequences"]] == [2, 1]
+        assert sample["sequences"][-1]["text"].startswith("<|im_start|>user\nAnother one.")
     steps = summary.metrics[1:]
     assert [step.branches for step in steps] == [2.0, 2.0]
-    masks = [one["loss_mask"] for sample in written for one in (*sample["branches"], sample)]
+    masks = [one["loss_mask"] for sample in written for one in sample["sequences"]]
     assert sum(step.tokens for step in steps) == sum(sum(mask) for mask in masks)
     assert sum(step.agents_failed for step in steps) == sum(sample["reward"] == 0 for sample in written)
     assert all(step.logprob_gap is not None and step.logprob_gap < 1e-4 for step in steps)
@@ -100,7 +104,8 @@ async def test_functions_are_trained_by_what_they_return_or_by_reward_functions(
     summary = await run(config)
     assert summary.counts.ended[SampleStatus.FINISHED] == 16
     assert summary.metrics[-1].rewards.keys() == {"length" if graded else "return"}
-    assert all(sample["turns"] == 1 and "Write about" in sample["text"] for sample in samples(tmp_path))
+    assert all(sample["turns"] == 1 for sample in samples(tmp_path))
+    assert all("Write about" in sample["sequences"][0]["text"] for sample in samples(tmp_path))
 
 
 async def test_turns_have_no_limit_unless_one_is_set(tmp_path: Path) -> None:

@@ -73,8 +73,9 @@ async def test_an_engine_that_is_killed_is_a_pause_for_its_agents(tmp_path: Path
     assert kinds["retry"] > 0
     for sample in samples(tmp_path):
         assert (sample["reward"], sample["turns"], sample["counts"]) == (1.0, 2, {"requests": 2})
-        spans = sample["version_spans"]
-        assert sum(end - start for _, start, end in spans) == sum(sample["loss_mask"])
+        [sequence] = sample["sequences"]
+        spans = sum(span["end"] - span["start"] for span in sequence["version_spans"])
+        assert spans == sum(sequence["loss_mask"]) == sample["tokens"]
     assert all(step.logprob_gap is not None and step.logprob_gap < 1e-4 for step in summary.metrics[1:])
 
 
@@ -93,13 +94,12 @@ def test_each_rank_plays_its_own_agents(tmp_path: Path) -> None:
     assert [(step["branches"], step["requests"]) for step in metrics[1:]] == [(2.0, 16), (2.0, 16)]
     assert all(step["logprob_gap"] < 1e-4 for step in metrics[1:])
     problems = []
-    for rank, name in ((0, "samples.jsonl"), (1, "samples-1.jsonl")):
-        played = lines(tmp_path / "run" / name)
+    for rank in (0, 1):
+        played = [sample for sample in samples(tmp_path) if sample["sample"].startswith(f"rank{rank}-")]
         assert Counter(sample["step"] for sample in played) == {1: 4, 2: 4}
         problems.append({sample["problem"] for sample in played})
         for sample in played:
-            assert sample["sample"].startswith(f"rank{rank}-")
-            assert (len(sample["branches"]), sample["counts"]["requests"]) == (1, 2)
-            assert {version for version, _, _ in sample["version_spans"]} == {sample["step"]}
+            assert (len(sample["sequences"]), sample["turns"], sample["counts"]["requests"]) == (2, 2, 2)
+            assert (sample["oldest_version"], sample["newest_version"]) == (sample["step"], sample["step"])
     assert not problems[0] & problems[1]
     assert not sum(step["agents_failed"] for step in metrics)

@@ -1,6 +1,5 @@
 """The examples of tasks of one's own run, here for two steps, and the dry run says what they are."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from millrace.config import load_config
 from millrace.rollout.sample import SampleStatus
 from millrace.train.display import Display
 from millrace.train.experiment import train
+from millrace.train.samples import read_samples
 from millrace.train.summary import Summary
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -28,8 +28,8 @@ async def run(name: str, folder: Path, *overrides: str) -> tuple[Summary, list[d
     assert summary is not None
     assert summary.counts.asked == summary.counts.ended[SampleStatus.FINISHED] == 2 * 2 * 8
     assert [step.weight_version for step in summary.metrics] == [1, 2, 3]
-    lines = (summary.folder / "samples.jsonl").read_text().splitlines()
-    return summary, [json.loads(line) for line in lines]
+    samples = [{**sample, "text": sample["sequences"][-1]["text"]} for sample in read_samples(summary.folder)]
+    return summary, samples
 
 
 async def test_own_reward(tmp_path: Path) -> None:

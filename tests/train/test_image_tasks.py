@@ -18,6 +18,7 @@ from millrace.rollout.chat import load_prompt_format
 from millrace.rollout.sample import Episode, EpisodeEnd, Problem, Sample, SampleStatus
 from millrace.rollout.vision import Vision
 from millrace.train.record import RunFolder
+from millrace.train.samples import SampleFormat, read_samples
 from tests.vision import make_image, make_tiny_vision_model, png
 
 
@@ -103,11 +104,21 @@ def test_records_have_the_hashes_of_images_and_not_the_images(model: Path, tmp_p
     episode = Episode(ids, mask, np.zeros(len(ids), np.float32), (), 1, EpisodeEnd.ANSWERED, images=(image,))
     folder = RunFolder(config, resume=False)
     with folder.create():
-        folder.add_samples(1, [Sample("s", "g", problem, SampleStatus.FINISHED, episode, 1.0)], chat)
-    [line] = (folder.path / "samples.jsonl").read_bytes().splitlines()
-    record = json.loads(line)
+        sample = Sample("s", "g", problem, SampleStatus.FINISHED, episode, 1.0)
+        folder.add_samples(1, [sample], {}, SampleFormat(chat))
+    [record] = read_samples(folder.path)
     assert record["images"] == [sha256(image).hexdigest()]
-    assert record["token_ids"] == list(ids)
+    assert record["messages"] == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Colour?"}]}]
+    [sequence] = record["sequences"]
+    assert sequence["token_ids"] == list(ids)
     place = "<|vision_start|><|image_pad|><|vision_end|>"
-    assert record["text"] == f"<|im_start|>user\n{place}Colour?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"
-    assert base64.b64encode(image)[:40] not in line
+    text = sequence["text"]
+    assert text == f"<|im_start|>user\n{place}Colour?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"
+    pieces = [text[start:end] for start, end in zip([0, *sequence["ends"]], sequence["ends"], strict=False)]
+    first = ids.index(vision.placeholder)
+    assert pieces[first : first + 4] == ["<|image_pad|>", "", "", ""]
+    assert "".join(chat.decode([token]) for token in ids if token != vision.placeholder) == "".join(
+        piece for piece, token in zip(pieces, ids, strict=True) if token != vision.placeholder
+    )
+    [file] = (folder.path / "samples").iterdir()
+    assert base64.b64encode(image)[:40] not in file.read_bytes()

@@ -23,6 +23,7 @@ from millrace.rollout.reward import rule_reward
 from millrace.rollout.sample import SampleStatus
 from millrace.train.display import Display
 from millrace.train.experiment import train
+from millrace.train.samples import read_samples
 from tests.rollout.digits import make_judge_model
 
 ENGINE = EmbeddedEngineConfig(kind="embedded", threads=1)
@@ -66,9 +67,9 @@ async def test_a_run_is_rewarded_by_its_judge(tmp_path: Path, mode: str) -> None
     steps = summary.metrics[1:]
     assert [step.grades for step in steps] == [8, 8]
     assert [step.reward for step in steps] == pytest.approx([step.grade for step in steps])
-    samples = lines(tmp_path / "run" / "samples.jsonl")
+    samples = list(read_samples(tmp_path / "run"))
     assert all(round(sample["reward"] * 9) == pytest.approx(sample["reward"] * 9) for sample in samples)
-    by_rule = [rule_reward(sample["text"], sample["answer"]) for sample in samples]
+    by_rule = [rule_reward(sample["sequences"][-1]["text"], sample["answer"]) for sample in samples]
     assert [sample["reward"] for sample in samples] != by_rule
 
     events = [e for e in lines(tmp_path / "run" / "events.jsonl") if e["kind"] == "member"]

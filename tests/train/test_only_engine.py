@@ -24,6 +24,7 @@ from millrace.config.models import (
 from millrace.rollout.sample import SampleStatus
 from millrace.train.display import Display
 from millrace.train.experiment import train
+from millrace.train.samples import read_samples
 from millrace.train.summary import print_summary
 from tests.engines.processes import below, command_lines
 
@@ -105,14 +106,15 @@ async def test_nothing_is_lost_and_the_run_ends(
     assert display.left == {}
     assert +summary.counts.ended == {SampleStatus.FINISHED: summary.counts.asked}
     run = tmp_path / "run"
-    metrics, samples, events = (lines(run / f"{name}.jsonl") for name in ("metrics", "samples", "events"))
+    metrics, advice, events = (lines(run / f"{name}.jsonl") for name in ("metrics", "advice", "events"))
+    samples = list(read_samples(run))
     assert [step["samples_finished"] for step in metrics] == [0] + [GROUPS * SAMPLES] * STEPS
     assert [step["weight_version"] for step in metrics] == list(range(1, STEPS + 2))
     assert set(Counter(sample["sample"] for sample in samples).values()) == {1}
     assert len(samples) == STEPS * GROUPS * SAMPLES
     for sample in samples:
         assert sample["status"] == "finished"
-        versions = {version for version, _, _ in sample["version_spans"]}
+        versions = {sample["oldest_version"], sample["newest_version"]}
         assert versions == {sample["step"]} if mode == "hybrid" else versions <= {sample["step"] - 1, sample["step"]}
     ended = Counter(event["kind"] for event in events if "restart" in event["kind"])
     assert ended == {"restart": len(KILLS)}
@@ -120,6 +122,7 @@ async def test_nothing_is_lost_and_the_run_ends(
     assert [step["groups_with_signal"] for step in metrics] == [None] + [0] * STEPS
     assert caplog.text.count("step 1 taught nothing: the rewards of each group are all equal") == 1
     assert caplog.text.count("taught nothing") == 1
+    assert [one["step"] for one in advice if one["kind"] == "no_signal"] == [1]
     console = Console(file=io.StringIO(), width=200)
     print_summary(summary, console)
     assert "No step had a group whose rewards differed" in console.file.getvalue()  # type: ignore[attr-defined]

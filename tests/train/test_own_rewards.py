@@ -21,6 +21,7 @@ from millrace.errors import ConfigError, DataError, RolloutError
 from millrace.rollout.sample import SampleStatus
 from millrace.train.display import Display
 from millrace.train.experiment import train
+from millrace.train.samples import read_samples
 from millrace.train.summary import Summary
 
 REWARDS = """
@@ -72,7 +73,7 @@ async def run(config: RunConfig) -> Summary:
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
+    return list(read_samples(folder / "run"))
 
 
 async def test_the_reward_is_the_weighted_sum_and_each_part_is_written_down(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from millrace.errors import ConfigError, DataError
 from millrace.fleet.event_log import EventLog
 from millrace.jsonl import drop_torn_tail, read_objects
 from millrace.train.record import RunFolder, model_of
+from millrace.train.samples import file_name, sample_files
 from tests.config.test_loading import VALID
 
 
@@ -20,18 +21,24 @@ def test_one_rank_alone_drops_the_records_after_the_checkpoint(tmp_path: Path) -
     config = load_config(tmp_path / "run.yaml", [f"output_dir={tmp_path}", "name=run"])
     run = tmp_path / "run"
     run.mkdir()
-    names = ("metrics.jsonl", "samples.jsonl", "samples-1.jsonl")
+    names = ("metrics.jsonl", "advice.jsonl")
     for name in names:
         (run / name).write_bytes(b"".join(orjson.dumps({"step": step}) + b"\n" for step in (1, 2, 3)))
+    (run / "samples").mkdir()
+    files = [file_name(step, rank) for step in (1, 2, 3) for rank in (0, 1)]
+    for file in (*files, "step-000002.partial", "my notes.txt"):
+        (run / "samples" / file).touch()
 
     def steps() -> list[list[int]]:
         return [[orjson.loads(line)["step"] for line in (run / name).read_bytes().splitlines()] for name in names]
 
     # If two ranks rewrote one file at once, they would leave it empty: one reads what the other has just truncated.
     RunFolder(config, resume=True, rank=1).forget_after(2)
-    assert steps() == [[1, 2, 3]] * 3
+    assert steps() == [[1, 2, 3]] * 2
+    assert [path.name for path in sample_files(run)] == files
     RunFolder(config, resume=True).forget_after(2)
-    assert steps() == [[1, 2]] * 3
+    assert steps() == [[1, 2]] * 2
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["my notes.txt", *sorted(files[:4])]
 
 
 def test_a_run_that_is_resumed_keeps_its_model(tmp_path: Path) -> None:
@@ -72,7 +79,7 @@ def test_a_run_goes_on_with_torn_files_and_says_what_it_dropped(
     (tmp_path / "run.yaml").write_text(VALID)
     config = load_config(tmp_path / "run.yaml", [f"output_dir={tmp_path}", "name=run"])
     (tmp_path / "run").mkdir()
-    names = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
+    names = ("metrics.jsonl", "advice.jsonl", "events.jsonl")
     for name in names:
         (tmp_path / "run" / name).write_bytes(RECORDS + b'{"step": 3, "w' + b"\0" * 9)
     with RunFolder(config, resume=True).create(), EventLog(tmp_path / "run" / "events.jsonl"):

@@ -6,7 +6,9 @@ from typing import Any
 
 import orjson
 import pytest
+from pyarrow import parquet
 
+from millrace.train.samples import read_samples, sample_files
 from tests.torchrun import torchrun
 
 CONFIG = """\
@@ -25,22 +27,30 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in path.read_bytes().splitlines()]
 
 
+def samples_of(run: Path, rank: int) -> list[dict[str, Any]]:
+    """Return the samples of a rank, of which the other has none."""
+    files = [path for path in sample_files(run) if ("rank1" in path.name) == bool(rank)]
+    own = [sample for sample in read_samples(run) if sample["sample"].startswith(f"rank{rank}-")]
+    assert len(own) == sum(parquet.read_metadata(path).num_rows for path in files)
+    return own
+
+
 def check(run: Path, steps: int) -> None:
     """Each step trained on two groups of each rank, fresh enough, and no sample came twice."""
     metrics = lines(run / "metrics.jsonl")
     assert [step["samples_finished"] for step in metrics] == [0] + [8] * steps
     assert [step["weight_version"] for step in metrics] == list(range(1, steps + 2))
     seen: Counter[str] = Counter()
-    for rank, name in ((0, "samples.jsonl"), (1, "samples-1.jsonl")):
-        samples = lines(run / name)
+    for rank in (0, 1):
+        samples = samples_of(run, rank)
         assert Counter(sample["step"] for sample in samples) == dict.fromkeys(range(1, steps + 1), 4)
         assert {sample["status"] for sample in samples} == {"finished"}
-        assert all(sample["sample"].startswith(f"rank{rank}-") for sample in samples)
         seen.update(sample["sample"] for sample in samples)
         for sample in samples[:8]:  # in mode hybrid, all are of the version that was published before the step
-            assert {version for version, _, _ in sample["version_spans"]} == {sample["step"]}
+            assert (sample["oldest_version"], sample["newest_version"]) == (sample["step"], sample["step"])
+        assert all(sample["advantage"] is not None and sample["gap"] < 1e-4 for sample in samples)
     assert set(seen.values()) == {1}
-    problems = [{sample["problem"] for sample in lines(run / name)} for name in ("samples.jsonl", "samples-1.jsonl")]
+    problems = [{sample["problem"] for sample in samples_of(run, rank)} for rank in (0, 1)]
     assert not problems[0] & problems[1]
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from millrace.agents.job import Agent, Ended, Job
 from millrace.config.agents import AgentConfig
 from millrace.errors import UserCodeError
 from millrace.fleet.client import FleetClient
+from millrace.gateway.episode import Episode as GatewayEpisode
 from millrace.gateway.gateway import Gateway, OpenEpisode
 from millrace.gateway.rules import EpisodeRules
 from millrace.rollout.agent import EpisodeLimits
@@ -63,7 +64,7 @@ class AgentPlayer:
                 await opened.finish()
                 played = self._played(job, ended, limits, late=late)
                 failed = bool(played.counts.get("agent_failed"))
-                return replace(played, seconds=_shares(watch, opened.episode.seconds))
+                return replace(played, seconds=_shares(watch, opened.episode))
             finally:
                 await self.gateway.delete(opened.id)
                 await self.agent.clean(job, failed=failed)
@@ -140,10 +141,12 @@ async def within(fleet: FleetClient, work: Coroutine[Any, Any, T], seconds: floa
             await asyncio.gather(task, return_exceptions=True)
 
 
-def _shares(watch: Stopwatch, requests: Mapping[str, float]) -> dict[str, float]:
+def _shares(watch: Stopwatch, episode: GatewayEpisode) -> dict[str, float]:
     """Return where an agent's time went: its requests, and as `tools` the rest of it."""
-    rest = max(watch.seconds["tools"] - sum(requests.values()), 0.0)
-    return {**watch.seconds, **requests, "tools": rest}
+    queue, generate = episode.queue_seconds, episode.generate_seconds
+    return watch.seconds | {
+        "queue": queue, "generate": generate, "tools": max(watch.seconds["tools"] - queue - generate, 0.0),
+    }  # fmt: skip
 
 
 def duplicated(sequences: Sequence[tuple[int, ...]]) -> int:

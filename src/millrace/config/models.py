@@ -69,8 +69,7 @@ class GeneratedDataConfig(Model):
 
 
 class FileDataConfig(ColumnsConfig):
-    """A file with one problem in each row (docs/tasks.md). Its suffix is `.jsonl`, `.csv` or `.parquet`. Parquet needs
-    the extra `millrace[parquet]`."""
+    """A file with one problem in each row (docs/tasks.md). Its suffix is `.jsonl`, `.csv` or `.parquet`."""
 
     kind: Literal["file"]
     """A file."""

@@ -84,7 +84,8 @@ class Episode:
     parts: Mapping[str, float] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)  # that are being answered, or that the agent did not get
     rules: EpisodeRules = NO_RULES
-    seconds: Counter[str] = field(default_factory=Counter)  # of all requests: `queue` for room, `generate` on engines
+    queue_seconds: float = 0.0  # of all requests, for room on an engine
+    generate_seconds: float = 0.0  # of all requests, on engines
     failures: dict[bytes, BaseException] = field(default_factory=dict)
 
     async def ask(self, call: ModelCall) -> Turn:
@@ -298,8 +299,8 @@ class Episode:
         async def timed(request: GenerateRequest, reader: Reader) -> Generation:
             started = time.monotonic()
             made = await one(request, reader)
-            self.seconds["queue"] += made.queue_seconds
-            self.seconds["generate"] += time.monotonic() - started - made.queue_seconds
+            self.queue_seconds += made.queue_seconds
+            self.generate_seconds += time.monotonic() - started - made.queue_seconds
             return self._usable(made)
 
         made = await all_of([timed(*pair) for pair in zip(requests, readers, strict=True)])

@@ -89,9 +89,9 @@ class Episode:
     at the time of sampling; 0 where loss_mask is False. version_spans: which weight versions generated which positions;
     they cover exactly the positions where loss_mask is True. turns: of the model. messages: the conversation after the
     prompt, as chat messages; a turn of the model has `content`, `reasoning` and, if there are any, `tool_calls`; the
-    answer of a tool that failed has `error`, which is True. images: the contents of the image files in the conversation, in order; `token_ids` has for each the run of
-    placeholders that the engine read. routed_experts: [N, L, K] uint8 or uint16, of the first N tokens, as in
-    `Generation`; None if the engine does not return them.
+    answer of a tool that failed has `error`, which is True. images: the contents of the image files in the
+    conversation, in order; `token_ids` has for each the run of placeholders that the engine read. routed_experts: [N,
+    L, K] uint8 or uint16, of the first N tokens, as in `Generation`; None if the engine does not return them.
     """
 
     token_ids: tuple[int, ...]

@@ -1,16 +1,16 @@
 """The curves of a run as an image."""
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from millrace.train.record import StepMetrics
+from millrace.train.metrics import StepMetrics
 
 
-def draw_curves(metrics: Sequence[StepMetrics], title: str, path: Path) -> None:
-    """Write a PNG with four plots: reward and accuracy, seconds by phase, the policy's figures, and the logprob gap."""
+def draw_curves(metrics: Sequence[StepMetrics], title: str) -> bytes:
+    """Return a PNG of four plots: reward and accuracy, seconds by phase, the policy's figures, and the logprob gap."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     (learning, seconds), (policy, gap) = figure.subplots(2, 2)
@@ -58,7 +58,9 @@ def draw_curves(metrics: Sequence[StepMetrics], title: str, path: Path) -> None:
     gap.legend(handles=[*gap.lines, *staleness.lines], loc="lower left")
     for axes in (learning, seconds, policy, gap):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110, format="png")
+    return image.getvalue()
 
 
 def _parts(steps: Sequence[StepMetrics]) -> list[str]:

@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from millrace.train.record import StepMetrics
+from millrace.train.metrics import StepMetrics
 
 ROWS = 12  # of the live table
 

@@ -26,10 +26,10 @@ from millrace.serve.view import Observer
 from millrace.train import checkpoint
 from millrace.train.agents import agent_format, open_player
 from millrace.train.batch import supervised_sample
-from millrace.train.curves import draw_curves
 from millrace.train.display import Display
 from millrace.train.judging import JudgeModel, judge_model, open_judge
-from millrace.train.loop import Progress, TrainingLoop
+from millrace.train.loop import TrainingLoop
+from millrace.train.metrics import Progress
 from millrace.train.policy import load_policy
 from millrace.train.ranks import Ranks, TrainerThread, shared
 from millrace.train.record import RunFolder
@@ -125,9 +125,7 @@ async def _train(
                     display.phase("ending the engines")
         if world.rank > 0:
             return None
-        metrics = folder.read_metrics()
-        draw_curves(metrics, config.name, folder.path / "curves.png")
-        return Summary(metrics, folder.path, loop.watch.seconds, time.monotonic() - started, counts)
+        return Summary(folder.read_metrics(), folder.path, loop.watch.seconds, time.monotonic() - started, counts)
 
 
 @asynccontextmanager

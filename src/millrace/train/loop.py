@@ -7,30 +7,31 @@ generating, as far ahead as `max_staleness` allows.
 import logging
 import math
 import signal
-import time
-from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
-import numpy as np
 import torch
 
 from millrace.config.models import RunConfig
 from millrace.errors import ConfigError, MillraceError, WeightsChanged
-from millrace.rollout.buffer import RolloutBatch, RolloutBuffer, StalenessPolicy, has_signal, require_some
+from millrace.rollout.buffer import RolloutBatch, RolloutBuffer, StalenessPolicy, require_some
 from millrace.rollout.judge import Judge, JudgeCounts, grade_in_turn
 from millrace.rollout.runner import SampleRunner, ToolCounts, greedy
 from millrace.rollout.sample import Group, Problem, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler, SampleCounts
+from millrace.rollout.timings import Stopwatch
 from millrace.train import checkpoint
+from millrace.train.advice import Bounds, work_of
 from millrace.train.batch import sequences_of
 from millrace.train.display import Display
+from millrace.train.metrics import Progress, StepMetrics, step_metrics
 from millrace.train.ranks import Ranks
-from millrace.train.record import RunFolder, StepMetrics, mean_parts
+from millrace.train.record import RunFolder
+from millrace.train.samples import Trained, trained_samples
 from millrace.train.stopping import Stop
 from millrace.train.trainer import StepStats, Trainer
+from millrace.train.writer import Writer
 from millrace.types import MemoryTag
 from millrace.weights.sharded import ShardedTensors
 
@@ -38,36 +39,6 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@dataclass(slots=True)
-class Progress:
-    """The progress of a run, which a checkpoint stores beside the tensors."""
-
-    step: int = 0
-    version: int = 0
-    position: int = 0  # in the order of the training problems
-
-
-@dataclass(slots=True)
-class Stopwatch:
-    """Measures the seconds of named blocks and adds them up by name."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Measure a block."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-
-    def add(self, other: "Stopwatch") -> None:
-        """Add the seconds of another stopwatch."""
-        for name, seconds in other.seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 class TrainingLoop:
@@ -104,7 +75,8 @@ class TrainingLoop:
         self._policy = staleness_policy(config, ranks.world.size)
         self._training = False
         self._saved: int | None = None  # the step of the last checkpoint
-        self._warned_of_no_signal = False
+        bounds = Bounds(config.rollout.samples_per_group, self._policy.max_staleness)
+        self._writer = Writer(folder, runner.chat, bounds, title=config.name, leads=ranks.owned is not None)
 
     async def run(self) -> None:
         """Evaluate if no step has been done, and run the steps up to `train.steps`.
@@ -113,10 +85,15 @@ class TrainingLoop:
         MillraceError, such as RolloutError if all samples of a step failed.
         """
         self.stop.saves = True
+        async with self._writer:
+            await self._run()
+
+    async def _run(self) -> None:
         if self.progress.step == 0:
             with self.watch("evaluation"):
                 accuracy = await self.evaluate()
-            self._record(StepMetrics(step=0, weight_version=self.progress.version, accuracy=accuracy))
+            metrics = StepMetrics(step=0, weight_version=self.progress.version, accuracy=accuracy)
+            self._record(metrics, RolloutBatch())
         async with RolloutScheduler(self.runner, self.config.rollout.samples_per_group) as scheduler:
             self.counts = scheduler.counts
             buffer = RolloutBuffer(
@@ -205,7 +182,7 @@ class TrainingLoop:
             with watch("train"):
                 self.display.phase(f"training on {len(batch.samples)} samples")
                 self._training = True
-                stats = await self.in_trainer(self._train, batch.groups)
+                stats, trained = await self.in_trainer(self._train, batch.groups)
                 self._training = False
             stopping, version = await self._stopping(), self.progress.version + 1
             if stopping or not await self._with_engines(self._publish(watch)):
@@ -218,18 +195,16 @@ class TrainingLoop:
             if not stopping and (last or step % config.evaluation.every == 0):
                 with watch("evaluation"):
                     accuracy = await self.evaluate()
-        self.folder.add_samples(step, batch.all_samples, self.runner.chat)
+        await self._writer.add_samples(step, batch.all_samples, trained)
         tools, grades = self.runner.tool_counts, self.judge.counts if self.judge is not None else JudgeCounts()
         self.watch.add(watch)
         standalone = config.mode == "standalone"
-        metrics = _metrics(
+        metrics = step_metrics(
             self.progress, stats, watch, batch, lag, accuracy, tools, grades, freed, standalone=standalone
         )
         metrics = await self.ranks.over_all(metrics)
-        self._record(metrics)
+        self._record(metrics, batch)
         _warn_of_unread(grades)
-        self._warn_of_no_signal(metrics)
-        self._warn_of_failed(batch)
         tools.calls = tools.errors = 0
         grades.clear()
         # The checkpoint comes after the record: a resumed run can drop later records, but can't replace missing ones.
@@ -283,15 +258,17 @@ class TrainingLoop:
     async def save(self, position: int) -> None:
         """Save a checkpoint. `position`: the rollout buffer's, on this rank. Raises CheckpointError."""
         self.display.phase("saving a checkpoint")
+        await self._writer.done()
         [over_all] = await self.ranks.sums(position)
         state = {"version": self.progress.version, "position": int(over_all)}
         await self.in_trainer(checkpoint.save, self.folder.path, self.trainer, state, keep=self.config.checkpoint.keep)
         self._saved = self.progress.step
 
-    def _train(self, groups: Sequence[Group]) -> StepStats:
+    def _train(self, groups: Sequence[Group]) -> tuple[StepStats, dict[str, Trained]]:
         normalize = self.config.train.loss.normalize_advantages
         samples = [one for group in groups for one in sequences_of(group, normalize=normalize)]
-        return self.trainer.train_step(samples, self.config.rollout.temperature)
+        stats = self.trainer.train_step(samples, self.config.rollout.temperature)
+        return stats, trained_samples(groups, samples, stats.logprobs)
 
     def _show_generating(self, complete: int) -> None:
         self.display.phase(f"generating: {complete} of {self._policy.groups_per_step} groups are complete")
@@ -307,33 +284,10 @@ class TrainingLoop:
         """Run a function in the trainer's thread, so that the event loop can serve the rollouts meanwhile."""
         return await self.ranks.thread.run(function, *args, **kwargs)
 
-    def _warn_of_no_signal(self, metrics: StepMetrics) -> None:
-        """Log, once and on rank 0 only, that a step had no group with a signal."""
-        if metrics.groups_with_signal == 0 and self.ranks.owned is not None and not self._warned_of_no_signal:
-            self._warned_of_no_signal = True
-            logger.warning(
-                "step %d taught nothing: the rewards of each group are all equal (their mean is %.3g), so every "
-                "advantage is 0. Read the answers in samples.jsonl: are they cut off, or in another form than the "
-                "reward expects? Are the problems too easy or too hard? rollout.samples_per_group is %d",
-                metrics.step,
-                metrics.reward,
-                self.config.rollout.samples_per_group,
-            )
-
-    def _warn_of_failed(self, batch: RolloutBatch) -> None:
-        """Log how many samples of a step failed, with the reason of one of them."""
-        if failed := [sample for sample in batch.discarded if sample.status is SampleStatus.FAILED]:
-            logger.warning(
-                "step %d: %d samples failed and were left out; %s: %s",
-                self.progress.step,
-                len(failed),
-                failed[0].sample_id,
-                failed[0].reason,
-            )
-
-    def _record(self, metrics: StepMetrics) -> None:
-        if self.ranks.owned is not None:
-            self.folder.add_metrics(metrics)
+    def _record(self, metrics: StepMetrics, batch: RolloutBatch) -> None:
+        fleet = self.runner.fleet
+        failed = [(s.sample_id, s.reason or "") for s in batch.discarded if s.status is SampleStatus.FAILED]
+        self._writer.add_step(metrics, work_of(fleet.event_log.metrics, fleet.engines), next(iter(failed), None))
         self.display.step(metrics)
         self.display.progress("steps", self.progress.step, self.config.train.steps)
 
@@ -365,66 +319,4 @@ def staleness_policy(config: RunConfig, ranks: int) -> StalenessPolicy:
         ahead=ahead,
         extra=math.ceil(rollout.over_sampling / ranks),
         most_dropped=math.ceil(rollout.dynamic_sampling / ranks),
-    )
-
-
-def _metrics(
-    progress: Progress,
-    stats: StepStats,
-    watch: Stopwatch,
-    batch: RolloutBatch,
-    lag: Sequence[int],
-    accuracy: float | None,
-    tools: ToolCounts,
-    grades: JudgeCounts,
-    freed_gib: float,
-    *,
-    standalone: bool,
-) -> StepMetrics:
-    def seconds(name: str) -> float:
-        return round(watch.seconds.get(name, 0.0), 4)
-
-    # In standalone mode the engines generate all the time; in hybrid mode only while the trainer waits.
-    generating = max(watch.seconds["step" if standalone else "rollout"], 1e-9)
-    tokens = sum(sample.generated_tokens for sample in batch.all_samples)
-    counts: Counter[str] = sum((Counter(sample.counts) for sample in batch.all_samples), Counter())
-    return StepMetrics(
-        step=progress.step,
-        weight_version=progress.version,
-        accuracy=accuracy,
-        reward=float(np.mean([sample.reward for sample in batch.samples])),
-        rewards=mean_parts(batch.samples),
-        staleness=float(np.mean(lag)) if lag else 0.0,
-        rollout_seconds=seconds("rollout"),
-        publish_seconds=seconds("publish"),
-        judge_seconds=seconds("judge"),
-        train_seconds=seconds("train"),
-        sleep_seconds=seconds("sleep"),
-        freed_gib=round(freed_gib, 3),
-        evaluation_seconds=seconds("evaluation"),
-        step_seconds=seconds("step"),
-        tokens=tokens,
-        tokens_per_second=tokens / generating,
-        kl=stats.kl,
-        clip_fraction=stats.clip_fraction,
-        logprob_gap=stats.logprob_gap,
-        entropy=stats.entropy,
-        loss=stats.loss,
-        grad_norm=stats.grad_norm,
-        lr=stats.lr,
-        samples_finished=len(batch.samples),
-        samples_failed=sum(s.status is SampleStatus.FAILED for s in batch.discarded),
-        samples_aborted=sum(s.status is not SampleStatus.FAILED for s in batch.discarded),
-        groups_dropped=len(batch.dropped),
-        groups_with_signal=sum(has_signal(group.samples) for group in batch.groups),
-        tool_calls=tools.calls,
-        tool_errors=tools.errors,
-        grade=grades.mean,
-        grades=grades.graded,
-        grades_unread=grades.unread,
-        branches=float(np.mean([len(sample.sequences) for sample in batch.samples])),
-        requests=counts["requests"],
-        malformed_calls=counts["malformed"],
-        duplicated_tokens=counts["duplicated_tokens"],
-        agents_failed=counts["agent_failed"],
     )

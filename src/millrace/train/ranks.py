@@ -20,7 +20,7 @@ from millrace.fleet.fleet import Fleet
 from millrace.fleet.follower import follow_fleet
 from millrace.rollout.sample import SampleStatus
 from millrace.rollout.scheduler import SampleCounts
-from millrace.train.record import StepMetrics
+from millrace.train.metrics import StepMetrics
 from millrace.train.world import World
 from millrace.types import MemoryTag
 from millrace.weights.sharded import ShardedTensors, follow, leading
@@ -168,13 +168,16 @@ class Ranks:
             return metrics
         weighted = [(getattr(metrics, name) or 0.0) * getattr(metrics, over) for name, over in MEANS.items()]
         parts = [value * metrics.samples_finished for value in metrics.rewards.values()]
-        summed = await self.sums(*(getattr(metrics, name) for name in SUMS), *weighted, *parts)
+        ends = list(metrics.ends.values())
+        summed = await self.sums(*(getattr(metrics, name) for name in SUMS), *weighted, *ends, *parts)
         counted = {name: type(getattr(metrics, name))(value) for name, value in zip(SUMS, summed, strict=False)}
         combined = asdict(metrics) | counted
         for (name, over), value in zip(MEANS.items(), summed[len(SUMS) :], strict=False):
             combined[name] = value / combined[over] if combined[over] else None
         means = [value / (combined["samples_finished"] or 1) for value in summed[len(summed) - len(parts) :]]
         combined["rewards"] = dict(zip(metrics.rewards, means, strict=True))
+        counts = summed[len(SUMS) + len(MEANS) :]
+        combined["ends"] = {end: int(count) for end, count in zip(metrics.ends, counts, strict=False)}
         return StepMetrics(**combined)
 
     async def counts(self, counts: SampleCounts) -> SampleCounts:

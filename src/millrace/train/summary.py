@@ -9,7 +9,7 @@ from rich.table import Table
 
 from millrace.rollout.sample import SampleStatus
 from millrace.rollout.scheduler import SampleCounts
-from millrace.train.record import StepMetrics
+from millrace.train.metrics import StepMetrics
 
 # The stopwatch's names and how they are printed, in this order. The busy ones generate or train.
 PHASES = {
