@@ -82,8 +82,12 @@ class _Tally:
         self.sums += torch.stack([*sums, entropy])
         self.largest_gap = torch.maximum(self.largest_gap, largest_gap)
 
+    def keep(self, batch: Microbatch, old_BT: Tensor) -> None:
+        """Keep the logprobs of a micro-batch, on the device: a copy to the CPU would wait for it."""
+        self.logprobs.append((batch.places, torch.where(batch.mask_BT, old_BT.float(), 0.0)))
+
     def logprobs_of(self, samples: Sequence[TrainSample]) -> tuple[Float32Array, ...]:
-        """Return the logprobs of each sample, on the CPU. This is the only copy that they are."""
+        """Return the logprobs of each sample, on the CPU."""
         of_samples = [np.zeros(sample.token_ids.size, np.float32) for sample in samples]
         for places, logprobs_BT in self.logprobs:
             for place, logprobs_T in zip(places, logprobs_BT.cpu().numpy(), strict=False):  # blank rows come last
@@ -231,8 +235,7 @@ class Trainer:
             reference_BT = self.policy.reference_logprobs(batch.token_ids_BT, temperature, batch.images)
         if old_BT is None:  # before the first update it is the current one: the ratio is 1, but its gradient is not 0
             old_BT = logprobs_BT.detach()
-        # On the device until the step ends: a copy to the CPU would wait for it.
-        tally.logprobs.append((batch.places, torch.where(batch.mask_BT, old_BT.float(), 0.0)))
+        tally.keep(batch, old_BT)
         result = policy_loss(
             logprobs_BT,
             old_BT,
