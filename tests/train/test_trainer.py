@@ -72,6 +72,24 @@ def plain_training(
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_a_step_returns_each_samples_logprobs_before_it_in_their_order(folder: Path, minibatches: int) -> None:
+    samples = make_samples(12)
+    trainer = make_trainer(folder, make_config(minibatches=minibatches))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    stats = trainer.train_step(samples, temperature=0.8)
+    assert [one.shape for one in stats.logprobs] == [sample.token_ids.shape for sample in samples]
+    gaps = []
+    for sample, logprobs in zip(samples, stats.logprobs, strict=True):
+        with torch.no_grad():
+            plain = np.concatenate([[0], plain_logprobs(model, sample.token_ids.tolist(), 0.8).numpy()])
+        assert logprobs.dtype == np.float32
+        np.testing.assert_allclose(logprobs, np.where(sample.loss_mask, plain, 0), rtol=0, atol=2e-5)
+        gaps += np.abs(sample.logprobs - logprobs)[sample.loss_mask].tolist()
+    assert stats.logprob_gap == pytest.approx(float(np.mean(gaps)), rel=1e-4)
+    assert trainer.train_step([], 1.0).logprobs == ()
+
+
 @pytest.mark.parametrize(
     ("loss", "minibatches"),
     [
