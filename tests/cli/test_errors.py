@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from millrace import __version__
 from millrace.cli import app, main
 from millrace.config import load_config
-from millrace.train.samples import read_samples
+from millrace.train.sample_files import read_samples
 
 CONFIG = """\
 name: run

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from millrace.train.samples import read_samples
+from millrace.train.sample_files import read_samples
 from tests.gateway.agents.alone import AGENTS, ALONE, NEEDS_AGENTS
 from tests.gateway.agents.policy import make_policy
 from tests.gateway.qwen import call

@@ -15,7 +15,7 @@ from millrace.config import load_config
 from millrace.rollout.sample import SampleStatus
 from millrace.train.display import Display
 from millrace.train.experiment import train
-from millrace.train.samples import read_samples
+from millrace.train.sample_files import read_samples
 from millrace.train.summary import Summary
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -18,7 +18,8 @@ from millrace.rollout.chat import load_prompt_format
 from millrace.rollout.sample import Episode, EpisodeEnd, Problem, Sample, SampleStatus
 from millrace.rollout.vision import Vision
 from millrace.train.record import RunFolder
-from millrace.train.samples import SampleFormat, read_samples
+from millrace.train.sample_files import read_samples
+from millrace.train.samples import SampleFormat
 from tests.vision import make_image, make_tiny_vision_model, png
 
 

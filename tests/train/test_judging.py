@@ -23,7 +23,7 @@ from millrace.rollout.reward import rule_reward
 from millrace.rollout.sample import SampleStatus
 from millrace.train.display import Display
 from millrace.train.experiment import train
-from millrace.train.samples import read_samples
+from millrace.train.sample_files import read_samples
 from tests.rollout.digits import make_judge_model
 
 ENGINE = EmbeddedEngineConfig(kind="embedded", threads=1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from millrace.train.samples import read_samples
+from millrace.train.sample_files import read_samples
 from tests.architectures import make_moe_folder
 
 STEPS = 3

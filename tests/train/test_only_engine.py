@@ -24,7 +24,7 @@ from millrace.config.models import (
 from millrace.rollout.sample import SampleStatus
 from millrace.train.display import Display
 from millrace.train.experiment import train
-from millrace.train.samples import read_samples
+from millrace.train.sample_files import read_samples
 from millrace.train.summary import print_summary
 from tests.engines.processes import below, command_lines
 

@@ -21,7 +21,7 @@ from millrace.errors import ConfigError, DataError, RolloutError
 from millrace.rollout.sample import SampleStatus
 from millrace.train.display import Display
 from millrace.train.experiment import train
-from millrace.train.samples import read_samples
+from millrace.train.sample_files import read_samples
 from millrace.train.summary import Summary
 
 REWARDS = """

@@ -12,7 +12,7 @@ from millrace.errors import ConfigError, DataError
 from millrace.fleet.event_log import EventLog
 from millrace.jsonl import drop_torn_tail, read_objects
 from millrace.train.record import RunFolder, model_of
-from millrace.train.samples import file_name, sample_files
+from millrace.train.sample_files import file_name, sample_files
 from tests.config.test_loading import VALID
 
 

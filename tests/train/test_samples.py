@@ -23,7 +23,8 @@ from millrace.rollout.timings import Timings
 from millrace.rollout.tools import Calculator, ToolAnswer
 from millrace.train.batch import sequences_of
 from millrace.train.record import RunFolder
-from millrace.train.samples import SCHEMA, SampleFormat, Trained, conversation_json, read_samples, trained_samples
+from millrace.train.sample_files import read_samples
+from millrace.train.samples import SCHEMA, SampleFormat, Trained, conversation_json, trained_samples
 from millrace.train.tiny import make_tiny_tokenizer
 from millrace.types import VersionSpan
 from tests.config.test_loading import VALID

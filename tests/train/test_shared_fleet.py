@@ -8,7 +8,7 @@ import orjson
 import pytest
 from pyarrow import parquet
 
-from millrace.train.samples import read_samples, sample_files
+from millrace.train.sample_files import read_samples, sample_files
 from tests.torchrun import torchrun
 
 CONFIG = """\

@@ -15,7 +15,7 @@ from millrace.train import writer as module
 from millrace.train.advice import Bounds
 from millrace.train.metrics import StepMetrics
 from millrace.train.record import RunFolder
-from millrace.train.samples import read_samples
+from millrace.train.sample_files import read_samples
 from millrace.train.writer import Writer
 from tests.train.test_advice import step
 from tests.train.test_samples import CHAT, folder_in, played

@@ -112,7 +112,7 @@ IN_PLACE_OF = {
     "gateway.top_k": "rollout.top_k says it",
     "gateway.max_turn_tokens": "rollout.max_turn_tokens says it",
     "gateway.retries": "rollout.sample_retries says it",
-    "gateway.folder": "the episodes of a run end with it, and are in samples.jsonl",
+    "gateway.folder": "the episodes of a run end with it, and are in samples/",
 }
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from millrace.rollout.sample import Episode, EpisodeEnd, Group, Message, Problem, Sample, SampleStatus
     from millrace.rollout.scoring import Played, RewardFunction, Rewards
     from millrace.rollout.step import Action, Step
+    from millrace.rollout.timings import Timings
     from millrace.rollout.tools import Calculator, Tool, ToolAnswer, ToolCall, ToolError
 
 __getattr__, __dir__ = exports(
@@ -27,6 +28,7 @@ __getattr__, __dir__ = exports(
         "millrace.rollout.sample": ["Episode", "EpisodeEnd", "Group", "Message", "Problem", "Sample", "SampleStatus"],
         "millrace.rollout.scoring": ["Played", "RewardFunction", "Rewards"],
         "millrace.rollout.step": ["Action", "Step"],
+        "millrace.rollout.timings": ["Timings"],
         "millrace.rollout.tools": ["Calculator", "Tool", "ToolAnswer", "ToolCall", "ToolError"],
     },
 )
@@ -49,6 +51,7 @@ __all__ = [
     "SampleRunner",
     "SampleStatus",
     "Step",
+    "Timings",
     "Tool",
     "ToolAnswer",
     "ToolCall",

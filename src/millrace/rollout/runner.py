@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from millrace.config.models import RolloutConfig
 from millrace.continuation import call_id
@@ -44,9 +43,8 @@ class ToolCounts:
     calls: int = 0
     errors: int = 0
 
-    def count(self, answer: ToolAnswer, watch: Stopwatch) -> None:
-        """Count a tool call by its answer, and its seconds as the sample's."""
-        watch.count("tools", answer.seconds)
+    def count(self, answer: ToolAnswer) -> None:
+        """Count a tool call by its answer."""
         self.calls += 1
         self.errors += answer.failed
 
@@ -178,6 +176,10 @@ class SampleRunner:
                 return await send_with_care(request)
             return await generate_whole(request, send_with_care, attempts, interrupted=lambda: self.fleet.asleep)
 
+        def answered(answer: ToolAnswer) -> None:
+            self.tool_counts.count(answer)
+            watch.count("tools", answer.seconds)
+
         if self.environment is not None:
             return await self._play_in(self.environment, sample_id, group_id, problem, attempt_id, generate, watch)
         async with opened(self.tools) as tools:
@@ -189,7 +191,7 @@ class SampleRunner:
                 tools=tools,
                 limits=self.limits,
                 sampling=self.sampling,
-                on_tool_answer=partial(self.tool_counts.count, watch=watch),
+                on_tool_answer=answered,
                 images=images_in(problem.messages),
             )
         ends = timer.when()

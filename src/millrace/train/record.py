@@ -18,7 +18,8 @@ from millrace.model_folder import to_disk
 from millrace.rollout.sample import Sample
 from millrace.train.advice import Advisory
 from millrace.train.metrics import StepMetrics
-from millrace.train.samples import FOLDER, SampleFormat, Trained, file_name, forget_samples
+from millrace.train.sample_files import FOLDER, file_name, forget_samples
+from millrace.train.samples import SampleFormat, Trained
 
 logger = logging.getLogger(__name__)
 
