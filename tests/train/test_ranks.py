@@ -39,6 +39,10 @@ def test_two_ranks_take_the_steps_of_one(folder: Path, ranks: list[dict[str, Any
         for rank in ranks:
             for name in EQUAL_STATS:
                 assert rank["stats"][step][name] == pytest.approx(getattr(expected, name), rel=1e-3, abs=1e-6), name
+        logprobs = [one for rank in ranks for one in rank["stats"][step]["logprobs"]]  # in the order of the samples
+        assert len(logprobs) == len(samples)
+        for own, one_by_one in zip(logprobs, expected.logprobs, strict=True):
+            torch.testing.assert_close(own, torch.from_numpy(one_by_one), rtol=1e-3, atol=1e-4)
     for rank in ranks:
         assert largest_difference(rank["three_steps"], weights(one.policy)) < 5e-5
         assert largest_difference(rank["three_steps"], rank["two_steps"]) > 1e-4

@@ -12,7 +12,7 @@ from millrace.config.models import LossConfig
 from millrace.errors import CheckpointError
 from millrace.train.batch import TrainSample, supervised_sample
 from millrace.train.checkpoint import export, latest, load, save
-from millrace.train.trainer import Trainer, TrainingError
+from millrace.train.trainer import StepStats, Trainer, TrainingError
 from millrace.train.world import World, end_rank, join_world
 from tests.train.small_models import make_config, make_samples, make_trainer, same, weights
 
@@ -28,6 +28,10 @@ def share(world: World, step: int) -> list[TrainSample]:
     return STEPS[step][:first] if world.rank == 0 else STEPS[step][first:total]
 
 
+def written(stats: StepStats) -> dict[str, object]:
+    return asdict(stats) | {"logprobs": [torch.from_numpy(one) for one in stats.logprobs]}
+
+
 def train(world: World, trainer: Trainer, out: Path) -> dict[str, object]:
     stats = [trainer.train_step(share(world, step), 0.9) for step in (0, 1)]
     two_steps = weights(trainer.policy)
@@ -37,7 +41,7 @@ def train(world: World, trainer: Trainer, out: Path) -> dict[str, object]:
     extra = load(saved, resumed)
     again = resumed.train_step(share(world, 2), 0.9)
     return {
-        "stats": [asdict(s) for s in stats],
+        "stats": [written(s) for s in stats],
         "two_steps": two_steps,
         "three_steps": weights(trainer.policy),
         "resumed_like_never_stopped": again == stats[2] and same(weights(resumed.policy), weights(trainer.policy)),
@@ -55,7 +59,7 @@ def supervise(world: World) -> dict[str, object]:
 def bfloat16(world: World) -> dict[str, object]:
     trainer = make_trainer(Path(sys.argv[1]), make_config(dtype="bfloat16"), world)
     stats = trainer.train_step(share(world, 0), 0.9)
-    return {"bfloat16": asdict(stats), "bfloat16_dtypes": {str(t.dtype) for t in trainer.policy.state().values()}}
+    return {"bfloat16": written(stats), "bfloat16_dtypes": {str(t.dtype) for t in trainer.policy.state().values()}}
 
 
 def fail(world: World, trainer: Trainer, out: Path) -> dict[str, object]:

@@ -1,7 +1,6 @@
 """Samples with images, and the script of each rank in test_vision.py: `torchrun vision_samples.py MODEL OUT`."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ def main() -> None:
         samples = make_samples(folder)
         trainer = make_trainer(folder, make_config(tokens_per_microbatch=64), world)
         stats = trainer.train_step(samples[:4] if world.rank == 0 else samples[4:], 1.0)
-        torch.save(asdict(stats), out / f"rank-{world.rank}.pt")
+        torch.save({"loss": stats.loss, "grad_norm": stats.grad_norm}, out / f"rank-{world.rank}.pt")
     end_rank()
 
 
