@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from millrace.train.tiny import make_tiny_tokenizer
 from millrace.train.token_ends import TokenEnds
+from tests.rollout.real_models import real_models
 
 TEXT = "Ein Süßer 你好 👩‍🔬 the  cat,\n\tthe <|im_end|> e\u0301 \ufffd !"
 
@@ -75,10 +76,18 @@ def tokens_of(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
     return st.lists(anything | written, max_size=4).map(lambda parts: [token for part in parts for token in part])
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_byte_level_tokens_end_where_the_text_of_those_before_ends(data: st.DataObject) -> None:
-    check(byte_level(), data.draw(tokens_of(byte_level())), exact=True)
+@cache
+def real(name: str) -> Tokenizer:
+    """Qwen's or Mistral's tokenizer, without control tokens."""
+    return Tokenizer.from_file(str(real_models() / f"{name}.json"))
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen", "mistral"])
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_byte_level_tokens_end_where_the_text_of_those_before_ends(name: str, data: st.DataObject) -> None:
+    tokenizer = byte_level() if name == "tiny" else real(name)
+    check(tokenizer, data.draw(tokens_of(tokenizer)), exact=True)
 
 
 @settings(max_examples=300, deadline=None)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from typing import Any
@@ -88,15 +87,14 @@ def trained_samples(
     return found
 
 
-@dataclass(frozen=True)
 class SampleFormat:
-    """Writes samples as the content of Parquet files. chat: the format of their conversations."""
+    """Writes samples as the content of Parquet files, also in another thread than the one that encodes prompts.
 
-    chat: ChatFormat
+    chat: the format of their conversations. A copy of its tokenizer is made, which takes a second if it is large.
+    """
 
-    @cached_property
-    def _ends(self) -> TokenEnds:
-        return TokenEnds.of(self.chat)
+    def __init__(self, chat: ChatFormat) -> None:
+        self._chat, self._ends = chat, TokenEnds.of(chat)
 
     def parquet(self, step: int, samples: Sequence[Sample], trained: Mapping[str, Trained]) -> bytes:
         """Return the content of a step's file. trained: what the trainer made of samples, by their ids."""
@@ -133,10 +131,10 @@ class SampleFormat:
 
     def _text(self, token_ids: Sequence[int]) -> tuple[str, ArrayLike]:
         """Return the text of token ids, and the end of each in it. An image is one placeholder in the text."""
-        folded = self.chat.folded(token_ids)
+        folded = self._chat.folded(token_ids)
         text = self._ends.text(folded)
         ends = np.asarray(self._ends.ends(folded, text), np.int32)
-        if isinstance(vision := self.chat.vision, str) or len(folded) == len(token_ids):
+        if isinstance(vision := self._chat.vision, str) or len(folded) == len(token_ids):
             return text, ends
         places = np.asarray(token_ids) == vision.placeholder
         again = np.concatenate([[False], places[1:] & places[:-1]])

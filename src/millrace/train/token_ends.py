@@ -29,8 +29,13 @@ class TokenEnds:
 
     @classmethod
     def of(cls, chat: ChatFormat) -> "TokenEnds":
-        """Return the one for a chat format's tokenizer."""
-        return cls(_decode(chat), chat.tokenizer.encode("a", add_special_tokens=False)[-1])
+        """Return the one for a chat format's tokenizer, which another thread may use at the same time."""
+        backend = getattr(chat.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return cls(chat.decode, chat.tokenizer.encode("question", add_special_tokens=False)[-1])
+        own = Tokenizer.from_str(backend.to_str())  # one that two threads use at once may raise
+        before = own.encode("question", add_special_tokens=False).ids[-1]
+        return cls(lambda token_ids: str(own.decode(list(token_ids), skip_special_tokens=False)), before)
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""
@@ -66,12 +71,3 @@ class TokenEnds:
         before = self._decode(token_ids[first:whole]) if whole else ""
         text = self._decode(token_ids[first : place + 1])
         return text[len(before) :] if text.startswith(before) else None
-
-
-def _decode(chat: ChatFormat) -> Decode:
-    """Return the decoding of the chat format's tokenizer, for another thread than the one that encodes prompts."""
-    backend = getattr(chat.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return chat.decode
-    own = Tokenizer.from_str(backend.to_str())  # one that is used by two threads at once may raise
-    return lambda token_ids: str(own.decode(list(token_ids), skip_special_tokens=False))
