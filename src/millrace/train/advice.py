@@ -183,12 +183,12 @@ RULES: tuple[Rule, ...] = (no_signal, truncated, gap_rising, staleness_at_bound,
 
 @dataclass(slots=True)
 class Advisor:
-    """Says each advisory once, until it has stopped and comes back."""
+    """Says each advisory once, until it has stopped and comes back: until RECENT steps went by without it."""
 
     bounds: Bounds
     steps: list[Seen] = field(default_factory=list)
     _work: Mapping[str, Work] = field(default_factory=dict, init=False)  # of each engine so far
-    _standing: set[tuple[str, str | None]] = field(default_factory=set, init=False)
+    _last: dict[tuple[str, str | None], int] = field(default_factory=dict, init=False)  # seen, counted in steps
 
     def see(
         self, metrics: StepMetrics, work: Mapping[str, Work], failed: tuple[str, str] | None = None
@@ -201,8 +201,9 @@ class Advisor:
         self._work = dict(work)
         self.steps.append(Seen(metrics, in_step, failed))
         found = [advisory for rule in RULES for advisory in rule(self.steps, self.bounds)]
-        new = [one for one in found if (one.kind, one.engine) not in self._standing]
-        self._standing = {(one.kind, one.engine) for one in found}
+        now, last = len(self.steps), self._last
+        new = [one for one in found if now - last.get((one.kind, one.engine), -RECENT) > RECENT]
+        last |= {(one.kind, one.engine): now for one in found}
         return new
 
 
