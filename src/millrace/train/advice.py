@@ -120,9 +120,10 @@ def gap_rising(steps: Sequence[Seen], bounds: Bounds) -> Iterator[Advisory]:  # 
             "gap_rising",
             f"the logprobs of engines and trainer differ by {gap:.2g} nats in {_span(now)} (logprob_gap); it was "
             f"{before:.2g} in {_span(first)}",
-            "The engines sample from another policy than the one that is trained. Compare dtypes and quantisation of "
-            "engine and trainer (engine.dtype, train.dtype), look at `gap` in samples/ for the samples that differ "
-            "most, and run `millrace doctor` on an engine. For a mixture of experts set engine.return_routed_experts",
+            "The engines sample from another policy than the one that is trained. In mode standalone, older samples do "
+            "that (rollout.max_staleness). Otherwise compare dtypes and quantisation of engine and trainer "
+            "(engine.dtype, train.dtype), look at `gap` in samples/ for the samples that differ most, and run `millrace "
+            "doctor` on an engine. For a mixture of experts set engine.return_routed_experts",
         )
 
 
