@@ -35,6 +35,7 @@ LAYERS = [
     "conformance",
     "rollout",
     "serve",
+    "viewer",
     "gateway",
     "agents",
     "train",

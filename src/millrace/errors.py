@@ -123,4 +123,5 @@ class UserCodeError(MillraceError):
 
 
 class MonitorError(MillraceError):
-    """A fleet's metrics server (`metrics.port`) does not answer, or another server answers at its URL."""
+    """A fleet's metrics server (`metrics.port`) does not answer, another server answers at its URL, or the files of
+    a run can't be read."""

@@ -20,6 +20,7 @@ from millrace.cli.serve import serve
 from millrace.cli.settings import load_settings
 from millrace.cli.sidecar import sidecar
 from millrace.cli.status import interruptible
+from millrace.cli.view import view
 from millrace.cli.watch import status
 from millrace.config import RunConfig, dump_config
 from millrace.config.describe import describe
@@ -38,6 +39,7 @@ app.command()(sidecar)
 app.command()(doctor)
 app.command()(examples)
 app.command()(status)
+app.command()(view)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,7 +1,7 @@
 """The metrics server of a fleet: `/metrics` for Prometheus, `/fleet` as JSON."""
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import orjson
@@ -16,10 +16,13 @@ from millrace.serve.view import Observer
 
 
 @asynccontextmanager
-async def serve_metrics(observer: Observer, host: str, port: int) -> AsyncIterator[str]:
+async def serve_metrics(
+    observer: Observer, host: str, port: int, *, extend: Callable[[web.Application], None] | None = None
+) -> AsyncIterator[str]:
     """Serve the metrics while the block runs, and yield the URL.
 
-    port: 0 lets the kernel choose one. There is no authentication: all clients can read, and none can change anything.
+    port: 0 lets the kernel choose one. extend: adds more to the application, such as a page. There is no
+    authentication: all clients can read, and none can change anything.
     Raises ConfigError if the port can't be bound.
     """
 
@@ -32,8 +35,10 @@ async def serve_metrics(observer: Observer, host: str, port: int) -> AsyncIterat
 
     app = web.Application()
     app.add_routes([web.get("/metrics", metrics), web.get("/fleet", fleet)])
+    if extend is not None:
+        extend(app)
     with bind(host, port, "metrics", "metrics.port") as sock:
-        async with serving(app, sock):
+        async with serving(app, sock, cancel=True):
             yield url_of(*sock.getsockname()[:2])
 
 

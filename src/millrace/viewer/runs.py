@@ -1,0 +1,201 @@
+"""The runs below a folder, and their records as they grow."""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from millrace.errors import ConfigError
+from millrace.viewer.following import Follower
+from millrace.viewer.timeline import Timeline
+
+MARKS = ("metrics.jsonl", "config.yaml", "events.jsonl")  # a folder with one of these holds a run
+DEEPEST = 3  # levels below the folder that is looked through
+MOST_RUNS = 500
+FRESH_SECONDS = 0.5  # for which what was read is used again
+MOST_ADVICE = 500
+KNOWN_EVENTS = 60
+ROUTINE = ("request", "member", "publish_engine")
+
+
+def find_runs(root: Path) -> dict[str, Path]:
+    """Return the folders of runs at or below a folder, by their names in links.
+
+    Raises ConfigError if there is no such folder, or no run in it.
+    """
+    if not root.is_dir():
+        raise ConfigError(f"{root} is not a folder; give a run's folder, such as runs/NAME, or a folder of runs")
+    if _is_run(root):
+        return {root.resolve().name: root}
+    found = runs_below(root)
+    if not found:
+        raise ConfigError(f"there is no run at or below {root}: none of its folders has {MARKS[0]}")
+    return found
+
+
+def runs_below(root: Path) -> dict[str, Path]:
+    """Return the folders of runs below a folder. Folders that can't be read are passed over."""
+    found: dict[str, Path] = {}
+    level = [root]
+    for _ in range(DEEPEST):
+        below: list[Path] = []
+        for folder in level:
+            for one in _folders(folder):
+                if len(found) >= MOST_RUNS:
+                    return found
+                if _is_run(one):
+                    found[one.relative_to(root).as_posix()] = one
+                else:
+                    below.append(one)
+        level = below
+    return found
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(one for one in folder.iterdir() if not one.name.startswith(".") and one.is_dir())
+    except OSError:
+        return []
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in MARKS)
+
+
+@dataclass(slots=True)
+class Columns:
+    """Records as columns: names to values, with None where a record lacks the name."""
+
+    count: int = 0
+    values: dict[str, list[Any]] = field(default_factory=dict)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add a record. A mapping in it becomes a column for each of its names, as in `rewards.correct`."""
+        flat: dict[str, Any] = {}
+        for name, value in record.items():
+            if isinstance(value, dict):
+                flat |= {f"{name}.{inner}": part for inner, part in value.items()}
+            else:
+                flat[name] = value
+        for name, value in flat.items():
+            if value is None or isinstance(value, int | float):
+                self.values.setdefault(name, [None] * self.count).append(value)
+        self.count += 1
+        for column in self.values.values():
+            if len(column) < self.count:
+                column.append(None)
+
+
+class RunFiles:
+    """The records of one run. All methods may be called by any thread; `refresh` reads the files."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._read_at = 0.0
+        self._troubles: list[str] = []
+        self._forget_metrics()
+        self._metrics = Follower(folder / "metrics.jsonl")
+        self._advice = Follower(folder / "advice.jsonl")
+        self._events = Follower(folder / "events.jsonl")
+        self._forget_events()
+        self.advice: list[dict[str, Any]] = []
+
+    def _forget_metrics(self) -> None:
+        self.metrics = Columns()
+
+    def _forget_events(self) -> None:
+        self.timeline = Timeline()
+        self.latest: list[dict[str, Any]] = []
+
+    def refresh(self) -> None:
+        """Read what has been added to the files, unless that was just done."""
+        with self._lock:
+            if time.monotonic() - self._read_at < FRESH_SECONDS:
+                return
+            self._troubles = []
+            for follower, take, forget in (
+                (self._metrics, self._take_metrics, self._forget_metrics),
+                (self._advice, self._take_advice, self.advice.clear),
+                (self._events, self._take_events, self._forget_events),
+            ):
+                try:
+                    reading = True
+                    while reading:
+                        begun, records = follower.read()
+                        if begun:
+                            forget()
+                        take(records)
+                        reading = follower.more
+                except OSError as error:
+                    self._troubles.append(f"{follower.path.name} can't be read: {error.strerror}")
+            self._read_at = time.monotonic()
+
+    def _take_metrics(self, records: Sequence[dict[str, Any]]) -> None:
+        for record in records:
+            if isinstance(record.get("step"), int):
+                self.metrics.add(record)
+
+    def _take_advice(self, records: Sequence[dict[str, Any]]) -> None:
+        self.advice += [one for one in records if isinstance(one.get("step"), int)]
+        del self.advice[:-MOST_ADVICE]
+
+    def _take_events(self, records: Sequence[dict[str, Any]]) -> None:
+        self.timeline.add(records)
+        self.latest += [one for one in records if one.get("kind") not in ROUTINE or one.get("was")]
+        del self.latest[:-KNOWN_EVENTS]
+
+    def troubles(self) -> list[str]:
+        """Return what is wrong with the files, for people."""
+        found = [*self._troubles, *(f.trouble for f in (self._metrics, self._advice, self._events) if f.trouble)]
+        old = [name.name for name in (self.folder / "samples.jsonl",) if name.exists()]
+        if old and not (self.folder / "samples").is_dir():
+            found.append("the run was written by another version of Millrace: its samples.jsonl can't be shown")
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a list of runs shows."""
+        with self._lock:
+            values = self.metrics.values
+            return {
+                "name": self.name,
+                "folder": str(self.folder),
+                "step": _last(values.get("step", ())),
+                "reward": _last(values.get("reward", ())),
+                "accuracy": _last(values.get("accuracy", ())),
+                "changed_at": max(self._metrics.changed_at, self._events.changed_at) or None,
+                "samples": (self.folder / "samples").is_dir(),
+                "advice": len(self.advice),
+                "troubles": self.troubles(),
+            }
+
+    def metrics_after(self, epoch: int, known: int) -> dict[str, Any]:
+        """Return the columns after the first `known` rows, or all of them if the epoch is another one."""
+        with self._lock:
+            now = self._metrics.epoch
+            start = known if epoch == now and 0 <= known <= self.metrics.count else 0
+            columns = {name: column[start:] for name, column in self.metrics.values.items()}
+            advice = list(self.advice)
+            return {"epoch": now, "start": start, "count": self.metrics.count, "columns": columns, "advice": advice}
+
+    def fleet(self) -> dict[str, Any]:
+        """Return the engines as the events show them, and the latest events."""
+        with self._lock:
+            line = self.timeline
+            return {"at": line.last, "first": line.first, "newest_version": line.newest,
+                    "engines": line.table(), "events": list(self.latest)}  # fmt: skip
+
+    def lanes(self, start: float | None, end: float | None) -> dict[str, Any]:
+        """Return the lanes of the timeline between two times; None is its first and its last event."""
+        with self._lock:
+            line = self.timeline
+            first, last = line.first or 0.0, line.last or 0.0
+            start, end = first if start is None else start, last if end is None else end
+            return {"first": first, "last": last, "start": start, "end": end, "lanes": line.window(start, end)}
+
+
+def _last(values: Sequence[Any]) -> Any:
+    return next((value for value in reversed(values) if value is not None), None)
