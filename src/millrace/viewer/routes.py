@@ -131,6 +131,7 @@ class _Routes:
         condition, index = query.where(http.query), self.site.index(self._run(http))
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
         await response.prepare(http)
+        await response.write(orjson.dumps({"columns": query.SHOWN}, option=orjson.OPT_APPEND_NEWLINE))
         async with aclosing(search(index, condition, text)) as progress:
             try:
                 async for found in progress:
