@@ -21,8 +21,8 @@ from millrace.fleet.event_log import EventLog
 from millrace.http.hosts import is_loopback
 from millrace.imports import without_collecting
 from millrace.locks import try_lock
-from millrace.serve.server import serve_metrics
 from millrace.serve.view import Observer
+from millrace.viewer.server import serve_run
 
 GATEWAY_KEY = "MILLRACE_GATEWAY_KEY"
 
@@ -78,8 +78,8 @@ async def _serve(config: ServeConfig) -> int:
         if config.metrics is not None:
             observer = Observer(event_log)
             observer.fleets = (fleet,)
-            url = await stack.enter_async_context(serve_metrics(observer, config.metrics.host, config.metrics.port))
-            print(f"millrace status {url} shows the engines; metrics are at {url}/metrics", flush=True)
+            url = await stack.enter_async_context(serve_run(observer, config.metrics.host, config.metrics.port))
+            print(f"the page of the engines is at {url}; metrics are at {url}/metrics", flush=True)
         gateway = await stack.enter_async_context(serve_gateway(fleet, turns, key=key, config=config.gateway))
         print(f"agents are served at {gateway.url}; the key of its control routes is in {where}", flush=True)
         return await serving

@@ -314,14 +314,15 @@ class PublishConfig(Model):
 
 
 class MetricsConfig(Model):
-    """The metrics server, which shows the state of a run's engines to Prometheus and `millrace status`.
+    """The metrics server, which has the page of the run at `/`, and shows the state of its engines to Prometheus and
+    `millrace status`.
 
-    It is read-only and asks for no key: every client that reaches the port can read the metrics.
+    It is read-only and asks for no key: every client that reaches the port can read the metrics, and the samples.
     """
 
     host: str = "127.0.0.1"
     """Address that the metrics server listens on."""
-    port: Annotated[int, Field(ge=0, le=65535)]
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port that the metrics server listens on. 0 picks a free port."""
 
 
@@ -370,8 +371,8 @@ class RunConfig(Model):
     None sends requests straight to the engines."""
     judges: JudgeConfig | None = None
     """A model that grades the answers. None uses only the functions of `reward`."""
-    metrics: MetricsConfig | None = None
-    """Metrics for Prometheus and `millrace status`. None is off."""
+    metrics: MetricsConfig | None = MetricsConfig()
+    """The page of the run, and metrics for Prometheus and `millrace status`. None is off."""
 
     @property
     def max_turns(self) -> int | None:

@@ -21,7 +21,6 @@ from millrace.rollout.judge import Judge
 from millrace.rollout.player import Player
 from millrace.rollout.runner import SampleRunner, sampling_params
 from millrace.rollout.sample import Problem
-from millrace.serve.server import serve_metrics
 from millrace.serve.view import Observer
 from millrace.train import checkpoint
 from millrace.train.agents import agent_format, open_player
@@ -43,6 +42,7 @@ from millrace.train.trainer import Trainer
 from millrace.train.warmup_data import warmup_conversations
 from millrace.train.world import World, join_world
 from millrace.types import MemoryTag
+from millrace.viewer.server import serve_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ async def _engines(
     engines = config.engine.first_replicas + (config.judges.engine.first_replicas if config.judges is not None else 0)
     display.say(f"starting {engines} engine(s); their logs are in {folder.logs}")
     async with (
-        _observer(config.metrics if world.rank == 0 else None, event_log, display) as observer,
+        _observer(config.metrics if world.rank == 0 else None, event_log, folder, display) as observer,
         shared(world, thread, start, event_log=event_log, seed=config.seed) as fleet,
     ):
         if not isinstance(fleet, Fleet):
@@ -185,14 +185,16 @@ async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Pa
 
 
 @asynccontextmanager
-async def _observer(metrics: MetricsConfig | None, event_log: EventLog, display: Display) -> AsyncIterator[Observer]:
-    """Yield an observer of the engines, and serve its view at a port if the config names one."""
+async def _observer(
+    metrics: MetricsConfig | None, event_log: EventLog, folder: RunFolder, display: Display
+) -> AsyncIterator[Observer]:
+    """Yield an observer of the engines, and serve its view and the run's page unless the config turns that off."""
     observer = Observer(event_log)
     if metrics is None:
         yield observer
         return
-    async with serve_metrics(observer, metrics.host, metrics.port) as url:
-        display.say(f"millrace status {url} shows the engines; metrics are at {url}/metrics")
+    async with serve_run(observer, metrics.host, metrics.port, folder.path) as url:
+        display.say(f"the page of the run is at {url}; metrics are at {url}/metrics")
         yield observer
 
 

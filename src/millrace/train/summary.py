@@ -79,5 +79,6 @@ def print_summary(summary: Summary, console: Console) -> None:
         f"neither generating nor training {100 * summary.overhead:.1f} %",
         f"{summary.counts.asked} samples asked for: {', '.join(ended)}",
         f"curves, samples, metrics and checkpoints are in {summary.folder}",
+        f"millrace view {summary.folder} shows them in the browser",
     ):
         console.print(line, highlight=False, soft_wrap=True)

@@ -161,6 +161,7 @@ function showAdvice(several) {
   });
   const list = [...found.values()].sort((a, b) => b.step - a.step);
   box.hidden = !list.length;
+  box.classList.toggle("single", !several);
   const row = (one) => el("div", { class: "advisory" },
     el("span", { class: "when" }, several && el("span", { class: "name" }, one.run), `step ${whole(one.step)}`, one.times > 1 && ` ×${one.times}`),
     el("span", { class: "kind" }, String(one.kind ?? "").replaceAll("_", " ")),

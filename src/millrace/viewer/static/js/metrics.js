@@ -25,6 +25,8 @@ export async function metricsOf(name) {
 /** Add the columns that follow from others. */
 function derived(columns) {
   const { tokens, samples_finished: done, tool_calls: calls } = columns;
+  const limits = Object.keys(columns).filter((name) => /^ends\..*(limit|full)$/.test(name));
+  if (limits.length) columns.samples_at_limit = columns[limits[0]].map((_, index) => limits.reduce((sum, name) => sum + (columns[name][index] ?? 0), 0));
   const each = (values, by) => values.map((value, index) => (by[index] > 0 ? value / by[index] : null));
   if (tokens && done) columns.tokens_per_sample = each(tokens, done);
   if (calls && done) columns.tool_calls_per_sample = each(calls, done);
@@ -59,6 +61,7 @@ const CHARTS = [
   { title: "Learning rate", unit: "", columns: ["lr"], zero: true },
   { section: "Rollouts" },
   { title: "Length", unit: "tokens generated per sample", columns: ["tokens_per_sample"], zero: true },
+  { title: "How samples end", unit: "samples", prefix: "ends.", stacked: true, together: "samples_at_limit" },
   { title: "Staleness", unit: "versions behind, mean", columns: ["staleness"], zero: true },
   { title: "Tool calls", unit: "per sample", columns: ["tool_calls_per_sample"], zero: true },
   { title: "Branches", unit: "sequences per sample", columns: ["branches"] },
@@ -68,6 +71,7 @@ const CHARTS = [
   { title: "Tokens per second", unit: "while engines generate", columns: ["tokens_per_second"], zero: true },
 ];
 const NAMED = new Set(CHARTS.flatMap((chart) => [...(chart.columns ?? []), chart.together].filter(Boolean)));
+const PREFIXES = CHARTS.map((chart) => chart.prefix).filter(Boolean);
 const PLAIN = new Set(["step", "weight_version", "tokens", "tool_calls", "samples_finished", "step_seconds"]);
 
 const moves = (datas, column) =>
@@ -82,21 +86,21 @@ export function chartsOf(datas) {
   for (const chart of CHARTS) {
     if (chart.section) made.push(chart);
     else if (chart.prefix) {
-      const names = [...new Set(datas.flatMap((data) => Object.keys(data.columns)))].filter((name) => name.startsWith(chart.prefix));
-      if (names.length > 1) made.push({ ...chart, columns: names });
+      const names = [...new Set(datas.flatMap((data) => Object.keys(data.columns)))].filter((name) => name.startsWith(chart.prefix) && moves(datas, name));
+      if (names.length > 1 || (names.length && chart.together)) made.push({ ...chart, columns: names });
     } else {
       const columns = chart.columns.filter((column) => moves(datas, column));
       if (columns.length) made.push({ ...chart, columns });
     }
   }
   const others = [...new Set(datas.flatMap((data) => Object.keys(data.columns)))]
-    .filter((name) => !NAMED.has(name) && !PLAIN.has(name) && !name.startsWith("rewards.") && moves(datas, name));
+    .filter((name) => !NAMED.has(name) && !PLAIN.has(name) && !PREFIXES.some((prefix) => name.startsWith(prefix)) && moves(datas, name));
   if (others.length) made.push({ section: "Other figures" }, ...others.map((name) => ({ title: words(name), unit: "", columns: [name], zero: true })));
   return made.filter((one, index) => !one.section || (made[index + 1] && !made[index + 1].section));
 }
 
 /** A column's name for people. */
 export function words(column) {
-  const text = column.replace(/^rewards\./, "").replace(/_seconds$/, "").replaceAll("_", " ");
+  const text = column.replace(/^(rewards|ends)\./, "").replace(/_seconds$/, "").replaceAll("_", " ");
   return text.charAt(0).toUpperCase() + text.slice(1);
 }
