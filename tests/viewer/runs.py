@@ -251,9 +251,7 @@ def advantages(rows: Sequence[dict[str, Any]]) -> None:
         row["advantage"] = row["reward"] - mean
 
 
-def write(
-    folder: Path, step: int, rows: Sequence[dict[str, Any]], *, schema: pa.Schema = SCHEMA, rank: int = 0
-) -> Path:
+def write(folder: Path, step: int, rows: Sequence[dict[str, Any]], schema: pa.Schema = SCHEMA, rank: int = 0) -> Path:
     """Write the samples of a step as a whole, as a run does."""
     path = folder / "samples" / f"step-{step:06d}{f'-rank{rank}' if rank else ''}.parquet"
     beside = path.with_suffix(".partial")

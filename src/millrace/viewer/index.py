@@ -67,6 +67,7 @@ class SampleIndex:
     """
 
     folder: Path
+    looked: bool = False  # whether the folder has been looked through
     files: int = 0  # in the folder, as it was last seen
     problems: dict[str, str] = field(default_factory=dict)  # of files that could not be read as they should, by name
     _known: dict[str, Known] = field(default_factory=dict)
@@ -103,8 +104,13 @@ class SampleIndex:
 
     @property
     def filling(self) -> bool:
-        """Whether files are being read into the table."""
-        return self._filling is not None and not self._filling.done()
+        """Whether the folder has not been looked through yet, or has files whose rows are not in the table."""
+        return not self.looked or self.indexed < self.files
+
+    @property
+    def asked(self) -> int:
+        """The number of questions that threads are at work on, or that wait for one."""
+        return len(self._asked)
 
     def fill(self) -> asyncio.Task[None]:
         """Begin to read files that are new or have changed, unless that is under way. Returns the task."""
@@ -159,7 +165,7 @@ class SampleIndex:
     async def _fill(self) -> None:
         """Read the newest files first. A file that is gone or was replaced loses its rows."""
         present = await asyncio.get_running_loop().run_in_executor(self._pool, _present, self.folder)
-        self.files = len(present)
+        self.files, self.looked = len(present), True
         stale = [name for name, known in self._known.items() if present.get(name) != known.signature]
         stale_problems = [name for name in self.problems if name not in present or name in stale]
         for name in stale_problems:

@@ -107,9 +107,10 @@ class _Routes:
         """Return one page of the samples that the filters let through."""
         condition, wanted = query.where(http.query), query.page(http.query)
         index = self.site.index(self._run(http))
+        state = _state(index)  # before the rows, which have at least the files that it counts
         rows = await index.page(condition, wanted)
         return reply({
-            "total": rows.total, "matched": rows.matched, "columns": rows.columns, "rows": rows.rows, **_state(index)
+            "total": rows.total, "matched": rows.matched, "columns": rows.columns, "rows": rows.rows, **state
         })  # fmt: skip
 
     async def choices(self, http: web.Request) -> web.Response:

@@ -134,9 +134,9 @@ function keyed(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const field = event.target.closest?.("input, select, textarea");
   if (field && field.type !== "checkbox") {
-    if (event.key === "Escape") {
+    if (event.key === "Escape" || (event.key === "Enter" && field.tagName === "INPUT")) {
       field.blur();
-      page.shown?.key?.("Escape", true);
+      page.shown?.key?.(event.key, true);
     }
     return;
   }

@@ -39,7 +39,7 @@ export function base(colours) {
     xAxis: {
       type: "value", min: "dataMin", max: "dataMax", minInterval: 1, splitNumber: 5, axisLine: line, axisTick: { show: false },
       splitLine: { show: false }, axisLabel: { ...label, hideOverlap: true, formatter: short },
-      axisPointer: { snap: true, lineStyle: { color: colours.muted, width: 1, type: "solid" }, label: { show: false } },
+      axisPointer: { snap: true, lineStyle: { color: faded(colours.muted, 0.6), width: 1, type: "solid" }, label: { show: false } },
     },
     yAxis: {
       type: "value", scale: true, splitNumber: 4, axisLine: { show: false }, axisTick: { show: false },

@@ -10,7 +10,7 @@ const GROUP = "curves";
 const SHOWN_KEYS = 6; // runs whose last values stand above a chart
 const SHOWN_ADVICE = 3;
 const SMOOTHING = [["1", "raw"], ["5", "5 steps"], ["20", "20 steps"], ["100", "100 steps"]];
-const view = { root: null, charts: new Map(), layout: "", drawn: "", datas: null, context: null };
+const view = { root: null, charts: new Map(), layout: "", drawn: "", datas: null, context: null, pointed: "" };
 
 function mount(root) {
   view.root = root;
@@ -80,7 +80,8 @@ function lay(box, wanted, layout) {
       put(box, el("h2", {}, one.section), grid);
       continue;
     }
-    const canvas = el("div", { class: "canvas", role: "img", "aria-label": `Chart: ${one.title}` });
+    const pointed = () => (view.pointed = one.title);
+    const canvas = el("div", { class: "canvas", role: "img", "aria-label": `Chart: ${one.title}`, onmouseenter: pointed });
     const keys = el("div", { class: "keys" });
     put(grid, el("figure", { class: "chart" }, el("figcaption", {}, el("b", {}, one.title), el("span", { class: "unit" }, one.unit), keys), canvas));
     const made = chart(canvas);
@@ -96,7 +97,7 @@ function drawOne(slot, one, given) {
   const lines = linesOf(one, given);
   options.series = lines.map((each) => each.series);
   if (one.zero || one.stacked) options.yAxis.min = (value) => Math.min(0, value.min);
-  options.tooltip.formatter = (shown) => tooltip(shown, lines);
+  options.tooltip.formatter = (shown) => (view.pointed === one.title ? tooltip(shown, lines) : ""); // others show the line alone
   slot.chart.setOption(options, { notMerge: true });
   const labels = lines.filter((each) => each.label);
   fill(slot.keys, several ? compared(one, labels) : labels.map((each) => key(each, labels.length > 1)));

@@ -3,7 +3,7 @@
 import { get } from "./api.js";
 import { swatch } from "./charts.js";
 import { el, fill } from "./dom.js";
-import { fixed, known, seconds, signed, whole } from "./format.js";
+import { fixed, known, seconds, short, signed, whole } from "./format.js";
 import { conversation, differing } from "./messages.js";
 import { change, parameter } from "./state.js";
 import { closeTokens, showTokens } from "./tokens.js";
@@ -87,16 +87,17 @@ function figures(data) {
     one("generated", `${whole(data.tokens)} tokens`),
     one("prompt", whole(data.prompt_tokens)),
     one("versions", span || "—"),
-    one("gap", known(data.gap) ? `${fixed(data.gap, 4)} nats` : "—"),
+    one("gap", known(data.gap) ? `${short(data.gap)} nats` : "—"),
     Object.entries(data.counts ?? {}).filter(([name, count]) => count && name !== "tool_calls").map(([name, count]) => one(name.replaceAll("_", " "), whole(count))));
 }
 
 /** The sample's seconds as one bar. */
 function timings(data) {
-  const entries = Object.entries(data.timings ?? {}).filter(([, value]) => value > 0);
+  const place = (name) => (PARTS.includes(name) ? PARTS.indexOf(name) : PARTS.length);
+  const entries = Object.entries(data.timings ?? {}).filter(([, value]) => value > 0).sort(([a], [b]) => place(a) - place(b) || a.localeCompare(b));
   if (!known(data.seconds)) return null;
   const total = Math.max(data.seconds, entries.reduce((sum, [, value]) => sum + value, 0)) || 1;
-  const colourOf = (name) => `var(--c${PARTS.includes(name) ? [7, 0, 2, 1][PARTS.indexOf(name)] : 4})`;
+  const colourOf = (name) => `var(--c${PARTS.includes(name) ? [7, 0, 2, 1][place(name)] : 4})`;
   const piece = ([name, value]) => {
     const made = el("i", { title: `${name} ${seconds(value)}` });
     made.style.width = `${(100 * value) / total}%`;
@@ -150,7 +151,9 @@ async function showGroup(body, place, data) {
   fill(body,
     shared > 0 && el("details", { class: "shared" }, el("summary", {}, shared === 1 ? "The message that all have in common" : `The ${shared} messages that all have in common`), conversation(rows[0].messages.slice(0, shared))),
     el("div", { class: "members" }, rows.map(column)));
-  body.querySelector(".this")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  const own = body.querySelector(".this");
+  const members = body.querySelector(".members");
+  if (own && own.offsetLeft + own.offsetWidth > members.offsetLeft + members.clientWidth) members.scrollLeft = own.offsetLeft - members.offsetLeft;
 }
 
 /** Handle a key of the open sample; returns whether it meant something. */

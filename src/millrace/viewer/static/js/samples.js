@@ -2,7 +2,7 @@
 
 import { get, lines } from "./api.js";
 import { byId, el, fill, put, settled } from "./dom.js";
-import { fixed, known, seconds, signed, whole } from "./format.js";
+import { fixed, known, seconds, short, signed, whole } from "./format.js";
 import { closeSample, openSample, recolourSample, sampleKey } from "./sample.js";
 import { change, parameter } from "./state.js";
 
@@ -25,7 +25,7 @@ const COLUMNS = [
   ["tool_calls", "tools", "num wide", (row) => el("span", {}, whole(row.tool_calls), row.tool_errors > 0 && el("span", { class: "bad", title: `${row.tool_errors} failed` }, ` ${row.tool_errors}✕`))],
   ["end", "end", "", (row) => endCell(row)],
   ["newest_version", "version", "num wide", versions],
-  ["gap", "gap", "num wide", (row) => fixed(row.gap, 4)],
+  ["gap", "gap", "num wide", (row) => short(row.gap)],
   ["seconds", "seconds", "num wide", (row) => seconds(row.seconds)],
 ];
 const view = { root: null, context: null, rows: [], matched: 0, marked: -1, asked: "", shown: "", search: null, order: "", choices: "" };
@@ -46,11 +46,11 @@ function mount(root) {
   view.root = root;
   view.shown = view.asked = view.choices = "";
   put(root,
-    el("form", { class: "filters", id: "filters", role: "search", "aria-label": "Filters", onsubmit: entered },
+    el("form", { class: "filters", id: "filters", role: "search", "aria-label": "Filters", onsubmit: (event) => event.preventDefault() },
       el("label", { class: "text" }, el("input", { type: "search", id: "q", "aria-label": "Text in conversations", placeholder: "search conversations  ( / )", autocomplete: "off", value: parameter("q"), oninput: settled((event) => ask({ q: event.target.value.trim() }), 400) })),
       RANGES.map(([name, title]) => el("fieldset", { class: "range" }, el("legend", {}, title), bound(name, "min", title), "–", bound(name, "max", title))),
-      TEXTS.map(([name, title]) => el("label", {}, el("span", {}, title), el("input", { type: "text", name, autocomplete: "off", value: parameter(name), oninput: settled((event) => ask({ [name]: event.target.value.trim() })) }))),
-      SELECTS.map(([name, title]) => el("label", {}, el("span", {}, title), el("select", { name, onchange: (event) => ask({ [name]: event.target.value }) }, el("option", { value: "" }, "any")))),
+      TEXTS.map(([name, title]) => el("label", {}, el("span", {}, title), el("input", { type: "text", name, "aria-label": title, autocomplete: "off", value: parameter(name), oninput: settled((event) => ask({ [name]: event.target.value.trim() })) }))),
+      SELECTS.map(([name, title]) => el("label", {}, el("span", {}, title), el("select", { name, "aria-label": title, onchange: (event) => ask({ [name]: event.target.value }) }, el("option", { value: "" }, "any")))),
       el("button", { type: "button", class: "quiet", id: "clear", onclick: clear }, "Clear")),
     el("div", { class: "split", id: "split" },
       el("section", { class: "list", "aria-label": "Samples" }, el("div", { class: "scroll", id: "rows" }), el("div", { class: "pager", id: "pager" })),
@@ -60,14 +60,6 @@ function mount(root) {
 function bound(name, end, title) {
   const field = `${name}_${end}`;
   return el("input", { type: "text", inputmode: "decimal", name: field, "aria-label": `${title}, ${end === "min" ? "at least" : "at most"}`, autocomplete: "off", value: parameter(field), oninput: settled((event) => ask({ [field]: event.target.value.trim() })) });
-}
-
-/** Enter in a field leads from it to the first row. */
-function entered(event) {
-  event.preventDefault();
-  if (document.activeElement?.id === "q") ask({ q: byId("q").value.trim() });
-  document.activeElement?.blur();
-  if (view.marked < 0 && view.rows.length) mark(0);
 }
 
 /** Change filters, which leads to the first page. */
@@ -100,7 +92,7 @@ async function update(context) {
     const rows = answer.rows.map((row) => Object.fromEntries(answer.columns.map((name, index) => [name, row[index]])));
     showRows(rows, answer.matched, note(answer), answer.problems);
     await showChoices(run, answer);
-    if (answer.filling && answer.indexed < answer.files) fillingSoon();
+    if (answer.filling) fillingSoon();
   } catch (error) {
     failed(error, view.asked === JSON.stringify(asked));
   }
@@ -117,8 +109,8 @@ function failed(error, current) {
 }
 
 function note(answer) {
-  if (!answer.files && !answer.filling) return "The run has written no samples yet.";
-  if (answer.indexed < answer.files) return `reading files: ${whole(answer.indexed)} of ${whole(answer.files)}`;
+  if (!answer.files) return answer.filling ? "…" : "The run has written no samples yet.";
+  if (answer.filling) return `reading files: ${whole(answer.indexed)} of ${whole(answer.files)}`;
   return "";
 }
 
@@ -303,6 +295,7 @@ function key(name, fromField) {
   }
   if (name === "j") beside(1);
   else if (name === "k") beside(-1);
+  else if (name === "Enter" && fromField) mark(Math.max(0, view.marked)); // from a field to the first row
   else if (name === "Enter") open();
   else if (name === "/") byId("q").select();
   else if (name === "n" && offset + LIMIT < view.matched && !parameter("q")) change({ offset: String(offset + LIMIT) });

@@ -1,0 +1,172 @@
+"""The records of runs, read as they grow."""
+
+from pathlib import Path
+
+import pytest
+
+from millrace.errors import ConfigError
+from millrace.viewer import runs as module
+from millrace.viewer.following import Follower
+from millrace.viewer.runs import RunFiles, find_runs
+from millrace.viewer.timeline import Timeline, coarser, joined
+from tests.viewer.runs import Writer
+
+
+@pytest.fixture(autouse=True)
+def _always_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FRESH_SECONDS", 0.0)
+
+
+def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
+    for name in ("a", "deep/b", "deep/er/c"):
+        Writer(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    assert list(find_runs(tmp_path)) == ["a", "deep/b", "deep/er/c"]
+    assert list(find_runs(tmp_path / "a")) == ["a"]
+    with pytest.raises(ConfigError, match="there is no run at or below"):
+        find_runs(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="is not a folder"):
+        find_runs(tmp_path / "none")
+
+
+def test_a_file_is_read_from_where_the_last_reading_ended(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    follower = Follower(path)
+    assert follower.read() == (False, [])
+    path.write_text('{"step": 1}\n{"st')
+    assert follower.read() == (False, [{"step": 1}])
+    with path.open("a") as file:
+        file.write('ep": 2}\n')
+    assert follower.read() == (False, [{"step": 2}])
+    assert follower.read() == (False, [])
+
+
+def test_broken_lines_are_counted_and_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": \n\0\0\n[1]\n\xff\xfe\n{"step": 2}\n')
+    follower = Follower(path)
+    assert follower.read() == (False, [{"step": 1}, {"step": 2}])
+    assert follower.trouble == "metrics.jsonl: 3 lines could not be read and were left out, the first is line 2"
+
+
+def test_a_file_that_was_replaced_or_cut_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    follower = Follower(path)
+    follower.read()
+    beside = tmp_path / "beside"
+    beside.write_text('{"step": 1}\n{"step": 2, "reward": 0.5}\n')
+    beside.replace(path)
+    assert follower.read() == (True, [{"step": 1}, {"step": 2, "reward": 0.5}])
+    path.write_text('{"step": 1}\n')
+    assert follower.read() == (True, [{"step": 1}])
+    path.unlink()
+    assert follower.read() == (True, [])
+    assert follower.read() == (False, [])
+
+
+def test_large_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("millrace.viewer.following.LARGEST_READ", 100)
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(500)))
+    run = RunFiles("run", tmp_path)
+    run.refresh()
+    assert run.metrics.values["step"] == list(range(500))
+
+
+def test_metrics_come_as_columns_after_what_is_known(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run")
+    run = RunFiles("run", writer.folder)
+    run.refresh()
+    first = run.metrics_after(0, 0)
+    assert (first["count"], first["columns"]["accuracy"]) == (1, [0.19])
+    writer.steps(2)
+    run.refresh()
+    more = run.metrics_after(first["epoch"], first["count"])
+    assert (more["start"], more["columns"]["step"]) == (1, [1, 2])
+    assert len(more["columns"]["rewards.correct"]) == 2
+    assert more["columns"]["accuracy"] == [None, None]
+    lines = (writer.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (writer.folder / "metrics.jsonl").write_text("".join(lines[:2]))  # resumed after step 1
+    run.refresh()
+    again = run.metrics_after(first["epoch"], 3)
+    assert (again["epoch"], again["start"], again["columns"]["step"]) == (1, 0, [0, 1])
+
+
+def test_a_run_says_what_is_wrong_with_its_files(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text("{}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st')
+    (tmp_path / "events.jsonl").write_text("x\n")
+    (tmp_path / "advice.jsonl").mkdir()
+    run = RunFiles("run", tmp_path)
+    run.refresh()
+    assert sorted(run.troubles()) == [
+        "advice.jsonl can't be read: Is a directory",
+        "events.jsonl: 1 line could not be read and were left out, the first is line 1",
+        "the run was written by another version of Millrace: its samples.jsonl can't be shown",
+    ]
+    assert run.summary()["step"] == 0
+
+
+def test_the_timeline_says_what_each_engine_did(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run")
+    writer.steps(6)
+    run = RunFiles("run", writer.folder)
+    run.refresh()
+    shown = run.lanes(None, None)
+    assert [lane["engine"] for lane in shown["lanes"]] == ["sglang-0", "sglang-1", "sglang-2"]
+    kinds = {span[0] for span in shown["lanes"][1]["spans"]}
+    assert kinds == {"loading", "ready", "asleep", "dead"}
+    for lane in shown["lanes"]:
+        times = [time for _, start, end, _ in lane["spans"] for time in (start, end)]
+        assert times == sorted(times)
+        assert [publish["version"] for publish in lane["publishes"]] == [2, 3, 4, 5, 6, 7]
+    fleet = run.fleet()
+    assert [engine["restarts"] for engine in fleet["engines"]] == [0, 1, 0]
+    assert {engine["version"] for engine in fleet["engines"]} == {7}
+    assert {engine["lag"] for engine in fleet["engines"]} == {0}
+    assert "request" not in {event["kind"] for event in fleet["events"]}
+
+
+def test_events_that_are_not_understood_are_left_out() -> None:
+    line = Timeline()
+    line.add([
+        {"at": "now", "kind": "member", "engine": "a"}, {"at": 1.0, "kind": "member", "engine": "a"},
+        {"at": 2.0, "kind": "publish"}, {"at": 3.0, "kind": "request", "engine": "a", "outcome": "finished"},
+        {"at": 4.0, "kind": "unheard of", "engine": "a"},
+    ])  # fmt: skip
+    assert (line.first, line.last) == (4.0, 4.0)
+
+
+def test_an_engine_of_another_process_begins_anew() -> None:
+    line = Timeline()
+    member = {"kind": "member", "engine": "a", "was": None, "version": 1, "asleep": None, "reason": None}
+    line.add([
+        {**member, "at": 1.0, "state": "starting"}, {**member, "at": 2.0, "state": "ready", "was": "starting"},
+        {"at": 5.0, "kind": "restart", "engine": "a"}, {**member, "at": 900.0, "state": "starting"},
+    ])  # fmt: skip
+    spans = line.window(0, 1000)[0]["spans"]
+    assert [(kind, start, end) for kind, start, end, _ in spans] == [
+        ("loading", 1.0, 2.0), ("ready", 2.0, 5.0), ("loading", 900.0, 900.0)
+    ]  # fmt: skip
+
+
+def test_many_spans_are_drawn_together_and_a_death_stays() -> None:
+    line = Timeline()
+    for step in range(5000):
+        for state, asleep in (("ready", None), ("dead" if step == 2500 else "ready", "weights")):
+            line.add([{
+                "at": step + (asleep is not None) / 2, "kind": "member", "engine": "a", "state": state, "was": "x",
+                "asleep": asleep,
+            }])  # fmt: skip
+    spans = line.window(0, 5000, bars=100)[0]["spans"]
+    assert len(spans) < 250
+    assert "dead" in {kind for kind, *_ in spans}
+    assert len(coarser(line.lanes["a"].spans, 0.0, 5000)) == 10_000
+
+
+def test_overlapping_requests_are_one_interval() -> None:
+    line = Timeline()
+    for at, seconds in ((1.0, 0.5), (1.2, 1.0), (3.0, 0.1), (9.0, 8.9)):
+        line.add([{"at": at, "kind": "request", "engine": "a", "outcome": "finished", "seconds": seconds}])
+    assert line.lanes["a"].busy == [[pytest.approx(0.1), 9.0]]
+    assert joined([[0, 1], [1.5, 2], [5, 6]], 0.6) == [[0, 2], [5, 6]]
