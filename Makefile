@@ -23,7 +23,7 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 CONSTRAINTS ?= constraints/cpu.txt
 
 .PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments test-environments-short test-sdks \
-	test-sdks-short test-agents test-harbor test-ray test-slurm release release-short lint types unit clean
+	test-sdks-short test-agents test-harbor test-ray test-slurm test-page release release-short lint types unit clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
@@ -95,6 +95,13 @@ release: $(RELEASE_VENV)/release.stamp
 # On one Python.
 release-short: $(RELEASE_VENV)/release.stamp
 	$(RELEASE_VENV)/bin/python tools/release.py dist --short
+
+# The page of runs in a Chromium, which comes from the distribution's packages (Debian's).
+test-page: $(VENV)/dev.stamp
+	@command -v chromium > /dev/null || { \
+		[ "$$(id -u)" = 0 ] || { echo "chromium is missing; as root, run: apt-get install chromium"; exit 1; }; \
+		apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends chromium; }
+	MILLRACE_BROWSER=$$(command -v chromium) $(BIN)/pytest -n0 tests/viewer
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -14,15 +14,16 @@ from tests.viewer.runs import HOSTILE, Writer, write_short
 BROWSER = os.environ.get("MILLRACE_BROWSER", "")
 if not BROWSER:
     pytest.skip("set MILLRACE_BROWSER to a Chromium, or run make test-page", allow_module_level=True)
-playwright_api = pytest.importorskip("playwright.async_api", reason="playwright is not installed; run make test-page")
-Page = playwright_api.Page
-expect = playwright_api.expect
+pytest.importorskip("playwright", reason="playwright is not installed; run make test-page")
+
+from playwright.async_api import Browser, Page, async_playwright, expect  # noqa: E402
+
 expect.set_options(timeout=15_000)
 
 
 @pytest.fixture
-async def browser() -> AsyncIterator[object]:
-    async with playwright_api.async_playwright() as playwright:
+async def browser() -> AsyncIterator[Browser]:
+    async with async_playwright() as playwright:
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium has none for root
         browser = await playwright.chromium.launch(executable_path=BROWSER, args=sandbox)
         yield browser
@@ -30,17 +31,21 @@ async def browser() -> AsyncIterator[object]:
 
 
 @pytest.fixture
-async def page(browser) -> AsyncIterator[Page]:
+def troubles() -> list[str]:
+    """What the browser's console reports. A test that expects some clears them."""
+    return []
+
+
+@pytest.fixture
+async def page(browser: Browser, troubles: list[str]) -> AsyncIterator[Page]:
     """A page on which an error, a refusal by the policy, or a request to another host fails the test."""
     context = await browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
     page = await context.new_page()
-    troubles: list[str] = []
     page.on("pageerror", lambda error: troubles.append(f"{error}\n{error.stack}"))
-    page.on("console", lambda said: said.type == "error" and troubles.append(said.text))
+    page.on("console", lambda said: troubles.append(said.text) if said.type == "error" else None)
     page.on("dialog", lambda dialog: troubles.append(dialog.message))
-    hosts = set()
+    hosts: set[str] = set()
     page.on("request", lambda request: hosts.add(re.sub(r"^(\w+://[^/:]+).*", r"\1", request.url)))
-    page.troubles = troubles  # a test that expects some clears them
     yield page
     assert not troubles
     assert hosts <= {"http://127.0.0.1", "about:blank"}, hosts
@@ -104,7 +109,7 @@ async def test_the_fleet_of_an_ended_run_has_a_table_and_lanes(page: Page, tmp_p
         await expect(page.locator("#events")).to_contain_text("sglang-1 was killed by SIGKILL")
 
 
-async def test_filters_sorting_and_pages(page: Page, tmp_path: Path) -> None:
+async def test_filters_sorting_and_pages(page: Page, tmp_path: Path, troubles: list[str]) -> None:
     run(tmp_path)
     async with serve_runs(tmp_path, "127.0.0.1", 0) as url:
         await page.goto(f"{url}/#samples")
@@ -125,7 +130,7 @@ async def test_filters_sorting_and_pages(page: Page, tmp_path: Path) -> None:
         assert "sort=-tokens" in page.url
         await page.get_by_label("reward, at least").fill("x")
         await expect(page.locator("#rows")).to_contain_text("reward_min: 'x' is not a number")
-        page.troubles.clear()  # the browser logs the status 400
+        troubles.clear()  # the browser logs the status 400
 
 
 async def test_a_broken_line_is_named_and_the_rest_is_shown(page: Page, tmp_path: Path) -> None:
@@ -272,7 +277,7 @@ async def test_every_control_has_a_name(page: Page, tmp_path: Path) -> None:
             assert await page.evaluate(unnamed) == []
 
 
-async def test_a_dead_server_is_named_and_its_return_too(page: Page, tmp_path: Path) -> None:
+async def test_a_dead_server_is_named_and_its_return_too(page: Page, tmp_path: Path, troubles: list[str]) -> None:
     run(tmp_path, steps=2)
     async with contextlib.AsyncExitStack() as stack:
         url = await stack.enter_async_context(serve_runs(tmp_path, "127.0.0.1", 0))
@@ -283,4 +288,4 @@ async def test_a_dead_server_is_named_and_its_return_too(page: Page, tmp_path: P
         await expect(page.locator("#charts figure").first).to_be_visible()  # what was there stays
         await stack.enter_async_context(serve_runs(tmp_path, "127.0.0.1", int(url.rpartition(":")[2])))
         await expect(page.locator("#banner")).to_be_hidden()
-    page.troubles.clear()  # the browser logs each request that failed
+    troubles.clear()  # the browser logs each request that failed

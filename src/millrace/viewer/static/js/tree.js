@@ -24,7 +24,7 @@ export function showTree(body, data, open) {
     const colour = one.sequences.includes(last) ? colours.series[0] : colours.muted;
     return {
       name: text, value: one, symbolSize: leaf ? 9 : 7, itemStyle: { color: colour, borderColor: colour },
-      lineStyle: { color: one.sequences.includes(last) ? colours.series[0] : colours.line, width: 1.6 },
+      lineStyle: { color: one.sequences.includes(last) ? colours.series[0] : colours.muted, width: 1.6, opacity: one.sequences.includes(last) ? 1 : 0.45 },
       label: { position: leaf ? "right" : "top", align: leaf ? "left" : "center", color: leaf ? colours.text : colours.muted },
       children: one.children.map(node),
     };
@@ -44,7 +44,7 @@ export function showTree(body, data, open) {
     },
     series: [{
       type: "tree", data: [node(data.tree)], left: 60, right: 250, top: 20, bottom: 20, orient: "LR", expandAndCollapse: false, initialTreeDepth: -1, symbol: "circle",
-      edgeShape: "polyline", edgeForkPosition: "50%", label: { fontSize: 11.5, fontFamily: font(), distance: 7 }, roam: false, emphasis: { focus: "none" },
+      lineStyle: { curveness: 0.5 }, label: { fontSize: 11.5, fontFamily: font(), distance: 7 }, roam: false, emphasis: { focus: "none" },
     }],
   });
   made.chart.on("click", ({ data: of }) => of?.value && !of.value.children.length && open(of.value.sequences[0]));
