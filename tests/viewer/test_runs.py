@@ -69,25 +69,25 @@ def test_large_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("millrace.viewer.following.LARGEST_READ", 100)
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(500)))
     run = RunFiles("run", tmp_path)
-    run.refresh()
+    run.refresh(events=True)
     assert run.metrics.values["step"] == list(range(500))
 
 
 def test_metrics_come_as_columns_after_what_is_known(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "run")
     run = RunFiles("run", writer.folder)
-    run.refresh()
+    run.refresh(events=True)
     first = run.metrics_after(0, 0)
     assert (first["count"], first["columns"]["accuracy"]) == (1, [0.19])
     writer.steps(2)
-    run.refresh()
+    run.refresh(events=True)
     more = run.metrics_after(first["epoch"], first["count"])
     assert (more["start"], more["columns"]["step"]) == (1, [1, 2])
     assert len(more["columns"]["rewards.correct"]) == 2
     assert more["columns"]["accuracy"] == [None, None]
     lines = (writer.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (writer.folder / "metrics.jsonl").write_text("".join(lines[:2]))  # resumed after step 1
-    run.refresh()
+    run.refresh(events=True)
     again = run.metrics_after(first["epoch"], 3)
     assert (again["epoch"], again["start"], again["columns"]["step"]) == (1, 0, [0, 1])
 
@@ -98,7 +98,7 @@ def test_a_run_says_what_is_wrong_with_its_files(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text("x\n")
     (tmp_path / "advice.jsonl").mkdir()
     run = RunFiles("run", tmp_path)
-    run.refresh()
+    run.refresh(events=True)
     assert sorted(run.troubles()) == [
         "advice.jsonl can't be read: Is a directory",
         "events.jsonl: 1 line could not be read and were left out, the first is line 1",
@@ -111,7 +111,7 @@ def test_the_timeline_says_what_each_engine_did(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "run")
     writer.steps(6)
     run = RunFiles("run", writer.folder)
-    run.refresh()
+    run.refresh(events=True)
     shown = run.lanes(None, None)
     assert [lane["engine"] for lane in shown["lanes"]] == ["sglang-0", "sglang-1", "sglang-2"]
     kinds = {span[0] for span in shown["lanes"][1]["spans"]}

@@ -1,6 +1,7 @@
 """One sample, from the Parquet file that holds it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,11 @@ def tokens(cursor: Cursor, place: Place, number: int) -> dict[str, Any]:
 
 def group(cursor: Cursor, places: Sequence[Place]) -> list[dict[str, Any]]:
     """Return samples side by side: their columns and conversations."""
-    chosen = "* EXCLUDE (sequences)"
-    return [{**row, "messages": conversation(row.get("messages"))} for row in (_row(cursor, p, chosen) for p in places)]
+    by_file: dict[Path, list[int]] = {}
+    for place in places:
+        by_file.setdefault(place.path, []).append(place.row)
+    found = [row for path, rows in by_file.items() for row in _rows(cursor, path, rows, "* EXCLUDE (sequences)")]
+    return [{**row, "messages": conversation(row.get("messages"))} for row in found]
 
 
 def conversation(text: object) -> list[Any]:
@@ -73,13 +77,20 @@ def _rounded(values: Sequence[float | None]) -> list[float]:
 
 def _row(cursor: Cursor, place: Place, chosen: str) -> dict[str, Any]:
     """Return what is chosen of a sample's row. Raises MonitorError if the file has changed and lacks the row."""
+    if not (found := _rows(cursor, place.path, [place.row], chosen)):
+        raise MonitorError(f"{place.path.name} has changed and has no row {place.row}")
+    return found[0]
+
+
+def _rows(cursor: Cursor, path: Path, rows: Sequence[int], chosen: str) -> list[dict[str, Any]]:
+    """Return what is chosen of some rows of a file."""
     cursor.execute(
-        f"SELECT {chosen} FROM read_parquet(?, file_row_number = true) WHERE file_row_number = ?",  # noqa: S608
-        [str(place.path), place.row],
+        f"SELECT {chosen} FROM read_parquet(?, file_row_number = true) "  # noqa: S608
+        f"WHERE file_row_number IN ({', '.join('?' * len(rows))})",
+        [str(path), *rows],
     )
     names = [column[0] for column in cursor.description or ()]
-    row = cursor.fetchone()
-    if row is None:
-        raise MonitorError(f"{place.path.name} has changed and has no row {place.row}")
-    found: Mapping[str, Any] = dict(zip(names, row, strict=True))
-    return {name: value for name, value in found.items() if name != "file_row_number"}
+    found: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+    for row in found:
+        row.pop("file_row_number", None)
+    return found

@@ -1,6 +1,7 @@
 """The samples of one run: their scalar columns in memory, and the rest in the run's Parquet files."""
 
 import asyncio
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ import duckdb
 from millrace.errors import MonitorError
 from millrace.viewer.query import COLUMNS, SHOWN, Page, Where
 
+logger = logging.getLogger(__name__)
 FILES_AT_ONCE = 32  # that one transaction adds
 FILL_DEADLINE = 120.0  # seconds for FILES_AT_ONCE files
 DEADLINE = 15.0  # seconds for a question
@@ -69,10 +71,12 @@ class SampleIndex:
     folder: Path
     looked: bool = False  # whether the folder has been looked through
     files: int = 0  # in the folder, as it was last seen
+    trouble: str | None = None  # why the folder could not be looked through
     problems: dict[str, str] = field(default_factory=dict)  # of files that could not be read as they should, by name
     _known: dict[str, Known] = field(default_factory=dict)
     _numbers: dict[int, Path] = field(default_factory=dict)
     _filling: asyncio.Task[None] | None = None
+    _closed: bool = False
     _asked: dict[Cursor, "Future[Any]"] = field(default_factory=dict)  # by the cursor that each has
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -84,7 +88,8 @@ class SampleIndex:
         self._db.execute(f"CREATE TABLE samples (file INTEGER, row BIGINT, {columns})")
 
     async def close(self) -> None:
-        """End the filling and the questions."""
+        """End the filling and the questions. Those that wait then raise MonitorError."""
+        self._closed = True
         if self._filling is not None:
             self._filling.cancel()
             await asyncio.gather(self._filling, return_exceptions=True)
@@ -93,8 +98,13 @@ class SampleIndex:
             for cursor in asked:
                 cursor.interrupt()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        if running := [asyncio.wrap_future(future) for future in asked.values() if not future.done()]:
-            await asyncio.wait(running, timeout=CLOSE_DEADLINE)
+        running = [asyncio.wrap_future(future) for future in asked.values() if not future.done()]
+        try:
+            async with asyncio.timeout(CLOSE_DEADLINE):
+                await asyncio.gather(*running, return_exceptions=True)
+        except TimeoutError:  # it waits for a file system, and ends when that answers
+            logger.warning("%s: a thread still reads after %g s", self.folder, CLOSE_DEADLINE)
+            return
         self._db.close()
 
     @property
@@ -113,7 +123,8 @@ class SampleIndex:
         return len(self._asked)
 
     def fill(self) -> asyncio.Task[None]:
-        """Begin to read files that are new or have changed, unless that is under way. Returns the task."""
+        """Begin to read files that are new or have changed, unless that is under way. Returns the task, which others
+        share; `trouble` says why it failed, if it did."""
         if self._filling is None or self._filling.done():
             self._filling = asyncio.create_task(self._fill())
         return self._filling
@@ -141,6 +152,8 @@ class SampleIndex:
 
         If the caller is cancelled, so is the query.
         """
+        if self._closed:
+            raise MonitorError("the samples of other runs are in memory now; ask again")
         cursor = self._db.cursor()
         with self._lock:
             future = self._asked[cursor] = self._pool.submit(work, cursor)
@@ -163,8 +176,17 @@ class SampleIndex:
             cursor.close()
 
     async def _fill(self) -> None:
+        try:
+            await self._read_new()
+            self.trouble = None
+        except MonitorError as error:
+            self.trouble = str(error)
+        except OSError as error:
+            self.trouble = f"{self.folder.name} can't be read: {error.strerror}"
+
+    async def _read_new(self) -> None:
         """Read the newest files first. A file that is gone or was replaced loses its rows."""
-        present = await asyncio.get_running_loop().run_in_executor(self._pool, _present, self.folder)
+        present = await self.ask(lambda _: _present(self.folder))
         self.files, self.looked = len(present), True
         stale = [name for name, known in self._known.items() if present.get(name) != known.signature]
         stale_problems = [name for name in self.problems if name not in present or name in stale]

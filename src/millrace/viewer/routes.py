@@ -1,5 +1,6 @@
 """The routes of the page: JSON about runs and samples, and the page's own files. All only read."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -23,6 +24,7 @@ TYPES = {
     ".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", "": "text/plain",
 }  # fmt: skip
 MOST_OF_GROUP = 64  # samples side by side
+DEADLINE = 15.0  # seconds that a sample is waited for whose file may be new
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -95,13 +97,13 @@ class _Routes:
 
     async def fleet(self, http: web.Request) -> web.Response:
         """Return the engines and latest events, as the run's events.jsonl shows them."""
-        return reply(await self.site.of_run(self._run(http), lambda run: run.fleet()))
+        return reply(await self.site.of_run(self._run(http), lambda run: run.fleet(), events=True))
 
     async def timeline(self, http: web.Request) -> web.Response:
         """Return what each engine did between two times (`start`, `end`)."""
         given = [http.query.get(name) for name in ("start", "end")]
         start, end = (None if text is None else query.number("start and end", text) for text in given)
-        return reply(await self.site.of_run(self._run(http), lambda run: run.lanes(start, end)))
+        return reply(await self.site.of_run(self._run(http), lambda run: run.lanes(start, end), events=True))
 
     async def samples(self, http: web.Request) -> web.Response:
         """Return one page of the samples that the filters let through."""
@@ -172,7 +174,7 @@ class _Routes:
         index = self.site.index(self._run(http))
         condition = query.Where("sample = ? AND step = ?", (sample, step))
         if not (places := await index.places(condition, 1)):
-            await index.fill()  # its file may be new
+            await asyncio.wait({index.fill()}, timeout=DEADLINE)  # its file may be new
             places = await index.places(condition, 1)
         if not places:
             raise web.HTTPNotFound(text=f"the run has no sample {sample[:80]} of step {step:g}")
@@ -188,6 +190,7 @@ class _Routes:
 def _state(index: "SampleIndex") -> Mapping[str, object]:
     """Return how far the index is, and what it could not read."""
     problems = [f"{name}: {why}" for name, why in sorted(index.problems.items(), reverse=True)]
+    problems[:0] = [index.trouble] if index.trouble else []
     hidden = len(problems) - 3
     more = [f"{hidden} more files have problems"] if hidden > 0 else []
     return {

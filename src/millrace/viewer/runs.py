@@ -1,8 +1,10 @@
 """The runs below a folder, and their records as they grow."""
 
+import contextlib
+import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ MARKS = ("metrics.jsonl", "config.yaml", "events.jsonl")  # a folder with one of
 DEEPEST = 3  # levels below the folder that is looked through
 MOST_RUNS = 500
 FRESH_SECONDS = 0.5  # for which what was read is used again
+READ_SECONDS = 1.0  # of a file at a time: a very long one appears in parts
 MOST_ADVICE = 500
 KNOWN_EVENTS = 60
 ROUTINE = ("request", "member", "publish_engine")
@@ -95,8 +98,8 @@ class RunFiles:
         self.name = name
         self.folder = folder
         self._lock = threading.Lock()
-        self._read_at = 0.0
-        self._troubles: list[str] = []
+        self._read_at: dict[Path, float] = {}
+        self._troubles: dict[Path, str] = {}
         self._forget_metrics()
         self._metrics = Follower(folder / "metrics.jsonl")
         self._advice = Follower(folder / "advice.jsonl")
@@ -111,28 +114,33 @@ class RunFiles:
         self.timeline = Timeline()
         self.latest: list[dict[str, Any]] = []
 
-    def refresh(self) -> None:
-        """Read what has been added to the files, unless that was just done."""
+    def refresh(self, *, events: bool = False) -> None:
+        """Read what has been added to the files, unless that was just done. events: also to events.jsonl."""
         with self._lock:
-            if time.monotonic() - self._read_at < FRESH_SECONDS:
-                return
-            self._troubles = []
-            for follower, take, forget in (
-                (self._metrics, self._take_metrics, self._forget_metrics),
-                (self._advice, self._take_advice, self.advice.clear),
-                (self._events, self._take_events, self._forget_events),
-            ):
-                try:
-                    reading = True
-                    while reading:
-                        begun, records = follower.read()
-                        if begun:
-                            forget()
-                        take(records)
-                        reading = follower.more
-                except OSError as error:
-                    self._troubles.append(f"{follower.path.name} can't be read: {error.strerror}")
-            self._read_at = time.monotonic()
+            self._read(self._metrics, self._take_metrics, self._forget_metrics)
+            self._read(self._advice, self._take_advice, self.advice.clear)
+            if events:
+                self._read(self._events, self._take_events, self._forget_events)
+
+    def _read(
+        self, follower: Follower, take: Callable[[Sequence[dict[str, Any]]], None], forget: Callable[[], None]
+    ) -> None:
+        now = time.monotonic()
+        if now - self._read_at.get(follower.path, -math.inf) < FRESH_SECONDS:
+            return
+        self._troubles.pop(follower.path, None)
+        try:
+            reading = True
+            while reading:
+                begun, records = follower.read()
+                if begun:
+                    forget()
+                take(records)
+                reading = follower.more and time.monotonic() - now < READ_SECONDS
+        except OSError as error:
+            self._troubles[follower.path] = f"{follower.path.name} can't be read: {error.strerror}"
+        if not follower.more:
+            self._read_at[follower.path] = now
 
     def _take_metrics(self, records: Sequence[dict[str, Any]]) -> None:
         for record in records:
@@ -150,7 +158,10 @@ class RunFiles:
 
     def troubles(self) -> list[str]:
         """Return what is wrong with the files, for people."""
-        found = [*self._troubles, *(f.trouble for f in (self._metrics, self._advice, self._events) if f.trouble)]
+        found = [
+            *self._troubles.values(),
+            *(f.trouble for f in (self._metrics, self._advice, self._events) if f.trouble),
+        ]
         old = [name.name for name in (self.folder / "samples.jsonl",) if name.exists()]
         if old and not (self.folder / "samples").is_dir():
             found.append("the run was written by another version of Millrace: its samples.jsonl can't be shown")
@@ -166,11 +177,18 @@ class RunFiles:
                 "step": _last(values.get("step", ())),
                 "reward": _last(values.get("reward", ())),
                 "accuracy": _last(values.get("accuracy", ())),
-                "changed_at": max(self._metrics.changed_at, self._events.changed_at) or None,
+                "changed_at": self._changed_at(),
                 "samples": (self.folder / "samples").is_dir(),
                 "advice": len(self.advice),
                 "troubles": self.troubles(),
             }
+
+    def _changed_at(self) -> float | None:
+        """Return when the run last wrote a step or an event, in Unix time."""
+        times = [self._metrics.changed_at]
+        with contextlib.suppress(OSError):
+            times.append(self._events.path.stat().st_mtime)
+        return max(times) or None
 
     def metrics_after(self, epoch: int, known: int) -> dict[str, Any]:
         """Return the columns after the first `known` rows, or all of them if the epoch is another one."""
@@ -194,7 +212,8 @@ class RunFiles:
             line = self.timeline
             first, last = line.first or 0.0, line.last or 0.0
             start, end = first if start is None else start, last if end is None else end
-            return {"first": first, "last": last, "start": start, "end": end, "lanes": line.window(start, end)}
+            lanes = line.window(start, end)
+            return {"first": first, "last": last, "start": start, "end": end, "lanes": lanes}
 
 
 def _last(values: Sequence[Any]) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -61,6 +62,14 @@ def add_page(app: web.Application, site: Site, host: str) -> None:
     add_routes(app, site)
 
 
+def _host(header: str) -> str:
+    """Return the name or address in a Host header, without its port."""
+    try:
+        return unbracketed(urlsplit(f"//{header}").hostname or "")
+    except ValueError:
+        return header
+
+
 def _guard(host: str) -> Middleware:
     """Return a middleware that refuses what another site's page may send.
 
@@ -71,7 +80,7 @@ def _guard(host: str) -> Middleware:
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        name = unbracketed((request.url.host or "").lower())
+        name = _host(request.host)
         if loopback and name and not is_loopback(name):
             message = f"this server answers at localhost alone, and not as {name}"
             return reply({"error": message}, 403)

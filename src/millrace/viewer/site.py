@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 MOST_INDICES = 4  # runs whose samples are in memory at once
 DEADLINE = 20.0  # seconds for files to be read
 LOOK_AGAIN = 5.0  # seconds after which new runs are looked for
-CLOSE_DEADLINE = 10.0
 T = TypeVar("T")
 
 
@@ -44,8 +43,7 @@ class Site:
         """End all threads and tasks."""
         indices = [index.close() for index in self._indices.values()]
         self._indices.clear()
-        async with asyncio.timeout(CLOSE_DEADLINE):
-            await asyncio.gather(*indices, *self._closing)
+        await asyncio.gather(*indices, *self._closing)  # each has a deadline
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def summaries(self) -> list[dict[str, Any]]:
@@ -63,13 +61,15 @@ class Site:
 
         return await self._threaded(read)
 
-    async def of_run(self, name: str, answer: Callable[[RunFiles], T]) -> T:
-        """Return what `answer` says of a run whose files have just been read. Raises MonitorError, or KeyError if there
-        is no such run."""
+    async def of_run(self, name: str, answer: Callable[[RunFiles], T], *, events: bool = False) -> T:
+        """Return what `answer` says of a run whose files have just been read, events.jsonl if it needs `events`.
+
+        Raises MonitorError if they are not read in time, or KeyError if there is no such run.
+        """
         files = self._files_of(name, self.runs[name])
 
         def read() -> T:
-            files.refresh()
+            files.refresh(events=events)
             return answer(files)
 
         return await self._threaded(read)

@@ -44,11 +44,18 @@ async function look() {
     }
     show();
     await page.shown?.update(context());
+    failed(null);
   } catch (error) {
-    if (error instanceof Error && !["TypeError", "TimeoutError", "AbortError"].includes(error.name)) throw error;
+    failed(error);
   } finally {
     page.busy = false;
   }
+}
+
+/** Say above the view why something could not be fetched. A server that is gone is named already. */
+function failed(error) {
+  failure = !error || unreachable || error.name === "AbortError" ? "" : error.message;
+  showBanner();
 }
 
 /** Show the view that the hash names, and bring it up to date. */
@@ -63,6 +70,7 @@ function show() {
   }
   for (const link of byId("views").children) {
     link.href = hashOf(link.dataset.view);
+    link.hidden = page.started && !page.runs.length && link.dataset.view !== "fleet";
     if (link.dataset.view === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
@@ -85,12 +93,13 @@ function showStatus() {
   showBanner(troubles);
 }
 
-let unreachable = "";
+let unreachable = ""; // why there is no server
+let failure = ""; // why it could not answer
 function showBanner(troubles = null) {
   const banner = byId("banner");
   if (troubles !== null) banner.troubles = troubles;
-  const texts = unreachable ? [unreachable] : banner.troubles ?? [];
-  banner.classList.toggle("bad", Boolean(unreachable));
+  const texts = unreachable ? [unreachable] : [...(failure ? [failure] : []), ...(banner.troubles ?? [])];
+  banner.classList.toggle("bad", Boolean(unreachable || failure));
   banner.hidden = !texts.length;
   const more = texts.length > 2 ? [`and ${texts.length - 2} more`] : [];
   const key = JSON.stringify(texts);
@@ -159,7 +168,7 @@ whenReachable((now, why) => {
 });
 whenChanged(() => {
   show();
-  page.shown?.update(context());
+  page.shown?.update(context())?.catch(failed);
 });
 byId("help").addEventListener("click", () => byId("keys").showModal());
 byId("keys").addEventListener("click", (event) => event.target === byId("keys") && byId("keys").close());

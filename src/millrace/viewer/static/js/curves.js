@@ -36,12 +36,7 @@ async function update(context) {
     return;
   }
   const names = context.compared;
-  let datas;
-  try {
-    datas = await Promise.all(names.map(metricsOf));
-  } catch {
-    return; // the banner says why
-  }
+  const datas = await Promise.all(names.map(metricsOf));
   if (context !== view.context || !view.root.isConnected) return;
   view.datas = datas;
   draw();

@@ -19,17 +19,12 @@ function mount(root) {
 async function update(context) {
   view.context = context;
   const { live, run } = context;
-  try {
-    const [now, past] = await Promise.all([live ? get("fleet") : null, run ? get("api/fleet", { run: run.name }) : null]);
-    if (context !== view.context || !view.root.isConnected) return;
-    show(now, past);
-    const box = view.root.querySelector("#timeline-box");
-    box.hidden = !run;
-    if (run) await drawLanes(box, run.name);
-  } catch (error) {
-    if (error instanceof RangeError || error instanceof ReferenceError) throw error;
-    // the banner says why
-  }
+  const [now, past] = await Promise.all([live ? get("fleet") : null, run ? get("api/fleet", { run: run.name }) : null]);
+  if (context !== view.context || !view.root.isConnected) return;
+  show(now, past);
+  const box = view.root.querySelector("#timeline-box");
+  box.hidden = !run;
+  if (run) await drawLanes(box, run.name, past.at);
 }
 
 function show(now, past) {

@@ -253,7 +253,9 @@ function endSearch() {
 function mark(index) {
   view.marked = index;
   const body = byId("rows").querySelector("tbody");
-  body?.querySelector(".marked")?.classList.remove("marked");
+  const before = body?.querySelector(".marked");
+  before?.classList.remove("marked");
+  before?.removeAttribute("aria-selected");
   const row = body?.rows[index];
   row?.classList.add("marked");
   row?.setAttribute("aria-selected", "true");

@@ -15,13 +15,13 @@ const stateColours = () => Object.fromEntries(STATES.map((name) => [name, colour
 const legColours = () => Object.fromEntries(LEGS.map((name) => [name, colour(`leg-${name}`)]));
 
 /** Fetch and draw the lanes of a run. The part that the reader has zoomed to stays. */
-export async function drawLanes(box, run) {
+export async function drawLanes(box, run, last) {
   if (view.box !== box || view.run !== run) {
     disposeLanes();
     Object.assign(view, { box, run, data: null, window: null, fetched: null, key: "" });
     fill(box, el("h2", {}, "Timeline", el("span", { class: "unit", id: "span" })), el("div", { class: "legend", id: "lane-legend" }), el("div", { class: "lanes", id: "lanes", role: "img", "aria-label": "Timeline of the engines" }));
   }
-  await refresh();
+  if (!view.data || view.data.last !== last) await refresh(); // last: the time of the newest event
 }
 
 async function refresh() {
