@@ -1,7 +1,7 @@
 // What all charts have in common: colours, axes, and tooltips that are made of elements.
 
 import { colour, el, faded } from "./dom.js";
-import { short } from "./format.js";
+import { fixed, short } from "./format.js";
 
 const COLOURS = 8;
 
@@ -50,6 +50,22 @@ export function base(colours) {
       backgroundColor: "transparent", borderWidth: 0, extraCssText: "box-shadow:none", axisPointer: { type: "line" },
     },
   };
+}
+
+/** How an axis writes its numbers: with enough digits to tell its marks apart. */
+export function axisFormat(lines) {
+  let least = Infinity;
+  let most = -Infinity;
+  for (const { points } of lines) {
+    for (const [, value] of points) {
+      if (value < least) least = value;
+      if (value > most) most = value;
+    }
+  }
+  const size = Math.max(Math.abs(least), Math.abs(most));
+  const digits = Math.ceil(-Math.log10((most - least) / 4));
+  if (!(size < 1e4 && size >= 1 && digits > 1)) return short;
+  return (value) => fixed(value, Math.min(6, digits));
 }
 
 /** The content of a tooltip: a heading, and rows of a colour, a name and a value. */

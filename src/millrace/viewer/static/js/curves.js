@@ -1,6 +1,6 @@
 // The view of curves: small charts of one run or of several, and the advisories.
 
-import { base, chart, line, palette, smoothed, swatch, tip } from "./charts.js";
+import { axisFormat, base, chart, line, palette, smoothed, swatch, tip } from "./charts.js";
 import { el, fill, put } from "./dom.js";
 import { short, whole } from "./format.js";
 import { chartsOf, metricsOf, points, words } from "./metrics.js";
@@ -92,9 +92,10 @@ function drawOne(slot, one, given) {
   const lines = linesOf(one, given);
   options.series = lines.map((each) => each.series);
   if (one.zero || one.stacked) options.yAxis.min = (value) => Math.min(0, value.min);
+  const labels = lines.filter((each) => each.label);
+  if (!one.stacked && !one.zero) options.yAxis.axisLabel.formatter = axisFormat(labels);
   options.tooltip.formatter = (shown) => (view.pointed === one.title ? tooltip(shown, lines) : ""); // others show the line alone
   slot.chart.setOption(options, { notMerge: true });
-  const labels = lines.filter((each) => each.label);
   fill(slot.keys, several ? compared(one, labels) : labels.map((each) => key(each, labels.length > 1)));
 }
 

@@ -47,13 +47,13 @@ const PHASES = ["rollout", "judge", "train", "publish", "sleep", "evaluation"].m
 // title, unit, columns (the first is shown alone when several runs are compared), and more
 const CHARTS = [
   { section: "Learning" },
-  { title: "Reward", unit: "training samples; accuracy held out", columns: ["reward", "accuracy"], marked: ["accuracy"], all: true },
+  { title: "Reward", unit: "training samples; accuracy held out", columns: ["reward", "accuracy"], marked: ["accuracy"], always: true },
   { title: "Parts of the reward", unit: "means, before weights", prefix: "rewards." },
-  { title: "Groups with signal", unit: "rewards differ in the group", columns: ["groups_with_signal"], zero: true },
+  { title: "Groups with signal", unit: "rewards differ in the group", columns: ["groups_with_signal"], zero: true, always: true },
   { title: "Judge's grade", unit: "mean", columns: ["grade"] },
   { section: "Policy" },
-  { title: "Loss", unit: "", columns: ["loss"] },
-  { title: "KL", unit: "nats, sampling policy to trained", columns: ["kl"], zero: true },
+  { title: "Loss", unit: "", columns: ["loss"], always: true },
+  { title: "KL", unit: "nats, sampling policy to trained", columns: ["kl"], zero: true, always: true },
   { title: "Entropy", unit: "nats", columns: ["entropy"] },
   { title: "Gap", unit: "mean |engine − trainer| logprob, nats", columns: ["logprob_gap"], zero: true },
   { title: "Clip fraction", unit: "of tokens", columns: ["clip_fraction"], zero: true },
@@ -74,11 +74,9 @@ const NAMED = new Set(CHARTS.flatMap((chart) => [...(chart.columns ?? []), chart
 const PREFIXES = CHARTS.map((chart) => chart.prefix).filter(Boolean);
 const PLAIN = new Set(["step", "weight_version", "tokens", "tool_calls", "samples_finished", "step_seconds"]);
 
-const moves = (datas, column) =>
-  datas.some((data) => {
-    const found = (data.columns[column] ?? []).filter(known);
-    return found.some((value) => value !== 0);
-  });
+/** Whether a column has figures other than 0. That of a chart which is `always` there may be 0. */
+const moves = (datas, column, always = false) =>
+  datas.some((data) => (data.columns[column] ?? []).some((value) => known(value) && (always || value !== 0)));
 
 /** The sections and charts that these runs have figures for. Columns that the page does not know come last. */
 export function chartsOf(datas) {
@@ -89,7 +87,7 @@ export function chartsOf(datas) {
       const names = [...new Set(datas.flatMap((data) => Object.keys(data.columns)))].filter((name) => name.startsWith(chart.prefix) && moves(datas, name));
       if (names.length > 1 || (names.length && chart.together)) made.push({ ...chart, columns: names });
     } else {
-      const columns = chart.columns.filter((column) => moves(datas, column));
+      const columns = chart.columns.filter((column) => moves(datas, column, chart.always));
       if (columns.length) made.push({ ...chart, columns });
     }
   }
