@@ -21,8 +21,10 @@ async def serve_metrics(
 ) -> AsyncIterator[str]:
     """Serve the metrics while the block runs, and yield the URL.
 
-    port: 0 lets the kernel choose one. extend: adds more to the application, such as a page. There is no
-    authentication: all clients can read, and none can change anything.
+    port: 0 lets the kernel choose one.
+    extend: adds more to the application, such as a page.
+
+    There is no authentication: all clients can read, and none can change anything.
     Raises ConfigError if the port can't be bound.
     """
 
