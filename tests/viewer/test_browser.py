@@ -243,6 +243,16 @@ async def test_keys_lead_through_samples(page: Page, tmp_path: Path) -> None:
         await expect(page.get_by_role("dialog", name="Keys")).to_be_hidden()
 
 
+async def test_views_change_while_they_are_being_fetched(page: Page, tmp_path: Path) -> None:
+    run(tmp_path)
+    async with serve_runs(tmp_path, "127.0.0.1", 0) as url:
+        await page.goto(url)
+        await expect(page.locator("#status")).to_contain_text("step 6")
+        for key in "123" * 6 + "3v12" + "321" * 4:
+            await page.keyboard.press(key)
+        await expect(page.locator("#charts figure").first).to_be_visible()
+
+
 async def test_dark_follows_the_system_and_the_choice_stays(page: Page, tmp_path: Path) -> None:
     run(tmp_path, steps=2)
     colour = "getComputedStyle(document.body).backgroundColor"

@@ -181,6 +181,9 @@ async def test_a_fleets_metrics_have_the_page_beside_them(folder: Path) -> None:
         assert (await indexed(http))["total"] == 96
         async with http.get("/metrics") as response:
             assert "millrace_waiting_requests" in await response.text()
+        for path in ("/metrics", "/fleet"):
+            async with http.get(path, headers={"Host": "evil.example"}) as response:
+                assert response.status == 403
     async with serve_run(observer, "127.0.0.1", 0) as url, aiohttp.ClientSession(url) as http:
         assert (await ask(http, "/api/runs"))["runs"] == []
 

@@ -27,7 +27,7 @@ def status(
     interval: Annotated[float, typer.Option(help="Seconds between two updates.", min=0.1)] = 1.0,
     events: Annotated[int, typer.Option(help="Number of recent events to show.", min=0, max=50)] = 12,
 ) -> None:
-    """Show the engines and recent events of a run until Ctrl-C. The run must have metrics.port set."""
+    """Show the engines and recent events of a run until Ctrl-C. The run says its URL when it starts."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH

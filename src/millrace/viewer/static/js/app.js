@@ -17,7 +17,9 @@ const page = { runs: [], live: false, view: null, shown: null, busy: false, star
 /** The runs that are compared, by name. */
 function compared() {
   const names = page.runs.map((run) => run.name);
-  const chosen = parameter("runs").split(",").filter((name) => names.includes(name));
+  const chosen = parameter("runs")
+    .split(",")
+    .filter((name) => names.includes(name));
   return chosen.length ? chosen : names.slice(0, OVERLAID);
 }
 
@@ -28,7 +30,11 @@ function current() {
 }
 
 const context = () => ({
-  runs: page.runs, compared: compared(), run: current(), live: page.live, order: page.runs.map((run) => run.name).sort(),
+  runs: page.runs,
+  compared: compared(),
+  run: current(),
+  live: page.live,
+  order: page.runs.map((run) => run.name).sort(),
 });
 
 async function look() {
@@ -66,7 +72,9 @@ function show() {
     page.view = view;
     page.shown = VIEWS[view];
     byId("main").className = view;
-    page.shown.mount(fill(byId("main")), context());
+    const root = el("div", { class: "view" });
+    fill(byId("main"), root);
+    page.shown.mount(root, context());
   }
   for (const link of byId("views").children) {
     link.href = hashOf(link.dataset.view);
@@ -85,11 +93,15 @@ function showStatus() {
   if (run && known(run.step)) parts.push(el("span", {}, `step ${whole(run.step)}`));
   if (run?.changed_at) {
     const fresh = Date.now() / 1000 - run.changed_at < 120;
-    parts.push(el("span", { class: fresh ? "fresh" : "", title: "when the run last wrote to its folder" }, ago(run.changed_at)));
+    parts.push(
+      el("span", { class: fresh ? "fresh" : "", title: "when the run last wrote to its folder" }, ago(run.changed_at)),
+    );
   }
   if (page.live) parts.push(el("span", { class: "live" }, "live"));
   fill(byId("status"), parts);
-  const troubles = page.runs.flatMap((one) => one.troubles.map((text) => (page.runs.length > 1 ? `${one.name}: ${text}` : text)));
+  const troubles = page.runs.flatMap((one) =>
+    one.troubles.map((text) => (page.runs.length > 1 ? `${one.name}: ${text}` : text)),
+  );
   showBanner(troubles);
 }
 
@@ -103,7 +115,11 @@ function showBanner(troubles = null) {
   banner.hidden = !texts.length;
   const more = texts.length > 2 ? [`and ${texts.length - 2} more`] : [];
   const key = JSON.stringify(texts);
-  if (banner.key !== key) fill(banner, [...texts.slice(0, 2), ...more].map((text) => el("div", {}, text)));
+  if (banner.key !== key)
+    fill(
+      banner,
+      [...texts.slice(0, 2), ...more].map((text) => el("div", {}, text)),
+    );
   banner.key = key;
 }
 
@@ -118,17 +134,31 @@ function showRuns() {
   if (list.hidden || list.key === key) return;
   list.key = key;
   const focused = document.activeElement?.dataset?.run;
-  fill(list, el("h2", {}, "Runs"), page.runs.map((run) => runRow(run, chosen, now, view, order)));
+  fill(
+    list,
+    el("h2", {}, "Runs"),
+    page.runs.map((run) => runRow(run, chosen, now, view, order)),
+  );
   if (focused) list.querySelector(`[data-run="${CSS.escape(focused)}"]`)?.focus();
 }
 
 function runRow(run, chosen, now, view, order) {
   const on = chosen.includes(run.name);
-  const facts = [known(run.step) && `step ${whole(run.step)}`, known(run.reward) && `reward ${short(run.reward)}`].filter(Boolean);
-  const texts = [el("span", { class: "name", title: run.folder }, run.name), el("span", { class: "facts" }, facts.join(" · "))];
+  const facts = [
+    known(run.step) && `step ${whole(run.step)}`,
+    known(run.reward) && `reward ${short(run.reward)}`,
+  ].filter(Boolean);
+  const texts = [
+    el("span", { class: "name", title: run.folder }, run.name),
+    el("span", { class: "facts" }, facts.join(" · ")),
+  ];
   if (view !== "curves") {
     const pick = () => change({ run: run.name, open: "", offset: "" }, { step: true });
-    return el("button", { type: "button", class: "run", "data-run": run.name, "aria-pressed": String(run.name === now), onclick: pick }, texts);
+    return el(
+      "button",
+      { type: "button", class: "run", "data-run": run.name, "aria-pressed": String(run.name === now), onclick: pick },
+      texts,
+    );
   }
   const toggle = () => {
     const names = on ? chosen.filter((name) => name !== run.name) : [...chosen, run.name];
@@ -136,7 +166,12 @@ function runRow(run, chosen, now, view, order) {
   };
   const box = el("input", { type: "checkbox", "data-run": run.name, onchange: toggle });
   box.checked = on;
-  return el("label", { class: `run swatch c${order.indexOf(run.name) % 8}` }, box, el("span", { class: "texts" }, texts));
+  return el(
+    "label",
+    { class: `run swatch c${order.indexOf(run.name) % 8}` },
+    box,
+    el("span", { class: "texts" }, texts),
+  );
 }
 
 function keyed(event) {

@@ -9,8 +9,14 @@ const COLOURS = 8;
 export function palette() {
   return {
     series: Array.from({ length: COLOURS }, (_, index) => colour(`c${index}`)),
-    text: colour("text"), muted: colour("muted"), line: colour("line"), panel: colour("panel"), bad: colour("bad"),
-    good: colour("good"), warn: colour("warn"), faint: colour("faint"),
+    text: colour("text"),
+    muted: colour("muted"),
+    line: colour("line"),
+    panel: colour("panel"),
+    bad: colour("bad"),
+    good: colour("good"),
+    warn: colour("warn"),
+    faint: colour("faint"),
   };
 }
 
@@ -37,17 +43,41 @@ export function base(colours) {
     textStyle: { fontFamily: font() },
     grid: { left: 46, right: 14, top: 12, bottom: 24 },
     xAxis: {
-      type: "value", min: "dataMin", max: "dataMax", minInterval: 1, splitNumber: 5, axisLine: line, axisTick: { show: false },
-      splitLine: { show: false }, axisLabel: { ...label, hideOverlap: true, formatter: short },
-      axisPointer: { snap: true, lineStyle: { color: faded(colours.muted, 0.6), width: 1, type: "solid" }, label: { show: false } },
+      type: "value",
+      min: "dataMin",
+      max: "dataMax",
+      minInterval: 1,
+      splitNumber: 5,
+      axisLine: line,
+      axisTick: { show: false },
+      splitLine: { show: false },
+      axisLabel: { ...label, hideOverlap: true, formatter: short },
+      axisPointer: {
+        snap: true,
+        lineStyle: { color: faded(colours.muted, 0.6), width: 1, type: "solid" },
+        label: { show: false },
+      },
     },
     yAxis: {
-      type: "value", scale: true, splitNumber: 4, axisLine: { show: false }, axisTick: { show: false },
-      splitLine: { lineStyle: { color: colours.line, width: 1 } }, axisLabel: { ...label, formatter: short },
+      type: "value",
+      scale: true,
+      splitNumber: 4,
+      axisLine: { show: false },
+      axisTick: { show: false },
+      splitLine: { lineStyle: { color: colours.line, width: 1 } },
+      axisLabel: { ...label, formatter: short },
     },
     tooltip: {
-      trigger: "axis", confine: false, appendTo: "body", className: "tip", transitionDuration: 0, padding: 0,
-      backgroundColor: "transparent", borderWidth: 0, extraCssText: "box-shadow:none", axisPointer: { type: "line" },
+      trigger: "axis",
+      confine: false,
+      appendTo: "body",
+      className: "tip",
+      transitionDuration: 0,
+      padding: 0,
+      backgroundColor: "transparent",
+      borderWidth: 0,
+      extraCssText: "box-shadow:none",
+      axisPointer: { type: "line" },
     },
   };
 }
@@ -71,8 +101,14 @@ export function axisFormat(lines) {
 /** The content of a tooltip: a heading, and rows of a colour, a name and a value. */
 export function tip(heading, rows) {
   return el(
-    "div", { class: "tip-box" }, el("div", { class: "tip-head" }, heading),
-    el("table", {}, rows.map(([dot, name, value]) => el("tr", {}, el("td", {}, swatch(dot), name), el("td", {}, value)))),
+    "div",
+    { class: "tip-box" },
+    el("div", { class: "tip-head" }, heading),
+    el(
+      "table",
+      {},
+      rows.map(([dot, name, value]) => el("tr", {}, el("td", {}, swatch(dot), name), el("td", {}, value))),
+    ),
   );
 }
 
@@ -83,13 +119,28 @@ export function swatch(colourOfIt) {
 }
 
 /** The options of a line. `points`: pairs. `strength`: its opacity. */
-export function line(name, points, colourOfIt, { dashed = false, strength = 1, marks = false, id = name, area = false } = {}) {
+export function line(
+  name,
+  points,
+  colourOfIt,
+  { dashed = false, strength = 1, marks = false, id = name, area = false } = {},
+) {
   return {
-    id, name, type: "line", data: points, showSymbol: marks || points.length < 2, symbol: "circle", symbolSize: marks ? 5 : 4,
-    sampling: points.length > 2000 ? "lttb" : undefined, connectNulls: true, emphasis: { disabled: true },
+    id,
+    name,
+    type: "line",
+    data: points,
+    showSymbol: marks || points.length < 2,
+    symbol: "circle",
+    symbolSize: marks ? 5 : 4,
+    sampling: points.length > 2000 ? "lttb" : undefined,
+    connectNulls: true,
+    emphasis: { disabled: true },
     itemStyle: { color: faded(colourOfIt, strength) },
     lineStyle: { color: faded(colourOfIt, strength), width: 1.6, type: dashed ? [4, 3] : "solid" },
-    ...(area ? { stack: "sum", areaStyle: { color: faded(colourOfIt, 0.55) }, lineStyle: { width: 0 }, showSymbol: false } : {}),
+    ...(area
+      ? { stack: "sum", areaStyle: { color: faded(colourOfIt, 0.55) }, lineStyle: { width: 0 }, showSymbol: false }
+      : {}),
   };
 }
 

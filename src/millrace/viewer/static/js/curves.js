@@ -7,21 +7,37 @@ import { chartsOf, metricsOf, points, words } from "./metrics.js";
 import { change, parameter } from "./state.js";
 
 const GROUP = "curves";
-const SHOWN_KEYS = 6; // runs whose last values stand above a chart
+const MOST_KEYS = 4; // runs whose last values stand above a chart
 const SHOWN_ADVICE = 3;
-const SMOOTHING = [["1", "raw"], ["5", "5 steps"], ["20", "20 steps"], ["100", "100 steps"]];
+const SMOOTHING = [
+  ["1", "raw"],
+  ["5", "5 steps"],
+  ["20", "20 steps"],
+  ["100", "100 steps"],
+];
 const view = { root: null, charts: new Map(), layout: "", drawn: "", datas: null, context: null, pointed: "" };
 
 function mount(root) {
   view.root = root;
   view.layout = view.drawn = "";
   const choose = (event) => change({ smooth: event.target.value === "1" ? "" : event.target.value });
-  const select = el("select", { id: "smooth", onchange: choose }, SMOOTHING.map(([value, text]) => el("option", { value }, text)));
+  const select = el(
+    "select",
+    { id: "smooth", onchange: choose },
+    SMOOTHING.map(([value, text]) => el("option", { value }, text)),
+  );
   select.value = parameter("smooth") || "1";
-  put(root,
+  put(
+    root,
     el("section", { class: "advice", id: "advice", "aria-label": "Advisories", hidden: true }),
-    el("div", { class: "bar" }, el("div", { class: "legend", id: "legend" }), el("label", { class: "push" }, "Smoothing ", select)),
-    el("div", { id: "charts" }));
+    el(
+      "div",
+      { class: "bar" },
+      el("div", { class: "legend", id: "legend" }),
+      el("label", { class: "push" }, "Smoothing ", select),
+    ),
+    el("div", { id: "charts" }),
+  );
 }
 
 function unmount() {
@@ -32,7 +48,10 @@ function unmount() {
 async function update(context) {
   view.context = context;
   if (!context.runs.length) {
-    fill(view.root.querySelector("#charts"), el("p", { class: "empty" }, "There is no run here, and so no curves. Fleet shows the engines."));
+    fill(
+      view.root.querySelector("#charts"),
+      el("p", { class: "empty" }, "There is no run here, and so no curves. Fleet shows the engines."),
+    );
     return;
   }
   const names = context.compared;
@@ -46,7 +65,12 @@ function draw() {
   const { context, datas } = view;
   if (!datas) return;
   const smooth = Number(parameter("smooth")) || 1;
-  const drawn = JSON.stringify([context.compared, datas.map((data) => [data.epoch, data.changed]), smooth, datas.map((data) => data.advice.length)]);
+  const drawn = JSON.stringify([
+    context.compared,
+    datas.map((data) => [data.epoch, data.changed]),
+    smooth,
+    datas.map((data) => data.advice.length),
+  ]);
   if (drawn === view.drawn) return;
   view.drawn = drawn;
   const several = datas.length > 1;
@@ -56,7 +80,8 @@ function draw() {
   if (layout !== view.layout) lay(box, wanted, layout);
   const colours = palette();
   const ofRun = (name) => colours.series[context.order.indexOf(name) % colours.series.length];
-  for (const one of wanted) if (!one.section) drawOne(view.charts.get(one.title), one, { datas, several, smooth, colours, ofRun });
+  for (const one of wanted)
+    if (!one.section) drawOne(view.charts.get(one.title), one, { datas, several, smooth, colours, ofRun });
   const legend = several ? context.compared.map((name) => el("span", { class: "key" }, swatch(ofRun(name)), name)) : [];
   fill(view.root.querySelector("#legend"), legend);
   showAdvice(several);
@@ -76,14 +101,28 @@ function lay(box, wanted, layout) {
       continue;
     }
     const pointed = () => (view.pointed = one.title);
-    const canvas = el("div", { class: "canvas", role: "img", "aria-label": `Chart: ${one.title}`, onmouseenter: pointed });
+    const canvas = el("div", {
+      class: "canvas",
+      role: "img",
+      "aria-label": `Chart: ${one.title}`,
+      onmouseenter: pointed,
+    });
     const keys = el("div", { class: "keys" });
-    put(grid, el("figure", { class: "chart" }, el("figcaption", {}, el("b", {}, one.title), el("span", { class: "unit" }, one.unit), keys), canvas));
+    put(
+      grid,
+      el(
+        "figure",
+        { class: "chart" },
+        el("figcaption", {}, el("b", {}, one.title), el("span", { class: "unit" }, one.unit), keys),
+        canvas,
+      ),
+    );
     const made = chart(canvas);
     made.chart.group = GROUP;
     view.charts.set(one.title, { ...made, keys });
   }
-  if (!wanted.length) put(box, el("p", { class: "empty" }, "The run has not finished a step yet. Curves appear when it has."));
+  if (!wanted.length)
+    put(box, el("p", { class: "empty" }, "The run has not finished a step yet. Curves appear when it has."));
 }
 
 function drawOne(slot, one, given) {
@@ -102,13 +141,24 @@ function drawOne(slot, one, given) {
 /** The keys of a chart that compares runs: their last values, or what its strokes mean. */
 function compared(one, labels) {
   const columns = [...new Set(labels.map((each) => each.column))];
-  if (columns.length < 2) return labels.slice(0, SHOWN_KEYS).map((each) => el("span", { class: "key", title: each.label }, swatch(each.colour), el("b", {}, short(each.points.at(-1)[1]))));
-  return columns.map((column, index) => el("span", { class: "key" }, el("i", { class: index ? "stroke dashed" : "stroke" }), words(column).toLowerCase()));
+  if (columns.length < 2)
+    return (labels.length > MOST_KEYS ? [] : labels).map((each) =>
+      el("span", { class: "key", title: each.label }, swatch(each.colour), el("b", {}, short(each.points.at(-1)[1]))),
+    );
+  return columns.map((column, index) =>
+    el("span", { class: "key" }, el("i", { class: index ? "stroke dashed" : "stroke" }), words(column).toLowerCase()),
+  );
 }
 
 function key(each, named) {
   const last = each.points.at(-1);
-  return el("span", { class: "key", title: words(each.column) }, named && swatch(each.colour), named && el("span", {}, each.label), el("b", {}, last ? short(last[1]) : ""));
+  return el(
+    "span",
+    { class: "key", title: words(each.column) },
+    named && swatch(each.colour),
+    named && el("span", {}, each.label),
+    el("b", {}, last ? short(last[1]) : ""),
+  );
 }
 
 /** The lines of a chart: by column for one run, by run for several. */
@@ -124,13 +174,31 @@ function linesOf(one, { datas, several, smooth, colours, ofRun }) {
       const marks = Boolean(one.marked?.includes(column));
       const stacked = one.stacked && !several;
       const dashed = several && index > 0;
-      const label = several ? (columns.length > 1 ? `${run}: ${words(column).toLowerCase()}` : run) : words(column).toLowerCase();
+      const label = several
+        ? columns.length > 1
+          ? `${run}: ${words(column).toLowerCase()}`
+          : run
+        : words(column).toLowerCase();
       const id = `${run}/${column}`;
       if (smooth > 1 && !marks && !stacked) {
-        made.push({ series: { ...line(`${label} raw`, raw, colour, { strength: 0.22, id: `${id}/raw` }), silent: true } });
-        made.push({ series: line(label, smoothed(raw, smooth), colour, { id, dashed }), label, colour, points: raw, column });
+        made.push({
+          series: { ...line(`${label} raw`, raw, colour, { strength: 0.22, id: `${id}/raw` }), silent: true },
+        });
+        made.push({
+          series: line(label, smoothed(raw, smooth), colour, { id, dashed }),
+          label,
+          colour,
+          points: raw,
+          column,
+        });
       } else {
-        made.push({ series: line(label, raw, colour, { id, dashed, marks, area: stacked }), label, colour, points: raw, column });
+        made.push({
+          series: line(label, raw, colour, { id, dashed, marks, area: stacked }),
+          label,
+          colour,
+          points: raw,
+          column,
+        });
       }
     });
   });
@@ -140,7 +208,9 @@ function linesOf(one, { datas, several, smooth, colours, ofRun }) {
 function tooltip(shown, lines) {
   const list = [shown].flat();
   const byId = new Map(lines.filter((each) => each.label).map((each) => [each.series.id, each]));
-  const rows = list.filter((item) => byId.has(item.seriesId)).map((item) => [byId.get(item.seriesId).colour, byId.get(item.seriesId).label, short(item.value[1])]);
+  const rows = list
+    .filter((item) => byId.has(item.seriesId))
+    .map((item) => [byId.get(item.seriesId).colour, byId.get(item.seriesId).label, short(item.value[1])]);
   return tip(`step ${whole(list[0]?.axisValue)}`, rows);
 }
 
@@ -159,13 +229,27 @@ function showAdvice(several) {
   const list = [...found.values()].sort((a, b) => b.step - a.step);
   box.hidden = !list.length;
   box.classList.toggle("single", !several);
-  const row = (one) => el("div", { class: "advisory" },
-    el("span", { class: "when" }, several && el("span", { class: "name" }, one.run), `step ${whole(one.step)}`, one.times > 1 && ` ×${one.times}`),
-    el("span", { class: "kind" }, String(one.kind ?? "").replaceAll("_", " ")),
-    el("span", { class: "what" }, one.text ?? "", one.do && el("span", { class: "do" }, ` → ${one.do}`)));
+  const row = (one) =>
+    el(
+      "div",
+      { class: "advisory" },
+      el(
+        "span",
+        { class: "when" },
+        several && el("span", { class: "name" }, one.run),
+        `step ${whole(one.step)}`,
+        one.times > 1 && ` ×${one.times}`,
+      ),
+      el("span", { class: "kind" }, String(one.kind ?? "").replaceAll("_", " ")),
+      el("span", { class: "what" }, one.text ?? "", one.do && el("span", { class: "do" }, ` → ${one.do}`)),
+    );
   const hidden = list.slice(SHOWN_ADVICE);
   const wasOpen = box.querySelector("details")?.open;
-  fill(box, list.slice(0, SHOWN_ADVICE).map(row), hidden.length > 0 && el("details", { open: wasOpen }, el("summary", {}, `${hidden.length} more`), hidden.map(row)));
+  fill(
+    box,
+    list.slice(0, SHOWN_ADVICE).map(row),
+    hidden.length > 0 && el("details", { open: wasOpen }, el("summary", {}, `${hidden.length} more`), hidden.map(row)),
+  );
 }
 
 function recolour() {

@@ -30,7 +30,9 @@ export const fixed = (value, digits = 3) => (known(value) ? value.toFixed(digits
 
 /** The same with a sign. */
 export const signed = (value, digits = 3) =>
-  known(value) ? `${Number(value.toFixed(digits)) > 0 ? "+" : Number(value.toFixed(digits)) < 0 ? "−" : ""}${Math.abs(value).toFixed(digits)}` : "";
+  known(value)
+    ? `${Number(value.toFixed(digits)) > 0 ? "+" : Number(value.toFixed(digits)) < 0 ? "−" : ""}${Math.abs(value).toFixed(digits)}`
+    : "";
 
 export const percent = (value, digits = 0) => (known(value) ? `${(100 * value).toFixed(digits)}%` : "");
 

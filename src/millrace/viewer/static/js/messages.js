@@ -2,7 +2,14 @@
 
 import { el } from "./dom.js";
 
-const ROLES = { assistant: "model", system: "system", user: "user", tool: "tool", function: "tool", developer: "system" };
+const ROLES = {
+  assistant: "model",
+  system: "system",
+  user: "user",
+  tool: "tool",
+  function: "tool",
+  developer: "system",
+};
 
 /** The turns of a conversation. */
 export function conversation(messages) {
@@ -15,12 +22,31 @@ function turn(message) {
   const failed = message.error === true;
   const calls = Array.isArray(message.tool_calls) ? message.tool_calls : [];
   const texts = contents(message.content);
-  return el("li", { class: `turn ${role}${failed ? " failed" : ""}` },
-    el("div", { class: "role" }, role === "other" ? String(message.role) : role, message.name && el("span", { class: "of" }, String(message.name)), failed && el("span", { class: "bad" }, "error")),
-    el("div", { class: "said" },
-      message.reasoning && el("details", { class: "reasoning", open: true }, el("summary", {}, "reasoning"), el("div", { class: "prose" }, String(message.reasoning))),
-      texts, calls.map(call),
-      !message.reasoning && !texts.length && !calls.length && el("span", { class: "dim" }, "empty")));
+  return el(
+    "li",
+    { class: `turn ${role}${failed ? " failed" : ""}` },
+    el(
+      "div",
+      { class: "role" },
+      role === "other" ? String(message.role) : role,
+      message.name && el("span", { class: "of" }, String(message.name)),
+      failed && el("span", { class: "bad" }, "error"),
+    ),
+    el(
+      "div",
+      { class: "said" },
+      message.reasoning &&
+        el(
+          "details",
+          { class: "reasoning", open: true },
+          el("summary", {}, "reasoning"),
+          el("div", { class: "prose" }, String(message.reasoning)),
+        ),
+      texts,
+      calls.map(call),
+      !message.reasoning && !texts.length && !calls.length && el("span", { class: "dim" }, "empty"),
+    ),
+  );
 }
 
 /** The parts of a message's content: texts, and what stands for images. */
@@ -38,7 +64,12 @@ function contents(content) {
 
 function call(one) {
   const called = one?.function ?? one ?? {};
-  return el("div", { class: "call" }, el("span", { class: "callee" }, String(called.name ?? "?")), el("pre", {}, parameters(called.arguments)));
+  return el(
+    "div",
+    { class: "call" },
+    el("span", { class: "callee" }, String(called.name ?? "?")),
+    el("pre", {}, parameters(called.arguments)),
+  );
 }
 
 /** The arguments of a call, as few lines as they need. */
@@ -55,7 +86,9 @@ function parameters(given) {
   const entries = Object.entries(value);
   const text = (part) => (typeof part === "string" ? part : JSON.stringify(part));
   if (entries.length === 1 && !text(entries[0][1]).includes("\n")) return `${entries[0][0]}: ${text(entries[0][1])}`;
-  return entries.map(([name, part]) => (text(part).includes("\n") ? `${name}:\n${text(part)}` : `${name}: ${text(part)}`)).join("\n");
+  return entries
+    .map(([name, part]) => (text(part).includes("\n") ? `${name}:\n${text(part)}` : `${name}: ${text(part)}`))
+    .join("\n");
 }
 
 /** How many messages all conversations begin with. */
@@ -64,6 +97,7 @@ export function differing(conversations) {
   if (whole.length < 2) return 0;
   const most = Math.min(...whole.map((one) => one.length));
   let count = 0;
-  while (count < most && whole.every((one) => JSON.stringify(one[count]) === JSON.stringify(whole[0][count]))) count += 1;
+  while (count < most && whole.every((one) => JSON.stringify(one[count]) === JSON.stringify(whole[0][count])))
+    count += 1;
   return whole.length === conversations.length ? count : 0;
 }

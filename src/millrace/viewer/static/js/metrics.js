@@ -26,7 +26,10 @@ export async function metricsOf(name) {
 function derived(columns) {
   const { tokens, samples_finished: done, tool_calls: calls } = columns;
   const limits = Object.keys(columns).filter((name) => /^ends\..*(limit|full)$/.test(name));
-  if (limits.length) columns.samples_at_limit = columns[limits[0]].map((_, index) => limits.reduce((sum, name) => sum + (columns[name][index] ?? 0), 0));
+  if (limits.length)
+    columns.samples_at_limit = columns[limits[0]].map((_, index) =>
+      limits.reduce((sum, name) => sum + (columns[name][index] ?? 0), 0),
+    );
   const each = (values, by) => values.map((value, index) => (by[index] > 0 ? value / by[index] : null));
   if (tokens && done) columns.tokens_per_sample = each(tokens, done);
   if (calls && done) columns.tool_calls_per_sample = each(calls, done);
@@ -38,7 +41,8 @@ export function points(data, column) {
   const steps = data.columns.step ?? [];
   const values = data.columns[column] ?? [];
   const made = [];
-  for (let index = 0; index < values.length; index += 1) if (known(values[index])) made.push([steps[index], values[index]]);
+  for (let index = 0; index < values.length; index += 1)
+    if (known(values[index])) made.push([steps[index], values[index]]);
   return made;
 }
 
@@ -47,9 +51,21 @@ const PHASES = ["rollout", "judge", "train", "publish", "sleep", "evaluation"].m
 // title, unit, columns (the first is shown alone when several runs are compared), and more
 const CHARTS = [
   { section: "Learning" },
-  { title: "Reward", unit: "training samples; accuracy held out", columns: ["reward", "accuracy"], marked: ["accuracy"], always: true },
+  {
+    title: "Reward",
+    unit: "training samples; accuracy held out",
+    columns: ["reward", "accuracy"],
+    marked: ["accuracy"],
+    always: true,
+  },
   { title: "Parts of the reward", unit: "means, before weights", prefix: "rewards." },
-  { title: "Groups with signal", unit: "rewards differ in the group", columns: ["groups_with_signal"], zero: true, always: true },
+  {
+    title: "Groups with signal",
+    unit: "rewards differ in the group",
+    columns: ["groups_with_signal"],
+    zero: true,
+    always: true,
+  },
   { title: "Judge's grade", unit: "mean", columns: ["grade"] },
   { section: "Policy" },
   { title: "Loss", unit: "", columns: ["loss"], always: true },
@@ -84,21 +100,32 @@ export function chartsOf(datas) {
   for (const chart of CHARTS) {
     if (chart.section) made.push(chart);
     else if (chart.prefix) {
-      const names = [...new Set(datas.flatMap((data) => Object.keys(data.columns)))].filter((name) => name.startsWith(chart.prefix) && moves(datas, name));
+      const names = [...new Set(datas.flatMap((data) => Object.keys(data.columns)))].filter(
+        (name) => name.startsWith(chart.prefix) && moves(datas, name),
+      );
       if (names.length > 1 || (names.length && chart.together)) made.push({ ...chart, columns: names });
     } else {
       const columns = chart.columns.filter((column) => moves(datas, column, chart.always));
       if (columns.length) made.push({ ...chart, columns });
     }
   }
-  const others = [...new Set(datas.flatMap((data) => Object.keys(data.columns)))]
-    .filter((name) => !NAMED.has(name) && !PLAIN.has(name) && !PREFIXES.some((prefix) => name.startsWith(prefix)) && moves(datas, name));
-  if (others.length) made.push({ section: "Other figures" }, ...others.map((name) => ({ title: words(name), unit: "", columns: [name], zero: true })));
+  const others = [...new Set(datas.flatMap((data) => Object.keys(data.columns)))].filter(
+    (name) =>
+      !NAMED.has(name) && !PLAIN.has(name) && !PREFIXES.some((prefix) => name.startsWith(prefix)) && moves(datas, name),
+  );
+  if (others.length)
+    made.push(
+      { section: "Other figures" },
+      ...others.map((name) => ({ title: words(name), unit: "", columns: [name], zero: true })),
+    );
   return made.filter((one, index) => !one.section || (made[index + 1] && !made[index + 1].section));
 }
 
 /** A column's name for people. */
 export function words(column) {
-  const text = column.replace(/^(rewards|ends)\./, "").replace(/_seconds$/, "").replaceAll("_", " ");
+  const text = column
+    .replace(/^(rewards|ends)\./, "")
+    .replace(/_seconds$/, "")
+    .replaceAll("_", " ");
   return text.charAt(0).toUpperCase() + text.slice(1);
 }

@@ -19,14 +19,21 @@ export async function drawLanes(box, run, last) {
   if (view.box !== box || view.run !== run) {
     disposeLanes();
     Object.assign(view, { box, run, data: null, window: null, fetched: null, key: "" });
-    fill(box, el("h2", {}, "Timeline", el("span", { class: "unit", id: "span" })), el("div", { class: "legend", id: "lane-legend" }), el("div", { class: "lanes", id: "lanes", role: "img", "aria-label": "Timeline of the engines" }));
+    fill(
+      box,
+      el("h2", {}, "Timeline", el("span", { class: "unit", id: "span" })),
+      el("div", { class: "legend", id: "lane-legend" }),
+      el("div", { class: "lanes", id: "lanes", role: "img", "aria-label": "Timeline of the engines" }),
+    );
   }
   if (!view.data || view.data.last !== last) await refresh(); // last: the time of the newest event
 }
 
 async function refresh() {
   const { run, window: shown } = view;
-  const asked = shown ? { start: shown[0] - MARGIN * (shown[1] - shown[0]), end: shown[1] + MARGIN * (shown[1] - shown[0]) } : {};
+  const asked = shown
+    ? { start: shown[0] - MARGIN * (shown[1] - shown[0]), end: shown[1] + MARGIN * (shown[1] - shown[0]) }
+    : {};
   const data = await get("api/timeline", { run, ...asked });
   if (run !== view.run || !view.box?.isConnected) return;
   const key = JSON.stringify([data.last, asked, data.lanes.length]);
@@ -56,7 +63,10 @@ function draw() {
   const legs = legColours();
   const items = itemsOf(data, states, legs);
   view.made.chart.setOption(options(data, items), { replaceMerge: ["series"] });
-  fill(box.querySelector("#span"), `${clock(data.first)} – ${clock(data.last)} · ${seconds(data.last - data.first)} · scroll to zoom, drag to move`);
+  fill(
+    box.querySelector("#span"),
+    `${clock(data.first)} – ${clock(data.last)} · ${seconds(data.last - data.first)} · scroll to zoom, drag to move`,
+  );
   legend(box.querySelector("#lane-legend"), items, states, legs);
 }
 
@@ -64,7 +74,8 @@ function draw() {
 function itemsOf(data, states, legs) {
   const made = [];
   data.lanes.forEach((lane, index) => {
-    for (const [kind, start, end, reason] of lane.spans) made.push([index, start, end, 0, states[kind] ?? states.suspect, NAMES[kind] ?? kind, reason ?? ""]);
+    for (const [kind, start, end, reason] of lane.spans)
+      made.push([index, start, end, 0, states[kind] ?? states.suspect, NAMES[kind] ?? kind, reason ?? ""]);
     for (const [start, end] of lane.busy) made.push([index, start, end, 0, states.generating, "generating", ""]);
     for (const publish of lane.publishes) {
       let at = publish.start;
@@ -74,7 +85,8 @@ function itemsOf(data, states, legs) {
         if (publish.legs[leg] > 0) made.push([index, at, end, 1, publish.reason ? states.dead : legs[leg], leg, note]);
         at = end;
       }
-      if (publish.pause > 0) made.push([index, Math.max(publish.start, at - publish.pause), at, 0, states.paused, "paused", note]);
+      if (publish.pause > 0)
+        made.push([index, Math.max(publish.start, at - publish.pause), at, 0, states.paused, "paused", note]);
     }
   });
   return made;
@@ -88,26 +100,61 @@ function options(data, items) {
     animation: false,
     grid: { left: 96, right: 16, top: 6, bottom: 62 },
     xAxis: {
-      type: "time", min: 1000 * data.first, max: 1000 * data.last, axisLine: { lineStyle: { color: colours.line } },
-      axisLabel: { ...label, hideOverlap: true, formatter: (at) => clock(at / 1000) }, splitLine: { show: true, lineStyle: { color: colours.line } },
+      type: "time",
+      min: 1000 * data.first,
+      max: 1000 * data.last,
+      axisLine: { lineStyle: { color: colours.line } },
+      axisLabel: { ...label, hideOverlap: true, formatter: (at) => clock(at / 1000) },
+      splitLine: { show: true, lineStyle: { color: colours.line } },
     },
     yAxis: {
-      type: "category", inverse: true, data: data.lanes.map((lane) => lane.engine), axisTick: { show: false }, axisLine: { show: false },
-      axisLabel: { ...label, color: colours.text, width: 86, overflow: "truncate" }, splitLine: { show: false },
+      type: "category",
+      inverse: true,
+      data: data.lanes.map((lane) => lane.engine),
+      axisTick: { show: false },
+      axisLine: { show: false },
+      axisLabel: { ...label, color: colours.text, width: 86, overflow: "truncate" },
+      splitLine: { show: false },
     },
     dataZoom: [
       { type: "inside", ...zoom },
       {
-        type: "slider", ...zoom, height: 18, bottom: 8, showDetail: false, brushSelect: false, borderColor: colours.line, fillerColor: colours.faint,
-        backgroundColor: "transparent", handleStyle: { color: colours.muted, borderColor: colours.muted }, moveHandleStyle: { color: colours.line },
-        dataBackground: { lineStyle: { opacity: 0 }, areaStyle: { opacity: 0 } }, selectedDataBackground: { lineStyle: { opacity: 0 }, areaStyle: { opacity: 0 } },
+        type: "slider",
+        ...zoom,
+        height: 18,
+        bottom: 8,
+        showDetail: false,
+        brushSelect: false,
+        borderColor: colours.line,
+        fillerColor: colours.faint,
+        backgroundColor: "transparent",
+        handleStyle: { color: colours.muted, borderColor: colours.muted },
+        moveHandleStyle: { color: colours.line },
+        dataBackground: { lineStyle: { opacity: 0 }, areaStyle: { opacity: 0 } },
+        selectedDataBackground: { lineStyle: { opacity: 0 }, areaStyle: { opacity: 0 } },
       },
     ],
     tooltip: {
-      trigger: "item", appendTo: "body", className: "tip", transitionDuration: 0, padding: 0, backgroundColor: "transparent", borderWidth: 0,
-      extraCssText: "box-shadow:none", formatter: (shown) => tooltip(items[shown.dataIndex], data),
+      trigger: "item",
+      appendTo: "body",
+      className: "tip",
+      transitionDuration: 0,
+      padding: 0,
+      backgroundColor: "transparent",
+      borderWidth: 0,
+      extraCssText: "box-shadow:none",
+      formatter: (shown) => tooltip(items[shown.dataIndex], data),
     },
-    series: [{ id: "spans", type: "custom", renderItem: rectangle(items), encode: { x: [1, 2], y: 0 }, data: items.map((one) => [one[0], 1000 * one[1], 1000 * one[2]]), clip: true }],
+    series: [
+      {
+        id: "spans",
+        type: "custom",
+        renderItem: rectangle(items),
+        encode: { x: [1, 2], y: 0 },
+        data: items.map((one) => [one[0], 1000 * one[1], 1000 * one[2]]),
+        clip: true,
+      },
+    ],
   };
 }
 
@@ -117,15 +164,19 @@ const rectangle = (items) => (parameters, api) => {
   const [left, middle] = api.coord([api.value(1), lane]);
   const [right] = api.coord([api.value(2), lane]);
   const band = api.size([0, 1])[1];
-  const shape = row === 0
-    ? { x: left, y: middle - 0.36 * band, width: Math.max(1, right - left), height: 0.5 * band }
-    : { x: left, y: middle + 0.2 * band, width: Math.max(1.5, right - left), height: 0.16 * band };
+  const shape =
+    row === 0
+      ? { x: left, y: middle - 0.36 * band, width: Math.max(1, right - left), height: 0.5 * band }
+      : { x: left, y: middle + 0.2 * band, width: Math.max(1.5, right - left), height: 0.16 * band };
   const shown = globalThis.echarts.graphic.clipRectByRect(shape, parameters.coordSys);
   return shown && { type: "rect", shape: shown, style: { fill: fillColour } };
 };
 
 function tooltip([lane, start, end, row, dot, what, note], data) {
-  const rows = [[null, row === 1 ? "leg of a publish" : "for", seconds(end - start)], [null, "from", clock(start)]];
+  const rows = [
+    [null, row === 1 ? "leg of a publish" : "for", seconds(end - start)],
+    [null, "from", clock(start)],
+  ];
   const made = tip([swatch(dot), `${data.lanes[lane].engine}: ${what}`], rows);
   if (note) put(made, el("div", { class: "tip-note" }, note));
   return made;
@@ -136,9 +187,15 @@ function legend(element, items, states, legs) {
   const key = JSON.stringify([...present].sort());
   if (element.key === key + states.ready) return;
   element.key = key + states.ready;
-  const of = (name, dot) => present.has(NAMES[name] ?? name) && el("span", { class: "key" }, swatch(dot), NAMES[name] ?? name);
+  const of = (name, dot) =>
+    present.has(NAMES[name] ?? name) && el("span", { class: "key" }, swatch(dot), NAMES[name] ?? name);
   const sent = LEGS.map((name) => of(name, legs[name])).filter(Boolean);
-  fill(element, STATES.map((name) => of(name, states[name])), sent.length > 0 && el("span", { class: "key unit" }, "publish:"), sent);
+  fill(
+    element,
+    STATES.map((name) => of(name, states[name])),
+    sent.length > 0 && el("span", { class: "key unit" }, "publish:"),
+    sent,
+  );
 }
 
 function zoomed() {
