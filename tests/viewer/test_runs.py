@@ -127,6 +127,30 @@ def test_the_timeline_says_what_each_engine_did(tmp_path: Path) -> None:
     assert "request" not in {event["kind"] for event in fleet["events"]}
 
 
+def test_the_requests_of_all_ranks_keep_an_engine_busy(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run")
+    request = {"kind": "request", "engine": "sglang-0", "outcome": "finished", "seconds": 1.0}
+    for name, ends in (
+        ("events.jsonl", (100.0, 120.0)),
+        ("events-1.jsonl", (100.5, 110.0)),
+        ("events-12.jsonl", (115.0,)),
+    ):
+        for at in ends:
+            writer.line(name, {"at": at, **request})
+    writer.line("events-1.jsonl", {"at": 130.0, "kind": "member", "engine": "sglang-9", "state": "ready"})
+    run = RunFiles("run", writer.folder)
+    run.refresh(events=True)
+    [lane] = [lane for lane in run.lanes(0.0, 1000.0)["lanes"] if lane["engine"] == "sglang-0"]
+    assert lane["busy"] == [[99.0, 100.5], [109.0, 110.0], [114.0, 115.0], [119.0, 120.0]]
+    assert "sglang-9" not in {engine["name"] for engine in run.fleet()["engines"]}
+    lines = (writer.folder / "events-1.jsonl").read_text().splitlines(keepends=True)
+    (writer.folder / "events-1.jsonl").write_text("".join(lines[:1]))  # a torn end was dropped
+    run.refresh(events=True)
+    run.refresh(events=True)
+    [engine] = [engine for engine in run.fleet()["engines"] if engine["name"] == "sglang-0"]
+    assert engine["requests"] == 4
+
+
 def test_events_that_are_not_understood_are_left_out() -> None:
     line = Timeline()
     line.add([

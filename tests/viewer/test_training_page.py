@@ -4,6 +4,7 @@ import asyncio
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -47,7 +48,7 @@ async def test_a_run_has_a_page_until_it_ends_and_names_the_command_for_later(ti
         async with aiohttp.ClientSession(url) as http:
             async with http.get("/") as response:
                 assert "<title>Millrace</title>" in await response.text()
-            run = {"step": None}
+            run: dict[str, Any] = {"step": None}
             while run["step"] is None:
                 async with http.get("/api/runs") as response:
                     answer = await response.json()

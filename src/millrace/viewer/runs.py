@@ -103,7 +103,6 @@ class RunFiles:
         self._forget_metrics()
         self._metrics = Follower(folder / "metrics.jsonl")
         self._advice = Follower(folder / "advice.jsonl")
-        self._events = Follower(folder / "events.jsonl")
         self._forget_events()
         self.advice: list[dict[str, Any]] = []
 
@@ -111,6 +110,8 @@ class RunFiles:
         self.metrics = Columns()
 
     def _forget_events(self) -> None:
+        self._events = Follower(self.folder / "events.jsonl")
+        self._of_ranks: dict[Path, Follower] = {}  # events-1.jsonl and so on: what other ranks asked of the engines
         self.timeline = Timeline()
         self.latest: list[dict[str, Any]] = []
 
@@ -119,8 +120,12 @@ class RunFiles:
         with self._lock:
             self._read(self._metrics, self._take_metrics, self._forget_metrics)
             self._read(self._advice, self._take_advice, self.advice.clear)
-            if events:
-                self._read(self._events, self._take_events, self._forget_events)
+            if not events:
+                return
+            self._read(self._events, self._take_events, self._forget_events)
+            for path in sorted(self.folder.glob("events-*.jsonl")):
+                follower = self._of_ranks.setdefault(path, Follower(path))
+                self._read(follower, self._take_requests, self._forget_events)
 
     def _read(
         self, follower: Follower, take: Callable[[Sequence[dict[str, Any]]], None], forget: Callable[[], None]
@@ -135,6 +140,8 @@ class RunFiles:
                 begun, records = follower.read()
                 if begun:
                     forget()
+                    if forget == self._forget_events:
+                        return  # all files of events are read from their beginnings the next time
                 take(records)
                 reading = follower.more and time.monotonic() - now < READ_SECONDS
         except OSError as error:
@@ -156,11 +163,19 @@ class RunFiles:
         self.latest += [one for one in records if one.get("kind") not in ROUTINE or one.get("was")]
         del self.latest[:-KNOWN_EVENTS]
 
+    def _take_requests(self, records: Sequence[dict[str, Any]]) -> None:
+        """Take another rank's requests. What it says of the engines' states, rank 0 says too."""
+        self.timeline.add(one for one in records if one.get("kind") == "request")
+
+    @property
+    def _followers(self) -> list[Follower]:
+        return [self._metrics, self._advice, self._events, *self._of_ranks.values()]
+
     def troubles(self) -> list[str]:
         """Return what is wrong with the files, for people."""
         found = [
             *self._troubles.values(),
-            *(f.trouble for f in (self._metrics, self._advice, self._events) if f.trouble),
+            *(f.trouble for f in self._followers if f.trouble),
         ]
         old = [name.name for name in (self.folder / "samples.jsonl",) if name.exists()]
         if old and not (self.folder / "samples").is_dir():

@@ -1,5 +1,6 @@
 """What each engine did when, from the fleet's events. Pure functions of the events."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,11 +61,12 @@ class Lane:
             self.spans[-1].end = max(at, self.spans[-1].start)
 
     def worked(self, start: float, end: float) -> None:
-        """Add an interval with a request. They come in the order of their ends."""
-        while self.busy and start <= self.busy[-1][1] + self.nearest:
-            first, last = self.busy.pop()
-            start, end = min(start, first), max(end, last)
-        self.busy.append([start, end])
+        """Add an interval with a request."""
+        first = last = bisect_left(self.busy, start - self.nearest, key=lambda one: one[1])
+        while last < len(self.busy) and self.busy[last][0] <= end + self.nearest:
+            start, end = min(start, self.busy[last][0]), max(end, self.busy[last][1])
+            last += 1
+        self.busy[first:last] = [[start, end]]
         if len(self.busy) > MOST_BUSY:
             self.nearest *= 4
             self.busy = joined(self.busy, self.nearest)

@@ -137,7 +137,7 @@ function figures(data) {
     one(
       "advantage",
       known(data.advantage) ? signed(data.advantage, 3) : "not trained",
-      known(data.advantage) ? (data.advantage < 0 ? "neg" : "pos") : "dim",
+      !known(data.advantage) ? "dim" : data.advantage < 0 ? "neg" : data.advantage > 0 ? "pos" : "",
     ),
     parts.map(([name, value]) => one(name, fixed(value, 3))),
     one("answer", data.answer ?? "—", "text"),
