@@ -250,9 +250,10 @@ def _page(cursor: Cursor, condition: Where, wanted: Page) -> Rows:
     total = _one(cursor, "SELECT count(*) FROM samples")
     matched = _one(cursor, f"SELECT count(*) FROM samples WHERE {condition.sql}", condition.values)  # noqa: S608
     names = ", ".join(f'"{name}"' for name in SHOWN)
+    # The rows of the page are found first: sorting all columns of a million rows takes several times as long.
     rows = cursor.execute(
-        f"SELECT {names} FROM samples WHERE {condition.sql} ORDER BY {wanted.order} "  # noqa: S608
-        f"LIMIT {wanted.limit} OFFSET {wanted.offset}",
+        f"SELECT {names} FROM samples WHERE rowid IN (SELECT rowid FROM samples WHERE {condition.sql} "  # noqa: S608
+        f"ORDER BY {wanted.order} LIMIT {wanted.limit} OFFSET {wanted.offset}) ORDER BY {wanted.order}",
         list(condition.values),
     ).fetchall()
     return Rows(total, matched, SHOWN, rows)

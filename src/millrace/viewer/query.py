@@ -76,7 +76,7 @@ def page(parameters: Mapping[str, str]) -> Page:
     column, down = sort.removeprefix("-"), sort.startswith("-")
     if column not in SHOWN:
         raise ArgumentError(f"sort: there is no column {column[:40]!r}; the columns are {', '.join(SHOWN)}")
-    ties = 'step DESC, "group", sample' if column != "step" else '"group", sample'
+    ties = "step DESC, rowid" if column != "step" else "rowid"  # that is the order in the files
     order = f'"{column}" {"DESC" if down else "ASC"} NULLS LAST, {ties}'
     offset = whole("offset", parameters.get("offset") or "0", 2**40)
     limit = whole("limit", parameters.get("limit") or str(DEFAULT_ROWS), MOST_ROWS)
