@@ -78,7 +78,7 @@ async def picture(
         await page.locator(hover).first.hover()
         await page.wait_for_timeout(200)
     taken = Image.open(io.BytesIO(await page.screenshot())).convert("RGB")
-    taken.quantize(COLOURS, dither=Image.Dither.NONE).save(IMAGES / f"viewer-{name}.png", optimize=True)
+    taken.quantize(COLOURS, kmeans=4, dither=Image.Dither.NONE).save(IMAGES / f"viewer-{name}.png", optimize=True)
     print(f"wrote docs/images/viewer-{name}.png")
     await context.close()
 
@@ -96,7 +96,9 @@ def one_sample(url: str, run: str) -> str:
 
     found = rows(step_min="5", reward_max="0.5") or rows()
     chosen = max(found, key=lambda row: (bool(row["tool_errors"]), row["turns"]))
-    return urllib.parse.urlencode({"step_max": str(chosen["step"]), "open": f"{chosen['step']}/{chosen['sample']}"})
+    step = str(chosen["step"])
+    shown = {"step_min": step, "step_max": step, "sort": "reward", "open": f"{step}/{chosen['sample']}"}
+    return urllib.parse.urlencode(shown)
 
 
 if __name__ == "__main__":
