@@ -122,8 +122,8 @@ def gap_rising(steps: Sequence[Seen], bounds: Bounds) -> Iterator[Advisory]:  # 
             f"{before:.2g} in {_span(first)}",
             "The engines sample from another policy than the one that is trained. In mode standalone, older samples do "
             "that (rollout.max_staleness). Otherwise compare dtypes and quantisation of engine and trainer "
-            "(engine.dtype, train.dtype), look at `gap` in samples/ for the samples that differ most, and run `millrace "
-            "doctor` on an engine. For a mixture of experts set engine.return_routed_experts",
+            "(engine.dtype, train.dtype), look at `gap` in samples/ for the samples that differ most, and run "
+            "`millrace doctor` on an engine. For a mixture of experts set engine.return_routed_experts",
         )
 
 
