@@ -55,6 +55,8 @@ evaluation: {data: {kind: generated, seed: 1, problems: 4}}
         (("sidecar",), "pip install 'millrace[train]'"),
         (("sidecar", "--store", "s", "--folder", "f"), "pip install 'millrace[train]'"),
         (("train", "run.yaml", "--dry-run"), "pip install 'millrace[train]'"),
+        (("view", "runs"), "pip install 'millrace[view]'"),
+        (("view", "-h"), None),
         (("config",), None),
         (("engines", "list"), None),
         (("engines", "-h"), None),

@@ -14,6 +14,9 @@ from millrace.config.models import RunConfig
 from millrace.train.display import Display
 from millrace.train.experiment import train
 from millrace.train.summary import print_summary
+from millrace.viewer import query
+from millrace.viewer.details import details, tokens
+from millrace.viewer.index import SampleIndex
 
 DEADLINE = 240.0  # seconds for a run of two steps on a busy machine
 
@@ -40,6 +43,24 @@ def config(folder: Path, model: Path) -> RunConfig:
     })  # fmt: skip
 
 
+async def check_samples(run: Path) -> None:
+    """The samples that the run wrote are whole: their tokens make up their text."""
+    index = SampleIndex(run / "samples")
+    await index.fill()
+    assert index.problems == {}
+    rows = await index.page(query.where({}), query.page({}))
+    assert [row[rows.columns.index("step")] for row in rows.rows] == [2, 2, 1, 1]
+    for place in await index.places(query.where({}), 4):
+        sample = await index.ask(lambda cursor, place=place: details(cursor, place))  # type: ignore[misc]
+        assert sample["messages"][-1]["role"] == "assistant"
+        main = await index.ask(lambda cursor, place=place: tokens(cursor, place, 0))  # type: ignore[misc]
+        assert sample["problem"].startswith("generated")
+        assert sum(main["mask"]) == sample["tokens"] > 0
+        assert len(main["pieces"]) == len(main["trainer_logprobs"]) == sample["sequences"][0]["length"]
+        assert str(sample["messages"][-1]["content"]) in "".join(main["pieces"])
+    await index.close()
+
+
 async def test_a_run_has_a_page_until_it_ends_and_names_the_command_for_later(tiny_model: Path, tmp_path: Path) -> None:
     display = Heard()
     async with asyncio.timeout(DEADLINE), asyncio.TaskGroup() as tasks:
@@ -63,6 +84,7 @@ async def test_a_run_has_a_page_until_it_ends_and_names_the_command_for_later(ti
     async with aiohttp.ClientSession() as http:
         with pytest.raises(aiohttp.ClientConnectorError):
             await http.get(url)
+    await check_samples(summary.folder)
     console = Console(file=io.StringIO(), width=200)
     print_summary(summary, console)
     assert f"millrace view {tmp_path}/run shows them in the browser" in console.file.getvalue()  # type: ignore[attr-defined]
