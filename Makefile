@@ -7,6 +7,7 @@ VERIFIERS_VENV := .venv-verifiers
 OPENENV_VENV := .venv-openenv
 SDKS_VENV := .venv-sdks
 HARBOR_VENV := .venv-harbor
+TRACKERS_VENV := .venv-trackers
 RELEASE_VENV := .venv-release
 HARBOR_BASE ?= python3.12
 SLURM := slurmctld slurmd slurm-client munge
@@ -23,7 +24,8 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 CONSTRAINTS ?= constraints/cpu.txt
 
 .PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments test-environments-short test-sdks \
-	test-sdks-short test-agents test-harbor test-ray test-slurm test-page release release-short lint types unit clean
+	test-sdks-short test-agents test-harbor test-ray test-slurm test-trackers test-page release release-short lint types unit \
+	clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
@@ -88,6 +90,10 @@ test-slurm: $(VENV)/dev.stamp
 	done
 	PATH="$$PATH:/usr/sbin" MILLRACE_SLURM=1 $(BIN)/pytest -n0 -m "slow or not slow" tests/launch/slurm
 
+# TensorBoard, wandb, MLflow and Trackio, offline: a run that is killed and resumed, too. They bring many packages.
+test-trackers: $(TRACKERS_VENV)/trackers.stamp
+	$(TRACKERS_VENV)/bin/python -m pytest -o addopts=-ra -W default tests/train/trackers
+
 # The files of a release in dist/, tried out on every Python from 3.11 to 3.14 that is here.
 release: $(RELEASE_VENV)/release.stamp
 	$(RELEASE_VENV)/bin/python tools/release.py dist
@@ -114,7 +120,8 @@ unit: $(VENV)/dev.stamp
 	$(BIN)/pytest
 
 clean:
-	rm -rf $(VENV) $(VERL_VENV) $(VERIFIERS_VENV) $(OPENENV_VENV) $(SDKS_VENV) $(HARBOR_VENV) $(RELEASE_VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VERL_VENV) $(VERIFIERS_VENV) $(OPENENV_VENV) $(SDKS_VENV) $(HARBOR_VENV) $(TRACKERS_VENV) $(RELEASE_VENV) \
+		dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -186,6 +193,14 @@ $(HARBOR_VENV)/harbor.stamp: constraints/harbor.txt
 	$(HARBOR_BASE) -m venv $(HARBOR_VENV)
 	$(HARBOR_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/harbor.txt \
 		harbor mini-swe-agent
+	@touch $@
+
+$(TRACKERS_VENV)/trackers.stamp: pyproject.toml constraints/trackers-cpu.txt
+	@echo "installing experiment trackers into $(TRACKERS_VENV): two minutes or so"
+	$(PYTHON) -m venv $(TRACKERS_VENV)
+	$(TRACKERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-c constraints/trackers-cpu.txt -e '.[train,tensorboard,wandb,mlflow,trackio]' \
+		hypothesis pytest pytest-asyncio pytest-timeout
 	@touch $@
 
 $(AGENTS)/agents.stamp:

@@ -26,6 +26,7 @@ LAYERS = [
     "locks",
     "checkpoint_names",
     "config",
+    "tracing",
     "http",
     "launch",
     "engines",

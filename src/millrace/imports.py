@@ -25,6 +25,11 @@ EXTRAS: Mapping[str, frozenset[str]] = {
     "verifiers": frozenset({"verifiers"}),
     "ray": frozenset({"ray"}),
     "trl": frozenset({"accelerate", "trl"}),
+    "tensorboard": frozenset({"tensorboard"}),
+    "wandb": frozenset({"wandb"}),
+    "mlflow": frozenset({"mlflow"}),
+    "trackio": frozenset({"trackio"}),
+    "otel": frozenset({"opentelemetry"}),
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from millrace.serve.metrics import exposition
 from millrace.serve.remote import Remote
 from millrace.serve.server import serve_metrics
 from millrace.serve.table import fleet_table
-from millrace.serve.view import EngineView, FleetView, Observer
+from millrace.serve.view import EngineView, FleetView, Observer, TrainingView
 from millrace.types import EngineLoad, GenerateRequest, Health, MemoryTag, SamplingParams
 
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, faults=True)
@@ -314,11 +314,31 @@ async def test_before_the_engines_run_the_view_says_that_they_start() -> None:
 
 
 async def test_the_docs_name_every_metric_and_no_other() -> None:
-    families = text_string_to_metric_families(exposition(FleetView(0.0, None, (), ()), Metrics()).decode())
+    view = FleetView(0.0, None, (), (), training=TrainingView(0))
+    families = text_string_to_metric_families(exposition(view, Metrics()).decode())
     told = {f.name + ("_total" if f.type == "counter" else "") for f in families}
     page = (Path(__file__).parents[2] / "docs/monitoring.md").read_text()
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `millrace_")]
     assert told == {name for row in rows for name in re.findall(r"`(millrace_\w+)`", row)}
+
+
+async def test_a_trainers_figures_are_shown_while_it_says_them(tmp_path: Path) -> None:
+    observer = Observer(EventLog())
+    async with serve_metrics(observer, "127.0.0.1", 0) as url:
+        assert not [name for name, *_ in await scrape(url) if name.startswith("millrace_train_")]
+        observer.training = TrainingView(
+            7, accuracy=0.5, rewards={"exact": 0.25}, seconds={"train": 1.5}, samples={"finished": 128, "failed": 2}
+        )
+        shown = {name: value for name, value in (await scrape(url)).items() if name[0].startswith("millrace_train_")}
+        assert (await look(url)).training == observer.training
+    assert shown == {
+        ("millrace_train_step",): 7,
+        ("millrace_train_accuracy",): 0.5,
+        ("millrace_train_reward_part", "exact"): 0.25,
+        ("millrace_train_phase_seconds", "train"): 1.5,
+        ("millrace_train_samples_total", "finished"): 128,
+        ("millrace_train_samples_total", "failed"): 2,
+    }
 
 
 async def test_a_port_in_use_is_one_clear_error() -> None:

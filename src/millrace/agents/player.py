@@ -24,6 +24,7 @@ from millrace.rollout.agent import EpisodeLimits
 from millrace.rollout.player import PlayedByAgent
 from millrace.rollout.sample import Episode, EpisodeEnd, Problem
 from millrace.rollout.timings import Stopwatch
+from millrace.tracing import span
 from millrace.types import SamplingParams
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class AgentPlayer:
             opened = self.gateway.open_episode({"sample": sample_id, "problem": problem.problem_id}, rules)
             job, failed = Job(sample_id, problem, opened), True
             try:
-                with watch("tools"):
+                with watch("tools"), span("agent"):
                     ended, late = await self._run(job, timeout)
                 await opened.finish()
                 played = self._played(job, ended, limits, late=late)

@@ -24,6 +24,7 @@ from millrace.config.tasks import (
     ToolConfig,
     check_environment,
 )
+from millrace.config.tracking import TracingConfig, Trackers, TrackersConfig
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -373,6 +374,10 @@ class RunConfig(Model):
     """A model that grades the answers. None uses only the functions of `reward`."""
     metrics: MetricsConfig | None = MetricsConfig()
     """The page of the run, and metrics for Prometheus and `millrace status`. None is off."""
+    trackers: Trackers = TrackersConfig()
+    """Experiment trackers: a section, or a list, as in `trackers: [tensorboard, wandb]`."""
+    tracing: TracingConfig | None = None
+    """Traces of samples and publishes by OpenTelemetry. None is off; `tracing: {}` is on with the default settings."""
 
     @property
     def max_turns(self) -> int | None:

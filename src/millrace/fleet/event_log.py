@@ -23,6 +23,7 @@ from millrace.fleet.labels import Label
 from millrace.fleet.replica_state import Phase, ReplicaState
 from millrace.fleet.routing import Why
 from millrace.jsonl import drop_torn_tail
+from millrace.tracing import Attributes, span, trace
 from millrace.types import FinishReason, Generation
 
 if TYPE_CHECKING:
@@ -219,7 +220,8 @@ class EventLog:
         """Return a context for the wait for an engine. An error that ends it is recorded as a request's."""
         started = time.monotonic()
         try:
-            yield
+            with span("queue"):
+                yield
         except BaseException as error:
             self._ended(Asked(None), outcome_of(error), time.monotonic() - started, type(error).__name__)
             raise
@@ -229,7 +231,10 @@ class EventLog:
         """Return a context for one call to one engine, and record its outcome."""
         asked, started = Asked(engine), time.monotonic()
         try:
-            yield asked
+            with span("generate", {"millrace.engine": engine}) as traced:
+                yield asked
+                if asked.made is not None:
+                    traced.set(_traced(asked.made))
         except BaseException as error:
             self._ended(asked, outcome_of(error), time.monotonic() - started, type(error).__name__)
             raise
@@ -242,7 +247,10 @@ class EventLog:
         publishing = Publishing()
         what = "adapter" if lora else "weights"
         try:
-            yield publishing
+            with trace("publish", {"millrace.weight_version": version, "millrace.what": what}) as traced:
+                yield publishing
+                if (report := publishing.report) is not None:
+                    traced.set({"millrace.bytes": report.nbytes, "millrace.failed_engines": list(report.failed)})
         except BaseException as error:
             self.emit("publish_failed", version=version, label=label, what=what, reason=reason_of(error))
             raise
@@ -365,6 +373,18 @@ class EventLog:
             self.metrics.unwritten += 1
         self._torn = written < len(line) and (written > 0 or self._torn)
         return entry
+
+
+def _traced(made: Generation) -> Attributes:
+    """Return what a trace says of a generation, by OpenTelemetry's names where it has some."""
+    return {
+        "gen_ai.usage.input_tokens": made.prompt_tokens,
+        "gen_ai.usage.output_tokens": len(made.output_ids),
+        "gen_ai.response.finish_reasons": [made.finish_reason.value],
+        "millrace.cached_tokens": made.cached_tokens,
+        "millrace.request": made.request_id,
+        "millrace.weight_versions": list(dict.fromkeys(s.version for s in made.version_spans if s.version is not None)),
+    }
 
 
 def _visible(state: ReplicaState) -> tuple[object, ...]:

@@ -27,6 +27,7 @@ from millrace.gateway.tree import BranchReason, Node, Place, Tree
 from millrace.gateway.turn import EpisodeClosed, Prepared, Reader, Turn, all_of, answer_again, answer_of
 from millrace.rollout.agent import AbortedGeneration
 from millrace.rollout.sample import images_in
+from millrace.tracing import Trace, current_trace, within
 from millrace.types import Capability, FinishReason, GenerateRequest, Generation, RoutingContext
 
 MOST_SAMPLES = 128  # of one request, as at OpenAI
@@ -69,7 +70,7 @@ class Episode:
     """One episode. `counts`: of what happened to its requests, by name; what was dropped is `dropped:NAME`.
 
     id: public. reward, parts: None and empty until it is finished. failures: of the engines, by the identities of the
-    requests that were not answered later.
+    requests that were not answered later. trace: of the task that opened it.
     """
 
     id: str
@@ -87,6 +88,7 @@ class Episode:
     queue_seconds: float = 0.0  # of all requests, for room on an engine
     generate_seconds: float = 0.0  # of all requests, on engines
     failures: dict[bytes, BaseException] = field(default_factory=dict)
+    trace: Trace | None = field(default_factory=current_trace)
 
     async def ask(self, call: ModelCall) -> Turn:
         """Start to answer a request, or join the turn whose answer to the same request the agent did not get.
@@ -117,7 +119,8 @@ class Episode:
         requests = self._requests(turn, prepared)
         turn.parent = prepared.place.parent
         self.turns.append(turn)
-        task = turn.start(self._generate(turn, prepared, requests))
+        with within(self.trace):  # this is the task of an HTTP request, which has none
+            task = turn.start(self._generate(turn, prepared, requests))
         task.add_done_callback(lambda task: self._note(identity, task))
         return turn
 

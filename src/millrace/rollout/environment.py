@@ -21,6 +21,7 @@ from millrace.rollout.step import Action, Step
 from millrace.rollout.toolbox import CLOSE_TIMEOUT, name_in
 from millrace.rollout.tools import BadToolCall, ToolCall, typed
 from millrace.rollout.user_code import file_of, load_code, place, said
+from millrace.tracing import span
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,10 @@ class EnvironmentEpisode:
 
     async def _call(self, method: str, function: Callable[..., object], deadline: float, *arguments: object) -> Any:
         """Call the instance: on the event loop if its methods are async, otherwise in the instance's own thread."""
+        with span("environment", {"millrace.method": method}):
+            return await self._called(method, function, deadline, *arguments)
+
+    async def _called(self, method: str, function: Callable[..., object], deadline: float, *arguments: object) -> Any:
         calls, bound = self.kind.calls, partial(function, *arguments)
         try:
             if self.kind.on_loop:

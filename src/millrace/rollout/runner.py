@@ -31,6 +31,7 @@ from millrace.rollout.scoring import Played, Rewards
 from millrace.rollout.timings import Stopwatch
 from millrace.rollout.toolbox import MakeTool, opened
 from millrace.rollout.tools import ToolAnswer
+from millrace.tracing import span, trace
 from millrace.types import GenerateRequest, Generation, RoutingContext, SamplingParams
 
 PROVEN_SECONDS = 1.0  # a request that runs this long is unlikely to kill its engine: bad prompts do so in the prefill
@@ -89,8 +90,11 @@ class SampleRunner:
         Failures that concern this sample become its status: more than `retries` engines failed, the timeout passed, an
         engine refused the request, or the weights gave NaN. Raises NoEngineError, which would fail every sample.
         """
+        of = {"millrace.sample": sample_id, "millrace.group": group_id, "millrace.problem": problem.problem_id}
         watch = Stopwatch()
-        sample = await self._run(sample_id, group_id, problem, watch)
+        with trace("sample", of, ratio_by=sample_id) as traced:
+            sample = await self._run(sample_id, group_id, problem, watch)
+            traced.set({"millrace.status": sample.status.value, "millrace.reward": sample.reward})
         return replace(sample, timings=watch.timings())
 
     async def _run(self, sample_id: str, group_id: str, problem: Problem, watch: Stopwatch) -> Sample:
@@ -241,9 +245,10 @@ class SampleRunner:
         """Return the parts of a sample's reward, without those of functions that see whole groups."""
         now = asyncio.get_running_loop().time
         ends, played = now() + deadline, self._played(problem, episode)
-        with watch("reward"):
+        with watch("reward"), span("reward"):
             parts = await self.rewards.for_sample(played, deadline=deadline)
-            if self.judge is not None:
+        if self.judge is not None:
+            with watch("reward"), span("judge"):
                 parts["judge"] = await self.judge.grade(problem, played.answer, deadline=max(ends - now(), 0.0))
         return parts
 

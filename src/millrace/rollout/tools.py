@@ -19,6 +19,7 @@ import orjson
 
 from millrace.errors import MillraceError
 from millrace.rollout.sample import Message
+from millrace.tracing import span
 
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"\s*<function=([^<>\s]+)>(.*)</function>\s*", re.DOTALL)
@@ -165,7 +166,8 @@ async def _answer(call: ToolCall | BadToolCall, tools: Mapping[str, Tool]) -> To
     timeout = asyncio.timeout(tool.timeout)
     try:
         async with timeout:
-            return ToolAnswer(call.name, await tool.call(typed(call, tool.schema).arguments), failed=False)
+            with span("tool", {"millrace.tool": call.name}):
+                return ToolAnswer(call.name, await tool.call(typed(call, tool.schema).arguments), failed=False)
     # A tool is the user's code and may raise anything. One bad call must not end the other samples of the batch.
     except Exception as error:
         reason = f"no answer after {tool.timeout:g} s" if timeout.expired() else f"{error}" or type(error).__name__

@@ -7,14 +7,14 @@ from millrace.lazy import exports
 if TYPE_CHECKING:
     from millrace.serve.server import serve_metrics
     from millrace.serve.token_routes import serve_tokens
-    from millrace.serve.view import EngineView, FleetView, Observer
+    from millrace.serve.view import EngineView, FleetView, Observer, TrainingView
 
 __getattr__, __dir__ = exports(
     __name__,
     {
         "millrace.serve.server": ["serve_metrics"],
         "millrace.serve.token_routes": ["serve_tokens"],
-        "millrace.serve.view": ["EngineView", "FleetView", "Observer"],
+        "millrace.serve.view": ["EngineView", "FleetView", "Observer", "TrainingView"],
     },
 )
 
@@ -22,6 +22,7 @@ __all__ = [
     "EngineView",
     "FleetView",
     "Observer",
+    "TrainingView",
     "serve_metrics",
     "serve_tokens",
 ]

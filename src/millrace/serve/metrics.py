@@ -26,7 +26,8 @@ Samples = Iterable[tuple[Sequence[str], float | None]]  # labels and value; a sa
 def exposition(view: FleetView, metrics: Metrics) -> bytes:
     """Return the text that Prometheus scrapes."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Fixed([*_engines(view), *_versions(view), *_requests(metrics), *_weights(metrics)]))
+    of_fleet = (*_engines(view), *_versions(view), *_requests(metrics), *_weights(metrics))
+    registry.register(_Fixed([*of_fleet, *_training(view)]))
     return generate_latest(registry)
 
 
@@ -163,6 +164,33 @@ def _weights(metrics: Metrics) -> Iterator[Metric]:
     lost = float(metrics.unwritten)
     help_text = "Events missing in events.jsonl because the disk was full."
     yield _counter("millrace_events_unwritten_total", help_text, [], [([], lost)])
+
+
+def _training(view: FleetView) -> Iterator[Metric]:
+    """Yield the figures of the trainer's last step."""
+    if (training := view.training) is None:
+        return
+    for name, help_text in (
+        ("step", "Steps that the trainer has done."),
+        ("accuracy", "Mean reward of greedy answers to held-out problems, in the last evaluation."),
+        ("reward", "Mean reward of the step's samples."),
+        ("staleness", "Mean age of the step's samples, in weight versions."),
+        ("loss", "Loss of the step."),
+        ("kl", "Estimated KL divergence of the trainer's weights from those that generated."),
+        ("clip_fraction", "Share of the tokens whose ratio was clipped."),
+        ("entropy", "Mean entropy of the tokens, in nats."),
+        ("logprob_gap", "Mean difference of the engine's and the trainer's logprobs, in nats."),
+        ("grad_norm", "Norm of the gradient before it is clipped."),
+        ("lr", "Learning rate."),
+        ("tokens_per_second", "Tokens that the model generated in a second of generation."),
+    ):
+        yield _gauge(f"millrace_train_{name}", help_text, [], [([], getattr(training, name))])
+    parts = (([part], value) for part, value in training.rewards.items())
+    yield _gauge("millrace_train_reward_part", "Means of the reward's parts, unweighted.", ["part"], parts)
+    phases = (([phase], seconds) for phase, seconds in training.seconds.items())
+    yield _gauge("millrace_train_phase_seconds", "Seconds of the step by phase; step is the whole.", ["phase"], phases)
+    ended = (([status], float(count)) for status, count in training.samples.items())
+    yield _counter("millrace_train_samples_total", "Samples of the steps, by how they ended.", ["status"], ended)
 
 
 def _buckets(spans: Spans) -> list[tuple[str, float]]:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from millrace.engines.base import Engine
 from millrace.errors import EngineError
@@ -48,12 +48,38 @@ class EngineView:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingView:
+    """The figures of a trainer's last step. Those that are None are not shown.
+
+    accuracy: of the last evaluation. reward, rewards: means of the reward and of its parts. staleness: in versions.
+    logprob_gap: mean difference of the engine's and the trainer's logprobs, in nats. seconds: of the step, by phase.
+    samples: how many ended since the process began, by status.
+    """
+
+    step: int
+    accuracy: float | None = None
+    reward: float | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    staleness: float | None = None
+    loss: float | None = None
+    kl: float | None = None
+    clip_fraction: float | None = None
+    entropy: float | None = None
+    logprob_gap: float | None = None
+    grad_norm: float | None = None
+    lr: float | None = None
+    tokens_per_second: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    samples: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class FleetView:
     """The view of a fleet.
 
     at: Unix time in seconds. engines: empty while they are being started. events: the newest come last. waiting:
     requests that wait for room on an engine, or for the first engine. size: the number of engines, of all fleets
-    together; None while they are being opened.
+    together; None while they are being opened. training: of the trainer's last step, if there is a trainer that says.
     """
 
     at: float
@@ -62,17 +88,19 @@ class FleetView:
     events: tuple[Entry, ...]
     waiting: int = 0
     size: FleetSize | None = None
+    training: TrainingView | None = None
 
 
 class Observer:
     """Creates views of the fleets of a run: the policy's and a judge's.
 
-    A fleet is added to `fleets` when its engines have started.
+    A fleet is added to `fleets` when its engines have started. A trainer sets `training` after each step.
     """
 
     def __init__(self, event_log: EventLog) -> None:
         self.event_log = event_log
         self.fleets: tuple[Fleet, ...] = ()
+        self.training: TrainingView | None = None
         self._asking = asyncio.Lock()
         self._answers: Mapping[str, EngineLoad | str] = {}
         self._answered_at = 0.0
@@ -94,7 +122,7 @@ class Observer:
             sum(one.wanted for one in sizes), sum(one.serving for one in sizes), sum(one.starting for one in sizes)
         )
         events = tuple(self.event_log.newest)[-SHOWN_EVENTS:]
-        return FleetView(time.time(), newest, tuple(engines), events, waiting, size if sizes else None)
+        return FleetView(time.time(), newest, tuple(engines), events, waiting, size if sizes else None, self.training)
 
     @property
     def _states(self) -> list[tuple[Fleet, ReplicaState]]:

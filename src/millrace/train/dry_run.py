@@ -13,6 +13,7 @@ from millrace.rollout.sample import Problem, images_in
 from millrace.train.agents import agent_format
 from millrace.train.task import Task, load_task, prompt_length, task_chat_format, with_servers
 from millrace.train.tiny import make_tiny_tokenizer
+from millrace.train.trackers.recorder import require_trackers
 
 
 async def look(config: RunConfig) -> list[str]:
@@ -21,6 +22,7 @@ async def look(config: RunConfig) -> list[str]:
     Nothing of the user's code runs but its imports. MCP servers are asked for their tools. Raises ConfigError or
     DataError as the run would.
     """
+    require_trackers(config)
     async with with_servers(load_task(config), config) as task:
         pass
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """A whole training run: creates its parts from the settings, runs the training loop, and ends the parts in order."""
 
 import itertools
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from millrace.rollout.player import Player
 from millrace.rollout.runner import SampleRunner, sampling_params
 from millrace.rollout.sample import Problem
 from millrace.serve.view import Observer
+from millrace.tracing import open_tracing
 from millrace.train import checkpoint
 from millrace.train.agents import agent_format, open_player
 from millrace.train.batch import supervised_sample
@@ -38,6 +40,7 @@ from millrace.train.stopping import Stop
 from millrace.train.summary import Summary
 from millrace.train.task import Task, load_task, prompt_length, task_chat_format, with_servers
 from millrace.train.threads import trainer_threads
+from millrace.train.trackers.recorder import Trackers, open_trackers, require_trackers
 from millrace.train.trainer import Trainer
 from millrace.train.warmup_data import warmup_conversations
 from millrace.train.world import World, join_world
@@ -71,9 +74,13 @@ async def train(
     Raises MillraceError if anything fails. All processes that it started have ended when it returns or raises.
     """
     started = time.monotonic()
+    require_trackers(config)
     last = _last_checkpoint(config)
     with nullcontext() if stop is None else stop.on_signals():
-        async with with_servers(load_task(config), config) as task:
+        async with (
+            open_tracing(config.tracing, config.name, int(os.environ.get("RANK", "0"))),
+            with_servers(load_task(config), config) as task,
+        ):
             return await _train(config, task, last if resume else None, started, resume, display, reload, stop)
 
 
@@ -102,8 +109,12 @@ async def _train(
             judge_of = judge_model(config.judges, folder.path, fresh=not resume)
             turns = agent_format(config, str(model_path))
             with EventLog(folder.events_path) as event_log:
+                observer = Observer(event_log)
                 async with (
-                    _engines(config, model_path, judge_of, content, world, thread, folder, event_log, display) as (
+                    open_trackers(config, folder, resume=resume, display=display)
+                    if world.rank == 0
+                    else nullcontext(Trackers()) as trackers,
+                    _engines(config, model_path, judge_of, content, world, thread, folder, observer, display) as (
                         fleet,
                         judge,
                     ),
@@ -113,7 +124,8 @@ async def _train(
                     if task.environment is None and task.agent is None:  # which make the prompts later
                         _require_room(runner, [*content.task.problems, *content.task.held_out], config)
                     ranks = Ranks(world, thread, fleet)
-                    loop = _assemble(config, model_path, ranks, runner, judge, content, folder, display, stop or Stop())
+                    shown = (folder, display, trackers, observer)
+                    loop = _assemble(config, model_path, ranks, runner, judge, content, *shown, stop or Stop())
                     loop.watch.seconds["set-up"] = time.monotonic() - started
                     async with (
                         resizable(fleet, config, reload)
@@ -137,10 +149,11 @@ async def _engines(
     world: World,
     thread: TrainerThread,
     folder: RunFolder,
-    event_log: EventLog,
+    observer: Observer,
     display: Display,
 ) -> AsyncIterator[tuple[FleetClient, Judge | None]]:
     """Start the policy's engines, which all ranks share, and the judge's engines."""
+    event_log = observer.event_log
 
     def start() -> AbstractAsyncContextManager[Fleet]:
         return configured_fleet(config, model_path, log_dir=folder.logs, event_log=event_log)
@@ -148,7 +161,7 @@ async def _engines(
     engines = config.engine.first_replicas + (config.judges.engine.first_replicas if config.judges is not None else 0)
     display.say(f"starting {engines} engine(s); their logs are in {folder.logs}")
     async with (
-        _observer(config.metrics if world.rank == 0 else None, event_log, folder, display) as observer,
+        _observed(config.metrics if world.rank == 0 else None, observer, folder, display),
         shared(world, thread, start, event_log=event_log, seed=config.seed) as fleet,
     ):
         if not isinstance(fleet, Fleet):
@@ -185,17 +198,16 @@ async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Pa
 
 
 @asynccontextmanager
-async def _observer(
-    metrics: MetricsConfig | None, event_log: EventLog, folder: RunFolder, display: Display
-) -> AsyncIterator[Observer]:
-    """Yield an observer of the engines, and serve its view and the run's page unless the config turns that off."""
-    observer = Observer(event_log)
+async def _observed(
+    metrics: MetricsConfig | None, observer: Observer, folder: RunFolder, display: Display
+) -> AsyncIterator[None]:
+    """Serve the observer's view and the run's page in the block, unless the config turns that off."""
     if metrics is None:
-        yield observer
+        yield
         return
     async with serve_run(observer, metrics.host, metrics.port, folder.path) as url:
         display.say(f"the page of the run is at {url}; metrics are at {url}/metrics")
-        yield observer
+        yield
 
 
 def _last_checkpoint(config: RunConfig) -> Path | None:
@@ -269,6 +281,8 @@ def _assemble(
     content: Content,
     folder: RunFolder,
     display: Display,
+    trackers: Trackers,
+    observer: Observer,
     stop: Stop,
 ) -> TrainingLoop:
     trainer = Trainer(load_policy(model_path, config.train, ranks.world), config.train)
@@ -282,6 +296,8 @@ def _assemble(
         held_out=content.task.held_out,
         folder=folder,
         display=display,
+        trackers=trackers,
+        observer=observer,
         progress=Progress(),
         stop=stop,
     )
@@ -295,6 +311,7 @@ async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Conten
         loop.progress.version = int(str(state["version"])) - 1
         loop.progress.position = int(str(state["position"])) // loop.ranks.world.size
         loop.folder.forget_after(loop.trainer.step or -1)  # step 0, the evaluation, is done again
+        loop.trackers.resumed_at(loop.trainer.step or -1)
         loop.display.say(f"resumed after step {loop.trainer.step} from {last}")
     elif config.warmup is not None:
         await _warm_up(loop, config.warmup, config, content)

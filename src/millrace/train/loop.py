@@ -21,6 +21,7 @@ from millrace.rollout.runner import SampleRunner, ToolCounts, greedy
 from millrace.rollout.sample import Group, Problem, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler, SampleCounts
 from millrace.rollout.timings import Stopwatch
+from millrace.serve.view import Observer
 from millrace.train import checkpoint
 from millrace.train.advice import Bounds, work_of
 from millrace.train.batch import sequences_of
@@ -30,6 +31,9 @@ from millrace.train.ranks import Ranks
 from millrace.train.record import RunFolder
 from millrace.train.samples import Trained, trained_samples
 from millrace.train.stopping import Stop
+from millrace.train.trackers.base import RunState
+from millrace.train.trackers.figures import training_view
+from millrace.train.trackers.recorder import Trackers
 from millrace.train.trainer import StepStats, Trainer
 from millrace.train.writer import Writer
 from millrace.types import MemoryTag
@@ -56,6 +60,8 @@ class TrainingLoop:
         held_out: Sequence[Problem],
         folder: RunFolder,
         display: Display,
+        trackers: Trackers,
+        observer: Observer,
         progress: Progress,
         stop: Stop,
     ) -> None:
@@ -68,6 +74,8 @@ class TrainingLoop:
         self.held_out = held_out
         self.folder = folder
         self.display = display
+        self.trackers = trackers
+        self.observer = observer
         self.progress = progress
         self.stop = stop
         self.watch = Stopwatch()  # of the whole run, by this process
@@ -112,6 +120,8 @@ class TrainingLoop:
                     position = buffer.position
             if self.progress.step < self.config.train.steps and self._saved != self.progress.step:
                 await self.save(position)
+            if self.progress.step < self.config.train.steps:
+                self.trackers.state = RunState.INTERRUPTED
 
     async def _stopping(self) -> bool:
         """Return whether a rank was asked to stop. All ranks call it together, and get the same answer."""
@@ -196,6 +206,7 @@ class TrainingLoop:
                 with watch("evaluation"):
                     accuracy = await self.evaluate()
         await self._writer.add_samples(step, batch.all_samples, trained)
+        self.trackers.samples(step, batch.samples, self.runner.chat)
         tools, grades = self.runner.tool_counts, self.judge.counts if self.judge is not None else JudgeCounts()
         self.watch.add(watch)
         standalone = config.mode == "standalone"
@@ -288,6 +299,8 @@ class TrainingLoop:
         fleet = self.runner.fleet
         failed = [(s.sample_id, s.reason or "") for s in batch.discarded if s.status is SampleStatus.FAILED]
         self._writer.add_step(metrics, work_of(fleet.event_log.metrics, fleet.engines), next(iter(failed), None))
+        self.trackers.figures(metrics)
+        self.observer.training = training_view(metrics, self.observer.training)
         self.display.step(metrics)
         self.display.progress("steps", self.progress.step, self.config.train.steps)
 

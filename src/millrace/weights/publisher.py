@@ -21,6 +21,7 @@ from millrace.errors import (
     LocalError,
     PublishError,
 )
+from millrace.tracing import add_span, span
 from millrace.types import Capability
 from millrace.weights.audit import Samples, audited
 from millrace.weights.fingerprint import Fingerprint, sampled
@@ -251,6 +252,9 @@ class Publish:
             # No engine may load while its transaction is rolled back, or while its slot is freed.
             await asyncio.gather(*running, return_exceptions=True)
         self.nbytes = max(self.nbytes, nbytes)
+        for update in updates:
+            if update.loading_since is not None:
+                add_span("load", update.loading_since, update.legs["load"], {"millrace.engine": update.engine.name})
 
     def _record(self, staged: StagedBucket) -> None:
         """Remember the checksums of the tensors in a bucket. Raises PublishError for a tensor that comes twice."""
@@ -350,7 +354,8 @@ class Publish:
         """Take one step on every engine that has not failed. An engine's error ends only its own transaction."""
 
         async def guarded(update: Update) -> None:
-            update.take(leg, await take_step(update.engine.name, leg, step(update), self._share()))
+            with span(leg, {"millrace.engine": update.engine.name}):
+                update.take(leg, await take_step(update.engine.name, leg, step(update), self._share()))
 
         async with asyncio.TaskGroup() as group:
             for update in updates:
