@@ -107,7 +107,7 @@ test-page: $(VENV)/dev.stamp
 	@command -v chromium > /dev/null || { \
 		[ "$$(id -u)" = 0 ] || { echo "chromium is missing; as root, run: apt-get install chromium"; exit 1; }; \
 		apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends chromium; }
-	MILLRACE_BROWSER=$$(command -v chromium) $(BIN)/pytest -n0 tests/viewer
+	MILLRACE_BROWSER=$$(command -v chromium) $(BIN)/pytest -n0 tests/viewer/test_browser.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
