@@ -9,6 +9,7 @@ SDKS_VENV := .venv-sdks
 HARBOR_VENV := .venv-harbor
 TRACKERS_VENV := .venv-trackers
 RELEASE_VENV := .venv-release
+DOCS_VENV := .venv-docs
 HARBOR_BASE ?= python3.12
 SLURM := slurmctld slurmd slurm-client munge
 AGENTS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/millrace/agents-$(shell cat tests/gateway/agents/package.json \
@@ -24,8 +25,8 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 CONSTRAINTS ?= constraints/cpu.txt
 
 .PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments test-environments-short test-sdks \
-	test-sdks-short test-agents test-harbor test-ray test-slurm test-trackers test-page release release-short lint types unit \
-	clean
+	test-sdks-short test-agents test-harbor test-ray test-slurm test-trackers test-page release release-short docs lint types \
+	unit clean
 
 demo: $(VENV)/train.stamp
 	$(BIN)/millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-$$(date +%Y%m%d-%H%M%S)
@@ -109,6 +110,11 @@ test-page: $(VENV)/dev.stamp
 		apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends chromium; }
 	MILLRACE_BROWSER=$$(command -v chromium) $(BIN)/pytest -n0 tests/viewer/test_browser.py
 
+# The documentation site, in site/. A link that leads nowhere fails the build. Look at it with:
+# python3 -m http.server --directory site
+docs: $(DOCS_VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -121,7 +127,7 @@ unit: $(VENV)/dev.stamp
 
 clean:
 	rm -rf $(VENV) $(VERL_VENV) $(VERIFIERS_VENV) $(OPENENV_VENV) $(SDKS_VENV) $(HARBOR_VENV) $(TRACKERS_VENV) $(RELEASE_VENV) \
-		dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+		$(DOCS_VENV) site dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -186,6 +192,13 @@ $(RELEASE_VENV)/release.stamp: constraints/release.txt
 	$(PYTHON) -m venv $(RELEASE_VENV)
 	$(RELEASE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/release.txt \
 		build twine cyclonedx-bom
+	@touch $@
+
+$(DOCS_VENV)/docs.stamp: constraints/docs.txt
+	@echo "installing Material for MkDocs into $(DOCS_VENV): half a minute or so"
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints/docs.txt \
+		mkdocs-material
 	@touch $@
 
 $(HARBOR_VENV)/harbor.stamp: constraints/harbor.txt
