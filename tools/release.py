@@ -23,6 +23,7 @@ IN_THE_WHEEL = (
     "millrace/py.typed",
     "millrace/_examples/gsm8k_multiturn/cpu.yaml",
     "millrace/extension/millrace_copies.py",
+    "millrace/viewer/static/index.html",
 )
 
 

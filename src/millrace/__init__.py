@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     )
     from millrace.weights.report import EngineReport, PublishReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __getattr__, __dir__ = exports(
     __name__,
