@@ -31,7 +31,7 @@ def draw_curves(metrics: Sequence[StepMetrics], title: str) -> bytes:
         learning.plot(x, [m.rewards.get(name) for m in steps], label=name, linestyle=":")
     low, high = learning.get_ylim()
     learning.set(xlabel="step", ylim=(min(0.0, low), max(1.02, high)), title="learning")
-    learning.legend(loc="lower right")
+    learning.legend(loc="best")
 
     phases = {
         "rollout": [m.rollout_seconds for m in steps],
@@ -48,14 +48,14 @@ def draw_curves(metrics: Sequence[StepMetrics], title: str) -> bytes:
     policy.plot(x, [m.clip_fraction for m in steps], label="clip fraction", color="tab:red")
     policy.plot(x, [m.entropy for m in steps], label="entropy (nats)", color="tab:purple")
     policy.set(xlabel="step", title="policy")
-    policy.legend(loc="upper right")
+    policy.legend(loc="best")
 
     gap.plot(x, [m.logprob_gap for m in steps], label="|engine's - trainer's logprob| (nats)", color="tab:brown")
     gap.set(xlabel="step", title="engine and trainer")
     staleness = gap.twinx()
     staleness.plot(x, [m.staleness for m in steps], label="staleness (versions)", color="tab:gray", linestyle="--")
     staleness.set_ylim(0, max([1.0, *((m.staleness or 0.0) * 1.2 for m in steps)]))
-    gap.legend(handles=[*gap.lines, *staleness.lines], loc="lower left")
+    gap.legend(handles=[*gap.lines, *staleness.lines], loc="best")
     for axes in (learning, seconds, policy, gap):
         axes.grid(alpha=0.3)
     image = io.BytesIO()
