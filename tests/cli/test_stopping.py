@@ -81,6 +81,7 @@ def test_the_checkpoint_is_written_although_the_engines_got_the_signal_too(
     require_resumable(folder, f"mode={mode}")
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_first_evaluation_keeps_the_warm_up(folder: Path) -> None:
     process = start(folder, *MANY, "evaluation.data.problems=4000")
     log = folder / "run/events.jsonl"
@@ -103,6 +104,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(folder: Path) -> No
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_run_at_once(folder: Path) -> None:
     process = begun(folder, 1)
     process.send_signal(signal.SIGTERM)

@@ -93,6 +93,7 @@ async def test_a_fleet_grows_while_requests_wait_and_shrinks_to_zero(
     assert below(os.getpid()) <= before
 
 
+@pytest.mark.slow
 async def test_a_follower_wakes_a_fleet_without_engines_and_a_publish_does(
     tiny_model: Path, tmp_path: Path, model: PreTrainedModel
 ) -> None:
