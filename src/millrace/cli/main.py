@@ -33,13 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},  # for all commands
 )
-app.add_typer(engines_app, name="engines")
-app.command()(serve)
-app.command()(sidecar)
-app.command()(doctor)
-app.command()(examples)
-app.command()(status)
-app.command()(view)
 
 
 def _print_version(wanted: bool) -> None:
@@ -128,6 +121,15 @@ def train(
         end_rank(128 + stop.signal)
         raise typer.Exit(128 + stop.signal)
     end_rank()
+
+
+app.command()(serve)
+app.command()(view)
+app.command()(status)
+app.command()(examples)
+app.add_typer(engines_app, name="engines")
+app.command()(doctor)
+app.command()(sidecar)
 
 
 def _look(settings: RunConfig) -> None:

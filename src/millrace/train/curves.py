@@ -3,6 +3,8 @@
 import io
 from collections.abc import Sequence
 
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -31,7 +33,7 @@ def draw_curves(metrics: Sequence[StepMetrics], title: str) -> bytes:
         learning.plot(x, [m.rewards.get(name) for m in steps], label=name, linestyle=":")
     low, high = learning.get_ylim()
     learning.set(xlabel="step", ylim=(min(0.0, low), max(1.02, high)), title="learning")
-    learning.legend(loc="best")
+    _legend(learning, learning.lines)
 
     phases = {
         "rollout": [m.rollout_seconds for m in steps],
@@ -41,26 +43,32 @@ def draw_curves(metrics: Sequence[StepMetrics], title: str) -> bytes:
     }
     seconds.stackplot(x, list(phases.values()), labels=list(phases))
     seconds.set(xlabel="step", ylabel="seconds", title="where a step's time goes")
-    seconds.legend(loc="upper center", ncols=4, fontsize="small")
-    seconds.set_ylim(top=1.2 * seconds.get_ylim()[1])  # room for the legend
+    _legend(seconds, seconds.collections)
 
     policy.plot(x, [m.kl for m in steps], label="KL (sampling policy to trained policy)", color="tab:green")
     policy.plot(x, [m.clip_fraction for m in steps], label="clip fraction", color="tab:red")
     policy.plot(x, [m.entropy for m in steps], label="entropy (nats)", color="tab:purple")
     policy.set(xlabel="step", title="policy")
-    policy.legend(loc="best")
+    _legend(policy, policy.lines)
 
     gap.plot(x, [m.logprob_gap for m in steps], label="|engine's - trainer's logprob| (nats)", color="tab:brown")
     gap.set(xlabel="step", title="engine and trainer")
     staleness = gap.twinx()
     staleness.plot(x, [m.staleness for m in steps], label="staleness (versions)", color="tab:gray", linestyle="--")
     staleness.set_ylim(0, max([1.0, *((m.staleness or 0.0) * 1.2 for m in steps)]))
-    gap.legend(handles=[*gap.lines, *staleness.lines], loc="best")
+    _legend(gap, [*gap.lines, *staleness.lines])
     for axes in (learning, seconds, policy, gap):
         axes.grid(alpha=0.3)
     image = io.BytesIO()
     figure.savefig(image, dpi=110, format="png")
     return image.getvalue()
+
+
+def _legend(axes: Axes, handles: Sequence[Artist]) -> None:
+    """Put a legend below a plot, where it hides no line."""
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, fontsize="small", frameon=False
+    )
 
 
 def _parts(steps: Sequence[StepMetrics]) -> list[str]:

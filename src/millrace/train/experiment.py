@@ -218,7 +218,10 @@ def _last_checkpoint(config: RunConfig) -> Path | None:
     run = config.output_dir / config.name
     last = checkpoint.latest(run)
     if last is None and (run / "metrics.jsonl").exists():
-        raise CheckpointError(f"{run} holds a run that has no checkpoint to resume from; give another name=...")
+        raise CheckpointError(
+            f"{run} holds a run that has no checkpoint to resume from: checkpoint.every was not reached, and Ctrl-C "
+            "saves none, unlike SIGTERM; give another name=..."
+        )
     return last
 
 

@@ -54,14 +54,16 @@ def print_summary(summary: Summary, console: Console) -> None:
         table = Table(title=f"{summary.folder.name}: first and last", title_justify="left")
         for name in ("", "first", "last"):
             table.add_column(name, justify="left" if not name else "right")
-        table.add_row("step", str(evaluated[0].step), str(evaluated[-1].step))
-        table.add_row("accuracy (held out, greedy)", f"{evaluated[0].accuracy:.3f}", f"{evaluated[-1].accuracy:.3f}")
+        table.add_row("step", str(evaluated[0].step), str(steps[-1].step))
+        of = "" if evaluated[-1].step == steps[-1].step else f" (step {evaluated[-1].step})"
+        last = f"{evaluated[-1].accuracy:.3f}{of}"
+        table.add_row("accuracy (held out, greedy)", f"{evaluated[0].accuracy:.3f}", last)
         table.add_row("reward (training samples)", f"{steps[0].reward:.3f}", f"{steps[-1].reward:.3f}")
         if len(steps[-1].rewards) > 1:
             for name, value in steps[-1].rewards.items():
                 first = steps[0].rewards.get(name)
                 table.add_row(f"  {name}", "" if first is None else f"{first:.3f}", f"{value:.3f}")
-        table.add_row("weight version", str(evaluated[0].weight_version), str(evaluated[-1].weight_version))
+        table.add_row("weight version", str(evaluated[0].weight_version), str(steps[-1].weight_version))
         table.add_row("tokens/s", f"{steps[0].tokens_per_second:,.0f}", f"{steps[-1].tokens_per_second:,.0f}")
         console.print(table)
     if empty := sum(m.groups_with_signal == 0 for m in steps):

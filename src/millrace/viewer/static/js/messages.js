@@ -11,9 +11,9 @@ const ROLES = {
   developer: "system",
 };
 
-/** The turns of a conversation. */
-export function conversation(messages) {
-  if (!messages.length) return el("p", { class: "empty" }, "The sample has no conversation.");
+/** The turns of a conversation. `none` is shown if there are none. */
+export function conversation(messages, none = "The sample has no conversation.") {
+  if (!messages.length) return el("p", { class: "empty" }, none);
   return el("ol", { class: "turns" }, messages.map(turn));
 }
 

@@ -218,7 +218,7 @@ async function showTab() {
     if (name === "tokens") await showTokens(body, place, data);
     else if (name === "group") await showGroup(body, place, data);
     else if (name === "branches") showTree(body, data, (number) => change({ tab: "tokens", seq: String(number) }));
-    else fill(body, conversation(data.messages, data));
+    else fill(body, conversation(data.messages));
   } catch (error) {
     if (drawn === view.drawn) fill(body, el("p", { class: "empty bad" }, error.message));
     view.drawn = "";
@@ -252,7 +252,7 @@ async function showGroup(body, place, data) {
         ),
       ),
       row.reason && el("p", { class: "reason bad" }, row.reason),
-      conversation(row.messages.slice(shared)),
+      conversation(row.messages.slice(shared), shared ? "The same as the others." : undefined),
     );
   fill(
     body,
