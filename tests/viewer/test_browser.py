@@ -90,6 +90,9 @@ async def test_runs_are_compared_and_the_link_keeps_which(page: Page, tmp_path: 
         await page.goto(link)
         await expect(page.get_by_role("checkbox", name="first")).to_be_checked()
         await expect(page.get_by_role("checkbox", name="second")).not_to_be_checked()
+        await page.goto("about:blank")
+        await page.goto(f"{url}/#samples?run=third")
+        await expect(page.locator("#banner")).to_contain_text("there is no run third here; this is ")
 
 
 async def test_the_fleet_of_an_ended_run_has_a_table_and_lanes(page: Page, tmp_path: Path) -> None:

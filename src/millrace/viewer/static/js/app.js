@@ -102,6 +102,9 @@ function showStatus() {
   const troubles = page.runs.flatMap((one) =>
     one.troubles.map((text) => (page.runs.length > 1 ? `${one.name}: ${text}` : text)),
   );
+  const asked = parameter("run");
+  if (asked && page.runs.length && !page.runs.some((one) => one.name === asked))
+    troubles.unshift(`there is no run ${asked} here; this is ${run.name}`);
   showBanner(troubles);
 }
 

@@ -244,7 +244,7 @@ async function showGroup(body, place, data) {
           row.sample,
         ),
         el("span", { class: "num strong" }, fixed(row.reward, 2)),
-        el("span", { class: `num ${row.advantage < 0 ? "neg" : "pos"}` }, signed(row.advantage, 2)),
+        el("span", { class: `num ${row.advantage < 0 ? "neg" : row.advantage > 0 ? "pos" : ""}` }, signed(row.advantage, 2)),
         el(
           "span",
           { class: "unit" },
