@@ -115,7 +115,7 @@ class DrivenLauncher:
                 server.stands(False, f"{server.name} was ended", server.log_tail())
 
     async def _give_back(self, reserving: "asyncio.Task[Any]") -> None:
-        """Release what a reservation gets that nobody waits for any more."""
+        """Wait for a reservation whose caller was cancelled, and release its places."""
         with suppress(LaunchError):  # it got nothing, or the cluster is gone
             await self.call("release", CALL_DEADLINE, group=(await reserving)["group"])
 

@@ -100,7 +100,7 @@ class _Warning(SpanExporter):
             self._warned = True
             logger.warning(
                 "traces can't be sent to %s; check that a collector takes OTLP over HTTP there (tracing.endpoint). "
-                "The run goes on, and traces are lost while this lasts",
+                "The run continues. The traces of this time are lost",
                 self._where,
             )
         return result

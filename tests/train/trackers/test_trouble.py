@@ -59,7 +59,7 @@ async def test_a_tracker_that_hangs_delays_no_step_and_is_ended_at_the_deadline(
             trackers.figures(metrics(step, 0.5))
         assert time.monotonic() - started < 5
         [hangs] = warnings(caplog)
-        assert "tracker tensorboard: it hangs, and records nothing more. The run goes on; " in hangs
+        assert "tracker tensorboard: it hangs, and records nothing more. The run continues; read " in hangs
     assert time.monotonic() - started < 10
     assert not alive(process.pid)
     assert "it did not end within 1 s, and may lack the last steps" in warnings(caplog)[1]

@@ -140,7 +140,7 @@ class TrackerProcess:
                     start_new_session=True,  # Ctrl-C goes only to the trainer, which says how the run ends
                 )
         except OSError as error:
-            logger.warning("tracker %s could not be started: %s; the run goes on without it", kind, error)
+            logger.warning("tracker %s could not be started: %s; the run continues without it", kind, error)
             return None
         started = cls(kind, process, path, ids, folder.path / "trackers.json", display)
         started.send("start", asdict(run) | {"folder": str(run.folder)})
@@ -202,7 +202,7 @@ class TrackerProcess:
             self._warn(f"{self._ids_path} can't be written ({error.strerror}); a resumed run will be a new one there")
 
     def _warn(self, what: str) -> None:
-        logger.warning("tracker %s: %s. The run goes on; %s has the details", self.kind, what, self._log)
+        logger.warning("tracker %s: %s. The run continues; read %s for the details", self.kind, what, self._log)
 
 
 def _read_ids(path: Path) -> dict[str, str]:

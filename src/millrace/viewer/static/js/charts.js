@@ -32,6 +32,17 @@ export function chart(element) {
   return { chart: made, dispose };
 }
 
+/** The box of a tooltip, which the page's own styles draw. */
+export const TIP_BOX = {
+  appendTo: "body",
+  className: "tip",
+  transitionDuration: 0,
+  padding: 0,
+  backgroundColor: "transparent",
+  borderWidth: 0,
+  extraCssText: "box-shadow:none",
+};
+
 export const font = () => getComputedStyle(document.body).fontFamily;
 
 /** The options of every chart with two axes. */
@@ -70,13 +81,7 @@ export function base(colours) {
     tooltip: {
       trigger: "axis",
       confine: false,
-      appendTo: "body",
-      className: "tip",
-      transitionDuration: 0,
-      padding: 0,
-      backgroundColor: "transparent",
-      borderWidth: 0,
-      extraCssText: "box-shadow:none",
+      ...TIP_BOX,
       axisPointer: { type: "line" },
     },
   };

@@ -1,7 +1,7 @@
 // A lane for each engine: what it did when, and the versions that were sent to it.
 
 import { get } from "./api.js";
-import { chart, font, palette, swatch, tip } from "./charts.js";
+import { TIP_BOX, chart, font, palette, swatch, tip } from "./charts.js";
 import { colour, el, fill, put, settled } from "./dom.js";
 import { clock, seconds } from "./format.js";
 
@@ -136,13 +136,7 @@ function options(data, items) {
     ],
     tooltip: {
       trigger: "item",
-      appendTo: "body",
-      className: "tip",
-      transitionDuration: 0,
-      padding: 0,
-      backgroundColor: "transparent",
-      borderWidth: 0,
-      extraCssText: "box-shadow:none",
+      ...TIP_BOX,
       formatter: (shown) => tooltip(items[shown.dataIndex], data),
     },
     series: [
