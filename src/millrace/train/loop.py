@@ -194,8 +194,9 @@ class TrainingLoop:
                 self._training = True
                 stats, trained = await self.in_trainer(self._train, batch.groups)
                 self._training = False
-            stopping, version = await self._stopping(), self.progress.version + 1
-            if stopping or not await self._with_engines(self._publish(watch)):
+            version = self.progress.version + 1
+            stopping = await self._stopping() or not await self._with_engines(self._publish(watch))
+            if stopping:
                 self.progress.version = version  # it is published when the run is resumed
             self.progress.step += 1
             step, last = self.progress.step, self.progress.step == config.train.steps
