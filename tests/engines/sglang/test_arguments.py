@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from millrace.config.engines import SGLangEngineConfig
-from millrace.engines.sglang.arguments import CPU_DEFAULTS, OTHERS, SETTINGS, VISION_CACHE, Ports, nodes, rank_gpus
+from millrace.engines.sglang.arguments import (
+    CPU_DEFAULTS,
+    GRPC_PORT,
+    OTHERS,
+    SETTINGS,
+    VISION_CACHE,
+    Ports,
+    nodes,
+    rank_gpus,
+)
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.stock.arguments import Node, option, options
 from millrace.errors import ConfigError
@@ -330,3 +339,15 @@ def test_host_memory_for_kv_cache_is_of_each_rank() -> None:
 def test_caches_that_a_flush_does_not_reach_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} contradicts the publishes, which can't drop the prefixes"):
         plan(engine_args={name: "file"})
+
+
+@pytest.mark.parametrize("port", [1024, 55_535, 55_536, 65_535])
+def test_every_port_leaves_one_for_grpc(port: int) -> None:
+    """SGLang 0.5.15 adds 10,000 to its port, and ends if the sum is too high, although gRPC is off."""
+    (node,) = plan(ports=Ports((port,), 5000, None))
+    assert 1 <= int(node.environment.get(GRPC_PORT, port + 10_000)) <= 65_535
+
+
+def test_a_port_for_grpc_in_the_config_is_kept() -> None:
+    (node,) = plan(ports=Ports((60_000,), 5000, None), env={GRPC_PORT: "4711"})
+    assert node.environment[GRPC_PORT] == "4711"

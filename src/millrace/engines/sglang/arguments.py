@@ -57,6 +57,8 @@ OTHERS = {
 }
 # The size of the cache of what the vision tower made of an image. SGLang keeps it across updates and flushes.
 VISION_CACHE = "SGLANG_VLM_CACHE_SIZE_MB"
+# SGLang 0.5.15 takes port + GRPC_DISTANCE for gRPC, and ends if there is no such port, although gRPC is off.
+GRPC_PORT, GRPC_DISTANCE, LAST_PORT = "SGLANG_GRPC_PORT", 10_000, 65_535
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": ("engine.cuda_visible_devices", "set only engine.cuda_visible_devices"),
     "OMP_NUM_THREADS": ("engine.threads", "set only engine.threads"),
@@ -114,7 +116,7 @@ def nodes(
                 ),
                 *options(config.engine_args),
             ),
-            environment(config) | keys,
+            grpc_port(port) | environment(config) | keys,
         )
         for rank, port in zip(ranks, ports.http, strict=True)
     )
@@ -172,6 +174,11 @@ def environment(config: SGLangEngineConfig) -> dict[str, str]:
         variables |= {"OMP_NUM_THREADS": str(config.threads or 1), "SGLANG_USE_CPU_ENGINE": "1"}
         variables.setdefault("CUDA_VISIBLE_DEVICES", "")
     return variables
+
+
+def grpc_port(port: int) -> dict[str, str]:
+    """Return the variable that a server at this port needs because its port for gRPC would be too high."""
+    return {GRPC_PORT: str(port - GRPC_DISTANCE)} if port + GRPC_DISTANCE > LAST_PORT else {}
 
 
 def rank_gpus(config: SGLangEngineConfig, replica: int, visible: str | None) -> tuple[str, ...]:
