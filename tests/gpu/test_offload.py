@@ -3,6 +3,8 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from millrace.config.engines import SGLangEngineConfig
 from millrace.conformance import Outcome, Runner, select
 from millrace.engines.stock.interpreter import StockConfig
@@ -15,6 +17,8 @@ def test_no_prefix_outlives_its_version_in_host_memory(
     config: StockConfig, tiny_model: Path, other_model: Path, tmp_path: Path
 ) -> None:
     sglang = isinstance(config, SGLangEngineConfig)
+    if not sglang and config.version == "0.23.0":
+        pytest.skip("vLLM 0.23 does not say whether it dropped its offloaded KV cache, so it takes no publish with one")
     # Little room on the device, so that other prompts soon take that of one.
     room = {"max_total_tokens": 2048} if sglang else {"kv_cache_memory_bytes": 4 * 1024 * 1024}
 
