@@ -1,4 +1,4 @@
-"""Copies on one GPU, thousands of them in one kernel.
+"""Copies on one GPU, and reads of single elements, thousands of them in one kernel.
 
 The trainer and the engines' processes run this file, so it imports nothing of Millrace.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 WORD = 8  # bytes; what the kernels copy
 CHUNK_WORDS = 4096  # for one program of a kernel
+GATHERED = 1024  # elements, by one program of a kernel
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,25 @@ class Chunks:
                 if table.shape[1]:
                     launch = getattr(kernels(), kernel)[(table.shape[1],)]
                     launch(*table, source_base, target_base, CHUNK=CHUNK_WORDS)
+
+
+class Elements:
+    """Single elements in the memory of one GPU. addresses: [n] int64, on the GPU, for which `usable` must be true.
+    dtype: of integers as large as the elements."""
+
+    def __init__(self, addresses: "torch.Tensor", dtype: "torch.dtype") -> None:
+        self._addresses, self._dtype = addresses, dtype
+
+    def read(self) -> "torch.Tensor":
+        """Return the elements, [n], as they are when the current stream of the GPU comes to it."""
+        import torch
+
+        count = len(self._addresses)
+        values = torch.empty(count, dtype=self._dtype, device=self._addresses.device)
+        with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
+            launch = kernels().gather[(-(-count // GATHERED),)]
+            launch(self._addresses, values, count, BLOCK=GATHERED)
+        return values
 
 
 def kernels() -> Any:

@@ -43,14 +43,25 @@ def copy_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def sum_samples(memory, firsts, steps, width, count, sums, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+def sum_samples(memory, firsts, steps, widths, counts, sums, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write two sums of one tensor's samples: of the values, and of each value times its number, from 1.
 
-    The samples are `count` elements in blocks of `width`, which begin `steps[i]` elements apart, from `firsts[i]` on.
+    The samples are `counts[i]` elements in blocks of `widths[i]`, which begin `steps[i]` elements apart, from
+    `firsts[i]` on.
     """
     one = tl.program_id(0)
     numbers = tl.arange(0, MOST)
+    width = tl.load(widths + one)
     places = tl.load(firsts + one) + (numbers // width) * tl.load(steps + one) + numbers % width
-    values = tl.load(memory + places, mask=numbers < count, other=0).to(tl.int64)
+    values = tl.load(memory + places, mask=numbers < tl.load(counts + one), other=0).to(tl.int64)
     tl.store(sums + 2 * one, tl.sum(values, 0))
     tl.store(sums + 2 * one + 1, tl.sum(values * (numbers + 1), 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def gather(addresses, values, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the element at each of `count` addresses into `values`, which has the elements' dtype."""
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < count
+    at = tl.load(addresses + places, mask=inside, other=0).to(values.dtype)
+    tl.store(values + places, tl.load(at, mask=inside), mask=inside)

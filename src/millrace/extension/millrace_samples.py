@@ -58,23 +58,29 @@ class SampledPlaces:
     def __init__(self, tensors: "Sequence[tuple[int, int, int]]", device: "torch.device") -> None:
         import torch
 
-        alike: dict[tuple[int, int], list[int]] = {}
-        for index, (itemsize, elements, _) in enumerate(tensors):
-            alike.setdefault((itemsize, min(elements, SAMPLE + 1)), []).append(index)
         self.device = device
         chunks = _beside("millrace_chunks")
-        self._kernel: Any = chunks.kernels().sum_samples if chunks.usable(device) else None
-        together = len(tensors) if self._kernel else SAMPLED_TOGETHER
-        self._batches: list[_Places] = []
+        by_kernel = chunks.usable(device)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for index, (itemsize, elements, _) in enumerate(tensors):
+            alike.setdefault((itemsize, 0 if by_kernel else min(elements, SAMPLE + 1)), []).append(index)
+        together = len(tensors) if by_kernel else SAMPLED_TOGETHER
+        self._batches: list[_Places | _KernelPlaces] = []
         order: list[int] = []
         for (itemsize, _), indices in alike.items():
             for start in range(0, len(indices), together):
                 batch = indices[start : start + together]
-                blocks, width = _blocks(tensors[batch[0]][1])
-                firsts_N = torch.tensor([tensors[index][2] // itemsize for index in batch])
-                steps_N = torch.tensor([_step(tensors[index][1]) for index in batch])
-                self._batches.append(_Places(itemsize, len(blocks), width, firsts_N.to(device), steps_N.to(device)))
                 order += batch
+                firsts_N = torch.tensor([tensors[index][2] // itemsize for index in batch]).to(device)
+                steps_N = torch.tensor([_step(tensors[index][1]) for index in batch]).to(device)
+                shapes = [_blocks(tensors[index][1]) for index in batch]
+                if by_kernel:
+                    widths_N = torch.tensor([max(width, 1) for _, width in shapes]).to(device)
+                    counts_N = torch.tensor([len(blocks) * width for blocks, width in shapes]).to(device)
+                    kernel = chunks.kernels().sum_samples
+                    self._batches.append(_KernelPlaces(kernel, itemsize, firsts_N, steps_N, widths_N, counts_N))
+                else:
+                    self._batches.append(_Places(itemsize, len(shapes[0][0]), shapes[0][1], firsts_N, steps_N))
         self._order = torch.tensor(order).argsort()
 
     def checksums(self, bucket: "torch.Tensor") -> str:
@@ -88,8 +94,7 @@ class SampledPlaces:
         if not self._batches:
             return str
         with torch.no_grad():
-            found = [one.sums_by(self._kernel, bucket) if self._kernel else one.sums(bucket) for one in self._batches]
-            sums = torch.cat(found)
+            sums = torch.cat([one.sums(bucket) for one in self._batches])
 
         def read() -> str:
             return sums.cpu()[self._order].numpy().astype(">i8").tobytes().hex()
@@ -141,16 +146,29 @@ class _Places(NamedTuple):
         starts_NB = self.firsts[:, None] + self.steps[:, None] * torch.arange(self.blocks, device=bucket.device)
         return _sums(windows.index_select(0, starts_NB.flatten()).view(len(self.firsts), -1))
 
-    def sums_by(self, kernel: Any, bucket: "torch.Tensor") -> "torch.Tensor":
-        """Like `sums`, by `millrace_kernels.sum_samples`."""
+
+class _KernelPlaces(NamedTuple):
+    """Like `_Places`, for tensors of one itemsize that a kernel reads (`millrace_kernels.sum_samples`).
+
+    widths: of the blocks of each tensor. counts: how many elements its blocks have.
+    """
+
+    kernel: Any
+    itemsize: int
+    firsts: "torch.Tensor"
+    steps: "torch.Tensor"
+    widths: "torch.Tensor"
+    counts: "torch.Tensor"
+
+    def sums(self, bucket: "torch.Tensor") -> "torch.Tensor":
+        """Return the two sums of each tensor: [N, 2] int64."""
         import torch
 
         elements = bucket[: len(bucket) // self.itemsize * self.itemsize].view(integer_dtype(self.itemsize))
         sums_N2 = torch.empty(len(self.firsts), 2, dtype=torch.int64, device=bucket.device)
-        count = self.blocks * self.width
         with torch.cuda.device_of(bucket):  # type: ignore[no-untyped-call]
-            launch = kernel[(len(self.firsts),)]
-            launch(elements, self.firsts, self.steps, self.width, count, sums_N2, MOST=SAMPLE, num_warps=8)
+            launch = self.kernel[(len(self.firsts),)]
+            launch(elements, *self[2:], sums_N2, MOST=SAMPLE, num_warps=8)
         return sums_N2
 
 

@@ -7,6 +7,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import millrace_chunks
 import millrace_copies
+from millrace_chunks import Elements
 from millrace_copies import ByKernel, Slice, copy_out, fused
 from millrace_samples import SampledPlaces, sampled_checksums, separated
 
@@ -52,4 +53,11 @@ expected_2 = torch.zeros_like(target)
 expected_2[:, 8:40] = matrix[:, 16:48]
 assert torch.equal(target.view(torch.int16), expected_2.view(torch.int16))
 assert torch.equal(turned.view(torch.int16), matrix[:, 48:64].T.view(torch.int16))
+# Single elements, by their addresses.
+numbers = torch.randint(0, 1000, (3, 700))
+for itemsize, dtype in {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.items():
+    some = [torch.randint(0, 100, (1000,), dtype=dtype) for _ in numbers]
+    addresses = torch.cat([one.data_ptr() + places * itemsize for one, places in zip(some, numbers, strict=True)])
+    expected_3 = torch.cat([one[places] for one, places in zip(some, numbers, strict=True)])
+    assert torch.equal(Elements(addresses, dtype).read(), expected_3)
 print("alike")

@@ -11,6 +11,7 @@ import torch
 from millrace_audit import Place, Sample, audited, read_samples
 
 from .dry_run import Description, Sent, described
+from .held import addresses_of
 from .recording import Memory
 
 
@@ -40,7 +41,7 @@ def audit(model: torch.nn.Module, text: str) -> Mapping[str, object]:
 
 def known_of(model: torch.nn.Module, sent: Sequence[Sent]) -> Known | str:
     """Return where the model keeps these tensors, or why that can't be said."""
-    addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    addresses = addresses_of(model.named_parameters())
     known = OF_MODELS.get(model)
     if known is not None and known.sent == tuple(sent) and known.addresses == addresses:
         return known

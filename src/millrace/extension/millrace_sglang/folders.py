@@ -19,6 +19,7 @@ from millrace_words import listed
 from safetensors import safe_open
 
 from .dry_run import Description, Need, Sent, described
+from .held import addresses_of
 from .plan import positions
 from .recording import Memory
 
@@ -59,7 +60,7 @@ class Folders:
 
     def _describe(self, model: torch.nn.Module, tensors: Tensors) -> None:
         sent = tuple((name, one.dtype, tuple(one.shape)) for name, one in tensors.items())
-        addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+        addresses = addresses_of(model.named_parameters())
         if (sent, addresses) != (self.sent, self.addresses):
             memory = Memory(model.named_parameters())
             self.description = described(getattr(model, "load_weights", None), memory, sent)

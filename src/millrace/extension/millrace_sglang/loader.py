@@ -18,8 +18,9 @@ from . import folders, parts
 from .answers import AnswerStore, write_answer
 from .audit import audit
 from .channel import serve
+from .held import Held
 from .plan import Plan, plan_of
-from .recording import Memory, Recorder, is_needed
+from .recording import Memory, Recorder
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +94,13 @@ class Layout:
 class Loader:
     """What is known of one model and its open update.
 
-    layouts: of the open update and the one before. parameters: of the model when the update began. addresses: of the
-    parameters when the plans were made. written: how many elements of each parameter the open update has written; None
-    if that is not known. receiving: the process group by which buckets come. answers: where this
-    rank answers about these buckets.
+    layouts: of the open update and the one before. held: the parameters that the plans were made for. written: how many
+    elements of each parameter the open update has written; None if that is not known. receiving: the process group by
+    which buckets come. answers: where this rank answers about these buckets.
     """
 
     layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
-    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    addresses: Mapping[str, int] = field(default_factory=dict)
+    held: Held = field(default_factory=lambda: Held({}, {}))
     update: str = ""
     written: Counter[str] | None = field(default_factory=Counter)
     receiving: ReceivingGroup | None = None
@@ -124,11 +123,7 @@ class Loader:
         if order.update != self.update:
             self.layouts = {key: one for key, one in self.layouts.items() if one.update == self.update}
             self.update, self.written = order.update, Counter()
-            self.parameters = dict(model.named_parameters())
-        addresses = {name: parameter.data_ptr() for name, parameter in self.parameters.items()}
-        if addresses != self.addresses:
-            self.layouts.clear()
-            self.addresses = addresses
+            self.look(model)
         key = order.layout, bucket.nbytes
         layout = self.layouts.get(key) or Layout.of(order.layout, bucket)
         self.layouts[key], layout.update = layout, order.update
@@ -137,7 +132,7 @@ class Loader:
             layout.plan.run(bucket)
         else:
             layout.plan = record(model, layout.views(bucket), bucket, known=layout.plan)
-            self.parameters = dict(model.named_parameters())  # the model's own loader may replace some
+            self.look(model)  # the model's own loader may replace some parameters
         if isinstance(layout.plan, str):
             self.written = None
             return {"samples": samples(), "unplanned": layout.plan}
@@ -147,9 +142,15 @@ class Loader:
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         if self.written is not None:
             self.written.update(layout.plan.elements)
-            missing = [n for n, one in self.parameters.items() if self.written[n] < one.numel() and is_needed(one)]
-            answer |= {"missing": len(missing), "such as": sorted(missing)[:LISTED]}
+            missing = self.held.missing(self.written)
+            answer |= {"missing": len(missing), "such as": missing[:LISTED]}
         return answer
+
+    def look(self, model: torch.nn.Module) -> None:
+        """Look at the model's parameters. Forget all plans if they are elsewhere than before."""
+        before, self.held = self.held, Held.by(model)
+        if self.held.addresses != before.addresses:
+            self.layouts.clear()
 
 
 def record(

@@ -17,8 +17,9 @@ from millrace_samples import SampledPlaces, separated
 from millrace_words import listed
 
 from .dry_run import Description, Sent, described
+from .held import Held
 from .plan import Plan, plan_of
-from .recording import Copy, Memory, Recording, is_needed
+from .recording import Copy, Memory, Recording
 
 LISTED = 5  # names in an answer
 
@@ -48,20 +49,20 @@ class Layout:
 class Parts:
     """What is known of one model and its open update.
 
-    sent: the tensors of an update. description: what this rank copies of them, found when the parameters had these
-    `addresses`. written: how many elements of each parameter the open update has written.
+    sent: the tensors of an update. description: what this rank copies of them. held: the parameters that it was found
+    for. written: how many elements of each parameter the open update has written.
     """
 
     sent: tuple[Sent, ...] = ()
     description: Description | None = None
-    addresses: Mapping[str, int] = field(default_factory=dict)
+    held: Held = field(default_factory=lambda: Held({}, {}))
     layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
     update: str = ""
     written: Counter[str] = field(default_factory=Counter)
 
     def describe(self, model: torch.nn.Module, sent: Sequence[Sent]) -> Mapping[str, object]:
         """Return the boxes of each tensor that this rank needs, in the tensors' order, or why that can't be said."""
-        self.sent, self.addresses, self.update = tuple(sent), addresses_of(model), ""
+        self.sent, self.held, self.update = tuple(sent), Held.by(model), ""
         self.layouts.clear()
         found = described(getattr(model, "load_weights", None), Memory(model.named_parameters()), sent)
         if isinstance(found, str):
@@ -72,7 +73,7 @@ class Parts:
 
     def load(self, model: torch.nn.Module, update: str, text: str, bucket: torch.Tensor) -> Mapping[str, object]:
         """Load a bucket of parts, [nbytes] uint8, and return the answer. Raises ValueError if it can't be loaded."""
-        if self.description is not None and self.addresses != addresses_of(model):
+        if update != self.update and self.description is not None and self.held.addresses != Held.by(model).addresses:
             self.describe(model, self.sent)
         if self.description is None:
             raise ValueError("this rank has not said which parts it needs")
@@ -85,12 +86,12 @@ class Parts:
         samples = layout.places.begin(bucket)
         if layout.plan.copies:  # another rank may have a part in a bucket that has none for this one
             layout.plan.run(bucket)
-        if wrong := layout.plan.compare(bucket)():
+        differing = layout.plan.compare(bucket)
+        samples_of = dict(zip(layout.labels, separated(samples()), strict=True))
+        if wrong := differing():
             raise ValueError(f"{listed(wrong)} do not hold what was copied into them")
         self.written.update(layout.plan.elements)
-        parameters = model.named_parameters()
-        missing = sorted(n for n, one in parameters if self.written[n] < one.numel() and is_needed(one))
-        samples_of = dict(zip(layout.labels, separated(samples()), strict=True))
+        missing = self.held.missing(self.written)
         return {"samples": samples_of, "missing": len(missing), "such as": missing[:LISTED]}
 
 
@@ -138,8 +139,3 @@ def plan_of_parts(parts: Sequence[Part], description: Description) -> Plan:
     if isinstance(plan, str):
         raise ValueError(plan)
     return plan
-
-
-def addresses_of(model: torch.nn.Module) -> dict[str, int]:
-    """Return where the model's parameters are in memory."""
-    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from millrace_chunks import Elements, usable
 from millrace_copies import Copies, Slice, as_dtype, copy_out, fused
 from millrace_samples import integer_dtype
 
@@ -19,21 +20,30 @@ SAMPLED = {1: (128,), 2: (8, 16), 3: (4, 4, 8)}  # about so many places along ea
 class Samples:
     """Evenly spread elements of parameters of one dtype, and where they come from.
 
-    held: for each parameter its name, its memory as [elements], and the positions of its samples there. sent: the
-    positions of all samples in the bucket, in elements of `dtype`.
+    held: for each parameter its name, its memory as [elements], and the positions of its samples there. at_once: all
+    these elements, where one kernel can read them. sent: the positions of all samples in the bucket, in elements of
+    `dtype`.
     """
 
     dtype: torch.dtype
     held: tuple[tuple[str, torch.Tensor, torch.Tensor], ...]
+    at_once: Elements | None
     sent: torch.Tensor
 
     def unlike(self, bucket: torch.Tensor) -> torch.Tensor:
         """Return which samples differ from the bucket's content, as it is in the parameters' dtype: [n] bool."""
-        held = torch.cat([memory.index_select(0, places) for _, memory, places in self.held])
-        sent = as_dtype(bucket, self.dtype).index_select(0, self.sent).to(held.dtype)
-        integers = integer_dtype(held.itemsize)
-        differs: torch.Tensor = held.view(integers) != sent.view(integers)
+        dtype = self.held[0][1].dtype
+        integers = integer_dtype(dtype.itemsize)
+        sent = as_dtype(bucket, self.dtype).index_select(0, self.sent).to(dtype).view(integers)
+        differs: torch.Tensor = self._read(integers) != sent
         return differs
+
+    def _read(self, integers: torch.dtype) -> torch.Tensor:
+        """Return what the parameters hold, as integers: [n]."""
+        if self.at_once is not None:
+            held: torch.Tensor = self.at_once.read()
+            return held
+        return torch.cat([memory.index_select(0, places) for _, memory, places in self.held]).view(integers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +115,16 @@ def samples_of(copies: Sequence[Copy]) -> Iterator[Samples]:
             memory = target.as_strided((target.untyped_storage().nbytes() // target.itemsize,), (1,), 0)
             held.append((parameter, memory, torch.cat(places).to(target.device)))
             sent += [positions(one.shape, one.stride, one.offset // dtype.itemsize) for one in some]
-        yield Samples(dtype, tuple(held), torch.cat(sent).to(target.device))
+        yield Samples(dtype, tuple(held), elements_of(held), torch.cat(sent).to(target.device))
+
+
+def elements_of(held: Sequence[tuple[str, torch.Tensor, torch.Tensor]]) -> Elements | None:
+    """Return the elements of parameters (see `Samples.held`), to read them by one kernel; None if there is none."""
+    (_, first, _), *_ = held
+    if not usable(first.device):
+        return None
+    addresses = torch.cat([memory.data_ptr() + places * memory.itemsize for _, memory, places in held])
+    return Elements(addresses, integer_dtype(first.itemsize))
 
 
 def positions(shape: Sequence[int], stride: Sequence[int], start: int) -> torch.Tensor:

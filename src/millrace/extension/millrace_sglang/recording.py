@@ -118,12 +118,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recording.copies.append(made)
 
 
-def is_needed(parameter: torch.Tensor) -> bool:
-    """Return whether a whole version has content for a parameter. SGLang marks those that few checkpoints have, such as
-    the scales of a KV cache, and sets them itself."""
-    return not getattr(parameter, "_skip_weight_check", False)
-
-
 def span(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the addresses of a tensor's first byte and of the end of its last one."""
     if not tensor.numel():
