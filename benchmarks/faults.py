@@ -101,7 +101,7 @@ async def recover(config: EngineConfig) -> Recovered:
             config, model_path, log_dir=place, folder=folder, restarts=1, event_log=event_log
         ) as fleet:
             await fleet.publish(tensors, 1)
-            assert await fleet._versions.secured() is None
+            assert await fleet._versions.storing.secured() is None
             [name] = fleet.engines
             killed = time.time()
             kill(fleet, name)

@@ -277,7 +277,7 @@ class Machine:
     async def _corrupt_store(self, name: str) -> Statuses:
         if not self._oracle.published or self._oracle.store_corrupted:
             return self._oracle.unchanged()
-        assert await self._fleet._versions.secured() is None
+        assert await self._fleet._versions.storing.secured() is None
         corrupt_folder(
             self._place / "versions" / f"version-{self._oracle.published:08d}",
             Corruption(None, not self._oracle.can_roll_back),

@@ -6,24 +6,23 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace.engines.base import Engine
 from millrace.engines.start import Replica
-from millrace.errors import DataError, EngineError, EngineFailed, PublishError
-from millrace.fleet.lora import PublishedLoras, read_lora
+from millrace.errors import EngineError, EngineFailed, PublishError
+from millrace.fleet.checkpoint import Checkpoint
+from millrace.fleet.lora import PublishedLoras
 from millrace.fleet.origin import Origin
 from millrace.fleet.replica_state import Attested, Based, Event, Quarantined, WeightsLost, verdict
 from millrace.fleet.republish import Republishable
+from millrace.fleet.storing import Storing
 from millrace.imports import needs_extra
-from millrace.model_config import read_quantization
 from millrace.types import Capability, LoraConfig
 from millrace.weights.audit import Samples, samples_for
-from millrace.weights.cast import Dtypes, cast, dtypes_of
+from millrace.weights.cast import Dtypes
 from millrace.weights.fingerprint import Fingerprint
 from millrace.weights.folder import FolderTensors
-from millrace.weights.plan import buckets
 from millrace.weights.publisher import Outcome, Publish
 from millrace.weights.report import PublishReport
 from millrace.weights.shards import way_for
@@ -33,13 +32,9 @@ from millrace.weights.transports.folder import FolderTransport
 from millrace.weights.transports.peer import PeerTransport
 
 if TYPE_CHECKING:
-    import torch
-
     from millrace.weights.store import VersionStore
-    from millrace.weights.trained import Trained
 
 PEER_SHARE = 0.5  # of the time for an engine to catch up: the rest is for the other ways
-STORE_DEADLINE = 120.0  # seconds for the store to make a version durable
 
 logger = logging.getLogger(__name__)
 
@@ -61,26 +56,25 @@ class Versions:
     ) -> None:
         self.transport, self.store, self._apply, self.frozen = transport, store, apply, frozen
         self.changing = asyncio.Lock()  # locked while the weights or memory of engines change
-        self._securing: asyncio.Task[None] | None = None  # makes the last version durable in the store
+        self.storing = Storing(store)
         self._publishing = False
-        self._origin: Origin | None = None
-        self._trained: Trained | None = None  # read when the first version is published
+        self._checkpoint = Checkpoint()
         self._base: int | None = None  # the last whole version
         self._record: tuple[int, Mapping[str, str]] | None = None  # a published version's checksums, by tensor
         self._republishable: Republishable | None = None  # the trainer's current weights
         self.loras = PublishedLoras(store.folder if store is not None else None, apply)
 
+    @property
+    def _origin(self) -> Origin | None:
+        """The weights with which the engines start; None if they are not known."""
+        return self._checkpoint.origin
+
     async def close(self) -> None:
         """Wait for the background work, and close the transport and the store."""
-        try:
-            await self.secured()
-        except PublishError as error:
-            logger.error("%s", error)
         await self.loras.close()
         if self.transport is not None:
             await self.transport.close()
-        if self.store is not None:
-            self.store.close()
+        await self.storing.close()
 
     @property
     def published(self) -> bool:
@@ -116,7 +110,7 @@ class Versions:
 
     def begin_with(self, origin: Origin) -> None:
         """Set the weights with which the engines start."""
-        self._origin, self._base = origin, origin.version
+        self._checkpoint.origin, self._base = origin, origin.version
 
     async def recognize(self, replica: Replica, origin: Origin) -> None:
         """Take an engine into rotation that holds the weights of the model's folder.
@@ -163,26 +157,22 @@ class Versions:
         self.require_next(version)
         source = given.opened()
         transport = self._require_transport()
-        if self.store is not None and source.once:
-            raise PublishError(
-                "versions are stored (publish.folder), which needs the tensors twice, and an iterator can be read only "
-                "once; publish list(model.named_parameters())"
-            )
+        self.storing.require_twice(source)
         engines = targets()
 
         async with self._alone():
-            unstored = await self.secured(deadline)
-            if self.store is not None:
-                await asyncio.to_thread(self.store.discard)  # an unfinished version of a failed publish
+            unstored = await self.storing.ready(deadline)
             samples = samples_for(version, {target.engine.name: target.info for target in engines})
-            source = await asyncio.to_thread(self._as_checkpoint, source, engines, require_finite, samples)
+            source = await asyncio.to_thread(
+                self._checkpoint.whole, source, engines, require_finite=require_finite, samples=samples
+            )
             again = Republishable(given, version) if given.function is not None else None
             fingerprint = again.fingerprint if again is not None else None
             report = await self._bring(
                 transport, engines, source, Attested(version), bucket_bytes, deadline, fingerprint, samples
             )
             self._republishable = again
-            unstored = await self._keep(version, source, bucket_bytes) or unstored
+            unstored = await self.storing.keep(version, source, bucket_bytes) or unstored
         return replace(report, unstored=unstored)
 
     async def publish_lora(
@@ -200,7 +190,9 @@ class Versions:
         self.require_next(version)
         engines, started = targets(), time.monotonic()
         async with self._alone():
-            named = await asyncio.to_thread(self._checked, source, config, engines, require_finite)
+            named = await asyncio.to_thread(
+                self._checkpoint.lora, source, engines, config=config, require_finite=require_finite
+            )
             async with self.loras.written(engines, version, named, config) as lora:
                 staged = time.monotonic() - started
                 reports = await self.loras.lay_over(engines, lora, self._base, bases(), started + deadline)
@@ -224,7 +216,7 @@ class Versions:
         peers: returns the engines that serve a whole version. The caller holds the lock `changing`.
         """
         ends = time.monotonic() + deadline
-        await self.secured(deadline)
+        await self.storing.secured(deadline)
         name, base, lora = started.engine.name, self._base, self.loras.current
         assert base is not None or lora is None
         if base is None:
@@ -288,7 +280,9 @@ class Versions:
 
         async def bring(source: WeightSource) -> None:
             samples = samples_for(version, {name: target.info})
-            source = await asyncio.to_thread(self._as_checkpoint, source, [target], False, samples)
+            source = await asyncio.to_thread(
+                self._checkpoint.whole, source, [target], require_finite=False, samples=samples
+            )
             await self._bring(transport, [target], source, brought, bucket_bytes, deadline, fingerprint, samples)
 
         return await again.publish(name, bring)
@@ -386,93 +380,6 @@ class Versions:
             if engine.audit is not None:
                 logger.info("version %d: %s holds %s", version, engine.engine, engine.audit)
         return report
-
-    async def _keep(self, version: int, source: WeightSource, bucket_bytes: int) -> str | None:
-        """Write the version to the store, and make it durable in the background. Return the reason if that failed."""
-        if self.store is None:
-            return None
-        try:
-            await asyncio.to_thread(self.store.write, version, buckets(source, bucket_bytes))
-        except PublishError as error:
-            logger.error("version %d is not stored: %s", version, error)
-            return str(error)
-        self._securing = asyncio.create_task(asyncio.to_thread(self.store.secure, version))
-        return None
-
-    async def secured(self, deadline: float = STORE_DEADLINE) -> str | None:
-        """Wait until the last version is durable in the store. Return the reason if that failed.
-
-        Raises PublishError if it takes longer than `deadline` seconds; the store can't be used until then.
-        """
-        if self._securing is None:
-            return None
-        try:
-            async with asyncio.timeout(deadline):
-                await asyncio.shield(self._securing)
-        except TimeoutError:
-            raise PublishError(f"the store is still busy with the last version after {deadline:.0f} s") from None
-        except PublishError as error:
-            logger.error("%s", error)
-            self._securing = None
-            return str(error)
-        self._securing = None  # not earlier, since this wait may be cancelled
-        return None
-
-    def _as_checkpoint(
-        self,
-        given: WeightSource,
-        engines: Sequence[PublishTarget],
-        require_finite: bool,
-        samples: Samples | None,
-    ) -> WeightSource:
-        """Return the tensors with the checkpoint's names, in the engines' dtypes, quantised where the folder is.
-
-        samples: keeps elements of them before they are quantised.
-
-        Raises PublishError if the trainer's tensors are not the model's, or not finite.
-        """
-        from millrace.weights.finite import only_finite  # imports torch
-        from millrace.weights.quantised import as_in_folder
-        from millrace.weights.trained import read_trained
-
-        try:
-            if self._trained is None:
-                self._trained = read_trained(self._model_folder(engines))
-            dtypes = self._dtypes_of(engines)
-            source = self._trained.tensors(given)
-            if require_finite:
-                source = only_finite(source, dtypes)
-            if samples is not None:
-                quantization = read_quantization(self._model_folder(engines))
-                source = as_in_folder(source, self._trained.stored, quantization, samples)
-            return cast(source, dtypes)
-        except DataError as error:
-            raise PublishError(str(error)) from error
-
-    def _dtypes_of(self, engines: Sequence[PublishTarget]) -> Dtypes:
-        if self._origin is not None:
-            return self._origin.dtypes
-        return dtypes_of(engines[0].info, self._model_folder(engines))
-
-    def _model_folder(self, engines: Sequence[PublishTarget]) -> Path:
-        """Return the folder of the engines' model, which may not exist on this host."""
-        return self._origin.folder if self._origin is not None else Path(engines[0].info.model_path)
-
-    def _checked(
-        self,
-        source: WeightSource,
-        config: LoraConfig,
-        engines: Sequence[PublishTarget],
-        require_finite: bool,
-    ) -> "dict[str, torch.Tensor]":
-        """Return the adapter's tensors, by name. Raises PublishError if they don't fit the engines' weights, or are not
-        finite."""
-        tensors = read_lora(source, config, engines, self._model_folder(engines))
-        if require_finite:
-            from millrace.weights.finite import only_finite  # imports torch
-
-            only_finite(source_of(tensors.items()), self._dtypes_of(engines))
-        return tensors
 
     def _require_transport(self) -> Transport:
         """Return the transport. Raises PublishError if there is none, and ConfigError if torch is not installed."""
