@@ -14,19 +14,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 NUMBERS = itertools.count(os.getpid() % 200)  # of networks, so that runs beside each other have different ones
 DEADLINE = 20.0
 MOUNTS = "mount -t tmpfs none /dev/shm && mount -t sysfs none /sys"
 READY = f"{MOUNTS} && ip link set lo up && echo ready && exec sleep infinity"
 
 
-def why_no_hosts() -> str | None:
-    """Return why this machine can't have such hosts; None if it can."""
-    try:
-        with network(1):
-            return None
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"no network namespaces can be made here: {getattr(error, 'stderr', None) or error}"
+@contextmanager
+def hosts_or_skip(count: int) -> Iterator[list["Host"]]:
+    """Yield so many hosts. Skip the test if this machine can't have them."""
+    with ExitStack() as opened:
+        try:
+            hosts = opened.enter_context(network(count))
+        except (OSError, subprocess.SubprocessError) as error:
+            pytest.skip(f"no network namespaces can be made here: {getattr(error, 'stderr', None) or error}")
+        yield hosts
 
 
 def command(*words: str) -> None:

@@ -20,7 +20,7 @@ from millrace.rollout.problems import generate_problems
 from millrace.rollout.sample import Sample, SampleStatus
 from millrace.rollout.scheduler import RolloutScheduler
 from tests.chaos.faults import WAIT, Run, check, publish, until_all_serve
-from tests.hosts.network import Host, network, why_no_hosts
+from tests.hosts.network import Host, hosts_or_skip
 from tests.hosts.test_hosts import keys, start_engine
 from tests.rollout.test_scheduler import make_runner
 
@@ -48,9 +48,7 @@ async def lose_power(run: Run, host: Host, model: Path, logs: Path) -> None:
 
 @pytest.fixture
 def three_hosts() -> Iterator[list[Host]]:
-    if (why := why_no_hosts()) is not None:
-        pytest.skip(why)
-    with network(3) as made:
+    with hosts_or_skip(3) as made:
         yield made
 
 

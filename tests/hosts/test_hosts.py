@@ -28,7 +28,7 @@ from millrace.launch.ports import listens
 from millrace.launch.process import Server, ServerProcess
 from millrace.weights.sidecar.server import SIDECAR_KEY
 from tests.fleet.test_fleet import expected, greedy, tensors
-from tests.hosts.network import Host, network, why_no_hosts
+from tests.hosts.network import Host, hosts_or_skip
 
 PORT, SIDECAR_PORT = 8000, 8400
 BUCKET = 64 * 1024  # bytes; the tiny model takes several buckets
@@ -38,9 +38,7 @@ REQUESTS, TOKENS = 16, 200
 
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
-    if (why := why_no_hosts()) is not None:
-        pytest.skip(why)
-    with network(2) as made:
+    with hosts_or_skip(2) as made:
         yield made
 
 
