@@ -3,18 +3,22 @@ with whole fleets."""
 
 import asyncio
 import itertools
+import socket
 import stat
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import orjson
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from millrace.config.engines import EmbeddedEngineConfig
 from millrace.errors import (
     DataError,
     EngineError,
@@ -22,17 +26,24 @@ from millrace.errors import (
     EngineRefused,
     EngineTimeout,
     EngineUnreachable,
+    LaunchError,
     NoEngineError,
     PublishError,
 )
 from millrace.fleet.event_log import REMEMBERED, REQUEST_BOUNDS, EventLog, Outcome, Spans
+from millrace.fleet.local import open_fleet
 from millrace.fleet.replica_state import Attested, Died, Event, Phase, ReplicaState, Slept, Woke, after
+from millrace.http.serving import serving
+from millrace.launch.ports import url_of
+from millrace.serve.server import bind
 from millrace.types import FinishReason, Generation
 from millrace.weights.report import EngineReport, PublishReport
 
 
 def lines(path: Path) -> list[dict[str, object]]:
-    return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    """The events of a log, without its first and its last."""
+    records: list[dict[str, object]] = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    return [record for record in records if record["kind"] not in ("opened", "closed")]
 
 
 def generation(reason: FinishReason = FinishReason.STOP) -> Generation:
@@ -109,6 +120,80 @@ def test_every_state_that_a_replica_comes_into_is_counted_and_remembered_once(ev
         assert event_log.metrics.entered["e0", phase] == [states[0].phase, *moved].count(phase)
     assert [e.fields["state"] for e in event_log.newest] == [states[0].phase, *moved]
     assert event_log.metrics.newest == max((s.version for s in states if s.version is not None), default=None)
+
+
+async def test_the_start_of_an_engine_is_recorded_when_it_begins(tiny_model: Path, tmp_path: Path) -> None:
+    asked_at = asyncio.get_running_loop().create_future()
+
+    async def never(_: web.Request) -> web.Response:
+        asked_at.set_result(time.time())
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", never)
+    with bind("127.0.0.1", 0, "an engine", "--port") as sock, EventLog(tmp_path / "events.jsonl") as event_log:
+        async with serving(app, sock, cancel=True):
+            config = EmbeddedEngineConfig(kind="embedded", urls=(url_of(*sock.getsockname()[:2]),))
+            opening = asyncio.create_task(open_nothing(config, tiny_model, tmp_path, event_log))
+            async with asyncio.timeout(60):
+                await asyncio.wait([opening, asked_at], return_when=asyncio.FIRST_COMPLETED)
+            [started] = lines(tmp_path / "events.jsonl")  # the engine has not answered yet
+            assert (started["engine"], started["state"], started["was"]) == ("embedded-0", "starting", None)
+            assert isinstance(started["at"], float)
+            assert started["at"] <= asked_at.result() + 0.001
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+
+
+async def open_nothing(config: EmbeddedEngineConfig, model: Path, folder: Path, event_log: EventLog) -> None:
+    async with open_fleet(config, model, log_dir=folder, event_log=event_log):
+        pass
+
+
+async def test_an_engine_has_one_start_in_the_log(tiny_model: Path, tmp_path: Path) -> None:
+    with EventLog(tmp_path / "events.jsonl") as event_log:
+        await open_nothing(EmbeddedEngineConfig(kind="embedded", threads=1), tiny_model, tmp_path, event_log)
+        assert event_log.metrics.entered["embedded-0", Phase.STARTING] == 1
+    told = [line for line in lines(tmp_path / "events.jsonl") if line["kind"] == "member"]
+    assert [(line["state"], line["was"]) for line in told] == [("starting", None), ("ready", "starting")]
+
+
+async def test_an_engine_whose_start_fails_is_recorded_as_dead(tiny_model: Path, tmp_path: Path) -> None:
+    with EventLog(tmp_path / "events.jsonl") as event_log, socket.create_server(("127.0.0.1", 0)) as taken:
+        config = EmbeddedEngineConfig(kind="embedded", ports=(taken.getsockname()[1],))
+        with pytest.raises(LaunchError):
+            await open_nothing(config, tiny_model, tmp_path, event_log)
+    started, dead = lines(tmp_path / "events.jsonl")
+    assert (started["state"], dead["state"], dead["was"]) == ("starting", "dead", "starting")
+    assert "already in use" in str(dead["reason"])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (None, None),
+        (KeyboardInterrupt(), "interrupted"),
+        (asyncio.CancelledError(), "interrupted"),
+        (NoEngineError("no engine is left: e0 (dead)\nand more lines"), "no engine is left: e0 (dead)"),
+        (ValueError("the prompt is SECRET"), "ValueError"),
+    ],
+    ids=repr,
+)
+def test_the_file_says_when_and_why_the_process_ended(
+    tmp_path: Path, error: BaseException | None, reason: str | None
+) -> None:
+    for _ in range(2):  # a run that is resumed
+        with (
+            pytest.raises(type(error)) if error is not None else nullcontext(),
+            EventLog(tmp_path / "events.jsonl") as event_log,
+        ):
+            event_log.emit("tick")
+            if error is not None:
+                raise error
+    records = [orjson.loads(line) for line in (tmp_path / "events.jsonl").read_bytes().splitlines()]
+    assert [record["kind"] for record in records] == ["opened", "tick", "closed"] * 2
+    assert [record["reason"] for record in records if record["kind"] == "closed"] == [reason, reason]
 
 
 def report(version: int, errors: dict[str, EngineError | None]) -> PublishReport:
@@ -214,6 +299,6 @@ def test_a_full_disk_ends_nothing_is_said_once_and_leaves_every_later_line_whole
     path = tmp_path / "events.jsonl"
     said = subprocess.run([sys.executable, "-c", FULL, path], capture_output=True, text=True, check=True, timeout=60)
     assert said.stdout.count("can't be written") == 1
-    first, torn, last = path.read_bytes().splitlines()
+    _, first, torn, last, _ = path.read_bytes().splitlines()
     assert (orjson.loads(first)["kind"], orjson.loads(last)["kind"]) == ("before", "after")
     assert len(torn) == 10

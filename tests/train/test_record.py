@@ -1,5 +1,6 @@
 """The records that a resumed run keeps."""
 
+from contextlib import closing
 from pathlib import Path
 
 import orjson
@@ -82,7 +83,7 @@ def test_a_run_goes_on_with_torn_files_and_says_what_it_dropped(
     names = ("metrics.jsonl", "advice.jsonl", "events.jsonl")
     for name in names:
         (tmp_path / "run" / name).write_bytes(RECORDS + b'{"step": 3, "w' + b"\0" * 9)
-    with RunFolder(config, resume=True).create(), EventLog(tmp_path / "run" / "events.jsonl"):
+    with RunFolder(config, resume=True).create(), closing(EventLog(tmp_path / "run" / "events.jsonl")):
         RunFolder(config, resume=True).forget_after(3)
     for name in names:
         assert (tmp_path / "run" / name).read_bytes() == RECORDS

@@ -50,11 +50,20 @@ class Writer:
         self.clock = time.time() - 3600 if started is None else started
         (folder / "samples").mkdir(parents=True)
         (folder / "config.yaml").write_text(f"name: {folder.name}\nmode: standalone\n")
+        self.opened()
+        self.line("metrics.jsonl", {"step": 0, "weight_version": 1, "accuracy": 0.19, "reward": None})
+
+    def opened(self) -> None:
+        """A process begins, and its engines start."""
+        self.event("opened")
         for number, engine in enumerate(ENGINES):
             self.member(engine, "starting", None, None)
             self.clock += 1.5 + number
             self.member(engine, "ready", "starting", None)
-        self.line("metrics.jsonl", {"step": 0, "weight_version": 1, "accuracy": 0.19, "reward": None})
+
+    def closed(self, reason: str | None = None) -> None:
+        """The process ends."""
+        self.event("closed", reason=reason)
 
     def line(self, name: str, record: dict[str, Any]) -> None:
         with (self.folder / name).open("a") as file:

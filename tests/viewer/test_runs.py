@@ -8,7 +8,7 @@ from millrace.errors import ConfigError
 from millrace.viewer import runs as module
 from millrace.viewer.following import Follower
 from millrace.viewer.runs import RunFiles, find_runs
-from millrace.viewer.timeline import Timeline, coarser, joined
+from millrace.viewer.timeline import Span, Timeline, coarser, joined
 from tests.viewer.runs import Writer
 
 
@@ -161,17 +161,30 @@ def test_events_that_are_not_understood_are_left_out() -> None:
     assert (line.first, line.last) == (4.0, 4.0)
 
 
-def test_an_engine_of_another_process_begins_anew() -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_between_two_processes_an_engine_does_not_run(killed: bool) -> None:
     line = Timeline()
     member = {"kind": "member", "engine": "a", "was": None, "version": 1, "asleep": None, "reason": None}
     line.add([
+        {"at": 0.5, "kind": "opened", "engine": None},
         {**member, "at": 1.0, "state": "starting"}, {**member, "at": 2.0, "state": "ready", "was": "starting"},
-        {"at": 5.0, "kind": "restart", "engine": "a"}, {**member, "at": 900.0, "state": "starting"},
+        {"at": 5.0, "kind": "restart", "engine": "a"},
+        *([] if killed else [{"at": 5.0, "kind": "closed", "engine": None, "reason": None}]),
+        {"at": 899.0, "kind": "opened", "engine": None}, {**member, "at": 900.0, "state": "starting"},
+        {**member, "at": 910.0, "state": "ready", "was": "starting"}, {"at": 920.0, "kind": "closed", "engine": None},
     ])  # fmt: skip
     spans = line.window(0, 1000)[0]["spans"]
     assert [(kind, start, end) for kind, start, end, _ in spans] == [
-        ("loading", 1.0, 2.0), ("ready", 2.0, 5.0), ("loading", 900.0, 900.0)
+        ("loading", 1.0, 2.0), ("ready", 2.0, 5.0), ("gone", 5.0, 900.0), ("loading", 900.0, 910.0),
+        ("ready", 910.0, 920.0), ("gone", 920.0, 920.0),
     ]  # fmt: skip
+    assert [engine["state"] for engine in line.table()] == ["gone"]
+
+
+def test_a_time_in_which_an_engine_was_not_in_the_fleet_stays_empty_far_out() -> None:
+    spans = [Span("loading", 0.0, 1.0), Span("ready", 1.0, 2.0), Span("loading", 900.0, 901.0), Span("ready", 901, 902)]
+    bars = coarser(spans, 10.0, 1000)
+    assert [(start, end) for _, start, end, _ in bars] == [(0.0, 2.0), (900.0, 902)]
 
 
 def test_many_spans_are_drawn_together_and_a_death_stays() -> None:

@@ -4,25 +4,21 @@ No event contains a prompt, a token or a key.
 """
 
 import asyncio
-import logging
-import os
 import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import orjson
-
-from millrace.errors import DataError, EngineRefused, EngineTimeout, LocalError, NoEngineError
+from millrace.errors import EngineRefused, EngineTimeout, LocalError, MillraceError, NoEngineError
+from millrace.fleet.event_file import EventFile, Value
 from millrace.fleet.labels import Label
 from millrace.fleet.replica_state import Phase, ReplicaState
 from millrace.fleet.routing import Why
-from millrace.jsonl import drop_torn_tail
 from millrace.tracing import Attributes, span, trace
 from millrace.types import FinishReason, Generation
 
@@ -33,9 +29,6 @@ REMEMBERED = 200  # newest events, for pages that show them and readers that mis
 REASON_LIMIT = 500  # characters; a reason may end with lines of a server's log
 # Upper bounds in seconds, from one short turn to the deadline of an episode. The slowest requests delay a step most.
 REQUEST_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0)
-
-Value = str | int | float | bool | None
-logger = logging.getLogger(__name__)
 
 
 class Outcome(StrEnum):
@@ -150,7 +143,7 @@ class Publishing:
 class EventLog:
     """The totals, the newest events and, with `path`, a JSON Lines file with one event a line.
 
-    An event log belongs to one event loop, and the code that opens it also closes it:
+    An event log belongs to one event loop. The code that opens it also closes it, and the file says when:
 
         with EventLog(Path("events.jsonl")) as event_log:
             async with open_fleet(config, model_path, log_dir="logs", event_log=event_log) as fleet:
@@ -164,35 +157,49 @@ class EventLog:
     def __init__(self, path: Path | None = None) -> None:
         self.metrics = Metrics()
         self.newest: deque[Entry] = deque(maxlen=REMEMBERED)
-        self._path = path
-        self._torn = False  # the file ends in the middle of a line
-        self._file: int | None = None
-        if path is not None:
-            try:
-                drop_torn_tail(path)
-                # Reasons quote the servers' answers, so only this user may read the file, as with the engines' logs.
-                self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            except OSError as error:
-                raise DataError(f"{path} can't be written: {error.strerror}") from error
+        self._file = None if path is None else EventFile(path)
+        self._starting: set[str] = set()  # engines whose start was recorded, and that are not in the fleet yet
 
     def __enter__(self) -> "EventLog":
+        if self._file is not None:
+            self._write("opened", None, {})
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._file is not None:
+            self._write("closed", None, {"reason": None if error is None else _end(error)})
         self.close()
 
     def close(self) -> None:
         """Close the file. Later events are counted, but not written."""
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file = None
 
     def emit(self, kind: str, engine: str | None = None, **fields: Value) -> None:
         """Record an event: write it to the file, and keep it among the newest."""
         self.newest.append(self._write(kind, engine, fields))
 
+    @contextmanager
+    def starting(self, engine: str) -> Iterator[None]:
+        """Return a context for the start of an engine, which is recorded as it begins. If it fails, the engine is
+        recorded as dead. A fleet learns of the engine afterwards."""
+        state = ReplicaState(engine, "")
+        self._starting.discard(engine)
+        self.changed(None, state)
+        self._starting.add(engine)
+        try:
+            yield
+        except Exception as error:
+            self._starting.discard(engine)
+            self._member(replace(state, phase=Phase.DEAD, reason=reason_of(error)), state.phase)
+            raise
+
     def changed(self, before: ReplicaState | None, after: ReplicaState) -> None:
         """Record that the state of an engine has changed, or that the engine is new (`before` is None)."""
+        if before is None and after.name in self._starting:
+            self._starting.discard(after.name)
+            return
         moved = before is None or before.phase is not after.phase
         if moved:
             self.metrics.entered[after.name, after.phase] += 1
@@ -200,16 +207,19 @@ class EventLog:
             self._learn(after.version)
         if before is not None and _visible(before) == _visible(after):
             return
-        fields: dict[str, Value] = {
-            "state": after.phase.value,
-            "was": before.phase.value if before is not None and moved else None,
-            "version": after.version,
-            "asleep": " ".join(sorted(after.asleep)) or None,
-            "reason": after.reason[:REASON_LIMIT] if after.reason else None,
-        }
-        entry = self._write("member", after.name, fields)
+        entry = self._member(after, before.phase if before is not None and moved else None)
         if moved:  # sleep, waking and new versions are part of every training step
             self.newest.append(entry)
+
+    def _member(self, state: ReplicaState, was: Phase | None) -> Entry:
+        fields: dict[str, Value] = {
+            "state": state.phase.value,
+            "was": None if was is None else was.value,
+            "version": state.version,
+            "asleep": " ".join(sorted(state.asleep)) or None,
+            "reason": state.reason[:REASON_LIMIT] if state.reason else None,
+        }
+        return self._write("member", state.name, fields)
 
     def removed(self, engine: str) -> None:
         """Record that the engine has left the fleet."""
@@ -350,29 +360,18 @@ class EventLog:
         self.metrics.newest = version if self.metrics.newest is None else max(version, self.metrics.newest)
 
     def _write(self, kind: str, engine: str | None, fields: Mapping[str, Value]) -> Entry:
-        """Write an event as one line with one system call, so that SIGKILL can't cut it."""
+        """Write an event to the file, if there is one."""
         entry = Entry(round(time.time(), 3), kind, engine, fields)
-        if self._file is None:
-            return entry
-        record = {"at": entry.at, "kind": kind, "engine": engine, **fields}
-        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
-        if self._torn:
-            line = b"\n" + line  # so that the torn line stays on a line of its own
-        written, reason = 0, "there is no space for a whole line"
-        try:
-            written = os.write(self._file, line)
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if written < len(line):
-            if not self.metrics.unwritten:
-                logger.error(
-                    "%s can't be written: %s; the run continues, and events will be missing from the file",
-                    self._path,
-                    reason,
-                )
+        if self._file is not None and not self._file.write({"at": entry.at, "kind": kind, "engine": engine, **fields}):
             self.metrics.unwritten += 1
-        self._torn = written < len(line) and (written > 0 or self._torn)
         return entry
+
+
+def _end(error: BaseException) -> str:
+    """Return why a process ended, in words. The message of an error that is not Millrace's may quote a prompt."""
+    if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+        return "interrupted"
+    return reason_of(error) if isinstance(error, MillraceError) else type(error).__name__
 
 
 def _traced(made: Generation) -> Attributes:

@@ -157,7 +157,8 @@ async def open_fleet(
             record = arguments.path("keep_running", keep_running)
             kept = owned.enter_context(KeptEngines.open(record, orphan_seconds, engine, model))
         launcher = await owned.enter_async_context(open_launcher(engine.launch, engine.cluster))
-        starter = Starter(engine, replace(spec, launcher=launcher), kept)
+        event_log = event_log if event_log is not None else EventLog()
+        starter = Starter(engine, replace(spec, launcher=launcher), kept, event_log)
         started = await starter.start_all()
         try:
             if not frozen:

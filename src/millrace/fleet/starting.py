@@ -11,6 +11,7 @@ from millrace.config.engines import EngineConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import Replica, start
 from millrace.errors import LaunchError
+from millrace.fleet.event_log import EventLog
 from millrace.fleet.kept import KeptEngines
 
 LOG_SECONDS = 5.0  # between messages about the engines that are not up
@@ -20,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 class Starter:
     """Starts the engines of a fleet, or attaches to them. `kept`: records them, and knows those that an earlier owner
-    left."""
+    left. `event_log`: says when each start begins."""
 
-    def __init__(self, config: EngineConfig, spec: LaunchSpec, kept: KeptEngines | None) -> None:
-        self._config, self._spec, self._kept = config, spec, kept
+    def __init__(self, config: EngineConfig, spec: LaunchSpec, kept: KeptEngines | None, event_log: EventLog) -> None:
+        self._config, self._spec, self._kept, self._event_log = config, spec, kept, event_log
 
     async def start_all(self) -> Sequence[Replica]:
         """Start `config.first_replicas` engines, or take over those that an earlier owner left, up to
@@ -45,13 +46,14 @@ class Starter:
         Raises what `millrace.engines.start.start` raises, and LaunchError if the config has no place for it.
         """
         require_place(self._config, number)
-        started = await start(self._config, replace(self._spec, replica=number))
-        if self._kept is not None:
-            try:
-                await self._kept.keep(started)
-            except BaseException:
-                await started.end()
-                raise
+        with self._event_log.starting(self._spec.name(self._config.kind, number)):
+            started = await start(self._config, replace(self._spec, replica=number))
+            if self._kept is not None:
+                try:
+                    await self._kept.keep(started)
+                except BaseException:
+                    await started.end()
+                    raise
         return started
 
     async def _find_or_start(self, name: str, number: int) -> Replica:

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from millrace.fleet.autoscaler import FleetSize
-from millrace.fleet.event_log import Entry, Value
+from millrace.fleet.event_file import Value
+from millrace.fleet.event_log import Entry
 from millrace.fleet.replica_state import Phase
 from millrace.serve.view import EngineView, FleetView
 

@@ -9,7 +9,7 @@ MOST_BUSY = 20_000  # intervals of an engine; if there are more, those that are 
 NEAREST = 0.05  # seconds between two intervals of generating, below which they are one
 LOADING = frozenset({"starting", "catching_up"})
 # What a bar shows that stands for many short spans: the first of these that is among them.
-FOREMOST = ("dead", "quarantined", "suspect", "draining", "loading", "asleep", "ready")
+FOREMOST = ("dead", "quarantined", "suspect", "draining", "gone", "loading", "asleep", "ready")
 LEGS = ("begin", "load", "attest", "commit")
 
 
@@ -96,7 +96,9 @@ class Timeline:
 
     def _take(self, at: float, kind: str, event: Mapping[str, Any]) -> None:
         engine = event.get("engine")
-        if kind == "publish":
+        if kind in ("opened", "closed"):
+            self._between(at if kind == "closed" or self.last is None else self.last)
+        elif kind == "publish":
             self.newest = max(event["version"], self.newest or 0)
             self._sent(event["version"], at - event["seconds"])
         elif kind == "publish_failed":
@@ -108,13 +110,18 @@ class Timeline:
         else:
             self._of_engine(self.lanes.setdefault(engine, Lane(engine)), at, kind, event)
 
+    def _between(self, at: float) -> None:
+        """A process that had engines has ended, and they with it. A process that was killed did not say so."""
+        for lane in self.lanes.values():
+            if not lane.removed:
+                lane.entered("gone", at, None)
+                lane.state, lane.asleep, lane.reason = "gone", None, None
+
     def _of_engine(self, lane: Lane, at: float, kind: str, event: Mapping[str, Any]) -> None:
         if kind == "request":
             self._request(lane, at, event)
         elif kind == "member":
             state, asleep = event["state"], event.get("asleep")
-            if state == "starting" and event.get("was") is None and self.last is not None:
-                lane.left(self.last)  # another process: the one before did not say when it ended
             shown = "loading" if state in LOADING else "asleep" if state == "ready" and asleep else state
             lane.entered(shown, at, event.get("reason"))
             lane.state, lane.asleep, lane.reason = state, asleep, event.get("reason")
@@ -190,7 +197,7 @@ def joined(intervals: Iterable[list[float]], nearest: float) -> list[list[float]
 
 
 def coarser(spans: Iterable[Span], finest: float, last: float) -> list[list[Any]]:
-    """Return spans as [kind, start, end, reason]. Consecutive ones that are shorter than `finest` become one."""
+    """Return spans as [kind, start, end, reason]. Neighbours that are shorter than `finest` become one."""
     made: list[list[Any]] = []
     short: list[list[Any]] = []
 
@@ -203,6 +210,8 @@ def coarser(spans: Iterable[Span], finest: float, last: float) -> list[list[Any]
     for span in spans:
         end = span.end if span.end is not None else max(last, span.start)
         bar = [span.kind, span.start, end, span.reason]
+        if short and span.start - short[-1][2] >= finest:  # the engine was not in the fleet between the two
+            flush()
         if end - span.start >= finest:
             flush()
             made.append(bar)

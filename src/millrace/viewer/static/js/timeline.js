@@ -6,8 +6,8 @@ import { colour, el, fill, put, settled } from "./dom.js";
 import { clock, seconds } from "./format.js";
 
 const LEGS = ["begin", "load", "attest", "commit"];
-const STATES = ["generating", "ready", "paused", "asleep", "loading", "suspect", "draining", "quarantined", "dead"];
-const NAMES = { ready: "idle", loading: "starting, catching up" };
+const STATES = ["generating", "ready", "paused", "asleep", "loading", "suspect", "draining", "quarantined", "dead", "gone"];
+const NAMES = { ready: "idle", loading: "starting, catching up", gone: "not running" };
 const MARGIN = 0.5; // of the window, fetched on each side of it
 const view = { run: "", box: null, made: null, data: null, window: null, fetched: null, key: "" };
 
