@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -110,6 +111,31 @@ async def test_the_fleet_of_an_ended_run_has_a_table_and_lanes(page: Page, tmp_p
         async with page.expect_response(lambda response: "timeline" in response.url and "start=" in response.url):
             await page.mouse.wheel(0, -600)  # zooms, and fetches what the zoom needs
         await expect(page.locator("#events")).to_contain_text("sglang-1 was killed by SIGKILL")
+
+
+async def test_a_run_that_ended_or_was_cut_off_says_so_and_so_do_its_engines(page: Page, tmp_path: Path) -> None:
+    writer = run(tmp_path)
+    async with serve_runs(tmp_path, "127.0.0.1", 0) as url:
+        await page.goto(f"{url}/#fleet")
+        status, engines = page.locator("#status"), page.locator("#engines")
+        await expect(engines).to_contain_text("ready")
+        await expect(status).to_contain_text("now")
+        long_ago = time.time() - 3600
+        for path in writer.folder.iterdir():
+            os.utime(path, (long_ago, long_ago))
+        await expect(status).to_contain_text("no news since")
+        await expect(engines.locator(".s-gone")).to_have_count(3)
+        await expect(engines).to_contain_text("no news, was ready")
+        writer.closed()
+        await expect(status).to_contain_text("ended")
+        await expect(engines.locator("td:has-text('gone')")).to_have_count(3)
+        writer.clock += 600
+        writer.opened()
+        await expect(engines.locator(".s-ready")).to_have_count(3)
+        await expect(page.locator("#lane-legend")).to_contain_text("not running")
+        writer.closed("no engine is left: sglang-0 (dead)")
+        await expect(status).to_contain_text("ended by an error")
+        await expect(page.locator("#as-of")).to_contain_text("no engine is left: sglang-0 (dead)")
 
 
 async def test_filters_sorting_and_pages(page: Page, tmp_path: Path, troubles: list[str]) -> None:

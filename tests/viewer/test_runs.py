@@ -181,6 +181,25 @@ def test_between_two_processes_an_engine_does_not_run(killed: bool) -> None:
     assert [engine["state"] for engine in line.table()] == ["gone"]
 
 
+def test_a_run_says_that_it_has_ended_until_it_is_resumed(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run")
+    writer.steps(2)
+    run = RunFiles("run", writer.folder)
+    assert run.summary()["ended"] is None
+    writer.closed()
+    assert run.summary()["ended"] == {"at": pytest.approx(writer.clock, abs=1e-3), "reason": None}
+    writer.clock += 100
+    writer.opened()
+    assert run.summary()["ended"] is None
+    writer.closed("no engine is left")
+    assert run.summary()["ended"]["reason"] == "no engine is left"
+    with (writer.folder / "events.jsonl").open("a") as file:
+        file.write('{"at": 1.0, "kind": "clo')
+    assert run.summary()["ended"] is None
+    run.refresh(events=True)
+    assert {engine["state"] for engine in run.fleet()["engines"]} == {"gone"}
+
+
 def test_a_time_in_which_an_engine_was_not_in_the_fleet_stays_empty_far_out() -> None:
     spans = [Span("loading", 0.0, 1.0), Span("ready", 1.0, 2.0), Span("loading", 900.0, 901.0), Span("ready", 901, 902)]
     bars = coarser(spans, 10.0, 1000)

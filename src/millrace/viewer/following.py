@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 LARGEST_READ = 8 * 2**20  # bytes in memory at a time
+LAST_BYTES = 4096  # in which the last line is
 LONGEST_LINE = 4 * 2**20  # bytes; a longer one is not a line of a run's file
 
 
@@ -66,6 +67,17 @@ class Follower:
             return None
         lines = "1 line" if self.broken == 1 else f"{self.broken} lines"
         return f"{self.path.name}: {lines} could not be read and were left out, the first is line {self.first_broken}"
+
+    def last(self) -> dict[str, Any] | None:
+        """Return the last object of the file, if it is at its end. It need not have been read. Raises OSError."""
+        with self.path.open("rb") as file:
+            file.seek(max(0, self.path.stat().st_size - LAST_BYTES))
+            lines = file.read(LAST_BYTES).splitlines()
+        try:
+            value = orjson.loads(lines[-1]) if lines else None
+        except orjson.JSONDecodeError:
+            return None
+        return value if isinstance(value, dict) else None
 
     def _parsed(self, line: bytes) -> dict[str, Any] | None:
         self._lines += 1

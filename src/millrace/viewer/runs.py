@@ -193,6 +193,7 @@ class RunFiles:
                 "reward": _last(values.get("reward", ())),
                 "accuracy": _last(values.get("accuracy", ())),
                 "changed_at": self._changed_at(),
+                "ended": self._ended(),
                 "samples": (self.folder / "samples").is_dir(),
                 "advice": len(self.advice),
                 "troubles": self.troubles(),
@@ -204,6 +205,13 @@ class RunFiles:
         with contextlib.suppress(OSError):
             times.append(self._events.path.stat().st_mtime)
         return max(times) or None
+
+    def _ended(self) -> dict[str, Any] | None:
+        """Return when the run ended, and the reason if that was an error. None if it did not say so."""
+        last = None
+        with contextlib.suppress(OSError):
+            last = self._events.last()
+        return {"at": last.get("at"), "reason": last.get("reason")} if last and last.get("kind") == "closed" else None
 
     def metrics_after(self, epoch: int, known: int) -> dict[str, Any]:
         """Return the columns after the first `known` rows, or all of them if the epoch is another one."""

@@ -4,13 +4,15 @@ import { get, whenReachable } from "./api.js";
 import { curves } from "./curves.js";
 import { byId, el, fill } from "./dom.js";
 import { fleet } from "./fleet.js";
-import { ago, known, short, whole } from "./format.js";
+import { known, short, whole } from "./format.js";
+import { lifeOf, news } from "./life.js";
 import { samples } from "./samples.js";
 import { change, hashOf, parameter, state, whenChanged } from "./state.js";
 import { nextTheme, startTheme, whenThemeChanges } from "./theme.js";
 
 const VIEWS = { curves, fleet, samples };
 const EVERY = 2000; // ms between two looks at what is new
+const LIVES = { fresh: "running", ended: "", failed: "failed", silent: "no news" }; // in the list of runs
 const OVERLAID = 6; // runs that are compared at first
 const page = { runs: [], live: false, view: null, shown: null, busy: false, started: false };
 
@@ -92,10 +94,8 @@ function showStatus() {
   if (run && page.runs.length === 1) parts.push(el("b", {}, run.name));
   if (run && known(run.step)) parts.push(el("span", {}, `step ${whole(run.step)}`));
   if (run?.changed_at) {
-    const fresh = Date.now() / 1000 - run.changed_at < 120;
-    parts.push(
-      el("span", { class: fresh ? "fresh" : "", title: "when the run last wrote to its folder" }, ago(run.changed_at)),
-    );
+    const title = run.ended?.reason ?? "when the run last wrote to its folder";
+    parts.push(el("span", { class: lifeOf(run, page.live), title }, news(run, page.live)));
   }
   if (page.live) parts.push(el("span", { class: "live" }, "live"));
   fill(byId("status"), parts);
@@ -133,7 +133,7 @@ function showRuns() {
   const now = current()?.name;
   const { view } = state();
   const order = context().order;
-  const key = JSON.stringify([page.runs.map((run) => [run.name, run.step, run.reward]), chosen, now, view]);
+  const key = JSON.stringify([page.runs.map((run) => [run.name, run.step, run.reward, lifeOf(run, page.live)]), chosen, now, view]);
   if (list.hidden || list.key === key) return;
   list.key = key;
   const focused = document.activeElement?.dataset?.run;
@@ -150,6 +150,7 @@ function runRow(run, chosen, now, view, order) {
   const facts = [
     known(run.step) && `step ${whole(run.step)}`,
     known(run.reward) && `reward ${short(run.reward)}`,
+    LIVES[lifeOf(run, page.live)],
   ].filter(Boolean);
   const texts = [
     el("span", { class: "name", title: run.folder }, run.name),

@@ -3,6 +3,7 @@
 import { get } from "./api.js";
 import { el, fill, put } from "./dom.js";
 import { clock, known, percent, seconds, short, whole } from "./format.js";
+import { lifeOf, news } from "./life.js";
 import { disposeLanes, drawLanes, recolourLanes } from "./timeline.js";
 
 const EVENTS = 40;
@@ -33,21 +34,24 @@ async function update(context) {
   const { live, run } = context;
   const [now, past] = await Promise.all([live ? get("fleet") : null, run ? get("api/fleet", { run: run.name }) : null]);
   if (context !== view.context || !view.root.isConnected) return;
-  show(now, past);
+  show(now, past, run);
   const box = view.root.querySelector("#timeline-box");
   box.hidden = !run;
   if (run) await drawLanes(box, run.name, past.at);
 }
 
-function show(now, past) {
-  const engines = now ? now.engines : (past?.engines ?? []);
+function show(now, past, run) {
+  const silent = !now && run && lifeOf(run, false) === "silent";
+  const engines = now ? now.engines : (past?.engines ?? []).map((one) => ({ ...one, silent }));
   const of = view.root.querySelector("#as-of");
   const parts = [];
   const newest = now?.newest_version ?? past?.newest_version;
   if (known(newest)) parts.push(`newest version ${whole(newest)}`);
   if (now?.size)
     parts.push(`${now.size.serving} of ${now.size.wanted} serving`, `${whole(now.waiting)} requests waiting`);
-  if (!now && past?.at) parts.push(`by events.jsonl, until ${clock(past.at)}`);
+  if (!now && past?.at)
+    parts.push(lifeOf(run, false) === "fresh" ? `by events.jsonl, until ${clock(past.at)}` : `the run: ${news(run, false)}`);
+  if (!now && run?.ended?.reason) parts.push(run.ended.reason);
   fill(of, parts.join(" · "));
   const box = view.root.querySelector("#engines");
   if (!engines.length)
@@ -129,7 +133,9 @@ function name(engine) {
 function stateOf(engine) {
   const asleep = engine.asleep?.length && engine.state === "ready";
   const text = asleep ? "asleep" : engine.state.replaceAll("_", " ");
-  return el("span", { class: `state s-${asleep ? "asleep" : engine.state}` }, el("i", { class: "dot" }), text);
+  const was = engine.silent && !["gone", "left", "dead"].includes(engine.state); // the run was cut off, perhaps
+  const kind = was ? "gone" : asleep ? "asleep" : engine.state;
+  return el("span", { class: `state s-${kind}` }, el("i", { class: "dot" }), was ? `no news, was ${text}` : text);
 }
 
 /** A share as a small bar with its percentage. */

@@ -54,3 +54,10 @@ export function ago(at) {
 
 /** The time of day of a Unix time. */
 export const clock = (at) => new Date(1000 * at).toLocaleTimeString("en-GB");
+
+/** The time of day of a Unix time, with the day unless it is today. */
+export function moment(at) {
+  const day = new Date(1000 * at);
+  const today = day.toDateString() === new Date().toDateString();
+  return today ? clock(at) : `${day.toLocaleDateString("en-GB", { day: "numeric", month: "short" })} ${clock(at)}`;
+}
