@@ -302,6 +302,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_one_whole(ended: Ended, cop
     status, out, err = finish(start(copied, "train.steps=3", "--resume", file_bytes=600_000), copied)
     assert status == 1
     assert "resumed after step 2" in out
+    assert "changed setting train.steps: 2 -> 3" in out
     assert "File too large. Nothing of it was kept" in err
     assert "Traceback" not in err
     assert checkpoints(copied) == checkpoints(ended.folder)

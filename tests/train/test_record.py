@@ -1,5 +1,6 @@
 """The records that a resumed run keeps."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from millrace.config import dump_config, load_config
 from millrace.errors import ConfigError, DataError
 from millrace.fleet.event_log import EventLog
 from millrace.jsonl import drop_torn_tail, read_objects
-from millrace.train.record import RunFolder, model_of
+from millrace.train.changes import changed_settings
+from millrace.train.record import RunFolder, model_of, settings_of
 from millrace.train.sample_files import file_name, sample_files
 from tests.config.test_loading import VALID
 
@@ -105,14 +107,45 @@ def test_a_damaged_middle_is_an_error_with_its_place(damage: bytes, tmp_path: Pa
 def test_settings_cut_anywhere_give_the_right_model_or_none(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(VALID)
     content = dump_config(load_config(tmp_path / "run.yaml")).encode()
-    model = model_of(content)
+    model = model_of(settings_of(content))
     assert isinstance(model, dict)
     assert model["kind"] == "tiny"
     cuts = [*range(0, len(content) - 1, 13), len(content) - 1]  # reading all 3,000 takes a minute
-    found = [model_of(content[:cut] + nuls) for cut in cuts for nuls in (b"", b"\0" * 7)]
+    found = [model_of(settings_of(content[:cut] + nuls)) for cut in cuts for nuls in (b"", b"\0" * 7)]
     assert all(one is None or one == model for one in found)
     assert found[0] is None
     assert found[-1] == model
+
+
+def resumed(folder: Path, *overrides: str) -> Sequence[str]:
+    (folder / "run.yaml").write_text(VALID)
+    config = load_config(folder / "run.yaml", [f"output_dir={folder}", "name=run", *overrides])
+    exists = (folder / "run").exists()
+    with RunFolder(config, resume=exists).create() as changed:
+        (folder / "run" / "metrics.jsonl").touch()
+        return changed
+
+
+def test_a_resumed_run_names_each_changed_setting(tmp_path: Path) -> None:
+    assert resumed(tmp_path, "engine={kind: vllm, env: {KEY: SECRET, SAME: a}}") == ()
+    assert resumed(tmp_path, "engine={kind: vllm, env: {KEY: SECRET, SAME: a}}") == []
+    other = ["engine={kind: vllm, env: {KEY: OTHER, SAME: a}}", "train.lr=2e-3", "trackers=[wandb]"]
+    said = resumed(tmp_path, *other)
+    assert said == ["engine.env.KEY: *** -> ***", "train.lr: 0.001 -> 0.002", 'trackers.kinds: [] -> ["wandb"]']
+    assert resumed(tmp_path, *other) == []  # it is asked what changed since the last start
+    back = resumed(tmp_path)
+    assert "engine.kind: vllm -> embedded" in back
+    assert "engine.env.KEY: *** -> not set" in back
+    assert not any("SECRET" in line or "OTHER" in line for line in [*said, *back])
+
+
+def test_passwords_in_urls_are_not_shown() -> None:
+    before = {"folder": "s3://me:SECRET@host/a", "urls": ["http://u:SECRET@h:1"], "long": "x" * 999}
+    now = {"folder": "s3://me:SECRET@host/b", "urls": ["http://h:1"], "long": "y" * 999}
+    folder, urls, long = changed_settings(before, now)
+    assert folder == "folder: s3://***@host/a -> s3://***@host/b"
+    assert urls == 'urls: ["http://***@h:1"] -> ["http://h:1"]'
+    assert len(long) < 500
 
 
 def test_a_run_goes_on_without_its_torn_copy_of_the_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -103,7 +103,9 @@ async def _train(
         if world.size > 1 and config.router is not None:
             raise ConfigError("under torchrun every rank sends its own requests: leave out torchrun or router")
         thread, folder = TrainerThread(pool), RunFolder(config, resume=resume, rank=world.rank)
-        with folder.create():
+        with folder.create() as changed:
+            for setting in changed:
+                display.say(f"changed setting {setting}")
             model_path = await _starting_model(config, folder, world, thread, fresh=not resume)
             content = Content(task_chat_format(config, task, str(model_path)), task.share(world.rank, world.size))
             judge_of = judge_model(config.judges, folder.path, fresh=not resume)

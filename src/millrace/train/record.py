@@ -17,6 +17,7 @@ from millrace.locks import try_lock
 from millrace.model_folder import to_disk
 from millrace.rollout.sample import Sample
 from millrace.train.advice import Advisory
+from millrace.train.changes import changed_settings
 from millrace.train.metrics import StepMetrics
 from millrace.train.sample_files import FOLDER, file_name, forget_samples
 from millrace.train.samples import SampleFormat, Trained
@@ -40,14 +41,16 @@ class RunFolder:
             raise ConfigError(f"{self.path} holds no run to resume; leave out --resume to start one")
 
     @contextmanager
-    def create(self) -> Iterator[None]:
+    def create(self) -> Iterator[Sequence[str]]:
         """Create the folder, write config.yaml, and lock the folder while the block runs. Only rank 0 does so.
+
+        The block gets a line for each setting that a resumed run has changed, as `changed_settings` returns them.
 
         Raises ConfigError if another run has the folder, or a resumed run has another model; DataError if it can't be
         written.
         """
         if self._rank:
-            yield
+            yield ()
             return
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -56,22 +59,30 @@ class RunFolder:
             if not try_lock(lock.fileno()):
                 raise ConfigError(f"{self.path} is in use by another run; wait until it ends, or give another name=...")
             settings = self.path / "config.yaml"
+            changed: Sequence[str] = ()
             with explained(self.path):
                 if self.metrics_path.exists() and settings.exists():
-                    self._require_same_model(settings)
+                    changed = self._changed(settings)
                 replace_file(settings, dump_config(self._config).encode())
-            yield
+            yield changed
 
-    def _require_same_model(self, settings: Path) -> None:
-        """Raise ConfigError if a resumed run has another model: its checkpoints would not fit."""
-        before, now = model_of(settings.read_bytes()), model_of(dump_config(self._config).encode())
-        if before is None:
+    def _changed(self, settings: Path) -> Sequence[str]:
+        """Return a line for each setting that differs from those in `settings`.
+
+        Raises ConfigError if a resumed run has another model: its checkpoints would not fit.
+        """
+        written, now = settings.read_bytes(), self._config.model_dump(mode="json")
+        before = settings_of(written)
+        model = model_of(before)
+        if model is None:
             logger.warning("%s is torn; it is written again, and its model could not be compared", settings)
-        elif before != now:
+            return ()
+        if model != now["model"]:
             raise ConfigError(
-                f"{self.path} was started with model {before}, and a resumed run can't have another ({now}); "
+                f"{self.path} was started with model {model}, and a resumed run can't have another ({now['model']}); "
                 "leave model as it was, or give another name=..."
             )
+        return changed_settings(before, now) if written.endswith(b"\n") else ()
 
     @property
     def metrics_path(self) -> Path:
@@ -145,17 +156,20 @@ class RunFolder:
             file.write(b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records))
 
 
-def model_of(settings: bytes) -> object:
-    """Return the model in a run's `config.yaml`; None if the file is torn before the end of that section."""
-    whole = settings.rstrip(b"\0")
+def settings_of(content: bytes) -> Mapping[str, Any]:
+    """Return what is whole of a run's `config.yaml`, which may be torn."""
+    whole = content.rstrip(b"\0")
     whole = whole[: whole.rfind(b"\n") + 1]
     try:
         data, _ = parse_yaml(whole.decode(), "config.yaml")
     except (ConfigError, UnicodeDecodeError):
-        return None
-    if not isinstance(data, dict) or next(reversed(data), "model") == "model":
-        return None
-    return data.get("model")
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def model_of(settings: Mapping[str, Any]) -> object:
+    """Return the model in a run's settings; None if they are torn before the end of that section."""
+    return None if next(reversed(settings), "model") == "model" else settings.get("model")
 
 
 def replace_file(path: Path, content: bytes) -> None:
