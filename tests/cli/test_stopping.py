@@ -36,7 +36,8 @@ def require_resumable(folder: Path, *arguments: str) -> None:
     assert checkpoints(folder) == [f"step-{last:08d}"]
     status, out, err = finish(start(folder, "--resume", f"train.steps={last + 2}", *arguments), folder)
     assert status == 0, err
-    assert f"resumed after step {last}" in out
+    assert f"resumed after step {last} from" in out
+    assert f"since it was resumed after step {last}: " in out
     assert steps(folder) == list(range(last + 3))
     assert [record["weight_version"] for record in records(folder)] == list(range(1, last + 4))
 

@@ -134,12 +134,13 @@ async def _train(
                         if reload is not None and isinstance(fleet, Fleet)
                         else nullcontext()
                     ):
-                        await _run(loop, config, content, last)
+                        resumed_after = await _run(loop, config, content, last)
                     counts = await ranks.counts(loop.counts)
                     display.phase("ending the engines")
         if world.rank > 0:
             return None
-        return Summary(folder.read_metrics(), folder.path, loop.watch.seconds, time.monotonic() - started, counts)
+        total = time.monotonic() - started
+        return Summary(folder.read_metrics(), folder.path, loop.watch.seconds, total, counts, resumed_after)
 
 
 @asynccontextmanager
@@ -188,15 +189,17 @@ async def _starting_model(
     return path if path is not None else starting_model(config, folder.path, fresh=False)
 
 
-async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> None:
+async def _run(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> int | None:
+    """Run all steps. Return the step after which the run was resumed, or None for a new run."""
     # The engines are idle until the first publish, so the trainer can use their memory.
     await loop.ranks.sleep()
-    await _bring_to_start(loop, config, content, last)
+    resumed_after = await _bring_to_start(loop, config, content, last)
     await loop.ranks.wake(frozenset({MemoryTag.WEIGHTS}))
     with loop.watch("publish"):
         await loop.update_engines()
     await loop.wake_cache()
     await loop.run()
+    return resumed_after
 
 
 @asynccontextmanager
@@ -308,8 +311,8 @@ def _assemble(
     )
 
 
-async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> None:
-    """Prepare the trainer for its first step: load the last checkpoint, or run the warm-up."""
+async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Content, last: Path | None) -> int | None:
+    """Prepare the trainer for its first step: load the last checkpoint and return its step, or run the warm-up."""
     if last is not None:
         last, state = await loop.in_trainer(checkpoint.load_latest, loop.folder.path, loop.trainer)
         loop.progress.step = loop.trainer.step
@@ -318,8 +321,10 @@ async def _bring_to_start(loop: TrainingLoop, config: RunConfig, content: Conten
         loop.folder.forget_after(loop.trainer.step or -1)  # step 0, the evaluation, is done again
         loop.trackers.resumed_at(loop.trainer.step or -1)
         loop.display.say(f"resumed after step {loop.trainer.step} from {last}")
-    elif config.warmup is not None:
+        return loop.trainer.step
+    if config.warmup is not None:
         await _warm_up(loop, config.warmup, config, content)
+    return None
 
 
 async def _warm_up(loop: TrainingLoop, warmup: WarmupConfig, config: RunConfig, content: Content) -> None:

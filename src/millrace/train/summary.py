@@ -30,8 +30,8 @@ BUSY = ("warm-up", "rollout", "judge", "train", "evaluation")
 class Summary:
     """The results of a run.
 
-    metrics: of the whole run. seconds, total_seconds, counts: of this process, so those of a resumed run start with the
-    resumption.
+    metrics: of the whole run. seconds, total_seconds, counts: of this process. resumed_after: the step after which this
+    process resumed the run; None if it began the run.
     """
 
     metrics: Sequence[StepMetrics]
@@ -39,6 +39,7 @@ class Summary:
     seconds: Mapping[str, float]
     total_seconds: float
     counts: SampleCounts
+    resumed_after: int | None = None
 
     @property
     def overhead(self) -> float:
@@ -51,7 +52,8 @@ def print_summary(summary: Summary, console: Console) -> None:
     evaluated = [m for m in summary.metrics if m.accuracy is not None]
     steps = [m for m in summary.metrics if m.reward is not None]
     if evaluated and steps:  # a run that is resumed at its end may have no records
-        table = Table(title=f"{summary.folder.name}: first and last", title_justify="left")
+        of_all = "" if summary.resumed_after is None else " of the whole run"
+        table = Table(title=f"{summary.folder.name}: first and last{of_all}", title_justify="left")
         for name in ("", "first", "last"):
             table.add_column(name, justify="left" if not name else "right")
         table.add_row("step", str(evaluated[0].step), str(steps[-1].step))
@@ -76,10 +78,11 @@ def print_summary(summary: Summary, console: Console) -> None:
         )
     parts = [f"{label} {summary.seconds[name]:.1f}" for name, label in PHASES.items() if name in summary.seconds]
     ended = [f"{summary.counts.ended[status]} {status}" for status in SampleStatus]
+    since = "" if summary.resumed_after is None else f"since it was resumed after step {summary.resumed_after}: "
     for line in (
-        f"{summary.total_seconds:.0f} s in all: {', '.join(parts)}; "
+        f"{since}{summary.total_seconds:.0f} s in all: {', '.join(parts)}; "
         f"neither generating nor training {100 * summary.overhead:.1f} %",
-        f"{summary.counts.asked} samples asked for: {', '.join(ended)}",
+        f"{since}{summary.counts.asked} samples asked for: {', '.join(ended)}",
         f"curves, samples, metrics and checkpoints are in {summary.folder}",
         f"millrace view {summary.folder} shows them in the browser",
     ):
