@@ -204,6 +204,7 @@ async def test_a_sleeping_engine_is_shown_asleep_and_counts_as_ready(shown: Show
         await shown.fleet.publish(tensors(tiny_model), version)
     assert [e.asleep for e in view.engines] == [tuple(sorted(MemoryTag))] * 2
     assert not any(e.routable for e in view.engines)
+    assert "0 of 2 engines serving, 2 asleep, 0 starting" in drawn(view)
     assert all(metrics["millrace_engine_asleep", name] == 1 for name in shown.fleet.engines)
     assert ("millrace_engine_weight_version", "embedded-0") not in metrics  # it has no version; 0 would be one
 

@@ -30,7 +30,8 @@ def fleet_table(view: FleetView, *, events: int, trouble: str | None = None) -> 
     elif view.size is None:
         parts = [Text("the engines are being started")]
     if (size := view.size) is not None and (not view.engines or size.wanted != size.serving or view.waiting):
-        parts.append(Text(_size(size, view.waiting)))
+        asleep = sum(bool(engine.asleep) for engine in view.engines)
+        parts.append(Text(_size(size, asleep, view.waiting)))
     if latest := view.events[-events:] if events else ():
         parts += [Text(), *(_event(entry) for entry in latest)]
     if trouble is not None:
@@ -38,9 +39,11 @@ def fleet_table(view: FleetView, *, events: int, trouble: str | None = None) -> 
     return Group(*parts)
 
 
-def _size(size: FleetSize, waiting: int) -> str:
+def _size(size: FleetSize, asleep: int, waiting: int) -> str:
     """Return the numbers of engines and of waiting requests in words."""
     engines = f"{size.serving} of {size.wanted} engine{'' if size.wanted == 1 else 's'} serving"
+    if asleep:
+        engines += f", {asleep} asleep"
     return f"{engines}, {size.starting} starting; {waiting} request{'' if waiting == 1 else 's'} waiting"
 
 

@@ -156,7 +156,7 @@ class RunFolder:
             file.write(b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records))
 
 
-def settings_of(content: bytes) -> Mapping[str, Any]:
+def settings_of(content: bytes) -> dict[str, Any]:
     """Return what is whole of a run's `config.yaml`, which may be torn."""
     whole = content.rstrip(b"\0")
     whole = whole[: whole.rfind(b"\n") + 1]
@@ -167,7 +167,7 @@ def settings_of(content: bytes) -> Mapping[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def model_of(settings: Mapping[str, Any]) -> object:
+def model_of(settings: dict[str, Any]) -> object:
     """Return the model in a run's settings; None if they are torn before the end of that section."""
     return None if next(reversed(settings), "model") == "model" else settings.get("model")
 

@@ -47,8 +47,11 @@ function show(now, past, run) {
   const parts = [];
   const newest = now?.newest_version ?? past?.newest_version;
   if (known(newest)) parts.push(`newest version ${whole(newest)}`);
-  if (now?.size)
-    parts.push(`${now.size.serving} of ${now.size.wanted} serving`, `${whole(now.waiting)} requests waiting`);
+  if (now?.size) {
+    const asleep = engines.filter((one) => one.asleep.length).length;
+    parts.push(`${now.size.serving} of ${now.size.wanted} serving${asleep ? `, ${asleep} asleep` : ""}`);
+    parts.push(`${whole(now.waiting)} requests waiting`);
+  }
   if (!now && past?.at)
     parts.push(lifeOf(run, false) === "fresh" ? `by events.jsonl, until ${clock(past.at)}` : `the run: ${news(run, false)}`);
   if (!now && run?.ended?.reason) parts.push(run.ended.reason);
