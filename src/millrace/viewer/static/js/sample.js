@@ -16,6 +16,8 @@ const TABS = [
   ["branches", "Branches", "b"],
 ];
 const PARTS = ["queue", "generate", "tools", "reward"]; // of the time, in the order of their colours
+const OTHER = "other"; // what no part accounts for
+const LEAST_OTHER = 0.005; // of the sample's seconds
 const view = { pane: null, of: null, key: "", data: null, tab: null, drawn: "" };
 
 /** Show a sample. `of`: run, step, sample, and `beside`, which goes to another one. */
@@ -173,12 +175,11 @@ function timings(data) {
     .filter(([, value]) => value > 0)
     .sort(([a], [b]) => place(a) - place(b) || a.localeCompare(b));
   if (!known(data.seconds)) return null;
-  const total =
-    Math.max(
-      data.seconds,
-      entries.reduce((sum, [, value]) => sum + value, 0),
-    ) || 1;
-  const colourOf = (name) => `var(--c${PARTS.includes(name) ? [7, 0, 2, 1][place(name)] : 4})`;
+  const named = entries.reduce((sum, [, value]) => sum + value, 0);
+  const total = Math.max(data.seconds, named) || 1;
+  if (total - named > LEAST_OTHER * total) entries.push([OTHER, total - named]);
+  const colourOf = (name) => `var(--${name === OTHER ? "line" : `c${PARTS.includes(name) ? [7, 0, 2, 1][place(name)] : 4}`})`;
+  const titleOf = (name) => (name === OTHER ? "the trainer's process encoded texts, or was busy with something else" : "");
   const piece = ([name, value]) => {
     const made = el("i", { title: `${name} ${seconds(value)}` });
     made.style.width = `${(100 * value) / total}%`;
@@ -194,7 +195,7 @@ function timings(data) {
       "span",
       { class: "legend" },
       entries.map(([name, value]) =>
-        el("span", { class: "key" }, swatch(colourOf(name)), name, el("b", {}, seconds(value))),
+        el("span", { class: "key", title: titleOf(name) }, swatch(colourOf(name)), name, el("b", {}, seconds(value))),
       ),
     ),
   );
