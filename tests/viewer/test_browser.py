@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from millrace.viewer.server import serve_runs
-from tests.viewer.runs import HOSTILE, Writer, write_short
+from tests.viewer.runs import HOSTILE, Writer, write, write_short
 
 BROWSER = os.environ.get("MILLRACE_BROWSER", "")
 if not BROWSER:
@@ -231,6 +231,33 @@ async def test_tokens_have_colours_a_legend_and_a_tooltip(page: Page, tmp_path: 
         tip = page.get_by_role("tooltip")
         for name in ("logprob, engine", "logprob, trainer", "engine − trainer", "version"):
             await expect(tip).to_contain_text(name)
+
+
+async def test_the_parts_of_a_samples_seconds_add_up(page: Page, tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run")
+    writer.step = 1
+    row = writer.sample("1-0", 0, 0.5)
+    whole, half = {**row, "seconds": 4.0}, {**row, "sample": "1-0.1", "seconds": 4.0}
+    whole["timings"] = [("queue", 1.0), ("generate", 3.0)]
+    half["timings"] = [("queue", 1.0), ("generate", 1.0)]
+    write(writer.folder, 1, [whole, half])
+    async with serve_runs(tmp_path, "127.0.0.1", 0) as url:
+        await page.goto(f"{url}/#samples?open=1/1-0.0")
+        await expect(page.locator(".timings .key")).to_have_text(["queue1.00 s", "generate3.00 s"])
+        await page.goto(f"{url}/#samples?open=1/1-0.1")
+        await expect(page.locator(".timings .key")).to_have_text(["queue1.00 s", "generate1.00 s", "other2.00 s"])
+
+
+async def test_the_marks_of_an_axis_have_the_digits_that_they_need(page: Page, tmp_path: Path) -> None:
+    run(tmp_path, steps=1)
+    marks = """async ([least, most]) => {
+        const { axisFormat } = await import("/static/js/charts.js");
+        return [least, most].map(axisFormat([{ points: [[0, least], [1, most]] }]));
+    }"""
+    async with serve_runs(tmp_path, "127.0.0.1", 0) as url:
+        await page.goto(url)
+        for least, most, texts in ((1.5, 1.5, ["1.5", "1.5"]), (1.0, 1.25, ["1.00", "1.25"]), (1.5, 9, ["1.5", "9"])):
+            assert await page.evaluate(marks, [least, most]) == texts
 
 
 async def test_branches_are_a_tree_whose_leaves_lead_to_tokens(page: Page, tmp_path: Path) -> None:

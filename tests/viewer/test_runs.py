@@ -7,7 +7,7 @@ import pytest
 from millrace.errors import ConfigError
 from millrace.viewer import runs as module
 from millrace.viewer.following import Follower
-from millrace.viewer.runs import RunFiles, find_runs
+from millrace.viewer.runs import Columns, RunFiles, find_runs
 from millrace.viewer.timeline import Span, Timeline, coarser, joined
 from tests.viewer.runs import Writer
 
@@ -90,6 +90,19 @@ def test_metrics_come_as_columns_after_what_is_known(tmp_path: Path) -> None:
     run.refresh(events=True)
     again = run.metrics_after(first["epoch"], 3)
     assert (again["epoch"], again["start"], again["columns"]["step"]) == (1, 0, [0, 1])
+
+
+def test_before_the_first_step_there_are_no_figures_of_training() -> None:
+    columns = Columns()
+    idle = {"weight_version": 1, "tokens_per_second": 0.0, "samples_finished": 0, "kl": None}
+    columns.add({"step": 0, "reward": None, "accuracy": 0.0, **idle})
+    columns.add({"step": 1, "reward": 0.0, "accuracy": None, **idle})
+    assert columns.values["accuracy"] == [0.0, None]
+    assert columns.values["weight_version"] == [1, 1]
+    assert columns.values["tokens_per_second"] == columns.values["samples_finished"] == [None, 0]
+    other = Columns()  # of a trainer of the user's own
+    other.add({"step": 0, "loss": 0.0})
+    assert other.values["loss"] == [0.0]
 
 
 def test_a_run_says_what_is_wrong_with_its_files(tmp_path: Path) -> None:

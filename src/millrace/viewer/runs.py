@@ -18,6 +18,7 @@ DEEPEST = 3  # levels below the folder that is looked through
 MOST_RUNS = 500
 FRESH_SECONDS = 0.5  # for which what was read is used again
 READ_SECONDS = 1.0  # of a file at a time: a very long one appears in parts
+BEFORE_TRAINING = {"step", "weight_version", "accuracy"}  # what a run knows before its first step
 MOST_ADVICE = 500
 KNOWN_EVENTS = 60
 ROUTINE = ("request", "member", "publish_engine")
@@ -77,6 +78,8 @@ class Columns:
     def add(self, record: Mapping[str, Any]) -> None:
         """Add a record. A mapping in it becomes a column for each of its names, as in `rewards.correct`."""
         flat: dict[str, Any] = {}
+        if record.get("step") == 0 and record.get("reward", 0) is None:  # nothing was trained, and a 0 is no figure
+            record = {name: record[name] for name in record.keys() & BEFORE_TRAINING}
         for name, value in record.items():
             if isinstance(value, dict):
                 flat |= {f"{name}.{inner}": part for inner, part in value.items()}

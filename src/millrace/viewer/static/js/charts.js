@@ -98,6 +98,7 @@ export function axisFormat(lines) {
     }
   }
   const size = Math.max(Math.abs(least), Math.abs(most));
+  if (least === most) return short;
   const digits = Math.ceil(-Math.log10((most - least) / 4));
   if (!(size < 1e4 && size >= 1 && digits > 1)) return short;
   return (value) => fixed(value, Math.min(6, digits));
