@@ -1,6 +1,7 @@
 """The index of a run's samples, over files as a run writes them."""
 
 import asyncio
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ from millrace.errors import ArgumentError, MonitorError
 from millrace.viewer import query
 from millrace.viewer.details import conversation, details, group, pieces, tokens
 from millrace.viewer.index import Cursor, Rows, SampleIndex
+from millrace.viewer.query import SHOWN
 from millrace.viewer.search import MOST_FOUND, search
 from tests.viewer.runs import SCHEMA, Writer, write, write_short
 
@@ -164,6 +166,40 @@ async def test_a_text_is_found_in_the_newest_files_first(run: Path) -> None:
     assert steps == [6] * 4 + [1] * 4
     none = [found async for found in search(index, query.where({"step_max": "5"}), "no such text")]
     assert [(found.read, found.files) for found in none] == [(n, 5) for n in range(6)]
+    await index.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("twice as many, REASONED", "reasoning"),
+        ('{"expression": "6 * 7"}', "a tool call"),
+        ("café at noon", "the arguments of a tool call, in ASCII"),
+        ("division by nothing", "a tool's answer"),
+        ('reset by "peer"', "the error"),
+        ("forty-two", "the wanted answer"),
+        ("<|template|>", "the text of a sequence"),
+        ("only in a branch", "the text of another sequence"),
+    ],
+)
+async def test_a_text_is_found_wherever_a_sample_has_it(tmp_path: Path, text: str, where: str) -> None:
+    writer = Writer(tmp_path / "run")
+    row = writer.sample("odd", 0, 0.5)
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "6 * 7"}'}},
+        {"id": "2", "type": "function", "function": {"name": "say", "arguments": json.dumps({"text": "café at noon"})}},
+    ]
+    row["messages"] = json.dumps([
+        {"role": "assistant", "content": "", "reasoning": "Twice as many, reasoned", "tool_calls": calls},
+        {"role": "tool", "content": "division by nothing", "error": True},
+    ])  # fmt: skip
+    row |= {"reason": 'EngineError: reset by "peer"', "answer": "Forty-two"}
+    main = {**writer.sequence([]), "text": "<|template|>answer"}
+    row["sequences"] = [{**main, "text": "only in a branch"}, main]
+    write(tmp_path / "run", 1, [row, writer.sample("other", 1, 0.5)])
+    index = await opened(tmp_path / "run")
+    found = [row[SHOWN.index("group")] async for one in search(index, query.where({}), text) for row in one.rows]
+    assert found == ["odd"], where
     await index.close()
 
 

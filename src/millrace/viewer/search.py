@@ -1,5 +1,6 @@
-"""The search for a text in the conversations of a run's samples."""
+"""The search for a text in a run's samples."""
 
+import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import partial
@@ -28,9 +29,11 @@ class Found:
 
 
 async def search(index: SampleIndex, condition: Where, text: str) -> AsyncGenerator[Found]:
-    """Yield the samples that have the text in their conversation, of files of the newest steps first.
+    """Yield the samples that have the text, of files of the newest steps first.
 
-    Case does not matter. Only samples that the condition is true of are looked at. It ends after MOST_FOUND samples.
+    It may be in the conversation with its reasoning, tool calls and tools' answers, in the text of any token sequence,
+    in the error, in the answer that is wanted, or in the problem's name. Case does not matter. Only samples that the
+    condition is true of are looked at. It ends after MOST_FOUND samples.
     """
     files = await index.rows(
         f"SELECT file, max(step) AS newest FROM samples WHERE {condition.sql} GROUP BY file ORDER BY newest DESC, file",  # noqa: S608
@@ -59,10 +62,18 @@ async def search(index: SampleIndex, condition: Where, text: str) -> AsyncGenera
 def _in_file(cursor: Cursor, path: Path, number: int, condition: Where, text: str) -> list[tuple[Any, ...]]:
     """Return the rows of one file that have the text."""
     names = ", ".join(f's."{name}"' for name in SHOWN)
-    wanted = orjson.dumps(text).decode()[1:-1]  # as it stands in JSON
+    written = " OR ".join(["contains(lower(messages), lower(?))"] * len(forms := _forms(text)))
     return cursor.execute(
         f"SELECT {names} FROM (SELECT * FROM samples WHERE file = ? AND {condition.sql}) AS s "  # noqa: S608
-        "JOIN (SELECT file_row_number AS row FROM read_parquet(?, file_row_number = true) "
-        "WHERE contains(lower(messages), lower(?))) AS f ON s.row = f.row ORDER BY s.row",
-        [number, *condition.values, str(path), wanted],
+        f"JOIN (SELECT file_row_number AS row, {written} OR "
+        "len(list_filter(sequences, lambda one: contains(lower(one.text), lower(?)))) > 0 AS found "
+        "FROM read_parquet(?, file_row_number = true)) AS f ON s.row = f.row "
+        "WHERE f.found OR contains(lower(concat_ws(chr(10), s.reason, s.answer, s.problem)), lower(?)) ORDER BY s.row",
+        [number, *condition.values, *forms, text, str(path), text],
     ).fetchall()
+
+
+def _forms(text: str) -> list[str]:
+    """Return how a text may stand in the JSON of messages: as it is, and in the JSON of a tool call's arguments."""
+    inner = (orjson.dumps(text).decode()[1:-1], json.dumps(text)[1:-1])  # with other letters than ASCII, and without
+    return list(dict.fromkeys([inner[0], *(orjson.dumps(one).decode()[1:-1] for one in inner)]))
