@@ -76,6 +76,29 @@ async def test_curves_grow_during_a_run_and_stay_after_it(page: Page, tmp_path: 
         await expect(page.locator("#status")).to_contain_text("step 11")
 
 
+async def test_a_long_run_is_drawn_at_once_and_gets_all_its_steps(page: Page, tmp_path: Path) -> None:
+    writer = run(tmp_path, steps=1)
+    text = (writer.folder / "metrics.jsonl").read_text().splitlines()[-1]
+    lines = [text.replace('"step": 1', f'"step": {step}') for step in range(2, 12_002)]
+    with (writer.folder / "metrics.jsonl").open("a") as file:
+        file.write("\n".join(lines) + "\n")
+    async with serve_runs(writer.folder, "127.0.0.1", 0) as url:
+        async with page.expect_response(lambda response: "api/metrics" in response.url) as answered:
+            await page.goto(url)
+        first = await (await answered.value).json()
+        assert first["count"] == 0
+        assert 500 < len(first["sketch"]["step"]) <= 1000
+        await expect(page.get_by_role("img", name="Chart: Loss").locator("canvas")).to_have_count(1)
+        await page.wait_for_function("""async () => {
+            const { metricsOf } = await import("/static/js/metrics.js");
+            const data = await metricsOf("run");
+            return !data.partial && data.columns.step.length > 12000 && data.columns.step.at(-1) === 12001;
+        }""")
+        writer.step = 12_001
+        writer.steps(1)
+        await expect(page.locator("#status")).to_contain_text("step 12,002")
+
+
 async def test_runs_are_compared_and_the_link_keeps_which(page: Page, tmp_path: Path) -> None:
     run(tmp_path, "first")
     run(tmp_path, "second", seed=3)

@@ -1,5 +1,8 @@
 """The records of runs, read as they grow."""
 
+import itertools
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,42 @@ def test_metrics_come_as_columns_after_what_is_known(tmp_path: Path) -> None:
     run.refresh(events=True)
     again = run.metrics_after(first["epoch"], 3)
     assert (again["epoch"], again["start"], again["columns"]["step"]) == (1, 0, [0, 1])
+
+
+def test_a_long_run_comes_as_an_outline_and_then_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_ROWS", 40)
+    monkeypatch.setattr(module, "SKETCHED", 10)
+    records = [{"step": n, "loss": n / 2, **({"accuracy": n} if n % 7 == 0 else {})} for n in range(1, 104)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    run = RunFiles("run", tmp_path)
+    run.refresh()
+    first = run.metrics_after(0, 0)
+    assert (first["count"], first["total"], first["columns"]) == (0, 103, {})
+    assert first["sketch"]["step"] == [11, 22, 33, 44, 55, 66, 77, 88, 99, 103]
+    assert first["sketch"]["loss"] == [step / 2 for step in first["sketch"]["step"]]
+    assert first["sketch"]["accuracy"] == [7, 21, 28, 42, 49, 63, 77, 84, 98, 98]  # the last of each eleven steps
+    parts: list[list[int]] = []
+    count = 0
+    while count < 103:
+        answer = run.metrics_after(0, count, sketched=103)
+        assert answer["start"] == count
+        parts.append(answer["columns"]["step"])
+        count = answer["count"]
+    assert [len(part) for part in parts] == [40, 40, 23]
+    assert [*itertools.chain(*parts)] == list(range(1, 104))
+    assert "sketch" in run.metrics_after(0, 0, sketched=50)  # the run has grown since
+    assert "sketch" in run.metrics_after(7, 0, sketched=103)  # an outline of another epoch
+
+
+def test_the_records_of_a_long_run_are_read_in_time_that_grows_with_their_number() -> None:
+    def seconds(count: int) -> float:
+        columns, record = Columns(), {f"figure {n}": 1.0 for n in range(20)}
+        begun = time.thread_time()
+        for step in range(count):
+            columns.add({"step": step, **record})
+        return time.thread_time() - begun
+
+    assert min(seconds(8000) for _ in range(3)) < 16 * min(seconds(1000) for _ in range(3))  # 8, were it not for noise
 
 
 def test_before_the_first_step_there_are_no_figures_of_training() -> None:

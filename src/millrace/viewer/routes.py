@@ -91,9 +91,10 @@ class _Routes:
         return reply({"version": __version__, "live": self.site.live, "runs": await self.site.summaries()})
 
     async def metrics(self, http: web.Request) -> web.Response:
-        """Return a run's metrics as columns, after the rows that the client has (`epoch`, `count`)."""
-        epoch, count = (int(query.number(name, http.query.get(name, "0"))) for name in ("epoch", "count"))
-        return reply(await self.site.of_run(self._run(http), lambda run: run.metrics_after(epoch, count)))
+        """Return a run's metrics as columns, after the rows that the client has (`epoch`, `count`, `sketched`)."""
+        names = ("epoch", "count", "sketched")
+        epoch, count, sketched = (int(query.number(name, http.query.get(name, "0"))) for name in names)
+        return reply(await self.site.of_run(self._run(http), lambda run: run.metrics_after(epoch, count, sketched)))
 
     async def fleet(self, http: web.Request) -> web.Response:
         """Return the engines and latest events, as the run's events.jsonl shows them."""

@@ -19,6 +19,9 @@ MOST_RUNS = 500
 FRESH_SECONDS = 0.5  # for which what was read is used again
 READ_SECONDS = 1.0  # of a file at a time: a very long one appears in parts
 BEFORE_TRAINING = {"step", "weight_version", "accuracy"}  # what a run knows before its first step
+MOST_ROWS = 5000  # of metrics in one answer
+SKETCHED = 1000  # rows of the outline of more
+SKETCH_AGAIN = 0.8  # of the rows are in an outline that is not made again
 MOST_ADVICE = 500
 KNOWN_EVENTS = 60
 ROUTINE = ("request", "member", "publish_engine")
@@ -87,11 +90,27 @@ class Columns:
                 flat[name] = value
         for name, value in flat.items():
             if value is None or isinstance(value, int | float):
-                self.values.setdefault(name, [None] * self.count).append(value)
+                if name not in self.values:
+                    self.values[name] = [None] * self.count
+                self.values[name].append(value)
         self.count += 1
         for column in self.values.values():
             if len(column) < self.count:
                 column.append(None)
+
+    def after(self, known: int, most: int) -> dict[str, list[Any]]:
+        """Return at most `most` rows after the first `known` ones."""
+        return {name: column[known : known + most] for name, column in self.values.items()}
+
+    def sketch(self, most: int) -> dict[str, list[Any]]:
+        """Return the outline of all rows in at most `most`: each is the last of as many, with the last values known."""
+        every = -(-self.count // most)
+        ends = [*range(every - 1, self.count - 1, every), self.count - 1]
+
+        def last(column: Sequence[Any], end: int) -> Any:
+            return next((column[row] for row in range(end, max(-1, end - every), -1) if column[row] is not None), None)
+
+        return {name: [last(column, end) for end in ends] for name, column in self.values.items()}
 
 
 class RunFiles:
@@ -216,14 +235,21 @@ class RunFiles:
             last = self._events.last()
         return {"at": last.get("at"), "reason": last.get("reason")} if last and last.get("kind") == "closed" else None
 
-    def metrics_after(self, epoch: int, known: int) -> dict[str, Any]:
-        """Return the columns after the first `known` rows, or all of them if the epoch is another one."""
+    def metrics_after(self, epoch: int, known: int, sketched: int = 0) -> dict[str, Any]:
+        """Return the columns after the first `known` rows, or from the first if the epoch is another one.
+
+        There are at most MOST_ROWS in one answer. If many more are missing, the outline of all `total` rows comes first
+        (`sketch`). sketched: the rows of which the client has an outline.
+        """
         with self._lock:
-            now = self._metrics.epoch
-            start = known if epoch == now and 0 <= known <= self.metrics.count else 0
-            columns = {name: column[start:] for name, column in self.metrics.values.items()}
-            advice = list(self.advice)
-            return {"epoch": now, "start": start, "count": self.metrics.count, "columns": columns, "advice": advice}
+            metrics, now = self.metrics, self._metrics.epoch
+            start = known if epoch == now and 0 <= known <= metrics.count else 0
+            sketched = sketched if epoch == now else 0
+            answer = {"epoch": now, "start": start, "total": metrics.count, "advice": list(self.advice)}
+            if metrics.count - start > MOST_ROWS and sketched < SKETCH_AGAIN * metrics.count:
+                return {**answer, "count": start, "columns": {}, "sketch": metrics.sketch(SKETCHED)}
+            count = min(start + MOST_ROWS, metrics.count)
+            return {**answer, "count": count, "columns": metrics.after(start, MOST_ROWS)}
 
     def fleet(self) -> dict[str, Any]:
         """Return the engines as the events show them, and the latest events."""

@@ -1,7 +1,7 @@
 // The view of curves: small charts of one run or of several, and the advisories.
 
 import { axisFormat, base, chart, line, palette, smoothed, swatch, tip } from "./charts.js";
-import { el, fill, put } from "./dom.js";
+import { el, fill, put, settled } from "./dom.js";
 import { short, whole } from "./format.js";
 import { chartsOf, metricsOf, points, words } from "./metrics.js";
 import { change, parameter } from "./state.js";
@@ -59,7 +59,13 @@ async function update(context) {
   if (context !== view.context || !view.root.isConnected) return;
   view.datas = datas;
   draw();
+  if (datas.some((data) => data.partial)) moreSoon();
 }
+
+/** While the rest of a long run is being fetched, its outline is shown. */
+const moreSoon = settled(() => {
+  if (view.root.isConnected) update(view.context).catch(() => {}); // the banner says why
+}, 50);
 
 function draw() {
   const { context, datas } = view;

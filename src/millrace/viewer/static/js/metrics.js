@@ -4,20 +4,29 @@ import { get } from "./api.js";
 import { known } from "./format.js";
 
 const runs = new Map();
-const nothing = () => ({ epoch: 0, count: 0, columns: {}, advice: [], changed: 0 });
+const nothing = () => ({ epoch: 0, count: 0, columns: {}, advice: [], changed: 0, outline: null, sketched: 0 });
 
-/** Fetch what is new of a run, and return its columns and advisories. */
+/**
+ * Fetch what is new of a run, and return its columns and advisories. A long run comes in parts: until it is whole, the
+ * columns are its outline, and `partial` is true.
+ */
 export async function metricsOf(name) {
   const had = runs.get(name) ?? nothing();
-  const answer = await get("api/metrics", { run: name, epoch: had.epoch, count: had.count });
-  const fresh = answer.start === 0;
-  const columns = fresh ? {} : had.columns;
+  const { epoch, count, sketched } = had;
+  const answer = await get("api/metrics", { run: name, epoch, count, sketched });
+  const made = { ...(answer.epoch === had.epoch ? had : nothing()), epoch: answer.epoch, advice: answer.advice };
+  if (answer.sketch) Object.assign(made, { outline: derived(answer.sketch), sketched: answer.total });
+  made.rows = answer.start === 0 ? {} : (had.rows ?? {});
   for (const [column, values] of Object.entries(answer.columns)) {
-    const before = columns[column] ?? new Array(answer.start).fill(null);
-    columns[column] = before.slice(0, answer.start).concat(values);
+    const before = made.rows[column] ?? new Array(answer.start).fill(null);
+    made.rows[column] = before.slice(0, answer.start).concat(values);
   }
-  const changed = had.changed + (fresh || answer.count !== had.count ? 1 : 0);
-  const made = { epoch: answer.epoch, count: answer.count, columns: derived(columns), advice: answer.advice, changed };
+  made.count = answer.count;
+  made.partial = answer.count < answer.total;
+  const whole = !made.partial || !made.outline;
+  made.columns = whole ? derived(made.rows) : made.outline;
+  const grown = whole && (answer.start === 0 || answer.count !== had.count);
+  made.changed = had.changed + (grown || answer.sketch ? 1 : 0);
   runs.set(name, made);
   return made;
 }
