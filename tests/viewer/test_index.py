@@ -120,6 +120,7 @@ async def test_a_file_of_another_version_shows_what_it_has(tmp_path: Path) -> No
     assert (await pages(index)).total == 65
     assert "lacks gap" in index.problems["step-000003.parquet"]
     assert "could not be read" in index.problems["step-000004.parquet"]
+    assert str(tmp_path) not in index.problems["step-000004.parquet"]
     assert "holds no samples of this version" in index.problems["step-000005.parquet"]
     places = await index.places(query.where({"group": "old"}), 1)
     assert "timings" not in await index.ask(lambda cursor: details(cursor, places[0]))

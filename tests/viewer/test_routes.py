@@ -171,6 +171,24 @@ async def test_a_broken_run_says_so(tmp_path: Path) -> None:
         assert "2 lines could not be read" in run["troubles"][0]
 
 
+async def test_large_files_that_are_broken_hide_no_other_and_are_counted(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run")
+    writer.steps(3)
+    for step in range(4, 9):
+        with (tmp_path / f"run/samples/step-{step:06d}.parquet").open("wb") as file:
+            file.truncate(10**9)  # a hole, which takes no room
+    async with serve_runs(tmp_path, "127.0.0.1", 0) as url, aiohttp.ClientSession(url) as http:
+        answer = await indexed(http, "run")
+        assert (answer["total"], answer["files"]) == (96, 8)
+        assert [text.partition(":")[0] for text in answer["problems"]] == [
+            "step-000008.parquet", "step-000007.parquet", "step-000006.parquet", "2 more files have problems"
+        ]  # fmt: skip
+        writer.step = 8
+        writer.steps(1)  # the run goes on
+        while answer["total"] < 128:
+            answer = await ask(http, "/api/samples", run="run")
+
+
 async def test_a_fleets_metrics_have_the_page_beside_them(folder: Path) -> None:
     observer = Observer(EventLog())
     async with serve_run(observer, "127.0.0.1", 0, folder / "first") as url, aiohttp.ClientSession(url) as http:

@@ -208,7 +208,7 @@ class SampleIndex:
             await self.ask(partial(self._add, names=(name,), present=present, check=True), FILL_DEADLINE)
         except MonitorError as error:
             if (self.folder / name).exists():
-                self.problems[name] = str(error)
+                self.problems[name] = str(error).replace(str(self.folder / name), name)
                 self._known[name] = Known(-1, present[name])  # not read again until it changes
 
     def _forget(self, cursor: Cursor, names: Iterable[str]) -> None:
