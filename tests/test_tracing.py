@@ -33,6 +33,7 @@ from millrace.tracing import OFF, open_tracing, span, trace, traced_by
 from millrace.tracing.otel import OtelTracer
 from tests.agents import test_player as agents
 from tests.config.test_loading import VALID
+from tests.processes import run_to_end
 from tests.rollout.test_scheduler import make_runner
 
 QUESTION = "Lena has fifteen pens"
@@ -222,18 +223,9 @@ async def test_a_run_sends_its_traces_to_a_collector(tmp_path: Path) -> None:
     async with collector() as (url, came):
         command = [sys.executable, "-m", "millrace", "train", str(tmp_path / "run.yaml"), "name=traced"]
         settings = [f"output_dir={tmp_path}", "engine.replicas=1", "train.steps=2", "rollout.groups_per_step=2"]
-        process = await asyncio.create_subprocess_exec(
-            *command, *settings, f"tracing.endpoint={url}", "tracing.ratio=1", stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            async with asyncio.timeout(120):
-                out, _ = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-    assert process.returncode == 0, out.decode()
+        traced = (f"tracing.endpoint={url}", "tracing.ratio=1")
+        status, out, _ = await run_to_end(*command, *settings, *traced, deadline=120)
+    assert status == 0, out
     about, _ = came[0]
     assert (about["service.name"], about["millrace.run"], about["millrace.rank"]) == ("millrace", "traced", 0)
     spans = [one for _, one in came]

@@ -20,7 +20,11 @@ from pydantic import BaseModel
 
 import millrace
 
-TARGET = Path(__file__).resolve().parent.parent / "docs/api.md"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tools.generated import write_or_check  # noqa: E402
+
+TARGET = ROOT / "docs/api.md"
 MODULES = {  # each public module, with a sentence about it
     "millrace": "The asynchronous API, its types and its errors.",
     "millrace.sync": "The same calls for code without an event loop. `open_fleet` and `follow_fleet` are context "
@@ -49,14 +53,7 @@ ITEM = re.compile(r"^(\w+(?:, \w+)*): (.*)$")
 
 def main() -> int:
     text = "\n".join([HEAD, *(part for name, about in MODULES.items() for part in module(name, about))])
-    text = formatted(re.sub(r"\n{3,}", "\n\n", text))
-    if "--check" in sys.argv:
-        if TARGET.read_text() != text:
-            print("docs/api.md is not up to date; run python tools/api_reference.py")
-            return 1
-        return 0
-    TARGET.write_text(text)
-    return 0
+    return write_or_check(TARGET, formatted(re.sub(r"\n{3,}", "\n\n", text)))
 
 
 def formatted(text: str) -> str:

@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tools.generated import write_or_check  # noqa: E402
+
 TARGET = ROOT / "src/millrace/sync.py"
 OPENERS = {  # the functions that open a fleet: the source of each, and the class of its result
     "open_fleet": ("src/millrace/fleet/local.py", "Fleet"),
@@ -234,7 +237,4 @@ def names_in(tree: ast.AST) -> set[str]:
 
 
 if __name__ == "__main__":
-    made = generate()
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if TARGET.exists() and TARGET.read_text() == made else f"{TARGET} is not up to date; run {__file__}")
-    TARGET.write_text(made)
+    sys.exit(write_or_check(TARGET, generate()))

@@ -14,7 +14,11 @@ from millrace.config.describe import describe
 from millrace.config.models import RunConfig
 from millrace.config.serve import ServeConfig
 
-TARGET = Path(__file__).resolve().parent.parent / "docs/settings.md"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tools.generated import write_or_check  # noqa: E402
+
+TARGET = ROOT / "docs/settings.md"
 HEAD = """\
 # Settings
 
@@ -46,14 +50,7 @@ def main() -> int:
         SERVE.format(shared=", ".join(shared)),
         *page(own, "serve: "),
     ]
-    text = "\n".join(parts)
-    if "--check" in sys.argv:
-        if TARGET.read_text() != text:
-            print("docs/settings.md is not up to date; run python tools/settings_reference.py")
-            return 1
-        return 0
-    TARGET.write_text(text)
-    return 0
+    return write_or_check(TARGET, "\n".join(parts))
 
 
 def tables(config: type[Model]) -> Tables:

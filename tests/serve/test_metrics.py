@@ -36,6 +36,7 @@ from millrace.serve.server import serve_metrics
 from millrace.serve.table import fleet_table
 from millrace.serve.view import EngineView, FleetView, Observer, TrainingView
 from millrace.types import EngineLoad, GenerateRequest, Health, MemoryTag, SamplingParams
+from tests.processes import run_to_end
 
 CONFIG = EmbeddedEngineConfig(kind="embedded", replicas=2, threads=1, faults=True)
 PROMPT = tuple(range(5, 45))
@@ -106,17 +107,7 @@ async def look(url: str) -> FleetView:
 
 
 async def millrace(*arguments: str) -> tuple[int | None, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "millrace", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        async with asyncio.timeout(60):
-            out, err = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    return process.returncode, out.decode(), err.decode()
+    return await run_to_end(sys.executable, "-m", "millrace", *arguments, deadline=60, apart=True)
 
 
 async def test_the_counts_match_what_was_done(shown: Shown) -> None:
