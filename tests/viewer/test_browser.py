@@ -256,6 +256,28 @@ async def test_tokens_have_colours_a_legend_and_a_tooltip(page: Page, tmp_path: 
             await expect(tip).to_contain_text(name)
 
 
+async def test_a_link_leads_to_the_row_of_its_sample(page: Page, tmp_path: Path) -> None:
+    run(tmp_path)
+    async with serve_runs(tmp_path, "127.0.0.1", 0) as url:
+        await page.goto(f"{url}/#samples?open=5/5-3.7&step_max=5")
+        await expect(page.locator("tr.marked")).to_have_attribute("data-name", "5/5-3.7")
+        await expect(page.locator("tr.marked")).to_be_in_viewport()
+
+
+async def test_the_status_names_the_run_that_it_is_of(page: Page, tmp_path: Path) -> None:
+    run(tmp_path, "first", steps=2)
+    run(tmp_path, "second", steps=3, seed=3)
+    async with serve_runs(tmp_path, "127.0.0.1", 0) as url:
+        await page.goto(f"{url}/#fleet?run=first")
+        status = page.locator("#status")
+        await expect(status).to_contain_text("firststep 2")
+        await page.keyboard.press("1")
+        await expect(page.locator("#legend")).to_contain_text("second")
+        await expect(status).to_have_text("")
+        await page.get_by_role("checkbox", name="first").uncheck()
+        await expect(status).to_contain_text("secondstep 3")
+
+
 async def test_the_parts_of_a_samples_seconds_add_up(page: Page, tmp_path: Path) -> None:
     writer = Writer(tmp_path / "run")
     writer.step = 1

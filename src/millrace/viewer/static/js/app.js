@@ -31,6 +31,9 @@ function current() {
   return page.runs.find((run) => run.name === name) ?? page.runs[0] ?? null;
 }
 
+/** The one run whose curves are shown. */
+const shownRun = () => page.runs.find((run) => run.name === compared()[0]) ?? null;
+
 const context = () => ({
   runs: page.runs,
   compared: compared(),
@@ -89,9 +92,10 @@ function show() {
 }
 
 function showStatus() {
-  const run = current();
+  const several = page.view === "curves" && compared().length > 1; // no run of which there is one step
+  const run = several ? null : page.view === "curves" ? shownRun() : current();
   const parts = [];
-  if (run && page.runs.length === 1) parts.push(el("b", {}, run.name));
+  if (run) parts.push(el("b", {}, run.name));
   if (run && known(run.step)) parts.push(el("span", {}, `step ${whole(run.step)}`));
   if (run?.changed_at) {
     const title = run.ended?.reason ?? "when the run last wrote to its folder";
@@ -104,7 +108,7 @@ function showStatus() {
   );
   const asked = parameter("run");
   if (asked && page.runs.length && !page.runs.some((one) => one.name === asked))
-    troubles.unshift(`there is no run ${asked} here; this is ${run.name}`);
+    troubles.unshift(`there is no run ${asked} here; this is ${current().name}`);
   showBanner(troubles);
 }
 

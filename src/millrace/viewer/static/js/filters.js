@@ -45,7 +45,7 @@ export function filterForm() {
         type: "search",
         id: "q",
         "aria-label": "Text in conversations",
-        placeholder: "search conversations  ( / )",
+        placeholder: "search texts  ( / )",
         autocomplete: "off",
         value: parameter("q"),
         oninput: settled((event) => ask({ q: event.target.value.trim() }), 400),

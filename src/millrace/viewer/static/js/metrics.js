@@ -70,7 +70,7 @@ const CHARTS = [
   { title: "Parts of the reward", unit: "means, before weights", prefix: "rewards." },
   {
     title: "Groups with signal",
-    unit: "rewards differ in the group",
+    unit: "rewards differ",
     columns: ["groups_with_signal"],
     zero: true,
     always: true,

@@ -104,7 +104,7 @@ function showRows(rows, matched, text, problems = []) {
       ),
   );
   box.scrollTop = top;
-  mark(view.marked, false);
+  mark(view.marked, !before); // a link leads to its sample
   pager(matched, rows.length, text, problems);
 }
 

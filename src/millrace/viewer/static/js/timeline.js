@@ -70,23 +70,35 @@ function draw() {
   legend(box.querySelector("#lane-legend"), items, states, legs);
 }
 
-/** The rectangles: [lane, start, end, row, colour, what, note]. Row 0 is the lane's state, row 1 its publishes. */
+// The heights of what is drawn in a lane, as parts of it: from where, and how high.
+const ROWS = { state: [-0.36, 0.5], publish: [0.2, 0.16], gone: [-0.14, 0.06] };
+
+/** The rectangles: [lane, start, end, row, colour, what, note]. */
 function itemsOf(data, states, legs) {
   const made = [];
   data.lanes.forEach((lane, index) => {
     for (const [kind, start, end, reason] of lane.spans)
-      made.push([index, start, end, 0, states[kind] ?? states.suspect, NAMES[kind] ?? kind, reason ?? ""]);
-    for (const [start, end] of lane.busy) made.push([index, start, end, 0, states.generating, "generating", ""]);
+      made.push([
+        index,
+        start,
+        end,
+        kind === "gone" ? "gone" : "state",
+        states[kind] ?? states.suspect,
+        NAMES[kind] ?? kind,
+        reason ?? "",
+      ]);
+    for (const [start, end] of lane.busy) made.push([index, start, end, "state", states.generating, "generating", ""]);
     for (const publish of lane.publishes) {
       let at = publish.start;
       const note = `version ${publish.version}${publish.reason ? `, failed: ${publish.reason}` : ""}`;
       for (const leg of LEGS) {
         const end = at + publish.legs[leg];
-        if (publish.legs[leg] > 0) made.push([index, at, end, 1, publish.reason ? states.dead : legs[leg], leg, note]);
+        if (publish.legs[leg] > 0)
+          made.push([index, at, end, "publish", publish.reason ? states.dead : legs[leg], leg, note]);
         at = end;
       }
       if (publish.pause > 0)
-        made.push([index, Math.max(publish.start, at - publish.pause), at, 0, states.paused, "paused", note]);
+        made.push([index, Math.max(publish.start, at - publish.pause), at, "state", states.paused, "paused", note]);
     }
   });
   return made;
@@ -158,17 +170,16 @@ const rectangle = (items) => (parameters, api) => {
   const [left, middle] = api.coord([api.value(1), lane]);
   const [right] = api.coord([api.value(2), lane]);
   const band = api.size([0, 1])[1];
-  const shape =
-    row === 0
-      ? { x: left, y: middle - 0.36 * band, width: Math.max(1, right - left), height: 0.5 * band }
-      : { x: left, y: middle + 0.2 * band, width: Math.max(1.5, right - left), height: 0.16 * band };
+  const [top, height] = ROWS[row];
+  const least = row === "publish" ? 1.5 : 1;
+  const shape = { x: left, y: middle + top * band, width: Math.max(least, right - left), height: height * band };
   const shown = globalThis.echarts.graphic.clipRectByRect(shape, parameters.coordSys);
   return shown && { type: "rect", shape: shown, style: { fill: fillColour } };
 };
 
 function tooltip([lane, start, end, row, dot, what, note], data) {
   const rows = [
-    [null, row === 1 ? "leg of a publish" : "for", seconds(end - start)],
+    [null, row === "publish" ? "leg of a publish" : "for", seconds(end - start)],
     [null, "from", clock(start)],
   ];
   const made = tip([swatch(dot), `${data.lanes[lane].engine}: ${what}`], rows);
