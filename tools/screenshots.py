@@ -1,10 +1,17 @@
 """Writes the pictures of docs/viewer.md: docs/images/viewer-*.png.
 
-    python tools/screenshots.py RUN
+    python tools/screenshots.py runs
 
-RUN is the folder of a run that has ended, such as that of `make demo`. The pictures of several runs, of engines that
-die, and of branches are of runs that are invented (tests/viewer/runs.py). It needs playwright and /usr/bin/chromium, or
-the Chromium that MILLRACE_BROWSER names.
+The folder has four runs, such as these. An engine of the third is killed while it goes on:
+
+    millrace train examples/gsm8k_multiturn/cpu.yaml name=demo
+    millrace train examples/gsm8k_multiturn/cpu.yaml name=demo-lr-1e-4 train.lr=1e-4 seed=1
+    cp -r runs/demo-lr-1e-4 runs/fleet
+    millrace train examples/gsm8k_multiturn/cpu.yaml name=fleet train.lr=1e-4 seed=1 train.steps=38 --resume
+    millrace train examples/agents/run.yaml agent=tools/branching_agent.py:solve name=branches \
+        model.context_length=512 rollout.max_sample_tokens=512 rollout.max_turns=12
+
+It needs playwright and /usr/bin/chromium, or the Chromium that MILLRACE_BROWSER names.
 """
 
 import asyncio
@@ -12,21 +19,17 @@ import io
 import json
 import os
 import sys
-import tempfile
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from playwright.async_api import Browser, async_playwright
 
+from millrace.viewer.server import serve_runs
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tests.viewer.runs import Writer  # noqa: E402
-
-from millrace.viewer.server import serve_runs  # noqa: E402
-
 IMAGES = ROOT / "docs" / "images"
 SIZE = {"width": 1240, "height": 775}
 SCALE = 2  # pixels of the picture for one of the page
@@ -34,32 +37,22 @@ COLOURS = 256  # of a picture, which is a third as large as one with all
 DRAWN = 1500  # ms until charts are drawn and files are read
 
 
-async def main(run: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        Writer(Path(folder) / "lr-1e-5", seed=1).steps(40)
-        Writer(Path(folder) / "lr-3e-6", seed=4, quality=0.7).steps(40)
-        async with async_playwright() as playwright:
-            path = os.environ.get("MILLRACE_BROWSER", "/usr/bin/chromium")
-            sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium has none for root
-            browser = await playwright.chromium.launch(executable_path=path, args=sandbox)
-            async with serve_runs(Path(folder), "127.0.0.1", 0) as url:
-                await picture(browser, url, "curves", "curves")
-                await picture(browser, url, "fleet", "fleet?run=lr-1e-5", dark=True)
-                await picture(browser, url, "branches", "samples?run=lr-1e-5&open=16/16-0.2&tab=branches")
-            async with serve_runs(run, "127.0.0.1", 0) as url:
-                sample = await asyncio.to_thread(one_sample, url, run.name)
-                await picture(browser, url, "samples", "samples?step_min=8&step_max=12")
-                await picture(browser, url, "conversation", f"samples?{sample}")
-                await picture(
-                    browser,
-                    url,
-                    "tokens",
-                    f"samples?{sample}&tab=tokens",
-                    dark=True,
-                    hover=".tokens .l7, .tokens .l8, .tokens .l9",
-                )
-                await picture(browser, url, "group", f"samples?{sample}&tab=group")
-            await browser.close()
+async def main(runs: Path) -> None:
+    async with async_playwright() as playwright, serve_runs(runs, "127.0.0.1", 0) as url:
+        path = os.environ.get("MILLRACE_BROWSER", "/usr/bin/chromium")
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium has none for root
+        browser = await playwright.chromium.launch(executable_path=path, args=sandbox)
+        await picture(browser, url, "curves", "curves?runs=demo,demo-lr-1e-4")
+        await picture(browser, url, "fleet", "fleet?run=fleet", dark=True)
+        branched = await asyncio.to_thread(one_sample, url, "branches", "sequences")
+        await picture(browser, url, "branches", f"samples?{branched}&tab=branches")
+        sample = await asyncio.to_thread(one_sample, url, "demo", "tool_errors")
+        await picture(browser, url, "samples", "samples?run=demo&step_min=8&step_max=12")
+        await picture(browser, url, "conversation", f"samples?{sample}")
+        hover = ".tokens .l7, .tokens .l8, .tokens .l9"
+        await picture(browser, url, "tokens", f"samples?{sample}&tab=tokens", dark=True, hover=hover)
+        await picture(browser, url, "group", f"samples?{sample}&tab=group")
+        await browser.close()
 
 
 async def picture(
@@ -83,21 +76,25 @@ async def picture(
     await context.close()
 
 
-def one_sample(url: str, run: str) -> str:
-    """Return the parameters that open a sample: one with many turns and a tool call that failed, if there is one."""
+def one_sample(url: str, run: str, most: str) -> str:
+    """Return the parameters that open a sample: the one with the most `sequences`, or one with `tool_errors`."""
 
-    def rows(**filters: str) -> list[dict[str, object]]:
-        query = urllib.parse.urlencode({"run": run, "sort": "-turns", "limit": "500", **filters})
-        with urllib.request.urlopen(f"{url}/api/samples?{query}", timeout=30) as answer:
-            page = json.load(answer)
-        if page["filling"]:
-            return rows(**filters)
-        return [dict(zip(page["columns"], row, strict=True)) for row in page["rows"]]
+    def ask(route: str, **filters: object) -> dict[str, Any]:
+        query = urllib.parse.urlencode({"run": run, **filters})
+        with urllib.request.urlopen(f"{url}/api/{route}?{query}", timeout=30) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
 
-    found = rows(step_min="5", reward_max="0.5") or rows()
-    chosen = max(found, key=lambda row: (bool(row["tool_errors"]), row["turns"]))
-    step = str(chosen["step"])
-    shown = {"step_min": step, "step_max": step, "sort": "reward", "open": f"{step}/{chosen['sample']}"}
+    while (page := ask("samples", sort="-turns", limit=200, step_min=5))["filling"] or not page["files"]:
+        pass
+    rows = [dict(zip(page["columns"], row, strict=True)) for row in page["rows"]]
+    if most == "sequences":
+        of = {row["sample"]: len(ask("sample", step=row["step"], sample=row["sample"])["sequences"]) for row in rows}
+        chosen = max(rows, key=lambda row: of[row["sample"]])
+    else:
+        chosen = max(rows, key=lambda row: (bool(row[most]), row["turns"]))
+    step = chosen["step"]
+    shown = {"run": run, "step_min": step, "step_max": step, "sort": "reward", "open": f"{step}/{chosen['sample']}"}
     return urllib.parse.urlencode(shown)
 
 

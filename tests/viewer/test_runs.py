@@ -203,6 +203,21 @@ def test_the_requests_of_all_ranks_keep_an_engine_busy(tmp_path: Path) -> None:
     assert engine["requests"] == 4
 
 
+def test_many_equal_events_do_not_hide_the_one_before(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run")
+    writer.member("sglang-1", "dead", "ready", None, reason="killed")
+    for _ in range(300):
+        writer.clock += 0.01
+        writer.event("retry", "sglang-1", attempt=1, continued=True)
+    writer.event("retry", "sglang-1", attempt=2, continued=True)
+    run = RunFiles("run", writer.folder)
+    run.refresh(events=True)
+    dead, first, second = run.fleet()["events"][-3:]
+    assert (dead["state"], first["attempt"], first["times"], second["attempt"]) == ("dead", 1, 300, 2)
+    assert "times" not in second
+    assert dead["at"] < first["at"] <= second["at"]
+
+
 def test_events_that_are_not_understood_are_left_out() -> None:
     line = Timeline()
     line.add([

@@ -182,8 +182,18 @@ class RunFiles:
 
     def _take_events(self, records: Sequence[dict[str, Any]]) -> None:
         self.timeline.add(records)
-        self.latest += [one for one in records if one.get("kind") not in ROUTINE or one.get("was")]
+        for one in records:
+            if one.get("kind") not in ROUTINE or one.get("was"):
+                self._remember(one)
         del self.latest[:-KNOWN_EVENTS]
+
+    def _remember(self, event: dict[str, Any]) -> None:
+        """Keep an event. One that happens many times, such as a retry, is one event with its `times`."""
+        last = self.latest[-1] if self.latest else {}
+        if {**last, "at": None, "times": None} == {**event, "at": None, "times": None}:
+            event = {**event, "times": last.get("times", 1) + 1}
+            self.latest.pop()
+        self.latest.append(event)
 
     def _take_requests(self, records: Sequence[dict[str, Any]]) -> None:
         """Take another rank's requests. What it says of the engines' states, rank 0 says too."""

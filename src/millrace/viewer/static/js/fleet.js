@@ -67,7 +67,7 @@ function show(now, past, run) {
     .slice(-EVENTS)
     .reverse();
   const list = view.root.querySelector("#events");
-  const key = JSON.stringify(events.map((one) => [one.at, one.kind, one.engine]));
+  const key = JSON.stringify(events.map((one) => [one.at, one.kind, one.engine, one.times]));
   if (list.key !== key) fill(list, events.length ? events.map(event) : el("p", { class: "empty" }, "None yet."));
   list.key = key;
 }
@@ -153,7 +153,7 @@ export function bar(share) {
   );
 }
 
-const HIDDEN = new Set(["at", "kind", "engine", "fields"]);
+const HIDDEN = new Set(["at", "kind", "engine", "fields", "times"]);
 
 function event(one) {
   const facts = Object.entries(one).filter(([field, value]) => !HIDDEN.has(field) && known(value));
@@ -171,7 +171,7 @@ function event(one) {
     { class: `event${bad ? " bad" : ""}` },
     el("time", {}, clock(one.at)),
     el("span", { class: "who" }, one.engine ?? "fleet"),
-    el("span", { class: "kind" }, one.kind.replaceAll("_", " ")),
+    el("span", { class: "kind" }, one.kind.replaceAll("_", " ") + (one.times ? ` ×${one.times}` : "")),
     el(
       "span",
       { class: "facts" },

@@ -195,7 +195,7 @@ function timings(data) {
       "span",
       { class: "legend" },
       entries.map(([name, value]) =>
-        el("span", { class: "key", title: titleOf(name) }, swatch(colourOf(name)), name, el("b", {}, seconds(value))),
+        el("span", { class: "key", title: titleOf(name) }, swatch(colourOf(name)), name.replaceAll("_", " "), el("b", {}, seconds(value))),
       ),
     ),
   );

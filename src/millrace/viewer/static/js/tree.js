@@ -57,7 +57,7 @@ export function showTree(body, data, open) {
           "li",
           {},
           el("button", { type: "button", class: "link", onclick: () => open(index) }, name(index)),
-          ` ${whole(one.length)} tokens, ${whole(one.turns)} turns, ${(one.end ?? "").replaceAll("_", " ")}`,
+          ` ${whole(one.length)} tokens, ${whole(one.turns)} ${one.turns === 1 ? "turn" : "turns"}, ${(one.end ?? "").replaceAll("_", " ")}`,
         ),
       ),
     ),
