@@ -24,6 +24,9 @@ COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # The exact versions that this was tested with, and the CPU's torch. `make CONSTRAINTS=... ` names another set.
 CONSTRAINTS ?= constraints/cpu.txt
 
+# Where this is set, as in images of containers, every engine that a test starts would compile Millrace anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all test-verl test-verl-short test-verl-all test-environments test-environments-short test-sdks \
 	test-sdks-short test-agents test-harbor test-ray test-slurm test-trackers test-page release release-short docs lint types \
 	unit clean
