@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from millrace import Fleet
 from millrace.launch.base import Need
 from millrace.launch.driven import DrivenLauncher
 from millrace.types import GenerateRequest, SamplingParams
+from tests.fleet.test_fleet import expected, greedy, slow_down
 
 REQUEST = GenerateRequest((5, 6, 7), SamplingParams(max_new_tokens=4, temperature=0.0))
 OWNER = """
@@ -55,6 +56,36 @@ async def require_takes_weights(fleet: Fleet, model_path: Path) -> None:
     assert len(after.output_ids) == 4
     assert before.version_spans[-1].version == 0
     assert after.version_spans[-1].version == report.version
+
+
+async def require_leaves_its_host_in_time(
+    fleet: Fleet, model_path: Path, announce: Callable[[str], None], seconds: float
+) -> None:
+    """Requires that an engine leaves a host which is said to go away, and that another one starts on the other host.
+
+    The fleet has an engine on each of two hosts with room for two. announce: says it of the host at an address, which
+    goes away in so many seconds.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    leaving, staying = engine_hosts(fleet)
+    (victim,) = (name for name, one in fleet.engines.items() if f"//{leaving}:" in one.url)
+    await slow_down(fleet, 0.1)
+    asked = [asyncio.create_task(fleet.generate(greedy(f"r{i}", 60), deadline=90)) for i in range(8)]
+    for engine in fleet.engines.values():
+        while not (await engine.loads()).running_requests:
+            await asyncio.sleep(0.01)
+    async with asyncio.timeout(seconds):
+        await asyncio.to_thread(announce, leaving)
+        async with fleet.replicas.changed:
+            await fleet.replicas.changed.wait_for(lambda: victim not in fleet.engines)
+    await slow_down(fleet, 0.0)
+    for made in await asyncio.gather(*asked):
+        assert made.output_ids == expected(model, 60)
+        assert (len(made.logprobs), made.version_spans[-1].end) == (60, 60)
+    assert not any(fleet.event_log.metrics.retries.values())
+    async with asyncio.timeout(90), fleet.replicas.changed:
+        await fleet.replicas.changed.wait_for(lambda: len(fleet.snapshot.routable) == 2)
+    assert engine_hosts(fleet) == [staying, staying]
 
 
 async def require_gives_back_what_comes_too_late(launcher: DrivenLauncher) -> None:

@@ -6,6 +6,7 @@ They run where Ray is installed: `make test-ray`.
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from tests.launch.fleets import (
     engine_hosts,
     owner,
     require_gives_back_what_comes_too_late,
+    require_leaves_its_host_in_time,
     require_takes_weights,
     served,
 )
@@ -46,6 +48,13 @@ class RayCluster:
 
     def add(self, host: str, **resources: int) -> Any:
         return self.cluster.add_node(node_ip_address=host, **{"num_cpus": 2, "num_gpus": 2, **resources})
+
+    def drain(self, host: str, seconds: int) -> None:
+        """Tell Ray that the node of a host goes away in so many seconds."""
+        (node,) = (node for node in self.nodes if node.node_ip_address == host)
+        words = ["drain-node", "--address", self.address, "--node-id", node.node_id, "--reason-message", "spot"]
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(seconds)]
+        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words, *reason], check=True, timeout=30)
 
     def config(self, **settings: object) -> dict[str, object]:
         return {"kind": "embedded", "launch": "ray", "cluster": self.address, "threads": 1, **settings}
@@ -130,6 +139,38 @@ async def test_ray_assigns_the_gpus_and_packs_the_nodes_of_an_engine(cluster: Ra
         await launcher.release(places)  # as when an engine is ended twice
         again = await launcher.reserve("again", Need(2, 1), 1, deadline=30)
         assert again[0].host == places[0].host
+
+
+async def test_an_engine_leaves_a_node_that_drains_and_another_one_starts_elsewhere(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    own = RayCluster()
+    try:
+        settings = own.config(replicas=2, faults=True)
+        async with open_fleet(settings, tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
+            await require_leaves_its_host_in_time(fleet, tiny_model, lambda host: own.drain(host, 40), 30.0)
+    finally:
+        own.cluster.shutdown()
+
+
+async def test_ray_places_nothing_on_a_node_that_drains(tmp_path: Path) -> None:
+    """Although it has room. A process that runs on keeps it in the cluster."""
+    own = RayCluster()
+    try:
+        async with joined(own) as launcher:
+            (place,) = await launcher.reserve("stays", Need(0, 1), 1, deadline=30)
+            code = [place.python, "-c", "import time; time.sleep(600)"]
+            server = await place.start("stays", code, tmp_path / "log", env={}, leftovers=())
+            own.drain(place.host, 300)
+            async with asyncio.timeout(30):
+                assert 290 < await server.notice() <= 300
+            others = [(await launcher.reserve(f"other{i}", Need(0, 1), 1, deadline=30))[0] for i in range(2)]
+            assert place.host not in {other.host for other in others}
+            with pytest.raises(LaunchError, match="and did not get it within 3 s"):
+                await launcher.reserve("third", Need(0, 1), 1, deadline=3)
+            assert server.running
+    finally:
+        own.cluster.shutdown()
 
 
 async def test_a_place_that_comes_too_late_is_given_back(cluster: RayCluster) -> None:

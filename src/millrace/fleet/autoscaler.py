@@ -4,10 +4,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from millrace.config.engines import ReplicaRange
+from millrace.engines.start import Replica
 from millrace.errors import EngineError, MillraceError, NoEngineError
 from millrace.fleet.admission import Admission
 from millrace.fleet.event_log import EventLog, reason_of
@@ -92,6 +93,24 @@ class Autoscaler:
         except NoEngineError:  # it leaves already, or is being restarted
             self._owe(-owed)
             raise
+
+    def noticed(self, replica: Replica, seconds: float) -> None:
+        """Preempt an engine whose host goes away in so many seconds, as its launcher has learned."""
+        logger.warning("the host of %s goes away in %.0f s", replica.engine.name, seconds)
+        self._run(self._removing, self._leave(replica, time.monotonic() + seconds))
+
+    async def _leave(self, replica: Replica, ends: float) -> None:
+        name = replica.engine.name
+        # An engine that joins or restarts does so first: it is a replacement itself, and counted when it has joined.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ends - time.monotonic()), self._replicas.changed:
+                await self._replicas.changed.wait_for(lambda: name not in self._replicas.coming)
+        if self._replicas.by_name.get(name) is not replica:
+            return  # it has left, or runs elsewhere now
+        try:
+            await self.preempt(name, max(ends - time.monotonic(), 0.0))
+        except NoEngineError as error:
+            logger.warning("%s", error)
 
     def _owe(self, more: int) -> None:
         self._owed = max(self._owed + more, 0)

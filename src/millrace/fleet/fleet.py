@@ -581,6 +581,9 @@ class _Observer:
         if self._fleet._kept is not None:
             self._fleet._kept.forget(name)
 
+    def noticed(self, replica: Replica, seconds: float) -> None:
+        self._fleet._autoscaler.noticed(replica, seconds)
+
     def watching(self, replica: Replica) -> AbstractAsyncContextManager[None]:
         return self._fleet._feeds.listening(replica.engine.name, replica.kv_events)
 

@@ -15,6 +15,7 @@ from millrace.errors import EngineError, LocalError, NoEngineError
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.labels import Labels
 from millrace.fleet.replica_state import Answered, CallFailed, Died, Event, Quarantined, ReplicaState, Snapshot, after
+from millrace.launch.process import Server
 from millrace.types import EngineInfo, Health, MemoryTag
 
 DEMAND_COUNTS = 5.0  # seconds for which a follower's report of its waiting requests counts
@@ -137,6 +138,10 @@ class FleetObserver(Protocol):
         """Called when a replica has left. Must not wait."""
         ...
 
+    def noticed(self, replica: Replica, seconds: float) -> None:
+        """Called when the replica's host is said to go away in so many seconds. Must not wait."""
+        ...
+
     def watching(self, replica: Replica) -> AbstractAsyncContextManager[None]:
         """Return a context that is open while the replica's process is watched."""
         ...
@@ -257,10 +262,15 @@ class OwnedReplicaSet(ReplicaSet):
                 return  # the watcher has recorded how it ended
         await self.apply(name, Died(str(error)))
 
+    async def _notice(self, replica: Replica, process: Server) -> None:
+        self.observer.noticed(replica, await process.notice())
+
     async def _watch(self, replica: Replica) -> None:
         assert replica.process is not None
-        async with self.observer.watching(replica):
+        async with self.observer.watching(replica), asyncio.TaskGroup() as tasks:
+            noticing = tasks.create_task(self._notice(replica, replica.process))
             await replica.process.wait()
+            noticing.cancel()
         reason = replica.process.describe_end()
         logger.error("%s\n%s", reason, replica.process.log_tail())
         await self.apply(replica.engine.name, Died(reason))

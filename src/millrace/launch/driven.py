@@ -1,8 +1,8 @@
 """A launcher whose work a child process does, its driver: it speaks to a cluster for the fleet's process.
 
 The driver answers the calls `reserve`, `release`, `free_ports`, `start` and `end`, and says how servers stand
-(`millrace.launch.calls`). Its first line is `{"joined": "..."}`, the cluster in words. It ends when its standard input
-closes, and then ends what it has started.
+(`millrace.launch.calls`). It says again and again whose hosts go away, and in how many seconds. Its first line is
+`{"joined": "..."}`, the cluster in words. It ends when its standard input closes, and then ends what it has started.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -150,6 +151,9 @@ class DrivenLauncher:
                 case {"group": int(group), "index": int(index), "running": bool(running), "end": end, "tail": tail}:
                     if (server := self._servers.get((group, index))) is not None:
                         server.stands(running, end, tail)
+                case {"group": int(group), "index": int(index), "leaves": int() | float() as seconds}:
+                    if (server := self._servers.get((group, index))) is not None:
+                        server.leaves(seconds)
                 case {"id": int(), **_rest} as answer:
                     self._driver.answered(answer)
         gone = f"{self._driver.who} is gone{self._last_words()}"
@@ -206,6 +210,8 @@ class DrivenServer:
         self.name = name
         self._launcher, self._place = launcher, place
         self._ended = asyncio.Event()
+        self._noticed = asyncio.Event()
+        self._leaves_at = 0.0  # the end of its host, by time.monotonic, once that is noticed
         self._end = f"{name} runs"
         self._tail = f"nothing is known of its log on {place.host}"
 
@@ -217,6 +223,11 @@ class DrivenServer:
     async def wait(self) -> None:
         """Wait until the server has ended."""
         await self._ended.wait()
+
+    async def notice(self) -> float:
+        """Wait for a notice that the server's host goes away. Return the seconds until then."""
+        await self._noticed.wait()
+        return max(self._leaves_at - time.monotonic(), 0.0)
 
     async def end(self) -> None:
         """End the server. Raises LaunchError if it does not end in time, or if the cluster does not answer."""
@@ -231,6 +242,11 @@ class DrivenServer:
     def log_tail(self) -> str:
         """Return the last lines of the server's log on its host."""
         return self._tail
+
+    def leaves(self, seconds: float) -> None:
+        """Note that the server's host goes away in so many seconds."""
+        self._leaves_at = time.monotonic() + seconds
+        self._noticed.set()
 
     def stands(self, running: bool, end: str, tail: str) -> None:
         """Note how the server stands."""

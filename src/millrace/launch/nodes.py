@@ -44,6 +44,17 @@ class Nodes:
         self._note_end(next(process for task, process in waits.items() if task in done))
         await self._end_all()
 
+    async def notice(self) -> float:
+        """Wait for a notice that the host of a node goes away. Return the seconds until then."""
+        notices = [asyncio.create_task(process.notice()) for process in self._processes]
+        try:
+            done, _ = await asyncio.wait(notices, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in notices:
+                task.cancel()
+            await asyncio.gather(*notices, return_exceptions=True)
+        return min(task.result() for task in done)
+
     async def end(self) -> None:
         """End all nodes. Raises LaunchError if a node can't be ended, after trying them all."""
         try:

@@ -56,6 +56,9 @@ class Server(Protocol):
     async def wait(self) -> None:
         """Wait until the server has ended."""
 
+    async def notice(self) -> float:
+        """Wait for a notice that the server's host goes away. Return the seconds until then."""
+
     async def end(self) -> None:
         """End the server. Does nothing if it has ended."""
 
@@ -170,6 +173,11 @@ class ServerProcess:
     async def wait(self) -> None:
         """Wait until the server has ended, by itself or by `end`."""
         await self._process.wait()
+
+    async def notice(self) -> float:
+        """Wait for ever: nothing gives notices of this host."""
+        never: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        return await never
 
     async def end(self) -> None:
         """End the server and all its child processes. Does nothing if it has ended.

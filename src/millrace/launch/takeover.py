@@ -54,6 +54,11 @@ class TakenOver:
             asyncio.get_running_loop().add_reader(self._pidfd, self._on_end)
         await self._ended.wait()
 
+    async def notice(self) -> float:
+        """Wait for ever: nothing gives notices of this host."""
+        never: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        return await never
+
     async def end(self) -> None:
         """End the server and all its child processes. Does nothing if it has ended.
 

@@ -13,8 +13,9 @@ class NodeActor:
         self._node = RemoteNode()
 
     async def where(self) -> dict[str, str | None]:
-        """Return the host's address, the assigned GPUs, and the interpreter."""
-        return {"host": ray.util.get_node_ip_address(), **await self._node.where()}
+        """Return the host's address and its id in Ray, the assigned GPUs, and the interpreter."""
+        node = ray.get_runtime_context().get_node_id()
+        return {"host": ray.util.get_node_ip_address(), "node": node, **await self._node.where()}
 
     async def free_ports(self, host: str, count: int) -> int | str:
         """Return the first of `count` consecutive free ports, or what is wrong."""

@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import ray
+from ray._private.state import state as cluster_state  # the public list of nodes comes from the dashboard only
 from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -25,9 +27,20 @@ from millrace.launch.ray_cluster.actor import NodeActor
 
 NOTE_SECONDS = 10.0  # until a reservation that waits is mentioned
 ACTOR_DEADLINE = 120.0  # seconds until an actor runs: its process imports Millrace, perhaps from a slow disk
+LOOK_SECONDS = 2.0  # between two looks at the nodes that drain
+DRAIN_SECONDS = 30.0  # for engines on a node that drains without a deadline
 UNAVAILABLE_SECONDS = 15.0  # an actor that does not answer for so long is gone
 # Ray would kill the guard together with the actor, and the guard is to end the server's process tree in order.
 ACTOR_ENVIRONMENT = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "false"}}
+
+
+@dataclass(slots=True)
+class Group:
+    """The places of an engine. nodes: the ids of Ray's nodes that they are on, once their actors run."""
+
+    placed: PlacementGroup
+    actors: list[Any] = field(default_factory=list)
+    nodes: list[str] = field(default_factory=list)
 
 
 class Driver(Answerer):
@@ -35,7 +48,7 @@ class Driver(Answerer):
 
     def __init__(self, out: BinaryIO, address: str) -> None:
         super().__init__(out, f"the Ray cluster at {address}")
-        self._groups: dict[int, tuple[PlacementGroup, list[Any]]] = {}
+        self._groups: dict[int, Group] = {}
         self._watches: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._count = 0
 
@@ -46,22 +59,22 @@ class Driver(Answerer):
     async def reserve(self, name: str, gpus: int, cpus: int, nodes: int, need: str, deadline: float) -> dict[str, Any]:
         """Get a placement group with an actor for each node."""
         bundle = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
-        group = await asyncio.to_thread(placement_group, [bundle] * nodes, "PACK" if nodes > 1 else "SPREAD")
+        strategy = "PACK" if nodes > 1 else "SPREAD"
+        group = Group(await asyncio.to_thread(placement_group, [bundle] * nodes, strategy))
         self._count += 1
-        number, actors = self._count, list[Any]()
-        self._groups[number] = group, actors
+        number = self._count
+        self._groups[number] = group
         try:
-            await self._wait(group, f"{name} asks Ray for {nodes} x ({need})", deadline)
+            await self._wait(group.placed, f"{name} asks Ray for {nodes} x ({need})", deadline)
             actor = ray.remote(NodeActor)
             for index in range(nodes):
-                strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-                actors.append(
-                    actor.options(
-                        num_cpus=cpus, num_gpus=gpus, scheduling_strategy=strategy, runtime_env=ACTOR_ENVIRONMENT
-                    ).remote()
+                at = PlacementGroupSchedulingStrategy(group.placed, placement_group_bundle_index=index)
+                options = actor.options(
+                    num_cpus=cpus, num_gpus=gpus, scheduling_strategy=at, runtime_env=ACTOR_ENVIRONMENT
                 )
+                group.actors.append(options.remote())
             async with asyncio.timeout(ACTOR_DEADLINE):
-                places = await asyncio.gather(*(one.where.remote() for one in actors))
+                places = await asyncio.gather(*(one.where.remote() for one in group.actors))
         except RayError as error:
             await self.release(number)
             raise LaunchError(
@@ -71,6 +84,7 @@ class Driver(Answerer):
         except BaseException:
             await self.release(number)
             raise
+        group.nodes = [place["node"] for place in places]
         return {"group": number, "places": places}
 
     async def free_ports(self, group: int, index: int, host: str, count: int) -> int:
@@ -110,17 +124,30 @@ class Driver(Answerer):
         """End the actors of a placement group, and give its resources back."""
         if group not in self._groups:
             return
-        placed, actors = self._groups.pop(group)
-        for index, actor in enumerate(actors):
+        given_back = self._groups.pop(group)
+        for index, actor in enumerate(given_back.actors):
             if (watch := self._watches.pop((group, index), None)) is not None:
                 watch.cancel()
             await asyncio.to_thread(ray.kill, actor)
-        await asyncio.to_thread(remove_placement_group, placed)
+        await asyncio.to_thread(remove_placement_group, given_back.placed)
+
+    async def look(self) -> None:
+        """Say again and again which servers are on nodes that drain."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                ends = await asyncio.to_thread(cluster_state.get_draining_nodes)  # ms since 1970; 0 for no deadline
+            except RayError:
+                continue  # the cluster does not answer; if it is gone, Ray ends this process
+            for number, group in self._groups.items():
+                for index, node in enumerate(group.nodes):
+                    if (end := ends.get(node)) is not None:
+                        self.say(group=number, index=index, leaves=end / 1000 - time.time() if end else DRAIN_SECONDS)
 
     def _actor(self, group: int, index: int) -> Any:
         if group not in self._groups:
             raise LaunchError("its place on the Ray cluster is given back")
-        return self._groups[group][1][index]
+        return self._groups[group].actors[index]
 
     async def _wait(self, group: PlacementGroup, asked: str, deadline: float) -> None:
         begun, noted = time.monotonic(), False
@@ -181,7 +208,12 @@ async def serve(out: BinaryIO, address: str | None) -> None:
     guard.prctl(guard.PR_SET_PDEATHSIG, 0)
     driver = Driver(out, context.address_info["gcs_address"])
     driver.say(joined=driver.who)
-    await driver.serve()
+    looking = asyncio.create_task(driver.look())
+    try:
+        await driver.serve()
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
 
 
 def main() -> None:
