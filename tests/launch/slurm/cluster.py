@@ -30,7 +30,7 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.sock,cred_expire=10
 CredType=cred/munge
 MpiDefault=none
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
@@ -92,6 +92,21 @@ class SlurmCluster:
         finally:
             self.run("scancel", number)
             until(lambda: not self.state(number), f"job {number} ends")
+
+    def drain(self, address: str) -> None:
+        """Let Slurm drain the node at an address, until the node is resumed."""
+        (name,) = (name for name, its in NODES.items() if its == address)
+        self.run("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=test")
+
+    def resume(self) -> None:
+        """Resume the nodes that are drained."""
+        for name in set(self.run("sinfo", "--noheader", "--Node", "--states=drain", "--format=%N").split()):
+            self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+
+    def signal(self, step: str) -> None:
+        """Send SIGTERM to a step, as Slurm does before it ends one."""
+        words = ["scancel", "--signal=TERM", step]  # Slurm 22.05 sends it, and says that the job's id is invalid
+        subprocess.run(words, check=False, capture_output=True, timeout=DEADLINE)
 
     def state(self, job: str) -> str:
         """Return the state of a job, such as RUNNING; nothing if it has ended."""

@@ -17,6 +17,7 @@ from millrace import open_fleet
 from millrace.errors import ConfigError, LaunchError
 from millrace.launch.base import Need
 from millrace.launch.slurm.agent import SILENT_SECONDS
+from millrace.launch.slurm.driver import LOOK_SECONDS
 from millrace.launch.slurm.job import read_job
 from millrace.launch.slurm.launcher import open_slurm
 from tests.launch.fleets import (
@@ -24,6 +25,7 @@ from tests.launch.fleets import (
     engine_hosts,
     owner,
     require_gives_back_what_comes_too_late,
+    require_leaves_its_host_in_time,
     require_takes_weights,
     served,
 )
@@ -131,6 +133,53 @@ async def test_slurm_assigns_the_gpus_and_packs_the_nodes_of_an_engine(slurm: Sl
             await launcher.release(places)  # as when an engine is ended twice
             again = await launcher.reserve("again", Need(2, 1), 1, deadline=30)
             assert again[0].host == places[0].host
+
+
+@pytest.mark.parametrize("notice", ["drain", "signal"])
+async def test_an_engine_leaves_a_node_that_goes_away_and_another_one_starts_elsewhere(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, notice: str
+) -> None:
+    """Slurm itself makes steps on a node that drains."""
+    with slurm.job(*TWO_NODES) as job:
+
+        def announce(host: str) -> None:
+            if notice == "drain":
+                slurm.drain(host)
+                return
+            (name,) = (name for name, its in NODES.items() if its == host)
+            shown = slurm.run("squeue", "--steps", "--noheader", "--format=%i %N", f"--jobs={job}").splitlines()
+            (step,) = (line.split()[0] for line in shown if line.split()[1] == name)
+            slurm.signal(step)
+
+        try:
+            settings = config(job, replicas=2, faults=True)
+            async with open_fleet(settings, tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
+                await require_leaves_its_host_in_time(fleet, tiny_model, announce, 30.0)
+        finally:
+            slurm.resume()
+
+
+async def test_an_engine_stays_on_a_node_that_drains_if_the_job_has_no_other(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    """And no other one starts there."""
+    with slurm.job(*ONE_NODE) as job:
+        async with open_slurm(job) as launcher:
+            (place,) = await launcher.reserve("stays", Need(0, 1), 1, deadline=30)
+            code = [place.python, "-c", "import time; time.sleep(600)"]
+            server = await place.start("stays", code, tmp_path / "log", env={}, leftovers=())
+            slurm.drain(place.host)
+            try:
+                says = r"did not get it within 3 s; .*; this fleet's engines have 0 GPUs and 1 CPU of n1; n1 goes away$"
+                with pytest.raises(LaunchError, match=says):
+                    await launcher.reserve("another", Need(0, 1), 1, deadline=3)
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(1.5 * LOOK_SECONDS):
+                        await server.notice()
+                assert server.running
+            finally:
+                slurm.resume()
+            await launcher.release(await launcher.reserve("another", Need(0, 1), 1, deadline=30))
 
 
 async def test_a_place_that_comes_too_late_is_given_back(slurm: SlurmCluster) -> None:

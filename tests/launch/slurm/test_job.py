@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.launch.base import Need
-from millrace.launch.slurm.job import Job, JobNode, parse, possible, ranked, room, with_step
+from millrace.launch.slurm.job import DRAINING, Job, JobNode, movable, parse, possible, ranked, room, with_step
 from millrace.launch.slurm.step import command, environment
 
 EIGHT = JobNode("a", cpus=32, gpus=8)
@@ -66,6 +66,54 @@ def test_no_node_is_given_more_than_it_has(sizes: list[tuple[int, int]], needs: 
         taken = used.get(node.name, Need(0, 0))
         assert taken.gpus <= node.gpus
         assert taken.cpus <= node.cpus
+
+
+STATES = """\
+NodeName=n1 Arch=x86_64 Gres=gpu:2 NodeAddr=10.0.0.1 State=MIXED+DRAIN ThreadsPerCore=1 Reason=State=IDLE
+NodeName=n2 Arch=x86_64 Gres=gpu:2 NodeAddr=10.0.0.2 State=ALLOCATED ThreadsPerCore=1
+NodeName=n3 Arch=x86_64 Gres=gpu:2 NodeAddr=10.0.0.3 State=IDLE*+DRAIN+REBOOT_REQUESTED ThreadsPerCore=1
+NodeName=n4 Arch=x86_64 Gres=gpu:2 NodeAddr=10.0.0.4 State=ALLOCATED+FAIL ThreadsPerCore=1
+NodeName=n5 Arch=x86_64 Gres=gpu:2 NodeAddr=10.0.0.5 State=MIXED ThreadsPerCore=1 Reason=DRAIN it soon
+"""
+
+
+def test_the_nodes_that_drain_or_fail_are_read() -> None:
+    assert DRAINING.findall(STATES) == ["n1", "n3", "n4"]
+
+
+def test_only_engines_with_room_elsewhere_can_move() -> None:
+    job = Job(1, (JobNode("a", 4, 4), JobNode("b", 4, 4), JobNode("c", 4, 4)))
+    a, b, c = job.nodes
+    two = Need(2, 1)
+    assert movable(job, {"a"}, {1: [(a, two)], 2: [(b, two)]}) == [1]
+    assert movable(job, set(), {1: [(a, two)]}) == []
+    assert movable(job, {"a", "b", "c"}, {1: [(a, two)]}) == []
+    full = {1: [(a, two)], 2: [(a, two)], 3: [(b, Need(4, 1))], 4: [(c, two)]}
+    assert movable(job, {"a"}, full) == [1]  # both fit alone, and not together
+    over = {1: [(a, Need(4, 1)), (b, Need(4, 1))], 2: [(c, Need(1, 1))]}
+    assert movable(job, {"a"}, over) == []
+    assert movable(job, {"a"}, {1: over[1]}) == [1]  # its own place on b is free when it has left
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(0, 4)), min_size=1, max_size=6),
+    st.sets(st.sampled_from("abcd"), max_size=3),
+)
+def test_the_engines_that_can_move_fit_together(asked: list[tuple[int, int]], leaving: set[str]) -> None:
+    """In engines of one node: they fit on the nodes that stay, beside the engines there."""
+    job, used = Job(1, tuple(JobNode(name, 8, 4) for name in "abcd")), dict[str, Need]()
+    engines = dict[int, list[tuple[JobNode, Need]]]()
+    for number, (cpus, gpus) in enumerate(asked):
+        need = Need(gpus, cpus)
+        for node in ranked(job, need, used, ())[:1]:
+            engines[number] = [(node, need)]
+            used = with_step(used, node, need)
+    moved = movable(job, leaving, engines)
+    assert all(engines[number][0][0].name in leaving for number in moved)
+    after = {name: its for name, its in used.items() if name not in leaving}
+    for number in moved:
+        (node,) = ranked(job.without(leaving), engines[number][0][1], after, ())[:1]
+        after = with_step(after, node, engines[number][0][1])
 
 
 def test_srun_gets_all_options_of_a_step_and_none_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,16 @@
 
     python -m millrace.launch.slurm.agent
 
-It ends its server and itself when its standard input closes, as it does when srun's owner ends. If srun itself was
-killed, Slurm lets the step run on and keeps its input open. So the driver writes an empty line every few seconds, and
-the agent ends when there is none.
+Slurm announces the end of a step by SIGTERM, some time before SIGKILL. The agent tells the driver, and runs on. It ends
+its server and itself when its standard input closes, as it does when srun's owner ends. If srun itself was killed,
+Slurm lets the step run on and keeps its input open. So the driver writes an empty line every few seconds, and the agent
+ends when there is none.
 """
 
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 from typing import BinaryIO
 
@@ -44,6 +46,7 @@ class Agent(RemoteNode, Answerer):
 
     async def run(self) -> None:
         """Answer calls until the input ends or is silent."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: self.say(signalled=True))
         step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
         self.say(step=step, **await self.where())
         reading, silence = asyncio.create_task(self._read()), asyncio.create_task(self._until_silent())

@@ -10,18 +10,32 @@ import asyncio
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 from millrace.errors import LaunchError
 from millrace.launch.base import Need
 from millrace.launch.calls import Answerer
 from millrace.launch.process import END_DEADLINE
-from millrace.launch.slurm.job import Job, JobNode, address_of, possible, ranked, read_job, with_step
+from millrace.launch.slurm.job import (
+    Job,
+    JobNode,
+    address_of,
+    draining,
+    kill_wait,
+    movable,
+    possible,
+    ranked,
+    read_job,
+    with_step,
+)
 from millrace.launch.slurm.step import NoRoom, Step
 
 NOTE_SECONDS = 10.0  # until a reservation that waits is mentioned
 RETRY_SECONDS = 3.0  # between two attempts to get a place
 CALL_DEADLINE = 120.0
+LOOK_SECONDS = 10.0  # between two looks at the nodes that drain
+DRAIN_SECONDS = 30.0  # for an engine on such a node, which Slurm drains without a deadline
 
 
 class Driver(Answerer):
@@ -33,6 +47,8 @@ class Driver(Answerer):
         self._groups: dict[int, list[Step]] = {}
         self._asked: list[tuple[JobNode, Need]] = []  # of the steps that run or are about to
         self._count = 0
+        self._signals: dict[str, float] = {}  # when a step on the node got SIGTERM
+        self._look_now = asyncio.Event()
 
     async def reserve(self, name: str, gpus: int, cpus: int, nodes: int, need: str, deadline: float) -> dict[str, Any]:
         """Get a step for each node."""
@@ -43,10 +59,12 @@ class Driver(Answerer):
             job = await read_job(self._job)
             if not possible(job, Need(gpus, cpus), nodes):
                 raise LaunchError(f"{asked}, and the job has too little; {job}")
-            steps, reason = await self._steps(job, Need(gpus, cpus), nodes, name, until)
+            leaving = await self._leaving(job)
+            steps, reason = await self._steps(job.without(leaving), Need(gpus, cpus), nodes, name, until)
             if steps:
                 break
-            has = f"{job}; {self._taken(job)}{reason}"
+            away = "".join(f"; {name} goes away" for name in sorted(leaving))
+            has = f"{job}; {self._taken(job)}{away}{reason}"
             waited = time.monotonic() - begun
             if waited >= deadline:
                 raise LaunchError(f"{asked}, and did not get it within {deadline:.0f} s; {has}")
@@ -90,6 +108,43 @@ class Driver(Answerer):
         """End all steps."""
         await asyncio.gather(*map(self.release, list(self._groups)), return_exceptions=True)
 
+    async def look(self) -> None:
+        """Say again and again which servers are on nodes that go away.
+
+        A server is left alone if the job has no other place for its engine: Slurm lets it run on a node that drains,
+        and if the whole job ends, the engine would only end earlier.
+        """
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._look_now.wait()
+            self._look_now.clear()
+            if not self._groups:
+                continue
+            try:
+                job = await read_job(self._job)
+                leaving = await self._leaving(job)
+            except LaunchError:
+                continue  # the job has ended, and its steps with it, or Slurm does not answer at the moment
+            engines = {number: [(step.node, step.need) for step in steps] for number, steps in self._groups.items()}
+            for number in movable(job, leaving, engines):
+                for index, step in enumerate(self._groups[number]):
+                    if (seconds := leaving.get(step.node.name)) is not None:
+                        self.say(group=number, index=index, leaves=seconds)
+
+    def _signalled(self, node: JobNode) -> None:
+        self._signals[node.name] = time.monotonic()
+        self._look_now.set()
+
+    async def _leaving(self, job: Job) -> dict[str, float]:
+        """Return the nodes that go away, and in how many seconds. A signal counts until its step must have ended."""
+        leaving = dict.fromkeys(await draining(job), DRAIN_SECONDS)
+        if self._signals:
+            wait, now = await kill_wait(), time.monotonic()
+            self._signals = {name: at for name, at in self._signals.items() if at + wait > now}
+            leaving |= {name: at + wait - now for name, at in self._signals.items()}
+        return leaving
+
     def _step(self, group: int, index: int) -> Step:
         if group not in self._groups:
             raise LaunchError("its place in the Slurm job is given back")
@@ -104,7 +159,7 @@ class Driver(Answerer):
             for node in ranked(job, need, self._used(), near):
                 self._asked.append((node, need))  # before the wait, so that engines beside this one go elsewhere
                 try:
-                    steps.append(await Step.open(job, node, need, name))
+                    steps.append(await Step.open(job, node, need, name, self._signalled))
                     break
                 except BaseException as error:
                     self._asked.remove((node, need))
@@ -143,9 +198,12 @@ async def serve(out: BinaryIO, job: str) -> None:
     """Answer calls until the input ends, and end all steps."""
     driver = Driver(out, job)
     driver.say(joined=driver.who)
+    looking = asyncio.create_task(driver.look())
     try:
         await driver.serve()
     finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
         await driver.close()
 
 

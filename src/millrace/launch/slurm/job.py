@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from millrace.errors import LaunchError
@@ -11,6 +11,7 @@ from millrace.launch.base import Need
 
 COMMAND_DEADLINE = 60.0  # seconds; Slurm's commands repeat calls to a controller that is busy
 ALLOCATED = re.compile(r"\bNodes=(\S+) CPU_IDs=(\S+) Mem=\S* GRES=(\S*)")
+DRAINING = re.compile(r"^NodeName=(\S+) .*\bState=\S*\b(?:DRAIN|FAIL)", re.MULTILINE)
 GPUS = re.compile(r"\bgpu(?::[^:,()]+)?:(\d+)")
 
 
@@ -41,6 +42,10 @@ class Job:
 
     number: int
     nodes: tuple[JobNode, ...]
+
+    def without(self, names: Collection[str]) -> "Job":
+        """Return the job without some of its nodes."""
+        return Job(self.number, tuple(node for node in self.nodes if node.name not in names))
 
     def __str__(self) -> str:
         return f"Slurm job {self.number} has {', '.join(map(str, self.nodes))}"
@@ -105,6 +110,33 @@ def _count(ids: str) -> int:
     return sum(int(last or first) - int(first) + 1 for first, _, last in ends)
 
 
+Steps = Sequence[tuple[JobNode, Need]]  # of one engine
+
+
+def movable(job: Job, leaving: Collection[str], engines: Mapping[int, Steps]) -> list[int]:
+    """Return the engines on nodes that leave which have room on the other nodes, all of them together.
+
+    leaving: the names of these nodes. engines: the engines in the job, by number. An engine over several nodes has room
+    also where its own steps are.
+    """
+    stays, placed, found = job.without(leaving), dict(engines), []
+    for number, steps in engines.items():
+        if all(node.name not in leaving for node, _ in steps):
+            continue
+        used: Used = {}
+        for node, need in (step for other in placed if other != number for step in placed[other]):
+            used = with_step(used, node, need)
+        moved = []
+        for _, need in steps:
+            for node in ranked(stays, need, used, ())[:1]:
+                used = with_step(used, node, need)
+                moved.append((node, need))
+        if len(moved) == len(steps):
+            placed[number] = moved
+            found.append(number)
+    return found
+
+
 async def read_job(number: str) -> Job:
     """Return what a job has. Raises LaunchError if there is no such job, or if it does not run."""
     output = await slurm("scontrol", "--details", "--oneliner", "show", "job", number)
@@ -131,6 +163,19 @@ async def address_of(node: str) -> str:
     output = await slurm("scontrol", "--oneliner", "show", "node", node)
     found = re.search(r"\bNodeAddr=(\S+)", output)
     return node if found is None else found[1]
+
+
+async def draining(job: Job) -> set[str]:
+    """Return the nodes of a job that Slurm drains, or expects to fail. Raises LaunchError."""
+    names = ",".join(node.name for node in job.nodes)
+    output = await slurm("scontrol", "--oneliner", "show", "node", names)
+    return set(DRAINING.findall(output))
+
+
+async def kill_wait() -> float:
+    """Return the seconds between SIGTERM and SIGKILL at the end of a step. Raises LaunchError."""
+    found = re.search(r"^KillWait\s*=\s*(\d+)", await slurm("scontrol", "show", "config"), re.MULTILINE)
+    return float(found[1]) if found is not None else 0.0
 
 
 async def slurm(*words: str) -> str:

@@ -47,24 +47,32 @@ def environment() -> dict[str, str]:
 class Step:
     """A step whose agent answers. Create it with `open`, and call `close` at the end.
 
-    stands: called with how the server stands: whether it runs, how it ended, and the end of its log.
+    stands: called with how the server stands: whether it runs, how it ended, and the end of its log. signalled: called
+    with the node when the step gets SIGTERM, by which Slurm announces its end.
     """
 
-    def __init__(self, name: str, node: JobNode, need: Need, process: asyncio.subprocess.Process) -> None:
+    def __init__(
+        self,
+        name: str,
+        node: JobNode,
+        need: Need,
+        process: asyncio.subprocess.Process,
+        signalled: Callable[[JobNode], None],
+    ) -> None:
         assert process.stdin is not None
         self.name, self.node, self.need = name, node, need
         self.id = "its Slurm step"
         self.gpus: str | None = None
         self.python = sys.executable
         self.stands: Callable[[bool, str, str], None] = lambda *_: None
-        self._process = process
+        self._process, self._signalled = process, signalled
         self._agent = Caller(f"{name} on {node.name}", process.stdin)
         self._here = asyncio.Event()
         self._words: deque[str] = deque(maxlen=40)
         self._tasks = [asyncio.create_task(work) for work in (self._read(), self._listen(), self._beat())]
 
     @classmethod
-    async def open(cls, job: Job, node: JobNode, need: Need, name: str) -> "Step":
+    async def open(cls, job: Job, node: JobNode, need: Need, name: str, signalled: Callable[[JobNode], None]) -> "Step":
         """Start a step, and wait until its agent answers.
 
         Raises NoRoom if Slurm does not make the step, and LaunchError if the agent can't run.
@@ -77,7 +85,7 @@ class Step:
             env=environment(),
             limit=MOST_BYTES,
         )
-        step = cls(name, node, need, process)
+        step = cls(name, node, need, process, signalled)
         try:
             async with asyncio.timeout(AGENT_DEADLINE):
                 await step._here.wait()
@@ -129,6 +137,8 @@ class Step:
                 case {"running": bool(running), "end": str(end), "tail": str(tail)}:
                     told = tail
                     self.stands(running, end, tail)
+                case {"signalled": True}:
+                    self._signalled(self.node)
                 case {"id": int()} as answer:
                     self._agent.answered(answer)
         await self._tasks[1]
