@@ -168,6 +168,35 @@ async def test_a_preempted_engine_gives_its_requests_to_the_others_at_once_and_i
         assert len(fleet.snapshot.replicas) == 2
 
 
+async def test_an_engine_that_leaves_is_not_wanted_any_more_until_it_is_out(tiny_model: Path, tmp_path: Path) -> None:
+    """Also while its process ends, when its state is dead: an engine that died by itself is still wanted."""
+    async with open_fleet(CONFIG, tiny_model, log_dir=tmp_path) as fleet:
+        for name in ("embedded-1", "embedded-0"):
+            removing = asyncio.create_task(fleet.remove(name))
+            wanted, phases = [fleet.size.wanted], set[Phase]()
+            while not removing.done():
+                await asyncio.sleep(0)
+                wanted.append(fleet.size.wanted)
+                phases |= {state.phase for state in fleet.snapshot.replicas}
+            await removing
+            assert Phase.DEAD in phases
+            assert wanted == sorted(wanted, reverse=True)
+        assert fleet.size.wanted == 0
+
+
+async def test_a_fleet_of_a_fixed_size_wants_as_many_engines_while_one_is_replaced(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    async with open_fleet(ONE, tiny_model, log_dir=tmp_path) as fleet:
+        preempting = asyncio.create_task(fleet.preempt("embedded-0", deadline=60.0))
+        most = 0
+        while not preempting.done():
+            await asyncio.sleep(0)
+            most = max(most, fleet.size.wanted)
+        await preempting
+        assert most == fleet.size.wanted == 1
+
+
 async def test_the_only_engine_keeps_its_requests_until_its_replacement_serves(
     tiny_model: Path, tmp_path: Path, model: PreTrainedModel
 ) -> None:

@@ -85,11 +85,14 @@ class Autoscaler:
 
     async def preempt(self, name: str, deadline: float) -> None:
         """See `Fleet.preempt`. The engine leaves even if the caller stops waiting."""
+        await asyncio.shield(self._run(self._removing, self._preempt(name, deadline)))
+
+    async def _preempt(self, name: str, deadline: float) -> None:
         # A fleet with bounds starts what is missing by itself.
         owed = int(self._scaling is None and self._lifecycle.starts and self._replicas.snapshot.has(name))
         self._owe(owed)
         try:
-            await asyncio.shield(self._run(self._removing, self._lifecycle.remove(name, deadline, at_once=True)))
+            await self._lifecycle.remove(name, deadline, at_once=True)
         except NoEngineError:  # it leaves already, or is being restarted
             self._owe(-owed)
             raise
@@ -133,7 +136,7 @@ class Autoscaler:
         starting = len({s.name for s in states if s.phase in (Phase.STARTING, Phase.CATCHING_UP)} | coming)
         if self._target is not None:
             return FleetSize(self._target, serving, starting)
-        members = {state.name for state in states if state.phase is not Phase.DRAINING} | coming
+        members = {state.name for state in states if state.name not in self._lifecycle.leaving} | coming
         return FleetSize(len(members) + max(self._owed - len(self._adding), 0), serving, starting)
 
     @property

@@ -20,7 +20,7 @@ MOVE_SECONDS = 5.0  # for the requests of an engine that leaves to come back, on
 
 class Lifecycle:
     """Starts and ends the engines of a fleet. `start` starts the engine of that number; None if this fleet starts none.
-    `restarts`: how often in a row an engine is restarted automatically."""
+    `restarts`: how often in a row an engine is restarted automatically. `leaving`: the engines that leave the fleet."""
 
     def __init__(
         self,
@@ -31,6 +31,7 @@ class Lifecycle:
     ) -> None:
         self._replicas, self._versions, self._start = replicas, versions, start
         self._numbers = {name: number for number, name in enumerate(replicas.by_name)}
+        self.leaving: set[str] = set()
         self._starting: set[int] = set()  # the numbers of engines that are being added
         self._ending: set[str] = set()  # engines that are ended on purpose: they are restarted, or leave
         self._supervisor = Supervisor(replicas, restarts if start is not None else 0, self._restart)
@@ -83,16 +84,25 @@ class Lifecycle:
 
     async def remove(self, name: str, deadline: float, *, at_once: bool = False) -> None:
         """See `Fleet.remove` and, with `at_once`, `Fleet.preempt`."""
-        replicas = self._replicas
         self._require(name)
+        if name in self.leaving:
+            raise NoEngineError(f"{name} leaves already")
         ends = time.monotonic() + deadline
-        await self._supervisor.forget(name)
-        self._require_free(name)
+        self.leaving.add(name)
+        try:
+            await self._supervisor.forget(name)
+            self._require_free(name)
+            await self._leave(name, ends, at_once=at_once)
+        finally:
+            self.leaving.discard(name)
+
+    async def _leave(self, name: str, ends: float, *, at_once: bool) -> None:
+        replicas = self._replicas
         self._ending.add(name)
         try:
             await replicas.apply(name, Leaving())
             # An engine that is preempted gives its requests back as soon as another takes them, and early enough.
-            grace = max(deadline - MOVE_SECONDS, 0.0) if at_once else deadline
+            grace = max(ends - time.monotonic() - (MOVE_SECONDS if at_once else 0.0), 0.0)
             others = (lambda: bool(replicas.snapshot.routable)) if at_once else (lambda: False)
             if not await drained(replicas, name, grace, otherwise=others):
                 await moved(replicas, name, max(ends - time.monotonic(), MOVE_SECONDS))
