@@ -1,10 +1,12 @@
 """What the tests of all launchers for clusters do with a fleet."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,11 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from millrace import Fleet
+from millrace import Fleet, open_fleet
 from millrace.launch.base import Need
 from millrace.launch.driven import DrivenLauncher
-from millrace.types import GenerateRequest, SamplingParams
+from millrace.types import GenerateRequest, Generation, SamplingParams
 from tests.fleet.test_fleet import expected, greedy, slow_down
+from tests.launch.processes import alive, processes_with
 
 REQUEST = GenerateRequest((5, 6, 7), SamplingParams(max_new_tokens=4, temperature=0.0))
 OWNER = """
@@ -44,8 +47,11 @@ def served(model: Path) -> str:
     return f"millrace.engines.embedded --model {model}"
 
 
-async def require_takes_weights(fleet: Fleet, model_path: Path) -> None:
-    """Requires that a fleet which has published nothing generates, takes a version, and generates by it."""
+async def require_takes_weights(fleet: Fleet, model_path: Path) -> Generation:
+    """Requires that a fleet which has published nothing generates, takes a version, and generates by it.
+
+    Returns what it generates then.
+    """
     before = await fleet.generate(REQUEST, deadline=60)
     model = AutoModelForCausalLM.from_pretrained(model_path)
     with torch.no_grad():
@@ -56,6 +62,7 @@ async def require_takes_weights(fleet: Fleet, model_path: Path) -> None:
     assert len(after.output_ids) == 4
     assert before.version_spans[-1].version == 0
     assert after.version_spans[-1].version == report.version
+    return after
 
 
 async def require_leaves_its_host_in_time(
@@ -86,6 +93,50 @@ async def require_leaves_its_host_in_time(
     async with asyncio.timeout(90), fleet.replicas.changed:
         await fleet.replicas.changed.wait_for(lambda: len(fleet.snapshot.routable) == 2)
     assert engine_hosts(fleet) == [staying, staying]
+
+
+def ranks(model: Path) -> dict[int, int]:
+    """The process of each rank of an engine over two nodes with this model."""
+    own = set(processes_with(str(model), without="guard.py"))
+    return {rank: pid for rank in (0, 1) for pid in own.intersection(processes_with(f"--node-rank={rank}"))}
+
+
+async def require_runs_over_two_hosts(
+    config: dict[str, object], hosts: Sequence[str], model: Path, logs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Requires that an SGLang over two nodes runs on two hosts, takes weights, restarts as a whole, and leaves nothing.
+
+    config: the launcher. Each host has two CPUs.
+    """
+    settings = {
+        **config,
+        "kind": "sglang",
+        "device": "cpu",
+        "nnodes": 2,
+        "tp_size": 2,
+        "threads": 2,
+        "start_timeout": 300.0,
+        "env": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+    }
+    async with open_fleet(settings, model, log_dir=logs, restarts=2, transport="gloo") as fleet:
+        placed = sorted(hosts, key=lambda host: host not in engine_hosts(fleet))  # the host of node 0 is the first
+        before = await require_takes_weights(fleet, model)
+        old, first = ranks(model), fleet.replicas.by_name["sglang-0"]
+        for rank, host in enumerate(placed):
+            assert old[rank] in processes_with(f"--host={host}")
+            assert f" TP{rank}] " in (logs / f"sglang-0-node{rank}.log").read_text()
+        os.kill(old[1], signal.SIGKILL)
+        async with asyncio.timeout(400), fleet.replicas.changed:
+            await fleet.replicas.changed.wait_for(
+                lambda: fleet.replicas.by_name["sglang-0"] is not first and bool(fleet.snapshot.routable)
+            )
+        ended = [record.message for record in caplog.records if "sglang-0-node" in record.message]
+        assert ended[0].startswith(f"sglang-0-node1 was killed by SIGKILL (on {placed[1]})\nlast lines of {logs}")
+        assert set(old.values()).isdisjoint(ranks(model).values())
+        assert not any(alive(pid) for pid in old.values())
+        after = await fleet.generate(REQUEST, deadline=120)
+        assert (after.output_ids, after.version_spans) == (before.output_ids, before.version_spans)
+    assert not processes_with(str(model))
 
 
 async def require_gives_back_what_comes_too_late(launcher: DrivenLauncher) -> None:

@@ -26,6 +26,7 @@ from tests.launch.fleets import (
     owner,
     require_gives_back_what_comes_too_late,
     require_leaves_its_host_in_time,
+    require_runs_over_two_hosts,
     require_takes_weights,
     served,
 )
@@ -239,6 +240,13 @@ async def test_a_stock_engine_runs_on_the_cluster(cluster: RayCluster, tiny_mode
         assert engine_hosts(fleet)[0] in HOSTS
         assert len((await fleet.generate(REQUEST, deadline=60)).output_ids) == 4
     assert not processes_with(str(tiny_model))
+
+
+@pytest.mark.slow
+async def test_an_engine_over_two_nodes_runs_on_two_hosts_and_restarts_as_a_whole(
+    cluster: RayCluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await require_runs_over_two_hosts(cluster.config(), HOSTS, tiny_model, tmp_path, caplog)
 
 
 async def test_a_cluster_that_goes_away_is_one_line_and_ends_the_engines(tiny_model: Path, tmp_path: Path) -> None:

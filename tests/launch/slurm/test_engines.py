@@ -26,6 +26,7 @@ from tests.launch.fleets import (
     owner,
     require_gives_back_what_comes_too_late,
     require_leaves_its_host_in_time,
+    require_runs_over_two_hosts,
     require_takes_weights,
     served,
 )
@@ -346,6 +347,16 @@ async def test_the_tasks_of_a_job_array_are_jobs_of_their_own(slurm: SlurmCluste
     finally:
         slurm.run("scancel", number)
         await eventually(lambda: not slurm.run("squeue", "--noheader"), "it ends")
+
+
+@pytest.mark.slow
+async def test_an_engine_over_two_nodes_runs_on_two_nodes_and_restarts_as_a_whole(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with slurm.job(*TWO_NODES) as job:
+        hosts = (NODES["n1"], NODES["n2"])
+        await require_runs_over_two_hosts(config(job), hosts, tiny_model, tmp_path, caplog)
+        assert not slurm.steps(job)
 
 
 @pytest.mark.slow
