@@ -243,10 +243,11 @@ async def test_a_stock_engine_runs_on_the_cluster(cluster: RayCluster, tiny_mode
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sglang", "vllm"])
 async def test_an_engine_over_two_nodes_runs_on_two_hosts_and_restarts_as_a_whole(
-    cluster: RayCluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cluster: RayCluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    await require_runs_over_two_hosts(cluster.config(), HOSTS, tiny_model, tmp_path, caplog)
+    await require_runs_over_two_hosts(cluster.config(kind=kind), HOSTS, tiny_model, tmp_path, caplog)
 
 
 async def test_a_cluster_that_goes_away_is_one_line_and_ends_the_engines(tiny_model: Path, tmp_path: Path) -> None:

@@ -350,12 +350,13 @@ async def test_the_tasks_of_a_job_array_are_jobs_of_their_own(slurm: SlurmCluste
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sglang", "vllm"])
 async def test_an_engine_over_two_nodes_runs_on_two_nodes_and_restarts_as_a_whole(
-    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     with slurm.job(*TWO_NODES) as job:
         hosts = (NODES["n1"], NODES["n2"])
-        await require_runs_over_two_hosts(config(job), hosts, tiny_model, tmp_path, caplog)
+        await require_runs_over_two_hosts(config(job, kind=kind), hosts, tiny_model, tmp_path, caplog)
         assert not slurm.steps(job)
 
 
