@@ -69,8 +69,8 @@ async def test_a_fleet_grows_while_requests_wait_and_shrinks_to_zero(
     caplog.set_level(logging.INFO)
     async with open_fleet(elastic(0, 2), tiny_model, log_dir=tmp_path, folder=tmp_path / "versions") as fleet:
         await fleet.publish(tensors(model, 1.5))
-        await slow_down(fleet, 0.1)
-        asked = [asyncio.create_task(fleet.generate(greedy(f"r{i}", 100), deadline=120)) for i in range(8)]
+        await slow_down(fleet, 1.0)  # so that they still wait when the second engine is up, on a busy machine too
+        asked = [asyncio.create_task(fleet.generate(greedy(f"r{i}", 100), deadline=240)) for i in range(8)]
         await until_serving(fleet, 2)
         assert fleet.size.wanted == 2
         await slow_down(fleet, 0.0)
@@ -122,19 +122,22 @@ async def test_the_last_engine_stays_if_no_other_place_has_its_weights(
 async def test_a_request_waits_for_the_first_engine_no_longer_than_its_deadline(
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An engine that can't start is tried again with growing delays, and the log says so once."""
+    """An engine that can't start is tried again, and the log says so once."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     async with open_fleet(elastic(0, 1, idle_seconds=0.5), folder, log_dir=tmp_path) as fleet:
         await until_serving(fleet, 0)
         (folder / "config.json").rename(folder / "gone.json")
-        with caplog.at_level(logging.WARNING), pytest.raises(NoEngineError, match="within 15 s"):
-            await fleet.generate(greedy("vain"), deadline=15)
+        with caplog.at_level(logging.WARNING):
+            found = asyncio.create_task(fleet.generate(greedy("found"), deadline=240))
+            async with asyncio.timeout(120):
+                while fleet.event_log.metrics.scalings["up", False] < 2:
+                    await asyncio.sleep(0.02)
+            with pytest.raises(NoEngineError, match="within 1 s"):
+                await fleet.generate(greedy("vain"), deadline=1)
         assert caplog.text.count("tries again to start one") == 1
-        tried = fleet.event_log.metrics.scalings["up", False]
-        assert 1 <= tried <= 5
         (folder / "gone.json").rename(folder / "config.json")
-        assert len((await fleet.generate(greedy("found"), deadline=90)).output_ids) == 12
+        assert len((await found).output_ids) == 12
 
 
 async def test_a_preempted_engine_gives_its_requests_to_the_others_at_once_and_is_replaced(
