@@ -15,6 +15,7 @@ from millrace.types import Capability
 PATHS = dict.fromkeys([*CAPABILITY_PATHS.values(), "/update_weights_from_tensor"])
 SERVED = {"has_image_understanding": False}
 SERVER: dict[str, Any] = {
+    "version": "0.5.23",
     "device": "cuda",
     "dp_size": 1,
     "pp_size": 1,
@@ -102,7 +103,7 @@ def test_penalties_are_right_only_without_overlap() -> None:
 def test_routed_experts_are_returned_only_where_they_are_right(
     settings: dict[str, Any], experts: Model, there: bool
 ) -> None:
-    found = capabilities_of(PATHS, SERVED, SERVER | {"version": "0.5.23"} | settings, experts)
+    found = capabilities_of(PATHS, SERVED, SERVER | settings, experts)
     assert (Capability.ROUTED_EXPERTS in found) is there
 
 
@@ -120,6 +121,9 @@ def test_stop_texts_need_a_tokenizer() -> None:
         ({"grammar_backend": "none"}, False),
         ({"grammar_backend": None}, False),
         ({"skip_tokenizer_init": True}, False),
+        ({"device": "cpu"}, True),
+        ({"device": "cpu", "version": "0.5.15"}, False),  # it dies of them
+        ({"version": "0.5.15"}, True),
     ],
 )
 def test_json_schemas_need_a_grammar_backend_and_a_tokenizer(settings: dict[str, Any], *, follows: bool) -> None:
@@ -144,7 +148,7 @@ def test_images_need_a_placeholder_and_a_server_that_loaded_the_vision_tower(mod
     ],
 )
 def test_each_data_parallel_rank_has_a_cache(settings: dict[str, Any], caches: int) -> None:
-    about = {"version": "0.5.23", "tp_size": 2, "max_req_input_len": 100, "dtype": "auto"}
+    about = {"tp_size": 2, "max_req_input_len": 100, "dtype": "auto"}
     served = {**SERVED, "model_path": "/model"}
     server = {**SERVER, **about, "enable_deterministic_inference": False, **settings}
     assert read_facts(PATHS, served, server, TEXT).caches == caches

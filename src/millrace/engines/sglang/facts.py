@@ -43,6 +43,8 @@ DTYPES = {name: name for name in COMPUTE_DTYPES} | {"half": "float16", "float": 
 RUNNING = "effective_max_running_requests_per_dp"
 # Versions that, with overlap, return the experts of another batch: the next one has overwritten them by then.
 MIXED_UP_EXPERTS = frozenset({"0.5.15"})
+# Versions that die on a CPU of the first request with a JSON schema.
+NO_SCHEMA_ON_CPU = frozenset({"0.5.15"})
 # Options of caches that /flush_cache does not reach. They would give an old version's prefixes to the next one.
 KEEPING = (
     "--hicache-storage-backend",
@@ -159,7 +161,8 @@ def capabilities_of(
         found.add(Capability.LORA)
     if "/v1/detokenize" in paths and not server["skip_tokenizer_init"]:
         found.add(Capability.STOP_TEXTS)
-        if server["grammar_backend"] not in (None, "none"):
+        survives = not on_cpu or server["version"] not in NO_SCHEMA_ON_CPU
+        if server["grammar_backend"] not in (None, "none") and survives:
             found.add(Capability.JSON_SCHEMA)
     if server["disable_overlap_schedule"]:  # otherwise penalties count a token when the next one is sampled already
         found.add(Capability.PENALTIES)
