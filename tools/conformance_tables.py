@@ -106,10 +106,12 @@ def main() -> None:
         (one,) = examine_all([config], hidden_size=256)
         Path(sys.argv[3]).write_bytes(to_json(one))
         return
+    configs = EmbeddedEngineConfig(kind="embedded", threads=1), *map(sglang, SGLANG_VERSIONS), vllm()
+    found = examine_all(configs, hidden_size=64)
     (REPORTS / "CPU").mkdir(parents=True, exist_ok=True)
-    for one in examine_all(
-        (EmbeddedEngineConfig(kind="embedded", threads=1), *map(sglang, SGLANG_VERSIONS), vllm()), hidden_size=64
-    ):
+    for path in (REPORTS / "CPU").iterdir():
+        path.unlink()  # a version that is no longer examined has no column
+    for one in found:
         (REPORTS / "CPU" / f"{one.kind}-{one.engine_version}.json").write_bytes(to_json(one))
     reports = {
         f"{one.title}, {path.parent.name}": one
