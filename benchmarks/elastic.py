@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from millrace.config.engines import EmbeddedEngineConfig, ReplicaRange
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.fleet.event_log import Outcome
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet

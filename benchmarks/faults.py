@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.engines import EngineConfig, SGLangEngineConfig, VLLMEngineConfig
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet

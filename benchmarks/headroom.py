@@ -19,7 +19,7 @@ from pathlib import Path
 
 from millrace.config import EmbeddedEngineConfig
 from millrace.config.engines import EngineArgument, SGLangEngineConfig, VLLMEngineConfig
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.engines.base import Engine
 from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.engines.vllm.metrics import read_metrics

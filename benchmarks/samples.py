@@ -19,7 +19,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from millrace.config.models import TinyModelConfig, TrainConfig
+from millrace.config.models import TrainConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.rollout.chat import ChatFormat, load_chat_format
 from millrace.rollout.sample import Episode, EpisodeEnd, Group, Problem, Sample, SampleStatus
 from millrace.train.batch import sequences_of

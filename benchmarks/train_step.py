@@ -31,7 +31,8 @@ def measure(threads: int, folder: Path) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from millrace.config.models import TinyModelConfig, TrainConfig
+    from millrace.config.models import TrainConfig
+    from millrace.config.sources import TinyModelConfig
     from millrace.train.batch import TrainSample
     from millrace.train.policy import load_policy
     from millrace.train.tiny import make_tiny_model

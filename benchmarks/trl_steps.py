@@ -75,7 +75,7 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from millrace.config.models import TinyModelConfig
+    from millrace.config.sources import TinyModelConfig
     from millrace.rollout.chat import load_chat_format
     from millrace.rollout.tools import Calculator
     from millrace.train.tiny import make_tiny_model

@@ -21,7 +21,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from millrace.config.engines import EmbeddedEngineConfig, EngineConfig, SGLangEngineConfig, VLLMEngineConfig
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.conformance import CHECKS, Outcome, Runner, Subject
 from millrace.conformance.report import Report, capability_table, check_table, from_json, report, to_json
 from millrace.engines import environments

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from millrace.config.models import FileDataConfig, TrainConfig
+from millrace.config.models import TrainConfig
+from millrace.config.sources import FileDataConfig
 from millrace.rollout.chat import load_prompt_format
 from millrace.rollout.data import load_problems
 from millrace.rollout.sample import images_in

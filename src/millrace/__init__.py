@@ -6,8 +6,9 @@ from millrace.lazy import exports
 
 if TYPE_CHECKING:
     from millrace.config.engines import EmbeddedEngineConfig, ReplicaRange, SGLangEngineConfig, VLLMEngineConfig
-    from millrace.config.models import JudgeConfig, TinyModelConfig
+    from millrace.config.models import JudgeConfig
     from millrace.config.routers import SGLangRouterConfig, VLLMRouterConfig
+    from millrace.config.sources import TinyModelConfig
     from millrace.engines.base import Engine
     from millrace.errors import (
         ArgumentError,
@@ -65,8 +66,9 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "millrace.config.engines": ["EmbeddedEngineConfig", "ReplicaRange", "SGLangEngineConfig", "VLLMEngineConfig"],
-        "millrace.config.models": ["JudgeConfig", "TinyModelConfig"],
+        "millrace.config.models": ["JudgeConfig"],
         "millrace.config.routers": ["SGLangRouterConfig", "VLLMRouterConfig"],
+        "millrace.config.sources": ["TinyModelConfig"],
         "millrace.engines.base": ["Engine"],
         "millrace.errors": [
             "ArgumentError",

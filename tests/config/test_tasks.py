@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from millrace.config import dump_config, load_config
-from millrace.config.models import FileDataConfig
+from millrace.config.sources import FileDataConfig
 from millrace.errors import ConfigError
 from tests.config.test_loading import VALID
 

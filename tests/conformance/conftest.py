@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from millrace.config.engines import EngineConfig
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.conformance import Subject
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.engines.spec import LaunchSpec

@@ -14,7 +14,7 @@ import pytest_asyncio
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.conformance import CHECKS, Check, Outcome, Result, Runner, Subject, select
 from millrace.conformance.attach import require_folders
 from millrace.conformance.report import Report, capability_table, check_table, from_json, to_json

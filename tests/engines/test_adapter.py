@@ -15,7 +15,7 @@ from safetensors import safe_open
 from millrace import EmbeddedEngineConfig, open_fleet
 from millrace.buckets import DiskBucket, ProcessGroup, ProcessGroupBucket
 from millrace.checksum import checksum
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.engines.base import Engine
 from millrace.errors import EngineRefused
 from millrace.launch.ports import free_port

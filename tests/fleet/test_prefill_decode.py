@@ -12,7 +12,7 @@ import pytest_asyncio
 from transformers import AutoModelForCausalLM
 
 from millrace.config.engines import PrefillDecodeConfig, VLLMEngineConfig
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.engines.vllm.pair import PrefillDecodeEngine
 from millrace.errors import EngineRefused

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.errors import ConfigError, RolloutError
 from millrace.imports import without_collecting
 from millrace.rollout.chat import load_chat_format

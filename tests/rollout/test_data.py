@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.config.models import FileDataConfig, GeneratedDataConfig, HubDataConfig
+from millrace.config.sources import FileDataConfig, GeneratedDataConfig, HubDataConfig
 from millrace.errors import DataError
 from millrace.rollout.data import load_problems, problems_at
 from millrace.rollout.reward import reference, require_number

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.config.engines import EmbeddedEngineConfig
-from millrace.config.models import JudgeConfig, TinyModelConfig
+from millrace.config.models import JudgeConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
 from millrace.rollout.chat import check_chat_format

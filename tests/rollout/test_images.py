@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from millrace.config.models import FileDataConfig, HubDataConfig
+from millrace.config.sources import FileDataConfig, HubDataConfig
 from millrace.config.tasks import EnvironmentConfig
 from millrace.errors import DataError, UserCodeError
 from millrace.placeholders import collapsed

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from millrace.config import EmbeddedEngineConfig
-from millrace.config.models import JudgeConfig, PretrainedModelConfig
+from millrace.config.models import JudgeConfig
+from millrace.config.sources import PretrainedModelConfig
 from millrace.engines.embedded.adapter import EmbeddedEngine
 from millrace.errors import DataError, JudgeError, PublishError
 from millrace.fleet.fleet import Fleet

@@ -7,14 +7,8 @@ import pytest
 from rich.console import Console
 
 from millrace.config.engines import SGLangEngineConfig
-from millrace.config.models import (
-    EvaluationConfig,
-    GeneratedDataConfig,
-    RolloutConfig,
-    RunConfig,
-    TinyModelConfig,
-    TrainConfig,
-)
+from millrace.config.models import EvaluationConfig, RolloutConfig, RunConfig, TrainConfig
+from millrace.config.sources import GeneratedDataConfig, TinyModelConfig
 from millrace.errors import CheckpointError, LaunchError
 from millrace.train.display import Display
 from millrace.train.experiment import how_to_go_on, starting_model, train

@@ -8,16 +8,8 @@ import pytest
 from rich.console import Console
 
 from millrace.config.engines import EmbeddedEngineConfig
-from millrace.config.models import (
-    EvaluationConfig,
-    GeneratedDataConfig,
-    JudgeConfig,
-    PretrainedModelConfig,
-    RolloutConfig,
-    RunConfig,
-    TinyModelConfig,
-    TrainConfig,
-)
+from millrace.config.models import EvaluationConfig, JudgeConfig, RolloutConfig, RunConfig, TrainConfig
+from millrace.config.sources import GeneratedDataConfig, PretrainedModelConfig, TinyModelConfig
 from millrace.errors import DataError
 from millrace.rollout.reward import rule_reward
 from millrace.rollout.sample import SampleStatus

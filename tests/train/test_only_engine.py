@@ -13,14 +13,8 @@ import pytest
 from rich.console import Console
 
 from millrace.config.engines import EmbeddedEngineConfig
-from millrace.config.models import (
-    EvaluationConfig,
-    GeneratedDataConfig,
-    PretrainedModelConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainConfig,
-)
+from millrace.config.models import EvaluationConfig, RolloutConfig, RunConfig, TrainConfig
+from millrace.config.sources import GeneratedDataConfig, PretrainedModelConfig
 from millrace.rollout.sample import SampleStatus
 from millrace.train.display import Display
 from millrace.train.experiment import train

@@ -9,14 +9,8 @@ import pytest
 from rich.console import Console
 
 from millrace.config.engines import EmbeddedEngineConfig
-from millrace.config.models import (
-    EvaluationConfig,
-    FileDataConfig,
-    RolloutConfig,
-    RunConfig,
-    TinyModelConfig,
-    TrainConfig,
-)
+from millrace.config.models import EvaluationConfig, RolloutConfig, RunConfig, TrainConfig
+from millrace.config.sources import FileDataConfig, TinyModelConfig
 from millrace.errors import ConfigError, DataError, RolloutError
 from millrace.rollout.sample import SampleStatus
 from millrace.train.display import Display

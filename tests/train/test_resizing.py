@@ -10,14 +10,8 @@ from pathlib import Path
 import pytest
 
 from millrace.config.engines import EmbeddedEngineConfig, ReplicaRange
-from millrace.config.models import (
-    EvaluationConfig,
-    GeneratedDataConfig,
-    RolloutConfig,
-    RunConfig,
-    TinyModelConfig,
-    TrainConfig,
-)
+from millrace.config.models import EvaluationConfig, RolloutConfig, RunConfig, TrainConfig
+from millrace.config.sources import GeneratedDataConfig, TinyModelConfig
 from millrace.errors import ConfigError
 from millrace.fleet.local import open_fleet
 from millrace.train.resizing import require_only_replicas, resizable

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.rollout.agent import EpisodeLimits, Generate, run_episode
 from millrace.rollout.chat import load_chat_format
 from millrace.rollout.problems import make_misread_story, make_story

@@ -17,7 +17,7 @@ import torch
 
 from millrace.buckets import DiskBucket
 from millrace.config.engines import SGLangEngineConfig
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.engines.base import Engine
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start

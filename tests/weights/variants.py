@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from millrace.config.engines import EngineConfig
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.engines.base import Engine
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import start

@@ -8,9 +8,10 @@ from pydantic import Field, model_validator
 from millrace.config.base import Model
 from millrace.config.engines import EngineConfig
 from millrace.config.gateway import GatewayConfig
-from millrace.config.models import MetricsConfig, ModelConfig, PublishConfig
+from millrace.config.models import MetricsConfig, PublishConfig
 from millrace.config.paths import LocalPath
 from millrace.config.routers import RouterConfig, check_router
+from millrace.config.sources import ModelConfig
 
 
 class ServeConfig(Model):

@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 
 from millrace.arguments import shown
-from millrace.config.models import DataConfig, FileDataConfig, GeneratedDataConfig, HubDataConfig, TasksDataConfig
+from millrace.config.sources import DataConfig, FileDataConfig, GeneratedDataConfig, HubDataConfig, TasksDataConfig
 from millrace.config.tasks import ColumnsConfig
 from millrace.errors import DataError
 from millrace.imports import needs_extra

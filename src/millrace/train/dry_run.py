@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from millrace.config.engines import EmbeddedEngineConfig
-from millrace.config.models import PretrainedModelConfig, RunConfig
+from millrace.config.models import RunConfig
+from millrace.config.sources import PretrainedModelConfig
 from millrace.errors import DataError
 from millrace.model_config import context_length
 from millrace.rollout.chat import ChatFormat

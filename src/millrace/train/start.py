@@ -10,8 +10,9 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from millrace.config.models import ModelConfig, PretrainedModelConfig, RunConfig, TinyModelConfig
+from millrace.config.models import RunConfig
 from millrace.config.serve import ServeConfig
+from millrace.config.sources import ModelConfig, PretrainedModelConfig, TinyModelConfig
 from millrace.errors import DataError
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet

@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from millrace.config.models import TinyModelConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.rollout.problems import make_story
 
 # How a text is split into words before BPE. Letters include the space before them, each digit is a word (as in Qwen),

@@ -13,7 +13,8 @@ import pytest
 
 from millrace.agents.player import AgentPlayer, load_agent
 from millrace.config.agents import AgentConfig
-from millrace.config.models import RolloutConfig, TinyModelConfig, TrainConfig
+from millrace.config.models import RolloutConfig, TrainConfig
+from millrace.config.sources import TinyModelConfig
 from millrace.errors import UserCodeError
 from millrace.gateway import serve_gateway
 from millrace.integrations.harbor import main, reached_through, reward_of

@@ -13,7 +13,7 @@ import ray
 from verl.utils.device import get_resource_name
 from verl.workers.rollout.base import BaseRollout
 
-from millrace.config.models import PretrainedModelConfig
+from millrace.config.sources import PretrainedModelConfig
 from millrace.errors import ConfigError
 from millrace.fleet.owner import SharedFleet
 from millrace.integrations.verl.owned import OwnedFleet, drain, with_this_gpu
