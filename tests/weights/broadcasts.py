@@ -78,9 +78,11 @@ async def attached(engine: Engine, folder: Path) -> AsyncIterator[Engine]:
     assert isinstance(engine, SGLangEngine | VLLMEngine)
     keys = {"api_key": engine.api_key, "admin_key": engine.admin_key}
     other = type(engine)(engine.name, engine.url, **keys, model_path=folder)
-    await other.initialize()
-    yield other
-    await other.close()
+    try:
+        await other.initialize()
+        yield other
+    finally:
+        await other.close()
 
 
 async def killed_trainer(engine: Engine, folder: Path, version: int, number: int) -> None:

@@ -342,12 +342,16 @@ def test_caches_that_a_flush_does_not_reach_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("port", [1024, 55_535, 55_536, 65_535])
-def test_every_port_leaves_one_for_grpc(port: int) -> None:
-    """SGLang 0.5.15 adds 10,000 to its port, and ends if the sum is too high, although gRPC is off."""
-    (node,) = plan(ports=Ports((port,), 5000, None))
+def test_every_port_of_0515_leaves_one_for_grpc(port: int) -> None:
+    (node,) = plan(ports=Ports((port,), 5000, None), version="0.5.15")
     assert 1 <= int(node.environment.get(GRPC_PORT, port + 10_000)) <= 65_535
 
 
 def test_a_port_for_grpc_in_the_config_is_kept() -> None:
-    (node,) = plan(ports=Ports((60_000,), 5000, None), env={GRPC_PORT: "4711"})
+    (node,) = plan(ports=Ports((60_000,), 5000, None), version="0.5.15", env={GRPC_PORT: "4711"})
     assert node.environment[GRPC_PORT] == "4711"
+
+
+def test_no_variable_switches_grpc_on_in_0523() -> None:
+    (node,) = plan(ports=Ports((60_000,), 5000, None), version="0.5.23")
+    assert GRPC_PORT not in node.environment

@@ -57,7 +57,9 @@ OTHERS = {
 }
 # The size of the cache of what the vision tower made of an image. SGLang keeps it across updates and flushes.
 VISION_CACHE = "SGLANG_VLM_CACHE_SIZE_MB"
-# SGLang 0.5.15 takes port + GRPC_DISTANCE for gRPC, and ends if there is no such port, although gRPC is off.
+# Versions that take port + GRPC_DISTANCE for gRPC, and end if there is no such port, although gRPC is off. In other
+# versions the variable switches gRPC on.
+WITH_GRPC_PORT = frozenset({"0.5.15"})
 GRPC_PORT, GRPC_DISTANCE, LAST_PORT = "SGLANG_GRPC_PORT", 10_000, 65_535
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": ("engine.cuda_visible_devices", "set only engine.cuda_visible_devices"),
@@ -116,7 +118,7 @@ def nodes(
                 ),
                 *options(config.engine_args),
             ),
-            grpc_port(port) | environment(config) | keys,
+            grpc_port(config, port) | environment(config) | keys,
         )
         for rank, port in zip(ranks, ports.http, strict=True)
     )
@@ -176,9 +178,11 @@ def environment(config: SGLangEngineConfig) -> dict[str, str]:
     return variables
 
 
-def grpc_port(port: int) -> dict[str, str]:
-    """Return the variable that a server at this port needs because its port for gRPC would be too high."""
-    return {GRPC_PORT: str(port - GRPC_DISTANCE)} if port + GRPC_DISTANCE > LAST_PORT else {}
+def grpc_port(config: SGLangEngineConfig, port: int) -> dict[str, str]:
+    """Return the variable that a server at this port needs if its port for gRPC would be too high."""
+    if config.version not in WITH_GRPC_PORT or port + GRPC_DISTANCE <= LAST_PORT:
+        return {}
+    return {GRPC_PORT: str(port - GRPC_DISTANCE)}
 
 
 def rank_gpus(config: SGLangEngineConfig, replica: int, visible: str | None) -> tuple[str, ...]:

@@ -37,13 +37,18 @@ class AnswerStore:
         self._store = connect(group.address, group.port, group.world_size, group.seconds)
 
     def write(self, number: int, content: bytes) -> None:
-        """Write this rank's answer about a bucket. Raises RuntimeError if the store is gone."""
+        """Write this rank's answer about a bucket, and wait until the store has it.
+
+        Raises RuntimeError if the store is gone.
+        """
         group = self._group
+        key = f"{group.name}/answer/{number}/{group.rank}"
         failed: list[RuntimeError] = []
 
         def write() -> None:
             try:
-                self._store.set(f"{group.name}/answer/{number}/{group.rank}", content)
+                self._store.set(key, content)  # this only sends it
+                self._store.check([key])  # the store answers this after it has taken what was sent before
             except RuntimeError as error:
                 failed.append(error)
 
