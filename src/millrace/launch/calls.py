@@ -6,7 +6,8 @@ A call is `{"id": 1, "call": "reserve", ...}`. Its answer is `{"id": 1, "result"
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
 from typing import Any, BinaryIO, Protocol
 
 from millrace.errors import LaunchError
@@ -91,13 +92,22 @@ class Answerer:
         """Return what an error says, in one line."""
         return f"{type(error).__name__}: {error}"
 
-    async def serve(self) -> None:
-        """Answer the calls of the standard input until it ends."""
+    async def serve(self, beside: Coroutine[Any, Any, None]) -> None:
+        """Answer the calls of the standard input until it ends, and run `beside` meanwhile.
+
+        Raises what `beside` raises, when the input has ended.
+        """
         tasks: set[asyncio.Task[None]] = set()
-        async for line in lines():
-            task = asyncio.create_task(self.answer(line))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+        other = asyncio.create_task(beside)
+        try:
+            async for line in lines():
+                task = asyncio.create_task(self.answer(line))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+        finally:
+            other.cancel()
+            with suppress(asyncio.CancelledError):
+                await other
 
 
 async def ends_within(process: asyncio.subprocess.Process, seconds: float) -> bool:

@@ -1,9 +1,12 @@
 """One server that consists of several processes: an engine over several nodes, each of which needs all the others."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import TypeVar
 
 from millrace.launch.process import Server, until_healthy
+
+T = TypeVar("T")
 
 
 class Nodes:
@@ -35,24 +38,13 @@ class Nodes:
     async def wait(self) -> None:
         """Wait until a node has ended, then end the others: they would hang in their next collective operation."""
         waits = {asyncio.create_task(process.wait()): process for process in self._processes}
-        try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in waits:
-                task.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        done = await first_done(waits)
         self._note_end(next(process for task, process in waits.items() if task in done))
         await self._end_all()
 
     async def notice(self) -> float:
         """Wait for a notice that the host of a node goes away. Return the seconds until then."""
-        notices = [asyncio.create_task(process.notice()) for process in self._processes]
-        try:
-            done, _ = await asyncio.wait(notices, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in notices:
-                task.cancel()
-            await asyncio.gather(*notices, return_exceptions=True)
+        done = await first_done([asyncio.create_task(process.notice()) for process in self._processes])
         return min(task.result() for task in done)
 
     async def end(self) -> None:
@@ -86,3 +78,14 @@ class Nodes:
 
     def _note_end(self, process: Server) -> None:
         self._first = self._first or process
+
+
+async def first_done(tasks: Collection[asyncio.Task[T]]) -> set[asyncio.Task[T]]:
+    """Wait until one or more of the tasks are done. Return these, and cancel the others."""
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return done

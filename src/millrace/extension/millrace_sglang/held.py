@@ -8,8 +8,10 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A model's parameters when it was looked at, which takes a millisecond or two. addresses: where they are in
-    memory. elements: how many each has, of those that a whole version has content for."""
+    """What was read of a model's parameters, which takes a millisecond or two.
+
+    addresses: where each parameter is in memory. elements: the size of each parameter that a whole version fills.
+    """
 
     addresses: Mapping[str, int]
     elements: Mapping[str, int]

@@ -131,7 +131,7 @@ class Driver(Answerer):
             await asyncio.to_thread(ray.kill, actor)
         await asyncio.to_thread(remove_placement_group, given_back.placed)
 
-    async def look(self) -> None:
+    async def _look(self) -> None:
         """Say again and again which servers are on nodes that drain."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
@@ -208,12 +208,7 @@ async def serve(out: BinaryIO, address: str | None) -> None:
     guard.prctl(guard.PR_SET_PDEATHSIG, 0)
     driver = Driver(out, context.address_info["gcs_address"])
     driver.say(joined=driver.who)
-    looking = asyncio.create_task(driver.look())
-    try:
-        await driver.serve()
-    finally:
-        looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
+    await driver.serve(driver._look())
 
 
 def main() -> None:

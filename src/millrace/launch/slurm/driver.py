@@ -108,7 +108,7 @@ class Driver(Answerer):
         """End all steps."""
         await asyncio.gather(*map(self.release, list(self._groups)), return_exceptions=True)
 
-    async def look(self) -> None:
+    async def _look(self) -> None:
         """Say again and again which servers are on nodes that go away.
 
         A server is left alone if the job has no other place for its engine: Slurm lets it run on a node that drains,
@@ -198,12 +198,9 @@ async def serve(out: BinaryIO, job: str) -> None:
     """Answer calls until the input ends, and end all steps."""
     driver = Driver(out, job)
     driver.say(joined=driver.who)
-    looking = asyncio.create_task(driver.look())
     try:
-        await driver.serve()
+        await driver.serve(driver._look())
     finally:
-        looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
         await driver.close()
 
 
