@@ -160,7 +160,9 @@ async def run_form(arguments: argparse.Namespace, form: str, settings: str, scra
                 else:
                     compare(f"{form}: another version", answers, before)
                 if tensors is first:
-                    alike += f"  same bytes {'yes' if await engine.checksums() == bytes_before else 'no'}"
+                    now = await engine.checksums()
+                    other = sorted(name for name in now if now[name] != bytes_before[name])
+                    alike += f"  same bytes {'yes' if not other else f'no: {len(other)}, such as {other[0]}'}"
                 lines.append(f"{head} {took}  worst layer {error}{alike}")
             store.close()
     return lines

@@ -14,6 +14,8 @@ all GPUs. After each, the engine must have the same checksums of its own tensors
 With `--transport nccl` the engine has the GPUs behind those of the trainer's ranks. In the first way, each
 rank of the trainer sends each rank of the engine what it needs; in the second, rank 0 gathers and broadcasts. The two
 ways do not take turns then, because an engine is in the process group of one way at a time. Without GPUs: `gloo`.
+On one GPU, `--ranks 1 --engine-ranks 1` makes them two hosts to NCCL, which then sends by a socket: this shows that it
+works, and not how fast it is.
 """
 
 import argparse
@@ -139,6 +141,8 @@ def apart(config: StockConfig, first: int, ranks: int) -> StockConfig:
         place["engine_args"] = {**config.engine_args, "custom_weight_loader": [LOADER]}
     # SGLang's NCCL must allocate memory as that of this process does.
     environment = threads_of(config, ranks) if on_cpu else {CUMEM: "-2"}
+    if not on_cpu and torch.cuda.device_count() == 1:
+        place["base_gpu_id"], environment["NCCL_HOSTID"], os.environ["NCCL_HOSTID"] = 0, "engine", "trainer"
     return config.model_copy(update={**place, "env": {**environment, **config.env}})
 
 

@@ -1,5 +1,5 @@
-"""Weights on GPUs: by CUDA IPC on one GPU and on two, and by NCCL from one to the others. Without a GPU, shared memory
-and gloo take their place."""
+"""Weights on GPUs: on one GPU by CUDA IPC, shared memory and files, on two by CUDA IPC, and by NCCL from one to the
+others. Without a GPU, gloo takes the place of NCCL."""
 
 import asyncio
 import time
@@ -36,8 +36,11 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> list[Variant]:
     return make_variants(tmp_path_factory.mktemp("variants"), 2, context_length=4096)
 
 
-def test_by_cuda_ipc(config: StockConfig, variants: list[Variant], tmp_path: Path) -> None:
-    asyncio.run(hold(config, "cuda_ipc" if config.device == "cuda" else "shm", variants, tmp_path))
+@pytest.mark.parametrize("transport", ["cuda_ipc", "shm", "disk"])
+def test_on_one_gpu(config: StockConfig, transport: TransportName, variants: list[Variant], tmp_path: Path) -> None:
+    if transport == "cuda_ipc" and config.device == "cpu":
+        pytest.skip("it takes a GPU")
+    asyncio.run(hold(config, transport, variants, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -61,8 +64,10 @@ def test_by_cuda_ipc_on_two_gpus(
 
 
 @pytest.mark.parametrize("whole", [pytest.param(False, id="single tensors"), pytest.param(True, id="whole buckets")])
-def test_by_nccl(config: StockConfig, whole: bool, variants: list[Variant], tmp_path: Path) -> None:
-    """The trainer has the first GPU, and each other GPU has an engine."""
+def test_by_nccl(
+    config: StockConfig, whole: bool, variants: list[Variant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer has the first GPU, and each other GPU has an engine. With one GPU, they are two hosts to NCCL."""
     if isinstance(config, SGLangEngineConfig):
         arguments = {**config.engine_args, "custom_weight_loader": [LOADER] if whole else None}
         config = config.model_copy(update={"engine_args": arguments})
@@ -73,9 +78,11 @@ def test_by_nccl(config: StockConfig, whole: bool, variants: list[Variant], tmp_
         asyncio.run(hold(config.model_copy(update={"replicas": 2}), "gloo", variants, tmp_path, needs))
         return
     if torch.cuda.device_count() < 2:
-        pytest.skip("NCCL takes two GPUs, and here is one")
-    others = config.model_copy(update={"replicas": torch.cuda.device_count() - 1, "base_gpu_id": 1})
-    asyncio.run(hold(others, "nccl", variants, tmp_path, needs))
+        monkeypatch.setenv("NCCL_HOSTID", "trainer")
+        there = config.model_copy(update={"env": {**config.env, "NCCL_HOSTID": "engine"}})
+    else:
+        there = config.model_copy(update={"replicas": torch.cuda.device_count() - 1, "base_gpu_id": 1})
+    asyncio.run(hold(there, "nccl", variants, tmp_path, needs))
 
 
 async def hold(

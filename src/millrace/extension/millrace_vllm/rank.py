@@ -128,7 +128,7 @@ class Rank:
         """What returns the bytes of a bucket."""
         if kind == "shared_memory":
             path = take(bucket, "path", str)
-            return lambda: mapped_file(path)
+            return lambda: mapped_file(path).to(self._device)
         if kind == "cuda_ipc":
             share, nbytes = take(bucket, "share", dict), take(bucket, "nbytes", int)
             return lambda: opened_ipc(share, nbytes, self._device)
@@ -175,7 +175,9 @@ class Rank:
         targets = self._plan.targets(specs)  # nothing is written if one of them does not fit
         samples, ignored = "", list[str]()
         for spec, target, tensor in zip(specs, targets, tensors.values(), strict=True):
+            # Of a tensor that this rank does not use, only the samples are read, on the CPU.
+            device = self._device if target.module is not None else tensor.device
             layout, content = self._layout_of([spec], [target]), tensor.reshape(-1).view(torch.uint8)
-            samples += self.weights.load(layout, lambda: content)  # noqa: B023
+            samples += self.weights.load(layout, lambda: content.to(device))  # noqa: B023
             ignored += layout.ignored
         return {"names": list(tensors), "samples": samples, "ignored": listed(ignored)}
