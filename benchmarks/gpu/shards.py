@@ -48,12 +48,10 @@ from millrace.weights.cast import Dtypes, cast
 from millrace.weights.publisher import Publish
 from millrace.weights.report import PublishReport
 from millrace.weights.sharded import LedTensors, ShardedTensors, follow, leading
-from millrace.weights.shards import transport as exchanging
 from millrace.weights.shards import way_for
 from millrace.weights.source import WeightSource, source_of
 from millrace.weights.trained import Trained, read_trained
 from millrace.weights.transports.base import PublishTarget, Transport, TransportContext
-from millrace.weights.transports.process_group import NcclTransport
 from millrace.weights.transports.registry import create
 
 MIB, GB = 2**20, 1e9
@@ -231,7 +229,6 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, *torchrun, "-m", "benchmarks.gpu.shards", *sys.argv[1:]])
     device = engine_config(arguments.engine).device
     arguments.transport = arguments.transport or BESIDE[device == "cuda"]
-    exchanging.EXCHANGED = (*exchanging.EXCHANGED, NcclTransport)
     with join_world(device) as world, tempfile.TemporaryDirectory() as scratch:
         folder = write_config(arguments.size, Path(scratch, "model"))
         sharded = sharded_model(folder, world)

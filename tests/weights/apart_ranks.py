@@ -1,12 +1,15 @@
-"""The script of each rank in test_apart.py: `apart_ranks.py MODEL OUT SETTINGS`.
+"""The script of each rank in test_apart.py and gpu/test_sent_parts.py: `apart_ranks.py MODEL OUT SETTINGS cpu|cuda`.
 
-Two ranks shard a model by FSDP2, and send its parts to two SGLangs that are apart. While version 2 is sent, the second
+Two ranks shard a model by FSDP2, and send its parts to two engines that are apart. While version 2 is sent, the second
 one is killed. It misses version 3, and gets 4 after a restart. The publish of 5 is cancelled, and both get 6. While 7
 is sent, the second one stops, and misses 8. The first one gets all versions but 5.
+
+With fewer than four GPUs, all ranks use the first one, and each is a host of its own to NCCL.
 """
 
 import asyncio
 import json
+import os
 import signal
 import sys
 import time
@@ -19,6 +22,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 
 from millrace.config.engines import EngineConfig
+from millrace.config.models import TransportName
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.train.world import end_rank
@@ -29,7 +33,6 @@ from tests.fleet.signals import send_signal
 from tests.weights.exchanging_ranks import BUCKET, change, held, sharded_model
 
 VERSIONS = range(1, 9)
-SECOND = "sglang-1"
 DEADLINE = 12.0  # seconds, of a publish in which an engine stops
 
 
@@ -53,9 +56,10 @@ class Once:
 
 async def lead(sharded: ShardedTensors, folder: Path, out: Path, settings: str, once: Once) -> Any:
     """What rank 0 does, and what it found."""
-    given = {"device": "cpu", "threads": 1, "start_timeout": START_TIMEOUT, **json.loads(settings)}
+    given = {"start_timeout": START_TIMEOUT, **json.loads(settings)}
     config: EngineConfig = TypeAdapter(EngineConfig).validate_python(given)
-    found: dict[str, Any] = {}
+    second, found = f"{config.kind}-1", dict[str, Any]()
+    transport: TransportName = "gloo" if config.device == "cpu" else "nccl"
 
     async def publish(fleet: Fleet, version: int, deadline: float = 300.0) -> None:
         change(sharded, version)
@@ -70,12 +74,12 @@ async def lead(sharded: ShardedTensors, folder: Path, out: Path, settings: str, 
             "members": len(MEMBERS),
         }
 
-    async with open_fleet(config, folder, transport="gloo", log_dir=out) as fleet:
+    async with open_fleet(config, folder, transport=transport, log_dir=out) as fleet:
         await publish(fleet, 1)
-        once.set(lambda: send_signal(fleet, SECOND, signal.SIGKILL))
+        once.set(lambda: send_signal(fleet, second, signal.SIGKILL))
         await publish(fleet, 2)
         await publish(fleet, 3)
-        await fleet.restart(SECOND)
+        await fleet.restart(second)
         await publish(fleet, 4)
         found["held"] = await held(fleet)
         publishing, loop = asyncio.create_task(publish(fleet, 5)), asyncio.get_running_loop()
@@ -83,9 +87,9 @@ async def lead(sharded: ShardedTensors, folder: Path, out: Path, settings: str, 
         await asyncio.wait([publishing])
         found["cancelled"] = publishing.cancelled()
         await publish(fleet, 6)
-        once.set(lambda: send_signal(fleet, SECOND, signal.SIGSTOP))
+        once.set(lambda: send_signal(fleet, second, signal.SIGSTOP))
         await publish(fleet, 7, DEADLINE)
-        send_signal(fleet, SECOND, signal.SIGCONT)
+        send_signal(fleet, second, signal.SIGCONT)
         await publish(fleet, 8)
     return found
 
@@ -93,8 +97,14 @@ async def lead(sharded: ShardedTensors, folder: Path, out: Path, settings: str, 
 def main() -> None:
     folder, out = map(Path, sys.argv[1:3])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    sharded = sharded_model(folder)
+    device = sys.argv[4]
+    if device == "cuda":
+        several = torch.cuda.device_count() >= 4
+        if not several:
+            os.environ["NCCL_HOSTID"] = f"trainer {os.environ['RANK']}"
+        torch.cuda.set_device(int(os.environ["RANK"]) if several else 0)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    sharded = sharded_model(folder, device)
     if dist.get_rank() == 0:
         once = Once()
         Member.begin = lambda *given: once.send(*given)  # type: ignore[method-assign]

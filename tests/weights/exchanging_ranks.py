@@ -45,9 +45,9 @@ BUCKET = 64 * 1024  # so that there are many
 TOKENS = 12
 
 
-def sharded_model(folder: Path) -> ShardedTensors:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def sharded_model(folder: Path, device: str = "cpu") -> ShardedTensors:
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -60,7 +60,7 @@ def change(sharded: ShardedTensors, seed: int) -> None:
     with torch.no_grad():
         for tensor in sharded.tensors.values():
             shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            shard += 0.1 * torch.randn(shard.shape, generator=make)
+            shard += 0.1 * torch.randn(shard.shape, generator=make).to(shard.device)
 
 
 def with_partial(sharded: ShardedTensors) -> ShardedTensors:

@@ -1,6 +1,7 @@
 """What the ranks of a trainer have of its tensors, and what they send each other."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from millrace.engines.sglang.adapter import SGLangEngine
 from millrace.extension.millrace_boxes import whole
 from millrace.types import Capability, EngineInfo
 from millrace.weights.cast import Dtypes, cast
+from millrace.weights.shards.apart import require_fewer_bytes
 from millrace.weights.shards.exchange import RankPlace
 from millrace.weights.shards.plans import EngineRank, Plans
 from millrace.weights.shards.schedule import read_schedule
@@ -17,6 +19,8 @@ from millrace.weights.shards.transport import beside_each
 from millrace.weights.shards.views import NotExchangeable, views_of
 from millrace.weights.source import NamedTensor, source_of
 from millrace.weights.transports.base import PublishTarget
+from millrace.weights.transports.process_group import ProcessGroupTransport
+from millrace.weights.transports.sending_group import SendingGroup
 from tests.torchrun import torchrun
 
 TENSORS = {"w": torch.randn(4, 6), "b": torch.randn(4)}
@@ -107,3 +111,10 @@ async def test_the_rank_beside_an_engines_rank_is_on_its_host() -> None:
         beside_each(target_of(1), [here, on_gpu], on_gpus=False)
     with pytest.raises(NotExchangeable, match="not every rank of sglang-0 is on a GPU of one of the trainer's ranks"):
         beside_each(target_of(1), [on_gpu], on_gpus=True)
+
+
+@pytest.mark.parametrize(("together", "engines", "broadcast"), [(True, 3, True), (True, 2, False), (False, 3, False)])
+def test_one_broadcast_for_more_engines_than_ranks_is_kept(together: bool, engines: int, broadcast: bool) -> None:
+    transport = ProcessGroupTransport(SendingGroup, torch.device("cpu"), together=together)
+    with pytest.raises(NotExchangeable, match="one broadcast reaches all 3 engines") if broadcast else nullcontext():
+        require_fewer_bytes(transport, engines, senders=2)

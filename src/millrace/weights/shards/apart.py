@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
+import torch.distributed as dist
+
 from millrace.buckets import SentPartsBucket, TensorPart, TensorSpec
 from millrace.engines.stock.parts import NeededParts
 from millrace.errors import PublishError
@@ -142,6 +144,7 @@ async def begin_apart(
     Raises NotExchangeable or EngineError if the tensors must be gathered, and PublishError as `exchanging` does.
     """
     require(Capability.SENT_PARTS, targets)
+    require_fewer_bytes(transport, len(targets), dist.get_world_size())
     ends = time.monotonic() + deadline
     plans = PLANS.setdefault(transport, Plans())
     views = await to_its_end(plans.views, source, led.sharded.tensors)
@@ -168,6 +171,16 @@ async def begin_apart(
         for group in groups:
             group.close()
         raise
+
+
+def require_fewer_bytes(transport: ProcessGroupTransport, engines: int, senders: int) -> None:
+    """Raise NotExchangeable if one broadcast for all engines makes the trainer send less.
+
+    Rank 0 sends every byte once in a broadcast. If the engines get parts, each rank of the trainer sends its share of
+    the model to each engine.
+    """
+    if transport.together and engines > senders:
+        raise NotExchangeable(f"one broadcast reaches all {engines} engines, and only {senders} ranks would send parts")
 
 
 async def _join(

@@ -39,7 +39,7 @@ from millrace.weights.transports.base import (
 )
 from millrace.weights.transports.cuda_ipc import CudaIpcTransport
 from millrace.weights.transports.gpus import VisibleGpus
-from millrace.weights.transports.process_group import GlooTransport, ProcessGroupTransport
+from millrace.weights.transports.process_group import GlooTransport, NcclTransport, ProcessGroupTransport
 from millrace.weights.transports.shared_memory import SharedMemoryTransport
 from millrace.weights.transports.torch_storage import TorchStorageTransport
 
@@ -47,13 +47,7 @@ Memory = TorchStorageBucket | SharedMemoryBucket | CudaIpcBucket
 
 logger = logging.getLogger(__name__)
 
-# NCCL is not one of them: sending parts by it has not run on GPUs yet. benchmarks/gpu/shards.py adds it.
-EXCHANGED: tuple[type[Transport], ...] = (
-    TorchStorageTransport,
-    SharedMemoryTransport,
-    CudaIpcTransport,
-    GlooTransport,
-)
+EXCHANGED = (TorchStorageTransport, SharedMemoryTransport, CudaIpcTransport, GlooTransport, NcclTransport)
 
 
 class ExchangeTransport(Transport):

@@ -99,7 +99,7 @@ class ProcessGroupTransport(BucketTransport):
     by_bucket: ClassVar[bool] = False  # see `ProcessGroup`
 
     def __init__(self, kind: type[SendingGroup], device: torch.device, *, together: bool) -> None:
-        self._kind, self._device, self._together = kind, device, together
+        self._kind, self._device, self.together = kind, device, together
         self._joined: list[_Joined] = []
         self._parts = PartsGroups(backend_of(device))
 
@@ -125,7 +125,7 @@ class ProcessGroupTransport(BucketTransport):
     ) -> Mapping[str, EngineError]:
         """Form a group for each engine that has no usable one. Return the engines that can't join, and why."""
         await self._parts.close()
-        wanted = [list(targets)] if self._together else [[target] for target in targets]
+        wanted = [list(targets)] if self.together else [[target] for target in targets]
         # A group keeps the deadline that it was created with. A publish with a much longer deadline replaces the group.
         # So does a publish after one that loaded nothing, because its engines failed before.
         kept = [joined for joined in self._joined if joined.group.broken is None and joined.loaded]
