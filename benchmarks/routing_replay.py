@@ -20,6 +20,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from benchmarks.gpu.models import write_tokenizer
 from millrace import GenerateRequest, SamplingParams, open_fleet
 from millrace.config.engines import EngineConfig
 from millrace.config.models import TrainConfig
@@ -41,9 +42,9 @@ SIZES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-def make_model(size: str, folder: Path) -> int:
-    """Make the model and return its vocabulary size. The weights are so large that experts and attention matter as much
-    as the token itself, as in a trained model."""
+def make_model(size: str, folder: Path, device: str) -> int:
+    """Make the model on the device and return its vocabulary size. The weights are so large that experts and attention
+    matter as much as the token itself, as in a trained model."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         **SIZES[size],
@@ -55,13 +56,14 @@ def make_model(size: str, folder: Path) -> int:
         eos_token_id=None,
         pad_token_id=None,
     )
-    model = Qwen3MoeForCausalLM(config)
-    with torch.no_grad():
+    with torch.no_grad(), torch.device(device):
+        model = Qwen3MoeForCausalLM(config)
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
         model.lm_head.weight.mul_(2)
     model.to(torch.bfloat16).save_pretrained(folder)
+    write_tokenizer(folder)
     return SIZES[size]["vocab_size"]
 
 
@@ -137,7 +139,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, join_world(asked.device) as world:
         folder = Path(name)
-        vocabulary = make_model(asked.size, folder)
+        vocabulary = make_model(asked.size, folder, asked.device)
         samples = asyncio.run(sample(asked.engine, folder, vocabulary, asked.requests, asked.tokens))
         policy = load_policy(folder, TrainConfig(steps=1, lr=1e-6, dtype=asked.dtype), world)
         experts = samples[0].routed_experts
