@@ -50,11 +50,30 @@ POLICIES = {
 }
 
 
+class Work:
+    """What the engines do: `tokens` that they have generated, and how many requests they have at once."""
+
+    def __init__(self) -> None:
+        self.tokens, self._requests, self._area = 0, 0, 0.0
+        self._began = self._changed = time.monotonic()
+
+    def change(self, by: int) -> None:
+        now = time.monotonic()
+        self._area, self._changed = self._area + self._requests * (now - self._changed), now
+        self._requests += by
+
+    def at_once(self) -> float:
+        """Returns the mean since the beginning."""
+        self.change(0)
+        return self._area / (self._changed - self._began)
+
+
 @dataclass(frozen=True, slots=True)
 class LongTail:
     """A runner whose samples have one turn of a drawn length."""
 
     fleet: Fleet
+    work: Work
 
     async def run(self, sample_id: str, group_id: str, problem: Problem) -> Sample:
         draw = random.Random(sample_id)
@@ -62,7 +81,12 @@ class LongTail:
         length = min(1024, max(16, int(draw.lognormvariate(4.2, 0.9))))
         request = GenerateRequest(prompt, SamplingParams(length, ignore_eos=True), request_id=sample_id)
         routing = RoutingContext(sample_id, group_id)
-        made = await self.fleet.generate(request, deadline=600.0, routing=routing, retries=1)
+        self.work.change(1)
+        try:
+            made = await self.fleet.generate(request, deadline=600.0, routing=routing, retries=1)
+        finally:
+            self.work.change(-1)
+        self.work.tokens += len(made.output_ids)
         tokens = prompt + made.output_ids
         episode = Episode(
             tokens,
@@ -80,13 +104,16 @@ class LongTail:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`tokens` counts the tokens that were trained on. `waited` is the seconds in which the trainer was idle."""
+    """`tokens` counts the tokens that were trained on. `waited` is the seconds in which the trainer was idle. `made`
+    counts the tokens that the engines generated, and `at_once` is how many requests they had at once."""
 
     seconds: float
     tokens: int
     waited: float
     staleness: float
     most_stale: int
+    made: int
+    at_once: float
 
 
 class Publisher:
@@ -103,9 +130,9 @@ class Publisher:
 
 
 async def run(publisher: Publisher, policy: StalenessPolicy, steps: int) -> Result:
-    runner, tokens, waited, lags = LongTail(publisher.fleet), 0, 0.0, list[int]()
-    started = time.monotonic()
-    async with RolloutScheduler(runner, SAMPLES) as scheduler:
+    tokens, waited, lags = 0, 0.0, list[int]()
+    started, work = time.monotonic(), Work()
+    async with RolloutScheduler(LongTail(publisher.fleet, work), SAMPLES) as scheduler:
         buffer = RolloutBuffer(scheduler, PROBLEMS, policy, seed=0, position=0, version=publisher.version, steps=steps)
         for _ in range(steps):
             asked = time.monotonic()
@@ -125,17 +152,22 @@ async def run(publisher: Publisher, policy: StalenessPolicy, steps: int) -> Resu
                 await publisher.fleet.wake()
             if policy.ahead:
                 buffer.top_up(publisher.version)
-        seconds = time.monotonic() - started
-    return Result(seconds, tokens, waited, statistics.mean(lags), max(lags))
+        seconds, at_once = time.monotonic() - started, work.at_once()
+    return Result(seconds, tokens, waited, statistics.mean(lags), max(lags), work.tokens, at_once)
 
 
 async def floor(publisher: Publisher, steps: int) -> float:
-    started = time.monotonic()
-    async with RolloutScheduler(LongTail(publisher.fleet), SAMPLES) as scheduler:
+    started, work = time.monotonic(), Work()
+    async with RolloutScheduler(LongTail(publisher.fleet, work), SAMPLES) as scheduler:
         scheduler.start(((str(i), problem) for i, problem in enumerate(PROBLEMS[: GROUPS * steps])), version=0)
         for _ in range(GROUPS * steps):
             await scheduler.next_group()
-    return time.monotonic() - started
+    seconds = time.monotonic() - started
+    print(
+        f"floor: {seconds:.1f} s, {work.tokens / seconds:.0f} tokens/s, {work.at_once():.0f} requests at once",
+        flush=True,
+    )
+    return seconds
 
 
 async def compare(engines: int, steps: int, repeats: int) -> None:
@@ -148,7 +180,6 @@ async def compare(engines: int, steps: int, repeats: int) -> None:
             publisher = Publisher(fleet, model)
             for _ in range(repeats):
                 floors.append(await floor(publisher, steps))
-                print(f"floor: {floors[-1]:.1f} s", flush=True)
                 for name, policy in POLICIES.items():
                     results[name].append(await run(publisher, policy, steps))
                     print(f"{name}: {results[name][-1]}", flush=True)
@@ -160,12 +191,15 @@ async def compare(engines: int, steps: int, repeats: int) -> None:
         seconds = statistics.median(one.seconds for one in rounds)
         rate = statistics.median(one.tokens / one.seconds for one in rounds)
         waited = statistics.median(one.waited for one in rounds)
+        made = statistics.median(one.made / one.seconds for one in rounds)
+        at_once = statistics.median(one.at_once for one in rounds)
         lag = statistics.mean(one.staleness for one in rounds)
         longest = max(one.most_stale for one in rounds)
         print(
             f"{name:<14} {seconds:6.1f} s ({seconds / larger:.2f} of the floor, the barrier is {barrier / seconds:.2f} "
             f"times as slow), the trainer waited {waited:5.1f} s, "
-            f"{rate:6.0f} trained tokens/s, staleness {lag:.2f}, at most {longest}"
+            f"{rate:6.0f} trained tokens/s, {made:6.0f} generated by {at_once:3.0f} requests at once, "
+            f"staleness {lag:.2f}, at most {longest}"
         )
 
 
