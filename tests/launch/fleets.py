@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,8 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from millrace import Fleet, open_fleet
+from millrace.errors import LaunchError
 from millrace.launch.base import Need
 from millrace.launch.driven import DrivenLauncher
+from millrace.serve.preempting import preempt
 from millrace.types import GenerateRequest, Generation, SamplingParams
 from tests.fleet.test_fleet import expected, greedy, slow_down
 from tests.launch.processes import alive, processes_with
@@ -94,6 +97,56 @@ async def require_leaves_its_host_in_time(
     async with asyncio.timeout(90), fleet.replicas.changed:
         await fleet.replicas.changed.wait_for(lambda: len(fleet.snapshot.routable) == 2)
     assert engine_hosts(fleet) == [staying, staying]
+
+
+def by_hand(fleet: Fleet, deadline: float) -> Callable[[str], None]:
+    """How `POST /preempt` says of the host at an address that it goes away, for another thread."""
+    loop = asyncio.get_running_loop()
+
+    def announce(host: str) -> None:
+        asyncio.run_coroutine_threadsafe(preempt(fleet, None, host, deadline), loop).result(deadline)
+
+    return announce
+
+
+async def require_avoids_a_host(launcher: DrivenLauncher, log_path: Path) -> None:
+    """Requires that nothing more starts on a host which goes away, as a preemption by hand says.
+
+    The cluster has two CPUs on each of its two hosts. Also what waits for a place does not start there.
+    """
+    (place,) = await launcher.reserve("leaves", Need(0, 1), 1, deadline=60)
+    others = await launcher.reserve("others", Need(0, 2), 1, deadline=60)
+    assert others[0].host != place.host
+    command = [place.python, "-c", "import time; time.sleep(600)"]
+    server = await place.start("leaves", command, log_path, env={}, leftovers=())
+    waiting = asyncio.create_task(launcher.reserve("waiting", Need(0, 2), 1, deadline=60))
+    with pytest.raises(TimeoutError):  # there is no room
+        await asyncio.wait_for(asyncio.shield(waiting), 3.0)
+    await server.avoid_host(300.0)
+    await launcher.release([place])  # so that there is room on its host
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(waiting), 6.0)
+    with pytest.raises(LaunchError, match=r"and did not get it within 3 s; .* goes away"):
+        await launcher.reserve("one", Need(0, 1), 1, deadline=3)
+    await launcher.release(others)
+    (placed,) = await waiting
+    assert placed.host == others[0].host
+
+
+async def require_uses_a_host_again(launcher: DrivenLauncher, log_path: Path) -> None:
+    """Requires that a host which was said to go away is used again after its time, since it has not gone away.
+
+    The cluster has two CPUs on each of its two hosts, and must know a minute after the end of a host that it is gone.
+    """
+    places = [(await launcher.reserve(name, Need(0, 2), 1, deadline=60))[0] for name in ("first", "second")]
+    command = [places[0].python, "-c", "import time; time.sleep(600)"]
+    server = await places[0].start("first", command, log_path, env={}, leftovers=())
+    await server.avoid_host(1.0)
+    begun = time.monotonic()
+    await launcher.release(places[:1])
+    (again,) = await launcher.reserve("again", Need(0, 2), 1, deadline=120)
+    assert again.host == places[0].host
+    assert time.monotonic() - begun > 50
 
 
 def ranks(model: Path) -> dict[int, int]:

@@ -22,12 +22,15 @@ from millrace.launch.driven import DrivenLauncher
 from millrace.launch.ray_cluster.launcher import open_ray
 from tests.launch.fleets import (
     REQUEST,
+    by_hand,
     engine_hosts,
     owner,
+    require_avoids_a_host,
     require_gives_back_what_comes_too_late,
     require_leaves_its_host_in_time,
     require_runs_over_two_hosts,
     require_takes_weights,
+    require_uses_a_host_again,
     served,
 )
 from tests.launch.processes import alive, processes_with
@@ -150,6 +153,50 @@ async def test_an_engine_leaves_a_node_that_drains_and_another_one_starts_elsewh
         settings = own.config(replicas=2, faults=True)
         async with open_fleet(settings, tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
             await require_leaves_its_host_in_time(fleet, tiny_model, lambda host: own.drain(host, 40), 30.0)
+    finally:
+        own.cluster.shutdown()
+
+
+async def test_after_a_preemption_by_hand_the_replacement_starts_on_another_host(
+    cluster: RayCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = cluster.config(replicas=2, faults=True)
+    async with open_fleet(settings, tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
+        await require_leaves_its_host_in_time(fleet, tiny_model, by_hand(fleet, 30.0), 30.0)
+
+
+async def test_nothing_starts_on_a_host_that_goes_away(cluster: RayCluster, tmp_path: Path) -> None:
+    async with joined(cluster) as launcher:
+        await require_avoids_a_host(launcher, tmp_path / "log")
+
+
+@pytest.mark.slow
+async def test_a_host_that_has_not_gone_away_is_used_again(cluster: RayCluster, tmp_path: Path) -> None:
+    async with joined(cluster) as launcher:
+        await require_uses_a_host_again(launcher, tmp_path / "log")
+
+
+async def test_a_head_that_does_not_answer_is_one_line_and_its_notices_come_later(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = RayCluster()
+    try:
+        async with joined(own) as launcher:
+            (place,) = await launcher.reserve("stays", Need(0, 1), 1, deadline=30)
+            code = [place.python, "-c", "import time; time.sleep(600)"]
+            server = await place.start("stays", code, tmp_path / "log", env={}, leftovers=())
+            head = own.cluster.head_node.all_processes["gcs_server"][0].process
+            head.send_signal(signal.SIGSTOP)
+            says = f"the Ray cluster at {own.address} does not say which nodes drain, and is asked again: RPC error"
+            try:
+                await until(lambda: says in caplog.text, "the log says so")
+            finally:
+                head.send_signal(signal.SIGCONT)
+            own.drain(place.host, 300)
+            async with asyncio.timeout(30):
+                await server.notice()
+            assert server.running
+            assert caplog.text.count(says) == 1
     finally:
         own.cluster.shutdown()
 

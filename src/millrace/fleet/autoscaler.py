@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from millrace.config.engines import ReplicaRange
 from millrace.engines.start import Replica
-from millrace.errors import EngineError, MillraceError, NoEngineError
+from millrace.errors import EngineError, LaunchError, MillraceError, NoEngineError
 from millrace.fleet.admission import Admission
 from millrace.fleet.event_log import EventLog, reason_of
 from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE, Lifecycle
@@ -23,6 +23,7 @@ from millrace.types import EngineLoad
 LOOK_SECONDS = 0.5  # between two looks at the load
 REPORT_DEADLINE = 2.0  # seconds for an engine to report its load
 GRACE_SECONDS = 60.0  # for the requests of an engine that is removed to end before they move
+AVOID_SECONDS = 2.0  # for a launcher to note that a host goes away
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,17 @@ class Autoscaler:
 
     async def preempt(self, name: str, deadline: float) -> None:
         """See `Fleet.preempt`. The engine leaves even if the caller stops waiting."""
-        await asyncio.shield(self._run(self._removing, self._preempt(name, deadline)))
+        await asyncio.shield(self._run(self._removing, self._preempt_by_hand(name, time.monotonic() + deadline)))
+
+    async def _preempt_by_hand(self, name: str, ends: float) -> None:
+        if (replica := self._replicas.by_name.get(name)) is not None and replica.process is not None:
+            try:
+                async with asyncio.timeout(AVOID_SECONDS):
+                    await replica.process.avoid_host(ends - time.monotonic())
+            except (LaunchError, TimeoutError) as error:
+                reason = str(error) or f"it did not answer within {AVOID_SECONDS:.0f} s"
+                logger.warning("the replacement of %s may start on the same host, which goes away: %s", name, reason)
+        await self._preempt(name, max(ends - time.monotonic(), 0.0))
 
     async def _preempt(self, name: str, deadline: float) -> None:
         # A fleet with bounds starts what is missing by itself.
@@ -111,7 +122,7 @@ class Autoscaler:
         if self._replicas.by_name.get(name) is not replica:
             return  # it has left, or runs elsewhere now
         try:
-            await self.preempt(name, max(ends - time.monotonic(), 0.0))
+            await self._preempt(name, max(ends - time.monotonic(), 0.0))
         except NoEngineError as error:
             logger.warning("%s", error)
 

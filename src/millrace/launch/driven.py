@@ -1,6 +1,6 @@
 """A launcher whose work a child process does, its driver: it speaks to a cluster for the fleet's process.
 
-The driver answers the calls `reserve`, `release`, `free_ports`, `start` and `end`, and says how servers stand
+The driver answers the calls `reserve`, `release`, `free_ports`, `start`, `avoid` and `end`, and says how servers stand
 (`millrace.launch.calls`). It says again and again whose hosts go away, and in how many seconds. Its first line is
 `{"joined": "..."}`, the cluster in words. It ends when its standard input closes, and then ends what it has started.
 """
@@ -228,6 +228,11 @@ class DrivenServer:
         """Wait for a notice that the server's host goes away. Return the seconds until then."""
         await self._noticed.wait()
         return max(self._leaves_at - time.monotonic(), 0.0)
+
+    async def avoid_host(self, seconds: float) -> None:
+        """Start nothing more on the server's host. See `Server.avoid_host`."""
+        at = {"group": self._place.group, "index": self._place.index}
+        await self._launcher.call("avoid", CALL_DEADLINE, **at, seconds=seconds)
 
     async def end(self) -> None:
         """End the server. Raises LaunchError if it does not end in time, or if the cluster does not answer."""

@@ -47,6 +47,10 @@ class Nodes:
         done = await first_done([asyncio.create_task(process.notice()) for process in self._processes])
         return min(task.result() for task in done)
 
+    async def avoid_host(self, seconds: float) -> None:
+        """Start nothing more on the hosts of all nodes. Raises LaunchError. See `Server.avoid_host`."""
+        await asyncio.gather(*(process.avoid_host(seconds) for process in self._processes))
+
     async def end(self) -> None:
         """End all nodes. Raises LaunchError if a node can't be ended, after trying them all."""
         try:

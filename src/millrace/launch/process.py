@@ -59,6 +59,13 @@ class Server(Protocol):
     async def notice(self) -> float:
         """Wait for a notice that the server's host goes away. Return the seconds until then."""
 
+    async def avoid_host(self, seconds: float) -> None:
+        """Start nothing more on the server's host, as a preemption by hand asks: it goes away in so many seconds.
+
+        It may be used again if it has not gone away some time after that. Raises LaunchError if the launcher does not
+        answer.
+        """
+
     async def end(self) -> None:
         """End the server. Does nothing if it has ended."""
 
@@ -178,6 +185,9 @@ class ServerProcess:
         """Wait for ever: nothing gives notices of this host."""
         never: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         return await never
+
+    async def avoid_host(self, seconds: float) -> None:
+        """Do nothing: there is no other host, and this process goes away with this one."""
 
     async def end(self) -> None:
         """End the server and all its child processes. Does nothing if it has ended.

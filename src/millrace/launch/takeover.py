@@ -59,6 +59,9 @@ class TakenOver:
         never: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         return await never
 
+    async def avoid_host(self, seconds: float) -> None:
+        """Do nothing: there is no other host, and this process goes away with this one."""
+
     async def end(self) -> None:
         """End the server and all its child processes. Does nothing if it has ended.
 

@@ -22,11 +22,11 @@ from millrace.launch.slurm.job import (
     JobNode,
     address_of,
     draining,
-    kill_wait,
     movable,
     possible,
     ranked,
     read_job,
+    seconds_of,
     with_step,
 )
 from millrace.launch.slurm.step import NoRoom, Step
@@ -48,6 +48,7 @@ class Driver(Answerer):
         self._asked: list[tuple[JobNode, Need]] = []  # of the steps that run or are about to
         self._count = 0
         self._signals: dict[str, float] = {}  # when a step on the node got SIGTERM
+        self._gone: dict[str, float] = {}  # the nodes that are avoided, and when each is gone
         self._look_now = asyncio.Event()
 
     async def reserve(self, name: str, gpus: int, cpus: int, nodes: int, need: str, deadline: float) -> dict[str, Any]:
@@ -59,11 +60,12 @@ class Driver(Answerer):
             job = await read_job(self._job)
             if not possible(job, Need(gpus, cpus), nodes):
                 raise LaunchError(f"{asked}, and the job has too little; {job}")
-            leaving = await self._leaving(job)
+            leaving = {*await self._leaving(job), *await self._avoided()}
             steps, reason = await self._steps(job.without(leaving), Need(gpus, cpus), nodes, name, until)
-            if steps:
+            if steps and self._gone.keys().isdisjoint(step.node.name for step in steps):
                 break
-            away = "".join(f"; {name} goes away" for name in sorted(leaving))
+            await self._close(steps)  # while they started, it was said that their node goes away
+            away = "".join(f"; {node} goes away" for node in sorted(leaving))
             has = f"{job}; {self._taken(job)}{away}{reason}"
             waited = time.monotonic() - begun
             if waited >= deadline:
@@ -95,6 +97,11 @@ class Driver(Answerer):
         step.stands = lambda running, end, tail: self.say(group=group, index=index, running=running, end=end, tail=tail)
         await step.call("start", CALL_DEADLINE, **server)
 
+    async def avoid(self, group: int, index: int, seconds: float) -> None:
+        """Start nothing more on the node of a place, which goes away in so many seconds."""
+        if group in self._groups:
+            self._gone[self._groups[group][index].node.name] = time.monotonic() + seconds
+
     async def end(self, group: int, index: int) -> None:
         """End the server at a place."""
         if group in self._groups:  # otherwise it is released, and has ended
@@ -124,10 +131,11 @@ class Driver(Answerer):
             try:
                 job = await read_job(self._job)
                 leaving = await self._leaving(job)
+                stays = job.without(await self._avoided())
             except LaunchError:
                 continue  # the job has ended, and its steps with it, or Slurm does not answer at the moment
             engines = {number: [(step.node, step.need) for step in steps] for number, steps in self._groups.items()}
-            for number in movable(job, leaving, engines):
+            for number in movable(stays, leaving, engines):
                 for index, step in enumerate(self._groups[number]):
                     if (seconds := leaving.get(step.node.name)) is not None:
                         self.say(group=number, index=index, leaves=seconds)
@@ -140,10 +148,17 @@ class Driver(Answerer):
         """Return the nodes that go away, and in how many seconds. A signal counts until its step must have ended."""
         leaving = dict.fromkeys(await draining(job), DRAIN_SECONDS)
         if self._signals:
-            wait, now = await kill_wait(), time.monotonic()
+            wait, now = await seconds_of("KillWait"), time.monotonic()
             self._signals = {name: at for name, at in self._signals.items() if at + wait > now}
             leaving |= {name: at + wait - now for name, at in self._signals.items()}
         return leaving
+
+    async def _avoided(self) -> set[str]:
+        """Return the nodes that go away, as a preemption by hand has said, until Slurm itself must know of it."""
+        if self._gone:
+            unknown, now = await seconds_of("SlurmdTimeout"), time.monotonic()
+            self._gone = {name: gone for name, gone in self._gone.items() if gone + unknown > now}
+        return set(self._gone)
 
     def _step(self, group: int, index: int) -> Step:
         if group not in self._groups:

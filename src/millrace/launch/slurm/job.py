@@ -172,9 +172,14 @@ async def draining(job: Job) -> set[str]:
     return set(DRAINING.findall(output))
 
 
-async def kill_wait() -> float:
-    """Return the seconds between SIGTERM and SIGKILL at the end of a step. Raises LaunchError."""
-    found = re.search(r"^KillWait\s*=\s*(\d+)", await slurm("scontrol", "show", "config"), re.MULTILINE)
+async def seconds_of(setting: str) -> float:
+    """Return a time of Slurm's configuration.
+
+    `KillWait` is that between SIGTERM and SIGKILL at the end of a step, and `SlurmdTimeout` that until Slurm knows that
+    a node which does not answer is gone. Raises LaunchError.
+    """
+    config = await slurm("scontrol", "show", "config")
+    found = re.search(rf"^{setting}\s*=\s*(\d+)", config, re.MULTILINE)
     return float(found[1]) if found is not None else 0.0
 
 
