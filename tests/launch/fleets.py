@@ -155,14 +155,9 @@ def ranks(model: Path) -> dict[int, int]:
     return {rank: pid for rank in (0, 1) for pid in own.intersection(processes_with(f"--node-rank={rank}"))}
 
 
-async def require_runs_over_two_hosts(
-    config: dict[str, object], hosts: Sequence[str], model: Path, logs: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Requires that an engine over two nodes runs on two hosts, takes weights, restarts as a whole, and leaves nothing.
-
-    config: the launcher, and the kind of the engine. Each host has two CPUs.
-    """
-    settings = {
+def over_two_nodes(config: dict[str, object]) -> dict[str, object]:
+    """The settings of a stock engine over two nodes with two CPUs each. config: the launcher, and the engine's kind."""
+    return {
         **config,
         "device": "cpu",
         "nnodes": 2,
@@ -171,7 +166,16 @@ async def require_runs_over_two_hosts(
         "start_timeout": 300.0,
         "env": {f"{str(config['kind']).upper()}_CPU_OMP_THREADS_BIND": "0|1"},
     }
-    async with open_fleet(settings, model, log_dir=logs, restarts=2, transport="gloo") as fleet:
+
+
+async def require_runs_over_two_hosts(
+    config: dict[str, object], hosts: Sequence[str], model: Path, logs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Requires that an engine over two nodes runs on two hosts, takes weights, restarts as a whole, and leaves nothing.
+
+    config: the launcher, and the kind of the engine. Each host has two CPUs.
+    """
+    async with open_fleet(over_two_nodes(config), model, log_dir=logs, restarts=2, transport="gloo") as fleet:
         placed = sorted(hosts, key=lambda host: host not in engine_hosts(fleet))  # the host of node 0 is the first
         before = await require_takes_weights(fleet, model)
         (name,) = fleet.engines
@@ -187,6 +191,38 @@ async def require_runs_over_two_hosts(
         assert ended[0].startswith(f"{name}-node1 was killed by SIGKILL (on {placed[1]})\nlast lines of {logs}")
         assert set(old.values()).isdisjoint(ranks(model).values())
         assert not any(alive(pid) for pid in old.values())
+        after = await fleet.generate(REQUEST, deadline=120)
+        assert (after.output_ids, after.version_spans) == (before.output_ids, before.version_spans)
+    assert not processes_with(str(model))
+
+
+async def require_leaves_as_a_whole(
+    config: dict[str, object],
+    hosts: Sequence[str],
+    host_of: Callable[[int], str],
+    announce: Callable[[str], None],
+    model: Path,
+    logs: Path,
+) -> None:
+    """Requires that an engine over two nodes leaves if the host of its second node is said to go away, and that its
+    replacement runs on the hosts that stay, with the version that it had.
+
+    config: the launcher, and the kind of the engine. hosts: three, with two CPUs each. host_of: the host of a process.
+    announce: says of a host that it goes away, in 120 s or later.
+    """
+    async with open_fleet(over_two_nodes(config), model, log_dir=logs, transport="gloo") as fleet:
+        before = await require_takes_weights(fleet, model)
+        (first,) = fleet.replicas.by_name.values()
+        old = ranks(model)
+        leaving = host_of(old[1])
+        assert leaving != host_of(old[0])
+        await asyncio.to_thread(announce, leaving)
+        async with asyncio.timeout(120), fleet.replicas.changed:
+            await fleet.replicas.changed.wait_for(lambda: first not in fleet.replicas.by_name.values())
+        assert not any(alive(pid) for pid in old.values())
+        async with asyncio.timeout(300), fleet.replicas.changed:
+            await fleet.replicas.changed.wait_for(lambda: bool(fleet.snapshot.routable))
+        assert {host_of(pid) for pid in ranks(model).values()} == set(hosts).difference([leaving])
         after = await fleet.generate(REQUEST, deadline=120)
         assert (after.output_ids, after.version_spans) == (before.output_ids, before.version_spans)
     assert not processes_with(str(model))

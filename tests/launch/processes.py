@@ -18,6 +18,12 @@ def processes_with(text: str, *, without: str = "\0") -> list[int]:
     return found
 
 
+def variables_of(pid: int) -> dict[str, str]:
+    """The environment of a process."""
+    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs: it exists, and is no zombie."""
     try:

@@ -27,13 +27,14 @@ from tests.launch.fleets import (
     owner,
     require_avoids_a_host,
     require_gives_back_what_comes_too_late,
+    require_leaves_as_a_whole,
     require_leaves_its_host_in_time,
     require_runs_over_two_hosts,
     require_takes_weights,
     require_uses_a_host_again,
     served,
 )
-from tests.launch.processes import alive, processes_with
+from tests.launch.processes import alive, processes_with, variables_of
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 pytestmark = pytest.mark.filterwarnings("default")
@@ -295,6 +296,27 @@ async def test_an_engine_over_two_nodes_runs_on_two_hosts_and_restarts_as_a_whol
     cluster: RayCluster, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     await require_runs_over_two_hosts(cluster.config(kind=kind), HOSTS, tiny_model, tmp_path, caplog)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sglang", "vllm"])
+async def test_an_engine_over_two_nodes_leaves_as_a_whole_a_node_that_drains(
+    tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    def host_of(pid: int) -> str:
+        raylet = Path(f"/proc/{variables_of(pid)['RAY_RAYLET_PID']}/cmdline").read_bytes().decode()
+        return raylet.partition("--node_ip_address=")[2].partition("\0")[0]
+
+    own = RayCluster()
+    try:
+        own.nodes.append(own.add("127.0.0.4"))
+        hosts = [*HOSTS, "127.0.0.4"]
+        settings = own.config(kind=kind)
+        await require_leaves_as_a_whole(
+            settings, hosts, host_of, lambda host: own.drain(host, 120), tiny_model, tmp_path
+        )
+    finally:
+        own.cluster.shutdown()
 
 
 async def test_a_cluster_that_goes_away_is_one_line_and_ends_the_engines(tiny_model: Path, tmp_path: Path) -> None:

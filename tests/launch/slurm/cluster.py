@@ -16,10 +16,11 @@ from millrace.launch.ports import free_ports
 
 DEADLINE = 60.0
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
-NODES = {"n1": "127.0.0.2", "n2": "127.0.0.3", "bare": "127.0.0.4"}
-# The options of a job with a whole node, and of one with both.
+NODES = {"n1": "127.0.0.2", "n2": "127.0.0.3", "n3": "127.0.0.5", "bare": "127.0.0.4"}
+# The options of a job with a whole node, of one with two, and of one with three.
 ONE_NODE = ("--nodes=1", "--ntasks=1", "--cpus-per-task=2", "--gpus-per-node=2")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=2")
+THREE_NODES = ("--partition=wide", "--nodes=3", *TWO_NODES[1:])
 CONF = """\
 ClusterName=test
 SlurmctldHost=localhost
@@ -48,15 +49,19 @@ JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
 ReturnToService=2
 KillWait=5
+SlurmdTimeout=60
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE PriorityTier=1 State=UP
 PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE PriorityTier=2 State=UP
+PartitionName=grace Nodes=n1,n2 MaxTime=INFINITE PriorityTier=1 GraceTime=60 State=UP
+PartitionName=cancelled Nodes=n1,n2 MaxTime=INFINITE PriorityTier=1 GraceTime=60 PreemptMode=CANCEL State=UP
+PartitionName=wide Nodes=n1,n2,n3 MaxTime=INFINITE State=UP
 PartitionName=bare Nodes=bare MaxTime=INFINITE State=UP
 """
 NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs=2 RealMemory=4000 Gres=gpu:2"
-GRES = "NodeName=n1,n2,bare Name=gpu File=/dev/null\nNodeName=n1,n2,bare Name=gpu File=/dev/zero\n"
+GRES = "NodeName=n1,n2,n3,bare Name=gpu File=/dev/null\nNodeName=n1,n2,n3,bare Name=gpu File=/dev/zero\n"
 
 
 def why_no_slurm() -> str | None:
@@ -130,8 +135,8 @@ def until(condition: Callable[[], bool], what: str, deadline: float = DEADLINE) 
 
 
 @contextmanager
-def slurm_cluster(folder: Path, hidden: Path) -> Iterator[SlurmCluster]:
-    """Run a Slurm in a folder. On the node `bare`, the folder `hidden` is empty, if this is root."""
+def slurm_cluster(folder: Path, hidden: Sequence[Path]) -> Iterator[SlurmCluster]:
+    """Run a Slurm in a folder. On the node `bare`, the folders `hidden` are empty, if this is root."""
     ports = dict(zip(("ctl", *NODES), free_ports("127.0.0.1", 1 + len(NODES)), strict=True))
     nodes = "\n".join(NODE.format(name=name, address=address, port=ports[name]) for name, address in NODES.items())
     (folder / "slurm.conf").write_text(
@@ -180,7 +185,8 @@ def _idle(cluster: SlurmCluster) -> bool:
     return False
 
 
-def _on(name: str, hidden: Path) -> Sequence[str]:
+def _on(name: str, hidden: Sequence[Path]) -> Sequence[str]:
     if name != "bare" or os.getuid() != 0:
         return ()
-    return ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none "{hidden}" && exec "$@"', "sh")
+    mounts = " && ".join(f'mount -t tmpfs none "{folder}"' for folder in hidden)
+    return ("unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh")

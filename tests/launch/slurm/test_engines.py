@@ -22,16 +22,20 @@ from millrace.launch.slurm.job import read_job
 from millrace.launch.slurm.launcher import open_slurm
 from tests.launch.fleets import (
     REQUEST,
+    by_hand,
     engine_hosts,
     owner,
+    require_avoids_a_host,
     require_gives_back_what_comes_too_late,
+    require_leaves_as_a_whole,
     require_leaves_its_host_in_time,
     require_runs_over_two_hosts,
     require_takes_weights,
+    require_uses_a_host_again,
     served,
 )
-from tests.launch.processes import alive, processes_with
-from tests.launch.slurm.cluster import NODES, ONE_NODE, TWO_NODES, SlurmCluster, until, why_no_slurm
+from tests.launch.processes import alive, processes_with, variables_of
+from tests.launch.slurm.cluster import NODES, ONE_NODE, THREE_NODES, TWO_NODES, SlurmCluster, until, why_no_slurm
 
 pytestmark = pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))
 AGENT = "-m millrace.launch.slurm.agent"  # what the command line of a step's agent has, and that of its srun
@@ -39,11 +43,6 @@ AGENT = "-m millrace.launch.slurm.agent"  # what the command line of a step's ag
 
 def config(job: str, **settings: object) -> dict[str, object]:
     return {"kind": "embedded", "launch": "slurm", "cluster": job, "threads": 1, **settings}
-
-
-def variables_of(pid: int) -> dict[str, str]:
-    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 async def eventually(condition: object, what: str, deadline: float = 60.0) -> None:
@@ -158,6 +157,28 @@ async def test_an_engine_leaves_a_node_that_goes_away_and_another_one_starts_els
                 await require_leaves_its_host_in_time(fleet, tiny_model, announce, 30.0)
         finally:
             slurm.resume()
+
+
+async def test_after_a_preemption_by_hand_the_replacement_starts_on_another_node(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path
+) -> None:
+    with slurm.job(*TWO_NODES) as job:
+        settings = config(job, replicas=2, faults=True)
+        async with open_fleet(settings, tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
+            await require_leaves_its_host_in_time(fleet, tiny_model, by_hand(fleet, 30.0), 30.0)
+
+
+async def test_nothing_starts_on_a_node_that_goes_away(slurm: SlurmCluster, tmp_path: Path) -> None:
+    with slurm.job(*TWO_NODES) as job:
+        async with open_slurm(job) as launcher:
+            await require_avoids_a_host(launcher, tmp_path / "log")
+
+
+@pytest.mark.slow
+async def test_a_node_that_has_not_gone_away_is_used_again(slurm: SlurmCluster, tmp_path: Path) -> None:
+    with slurm.job(*TWO_NODES) as job:
+        async with open_slurm(job) as launcher:
+            await require_uses_a_host_again(launcher, tmp_path / "log")
 
 
 async def test_an_engine_stays_on_a_node_that_drains_if_the_job_has_no_other(
@@ -357,6 +378,23 @@ async def test_an_engine_over_two_nodes_runs_on_two_nodes_and_restarts_as_a_whol
     with slurm.job(*TWO_NODES) as job:
         hosts = (NODES["n1"], NODES["n2"])
         await require_runs_over_two_hosts(config(job, kind=kind), hosts, tiny_model, tmp_path, caplog)
+        assert not slurm.steps(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sglang", "vllm"])
+async def test_an_engine_over_two_nodes_leaves_as_a_whole_a_node_that_drains(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    def host_of(pid: int) -> str:
+        return NODES[variables_of(pid)["SLURMD_NODENAME"]]
+
+    with slurm.job(*THREE_NODES) as job:
+        hosts = [NODES[name] for name in ("n1", "n2", "n3")]
+        try:
+            await require_leaves_as_a_whole(config(job, kind=kind), hosts, host_of, slurm.drain, tiny_model, tmp_path)
+        finally:
+            slurm.resume()
         assert not slurm.steps(job)
 
 
