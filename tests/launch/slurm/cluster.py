@@ -14,7 +14,8 @@ from pathlib import Path
 
 from millrace.launch.ports import free_ports
 
-DEADLINE = 60.0
+DEADLINE = 120.0
+GRACE_SECONDS = 100  # between the preemption of a job and its end, in the partitions `grace` and `cancelled`
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 NODES = {"n1": "127.0.0.2", "n2": "127.0.0.3", "n3": "127.0.0.5", "bare": "127.0.0.4"}
 # The options of a job with a whole node, of one with two, and of one with three.
@@ -55,8 +56,8 @@ PreemptMode=REQUEUE
 {nodes}
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE PriorityTier=1 State=UP
 PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE PriorityTier=2 State=UP
-PartitionName=grace Nodes=n1,n2 MaxTime=INFINITE PriorityTier=1 GraceTime=60 State=UP
-PartitionName=cancelled Nodes=n1,n2 MaxTime=INFINITE PriorityTier=1 GraceTime=60 PreemptMode=CANCEL State=UP
+PartitionName=grace Nodes=n1,n2 MaxTime=INFINITE PriorityTier=1 GraceTime={grace} State=UP
+PartitionName=cancelled Nodes=n1,n2 MaxTime=INFINITE PriorityTier=1 GraceTime={grace} PreemptMode=CANCEL State=UP
 PartitionName=wide Nodes=n1,n2,n3 MaxTime=INFINITE State=UP
 PartitionName=bare Nodes=bare MaxTime=INFINITE State=UP
 """
@@ -140,7 +141,7 @@ def slurm_cluster(folder: Path, hidden: Sequence[Path]) -> Iterator[SlurmCluster
     ports = dict(zip(("ctl", *NODES), free_ports("127.0.0.1", 1 + len(NODES)), strict=True))
     nodes = "\n".join(NODE.format(name=name, address=address, port=ports[name]) for name, address in NODES.items())
     (folder / "slurm.conf").write_text(
-        CONF.format(folder=folder, port=ports["ctl"], user=getpass.getuser(), nodes=nodes)
+        CONF.format(folder=folder, port=ports["ctl"], user=getpass.getuser(), nodes=nodes, grace=GRACE_SECONDS)
     )
     (folder / "gres.conf").write_text(GRES)
     key = folder / "munge.key"

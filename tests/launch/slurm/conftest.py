@@ -19,7 +19,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 def copies_of_millrace() -> Sequence[Path]:
     """Return the folders where a step of this process finds Millrace: by PYTHONPATH, and as it is installed."""
-    # The second may be missing.
+    # The installed one may be missing.
     find = "from importlib.util import find_spec; print(*find_spec('millrace').submodule_search_locations)"
     installed = subprocess.run(
         [sys.executable, "-I", "-c", find], capture_output=True, text=True, timeout=60

@@ -4,12 +4,13 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.launch.processes import processes_with
-from tests.launch.slurm.cluster import TWO_NODES, SlurmCluster, until, why_no_slurm
+from tests.launch.slurm.cluster import GRACE_SECONDS, TWO_NODES, SlurmCluster, until, why_no_slurm
 
 pytestmark = [pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm())), pytest.mark.slow]
 
@@ -54,15 +55,20 @@ def resumed(slurm: SlurmCluster, recipe: Path, job: str) -> None:
     until(lambda: "resumed after step" in log.read_text() or not slurm.state(job), "the run resumes", 180)
     until(lambda: not slurm.state(job), "the job ends", 180)
     assert "resumed after step" in log.read_text(), log.read_text()
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(13)), log.read_text()
+    assert steps_of(run) == list(range(13)), log.read_text()
 
 
-def begun(slurm: SlurmCluster, recipe: Path) -> str:
-    """Submit the script, wait until its run has a checkpoint, and return the job's id."""
-    job = submit(slurm, recipe)
+def steps_of(run: Path) -> list[int]:
+    """Return the steps of a run that have ended."""
+    metrics = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def begun(slurm: SlurmCluster, recipe: Path, *options: str) -> str:
+    """Submit the script, wait until its run has made a step, and return the job's id."""
+    job = submit(slurm, recipe, *options)
     log, run = recipe / f"gsm8k-{job}.log", recipe / f"runs/gsm8k-{job}"
-    until(lambda: any(run.glob("checkpoints/step-*")) or not slurm.state(job), "a checkpoint is written", 180)
+    until(lambda: steps_of(run) > [0] or not slurm.state(job), "a step is made", 180)
     assert slurm.state(job) == "RUNNING", log.read_text()
     assert len(slurm.steps(job)) == 3  # the trainer's and two engines'
     return job
@@ -72,6 +78,25 @@ def test_a_preempted_run_of_the_recipe_resumes_from_its_last_checkpoint(slurm: S
     job = begun(slurm, recipe)
     with slurm.job("--partition=urgent", *TWO_NODES):
         requeued(slurm, recipe, job)
+    resumed(slurm, recipe, job)
+
+
+@pytest.mark.parametrize("partition", ["grace", "cancelled"])
+def test_a_run_of_the_recipe_that_is_preempted_with_grace_saves_a_checkpoint_in_the_time_and_resumes(
+    slurm: SlurmCluster, recipe: Path, partition: str
+) -> None:
+    """By PreemptMode=REQUEUE and by CANCEL. The run would save its first checkpoint at its end."""
+    settings = recipe / "run.yaml"
+    settings.write_text(settings.read_text().replace("checkpoint: {every: 1}", "checkpoint: {every: 1000}"))
+    job = begun(slurm, recipe, f"--partition={partition}")
+    log, checkpoints = recipe / f"gsm8k-{job}.log", recipe / f"runs/gsm8k-{job}/checkpoints"
+    assert not list(checkpoints.glob("step-*"))
+    preempted = time.monotonic()
+    with slurm.job("--partition=urgent", *TWO_NODES):
+        assert time.monotonic() - preempted < GRACE_SECONDS
+        requeued(slurm, recipe, job)
+        assert "ended by SIGTERM: --resume continues" in log.read_text()
+        assert len(list(checkpoints.glob("step-*"))) == 1
     resumed(slurm, recipe, job)
 
 
