@@ -1,7 +1,10 @@
 """`millrace serve` as its user runs it: a real process with a real engine, asked by an SDK."""
 
 import asyncio
+import json
+import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -19,6 +22,7 @@ engine: {{kind: embedded, replicas: 1}}
 gateway: {{port: 0, folder: {folder}/episodes}}
 """
 START = 120.0  # seconds
+DOCS = Path(__file__).parents[2] / "docs/clusters.md"
 
 
 @asynccontextmanager
@@ -108,6 +112,38 @@ async def test_a_preemption_notice_takes_the_engines_of_a_host_out_and_others_co
             async with control.post("/episodes", json={}) as response:
                 opened = await response.json()
             await ask(opened["base_url"], opened["api_key"])  # waits for the engine that comes
+
+
+async def test_the_trap_of_the_docs_takes_the_engines_of_its_host_out_and_others_come(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The line of docs/clusters.md, in a shell that gets SIGTERM."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    (line,) = re.findall(r"^trap .*/preempt.*$", DOCS.read_text(), re.MULTILINE)
+    (tmp_path / "serve.yaml").write_text(CONFIG.format(folder=tmp_path / "run", model=tiny_model))
+    async with served(tmp_path, "engine.replicas=2") as (_, url):
+        key = (tmp_path / "run" / "gateway.key").read_text()
+        given = {"KEY": key, "GATEWAY": url, "ENGINE_HOST": "127.0.0.1"}
+        shell = await asyncio.create_subprocess_exec(
+            *("bash", "-c", f"{line}\necho ready; while sleep 0.1; do :; done"),
+            env={**os.environ, **given},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            assert shell.stdout is not None
+            async with asyncio.timeout(60):
+                assert await shell.stdout.readline() == b"ready\n"
+                shell.send_signal(signal.SIGTERM)
+                answer = json.loads(await shell.stdout.readuntil(b"}"))
+            assert answer == {"preempted": ["embedded-0", "embedded-1"]}
+        finally:
+            shell.kill()
+            await shell.communicate()
+        async with aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {key}"}) as control:
+            async with control.post("/episodes", json={}) as response:
+                opened = await response.json()
+            await ask(opened["base_url"], opened["api_key"])  # waits for the engines that come
 
 
 async def check_the_folder_is_in_use(folder: Path) -> None:
