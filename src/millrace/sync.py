@@ -804,12 +804,14 @@ class Fleet:
         """
         self._portal.call(self._wrapped.remove(name, deadline=deadline))
 
-    def preempt(self, name: str, *, deadline: float = 30.0) -> None:
+    def preempt(self, name: str, *, deadline: float = 30.0, host: str | None = None) -> None:
         """Remove an engine whose host goes away in `deadline` seconds, and start another in its place.
 
         It gets no more requests. Its running requests are aborted as soon as another engine serves, and continue there
-        with the tokens that they have (see `remove`). The fleet starts the replacement at once. If there is no room for
-        it, the fleet tries again after growing delays. A fleet that does not start its engines gets no replacement.
+        with the tokens that they have (see `remove`). The fleet starts the replacement at once, on another host if its
+        launcher has several (docs/clusters.md). If there is no room for it, the fleet tries again after growing delays.
+        A fleet that does not start its engines gets no replacement. host: the address of the host that goes away, for
+        an engine over several; None for all of them.
 
         Raises NoEngineError if no engine has this name, or if it is being restarted or leaves.
 
@@ -817,7 +819,7 @@ class Fleet:
 
             fleet.preempt("sglang-1", deadline=25.0)
         """
-        self._portal.call(self._wrapped.preempt(name, deadline=deadline))
+        self._portal.call(self._wrapped.preempt(name, deadline=deadline, host=host))
 
     def autoscale(self, limits: ReplicaRange | None) -> None:
         """Let the fleet choose the number of its engines by its load (docs/clusters.md). None ends that.

@@ -122,7 +122,7 @@ async def require_avoids_a_host(launcher: DrivenLauncher, log_path: Path) -> Non
     waiting = asyncio.create_task(launcher.reserve("waiting", Need(0, 2), 1, deadline=60))
     with pytest.raises(TimeoutError):  # there is no room
         await asyncio.wait_for(asyncio.shield(waiting), 3.0)
-    await server.avoid_host(300.0)
+    await server.avoid(place.host, 300.0)
     await launcher.release([place])  # so that there is room on its host
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(asyncio.shield(waiting), 6.0)
@@ -141,7 +141,7 @@ async def require_uses_a_host_again(launcher: DrivenLauncher, log_path: Path) ->
     places = [(await launcher.reserve(name, Need(0, 2), 1, deadline=60))[0] for name in ("first", "second")]
     command = [places[0].python, "-c", "import time; time.sleep(600)"]
     server = await places[0].start("first", command, log_path, env={}, leftovers=())
-    await server.avoid_host(1.0)
+    await server.avoid(places[0].host, 1.0)
     begun = time.monotonic()
     await launcher.release(places[:1])
     (again,) = await launcher.reserve("again", Need(0, 2), 1, deadline=120)
@@ -200,7 +200,7 @@ async def require_leaves_as_a_whole(
     config: dict[str, object],
     hosts: Sequence[str],
     host_of: Callable[[int], str],
-    announce: Callable[[str], None],
+    announce: Callable[[str], None] | None,
     model: Path,
     logs: Path,
 ) -> None:
@@ -208,7 +208,7 @@ async def require_leaves_as_a_whole(
     replacement runs on the hosts that stay, with the version that it had.
 
     config: the launcher, and the kind of the engine. hosts: three, with two CPUs each. host_of: the host of a process.
-    announce: says of a host that it goes away, in 120 s or later.
+    announce: says of a host that it goes away, in 120 s or later; None for `POST /preempt`.
     """
     async with open_fleet(over_two_nodes(config), model, log_dir=logs, transport="gloo") as fleet:
         before = await require_takes_weights(fleet, model)
@@ -216,7 +216,7 @@ async def require_leaves_as_a_whole(
         old = ranks(model)
         leaving = host_of(old[1])
         assert leaving != host_of(old[0])
-        await asyncio.to_thread(announce, leaving)
+        await asyncio.to_thread(announce or by_hand(fleet, 120.0), leaving)
         async with asyncio.timeout(120), fleet.replicas.changed:
             await fleet.replicas.changed.wait_for(lambda: first not in fleet.replicas.by_name.values())
         assert not any(alive(pid) for pid in old.values())

@@ -1,5 +1,6 @@
 """A launcher of the user's own starts the engines of a fleet, and gets its places back."""
 
+import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from millrace.launch.base import Launcher, Need, Place
 from millrace.launch.ports import free_block
 from millrace.launch.process import Server, ServerProcess
 from millrace.types import GenerateRequest, SamplingParams
+from tests.launch.fleets import engine_hosts
 
 OWN = "tests.launch.test_launchers:two_places"
 opened: list["TwoPlaces"] = []
@@ -28,8 +30,8 @@ class Loopback:
     gpus = None
     python = sys.executable
 
-    def __init__(self, host: str) -> None:
-        self.host = host
+    def __init__(self, host: str, gone: set[str]) -> None:
+        self.host, self.gone = host, gone
 
     async def free_ports(self, count: int) -> int:
         return free_block(self.host, count)
@@ -37,22 +39,38 @@ class Loopback:
     async def start(
         self, name: str, command: Sequence[str], log_path: Path, *, env: Mapping[str, str], leftovers: Sequence[str]
     ) -> Server:
-        return await ServerProcess.start(name, command, log_path, env={**env, "PLACED": self.host}, leftovers=leftovers)
+        env = {**env, "PLACED": self.host}
+        server = await PlacedProcess.start(name, command, log_path, env=env, leftovers=leftovers)
+        server.hosts, server.gone = [self.host], self.gone
+        return server
+
+
+class PlacedProcess(ServerProcess):
+    """A server on a host. gone: the hosts on which nothing more starts."""
+
+    gone: set[str]
+
+    async def avoid(self, host: str, seconds: float) -> None:
+        self.gone.add(host)
 
 
 class TwoPlaces:
-    """A launcher with two places, which it gives to one engine each."""
+    """A launcher with two places, or with others, which it gives to one engine each."""
 
-    def __init__(self, cluster: str | None) -> None:
+    def __init__(self, cluster: str | None, hosts: Sequence[str] = ("127.0.0.3", "127.0.0.2")) -> None:
         self.cluster = cluster
-        self.free: list[Place] = [Loopback("127.0.0.3"), Loopback("127.0.0.2")]
+        self.gone: set[str] = set()
+        self.free: list[Place] = [Loopback(host, self.gone) for host in hosts]
         self.needs: list[Need] = []
 
     async def reserve(self, name: str, need: Need, nodes: int, *, deadline: float) -> Sequence[Place]:
-        if nodes > len(self.free):
-            raise LaunchError(f"{name} needs {nodes} places, and {len(self.free)} are free")
+        free = [place for place in self.free if place.host not in self.gone]
+        if nodes > len(free):
+            raise LaunchError(f"{name} needs {nodes} places, and {len(free)} are free")
         self.needs.append(need)
-        return [self.free.pop() for _ in range(nodes)]
+        taken = free[-nodes:]
+        self.free = [place for place in self.free if place not in taken]
+        return taken
 
     async def release(self, places: Sequence[Place]) -> None:
         self.free += [place for place in places if place not in self.free]
@@ -62,6 +80,11 @@ class TwoPlaces:
 async def two_places(cluster: str | None) -> AsyncIterator[Launcher]:
     opened.append(TwoPlaces(cluster))
     yield opened[-1]
+
+
+@asynccontextmanager
+async def two_on_one_host(cluster: str | None) -> AsyncIterator[Launcher]:
+    yield TwoPlaces(cluster, ["127.0.0.3", "127.0.0.2", "127.0.0.2"])
 
 
 def config(**settings: object) -> EmbeddedEngineConfig:
@@ -133,6 +156,34 @@ async def test_engines_elsewhere_are_not_kept_running(tmp_path: Path, tiny_model
     with pytest.raises(ConfigError, match="keep_running is for engines on this host"):
         async with open_fleet(config(), tiny_model, log_dir=tmp_path, keep_running=tmp_path):
             pass
+
+
+async def test_a_launcher_learns_of_a_preemption_by_hand(tmp_path: Path, tiny_model: Path) -> None:
+    settings = config(launch="tests.launch.test_launchers:two_on_one_host")
+    async with open_fleet(settings, tiny_model, log_dir=tmp_path) as fleet:
+        assert engine_hosts(fleet) == ["127.0.0.2"]
+        await fleet.preempt("embedded-0")
+        async with asyncio.timeout(120), fleet.replicas.changed:
+            await fleet.replicas.changed.wait_for(lambda: bool(fleet.snapshot.routable))
+        assert engine_hosts(fleet) == ["127.0.0.3"]  # although there is room on the other host
+
+
+@pytest.mark.parametrize("fault", ["error", "silence"])
+async def test_an_engine_is_preempted_although_its_launcher_does_not_learn_of_it(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    async def avoid(self: ServerProcess, host: str, seconds: float) -> None:
+        if fault == "silence":
+            await asyncio.sleep(3600)
+        raise LaunchError("the cluster is busy")
+
+    monkeypatch.setattr(PlacedProcess, "avoid", avoid)
+    async with open_fleet(config(replicas=1), tiny_model, log_dir=tmp_path) as fleet:
+        await fleet.preempt("embedded-0")
+        async with asyncio.timeout(120), fleet.replicas.changed:
+            await fleet.replicas.changed.wait_for(lambda: bool(fleet.snapshot.routable))
+    why = {"error": "the cluster is busy", "silence": "its launcher did not answer within 2 s"}[fault]
+    assert f"the replacement of embedded-0 may start on the host that goes away: {why}" in caplog.text
 
 
 async def test_the_launcher_of_the_docs_pins_each_engine_to_a_core(

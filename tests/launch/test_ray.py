@@ -299,9 +299,9 @@ async def test_an_engine_over_two_nodes_runs_on_two_hosts_and_restarts_as_a_whol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sglang", "vllm"])
-async def test_an_engine_over_two_nodes_leaves_as_a_whole_a_node_that_drains(
-    tiny_model: Path, tmp_path: Path, kind: str
+@pytest.mark.parametrize(("kind", "notice"), [("sglang", "drain"), ("vllm", "drain"), ("sglang", "by hand")])
+async def test_an_engine_over_two_nodes_leaves_as_a_whole_if_one_goes_away(
+    tiny_model: Path, tmp_path: Path, kind: str, notice: str
 ) -> None:
     def host_of(pid: int) -> str:
         raylet = Path(f"/proc/{variables_of(pid)['RAY_RAYLET_PID']}/cmdline").read_bytes().decode()
@@ -312,9 +312,8 @@ async def test_an_engine_over_two_nodes_leaves_as_a_whole_a_node_that_drains(
         own.nodes.append(own.add("127.0.0.4"))
         hosts = [*HOSTS, "127.0.0.4"]
         settings = own.config(kind=kind)
-        await require_leaves_as_a_whole(
-            settings, hosts, host_of, lambda host: own.drain(host, 120), tiny_model, tmp_path
-        )
+        announce = (lambda host: own.drain(host, 120)) if notice == "drain" else None
+        await require_leaves_as_a_whole(settings, hosts, host_of, announce, tiny_model, tmp_path)
     finally:
         own.cluster.shutdown()
 

@@ -84,18 +84,20 @@ class Autoscaler:
         """See `Fleet.remove`. The engine leaves even if the caller stops waiting."""
         await asyncio.shield(self._run(self._removing, self._lifecycle.remove(name, deadline)))
 
-    async def preempt(self, name: str, deadline: float) -> None:
+    async def preempt(self, name: str, deadline: float, host: str | None) -> None:
         """See `Fleet.preempt`. The engine leaves even if the caller stops waiting."""
-        await asyncio.shield(self._run(self._removing, self._preempt_by_hand(name, time.monotonic() + deadline)))
+        await asyncio.shield(self._run(self._removing, self._preempt_by_hand(name, time.monotonic() + deadline, host)))
 
-    async def _preempt_by_hand(self, name: str, ends: float) -> None:
-        if (replica := self._replicas.by_name.get(name)) is not None and replica.process is not None:
+    async def _preempt_by_hand(self, name: str, ends: float, host: str | None) -> None:
+        replica = self._replicas.by_name.get(name)
+        if replica is not None and (process := replica.process) is not None:
+            hosts = process.hosts if host is None else {host}.intersection(process.hosts)
             try:
                 async with asyncio.timeout(AVOID_SECONDS):
-                    await replica.process.avoid_host(ends - time.monotonic())
+                    await asyncio.gather(*(process.avoid(one, ends - time.monotonic()) for one in hosts))
             except (LaunchError, TimeoutError) as error:
-                reason = str(error) or f"it did not answer within {AVOID_SECONDS:.0f} s"
-                logger.warning("the replacement of %s may start on the same host, which goes away: %s", name, reason)
+                reason = str(error) or f"its launcher did not answer within {AVOID_SECONDS:.0f} s"
+                logger.warning("the replacement of %s may start on the host that goes away: %s", name, reason)
         await self._preempt(name, max(ends - time.monotonic(), 0.0))
 
     async def _preempt(self, name: str, deadline: float) -> None:

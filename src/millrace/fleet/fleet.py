@@ -354,12 +354,14 @@ class Fleet(FleetClient):
         self._require_open(deadline)
         await self._autoscaler.remove(name, deadline)
 
-    async def preempt(self, name: str, *, deadline: float = 30.0) -> None:
+    async def preempt(self, name: str, *, deadline: float = 30.0, host: str | None = None) -> None:
         """Remove an engine whose host goes away in `deadline` seconds, and start another in its place.
 
         It gets no more requests. Its running requests are aborted as soon as another engine serves, and continue there
-        with the tokens that they have (see `remove`). The fleet starts the replacement at once. If there is no room for
-        it, the fleet tries again after growing delays. A fleet that does not start its engines gets no replacement.
+        with the tokens that they have (see `remove`). The fleet starts the replacement at once, on another host if its
+        launcher has several (docs/clusters.md). If there is no room for it, the fleet tries again after growing delays.
+        A fleet that does not start its engines gets no replacement. host: the address of the host that goes away, for
+        an engine over several; None for all of them.
 
         Raises NoEngineError if no engine has this name, or if it is being restarted or leaves.
 
@@ -368,7 +370,7 @@ class Fleet(FleetClient):
             await fleet.preempt("sglang-1", deadline=25.0)
         """
         self._require_open(deadline)
-        await self._autoscaler.preempt(name, deadline)
+        await self._autoscaler.preempt(name, deadline, host)
 
     def autoscale(self, limits: ReplicaRange | None) -> None:
         """Let the fleet choose the number of its engines by its load (docs/clusters.md). None ends that.

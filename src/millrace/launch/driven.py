@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -208,6 +208,7 @@ class DrivenServer:
 
     def __init__(self, name: str, launcher: DrivenLauncher, place: DrivenPlace) -> None:
         self.name = name
+        self.hosts: Collection[str] = (place.host,)
         self._launcher, self._place = launcher, place
         self._ended = asyncio.Event()
         self._noticed = asyncio.Event()
@@ -229,8 +230,9 @@ class DrivenServer:
         await self._noticed.wait()
         return max(self._leaves_at - time.monotonic(), 0.0)
 
-    async def avoid_host(self, seconds: float) -> None:
-        """Start nothing more on the server's host. See `Server.avoid_host`."""
+    async def avoid(self, host: str, seconds: float) -> None:
+        """Start nothing more on the server's host. See `Server.avoid`."""
+        assert host in self.hosts
         at = {"group": self._place.group, "index": self._place.index}
         await self._launcher.call("avoid", CALL_DEADLINE, **at, seconds=seconds)
 

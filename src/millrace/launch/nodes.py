@@ -28,6 +28,11 @@ class Nodes:
         """Whether all nodes run."""
         return all(process.running for process in self._processes)
 
+    @property
+    def hosts(self) -> Collection[str]:
+        """The addresses of the hosts of all nodes."""
+        return {host for process in self._processes for host in process.hosts}
+
     async def until_healthy(self, healthy: Callable[[], Awaitable[bool]], *, deadline: float) -> None:
         """Call `healthy` until it returns true.
 
@@ -47,9 +52,10 @@ class Nodes:
         done = await first_done([asyncio.create_task(process.notice()) for process in self._processes])
         return min(task.result() for task in done)
 
-    async def avoid_host(self, seconds: float) -> None:
-        """Start nothing more on the hosts of all nodes. Raises LaunchError. See `Server.avoid_host`."""
-        await asyncio.gather(*(process.avoid_host(seconds) for process in self._processes))
+    async def avoid(self, host: str, seconds: float) -> None:
+        """Start nothing more on the host of a node. Raises LaunchError. See `Server.avoid`."""
+        there = [process for process in self._processes if host in process.hosts]
+        await asyncio.gather(*(process.avoid(host, seconds) for process in there))
 
     async def end(self) -> None:
         """End all nodes. Raises LaunchError if a node can't be ended, after trying them all."""

@@ -5,9 +5,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, Self
 
 from millrace.errors import LaunchError
 from millrace.http.local import lacking
@@ -53,14 +53,18 @@ class Server(Protocol):
     def running(self) -> bool:
         """Whether all of its processes are running."""
 
+    @property
+    def hosts(self) -> Collection[str]:
+        """The addresses of the hosts that its processes run on, if its launcher has several. Otherwise empty."""
+
     async def wait(self) -> None:
         """Wait until the server has ended."""
 
     async def notice(self) -> float:
         """Wait for a notice that the server's host goes away. Return the seconds until then."""
 
-    async def avoid_host(self, seconds: float) -> None:
-        """Start nothing more on the server's host, as a preemption by hand asks: it goes away in so many seconds.
+    async def avoid(self, host: str, seconds: float) -> None:
+        """Start nothing more on one of `hosts`, which goes away in so many seconds, as a preemption by hand says.
 
         It may be used again if it has not gone away some time after that. Raises LaunchError if the launcher does not
         answer.
@@ -112,6 +116,7 @@ class ServerProcess:
         self.log_path = log_path
         self._log_start = log_start  # where this process's output begins, in bytes; earlier starts wrote before it
         self._process = process
+        self.hosts: Collection[str] = ()
         self._kept = False  # whether the server outlives this process
 
     @classmethod
@@ -123,7 +128,7 @@ class ServerProcess:
         *,
         env: Mapping[str, str] | None = None,
         leftovers: Sequence[str] = (),
-    ) -> "ServerProcess":
+    ) -> Self:
         """Start `command` with `env` added to this process's environment. Its output goes to `log_path`.
 
         What torchrun has set for this process is left out: a server of several ranks would join the trainer's store.
@@ -186,7 +191,7 @@ class ServerProcess:
         never: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         return await never
 
-    async def avoid_host(self, seconds: float) -> None:
+    async def avoid(self, host: str, seconds: float) -> None:
         """Do nothing: there is no other host, and this process goes away with this one."""
 
     async def end(self) -> None:

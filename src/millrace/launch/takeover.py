@@ -4,6 +4,7 @@ import asyncio
 import os
 import select
 import signal
+from collections.abc import Collection
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +26,7 @@ class TakenOver:
 
     def __init__(self, name: str, pid: int, pidfd: int, log_path: Path) -> None:
         self.name, self.pid, self.log_path = name, pid, log_path
+        self.hosts: Collection[str] = ()
         self._pidfd = pidfd
         self._ended: asyncio.Event | None = None  # None until a task waits for the end
 
@@ -59,7 +61,7 @@ class TakenOver:
         never: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         return await never
 
-    async def avoid_host(self, seconds: float) -> None:
+    async def avoid(self, host: str, seconds: float) -> None:
         """Do nothing: there is no other host, and this process goes away with this one."""
 
     async def end(self) -> None:

@@ -7,6 +7,7 @@ from yarl import URL
 from millrace.errors import ArgumentError, NoEngineError
 from millrace.fleet.client import FleetClient
 from millrace.fleet.fleet import Fleet
+from millrace.fleet.replica_state import ReplicaState
 
 
 async def preempt(fleet: FleetClient, engine: str | None, host: str | None, deadline: float) -> dict[str, object]:
@@ -20,8 +21,14 @@ async def preempt(fleet: FleetClient, engine: str | None, host: str | None, dead
     if not isinstance(fleet, Fleet):
         raise NoEngineError("this process follows the fleet of another, and only its owner can take engines out")
     states = fleet.snapshot.replicas
-    names = [state.name for state in states if engine == state.name or (host and URL(state.url).host == host)]
+    names = [state.name for state in states if engine == state.name or (host and host in hosts_of(fleet, state))]
     if not names:
         raise NoEngineError(f"there is no engine {engine or f'at {host}'}: {fleet.snapshot.describe()}")
-    await asyncio.gather(*(fleet.preempt(name, deadline=deadline) for name in names))
+    await asyncio.gather(*(fleet.preempt(name, deadline=deadline, host=host) for name in names))
     return {"preempted": names}
+
+
+def hosts_of(fleet: Fleet, state: ReplicaState) -> set[str | None]:
+    """Return the addresses of the hosts of an engine: that in its URL, and those of its other nodes."""
+    process = fleet.replicas.by_name[state.name].process
+    return {URL(state.url).host, *(() if process is None else process.hosts)}

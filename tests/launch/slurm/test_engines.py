@@ -382,9 +382,9 @@ async def test_an_engine_over_two_nodes_runs_on_two_nodes_and_restarts_as_a_whol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sglang", "vllm"])
-async def test_an_engine_over_two_nodes_leaves_as_a_whole_a_node_that_drains(
-    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, kind: str
+@pytest.mark.parametrize(("kind", "notice"), [("sglang", "drain"), ("vllm", "drain"), ("sglang", "by hand")])
+async def test_an_engine_over_two_nodes_leaves_as_a_whole_if_one_goes_away(
+    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, kind: str, notice: str
 ) -> None:
     def host_of(pid: int) -> str:
         return NODES[variables_of(pid)["SLURMD_NODENAME"]]
@@ -392,7 +392,8 @@ async def test_an_engine_over_two_nodes_leaves_as_a_whole_a_node_that_drains(
     with slurm.job(*THREE_NODES) as job:
         hosts = [NODES[name] for name in ("n1", "n2", "n3")]
         try:
-            await require_leaves_as_a_whole(config(job, kind=kind), hosts, host_of, slurm.drain, tiny_model, tmp_path)
+            announce = slurm.drain if notice == "drain" else None
+            await require_leaves_as_a_whole(config(job, kind=kind), hosts, host_of, announce, tiny_model, tmp_path)
         finally:
             slurm.resume()
         assert not slurm.steps(job)
