@@ -85,7 +85,7 @@ test-harbor: $(VENV)/dev.stamp $(HARBOR_VENV)/harbor.stamp
 test-ray: $(VENV)/ray.stamp
 	$(BIN)/pytest -n0 -m "slow or not slow" tests/launch/test_ray.py
 
-# Engines in jobs of a Slurm with three nodes, all on this host. Slurm comes from the distribution's packages (Debian's).
+# Engines in jobs of a Slurm with four nodes, all on this host. Slurm comes from the distribution's packages (Debian's).
 test-slurm: $(VENV)/dev.stamp
 	@export PATH="$$PATH:/usr/sbin"; for program in munged slurmctld slurmd srun sbatch; do \
 		command -v $$program > /dev/null && continue; \

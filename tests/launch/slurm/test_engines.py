@@ -1,4 +1,4 @@
-"""Engines in jobs of a real Slurm, whose three nodes are on this machine.
+"""Engines in jobs of a real Slurm, whose four nodes are on this machine.
 
 They run where Slurm is installed: `make test-slurm`.
 """
