@@ -36,6 +36,12 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def without_checkpoints(recipe: Path) -> None:
+    """Let the run save a checkpoint only at its end, or when it is asked to end."""
+    settings = recipe / "run.yaml"
+    settings.write_text(settings.read_text().replace("checkpoint: {every: 1}", "checkpoint: {every: 1000}"))
+
+
 def submit(slurm: SlurmCluster, recipe: Path, *options: str) -> str:
     """Submit the script, and return the job's id."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -75,7 +81,9 @@ def begun(slurm: SlurmCluster, recipe: Path, *options: str) -> str:
 
 
 def test_a_preempted_run_of_the_recipe_resumes_from_its_last_checkpoint(slurm: SlurmCluster, recipe: Path) -> None:
+    """Without a GraceTime: there are only the five seconds of KillWait to save one."""
     job = begun(slurm, recipe)
+    until(lambda: any(recipe.glob(f"runs/gsm8k-{job}/checkpoints/step-*")), "a checkpoint is written")
     with slurm.job("--partition=urgent", *TWO_NODES):
         requeued(slurm, recipe, job)
     resumed(slurm, recipe, job)
@@ -86,8 +94,7 @@ def test_a_run_of_the_recipe_that_is_preempted_with_grace_saves_a_checkpoint_in_
     slurm: SlurmCluster, recipe: Path, partition: str
 ) -> None:
     """By PreemptMode=REQUEUE and by CANCEL. The run would save its first checkpoint at its end."""
-    settings = recipe / "run.yaml"
-    settings.write_text(settings.read_text().replace("checkpoint: {every: 1}", "checkpoint: {every: 1000}"))
+    without_checkpoints(recipe)
     job = begun(slurm, recipe, f"--partition={partition}")
     log, checkpoints = recipe / f"gsm8k-{job}.log", recipe / f"runs/gsm8k-{job}/checkpoints"
     assert not list(checkpoints.glob("step-*"))
@@ -98,6 +105,17 @@ def test_a_run_of_the_recipe_that_is_preempted_with_grace_saves_a_checkpoint_in_
         assert "ended by SIGTERM: --resume continues" in log.read_text()
         assert len(list(checkpoints.glob("step-*"))) == 1
     resumed(slurm, recipe, job)
+
+
+def test_a_cancelled_run_of_the_recipe_saves_a_checkpoint(slurm: SlurmCluster, recipe: Path) -> None:
+    """Slurm sends SIGTERM to the trainer and to the script, which asks the trainer too."""
+    without_checkpoints(recipe)
+    job = begun(slurm, recipe)
+    slurm.run("scancel", job)
+    until(lambda: not slurm.state(job), "the job ends")
+    log = (recipe / f"gsm8k-{job}.log").read_text()
+    assert re.search(r"ended by SIG(TERM|USR1): --resume continues", log), log
+    assert not processes_with(str(recipe))
 
 
 def test_the_recipe_requeues_its_job_before_the_time_limit(slurm: SlurmCluster, recipe: Path) -> None:
