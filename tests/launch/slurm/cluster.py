@@ -65,6 +65,11 @@ NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CP
 GRES = "NodeName=n1,n2,n3,bare Name=gpu File=/dev/null\nNodeName=n1,n2,n3,bare Name=gpu File=/dev/zero\n"
 
 
+def config(job: str, **settings: object) -> dict[str, object]:
+    """The settings of engines in a job."""
+    return {"kind": "embedded", "launch": "slurm", "cluster": job, "threads": 1, **settings}
+
+
 def why_no_slurm() -> str | None:
     """Return why Slurm is not run here; None if it is to be."""
     if os.environ.get("MILLRACE_SLURM") != "1":

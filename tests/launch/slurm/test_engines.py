@@ -17,32 +17,22 @@ from millrace import open_fleet
 from millrace.errors import ConfigError, LaunchError
 from millrace.launch.base import Need
 from millrace.launch.slurm.agent import SILENT_SECONDS
-from millrace.launch.slurm.driver import LOOK_SECONDS
 from millrace.launch.slurm.job import read_job
 from millrace.launch.slurm.launcher import open_slurm
 from tests.launch.fleets import (
     REQUEST,
-    by_hand,
     engine_hosts,
     owner,
-    require_avoids_a_host,
     require_gives_back_what_comes_too_late,
-    require_leaves_as_a_whole,
-    require_leaves_its_host_in_time,
     require_runs_over_two_hosts,
     require_takes_weights,
-    require_uses_a_host_again,
     served,
 )
 from tests.launch.processes import alive, processes_with, variables_of
-from tests.launch.slurm.cluster import NODES, ONE_NODE, THREE_NODES, TWO_NODES, SlurmCluster, until, why_no_slurm
+from tests.launch.slurm.cluster import NODES, ONE_NODE, TWO_NODES, SlurmCluster, config, until, why_no_slurm
 
 pytestmark = pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))
 AGENT = "-m millrace.launch.slurm.agent"  # what the command line of a step's agent has, and that of its srun
-
-
-def config(job: str, **settings: object) -> dict[str, object]:
-    return {"kind": "embedded", "launch": "slurm", "cluster": job, "threads": 1, **settings}
 
 
 async def eventually(condition: object, what: str, deadline: float = 60.0) -> None:
@@ -133,75 +123,6 @@ async def test_slurm_assigns_the_gpus_and_packs_the_nodes_of_an_engine(slurm: Sl
             await launcher.release(places)  # as when an engine is ended twice
             again = await launcher.reserve("again", Need(2, 1), 1, deadline=30)
             assert again[0].host == places[0].host
-
-
-@pytest.mark.parametrize("notice", ["drain", "signal"])
-async def test_an_engine_leaves_a_node_that_goes_away_and_another_one_starts_elsewhere(
-    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, notice: str
-) -> None:
-    """Slurm itself makes steps on a node that drains."""
-    with slurm.job(*TWO_NODES) as job:
-
-        def announce(host: str) -> None:
-            if notice == "drain":
-                slurm.drain(host)
-                return
-            (name,) = (name for name, its in NODES.items() if its == host)
-            shown = slurm.run("squeue", "--steps", "--noheader", "--format=%i %N", f"--jobs={job}").splitlines()
-            (step,) = (line.split()[0] for line in shown if line.split()[1] == name)
-            slurm.signal(step)
-
-        try:
-            settings = config(job, replicas=2, faults=True)
-            async with open_fleet(settings, tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
-                await require_leaves_its_host_in_time(fleet, tiny_model, announce, 30.0)
-        finally:
-            slurm.resume()
-
-
-async def test_after_a_preemption_by_hand_the_replacement_starts_on_another_node(
-    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path
-) -> None:
-    with slurm.job(*TWO_NODES) as job:
-        settings = config(job, replicas=2, faults=True)
-        async with open_fleet(settings, tiny_model, log_dir=tmp_path, transport="gloo") as fleet:
-            await require_leaves_its_host_in_time(fleet, tiny_model, by_hand(fleet, 30.0), 30.0)
-
-
-async def test_nothing_starts_on_a_node_that_goes_away(slurm: SlurmCluster, tmp_path: Path) -> None:
-    with slurm.job(*TWO_NODES) as job:
-        async with open_slurm(job) as launcher:
-            await require_avoids_a_host(launcher, tmp_path / "log")
-
-
-@pytest.mark.slow
-async def test_a_node_that_has_not_gone_away_is_used_again(slurm: SlurmCluster, tmp_path: Path) -> None:
-    with slurm.job(*TWO_NODES) as job:
-        async with open_slurm(job) as launcher:
-            await require_uses_a_host_again(launcher, tmp_path / "log")
-
-
-async def test_an_engine_stays_on_a_node_that_drains_if_the_job_has_no_other(
-    slurm: SlurmCluster, tmp_path: Path
-) -> None:
-    """And no other one starts there."""
-    with slurm.job(*ONE_NODE) as job:
-        async with open_slurm(job) as launcher:
-            (place,) = await launcher.reserve("stays", Need(0, 1), 1, deadline=30)
-            code = [place.python, "-c", "import time; time.sleep(600)"]
-            server = await place.start("stays", code, tmp_path / "log", env={}, leftovers=())
-            slurm.drain(place.host)
-            try:
-                says = r"did not get it within 3 s; .*; this fleet's engines have 0 GPUs and 1 CPU of n1; n1 goes away$"
-                with pytest.raises(LaunchError, match=says):
-                    await launcher.reserve("another", Need(0, 1), 1, deadline=3)
-                with pytest.raises(TimeoutError):
-                    async with asyncio.timeout(1.5 * LOOK_SECONDS):
-                        await server.notice()
-                assert server.running
-            finally:
-                slurm.resume()
-            await launcher.release(await launcher.reserve("another", Need(0, 1), 1, deadline=30))
 
 
 async def test_a_place_that_comes_too_late_is_given_back(slurm: SlurmCluster) -> None:
@@ -378,24 +299,6 @@ async def test_an_engine_over_two_nodes_runs_on_two_nodes_and_restarts_as_a_whol
     with slurm.job(*TWO_NODES) as job:
         hosts = (NODES["n1"], NODES["n2"])
         await require_runs_over_two_hosts(config(job, kind=kind), hosts, tiny_model, tmp_path, caplog)
-        assert not slurm.steps(job)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "notice"), [("sglang", "drain"), ("vllm", "drain"), ("sglang", "by hand")])
-async def test_an_engine_over_two_nodes_leaves_as_a_whole_if_one_goes_away(
-    slurm: SlurmCluster, tiny_model: Path, tmp_path: Path, kind: str, notice: str
-) -> None:
-    def host_of(pid: int) -> str:
-        return NODES[variables_of(pid)["SLURMD_NODENAME"]]
-
-    with slurm.job(*THREE_NODES) as job:
-        hosts = [NODES[name] for name in ("n1", "n2", "n3")]
-        try:
-            announce = slurm.drain if notice == "drain" else None
-            await require_leaves_as_a_whole(config(job, kind=kind), hosts, host_of, announce, tiny_model, tmp_path)
-        finally:
-            slurm.resume()
         assert not slurm.steps(job)
 
 
