@@ -159,6 +159,15 @@ class EmbeddedEngineConfig(ReplicatedConfig):
     """For tests: the engine crashes, hangs or refuses requests on demand."""
 
 
+class PrefillDecodeConfig(Model):
+    """The servers of one replica that computes prompts and generates on different servers."""
+
+    prefill: PositiveInt = 1
+    """Servers that compute prompts."""
+    decode: PositiveInt = 1
+    """Servers that generate."""
+
+
 class StockEngineConfig(ReplicatedConfig):
     """The settings that SGLang and vLLM share.
 
@@ -243,6 +252,9 @@ class StockEngineConfig(ReplicatedConfig):
         Flag("vllm", "--kv-offloading-size", passed=False),
     ] = None
     """Host memory of each rank, in gigabytes, that keeps KV cache for which the device has no room. None keeps none."""
+    prefill_decode: PrefillDecodeConfig | None = None
+    """Compute prompts and generate on different servers, which are one replica (docs/sglang.md, docs/vllm.md). Each has
+    `tp_size` x `pp_size` GPUs. None: one server does both."""
     start_timeout: PositiveFloat = 600.0
     """Seconds until a server must be healthy. A large model on a slow disk takes minutes, a small one on the CPU 20 to
     60 s."""
@@ -271,6 +283,17 @@ class StockEngineConfig(ReplicatedConfig):
                 f"kv_events is for engines with one KV cache, and with dp_size {self.dp_size} each rank has its own; "
                 "set replicas instead, or leave kv_events out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_prefill_decode(self) -> Self:
+        if self.prefill_decode is None:
+            return self
+        needs = {"urls": None, "ports": None, "launch": "local", "nnodes": 1, "node_rank": None, "dp_size": 1}
+        needs |= {"kv_events": False, "kv_offload_gb": None, "return_routed_experts": False}
+        for name, value in needs.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} does not work with prefill_decode; leave one of them out")
         return self
 
 
@@ -302,15 +325,6 @@ class SGLangEngineConfig(StockEngineConfig):
         return self
 
 
-class PrefillDecodeConfig(Model):
-    """The servers of one replica that computes prompts and generates on different servers."""
-
-    prefill: PositiveInt = 1
-    """Servers that compute prompts."""
-    decode: PositiveInt = 1
-    """Servers that generate."""
-
-
 class VLLMEngineConfig(StockEngineConfig):
     """Stock vLLM."""
 
@@ -331,21 +345,6 @@ class VLLMEngineConfig(StockEngineConfig):
     """Release GPU memory when the engine sleeps. It has no effect on the CPU."""
     data_parallel_rpc_port: Annotated[PositiveInt | None, Flag("vllm", "--data-parallel-rpc-port", passed=False)] = None
     """Port on node 0 for data-parallel ranks on other hosts, in addition to dist_init_addr."""
-
-    prefill_decode: PrefillDecodeConfig | None = None
-    """Compute prompts and generate on different servers, which are one replica (docs/vllm.md). Each has `tp_size` x
-    `pp_size` GPUs. None: one server does both."""
-
-    @model_validator(mode="after")
-    def _check_prefill_decode(self) -> Self:
-        if self.prefill_decode is None:
-            return self
-        needs = {"urls": None, "ports": None, "launch": "local", "nnodes": 1, "node_rank": None, "dp_size": 1}
-        needs |= {"kv_events": False, "kv_offload_gb": None, "return_routed_experts": False}
-        for name, value in needs.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} does not work with prefill_decode; leave one of them out")
-        return self
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Self:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
 from millrace.config.base import ForeignArgument, Model
-from millrace.config.engines import EngineConfig, SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.engines import EngineConfig, SGLangEngineConfig, StockEngineConfig
 from millrace.config.paths import LocalPath
 
 # The kinds of engines that each router can serve without dropping parts of the requests.
@@ -111,7 +111,7 @@ def check_router(router: SGLangRouterConfig | VLLMRouterConfig, engine: EngineCo
             f"router {router.kind} drops the fields that ask for routed experts; leave out "
             "engine.return_routed_experts, or the router: requests then go straight to the engines"
         )
-    if isinstance(engine, VLLMEngineConfig) and engine.prefill_decode is not None:
+    if isinstance(engine, StockEngineConfig) and engine.prefill_decode is not None:
         raise ValueError("a router does not work with engine.prefill_decode, whose requests Millrace sends itself")
     if engine.kind not in SERVES[router.kind]:
         able = [kind for kind, engines in SERVES.items() if engine.kind in engines]

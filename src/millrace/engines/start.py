@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from millrace.config.engines import EmbeddedEngineConfig, EngineConfig, VLLMEngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig
 from millrace.engines.base import Engine
 from millrace.engines.http_engine import HttpEngine
 from millrace.engines.kinds import ENGINE_KINDS, launch
@@ -13,7 +13,7 @@ from millrace.engines.spec import Launched, LaunchSpec
 from millrace.engines.stock.arguments import given
 from millrace.engines.stock.kv_events import require_packages
 from millrace.engines.stock.model import read_model
-from millrace.engines.vllm.pair_launch import launch_pair
+from millrace.engines.stock.pair_launch import launch_pair
 from millrace.errors import ConfigError, EngineError, EngineRefused, LaunchError
 from millrace.launch.process import Server
 from millrace.model_config import read_quantization
@@ -89,8 +89,9 @@ async def start(config: EngineConfig, spec: LaunchSpec) -> Replica:
 
 async def _launched(config: EngineConfig, spec: LaunchSpec) -> tuple[HttpEngine | None, Launched]:
     """Launch a replica. Return its engine too, if that is more than one server."""
-    if isinstance(config, VLLMEngineConfig) and config.prefill_decode is not None:
-        return await launch_pair(config, spec)
+    pair = ENGINE_KINDS[config.kind].pair
+    if not isinstance(config, EmbeddedEngineConfig) and config.prefill_decode is not None and pair is not None:
+        return await launch_pair(config, spec, pair)
     return None, await launch(config, spec)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from millrace.config.engines import EmbeddedEngineConfig, EngineConfig, VLLMEngineConfig
+from millrace.config.engines import EmbeddedEngineConfig, EngineConfig
 from millrace.engines.reach import Address, address_of, take_over
 from millrace.engines.start import Replica
 from millrace.errors import ConfigError, DataError, EngineError
@@ -92,7 +92,7 @@ class KeptEngines:
             raise ConfigError(f"keep_running is for engines on this host, and engine.launch is {config.launch}")
         if not isinstance(config, EmbeddedEngineConfig) and config.nnodes > 1:
             raise ConfigError("keep_running does not work for an engine over several nodes")
-        if isinstance(config, VLLMEngineConfig) and config.prefill_decode is not None:
+        if not isinstance(config, EmbeddedEngineConfig) and config.prefill_decode is not None:
             raise ConfigError("keep_running does not work with engine.prefill_decode")
         settings = sha256(f"{model.resolve()} {config.model_dump_json(exclude={'replicas'})}".encode()).hexdigest()
         try:

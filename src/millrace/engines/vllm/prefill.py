@@ -5,22 +5,21 @@ says where that is. The decode server fetches it through vLLM's NixlConnector an
 version: an update begins only after all requests have ended on both, so no KV cache of one version reaches another.
 """
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
+from millrace.engines.stock.pair import completed
 from millrace.engines.stock.state import require
 from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.engines.vllm.facts import VLLMFacts
 from millrace.engines.vllm.metrics import read_metrics
 from millrace.engines.vllm.wire import encode
 from millrace.http import HttpClient
-from millrace.types import GenerateRequest, Generation, PauseMode, SamplingParams
+from millrace.types import EngineLoad, GenerateRequest, Generation, PauseMode, SamplingParams
 
-T = TypeVar("T")
 TRANSFER = "kv_transfer_params"
 ONE_TOKEN = SamplingParams(1, temperature=0.0, ignore_eos=True)
 NEVER = 2**30  # as an interval in tokens: a stream has an event for the first token, and one for all
@@ -38,16 +37,6 @@ KEEP: Mapping[str, object] = {
     "remote_host": None,
     "remote_port": None,
 }
-
-
-async def completed(*calls: Awaitable[T]) -> list[T]:
-    """Run calls at the same time, and return their results. Raises the first error, after all have ended."""
-    results = []
-    for result in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
-        results.append(result)
-    return results
 
 
 def computed_whole(request: GenerateRequest) -> bool:
@@ -86,6 +75,7 @@ class Decode(VLLMEngine):
     """A decode server. prefills: those that compute its prompts."""
 
     prefills: Sequence[Prefill] = ()
+    _computing = 0  # requests whose prompts are being computed
     _stops = 0  # a request whose prompt was computed before the last one must not go on
 
     async def _body(
@@ -97,10 +87,18 @@ class Decode(VLLMEngine):
             return body
         before = self._stops
         prefill = min(self.prefills, key=lambda one: one.requests)
-        params = await prefill.compute(path, request, _deadline)
+        self._computing += 1
+        try:
+            params = await prefill.compute(path, request, _deadline)
+        finally:
+            self._computing -= 1
         if params is None or self._stops != before:
             return None
         return {**body, TRANSFER: params} if params else body
+
+    async def loads(self) -> EngineLoad:
+        load = await super().loads()
+        return replace(load, waiting_requests=load.waiting_requests + self._computing)
 
     async def _abort(self, names: Sequence[str]) -> None:
         await completed(super()._abort(names), *(prefill._abort(names) for prefill in self.prefills))

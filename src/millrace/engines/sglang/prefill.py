@@ -1,0 +1,163 @@
+"""The decode server of a replica that computes prompts on other servers.
+
+A request goes to a prefill server and to a decode server at the same time. Both know it by the same random number, its
+room. The decode server waits at the prefill server's bootstrap port, the prefill server computes the prompt and the
+first token, and writes the KV cache into the decode server's. The decode server answers with all tokens.
+
+Both must hold the same version: an update begins only after both halves of all requests have ended.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from millrace.continuation import Continuation
+from millrace.engines.sglang.adapter import SGLangEngine, encode
+from millrace.engines.sglang.facts import SGLangFacts
+from millrace.engines.sglang_wire import PROMPT_LOGPROBS, decode_generate
+from millrace.engines.stock.pair import completed
+from millrace.engines.stock.state import require
+from millrace.errors import EngineFailed
+from millrace.http import HttpClient
+from millrace.launch.ports import unbracketed
+from millrace.types import GenerateRequest, Generation, PauseMode
+
+ROOMS = 63  # bits
+PATH = "/generate"
+
+
+class Prefill(SGLangEngine):
+    """A prefill server. requests: how many it has now."""
+
+    requests = 0
+    _bootstrap_port = 0
+
+    async def initialize(self, version: int | None = None) -> None:
+        await super().initialize(version)
+        server = await self._ask("/server_info")
+        self._bootstrap_port = self._decode("/server_info", lambda: int(server["disaggregation_bootstrap_port"]))
+
+    @property
+    def meeting(self) -> Mapping[str, object]:
+        """The fields of a request by which its two halves find each other."""
+        host = unbracketed(str(urlsplit(self.url).hostname))
+        room = random.getrandbits(ROOMS)
+        return {"bootstrap_host": host, "bootstrap_port": self._bootstrap_port, "bootstrap_room": room}
+
+    async def compute(self, body: Mapping[str, object], deadline: float) -> Mapping[str, Any]:
+        """Compute the prompt of a request. Returns when the decode server has the KV cache."""
+        self.requests += 1
+        try:
+            answer: Mapping[str, Any] = await self._http.generate(PATH, {**body, "stream": False}, deadline=deadline)
+        finally:
+            self.requests -= 1
+        return answer
+
+
+class Decode(SGLangEngine):
+    """A decode server. prefills: those that compute its prompts."""
+
+    prefills: Sequence[Prefill] = ()
+
+    def __init__(self, *place: Any, **keys: Any) -> None:
+        super().__init__(*place, **keys)
+        self._aborted: dict[str, bool] = {}  # whether each request that the server has was aborted from here
+
+    async def _generate(
+        self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
+    ) -> Generation:
+        prefill = self._least_busy()
+        body = {**encode(request), **prefill.meeting}
+        with self._in_flight(request):
+            try:
+                prompt, answer = await both(
+                    prefill.compute(body, deadline), by.generate(PATH, body, deadline=deadline, headers=headers)
+                )
+            except EngineFailed:
+                if not self._aborted[request.request_id]:
+                    raise
+                return Continuation(request).result
+            return self._made(request, prompt, answer)
+
+    async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
+        prefill = self._least_busy()
+        body = {**encode(request, stream=True), **prefill.meeting}
+        events = self._events(PATH, body, deadline)
+        assert isinstance(events, AsyncGenerator)
+        with self._in_flight(request):
+            try:
+                async with aclosing(events):
+                    prompt, event = await both(prefill.compute(body, deadline), anext(events, None))
+                    while event is not None:
+                        finish = event["meta_info"]["finish_reason"]
+                        if (finish or {}).get("status_code") is not None:
+                            raise EngineFailed(self.name, f"{PATH}: {finish['message']}")
+                        yield self._made(request, prompt, event), finish is not None
+                        event = await anext(events, None)
+            except EngineFailed:
+                if not self._aborted[request.request_id]:
+                    raise
+                yield Continuation(request).result, True
+
+    def _made(self, request: GenerateRequest, prompt: Mapping[str, Any], answer: Mapping[str, Any]) -> Generation:
+        """Decode an answer. The prompt's logprobs are in the prefill server's."""
+
+        def decode() -> Generation:
+            scored = {PROMPT_LOGPROBS: prompt["meta_info"].get(PROMPT_LOGPROBS)} if request.prompt_logprobs else {}
+            return decode_generate(request, {**answer, "meta_info": {**answer["meta_info"], **scored}})
+
+        return self._decode_generation(PATH, decode)
+
+    def _least_busy(self) -> Prefill:
+        return min(self.prefills, key=lambda one: one.requests)
+
+    @contextmanager
+    def _in_flight(self, request: GenerateRequest) -> Iterator[None]:
+        """Notice whether a request is aborted from here. SGLang answers with an error if a half has not begun yet."""
+        self._aborted[request.request_id] = False
+        try:
+            yield
+        finally:
+            del self._aborted[request.request_id]
+
+    async def _abort(self, names: Sequence[str]) -> None:
+        self._note(names)
+        await completed(super()._abort(names), *(prefill._abort(names) for prefill in self.prefills))
+
+    async def _abort_all(self, names: Sequence[str]) -> None:
+        self._note(names)
+        await completed(super()._abort_all(names), *(prefill._abort_all(names) for prefill in self.prefills))
+
+    def _note(self, names: Sequence[str]) -> None:
+        self._aborted |= dict.fromkeys(self._aborted.keys() & set(names), True)
+
+    def _check(self, request: GenerateRequest, facts: SGLangFacts) -> None:
+        for name in ("bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key"):
+            require(name not in request.extra, f"extra.{name} is set by Millrace")
+        super()._check(request, facts)
+
+    async def _pause_server(self, mode: PauseMode) -> None:
+        """End the server's requests, and pause it. Unless the mode is ABORT, the requests begin again afterwards, as
+        their prompts must be computed again on a prefill server."""
+        if mode is not PauseMode.ABORT:
+            self._calls.interrupt()
+        await self._abort_until_ended(self._calls.sent, self._abort)
+        await super()._pause_server(PauseMode.ABORT)
+
+
+async def both(prompt: Awaitable[Any], answer: Awaitable[Any]) -> tuple[Any, Any]:
+    """Wait for both halves of a request. If one fails, raise its error at once, and cancel the other."""
+    halves = [asyncio.ensure_future(prompt), asyncio.ensure_future(answer)]
+    try:
+        await asyncio.wait(halves, return_when=asyncio.FIRST_EXCEPTION)
+        for half in halves:
+            if half.done():
+                half.result()
+        return halves[0].result(), halves[1].result()
+    finally:
+        for half in halves:
+            half.cancel()
+        await asyncio.gather(*halves, return_exceptions=True)
