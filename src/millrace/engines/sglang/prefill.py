@@ -26,6 +26,7 @@ from millrace.launch.ports import unbracketed
 from millrace.types import GenerateRequest, Generation, PauseMode
 
 ROOMS = 63  # bits
+MOST_TOP_LOGPROBS = 128  # of the first token, for which SGLang's buffer between the servers has room
 PATH = "/generate"
 
 
@@ -138,6 +139,12 @@ class Decode(SGLangEngine):
         for name in ("bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key"):
             require(name not in request.extra, f"extra.{name} is set by Millrace")
         super()._check(request, facts)
+        top = request.extra.get("top_logprobs_num", 0)
+        assert isinstance(top, int)
+        require(
+            top <= MOST_TOP_LOGPROBS,
+            f"extra.top_logprobs_num must be at most {MOST_TOP_LOGPROBS}; more end a prefill server",
+        )
 
     async def _pause_server(self, mode: PauseMode) -> None:
         """End the server's requests, and pause it. Unless the mode is ABORT, the requests begin again afterwards, as
