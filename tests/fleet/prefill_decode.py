@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from millrace.config.engines import SGLangEngineConfig
+from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
 from millrace.config.sources import TinyModelConfig
 from millrace.engines.stock.interpreter import StockConfig
 from millrace.engines.stock.pair import PrefillDecodeEngine
@@ -71,6 +72,18 @@ def on_cpu(config: StockConfig, folder: Path) -> StockConfig:
     if isinstance(config, SGLangEngineConfig):  # otherwise a decode server pins host memory
         arguments["disaggregation_decode_retraction_backup"] = "cpu_tensor"
     return config.model_copy(update={"env": env, "engine_args": arguments})
+
+
+def config_on_cpu(request: pytest.FixtureRequest, folder: Path) -> StockConfig:
+    """Return the settings of a lone server on the CPU. The fixture's parameter is the engine's kind."""
+    common: dict[str, Any] = {"device": "cpu", "threads": 1, "start_timeout": START_TIMEOUT}
+    plain: StockConfig
+    if request.param == "sglang":
+        python = request.getfixturevalue("sglang_python")("0.5.23")
+        plain = SGLangEngineConfig(kind="sglang", python=python, **common)
+    else:
+        plain = VLLMEngineConfig(kind="vllm", python=request.getfixturevalue("vllm_python"), **common)
+    return on_cpu(plain, folder)
 
 
 def tensors(folder: Path) -> list[NamedTensor]:

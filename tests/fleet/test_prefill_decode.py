@@ -1,31 +1,34 @@
 """Real servers that compute prompts and generate apart serve as one replica of a fleet."""
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from millrace.config.engines import PrefillDecodeConfig, SGLangEngineConfig, VLLMEngineConfig
+from millrace.config.engines import PrefillDecodeConfig
 from millrace.engines.stock.interpreter import StockConfig
+from millrace.errors import ConfigError, EngineRefused
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.types import Health
 from tests.fleet.prefill_decode import (
+    DEADLINE,
     PROMPTS,
-    START_TIMEOUT,
     Bounds,
     Made,
+    asking,
     check_generates_as_a_lone_server,
     check_pause_and_abort,
     check_publish,
     check_recovery,
+    config_on_cpu,
     engine_of,
     generated,
     generated_alone,
     make_models,
-    on_cpu,
     require_same,
     tensors,
 )
@@ -41,14 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
 
 @pytest.fixture(scope="module", params=["sglang", "vllm"])
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> StockConfig:
-    common: dict[str, Any] = {"device": "cpu", "start_timeout": START_TIMEOUT}
-    plain: StockConfig
-    if request.param == "sglang":
-        python = request.getfixturevalue("sglang_python")("0.5.23")
-        plain = SGLangEngineConfig(kind="sglang", python=python, **common)
-    else:
-        plain = VLLMEngineConfig(kind="vllm", python=request.getfixturevalue("vllm_python"), **common)
-    return on_cpu(plain, tmp_path_factory.mktemp("nixl"))
+    return config_on_cpu(request, tmp_path_factory.mktemp("nixl"))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -88,6 +84,23 @@ async def test_prompts_are_computed_on_the_prefill_server(config: StockConfig, f
         before = await transferred(fleet)
         await generated(fleet)
         assert await transferred(fleet) == before + len(PROMPTS)
+
+
+async def test_other_processes_can_not_send_requests_to_sglang(config: StockConfig, fleet: Fleet) -> None:
+    if config.kind == "sglang":
+        with pytest.raises(ConfigError, match="can't be shared: sglang-0 is several SGLang servers"):
+            async with fleet.share():
+                pass
+
+
+async def test_a_request_for_more_top_logprobs_than_sglang_can_exchange_is_refused(
+    config: StockConfig, fleet: Fleet
+) -> None:
+    if config.kind == "sglang":
+        for number, refused in ((128, False), (129, True)):
+            request = replace(asking(PROMPTS[0]), extra={"top_logprobs_num": number})
+            with pytest.raises(EngineRefused, match="at most 128") if refused else nullcontext():
+                await fleet.generate(request, deadline=DEADLINE)
 
 
 async def test_a_publish_reaches_both_sides(fleet: Fleet, models: Sequence[Path], alone: Sequence[Made]) -> None:

@@ -25,7 +25,7 @@ class Address:
 def address_of(started: Replica) -> Address | None:
     """Return the engine's address, or None if no other process can reach it."""
     engine, info = started.engine, started.info
-    if not isinstance(engine, HttpEngine):
+    if not isinstance(engine, HttpEngine) or not engine.alone:
         return None
     return Address(info.kind, engine.name, engine.url, info.model_path, engine.api_key, engine.admin_key)
 

@@ -14,8 +14,15 @@ OWN = ("--disaggregation-mode", "--disaggregation-bootstrap-port")
 BACKEND = "--disaggregation-transfer-backend"
 # Seconds for which one half of a request waits for the other, which may wait in a queue. SGLang's default is 300. A
 # request's own deadline is Millrace's, and SGLang notices a dead prefill server by a heartbeat.
-PATIENCE = str(24 * 3600)
-WAITS = ("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "SGLANG_DISAGGREGATION_WAITING_TIMEOUT")
+PATIENCE = 24 * 3600
+# Seconds after which a decode server frees the KV cache of an aborted transfer, if the prefill server does not say that
+# it writes no more. No flush succeeds before, so it must be below the deadline of a flush.
+RELEASE = 15
+ENVIRONMENT = {
+    "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(PATIENCE),
+    "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(PATIENCE),
+    "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": str(RELEASE),
+}
 
 
 def check(config: SGLangEngineConfig) -> None:
@@ -37,7 +44,7 @@ def settings(config: SGLangEngineConfig, role: Role, port: int) -> Mapping[str, 
     if BACKEND not in given(config):
         arguments["disaggregation_transfer_backend"] = "nixl"
     return {
-        "env": {**dict.fromkeys(WAITS, PATIENCE), **config.env},
+        "env": {**ENVIRONMENT, **config.env},
         "engine_args": arguments,
         "memory_saver": False,
     }

@@ -61,6 +61,7 @@ class Prefill(SGLangEngine):
 class Decode(SGLangEngine):
     """A decode server. prefills: those that compute its prompts."""
 
+    alone = False
     prefills: Sequence[Prefill] = ()
 
     def __init__(self, *place: Any, **keys: Any) -> None:

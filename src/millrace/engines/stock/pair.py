@@ -54,6 +54,7 @@ class PrefillDecodeEngine(HttpEngine):
         first = decodes[0]
         super().__init__(first.name, first.url, api_key=first.api_key, admin_key=first.admin_key)
         self.decodes, self.prefills = tuple(decodes), tuple(prefills)
+        self.alone = first.alone
         self._running = dict.fromkeys(self.decodes, 0)
         self._ranks: Sequence[int] = ()  # of each server
 
