@@ -49,12 +49,12 @@ def _entries(
         if not choices:
             yield (place, named), _entry(place, field, key in required, kind if key != "kind" else "")
             continue
-        default = "required" if key in required else "optional"
+        of = f" (kind: {kind})" if kind else ""
+        default = ("required" if key in required else "optional") + of
         # The schema omits a description that is equal to the model's own.
         meaning = field.get("description", choices[0].get("description", ""))
         what = "a section" if _is_section(field) else "a section or a list of sections"
         if plain := [part for part in _parts(field)[1:] if part.get("type") not in (None, "array", "null")]:
-            of = f" (kind: {kind})" if kind else ""
             what, default = f"{_type(plain[0])} or a section", f"default {_default(field)}{of}"
         yield (place, named), _paragraph(f"{place}: {what}, {default}", meaning)
         for inner in choices:
