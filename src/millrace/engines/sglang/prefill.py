@@ -8,7 +8,7 @@ Both must hold the same version: an update begins only after both halves of all 
 """
 
 import asyncio
-import random
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -22,7 +22,6 @@ from millrace.engines.stock.pair import completed
 from millrace.engines.stock.state import require
 from millrace.errors import EngineFailed
 from millrace.http import HttpClient
-from millrace.launch.ports import unbracketed
 from millrace.types import GenerateRequest, Generation, PauseMode
 
 ROOMS = 63  # bits
@@ -41,11 +40,10 @@ class Prefill(SGLangEngine):
         server = await self._ask("/server_info")
         self._bootstrap_port = self._decode("/server_info", lambda: int(server["disaggregation_bootstrap_port"]))
 
-    @property
     def meeting(self) -> Mapping[str, object]:
-        """The fields of a request by which its two halves find each other."""
-        host = unbracketed(str(urlsplit(self.url).hostname))
-        room = random.getrandbits(ROOMS)
+        """Return the fields of a new request by which its two halves find each other."""
+        host = str(urlsplit(self.url).hostname)
+        room = secrets.randbits(ROOMS)  # a trainer's seed must not repeat them
         return {"bootstrap_host": host, "bootstrap_port": self._bootstrap_port, "bootstrap_room": room}
 
     async def compute(self, body: Mapping[str, object], deadline: float) -> Mapping[str, Any]:
@@ -72,7 +70,7 @@ class Decode(SGLangEngine):
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:
         prefill = self._least_busy()
-        body = {**encode(request), **prefill.meeting}
+        body = {**encode(request), **prefill.meeting()}
         with self._in_flight(request):
             try:
                 prompt, answer = await both(
@@ -86,7 +84,7 @@ class Decode(SGLangEngine):
 
     async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         prefill = self._least_busy()
-        body = {**encode(request, stream=True), **prefill.meeting}
+        body = {**encode(request, stream=True), **prefill.meeting()}
         events = self._events(PATH, body, deadline)
         assert isinstance(events, AsyncGenerator)
         with self._in_flight(request):
@@ -131,7 +129,8 @@ class Decode(SGLangEngine):
 
     async def _abort_all(self, names: Sequence[str]) -> None:
         self._note(names)
-        await completed(super()._abort_all(names), *(prefill._abort_all(names) for prefill in self.prefills))
+        # By name on the prefill servers, which also have halves of other decode servers' requests.
+        await completed(super()._abort_all(names), *(prefill._abort(names) for prefill in self.prefills))
 
     def _note(self, names: Sequence[str]) -> None:
         self._aborted |= dict.fromkeys(self._aborted.keys() & set(names), True)
