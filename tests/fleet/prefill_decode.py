@@ -28,7 +28,7 @@ from tests.engines.processes import below, command_lines
 
 TESTS, START_TIMEOUT, DEADLINE = Path(__file__).parents[1], 300.0, 60.0
 PROMPTS = [tuple((7 * number + place * place) % 90 + 5 for place in range(100)) for number in range(6)]
-TOKENS, LONG = 12, 300
+TOKENS = 12
 # The weights are multiplied, so that logprobs depend on the prompt by far more (5) than on bfloat16 (0.06).
 SHARPER = 10.0
 Made = Sequence[Generation]
@@ -36,20 +36,22 @@ Made = Sequence[Generation]
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far the pair's output may be from a lone server's.
+    """How far the pair's output may be from a lone server's, and how fast it may be.
 
-    alike: the share of equal tokens. Of each prompt, those before the first other one count. logprobs: of these.
+    alike: the share of equal tokens. Of each prompt, those before the first other one count. logprobs: of these. long:
+    the tokens of an output that is not finished while the test makes a few calls.
     """
 
     alike: float = 1.0
     logprobs: float = 1e-4
+    long: int = 300
 
 
 def make_models(folder: Path) -> Sequence[Path]:
     """Make two folders with other weights of the same shapes."""
     folders = [folder / str(seed) for seed in range(2)]
     for seed, one in enumerate(folders):
-        make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2, context_length=512), seed, one)
+        make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2, context_length=4096), seed, one)
         model = AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -152,25 +154,25 @@ async def check_generates_as_a_lone_server(fleet: Fleet, alone: Sequence[Made], 
 
 async def check_publish(fleet: Fleet, models: Sequence[Path], alone: Sequence[Made], bounds: Bounds) -> None:
     """A publish reaches both sides, also while requests are in flight, whose versions are truthful."""
-    engine = engine_of(fleet)
+    engine, long = engine_of(fleet), bounds.long
     for which in (1, 0):
         version = (fleet.version or 0) + 1
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(fleet.generate(asking(prompt, LONG), deadline=DEADLINE)) for prompt in PROMPTS]
+            running = [group.create_task(fleet.generate(asking(prompt, long), deadline=DEADLINE)) for prompt in PROMPTS]
             await busy(engine)
             report = await fleet.publish(tensors(models[which]), version)
         assert not report.failed
         assert {(await server.info()).weight_version for server in engine.servers} == {version}
         for task in running:
-            assert len(task.result().output_ids) == LONG
+            assert len(task.result().output_ids) == long
             assert {span.version for span in task.result().version_spans} <= {version - 1, version}
         require_same(await generated(fleet), alone[which], version, bounds)
 
 
-async def check_pause_and_abort(fleet: Fleet) -> None:
+async def check_pause_and_abort(fleet: Fleet, bounds: Bounds) -> None:
     """A pause reaches both sides, and the requests go on afterwards. An abort ends both halves of a request."""
-    engine = engine_of(fleet)
-    task = asyncio.create_task(fleet.generate(asking(PROMPTS[0], LONG), deadline=DEADLINE))
+    engine, long = engine_of(fleet), bounds.long
+    task = asyncio.create_task(fleet.generate(asking(PROMPTS[0], long), deadline=DEADLINE))
     await busy(engine)
     with pytest.raises(EngineRefused, match="can't keep requests half-way on two servers"):
         await engine.pause(PauseMode.KEEP)
@@ -179,8 +181,8 @@ async def check_pause_and_abort(fleet: Fleet) -> None:
     assert [await server.health() for server in engine.servers] == [Health.PAUSED] * len(engine.servers)
     assert not task.done()
     await engine.resume()
-    assert len((await task).output_ids) == LONG
-    requests = [asking(prompt, LONG) for prompt in PROMPTS]
+    assert len((await task).output_ids) == long
+    requests = [asking(prompt, long) for prompt in PROMPTS]
     tasks = [asyncio.create_task(engine.generate(one, deadline=DEADLINE)) for one in requests]
     await busy(engine)
     for one in requests[::2]:
