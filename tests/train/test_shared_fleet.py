@@ -1,13 +1,18 @@
 """`millrace train` under torchrun: two ranks share one fleet, and each rank sends its own requests."""
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+import yaml
 from pyarrow import parquet
 
+from millrace.config import RunConfig
+from millrace.errors import ConfigError
+from millrace.train.ranks import require_many_ranks
 from millrace.train.sample_files import read_samples, sample_files
 from tests.torchrun import torchrun
 
@@ -52,6 +57,20 @@ def check(run: Path, steps: int) -> None:
     assert set(seen.values()) == {1}
     problems = [{sample["problem"] for sample in samples_of(run, rank)} for rank in (0, 1)]
     assert not problems[0] & problems[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"engine": {"kind": "sglang", "prefill_decode": {}}}, "leave out torchrun or engine.prefill_decode"),
+        ({"router": "vllm", "engine": {"kind": "vllm"}}, "leave out torchrun or router"),
+        ({"engine": {"kind": "vllm", "prefill_decode": {}}}, None),
+    ],
+)
+def test_what_needs_one_rank_is_refused_before_an_engine_starts(changes: dict[str, Any], why: str | None) -> None:
+    config = RunConfig.model_validate({**yaml.safe_load(CONFIG.format(model="m")), **changes})
+    with nullcontext() if why is None else pytest.raises(ConfigError, match=why):
+        require_many_ranks(config)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from millrace.config.models import MetricsConfig, OptimizerConfig, RunConfig, TrainConfig, WarmupConfig
-from millrace.errors import CheckpointError, ConfigError, DataError
+from millrace.errors import CheckpointError, DataError
 from millrace.fleet.client import FleetClient
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
@@ -32,7 +32,7 @@ from millrace.train.judging import JudgeModel, judge_model, open_judge
 from millrace.train.loop import TrainingLoop
 from millrace.train.metrics import Progress
 from millrace.train.policy import load_policy
-from millrace.train.ranks import Ranks, TrainerThread, shared
+from millrace.train.ranks import Ranks, TrainerThread, require_many_ranks, shared
 from millrace.train.record import RunFolder
 from millrace.train.resizing import resizable
 from millrace.train.start import configured_fleet, model_folder
@@ -98,10 +98,8 @@ async def _train(
         torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     with join_world(config.train.device) as world, ThreadPoolExecutor(1, "trainer") as pool:
-        if world.size > 1 and config.judges is not None:
-            raise ConfigError("judges need a single trainer process: leave out torchrun or the judges")
-        if world.size > 1 and config.router is not None:
-            raise ConfigError("under torchrun every rank sends its own requests: leave out torchrun or router")
+        if world.size > 1:
+            require_many_ranks(config)
         thread, folder = TrainerThread(pool), RunFolder(config, resume=resume, rank=world.rank)
         with folder.create() as changed:
             for setting in changed:

@@ -13,7 +13,10 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from millrace.config import RunConfig
+from millrace.config.engines import SGLangEngineConfig
 from millrace.config.models import PublishConfig
+from millrace.errors import ConfigError
 from millrace.fleet.client import FleetClient
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.fleet import Fleet
@@ -79,6 +82,19 @@ async def shared(
             await thread.run(world.broadcast, f"{access.url} {access.key}".encode())
             yield fleet
             await thread.run(world.any, False)
+
+
+def require_many_ranks(config: RunConfig) -> None:
+    """Raise ConfigError if a run with this config needs a trainer of one rank."""
+    if config.judges is not None:
+        raise ConfigError("judges need a single trainer process: leave out torchrun or the judges")
+    if config.router is not None:
+        raise ConfigError("under torchrun every rank sends its own requests: leave out torchrun or router")
+    if isinstance(config.engine, SGLangEngineConfig) and config.engine.prefill_decode is not None:
+        raise ConfigError(
+            "under torchrun every rank sends its own requests, and SGLang's prefill and decode servers take those of "
+            "one process: leave out torchrun or engine.prefill_decode"
+        )
 
 
 def own_address() -> str:
