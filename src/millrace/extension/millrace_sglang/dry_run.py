@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from millrace_boxes import Box, box_of, disjoint
+from millrace_changes import Need
 from millrace_words import first_line
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,20 +19,6 @@ from .recording import COPY, FILLS, Fill, Memory, tensors_in
 
 TO = torch.ops.aten._to_copy.default
 Sent = tuple[str, torch.dtype, tuple[int, ...]]  # a tensor of the update: name, dtype, shape
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """A copy of a box of a tensor into a parameter.
-
-    target: the place in the parameter. along: which dimension of the tensor each dimension of `target` goes along; None
-    for a dimension with a single element.
-    """
-
-    parameter: str
-    target: torch.Tensor
-    box: Box
-    along: tuple[int | None, ...]
 
 
 @dataclass(slots=True)

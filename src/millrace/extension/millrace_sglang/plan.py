@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from millrace_changes import positions
 from millrace_chunks import Elements, usable
 from millrace_copies import Copies, Slice, as_dtype, copy_out, fused
 from millrace_samples import integer_dtype
 
 from .recording import Copy, Fill, Recording
-
-SAMPLED = {1: (128,), 2: (8, 16), 3: (4, 4, 8)}  # about so many places along each dimension of a copy are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +124,3 @@ def elements_of(held: Sequence[tuple[str, torch.Tensor, torch.Tensor]]) -> Eleme
         return None
     addresses = torch.cat([memory.data_ptr() + places * memory.itemsize for _, memory, places in held])
     return Elements(addresses, integer_dtype(first.itemsize))
-
-
-def positions(shape: Sequence[int], stride: Sequence[int], start: int) -> torch.Tensor:
-    """Return where evenly spread elements of a strided tensor lie, in elements: [n] int64. Which elements these are
-    depends on the shape only."""
-    most = SAMPLED.get(len(shape), (math.prod(shape),) * len(shape))
-    found = torch.tensor([start])
-    for size, step, count in zip(shape, stride, most, strict=True):
-        places = torch.arange(0, size, max(1, size // count)) * step
-        found = (found[:, None] + places).flatten()
-    return found
