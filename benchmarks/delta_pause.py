@@ -1,13 +1,13 @@
-"""Measures how long a publish by delta pauses a real SGLang: if it reads each version's folder, and if its weight
-loader writes only what has changed.
+"""Measures how long a publish by delta pauses a real SGLang or vLLM: if it reads each version's folder, and if Millrace's
+weight loader or extension writes only what has changed.
 
     python -m benchmarks.delta_pause [--size 0.5b] [--part 4] [--share 0.02] [--repeats 5] [--folder /dev/shm]
-        [--engine '{"device": "cpu"}']
+        [--engine '{"kind": "vllm", "device": "cpu"}']
 
 `--part 4` keeps a quarter of the layers and of the vocabulary. Trainer, sidecar and server are on one host. Versions
 differ from the one before in a share of the elements of every tensor, by one in their bits. The versions and the
-sidecar's folders are below --folder. The two ways take turns. After a folder was read, an unmeasured version lets the
-loader compare what the server holds.
+sidecar's folders are below --folder. The two ways take turns. After a folder was read, an unmeasured version brings
+the digest of what the server holds, and lets SGLang's loader compare it.
 """
 
 import argparse
@@ -100,7 +100,7 @@ async def run(arguments: argparse.Namespace) -> None:
         print(
             f"{sum(t.nbytes for _, t in tensors) / 1e9:.2f} GB in {len(tensors)} tensors; {arguments.share:.1%} changed"
         )
-        for whole, name in ((True, "folders, read by SGLang"), (False, "what has changed, by the loader")):
+        for whole, name in ((True, "whole folders"), (False, "what has changed")):
             legs = ("pause", "begin", "load", "attest", "commit")
             rows = [[getattr(report, f"{leg}_seconds") for report in reports[whole]] for leg in legs]
             medians = ", ".join(f"{leg} {statistics.median(row):.3f} s" for leg, row in zip(legs, rows, strict=True))

@@ -1,7 +1,7 @@
 """What engines load: tensors in memory, in a process group or in a folder, as values without I/O and without torch."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,11 @@ class DiskBucket:
     digest: str = ""
     changes: Changes | None = None
     answers: RankAnswers | None = None
+
+    def for_holder_of(self, digest: str) -> "DiskBucket":
+        """Return the bucket for an engine that holds the version with this digest: without changes of another one."""
+        fits = self.changes is not None and self.changes.base == digest
+        return self if fits else replace(self, changes=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,7 +215,9 @@ class SGLangEngine(StockEngine[SGLangFacts]):
             case ProcessGroupBucket():
                 path, body = "/update_weights_from_distributed", distributed_body(bucket)
             case DiskBucket():
-                return partial(self._load_folder, bucket, self._holds, facts.info.ranks if has_loader else 0)
+                return partial(
+                    self._load_folder, bucket.for_holder_of(self._holds), facts.info.ranks if has_loader else 0
+                )
             case _:
                 raise InvalidStateError(f"it can't open a {type(bucket).__name__}; send the tensors by torch storage")
 
@@ -224,10 +226,10 @@ class SGLangEngine(StockEngine[SGLangFacts]):
 
         return send
 
-    async def _load_folder(self, bucket: DiskBucket, holds: str, ranks: int, deadline: float) -> None:
+    async def _load_folder(self, bucket: DiskBucket, ranks: int, deadline: float) -> None:
         """Have the server read a folder, or its weight loader write only what has changed, if it holds the version
         before. The loader then compares the parameters with the folder. ranks: with the loader."""
-        ends, changes = time.monotonic() + deadline, self._weight_loader.changes(bucket, holds)
+        ends, changes = time.monotonic() + deadline, self._weight_loader.changes(bucket)
         if changes is None:
             body = {"model_path": bucket.path, **WITHOUT_FLUSH}
             await self._control("/update_weights_from_disk", body, deadline=deadline)

@@ -120,11 +120,9 @@ class WeightLoader:
         """Forget a group, and return whether it was known. The ranks leave it when the sender's store ends."""
         return self._groups.pop(name, None) is not None
 
-    def changes(self, bucket: DiskBucket, holds: str) -> Changes | None:
-        """Return what to write instead of the whole folder; None if SGLang must read the folder. holds: the digest of
-        the version that the server has."""
-        known = bucket.changes if self._loads_changes else None
-        return known if known is not None and known.base == holds else None
+    def changes(self, bucket: DiskBucket) -> Changes | None:
+        """Return what to write instead of the whole folder; None if SGLang must read the folder."""
+        return bucket.changes if self._loads_changes else None
 
     async def compare_folder(self, bucket: DiskBucket, changes: Changes | None, ranks: int, deadline: float) -> None:
         """Have the ranks write the changes, if there are some, and compare their parameters with the folder. Does

@@ -63,7 +63,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
     @cached_property
     def _extension(self) -> ExtensionLoader:
         """What the extension is asked in updates. A server without one has no use for it."""
-        return ExtensionLoader(self._rpc, self._decode)
+        return ExtensionLoader(self.name, self._rpc, self._decode)
 
     async def initialize(self, version: int | None = None) -> None:
         await self._facts()  # first: it raises a clear error if the control routes are closed
@@ -280,6 +280,8 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         self._extension.open()
 
     def _loader(self, bucket: Bucket, facts: VLLMFacts) -> Callable[[float], Awaitable[None]]:
+        if isinstance(bucket, DiskBucket):
+            bucket = bucket.for_holder_of(self._holds)
         if facts.server.extension:
             return self._extension.loading(bucket, facts.info.ranks)
         if facts.server.transfer and isinstance(bucket, ProcessGroupBucket):

@@ -1,6 +1,7 @@
 """What a vLLM server's extension (`extension/millrace_vllm`) is asked in an update, and what it has answered."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,17 +12,24 @@ from millrace.buckets import Bucket, TensorSpec
 from millrace.engines.stock.parts import NeededParts, needs_of
 from millrace.engines.vllm.payload import AnyParts, description, parts, rows_of, samples_of, samples_of_parts
 
+logger = logging.getLogger(__name__)
+
 
 class ExtensionLoader:
     """Loads buckets by the extension.
 
+    name: the server's.
     rpc: calls a method of the extension on every rank, with arguments and a deadline, and returns the answers. decode:
         the adapter's `_decode`.
     samples: the sampled checksums of the tensors in the open update, by name.
     """
 
-    def __init__(self, rpc: Callable[..., Awaitable[Any]], decode: Callable[[str, Callable[[], Any]], Any]) -> None:
+    def __init__(
+        self, name: str, rpc: Callable[..., Awaitable[Any]], decode: Callable[[str, Callable[[], Any]], Any]
+    ) -> None:
         self.samples: dict[str, str] = {}
+        self._name = name
+        self._said = ""  # why it has read something whole although it got the changes
         self._rpc, self._decode = rpc, decode
         self._to_open = False  # whether the next bucket opens the update in the extension
         self._opening = asyncio.Lock()  # held while the first bucket opens it
@@ -53,6 +61,9 @@ class ExtensionLoader:
         self.samples |= self._decode(
             "millrace_load", lambda: samples_of([tensor.name for tensor in tensors] or results[0]["names"], results)
         )
+        if (why := next((one["whole"] for one in results if one.get("whole")), "")) and why != self._said:
+            logger.info("engine %s reads whole %s", self._name, why)
+            self._said = why
 
     async def _load_parts(
         self, bucket: AnyParts, place: Mapping[str, object], rows: Sequence[object], deadline: float

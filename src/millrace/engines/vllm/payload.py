@@ -48,8 +48,9 @@ def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Seque
             return {"kind": "process_group", "group": group, "number": number}, tensors
         case ProcessGroupBucket():
             raise InvalidStateError("by a process group it takes whole buckets, and no single tensors")
-        case DiskBucket(path):
-            return {"kind": "disk", "path": path}, ()
+        case DiskBucket(path, digest, changes):
+            own = {} if changes is None else {"changes": asdict(changes)}
+            return {"kind": "disk", "path": path, "digest": digest, **own}, ()
         case TorchStorageBucket():
             raise InvalidStateError("it can't open torch storage; send the tensors by shared memory")
         case PartsBucket() | SentPartsBucket():

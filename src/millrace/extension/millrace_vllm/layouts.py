@@ -99,6 +99,14 @@ class Layout:
         arrived = SampledPlaces(sizes, device)
         return (here, lambda _: held.checksums()), (others, lambda bucket: separated(arrived.checksums(bucket)))
 
+    def hold(self, regions: Mapping[str, set[Region]], plan: Plan, in_place: Callable[[str], bool]) -> None:
+        """Note what the layout fills, and which tensors of the model it is planned for."""
+        self.regions = {path: frozenset(some) for path, some in regions.items()}
+        self.counts = {path: count(some) for path, some in self.regions.items()}
+        live = ((plan.modules[path], name) for path in self.counts if in_place(path) for name in self.counts[path])
+        tensors = [(module, name, live_tensor(module, name)) for module, name in live]
+        self.held = [Held(module, name, tensor, tensor.data_ptr()) for module, name, tensor in tensors]
+
     @property
     def fits(self) -> bool:
         """Whether the model's tensors are where they were when the layout was planned."""
@@ -149,11 +157,7 @@ def layout_of(
     layout.direct = fused(copies.pop(("", ""), ()))
     for (path, name), pairs in copies.items():
         layout.staged.setdefault(path, Writes()).copies[name] = fused(pairs)
-    layout.regions = {path: frozenset(some) for path, some in regions.items()}
-    layout.counts = {path: count(some) for path, some in layout.regions.items()}
-    live = ((plan.modules[path], name) for path in layout.counts if in_place(path) for name in layout.counts[path])
-    tensors = [(module, name, live_tensor(module, name)) for module, name in live]
-    layout.held = [Held(module, name, tensor, tensor.data_ptr()) for module, name, tensor in tensors]
+    layout.hold(regions, plan, in_place)
     return layout
 
 

@@ -1,7 +1,6 @@
 """One rank of the server: its weights, and the transports that bring buckets to it."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,12 @@ from millrace_words import first_line, listed
 from .audit import audit
 from .digest import StoredTensors
 from .errors import RpcError
+from .folders import Folders
 from .layouts import Layout, layout_of
 from .messages import TensorSpec, parse_group, parse_parts, parse_specs, take
 from .parts import Needs, NotPlainError
 from .plan import Plan, Target
-from .receive import mapped_file, opened_ipc, read_folder
+from .receive import mapped_file, opened_ipc
 from .weights import Weights
 from .writing import Writer
 
@@ -34,6 +34,7 @@ class Rank:
         self.rank = parallel.data_parallel_index * parallel.world_size + rank
         self.weights = Weights(self._plan, self._writer)
         self.stored = StoredTensors(self._plan.modules)
+        self._folders = Folders(self._plan, self._writer, self.weights, device)
         self.planned = 0
         self._quantised = str(config.model_config.quantization) if config.quant_config is not None else None
         self._needs: Needs | None = None
@@ -77,7 +78,7 @@ class Rank:
         self.weights.open_update()
         kind = take(bucket, "kind", str)
         if kind == "disk":
-            return self._load_folder(Path(take(bucket, "path", str)))
+            return self._folders.load(bucket)
         if kind not in ("shared_memory", "cuda_ipc", "process_group"):
             raise RpcError(f"unknown kind of bucket: {kind}")
         if kind == "cuda_ipc":
@@ -167,17 +168,3 @@ class Rank:
 
     def _layout_of(self, specs: Sequence[TensorSpec], targets: Sequence[Target]) -> Layout:
         return layout_of(specs, targets, self._plan, self._writer.in_place, self._writer.processed_last)
-
-    def _load_folder(self, folder: Path) -> dict[str, Any]:
-        """Load a checkpoint on this host, one tensor at a time."""
-        tensors = read_folder(folder)
-        specs = [TensorSpec(name, t.dtype, tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()]
-        targets = self._plan.targets(specs)  # nothing is written if one of them does not fit
-        samples, ignored = "", list[str]()
-        for spec, target, tensor in zip(specs, targets, tensors.values(), strict=True):
-            # Of a tensor that this rank does not use, only the samples are read, on the CPU.
-            device = self._device if target.module is not None else tensor.device
-            layout, content = self._layout_of([spec], [target]), tensor.reshape(-1).view(torch.uint8)
-            samples += self.weights.load(layout, lambda: content.to(device))  # noqa: B023
-            ignored += layout.ignored
-        return {"names": list(tensors), "samples": samples, "ignored": listed(ignored)}

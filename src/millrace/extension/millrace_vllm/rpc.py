@@ -77,12 +77,15 @@ class Extension:
 
         bucket: a JSON object with `kind` and the place of the bucket. Of kind process_group, `group` is the name of the
         group, `number` the number under which rank 0 announces the bucket, and `seconds` the time in which it must
-        come.
+        come. Of kind disk, `path` is a folder, `digest` identifies its weights, and `changes`, if there is one, has the
+        `path` of the file of what has changed, and the digest of the version that it has changed from as `base`. A rank
+        that holds that version writes only the changes where it can (see `folders`).
 
         tensors: what the bucket contains, a JSON list of [name, dtype, shape, offset, nbytes].
 
         `samples`: the sampled checksum of each tensor in turn, 32 hex digits. It is of the tensor in the model, if the
-        model contains it unchanged, or else of the one that arrived. `names`: the tensors of a folder. `ignored`: the
+        model contains it unchanged, or else of the one that arrived. `names`: the tensors of a folder. `whole`: what of
+        it was read whole although there were changes, and why; empty if there is nothing. `ignored`: the
         first of the tensors that this rank does not use, and how many others there are. Those are of another rank, or
         the model leaves them out."""
         return self._millrace().load(parse_object(bucket), tensors)

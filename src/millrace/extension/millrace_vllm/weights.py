@@ -1,7 +1,7 @@
 """The versions of a rank's weights: the open update, and the traces of abandoned ones."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from .digest import digest
 from .dry_run import Region
 from .errors import RpcError
 from .layouts import Layout, count
+from .messages import TensorSpec
 from .plan import Plan
 from .receive import view
 from .writing import Sent, Staged, Writer
@@ -24,7 +25,7 @@ class Update:
     regions: those that they fill in each module. counts: the elements of each of the module's tensors in these regions.
     staged: the parts of incomplete modules. overwritten: the modules that no longer contain the old version. shared:
     for a parameter that can arrive under several names, the digest under each name. due: modules that the update must
-    fill."""
+    fill. digest: of the folder in which all of it came; empty if it came otherwise."""
 
     sent: set[str] = field(default_factory=set)
     regions: dict[str, set[Region]] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Update:
     overwritten: set[str] = field(default_factory=set)
     shared: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     due: frozenset[str] = frozenset()
+    digest: str = ""
     failed: bool = False  # a load failed half-way, so the content of the model is not known
 
     def fill(self, layout: Layout) -> None:
@@ -45,12 +47,14 @@ class Update:
 
 
 class Weights:
-    """A rank's weights: `version` is what they are, `update` is the open update."""
+    """A rank's weights: `version` is what they are, `update` is the open update. digest: of the folder that they are;
+    empty if they came otherwise, and from the first load of an update to its commit."""
 
     def __init__(self, plan: Plan, writer: Writer) -> None:
         self._plan, self._writer = plan, writer
         self.update: Update | None = None
         self.version: str | None = None
+        self.digest = ""
         self._stale: set[str] = set()  # modules that contain weights of an abandoned update
 
     def begin(self) -> None:
@@ -62,23 +66,51 @@ class Weights:
         """Load the bucket that `fetch` returns, [nbytes] uint8. Returns `layout.samples`.
 
         The bucket's memory belongs to the sender, and nothing uses it after the call."""
-        update = self.open_update()
-        if twice := update.sent & layout.names:
-            raise RpcError(f"sent twice in one update: {listed(twice)}")
+        self._require_new(layout)
         bucket = fetch()
         if bucket.nbytes < layout.nbytes:
             raise RpcError(f"its tensors need {layout.nbytes} bytes, and the bucket has {bucket.nbytes}")
-        update.failed = True
-        update.sent |= layout.names
-        for parameter, index in layout.ties:
-            spec = layout.specs[index]
-            update.shared.setdefault(parameter, {})[spec.name] = digest(view(bucket, spec)).cpu()
-        update.fill(layout)
+        update = self._start(layout, lambda spec: view(bucket, spec))
         self._write(update, layout, bucket)
         samples = layout.samples(bucket)
         self._writer.synchronize()
         update.failed = False
         return samples
+
+    def change(self, layout: Layout, tensors: Mapping[str, torch.Tensor], write: Callable[[], None]) -> None:
+        """Have `write` make the model hold the tensors of a layout, in modules that are written in place and hold the
+        version before. It raises RpcError if they do not hold the tensors then.
+
+        tensors: of the new version."""
+        self._require_new(layout)
+        update = self._start(layout, lambda spec: tensors[spec.name])
+        update.overwritten |= layout.regions.keys()
+        with torch.no_grad():
+            for tensor, value in layout.fills:
+                tensor.fill_(value)
+            write()
+        self._writer.synchronize()
+        update.failed = False
+
+    def arrived(self, digest: str, names: Set[str]) -> None:
+        """Note that these tensors of the open update came in a folder."""
+        update = self.open_update()
+        update.digest = digest if update.sent == names else ""
+
+    def _require_new(self, layout: Layout) -> None:
+        if twice := self.open_update().sent & layout.names:
+            raise RpcError(f"sent twice in one update: {listed(twice)}")
+
+    def _start(self, layout: Layout, content: Callable[[TensorSpec], torch.Tensor]) -> Update:
+        """Count a layout's tensors as arrived. The update has failed until they are written. Returns the update."""
+        update = self.open_update()
+        update.failed, update.digest, self.digest = True, "", ""
+        update.sent |= layout.names
+        for parameter, index in layout.ties:
+            spec = layout.specs[index]
+            update.shared.setdefault(parameter, {})[spec.name] = digest(content(spec)).cpu()
+        update.fill(layout)
+        return update
 
     def _write(self, update: Update, layout: Layout, bucket: torch.Tensor) -> None:
         """Write a bucket into the model, and into memory beside it for the modules that are not complete."""
@@ -121,7 +153,7 @@ class Weights:
         update.overwritten |= last & update.regions.keys()
         self._writer.process({module: update.staged.pop(module, Staged(set())) for module in last})
         self._writer.synchronize()
-        self.update, self.version = None, version
+        self.update, self.version, self.digest = None, version, update.digest
         self._stale.clear()
 
     def abandon(self) -> bool:

@@ -20,6 +20,7 @@ from .dry_run import Region, without_loras
 from .layouts import Writes, region_of
 from .plan import Plan
 
+UNQUANTISED = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 UNCONVERTED = ("TRITON", "BATCHED_TRITON")  # kernels that use the experts of a checkpoint as they are
 
 
@@ -66,11 +67,13 @@ class Writer:
         method = getattr(module, "quant_method", None)
         if method is None:
             return True
+        if self._device.type == "cpu":
+            return type(method) in UNQUANTISED and keeps_no_copy(module) and self._has_loaded_form(module)
         if self._device.type != "cuda":
             return False
         if type(method) is UnquantizedFusedMoEMethod:
             return method.unquantized_backend.name in UNCONVERTED and self._has_loaded_form(module)
-        return type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+        return type(method) in UNQUANTISED
 
     def _has_loaded_form(self, module: torch.nn.Module) -> bool:
         """Whether a module's parameters have the shapes, strides and dtypes that a checkpoint fills."""
@@ -203,6 +206,11 @@ def place(module: torch.nn.Module, staged: Staged) -> None:
         for region in staged.regions:
             if region.name == name:
                 region_of(before, region).copy_(region_of(tensor, region))
+
+
+def keeps_no_copy(module: torch.nn.Module) -> bool:
+    """Whether the function by which vLLM multiplies on the CPU uses the layer's own weight, and has no packed copy."""
+    return "cpu_linear" in vars(module) and getattr(module.cpu_linear, "__closure__", None) is None
 
 
 def is_inert(module: torch.nn.Module) -> bool:

@@ -1,0 +1,110 @@
+"""Publishing by delta to real vLLM: linear layers that vLLM packs for the CPU, and such that it keeps as they were
+loaded, as on GPUs (`tests/vllm_unpacked`)."""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from millrace.config.engines import VLLMEngineConfig
+from millrace.config.sources import TinyModelConfig
+from millrace.engines.spec import LaunchSpec
+from millrace.engines.start import Replica, start
+from millrace.engines.vllm.adapter import VLLMEngine
+from millrace.errors import EngineFailed
+from millrace.train.tiny import make_tiny_model
+from tests.conformance.run_checks import START_TIMEOUT
+from tests.weights.deltas import check_a_changed_byte_is_found, check_only_changes_are_written, opened
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+UNPACKED = Path(__file__).parents[1] / "vllm_unpacked"
+NORM, FUSED = "model.norm.weight", "model.layers.0.self_attn.k_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sidecars") / "model"
+    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 0, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["packed", "unpacked"])
+def unpacked(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def replica(vllm_python: Path, folder: Path, logs: Path, unpacked: bool) -> AsyncIterator[Replica]:
+    config = VLLMEngineConfig(
+        kind="vllm",
+        device="cpu",
+        python=vllm_python,
+        threads=1,
+        start_timeout=START_TIMEOUT,
+        env={"PYTHONPATH": str(UNPACKED)} if unpacked else {},
+    )
+    started = await start(config, LaunchSpec(model_path=folder, log_dir=logs / str(unpacked)))
+    yield started
+    await started.end()
+
+
+def written(log: Path) -> list[tuple[int, int]]:
+    """Returns for each folder of how many tensors only what had changed was written, and how many there were."""
+    found = re.findall(r"wrote what has changed of (\d+) of (\d+) tensors", log.read_text())
+    return [(int(count), int(every)) for count, every in found]
+
+
+async def test_a_delta_changes_only_what_has_changed(
+    replica: Replica, folder: Path, logs: Path, tmp_path: Path, unpacked: bool
+) -> None:
+    log = logs / str(unpacked) / "vllm-0.log"
+    async with opened(replica, folder, tmp_path) as deltas:
+        await check_only_changes_are_written(deltas, lambda: [count for count, _ in written(log)].count(0))
+    few = [(count, every) for count, every in written(log) if count]
+    assert few
+    assert all((count == every) is unpacked for count, every in few)
+
+
+async def test_a_byte_that_was_changed_in_the_engine_is_found(
+    replica: Replica, folder: Path, tmp_path: Path, unpacked: bool
+) -> None:
+    async with opened(replica, folder, tmp_path) as deltas:
+        for name in (NORM, FUSED) if unpacked else (NORM,):
+            await check_a_changed_byte_is_found(deltas, name)
+
+
+async def test_changes_from_a_version_that_a_rank_does_not_hold_are_not_written(
+    replica: Replica, folder: Path, tmp_path: Path
+) -> None:
+    engine = replica.engine
+    assert isinstance(engine, VLLMEngine)
+    async with opened(replica, folder, tmp_path) as deltas:
+        checksums = await deltas.step()
+
+        async def load(base: str) -> Any:
+            await engine._rpc("millrace_begin")
+            changes = {"path": str(tmp_path / "missing"), "base": base}
+            place = {"kind": "disk", "path": str(deltas.folder), "digest": "own", "changes": changes}
+            return (await engine._rpc("millrace_load", json.dumps(place)))[0]
+
+        assert "holds another one" in (await load("another"))["whole"]
+        await engine._rpc("millrace_commit", "own")
+        assert await engine.checksums() == checksums
+        with pytest.raises(EngineFailed, match=f"could not write what has changed, from {tmp_path / 'missing'}"):
+            await load("own")
+        with pytest.raises(EngineFailed, match="failed half-way"):
+            await engine._rpc("millrace_commit", "torn")
+        assert await engine._rpc("millrace_abandon") == [{"torn": True}]
+        assert "holds another one" in (await load("own"))["whole"]
+        await engine._rpc("millrace_commit", str(deltas.version))
+        assert await engine.checksums() == checksums
