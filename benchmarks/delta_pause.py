@@ -1,4 +1,4 @@
-"""Measures how long a publish by delta pauses a real SGLang or vLLM: if it reads each version's folder, and if Millrace's
+"""Measures how long a publish by delta pauses a real SGLang or vLLM: if it reads each version's folder, and if its
 weight loader or extension writes only what has changed.
 
     python -m benchmarks.delta_pause [--size 0.5b] [--part 4] [--share 0.02] [--repeats 5] [--folder /dev/shm]

@@ -60,7 +60,7 @@ async def replica(vllm_python: Path, folder: Path, logs: Path, unpacked: bool) -
 
 def written(log: Path) -> list[tuple[int, int]]:
     """Returns for each folder of how many tensors only what had changed was written, and how many there were."""
-    found = re.findall(r"wrote what has changed of (\d+) of (\d+) tensors", log.read_text())
+    found = re.findall(r"of (\d+) of its (\d+) tensors only what has changed", log.read_text())
     return [(int(count), int(every)) for count, every in found]
 
 

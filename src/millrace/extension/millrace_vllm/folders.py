@@ -80,9 +80,8 @@ class Folders:
         if changed is not None and changed.needs:
             samples |= self._change(changed, folder, file, tensors)
         self._weights.arrived(digest, tensors.keys())
-        log.info(
-            "%s: wrote what has changed of %d of %d tensors", folder, len(changed.needs) if changed else 0, len(tensors)
-        )
+        count = 0 if changed is None else len(changed.needs)
+        log.info("%s: of %d of its %d tensors only what has changed was written", folder, count, len(tensors))
         joined = "".join(samples[name] for name in tensors)
         return {"names": list(tensors), "samples": joined, "ignored": listed(ignored), "whole": whole}
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -210,7 +211,10 @@ def place(module: torch.nn.Module, staged: Staged) -> None:
 
 def keeps_no_copy(module: torch.nn.Module) -> bool:
     """Whether the function by which vLLM multiplies on the CPU uses the layer's own weight, and has no packed copy."""
-    return "cpu_linear" in vars(module) and getattr(module.cpu_linear, "__closure__", None) is None
+    multiply = vars(module).get("cpu_linear")
+    if isinstance(multiply, FunctionType):
+        return multiply.__closure__ is None and multiply.__defaults__ is None
+    return multiply is torch.nn.functional.linear
 
 
 def is_inert(module: torch.nn.Module) -> bool:
