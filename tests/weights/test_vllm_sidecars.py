@@ -3,12 +3,14 @@ loaded, as on GPUs (`tests/vllm_unpacked`)."""
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+import torch
+from safetensors.torch import save_file
 
 from millrace.config.engines import VLLMEngineConfig
 from millrace.config.sources import TinyModelConfig
@@ -19,11 +21,13 @@ from millrace.errors import EngineFailed
 from millrace.train.tiny import make_tiny_model
 from tests.conformance.run_checks import START_TIMEOUT
 from tests.weights.deltas import check_a_changed_byte_is_found, check_only_changes_are_written, opened
+from tests.weights.variants import read_folder
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 UNPACKED = Path(__file__).parents[1] / "vllm_unpacked"
-NORM, FUSED = "model.norm.weight", "model.layers.0.self_attn.k_proj.weight"
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+FUSED = "model.layers.0.self_attn.k_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +112,41 @@ async def test_changes_from_a_version_that_a_rank_does_not_hold_are_not_written(
         assert "holds another one" in (await load("own"))["whole"]
         await engine._rpc("millrace_commit", str(deltas.version))
         assert await engine.checksums() == checksums
+
+
+async def test_a_tied_head_must_be_the_changed_embedding(
+    replica: Replica, folder: Path, tmp_path: Path, unpacked: bool
+) -> None:
+    engine = replica.engine
+    assert isinstance(engine, VLLMEngine)
+    first = read_folder(folder)
+    second = {name: tensor.clone() for name, tensor in first.items()}
+    second[EMBEDDING][3, 5] += 1
+    second[NORM] += 1
+    at, to = torch.tensor([3 * second[EMBEDDING].shape[1] + 5], dtype=torch.int32), second[EMBEDDING][3, 5].reshape(1)
+    few = {f"at/{EMBEDDING}": at, f"to/{EMBEDDING}": to}
+    save_file(few, tmp_path / "changes", metadata={"whole": json.dumps([NORM])})
+
+    async def load(name: str, weights: Mapping[str, torch.Tensor], head: torch.Tensor) -> Any:
+        (tmp_path / name).mkdir(exist_ok=True)
+        save_file({**weights, "lm_head.weight": head.clone()}, tmp_path / name / "model.safetensors")
+        changes = {"path": str(tmp_path / "changes"), "base": "first"}
+        place = {"kind": "disk", "path": str(tmp_path / name), "digest": name, "changes": changes}
+        await engine._rpc("millrace_begin")
+        return (await engine._rpc("millrace_load", json.dumps(place)))[0]
+
+    await load("first", first, first[EMBEDDING])
+    await engine._rpc("millrace_commit", "0")
+    answer = await load("second", second, second[EMBEDDING])
+    assert (answer["whole"] == "") is unpacked
+    await engine._rpc("millrace_commit", "0")
+    by_changes = await engine.checksums()
+    await load("first", first, first[EMBEDDING])
+    await engine._rpc("millrace_commit", "0")
+    await load("other", second, first[EMBEDDING])
+    with pytest.raises(EngineFailed, match="are one tensor in the model, but differ"):
+        await engine._rpc("millrace_commit", "0")
+    assert await engine._rpc("millrace_abandon") == [{"torn": True}]
+    assert "holds another one" in (await load("again", second, second[EMBEDDING]))["whole"]
+    await engine._rpc("millrace_commit", "0")
+    assert await engine.checksums() == by_changes
