@@ -83,7 +83,7 @@ async def test_a_failed_engine_does_not_fail_the_others(fleet: Fleet, tensors: T
     assert not (await fleet.publish(louder(tensors), 1, bucket_bytes=BUCKET, deadline=DEADLINE)).failed
     assert not {tokens for _, tokens in (await made(fleet)).values()} & {tokens for _, tokens in before.values()}
     groups = [one.group for one in transport._joined]
-    assert len(groups) == (1 if transport._together else 3)
+    assert len(groups) == (1 if transport.together else 3)
     assert not (await fleet.publish(tensors, 2, bucket_bytes=BUCKET, deadline=DEADLINE)).failed
     assert [one.group for one in transport._joined] == groups
     assert await made(fleet) == {name: (2, tokens) for name, (_, tokens) in before.items()}
@@ -97,7 +97,7 @@ async def test_a_failed_engine_does_not_fail_the_others(fleet: Fleet, tensors: T
 
     source = Weights(tensors, lambda: kill_engine(fleet, MIDDLE))
     # A source that can be iterated only once can't be sent again, so the old version still serves.
-    if transport._together:
+    if transport.together:
         with pytest.raises(PublishError, match=MIDDLE):
             await fleet.publish(iter(source), 4, bucket_bytes=BUCKET, deadline=DEADLINE)
         assert await served(fleet) == {LAST: 3}
