@@ -138,8 +138,14 @@ async def opened(started: Replica, folder: Path, place: Path) -> AsyncIterator[D
         yield Deltas(started, (await engine.info()).weight_version or 0, folder, store, transport, replica)
 
 
-async def check_only_changes_are_written(deltas: Deltas, whole_reads: Callable[[], int]) -> None:
-    """whole_reads: how many folders the engine has read whole so far."""
+async def check_only_changes_are_written(deltas: Deltas, log: Path) -> None:
+    """log: the engine's."""
+
+    def whole_reads() -> int:
+        """Returns how many folders the engine has read whole so far. SGLang is asked for that, and vLLM says it."""
+        text = log.read_text()
+        return text.count("POST /update_weights_from_disk") + text.count(": of 0 of its ")
+
     engine, before = deltas.engine, whole_reads()
     await deltas.step()
     assert whole_reads() == before + 1
