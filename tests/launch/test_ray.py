@@ -18,7 +18,7 @@ import pytest
 from millrace import open_fleet
 from millrace.errors import ConfigError, LaunchError, NoEngineError
 from millrace.launch.base import Need
-from millrace.launch.driven import DrivenLauncher
+from millrace.launch.driven import DrivenLauncher, DrivenPlace, DrivenServer
 from millrace.launch.ray_cluster.launcher import open_ray
 from tests.launch.fleets import (
     REQUEST,
@@ -177,15 +177,20 @@ async def test_a_host_that_has_not_gone_away_is_used_again(cluster: RayCluster, 
         await require_uses_a_host_again(launcher, tmp_path / "log")
 
 
+async def started(launcher: DrivenLauncher, log: Path) -> tuple[DrivenPlace, DrivenServer]:
+    """Starts a process that runs on."""
+    (place,) = await launcher.reserve("stays", Need(0, 1), 1, deadline=30)
+    code = [place.python, "-c", "import time; time.sleep(600)"]
+    return place, await place.start("stays", code, log, env={}, leftovers=())
+
+
 async def test_a_head_that_does_not_answer_is_one_line_and_its_notices_come_later(
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = RayCluster()
     try:
         async with joined(own) as launcher:
-            (place,) = await launcher.reserve("stays", Need(0, 1), 1, deadline=30)
-            code = [place.python, "-c", "import time; time.sleep(600)"]
-            server = await place.start("stays", code, tmp_path / "log", env={}, leftovers=())
+            place, server = await started(launcher, tmp_path / "log")
             head = own.cluster.head_node.all_processes["gcs_server"][0].process
             head.send_signal(signal.SIGSTOP)
             says = f"the Ray cluster at {own.address} does not say which nodes drain, and is asked again: RPC error"
@@ -207,9 +212,7 @@ async def test_ray_places_nothing_on_a_node_that_drains(tmp_path: Path) -> None:
     own = RayCluster()
     try:
         async with joined(own) as launcher:
-            (place,) = await launcher.reserve("stays", Need(0, 1), 1, deadline=30)
-            code = [place.python, "-c", "import time; time.sleep(600)"]
-            server = await place.start("stays", code, tmp_path / "log", env={}, leftovers=())
+            place, server = await started(launcher, tmp_path / "log")
             own.drain(place.host, 300)
             async with asyncio.timeout(30):
                 assert 290 < await server.notice() <= 300

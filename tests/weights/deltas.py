@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from millrace.buckets import DiskBucket
+from millrace.config.sources import TinyModelConfig
 from millrace.engines.base import Engine
 from millrace.engines.start import Replica
 from millrace.errors import EngineError, PublishError
 from millrace.launch.process import ServerProcess
 from millrace.model_folder import file_tensors
+from millrace.train.tiny import make_tiny_model
 from millrace.types import Capability
 from millrace.weights.publisher import Publish
 from millrace.weights.report import PublishReport
@@ -30,6 +32,19 @@ from tests.weights.variants import NamedTensor, louder, read_folder
 KEY = "the key"
 BUCKET = 256 * 1024  # bytes; a version has several buckets
 LARGE = 2**28  # bytes of memory that are a KV cache, and no small model's weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model."""
+    folder = tmp_path_factory.mktemp("sidecars") / "model"
+    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 0, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
 
 
 @contextmanager

@@ -12,12 +12,10 @@ import pytest
 import pytest_asyncio
 
 from millrace.config.engines import SGLangEngineConfig
-from millrace.config.sources import TinyModelConfig
 from millrace.engines.base import Engine
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import Replica, start
 from millrace.errors import PublishError
-from millrace.train.tiny import make_tiny_model
 from millrace.types import Capability
 from millrace.weights.transports.base import TransportContext
 from millrace.weights.transports.registry import create
@@ -31,24 +29,14 @@ from tests.weights.deltas import (
     publish,
     sidecar,
 )
+from tests.weights.deltas import folder as folder
+from tests.weights.deltas import logs as logs
 from tests.weights.variants import PROMPTS, SHORT, greedy, louder, read_folder
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 VERSION = "0.5.23"
 Tokens = list[tuple[int, ...]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sidecars") / "model"
-    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 0, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("logs")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from millrace.config.engines import VLLMEngineConfig
-from millrace.config.sources import TinyModelConfig
 from millrace.engines.spec import LaunchSpec
 from millrace.engines.start import Replica, start
 from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.errors import EngineFailed
-from millrace.train.tiny import make_tiny_model
 from tests.conformance.run_checks import START_TIMEOUT
 from tests.weights.deltas import check_a_changed_byte_is_found, check_only_changes_are_written, opened
+from tests.weights.deltas import folder as folder
+from tests.weights.deltas import logs as logs
 from tests.weights.variants import read_folder
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -28,18 +28,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 UNPACKED = Path(__file__).parents[1] / "vllm_unpacked"
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 FUSED = "model.layers.0.self_attn.k_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sidecars") / "model"
-    make_tiny_model(TinyModelConfig(kind="tiny", hidden_size=64, heads=2), 0, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("logs")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["packed", "unpacked"])

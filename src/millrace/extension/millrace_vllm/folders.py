@@ -6,13 +6,13 @@ modules get their whole tensors from the folder, because vLLM makes something el
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from millrace_changes import Need, differing, samples_of, write_changes
+from millrace_changes import Need, Tensors, differing, samples_of, write_changes
 from millrace_words import first_line, listed
 from safetensors import SafetensorError
 
@@ -25,8 +25,6 @@ from .plan import Plan, Target
 from .receive import read_folder
 from .weights import Weights
 from .writing import Writer
-
-Tensors = Mapping[str, torch.Tensor]
 
 log = logging.getLogger("vllm.millrace")
 
