@@ -1,6 +1,7 @@
 """Stock SGLang with data-parallel attention on two ranks, over which the experts of a mixture are spread. Weights come
 by the weight loader."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -9,12 +10,21 @@ import pytest_asyncio
 
 from millrace.config.engines import SGLangEngineConfig
 from millrace.engines.base import Engine
+from millrace.engines.sglang.adapter import SGLangEngine, encode
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
-from millrace.types import Capability
+from millrace.types import Capability, FinishReason, GenerateRequest, SamplingParams
 from tests.collectives import install_collectives
-from tests.conformance.ranks import RANKS, check_ranks_hold_their_experts, check_weights_come, make_spread_folders
+from tests.conformance.ranks import (
+    DEADLINE,
+    RANKS,
+    check_ranks_hold_their_experts,
+    check_weights_come,
+    make_spread_folders,
+)
 from tests.conformance.run_checks import START_TIMEOUT
+
+ROUNDS, MANY = 8, 400
 
 # Slow: an idle rank computes along with the others, and each call waits for that.
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
@@ -55,3 +65,18 @@ async def test_every_rank_has_its_experts(engine: Engine) -> None:
 async def test_weights_come_by_the_weight_loader(engine: Engine, folders: tuple[Path, Path]) -> None:
     assert Capability.SAMPLED_CHECKSUMS in (await engine.info()).capabilities
     await check_weights_come(engine, "shm", folders)
+
+
+async def test_an_abort_ends_no_request_that_comes_after_it(engine: Engine) -> None:
+    """The schedulers are in a step when both arrive, because they have a request that this adapter knows nothing of."""
+    assert isinstance(engine, SGLangEngine)
+    for number in range(ROUNDS):
+        busy = GenerateRequest((5, 6, 7), SamplingParams(MANY, ignore_eos=True), request_id=f"busy-{number}")
+        running = asyncio.create_task(engine._http.generate("/generate", encode(busy), deadline=DEADLINE))
+        while not (await engine.loads()).running_requests:
+            assert not running.done()
+        await engine.abort()
+        request = GenerateRequest((5, 6, 7), SamplingParams(4, ignore_eos=True), request_id=f"after-{number}")
+        made = await engine.generate(request, deadline=DEADLINE)
+        assert (made.finish_reason, len(made.output_ids)) == (FinishReason.LENGTH, 4)
+        await running

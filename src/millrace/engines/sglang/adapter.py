@@ -174,9 +174,21 @@ class SGLangEngine(StockEngine[SGLangFacts]):
     async def _abort(self, names: Sequence[str]) -> None:
         for name in names:
             await self._control("/abort_request", {"rid": wire_id(name)}, deadline=ABORT_DEADLINE, repeatable=True)
+        await self._until_aborted()
 
     async def _abort_all(self, names: Sequence[str]) -> None:  # noqa: ARG002
         await self._control("/abort_request", {"abort_all": True}, repeatable=True)
+        await self._until_aborted()
+
+    async def _until_aborted(self) -> None:
+        """Wait until the scheduler of each data-parallel rank has handled the aborts sent so far.
+
+        With `enable_dp_attention`, a scheduler reads between two steps what has arrived, and handles requests for
+        tokens before aborts. So an abort would also end a request that came after it. Schedulers answer /server_info,
+        in turn with aborts.
+        """
+        if (await self._facts()).caches > 1:
+            await self._ask("/server_info")
 
     async def _pause_server(self, mode: PauseMode) -> None:
         if mode is PauseMode.ABORT:
