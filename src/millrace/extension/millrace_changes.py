@@ -3,21 +3,24 @@ with the newer one. Extensions of engines run this file.
 
 What has changed is in a safetensors file: of each tensor that has changed in part, the positions `at/NAME` of the
 elements, ascending, and their values `to/NAME`. The metadata `whole` names the tensors of which too much has changed.
+
+A mixture of experts has thousands of tensors, and the engine waits meanwhile. So copies that are alike are one group,
+and each group takes few calls of torch.
 """
 
-import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from millrace_boxes import Box, elements, strides_of
-from millrace_samples import integer_dtype, sampled_checksums
-from safetensors import safe_open
+from millrace_files import mapped_tensors
+from millrace_samples import SampledTensors, integer_dtype, sampled_checksums
 
 SAMPLED = {1: (128,), 2: (8, 16), 3: (4, 4, 8)}  # about so many places along each dimension of a copy are compared
+TOGETHER = 2**22  # changed elements that are written at once; they take 32 bytes each meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,45 +41,150 @@ Tensors = Mapping[str, torch.Tensor]  # of a version's folder, contiguous
 Needs = Mapping[str, Sequence[Need]]  # the copies of each tensor
 
 
-def write_changes(path: Path, tensors: Tensors, needs: Needs) -> None:
-    """Write what has changed into the parameters. tensors: of the new version. Raises SafetensorError and OSError."""
-    with safe_open(path, framework="pt") as file:
-        for name in json.loads(file.metadata()["whole"]):
-            for need in needs.get(name, ()):
-                need.target.copy_(source_of(tensors[name], need))
-        for part in file.keys():  # noqa: SIM118  # it is not a mapping
-            name = part.removeprefix("at/")
-            if name != part and (copies := needs.get(name)):
-                at, values = file.get_tensor(part), file.get_tensor(f"to/{name}")
-                scatter(tensors[name].shape, copies, at, values)
+class Placed:
+    """Where the tensors of a version go in this rank's parameters.
 
-
-def scatter(shape: Sequence[int], needs: Sequence[Need], at: torch.Tensor, values: torch.Tensor) -> None:
-    """Write elements of a tensor into the parameters that hold them.
-
-    shape: of the tensor. at: positions in it, ascending, [n] int32 or int64. values: [n].
+    tensors: of any version. needs: their copies, which must stay where they are.
     """
-    device = needs[0].target.device
-    at, values = at.to(device).long(), values.to(device)
-    for need in needs:
-        target = need.target
-        taken, places = inside(shape, need, at)
-        cast = values[taken].to(target.dtype)
-        integers = integer_dtype(target.itemsize)  # torch can't index elements of all dtypes
-        memory = target.as_strided((spanned(target.shape, target.stride()),), (1,)).view(integers)
-        memory.index_copy_(0, places, cast.view(integers))
+
+    def __init__(self, tensors: Tensors, needs: Needs) -> None:
+        self._needs = needs
+        self._groups = tuple(groups_of(tensors, needs))
+        held = {name: held_whole(one, needs.get(name, ())) for name, one in tensors.items()}
+        self._held = [name for name, one in held.items() if one is not None]
+        self._sampled = SampledTensors([one for one in held.values() if one is not None])
+
+    def write(self, path: Path, tensors: Tensors) -> None:
+        """Write what has changed into the parameters. tensors: of the new version. Raises ValueError and OSError."""
+        changes, metadata = mapped_tensors(path)
+        for name in json.loads(metadata["whole"]):
+            for need in self._needs.get(name, ()):
+                need.target.copy_(source_of(tensors[name], need))
+        for group in self._groups:
+            group.write(changes)
+
+    def differing(self, tensors: Tensors) -> list[str]:
+        """Return the parameters that differ from the tensors, by samples of what each copy takes."""
+        unlike = [group.unlike(tensors) for group in self._groups]
+        found = torch.stack(unlike).tolist() if unlike else []
+        return sorted({group.need.parameter for group, one in zip(self._groups, found, strict=True) if one})
+
+    def checksums(self, tensors: Tensors) -> dict[str, str]:
+        """Return the sampled checksum of each tensor. It is of the parameter that holds the tensor as it is, or else of
+        the tensor itself."""
+        found = dict(zip(self._held, self._sampled.checksums(), strict=True))
+        others = {name: one for name, one in tensors.items() if name not in found}
+        return found | dict(zip(others, sampled_checksums(list(others.values())), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Copies of tensors of one shape and dtype into one parameter, which are alike but for where they begin in it.
+
+    need: one of them. shape: of a tensor. names: of the tensors. memory: what the parameter is a part of, [elements].
+    firsts: where in it each copy begins, [copies]. held_at, sent_at: where the samples of a copy lie in `memory`, from
+    its first element, and in a tensor, [samples].
+    """
+
+    need: Need
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    memory: torch.Tensor
+    firsts: torch.Tensor
+    held_at: torch.Tensor
+    sent_at: torch.Tensor
+
+    def write(self, changes: Tensors) -> None:
+        """Write the changed elements of all tensors."""
+        together: list[int] = []
+        size = 0
+        for index, name in enumerate(self.names):
+            if (at := changes.get(f"at/{name}")) is None:
+                continue
+            if together and size + at.numel() > TOGETHER:
+                self._write(together, changes)
+                together, size = [], 0
+            together.append(index)
+            size += at.numel()
+        if together:
+            self._write(together, changes)
+
+    def _write(self, indices: list[int], changes: Tensors) -> None:
+        """Write the changed elements of some of the tensors at once."""
+        device, names = self.memory.device, [self.names[index] for index in indices]
+        positions = [changes[f"at/{name}"] for name in names]
+        at = torch.cat(positions).to(device).long()
+        values = torch.cat([changes[f"to/{name}"] for name in names]).to(device)
+        counts = torch.tensor([one.numel() for one in positions], device=device)
+        firsts = self.firsts[indices].repeat_interleave(counts, output_size=at.numel())
+        taken, places = inside(self.shape, self.need, at)
+        cast = values[taken].to(self.memory.dtype)
+        integers = integer_dtype(cast.itemsize)  # torch can't index elements of all dtypes
+        self.memory.view(integers).index_copy_(0, places + firsts[taken], cast.view(integers))
+
+    def unlike(self, tensors: Tensors) -> torch.Tensor:
+        """Return whether a sample of any copy differs from the tensors: a bool without dimensions."""
+        integers = integer_dtype(self.memory.itemsize)
+        places = (self.firsts[:, None] + self.held_at).flatten()
+        held = self.memory.view(integers).index_select(0, places)
+        sent = self._sent(tensors).to(self.memory.device).to(self.memory.dtype).view(integers)
+        return (held != sent).any()
+
+    def _sent(self, tensors: Tensors) -> torch.Tensor:
+        """Return the samples of all tensors, [copies x samples]. Those of tensors of one file are read together."""
+        own = [tensors[name] for name in self.names]
+        files: dict[int, list[int]] = {}
+        for index, one in enumerate(own):
+            files.setdefault(one.untyped_storage().data_ptr(), []).append(index)
+        integers = integer_dtype(own[0].itemsize)
+        sent = torch.empty(len(own), len(self.sent_at), dtype=integers, device=own[0].device)
+        for indices in files.values():
+            begins = torch.tensor([int(own[index].storage_offset()) for index in indices], device=sent.device)
+            places = (begins[:, None] + self.sent_at).flatten()
+            read = memory_of(own[indices[0]]).view(integers).index_select(0, places)
+            sent[indices] = read.view(len(indices), -1)
+        return sent.flatten().view(own[0].dtype)
+
+
+def groups_of(tensors: Tensors, needs: Needs) -> Iterator[Group]:
+    """Yield the groups of all copies."""
+    alike: dict[tuple[object, ...], list[tuple[str, Need]]] = {}
+    for name, copies in needs.items():
+        tensor = tensors[name]
+        for need in copies:
+            target = need.target
+            place = need.parameter, target.untyped_storage().data_ptr(), target.dtype, target.shape, target.stride()
+            alike.setdefault((place, tensor.dtype, tensor.shape, need.box, need.along), []).append((name, need))
+    for group in alike.values():
+        names, some = zip(*group, strict=True)
+        need, tensor, target = some[0], tensors[names[0]], some[0].target
+        source = source_of(tensor, need)
+        yield Group(
+            need=need,
+            shape=tuple(tensor.shape),
+            names=names,
+            memory=memory_of(target),
+            firsts=torch.tensor([int(one.target.storage_offset()) for one in some], device=target.device),
+            held_at=positions(target.shape, target.stride(), 0).to(target.device),
+            sent_at=positions(source.shape, source.stride(), int(source.storage_offset() - tensor.storage_offset())),
+        )
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all elements of the memory that a tensor is a part of: [elements]."""
+    return tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
 
 
 def inside(shape: Sequence[int], need: Need, at: torch.Tensor) -> tuple[torch.Tensor | slice, torch.Tensor]:
-    """Return which of the positions a copy takes, and where they lie in its target's memory, in elements from its first
-    one."""
+    """Return which of the positions in a tensor a copy takes, and where they lie in its target's memory, in elements
+    from its first one."""
     own = strides_of(shape)
     first = sum(start * step for (start, _), step in zip(need.box, own, strict=True))
     if is_run(shape, need):
-        ends = torch.tensor([first, first + elements(need.box)], device=at.device)
-        begin, end = torch.searchsorted(at, ends).tolist()
-        taken = slice(begin, end)
-        return taken, at[taken] - first
+        if elements(need.box) == math.prod(shape):
+            return slice(None), at
+        within = (at >= first) & (at < first + elements(need.box))
+        return within, at[within] - first
     chosen: torch.Tensor | None = None
     places = torch.zeros_like(at)
     steps = {along: step for along, step in zip(need.along, need.target.stride(), strict=True) if along is not None}
@@ -121,44 +229,6 @@ def held_whole(tensor: torch.Tensor, needs: Sequence[Need]) -> torch.Tensor | No
         if need.target.dtype is tensor.dtype and elements(need.box) == tensor.numel() and is_run(tensor.shape, need):
             return need.target
     return None
-
-
-def samples_of(tensors: Tensors, needs: Needs) -> dict[str, str]:
-    """Return the sampled checksum of each tensor. It is of the parameter that holds the tensor as it is, or else of the
-    tensor in the folder."""
-    found: dict[str, str] = {}
-    held = {name: held_whole(one, needs.get(name, ())) for name, one in tensors.items()}
-    for here in (True, False):
-        chosen = {name: one if here else tensors[name] for name, one in held.items() if (one is not None) is here}
-        found |= zip(chosen, sampled_checksums([one for one in chosen.values() if one is not None]), strict=True)
-    return found
-
-
-def differing(tensors: Tensors, needs: Needs) -> list[str]:
-    """Return the parameters that differ from the tensors, by samples of what each copy takes."""
-    parameters: list[str] = []
-    unlike: list[torch.Tensor] = []
-    for name, copies in needs.items():
-        for need in copies:
-            held = sampled(need.target)
-            sent = sampled(source_of(tensors[name], need)).to(held.device).to(held.dtype)
-            integers = integer_dtype(held.itemsize)
-            parameters.append(need.parameter)
-            unlike.append((held.view(integers) != sent.view(integers)).any())
-    found = torch.stack(unlike).tolist() if unlike else []
-    return sorted({name for name, differs in zip(parameters, found, strict=True) if differs})
-
-
-def sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """Return evenly spread elements of a strided tensor. Which ones depends on its shape only."""
-    integers = tensor.as_strided((spanned(tensor.shape, tensor.stride()),), (1,)).view(integer_dtype(tensor.itemsize))
-    return integers.index_select(0, places_of(tensor.shape, tensor.stride()).to(tensor.device)).view(tensor.dtype)
-
-
-@functools.lru_cache(maxsize=1024)
-def places_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
-    """Return where the samples of a tensor lie. A model has few shapes."""
-    return positions(shape, strides, 0)
 
 
 def positions(shape: Sequence[int], stride: Sequence[int], start: int) -> torch.Tensor:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from millrace_changes import Tensors, differing, samples_of, write_changes
+from millrace_changes import Placed, Tensors
+from millrace_files import mapped_tensors
 from millrace_words import listed
-from safetensors import safe_open
 
-from .dry_run import Description, Sent, described
+from .dry_run import Sent, described
 from .held import addresses_of
 from .recording import Memory
 
@@ -24,12 +24,12 @@ from .recording import Memory
 class Folders:
     """What is known of one model.
 
-    sent: the tensors of the last folder. description: what this rank copies of them, found when the parameters had
-    these `addresses`; a text is why that can't be said. compared: whether the parameters were found to hold a folder.
+    sent: the tensors of the last folder. placed: where this rank copies them, found when the parameters had these
+    `addresses`; a text is why that can't be said. compared: whether the parameters were found to hold a folder.
     """
 
     sent: tuple[Sent, ...] = ()
-    description: Description | str = "no folder was read"
+    placed: Placed | str = "no folder was read"
     addresses: Mapping[str, int] = field(default_factory=dict)
     compared: bool = False
 
@@ -38,26 +38,27 @@ class Folders:
         answer. Raises what can't be done."""
         tensors = read_folder(folder)
         self._describe(model, tensors)
-        if isinstance(self.description, str):
+        if isinstance(self.placed, str):
             if changes is not None:
-                raise ValueError(self.description)
-            return {"unplanned": self.description}
+                raise ValueError(self.placed)
+            return {"unplanned": self.placed}
         if changes is not None:
-            write_changes(changes, tensors, self.description.needs)
-        if wrong := differing(tensors, self.description.needs):
+            self.placed.write(changes, tensors)
+        if wrong := self.placed.differing(tensors):
             why = f"{listed(wrong)} do not hold what is in {folder}"
             if changes is None and not self.compared:  # SGLang may do more with weights than its loader shows
                 return {"unplanned": why}
             raise ValueError(why)
         self.compared = True
-        return {"samples": samples_of(tensors, self.description.needs)}
+        return {"samples": self.placed.checksums(tensors)}
 
     def _describe(self, model: torch.nn.Module, tensors: Tensors) -> None:
         sent = tuple((name, one.dtype, tuple(one.shape)) for name, one in tensors.items())
         addresses = addresses_of(model.named_parameters())
         if (sent, addresses) != (self.sent, self.addresses):
             memory = Memory(model.named_parameters())
-            self.description = described(getattr(model, "load_weights", None), memory, sent)
+            found = described(getattr(model, "load_weights", None), memory, sent)
+            self.placed = found if isinstance(found, str) else Placed(tensors, found.needs)
             self.sent, self.addresses = sent, addresses
 
 
@@ -80,8 +81,7 @@ def read_folder(folder: Path) -> Tensors:
     """Return the tensors of a version's folder, on the CPU and memory-mapped."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a mapping
+        tensors |= mapped_tensors(path)[0]
     if not tensors:
         raise ValueError(f"{folder} has no safetensors files on this host")
     return dict(sorted(tensors.items()))  # the same for every version, however its files are cut

@@ -7,14 +7,13 @@ modules get their whole tensors from the folder, because vLLM makes something el
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from millrace_changes import Need, Tensors, differing, samples_of, write_changes
+from millrace_changes import Need, Placed, Tensors
 from millrace_words import first_line, listed
-from safetensors import SafetensorError
 
 from .dry_run import Region
 from .errors import RpcError
@@ -33,14 +32,14 @@ log = logging.getLogger("vllm.millrace")
 class InPlace:
     """The tensors of a folder of which this rank can write what has changed.
 
-    specs: all of the folder. layout: what these tensors fill; without copies. needs: where their elements go. whole: of
-    those that must be loaded whole, why.
+    specs: all of the folder. layout: what these tensors fill; without copies. placed: where their elements go. whole:
+    of those that must be loaded whole, why.
     """
 
     specs: Sequence[TensorSpec]
     layout: Layout
-    needs: dict[str, list[Need]] = field(default_factory=dict)
-    whole: list[str] = field(default_factory=list)
+    placed: Placed
+    whole: Sequence[str]
 
 
 class Folders:
@@ -61,47 +60,48 @@ class Folders:
             changes = take(bucket, "changes", dict)
             file, base = Path(take(changes, "path", str)), take(changes, "base", str)
             if self._weights.digest and base == self._weights.digest:
-                changed = self._changeable(specs, targets)
+                changed = self._changeable(specs, targets, tensors)
                 if changed.whole:
                     whole = f"{len(changed.whole)} of its {len(specs)} tensors, because {changed.whole[0]}"
             else:
                 whole = "a version, because its rank holds another one than the changes are from"
         samples, ignored = dict[str, str](), list[str]()
         for spec, target, tensor in zip(specs, targets, tensors.values(), strict=True):
-            if changed is not None and spec.name in changed.needs:
+            if changed is not None and spec.name in changed.layout.names:
                 continue
             # Of a tensor that this rank does not use, only the samples are read, on the CPU.
             device = self._device if target.module is not None else tensor.device
             layout, content = self._layout_of(spec, target), tensor.reshape(-1).view(torch.uint8)
             samples[spec.name] = self._weights.load(layout, lambda: content.to(device))  # noqa: B023
             ignored += layout.ignored
-        if changed is not None and changed.needs:
+        if changed is not None and changed.layout.names:
             samples |= self._change(changed, folder, file, tensors)
         self._weights.arrived(digest, tensors.keys())
-        count = 0 if changed is None else len(changed.needs)
+        count = 0 if changed is None else len(changed.layout.names)
         log.info("%s: of %d of its %d tensors only what has changed was written", folder, count, len(tensors))
         joined = "".join(samples[name] for name in tensors)
         return {"names": list(tensors), "samples": joined, "ignored": listed(ignored), "whole": whole}
 
-    def _changeable(self, specs: Sequence[TensorSpec], targets: Sequence[Target]) -> InPlace:
+    def _changeable(self, specs: Sequence[TensorSpec], targets: Sequence[Target], tensors: Tensors) -> InPlace:
         """The tensors of which what has changed can be written. It is planned again if the model has moved."""
         if self._in_place is None or self._in_place.specs != specs or not self._in_place.layout.fits:
-            self._in_place = in_place_of(specs, targets, self._plan, self._writer.in_place)
+            self._in_place = in_place_of(specs, targets, tensors, self._plan, self._writer.in_place)
         return self._in_place
 
     def _change(self, changed: InPlace, folder: Path, changes: Path, tensors: Tensors) -> dict[str, str]:
         """Write what has changed, and compare the parameters with the folder. Returns their sampled checksums."""
+        own = {name: tensors[name] for name in changed.layout.names}
 
         def write() -> None:
             try:
-                write_changes(changes, tensors, changed.needs)
-            except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+                changed.placed.write(changes, own)
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
                 raise RpcError(f"could not write what has changed, from {changes}: {first_line(error)}") from error
-            if wrong := differing(tensors, changed.needs):
+            if wrong := changed.placed.differing(own):
                 raise RpcError(f"{listed(wrong)} do not hold what is in {folder}")
 
         self._weights.change(changed.layout, tensors, write)
-        samples: dict[str, str] = samples_of({name: tensors[name] for name in changed.needs}, changed.needs)
+        samples: dict[str, str] = changed.placed.checksums(own)
         return samples
 
     def _layout_of(self, spec: TensorSpec, target: Target) -> Layout:
@@ -109,7 +109,11 @@ class Folders:
 
 
 def in_place_of(
-    specs: Sequence[TensorSpec], targets: Sequence[Target], plan: Plan, in_place: Callable[[str], bool]
+    specs: Sequence[TensorSpec],
+    targets: Sequence[Target],
+    tensors: Tensors,
+    plan: Plan,
+    in_place: Callable[[str], bool],
 ) -> InPlace:
     """Plan what can be written of the tensors of a folder. in_place: as for `layout_of`."""
     needs, whole, regions = dict[str, list[Need]](), list[str](), dict[str, set[Region]]()
@@ -136,4 +140,4 @@ def in_place_of(
             layout.ties.append((target.shared, index))
     layout.names = frozenset(needs)
     layout.hold(regions, plan, in_place)
-    return InPlace(specs, layout, needs, whole)
+    return InPlace(specs, layout, Placed({name: tensors[name] for name in needs}, needs), whole)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from millrace_files import mapped_tensors
 from millrace_words import first_line
-from safetensors import SafetensorError, safe_open
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from .errors import RpcError
@@ -68,14 +68,13 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
         names = set(places.values()) if places else [single.name] if single.is_file() else None
         files = sorted(folder.glob("*.safetensors")) if names is None else [folder / name for name in sorted(names)]
         for file in files:
-            with safe_open(file, framework="pt") as content:
-                for name in content.keys():  # noqa: SIM118  # it is not a mapping
-                    if places is not None and places.get(name) != file.name:
-                        continue
-                    if name in tensors:
-                        raise RpcError(f"{name} is in two files of {folder}")
-                    tensors[name] = content.get_tensor(name)  # maps the tensor and does not read it
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+            for name, tensor in mapped_tensors(file)[0].items():
+                if places is not None and places.get(name) != file.name:
+                    continue
+                if name in tensors:
+                    raise RpcError(f"{name} is in two files of {folder}")
+                tensors[name] = tensor
+    except (OSError, ValueError, KeyError) as error:
         raise RpcError(f"could not read {folder}: {first_line(error)}") from error
     if not tensors:
         raise RpcError(f"{folder} has no safetensors files on this host")
