@@ -13,13 +13,14 @@ from io import BytesIO
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
 from millrace.errors import ArgumentError
 
 TEXT_SHOWN = 60  # characters of a wrong value that an error message quotes
+T = TypeVar("T")
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
 
 
@@ -95,6 +96,13 @@ def mapping(name: str, value: Any) -> Mapping[str, Any]:
     """Return a mapping whose keys are strings. Raises ArgumentError for anything else."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ArgumentError(f"{name} must be a mapping with names as keys, and is {shown(value)}")
+    return value
+
+
+def instance(name: str, value: Any, kind: type[T]) -> T:
+    """Return an object of this class. Raises ArgumentError for anything else."""
+    if not isinstance(value, kind):
+        raise ArgumentError(f"{name} must be a {kind.__name__}, and is {shown(value)}")
     return value
 
 

@@ -3,27 +3,25 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import aclosing
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal, overload
 
 from millrace import arguments
-from millrace.continuation import call_id, generate_in_parts
 from millrace.engines.base import Engine
-from millrace.errors import ArgumentError, EngineFailed, EngineUnreachable, MillraceError, NoEngineError
+from millrace.errors import ArgumentError, MillraceError, NoEngineError
 from millrace.fleet.admission import Admission
-from millrace.fleet.attempts import Attempts, generate_whole, stream_whole
-from millrace.fleet.event_log import Asked, EventLog
+from millrace.fleet.attempts import Attempts, generate_whole
+from millrace.fleet.event_log import EventLog
 from millrace.fleet.labels import Label
-from millrace.fleet.many import Completion, as_completed, samples_of
-from millrace.fleet.replica_state import Phase, ReplicaState, Snapshot
+from millrace.fleet.many import Completion, as_completed, most_at_once, routed_samples
+from millrace.fleet.replica_state import Snapshot
 from millrace.fleet.replicas import ReplicaSet
-from millrace.fleet.routing import RoutingPolicy, admissible, with_lora
-from millrace.types import ANYWHERE, Capability, FinishReason, GenerateRequest, Generation, RoutingContext
-
-ASSUMED_RUNNING = 256  # requests that an engine runs at once if it does not say
+from millrace.fleet.routing import RoutingPolicy, admissible
+from millrace.fleet.sending import Sender, Using, unadapted
+from millrace.types import ANYWHERE, Capability, GenerateRequest, Generation, RoutingContext
 
 
 class FleetClient(ABC):
@@ -32,11 +30,12 @@ class FleetClient(ABC):
     `replicas`: this process's view of the engines. `event_log`: the event log of this process.
     """
 
-    def __init__(self, replicas: ReplicaSet, event_log: EventLog, seed: int) -> None:
+    def __init__(self, replicas: ReplicaSet, event_log: EventLog, seed: int, using: Using = unadapted) -> None:
         self.event_log = event_log
         self.replicas = replicas
         self._router = RoutingPolicy(seed)
         self._admission = Admission(replicas, self._router, event_log)
+        self._sender = Sender(replicas, self._admission, event_log, using)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.replicas.counts()}>"
@@ -172,7 +171,8 @@ class FleetClient(ABC):
             generation = await fleet.generate(request, deadline=60.0, routing=routing, retries=2)
         """
         self._require_open(deadline)
-        _require(request, routing)
+        arguments.instance("request", request, GenerateRequest)
+        arguments.instance("routing", routing, RoutingContext)
         attempts = Attempts(arguments.count("retries", retries), self.event_log)
         if not retries:
             return await self._generate(request, routing, deadline)
@@ -199,27 +199,16 @@ class FleetClient(ABC):
                 print(tokenizer.decode(generation.output_ids))
         """
         self._require_open(deadline)
-        _require(request, routing)
+        arguments.instance("request", request, GenerateRequest)
+        arguments.instance("routing", routing, RoutingContext)
         self._require_published()
-        retries, end = arguments.count("retries", retries), time.monotonic() + deadline
+        retries = arguments.count("retries", retries)
         attempts = Attempts(retries, self.event_log)
-        leaves = False  # the engine that aborted the request leaves the fleet
-
-        async def opened(rest: GenerateRequest) -> AsyncGenerator[Generation, None]:
-            nonlocal leaves
-            leaves = False
-            async with (
-                self._placed(rest, routing, end - time.monotonic()) as placed,
-                aclosing(placed.engine.stream(placed.request, deadline=placed.left)) as stream,
-            ):
-                async for made in stream:
-                    placed.asked.made = made
-                    yield placed.renamed(made)
-            leaves = await self._moves(placed)
-
-        parts = stream_whole(request, opened, attempts, interrupted=lambda: leaves or (retries > 0 and self.asleep))
-        async with aclosing(parts):
-            async for made in parts:
+        sent = self._sender.stream(
+            request, routing, deadline, attempts, interrupted=lambda: retries > 0 and self.asleep
+        )
+        async with aclosing(sent):
+            async for made in sent:
                 yield made
 
     def generate_many(
@@ -263,7 +252,7 @@ class FleetClient(ABC):
         n, retries = arguments.count("n", n, least=1), arguments.count("retries", retries)
         if not isinstance(routing, RoutingContext) and not callable(routing):
             raise ArgumentError(f"routing must be a RoutingContext or a function, and is {arguments.shown(routing)}")
-        samples = _samples(requests, n, routing)
+        samples = routed_samples(requests, n, routing)
 
         async def run(sample: "tuple[Completion, RoutingContext]") -> Completion:
             completion, context = sample
@@ -275,7 +264,10 @@ class FleetClient(ABC):
                 return replace(completion, error=error)
             return replace(completion, generation=made)
 
-        return as_completed(samples, run, self._most_at_once)
+        def most() -> int:
+            return most_at_once(replica.info for replica in self.replicas.by_name.values())
+
+        return as_completed(samples, run, most)
 
     @overload
     async def generate_all(
@@ -339,119 +331,7 @@ class FleetClient(ABC):
 
     async def _generate(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
         """Send the request to an engine. A fleet with an external router overrides this."""
-        return await self._send_direct(request, routing, deadline)
-
-    async def _send_direct(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
-        """Send the request to the engine that the routing policy chooses. It moves to another if this one leaves."""
-        end, sent, moves = time.monotonic() + deadline, 0, False
-
-        async def call(rest: GenerateRequest) -> Generation:
-            nonlocal sent, moves
-            if sent:
-                rest = replace(rest, request_id=call_id(request.request_id, sent))
-            sent += 1
-            async with self._placed(rest, routing, end - time.monotonic()) as placed:
-                placed.asked.made = await placed.engine.generate(placed.request, deadline=placed.left)
-            moves = await self._moves(placed)
-            return placed.renamed(placed.asked.made)
-
-        return await generate_in_parts(request, call, goes_on=lambda: moves)
-
-    async def _moves(self, placed: "_Placed") -> bool:
-        """Return whether the request was aborted because its engine leaves, so that it continues on another one."""
-        made = placed.asked.made
-        if made is None or made.finish_reason is not FinishReason.ABORT or not await self._leaves(placed.engine.name):
-            return False
-        return bool(self.snapshot.usable or self.replicas.coming or self.replicas.elastic)
-
-    async def _leaves(self, engine: str) -> bool:
-        """Return whether the engine leaves the fleet, or has left it."""
-        return not self.snapshot.has(engine) or self.snapshot.get(engine).phase is Phase.DRAINING
-
-    @asynccontextmanager
-    async def _placed(
-        self, request: GenerateRequest, routing: RoutingContext, deadline: float
-    ) -> "AsyncIterator[_Placed]":
-        """Choose an engine for the request. In the block, the request counts as running there."""
-        started = time.monotonic()
-        with self.event_log.waiting():
-            place = await self._admission.enter(request, routing, deadline)
-        queued = time.monotonic() - started
-        name, asked = place.engine, Asked(place.engine)
-        state, own = self.snapshot.get(name), "lora_path" in request.extra
-        lora = None if own else state.lora
-        if lora is not None:
-            request = replace(request, extra={**request.extra, "lora_path": lora})
-        try:
-            with self.event_log.request(name) as asked, self._using(name, lora, request.request_id):
-                engine = self.replicas.by_name[name].engine
-                yield _Placed(engine, request, started + deadline, asked, None if lora is None else state, queued)
-            await self.replicas.answered(name)
-        except (EngineUnreachable, EngineFailed) as error:
-            await self.replicas.suspect(name, error)
-            raise
-        finally:
-            self._admission.leave(place, asked.made)
-            if not self._admission.outstanding[name]:
-                await self.replicas.notify()
-
-    def _most_at_once(self) -> int:
-        """Return how many requests of `generate_many` run or wait: twice as many as the engines run at once."""
-        running = [replica.info.max_running or ASSUMED_RUNNING for replica in self.replicas.by_name.values()]
-        return 2 * max(sum(running), 1)
+        return await self._sender.generate(request, routing, deadline)
 
     def _require_published(self) -> None:  # noqa: B027
         """Raises NoEngineError if no engine can serve before a publish. A fleet that publishes overrides this."""
-
-    def _using(self, engine: str, lora: str | None, request_id: str) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Return a context that is open while the request runs on the engine."""
-        return nullcontext()
-
-
-@dataclass(slots=True)
-class _Placed:
-    """A request on the engine that was chosen for it.
-
-    end: its deadline (time.monotonic). asked: where its result is recorded. adapted: the engine's state, if it serves
-    the request with a published LoRA adapter. queued: the seconds that it waited for the engine.
-    """
-
-    engine: Engine
-    request: GenerateRequest
-    end: float
-    asked: Asked
-    adapted: ReplicaState | None
-    queued: float
-
-    @property
-    def left(self) -> float:
-        """The seconds until the deadline."""
-        return self.end - time.monotonic()
-
-    def renamed(self, made: Generation) -> Generation:
-        """Return the generation with its wait, and with the version of the adapter that made it."""
-        made = replace(made, queue_seconds=self.queued)
-        return made if self.adapted is None else with_lora(made, self.adapted.version)
-
-
-def _samples(
-    requests: Iterable[GenerateRequest],
-    n: int,
-    routing: RoutingContext | Callable[[GenerateRequest], RoutingContext],
-) -> Iterator[tuple[Completion, RoutingContext]]:
-    """Yield the samples to generate, as completions without a result, and how each is routed."""
-    for index, request in enumerate(requests):
-        _require(request, ANYWHERE)
-        context = routing if isinstance(routing, RoutingContext) else routing(request)
-        _require(request, context)
-        if n > 1 and context.group is None:
-            context = replace(context, group=request.request_id)
-        for sample, one in enumerate(samples_of(request, n)):
-            yield Completion(index, sample, one), context
-
-
-def _require(request: object, routing: object) -> None:
-    """Raises ArgumentError if the arguments have the wrong types."""
-    for name, value, kind in (("request", request, GenerateRequest), ("routing", routing, RoutingContext)):
-        if not isinstance(value, kind):
-            raise ArgumentError(f"{name} must be a {kind.__name__}, and is {arguments.shown(value)}")

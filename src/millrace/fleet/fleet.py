@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from millrace import arguments
 from millrace.config.engines import ReplicaRange
 from millrace.engines.start import Replica
-from millrace.errors import ArgumentError, EnginesLost, NoEngineError, PublishError
+from millrace.errors import EnginesLost, NoEngineError, PublishError
 from millrace.fleet.autoscaler import Autoscaler, FleetSize
 from millrace.fleet.client import FleetClient
 from millrace.fleet.event_log import EventLog, Publishing
@@ -70,9 +70,10 @@ class Fleet(FleetClient):
         kept: KeptEngines | None = None,
     ) -> None:
         event_log = event_log if event_log is not None else EventLog()
-        super().__init__(OwnedReplicaSet(replicas, event_log, _Observer(self)), event_log, seed)
+        owned = OwnedReplicaSet(replicas, event_log, _Observer(self))
+        self._versions = Versions(transport, store, owned.apply, frozen=frozen)
+        super().__init__(owned, event_log, seed, self._versions.loras.using)
         self._feeds = KVEventFeeds(self._router)
-        self._versions = Versions(transport, store, self.replicas.apply, frozen=frozen)
         self._kept = kept
         for known, label in kept.labels.items() if kept is not None else ():
             self.replicas.labels.put(known, label)
@@ -253,8 +254,7 @@ class Fleet(FleetClient):
         """
         self._require_open(deadline)
         number, label = self._number(version_number(version)), label_value(label)
-        if not isinstance(config, LoraConfig):
-            raise ArgumentError(f"config must be a LoraConfig, and is {arguments.shown(config)}")
+        arguments.instance("config", config, LoraConfig)
         source = source_of(tensors)
         await self._an_engine(deadline)
         left_out = self._left_out()
@@ -546,8 +546,8 @@ class Fleet(FleetClient):
     async def _generate(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
         self._require_published()
         if self.external_router is None:
-            return await self._send_direct(request, routing, deadline)
-        return await self.external_router.generate(request, routing, deadline=deadline, direct=self._send_direct)
+            return await self._sender.generate(request, routing, deadline)
+        return await self.external_router.generate(request, routing, deadline=deadline, direct=self._sender.generate)
 
     def _require_published(self) -> None:
         """Raises NoEngineError if all engines are up and awake, and none serves before the first publish."""
@@ -562,9 +562,6 @@ class Fleet(FleetClient):
     def _interrupting(self) -> AbstractContextManager[None]:
         """Return a context for a publish, which interrupts the requests in the external router."""
         return nullcontext() if self.external_router is None else self.external_router.publishing()
-
-    def _using(self, engine: str, lora: str | None, request_id: str) -> AbstractContextManager[None]:
-        return self._versions.loras.using(engine, lora, request_id)
 
 
 class _Observer:

@@ -115,6 +115,11 @@ class Followed(ReplicaSet):
     async def answered(self, name: str) -> None:
         """Do nothing: the owner probes its engines itself."""
 
+    async def leaves(self, name: str) -> bool:
+        with suppress(EngineError):  # the owner does not answer, which `follow` logs
+            await self.refresh()
+        return await super().leaves(name)
+
     async def refresh(self, *, changed: bool = False) -> None:
         """Fetch the owner's state. With `changed`, wait until it differs from the last one, for POLL_SECONDS at most.
 
@@ -225,11 +230,6 @@ class Follower(FleetClient):
                 # So that `asleep` shows whether the owner aborted it, and `labels` has the label of its version.
                 await self._followed.refresh()
         return made
-
-    async def _leaves(self, engine: str) -> bool:
-        with suppress(EngineError):  # the owner does not answer, which `follow` logs
-            await self._followed.refresh()
-        return await super()._leaves(engine)
 
     async def publish(self, *args: object, **kwargs: object) -> NoReturn:  # noqa: ARG002
         """Raise PublishError: only the process that owns the fleet can publish."""

@@ -2,12 +2,15 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from millrace import arguments
 from millrace.errors import MillraceError
-from millrace.types import GenerateRequest, Generation
+from millrace.types import EngineInfo, GenerateRequest, Generation, RoutingContext
+
+ASSUMED_RUNNING = 256  # requests that an engine runs at once if it does not say
 
 J = TypeVar("J")
 T = TypeVar("T")
@@ -58,6 +61,30 @@ def seed_of(seed: int | None, sample: int) -> int | None:
         return seed
     digest = hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
+
+
+def routed_samples(
+    requests: Iterable[GenerateRequest],
+    n: int,
+    routing: RoutingContext | Callable[[GenerateRequest], RoutingContext],
+) -> Iterator[tuple[Completion, RoutingContext]]:
+    """Yield n samples of each request, as completions without a result, and how each is routed.
+
+    Raises ArgumentError for an item that is no request, and for a function that returns no RoutingContext.
+    """
+    for index, request in enumerate(requests):
+        arguments.instance("request", request, GenerateRequest)
+        context = routing if isinstance(routing, RoutingContext) else routing(request)
+        arguments.instance("routing", context, RoutingContext)
+        if n > 1 and context.group is None:
+            context = replace(context, group=request.request_id)
+        for sample, one in enumerate(samples_of(request, n)):
+            yield Completion(index, sample, one), context
+
+
+def most_at_once(infos: Iterable[EngineInfo]) -> int:
+    """Return how many requests may run or wait on these engines: twice as many as they run at once."""
+    return 2 * max(sum(info.max_running or ASSUMED_RUNNING for info in infos), 1)
 
 
 async def as_completed(

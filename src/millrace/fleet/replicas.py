@@ -14,7 +14,17 @@ from millrace.engines.start import Replica
 from millrace.errors import EngineError, LocalError, NoEngineError
 from millrace.fleet.event_log import EventLog
 from millrace.fleet.labels import Labels
-from millrace.fleet.replica_state import Answered, CallFailed, Died, Event, Quarantined, ReplicaState, Snapshot, after
+from millrace.fleet.replica_state import (
+    Answered,
+    CallFailed,
+    Died,
+    Event,
+    Phase,
+    Quarantined,
+    ReplicaState,
+    Snapshot,
+    after,
+)
 from millrace.launch.process import Server
 from millrace.types import EngineInfo, Health, MemoryTag
 
@@ -78,6 +88,10 @@ class ReplicaSet(ABC):
     @abstractmethod
     async def answered(self, name: str) -> None:
         """Record that the engine completed a call."""
+
+    async def leaves(self, name: str) -> bool:
+        """Return whether the replica leaves the fleet, or has left it."""
+        return not self.snapshot.has(name) or self.snapshot.get(name).phase is Phase.DRAINING
 
     async def notify(self) -> None:
         """Wake the tasks that wait for a change."""
