@@ -1,26 +1,19 @@
 """A fleet of engines that serve one model: routes requests, publishes versions, sleeps and wakes."""
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import (
-    AbstractAsyncContextManager,
-    AbstractContextManager,
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-)
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millrace import arguments
 from millrace.config.engines import ReplicaRange
 from millrace.engines.start import Replica
-from millrace.errors import EnginesLost, NoEngineError, PublishError
+from millrace.errors import NoEngineError
+from millrace.fleet import memory
 from millrace.fleet.autoscaler import Autoscaler, FleetSize
 from millrace.fleet.client import FleetClient
-from millrace.fleet.event_log import EventLog, Publishing
+from millrace.fleet.event_log import EventLog
 from millrace.fleet.external_router import ExternalRouter
 from millrace.fleet.kept import KeptEngines
 from millrace.fleet.kv_feed import KVEventFeeds
@@ -28,16 +21,15 @@ from millrace.fleet.labels import Label, label_value, version_number
 from millrace.fleet.lifecycle import BUCKET_BYTES, CATCH_UP_DEADLINE, Lifecycle
 from millrace.fleet.origin import Origin
 from millrace.fleet.owner import SharedFleet, serve_followers
-from millrace.fleet.replica_state import Phase, ReplicaState, Slept, Woke
+from millrace.fleet.publishing import Publisher
+from millrace.fleet.replica_state import Phase, ReplicaState
 from millrace.fleet.replicas import OwnedReplicaSet, ReplicaSet
 from millrace.fleet.versions import Versions
-from millrace.types import ALL_MEMORY, Capability, GenerateRequest, Generation, LoraConfig, MemoryTag, RoutingContext
-from millrace.weights.cast import Dtypes, dtypes_of, folder_checksums_as
+from millrace.types import ALL_MEMORY, GenerateRequest, Generation, LoraConfig, MemoryTag, RoutingContext
+from millrace.weights.cast import Dtypes
 from millrace.weights.report import PublishReport
 from millrace.weights.source import Tensors, source_of, weight_source
-from millrace.weights.transports.base import PublishTarget, Transport
-
-logger = logging.getLogger(__name__)
+from millrace.weights.transports.base import Transport
 
 if TYPE_CHECKING:
     import torch
@@ -77,10 +69,10 @@ class Fleet(FleetClient):
         self._kept = kept
         for known, label in kept.labels.items() if kept is not None else ():
             self.replicas.labels.put(known, label)
-        self._newest_before = 0  # the newest version that an earlier owner of these engines published, as far as known
         self.external_router: ExternalRouter | None = None
         self._lifecycle = Lifecycle(self.replicas, self._versions, start, restarts)
         self._autoscaler = Autoscaler(self.replicas, self._admission, self._lifecycle, self._versions, event_log)
+        self._publisher = Publisher(self.replicas, self._versions, kept, self._autoscaler.wanting, self._interrupting)
 
     @classmethod
     @asynccontextmanager
@@ -185,29 +177,14 @@ class Fleet(FleetClient):
                 print(f"{name} did not take version {report.version}: {error}")
         """
         self._require_open(deadline)
-        wanted, label = version_number(version), label_value(label)
-        source = weight_source(tensors)
-        while True:
-            await self._an_engine(deadline)
-            left_out, number = self._left_out(), self._number(wanted)
-            try:
-                with self._interrupting(), self._publishing(number, label) as publishing:
-                    report = await self._versions.publish_whole(
-                        source,
-                        number,
-                        self._targets,
-                        bucket_bytes=bucket_bytes,
-                        deadline=deadline,
-                        require_finite=require_finite,
-                    )
-                    report = publishing.report = replace(report, label=label, left_out=left_out)
-                return report
-            except EnginesLost as error:
-                for lost in error.errors:  # they are restarted only after their failure is recorded
-                    await self.replicas.suspect(lost.engine, lost)
-                if source.once or not self.replicas.coming:
-                    raise
-                logger.warning("%s; the version is published again when an engine is back", error)
+        return await self._publisher.whole(
+            weight_source(tensors),
+            version_number(version),
+            label_value(label),
+            bucket_bytes=bucket_bytes,
+            deadline=deadline,
+            require_finite=require_finite,
+        )
 
     async def publish_lora(
         self,
@@ -253,65 +230,14 @@ class Fleet(FleetClient):
             await fleet.publish_lora(adapter.items(), config=config, label=step)
         """
         self._require_open(deadline)
-        number, label = self._number(version_number(version)), label_value(label)
-        arguments.instance("config", config, LoraConfig)
-        source = source_of(tensors)
-        await self._an_engine(deadline)
-        left_out = self._left_out()
-        with self._publishing(number, label, lora=True) as publishing:
-            report = await self._versions.publish_lora(
-                source,
-                number,
-                self._targets,
-                lambda: {state.name: state.base for state in self.snapshot.replicas},
-                config=config,
-                deadline=deadline,
-                require_finite=require_finite,
-            )
-            report = publishing.report = replace(report, label=label, left_out=left_out)
-        return report
-
-    async def _an_engine(self, deadline: float) -> None:
-        """Wait for an engine to publish to. Raises NoEngineError if none comes."""
-        if not self.snapshot.usable:
-            with self._autoscaler.wanting():
-                await self.replicas.recovered()
-                await self.replicas.until(lambda: self.snapshot.usable, deadline)
-
-    def _number(self, wanted: int | None) -> int:
-        """Return the number of the version that is published next."""
-        if wanted is not None:
-            return wanted
-        return max(self._newest_before, 0 if self.version is None else self.version) + 1
-
-    @contextmanager
-    def _publishing(self, version: int, label: Label | None, *, lora: bool = False) -> Iterator[Publishing]:
-        """Return a context for the publish of one version. The version has its label before an engine serves it."""
-        with self.event_log.publishing(version, label, lora=lora) as publishing:
-            self._versions.require_next(version)
-            self.replicas.labels.put(version, label)
-            if self._kept is not None:
-                self._kept.publishing(version)
-            try:
-                yield publishing
-            finally:
-                if self.version != version:
-                    self.replicas.labels.put(version, None)
-                if self._kept is not None:
-                    self._kept.published(self.snapshot.replicas, self.labels)
-
-    def _left_out(self) -> tuple[str, ...]:
-        return tuple(state.describe() for state in self.snapshot.replicas if not state.usable)
-
-    def _targets(self) -> list[PublishTarget]:
-        """Return the engines to publish to. Raises PublishError if weights sleep, and NoEngineError if none is left."""
-        states = [state for state in self.snapshot.replicas if state.usable]
-        if asleep := [state.name for state in states if MemoryTag.WEIGHTS in state.asleep]:
-            raise PublishError(f"the weights of {', '.join(asleep)} are asleep; wake them before publishing")
-        if not states:
-            raise NoEngineError(f"no engine is left to publish to: {self.snapshot.describe()}")
-        replicas = [self.replicas.by_name[state.name] for state in states]
-        return [PublishTarget(replica.engine, replica.info) for replica in replicas]
+        return await self._publisher.lora(
+            source_of(tensors),
+            version_number(version),
+            label_value(label),
+            config=arguments.instance("config", config, LoraConfig),
+            deadline=deadline,
+            require_finite=require_finite,
+        )
 
     async def restart(
         self, name: str, *, bucket_bytes: int = BUCKET_BYTES, deadline: float = CATCH_UP_DEADLINE
@@ -408,18 +334,7 @@ class Fleet(FleetClient):
             NoEngineError: No engine is left.
         """
         self._require_open()
-        if self.frozen and MemoryTag.WEIGHTS in what:
-            self._require_own_folder()
-        self.replicas.asleep |= what
-        if MemoryTag.WEIGHTS in what:
-            self._versions.release()
-        # Out of rotation first: a request that came between the drain and the release would fail.
-        for state in self.snapshot.replicas:
-            await self.replicas.apply(state.name, Slept(what))
-        async with self._versions.changing:
-            if interrupt:
-                await self.replicas.each(lambda replica: replica.engine.abort())
-            await self.replicas.each(lambda replica: replica.engine.sleep(what))
+        await memory.sleep(self.replicas, self._versions, what, interrupt=interrupt)
 
     async def wake(self, what: frozenset[MemoryTag] = ALL_MEMORY) -> None:
         """Give released memory back to every usable engine.
@@ -434,12 +349,7 @@ class Fleet(FleetClient):
             NoEngineError: No engine is left.
         """
         self._require_open()
-        async with self._versions.changing:
-            await self.replicas.each(lambda replica: replica.engine.wake(what))
-            self.replicas.asleep -= what
-        await self.replicas.notify()
-        for state in self.snapshot.replicas:
-            await self.replicas.apply(state.name, Woke(what))
+        await memory.wake(self.replicas, self._versions, what)
 
     @asynccontextmanager
     async def share(self, host: str = "127.0.0.1", port: int = 0, key: str | None = None) -> AsyncIterator[SharedFleet]:
@@ -502,26 +412,7 @@ class Fleet(FleetClient):
             NoEngineError: No engine is left.
         """
         self._require_open(deadline)
-        if not self.frozen:
-            raise PublishError(
-                "only a frozen fleet can be restored; wake this fleet, and publish the version that it should serve"
-            )
-        await self.wake(frozenset({MemoryTag.WEIGHTS}))
-        empty = [state.name for state in self.snapshot.replicas if state.usable and state.version is None]
-        if empty:
-            replicas = [self.replicas.by_name[name] for name in empty]
-            targets = [PublishTarget(replica.engine, replica.info) for replica in replicas]
-            await self._versions.restore(targets, bucket_bytes, deadline)
-        await self.wake(frozenset({MemoryTag.KV_CACHE}))
-
-    def _require_own_folder(self) -> None:
-        """Raises PublishError if an engine can't read its weights again from the model's folder."""
-        replicas = self.replicas.by_name.values()
-        if lacking := [r.engine.name for r in replicas if Capability.UPDATE_FROM_DISK not in r.info.capabilities]:
-            raise PublishError(
-                f"{', '.join(lacking)} can't read weights again from a folder (an SGLang that quantises can't), so "
-                "sleep would lose them; give the fleet devices of its own"
-            )
+        await memory.restore(self.replicas, self._versions, bucket_bytes, deadline)
 
     async def attest(self, checksums: Mapping[str, str], version: int, folder: Path) -> None:
         """Take the engines into rotation that loaded these weights from `folder` when they started.
@@ -534,14 +425,9 @@ class Fleet(FleetClient):
         Raises NoEngineError if no engine is left.
         """
         infos = [replica.info for replica in self.replicas.by_name.values()]
-        dtypes = await asyncio.to_thread(dtypes_of, infos[0], folder)
-        if any(Capability.CHECKSUMS in info.capabilities for info in infos):
-            checksums = await asyncio.to_thread(folder_checksums_as, dtypes, folder, checksums)
-        origin = Origin(checksums, version, folder, dtypes)
-        self._versions.begin_with(origin)
+        origin = await Origin.read(infos, checksums, version, folder)
+        self._versions.begin_with(origin, infos)
         await self.replicas.each(lambda replica: self._versions.recognize(replica, origin))
-        reported = [info.weight_version for info in infos if info.weight_version is not None]
-        self._newest_before = max([*reported, *self._versions.stored], default=0)
 
     async def _generate(self, request: GenerateRequest, routing: RoutingContext, deadline: float) -> Generation:
         self._require_published()

@@ -1,9 +1,9 @@
-"""The weight versions of a fleet: publishes one at a time, stores it if configured, and updates late engines."""
+"""The weight versions of a fleet: what was published, and how a version reaches the engines, also a late one."""
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,8 +17,7 @@ from millrace.fleet.origin import Origin
 from millrace.fleet.replica_state import Attested, Based, Event, Quarantined, WeightsLost, verdict
 from millrace.fleet.republish import Republishable
 from millrace.fleet.storing import Storing
-from millrace.imports import needs_extra
-from millrace.types import Capability, LoraConfig
+from millrace.types import Capability, EngineInfo
 from millrace.weights.audit import Samples, samples_for
 from millrace.weights.cast import Dtypes
 from millrace.weights.fingerprint import Fingerprint
@@ -43,7 +42,9 @@ class Versions:
     """The weight versions of one fleet, and how they reach its engines.
 
     `apply` is called with the event when the weights of an engine change. `frozen`: the engines keep the weights of
-    their start.
+    their start. `changing`: a lock, held while the weights or memory of engines change. `publishing`: whether a version
+    is being published. `base`: the last whole version. `again`: how the trainer provides it again; None once its
+    weights may have changed.
     """
 
     def __init__(
@@ -55,19 +56,20 @@ class Versions:
         frozen: bool = False,
     ) -> None:
         self.transport, self.store, self._apply, self.frozen = transport, store, apply, frozen
-        self.changing = asyncio.Lock()  # locked while the weights or memory of engines change
+        self.changing = asyncio.Lock()
         self.storing = Storing(store)
-        self._publishing = False
-        self._checkpoint = Checkpoint()
-        self._base: int | None = None  # the last whole version
+        self.publishing = False
+        self.checkpoint = Checkpoint()
+        self.base: int | None = None
+        self._newest_before = 0  # the newest version that an earlier owner of these engines published, as far as known
         self._record: tuple[int, Mapping[str, str]] | None = None  # a published version's checksums, by tensor
-        self._republishable: Republishable | None = None  # the trainer's current weights
+        self.again: Republishable | None = None
         self.loras = PublishedLoras(store.folder if store is not None else None, apply)
 
     @property
     def _origin(self) -> Origin | None:
         """The weights with which the engines start; None if they are not known."""
-        return self._checkpoint.origin
+        return self.checkpoint.origin
 
     async def close(self) -> None:
         """Wait for the background work, and close the transport and the store."""
@@ -79,24 +81,19 @@ class Versions:
     @property
     def published(self) -> bool:
         """Whether a whole version was published, besides the weights with which the engines start."""
-        return self._base is not None and (self._origin is None or self._base != self._origin.version)
+        return self.base is not None and (self._origin is None or self.base != self._origin.version)
 
     @property
     def last(self) -> int | None:
         """The last version, whole or an adapter."""
-        return self.loras.current.version if self.loras.current is not None else self._base
+        return self.loras.current.version if self.loras.current is not None else self.base
 
     @property
     def recoverable(self) -> bool:
         """Whether an engine that starts gets the last version although no other engine has it: it is stored, or in the
         model's folder. The trainer's weights may have changed."""
-        own = self._origin is not None and self._base == self._origin.version
-        return own or (self.transport is not None and self._base in self.stored)
-
-    @property
-    def publishing(self) -> bool:
-        """Whether a version is being published."""
-        return self._publishing
+        own = self._origin is not None and self.base == self._origin.version
+        return own or (self.transport is not None and self.base in self.stored)
 
     @property
     def stored(self) -> Sequence[int]:
@@ -108,105 +105,33 @@ class Versions:
         """The engines' dtypes, by tensor."""
         return self._origin.dtypes if self._origin is not None else None
 
-    def begin_with(self, origin: Origin) -> None:
-        """Set the weights with which the engines start."""
-        self._checkpoint.origin, self._base = origin, origin.version
+    @property
+    def next(self) -> int:
+        """The number that the next version gets: above the last one, and above those of an earlier owner."""
+        return max(self._newest_before, self.last or 0) + 1
+
+    def begin_with(self, origin: Origin, infos: Iterable[EngineInfo]) -> None:
+        """Set the weights with which the engines start. `infos`: what the engines report."""
+        self.checkpoint.origin, self.base = origin, origin.version
+        reported = [info.weight_version for info in infos if info.weight_version is not None]
+        self._newest_before = max([*reported, *self.stored], default=0)
 
     async def recognize(self, replica: Replica, origin: Origin) -> None:
-        """Take an engine into rotation that holds the weights of the model's folder.
-
-        An engine that ran before does, too, if it holds the version that its owner's record says, or the last stored
-        one. Otherwise it serves after the next publish. Raises EngineFailed if an engine that was started here holds
-        other weights.
-        """
-        name, reported, store = replica.engine.name, replica.info.weight_version, self.store
-        if not replica.found:
-            await self.compare(replica, origin, Attested(origin.version))
-            return
-        knows = Capability.CHECKSUMS in replica.info.capabilities
-        known = reported is not None and reported == replica.held
-        if knows and not known and store is not None and reported is not None:
-            known = store.is_last(reported, await replica.engine.checksums())
-        if known and reported is not None:
-            self._base = max(reported, self._base or 0)
-            await self._apply(name, Attested(reported))
-            return
-        if not knows:
-            logger.info("%s serves after the next publish: it can't say which weights it holds", name)
-            return
-        reason = f"it reports version {reported}, and the model's folder has version {origin.version}"
-        if reported in (None, origin.version):
-            try:
-                await self.compare(replica, origin, Attested(origin.version))
-                return
-            except EngineFailed as error:
-                reason = str(error)
-        logger.warning("%s serves after the next publish: %s", name, reason)
-
-    async def publish_whole(
-        self,
-        given: WeightSource,
-        version: int,
-        targets: Callable[[], Sequence[PublishTarget]],
-        *,
-        bucket_bytes: int,
-        deadline: float,
-        require_finite: bool,
-    ) -> PublishReport:
-        """See `Fleet.publish`. `targets` returns the engines, and raises if there are none."""
-        self.require_next(version)
-        source = given.opened()
-        transport = self._require_transport()
-        self.storing.require_twice(source)
-        engines = targets()
-
-        async with self._alone():
-            unstored = await self.storing.ready(deadline)
-            samples = samples_for(version, {target.engine.name: target.info for target in engines})
-            source = await asyncio.to_thread(
-                self._checkpoint.whole, source, engines, require_finite=require_finite, samples=samples
-            )
-            again = Republishable(given, version) if given.function is not None else None
-            fingerprint = again.fingerprint if again is not None else None
-            report = await self._bring(
-                transport, engines, source, Attested(version), bucket_bytes, deadline, fingerprint, samples
-            )
-            self._republishable = again
-            unstored = await self.storing.keep(version, source, bucket_bytes) or unstored
-        return replace(report, unstored=unstored)
-
-    async def publish_lora(
-        self,
-        source: WeightSource,
-        version: int,
-        targets: Callable[[], Sequence[PublishTarget]],
-        bases: Callable[[], Mapping[str, int | None]],
-        *,
-        config: LoraConfig,
-        deadline: float,
-        require_finite: bool,
-    ) -> PublishReport:
-        """See `Fleet.publish_lora`. `bases` returns the whole version that each engine holds."""
-        self.require_next(version)
-        engines, started = targets(), time.monotonic()
-        async with self._alone():
-            named = await asyncio.to_thread(
-                self._checkpoint.lora, source, engines, config=config, require_finite=require_finite
-            )
-            async with self.loras.written(engines, version, named, config) as lora:
-                staged = time.monotonic() - started
-                reports = await self.loras.lay_over(engines, lora, self._base, bases(), started + deadline)
-        return PublishReport(version, lora.nbytes, time.monotonic() - started, staged, tuple(reports))
+        """Take an engine into rotation that holds a known version when the fleet begins (`Origin.version_of`)."""
+        version = await origin.version_of(replica, self.store, remember=self.frozen)
+        if version is not None:
+            self.base = max(version, self.base or 0)
+            await self._apply(replica.engine.name, Attested(version))
 
     @asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
+    async def alone(self) -> AsyncIterator[None]:
         """Return a context in which no other version is published, and no engine catches up."""
-        self._publishing = True
+        self.publishing = True
         try:
             async with self.changing:
                 yield
         finally:
-            self._publishing = False
+            self.publishing = False
 
     async def catch_up(
         self, started: Replica, peers: Callable[[int], Sequence[Replica]], bucket_bytes: int, deadline: float
@@ -217,12 +142,12 @@ class Versions:
         """
         ends = time.monotonic() + deadline
         await self.storing.secured(deadline)
-        name, base, lora = started.engine.name, self._base, self.loras.current
+        name, base, lora = started.engine.name, self.base, self.loras.current
         assert base is not None or lora is None
         if base is None:
             return
         brought = Attested(base) if lora is None else Based(base)
-        target = PublishTarget(started.engine, started.info)
+        target = target_of(started)
         if self._origin is not None and base == self._origin.version:
             try:
                 await self.compare(started, self._origin, brought)
@@ -233,7 +158,7 @@ class Versions:
             pass
         elif self.transport is not None and self.store is not None and base in self.store.versions:
             source = source_of(self.store.tensors(base))
-            await self._bring(self.transport, [target], source, brought, bucket_bytes, deadline)
+            await self.bring(self.transport, [target], source, brought, bucket_bytes, deadline)
         elif not await self._publish_again(target, brought, bucket_bytes, deadline):
             return
         if lora is not None:
@@ -256,7 +181,7 @@ class Versions:
             if offered.version != brought.version:
                 raise EngineFailed(peer.name, f"it reports version {offered.version}")
             way = PeerTransport(offered, record)
-            await self._bring(way, [target], source_of(()), brought, 0, deadline * PEER_SHARE)
+            await self.bring(way, [target], source_of(()), brought, 0, deadline * PEER_SHARE)
         except (EngineError, PublishError) as error:
             logger.warning("%s does not get version %d from %s: %s", name, brought.version, peer.name, error)
             return False
@@ -267,7 +192,7 @@ class Versions:
         self, target: PublishTarget, brought: Attested | Based, bucket_bytes: int, deadline: float
     ) -> bool:
         """Bring an engine the last whole version from the trainer. Return False if the trainer can't provide it."""
-        again, name, version = self._republishable, target.engine.name, brought.version
+        again, name, version = self.again, target.engine.name, brought.version
         if self.transport is None or again is None or again.version != version:
             logger.warning(
                 "%s serves after the next publish: version %d is in no store (publish.folder), and was not published "
@@ -281,28 +206,25 @@ class Versions:
         async def bring(source: WeightSource) -> None:
             samples = samples_for(version, {name: target.info})
             source = await asyncio.to_thread(
-                self._checkpoint.whole, source, [target], require_finite=False, samples=samples
+                self.checkpoint.whole, source, [target], require_finite=False, samples=samples
             )
-            await self._bring(transport, [target], source, brought, bucket_bytes, deadline, fingerprint, samples)
+            await self.bring(transport, [target], source, brought, bucket_bytes, deadline, fingerprint, samples)
 
         return await again.publish(name, bring)
 
-    def release(self) -> None:
-        """Forget the trainer's function, since the trainer may change its weights from now on."""
-        self._republishable = None
-
-    async def restore(self, targets: Sequence[PublishTarget], bucket_bytes: int, deadline: float) -> None:
+    async def restore(self, replicas: Sequence[Replica], bucket_bytes: int, deadline: float) -> None:
         """Make these engines, whose weights slept, read the weights of their start again.
 
         An engine that fails to do so leaves rotation until it is restarted.
         """
         origin = self._origin
         assert origin is not None
+        targets = [target_of(replica) for replica in replicas]
         own = FolderTransport(origin.folder, origin.checksums)
-        async with self._alone():
+        async with self.alone():
             try:
                 source = source_of(FolderTensors(origin.folder))
-                report = await self._bring(own, targets, source, Based(origin.version), bucket_bytes, deadline)
+                report = await self.bring(own, targets, source, Based(origin.version), bucket_bytes, deadline)
             except PublishError as error:
                 logger.error("%s", error)
                 for target in targets:
@@ -329,7 +251,7 @@ class Versions:
         if await origin.holds(replica, remember=self.frozen):
             await self._apply(replica.engine.name, then)
 
-    async def _bring(
+    async def bring(
         self,
         transport: Transport,
         targets: Sequence[PublishTarget],
@@ -347,7 +269,7 @@ class Versions:
             match outcome:
                 case Outcome.COMMITTED:
                     if isinstance(brought, Attested):
-                        self._base = version
+                        self.base = version
                         self.loras.current = None
                     self.loras.retire(name, keep=None, at_once=True)
                     await self._apply(name, brought)
@@ -381,25 +303,7 @@ class Versions:
                 logger.info("version %d: %s holds %s", version, engine.engine, engine.audit)
         return report
 
-    def _require_transport(self) -> Transport:
-        """Return the transport. Raises PublishError if there is none, and ConfigError if torch is not installed."""
-        if self.transport is None:
-            with needs_extra("publishing weights"):
-                import torch  # noqa: F401
-            raise PublishError(
-                "no transport reaches all of the engines from this process; an SGLang with dp_size above 1 and without "
-                "enable_dp_attention, and a vLLM that was started without Millrace's extension, or with dp_size above "
-                "1 and without Millrace's middleware, take weights only from disk: set publish.folder to a path that "
-                "they and the trainer share; an SGLang that quantises takes weights only with load_format "
-                "flash_rl"
-            )
-        return self.transport
 
-    def require_next(self, version: int) -> None:
-        """Raises PublishError if the version can't be published now."""
-        if self.frozen:
-            raise PublishError("this fleet is frozen, as a judge's is: nothing can be published to it")
-        if self._publishing:
-            raise PublishError(f"version {version} can't be published while another version is being published")
-        if self.last is not None and version <= self.last:
-            raise PublishError(f"version {version} is not newer than version {self.last}, which was published before")
+def target_of(replica: Replica) -> PublishTarget:
+    """Return an engine as a publish needs it."""
+    return PublishTarget(replica.engine, replica.info)
