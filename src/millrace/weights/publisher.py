@@ -24,9 +24,10 @@ from millrace.errors import (
 from millrace.tracing import add_span, span
 from millrace.types import Capability
 from millrace.weights.audit import Samples, audited
-from millrace.weights.fingerprint import Fingerprint, sampled
+from millrace.weights.fingerprint import Fingerprint
 from millrace.weights.plan import buckets
 from millrace.weights.report import PublishReport
+from millrace.weights.sent import Sent, require_same
 from millrace.weights.source import WeightSource
 from millrace.weights.step import take_step
 from millrace.weights.transports.base import (
@@ -109,14 +110,13 @@ class Publish:
         self._audit_samples = samples
         self._started = time.monotonic()
         self._ends = self._started + deadline
-        self._sent: dict[str, str] = {}  # each tensor's checksum in this pass, empty if the transport reads no bytes
-        self._samples: dict[str, str] = {}  # each tensor's (or part's) sampled checksum in this pass
+        self._sent = Sent()  # in this pass
         self._exchanged: int | None = None
 
     @property
     def record(self) -> Mapping[str, str] | None:
         """The checksum of each tensor that was sent, by name; None if the transport reads no bytes."""
-        return self._sent if self._sent and all(self._sent.values()) else None
+        return self._sent.record
 
     async def run(self) -> PublishReport:
         """Publish, and return the report. Raises PublishError if no engine took the version, and EnginesLost if the
@@ -149,7 +149,7 @@ class Publish:
         while pending and await self._reach(pending):
             await self._load(pending)
             if self._fingerprint is not None and any(update.error is None for update in pending):
-                self._fingerprint.require(self._samples)
+                self._fingerprint.require(self._sent.samples)
             await self._attest(pending)
             await self._each(pending, "attest", self._audit)
             await self._each(pending, "commit", self._commit)
@@ -195,29 +195,10 @@ class Publish:
             update.error = update.error or unreached.get(update.engine.name)
         return any(update.error is None for update in updates)
 
-    def _buckets(self, updates: Sequence[Update]) -> Iterator[StagedBucket]:
-        self._sent, self._samples = {}, {}
-        source = self._grouped()
-        if self._fingerprint is None and not any(u.target.can(Capability.SAMPLED_CHECKSUMS) for u in updates):
-            return self._transport.staged(source)
-        if self._transport.samples_buckets:
-            return self._sampled(self._transport.staged(source))
-        return self._transport.staged(sampled(source, self._samples))
-
     def _grouped(self) -> Iterator[NamedTensors]:
         """Yield the tensors of each bucket. If all exist already, they are grouped before the engines pause."""
         found: Iterator[NamedTensors] = buckets(self._source, self._bucket_bytes)
         yield from list(found) if self._source.at_hand else found
-
-    def _sampled(self, staged: Iterator[StagedBucket]) -> Iterator[StagedBucket]:
-        """Yield the same buckets, and remember the sampled checksums of their tensors when all have been taken."""
-        begun = []
-        for bucket in staged:
-            assert bucket.samples is not None
-            begun.append(bucket.samples())  # a GPU computes them while the engines load the bucket
-            yield bucket
-        for samples in begun:
-            self._samples |= samples()
 
     async def _load(self, updates: Sequence[Update]) -> None:
         """Send the buckets. The transactions begin when the first bucket is ready, because some engines stop generating
@@ -227,7 +208,9 @@ class Publish:
         to load that is sent too, so that the engines need not wait for it. There are two slots, so the bucket after it
         is staged when all engines have loaded the first.
         """
-        source, running = self._buckets(updates), list[asyncio.Task[None]]()
+        self._sent, running = Sent(), list[asyncio.Task[None]]()
+        sampling = self._fingerprint is not None or any(u.target.can(Capability.SAMPLED_CHECKSUMS) for u in updates)
+        source = self._sent.staged(self._grouped(), self._transport, sampling=sampling)
         arrival = await self._next_bucket(source, updates)
         _leave_out(updates, arrival)
         await self._each(updates, "begin", self._begin)
@@ -236,7 +219,9 @@ class Publish:
             while arrival is not None and any(update.error is None for update in updates):
                 self.stage_seconds += arrival.seconds
                 nbytes += arrival.staged.nbytes
-                self._record(arrival.staged)
+                self._sent.add(arrival.staged)
+                if isinstance(arrival.staged, ExchangedBucket):
+                    self._exchanged = (self._exchanged or 0) + arrival.staged.exchanged
                 if not self._transport.loads_ahead:
                     await _until(running, 0)
                 running.append(asyncio.create_task(self._load_bucket(updates, arrival.staged)))
@@ -255,15 +240,6 @@ class Publish:
         for update in updates:
             if update.loading_since is not None:
                 add_span("load", update.loading_since, update.legs["load"], {"millrace.engine": update.engine.name})
-
-    def _record(self, staged: StagedBucket) -> None:
-        """Remember the checksums of the tensors in a bucket. Raises PublishError for a tensor that comes twice."""
-        repeated = {name for name, count in Counter(staged.names).items() if count > 1}
-        if twice := sorted(repeated | (self._sent.keys() & set(staged.names))):
-            raise PublishError(f"the trainer named a tensor twice: {twice[0]}")
-        self._sent |= {name: staged.checksums.get(name, "") for name in staged.names}
-        if isinstance(staged, ExchangedBucket):
-            self._exchanged = (self._exchanged or 0) + staged.exchanged
 
     async def _next_bucket(self, source: Iterator[StagedBucket], updates: Sequence[Update]) -> _Arrival | None:
         started = time.monotonic()
@@ -301,10 +277,10 @@ class Publish:
         async def ask(update: Update) -> None:
             engine, target = update.engine, update.target
             if target.can(Capability.CHECKSUMS) and self.record is not None:
-                _require_same(engine.name, await engine.checksums(), self._sent)
+                require_same(engine.name, await engine.checksums(), self.record)
                 return
             if target.can(Capability.SAMPLED_CHECKSUMS) and (samples := await engine.sampled_checksums()):
-                _require_same(engine.name, samples, self._samples)
+                require_same(engine.name, samples, self._sent.samples)
             if target.can(Capability.OWN_CHECKSUMS) and layouts[update.layout] > 1:
                 reported[engine.name] = await engine.checksums()
 
@@ -390,12 +366,3 @@ def _leave_out(updates: Sequence[Update], arrival: _Arrival | None) -> None:
     for update in updates:
         if update.error is None and (error := unreached.get(update.engine.name)) is not None:
             update.error, update.collateral = error, True
-
-
-def _require_same(engine: str, loaded: Mapping[str, str], sent: Mapping[str, str]) -> None:
-    if loaded == sent:
-        return
-    if missing := sent.keys() ^ loaded.keys():
-        raise EngineFailed(engine, f"only one side has these tensors: {', '.join(sorted(missing)[:3])}")
-    if wrong := [name for name, value in sent.items() if loaded[name] != value]:
-        raise EngineFailed(engine, f"{len(wrong)} of {len(sent)} tensors are not what was sent, such as {wrong[0]}")
