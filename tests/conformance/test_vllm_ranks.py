@@ -84,7 +84,7 @@ def engine(fleet: Fleet) -> VLLMEngine:
 
 async def test_every_rank_has_its_experts_and_answers_for_them(engine: VLLMEngine) -> None:
     await check_ranks_hold_their_experts(engine)
-    assert [state["rank"] for state in await engine._rpc("millrace_state")] == [0, 1]
+    assert [state["rank"] for state in await engine._extension.call("millrace_state")] == [0, 1]
     load = await engine.loads()
     assert 0 <= load.used_tokens <= load.max_tokens
 
@@ -104,14 +104,14 @@ async def test_weights_come_by_every_transport(
 ) -> None:
     monkeypatch.setenv(SIDECAR_KEY, "the key")
     version = await check_weights_come(engine, name, folders)
-    assert [state["version"] for state in await engine._rpc("millrace_state")] == [str(version)] * RANKS
+    assert [state["version"] for state in await engine._extension.call("millrace_state")] == [str(version)] * RANKS
 
 
 async def test_a_rank_that_refuses_is_named(engine: VLLMEngine) -> None:
     with pytest.raises(EngineFailed, match="rank 0: no update is open"):
-        await engine._rpc("millrace_load", "{}")
+        await engine._extension.call("millrace_load", "{}")
     with pytest.raises(EngineFailed, match=r"500.*data-parallel rank 0: .*; data-parallel rank 1: "):
-        await engine._rpc("millrace_unknown")
+        await engine._extension.call("millrace_unknown")
     assert await engine.health() is Health.READY
 
 

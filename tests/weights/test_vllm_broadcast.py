@@ -36,9 +36,9 @@ async def test_versions_come_by_whole_buckets(ranks: int, vllm_python: Path, tmp
         async with Trainer(engine, folder) as trainer:
             assert isinstance(trainer.transport, WholeBroadcastTransport)
             await trainer.publish_both()
-            planned = [state["planned"] for state in await engine._rpc("millrace_state")]
+            planned = [state["planned"] for state in await engine._extension.call("millrace_state")]
             await trainer.publish_both()
-            assert [state["planned"] for state in await engine._rpc("millrace_state")] == planned
+            assert [state["planned"] for state in await engine._extension.call("millrace_state")] == planned
         await check_goes_on_after_dead_trainers(engine, folder, trainer)
     finally:
         await started.end()

@@ -84,21 +84,21 @@ async def test_changes_from_a_version_that_a_rank_does_not_hold_are_not_written(
         checksums = await deltas.step()
 
         async def load(base: str) -> Any:
-            await engine._rpc("millrace_begin")
+            await engine._extension.call("millrace_begin")
             changes = {"path": str(tmp_path / "missing"), "base": base}
             place = {"kind": "disk", "path": str(deltas.folder), "digest": "own", "changes": changes}
-            return (await engine._rpc("millrace_load", json.dumps(place)))[0]
+            return (await engine._extension.call("millrace_load", json.dumps(place)))[0]
 
         assert "holds another one" in (await load("another"))["whole"]
-        await engine._rpc("millrace_commit", "own")
+        await engine._extension.call("millrace_commit", "own")
         assert await engine.checksums() == checksums
         with pytest.raises(EngineFailed, match=f"could not write what has changed, from {tmp_path / 'missing'}"):
             await load("own")
         with pytest.raises(EngineFailed, match="failed half-way"):
-            await engine._rpc("millrace_commit", "torn")
-        assert await engine._rpc("millrace_abandon") == [{"torn": True}]
+            await engine._extension.call("millrace_commit", "torn")
+        assert await engine._extension.call("millrace_abandon") == [{"torn": True}]
         assert "holds another one" in (await load("own"))["whole"]
-        await engine._rpc("millrace_commit", str(deltas.version))
+        await engine._extension.call("millrace_commit", str(deltas.version))
         assert await engine.checksums() == checksums
 
 
@@ -120,21 +120,21 @@ async def test_a_tied_head_must_be_the_changed_embedding(
         save_file({**weights, "lm_head.weight": head.clone()}, tmp_path / name / "model.safetensors")
         changes = {"path": str(tmp_path / "changes"), "base": "first"}
         place = {"kind": "disk", "path": str(tmp_path / name), "digest": name, "changes": changes}
-        await engine._rpc("millrace_begin")
-        return (await engine._rpc("millrace_load", json.dumps(place)))[0]
+        await engine._extension.call("millrace_begin")
+        return (await engine._extension.call("millrace_load", json.dumps(place)))[0]
 
     await load("first", first, first[EMBEDDING])
-    await engine._rpc("millrace_commit", "0")
+    await engine._extension.call("millrace_commit", "0")
     answer = await load("second", second, second[EMBEDDING])
     assert (answer["whole"] == "") is unpacked
-    await engine._rpc("millrace_commit", "0")
+    await engine._extension.call("millrace_commit", "0")
     by_changes = await engine.checksums()
     await load("first", first, first[EMBEDDING])
-    await engine._rpc("millrace_commit", "0")
+    await engine._extension.call("millrace_commit", "0")
     await load("other", second, first[EMBEDDING])
     with pytest.raises(EngineFailed, match="are one tensor in the model, but differ"):
-        await engine._rpc("millrace_commit", "0")
-    assert await engine._rpc("millrace_abandon") == [{"torn": True}]
+        await engine._extension.call("millrace_commit", "0")
+    assert await engine._extension.call("millrace_abandon") == [{"torn": True}]
     assert "holds another one" in (await load("again", second, second[EMBEDDING]))["whole"]
-    await engine._rpc("millrace_commit", "0")
+    await engine._extension.call("millrace_commit", "0")
     assert await engine.checksums() == by_changes

@@ -3,29 +3,27 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from millrace.buckets import Bucket, DiskBucket, ProcessGroup, ProcessGroupBucket, TensorSpec
-from millrace.engines.audit import Answers, HeldLayer, WeightSample, texts_of
-from millrace.engines.http_engine import ABORT_DEADLINE, CONTROL_DEADLINE, IDLE_POLL_SECONDS, MEMORY_DEADLINE
+from millrace.engines.audit import HeldLayer, WeightSample
+from millrace.engines.http_engine import ABORT_DEADLINE, IDLE_POLL_SECONDS, MEMORY_DEADLINE
 from millrace.engines.stock.engine import StockEngine
 from millrace.engines.stock.parts import NeededParts
 from millrace.engines.stock.state import InvalidStateError, ServerState, require
 from millrace.engines.stock.tensors import checksums_by_rank
 from millrace.engines.versions import decode_version
 from millrace.engines.vllm.connectors import require_dropping
+from millrace.engines.vllm.extension import Extension
 from millrace.engines.vllm.facts import Server, VLLMFacts, has_extension, read_facts, transfer_config
 from millrace.engines.vllm.guards import check_reload, check_request
-from millrace.engines.vllm.loading import ExtensionLoader
 from millrace.engines.vllm.metrics import read_metrics
-from millrace.engines.vllm.payload import transfer
+from millrace.engines.vllm.transfer import TransferEngine
 from millrace.engines.vllm.wire import Answer, encode, wire_id
-from millrace.errors import EngineFailed, EngineRefused, EngineTimeout
+from millrace.errors import EngineRefused, EngineTimeout
 from millrace.http import HttpClient
 from millrace.types import (
     ALL_MEMORY,
@@ -44,7 +42,6 @@ PAUSE_PATHS = {
     PauseMode.RETRACT: "/pause?mode=keep&at_once=true",
     PauseMode.KEEP: "/pause?mode=keep&clear_cache=false&at_once=true",
 }
-RPC_PATH = "/collective_rpc?every_rank=true"  # see `millrace_vllm_keys`
 CHECKER_DEADLINE = 600.0  # seconds; vLLM copies every tensor to the host and hashes it there
 
 
@@ -57,13 +54,17 @@ class VLLMEngine(StockEngine[VLLMFacts]):
     """
 
     _version: int | None = None  # of the served weights, for servers that do not store it
-    _receiving = False  # whether a session of vLLM's own transfer engine is open
     _counted: tuple[float, float] = (0.0, 0.0)  # the last reading of the token counter: time.monotonic() and count
 
     @cached_property
-    def _extension(self) -> ExtensionLoader:
-        """What the extension is asked in updates. A server without one has no use for it."""
-        return ExtensionLoader(self.name, self._rpc, self._decode)
+    def _extension(self) -> Extension:
+        """The extension. A server without one has no use for it."""
+        return Extension(self.name, self._control, self._decode, self._ranks)
+
+    @cached_property
+    def _transfer(self) -> TransferEngine:
+        """vLLM's own transfer engine. A server without one never opens a session."""
+        return TransferEngine(self._control)
 
     async def initialize(self, version: int | None = None) -> None:
         await self._facts()  # first: it raises a clear error if the control routes are closed
@@ -106,7 +107,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
     async def leave_group(self, name: str) -> None:
         # Without the extension there is nothing to do: vLLM's transfer engine leaves a group when it joins the next.
         if (await self._server()).extension:
-            await self._rpc("millrace_leave", name)
+            await self._extension.call("millrace_leave", name)
 
     async def checksums(self) -> Mapping[str, str]:
         """Return digests of the tensors as each rank holds them: fused, sharded and packed.
@@ -116,12 +117,12 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         """
         server = await self._server()
         if server.extension:
-            return checksums_by_rank(await self._rpc("millrace_checksums"))
+            return checksums_by_rank(await self._extension.call("millrace_checksums"))
         if not server.checker:
             raise EngineRefused(
                 self.name, "its workers do not have Millrace's extension, and it has no /weight_checker (vLLM 0.32)"
             )
-        await self._end_receiving()  # before, some tensors have no memory
+        await self._transfer.end()  # before, some tensors have no memory
         body = await self._control("/weight_checker", {"action": "checksum"}, deadline=CHECKER_DEADLINE)
         return self._decode("/weight_checker", lambda: dict(body["checksums"]))
 
@@ -148,11 +149,8 @@ class VLLMEngine(StockEngine[VLLMFacts]):
     async def audit(
         self, samples: Sequence[WeightSample], *, deadline: float
     ) -> tuple[Sequence[HeldLayer], Sequence[int]]:
-        answers = Answers()
         async with self._control_call():
-            for first, text in texts_of(samples):
-                answers.add(first, await self._rpc("millrace_audit", text, deadline=deadline))
-        return answers.layers(), answers.unplaced()
+            return await self._extension.audit(samples, deadline)
 
     async def loads(self) -> EngineLoad:
         server = await self._server()
@@ -285,50 +283,35 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         if facts.server.extension:
             return self._extension.loading(bucket, facts.info.ranks)
         if facts.server.transfer and isinstance(bucket, ProcessGroupBucket):
-            return partial(self._receive, transfer(bucket))
+            return self._transfer.loading(bucket)
         if not isinstance(bucket, DiskBucket):
             raise InvalidStateError(
                 "its workers lack Millrace's extension; it loads weights from disk, or by NCCL if it was started "
                 'with --weight-transfer-config \'{"backend": "nccl"}\''
             )
-        if self._receiving:
+        if self._transfer.receiving:
             raise InvalidStateError("this update already receives tensors by NCCL, and can't also load from disk")
         check_reload(facts.model, facts.server)
         body = {"method": "reload_weights", "kwargs": {"weights_path": bucket.path}}
         return lambda deadline: self._control("/collective_rpc", body, deadline=deadline)
 
-    async def _receive(self, tensors: Mapping[str, object], deadline: float) -> None:
-        if not self._receiving:
-            await self._control("/start_weight_update", {})
-            self._receiving = True
-        try:
-            await self._control("/update_weights", {"update_info": tensors}, deadline=deadline)
-        except (EngineFailed, EngineRefused):
-            self._receiving = False  # vLLM has closed the session
-            raise
-
     async def _commit(self, version: int) -> None:
         if (await self._server()).extension:
-            await self._rpc("millrace_commit", str(version))
-        await self._end_receiving()
+            await self._extension.call("millrace_commit", str(version))
+        await self._transfer.end()
         await self._name_version(version)
 
     async def _abort_update(self) -> None:
         if (await self._server()).extension:
-            await self._rpc("millrace_abandon")
-        await self._end_receiving()
-
-    async def _end_receiving(self) -> None:
-        if self._receiving:
-            await self._control("/finish_weight_update", None)
-            self._receiving = False
+            await self._extension.call("millrace_abandon")
+        await self._transfer.end()
 
     async def _load_lora(self, name: str, path: str, deadline: float) -> int | None:
         # On the CPU, vLLM applies the adapter in the last slot to requests without one. That slot must stay empty.
         server = await self._server()
         before: list[int | None] = []
         if server.extension:
-            before = (await self._rpc("millrace_slots"))[0]["slots"]
+            before = await self._extension.slots()
         if server.on_cpu and None not in before[:-1]:
             raise EngineRefused(
                 self.name,
@@ -338,24 +321,18 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         await self._control("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, deadline=deadline)
         if not server.extension:
             return None
-        after = (await self._rpc("millrace_slots"))[0]["slots"]
-        return next((number for number in after if number not in before), None)
+        return next((number for number in await self._extension.slots() if number not in before), None)
 
     async def _unload_lora(self, name: str, worker_id: int | None, deadline: float) -> None:
         await self._control("/v1/unload_lora_adapter", {"lora_name": name}, deadline=deadline)
         if worker_id is not None:
-            await self._rpc("millrace_forget", str(worker_id), deadline=deadline)
+            await self._extension.call("millrace_forget", str(worker_id), deadline=deadline)
 
     async def _join(self, group: ProcessGroup, deadline: float) -> None:
         if (await self._server()).transfer:
-            place = {"master_address": group.address, "master_port": group.port}
-            ranks = {"rank_offset": group.rank_offset, "world_size": group.world_size}
-            await self._control("/init_weight_transfer_engine", {"init_info": place | ranks}, deadline=deadline)
-            return
-        if not group.by_bucket:
-            raise EngineRefused(self.name, "its extension takes whole buckets by a process group (`by_bucket`)")
-        text = orjson.dumps({**asdict(group), "seconds": deadline}).decode()
-        await self._rpc("millrace_join", text, deadline=deadline)
+            await self._transfer.join(group, deadline)
+        else:
+            await self._extension.join(group, deadline)
 
     async def _probe(self, deadline: float) -> None:
         await self._http.control("GET", "/health", deadline=deadline)
@@ -373,7 +350,7 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         served = (await self._ask("/v1/models"))["data"][0]
         version = (await self._ask("/version"))["version"]
         model = await self._read_model(Path(served["root"]))
-        answers = len(await self._call_extension("millrace_state")) if has_extension(config) else 0
+        answers = await self._extension.answering() if has_extension(config) else 0
         return self._decode("/server_info", lambda: read_facts(version, served, api, config, model, answers))
 
     def _check(self, request: GenerateRequest, facts: VLLMFacts) -> None:
@@ -386,6 +363,9 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         """Return the server's properties, which are part of its facts."""
         return (await self._facts()).server
 
+    async def _ranks(self) -> int:
+        return (await self._facts()).info.ranks
+
     async def _name_version(self, version: int) -> None:
         if (await self._server()).versions:
             await self._control("/update_weight_version", {"new_version": str(version)})
@@ -396,21 +376,5 @@ class VLLMEngine(StockEngine[VLLMFacts]):
         if server.versions:
             return decode_version((await self._ask("/weight_info"))["weight_version"])
         if self._version is None and server.extension:
-            return decode_version((await self._rpc("millrace_state"))[0]["version"] or "")
+            return decode_version((await self._extension.call("millrace_state"))[0]["version"] or "")
         return self._version
-
-    async def _rpc(self, method: str, *arguments: str, deadline: float = CONTROL_DEADLINE) -> Any:
-        """Call a method of the extension on every rank. Return the answers. Raises EngineFailed if a rank fails."""
-        results = await self._call_extension(method, *arguments, deadline=deadline)
-        for rank, result in enumerate(results):
-            if error := result.get("error"):
-                raise EngineFailed(self.name, f"rank {rank}: {error}")
-        ranks = (await self._facts()).info.ranks
-        if len(results) != ranks:
-            raise EngineFailed(self.name, f"{method}: {len(results)} of its {ranks} ranks have answered")
-        return results
-
-    async def _call_extension(self, method: str, *arguments: str, deadline: float = CONTROL_DEADLINE) -> Any:
-        """Call a method of the extension. Return the answers of the ranks that the server reports."""
-        body = {"method": method, "args": arguments}
-        return (await self._control(RPC_PATH, body, deadline=deadline))["results"]

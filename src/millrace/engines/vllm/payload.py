@@ -1,6 +1,6 @@
-"""Describe arriving weights to vLLM's workers. Pure.
+"""Describe arriving weights to Millrace's extension in vLLM's workers. Pure.
 
-Millrace's extension takes JSON, so nothing is unpickled. vLLM's own transfer engine takes its own format.
+It takes JSON, so nothing is unpickled.
 """
 
 from base64 import b64encode
@@ -21,13 +21,11 @@ from millrace.buckets import (
     TensorSpec,
     TorchStorageBucket,
 )
-from millrace.engines.opcodes import PROTOCOL, STOP, Call, Name, encode
 from millrace.engines.stock.state import InvalidStateError
 from millrace.extension.millrace_boxes import label
 from millrace.extension.millrace_samples import separated
 
 AnyParts = PartsBucket | SentPartsBucket
-UNIQUE_ID_KEY = "broadcast_from/0/0"
 
 
 def description(bucket: Bucket, ranks: int) -> tuple[Mapping[str, object], Sequence[TensorSpec]]:
@@ -93,15 +91,6 @@ def samples_of_parts(bucket: AnyParts, ranks: Sequence[Mapping[str, str]]) -> Ma
     return found
 
 
-def transfer(bucket: ProcessGroupBucket) -> Mapping[str, object]:
-    """Return the argument of /update_weights, for vLLM's transfer engine with the backend nccl."""
-    return {
-        "names": [tensor.name for tensor in bucket.tensors],
-        "dtype_names": [tensor.dtype for tensor in bucket.tensors],
-        "shapes": [tensor.shape for tensor in bucket.tensors],
-    }
-
-
 def samples_of(names: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
     """Return the sampled checksum of each tensor in a bucket, from the ranks' answers to `millrace_load`.
 
@@ -111,15 +100,6 @@ def samples_of(names: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> Mapp
     if differing := sorted(name for other in others for name, value in other.items() if value != first[name]):
         raise ValueError(f"its ranks received different values of {differing[0]}")
     return first
-
-
-def unique_id(value: bytes) -> bytes:
-    """Return the value that vLLM's transfer engine reads from the sender's store under UNIQUE_ID_KEY.
-
-    It is a pickled object of vLLM's own class with NCCL's id of the group. vLLM 0.32 accepts JSON too, 0.23 does not.
-    """
-    kind = Name("vllm.distributed.device_communicators.pynccl_wrapper", "ncclUniqueId")
-    return PROTOCOL + encode(Call(Name("_ctypes", "_unpickle"), (kind, ({}, value)))) + STOP
 
 
 def _place(memory: SharedMemoryBucket | TorchStorageBucket | CudaIpcBucket) -> Mapping[str, object]:

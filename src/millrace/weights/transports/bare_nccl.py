@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from millrace.engines.vllm.payload import UNIQUE_ID_KEY, unique_id
+from millrace.engines.vllm.transfer import UNIQUE_ID_KEY, unique_id
 from millrace.types import Capability
 from millrace.weights.transports.base import TransportContext
 from millrace.weights.transports.process_group import ProcessGroupTransport, nccl_device
