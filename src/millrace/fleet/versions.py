@@ -150,7 +150,8 @@ class Versions:
         target = target_of(started)
         if self._origin is not None and base == self._origin.version:
             try:
-                await self.compare(started, self._origin, brought)
+                if await self._origin.holds(started, remember=self.frozen):
+                    await self._apply(name, brought)
             except EngineError as error:
                 await self._apply(name, verdict(error))
                 raise
@@ -242,14 +243,6 @@ class Versions:
             logger.error("out of rotation: %s", error)
             then = verdict(error)
         await self._apply(engine.name, then)
-
-    async def compare(self, replica: Replica, origin: Origin, then: Event) -> None:
-        """Take an engine into rotation that has loaded these weights itself.
-
-        Raises EngineFailed if its checksums differ.
-        """
-        if await origin.holds(replica, remember=self.frozen):
-            await self._apply(replica.engine.name, then)
 
     async def bring(
         self,
