@@ -16,7 +16,7 @@ from millrace.errors import EngineError, NoEngineError, PublishError
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet, transport_for
 from millrace.fleet.replica_state import Phase
-from millrace.types import Generation
+from millrace.types import Capability, Generation
 from millrace.weights.publisher import ROLLBACK_DEADLINE
 from tests.fleet.signals import kill_engine, send_signal
 from tests.weights.corruption import CorruptingTransport, Corruption, corrupt_folder
@@ -286,13 +286,19 @@ class Machine:
         return await self._restart(name)
 
     async def _restart(self, name: str) -> Statuses:
-        if self._oracle.store_corrupted:
+        """Without a usable store, an engine gets its weights from another one that serves, if that can give them."""
+        serves = not self._oracle.store_corrupted or any(
+            Capability.UPDATE_FROM_PEER in self._fleet.replicas.by_name[other].info.capabilities
+            for other, found in self._oracle.statuses.items()
+            if other != name and found is Status.SERVING
+        )
+        if serves:
+            await self._fleet.restart(name, bucket_bytes=BUCKET)
+        else:
             with pytest.raises(PublishError):
                 await self._fleet.restart(name, bucket_bytes=BUCKET)
-        else:
-            await self._fleet.restart(name, bucket_bytes=BUCKET)
         await self._slow_down(name)
-        return self._oracle.unchanged() | {name: {Status.EMPTY if self._oracle.store_corrupted else Status.SERVING}}
+        return self._oracle.unchanged() | {name: {Status.SERVING if serves else Status.EMPTY}}
 
     async def _switch_transport(self, name: TransportName) -> Statuses:
         before, self._transport = self._transport, self._corrupting(name)
