@@ -10,6 +10,7 @@ from millrace.errors import EngineTimeout
 from millrace.types import Capability, PauseMode
 
 PREFIX = 48  # tokens; caches keep complete pages of up to 32
+WARMINGS = 16  # requests for a prompt, until one is answered from the cache
 CROWDING = 8192  # most tokens of a prompt that takes the room of others
 
 
@@ -51,11 +52,15 @@ async def crowd_out(subject: Subject, label: str) -> None:
 
 
 async def warm(subject: Subject, label: str) -> None:
-    """Get the prompt of this label into the cache. Raises Lacking if the engine reports no cached tokens."""
+    """Get the prompt of this label into the cache. Raises Lacking if the engine reports no cached tokens.
+
+    A server with data-parallel ranks may give each request to another rank, with a cache of its own.
+    """
     request = ask(subject, label, length=PREFIX)
-    await generate(subject, request)
-    if not (await generate(subject, request)).cached_tokens:
-        raise Lacking(f"it does not cache a prefix of {PREFIX} tokens, or does not report it")
+    for _ in range(WARMINGS):
+        if (await generate(subject, request)).cached_tokens:
+            return
+    raise Lacking(f"it does not cache a prefix of {PREFIX} tokens, or does not report it")
 
 
 @check("cache.flush_waits", "a flush waits for running requests, and does not disturb them")

@@ -73,9 +73,17 @@ def _logit(probability: float) -> float:
 
 @check("sampling.repetition_penalty", "a repetition penalty changes the distribution", Capability.PENALTIES)
 async def repetition_penalty(subject: Subject) -> None:
-    plain = await generate(subject, ask(subject, "repetition", sampling=GREEDY))
-    made = await generate(subject, ask(subject, "repetition", sampling=replace(GREEDY, repetition_penalty=2.0)))
-    expect(not alike(plain, made), "the tokens and logprobs are those without it")
+    for number in range(LABELS):
+        label = f"repetition-{number}"
+        request = ask(subject, label, sampling=GREEDY)
+        likely = await generate(subject, ask(subject, label, tokens=1))
+        plain = replace(request, input_ids=(*likely.output_ids, *request.input_ids[1:]))
+        penalized = replace(
+            ask(subject, label, sampling=replace(GREEDY, repetition_penalty=2.0)), input_ids=plain.input_ids
+        )
+        if not alike(await generate(subject, plain), await generate(subject, penalized)):
+            return
+    raise CheckFailed("the tokens and logprobs are those without it")
 
 
 @check("sampling.penalties_refused", "penalties that the engine does not apply as defined are refused")
