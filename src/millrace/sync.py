@@ -886,8 +886,7 @@ class Fleet:
             The URL and the key. The URL of 0.0.0.0 is that for this host.
 
         Raises:
-            ConfigError: The address or the port can't be used, or other processes can't send requests to the engines
-                (SGLang with `prefill_decode`).
+            ConfigError: The address or the port can't be used.
             ArgumentError: An argument has the wrong type.
 
         Example:

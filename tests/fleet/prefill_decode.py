@@ -19,6 +19,7 @@ from millrace.config.sources import TinyModelConfig
 from millrace.engines.stock.interpreter import StockConfig
 from millrace.engines.stock.pair import PrefillDecodeEngine
 from millrace.errors import EngineError, EngineRefused
+from millrace.fleet.client import FleetClient
 from millrace.fleet.fleet import Fleet
 from millrace.fleet.local import open_fleet
 from millrace.train.tiny import make_tiny_model
@@ -97,7 +98,7 @@ def asking(prompt: tuple[int, ...], tokens: int = TOKENS) -> GenerateRequest:
     return GenerateRequest(prompt, SamplingParams(tokens, temperature=0.0, ignore_eos=True))
 
 
-async def generated(fleet: Fleet) -> list[Generation]:
+async def generated(fleet: FleetClient) -> list[Generation]:
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(fleet.generate(asking(prompt), deadline=DEADLINE)) for prompt in PROMPTS]
     return [task.result() for task in tasks]

@@ -1,6 +1,7 @@
 """Real servers that compute prompts and generate apart serve as one replica of a fleet."""
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,20 @@ import pytest_asyncio
 
 from millrace.config.engines import PrefillDecodeConfig
 from millrace.engines.stock.interpreter import StockConfig
-from millrace.errors import ConfigError, EngineRefused
+from millrace.engines.stock.pair import PrefillDecodeEngine
+from millrace.errors import EngineRefused
 from millrace.fleet.fleet import Fleet
+from millrace.fleet.follower import follow_fleet
 from millrace.fleet.local import open_fleet
-from millrace.types import Health
+from millrace.types import Generation, Health, PauseMode
 from tests.fleet.prefill_decode import (
     DEADLINE,
     PROMPTS,
+    TOKENS,
     Bounds,
     Made,
     asking,
+    busy,
     check_generates_as_a_lone_server,
     check_pause_and_abort,
     check_publish,
@@ -32,6 +37,7 @@ from tests.fleet.prefill_decode import (
     require_same,
     tensors,
 )
+from tests.fleet.test_sharing import following
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 EXACT = Bounds()
@@ -87,12 +93,65 @@ async def test_prompts_are_computed_on_the_prefill_server(config: StockConfig, f
     assert await transferred(fleet) >= before + len(PROMPTS)  # more if a lease expired, on a busy machine
 
 
-async def test_other_processes_can_not_send_requests_to_sglang(config: StockConfig, fleet: Fleet) -> None:
-    if config.kind != "sglang":
-        pytest.skip("the decode servers of vLLM take requests by themselves")
-    with pytest.raises(ConfigError, match="can't be shared: sglang-0 is several SGLang servers"):
-        async with fleet.share():
-            pass
+async def test_followers_generate_what_the_owner_does(config: StockConfig, fleet: Fleet, alone: Sequence[Made]) -> None:
+    async with fleet.share() as shared, follow_fleet(shared.url, shared.key) as follower:
+        require_same(await generated(follower), alone[0], 0, EXACT)
+        *some, part = [part async for part in follower.stream(asking(PROMPTS[1]), deadline=DEADLINE)]
+        assert some
+        require_same([part], alone[0][1:2], 0, EXACT)
+        whole = replace(asking(PROMPTS[0]), prompt_logprobs=True)
+        made = [await one.generate(whole, deadline=DEADLINE) for one in (follower, fleet)]
+        assert made[0].prompt_logprobs is not None
+        assert made[1].prompt_logprobs is not None
+        assert abs(made[0].prompt_logprobs[1:] - made[1].prompt_logprobs[1:]).max() < EXACT.logprobs
+        [engine] = follower.engines.values()
+        assert isinstance(engine, PrefillDecodeEngine) == (config.kind == "sglang")  # which has two decode servers
+        async with following(shared.url, shared.key) as process:
+            await process.read()
+            there = await process.tell("elsewhere")
+        here = await fleet.generate(asking((5, 17, 300, 42, 8)), deadline=DEADLINE)
+        assert (there["ids"], there["spans"]) == (list(here.output_ids), [[0, None, TOKENS]])
+
+
+async def test_updates_pauses_and_aborts_reach_the_requests_of_followers(
+    fleet: Fleet, models: Sequence[Path], alone: Sequence[Made]
+) -> None:
+    engine, long = engine_of(fleet), EXACT.long
+    async with fleet.share() as shared, follow_fleet(shared.url, shared.key) as follower:
+
+        async def until_aborted(stop: Callable[[], Awaitable[object]]) -> Sequence[Generation]:
+            """Return what requests of the follower have made when `stop` ends them."""
+            tasks = [
+                asyncio.create_task(follower.generate(asking(prompt, long), deadline=DEADLINE)) for prompt in PROMPTS
+            ]
+            await busy(engine)
+            await stop()
+            return [await task for task in tasks]
+
+        async def paused() -> None:
+            await engine.pause(PauseMode.ABORT)
+            assert await engine.health() is Health.PAUSED
+            await engine.resume()
+
+        for stop in (engine.abort, paused):
+            assert "abort" in {made.finish_reason for made in await until_aborted(stop)}
+        for which in (1, 0):
+            version = (fleet.version or 0) + 1
+            async with asyncio.TaskGroup() as group:
+                running = [
+                    group.create_task(follower.generate(asking(prompt, long), deadline=DEADLINE, retries=9))
+                    for prompt in PROMPTS
+                ]
+                await busy(engine)
+                report = await fleet.publish(tensors(models[which]), version)
+            assert not report.failed
+            for task in running:
+                assert len(task.result().output_ids) == long
+                assert {span.version for span in task.result().version_spans} <= {version - 1, version}
+            require_same(await generated(follower), alone[which], version, EXACT)
+        await engine.flush_cache()  # so no half of a request is left on any server
+        # An abort is no fault of the engine.
+        assert not [event for event in follower.event_log.newest if event.kind == "request"]
 
 
 async def test_a_request_for_more_top_logprobs_than_sglang_can_exchange_is_refused(
@@ -125,4 +184,10 @@ async def test_sleep_reaches_both_sides(fleet: Fleet, models: Sequence[Path], al
 
 
 async def test_it_comes_back_as_a_whole_when_a_prefill_server_dies(fleet: Fleet, alone: Sequence[Made]) -> None:
-    await check_recovery(fleet, alone[0], EXACT)
+    assert fleet.version is not None
+    async with fleet.share() as shared, follow_fleet(shared.url, shared.key) as follower:
+        before = follower.engines
+        await check_recovery(fleet, alone[0], EXACT)
+        await follower.reached(fleet.version, deadline=DEADLINE)
+        assert follower.engines.keys() == before.keys()
+        require_same(await generated(follower), alone[0], fleet.version, EXACT)

@@ -254,7 +254,7 @@ class StockEngineConfig(ReplicatedConfig):
     """Host memory of each rank, in gigabytes, that keeps KV cache for which the device has no room. None keeps none."""
     prefill_decode: PrefillDecodeConfig | None = None
     """Compute prompts and generate on different servers, which are one replica (docs/sglang.md, docs/vllm.md). Each has
-    `tp_size` x `pp_size` GPUs. None: one server does both."""
+    `tp_size` GPUs. None: one server does both."""
     start_timeout: PositiveFloat = 600.0
     """Seconds until a server must be healthy. A large model on a slow disk takes minutes, a small one on the CPU 20 to
     60 s."""
@@ -290,7 +290,7 @@ class StockEngineConfig(ReplicatedConfig):
         if self.prefill_decode is None:
             return self
         needs = {"urls": None, "ports": None, "launch": "local", "nnodes": 1, "node_rank": None, "dp_size": 1}
-        needs |= {"kv_events": False, "kv_offload_gb": None, "return_routed_experts": False}
+        needs |= {"pp_size": 1, "kv_events": False, "kv_offload_gb": None, "return_routed_experts": False}
         for name, value in needs.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} does not work with prefill_decode; leave one of them out")

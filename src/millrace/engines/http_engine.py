@@ -29,8 +29,6 @@ class HttpEngine(Engine):
     the folder that the server names.
     """
 
-    alone = True  # whether the server at `url` takes requests by itself, also from other processes
-
     def __init__(
         self,
         name: str,

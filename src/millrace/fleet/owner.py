@@ -13,7 +13,6 @@ from aiohttp import web
 from pydantic import TypeAdapter, ValidationError
 
 from millrace import arguments
-from millrace.engines.http_engine import HttpEngine
 from millrace.engines.reach import address_of
 from millrace.errors import ArgumentError, ConfigError, EngineFailed
 from millrace.fleet.follower import POLL_SECONDS, Demand, Failure, FleetState
@@ -42,12 +41,6 @@ async def serve_followers(fleet: "Fleet", host: str, port: int, key: str | None)
     """Answer the followers of a fleet while the block runs. See `Fleet.share`."""
     host, port = arguments.text("host", host), arguments.whole("port", port)
     key = secrets.token_urlsafe(24) if key is None else checked_key(key)
-    for name, engine in fleet.engines.items():
-        if isinstance(engine, HttpEngine) and not engine.alone:
-            raise ConfigError(
-                f"the fleet can't be shared: {name} is several SGLang servers (engine.prefill_decode), and only the "
-                "process that owns them can send them requests"
-            )
     try:
         sock = bound(unbracketed(host), port)
     except (OSError, OverflowError) as error:

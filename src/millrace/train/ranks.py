@@ -14,7 +14,6 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from millrace.config import RunConfig
-from millrace.config.engines import SGLangEngineConfig
 from millrace.config.models import PublishConfig
 from millrace.errors import ConfigError
 from millrace.fleet.client import FleetClient
@@ -90,11 +89,6 @@ def require_many_ranks(config: RunConfig) -> None:
         raise ConfigError("judges need a single trainer process: leave out torchrun or the judges")
     if config.router is not None:
         raise ConfigError("under torchrun every rank sends its own requests: leave out torchrun or router")
-    if isinstance(config.engine, SGLangEngineConfig) and config.engine.prefill_decode is not None:
-        raise ConfigError(
-            "under torchrun every rank sends its own requests, and SGLang's prefill and decode servers take those of "
-            "one process: leave out torchrun or engine.prefill_decode"
-        )
 
 
 def own_address() -> str:

@@ -95,7 +95,15 @@ def test_each_rank_gets_its_own_handle_of_gpu_memory() -> None:
 
 @pytest.mark.parametrize("make", [vllm, sglang])
 @pytest.mark.parametrize(
-    "settings", [{"dp_size": 2}, {"kv_offload_gb": 1}, {"kv_events": True}, {"urls": ("http://a:1",)}, {"nnodes": 2}]
+    "settings",
+    [
+        {"dp_size": 2},
+        {"kv_offload_gb": 1},
+        {"kv_events": True},
+        {"urls": ("http://a:1",)},
+        {"nnodes": 2},
+        {"pp_size": 2},
+    ],
 )
 def test_settings_that_do_not_work_with_it_are_refused(make: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=f"{next(iter(settings))} does not work with prefill_decode"):

@@ -7,7 +7,8 @@ from millrace.engines.sglang.arguments import attention_dp, gpus, require_no_con
 from millrace.engines.sglang.launch import launch
 from millrace.engines.sglang.prefill import Decode, Prefill
 from millrace.engines.stock.arguments import given
-from millrace.engines.stock.pair_launch import PairKind, Role
+from millrace.engines.stock.pair import Role
+from millrace.engines.stock.pair_launch import PairKind
 from millrace.errors import ConfigError
 
 OWN = ("--disaggregation-mode", "--disaggregation-bootstrap-port")
@@ -50,4 +51,4 @@ def settings(config: SGLangEngineConfig, role: Role, port: int) -> Mapping[str, 
     }
 
 
-PAIR = PairKind(launch, check, gpus, settings, Decode, Prefill)
+PAIR = PairKind(launch, check, gpus, settings, Decode, Prefill, {"decode", "prefill"})

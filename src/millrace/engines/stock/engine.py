@@ -307,7 +307,7 @@ class StockEngine(StockServer[AnyFacts]):
                 if call.sent:
                     # If this fails, the server still sees the closed connection.
                     with suppress(EngineError):
-                        await self._abort([call.served_as])
+                        await self._abandon(call.served_as)
                 raise
 
     @asynccontextmanager

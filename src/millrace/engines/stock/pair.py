@@ -7,9 +7,10 @@ committed when all hold it.
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, NoReturn, TypeVar
+from random import random
+from typing import Any, Literal, NoReturn, TypeVar
 
 from millrace.buckets import Bucket, CudaIpcBucket, ProcessGroup
 from millrace.engines.audit import HeldLayer, WeightSample
@@ -31,10 +32,21 @@ from millrace.types import (
 
 T = TypeVar("T")
 Stock = StockEngine[Any]  # of one kind: SGLang or vLLM
+Role = Literal["decode", "prefill"]
 # What the servers can do one by one, and not as one engine.
 LACKING = {Capability.PAUSE_KEEP, Capability.LORA, Capability.UPDATE_FROM_PARTS, Capability.SENT_PARTS}
 # From the best to the worst. The engine is in the worst state of its servers.
 STATES = (Health.READY, Health.PAUSED, Health.ASLEEP, Health.UNKNOWN, Health.BUSY, Health.DEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """The role, the address and the keys of one of the servers. The keys are secret and left out of the repr."""
+
+    role: Role
+    url: str
+    api_key: str | None = field(repr=False)
+    admin_key: str | None = field(repr=False)
 
 
 async def completed(*calls: Awaitable[T]) -> list[T]:
@@ -54,7 +66,6 @@ class PrefillDecodeEngine(HttpEngine):
         first = decodes[0]
         super().__init__(first.name, first.url, api_key=first.api_key, admin_key=first.admin_key)
         self.decodes, self.prefills = tuple(decodes), tuple(prefills)
-        self.alone = first.alone
         self._running = dict.fromkeys(self.decodes, 0)
         self._ranks: Sequence[int] = ()  # of each server
 
@@ -62,6 +73,12 @@ class PrefillDecodeEngine(HttpEngine):
     def servers(self) -> Sequence[Stock]:
         """All servers. Decode servers come first: while they take no requests, the others get none."""
         return (*self.decodes, *self.prefills)
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """The addresses of all servers, in the same order. The first one is that of the engine."""
+        roles: dict[Role, Sequence[Stock]] = {"decode": self.decodes, "prefill": self.prefills}
+        return [Member(role, one.url, one.api_key, one.admin_key) for role, of in roles.items() for one in of]
 
     async def initialize(self, version: int | None = None) -> None:
         await self._each(lambda server: server.initialize(version))
@@ -203,7 +220,7 @@ class PrefillDecodeEngine(HttpEngine):
     @contextmanager
     def _least_busy(self) -> Iterator[Stock]:
         """Choose the decode server with the fewest requests, and count one more until the block ends."""
-        decode = min(self.decodes, key=self._running.__getitem__)
+        decode = least(self.decodes, self._running.__getitem__)
         self._running[decode] += 1
         try:
             yield decode
@@ -219,6 +236,11 @@ class PrefillDecodeEngine(HttpEngine):
         groups: Sequence[Sequence[Stock]] = (self.decodes, self.prefills)
         for servers in reversed(groups) if backwards else groups:
             await completed(*map(call, servers))
+
+
+def least(servers: Sequence[T], requests: Callable[[T], int]) -> T:
+    """Return a server with the fewest requests, by chance if there are several: other processes choose too."""
+    return min(servers, key=lambda one: (requests(one), random()))  # noqa: S311
 
 
 def shares_of(bucket: Bucket, ranks: Sequence[int]) -> Sequence[Bucket]:

@@ -1,21 +1,21 @@
 """Start the servers of a replica that computes prompts and generates on different servers."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from millrace.config.engines import SGLangEngineConfig, VLLMEngineConfig
 from millrace.engines.spec import Launched, LaunchSpec
 from millrace.engines.stock.arguments import device_names
 from millrace.engines.stock.engine import StockEngine
-from millrace.engines.stock.pair import PrefillDecodeEngine
+from millrace.engines.stock.pair import Member, PrefillDecodeEngine, Role
 from millrace.errors import ConfigError
 from millrace.launch.nodes import Nodes
 from millrace.launch.ports import free_ports
 
 Config = TypeVar("Config", SGLangEngineConfig, VLLMEngineConfig)
-Role = Literal["decode", "prefill"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,8 @@ class PairKind(Generic[Config]):
 
     launch: starts one server. check: raises ConfigError for settings that contradict `prefill_decode`. gpus: of one
     server. settings: those that a server has beside the replica's, from its role and its own free port. decode and
-    prefill: the adapters. A decode server's gets the others as its `prefills`.
+    prefill: the adapters. A decode server's gets the others as its `prefills`. followed: which servers a process that
+    follows the fleet sends requests to.
     """
 
     launch: Callable[[Config, LaunchSpec], Awaitable[Launched]]
@@ -33,6 +34,7 @@ class PairKind(Generic[Config]):
     settings: Callable[[Config, Role, int], Mapping[str, object]]
     decode: type[Any]
     prefill: type[StockEngine[Any]]
+    followed: Collection[Role]
 
 
 async def launch_pair(config: Config, spec: LaunchSpec, kind: PairKind[Config]) -> tuple[PrefillDecodeEngine, Launched]:
@@ -55,17 +57,25 @@ async def launch_pair(config: Config, spec: LaunchSpec, kind: PairKind[Config]) 
     if failed := [one for one in started if isinstance(one, BaseException)]:
         await process.end()
         raise failed[0]
-    name, count = process.name, len(launched) - config.prefill_decode.prefill
+    places = []
+    for (role, *_), one in zip(members, launched, strict=True):
+        assert one.url is not None
+        places.append(Member(role, one.url, one.api_key, one.admin_key))
+    on = tuple(gpu for one in launched for gpu in one.gpus)
+    engine = pair_of(kind, process.name, spec.model_path, places)
+    return engine, replace(launched[0], name=process.name, process=process, gpus=on)
 
-    def client(adapter: type[Any], one: Launched) -> Any:
-        return adapter(name, one.url, api_key=one.api_key, admin_key=one.admin_key, model_path=spec.model_path)
 
-    decodes = [client(kind.decode, one) for one in launched[:count]]
-    prefills = [client(kind.prefill, one) for one in launched[count:]]
+def pair_of(kind: PairKind[Any], name: str, model: Path, members: Sequence[Member]) -> PrefillDecodeEngine:
+    """Return the engine of these servers. `model`: the folder of the model."""
+    decodes: list[Any] = []
+    prefills: list[Any] = []
+    for one in members:
+        adapter, its = (kind.decode, decodes) if one.role == "decode" else (kind.prefill, prefills)
+        its.append(adapter(name, one.url, api_key=one.api_key, admin_key=one.admin_key, model_path=model))
     for decode in decodes:
         decode.prefills = prefills
-    on = tuple(gpu for one in launched for gpu in one.gpus)
-    return PrefillDecodeEngine(decodes, prefills), replace(launched[0], name=name, process=process, gpus=on)
+    return PrefillDecodeEngine(decodes, prefills)
 
 
 def servers(config: Config) -> int:

@@ -107,6 +107,10 @@ class StockServer(HttpEngine, Generic[AnyFacts]):
     async def _abort(self, names: Sequence[str]) -> None:
         """Abort requests by their ids on the server. Unknown ids have no effect."""
 
+    async def _abandon(self, name: str) -> None:
+        """Abort a request whose connection this process has closed."""
+        await self._abort([name])
+
     @abstractmethod
     async def _abort_all(self, names: Sequence[str]) -> None:
         """Abort every request on the server, also those of other clients. `names`: the ids of this client's."""

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from millrace.config.engines import VLLMEngineConfig
-from millrace.engines.stock.pair_launch import PairKind, Role
+from millrace.engines.stock.pair import Role
+from millrace.engines.stock.pair_launch import PairKind
 from millrace.engines.vllm.arguments import gpus, require_no_contradiction
 from millrace.engines.vllm.launch import launch
 from millrace.engines.vllm.prefill import LEASE, Decode, Prefill
@@ -28,4 +29,6 @@ def settings(config: VLLMEngineConfig, _role: Role, port: int) -> Mapping[str, o
     }
 
 
-PAIR = PairKind(launch, require_no_contradiction, gpus, settings, Decode, Prefill)
+# Followers have their prompts computed on the decode servers. The KV cache of a request that an update catches between
+# the two servers would delay the update by the lease.
+PAIR = PairKind(launch, require_no_contradiction, gpus, settings, Decode, Prefill, {"decode"})

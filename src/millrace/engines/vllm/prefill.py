@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from millrace.engines.stock.pair import completed
+from millrace.engines.stock.pair import completed, least
 from millrace.engines.stock.state import require
 from millrace.engines.vllm.adapter import VLLMEngine
 from millrace.engines.vllm.facts import VLLMFacts
@@ -37,11 +37,6 @@ KEEP: Mapping[str, object] = {
     "remote_host": None,
     "remote_port": None,
 }
-
-
-def computed_whole(request: GenerateRequest) -> bool:
-    """Whether the decode server computes the prompt itself: one with images, or one whose logprobs are wanted."""
-    return bool(request.images) or request.prompt_logprobs
 
 
 class Prefill(VLLMEngine):
@@ -72,7 +67,7 @@ class Prefill(VLLMEngine):
 
 
 class Decode(VLLMEngine):
-    """A decode server. prefills: those that compute its prompts."""
+    """A decode server. prefills: those that compute its prompts; without any, it computes them itself."""
 
     prefills: Sequence[Prefill] = ()
     _computing = 0  # requests whose prompts are being computed
@@ -83,10 +78,10 @@ class Decode(VLLMEngine):
     ) -> Mapping[str, object] | None:
         """Have the prompt computed, and return what to send."""
         body = encode(path, request, stream=stream)
-        if computed_whole(request):
+        if self._computes(request):
             return body
         before = self._stops
-        prefill = min(self.prefills, key=lambda one: one.requests)
+        prefill = least(self.prefills, lambda one: one.requests)
         self._computing += 1
         try:
             params = await prefill.compute(path, request, _deadline)
@@ -95,6 +90,10 @@ class Decode(VLLMEngine):
         if params is None or self._stops != before:
             return None
         return {**body, TRANSFER: params} if params else body
+
+    def _computes(self, request: GenerateRequest) -> bool:
+        """Whether this server computes the prompt itself: one with images, or one whose logprobs are wanted."""
+        return not self.prefills or bool(request.images) or request.prompt_logprobs
 
     async def loads(self) -> EngineLoad:
         load = await super().loads()
@@ -114,7 +113,7 @@ class Decode(VLLMEngine):
         self, by: HttpClient, request: GenerateRequest, deadline: float, headers: Mapping[str, str] | None = None
     ) -> Generation:
         """Generate by a stream of two events, since the first one shows that the KV cache has been fetched."""
-        if computed_whole(request):
+        if self._computes(request):
             return await super()._generate(by, request, deadline, headers)
         further = dict(request.extra.get("sampling_params") or {})  # type: ignore[call-overload]
         seldom = {**request.extra, "sampling_params": {**further, "stream_interval": NEVER}}
@@ -125,7 +124,7 @@ class Decode(VLLMEngine):
     async def _stream(self, request: GenerateRequest, deadline: float) -> AsyncIterator[tuple[Generation, bool]]:
         """Stream one request. Begin again if the KV cache of its prompt may have expired before it was fetched: vLLM
         does not notice that, and may have fetched the KV cache of another prompt."""
-        end, fetched = time.monotonic() + deadline, computed_whole(request)
+        end, fetched = time.monotonic() + deadline, self._computes(request)
         while True:
             began, before = time.monotonic(), [one.expired for one in self.prefills]
             parts = super()._stream(request, end - time.monotonic())
