@@ -30,6 +30,7 @@ from tests.engines.processes import below, command_lines
 TESTS, START_TIMEOUT, DEADLINE = Path(__file__).parents[1], 300.0, 60.0
 PROMPTS = [tuple((7 * number + place * place) % 90 + 5 for place in range(100)) for number in range(6)]
 TOKENS = 12
+ENDLESS = 3500  # tokens; of a request that does not end by itself before it is aborted
 # The weights are multiplied, so that logprobs depend on the prompt by far more (5) than on bfloat16 (0.06).
 SHARPER = 10.0
 Made = Sequence[Generation]
@@ -133,9 +134,10 @@ def require_same(made: Made, wanted: Made, version: int, bounds: Bounds) -> None
     assert alike >= bounds.alike * sum(len(one.output_ids) for one in wanted)
 
 
-async def busy(engine: PrefillDecodeEngine) -> None:
+async def busy(engine: PrefillDecodeEngine, requests: int = 1) -> None:
+    """Wait until the engine runs so many requests."""
     async with asyncio.timeout(DEADLINE):
-        while not (await engine.loads()).running_requests:
+        while (await engine.loads()).running_requests < requests:
             await asyncio.sleep(0.01)
 
 
@@ -183,7 +185,7 @@ async def check_pause_and_abort(fleet: Fleet, bounds: Bounds) -> None:
     assert not task.done()
     await engine.resume()
     assert len((await task).output_ids) == long
-    requests = [asking(prompt, long) for prompt in PROMPTS]
+    requests = [asking(prompt, ENDLESS) for prompt in PROMPTS]
     tasks = [asyncio.create_task(engine.generate(one, deadline=DEADLINE)) for one in requests]
     await busy(engine)
     for one in requests[::2]:

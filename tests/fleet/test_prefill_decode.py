@@ -19,6 +19,7 @@ from millrace.fleet.local import open_fleet
 from millrace.types import Generation, Health, PauseMode
 from tests.fleet.prefill_decode import (
     DEADLINE,
+    ENDLESS,
     PROMPTS,
     TOKENS,
     Bounds,
@@ -122,9 +123,9 @@ async def test_updates_pauses_and_aborts_reach_the_requests_of_followers(
         async def until_aborted(stop: Callable[[], Awaitable[object]]) -> Sequence[Generation]:
             """Return what requests of the follower have made when `stop` ends them."""
             tasks = [
-                asyncio.create_task(follower.generate(asking(prompt, long), deadline=DEADLINE)) for prompt in PROMPTS
+                asyncio.create_task(follower.generate(asking(prompt, ENDLESS), deadline=DEADLINE)) for prompt in PROMPTS
             ]
-            await busy(engine)
+            await busy(engine, len(tasks))
             await stop()
             return [await task for task in tasks]
 
@@ -134,7 +135,7 @@ async def test_updates_pauses_and_aborts_reach_the_requests_of_followers(
             await engine.resume()
 
         for stop in (engine.abort, paused):
-            assert "abort" in {made.finish_reason for made in await until_aborted(stop)}
+            assert {made.finish_reason for made in await until_aborted(stop)} == {"abort"}
         for which in (1, 0):
             version = (fleet.version or 0) + 1
             async with asyncio.TaskGroup() as group:
