@@ -22,7 +22,8 @@ from millrace.errors import ConfigError, DataError, EngineError
 from millrace.fleet.labels import Label
 from millrace.fleet.replica_state import ReplicaState
 from millrace.launch.claims import claimed
-from millrace.launch.process import ServerProcess
+from millrace.launch.nodes import Nodes
+from millrace.launch.process import Server, ServerProcess
 from millrace.launch.takeover import TakenOver, start_of
 from millrace.types import MemoryTag
 
@@ -31,15 +32,22 @@ FILE = "engines.json"
 logger = logging.getLogger(__name__)
 
 
-class Recorded(BaseModel):
-    """One engine. pid, started: of its guard (`start_of`). version: the whole version that it holds and serves."""
+class Guarded(BaseModel):
+    """One server. pid, started: of its guard (`start_of`)."""
 
     model_config = ConfigDict(extra="forbid")
 
-    address: Address
     pid: int
     started: str
     log: Path
+
+
+class Recorded(Guarded):
+    """One engine. others: the further servers of an engine that is several. version: the whole version that it holds
+    and serves."""
+
+    address: Address
+    others: tuple[Guarded, ...] = ()
     kv_events: str | None
     gpus: tuple[str, ...] = ()
     version: int | None = None
@@ -92,8 +100,6 @@ class KeptEngines:
             raise ConfigError(f"keep_running is for engines on this host, and engine.launch is {config.launch}")
         if not isinstance(config, EmbeddedEngineConfig) and config.nnodes > 1:
             raise ConfigError("keep_running does not work for an engine over several nodes")
-        if not isinstance(config, EmbeddedEngineConfig) and config.prefill_decode is not None:
-            raise ConfigError("keep_running does not work with engine.prefill_decode")
         settings = sha256(f"{model.resolve()} {config.model_dump_json(exclude={'replicas'})}".encode()).hexdigest()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +128,7 @@ class KeptEngines:
         """Return the recorded engine of this name if it is as it was left. Otherwise end it, and return None."""
         if (left := self._left.get(name)) is None:
             return None
-        process = TakenOver.find(name, left.pid, left.started, left.log)
+        process = await find(name, left)
         if process is None:
             del self._left[name]
             return None
@@ -147,26 +153,32 @@ class KeptEngines:
     async def keep(self, replica: Replica) -> None:
         """Record an engine that was started here. It outlives this process from now on."""
         name, process, address = replica.engine.name, replica.process, address_of(replica)
-        assert isinstance(process, ServerProcess)
+        servers = process.processes if isinstance(process, Nodes) else (process,)
         assert address is not None
-        started = start_of(process.pid)
-        if started is None:  # it has ended, and the fleet will notice
-            return
+        guarded = []
+        for server in servers:
+            assert isinstance(server, ServerProcess)
+            started = start_of(server.pid)
+            if started is None:  # it has ended, and the fleet will notice
+                return
+            guarded.append(Guarded(pid=server.pid, started=started, log=server.log_path.absolute()))
+        first, *others = guarded
         self._content.engines[name] = Recorded(
+            **dict(first),
+            others=tuple(others),
             address=address,
-            pid=process.pid,
-            started=started,
-            log=process.log_path.absolute(),
             kv_events=replica.kv_events,
             gpus=replica.info.gpus,
         )
         self._write()
-        await process.keep(self._content.claim, self._seconds)
+        for server in servers:
+            assert isinstance(server, ServerProcess)
+            await server.keep(self._content.claim, self._seconds)
 
     async def end_others(self) -> None:
         """End the recorded engines that were not taken over."""
         for name, left in list(self._left.items()):
-            if (process := TakenOver.find(name, left.pid, left.started, left.log)) is not None:
+            if (process := await find(name, left)) is not None:
                 logger.warning("%s, which an earlier owner left, is ended: it is not used any more", name)
                 await process.end()
             del self._left[name]
@@ -235,3 +247,16 @@ class KeptEngines:
             partial.replace(self._path)
         except OSError as error:
             raise DataError(f"{self._path} can't be written: {error.strerror}") from error
+
+
+async def find(name: str, left: Recorded) -> Server | None:
+    """Return the servers of a recorded engine, or None if one has ended. Then the others are ended too."""
+    found = [TakenOver.find(name, one.pid, one.started, one.log) for one in (left, *left.others)]
+    running = [one for one in found if one is not None]
+    process = running[0] if len(found) == len(running) == 1 else Nodes(name, running)
+    if len(running) == len(found):
+        return process
+    if running:
+        logger.warning("%s, which an earlier owner left, is ended: one of its servers has ended", name)
+        await process.end()
+    return None
