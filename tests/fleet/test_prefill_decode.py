@@ -21,6 +21,7 @@ from tests.fleet.prefill_decode import (
     DEADLINE,
     ENDLESS,
     PROMPTS,
+    START_TIMEOUT,
     TOKENS,
     Bounds,
     Made,
@@ -188,7 +189,10 @@ async def test_it_comes_back_as_a_whole_when_a_prefill_server_dies(fleet: Fleet,
     assert fleet.version is not None
     async with fleet.share() as shared, follow_fleet(shared.url, shared.key) as follower:
         before = follower.engines
+        long = asyncio.create_task(follower.generate(asking(PROMPTS[0], 1000), deadline=START_TIMEOUT, retries=3))
+        await busy(engine_of(fleet))
         await check_recovery(fleet, alone[0], EXACT)
+        assert len((await long).output_ids) == 1000
         await follower.reached(fleet.version, deadline=DEADLINE)
         assert follower.engines.keys() == before.keys()
         require_same(await generated(follower), alone[0], fleet.version, EXACT)
