@@ -1,7 +1,6 @@
 """What is written as a run goes: samples and curves in a thread, and everything when the block ends."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,19 +66,17 @@ async def test_curves_are_drawn_after_the_first_evaluation_and_not_at_every_step
 
 async def test_a_file_is_written_while_the_event_loop_goes_on(tmp_path: Path) -> None:
     folder, many = folder_in(tmp_path), [played(f"s-{i}", 1.0) for i in range(500)]
-    longest, now = 0.0, time.monotonic
+    turns = 0
     with folder.create():
         async with writer(folder) as writing:
             await writing.add_samples(1, many, {})
             done = asyncio.create_task(writing.done())
-            before = started = now()
             while not done.done():
                 await asyncio.sleep(0)
-                longest, before = max(longest, now() - before), now()
-            whole = now() - started
+                turns += 1
             await done
     assert len(list(read_samples(folder.path))) == 500
-    assert longest < max(0.5 * whole, 0.1)
+    assert turns > 10  # of the loop; it has one or two if it writes the file itself
 
 
 async def test_what_cant_be_written_is_an_error_before_the_next_step_and_at_the_end(tmp_path: Path) -> None:
