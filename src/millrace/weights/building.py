@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from millrace.extension.millrace_dtypes import DTYPES
 from millrace.model_folder import INDEX, file_header
 from millrace.weights.chain import FullCheckpoint, applied
 from millrace.weights.delta import Delta, Piece, TensorDelta
@@ -18,13 +19,7 @@ from millrace.weights.folder import copy_other_files
 
 SPARSE = 8  # a tensor is changed element by element if at most one element in so many has changed
 WIDE = 2**31  # elements of a tensor whose positions need 8 bytes
-# torch's name of a dtype -> safetensors' name.
-STORED = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-    "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0",
-}  # fmt: skip
+STORED = {torch_name: name for name, torch_name in DTYPES.items()}
 Layout = dict[str, tuple[str, Sequence[int], int]]  # of a safetensors file: dtype, shape and size of each tensor
 
 
