@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,8 +19,22 @@ from tests.train.test_own_rewards import run, samples, settings
 
 WAIT = 120.0  # seconds for any single thing to happen
 LONG = 96  # tokens of a turn
-# Two streamed turns. The file `begun` is there when the first token of the second one has come.
+# Two streamed turns, after the file of the engine's processes is there. With the first token of its second turn, an
+# agent kills them: the test itself would come too late on a busy machine.
 STREAMS = """
+import pathlib, signal, time
+
+engines = pathlib.Path(__file__).with_name("engines")
+while not engines.exists():
+    time.sleep(0.01)
+
+def kill_the_engine():
+    for pid in map(int, engines.read_text().split()):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # another agent did it
+
 def streamed(*texts):
     roles = ["user", "assistant"] * len(texts)
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
@@ -32,8 +45,8 @@ def streamed(*texts):
     for line in urllib.request.urlopen(request):
         if line.startswith(b"data: {"):
             said += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
-            if said and len(texts) > 1 and not os.path.exists("begun"):
-                open("begun", "w").close()
+            if said and len(texts) > 1:
+                kill_the_engine()
     return said
 
 streamed("hello", streamed("hello"), "and again")
@@ -45,16 +58,14 @@ def engines() -> set[int]:
     return {pid for pid in below(os.getpid()) if "millrace.engines.embedded" in command_lines({pid})}
 
 
-async def kill_the_engine(agents: Path) -> int:
-    """Kills the engine while an agent reads its second turn. Returns how many processes got the signal."""
+async def name_the_engine(run: Path) -> None:
+    """Writes the file of the engine's processes once the first agents run."""
     end = time.monotonic() + WAIT
-    while not list(agents.glob("*/begun")):  # noqa: ASYNC240
-        assert time.monotonic() < end, "no agent got to its second turn"
-        await asyncio.sleep(0.001)
-    victims = engines()
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
-    return len(victims)
+    while not list((run / "agents").glob("*")):
+        assert time.monotonic() < end, "no agent has begun"
+        await asyncio.sleep(0.01)
+    (run.parent / "names").write_text(" ".join(map(str, engines())))
+    (run.parent / "names").rename(run.parent / "engines")
 
 
 async def test_an_engine_that_is_killed_is_a_pause_for_its_agents(tmp_path: Path) -> None:
@@ -63,9 +74,8 @@ async def test_an_engine_that_is_killed_is_a_pause_for_its_agents(tmp_path: Path
         "sample_retries": 4,
     }  # fmt: skip
     running = asyncio.create_task(run(settings(tmp_path, agent=command(tmp_path, STREAMS), rollout=rollout)))
-    killed = await kill_the_engine(tmp_path / "run" / "agents")
+    await name_the_engine(tmp_path / "run")
     summary = await running
-    assert killed
     assert summary.counts.ended[SampleStatus.FINISHED] == summary.counts.asked == 16
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     kinds = Counter(event["kind"] for event in events)
