@@ -1,7 +1,7 @@
 """Safetensors files, mapped into memory.
 
-`safe_open` takes about 50 µs for each tensor, and each has memory of its own. Here the tensors of a file are views of
-one memory map, so that one call of torch reads elements of many tensors. Extensions of engines run this file.
+`safe_open` gives each tensor memory of its own. Here the tensors of a file are views of one memory map, so that one
+call of torch reads elements of many tensors. Extensions of engines run this file.
 
 Format: https://github.com/huggingface/safetensors#format
 """
